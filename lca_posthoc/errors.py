@@ -1,0 +1,48 @@
+"""The few kinds of failure a caller tells apart; each carries the exit code of the command line."""
+
+
+class LCAError(Exception):
+    """Anything this package reports on purpose: one line that says what was asked, what was found, what to do."""
+
+    exit_code = 1
+
+
+class InputError(LCAError):
+    """Wrong usage, checkpoints, names, shapes or task, found before the first evaluation."""
+
+    exit_code = 2
+
+
+class SpanError(LCAError):
+    """Some spans could not be replayed; the others are complete, and running again tries these once more."""
+
+    exit_code = 3
+
+
+class ResourceError(LCAError):
+    """The environment lacks something: a worker, a GPU, disk space, a lock somebody else holds."""
+
+    exit_code = 5
+
+
+class Interrupted(LCAError):
+    """Stopped on request after the spans in flight were drained; running again resumes."""
+
+    exit_code = 130
+
+
+_KINDS = {kind.__name__: kind for kind in (LCAError, InputError, SpanError, ResourceError, Interrupted)}
+
+
+def pack(error: LCAError) -> dict[str, str]:
+    """The error as plain strings, so that no exception class has to be unpickled in another process.
+
+    >>> unpack(pack(InputError("no such loss")))
+    InputError('no such loss')
+    """
+    return {"kind": type(error).__name__, "message": str(error)}
+
+
+def unpack(packed: dict[str, str]) -> LCAError:
+    """The inverse of `pack`."""
+    return _KINDS[packed["kind"]](packed["message"])

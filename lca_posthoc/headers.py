@@ -1,0 +1,134 @@
+"""The header of a safetensors file, read and checked without touching its tensors.
+
+Format: 8 bytes (little-endian length n), n bytes of JSON, the tensors' bytes. Source:
+<https://github.com/huggingface/safetensors#format>. Limits come first, so that a hostile header costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+from .errors import InputError
+
+MAX_HEADER_BYTES = 32 * 2**20
+MAX_TENSORS = 100_000
+_SAMPLE = 64 * 2**10
+_BITS = {
+    **{"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16},
+    **{"F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64},
+}
+FLOATING = frozenset({"F8_E5M2", "F8_E4M3", "F8_E8M0", "F16", "BF16", "F32", "F64"})
+HALF = FLOATING - {"F32", "F64"}
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a file says of one tensor before its values are read."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header: tensors by name, the file's own metadata, its size in bytes and the CRC32C of its samples."""
+
+    tensors: dict[str, TensorHeader]
+    metadata: dict[str, str]
+    size: int
+    fingerprint: int
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of `path`.
+
+    Raises:
+        InputError: naming the file, what is wrong with it and what to do.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
+            if not 2 <= length <= size - 8:
+                raise _damaged(path, f"its {size:,} bytes do not begin with a safetensors header")
+            if length > MAX_HEADER_BYTES:
+                raise _damaged(path, f"its header claims {length:,} bytes (limit {MAX_HEADER_BYTES:,})")
+            text = file.read(length)
+            tensors, metadata, end = _parse(path, text)
+            if 8 + length + end != size:
+                missing = 8 + length + end - size
+                raise _damaged(path, f"it has {size:,} bytes, {abs(missing):,} too {'few' if missing > 0 else 'many'}")
+            return Header(tensors, metadata, size, fingerprint(lambda at, n: os.pread(file.fileno(), n, at), size))
+    except OSError as error:
+        raise InputError(f"cannot read checkpoint file {path}: {error.strerror}. Check the path and its permissions.") from None
+
+
+def _damaged(path: Path, what: str) -> InputError:
+    return InputError(
+        f"{path} is not a whole safetensors file: {what}. Save it again, remove it (the segment across the gap becomes "
+        "longer), or convert it to safetensors if it is a pickle."
+    )
+
+
+def _parse(path: Path, text: bytes) -> tuple[dict[str, TensorHeader], dict[str, str], int]:
+    if text.count(b'"data_offsets"') > MAX_TENSORS:
+        raise _damaged(path, f"it names more than {MAX_TENSORS:,} tensors")
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header is not valid JSON ({str(error)[:80]})") from None
+    if not isinstance(entries, dict):
+        raise _damaged(path, "its header is not a table of tensors")
+    metadata = entries.pop("__metadata__", None) or {}
+    ranges, tensors = [], {}
+    for name, entry in entries.items():
+        tensors[name], begin, end = _entry(path, name, entry)
+        ranges.append((begin, end))
+    position = 0
+    for begin, end in sorted(ranges):
+        if begin != position:
+            raise _damaged(path, f"its tensors overlap or leave a hole at byte {position:,}")
+        position = end
+    return tensors, metadata, position
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name stands twice")
+    return table
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[TensorHeader, int, int]:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+        elements = 1
+        for extent in shape:
+            elements *= extent
+        fits = whole and (end - begin) * 8 == elements * _BITS[dtype]
+    except (TypeError, KeyError, ValueError):
+        fits = False
+    if not fits:
+        raise _damaged(path, f"its entry for tensor {name[:80]!r} does not hold together")
+    return TensorHeader(dtype, tuple(shape)), begin, end
+
+
+def fingerprint(read: Callable[[int, int], bytes], size: int) -> int:
+    """CRC32C of the first, middle and last 64 KiB of a file: any training step changes nearly every weight.
+
+    Args:
+        read: `(offset, length) -> bytes`.
+        size: of the file, in bytes.
+    """
+    crc = 0
+    for offset in sorted({0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)}):
+        crc = google_crc32c.extend(crc, read(offset, _SAMPLE))
+    return crc

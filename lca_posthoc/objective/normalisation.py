@@ -1,0 +1,111 @@
+r"""What normalisation layers do in a replay: a named choice, made in one place.
+
+`running`: the loss depends on the running statistics stored in the checkpoints, which move as well. torch gives no
+gradient for them, so the native kernel is kept and the gradient routed through an equivalent affine pair: with
+$m_0, v_0$ the detached statistics, it is called with weight $w\sqrt{(v_0+\varepsilon)/(v+\varepsilon)}$ and bias
+$b-(m-m_0)\,w/\sqrt{v_0+\varepsilon}$. Values are those of the plain call; autograd sees $m$ and $v$ (first derivatives).
+
+`batch`: statistics of each batch of a fixed partition, as in the paper; running statistics are neither read nor written.
+
+The functions are replaced, not the modules, so that functional calls and activation checkpointing (which runs the forward
+again during the backward pass) are served alike: the context must be open around both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError
+
+MODES = ("running", "batch")
+Native = Callable[..., Tensor]
+
+
+def _affine(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """The weight and bias that make the detached statistics stand for the ones with a gradient."""
+    mean0, var0 = mean.detach(), var.detach()
+    scale = torch.ones_like(mean0) if weight is None else weight
+    shift = torch.zeros_like(mean0) if bias is None else bias
+    return (
+        scale * torch.sqrt((var0 + eps) / (var + eps)),
+        shift - (mean - mean0) * (scale / torch.sqrt(var0 + eps)),
+    )
+
+
+def _batch_norm_running(native: Native) -> Native:
+    def batch_norm(
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if training or running_mean is None or running_var is None:
+            raise InputError(
+                "a batch-norm layer uses batch statistics although the model is in eval mode (track_running_stats=False, or "
+                "training=True in a functional call), so the loss depends on the batches. Use --norm-stats batch --batch-size N."
+            )
+        if running_mean.requires_grad or running_var.requires_grad:
+            weight, bias = _affine(running_mean, running_var, weight, bias, eps)
+        return native(input, running_mean.detach(), running_var.detach(), weight, bias, False, momentum, eps)
+
+    return batch_norm
+
+
+def _instance_norm_running(native: Native) -> Native:
+    def instance_norm(
+        input: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        use_input_stats: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if use_input_stats or running_mean is None or running_var is None:
+            return native(input, None, None, weight, bias, True, momentum, eps)
+        if running_mean.requires_grad or running_var.requires_grad:
+            weight, bias = _affine(running_mean, running_var, weight, bias, eps)
+        return native(input, running_mean.detach(), running_var.detach(), weight, bias, False, momentum, eps)
+
+    return instance_norm
+
+
+def _own_statistics(native: Native) -> Native:
+    def normalise(
+        input: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        return native(input, None, None, weight, bias, True, momentum, eps)
+
+    return normalise
+
+
+@contextlib.contextmanager
+def normalising(mode: str) -> Iterator[None]:
+    """Hold normalisation layers to `mode` around forward and backward passes, modules and functional calls alike."""
+    batch_norm: Any = F.batch_norm
+    instance_norm: Any = F.instance_norm
+    running = mode == "running"
+    F.batch_norm = _batch_norm_running(batch_norm) if running else _own_statistics(batch_norm)  # type: ignore[assignment]
+    F.instance_norm = _instance_norm_running(instance_norm) if running else _own_statistics(instance_norm)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.batch_norm, F.instance_norm = batch_norm, instance_norm

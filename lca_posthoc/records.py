@@ -1,0 +1,94 @@
+"""What is kept of every segment: names of fields, edges of the histogram, totals and how those of two stretches join.
+
+Joining is written with operators alone, so that it serves torch tensors on a worker and numpy arrays on a reader. Sums are
+joined along one fixed binary tree over the segments of the whole trajectory (every node covers an aligned power of two),
+so that the same bits come out however the trajectory was cut into spans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+KEEP = ("parameters", "units", "tensors")
+STEP_FIELDS = {
+    "loss_start": "float64",
+    "loss_end": "float64",
+    "residual": "float64",
+    "evaluations": "int32",
+    "level": "int8",
+    "converged": "int8",
+    "error_bound": "float64",
+}
+TENSOR_FIELDS = {"allocated": "float64", "helping": "int64", "hurting": "int64", "motion": "float64", "gradient": "float64"}
+MAGNITUDES = 510  # two bins an octave over all finite float32
+BINS = 2 * MAGNITUDES
+
+SIGNED = ("weight", "gradient", "allocation")
+TOTALS = ("allocated", "helping", "hurting", *(f"{each}_turns" for each in SIGNED))
+SIGNS = tuple(f"{each}_{end}" for each in SIGNED for end in ("first", "last"))
+FIELDS = (*TOTALS, *SIGNS)
+
+Totals = dict[str, Any]
+
+
+def histogram_edges() -> np.ndarray[Any, Any]:
+    """The BINS + 1 fixed edges: ±(0, 2⁻¹²⁷, … , 2¹²⁷·1.5, ∞), two bins an octave; zeros are counted apart."""
+    upper = (np.arange(MAGNITUDES + 1, dtype=np.uint32) << np.uint32(22)).view(np.float32).astype(np.float64)
+    return np.concatenate([-upper[:0:-1], upper])
+
+
+def join(before: Totals, after: Totals) -> Totals:
+    """The totals of two stretches of segments, one right after the other; turns across the border count.
+
+    A turn is a change of sign between two non-zero values with only zeros between them.
+    """
+    joined = {name: before[name] + after[name] for name in ("allocated", "helping", "hurting")}
+    for each in SIGNED:
+        first, last = f"{each}_first", f"{each}_last"
+        joined[f"{each}_turns"] = before[f"{each}_turns"] + after[f"{each}_turns"] + (before[last] * after[first] < 0)
+        joined[first] = before[first] + (before[first] == 0) * after[first]
+        joined[last] = after[last] + (after[last] == 0) * before[last]
+    return joined
+
+
+def half(length: int) -> int:
+    """Where the tree cuts a stretch that starts on an aligned border: the largest power of two below its length.
+
+    >>> [half(length) for length in (2, 3, 4, 5, 8)]
+    [1, 2, 2, 4, 4]
+    """
+    return 1 << (length - 1).bit_length() - 1
+
+
+def join_all(stretches: Sequence[Totals]) -> Totals:
+    """The totals of neighbouring stretches of equal power-of-two length (the last may be shorter), along the tree."""
+    if len(stretches) == 1:
+        return stretches[0]
+    cut = half(len(stretches))
+    return join(join_all(stretches[:cut]), join_all(stretches[cut:]))
+
+
+class TreeSum:
+    """A running sum along the same tree; holds at most log₂ n + 1 partial sums."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[int, Any]] = []
+
+    def add(self, value: Any) -> None:
+        """Take in the value of the next segment."""
+        level = 0
+        while self._parts and self._parts[-1][0] == level:
+            value = self._parts.pop()[1] + value
+            level += 1
+        self._parts.append((level, value))
+
+    def value(self) -> Any:
+        """The sum so far."""
+        parts = [part for _, part in self._parts]
+        total = parts.pop()
+        while parts:
+            total = parts.pop() + total
+        return total

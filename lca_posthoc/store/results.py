@@ -1,0 +1,144 @@
+"""Open a run as labelled arrays. Only committed spans are shown: a missing chunk is never data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+
+from ..errors import LCAError
+from ..records import FIELDS, TOTALS, join_all
+from .manifest import Manifest, read_manifest
+from .writer import COMMITS, DATA, RunWriter
+
+
+class LossResults:
+    """What a run holds for one loss, as lazy xarray datasets over the committed segments."""
+
+    def __init__(self, path: Path, manifest: Manifest, name: str) -> None:
+        self.name = name
+        self._path, self._manifest = path, manifest
+        self._key = manifest.losses[name].key
+
+    def __repr__(self) -> str:
+        return f"<LossResults {self.name!r}: {len(self._rows)} of {self._manifest.segments} segments in {str(self._path)!r}>"
+
+    @cached_property
+    def _rows(self) -> list[int]:
+        waiting = set(RunWriter(self._path, self._manifest).pending(self.name))
+        return [row for row in range(self._manifest.segments) if row // self._manifest.span not in waiting]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every segment is there."""
+        return RunWriter(self._path, self._manifest).is_complete(self.name)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the run is made of."""
+        return self._manifest
+
+    def _open(self, part: str) -> xr.Dataset:
+        group = f"{self._key}/{part}"
+        if not (self._path / DATA / group).is_dir():
+            raise LCAError(
+                f"{self._path} keeps no {part} (--keep {self._manifest.settings['keep']}). Run again into another directory "
+                f"with --keep {'parameters' if part == 'allocation' else 'units'}."
+            )
+        data = xr.open_zarr(self._path / DATA, group=group, consolidated=False, chunks=None)
+        return data if len(self._rows) == self._manifest.segments else data.isel(step=self._rows)
+
+    def _named(self, part: str) -> xr.Dataset:
+        names = {tensor.key: tensor.spec.name for tensor in self._manifest.allocated}
+        return self._open(part).rename_vars(names)
+
+    @property
+    def allocation(self) -> xr.Dataset:
+        """One variable per tensor under its PyTorch name, dims `(step, "NAME:0", …)`, float32, in units of loss."""
+        return self._named("allocation")
+
+    @property
+    def units(self) -> xr.Dataset:
+        """Sums per neuron or channel, one variable per tensor, dims `(step, "NAME:unit")`, float32, in units of loss."""
+        return self._named("units")
+
+    @property
+    def steps(self) -> xr.Dataset:
+        """Per segment: loss_start, loss_end, residual, evaluations, level, converged, error_bound."""
+        data = self._open("steps").load()
+        data["converged"] = data["converged"] == 1
+        return data
+
+    @property
+    def tensors(self) -> xr.Dataset:
+        """Per segment and tensor: allocated, helping and hurting counts, motion Σ|Δθ|, gradient Σ|mean gradient|."""
+        specs = [tensor.spec for tensor in self._manifest.allocated]
+        return self._open("tensors").assign_coords(
+            tensor=("tensor", np.array([spec.name for spec in specs], dtype=object)),
+            kind=("tensor", np.array([spec.kind for spec in specs], dtype=object)),
+            elements=("tensor", [spec.elements for spec in specs]),
+        )
+
+    @property
+    def histogram(self) -> xr.Dataset:
+        """Per segment: counts of single parameters' allocations between fixed `edge`s, exact zeros apart."""
+        return self._open("histogram")
+
+    @property
+    def totals(self) -> xr.Dataset:
+        """Per parameter over all segments, dims `(total, "NAME:0", …)`: allocated, counts of helping and hurting, turns.
+
+        Raises:
+            LCAError: where the run is not complete.
+        """
+        if not self.complete:
+            raise LCAError(f"loss {self.name!r} in {self._path} is not complete, so it has no totals yet. Run `lca run` again to finish it.")
+        group = zarr.open_group(self._path / DATA, mode="r", zarr_format=3, use_consolidated=False)
+        found = {}
+        for tensor in self._manifest.allocated:
+            stored = np.asarray(group[f"{self._key}/totals/{tensor.key}"][:])  # type: ignore[index]
+            joined = join_all([dict(zip(FIELDS, window, strict=True)) for window in stored])
+            inner = [f"{tensor.spec.name}:{axis}" for axis in range(len(tensor.spec.shape))]
+            found[tensor.spec.name] = (("total", *inner), np.stack([joined[name] for name in TOTALS]))
+        return xr.Dataset(found, coords={"total": list(TOTALS)})
+
+    @property
+    def markers(self) -> list[dict[str, Any]]:
+        """What was recorded when each span was committed: evaluations, forward passes, seconds, worker."""
+        return [json.loads(path.read_text()) for path in sorted((self._path / COMMITS / self._key).glob("[0-9]*.json"))]
+
+
+class Run(Mapping[str, LossResults]):
+    """A run directory: its losses by name."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+
+    def __getitem__(self, loss: str) -> LossResults:
+        if loss not in self.manifest.losses:
+            raise KeyError(f"{self.path} has no loss {loss!r}; it has {', '.join(map(repr, self.manifest.losses))}")
+        return LossResults(self.path, self.manifest, loss)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.manifest.losses)
+
+    def __len__(self) -> int:
+        return len(self.manifest.losses)
+
+    def __repr__(self) -> str:
+        return f"<Run {str(self.path)!r}: losses {', '.join(self.manifest.losses)}; {self.manifest.segments} segments>"
+
+
+def open_run(path: str | Path) -> Run:
+    """Open a run directory that `lca run` wrote, finished or not.
+
+    Raises:
+        LCAError: where `path` is not a run directory.
+    """
+    return Run(Path(path), read_manifest(Path(path)))

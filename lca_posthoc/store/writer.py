@@ -1,0 +1,285 @@
+"""Create a run, write the rows of a span, commit them.
+
+Protocol: chunks, flush, marker under a temporary name, flush, rename. A span without a marker does not exist; writing it
+again gives the same bytes. The driver creates all metadata; workers write whole chunk rows only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numcodecs.blosc
+import numpy as np
+import zarr
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+from ..errors import InputError
+from ..records import FIELDS, Totals, histogram_edges, join_all
+from ..trajectory import Checkpoint
+from .files import seal_all, write_whole
+from .layout import ArrayPlan, plan_arrays
+from .manifest import FILE, LossRecord, Manifest, read_manifest, write_manifest
+
+if TYPE_CHECKING:
+    from ..tally import Tally
+
+DATA = "data.zarr"
+COMMITS = "commits"
+PARTIAL = "partial"
+
+
+def required_bytes(manifest: Manifest, keep: str, losses: int) -> int:
+    """Bytes a run takes before compression."""
+    return losses * sum(plan.bytes for plan in plan_arrays(manifest, keep))
+
+
+def create(path: Path, manifest: Manifest) -> RunWriter:
+    """Create a run directory: built beside its place and renamed, so that a killed creation leaves nothing in the way.
+
+    Raises:
+        InputError: where `path` exists.
+    """
+    if path.exists():
+        raise InputError(f"{path} exists and is not a run directory (it has no {FILE}). Choose another place with --out.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep_creations(path)
+    building = path.with_name(f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
+    building.mkdir()
+    for name in (DATA, COMMITS, PARTIAL):
+        (building / name).mkdir()
+    zarr.create_group(building / DATA, zarr_format=3)
+    writer = RunWriter(building, manifest)
+    for name in manifest.losses:
+        writer.create_loss(name)
+    write_manifest(manifest, building)
+    building.rename(path)
+    return RunWriter(path, manifest)
+
+
+def _sweep_creations(path: Path) -> None:
+    """Remove what killed creations on this host left."""
+    prefix = f"{path.name}.partial-{socket.gethostname()}-"
+    for left in path.parent.glob(f"{path.name}.partial-*"):
+        pid = left.name.removeprefix(prefix)
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+class RunWriter:
+    """Writes into one run directory; any number of workers may, each its own spans."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+
+    @classmethod
+    def open(cls, path: Path) -> RunWriter:
+        """Open an existing run for writing."""
+        return cls(path, read_manifest(path))
+
+    @property
+    def keep(self) -> str:
+        """What the run keeps: "parameters", "units" or "tensors"."""
+        return str(self.manifest.settings["keep"])
+
+    # --- metadata: the driver alone ---------------------------------------------------------------------------------
+
+    def create_loss(self, name: str) -> None:
+        """Create the arrays of one loss; leftovers of a killed creation are removed first."""
+        key = self.manifest.losses[name].key
+        for part in (DATA, COMMITS, PARTIAL):
+            shutil.rmtree(self.path / part / key, ignore_errors=True)
+        (self.path / COMMITS / key).mkdir()
+        (self.path / PARTIAL / key).mkdir()
+        group = zarr.open_group(self.path / DATA, mode="r+", zarr_format=3, use_consolidated=False).create_group(key, attributes={"loss": name})
+        for part in dict.fromkeys(plan.path.partition("/")[0] for plan in self._plans()):
+            group.create_group(part, attributes=self._attributes(part))
+        for plan in self._plans():
+            _create(group, plan)
+        edges = histogram_edges()
+        group["histogram"].create_array("edge", data=edges, dimension_names=("edge",))  # type: ignore[union-attr]
+        self._label(group)
+
+    def _plans(self) -> Iterator[ArrayPlan]:
+        return plan_arrays(self.manifest, self.keep)
+
+    def _attributes(self, part: str) -> dict[str, Any]:
+        if part == "tensors":
+            specs = [tensor.spec for tensor in self.manifest.allocated]
+            return {"tensor": [spec.name for spec in specs], "kind": [spec.kind for spec in specs]}
+        return {"field": list(FIELDS)} if part == "totals" else {}
+
+    def _label(self, group: zarr.Group) -> None:
+        """Write the training steps beside every array that runs over segments."""
+        ends = [checkpoint.step for checkpoint in self.manifest.checkpoints[1:]]
+        for part, node in group.groups():
+            if part != "totals":
+                node.create_array("step", data=np.array(self.manifest.steps, "int64"), dimension_names=("step",), overwrite=True)
+            if part == "steps":
+                node.create_array("step_end", data=np.array(ends, "int64"), dimension_names=("step",), overwrite=True)
+
+    def add_losses(self, losses: dict[str, LossRecord]) -> None:
+        """Take up more losses; what is committed of the others is not touched."""
+        self.manifest = self.manifest.with_losses(losses)
+        for name in losses:
+            self.create_loss(name)
+        write_manifest(self.manifest, self.path)
+
+    def extend(self, checkpoints: list[Checkpoint]) -> None:
+        """Take up checkpoints at the end. A last span that was short is no longer whole and will be replayed again."""
+        before, after = self.manifest, self.manifest.with_checkpoints(checkpoints)
+        for key in (record.key for record in before.losses.values()):
+            if before.segments % before.span:
+                self._marker(key, before.spans - 1).unlink(missing_ok=True)
+            if not before.is_full(before.windows - 1):
+                self._window_marker(key, before.windows - 1).unlink(missing_ok=True)
+        self.manifest = after
+        root = zarr.open_group(self.path / DATA, mode="r+", zarr_format=3, use_consolidated=False)
+        for key in (record.key for record in after.losses.values()):
+            group = root[key]
+            assert isinstance(group, zarr.Group)
+            for plan in self._plans():
+                group[plan.path].resize(plan.shape)  # type: ignore[union-attr]
+            self._label(group)
+        write_manifest(after, self.path)
+
+    def sweep(self) -> None:
+        """Remove temporary files a killed writer left; only while holding the lock."""
+        for left in [*self.path.rglob("*.partial"), *self.path.rglob(".*.tmp")]:
+            left.unlink(missing_ok=True)
+
+    # --- what is there -----------------------------------------------------------------------------------------------
+
+    def pending(self, loss: str) -> list[int]:
+        """The spans of a loss without a marker, or whose totals were lost before they were folded."""
+        return [span for span in range(self.manifest.spans) if not self._is_committed(self.manifest.losses[loss].key, span)]
+
+    def _is_committed(self, key: str, span: int) -> bool:
+        if not self._marker(key, span).exists():
+            return False
+        window = span // self.manifest.window
+        return self.manifest.window == 1 or self._window_marker(key, window).exists() or self._partial(key, span).exists()
+
+    def is_complete(self, loss: str) -> bool:
+        """Whether every span is committed and every window of totals folded."""
+        key = self.manifest.losses[loss].key
+        folded = self.manifest.window == 1 or all(
+            self._window_marker(key, window).exists() for window in range(self.manifest.windows)
+        )
+        return folded and not self.pending(loss)
+
+    def _marker(self, key: str, span: int) -> Path:
+        return self.path / COMMITS / key / f"{span:06d}.json"
+
+    def _window_marker(self, key: str, window: int) -> Path:
+        return self.path / COMMITS / key / f"window-{window:06d}.json"
+
+    def _partial(self, key: str, span: int) -> Path:
+        return self.path / PARTIAL / key / f"{span:06d}.safetensors"
+
+    # --- spans: workers ----------------------------------------------------------------------------------------------
+
+    def write_span(self, loss: str, span: int, tally: Tally, facts: dict[str, Any]) -> None:
+        """Write and commit everything one span has to say about one loss.
+
+        Args:
+            loss: its name.
+            span: its number on the grid.
+            tally: the arrays.
+            facts: JSON-like, recorded in the marker (evaluations, seconds, …).
+        """
+        key = self.manifest.losses[loss].key
+        rows = self.manifest.rows(span)
+        parts: dict[str, dict[str, Any]] = {
+            "steps": tally.steps,
+            "tensors": tally.tensors,
+            "histogram": tally.histogram,
+            "allocation": {self._key(name): each for name, each in tally.allocation.items()},
+            "units": {self._key(name): each for name, each in tally.units.items()},
+        }
+        arrays = {f"{part}/{name}": values for part, held in parts.items() for name, values in held.items()}
+        files = self._write_rows(key, arrays, rows, span)
+        totals = tally.totals()
+        if self.manifest.window == 1:
+            files += self._write_totals(key, span, totals)
+        else:
+            flat = {f"{field}/{self._key(name)}": values for name, held in totals.items() for field, values in held.items()}
+            write_whole(self._partial(key, span), save_arrays(flat))
+        marker = {**facts, "loss": loss, "span": span, "steps": self.manifest.steps[rows], "files": seal_all(files, self.path)}
+        write_whole(self._marker(key, span), json.dumps(marker, allow_nan=False).encode())
+        self.fold(loss, span // self.manifest.window)
+
+    def _key(self, name: str) -> str:
+        return next(tensor.key for tensor in self.manifest.allocated if tensor.spec.name == name)
+
+    def _write_rows(self, key: str, arrays: dict[str, Any], rows: slice, row: int) -> list[Path]:
+        """Write one chunk row of each array; returns the files that hold it."""
+        numcodecs.blosc.use_threads = False
+        files: list[Path] = []
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            group = zarr.open_group(self.path / DATA / key, mode="r+", zarr_format=3, use_consolidated=False)
+            for path, values in arrays.items():
+                if values.size:
+                    group[path][rows] = values  # type: ignore[index]
+                    files += _row_files(self.path / DATA / key / path, row)
+        return files
+
+    def _write_totals(self, key: str, window: int, totals: dict[str, Totals]) -> list[Path]:
+        arrays = {
+            f"totals/{self._key(name)}": np.stack([np.asarray(held[field], "float64") for field in FIELDS])[None]
+            for name, held in totals.items()
+        }
+        return self._write_rows(key, arrays, slice(window, window + 1), window)
+
+    def fold(self, loss: str, window: int) -> None:
+        """Join the totals of a window's spans once all are committed; harmless to repeat, also at the same time."""
+        key = self.manifest.losses[loss].key
+        spans = self.manifest.spans_of(window)
+        if self.manifest.window == 1 or self._window_marker(key, window).exists():
+            return
+        if not all(self._is_committed(key, span) for span in spans):
+            return
+        try:
+            stretches = [load_arrays(self._partial(key, span).read_bytes()) for span in spans]
+        except FileNotFoundError:  # another worker folded this window meanwhile
+            return
+        totals = {
+            tensor.spec.name: join_all([{field: each[f"{field}/{tensor.key}"] for field in FIELDS} for each in stretches])
+            for tensor in self.manifest.allocated
+        }
+        marker = {"loss": loss, "window": window, "files": seal_all(self._write_totals(key, window, totals), self.path)}
+        write_whole(self._window_marker(key, window), json.dumps(marker).encode())
+        if self.manifest.is_full(window):
+            for span in spans:
+                self._partial(key, span).unlink(missing_ok=True)
+
+    def fold_all(self, loss: str) -> None:
+        """Fold every window that is ready and was not folded, because a worker died in between."""
+        for window in range(self.manifest.windows):
+            self.fold(loss, window)
+
+
+def _create(group: zarr.Group, plan: ArrayPlan) -> None:
+    group.create_array(
+        plan.path,
+        shape=plan.shape,
+        chunks=plan.chunks,
+        dtype=plan.dtype,
+        fill_value=np.nan if plan.dtype.startswith("float") else -1,
+        compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()],
+        dimension_names=plan.dims,
+        attributes=plan.attributes,
+    )
+
+
+def _row_files(array: Path, row: int) -> list[Path]:
+    """The files of one chunk row."""
+    place = array / "c" / str(row)
+    return [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file() and not path.name.endswith(".partial"))

@@ -1,0 +1,224 @@
+"""What the user supplies: a model, data and losses; how it is loaded, and what identifies a loss."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cloudpickle
+import torch
+
+from .errors import InputError
+
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A named objective over one split.
+
+    Args:
+        fn: called as `fn(model(inputs), targets)`, giving one value per element; with `reduction="none"` where it takes
+            `reduction`; a loss module is used with its reduction set to none.
+        on: the name of the split.
+        call: instead of `fn`: called as `call(model, batch)`, giving values or `(values, weights)`, for language models,
+            masks and several inputs. Values are per element, in any shape; weights have the same shape.
+    """
+
+    fn: Callable[..., Any] | None = None
+    on: str = "train"
+    call: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.fn is None) == (self.call is None):
+            raise InputError("Loss takes either a function, Loss(F.cross_entropy, on='train'), or Loss(call=fn, on='train').")
+        if not callable(self.fn or self.call):
+            raise InputError(f"Loss needs something to call, got {type(self.fn or self.call).__name__}.")
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the function has a `reduction` of its own that the probe can compare with."""
+        if isinstance(self.fn, torch.nn.Module):
+            return hasattr(self.fn, "reduction")
+        return self.fn is not None and _takes_reduction(self.fn)
+
+    def per_element(self) -> Callable[[Any, Any], Any]:
+        """`(outputs, targets) -> values`, nothing reduced."""
+        return self._with_reduction("none")
+
+    def mean(self) -> Callable[[Any, Any], Any]:
+        """`(outputs, targets) -> value`, the function's own mean."""
+        return self._with_reduction("mean")
+
+    def _with_reduction(self, reduction: str) -> Callable[[Any, Any], Any]:
+        assert self.fn is not None
+        if isinstance(self.fn, torch.nn.Module):
+            module = copy.copy(self.fn)
+            if self.reduces:
+                module.reduction = reduction
+            return module
+        return functools.partial(self.fn, reduction=reduction) if self.reduces else self.fn
+
+
+def _takes_reduction(fn: Callable[..., Any]) -> bool:
+    try:
+        return "reduction" in inspect.signature(fn).parameters
+    except (TypeError, ValueError):  # builtins without a signature
+        return False
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything needed to evaluate losses of one model on one data set.
+
+    Args:
+        model: a zero-argument factory of an `nn.Module` of the shape that was trained.
+        data: split name → `(inputs, targets)` tensors, or any map-style Dataset.
+        losses: loss name → `Loss`; the first is what `lca run` runs.
+    """
+
+    model: Callable[[], torch.nn.Module]
+    data: Mapping[str, Any]
+    losses: Mapping[str, Loss]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, torch.nn.Module) or not callable(self.model):
+            raise InputError(
+                f"Task.model must be a zero-argument factory of a module, got {type(self.model).__name__}. "
+                "Pass the class or a lambda: model=Net, or model=lambda: Net(hidden=100)."
+            )
+        if not isinstance(self.data, Mapping) or not self.data:
+            raise InputError("Task.data must name at least one split: data={'train': (inputs, targets)}.")
+        if not isinstance(self.losses, Mapping) or not self.losses:
+            raise InputError("Task.losses must name at least one loss: losses={'train': Loss(F.cross_entropy, on='train')}.")
+        for name, loss in self.losses.items():
+            if not isinstance(loss, Loss):
+                raise InputError(f"Task.losses[{name!r}] must be a Loss, got {type(loss).__name__}. Write Loss(fn, on='train').")
+            if loss.on not in self.data:
+                raise InputError(f"loss {name!r} is on split {loss.on!r}, but the task's data has {_names(self.data)}.")
+
+    def choose(self, wanted: list[str] | None) -> list[str]:
+        """The names of the losses to run: the first one by default, every one for `["all"]`."""
+        if not wanted:
+            return [next(iter(self.losses))]
+        if wanted == ["all"]:
+            return list(self.losses)
+        for name in wanted:
+            if name not in self.losses:
+                raise InputError(f"there is no loss {name!r} in the task; it has {_names(self.losses)}. Use --loss NAME or --loss all.")
+        return list(dict.fromkeys(wanted))
+
+
+def _names(table: Mapping[str, Any]) -> str:
+    return ", ".join(repr(str(name)) for name in table) or "none"
+
+
+def entry(task: str | Path | Task) -> Entry:
+    """How to find a task again in another process: JSON-like, plus bytes for a Task made in a notebook.
+
+    Args:
+        task: `FILE`, `FILE:FUNCTION`, `pkg.module:FUNCTION`, or a Task object.
+    """
+    if isinstance(task, Task):
+        return {"kind": "object", "bytes": cloudpickle.dumps(task)}
+    text = str(task)
+    place, colon, function = text.rpartition(":")
+    if not colon or "/" in function or function.endswith(".py"):
+        place, function = text, "task"
+    path = Path(place)
+    if path.suffix == ".py" or path.exists():
+        if not path.is_file():
+            raise InputError(f"task file {path} does not exist. Give --task FILE, FILE:FUNCTION or pkg.module:FUNCTION.")
+        return {"kind": "file", "path": str(path.resolve()), "function": function, "sha256": _sha256(path)}
+    return {"kind": "module", "module": place, "function": function}
+
+
+def digest(entry: Entry) -> str:
+    """A hash of the task's own source, as far as one file tells: recorded with a run, never compared with another."""
+    if entry["kind"] == "file":
+        return str(entry["sha256"])
+    return hashlib.sha256(entry.get("bytes") or f"{entry['module']}:{entry['function']}".encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load(entry: Entry) -> Task:
+    """Build the task an entry points at.
+
+    Raises:
+        InputError: where it cannot be imported, has no such function, raises, or returns something else.
+    """
+    if entry["kind"] == "object":
+        task = cloudpickle.loads(entry["bytes"])
+        place = "the Task given"
+    else:
+        place = f"{entry.get('path') or entry['module']}:{entry['function']}"
+        function = getattr(_module(entry), entry["function"], None)
+        if not callable(function):
+            raise InputError(f"{place}: there is no such function. A task file defines `def task() -> Task:`.")
+        try:
+            task = function()
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"{place}() raised {type(error).__name__}: {error}. {_where(error)}") from error
+    if not isinstance(task, Task):
+        raise InputError(f"{place}() returned {type(task).__name__}, not a Task. End it with `return Task(model=…, data=…, losses=…)`.")
+    return task
+
+
+def _module(entry: Entry) -> ModuleType:
+    place = entry.get("path") or entry["module"]
+    try:
+        if entry["kind"] == "module":
+            return importlib.import_module(entry["module"])
+        return _module_of_file(Path(entry["path"]), entry["sha256"])
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(f"cannot import task {place}: {type(error).__name__}: {error}. {_where(error)}") from error
+
+
+def _module_of_file(path: Path, sha256: str) -> ModuleType:
+    """Import a file under a name bound to its content, so that an edited file is never taken for the old one."""
+    if _sha256(path) != sha256:
+        raise InputError(f"task file {path} changed while it was being used. Run again.")
+    name = f"lca_task_{path.stem}_{sha256[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _where(error: BaseException) -> str:
+    """The last place in the user's own code an error passed through."""
+    trace, place = error.__traceback__, ""
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if "lca_posthoc" not in Path(file).parts and not file.startswith("<frozen"):
+            place = f"(at {file}:{trace.tb_lineno})"
+        trace = trace.tb_next
+    return place

@@ -1,0 +1,390 @@
+"""Find, order, validate and read the checkpoints of one training run.
+
+Opening reads headers only; reading never maps a file into memory. The model's tensors are given as a table: nothing
+here knows of tasks, losses or runs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import InputError, SpanError
+from .headers import HALF, Header, TensorHeader, fingerprint, read_header
+
+if TYPE_CHECKING:
+    import torch
+
+_STEP = re.compile(
+    r"(?<![A-Za-z])(?:checkpoint|ckpt|global_?step|step|iter(?:ate|ation)?)[-_=]?(\d+)(?!\d|[eE.]\d)", re.IGNORECASE
+)
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+_INDEX = "model.safetensors.index.json"
+RESERVED = ("step", "group")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of the model: its first name, its other names when tied, and how it takes part.
+
+    `kind` is "parameter", "buffer" or "state" (loaded, never allocated); `unit_axis` is the axis along which neurons or
+    channels run, None for scalars.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    aliases: tuple[str, ...] = ()
+    unit_axis: int | None = None
+
+    @property
+    def elements(self) -> int:
+        """How many numbers the tensor holds."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The files of one training step, their total size in bytes and a CRC32C of samples of them."""
+
+    step: int
+    files: tuple[Path, ...]
+    size: int
+    fingerprint: int
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """All checkpoints in order of their step, with the tensors every one of them holds."""
+
+    root: Path
+    checkpoints: tuple[Checkpoint, ...]
+    tensors: dict[str, TensorHeader]
+    sources: dict[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def steps(self) -> list[int]:
+        """The training steps, ascending."""
+        return [checkpoint.step for checkpoint in self.checkpoints]
+
+    @property
+    def half_precision(self) -> list[str]:
+        """Tensors stored with fewer than 32 bits a number: most of the motion is lost in rounding."""
+        return [name for name, header in self.tensors.items() if header.dtype in HALF]
+
+    def match(self, table: Sequence[TensorSpec]) -> dict[str, str]:
+        """The name inside the files of every tensor of the model.
+
+        Raises:
+            InputError: where a tensor is missing, left over, of another shape, or reserved by name.
+        """
+        found, used = {}, set()
+        for spec in table:
+            if spec.name in RESERVED:
+                raise InputError(f"the model has a tensor called {spec.name!r}, a name results reserve. Rename it in the model.")
+            present = [name for name in map(normalise, (spec.name, *spec.aliases)) if name in self.tensors]
+            if not present:
+                raise InputError(self._missing(spec, table))
+            header = self.tensors[present[0]]
+            if header.shape != spec.shape:
+                raise InputError(
+                    f"tensor {spec.name!r} has shape {list(header.shape)} in {self.checkpoints[0].files[0]} "
+                    f"(step {self.steps[0]}) but {list(spec.shape)} in the task's model. Build the model that was trained."
+                )
+            found[spec.name] = self.sources[present[0]]
+            used.update(present)
+        extra = sorted(set(self.tensors) - used)
+        if extra:
+            raise InputError(
+                f"{_some(extra)} stand{'s' if len(extra) == 1 else ''} in {self.checkpoints[0].files[0]} (step {self.steps[0]}) "
+                "but not in the task's model. Build the model that was trained, or map the names with --rename OLD=NEW."
+            )
+        return found
+
+    def _missing(self, spec: TensorSpec, table: Sequence[TensorSpec]) -> str:
+        known = {normalise(name) for each in table for name in (each.name, *each.aliases)}
+        left = sorted(set(self.tensors) - known)
+        hint = f"; the file has {_some(left)} instead" if left else ""
+        return (
+            f"tensor {spec.name!r} of the task's model (shape {list(spec.shape)}) is missing in "
+            f"{self.checkpoints[0].files[0]} (step {self.steps[0]}){hint}. Build the model that was trained, or map the names with "
+            "--rename OLD=NEW."
+        )
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    shown = ", ".join(repr(name) for name in names[:most])
+    return ("tensor " if len(names) == 1 else "tensors ") + shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def normalise(name: str) -> str:
+    """A tensor's name without what `DataParallel` and `torch.compile` put into it.
+
+    >>> normalise("module._orig_mod.fc._orig_mod.weight")
+    'fc.weight'
+    """
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    while len(parts) > 1 and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def step_in_name(name: str) -> int | None:
+    """The training step a file or directory name states, or None: never just the last number found.
+
+    >>> step_in_name("checkpoint-30000step"), step_in_name("step_1e5"), step_in_name("model-00001-of-00004")
+    (30000, None, None)
+    """
+    found = {int(number) for number in _STEP.findall(name)}
+    return found.pop() if len(found) == 1 else None
+
+
+def open_trajectory(
+    directory: str | Path,
+    *,
+    pattern: str | None = None,
+    rename: Sequence[str] = (),
+    steps: str | None = None,
+) -> Trajectory:
+    """Open a directory of safetensors iterates: files, `checkpoint-N/` directories, or sharded ones with an index.
+
+    Args:
+        directory: where the checkpoints lie.
+        pattern: a regular expression with a group `step`, matched against each name; names it does not match are left out.
+        rename: `OLD=NEW` pairs, OLD a regular expression, applied to every tensor name in turn.
+        steps: `A:B` or `A:B:K`, training steps with both ends included, every K-th checkpoint of them.
+
+    Raises:
+        InputError: naming the file and the step, what was found, and what to do.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise InputError(f"{root} is not a directory of checkpoints. Give the directory that holds the saved iterates.")
+    rules = [_rename_rule(text) for text in rename]
+    regex = _compile(pattern) if pattern else None
+    named, notes = _discover(root, regex)
+    chosen = _select(sorted(named.items()), steps)
+    if len(chosen) < 2:
+        which = f" among steps {steps}" if steps else ""
+        only = f"only one checkpoint (step {chosen[0][0]})" if chosen else "no checkpoint"
+        raise InputError(
+            f"{root} holds {only}{which}; at least two are needed, for a segment runs from one to the next. "
+            "Expected files such as step_00000010.safetensors or checkpoint-10/model.safetensors."
+        )
+    return _validated(root, chosen, rules, notes)
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"--pattern {pattern!r} is not a regular expression: {error}.") from None
+    if "step" not in regex.groupindex:
+        raise InputError(f"--pattern {pattern!r} has no group called step. Write the number as (?P<step>\\d+).")
+    return regex
+
+
+def _rename_rule(text: str) -> tuple[re.Pattern[str], str]:
+    old, equals, new = text.partition("=")
+    if not equals or not old:
+        raise InputError(f"--rename {text!r} is not OLD=NEW. For example: --rename '^backbone\\.=encoder.'")
+    try:
+        return re.compile(old), new
+    except re.error as error:
+        raise InputError(f"--rename {text!r}: {old!r} is not a regular expression: {error}.") from None
+
+
+def _discover(root: Path, regex: re.Pattern[str] | None) -> tuple[dict[int, tuple[Path, ...]], list[str]]:
+    """Each step's files."""
+    named: dict[int, tuple[Path, ...]] = {}
+    unnamed: list[Path] = []
+    for path in sorted(root.iterdir()):
+        files = _files(path)
+        if not files:
+            continue
+        step = _step(path, files, regex)
+        if step is None:
+            unnamed.append(path)
+        elif step in named:
+            raise InputError(
+                f"{named[step][0]} and {files[0]} both claim step {step}. Remove one, or tell steps apart with --pattern."
+            )
+        else:
+            named[step] = files
+    if regex is not None:
+        return named, []
+    final = [path for path in unnamed if named and (path.stem == "model" or _SHARD.search(path.stem))]
+    lost = [path for path in unnamed if path not in final]
+    if lost:
+        raise InputError(
+            f"cannot tell the training step of {', '.join(str(path) for path in lost[:3])}"
+            f"{f' and {len(lost) - 3} more' if len(lost) > 3 else ''}. Name the number with --pattern, for example "
+            "--pattern 'run_(?P<step>\\d+)'."
+        )
+    return named, [f"left out {path.name}: it states no step" for path in final]
+
+
+def _files(path: Path) -> tuple[Path, ...]:
+    """The safetensors files of one entry of the directory; none where it is not a checkpoint."""
+    if path.name.startswith(".") or ".tmp" in path.name:
+        return ()
+    if path.is_dir():
+        if (path / _INDEX).is_file():
+            return _shards(path / _INDEX)
+        inside = [file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith(".")]
+        single = [file for file in inside if file.name == "model.safetensors"] or inside
+        return tuple(single) if len(single) == 1 else ()
+    return (path,) if path.suffix == ".safetensors" else ()
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        raise InputError(f"{index} is not a shard index. It needs a weight_map from tensor to file; save the checkpoint again.") from None
+    files = tuple(index.parent / Path(name).name for name in names)
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{index} names {file.name}, which is missing. Save the checkpoint again or remove its directory.")
+    return files
+
+
+def _step(path: Path, files: tuple[Path, ...], regex: re.Pattern[str] | None) -> int | None:
+    if regex is not None:
+        found = regex.search(path.name)
+        return int(found["step"]) if found and found["step"].isdigit() else None
+    if path.is_file():
+        stated = read_header(path).metadata.get("step")
+    else:
+        stated = _trainer_step(path / "trainer_state.json")
+    if stated is not None and str(stated).isdigit():
+        return int(stated)
+    return step_in_name(path.name.removesuffix(".safetensors"))
+
+
+def _trainer_step(path: Path) -> str | None:
+    try:
+        return str(json.loads(path.read_text())["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _select(named: list[tuple[int, tuple[Path, ...]]], steps: str | None) -> list[tuple[int, tuple[Path, ...]]]:
+    if steps is None:
+        return named
+    match = re.fullmatch(r"(\d*):(\d*)(?::(\d+))?", steps)
+    if not match or match[3] == "0":
+        raise InputError(f"--steps {steps!r} is not A:B or A:B:K. For example 0:500, 100:, or ::10 for every tenth checkpoint.")
+    first, last = int(match[1] or 0), int(match[2]) if match[2] else None
+    return [item for item in named if item[0] >= first and (last is None or item[0] <= last)][:: int(match[3] or 1)]
+
+
+def _validated(
+    root: Path,
+    chosen: list[tuple[int, tuple[Path, ...]]],
+    rules: list[tuple[re.Pattern[str], str]],
+    notes: list[str],
+) -> Trajectory:
+    checkpoints: list[Checkpoint] = []
+    tensors: dict[str, TensorHeader] = {}
+    sources: dict[str, str] = {}
+    for step, files in chosen:
+        headers = [read_header(file) for file in files]
+        held = {name: tensor for header in headers for name, tensor in header.tensors.items()}
+        if not checkpoints:
+            sources = _names(held, rules, files[0])
+            tensors = {name: held[source] for name, source in sources.items()}
+        elif held != {source: tensors[name] for name, source in sources.items()}:
+            raise InputError(_difference(held, {source: tensors[name] for name, source in sources.items()}, step, files[0]))
+        checkpoints.append(Checkpoint(step, files, sum(header.size for header in headers), _joined(headers)))
+    return Trajectory(root, tuple(checkpoints), tensors, sources, (*notes, *_gaps([step for step, _ in chosen])))
+
+
+def _joined(headers: Sequence[Header]) -> int:
+    crc = 0
+    for header in headers:
+        crc = (crc * 31 + header.fingerprint) % 2**32
+    return crc
+
+
+def _names(held: Mapping[str, TensorHeader], rules: list[tuple[re.Pattern[str], str]], file: Path) -> dict[str, str]:
+    sources: dict[str, str] = {}
+    for source in held:
+        name = normalise(source)
+        for regex, new in rules:
+            name = regex.sub(new, name)
+        if name in sources:
+            raise InputError(f"{sources[name]!r} and {source!r} in {file} both become {name!r}. Tell them apart with --rename OLD=NEW.")
+        sources[name] = source
+    return sources
+
+
+def _difference(held: Mapping[str, TensorHeader], known: Mapping[str, TensorHeader], step: int, file: Path) -> str:
+    for name in sorted({*held, *known}):
+        if held.get(name) != known.get(name):
+            break
+    here = f"{held[name].dtype} {list(held[name].shape)}" if name in held else "absent"
+    there = f"{known[name].dtype} {list(known[name].shape)}" if name in known else "absent"
+    return (
+        f"tensor {name!r} is {here} in {file} (step {step}) but {there} at the first step. All checkpoints must come from "
+        "one model; leave the odd ones out with --steps."
+    )
+
+
+def _gaps(steps: Sequence[int]) -> list[str]:
+    """Segments longer than the usual one, reported because quadrature has more to do there."""
+    lengths = [after - before for before, after in zip(steps, steps[1:], strict=False)]
+    usual = Counter(lengths).most_common(1)[0][0]
+    longer = [(step, length) for step, length in zip(steps, lengths, strict=False) if length > usual]
+    if not longer:
+        return []
+    first = ", ".join(f"{step}→{step + length}" for step, length in longer[:3])
+    more = f" and {len(longer) - 3} more" if len(longer) > 3 else ""
+    return [f"{len(longer)} of {len(lengths)} segments are longer than the usual {usual} step{'s' if usual > 1 else ''}: {first}{more}"]
+
+
+def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The tensors of one checkpoint on the CPU, by the model's names, as they are stored.
+
+    Args:
+        checkpoint: the files, with the size and fingerprint they had when the trajectory was opened.
+        names: the model's name of each tensor → its name inside the files.
+
+    Raises:
+        SpanError: where a file changed since, cannot be read, or holds a number that is not finite.
+    """
+    import safetensors.torch  # here, because a driver that only looks at headers need not load torch
+    import torch
+
+    held: dict[str, torch.Tensor] = {}
+    crc = 0
+    for path in checkpoint.files:
+        try:
+            data = path.read_bytes()
+            crc = (crc * 31 + fingerprint(lambda at, n, data=data: data[at : at + n], len(data))) % 2**32
+            held |= safetensors.torch.load(data)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise SpanError(f"cannot read {path} (step {checkpoint.step}): {error}. Restore the file and run again.") from None
+    if crc != checkpoint.fingerprint:
+        raise SpanError(
+            f"{checkpoint.files[0]} (step {checkpoint.step}) is not the file it was when the run was created. Restore it, "
+            "or start a new run with --out."
+        )
+    tensors = {name: held[source] for name, source in names.items()}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise SpanError(
+                f"tensor {name!r} holds {bad:,} NaN or Inf in {checkpoint.files[0]} (step {checkpoint.step}). The segments that "
+                "touch this step cannot be allocated; leave it out with --steps."
+            )
+    return tensors

@@ -1,0 +1,288 @@
+"""What runs on a worker: describe a task, probe it, replay one span. Each takes a JSON-like spec and returns one.
+
+The model and the data are built once per process, in a cache keyed by what they were built from.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import resource
+import socket
+import threading
+import time
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, LCAError, ResourceError, SpanError, pack
+from .trajectory import Checkpoint, read_checkpoint
+
+Spec = dict[str, Any]
+_STATES: OrderedDict[str, Any] = OrderedDict()
+_LOCK = threading.Lock()
+_KEPT = 2
+
+
+def _objective(spec: Spec) -> Any:
+    """The objective of a spec, built once per process."""
+    settings = spec["settings"]
+    task = spec["task"]
+    parts = {"task": {**task, "bytes": str(task.get("bytes"))}, "losses": spec["losses"]}
+    key = json.dumps([parts, [settings[name] for name in ("device", "precision", "norm_stats", "batch_size")]], sort_keys=True)
+    with _LOCK:
+        if key not in _STATES:
+            while len(_STATES) >= _KEPT:
+                _STATES.popitem(last=False)
+            _STATES[key] = _build(spec, settings["precision"])
+        _STATES.move_to_end(key)
+        return _STATES[key]
+
+
+def _build(spec: Spec, precision: str) -> Any:
+    import torch
+
+    from . import task
+    from .objective import Objective
+
+    settings = spec["settings"]
+    device = torch.device(settings["device"])
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ResourceError("no GPU is visible to this worker. Use --device cpu, or make one visible with CUDA_VISIBLE_DEVICES.")
+    _deterministic()
+    return Objective(
+        lambda: task.load(spec["task"]),
+        spec["losses"],
+        device=device,
+        precision=precision,
+        norm_stats=settings["norm_stats"],
+        batch_size=settings["batch_size"],
+    )
+
+
+def _deterministic() -> None:
+    """One thread on the CPU, float32 as float32 on a GPU: what changes bits is never left to chance."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+def _reported(work: Callable[[Spec], Spec]) -> Callable[[Spec], Spec]:
+    """Failures come back as plain strings: an exception that cannot be unpickled elsewhere would hide its cause."""
+
+    def reported(spec: Spec) -> Spec:
+        import torch
+
+        try:
+            return work(spec)
+        except LCAError as error:
+            return {"error": pack(error), "trace": traceback.format_exc()}
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            hint = "Give a smaller --batch-size" + ("" if spec["settings"]["batch_size"] is None else f" than {spec['settings']['batch_size']}")
+            return {"error": pack(ResourceError(f"out of memory ({str(error)[:200]}). {hint}.")), "trace": traceback.format_exc()}
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            kind = ResourceError(f"no space left for the result ({error}). Free some and run again.") if full else SpanError(str(error))
+            return {"error": pack(kind), "trace": traceback.format_exc()}
+        except Exception as error:
+            return {"error": pack(SpanError(f"{type(error).__name__}: {error}")), "trace": traceback.format_exc()}
+
+    return reported
+
+
+def describe(spec: Spec) -> Spec:
+    """What the task holds: the model's tensors, and of each loss its split and its kind."""
+    return _reported(_describe)(spec)
+
+
+def _describe(spec: Spec) -> Spec:
+    objective = _objective(spec)
+    losses = {
+        name: {"on": loss.on, "kind": "call" if loss.call else "function", "examples": objective.splits[loss.on].examples}
+        for name, loss in objective.losses.items()
+    }
+    return {
+        "tensors": [asdict(each) for each in objective.table],
+        "losses": losses,
+        "task_losses": objective.task_losses,
+    }
+
+
+def probe(spec: Spec) -> Spec:
+    """Check the task on a small sample at the first checkpoint; identify each loss there and at the last one."""
+    return _reported(_probe)(spec)
+
+
+def _probe(spec: Spec) -> Spec:
+    objective = _objective(spec)
+    names = list(objective.losses)
+    first = _first_point(spec, objective)
+    batch_sizes = objective.settle_batch_sizes(first, spec["batch_sizes"])
+    notes = [note for name in names for note in _checks(spec, objective, name)]
+    notes += _unmoved(spec)
+    identities = _identities(spec, objective, first, names)
+    calibrations = _calibrations(spec, objective, names) if spec["settings"]["rule"] == "trapezoid" else {}
+    return {
+        "batch_sizes": batch_sizes,
+        "identity": identities,
+        "calibration": {name: calibrations.get(name) for name in names},
+        "notes": notes,
+    }
+
+
+def _first_point(spec: Spec, objective: Any) -> Any:
+    try:
+        return _point(spec, 0, objective)
+    except SpanError as error:
+        raise InputError(str(error)) from None
+
+
+def _checks(spec: Spec, objective: Any, name: str) -> list[str]:
+    from .objective import check_loss
+
+    notes: list[str] = check_loss(objective, name)
+    if spec["settings"]["precision"] == "float64":
+        _same_in_float32(spec, objective, name)
+    return notes
+
+
+def _same_in_float32(spec: Spec, objective: Any, name: str) -> None:
+    """Refuse float64 where code with float32 constants makes it another function."""
+    from .objective import identify
+
+    single = _build(spec, "float32")
+    single.settle_batch_sizes(_point(spec, 0, single), objective.batch_sizes)
+    wide, narrow = identify(objective, name).loss, identify(single, name).loss
+    if abs(wide - narrow) > 1e-4 * max(abs(wide), abs(narrow), 1e-12):
+        raise InputError(
+            f"loss {name!r} is {wide:.6g} in float64 but {narrow:.6g} in float32 at the first checkpoint: the model or the loss "
+            "holds float32 constants (a mask, say). Use --precision float32."
+        )
+
+
+def _identities(spec: Spec, objective: Any, first: Any, names: list[str]) -> dict[str, list[dict[str, float] | None]]:
+    from .objective import identify
+
+    found: dict[str, list[dict[str, float] | None]] = {name: [] for name in names}
+    for index in (0, spec["ends"]):
+        try:
+            objective.place(first if index == 0 else _point(spec, index, objective))
+        except SpanError:  # a run that diverged: its last spans will fail and say so
+            for name in names:
+                found[name].append(None)
+            continue
+        for name in names:
+            identity = asdict(identify(objective, name))
+            found[name].append(identity if all(map(math.isfinite, identity.values())) else None)
+    return found
+
+
+def _samples(spec: Spec) -> list[int]:
+    """A few segments: the first, the middle, the last."""
+    return sorted({0, (spec["ends"] - 1) // 2, spec["ends"] - 1})
+
+
+def _calibrations(spec: Spec, objective: Any, names: list[str]) -> dict[str, float]:
+    from .allocation import calibrate
+
+    found = dict.fromkeys(names, 0.0)
+    for index in _samples(spec):
+        try:
+            shares = calibrate(_point(spec, index, objective), _point(spec, index + 1, objective), objective, names)
+        except SpanError:
+            continue
+        found = {name: max(found[name], share) for name, share in shares.items() if math.isfinite(share)}
+    return found
+
+
+def _unmoved(spec: Spec) -> list[str]:
+    """The share of half-precision parameters that did not move at all on a few segments."""
+    if not spec["half"]:
+        return []
+    same = count = 0
+    for index in _samples(spec):
+        try:
+            before, after = (read_checkpoint(_checkpoint(spec, at), spec["names"]) for at in (index, index + 1))
+        except SpanError:
+            continue
+        for name in before:
+            if before[name].is_floating_point():
+                same += int((before[name].float() == after[name].float()).sum())
+                count += before[name].numel()
+    return [
+        f"checkpoints are stored in half precision ({len(spec['half'])} tensors): {same / max(1, count):.1%} of the parameters do not "
+        "move at all on sampled segments, and what does not move is allocated nothing. Record float32 weights."
+    ]
+
+
+def _checkpoint(spec: Spec, index: int) -> Checkpoint:
+    step, files, size, fingerprint = spec["checkpoints"][str(index)]
+    return Checkpoint(step, tuple(Path(spec["root"]) / file for file in files), size, fingerprint)
+
+
+def _point(spec: Spec, index: int, objective: Any) -> Any:
+    """A checkpoint on the device, floating tensors in the precision of the run."""
+    stored = read_checkpoint(_checkpoint(spec, index), spec["names"])
+    return {
+        name: tensor.to(objective.device, objective.dtype) if tensor.is_floating_point() else tensor.to(objective.device)
+        for name, tensor in stored.items()
+    }
+
+
+def replay_span(spec: Spec) -> Spec:
+    """Allocate the segments of one span for its pending losses, write and commit them."""
+    return _reported(_replay_span)(spec)
+
+
+def _replay_span(spec: Spec) -> Spec:
+    from .allocation import Method, allocate_span
+    from .quadrature import RULES
+    from .store import RunWriter
+    from .tally import Tally
+
+    started = time.perf_counter()
+    objective = _objective(spec)
+    writer = RunWriter.open(Path(spec["run"]))
+    objective.batch_sizes |= spec["batch_sizes"]
+    rows = writer.manifest.rows(spec["span"])
+    settings = spec["settings"]
+    method = Method(
+        RULES[settings["rule"]], float(settings["tolerance"]), float(settings["allocation_tolerance"]), spec["calibration"]
+    )
+    losses = spec["pending"]
+    before = {name: (objective.evaluations[name], objective.forward_passes[name]) for name in losses}
+    tallies = {name: Tally(objective.allocated, rows.stop - rows.start, writer.keep, objective.device) for name in losses}
+    for start, end, done in allocate_span(_points(spec, rows, objective), objective, losses, method):
+        for name in losses:
+            tallies[name].add(start, end, done[name])
+    facts = {}
+    for name, tally in tallies.items():
+        facts[name] = {
+            "evaluations": objective.evaluations[name] - before[name][0],
+            "forward_passes": objective.forward_passes[name] - before[name][1],
+        }
+        where = {"host": socket.gethostname(), "pid": os.getpid(), "seconds": round(time.perf_counter() - started, 3)}
+        writer.write_span(name, spec["span"], tally, {**facts[name], **where})
+        facts[name]["worst_residual"] = float(abs(tally.steps["residual"]).max())
+        facts[name]["unconverged"] = int((tally.steps["converged"] == 0).sum())
+        facts[name]["silent"] = sorted(tally.silent)
+    return {
+        "losses": facts,
+        "segments": rows.stop - rows.start,
+        "seconds": time.perf_counter() - started,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _points(spec: Spec, rows: slice, objective: Any) -> Iterator[tuple[int, Any]]:
+    for index in range(rows.start, rows.stop + 1):
+        yield _checkpoint(spec, index).step, _point(spec, index, objective)
