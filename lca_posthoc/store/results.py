@@ -39,10 +39,19 @@ class LossResults:
         """Whether every segment is there."""
         return RunWriter(self._path, self._manifest).is_complete(self.name)
 
-    @property
-    def manifest(self) -> Manifest:
-        """What the run is made of."""
-        return self._manifest
+    def progress(self) -> dict[str, Any]:
+        """How far this loss is, from the commit markers alone: spans, segments, steps, seconds of workers."""
+        manifest, markers = self._manifest, self.markers
+        return {
+            "spans_done": len({row // manifest.span for row in self._rows}),
+            "spans": manifest.spans,
+            "segments_done": len(self._rows),
+            "segments": manifest.segments,
+            "first_step": manifest.checkpoints[0].step,
+            "last_step": manifest.checkpoints[-1].step,
+            "seconds": round(sum(marker["seconds"] for marker in markers), 3),
+            "complete": self.complete,
+        }
 
     def _open(self, part: str) -> xr.Dataset:
         group = f"{self._key}/{part}"
@@ -56,7 +65,7 @@ class LossResults:
 
     def _named(self, part: str) -> xr.Dataset:
         names = {tensor.key: tensor.spec.name for tensor in self._manifest.allocated}
-        return self._open(part).rename_vars(names)
+        return self._open(part).rename_vars(names)[list(names.values())]
 
     @property
     def allocation(self) -> xr.Dataset:

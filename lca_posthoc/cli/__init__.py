@@ -1,0 +1,91 @@
+"""The command line: one file per command; each reads its options, calls one function, prints.
+
+Commands are loaded when they are called, so that `lca --help` and every `dask` call stay fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..errors import Interrupted, LCAError
+
+COMMANDS = {
+    "demo": "Train, record and replay a small real model: the first minute.",
+    "plan": "Say what a run would cost, and probe the task.",
+    "run": "Allocate the loss change of every segment to every parameter.",
+    "status": "Say how far a run is.",
+    "summary": "Show headline figures and the table of tensors.",
+}
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class _Failure(click.ClickException):
+    """One of our errors as click reports it: one line on stderr and the error's own exit code."""
+
+    def __init__(self, error: LCAError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"lca: {self.message}", err=True)
+
+
+class _Group(click.Group):
+    """Knows its commands by name; imports one when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command = importlib.import_module(f".{name}", __name__).command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (LCAError, KeyboardInterrupt) as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc(file=sys.stderr)
+            known = error if isinstance(error, LCAError) else Interrupted("stopped. Run the same command again to go on.")
+            raise _Failure(known) from None
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc(file=sys.stderr)
+            text = f"unexpected {type(error).__name__}: {error}. See where with `lca --debug …`, and please report it."
+            raise _Failure(LCAError(text)) from None
+
+
+@click.group(cls=_Group, context_settings=SETTINGS)
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.version_option(__version__, prog_name="lca")
+def cli(debug: bool) -> None:
+    """Loss Change Allocation after training: which weights did the learning.
+
+    Training saves every iterate as safetensors; `lca run` replays them, computes full-data gradients and allocates the
+    change of any loss to every parameter.
+
+    \b
+    lca demo                                 # the first minute
+    lca run checkpoints --task my_task.py    # the main job; run again, it resumes
+    lca summary checkpoints.lca
+    """
+
+
+def main() -> None:
+    """The `lca` console script."""
+    cli()
