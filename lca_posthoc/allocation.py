@@ -200,7 +200,12 @@ def allocate(
 
 
 def _allocate_nested(
-    start: Point, end: Point, objective: Evaluates, losses: list[str], method: Method, at_start: Mapping[str, Evaluation] | None
+    start: Point,
+    end: Point,
+    objective: Evaluates,
+    losses: list[str],
+    method: Method,
+    at_start: Mapping[str, Evaluation] | None,
 ) -> tuple[dict[str, SegmentAllocation], dict[str, Evaluation]]:
     first = at_start or objective.evaluate(start, losses)
     last = objective.evaluate(end, losses)
@@ -263,7 +268,16 @@ def _allocate_fixed(
         residual = last[name].loss - first[name].loss - _total(allocation)
         untouched = frozenset.intersection(*(each[name].untouched for each in found))
         segment = SegmentAllocation(
-            allocation, mean, first[name].loss, last[name].loss, residual, len(rule.nodes), -1, True, math.nan, untouched
+            allocation,
+            mean,
+            first[name].loss,
+            last[name].loss,
+            residual,
+            len(rule.nodes),
+            -1,
+            True,
+            math.nan,
+            untouched,
         )
         done[name] = _checked(segment, name)
     return done, last
@@ -276,7 +290,9 @@ def _checked(segment: SegmentAllocation, name: str) -> SegmentAllocation:
     if not math.isfinite(segment.residual):
         for tensor, gradient in segment.mean_gradient.items():
             if not bool(torch.isfinite(gradient).all()):
-                raise SpanError(f"the gradient of loss {name!r} for tensor {tensor!r} holds NaN or Inf inside the segment")
+                raise SpanError(
+                    f"the gradient of loss {name!r} for tensor {tensor!r} holds NaN or Inf inside the segment"
+                )
     return segment
 
 
@@ -303,8 +319,12 @@ def allocate_span(
     while following is not None:
         (next_step, end), after = following, next(walk, None)
         try:
-            done, known = allocate(start, end, objective, losses, method, at_start=known, gradient_at_end=after is not None)
+            done, known = allocate(
+                start, end, objective, losses, method, at_start=known, gradient_at_end=after is not None
+            )
         except SpanError as error:
-            raise SpanError(f"{error}, between steps {step} and {next_step}. Leave these steps out with --steps.") from None
+            raise SpanError(
+                f"{error}, between steps {step} and {next_step}. Leave these steps out with --steps."
+            ) from None
         yield start, end, done
         step, start, following = next_step, end, after

@@ -21,8 +21,8 @@ MAX_HEADER_BYTES = 32 * 2**20
 MAX_TENSORS = 100_000
 _SAMPLE = 64 * 2**10
 _BITS = {
-    **{"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16},
-    **{"F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64},
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16,
+    "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }
 FLOATING = frozenset({"F8_E5M2", "F8_E4M3", "F8_E8M0", "F16", "BF16", "F32", "F64"})
 HALF = FLOATING - {"F32", "F64"}
@@ -67,7 +67,9 @@ def read_header(path: Path) -> Header:
                 raise _damaged(path, f"it has {size:,} bytes, {abs(missing):,} too {'few' if missing > 0 else 'many'}")
             return Header(tensors, metadata, size, fingerprint(lambda at, n: os.pread(file.fileno(), n, at), size))
     except OSError as error:
-        raise InputError(f"cannot read checkpoint file {path}: {error.strerror}. Check the path and its permissions.") from None
+        raise InputError(
+            f"cannot read checkpoint file {path}: {error.strerror}. Check the path and its permissions."
+        ) from None
 
 
 def _damaged(path: Path, what: str) -> InputError:

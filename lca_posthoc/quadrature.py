@@ -37,7 +37,7 @@ def nested(level: int) -> Rule:
 
     >>> nested(1)
     Rule(name='simpson', nodes=(0.0, 0.5, 1.0), weights=(0.16666666666666666, 0.6666666666666666, 0.16666666666666666), degree=3)
-    """  # noqa: E501
+    """
     if level == 0:
         return Rule("trapezoid", (0.0, 1.0), (0.5, 0.5), 1)
     n = 2**level
@@ -57,9 +57,7 @@ def fresh_nodes(level: int) -> tuple[float, ...]:
 
 def _gauss(points: int) -> Rule:
     nodes, weights = np.polynomial.legendre.leggauss(points)
-    return Rule(
-        f"gauss-{points}", tuple((0.5 * (nodes + 1)).tolist()), tuple((0.5 * weights).tolist()), 2 * points - 1
-    )
+    return Rule(f"gauss-{points}", tuple((0.5 * (nodes + 1)).tolist()), tuple((0.5 * weights).tolist()), 2 * points - 1)
 
 
 MAX_LEVEL = 5

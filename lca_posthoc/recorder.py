@@ -38,7 +38,9 @@ class Recorder:
     def __enter__(self) -> Recorder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         pass
 
     def save(self, step: int) -> Path:
@@ -67,5 +69,7 @@ class Recorder:
         persistent = self._model.state_dict(keep_vars=True)
         named = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
         return {
-            name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named.items() if name in persistent
+            name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in named.items()
+            if name in persistent
         }

@@ -22,7 +22,13 @@ STEP_FIELDS = {
     "converged": "int8",
     "error_bound": "float64",
 }
-TENSOR_FIELDS = {"allocated": "float64", "helping": "int64", "hurting": "int64", "motion": "float64", "gradient": "float64"}
+TENSOR_FIELDS = {
+    "allocated": "float64",
+    "helping": "int64",
+    "hurting": "int64",
+    "motion": "float64",
+    "gradient": "float64",
+}
 MAGNITUDES = 510  # two bins an octave over all finite float32
 BINS = 2 * MAGNITUDES
 

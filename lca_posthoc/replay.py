@@ -6,57 +6,28 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from . import store
-from .cluster import Cluster, Spec, open_cluster, visible_device
-from .errors import InputError, Interrupted, LCAError, ResourceError, SpanError, unpack
-from .quadrature import RULES
-from .records import KEEP
-from .store import LossRecord, Manifest, Run, RunWriter, StoredTensor
-from .store.keys import encode_all
+from .cluster import Cluster, Spec, open_cluster
+from .errors import InputError, Interrupted, ResourceError, SpanError, unpack
+from .preparation import as_json, prepare, relative
+from .settings import Settings, resolve
+from .store import LossRecord, Manifest, Run, RunWriter
 from .task import Entry, Task, digest, entry
-from .trajectory import Checkpoint, TensorSpec, Trajectory, open_trajectory
-from .worker import describe, probe, replay_span
+from .trajectory import Checkpoint, Trajectory, open_trajectory
+from .worker import replay_span
 
 if TYPE_CHECKING:
     from types import FrameType
-
-DEFAULTS: dict[str, Any] = {
-    "rule": "simpson",
-    "tolerance": 1e-3,
-    "allocation_tolerance": "inf",
-    "keep": "parameters",
-    "batch_size": None,
-    "device": None,
-    "precision": "float32",
-    "norm_stats": "running",
-    "steps": None,
-    "pattern": None,
-    "rename": [],
-}
-CHOICES = {
-    "rule": tuple(RULES),
-    "keep": KEEP,
-    "precision": ("float32", "float64"),
-    "norm_stats": ("running", "batch"),
-    "device": ("cpu", "cuda"),
-}
-_SPAN_BYTES = 256 * 2**20
-_LONGEST_SPAN = 16
-_WINDOWS = 64
-
 
 # --- what the caller hears ---------------------------------------------------------------------------------------------
 
@@ -104,58 +75,6 @@ class SpanFailed:
 
 Event = Note | Planned | SpanDone | SpanFailed
 Listener = Callable[[Event], None]
-
-
-# --- settings ----------------------------------------------------------------------------------------------------------
-
-
-def _settings(asked: dict[str, Any], recorded: dict[str, Any] | None) -> dict[str, Any]:
-    """What was asked, over what is recorded or the defaults; a recorded setting is never changed."""
-    given = {name: value for name, value in asked.items() if value not in (None, [], "auto")}
-    for name, value in given.items():
-        if name in CHOICES and value not in CHOICES[name]:
-            raise InputError(f"{_option(name)} {value!r} is not one of {', '.join(CHOICES[name])}.")
-    for name in ("tolerance", "allocation_tolerance"):
-        if name in given:
-            given[name] = _positive(name, given[name])
-    if given.get("batch_size") is not None and given["batch_size"] < 1:
-        raise InputError(f"--batch-size must be 1 or more, got {given['batch_size']}.")
-    if recorded is None:
-        settings = {**DEFAULTS, **given}
-        settings["device"] = settings["device"] or visible_device()
-        return settings
-    for name, value in given.items():
-        if recorded[name] != value:
-            raise InputError(
-                f"this run was made with {_option(name)} {recorded[name]}, not {value}. Leave {_option(name)} out to go on with it, "
-                "or write another run with --out."
-            )
-    return recorded
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _positive(name: str, value: Any) -> float | str:
-    number = float(value)
-    if not number > 0:
-        raise InputError(f"{_option(name)} must be a positive number or inf, got {value}.")
-    return number if number < float("inf") else "inf"
-
-
-def choose_span(segments: int, workers: int, elements: int) -> int:
-    """Segments per span: a power of two, at most 16, at most 256 MiB of allocation, at least two spans per worker."""
-    most = min(_LONGEST_SPAN, max(1, segments // (2 * workers)), max(1, _SPAN_BYTES // (4 * max(1, elements))))
-    return int(2 ** (most.bit_length() - 1))
-
-
-def _choose_window(segments: int, span: int) -> int:
-    """Spans per window of totals: a power of two that gives at most 64 windows."""
-    window = 1
-    while -(-segments // (span * window)) > _WINDOWS:
-        window *= 2
-    return window
 
 
 # --- the run -----------------------------------------------------------------------------------------------------------
@@ -297,26 +216,33 @@ class _Job:
         if workers is not None and workers < 1:
             raise InputError(f"--workers must be 1 or more, got {workers}.")
         recorded = store.read_manifest(self.path) if (self.path / "run.json").exists() else None
-        settings = _settings(self.asked, recorded.settings if recorded else None)
+        settings = resolve(self.asked, recorded.settings if recorded else None)
         trajectory = open_trajectory(
             self.checkpoints, pattern=settings["pattern"], rename=settings["rename"], steps=settings["steps"]
         )
         for note in trajectory.notes:
             self.tell(Note(note))
         if recorded is not None:
-            _same_checkpoints(recorded, trajectory, self.path)
+            _same_checkpoints(recorded, relative(trajectory), self.path, str(trajectory.root))
             if self._is_finished(recorded, trajectory):
                 return
         elif self.path.exists():
-            raise InputError(f"{self.path} exists and is not a run directory (it has no run.json). Choose another place with --out.")
+            raise InputError(
+                f"{self.path} exists and is not a run directory (it has no run.json). Choose another place with --out."
+            )
         with _inline_threads(kind), open_cluster(kind, workers, settings["device"], stop.event) as cluster:
-            self._work(cluster, settings, trajectory, stop)
+            try:
+                self._work(cluster, settings, trajectory, stop)
+            except Interrupted:
+                raise _interrupted(stop.signal) from None
         if self.failed:
             raise SpanError(_failures(self.failed))
 
     def _is_finished(self, manifest: Manifest, trajectory: Trajectory) -> bool:
         """Whether nothing is left to do, told from the task file's bytes and the markers alone."""
-        if manifest.provenance["task_sha256"] != digest(self.task) or len(trajectory.checkpoints) != len(manifest.checkpoints):
+        if manifest.provenance["task_sha256"] != digest(self.task) or len(trajectory.checkpoints) != len(
+            manifest.checkpoints
+        ):
             return False
         known = manifest.provenance["task_losses"]
         wanted = known if self.wanted == ["all"] else self.wanted or known[:1]
@@ -326,72 +252,20 @@ class _Job:
             self.tell(Planned(0, manifest.segments * len(wanted), 0))
         return finished
 
-    # --- before the spans ---
-
-    def _work(self, cluster: Cluster, settings: dict[str, Any], trajectory: Trajectory, stop: _Stop) -> None:
-        found = self._ask(cluster, describe, {"task": self.task, "settings": settings, "losses": self.wanted or None}, stop)
-        table = [TensorSpec(**{**each, "shape": tuple(each["shape"]), "aliases": tuple(each["aliases"])}) for each in found["tensors"]]
-        names = trajectory.match(table)
+    def _work(self, cluster: Cluster, settings: Settings, trajectory: Trajectory, stop: _Stop) -> None:
         existing = store.read_manifest(self.path) if (self.path / "run.json").exists() else None
-        common = {
-            "task": self.task,
-            "settings": settings,
-            "losses": list(found["losses"]),
-            "names": names,
-            "root": str(trajectory.root.resolve()),
-        }
-        batch_sizes = {record.on: record.batch_size for record in existing.losses.values()} if existing else {}
-        probed = self._ask(cluster, probe, {**common, **_probe_part(trajectory, table), "batch_sizes": batch_sizes}, stop)
-        for note in probed["notes"]:
+        ready = prepare(cluster, trajectory, self.task, self.wanted, settings, existing=existing, span=self.span)
+        for note in ready.notes:
             self.tell(Note(note))
-        records = _records(found["losses"], probed, [record.key for record in existing.losses.values()] if existing else [])
         if existing is None:
-            manifest = self._manifest(trajectory, table, names, settings, records, cluster.workers, found["task_losses"])
-            self._check_space(store.required_bytes(manifest, settings["keep"], len(records)))
-            store.create(self.path, manifest)
+            self._check_space(store.required_bytes(ready.manifest, settings["keep"], len(ready.manifest.losses)))
+            store.create(self.path, ready.manifest)
         with store.hold(self.path) as unclean:
             writer = RunWriter.open(self.path)
             if unclean:
                 writer.sweep()
-            self._bring_up(writer, trajectory, records)
-            self._replay(cluster, writer, common, batch_sizes | probed["batch_sizes"], stop)
-
-    def _ask(self, cluster: Cluster, work: Callable[[Spec], Spec], spec: Spec, stop: _Stop) -> Spec:
-        """One answer from one worker."""
-        answers = list(cluster.map(work, [spec]))
-        if not answers or (answers[0].result is None and answers[0].lost is None):
-            raise _interrupted(stop.signal)
-        answer = answers[0]
-        if answer.lost is not None:
-            raise ResourceError(
-                f"a worker died while it looked at the task ({answer.lost}). Often memory: try fewer --workers or a smaller "
-                "--batch-size, or --cluster inline to see the cause."
-            )
-        return _unwrapped(answer.result)
-
-    def _manifest(
-        self,
-        trajectory: Trajectory,
-        table: list[TensorSpec],
-        names: dict[str, str],
-        settings: dict[str, Any],
-        records: dict[str, LossRecord],
-        workers: int,
-        task_losses: list[str],
-    ) -> Manifest:
-        keys = encode_all(spec.name for spec in table)
-        segments = len(trajectory.checkpoints) - 1
-        span = self.span or choose_span(segments, workers, sum(spec.elements for spec in table))
-        return Manifest(
-            str(trajectory.root),
-            [StoredTensor(spec, names[spec.name], keys[spec.name]) for spec in table],
-            _relative(trajectory),
-            span,
-            _choose_window(segments, span),
-            settings,
-            records,
-            _provenance(self.task, task_losses),
-        )
+            self._bring_up(writer, ready.manifest)
+            self._replay(cluster, writer, {**ready.common, "batch_sizes": ready.batch_sizes}, stop)
 
     def _check_space(self, needed: int) -> None:
         place = self.path.resolve().parent
@@ -404,63 +278,66 @@ class _Job:
                 "--keep tensors, or write elsewhere with --out."
             )
 
-    def _bring_up(self, writer: RunWriter, trajectory: Trajectory, records: dict[str, LossRecord]) -> None:
-        """Compare with what is recorded, then take up new losses and new checkpoints."""
-        manifest = writer.manifest
-        _same_checkpoints(manifest, trajectory, self.path)
-        for name, record in records.items():
-            if name in manifest.losses:
-                _same_loss(name, manifest.losses[name], record, len(trajectory.checkpoints) == len(manifest.checkpoints))
-        if len(trajectory.checkpoints) > len(manifest.checkpoints):
-            writer.extend(_relative(trajectory))
-        new = {name: record for name, record in records.items() if name not in manifest.losses}
+    def _bring_up(self, writer: RunWriter, found: Manifest) -> None:
+        """Compare what is recorded with what was found, then take up new losses and new checkpoints."""
+        recorded = writer.manifest
+        _same_checkpoints(recorded, found.checkpoints, self.path, found.root)
+        for name, record in found.losses.items():
+            if name in recorded.losses:
+                _same_loss(name, recorded.losses[name], record, len(found.checkpoints) == len(recorded.checkpoints))
+        if len(found.checkpoints) > len(recorded.checkpoints):
+            writer.extend(found.checkpoints)
+        new = {name: record for name, record in found.losses.items() if name not in recorded.losses}
         if new:
             self._check_space(store.required_bytes(writer.manifest, writer.keep, len(new)))
             writer.add_losses(new)
 
-    # --- the spans ---
-
-    def _replay(self, cluster: Cluster, writer: RunWriter, common: dict[str, Any], batch_sizes: dict[str, int], stop: _Stop) -> None:
+    def _replay(self, cluster: Cluster, writer: RunWriter, common: Spec, stop: _Stop) -> None:
         manifest = writer.manifest
-        for name in common["losses"]:
-            writer.fold_all(name)
         waiting: dict[int, list[str]] = {}
         for name in common["losses"]:
+            writer.fold_all(name)
             for span in writer.pending(name):
                 waiting.setdefault(span, []).append(name)
         pending = sum(len(names) * _length(manifest, span) for span, names in waiting.items())
         self.tell(Planned(pending, manifest.segments * len(common["losses"]), cluster.workers))
         specs = (
-            {**common, **_span_part(manifest, span), "run": str(self.path.resolve()), "pending": names, "batch_sizes": batch_sizes}
+            {**common, **_span_part(manifest, span), "run": str(self.path.resolve()), "pending": names}
             for span, names in sorted(waiting.items())
         )
         silent: set[str] = set()
         for done in cluster.map(replay_span, specs):
-            if done.result is not None or done.lost is not None:
-                self._take(done.spec, done.result or {"error": {"kind": "SpanError", "message": f"its worker died twice ({done.lost})"}}, manifest, silent, stop)
+            if done.lost is not None:
+                self._failed(manifest, done.spec["span"], f"its worker died twice ({done.lost})")
+            elif done.result is not None:
+                silent |= self._take(manifest, done.spec["span"], done.result)
         for name in common["losses"]:
             writer.fold_all(name)
         if silent:
-            self.tell(Note(f"buffers moved without the loss depending on them (allocated 0): {', '.join(sorted(silent)[:5])}"))
+            self.tell(
+                Note(f"buffers moved without the loss depending on them (allocated 0): {', '.join(sorted(silent)[:5])}")
+            )
         if stop.event.is_set():
             raise _interrupted(stop.signal)
 
-    def _take(self, spec: Spec, result: Spec, manifest: Manifest, silent: set[str], stop: _Stop) -> None:
-        """Pass on what became of one span."""
+    def _failed(self, manifest: Manifest, span: int, message: str) -> None:
+        rows = manifest.rows(span)
+        failure = SpanFailed(span, manifest.checkpoints[rows.start].step, manifest.checkpoints[rows.stop].step, message)
+        self.failed.append(failure)
+        self.tell(failure)
+
+    def _take(self, manifest: Manifest, span: int, result: Spec) -> set[str]:
+        """Pass on what became of one span; returns the buffers its losses turned out not to depend on."""
         if "error" in result:
             error = unpack(result["error"])
             if isinstance(error, ResourceError):
                 raise error
-            rows = manifest.rows(spec["span"])
-            failure = SpanFailed(spec["span"], manifest.checkpoints[rows.start].step, manifest.checkpoints[rows.stop].step, str(error))
-            self.failed.append(failure)
-            self.tell(failure)
-            return
+            self._failed(manifest, span, str(error))
+            return set()
         facts = result["losses"].values()
-        silent.update(name for fact in facts for name in fact["silent"])
         self.tell(
             SpanDone(
-                spec["span"],
+                span,
                 list(result["losses"]),
                 result["segments"],
                 max(fact["worst_residual"] for fact in facts),
@@ -471,14 +348,7 @@ class _Job:
                 result["peak_bytes"],
             )
         )
-
-
-def _unwrapped(answer: Spec) -> Spec:
-    if "error" in answer:
-        error = unpack(answer["error"])
-        # A failure before the first span is never "some spans failed".
-        raise (InputError(str(error)) if isinstance(error, SpanError) else error) from RuntimeError(answer["trace"])
-    return answer
+        return {name for fact in facts for name in fact["silent"]}
 
 
 def _length(manifest: Manifest, span: int) -> int:
@@ -495,65 +365,32 @@ def _failures(failed: list[SpanFailed]) -> str:
     )
 
 
-def _relative(trajectory: Trajectory) -> list[Checkpoint]:
-    """Checkpoints with their files relative to the trajectory's root, so that a directory can be moved."""
-    return [
-        Checkpoint(each.step, tuple(file.relative_to(trajectory.root) for file in each.files), each.size, each.fingerprint)
-        for each in trajectory.checkpoints
-    ]
-
-
-def _json(checkpoint: Checkpoint) -> list[Any]:
-    return [checkpoint.step, [str(file) for file in checkpoint.files], checkpoint.size, checkpoint.fingerprint]
-
-
-def _probe_part(trajectory: Trajectory, table: list[TensorSpec]) -> dict[str, Any]:
-    ends = len(trajectory.checkpoints) - 1
-    middle = (ends - 1) // 2
-    relative = _relative(trajectory)
-    return {
-        "ends": ends,
-        "half": trajectory.half_precision,
-        "checkpoints": {str(index): _json(relative[index]) for index in {0, 1, middle, middle + 1, ends - 1, ends}},
-    }
-
-
 def _span_part(manifest: Manifest, span: int) -> dict[str, Any]:
     rows = manifest.rows(span)
     return {
         "span": span,
-        "checkpoints": {str(index): _json(manifest.checkpoints[index]) for index in range(rows.start, rows.stop + 1)},
+        "checkpoints": {str(index): as_json(manifest.checkpoints[index]) for index in range(rows.start, rows.stop + 1)},
         "calibration": {name: record.calibration for name, record in manifest.losses.items()},
     }
 
 
-def _records(losses: dict[str, Any], probed: dict[str, Any], taken: list[str]) -> dict[str, LossRecord]:
-    keys = encode_all(losses, taken)
-    return {
-        name: LossRecord(
-            keys[name],
-            loss["on"],
-            loss["kind"],
-            loss["examples"],
-            probed["batch_sizes"][loss["on"]],
-            probed["calibration"][name],
-            probed["identity"][name],
-        )
-        for name, loss in losses.items()
-    }
-
-
-def _same_checkpoints(manifest: Manifest, trajectory: Trajectory, path: Path) -> None:
+def _same_checkpoints(recorded: Manifest, found: list[Checkpoint], path: Path, root: str) -> None:
     """The recorded checkpoints must be the first ones found; more may follow."""
-    found = _relative(trajectory)
-    for index, recorded in enumerate(manifest.checkpoints):
-        if index >= len(found) or found[index].step != recorded.step:
-            what = f"step {recorded.step} is missing" if recorded.step not in trajectory.steps else f"step {found[index].step} is new before it"
-        elif (found[index].size, found[index].fingerprint) != (recorded.size, recorded.fingerprint):
-            what = f"the content of step {recorded.step} differs"
+    steps = [checkpoint.step for checkpoint in found]
+    for index, checkpoint in enumerate(recorded.checkpoints):
+        if index >= len(found) or steps[index] != checkpoint.step:
+            what = (
+                f"step {steps[index]} is new before step {checkpoint.step}"
+                if checkpoint.step in steps
+                else f"step {checkpoint.step} is missing"
+            )
+        elif (found[index].size, found[index].fingerprint) != (checkpoint.size, checkpoint.fingerprint):
+            what = f"the content of step {checkpoint.step} differs"
         else:
             continue
-        raise InputError(f"{trajectory.root} holds other checkpoints than {path} was made from: {what}. Restore them, or write another run with --out.")
+        raise InputError(
+            f"{root} holds other checkpoints than {path} was made from: {what}. Restore them, or write another run with --out."
+        )
 
 
 def _same_loss(name: str, recorded: LossRecord, found: LossRecord, same_end: bool) -> None:
@@ -577,20 +414,6 @@ def _other_loss(name: str, field: str, before: object, now: object) -> str:
     )
 
 
-def _provenance(task: Entry, task_losses: list[str]) -> dict[str, Any]:
-    return {
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "task": task.get("path") or task.get("module") or "an object",
-        "task_function": task.get("function"),
-        "task_sha256": digest(task),
-        "task_losses": task_losses,
-        "lca_posthoc": version("lca_posthoc"),
-        **{name: version(name) for name in ("torch", "safetensors", "numpy", "zarr")},
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-    }
-
-
 @contextlib.contextmanager
 def _inline_threads(kind: str) -> Iterator[None]:
     """Give back the threads a replay in this process took."""
@@ -604,6 +427,3 @@ def _inline_threads(kind: str) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-__all__ = ["DEFAULTS", "Event", "LCAError", "Note", "Planned", "SpanDone", "SpanFailed", "choose_span", "default_out", "run"]

@@ -56,7 +56,11 @@ class _Running:
     def arrays(self) -> Arrays:
         found = {"allocated": self._sum.value(), **self._counts}
         for name in SIGNED:
-            found |= {f"{name}_turns": self._turns[name], f"{name}_first": self._first[name], f"{name}_last": self._last[name]}
+            found |= {
+                f"{name}_turns": self._turns[name],
+                f"{name}_first": self._first[name],
+                f"{name}_last": self._last[name],
+            }
         return {name: each.cpu().numpy() for name, each in found.items()}
 
 

@@ -41,7 +41,9 @@ class Loss:
 
     def __post_init__(self) -> None:
         if (self.fn is None) == (self.call is None):
-            raise InputError("Loss takes either a function, Loss(F.cross_entropy, on='train'), or Loss(call=fn, on='train').")
+            raise InputError(
+                "Loss takes either a function, Loss(F.cross_entropy, on='train'), or Loss(call=fn, on='train')."
+            )
         if not callable(self.fn or self.call):
             raise InputError(f"Loss needs something to call, got {type(self.fn or self.call).__name__}.")
 
@@ -100,10 +102,14 @@ class Task:
         if not isinstance(self.data, Mapping) or not self.data:
             raise InputError("Task.data must name at least one split: data={'train': (inputs, targets)}.")
         if not isinstance(self.losses, Mapping) or not self.losses:
-            raise InputError("Task.losses must name at least one loss: losses={'train': Loss(F.cross_entropy, on='train')}.")
+            raise InputError(
+                "Task.losses must name at least one loss: losses={'train': Loss(F.cross_entropy, on='train')}."
+            )
         for name, loss in self.losses.items():
             if not isinstance(loss, Loss):
-                raise InputError(f"Task.losses[{name!r}] must be a Loss, got {type(loss).__name__}. Write Loss(fn, on='train').")
+                raise InputError(
+                    f"Task.losses[{name!r}] must be a Loss, got {type(loss).__name__}. Write Loss(fn, on='train')."
+                )
             if loss.on not in self.data:
                 raise InputError(f"loss {name!r} is on split {loss.on!r}, but the task's data has {_names(self.data)}.")
 
@@ -115,7 +121,9 @@ class Task:
             return list(self.losses)
         for name in wanted:
             if name not in self.losses:
-                raise InputError(f"there is no loss {name!r} in the task; it has {_names(self.losses)}. Use --loss NAME or --loss all.")
+                raise InputError(
+                    f"there is no loss {name!r} in the task; it has {_names(self.losses)}. Use --loss NAME or --loss all."
+                )
         return list(dict.fromkeys(wanted))
 
 
@@ -138,7 +146,9 @@ def entry(task: str | Path | Task) -> Entry:
     path = Path(place)
     if path.suffix == ".py" or path.exists():
         if not path.is_file():
-            raise InputError(f"task file {path} does not exist. Give --task FILE, FILE:FUNCTION or pkg.module:FUNCTION.")
+            raise InputError(
+                f"task file {path} does not exist. Give --task FILE, FILE:FUNCTION or pkg.module:FUNCTION."
+            )
         return {"kind": "file", "path": str(path.resolve()), "function": function, "sha256": _sha256(path)}
     return {"kind": "module", "module": place, "function": function}
 
@@ -175,7 +185,9 @@ def load(entry: Entry) -> Task:
         except Exception as error:
             raise InputError(f"{place}() raised {type(error).__name__}: {error}. {_where(error)}") from error
     if not isinstance(task, Task):
-        raise InputError(f"{place}() returned {type(task).__name__}, not a Task. End it with `return Task(model=…, data=…, losses=…)`.")
+        raise InputError(
+            f"{place}() returned {type(task).__name__}, not a Task. End it with `return Task(model=…, data=…, losses=…)`."
+        )
     return task
 
 

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,7 +91,9 @@ class Trajectory:
         found, used = {}, set()
         for spec in table:
             if spec.name in RESERVED:
-                raise InputError(f"the model has a tensor called {spec.name!r}, a name results reserve. Rename it in the model.")
+                raise InputError(
+                    f"the model has a tensor called {spec.name!r}, a name results reserve. Rename it in the model."
+                )
             present = [name for name in map(normalise, (spec.name, *spec.aliases)) if name in self.tensors]
             if not present:
                 raise InputError(self._missing(spec, table))
@@ -123,7 +126,11 @@ class Trajectory:
 
 def _some(names: Sequence[str], most: int = 3) -> str:
     shown = ", ".join(repr(name) for name in names[:most])
-    return ("tensor " if len(names) == 1 else "tensors ") + shown + (f" and {len(names) - most} more" if len(names) > most else "")
+    return (
+        ("tensor " if len(names) == 1 else "tensors ")
+        + shown
+        + (f" and {len(names) - most} more" if len(names) > most else "")
+    )
 
 
 def normalise(name: str) -> str:
@@ -250,11 +257,15 @@ def _shards(index: Path) -> tuple[Path, ...]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        raise InputError(f"{index} is not a shard index. It needs a weight_map from tensor to file; save the checkpoint again.") from None
+        raise InputError(
+            f"{index} is not a shard index. It needs a weight_map from tensor to file; save the checkpoint again."
+        ) from None
     files = tuple(index.parent / Path(name).name for name in names)
     for file in files:
         if not file.is_file():
-            raise InputError(f"{index} names {file.name}, which is missing. Save the checkpoint again or remove its directory.")
+            raise InputError(
+                f"{index} names {file.name}, which is missing. Save the checkpoint again or remove its directory."
+            )
     return files
 
 
@@ -262,10 +273,7 @@ def _step(path: Path, files: tuple[Path, ...], regex: re.Pattern[str] | None) ->
     if regex is not None:
         found = regex.search(path.name)
         return int(found["step"]) if found and found["step"].isdigit() else None
-    if path.is_file():
-        stated = read_header(path).metadata.get("step")
-    else:
-        stated = _trainer_step(path / "trainer_state.json")
+    stated = read_header(path).metadata.get("step") if path.is_file() else _trainer_step(path / "trainer_state.json")
     if stated is not None and str(stated).isdigit():
         return int(stated)
     return step_in_name(path.name.removesuffix(".safetensors"))
@@ -283,7 +291,9 @@ def _select(named: list[tuple[int, tuple[Path, ...]]], steps: str | None) -> lis
         return named
     match = re.fullmatch(r"(\d*):(\d*)(?::(\d+))?", steps)
     if not match or match[3] == "0":
-        raise InputError(f"--steps {steps!r} is not A:B or A:B:K. For example 0:500, 100:, or ::10 for every tenth checkpoint.")
+        raise InputError(
+            f"--steps {steps!r} is not A:B or A:B:K. For example 0:500, 100:, or ::10 for every tenth checkpoint."
+        )
     first, last = int(match[1] or 0), int(match[2]) if match[2] else None
     return [item for item in named if item[0] >= first and (last is None or item[0] <= last)][:: int(match[3] or 1)]
 
@@ -304,7 +314,9 @@ def _validated(
             sources = _names(held, rules, files[0])
             tensors = {name: held[source] for name, source in sources.items()}
         elif held != {source: tensors[name] for name, source in sources.items()}:
-            raise InputError(_difference(held, {source: tensors[name] for name, source in sources.items()}, step, files[0]))
+            raise InputError(
+                _difference(held, {source: tensors[name] for name, source in sources.items()}, step, files[0])
+            )
         checkpoints.append(Checkpoint(step, files, sum(header.size for header in headers), _joined(headers)))
     return Trajectory(root, tuple(checkpoints), tensors, sources, (*notes, *_gaps([step for step, _ in chosen])))
 
@@ -323,7 +335,9 @@ def _names(held: Mapping[str, TensorHeader], rules: list[tuple[re.Pattern[str], 
         for regex, new in rules:
             name = regex.sub(new, name)
         if name in sources:
-            raise InputError(f"{sources[name]!r} and {source!r} in {file} both become {name!r}. Tell them apart with --rename OLD=NEW.")
+            raise InputError(
+                f"{sources[name]!r} and {source!r} in {file} both become {name!r}. Tell them apart with --rename OLD=NEW."
+            )
         sources[name] = source
     return sources
 
@@ -342,14 +356,16 @@ def _difference(held: Mapping[str, TensorHeader], known: Mapping[str, TensorHead
 
 def _gaps(steps: Sequence[int]) -> list[str]:
     """Segments longer than the usual one, reported because quadrature has more to do there."""
-    lengths = [after - before for before, after in zip(steps, steps[1:], strict=False)]
+    lengths = [after - before for before, after in pairwise(steps)]
     usual = Counter(lengths).most_common(1)[0][0]
     longer = [(step, length) for step, length in zip(steps, lengths, strict=False) if length > usual]
     if not longer:
         return []
     first = ", ".join(f"{step}→{step + length}" for step, length in longer[:3])
     more = f" and {len(longer) - 3} more" if len(longer) > 3 else ""
-    return [f"{len(longer)} of {len(lengths)} segments are longer than the usual {usual} step{'s' if usual > 1 else ''}: {first}{more}"]
+    return [
+        f"{len(longer)} of {len(lengths)} segments are longer than the usual {usual} step{'s' if usual > 1 else ''}: {first}{more}"
+    ]
 
 
 def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
@@ -373,7 +389,9 @@ def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[st
             crc = (crc * 31 + fingerprint(lambda at, n, data=data: data[at : at + n], len(data))) % 2**32
             held |= safetensors.torch.load(data)
         except (OSError, safetensors.SafetensorError) as error:
-            raise SpanError(f"cannot read {path} (step {checkpoint.step}): {error}. Restore the file and run again.") from None
+            raise SpanError(
+                f"cannot read {path} (step {checkpoint.step}): {error}. Restore the file and run again."
+            ) from None
     if crc != checkpoint.fingerprint:
         raise SpanError(
             f"{checkpoint.files[0]} (step {checkpoint.step}) is not the file it was when the run was created. Restore it, "

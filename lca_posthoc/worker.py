@@ -34,7 +34,9 @@ def _objective(spec: Spec) -> Any:
     settings = spec["settings"]
     task = spec["task"]
     parts = {"task": {**task, "bytes": str(task.get("bytes"))}, "losses": spec["losses"]}
-    key = json.dumps([parts, [settings[name] for name in ("device", "precision", "norm_stats", "batch_size")]], sort_keys=True)
+    key = json.dumps(
+        [parts, [settings[name] for name in ("device", "precision", "norm_stats", "batch_size")]], sort_keys=True
+    )
     with _LOCK:
         if key not in _STATES:
             while len(_STATES) >= _KEPT:
@@ -53,7 +55,9 @@ def _build(spec: Spec, precision: str) -> Any:
     settings = spec["settings"]
     device = torch.device(settings["device"])
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ResourceError("no GPU is visible to this worker. Use --device cpu, or make one visible with CUDA_VISIBLE_DEVICES.")
+        raise ResourceError(
+            "no GPU is visible to this worker. Use --device cpu, or make one visible with CUDA_VISIBLE_DEVICES."
+        )
     _deterministic()
     return Objective(
         lambda: task.load(spec["task"]),
@@ -87,11 +91,20 @@ def _reported(work: Callable[[Spec], Spec]) -> Callable[[Spec], Spec]:
         except LCAError as error:
             return {"error": pack(error), "trace": traceback.format_exc()}
         except (MemoryError, torch.OutOfMemoryError) as error:
-            hint = "Give a smaller --batch-size" + ("" if spec["settings"]["batch_size"] is None else f" than {spec['settings']['batch_size']}")
-            return {"error": pack(ResourceError(f"out of memory ({str(error)[:200]}). {hint}.")), "trace": traceback.format_exc()}
+            hint = "Give a smaller --batch-size" + (
+                "" if spec["settings"]["batch_size"] is None else f" than {spec['settings']['batch_size']}"
+            )
+            return {
+                "error": pack(ResourceError(f"out of memory ({str(error)[:200]}). {hint}.")),
+                "trace": traceback.format_exc(),
+            }
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            kind = ResourceError(f"no space left for the result ({error}). Free some and run again.") if full else SpanError(str(error))
+            kind = (
+                ResourceError(f"no space left for the result ({error}). Free some and run again.")
+                if full
+                else SpanError(str(error))
+            )
             return {"error": pack(kind), "trace": traceback.format_exc()}
         except Exception as error:
             return {"error": pack(SpanError(f"{type(error).__name__}: {error}")), "trace": traceback.format_exc()}
@@ -107,7 +120,11 @@ def describe(spec: Spec) -> Spec:
 def _describe(spec: Spec) -> Spec:
     objective = _objective(spec)
     losses = {
-        name: {"on": loss.on, "kind": "call" if loss.call else "function", "examples": objective.splits[loss.on].examples}
+        name: {
+            "on": loss.on,
+            "kind": "call" if loss.call else "function",
+            "examples": objective.splits[loss.on].examples,
+        }
         for name, loss in objective.losses.items()
     }
     return {
@@ -233,9 +250,54 @@ def _point(spec: Spec, index: int, objective: Any) -> Any:
     """A checkpoint on the device, floating tensors in the precision of the run."""
     stored = read_checkpoint(_checkpoint(spec, index), spec["names"])
     return {
-        name: tensor.to(objective.device, objective.dtype) if tensor.is_floating_point() else tensor.to(objective.device)
+        name: tensor.to(objective.device, objective.dtype)
+        if tensor.is_floating_point()
+        else tensor.to(objective.device)
         for name, tensor in stored.items()
     }
+
+
+def measure(spec: Spec) -> Spec:
+    """Seconds of one evaluation of each loss, from a few timed batches, and advice on the batch size."""
+    return _reported(_measure)(spec)
+
+
+_TIMED_SECONDS = 1.0
+_WORTH_SAYING = 1.15
+
+
+def _measure(spec: Spec) -> Spec:
+    objective = _objective(spec)
+    objective.settle_batch_sizes(_first_point(spec, objective), spec["batch_sizes"])
+    seconds, advice = {}, []
+    for name, loss in objective.losses.items():
+        split, chosen = objective.splits[loss.on], objective.batch_sizes[loss.on]
+        per_example = {size: _seconds_per_example(objective, loss, size) for size in _sizes(chosen, split.examples)}
+        seconds[name] = per_example[chosen] * split.examples
+        fastest = min(per_example, key=lambda size: per_example[size])
+        gain = per_example[chosen] / per_example[fastest]
+        if gain > _WORTH_SAYING and objective.norm_stats == "running":
+            advice.append(
+                f"loss {name!r}: batches of {fastest} were {gain:.2f} times as fast as {chosen} (--batch-size {fastest})"
+            )
+    return {"seconds": seconds, "advice": advice}
+
+
+def _sizes(chosen: int, examples: int) -> list[int]:
+    """The batch size in use and its neighbours."""
+    return sorted({min(max(1, size), examples) for size in (chosen // 4, chosen // 2, chosen, chosen * 2, chosen * 4)})
+
+
+def _seconds_per_example(objective: Any, loss: Any, size: int) -> float:
+    """The fastest of a few batches, the first one not counted."""
+    batch = objective.splits[loss.on].slice(0, size)
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < 2 or (len(times) < 8 and time.perf_counter() - began < _TIMED_SECONDS):
+        start = time.perf_counter()
+        objective.over(loss, iter([batch]))
+        times.append(time.perf_counter() - start)
+    return min(times[1:]) / size
 
 
 def replay_span(spec: Spec) -> Spec:
@@ -256,11 +318,16 @@ def _replay_span(spec: Spec) -> Spec:
     rows = writer.manifest.rows(spec["span"])
     settings = spec["settings"]
     method = Method(
-        RULES[settings["rule"]], float(settings["tolerance"]), float(settings["allocation_tolerance"]), spec["calibration"]
+        RULES[settings["rule"]],
+        float(settings["tolerance"]),
+        float(settings["allocation_tolerance"]),
+        spec["calibration"],
     )
     losses = spec["pending"]
     before = {name: (objective.evaluations[name], objective.forward_passes[name]) for name in losses}
-    tallies = {name: Tally(objective.allocated, rows.stop - rows.start, writer.keep, objective.device) for name in losses}
+    tallies = {
+        name: Tally(objective.allocated, rows.stop - rows.start, writer.keep, objective.device) for name in losses
+    }
     for start, end, done in allocate_span(_points(spec, rows, objective), objective, losses, method):
         for name in losses:
             tallies[name].add(start, end, done[name])

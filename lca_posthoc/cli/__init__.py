@@ -59,7 +59,9 @@ class _Group(click.Group):
         except (LCAError, KeyboardInterrupt) as error:
             if ctx.params.get("debug"):
                 traceback.print_exc(file=sys.stderr)
-            known = error if isinstance(error, LCAError) else Interrupted("stopped. Run the same command again to go on.")
+            known = (
+                error if isinstance(error, LCAError) else Interrupted("stopped. Run the same command again to go on.")
+            )
             raise _Failure(known) from None
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise

@@ -23,20 +23,42 @@ def _chain(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
 
 replay_options = _chain(
     click.argument("checkpoints", type=click.Path()),
-    click.option("--task", required=True, metavar="FILE[:FUNCTION]", help="Task file, FILE:FUNCTION, or pkg.module:FUNCTION."),
-    click.option("--loss", "losses", multiple=True, metavar="NAME", help="A loss of the task (repeatable), or all.  [default: the first]"),
+    click.option(
+        "--task", required=True, metavar="FILE[:FUNCTION]", help="Task file, FILE:FUNCTION, or pkg.module:FUNCTION."
+    ),
+    click.option(
+        "--loss",
+        "losses",
+        multiple=True,
+        metavar="NAME",
+        help="A loss of the task (repeatable), or all.  [default: the first]",
+    ),
     click.option("--out", type=click.Path(), metavar="RUN", help="Run directory.  [default: CHECKPOINTS.lca]"),
-    click.option("--rule", type=click.Choice(_RULES), help="Quadrature; simpson and trapezoid are refined.  [default: simpson]"),
-    click.option("--tolerance", type=float, help="Bound on |residual| per segment and loss; inf never refines.  [default: 1e-3]"),
-    click.option("--allocation-tolerance", type=float, help="Bound on the allocation's own error, Σ|A − A*|.  [default: inf]"),
-    click.option("--keep", type=click.Choice(("parameters", "units", "tensors")), help="What to store.  [default: parameters]"),
+    click.option(
+        "--rule", type=click.Choice(_RULES), help="Quadrature; simpson and trapezoid are refined.  [default: simpson]"
+    ),
+    click.option(
+        "--tolerance", type=float, help="Bound on |residual| per segment and loss; inf never refines.  [default: 1e-3]"
+    ),
+    click.option(
+        "--allocation-tolerance", type=float, help="Bound on the allocation's own error, Σ|A − A*|.  [default: inf]"
+    ),
+    click.option(
+        "--keep", type=click.Choice(("parameters", "units", "tensors")), help="What to store.  [default: parameters]"
+    ),
     click.option("--batch-size", type=int, help="Examples per batch.  [default: chosen from shapes]"),
     click.option("--device", type=click.Choice(("auto", "cuda", "cpu")), help="[default: auto: cuda, else cpu]"),
     click.option("--precision", type=click.Choice(("float32", "float64")), help="[default: float32]"),
-    click.option("--norm-stats", type=click.Choice(("running", "batch")), help="Statistics of normalisation layers.  [default: running]"),
+    click.option(
+        "--norm-stats",
+        type=click.Choice(("running", "batch")),
+        help="Statistics of normalisation layers.  [default: running]",
+    ),
     click.option("--steps", metavar="A:B[:K]", help="Training steps, both ends included; every K-th checkpoint."),
     click.option("--pattern", metavar="REGEX", help="Finds (?P<step>\\d+) in names of checkpoints."),
-    click.option("--rename", multiple=True, metavar="OLD=NEW", help="Map tensor names; OLD is a regular expression (repeatable)."),
+    click.option(
+        "--rename", multiple=True, metavar="OLD=NEW", help="Map tensor names; OLD is a regular expression (repeatable)."
+    ),
     click.option("--workers", type=int, help="Local workers.  [default: one per GPU, or per core]"),
 )
 

@@ -36,7 +36,9 @@ def command(checkpoints: str, cluster: str, as_json: bool, **options: Any) -> No
     found = {name: summary(opened[name]) for name in opened}
     for name, each in found.items():
         if each["unconverged"]:
-            say(f"loss {name!r}: {each['unconverged']} of {each['segments']} segments stay above the tolerance; see `converged` in steps")
+            say(
+                f"loss {name!r}: {each['unconverged']} of {each['segments']} segments stay above the tolerance; see `converged` in steps"
+            )
     if as_json:
         print_json({"schema": 1, "losses": found})
         return

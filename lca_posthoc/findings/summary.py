@@ -54,7 +54,9 @@ def summary(results: LossResults) -> dict[str, Any]:
         "hurting": hurting / elements,
         "zero": (elements - helping - hurting) / elements,
         "groups": None,
-        "tensors": [_tensor(tensors.isel(tensor=position), steps.sizes["step"]) for position in range(tensors.sizes["tensor"])],
+        "tensors": [
+            _tensor(tensors.isel(tensor=position), steps.sizes["step"]) for position in range(tensors.sizes["tensor"])
+        ],
     }
 
 

@@ -60,7 +60,9 @@ class Split:
         if self._tensors:
             lengths = {len(each) for each in self._data}
             if len(lengths) != 1:
-                raise InputError(f"split {self.name!r} has tensors of different lengths: {sorted(lengths)}. Give one target per input.")
+                raise InputError(
+                    f"split {self.name!r} has tensors of different lengths: {sorted(lengths)}. Give one target per input."
+                )
             count = lengths.pop()
         elif hasattr(self._data, "__getitem__") and hasattr(self._data, "__len__"):
             count = len(self._data)

@@ -110,7 +110,8 @@ class Objective:
         self.table = tensor_table(self.model, norm_stats)
         self._tensors = self._bind()
         self.splits = {
-            name: Split(name, task.data[name], device, self.dtype) for name in dict.fromkeys(loss.on for loss in self.losses.values())
+            name: Split(name, task.data[name], device, self.dtype)
+            for name in dict.fromkeys(loss.on for loss in self.losses.values())
         }
         self._batch_size = batch_size
         self.batch_sizes: dict[str, int] = {}
@@ -131,7 +132,9 @@ class Objective:
         """The tensors that take part in the allocation."""
         return [spec for spec in self.table if spec.kind != "state"]
 
-    def settle_batch_sizes(self, point: Mapping[str, Tensor], recorded: Mapping[str, int] | None = None) -> dict[str, int]:
+    def settle_batch_sizes(
+        self, point: Mapping[str, Tensor], recorded: Mapping[str, int] | None = None
+    ) -> dict[str, int]:
         """Fix the batch size of every split: the one recorded, the one given, or a deterministic choice at `point`."""
         self.place(point)
         for name, split in self.splits.items():
@@ -151,7 +154,9 @@ class Objective:
             for name, tensor in self._tensors.items():
                 tensor.copy_(point[name])
 
-    def evaluate(self, point: Mapping[str, Tensor], losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
+    def evaluate(
+        self, point: Mapping[str, Tensor], losses: list[str], *, gradient: bool = True
+    ) -> dict[str, Evaluation]:
         """Each loss over its whole split at `point`, with its gradient unless only the value is asked for.
 
         Args:
@@ -175,7 +180,11 @@ class Objective:
         """A loss over the batches given, at the point the module holds."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         mass = torch.zeros((), dtype=torch.float64, device=self.device)
-        sums = {spec.name: torch.zeros(spec.shape, dtype=torch.float64, device=self.device) for spec in self.allocated if gradient}
+        sums = {
+            spec.name: torch.zeros(spec.shape, dtype=torch.float64, device=self.device)
+            for spec in self.allocated
+            if gradient
+        }
         reached: set[str] = set()
         with self._mode(), torch.set_grad_enabled(gradient):
             for batch in batches:
@@ -187,7 +196,9 @@ class Objective:
                 total += summed.detach()
                 mass += values.numel() if weights is None else weights.sum()
         if not float(mass) > 0:
-            raise InputError(f"the weights of a loss on split {loss.on!r} sum to {float(mass)}. Give at least one element a weight.")
+            raise InputError(
+                f"the weights of a loss on split {loss.on!r} sum to {float(mass)}. Give at least one element a weight."
+            )
         value = float(total / mass)
         return Evaluation(value, {name: each / mass for name, each in sums.items()}, frozenset(set(sums) - reached))
 
@@ -212,7 +223,9 @@ class Objective:
                 result = loss.per_element()(self.model(inputs), targets)
         values, weights = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         if not isinstance(values, Tensor) or not values.is_floating_point():
-            raise InputError(f"a loss on split {loss.on!r} returned {type(values).__name__}, not a tensor of floating-point values.")
+            raise InputError(
+                f"a loss on split {loss.on!r} returned {type(values).__name__}, not a tensor of floating-point values."
+            )
         if values.dim() == 0:
             raise InputError(
                 f"a loss on split {loss.on!r} returned a scalar; one value per element is needed, so that every example counts "
@@ -222,7 +235,9 @@ class Objective:
             return values, None
         if not isinstance(weights, Tensor) or weights.shape != values.shape:
             shape = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-            raise InputError(f"a loss on split {loss.on!r} returned values of shape {list(values.shape)} and weights {shape}; they must agree.")
+            raise InputError(
+                f"a loss on split {loss.on!r} returned values of shape {list(values.shape)} and weights {shape}; they must agree."
+            )
         return values, weights.detach().to(values.device, torch.float64)
 
     @contextlib.contextmanager
@@ -238,7 +253,9 @@ class Objective:
         except (InputError, SpanError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise InputError(f"the model or the loss function failed on split {loss.on!r}: {type(error).__name__}: {error}") from error
+            raise InputError(
+                f"the model or the loss function failed on split {loss.on!r}: {type(error).__name__}: {error}"
+            ) from error
 
 
 def unpack(batch: Any) -> tuple[Any, Any]:

@@ -90,7 +90,11 @@ def _repeats(name: str, first: Evaluation, second: Evaluation) -> list[str]:
             f"loss {name!r} is not deterministic: two evaluations at one point differ by {apart:.1e}. Usual culprits: random "
             "augmentation in the data set, dropout called with training=True, noise or sampling in the model or the loss."
         )
-    return [f"loss {name!r}: kernels do not repeat bit for bit (two evaluations differ by {apart:.1e})"] if apart > 0 else []
+    return (
+        [f"loss {name!r}: kernels do not repeat bit for bit (two evaluations differ by {apart:.1e})"]
+        if apart > 0
+        else []
+    )
 
 
 def _batches(name: str, loss: Loss, whole: Evaluation, parts: Evaluation) -> None:

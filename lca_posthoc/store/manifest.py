@@ -116,7 +116,8 @@ def write_manifest(manifest: Manifest, run: Path) -> None:
         "root": manifest.root,
         "tensors": [{**asdict(tensor.spec), "source": tensor.source, "key": tensor.key} for tensor in manifest.tensors],
         "checkpoints": [
-            [each.step, [str(file) for file in each.files], each.size, each.fingerprint] for each in manifest.checkpoints
+            [each.step, [str(file) for file in each.files], each.size, each.fingerprint]
+            for each in manifest.checkpoints
         ],
         "span": manifest.span,
         "window": manifest.window,
@@ -142,9 +143,13 @@ def read_manifest(run: Path) -> Manifest:
             )
         return _parsed(document)
     except FileNotFoundError:
-        raise LCAError(f"{run} is not a run directory: it has no {FILE}. Give the directory `lca run` wrote (CKPTS.lca).") from None
+        raise LCAError(
+            f"{run} is not a run directory: it has no {FILE}. Give the directory `lca run` wrote (CKPTS.lca)."
+        ) from None
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise LCAError(f"{run / FILE} cannot be read: {type(error).__name__}: {error}. Restore it from a copy.") from None
+        raise LCAError(
+            f"{run / FILE} cannot be read: {type(error).__name__}: {error}. Restore it from a copy."
+        ) from None
 
 
 def _parsed(document: dict[str, Any]) -> Manifest:
@@ -157,7 +162,10 @@ def _parsed(document: dict[str, Any]) -> Manifest:
     return Manifest(
         document["root"],
         tensors,
-        [Checkpoint(step, tuple(Path(file) for file in files), size, crc) for step, files, size, crc in document["checkpoints"]],
+        [
+            Checkpoint(step, tuple(Path(file) for file in files), size, crc)
+            for step, files, size, crc in document["checkpoints"]
+        ],
         document["span"],
         document["window"],
         document["settings"],

@@ -107,7 +107,9 @@ class LossResults:
             LCAError: where the run is not complete.
         """
         if not self.complete:
-            raise LCAError(f"loss {self.name!r} in {self._path} is not complete, so it has no totals yet. Run `lca run` again to finish it.")
+            raise LCAError(
+                f"loss {self.name!r} in {self._path} is not complete, so it has no totals yet. Run `lca run` again to finish it."
+            )
         group = zarr.open_group(self._path / DATA, mode="r", zarr_format=3, use_consolidated=False)
         found = {}
         for tensor in self._manifest.allocated:

@@ -48,7 +48,9 @@ def create(path: Path, manifest: Manifest) -> RunWriter:
         InputError: where `path` exists.
     """
     if path.exists():
-        raise InputError(f"{path} exists and is not a run directory (it has no {FILE}). Choose another place with --out.")
+        raise InputError(
+            f"{path} exists and is not a run directory (it has no {FILE}). Choose another place with --out."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep_creations(path)
     building = path.with_name(f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
@@ -98,7 +100,9 @@ class RunWriter:
             shutil.rmtree(self.path / part / key, ignore_errors=True)
         (self.path / COMMITS / key).mkdir()
         (self.path / PARTIAL / key).mkdir()
-        group = zarr.open_group(self.path / DATA, mode="r+", zarr_format=3, use_consolidated=False).create_group(key, attributes={"loss": name})
+        group = zarr.open_group(self.path / DATA, mode="r+", zarr_format=3, use_consolidated=False).create_group(
+            key, attributes={"loss": name}
+        )
         for part in dict.fromkeys(plan.path.partition("/")[0] for plan in self._plans()):
             group.create_group(part, attributes=self._attributes(part))
         for plan in self._plans():
@@ -121,7 +125,9 @@ class RunWriter:
         ends = [checkpoint.step for checkpoint in self.manifest.checkpoints[1:]]
         for part, node in group.groups():
             if part != "totals":
-                node.create_array("step", data=np.array(self.manifest.steps, "int64"), dimension_names=("step",), overwrite=True)
+                node.create_array(
+                    "step", data=np.array(self.manifest.steps, "int64"), dimension_names=("step",), overwrite=True
+                )
             if part == "steps":
                 node.create_array("step_end", data=np.array(ends, "int64"), dimension_names=("step",), overwrite=True)
 
@@ -159,13 +165,17 @@ class RunWriter:
 
     def pending(self, loss: str) -> list[int]:
         """The spans of a loss without a marker, or whose totals were lost before they were folded."""
-        return [span for span in range(self.manifest.spans) if not self._is_committed(self.manifest.losses[loss].key, span)]
+        return [
+            span for span in range(self.manifest.spans) if not self._is_committed(self.manifest.losses[loss].key, span)
+        ]
 
     def _is_committed(self, key: str, span: int) -> bool:
         if not self._marker(key, span).exists():
             return False
         window = span // self.manifest.window
-        return self.manifest.window == 1 or self._window_marker(key, window).exists() or self._partial(key, span).exists()
+        return (
+            self.manifest.window == 1 or self._window_marker(key, window).exists() or self._partial(key, span).exists()
+        )
 
     def is_complete(self, loss: str) -> bool:
         """Whether every span is committed and every window of totals folded."""
@@ -210,9 +220,17 @@ class RunWriter:
         if self.manifest.window == 1:
             files += self._write_totals(key, span, totals)
         else:
-            flat = {f"{field}/{self._key(name)}": values for name, held in totals.items() for field, values in held.items()}
+            flat = {
+                f"{field}/{self._key(name)}": values for name, held in totals.items() for field, values in held.items()
+            }
             write_whole(self._partial(key, span), save_arrays(flat))
-        marker = {**facts, "loss": loss, "span": span, "steps": self.manifest.steps[rows], "files": seal_all(files, self.path)}
+        marker = {
+            **facts,
+            "loss": loss,
+            "span": span,
+            "steps": self.manifest.steps[rows],
+            "files": seal_all(files, self.path),
+        }
         write_whole(self._marker(key, span), json.dumps(marker, allow_nan=False).encode())
         self.fold(loss, span // self.manifest.window)
 
@@ -251,7 +269,9 @@ class RunWriter:
         except FileNotFoundError:  # another worker folded this window meanwhile
             return
         totals = {
-            tensor.spec.name: join_all([{field: each[f"{field}/{tensor.key}"] for field in FIELDS} for each in stretches])
+            tensor.spec.name: join_all(
+                [{field: each[f"{field}/{tensor.key}"] for field in FIELDS} for each in stretches]
+            )
             for tensor in self.manifest.allocated
         }
         marker = {"loss": loss, "window": window, "files": seal_all(self._write_totals(key, window, totals), self.path)}
@@ -282,4 +302,8 @@ def _create(group: zarr.Group, plan: ArrayPlan) -> None:
 def _row_files(array: Path, row: int) -> list[Path]:
     """The files of one chunk row."""
     place = array / "c" / str(row)
-    return [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file() and not path.name.endswith(".partial"))
+    return (
+        [place]
+        if place.is_file()
+        else sorted(path for path in place.rglob("*") if path.is_file() and not path.name.endswith(".partial"))
+    )

@@ -1,0 +1,100 @@
+"""What a run would cost: evaluations, time from a few timed batches, bytes against free space."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from .cluster import open_cluster
+from .preparation import Preparation, prepare, unwrapped
+from .quadrature import RULES
+from .records import KEEP
+from .replay import default_out
+from .settings import resolve
+from .store import required_bytes
+from .task import Task, entry
+from .trajectory import open_trajectory
+from .worker import measure
+
+
+@dataclass(frozen=True)
+class LossPlan:
+    """One loss: examples, batch size, gradient evaluations without refinement, seconds each and altogether on one worker."""
+
+    examples: int
+    batch_size: int
+    evaluations: int
+    seconds_per_evaluation: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `lca plan` prints. `bytes` are before compression, under each level of `--keep`, for all losses together."""
+
+    segments: int
+    parameters: int
+    device: str
+    losses: dict[str, LossPlan]
+    bytes: dict[str, int]
+    free: int
+    notes: list[str]
+
+
+def plan(
+    checkpoints: str | Path,
+    task: str | Path | Task,
+    *,
+    losses: Sequence[str] = (),
+    out: str | Path | None = None,
+    **asked: Any,
+) -> Plan:
+    """Probe the task in this process and say what `run` with the same arguments would cost.
+
+    Args:
+        checkpoints: directory of safetensors iterates.
+        task: as for `run`.
+        losses: as for `run`.
+        out: where the run would go; tells whose free space counts.
+        asked: settings as for `run`.
+
+    Raises:
+        InputError: for anything `run` would refuse before its first evaluation.
+    """
+    settings = resolve(asked, None)
+    trajectory = open_trajectory(
+        checkpoints, pattern=settings["pattern"], rename=settings["rename"], steps=settings["steps"]
+    )
+    with open_cluster("inline", None, settings["device"], threading.Event()) as cluster:
+        ready = prepare(cluster, trajectory, entry(task), list(losses), settings)
+        measured = unwrapped(measure({**ready.common, **ready.probe_part, "batch_sizes": ready.batch_sizes}))
+    manifest = ready.manifest
+    found = {name: _loss_plan(ready, name, measured["seconds"][name]) for name in manifest.losses}
+    return Plan(
+        manifest.segments,
+        manifest.parameters,
+        manifest.settings["device"],
+        found,
+        {keep: required_bytes(manifest, keep, len(found)) for keep in KEEP},
+        psutil.disk_usage(str(_existing(Path(out) if out is not None else default_out(checkpoints)))).free,
+        [*trajectory.notes, *ready.notes, *measured["advice"]],
+    )
+
+
+def _existing(place: Path) -> Path:
+    """The nearest directory above a path that is there already."""
+    place = place.resolve().parent
+    return place if place.exists() else _existing(place)
+
+
+def _loss_plan(ready: Preparation, name: str, seconds: float) -> LossPlan:
+    manifest, record = ready.manifest, ready.manifest.losses[name]
+    rule = RULES[manifest.settings["rule"]]
+    per_segment = len(rule.nodes) - (1 if rule.has_start and rule.has_end else 0)
+    evaluations = per_segment * manifest.segments + (manifest.spans if rule.has_end else 0)
+    return LossPlan(record.examples, record.batch_size, evaluations, seconds, evaluations * seconds)

@@ -1,0 +1,193 @@
+"""What stands before the first span: the task described, matched with the trajectory and probed, the run laid out."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from .cluster import Cluster, Spec
+from .errors import InputError, Interrupted, ResourceError, SpanError, unpack
+from .settings import Settings
+from .store import LossRecord, Manifest, StoredTensor
+from .store.keys import encode_all
+from .task import Entry, digest
+from .trajectory import Checkpoint, TensorSpec, Trajectory
+from .worker import describe, probe
+
+_SPAN_BYTES = 256 * 2**20
+_LONGEST_SPAN = 16
+_WINDOWS = 64
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A probed task on a trajectory.
+
+    `common` is what every spec to a worker holds, `probe_part` what a spec that evaluates at a few checkpoints holds beside it;
+    `manifest` describes the run as it would be created now; `notes` are worth telling.
+    """
+
+    common: Spec
+    probe_part: Spec
+    manifest: Manifest
+    notes: list[str]
+
+    @property
+    def batch_sizes(self) -> dict[str, int]:
+        """Split → examples per batch."""
+        return {record.on: record.batch_size for record in self.manifest.losses.values()}
+
+
+def prepare(
+    cluster: Cluster,
+    trajectory: Trajectory,
+    task: Entry,
+    wanted: list[str],
+    settings: Settings,
+    *,
+    existing: Manifest | None = None,
+    span: int | None = None,
+) -> Preparation:
+    """Describe and probe a task on one worker of the cluster, and lay out the run.
+
+    Args:
+        cluster: where to ask.
+        trajectory: the checkpoints.
+        task: where the task is.
+        wanted: names of losses; empty for the first, `["all"]` for every one.
+        settings: complete.
+        existing: the run that is there already, whose batch sizes and keys hold.
+        span: segments per span; chosen where None.
+
+    Raises:
+        InputError: for anything wrong with the task or its fit to the checkpoints.
+        ResourceError: where the worker died.
+        Interrupted: where the cluster drains.
+    """
+    found = _ask(cluster, describe, {"task": task, "settings": settings, "losses": wanted or None})
+    table = [
+        TensorSpec(**{**each, "shape": tuple(each["shape"]), "aliases": tuple(each["aliases"])})
+        for each in found["tensors"]
+    ]
+    names = trajectory.match(table)
+    common = {
+        "task": task,
+        "settings": settings,
+        "losses": list(found["losses"]),
+        "names": names,
+        "root": str(trajectory.root.resolve()),
+    }
+    known = existing.losses.values() if existing else ()
+    probe_part = _probe_part(trajectory)
+    probed = _ask(
+        cluster, probe, {**common, **probe_part, "batch_sizes": {record.on: record.batch_size for record in known}}
+    )
+    keys = encode_all(found["losses"], [record.key for record in known])
+    segments = len(trajectory.checkpoints) - 1
+    span = span or choose_span(segments, cluster.workers, sum(spec.elements for spec in table))
+    tensor_keys = encode_all(spec.name for spec in table)
+    manifest = Manifest(
+        str(trajectory.root),
+        [StoredTensor(spec, names[spec.name], tensor_keys[spec.name]) for spec in table],
+        relative(trajectory),
+        span,
+        _choose_window(segments, span),
+        settings,
+        {name: _record(name, keys[name], loss, probed) for name, loss in found["losses"].items()},
+        _provenance(task, found["task_losses"]),
+    )
+    return Preparation(common, probe_part, manifest, probed["notes"])
+
+
+def _ask(cluster: Cluster, work: Callable[[Spec], Spec], spec: Spec) -> Spec:
+    """One answer from one worker."""
+    answers = list(cluster.map(work, [spec]))
+    if not answers or (answers[0].result is None and answers[0].lost is None):
+        raise Interrupted("stopped before the first span.")
+    answer = answers[0]
+    if answer.lost is not None:
+        raise ResourceError(
+            f"a worker died while it looked at the task ({answer.lost}). Often memory: try fewer --workers or a smaller "
+            "--batch-size, or --cluster inline to see the cause."
+        )
+    return unwrapped(answer.result)
+
+
+def unwrapped(answer: Spec) -> Spec:
+    """A worker's answer, or the error it met; before the first span that is never "some spans failed"."""
+    if "error" in answer:
+        error = unpack(answer["error"])
+        raise (InputError(str(error)) if isinstance(error, SpanError) else error) from RuntimeError(answer["trace"])
+    return answer
+
+
+def choose_span(segments: int, workers: int, elements: int) -> int:
+    """Segments per span: a power of two, at most 16, at most 256 MiB of allocation, at least two spans per worker."""
+    most = min(_LONGEST_SPAN, max(1, segments // (2 * workers)), max(1, _SPAN_BYTES // (4 * max(1, elements))))
+    return int(2 ** (most.bit_length() - 1))
+
+
+def _choose_window(segments: int, span: int) -> int:
+    """Spans per window of totals: a power of two that gives at most 64 windows."""
+    window = 1
+    while -(-segments // (span * window)) > _WINDOWS:
+        window *= 2
+    return window
+
+
+def relative(trajectory: Trajectory) -> list[Checkpoint]:
+    """Checkpoints with their files relative to the trajectory's root, so that a directory can be moved."""
+    return [
+        Checkpoint(
+            each.step, tuple(file.relative_to(trajectory.root) for file in each.files), each.size, each.fingerprint
+        )
+        for each in trajectory.checkpoints
+    ]
+
+
+def as_json(checkpoint: Checkpoint) -> list[Any]:
+    """A checkpoint inside a spec."""
+    return [checkpoint.step, [str(file) for file in checkpoint.files], checkpoint.size, checkpoint.fingerprint]
+
+
+def _probe_part(trajectory: Trajectory) -> dict[str, Any]:
+    ends = len(trajectory.checkpoints) - 1
+    middle = (ends - 1) // 2
+    checkpoints = relative(trajectory)
+    return {
+        "ends": ends,
+        "half": trajectory.half_precision,
+        "checkpoints": {
+            str(index): as_json(checkpoints[index]) for index in {0, 1, middle, middle + 1, ends - 1, ends}
+        },
+    }
+
+
+def _record(name: str, key: str, loss: dict[str, Any], probed: Spec) -> LossRecord:
+    return LossRecord(
+        key,
+        loss["on"],
+        loss["kind"],
+        loss["examples"],
+        probed["batch_sizes"][loss["on"]],
+        probed["calibration"][name],
+        probed["identity"][name],
+    )
+
+
+def _provenance(task: Entry, task_losses: list[str]) -> dict[str, Any]:
+    return {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "task": task.get("path") or task.get("module") or "an object",
+        "task_function": task.get("function"),
+        "task_sha256": digest(task),
+        "task_losses": task_losses,
+        "lca_posthoc": version("lca_posthoc"),
+        **{name: version(name) for name in ("torch", "safetensors", "numpy", "zarr")},
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }

@@ -1,0 +1,68 @@
+"""The settings that decide a run's results: their defaults, what they may be, and that a recorded one is never changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .cluster import visible_device
+from .errors import InputError
+from .quadrature import RULES
+from .records import KEEP
+
+Settings = dict[str, Any]
+
+DEFAULTS: dict[str, Any] = {
+    "rule": "simpson",
+    "tolerance": 1e-3,
+    "allocation_tolerance": "inf",
+    "keep": "parameters",
+    "batch_size": None,
+    "device": None,
+    "precision": "float32",
+    "norm_stats": "running",
+    "steps": None,
+    "pattern": None,
+    "rename": [],
+}
+CHOICES = {
+    "rule": tuple(RULES),
+    "keep": KEEP,
+    "precision": ("float32", "float64"),
+    "norm_stats": ("running", "batch"),
+    "device": ("cpu", "cuda"),
+}
+
+
+def resolve(asked: dict[str, Any], recorded: dict[str, Any] | None) -> dict[str, Any]:
+    """What was asked, over what is recorded or the defaults; a recorded setting is never changed."""
+    given = {name: value for name, value in asked.items() if value not in (None, [], "auto")}
+    for name, value in given.items():
+        if name in CHOICES and value not in CHOICES[name]:
+            raise InputError(f"{_option(name)} {value!r} is not one of {', '.join(CHOICES[name])}.")
+    for name in ("tolerance", "allocation_tolerance"):
+        if name in given:
+            given[name] = _positive(name, given[name])
+    if given.get("batch_size") is not None and given["batch_size"] < 1:
+        raise InputError(f"--batch-size must be 1 or more, got {given['batch_size']}.")
+    if recorded is None:
+        settings = {**DEFAULTS, **given}
+        settings["device"] = settings["device"] or visible_device()
+        return settings
+    for name, value in given.items():
+        if recorded[name] != value:
+            raise InputError(
+                f"this run was made with {_option(name)} {recorded[name]}, not {value}. Leave {_option(name)} out to go on with it, "
+                "or write another run with --out."
+            )
+    return recorded
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _positive(name: str, value: Any) -> float | str:
+    number = float(value)
+    if not number > 0:
+        raise InputError(f"{_option(name)} must be a positive number or inf, got {value}.")
+    return number if number < float("inf") else "inf"
