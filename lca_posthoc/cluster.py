@@ -182,7 +182,8 @@ def _local(workers: int | None, device: str, stop: threading.Event) -> Iterator[
         "options": {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": None},
     }
     with (
-        dask.config.set(_SETTINGS), SpecCluster(workers=specs, scheduler=scheduler, silence_logs="CRITICAL") as cluster,
+        dask.config.set(_SETTINGS),
+        SpecCluster(workers=specs, scheduler=scheduler, silence_logs="CRITICAL") as cluster,
         Client(cluster, timeout=_PROBE_SECONDS) as client,
     ):
         _check(client, count)

@@ -21,8 +21,23 @@ MAX_HEADER_BYTES = 32 * 2**20
 MAX_TENSORS = 100_000
 _SAMPLE = 64 * 2**10
 _BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16,
-    "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
 }
 FLOATING = frozenset({"F8_E5M2", "F8_E4M3", "F8_E8M0", "F16", "BF16", "F32", "F64"})
 HALF = FLOATING - {"F32", "F64"}
@@ -121,6 +136,11 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorHeader, int, int]:
     if not fits:
         raise _damaged(path, f"its entry for tensor {name[:80]!r} does not hold together")
     return TensorHeader(dtype, tuple(shape)), begin, end
+
+
+def fingerprint_of(data: bytes) -> int:
+    """The fingerprint of a file that was read whole."""
+    return fingerprint(lambda at, count: data[at : at + count], len(data))
 
 
 def fingerprint(read: Callable[[int, int], bytes], size: int) -> int:

@@ -299,7 +299,7 @@ class _Job:
             writer.fold_all(name)
             for span in writer.pending(name):
                 waiting.setdefault(span, []).append(name)
-        pending = sum(len(names) * _length(manifest, span) for span, names in waiting.items())
+        pending = sum(len(names) * manifest.length(span) for span, names in waiting.items())
         self.tell(Planned(pending, manifest.segments * len(common["losses"]), cluster.workers))
         specs = (
             {**common, **_span_part(manifest, span), "run": str(self.path.resolve()), "pending": names}
@@ -349,11 +349,6 @@ class _Job:
             )
         )
         return {name for fact in facts for name in fact["silent"]}
-
-
-def _length(manifest: Manifest, span: int) -> int:
-    rows = manifest.rows(span)
-    return rows.stop - rows.start
 
 
 def _failures(failed: list[SpanFailed]) -> str:

@@ -67,7 +67,7 @@ class Loss:
         if isinstance(self.fn, torch.nn.Module):
             module = copy.copy(self.fn)
             if self.reduces:
-                module.reduction = reduction
+                setattr(module, "reduction", reduction)  # noqa: B010 - a plain attribute, which nn.Module's types do not know
             return module
         return functools.partial(self.fn, reduction=reduction) if self.reduces else self.fn
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import InputError, SpanError
-from .headers import HALF, Header, TensorHeader, fingerprint, read_header
+from .headers import HALF, Header, TensorHeader, fingerprint_of, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -386,7 +386,7 @@ def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[st
     for path in checkpoint.files:
         try:
             data = path.read_bytes()
-            crc = (crc * 31 + fingerprint(lambda at, n, data=data: data[at : at + n], len(data))) % 2**32
+            crc = (crc * 31 + fingerprint_of(data)) % 2**32
             held |= safetensors.torch.load(data)
         except (OSError, safetensors.SafetensorError) as error:
             raise SpanError(

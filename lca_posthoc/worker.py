@@ -326,7 +326,7 @@ def _replay_span(spec: Spec) -> Spec:
     losses = spec["pending"]
     before = {name: (objective.evaluations[name], objective.forward_passes[name]) for name in losses}
     tallies = {
-        name: Tally(objective.allocated, rows.stop - rows.start, writer.keep, objective.device) for name in losses
+        name: Tally(objective.allocated, writer.manifest.length(spec["span"]), writer.keep, objective.device) for name in losses
     }
     for start, end, done in allocate_span(_points(spec, rows, objective), objective, losses, method):
         for name in losses:
@@ -344,7 +344,7 @@ def _replay_span(spec: Spec) -> Spec:
         facts[name]["silent"] = sorted(tally.silent)
     return {
         "losses": facts,
-        "segments": rows.stop - rows.start,
+        "segments": writer.manifest.length(spec["span"]),
         "seconds": time.perf_counter() - started,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

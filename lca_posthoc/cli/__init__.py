@@ -30,7 +30,7 @@ class _Failure(click.ClickException):
 
     def __init__(self, error: LCAError) -> None:
         super().__init__(str(error))
-        self.exit_code = error.exit_code
+        self.exit_code = error.exit_code  # type: ignore[misc]
 
     def show(self, file: Any = None) -> None:
         click.echo(f"lca: {self.message}", err=True)

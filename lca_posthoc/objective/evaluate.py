@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,7 +147,7 @@ class Objective:
         for loss in self.losses.values():
             if loss.on == split.name:
                 with self._mode():
-                    yield automatic_batch_size(split, lambda batch, loss=loss: self.values(loss, batch), self.device)
+                    yield automatic_batch_size(split, partial(self.values, loss), self.device)
 
     def place(self, point: Mapping[str, Tensor]) -> None:
         """Copy values into the module's own tensors, in place: recomputation under checkpointing sees them too."""

@@ -103,8 +103,8 @@ def normalising(mode: str) -> Iterator[None]:
     batch_norm: Any = F.batch_norm
     instance_norm: Any = F.instance_norm
     running = mode == "running"
-    F.batch_norm = _batch_norm_running(batch_norm) if running else _own_statistics(batch_norm)  # type: ignore[assignment]
-    F.instance_norm = _instance_norm_running(instance_norm) if running else _own_statistics(instance_norm)  # type: ignore[assignment]
+    F.batch_norm = _batch_norm_running(batch_norm) if running else _own_statistics(batch_norm)
+    F.instance_norm = _instance_norm_running(instance_norm) if running else _own_statistics(instance_norm)
     try:
         yield
     finally:

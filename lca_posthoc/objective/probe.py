@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,12 +33,14 @@ class Identity:
 
 
 def _norm(evaluation: Evaluation) -> float:
-    return float(sum(float((each**2).sum()) for each in evaluation.gradient.values())) ** 0.5
+    return math.sqrt(math.fsum(float((each**2).sum()) for each in evaluation.gradient.values()))
 
 
 def _distance(one: Evaluation, other: Evaluation) -> float:
     """Largest relative difference of the values and of the gradients (Euclidean)."""
-    apart = sum(float(((one.gradient[name] - other.gradient[name]) ** 2).sum()) for name in one.gradient) ** 0.5
+    apart = math.sqrt(
+        math.fsum(float(((one.gradient[name] - other.gradient[name]) ** 2).sum()) for name in one.gradient)
+    )
     scale = max(abs(one.loss), abs(other.loss), 1e-12)
     return max(abs(one.loss - other.loss) / scale, apart / max(_norm(one), _norm(other), 1e-12 * scale))
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 from typing import Any
-
-import google_crc32c
 
 
 def sync_directory(path: Path) -> None:
@@ -33,18 +32,22 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def seal(path: Path) -> list[int]:
-    """Flush a file to disk and return its size and the CRC32C of its bytes."""
+    """Flush a file to disk and return its size and the CRC-32 of its bytes.
+
+    Not CRC-32C: chunks end in their own CRC-32C, and over data followed by its own checksum a CRC is the same constant for
+    every intact file, so a whole chunk put in another one's place would go unnoticed.
+    """
     with path.open("rb") as file:
         os.fsync(file.fileno())
         size, crc = 0, 0
         while block := file.read(2**22):
             size += len(block)
-            crc = google_crc32c.extend(crc, block)
+            crc = zlib.crc32(block, crc)
     return [size, crc]
 
 
 def seal_all(paths: list[Path], root: Path) -> dict[str, Any]:
-    """Seal files and their directories; relative path → [size, crc32c]."""
+    """Seal files and their directories; relative path → [size, crc32]."""
     sealed = {path.relative_to(root).as_posix(): seal(path) for path in paths}
     for directory in sorted({path.parent for path in paths}):
         sync_directory(directory)

@@ -90,7 +90,11 @@ class Manifest:
 
     def rows(self, span: int) -> slice:
         """The segments of a span."""
-        return slice(span * self.span, min((span + 1) * self.span, self.segments))
+        return slice(span * self.span, span * self.span + self.length(span))
+
+    def length(self, span: int) -> int:
+        """How many segments a span has."""
+        return min(self.span, self.segments - span * self.span)
 
     def spans_of(self, window: int) -> range:
         """The spans of a window."""

@@ -60,7 +60,7 @@ class LossResults:
                 f"{self._path} keeps no {part} (--keep {self._manifest.settings['keep']}). Run again into another directory "
                 f"with --keep {'parameters' if part == 'allocation' else 'units'}."
             )
-        data = xr.open_zarr(self._path / DATA, group=group, consolidated=False, chunks=None)
+        data: xr.Dataset = xr.open_zarr(self._path / DATA, group=group, consolidated=False, chunks=None)
         return data if len(self._rows) == self._manifest.segments else data.isel(step=self._rows)
 
     def _named(self, part: str) -> xr.Dataset:

@@ -1,0 +1,154 @@
+"""A tiny model, its iterates on disk and its task file, the command line in this process, and what a refusal looks like."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner, Result
+from safetensors.torch import save_file
+
+from lca_posthoc.cli import cli
+
+TASK = """\
+import torch
+import torch.nn.functional as F
+from lca_posthoc import Loss, Task
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden = torch.nn.Linear(64, 8)
+        self.out = torch.nn.Linear(8, 4)
+
+    def forward(self, inputs):
+        return self.out(torch.tanh(self.hidden(inputs)))
+
+
+generator = torch.Generator().manual_seed(1)
+inputs = torch.randn(40, 64, generator=generator)
+targets = torch.randint(0, 4, (40,), generator=generator)
+train = (inputs[:30], targets[:30])
+validation = (inputs[30:], targets[30:])
+
+
+def cross_entropy(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def task():
+    return Task(
+        model=Net,
+        data={"train": train, "validation": validation},
+        losses={"train": Loss(F.cross_entropy, on="train"), "validation": Loss(F.cross_entropy, on="validation")},
+    )
+"""
+STEPS = tuple(range(0, 70, 10))
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@functools.cache
+def task_namespace() -> dict[str, Any]:
+    """What the task file defines, for tests that need its model or data."""
+    namespace: dict[str, Any] = {}
+    exec(TASK, namespace)
+    return namespace
+
+
+@functools.cache
+def iterates() -> tuple[dict[str, torch.Tensor], ...]:
+    """The weights of seven iterates of gradient descent with momentum on the task's training split."""
+    made = task_namespace()
+    torch.manual_seed(2)
+    model, (inputs, targets) = made["Net"](), made["train"]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    found = []
+    for _ in STEPS:
+        found.append({name: tensor.detach().clone() for name, tensor in model.named_parameters()})
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+    return tuple(found)
+
+
+def step_file(directory: Path, step: int) -> Path:
+    return directory / f"step_{step:08d}.safetensors"
+
+
+def write_step(directory: Path, step: int, tensors: Tensors, name: str | None = None) -> Path:
+    """One checkpoint as `Recorder` writes it, or under another name."""
+    path = directory / name if name else step_file(directory, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), path, metadata={"format": "pt", "step": str(step)})
+    return path
+
+
+def record(directory: Path, steps: Sequence[int] = STEPS, dtype: torch.dtype = torch.float32) -> Path:
+    for step, tensors in zip(steps, iterates(), strict=False):
+        write_step(directory, step, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    return directory
+
+
+def write_task(path: Path, old: str = "", new: str = "") -> Path:
+    """The task file, with `old` replaced by `new`, which must change it."""
+    text = TASK.replace(old, new) if old else TASK
+    assert not old or text != TASK
+    path.write_text(text)
+    return path
+
+
+def lca(*arguments: object) -> Result:
+    """`lca …` in this process; an exception that is not an exit is a bug of the package and raised here."""
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def run_lca(checkpoints: Path, task: object, out: Path, *options: object) -> Result:
+    return lca("run", checkpoints, "--task", task, "--out", out, "--cluster", "inline", *options)
+
+
+def document(result: Result) -> dict[str, Any]:
+    """The one JSON document a successful command printed."""
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def last_line(result: Result) -> str:
+    """The one line an error is: after any notes, beginning with `lca: `, without a traceback or control characters."""
+    *before, last = result.stderr.splitlines() or [""]
+    assert [line for line in before if not line.startswith("note: ")] == [], result.stderr
+    assert last.startswith("lca: "), result.stderr
+    assert "Traceback" not in result.stderr
+    assert "unexpected" not in last, last
+    assert re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", result.stderr) is None, repr(result.stderr)
+    assert result.stdout == ""
+    return last
+
+
+def says(text: str, *words: str) -> None:
+    assert [word for word in words if word not in text] == [], text
+
+
+def refused(result: Result, *words: str, code: int = 2) -> str:
+    """Asserts the exit code and that the message holds every one of `words`."""
+    line = last_line(result)
+    says(line, *words)
+    assert result.exit_code == code, (result.exit_code, line)
+    return line
+
+
+def contents(root: Path) -> dict[str, bytes | None]:
+    """Every file below `root` with its bytes, every directory with None."""
+    return {
+        str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in sorted(root.rglob("*"))
+    }

@@ -1,0 +1,289 @@
+"""One result, however it came about: spans, workers, interruptions, resumption, growth."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lca_posthoc as lca_package
+from lca_posthoc import Recorder, open_run, replay, store
+from lca_posthoc.errors import LCAError
+from lca_posthoc.replay import Planned, SpanDone
+from tests.small import contents, lca, refused, run_lca, task_namespace, write_task
+
+SEGMENTS = 37
+
+
+def record_training(directory: Path, steps: range) -> Path:
+    """Iterates of one and the same mini-batch training; those in `steps` are written."""
+    made = task_namespace()
+    torch.manual_seed(3)
+    model, (inputs, targets) = made["Net"](), made["train"]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    with Recorder(directory, model) as recorder:
+        for step in range(steps.stop):
+            if step in steps:
+                recorder.save(step)
+            batch = torch.randint(len(inputs), (8,))
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs[batch]), targets[batch]).backward()
+            optimizer.step()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with checkpoints of 37 segments and a task file."""
+    root = tmp_path_factory.mktemp("replay")
+    record_training(root / "checkpoints", range(SEGMENTS + 1))
+    write_task(root / "small_task.py")
+    return root
+
+
+def replayed(place: Path, out: Path, **options: Any) -> tuple[dict[str, np.ndarray], list[Any]]:
+    """Every array of a run of both losses, and the events on the way."""
+    events: list[Any] = []
+    options = {"cluster": "inline", "losses": ["all"], "checkpoints": place / "checkpoints", **options}
+    lca_package.run(task=place / "small_task.py", out=out, progress=events.append, **options)
+    return arrays(out), events
+
+
+def arrays(out: Path) -> dict[str, np.ndarray]:
+    run = open_run(out)
+    parts = ("allocation", "units", "tensors", "steps", "histogram", "totals")
+    return {
+        f"{loss}/{part}/{name}": np.asarray(values)
+        for loss in run
+        for part in parts
+        for name, values in getattr(run[loss], part).variables.items()
+    }
+
+
+def identical(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name in one if one[name].dtype != object and one[name].tobytes() != other[name].tobytes()]
+    assert different == []
+
+
+@pytest.fixture(scope="module")
+def reference(place: Path) -> dict[str, np.ndarray]:
+    found, _ = replayed(place, place / "reference.lca", span=8)
+    return found
+
+
+@pytest.mark.parametrize("span", [1, 4, 16])
+def test_any_span_length_gives_the_same_bits(place: Path, tmp_path: Path, reference: dict, span: int) -> None:
+    found, _ = replayed(place, tmp_path / "run.lca", span=span)
+    identical(reference, found)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_local_workers_give_the_same_bits_as_this_process(
+    place: Path, tmp_path: Path, reference: dict, workers: int
+) -> None:
+    found, events = replayed(place, tmp_path / "run.lca", cluster="local", workers=workers, span=4)
+    identical(reference, found)
+    assert [event.workers for event in events if isinstance(event, Planned)] == [workers]
+
+
+def test_windows_of_totals_give_the_same_bits_as_single_spans(place: Path, tmp_path: Path) -> None:
+    checkpoints = record_training(tmp_path / "many", range(71))
+    one, _ = replayed(place, tmp_path / "one.lca", checkpoints=checkpoints, span=1)
+    sixteen, _ = replayed(place, tmp_path / "sixteen.lca", checkpoints=checkpoints, span=16)
+    identical(one, sixteen)
+    assert store.read_manifest(tmp_path / "one.lca").window == 2
+    assert list((tmp_path / "one.lca" / "partial").rglob("*.safetensors")) == []
+
+
+def test_a_second_run_evaluates_nothing(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run.lca"
+    replayed(place, out)
+    before = contents(out)
+    monkeypatch.setattr(replay, "prepare", lambda *_, **__: pytest.fail("a finished run was prepared again"))
+    _, events = replayed(place, out)
+    assert events == [Planned(0, 2 * SEGMENTS, 0)]
+    assert contents(out) == before
+
+
+def test_a_second_run_with_an_edited_task_file_evaluates_no_span(place: Path, tmp_path: Path) -> None:
+    root = tmp_path / "place"
+    shutil.copytree(place / "checkpoints", root / "checkpoints")
+    write_task(root / "small_task.py")
+    replayed(root, tmp_path / "run.lca")
+    write_task(root / "small_task.py", "def task():", "# a comment\ndef task():")
+    _, events = replayed(root, tmp_path / "run.lca")
+    assert [event for event in events if isinstance(event, SpanDone)] == []
+
+
+def test_only_spans_without_a_marker_are_replayed(place: Path, tmp_path: Path, reference: dict) -> None:
+    out = tmp_path / "run.lca"
+    replayed(place, out, span=8)
+    (out / "commits" / "train" / "000002.json").unlink()
+    _, events = replayed(place, out)
+    done = [event for event in events if isinstance(event, SpanDone)]
+    own = int(open_run(out)["train"].steps.evaluations[16:24].sum())  # and the start of the span once more
+    assert [(event.span, event.losses, event.evaluations) for event in done] == [(2, ["train"], own + 1)]
+    identical(reference, arrays(out))
+
+
+def test_a_loss_added_later_leaves_the_others_as_they_were(place: Path, tmp_path: Path, reference: dict) -> None:
+    out = tmp_path / "run.lca"
+    replayed(place, out, losses=["train"], span=8)
+    before = {name: data for name, data in contents(out).items() if "train" in name}
+    _, events = replayed(place, out, losses=["validation"])
+    assert {tuple(event.losses) for event in events if isinstance(event, SpanDone)} == {("validation",)}
+    assert {name: data for name, data in contents(out).items() if "train" in name} == before
+    identical(reference, arrays(out))
+
+
+@pytest.mark.parametrize(("first", "last", "span"), [(18, 37, 8), (16, 37, 8), (67, 80, 1), (66, 71, 1)])
+def test_checkpoints_added_at_the_end_give_the_same_bits_as_one_run(
+    place: Path, tmp_path: Path, first: int, last: int, span: int
+) -> None:
+    whole = record_training(tmp_path / "whole", range(last + 1))
+    growing = tmp_path / "growing"
+    growing.mkdir()
+    for step in range(first + 1):
+        shutil.copy(whole / f"step_{step:08d}.safetensors", growing)
+    replayed(place, tmp_path / "grown.lca", checkpoints=growing, span=span)
+    for step in range(first + 1, last + 1):
+        shutil.copy(whole / f"step_{step:08d}.safetensors", growing)
+    grown, events = replayed(place, tmp_path / "grown.lca", checkpoints=growing)
+    once, _ = replayed(place, tmp_path / "once.lca", checkpoints=whole, span=span)
+    identical(once, grown)
+    again = [event.span for event in events if isinstance(event, SpanDone)]
+    assert again == list(range(first // span, -(-last // span)))
+
+
+def test_an_unfinished_run_shows_committed_segments_only(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run.lca"
+    replayed(place, out, span=8)
+    (out / "commits" / "train" / "000001.json").unlink()
+    train = open_run(out)["train"]
+    assert train.steps.step.values.tolist() == [*range(8), *range(16, SEGMENTS)]
+    assert train.allocation.sizes["step"] == SEGMENTS - 8
+    assert not np.isnan(train.allocation["hidden.weight"]).any()
+    with pytest.raises(LCAError, match="not complete"):
+        _ = train.totals
+
+
+def test_two_drivers_never_share_a_run(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run.lca"
+    replayed(place, out, losses=["train"])
+    with store.hold(out):
+        result = run_lca(place / "checkpoints", place / "small_task.py", out, "--loss", "validation")
+    refused(result, str(out), "is being written by process", code=5)
+
+
+# --- real processes, really killed --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def long_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough segments that a replay can be interrupted in the middle."""
+    root = tmp_path_factory.mktemp("long")
+    record_training(root / "checkpoints", range(401))
+    write_task(root / "small_task.py", "inputs = torch.randn(40", "torch.manual_seed(0)\ninputs = torch.randn(40")
+    lca_package.run(root / "checkpoints", root / "small_task.py", losses=["all"], cluster="inline", span=4, out=root / "clean.lca")
+    return root
+
+
+def start(root: Path, out: Path, cluster: str) -> subprocess.Popen[str]:
+    """`lca run` in a process of its own; its spans are 4 segments long."""
+    code = (
+        "import sys; from lca_posthoc import preparation; preparation._LONGEST_SPAN = 4\n"
+        "from lca_posthoc.cli import main; main()"
+    )
+    script = root / "lca_short_spans.py"
+    script.write_text("if __name__ == '__main__':\n" + "\n".join(f"    {line}" for line in code.splitlines()))
+    command = [sys.executable, script, "run", root / "checkpoints", "--task", root / "small_task.py", "--loss", "all"]
+    return subprocess.Popen(
+        [*map(str, command), "--out", str(out), "--cluster", cluster, "--workers", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def waited_until(process: subprocess.Popen[str], ready: Any) -> None:
+    """Returns as soon as `ready()` holds; fails if the process ends before."""
+    while not ready():
+        try:
+            process.wait(timeout=0.02)
+        except subprocess.TimeoutExpired:
+            continue
+        pytest.fail(f"ended before it could be interrupted: {process.communicate()}")
+
+
+def markers(out: Path) -> int:
+    return len(list(out.glob("commits/train/0*.json")))
+
+
+def test_killed_at_random_moments_and_run_again_gives_the_bytes_of_an_undisturbed_run(
+    long_place: Path, tmp_path: Path
+) -> None:
+    chance, out = random.Random(0), tmp_path / "run.lca"
+    moments: Iterator[Any] = iter(
+        [
+            lambda: list(tmp_path.glob("run.lca.partial-*")),  # in the middle of creation
+            lambda: out.exists(),
+            *(lambda n=n: markers(out) >= n for n in sorted(chance.sample(range(1, 95), 6))),
+        ]
+    )
+    for ready in moments:
+        process = start(long_place, out, "inline")
+        waited_until(process, ready)
+        process.kill()
+        process.communicate()
+    process = start(long_place, out, "inline")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    data = {name: held for name, held in contents(out / "data.zarr").items()}
+    assert data == contents(long_place / "clean.lca" / "data.zarr")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lca"]
+
+
+def test_a_killed_worker_costs_time_and_changes_nothing(long_place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run.lca"
+    process = start(long_place, out, "local")
+    waited_until(process, lambda: markers(out) >= 3)
+    workers = [each for each in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(each.cmdline())]
+    assert workers
+    workers[0].kill()
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert contents(out / "data.zarr") == contents(long_place / "clean.lca" / "data.zarr")
+
+
+@pytest.mark.parametrize("cluster", ["inline", "local"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_drains_and_leaves_a_resumable_run(
+    long_place: Path, tmp_path: Path, cluster: str, number: signal.Signals
+) -> None:
+    out = tmp_path / "run.lca"
+    process = start(long_place, out, cluster)
+    waited_until(process, lambda: markers(out) >= 3)
+    # A terminal sends Ctrl-C to every process of the group; a scheduler's SIGTERM reaches the driver.
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + number
+    assert len(errors.splitlines()) <= 5, errors
+    assert "Run the same command again" in errors
+    status = lca("status", out)
+    assert "run `lca run` again" in status.stdout
+    lca_package.run(long_place / "checkpoints", long_place / "small_task.py", losses=["all"], cluster="inline", out=out)
+    assert contents(out / "data.zarr") == contents(long_place / "clean.lca" / "data.zarr")
