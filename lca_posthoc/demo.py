@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from .errors import InputError
 from .recorder import Recorder
-from .replay import Listener, run
+from .replay import Listener, Note, run
 from .store import Run
 from .task import Loss, Task
 
@@ -87,5 +87,7 @@ def demo(directory: Path, progress: Listener | None = None) -> Run:
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory} exists and is not empty. Name another directory: lca demo DIR.")
+    if progress:
+        progress(Note(f"training a 64-50-20-10 network on {_TRAIN:,} digits, recording {STEPS + 1} iterates"))
     train(directory / "checkpoints")
     return run(directory / "checkpoints", "lca_posthoc.demo:task", losses=["all"], progress=progress)

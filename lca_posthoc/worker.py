@@ -326,7 +326,8 @@ def _replay_span(spec: Spec) -> Spec:
     losses = spec["pending"]
     before = {name: (objective.evaluations[name], objective.forward_passes[name]) for name in losses}
     tallies = {
-        name: Tally(objective.allocated, writer.manifest.length(spec["span"]), writer.keep, objective.device) for name in losses
+        name: Tally(objective.allocated, writer.manifest.length(spec["span"]), writer.keep, objective.device)
+        for name in losses
     }
     for start, end, done in allocate_span(_points(spec, rows, objective), objective, losses, method):
         for name in losses:

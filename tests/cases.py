@@ -71,6 +71,12 @@ def smooth_mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8), nn.GELU(), nn.Dropout(0.2), nn.Linear(8, 4))
 
 
+def fast_path() -> nn.Module:
+    """Attention that torch computes by another kernel where no gradient is asked for."""
+    block = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    return nn.Sequential(nn.Unflatten(1, (3, 4)), nn.Linear(4, 8), block, nn.Flatten(), nn.Linear(24, 4))
+
+
 def frozen_mlp() -> nn.Module:
     model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 4))
     model[0].weight.requires_grad_(False)
@@ -132,6 +138,35 @@ class OddShapes(nn.Module):
         if self.training:
             self.steps += 1
         return self.last(torch.tanh(self.scale * self.first(x))) + self.empty.sum()
+
+
+class Conv1D(nn.Module):
+    """A linear layer whose weight is stored inputs first, as in GPT-2."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) * inputs**-0.5)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class Upsample(nn.ConvTranspose2d):
+    """A user's own kind of transposed convolution."""
+
+
+class Transposed(nn.Module):
+    """Layers whose output axis is axis 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ConvTranspose1d(1, 3, 2)
+        self.second = Upsample(3, 2, (1, 2))
+        self.third = Conv1D(28, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(torch.tanh(self.second(torch.tanh(self.first(x[:, None]))[:, :, None])).flatten(1))
 
 
 class Block(nn.Module):
@@ -264,6 +299,8 @@ CASES = {
     "autoencoder": Case(
         Autoencoder, _echo, {"train": Loss(F.mse_loss, on="train")}, {"train": pixels}, norm_stats=BOTH
     ),
+    "transposed": Case(Transposed, _vectors, _CLASSES, _CLASS_VALUES),
+    "fast_path": Case(fast_path, _vectors, _CLASSES, _CLASS_VALUES),
     "odd_shapes": Case(OddShapes, _vectors, _CLASSES, _CLASS_VALUES),
     "transformer": Case(
         Transformer,

@@ -197,7 +197,9 @@ def long_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("long")
     record_training(root / "checkpoints", range(401))
     write_task(root / "small_task.py", "inputs = torch.randn(40", "torch.manual_seed(0)\ninputs = torch.randn(40")
-    lca_package.run(root / "checkpoints", root / "small_task.py", losses=["all"], cluster="inline", span=4, out=root / "clean.lca")
+    lca_package.run(
+        root / "checkpoints", root / "small_task.py", losses=["all"], cluster="inline", span=4, out=root / "clean.lca"
+    )
     return root
 
 
@@ -261,7 +263,11 @@ def test_a_killed_worker_costs_time_and_changes_nothing(long_place: Path, tmp_pa
     out = tmp_path / "run.lca"
     process = start(long_place, out, "local")
     waited_until(process, lambda: markers(out) >= 3)
-    workers = [each for each in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(each.cmdline())]
+    workers = [
+        each
+        for each in psutil.Process(process.pid).children(recursive=True)
+        if "spawn_main" in " ".join(each.cmdline())
+    ]
     assert workers
     workers[0].kill()
     _, errors = process.communicate()

@@ -1,6 +1,8 @@
 """Draws the README's picture from a run directory: the loss, and what each layer did to it, over training.
 
-    python docs/examples/layers_picture.py mnist-checkpoints.lca layers.png
+```sh
+python docs/examples/layers_picture.py mnist-checkpoints.lca layers.png
+```
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """MNIST-FC of the paper (784-100-50-10, 84,060 parameters): trains it and is its own task file.
 
-    LCA_DATA=DIR python docs/examples/mnist_fc.py mnist-checkpoints
-    LCA_DATA=DIR lca run mnist-checkpoints --task docs/examples/mnist_fc.py --loss all
+```sh
+LCA_DATA=DIR python docs/examples/mnist_fc.py mnist-checkpoints
+LCA_DATA=DIR lca run mnist-checkpoints --task docs/examples/mnist_fc.py --loss all
+```
 
 DIR holds `mnist.safetensors` with `train.images` (60000, 28, 28) uint8 and `train.labels`.
 """

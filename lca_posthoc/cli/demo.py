@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .run import listener
-from .show import stderr, stdout
+from .show import stdout
 from .summary import print_summary
 
 
@@ -22,10 +22,9 @@ def command(directory: Path) -> None:
     lca demo
     lca summary lca-demo/checkpoints.lca
     """
-    from ..demo import STEPS, demo
+    from ..demo import demo
     from ..findings import summary
 
-    stderr().print(f"training a 64-50-20-10 network on 1,500 digits, recording {STEPS + 1} iterates …")
     with listener() as listen:
         opened = demo(directory, listen)
     print_summary({name: summary(opened[name]) for name in opened})

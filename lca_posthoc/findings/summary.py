@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
 from ..errors import LCAError
 from ..store import LossResults
 
@@ -26,12 +24,9 @@ def summary(results: LossResults) -> dict[str, Any]:
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
     """
-    steps, tensors = results.steps, results.tensors.load()
+    steps, tensors = results.steps, results.tensors
     if not steps.sizes["step"]:
         raise LCAError(f"loss {results.name!r} has no finished segment yet. Let `lca run` commit a span first.")
-    for name, column in (*steps.data_vars.items(), *tensors.data_vars.items()):
-        if name != "error_bound" and not bool(np.isfinite(column).all()):
-            raise LCAError(f"stored {name} of loss {results.name!r} are damaged: committed numbers are missing.")
     loss_change = math.fsum((steps["loss_end"] - steps["loss_start"]).values.tolist())
     allocated = math.fsum(tensors["allocated"].values.ravel().tolist())
     counted = tensors.isel(tensor=tensors["kind"].values == "parameter")

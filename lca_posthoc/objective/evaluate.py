@@ -46,7 +46,7 @@ def tensor_table(model: nn.Module, norm_stats: str) -> list[TensorSpec]:
     by_id: dict[int, list[str]] = {}
     for name, tensor in stored.items():
         by_id.setdefault(id(tensor), []).append(name)
-    parameters = dict(model.named_parameters())
+    parameters, owners = dict(model.named_parameters()), _owners(model)
     table = []
     for name, tensor in [*parameters.items(), *model.named_buffers()]:
         if id(tensor) not in by_id:
@@ -55,15 +55,23 @@ def tensor_table(model: nn.Module, norm_stats: str) -> list[TensorSpec]:
         if not tensor.is_floating_point() or (kind == "buffer" and norm_stats == "batch"):
             kind = "state"
         aliases = tuple(alias for alias in by_id[id(tensor)] if alias != name)
-        table.append(TensorSpec(name, kind, tuple(tensor.shape), aliases, _unit_axis(model, name, tensor.dim())))
+        table.append(TensorSpec(name, kind, tuple(tensor.shape), aliases, _unit_axis(owners[name], tensor.dim())))
     return table
 
 
-def _unit_axis(model: nn.Module, name: str, dims: int) -> int | None:
+def _owners(model: nn.Module) -> dict[str, str]:
+    """Tensor name → the class of the module that holds it."""
+    return {
+        f"{prefix}.{name}" if prefix else name: type(module).__name__
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name in (*module._parameters, *module._buffers)
+    }
+
+
+def _unit_axis(owner: str, dims: int) -> int | None:
     """Output neurons and channels run along axis 0, but along axis 1 of transposed convolutions and Conv1D."""
     if dims == 0:
         return None
-    owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
     return 1 if dims > 1 and owner in _ON_AXIS_1 else 0
 
 

@@ -40,9 +40,19 @@ class ArrayPlan:
         return (self.rows, *chunks)
 
     @property
+    def fill(self) -> float | int:
+        """What a chunk nobody wrote reads as: never a value that is stored."""
+        return missing(np.dtype(self.dtype))
+
+    @property
     def bytes(self) -> int:
         """Size without compression."""
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+
+def missing(dtype: np.dtype[Any]) -> float | int:
+    """The fill value of a dtype: NaN, or the smallest integer."""
+    return float("nan") if dtype.kind == "f" else int(np.iinfo(dtype).min)
 
 
 def plan_arrays(manifest: Manifest, keep: str) -> Iterator[ArrayPlan]:

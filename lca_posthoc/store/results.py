@@ -14,8 +14,25 @@ import zarr
 
 from ..errors import LCAError
 from ..records import FIELDS, TOTALS, join_all
+from .layout import missing
 from .manifest import Manifest, read_manifest
 from .writer import COMMITS, DATA, RunWriter
+
+
+def loaded(data: xr.Dataset, name: str) -> xr.Dataset:
+    """A small dataset in memory, every committed number of which is there.
+
+    Raises:
+        LCAError: where a chunk of a committed span is missing.
+    """
+    data = data.load()
+    for field, column in data.data_vars.items():
+        hole = np.isnan(column.values) if column.dtype.kind == "f" else column.values == missing(column.dtype)
+        if field != "error_bound" and hole.any():
+            raise LCAError(
+                f"stored {field} of loss {name!r} are damaged: numbers that were committed are missing. Restore them from a copy."
+            )
+    return data
 
 
 class LossResults:
@@ -80,7 +97,7 @@ class LossResults:
     @property
     def steps(self) -> xr.Dataset:
         """Per segment: loss_start, loss_end, residual, evaluations, level, converged, error_bound."""
-        data = self._open("steps").load()
+        data = loaded(self._open("steps"), self.name)
         data["converged"] = data["converged"] == 1
         return data
 
@@ -88,7 +105,7 @@ class LossResults:
     def tensors(self) -> xr.Dataset:
         """Per segment and tensor: allocated, helping and hurting counts, motion Σ|Δθ|, gradient Σ|mean gradient|."""
         specs = [tensor.spec for tensor in self._manifest.allocated]
-        return self._open("tensors").assign_coords(
+        return loaded(self._open("tensors"), self.name).assign_coords(
             tensor=("tensor", np.array([spec.name for spec in specs], dtype=object)),
             kind=("tensor", np.array([spec.kind for spec in specs], dtype=object)),
             elements=("tensor", [spec.elements for spec in specs]),

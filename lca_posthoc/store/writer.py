@@ -292,7 +292,7 @@ def _create(group: zarr.Group, plan: ArrayPlan) -> None:
         shape=plan.shape,
         chunks=plan.chunks,
         dtype=plan.dtype,
-        fill_value=np.nan if plan.dtype.startswith("float") else -1,
+        fill_value=plan.fill,
         compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()],
         dimension_names=plan.dims,
         attributes=plan.attributes,

@@ -1,0 +1,39 @@
+"""What a run would cost, against what it costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import lca_posthoc
+from lca_posthoc.findings import summary
+from lca_posthoc.plan import plan
+from lca_posthoc.store import read_manifest, required_bytes
+from tests.small import contents, record, write_task
+
+
+@pytest.mark.parametrize("rule", ["simpson", "trapezoid", "left", "midpoint", "gauss-2"])
+def test_evaluations_are_those_a_run_without_refinement_makes(tmp_path: Path, rule: str) -> None:
+    record(tmp_path / "ck")
+    task = write_task(tmp_path / "task.py")
+    before = contents(tmp_path)
+    planned = plan(tmp_path / "ck", task, losses=["all"], rule=rule)
+    assert contents(tmp_path) == {
+        **before,
+        **{name: held for name, held in contents(tmp_path).items() if "pycache" in name},
+    }
+    options = {"rule": rule, "tolerance": float("inf"), "losses": ["all"]}
+    run = lca_posthoc.run(tmp_path / "ck", task, cluster="inline", **options)
+    assert {name: loss.evaluations for name, loss in planned.losses.items()} == {
+        name: summary(run[name])["evaluations"] for name in run
+    }
+    manifest = read_manifest(run.path)
+    assert planned.segments == manifest.segments
+    assert planned.parameters == manifest.parameters
+    assert planned.bytes == {keep: required_bytes(manifest, keep, 2) for keep in ("parameters", "units", "tensors")}
+    assert {name: loss.batch_size for name, loss in planned.losses.items()} == {
+        name: record.batch_size for name, record in manifest.losses.items()
+    }
+    assert all(loss.seconds == loss.seconds_per_evaluation * loss.evaluations > 0 for loss in planned.losses.values())
+    assert planned.free > 0
