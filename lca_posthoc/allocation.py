@@ -195,7 +195,7 @@ def allocate(
         SpanError: where a loss or a gradient is not finite.
     """
     if first_level(method.rule) is None:
-        return _allocate_fixed(start, end, objective, losses, method.rule, at_start, gradient_at_end)
+        return _allocate_fixed(start, end, objective, losses, method, at_start, gradient_at_end)
     return _allocate_nested(start, end, objective, losses, method, at_start)
 
 
@@ -252,11 +252,12 @@ def _allocate_fixed(
     end: Point,
     objective: Evaluates,
     losses: list[str],
-    rule: Rule,
+    method: Method,
     at_start: Mapping[str, Evaluation] | None,
     gradient_at_end: bool,
 ) -> tuple[dict[str, SegmentAllocation], dict[str, Evaluation]]:
     """Rules that are used as they stand; end losses that no node gives come from forward passes."""
+    rule = method.rule
     first = at_start or objective.evaluate(start, losses, gradient=rule.has_start)
     last = objective.evaluate(end, losses, gradient=rule.has_start and gradient_at_end)
     found = [first if x == 0 else objective.evaluate(interpolate(start, end, x), losses) for x in rule.nodes]
@@ -275,7 +276,7 @@ def _allocate_fixed(
             residual,
             len(rule.nodes),
             -1,
-            True,
+            abs(residual) <= method.tolerance,
             math.nan,
             untouched,
         )

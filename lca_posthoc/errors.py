@@ -31,6 +31,19 @@ class Interrupted(LCAError):
     exit_code = 130
 
 
+def amount(count: float) -> str:
+    """Bytes as people read them.
+
+    >>> amount(1234567)
+    '1.23 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 _KINDS = {kind.__name__: kind for kind in (LCAError, InputError, SpanError, ResourceError, Interrupted)}
 
 

@@ -7,6 +7,7 @@ Format: 8 bytes (little-endian length n), n bytes of JSON, the tensors' bytes. S
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,15 +96,22 @@ def _damaged(path: Path, what: str) -> InputError:
 
 
 def _parse(path: Path, text: bytes) -> tuple[dict[str, TensorHeader], dict[str, str], int]:
-    if text.count(b'"data_offsets"') > MAX_TENSORS:
+    if text.count(b"{") > MAX_TENSORS + 2:
         raise _damaged(path, f"it names more than {MAX_TENSORS:,} tensors")
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_int=_count)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header is not valid JSON ({str(error)[:80]})") from None
     if not isinstance(entries, dict):
         raise _damaged(path, "its header is not a table of tensors")
-    metadata = entries.pop("__metadata__", None) or {}
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(path, "its metadata is not a table of words")
+    try:
+        json.dumps([*entries, metadata], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise _damaged(path, "its header holds half a surrogate pair") from None
     ranges, tensors = [], {}
     for name, entry in entries.items():
         tensors[name], begin, end = _entry(path, name, entry)
@@ -123,14 +131,25 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def _count(text: str) -> int:
+    """Sizes as safetensors reads them: at most 64 bits, no sign."""
+    if len(text) > 19 or text.startswith("-"):
+        raise ValueError("a number out of range")
+    return int(text)
+
+
 def _entry(path: Path, name: str, entry: Any) -> tuple[TensorHeader, int, int]:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+        whole = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
         elements = 1
         for extent in shape:
             elements *= extent
-        fits = whole and (end - begin) * 8 == elements * _BITS[dtype]
+        fits = (
+            whole
+            and math.prod(extent or 1 for extent in shape) * _BITS[dtype] < 2**63
+            and (end - begin) * 8 == elements * _BITS[dtype]
+        )
     except (TypeError, KeyError, ValueError):
         fits = False
     if not fits:

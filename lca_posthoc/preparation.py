@@ -82,7 +82,7 @@ def prepare(
         "root": str(trajectory.root.resolve()),
     }
     known = existing.losses.values() if existing else ()
-    probe_part = _probe_part(trajectory)
+    probe_part = _probe_part(trajectory, table)
     probed = _ask(
         cluster, probe, {**common, **probe_part, "batch_sizes": {record.on: record.batch_size for record in known}}
     )
@@ -154,13 +154,14 @@ def as_json(checkpoint: Checkpoint) -> list[Any]:
     return [checkpoint.step, [str(file) for file in checkpoint.files], checkpoint.size, checkpoint.fingerprint]
 
 
-def _probe_part(trajectory: Trajectory) -> dict[str, Any]:
+def _probe_part(trajectory: Trajectory, table: list[TensorSpec]) -> dict[str, Any]:
     ends = len(trajectory.checkpoints) - 1
     middle = (ends - 1) // 2
     checkpoints = relative(trajectory)
     return {
         "ends": ends,
         "half": trajectory.half_precision,
+        "ties": trajectory.ties(table),
         "checkpoints": {
             str(index): as_json(checkpoints[index]) for index in {0, 1, middle, middle + 1, ends - 1, ends}
         },

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ import psutil
 
 from . import store
 from .cluster import Cluster, Spec, open_cluster
-from .errors import InputError, Interrupted, ResourceError, SpanError, unpack
+from .errors import InputError, Interrupted, ResourceError, SpanError, amount, unpack
 from .preparation import as_json, prepare, relative
 from .settings import Settings, resolve
 from .store import LossRecord, Manifest, Run, RunWriter
@@ -152,7 +152,12 @@ def run(
     path = Path(out) if out is not None else default_out(checkpoints)
     job = _Job(Path(checkpoints), entry(task), list(losses or []), path, asked, span, progress or (lambda event: None))
     with _signals() as stop:
-        job.run(cluster, workers, stop)
+        try:
+            job.run(cluster, workers, stop)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ResourceError(f"no space left for the result ({error}). Free some and run again.") from error
     return store.open_run(path)
 
 
@@ -230,7 +235,7 @@ class _Job:
             raise InputError(
                 f"{self.path} exists and is not a run directory (it has no run.json). Choose another place with --out."
             )
-        with _inline_threads(kind), open_cluster(kind, workers, settings["device"], stop.event) as cluster:
+        with open_cluster(kind, workers, settings["device"], stop.event) as cluster:
             try:
                 self._work(cluster, settings, trajectory, stop)
             except Interrupted:
@@ -274,7 +279,7 @@ class _Job:
         free = psutil.disk_usage(str(place)).free
         if needed > free:
             raise ResourceError(
-                f"the result may need {needed / 1e9:,.2f} GB but {place} has {free / 1e9:,.2f} GB free. Keep less with --keep units or "
+                f"the result may need {amount(needed)} but {place} has {amount(free)} free. Keep less with --keep units or "
                 "--keep tensors, or write elsewhere with --out."
             )
 
@@ -407,18 +412,3 @@ def _other_loss(name: str, field: str, before: object, now: object) -> str:
         f"loss {name!r} is not the one recorded under that name: its {field} was {before}, now {now}. Give the new loss another "
         "name, or write another run with --out."
     )
-
-
-@contextlib.contextmanager
-def _inline_threads(kind: str) -> Iterator[None]:
-    """Give back the threads a replay in this process took."""
-    if kind != "inline" or "torch" not in sys.modules:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -51,10 +51,16 @@ def resolve(asked: dict[str, Any], recorded: dict[str, Any] | None) -> dict[str,
     for name, value in given.items():
         if recorded[name] != value:
             raise InputError(
-                f"this run was made with {_option(name)} {recorded[name]}, not {value}. Leave {_option(name)} out to go on with it, "
-                "or write another run with --out."
+                f"this run was made with {_shown(name, recorded[name])}, not {_shown(name, value)}. "
+                f"Leave {_option(name)} out to go on with it, or write another run with --out."
             )
     return recorded
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(f"{_option(name)} {each}" for each in value) or f"no {_option(name)}"
+    return f"no {_option(name)}" if value is None else f"{_option(name)} {value}"
 
 
 def _option(name: str) -> str:

@@ -154,10 +154,20 @@ def entry(task: str | Path | Task) -> Entry:
 
 
 def digest(entry: Entry) -> str:
-    """A hash of the task's own source, as far as one file tells: recorded with a run, never compared with another."""
-    if entry["kind"] == "file":
-        return str(entry["sha256"])
-    return hashlib.sha256(entry.get("bytes") or f"{entry['module']}:{entry['function']}".encode()).hexdigest()
+    """A hash of the task's own source, as far as one file tells, and of its function's name."""
+    if entry["kind"] == "object":
+        return hashlib.sha256(entry["bytes"]).hexdigest()
+    source = entry.get("sha256") or _module_sha256(entry["module"])
+    return hashlib.sha256(f"{source}:{entry['function']}".encode()).hexdigest()
+
+
+def _module_sha256(module: str) -> str:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    found = spec is not None and spec.origin is not None and Path(spec.origin).is_file()
+    return _sha256(Path(spec.origin)) if spec and spec.origin and found else module
 
 
 def _sha256(path: Path) -> str:
@@ -182,7 +192,7 @@ def load(entry: Entry) -> Task:
             task = function()
         except InputError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(f"{place}() raised {type(error).__name__}: {error}. {_where(error)}") from error
     if not isinstance(task, Task):
         raise InputError(
@@ -207,7 +217,7 @@ def _module_of_file(path: Path, sha256: str) -> ModuleType:
     """Import a file under a name bound to its content, so that an edited file is never taken for the old one."""
     if _sha256(path) != sha256:
         raise InputError(f"task file {path} changed while it was being used. Run again.")
-    name = f"lca_task_{path.stem}_{sha256[:12]}"
+    name = f"lca_task_{path.stem}_{hashlib.sha256(f'{path} {sha256}'.encode()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     if str(path.parent) not in sys.path:

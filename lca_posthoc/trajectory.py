@@ -113,6 +113,16 @@ class Trajectory:
             )
         return found
 
+    def ties(self, table: Sequence[TensorSpec]) -> dict[str, list[str]]:
+        """Tied tensors the files hold under several names: the model's name → the names inside the files."""
+        found = {}
+        for spec in table:
+            present = dict.fromkeys(map(normalise, (spec.name, *spec.aliases)))
+            held = [self.sources[name] for name in present if name in self.sources]
+            if len(held) > 1:
+                found[spec.name] = held
+        return found
+
     def _missing(self, spec: TensorSpec, table: Sequence[TensorSpec]) -> str:
         known = {normalise(name) for each in table for name in (each.name, *each.aliases)}
         left = sorted(set(self.tensors) - known)
@@ -151,7 +161,7 @@ def step_in_name(name: str) -> int | None:
     >>> step_in_name("checkpoint-30000step"), step_in_name("step_1e5"), step_in_name("model-00001-of-00004")
     (30000, None, None)
     """
-    found = {int(number) for number in _STEP.findall(name)}
+    found = {int(number) for number in _STEP.findall(name) if len(number) < 19}
     return found.pop() if len(found) == 1 else None
 
 
@@ -178,16 +188,33 @@ def open_trajectory(
         raise InputError(f"{root} is not a directory of checkpoints. Give the directory that holds the saved iterates.")
     rules = [_rename_rule(text) for text in rename]
     regex = _compile(pattern) if pattern else None
-    named, notes = _discover(root, regex)
+    headers = _Headers()
+    named, notes = _discover(root, regex, headers)
     chosen = _select(sorted(named.items()), steps)
     if len(chosen) < 2:
-        which = f" among steps {steps}" if steps else ""
+        which = (f" among steps {steps}" if steps else "") + (
+            f" whose name --pattern {pattern!r} matches" if pattern else ""
+        )
         only = f"only one checkpoint (step {chosen[0][0]})" if chosen else "no checkpoint"
         raise InputError(
             f"{root} holds {only}{which}; at least two are needed, for a segment runs from one to the next. "
             "Expected files such as step_00000010.safetensors or checkpoint-10/model.safetensors."
         )
-    return _validated(root, chosen, rules, notes)
+    return _validated(root, chosen, rules, notes, headers)
+
+
+class _Headers(dict[Path, Header]):
+    """Headers read at most once: for the step a file states, then for its tensors."""
+
+    def __missing__(self, path: Path) -> Header:
+        self[path] = read_header(path)
+        return self[path]
+
+    def pop(self, path: Path) -> Header:  # type: ignore[override]
+        """Give a header away."""
+        header = self[path]
+        del self[path]
+        return header
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
@@ -210,7 +237,9 @@ def _rename_rule(text: str) -> tuple[re.Pattern[str], str]:
         raise InputError(f"--rename {text!r}: {old!r} is not a regular expression: {error}.") from None
 
 
-def _discover(root: Path, regex: re.Pattern[str] | None) -> tuple[dict[int, tuple[Path, ...]], list[str]]:
+def _discover(
+    root: Path, regex: re.Pattern[str] | None, headers: _Headers
+) -> tuple[dict[int, tuple[Path, ...]], list[str]]:
     """Each step's files."""
     named: dict[int, tuple[Path, ...]] = {}
     unnamed: list[Path] = []
@@ -218,7 +247,7 @@ def _discover(root: Path, regex: re.Pattern[str] | None) -> tuple[dict[int, tupl
         files = _files(path)
         if not files:
             continue
-        step = _step(path, files, regex)
+        step = _step(path, regex, headers)
         if step is None:
             unnamed.append(path)
         elif step in named:
@@ -249,8 +278,12 @@ def _files(path: Path) -> tuple[Path, ...]:
             return _shards(path / _INDEX)
         inside = [file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith(".")]
         single = [file for file in inside if file.name == "model.safetensors"] or inside
+        if len(single) > 1 and step_in_name(path.name) is not None:
+            raise InputError(
+                f"{path} holds {len(single)} safetensors files and no {_INDEX}. Restore the index, or move the directory away."
+            )
         return tuple(single) if len(single) == 1 else ()
-    return (path,) if path.suffix == ".safetensors" else ()
+    return (path,) if path.suffix == ".safetensors" and (path.is_symlink() or path.is_file()) else ()
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
@@ -260,6 +293,10 @@ def _shards(index: Path) -> tuple[Path, ...]:
         raise InputError(
             f"{index} is not a shard index. It needs a weight_map from tensor to file; save the checkpoint again."
         ) from None
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(
+            f"{index} is not a shard index. It needs a weight_map from tensor to file; save the checkpoint again."
+        )
     files = tuple(index.parent / Path(name).name for name in names)
     for file in files:
         if not file.is_file():
@@ -269,13 +306,17 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return files
 
 
-def _step(path: Path, files: tuple[Path, ...], regex: re.Pattern[str] | None) -> int | None:
+def _step(path: Path, regex: re.Pattern[str] | None, headers: _Headers) -> int | None:
     if regex is not None:
         found = regex.search(path.name)
-        return int(found["step"]) if found and found["step"].isdigit() else None
-    stated = read_header(path).metadata.get("step") if path.is_file() else _trainer_step(path / "trainer_state.json")
-    if stated is not None and str(stated).isdigit():
+        return int(found["step"]) if found and re.fullmatch("[0-9]{1,18}", found["step"]) else None
+    stated = headers[path].metadata.get("step") if path.is_file() else _trainer_step(path / "trainer_state.json")
+    if stated is not None and re.fullmatch("[0-9]{1,18}", stated):
         return int(stated)
+    if stated is not None and path.is_file():
+        raise InputError(
+            f"{path} states {stated[:40]!r} as its step in its metadata, which is no training step. Name steps with --pattern."
+        )
     return step_in_name(path.name.removesuffix(".safetensors"))
 
 
@@ -303,13 +344,14 @@ def _validated(
     chosen: list[tuple[int, tuple[Path, ...]]],
     rules: list[tuple[re.Pattern[str], str]],
     notes: list[str],
+    headers: _Headers,
 ) -> Trajectory:
     checkpoints: list[Checkpoint] = []
     tensors: dict[str, TensorHeader] = {}
     sources: dict[str, str] = {}
     for step, files in chosen:
-        headers = [read_header(file) for file in files]
-        held = {name: tensor for header in headers for name, tensor in header.tensors.items()}
+        read = [headers.pop(file) for file in files]
+        held = {name: tensor for header in read for name, tensor in header.tensors.items()}
         if not checkpoints:
             sources = _names(held, rules, files[0])
             tensors = {name: held[source] for name, source in sources.items()}
@@ -317,7 +359,7 @@ def _validated(
             raise InputError(
                 _difference(held, {source: tensors[name] for name, source in sources.items()}, step, files[0])
             )
-        checkpoints.append(Checkpoint(step, files, sum(header.size for header in headers), _joined(headers)))
+        checkpoints.append(Checkpoint(step, files, sum(header.size for header in read), _joined(read)))
     return Trajectory(root, tuple(checkpoints), tensors, sources, (*notes, *_gaps([step for step, _ in chosen])))
 
 
@@ -333,7 +375,12 @@ def _names(held: Mapping[str, TensorHeader], rules: list[tuple[re.Pattern[str], 
     for source in held:
         name = normalise(source)
         for regex, new in rules:
-            name = regex.sub(new, name)
+            try:
+                name = regex.sub(new, name)
+            except (re.error, IndexError) as error:
+                raise InputError(
+                    f"--rename {f'{regex.pattern}={new}'!r} cannot be applied to {name!r}: {error}."
+                ) from None
         if name in sources:
             raise InputError(
                 f"{sources[name]!r} and {source!r} in {file} both become {name!r}. Tell them apart with --rename OLD=NEW."
@@ -399,10 +446,12 @@ def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[st
         )
     tensors = {name: held[source] for name, source in names.items()}
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+        if tensor.is_floating_point() and not bool(
+            torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all()
+        ):
+            bad = int((~torch.isfinite(tensor.float())).sum())
             raise SpanError(
                 f"tensor {name!r} holds {bad:,} NaN or Inf in {checkpoint.files[0]} (step {checkpoint.step}). The segments that "
-                "touch this step cannot be allocated; leave it out with --steps."
+                "touch this step cannot be allocated; move the file away and write another run with --out."
             )
     return tensors

@@ -5,6 +5,7 @@ The model and the data are built once per process, in a cache keyed by what they
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -31,9 +32,11 @@ _KEPT = 2
 
 def _objective(spec: Spec) -> Any:
     """The objective of a spec, built once per process."""
+    from . import task
+
     settings = spec["settings"]
-    task = spec["task"]
-    parts = {"task": {**task, "bytes": str(task.get("bytes"))}, "losses": spec["losses"]}
+    place = [spec["task"].get(name) for name in ("kind", "path", "module", "function")]
+    parts = {"task": [*place, task.digest(spec["task"])], "losses": spec["losses"]}
     key = json.dumps(
         [parts, [settings[name] for name in ("device", "precision", "norm_stats", "batch_size")]], sort_keys=True
     )
@@ -58,7 +61,6 @@ def _build(spec: Spec, precision: str) -> Any:
         raise ResourceError(
             "no GPU is visible to this worker. Use --device cpu, or make one visible with CUDA_VISIBLE_DEVICES."
         )
-    _deterministic()
     return Objective(
         lambda: task.load(spec["task"]),
         spec["losses"],
@@ -69,15 +71,23 @@ def _build(spec: Spec, precision: str) -> Any:
     )
 
 
-def _deterministic() -> None:
-    """One thread on the CPU, float32 as float32 on a GPU: what changes bits is never left to chance."""
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """One thread on the CPU, float32 as float32 on a GPU, one kernel with and without gradients; put back afterwards."""
     import torch
 
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    threads, tf32, fast = torch.get_num_threads(), matmul.allow_tf32, torch.backends.mha.get_fastpath_enabled()
     torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
+    matmul.allow_tf32 = False
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        matmul.allow_tf32 = tf32
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _reported(work: Callable[[Spec], Spec]) -> Callable[[Spec], Spec]:
@@ -87,7 +97,8 @@ def _reported(work: Callable[[Spec], Spec]) -> Callable[[Spec], Spec]:
         import torch
 
         try:
-            return work(spec)
+            with _deterministic():
+                return work(spec)
         except LCAError as error:
             return {"error": pack(error), "trace": traceback.format_exc()}
         except (MemoryError, torch.OutOfMemoryError) as error:
@@ -144,6 +155,7 @@ def _probe(spec: Spec) -> Spec:
     names = list(objective.losses)
     first = _first_point(spec, objective)
     batch_sizes = objective.settle_batch_sizes(first, spec["batch_sizes"])
+    _same_ties(spec)
     notes = [note for name in names for note in _checks(spec, objective, name)]
     notes += _unmoved(spec)
     identities = _identities(spec, objective, first, names)
@@ -161,6 +173,19 @@ def _first_point(spec: Spec, objective: Any) -> Any:
         return _point(spec, 0, objective)
     except SpanError as error:
         raise InputError(str(error)) from None
+
+
+def _same_ties(spec: Spec) -> None:
+    """Names the task ties must hold one value in the checkpoints, or the model that was trained did not tie them."""
+    checkpoint = _checkpoint(spec, 0)
+    for name, sources in spec["ties"].items():
+        held = read_checkpoint(checkpoint, {source: source for source in sources})
+        for source in sources[1:]:
+            if not bool((held[source] == held[sources[0]]).all()):
+                raise InputError(
+                    f"the task's model ties {name!r}, but {sources[0]!r} and {source!r} differ in {checkpoint.files[0]} (step "
+                    f"{checkpoint.step}). Build the model that was trained."
+                )
 
 
 def _checks(spec: Spec, objective: Any, name: str) -> list[str]:
@@ -217,7 +242,7 @@ def _calibrations(spec: Spec, objective: Any, names: list[str]) -> dict[str, flo
             shares = calibrate(_point(spec, index, objective), _point(spec, index + 1, objective), objective, names)
         except SpanError:
             continue
-        found = {name: max(found[name], share) for name, share in shares.items() if math.isfinite(share)}
+        found |= {name: max(found[name], share) for name, share in shares.items() if math.isfinite(share)}
     return found
 
 
@@ -247,11 +272,12 @@ def _checkpoint(spec: Spec, index: int) -> Checkpoint:
 
 
 def _point(spec: Spec, index: int, objective: Any) -> Any:
-    """A checkpoint on the device, floating tensors in the precision of the run."""
+    """A checkpoint on the device, floating tensors in the precision of the run or the one they were stored in, if higher."""
     stored = read_checkpoint(_checkpoint(spec, index), spec["names"])
+    wider = {name for name, tensor in stored.items() if tensor.element_size() > objective.dtype.itemsize}
     return {
         name: tensor.to(objective.device, objective.dtype)
-        if tensor.is_floating_point()
+        if tensor.is_floating_point() and name not in wider
         else tensor.to(objective.device)
         for name, tensor in stored.items()
     }

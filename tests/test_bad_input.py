@@ -5,11 +5,13 @@ Every test goes through the command line; every refusal is compared with what la
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save
-from .small import (
+
+from lca_posthoc import replay, worker
+from tests.small import (
     STEPS,
     contents,
     document,
@@ -32,8 +36,6 @@ from .small import (
     write_step,
     write_task,
 )
-
-from lca_posthoc import replay
 
 MIDDLE = 30
 
@@ -128,7 +130,9 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("step_00000020.safetensors", "again.safetensors", "both claim step 20", "Remove one"),
     ),
     "no step to be told": (
-        lambda ck: [path.write_bytes(save(dict(iterates()[0]))) for path in (ck / "final.safetensors", ck / "best.safetensors")],
+        lambda ck: [
+            path.write_bytes(save(dict(iterates()[0]))) for path in (ck / "final.safetensors", ck / "best.safetensors")
+        ],
         ("cannot tell the training step", "final.safetensors", "best.safetensors", "--pattern"),
     ),
     "tensor missing": (
@@ -167,6 +171,14 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda ck: _sharded(ck / "checkpoint-70", written=("model-00001-of-00002.safetensors",)),
         ("checkpoint-70", "model-00002-of-00002.safetensors", "missing", "remove its directory"),
     ),
+    "a shard index that names no files": (
+        lambda ck: _sharded(ck / "checkpoint-70", index='{"weight_map": {"out.bias": 7}}'),
+        ("checkpoint-70", "not a shard index", "weight_map"),
+    ),
+    "a step too large in a name": (
+        lambda ck: (ck / f"step_{'9' * 30}.safetensors").write_bytes(save(dict(iterates()[0]))),
+        ("9" * 30, "step"),
+    ),
     "a shard index is not one": (
         lambda ck: _sharded(ck / "checkpoint-70", index="[]"),
         ("checkpoint-70", "not a shard index", "weight_map"),
@@ -201,12 +213,9 @@ def test_a_checkpoint_directory_whose_files_cannot_be_told_apart_is_not_passed_o
 
 
 def _pickled(data: bytes) -> bytes:
-    place = Path(os.devnull).parent / "shm" / f"lca-test-{os.getpid()}.pt"
-    torch.save({"out.bias": torch.zeros(4)}, place)
-    try:
-        return place.read_bytes()
-    finally:
-        place.unlink()
+    file = io.BytesIO()
+    torch.save({"out.bias": torch.zeros(4)}, file)
+    return file.getvalue()
 
 
 def _oversized(data: bytes) -> bytes:
@@ -226,7 +235,10 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "header not JSON": (lambda data: data[:8] + b"[" + data[9:], "not valid JSON"),
     "header not UTF-8": (lambda data: data[:10] + b"\xff" + data[11:], "not valid JSON"),
     "header too long": (_oversized, "its header claims 34,603,008 bytes"),
-    "an entry that lies": (lambda data: data.replace(b'"shape":[8]', b'"shape":[9]'), "'hidden.bias' does not hold together"),
+    "an entry that lies": (
+        lambda data: data.replace(b'"shape":[8]', b'"shape":[9]'),
+        "'hidden.bias' does not hold together",
+    ),
 }
 
 
@@ -263,6 +275,12 @@ def _rewrite_metadata(path: Path, metadata: Any) -> None:
 def test_a_name_that_steers_a_terminal_is_shown_harmless_and_on_one_line(place: Place) -> None:
     (place.checkpoints / "best\n\x07\x9b31m.safetensors").write_bytes(save(dict(iterates()[0])))
     place.refuses("cannot tell the training step", "best")
+
+
+def test_a_pipe_that_looks_like_a_checkpoint_is_not_waited_for(place: Place) -> None:
+    os.mkfifo(step_file(place.checkpoints, 70))
+    code = f"from lca_posthoc.trajectory import open_trajectory\nopen_trajectory({str(place.checkpoints)!r})"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=10)
 
 
 # --- numbers that are not finite, files that change under way ------------------------------------------------------------
@@ -314,7 +332,7 @@ def test_a_repaired_checkpoint_is_another_checkpoint_and_needs_another_run(place
 
 def test_not_finite_at_the_first_step_is_refused_before_anything_is_created(place: Place) -> None:
     _poison(place, STEPS[0])
-    place.refuses("'out.weight'", "1 NaN or Inf", "step_00000000.safetensors", "(step 0)", "--steps")
+    place.refuses("'out.weight'", "1 NaN or Inf", "step_00000000.safetensors", "(step 0)")
 
 
 def test_not_finite_at_the_last_step_fails_the_last_span(place: Place) -> None:
@@ -392,7 +410,10 @@ def _barely_moving(dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
     """Weights that move by a fraction of a unit in the last place of `dtype`."""
     start, generator, unit = iterates()[0], torch.Generator().manual_seed(3), torch.finfo(dtype).eps
     return [
-        {name: tensor * (1 + 0.02 * step * unit * torch.rand(tensor.shape, generator=generator)) for name, tensor in start.items()}
+        {
+            name: tensor * (1 + 0.02 * step * unit * torch.rand(tensor.shape, generator=generator))
+            for name, tensor in start.items()
+        }
         for step in STEPS
     ]
 
@@ -414,7 +435,11 @@ train = Data()
 TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     # the file
     "syntax error": ("def task():", "def task(:", ("cannot import task", "SyntaxError", "task.py", "line")),
-    "import error": ("import torch\n", "import nosuch\n", ("cannot import task", "No module named 'nosuch'", "task.py:1")),
+    "import error": (
+        "import torch\n",
+        "import nosuch\n",
+        ("cannot import task", "No module named 'nosuch'", "task.py:1"),
+    ),
     "import of a name that is not there": (
         "from lca_posthoc import Loss",
         "from torch import nosuch, Loss",
@@ -425,14 +450,26 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "raise ValueError('no data today')\ngenerator =",
         ("cannot import task", "ValueError: no data today", "task.py:16"),
     ),
-    "exits when imported": ("generator =", "raise SystemExit('set DATA')\ngenerator =", ("SystemExit", "set DATA", "task.py:16")),
+    "exits when imported": (
+        "generator =",
+        "raise SystemExit('set DATA')\ngenerator =",
+        ("SystemExit", "set DATA", "task.py:16"),
+    ),
     # the function
     "no task()": ("def task():", "def make():", ("task.py:task", "no such function", "def task() -> Task")),
     "task is no function": ("def task():", "task = 3\ndef make():", ("task.py:task", "def task() -> Task")),
     "returns a dict": (RETURN, "    return dict(", ("task.py:task() returned dict, not a Task", "return Task(")),
     "returns nothing": (RETURN, "    Task(", ("returned NoneType, not a Task", "return Task(")),
-    "raises": (RETURN, f"    raise KeyError('split')\n{RETURN}", ("task.py:task() raised KeyError: 'split'", "task.py:28")),
-    "raises with a message of two lines": (RETURN, f"    raise OSError('one\\ntwo')\n{RETURN}", ("OSError", "one", "two")),
+    "raises": (
+        RETURN,
+        f"    raise KeyError('split')\n{RETURN}",
+        ("task.py:task() raised KeyError: 'split'", "task.py:28"),
+    ),
+    "raises with a message of two lines": (
+        RETURN,
+        f"    raise OSError('one\\ntwo')\n{RETURN}",
+        ("OSError", "one", "two"),
+    ),
     "exits": (RETURN, f"    raise SystemExit(0)\n{RETURN}", ("task.py:task()", "SystemExit", "task.py:28")),
     "wants an argument": ("def task():", "def task(size):", ("task.py:task() raised TypeError", "'size'")),
     # the Task
@@ -440,29 +477,61 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "a model that is a name": ("model=Net", "model='Net'", ("zero-argument factory", "got str")),
     "a model that raises": ("model=Net", "model=lambda: 1 / 0", ("Task.model() raised ZeroDivisionError",)),
     "a model that is no module": ("model=Net", "model=lambda: 7", ("Task.model() returned int, not an nn.Module",)),
-    "no data": ('data={"train": train, "validation": validation}', "data={}", ("Task.data must name at least one split",)),
-    "no losses": (RETURN, "    return Task(Net, {'train': train}, {})\n    dict(", ("Task.losses must name at least one loss",)),
+    "no data": (
+        'data={"train": train, "validation": validation}',
+        "data={}",
+        ("Task.data must name at least one split",),
+    ),
+    "no losses": (
+        RETURN,
+        "    return Task(Net, {'train': train}, {})\n    dict(",
+        ("Task.losses must name at least one loss",),
+    ),
     "an unknown split": ('on="validation")', 'on="test")', ("loss 'validation'", "'test'", "'train', 'validation'")),
-    "a loss that is no Loss": (TRAIN_LOSS, '"train": F.cross_entropy', ("losses['train'] must be a Loss", "Loss(fn, on='train')")),
+    "a loss that is no Loss": (
+        TRAIN_LOSS,
+        '"train": F.cross_entropy',
+        ("losses['train'] must be a Loss", "Loss(fn, on='train')"),
+    ),
     "a Loss of nothing": (TRAIN_LOSS, '"train": Loss(on="train")', ("Loss takes either a function", "Loss(call=fn")),
     "a Loss of a word": (TRAIN_LOSS, '"train": Loss("mse")', ("needs something to call", "got str")),
     # the data
-    "an empty split": (TRAIN_DATA, "train = (inputs[:0], targets[:0])", ("split 'train' is empty", "at least one example")),
+    "an empty split": (
+        TRAIN_DATA,
+        "train = (inputs[:0], targets[:0])",
+        ("split 'train' is empty", "at least one example"),
+    ),
     "inputs and targets of different lengths": (
         TRAIN_DATA,
         "train = (inputs[:30], targets[:29])",
         ("split 'train'", "[29, 30]", "one target per input"),
     ),
     "a split of no tensors": (TRAIN_DATA, "train = ()", ("split 'train'", "(inputs, targets)")),
-    "data that is a number": (TRAIN_DATA, "train = 7", ("split 'train' is a int", "(inputs, targets)", "map-style Dataset")),
-    "data that can be read once": (TRAIN_DATA, "train = iter([1, 2])", ("split 'train' is a list_iterator", "map-style Dataset")),
-    "data that is a table": (TRAIN_DATA, "train = {'x': inputs, 'y': targets}", ("split 'train'", "dict", "(inputs, targets)")),
+    "data that is a number": (
+        TRAIN_DATA,
+        "train = 7",
+        ("split 'train' is a int", "(inputs, targets)", "map-style Dataset"),
+    ),
+    "data that can be read once": (
+        TRAIN_DATA,
+        "train = iter([1, 2])",
+        ("split 'train' is a list_iterator", "map-style Dataset"),
+    ),
+    "data that is a table": (
+        TRAIN_DATA,
+        "train = {'x': inputs, 'y': targets}",
+        ("split 'train'", "dict", "(inputs, targets)"),
+    ),
     "data that raises": (
         TRAIN_DATA,
         DATASET.format(body="raise ValueError('image 0 is damaged')"),
         ("split 'train'", "ValueError: image 0 is damaged"),
     ),
-    "examples that cannot be collated": (TRAIN_DATA, DATASET.format(body="return None, 1"), ("split 'train'", "NoneType")),
+    "examples that cannot be collated": (
+        TRAIN_DATA,
+        DATASET.format(body="return None, 1"),
+        ("split 'train'", "NoneType"),
+    ),
     "three tensors for a plain function": (
         TRAIN_DATA,
         "train = (inputs, targets, targets)",
@@ -473,7 +542,11 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "train = (inputs[:30, :9], targets[:30])",
         ("failed on split 'train'", "RuntimeError", "shapes cannot be multiplied"),
     ),
-    "targets out of range": (TRAIN_DATA, "train = (inputs[:30], targets[:30] + 9)", ("failed on split 'train'", "IndexError")),
+    "targets out of range": (
+        TRAIN_DATA,
+        "train = (inputs[:30], targets[:30] + 9)",
+        ("failed on split 'train'", "IndexError"),
+    ),
     # the loss
     "a scalar": (
         TRAIN_LOSS,
@@ -486,7 +559,11 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("returned a scalar", "(values, weights)"),
     ),
     "a number": (TRAIN_LOSS, '"train": Loss(lambda outputs, targets: 3.0)', ("returned float, not a tensor",)),
-    "whole numbers": (TRAIN_LOSS, '"train": Loss(lambda outputs, targets: targets)', ("not a tensor of floating-point values",)),
+    "whole numbers": (
+        TRAIN_LOSS,
+        '"train": Loss(lambda outputs, targets: targets)',
+        ("not a tensor of floating-point values",),
+    ),
     "values and weights of different shape": (
         TRAIN_LOSS,
         '"train": Loss(call=lambda model, batch: (cross_entropy(model, batch), torch.ones(3)))',
@@ -538,7 +615,10 @@ def test_a_task_that_cannot_be_evaluated_is_refused(place: Place, case: str) -> 
 
 
 PLACES = {
-    "no such file": ("nosuch.py", ("task file nosuch.py does not exist", "--task FILE, FILE:FUNCTION or pkg.module:FUNCTION")),
+    "no such file": (
+        "nosuch.py",
+        ("task file nosuch.py does not exist", "--task FILE, FILE:FUNCTION or pkg.module:FUNCTION"),
+    ),
     "no such function": ("{task}:other", ("task.py:other", "no such function", "def task() -> Task")),
     "no such module": ("nosuch.module:task", ("cannot import task nosuch.module", "No module named 'nosuch'")),
     "a directory": ("{task.parent}", ("task file", "does not exist")),
@@ -564,7 +644,8 @@ def test_task_files_of_the_same_text_in_different_folders_read_their_own_neighbo
         folder = place.data.parent / name
         folder.mkdir()
         (folder / "width.txt").write_text(str(width))
-        (folder / "task.py").write_text(text.replace("class Net", "WIDTH = int(Path(__file__).with_name('width.txt').read_text())\n\n\nclass Net"))
+        read = "WIDTH = int(Path(__file__).with_name('width.txt').read_text())"
+        (folder / "task.py").write_text(text.replace("class Net", f"{read}\n\n\nclass Net"))
     assert run_lca(place.checkpoints, place.data.parent / "one" / "task.py", place.data / "one.lca").exit_code == 0
     place.task = place.data.parent / "two" / "task.py"
     place.refuses("'hidden.weight'", "[9, 64]")
@@ -578,7 +659,10 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tolerance 0": (("--tolerance", "0"), ("--tolerance must be a positive number or inf, got 0",)),
     "negative tolerance": (("--tolerance", "-1"), ("--tolerance must be a positive number or inf, got -1",)),
     "tolerance nan": (("--tolerance", "nan"), ("--tolerance must be a positive number or inf, got nan",)),
-    "allocation tolerance 0": (("--allocation-tolerance", "0"), ("--allocation-tolerance must be a positive number or inf",)),
+    "allocation tolerance 0": (
+        ("--allocation-tolerance", "0"),
+        ("--allocation-tolerance must be a positive number or inf",),
+    ),
     "batch size 0": (("--batch-size", "0"), ("--batch-size must be 1 or more, got 0",)),
     "negative batch size": (("--batch-size", "-3"), ("--batch-size must be 1 or more, got -3",)),
     "batch statistics of no batch": (("--norm-stats", "batch"), ("--norm-stats batch needs --batch-size N",)),
@@ -600,7 +684,10 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "rename of nothing": (("--rename", "=out"), ("--rename '=out' is not OLD=NEW",)),
     "rename that is no pattern": (("--rename", "(out=x"), ("--rename '(out=x'", "regular expression")),
     "rename to a group that is not there": (("--rename", r"out=\2"), (r"--rename 'out=\\2'",)),
-    "rename that joins two": (("--rename", ".*bias=bias"), ("'hidden.bias'", "'out.bias'", "both become 'bias'", "--rename")),
+    "rename that joins two": (
+        ("--rename", ".*bias=bias"),
+        ("'hidden.bias'", "'out.bias'", "both become 'bias'", "--rename"),
+    ),
 }
 
 
@@ -608,6 +695,12 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 def test_an_option_that_makes_no_sense_is_refused_by_name(place: Place, case: str) -> None:
     options, words = OPTIONS[case]
     place.refuses(*words, options=options)
+
+
+@pytest.mark.parametrize("case", [case for case in OPTIONS if "cluster" not in case])
+def test_a_plan_refuses_the_options_a_run_refuses(place: Place, case: str) -> None:
+    options, words = OPTIONS[case]
+    refused(lca("plan", place.checkpoints, "--task", place.task, *options), *words)
 
 
 @NO_GPU
@@ -639,7 +732,14 @@ def test_wrong_usage_is_refused_by_name(place: Place, case: str) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("run", ".", "--task", "x.py", "--rule", "euler"), ("run", "."), ("run",), ("summary",), ("nosuch",), ("--nosuch",)],
+    [
+        ("run", ".", "--task", "x.py", "--rule", "euler"),
+        ("run", "."),
+        ("run",),
+        ("summary",),
+        ("nosuch",),
+        ("--nosuch",),
+    ],
     ids=" ".join,
 )
 def test_wrong_usage_is_one_line_like_every_other_refusal(arguments: tuple[str, ...]) -> None:
@@ -681,15 +781,15 @@ def test_a_run_directory_whose_record_cannot_be_read_is_left_alone(finished: Pla
 # --- resuming with something else than recorded ------------------------------------------------------------------------
 
 SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "rule": (("--rule", "left"), ("--rule simpson", "not left")),
-    "tolerance": (("--tolerance", "1e-4"), ("--tolerance 0.001", "not 0.0001")),
-    "tolerance inf": (("--tolerance", "inf"), ("--tolerance 0.001", "not inf")),
-    "allocation tolerance": (("--allocation-tolerance", "1"), ("--allocation-tolerance inf", "not 1")),
-    "keep": (("--keep", "tensors"), ("--keep parameters", "not tensors")),
-    "precision": (("--precision", "float64"), ("--precision float32", "not float64")),
-    "norm stats": (("--norm-stats", "batch"), ("--norm-stats running", "not batch")),
-    "batch size": (("--batch-size", "7"), ("--batch-size", "not 7")),
-    "steps": (("--steps", "10:"), ("--steps", "not 10:")),
+    "rule": (("--rule", "left"), ("--rule simpson", "left")),
+    "tolerance": (("--tolerance", "1e-4"), ("--tolerance 0.001", "0.0001")),
+    "tolerance inf": (("--tolerance", "inf"), ("--tolerance 0.001", "inf")),
+    "allocation tolerance": (("--allocation-tolerance", "1"), ("--allocation-tolerance inf", "1")),
+    "keep": (("--keep", "tensors"), ("--keep parameters", "tensors")),
+    "precision": (("--precision", "float64"), ("--precision float32", "float64")),
+    "norm stats": (("--norm-stats", "batch"), ("--norm-stats running", "batch")),
+    "batch size": (("--batch-size", "7"), ("--batch-size", "7")),
+    "steps": (("--steps", "10:"), ("--steps", "10:")),
     "pattern": (("--pattern", r"step_(?P<step>\d+)"), ("--pattern",)),
     "rename": (("--rename", "a=b"), ("--rename", "a=b")),
 }
@@ -717,11 +817,17 @@ def test_a_setting_as_recorded_is_no_other_setting(recorded: Place) -> None:
 
 OTHER_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "content of a middle step": (lambda ck: write_step(ck, MIDDLE, iterates()[0]), ("the content of step 30 differs",)),
-    "content of the last step": (lambda ck: write_step(ck, STEPS[-1], iterates()[0]), ("the content of step 60 differs",)),
+    "content of the last step": (
+        lambda ck: write_step(ck, STEPS[-1], iterates()[0]),
+        ("the content of step 60 differs",),
+    ),
     "a middle step missing": (lambda ck: step_file(ck, MIDDLE).unlink(), ("step 30 is missing",)),
     "the first step missing": (lambda ck: step_file(ck, STEPS[0]).unlink(), ("step 0 is missing",)),
     "the last step missing": (lambda ck: step_file(ck, STEPS[-1]).unlink(), ("step 60 is missing",)),
-    "a step inserted in the middle": (lambda ck: write_step(ck, 35, iterates()[0]), ("step 35 is new", "before step 40")),
+    "a step inserted in the middle": (
+        lambda ck: write_step(ck, 35, iterates()[0]),
+        ("step 35 is new", "before step 40"),
+    ),
 }
 
 
@@ -738,10 +844,18 @@ OTHER_LOSSES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         '"train": Loss(F.multi_margin_loss, on="train")',
         ("value and gradient norm at the first checkpoint",),
     ),
-    "another split": (TRAIN_LOSS, '"train": Loss(F.cross_entropy, on="validation")', ("its on was train, now validation",)),
+    "another split": (
+        TRAIN_LOSS,
+        '"train": Loss(F.cross_entropy, on="validation")',
+        ("its on was train, now validation",),
+    ),
     "another kind": (TRAIN_LOSS, '"train": Loss(call=cross_entropy)', ("its kind was function, now call",)),
     "fewer data": (TRAIN_DATA, "train = (inputs[:29], targets[:29])", ("its examples was 30, now 29",)),
-    "other data": (TRAIN_DATA, "train = (inputs[10:], targets[10:])", ("value and gradient norm at the first checkpoint",)),
+    "other data": (
+        TRAIN_DATA,
+        "train = (inputs[10:], targets[10:])",
+        ("value and gradient norm at the first checkpoint",),
+    ),
 }
 
 
@@ -750,6 +864,31 @@ def test_another_loss_under_a_recorded_name_is_refused(recorded: Place, case: st
     old, new, words = OTHER_LOSSES[case]
     write_task(recorded.task, old, new)
     recorded.refuses("loss 'train' is not the one recorded", *words, "another name", "--out")
+
+
+OTHER_TASK = (
+    "def task():",
+    "def other():\n"
+    "    return Task(model=Net, data={'train': train}, losses={'train': Loss(F.multi_margin_loss)})\n\n\ndef task():",
+)
+
+
+def test_another_function_of_the_same_file_is_another_task(place: Place) -> None:
+    write_task(place.task, *OTHER_TASK)
+    assert place.run().exit_code == 0
+    result = run_lca(place.checkpoints, f"{place.task}:other", place.out)
+    refused(result, "loss 'train' is not the one recorded", "value and gradient norm at the first checkpoint")
+
+
+def test_a_module_that_was_edited_is_looked_at_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(place.task.parent)
+    module = write_task(place.task.parent / "edited_task_module.py")
+    assert run_lca(place.checkpoints, "edited_task_module:task", place.out).exit_code == 0
+    write_task(module, TRAIN_LOSS, '"train": Loss(F.multi_margin_loss, on="train")')
+    sys.modules.pop(module.stem)  # as in a new process
+    worker._STATES.clear()
+    result = run_lca(place.checkpoints, "edited_task_module:task", place.out)
+    refused(result, "loss 'train' is not the one recorded", "value and gradient norm at the first checkpoint")
 
 
 def test_a_comment_in_the_task_file_disturbs_nothing(recorded: Place) -> None:
@@ -773,7 +912,9 @@ class SmallDisk:
         path.mkdir()
 
     def mount(self, options: str) -> None:
-        made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", self.path], capture_output=True, text=True, check=False)
+        made = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", self.path], capture_output=True, text=True, check=False
+        )
         if made.returncode:
             pytest.skip(f"cannot mount a small tmpfs: {made.stderr.strip()}")
 
@@ -816,7 +957,9 @@ def _completes_as(place: Place, clean_run: Path) -> None:
     assert left == []
 
 
-def test_a_result_that_cannot_fit_is_refused_up_front_with_bytes_needed_and_free(on_disk: Place, disk: SmallDisk) -> None:
+def test_a_result_that_cannot_fit_is_refused_up_front_with_bytes_needed_and_free(
+    on_disk: Place, disk: SmallDisk
+) -> None:
     disk.mount("size=64k")
     line = refused(on_disk.run(), str(disk.path), "--keep tensors", "--out", code=5)
     assert list(disk.path.iterdir()) == []
@@ -927,7 +1070,9 @@ def test_what_is_not_a_run_cannot_be_read_as_one(tmp_path: Path, command: str, c
 
 
 @pytest.mark.parametrize("command", ["summary", "status"])
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 99}', '{"format": 1}', '{"format": 1, "tensors": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"format": 99}', '{"format": 1}', '{"format": 1, "tensors": 3}']
+)
 def test_a_run_whose_record_is_damaged_is_a_failure_that_names_it(finished: Place, command: str, text: str) -> None:
     (finished.out / "run.json").write_text(text)
     refused(lca(command, finished.out), str(finished.out), code=1)

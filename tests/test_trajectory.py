@@ -82,7 +82,9 @@ def test_a_name_states_its_step_or_none_and_never_just_its_last_number(name: str
     assert step_in_name(name) == NAMES[name]
 
 
-@pytest.mark.parametrize("name", [name for name, step in NAMES.items() if step is None and not name.startswith("model-")])
+@pytest.mark.parametrize(
+    "name", [name for name, step in NAMES.items() if step is None and not name.startswith("model-")]
+)
 def test_a_file_that_states_no_step_is_refused_with_the_way_to_name_it(tmp_path: Path, name: str) -> None:
     for step in (1, 2):
         write(tmp_path / f"step_{step}.safetensors")
@@ -236,7 +238,9 @@ def shard(directory: Path, *tables: Mapping[str, torch.Tensor], index: Mapping[s
     for name, tensors in zip(names, tables, strict=True):
         write(directory / name, tensors)
     weight_map = {tensor: name for name, tensors in zip(names, tables, strict=True) for tensor in tensors}
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index or weight_map}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index or weight_map})
+    )
     return directory
 
 
@@ -327,8 +331,12 @@ def test_names_are_mapped(tmp_path: Path, case: str) -> None:
 TIED = [TensorSpec("emb.w", "parameter", (2, 3), aliases=("head.w", "out.w"))]
 
 
-@pytest.mark.parametrize("stored", [("emb.w",), ("head.w",), ("module.out.w",), ("emb.w", "head.w"), ("emb.w", "head.w", "out.w")])
-def test_a_tied_tensor_is_found_under_any_of_its_names_and_counted_once(tmp_path: Path, stored: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "stored", [("emb.w",), ("head.w",), ("module.out.w",), ("emb.w", "head.w"), ("emb.w", "head.w", "out.w")]
+)
+def test_a_tied_tensor_is_found_under_any_of_its_names_and_counted_once(
+    tmp_path: Path, stored: tuple[str, ...]
+) -> None:
     for step in (1, 2):
         write(tmp_path / f"step_{step}.safetensors", {name: WEIGHTS["w"].clone() for name in stored})
     trajectory = open_trajectory(tmp_path)
@@ -494,17 +502,22 @@ SMALL = save({"w": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(2, dtype=to
 LENGTH = int.from_bytes(SMALL[:8], "little")
 HEADER: dict[str, Any] = json.loads(SMALL[8 : 8 + LENGTH])
 BODY = SMALL[8 + LENGTH :]
-FUZZ = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+FUZZ = settings(
+    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
 
 
 def accepted_by_both_or_refused(path: Path, data: bytes) -> None:
     """Our reader refuses in its own words, or safetensors loads the same names and shapes."""
     path.write_bytes(data)
+    header, refusal = None, ""
     try:
         header = read_header(path)
     except LCAError as error:
-        assert str(path) in str(error)
-        assert "\n" not in str(error)
+        refusal = str(error)
+    if header is None:
+        assert str(path) in refusal
+        assert "\n" not in refusal
         return
     loaded = safetensors.torch.load(data)
     assert {name: tuple(tensor.shape) for name, tensor in loaded.items()} == {
@@ -546,7 +559,9 @@ def test_garbage_is_refused(tmp_path: Path, data: bytes) -> None:
 
 
 NUMBERS = st.one_of(st.integers(-3, 40), st.sampled_from([2**31, 2**32, 2**63, 2**64 - 1, 2**64]))
-DTYPE_NAMES = st.sampled_from(["F32", "I64", "F64", "F16", "BF16", "U8", "BOOL", "F8_E8M0", "F8_E4M3", "C64", "U64", "F4", "f32", ""])
+DTYPE_NAMES = st.sampled_from(
+    ["F32", "I64", "F64", "F16", "BF16", "U8", "BOOL", "F8_E8M0", "F8_E4M3", "C64", "U64", "F4", "f32", ""]
+)
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), NUMBERS, st.floats(), st.text(max_size=4), DTYPE_NAMES),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
@@ -592,7 +607,9 @@ SHAPES = st.lists(st.integers(0, 4), max_size=4)
 
 @settings(FUZZ, max_examples=300)
 @given(
-    tensors=st.dictionaries(st.text(max_size=6), st.tuples(st.sampled_from(["F32", "I64", "F16", "U8", "BOOL"]), SHAPES), max_size=5),
+    tensors=st.dictionaries(
+        st.text(max_size=6), st.tuples(st.sampled_from(["F32", "I64", "F16", "U8", "BOOL"]), SHAPES), max_size=5
+    ),
     slack=st.sampled_from([0, 0, 0, 1, -1]),
     swap=st.booleans(),
 )
@@ -644,7 +661,7 @@ ODD: dict[str, tuple[Any, bytes]] = {
     "three offsets": ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 4]}}, bytes(4)),
     "an unknown key": ({"w": entry([1], 0, 4) | {"more": 1}}, bytes(4)),
     "an entry that is a list": ({"w": ["F32", [1], [0, 4]]}, bytes(4)),
-    "a name twice": ('{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
+    "a name twice": ("{" + ",".join(2 * ['"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}']) + "}", bytes(4)),
     "half a surrogate": ('{"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
     "an empty name": ({"": entry([1], 0, 4)}, bytes(4)),
     "a name that is a path": ({"../../etc/x": entry([1], 0, 4)}, bytes(4)),
@@ -668,8 +685,10 @@ def test_an_odd_header_is_accepted_by_both_or_refused(tmp_path: Path, case: str)
 
 
 @pytest.mark.parametrize("key", ['"data_offsets"', '"data\\u005foffsets"'], ids=["plainly", "in disguise"])
-def test_too_many_tensors_are_refused_before_they_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
-    entries = (f'"{index:x}":{{"dtype":"U8","shape":[0],{key}:[0,0]}}' for index in range(MAX_TENSORS + 1))
+def test_too_many_tensors_are_refused_before_they_are_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    entries = (f'"{index:x}":{{"dtype":"U8","shape":[0],{key}:[0,0]}}' for index in range(MAX_TENSORS + 2))
     (tmp_path / "f").write_bytes(file_of("{" + ",".join(entries) + "}", b""))
     monkeypatch.setattr(json, "loads", _forbidden)
     refused(lambda: read_header(tmp_path / "f"), "100,000 tensors")

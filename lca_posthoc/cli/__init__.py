@@ -13,7 +13,8 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..errors import Interrupted, LCAError
+from ..errors import InputError, Interrupted, LCAError
+from .show import safe
 
 COMMANDS = {
     "demo": "Train, record and replay a small real model: the first minute.",
@@ -33,7 +34,7 @@ class _Failure(click.ClickException):
         self.exit_code = error.exit_code  # type: ignore[misc]
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"lca: {self.message}", err=True)
+        click.echo("lca: " + safe(" ".join(self.message.splitlines())), err=True)
 
 
 class _Group(click.Group):
@@ -53,6 +54,12 @@ class _Group(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **options)
+        except click.UsageError as error:
+            raise _Failure(InputError(f"{error.format_message()} See lca --help.")) from None
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -63,6 +70,9 @@ class _Group(click.Group):
                 error if isinstance(error, LCAError) else Interrupted("stopped. Run the same command again to go on.")
             )
             raise _Failure(known) from None
+        except click.UsageError as error:
+            where = error.ctx.command_path if error.ctx else "lca"
+            raise _Failure(InputError(f"{error.format_message()} See {where} --help.")) from None
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
@@ -72,7 +82,7 @@ class _Group(click.Group):
             raise _Failure(LCAError(text)) from None
 
 
-@click.group(cls=_Group, context_settings=SETTINGS)
+@click.group("lca", cls=_Group, context_settings=SETTINGS)
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.version_option(__version__, prog_name="lca")
 def cli(debug: bool) -> None:

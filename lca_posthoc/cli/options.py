@@ -47,8 +47,16 @@ replay_options = _chain(
         "--keep", type=click.Choice(("parameters", "units", "tensors")), help="What to store.  [default: parameters]"
     ),
     click.option("--batch-size", type=int, help="Examples per batch.  [default: chosen from shapes]"),
-    click.option("--device", type=click.Choice(("auto", "cuda", "cpu")), help="[default: auto: cuda, else cpu]"),
-    click.option("--precision", type=click.Choice(("float32", "float64")), help="[default: float32]"),
+    click.option(
+        "--device",
+        type=click.Choice(("auto", "cuda", "cpu")),
+        help="Where to compute.  [default: auto: cuda, else cpu]",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(("float32", "float64")),
+        help="Of models, data and gradients.  [default: float32]",
+    ),
     click.option(
         "--norm-stats",
         type=click.Choice(("running", "batch")),

@@ -8,8 +8,9 @@ from typing import Any
 import click
 from rich.text import Text
 
+from ..errors import InputError, amount
 from .options import json_option, replay_options
-from .show import amount, duration, print_json, safe, say, stdout, table
+from .show import duration, print_json, safe, say, stdout, table
 
 
 @click.command()
@@ -24,6 +25,8 @@ def command(checkpoints: str, as_json: bool, **options: Any) -> None:
     """
     from ..plan import plan
 
+    if options["workers"] is not None and options["workers"] < 1:
+        raise InputError(f"--workers must be 1 or more, got {options['workers']}.")
     workers = options.pop("workers") or 1
     found = plan(checkpoints, **options)
     for note in found.notes:

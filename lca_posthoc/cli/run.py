@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,7 +33,7 @@ def command(checkpoints: str, cluster: str, as_json: bool, **options: Any) -> No
     from ..replay import run
     from .summary import print_summary
 
-    with listener() as listen:
+    with listener() as listen, contextlib.redirect_stdout(sys.stderr):
         opened = run(checkpoints, cluster=cluster, progress=listen, **options)
     found = {name: summary(opened[name]) for name in opened}
     for name, each in found.items():

@@ -65,15 +65,6 @@ def share(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def amount(count: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
 def duration(seconds: float) -> str:
     """Seconds as people read them."""
     if seconds < 120:

@@ -51,7 +51,9 @@ class Split:
         self.name = name
         self._data = data
         self._device, self._dtype = device, dtype
-        self._tensors = isinstance(data, tuple | list) and all(isinstance(each, torch.Tensor) for each in data)
+        self._tensors = (
+            isinstance(data, tuple | list) and bool(data) and all(isinstance(each, torch.Tensor) for each in data)
+        )
         self.examples = self._count()
         self._resident: list[Any] = []
         self._resident_batch_size = 0
@@ -64,7 +66,11 @@ class Split:
                     f"split {self.name!r} has tensors of different lengths: {sorted(lengths)}. Give one target per input."
                 )
             count = lengths.pop()
-        elif hasattr(self._data, "__getitem__") and hasattr(self._data, "__len__"):
+        elif (
+            not isinstance(self._data, Mapping | tuple | str)
+            and hasattr(self._data, "__getitem__")
+            and hasattr(self._data, "__len__")
+        ):
             count = len(self._data)
         else:
             raise InputError(
@@ -80,7 +86,13 @@ class Split:
         if self._tensors:
             batch: Any = tuple(each[start:stop] for each in self._data)
         else:
-            batch = default_collate([self._data[index] for index in range(start, min(stop, self.examples))])
+            try:
+                batch = default_collate([self._data[index] for index in range(start, min(stop, self.examples))])
+            except Exception as error:
+                raise InputError(
+                    f"examples {start} to {min(stop, self.examples) - 1} of split {self.name!r} cannot be made into a batch: "
+                    f"{type(error).__name__}: {error}. Give a map-style Dataset of tensors, numbers, or tuples and dicts of them."
+                ) from error
         return move(batch, self._device, self._dtype)
 
     def batches(self, batch_size: int) -> Iterator[Any]:

@@ -22,7 +22,7 @@ from .batches import Split, automatic_batch_size
 from .normalisation import normalising
 
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
-_ON_AXIS_1 = ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Conv1D")
+_ON_AXIS_1 = {"ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Conv1D"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Evaluation:
 def tensor_table(model: nn.Module, norm_stats: str) -> list[TensorSpec]:
     """The model's tensors in its own order: parameters once each with their aliases, then persistent buffers.
 
-    Floating buffers are allocated as tensors of kind "buffer" in `running` mode. All else that is stored is "state".
+    Floating buffers are allocated as tensors of kind "buffer", but for running statistics in `batch` mode, which the loss
+    does not depend on. All else that is stored is "state".
     """
     stored = model.state_dict(keep_vars=True)
     by_id: dict[int, list[str]] = {}
@@ -52,27 +53,33 @@ def tensor_table(model: nn.Module, norm_stats: str) -> list[TensorSpec]:
         if id(tensor) not in by_id:
             continue  # a non-persistent buffer: the model builds it, checkpoints do not hold it
         kind = "parameter" if name in parameters else "buffer"
-        if not tensor.is_floating_point() or (kind == "buffer" and norm_stats == "batch"):
+        if not tensor.is_floating_point() or (norm_stats == "batch" and is_statistic(name)):
             kind = "state"
         aliases = tuple(alias for alias in by_id[id(tensor)] if alias != name)
         table.append(TensorSpec(name, kind, tuple(tensor.shape), aliases, _unit_axis(owners[name], tensor.dim())))
     return table
 
 
-def _owners(model: nn.Module) -> dict[str, str]:
-    """Tensor name → the class of the module that holds it."""
+def is_statistic(name: str) -> bool:
+    """Whether a tensor is a normalisation layer's running mean or variance, by the name torch gives it."""
+    return name.rpartition(".")[2] in ("running_mean", "running_var")
+
+
+def _owners(model: nn.Module) -> dict[str, frozenset[str]]:
+    """Tensor name → the names of the classes of the module that holds it."""
     return {
-        f"{prefix}.{name}" if prefix else name: type(module).__name__
+        f"{prefix}.{name}" if prefix else name: frozenset(kind.__name__ for kind in type(module).__mro__)
         for prefix, module in model.named_modules(remove_duplicate=False)
-        for name in (*module._parameters, *module._buffers)
+        for held in (module.named_parameters, module.named_buffers)
+        for name, _ in held(recurse=False, remove_duplicate=False)
     }
 
 
-def _unit_axis(owner: str, dims: int) -> int | None:
+def _unit_axis(owner: frozenset[str], dims: int) -> int | None:
     """Output neurons and channels run along axis 0, but along axis 1 of transposed convolutions and Conv1D."""
     if dims == 0:
         return None
-    return 1 if dims > 1 and owner in _ON_AXIS_1 else 0
+    return 1 if dims > 1 and owner & _ON_AXIS_1 else 0
 
 
 @contextlib.contextmanager
@@ -172,9 +179,6 @@ class Objective:
             point: every tensor of the table, on the device.
             losses: names.
             gradient: False for a forward pass alone.
-
-        Raises:
-            SpanError: where a loss is not finite.
         """
         self.place(point)
         found = {}

@@ -81,20 +81,42 @@ def _instance_norm_running(native: Native) -> Native:
     return instance_norm
 
 
-def _own_statistics(native: Native) -> Native:
-    def normalise(
+def _batch_norm_batch(native: Native) -> Native:
+    def batch_norm(
         input: Tensor,
-        running_mean: Tensor | None = None,
-        running_var: Tensor | None = None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
-        training: bool = True,
+        training: bool = False,
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
         return native(input, None, None, weight, bias, True, momentum, eps)
 
-    return normalise
+    return batch_norm
+
+
+def _instance_norm_batch(native: Native) -> Native:
+    def instance_norm(
+        input: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        use_input_stats: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        return native(input, None, None, weight, bias, True, momentum, eps)
+
+    return instance_norm
+
+
+_REPLACED = {
+    "running": (_batch_norm_running, _instance_norm_running),
+    "batch": (_batch_norm_batch, _instance_norm_batch),
+}
 
 
 @contextlib.contextmanager
@@ -102,9 +124,8 @@ def normalising(mode: str) -> Iterator[None]:
     """Hold normalisation layers to `mode` around forward and backward passes, modules and functional calls alike."""
     batch_norm: Any = F.batch_norm
     instance_norm: Any = F.instance_norm
-    running = mode == "running"
-    F.batch_norm = _batch_norm_running(batch_norm) if running else _own_statistics(batch_norm)
-    F.instance_norm = _instance_norm_running(instance_norm) if running else _own_statistics(instance_norm)
+    ours_for_batch, ours_for_instance = _REPLACED[mode]
+    F.batch_norm, F.instance_norm = ours_for_batch(batch_norm), ours_for_instance(instance_norm)
     try:
         yield
     finally:

@@ -6,11 +6,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from ..errors import InputError
 from ..task import Loss
-from .evaluate import Evaluation, Objective, unpack
+from .evaluate import Evaluation, Objective, is_statistic, unpack
 
 _SAMPLE = 256
 _AGREE = 1e-4
@@ -36,13 +34,32 @@ def _norm(evaluation: Evaluation) -> float:
     return math.sqrt(math.fsum(float((each**2).sum()) for each in evaluation.gradient.values()))
 
 
-def _distance(one: Evaluation, other: Evaluation) -> float:
-    """Largest relative difference of the values and of the gradients (Euclidean)."""
-    apart = math.sqrt(
-        math.fsum(float(((one.gradient[name] - other.gradient[name]) ** 2).sum()) for name in one.gradient)
-    )
-    scale = max(abs(one.loss), abs(other.loss), 1e-12)
-    return max(abs(one.loss - other.loss) / scale, apart / max(_norm(one), _norm(other), 1e-12 * scale))
+@dataclass(frozen=True)
+class _Scale:
+    """What differences are measured against: Σ|value| of an element, and the larger gradient of a sample and its half.
+
+    At a minimum the gradient of the sample is pure rounding, and the loss itself may cross zero.
+    """
+
+    value: float
+    gradient: float
+
+    def apart(self, one: Evaluation, other: Evaluation) -> float:
+        """The larger of the relative differences of the values and of the gradients (Euclidean); NaN where one is NaN."""
+        gradients = math.sqrt(
+            math.fsum(float(((one.gradient[name] - other.gradient[name]) ** 2).sum()) for name in one.gradient)
+        )
+        differences = [abs(one.loss - other.loss) / self.value, gradients / self.gradient]
+        return math.nan if any(map(math.isnan, differences)) else max(differences)
+
+
+def _scale(objective: Objective, loss: Loss, whole: Evaluation, half: Evaluation, batch: Any) -> _Scale:
+    def absolute(model: Any, batch: Any) -> Any:
+        values, weights = objective.values(loss, batch)
+        return values.abs() if weights is None else (values.abs(), weights)
+
+    value = max(objective.over(Loss(call=absolute, on=loss.on), iter([batch]), gradient=False).loss, 1e-12)
+    return _Scale(value, max(_norm(whole), _norm(half), 1e-12 * value))
 
 
 def identify(objective: Objective, name: str) -> Identity:
@@ -66,29 +83,34 @@ def check_loss(objective: Objective, name: str) -> list[str]:
     loss = objective.losses[name]
     split = objective.splits[loss.on]
     count = _sample(objective, loss)
-    sample = [split.slice(0, count)]
-    first = objective.over(loss, iter(sample))
+    cut = count // 2 + 1 if count > 2 else 1
+    sample, half = split.slice(0, count), split.slice(0, cut)
+    first = objective.over(loss, iter([sample]))
     _finite(name, first)
-    notes = _repeats(name, first, objective.over(loss, iter([split.slice(0, count)])))
-    if objective.norm_stats == "running" and count > 1:
-        half = (count + 1) // 2 if count < 3 else count // 2 + 1
-        _batches(name, loss, first, objective.over(loss, iter([split.slice(0, half), split.slice(half, count)])))
+    scale = _scale(objective, loss, first, objective.over(loss, iter([half])), sample)
+    notes = _repeats(name, scale.apart(first, objective.over(loss, iter([split.slice(0, count)]))))
+    if objective.norm_stats == "batch":
+        _statistics_unused(objective, name, loss, sample, first.loss, scale.value)
+        last = (split.examples - 1) // objective.batch_sizes[loss.on] * objective.batch_sizes[loss.on]
+        objective.over(loss, iter([split.slice(last, split.examples)]))  # it may be too small for batch statistics
+    elif count > 1:
+        parts = objective.over(loss, iter([half, split.slice(cut, count)]))
+        _batches(name, loss, first, parts, scale.apart(first, parts))
     if loss.reduces:
-        _own_mean(objective, name, loss, sample[0], first.loss)
+        _own_mean(objective, name, loss, sample, first.loss, scale.value)
     return notes
 
 
 def _finite(name: str, evaluation: Evaluation) -> None:
-    if not torch.isfinite(torch.tensor([evaluation.loss, _norm(evaluation)])).all():
+    if not math.isfinite(evaluation.loss) or not math.isfinite(_norm(evaluation)):
         raise InputError(
             f"loss {name!r} is {evaluation.loss} at the first checkpoint, its gradient norm {_norm(evaluation)}. Start later "
             "with --steps A:, or look for a division or a logarithm of zero in the loss."
         )
 
 
-def _repeats(name: str, first: Evaluation, second: Evaluation) -> list[str]:
-    apart = _distance(first, second)
-    if apart > _REPEATS:
+def _repeats(name: str, apart: float) -> list[str]:
+    if not apart <= _REPEATS:
         raise InputError(
             f"loss {name!r} is not deterministic: two evaluations at one point differ by {apart:.1e}. Usual culprits: random "
             "augmentation in the data set, dropout called with training=True, noise or sampling in the model or the loss."
@@ -100,9 +122,8 @@ def _repeats(name: str, first: Evaluation, second: Evaluation) -> list[str]:
     )
 
 
-def _batches(name: str, loss: Loss, whole: Evaluation, parts: Evaluation) -> None:
-    apart = _distance(whole, parts)
-    if apart > _AGREE:
+def _batches(name: str, loss: Loss, whole: Evaluation, parts: Evaluation, apart: float) -> None:
+    if not apart <= _AGREE:
         raise InputError(
             f"loss {name!r} depends on how split {loss.on!r} is cut into batches: one batch or two give values {whole.loss:.6g} "
             f"and {parts.loss:.6g}, {apart:.1e} apart. Usual culprits: batch statistics (use --norm-stats batch --batch-size N), "
@@ -110,11 +131,28 @@ def _batches(name: str, loss: Loss, whole: Evaluation, parts: Evaluation) -> Non
         )
 
 
-def _own_mean(objective: Objective, name: str, loss: Loss, batch: Any, ours: float) -> None:
+def _statistics_unused(objective: Objective, name: str, loss: Loss, batch: Any, before: float, scale: float) -> None:
+    """In batch mode, moving the running statistics must not move the loss."""
+    statistics = [tensor for key, tensor in objective.model.named_buffers() if is_statistic(key)]
+    kept = [tensor.clone() for tensor in statistics]
+    for tensor in statistics:
+        tensor.mul_(1.5).add_(0.5)
+    after = objective.over(loss, iter([batch]), gradient=False).loss
+    for tensor, values in zip(statistics, kept, strict=True):
+        tensor.copy_(values)
+    if not abs(after - before) <= _AGREE * scale:
+        raise InputError(
+            f"loss {name!r} reads running statistics in spite of --norm-stats batch ({before:.6g} becomes {after:.6g} when they "
+            "move). Usual culprits: batch_norm imported by name from torch.nn.functional, a scripted module. Call F.batch_norm or "
+            "use the torch.nn layers."
+        )
+
+
+def _own_mean(objective: Objective, name: str, loss: Loss, batch: Any, ours: float, scale: float) -> None:
     inputs, targets = unpack(batch)
     mean = Loss(call=lambda model, _: loss.mean()(model(inputs), targets).reshape(1), on=loss.on)
     theirs = objective.over(mean, iter([batch]), gradient=False).loss
-    if abs(ours - theirs) > _AGREE * max(abs(ours), abs(theirs), 1e-12):
+    if not abs(ours - theirs) <= _AGREE * scale:
         raise InputError(
             f"the mean of loss {name!r} over its elements is {ours:.6g}, but its own reduction='mean' gives {theirs:.6g}. Usual "
             "culprits: ignore_index or class weights. Say how elements are weighted: Loss(call=fn) returning (values, weights)."

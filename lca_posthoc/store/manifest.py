@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import LCAError
+from ..errors import InputError, LCAError
 from ..trajectory import Checkpoint, TensorSpec
 from .files import write_whole
 
@@ -146,8 +146,8 @@ def read_manifest(run: Path) -> Manifest:
                 f"(recorded: {document.get('provenance', {}).get('lca_posthoc', 'unknown')})."
             )
         return _parsed(document)
-    except FileNotFoundError:
-        raise LCAError(
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
             f"{run} is not a run directory: it has no {FILE}. Give the directory `lca run` wrote (CKPTS.lca)."
         ) from None
     except (ValueError, KeyError, TypeError, OSError) as error:

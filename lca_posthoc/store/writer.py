@@ -51,18 +51,29 @@ def create(path: Path, manifest: Manifest) -> RunWriter:
         raise InputError(
             f"{path} exists and is not a run directory (it has no {FILE}). Choose another place with --out."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        raise InputError(
+            f"{path} is a link to something that is not there. Remove it or choose another place with --out."
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{path.parent} is not a directory. Choose another place with --out.") from None
     _sweep_creations(path)
     building = path.with_name(f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
-    building.mkdir()
-    for name in (DATA, COMMITS, PARTIAL):
-        (building / name).mkdir()
-    zarr.create_group(building / DATA, zarr_format=3)
-    writer = RunWriter(building, manifest)
-    for name in manifest.losses:
-        writer.create_loss(name)
-    write_manifest(manifest, building)
-    building.rename(path)
+    try:
+        building.mkdir()
+        for name in (DATA, COMMITS, PARTIAL):
+            (building / name).mkdir()
+        zarr.create_group(building / DATA, zarr_format=3)
+        writer = RunWriter(building, manifest)
+        for name in manifest.losses:
+            writer.create_loss(name)
+        write_manifest(manifest, building)
+        building.rename(path)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
     return RunWriter(path, manifest)
 
 
