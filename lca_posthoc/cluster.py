@@ -122,10 +122,10 @@ def _guarded(function: Function, spec: Spec, stop: str) -> Any:
     return None if _event(stop, get_client()).is_set() else function(spec)
 
 
-def _ignore_interrupts() -> bool:
-    """Ctrl-C reaches every process of the terminal; only the driver decides what it means."""
+def _settle_in() -> None:
+    """Ctrl-C reaches every process of the terminal, but only the driver decides; what tasks print is no result."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return True
+    os.dup2(2, 1)
 
 
 def _answer() -> str:
@@ -221,13 +221,13 @@ def _check(client: Any, count: int) -> None:
 def _worker_plugin() -> Any:
     from distributed import WorkerPlugin
 
-    class IgnoreInterrupts(WorkerPlugin):  # type: ignore[misc]
-        name = "lca-ignore-interrupts"
+    class SettleIn(WorkerPlugin):  # type: ignore[misc]
+        name = "lca-settle-in"
 
         def setup(self, worker: Any) -> None:
-            _ignore_interrupts()
+            _settle_in()
 
-    return IgnoreInterrupts()
+    return SettleIn()
 
 
 def _cores() -> int:

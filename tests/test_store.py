@@ -190,10 +190,13 @@ def test_each_level_keeps_what_it_says(levels: Callable[[str], Any]) -> None:
 
 def test_required_bytes_are_those_of_the_arrays(hostile: Path) -> None:
     manifest = read_manifest(hostile)
-    held = 0
+    held = files = 0
     for plan in plan_arrays(manifest, "parameters"):
         held += zarr.open_array(hostile / "data.zarr" / manifest.losses["a/../b"].key / plan.path, mode="r").nbytes
-    assert required_bytes(manifest, "parameters", 2) == 2 * held
+        files += plan.files
+    assert 2 * files == len(chunk_files(hostile, "a/../b") | chunk_files(hostile, "A/../b"))
+    on_disk = sum(-(-path.stat().st_size // 4096) * 4096 for path in hostile.rglob("*") if path.is_file())
+    assert max(2 * held, 0.9 * on_disk) <= required_bytes(manifest, "parameters", 2) <= 2 * held + 4 * on_disk
 
 
 def test_names_results_reserve_are_refused(tmp_path: Path) -> None:

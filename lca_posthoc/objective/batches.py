@@ -51,9 +51,7 @@ class Split:
         self.name = name
         self._data = data
         self._device, self._dtype = device, dtype
-        self._tensors = (
-            isinstance(data, tuple | list) and bool(data) and all(isinstance(each, torch.Tensor) for each in data)
-        )
+        self._tensors = isinstance(data, tuple) and bool(data) and all(isinstance(each, torch.Tensor) for each in data)
         self.examples = self._count()
         self._resident: list[Any] = []
         self._resident_batch_size = 0
@@ -66,11 +64,7 @@ class Split:
                     f"split {self.name!r} has tensors of different lengths: {sorted(lengths)}. Give one target per input."
                 )
             count = lengths.pop()
-        elif (
-            not isinstance(self._data, Mapping | tuple | str)
-            and hasattr(self._data, "__getitem__")
-            and hasattr(self._data, "__len__")
-        ):
+        elif self._is_dataset():
             count = len(self._data)
         else:
             raise InputError(
@@ -80,6 +74,14 @@ class Split:
         if count == 0:
             raise InputError(f"split {self.name!r} is empty. A loss needs at least one example.")
         return count
+
+    def _is_dataset(self) -> bool:
+        """Whether examples can be had one by one; containers that are more likely columns are not guessed at."""
+        data = self._data
+        columns = isinstance(data, list) and any(isinstance(each, torch.Tensor) for each in data)
+        if columns or isinstance(data, Mapping | tuple | str):
+            return False
+        return hasattr(data, "__getitem__") and hasattr(data, "__len__")
 
     def slice(self, start: int, stop: int) -> Any:
         """Examples `start` to `stop` as one batch on the device."""

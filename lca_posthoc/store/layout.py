@@ -5,6 +5,7 @@ A chunk row along the first axis is exactly one span (one window for totals), so
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,11 @@ class ArrayPlan:
     def fill(self) -> float | int:
         """What a chunk nobody wrote reads as: never a value that is stored."""
         return missing(np.dtype(self.dtype))
+
+    @property
+    def files(self) -> int:
+        """How many chunks it is cut into."""
+        return math.prod(-(-extent // chunk) for extent, chunk in zip(self.shape, self.chunks, strict=True))
 
     @property
     def bytes(self) -> int:

@@ -34,11 +34,16 @@ if TYPE_CHECKING:
 DATA = "data.zarr"
 COMMITS = "commits"
 PARTIAL = "partial"
+_BLOCK = 4096
 
 
 def required_bytes(manifest: Manifest, keep: str, losses: int) -> int:
-    """Bytes a run takes before compression."""
-    return losses * sum(plan.bytes for plan in plan_arrays(manifest, keep))
+    """Bytes a run takes before compression: numbers, one block of the file system for each file, and the record."""
+    plans = list(plan_arrays(manifest, keep))
+    files = sum(plan.files + 1 for plan in plans) + manifest.spans
+    return losses * (sum(plan.bytes for plan in plans) + _BLOCK * files) + _BLOCK * (
+        8 + len(manifest.checkpoints) // 16
+    )
 
 
 def create(path: Path, manifest: Manifest) -> RunWriter:
