@@ -228,7 +228,7 @@ class _Job:
         for note in trajectory.notes:
             self.tell(Note(note))
         if recorded is not None:
-            _same_checkpoints(recorded, relative(trajectory), self.path, str(trajectory.root))
+            _same_checkpoints(RunWriter(self.path, recorded), relative(trajectory), str(trajectory.root))
             if self._is_finished(recorded, trajectory):
                 return
         elif self.path.exists():
@@ -286,12 +286,13 @@ class _Job:
     def _bring_up(self, writer: RunWriter, found: Manifest) -> None:
         """Compare what is recorded with what was found, then take up new losses and new checkpoints."""
         recorded = writer.manifest
-        _same_checkpoints(recorded, found.checkpoints, self.path, found.root)
+        _same_checkpoints(writer, found.checkpoints, found.root)
         for name, record in found.losses.items():
             if name in recorded.losses:
                 _same_loss(name, recorded.losses[name], record, len(found.checkpoints) == len(recorded.checkpoints))
-        if len(found.checkpoints) > len(recorded.checkpoints):
-            writer.extend(found.checkpoints)
+        if found.checkpoints != recorded.checkpoints:
+            ends = {name: record.identity for name, record in found.losses.items()}
+            writer.take_up(found.checkpoints, ends)
         new = {name: record for name, record in found.losses.items() if name not in recorded.losses}
         if new:
             self._check_space(store.required_bytes(writer.manifest, writer.keep, len(new)))
@@ -374,22 +375,22 @@ def _span_part(manifest: Manifest, span: int) -> dict[str, Any]:
     }
 
 
-def _same_checkpoints(recorded: Manifest, found: list[Checkpoint], path: Path, root: str) -> None:
-    """The recorded checkpoints must be the first ones found; more may follow."""
+def _same_checkpoints(writer: RunWriter, found: list[Checkpoint], root: str) -> None:
+    """The recorded checkpoints must be the first ones found, but for those no number relies on yet; more may follow."""
     steps = [checkpoint.step for checkpoint in found]
-    for index, checkpoint in enumerate(recorded.checkpoints):
+    for index, checkpoint in enumerate(writer.manifest.checkpoints):
         if index >= len(found) or steps[index] != checkpoint.step:
             what = (
                 f"step {steps[index]} is new before step {checkpoint.step}"
                 if checkpoint.step in steps
                 else f"step {checkpoint.step} is missing"
             )
-        elif (found[index].size, found[index].fingerprint) != (checkpoint.size, checkpoint.fingerprint):
+        elif found[index] != checkpoint and writer.relies_on(index):
             what = f"the content of step {checkpoint.step} differs"
         else:
             continue
         raise InputError(
-            f"{root} holds other checkpoints than {path} was made from: {what}. Restore them, or write another run with --out."
+            f"{root} holds other checkpoints than {writer.path} was made from: {what}. Restore them, or write another run with --out."
         )
 
 
@@ -402,7 +403,7 @@ def _same_loss(name: str, recorded: LossRecord, found: LossRecord, same_end: boo
             raise InputError(_other_loss(name, setting, getattr(recorded, setting), getattr(found, setting)))
     for place in (0, 1) if same_end else (0,):
         before, now = recorded.identity[place], found.identity[place]
-        if (before is None) != (now is None) or (before and now and not Identity(**before).matches(Identity(**now))):
+        if before and now and not Identity(**before).matches(Identity(**now)):
             where = "first" if place == 0 else "last"
             raise InputError(_other_loss(name, f"value and gradient norm at the {where} checkpoint", before, now))
 

@@ -320,14 +320,22 @@ def test_a_number_that_is_not_finite_fails_again_and_what_is_complete_is_not_rep
     assert contents(place.out) == before
 
 
-def test_a_repaired_checkpoint_is_another_checkpoint_and_needs_another_run(place: Place) -> None:
-    """The run holds numbers of the file it was made from; the repaired file is refused by name, with the way out."""
-    before = _poison(place, MIDDLE)
+@pytest.mark.parametrize("step", [MIDDLE, STEPS[-1]])
+def test_a_repaired_checkpoint_completes_the_run_as_if_it_had_never_been_damaged(
+    place: Place, clean_run: Path, step: int
+) -> None:
+    """No committed number relies on the damaged file, so the repaired one is taken up."""
+    before = _poison(place, step)
     assert place.run().exit_code == 3
-    step_file(place.checkpoints, MIDDLE).write_bytes(before)
-    place.refuses("other checkpoints", "the content of step 30 differs", "--out")
-    place.out = place.data / "second.lca"
-    assert place.run().exit_code == 0
+    step_file(place.checkpoints, step).write_bytes(before)
+    _completes_as(place, clean_run)
+
+
+def test_a_checkpoint_numbers_rely_on_cannot_be_replaced_while_another_span_is_damaged(place: Place) -> None:
+    _poison(place, MIDDLE)
+    assert place.run().exit_code == 3
+    write_step(place.checkpoints, STEPS[1], iterates()[0])
+    place.refuses("other checkpoints", "the content of step 10 differs", "--out")
 
 
 def test_not_finite_at_the_first_step_is_refused_before_anything_is_created(place: Place) -> None:
@@ -816,7 +824,10 @@ def test_a_setting_as_recorded_is_no_other_setting(recorded: Place) -> None:
 
 
 OTHER_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "content of a middle step": (lambda ck: write_step(ck, MIDDLE, iterates()[0]), ("the content of step 30 differs",)),
+    "content of a step between spans": (
+        lambda ck: write_step(ck, STEPS[2], iterates()[0]),
+        ("the content of step 20 differs",),
+    ),
     "content of the last step": (
         lambda ck: write_step(ck, STEPS[-1], iterates()[0]),
         ("the content of step 60 differs",),

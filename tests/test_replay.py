@@ -168,6 +168,24 @@ def test_checkpoints_added_at_the_end_give_the_same_bits_as_one_run(
     assert again == list(range(first // span, -(-last // span)))
 
 
+def test_a_run_that_grew_knows_its_losses_again(place: Path, tmp_path: Path) -> None:
+    whole, growing = record_training(tmp_path / "whole", range(13)), tmp_path / "growing"
+    shutil.copytree(whole, growing)
+    for step in range(9, 13):
+        (growing / f"step_{step:08d}.safetensors").unlink()
+    replayed(place, tmp_path / "run.lca", checkpoints=growing)
+    for step in range(9, 13):
+        shutil.copy(whole / f"step_{step:08d}.safetensors", growing)
+    options = {"losses": ["train"], "cluster": "inline", "out": tmp_path / "run.lca"}
+    lca_package.run(growing, place / "small_task.py", **options)
+    edited = write_task(tmp_path / "small_task.py", "def task():", "# a comment\ndef task():").parent
+    grown, _ = replayed(edited, tmp_path / "run.lca", checkpoints=growing)
+    once, _ = replayed(
+        place, tmp_path / "once.lca", checkpoints=whole, span=store.read_manifest(tmp_path / "run.lca").span
+    )
+    identical(once, grown)
+
+
 def test_an_unfinished_run_shows_committed_segments_only(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "run.lca"
     replayed(place, out, span=8)

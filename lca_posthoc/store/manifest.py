@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ..trajectory import Checkpoint, TensorSpec
 from .files import write_whole
 
 FORMAT = 1
+Identity = list[dict[str, float] | None]
 FILE = "run.json"
 
 
@@ -38,7 +40,7 @@ class LossRecord:
     examples: int
     batch_size: int
     calibration: float | None
-    identity: list[dict[str, float] | None]
+    identity: Identity
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,13 @@ class Manifest:
         """The same run with more losses."""
         return replace(self, losses={**self.losses, **losses})
 
-    def with_checkpoints(self, checkpoints: list[Checkpoint]) -> Manifest:
-        """The same run with more checkpoints at its end."""
-        return replace(self, checkpoints=checkpoints)
+    def with_checkpoints(self, checkpoints: list[Checkpoint], identities: Mapping[str, Identity]) -> Manifest:
+        """The same run on other checkpoints; the identity of a loss at the last one is new, or unknown."""
+        losses = {
+            name: replace(record, identity=identities.get(name, [record.identity[0], None]))
+            for name, record in self.losses.items()
+        }
+        return replace(self, checkpoints=checkpoints, losses=losses)
 
 
 def write_manifest(manifest: Manifest, run: Path) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from ..records import FIELDS, Totals, histogram_edges, join_all
 from ..trajectory import Checkpoint
 from .files import seal_all, write_whole
 from .layout import ArrayPlan, plan_arrays
-from .manifest import FILE, LossRecord, Manifest, read_manifest, write_manifest
+from .manifest import FILE, Identity, LossRecord, Manifest, read_manifest, write_manifest
 
 if TYPE_CHECKING:
     from ..tally import Tally
@@ -154,10 +154,18 @@ class RunWriter:
             self.create_loss(name)
         write_manifest(self.manifest, self.path)
 
-    def extend(self, checkpoints: list[Checkpoint]) -> None:
-        """Take up checkpoints at the end. A last span that was short is no longer whole and will be replayed again."""
-        before, after = self.manifest, self.manifest.with_checkpoints(checkpoints)
-        for key in (record.key for record in before.losses.values()):
+    def take_up(self, checkpoints: list[Checkpoint], identities: Mapping[str, Identity]) -> None:
+        """Take up checkpoints at the end, or in place of ones no number relies on.
+
+        A last span that was short and has grown is no longer whole and will be replayed again.
+
+        Args:
+            checkpoints: all of them.
+            identities: of the losses that were probed on them; what the others are at the last one is forgotten.
+        """
+        before, after = self.manifest, self.manifest.with_checkpoints(checkpoints, identities)
+        grown = after.segments > before.segments
+        for key in (record.key for record in before.losses.values() if grown):
             if before.segments % before.span:
                 self._marker(key, before.spans - 1).unlink(missing_ok=True)
             if not before.is_full(before.windows - 1):
@@ -176,6 +184,13 @@ class RunWriter:
         """Remove temporary files a killed writer left; only while holding the lock."""
         for left in [*self.path.rglob("*.partial"), *self.path.rglob(".*.tmp")]:
             left.unlink(missing_ok=True)
+
+    def relies_on(self, checkpoint: int) -> bool:
+        """Whether a committed span of any loss was computed from a checkpoint, given by its position."""
+        spans = {at // self.manifest.span for at in (checkpoint - 1, checkpoint) if 0 <= at < self.manifest.segments}
+        return any(
+            self._marker(record.key, span).exists() for record in self.manifest.losses.values() for span in spans
+        )
 
     # --- what is there -----------------------------------------------------------------------------------------------
 
