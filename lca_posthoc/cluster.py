@@ -179,7 +179,7 @@ def _local(workers: int | None, device: str, stop: threading.Event) -> Iterator[
     }
     scheduler = {
         "cls": Scheduler,
-        "options": {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": None},
+        "options": {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"},
     }
     with (
         dask.config.set(_SETTINGS),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import math
 import os
@@ -93,6 +94,7 @@ def _deterministic() -> Iterator[None]:
 def _reported(work: Callable[[Spec], Spec]) -> Callable[[Spec], Spec]:
     """Failures come back as plain strings: an exception that cannot be unpickled elsewhere would hide its cause."""
 
+    @functools.wraps(work)
     def reported(spec: Spec) -> Spec:
         import torch
 
@@ -123,12 +125,9 @@ def _reported(work: Callable[[Spec], Spec]) -> Callable[[Spec], Spec]:
     return reported
 
 
+@_reported
 def describe(spec: Spec) -> Spec:
     """What the task holds: the model's tensors, and of each loss its split and its kind."""
-    return _reported(_describe)(spec)
-
-
-def _describe(spec: Spec) -> Spec:
     objective = _objective(spec)
     losses = {
         name: {
@@ -145,12 +144,9 @@ def _describe(spec: Spec) -> Spec:
     }
 
 
+@_reported
 def probe(spec: Spec) -> Spec:
     """Check the task on a small sample at the first checkpoint; identify each loss there and at the last one."""
-    return _reported(_probe)(spec)
-
-
-def _probe(spec: Spec) -> Spec:
     objective = _objective(spec)
     names = list(objective.losses)
     first = _first_point(spec, objective)
@@ -283,16 +279,13 @@ def _point(spec: Spec, index: int, objective: Any) -> Any:
     }
 
 
-def measure(spec: Spec) -> Spec:
-    """Seconds of one evaluation of each loss, from a few timed batches, and advice on the batch size."""
-    return _reported(_measure)(spec)
-
-
 _TIMED_SECONDS = 1.0
 _WORTH_SAYING = 1.15
 
 
-def _measure(spec: Spec) -> Spec:
+@_reported
+def measure(spec: Spec) -> Spec:
+    """Seconds of one evaluation of each loss, from a few timed batches, and advice on the batch size."""
     objective = _objective(spec)
     objective.settle_batch_sizes(_first_point(spec, objective), spec["batch_sizes"])
     seconds, advice = {}, []
@@ -326,12 +319,9 @@ def _seconds_per_example(objective: Any, loss: Any, size: int) -> float:
     return min(times[1:]) / size
 
 
+@_reported
 def replay_span(spec: Spec) -> Spec:
     """Allocate the segments of one span for its pending losses, write and commit them."""
-    return _reported(_replay_span)(spec)
-
-
-def _replay_span(spec: Spec) -> Spec:
     from .allocation import Method, allocate_span
     from .quadrature import RULES
     from .store import RunWriter

@@ -1,0 +1,148 @@
+"""Where work runs: one suite for this process and for local workers."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from lca_posthoc import cluster as cluster_module
+from lca_posthoc.cluster import Cluster, Spec, open_cluster
+from lca_posthoc.errors import InputError
+
+
+def square(spec: Spec) -> int:
+    return spec["value"] ** 2
+
+
+def fail(spec: Spec) -> int:
+    raise RuntimeError(f"cannot take {spec['value']}")
+
+
+def die_once(spec: Spec) -> str:
+    """Ends its process the first time it is called."""
+    try:
+        Path(spec["flag"]).touch(exist_ok=False)
+    except FileExistsError:
+        return "survived"
+    os._exit(1)
+
+
+def die(spec: Spec) -> None:
+    with Path(spec["log"]).open("a") as file:
+        file.write("x")
+    os._exit(1)
+
+
+def stop_and_wait(spec: Spec) -> str:
+    """Says that it runs, then runs until the driver has asked to drain."""
+    Path(spec["running"]).touch()
+    while not Path(spec["release"]).exists():
+        os.sched_yield()
+    return "finished"
+
+
+@pytest.fixture(scope="module", params=["inline", "local"])
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    with open_cluster(request.param, 2, "cpu", threading.Event()) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def local() -> Iterator[Cluster]:
+    with open_cluster("local", 2, "cpu", threading.Event()) as opened:
+        yield opened
+
+
+def test_every_spec_has_one_outcome(cluster: Cluster) -> None:
+    outcomes = list(cluster.map(square, ({"value": value} for value in range(20))))
+    assert sorted((done.spec["value"], done.result) for done in outcomes) == [(value, value**2) for value in range(20)]
+    assert all(done.lost is None for done in outcomes)
+
+
+def test_specs_are_taken_only_when_there_is_room(cluster: Cluster) -> None:
+    taken: list[int] = []
+    outcomes = cluster.map(square, ({"value": value} for value in range(100) if taken.append(value) is None))
+    next(outcomes)
+    assert len(taken) <= 2 * cluster.workers + 1
+    assert len(list(outcomes)) == 99
+
+
+def test_no_specs_give_no_outcomes(cluster: Cluster) -> None:
+    assert list(cluster.map(square, [])) == []
+
+
+def test_a_worker_that_dies_once_costs_a_second_try(local: Cluster, tmp_path: Path) -> None:
+    (done,) = local.map(die_once, [{"flag": str(tmp_path / "flag")}])
+    assert (done.result, done.lost) == ("survived", None)
+
+
+def test_a_spec_that_kills_its_workers_is_lost_after_two_tries_and_the_rest_goes_on(
+    local: Cluster, tmp_path: Path
+) -> None:
+    (lost,) = local.map(die, [{"log": str(tmp_path / "log")}])
+    assert lost.result is None
+    assert "KilledWorker" in str(lost.lost)
+    assert (tmp_path / "log").read_text() == "xx"
+    assert [done.result for done in local.map(square, [{"value": 3}])] == [9]
+
+
+def test_an_exception_nobody_caught_is_said(local: Cluster) -> None:
+    (lost,) = local.map(fail, [{"value": 7}])
+    assert lost.lost == "RuntimeError: cannot take 7"
+
+
+def test_draining_finishes_what_runs_and_starts_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, release = threading.Event(), tmp_path / "release"
+    names = ("first", "second", "third")
+    original = cluster_module._event
+
+    class Told:
+        """Lets the first spec end only when every worker can know that the driver drains."""
+
+        def __init__(self, name: str, client: Any) -> None:
+            self._event = original(name, client)
+
+        def set(self) -> None:
+            self._event.set()
+            release.touch()
+
+    def ask() -> None:
+        while not (tmp_path / "first").exists():
+            os.sched_yield()
+        stop.set()
+
+    monkeypatch.setattr(cluster_module, "_event", Told)
+    asking = threading.Thread(target=ask)
+    asking.start()
+    with open_cluster("local", 1, "cpu", stop) as opened:
+        specs = [{"running": str(tmp_path / name), "release": str(release)} for name in names]
+        outcomes = list(opened.map(stop_and_wait, specs))
+    asking.join()
+    assert [(done.result, done.lost) for done in outcomes] == [("finished", None), (None, None)]
+    assert [name for name in names if (tmp_path / name).exists()] == ["first"]
+
+
+def test_every_listener_is_on_loopback(local: Cluster) -> None:
+    driver = psutil.Process()
+    listening = [
+        connection.laddr.ip
+        for process in (driver, *driver.children(recursive=True))
+        for connection in process.net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening
+    assert set(listening) <= {"127.0.0.1", "::1"}
+
+
+def test_another_kind_of_cluster_is_refused() -> None:
+    with (
+        pytest.raises(InputError, match="local or inline"),
+        open_cluster("tcp://somewhere:8786", None, "cpu", threading.Event()),
+    ):
+        pass
