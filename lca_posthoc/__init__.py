@@ -29,6 +29,10 @@ _HOMES = {
 __all__ = ["Loss", "Recorder", "Run", "Task", "findings", "open_run", "open_trajectory", "run"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     # Lazily, so that `import lca_posthoc` and `lca --help` load neither torch nor zarr.
     if name == "findings":

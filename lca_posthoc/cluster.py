@@ -7,9 +7,11 @@ worker died, and drains when its `stop` event is set: what runs is finished, wha
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -160,6 +162,8 @@ def _local(workers: int | None, device: str, stop: threading.Event) -> Iterator[
     import dask
     from distributed import Client, Nanny, Scheduler, SpecCluster
 
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(1)  # a worker importing a script without a `__main__` guard; the driver says so
     environments = _gpu_environments() if device == "cuda" else [{} for _ in range(_cores())]
     count = workers or len(environments)
     specs = {
@@ -181,11 +185,16 @@ def _local(workers: int | None, device: str, stop: threading.Event) -> Iterator[
         "cls": Scheduler,
         "options": {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"},
     }
-    with (
-        dask.config.set(_SETTINGS),
-        SpecCluster(workers=specs, scheduler=scheduler, silence_logs="CRITICAL") as cluster,
-        Client(cluster, timeout=_PROBE_SECONDS) as client,
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(dask.config.set(_SETTINGS))
+        try:
+            cluster = stack.enter_context(SpecCluster(workers=specs, scheduler=scheduler, silence_logs="CRITICAL"))
+            client = stack.enter_context(Client(cluster, timeout=_PROBE_SECONDS))
+        except (RuntimeError, OSError) as error:
+            raise ResourceError(
+                f"local workers did not start ({' '.join(str(error).split())[:120]}). A script that calls run() needs "
+                "`if __name__ == '__main__':` around it, for workers import the script; or use cluster='inline'."
+            ) from error
         _check(client, count)
         yield Local(client, count, stop)
 
@@ -194,6 +203,15 @@ _SETTINGS = {
     "distributed.scheduler.worker-ttl": "30 minutes",
     "distributed.scheduler.work-stealing": False,
     "distributed.scheduler.allowed-failures": 0,
+    "distributed.nanny.pre-spawn-environ": {
+        # Dask's own choice hands freed memory back at once; a replay frees and takes the same blocks at every batch, and
+        # page faults then cost as much as the arithmetic. 32 MiB is the most glibc takes for the second one.
+        "MALLOC_TRIM_THRESHOLD_": 256 * 2**20,
+        "MALLOC_MMAP_THRESHOLD_": 32 * 2**20,
+        "OMP_NUM_THREADS": 1,
+        "MKL_NUM_THREADS": 1,
+        "OPENBLAS_NUM_THREADS": 1,
+    },
     "distributed.worker.daemon": False,
     "distributed.worker.profile.enabled": False,
     "distributed.worker.memory.target": False,

@@ -48,12 +48,14 @@ def resolve(asked: dict[str, Any], recorded: dict[str, Any] | None) -> dict[str,
         settings = {**DEFAULTS, **given}
         settings["device"] = settings["device"] or visible_device()
         return settings
-    for name, value in given.items():
-        if recorded[name] != value:
-            raise InputError(
-                f"this run was made with {_shown(name, recorded[name])}, not {_shown(name, value)}. "
-                f"Leave {_option(name)} out to go on with it, or write another run with --out."
-            )
+    other = [name for name, value in given.items() if recorded[name] != value]
+    if other:
+        made = " ".join(_shown(name, recorded[name]) for name in other)
+        asked_for = " ".join(_shown(name, given[name]) for name in other)
+        raise InputError(
+            f"this run was made with {made}, not {asked_for}. Leave {' and '.join(map(_option, other))} out to go on with it, "
+            "or write another run with --out."
+        )
     return recorded
 
 

@@ -360,7 +360,9 @@ def _validated(
                 _difference(held, {source: tensors[name] for name, source in sources.items()}, step, files[0])
             )
         checkpoints.append(Checkpoint(step, files, sum(header.size for header in read), _joined(read)))
-    return Trajectory(root, tuple(checkpoints), tensors, sources, (*notes, *_gaps([step for step, _ in chosen])))
+    return Trajectory(
+        root, tuple(checkpoints), tensors, sources, (*notes, *_late(chosen[0][0]), *_gaps([step for step, _ in chosen]))
+    )
 
 
 def _joined(headers: Sequence[Header]) -> int:
@@ -398,6 +400,13 @@ def _difference(held: Mapping[str, TensorHeader], known: Mapping[str, TensorHead
     return (
         f"tensor {name!r} is {here} in {file} (step {step}) but {there} at the first step. All checkpoints must come from "
         "one model; leave the odd ones out with --steps."
+    )
+
+
+def _late(first: int) -> list[str]:
+    """A first checkpoint that is not the initial weights."""
+    return (
+        [f"the first checkpoint is step {first}: what changed before it is not part of the result"] if first > 0 else []
     )
 
 

@@ -202,8 +202,10 @@ def test_two_drivers_never_share_a_run(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "run.lca"
     replayed(place, out, losses=["train"])
     with store.hold(out):
+        assert open_run(out)["train"].progress()["running"]
         result = run_lca(place / "checkpoints", place / "small_task.py", out, "--loss", "validation")
     refused(result, str(out), "is being written by process", code=5)
+    assert not open_run(out)["train"].progress()["running"]
 
 
 # --- real processes, really killed --------------------------------------------------------------------------------------
@@ -307,6 +309,6 @@ def test_an_interrupt_drains_and_leaves_a_resumable_run(
     assert len(errors.splitlines()) <= 5, errors
     assert "Run the same command again" in errors
     status = lca("status", out)
-    assert "run `lca run` again" in status.stdout
+    assert "stopped: run `lca run` again" in status.stdout
     lca_package.run(long_place / "checkpoints", long_place / "small_task.py", losses=["all"], cluster="inline", out=out)
     assert contents(out / "data.zarr") == contents(long_place / "clean.lca" / "data.zarr")

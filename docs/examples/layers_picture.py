@@ -42,6 +42,7 @@ def draw(run: str, picture: str) -> None:
     bars.barh(list(sums), [values.sum() for values in sums.values()], color=colours[: len(sums)])
     bars.invert_yaxis()
     bars.axvline(0, color="black", linewidth=0.8)
+    bars.locator_params(axis="x", nbins=4)
     bars.set(xlabel="allocated (nats)", title="Sum over training")
     for axes in (curve, bars):
         axes.spines[["top", "right"]].set_visible(False)

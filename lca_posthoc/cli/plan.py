@@ -39,7 +39,12 @@ def command(checkpoints: str, as_json: bool, **options: Any) -> None:
         f"{found.segments:,} segments of {found.parameters:,} parameters on {found.device}, without refinement:"
     )
     rows = table(
-        "loss", "examples", "batch", "evaluations", "each", f"time on {workers} worker{'s' if workers > 1 else ''}"
+        "loss",
+        "examples",
+        "batch",
+        "evaluations",
+        "each",
+        f"evaluating on {workers} worker{'s' if workers > 1 else ''}",
     )
     for name, loss in found.losses.items():
         rows.add_row(
@@ -52,6 +57,6 @@ def command(checkpoints: str, as_json: bool, **options: Any) -> None:
         )
     console.print(rows)
     hours = sum(loss.seconds for loss in found.losses.values()) / 3600
-    console.print(f"device-hours: {hours:.3g}")
+    console.print(f"device-hours: {hours:.3g} (start-up, reading and storing come on top)")
     sizes = ", ".join(f"--keep {keep} {amount(size)}" for keep, size in found.bytes.items())
     console.print(f"result before compression: {sizes}; free: {amount(found.free)}", markup=False)

@@ -58,7 +58,7 @@ def listener() -> Iterator[Any]:
         TextColumn("replay"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("segments · {task.fields[speed]} · worst residual {task.fields[worst]:.1e} ·"),
+        TextColumn("segments · {task.fields[speed]}worst residual {task.fields[worst]:.1e} ·"),
         TimeElapsedColumn(),
         TextColumn("· left"),
         TimeRemainingColumn(),
@@ -76,7 +76,7 @@ def listener() -> Iterator[Any]:
                     say("nothing to do: every span is committed")
             elif isinstance(event, SpanDone):
                 worst = max(state.fields["worst"], event.worst_residual)
-                speed = f"{state.speed:.3g} a second" if state.speed else ""
+                speed = f"{state.speed:.3g} segments/s · " if state.speed else ""
                 progress.update(bar, advance=event.segments * len(event.losses), worst=worst, speed=speed)
             elif isinstance(event, SpanFailed):
                 say(f"span {event.span} (steps {event.first_step} to {event.last_step}) failed: {event.message}")

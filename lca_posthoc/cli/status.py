@@ -24,7 +24,7 @@ def command(run: str, as_json: bool) -> None:
     if as_json:
         print_json({"schema": 1, "losses": found})
         return
-    rows = table("loss", "spans", "segments", "steps", "worker time", "state")
+    rows = table("loss", "spans", "segments", "training steps", "worker time", "state")
     for name, each in found.items():
         rows.add_row(
             Text(safe(name)),
@@ -32,6 +32,10 @@ def command(run: str, as_json: bool) -> None:
             f"{each['segments_done']} / {each['segments']}",
             f"{each['first_step']}–{each['last_step']}",
             duration(each["seconds"]),
-            "complete" if each["complete"] else "run `lca run` again to finish",
+            "complete"
+            if each["complete"]
+            else "running"
+            if each["running"]
+            else "stopped: run `lca run` again to finish",
         )
     stdout().print(rows)

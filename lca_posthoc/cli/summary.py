@@ -50,7 +50,7 @@ def print_summary(found: dict[str, dict[str, Any]]) -> None:
         headline.add_row(label, *(f"{each[key]:+.6f}" for each in found.values()))
     headline.add_row("residual", *(f"{each['residual']:+.1e}" for each in found.values()))
     for key in ("helping", "hurting", "zero"):
-        headline.add_row(f"parameters {key}", *(share(each[key]) for each in found.values()))
+        headline.add_row(f"{key} (share of parameters × segments)", *(share(each[key]) for each in found.values()))
     console.print(headline)
     for name, each in found.items():
         console.print()
@@ -62,15 +62,19 @@ def print_summary(found: dict[str, dict[str, Any]]) -> None:
                 tensor["kind"],
                 f"{tensor['parameters']:,}",
                 f"{tensor['allocated']:+.6f}",
-                share(tensor["allocated"] / each["allocated"]) if each["allocated"] else "",
+                _part(tensor["allocated"], each["allocated"]),
                 share(tensor["helping"]),
             )
         console.print(rows)
 
 
+def _part(part: float, whole: float) -> str:
+    return share(part / whole + 0.0) if whole and abs(part / whole) >= 5e-4 else "0.0 %"
+
+
 def _caption(name: str, each: dict[str, Any]) -> str:
     unconverged = f"{each['unconverged']} segments above the tolerance, " if each["unconverged"] else ""
     return (
-        f"{safe(name)}: {each['segments']} segments, {each['parameters']:,} parameters, {each['evaluations']} gradient evaluations, "
+        f"{safe(name)}: {each['segments']:,} segments, {each['parameters']:,} parameters, {each['evaluations']:,} gradient evaluations, "
         f"{unconverged}largest |residual| {each['max_segment_residual']:.1e}"
     )

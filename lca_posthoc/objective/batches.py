@@ -68,12 +68,17 @@ class Split:
             count = len(self._data)
         else:
             raise InputError(
-                f"split {self.name!r} is a {type(self._data).__name__}. Give (inputs, targets) tensors or a map-style Dataset "
+                f"split {self.name!r} is a {self._kind()}. Give (inputs, targets) tensors or a map-style Dataset "
                 "with __len__ and __getitem__."
             )
         if count == 0:
             raise InputError(f"split {self.name!r} is empty. A loss needs at least one example.")
         return count
+
+    def _kind(self) -> str:
+        data = self._data
+        inside = sorted({type(each).__name__ for each in data}) if isinstance(data, tuple | list) else []
+        return type(data).__name__ + (f" of {', '.join(inside)}" if inside else "")
 
     def _is_dataset(self) -> bool:
         """Whether examples can be had one by one; containers that are more likely columns are not guessed at."""

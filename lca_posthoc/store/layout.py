@@ -73,14 +73,24 @@ def plan_arrays(manifest: Manifest, keep: str) -> Iterator[ArrayPlan]:
     for tensor in manifest.allocated:
         name, shape = tensor.spec.name, tensor.spec.shape
         inner = tuple(f"{name}:{axis}" for axis in range(len(shape)))
-        attributes = {"name": name, "kind": tensor.spec.kind, "aliases": list(tensor.spec.aliases), "units": "loss"}
+        attributes = {"name": name, "kind": tensor.spec.kind, "aliases": list(tensor.spec.aliases)}
         if keep == "parameters":
             yield ArrayPlan(
-                f"allocation/{tensor.key}", ("step", *inner), (segments, *shape), "float32", span, attributes
+                f"allocation/{tensor.key}",
+                ("step", *inner),
+                (segments, *shape),
+                "float32",
+                span,
+                {**attributes, "units": "loss"},
             )
         if keep in ("parameters", "units"):
             yield ArrayPlan(
-                f"units/{tensor.key}", ("step", f"{name}:unit"), (segments, _units(tensor)), "float32", span, attributes
+                f"units/{tensor.key}",
+                ("step", f"{name}:unit"),
+                (segments, _units(tensor)),
+                "float32",
+                span,
+                {**attributes, "units": "loss"},
             )
         shape_of_totals = (manifest.windows, len(FIELDS), *shape)
         yield ArrayPlan(f"totals/{tensor.key}", ("window", "field", *inner), shape_of_totals, "float64", 1, attributes)

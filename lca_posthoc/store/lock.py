@@ -46,6 +46,20 @@ def hold(run: Path) -> Iterator[bool]:
             _write(file.fileno(), {})
 
 
+def is_held(run: Path) -> bool:
+    """Whether a driver works on the run now."""
+    try:
+        with (run / "lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            owner = _owner(run)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    fresh = time.time() - (run / "lock").stat().st_mtime < _STALE
+    return owner.get("host") not in (None, socket.gethostname()) and fresh
+
+
 def _owner(run: Path) -> dict[str, object]:
     try:
         owner = json.loads((run / "lock").read_text() or "{}")

@@ -15,6 +15,7 @@ import zarr
 from ..errors import LCAError
 from ..records import FIELDS, TOTALS, join_all
 from .layout import missing
+from .lock import is_held
 from .manifest import Manifest, read_manifest
 from .writer import COMMITS, DATA, RunWriter
 
@@ -68,6 +69,7 @@ class LossResults:
             "last_step": manifest.checkpoints[-1].step,
             "seconds": round(sum(marker["seconds"] for marker in markers), 3),
             "complete": self.complete,
+            "running": is_held(self._path),
         }
 
     def _open(self, part: str) -> xr.Dataset:
