@@ -147,7 +147,15 @@ def test_the_console_script_gives_back_exit_codes(tmp_path: Path) -> None:
 def test_a_run_prints_its_result_on_stdout_and_nothing_else(made: Path, tmp_path: Path) -> None:
     result = run_lca(made / "ck", made / "task.py", tmp_path / "out.lca")
     assert (result.exit_code, result.stderr) == (0, "")
-    says(result.stdout, "loss change", "allocated", "residual", "parameters helping", "hidden.weight", "share of sum")
+    says(
+        result.stdout,
+        "loss change",
+        "allocated",
+        "residual",
+        "helping (share of parameters × segments)",
+        "hidden.weight",
+        "share of sum",
+    )
     assert result.stdout.splitlines()[-1] == f"wrote {tmp_path / 'out.lca'}"
 
 

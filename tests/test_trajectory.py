@@ -153,7 +153,7 @@ def test_a_final_model_beside_the_checkpoints_is_left_out_with_a_note(tmp_path: 
 
 
 def test_what_is_hidden_temporary_or_no_checkpoint_is_ignored(tmp_path: Path) -> None:
-    for step in (1, 2):
+    for step in (0, 1):
         write(tmp_path / f"step_{step}.safetensors")
     for name in (".step_3.safetensors", ".step_3.safetensors.tmp", "step_3.safetensors.tmp", "step_3.tmp.safetensors"):
         (tmp_path / name).write_bytes(b"half written")
@@ -163,8 +163,15 @@ def test_what_is_hidden_temporary_or_no_checkpoint_is_ignored(tmp_path: Path) ->
     (tmp_path / ".tmpAbC123").write_bytes(b"safetensors' own temporary name")
     write(tmp_path / ".cache" / "step_4.safetensors")
     trajectory = open_trajectory(tmp_path)
-    assert trajectory.steps == [1, 2]
+    assert trajectory.steps == [0, 1]
     assert trajectory.notes == ()
+
+
+def test_a_first_checkpoint_that_is_not_the_initial_weights_is_reported(tmp_path: Path) -> None:
+    for step in (5, 6):
+        write(tmp_path / f"step_{step}.safetensors")
+    (note,) = open_trajectory(tmp_path).notes
+    assert "the first checkpoint is step 5" in note
 
 
 def test_a_hidden_file_inside_a_checkpoint_directory_is_ignored(tmp_path: Path) -> None:
