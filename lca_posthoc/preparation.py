@@ -81,12 +81,11 @@ def prepare(
         "names": names,
         "root": str(trajectory.root.resolve()),
     }
-    known = existing.losses.values() if existing else ()
+    recorded = existing.losses if existing else {}
+    batch_sizes = {record.on: record.batch_size for record in recorded.values()}
     probe_part = _probe_part(trajectory, table)
-    probed = _ask(
-        cluster, probe, {**common, **probe_part, "batch_sizes": {record.on: record.batch_size for record in known}}
-    )
-    keys = encode_all(found["losses"], [record.key for record in known])
+    probed = _ask(cluster, probe, {**common, **probe_part, "recorded": list(recorded), "batch_sizes": batch_sizes})
+    keys = encode_all(found["losses"], [record.key for record in recorded.values()])
     segments = len(trajectory.checkpoints) - 1
     span = span or choose_span(segments, cluster.workers, sum(spec.elements for spec in table))
     tensor_keys = encode_all(spec.name for spec in table)

@@ -155,7 +155,8 @@ def probe(spec: Spec) -> Spec:
     notes = [note for name in names for note in _checks(spec, objective, name)]
     notes += _unmoved(spec)
     identities = _identities(spec, objective, first, names)
-    calibrations = _calibrations(spec, objective, names) if spec["settings"]["rule"] == "trapezoid" else {}
+    new = [name for name in names if name not in spec["recorded"]]  # a recorded loss keeps its calibration
+    calibrations = _calibrations(spec, objective, new) if new and spec["settings"]["rule"] == "trapezoid" else {}
     return {
         "batch_sizes": batch_sizes,
         "identity": identities,

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import lca_posthoc as lca_package
-from lca_posthoc import Recorder, open_run, replay, store
+from lca_posthoc import Recorder, allocation, open_run, replay, store
 from lca_posthoc.errors import LCAError
 from lca_posthoc.replay import Planned, SpanDone
 from tests.small import contents, lca, refused, run_lca, task_namespace, write_task
@@ -312,3 +312,22 @@ def test_an_interrupt_drains_and_leaves_a_resumable_run(
     assert "stopped: run `lca run` again" in status.stdout
     lca_package.run(long_place / "checkpoints", long_place / "small_task.py", losses=["all"], cluster="inline", out=out)
     assert contents(out / "data.zarr") == contents(long_place / "clean.lca" / "data.zarr")
+
+
+def test_only_a_loss_that_is_new_is_calibrated(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibrated: list[list[str]] = []
+    original = allocation.calibrate
+
+    def noted(start: Any, end: Any, objective: Any, losses: list[str]) -> dict[str, float]:
+        calibrated.append(losses)
+        return original(start, end, objective, losses)
+
+    monkeypatch.setattr(allocation, "calibrate", noted)
+    out = tmp_path / "run.lca"
+    replayed(place, out, losses=["train"], rule="trapezoid", span=8)
+    replayed(place, out, losses=["all"])
+    (out / "commits" / "train" / "000002.json").unlink()
+    replayed(place, out)
+    assert calibrated == [["train"]] * 3 + [["validation"]] * 3
+    both, _ = replayed(place, tmp_path / "both.lca", rule="trapezoid", span=8)
+    identical(both, arrays(out))

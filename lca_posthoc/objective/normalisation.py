@@ -23,12 +23,15 @@ from torch import Tensor
 
 from ..errors import InputError
 
-MODES = ("running", "batch")
 Native = Callable[..., Tensor]
 
 
-def _affine(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """The weight and bias that make the detached statistics stand for the ones with a gradient."""
+def _affine(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """The weight and bias that make the detached statistics stand for the ones with a gradient, if they have one."""
+    if not (mean.requires_grad or var.requires_grad):
+        return weight, bias
     mean0, var0 = mean.detach(), var.detach()
     scale = torch.ones_like(mean0) if weight is None else weight
     shift = torch.zeros_like(mean0) if bias is None else bias
@@ -54,8 +57,7 @@ def _batch_norm_running(native: Native) -> Native:
                 "a batch-norm layer uses batch statistics although the model is in eval mode (track_running_stats=False, or "
                 "training=True in a functional call), so the loss depends on the batches. Use --norm-stats batch --batch-size N."
             )
-        if running_mean.requires_grad or running_var.requires_grad:
-            weight, bias = _affine(running_mean, running_var, weight, bias, eps)
+        weight, bias = _affine(running_mean, running_var, weight, bias, eps)
         return native(input, running_mean.detach(), running_var.detach(), weight, bias, False, momentum, eps)
 
     return batch_norm
@@ -74,8 +76,7 @@ def _instance_norm_running(native: Native) -> Native:
     ) -> Tensor:
         if use_input_stats or running_mean is None or running_var is None:
             return native(input, None, None, weight, bias, True, momentum, eps)
-        if running_mean.requires_grad or running_var.requires_grad:
-            weight, bias = _affine(running_mean, running_var, weight, bias, eps)
+        weight, bias = _affine(running_mean, running_var, weight, bias, eps)
         return native(input, running_mean.detach(), running_var.detach(), weight, bias, False, momentum, eps)
 
     return instance_norm
