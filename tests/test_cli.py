@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -128,14 +129,20 @@ def test_choices_are_those_of_the_package(name: str) -> None:
     assert choices["keep"] == KEEP
 
 
+def script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a console script of the environment that runs the tests, which need not be on ``PATH``."""
+    line = [Path(sysconfig.get_path("scripts")) / name, *arguments]
+    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=60)
+
+
 def test_dask_lca_is_the_same_command_line() -> None:
-    done = subprocess.run(["dask", "lca", "--help"], capture_output=True, text=True, check=False, timeout=60)
+    done = script("dask", "lca", "--help")
     assert (done.returncode, done.stderr) == (0, "")
     says(done.stdout, "Usage: dask lca", "Loss Change Allocation", *COMMANDS)
 
 
 def test_the_console_script_gives_back_exit_codes(tmp_path: Path) -> None:
-    done = subprocess.run(["lca", "summary", tmp_path / "no"], capture_output=True, text=True, check=False, timeout=60)
+    done = script("lca", "summary", tmp_path / "no")
     assert done.returncode == lca("summary", tmp_path / "no").exit_code != 0
     assert done.stdout == ""
     assert done.stderr.startswith("lca: ")
