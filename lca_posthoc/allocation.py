@@ -7,11 +7,13 @@ weights of a rule on [0, 1]. Source: Lan, Liu, Zhou, Yosinski, NeurIPS 2019 (arX
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +23,8 @@ from .quadrature import MAX_LEVEL, NESTED, Rule, first_level, fresh_nodes
 
 Point = Mapping[str, Tensor]
 Gradient = dict[str, Tensor]
+Numbers = Any  # numpy float64 of shape () or (groups,)
+_BLOCK = 2**17
 
 
 class Evaluates(Protocol):
@@ -35,33 +39,50 @@ class Method:
     """How a segment is integrated.
 
     `tolerance` bounds |residual| and `allocation_tolerance` the allocation's own L1 error, both in units of loss, per
-    segment and loss, for rules of the nested family. `calibration` turns Σ|(g₁ − g₀)·Δθ| into the trapezoid's L1 error.
+    segment and loss (each of its groups), for rules of the nested family. `calibration` turns Σ|(g₁ − g₀)·Δθ| into the
+    trapezoid's L1 error. Losses in `never_refined` stay at the rule's own level.
     """
 
     rule: Rule
     tolerance: float = math.inf
     allocation_tolerance: float = math.inf
     calibration: Mapping[str, float] | None = None
+    never_refined: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class SegmentAllocation:
-    """The allocation of one loss on one segment; tensors float64, by name.
+    """The allocation of one loss on one segment; tensors float64, by name, numbers and tensors per group where it has groups.
 
-    `evaluations` counts gradient evaluations, the start shared with the segment before left out; `error_bound` estimates
-    Σ|A − A*| (NaN for fixed rules); `level` is that of the nested family (−1 for fixed rules).
+    `motion` is θ′ − θ and `weight` the sum of the elements' weights at the start. `evaluations` counts gradient evaluations,
+    the start shared with the segment before left out; `error_bound` estimates Σ|A − A*| (NaN for fixed rules); `level` is that
+    of the nested family (−1 for fixed rules).
     """
 
     allocation: dict[str, Tensor]
     mean_gradient: Gradient
-    loss_start: float
-    loss_end: float
-    residual: float
+    motion: Mapping[str, Tensor]
+    loss_start: Numbers
+    loss_end: Numbers
+    weight: Numbers
+    residual: Numbers
     evaluations: int
     level: int
     converged: bool
-    error_bound: float
+    error_bound: Numbers
     untouched: frozenset[str]
+
+
+def blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    """Pieces of a (rows, columns) array small enough to stay in the cache, row by row where rows are long.
+
+    >>> [(r.start, r.stop, c.start, c.stop) for r, c in blocks(2, 2**17 + 1)]
+    [(0, 1, 0, 131072), (0, 1, 131072, 131073), (1, 2, 0, 131072), (1, 2, 131072, 131073)]
+    """
+    many = max(1, _BLOCK // max(1, columns))
+    for row in range(0, rows, many):
+        for column in range(0, columns, _BLOCK):
+            yield slice(row, min(row + many, rows)), slice(column, min(column + _BLOCK, columns))
 
 
 def interpolate(start: Point, end: Point, x: float) -> Point:
@@ -76,82 +97,140 @@ def _motion(start: Point, end: Point, names: Iterable[str]) -> dict[str, Tensor]
     return {name: end[name].double() - start[name].double() for name in names}
 
 
+def _sum(parts: Sequence[Numbers]) -> Numbers:
+    """The exact sum of a few numbers, of each group."""
+    return np.asarray([math.fsum(column) for column in np.stack(parts, -1).reshape(-1, len(parts))]).reshape(
+        np.shape(parts[0])
+    )[()]
+
+
+def sums_over(tensors: Mapping[str, Tensor], motion: Mapping[str, Tensor], absolute: bool = False) -> Numbers:
+    """Σ over the elements of all tensors, or Σ|·|, of each group; `motion` tells their shapes without groups."""
+    parts = []
+    for name, each in tensors.items():
+        flat = (each.abs() if absolute else each).reshape(
+            *each.shape[: each.dim() - motion[name].dim()], motion[name].numel()
+        )
+        parts.append(flat.sum(-1).cpu().numpy())
+    return _sum(parts)
+
+
 def _product(motion: Mapping[str, Tensor], gradient: Gradient) -> dict[str, Tensor]:
     return {name: motion[name] * each for name, each in gradient.items()}
-
-
-def _total(tensors: Mapping[str, Tensor]) -> float:
-    return math.fsum(float(each.sum()) for each in tensors.values())
-
-
-def _l1(tensors: Mapping[str, Tensor]) -> float:
-    return math.fsum(float(each.abs().sum()) for each in tensors.values())
-
-
-def _add(into: Gradient, other: Gradient) -> None:
-    for name, each in other.items():
-        into[name] = into[name] + each if name in into else each.clone()
 
 
 def _combine(parts: Iterable[tuple[float, Gradient]]) -> Gradient:
     mean: Gradient = {}
     for weight, gradient in parts:
-        _add(mean, {name: weight * each for name, each in gradient.items()})
+        for name, each in gradient.items():
+            mean[name] = mean[name].add_(each, alpha=weight) if name in mean else weight * each
     return mean
 
 
 class _Refinement:
     """One loss on one segment while its intervals are halved.
 
-    Composite rules give equal weights to the two ends, to all fresh nodes and to all older inner nodes, so three sums of
-    gradients carry every level and no old node is evaluated again.
+    Composite rules give equal weights to the two ends, to all fresh nodes and to all older inner nodes, so sums of gradients
+    carry every level and no old node is evaluated again.
     """
 
     def __init__(self, motion: Mapping[str, Tensor], start: Evaluation, end: Evaluation) -> None:
-        self._motion, self.start, self.end = motion, start, end
-        self._ends = _combine([(1.0, start.gradient), (1.0, end.gradient)])
-        self._inner: Gradient = {}
-        self._fresh: Gradient = {}
+        self.motion, self.start, self.end = motion, start, end
+        self._inner: Gradient | None = None
+        self._fresh: Gradient | None = None
         self.untouched = start.untouched & end.untouched
         self.level = 0
-        self.mean = self._mean()
         self._before: Gradient | None = None
-
-    def _mean(self) -> Gradient:
-        weights = NESTED[self.level].weights
-        parts = [(weights[0], self._ends)]
-        if self.level >= 1:
-            parts.append((weights[1], self._fresh))
-        if self.level >= 2:
-            parts.append((weights[2], self._inner))
-        return _combine(parts)
+        self._measured = False
+        self.mean: Gradient = {}
+        self.allocation: dict[str, Tensor] = {}
+        self.residual: Numbers = math.nan
+        self._change: Numbers = math.nan
 
     def halve(self, evaluations: list[Evaluation]) -> None:
         """Take in the gradients at the next level's fresh nodes."""
-        _add(self._inner, self._fresh)
-        self._fresh = {}
+        if self.level >= 1:
+            self.measure()
         for evaluation in evaluations:
-            _add(self._fresh, evaluation.gradient)
             self.untouched &= evaluation.untouched
+        if self._fresh is not None:
+            self._inner = self._fresh if self._inner is None else _combine([(1.0, self._inner), (1.0, self._fresh)])
+        self._fresh = (
+            evaluations[0].gradient if len(evaluations) == 1 else _combine((1.0, each.gradient) for each in evaluations)
+        )
+        self._before, self.mean, self._measured = self.mean or None, {}, False
         self.level += 1
-        self._before, self.mean = self.mean, self._mean()
 
-    @property
-    def residual(self) -> float:
-        return self.end.loss - self.start.loss - _total(_product(self._motion, self.mean))
+    def measure(self) -> None:
+        """The mean gradient and the allocation at this level, the residual, and Σ|·| of what the last halving changed."""
+        if self._measured:
+            return
+        weights = NESTED[self.level].weights
+        sums: list[Numbers] = []
+        changes: list[Numbers] = []
+        for name, motion in self.motion.items():
+            first, last = self.start.gradient[name], self.end.gradient[name]
+            mean, product = torch.empty_like(first), torch.empty_like(first)
+            others = [
+                (weights[at], part[name]) for at, part in ((1, self._fresh), (2, self._inner)) if part is not None
+            ]
+            before = None if self._before is None else self._before[name]
+            groups = first.dim() - motion.dim()
+            total, change = self._fill(motion, first, last, weights[0], others, before, mean, product, groups)
+            sums.append(total.reshape(first.shape[:groups]).cpu().numpy())
+            changes.append(change.reshape(first.shape[:groups]).cpu().numpy())
+            self.mean[name], self.allocation[name] = mean, product
+        self.residual = self.end.loss - self.start.loss - _sum(sums)
+        self._change, self._measured = _sum(changes), True
 
-    def error_bound(self, calibration: float | None) -> float:
+    def _fill(
+        self,
+        motion: Tensor,
+        first: Tensor,
+        last: Tensor,
+        weight: float,
+        others: list[tuple[float, Tensor]],
+        before: Tensor | None,
+        mean: Tensor,
+        product: Tensor,
+        groups: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute one tensor's mean gradient and allocation in place, piece by piece; returns the sums of each group."""
+        rows = first.shape[0] if groups else 1
+        flat = [each.reshape(rows, motion.numel()) for each in (first, last, mean, product)]
+        begin, end, means, products = flat
+        wide = [(factor, each.reshape(rows, motion.numel())) for factor, each in others]
+        old = None if before is None else before.reshape(rows, motion.numel())
+        moved = motion.reshape(-1)
+        total = torch.zeros(rows, dtype=torch.float64, device=motion.device)
+        change = torch.zeros_like(total)
+        for row, column in blocks(rows, moved.numel()):
+            here, ends = moved[column], begin[row, column] + end[row, column]
+            now = means[row, column]
+            torch.mul(ends, weight, out=now)
+            for factor, each in wide:
+                now.add_(each[row, column], alpha=factor)
+            total[row] += torch.mul(now, here, out=products[row, column]).sum(1)
+            if self.level == 0:
+                difference = end[row, column] - begin[row, column]
+            elif old is None:
+                difference = torch.sub(now, ends, alpha=0.5)
+            else:
+                difference = now - old[row, column]
+            change[row] += difference.mul_(here).abs_().sum(1)
+        return total, change
+
+    def error_bound(self, calibration: float | None) -> Numbers:
         """An estimate of Σ|A − A*|: what the last halving changed; at level 0 a calibrated share of Σ|(g₁ − g₀)·Δθ|."""
-        if self._before is not None:
-            before = self._before
-            return _l1(_product(self._motion, {name: each - before[name] for name, each in self.mean.items()}))
-        return math.nan if calibration is None else calibration * self.curvature
+        if self.level:
+            return self._change
+        return self._change * (math.nan if calibration is None else calibration)
 
     @property
-    def curvature(self) -> float:
+    def curvature(self) -> Numbers:
         """Σ|(g₁ − g₀)·Δθ|."""
-        first, last = self.start.gradient, self.end.gradient
-        return _l1(_product(self._motion, {name: last[name] - first[name] for name in first}))
+        differences = {name: self.end.gradient[name] - first for name, first in self.start.gradient.items()}
+        return sums_over(_product(self.motion, differences), self.motion, absolute=True)
 
 
 def calibrate(start: Point, end: Point, objective: Evaluates, losses: list[str]) -> dict[str, float]:
@@ -161,9 +240,10 @@ def calibrate(start: Point, end: Point, objective: Evaluates, losses: list[str])
     shares = {}
     for name in losses:
         refinement = _Refinement(_motion(start, end, first[name].gradient), first[name], last[name])
-        scale = refinement.curvature
+        scale = np.sum(refinement.curvature)
         refinement.halve([middle[name]])
-        shares[name] = refinement.error_bound(None) / scale if scale > 0 else 0.0
+        refinement.measure()
+        shares[name] = float(np.sum(refinement.error_bound(None)) / scale) if scale > 0 else 0.0
     return shares
 
 
@@ -176,6 +256,7 @@ def allocate(
     *,
     at_start: Mapping[str, Evaluation] | None = None,
     gradient_at_end: bool = True,
+    at_least: int = 0,
 ) -> tuple[dict[str, SegmentAllocation], dict[str, Evaluation]]:
     """Allocate every loss on the segment from `start` to `end`.
 
@@ -187,6 +268,7 @@ def allocate(
         method: the rule and its tolerances.
         at_start: evaluations at `start` where the segment before has made them.
         gradient_at_end: whether the segment after will want the gradient at `end`.
+        at_least: the level nested rules are refined to in any case.
 
     Returns:
         The allocation of each loss, and the evaluations at `end` for the segment that follows.
@@ -196,7 +278,7 @@ def allocate(
     """
     if first_level(method.rule) is None:
         return _allocate_fixed(start, end, objective, losses, method, at_start, gradient_at_end)
-    return _allocate_nested(start, end, objective, losses, method, at_start)
+    return _allocate_nested(start, end, objective, losses, method, at_start, at_least)
 
 
 def _allocate_nested(
@@ -206,19 +288,21 @@ def _allocate_nested(
     losses: list[str],
     method: Method,
     at_start: Mapping[str, Evaluation] | None,
+    at_least: int,
 ) -> tuple[dict[str, SegmentAllocation], dict[str, Evaluation]]:
     first = at_start or objective.evaluate(start, losses)
     last = objective.evaluate(end, losses)
     motion = _motion(start, end, first[losses[0]].gradient)
     states = {name: _Refinement(motion, first[name], last[name]) for name in losses}
     done: dict[str, SegmentAllocation] = {}
-    level, pending = 0, list(losses)
+    level, lowest = 0, max(at_least, NESTED.index(method.rule))
+    pending = list(losses)
     while True:
-        if level >= NESTED.index(method.rule):
+        if level >= lowest:
             for name in pending:
-                done[name] = _judged(name, states[name], motion, method)
-        pending = [name for name in pending if name not in done or not (done[name].converged or level == MAX_LEVEL)]
-        if not pending:
+                done[name] = _judged(name, states[name], method)
+            pending = [name for name in pending if not (done[name].converged or name in method.never_refined)]
+        if not pending or level == MAX_LEVEL:
             return done, last
         level += 1
         found = [objective.evaluate(interpolate(start, end, x), pending) for x in fresh_nodes(level)]
@@ -226,20 +310,22 @@ def _allocate_nested(
             states[name].halve([each[name] for each in found])
 
 
-def _judged(name: str, state: _Refinement, motion: Mapping[str, Tensor], method: Method) -> SegmentAllocation:
+def _judged(name: str, state: _Refinement, method: Method) -> SegmentAllocation:
+    state.measure()
     bound = state.error_bound((method.calibration or {}).get(name))
-    residual = state.residual
-    accurate = math.isinf(method.allocation_tolerance) or bound <= method.allocation_tolerance
+    accurate = math.isinf(method.allocation_tolerance) or bool(np.all(bound <= method.allocation_tolerance))
     return _checked(
         SegmentAllocation(
-            _product(motion, state.mean),
+            state.allocation,
             state.mean,
+            state.motion,
             state.start.loss,
             state.end.loss,
-            residual,
+            state.start.weight,
+            state.residual,
             2**state.level,
             state.level,
-            abs(residual) <= method.tolerance and accurate,
+            bool(np.all(np.abs(state.residual) <= method.tolerance)) and accurate,
             bound,
             state.untouched,
         ),
@@ -266,18 +352,20 @@ def _allocate_fixed(
     for name in losses:
         mean = _combine([(weight, each[name].gradient) for weight, each in zip(rule.weights, found, strict=True)])
         allocation = _product(motion, mean)
-        residual = last[name].loss - first[name].loss - _total(allocation)
+        residual = last[name].loss - first[name].loss - sums_over(allocation, motion)
         untouched = frozenset.intersection(*(each[name].untouched for each in found))
         segment = SegmentAllocation(
             allocation,
             mean,
+            motion,
             first[name].loss,
             last[name].loss,
+            first[name].weight,
             residual,
             len(rule.nodes),
             -1,
-            abs(residual) <= method.tolerance,
-            math.nan,
+            bool(np.all(np.abs(residual) <= method.tolerance)),
+            np.full_like(residual, np.nan)[()],
             untouched,
         )
         done[name] = _checked(segment, name)
@@ -286,9 +374,11 @@ def _allocate_fixed(
 
 def _checked(segment: SegmentAllocation, name: str) -> SegmentAllocation:
     for where, loss in (("start", segment.loss_start), ("end", segment.loss_end)):
-        if not math.isfinite(loss):
-            raise SpanError(f"loss {name!r} is {loss} at the {where} of the segment")
-    if not math.isfinite(segment.residual):
+        if not np.all(np.isfinite(loss)):
+            raise SpanError(
+                f"loss {name!r} is {np.ravel(loss)[~np.isfinite(np.ravel(loss))][0]} at the {where} of the segment"
+            )
+    if not np.all(np.isfinite(segment.residual)):
         for tensor, gradient in segment.mean_gradient.items():
             if not bool(torch.isfinite(gradient).all()):
                 raise SpanError(
@@ -298,7 +388,11 @@ def _checked(segment: SegmentAllocation, name: str) -> SegmentAllocation:
 
 
 def allocate_span(
-    points: Iterable[tuple[int, Point]], objective: Evaluates, losses: list[str], method: Method
+    points: Iterable[tuple[int, Point]],
+    objective: Evaluates,
+    losses: list[str],
+    method: Method,
+    at_least: Iterable[int] = (),
 ) -> Iterator[tuple[Point, Point, dict[str, SegmentAllocation]]]:
     """The segments between consecutive points in turn, each end evaluated once and reused as the next start.
 
@@ -307,6 +401,7 @@ def allocate_span(
         objective: evaluates losses and gradients.
         losses: names.
         method: the rule and its tolerances.
+        at_least: for each segment, the level nested rules are refined to in any case; 0 where it ends early.
 
     Yields:
         The segment's start, its end, and the allocation of every loss.
@@ -314,14 +409,21 @@ def allocate_span(
     Raises:
         SpanError: where a loss or a gradient is not finite, naming the segment.
     """
-    walk = iter(points)
+    walk, lowest = iter(points), itertools.chain(at_least, itertools.repeat(0))
     (step, start), following = next(walk), next(walk, None)
     known: Mapping[str, Evaluation] | None = None
     while following is not None:
         (next_step, end), after = following, next(walk, None)
         try:
             done, known = allocate(
-                start, end, objective, losses, method, at_start=known, gradient_at_end=after is not None
+                start,
+                end,
+                objective,
+                losses,
+                method,
+                at_start=known,
+                gradient_at_end=after is not None,
+                at_least=next(lowest),
             )
         except SpanError as error:
             raise SpanError(

@@ -80,7 +80,7 @@ def plan(
         manifest.parameters,
         manifest.settings["device"],
         found,
-        {keep: required_bytes(manifest, keep, len(found)) for keep in KEEP},
+        {keep: required_bytes(manifest, keep, manifest.losses.values()) for keep in KEEP},
         psutil.disk_usage(str(_existing(Path(out) if out is not None else default_out(checkpoints)))).free,
         [*trajectory.notes, *ready.notes, *measured["advice"]],
     )

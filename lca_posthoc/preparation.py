@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from typing import Any
 
@@ -14,7 +15,7 @@ from .errors import InputError, Interrupted, ResourceError, SpanError, unpack
 from .settings import Settings
 from .store import LossRecord, Manifest, StoredTensor
 from .store.keys import encode_all
-from .task import Entry, digest
+from .task import Entry, digest, parse_subsets
 from .trajectory import Checkpoint, TensorSpec, Trajectory
 from .worker import describe, probe
 
@@ -39,7 +40,7 @@ class Preparation:
     @property
     def batch_sizes(self) -> dict[str, int]:
         """Split → examples per batch."""
-        return {record.on: record.batch_size for record in self.manifest.losses.values()}
+        return {record.on: record.batch_size for record in self.manifest.losses.values() if record.on is not None}
 
 
 def prepare(
@@ -69,6 +70,8 @@ def prepare(
         Interrupted: where the cluster drains.
     """
     found = _ask(cluster, describe, {"task": task, "settings": settings, "losses": wanted or None})
+    _known_tensors(settings["tensors"], found["tensors"])
+    _known_splits(settings["subset"], found["losses"])
     table = [
         TensorSpec(**{**each, "shape": tuple(each["shape"]), "aliases": tuple(each["aliases"])})
         for each in found["tensors"]
@@ -80,14 +83,19 @@ def prepare(
         "losses": list(found["losses"]),
         "names": names,
         "root": str(trajectory.root.resolve()),
+        "digests": found["digests"],
     }
     recorded = existing.losses if existing else {}
-    batch_sizes = {record.on: record.batch_size for record in recorded.values()}
-    probe_part = _probe_part(trajectory, table)
-    probed = _ask(cluster, probe, {**common, **probe_part, "recorded": list(recorded), "batch_sizes": batch_sizes})
-    keys = encode_all(found["losses"], [record.key for record in recorded.values()])
+    batch_sizes = {record.on: record.batch_size for record in recorded.values() if record.on is not None}
     segments = len(trajectory.checkpoints) - 1
     span = span or choose_span(segments, cluster.workers, sum(spec.elements for spec in table))
+    probe_part = {
+        **_probe_part(trajectory, table),
+        "workers": cluster.workers,
+        "span": existing.span if existing else span,
+    }
+    probed = _ask(cluster, probe, {**common, **probe_part, "recorded": list(recorded), "batch_sizes": batch_sizes})
+    keys = encode_all(found["losses"], [record.key for record in recorded.values()])
     tensor_keys = encode_all(spec.name for spec in table)
     manifest = Manifest(
         str(trajectory.root),
@@ -173,10 +181,36 @@ def _record(name: str, key: str, loss: dict[str, Any], probed: Spec) -> LossReco
         loss["on"],
         loss["kind"],
         loss["examples"],
-        probed["batch_sizes"][loss["on"]],
+        loss["total"],
+        loss["groups"],
+        loss["counts"],
+        probed["block"][name],
+        probed["along"][name],
+        loss["replicates"],
+        probed["batch_sizes"].get(loss["on"], 0),
         probed["calibration"][name],
+        probed["measured"],
         probed["identity"][name],
     )
+
+
+def _known_tensors(patterns: list[str], tensors: list[dict[str, Any]]) -> None:
+    names = [each["name"] for each in tensors if each["kind"] != "state"]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InputError(
+                f"--tensors {pattern!r} matches no tensor of the model. It has {', '.join(map(repr, names[:8]))}"
+                f"{', …' if len(names) > 8 else ''}."
+            )
+
+
+def _known_splits(subsets: list[str], losses: dict[str, Any]) -> None:
+    splits = {loss["on"] for loss in losses.values()} - {None}
+    for split in parse_subsets(subsets):
+        if split and split not in splits:
+            raise InputError(
+                f"--subset is for split {split!r}, which no chosen loss is on; they are on {', '.join(map(repr, sorted(splits)))}."
+            )
 
 
 def _provenance(task: Entry, task_losses: list[str]) -> dict[str, Any]:

@@ -16,12 +16,17 @@ KEEP = ("parameters", "units", "tensors")
 STEP_FIELDS = {
     "loss_start": "float64",
     "loss_end": "float64",
+    "weight": "float64",
     "residual": "float64",
+    "remainder": "float64",
     "evaluations": "int32",
     "level": "int8",
     "converged": "int8",
     "error_bound": "float64",
+    "precision_error": "float64",
 }
+PER_GROUP = ("loss_start", "loss_end", "weight", "residual", "remainder", "error_bound")
+MAY_BE_NAN = ("error_bound", "precision_error")
 TENSOR_FIELDS = {
     "allocated": "float64",
     "helping": "int64",
@@ -29,6 +34,7 @@ TENSOR_FIELDS = {
     "motion": "float64",
     "gradient": "float64",
 }
+OF_MOTION = ("motion",)  # the same for every group
 MAGNITUDES = 510  # two bins an octave over all finite float32
 BINS = 2 * MAGNITUDES
 

@@ -94,6 +94,8 @@ def run(
     device: str | None = None,
     precision: str | None = None,
     norm_stats: str | None = None,
+    tensors: Sequence[str] = (),
+    subset: Sequence[str] = (),
     steps: str | None = None,
     pattern: str | None = None,
     rename: Sequence[str] = (),
@@ -115,8 +117,10 @@ def run(
         keep: "parameters" (default), "units" or "tensors".
         batch_size: examples per batch; a deterministic choice by default.
         device: "cuda" or "cpu"; by default a GPU where there is one.
-        precision: "float32" (default) or "float64".
+        precision: "float32" (default), "tf32", "bfloat16" or "float64".
         norm_stats: "running" (default) or "batch".
+        tensors: patterns (`*`, `?`) of the tensors whose allocation is kept; what the others did is kept as one remainder.
+        subset: `[SPLIT=]A:B`, `[SPLIT=]I,J,K` or `[SPLIT=]FRACTION@SEED`: which examples losses are over; each split once.
         steps: `A:B[:K]`, training steps.
         pattern: regular expression with a group `step` for names of checkpoints.
         rename: `OLD=NEW` pairs for tensor names.
@@ -143,6 +147,8 @@ def run(
         "device": device,
         "precision": precision,
         "norm_stats": norm_stats,
+        "tensors": list(tensors),
+        "subset": list(subset),
         "steps": steps,
         "pattern": pattern,
         "rename": list(rename),
@@ -263,7 +269,7 @@ class _Job:
         for note in ready.notes:
             self.tell(Note(note))
         if existing is None:
-            self._check_space(store.required_bytes(ready.manifest, settings["keep"], len(ready.manifest.losses)))
+            self._check_space(store.required_bytes(ready.manifest, settings["keep"], ready.manifest.losses.values()))
             store.create(self.path, ready.manifest)
         with store.hold(self.path) as unclean:
             writer = RunWriter.open(self.path)
@@ -295,7 +301,7 @@ class _Job:
             writer.take_up(found.checkpoints, ends)
         new = {name: record for name, record in found.losses.items() if name not in recorded.losses}
         if new:
-            self._check_space(store.required_bytes(writer.manifest, writer.keep, len(new)))
+            self._check_space(store.required_bytes(writer.manifest, writer.keep, new.values()))
             writer.add_losses(new)
 
     def _replay(self, cluster: Cluster, writer: RunWriter, common: Spec, stop: _Stop) -> None:
@@ -398,7 +404,7 @@ def _same_loss(name: str, recorded: LossRecord, found: LossRecord, same_end: boo
     """A recorded name must mean the same loss: same settings, same value and gradient norm on a fixed sample."""
     from .objective import Identity
 
-    for setting in ("on", "kind", "examples"):
+    for setting in ("on", "kind", "examples", "groups", "counts"):
         if getattr(recorded, setting) != getattr(found, setting):
             raise InputError(_other_loss(name, setting, getattr(recorded, setting), getattr(found, setting)))
     for place in (0, 1) if same_end else (0,):
@@ -408,8 +414,12 @@ def _same_loss(name: str, recorded: LossRecord, found: LossRecord, same_end: boo
             raise InputError(_other_loss(name, f"value and gradient norm at the {where} checkpoint", before, now))
 
 
+def _shortly(value: object) -> str:
+    return str(value) if len(str(value)) <= 100 else f"{str(value)[:100]}…"
+
+
 def _other_loss(name: str, field: str, before: object, now: object) -> str:
     return (
-        f"loss {name!r} is not the one recorded under that name: its {field} was {before}, now {now}. Give the new loss another "
-        "name, or write another run with --out."
+        f"loss {name!r} is not the one recorded under that name: its {field} was {_shortly(before)}, now {_shortly(now)}. Give the "
+        f"new loss another name, drop the old one with `lca remove RUN --loss {name}`, or write another run with --out."
     )

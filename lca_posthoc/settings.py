@@ -20,6 +20,8 @@ DEFAULTS: dict[str, Any] = {
     "device": None,
     "precision": "float32",
     "norm_stats": "running",
+    "tensors": [],
+    "subset": [],
     "steps": None,
     "pattern": None,
     "rename": [],
@@ -27,7 +29,7 @@ DEFAULTS: dict[str, Any] = {
 CHOICES = {
     "rule": tuple(RULES),
     "keep": KEEP,
-    "precision": ("float32", "float64"),
+    "precision": ("float32", "tf32", "bfloat16", "float64"),
     "norm_stats": ("running", "batch"),
     "device": ("cpu", "cuda"),
 }
@@ -47,6 +49,8 @@ def resolve(asked: dict[str, Any], recorded: dict[str, Any] | None) -> dict[str,
     if recorded is None:
         settings = {**DEFAULTS, **given}
         settings["device"] = settings["device"] or visible_device()
+        if settings["precision"] == "tf32" and settings["device"] != "cuda":
+            raise InputError("--precision tf32 needs a GPU. Use float32, or bfloat16.")
         return settings
     other = [name for name, value in given.items() if recorded[name] != value]
     if other:

@@ -9,28 +9,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .allocation import Point, SegmentAllocation
-from .records import BINS, MAGNITUDES, SIGNED, STEP_FIELDS, TENSOR_FIELDS, TreeSum
+from .allocation import SegmentAllocation, blocks, sums_over
+from .records import (
+    BINS,
+    MAGNITUDES,
+    MAY_BE_NAN,
+    OF_MOTION,
+    PER_GROUP,
+    SIGNED,
+    STEP_FIELDS,
+    TENSOR_FIELDS,
+    TreeSum,
+)
 from .trajectory import TensorSpec
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def histogram(values: Tensor) -> Tensor:
-    """Counts of finite float32 values per bin, from the top bits of their patterns; exact zeros are left out."""
-    top = (values.reshape(-1).view(torch.int32) >> 22) & 0x3FF
-    counts = torch.bincount(top, minlength=1024)
-    positive, negative = counts[:MAGNITUDES], counts[512 : 512 + MAGNITUDES]
-    positive[0] -= (values.view(torch.int32) == 0).sum()
-    negative[0] -= (values.view(torch.int32) == -(2**31)).sum()
-    return torch.cat([negative.flip(0), positive])
+    """Counts of finite float32 values per bin and row, from the top bits of their patterns; exact zeros are left out.
+
+    Args:
+        values: (rows, n).
+
+    Returns:
+        (rows, BINS), int64.
+    """
+    rows = values.shape[0]
+    top = (values.view(torch.int32) >> 22) & 0x3FF
+    top += 1024 * torch.arange(rows, dtype=torch.int32, device=values.device)[:, None]
+    counts = torch.bincount(top.reshape(-1), minlength=1024 * rows).reshape(rows, 1024)
+    positive, negative = counts[:, :MAGNITUDES], counts[:, 512 : 512 + MAGNITUDES]
+    positive[:, 0] -= (values.view(torch.int32) == 0).sum(1)
+    negative[:, 0] -= (values.view(torch.int32) == -(2**31)).sum(1)
+    return torch.cat([negative.flip(1), positive], 1)
 
 
 def unit_sums(values: Tensor, axis: int | None) -> Tensor:
-    """Sums over everything but the unit axis; a scalar is one unit."""
+    """Sums over everything but the unit axis, counted from the end; a scalar is one unit.
+
+    Args:
+        values: (groups, *shape).
+        axis: of the shape; None for a scalar.
+    """
     if axis is None:
-        return values.reshape(1)
-    return values.sum(dim=[dim for dim in range(values.dim()) if dim != axis]) if values.dim() > 1 else values
+        return values.reshape(-1, 1)
+    others = [dim for dim in range(1, values.dim()) if dim != axis + 1]
+    return values.sum(dim=others) if others else values
 
 
 class _Running:
@@ -67,61 +92,124 @@ class _Running:
 class Tally:
     """Gathers the segments of one span for one loss, as the arrays a run stores.
 
+    A loss with groups has an axis of groups behind that of segments; its totals are those of its weighted mean over the groups,
+    the loss of the whole split. Groups may be taken in blocks, one after the other, each over all segments.
+
     Args:
-        table: the allocated tensors.
+        table: the allocated tensors that are kept; what the others did is the remainder.
         length: segments in the span.
         keep: "parameters", "units" or "tensors".
         device: where allocations are.
+        groups: how many there are; None for a loss without.
     """
 
-    def __init__(self, table: Sequence[TensorSpec], length: int, keep: str, device: torch.device) -> None:
-        self._table = table
-        self._at = 0
-        self.steps: Arrays = {name: np.zeros(length, dtype) for name, dtype in STEP_FIELDS.items()}
-        self.tensors: Arrays = {name: np.zeros((length, len(table)), dtype) for name, dtype in TENSOR_FIELDS.items()}
-        self.histogram: Arrays = {"count": np.zeros((length, BINS), "int64"), "zero": np.zeros(length, "int64")}
+    def __init__(
+        self, table: Sequence[TensorSpec], length: int, keep: str, device: torch.device, groups: int | None = None
+    ) -> None:
+        self._table, self._length, self._keep, self._groups = table, length, keep, groups
+        self.steps: Arrays = {
+            name: np.full((length, *self._axis(name in PER_GROUP)), np.nan if name in MAY_BE_NAN else 0, dtype)
+            for name, dtype in STEP_FIELDS.items()
+        }
+        self.tensors: Arrays = {
+            name: np.zeros((length, *self._axis(name not in OF_MOTION), len(table)), dtype)
+            for name, dtype in TENSOR_FIELDS.items()
+        }
+        self.histogram: Arrays = {
+            "count": np.zeros((length, *self._axis(), BINS), "int64"),
+            "zero": np.zeros((length, *self._axis()), "int64"),
+        }
+        self.silent: set[str] = set()
+        self._running = {spec.name: _Running(spec.shape, device) for spec in table}
+        self._pooled: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(length)]
+        self.begin(range(groups or 1))
+
+    def _axis(self, grouped: bool = True) -> tuple[int, ...]:
+        return (self._groups,) if grouped and self._groups is not None else ()
+
+    def begin(self, block: range) -> None:
+        """Make room for the large arrays of a block of groups; those of the block before are given up."""
+        self.block = block
+        rows = () if self._groups is None else (len(block),)
         self.allocation: Arrays = {}
         self.units: Arrays = {}
-        self.silent: set[str] = set()
-        for spec in table:
-            if keep == "parameters":
-                self.allocation[spec.name] = np.zeros((length, *spec.shape), "float32")
-            if keep in ("parameters", "units"):
+        for spec in self._table:
+            if self._keep == "parameters":
+                self.allocation[spec.name] = np.zeros((self._length, *rows, *spec.shape), "float32")
+            if self._keep in ("parameters", "units"):
                 units = 1 if spec.unit_axis is None else spec.shape[spec.unit_axis]
-                self.units[spec.name] = np.zeros((length, units), "float32")
-        self._running = {spec.name: _Running(spec.shape, device) for spec in table}
+                self.units[spec.name] = np.zeros((self._length, *rows, units), "float32")
 
-    def add(self, start: Point, end: Point, segment: SegmentAllocation) -> None:
-        """Take in the next segment."""
+    def _of_block(self, column: np.ndarray[Any, Any], at: int) -> np.ndarray[Any, Any]:
+        """The block's rows of one segment of an array, with an axis of groups also where there are none."""
+        return column[at : at + 1] if self._groups is None else column[at, self.block.start : self.block.stop]
+
+    def add(self, at: int, segment: SegmentAllocation) -> None:
+        """Take in the block's part of the segment at position `at` of the span."""
+        kept = {spec.name for spec in self._table}
+        others = {name: each for name, each in segment.allocation.items() if name not in kept}
+        remainder = sums_over(others, segment.motion) if others else 0.0
         for name, column in self.steps.items():
-            column[self._at] = getattr(segment, name)
+            if name in PER_GROUP:
+                value = remainder if name == "remainder" else getattr(segment, name)
+                self._of_block(column, at)[:] = value
+            elif name not in MAY_BE_NAN:
+                column[at] = getattr(segment, name)
         for position, spec in enumerate(self._table):
-            motion = end[spec.name].double() - start[spec.name].double()
-            self._add_tensor(position, spec, motion, segment)
-        self._at += 1
+            self._add_tensor(at, position, spec, segment)
 
-    def _add_tensor(self, position: int, spec: TensorSpec, motion: Tensor, segment: SegmentAllocation) -> None:
-        exact, gradient = segment.allocation[spec.name], segment.mean_gradient[spec.name]
-        stored = exact.float()
-        row = {
-            "allocated": exact.sum(),
-            "helping": (stored < 0).sum(),
-            "hurting": (stored > 0).sum(),
-            "motion": motion.abs().sum(),
-            "gradient": gradient.abs().sum(),
+    def _add_tensor(self, at: int, position: int, spec: TensorSpec, segment: SegmentAllocation) -> None:
+        motion = segment.motion[spec.name]
+        shape = (len(self.block), motion.numel())
+        exact, gradient = segment.allocation[spec.name].reshape(shape), segment.mean_gradient[spec.name].reshape(shape)
+        stored = torch.empty(shape, dtype=torch.float32, device=exact.device)
+        sums = {
+            name: torch.zeros(shape[0], dtype=torch.float64, device=exact.device) for name in ("allocated", "gradient")
         }
-        for name, value in row.items():
-            self.tensors[name][self._at, position] = value.item()
+        counts = {
+            name: torch.zeros(shape[0], dtype=torch.int64, device=exact.device) for name in ("helping", "hurting")
+        }
+        bins = torch.zeros((shape[0], BINS), dtype=torch.int64, device=exact.device)
+        for row, column in blocks(*shape):
+            part = stored[row, column].copy_(exact[row, column])
+            sums["allocated"][row] += exact[row, column].sum(1)
+            sums["gradient"][row] += gradient[row, column].abs().sum(1)
+            counts["helping"][row] += (part < 0).sum(1)
+            counts["hurting"][row] += (part > 0).sum(1)
+            if spec.kind == "parameter":
+                bins[row] += histogram(part)
+        for name, values in {**sums, **counts}.items():
+            self._of_block(self.tensors[name], at)[:, position] = values.cpu().numpy()
+        self.tensors["motion"][at, position] = motion.abs().sum().item()
         if spec.kind == "parameter":
-            self.histogram["count"][self._at] += histogram(stored).cpu().numpy()
-            self.histogram["zero"][self._at] += int((stored == 0).sum())
+            self._of_block(self.histogram["count"], at)[:] += bins.cpu().numpy()
+            zero = shape[1] - counts["helping"] - counts["hurting"]
+            self._of_block(self.histogram["zero"], at)[:] += zero.cpu().numpy()
         if spec.name in self.allocation:
-            self.allocation[spec.name][self._at] = stored.cpu().numpy()
+            place = self.allocation[spec.name]
+            place[at] = stored.reshape(place.shape[1:]).cpu().numpy()
         if spec.name in self.units:
-            self.units[spec.name][self._at] = unit_sums(exact, spec.unit_axis).float().cpu().numpy()
-        if spec.name in segment.untouched and spec.kind == "buffer" and row["motion"] > 0:
+            place = self.units[spec.name]
+            units = unit_sums(exact.reshape(len(self.block), *spec.shape), spec.unit_axis)
+            place[at] = units.float().reshape(place.shape[1:]).cpu().numpy()
+        if spec.name in segment.untouched and spec.kind == "buffer" and self.tensors["motion"][at, position] > 0:
             self.silent.add(spec.name)
-        self._running[spec.name].add(motion, gradient, exact, stored)
+        self._pool(at, spec, motion, exact, gradient, segment.weight)
+
+    def _pool(self, at: int, spec: TensorSpec, motion: Tensor, exact: Tensor, gradient: Tensor, weight: Any) -> None:
+        """Add to the weighted mean over the groups; after the last block it is taken into the totals."""
+        pooled = self._pooled[at]
+        if self._groups is not None:
+            weights = torch.as_tensor(weight, device=exact.device)
+            before = pooled.pop(spec.name, (0.0, 0.0))
+            exact, gradient = weights @ exact + before[0], weights @ gradient + before[1]
+            if self.block.stop < self._groups:
+                pooled[spec.name] = (exact, gradient)
+                return
+            whole = float(self.steps["weight"][at].sum())
+            exact, gradient = exact / whole, gradient / whole
+        exact, gradient = exact.reshape(spec.shape), gradient.reshape(spec.shape)
+        self._running[spec.name].add(motion, gradient, exact, exact.float())
 
     def totals(self) -> dict[str, Arrays]:
         """Per-parameter totals over the span, by tensor."""

@@ -8,15 +8,17 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import cloudpickle
 import torch
+import torch.nn.functional as F
 
 from .errors import InputError
 
@@ -25,27 +27,60 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Loss:
-    """A named objective over one split.
+    """A named objective: over one split, or of the parameters alone.
 
     Args:
         fn: called as `fn(model(inputs), targets)`, giving one value per element; with `reduction="none"` where it takes
-            `reduction`; a loss module is used with its reduction set to none.
+            `reduction`; a loss module is used with its reduction set to none. `ignore_index` and class weights of
+            `cross_entropy` and `nll_loss` (functions, partials of them, modules) weigh elements as in their own mean.
         on: the name of the split.
         call: instead of `fn`: called as `call(model, batch)`, giving values or `(values, weights)`, for language models,
             masks and several inputs. Values are per element, in any shape; weights have the same shape.
+        group_by: one integer or string label per example, as a function of the unpacked batch (`group_by(inputs, targets)`)
+            or as a tensor or list for the whole split: the loss of each group is allocated, in one pass over the data.
+        term: instead of `fn`: called as `term(model)`, giving a scalar that reads the parameters alone (a regulariser).
+        l2: instead of `fn`: the term ½ · l2 · Σθ² over all parameters, whose gradient is what `weight_decay=l2` adds.
     """
 
     fn: Callable[..., Any] | None = None
     on: str = "train"
     call: Callable[..., Any] | None = None
+    group_by: Any = None
+    term: Callable[[torch.nn.Module], Any] | None = None
+    l2: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.fn is None) == (self.call is None):
+        given = [each for each in (self.fn, self.call, self.term, self.l2) if each is not None]
+        if len(given) != 1:
             raise InputError(
-                "Loss takes either a function, Loss(F.cross_entropy, on='train'), or Loss(call=fn, on='train')."
+                "Loss takes one of: a function, Loss(F.cross_entropy, on='train'); Loss(call=fn, on='train'); Loss(term=fn); Loss(l2=1e-4)."
             )
-        if not callable(self.fn or self.call):
-            raise InputError(f"Loss needs something to call, got {type(self.fn or self.call).__name__}.")
+        if self.l2 is not None:
+            if isinstance(self.l2, bool) or not isinstance(self.l2, int | float) or not 0 < self.l2 < math.inf:
+                raise InputError(f"Loss(l2=…) must be a positive number, got {self.l2!r}.")
+        elif not callable(given[0]):
+            raise InputError(f"Loss needs something to call, got {type(given[0]).__name__}.")
+        if self.split is None and self.group_by is not None:
+            raise InputError("a term of the parameters has no examples to group. Leave group_by out.")
+
+    @property
+    def kind(self) -> str:
+        """Which of the ways to state a loss this is: "function", "call", "term" or "l2"."""
+        return next(
+            kind
+            for kind, given in zip(_KINDS, (self.fn, self.call, self.term, self.l2), strict=True)
+            if given is not None
+        )
+
+    @property
+    def split(self) -> str | None:
+        """The split this loss is over; None for a term of the parameters."""
+        return self.on if self.fn is not None or self.call is not None else None
+
+    @property
+    def source(self) -> object:
+        """What gives the values: losses with the same source on the same batch have the same values."""
+        return self.fn if self.fn is not None else self.call if self.call is not None else self
 
     @property
     def reduces(self) -> bool:
@@ -53,6 +88,20 @@ class Loss:
         if isinstance(self.fn, torch.nn.Module):
             return hasattr(self.fn, "reduction")
         return self.fn is not None and _takes_reduction(self.fn)
+
+    def on_device(self, device: torch.device, dtype: torch.dtype) -> Loss:
+        """The same loss with the tensors it holds (class weights, say) where and as wide as the computation is."""
+        if isinstance(self.fn, torch.nn.Module):
+            return replace(self, fn=copy.deepcopy(self.fn).to(device=device, dtype=dtype))
+        if isinstance(self.fn, functools.partial):
+            held = {
+                name: each.to(device, dtype if each.is_floating_point() else None)
+                if isinstance(each, torch.Tensor)
+                else each
+                for name, each in self.fn.keywords.items()
+            }
+            return replace(self, fn=functools.partial(self.fn.func, *self.fn.args, **held))
+        return self
 
     def per_element(self) -> Callable[[Any, Any], Any]:
         """`(outputs, targets) -> values`, nothing reduced."""
@@ -71,6 +120,29 @@ class Loss:
             return module
         return functools.partial(self.fn, reduction=reduction) if self.reduces else self.fn
 
+    def element_weights(self, targets: Any) -> torch.Tensor | None:
+        """What each target weighs in torch's own mean of `cross_entropy` and `nll_loss`; None where all weigh the same.
+
+        Their unreduced values are multiplied by the class weight already, and 0 where ignored.
+        """
+        if isinstance(self.fn, torch.nn.CrossEntropyLoss | torch.nn.NLLLoss):
+            weight, ignored = self.fn.weight, self.fn.ignore_index
+        else:
+            keywords = self.fn.keywords if isinstance(self.fn, functools.partial) else {}
+            plain = self.fn.func if isinstance(self.fn, functools.partial) and not self.fn.args else self.fn
+            if plain not in (F.cross_entropy, F.nll_loss):
+                return None
+            weight, ignored = keywords.get("weight"), keywords.get("ignore_index", -100)
+        if not isinstance(targets, torch.Tensor) or targets.is_floating_point():
+            return None
+        counted = targets != ignored
+        if weight is None:
+            return counted.double()
+        return torch.where(counted, weight.double()[torch.where(counted, targets, 0)], 0.0)
+
+
+_KINDS = ("function", "call", "term", "l2")
+
 
 def _takes_reduction(fn: Callable[..., Any]) -> bool:
     try:
@@ -85,13 +157,18 @@ class Task:
 
     Args:
         model: a zero-argument factory of an `nn.Module` of the shape that was trained.
-        data: split name → `(inputs, targets)` tensors, or any map-style Dataset.
+        data: split name → `(inputs, targets)` tensors, a dict of tensors, any map-style Dataset, a `DataLoader` (its data set
+            and `collate_fn` are used; order and batches are the replay's own), a Hugging Face `datasets` table, or iterable data
+            that gives the same examples every time.
         losses: loss name → `Loss`; the first is what `lca run` runs.
+        fixed: patterns (`*`, `?`) of tensors that checkpoints do not hold because they never move, such as the base of an
+            adapter: they stay as `model` builds them.
     """
 
     model: Callable[[], torch.nn.Module]
     data: Mapping[str, Any]
     losses: Mapping[str, Loss]
+    fixed: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.model, torch.nn.Module) or not callable(self.model):
@@ -105,12 +182,14 @@ class Task:
             raise InputError(
                 "Task.losses must name at least one loss: losses={'train': Loss(F.cross_entropy, on='train')}."
             )
+        if isinstance(self.fixed, str):
+            raise InputError(f"Task.fixed is a list of patterns: fixed=[{self.fixed!r}].")
         for name, loss in self.losses.items():
             if not isinstance(loss, Loss):
                 raise InputError(
                     f"Task.losses[{name!r}] must be a Loss, got {type(loss).__name__}. Write Loss(fn, on='train')."
                 )
-            if loss.on not in self.data:
+            if loss.split is not None and loss.split not in self.data:
                 raise InputError(f"loss {name!r} is on split {loss.on!r}, but the task's data has {_names(self.data)}.")
 
     def choose(self, wanted: list[str] | None) -> list[str]:
@@ -125,6 +204,21 @@ class Task:
                     f"there is no loss {name!r} in the task; it has {_names(self.losses)}. Use --loss NAME or --loss all."
                 )
         return list(dict.fromkeys(wanted))
+
+
+def parse_subsets(given: list[str]) -> dict[str, str]:
+    """Split → which of its examples; `""` stands for every split.
+
+    >>> parse_subsets(["0.1@7", "train=0:100"])
+    {'': '0.1@7', 'train': '0:100'}
+    """
+    found: dict[str, str] = {}
+    for each in given:
+        split, _, what = each.rpartition("=")
+        if split in found:
+            raise InputError(f"--subset is given twice for {f'split {split!r}' if split else 'all splits'}.")
+        found[split] = what
+    return found
 
 
 def _names(table: Mapping[str, Any]) -> str:

@@ -22,6 +22,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .errors import InputError, LCAError, ResourceError, SpanError, pack
 from .trajectory import Checkpoint, read_checkpoint
 
@@ -29,25 +31,43 @@ Spec = dict[str, Any]
 _STATES: OrderedDict[str, Any] = OrderedDict()
 _LOCK = threading.Lock()
 _KEPT = 2
+_SAMPLED = {0, 8, 64, 512}  # segments whose error is measured: as many in a run that grew as in one that did not
+_SAME_FUNCTION = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 5e-2}
 
 
 def _objective(spec: Spec) -> Any:
     """The objective of a spec, built once per process."""
-    from . import task
-
-    settings = spec["settings"]
-    place = [spec["task"].get(name) for name in ("kind", "path", "module", "function")]
-    parts = {"task": [*place, task.digest(spec["task"])], "losses": spec["losses"]}
-    key = json.dumps(
-        [parts, [settings[name] for name in ("device", "precision", "norm_stats", "batch_size")]], sort_keys=True
-    )
+    key = _key(spec, spec["losses"])
     with _LOCK:
         if key not in _STATES:
             while len(_STATES) >= _KEPT:
                 _STATES.popitem(last=False)
-            _STATES[key] = _build(spec, settings["precision"])
+            built = _same_data(_build(spec, spec["settings"]["precision"]), spec)
+            key = _key(
+                spec, list(built.losses)
+            )  # losses that were asked for by "all", or not at all, are known by name now
+            _STATES[key] = built
         _STATES.move_to_end(key)
         return _STATES[key]
+
+
+def _key(spec: Spec, losses: list[str] | None) -> str:
+    from . import task
+
+    place = [spec["task"].get(name) for name in ("kind", "path", "module", "function")]
+    settings = [spec["settings"][name] for name in ("device", "precision", "norm_stats", "batch_size", "subset")]
+    return json.dumps([place, task.digest(spec["task"]), losses, settings], sort_keys=True)
+
+
+def _same_data(objective: Any, spec: Spec) -> Any:
+    """Refuse a task that builds other data here than it did where it was probed."""
+    for what, digest in spec.get("digests", {}).items():
+        if objective.digests[what] != digest:
+            raise InputError(
+                f"{what} is not the same in this worker process as where the task was probed: it is made anew in every process. "
+                "Usual culprits: random augmentation, random_split without a seeded generator, a model that builds Task.fixed at random."
+            )
+    return objective
 
 
 def _build(spec: Spec, precision: str) -> Any:
@@ -69,6 +89,7 @@ def _build(spec: Spec, precision: str) -> Any:
         precision=precision,
         norm_stats=settings["norm_stats"],
         batch_size=settings["batch_size"],
+        subset=task.parse_subsets(settings["subset"]),
     )
 
 
@@ -129,18 +150,26 @@ def _reported(work: Callable[[Spec], Spec]) -> Callable[[Spec], Spec]:
 def describe(spec: Spec) -> Spec:
     """What the task holds: the model's tensors, and of each loss its split and its kind."""
     objective = _objective(spec)
-    losses = {
-        name: {
-            "on": loss.on,
-            "kind": "call" if loss.call else "function",
-            "examples": objective.splits[loss.on].examples,
-        }
-        for name, loss in objective.losses.items()
-    }
     return {
         "tensors": [asdict(each) for each in objective.table],
-        "losses": losses,
-        "task_losses": objective.task_losses,
+        "losses": {name: _described(objective, name) for name in objective.losses},
+        "task_losses": list(objective.task.losses),
+        "digests": objective.digests,
+    }
+
+
+def _described(objective: Any, name: str) -> Spec:
+    loss, order = objective.losses[name], objective.order(name)
+    split = None if loss.split is None else objective.splits[loss.split]
+    replicated = objective.replicates_of(name)
+    return {
+        "on": loss.split,
+        "kind": loss.kind,
+        "examples": split.examples if split else 0,
+        "total": split.total if split else 0,
+        "groups": order.labels if order else None,
+        "counts": order.counts if order else None,
+        "replicates": len(objective.order(replicated).labels) if replicated else 0,
     }
 
 
@@ -154,13 +183,20 @@ def probe(spec: Spec) -> Spec:
     _same_ties(spec)
     notes = [note for name in names for note in _checks(spec, objective, name)]
     notes += _unmoved(spec)
+    new = [name for name in names if name not in spec["recorded"]]  # a recorded loss keeps what was settled for it
+    block = {name: _block(spec, objective, name) for name in names}
+    objective.join([name for name in names if block[name] is not None])
+    measured, more = _can_measure(spec, objective, first, new)
+    notes += more
     identities = _identities(spec, objective, first, names)
-    new = [name for name in names if name not in spec["recorded"]]  # a recorded loss keeps its calibration
     calibrations = _calibrations(spec, objective, new) if new and spec["settings"]["rule"] == "trapezoid" else {}
     return {
         "batch_sizes": batch_sizes,
         "identity": identities,
         "calibration": {name: calibrations.get(name) for name in names},
+        "block": block,
+        "along": {name: along if along in objective.losses else None for name, along in objective.joined.items()},
+        "measured": measured,
         "notes": notes,
     }
 
@@ -201,7 +237,7 @@ def _same_in_float32(spec: Spec, objective: Any, name: str) -> None:
     single = _build(spec, "float32")
     single.settle_batch_sizes(_point(spec, 0, single), objective.batch_sizes)
     wide, narrow = identify(objective, name).loss, identify(single, name).loss
-    if abs(wide - narrow) > 1e-4 * max(abs(wide), abs(narrow), 1e-12):
+    if abs(wide - narrow) > _SAME_FUNCTION["float32"] * max(abs(wide), abs(narrow), 1e-12):
         raise InputError(
             f"loss {name!r} is {wide:.6g} in float64 but {narrow:.6g} in float32 at the first checkpoint: the model or the loss "
             "holds float32 constants (a mask, say). Use --precision float32."
@@ -223,6 +259,51 @@ def _identities(spec: Spec, objective: Any, first: Any, names: list[str]) -> dic
             identity = asdict(identify(objective, name))
             found[name].append(identity if all(map(math.isfinite, identity.values())) else None)
     return found
+
+
+_ROOM = 0.5
+_COPIES = 9  # float64 numbers a grouped loss holds of every group and parameter at a time
+
+
+def _block(spec: Spec, objective: Any, name: str) -> int | None:
+    """How many groups of a loss fit in this worker's share of the memory; None where all do."""
+    order = objective.order(name)
+    if order is None:
+        return None
+    elements = sum(each.elements for each in objective.allocated)
+    kept = spec["span"] if spec["settings"]["keep"] == "parameters" else 0
+    fits = int(_ROOM * _free_memory(spec, objective.device) // (elements * (8 * _COPIES + 4 * kept)))
+    return None if fits >= len(order.labels) else int(2 ** (max(1, fits).bit_length() - 1))
+
+
+def _free_memory(spec: Spec, device: Any) -> float:
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(psutil.virtual_memory().available) / int(spec["workers"])
+
+
+def _can_measure(spec: Spec, objective: Any, first: Any, names: list[str]) -> tuple[bool, list[str]]:
+    """Whether some segments can be evaluated one precision higher as well, and a note where that cannot be done."""
+    from .objective import HIGHER, identify
+
+    precision = spec["settings"]["precision"]
+    if precision not in HIGHER or not names:
+        return False, []
+    try:
+        higher = objective.higher
+        higher.place(first)
+        for name in names:
+            ours, theirs = identify(objective, name).loss, identify(higher, name).loss
+            if not abs(ours - theirs) <= _SAME_FUNCTION[precision] * max(abs(ours), abs(theirs), 1e-12):
+                raise InputError(f"loss {name!r} is {ours:.6g} in {precision} but {theirs:.6g} in {HIGHER[precision]}")
+    except InputError as error:
+        return False, [
+            f"the error of {precision} is not measured, because the task does not run in {HIGHER[precision]}: {error}"
+        ]
+    return True, []
 
 
 def _samples(spec: Spec) -> list[int]:
@@ -291,8 +372,13 @@ def measure(spec: Spec) -> Spec:
     objective.settle_batch_sizes(_first_point(spec, objective), spec["batch_sizes"])
     seconds, advice = {}, []
     for name, loss in objective.losses.items():
-        split, chosen = objective.splits[loss.on], objective.batch_sizes[loss.on]
-        per_example = {size: _seconds_per_example(objective, loss, size) for size in _sizes(chosen, split.examples)}
+        if loss.split is None:
+            seconds[name] = _seconds(objective, name, None)
+            continue
+        split, chosen = objective.splits[loss.split], objective.batch_sizes[loss.split]
+        per_example = {
+            size: _seconds(objective, name, split.sample(0, size)) / size for size in _sizes(chosen, split.examples)
+        }
         seconds[name] = per_example[chosen] * split.examples
         fastest = min(per_example, key=lambda size: per_example[size])
         gain = per_example[chosen] / per_example[fastest]
@@ -308,47 +394,92 @@ def _sizes(chosen: int, examples: int) -> list[int]:
     return sorted({min(max(1, size), examples) for size in (chosen // 4, chosen // 2, chosen, chosen * 2, chosen * 4)})
 
 
-def _seconds_per_example(objective: Any, loss: Any, size: int) -> float:
-    """The fastest of a few batches, the first one not counted."""
-    batch = objective.splits[loss.on].slice(0, size)
+def _seconds(objective: Any, name: str, batch: Any) -> float:
+    """The fastest of a few evaluations of one batch, the first one not counted."""
     times: list[float] = []
     began = time.perf_counter()
     while len(times) < 2 or (len(times) < 8 and time.perf_counter() - began < _TIMED_SECONDS):
         start = time.perf_counter()
-        objective.over(loss, iter([batch]))
+        objective.over(functools.partial(objective.values, name), [batch])
         times.append(time.perf_counter() - start)
-    return min(times[1:]) / size
+    return min(times[1:])
 
 
 @_reported
 def replay_span(spec: Spec) -> Spec:
     """Allocate the segments of one span for its pending losses, write and commit them."""
-    from .allocation import Method, allocate_span
-    from .quadrature import RULES
     from .store import RunWriter
-    from .tally import Tally
 
     started = time.perf_counter()
     objective = _objective(spec)
     writer = RunWriter.open(Path(spec["run"]))
     objective.batch_sizes |= spec["batch_sizes"]
-    rows = writer.manifest.rows(spec["span"])
-    settings = spec["settings"]
+    records = {name: writer.manifest.losses[name] for name in spec["pending"]}
+    for name, record in records.items():
+        objective.joined[name] = objective.replicates_of(name) if record.replicates else record.along
+    together = [name for name, record in records.items() if len(record.blocks) == 1]
+    facts: Spec = {}
+    for losses in [together, *([name] for name in records if name not in together)]:
+        if losses:
+            facts |= _replayed(spec, objective, writer, losses, started)
+    return {
+        "losses": facts,
+        "segments": writer.manifest.length(spec["span"]),
+        "seconds": time.perf_counter() - started,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _replayed(spec: Spec, objective: Any, writer: Any, losses: list[str], started: float) -> Spec:
+    """Some losses on one span: evaluated together, block by block of their groups, written and committed."""
+    from .allocation import Method, allocate_span
+    from .quadrature import RULES
+    from .tally import Tally
+
+    manifest, settings = writer.manifest, spec["settings"]
+    rule = RULES[settings["rule"]]
+    records = {name: manifest.losses[name] for name in losses}
+    rows, length = manifest.rows(spec["span"]), manifest.length(spec["span"])
+    kept = [tensor.spec for tensor in manifest.allocated]
+    replicates = {name: objective.replicates_of(name) for name in losses if records[name].replicates}
     method = Method(
-        RULES[settings["rule"]],
+        rule,
         float(settings["tolerance"]),
         float(settings["allocation_tolerance"]),
         spec["calibration"],
+        frozenset(replicates.values()),
     )
-    losses = spec["pending"]
     before = {name: (objective.evaluations[name], objective.forward_passes[name]) for name in losses}
-    tallies = {
-        name: Tally(objective.allocated, writer.manifest.length(spec["span"]), writer.keep, objective.device)
-        for name in losses
-    }
-    for start, end, done in allocate_span(_points(spec, rows, objective), objective, losses, method):
-        for name in losses:
-            tallies[name].add(start, end, done[name])
+    blocks = records[losses[0]].blocks
+    levels = [0] * length
+    while True:
+        tallies = {
+            name: Tally(kept, length, writer.keep, objective.device, len(record.groups) if record.groups else None)
+            for name, record in records.items()
+        }
+        parts = {name: np.zeros((length, records[name].replicates, len(kept))) for name in replicates}
+        reached = [set[int]() for _ in range(length)]
+        for block in blocks:
+            part = objective if len(blocks) == 1 else _Only(objective, block)
+            if len(blocks) > 1:
+                tallies[losses[0]].begin(block)
+            walk = allocate_span(_points(spec, rows, objective), part, [*losses, *replicates.values()], method, levels)
+            for at, (start, end, done) in enumerate(walk):
+                reached[at] |= {done[name].level for name in losses}
+                for name, tally in tallies.items():
+                    tally.add(at, done[name])
+                    if block.start == 0 and rows.start + at in _SAMPLED and records[name].measured:
+                        higher = objective.higher if len(blocks) == 1 else _Only(objective.higher, block)
+                        tally.steps["precision_error"][at] = _precision_error(
+                            name, start, end, done[name], higher, rule
+                        )
+                for name, hidden in replicates.items():
+                    parts[name][at] = _sums(done[hidden], kept)
+            for name, tally in tallies.items():
+                writer.write_block(name, spec["span"], tally)
+        if len(blocks) == 1 or all(len(each) == 1 for each in reached):
+            break
+        levels = [max(each) for each in reached]  # the groups of a loss are refined alike
     facts = {}
     for name, tally in tallies.items():
         facts[name] = {
@@ -356,16 +487,44 @@ def replay_span(spec: Spec) -> Spec:
             "forward_passes": objective.forward_passes[name] - before[name][1],
         }
         where = {"host": socket.gethostname(), "pid": os.getpid(), "seconds": round(time.perf_counter() - started, 3)}
-        writer.write_span(name, spec["span"], tally, {**facts[name], **where})
+        writer.write_span(name, spec["span"], tally, {**facts[name], **where}, parts.get(name))
         facts[name]["worst_residual"] = float(abs(tally.steps["residual"]).max())
         facts[name]["unconverged"] = int((tally.steps["converged"] == 0).sum())
         facts[name]["silent"] = sorted(tally.silent)
-    return {
-        "losses": facts,
-        "segments": writer.manifest.length(spec["span"]),
-        "seconds": time.perf_counter() - started,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
+    return facts
+
+
+class _Only:
+    """An objective over some of the groups of its losses."""
+
+    def __init__(self, objective: Any, groups: range) -> None:
+        self._objective, self._groups = objective, groups
+        self.dtype = objective.dtype
+
+    def evaluate(self, point: Any, losses: list[str], *, gradient: bool = True) -> Any:
+        return self._objective.evaluate(point, losses, gradient=gradient, only=self._groups)
+
+
+def _sums(segment: Any, kept: list[Any]) -> Any:
+    """(replicates, tensors): what each replicate allocates to each tensor."""
+    return np.stack([segment.allocation[each.name].flatten(1).sum(1).cpu().numpy() for each in kept], -1)
+
+
+def _precision_error(name: str, start: Any, end: Any, found: Any, higher: Any, rule: Any) -> float:
+    """Σ|A − A*| / Σ|A*| of one segment, with A* from the same nodes one precision higher."""
+    from .allocation import Method, allocate
+    from .quadrature import NESTED
+
+    dtype = higher.dtype
+    first, last = (
+        {key: each.to(dtype) if each.is_floating_point() else each for key, each in point.items()}
+        for point in (start, end)
+    )
+    method = Method(rule if found.level < 0 else NESTED[found.level])
+    exact = allocate(first, last, higher, [name], method)[0][name].allocation
+    apart = math.fsum(float((found.allocation[key] - each).abs().sum()) for key, each in exact.items())
+    scale = math.fsum(float(each.abs().sum()) for each in exact.values())
+    return apart / scale if scale > 0 else 0.0
 
 
 def _points(spec: Spec, rows: slice, objective: Any) -> Iterator[tuple[int, Any]]:

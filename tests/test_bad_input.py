@@ -501,7 +501,7 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         '"train": F.cross_entropy',
         ("losses['train'] must be a Loss", "Loss(fn, on='train')"),
     ),
-    "a Loss of nothing": (TRAIN_LOSS, '"train": Loss(on="train")', ("Loss takes either a function", "Loss(call=fn")),
+    "a Loss of nothing": (TRAIN_LOSS, '"train": Loss(on="train")', ("Loss takes one of: a function", "Loss(call=fn")),
     "a Loss of a word": (TRAIN_LOSS, '"train": Loss("mse")', ("needs something to call", "got str")),
     # the data
     "an empty split": (
@@ -528,7 +528,7 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "data that is a table": (
         TRAIN_DATA,
         "train = {'x': inputs, 'y': targets}",
-        ("split 'train'", "dict", "(inputs, targets)"),
+        ("a batch is a dict of 2, not (inputs, targets)", "Loss(call=fn)"),
     ),
     "data that raises": (
         TRAIN_DATA,
@@ -585,7 +585,7 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "weights of nothing": (
         TRAIN_LOSS,
         '"train": Loss(call=lambda model, batch: (cross_entropy(model, batch), torch.zeros(len(batch[1]))))',
-        ("weights", "sum to 0.0", "at least one element a weight"),
+        ("weights", "sum to 0 ", "Give elements a weight"),
     ),
     "a loss that is random": (
         TRAIN_LOSS,
@@ -604,7 +604,7 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "a mean with weights of its own": (
         TRAIN_LOSS,
-        '"train": Loss(torch.nn.CrossEntropyLoss(ignore_index=0))',
+        '"train": Loss(lambda x, y, reduction="mean": F.cross_entropy(x, y, ignore_index=0, reduction=reduction))',
         ("loss 'train'", "reduction='mean'", "ignore_index", "(values, weights)"),
     ),
     "a loss that is not finite": (

@@ -134,7 +134,7 @@ class Powers:
     def evaluate(self, point: Point, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
         theta = point["theta"]
         value = float((theta ** (self.power + 1)).sum() / (self.power + 1))
-        return {name: Evaluation(value, {"theta": theta**self.power} if gradient else {}) for name in losses}
+        return {name: Evaluation(value, {"theta": theta**self.power} if gradient else {}, 1.0) for name in losses}
 
 
 EVERY_RULE = {rule.name: rule for rule in (*RULES.values(), *NESTED[:2])}
@@ -543,13 +543,16 @@ def test_numerics_7_sums_over_examples_accumulate_in_float64(batch_size: int) ->
     assert batch_size > 1 or found.gradient["weight"].item() == found.loss
 
 
+def segment(allocation: dict[str, Tensor], gradient: dict[str, Tensor], motion: dict[str, Tensor]) -> SegmentAllocation:
+    return SegmentAllocation(allocation, gradient, motion, 0.0, 0.0, 1.0, 0.0, 2, 1, True, 0.0, frozenset())
+
+
 def test_numerics_7_sums_over_parameters_accumulate_in_float64() -> None:
     spec = TensorSpec("w", "parameter", (2, 3), unit_axis=0)
     exact = torch.tensor([[1.0, 1e-9, -1.0], [1e-9, 3.0, -3.0]]).double()
     exact[:, 1] += 1e-12
     tally = Tally([spec], 1, "units", torch.device("cpu"))
-    segment = SegmentAllocation({"w": exact}, {"w": exact}, 0.0, 0.0, 0.0, 2, 1, True, 0.0, frozenset())
-    tally.add({"w": torch.zeros(2, 3)}, {"w": torch.ones(2, 3)}, segment)
+    tally.add(0, segment({"w": exact}, {"w": exact}, {"w": torch.ones(2, 3).double()}))
     sums = [math.fsum(row) for row in exact.tolist()]
     assert tally.units["w"][0] == pytest.approx(sums, rel=1e-6)
     assert float(tally.tensors["allocated"][0, 0]) == pytest.approx(math.fsum(sums), rel=1e-6)
@@ -662,7 +665,7 @@ def test_numerics_8_a_unit_runs_along_the_output_axis(lab: Lab, name: str) -> No
 def test_numerics_8_units_are_sums_over_all_axes_but_one(axis: int) -> None:
     values = torch.arange(24.0).double().reshape(2, 3, 4)
     wanted = [sum(values.select(axis, unit).flatten().tolist()) for unit in range(values.shape[axis])]
-    assert unit_sums(values, axis).tolist() == wanted
+    assert unit_sums(torch.stack([values, 2 * values]), axis).tolist() == [wanted, [2 * each for each in wanted]]
 
 
 # --- 9: half precision, NaN and Inf --------------------------------------------------------------------------------------
@@ -788,7 +791,8 @@ def test_the_histogram_places_every_finite_magnitude() -> None:
     assert upper[0] == 0
     assert upper[-1] == math.inf
     wanted = np.histogram(magnitudes[magnitudes > 0].astype(np.float64), upper)[0]
-    assert histogram(torch.from_numpy(values)).tolist() == [*wanted[::-1], *wanted]
+    rows = torch.from_numpy(np.stack([values, np.zeros_like(values)]))
+    assert histogram(rows).tolist() == [[*wanted[::-1], *wanted], [0] * 2 * len(wanted)]
 
 
 # --- totals --------------------------------------------------------------------------------------------------------------
@@ -902,9 +906,8 @@ def test_a_tally_counts_every_sign_and_turn_of_a_span(shape: tuple[int, ...]) ->
     generator = torch.Generator().manual_seed(7)
     motion, gradient = torch.randint(-1, 2, (2, length, *shape), generator=generator).double()
     tally = Tally([spec], length, "parameters", torch.device("cpu"))
-    for step, gone in zip(motion, gradient, strict=True):
-        segment = SegmentAllocation({"w": step * gone}, {"w": gone}, 0.0, 0.0, 0.0, 2, 1, True, 0.0, frozenset())
-        tally.add({"w": torch.zeros(shape)}, {"w": step.float()}, segment)
+    for at, (step, gone) in enumerate(zip(motion, gradient, strict=True)):
+        tally.add(at, segment({"w": step * gone}, {"w": gone}, {"w": step}))
     exact = (motion * gradient).numpy()
     assert np.array_equal(tally.allocation["w"], exact)
     series = {"weight": motion.numpy(), "gradient": gradient.numpy(), "allocation": exact}

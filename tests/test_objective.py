@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 
 from lca_posthoc import Loss, Task, run
 from lca_posthoc.errors import InputError
-from lca_posthoc.objective import Evaluation, Objective, Split, check_loss
+from lca_posthoc.objective import Evaluation, Objective, batches, check_loss
 from lca_posthoc.objective.normalisation import normalising
 
 from .cases import CASES, Case
@@ -107,6 +108,11 @@ def own_mean(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1]).reshape(1)
 
 
+def opaque(outputs: Tensor, targets: Tensor, weight: Tensor | None = None, reduction: str = "mean") -> Tensor:
+    """A function whose name says nothing about how it weighs elements."""
+    return F.cross_entropy(outputs, targets, weight=weight, reduction=reduction)
+
+
 def noisy(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs, targets, reduction="none") + torch.rand(len(targets))
 
@@ -153,12 +159,12 @@ REFUSED = {
         "'the_loss' depends on how split 'train' is cut into batches; a mean taken inside Loss(call=fn)",
     ),
     "ignore_index": (
-        task_of(linear, data=(INPUTS, IGNORED)),
+        task_of(linear, Loss(opaque), (INPUTS, IGNORED)),
         {},
         "mean of loss 'the_loss'; reduction='mean'; ignore_index; (values, weights)",
     ),
     "ignore_index everywhere in the sample": (
-        task_of(linear, data=(INPUTS, torch.where(torch.arange(50) < 10, -100, TARGETS))),
+        task_of(linear, Loss(opaque), (INPUTS, torch.where(torch.arange(50) < 10, -100, TARGETS))),
         {"batch_size": 7},
         "mean of loss 'the_loss'; reduction='mean'; ignore_index; (values, weights)",
     ),
@@ -168,7 +174,7 @@ REFUSED = {
         "'the_loss' depends on how split 'train' is cut into batches; batch statistics",
     ),
     "class weights": (
-        task_of(linear, Loss(nn.CrossEntropyLoss(weight=CLASS_WEIGHTS))),
+        task_of(linear, Loss(functools.partial(opaque, weight=CLASS_WEIGHTS))),
         {},
         "mean of loss 'the_loss'; reduction='mean'; class weights; (values, weights)",
     ),
@@ -500,6 +506,18 @@ class AsDataset(Dataset[tuple[Tensor, Tensor]]):
         return tuple(each[index] for each in self.tensors)
 
 
+class Noting(AsDataset):
+    """Notes what is read."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__(tensors)
+        self.read: list[int] = []
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_a_map_style_dataset_gives_the_bits_of_tensors(name: str, precision: str) -> None:
@@ -519,34 +537,15 @@ def test_streamed_batches_give_the_bits_of_resident_ones(name: str, monkeypatch:
     objective = objective_of(case.task(), point, batch_size=case.batch_size)
     first, resident = objective.evaluate(point, names), objective.evaluate(point, names)
     assert_same_bits(first, resident)
-    monkeypatch.setattr(Split, "_room", lambda split: 0)
-    read: list[int] = []
-    monkeypatch.setattr(Split, "slice", counted(Split.slice, read))
-    streaming = objective_of(case.task(), point, batch_size=case.batch_size)
+    monkeypatch.setattr(batches, "_RESIDENT_SHARE", 0)
+    data = {split: Noting(tensors) for split, tensors in case.data().items()}
+    streaming = objective_of(Task(case.build, data, case.losses), point, batch_size=case.batch_size)
     for _ in range(2):
-        read.clear()
+        for each in data.values():
+            each.read.clear()
         assert_same_bits(streaming.evaluate(point, names), resident)
-        assert sum(read) == sum(streaming.splits[loss.on].examples for loss in case.losses.values())
-
-
-def counted(slice_: Callable[..., Any], read: list[int]) -> Callable[..., Any]:
-    """`Split.slice`, noting how many examples each call gave."""
-
-    def noting(split: Split, start: int, stop: int) -> Any:
-        read.append(min(stop, split.examples) - start)
-        return slice_(split, start, stop)
-
-    return noting
-
-
-def test_batches_hold_every_example_once_in_order_the_last_one_smaller() -> None:
-    split = Split("train", (INPUTS, TARGETS), torch.device("cpu"), torch.float64)
-    for batch_size in (1, 7, 50, 53, 7):
-        for _ in range(2):
-            batches = list(split.batches(batch_size))
-            assert [len(batch[1]) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
-            assert torch.equal(torch.cat([batch[0] for batch in batches]), INPUTS.double())
-            assert torch.equal(torch.cat([batch[1] for batch in batches]), TARGETS)
+        used = [loss.on for loss in case.losses.values()]
+        assert all(each.read == list(range(len(each))) * (split in used) for split, each in data.items())
 
 
 @pytest.mark.parametrize("name", CASES)

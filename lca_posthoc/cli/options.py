@@ -54,13 +54,25 @@ replay_options = _chain(
     ),
     click.option(
         "--precision",
-        type=click.Choice(("float32", "float64")),
-        help="Of models, data and gradients.  [default: float32]",
+        type=click.Choice(("float32", "tf32", "bfloat16", "float64")),
+        help="Of forward and backward passes; its error is measured.  [default: float32]",
     ),
     click.option(
         "--norm-stats",
         type=click.Choice(("running", "batch")),
         help="Statistics of normalisation layers.  [default: running]",
+    ),
+    click.option(
+        "--tensors",
+        multiple=True,
+        metavar="PATTERN",
+        help="Keep only tensors that match, such as 'fc1.*' (repeatable); the others become one remainder.",
+    ),
+    click.option(
+        "--subset",
+        multiple=True,
+        metavar="[SPLIT=]WHICH",
+        help="Use only some examples: A:B, I,J,K, or FRACTION@SEED drawn at random (repeatable).",
     ),
     click.option("--steps", metavar="A:B[:K]", help="Training steps, both ends included; every K-th checkpoint."),
     click.option("--pattern", metavar="REGEX", help="Finds (?P<step>\\d+) in names of checkpoints."),

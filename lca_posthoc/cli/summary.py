@@ -10,6 +10,8 @@ from rich.text import Text
 from .options import json_option
 from .show import print_json, safe, say, share, stdout, table
 
+_MOST = 8  # tensors beside each other on a screen
+
 
 @click.command()
 @click.argument("run", type=click.Path())
@@ -41,31 +43,77 @@ def command(run: str, losses: tuple[str, ...], as_json: bool) -> None:
 
 
 def print_summary(found: dict[str, dict[str, Any]]) -> None:
-    """Headline figures side by side, then each loss's table of tensors."""
+    """Headline figures side by side, then each loss's groups and its table of tensors."""
     console = stdout()
-    headline = table("", *(safe(name) for name in found))
-    for label, key in (("loss at the start", "loss_start"), ("loss at the end", "loss_end")):
-        headline.add_row(label, *(f"{each[key]:.6f}" for each in found.values()))
-    for label, key in (("loss change", "loss_change"), ("allocated, Σ over parameters and segments", "allocated")):
-        headline.add_row(label, *(f"{each[key]:+.6f}" for each in found.values()))
-    headline.add_row("residual", *(f"{each['residual']:+.1e}" for each in found.values()))
-    for key in ("helping", "hurting", "zero"):
-        headline.add_row(f"{key} (share of parameters × segments)", *(share(each[key]) for each in found.values()))
-    console.print(headline)
+    plain = {name: each for name, each in found.items() if each["groups"] is None}
+    if plain:
+        headline = table("", *(safe(name) for name in plain))
+        for label, key in (("loss at the start", "loss_start"), ("loss at the end", "loss_end")):
+            headline.add_row(label, *(f"{each[key]:.6f}" for each in plain.values()))
+        for label, key in (("loss change", "loss_change"), ("allocated, Σ over parameters and segments", "allocated")):
+            headline.add_row(label, *(f"{each[key]:+.6f}" for each in plain.values()))
+        headline.add_row("residual", *(f"{each['residual']:+.1e}" for each in plain.values()))
+        for key in ("helping", "hurting", "zero"):
+            headline.add_row(f"{key} (share of parameters × segments)", *(share(each[key]) for each in plain.values()))
+        console.print(headline)
     for name, each in found.items():
         console.print()
         console.print(Text(_caption(name, each)))
-        rows = table("tensor", "kind", "parameters", "allocated", "share of sum", "helping", names=2)
-        for tensor in each["tensors"]:
-            rows.add_row(
-                Text(safe(tensor["name"])),
-                tensor["kind"],
-                f"{tensor['parameters']:,}",
-                f"{tensor['allocated']:+.6f}",
-                _part(tensor["allocated"], each["allocated"]),
-                share(tensor["helping"]),
-            )
-        console.print(rows)
+        if each["groups"] is None:
+            _print_tensors(each)
+        else:
+            _print_groups(each)
+
+
+def _print_tensors(each: dict[str, Any]) -> None:
+    sampled = any(tensor["standard_error"] is not None for tensor in each["tensors"])
+    rows = table(
+        "tensor",
+        "kind",
+        "parameters",
+        "allocated",
+        *(["± standard error"] if sampled else []),
+        "share of sum",
+        "helping",
+        names=2,
+    )
+    for tensor in each["tensors"]:
+        rows.add_row(
+            Text(safe(tensor["name"])),
+            tensor["kind"],
+            f"{tensor['parameters']:,}",
+            f"{tensor['allocated']:+.6f}",
+            *([f"{tensor['standard_error']:.1e}"] if sampled else []),
+            _part(tensor["allocated"], each["allocated"]),
+            share(tensor["helping"]),
+        )
+    if each["remainder"] is not None:
+        blank = [""] if sampled else []
+        rows.add_row(
+            "(the others)", "", "", f"{each['remainder']:+.6f}", *blank, _part(each["remainder"], each["allocated"]), ""
+        )
+    stdout().print(rows)
+
+
+def _print_groups(each: dict[str, Any]) -> None:
+    """One row per group: its losses, and what each tensor did to it as far as a screen is wide."""
+    shown = each["tensors"] if len(each["tensors"]) <= _MOST else []
+    rows = table(
+        "group", "examples", "loss", "change", "residual", "helping", *(safe(tensor["name"]) for tensor in shown)
+    )
+    for at, label in enumerate(each["groups"]):
+        rows.add_row(
+            Text(safe(str(label))),
+            f"{each['group_examples'][at]:,}",
+            f"{each['loss_start'][at]:.4f} → {each['loss_end'][at]:.4f}",
+            f"{each['loss_change'][at]:+.6f}",
+            f"{each['residual'][at]:+.1e}",
+            share(each["helping"][at]),
+            *(f"{tensor['allocated'][at]:+.4f}" for tensor in shown),
+        )
+    stdout().print(rows)
+    if not shown:
+        stdout().print(f"{len(each['tensors'])} tensors: see --json, or `tensors` in Python")
 
 
 def _part(part: float, whole: float) -> str:
@@ -74,7 +122,14 @@ def _part(part: float, whole: float) -> str:
 
 def _caption(name: str, each: dict[str, Any]) -> str:
     unconverged = f"{each['unconverged']} segments above the tolerance, " if each["unconverged"] else ""
+    groups = f"{len(each['groups'])} groups, " if each["groups"] is not None else ""
+    worst = each["max_segment_residual"] if each["groups"] is None else max(each["max_segment_residual"])
+    error = (
+        f", measured error of {each['precision']} {each['precision_error']:.1e} ({each['precision_segments']} segments)"
+        if each["precision_error"] is not None
+        else ""
+    )
     return (
-        f"{safe(name)}: {each['segments']:,} segments, {each['parameters']:,} parameters, {each['evaluations']:,} gradient evaluations, "
-        f"{unconverged}largest |residual| {each['max_segment_residual']:.1e}"
+        f"{safe(name)}: {groups}{each['segments']:,} segments, {each['parameters']:,} parameters, {each['evaluations']:,} gradient "
+        f"evaluations, {unconverged}largest |residual| {worst:.1e}{error}"
     )

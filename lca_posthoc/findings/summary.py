@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+import xarray as xr
+
 from ..errors import LCAError
 from ..store import LossResults
 
@@ -12,8 +15,10 @@ from ..store import LossResults
 def summary(results: LossResults) -> dict[str, Any]:
     """What `lca summary --json` gives for one loss, over the segments that are there.
 
-    `residual = loss_change − allocated`; `helping + hurting + zero = 1`, counted over parameters × segments, buffers not
-    counted.
+    `residual = loss_change − allocated`, with what the tensors that are not kept did (`remainder`) inside `allocated`;
+    `helping + hurting + zero = 1`, counted over parameters × segments, buffers not counted. Of a loss with groups, figures are
+    lists over the groups. `precision_error` is the measured Σ|A − A*| / Σ|A*| on a few segments, A* one precision higher;
+    `standard_error` of a tensor's allocation is that of drawing a random subset, both null where there is none.
 
     Args:
         results: one loss of a run.
@@ -24,43 +29,77 @@ def summary(results: LossResults) -> dict[str, Any]:
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
     """
-    steps, tensors = results.steps, results.tensors
-    if not steps.sizes["step"]:
+    steps, tensors, record = results.steps, results.tensors, results.record
+    segments = steps.sizes["step"]
+    if not segments:
         raise LCAError(f"loss {results.name!r} has no finished segment yet. Let `lca run` commit a span first.")
-    loss_change = math.fsum((steps["loss_end"] - steps["loss_start"]).values.tolist())
-    allocated = math.fsum(tensors["allocated"].values.ravel().tolist())
+    change = _total(steps["loss_end"] - steps["loss_start"])
+    remainder = _total(steps["remainder"]) if "remainder" in steps else None
+    allocated = _total(tensors["allocated"], "tensor") + (0.0 if remainder is None else remainder)
     counted = tensors.isel(tensor=tensors["kind"].values == "parameter")
-    elements = int(counted["elements"].sum()) * steps.sizes["step"]
-    helping, hurting = int(counted["helping"].sum()), int(counted["hurting"].sum())
+    elements = int(counted["elements"].sum()) * segments
+    helping, hurting = (counted[name].sum(("step", "tensor")).values for name in ("helping", "hurting"))
+    measured = steps["precision_error"].values[~np.isnan(steps["precision_error"].values)]
+    errors = _standard_errors(tensors, record.examples / max(1, record.total))
     markers = results.markers
     return {
-        "segments": steps.sizes["step"],
+        "segments": segments,
+        "examples": record.examples,
         "parameters": int(counted["elements"].sum()),
-        "loss_start": float(steps["loss_start"][0]),
-        "loss_end": float(steps["loss_end"][-1]),
-        "loss_change": loss_change,
-        "allocated": allocated,
-        "residual": loss_change - allocated,
-        "max_segment_residual": float(abs(steps["residual"]).max()),
+        "loss_start": _plain(steps["loss_start"][0].values),
+        "loss_end": _plain(steps["loss_end"][-1].values),
+        "loss_change": _plain(change),
+        "allocated": _plain(allocated),
+        "remainder": None if remainder is None else _plain(remainder),
+        "residual": _plain(change - allocated),
+        "max_segment_residual": _plain(abs(steps["residual"]).max("step").values),
         "unconverged": int((~steps["converged"]).sum()),
         "evaluations": sum(marker["evaluations"] for marker in markers),
         "forward_passes": sum(marker["forward_passes"] for marker in markers),
-        "helping": helping / elements,
-        "hurting": hurting / elements,
-        "zero": (elements - helping - hurting) / elements,
-        "groups": None,
+        "helping": _plain(helping / elements),
+        "hurting": _plain(hurting / elements),
+        "zero": _plain((elements - helping - hurting) / elements),
+        "precision": results.precision,
+        "precision_error": float(measured.mean()) if len(measured) else None,
+        "precision_segments": len(measured),
+        "groups": record.groups,
+        "group_examples": record.counts,
         "tensors": [
-            _tensor(tensors.isel(tensor=position), steps.sizes["step"]) for position in range(tensors.sizes["tensor"])
+            _tensor(tensors.isel(tensor=at), segments, None if errors is None else float(errors[at]))
+            for at in range(tensors.sizes["tensor"])
         ],
     }
 
 
-def _tensor(column: Any, segments: int) -> dict[str, Any]:
+def _tensor(column: xr.Dataset, segments: int, standard_error: float | None) -> dict[str, Any]:
     elements = int(column["elements"])
     return {
         "name": str(column["tensor"].item()),
         "kind": str(column["kind"].item()),
         "parameters": elements,
-        "allocated": math.fsum(column["allocated"].values.tolist()),
-        "helping": int(column["helping"].sum()) / max(1, elements * segments),
+        "allocated": _plain(_total(column["allocated"])),
+        "standard_error": standard_error,
+        "helping": _plain(column["helping"].sum("step").values / max(1, elements * segments)),
     }
+
+
+def _total(column: xr.DataArray, *more: str) -> Any:
+    """The exact sum over segments (and more), of each group; numpy, shape () or (groups,)."""
+    groups = [name for name in column.dims if name == "group"]
+    rows = column.transpose(*groups, ...).values.reshape(*(column.sizes[name] for name in groups), -1)
+    return np.apply_along_axis(math.fsum, -1, rows)
+
+
+def _standard_errors(tensors: xr.Dataset, sampled: float) -> Any:
+    """Of each tensor's sum over the segments, from random parts of the sample; `sampled` is its share of the split."""
+    if "replicates" not in tensors:
+        return None
+    parts = tensors["replicates"].sum("step").transpose("replicate", "tensor").values
+    if len(parts) < 2:
+        return None
+    return np.sqrt(parts.var(axis=0, ddof=1) / len(parts) * (1 - sampled))
+
+
+def _plain(values: Any) -> Any:
+    """A float, or a list of floats."""
+    return np.asarray(values, dtype=float).tolist()

@@ -1,10 +1,13 @@
 """Loss and gradient over a whole split at one point: batches, weights, precision, normalisation mode, probes."""
 
 from .batches import Split, automatic_batch_size
-from .evaluate import Evaluation, Objective, tensor_table
+from .evaluate import HIGHER, Objective, replicates_of
 from .probe import Identity, check_loss, identify
+from .sums import Evaluation
+from .tensors import tensor_table
 
 __all__ = [
+    "HIGHER",
     "Evaluation",
     "Identity",
     "Objective",
@@ -12,5 +15,6 @@ __all__ = [
     "automatic_batch_size",
     "check_loss",
     "identify",
+    "replicates_of",
     "tensor_table",
 ]

@@ -1,85 +1,39 @@
 r"""Loss and gradient of a whole split at one point.
 
-$L(\theta) = \sum_e w_e\,\ell_e(\theta) \big/ \sum_e w_e$ over every element $e$ of the split; one value per element, $w_e = 1$
-unless the loss gives weights. Sums over elements and batches accumulate in float64.
+$L(\theta) = \sum_e w_e\,\ell_e(\theta) \big/ \sum_e w_e$ over every element $e$ of the split, or of each of its groups; one
+value per element, $w_e = 1$ unless the loss gives weights. Sums over elements and batches accumulate in float64.
+
+Losses over the same batches are evaluated in one pass over them: the forward pass is shared where they call the model alike,
+and the backward pass where they have the same values. What a loss comes to, bit for bit, depends on the order of its own
+batches alone, never on which others are evaluated beside it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import InputError, SpanError
 from ..task import Loss, Task
 from ..trajectory import TensorSpec
-from .batches import Split, automatic_batch_size
+from .batches import Order, Split, automatic_batch_size
 from .normalisation import normalising
+from .sharing import shared_forward
+from .sums import Evaluation, Sums
+from .tensors import tensor_table
 
-PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
-_ON_AXIS_1 = {"ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Conv1D"}
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A loss at one point and its gradient there, both float64; no gradient after a forward pass alone.
-
-    `untouched` names the tensors the loss did not reach; their gradient is zero.
-    """
-
-    loss: float
-    gradient: dict[str, Tensor]
-    untouched: frozenset[str] = frozenset()
-
-
-def tensor_table(model: nn.Module, norm_stats: str) -> list[TensorSpec]:
-    """The model's tensors in its own order: parameters once each with their aliases, then persistent buffers.
-
-    Floating buffers are allocated as tensors of kind "buffer", but for running statistics in `batch` mode, which the loss
-    does not depend on. All else that is stored is "state".
-    """
-    stored = model.state_dict(keep_vars=True)
-    by_id: dict[int, list[str]] = {}
-    for name, tensor in stored.items():
-        by_id.setdefault(id(tensor), []).append(name)
-    parameters, owners = dict(model.named_parameters()), _owners(model)
-    table = []
-    for name, tensor in [*parameters.items(), *model.named_buffers()]:
-        if id(tensor) not in by_id:
-            continue  # a non-persistent buffer: the model builds it, checkpoints do not hold it
-        kind = "parameter" if name in parameters else "buffer"
-        if not tensor.is_floating_point() or (norm_stats == "batch" and is_statistic(name)):
-            kind = "state"
-        aliases = tuple(alias for alias in by_id[id(tensor)] if alias != name)
-        table.append(TensorSpec(name, kind, tuple(tensor.shape), aliases, _unit_axis(owners[name], tensor.dim())))
-    return table
-
-
-def is_statistic(name: str) -> bool:
-    """Whether a tensor is a normalisation layer's running mean or variance, by the name torch gives it."""
-    return name.rpartition(".")[2] in ("running_mean", "running_var")
-
-
-def _owners(model: nn.Module) -> dict[str, frozenset[str]]:
-    """Tensor name → the names of the classes of the module that holds it."""
-    return {
-        f"{prefix}.{name}" if prefix else name: frozenset(kind.__name__ for kind in type(module).__mro__)
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for held in (module.named_parameters, module.named_buffers)
-        for name, _ in held(recurse=False, remove_duplicate=False)
-    }
-
-
-def _unit_axis(owner: frozenset[str], dims: int) -> int | None:
-    """Output neurons and channels run along axis 0, but along axis 1 of transposed convolutions and Conv1D."""
-    if dims == 0:
-        return None
-    return 1 if dims > 1 and owner & _ON_AXIS_1 else 0
+PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+HIGHER = {"bfloat16": "float32", "tf32": "float32", "float32": "float64"}
+REPLICATES = 10
+Values = Callable[[Any], tuple[Tensor, Tensor | None]]
 
 
 @contextlib.contextmanager
@@ -100,9 +54,11 @@ class Objective:
         build: gives the task, called under the default dtype of the precision.
         losses: names of the losses, None for the first of the task, `["all"]` for every one.
         device: where the model and the data live.
-        precision: "float32" or "float64".
+        precision: "float32", "float64", and on devices that have them "tf32" and "bfloat16" (autocast), whose tensors and
+            sums are those of float32.
         norm_stats: "running" or "batch".
         batch_size: None for a deterministic choice from shapes, one for each split.
+        subset: split → which of its examples, `""` for every split.
     """
 
     def __init__(
@@ -114,25 +70,64 @@ class Objective:
         precision: str,
         norm_stats: str,
         batch_size: int | None,
+        subset: Mapping[str, str] | None = None,
     ) -> None:
         self.device, self.dtype, self.norm_stats = device, PRECISIONS[precision], norm_stats
+        self.precision = precision
         if norm_stats == "batch" and batch_size is None:
             raise InputError("--norm-stats batch needs --batch-size N: the partition into batches is part of the loss.")
         with default_dtype(self.dtype):
-            task = build()
-            self.losses: dict[str, Loss] = {name: task.losses[name] for name in task.choose(losses)}
-            self.task_losses = list(task.losses)
-            self.model = _built(task).to(device=device, dtype=self.dtype).eval()
-        self.table = tensor_table(self.model, norm_stats)
-        self._tensors = self._bind()
+            self.task = build()
+            self.losses = {name: self.task.losses[name] for name in self.task.choose(losses)}
+            self.model = _built(self.task).to(device=device, dtype=self.dtype).eval()
+        chosen = subset or {}
         self.splits = {
-            name: Split(name, task.data[name], device, self.dtype)
-            for name in dict.fromkeys(loss.on for loss in self.losses.values())
+            name: Split(name, self.task.data[name], device, self.dtype, chosen.get(name, chosen.get("")))
+            for name in dict.fromkeys(loss.split for loss in self.losses.values())
+            if name is not None
+        }
+        self._settings: dict[str, Any] = {
+            "device": device,
+            "norm_stats": norm_stats,
+            "batch_size": batch_size,
+            "subset": subset,
         }
         self._batch_size = batch_size
+        self._sources = {name: loss.source for name, loss in self.losses.items()}
+        self.functions = {name: loss.on_device(device, self.dtype) for name, loss in self.losses.items()}
+        self._complete()
+        self.table = tensor_table(self.model, norm_stats, self.task.fixed)
+        self._tensors = self._bind()
+        self._orders: list[Order] = []
+        self._order_of: dict[str, Order] = {}
+        self.joined: dict[str, str | None] = {}
+        self.replicated = {
+            replicates_of(name): name
+            for name, loss in self.losses.items()
+            if loss.split is not None and loss.group_by is None and self.splits[loss.split].random
+        }
         self.batch_sizes: dict[str, int] = {}
-        self.evaluations = dict.fromkeys(self.losses, 0)
-        self.forward_passes = dict.fromkeys(self.losses, 0)
+        self.evaluations = dict.fromkeys([*self.losses, *self.replicated], 0)
+        self.forward_passes = dict(self.evaluations)
+
+    @cached_property
+    def higher(self) -> Objective:
+        """The same task, one precision higher, over the same data and batches."""
+        other = Objective(lambda: self.task, list(self.losses), precision=HIGHER[self.precision], **self._settings)
+        other.batch_sizes, other.joined = self.batch_sizes, self.joined
+        return other
+
+    def replicates_of(self, name: str) -> str | None:
+        """The name under which a loss on a random subset is evaluated on parts of it; None for other losses."""
+        return next((hidden for hidden, loss in self.replicated.items() if loss == name), None)
+
+    def _complete(self) -> None:
+        """Let lazily built modules infer their shapes from a batch."""
+        if any(map(is_lazy, [*self.model.parameters(), *self.model.buffers()])):
+            name, loss = next((name, loss) for name, loss in self.losses.items() if loss.split is not None)
+            assert loss.split is not None
+            with self._mode(), torch.no_grad():
+                self.values(name, self.splits[loss.split].sample(0, 2))
 
     def _bind(self) -> dict[str, Tensor]:
         """The module's own tensors; gradients flow to those that are allocated and to no other."""
@@ -141,12 +136,32 @@ class Objective:
         bound = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for spec in self.table:
             bound[spec.name].requires_grad_(spec.kind != "state")
+        for pattern in self.task.fixed:
+            if not any(fnmatchcase(name, pattern) for name in bound):
+                raise InputError(
+                    f"Task.fixed names {pattern!r}, which no tensor of the model matches. Its tensors: {_few(bound)}."
+                )
         return {spec.name: bound[spec.name] for spec in self.table}
 
     @property
     def allocated(self) -> list[TensorSpec]:
         """The tensors that take part in the allocation."""
         return [spec for spec in self.table if spec.kind != "state"]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What the data, and the tensors the task fixes, are: other processes must find the same."""
+        bound = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        fixed = sorted(name for name in bound if any(fnmatchcase(name, pattern) for pattern in self.task.fixed))
+        tensors = hashlib.sha256()
+        for name in fixed:
+            tensors.update(name.encode() + bound[name].detach().cpu().reshape(-1)[:4096].double().numpy().tobytes())
+        return {
+            **{f"split {name!r}": split.digest for name, split in self.splits.items()},
+            **({"Task.fixed": tensors.hexdigest()} if fixed else {}),
+        }
+
+    # --- batches and their order ------------------------------------------------------------------------------------
 
     def settle_batch_sizes(
         self, point: Mapping[str, Tensor], recorded: Mapping[str, int] | None = None
@@ -159,10 +174,61 @@ class Objective:
         return dict(self.batch_sizes)
 
     def _automatic(self, split: Split) -> Iterator[int]:
-        for loss in self.losses.values():
-            if loss.on == split.name:
+        for name, loss in self.losses.items():
+            if loss.split == split.name:
                 with self._mode():
-                    yield automatic_batch_size(split, partial(self.values, loss), self.device)
+                    yield automatic_batch_size(split, partial(self.values, name), self.device)
+
+    def order(self, name: str) -> Order | None:
+        """The groups of a loss, in the order its batches are taken in; None for a loss without groups."""
+        if name in self._order_of:
+            return self._order_of[name]
+        loss = self.task.losses.get(self.replicated.get(name, name))
+        if loss is None:
+            raise InputError(
+                f"the batches of this run are in the order of the groups of loss {name!r}, which the task no longer has."
+            )
+        if loss.split is None or (loss.group_by is None and name not in self.replicated):
+            return None
+        split = self.splits[loss.split]
+        if name in self.replicated:
+            parts = torch.arange(split.examples).tensor_split(min(REPLICATES, split.examples))
+            found = Order(list(range(len(parts))), list(parts))
+        else:
+            found = split.order(loss.group_by)
+        same = [each for each in self._orders if _same_order(each, found)]
+        self._orders += [] if same else [found]
+        self._order_of[name] = same[0] if same else found
+        return self._order_of[name]
+
+    def join(self, blocked: Iterable[str] = ()) -> dict[str, str | None]:
+        """Let every loss without groups go along in the batches of a grouped loss on its split, so that it costs nothing more.
+
+        Not in `batch` mode, whose partition is part of the loss, nor along with losses whose groups are taken in blocks.
+        """
+        for name, loss in self.losses.items():
+            grouped = [
+                other
+                for other, theirs in self.losses.items()
+                if theirs.group_by is not None and theirs.split == loss.split and other not in blocked
+            ]
+            replicates = replicates_of(name)
+            if loss.group_by is not None or loss.split is None or self.norm_stats == "batch":
+                self.joined[name] = None
+            elif replicates in self.replicated:
+                self.joined[name] = replicates
+            else:
+                self.joined[name] = grouped[0] if grouped else None
+        return dict(self.joined)
+
+    def _walk(self, name: str) -> tuple[str | None, int | None]:
+        """Which batches a loss is over, so that losses over the same ones are evaluated together."""
+        along = self.joined.get(name)
+        order = self.order(name) or (self.order(along) if along else None)
+        position = next((at for at, each in enumerate(self._orders) if each is order), None)
+        return self.losses[self.replicated.get(name, name)].split, position
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
 
     def place(self, point: Mapping[str, Tensor]) -> None:
         """Copy values into the module's own tensors, in place: recomputation under checkpointing sees them too."""
@@ -171,7 +237,7 @@ class Objective:
                 tensor.copy_(point[name])
 
     def evaluate(
-        self, point: Mapping[str, Tensor], losses: list[str], *, gradient: bool = True
+        self, point: Mapping[str, Tensor], losses: list[str], *, gradient: bool = True, only: range | None = None
     ) -> dict[str, Evaluation]:
         """Each loss over its whole split at `point`, with its gradient unless only the value is asked for.
 
@@ -179,56 +245,103 @@ class Objective:
             point: every tensor of the table, on the device.
             losses: names.
             gradient: False for a forward pass alone.
+            only: some of the groups, where the losses have the same ones.
         """
         self.place(point)
-        found = {}
+        counts = self.evaluations if gradient else self.forward_passes
+        walks: dict[tuple[str | None, int | None], list[str]] = {}
         for name in losses:
-            counts = self.evaluations if gradient else self.forward_passes
-            counts[name] += 1
-            split = self.splits[self.losses[name].on]
-            found[name] = self.over(self.losses[name], split.batches(self.batch_sizes[split.name]), gradient=gradient)
-        return found
+            counts[name] += only is None or only.start == 0
+            walks.setdefault(self._walk(name), []).append(name)
+        found: dict[str, Evaluation] = {}
+        for (split, order), names in walks.items():
+            if split is None:
+                found |= {
+                    name: self.over(partial(self.values, name), iter([None]), gradient=gradient) for name in names
+                }
+            else:
+                found |= self._sweep(
+                    self.splits[split], None if order is None else self._orders[order], names, only, gradient
+                )
+        return {name: found[name] for name in losses}
 
-    def over(self, loss: Loss, batches: Iterator[Any], *, gradient: bool = True) -> Evaluation:
-        """A loss over the batches given, at the point the module holds."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        mass = torch.zeros((), dtype=torch.float64, device=self.device)
+    def _sweep(
+        self, split: Split, order: Order | None, names: list[str], only: range | None, gradient: bool
+    ) -> dict[str, Evaluation]:
+        """Losses over one walk through a split."""
+        sources: dict[int, list[str]] = {}
+        for name in names:
+            sources.setdefault(id(self._sources[self.replicated.get(name, name)]), []).append(name)
+        grouped = {name: self.order(name) is not None for name in names}
+        groups = range(len(order.labels)) if order and only is None else only
         sums = {
-            spec.name: torch.zeros(spec.shape, dtype=torch.float64, device=self.device)
-            for spec in self.allocated
-            if gradient
+            source: Sums(
+                {spec.name: spec.shape for spec in self.allocated if gradient},
+                self.device,
+                groups if any(grouped[name] for name in held) else None,
+                not all(grouped[name] for name in held),
+            )
+            for source, held in sources.items()
         }
-        reached: set[str] = set()
+        mixed = order is not None and self.norm_stats == "batch"
+        walk = split.batches(self.batch_sizes[split.name], None if mixed else order, None if mixed else only)
+        codes = torch.split(_codes(split.examples, order), self.batch_sizes[split.name]) if order and mixed else ()
+        sharing = shared_forward(self.model) if len(sources) > 1 else contextlib.nullcontext(lambda: None)
+        with self._mode(), torch.set_grad_enabled(gradient), sharing as forget, contextlib.closing(walk):
+            for at, (group, batch) in enumerate(walk):
+                forget()
+                for source, held in sources.items():
+                    values, weights = self.values(self.replicated.get(held[0], held[0]), batch)
+                    keep = source != next(reversed(sources))
+                    if mixed:
+                        self._back_by_group(sums[source], values, weights, codes[at], keep)
+                    else:
+                        self._back(sums[source], group, values, weights, keep)
+        return {
+            name: sums[source].evaluation(grouped[name], f"loss {name!r} on split {split.name!r}", order)
+            for source, held in sources.items()
+            for name in held
+        }
+
+    def _back(self, sums: Sums, group: int, values: Tensor, weights: Tensor | None, keep: bool) -> None:
+        """Take in values of one group; `keep` the graph for those that share it."""
+        sums.begin(group)
+        total = values.double().sum()
+        if sums.shapes and total.requires_grad:
+            total.backward(retain_graph=keep)  # type: ignore[no-untyped-call]
+            sums.collect(self._tensors)
+        sums.add(total.detach(), values.numel() if weights is None else weights.sum())
+
+    def _back_by_group(self, sums: Sums, values: Tensor, weights: Tensor | None, codes: Tensor, keep: bool) -> None:
+        """Take in a batch that holds several groups and whose statistics are those of the whole batch."""
+        if values.shape[0] != len(codes):
+            raise InputError(
+                f"a grouped loss gives values of shape {list(values.shape)} for a batch of {len(codes)} examples; with --norm-stats batch "
+                "the first axis must run over the examples, so that their groups can be told apart."
+            )
+        assert sums.groups is not None
+        present = [code for code in torch.unique(codes).tolist() if code in sums.groups]
+        for code in present:
+            mine = (codes == code).to(values.device)
+            self._back(
+                sums, code, values[mine], None if weights is None else weights[mine], keep or code != present[-1]
+            )
+
+    def over(self, values: Values, batches: Iterable[Any], *, gradient: bool = True) -> Evaluation:
+        """A loss over the batches given, at the point the module holds; `values` gives a batch's values and weights."""
+        shapes = {spec.name: spec.shape for spec in self.allocated if gradient}
+        sums = Sums(shapes, self.device, None, True)
         with self._mode(), torch.set_grad_enabled(gradient):
             for batch in batches:
-                values, weights = self.values(loss, batch)
-                summed = values.double().sum() if weights is None else (values.double() * weights).sum()
-                if gradient and summed.requires_grad:
-                    summed.backward()  # type: ignore[no-untyped-call]
-                    reached |= self._collect(sums)
-                total += summed.detach()
-                mass += values.numel() if weights is None else weights.sum()
-        if not float(mass) > 0:
-            raise InputError(
-                f"the weights of a loss on split {loss.on!r} sum to {float(mass)}. Give at least one element a weight."
-            )
-        value = float(total / mass)
-        return Evaluation(value, {name: each / mass for name, each in sums.items()}, frozenset(set(sums) - reached))
+                self._back(sums, 0, *values(batch), False)
+        return sums.evaluation(False, "a loss", None)
 
-    def _collect(self, sums: dict[str, Tensor]) -> set[str]:
-        """Move the gradients autograd left on the module's tensors into the float64 sums."""
-        reached = set()
-        for name, total in sums.items():
-            tensor = self._tensors[name]
-            if tensor.grad is not None:
-                total += tensor.grad
-                tensor.grad = None
-                reached.add(name)
-        return reached
-
-    def values(self, loss: Loss, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """One value per element of a batch, and their weights where the loss gives any (float64, detached)."""
-        with self._user_code(loss):
+    def values(self, name: str, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """One value per element of a batch, multiplied by the element's weight, and the weights (float64) unless all are 1."""
+        loss = self.functions[name]
+        with self._user_code(loss), self._autocast():
+            if loss.split is None:
+                return self._term(name, loss), None
             if loss.call is not None:
                 result = loss.call(self.model, batch)
             else:
@@ -237,26 +350,53 @@ class Objective:
         values, weights = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         if not isinstance(values, Tensor) or not values.is_floating_point():
             raise InputError(
-                f"a loss on split {loss.on!r} returned {type(values).__name__}, not a tensor of floating-point values."
+                f"loss {name!r} on split {loss.on!r} returned {type(values).__name__}, not a tensor of floating-point values."
             )
         if values.dim() == 0:
             raise InputError(
-                f"a loss on split {loss.on!r} returned a scalar; one value per element is needed, so that every example counts "
+                f"loss {name!r} on split {loss.on!r} returned a scalar; one value per element is needed, so that every example counts "
                 "once. Leave the mean out (reduction='none'), or use Loss(call=fn) and return (values, weights)."
             )
         if weights is None:
-            return values, None
+            own = None if loss.call is not None else loss.element_weights(targets)
+            return values, own if own is None or own.shape == values.shape else None
         if not isinstance(weights, Tensor) or weights.shape != values.shape:
             shape = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise InputError(
-                f"a loss on split {loss.on!r} returned values of shape {list(values.shape)} and weights {shape}; they must agree."
+                f"loss {name!r} on split {loss.on!r} returned values of shape {list(values.shape)} and weights {shape}; they must agree."
             )
-        return values, weights.detach().to(values.device, torch.float64)
+        weights = weights.detach().to(values.device, torch.float64)
+        return values.double() * weights, weights
+
+    def weighs(self, name: str, batch: Any) -> bool:
+        """Whether any element of a batch has a weight."""
+        with self._mode(), torch.no_grad():
+            weights = self.values(name, batch)[1]
+        return weights is None or bool(weights.sum() > 0)
+
+    def _term(self, name: str, loss: Loss) -> Tensor:
+        if loss.l2 is not None:
+            return (
+                0.5
+                * loss.l2
+                * torch.stack([each.double().square().sum() for each in self.model.parameters()]).sum().reshape(1)
+            )
+        assert loss.term is not None
+        value = loss.term(self.model)
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() != 1:
+            given = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"the term of loss {name!r} returned {given}, not one floating-point number.")
+        return value.reshape(1)
 
     @contextlib.contextmanager
     def _mode(self) -> Iterator[None]:
-        with normalising(self.norm_stats), default_dtype(self.dtype):
+        with normalising(self.norm_stats), default_dtype(self.dtype), tf32(self.precision == "tf32"):
             yield
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision != "bfloat16":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     @contextlib.contextmanager
     def _user_code(self, loss: Loss) -> Iterator[None]:
@@ -266,9 +406,47 @@ class Objective:
         except (InputError, SpanError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
+            place = "in a term of the parameters" if loss.split is None else f"on split {loss.split!r}"
             raise InputError(
-                f"the model or the loss function failed on split {loss.on!r}: {type(error).__name__}: {error}"
+                f"the model or the loss function failed {place}: {type(error).__name__}: {error}"
             ) from error
+
+
+def replicates_of(name: str) -> str:
+    """The name under which a loss on a random subset is evaluated on parts of it, for its standard errors."""
+    return f"{name}\0replicates"
+
+
+def _same_order(one: Order, other: Order) -> bool:
+    return one.labels == other.labels and all(map(torch.equal, one.members, other.members))
+
+
+def _codes(examples: int, order: Order) -> Tensor:
+    """For each example of a split the position of its group."""
+    codes = torch.zeros(examples, dtype=torch.int64)
+    for code, members in enumerate(order.members):
+        codes[members] = code
+    return codes
+
+
+def _few(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(map(repr, listed[:5])) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Let matrix products and convolutions of a GPU round their inputs to ten bits."""
+    if not allowed:
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    try:
+        with cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=True):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def unpack(batch: Any) -> tuple[Any, Any]:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..errors import InputError
-from ..task import Loss
-from .evaluate import Evaluation, Objective, is_statistic, unpack
+from .evaluate import Objective, unpack
+from .sharing import tensors_of
+from .sums import Evaluation
+from .tensors import is_statistic
 
 _SAMPLE = 256
-_AGREE = 1e-4
+_AGREE = {"float32": 1e-4, "float64": 1e-4, "tf32": 1e-2, "bfloat16": 1e-2}
 _REPEATS = 1e-6
 
 
@@ -53,25 +59,52 @@ class _Scale:
         return math.nan if any(map(math.isnan, differences)) else max(differences)
 
 
-def _scale(objective: Objective, loss: Loss, whole: Evaluation, half: Evaluation, batch: Any) -> _Scale:
-    def absolute(model: Any, batch: Any) -> Any:
-        values, weights = objective.values(loss, batch)
-        return values.abs() if weights is None else (values.abs(), weights)
+def _scale(objective: Objective, name: str, whole: Evaluation, half: Evaluation, batch: Any) -> _Scale:
+    def absolute(batch: Any) -> Any:
+        values, weights = objective.values(name, batch)
+        return values.abs(), weights
 
-    value = max(objective.over(Loss(call=absolute, on=loss.on), iter([batch]), gradient=False).loss, 1e-12)
+    value = max(float(objective.over(absolute, [batch], gradient=False).loss), 1e-12)
     return _Scale(value, max(_norm(whole), _norm(half), 1e-12 * value))
 
 
 def identify(objective: Objective, name: str) -> Identity:
     """A loss's value and gradient norm on the first 256 examples, at the point the objective holds."""
-    loss = objective.losses[name]
-    found = objective.over(loss, iter([objective.splits[loss.on].slice(0, _sample(objective, loss))]))
-    return Identity(found.loss, _norm(found))
+    found = _over(objective, name, *_sample(objective, name))
+    return Identity(float(found.loss), _norm(found))
 
 
-def _sample(objective: Objective, loss: Loss) -> int:
-    """A sample no larger than a batch, so that whatever fits a batch fits the probe."""
-    return min(_SAMPLE, objective.batch_sizes[loss.on], objective.splits[loss.on].examples)
+def _over(objective: Objective, name: str, *batches: Any, gradient: bool = True) -> Evaluation:
+    return objective.over(partial(objective.values, name), batches, gradient=gradient)
+
+
+def _sample(objective: Objective, name: str) -> list[Any]:
+    """A sample no larger than a batch, so that whatever fits a batch fits the probe; a term of the parameters needs none."""
+    split = objective.losses[name].split
+    if split is None:
+        return [None]
+    start = _start(objective, name)
+    return [objective.splits[split].sample(start, start + _count(objective, split))]
+
+
+def _start(objective: Objective, name: str) -> int:
+    """Where the sample starts: at the first examples that weigh anything (targets may all be ignored, text all padding)."""
+    split = objective.splits[objective.losses[name].on]
+    count = _count(objective, split.name)
+    for start in range(0, split.examples, count):
+        if objective.weighs(name, split.sample(start, start + _cut(count))):
+            return start
+    raise InputError(
+        f"the weights of loss {name!r} on split {split.name!r} sum to 0 wherever they were looked at. Give elements a weight."
+    )
+
+
+def _cut(count: int) -> int:
+    return count // 2 + 1 if count > 2 else 1
+
+
+def _count(objective: Objective, split: str) -> int:
+    return min(_SAMPLE, objective.batch_sizes[split], objective.splits[split].examples)
 
 
 def check_loss(objective: Objective, name: str) -> list[str]:
@@ -81,23 +114,30 @@ def check_loss(objective: Objective, name: str) -> list[str]:
         InputError: where two evaluations or two batch sizes disagree, or the loss is not its function's own mean.
     """
     loss = objective.losses[name]
-    split = objective.splits[loss.on]
-    count = _sample(objective, loss)
-    cut = count // 2 + 1 if count > 2 else 1
-    sample, half = split.slice(0, count), split.slice(0, cut)
-    first = objective.over(loss, iter([sample]))
+    if loss.split is None:
+        first = _over(objective, name, None)
+        _finite(name, first)
+        scale = _Scale(max(abs(first.loss), 1e-12), max(_norm(first), 1e-12))
+        return _repeats(objective, name, None, scale.apart(first, _over(objective, name, None)))
+    split = objective.splits[loss.split]
+    start = _start(objective, name)
+    stop = min(start + _count(objective, loss.split), split.examples)
+    cut = min(start + _cut(stop - start), stop)
+    sample, half = split.sample(start, stop), split.sample(start, cut)
+    first = _over(objective, name, sample)
     _finite(name, first)
-    scale = _scale(objective, loss, first, objective.over(loss, iter([half])), sample)
-    notes = _repeats(name, scale.apart(first, objective.over(loss, iter([split.slice(0, count)]))))
+    scale = _scale(objective, name, first, _over(objective, name, half), sample)
+    notes = _repeats(objective, name, sample, scale.apart(first, _over(objective, name, split.sample(start, stop))))
     if objective.norm_stats == "batch":
-        _statistics_unused(objective, name, loss, sample, first.loss, scale.value)
-        last = (split.examples - 1) // objective.batch_sizes[loss.on] * objective.batch_sizes[loss.on]
-        objective.over(loss, iter([split.slice(last, split.examples)]))  # it may be too small for batch statistics
-    elif count > 1:
-        parts = objective.over(loss, iter([half, split.slice(cut, count)]))
-        _batches(name, loss, first, parts, scale.apart(first, parts))
+        _statistics_unused(objective, name, sample, float(first.loss), scale.value)
+        batch_size = objective.batch_sizes[loss.split]
+        last = (split.examples - 1) // batch_size * batch_size
+        _over(objective, name, split.sample(last, split.examples))  # it may be too small for batch statistics
+    elif cut < stop:
+        parts = _over(objective, name, half, split.sample(cut, stop))
+        _batches(objective, name, first, parts, scale.apart(first, parts))
     if loss.reduces:
-        _own_mean(objective, name, loss, sample, first.loss, scale.value)
+        _own_mean(objective, name, sample, float(first.loss), scale.value)
     return notes
 
 
@@ -109,11 +149,14 @@ def _finite(name: str, evaluation: Evaluation) -> None:
         )
 
 
-def _repeats(name: str, apart: float) -> list[str]:
+def _repeats(objective: Objective, name: str, batch: Any, apart: float) -> list[str]:
     if not apart <= _REPEATS:
+        module = _random_module(objective, name, batch)
         raise InputError(
-            f"loss {name!r} is not deterministic: two evaluations at one point differ by {apart:.1e}. Usual culprits: random "
-            "augmentation in the data set, dropout called with training=True, noise or sampling in the model or the loss."
+            f"loss {name!r} is not deterministic: two evaluations at one point differ by {apart:.1e}"
+            + (f"; the first module to differ is {module}" if module else "")
+            + ". Usual culprits: random augmentation in the data set, dropout called with training=True, noise or sampling in "
+            "the model or the loss."
         )
     return (
         [f"loss {name!r}: kernels do not repeat bit for bit (two evaluations differ by {apart:.1e})"]
@@ -122,25 +165,52 @@ def _repeats(name: str, apart: float) -> list[str]:
     )
 
 
-def _batches(name: str, loss: Loss, whole: Evaluation, parts: Evaluation, apart: float) -> None:
-    if not apart <= _AGREE:
+def _random_module(objective: Objective, name: str, batch: Any) -> str | None:
+    """The first module whose outputs differ between two forward passes over one batch, innermost first."""
+    seen: list[list[tuple[str, list[Tensor]]]] = []
+    label: str
+
+    def record(label: str) -> Any:
+        return lambda module, inputs, outputs: seen[-1].append((label, [each.clone() for each in tensors_of(outputs)]))
+
+    hooks = [
+        module.register_forward_hook(
+            record(f"{label!r} ({type(module).__name__})" if label else "the model's own forward")
+        )
+        for label, module in objective.model.named_modules()
+    ]
+    try:
+        for _ in range(2):
+            seen.append([])
+            _over(objective, name, batch, gradient=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for (label, one), (_, other) in zip(*seen, strict=False):
+        if not all(map(torch.equal, one, other)):
+            return label
+    return None
+
+
+def _batches(objective: Objective, name: str, whole: Evaluation, parts: Evaluation, apart: float) -> None:
+    if not apart <= _AGREE[objective.precision]:
         raise InputError(
-            f"loss {name!r} depends on how split {loss.on!r} is cut into batches: one batch or two give values {whole.loss:.6g} "
-            f"and {parts.loss:.6g}, {apart:.1e} apart. Usual culprits: batch statistics (use --norm-stats batch --batch-size N), "
-            "a loss that compares examples with each other, a mean taken inside Loss(call=fn)."
+            f"loss {name!r} depends on how split {objective.losses[name].split!r} is cut into batches: one batch or two give values "
+            f"{whole.loss:.6g} and {parts.loss:.6g}, {apart:.1e} apart. Usual culprits: batch statistics (use --norm-stats batch "
+            "--batch-size N), a loss that compares examples with each other, a mean taken inside Loss(call=fn)."
         )
 
 
-def _statistics_unused(objective: Objective, name: str, loss: Loss, batch: Any, before: float, scale: float) -> None:
+def _statistics_unused(objective: Objective, name: str, batch: Any, before: float, scale: float) -> None:
     """In batch mode, moving the running statistics must not move the loss."""
     statistics = [tensor for key, tensor in objective.model.named_buffers() if is_statistic(key)]
     kept = [tensor.clone() for tensor in statistics]
     for tensor in statistics:
         tensor.mul_(1.5).add_(0.5)
-    after = objective.over(loss, iter([batch]), gradient=False).loss
+    after = float(_over(objective, name, batch, gradient=False).loss)
     for tensor, values in zip(statistics, kept, strict=True):
         tensor.copy_(values)
-    if not abs(after - before) <= _AGREE * scale:
+    if not abs(after - before) <= _AGREE[objective.precision] * scale:
         raise InputError(
             f"loss {name!r} reads running statistics in spite of --norm-stats batch ({before:.6g} becomes {after:.6g} when they "
             "move). Usual culprits: batch_norm imported by name from torch.nn.functional, a scripted module. Call F.batch_norm or "
@@ -148,11 +218,14 @@ def _statistics_unused(objective: Objective, name: str, loss: Loss, batch: Any, 
         )
 
 
-def _own_mean(objective: Objective, name: str, loss: Loss, batch: Any, ours: float, scale: float) -> None:
+def _own_mean(objective: Objective, name: str, batch: Any, ours: float, scale: float) -> None:
     inputs, targets = unpack(batch)
-    mean = Loss(call=lambda model, _: loss.mean()(model(inputs), targets).reshape(1), on=loss.on)
-    theirs = objective.over(mean, iter([batch]), gradient=False).loss
-    if not abs(ours - theirs) <= _AGREE * scale:
+
+    def mean(_: Any) -> tuple[Tensor, None]:
+        return objective.functions[name].mean()(objective.model(inputs), targets).reshape(1), None
+
+    theirs = float(objective.over(mean, [batch], gradient=False).loss)
+    if not abs(ours - theirs) <= _AGREE[objective.precision] * scale:
         raise InputError(
             f"the mean of loss {name!r} over its elements is {ours:.6g}, but its own reduction='mean' gives {theirs:.6g}. Usual "
             "culprits: ignore_index or class weights. Say how elements are weighted: Loss(call=fn) returning (values, weights)."

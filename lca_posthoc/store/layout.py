@@ -12,15 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from ..records import BINS, FIELDS, STEP_FIELDS, TENSOR_FIELDS
-from .manifest import Manifest, StoredTensor
+from ..records import BINS, FIELDS, OF_MOTION, PER_GROUP, STEP_FIELDS, TENSOR_FIELDS
+from .manifest import LossRecord, Manifest, StoredTensor
 
 _CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class ArrayPlan:
-    """One array of a loss: where it is, what shape it has, who its rows belong to."""
+    """One array of a loss: where it is, what shape it has, who its rows belong to.
+
+    Along `group`, chunks never cross a border between blocks of `block` groups.
+    """
 
     path: str
     dims: tuple[str, ...]
@@ -28,6 +31,7 @@ class ArrayPlan:
     dtype: str
     rows: int
     attributes: dict[str, Any]
+    block: int | None = None
 
     @property
     def chunks(self) -> tuple[int, ...]:
@@ -37,7 +41,10 @@ class ArrayPlan:
         for axis in range(1, len(self.shape)):
             inner = int(np.prod(self.shape[axis + 1 :]))
             extent = max(1, self.shape[axis])
-            chunks.append(max(1, min(extent, left // max(1, inner))))
+            most = max(1, min(extent, left // max(1, inner)))
+            if self.dims[axis] == "group" and self.block is not None:
+                most = next(size for size in range(min(most, self.block), 0, -1) if self.block % size == 0)
+            chunks.append(most)
         return (self.rows, *chunks)
 
     @property
@@ -61,36 +68,41 @@ def missing(dtype: np.dtype[Any]) -> float | int:
     return float("nan") if dtype.kind == "f" else int(np.iinfo(dtype).min)
 
 
-def plan_arrays(manifest: Manifest, keep: str) -> Iterator[ArrayPlan]:
+def plan_arrays(manifest: Manifest, keep: str, loss: LossRecord) -> Iterator[ArrayPlan]:
     """Every array the workers write for one loss at a level of `--keep`."""
     segments, span = manifest.segments, manifest.span
+    dims, groups = (("group",), (len(loss.groups),)) if loss.groups is not None else ((), ())
+
+    def rows(
+        path: str,
+        inner: tuple[str, ...],
+        shape: tuple[int, ...],
+        dtype: str,
+        attributes: dict[str, Any] | None = None,
+        grouped: bool = True,
+    ) -> ArrayPlan:
+        all_dims = ("step", *(dims if grouped else ()), *inner)
+        extents = (segments, *(groups if grouped else ()), *shape)
+        return ArrayPlan(path, all_dims, extents, dtype, span, attributes or {}, loss.block)
+
     for name, dtype in STEP_FIELDS.items():
-        yield ArrayPlan(f"steps/{name}", ("step",), (segments,), dtype, span, {})
+        if name != "remainder" or manifest.settings["tensors"]:
+            yield rows(f"steps/{name}", (), (), dtype, grouped=name in PER_GROUP)
     for name, dtype in TENSOR_FIELDS.items():
-        yield ArrayPlan(f"tensors/{name}", ("step", "tensor"), (segments, len(manifest.allocated)), dtype, span, {})
-    yield ArrayPlan("histogram/count", ("step", "bin"), (segments, BINS), "int64", span, {})
-    yield ArrayPlan("histogram/zero", ("step",), (segments,), "int64", span, {})
+        yield rows(f"tensors/{name}", ("tensor",), (len(manifest.allocated),), dtype, grouped=name not in OF_MOTION)
+    if loss.replicates:
+        yield rows("tensors/replicates", ("replicate", "tensor"), (loss.replicates, len(manifest.allocated)), "float64")
+    yield rows("histogram/count", ("bin",), (BINS,), "int64")
+    yield rows("histogram/zero", (), (), "int64")
     for tensor in manifest.allocated:
         name, shape = tensor.spec.name, tensor.spec.shape
         inner = tuple(f"{name}:{axis}" for axis in range(len(shape)))
         attributes = {"name": name, "kind": tensor.spec.kind, "aliases": list(tensor.spec.aliases)}
         if keep == "parameters":
-            yield ArrayPlan(
-                f"allocation/{tensor.key}",
-                ("step", *inner),
-                (segments, *shape),
-                "float32",
-                span,
-                {**attributes, "units": "loss"},
-            )
+            yield rows(f"allocation/{tensor.key}", inner, shape, "float32", {**attributes, "units": "loss"})
         if keep in ("parameters", "units"):
-            yield ArrayPlan(
-                f"units/{tensor.key}",
-                ("step", f"{name}:unit"),
-                (segments, _units(tensor)),
-                "float32",
-                span,
-                {**attributes, "units": "loss"},
+            yield rows(
+                f"units/{tensor.key}", (f"{name}:unit",), (_units(tensor),), "float32", {**attributes, "units": "loss"}
             )
         shape_of_totals = (manifest.windows, len(FIELDS), *shape)
         yield ArrayPlan(f"totals/{tensor.key}", ("window", "field", *inner), shape_of_totals, "float64", 1, attributes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,35 @@ class StoredTensor:
 class LossRecord:
     """What identifies a loss: its settings, and its identity at the first and last checkpoint (null where not finite).
 
-    `key` is its name in the store; `batch_size` is used for every evaluation of it; `calibration` turns Σ|(g₁ − g₀)·Δθ| into
-    an estimate of the trapezoid's error (null for other rules).
+    `key` is its name in the store; `on` is null for a term of the parameters; `examples` of the `total` of the split are in the
+    subset. `groups` are labels and `counts` their examples (null without groups), taken `block` at a time. `along` names the
+    grouped loss in the order of whose groups the batches of this one are taken, `replicates` counts the random parts they are
+    taken in instead, for standard errors. `batch_size` is used for every evaluation of it; `calibration` turns
+    Σ|(g₁ − g₀)·Δθ| into an estimate of the trapezoid's error (null for other rules); `measured` says whether a few segments are
+    evaluated one precision higher as well.
     """
 
     key: str
-    on: str
+    on: str | None
     kind: str
     examples: int
+    total: int
+    groups: list[int] | list[str] | None
+    counts: list[int] | None
+    block: int | None
+    along: str | None
+    replicates: int
     batch_size: int
     calibration: float | None
+    measured: bool
     identity: Identity
+
+    @property
+    def blocks(self) -> list[range]:
+        """The groups in the blocks they are taken in; a loss without groups is one."""
+        if self.groups is None or self.block is None:
+            return [range(len(self.groups or [None]))]
+        return [range(at, min(at + self.block, len(self.groups))) for at in range(0, len(self.groups), self.block)]
 
 
 @dataclass(frozen=True)
@@ -82,8 +101,14 @@ class Manifest:
 
     @property
     def allocated(self) -> list[StoredTensor]:
-        """The tensors with an allocation."""
-        return [tensor for tensor in self.tensors if tensor.spec.kind != "state"]
+        """The tensors with an allocation that is kept."""
+        patterns = self.settings["tensors"]
+        return [
+            tensor
+            for tensor in self.tensors
+            if tensor.spec.kind != "state"
+            and (not patterns or any(fnmatchcase(tensor.spec.name, pattern) for pattern in patterns))
+        ]
 
     @property
     def parameters(self) -> int:
@@ -109,6 +134,10 @@ class Manifest:
     def with_losses(self, losses: dict[str, LossRecord]) -> Manifest:
         """The same run with more losses."""
         return replace(self, losses={**self.losses, **losses})
+
+    def without(self, loss: str) -> Manifest:
+        """The same run with one loss fewer."""
+        return replace(self, losses={name: record for name, record in self.losses.items() if name != loss})
 
     def with_checkpoints(self, checkpoints: list[Checkpoint], identities: Mapping[str, Identity]) -> Manifest:
         """The same run on other checkpoints; the identity of a loss at the last one is new, or unknown."""

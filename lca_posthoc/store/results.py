@@ -13,10 +13,10 @@ import xarray as xr
 import zarr
 
 from ..errors import LCAError
-from ..records import FIELDS, TOTALS, join_all
+from ..records import FIELDS, MAY_BE_NAN, TOTALS, join_all
 from .layout import missing
 from .lock import is_held
-from .manifest import Manifest, read_manifest
+from .manifest import LossRecord, Manifest, read_manifest
 from .writer import COMMITS, DATA, RunWriter
 
 
@@ -29,7 +29,7 @@ def loaded(data: xr.Dataset, name: str) -> xr.Dataset:
     data = data.load()
     for field, column in data.data_vars.items():
         hole = np.isnan(column.values) if column.dtype.kind == "f" else column.values == missing(column.dtype)
-        if field != "error_bound" and hole.any():
+        if field not in MAY_BE_NAN and hole.any():
             raise LCAError(
                 f"stored {field} of loss {name!r} are damaged: numbers that were committed are missing. Restore them from a copy."
             )
@@ -46,6 +46,16 @@ class LossResults:
 
     def __repr__(self) -> str:
         return f"<LossResults {self.name!r}: {len(self._rows)} of {self._manifest.segments} segments in {str(self._path)!r}>"
+
+    @property
+    def record(self) -> LossRecord:
+        """What identifies the loss: its split, examples, groups, batch size and more."""
+        return self._manifest.losses[self.name]
+
+    @property
+    def precision(self) -> str:
+        """What the gradients were computed in."""
+        return str(self._manifest.settings["precision"])
 
     @cached_property
     def _rows(self) -> list[int]:
@@ -80,6 +90,10 @@ class LossResults:
                 f"with --keep {'parameters' if part == 'allocation' else 'units'}."
             )
         data: xr.Dataset = xr.open_zarr(self._path / DATA, group=group, consolidated=False, chunks=None)
+        if self.record.groups is not None:
+            data = data.assign_coords(group=("group", np.array(self.record.groups)))
+            if part in ("steps", "tensors", "histogram"):
+                data = data.assign_coords(examples=("group", np.array(self.record.counts)))
         return data if len(self._rows) == self._manifest.segments else data.isel(step=self._rows)
 
     def _named(self, part: str) -> xr.Dataset:
@@ -88,24 +102,30 @@ class LossResults:
 
     @property
     def allocation(self) -> xr.Dataset:
-        """One variable per tensor under its PyTorch name, dims `(step, "NAME:0", …)`, float32, in units of loss."""
+        """One variable per tensor under its PyTorch name, dims `(step[, group], "NAME:0", …)`, float32, in units of loss."""
         return self._named("allocation")
 
     @property
     def units(self) -> xr.Dataset:
-        """Sums per neuron or channel, one variable per tensor, dims `(step, "NAME:unit")`, float32, in units of loss."""
+        """Sums per neuron or channel, one variable per tensor, dims `(step[, group], "NAME:unit")`, float32, in units of loss."""
         return self._named("units")
 
     @property
     def steps(self) -> xr.Dataset:
-        """Per segment: loss_start, loss_end, residual, evaluations, level, converged, error_bound."""
+        """Per segment: loss_start, loss_end, residual, evaluations, level, converged, error_bound, precision_error.
+
+        `weight` is Σ of the elements' weights (of each group); `remainder` what the tensors that are not kept did.
+        """
         data = loaded(self._open("steps"), self.name)
         data["converged"] = data["converged"] == 1
         return data
 
     @property
     def tensors(self) -> xr.Dataset:
-        """Per segment and tensor: allocated, helping and hurting counts, motion Σ|Δθ|, gradient Σ|mean gradient|."""
+        """Per segment, group and tensor: allocated, helping and hurting counts, motion Σ|Δθ|, gradient Σ|mean gradient|.
+
+        `replicates` is what each random part of a random subset allocates, for `standard_error`.
+        """
         specs = [tensor.spec for tensor in self._manifest.allocated]
         return loaded(self._open("tensors"), self.name).assign_coords(
             tensor=("tensor", np.array([spec.name for spec in specs], dtype=object)),
@@ -121,6 +141,8 @@ class LossResults:
     @property
     def totals(self) -> xr.Dataset:
         """Per parameter over all segments, dims `(total, "NAME:0", …)`: allocated, counts of helping and hurting, turns.
+
+        Those of a loss with groups are of its weighted mean over the groups: the loss of the whole split.
 
         Raises:
             LCAError: where the run is not complete.

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,13 +37,14 @@ PARTIAL = "partial"
 _BLOCK = 4096
 
 
-def required_bytes(manifest: Manifest, keep: str, losses: int) -> int:
-    """Bytes a run takes before compression: numbers, one block of the file system for each file, and the record."""
-    plans = list(plan_arrays(manifest, keep))
-    files = sum(plan.files + 1 for plan in plans) + manifest.spans
-    return losses * (sum(plan.bytes for plan in plans) + _BLOCK * files) + _BLOCK * (
-        8 + len(manifest.checkpoints) // 16
-    )
+def required_bytes(manifest: Manifest, keep: str, losses: Iterable[LossRecord]) -> int:
+    """Bytes losses take before compression: numbers, one block of the file system for each file, and the record."""
+    needed = _BLOCK * (8 + len(manifest.checkpoints) // 16)
+    for loss in losses:
+        plans = list(plan_arrays(manifest, keep, loss))
+        files = sum(plan.files + 1 for plan in plans) + manifest.spans
+        needed += sum(plan.bytes for plan in plans) + _BLOCK * files
+    return needed
 
 
 def create(path: Path, manifest: Manifest) -> RunWriter:
@@ -111,24 +112,30 @@ class RunWriter:
 
     def create_loss(self, name: str) -> None:
         """Create the arrays of one loss; leftovers of a killed creation are removed first."""
-        key = self.manifest.losses[name].key
-        for part in (DATA, COMMITS, PARTIAL):
-            shutil.rmtree(self.path / part / key, ignore_errors=True)
+        key, groups = self.manifest.losses[name].key, self.manifest.losses[name].groups
+        self._clear(key)
         (self.path / COMMITS / key).mkdir()
         (self.path / PARTIAL / key).mkdir()
         group = zarr.open_group(self.path / DATA, mode="r+", zarr_format=3, use_consolidated=False).create_group(
             key, attributes={"loss": name}
         )
-        for part in dict.fromkeys(plan.path.partition("/")[0] for plan in self._plans()):
-            group.create_group(part, attributes=self._attributes(part))
-        for plan in self._plans():
+        for part in dict.fromkeys(plan.path.partition("/")[0] for plan in self._plans(name)):
+            made = group.create_group(part, attributes=self._attributes(part))
+            if groups is not None and part != "totals":
+                labels = np.array(groups, np.dtypes.StringDType() if isinstance(groups[0], str) else "int64")
+                made.create_array("group", data=labels, dimension_names=("group",))
+        for plan in self._plans(name):
             _create(group, plan)
         edges = histogram_edges()
         group["histogram"].create_array("edge", data=edges, dimension_names=("edge",))  # type: ignore[union-attr]
         self._label(group)
 
-    def _plans(self) -> Iterator[ArrayPlan]:
-        return plan_arrays(self.manifest, self.keep)
+    def _clear(self, key: str) -> None:
+        for part in (DATA, COMMITS, PARTIAL):
+            shutil.rmtree(self.path / part / key, ignore_errors=True)
+
+    def _plans(self, loss: str) -> Iterator[ArrayPlan]:
+        return plan_arrays(self.manifest, self.keep, self.manifest.losses[loss])
 
     def _attributes(self, part: str) -> dict[str, Any]:
         if part == "tensors":
@@ -154,6 +161,13 @@ class RunWriter:
             self.create_loss(name)
         write_manifest(self.manifest, self.path)
 
+    def remove_loss(self, name: str) -> None:
+        """Drop a loss: from the record first, so that one killed meanwhile leaves no loss without numbers."""
+        key = self.manifest.losses[name].key
+        self.manifest = self.manifest.without(name)
+        write_manifest(self.manifest, self.path)
+        self._clear(key)
+
     def take_up(self, checkpoints: list[Checkpoint], identities: Mapping[str, Identity]) -> None:
         """Take up checkpoints at the end, or in place of ones no number relies on.
 
@@ -172,10 +186,10 @@ class RunWriter:
                 self._window_marker(key, before.windows - 1).unlink(missing_ok=True)
         self.manifest = after
         root = zarr.open_group(self.path / DATA, mode="r+", zarr_format=3, use_consolidated=False)
-        for key in (record.key for record in after.losses.values()):
-            group = root[key]
+        for name, record in after.losses.items():
+            group = root[record.key]
             assert isinstance(group, zarr.Group)
-            for plan in self._plans():
+            for plan in self._plans(name):
                 group[plan.path].resize(plan.shape)  # type: ignore[union-attr]
             self._label(group)
         write_manifest(after, self.path)
@@ -227,26 +241,40 @@ class RunWriter:
 
     # --- spans: workers ----------------------------------------------------------------------------------------------
 
-    def write_span(self, loss: str, span: int, tally: Tally, facts: dict[str, Any]) -> None:
-        """Write and commit everything one span has to say about one loss.
+    def write_block(self, loss: str, span: int, tally: Tally) -> None:
+        """Write the large arrays of the tally's block of groups; `write_span` commits them."""
+        record = self.manifest.losses[loss]
+        arrays = {
+            f"{part}/{self._key(name)}": values
+            for part, held in (("allocation", tally.allocation), ("units", tally.units))
+            for name, values in held.items()
+        }
+        rows: tuple[slice, ...] = (self.manifest.rows(span),)
+        if record.groups is not None:
+            rows = (*rows, slice(tally.block.start, tally.block.stop))
+        self._write(record.key, arrays, rows)
+
+    def write_span(
+        self, loss: str, span: int, tally: Tally, facts: dict[str, Any], replicates: np.ndarray[Any, Any] | None = None
+    ) -> None:
+        """Write what is left of what one span has to say about one loss, and commit it.
 
         Args:
             loss: its name.
             span: its number on the grid.
             tally: the arrays.
             facts: JSON-like, recorded in the marker (evaluations, seconds, …).
+            replicates: allocated, by segment, replicate and tensor, where the loss has them.
         """
         key = self.manifest.losses[loss].key
         rows = self.manifest.rows(span)
-        parts: dict[str, dict[str, Any]] = {
-            "steps": tally.steps,
-            "tensors": tally.tensors,
-            "histogram": tally.histogram,
-            "allocation": {self._key(name): each for name, each in tally.allocation.items()},
-            "units": {self._key(name): each for name, each in tally.units.items()},
-        }
+        parts = {"steps": tally.steps, "tensors": tally.tensors, "histogram": tally.histogram}
         arrays = {f"{part}/{name}": values for part, held in parts.items() for name, values in held.items()}
-        files = self._write_rows(key, arrays, rows, span)
+        if replicates is not None:
+            arrays["tensors/replicates"] = replicates
+        planned = [plan.path for plan in self._plans(loss) if not plan.path.startswith("totals/")]
+        self._write(key, {path: values for path, values in arrays.items() if path in planned}, (rows,))
+        files = [file for path in planned for file in _row_files(self.path / DATA / key / path, span)]
         totals = tally.totals()
         if self.manifest.window == 1:
             files += self._write_totals(key, span, totals)
@@ -268,24 +296,22 @@ class RunWriter:
     def _key(self, name: str) -> str:
         return next(tensor.key for tensor in self.manifest.allocated if tensor.spec.name == name)
 
-    def _write_rows(self, key: str, arrays: dict[str, Any], rows: slice, row: int) -> list[Path]:
-        """Write one chunk row of each array; returns the files that hold it."""
+    def _write(self, key: str, arrays: dict[str, Any], rows: tuple[slice, ...]) -> None:
+        """Write whole chunks of some arrays."""
         numcodecs.blosc.use_threads = False
-        files: list[Path] = []
         with zarr.config.set({"array.write_empty_chunks": True}):
             group = zarr.open_group(self.path / DATA / key, mode="r+", zarr_format=3, use_consolidated=False)
             for path, values in arrays.items():
                 if values.size:
                     group[path][rows] = values  # type: ignore[index]
-                    files += _row_files(self.path / DATA / key / path, row)
-        return files
 
     def _write_totals(self, key: str, window: int, totals: dict[str, Totals]) -> list[Path]:
         arrays = {
             f"totals/{self._key(name)}": np.stack([np.asarray(held[field], "float64") for field in FIELDS])[None]
             for name, held in totals.items()
         }
-        return self._write_rows(key, arrays, slice(window, window + 1), window)
+        self._write(key, arrays, (slice(window, window + 1),))
+        return [file for path in arrays for file in _row_files(self.path / DATA / key / path, window)]
 
     def fold(self, loss: str, window: int) -> None:
         """Join the totals of a window's spans once all are committed; harmless to repeat, also at the same time."""

@@ -1,0 +1,119 @@
+"""What evaluating a loss over many batches adds up to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .batches import Order
+
+Numbers = Any  # numpy float64 of shape () or (groups,)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A loss at one point and its gradient there, both float64; no gradient after a forward pass alone.
+
+    `loss` and `weight` (the sum of the elements' weights) have shape () or (groups,), a tensor's gradient its own shape or
+    (groups, *shape). `untouched` names the tensors the loss did not reach; their gradient is zero.
+    """
+
+    loss: Numbers
+    gradient: dict[str, Tensor]
+    weight: Numbers
+    untouched: frozenset[str] = frozenset()
+
+
+class Sums:
+    """Σ values, Σ weights and Σ gradients of one source of values, float64: of each of some groups, over everything, or both.
+
+    What a loss without groups comes to is added up group by group, in the order of the batches, whether or not the sums of the
+    groups are wanted themselves.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], device: torch.device, groups: range | None, plain: bool
+    ) -> None:
+        self.shapes, self.groups, self._plain, self._device = shapes, groups, plain, device
+        if groups is not None:
+            self._rows, self._row_totals = self._zeros((len(groups),))
+        self._whole: dict[str, Tensor] = {}
+        self._whole_totals = torch.zeros(2, dtype=torch.float64, device=device)
+        self._group: int | None = None
+        self._part: dict[str, Tensor] = {}
+        self._part_totals = self._whole_totals
+        self._reached: set[str] = set()
+        self._found: dict[bool, Evaluation] = {}
+
+    def _zeros(self, groups: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor]:
+        made = {
+            name: torch.zeros((*groups, *shape), dtype=torch.float64, device=self._device)
+            for name, shape in self.shapes.items()
+        }
+        return made, torch.zeros((*groups, 2), dtype=torch.float64, device=self._device)
+
+    def begin(self, group: int) -> None:
+        """What follows belongs to a group."""
+        if group == self._group:
+            return
+        self._close()
+        self._group = group
+        if self.groups is None:
+            self._part, self._part_totals = self._zeros(())
+        else:
+            row = group - self.groups.start
+            self._part = {name: each[row] for name, each in self._rows.items()}
+            self._part_totals = self._row_totals[row]
+
+    def _close(self) -> None:
+        if self._group is None or not self._plain:
+            return
+        if self._whole:
+            for name, each in self._part.items():
+                self._whole[name] += each
+        else:
+            self._whole = {name: each if self.groups is None else each.clone() for name, each in self._part.items()}
+        self._whole_totals = self._whole_totals + self._part_totals
+
+    def add(self, total: Tensor, weight: Tensor | int) -> None:
+        """Take in Σ values and Σ weights of a batch."""
+        self._part_totals[0] += total
+        self._part_totals[1] += weight
+
+    def collect(self, tensors: Mapping[str, Tensor]) -> None:
+        """Move the gradients autograd left on the module's tensors into the sums."""
+        for name, part in self._part.items():
+            tensor = tensors[name]
+            if tensor.grad is not None:
+                part += tensor.grad
+                tensor.grad = None
+                self._reached.add(name)
+
+    def evaluation(self, grouped: bool, where: str, order: Order | None) -> Evaluation:
+        """The mean over all elements, or over those of each group."""
+        if grouped not in self._found:
+            self._close()
+            self._group = None
+            totals, weights = (self._row_totals if grouped else self._whole_totals).unbind(-1)
+            if not bool((weights > 0).all()):
+                empty = int((weights > 0).int().argmin())
+                first = self.groups.start if self.groups else 0
+                place = f"group {order.labels[first + empty]!r} of {where}" if grouped and order else where
+                raise InputError(
+                    f"the weights of {place} sum to {float(weights.reshape(-1)[empty])}. Give at least one element a weight."
+                )
+            gradient = self._rows if grouped else self._whole
+            for name, each in gradient.items():
+                each /= weights.reshape(weights.shape + (1,) * len(self.shapes[name]))
+            self._found[grouped] = Evaluation(
+                (totals / weights).cpu().numpy()[()],
+                gradient,
+                weights.cpu().numpy()[()],
+                frozenset(set(self.shapes) - self._reached),
+            )
+        return self._found[grouped]
