@@ -165,7 +165,7 @@ def _local(workers: int | None, device: str, stop: threading.Event) -> Iterator[
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         sys.exit(1)  # a worker importing a script without a `__main__` guard; the driver says so
     environments = _gpu_environments() if device == "cuda" else [{} for _ in range(_cores())]
-    count = workers or len(environments)
+    count = workers or local_workers(device)
     specs = {
         index: {
             "cls": Nanny,
@@ -246,6 +246,11 @@ def _worker_plugin() -> Any:
             _settle_in()
 
     return SettleIn()
+
+
+def local_workers(device: str) -> int:
+    """How many workers this host has unless told: one per visible GPU, or one per core."""
+    return len(_gpu_environments()) if device == "cuda" else _cores()
 
 
 def _cores() -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from .cluster import open_cluster
+from .cluster import local_workers, open_cluster
 from .preparation import Preparation, prepare, unwrapped
 from .quadrature import RULES
 from .records import KEEP
@@ -24,25 +24,40 @@ from .worker import measure
 
 @dataclass(frozen=True)
 class LossPlan:
-    """One loss: examples, batch size, gradient evaluations without refinement, seconds each and altogether on one worker."""
+    """One loss: what it is over, its batches, gradient evaluations without refinement, seconds of one and of all on one worker.
+
+    `fastest_batch_size` of those tried took the least time, `largest_batch_size` is the largest that fits in memory; `bytes` are
+    before compression, under each level of `--keep`.
+    """
 
     examples: int
+    groups: int
     batch_size: int
+    fastest_batch_size: int
+    largest_batch_size: int
     evaluations: int
     seconds_per_evaluation: float
     seconds: float
+    bytes: dict[str, int]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `lca plan` prints. `bytes` are before compression, under each level of `--keep`, for all losses together."""
+    """What `lca plan` prints.
+
+    `seconds` is what all losses together take on one worker, which is less than their sum where they share passes; `bytes` are
+    before compression, for all losses together; `memory` is what a worker holds.
+    """
 
     segments: int
     parameters: int
     device: str
+    workers: int
     losses: dict[str, LossPlan]
+    seconds: float
     bytes: dict[str, int]
     free: int
+    memory: int
     notes: list[str]
 
 
@@ -52,6 +67,7 @@ def plan(
     *,
     losses: Sequence[str] = (),
     out: str | Path | None = None,
+    workers: int | None = None,
     **asked: Any,
 ) -> Plan:
     """Probe the task in this process and say what `run` with the same arguments would cost.
@@ -61,6 +77,7 @@ def plan(
         task: as for `run`.
         losses: as for `run`.
         out: where the run would go; tells whose free space counts.
+        workers: how many would share the work; by default as for `run`.
         asked: settings as for `run`.
 
     Raises:
@@ -70,19 +87,24 @@ def plan(
     trajectory = open_trajectory(
         checkpoints, pattern=settings["pattern"], rename=settings["rename"], steps=settings["steps"]
     )
+    workers = workers or local_workers(settings["device"])
     with open_cluster("inline", None, settings["device"], threading.Event()) as cluster:
-        ready = prepare(cluster, trajectory, entry(task), list(losses), settings)
-        measured = unwrapped(measure({**ready.common, **ready.probe_part, "batch_sizes": ready.batch_sizes}))
+        ready = prepare(cluster, trajectory, entry(task), list(losses), settings, workers=workers)
+        spec = {**ready.common, **ready.probe_part, "batch_sizes": ready.batch_sizes}
+        measured = unwrapped(measure(spec))
     manifest = ready.manifest
-    found = {name: _loss_plan(ready, name, measured["seconds"][name]) for name in manifest.losses}
+    found = {name: _loss_plan(ready, name, measured["losses"][name]) for name in manifest.losses}
     return Plan(
         manifest.segments,
         manifest.parameters,
         manifest.settings["device"],
+        workers,
         found,
+        measured["together"] * max(loss.evaluations for loss in found.values()),
         {keep: required_bytes(manifest, keep, manifest.losses.values()) for keep in KEEP},
         psutil.disk_usage(str(_existing(Path(out) if out is not None else default_out(checkpoints)))).free,
-        [*trajectory.notes, *ready.notes, *measured["advice"]],
+        measured["memory"],
+        [*trajectory.notes, *ready.notes],
     )
 
 
@@ -92,9 +114,19 @@ def _existing(place: Path) -> Path:
     return place if place.exists() else _existing(place)
 
 
-def _loss_plan(ready: Preparation, name: str, seconds: float) -> LossPlan:
+def _loss_plan(ready: Preparation, name: str, measured: dict[str, Any]) -> LossPlan:
     manifest, record = ready.manifest, ready.manifest.losses[name]
     rule = RULES[manifest.settings["rule"]]
     per_segment = len(rule.nodes) - (1 if rule.has_start and rule.has_end else 0)
     evaluations = per_segment * manifest.segments + (manifest.spans if rule.has_end else 0)
-    return LossPlan(record.examples, record.batch_size, evaluations, seconds, evaluations * seconds)
+    return LossPlan(
+        record.examples,
+        len(record.groups or []),
+        record.batch_size,
+        measured["fastest"],
+        measured["largest"],
+        evaluations,
+        measured["seconds"],
+        evaluations * measured["seconds"],
+        {keep: required_bytes(manifest, keep, [record]) for keep in KEEP},
+    )

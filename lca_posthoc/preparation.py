@@ -52,6 +52,7 @@ def prepare(
     *,
     existing: Manifest | None = None,
     span: int | None = None,
+    workers: int | None = None,
 ) -> Preparation:
     """Describe and probe a task on one worker of the cluster, and lay out the run.
 
@@ -63,6 +64,7 @@ def prepare(
         settings: complete.
         existing: the run that is there already, whose batch sizes and keys hold.
         span: segments per span; chosen where None.
+        workers: how many will share the work; those of the cluster where None.
 
     Raises:
         InputError: for anything wrong with the task or its fit to the checkpoints.
@@ -88,10 +90,11 @@ def prepare(
     recorded = existing.losses if existing else {}
     batch_sizes = {record.on: record.batch_size for record in recorded.values() if record.on is not None}
     segments = len(trajectory.checkpoints) - 1
-    span = span or choose_span(segments, cluster.workers, sum(spec.elements for spec in table))
+    workers = workers or cluster.workers
+    span = span or choose_span(segments, workers, sum(spec.elements for spec in table))
     probe_part = {
         **_probe_part(trajectory, table),
-        "workers": cluster.workers,
+        "workers": workers,
         "span": existing.span if existing else span,
     }
     probed = _ask(cluster, probe, {**common, **probe_part, "recorded": list(recorded), "batch_sizes": batch_sizes})

@@ -112,7 +112,7 @@ def run(
         losses: names of the task's losses; None for its first, `["all"]` for every one.
         out: the run directory; `CHECKPOINTS.lca` by default.
         rule: "simpson" (default), "trapezoid", or fixed: "left", "midpoint", "gauss-2", "gauss-3".
-        tolerance: bound on |residual| per segment and loss, in units of loss (default 1e-3; inf never refines).
+        tolerance: bound on |residual| per segment and loss, in units of loss (default 1e-3, inf for bfloat16; inf never refines).
         allocation_tolerance: bound on the allocation's own L1 error as well (default inf).
         keep: "parameters" (default), "units" or "tensors".
         batch_size: examples per batch; a deterministic choice by default.

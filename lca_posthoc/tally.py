@@ -35,14 +35,19 @@ def histogram(values: Tensor) -> Tensor:
     Returns:
         (rows, BINS), int64.
     """
-    rows = values.shape[0]
-    top = (values.view(torch.int32) >> 22) & 0x3FF
+    rows, pattern = values.shape[0], values.view(torch.int32)
+    top = (pattern >> 22) & 0x3FF
     top += 1024 * torch.arange(rows, dtype=torch.int32, device=values.device)[:, None]
     counts = torch.bincount(top.reshape(-1), minlength=1024 * rows).reshape(rows, 1024)
     positive, negative = counts[:, :MAGNITUDES], counts[:, 512 : 512 + MAGNITUDES]
-    positive[:, 0] -= (values.view(torch.int32) == 0).sum(1)
-    negative[:, 0] -= (values.view(torch.int32) == -(2**31)).sum(1)
+    positive[:, 0] -= count(pattern == 0)
+    negative[:, 0] -= count(pattern == -(2**31))
     return torch.cat([negative.flip(1), positive], 1)
+
+
+def count(found: Tensor) -> Tensor:
+    """How many are true in each row; summed as float32, which is several times faster and exact below 2²⁴."""
+    return found.float().sum(1).long() if found.shape[1] < 2**24 else found.sum(1)
 
 
 def unit_sums(values: Tensor, axis: int | None) -> Tensor:
@@ -166,18 +171,13 @@ class Tally:
         sums = {
             name: torch.zeros(shape[0], dtype=torch.float64, device=exact.device) for name in ("allocated", "gradient")
         }
-        counts = {
-            name: torch.zeros(shape[0], dtype=torch.int64, device=exact.device) for name in ("helping", "hurting")
-        }
         bins = torch.zeros((shape[0], BINS), dtype=torch.int64, device=exact.device)
         for row, column in blocks(*shape):
             part = stored[row, column].copy_(exact[row, column])
             sums["allocated"][row] += exact[row, column].sum(1)
             sums["gradient"][row] += gradient[row, column].abs().sum(1)
-            counts["helping"][row] += (part < 0).sum(1)
-            counts["hurting"][row] += (part > 0).sum(1)
-            if spec.kind == "parameter":
-                bins[row] += histogram(part)
+            bins[row] += histogram(part)
+        counts = {"helping": bins[:, : BINS // 2].sum(1), "hurting": bins[:, BINS // 2 :].sum(1)}
         for name, values in {**sums, **counts}.items():
             self._of_block(self.tensors[name], at)[:, position] = values.cpu().numpy()
         self.tensors["motion"][at, position] = motion.abs().sum().item()

@@ -263,26 +263,31 @@ def _identities(spec: Spec, objective: Any, first: Any, names: list[str]) -> dic
 
 _ROOM = 0.5
 _COPIES = 9  # float64 numbers a grouped loss holds of every group and parameter at a time
+_FEW = 1000  # examples of a group below which page faults cost as much as evaluating
+_HEAP_BYTES = 32 * 2**20  # larger arrays are mapped anew whenever they are made
 
 
 def _block(spec: Spec, objective: Any, name: str) -> int | None:
-    """How many groups of a loss fit in this worker's share of the memory; None where all do."""
+    """How many groups of a loss are taken at a time, by the memory of this worker; None where all are."""
+    from .objective import power_of_two
+
     order = objective.order(name)
     if order is None:
         return None
     elements = sum(each.elements for each in objective.allocated)
-    kept = spec["span"] if spec["settings"]["keep"] == "parameters" else 0
-    fits = int(_ROOM * _free_memory(spec, objective.device) // (elements * (8 * _COPIES + 4 * kept)))
-    return None if fits >= len(order.labels) else int(2 ** (max(1, fits).bit_length() - 1))
+    fits = int(_ROOM * _free_memory(spec["workers"], objective.device) // (elements * _bytes_per_number(spec)))
+    if objective.splits[objective.losses[name].split].examples < _FEW * len(order.labels):
+        fits = min(fits, _HEAP_BYTES // (8 * max(each.elements for each in objective.allocated)))
+    return None if fits >= len(order.labels) else power_of_two(fits)
 
 
-def _free_memory(spec: Spec, device: Any) -> float:
+def _free_memory(workers: int, device: Any) -> float:
     import psutil
     import torch
 
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    return float(psutil.virtual_memory().available) / int(spec["workers"])
+    return float(psutil.virtual_memory().available) / workers
 
 
 def _can_measure(spec: Spec, objective: Any, first: Any, names: list[str]) -> tuple[bool, list[str]]:
@@ -362,45 +367,65 @@ def _point(spec: Spec, index: int, objective: Any) -> Any:
 
 
 _TIMED_SECONDS = 1.0
-_WORTH_SAYING = 1.15
 
 
 @_reported
 def measure(spec: Spec) -> Spec:
-    """Seconds of one evaluation of each loss, from a few timed batches, and advice on the batch size."""
+    """What evaluating costs: seconds of each loss and of all together, batch sizes, memory; from a few timed batches."""
+    import torch
+
     objective = _objective(spec)
     objective.settle_batch_sizes(_first_point(spec, objective), spec["batch_sizes"])
-    seconds, advice = {}, []
-    for name, loss in objective.losses.items():
-        if loss.split is None:
-            seconds[name] = _seconds(objective, name, None)
-            continue
-        split, chosen = objective.splits[loss.split], objective.batch_sizes[loss.split]
-        per_example = {
-            size: _seconds(objective, name, split.sample(0, size)) / size for size in _sizes(chosen, split.examples)
-        }
-        seconds[name] = per_example[chosen] * split.examples
-        fastest = min(per_example, key=lambda size: per_example[size])
-        gain = per_example[chosen] / per_example[fastest]
-        if gain > _WORTH_SAYING and objective.norm_stats == "running":
-            advice.append(
-                f"loss {name!r}: batches of {fastest} were {gain:.2f} times as fast as {chosen} (--batch-size {fastest})"
-            )
-    return {"seconds": seconds, "advice": advice}
+    losses = {name: _measured(spec, objective, name) for name in objective.losses}
+    together = 0.0
+    for sources in objective.walks(objective.losses).values():
+        slowest = [max(held, key=lambda name: losses[name]["seconds"]) for held in sources.values()]
+        spared = [losses[name]["forward"] for name in slowest[1:]]  # the forward pass is shared
+        together += sum(losses[name]["seconds"] for name in slowest) - sum(spared)
+    on_gpu = objective.device.type == "cuda"
+    held = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    numbers = sum(_bookkeeping(spec, objective, name) for name in losses)
+    return {"losses": losses, "together": together, "memory": held + numbers}
 
 
-def _sizes(chosen: int, examples: int) -> list[int]:
-    """The batch size in use and its neighbours."""
-    return sorted({min(max(1, size), examples) for size in (chosen // 4, chosen // 2, chosen, chosen * 2, chosen * 4)})
+def _measured(spec: Spec, objective: Any, name: str) -> Spec:
+    from .objective import power_of_two
+
+    loss, order = objective.losses[name], objective.order(name)
+    if loss.split is None:
+        return {"seconds": _seconds(objective, name, None), "forward": 0.0, "fastest": 0, "largest": 0}
+    split, chosen = objective.splits[loss.split], objective.batch_sizes[loss.split]
+    most = split.examples if order is None else max(1, split.examples // len(order.labels))
+    sizes = {min(max(1, size), most) for size in (chosen // 4, chosen // 2, chosen, chosen * 2, chosen * 4)}
+    per_example = {size: _seconds(objective, name, split.sample(0, size)) / size for size in sorted(sizes)}
+    used = min(chosen, most)
+    room = _ROOM * _free_memory(spec["workers"], objective.device)
+    return {
+        "seconds": per_example[used] * split.examples,
+        "forward": _seconds(objective, name, split.sample(0, used), gradient=False) / used * split.examples,
+        "fastest": min(per_example, key=lambda size: per_example[size]),
+        "largest": min(power_of_two(room / objective.saved_bytes(name)), split.examples),
+    }
 
 
-def _seconds(objective: Any, name: str, batch: Any) -> float:
+def _bookkeeping(spec: Spec, objective: Any, name: str) -> int:
+    """Bytes of the numbers a loss holds of every group and parameter."""
+    order = objective.order(name)
+    groups = 1 if order is None else _block(spec, objective, name) or len(order.labels)
+    return int(groups * sum(each.elements for each in objective.allocated) * _bytes_per_number(spec))
+
+
+def _bytes_per_number(spec: Spec) -> int:
+    return 8 * _COPIES + (4 * int(spec["span"]) if spec["settings"]["keep"] == "parameters" else 0)
+
+
+def _seconds(objective: Any, name: str, batch: Any, gradient: bool = True) -> float:
     """The fastest of a few evaluations of one batch, the first one not counted."""
     times: list[float] = []
     began = time.perf_counter()
     while len(times) < 2 or (len(times) < 8 and time.perf_counter() - began < _TIMED_SECONDS):
         start = time.perf_counter()
-        objective.over(functools.partial(objective.values, name), [batch])
+        objective.over(functools.partial(objective.values, name), [batch], gradient=gradient)
         times.append(time.perf_counter() - start)
     return min(times[1:])
 

@@ -31,7 +31,7 @@ from torch.utils.data import (
 )
 
 from lca_posthoc.errors import InputError
-from lca_posthoc.objective import Split, batches
+from lca_posthoc.objective import Split, batches, sources
 
 N = 23
 INPUTS, TARGETS = torch.randn(N, 3, generator=torch.Generator().manual_seed(0)), torch.arange(N) % 4
@@ -155,7 +155,7 @@ def naive(positions: Iterable[int], size: int, labels: list[Any] | None = None) 
 
 @pytest.fixture(params=[0.25, 0.0], ids=["resident", "streamed"])
 def share(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
-    monkeypatch.setattr(batches, "_RESIDENT_SHARE", request.param)
+    monkeypatch.setattr(sources, "_RESIDENT_SHARE", request.param)
     return float(request.param)
 
 
@@ -236,7 +236,7 @@ class Counting(Items):
 
 @pytest.mark.parametrize("room", [0, 200])
 def test_data_larger_than_its_room_is_never_held_entirely(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "_room", lambda device: room * sys.getsizeof(Example(0)))
+    monkeypatch.setattr(batches, "room_on", lambda device: room * sys.getsizeof(Example(0)))
     data = Counting(Example)
     split = split_of(DataLoader(data, collate_fn=list))  # a batch is its examples, so that they live as long as it does
     for passes in (1, 2):
@@ -263,7 +263,7 @@ def test_resident_batches_are_read_once_group_by_group() -> None:
 
 def test_what_is_resident_never_exceeds_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     data = Counting()
-    monkeypatch.setattr(batches, "_room", lambda device: 250 * 12)
+    monkeypatch.setattr(batches, "room_on", lambda device: 250 * 12)
     split = split_of(data)
     order = split.order([index % 4 for index in range(400)])
     list(split.batches(10, order))
@@ -354,7 +354,7 @@ def test_iterable_data_that_differs_when_read_again_is_refused(give: Callable[[i
 def test_a_later_pass_that_differs_is_refused(
     give: Callable[[int], Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batches, "_RESIDENT_SHARE", 0)
+    monkeypatch.setattr(sources, "_RESIDENT_SHARE", 0)
     split = split_of(Stream(give))
     with pytest.raises(InputError, match=message):  # noqa: PT012 - in one of two passes
         list(split.batches(4))
@@ -362,7 +362,7 @@ def test_a_later_pass_that_differs_is_refused(
 
 
 def test_data_that_cannot_be_kept_has_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "_RESIDENT_SHARE", 0)
+    monkeypatch.setattr(sources, "_RESIDENT_SHARE", 0)
     with pytest.raises(InputError, match=r"too large to keep in memory.*Give a map-style Dataset"):
         split_of(Stream(same)).order(TARGETS)
 
@@ -374,7 +374,7 @@ def test_a_random_sample_of_streamed_data_is_the_one_of_kept_data_in_its_own_ord
     positions = batches.chosen("0.4@1", N)
     assert positions is not None
     assert_same(kept.batches(4), naive(positions.tolist(), 4))
-    monkeypatch.setattr(batches, "_RESIDENT_SHARE", 0)
+    monkeypatch.setattr(sources, "_RESIDENT_SHARE", 0)
     assert_same(split_of(Stream(same), "0.4@1").batches(4), naive(sorted(positions.tolist()), 4))
 
 
@@ -449,7 +449,7 @@ def test_groups_cut_the_examples_into_batches_of_one_label_each_and_keep_their_o
     order = split.order(labels)
     first, last = sorted(data.draw(st.tuples(*[st.integers(0, len(order.labels))] * 2)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches, "_room", lambda device: 10**9 if keep else 0)
+        patch.setattr(batches, "room_on", lambda device: 10**9 if keep else 0)
         only = list(split.batches(size, order, range(first, last)))
         found = list(split.batches(size, order))
     assert sorted(torch.cat([batch[0] for _, batch in found]).tolist()) == list(range(len(labels)))

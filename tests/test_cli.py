@@ -369,3 +369,42 @@ def test_a_plan_is_a_document_and_creates_nothing(place: Path) -> None:
         contents(place / "ck"),
         sorted(path.name for path in place.iterdir() if path.name != "__pycache__"),
     ) == before
+
+
+# --- remove and add ----------------------------------------------------------------------------------------------------
+
+
+ANOTHER = ('Loss(F.cross_entropy, on="train")', 'Loss(lambda x, y: (x - F.one_hot(y, 4)) ** 2, on="train")')
+
+
+def test_a_loss_is_removed_with_everything_of_its_own_and_its_name_is_free_again(place: Path) -> None:
+    run, kept = place / "ck.lca", contents(place / "ck.lca")
+    done = lca("remove", run, "--loss", "train")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, f"removed loss 'train' from {run}\n", "")
+    left = contents(run)
+    gone = {name for name in kept if name not in left}
+    assert gone == {name for name in kept if "train" in Path(name).parts}
+    assert all(left[name] == kept[name] for name in left if name != "run.json")
+    assert list(document(lca("summary", run, "--json"))["losses"]) == ["validation"]
+    write_task(place / "task.py", *ANOTHER)
+    assert run_lca(place / "ck", place / "task.py", run).exit_code == 0
+    again = contents(run)
+    assert all(again[name] == kept[name] for name in left if name != "run.json")
+
+
+def test_another_loss_under_a_recorded_name_is_refused_with_the_way_out(place: Path) -> None:
+    write_task(place / "task.py", *ANOTHER)
+    before = contents(place / "ck.lca")
+    refused(
+        run_lca(place / "ck", place / "task.py", place / "ck.lca", "--loss", "train"),
+        "loss 'train' is not the one recorded",
+        "lca remove",
+        "another name",
+        "--out",
+    )
+    assert contents(place / "ck.lca") == before
+
+
+def test_removing_what_is_not_there_is_refused(place: Path) -> None:
+    refused(lca("remove", place / "ck.lca", "--loss", "nothing"), "has no loss 'nothing'", "'train'")
+    refused(lca("remove", place / "ck", "--loss", "train"), "is not a run directory")

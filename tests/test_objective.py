@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from lca_posthoc import Loss, Task, run
 from lca_posthoc.errors import InputError
-from lca_posthoc.objective import Evaluation, Objective, batches, check_loss
+from lca_posthoc.objective import Evaluation, Objective, check_loss, sources
 from lca_posthoc.objective.normalisation import normalising
 
 from .cases import CASES, Case
@@ -537,7 +537,7 @@ def test_streamed_batches_give_the_bits_of_resident_ones(name: str, monkeypatch:
     objective = objective_of(case.task(), point, batch_size=case.batch_size)
     first, resident = objective.evaluate(point, names), objective.evaluate(point, names)
     assert_same_bits(first, resident)
-    monkeypatch.setattr(batches, "_RESIDENT_SHARE", 0)
+    monkeypatch.setattr(sources, "_RESIDENT_SHARE", 0)
     data = {split: Noting(tensors) for split, tensors in case.data().items()}
     streaming = objective_of(Task(case.build, data, case.losses), point, batch_size=case.batch_size)
     for _ in range(2):

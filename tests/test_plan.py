@@ -18,7 +18,7 @@ def test_evaluations_are_those_a_run_without_refinement_makes(tmp_path: Path, ru
     record(tmp_path / "ck")
     task = write_task(tmp_path / "task.py")
     before = contents(tmp_path)
-    planned = plan(tmp_path / "ck", task, losses=["all"], rule=rule)
+    planned = plan(tmp_path / "ck", task, losses=["all"], rule=rule, workers=1)
     assert contents(tmp_path) == {
         **before,
         **{name: held for name, held in contents(tmp_path).items() if "pycache" in name},
@@ -38,4 +38,7 @@ def test_evaluations_are_those_a_run_without_refinement_makes(tmp_path: Path, ru
         name: record.batch_size for name, record in manifest.losses.items()
     }
     assert all(loss.seconds == loss.seconds_per_evaluation * loss.evaluations > 0 for loss in planned.losses.values())
+    assert 0 < planned.seconds <= sum(loss.seconds for loss in planned.losses.values()) * 1.001
+    assert planned.bytes["parameters"] >= sum(loss.bytes["parameters"] for loss in planned.losses.values()) / 2
     assert planned.free > 0
+    assert planned.memory > 0

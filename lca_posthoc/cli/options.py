@@ -38,7 +38,9 @@ replay_options = _chain(
         "--rule", type=click.Choice(_RULES), help="Quadrature; simpson and trapezoid are refined.  [default: simpson]"
     ),
     click.option(
-        "--tolerance", type=float, help="Bound on |residual| per segment and loss; inf never refines.  [default: 1e-3]"
+        "--tolerance",
+        type=float,
+        help="Bound on |residual| per segment and loss; inf never refines.  [default: 1e-3; inf for bfloat16]",
     ),
     click.option(
         "--allocation-tolerance", type=float, help="Bound on the allocation's own error, Σ|A − A*|.  [default: inf]"

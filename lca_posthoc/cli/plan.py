@@ -27,7 +27,7 @@ def command(checkpoints: str, as_json: bool, **options: Any) -> None:
 
     if options["workers"] is not None and options["workers"] < 1:
         raise InputError(f"--workers must be 1 or more, got {options['workers']}.")
-    workers = options.pop("workers") or 1
+    keep = options["keep"] or "parameters"
     found = plan(checkpoints, **options)
     for note in found.notes:
         say(note)
@@ -38,25 +38,25 @@ def command(checkpoints: str, as_json: bool, **options: Any) -> None:
     console.print(
         f"{found.segments:,} segments of {found.parameters:,} parameters on {found.device}, without refinement:"
     )
-    rows = table(
-        "loss",
-        "examples",
-        "batch",
-        "evaluations",
-        "each",
-        f"evaluating on {workers} worker{'s' if workers > 1 else ''}",
-    )
+    rows = table("loss", "examples", "groups", "batch", "fastest", "largest", "evaluations", "each", "alone", "stored")
     for name, loss in found.losses.items():
         rows.add_row(
             Text(safe(name)),
             f"{loss.examples:,}",
+            f"{loss.groups:,}" if loss.groups else "",
             f"{loss.batch_size:,}",
+            f"{loss.fastest_batch_size:,}",
+            f"{loss.largest_batch_size:,}",
             f"{loss.evaluations:,}",
             duration(loss.seconds_per_evaluation),
-            duration(loss.seconds / workers),
+            duration(loss.seconds),
+            amount(loss.bytes[keep]),
         )
     console.print(rows)
-    hours = sum(loss.seconds for loss in found.losses.values()) / 3600
-    console.print(f"device-hours: {hours:.3g} (start-up, reading and storing come on top)")
-    sizes = ", ".join(f"--keep {keep} {amount(size)}" for keep, size in found.bytes.items())
+    shared = f", {duration(found.seconds / found.workers)} on {found.workers} workers" if found.workers > 1 else ""
+    console.print(
+        f"evaluating all together: {found.seconds / 3600:.3g} device-hours{shared} (start-up, reading and storing come on top)"
+    )
+    sizes = ", ".join(f"--keep {each} {amount(size)}" for each, size in found.bytes.items())
     console.print(f"result before compression: {sizes}; free: {amount(found.free)}", markup=False)
+    console.print(f"memory per worker: about {amount(found.memory)}")

@@ -1,6 +1,6 @@
 """Loss and gradient over a whole split at one point: batches, weights, precision, normalisation mode, probes."""
 
-from .batches import Split, automatic_batch_size
+from .batches import Split, automatic_batch_size, power_of_two
 from .evaluate import HIGHER, Objective, replicates_of
 from .probe import Identity, check_loss, identify
 from .sums import Evaluation
@@ -15,6 +15,7 @@ __all__ = [
     "automatic_batch_size",
     "check_loss",
     "identify",
+    "power_of_two",
     "replicates_of",
     "tensor_table",
 ]

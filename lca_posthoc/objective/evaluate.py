@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 from ..errors import InputError, SpanError
 from ..task import Loss, Task
 from ..trajectory import TensorSpec
-from .batches import Order, Split, automatic_batch_size
+from .batches import Order, Split, automatic_batch_size, saved_bytes
 from .normalisation import normalising
 from .sharing import shared_forward
 from .sums import Evaluation, Sums
@@ -176,8 +176,14 @@ class Objective:
     def _automatic(self, split: Split) -> Iterator[int]:
         for name, loss in self.losses.items():
             if loss.split == split.name:
-                with self._mode():
-                    yield automatic_batch_size(split, partial(self.values, name), self.device)
+                yield automatic_batch_size(self.saved_bytes(name), self.device)
+
+    def saved_bytes(self, name: str) -> float:
+        """What autograd saves of a loss for one example."""
+        split = self.losses[name].split
+        assert split is not None
+        with self._mode():
+            return saved_bytes(self.splits[split], partial(self.values, name))
 
     def order(self, name: str) -> Order | None:
         """The groups of a loss, in the order its batches are taken in; None for a loss without groups."""
@@ -221,8 +227,15 @@ class Objective:
                 self.joined[name] = grouped[0] if grouped else None
         return dict(self.joined)
 
+    def walks(self, losses: Iterable[str]) -> dict[tuple[str | None, int | None], dict[int, list[str]]]:
+        """Losses by the batches they are over, and among those by the source of their values: what is evaluated together."""
+        found: dict[tuple[str | None, int | None], dict[int, list[str]]] = {}
+        for name in losses:
+            source = id(self._sources[self.replicated.get(name, name)])
+            found.setdefault(self._walk(name), {}).setdefault(source, []).append(name)
+        return found
+
     def _walk(self, name: str) -> tuple[str | None, int | None]:
-        """Which batches a loss is over, so that losses over the same ones are evaluated together."""
         along = self.joined.get(name)
         order = self.order(name) or (self.order(along) if along else None)
         position = next((at for at, each in enumerate(self._orders) if each is order), None)
@@ -249,30 +262,24 @@ class Objective:
         """
         self.place(point)
         counts = self.evaluations if gradient else self.forward_passes
-        walks: dict[tuple[str | None, int | None], list[str]] = {}
         for name in losses:
             counts[name] += only is None or only.start == 0
-            walks.setdefault(self._walk(name), []).append(name)
         found: dict[str, Evaluation] = {}
-        for (split, order), names in walks.items():
+        for (split, order), sources in self.walks(losses).items():
             if split is None:
-                found |= {
-                    name: self.over(partial(self.values, name), iter([None]), gradient=gradient) for name in names
-                }
+                for name in (name for held in sources.values() for name in held):
+                    found[name] = self.over(partial(self.values, name), [None], gradient=gradient)
             else:
                 found |= self._sweep(
-                    self.splits[split], None if order is None else self._orders[order], names, only, gradient
+                    self.splits[split], None if order is None else self._orders[order], sources, only, gradient
                 )
         return {name: found[name] for name in losses}
 
     def _sweep(
-        self, split: Split, order: Order | None, names: list[str], only: range | None, gradient: bool
+        self, split: Split, order: Order | None, sources: dict[int, list[str]], only: range | None, gradient: bool
     ) -> dict[str, Evaluation]:
-        """Losses over one walk through a split."""
-        sources: dict[int, list[str]] = {}
-        for name in names:
-            sources.setdefault(id(self._sources[self.replicated.get(name, name)]), []).append(name)
-        grouped = {name: self.order(name) is not None for name in names}
+        """Losses over one walk through a split, by the source of their values."""
+        grouped = {name: self.order(name) is not None for held in sources.values() for name in held}
         groups = range(len(order.labels)) if order and only is None else only
         sums = {
             source: Sums(

@@ -47,6 +47,8 @@ class Sums:
         self._group: int | None = None
         self._part: dict[str, Tensor] = {}
         self._part_totals = self._whole_totals
+        self._empty: dict[int, set[str]] = {}  # of each group, the tensors nothing was added to yet: theirs is copied
+        self._part_empty: set[str] = set()
         self._reached: set[str] = set()
         self._found: dict[bool, Evaluation] = {}
 
@@ -63,6 +65,7 @@ class Sums:
             return
         self._close()
         self._group = group
+        self._part_empty = self._empty.setdefault(group, set(self.shapes))
         if self.groups is None:
             self._part, self._part_totals = self._zeros(())
         else:
@@ -90,7 +93,11 @@ class Sums:
         for name, part in self._part.items():
             tensor = tensors[name]
             if tensor.grad is not None:
-                part += tensor.grad
+                if name in self._part_empty:
+                    part.copy_(tensor.grad)
+                    self._part_empty.remove(name)
+                else:
+                    part += tensor.grad
                 tensor.grad = None
                 self._reached.add(name)
 

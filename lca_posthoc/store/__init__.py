@@ -3,7 +3,7 @@
 from .lock import hold
 from .manifest import LossRecord, Manifest, StoredTensor, read_manifest
 from .results import LossResults, Run, open_run
-from .writer import RunWriter, create, required_bytes
+from .writer import RunWriter, create, remove_loss, required_bytes
 
 __all__ = [
     "LossRecord",
@@ -16,5 +16,6 @@ __all__ = [
     "hold",
     "open_run",
     "read_manifest",
+    "remove_loss",
     "required_bytes",
 ]

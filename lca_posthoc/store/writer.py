@@ -26,6 +26,7 @@ from ..records import FIELDS, Totals, histogram_edges, join_all
 from ..trajectory import Checkpoint
 from .files import seal_all, write_whole
 from .layout import ArrayPlan, plan_arrays
+from .lock import hold
 from .manifest import FILE, Identity, LossRecord, Manifest, read_manifest, write_manifest
 
 if TYPE_CHECKING:
@@ -81,6 +82,21 @@ def create(path: Path, manifest: Manifest) -> RunWriter:
         shutil.rmtree(building, ignore_errors=True)
         raise
     return RunWriter(path, manifest)
+
+
+def remove_loss(path: str | Path, loss: str) -> None:
+    """Drop a loss and everything stored for it; what is stored for the others is not touched.
+
+    Raises:
+        InputError: where `path` is no run or holds no such loss.
+        ResourceError: where a driver works on the run.
+    """
+    run = Path(path)
+    known = read_manifest(run).losses
+    if loss not in known:
+        raise InputError(f"{run} has no loss {loss!r}; it has {', '.join(map(repr, known)) or 'none'}.")
+    with hold(run):
+        RunWriter.open(run).remove_loss(loss)
 
 
 def _sweep_creations(path: Path) -> None:

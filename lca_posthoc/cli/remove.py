@@ -1,0 +1,22 @@
+"""`lca remove`."""
+
+from __future__ import annotations
+
+import click
+
+from .show import stdout
+
+
+@click.command()
+@click.argument("run", type=click.Path())
+@click.option("--loss", required=True, metavar="NAME", help="The loss to drop, with everything stored for it.")
+def command(run: str, loss: str) -> None:
+    """Drop a loss from RUN; what is stored for the others is not touched.
+
+    \b
+    lca remove checkpoints.lca --loss per_class
+    """
+    from ..store import remove_loss
+
+    remove_loss(run, loss)
+    stdout().print(f"removed loss {loss!r} from {run}", markup=False)

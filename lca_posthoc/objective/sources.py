@@ -1,0 +1,293 @@
+"""How the examples of a split are had, by what the user's data is: by position, or in order only."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+    default_convert,
+)
+
+from ..errors import InputError
+
+_RESIDENT_SHARE = 0.25
+DIGESTED = 256
+END = object()
+_CPU = torch.device("cpu")
+
+Positions = range | Tensor
+Collate = Callable[[list[Any]], Any]
+
+
+def change_tensors(batch: Any, change: Callable[[Tensor], Any]) -> Any:
+    """A batch with every tensor in it changed, all else as it is."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {key: change_tensors(value, change) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(change_tensors(value, change) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(change_tensors(value, change) for value in batch)
+    return batch
+
+
+def move(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A batch on the device; floating tensors in the dtype of the computation, all others as they are."""
+    return change_tensors(
+        batch, lambda each: each.detach().to(device, dtype if each.is_floating_point() else each.dtype)
+    )
+
+
+def size_of(batch: Any) -> int:
+    """Bytes of what a batch holds."""
+    if isinstance(batch, Mapping):
+        return sum(size_of(value) for value in batch.values())
+    if isinstance(batch, tuple | list):
+        return sum(size_of(value) for value in batch)
+    return int(getattr(batch, "nbytes", 0) or sys.getsizeof(batch))
+
+
+def room_on(device: torch.device) -> float:
+    """Bytes a split may occupy: a share of what is free now; it decides speed, never a result."""
+    if device.type == "cuda":
+        return _RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+    return _RESIDENT_SHARE * float(psutil.virtual_memory().available)
+
+
+def _feed(digest: hashlib.blake2b, batch: Any) -> None:
+    """Names, shapes, dtypes and bytes of a batch into a hash; an object that is none of these counts by its type."""
+    if isinstance(batch, Mapping):
+        for key, value in batch.items():
+            digest.update(f"{key!r}:".encode())
+            _feed(digest, value)
+    elif isinstance(batch, tuple | list):
+        digest.update(f"{len(batch)} of:".encode())
+        for value in batch:
+            _feed(digest, value)
+    elif isinstance(batch, Tensor):
+        digest.update(f"{batch.dtype}{list(batch.shape)}".encode())
+        digest.update(batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(batch, np.ndarray) and batch.dtype != object:
+        digest.update(f"{batch.dtype}{batch.shape}".encode())
+        digest.update(np.ascontiguousarray(batch).tobytes())
+    elif isinstance(batch, np.ndarray | str | bytes | int | float | None):
+        digest.update(f"{batch.tolist() if isinstance(batch, np.ndarray) else batch!r};".encode())
+    else:
+        digest.update(type(batch).__qualname__.encode())
+
+
+def digest_of(*batches: Any) -> str:
+    """A hash of what batches hold."""
+    digest = hashlib.blake2b(digest_size=16)
+    _feed(digest, batches)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def user_code(doing: str, advice: str = "") -> Iterator[None]:
+    """Errors of the user's data become ours, with the split they happened on."""
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{doing}: {type(error).__name__}: {error}{advice}") from error
+
+
+def _at(tensor: Tensor, positions: Positions) -> Tensor:
+    return tensor[positions.start : positions.stop] if isinstance(positions, range) else tensor[positions]
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """Examples that are had by position."""
+
+    name: str
+    total: int
+    read: Callable[[Positions], Any]
+
+    def batches(self, cuts: Iterable[Positions], subset: Tensor | None) -> Iterator[Any]:
+        """One batch for each choice of positions, of the subset where there is one."""
+        for cut in cuts:
+            positions = cut if subset is None else _at(subset, cut)
+            with user_code(
+                f"{len(positions)} examples of split {self.name!r}, from {int(positions[0])} to {int(positions[-1])}, cannot be "
+                "made into a batch",
+                ". Give a map-style Dataset of tensors, numbers, or tuples and dicts of them.",
+            ):
+                batch = self.read(positions)
+            yield batch
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Examples that are had in order only, and read anew at every pass."""
+
+    name: str
+    total: int
+    data: Iterable[Any]
+    collate: Collate
+    passes: dict[int, list[bytes]] = field(default_factory=dict)
+
+    def batches(self, cuts: Iterable[Positions], subset: Tensor | None) -> Iterator[Any]:
+        """One batch for each range of positions, ascending; a subset is read in the order of the data."""
+        with user_code(f"split {self.name!r} cannot be read"):
+            items = iter(self.data)
+        if subset is not None:
+            wanted = torch.zeros(int(subset.max()) + 1, dtype=torch.bool)
+            wanted[subset] = True
+            items = itertools.compress(items, wanted.tolist())
+        at, size, digest = 0, 0, hashlib.blake2b(digest_size=16)
+        for cut in cuts:
+            assert isinstance(cut, range)
+            size = size or len(cut)
+            with user_code(f"split {self.name!r} cannot be read"):
+                examples = list(itertools.islice(items, cut.start - at, cut.stop - at))
+                if len(examples) < len(cut):
+                    raise self._changed("fewer examples")
+                batch, at = self.collate(examples), cut.stop
+            passes = self.passes.setdefault(size, [])
+            if len(passes) < 2:
+                _feed(digest, batch)
+            yield batch
+        with user_code(f"split {self.name!r} cannot be read"):
+            if next(items, END) is not END:
+                raise self._changed("more examples")
+        if len(passes) < 2:
+            passes.append(digest.digest())
+        if passes[0] != passes[-1]:
+            raise self._changed("other examples")
+
+    def _changed(self, what: str) -> InputError:
+        return _unsteady(self.name, f"{what} than the {self.total} of its first pass")
+
+
+def _unsteady(name: str, what: str) -> InputError:
+    return InputError(
+        f"split {name!r} gives {what} when it is read again. Seed the generator in __iter__, so that every pass gives the same "
+        "examples in the same order, and leave random augmentation out."
+    )
+
+
+def open_source(name: str, data: Any) -> Indexed | Stream:
+    """How the examples are had, by what the data is; containers that are more likely columns are not guessed at."""
+    if isinstance(data, DataLoader):
+        _check_loader(name, data)
+        served = _iterated if isinstance(data.dataset, IterableDataset) else _items
+        return served(name, data.dataset, data.collate_fn)
+    inside = list(data.values()) if isinstance(data, Mapping) else data if isinstance(data, tuple | list) else []
+    columns = isinstance(data, Mapping | tuple) or any(isinstance(each, Tensor) for each in inside)
+    if (
+        columns
+        and inside
+        and not isinstance(data, list)
+        and all(isinstance(each, Tensor) and each.dim() for each in inside)
+    ):
+        return _columns(name, data, sorted({len(each) for each in inside}))
+    hugging_face = type(data).__module__.partition(".")[0] == "datasets" and hasattr(data, "with_format")
+    once = isinstance(data, Iterator)
+    if not (columns or once or isinstance(data, str | Set | type)):
+        if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, IterableDataset):
+            return _table(name, data) if hugging_face else _items(name, data, default_collate)
+        if hasattr(data, "__iter__"):
+            return _iterated(name, data.with_format("torch") if hugging_face else data, default_collate)
+    kinds = f" of {', '.join(sorted({type(each).__name__ for each in inside}))}" if inside else ""
+    raise InputError(
+        f"split {name!r} is a {type(data).__name__}{kinds}{', which can be read only once' if once else ''}. Give (inputs, "
+        "targets) tensors, a dict of tensors, a map-style Dataset with __len__ and __getitem__, a DataLoader, or an iterable "
+        "that can be read again."
+    )
+
+
+def _columns(name: str, data: Any, lengths: list[int]) -> Indexed:
+    if len(lengths) != 1:
+        raise InputError(
+            f"split {name!r} has tensors of different lengths: {lengths}. Give one entry per example: one target per input."
+        )
+    plain = dict(data) if isinstance(data, Mapping) else data
+    return Indexed(name, lengths[0], lambda positions: change_tensors(plain, lambda column: _at(column, positions)))
+
+
+def _items(name: str, data: Any, collate: Collate) -> Indexed:
+    """A map-style data set, read as a DataLoader reads it: at once where it has `__getitems__`, else one by one."""
+
+    def read(positions: Positions) -> Any:
+        indices = list(positions) if isinstance(positions, range) else positions.tolist()
+        at_once = getattr(data, "__getitems__", None)
+        return collate(at_once(indices) if at_once else [data[index] for index in indices])
+
+    return Indexed(name, len(data), read)
+
+
+def _table(name: str, data: Any) -> Indexed:
+    """A Hugging Face data set, read as columns; its own format is kept where it gives arrays."""
+    table = data if data.format["type"] in ("torch", "numpy", "custom") else data.with_format("torch")
+
+    def read(positions: Positions) -> Any:
+        inside = slice(positions.start, positions.stop) if isinstance(positions, range) else positions.tolist()
+        batch = default_convert(table[inside])  # type: ignore[no-untyped-call]
+        for column, values in batch.items():
+            if any(isinstance(each, Tensor | np.ndarray) for each in values) and not isinstance(values, Tensor):
+                raise InputError(
+                    f"column {column!r} of split {name!r} has examples of different shapes. Pad them, or give "
+                    "DataLoader(dataset, collate_fn=...) with the collate_fn of your training."
+                )
+        return batch
+
+    return Indexed(name, len(data), read)
+
+
+def _check_loader(name: str, loader: DataLoader[Any]) -> None:
+    """Refuse a loader that gives something else than every example once."""
+    batching = loader.batch_sampler
+    if batching is None:
+        raise InputError(
+            f"split {name!r} is a DataLoader with batch_size=None, whose examples may be batches already. Give one with a batch "
+            "size (any), over single examples."
+        )
+    sampler: Any = batching.sampler if type(batching) is BatchSampler else batching
+    if isinstance(loader.dataset, IterableDataset):
+        return
+    every = type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and not sampler.replacement)
+    if not every or len(sampler) != len(loader.dataset):  # type: ignore[arg-type]
+        raise InputError(
+            f"split {name!r} is a DataLoader whose {type(sampler).__name__} selects or weighs examples; a loss is a mean over "
+            "every example once. Give DataLoader(dataset, collate_fn=...) without a sampler; where some examples are meant, over "
+            "torch.utils.data.Subset(dataset, indices)."
+        )
+
+
+def _iterated(name: str, data: Any, collate: Collate) -> Indexed | Stream:
+    """Iterable data, read through once: kept in host memory where it fits, else read anew at every pass."""
+    head, kept, room, total = list[Any](), list[Any](), room_on(_CPU), 0
+    with user_code(f"split {name!r} cannot be read"):
+        for item in data:
+            total += 1
+            if total <= DIGESTED:
+                head.append(item)
+            room -= size_of(item)
+            if room >= 0:
+                kept.append(item)
+            else:
+                kept.clear()
+        again = list(itertools.islice(data, len(head)))
+        if len(again) < len(head) or (head and digest_of(collate(head)) != digest_of(collate(again))):
+            raise _unsteady(name, "other examples")
+    return _items(name, kept, collate) if len(kept) == total else Stream(name, total, data, collate)
