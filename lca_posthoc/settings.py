@@ -37,7 +37,11 @@ CHOICES = {
 
 def resolve(asked: dict[str, Any], recorded: dict[str, Any] | None) -> dict[str, Any]:
     """What was asked, over what is recorded or the defaults; a recorded setting is never changed."""
-    given = {name: value for name, value in asked.items() if value not in (None, [], "auto")}
+    given = {
+        name: value
+        for name, value in asked.items()
+        if not (value is None or isinstance(value, list | str) and value in ([], "auto"))
+    }
     for name, value in given.items():
         if name in CHOICES and value not in CHOICES[name]:
             raise InputError(f"{_option(name)} {value!r} is not one of {', '.join(CHOICES[name])}.")

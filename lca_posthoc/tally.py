@@ -124,7 +124,7 @@ class Tally:
             "count": np.zeros((length, *self._axis(), BINS), "int64"),
             "zero": np.zeros((length, *self._axis()), "int64"),
         }
-        self.silent: set[str] = set()
+        self._untouched: list[frozenset[str]] = [frozenset(spec.name for spec in table)] * length
         self._running = {spec.name: _Running(spec.shape, device) for spec in table}
         self._pooled: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(length)]
         self.begin(range(groups or 1))
@@ -154,12 +154,16 @@ class Tally:
         kept = {spec.name for spec in self._table}
         others = {name: each for name, each in segment.allocation.items() if name not in kept}
         remainder = sums_over(others, segment.motion) if others else 0.0
+        before = self.steps["converged"][at]
         for name, column in self.steps.items():
             if name in PER_GROUP:
                 value = remainder if name == "remainder" else getattr(segment, name)
                 self._of_block(column, at)[:] = value
             elif name not in MAY_BE_NAN:
                 column[at] = getattr(segment, name)
+        if self.block.start:  # converged is what every block is
+            self.steps["converged"][at] &= before
+        self._untouched[at] &= segment.untouched
         for position, spec in enumerate(self._table):
             self._add_tensor(at, position, spec, segment)
 
@@ -192,8 +196,6 @@ class Tally:
             place = self.units[spec.name]
             units = unit_sums(exact.reshape(len(self.block), *spec.shape), spec.unit_axis)
             place[at] = units.float().reshape(place.shape[1:]).cpu().numpy()
-        if spec.name in segment.untouched and spec.kind == "buffer" and self.tensors["motion"][at, position] > 0:
-            self.silent.add(spec.name)
         self._pool(at, spec, motion, exact, gradient, segment.weight)
 
     def _pool(self, at: int, spec: TensorSpec, motion: Tensor, exact: Tensor, gradient: Tensor, weight: Any) -> None:
@@ -210,6 +212,16 @@ class Tally:
             exact, gradient = exact / whole, gradient / whole
         exact, gradient = exact.reshape(spec.shape), gradient.reshape(spec.shape)
         self._running[spec.name].add(motion, gradient, exact, exact.float())
+
+    @property
+    def silent(self) -> set[str]:
+        """Buffers that moved on a segment without the loss, of any group, depending on them."""
+        return {
+            spec.name
+            for position, spec in enumerate(self._table)
+            for at, untouched in enumerate(self._untouched)
+            if spec.kind == "buffer" and spec.name in untouched and self.tensors["motion"][at, position] > 0
+        }
 
     def totals(self) -> dict[str, Arrays]:
         """Per-parameter totals over the span, by tensor."""

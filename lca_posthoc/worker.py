@@ -446,7 +446,7 @@ def replay_span(spec: Spec) -> Spec:
     facts: Spec = {}
     for losses in [together, *([name] for name in records if name not in together)]:
         if losses:
-            facts |= _replayed(spec, objective, writer, losses, started)
+            facts |= _replayed(spec, objective, writer, losses)
     return {
         "losses": facts,
         "segments": writer.manifest.length(spec["span"]),
@@ -455,12 +455,13 @@ def replay_span(spec: Spec) -> Spec:
     }
 
 
-def _replayed(spec: Spec, objective: Any, writer: Any, losses: list[str], started: float) -> Spec:
+def _replayed(spec: Spec, objective: Any, writer: Any, losses: list[str]) -> Spec:
     """Some losses on one span: evaluated together, block by block of their groups, written and committed."""
     from .allocation import Method, allocate_span
     from .quadrature import RULES
     from .tally import Tally
 
+    started = time.perf_counter()
     manifest, settings = writer.manifest, spec["settings"]
     rule = RULES[settings["rule"]]
     records = {name: manifest.losses[name] for name in losses}
@@ -482,6 +483,7 @@ def _replayed(spec: Spec, objective: Any, writer: Any, losses: list[str], starte
             name: Tally(kept, length, writer.keep, objective.device, len(record.groups) if record.groups else None)
             for name, record in records.items()
         }
+        errors = {name: np.zeros((length, 2)) for name in losses}
         parts = {name: np.zeros((length, records[name].replicates, len(kept))) for name in replicates}
         reached = [set[int]() for _ in range(length)]
         for block in blocks:
@@ -493,11 +495,9 @@ def _replayed(spec: Spec, objective: Any, writer: Any, losses: list[str], starte
                 reached[at] |= {done[name].level for name in losses}
                 for name, tally in tallies.items():
                     tally.add(at, done[name])
-                    if block.start == 0 and rows.start + at in _SAMPLED and records[name].measured:
+                    if rows.start + at in _SAMPLED and records[name].measured:
                         higher = objective.higher if len(blocks) == 1 else _Only(objective.higher, block)
-                        tally.steps["precision_error"][at] = _precision_error(
-                            name, start, end, done[name], higher, rule
-                        )
+                        errors[name][at] += _precision_error(name, start, end, done[name], higher, rule)
                 for name, hidden in replicates.items():
                     parts[name][at] = _sums(done[hidden], kept)
             for name, tally in tallies.items():
@@ -505,13 +505,15 @@ def _replayed(spec: Spec, objective: Any, writer: Any, losses: list[str], starte
         if len(blocks) == 1 or all(len(each) == 1 for each in reached):
             break
         levels = [max(each) for each in reached]  # the groups of a loss are refined alike
-    facts = {}
+    facts, seconds = {}, time.perf_counter() - started
     for name, tally in tallies.items():
+        apart, scale = errors[name].T
+        np.divide(apart, scale, out=tally.steps["precision_error"], where=scale > 0)
         facts[name] = {
             "evaluations": objective.evaluations[name] - before[name][0],
             "forward_passes": objective.forward_passes[name] - before[name][1],
         }
-        where = {"host": socket.gethostname(), "pid": os.getpid(), "seconds": round(time.perf_counter() - started, 3)}
+        where = {"host": socket.gethostname(), "pid": os.getpid(), "seconds": round(seconds / len(losses), 3)}
         writer.write_span(name, spec["span"], tally, {**facts[name], **where}, parts.get(name))
         facts[name]["worst_residual"] = float(abs(tally.steps["residual"]).max())
         facts[name]["unconverged"] = int((tally.steps["converged"] == 0).sum())
@@ -535,8 +537,8 @@ def _sums(segment: Any, kept: list[Any]) -> Any:
     return np.stack([segment.allocation[each.name].flatten(1).sum(1).cpu().numpy() for each in kept], -1)
 
 
-def _precision_error(name: str, start: Any, end: Any, found: Any, higher: Any, rule: Any) -> float:
-    """Σ|A − A*| / Σ|A*| of one segment, with A* from the same nodes one precision higher."""
+def _precision_error(name: str, start: Any, end: Any, found: Any, higher: Any, rule: Any) -> tuple[float, float]:
+    """Σ|A − A*| and Σ|A*| of one segment, with A* from the same nodes one precision higher."""
     from .allocation import Method, allocate
     from .quadrature import NESTED
 
@@ -548,8 +550,7 @@ def _precision_error(name: str, start: Any, end: Any, found: Any, higher: Any, r
     method = Method(rule if found.level < 0 else NESTED[found.level])
     exact = allocate(first, last, higher, [name], method)[0][name].allocation
     apart = math.fsum(float((found.allocation[key] - each).abs().sum()) for key, each in exact.items())
-    scale = math.fsum(float(each.abs().sum()) for each in exact.values())
-    return apart / scale if scale > 0 else 0.0
+    return apart, math.fsum(float(each.abs().sum()) for each in exact.values())
 
 
 def _points(spec: Spec, rows: slice, objective: Any) -> Iterator[tuple[int, Any]]:

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
+
+from lca_posthoc import open_run
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
-needs_mnist = pytest.mark.skipif(
-    not (Path(os.environ.get("LCA_DATA", "/nonexistent")) / "mnist.safetensors").is_file(),
-    reason="LCA_DATA does not name a directory with mnist.safetensors",
-)
+
+
+def needs(file: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(
+        not (Path(os.environ.get("LCA_DATA", "/nonexistent")) / file).is_file(),
+        reason=f"LCA_DATA does not name a directory with {file}",
+    )
 
 
 def command(*arguments: object) -> str:
@@ -23,14 +33,19 @@ def command(*arguments: object) -> str:
     return done.stdout
 
 
-@needs_mnist
-def test_mnist_fc_adds_up_without_refinement_and_draws_its_picture(tmp_path: Path) -> None:
-    command(EXAMPLES / "mnist_fc.py", tmp_path / "ck")
+def run_all_losses(checkpoints: Path, task: Path) -> dict[str, Any]:
+    """What `lca run --loss all --json` says of each loss."""
     lca = [Path(sys.executable).with_name("lca")]
-    run = [*lca, "run", tmp_path / "ck", "--task", EXAMPLES / "mnist_fc.py", "--loss", "all", "--json"]
+    run = [*lca, "run", checkpoints, "--task", task, "--loss", "all", "--json"]
     done = subprocess.run(list(map(str, run)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)["losses"]
+    return json.loads(done.stdout)["losses"]
+
+
+@needs("mnist.safetensors")
+def test_mnist_fc_adds_up_without_refinement_and_draws_its_picture(tmp_path: Path) -> None:
+    command(EXAMPLES / "mnist_fc.py", tmp_path / "ck")
+    found = run_all_losses(tmp_path / "ck", EXAMPLES / "mnist_fc.py")
     assert list(found) == ["train", "validation"]
     for each in found.values():
         assert each["segments"] == 220
@@ -41,3 +56,35 @@ def test_mnist_fc_adds_up_without_refinement_and_draws_its_picture(tmp_path: Pat
         assert each["evaluations"] <= 2 * 220 + 220 // 8 + 1
     command(EXAMPLES / "layers_picture.py", tmp_path / "ck.lca", tmp_path / "layers.png")
     assert (tmp_path / "layers.png").stat().st_size > 10_000
+
+
+@needs("tinyshakespeare.txt")
+def test_tiny_shakespeare_adds_up_and_its_loss_is_that_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    command(EXAMPLES / "tiny_shakespeare.py", tmp_path / "ck")
+    found = run_all_losses(tmp_path / "ck", EXAMPLES / "tiny_shakespeare.py")
+    assert list(found) == ["train", "speakers"]
+    for each in found.values():
+        assert each["segments"] == 60
+        assert each["unconverged"] == 0
+        residual, change = np.abs(each["residual"]), np.abs(each["loss_change"])
+        assert (residual <= 1e-3 * change).all()
+
+    with safe_open(tmp_path / "ck" / "checkpoint-60" / "model.safetensors", "pt") as file:
+        assert [name for name in file.keys() if "wte" in name or "head" in name] == ["transformer.wte.weight"]  # noqa: SIM118 - no dict
+    run = open_run(tmp_path / "ck.lca")
+    tied = [each.spec for each in run.manifest.tensors if each.spec.aliases]
+    assert [(spec.name, spec.aliases) for spec in tied] == [("transformer.wte.weight", ("lm_head.weight",))]
+    assert "lm_head.weight" not in run["train"].allocation
+
+    speeches, _ = runpy.run_path(str(EXAMPLES / "tiny_shakespeare.py"))["data"]()
+    labels = speeches["input_ids"].masked_fill(speeches["attention_mask"] == 0, -100)
+    assert 0 < (labels == -100).float().mean() < 0.5
+    for step, loss in ((0, "loss_start"), (60, "loss_end")):
+        model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ck" / f"checkpoint-{step}").eval()
+        assert model.num_parameters() == found["train"]["parameters"]
+        with torch.no_grad():
+            assert found["train"][loss] == pytest.approx(float(model(**speeches, labels=labels).loss), rel=1e-5)
+        weights = run["speakers"].steps["weight"].values[0]
+        assert weights.sum() == (labels[:, 1:] != -100).sum()
+        assert found["train"][loss] == pytest.approx(np.average(found["speakers"][loss], weights=weights), rel=1e-6)

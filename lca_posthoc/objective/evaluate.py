@@ -321,11 +321,6 @@ class Objective:
 
     def _back_by_group(self, sums: Sums, values: Tensor, weights: Tensor | None, codes: Tensor, keep: bool) -> None:
         """Take in a batch that holds several groups and whose statistics are those of the whole batch."""
-        if values.shape[0] != len(codes):
-            raise InputError(
-                f"a grouped loss gives values of shape {list(values.shape)} for a batch of {len(codes)} examples; with --norm-stats batch "
-                "the first axis must run over the examples, so that their groups can be told apart."
-            )
         assert sums.groups is not None
         present = [code for code in torch.unique(codes).tolist() if code in sums.groups]
         for code in present:
@@ -353,7 +348,8 @@ class Objective:
                 result = loss.call(self.model, batch)
             else:
                 inputs, targets = unpack(batch)
-                result = loss.per_element()(self.model(inputs), targets)
+                outputs = self.model(inputs)
+                result = loss.per_element()(outputs, targets)
         values, weights = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         if not isinstance(values, Tensor) or not values.is_floating_point():
             raise InputError(
@@ -364,6 +360,8 @@ class Objective:
                 f"loss {name!r} on split {loss.on!r} returned a scalar; one value per element is needed, so that every example counts "
                 "once. Leave the mean out (reduction='none'), or use Loss(call=fn) and return (values, weights)."
             )
+        if loss.call is None and isinstance(outputs, Tensor) and isinstance(targets, Tensor):
+            _not_broadcast(name, values, outputs, targets)
         if weights is None:
             own = None if loss.call is not None else loss.element_weights(targets)
             return values, own if own is None or own.shape == values.shape else None
@@ -375,11 +373,31 @@ class Objective:
         weights = weights.detach().to(values.device, torch.float64)
         return values.double() * weights, weights
 
+    def first_axis(self, name: str, batch: Any, examples: int) -> None:
+        """Refuse a grouped loss whose values do not run over the examples, where a batch holds several groups."""
+        if self.order(name) is None:
+            return
+        with self._mode(), torch.no_grad():
+            values = self.values(name, batch)[0]
+        if values.shape[0] != examples:
+            raise InputError(
+                f"loss {name!r} gives values of shape {list(values.shape)} for a batch of {examples} examples; with --norm-stats batch the "
+                "first axis must run over the examples, so that their groups can be told apart."
+            )
+
     def weighs(self, name: str, batch: Any) -> bool:
         """Whether any element of a batch has a weight."""
-        with self._mode(), torch.no_grad():
-            weights = self.values(name, batch)[1]
+        weights = self._weights(name, batch)
         return weights is None or bool(weights.sum() > 0)
+
+    def lowest_weight(self, name: str, batch: Any) -> float | None:
+        """The smallest weight of an element of a batch; None where the loss gives no weights."""
+        weights = self._weights(name, batch)
+        return None if weights is None else float(weights.min())
+
+    def _weights(self, name: str, batch: Any) -> Tensor | None:
+        with self._mode(), torch.no_grad():
+            return self.values(name, batch)[1]
 
     def _term(self, name: str, loss: Loss) -> Tensor:
         if loss.l2 is not None:
@@ -414,9 +432,23 @@ class Objective:
             raise
         except Exception as error:
             place = "in a term of the parameters" if loss.split is None else f"on split {loss.split!r}"
+            other = loss.fn is not None and isinstance(error, TypeError)
             raise InputError(
                 f"the model or the loss function failed {place}: {type(error).__name__}: {error}"
+                + (
+                    ". A loss or a model that takes other arguments is stated as Loss(call=fn), called as fn(model, batch)."
+                    if other
+                    else ""
+                )
             ) from error
+
+
+def _not_broadcast(name: str, values: Tensor, outputs: Tensor, targets: Tensor) -> None:
+    if values.numel() > max(outputs.numel(), targets.numel()):
+        raise InputError(
+            f"loss {name!r} gives values of shape {list(values.shape)} for outputs {list(outputs.shape)} and targets "
+            f"{list(targets.shape)}: they were broadcast against each other. Make their shapes agree."
+        )
 
 
 def replicates_of(name: str) -> str:
@@ -471,4 +503,6 @@ def _built(task: Task) -> nn.Module:
         raise InputError(f"Task.model() raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"Task.model() returned {type(model).__name__}, not an nn.Module.")
-    return model
+    return getattr(
+        model, "_orig_mod", model
+    )  # what torch.compile wraps: compiled code would not see a held normalisation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -99,6 +100,24 @@ def _start(objective: Objective, name: str) -> int:
     )
 
 
+def _groups_weigh(objective: Objective, name: str) -> None:
+    """Refuse weights that are negative, and groups whose elements all weigh nothing: such a group has no loss."""
+    split, order = objective.splits[objective.losses[name].on], objective.order(name)
+    lowest = objective.lowest_weight(name, split.sample(0, _count(objective, split.name)))
+    if lowest is not None and lowest < 0:
+        raise InputError(
+            f"a weight of loss {name!r} is {lowest:.6g}. Weights say how much an element counts: give none below 0."
+        )
+    for at, label in enumerate(order.labels if order is not None and lowest is not None else []):
+        batches = split.batches(objective.batch_sizes[split.name], order, range(at, at + 1))
+        with contextlib.closing(batches):
+            if not any(objective.weighs(name, batch) for _, batch in batches):
+                raise InputError(
+                    f"the weights of group {label!r} of loss {name!r} sum to 0 (are all its targets ignored?), so it has no loss. "
+                    "Give its examples to another group in group_by, or leave them out of the data."
+                )
+
+
 def _cut(count: int) -> int:
     return count // 2 + 1 if count > 2 else 1
 
@@ -121,6 +140,7 @@ def check_loss(objective: Objective, name: str) -> list[str]:
         return _repeats(objective, name, None, scale.apart(first, _over(objective, name, None)))
     split = objective.splits[loss.split]
     start = _start(objective, name)
+    _groups_weigh(objective, name)
     stop = min(start + _count(objective, loss.split), split.examples)
     cut = min(start + _cut(stop - start), stop)
     sample, half = split.sample(start, stop), split.sample(start, cut)
@@ -129,6 +149,7 @@ def check_loss(objective: Objective, name: str) -> list[str]:
     scale = _scale(objective, name, first, _over(objective, name, half), sample)
     notes = _repeats(objective, name, sample, scale.apart(first, _over(objective, name, split.sample(start, stop))))
     if objective.norm_stats == "batch":
+        objective.first_axis(name, sample, stop - start)
         _statistics_unused(objective, name, sample, float(first.loss), scale.value)
         batch_size = objective.batch_sizes[loss.split]
         last = (split.examples - 1) // batch_size * batch_size
