@@ -40,7 +40,7 @@ def resolve(asked: dict[str, Any], recorded: dict[str, Any] | None) -> dict[str,
     given = {
         name: value
         for name, value in asked.items()
-        if not (value is None or isinstance(value, list | str) and value in ([], "auto"))
+        if not (value is None or (isinstance(value, list | str) and value in ([], "auto")))
     }
     for name, value in given.items():
         if name in CHOICES and value not in CHOICES[name]:
