@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from lca_posthoc import replay, worker
+from lca_posthoc import replay
 from tests.small import (
     STEPS,
     contents,
@@ -897,7 +897,7 @@ def test_a_module_that_was_edited_is_looked_at_again(place: Place, monkeypatch: 
     assert run_lca(place.checkpoints, "edited_task_module:task", place.out).exit_code == 0
     write_task(module, TRAIN_LOSS, '"train": Loss(F.multi_margin_loss, on="train")')
     sys.modules.pop(module.stem)  # as in a new process
-    worker._STATES.clear()
+    state._STATES.clear()
     result = run_lca(place.checkpoints, "edited_task_module:task", place.out)
     refused(result, "loss 'train' is not the one recorded", "value and gradient norm at the first checkpoint")
 

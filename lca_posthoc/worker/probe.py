@@ -1,0 +1,181 @@
+"""Before the first span: what a task holds, whether it can be replayed, what its losses are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from ..errors import InputError, SpanError
+from ..trajectory import read_checkpoint
+from .memory import block_of
+from .state import Spec, build, checkpoint_at, first_point, objective_of, point_at, reported
+
+_SAME_FUNCTION = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 5e-2}
+
+
+@reported
+def describe(spec: Spec) -> Spec:
+    """What the task holds: the model's tensors, and of each loss its split and its kind."""
+    objective = objective_of(spec)
+    return {
+        "tensors": [asdict(each) for each in objective.table],
+        "losses": {name: _described(objective, name) for name in objective.losses},
+        "task_losses": list(objective.task.losses),
+        "digests": objective.digests,
+    }
+
+
+def _described(objective: Any, name: str) -> Spec:
+    loss, order = objective.losses[name], objective.order(name)
+    split = None if loss.split is None else objective.splits[loss.split]
+    replicated = objective.replicates_of(name)
+    return {
+        "on": loss.split,
+        "kind": loss.kind,
+        "examples": split.examples if split else 0,
+        "total": split.total if split else 0,
+        "groups": order.labels if order else None,
+        "counts": order.counts if order else None,
+        "replicates": len(objective.order(replicated).labels) if replicated else 0,
+    }
+
+
+@reported
+def probe(spec: Spec) -> Spec:
+    """Check the task on a small sample at the first checkpoint; identify each loss there and at the last one."""
+    objective = objective_of(spec)
+    names = list(objective.losses)
+    first = first_point(spec, objective)
+    batch_sizes = objective.settle_batch_sizes(first, spec["batch_sizes"])
+    _same_ties(spec)
+    notes = [note for name in names for note in _checks(spec, objective, name)]
+    notes += _unmoved(spec)
+    new = [name for name in names if name not in spec["recorded"]]  # a recorded loss keeps what was settled for it
+    block = {name: block_of(spec, objective, name) for name in names}
+    objective.join([name for name in names if block[name] is not None])
+    measured, more = _can_measure(spec, objective, first, new)
+    notes += more
+    identities = _identities(spec, objective, first, names)
+    calibrations = _calibrations(spec, objective, new) if new and spec["settings"]["rule"] == "trapezoid" else {}
+    return {
+        "batch_sizes": batch_sizes,
+        "identity": identities,
+        "calibration": {name: calibrations.get(name) for name in names},
+        "block": block,
+        "along": {name: along if along in objective.losses else None for name, along in objective.joined.items()},
+        "measured": measured,
+        "notes": notes,
+    }
+
+
+def _same_ties(spec: Spec) -> None:
+    """Names the task ties must hold one value in the checkpoints, or the model that was trained did not tie them."""
+    checkpoint = checkpoint_at(spec, 0)
+    for name, sources in spec["ties"].items():
+        held = read_checkpoint(checkpoint, {source: source for source in sources})
+        for source in sources[1:]:
+            if not bool((held[source] == held[sources[0]]).all()):
+                raise InputError(
+                    f"the task's model ties {name!r}, but {sources[0]!r} and {source!r} differ in {checkpoint.files[0]} (step "
+                    f"{checkpoint.step}). Build the model that was trained."
+                )
+
+
+def _checks(spec: Spec, objective: Any, name: str) -> list[str]:
+    from ..objective import check_loss
+
+    notes: list[str] = check_loss(objective, name)
+    if spec["settings"]["precision"] == "float64":
+        _same_in_float32(spec, objective, name)
+    return notes
+
+
+def _same_in_float32(spec: Spec, objective: Any, name: str) -> None:
+    """Refuse float64 where code with float32 constants makes it another function."""
+    from ..objective import identify
+
+    single = build(spec, "float32")
+    single.settle_batch_sizes(point_at(spec, 0, single), objective.batch_sizes)
+    wide, narrow = identify(objective, name).loss, identify(single, name).loss
+    if abs(wide - narrow) > _SAME_FUNCTION["float32"] * max(abs(wide), abs(narrow), 1e-12):
+        raise InputError(
+            f"loss {name!r} is {wide:.6g} in float64 but {narrow:.6g} in float32 at the first checkpoint: the model or the loss "
+            "holds float32 constants (a mask, say). Use --precision float32."
+        )
+
+
+def _identities(spec: Spec, objective: Any, first: Any, names: list[str]) -> dict[str, list[dict[str, float] | None]]:
+    from ..objective import identify
+
+    found: dict[str, list[dict[str, float] | None]] = {name: [] for name in names}
+    for index in (0, spec["ends"]):
+        try:
+            objective.place(first if index == 0 else point_at(spec, index, objective))
+        except SpanError:  # a run that diverged: its last spans will fail and say so
+            for name in names:
+                found[name].append(None)
+            continue
+        for name in names:
+            identity = asdict(identify(objective, name))
+            found[name].append(identity if all(map(math.isfinite, identity.values())) else None)
+    return found
+
+
+def _can_measure(spec: Spec, objective: Any, first: Any, names: list[str]) -> tuple[bool, list[str]]:
+    """Whether some segments can be evaluated one precision higher as well, and a note where that cannot be done."""
+    from ..objective import HIGHER, identify
+
+    precision = spec["settings"]["precision"]
+    if precision not in HIGHER or not names:
+        return False, []
+    try:
+        higher = objective.higher
+        higher.place(first)
+        for name in names:
+            ours, theirs = identify(objective, name).loss, identify(higher, name).loss
+            if not abs(ours - theirs) <= _SAME_FUNCTION[precision] * max(abs(ours), abs(theirs), 1e-12):
+                raise InputError(f"loss {name!r} is {ours:.6g} in {precision} but {theirs:.6g} in {HIGHER[precision]}")
+    except InputError as error:
+        return False, [
+            f"the error of {precision} is not measured, because the task does not run in {HIGHER[precision]}: {error}"
+        ]
+    return True, []
+
+
+def _samples(spec: Spec) -> list[int]:
+    """A few segments: the first, the middle, the last."""
+    return sorted({0, (spec["ends"] - 1) // 2, spec["ends"] - 1})
+
+
+def _calibrations(spec: Spec, objective: Any, names: list[str]) -> dict[str, float]:
+    from ..allocation import calibrate
+
+    found = dict.fromkeys(names, 0.0)
+    for index in _samples(spec):
+        try:
+            shares = calibrate(point_at(spec, index, objective), point_at(spec, index + 1, objective), objective, names)
+        except SpanError:
+            continue
+        found |= {name: max(found[name], share) for name, share in shares.items() if math.isfinite(share)}
+    return found
+
+
+def _unmoved(spec: Spec) -> list[str]:
+    """The share of half-precision parameters that did not move at all on a few segments."""
+    if not spec["half"]:
+        return []
+    same = count = 0
+    for index in _samples(spec):
+        try:
+            before, after = (read_checkpoint(checkpoint_at(spec, at), spec["names"]) for at in (index, index + 1))
+        except SpanError:
+            continue
+        for name in before:
+            if before[name].is_floating_point():
+                same += int((before[name].float() == after[name].float()).sum())
+                count += before[name].numel()
+    return [
+        f"checkpoints are stored in half precision ({len(spec['half'])} tensors): {same / max(1, count):.1%} of the parameters do not "
+        "move at all on sampled segments, and what does not move is allocated nothing. Record float32 weights."
+    ]

@@ -1,0 +1,161 @@
+"""One span: allocate its segments for the pending losses, write and commit them."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .state import Spec, objective_of, points_of, reported
+
+_SAMPLED = {0, 8, 64, 512}  # segments whose error is measured: as many in a run that grew as in one that did not
+
+
+@reported
+def replay_span(spec: Spec) -> Spec:
+    """Allocate the segments of one span for its pending losses, write and commit them."""
+    from ..store import RunWriter
+
+    started = time.perf_counter()
+    objective = objective_of(spec)
+    writer = RunWriter.open(Path(spec["run"]))
+    objective.batch_sizes |= spec["batch_sizes"]
+    records = {name: writer.manifest.losses[name] for name in spec["pending"]}
+    for name, record in records.items():
+        objective.joined[name] = objective.replicates_of(name) if record.replicates else record.along
+    together = [name for name, record in records.items() if len(record.blocks) == 1]
+    facts: Spec = {}
+    for losses in [together, *([name] for name in records if name not in together)]:
+        if losses:
+            facts |= _Together(spec, objective, writer, losses).run()
+    return {
+        "losses": facts,
+        "segments": writer.manifest.length(spec["span"]),
+        "seconds": time.perf_counter() - started,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+class _Together:
+    """Losses on one span that are evaluated together, or one loss block by block of its groups."""
+
+    def __init__(self, spec: Spec, objective: Any, writer: Any, losses: list[str]) -> None:
+        from ..allocation import Method
+        from ..quadrature import RULES
+
+        self.spec, self.objective, self.writer = spec, objective, writer
+        self.records = {name: writer.manifest.losses[name] for name in losses}
+        self.replicates = {name: objective.replicates_of(name) for name in losses if self.records[name].replicates}
+        self.rows, self.length = writer.manifest.rows(spec["span"]), writer.manifest.length(spec["span"])
+        self.kept = [tensor.spec for tensor in writer.manifest.allocated]
+        self.blocks = self.records[losses[0]].blocks
+        settings = spec["settings"]
+        self.method = Method(
+            RULES[settings["rule"]],
+            float(settings["tolerance"]),
+            float(settings["allocation_tolerance"]),
+            spec["calibration"],
+            frozenset(self.replicates.values()),
+        )
+
+    def run(self) -> Spec:
+        """Allocate, write, commit; returns what each loss took."""
+        started, before = time.perf_counter(), self._counts()
+        levels = [0] * self.length
+        while True:
+            reached = self._walk(levels)
+            if all(len(each) == 1 for each in reached) or len(self.blocks) == 1:
+                break
+            levels = [max(each) for each in reached]  # the groups of a loss are refined alike
+        facts: Spec = {}
+        seconds = (time.perf_counter() - started) / len(self.records)
+        for name, tally in self.tallies.items():
+            apart, scale = self.errors[name].T
+            np.divide(apart, scale, out=tally.steps["precision_error"], where=scale > 0)
+            evaluations, passes = (now - then for now, then in zip(self._counts()[name], before[name], strict=True))
+            facts[name] = {"evaluations": evaluations, "forward_passes": passes}
+            where = {"host": socket.gethostname(), "pid": os.getpid(), "seconds": round(seconds, 3)}
+            self.writer.write_span(name, self.spec["span"], tally, {**facts[name], **where}, self.parts.get(name))
+            facts[name]["worst_residual"] = float(abs(tally.steps["residual"]).max())
+            facts[name]["unconverged"] = int((tally.steps["converged"] == 0).sum())
+            facts[name]["silent"] = sorted(tally.silent)
+        return facts
+
+    def _counts(self) -> dict[str, tuple[int, int]]:
+        return {name: (self.objective.evaluations[name], self.objective.forward_passes[name]) for name in self.records}
+
+    def _walk(self, levels: list[int]) -> list[set[int]]:
+        """Allocate every block over all segments, at least at the levels given; returns the levels that were reached."""
+        from ..allocation import allocate_span
+        from ..tally import Tally
+
+        keep, device = self.writer.keep, self.objective.device
+        self.tallies = {
+            name: Tally(self.kept, self.length, keep, device, len(record.groups) if record.groups else None)
+            for name, record in self.records.items()
+        }
+        self.errors = {name: np.zeros((self.length, 2)) for name in self.records}
+        self.parts = {
+            name: np.zeros((self.length, self.records[name].replicates, len(self.kept))) for name in self.replicates
+        }
+        reached = [set[int]() for _ in range(self.length)]
+        every = [*self.records, *self.replicates.values()]
+        for block in self.blocks:
+            part = self.objective if len(self.blocks) == 1 else _Only(self.objective, block)
+            if len(self.blocks) > 1:
+                next(iter(self.tallies.values())).begin(block)
+            points = points_of(self.spec, self.rows, self.objective)
+            for at, (start, end, done) in enumerate(allocate_span(points, part, every, self.method, levels)):
+                self._take(at, start, end, done, block)
+                reached[at] |= {done[name].level for name in self.records}
+            for name, tally in self.tallies.items():
+                self.writer.write_block(name, self.spec["span"], tally)
+        return reached
+
+    def _take(self, at: int, start: Any, end: Any, done: Any, block: range) -> None:
+        for name, tally in self.tallies.items():
+            tally.add(at, done[name])
+            if self.rows.start + at in _SAMPLED and self.records[name].measured:
+                higher = self.objective.higher
+                part = higher if len(self.blocks) == 1 else _Only(higher, block)
+                self.errors[name][at] += _precision_error(name, start, end, done[name], part, self.method.rule)
+        for name, hidden in self.replicates.items():
+            self.parts[name][at] = _sums(done[hidden], self.kept)
+
+
+class _Only:
+    """An objective over some of the groups of its losses."""
+
+    def __init__(self, objective: Any, groups: range) -> None:
+        self._objective, self._groups = objective, groups
+        self.dtype = objective.dtype
+
+    def evaluate(self, point: Any, losses: list[str], *, gradient: bool = True) -> Any:
+        return self._objective.evaluate(point, losses, gradient=gradient, only=self._groups)
+
+
+def _sums(segment: Any, kept: list[Any]) -> Any:
+    """(replicates, tensors): what each replicate allocates to each tensor."""
+    return np.stack([segment.allocation[each.name].flatten(1).sum(1).cpu().numpy() for each in kept], -1)
+
+
+def _precision_error(name: str, start: Any, end: Any, found: Any, higher: Any, rule: Any) -> tuple[float, float]:
+    """Σ|A − A*| and Σ|A*| of one segment, with A* from the same nodes one precision higher."""
+    from ..allocation import Method, allocate
+    from ..quadrature import NESTED
+
+    dtype = higher.dtype
+    first, last = (
+        {key: each.to(dtype) if each.is_floating_point() else each for key, each in point.items()}
+        for point in (start, end)
+    )
+    method = Method(rule if found.level < 0 else NESTED[found.level])
+    exact = allocate(first, last, higher, [name], method)[0][name].allocation
+    apart = math.fsum(float((found.allocation[key] - each).abs().sum()) for key, each in exact.items())
+    return apart, math.fsum(float(each.abs().sum()) for each in exact.values())
