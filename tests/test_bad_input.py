@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save
 
 from lca_posthoc import replay
+from lca_posthoc.worker import state
 from tests.small import (
     STEPS,
     contents,

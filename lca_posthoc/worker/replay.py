@@ -121,12 +121,13 @@ class _Together:
     def _take(self, at: int, start: Any, end: Any, done: Any, block: range) -> None:
         for name, tally in self.tallies.items():
             tally.add(at, done[name])
-            if self.rows.start + at in _SAMPLED and self.records[name].measured:
-                higher = self.objective.higher
-                part = higher if len(self.blocks) == 1 else _Only(higher, block)
-                self.errors[name][at] += _precision_error(name, start, end, done[name], part, self.method.rule)
         for name, hidden in self.replicates.items():
             self.parts[name][at] = _sums(done[hidden], self.kept)
+        measured = {name: done[name] for name, record in self.records.items() if record.measured}
+        if measured and self.rows.start + at in _SAMPLED:
+            higher = self.objective.higher if len(self.blocks) == 1 else _Only(self.objective.higher, block)
+            for name, error in _precision_errors(measured, start, end, higher, self.method.rule).items():
+                self.errors[name][at] += error
 
 
 class _Only:
@@ -145,17 +146,21 @@ def _sums(segment: Any, kept: list[Any]) -> Any:
     return np.stack([segment.allocation[each.name].flatten(1).sum(1).cpu().numpy() for each in kept], -1)
 
 
-def _precision_error(name: str, start: Any, end: Any, found: Any, higher: Any, rule: Any) -> tuple[float, float]:
-    """Σ|A − A*| and Σ|A*| of one segment, with A* from the same nodes one precision higher."""
+def _precision_errors(found: Any, start: Any, end: Any, higher: Any, rule: Any) -> dict[str, tuple[float, float]]:
+    """Σ|A − A*| and Σ|A*| of losses on one segment, with A* from the same nodes one precision higher."""
     from ..allocation import Method, allocate
     from ..quadrature import NESTED
 
-    dtype = higher.dtype
     first, last = (
-        {key: each.to(dtype) if each.is_floating_point() else each for key, each in point.items()}
+        {key: each.to(higher.dtype) if each.is_floating_point() else each for key, each in point.items()}
         for point in (start, end)
     )
-    method = Method(rule if found.level < 0 else NESTED[found.level])
-    exact = allocate(first, last, higher, [name], method)[0][name].allocation
-    apart = math.fsum(float((found.allocation[key] - each).abs().sum()) for key, each in exact.items())
-    return apart, math.fsum(float(each.abs().sum()) for each in exact.values())
+    errors = {}
+    for level in {each.level for each in found.values()}:
+        names = [name for name, each in found.items() if each.level == level]
+        exact, _ = allocate(first, last, higher, names, Method(rule if level < 0 else NESTED[level]))
+        for name in names:
+            ours, theirs = found[name].allocation, exact[name].allocation
+            apart = math.fsum(float((ours[key] - each).abs().sum()) for key, each in theirs.items())
+            errors[name] = apart, math.fsum(float(each.abs().sum()) for each in theirs.values())
+    return errors
