@@ -113,8 +113,8 @@ def _groups_weigh(objective: Objective, name: str) -> None:
         with contextlib.closing(batches):
             if not any(objective.weighs(name, batch) for _, batch in batches):
                 raise InputError(
-                    f"the weights of group {label!r} of loss {name!r} on split {split.name!r} sum to 0 (are all its targets ignored?), so it has no loss. "
-                    "Give its examples to another group in group_by, or leave them out of the data."
+                    f"the weights of group {label!r} of loss {name!r} on split {split.name!r} sum to 0 (are all its targets ignored?), so "
+                    "it has no loss. Give its examples to another group in group_by, or leave them out of the data."
                 )
 
 
