@@ -1,0 +1,150 @@
+"""A part of the examples: which, recorded how, and how sure of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lca_posthoc
+from lca_posthoc import Loss, Recorder, Task
+from lca_posthoc.errors import InputError
+from lca_posthoc.findings import summary
+from lca_posthoc.objective.batches import chosen
+from lca_posthoc.store import read_manifest
+from tests.test_numerics import arrays
+
+EXAMPLES = 200
+GENERATOR = torch.Generator().manual_seed(3)
+INPUTS, NOISE = torch.randn(EXAMPLES, 6, generator=GENERATOR), torch.randn(EXAMPLES, generator=GENERATOR)
+TARGETS = (INPUTS @ torch.linspace(-1, 1, 6) + 0.5 * NOISE)[:, None]
+
+
+@pytest.fixture(scope="module")
+def iterates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A linear model and four steps of gradient descent."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Recorder(tmp_path_factory.mktemp("subset") / "ck", model) as recorder:
+        for step in range(5):
+            recorder.save(step)
+            optimizer.zero_grad()
+            F.mse_loss(model(INPUTS), TARGETS).backward()
+            optimizer.step()
+    return recorder.directory
+
+
+def task(inputs: Tensor = INPUTS, targets: Tensor = TARGETS, **more: Loss) -> Task:
+    data = {"train": (inputs, targets), "validation": (inputs[:50] + 1, targets[:50])}
+    return Task(lambda: nn.Linear(6, 1), data, {"train": Loss(F.mse_loss, on="train"), **more})
+
+
+@pytest.fixture
+def replay(iterates: Path, tmp_path: Path) -> Callable[..., Any]:
+    def replayed(given: Task, out: str = "run", **settings: Any) -> lca_posthoc.Run:
+        fixed = {"cluster": "inline", "device": "cpu", "losses": ["all"], "tolerance": float("inf")}
+        return lca_posthoc.run(iterates, given, out=tmp_path / out, **{**fixed, **settings})
+
+    return replayed
+
+
+@pytest.mark.parametrize("subset", ["20:90", ":7", "150:", "3,5,190", "0.25@7"])
+def test_a_subset_is_the_loss_of_exactly_these_examples(replay: Callable[..., Any], subset: str) -> None:
+    positions = chosen(subset, EXAMPLES)
+    assert positions is not None
+    part = replay(task(), subset=[subset], batch_size=16)["train"]
+    alone = replay(task(INPUTS[positions], TARGETS[positions]), "alone", batch_size=16)["train"]
+    assert part.record.examples == len(positions)
+    assert part.record.total == EXAMPLES
+    for name, each in arrays(alone.allocation).items():
+        assert arrays(part.allocation)[name] == pytest.approx(each, rel=1e-5, abs=1e-8)
+    assert part.steps["loss_start"].values == pytest.approx(alone.steps["loss_start"].values, rel=1e-6)
+
+
+def test_a_subset_of_one_split_leaves_the_others_whole(replay: Callable[..., Any]) -> None:
+    both = task(validation=Loss(F.mse_loss, on="validation"))
+    run = replay(both, subset=["train=0:10"])
+    whole = replay(both, "whole")
+    assert [run[name].record.examples for name in run] == [10, 50]
+    for name, each in arrays(whole["validation"].allocation).items():
+        assert np.array_equal(arrays(run["validation"].allocation)[name], each)
+
+
+def test_a_subset_is_recorded_and_never_changed(replay: Callable[..., Any]) -> None:
+    run = replay(task(), subset=["0.1@7"])
+    assert read_manifest(run.path).settings["subset"] == ["0.1@7"]
+    assert replay(task())["train"].record.examples == 20  # gone on with, as it was made
+    with pytest.raises(InputError, match=r"made with --subset 0.1@7, not --subset 0.1@8"):
+        replay(task(), subset=["0.1@8"])
+
+
+REFUSED = {
+    "a split nobody has": (["test=0:10"], "--subset is for split 'test', which no chosen loss is on"),
+    "twice": (["0:10", "0:20"], "--subset is given twice for all splits"),
+    "twice for a split": (["train=0:10", "train=0:20"], "--subset is given twice for split 'train'"),
+    "beyond the end": (["0:201"], "--subset '0:201'"),
+    "not a fraction": (["1.5@3"], "--subset '1.5@3'"),
+    "no seed": (["0.1"], "--subset '0.1'"),
+}
+
+
+@pytest.mark.parametrize(("subset", "words"), REFUSED.values(), ids=REFUSED)
+def test_a_subset_that_is_none_is_refused(
+    replay: Callable[..., Any], tmp_path: Path, subset: list[str], words: str
+) -> None:
+    with pytest.raises(InputError) as refusal:
+        replay(task(), subset=subset)
+    assert words in str(refusal.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- standard errors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("subset", "parts"), [("0.25@7", 10), ("0.02@7", 4), ("0:50", 0), ("1,2,3", 0)])
+def test_only_random_examples_come_in_parts_whose_mean_is_the_allocation(
+    replay: Callable[..., Any], subset: str, parts: int
+) -> None:
+    results = replay(task(), subset=[subset])["train"]
+    assert results.record.replicates == parts
+    assert ("replicates" in results.tensors) == bool(parts)
+    assert all((each["standard_error"] is not None) == bool(parts) for each in summary(results)["tensors"])
+    if parts:
+        found = results.tensors
+        assert found["replicates"].sizes["replicate"] == parts
+        mean = found["replicates"].mean("replicate").values
+        assert mean == pytest.approx(found["allocated"].values, rel=1e-6, abs=1e-9)
+
+
+def test_losses_with_groups_and_terms_have_no_standard_errors(replay: Callable[..., Any]) -> None:
+    losses = {
+        "signs": Loss(F.mse_loss, on="train", group_by=lambda inputs, targets: inputs[:, 0] > 0),
+        "l2": Loss(l2=0.1),
+    }
+    run = replay(task(**losses), subset=["0.25@7"])
+    assert [run[name].record.replicates for name in run] == [10, 0, 0]
+    assert summary(run["signs"])["groups"] == [0, 1]
+    alone = replay(task(), "alone", subset=["0.25@7"])["train"]
+    assert np.array_equal(run["train"].allocation["weight"].values, alone.allocation["weight"].values)
+
+
+def test_standard_errors_are_those_of_drawing_again(replay: Callable[..., Any]) -> None:
+    """Over forty draws, the reported standard error of each tensor's sum is the spread of the sums about the whole's."""
+    whole = {each["name"]: each["allocated"] for each in summary(replay(task(), "whole")["train"])["tensors"]}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in whole}
+    for seed in range(40):
+        results = replay(task(), f"draw{seed}", subset=[f"0.25@{seed}"], keep="tensors", precision="float64")["train"]
+        for each in summary(results)["tensors"]:
+            found[each["name"]].append((each["allocated"], each["standard_error"]))
+    for name, draws in found.items():
+        sums, errors = np.array(draws).T
+        spread = np.sqrt(np.mean((sums - whole[name]) ** 2))
+        assert 1 / 1.5 < np.sqrt(np.mean(errors**2)) / spread < 1.5
+        assert abs(sums.mean() - whole[name]) < 4 * spread / np.sqrt(len(sums))
