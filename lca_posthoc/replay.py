@@ -303,6 +303,9 @@ class _Job:
         if new:
             self._check_space(store.required_bytes(writer.manifest, writer.keep, new.values()))
             writer.add_losses(new)
+        task = {name: value for name, value in found.provenance.items() if name.startswith("task")}
+        if any(recorded.provenance[name] != value for name, value in task.items()):
+            writer.note(task)
 
     def _replay(self, cluster: Cluster, writer: RunWriter, common: Spec, stop: _Stop) -> None:
         manifest = writer.manifest

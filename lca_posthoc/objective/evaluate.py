@@ -115,6 +115,7 @@ class Objective:
         """The same task, one precision higher, over the same data and batches."""
         other = Objective(lambda: self.task, list(self.losses), precision=HIGHER[self.precision], **self._settings)
         other.batch_sizes, other.joined = self.batch_sizes, self.joined
+        other._orders, other._order_of = self._orders, self._order_of
         return other
 
     def replicates_of(self, name: str) -> str | None:

@@ -135,6 +135,10 @@ class Manifest:
         """The same run with more losses."""
         return replace(self, losses={**self.losses, **losses})
 
+    def with_provenance(self, provenance: dict[str, Any]) -> Manifest:
+        """The same run with some of its provenance brought up to date."""
+        return replace(self, provenance={**self.provenance, **provenance})
+
     def without(self, loss: str) -> Manifest:
         """The same run with one loss fewer."""
         return replace(self, losses={name: record for name, record in self.losses.items() if name != loss})

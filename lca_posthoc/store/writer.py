@@ -177,6 +177,11 @@ class RunWriter:
             self.create_loss(name)
         write_manifest(self.manifest, self.path)
 
+    def note(self, provenance: dict[str, Any]) -> None:
+        """Record where the run comes from now: the task file as it is, with the losses it has."""
+        self.manifest = self.manifest.with_provenance(provenance)
+        write_manifest(self.manifest, self.path)
+
     def remove_loss(self, name: str) -> None:
         """Drop a loss: from the record first, so that one killed meanwhile leaves no loss without numbers."""
         key = self.manifest.losses[name].key
