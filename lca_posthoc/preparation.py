@@ -73,7 +73,8 @@ def prepare(
     """
     found = _ask(cluster, describe, {"task": task, "settings": settings, "losses": wanted or None})
     _known_tensors(settings["tensors"], found["tensors"])
-    _known_splits(settings["subset"], found["losses"])
+    if existing is None:
+        _known_splits(settings["subset"], found["losses"])
     table = [
         TensorSpec(**{**each, "shape": tuple(each["shape"]), "aliases": tuple(each["aliases"])})
         for each in found["tensors"]
@@ -189,7 +190,7 @@ def _record(name: str, key: str, loss: dict[str, Any], probed: Spec) -> LossReco
         loss["counts"],
         probed["block"][name],
         probed["along"][name],
-        loss["replicates"],
+        probed["replicates"][name],
         probed["batch_sizes"].get(loss["on"], 0),
         probed["calibration"][name],
         probed["measured"],

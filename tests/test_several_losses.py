@@ -106,9 +106,19 @@ SHARED: dict[str, tuple[Any, dict[str, Loss], int, int]] = {
         BY_CLASS,
         2 * BY_CLASS,
     ),
-    "two calls": (VECTORS, {"one": Loss(call=first_logit), "two": Loss(call=second_logit)}, WHOLE, 2 * WHOLE),
-    "a call and a function": (VECTORS, {"one": Loss(call=first_logit), "two": Loss(F.cross_entropy)}, WHOLE, 2 * WHOLE),
-    "two calls of a dict": (DICTS, {"one": Loss(call=from_dict), "two": Loss(call=hidden_from_dict)}, WHOLE, 2 * WHOLE),
+    "two calls": (VECTORS, {"one": Loss(call=first_logit), "two": Loss(call=second_logit)}, 2 * WHOLE, 2 * WHOLE),
+    "a call and a function": (
+        VECTORS,
+        {"one": Loss(call=first_logit), "two": Loss(F.cross_entropy)},
+        2 * WHOLE,
+        2 * WHOLE,
+    ),
+    "two calls of a dict": (
+        DICTS,
+        {"one": Loss(call=from_dict), "two": Loss(call=hidden_from_dict)},
+        2 * WHOLE,
+        2 * WHOLE,
+    ),
     "the same groups twice": (
         VECTORS,
         {"one": Loss(F.cross_entropy, group_by=by_class), "two": Loss(F.cross_entropy, group_by=VECTORS["train"][1])},

@@ -148,3 +148,15 @@ def test_standard_errors_are_those_of_drawing_again(replay: Callable[..., Any]) 
         spread = np.sqrt(np.mean((sums - whole[name]) ** 2))
         assert 1 / 1.5 < np.sqrt(np.mean(errors**2)) / spread < 1.5
         assert abs(sums.mean() - whole[name]) < 4 * spread / np.sqrt(len(sums))
+
+
+def test_parts_that_weigh_nothing_give_no_standard_errors_and_say_so(replay: Callable[..., Any]) -> None:
+    def rarely(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return (model(batch[0]) - batch[1]).square(), (batch[0][:, :1] > 2).double()
+
+    heard: list[Any] = []
+    data = task(rare=Loss(call=rarely, on="train"))
+    run = replay(data, subset=["0.3@1"], losses=["rare"], progress=heard.append)
+    assert run["rare"].record.replicates == 0
+    assert [event.text for event in heard if hasattr(event, "text") and "no standard errors" in event.text]
+    assert summary(run["rare"])["tensors"][0]["standard_error"] is None

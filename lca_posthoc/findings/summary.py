@@ -37,7 +37,7 @@ def summary(results: LossResults) -> dict[str, Any]:
     remainder = _total(steps["remainder"]) if "remainder" in steps else None
     allocated = _total(tensors["allocated"], "tensor") + (0.0 if remainder is None else remainder)
     counted = tensors.isel(tensor=tensors["kind"].values == "parameter")
-    elements = int(counted["elements"].sum()) * segments
+    elements = max(1, int(counted["elements"].sum()) * segments)  # there may be buffers alone
     helping, hurting = (counted[name].sum(("step", "tensor")).values for name in ("helping", "hurting"))
     measured = steps["precision_error"].values[~np.isnan(steps["precision_error"].values)]
     errors = _standard_errors(tensors, record.examples / max(1, record.total))

@@ -2,7 +2,7 @@
 
 from .batches import Split, automatic_batch_size, power_of_two
 from .evaluate import HIGHER, Objective, replicates_of
-from .probe import Identity, check_loss, identify
+from .probe import Identity, check_loss, drop_weightless_replicates, identify
 from .sums import Evaluation
 from .tensors import tensor_table
 
@@ -14,6 +14,7 @@ __all__ = [
     "Split",
     "automatic_batch_size",
     "check_loss",
+    "drop_weightless_replicates",
     "identify",
     "power_of_two",
     "replicates_of",

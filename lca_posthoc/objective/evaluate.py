@@ -3,17 +3,16 @@ r"""Loss and gradient of a whole split at one point.
 $L(\theta) = \sum_e w_e\,\ell_e(\theta) \big/ \sum_e w_e$ over every element $e$ of the split, or of each of its groups; one
 value per element, $w_e = 1$ unless the loss gives weights. Sums over elements and batches accumulate in float64.
 
-Losses over the same batches are evaluated in one pass over them: the forward pass is shared where they call the model alike,
-and the backward pass where they have the same values. What a loss comes to, bit for bit, depends on the order of its own
+Losses over the same batches are evaluated in one pass over them: the forward pass is shared by losses that are functions of the
+model's outputs, the backward pass by losses that have the same values. What a loss comes to, bit for bit, depends on the order of its own
 batches alone, never on which others are evaluated beside it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from typing import Any
 
@@ -26,11 +25,13 @@ from ..task import Loss, Task
 from ..trajectory import TensorSpec
 from .batches import Order, Split, automatic_batch_size, saved_bytes
 from .normalisation import normalising
-from .sharing import shared_forward
+from .sharing import SharedOutputs
+from .sources import digest_of
 from .sums import Evaluation, Sums
-from .tensors import tensor_table
+from .tensors import is_fixed, tensor_table
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+_BUILT: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # by the factories of tasks in this process
 HIGHER = {"bfloat16": "float32", "tf32": "float32", "float32": "float64"}
 REPLICATES = 10
 Values = Callable[[Any], tuple[Tensor, Tensor | None]]
@@ -98,6 +99,10 @@ class Objective:
         self._complete()
         self.table = tensor_table(self.model, norm_stats, self.task.fixed)
         self._tensors = self._bind()
+        fixed = [name for name in self._own() if is_fixed(name, self.task.fixed)]
+        if fixed and self.dtype == torch.float64:  # the ones that were trained with: a seed gives others in float64
+            with default_dtype(torch.float32):
+                self._copy_own(_built(self.task), fixed)
         self._orders: list[Order] = []
         self._order_of: dict[str, Order] = {}
         self.joined: dict[str, str | None] = {}
@@ -116,6 +121,7 @@ class Objective:
         other = Objective(lambda: self.task, list(self.losses), precision=HIGHER[self.precision], **self._settings)
         other.batch_sizes, other.joined = self.batch_sizes, self.joined
         other._orders, other._order_of = self._orders, self._order_of
+        other._copy_own(self.model, self._own())
         return other
 
     def replicates_of(self, name: str) -> str | None:
@@ -125,10 +131,14 @@ class Objective:
     def _complete(self) -> None:
         """Let lazily built modules infer their shapes from a batch."""
         if any(map(is_lazy, [*self.model.parameters(), *self.model.buffers()])):
-            name, loss = next((name, loss) for name, loss in self.losses.items() if loss.split is not None)
-            assert loss.split is not None
+            known = {**self.losses, **self.task.losses}
+            name = next((name for name, loss in known.items() if loss.split is not None), None)
+            if name is None:
+                raise InputError("the model is lazily built, and no loss of the task calls it. Build it in Task.model.")
+            self.functions.setdefault(name, known[name].on_device(self.device, self.dtype))
+            split = Split(known[name].on, self.task.data[known[name].on], self.device, self.dtype)
             with self._mode(), torch.no_grad():
-                self.values(name, self.splits[loss.split].sample(0, 2))
+                self.values(name, split.sample(0, 2))
 
     def _bind(self) -> dict[str, Tensor]:
         """The module's own tensors; gradients flow to those that are allocated and to no other."""
@@ -138,7 +148,7 @@ class Objective:
         for spec in self.table:
             bound[spec.name].requires_grad_(spec.kind != "state")
         for pattern in self.task.fixed:
-            if not any(fnmatchcase(name, pattern) for name in bound):
+            if not any(is_fixed(name, [pattern]) for name in bound):
                 raise InputError(
                     f"Task.fixed names {pattern!r}, which no tensor of the model matches. Its tensors: {_few(bound)}."
                 )
@@ -151,16 +161,22 @@ class Objective:
 
     @property
     def digests(self) -> dict[str, str]:
-        """What the data, and the tensors the task fixes, are: other processes must find the same."""
-        bound = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        fixed = sorted(name for name in bound if any(fnmatchcase(name, pattern) for pattern in self.task.fixed))
-        tensors = hashlib.sha256()
-        for name in fixed:
-            tensors.update(name.encode() + bound[name].detach().cpu().reshape(-1)[:4096].double().numpy().tobytes())
+        """What the data is, and the tensors checkpoints do not hold: other processes must find the same."""
         return {
             **{f"split {name!r}": split.digest for name, split in self.splits.items()},
-            **({"Task.fixed": tensors.hexdigest()} if fixed else {}),
+            **{f"tensor {name!r}": digest_of(_some(tensor)) for name, tensor in self._own().items()},
         }
+
+    def _own(self) -> dict[str, Tensor]:
+        """The tensors that stay as the task's model builds them: fixed ones, and buffers that are not stored."""
+        bound = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        return {name: tensor for name, tensor in bound.items() if name not in self._tensors}
+
+    def _copy_own(self, other: nn.Module, names: Iterable[str]) -> None:
+        theirs = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+        with torch.no_grad():
+            for name in names:
+                self._own()[name].copy_(theirs[name])
 
     # --- batches and their order ------------------------------------------------------------------------------------
 
@@ -294,12 +310,11 @@ class Objective:
         mixed = order is not None and self.norm_stats == "batch"
         walk = split.batches(self.batch_sizes[split.name], None if mixed else order, None if mixed else only)
         codes = torch.split(_codes(split.examples, order), self.batch_sizes[split.name]) if order and mixed else ()
-        sharing = shared_forward(self.model) if len(sources) > 1 else contextlib.nullcontext(lambda: None)
-        with self._mode(), torch.set_grad_enabled(gradient), sharing as forget, contextlib.closing(walk):
+        with self._mode(), torch.set_grad_enabled(gradient), contextlib.closing(walk):
             for at, (group, batch) in enumerate(walk):
-                forget()
+                shared = SharedOutputs()
                 for source, held in sources.items():
-                    values, weights = self.values(self.replicated.get(held[0], held[0]), batch)
+                    values, weights = self.values(self.replicated.get(held[0], held[0]), batch, shared)
                     keep = source != next(reversed(sources))
                     if mixed:
                         self._back_by_group(sums[source], values, weights, codes[at], keep)
@@ -339,7 +354,7 @@ class Objective:
                 self._back(sums, 0, *values(batch), False)
         return sums.evaluation(False, "a loss", None)
 
-    def values(self, name: str, batch: Any) -> tuple[Tensor, Tensor | None]:
+    def values(self, name: str, batch: Any, shared: SharedOutputs | None = None) -> tuple[Tensor, Tensor | None]:
         """One value per element of a batch, multiplied by the element's weight, and the weights (float64) unless all are 1."""
         loss = self.functions[name]
         with self._user_code(loss), self._autocast():
@@ -349,7 +364,7 @@ class Objective:
                 result = loss.call(self.model, batch)
             else:
                 inputs, targets = unpack(batch)
-                outputs = self.model(inputs)
+                outputs = self.model(inputs) if shared is None else shared.of(self.model, inputs)
                 result = loss.per_element()(outputs, targets)
         values, weights = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         if not isinstance(values, Tensor) or not values.is_floating_point():
@@ -452,6 +467,12 @@ def _not_broadcast(name: str, values: Tensor, outputs: Tensor, targets: Tensor) 
         )
 
 
+def _some(tensor: Tensor) -> Tensor:
+    """A few thousand of a tensor's elements, from all over it."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // 4096)].clone()
+
+
 def replicates_of(name: str) -> str:
     """The name under which a loss on a random subset is evaluated on parts of it, for its standard errors."""
     return f"{name}\0replicates"
@@ -504,6 +525,11 @@ def _built(task: Task) -> nn.Module:
         raise InputError(f"Task.model() raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"Task.model() returned {type(model).__name__}, not an nn.Module.")
+    if model in _BUILT:
+        raise InputError(
+            "Task.model() returned the module it had returned before. Build a new one at every call: model=lambda: Net()."
+        )
+    _BUILT.add(model)
     return getattr(
         model, "_orig_mod", model
     )  # what torch.compile wraps: compiled code would not see a held normalisation

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .batches import Order
 from .evaluate import Objective, unpack
 from .sharing import tensors_of
 from .sums import Evaluation
@@ -108,14 +109,33 @@ def _groups_weigh(objective: Objective, name: str) -> None:
         raise InputError(
             f"a weight of loss {name!r} is {lowest:.6g}. Weights say how much an element counts: give none below 0."
         )
-    for at, label in enumerate(order.labels if order is not None and lowest is not None else []):
-        batches = split.batches(objective.batch_sizes[split.name], order, range(at, at + 1))
-        with contextlib.closing(batches):
+    if order is not None and lowest is not None and (empty := _weightless(objective, name, order)) is not None:
+        raise InputError(
+            f"the weights of group {order.labels[empty]!r} of loss {name!r} on split {split.name!r} sum to 0 (are all its targets "
+            "ignored?), so it has no loss. Give its examples to another group in group_by, or leave them out of the data."
+        )
+
+
+def _weightless(objective: Objective, name: str, order: Order) -> int | None:
+    """The first group of which no element weighs anything."""
+    split = objective.splits[objective.losses[name].on]
+    for at in range(len(order.labels)):
+        with contextlib.closing(split.batches(objective.batch_sizes[split.name], order, range(at, at + 1))) as batches:
             if not any(objective.weighs(name, batch) for _, batch in batches):
-                raise InputError(
-                    f"the weights of group {label!r} of loss {name!r} on split {split.name!r} sum to 0 (are all its targets ignored?), so "
-                    "it has no loss. Give its examples to another group in group_by, or leave them out of the data."
-                )
+                return at
+    return None
+
+
+def drop_weightless_replicates(objective: Objective, name: str) -> list[str]:
+    """Give up standard errors where a random part of the examples weighs nothing; says so."""
+    hidden = objective.replicates_of(name)
+    order = None if hidden is None else objective.order(hidden)
+    if hidden is None or order is None:
+        return []
+    if _weightless(objective, name, order) is None:
+        return []
+    del objective.replicated[hidden]
+    return [f"loss {name!r} has no standard errors: a tenth of the subset weighs nothing. Take a larger one."]
 
 
 def _cut(count: int) -> int:

@@ -25,7 +25,7 @@ def tensor_table(model: nn.Module, norm_stats: str, fixed: Sequence[str] = ()) -
     parameters, owners = dict(model.named_parameters()), _owners(model)
     table = []
     for name, tensor in [*parameters.items(), *model.named_buffers()]:
-        if any(fnmatchcase(name, pattern) for pattern in fixed):
+        if is_fixed(name, fixed):
             continue
         if id(tensor) not in by_id:
             continue  # a non-persistent buffer: the model builds it, checkpoints do not hold it
@@ -35,6 +35,11 @@ def tensor_table(model: nn.Module, norm_stats: str, fixed: Sequence[str] = ()) -
         aliases = tuple(alias for alias in by_id[id(tensor)] if alias != name)
         table.append(TensorSpec(name, kind, tuple(tensor.shape), aliases, _unit_axis(owners[name], tensor.dim())))
     return table
+
+
+def is_fixed(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a tensor stays as the model builds it."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def is_statistic(name: str) -> bool:

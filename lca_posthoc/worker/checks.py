@@ -29,7 +29,6 @@ def describe(spec: Spec) -> Spec:
 def _described(objective: Any, name: str) -> Spec:
     loss, order = objective.losses[name], objective.order(name)
     split = None if loss.split is None else objective.splits[loss.split]
-    replicated = objective.replicates_of(name)
     return {
         "on": loss.split,
         "kind": loss.kind,
@@ -37,8 +36,12 @@ def _described(objective: Any, name: str) -> Spec:
         "total": split.total if split else 0,
         "groups": order.labels if order else None,
         "counts": order.counts if order else None,
-        "replicates": len(objective.order(replicated).labels) if replicated else 0,
     }
+
+
+def _replicates(objective: Any, name: str) -> int:
+    hidden = objective.replicates_of(name)
+    return 0 if hidden is None else len(objective.order(hidden).labels)
 
 
 @reported
@@ -65,6 +68,7 @@ def probe(spec: Spec) -> Spec:
         "block": block,
         "along": {name: along if along in objective.losses else None for name, along in objective.joined.items()},
         "measured": measured,
+        "replicates": {name: _replicates(objective, name) for name in names},
         "notes": notes,
     }
 
@@ -83,9 +87,9 @@ def _same_ties(spec: Spec) -> None:
 
 
 def _checks(spec: Spec, objective: Any, name: str) -> list[str]:
-    from ..objective import check_loss
+    from ..objective import check_loss, drop_weightless_replicates
 
-    notes: list[str] = check_loss(objective, name)
+    notes: list[str] = check_loss(objective, name) + drop_weightless_replicates(objective, name)
     if spec["settings"]["precision"] == "float64":
         _same_in_float32(spec, objective, name)
     return notes

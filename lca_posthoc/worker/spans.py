@@ -84,7 +84,7 @@ class _Together:
             self.writer.write_span(name, self.spec["span"], tally, {**facts[name], **where}, self.parts.get(name))
             facts[name]["worst_residual"] = float(abs(tally.steps["residual"]).max())
             facts[name]["unconverged"] = int((tally.steps["converged"] == 0).sum())
-            facts[name]["silent"] = sorted(tally.silent)
+            facts[name]["silent"] = sorted(tally.silent) if self.records[name].on is not None else []
         return facts
 
     def _counts(self) -> dict[str, tuple[int, int]]:

@@ -54,7 +54,8 @@ def _same_data(objective: Any, spec: Spec) -> Any:
         if found[what] != digest:
             raise InputError(
                 f"{what} is not the same in this worker process as where the task was probed: it is made anew in every process. "
-                "Usual culprits: random augmentation, random_split without a seeded generator, a model that builds Task.fixed at random."
+                "Usual culprits: random augmentation, random_split without a seeded generator, tensors that checkpoints do not "
+                "hold (Task.fixed, buffers) and the model builds at random."
             )
     return objective
 

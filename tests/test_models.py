@@ -1,0 +1,638 @@
+"""Models as they are met: each is allocated as the oracle says, or refused with its culprit named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lca_posthoc import Loss, Recorder, Run, Task, run
+from lca_posthoc.errors import InputError, LCAError
+from lca_posthoc.objective import Objective
+from lca_posthoc.replay import Note
+from lca_posthoc.settings import DEFAULTS
+from lca_posthoc.task import entry
+from lca_posthoc.worker import describe, state
+
+from .cases import Batch, Values, classes
+from .oracle import Oracle, simpson
+from .small import says
+from .test_numerics import arrays, worst_error
+
+BOUND, BATCH = 1e-5, 7  # numerics 7, float32
+GENERATOR = torch.Generator().manual_seed(8)
+INPUTS, TEACHER = torch.randn(23, 12, generator=GENERATOR), torch.randn(12, 4, generator=GENERATOR)
+OTHERS = torch.randn(23, 12, generator=GENERATOR)
+TARGETS = (INPUTS @ TEACHER).argmax(1)
+IMAGES = torch.randn(23, 2, 6, 6, generator=GENERATOR)
+VECTORS = (INPUTS, TARGETS)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def one_group(model: nn.Module) -> list[dict[str, Any]]:
+    return [{"params": [each for each in model.parameters() if each.requires_grad], "lr": 0.1}]
+
+
+@dataclass(frozen=True)
+class Met:
+    """A model with its data and its loss, the same loss for the oracle, and how its parameters are optimised.
+
+    `trained` is what was trained where that is not what `build` gives.
+    """
+
+    build: Callable[[], nn.Module]
+    data: Batch | Mapping[str, Tensor] = VECTORS
+    loss: Loss = Loss(F.cross_entropy)  # noqa: RUF009 - frozen
+    values: Values = classes
+    groups: Sequence[int] | None = None
+    norm_stats: str = "running"
+    optimised: Callable[[nn.Module], list[dict[str, Any]]] = one_group
+    trained: Callable[[], nn.Module] | None = None
+
+    @property
+    def columns(self) -> Batch:
+        return tuple(self.data.values()) if isinstance(self.data, Mapping) else self.data
+
+    def task(self, **more: Any) -> Task:
+        return Task(self.build, {"train": self.data}, {"train": self.loss}, **more)
+
+    def record(self, directory: Path, part: Callable[[nn.Module], nn.Module] = lambda model: model) -> Path:
+        """Train for three steps by SGD with momentum and save every iterate, of a part of the model where one is given."""
+        with seeded(4):
+            model = (self.trained or self.build)().train()
+            optimizer = torch.optim.SGD(self.optimised(model), momentum=0.9)
+            recorder = Recorder(directory, part(model))
+            recorder.save(0)
+            for step in range(1, 4):
+                chosen = torch.randperm(23)[:16]
+                optimizer.zero_grad()
+                self.values(model, tuple(each[chosen] for each in self.columns)).mean().backward()
+                optimizer.step()
+                recorder.save(step)
+        return directory
+
+
+def replay(met: Met, iterates: Path, out: Path, *, task: Task | None = None, **settings: Any) -> Run:
+    fixed = {"cluster": "inline", "device": "cpu", "tolerance": math.inf, "norm_stats": met.norm_stats}
+    return run(iterates, task or met.task(), out=out, **{"batch_size": BATCH, **fixed, **settings})
+
+
+def points(iterates: Path, met: Met) -> list[dict[str, Tensor]]:
+    """Every tensor at every checkpoint: what files do not hold is as the model was built."""
+    model = (met.trained or met.build)()
+    built = {name: each.detach() for name, each in [*model.named_parameters(), *model.named_buffers()]}
+    return [{**built, **load_file(path)} for path in sorted(iterates.glob("*.safetensors"))]
+
+
+def assert_the_oracle_agrees(met: Met, replayed: Run, iterates: Path) -> None:
+    """Allocations within numerics 7's bound and losses, of every group; what has no variable cannot have moved the loss."""
+    results = replayed["train"]
+    given = list(met.groups) if met.groups is not None else [0] * 23
+    for group, label in enumerate(sorted(set(given))):
+        mine = [row for row, each in enumerate(given) if each == label]
+        size = BATCH if met.norm_stats == "batch" else None
+        judge = Oracle(
+            met.trained or met.build,
+            tuple(each[mine] for each in met.columns),
+            met.values,
+            norm_stats=met.norm_stats,
+            batch_size=size,
+        )
+        truth = judge.allocate(points(iterates, met), *simpson(2))
+        wanted = {name: each.numpy() for name, each in truth.stacked().items()}
+        at = (slice(None), *([group] if met.groups is not None else []))
+        found = {name: each[at] for name, each in arrays(results.allocation).items()}
+        assert {name: each.shape for name, each in found.items()} == {name: wanted[name].shape for name in found}
+        assert not any(wanted[name].any() for name in wanted.keys() - found.keys())
+        assert worst_error(found, {name: wanted[name] for name in found}) <= BOUND
+        path = [*results.steps["loss_start"].values[at], results.steps["loss_end"].values[-1:][at][0]]
+        assert path == pytest.approx(truth.losses, rel=1e-6)
+
+
+# --- models ------------------------------------------------------------------------------------------------------------
+
+
+def frozen() -> nn.Module:
+    model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 4))
+    model[0].weight.requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    return model
+
+
+def at_different_rates(model: nn.Module) -> list[dict[str, Any]]:
+    return [
+        {"params": [model[0].bias], "lr": 0.5},
+        {"params": [model[2].weight], "lr": 1e-3},
+        {"params": list(model[4].parameters()), "lr": 0.1, "weight_decay": 0.1},
+    ]
+
+
+class Tied(nn.Module):
+    """One matrix in two layers, and once more as its transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.head = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+        self.other.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.other(torch.tanh(self.one(x)))) @ self.one.weight)
+
+
+class Buffers(nn.Module):
+    """A counter, and buffers that are read: one that moves, two that do not, two that no checkpoint holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 4)
+        self.register_buffer("centre", torch.zeros(12))
+        self.register_buffer("slope", torch.linspace(0.5, 1.5, 12))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("order", torch.arange(11, -1, -1).roll(3))
+        self.register_buffer("places", torch.sin(torch.arange(12) / 3), persistent=False)
+        self.register_buffer("chosen", torch.arange(11, -1, -1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.centre.mul_(0.8).add_(0.2 * x.mean(0))
+            self.seen += 1
+        placed = ((x - self.centre) * self.slope)[:, self.order] + self.places
+        return self.linear(torch.tanh(placed)[:, self.chosen] * torch.linspace(0.1, 2, 12))
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyLinear(9), nn.Tanh(), nn.LazyLinear(4))
+
+
+def not_lazy() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 4))
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(12, 5), nn.Linear(12, 5)
+
+    def forward(self, *, left: Tensor, right: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+        return {"score": scale * (torch.tanh(self.left(left)) * torch.tanh(self.right(right))).sum(1)}
+
+
+def keyword_values(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    return (model(left=batch["left"], right=batch["right"], scale=2.0)["score"] - batch["score"]) ** 2
+
+
+def tuple_values(model: nn.Module, batch: Batch) -> Tensor:
+    return keyword_values(model, dict(zip(("left", "right", "score"), batch, strict=True)))
+
+
+def normed(norm: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """A layer of four channels between convolutions, so that what it does is not undone by what follows."""
+    return lambda: nn.Sequential(
+        nn.Conv2d(2, 4, 3), norm(), nn.Tanh(), nn.Conv2d(4, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(36, 4)
+    )
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "SyncBatchNorm": partial(nn.SyncBatchNorm, 4),
+    "InstanceNorm2d, tracking": partial(nn.InstanceNorm2d, 4, affine=True, track_running_stats=True),
+    "InstanceNorm2d": partial(nn.InstanceNorm2d, 4),
+    "InstanceNorm2d, affine": partial(nn.InstanceNorm2d, 4, affine=True),
+    "GroupNorm": partial(nn.GroupNorm, 2, 4),
+    "LayerNorm": partial(nn.LayerNorm, [4, 4, 4]),
+    "BatchNorm2d, affine=False": partial(nn.BatchNorm2d, 4, affine=False),
+}
+UNTRACKED: dict[str, Callable[[], nn.Module]] = {
+    "BatchNorm2d": partial(nn.BatchNorm2d, 4, track_running_stats=False),
+    "BatchNorm2d, affine=False": partial(nn.BatchNorm2d, 4, affine=False, track_running_stats=False),
+    "SyncBatchNorm": partial(nn.SyncBatchNorm, 4, track_running_stats=False),
+}
+
+
+class DropPath(nn.Module):
+    """A residual branch that is left out of some examples while the model is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = (torch.rand(len(x), 1) < 0.6) / 0.6 if self.training else 1.0
+        return x + torch.tanh(self.branch(x)) * kept
+
+
+def stochastic_depth() -> nn.Module:
+    return nn.Sequential(DropPath(), DropPath(), nn.Linear(12, 4))
+
+
+MET = {
+    "frozen parameters, groups of learning rates": Met(frozen, optimised=at_different_rates),
+    "tied weights": Met(Tied),
+    "tied weights, a loss with groups": Met(
+        Tied, loss=Loss(F.cross_entropy, group_by=TARGETS), groups=TARGETS.tolist()
+    ),
+    "buffers": Met(Buffers),
+    "lazy layers": Met(lazy, trained=not_lazy),
+    "inputs by keyword": Met(
+        ByKeyword, {"left": INPUTS, "right": OTHERS, "score": INPUTS[:, 0]}, Loss(call=keyword_values), tuple_values
+    ),
+    "stochastic depth": Met(stochastic_depth),
+    **{name: Met(normed(norm), (IMAGES, TARGETS)) for name, norm in NORMS.items()},
+    **{
+        f"{name}, batch statistics": Met(normed(norm), (IMAGES, TARGETS), norm_stats="batch")
+        for name, norm in NORMS.items()
+        if "Batch" in name
+    },
+    **{
+        f"{name}, no statistics, batch statistics": Met(normed(norm), (IMAGES, TARGETS), norm_stats="batch")
+        for name, norm in UNTRACKED.items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", MET)
+def test_a_model_is_allocated_as_the_oracle_says(tmp_path: Path, name: str) -> None:
+    met = MET[name]
+    iterates = met.record(tmp_path / "iterates")
+    replayed = replay(met, iterates, tmp_path / "run")
+    assert_the_oracle_agrees(met, replayed, iterates)
+    assert all(each.any() for key, each in arrays(replayed["train"].allocation).items() if moved(iterates, key))
+
+
+def moved(iterates: Path, name: str) -> bool:
+    first, *_, last = (load_file(path)[name] for path in sorted(iterates.iterdir()))
+    return not torch.equal(first, last) and name != "0.bias"  # a bias before a normalisation has no effect
+
+
+def test_frozen_parameters_get_nothing_and_the_others_do(tmp_path: Path) -> None:
+    met = MET["frozen parameters, groups of learning rates"]
+    found = arrays(replay(met, met.record(tmp_path / "iterates"), tmp_path / "run")["train"].allocation)
+    assert [name for name, each in found.items() if not each.any()] == ["0.weight", "2.bias"]
+
+
+def test_buffers_have_a_variable_where_they_float_and_are_stored(tmp_path: Path) -> None:
+    met = MET["buffers"]
+    found = arrays(replay(met, met.record(tmp_path / "iterates"), tmp_path / "run")["train"].allocation)
+    assert found.keys() == {"linear.weight", "linear.bias", "centre", "slope"}
+    assert found["centre"].any()
+    assert not found["slope"].any()
+
+
+@pytest.mark.parametrize("norm", UNTRACKED)
+def test_batch_norm_that_tracks_nothing_is_refused_where_statistics_are_the_stored_ones(
+    tmp_path: Path, norm: str
+) -> None:
+    met = Met(normed(UNTRACKED[norm]), (IMAGES, TARGETS))
+    iterates = met.record(tmp_path / "iterates")
+    with pytest.raises(InputError) as caught:
+        replay(met, iterates, tmp_path / "run")
+    says(str(caught.value), "batch-norm layer", "track_running_stats=False", "--norm-stats batch --batch-size N")
+    assert not (tmp_path / "run").exists()
+
+
+# --- what wraps a model --------------------------------------------------------------------------------------------------
+
+
+def failing_backend(graph: Any, inputs: Any) -> Any:
+    raise AssertionError("compiled")
+
+
+def with_batch_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Dropout(0.3), nn.Linear(9, 4))
+
+
+def eager_backend(graph: Any, inputs: Any) -> Any:
+    return graph.forward
+
+
+def compiled() -> nn.Module:
+    return torch.compile(with_batch_norm(), backend=failing_backend)
+
+
+def parallel() -> nn.Module:
+    return nn.DataParallel(with_batch_norm())
+
+
+def compiled_in_place() -> nn.Module:
+    model = with_batch_norm()
+    model.compile(backend=eager_backend)
+    return model
+
+
+def compiled_in_parts() -> nn.Module:
+    model = with_batch_norm()
+    model[1] = torch.compile(model[1], backend=eager_backend)
+    return model
+
+
+@pytest.fixture(scope="module")
+def normal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
+    """Iterates of a model that is wrapped in nothing, and their replay."""
+    root, met = tmp_path_factory.mktemp("normal"), Met(with_batch_norm)
+    iterates = met.record(root / "iterates")
+    replayed = replay(met, iterates, root / "run")
+    assert_the_oracle_agrees(met, replayed, iterates)
+    return iterates, replayed
+
+
+def same_bits(one: Run, other: Run) -> bool:
+    found, wanted = (arrays(each["train"].allocation) for each in (one, other))
+    return [each.tobytes() for each in found.values()] == [each.tobytes() for each in wanted.values()]
+
+
+@pytest.mark.parametrize("build", [compiled, parallel])
+def test_a_wrapped_model_gives_the_numbers_of_the_plain_one_and_compiles_nothing(
+    normal: tuple[Path, Run], tmp_path: Path, build: Callable[[], nn.Module]
+) -> None:
+    assert same_bits(replay(Met(build), normal[0], tmp_path / "run"), normal[1])
+
+
+@pytest.mark.parametrize("build", [compiled_in_place, compiled_in_parts])
+def test_code_compiled_inside_a_model_sees_the_normalisation_that_is_held(
+    normal: tuple[Path, Run], tmp_path: Path, build: Callable[[], nn.Module]
+) -> None:
+    assert same_bits(replay(Met(build), normal[0], tmp_path / "run"), normal[1])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_a_wrapper_left_in_checkpoints_are_understood(
+    normal: tuple[Path, Run], tmp_path: Path, prefix: str
+) -> None:
+    wrapped = tmp_path / "wrapped"
+    wrapped.mkdir()
+    for path in normal[0].iterdir():
+        save_file({prefix + name: each for name, each in load_file(path).items()}, wrapped / path.name)
+    found = replay(Met(with_batch_norm), wrapped, tmp_path / "run")
+    assert set(found["train"].allocation) == {"0.weight", "0.bias", "4.weight", "4.bias"} | {
+        f"1.{name}" for name in ("weight", "bias", "running_mean", "running_var")
+    }
+    assert same_bits(found, normal[1])
+
+
+# --- tensors checkpoints do not hold -------------------------------------------------------------------------------------
+
+
+class Adapted(nn.Module):
+    """A base that stays as it was built, and an adapter of low rank beside it."""
+
+    def __init__(self, seed: int | None) -> None:
+        super().__init__()
+        if seed is None:
+            self.base = nn.Sequential(nn.Linear(12, 10), nn.BatchNorm1d(10))
+        else:
+            with seeded(seed):
+                self.base = nn.Sequential(nn.Linear(12, 10), nn.BatchNorm1d(10))
+        self.base.requires_grad_(False).eval()
+        self.adapter = nn.Sequential(nn.Linear(12, 2, bias=False), nn.Linear(2, 10, bias=False))
+        self.head = nn.Linear(10, 4)
+
+    def train(self, mode: bool = True) -> Adapted:
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.base(x) + self.adapter(x)))
+
+
+def from_file() -> nn.Module:
+    """The base has the same float32 numbers whatever the default dtype, as one that is loaded from a file."""
+    model, generator = Adapted(0), torch.Generator().manual_seed(3)
+    for each in model.base.parameters():
+        with torch.no_grad():
+            each.copy_(0.3 * torch.randn(each.shape, generator=generator, dtype=torch.float32))
+    return model
+
+
+ADAPTED = {"from a file": Met(from_file), "seeded": Met(partial(Adapted, 0)), "at random": Met(partial(Adapted, None))}
+
+
+def adapter_of(model: nn.Module) -> nn.Module:
+    return nn.ModuleDict({"adapter": model.adapter, "head": model.head})
+
+
+@pytest.mark.parametrize(
+    ("base", "fixed"),
+    [("from a file", ["base.0.*", "bas?.1.*"]), ("seeded", ["base.*"])],
+    ids=["from a file", "seeded"],
+)
+def test_a_fixed_base_is_a_constant_and_has_no_variable(tmp_path: Path, base: str, fixed: list[str]) -> None:
+    met = ADAPTED[base]
+    iterates = met.record(tmp_path / "iterates", adapter_of)
+    replayed = replay(met, iterates, tmp_path / "run", task=met.task(fixed=fixed))
+    assert_the_oracle_agrees(met, replayed, iterates)
+    held = {"adapter.0.weight", "adapter.1.weight", "head.weight", "head.bias"}
+    assert set(arrays(replayed["train"].allocation)) == held
+    assert {tensor.spec.name for tensor in replayed.manifest.tensors} == held
+
+
+@pytest.mark.parametrize("base", ["from a file", "seeded"])
+@pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
+def test_a_fixed_base_is_the_same_one_in_every_precision(tmp_path: Path, base: str, precision: str) -> None:
+    """torch draws other numbers from the same seed where the default dtype is float64."""
+    met, heard = ADAPTED[base], list[Any]()
+    iterates = met.record(tmp_path / "iterates", adapter_of)
+    settings = {"precision": precision, "progress": heard.append}
+    replayed = replay(met, iterates, tmp_path / "run", task=met.task(fixed=["base.*"]), **settings)
+    assert [event.text for event in heard if isinstance(event, Note)] == []
+    assert np.isfinite(replayed["train"].steps["precision_error"].values[0]) == (precision != "float64")
+    if precision != "bfloat16":
+        assert_the_oracle_agrees(met, replayed, iterates)
+
+
+def test_a_base_checkpoints_do_not_hold_is_missing_unless_it_is_fixed(tmp_path: Path) -> None:
+    met = ADAPTED["from a file"]
+    iterates = met.record(tmp_path / "iterates", adapter_of)
+    with pytest.raises(InputError, match=r"'base\.0\.weight'.* is missing in .*step_00000000"):
+        replay(met, iterates, tmp_path / "run")
+    with pytest.raises(InputError, match=r"'base\.0\.weight'.* is missing in"):
+        replay(met, iterates, tmp_path / "run", task=met.task(fixed=["base.1.*"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pattern_of_fixed_that_matches_nothing_is_refused_with_what_there_is(tmp_path: Path) -> None:
+    met = ADAPTED["from a file"]
+    iterates = met.record(tmp_path / "iterates", adapter_of)
+    with pytest.raises(InputError) as caught:
+        replay(met, iterates, tmp_path / "run", task=met.task(fixed=["base.*", "backbone.*"]))
+    says(str(caught.value), "Task.fixed names 'backbone.*'", "'base.0.weight'")
+
+
+def test_a_fixed_tensor_the_checkpoints_do_hold_is_refused(tmp_path: Path) -> None:
+    """It would be a constant here that may have moved there."""
+    met = ADAPTED["from a file"]
+    iterates = met.record(tmp_path / "iterates")
+    with pytest.raises(InputError, match=r"'base\.0\.bias'.* in .* but not in the task's model"):
+        replay(met, iterates, tmp_path / "run", task=met.task(fixed=["base.*"]))
+
+
+# --- what differs between processes ----------------------------------------------------------------------------------------
+
+
+class Features(nn.Module):
+    """Random features in a buffer that no checkpoint holds."""
+
+    def __init__(self, seed: int | None) -> None:
+        super().__init__()
+        generator = torch.Generator() if seed is None else torch.Generator().manual_seed(seed)
+        if seed is None:
+            generator.seed()
+        features = torch.randn(12, 9, generator=generator, dtype=torch.float32)
+        self.register_buffer("features", features, persistent=False)
+        self.linear = nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.cos(x @ self.features))
+
+
+def answers(task: Task | Path) -> list[dict[str, Any]]:
+    """What two processes say of a task: the one that probes it, and one that is given the digests found there."""
+    settings = {**DEFAULTS, "device": "cpu", "batch_size": BATCH}
+    spec = {"task": entry(task), "settings": settings, "losses": None}
+    state._STATES.clear()
+    first = describe(spec)
+    state._STATES.clear()
+    second = describe({**spec, "digests": first["digests"]})
+    state._STATES.clear()
+    return [first, second]
+
+
+SAME = {
+    "a base from a file": ADAPTED["from a file"].task(fixed=["base.*"]),
+    "a seeded base": ADAPTED["seeded"].task(fixed=["base.*"]),
+    "seeded features": Met(partial(Features, 1)).task(),
+}
+OTHER = {
+    "a base at random": (ADAPTED["at random"].task(fixed=["base.*"]), "Task.fixed"),
+    "features at random": (Met(partial(Features, None)).task(), "features"),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_model_that_is_the_same_in_two_processes_is_taken(name: str) -> None:
+    assert [answer.get("error") for answer in answers(SAME[name])] == [None, None]
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_model_that_is_another_one_in_every_process_is_refused(name: str) -> None:
+    task, what = OTHER[name]
+    first, second = answers(task)
+    assert "error" not in first
+    assert "error" in second
+    says(second["error"]["message"], what, "is not the same in this worker process", "at random")
+
+
+SPLIT = """\
+import torch
+import torch.nn.functional as F
+from lca_posthoc import Loss, Task
+
+generator = torch.Generator().manual_seed(1)
+inputs, targets = torch.randn(200, 12, generator=generator), torch.randint(0, 4, (200,), generator=generator)
+
+
+def task():
+    whole = torch.utils.data.TensorDataset(inputs, targets)
+    _, held_out = torch.utils.data.random_split(whole, [160, 40]SEED)
+    return Task(lambda: torch.nn.Linear(12, 4), {"held_out": held_out}, {"loss": Loss(F.cross_entropy, on="held_out")})
+"""
+
+
+@pytest.fixture(scope="module")
+def linear_iterates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("linear")
+    generator = torch.Generator().manual_seed(2)
+    for step in range(9):
+        tensors = {"weight": torch.randn(4, 12, generator=generator), "bias": torch.randn(4, generator=generator)}
+        save_file(tensors, root / f"step_{step}.safetensors")
+    return root
+
+
+def split_file(directory: Path, seed: str) -> Path:
+    file = directory / "task.py"
+    file.write_text(SPLIT.replace("SEED", seed))
+    return file
+
+
+def test_a_split_that_is_drawn_with_a_seed_is_the_same_in_every_process(tmp_path: Path) -> None:
+    file = split_file(tmp_path, ", torch.Generator().manual_seed(0)")
+    assert [answer.get("error") for answer in answers(file)] == [None, None]
+
+
+def test_a_split_that_is_drawn_anew_in_every_process_is_refused_by_name(linear_iterates: Path, tmp_path: Path) -> None:
+    settings = {"out": tmp_path / "run", "cluster": "local", "workers": 2, "device": "cpu", "span": 1}
+    with pytest.raises(LCAError) as caught:
+        run(linear_iterates, split_file(tmp_path, ""), tolerance=math.inf, **settings)
+    says(str(caught.value), "split 'held_out' is not the same in this worker process", "random_split without a seed")
+
+
+# --- what is random in every pass ------------------------------------------------------------------------------------------
+
+
+class AlwaysDropped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5, training=True)
+
+
+class MonteCarlo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(12, 8), nn.Tanh())
+        self.body.add_module("uncertain", AlwaysDropped())
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+class OwnNoise(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 0.1 * torch.randn_like(x))
+
+
+@pytest.mark.parametrize(
+    ("build", "culprit"),
+    [
+        (MonteCarlo, "'body.uncertain' (AlwaysDropped)"),
+        (lambda: nn.Sequential(nn.Linear(12, 8), OwnNoise(8, 4)), "'1' (OwnNoise)"),
+        (partial(OwnNoise, 12, 4), "the model's own forward"),
+    ],
+    ids=["dropout", "noise", "noise in the model itself"],
+)
+def test_randomness_that_survives_eval_is_refused_and_its_module_named(
+    tmp_path: Path, build: Callable[[], nn.Module], culprit: str
+) -> None:
+    met = Met(build)
+    iterates = met.record(tmp_path / "iterates")
+    with pytest.raises(InputError) as caught:
+        replay(met, iterates, tmp_path / "run")
+    says(str(caught.value), "not deterministic", f"the first module to differ is {culprit}.", "training=True")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_factory_that_gives_one_module_twice_is_told_so(tmp_path: Path) -> None:
+    model = nn.Linear(12, 4)
+    task = Task(
+        lambda: model, {"train": (torch.zeros(3, 12), torch.zeros(3, dtype=torch.int64))}, {"it": Loss(F.cross_entropy)}
+    )
+    settings = {"device": torch.device("cpu"), "precision": "float32", "norm_stats": "running", "batch_size": None}
+    objective = Objective(lambda: task, None, **settings)
+    with pytest.raises(InputError, match="Build a new one at every call"):
+        _ = objective.higher
+    assert next(model.parameters()).dtype == torch.float32
