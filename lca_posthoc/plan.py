@@ -19,7 +19,7 @@ from .settings import resolve
 from .store import required_bytes
 from .task import Task, entry
 from .trajectory import open_trajectory
-from .worker import measure
+from .worker import SAMPLED, measure
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def plan(
     workers = workers or local_workers(settings["device"])
     with open_cluster("inline", None, settings["device"], threading.Event()) as cluster:
         ready = prepare(cluster, trajectory, entry(task), list(losses), settings, workers=workers)
-        spec = {**ready.common, **ready.probe_part, "batch_sizes": ready.batch_sizes}
+        some = next(iter(ready.manifest.losses.values())).measured
+        spec = {**ready.common, **ready.probe_part, "batch_sizes": ready.batch_sizes, "measured": some}
         measured = unwrapped(measure(spec))
     manifest = ready.manifest
     found = {name: _loss_plan(ready, name, measured["losses"][name]) for name in manifest.losses}
@@ -100,7 +101,8 @@ def plan(
         manifest.settings["device"],
         workers,
         found,
-        measured["together"] * max(loss.evaluations for loss in found.values()),
+        measured["together"] * max(loss.evaluations for loss in found.values())
+        + measured["higher"] * _at_once(settings["rule"]) * sum(at < manifest.segments for at in SAMPLED),
         {keep: required_bytes(manifest, keep, manifest.losses.values()) for keep in KEEP},
         psutil.disk_usage(str(_existing(Path(out) if out is not None else default_out(checkpoints)))).free,
         measured["memory"],
@@ -112,6 +114,11 @@ def _existing(place: Path) -> Path:
     """The nearest directory above a path that is there already."""
     place = place.resolve().parent
     return place if place.exists() else _existing(place)
+
+
+def _at_once(rule: str) -> int:
+    """Evaluations of one segment on its own."""
+    return len(RULES[rule].nodes)
 
 
 def _loss_plan(ready: Preparation, name: str, measured: dict[str, Any]) -> LossPlan:

@@ -202,9 +202,10 @@ def _known_tensors(patterns: list[str], tensors: list[dict[str, Any]]) -> None:
     names = [each["name"] for each in tensors if each["kind"] != "state"]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
+            near = f" Did you mean {pattern + '.*'!r}?" if any(name.startswith(f"{pattern}.") for name in names) else ""
             raise InputError(
-                f"--tensors {pattern!r} matches no tensor of the model. It has {', '.join(map(repr, names[:8]))}"
-                f"{', …' if len(names) > 8 else ''}."
+                f"--tensors {pattern!r} matches no tensor of the model.{near} It has {', '.join(map(repr, names[:8]))}"
+                f"{f' and {len(names) - 8} more' if len(names) > 8 else ''}."
             )
 
 

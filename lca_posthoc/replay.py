@@ -329,8 +329,10 @@ class _Job:
         for name in common["losses"]:
             writer.fold_all(name)
         if silent:
+            named = sorted(silent)
+            more = f" and {len(named) - 5} more" if len(named) > 5 else ""
             self.tell(
-                Note(f"buffers moved without the loss depending on them (allocated 0): {', '.join(sorted(silent)[:5])}")
+                Note(f"buffers moved without the loss depending on them (allocated 0): {', '.join(named[:5])}{more}")
             )
         if stop.event.is_set():
             raise _interrupted(stop.signal)
@@ -414,11 +416,13 @@ def _same_loss(name: str, recorded: LossRecord, found: LossRecord, same_end: boo
         before, now = recorded.identity[place], found.identity[place]
         if before and now and not Identity(**before).matches(Identity(**now)):
             where = "first" if place == 0 else "last"
-            raise InputError(_other_loss(name, f"value and gradient norm at the {where} checkpoint", before, now))
+            shown = [f"{each['loss']:.6g} and {each['gradient_norm']:.6g} on a sample" for each in (before, now)]
+            raise InputError(_other_loss(name, f"value and gradient norm at the {where} checkpoint", *shown))
 
 
 def _shortly(value: object) -> str:
-    return str(value) if len(str(value)) <= 100 else f"{str(value)[:100]}…"
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _other_loss(name: str, field: str, before: object, now: object) -> str:

@@ -467,7 +467,7 @@ BAD_GROUPS: dict[str, tuple[Any, str]] = {
     "bfloat16": (TARGETS.bfloat16(), "labels of type float"),
     "mixed": ([1] * (N - 1) + ["a"], "labels of type int and str"),
     "None": ([None] * N, "labels of type NoneType"),
-    "two dimensions": (torch.zeros(N, 2, dtype=torch.int64), "labels of type list"),
+    "two dimensions": (torch.zeros(N, 2, dtype=torch.int64), "labels of shape"),
     "no dimension": (torch.tensor(3), "a Tensor, not a list"),
     "too few": (TARGETS[:9], "9 labels for 23 examples"),
     "a number": (3, "a int, not a list"),

@@ -251,7 +251,7 @@ def test_measuring_changes_no_other_byte(
     place: Place, monkeypatch: pytest.MonkeyPatch, name: str, precision: str
 ) -> None:
     measured = place.replay(name, precision=precision)
-    monkeypatch.setattr(spans, "_SAMPLED", set())
+    monkeypatch.setattr(spans, "SAMPLED", set())
     out = place.new()
     plain = replayed(place.iterates(name), CASES[name], out, SEVERAL, precision=precision)
     assert all(np.isnan(error_of(plain, loss)).all() for loss in SEVERAL)

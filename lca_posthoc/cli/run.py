@@ -35,7 +35,8 @@ def command(checkpoints: str, cluster: str, as_json: bool, **options: Any) -> No
 
     with listener() as listen, contextlib.redirect_stdout(sys.stderr):
         opened = run(checkpoints, cluster=cluster, progress=listen, **options)
-    found = {name: summary(opened[name]) for name in opened}
+    asked = list(options["losses"] or opened.manifest.provenance["task_losses"][:1])
+    found = {name: summary(opened[name]) for name in (opened if "all" in asked else asked)}
     for name, each in found.items():
         if each["unconverged"]:
             say(
@@ -73,7 +74,7 @@ def listener() -> Iterator[Any]:
             elif isinstance(event, Planned):
                 progress.update(bar, total=event.total, completed=event.total - event.pending, visible=True)
                 if event.pending == 0:
-                    say("nothing to do: every span is committed")
+                    say("nothing to do: every span is committed, and the task file is the one of the last run")
             elif isinstance(event, SpanDone):
                 worst = max(state.fields["worst"], event.worst_residual)
                 speed = f"{state.speed:.3g} segments/s · " if state.speed else ""

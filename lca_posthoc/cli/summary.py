@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import click
@@ -45,6 +46,8 @@ def command(run: str, losses: tuple[str, ...], as_json: bool) -> None:
 def print_summary(found: dict[str, dict[str, Any]]) -> None:
     """Headline figures side by side, then each loss's groups and its table of tensors."""
     console = stdout()
+    if not found:
+        console.print("no losses")
     plain = {name: each for name, each in found.items() if each["groups"] is None}
     if plain:
         headline = table("", *(safe(name) for name in plain))
@@ -56,8 +59,9 @@ def print_summary(found: dict[str, dict[str, Any]]) -> None:
         for key in ("helping", "hurting", "zero"):
             headline.add_row(f"{key} (share of parameters × segments)", *(share(each[key]) for each in plain.values()))
         console.print(headline)
-    for name, each in found.items():
-        console.print()
+    for at, (name, each) in enumerate(found.items()):
+        if plain or at:
+            console.print()
         console.print(Text(_caption(name, each)))
         if each["groups"] is None:
             _print_tensors(each)
@@ -96,11 +100,9 @@ def _print_tensors(each: dict[str, Any]) -> None:
 
 
 def _print_groups(each: dict[str, Any]) -> None:
-    """One row per group: its losses, and what each tensor did to it as far as a screen is wide."""
-    shown = each["tensors"] if len(each["tensors"]) <= _MOST else []
-    rows = table(
-        "group", "examples", "loss", "change", "residual", "helping", *(safe(tensor["name"]) for tensor in shown)
-    )
+    """One row per group and one for all: their losses, and what each tensor, or each module where those are many, did to them."""
+    columns = _columns(each["tensors"])
+    rows = table("group", "examples", "loss", "change", "residual", "helping", *map(safe, columns))
     for at, label in enumerate(each["groups"]):
         rows.add_row(
             Text(safe(str(label))),
@@ -109,11 +111,40 @@ def _print_groups(each: dict[str, Any]) -> None:
             f"{each['loss_change'][at]:+.6f}",
             f"{each['residual'][at]:+.1e}",
             share(each["helping"][at]),
-            *(f"{tensor['allocated'][at]:+.4f}" for tensor in shown),
+            *(f"{column[at]:+.4f}" for column in columns.values()),
         )
+    rows.add_row(
+        Text("(all)"),
+        f"{sum(each['group_examples']):,}",
+        f"{_mean(each, 'loss_start'):.4f} → {_mean(each, 'loss_end'):.4f}",
+        f"{_mean(each, 'loss_change'):+.6f}",
+        f"{_mean(each, 'residual'):+.1e}",
+        "",
+        *(f"{_weighted(column, each['group_weights']):+.4f}" for column in columns.values()),
+    )
     stdout().print(rows)
-    if not shown:
-        stdout().print(f"{len(each['tensors'])} tensors: see --json, or `tensors` in Python")
+
+
+def _columns(tensors: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """What is shown beside the groups: tensors, or the sums of modules, the smaller ones of which are put together."""
+    if len(tensors) <= _MOST:
+        return {tensor["name"]: tensor["allocated"] for tensor in tensors}
+    modules: dict[str, list[list[float]]] = {}
+    for tensor in tensors:
+        modules.setdefault(tensor["name"].rpartition(".")[0] or tensor["name"], []).append(tensor["allocated"])
+    sums = {name: [math.fsum(column) for column in zip(*parts, strict=True)] for name, parts in modules.items()}
+    largest = sorted(sums, key=lambda name: -sum(map(abs, sums[name])))[: _MOST if len(sums) <= _MOST else _MOST - 1]
+    shown = {f"{name}.*": column for name, column in sums.items() if name in largest}
+    left = [column for name, column in sums.items() if name not in largest]
+    return shown | ({"(others)": [math.fsum(column) for column in zip(*left, strict=True)]} if left else {})
+
+
+def _mean(each: dict[str, Any], name: str) -> float:
+    return _weighted(each[name], each["group_weights"])
+
+
+def _weighted(column: list[float], weights: list[float]) -> float:
+    return math.fsum(value * weight for value, weight in zip(column, weights, strict=True)) / math.fsum(weights)
 
 
 def _part(part: float, whole: float) -> str:

@@ -64,6 +64,7 @@ def summary(results: LossResults) -> dict[str, Any]:
         "precision_segments": len(measured),
         "groups": record.groups,
         "group_examples": record.counts,
+        "group_weights": None if record.groups is None else _plain(steps["weight"][0].values),
         "tensors": [
             _tensor(tensors.isel(tensor=at), segments, None if errors is None else float(errors[at]))
             for at in range(tensors.sizes["tensor"])

@@ -98,6 +98,8 @@ class Order:
 
 def _labels(name: str, given: Any, count: int) -> list[Any]:
     """What stands for `count` labels, as a list of plain objects."""
+    if len(getattr(given, "shape", ())) > 1:
+        raise _no_labels(name, f"labels of shape {list(given.shape)}")
     values = given.tolist() if hasattr(given, "tolist") else given
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
         raise _no_labels(name, f"a {type(given).__name__}, not a list of labels")
@@ -259,8 +261,17 @@ class Split:
         for cut, batch in zip(cuts, self._read(cuts), strict=True):
             batch = change_tensors(batch, Tensor.cpu)
             with user_code(f"group_by on split {self.name!r} failed"):
-                given = group_by(*batch) if isinstance(batch, tuple | list) else group_by(batch)
-            yield _labels(self.name, given, len(cut))
+                found = [
+                    _labels(
+                        self.name, group_by(*batch) if isinstance(batch, tuple | list) else group_by(batch), len(cut)
+                    )
+                    for _ in range(2)
+                ]
+            if found[0] != found[1]:
+                raise InputError(
+                    f"group_by on split {self.name!r} gave other labels for the same examples. Seed what is random in it."
+                )
+            yield found[0]
 
 
 def _ahead(items: Iterator[Any]) -> Generator[Any, None, None]:

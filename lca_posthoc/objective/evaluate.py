@@ -124,6 +124,10 @@ class Objective:
         other._copy_own(self.model, self._own())
         return other
 
+    def release_higher(self) -> None:
+        """Give up the objective one precision higher, with its model and its copy of the data."""
+        self.__dict__.pop("higher", None)
+
     def replicates_of(self, name: str) -> str | None:
         """The name under which a loss on a random subset is evaluated on parts of it; None for other losses."""
         return next((hidden for hidden, loss in self.replicated.items() if loss == name), None)
@@ -165,7 +169,13 @@ class Objective:
         return {
             **{f"split {name!r}": split.digest for name, split in self.splits.items()},
             **{f"tensor {name!r}": digest_of(_some(tensor)) for name, tensor in self._own().items()},
+            **{f"group_by of loss {name!r}": digest_of(*found) for name, found in self._groupings()},
         }
+
+    def _groupings(self) -> Iterator[tuple[str, list[Any]]]:
+        for name, loss in self.losses.items():
+            if loss.group_by is not None and (order := self.order(name)) is not None:
+                yield name, [order.labels, order.members]
 
     def _own(self) -> dict[str, Tensor]:
         """The tensors that stay as the task's model builds them: fixed ones, and buffers that are not stored."""
@@ -426,7 +436,7 @@ class Objective:
         value = loss.term(self.model)
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() != 1:
             given = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise InputError(f"the term of loss {name!r} returned {given}, not one floating-point number.")
+            raise InputError(f"the term of loss {name!r} returned {given}, not a tensor of one floating-point number.")
         return value.reshape(1)
 
     @contextlib.contextmanager

@@ -2,6 +2,6 @@
 
 from .checks import describe, probe
 from .costs import measure
-from .spans import replay_span
+from .spans import SAMPLED, replay_span
 
-__all__ = ["describe", "measure", "probe", "replay_span"]
+__all__ = ["SAMPLED", "describe", "measure", "probe", "replay_span"]

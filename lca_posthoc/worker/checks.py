@@ -59,6 +59,7 @@ def probe(spec: Spec) -> Spec:
     objective.join([name for name in names if block[name] is not None])
     measured, more = _can_measure(spec, objective, first, new)
     notes += more
+    objective.release_higher()
     identities = _identities(spec, objective, first, names)
     calibrations = _calibrations(spec, objective, new) if new and spec["settings"]["rule"] == "trapezoid" else {}
     return {

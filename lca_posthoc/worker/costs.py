@@ -21,15 +21,16 @@ def measure(spec: Spec) -> Spec:
     objective = objective_of(spec)
     objective.settle_batch_sizes(first_point(spec, objective), spec["batch_sizes"])
     losses = {name: _measured(spec, objective, name) for name in objective.losses}
-    together = 0.0
+    together = higher = 0.0
     for sources in objective.walks(objective.losses).values():
         slowest = [max(held, key=lambda name: losses[name]["seconds"]) for held in sources.values()]
         spared = [losses[name]["forward"] for name in slowest[1:]]  # the forward pass is shared
         together += sum(losses[name]["seconds"] for name in slowest) - sum(spared)
+        higher += sum(losses[name]["higher"] for name in slowest)
     on_gpu = objective.device.type == "cuda"
     held = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     numbers = sum(bookkeeping(spec, objective, name) for name in losses)
-    return {"losses": losses, "together": together, "memory": held + numbers}
+    return {"losses": losses, "together": together, "higher": higher, "memory": held + numbers}
 
 
 def _measured(spec: Spec, objective: Any, name: str) -> Spec:
@@ -37,7 +38,7 @@ def _measured(spec: Spec, objective: Any, name: str) -> Spec:
 
     loss, order = objective.losses[name], objective.order(name)
     if loss.split is None:
-        return {"seconds": _seconds(objective, name, None), "forward": 0.0, "fastest": 0, "largest": 0}
+        return {"seconds": _seconds(objective, name, None), "forward": 0.0, "higher": 0.0, "fastest": 0, "largest": 0}
     split, chosen = objective.splits[loss.split], objective.batch_sizes[loss.split]
     most = split.examples if order is None else max(1, split.examples // len(order.labels))
     sizes = {min(max(1, size), most) for size in (chosen // 4, chosen // 2, chosen, chosen * 2, chosen * 4)}
@@ -47,6 +48,11 @@ def _measured(spec: Spec, objective: Any, name: str) -> Spec:
     return {
         "seconds": per_example[used] * split.examples,
         "forward": _seconds(objective, name, split.sample(0, used), gradient=False) / used * split.examples,
+        "higher": _seconds(objective.higher, name, objective.higher.splits[loss.split].sample(0, used))
+        / used
+        * split.examples
+        if spec["measured"]
+        else 0.0,
         "fastest": min(per_example, key=lambda size: per_example[size]),
         "largest": min(power_of_two(room / objective.saved_bytes(name)), split.examples),
     }

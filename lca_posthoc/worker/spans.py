@@ -14,7 +14,7 @@ import numpy as np
 
 from .state import Spec, objective_of, points_of, reported
 
-_SAMPLED = {0, 8, 64, 512}  # segments whose error is measured: as many in a run that grew as in one that did not
+SAMPLED = {0, 8, 64, 512}  # segments whose error is measured: as many in a run that grew as in one that did not
 
 
 @reported
@@ -34,6 +34,7 @@ def replay_span(spec: Spec) -> Spec:
     for losses in [together, *([name] for name in records if name not in together)]:
         if losses:
             facts |= _Together(spec, objective, writer, losses).run()
+    objective.release_higher()
     return {
         "losses": facts,
         "segments": writer.manifest.length(spec["span"]),
@@ -124,7 +125,7 @@ class _Together:
         for name, hidden in self.replicates.items():
             self.parts[name][at] = _sums(done[hidden], self.kept)
         measured = {name: done[name] for name, record in self.records.items() if record.measured}
-        if measured and self.rows.start + at in _SAMPLED:
+        if measured and self.rows.start + at in SAMPLED:
             higher = self.objective.higher if len(self.blocks) == 1 else _Only(self.objective.higher, block)
             for name, error in _precision_errors(measured, start, end, higher, self.method.rule).items():
                 self.errors[name][at] += error
