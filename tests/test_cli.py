@@ -366,7 +366,7 @@ def test_summary_and_status_change_nothing(place: Path) -> None:
 
 
 def test_a_plan_is_a_document_and_creates_nothing(place: Path) -> None:
-    before = contents(place / "ck"), sorted(path.name for path in place.iterdir())
+    before = contents(place / "ck"), sorted(path.name for path in place.iterdir() if path.name != "__pycache__")
     found = document(lca("plan", place / "ck", "--task", place / "task.py", "--json"))
     assert found["schema"] == 1
     assert (
