@@ -55,12 +55,16 @@ def replay(iterates: Path, tmp_path: Path) -> Callable[..., Any]:
     return replayed
 
 
+@pytest.mark.parametrize("norm_stats", ["running", "batch"])
 @pytest.mark.parametrize("subset", ["20:90", ":7", "150:", "3,5,190", "0.25@7"])
-def test_a_subset_is_the_loss_of_exactly_these_examples(replay: Callable[..., Any], subset: str) -> None:
+def test_a_subset_is_the_loss_of_exactly_these_examples(
+    replay: Callable[..., Any], subset: str, norm_stats: str
+) -> None:
     positions = chosen(subset, EXAMPLES)
     assert positions is not None
-    part = replay(task(), subset=[subset], batch_size=16)["train"]
-    alone = replay(task(INPUTS[positions], TARGETS[positions]), "alone", batch_size=16)["train"]
+    settings = {"batch_size": 16, "norm_stats": norm_stats}
+    part = replay(task(), subset=[subset], **settings)["train"]
+    alone = replay(task(INPUTS[positions], TARGETS[positions]), "alone", **settings)["train"]
     assert part.record.examples == len(positions)
     assert part.record.total == EXAMPLES
     for name, each in arrays(alone.allocation).items():

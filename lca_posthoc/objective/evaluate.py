@@ -246,13 +246,17 @@ class Objective:
                 if theirs.group_by is not None and theirs.split == loss.split and other not in blocked
             ]
             replicates = replicates_of(name)
-            if loss.group_by is not None or loss.split is None or self.norm_stats == "batch":
-                self.joined[name] = None
+            if loss.group_by is not None or loss.split is None:
+                self.follow(name, None)
             elif replicates in self.replicated:
-                self.joined[name] = replicates
+                self.follow(name, replicates)
             else:
-                self.joined[name] = grouped[0] if grouped else None
+                self.follow(name, grouped[0] if grouped else None)
         return dict(self.joined)
+
+    def follow(self, name: str, along: str | None) -> None:
+        """Take the batches of a loss in the order of another one's groups; never in `batch` mode."""
+        self.joined[name] = None if self.norm_stats == "batch" else along
 
     def walks(self, losses: Iterable[str]) -> dict[tuple[str | None, int | None], dict[int, list[str]]]:
         """Losses by the batches they are over, and among those by the source of their values: what is evaluated together."""

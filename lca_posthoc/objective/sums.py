@@ -63,6 +63,7 @@ class Sums:
         """What follows belongs to a group."""
         if group == self._group:
             return
+        assert not (self._plain and group in self._empty), "what is added up group by group takes each group once"
         self._close()
         self._group = group
         self._part_empty = self._empty.setdefault(group, set(self.shapes))

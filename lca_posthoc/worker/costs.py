@@ -24,7 +24,9 @@ def measure(spec: Spec) -> Spec:
     together = higher = 0.0
     for sources in objective.walks(objective.losses).values():
         slowest = [max(held, key=lambda name: losses[name]["seconds"]) for held in sources.values()]
-        spared = [losses[name]["forward"] for name in slowest[1:]]  # the forward pass is shared
+        spared = [losses[name]["forward"] for name in slowest if objective.losses[name].kind == "function"][
+            1:
+        ]  # one is shared
         together += sum(losses[name]["seconds"] for name in slowest) - sum(spared)
         higher += sum(losses[name]["higher"] for name in slowest)
     on_gpu = objective.device.type == "cuda"

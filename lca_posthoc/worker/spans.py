@@ -28,7 +28,7 @@ def replay_span(spec: Spec) -> Spec:
     objective.batch_sizes |= spec["batch_sizes"]
     records = {name: writer.manifest.losses[name] for name in spec["pending"]}
     for name, record in records.items():
-        objective.joined[name] = objective.replicates_of(name) if record.replicates else record.along
+        objective.follow(name, objective.replicates_of(name) if record.replicates else record.along)
     together = [name for name, record in records.items() if len(record.blocks) == 1]
     facts: Spec = {}
     for losses in [together, *([name] for name in records if name not in together)]:
