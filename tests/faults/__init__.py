@@ -1,0 +1,53 @@
+"""Faults made for real, counted: `python -m tests.faults` for the full numbers, `tests/test_faults.py` for the reduced ones.
+
+A fault is a function of how often, a place to work in and a seed. It raises `AssertionError` where a single one of its cases
+changed a number or went unsaid, and returns one line that says what it counted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+Inject = Callable[[int, Path], str]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row of the table: its title, how often CI does it and how often the full run does."""
+
+    row: str
+    title: str
+    ci: int
+    full: int
+    inject: Inject
+
+
+_FOUND: dict[str, Fault] = {}
+
+
+def fault(row: str, title: str, *, ci: int, full: int) -> Callable[[Inject], Inject]:
+    """Enter a function `(count, directory) -> what was counted` as the fault of a row."""
+
+    def enter(inject: Inject) -> Inject:
+        assert row not in _FOUND, row
+        _FOUND[row] = Fault(row, title, ci, full, inject)
+        return inject
+
+    return enter
+
+
+def faults() -> dict[str, Fault]:
+    """Every fault by its row, in order."""
+    for module in _modules():
+        importlib.import_module(module)
+    return {row: _FOUND[row] for row in sorted(_FOUND, key=lambda row: (int(row[1:].rstrip("abcdef")), row))}
+
+
+def _modules() -> Iterator[str]:
+    for found in pkgutil.iter_modules(__path__, f"{__name__}."):
+        if not found.name.endswith("__main__"):
+            yield found.name

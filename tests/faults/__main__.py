@@ -1,0 +1,30 @@
+"""`python -m tests.faults [ROW …] [--ci] [--json FILE]`: inject the faults and print a table of what came of them."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from . import faults
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    known = faults()
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(known)}; all by default")
+    parser.add_argument("--ci", action="store_true", help="the reduced numbers")
+    given = parser.parse_args()
+    print("| # | fault | times | outcome | seconds |\n|---|---|---|---|---|")
+    for row in given.rows or known:
+        each = known[row]
+        count = each.ci if given.ci else each.full
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix=f"lca-{row}-") as place:
+            said = each.inject(count, Path(place))
+        print(f"| {row} | {each.title} | {count} | {said} | {time.monotonic() - started:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

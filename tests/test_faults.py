@@ -1,0 +1,16 @@
+"""Every fault of `tests.faults`, as often as minutes allow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults import faults
+
+FAULTS = faults()
+
+
+@pytest.mark.parametrize("row", FAULTS)
+def test_a_fault_changes_no_number_or_is_named(row: str, tmp_path: Path) -> None:
+    assert FAULTS[row].inject(FAULTS[row].ci, tmp_path)
