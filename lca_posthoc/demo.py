@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from .errors import InputError
+from .progress import Listener, Note
 from .recorder import Recorder
-from .replay import Listener, Note, run
+from .replay import run
 from .store import Run
 from .task import Loss, Task
 

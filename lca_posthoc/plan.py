@@ -10,14 +10,14 @@ from typing import Any
 
 import psutil
 
-from .cluster import local_workers, open_cluster
+from .cluster import Where, local_workers, open_cluster, visible_device
 from .preparation import Preparation, prepare, unwrapped
 from .quadrature import RULES
 from .records import KEEP
 from .replay import default_out
-from .settings import resolve
+from .settings import on_device, resolve
 from .store import required_bytes
-from .task import Task, entry
+from .task import Task, pack
 from .trajectory import open_trajectory
 from .worker import SAMPLED, measure
 
@@ -84,12 +84,15 @@ def plan(
         InputError: for anything `run` would refuse before its first evaluation.
     """
     settings = resolve(asked, None)
+    settings = on_device(settings, settings["device"] or visible_device())
     trajectory = open_trajectory(
         checkpoints, pattern=settings["pattern"], rename=settings["rename"], steps=settings["steps"]
     )
     workers = workers or local_workers(settings["device"])
-    with open_cluster("inline", None, settings["device"], threading.Event()) as cluster:
-        ready = prepare(cluster, trajectory, entry(task), list(losses), settings, workers=workers)
+    entry, data = pack(task)
+    with open_cluster(Where("inline"), settings["device"], threading.Event()) as cluster:
+        parcel = cluster.deliver(data)
+        ready = prepare(cluster, trajectory, entry, parcel, list(losses), settings, workers=workers)
         some = next(iter(ready.manifest.losses.values())).measured
         spec = {**ready.common, **ready.probe_part, "batch_sizes": ready.batch_sizes, "measured": some}
         measured = unwrapped(measure(spec))

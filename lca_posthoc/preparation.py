@@ -8,16 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from .cluster import Cluster, Spec
+from .cluster import Cluster, Done, Lost, Spec
 from .errors import InputError, Interrupted, ResourceError, SpanError, unpack
 from .settings import Settings
 from .store import LossRecord, Manifest, StoredTensor
 from .store.keys import encode_all
 from .task import Entry, digest, parse_subsets
 from .trajectory import Checkpoint, TensorSpec, Trajectory
-from .worker import describe, probe
+from .worker import admit, describe, probe, versions
 
 _SPAN_BYTES = 256 * 2**20
 _LONGEST_SPAN = 16
@@ -47,6 +48,7 @@ def prepare(
     cluster: Cluster,
     trajectory: Trajectory,
     task: Entry,
+    parcel: str,
     wanted: list[str],
     settings: Settings,
     *,
@@ -60,18 +62,19 @@ def prepare(
         cluster: where to ask.
         trajectory: the checkpoints.
         task: where the task is.
+        parcel: the key of what was delivered of it.
         wanted: names of losses; empty for the first, `["all"]` for every one.
         settings: complete.
         existing: the run that is there already, whose batch sizes and keys hold.
         span: segments per span; chosen where None.
-        workers: how many will share the work; those of the cluster where None.
+        workers: how many of this host will share the work; those of the cluster where None.
 
     Raises:
         InputError: for anything wrong with the task or its fit to the checkpoints.
         ResourceError: where the worker died.
         Interrupted: where the cluster drains.
     """
-    found = _ask(cluster, describe, {"task": task, "settings": settings, "losses": wanted or None})
+    found = _ask(cluster, describe, {"task": task, "parcel": parcel, "settings": settings, "losses": wanted or None})
     _known_tensors(settings["tensors"], found["tensors"])
     if existing is None:
         _known_splits(settings["subset"], found["losses"])
@@ -82,6 +85,7 @@ def prepare(
     names = trajectory.match(table)
     common = {
         "task": task,
+        "parcel": parcel,
         "settings": settings,
         "losses": list(found["losses"]),
         "names": names,
@@ -91,11 +95,10 @@ def prepare(
     recorded = existing.losses if existing else {}
     batch_sizes = {record.on: record.batch_size for record in recorded.values() if record.on is not None}
     segments = len(trajectory.checkpoints) - 1
-    workers = workers or cluster.workers
-    span = span or choose_span(segments, workers, sum(spec.elements for spec in table))
+    span = span or choose_span(segments, workers or cluster.workers, sum(spec.elements for spec in table))
     probe_part = {
         **_probe_part(trajectory, table),
-        "workers": workers,
+        "workers": workers or cluster.crowd,
         "span": existing.span if existing else span,
     }
     probed = _ask(cluster, probe, {**common, **probe_part, "recorded": list(recorded), "batch_sizes": batch_sizes})
@@ -111,21 +114,90 @@ def prepare(
         {name: _record(name, keys[name], loss, probed) for name, loss in found["losses"].items()},
         _provenance(task, found["task_losses"]),
     )
-    return Preparation(common, probe_part, manifest, probed["notes"])
+    return Preparation(
+        common, probe_part, manifest, [*probed["notes"], *_idle(existing or manifest, workers or cluster.workers)]
+    )
 
 
 def _ask(cluster: Cluster, work: Callable[[Spec], Spec], spec: Spec) -> Spec:
     """One answer from one worker."""
-    answers = list(cluster.map(work, [spec]))
-    if not answers or (answers[0].result is None and answers[0].lost is None):
-        raise Interrupted("stopped before the first span.")
-    answer = answers[0]
-    if answer.lost is not None:
-        raise ResourceError(
-            f"a worker died while it looked at the task ({answer.lost}). Often memory: try fewer --workers or a smaller "
-            "--batch-size, or --cluster inline to see the cause."
+    for outcome in cluster.map(work, [spec]):
+        if isinstance(outcome, Lost):
+            raise ResourceError(
+                f"a worker died while it looked at the task ({outcome.why}). Often memory: try fewer --workers or a smaller "
+                "--batch-size, or --cluster inline to see the cause."
+            )
+        if isinstance(outcome, Done) and outcome.result is not None:
+            return unwrapped(outcome.result)
+    raise Interrupted("stopped before the first span.")
+
+
+def muster(cluster: Cluster, trajectory: Trajectory, device: str | None, token: tuple[Path, str]) -> list[str]:
+    """Ask every worker that somebody else started whether it can take part, and settle on a device.
+
+    Args:
+        cluster: they are of.
+        trajectory: the checkpoints they must read.
+        device: "cuda", "cpu", or None for a GPU if every worker sees one.
+        token: a file of the run's directory, which they must see and be able to write beside, and its text.
+
+    Returns:
+        Notes worth telling.
+
+    Raises:
+        ResourceError: naming the workers that cannot, why, and what to do.
+    """
+    checkpoints = relative(trajectory)
+    ends = [as_json(checkpoints[0]), as_json(checkpoints[-1])]
+    driver = {"versions": versions(), "token": [str(token[0]), token[1]], "checkpoints": ends}
+    answers = cluster.muster(admit, {"driver": driver, "root": str(trajectory.root.resolve())})
+    refused = [
+        f"worker {name} {error['message'] if isinstance(error, dict) else error}"
+        for name, answer in answers.items()
+        if (error := answer.get("error")) is not None
+    ]
+    blind = [name for name, answer in answers.items() if device == "cuda" and not answer.get("cuda", True)]
+    refused += [
+        f"worker {name} sees no GPU: start it where `nvidia-smi` lists one, or use --device cpu" for name in blind
+    ]
+    if refused:
+        more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
+        raise ResourceError(f"{'; '.join(refused[:3])}{more}.")
+    cluster.settle_on(device or ("cuda" if all(answer["cuda"] for answer in answers.values()) else "cpu"))
+    return _sharing(cluster.device, answers)
+
+
+def _sharing(device: str | None, answers: dict[str, Spec]) -> list[str]:
+    """What makes workers slower than they could be."""
+    notes = []
+    several = [name for name, answer in answers.items() if answer["threads"] > 1]
+    if several:
+        notes.append(
+            f"worker{'s' if len(several) > 1 else ''} {', '.join(several[:3])} ha{'ve' if len(several) > 1 else 's'} more than one thread, "
+            "but a worker computes one span at a time: start more workers with --nthreads 1"
         )
-    return unwrapped(answer.result)
+    if device == "cuda":
+        held: dict[str, list[str]] = {}
+        for name, answer in answers.items():
+            held.setdefault(answer["gpu"], []).append(name)
+        notes += [
+            f"workers {', '.join(names)} share one GPU: give each its own with CUDA_VISIBLE_DEVICES"
+            for names in held.values()
+            if len(names) > 1
+        ]
+    return notes
+
+
+def _idle(manifest: Manifest, workers: int) -> list[str]:
+    """What cannot be spread over the workers there are."""
+    if manifest.spans >= workers:
+        return []
+    what = (
+        f"{manifest.segments} segments"
+        if manifest.span == 1
+        else f"{manifest.spans} spans, cut when the run was created,"
+    )
+    return [f"{what} keep at most {manifest.spans} of {workers} workers busy"]
 
 
 def unwrapped(answer: Spec) -> Spec:

@@ -1,6 +1,6 @@
-"""Pending spans to workers, commits back as a stream of progress events; creation, resume, drain.
+"""Pending spans to workers, commits back as a stream of progress events; creation, resume, repair, drain.
 
-`run` is what `lca run` calls.
+`run` is what `lca run` calls, `repair` what `lca repair` calls.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import contextlib
 import errno
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,65 +17,18 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from . import store
-from .cluster import Cluster, Spec, open_cluster
+from .cluster import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting, Where, open_cluster
 from .errors import InputError, Interrupted, ResourceError, SpanError, amount, unpack
-from .preparation import as_json, prepare, relative
-from .settings import Settings, resolve
+from .preparation import as_json, muster, prepare, relative
+from .progress import Listener, Log, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow
+from .settings import Settings, on_device, resolve
 from .store import LossRecord, Manifest, Run, RunWriter
-from .task import Entry, Task, digest, entry
+from .task import Entry, Task, digest, pack
 from .trajectory import Checkpoint, Trajectory, open_trajectory
-from .worker import replay_span
+from .worker import replay_span, settled
 
 if TYPE_CHECKING:
     from types import FrameType
-
-# --- what the caller hears ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Note:
-    """Something the user should know; the run goes on."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Planned:
-    """Work is about to start: segments of all losses pending and in all, and the workers that will do it."""
-
-    pending: int
-    total: int
-    workers: int
-
-
-@dataclass(frozen=True)
-class SpanDone:
-    """A span was committed. `evaluations` and `forward_passes` are over its losses, `seconds` on the worker."""
-
-    span: int
-    losses: list[str]
-    segments: int
-    worst_residual: float
-    unconverged: int
-    evaluations: int
-    forward_passes: int
-    seconds: float
-    peak_bytes: int
-
-
-@dataclass(frozen=True)
-class SpanFailed:
-    """A span could not be replayed; the others go on."""
-
-    span: int
-    first_step: int
-    last_step: int
-    message: str
-
-
-Event = Note | Planned | SpanDone | SpanFailed
-Listener = Callable[[Event], None]
-
 
 # --- the run -----------------------------------------------------------------------------------------------------------
 
@@ -101,6 +54,12 @@ def run(
     rename: Sequence[str] = (),
     cluster: str = "local",
     workers: int | None = None,
+    tls_ca: str | Path | None = None,
+    tls_cert: str | Path | None = None,
+    tls_key: str | Path | None = None,
+    insecure: bool = False,
+    dashboard: bool = False,
+    durability: str = "full",
     span: int | None = None,
     progress: Listener | None = None,
 ) -> Run:
@@ -124,8 +83,14 @@ def run(
         steps: `A:B[:K]`, training steps.
         pattern: regular expression with a group `step` for names of checkpoints.
         rename: `OLD=NEW` pairs for tensor names.
-        cluster: "local" or "inline".
-        workers: local workers; by default one per GPU, or one per core.
+        cluster: "local", "inline", or a scheduler: `tcp://HOST:PORT`, `tls://HOST:PORT`, `file:SCHEDULER.json`.
+        workers: local workers, by default one per GPU, or one per core; at an address, how many to wait for.
+        tls_ca: certificate authority (PEM) for `tls://`.
+        tls_cert: this user's certificate (PEM).
+        tls_key: its key (PEM).
+        insecure: use a cluster whose listeners are open to the network without TLS.
+        dashboard: serve Dask's dashboard of local workers on loopback.
+        durability: "full" (default: every span is on the disk before it counts) or "none" (kill-safe, not power-safe).
         span: segments per span, a power of two; decides how work is cut, never a result.
         progress: called with every event.
 
@@ -155,16 +120,77 @@ def run(
     }
     if span is not None and (span < 1 or span & (span - 1)):
         raise InputError(f"span must be a power of two, got {span}.")
+    where = Where(cluster, workers, tls_ca, tls_cert, tls_key, insecure, dashboard)
     path = Path(out) if out is not None else default_out(checkpoints)
-    job = _Job(Path(checkpoints), entry(task), list(losses or []), path, asked, span, progress or (lambda event: None))
-    with _signals() as stop:
-        try:
-            job.run(cluster, workers, stop)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise ResourceError(f"no space left for the result ({error}). Free some and run again.") from error
+    log = Log(progress or (lambda event: None))
+    durable = _durable(durability)
+    _Job(Path(checkpoints), *pack(task), list(losses or []), path, asked, span, durable, log).run(where)
     return store.open_run(path)
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What a repair found and did: the damage, the spans computed again by loss, and the leftover files removed."""
+
+    damage: list[store.Damage]
+    spans: dict[str, list[int]]
+    leftovers: int
+
+
+def repair(
+    path: str | Path,
+    task: str | Path | Task,
+    *,
+    checkpoints: str | Path | None = None,
+    cluster: str = "local",
+    workers: int | None = None,
+    tls_ca: str | Path | None = None,
+    tls_cert: str | Path | None = None,
+    tls_key: str | Path | None = None,
+    insecure: bool = False,
+    durability: str = "full",
+    progress: Listener | None = None,
+) -> Repaired:
+    """Compute again exactly what is damaged in a run, put its metadata right, and sweep what killed writers left.
+
+    Args:
+        path: the run directory.
+        task: as for `run`; its losses must be those of the run.
+        checkpoints: where the checkpoints are now; by default where they were.
+        cluster: as for `run`, with the options that go with it.
+        workers: see `cluster`.
+        tls_ca: see `cluster`.
+        tls_cert: see `cluster`.
+        tls_key: see `cluster`.
+        insecure: see `cluster`.
+        durability: as for `run`.
+        progress: called with every event.
+
+    Raises:
+        InputError: where `path` is no run, or the task or the checkpoints are not those of the run.
+        SpanError: where damaged spans could not be computed again.
+    """
+    place, durable = Path(path), _durable(durability)
+    where = Where(cluster, workers, tls_ca, tls_cert, tls_key, insecure)
+    packed = pack(task)
+    store.read_manifest(place)
+    with store.hold(place):
+        writer = RunWriter.open(place, durable)
+        damage = [each for each in store.verify(place) if isinstance(each, store.Damage)]
+        writer.restore_metadata()
+        spans = writer.discard(damage)
+        leftovers = writer.sweep()
+    if spans:
+        root = Path(checkpoints) if checkpoints is not None else Path(writer.manifest.root)
+        log = Log(progress or (lambda event: None))
+        _Job(root, *packed, list(spans), place, {}, None, durable, log, only=spans).run(where)
+    return Repaired(damage, spans, leftovers)
+
+
+def _durable(durability: str) -> bool:
+    if durability not in DURABILITY:
+        raise InputError(f"--durability {durability!r} is not one of {', '.join(DURABILITY)}.")
+    return durability == "full"
 
 
 def default_out(checkpoints: str | Path) -> Path:
@@ -172,6 +198,9 @@ def default_out(checkpoints: str | Path) -> Path:
     place = Path(checkpoints)
     place = place.resolve() if place.name in ("", "..") else place
     return place.with_name(f"{place.name}.lca")
+
+
+DURABILITY = ("full", "none")
 
 
 @dataclass
@@ -216,16 +245,27 @@ class _Job:
 
     checkpoints: Path
     task: Entry
+    data: bytes
     wanted: list[str]
     path: Path
     asked: dict[str, Any]
     span: int | None
-    tell: Listener
+    durable: bool
+    tell: Log
+    only: dict[str, list[int]] | None = None
     failed: list[SpanFailed] = field(default_factory=list)
 
-    def run(self, kind: str, workers: int | None, stop: _Stop) -> None:
-        if workers is not None and workers < 1:
-            raise InputError(f"--workers must be 1 or more, got {workers}.")
+    def run(self, where: Where) -> None:
+        where.check()
+        with _signals() as stop:
+            try:
+                self._run(where, stop)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise ResourceError(f"no space left for the result ({error}). Free some and run again.") from error
+
+    def _run(self, where: Where, stop: _Stop) -> None:
         recorded = store.read_manifest(self.path) if (self.path / "run.json").exists() else None
         settings = resolve(self.asked, recorded.settings if recorded else None)
         trajectory = open_trajectory(
@@ -241,9 +281,11 @@ class _Job:
             raise InputError(
                 f"{self.path} exists and is not a run directory (it has no run.json). Choose another place with --out."
             )
-        with open_cluster(kind, workers, settings["device"], stop.event) as cluster:
+        with open_cluster(where, settings["device"], stop.event) as cluster:
+            if cluster.dashboard:
+                self.tell(Note(f"the dashboard of the workers is at {cluster.dashboard}"))
             try:
-                self._work(cluster, settings, trajectory, stop)
+                self._work(cluster, settings, trajectory, stop, strangers=where.is_address)
             except Interrupted:
                 raise _interrupted(stop.signal) from None
         if self.failed:
@@ -260,23 +302,38 @@ class _Job:
         writer = RunWriter(self.path, manifest)
         finished = set(wanted) <= set(manifest.losses) and all(writer.is_complete(name) for name in wanted)
         if finished:
-            self.tell(Planned(0, manifest.segments * len(wanted), 0))
+            self.tell(Planned(0, manifest.segments * len(wanted), 0, 0))
         return finished
 
-    def _work(self, cluster: Cluster, settings: Settings, trajectory: Trajectory, stop: _Stop) -> None:
+    def _work(
+        self, cluster: Cluster, settings: Settings, trajectory: Trajectory, stop: _Stop, *, strangers: bool
+    ) -> None:
         existing = store.read_manifest(self.path) if (self.path / "run.json").exists() else None
-        ready = prepare(cluster, trajectory, self.task, self.wanted, settings, existing=existing, span=self.span)
+        if strangers:
+            with store.token(self.path) as token:
+                notes = muster(cluster, trajectory, settings["device"], token)
+            for note in notes:
+                self.tell(Note(note))
+        settings = on_device(settings, cluster.device)
+        parcel = cluster.deliver(self.data)
+        ready = prepare(
+            cluster, trajectory, self.task, parcel, self.wanted, settings, existing=existing, span=self.span
+        )
         for note in ready.notes:
             self.tell(Note(note))
         if existing is None:
             self._check_space(store.required_bytes(ready.manifest, settings["keep"], ready.manifest.losses.values()))
-            store.create(self.path, ready.manifest)
-        with store.hold(self.path) as unclean:
-            writer = RunWriter.open(self.path)
-            if unclean:
+            store.create(self.path, ready.manifest, self.durable)
+        with contextlib.ExitStack() as stack:
+            held = stack.enter_context(store.hold(self.path))
+            writer = RunWriter.open(self.path, self.durable)
+            self.tell.open(self.path / "log" / "run.jsonl")
+            if held.unclean:
                 writer.sweep()
+            if strangers:  # who comes late is asked about the run directory itself
+                muster(cluster, trajectory, cluster.device, stack.enter_context(store.token(self.path)))
             self._bring_up(writer, ready.manifest)
-            self._replay(cluster, writer, {**ready.common, "batch_sizes": ready.batch_sizes}, stop)
+            self._replay(cluster, writer, {**ready.common, "batch_sizes": ready.batch_sizes}, stop, held)
 
     def _check_space(self, needed: int) -> None:
         place = self.path.resolve().parent
@@ -307,25 +364,29 @@ class _Job:
         if any(recorded.provenance[name] != value for name, value in task.items()):
             writer.note(task)
 
-    def _replay(self, cluster: Cluster, writer: RunWriter, common: Spec, stop: _Stop) -> None:
+    def _replay(self, cluster: Cluster, writer: RunWriter, common: Spec, stop: _Stop, held: store.Held) -> None:
         manifest = writer.manifest
         waiting: dict[int, list[str]] = {}
         for name in common["losses"]:
             writer.fold_all(name)
             for span in writer.pending(name):
-                waiting.setdefault(span, []).append(name)
+                if self.only is None or span in self.only[name]:
+                    waiting.setdefault(span, []).append(name)
         pending = sum(len(names) * manifest.length(span) for span, names in waiting.items())
-        self.tell(Planned(pending, manifest.segments * len(common["losses"]), cluster.workers))
+        self.tell(Planned(pending, manifest.segments * len(common["losses"]), len(waiting), cluster.workers))
+        place = {"run": str(self.path.resolve()), "durable": self.durable}
         specs = (
-            {**common, **_span_part(manifest, span), "run": str(self.path.resolve()), "pending": names}
+            {**common, **_span_part(manifest, span), **place, "pending": names}
             for span, names in sorted(waiting.items())
         )
         silent: set[str] = set()
-        for done in cluster.map(replay_span, specs):
-            if done.lost is not None:
-                self._failed(manifest, done.spec["span"], f"its worker died twice ({done.lost})")
-            elif done.result is not None:
-                silent |= self._take(manifest, done.spec["span"], done.result)
+        with contextlib.closing(cluster.map(replay_span, specs, settled)) as outcomes:
+            for outcome in outcomes:
+                silent |= self._hear(cluster, manifest, outcome)
+                if held.lost.is_set():
+                    raise ResourceError(
+                        f"another driver took {self.path} over, because this one did not show for minutes. What was committed is kept."
+                    )
         for name in common["losses"]:
             writer.fold_all(name)
         if silent:
@@ -337,14 +398,32 @@ class _Job:
         if stop.event.is_set():
             raise _interrupted(stop.signal)
 
+    def _hear(self, cluster: Cluster, manifest: Manifest, outcome: Outcome) -> set[str]:
+        """Pass on what a cluster says; returns the buffers losses turned out not to depend on."""
+        if isinstance(outcome, Refused):
+            self.tell(Note(f"worker {outcome.worker} joined and takes no part: it {outcome.why}"))
+        elif isinstance(outcome, Waiting):
+            self.tell(Note(f"no worker is left; waiting {outcome.seconds:.0f} s for one to join"))
+        elif isinstance(outcome, Done):
+            return self._take(manifest, outcome, cluster.workers) if outcome.result is not None else set()
+        else:
+            span = outcome.spec["span"]
+            where = (span, *_steps(manifest, span))
+            if isinstance(outcome, Lost):
+                self._failed(manifest, span, f"no worker could finish it ({outcome.why})")
+            elif isinstance(outcome, Retried):
+                self.tell(SpanRetried(*where, outcome.worker, outcome.why))
+            elif isinstance(outcome, Slow):
+                self.tell(SpanSlow(*where, outcome.worker, outcome.seconds, outcome.doing))
+        return set()
+
     def _failed(self, manifest: Manifest, span: int, message: str) -> None:
-        rows = manifest.rows(span)
-        failure = SpanFailed(span, manifest.checkpoints[rows.start].step, manifest.checkpoints[rows.stop].step, message)
+        failure = SpanFailed(span, *_steps(manifest, span), message)
         self.failed.append(failure)
         self.tell(failure)
 
-    def _take(self, manifest: Manifest, span: int, result: Spec) -> set[str]:
-        """Pass on what became of one span; returns the buffers its losses turned out not to depend on."""
+    def _take(self, manifest: Manifest, done: Done, workers: int) -> set[str]:
+        span, result = done.spec["span"], done.result
         if "error" in result:
             error = unpack(result["error"])
             if isinstance(error, ResourceError):
@@ -352,6 +431,15 @@ class _Job:
             self._failed(manifest, span, str(error))
             return set()
         facts = result["losses"].values()
+        for name, fact in result["losses"].items():
+            whole = manifest.losses[name].batch_size
+            if fact["batch_size"] < whole:
+                self.tell(
+                    Note(
+                        f"out of memory on {done.worker}: span {span} of loss {name!r} was computed in batches of "
+                        f"{fact['batch_size']} instead of {whole}, equal within rounding; its marker says so"
+                    )
+                )
         self.tell(
             SpanDone(
                 span,
@@ -363,6 +451,8 @@ class _Job:
                 sum(fact["forward_passes"] for fact in facts),
                 result["seconds"],
                 result["peak_bytes"],
+                done.worker,
+                workers,
             )
         )
         return {name for fact in facts for name in fact["silent"]}
@@ -375,6 +465,12 @@ def _failures(failed: list[SpanFailed]) -> str:
         f"{len(failed)} span{'s' if len(failed) > 1 else ''} failed; the others are complete. Steps {first.first_step} to "
         f"{first.last_step}{more}: {first.message}"
     )
+
+
+def _steps(manifest: Manifest, span: int) -> tuple[int, int]:
+    """The training steps a span runs from and to."""
+    rows = manifest.rows(span)
+    return manifest.checkpoints[rows.start].step, manifest.checkpoints[rows.stop].step
 
 
 def _span_part(manifest: Manifest, span: int) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from .cluster import visible_device
 from .errors import InputError
 from .quadrature import RULES
 from .records import KEEP
@@ -52,11 +51,8 @@ def resolve(asked: dict[str, Any], recorded: dict[str, Any] | None) -> dict[str,
         raise InputError(f"--batch-size must be 1 or more, got {given['batch_size']}.")
     if recorded is None:
         settings = {**DEFAULTS, **given}
-        settings["device"] = settings["device"] or visible_device()
         if settings["precision"] == "bfloat16" and "tolerance" not in given:
             settings["tolerance"] = "inf"  # the losses at both ends are rounded by more than halving could mend
-        if settings["precision"] == "tf32" and settings["device"] != "cuda":
-            raise InputError("--precision tf32 needs a GPU. Use float32, or bfloat16.")
         return settings
     other = [name for name, value in given.items() if recorded[name] != value]
     if other:
@@ -67,6 +63,13 @@ def resolve(asked: dict[str, Any], recorded: dict[str, Any] | None) -> dict[str,
             "or write another run with --out."
         )
     return recorded
+
+
+def on_device(settings: Settings, device: str | None) -> Settings:
+    """Settings with the device they are for, once it is known."""
+    if settings["precision"] == "tf32" and device != "cuda":
+        raise InputError("--precision tf32 needs a GPU. Use float32, or bfloat16.")
+    return {**settings, "device": device}
 
 
 def _shown(name: str, value: Any) -> str:

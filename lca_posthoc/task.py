@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import inspect
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import cloudpickle
 import torch
 import torch.nn.functional as F
 
+from . import parcel
 from .errors import InputError
 
 Entry = dict[str, Any]
@@ -225,14 +225,19 @@ def _names(table: Mapping[str, Any]) -> str:
     return ", ".join(repr(str(name)) for name in table) or "none"
 
 
-def entry(task: str | Path | Task) -> Entry:
-    """How to find a task again in another process: JSON-like, plus bytes for a Task made in a notebook.
+def pack(task: str | Path | Task) -> tuple[Entry, bytes]:
+    """How to find a task again in another process, and what has to be there for that: its source, or itself.
 
     Args:
         task: `FILE`, `FILE:FUNCTION`, `pkg.module:FUNCTION`, or a Task object.
+
+    Returns:
+        A JSON-like entry that holds the hash of the bytes (of the module's own file where it is installed everywhere), and the
+        bytes.
     """
     if isinstance(task, Task):
-        return {"kind": "object", "bytes": cloudpickle.dumps(task)}
+        data = cloudpickle.dumps(task)
+        return {"kind": "object", "sha256": hashlib.sha256(data).hexdigest()}, data
     text = str(task)
     place, colon, function = text.rpartition(":")
     if not colon or "/" in function or function.endswith(".py"):
@@ -243,16 +248,15 @@ def entry(task: str | Path | Task) -> Entry:
             raise InputError(
                 f"task file {path} does not exist. Give --task FILE, FILE:FUNCTION or pkg.module:FUNCTION."
             )
-        return {"kind": "file", "path": str(path.resolve()), "function": function, "sha256": _sha256(path)}
-    return {"kind": "module", "module": place, "function": function}
+        data = parcel.pack(path.resolve())
+        sha256 = hashlib.sha256(data).hexdigest()
+        return {"kind": "file", "path": str(path.resolve()), "function": function, "sha256": sha256}, data
+    return {"kind": "module", "module": place, "function": function, "sha256": _module_sha256(place)}, b""
 
 
 def digest(entry: Entry) -> str:
-    """A hash of the task's own source, as far as one file tells, and of its function's name."""
-    if entry["kind"] == "object":
-        return hashlib.sha256(entry["bytes"]).hexdigest()
-    source = entry.get("sha256") or _module_sha256(entry["module"])
-    return hashlib.sha256(f"{source}:{entry['function']}".encode()).hexdigest()
+    """A hash of the task's own source, as far as its imports from its folder tell, and of its function's name."""
+    return hashlib.sha256(f"{entry['sha256']}:{entry.get('function')}".encode()).hexdigest()
 
 
 def _module_sha256(module: str) -> str:
@@ -260,26 +264,29 @@ def _module_sha256(module: str) -> str:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         spec = None
-    found = spec is not None and spec.origin is not None and Path(spec.origin).is_file()
-    return _sha256(Path(spec.origin)) if spec and spec.origin and found else module
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        return ""
+    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def load(entry: Entry) -> Task:
-    """Build the task an entry points at.
+def load(entry: Entry, data: bytes) -> Task:
+    """Build the task that was packed.
 
     Raises:
-        InputError: where it cannot be imported, has no such function, raises, or returns something else.
+        InputError: where it cannot be imported, is another module here, has no such function, raises, or returns something else.
     """
     if entry["kind"] == "object":
-        task = cloudpickle.loads(entry["bytes"])
         place = "the Task given"
+        try:
+            task = cloudpickle.loads(data)
+        except Exception as error:
+            raise InputError(
+                f"cannot build the Task given in a worker: {type(error).__name__}: {error}. Put it into a task file, whose "
+                "imports from its folder travel with it, or install there what it imports."
+            ) from error
     else:
         place = f"{entry.get('path') or entry['module']}:{entry['function']}"
-        function = getattr(_module(entry), entry["function"], None)
+        function = getattr(_module(entry, data), entry["function"], None)
         if not callable(function):
             raise InputError(f"{place}: there is no such function. A task file defines `def task() -> Task:`.")
         try:
@@ -295,38 +302,32 @@ def load(entry: Entry) -> Task:
     return task
 
 
-def _module(entry: Entry) -> ModuleType:
+def use(entry: Entry, data: bytes) -> None:
+    """Make the modules that came with a task the ones its code finds when it imports while it runs."""
+    if entry["kind"] == "file":
+        parcel.use(_opened(entry["path"], data))
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(path: str, data: bytes) -> parcel.Parcel:
+    return parcel.Parcel(data, Path(path))
+
+
+def _module(entry: Entry, data: bytes) -> ModuleType:
     place = entry.get("path") or entry["module"]
     try:
-        if entry["kind"] == "module":
-            return importlib.import_module(entry["module"])
-        return _module_of_file(Path(entry["path"]), entry["sha256"])
+        if entry["kind"] == "file":
+            return _opened(entry["path"], data).main()
+        if entry["sha256"] and _module_sha256(entry["module"]) not in ("", entry["sha256"]):
+            raise InputError(
+                f"module {place} is not the same file in this worker's environment as where the run was started. Install one and "
+                "the same version of it everywhere."
+            )
+        return importlib.import_module(entry["module"])
     except InputError:
         raise
     except (Exception, SystemExit) as error:
         raise InputError(f"cannot import task {place}: {type(error).__name__}: {error}. {_where(error)}") from error
-
-
-def _module_of_file(path: Path, sha256: str) -> ModuleType:
-    """Import a file under a name bound to its content, so that an edited file is never taken for the old one."""
-    if _sha256(path) != sha256:
-        raise InputError(f"task file {path} changed while it was being used. Run again.")
-    name = f"lca_task_{path.stem}_{hashlib.sha256(f'{path} {sha256}'.encode()).hexdigest()[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
 
 
 def _where(error: BaseException) -> str:

@@ -19,12 +19,13 @@ ORDER = (
         "trajectory",
         "recorder",
         "records",
+        "parcel",
         "task",
         "objective",
         "allocation",
         "tally",
     ),
-    *("store", "cluster", "worker", "settings", "preparation", "replay", "plan", "findings", "demo", "cli"),
+    *("store", "cluster", "worker", "settings", "preparation", "progress", "replay", "plan", "findings", "demo", "cli"),
 )
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")  # the public face re-exports
 

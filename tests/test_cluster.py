@@ -11,9 +11,8 @@ from typing import Any
 import psutil
 import pytest
 
-from lca_posthoc import cluster as cluster_module
-from lca_posthoc.cluster import Cluster, Spec, open_cluster
-from lca_posthoc.errors import InputError
+from lca_posthoc.cluster import Cluster, Done, Lost, Retried, Spec, Where, open_cluster
+from lca_posthoc.cluster import workers as workers_module
 
 
 def square(spec: Spec) -> int:
@@ -49,20 +48,22 @@ def stop_and_wait(spec: Spec) -> str:
 
 @pytest.fixture(scope="module", params=["inline", "local"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    with open_cluster(request.param, 2, "cpu", threading.Event()) as opened:
+    with open_cluster(
+        Where(request.param, 2 if request.param == "local" else None), "cpu", threading.Event()
+    ) as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
 def local() -> Iterator[Cluster]:
-    with open_cluster("local", 2, "cpu", threading.Event()) as opened:
+    with open_cluster(Where("local", 2), "cpu", threading.Event()) as opened:
         yield opened
 
 
 def test_every_spec_has_one_outcome(cluster: Cluster) -> None:
     outcomes = list(cluster.map(square, ({"value": value} for value in range(20))))
     assert sorted((done.spec["value"], done.result) for done in outcomes) == [(value, value**2) for value in range(20)]
-    assert all(done.lost is None for done in outcomes)
+    assert all(isinstance(outcome, Done) for outcome in outcomes)
 
 
 def test_specs_are_taken_only_when_there_is_room(cluster: Cluster) -> None:
@@ -78,29 +79,33 @@ def test_no_specs_give_no_outcomes(cluster: Cluster) -> None:
 
 
 def test_a_worker_that_dies_once_costs_a_second_try(local: Cluster, tmp_path: Path) -> None:
-    (done,) = local.map(die_once, [{"flag": str(tmp_path / "flag")}])
-    assert (done.result, done.lost) == ("survived", None)
+    retried, done = local.map(die_once, [{"flag": str(tmp_path / "flag")}])
+    assert isinstance(retried, Retried)
+    assert retried.why == "its worker died"
+    assert isinstance(done, Done)
+    assert done.result == "survived"
 
 
 def test_a_spec_that_kills_its_workers_is_lost_after_two_tries_and_the_rest_goes_on(
     local: Cluster, tmp_path: Path
 ) -> None:
-    (lost,) = local.map(die, [{"log": str(tmp_path / "log")}])
-    assert lost.result is None
-    assert "KilledWorker" in str(lost.lost)
+    _, lost = local.map(die, [{"log": str(tmp_path / "log")}])
+    assert isinstance(lost, Lost)
+    assert lost.why == "its worker died"
     assert (tmp_path / "log").read_text() == "xx"
     assert [done.result for done in local.map(square, [{"value": 3}])] == [9]
 
 
 def test_an_exception_nobody_caught_is_said(local: Cluster) -> None:
-    (lost,) = local.map(fail, [{"value": 7}])
-    assert lost.lost == "RuntimeError: cannot take 7"
+    _, lost = local.map(fail, [{"value": 7}])
+    assert isinstance(lost, Lost)
+    assert lost.why == "RuntimeError: cannot take 7"
 
 
 def test_draining_finishes_what_runs_and_starts_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop, release = threading.Event(), tmp_path / "release"
     names = ("first", "second", "third")
-    original = cluster_module._event
+    original = workers_module._event
 
     class Told:
         """Lets the first spec end only when every worker can know that the driver drains."""
@@ -117,14 +122,14 @@ def test_draining_finishes_what_runs_and_starts_nothing_more(tmp_path: Path, mon
             os.sched_yield()
         stop.set()
 
-    monkeypatch.setattr(cluster_module, "_event", Told)
+    monkeypatch.setattr(workers_module, "_event", Told)
     asking = threading.Thread(target=ask)
     asking.start()
-    with open_cluster("local", 1, "cpu", stop) as opened:
+    with open_cluster(Where("local", 1), "cpu", stop) as opened:
         specs = [{"running": str(tmp_path / name), "release": str(release)} for name in names]
         outcomes = list(opened.map(stop_and_wait, specs))
     asking.join()
-    assert [(done.result, done.lost) for done in outcomes] == [("finished", None), (None, None)]
+    assert [done.result for done in outcomes] == ["finished", None]
     assert [name for name in names if (tmp_path / name).exists()] == ["first"]
 
 
@@ -138,11 +143,3 @@ def test_every_listener_is_on_loopback(local: Cluster) -> None:
     ]
     assert listening
     assert set(listening) <= {"127.0.0.1", "::1"}
-
-
-def test_another_kind_of_cluster_is_refused() -> None:
-    with (
-        pytest.raises(InputError, match="local or inline"),
-        open_cluster("tcp://somewhere:8786", None, "cpu", threading.Event()),
-    ):
-        pass

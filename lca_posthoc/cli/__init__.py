@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": "Train, record and replay a small real model: the first minute.",
     "plan": "Say what a run would cost, and probe the task.",
     "remove": "Drop a loss from a run.",
+    "repair": "Compute damaged spans of a run again.",
     "run": "Allocate the loss change of every segment to every parameter.",
     "status": "Say how far a run is.",
     "summary": "Show headline figures and the table of tensors.",

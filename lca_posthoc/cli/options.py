@@ -81,7 +81,34 @@ replay_options = _chain(
     click.option(
         "--rename", multiple=True, metavar="OLD=NEW", help="Map tensor names; OLD is a regular expression (repeatable)."
     ),
-    click.option("--workers", type=int, help="Local workers.  [default: one per GPU, or per core]"),
+)
+
+workers_option = click.option(
+    "--workers",
+    type=int,
+    help="Local workers, or how many to wait for at an address.  [default: one per GPU, or per core]",
+)
+
+cluster_options = _chain(
+    click.option(
+        "--cluster",
+        default="local",
+        show_default=True,
+        metavar="WHERE",
+        help="local, inline, tcp://HOST:PORT, tls://HOST:PORT, or file:SCHEDULER.json.",
+    ),
+    workers_option,
+    click.option("--tls-ca", type=click.Path(), metavar="PEM", help="Certificate authority, for tls://."),
+    click.option("--tls-cert", type=click.Path(), metavar="PEM", help="Your certificate, for tls://."),
+    click.option("--tls-key", type=click.Path(), metavar="PEM", help="Its key, for tls://."),
+    click.option("--insecure", is_flag=True, help="Use a cluster that is open to the network without TLS."),
+    click.option(
+        "--durability",
+        type=click.Choice(("full", "none")),
+        default="full",
+        show_default=True,
+        help="full: flushed to disk before it counts; none: for scratch disks, survives kills but no power cut.",
+    ),
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")

@@ -9,12 +9,13 @@ import click
 from rich.text import Text
 
 from ..errors import InputError, amount
-from .options import json_option, replay_options
+from .options import json_option, replay_options, workers_option
 from .show import duration, print_json, safe, say, stdout, table
 
 
 @click.command()
 @replay_options
+@workers_option
 @json_option
 def command(checkpoints: str, as_json: bool, **options: Any) -> None:
     """Say what `lca run` with the same options would cost, and probe the task.

@@ -11,15 +11,16 @@ from typing import Any
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .options import json_option, replay_options
-from .show import print_json, say, stderr, stdout
+from .options import cluster_options, json_option, replay_options
+from .show import duration, print_json, say, stderr, stdout
 
 
 @click.command()
 @replay_options
-@click.option("--cluster", default="local", show_default=True, metavar="KIND", help="Where work runs: local or inline.")
+@cluster_options
+@click.option("--dashboard", is_flag=True, help="Serve Dask's dashboard of local workers on loopback.")
 @json_option
-def command(checkpoints: str, cluster: str, as_json: bool, **options: Any) -> None:
+def command(checkpoints: str, as_json: bool, **options: Any) -> None:
     """Allocate the loss change between consecutive CHECKPOINTS to every parameter.
 
     Run again, it resumes, adds losses that are missing, and takes up new checkpoints at the end.
@@ -28,13 +29,14 @@ def command(checkpoints: str, cluster: str, as_json: bool, **options: Any) -> No
     lca run checkpoints --task my_task.py
     lca run checkpoints --task my_task.py --loss all
     lca run checkpoints --task my_task.py --rule trapezoid --keep tensors --out quick.lca
+    lca run checkpoints --task my_task.py --cluster tls://head:8786 --tls-ca ca.pem --tls-cert me.pem --tls-key me.key
     """
     from ..findings import summary
     from ..replay import run
     from .summary import print_summary
 
     with listener() as listen, contextlib.redirect_stdout(sys.stderr):
-        opened = run(checkpoints, cluster=cluster, progress=listen, **options)
+        opened = run(checkpoints, progress=listen, **options)
     asked = list(options["losses"] or opened.manifest.provenance["task_losses"][:1])
     found = {name: summary(opened[name]) for name in (opened if "all" in asked else asked)}
     for name, each in found.items():
@@ -51,35 +53,63 @@ def command(checkpoints: str, cluster: str, as_json: bool, **options: Any) -> No
 
 @contextmanager
 def listener() -> Iterator[Any]:
-    """Shows events of a replay: a bar on a terminal, notes and failures everywhere."""
-    from ..replay import Note, Planned, SpanDone, SpanFailed
+    """Shows events of a replay: a bar on a terminal; notes, retries and failures everywhere."""
+    from ..progress import Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow
 
     console = stderr()
     columns = (
         TextColumn("replay"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("segments · {task.fields[speed]}worst residual {task.fields[worst]:.1e} ·"),
+        TextColumn("segments · {task.fields[speed]}worst residual {task.fields[worst]:.1e}{task.fields[trouble]} ·"),
         TimeElapsedColumn(),
         TextColumn("· left"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task("replay", total=None, worst=0.0, speed="", visible=False)
+        bar = progress.add_task("replay", total=None, worst=0.0, speed="", trouble="", visible=False)
+        count = {"spans": 0, "of": 0, "retried": 0, "failed": 0}
+
+        def trouble() -> None:
+            said = "".join(f" · {count[what]} {what}" for what in ("retried", "failed") if count[what])
+            progress.update(bar, trouble=said)
 
         def listen(event: Any) -> None:
             state = progress.tasks[bar]
             if isinstance(event, Note):
                 say(event.text)
             elif isinstance(event, Planned):
-                progress.update(bar, total=event.total, completed=event.total - event.pending, visible=True)
+                count["of"] = event.spans
+                speed = f"{event.workers} worker{'' if event.workers == 1 else 's'} · "
+                done = event.total - event.pending
+                progress.update(bar, total=event.total, completed=done, visible=True, speed=speed)
                 if event.pending == 0:
                     say("nothing to do: every span is committed, and the task file is the one of the last run")
             elif isinstance(event, SpanDone):
+                count["spans"] += 1
                 worst = max(state.fields["worst"], event.worst_residual)
-                speed = f"{state.speed:.3g} segments/s · " if state.speed else ""
+                each = f" at {state.speed / max(1, event.workers):.3g} segments/s" if state.speed else ""
+                workers = f"{event.workers} worker{'' if event.workers == 1 else 's'}{each}"
+                speed = f"{count['spans']}/{count['of']} spans · {workers} · "
                 progress.update(bar, advance=event.segments * len(event.losses), worst=worst, speed=speed)
+            elif isinstance(event, SpanRetried):
+                count["retried"] += 1
+                trouble()
+                say(f"{_span(event)} is tried again: {event.message} ({event.worker})")
+            elif isinstance(event, SpanSlow):
+                doing = (
+                    f"; it is in {' < '.join(reversed(event.doing[-3:]))}" if event.doing else "; it does not answer"
+                )
+                say(
+                    f"{_span(event)} takes {duration(event.seconds)}, far longer than its peers, on worker {event.worker}{doing}"
+                )
             elif isinstance(event, SpanFailed):
-                say(f"span {event.span} (steps {event.first_step} to {event.last_step}) failed: {event.message}")
+                count["failed"] += 1
+                trouble()
+                say(f"{_span(event)} failed: {event.message}")
 
         yield listen
+
+
+def _span(event: Any) -> str:
+    return f"span {event.span} (steps {event.first_step} to {event.last_step})"

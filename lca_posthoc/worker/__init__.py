@@ -1,7 +1,11 @@
-"""What runs on a worker: describe a task, probe it, measure it, replay one span. Each takes a JSON-like spec and returns one."""
+"""What runs on a worker: say whether it can take part, describe a task, probe it, measure it, replay one span.
 
+Each takes a JSON-like spec and returns one.
+"""
+
+from .admission import admit, versions
 from .checks import describe, probe
 from .costs import measure
-from .spans import SAMPLED, replay_span
+from .spans import SAMPLED, replay_span, settled
 
-__all__ = ["SAMPLED", "describe", "measure", "probe", "replay_span"]
+__all__ = ["SAMPLED", "admit", "describe", "measure", "probe", "replay_span", "settled", "versions"]

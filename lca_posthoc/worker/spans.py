@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import resource
@@ -11,36 +12,83 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from .state import Spec, objective_of, points_of, reported
+from ..errors import ResourceError
+from .state import Spec, is_out_of_memory, objective_of, points_of, reported
 
 SAMPLED = {0, 8, 64, 512}  # segments whose error is measured: as many in a run that grew as in one that did not
 
 
 @reported
 def replay_span(spec: Spec) -> Spec:
-    """Allocate the segments of one span for its pending losses, write and commit them."""
+    """Allocate the segments of one span for its pending losses, write and commit them.
+
+    What another worker committed meanwhile (one that was cut off, or whose driver died) is not done again.
+    """
     from ..store import RunWriter
 
     started = time.perf_counter()
-    objective = objective_of(spec)
-    writer = RunWriter.open(Path(spec["run"]))
-    objective.batch_sizes |= spec["batch_sizes"]
-    records = {name: writer.manifest.losses[name] for name in spec["pending"]}
-    for name, record in records.items():
-        objective.follow(name, objective.replicates_of(name) if record.replicates else record.along)
-    together = [name for name, record in records.items() if len(record.blocks) == 1]
-    facts: Spec = {}
-    for losses in [together, *([name] for name in records if name not in together)]:
-        if losses:
-            facts |= _Together(spec, objective, writer, losses).run()
-    objective.release_higher()
+    writer = RunWriter.open(Path(spec["run"]), durable=spec["durable"])
+    facts = _committed(writer, spec)
+    pending = [name for name in spec["pending"] if name not in facts]
+    if pending:
+        objective = objective_of(spec)
+        objective.batch_sizes |= spec["batch_sizes"]
+        records = {name: writer.manifest.losses[name] for name in pending}
+        for name, record in records.items():
+            objective.follow(name, objective.replicates_of(name) if record.replicates else record.along)
+        together = [name for name, record in records.items() if len(record.blocks) == 1]
+        for losses in [together, *([name] for name in records if name not in together)]:
+            if losses:
+                facts |= _within_memory(spec, objective, writer, losses)
+        objective.release_higher()
     return {
         "losses": facts,
         "segments": writer.manifest.length(spec["span"]),
         "seconds": time.perf_counter() - started,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def settled(spec: Spec) -> Spec | None:
+    """The result of a span whose worker is out of reach, once everything of it is committed."""
+    from ..store import RunWriter
+
+    writer = RunWriter.open(Path(spec["run"]))
+    facts = _committed(writer, spec)
+    if len(facts) < len(spec["pending"]):
+        return None
+    seconds = sum(fact["seconds"] for fact in facts.values())
+    return {"losses": facts, "segments": writer.manifest.length(spec["span"]), "seconds": seconds, "peak_bytes": 0}
+
+
+def _committed(writer: Any, spec: Spec) -> Spec:
+    """What markers say of the pending losses of a span that are committed after all."""
+    found = {name: writer.facts(name, spec["span"]) for name in spec["pending"]}
+    return {name: facts for name, facts in found.items() if facts is not None}
+
+
+def _within_memory(spec: Spec, objective: Any, writer: Any, losses: list[str]) -> Spec:
+    """Allocate some losses, with half the batch as often as memory runs out."""
+    while True:
+        try:
+            return _Together(spec, objective, writer, losses).run()
+        except Exception as error:
+            splits = {writer.manifest.losses[name].on for name in losses} - {None}
+            largest = max((objective.batch_sizes[split] for split in splits), default=1)
+            if not is_out_of_memory(error) or largest == 1:
+                raise
+            if spec["settings"]["norm_stats"] == "batch":
+                raise ResourceError(
+                    f"out of memory with batches of {largest} ({str(error)[:200]}). With --norm-stats batch the batch is part of the "
+                    "loss and is not halved: use a device with more memory, or another run with a smaller --batch-size."
+                ) from error
+            for split in splits:
+                objective.batch_sizes[split] = min(objective.batch_sizes[split], largest // 2)
+        gc.collect()  # the failed pass's tensors, which its traceback held
+        if objective.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 class _Together:
@@ -81,11 +129,13 @@ class _Together:
             np.divide(apart, scale, out=tally.steps["precision_error"], where=scale > 0)
             evaluations, passes = (now - then for now, then in zip(self._counts()[name], before[name], strict=True))
             facts[name] = {"evaluations": evaluations, "forward_passes": passes}
-            where = {"host": socket.gethostname(), "pid": os.getpid(), "seconds": round(seconds, 3)}
-            self.writer.write_span(name, self.spec["span"], tally, {**facts[name], **where}, self.parts.get(name))
+            on = self.records[name].on
+            facts[name]["batch_size"] = 0 if on is None else self.objective.batch_sizes[on]
             facts[name]["worst_residual"] = float(abs(tally.steps["residual"]).max())
             facts[name]["unconverged"] = int((tally.steps["converged"] == 0).sum())
-            facts[name]["silent"] = sorted(tally.silent) if self.records[name].on is not None else []
+            facts[name]["silent"] = sorted(tally.silent) if on is not None else []
+            where = {"host": socket.gethostname(), "pid": os.getpid(), "seconds": round(seconds, 3)}
+            self.writer.write_span(name, self.spec["span"], tally, {**facts[name], **where}, self.parts.get(name))
         return facts
 
     def _counts(self) -> dict[str, tuple[int, int]]:

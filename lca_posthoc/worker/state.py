@@ -15,32 +15,32 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import task
+from ..cluster import delivered
 from ..errors import InputError, LCAError, ResourceError, SpanError, pack
 from ..trajectory import Checkpoint, read_checkpoint
 
 Spec = dict[str, Any]
 _STATES: OrderedDict[str, Any] = OrderedDict()
-_LOCK = threading.Lock()
+_ONE_AT_A_TIME = threading.RLock()  # a model holds the values of one point, also where a worker has several threads
 _KEPT = 2
 
 
 def objective_of(spec: Spec) -> Any:
     """The objective of a spec, built once per process."""
+    task.use(spec["task"], delivered(spec["parcel"]))
     key = _key(spec, spec["losses"])
-    with _LOCK:
-        if key not in _STATES:
-            while len(_STATES) >= _KEPT:
-                _STATES.popitem(last=False)
-            built = _same_data(build(spec, spec["settings"]["precision"]), spec)
-            key = _key(spec, list(built.losses))  # by name, however they were asked for
-            _STATES[key] = built
-        _STATES.move_to_end(key)
-        return _STATES[key]
+    if key not in _STATES:
+        while len(_STATES) >= _KEPT:
+            _STATES.popitem(last=False)
+        built = _same_data(build(spec, spec["settings"]["precision"]), spec)
+        key = _key(spec, list(built.losses))  # by name, however they were asked for
+        _STATES[key] = built
+    _STATES.move_to_end(key)
+    return _STATES[key]
 
 
 def _key(spec: Spec, losses: list[str] | None) -> str:
-    from .. import task
-
     place = [spec["task"].get(name) for name in ("kind", "path", "module", "function")]
     settings = [spec["settings"][name] for name in ("device", "precision", "norm_stats", "batch_size", "subset")]
     return json.dumps([place, task.digest(spec["task"]), losses, settings], sort_keys=True)
@@ -64,7 +64,6 @@ def build(spec: Spec, precision: str) -> Any:
     """The objective of a spec in a precision, built anew."""
     import torch
 
-    from .. import task
     from ..objective import Objective
 
     settings = spec["settings"]
@@ -74,7 +73,7 @@ def build(spec: Spec, precision: str) -> Any:
             "no GPU is visible to this worker. Use --device cpu, or make one visible with CUDA_VISIBLE_DEVICES."
         )
     return Objective(
-        lambda: task.load(spec["task"]),
+        lambda: task.load(spec["task"], delivered(spec["parcel"])),
         spec["losses"],
         device=device,
         precision=precision,
@@ -103,36 +102,41 @@ def _deterministic() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or here."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch has no class for it
+
+
 def reported(work: Callable[[Spec], Spec]) -> Callable[[Spec], Spec]:
     """Failures come back as plain strings: an exception that cannot be unpickled elsewhere would hide its cause."""
 
     @functools.wraps(work)
     def reported(spec: Spec) -> Spec:
-        import torch
-
         try:
-            with _deterministic():
+            with _ONE_AT_A_TIME, _deterministic():
                 return work(spec)
         except LCAError as error:
             return {"error": pack(error), "trace": traceback.format_exc()}
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            hint = "Give a smaller --batch-size" + (
-                "" if spec["settings"]["batch_size"] is None else f" than {spec['settings']['batch_size']}"
-            )
-            return {
-                "error": pack(ResourceError(f"out of memory ({str(error)[:200]}). {hint}.")),
-                "trace": traceback.format_exc(),
-            }
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            kind = (
+            kind: LCAError = (
                 ResourceError(f"no space left for the result ({error}). Free some and run again.")
                 if full
                 else SpanError(str(error))
             )
             return {"error": pack(kind), "trace": traceback.format_exc()}
         except Exception as error:
-            return {"error": pack(SpanError(f"{type(error).__name__}: {error}")), "trace": traceback.format_exc()}
+            kind = SpanError(f"{type(error).__name__}: {error}")
+            if is_out_of_memory(error):
+                hint = "Give a smaller --batch-size" + (
+                    "" if spec["settings"]["batch_size"] is None else f" than {spec['settings']['batch_size']}"
+                )
+                kind = ResourceError(f"out of memory ({str(error)[:200]}). {hint}.")
+            return {"error": pack(kind), "trace": traceback.format_exc()}
 
     return reported
 

@@ -1,0 +1,52 @@
+"""`lca repair`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+import click
+
+from .options import cluster_options
+from .run import listener
+from .show import stdout
+
+
+@click.command()
+@click.argument("run", type=click.Path())
+@click.option(
+    "--task", required=True, metavar="FILE[:FUNCTION]", help="The task the run was made with; its path is not recorded."
+)
+@click.option("--checkpoints", type=click.Path(), metavar="DIR", help="Where they are now.  [default: where they were]")
+@cluster_options
+def command(run: str, task: str, **options: Any) -> None:
+    """Compute again exactly the damaged spans of RUN, put its metadata right, and sweep leftovers.
+
+    \b
+    lca verify checkpoints.lca
+    lca repair checkpoints.lca --task my_task.py
+    """
+    from ..replay import repair
+    from ..store import open_run
+
+    with listener() as listen, contextlib.redirect_stdout(sys.stderr):
+        done = repair(run, task, progress=listen, **options)
+    console = stdout()
+    for name, spans in done.spans.items():
+        console.print(f"loss {name!r}: computed again {_some(spans)}", markup=False)
+    rest = len(done.damage) - sum(each.span is not None for each in done.damage)
+    if rest:
+        console.print(f"put right {rest} other file{'' if rest == 1 else 's'}")
+    if done.leftovers:
+        console.print(f"removed {done.leftovers} leftover file{'' if done.leftovers == 1 else 's'}")
+    if not done.damage:
+        console.print(f"{run} is whole", markup=False)
+    unfinished = [name for name, results in open_run(run).items() if not results.complete]
+    if unfinished:
+        console.print(f"not finished yet: {', '.join(unfinished)}; `lca run` goes on with them", markup=False)
+
+
+def _some(spans: list[int]) -> str:
+    shown = ", ".join(map(str, spans[:10]))
+    return f"span{'' if len(spans) == 1 else 's'} {shown}{f' and {len(spans) - 10} more' if len(spans) > 10 else ''}"

@@ -1,0 +1,66 @@
+"""Where work runs: in this process, on local Dask workers, or on those of a scheduler somewhere. It is given a callable and
+JSON-like specs; it knows no more.
+
+A cluster gives every worker two specs at a time, one to work on and one to wait; tries a spec again under a new key when its worker
+died; takes workers in as they join; lets those that leave finish; and drains when its `stop` event is set: what runs is finished,
+what waits is not started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+from ..errors import InputError
+from .delivery import delivered
+from .inline import Inline
+from .local import local_workers, on_this_host, visible_device
+from .outcomes import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting
+from .remote import at_address
+from .where import Where
+
+__all__ = [
+    "Cluster",
+    "Done",
+    "Lost",
+    "Outcome",
+    "Refused",
+    "Retried",
+    "Slow",
+    "Spec",
+    "Waiting",
+    "Where",
+    "delivered",
+    "local_workers",
+    "open_cluster",
+    "visible_device",
+]
+
+
+@contextlib.contextmanager
+def open_cluster(where: Where, device: str | None, stop: threading.Event) -> Iterator[Cluster]:
+    """Start or reach what `where` names and leave it as it was afterwards.
+
+    Args:
+        where: inline, local, or the address of a scheduler.
+        device: "cuda" or "cpu"; None for a GPU where there is one. At an address the workers tell.
+        stop: set by whoever wants the cluster to drain.
+
+    Raises:
+        ResourceError: where workers do not come up or cannot be reached.
+        InputError: for another kind, or options that do not go with it.
+    """
+    where.check()
+    if where.kind == "inline":
+        opened: contextlib.AbstractContextManager[Cluster] = Inline.opened(device or visible_device(), stop)
+    elif where.kind == "local":
+        opened = on_this_host(where, device or visible_device(), stop)
+    elif where.is_address:
+        opened = at_address(where, device, stop)
+    else:
+        raise InputError(
+            f"--cluster {where.kind!r} is not known. Use local, inline, tcp://HOST:PORT, tls://HOST:PORT or file:SCHEDULER.json."
+        )
+    with opened as cluster:
+        yield cluster

@@ -1,0 +1,57 @@
+"""In this process, one spec after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import uuid
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from . import delivery
+from .outcomes import Cluster, Done, Function, Outcome, Settled, Spec
+
+
+class Inline:
+    """See `Cluster`."""
+
+    workers = 1
+    crowd = 1
+    dashboard = None
+
+    def __init__(self, device: str, stop: threading.Event) -> None:
+        self.device: str | None = device
+        self._stop = stop
+        self._delivered: list[str] = []
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, device: str, stop: threading.Event) -> Iterator[Cluster]:
+        """Forgets what was delivered when it is over."""
+        cluster = cls(device, stop)
+        try:
+            yield cluster
+        finally:
+            for key in cluster._delivered:
+                delivery.drop(key)
+
+    def deliver(self, data: bytes) -> str:
+        """See `Cluster.deliver`."""
+        self._delivered.append(uuid.uuid4().hex)
+        delivery.take_in(self._delivered[-1], data)
+        return self._delivered[-1]
+
+    def muster(self, function: Function, spec: Spec) -> dict[str, Any]:
+        """See `Cluster.muster`."""
+        return {"this process": function(spec)}
+
+    def settle_on(self, device: str) -> None:
+        """See `Cluster.settle_on`."""
+        self.device = device
+
+    def map(self, function: Function, specs: Iterable[Spec], settled: Settled | None = None) -> Iterator[Outcome]:
+        """See `Cluster.map`."""
+        for spec in specs:
+            if self._stop.is_set():
+                return
+            yield Done(spec, function(spec))

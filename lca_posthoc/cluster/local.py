@@ -1,0 +1,134 @@
+"""Single-threaded Dask worker processes of this host: one per visible GPU, or one per core."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from ..errors import ResourceError
+from .outcomes import Cluster
+from .where import Where
+from .workers import ANSWER_SECONDS, Workers
+
+_SETTINGS = {
+    "distributed.scheduler.worker-ttl": "30 minutes",
+    "distributed.scheduler.work-stealing": False,
+    "distributed.scheduler.allowed-failures": 0,
+    "distributed.nanny.pre-spawn-environ": {
+        # Dask's own choice hands freed memory back at once; a replay frees and takes the same blocks at every batch, and
+        # page faults then cost as much as the arithmetic. 32 MiB is the most glibc takes for the second one.
+        "MALLOC_TRIM_THRESHOLD_": 256 * 2**20,
+        "MALLOC_MMAP_THRESHOLD_": 32 * 2**20,
+        "OMP_NUM_THREADS": 1,
+        "MKL_NUM_THREADS": 1,
+        "OPENBLAS_NUM_THREADS": 1,
+    },
+    "distributed.worker.daemon": False,
+    "distributed.worker.profile.enabled": False,
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.terminate": False,
+}
+
+
+@contextlib.contextmanager
+def on_this_host(where: Where, device: str, stop: threading.Event) -> Iterator[Cluster]:
+    """Start workers, and end them afterwards."""
+    import dask
+    from distributed import Client, Nanny, Scheduler, SpecCluster
+    from distributed import TimeoutError as DaskTimeoutError
+
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(1)  # a worker importing a script without a `__main__` guard; the driver says so
+    environments = gpu_environments() if device == "cuda" else [{}]
+    count = where.workers or local_workers(device)
+    specs = {
+        index: {
+            "cls": Nanny,
+            "options": {
+                "nthreads": 1,
+                "memory_limit": 0,
+                "host": "127.0.0.1",
+                "dashboard_address": None,
+                "resources": {"GPU": 1} if device == "cuda" else {},
+                "env": environments[index % len(environments)],
+                "silence_logs": "CRITICAL",
+            },
+        }
+        for index in range(count)
+    }
+    scheduler = {
+        "cls": Scheduler,
+        "options": {"host": "127.0.0.1", "port": 0, "dashboard": where.dashboard, "dashboard_address": "127.0.0.1:0"},
+    }
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(dask.config.set(_SETTINGS))
+        try:
+            cluster = stack.enter_context(SpecCluster(workers=specs, scheduler=scheduler, silence_logs="CRITICAL"))
+            client = stack.enter_context(Client(cluster, timeout=ANSWER_SECONDS))
+        except (RuntimeError, OSError) as error:
+            raise ResourceError(
+                f"local workers did not start ({' '.join(str(error).split())[:120]}). A script that calls run() needs "
+                "`if __name__ == '__main__':` around it, for workers import the script; or use cluster='inline'."
+            ) from error
+        try:
+            client.wait_for_workers(count, timeout=ANSWER_SECONDS)
+            client.register_plugin(_settle_in())
+        except (DaskTimeoutError, TimeoutError, OSError) as error:
+            raise ResourceError(
+                f"only {len(client.scheduler_info()['workers'])} of {count} local workers came up within {ANSWER_SECONDS} s "
+                f"({error}). Ask for fewer with --workers, or run in this process with --cluster inline."
+            ) from None
+        with Workers.opened(client, device, stop) as workers:
+            workers.dashboard = client.dashboard_link if where.dashboard else None
+            yield workers
+
+
+def _settle_in() -> Any:
+    from distributed import WorkerPlugin
+
+    class SettleIn(WorkerPlugin):  # type: ignore[misc]
+        """Ctrl-C reaches every process of the terminal, but only the driver decides; what tasks print is no result."""
+
+        name = "lca-settle-in"
+
+        def setup(self, worker: Any) -> None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            os.dup2(2, 1)
+
+    return SettleIn()
+
+
+def local_workers(device: str) -> int:
+    """How many workers this host has unless told: one per visible GPU, or one per core."""
+    return len(gpu_environments()) if device == "cuda" else len(os.sched_getaffinity(0))
+
+
+def gpu_environments() -> list[dict[str, str]]:
+    """One worker per visible GPU; a list inherited from a job scheduler (indices, UUIDs, MIG ids) is split, never renumbered."""
+    inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if inherited is None:
+        import torch
+
+        devices = [str(index) for index in range(torch.cuda.device_count())]
+    else:
+        listed = [device.strip() for device in inherited.split(",")]
+        ends = [at for at, device in enumerate(listed) if device in ("", "-1", "NoDevFiles")]  # as CUDA reads it
+        devices = listed[: ends[0]] if ends else listed
+    if not devices:
+        raise ResourceError("no GPU is visible. Use --device cpu, or make one visible with CUDA_VISIBLE_DEVICES.")
+    return [{"CUDA_VISIBLE_DEVICES": device} for device in devices]
+
+
+def visible_device() -> str:
+    """What `--device auto` means here: "cuda" where torch sees a GPU, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

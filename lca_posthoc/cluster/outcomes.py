@@ -1,0 +1,102 @@
+"""What a cluster is asked and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+Spec = dict[str, Any]
+Function = Callable[[Spec], Any]
+Settled = Callable[[Spec], Any]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A spec and what its function returned, on which worker; None where the cluster drained before it was started."""
+
+    spec: Spec
+    result: Any
+    worker: str = "this process"
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A spec no worker could finish, and why."""
+
+    spec: Spec
+    why: str
+
+
+@dataclass(frozen=True)
+class Retried:
+    """A spec is tried again, because its worker died or left."""
+
+    spec: Spec
+    worker: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Slow:
+    """A spec takes far longer than its peers; `doing` is the stack of its worker, the innermost call last."""
+
+    spec: Spec
+    worker: str
+    seconds: float
+    doing: list[str]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A worker joined and cannot take part."""
+
+    worker: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """No worker is left; the cluster waits so long for one."""
+
+    seconds: float
+
+
+Outcome = Done | Lost | Retried | Slow | Refused | Waiting
+
+
+class Cluster(Protocol):
+    """One way to run a callable over specs.
+
+    `device` is what workers compute on, None until they have told; `crowd` the most workers that share a host; `dashboard` the
+    address of Dask's, where it is on.
+    """
+
+    device: str | None
+    crowd: int
+    dashboard: str | None
+
+    @property
+    def workers(self) -> int:
+        """How many work now."""
+
+    def deliver(self, data: bytes) -> str:
+        """Put bytes where every worker finds them, also one that joins later; returns the key for `delivered`."""
+
+    def muster(self, function: Function, spec: Spec) -> dict[str, Any]:
+        """What a callable returns on each worker, before any is given work; late ones are asked the same.
+
+        A worker whose answer holds `"error"`, or that gives none, does not take part.
+        """
+
+    def settle_on(self, device: str) -> None:
+        """Compute on "cuda" or "cpu" from here on."""
+
+    def map(self, function: Function, specs: Iterable[Spec], settled: Settled | None = None) -> Iterator[Outcome]:
+        """What becomes of each spec, as it comes; specs are taken from the iterable only when there is room.
+
+        Args:
+            function: at module level.
+            specs: JSON-like.
+            settled: the result of a spec whose worker left in the middle of it, or None while there is none.
+        """

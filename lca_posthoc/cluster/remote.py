@@ -1,0 +1,82 @@
+"""The workers of a scheduler somebody else started, at an address."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from ..errors import InputError, ResourceError
+from .outcomes import Cluster
+from .where import Where, is_closed, open_to_others
+from .workers import ANSWER_SECONDS, Workers, shortly
+
+CONNECT_SECONDS = 30.0
+
+
+@contextlib.contextmanager
+def at_address(where: Where, device: str | None, stop: threading.Event) -> Iterator[Cluster]:
+    """Connect, look at who listens, wait for workers."""
+    from distributed import Client
+    from distributed import TimeoutError as DaskTimeoutError
+
+    address = where.address()
+    with contextlib.ExitStack() as stack:
+        try:
+            client = stack.enter_context(
+                Client(address, security=_security(where, address), timeout=CONNECT_SECONDS, set_as_default=False)
+            )
+        except (OSError, TimeoutError, RuntimeError) as error:
+            raise ResourceError(
+                f"no scheduler answers at {address} ({shortly(error.__cause__ or error)}). Start one with `dask scheduler`, or check "
+                "the address, the network and, for tls://, the certificates."
+            ) from None
+        if not where.insecure:
+            _refuse_open_listeners(client)
+        wanted = where.workers or 1
+        try:
+            client.wait_for_workers(wanted, timeout=ANSWER_SECONDS if where.workers else CONNECT_SECONDS)
+        except (DaskTimeoutError, TimeoutError):
+            there = len(client.scheduler_info()["workers"])
+            tls = " --tls-ca-file CA --tls-cert CERT --tls-key KEY" if address.startswith("tls") else ""
+            raise ResourceError(
+                f"{there or 'no'} worker{'' if there == 1 else 's'} of the {wanted} asked for {'is' if there == 1 else 'are'} "
+                f"connected to {address}. Start some with `dask worker {address} --nthreads 1{tls}` (on a GPU: --resources GPU=1)."
+            ) from None
+        with Workers.opened(client, device, stop) as workers:
+            workers.dashboard = client.dashboard_link or None
+            yield workers
+
+
+def _security(where: Where, address: str) -> Any:
+    from distributed import Security
+
+    if not address.startswith("tls://"):
+        return None
+    given = where.tls
+    if not given:
+        security = Security()  # what Dask's own configuration says
+        if security.tls_ca_file is None or security.tls_client_cert is None:
+            raise InputError(f"{address} needs --tls-ca, --tls-cert and --tls-key.")
+        return security
+    return Security(
+        tls_ca_file=str(given["--tls-ca"]),
+        tls_client_cert=str(given["--tls-cert"]),
+        tls_client_key=str(given["--tls-key"]),
+        require_encryption=True,
+    )
+
+
+def _refuse_open_listeners(client: Any) -> None:
+    """An address may be closed and the listener behind it open; so may those of the workers be."""
+
+    def listeners(dask_scheduler: Any) -> list[str]:
+        return [str(listener.listen_address) for listener in dask_scheduler.listeners]
+
+    for address in client.run_on_scheduler(listeners):
+        if not is_closed(address):
+            raise InputError(open_to_others(f"the scheduler listens on {address}, which"))
+    for address, each in client.scheduler_info()["workers"].items():
+        if not is_closed(address):
+            raise InputError(open_to_others(f"worker {each['name']} listens on {address}, which"))

@@ -1,0 +1,426 @@
+"""Specs on the workers of a Dask client: each worker is given its own, so that it is known who works on what.
+
+Dask carries, starts and cancels; who gets which spec is decided here. A task is restricted to one worker: when that one is gone,
+what it was working on and what merely waited there are told apart, and a worker is given nothing before it has answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import queue
+import statistics
+import threading
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ResourceError
+from . import delivery
+from .outcomes import Done, Function, Lost, Outcome, Refused, Retried, Settled, Slow, Spec, Waiting
+
+ANSWER_SECONDS = 120.0  # for a worker to come up, or to answer a small question
+ALONE_SECONDS = 300.0  # without any worker
+LEAVE_SECONDS = 45.0  # Dask lets what runs on a leaving worker go on for 30
+LOOK_SECONDS = 1.0  # between two looks at who is there
+SLOW_SECONDS = 60.0  # and ten times as long as its peers
+_EACH = 2
+_TRIES = 2
+_LEAVES = 4
+
+
+@dataclass
+class _Flight:
+    """A spec under way."""
+
+    spec: Spec
+    deaths: int = 0
+    leaves: int = 0
+
+
+@dataclass
+class _Hand:
+    """A worker that takes part: its specs by key, the first one running, since when."""
+
+    flights: dict[str, _Flight] = field(default_factory=dict)
+    futures: dict[str, Any] = field(default_factory=dict)
+    since: float = 0.0
+    told: float = 0.0
+
+
+class Workers:
+    """See `Cluster`."""
+
+    dashboard: str | None = None
+
+    def __init__(self, client: Any, device: str | None, stop: threading.Event) -> None:
+        self.device = device
+        self._client, self._stop = client, stop
+        self._stopping = f"lca-stop-{uuid.uuid4().hex}"
+        self._delivered: list[str] = []
+        self._question: tuple[str, Spec] | None = None
+        self._crew: dict[str, _Hand] = {}
+        self._known: set[str] = set()
+        self._names: dict[str, str] = {}
+        self._looked = 0.0
+        self._look()
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, client: Any, device: str | None, stop: threading.Event) -> Iterator[Workers]:
+        """Leaves nothing behind on the workers."""
+        workers = cls(client, device, stop)
+        try:
+            yield workers
+        finally:
+            with contextlib.suppress(OSError, TimeoutError):
+                for key in workers._delivered:
+                    client.unregister_worker_plugin(key)
+
+    @property
+    def workers(self) -> int:
+        """See `Cluster`."""
+        return len(self._crew)
+
+    @property
+    def crowd(self) -> int:
+        """See `Cluster`."""
+        info = self._ask(self._client.scheduler_info)["workers"]
+        return max(Counter(info[address]["host"] for address in self._crew if address in info).values(), default=1)
+
+    def deliver(self, data: bytes) -> str:
+        """See `Cluster.deliver`."""
+        key = f"lca-{uuid.uuid4().hex}"
+        self._ask(self._client.register_plugin, _delivery(key, data), name=key)
+        self._delivered.append(key)
+        return key
+
+    def settle_on(self, device: str) -> None:
+        """See `Cluster.settle_on`; a worker that does not offer `GPU=1` takes no part in work on GPUs."""
+        self.device = device
+        if device != "cuda":
+            return
+        info = self._ask(self._client.scheduler_info)["workers"]
+        without = [address for address in self._crew if info.get(address, {}).get("resources", {}).get("GPU", 0) < 1]
+        if without:
+            raise ResourceError(
+                f"worker{'s' if len(without) > 1 else ''} {', '.join(map(self._named, without[:3]))}"
+                f"{f' and {len(without) - 3} more' if len(without) > 3 else ''} offer no GPU. Start each with "
+                "`CUDA_VISIBLE_DEVICES=N dask worker ADDRESS --nthreads 1 --resources GPU=1`, or compute with --device cpu."
+            )
+
+    def muster(self, function: Function, spec: Spec) -> dict[str, Any]:
+        """See `Cluster.muster`."""
+        self._question = (_place(function), spec)
+        asked = {address: self._question_to(address) for address in self._crew}
+        deadline, answers = time.monotonic() + ANSWER_SECONDS, {}
+        for address, future in asked.items():
+            answer = self._answer(future, max(1.0, deadline - time.monotonic()))
+            answers[self._named(address)] = answer
+            if "error" in answer:
+                del self._crew[address]
+        return answers
+
+    def _question_to(self, address: str) -> Any:
+        assert self._question is not None
+        return self._submit(*self._question, address)
+
+    def _answer(self, future: Any, seconds: float) -> Any:
+        from distributed import TimeoutError as DaskTimeoutError
+
+        try:
+            return future.result(timeout=seconds)
+        except (DaskTimeoutError, TimeoutError):
+            future.cancel()
+            return {"error": f"did not answer within {ANSWER_SECONDS:.0f} s: it is busy with other work, or stuck"}
+        except Exception as error:
+            return {"error": shortly(error)}
+
+    # --- work --------------------------------------------------------------------------------------------------------
+
+    def map(self, function: Function, specs: Iterable[Spec], settled: Settled | None = None) -> Iterator[Outcome]:
+        """See `Cluster.map`."""
+        work = _Work(self, _place(function), iter(specs), settled)
+        try:
+            yield from work.run()
+        finally:
+            work.abandon()
+
+    def _submit(self, place: str, spec: Spec, address: str) -> Any:
+        return self._client.submit(
+            _work,
+            place,
+            spec,
+            self._stopping,
+            key=f"lca-{uuid.uuid4().hex}",
+            pure=False,
+            retries=0,
+            workers=[address],
+            allow_other_workers=False,
+            resources={"GPU": 1} if self.device == "cuda" else None,
+        )
+
+    def _look(self) -> tuple[list[str], list[str]]:
+        """Who came and who went since the last look; those on their way out count as gone."""
+        self._looked = time.monotonic()
+        here = set(self._ask(lambda: self._client.sync(self._client.scheduler.ncores_running)))
+        came = [address for address in here if address not in self._known]
+        went = [address for address in self._crew if address not in here]
+        self._known = (self._known | here) - set(went)
+        if came:
+            info = self._ask(self._client.scheduler_info)["workers"]
+            self._names |= {address: str(info[address]["name"]) for address in came if address in info}
+        if self._question is None:
+            self._crew |= {address: _Hand() for address in came}
+        return came, went
+
+    def _ask(self, question: Any, *arguments: Any, **named: Any) -> Any:
+        """A question to the scheduler; one that is gone is an error that says so."""
+        try:
+            return question(*arguments, **named)
+        except (OSError, TimeoutError) as error:
+            raise self._gone(error) from None
+
+    def _gone(self, error: object) -> ResourceError:
+        return ResourceError(
+            f"the scheduler is gone ({shortly(error)}). What was committed is kept; start it and run the same command again."
+        )
+
+    def _named(self, address: str) -> str:
+        name = self._names.get(address, address)
+        return address if name == address else f"{name} ({address})"
+
+    def _left(self, address: str) -> bool:
+        """Whether a worker that is gone was told to go, and so may still finish what it was doing."""
+        with contextlib.suppress(OSError, TimeoutError):
+            for _, event in reversed(self._client.get_events(address)):
+                if event.get("action") == "remove-worker":
+                    return bool(event.get("expected"))
+            return address in self._ask(self._client.scheduler_info)["workers"]
+        return False
+
+    def _doing(self, key: str) -> list[str]:
+        """The stack of a running task, the innermost call last."""
+        with contextlib.suppress(Exception):
+            held = self._client.sync(self._client.scheduler.call_stack, keys=[key], callback_timeout=5)
+            for stacks in held.values():
+                return [" ".join(frame.split()) for frame in stacks[key]]
+        return []
+
+
+class _Work:
+    """One call of `Workers.map`."""
+
+    def __init__(self, owner: Workers, place: str, source: Iterator[Spec], settled: Settled | None) -> None:
+        self._owner, self._place, self._source, self._settled = owner, place, source, settled
+        self._again: deque[_Flight] = deque()
+        self._joining: dict[str, str] = {}
+        self._leaving: list[tuple[float, str, _Flight]] = []
+        self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._took: deque[float] = deque(maxlen=200)
+        self._exhausted = self._told = False
+        self._alone = 0.0
+
+    def run(self) -> Iterator[Outcome]:
+        owner = self._owner
+        while True:
+            if owner._stop.is_set() and not self._told:
+                _event(owner._stopping, owner._client).set()
+                self._told = True
+            self._hand_out()
+            if not any(hand.flights for hand in owner._crew.values()) and not self._leaving and self._is_over():
+                return
+            future = _next(self._arrived, 0.2)
+            if future is not None:
+                yield from self._take(future)
+            if time.monotonic() - owner._looked > LOOK_SECONDS:
+                yield from self._look()
+
+    def abandon(self) -> None:
+        """Cancel what waits; what runs is nobody's any more."""
+        with contextlib.suppress(Exception):
+            for hand in self._owner._crew.values():
+                self._owner._client.cancel(list(hand.futures.values()))
+                hand.flights.clear()
+                hand.futures.clear()
+
+    def _is_over(self) -> bool:
+        return self._owner._stop.is_set() or (self._exhausted and not self._again)
+
+    def _hand_out(self) -> None:
+        """One for everybody first, then one to wait."""
+        if self._owner._stop.is_set():
+            return
+        for most in range(_EACH):
+            for address, hand in self._owner._crew.items():
+                if len(hand.flights) == most:
+                    flight = self._again.popleft() if self._again else self._fresh()
+                    if flight is None:
+                        return
+                    self._submit(address, hand, flight)
+
+    def _fresh(self) -> _Flight | None:
+        spec = None if self._exhausted else next(self._source, None)
+        self._exhausted = spec is None
+        return None if spec is None else _Flight(spec)
+
+    def _submit(self, address: str, hand: _Hand, flight: _Flight) -> None:
+        future = self._owner._submit(self._place, flight.spec, address)
+        if not hand.flights:
+            hand.since = hand.told = time.monotonic()
+        hand.flights[future.key], hand.futures[future.key] = flight, future
+        future.add_done_callback(self._arrived.put)
+
+    def _take(self, future: Any) -> Iterator[Outcome]:
+        if future.key in self._joining:
+            yield from self._join(self._joining.pop(future.key), future)
+            return
+        found = next(((at, hand) for at, hand in self._owner._crew.items() if future.key in hand.flights), None)
+        if found is None:  # of a worker that is gone; its specs were dealt with
+            return
+        address, hand = found
+        if future.status == "finished":
+            now = time.monotonic()
+            self._took.append(now - hand.since)
+            hand.since = hand.told = now
+            del hand.futures[future.key]
+            yield Done(hand.flights.pop(future.key).spec, future.result(), self._owner._named(address))
+        elif future.status == "error" and type(future.exception()).__name__ != "KilledWorker":
+            del hand.futures[future.key]
+            flight = hand.flights.pop(future.key)
+            flight.deaths += 1
+            yield self._try_again(flight, address, shortly(future.exception()))
+        elif self._owner._client.status != "running":
+            raise self._owner._gone("the connection is lost")
+        else:  # where it runs again under the same address, it comes as a new one
+            self._owner._known.discard(address)
+            yield from self._gone(address, self._owner._crew.pop(address))
+
+    def _look(self) -> Iterator[Outcome]:
+        """Take in who came, deal with who went, speak of what is slow."""
+        owner = self._owner
+        came, went = owner._look()
+        if owner._question is not None:
+            for address in came:
+                future = owner._question_to(address)
+                self._joining[future.key] = address
+                future.add_done_callback(self._arrived.put)
+        for address in went:
+            yield from self._gone(address, owner._crew.pop(address))
+        yield from self._leavers()
+        yield from self._slow()
+        if owner._crew or self._joining or owner._stop.is_set():
+            self._alone = 0.0
+        elif not self._alone:
+            self._alone = time.monotonic()
+            yield Waiting(ALONE_SECONDS)
+        elif time.monotonic() - self._alone > ALONE_SECONDS:
+            raise ResourceError(
+                f"no worker is left, and none came within {ALONE_SECONDS:.0f} s. What was committed is kept; start workers and run "
+                "the same command again."
+            )
+
+    def _join(self, address: str, future: Any) -> Iterator[Outcome]:
+        answer = self._owner._answer(future, ANSWER_SECONDS)
+        if "error" in answer:
+            error = answer["error"]
+            yield Refused(self._owner._named(address), error["message"] if isinstance(error, dict) else str(error))
+        else:
+            self._owner._crew[address] = _Hand()
+
+    def _gone(self, address: str, hand: _Hand) -> Iterator[Outcome]:
+        """What a worker that is gone was working on counts against the spec; what waited there does not."""
+        left = self._owner._left(address)
+        for at, (key, flight) in enumerate(hand.flights.items()):
+            hand.futures[key].cancel()
+            if self._owner._stop.is_set():
+                continue
+            if at > 0:
+                self._again.append(flight)
+            elif left:
+                self._leaving.append((time.monotonic() + LEAVE_SECONDS, address, flight))
+            else:
+                flight.deaths += 1
+                yield self._try_again(flight, address, "its worker died")
+
+    def _try_again(self, flight: _Flight, address: str, why: str) -> Outcome:
+        if flight.deaths >= _TRIES or flight.leaves >= _LEAVES:
+            return Lost(flight.spec, why)
+        self._again.append(flight)
+        return Retried(flight.spec, self._owner._named(address), why)
+
+    def _leavers(self) -> Iterator[Outcome]:
+        """A worker that was told to go may still finish; wait for that rather than do it twice."""
+        waiting, self._leaving = self._leaving, []
+        for deadline, address, flight in waiting:
+            result = self._settled(flight.spec) if self._settled else None
+            if result is not None:
+                yield Done(flight.spec, result, self._owner._named(address))
+            elif self._settled and time.monotonic() < deadline and not self._owner._stop.is_set():
+                self._leaving.append((deadline, address, flight))
+            elif not self._owner._stop.is_set():
+                flight.leaves += 1
+                yield self._try_again(flight, address, "its worker left before it was done")
+
+    def _slow(self) -> Iterator[Outcome]:
+        usual = 10 * statistics.median(self._took) if self._took else 10 * SLOW_SECONDS
+        now = time.monotonic()
+        for address, hand in self._owner._crew.items():
+            if hand.flights and now - hand.told > max(SLOW_SECONDS, usual):
+                hand.told = now
+                key, flight = next(iter(hand.flights.items()))
+                yield Slow(flight.spec, self._owner._named(address), now - hand.since, self._owner._doing(key))
+
+
+def _place(function: Function) -> str:
+    """Where a callable is found again, so that a scheduler need not import it."""
+    return f"{function.__module__}:{function.__qualname__}"
+
+
+def _work(place: str, spec: Spec, stop: str) -> Any:
+    """Run a spec on a worker unless the driver is draining."""
+    from distributed import get_client
+
+    if _event(stop, get_client()).is_set():
+        return None
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)(spec)
+
+
+def _event(name: str, client: Any) -> Any:
+    from distributed import Event
+
+    return Event(name, client=client)
+
+
+def _next(arrived: queue.SimpleQueue[Any], seconds: float) -> Any:
+    """The next future, waking up now and then so that signals are handled."""
+    with contextlib.suppress(queue.Empty):
+        return arrived.get(timeout=seconds)
+    return None
+
+
+def shortly(error: object) -> str:
+    """An error or a message on one line of bounded length."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300] if isinstance(error, BaseException) else text[:300]
+
+
+def _delivery(key: str, data: bytes) -> Any:
+    from distributed import WorkerPlugin
+
+    class Delivery(WorkerPlugin):  # type: ignore[misc]
+        """Puts bytes into every worker process, also one that starts later."""
+
+        name = key
+
+        def setup(self, worker: Any) -> None:
+            delivery.take_in(key, data)
+
+        def teardown(self, worker: Any) -> None:
+            delivery.drop(key)
+
+    return Delivery()

@@ -1,0 +1,112 @@
+"""What the caller of a replay hears, as it happens, and the log of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something the user should know; the run goes on."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Work is about to start: segments of all losses pending and in all, spans pending, and the workers that will do it."""
+
+    pending: int
+    total: int
+    spans: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class SpanDone:
+    """A span was committed. `evaluations` and `forward_passes` are over its losses, `seconds` on the worker.
+
+    `workers` is how many work now.
+    """
+
+    span: int
+    losses: list[str]
+    segments: int
+    worst_residual: float
+    unconverged: int
+    evaluations: int
+    forward_passes: int
+    seconds: float
+    peak_bytes: int
+    worker: str
+    workers: int
+
+
+@dataclass(frozen=True)
+class SpanFailed:
+    """A span could not be replayed; the others go on."""
+
+    span: int
+    first_step: int
+    last_step: int
+    message: str
+
+
+@dataclass(frozen=True)
+class SpanRetried:
+    """A span is tried again on another worker."""
+
+    span: int
+    first_step: int
+    last_step: int
+    worker: str
+    message: str
+
+
+@dataclass(frozen=True)
+class SpanSlow:
+    """A span takes far longer than its peers; `doing` is the stack of its worker, the innermost call last."""
+
+    span: int
+    first_step: int
+    last_step: int
+    worker: str
+    seconds: float
+    doing: list[str]
+
+
+Event = Note | Planned | SpanDone | SpanFailed | SpanRetried | SpanSlow
+Listener = Callable[[Event], None]
+
+
+@dataclass
+class Log:
+    """Every event as a line of JSON, for machines; what happens before there is a file waits for it."""
+
+    listener: Listener
+    file: Path | None = None
+    waiting: list[str] = field(default_factory=list)
+
+    def __call__(self, event: Event) -> None:
+        """Write it down and pass it on."""
+        self._write({"event": type(event).__name__, **asdict(event)})
+        self.listener(event)
+
+    def open(self, file: Path) -> None:
+        """Append to a file from here on."""
+        self.file = file
+        self._write({"event": "Started", "host": socket.gethostname(), "pid": os.getpid()})
+
+    def _write(self, entry: dict[str, object]) -> None:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.waiting.append(json.dumps({"time": stamp, **entry}, default=str))
+        if self.file is not None:
+            with self.file.open("a") as file:
+                file.write("\n".join(self.waiting) + "\n")
+            self.waiting.clear()

@@ -1,0 +1,31 @@
+"""A small file by which another process can tell that it sees the same directory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def token(run: Path) -> Iterator[tuple[Path, str]]:
+    """A file in the run directory, or beside where it will be, and its text; gone afterwards.
+
+    What killed drivers of this host left is removed first.
+    """
+    place = run / "log" if (run / "log").is_dir() else run.absolute().parent
+    place.mkdir(parents=True, exist_ok=True)
+    begin = f".{run.name}.token-{socket.gethostname()}-"
+    for left in place.glob(f"{begin}*"):
+        pid = left.name.removeprefix(begin)
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            left.unlink(missing_ok=True)
+    file, text = place / f"{begin}{os.getpid()}", uuid.uuid4().hex
+    file.write_text(text)
+    try:
+        yield file, text
+    finally:
+        file.unlink(missing_ok=True)

@@ -1,0 +1,81 @@
+"""Whether a worker that somebody else started can take part: same versions, same files, a device."""
+
+from __future__ import annotations
+
+import platform
+import uuid
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from distributed import get_worker
+
+from ..errors import LCAError, ResourceError
+from ..headers import read_header
+from .state import Spec, reported
+
+_DISTRIBUTIONS = ("lca_posthoc", "torch", "numpy", "safetensors", "zarr", "dask", "distributed")
+
+
+def versions() -> dict[str, str]:
+    """What decides bits, and whether two processes understand each other; builds of one release are alike."""
+    found = {name: version(name).partition("+")[0] for name in _DISTRIBUTIONS}
+    return {"python": ".".join(platform.python_version_tuple()[:2]), **found}
+
+
+@reported
+def admit(spec: Spec) -> Spec:
+    """Check this process against what the driver says of itself; returns its host and devices.
+
+    A result whose "error" is a ResourceError says what is wrong here and what to do.
+    """
+    driver = spec["driver"]
+    theirs, ours = driver["versions"], versions()
+    for name in theirs:
+        if theirs[name] != ours[name]:
+            fix = f"`pip install {name}=={theirs[name]}`" if name != "python" else f"Python {theirs[name]}"
+            raise ResourceError(f"has {name} {ours[name]}, this driver {theirs[name]}: it needs {fix}")
+    token, text = driver["token"]
+    _reads_what_the_driver_wrote(Path(token), text)
+    _reads_checkpoints(spec)
+    cuda = torch.cuda.is_available()
+    gpu = str(torch.cuda.get_device_properties(0).uuid) if cuda else None
+    return {"cuda": cuda, "gpu": gpu, "threads": get_worker().state.nthreads}
+
+
+def _reads_what_the_driver_wrote(token: Path, text: str) -> None:
+    try:
+        same = token.read_text() == text
+    except OSError as error:
+        raise ResourceError(
+            f"cannot read {token.parent} ({error.strerror}): mount the file system of the run there, under the same path"
+        ) from None
+    if not same:
+        raise ResourceError(f"has another {token.parent} than this driver: mount the file system of the run there")
+    trial = token.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        trial.touch(exist_ok=False)
+    except OSError as error:
+        raise ResourceError(f"cannot write to {token.parent} ({error.strerror}): give its user the right to") from None
+    trial.unlink()
+
+
+def _reads_checkpoints(spec: Spec) -> None:
+    for _, files, size, _ in spec["driver"]["checkpoints"]:
+        found = 0
+        for file in files:
+            path = Path(spec["root"]) / file
+            try:
+                with path.open("rb"):
+                    found += read_header(path).size
+            except OSError as error:
+                raise ResourceError(
+                    f"cannot read checkpoint {path} ({error.strerror}): mount the file system of the checkpoints there, under the "
+                    "same path, and give its user the right to read them"
+                ) from None
+            except LCAError as error:
+                raise ResourceError(f"reads other checkpoints than this driver: {error}") from None
+        if found != size:
+            raise ResourceError(
+                f"reads other checkpoints than this driver: {path} and its shards have {found:,} bytes, not {size:,}"
+            )

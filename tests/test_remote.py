@@ -1,0 +1,332 @@
+"""Workers of a scheduler somebody else started: reaching them, being turned away, coming and going."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lca_posthoc.cluster import Done, Lost, Refused, Retried, Slow, Spec, Waiting, Where, open_cluster
+from lca_posthoc.cluster import remote as remote_module
+from lca_posthoc.cluster import workers as workers_module
+from lca_posthoc.errors import InputError, ResourceError
+from tests.standing import Standing, certificates, end, standing
+
+
+def pid(spec: Spec) -> int:
+    return os.getpid()
+
+
+def meet(spec: Spec) -> int:
+    """Says who it is and ends when everybody expected has come; a later spec finds them there already."""
+    Path(spec["place"], str(os.getpid())).touch()
+    while len(list(Path(spec["place"]).iterdir())) < spec["expected"]:
+        os.sched_yield()
+    return os.getpid()
+
+
+def until_released(spec: Spec) -> str:
+    with Path(spec["log"]).open("a") as log:
+        log.write(f"{spec['value']}\n")
+    while not Path(spec["release"]).exists():
+        os.sched_yield()
+    Path(spec["done"]).touch()
+    return "finished"
+
+
+def imported(spec: Spec) -> list[str]:
+    return [name for name in ("torch", "zarr") if name in sys.modules]
+
+
+def unfit(spec: Spec) -> dict[str, str]:
+    first = Path(spec["flag"])
+    if first.exists():
+        return {"error": "has nothing to say"}
+    first.touch()
+    return {"fit": "yes"}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standing]:
+    with standing(tmp_path_factory.mktemp("pair"), 2) as made:
+        yield made
+
+
+def opened(where: Where | str, stop: threading.Event | None = None) -> Any:
+    where = Where(where, 1) if isinstance(where, str) else where
+    return open_cluster(where, "cpu", stop or threading.Event())
+
+
+def results(outcomes: Any) -> list[Any]:
+    return [outcome.result for outcome in outcomes if isinstance(outcome, Done)]
+
+
+@pytest.mark.parametrize("by", ["address", "file"])
+def test_work_is_done_on_the_workers_at_an_address(pair: Standing, by: str) -> None:
+    kind = pair.address if by == "address" else f"file:{pair.place / 'scheduler.json'}"
+    with opened(Where(kind, 2)) as cluster:
+        assert cluster.workers == cluster.crowd == 2
+        pids = set(results(cluster.map(pid, [{} for _ in range(12)])))
+    assert len(pids) == 2
+    assert os.getpid() not in pids
+
+
+def test_the_scheduler_imports_no_torch_and_nothing_of_the_user(pair: Standing) -> None:
+    with opened(pair.address) as cluster:
+        list(cluster.map(imported, [{}]))
+        found = cluster._client.run_on_scheduler(
+            lambda: [name for name in sys.modules if name in ("torch", "zarr", "tests", "lca_posthoc.worker")]
+        )
+    assert found == []
+
+
+def test_what_is_delivered_is_there_and_gone_afterwards(pair: Standing) -> None:
+    with opened(Where(pair.address, 2)) as cluster:
+        key = cluster.deliver(b"parcel")
+        assert set(results(cluster.map(lookup, [{"key": key}] * 4))) == {b"parcel"}
+    with opened(Where(pair.address, 2)) as cluster:
+        assert set(results(cluster.map(lookup, [{"key": key}] * 4))) == {None}
+
+
+def lookup(spec: Spec) -> bytes | None:
+    from lca_posthoc.cluster import delivered
+
+    try:
+        return delivered(spec["key"])
+    except KeyError:
+        return None
+
+
+def test_a_late_worker_takes_part_and_finds_what_was_delivered(tmp_path: Path) -> None:
+    with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
+        key = cluster.deliver(b"parcel")
+        cluster.muster(pid_answer, {})
+        meeting = tmp_path / "meeting"
+        meeting.mkdir()
+        outcomes = cluster.map(meet, [{"place": str(meeting), "expected": 2}] * 6)
+        made.hire()
+        assert len(set(results(outcomes))) == 2
+        assert set(results(cluster.map(lookup, [{"key": key}] * 6))) == {b"parcel"}
+
+
+def pid_answer(spec: Spec) -> dict[str, int]:
+    return {"pid": os.getpid()}
+
+
+def test_a_late_worker_that_is_unfit_is_named_and_given_nothing(tmp_path: Path) -> None:
+    with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
+        (only,) = results(cluster.map(pid, [{}]))
+        assert list(cluster.muster(unfit, {"flag": str(tmp_path / "flag")}).values()) == [{"fit": "yes"}]
+        release = tmp_path / "release"
+        spec = {"log": str(tmp_path / "log"), "release": str(release), "done": str(tmp_path / "done"), "value": 0}
+        made.hire()
+        heard: list[Any] = []
+        for outcome in cluster.map(until_released, [spec] * 3):
+            heard.append(outcome)
+            if isinstance(outcome, Refused):
+                release.touch()
+        assert [type(outcome) for outcome in heard] == [Refused, Done, Done, Done]
+        assert heard[0].why == "has nothing to say"
+        assert set(results(cluster.map(pid, [{}] * 4))) == {only}
+
+
+def test_a_worker_that_is_told_to_go_finishes_and_nothing_is_done_twice(tmp_path: Path) -> None:
+    with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
+        release, log = tmp_path / "release", tmp_path / "log"
+        specs = [
+            {"value": value, "log": str(log), "release": str(release), "done": str(tmp_path / f"done-{value}")}
+            for value in range(4)
+        ]
+        (first,) = cluster._crew
+
+        def retire() -> None:
+            while not log.exists():
+                os.sched_yield()
+            made.hire()
+            cluster._client.wait_for_workers(2)
+            cluster._client.retire_workers([first])
+            release.touch()
+
+        leaving = threading.Thread(target=retire)
+        leaving.start()
+        settled = lambda spec: "settled" if Path(spec["done"]).exists() else None  # noqa: E731
+        outcomes = list(cluster.map(until_released, specs, settled))
+        leaving.join()
+    assert not [outcome for outcome in outcomes if isinstance(outcome, Retried | Lost)]
+    assert len(results(outcomes)) == 4
+    assert sorted(log.read_text().split()) == ["0", "1", "2", "3"]
+
+
+def test_what_merely_waited_on_a_worker_that_died_is_not_held_against_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two deaths lose a spec; the one that waited behind it each time is done."""
+    with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
+        outcomes = list(cluster.map(die_if_told, [{"die": True, "value": 0}, {"die": False, "value": 1}]))
+    assert [outcome.spec["value"] for outcome in outcomes if isinstance(outcome, Lost)] == [0]
+    assert results(outcomes) == [1]
+    assert [outcome.spec["value"] for outcome in outcomes if isinstance(outcome, Retried)] == [0]
+
+
+def die_if_told(spec: Spec) -> int:
+    if spec["die"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return spec["value"]
+
+
+def test_without_any_worker_left_it_waits_and_then_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "ALONE_SECONDS", 1.0)
+    with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
+        spec = {
+            "value": 0,
+            "log": str(tmp_path / "log"),
+            "release": str(tmp_path / "no"),
+            "done": str(tmp_path / "done"),
+        }
+        outcomes = cluster.map(until_released, [spec])
+        threading.Thread(target=lambda: (_wait_for(tmp_path / "log"), end(made.workers[0]))).start()
+        assert [type(next(outcomes)), type(next(outcomes))] == [Retried, Waiting]
+        with pytest.raises(ResourceError, match="no worker is left"):
+            next(outcomes)
+
+
+def _wait_for(file: Path) -> None:
+    while not file.exists():
+        os.sched_yield()
+
+
+def test_a_scheduler_that_goes_is_said_to_be_gone(tmp_path: Path) -> None:
+    with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
+        spec = {
+            "value": 0,
+            "log": str(tmp_path / "log"),
+            "release": str(tmp_path / "no"),
+            "done": str(tmp_path / "done"),
+        }
+        threading.Thread(target=lambda: (_wait_for(tmp_path / "log"), end(made.scheduler))).start()
+        with pytest.raises(ResourceError, match=r"scheduler is gone.*run the same command again"):
+            list(cluster.map(until_released, [spec]))
+
+
+def test_a_spec_that_takes_far_longer_than_its_peers_is_named_with_what_it_does(
+    pair: Standing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers_module, "SLOW_SECONDS", 1.0)
+    release = tmp_path / "release"
+    with opened(Where(pair.address, 2)) as cluster:
+        list(cluster.map(pid, [{}] * 4))
+        spec = {"value": 0, "log": str(tmp_path / "log"), "release": str(release), "done": str(tmp_path / "done")}
+        heard = []
+        monkeypatch.setattr(workers_module.statistics, "median", lambda _: 0.01)
+        for outcome in cluster.map(until_released, [spec]):
+            heard.append(outcome)
+            release.touch()
+    assert [type(outcome) for outcome in heard] == [Slow, Done]
+    assert heard[0].seconds > 1
+    assert any("until_released" in frame for frame in heard[0].doing)
+
+
+# --- who is turned away ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        (Where("tcp://10.1.2.3:8786"), "open to the network without TLS"),
+        (Where("tcp://head:8786"), "open to the network without TLS"),
+        (Where("ucx://10.1.2.3:8786"), "is not known"),
+        (Where("somewhere"), "is not known"),
+        (Where("tcp://"), "not the address of a scheduler"),
+        (Where("file:/nowhere/scheduler.json"), "cannot be read"),
+        (Where("tls://127.0.0.1:1"), "needs --tls-ca, --tls-cert and --tls-key"),
+        (Where("tls://127.0.0.1:1", tls_ca=__file__), "needs --tls-cert and --tls-key as well"),
+        (Where("tls://127.0.0.1:1", tls_ca="/nowhere.pem"), "--tls-ca /nowhere.pem does not exist"),
+        (Where("tcp://127.0.0.1:1", tls_ca=__file__), "--tls-ca goes with tls://"),
+        (Where("local", insecure=True), "--insecure goes with --cluster ADDRESS only"),
+        (Where("local", tls_ca=__file__), "--tls-ca goes with --cluster ADDRESS only"),
+        (Where("local", 0), "--workers must be 1 or more"),
+        (Where("tcp://127.0.0.1:1", dashboard=True), "--dashboard is for local workers"),
+    ],
+    ids=lambda each: each.kind if isinstance(each, Where) else None,
+)
+def test_what_cannot_be_meant_is_refused_before_anything_is_started(where: Where, message: str) -> None:
+    with pytest.raises(InputError) as caught, opened(where):
+        pass
+    assert message in str(caught.value)
+
+
+def test_a_file_without_an_address_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "scheduler.json").write_text(json.dumps({"id": 1}))
+    with pytest.raises(InputError, match="holds no address"), opened(f"file:{tmp_path / 'scheduler.json'}"):
+        pass
+
+
+def test_nobody_at_an_address_is_a_failure_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_module, "CONNECT_SECONDS", 1.0)
+    with (
+        pytest.raises(ResourceError, match=r"no scheduler answers at tcp://127\.0\.0\.1:9"),
+        opened("tcp://127.0.0.1:9"),
+    ):
+        pass
+
+
+def test_a_scheduler_without_workers_is_said_with_the_command_that_starts_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_module, "ANSWER_SECONDS", 1.0)
+    with standing(tmp_path / "cluster") as made, pytest.raises(ResourceError) as caught, opened(made.address):
+        pass
+    assert f"`dask worker {made.address} --nthreads 1`" in str(caught.value)
+
+
+def test_a_listener_behind_a_closed_address_that_is_open_is_refused_unless_told(tmp_path: Path) -> None:
+    with standing(tmp_path / "cluster", 1, host="") as made:
+        address = f"tcp://127.0.0.1:{made.address.rpartition(':')[2]}"
+        with pytest.raises(InputError, match=r"listens on tcp://.*open to the network"), opened(address):
+            pass
+        with opened(Where(address, 1, insecure=True)) as cluster:
+            assert len(results(cluster.map(pid, [{}]))) == 1
+
+
+def test_a_gpu_that_no_worker_offers_is_said_with_the_command(pair: Standing) -> None:
+    with opened(Where(pair.address, 2)) as cluster, pytest.raises(ResourceError, match="--resources GPU=1"):
+        cluster.settle_on("cuda")
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standing]:
+    place = tmp_path_factory.mktemp("tls")
+    with standing(place / "cluster", 1, tls=certificates(place, "right")) as made:
+        yield made
+
+
+def with_tls(made: Standing, files: Any) -> Where:
+    return Where(made.address, 1, *files)
+
+
+def test_the_right_certificate_is_let_in(tls: Standing) -> None:
+    assert tls.address.startswith("tls://")
+    with opened(with_tls(tls, tls.tls)) as cluster:
+        assert len(results(cluster.map(pid, [{}]))) == 1
+
+
+@pytest.mark.parametrize("who", ["no certificate", "another authority", "a plain client"])
+def test_everybody_else_is_turned_away(
+    tls: Standing, who: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_module, "CONNECT_SECONDS", 3.0)
+    assert tls.tls is not None
+    where = {
+        "no certificate": lambda: with_tls(tls, (tls.tls[0], *certificates(tmp_path, "self-made")[1:])),
+        "another authority": lambda: with_tls(tls, certificates(tmp_path, "other")),
+        "a plain client": lambda: Where(tls.address.replace("tls://", "tcp://"), 1),
+    }[who]()
+    with pytest.raises(ResourceError, match="no scheduler answers"), opened(where):
+        pass
