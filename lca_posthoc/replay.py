@@ -271,9 +271,9 @@ class _Job:
         if existing is None:
             self._check_space(store.required_bytes(ready.manifest, settings["keep"], ready.manifest.losses.values()))
             store.create(self.path, ready.manifest)
-        with store.hold(self.path) as unclean:
+        with store.hold(self.path) as held:
             writer = RunWriter.open(self.path)
-            if unclean:
+            if held.unclean:
                 writer.sweep()
             self._bring_up(writer, ready.manifest)
             self._replay(cluster, writer, {**ready.common, "batch_sizes": ready.batch_sizes}, stop)
