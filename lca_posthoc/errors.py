@@ -19,6 +19,12 @@ class SpanError(LCAError):
     exit_code = 3
 
 
+class DamageError(LCAError):
+    """Stored results are not what was committed; `lca repair` computes them again."""
+
+    exit_code = 4
+
+
 class ResourceError(LCAError):
     """The environment lacks something: a worker, a GPU, disk space, a lock somebody else holds."""
 
@@ -44,7 +50,7 @@ def amount(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-_KINDS = {kind.__name__: kind for kind in (LCAError, InputError, SpanError, ResourceError, Interrupted)}
+_KINDS = {kind.__name__: kind for kind in (LCAError, InputError, SpanError, DamageError, ResourceError, Interrupted)}
 
 
 def pack(error: LCAError) -> dict[str, str]:

@@ -72,7 +72,7 @@ def _imported(text: str, importer: str, is_package: bool) -> Iterator[str]:
             yield from (".".join(pieces[: end + 1]) for end in range(len(pieces)))
 
 
-class Parcel(MetaPathFinder, SourceLoader):
+class Parcel(MetaPathFinder, SourceLoader):  # type: ignore[misc]
     """A packed file, ready to import: modules come from its text while it is the one in use."""
 
     def __init__(self, data: bytes, file: Path) -> None:

@@ -176,15 +176,19 @@ def repair(
     store.read_manifest(place)
     with store.hold(place):
         writer = RunWriter.open(place, durable)
-        damage = [each for each in store.verify(place) if isinstance(each, store.Damage)]
+        found = list(store.verify(place))
+        damage = [each for each in found if isinstance(each, store.Damage)]
         writer.restore_metadata()
         spans = writer.discard(damage)
-        leftovers = writer.sweep()
+        writer.sweep()
+        for each in found:
+            if isinstance(each, store.Leftover):
+                (place / each.path).unlink(missing_ok=True)
     if spans:
         root = Path(checkpoints) if checkpoints is not None else Path(writer.manifest.root)
         log = Log(progress or (lambda event: None))
         _Job(root, *packed, list(spans), place, {}, None, durable, log, only=spans).run(where)
-    return Repaired(damage, spans, leftovers)
+    return Repaired(damage, spans, len(found) - len(damage))
 
 
 def _durable(durability: str) -> bool:
@@ -387,8 +391,8 @@ class _Job:
                     raise ResourceError(
                         f"another driver took {self.path} over, because this one did not show for minutes. What was committed is kept."
                     )
-        for name in common["losses"]:
-            writer.fold_all(name)
+        for span in sorted({span for name in common["losses"] for span in writer.fold_all(name)}):
+            self._failed(manifest, span, "its totals were damaged while they waited to be joined")
         if silent:
             named = sorted(silent)
             more = f" and {len(named) - 5} more" if len(named) > 5 else ""

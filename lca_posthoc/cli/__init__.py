@@ -24,6 +24,7 @@ COMMANDS = {
     "run": "Allocate the loss change of every segment to every parameter.",
     "status": "Say how far a run is.",
     "summary": "Show headline figures and the table of tensors.",
+    "verify": "Check every stored byte of a run.",
 }
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 

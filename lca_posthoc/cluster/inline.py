@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 from . import delivery
@@ -17,7 +17,7 @@ class Inline:
 
     workers = 1
     crowd = 1
-    dashboard = None
+    dashboard: str | None = None
 
     def __init__(self, device: str, stop: threading.Event) -> None:
         self.device: str | None = device
@@ -49,7 +49,7 @@ class Inline:
         """See `Cluster.settle_on`."""
         self.device = device
 
-    def map(self, function: Function, specs: Iterable[Spec], settled: Settled | None = None) -> Iterator[Outcome]:
+    def map(self, function: Function, specs: Iterable[Spec], settled: Settled | None = None) -> Generator[Outcome]:
         """See `Cluster.map`."""
         for spec in specs:
             if self._stop.is_set():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,17 +68,19 @@ Outcome = Done | Lost | Retried | Slow | Refused | Waiting
 class Cluster(Protocol):
     """One way to run a callable over specs.
 
-    `device` is what workers compute on, None until they have told; `crowd` the most workers that share a host; `dashboard` the
-    address of Dask's, where it is on.
+    `device` is what workers compute on, None until they have told; `dashboard` the address of Dask's, where it is on.
     """
 
     device: str | None
-    crowd: int
     dashboard: str | None
 
     @property
     def workers(self) -> int:
         """How many work now."""
+
+    @property
+    def crowd(self) -> int:
+        """The most that share a host."""
 
     def deliver(self, data: bytes) -> str:
         """Put bytes where every worker finds them, also one that joins later; returns the key for `delivered`."""
@@ -92,7 +94,7 @@ class Cluster(Protocol):
     def settle_on(self, device: str) -> None:
         """Compute on "cuda" or "cpu" from here on."""
 
-    def map(self, function: Function, specs: Iterable[Spec], settled: Settled | None = None) -> Iterator[Outcome]:
+    def map(self, function: Function, specs: Iterable[Spec], settled: Settled | None = None) -> Generator[Outcome]:
         """What becomes of each spec, as it comes; specs are taken from the iterable only when there is room.
 
         Args:

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,7 +141,7 @@ class Workers:
 
     # --- work --------------------------------------------------------------------------------------------------------
 
-    def map(self, function: Function, specs: Iterable[Spec], settled: Settled | None = None) -> Iterator[Outcome]:
+    def map(self, function: Function, specs: Iterable[Spec], settled: Settled | None = None) -> Generator[Outcome]:
         """See `Cluster.map`."""
         work = _Work(self, _place(function), iter(specs), settled)
         try:

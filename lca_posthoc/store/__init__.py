@@ -1,11 +1,17 @@
 """The run directory: the only package that knows it. Create, write a span, commit, verify, open as labelled arrays."""
 
-from .lock import hold
-from .manifest import LossRecord, Manifest, StoredTensor, read_manifest
+from .lock import Held, hold
+from .manifest import LossRecord, Manifest, StoredTensor
 from .results import LossResults, Run, open_run
+from .runfile import read_manifest
+from .token import token
+from .verify import Damage, Leftover, verify
 from .writer import RunWriter, create, remove_loss, required_bytes
 
 __all__ = [
+    "Damage",
+    "Held",
+    "Leftover",
     "LossRecord",
     "LossResults",
     "Manifest",
@@ -18,4 +24,6 @@ __all__ = [
     "read_manifest",
     "remove_loss",
     "required_bytes",
+    "token",
+    "verify",
 ]

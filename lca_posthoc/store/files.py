@@ -1,11 +1,20 @@
-"""Files that are there whole or not at all, and on disk before anybody is told so."""
+"""Files that are there whole or not at all, sealed with a checksum, and on disk before anybody is told so.
+
+Where `durable` is false nothing is flushed: a power failure may take what was written last, which its checksum tells.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import uuid
 import zlib
 from pathlib import Path
 from typing import Any
+
+from ..errors import LCAError
+
+_LARGEST = 2**30  # bytes of a JSON file
 
 
 def sync_directory(path: Path) -> None:
@@ -17,28 +26,67 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write under a temporary name, flush to disk, rename, flush the directory."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_whole(path: Path, data: Any, durable: bool, suffix: str = "tmp") -> None:
+    """Write bytes under a temporary name and rename; where durable, flush before and the directory after."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.{suffix}")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    if durable:
+        sync_directory(path.parent)
 
 
-def seal(path: Path) -> list[int]:
-    """Flush a file to disk and return its size and the CRC-32 of its bytes.
+def write_json(path: Path, document: dict[str, Any], durable: bool = True) -> None:
+    """Write a table with a checksum over itself as its field `crc32`."""
+    sealed = {**document, "crc32": _checksum(document)}
+    write_whole(path, json.dumps(sealed, indent=1, allow_nan=False).encode(), durable)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The table `write_json` wrote.
+
+    Raises:
+        ValueError: where it is no such table, or its checksum is not that of its content; says which in a few words.
+        OSError: where it cannot be read.
+    """
+    if path.stat().st_size > _LARGEST:
+        raise ValueError(f"it is larger than {_LARGEST} bytes")
+    try:
+        document = json.loads(path.read_bytes(), parse_constant=_refused)
+    except (ValueError, RecursionError):
+        raise ValueError("it is not JSON") from None
+    if not isinstance(document, dict):
+        raise ValueError("it is not a table")
+    recorded = document.pop("crc32", None)
+    if recorded != _checksum(document):
+        raise ValueError("its content does not have the checksum recorded in it")
+    return document
+
+
+def _checksum(document: dict[str, Any]) -> int:
+    """CRC-32 of the table written without spaces; the order of its fields counts."""
+    return zlib.crc32(json.dumps(document, separators=(",", ":"), allow_nan=False).encode())
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def seal(path: Path, durable: bool) -> list[int]:
+    """The size of a file and the CRC-32 of its bytes, which are flushed to disk first where durable.
 
     Not CRC-32C: chunks end in their own CRC-32C, and over data followed by its own checksum a CRC is the same constant for
     every intact file, so a whole chunk put in another one's place would go unnoticed.
     """
     with path.open("rb") as file:
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
         size, crc = 0, 0
         while block := file.read(2**22):
             size += len(block)
@@ -46,9 +94,39 @@ def seal(path: Path) -> list[int]:
     return [size, crc]
 
 
-def seal_all(paths: list[Path], root: Path) -> dict[str, Any]:
-    """Seal files and their directories; relative path → [size, crc32]."""
-    sealed = {path.relative_to(root).as_posix(): seal(path) for path in paths}
-    for directory in sorted({path.parent for path in paths}):
-        sync_directory(directory)
+def seal_all(paths: list[str], root: Path, durable: bool) -> dict[str, list[int]]:
+    """Seal files below `root`, and where durable the directories down to them; relative path → [size, crc32]."""
+    sealed = {path: seal(root / path, durable) for path in paths}
+    if durable:
+        for directory in sorted({parent for path in paths for parent in Path(path).parents}):
+            sync_directory(root / directory)
     return sealed
+
+
+def refuse_links(root: Path, directory: Path) -> None:
+    """Nothing is written through a link below a run.
+
+    Raises:
+        LCAError: where `directory`, or one between it and `root`, is a link. `root` itself may be one.
+    """
+    for place in (directory, *directory.parents):
+        if place == root:
+            return
+        if place.is_symlink():
+            raise LCAError(
+                f"{place} is a link, and nothing is written through links out of a run. Put the directory itself there, or "
+                "remove the link and run `lca repair`."
+            )
+
+
+def refuse_links_below(run: Path) -> None:
+    """`refuse_links` for every directory of a run but those inside arrays, which are checked as they are written to.
+
+    Raises:
+        LCAError: where one is a link.
+    """
+    for place, directories, _ in os.walk(run):
+        for name in directories:
+            refuse_links(run, Path(place, name))
+        if "c" in directories:
+            directories.remove("c")

@@ -5,6 +5,7 @@ A chunk row along the first axis is exactly one span (one window for totals), so
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,23 +50,30 @@ class ArrayPlan:
 
     @property
     def fill(self) -> float | int:
-        """What a chunk nobody wrote reads as: never a value that is stored."""
-        return missing(np.dtype(self.dtype))
+        """What a chunk nobody wrote reads as without this package: NaN, or the smallest integer, never a value that is stored."""
+        dtype = np.dtype(self.dtype)
+        return float("nan") if dtype.kind == "f" else int(np.iinfo(dtype).min)
+
+    @property
+    def part(self) -> str:
+        """What it belongs to: "steps", "allocation", …"""
+        return self.path.partition("/")[0]
 
     @property
     def files(self) -> int:
         """How many chunks it is cut into."""
         return math.prod(-(-extent // chunk) for extent, chunk in zip(self.shape, self.chunks, strict=True))
 
+    def row_files(self, row: int) -> Iterator[str]:
+        """The chunk files of one row of chunks, by their paths below the loss's group."""
+        counts = [-(-extent // chunk) for extent, chunk in zip(self.shape[1:], self.chunks[1:], strict=True)]
+        for inner in itertools.product(*map(range, counts)):
+            yield "/".join((self.path, "c", *map(str, (row, *inner))))
+
     @property
     def bytes(self) -> int:
         """Size without compression."""
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
-
-
-def missing(dtype: np.dtype[Any]) -> float | int:
-    """The fill value of a dtype: NaN, or the smallest integer."""
-    return float("nan") if dtype.kind == "f" else int(np.iinfo(dtype).min)
 
 
 def plan_arrays(manifest: Manifest, keep: str, loss: LossRecord) -> Iterator[ArrayPlan]:

@@ -3,69 +3,111 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import ResourceError
+from ..errors import LCAError, ResourceError
+from .files import refuse_links_below
 
 _HEARTBEAT = 10.0
 _STALE = 120.0
+_MOST = 4096  # bytes of a lock that are looked at
+
+
+@dataclass(frozen=True)
+class Held:
+    """A lock that is held: whether its last owner left without releasing it, and whether another host has taken it since.
+
+    `unclean` means that the last owner was killed, or the power went. `lost` is set where this process was suspended for so
+    long that a driver on another host took the run over.
+    """
+
+    unclean: bool
+    lost: threading.Event = field(default_factory=threading.Event)
 
 
 @contextlib.contextmanager
-def hold(run: Path) -> Iterator[bool]:
-    """Hold the run's lock; yields whether its last owner left without releasing it (killed, or the power went).
+def hold(run: Path) -> Iterator[Held]:
+    """Hold the run's lock.
 
     Raises:
         ResourceError: where another driver works on this run.
+        LCAError: where the lock or a directory of the run is a link.
     """
-    with (run / "lock").open("a+") as file:
+    refuse_links_below(run)
+    descriptor = _open(run, os.O_RDWR | os.O_CREAT)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ResourceError(_busy(run, _owner(run))) from None
-        owner = _owner(run)
-        fresh = time.time() - (run / "lock").stat().st_mtime < _STALE
-        if owner.get("host") not in (None, socket.gethostname()) and fresh:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResourceError(_busy(run, _owner(descriptor))) from None
+        owner = _owner(descriptor)
+        if _is_elsewhere(owner) and _is_fresh(descriptor):
             raise ResourceError(_busy(run, owner))
-        _write(file.fileno(), {"host": socket.gethostname(), "pid": os.getpid()})
-        stop = threading.Event()
-        beat = threading.Thread(target=_beat, args=(run / "lock", stop), daemon=True)
+        ours: dict[str, object] = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+        _write(descriptor, ours)
+        held, stop = Held(bool(owner)), threading.Event()
+        beat = threading.Thread(target=_beat, args=(run, ours, held.lost, stop), daemon=True)
         beat.start()
         try:
-            yield bool(owner)
+            yield held
         finally:
             stop.set()
             beat.join()
-            _write(file.fileno(), {})
+            if _owner(descriptor) == ours:
+                _write(descriptor, {})
+    finally:
+        os.close(descriptor)
 
 
 def is_held(run: Path) -> bool:
     """Whether a driver works on the run now."""
     try:
-        with (run / "lock").open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            owner = _owner(run)
+        descriptor = _open(run, os.O_RDONLY)
     except FileNotFoundError:
         return False
-    except OSError:
-        return True
-    fresh = time.time() - (run / "lock").stat().st_mtime < _STALE
-    return owner.get("host") not in (None, socket.gethostname()) and fresh
-
-
-def _owner(run: Path) -> dict[str, object]:
     try:
-        owner = json.loads((run / "lock").read_text() or "{}")
-    except (OSError, ValueError):
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return _is_elsewhere(_owner(descriptor)) and _is_fresh(descriptor)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _open(run: Path, flags: int) -> int:
+    try:
+        return os.open(run / "lock", flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise LCAError(f"{run / 'lock'} is a link, and a run's lock never is. Remove it and run again.") from None
+
+
+def _owner(descriptor: int) -> dict[str, object]:
+    """Who holds the lock: nobody where it is empty; a driver of this host that was killed where it cannot be read."""
+    try:
+        owner = json.loads(os.pread(descriptor, _MOST, 0) or b"{}")
+    except ValueError:
         return {"host": socket.gethostname()}
-    return owner if isinstance(owner, dict) else {}
+    return owner if isinstance(owner, dict) else {"host": socket.gethostname()}
+
+
+def _is_elsewhere(owner: dict[str, object]) -> bool:
+    return owner.get("host") not in (None, socket.gethostname())
+
+
+def _is_fresh(descriptor: int) -> bool:
+    return time.time() - os.fstat(descriptor).st_mtime < _STALE
 
 
 def _write(descriptor: int, owner: dict[str, object]) -> None:
@@ -73,10 +115,25 @@ def _write(descriptor: int, owner: dict[str, object]) -> None:
     os.pwrite(descriptor, json.dumps(owner).encode() if owner else b"", 0)
 
 
-def _beat(path: Path, stop: threading.Event) -> None:
+def _beat(run: Path, ours: dict[str, object], lost: threading.Event, stop: threading.Event) -> None:
     while not stop.wait(_HEARTBEAT):
         with contextlib.suppress(OSError):
-            os.utime(path)
+            if not _names(run, ours):
+                lost.set()
+                return
+            os.utime(run / "lock")
+
+
+def _names(run: Path, ours: dict[str, object]) -> bool:
+    """Whether the lock, opened afresh so that another host's writing is seen, still names us."""
+    try:
+        descriptor = _open(run, os.O_RDONLY)
+    except (FileNotFoundError, LCAError):
+        return False
+    try:
+        return _owner(descriptor) == ours
+    finally:
+        os.close(descriptor)
 
 
 def _busy(run: Path, owner: dict[str, object]) -> str:

@@ -1,21 +1,16 @@
-"""`run.json`: what a run is made of. Fixed when the run is created; losses and checkpoints are only ever added."""
+"""What a run is made of, as `run.json` says it. Fixed when the run is created; losses and checkpoints are only ever added."""
 
 from __future__ import annotations
 
-import json
+import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, LCAError
 from ..trajectory import Checkpoint, TensorSpec
-from .files import write_whole
 
-FORMAT = 1
 Identity = list[dict[str, float] | None]
-FILE = "run.json"
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ class Manifest:
     """Everything about a run but its numbers.
 
     `span` and `window` count segments per span and spans per window of the totals. `settings` are the ones that decide
-    results; `provenance` is recorded and never compared.
+    results; `provenance` is recorded and never compared. `id` is made with the run and tells it from every other one.
     """
 
     root: str
@@ -78,6 +73,12 @@ class Manifest:
     settings: dict[str, Any]
     losses: dict[str, LossRecord]
     provenance: dict[str, Any] = field(default_factory=dict)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def keep(self) -> str:
+        """What the run keeps: "parameters", "units" or "tensors"."""
+        return str(self.settings["keep"])
 
     @property
     def steps(self) -> list[int]:
@@ -123,9 +124,23 @@ class Manifest:
         """How many segments a span has."""
         return min(self.span, self.segments - span * self.span)
 
+    def length_of(self, window: int) -> int:
+        """How many segments a window has."""
+        rows = self.rows_of(window)
+        return int(rows.stop - rows.start)
+
+    def ends(self, rows: slice) -> tuple[int, int]:
+        """The training steps of the checkpoints at both ends of some segments."""
+        return self.checkpoints[rows.start].step, self.checkpoints[rows.stop].step
+
     def spans_of(self, window: int) -> range:
         """The spans of a window."""
         return range(window * self.window, min((window + 1) * self.window, self.spans))
+
+    def rows_of(self, window: int) -> slice:
+        """The segments of a window."""
+        spans = self.spans_of(window)
+        return slice(self.rows(spans.start).start, self.rows(spans.stop - 1).stop)
 
     def is_full(self, window: int) -> bool:
         """Whether no checkpoint that may still come can add to a window."""
@@ -150,68 +165,3 @@ class Manifest:
             for name, record in self.losses.items()
         }
         return replace(self, checkpoints=checkpoints, losses=losses)
-
-
-def write_manifest(manifest: Manifest, run: Path) -> None:
-    """Write `run.json` whole."""
-    document = {
-        "format": FORMAT,
-        "root": manifest.root,
-        "tensors": [{**asdict(tensor.spec), "source": tensor.source, "key": tensor.key} for tensor in manifest.tensors],
-        "checkpoints": [
-            [each.step, [str(file) for file in each.files], each.size, each.fingerprint]
-            for each in manifest.checkpoints
-        ],
-        "span": manifest.span,
-        "window": manifest.window,
-        "settings": manifest.settings,
-        "losses": {name: asdict(record) for name, record in manifest.losses.items()},
-        "provenance": manifest.provenance,
-    }
-    write_whole(run / FILE, json.dumps(document, indent=1, allow_nan=False).encode())
-
-
-def read_manifest(run: Path) -> Manifest:
-    """Read `run.json`.
-
-    Raises:
-        LCAError: where `run` is not a run directory, or one of another format.
-    """
-    try:
-        document = json.loads((run / FILE).read_text())
-        if document["format"] != FORMAT:
-            raise LCAError(
-                f"{run} has format {document['format']}, this release reads format {FORMAT}. Use the release that wrote it "
-                f"(recorded: {document.get('provenance', {}).get('lca_posthoc', 'unknown')})."
-            )
-        return _parsed(document)
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{run} is not a run directory: it has no {FILE}. Give the directory `lca run` wrote (CKPTS.lca)."
-        ) from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise LCAError(
-            f"{run / FILE} cannot be read: {type(error).__name__}: {error}. Restore it from a copy."
-        ) from None
-
-
-def _parsed(document: dict[str, Any]) -> Manifest:
-    tensors = []
-    for entry in document["tensors"]:
-        spec = TensorSpec(
-            entry["name"], entry["kind"], tuple(entry["shape"]), tuple(entry["aliases"]), entry["unit_axis"]
-        )
-        tensors.append(StoredTensor(spec, entry["source"], entry["key"]))
-    return Manifest(
-        document["root"],
-        tensors,
-        [
-            Checkpoint(step, tuple(Path(file) for file in files), size, crc)
-            for step, files, size, crc in document["checkpoints"]
-        ],
-        document["span"],
-        document["window"],
-        document["settings"],
-        {name: LossRecord(**record) for name, record in document["losses"].items()},
-        document["provenance"],
-    )

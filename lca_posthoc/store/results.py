@@ -1,8 +1,7 @@
-"""Open a run as labelled arrays. Only committed spans are shown: a missing chunk is never data."""
+"""Open a run as labelled arrays. Only committed spans are shown, and every byte is checked as it is read."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -13,36 +12,25 @@ import xarray as xr
 import zarr
 
 from ..errors import LCAError
-from ..records import FIELDS, MAY_BE_NAN, TOTALS, join_all
-from .layout import missing
+from ..records import FIELDS, TOTALS, join_all
+from .chunks import CheckedStore
+from .commits import Commits
+from .layout import plan_arrays
 from .lock import is_held
-from .manifest import LossRecord, Manifest, read_manifest
-from .writer import COMMITS, DATA, RunWriter
-
-
-def loaded(data: xr.Dataset, name: str) -> xr.Dataset:
-    """A small dataset in memory, every committed number of which is there.
-
-    Raises:
-        LCAError: where a chunk of a committed span is missing.
-    """
-    data = data.load()
-    for field, column in data.data_vars.items():
-        hole = np.isnan(column.values) if column.dtype.kind == "f" else column.values == missing(column.dtype)
-        if field not in MAY_BE_NAN and hole.any():
-            raise LCAError(
-                f"stored {field} of loss {name!r} are damaged: numbers that were committed are missing. Restore them from a copy."
-            )
-    return data
+from .manifest import LossRecord, Manifest
+from .runfile import read_manifest
 
 
 class LossResults:
-    """What a run holds for one loss, as lazy xarray datasets over the committed segments."""
+    """What a run holds for one loss, as lazy xarray datasets over the committed segments.
+
+    Reading raises `LCAError` where a byte is missing or is not the one that was committed.
+    """
 
     def __init__(self, path: Path, manifest: Manifest, name: str) -> None:
         self.name = name
         self._path, self._manifest = path, manifest
-        self._key = manifest.losses[name].key
+        self._commits = Commits(path, manifest, name)
 
     def __repr__(self) -> str:
         return f"<LossResults {self.name!r}: {len(self._rows)} of {self._manifest.segments} segments in {str(self._path)!r}>"
@@ -59,13 +47,13 @@ class LossResults:
 
     @cached_property
     def _rows(self) -> list[int]:
-        waiting = set(RunWriter(self._path, self._manifest).pending(self.name))
+        waiting = set(self._commits.pending())
         return [row for row in range(self._manifest.segments) if row // self._manifest.span not in waiting]
 
     @property
     def complete(self) -> bool:
         """Whether every segment is there."""
-        return RunWriter(self._path, self._manifest).is_complete(self.name)
+        return self._commits.is_complete()
 
     def progress(self) -> dict[str, Any]:
         """How far this loss is, from the commit markers alone: spans, segments, steps, seconds of workers."""
@@ -83,13 +71,13 @@ class LossResults:
         }
 
     def _open(self, part: str) -> xr.Dataset:
-        group = f"{self._key}/{part}"
-        if not (self._path / DATA / group).is_dir():
+        if all(plan.part != part for plan in plan_arrays(self._manifest, self._manifest.keep, self.record)):
             raise LCAError(
                 f"{self._path} keeps no {part} (--keep {self._manifest.settings['keep']}). Run again into another directory "
                 f"with --keep {'parameters' if part == 'allocation' else 'units'}."
             )
-        data: xr.Dataset = xr.open_zarr(self._path / DATA, group=group, consolidated=False, chunks=None)
+        store = CheckedStore(self._path, self._manifest, self.name, (part,))
+        data: xr.Dataset = xr.open_zarr(store, group=part, consolidated=False, chunks=None)
         if self.record.groups is not None:
             data = data.assign_coords(group=("group", np.array(self.record.groups)))
             if part in ("steps", "tensors", "histogram"):
@@ -116,7 +104,7 @@ class LossResults:
 
         `weight` is Σ of the elements' weights (of each group); `remainder` what the tensors that are not kept did.
         """
-        data = loaded(self._open("steps"), self.name)
+        data = self._open("steps").load()
         data["converged"] = data["converged"] == 1
         return data
 
@@ -127,10 +115,14 @@ class LossResults:
         `replicates` is what each random part of a random subset allocates, for `standard_error`.
         """
         specs = [tensor.spec for tensor in self._manifest.allocated]
-        return loaded(self._open("tensors"), self.name).assign_coords(
-            tensor=("tensor", np.array([spec.name for spec in specs], dtype=object)),
-            kind=("tensor", np.array([spec.kind for spec in specs], dtype=object)),
-            elements=("tensor", [spec.elements for spec in specs]),
+        return (
+            self._open("tensors")
+            .load()
+            .assign_coords(
+                tensor=("tensor", np.array([spec.name for spec in specs], dtype=object)),
+                kind=("tensor", np.array([spec.kind for spec in specs], dtype=object)),
+                elements=("tensor", [spec.elements for spec in specs]),
+            )
         )
 
     @property
@@ -151,10 +143,10 @@ class LossResults:
             raise LCAError(
                 f"loss {self.name!r} in {self._path} is not complete, so it has no totals yet. Run `lca run` again to finish it."
             )
-        group = zarr.open_group(self._path / DATA, mode="r", zarr_format=3, use_consolidated=False)
+        store = CheckedStore(self._path, self._manifest, self.name, ("totals",))
         found = {}
         for tensor in self._manifest.allocated:
-            stored = np.asarray(group[f"{self._key}/totals/{tensor.key}"][:])  # type: ignore[index]
+            stored = np.asarray(zarr.open_array(store, path=f"totals/{tensor.key}", mode="r", zarr_format=3)[:])
             joined = join_all([dict(zip(FIELDS, window, strict=True)) for window in stored])
             inner = [f"{tensor.spec.name}:{axis}" for axis in range(len(tensor.spec.shape))]
             found[tensor.spec.name] = (("total", *inner), np.stack([joined[name] for name in TOTALS]))
@@ -162,8 +154,12 @@ class LossResults:
 
     @property
     def markers(self) -> list[dict[str, Any]]:
-        """What was recorded when each span was committed: evaluations, forward passes, seconds, worker."""
-        return [json.loads(path.read_text()) for path in sorted((self._path / COMMITS / self._key).glob("[0-9]*.json"))]
+        """What was recorded when each span was committed: evaluations, forward passes, seconds, worker.
+
+        Raises:
+            LCAError: where a marker is damaged.
+        """
+        return self._commits.all_facts()
 
 
 class Run(Mapping[str, LossResults]):

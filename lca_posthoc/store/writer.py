@@ -6,11 +6,13 @@ again gives the same bytes. The driver creates all metadata; workers write whole
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,22 +21,25 @@ import numpy as np
 import zarr
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
-from zarr.codecs import BloscCodec, Crc32cCodec
 
-from ..errors import InputError
-from ..records import FIELDS, Totals, histogram_edges, join_all
+from ..errors import InputError, LCAError, SpanError
+from ..records import FIELDS, Totals, join_all
 from ..trajectory import Checkpoint
-from .files import seal_all, write_whole
-from .layout import ArrayPlan, plan_arrays
+from .chunks import RowStore
+from .commits import COMMITS, DATA, PARTIAL, Commits
+from .files import refuse_links, seal_all, sync_directory, write_json, write_whole
+from .layout import plan_arrays
 from .lock import hold
-from .manifest import FILE, Identity, LossRecord, Manifest, read_manifest, write_manifest
+from .manifest import Identity, LossRecord, Manifest
+from .metadata import FILE as ZARR
+from .metadata import group_file, metadata_files
+from .runfile import FILE, read_manifest, write_manifest
 
 if TYPE_CHECKING:
     from ..tally import Tally
+    from .verify import Damage
 
-DATA = "data.zarr"
-COMMITS = "commits"
-PARTIAL = "partial"
+LOG = "log"
 _BLOCK = 4096
 
 
@@ -48,8 +53,13 @@ def required_bytes(manifest: Manifest, keep: str, losses: Iterable[LossRecord]) 
     return needed
 
 
-def create(path: Path, manifest: Manifest) -> RunWriter:
+def create(path: Path, manifest: Manifest, durable: bool = True) -> RunWriter:
     """Create a run directory: built beside its place and renamed, so that a killed creation leaves nothing in the way.
+
+    Args:
+        path: of the run.
+        manifest: what it is made of.
+        durable: whether what is written is flushed to disk before anything relies on it.
 
     Raises:
         InputError: where `path` exists.
@@ -70,18 +80,20 @@ def create(path: Path, manifest: Manifest) -> RunWriter:
     building = path.with_name(f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
     try:
         building.mkdir()
-        for name in (DATA, COMMITS, PARTIAL):
+        for name in (DATA, COMMITS, PARTIAL, LOG):
             (building / name).mkdir()
-        zarr.create_group(building / DATA, zarr_format=3)
-        writer = RunWriter(building, manifest)
+        writer = RunWriter(building, manifest, durable)
+        writer.restore_metadata()
         for name in manifest.losses:
             writer.create_loss(name)
-        write_manifest(manifest, building)
+        write_manifest(manifest, building, durable)
         building.rename(path)
+        if durable:
+            sync_directory(path.parent)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
-    return RunWriter(path, manifest)
+    return RunWriter(path, manifest, durable)
 
 
 def remove_loss(path: str | Path, loss: str) -> None:
@@ -109,84 +121,95 @@ def _sweep_creations(path: Path) -> None:
 
 
 class RunWriter:
-    """Writes into one run directory; any number of workers may, each its own spans."""
+    """Writes into one run directory; any number of workers may, each its own spans.
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path, self.manifest = path, manifest
+    `durable` says whether what is written is flushed to disk before anything relies on it; checksums are made either way.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, durable: bool = True) -> None:
+        self.path, self.manifest, self.durable = path, manifest, durable
 
     @classmethod
-    def open(cls, path: Path) -> RunWriter:
+    def open(cls, path: Path, durable: bool = True) -> RunWriter:
         """Open an existing run for writing."""
-        return cls(path, read_manifest(path))
+        return cls(path, read_manifest(path), durable)
 
     @property
     def keep(self) -> str:
         """What the run keeps: "parameters", "units" or "tensors"."""
-        return str(self.manifest.settings["keep"])
+        return self.manifest.keep
+
+    def commits(self, loss: str) -> Commits:
+        """The markers of a loss."""
+        return Commits(self.path, self.manifest, loss)
 
     # --- metadata: the driver alone ---------------------------------------------------------------------------------
 
     def create_loss(self, name: str) -> None:
-        """Create the arrays of one loss; leftovers of a killed creation are removed first."""
-        key, groups = self.manifest.losses[name].key, self.manifest.losses[name].groups
+        """Create the directories and metadata of one loss; leftovers of a killed creation are removed first."""
+        key = self.manifest.losses[name].key
         self._clear(key)
-        (self.path / COMMITS / key).mkdir()
-        (self.path / PARTIAL / key).mkdir()
-        group = zarr.open_group(self.path / DATA, mode="r+", zarr_format=3, use_consolidated=False).create_group(
-            key, attributes={"loss": name}
-        )
-        for part in dict.fromkeys(plan.path.partition("/")[0] for plan in self._plans(name)):
-            made = group.create_group(part, attributes=self._attributes(part))
-            if groups is not None and part != "totals":
-                labels = np.array(groups, np.dtypes.StringDType() if isinstance(groups[0], str) else "int64")
-                made.create_array("group", data=labels, dimension_names=("group",))
-        for plan in self._plans(name):
-            _create(group, plan)
-        edges = histogram_edges()
-        group["histogram"].create_array("edge", data=edges, dimension_names=("edge",))  # type: ignore[union-attr]
-        self._label(group)
+        for part in (DATA, COMMITS, PARTIAL):
+            (self.path / part / key).mkdir()
+            if self.durable:
+                sync_directory(self.path / part)
+        self._restore(name)
 
     def _clear(self, key: str) -> None:
         for part in (DATA, COMMITS, PARTIAL):
             shutil.rmtree(self.path / part / key, ignore_errors=True)
 
-    def _plans(self, loss: str) -> Iterator[ArrayPlan]:
-        return plan_arrays(self.manifest, self.keep, self.manifest.losses[loss])
+    def restore_metadata(self) -> list[str]:
+        """Write Zarr's metadata and the coordinates again wherever they are not what `run.json` says; no chunk is touched.
 
-    def _attributes(self, part: str) -> dict[str, Any]:
-        if part == "tensors":
-            specs = [tensor.spec for tensor in self.manifest.allocated]
-            return {"tensor": [spec.name for spec in specs], "kind": [spec.kind for spec in specs]}
-        return {"field": list(FIELDS)} if part == "totals" else {}
+        Returns:
+            The files that were written, below the run.
+        """
+        written = self._put({f"{DATA}/{ZARR}": group_file()})
+        for loss, record in self.manifest.losses.items():
+            if (self.path / DATA / record.key).exists() or (self.path / COMMITS / record.key).exists():
+                written += self._restore(loss)
+        return written
 
-    def _label(self, group: zarr.Group) -> None:
-        """Write the training steps beside every array that runs over segments."""
-        ends = [checkpoint.step for checkpoint in self.manifest.checkpoints[1:]]
-        for part, node in group.groups():
-            if part != "totals":
-                node.create_array(
-                    "step", data=np.array(self.manifest.steps, "int64"), dimension_names=("step",), overwrite=True
-                )
-            if part == "steps":
-                node.create_array("step_end", data=np.array(ends, "int64"), dimension_names=("step",), overwrite=True)
+    def _restore(self, loss: str) -> list[str]:
+        place = f"{DATA}/{self.manifest.losses[loss].key}"
+        return self._put({f"{place}/{path}": data for path, data in metadata_files(self.manifest, loss)})
+
+    def _put(self, files: dict[str, bytes]) -> list[str]:
+        """Write the files that are not so already; returns which."""
+        written = []
+        for path, data in files.items():
+            file = self.path / path
+            with contextlib.suppress(OSError):
+                if not file.is_symlink() and file.read_bytes() == data:
+                    continue
+            refuse_links(self.path, file.parent)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.is_dir() and not file.is_symlink():
+                shutil.rmtree(file)
+            write_whole(file, data, durable=False)
+            written.append(path)
+        if self.durable:
+            seal_all(written, self.path, durable=True)
+        return written
 
     def add_losses(self, losses: dict[str, LossRecord]) -> None:
         """Take up more losses; what is committed of the others is not touched."""
         self.manifest = self.manifest.with_losses(losses)
         for name in losses:
             self.create_loss(name)
-        write_manifest(self.manifest, self.path)
+        write_manifest(self.manifest, self.path, self.durable)
 
     def note(self, provenance: dict[str, Any]) -> None:
         """Record where the run comes from now: the task file as it is, with the losses it has."""
         self.manifest = self.manifest.with_provenance(provenance)
-        write_manifest(self.manifest, self.path)
+        write_manifest(self.manifest, self.path, self.durable)
 
     def remove_loss(self, name: str) -> None:
         """Drop a loss: from the record first, so that one killed meanwhile leaves no loss without numbers."""
         key = self.manifest.losses[name].key
         self.manifest = self.manifest.without(name)
-        write_manifest(self.manifest, self.path)
+        write_manifest(self.manifest, self.path, self.durable)
         self._clear(key)
 
     def take_up(self, checkpoints: list[Checkpoint], identities: Mapping[str, Identity]) -> None:
@@ -198,82 +221,108 @@ class RunWriter:
             checkpoints: all of them.
             identities: of the losses that were probed on them; what the others are at the last one is forgotten.
         """
-        before, after = self.manifest, self.manifest.with_checkpoints(checkpoints, identities)
-        grown = after.segments > before.segments
-        for key in (record.key for record in before.losses.values() if grown):
-            if before.segments % before.span:
-                self._marker(key, before.spans - 1).unlink(missing_ok=True)
-            if not before.is_full(before.windows - 1):
-                self._window_marker(key, before.windows - 1).unlink(missing_ok=True)
-        self.manifest = after
-        root = zarr.open_group(self.path / DATA, mode="r+", zarr_format=3, use_consolidated=False)
-        for name, record in after.losses.items():
-            group = root[record.key]
-            assert isinstance(group, zarr.Group)
-            for plan in self._plans(name):
-                group[plan.path].resize(plan.shape)  # type: ignore[union-attr]
-            self._label(group)
-        write_manifest(after, self.path)
+        before = self.manifest
+        self.manifest = before.with_checkpoints(checkpoints, identities)
+        for loss in before.losses:
+            self._restore(loss)
+        write_manifest(self.manifest, self.path, self.durable)
+        for loss in before.losses:
+            self._remove_outgrown(before, loss)
+
+    def _remove_outgrown(self, before: Manifest, loss: str) -> None:
+        """Remove the markers, and the waiting totals, of a last span and a last window that were shorter."""
+        then, now = Commits(self.path, before, loss), self.commits(loss)
+        span, window = before.spans - 1, before.windows - 1
+        for old, new in (
+            (then.marker(span), now.marker(span)),
+            (then.partial(span), now.partial(span)),
+            (then.window_marker(window), now.window_marker(window)),
+        ):
+            if old != new:
+                old.unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Remove temporary files a killed writer left; only while holding the lock."""
+        """Remove what a killed writer left: temporary files, and totals that are folded; only while holding the lock."""
         for left in [*self.path.rglob("*.partial"), *self.path.rglob(".*.tmp")]:
             left.unlink(missing_ok=True)
+        for loss in self.manifest.losses:
+            commits = self.commits(loss)
+            for window in range(self.manifest.windows):
+                if not commits.keeps_partials(window):
+                    self._remove_partials(commits, window)
+
+    def _remove_partials(self, commits: Commits, window: int) -> None:
+        for span in self.manifest.spans_of(window):
+            commits.partial(span).unlink(missing_ok=True)
+
+    def discard(self, damages: Iterable[Damage]) -> dict[str, list[int]]:
+        """Make the damaged spans pending again, and those of a damaged window of totals; only while holding the lock.
+
+        Their markers are removed, their chunks are left to be written over.
+
+        Args:
+            damages: found by `verify`; metadata is for `restore_metadata`.
+
+        Returns:
+            The spans that are pending now, by loss.
+        """
+        gone: dict[str, set[int]] = {}
+        for damage in damages:
+            if damage.loss is None or (damage.span is None and damage.window is None):
+                continue
+            commits = self.commits(damage.loss)
+            spans = [damage.span] if damage.span is not None else []
+            if damage.window is not None:
+                commits.window_marker(damage.window).unlink(missing_ok=True)
+                spans += self.manifest.spans_of(damage.window)
+            for span in spans:
+                commits.marker(span).unlink(missing_ok=True)
+                gone.setdefault(damage.loss, set()).add(span)
+            if self.durable:
+                sync_directory(self.path / COMMITS / commits.key)
+        return {loss: sorted(spans) for loss, spans in gone.items()}
 
     def relies_on(self, checkpoint: int) -> bool:
         """Whether a committed span of any loss was computed from a checkpoint, given by its position."""
         spans = {at // self.manifest.span for at in (checkpoint - 1, checkpoint) if 0 <= at < self.manifest.segments}
-        return any(
-            self._marker(record.key, span).exists() for record in self.manifest.losses.values() for span in spans
-        )
+        return any(self.commits(loss).marker(span).exists() for loss in self.manifest.losses for span in spans)
 
     # --- what is there -----------------------------------------------------------------------------------------------
 
     def pending(self, loss: str) -> list[int]:
         """The spans of a loss without a marker, or whose totals were lost before they were folded."""
-        return [
-            span for span in range(self.manifest.spans) if not self._is_committed(self.manifest.losses[loss].key, span)
-        ]
-
-    def _is_committed(self, key: str, span: int) -> bool:
-        if not self._marker(key, span).exists():
-            return False
-        window = span // self.manifest.window
-        return (
-            self.manifest.window == 1 or self._window_marker(key, window).exists() or self._partial(key, span).exists()
-        )
+        return self.commits(loss).pending()
 
     def is_complete(self, loss: str) -> bool:
         """Whether every span is committed and every window of totals folded."""
-        key = self.manifest.losses[loss].key
-        folded = self.manifest.window == 1 or all(
-            self._window_marker(key, window).exists() for window in range(self.manifest.windows)
-        )
-        return folded and not self.pending(loss)
+        return self.commits(loss).is_complete()
 
-    def _marker(self, key: str, span: int) -> Path:
-        return self.path / COMMITS / key / f"{span:06d}.json"
+    def facts(self, loss: str, span: int) -> dict[str, Any] | None:
+        """What the marker of a span records; None where the span is not committed.
 
-    def _window_marker(self, key: str, window: int) -> Path:
-        return self.path / COMMITS / key / f"window-{window:06d}.json"
-
-    def _partial(self, key: str, span: int) -> Path:
-        return self.path / PARTIAL / key / f"{span:06d}.safetensors"
+        Raises:
+            LCAError: where the marker is damaged.
+        """
+        return self.commits(loss).facts(span)
 
     # --- spans: workers ----------------------------------------------------------------------------------------------
 
     def write_block(self, loss: str, span: int, tally: Tally) -> None:
-        """Write the large arrays of the tally's block of groups; `write_span` commits them."""
-        record = self.manifest.losses[loss]
+        """Write the large arrays of the tally's block of groups; `write_span` commits them.
+
+        Raises:
+            SpanError: where the run is no longer the one this writer was opened for.
+        """
+        self._still_recorded(loss, span)
         arrays = {
             f"{part}/{self._key(name)}": values
             for part, held in (("allocation", tally.allocation), ("units", tally.units))
             for name, values in held.items()
         }
         rows: tuple[slice, ...] = (self.manifest.rows(span),)
-        if record.groups is not None:
+        if self.manifest.losses[loss].groups is not None:
             rows = (*rows, slice(tally.block.start, tally.block.stop))
-        self._write(record.key, arrays, rows)
+        self._write(loss, arrays, rows)
 
     def write_span(
         self, loss: str, span: int, tally: Tally, facts: dict[str, Any], replicates: np.ndarray[Any, Any] | None = None
@@ -286,102 +335,130 @@ class RunWriter:
             tally: the arrays.
             facts: JSON-like, recorded in the marker (evaluations, seconds, …).
             replicates: allocated, by segment, replicate and tensor, where the loss has them.
+
+        Raises:
+            SpanError: where the run is no longer the one this writer was opened for.
         """
-        key = self.manifest.losses[loss].key
-        rows = self.manifest.rows(span)
+        self._still_recorded(loss, span)
+        commits, rows = self.commits(loss), self.manifest.rows(span)
         parts = {"steps": tally.steps, "tensors": tally.tensors, "histogram": tally.histogram}
         arrays = {f"{part}/{name}": values for part, held in parts.items() for name, values in held.items()}
         if replicates is not None:
             arrays["tensors/replicates"] = replicates
-        planned = [plan.path for plan in self._plans(loss) if not plan.path.startswith("totals/")]
-        self._write(key, {path: values for path, values in arrays.items() if path in planned}, (rows,))
-        files = [file for path in planned for file in _row_files(self.path / DATA / key / path, span)]
-        totals = tally.totals()
+        planned = {plan.path for plan in plan_arrays(self.manifest, self.keep, self.manifest.losses[loss])}
+        self._write(loss, {path: values for path, values in arrays.items() if path in planned}, (rows,))
+        totals, partial = tally.totals(), None
         if self.manifest.window == 1:
-            files += self._write_totals(key, span, totals)
-        else:
-            flat = {
-                f"{field}/{self._key(name)}": values for name, held in totals.items() for field, values in held.items()
-            }
-            write_whole(self._partial(key, span), save_arrays(flat))
+            self._write_totals(loss, span, totals)
+        elif commits.keeps_partials(span // self.manifest.window):
+            partial = self._write_partial(commits.partial(span), totals)
         marker = {
             **facts,
+            "run": self.manifest.id,
             "loss": loss,
             "span": span,
             "steps": self.manifest.steps[rows],
-            "files": seal_all(files, self.path),
+            "partial": partial,
+            "files": seal_all(commits.planned_files(span), self.path, self.durable),
         }
-        write_whole(self._marker(key, span), json.dumps(marker, allow_nan=False).encode())
+        self._still_recorded(loss, span)
+        self._commit(commits.marker(span), marker)
         self.fold(loss, span // self.manifest.window)
+
+    def _still_recorded(self, loss: str, span: int) -> None:
+        """A worker that comes late must not write into a run that has been made anew, has grown, or has lost the loss."""
+        try:
+            now = read_manifest(self.path)
+        except LCAError as error:
+            raise SpanError(f"span {span} is not committed: {error}") from None
+        if now.id != self.manifest.id or _of_span(now, loss, span) != _of_span(self.manifest, loss, span):
+            raise SpanError(
+                f"span {span} of loss {loss!r} is not committed: {self.path} has changed since its worker began. Run again."
+            )
+
+    def _commit(self, path: Path, marker: dict[str, Any]) -> None:
+        refuse_links(self.path, path.parent)
+        write_json(path, marker, self.durable)
+
+    def _write_partial(self, path: Path, totals: dict[str, Totals]) -> list[int]:
+        """Keep the totals of a span until its window is complete; returns size and CRC-32."""
+        data = save_arrays(
+            {f"{field}/{self._key(name)}": values for name, held in totals.items() for field, values in held.items()}
+        )
+        refuse_links(self.path, path.parent)
+        write_whole(path, data, self.durable)
+        return [len(data), zlib.crc32(data)]
 
     def _key(self, name: str) -> str:
         return next(tensor.key for tensor in self.manifest.allocated if tensor.spec.name == name)
 
-    def _write(self, key: str, arrays: dict[str, Any], rows: tuple[slice, ...]) -> None:
+    def _write(self, loss: str, arrays: dict[str, Any], rows: tuple[slice, ...]) -> None:
         """Write whole chunks of some arrays."""
         numcodecs.blosc.use_threads = False
+        store = RowStore(self.path, self.manifest, loss, {path.partition("/")[0] for path in arrays})
         with zarr.config.set({"array.write_empty_chunks": True}):
-            group = zarr.open_group(self.path / DATA / key, mode="r+", zarr_format=3, use_consolidated=False)
             for path, values in arrays.items():
                 if values.size:
-                    group[path][rows] = values  # type: ignore[index]
+                    zarr.open_array(store, path=path, mode="r+", zarr_format=3)[rows] = values
 
-    def _write_totals(self, key: str, window: int, totals: dict[str, Totals]) -> list[Path]:
+    def _write_totals(self, loss: str, window: int, totals: dict[str, Totals]) -> None:
         arrays = {
             f"totals/{self._key(name)}": np.stack([np.asarray(held[field], "float64") for field in FIELDS])[None]
             for name, held in totals.items()
         }
-        self._write(key, arrays, (slice(window, window + 1),))
-        return [file for path in arrays for file in _row_files(self.path / DATA / key / path, window)]
+        self._write(loss, arrays, (slice(window, window + 1),))
 
-    def fold(self, loss: str, window: int) -> None:
-        """Join the totals of a window's spans once all are committed; harmless to repeat, also at the same time."""
-        key = self.manifest.losses[loss].key
-        spans = self.manifest.spans_of(window)
-        if self.manifest.window == 1 or self._window_marker(key, window).exists():
-            return
-        if not all(self._is_committed(key, span) for span in spans):
-            return
-        try:
-            stretches = [load_arrays(self._partial(key, span).read_bytes()) for span in spans]
-        except FileNotFoundError:  # another worker folded this window meanwhile
-            return
+    def fold(self, loss: str, window: int) -> list[int]:
+        """Join the totals of a window's spans once all are committed; harmless to repeat, also at the same time.
+
+        Returns:
+            Spans whose waiting totals are damaged: they are pending again.
+        """
+        commits, spans = self.commits(loss), self.manifest.spans_of(window)
+        if commits.is_folded(window) or not all(map(commits.is_committed, reversed(spans))):
+            return []
+        stretches, damaged = [], []
+        for span in spans:
+            try:
+                data, recorded = commits.partial(span).read_bytes(), commits.load(span)["partial"]
+            except FileNotFoundError:  # another worker folded this window meanwhile
+                return []
+            except ValueError:
+                data, recorded = b"", None
+            if recorded == [len(data), zlib.crc32(data)]:
+                stretches.append(load_arrays(data))
+            else:
+                damaged.append(span)
+                commits.marker(span).unlink(missing_ok=True)
+        if damaged:
+            return damaged
         totals = {
             tensor.spec.name: join_all(
                 [{field: each[f"{field}/{tensor.key}"] for field in FIELDS} for each in stretches]
             )
             for tensor in self.manifest.allocated
         }
-        marker = {"loss": loss, "window": window, "files": seal_all(self._write_totals(key, window, totals), self.path)}
-        write_whole(self._window_marker(key, window), json.dumps(marker).encode())
+        self._write_totals(loss, window, totals)
+        files = seal_all(commits.planned_totals(window), self.path, self.durable)
+        marker = {"run": self.manifest.id, "loss": loss, "window": window, "files": files}
+        self._commit(commits.window_marker(window), marker)
         if self.manifest.is_full(window):
-            for span in spans:
-                self._partial(key, span).unlink(missing_ok=True)
+            self._remove_partials(commits, window)
+        return []
 
-    def fold_all(self, loss: str) -> None:
-        """Fold every window that is ready and was not folded, because a worker died in between."""
-        for window in range(self.manifest.windows):
-            self.fold(loss, window)
+    def fold_all(self, loss: str) -> list[int]:
+        """Fold every window that is ready and was not folded, because a worker died in between.
 
-
-def _create(group: zarr.Group, plan: ArrayPlan) -> None:
-    group.create_array(
-        plan.path,
-        shape=plan.shape,
-        chunks=plan.chunks,
-        dtype=plan.dtype,
-        fill_value=plan.fill,
-        compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()],
-        dimension_names=plan.dims,
-        attributes=plan.attributes,
-    )
+        Returns:
+            Spans whose waiting totals are damaged: they are pending again.
+        """
+        return [span for window in range(self.manifest.windows) for span in self.fold(loss, window)]
 
 
-def _row_files(array: Path, row: int) -> list[Path]:
-    """The files of one chunk row."""
-    place = array / "c" / str(row)
-    return (
-        [place]
-        if place.is_file()
-        else sorted(path for path in place.rglob("*") if path.is_file() and not path.name.endswith(".partial"))
-    )
+def _of_span(manifest: Manifest, loss: str, span: int) -> object:
+    """All that the numbers of a span follow from; None where there is no such span or loss."""
+    if loss not in manifest.losses or span >= manifest.spans:
+        return None
+    rows = manifest.rows(span)
+    record = replace(manifest.losses[loss], identity=[])
+    return record, manifest.checkpoints[rows.start : rows.stop + 1]

@@ -1,0 +1,210 @@
+"""What zarr sees of a run: metadata that follows from `run.json`, chunks that are checked as they are read.
+
+A store of our own and not a wrapper around zarr's, so that no way past the checks comes with a later release: zarr reads from
+any store through `get`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+from typing import Any
+
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+
+from ..errors import LCAError
+from .commits import DATA, Commits, damaged
+from .files import refuse_links, write_whole
+from .layout import ArrayPlan, plan_arrays
+from .manifest import Manifest
+from .metadata import fits, metadata_files
+
+_MARKERS = 256  # that are kept while chunks are read
+
+
+class _LossStore(Store):
+    """The group of one loss: its metadata and coordinates, from memory."""
+
+    supports_deletes = False
+    supports_listing = True
+
+    def __init__(
+        self, path: Path, manifest: Manifest, loss: str, parts: Iterable[str] | None, *, read_only: bool
+    ) -> None:
+        super().__init__(read_only=read_only)
+        self._given = (path, manifest, loss, parts)
+        self._root, self._place = path, path / DATA / manifest.losses[loss].key
+        self._known = dict(metadata_files(manifest, loss, parts))
+        self._is_open = True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._given
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self._given == getattr(other, "_given", None)
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        data = self._known.get(key)
+        if data is None:
+            data = await asyncio.to_thread(self._chunk, key)
+        if data is None:
+            return None
+        return (prototype or default_buffer_prototype()).buffer.from_bytes(_part(data, byte_range))
+
+    def _chunk(self, key: str) -> bytes | None:
+        raise NotImplementedError
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
+
+    async def exists(self, key: str) -> bool:
+        return key in self._known or (self._place / key).is_file()
+
+    @property
+    def supports_writes(self) -> bool:  # type: ignore[override]
+        return not self.read_only
+
+    async def set(self, key: str, value: Buffer) -> None:
+        raise NotImplementedError
+
+    async def delete(self, key: str) -> None:
+        raise NotImplementedError
+
+    async def list(self) -> AsyncIterator[str]:
+        for key in self._known:
+            yield key
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        for key in self._known:
+            if key.startswith(prefix):
+                yield key
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        start = f"{prefix.rstrip('/')}/" if prefix.strip("/") else ""
+        for name in dict.fromkeys(key[len(start) :].partition("/")[0] for key in self._known if key.startswith(start)):
+            yield name
+
+
+class CheckedStore(_LossStore):
+    """Some parts of a loss, to be read: every chunk is compared with the marker of its span before it becomes a number.
+
+    Raises:
+        LCAError: at once, where metadata or coordinates on disk are not the run's; from every read of a chunk that is
+            missing or altered, or that no committed span speaks for.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, loss: str, parts: Iterable[str]) -> None:
+        super().__init__(path, manifest, loss, parts, read_only=True)
+        self._given = (path, manifest, loss, parts)
+        self._commits = Commits(path, manifest, loss)
+        self._plans = {
+            plan.path: plan
+            for plan in plan_arrays(manifest, manifest.keep, manifest.losses[loss])
+            if plan.part in parts
+        }
+        self._markers: OrderedDict[tuple[bool, int], dict[str, Any]] = OrderedDict()
+        self._lock = threading.Lock()
+        for key, expected in self._known.items():
+            self._compare(key, expected)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CheckedStore, self._given
+
+    def _compare(self, key: str, expected: bytes) -> None:
+        try:
+            found = (self._place / key).read_bytes()
+        except OSError as error:
+            raise self._damage(key, f"it cannot be read ({error.strerror})") from None
+        if not fits(key, found, expected):
+            raise self._damage(key, "it is not what follows from run.json")
+
+    def _damage(self, where: str, what: str) -> LCAError:
+        return LCAError(damaged(self._root, self._commits.loss, where, what))
+
+    def _chunk(self, key: str) -> bytes | None:
+        array, _, place = key.rpartition("/c/")
+        plan = self._plans.get(array)
+        if plan is None:
+            return None
+        row, of_totals = int(place.partition("/")[0]), plan.part == "totals"
+        commits = self._commits
+        totals_alone = of_totals and commits.manifest.window > 1
+        about = commits.about_window(row) if of_totals else commits.about(row)
+        where = f"{described(plan)}, {about}"
+        try:
+            marker = self._marker(totals_alone, row)
+        except FileNotFoundError:
+            raise LCAError(
+                f"loss {commits.loss!r} in {self._root}: {where} is not committed any more. Open the run again, and where no "
+                "driver works on it, run `lca run` again."
+            ) from None
+        except (ValueError, OSError) as error:
+            raise self._damage(where, str(error)) from None
+        file = self._place / key
+        recorded = marker["files"].get(file.relative_to(self._root).as_posix())
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError:
+            raise self._damage(where, "a chunk is missing") from None
+        except OSError as error:
+            raise self._damage(where, f"a chunk cannot be read ({error.strerror})") from None
+        if recorded != [len(data), zlib.crc32(data)]:
+            raise self._damage(where, "a chunk is not the one that was committed")
+        return data
+
+    def _marker(self, of_window: bool, row: int) -> dict[str, Any]:
+        with self._lock:
+            found = self._markers.get((of_window, row))
+            if found is None:
+                found = self._commits.load_window(row) if of_window else self._commits.load(row)
+                self._markers[of_window, row] = found
+                while len(self._markers) > _MARKERS:
+                    self._markers.popitem(last=False)
+            return found
+
+
+class RowStore(_LossStore):
+    """A loss to be written: whole chunks alone, each under a temporary name and renamed, never through a link."""
+
+    def __init__(self, path: Path, manifest: Manifest, loss: str, parts: Iterable[str] | None = None) -> None:
+        super().__init__(path, manifest, loss, parts, read_only=False)
+
+    def _chunk(self, key: str) -> bytes | None:
+        return None  # chunks are written whole: what is there, perhaps damaged, does not matter
+
+    async def set(self, key: str, value: Buffer) -> None:
+        await asyncio.to_thread(self._write, self._place / key, value.to_bytes())
+
+    def _write(self, file: Path, data: bytes) -> None:
+        refuse_links(self._root, file.parent)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, data, durable=False, suffix="partial")  # flushed when its span is committed
+
+
+def described(plan: ArrayPlan) -> str:
+    """An array in words: its part, and the tensor by its real name or the field.
+
+    Returns:
+        For instance "allocation of 'fc1.weight'", or "steps/residual".
+    """
+    return f"{plan.part} of {plan.attributes['name']!r}" if "name" in plan.attributes else plan.path
+
+
+def _part(data: bytes, wanted: ByteRequest | None) -> bytes:
+    match wanted:
+        case RangeByteRequest(start, end):
+            return data[start:end]
+        case OffsetByteRequest(offset):
+            return data[offset:]
+        case SuffixByteRequest(suffix):
+            return data[-suffix:]
+    return data

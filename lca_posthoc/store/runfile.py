@@ -1,0 +1,298 @@
+"""`run.json`: written whole and sealed; read as if somebody hostile had written it."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..errors import InputError, LCAError, amount
+from ..records import KEEP
+from ..trajectory import RESERVED, Checkpoint, TensorSpec
+from .files import read_json, write_json
+from .manifest import LossRecord, Manifest, StoredTensor
+
+FORMAT = 1
+FILE = "run.json"
+_MOST_TENSORS = 100_000
+_MOST_LOSSES = 10_000
+_MOST = 2**63
+_KEY = re.compile(r"[A-Za-z0-9._%-]+")
+_KINDS = ("parameter", "buffer", "state")
+_FIELDS = ("format", "id", "root", "tensors", "checkpoints", "span", "window", "settings", "losses", "provenance")
+_TENSOR = ("name", "kind", "shape", "aliases", "unit_axis", "source", "key")
+
+_CACHED = 4
+_SETTLED = 0.5  # seconds after which a file that is changed gets another time of change
+_cache: OrderedDict[tuple[str, int, int, int, int], Manifest] = OrderedDict()
+
+
+def write_manifest(manifest: Manifest, run: Path, durable: bool = True) -> None:
+    """Write `run.json`."""
+    document = {
+        "format": FORMAT,
+        "id": manifest.id,
+        "root": manifest.root,
+        "tensors": [{**asdict(tensor.spec), "source": tensor.source, "key": tensor.key} for tensor in manifest.tensors],
+        "checkpoints": [
+            [each.step, [str(file) for file in each.files], each.size, each.fingerprint]
+            for each in manifest.checkpoints
+        ],
+        "span": manifest.span,
+        "window": manifest.window,
+        "settings": manifest.settings,
+        "losses": {name: asdict(record) for name, record in manifest.losses.items()},
+        "provenance": manifest.provenance,
+    }
+    write_json(run / FILE, document, durable)
+
+
+def read_manifest(run: Path) -> Manifest:
+    """Read `run.json`; what was read is kept until the file changes.
+
+    Raises:
+        InputError: where `run` is not a run directory.
+        LCAError: where its format is another one, or `run.json` is damaged.
+    """
+    try:
+        return load(run)
+    except (ValueError, OSError) as error:
+        raise LCAError(f"{run / FILE} cannot be read: {error}. Restore it from a copy.") from None
+
+
+def load(run: Path) -> Manifest:
+    """`read_manifest`, for who tells damage from other failures.
+
+    Raises:
+        InputError, LCAError: as `read_manifest`, but for damage.
+        ValueError: what is wrong with the file, in a few words.
+    """
+    try:
+        found = (run / FILE).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"{run} is not a run directory: it has no {FILE}. Give the directory `lca run` wrote (CKPTS.lca)."
+        ) from None
+    key = (os.path.abspath(run), found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
+    if key in _cache:
+        return _cache[key]
+    document = read_json(run / FILE)
+    if isinstance(document.get("format"), int) and document["format"] != FORMAT:
+        raise LCAError(_other_format(run, document))
+    manifest = parse(document)
+    if time.time() - found.st_mtime > _SETTLED:
+        _cache[key] = manifest
+        while len(_cache) > _CACHED:
+            _cache.popitem(last=False)
+    return manifest
+
+
+def _other_format(run: Path, document: dict[str, Any]) -> str:
+    provenance = document.get("provenance")
+    wrote = str(provenance.get("lca_posthoc", "unknown") if isinstance(provenance, dict) else "unknown")[:40]
+    if document["format"] > FORMAT:
+        return (
+            f"{run} has format {document['format']} of a newer release (lca_posthoc {wrote}); this one reads format {FORMAT}. "
+            "Install that release or a later one."
+        )
+    return (
+        f"{run} has format {document['format']} of an older release (lca_posthoc {wrote}); this one reads format {FORMAT}. "
+        "Read it with that release, or run again into another directory with --out."
+    )
+
+
+# --- every field, before anything is made from it ----------------------------------------------------------------------
+
+
+def parse(document: dict[str, Any]) -> Manifest:
+    """The manifest a document says.
+
+    Raises:
+        ValueError: names the field that is missing, unknown, or not what it may be.
+    """
+    _exactly(document, _FIELDS, "")
+    _check(re.fullmatch("[0-9a-f]{32}", _text(document["id"], "id")), "id", "32 hexadecimal digits", document["id"])
+    tensors = _tensors(document["tensors"])
+    manifest = Manifest(
+        _text(document["root"], "root"),
+        tensors,
+        _checkpoints(document["checkpoints"]),
+        _power(document["span"], "span"),
+        _power(document["window"], "window"),
+        _settings(document["settings"]),
+        _losses(document["losses"]),
+        _provenance(document["provenance"]),
+        document["id"],
+    )
+    widest = max((tensor.spec.elements for tensor in tensors), default=0)
+    groups = max((len(record.groups or ()) for record in manifest.losses.values()), default=0)
+    numbers = widest * max(1, groups) * manifest.segments * 8
+    _check(numbers < _MOST, "tensors", "fewer than 2**63 bytes an array", amount(float(numbers)))
+    return manifest
+
+
+def _check(holds: object, field: str, wanted: str, found: object) -> None:
+    if not holds:
+        shown = repr(found)
+        raise ValueError(f"field {field!r} must be {wanted}, found {shown if len(shown) <= 60 else shown[:60] + '…'}")
+
+
+def _exactly(table: Any, names: tuple[str, ...], where: str) -> None:
+    _check(isinstance(table, dict), where or FILE, "a table", table)
+    for name in names:
+        if name not in table:
+            raise ValueError(f"field {where + name!r} is missing")
+    for name in table:
+        if name not in names:
+            raise ValueError(f"field {(where + name)[:60]!r} is unknown")
+
+
+def _text(value: Any, field: str) -> str:
+    _check(isinstance(value, str), field, "text", value)
+    return str(value)
+
+
+def _whole(value: Any, field: str, least: int = 0) -> int:
+    _check(type(value) is int and least <= value < _MOST, field, f"a whole number from {least} on", value)
+    return int(value)
+
+
+def _power(value: Any, field: str) -> int:
+    _check(_whole(value, field, 1).bit_count() == 1, field, "a power of two", value)
+    return int(value)
+
+
+def _list(value: Any, field: str, most: int = _MOST, least: int = 0) -> list[Any]:
+    _check(isinstance(value, list), field, "a list", value)
+    _check(least <= len(value) <= most, field, f"a list of {least} to {most} entries", f"{len(value)} entries")
+    return list(value)
+
+
+def _texts(value: Any, field: str) -> list[str]:
+    return [_text(each, field) for each in _list(value, field)]
+
+
+def _number(value: Any, field: str) -> float:
+    _check(type(value) in (int, float), field, "a number", value)
+    return float(value)
+
+
+def _maybe(read: Callable[..., Any], value: Any, *rest: Any) -> Any:
+    return None if value is None else read(value, *rest)
+
+
+def _one_of(value: Any, field: str, choices: tuple[str, ...]) -> str:
+    _check(isinstance(value, str) and value in choices, field, f"one of {', '.join(choices)}", value)
+    return str(value)
+
+
+def _keys(keys: list[str], field: str) -> None:
+    for key in keys:
+        _check(_KEY.fullmatch(key) and key not in (".", ".."), field, "letters, digits and . _ % - alone", key)
+    twice = len({key.casefold() for key in keys}) < len(keys)
+    _check(not twice, field, "another one for each", "one that is there twice")
+
+
+def _tensors(found: Any) -> list[StoredTensor]:
+    tensors = []
+    for entry in _list(found, "tensors", _MOST_TENSORS):
+        _exactly(entry, _TENSOR, "tensors.")
+        shape = tuple(_whole(extent, "tensors.shape") for extent in _list(entry["shape"], "tensors.shape", 32))
+        elements = math.prod(max(1, extent) for extent in shape)
+        _check(elements < _MOST, "tensors.shape", "fewer than 2**63 numbers", shape)
+        axis = _maybe(_whole, entry["unit_axis"], "tensors.unit_axis")
+        _check(axis is None or axis < len(shape), "tensors.unit_axis", "an axis of the tensor", axis)
+        name = _text(entry["name"], "tensors.name")
+        _check(name not in RESERVED, "tensors.name", f"none of {', '.join(RESERVED)}", name)
+        kind = _one_of(entry["kind"], "tensors.kind", _KINDS)
+        spec = TensorSpec(name, kind, shape, tuple(_texts(entry["aliases"], "tensors.aliases")), axis)
+        source, key = _text(entry["source"], "tensors.source"), _text(entry["key"], "tensors.key")
+        tensors.append(StoredTensor(spec, source, key))
+    _keys([tensor.key for tensor in tensors], "tensors.key")
+    names = {tensor.spec.name for tensor in tensors}
+    _check(len(names) == len(tensors), "tensors.name", "another one for each", "one that is there twice")
+    return tensors
+
+
+def _checkpoints(found: Any) -> list[Checkpoint]:
+    checkpoints: list[Checkpoint] = []
+    for entry in _list(found, "checkpoints", least=2):
+        _check(isinstance(entry, list) and len(entry) == 4, "checkpoints", "step, files, size, fingerprint", entry)
+        step, size, fingerprint = (_whole(entry[at], "checkpoints") for at in (0, 2, 3))
+        _check(not checkpoints or checkpoints[-1].step < step, "checkpoints", "in ascending order of steps", step)
+        files = _texts(entry[1], "checkpoints")
+        _check(files, "checkpoints", "files", files)
+        for file in files:
+            parts = PurePosixPath(file).parts
+            inside = parts and ".." not in parts and not file.startswith("/") and "\0" not in file
+            _check(inside, "checkpoints", "files below the directory of checkpoints", file)
+        checkpoints.append(Checkpoint(step, tuple(map(Path, files)), size, fingerprint))
+    return checkpoints
+
+
+def _settings(found: Any) -> dict[str, Any]:
+    _check(isinstance(found, dict), "settings", "a table", found)
+    for name, read in (("keep", _text), ("precision", _text), ("tensors", _texts)):
+        _check(name in found, f"settings.{name}", "there", "nothing")
+        read(found[name], f"settings.{name}")
+    _one_of(found["keep"], "settings.keep", KEEP)
+    return dict(found)
+
+
+def _losses(found: Any) -> dict[str, LossRecord]:
+    _check(isinstance(found, dict), "losses", "a table", found)
+    _check(len(found) <= _MOST_LOSSES, "losses", f"at most {_MOST_LOSSES}", len(found))
+    losses = {name: _loss(entry) for name, entry in found.items()}
+    _keys([record.key for record in losses.values()], "losses.key")
+    return losses
+
+
+def _loss(entry: Any) -> LossRecord:
+    _exactly(entry, tuple(each.name for each in fields(LossRecord)), "losses.")
+    groups, counts = entry["groups"], entry["counts"]
+    if groups is not None or counts is not None:
+        number = len(_list(groups, "losses.groups", least=1))
+        kind = type(groups[0])
+        same = kind in (int, str) and all(type(label) is kind for label in groups)
+        _check(same and len(set(groups)) == number, "losses.groups", "different whole numbers, or texts", groups)
+        counted = [_whole(count, "losses.counts") for count in _list(counts, "losses.counts")]
+        _check(len(counted) == number, "losses.counts", "as many as groups", f"{len(counted)} entries")
+        if kind is int:
+            _check(all(-_MOST <= label < _MOST for label in groups), "losses.groups", "64-bit numbers", groups)
+    identity = _list(entry["identity"], "losses.identity")
+    _check(len(identity) == 2, "losses.identity", "two entries", identity)
+    for place in identity:
+        _check(place is None or isinstance(place, dict), "losses.identity", "a table or nothing", place)
+        for value in (place or {}).values():
+            _number(value, "losses.identity")
+    _check(type(entry["measured"]) is bool, "losses.measured", "true or false", entry["measured"])
+    return LossRecord(
+        _text(entry["key"], "losses.key"),
+        _maybe(_text, entry["on"], "losses.on"),
+        _text(entry["kind"], "losses.kind"),
+        _whole(entry["examples"], "losses.examples"),
+        _whole(entry["total"], "losses.total"),
+        groups,
+        counts,
+        _maybe(_whole, entry["block"], "losses.block", 1),
+        _maybe(_text, entry["along"], "losses.along"),
+        _whole(entry["replicates"], "losses.replicates"),
+        _whole(entry["batch_size"], "losses.batch_size"),
+        _maybe(_number, entry["calibration"], "losses.calibration"),
+        entry["measured"],
+        identity,
+    )
+
+
+def _provenance(found: Any) -> dict[str, Any]:
+    _check(isinstance(found, dict), "provenance", "a table", found)
+    for name, read in (("task_sha256", _text), ("task_losses", _texts)):
+        _check(name in found, f"provenance.{name}", "there", "nothing")
+        read(found[name], f"provenance.{name}")
+    return dict(found)
