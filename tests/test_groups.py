@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lca_posthoc import Loss, Run, Task, open_run, run
 from lca_posthoc.errors import InputError
-from lca_posthoc.replay import Note
+from lca_posthoc.progress import Note
 from lca_posthoc.store import LossResults
 from lca_posthoc.worker import checks, memory
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lca_posthoc import Loss, Recorder, Run, Task, run
 from lca_posthoc.errors import InputError, LCAError
 from lca_posthoc.objective import Objective
-from lca_posthoc.replay import Note
+from lca_posthoc.progress import Note
 from lca_posthoc.settings import DEFAULTS
 from lca_posthoc.task import entry
 from lca_posthoc.worker import describe, state

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lca_posthoc import Loss, Run, Task, run
 from lca_posthoc.errors import InputError
 from lca_posthoc.findings import summary
-from lca_posthoc.replay import Note
+from lca_posthoc.progress import Note
 from lca_posthoc.worker import spans
 
 from .cases import CASES, Batch, Case, classes

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import lca_posthoc as lca_package
 from lca_posthoc import Recorder, allocation, open_run, replay, store
 from lca_posthoc.errors import LCAError
-from lca_posthoc.replay import Planned, SpanDone
+from lca_posthoc.progress import Planned, SpanDone
 from tests.small import contents, lca, refused, run_lca, task_namespace, write_task
 
 SEGMENTS = 37
@@ -114,7 +114,7 @@ def test_a_second_run_evaluates_nothing(place: Path, tmp_path: Path, monkeypatch
     before = contents(out)
     monkeypatch.setattr(replay, "prepare", lambda *_, **__: pytest.fail("a finished run was prepared again"))
     _, events = replayed(place, out)
-    assert events == [Planned(0, 2 * SEGMENTS, 0)]
+    assert events == [Planned(0, 2 * SEGMENTS, 0, 0)]
     assert contents(out) == before
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lca_posthoc import Loss, Run, Task, open_run, run
 from lca_posthoc.errors import InputError
 from lca_posthoc.objective import Objective
-from lca_posthoc.replay import Note, SpanDone
+from lca_posthoc.progress import Note, SpanDone
 
 from . import oracle
 from .cases import CASES, Batch, _vectors, classes, one_hot_distance
