@@ -29,6 +29,7 @@ from tests.small import (
     iterates,
     last_line,
     lca,
+    marker,
     record,
     refused,
     run_lca,
@@ -808,7 +809,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 def recorded(finished: Place, request: pytest.FixtureRequest) -> Place:
     """A run that is complete, and one whose second span has yet to be replayed."""
     if request.param == "unfinished":
-        (finished.out / "commits" / "train" / "000001.json").unlink()
+        marker(finished.out, "train", 1).unlink()
     return finished
 
 

@@ -70,7 +70,7 @@ class _LossStore(Store):
         return key in self._known or (self._place / key).is_file()
 
     @property
-    def supports_writes(self) -> bool:  # type: ignore[override]
+    def supports_writes(self) -> bool:
         return not self.read_only
 
     async def set(self, key: str, value: Buffer) -> None:
@@ -182,6 +182,7 @@ class RowStore(_LossStore):
         return None  # chunks are written whole: what is there, perhaps damaged, does not matter
 
     async def set(self, key: str, value: Buffer) -> None:
+        """Write a chunk."""
         await asyncio.to_thread(self._write, self._place / key, value.to_bytes())
 
     def _write(self, file: Path, data: bytes) -> None:
