@@ -1100,7 +1100,7 @@ def test_a_loss_the_run_does_not_have_is_refused_by_name(finished: Place) -> Non
 
 
 def test_a_run_without_a_finished_segment_has_no_summary(finished: Place) -> None:
-    for marker in (finished.out / "commits" / "train").iterdir():
-        marker.unlink()
+    for each in (finished.out / "commits" / "train").iterdir():
+        each.unlink()
     refused(lca("summary", finished.out), "'train'", "no finished segment", "lca run", code=1)
     assert _spans(finished) == (0, 3, False)

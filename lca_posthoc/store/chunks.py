@@ -21,6 +21,7 @@ from ..errors import LCAError
 from .commits import DATA, Commits, damaged
 from .files import refuse_links, write_whole
 from .layout import ArrayPlan, plan_arrays
+from .lock import is_unreleased
 from .manifest import Manifest
 from .metadata import fits, metadata_files
 
@@ -124,7 +125,7 @@ class CheckedStore(_LossStore):
             found = (self._place / key).read_bytes()
         except OSError as error:
             raise self._damage(key, f"it cannot be read ({error.strerror})") from None
-        if not fits(key, found, expected):
+        if not fits(key, found, expected, is_unreleased(self._root)):
             raise self._damage(key, "it is not what follows from run.json")
 
     def _damage(self, where: str, what: str) -> LCAError:
