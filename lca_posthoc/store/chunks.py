@@ -105,7 +105,6 @@ class CheckedStore(_LossStore):
 
     def __init__(self, path: Path, manifest: Manifest, loss: str, parts: Iterable[str]) -> None:
         super().__init__(path, manifest, loss, parts, read_only=True)
-        self._given = (path, manifest, loss, parts)
         self._commits = Commits(path, manifest, loss)
         self._plans = {
             plan.path: plan
@@ -116,9 +115,6 @@ class CheckedStore(_LossStore):
         self._lock = threading.Lock()
         for key, expected in self._known.items():
             self._compare(key, expected)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return CheckedStore, self._given
 
     def _compare(self, key: str, expected: bytes) -> None:
         try:

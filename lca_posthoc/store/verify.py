@@ -56,6 +56,7 @@ class Verification:
         self.files = self.bytes = 0
 
     def __iter__(self) -> Iterator[Damage | Leftover]:
+        self.files = self.bytes = 0
         try:
             manifest = load(self.run)
         except ValueError as error:
@@ -84,7 +85,10 @@ class Verification:
     def _differs(self, path: str, expected: bytes) -> str | None:
         what = self._not_plain(path)
         if what is None:
-            found = (self.run / path).read_bytes()
+            try:
+                found = (self.run / path).read_bytes()
+            except OSError as error:
+                return f"it cannot be read ({error.strerror})"
             self._add(len(found))
             below = path.split("/", 2)[-1]
             what = (
