@@ -113,6 +113,12 @@ def lca(*arguments: object) -> Result:
     return result
 
 
+def marker(run: Path, loss: str, span: int) -> Path:
+    """The commit marker of a span."""
+    (found,) = (run / "commits" / loss).glob(f"{span:06d}-*.json")
+    return found
+
+
 def run_lca(checkpoints: Path, task: object, out: Path, *options: object) -> Result:
     return lca("run", checkpoints, "--task", task, "--out", out, "--cluster", "inline", *options)
 

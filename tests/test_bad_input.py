@@ -29,6 +29,7 @@ from tests.small import (
     iterates,
     last_line,
     lca,
+    marker,
     record,
     refused,
     run_lca,
@@ -808,7 +809,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 def recorded(finished: Place, request: pytest.FixtureRequest) -> Place:
     """A run that is complete, and one whose second span has yet to be replayed."""
     if request.param == "unfinished":
-        (finished.out / "commits" / "train" / "000001.json").unlink()
+        marker(finished.out, "train", 1).unlink()
     return finished
 
 
@@ -1099,7 +1100,7 @@ def test_a_loss_the_run_does_not_have_is_refused_by_name(finished: Place) -> Non
 
 
 def test_a_run_without_a_finished_segment_has_no_summary(finished: Place) -> None:
-    for marker in (finished.out / "commits" / "train").iterdir():
-        marker.unlink()
+    for each in (finished.out / "commits" / "train").iterdir():
+        each.unlink()
     refused(lca("summary", finished.out), "'train'", "no finished segment", "lca run", code=1)
     assert _spans(finished) == (0, 3, False)

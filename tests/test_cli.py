@@ -24,6 +24,7 @@ from tests.small import (
     contents,
     document,
     lca,
+    marker,
     record,
     refused,
     run_lca,
@@ -337,7 +338,7 @@ def test_a_status_has_its_schema(place: Path) -> None:
 
 
 def test_json_of_an_incomplete_run_is_still_one_document_and_the_rest_is_a_note(place: Path) -> None:
-    (place / "ck.lca" / "commits" / "train" / "000001.json").unlink()
+    marker(place / "ck.lca", "train", 1).unlink()
     summary = lca("summary", place / "ck.lca", "--json")
     assert document(summary)["losses"]["train"]["segments"] == 4
     assert summary.stderr.startswith("note: loss 'train' is not complete")

@@ -22,7 +22,7 @@ import lca_posthoc as lca_package
 from lca_posthoc import Recorder, allocation, open_run, replay, store
 from lca_posthoc.errors import LCAError
 from lca_posthoc.progress import Planned, SpanDone
-from tests.small import contents, lca, refused, run_lca, task_namespace, write_task
+from tests.small import contents, lca, marker, refused, run_lca, task_namespace, write_task
 
 SEGMENTS = 37
 
@@ -131,7 +131,7 @@ def test_a_second_run_with_an_edited_task_file_evaluates_no_span(place: Path, tm
 def test_only_spans_without_a_marker_are_replayed(place: Path, tmp_path: Path, reference: dict) -> None:
     out = tmp_path / "run.lca"
     replayed(place, out, span=8)
-    (out / "commits" / "train" / "000002.json").unlink()
+    marker(out, "train", 2).unlink()
     _, events = replayed(place, out)
     done = [event for event in events if isinstance(event, SpanDone)]
     own = int(open_run(out)["train"].steps.evaluations[16:24].sum())  # and the start of the span once more
@@ -189,7 +189,7 @@ def test_a_run_that_grew_knows_its_losses_again(place: Path, tmp_path: Path) -> 
 def test_an_unfinished_run_shows_committed_segments_only(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "run.lca"
     replayed(place, out, span=8)
-    (out / "commits" / "train" / "000001.json").unlink()
+    marker(out, "train", 1).unlink()
     train = open_run(out)["train"]
     assert train.steps.step.values.tolist() == [*range(8), *range(16, SEGMENTS)]
     assert train.allocation.sizes["step"] == SEGMENTS - 8
@@ -326,7 +326,7 @@ def test_only_a_loss_that_is_new_is_calibrated(place: Path, tmp_path: Path, monk
     out = tmp_path / "run.lca"
     replayed(place, out, losses=["train"], rule="trapezoid", span=8)
     replayed(place, out, losses=["all"])
-    (out / "commits" / "train" / "000002.json").unlink()
+    marker(out, "train", 2).unlink()
     replayed(place, out)
     assert calibrated == [["train"]] * 3 + [["validation"]] * 3
     both, _ = replayed(place, tmp_path / "both.lca", rule="trapezoid", span=8)

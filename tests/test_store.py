@@ -25,8 +25,26 @@ from lca_posthoc.records import TreeSum, half, join_all
 from lca_posthoc.store import read_manifest, required_bytes
 from lca_posthoc.store.keys import encode_all
 from lca_posthoc.store.layout import plan_arrays
+from lca_posthoc.store.metadata import metadata_files
 
-HOSTILE = ["a/b", "..", ".", "zarr.json", "<script>", "$\\frac{$", "A", "a", "ß" * 200, "\x1b[31m", "c", "%41"]
+HOSTILE = [
+    *(
+        "a/b",
+        "..",
+        ".",
+        "zarr.json",
+        "<script>",
+        "$\\frac{$",
+        "A",
+        "a",
+        "ß" * 200,
+        "\x1b[31m",
+        "c",
+        "%41",
+        "x" * 10_000,
+    ),
+    *("[bold red]x[/]", "<img src=x onerror=alert(1)>", "**b**`c`", "n" * 300, "N" * 300, "edge", "step_end"),
+]
 
 
 class Hostile(torch.nn.Module):
@@ -104,12 +122,11 @@ def test_a_loss_key_never_changes_when_losses_join() -> None:
 
 
 def chunk_files(run: Path, loss: str) -> set[str]:
-    key = read_manifest(run).losses[loss].key
-    return {
-        path.relative_to(run).as_posix()
-        for path in (run / "data.zarr" / key).rglob("c/**/*")
-        if path.is_file() and not {"step", "step_end", "edge"} & set(path.parts)
-    }
+    """Chunks of results; the coordinates follow from `run.json`."""
+    place = run / "data.zarr" / read_manifest(run).losses[loss].key
+    found = {path for path in place.rglob("c/**/*") if path.is_file()}
+    known = {place / path for path, _ in metadata_files(read_manifest(run), loss)}
+    return {path.relative_to(run).as_posix() for path in found - known}
 
 
 def test_markers_hold_size_and_checksum_of_every_chunk(hostile: Path) -> None:

@@ -21,6 +21,7 @@ from ..errors import LCAError
 from .commits import DATA, Commits, damaged
 from .files import refuse_links, write_whole
 from .layout import ArrayPlan, plan_arrays
+from .lock import is_unreleased
 from .manifest import Manifest
 from .metadata import fits, metadata_files
 
@@ -70,7 +71,7 @@ class _LossStore(Store):
         return key in self._known or (self._place / key).is_file()
 
     @property
-    def supports_writes(self) -> bool:  # type: ignore[override]
+    def supports_writes(self) -> bool:
         return not self.read_only
 
     async def set(self, key: str, value: Buffer) -> None:
@@ -104,7 +105,6 @@ class CheckedStore(_LossStore):
 
     def __init__(self, path: Path, manifest: Manifest, loss: str, parts: Iterable[str]) -> None:
         super().__init__(path, manifest, loss, parts, read_only=True)
-        self._given = (path, manifest, loss, parts)
         self._commits = Commits(path, manifest, loss)
         self._plans = {
             plan.path: plan
@@ -116,15 +116,12 @@ class CheckedStore(_LossStore):
         for key, expected in self._known.items():
             self._compare(key, expected)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return CheckedStore, self._given
-
     def _compare(self, key: str, expected: bytes) -> None:
         try:
             found = (self._place / key).read_bytes()
         except OSError as error:
             raise self._damage(key, f"it cannot be read ({error.strerror})") from None
-        if not fits(key, found, expected):
+        if not fits(key, found, expected, is_unreleased(self._root)):
             raise self._damage(key, "it is not what follows from run.json")
 
     def _damage(self, where: str, what: str) -> LCAError:
@@ -182,6 +179,7 @@ class RowStore(_LossStore):
         return None  # chunks are written whole: what is there, perhaps damaged, does not matter
 
     async def set(self, key: str, value: Buffer) -> None:
+        """Write a chunk."""
         await asyncio.to_thread(self._write, self._place / key, value.to_bytes())
 
     def _write(self, file: Path, data: bytes) -> None:

@@ -5,7 +5,6 @@ A chunk row along the first axis is exactly one span (one window for totals), so
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,16 +63,35 @@ class ArrayPlan:
         """How many chunks it is cut into."""
         return math.prod(-(-extent // chunk) for extent, chunk in zip(self.shape, self.chunks, strict=True))
 
+    @property
+    def inner(self) -> list[int]:
+        """How many chunks a row of chunks has along each axis but the first."""
+        return [-(-extent // chunk) for extent, chunk in zip(self.shape[1:], self.chunks[1:], strict=True)]
+
     def row_files(self, row: int) -> Iterator[str]:
         """The chunk files of one row of chunks, by their paths below the loss's group."""
-        counts = [-(-extent // chunk) for extent, chunk in zip(self.shape[1:], self.chunks[1:], strict=True)]
-        for inner in itertools.product(*map(range, counts)):
-            yield "/".join((self.path, "c", *map(str, (row, *inner))))
+        yield from _places(f"{self.path}/c/{row}", self.inner)
+
+    def has(self, inner: list[str]) -> bool:
+        """Whether a row of chunks has a file at these places along the other axes, as they are written in its path."""
+        places = {str(place): place for place in map(int, filter(str.isdecimal, inner))}
+        return len(inner) == len(self.inner) and all(
+            places.get(each, count) < count for each, count in zip(inner, self.inner, strict=True)
+        )
 
     @property
     def bytes(self) -> int:
         """Size without compression."""
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+
+def _places(start: str, counts: list[int]) -> Iterator[str]:
+    """Every path of one number below each count; one at a time, however many there are said to be."""
+    if not counts:
+        yield start
+        return
+    for place in range(counts[0]):
+        yield from _places(f"{start}/{place}", counts[1:])
 
 
 def plan_arrays(manifest: Manifest, keep: str, loss: LossRecord) -> Iterator[ArrayPlan]:

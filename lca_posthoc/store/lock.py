@@ -84,6 +84,14 @@ def is_held(run: Path) -> bool:
         os.close(descriptor)
 
 
+def is_unreleased(run: Path) -> bool:
+    """Whether a driver works on the run, or was killed while it did."""
+    try:
+        return (run / "lock").lstat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
 def _open(run: Path, flags: int) -> int:
     try:
         return os.open(run / "lock", flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)

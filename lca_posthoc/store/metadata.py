@@ -47,10 +47,10 @@ def metadata_files(manifest: Manifest, loss: str, parts: Iterable[str] | None = 
             yield f"{plan.path}/{FILE}", _planned(plan)
 
 
-def fits(path: str, found: bytes, expected: bytes) -> bool:
-    """Whether a file is what it should be, or that of a run that is just growing: more segments, else the same."""
-    if found == expected:
-        return True
+def fits(path: str, found: bytes, expected: bytes, growing: bool) -> bool:
+    """Whether a file is what it should be; or, in a run that may just be growing, has more segments and is else the same."""
+    if found == expected or not growing:
+        return found == expected
     if not path.endswith(FILE):
         return path.split("/")[1] in ("step", "step_end") and found.startswith(expected[:-4]) and _is_checked(found)
     try:

@@ -80,8 +80,9 @@ def load(run: Path) -> Manifest:
             f"{run} is not a run directory: it has no {FILE}. Give the directory `lca run` wrote (CKPTS.lca)."
         ) from None
     key = (os.path.abspath(run), found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
-    if key in _cache:
-        return _cache[key]
+    kept = _cache.get(key)
+    if kept is not None:
+        return kept
     document = read_json(run / FILE)
     if isinstance(document.get("format"), int) and document["format"] != FORMAT:
         raise LCAError(_other_format(run, document))

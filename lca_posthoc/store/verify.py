@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 import zlib
@@ -12,6 +13,7 @@ from typing import Any
 
 from .commits import DATA, PARTIAL, Commits
 from .layout import ArrayPlan, plan_arrays
+from .lock import is_unreleased
 from .manifest import Manifest
 from .metadata import FILE as ZARR
 from .metadata import fits, group_file, metadata_files
@@ -54,6 +56,7 @@ class Verification:
         self.files = self.bytes = 0
 
     def __iter__(self) -> Iterator[Damage | Leftover]:
+        self.files = self.bytes = 0
         try:
             manifest = load(self.run)
         except ValueError as error:
@@ -82,10 +85,15 @@ class Verification:
     def _differs(self, path: str, expected: bytes) -> str | None:
         what = self._not_plain(path)
         if what is None:
-            found = (self.run / path).read_bytes()
+            try:
+                found = (self.run / path).read_bytes()
+            except OSError as error:
+                return f"it cannot be read ({error.strerror})"
             self._add(len(found))
             below = path.split("/", 2)[-1]
-            what = None if fits(below, found, expected) else f"it is not what follows from {FILE}"
+            what = (
+                None if fits(below, found, expected, is_unreleased(self.run)) else f"it is not what follows from {FILE}"
+            )
         return what
 
     def _is_current(self, manifest: Manifest) -> bool:
@@ -132,8 +140,10 @@ class Verification:
             yield damage(place, str(error))
             return
         self._count(path)
-        planned = {f"{DATA}/{commits.key}/{file}": plan for plan in plans for file in plan.row_files(row)}
-        if marker["files"].keys() != planned.keys():
+        listed = marker["files"].keys()
+        files = ((f"{DATA}/{commits.key}/{file}", plan) for plan in plans for file in plan.row_files(row))
+        planned = dict(itertools.islice(files, len(listed) + 1))
+        if listed != planned.keys():
             yield damage(place, "its commit marker does not list the files of this span")
             return
         for file, plan in planned.items():
@@ -216,8 +226,6 @@ class _Known:
         self._metadata = {path for path, _ in metadata_files(manifest, commits.loss)}
         plans = plan_arrays(manifest, manifest.keep, manifest.losses[commits.loss])
         self._plans = {plan.path: plan for plan in plans}
-        self._row: tuple[str, int] | None = None
-        self._files: frozenset[str] = frozenset()
 
     def has(self, path: str) -> bool:
         top, _, below = path.split("/", 2) if path.count("/") > 1 else (path, "", "")
@@ -230,22 +238,18 @@ class _Known:
         if below in self._metadata:
             return True
         array, _, place = below.rpartition("/c/")
-        row = place.partition("/")[0]
-        if array not in self._plans or not row.isdecimal():
-            return False
-        if self._row != (array, int(row)):
-            self._row, self._files = (array, int(row)), self._committed(self._plans[array], int(row))
-        return below in self._files
+        row, *inner = place.split("/")
+        plan = self._plans.get(array)
+        return plan is not None and row.isdecimal() and plan.has(inner) and self._is_committed(plan, row)
 
     def _keeps(self, span: int) -> bool:
         return self._commits.keeps_partials(span // self._manifest.window)
 
-    def _committed(self, plan: ArrayPlan, row: int) -> frozenset[str]:
-        of_windows = plan.part == "totals" and self._manifest.window > 1
-        if row >= (self._manifest.windows if of_windows else self._manifest.spans):
-            return frozenset()
-        marker = self._commits.window_marker(row) if of_windows else self._commits.marker(row)
-        return frozenset(plan.row_files(row)) if os.path.lexists(marker) else frozenset()
+    def _is_committed(self, plan: ArrayPlan, written: str) -> bool:
+        of_windows, row = plan.part == "totals" and self._manifest.window > 1, int(written)
+        if str(row) != written or row >= (self._manifest.windows if of_windows else self._manifest.spans):
+            return False
+        return os.path.lexists(self._commits.window_marker(row) if of_windows else self._commits.marker(row))
 
 
 def _array_of(path: str) -> str:

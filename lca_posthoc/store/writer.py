@@ -180,9 +180,10 @@ class RunWriter:
         written = []
         for path, data in files.items():
             file = self.path / path
-            with contextlib.suppress(OSError):
-                if not file.is_symlink() and file.read_bytes() == data:
-                    continue
+            if file.is_file() and not file.is_symlink():
+                with contextlib.suppress(OSError):  # what cannot be read is written again
+                    if file.read_bytes() == data:
+                        continue
             refuse_links(self.path, file.parent)
             file.parent.mkdir(parents=True, exist_ok=True)
             if file.is_dir() and not file.is_symlink():
