@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -164,13 +164,12 @@ def muster(cluster: Cluster, trajectory: Trajectory, device: str | None, token: 
         more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
         raise ResourceError(f"{'; '.join(refused[:3])}{more}.")
     cluster.settle_on(device or ("cuda" if all(answer["cuda"] for answer in answers.values()) else "cpu"))
-    return _sharing(cluster.device, answers)
+    return _sharing(cluster.device, cluster.several_threads, answers)
 
 
-def _sharing(device: str | None, answers: dict[str, Spec]) -> list[str]:
+def _sharing(device: str | None, several: Sequence[str], answers: dict[str, Spec]) -> list[str]:
     """What makes workers slower than they could be."""
     notes = []
-    several = [name for name, answer in answers.items() if answer["threads"] > 1]
     if several:
         notes.append(
             f"worker{'s' if len(several) > 1 else ''} {', '.join(several[:3])} ha{'ve' if len(several) > 1 else 's'} more than one thread, "

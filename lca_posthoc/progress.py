@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -98,10 +99,18 @@ class Log:
         self._write({"event": type(event).__name__, **asdict(event)})
         self.listener(event)
 
-    def open(self, file: Path) -> None:
-        """Append to a file from here on."""
+    @contextlib.contextmanager
+    def written_to(self, file: Path) -> Iterator[None]:
+        """Append to a file from here on, and how it ended."""
         self.file = file
         self._write({"event": "Started", "host": socket.gethostname(), "pid": os.getpid()})
+        try:
+            yield
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # of a full disk, say, the error itself tells
+                self._write({"event": "Ended", "error": f"{type(error).__name__}: {error}"})
+            raise
+        self._write({"event": "Ended", "error": None})
 
     def _write(self, entry: dict[str, object]) -> None:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

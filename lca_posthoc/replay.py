@@ -292,8 +292,6 @@ class _Job:
                 self._work(cluster, settings, trajectory, stop, strangers=where.is_address)
             except Interrupted:
                 raise _interrupted(stop.signal) from None
-        if self.failed:
-            raise SpanError(_failures(self.failed))
 
     def _is_finished(self, manifest: Manifest, trajectory: Trajectory) -> bool:
         """Whether nothing is left to do, told from the task file's bytes and the markers alone."""
@@ -331,13 +329,15 @@ class _Job:
         with contextlib.ExitStack() as stack:
             held = stack.enter_context(store.hold(self.path))
             writer = RunWriter.open(self.path, self.durable)
-            self.tell.open(self.path / "log" / "run.jsonl")
             if held.unclean:
                 writer.sweep()
             if strangers:  # who comes late is asked about the run directory itself
                 muster(cluster, trajectory, cluster.device, stack.enter_context(store.token(self.path)))
             self._bring_up(writer, ready.manifest)
+            stack.enter_context(self.tell.written_to(self.path / "log" / "run.jsonl"))
             self._replay(cluster, writer, {**ready.common, "batch_sizes": ready.batch_sizes}, stop, held)
+            if self.failed:
+                raise SpanError(_failures(self.failed))
 
     def _check_space(self, needed: int) -> None:
         place = self.path.resolve().parent

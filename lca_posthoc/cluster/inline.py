@@ -17,6 +17,7 @@ class Inline:
 
     workers = 1
     crowd = 1
+    several_threads: tuple[str, ...] = ()
     dashboard: str | None = None
 
     def __init__(self, device: str, stop: threading.Event) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -81,6 +81,10 @@ class Cluster(Protocol):
     @property
     def crowd(self) -> int:
         """The most that share a host."""
+
+    @property
+    def several_threads(self) -> Sequence[str]:
+        """The workers that have more than one thread."""
 
     def deliver(self, data: bytes) -> str:
         """Put bytes where every worker finds them, also one that joins later; returns the key for `delivered`."""

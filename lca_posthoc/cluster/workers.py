@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +90,12 @@ class Workers:
         """See `Cluster`."""
         info = self._ask(self._client.scheduler_info)["workers"]
         return max(Counter(info[address]["host"] for address in self._crew if address in info).values(), default=1)
+
+    @property
+    def several_threads(self) -> Sequence[str]:
+        """See `Cluster`."""
+        threads = self._ask(self._client.nthreads)
+        return [self._named(address) for address in self._crew if threads.get(address, 1) > 1]
 
     def deliver(self, data: bytes) -> str:
         """See `Cluster.deliver`."""

@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from distributed import get_worker
 
 from ..errors import LCAError, ResourceError
 from ..headers import read_header
@@ -25,7 +24,7 @@ def versions() -> dict[str, str]:
 
 @reported
 def admit(spec: Spec) -> Spec:
-    """Check this process against what the driver says of itself; returns its host and devices.
+    """Check this process against what the driver says of itself; returns what GPU it sees.
 
     A result whose "error" is a ResourceError says what is wrong here and what to do.
     """
@@ -40,7 +39,7 @@ def admit(spec: Spec) -> Spec:
     _reads_checkpoints(spec)
     cuda = torch.cuda.is_available()
     gpu = str(torch.cuda.get_device_properties(0).uuid) if cuda else None
-    return {"cuda": cuda, "gpu": gpu, "threads": get_worker().state.nthreads}
+    return {"cuda": cuda, "gpu": gpu}
 
 
 def _reads_what_the_driver_wrote(token: Path, text: str) -> None:
