@@ -394,8 +394,10 @@ def test_a_flipped_digit_is_never_another_number(run: Path, name: str) -> None:
     text = file.read_text()
     digits = [at for at, letter in enumerate(text) if letter.isdigit()]
     for at in digits[:: max(1, len(digits) // 60)]:
-        file.write_text(f"{text[:at]}{(int(text[at]) + 1) % 10}{text[at + 1 :]}")
-        os.utime(file)
+        changed = f"{text[:at]}{(int(text[at]) + 1) % 10}{text[at + 1 :]}"
+        if json.loads(changed) == json.loads(text):  # the seventeenth digit of a float
+            continue
+        file.write_text(changed)
         with pytest.raises(LCAError):
             _ = open_run(run)["train"].markers
     file.write_text(text)
