@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -147,7 +148,7 @@ def test_swapped_chunks_and_markers_are_found(run: Path) -> None:
     one.write_bytes(second)
     other.write_bytes(first)
     assert [each.span for each in found(run) if isinstance(each, Damage)] == [0, 1]
-    with pytest.raises(LCAError, match=r"steps/residual, span 0 \(steps 0 to 10\): a chunk is not the one"):
+    with pytest.raises(LCAError, match=r"steps/residual, span [01] \(steps .*\): a chunk is not the one"):
         _ = open_run(run)["train"].steps
     shutil.copy(marker(run, "train", 4), marker(run, "train", 5))
     (damage,) = [each for each in found(run) if isinstance(each, Damage) and each.span == 5]
@@ -394,8 +395,11 @@ def test_a_flipped_digit_is_never_another_number(run: Path, name: str) -> None:
     text = file.read_text()
     digits = [at for at, letter in enumerate(text) if letter.isdigit()]
     for at in digits[:: max(1, len(digits) // 60)]:
-        file.write_text(f"{text[:at]}{(int(text[at]) + 1) % 10}{text[at + 1 :]}")
-        os.utime(file)
+        changed = f"{text[:at]}{(int(text[at]) + 1) % 10}{text[at + 1 :]}"
+        with contextlib.suppress(ValueError):
+            if json.loads(changed) == json.loads(text):  # the seventeenth digit of a float
+                continue
+        file.write_text(changed)
         with pytest.raises(LCAError):
             _ = open_run(run)["train"].markers
     file.write_text(text)
