@@ -18,7 +18,7 @@ import psutil
 
 from . import store
 from .cluster import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting, Where, open_cluster
-from .errors import InputError, Interrupted, ResourceError, SpanError, amount, unpack
+from .errors import InputError, Interrupted, LCAError, ResourceError, SpanError, amount, unpack
 from .preparation import as_json, muster, prepare, relative
 from .progress import Listener, Log, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow
 from .settings import Settings, on_device, resolve
@@ -266,7 +266,9 @@ class _Job:
                 self._run(where, stop)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
+                    raise LCAError(
+                        f"a file cannot be read or written: {error}. What was committed is kept; put it right and run again."
+                    ) from error
                 raise ResourceError(f"no space left for the result ({error}). Free some and run again.") from error
 
     def _run(self, where: Where, stop: _Stop) -> None:
@@ -354,6 +356,13 @@ class _Job:
         """Compare what is recorded with what was found, then take up new losses and new checkpoints."""
         recorded = writer.manifest
         _same_checkpoints(writer, found.checkpoints, found.root)
+        if found.tensors != recorded.tensors:
+            before, now = ({each.spec.name: each for each in table} for table in (recorded.tensors, found.tensors))
+            name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
+            raise InputError(
+                f"the task's model has other tensors than {self.path} was made with: {name!r} differs. Build the model that was trained, "
+                "or write another run with --out."
+            )
         for name, record in found.losses.items():
             if name in recorded.losses:
                 _same_loss(name, recorded.losses[name], record, len(found.checkpoints) == len(recorded.checkpoints))

@@ -25,7 +25,7 @@ TLS = tuple[Path, Path, Path]
 
 
 def _die_with_the_tests() -> None:
-    """Of a test that is killed, nothing stays behind."""
+    """Of a test that is killed nothing stays behind: a process ends with the thread that started it."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 

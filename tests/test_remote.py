@@ -145,6 +145,7 @@ def test_a_worker_that_is_told_to_go_finishes_and_nothing_is_done_twice(tmp_path
             for value in range(4)
         ]
         (first,) = cluster._crew
+        over = threading.Event()
 
         def retire() -> None:
             while not log.exists():
@@ -153,11 +154,13 @@ def test_a_worker_that_is_told_to_go_finishes_and_nothing_is_done_twice(tmp_path
             cluster._client.wait_for_workers(2)
             cluster._client.retire_workers([first])
             release.touch()
+            over.wait()  # a process ends with the thread that started it
 
         leaving = threading.Thread(target=retire)
         leaving.start()
         settled = lambda spec: "settled" if Path(spec["done"]).exists() else None  # noqa: E731
         outcomes = list(cluster.map(until_released, specs, settled))
+        over.set()
         leaving.join()
     assert not [outcome for outcome in outcomes if isinstance(outcome, Retried | Lost)]
     assert len(results(outcomes)) == 4
