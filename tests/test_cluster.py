@@ -7,12 +7,16 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import psutil
 import pytest
 
 from lca_posthoc.cluster import Cluster, Done, Lost, Retried, Spec, Where, open_cluster
 from lca_posthoc.cluster import workers as workers_module
+from lca_posthoc.cluster.local import gpu_environments, local_workers
+from lca_posthoc.errors import ResourceError
 
 
 def square(spec: Spec) -> int:
@@ -143,3 +147,54 @@ def test_every_listener_is_on_loopback(local: Cluster) -> None:
     ]
     assert listening
     assert set(listening) <= {"127.0.0.1", "::1"}
+
+
+@pytest.mark.parametrize(
+    ("inherited", "devices"),
+    [
+        ("3,5", ["3", "5"]),
+        (" 1 , 0 ", ["1", "0"]),
+        ("GPU-8f2c,GPU-11aa", ["GPU-8f2c", "GPU-11aa"]),
+        ("MIG-GPU-8f2c/1/0,MIG-4d1e", ["MIG-GPU-8f2c/1/0", "MIG-4d1e"]),
+        ("0,-1,2", ["0"]),
+        ("0,,2", ["0"]),
+    ],
+)
+def test_inherited_gpus_are_split_and_never_renumbered(
+    inherited: str, devices: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", inherited)
+    assert gpu_environments() == [{"CUDA_VISIBLE_DEVICES": device} for device in devices]
+    assert local_workers("cuda") == len(devices)
+
+
+@pytest.mark.parametrize("inherited", ["", "-1", "NoDevFiles"])
+def test_no_visible_gpu_is_a_failure_of_the_environment(inherited: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", inherited)
+    with pytest.raises(ResourceError, match="no GPU is visible"):
+        gpu_environments()
+
+
+def seen(spec: Spec) -> str | None:
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def test_each_local_worker_sees_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a worker is told; what a GPU makes of it is for machines that have one."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,MIG-4d1e")
+    with open_cluster(Where("local"), "cuda", threading.Event()) as opened:
+        assert opened.workers == 2
+        opened.settle_on("cuda")
+        outcomes = list(opened.map(seen, [{} for _ in range(8)]))
+    assert {outcome.result for outcome in outcomes if isinstance(outcome, Done)} == {"7", "MIG-4d1e"}
+
+
+def test_the_dashboard_is_on_loopback_and_only_when_asked_for() -> None:
+    with open_cluster(Where("local", 1, dashboard=True), "cpu", threading.Event()) as opened:
+        assert opened.dashboard is not None
+        assert urlsplit(opened.dashboard).hostname == "127.0.0.1"
+        assert urlopen(opened.dashboard, timeout=30).status == 200
+        listening = [each.laddr.ip for each in psutil.Process().net_connections() if each.status == psutil.CONN_LISTEN]
+        assert set(listening) <= {"127.0.0.1", "::1"}
+    with open_cluster(Where("local", 1), "cpu", threading.Event()) as opened:
+        assert opened.dashboard is None

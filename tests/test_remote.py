@@ -185,6 +185,7 @@ def die_if_told(spec: Spec) -> int:
 
 
 def test_without_any_worker_left_it_waits_and_then_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "QUIET_SECONDS", 0.0)
     monkeypatch.setattr(workers_module, "ALONE_SECONDS", 1.0)
     with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
         spec = {

@@ -20,11 +20,13 @@ import zarr
 
 import lca_posthoc
 from lca_posthoc import open_run, store
+from lca_posthoc.cluster import delivery
 from lca_posthoc.errors import LCAError, SpanError
-from lca_posthoc.replay import SpanDone
+from lca_posthoc.progress import SpanDone
 from lca_posthoc.store import Damage, Leftover, RunWriter, lock, read_manifest, verify
 from lca_posthoc.store.layout import plan_arrays
 from lca_posthoc.store.metadata import metadata_files
+from lca_posthoc.task import pack
 from tests.faults.store import DAMAGES
 from tests.small import contents, document, lca, marker, record, refused, run_lca, write_task
 
@@ -76,7 +78,7 @@ def test_a_whole_run_is_whole_wherever_it_is(run: Path, tmp_path: Path) -> None:
     before = contents(run)
     checked = verify(run)
     assert list(checked) == []
-    held = [path for path in run.rglob("*") if path.is_file() and path.name != "lock"]
+    held = [path for path in run.rglob("*") if path.is_file() and path.name not in ("lock", "run.jsonl")]
     assert (checked.files, checked.bytes) == (len(held), sum(path.stat().st_size for path in held))
     result = lca("verify", run.rename(tmp_path / "elsewhere"))
     assert (result.exit_code, result.stdout.endswith(": whole\n"), result.stderr) == (0, True, "")
@@ -287,6 +289,7 @@ def test_verifying_while_a_run_goes_on_finds_nothing(place: Path, run: Path) -> 
         marker(run, "train", 0).unlink()
         patch.setattr("lca_posthoc.replay.replay_span", lambda spec: specs.append(spec) or replay_span(spec))
         replayed(place)
+    delivery.take_in(specs[0]["parcel"], pack(place / "task.py")[1])
     checking, seen = store.verify(run), 0
     original = type(checking)._not_plain
 

@@ -24,6 +24,7 @@ from .outcomes import Done, Function, Lost, Outcome, Refused, Retried, Settled, 
 
 ANSWER_SECONDS = 120.0  # for a worker to come up, or to answer a small question
 ALONE_SECONDS = 300.0  # without any worker
+QUIET_SECONDS = 10.0  # of them, in which a nanny starts a new one
 LEAVE_SECONDS = 45.0  # Dask lets what runs on a leaving worker go on for 30
 LOOK_SECONDS = 1.0  # between two looks at who is there
 SLOW_SECONDS = 60.0  # and ten times as long as its peers
@@ -227,8 +228,8 @@ class _Work:
         self._leaving: list[tuple[float, str, _Flight]] = []
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._took: deque[float] = deque(maxlen=200)
-        self._exhausted = self._told = False
-        self._alone = 0.0
+        self._exhausted = self._told = self._said_alone = False
+        self._alone = time.monotonic()
 
     def run(self) -> Iterator[Outcome]:
         owner = self._owner
@@ -319,9 +320,10 @@ class _Work:
         yield from self._leavers()
         yield from self._slow()
         if owner._crew or self._joining or owner._stop.is_set():
-            self._alone = 0.0
-        elif not self._alone:
             self._alone = time.monotonic()
+            self._said_alone = False
+        elif not self._said_alone and time.monotonic() - self._alone > QUIET_SECONDS:
+            self._said_alone = True
             yield Waiting(ALONE_SECONDS)
         elif time.monotonic() - self._alone > ALONE_SECONDS:
             raise ResourceError(

@@ -19,10 +19,13 @@ import pytest
 
 import lca_posthoc
 from lca_posthoc import open_run, preparation
+from lca_posthoc.cluster import delivery
 from lca_posthoc.errors import LCAError
-from lca_posthoc.replay import SpanDone
-from lca_posthoc.store import Damage, RunWriter, verify
+from lca_posthoc.progress import SpanDone
+from lca_posthoc.replay import repair
+from lca_posthoc.store import Damage, verify
 from lca_posthoc.store.files import write_json
+from lca_posthoc.task import pack
 from lca_posthoc.worker import replay_span
 from tests.small import contents, lca, marker, refused
 
@@ -177,12 +180,13 @@ def damage_a_chunk(count: int, place: Path) -> str:
         assert (found["first_step"], found["last_step"]) == (2 * span, min(9, 2 * span + 2))
         with pytest.raises(LCAError, match=rf"{key}.* \(steps {2 * span} to "):
             getattr(open_run(out)["train"], part).load()
-        writer = RunWriter.open(out)
-        writer.discard(each for each in verify(out) if isinstance(each, Damage))
-        assert _resumed(place, out) == [("train", span)], (how, span, array)
+        events: list[Any] = []
+        repair(out, place / "small_task.py", cluster="inline", progress=events.append)
+        done = [(event.span, event.losses) for event in events if isinstance(event, SpanDone)]
+        assert done == [(span, ["train"])], (how, span, array)
         same_bytes(out, clean)
         assert lca("verify", out).exit_code == 0
-    return f"{count} damaged chunks: all named, all replayed alone to the same bytes"
+    return f"{count} damaged chunks: all named, all repaired alone to the same bytes"
 
 
 def refused_by_verify(out: Path, damages: int) -> str:
@@ -231,6 +235,7 @@ def replay_twice(count: int, place: Path) -> str:
         patch.setattr("lca_posthoc.replay.replay_span", lambda spec: specs.append(spec) or replay_span(spec))
         _resumed(place, out)
     assert [spec["span"] for spec in specs] == list(range(5))
+    delivery.take_in(specs[0]["parcel"], pack(place / "small_task.py")[1])
     context = multiprocessing.get_context("fork")
     cases, together = [specs[at % len(specs)] for at in range(count)], context.Barrier(2, timeout=60)
     both = [context.Process(target=_replay, args=(cases, out, clean, together, first)) for first in (True, False)]
