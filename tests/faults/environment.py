@@ -124,6 +124,7 @@ def _says_what_and_what_to_do(driver: Driver, path: Path) -> None:
 @fault("R16", "what may not be read or written", ci=6, full=6)
 def denied(count: int, _: Path) -> str:
     """As an ordinary user sees it, also where root runs the tests."""
+    wrong: list[str] = []
     with laid_out() as (base, clean):
         begun = drive(base, base / "begun.lca", *INLINE)
         assert begun.until(lambda: markers(base / "begun.lca") >= 3), begun.said
@@ -141,7 +142,7 @@ def denied(count: int, _: Path) -> str:
             try:
                 _says_what_and_what_to_do(drive(place, out, *INLINE, powerless=True), path)
             except AssertionError as error:
-                raise AssertionError(f"{what}: {error}") from None
+                wrong.append(f"{what}: {error}")
             finally:
                 for each, before in modes.items():
                     if os.geteuid() == 0:
@@ -150,4 +151,5 @@ def denied(count: int, _: Path) -> str:
             undamaged(out)
             complete(place, out, clean)
             whole(out, clean)
+    assert wrong == [], "\n".join(wrong)
     return f"{count} refusals, each with the path and what to do, bytes equal once it was allowed"

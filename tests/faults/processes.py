@@ -104,10 +104,16 @@ class Driver:
 
 
 def drive(
-    place: Path, out: Path, *options: object, environment: Mapping[str, str] | None = None, powerless: bool = False
+    place: Path,
+    out: Path,
+    *options: object,
+    environment: Mapping[str, str] | None = None,
+    powerless: bool = False,
+    span: int = ground.SPAN,
 ) -> Driver:
     """`ground.command` as such a process; `powerless` is root without its power over files."""
-    return Driver(ground.command(place, out, *options)[1:], place, environment or {}, powerless)
+    with mock.patch.object(ground, "SCRIPT", ground.SCRIPT.replace(f"*_: {ground.SPAN}", f"*_: {span}")):
+        return Driver(ground.command(place, out, *options)[1:], place, environment or {}, powerless)
 
 
 def _is_worker(process: psutil.Process) -> bool:
