@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import multiprocessing
@@ -230,17 +231,13 @@ def named(text: str, *words: object) -> str:
     return text
 
 
-@contextmanager
-def nobody_left(driver: Driver) -> Iterator[None]:
-    """Afterwards, every process of the driver's session ends by itself."""
-    yield
-    deadline = time.monotonic() + HANGS
+def nobody_left(*drivers: Driver) -> None:
+    """Every process of these drivers' sessions ends by itself."""
+    sessions, deadline = {driver.pid for driver in drivers}, time.monotonic() + HANGS
     for each in psutil.process_iter():
-        try:
-            if os.getsid(each.pid) == driver.pid and each.pid != driver.pid:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getsid(each.pid) in sessions and each.pid not in sessions:
                 each.wait(max(0.1, deadline - time.monotonic()))
-        except (psutil.NoSuchProcess, ProcessLookupError):
-            continue
 
 
 def signalled(driver: Driver, number: signal.Signals) -> None:
