@@ -13,6 +13,7 @@ import psutil
 
 from . import fault
 from .processes import (
+    Driver,
     begun,
     complete,
     counting,
