@@ -42,3 +42,18 @@ def test_evaluations_are_those_a_run_without_refinement_makes(tmp_path: Path, ru
     assert planned.bytes["parameters"] >= sum(loss.bytes["parameters"] for loss in planned.losses.values()) / 2
     assert planned.free > 0
     assert planned.memory > 0
+
+
+def test_what_cannot_be_spread_over_the_workers_is_said(tmp_path: Path) -> None:
+    record(tmp_path / "ck")
+    task = write_task(tmp_path / "task.py")
+    assert not any("busy" in note for note in plan(tmp_path / "ck", task, workers=6).notes)
+    assert "6 segments keep at most 6 of 64 workers busy" in plan(tmp_path / "ck", task, workers=64).notes
+
+
+def test_spans_are_shortened_until_every_worker_has_work(tmp_path: Path) -> None:
+    record(tmp_path / "ck")
+    task = write_task(tmp_path / "task.py")
+    for workers, span in ((1, 2), (2, 1), (3, 1)):
+        run = lca_posthoc.run(tmp_path / "ck", task, workers=workers, out=tmp_path / f"{workers}.lca")
+        assert run.manifest.span == span

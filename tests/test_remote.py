@@ -73,6 +73,7 @@ def test_work_is_done_on_the_workers_at_an_address(pair: Standing, by: str) -> N
     kind = pair.address if by == "address" else f"file:{pair.place / 'scheduler.json'}"
     with opened(Where(kind, 2)) as cluster:
         assert cluster.workers == cluster.crowd == 2
+        assert cluster.dashboard is None
         pids = set(results(cluster.map(pid, [{} for _ in range(12)])))
     assert len(pids) == 2
     assert os.getpid() not in pids
@@ -208,6 +209,7 @@ def _wait_for(file: Path) -> None:
 
 def test_a_scheduler_that_goes_is_said_to_be_gone(tmp_path: Path) -> None:
     with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
+        cluster.deliver(b"parcel")
         spec = {
             "value": 0,
             "log": str(tmp_path / "log"),

@@ -45,8 +45,13 @@ def at_address(where: Where, device: str | None, stop: threading.Event) -> Itera
                 f"connected to {address}. Start some with `dask worker {address} --nthreads 1{tls}` (on a GPU: --resources GPU=1)."
             ) from None
         with Workers.opened(client, device, stop) as workers:
-            workers.dashboard = client.dashboard_link or None
+            workers.dashboard = client.dashboard_link if client.run_on_scheduler(_serves_dashboard) else None
             yield workers
+
+
+def _serves_dashboard(dask_scheduler: Any) -> bool:
+    """A scheduler has a web server in any case; the dashboard is an application of its own in it."""
+    return bool(getattr(dask_scheduler.http_application, "applications", None))
 
 
 def _security(where: Where, address: str) -> Any:

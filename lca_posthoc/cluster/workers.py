@@ -77,9 +77,10 @@ class Workers:
         try:
             yield workers
         finally:
-            with contextlib.suppress(OSError, TimeoutError):
-                for key in workers._delivered:
-                    client.unregister_worker_plugin(key)
+            if client.status == "running":  # else there is nobody to tell
+                with contextlib.suppress(OSError, TimeoutError):
+                    for key in workers._delivered:
+                        client.unregister_worker_plugin(key)
 
     @property
     def workers(self) -> int:
