@@ -81,9 +81,7 @@ def worker_killed(count: int, _: Path) -> str:
             out, log = place / f"run-{runs}.lca", place / f"log-{runs}"
             runs, of_this_run = runs + 1, 0
             driver = drive(place, out, *LOCAL, environment=counting(log))
-            driver.until(
-                log.exists
-            )  # two deaths before the first span are an exit 5, as for any task that kills workers
+            driver.until(log.exists)  # two deaths before the first span are an exit 5: the task may be what kills
             while kills < count and not driver.wait(chance.uniform(0, 3)):
                 alive = driver.workers()
                 if alive:

@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,16 @@ from . import ground
 SITE = Path(__file__).with_name("site")
 HANGS = 120.0  # seconds after which a process is taken to hang
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+PRELOADED = (
+    "distributed",
+    "lca_posthoc.allocation",
+    "lca_posthoc.cli.run",
+    "lca_posthoc.cli.summary",
+    "lca_posthoc.objective",
+    "lca_posthoc.worker.spans",
+    "tests.faults.processes",
+    "zarr",
+)
 CAPABILITIES = (1, 2)  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: without them root is refused files like everybody
 
 
@@ -53,8 +64,9 @@ class Driver:
     """A process of a session of its own, forked and not started anew: what it imports is there already."""
 
     def __init__(self, arguments: Sequence[str], place: Path, environment: Mapping[str, str], powerless: bool) -> None:
-        self._out, self._err = (Path(tempfile.mkstemp(dir=place, prefix=f".{name}-")[1]) for name in ("out", "err"))
-        streams = (str(self._out), str(self._err))
+        name = uuid.uuid4().hex
+        self._err = place / f".{name}.err"
+        streams = (str(place / f".{name}.out"), str(self._err))
         self._process = _server().Process(target=_main, args=(list(arguments), streams, dict(environment), powerless))
         self._process.start()
         assert self._process.pid is not None
@@ -88,7 +100,7 @@ class Driver:
     @property
     def said(self) -> str:
         """What it wrote to stderr."""
-        return self._err.read_text()
+        return self._err.read_text() if self._err.exists() else ""
 
     def kill(self) -> None:
         """Kill -9 of this process and no other."""
@@ -129,7 +141,7 @@ def _server() -> multiprocessing.context.ForkServerContext:
     from multiprocessing import forkserver
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lca_posthoc.cli.run", "lca_posthoc.cli.summary", "tests.faults.preloaded"])
+    context.set_forkserver_preload(list(PRELOADED))
     with mock.patch.dict(os.environ, {**counting(Path()), "LCA_FAULTS_LOG": "", "OMP_NUM_THREADS": "1"}):
         forkserver.ensure_running()
     warm = context.Process(target=os.getpid)  # so that no measured driver waits for the imports
@@ -140,8 +152,9 @@ def _server() -> multiprocessing.context.ForkServerContext:
 
 def _main(arguments: list[str], streams: Sequence[str], environment: Mapping[str, str], powerless: bool) -> None:
     os.setsid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: of a test that is killed, nothing stays behind
     for descriptor, stream in enumerate(streams, 1):
-        os.dup2(os.open(stream, os.O_WRONLY | os.O_APPEND), descriptor)
+        os.dup2(os.open(stream, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666), descriptor)
     os.environ.update(environment)
     if powerless and os.geteuid() == 0:
         _drop(CAPABILITIES)
@@ -224,7 +237,7 @@ def whole(out: Path, clean: Path) -> None:
 
 
 def named(text: str, *words: object) -> str:
-    """What was said is of one line after notes, without a traceback, and holds every one of `words`."""
+    """What was said, which is no traceback, nothing unexpected, and holds every one of `words`."""
     assert "Traceback" not in text, text
     assert "unexpected" not in text, text
     assert [word for word in words if str(word) not in text] == [], text
