@@ -265,6 +265,10 @@ class _Job:
             try:
                 self._run(where, stop)
             except OSError as error:
+                if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise ResourceError(
+                        f"not allowed: {error}. Give this user the right to it, or write elsewhere with --out."
+                    ) from error
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise LCAError(
                         f"a file cannot be read or written: {error}. What was committed is kept; put it right and run again."

@@ -248,7 +248,12 @@ def pack(task: str | Path | Task) -> tuple[Entry, bytes]:
             raise InputError(
                 f"task file {path} does not exist. Give --task FILE, FILE:FUNCTION or pkg.module:FUNCTION."
             )
-        data = parcel.pack(path.resolve())
+        try:
+            data = parcel.pack(path.resolve())
+        except OSError as error:
+            raise InputError(
+                f"task file {error.filename} cannot be read: {error.strerror}. Check its permissions."
+            ) from None
         sha256 = hashlib.sha256(data).hexdigest()
         return {"kind": "file", "path": str(path.resolve()), "function": function, "sha256": sha256}, data
     return {"kind": "module", "module": place, "function": function, "sha256": _module_sha256(place)}, b""

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .options import cluster_options, json_option, replay_options
 from .show import duration, print_json, say, stderr, stdout
 
+_SHOWN = 10  # failures, one by one
+
 
 @click.command()
 @replay_options
@@ -106,7 +108,10 @@ def listener() -> Iterator[Any]:
             elif isinstance(event, SpanFailed):
                 count["failed"] += 1
                 trouble()
-                say(f"{_span(event)} failed: {event.message}")
+                if count["failed"] <= _SHOWN:
+                    say(f"{_span(event)} failed: {event.message}")
+                elif count["failed"] == _SHOWN + 1:
+                    say("more spans failed; log/run.jsonl in the run directory has them all")
 
         yield listen
 

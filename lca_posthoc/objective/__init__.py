@@ -3,6 +3,7 @@
 from .batches import Split, automatic_batch_size, power_of_two
 from .evaluate import HIGHER, Objective, replicates_of
 from .probe import Identity, check_loss, drop_weightless_replicates, identify
+from .sources import is_out_of_memory
 from .sums import Evaluation
 from .tensors import tensor_table
 
@@ -16,6 +17,7 @@ __all__ = [
     "check_loss",
     "drop_weightless_replicates",
     "identify",
+    "is_out_of_memory",
     "power_of_two",
     "replicates_of",
     "tensor_table",

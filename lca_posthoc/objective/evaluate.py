@@ -26,7 +26,7 @@ from ..trajectory import TensorSpec
 from .batches import Order, Split, automatic_batch_size, saved_bytes
 from .normalisation import normalising
 from .sharing import SharedOutputs
-from .sources import digest_of
+from .sources import digest_of, is_out_of_memory
 from .sums import Evaluation, Sums
 from .tensors import is_fixed, tensor_table
 
@@ -458,9 +458,11 @@ class Objective:
         """Errors of the model or the loss function become ours, with the split they happened on."""
         try:
             yield
-        except (InputError, SpanError, MemoryError, torch.OutOfMemoryError):
+        except (InputError, SpanError):
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             place = "in a term of the parameters" if loss.split is None else f"on split {loss.split!r}"
             other = loss.fn is not None and isinstance(error, TypeError)
             raise InputError(

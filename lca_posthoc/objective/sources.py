@@ -105,10 +105,19 @@ def user_code(doing: str, advice: str = "") -> Iterator[None]:
     """Errors of the user's data become ours, with the split they happened on."""
     try:
         yield
-    except (InputError, MemoryError, torch.OutOfMemoryError):
+    except InputError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"{doing}: {type(error).__name__}: {error}{advice}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or here."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch has no class for it
 
 
 def _at(tensor: Tensor, positions: Positions) -> Tensor:

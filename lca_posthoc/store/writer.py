@@ -7,6 +7,7 @@ again gives the same bytes. The driver creates all metadata; workers write whole
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -22,7 +23,7 @@ import zarr
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from ..errors import InputError, LCAError, SpanError
+from ..errors import InputError, LCAError, ResourceError, SpanError
 from ..records import FIELDS, Totals, join_all
 from ..trajectory import Checkpoint
 from .chunks import RowStore
@@ -62,8 +63,11 @@ def create(path: Path, manifest: Manifest, durable: bool = True) -> RunWriter:
         durable: whether what is written is flushed to disk before anything relies on it.
 
     Raises:
-        InputError: where `path` exists.
+        InputError: where `path` is something else.
+        ResourceError: where another driver created it meanwhile.
     """
+    if (path / FILE).exists():
+        raise ResourceError(_created_meanwhile(path))
     if path.exists():
         raise InputError(
             f"{path} exists and is not a run directory (it has no {FILE}). Choose another place with --out."
@@ -87,13 +91,22 @@ def create(path: Path, manifest: Manifest, durable: bool = True) -> RunWriter:
         for name in manifest.losses:
             writer.create_loss(name)
         write_manifest(manifest, building, durable)
-        building.rename(path)
+        try:
+            building.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise ResourceError(_created_meanwhile(path)) from None
         if durable:
             sync_directory(path.parent)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
     return RunWriter(path, manifest, durable)
+
+
+def _created_meanwhile(path: Path) -> str:
+    return f"{path} was created by another driver meanwhile. Wait for it to end, or stop it; two drivers never share a run."
 
 
 def remove_loss(path: str | Path, loss: str) -> None:

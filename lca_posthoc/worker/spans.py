@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from ..errors import ResourceError
-from .state import Spec, is_out_of_memory, objective_of, points_of, reported
+from ..objective import is_out_of_memory
+from .state import Spec, objective_of, points_of, reported
 
 SAMPLED = {0, 8, 64, 512}  # segments whose error is measured: as many in a run that grew as in one that did not
 

@@ -18,6 +18,7 @@ from typing import Any
 from .. import task
 from ..cluster import delivered
 from ..errors import InputError, LCAError, ResourceError, SpanError, pack
+from ..objective import is_out_of_memory
 from ..trajectory import Checkpoint, read_checkpoint
 
 Spec = dict[str, Any]
@@ -100,15 +101,6 @@ def _deterministic() -> Iterator[None]:
         torch.set_num_threads(threads)
         matmul.allow_tf32 = tf32
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or here."""
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch has no class for it
 
 
 def reported(work: Callable[[Spec], Spec]) -> Callable[[Spec], Spec]:
