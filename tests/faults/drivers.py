@@ -122,7 +122,7 @@ def two_drivers(count: int, _: Path) -> str:
             for code, each in zip(codes, pair, strict=True):
                 if code:
                     assert code == 5, (code, each.said)
-                    named(each.said, out, "is being written by process")
+                    named(each.said, out, "two drivers never share a run")
                     refused += 1
             late += codes == [0, 0]
             assert extra(log) == 0, begun(log)
