@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.abc import MetaPathFinder, SourceLoader
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -39,7 +39,7 @@ def pack(file: Path) -> bytes:
 
 
 def _text(file: Path) -> str:
-    return file.read_bytes().decode(errors="replace")
+    return file.read_bytes().decode("latin-1")  # any bytes: which encoding they are in is theirs to say
 
 
 def _located(folder: Path, name: str) -> Path | None:
@@ -48,13 +48,20 @@ def _located(folder: Path, name: str) -> Path | None:
     for candidate in (place / "__init__.py", place.with_name(f"{place.name}.py")):
         if candidate.is_file():
             return candidate
-    return place if place.is_dir() and any(place.glob("*.py")) else None
+    return place if place.is_dir() and any(place.glob("*.py")) and not _is_installed(name, folder) else None
+
+
+def _is_installed(name: str, folder: Path) -> bool:
+    """Whether a module elsewhere goes before a directory that merely has its name, as Python has it."""
+    elsewhere = [place for place in sys.path if Path(place).resolve() != folder]
+    spec = PathFinder.find_spec(name, elsewhere) if "." not in name else None
+    return spec is not None and spec.origin is not None
 
 
 def _imported(text: str, importer: str, is_package: bool) -> Iterator[str]:
     """Every module a text may import, each after the packages it is in."""
     try:
-        nodes = list(ast.walk(ast.parse(text)))
+        nodes = list(ast.walk(ast.parse(text.encode("latin-1"))))
     except (SyntaxError, ValueError):  # said where it is imported
         return
     package = importer if is_package else importer.rpartition(".")[0]
@@ -109,7 +116,7 @@ class Parcel(MetaPathFinder, SourceLoader):  # type: ignore[misc]
 
     def get_data(self, path: str) -> bytes:
         """See `importlib.abc.SourceLoader`."""
-        return self._texts[path].encode() if path in self._texts else Path(path).read_bytes()
+        return self._texts[path].encode("latin-1") if path in self._texts else Path(path).read_bytes()
 
     def take_in(self) -> None:
         """Come into use: what was imported from here is importable again."""

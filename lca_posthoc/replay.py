@@ -258,6 +258,8 @@ class _Job:
     tell: Log
     only: dict[str, list[int]] | None = None
     failed: list[SpanFailed] = field(default_factory=list)
+    smaller: int = 0
+    torn: bool = False
 
     def run(self, where: Where) -> None:
         where.check()
@@ -406,6 +408,14 @@ class _Job:
                     )
         for span in sorted({span for name in common["losses"] for span in writer.fold_all(name)}):
             self._failed(manifest, span, "its totals were damaged while they waited to be joined")
+        if self.torn:  # of a worker that died while it wrote, temporary files stay
+            writer.sweep()
+        if self.smaller > 1:
+            self.tell(
+                Note(
+                    f"out of memory {self.smaller} times; a smaller --batch-size from the start, in another run, is faster"
+                )
+            )
         if silent:
             named = sorted(silent)
             more = f" and {len(named) - 5} more" if len(named) > 5 else ""
@@ -427,8 +437,10 @@ class _Job:
             span = outcome.spec["span"]
             where = (span, *_steps(manifest, span))
             if isinstance(outcome, Lost):
+                self.torn = True
                 self._failed(manifest, span, f"no worker could finish it ({outcome.why})")
             elif isinstance(outcome, Retried):
+                self.torn = True
                 self.tell(SpanRetried(*where, outcome.worker, outcome.why))
             elif isinstance(outcome, Slow):
                 self.tell(SpanSlow(*where, outcome.worker, outcome.seconds, outcome.doing))
@@ -451,12 +463,14 @@ class _Job:
         for name, fact in result["losses"].items():
             whole = manifest.losses[name].batch_size
             if fact["batch_size"] < whole:
-                self.tell(
-                    Note(
-                        f"out of memory on {done.worker}: span {span} of loss {name!r} was computed in batches of "
-                        f"{fact['batch_size']} instead of {whole}, equal within rounding; its marker says so"
+                self.smaller += 1
+                if self.smaller == 1:
+                    self.tell(
+                        Note(
+                            f"out of memory on {done.worker}: span {span} of loss {name!r} was computed in batches of "
+                            f"{fact['batch_size']} instead of {whole}, equal within rounding; its marker says so"
+                        )
                     )
-                )
         self.tell(
             SpanDone(
                 span,

@@ -123,6 +123,25 @@ def test_a_module_that_raised_is_imported_anew(tmp_path: Path) -> None:
     assert opened.main().__file__ == str(file)
 
 
+def test_a_directory_never_goes_before_an_installed_package_of_its_name(tmp_path: Path) -> None:
+    files = {
+        "the_task.py": "import hypothesis\nvalue = hypothesis.given\n",
+        "hypothesis/scripts.py": "",
+        "other/x.py": "",
+    }
+    file = lay_out(tmp_path, files)
+    assert {place for place, _ in json.loads(parcel.pack(file)).values()} == {"the_task.py"}
+    assert imported(file).value.__module__ == "hypothesis.core"
+
+
+def test_source_in_another_encoding_means_what_it_says(tmp_path: Path) -> None:
+    file = tmp_path / "the_task.py"
+    file.write_bytes("# -*- coding: latin-1 -*-\nvalue = 'é'\n".encode("latin-1"))
+    assert imported(file).value == "é"
+    file.write_bytes("value = 'é'\n".encode())
+    assert imported(file).value == "é"
+
+
 def test_files_beside_the_source_are_read_from_disk(tmp_path: Path) -> None:
     text = "import pkgutil\nvalue = pkgutil.get_data('package', 'sizes.txt')\n"
     file = lay_out(

@@ -187,9 +187,11 @@ class Workers:
 
     def _ask(self, question: Any, *arguments: Any, **named: Any) -> Any:
         """A question to the scheduler; one that is gone is an error that says so."""
+        from distributed.client import ClosedClientError
+
         try:
             return question(*arguments, **named)
-        except (OSError, TimeoutError) as error:
+        except (OSError, TimeoutError, ClosedClientError) as error:
             raise self._gone(error) from None
 
     def _gone(self, error: object) -> ResourceError:
@@ -236,7 +238,7 @@ class _Work:
         owner = self._owner
         while True:
             if owner._stop.is_set() and not self._told:
-                _event(owner._stopping, owner._client).set()
+                owner._ask(_event(owner._stopping, owner._client).set)
                 self._told = True
             self._hand_out()
             if not any(hand.flights for hand in owner._crew.values()) and not self._leaving and self._is_over():
@@ -276,7 +278,7 @@ class _Work:
         return None if spec is None else _Flight(spec)
 
     def _submit(self, address: str, hand: _Hand, flight: _Flight) -> None:
-        future = self._owner._submit(self._place, flight.spec, address)
+        future = self._owner._ask(self._owner._submit, self._place, flight.spec, address)
         if not hand.flights:
             hand.since = hand.told = time.monotonic()
         hand.flights[future.key], hand.futures[future.key] = flight, future
@@ -344,7 +346,7 @@ class _Work:
         """What a worker that is gone was working on counts against the spec; what waited there does not."""
         left = self._owner._left(address)
         for at, (key, flight) in enumerate(hand.flights.items()):
-            hand.futures[key].cancel()
+            self._owner._ask(hand.futures[key].cancel)
             if self._owner._stop.is_set():
                 continue
             if at > 0:

@@ -27,7 +27,7 @@ _MOST = 4096  # bytes of a lock that are looked at
 class Held:
     """A lock that is held: whether its last owner left without releasing it, and whether another host has taken it since.
 
-    `unclean` means that the last owner was killed, or the power went. `lost` is set where this process was suspended for so
+    `unclean` means that the last owner was killed, or stopped on an error, or the power went. `lost` is set where this process was suspended for so
     long that a driver on another host took the run over.
     """
 
@@ -58,13 +58,15 @@ def hold(run: Path) -> Iterator[Held]:
         held, stop = Held(bool(owner)), threading.Event()
         beat = threading.Thread(target=_beat, args=(run, ours, held.lost, stop), daemon=True)
         beat.start()
+        left: dict[str, object] = {"unclean": True}
         try:
             yield held
+            left = {}
         finally:
             stop.set()
             beat.join()
             if _owner(descriptor) == ours:
-                _write(descriptor, {})
+                _write(descriptor, left)
     finally:
         os.close(descriptor)
 
