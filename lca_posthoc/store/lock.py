@@ -27,8 +27,8 @@ _MOST = 4096  # bytes of a lock that are looked at
 class Held:
     """A lock that is held: whether its last owner left without releasing it, and whether another host has taken it since.
 
-    `unclean` means that the last owner was killed, or stopped on an error, or the power went. `lost` is set where this process was suspended for so
-    long that a driver on another host took the run over.
+    `unclean` means that the last owner was killed, or stopped on an error, or the power went. `lost` is set where this process was
+    suspended for so long that a driver on another host took the run over.
     """
 
     unclean: bool
