@@ -289,7 +289,9 @@ class _Job:
             _same_checkpoints(RunWriter(self.path, recorded), relative(trajectory), str(trajectory.root))
             if self._is_finished(recorded, trajectory):
                 return
-        elif self.path.exists():
+        elif (
+            self.path.exists() and not (self.path / "run.json").exists()
+        ):  # which another driver may have made just now
             raise InputError(
                 f"{self.path} exists and is not a run directory (it has no run.json). Choose another place with --out."
             )

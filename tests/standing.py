@@ -60,7 +60,17 @@ class Standing:
 
     def hire(self, *options: object, prefix: Sequence[str] = (), **environment: str) -> subprocess.Popen[bytes]:
         """One more worker; whoever uses the cluster waits for it."""
-        given = ("worker", self.address, "--nthreads", 1, "--memory-limit", 0, "--no-dashboard", *_tls(self.tls))
+        given = (
+            "worker",
+            self.address,
+            "--nthreads",
+            1,
+            "--memory-limit",
+            0,
+            "--dashboard-address",
+            "127.0.0.1:0",
+            *_tls(self.tls),
+        )
         place = ("--local-directory", self.place / f"worker-{len(self.workers)}")
         self.workers.append(launch(*given, *place, *options, prefix=prefix, **environment))
         return self.workers[-1]
@@ -86,7 +96,17 @@ def standing(
     place.mkdir(parents=True, exist_ok=True)
     file = place / "scheduler.json"
     protocol = ("--protocol", "tls") if tls else ()
-    arguments = ("scheduler", "--host", host, "--port", 0, "--no-dashboard", "--scheduler-file", file)
+    arguments = (
+        "scheduler",
+        "--host",
+        host,
+        "--port",
+        0,
+        "--dashboard-address",
+        "127.0.0.1:0",
+        "--scheduler-file",
+        file,
+    )
     scheduler = launch(*arguments, *protocol, *_tls(tls), prefix=prefix, **environment)
     try:
         while not file.exists() or not file.read_text().strip():

@@ -85,7 +85,7 @@ def test_no_specs_give_no_outcomes(cluster: Cluster) -> None:
 def test_a_worker_that_dies_once_costs_a_second_try(local: Cluster, tmp_path: Path) -> None:
     retried, done = local.map(die_once, [{"flag": str(tmp_path / "flag")}])
     assert isinstance(retried, Retried)
-    assert retried.why == "its worker died"
+    assert retried.why == "its worker died or cannot be reached"
     assert isinstance(done, Done)
     assert done.result == "survived"
 
@@ -95,7 +95,7 @@ def test_a_spec_that_kills_its_workers_is_lost_after_two_tries_and_the_rest_goes
 ) -> None:
     _, lost = local.map(die, [{"log": str(tmp_path / "log")}])
     assert isinstance(lost, Lost)
-    assert lost.why == "its worker died"
+    assert lost.why == "its worker died or cannot be reached"
     assert (tmp_path / "log").read_text() == "xx"
     assert [done.result for done in local.map(square, [{"value": 3}])] == [9]
 

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lca_posthoc import Loss, Recorder, Run, Task, run
+from lca_posthoc.cluster import delivery
 from lca_posthoc.errors import InputError, LCAError
 from lca_posthoc.objective import Objective
 from lca_posthoc.progress import Note
 from lca_posthoc.settings import DEFAULTS
-from lca_posthoc.task import entry
+from lca_posthoc.task import pack
 from lca_posthoc.worker import describe, state
 
 from .cases import Batch, Values, classes
@@ -504,7 +505,9 @@ class Features(nn.Module):
 def answers(task: Task | Path) -> list[dict[str, Any]]:
     """What two processes say of a task: the one that probes it, and one that is given the digests found there."""
     settings = {**DEFAULTS, "device": "cpu", "batch_size": BATCH}
-    spec = {"task": entry(task), "settings": settings, "losses": None}
+    entry, data = pack(task)
+    delivery.take_in("parcel", data)
+    spec = {"task": entry, "parcel": "parcel", "settings": settings, "losses": None}
     state._STATES.clear()
     first = describe(spec)
     state._STATES.clear()

@@ -73,7 +73,7 @@ def test_work_is_done_on_the_workers_at_an_address(pair: Standing, by: str) -> N
     kind = pair.address if by == "address" else f"file:{pair.place / 'scheduler.json'}"
     with opened(Where(kind, 2)) as cluster:
         assert cluster.workers == cluster.crowd == 2
-        assert cluster.dashboard is None
+        assert str(cluster.dashboard).startswith("http://127.0.0.1:")
         pids = set(results(cluster.map(pid, [{} for _ in range(12)])))
     assert len(pids) == 2
     assert os.getpid() not in pids

@@ -29,6 +29,7 @@ _SETTINGS = {
         "MKL_NUM_THREADS": 1,
         "OPENBLAS_NUM_THREADS": 1,
     },
+    "distributed.admin.low-level-log-length": 10,  # of the messages to each worker, every one with its spec
     "distributed.worker.daemon": False,
     "distributed.worker.profile.enabled": False,
     "distributed.worker.memory.target": False,

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import InputError, ResourceError
 from .outcomes import Cluster
 from .where import Where, is_closed, open_to_others
-from .workers import ANSWER_SECONDS, Workers, shortly
+from .workers import ANSWER_SECONDS, WITHOUT_US, Workers, has_us, shortly
 
 CONNECT_SECONDS = 30.0
 
@@ -34,6 +34,8 @@ def at_address(where: Where, device: str | None, stop: threading.Event) -> Itera
             ) from None
         if not where.insecure:
             _refuse_open_listeners(client)
+        if not client.run_on_scheduler(has_us()):
+            raise ResourceError(f"the scheduler at {address} {WITHOUT_US} (torch is not needed there).")
         wanted = where.workers or 1
         try:
             client.wait_for_workers(wanted, timeout=ANSWER_SECONDS if where.workers else CONNECT_SECONDS)

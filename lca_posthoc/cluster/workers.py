@@ -18,16 +18,19 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .. import __version__
 from ..errors import ResourceError
 from . import delivery
 from .outcomes import Done, Function, Lost, Outcome, Refused, Retried, Settled, Slow, Spec, Waiting
 
 ANSWER_SECONDS = 120.0  # for a worker to come up, or to answer a small question
+RESULT_SECONDS = 10.0  # for the few kilobytes of a result
 ALONE_SECONDS = 300.0  # without any worker
 QUIET_SECONDS = 10.0  # of them, in which a nanny starts a new one
 LEAVE_SECONDS = 45.0  # Dask lets what runs on a leaving worker go on for 30
 LOOK_SECONDS = 1.0  # between two looks at who is there
 SLOW_SECONDS = 60.0  # and ten times as long as its peers
+WITHOUT_US = f"has no lca_posthoc: it needs `pip install lca_posthoc=={__version__}`"
 _EACH = 2
 _TRIES = 2
 _LEAVES = 4
@@ -123,18 +126,28 @@ class Workers:
     def muster(self, function: Function, spec: Spec) -> dict[str, Any]:
         """See `Cluster.muster`."""
         self._question = (_place(function), spec)
-        asked = {address: self._question_to(address) for address in self._crew}
-        deadline, answers = time.monotonic() + ANSWER_SECONDS, {}
-        for address, future in asked.items():
-            answer = self._answer(future, max(1.0, deadline - time.monotonic()))
-            answers[self._named(address)] = answer
-            if "error" in answer:
-                del self._crew[address]
-        return answers
+        answers = {}
+        for address, answer in self._answers({address: self._is_there(address) for address in self._crew}):
+            if answer is not True:
+                answers[address] = answer if answer else {"error": WITHOUT_US}
+        there = [address for address in self._crew if address not in answers]
+        answers |= self._answers({address: self._question_to(address) for address in there})
+        self._crew = {address: hand for address, hand in self._crew.items() if "error" not in answers[address]}
+        return {self._named(address): answer for address, answer in answers.items()}
+
+    def _answers(self, asked: dict[str, Any]) -> list[tuple[str, Any]]:
+        deadline = time.monotonic() + ANSWER_SECONDS
+        return [
+            (address, self._answer(future, max(1.0, deadline - time.monotonic()))) for address, future in asked.items()
+        ]
+
+    def _is_there(self, address: str) -> Any:
+        """Ask whether this package is installed on a worker; one that lacks it could not say so in our words."""
+        return self._client.submit(has_us(), key=f"lca-{uuid.uuid4().hex}", pure=False, workers=[address])
 
     def _question_to(self, address: str) -> Any:
         assert self._question is not None
-        return self._submit(*self._question, address)
+        return self._submit(*self._question, address, on_gpu=False)
 
     def _answer(self, future: Any, seconds: float) -> Any:
         from distributed import TimeoutError as DaskTimeoutError
@@ -157,7 +170,7 @@ class Workers:
         finally:
             work.abandon()
 
-    def _submit(self, place: str, spec: Spec, address: str) -> Any:
+    def _submit(self, place: str, spec: Spec, address: str, *, on_gpu: bool) -> Any:
         return self._client.submit(
             _work,
             place,
@@ -168,7 +181,7 @@ class Workers:
             retries=0,
             workers=[address],
             allow_other_workers=False,
-            resources={"GPU": 1} if self.device == "cuda" else None,
+            resources={"GPU": 1} if on_gpu else None,
         )
 
     def _look(self) -> tuple[list[str], list[str]]:
@@ -278,7 +291,8 @@ class _Work:
         return None if spec is None else _Flight(spec)
 
     def _submit(self, address: str, hand: _Hand, flight: _Flight) -> None:
-        future = self._owner._ask(self._owner._submit, self._place, flight.spec, address)
+        on_gpu = self._owner.device == "cuda"
+        future = self._owner._ask(self._owner._submit, self._place, flight.spec, address, on_gpu=on_gpu)
         if not hand.flights:
             hand.since = hand.told = time.monotonic()
         hand.flights[future.key], hand.futures[future.key] = flight, future
@@ -292,12 +306,13 @@ class _Work:
         if found is None:  # of a worker that is gone; its specs were dealt with
             return
         address, hand = found
-        if future.status == "finished":
+        result = self._result(future)
+        if result:
             now = time.monotonic()
             self._took.append(now - hand.since)
             hand.since = hand.told = now
             del hand.futures[future.key]
-            yield Done(hand.flights.pop(future.key).spec, future.result(), self._owner._named(address))
+            yield Done(hand.flights.pop(future.key).spec, result[0], self._owner._named(address))
         elif future.status == "error" and type(future.exception()).__name__ != "KilledWorker":
             del hand.futures[future.key]
             flight = hand.flights.pop(future.key)
@@ -308,6 +323,15 @@ class _Work:
         else:  # where it runs again under the same address, it comes as a new one
             self._owner._known.discard(address)
             yield from self._gone(address, self._owner._crew.pop(address))
+
+    def _result(self, future: Any) -> list[Any]:
+        """The result of a finished task, if its worker is still there to give it."""
+        from distributed import TimeoutError as DaskTimeoutError
+
+        if future.status == "finished":
+            with contextlib.suppress(DaskTimeoutError, TimeoutError):
+                return [future.result(timeout=RESULT_SECONDS)]
+        return []
 
     def _look(self) -> Iterator[Outcome]:
         """Take in who came, deal with who went, speak of what is slow."""
@@ -355,7 +379,7 @@ class _Work:
                 self._leaving.append((time.monotonic() + LEAVE_SECONDS, address, flight))
             else:
                 flight.deaths += 1
-                yield self._try_again(flight, address, "its worker died")
+                yield self._try_again(flight, address, "its worker died or cannot be reached")
 
     def _try_again(self, flight: _Flight, address: str, why: str) -> Outcome:
         if flight.deaths >= _TRIES or flight.leaves >= _LEAVES:
@@ -384,6 +408,20 @@ class _Work:
                 hand.told = now
                 key, flight = next(iter(hand.flights.items()))
                 yield Slow(flight.spec, self._owner._named(address), now - hand.since, self._owner._doing(key))
+
+
+def has_us() -> Any:
+    """A function that travels by value and says whether this package is installed where it runs."""
+
+    def is_there() -> bool:
+        import importlib.util
+
+        try:
+            return importlib.util.find_spec("lca_posthoc") is not None
+        except ImportError:
+            return False
+
+    return is_there
 
 
 def _place(function: Function) -> str:

@@ -66,9 +66,9 @@ def create(path: Path, manifest: Manifest, durable: bool = True) -> RunWriter:
         InputError: where `path` is something else.
         ResourceError: where another driver created it meanwhile.
     """
-    if (path / FILE).exists():
-        raise ResourceError(_created_meanwhile(path))
     if path.exists():
+        if (path / FILE).exists():
+            raise ResourceError(_created_meanwhile(path))
         raise InputError(
             f"{path} exists and is not a run directory (it has no {FILE}). Choose another place with --out."
         )
