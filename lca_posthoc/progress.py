@@ -94,6 +94,9 @@ class Log:
     file: Path | None = None
     waiting: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._write({"event": "Started", "host": socket.gethostname(), "pid": os.getpid()})
+
     def __call__(self, event: Event) -> None:
         """Write it down and pass it on."""
         self._write({"event": type(event).__name__, **asdict(event)})
@@ -103,7 +106,6 @@ class Log:
     def written_to(self, file: Path) -> Iterator[None]:
         """Append to a file from here on, and how it ended."""
         self.file = file
-        self._write({"event": "Started", "host": socket.gethostname(), "pid": os.getpid()})
         try:
             yield
         except BaseException as error:
