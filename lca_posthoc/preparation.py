@@ -149,16 +149,12 @@ def muster(cluster: Cluster, trajectory: Trajectory, device: str | None, token: 
     """
     checkpoints = relative(trajectory)
     ends = [as_json(checkpoints[0]), as_json(checkpoints[-1])]
-    driver = {"versions": versions(), "token": [str(token[0]), token[1]], "checkpoints": ends}
+    driver = {"versions": versions(), "device": device, "token": [str(token[0]), token[1]], "checkpoints": ends}
     answers = cluster.muster(admit, {"driver": driver, "root": str(trajectory.root.resolve())})
     refused = [
         f"worker {name} {error['message'] if isinstance(error, dict) else error}"
         for name, answer in answers.items()
         if (error := answer.get("error")) is not None
-    ]
-    blind = [name for name, answer in answers.items() if device == "cuda" and not answer.get("cuda", True)]
-    refused += [
-        f"worker {name} sees no GPU: start it where `nvidia-smi` lists one, or use --device cpu" for name in blind
     ]
     if refused:
         more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""

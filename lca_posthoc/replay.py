@@ -289,9 +289,7 @@ class _Job:
             _same_checkpoints(RunWriter(self.path, recorded), relative(trajectory), str(trajectory.root))
             if self._is_finished(recorded, trajectory):
                 return
-        elif (
-            self.path.exists() and not (self.path / "run.json").exists()
-        ):  # which another driver may have made just now
+        elif self.path.exists() and not (self.path / "run.json").exists():  # another driver may make it just now
             raise InputError(
                 f"{self.path} exists and is not a run directory (it has no run.json). Choose another place with --out."
             )

@@ -53,6 +53,15 @@ def unfit(spec: Spec) -> dict[str, str]:
     return {"fit": "yes"}
 
 
+def silent(spec: Spec) -> dict[str, str]:
+    """The second to be asked does not answer before everything else is done."""
+    if Path(spec["flag"]).exists():
+        while not Path(spec["over"]).exists():
+            os.sched_yield()
+    Path(spec["flag"]).touch()
+    return {"fit": "yes"}
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standing]:
     with standing(tmp_path_factory.mktemp("pair"), 2) as made:
@@ -136,6 +145,37 @@ def test_a_late_worker_that_is_unfit_is_named_and_given_nothing(tmp_path: Path) 
         assert [type(outcome) for outcome in heard] == [Refused, Done, Done, Done]
         assert heard[0].why == "has nothing to say"
         assert set(results(cluster.map(pid, [{}] * 4))) == {only}
+
+
+def test_a_late_worker_that_does_not_answer_is_named_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers_module, "ANSWER_SECONDS", 3.0)
+    with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
+        cluster.muster(silent, {"flag": str(tmp_path / "flag"), "over": str(tmp_path / "over")})
+        release = tmp_path / "release"
+        spec = {"log": str(tmp_path / "log"), "release": str(release), "done": str(tmp_path / "done"), "value": 0}
+        made.hire()
+        heard: list[Any] = []
+        for outcome in cluster.map(until_released, [spec] * 3):
+            heard.append(outcome)
+            if isinstance(outcome, Refused):
+                release.touch()
+        (tmp_path / "over").touch()
+    assert [type(outcome) for outcome in heard] == [Refused, Done, Done, Done]
+    assert "did not answer" in heard[0].why
+
+
+def test_who_joins_while_a_first_question_is_put_is_asked_again_for_the_next(tmp_path: Path) -> None:
+    """A worker that came too late for one piece of work is not forgotten for the next."""
+    with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
+        cluster.muster(pid_answer, {})
+        made.hire()
+        cluster._client.wait_for_workers(2)
+        list(cluster.map(pid, [{}]))
+        meeting = tmp_path / "meeting"
+        meeting.mkdir()
+        assert len(set(results(cluster.map(meet, [{"place": str(meeting), "expected": 2}] * 6)))) == 2
 
 
 def test_a_worker_that_is_told_to_go_finishes_and_nothing_is_done_twice(tmp_path: Path) -> None:

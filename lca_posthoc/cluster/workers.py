@@ -30,6 +30,7 @@ QUIET_SECONDS = 10.0  # of them, in which a nanny starts a new one
 LEAVE_SECONDS = 45.0  # Dask lets what runs on a leaving worker go on for 30
 LOOK_SECONDS = 1.0  # between two looks at who is there
 SLOW_SECONDS = 60.0  # and ten times as long as its peers
+SILENT = f"did not answer within {ANSWER_SECONDS:.0f} s: it is busy with other work, stuck, or without lca_posthoc"
 WITHOUT_US = f"has no lca_posthoc: it needs `pip install lca_posthoc=={__version__}`"
 _EACH = 2
 _TRIES = 2
@@ -110,18 +111,21 @@ class Workers:
         return key
 
     def settle_on(self, device: str) -> None:
-        """See `Cluster.settle_on`; a worker that does not offer `GPU=1` takes no part in work on GPUs."""
+        """See `Cluster.settle_on`; on GPUs every worker must offer `GPU=1`, so that nobody else's work shares it."""
         self.device = device
         if device != "cuda":
             return
-        info = self._ask(self._client.scheduler_info)["workers"]
-        without = [address for address in self._crew if info.get(address, {}).get("resources", {}).get("GPU", 0) < 1]
+        without = self._without_gpu(self._crew)
         if without:
             raise ResourceError(
                 f"worker{'s' if len(without) > 1 else ''} {', '.join(map(self._named, without[:3]))}"
                 f"{f' and {len(without) - 3} more' if len(without) > 3 else ''} offer no GPU. Start each with "
                 "`CUDA_VISIBLE_DEVICES=N dask worker ADDRESS --nthreads 1 --resources GPU=1`, or compute with --device cpu."
             )
+
+    def _without_gpu(self, addresses: Iterable[str]) -> list[str]:
+        info = self._ask(self._client.scheduler_info)["workers"]
+        return [each for each in addresses if info.get(each, {}).get("resources", {}).get("GPU", 0) < 1]
 
     def muster(self, function: Function, spec: Spec) -> dict[str, Any]:
         """See `Cluster.muster`."""
@@ -156,7 +160,7 @@ class Workers:
             return future.result(timeout=seconds)
         except (DaskTimeoutError, TimeoutError):
             future.cancel()
-            return {"error": f"did not answer within {ANSWER_SECONDS:.0f} s: it is busy with other work, or stuck"}
+            return {"error": SILENT}
         except Exception as error:
             return {"error": shortly(error)}
 
@@ -240,7 +244,7 @@ class _Work:
     def __init__(self, owner: Workers, place: str, source: Iterator[Spec], settled: Settled | None) -> None:
         self._owner, self._place, self._source, self._settled = owner, place, source, settled
         self._again: deque[_Flight] = deque()
-        self._joining: dict[str, str] = {}
+        self._joining: dict[str, tuple[str, float]] = {}
         self._leaving: list[tuple[float, str, _Flight]] = []
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._took: deque[float] = deque(maxlen=200)
@@ -264,11 +268,13 @@ class _Work:
 
     def abandon(self) -> None:
         """Cancel what waits; what runs is nobody's any more."""
+        self._owner._known -= {address for address, _ in self._joining.values()}  # to be asked again
+        futures = [future for hand in self._owner._crew.values() for future in hand.futures.values()]
+        for hand in self._owner._crew.values():
+            hand.flights.clear()
+            hand.futures.clear()
         with contextlib.suppress(Exception):
-            for hand in self._owner._crew.values():
-                self._owner._client.cancel(list(hand.futures.values()))
-                hand.flights.clear()
-                hand.futures.clear()
+            self._owner._client.cancel(futures)
 
     def _is_over(self) -> bool:
         return self._owner._stop.is_set() or (self._exhausted and not self._again)
@@ -300,7 +306,7 @@ class _Work:
 
     def _take(self, future: Any) -> Iterator[Outcome]:
         if future.key in self._joining:
-            yield from self._join(self._joining.pop(future.key), future)
+            yield from self._join(self._joining.pop(future.key)[0], future)
             return
         found = next(((at, hand) for at, hand in self._owner._crew.items() if future.key in hand.flights), None)
         if found is None:  # of a worker that is gone; its specs were dealt with
@@ -340,10 +346,14 @@ class _Work:
         if owner._question is not None:
             for address in came:
                 future = owner._question_to(address)
-                self._joining[future.key] = address
+                self._joining[future.key] = address, time.monotonic()
                 future.add_done_callback(self._arrived.put)
         for address in went:
             yield from self._gone(address, owner._crew.pop(address))
+        for key, (address, since) in list(self._joining.items()):
+            if time.monotonic() - since > ANSWER_SECONDS:
+                del self._joining[key]
+                yield Refused(owner._named(address), SILENT)
         yield from self._leavers()
         yield from self._slow()
         if owner._crew or self._joining or owner._stop.is_set():
@@ -363,6 +373,8 @@ class _Work:
         if "error" in answer:
             error = answer["error"]
             yield Refused(self._owner._named(address), error["message"] if isinstance(error, dict) else str(error))
+        elif self._owner.device == "cuda" and self._owner._without_gpu([address]):
+            yield Refused(self._owner._named(address), "offers no GPU: start it with --resources GPU=1")
         else:
             self._owner._crew[address] = _Hand()
 

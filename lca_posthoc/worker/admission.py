@@ -38,6 +38,8 @@ def admit(spec: Spec) -> Spec:
     _reads_what_the_driver_wrote(Path(token), text)
     _reads_checkpoints(spec)
     cuda = torch.cuda.is_available()
+    if driver["device"] == "cuda" and not cuda:
+        raise ResourceError("sees no GPU: start it where `nvidia-smi` lists one, or use --device cpu")
     gpu = str(torch.cuda.get_device_properties(0).uuid) if cuda else None
     return {"cuda": cuda, "gpu": gpu}
 
