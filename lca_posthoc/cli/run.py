@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from .options import cluster_options, json_option, replay_options
 from .show import duration, print_json, say, stderr, stdout
@@ -66,22 +69,24 @@ def listener() -> Iterator[Any]:
         TextColumn("segments · {task.fields[speed]}worst residual {task.fields[worst]:.1e}{task.fields[trouble]} ·"),
         TimeElapsedColumn(),
         TextColumn("· left"),
-        TimeRemainingColumn(),
+        _Left(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task("replay", total=None, worst=0.0, speed="", trouble="", visible=False)
-        count = {"spans": 0, "of": 0, "retried": 0, "failed": 0}
+        bar = progress.add_task("replay", total=None, worst=0.0, speed="", trouble="", due=None, visible=False)
+        began = time.monotonic()
+        count = {"spans": 0, "of": 0, "before": 0, "retried": 0, "failed": 0}
 
         def trouble() -> None:
             said = "".join(f" · {count[what]} {what}" for what in ("retried", "failed") if count[what])
             progress.update(bar, trouble=said)
 
         def listen(event: Any) -> None:
+            nonlocal began
             state = progress.tasks[bar]
             if isinstance(event, Note):
                 say(event.text)
             elif isinstance(event, Planned):
-                count["of"] = event.spans
+                began, count["of"], count["before"] = time.monotonic(), event.spans, event.total - event.pending
                 speed = f"{event.workers} worker{'' if event.workers == 1 else 's'} · "
                 done = event.total - event.pending
                 progress.update(bar, total=event.total, completed=done, visible=True, speed=speed)
@@ -90,10 +95,13 @@ def listener() -> Iterator[Any]:
             elif isinstance(event, SpanDone):
                 count["spans"] += 1
                 worst = max(state.fields["worst"], event.worst_residual)
-                each = f" at {state.speed / max(1, event.workers):.3g} segments/s" if state.speed else ""
-                workers = f"{event.workers} worker{'' if event.workers == 1 else 's'}{each}"
+                done = int(state.completed) + event.segments * len(event.losses)
+                rate = (done - count["before"]) / (time.monotonic() - began)
+                each = f"{rate / max(1, event.workers):.3g} segments/s"
+                workers = f"{event.workers} worker{'' if event.workers == 1 else 's'} at {each}"
                 speed = f"{count['spans']}/{count['of']} spans · {workers} · "
-                progress.update(bar, advance=event.segments * len(event.losses), worst=worst, speed=speed)
+                due = time.monotonic() + ((state.total or done) - done) / rate
+                progress.update(bar, completed=done, worst=worst, speed=speed, due=due)
             elif isinstance(event, SpanRetried):
                 count["retried"] += 1
                 trouble()
@@ -114,6 +122,15 @@ def listener() -> Iterator[Any]:
                     say("more spans failed; log/run.jsonl in the run directory has them all")
 
         yield listen
+
+
+class _Left(ProgressColumn):
+    """The time left at the rate since work began; spans end in bunches, of which a moving rate makes nothing."""
+
+    def render(self, task: Any) -> Text:
+        due = task.fields["due"]
+        left = "-:--:--" if due is None else str(timedelta(seconds=int(max(0.0, due - time.monotonic()))))
+        return Text(left, style="progress.remaining")
 
 
 def _span(event: Any) -> str:
