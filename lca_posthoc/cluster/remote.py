@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,7 @@ def at_address(where: Where, device: str | None, stop: threading.Event) -> Itera
 
     address = where.address()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet())
         try:
             client = stack.enter_context(
                 Client(address, security=_security(where, address), timeout=CONNECT_SECONDS, set_as_default=False)
@@ -54,6 +56,21 @@ def at_address(where: Where, device: str | None, stop: threading.Event) -> Itera
 def _serves_dashboard(dask_scheduler: Any) -> bool:
     """A scheduler has a web server in any case; the dashboard is an application of its own in it."""
     return bool(getattr(dask_scheduler.http_application, "applications", None))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What goes wrong with workers is said in our words; Dask's client logs it, with tracebacks, as well."""
+    from distributed.utils import silence_logging_cmgr
+
+    asyncio = logging.getLogger("asyncio")
+    before = asyncio.level
+    asyncio.setLevel(logging.CRITICAL)
+    try:
+        with silence_logging_cmgr(logging.CRITICAL):
+            yield
+    finally:
+        asyncio.setLevel(before)
 
 
 def _security(where: Where, address: str) -> Any:

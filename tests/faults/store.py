@@ -120,13 +120,16 @@ def fail_a_call(count: int, place: Path) -> str:
     with _failing(place / "clean.lca", None, 0) as made:
         assert _run(place, place / "clean.lca").exit_code == 0
     near_the_oracle(place, place / "clean.lca")
-    codes = []
+    codes, beyond = list[int](), 0
     for at in range(count):
         number, out = 1 + at * made[0] // count, place / f"{at}" / "run.lca"
         code = (errno.EIO, errno.ENOSPC)[at % 2]
         with _failing(out, number, code) as reached:
             result = _run(place, out)
-        assert reached[0] >= number
+        if reached[0] < number:  # the first run of a process opens a few files more than later ones
+            beyond += 1
+            assert result.exit_code == 0, (number, result.exit_code, result.stderr)
+            continue
         assert result.exit_code in (1, 3, 5), (number, result.exit_code, result.stderr)
         assert result.stderr.splitlines()[-1].startswith("lca: "), result.stderr
         codes.append(result.exit_code)
@@ -135,8 +138,9 @@ def fail_a_call(count: int, place: Path) -> str:
         assert _run(place, out).exit_code == 0, number
         same_bytes(out, place / "clean.lca")
         shutil.rmtree(out.parent)
+    assert beyond <= count // 20, beyond
     told = ", ".join(f"{codes.count(code)} with exit {code}" for code in sorted(set(codes)))
-    return f"{count} of {made[0]} calls: {told}; all resumed to the same bytes"
+    return f"{len(codes)} of {made[0]} calls: {told}; all resumed to the same bytes"
 
 
 # --- R6: stored bytes change -------------------------------------------------------------------------------------------
