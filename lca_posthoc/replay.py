@@ -399,6 +399,7 @@ class _Job:
             for span, names in sorted(waiting.items())
         )
         silent: set[str] = set()
+        held.working = True  # until its end, workers may leave temporary files
         with contextlib.closing(cluster.map(replay_span, specs, settled)) as outcomes:
             for outcome in outcomes:
                 silent |= self._hear(cluster, manifest, outcome)
@@ -408,6 +409,7 @@ class _Job:
                     )
         for span in sorted({span for name in common["losses"] for span in writer.fold_all(name)}):
             self._failed(manifest, span, "its totals were damaged while they waited to be joined")
+        held.working = False
         if self.torn:  # of a worker that died while it wrote, temporary files stay
             writer.sweep()
         if self.smaller > 1:

@@ -23,16 +23,17 @@ _STALE = 120.0
 _MOST = 4096  # bytes of a lock that are looked at
 
 
-@dataclass(frozen=True)
+@dataclass
 class Held:
     """A lock that is held: whether its last owner left without releasing it, and whether another host has taken it since.
 
-    `unclean` means that the last owner was killed, or stopped on an error, or the power went. `lost` is set where this process was
-    suspended for so long that a driver on another host took the run over.
+    `unclean` means that the last owner was killed, or stopped while it was `working`, or the power went. `lost` is set where
+    this process was suspended for so long that a driver on another host took the run over.
     """
 
     unclean: bool
     lost: threading.Event = field(default_factory=threading.Event)
+    working: bool = False
 
 
 @contextlib.contextmanager
@@ -58,15 +59,13 @@ def hold(run: Path) -> Iterator[Held]:
         held, stop = Held(bool(owner)), threading.Event()
         beat = threading.Thread(target=_beat, args=(run, ours, held.lost, stop), daemon=True)
         beat.start()
-        left: dict[str, object] = {"unclean": True}
         try:
             yield held
-            left = {}
         finally:
             stop.set()
             beat.join()
             if _owner(descriptor) == ours:
-                _write(descriptor, left)
+                _write(descriptor, {"unclean": True} if held.working else {})
     finally:
         os.close(descriptor)
 
