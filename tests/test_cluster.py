@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from lca_posthoc.cluster import Cluster, Done, Lost, Retried, Spec, Where, open_cluster
+from lca_posthoc.cluster import local as local_module
 from lca_posthoc.cluster import workers as workers_module
 from lca_posthoc.cluster.local import gpu_environments, local_workers
 from lca_posthoc.errors import ResourceError
@@ -198,3 +199,20 @@ def test_the_dashboard_is_on_loopback_and_only_when_asked_for() -> None:
         assert set(listening) <= {"127.0.0.1", "::1"}
     with open_cluster(Where("local", 1), "cpu", threading.Event()) as opened:
         assert opened.dashboard is None
+
+
+def test_a_worker_whose_nanny_gave_up_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        local_module, "_SETTINGS", {**local_module._SETTINGS, "distributed.deploy.lost-worker-timeout": "1s"}
+    )
+    with open_cluster(Where("local", 1), "cpu", threading.Event()) as opened:
+        (first,) = [done.result for done in opened.map(process, [{}]) if isinstance(done, Done)]
+        nanny = next(iter(opened.replace.func.__self__.workers.values()))  # type: ignore[attr-defined]
+        nanny.auto_restart = False
+        psutil.Process(first).kill()
+        (second,) = [done.result for done in opened.map(process, [{}]) if isinstance(done, Done)]
+    assert second != first
+
+
+def process(spec: Spec) -> int:
+    return os.getpid()

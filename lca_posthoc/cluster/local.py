@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -89,6 +90,8 @@ def on_this_host(where: Where, device: str, stop: threading.Event) -> Iterator[C
             ) from None
         with Workers.opened(client, device, stop) as workers:
             workers.dashboard = client.dashboard_link if where.dashboard else None
+            # A nanny whose worker dies while it starts gives up; asking for as many as before starts another one.
+            workers.full_strength, workers.replace = count, functools.partial(cluster.scale, count)
             yield workers
 
 

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,8 @@ class Workers:
     """See `Cluster`."""
 
     dashboard: str | None = None
+    full_strength = 0
+    replace: Callable[[], None] | None = None  # start workers in place of those that are gone for good
 
     def __init__(self, client: Any, device: str | None, stop: threading.Event) -> None:
         self.device = device
@@ -354,6 +356,8 @@ class _Work:
             if time.monotonic() - since > ANSWER_SECONDS:
                 del self._joining[key]
                 yield Refused(owner._named(address), SILENT)
+        if owner.replace is not None and len(owner._crew) < owner.full_strength and not owner._stop.is_set():
+            owner.replace()
         yield from self._leavers()
         yield from self._slow()
         if owner._crew or self._joining or owner._stop.is_set():
