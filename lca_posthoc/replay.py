@@ -179,16 +179,17 @@ def repair(
         found = list(store.verify(place))
         damage = [each for each in found if isinstance(each, store.Damage)]
         writer.restore_metadata()
-        spans = writer.discard(damage)
         writer.sweep()
         for each in found:
             if isinstance(each, store.Leftover):
                 (place / each.path).unlink(missing_ok=True)
-    if spans:
-        root = Path(checkpoints) if checkpoints is not None else Path(writer.manifest.root)
-        log = Log(progress or (lambda event: None))
-        _Job(root, *packed, list(spans), place, {}, None, durable, log, only=spans).run(where)
-    return Repaired(damage, spans, len(found) - len(damage))
+    losses = {each.loss: True for each in damage if each.loss is not None and (each.span, each.window) != (None, None)}
+    root = Path(checkpoints) if checkpoints is not None else Path(writer.manifest.root)
+    log = Log(progress or (lambda event: None))
+    job = _Job(root, *packed, list(losses), place, {}, None, durable, log, damage)
+    if losses:
+        job.run(where)
+    return Repaired(damage, job.only or {}, len(found) - len(damage))
 
 
 def _durable(durability: str) -> bool:
@@ -256,6 +257,7 @@ class _Job:
     span: int | None
     durable: bool
     tell: Log
+    damage: list[store.Damage] | None = None
     only: dict[str, list[int]] | None = None
     failed: list[SpanFailed] = field(default_factory=list)
     smaller: int = 0
@@ -287,7 +289,7 @@ class _Job:
             self.tell(Note(note))
         if recorded is not None:
             _same_checkpoints(RunWriter(self.path, recorded), relative(trajectory), str(trajectory.root))
-            if self._is_finished(recorded, trajectory):
+            if self.damage is None and self._is_finished(recorded, trajectory):
                 return
         elif self.path.exists() and not (self.path / "run.json").exists():  # another driver may make it just now
             raise InputError(
@@ -342,6 +344,8 @@ class _Job:
             if strangers:  # who comes late is asked about the run directory itself
                 muster(cluster, trajectory, cluster.device, stack.enter_context(store.token(self.path)))
             self._bring_up(writer, ready.manifest)
+            if self.damage is not None:  # now that all that is needed to compute it again is known to be there
+                self.only = writer.discard(self.damage)
             stack.enter_context(self.tell.written_to(self.path / "log" / "run.jsonl"))
             self._replay(cluster, writer, {**ready.common, "batch_sizes": ready.batch_sizes}, stop, held)
             if self.failed:

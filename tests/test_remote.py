@@ -290,6 +290,12 @@ def test_a_spec_that_takes_far_longer_than_its_peers_is_named_with_what_it_does(
         (Where("ucx://10.1.2.3:8786"), "is not known"),
         (Where("somewhere"), "is not known"),
         (Where("tcp://"), "not the address of a scheduler"),
+        (Where("tcp://127.0.0.1"), "not the address of a scheduler"),
+        (Where("tls://127.0.0.1:port"), "not the address of a scheduler"),
+        (
+            Where("tls://127.0.0.1:1", 1, __file__, __file__, __file__),
+            "are not an authority, a certificate and its key",
+        ),
         (Where("file:/nowhere/scheduler.json"), "cannot be read"),
         (Where("tls://127.0.0.1:1"), "needs --tls-ca, --tls-cert and --tls-key"),
         (Where("tls://127.0.0.1:1", tls_ca=__file__), "needs --tls-cert and --tls-key as well"),
@@ -329,7 +335,7 @@ def test_a_scheduler_without_workers_is_said_with_the_command_that_starts_one(
     monkeypatch.setattr(remote_module, "ANSWER_SECONDS", 1.0)
     with standing(tmp_path / "cluster") as made, pytest.raises(ResourceError) as caught, opened(made.address):
         pass
-    assert f"`dask worker {made.address} --nthreads 1`" in str(caught.value)
+    assert f"`dask worker {made.address} --nthreads 1 --memory-limit 0`" in str(caught.value)
 
 
 def test_a_listener_behind_a_closed_address_that_is_open_is_refused_unless_told(tmp_path: Path) -> None:

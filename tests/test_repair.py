@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -94,9 +95,16 @@ def test_checkpoints_that_are_gone_are_said_and_the_rest_of_the_run_stays(place:
     finally:
         (made / "aside").rename(record_)
     refused(result, str(record_), "is not a directory of checkpoints")
-    assert open_run(run)["train"].progress()["spans_done"] == 5
-    assert repaired_by_run(place) == [(2, ["train"])]
+    assert_still_named(run, 2)
+    assert repaired(place, checkpoints=place / "ck") == [(2, ["train"])]
     assert is_as_made(place, made)
+
+
+def assert_still_named(run: Path, span: int) -> None:
+    """A repair that could not be begun has taken nothing away: the damage is there to be named and repaired."""
+    result = lca("verify", run, "--json")
+    assert [each["span"] for each in json.loads(result.stdout)["damages"]] == [span]
+    assert result.exit_code == 4
 
 
 def repaired_by_run(place: Path) -> list[tuple[int, list[str]]]:
@@ -111,6 +119,10 @@ def test_another_task_is_refused(place: Path) -> None:
     write_task(place / "task.py", "inputs[:30], targets[:30]", "inputs[5:35], targets[5:35]")
     result = lca("repair", place / "run.lca", "--task", place / "task.py", "--cluster", "inline")
     refused(result, "loss 'train' is not the one recorded")
+    assert_still_named(place / "run.lca", 3)
+    unreached = lca("repair", place / "run.lca", "--task", place / "task.py", "--cluster", "tls://127.0.0.1:9")
+    refused(unreached, "needs --tls-ca")
+    assert_still_named(place / "run.lca", 3)
 
 
 def test_what_was_never_computed_is_left_to_run(place: Path) -> None:

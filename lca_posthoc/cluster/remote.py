@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import ssl
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -31,8 +32,8 @@ def at_address(where: Where, device: str | None, stop: threading.Event) -> Itera
             )
         except (OSError, TimeoutError, RuntimeError) as error:
             raise ResourceError(
-                f"no scheduler answers at {address} ({shortly(error.__cause__ or error)}). Start one with `dask scheduler`, or check "
-                "the address, the network and, for tls://, the certificates."
+                f"no scheduler answers at {address} ({shortly(_root(error))}). Start one with `dask scheduler`, or check the address, "
+                "the network, and whether it is a tls:// one and lets these certificates in."
             ) from None
         if not where.insecure:
             _refuse_open_listeners(client)
@@ -46,11 +47,19 @@ def at_address(where: Where, device: str | None, stop: threading.Event) -> Itera
             tls = " --tls-ca-file CA --tls-cert CERT --tls-key KEY" if address.startswith("tls") else ""
             raise ResourceError(
                 f"{there or 'no'} worker{'' if there == 1 else 's'} of the {wanted} asked for {'is' if there == 1 else 'are'} "
-                f"connected to {address}. Start some with `dask worker {address} --nthreads 1{tls}` (on a GPU: --resources GPU=1)."
+                f"connected to {address}. Start some with `dask worker {address} --nthreads 1 --memory-limit 0{tls}` (on a GPU: "
+                "--resources GPU=1)."
             ) from None
         with Workers.opened(client, device, stop) as workers:
             workers.dashboard = client.dashboard_link if client.run_on_scheduler(_serves_dashboard) else None
             yield workers
+
+
+def _root(error: BaseException) -> BaseException:
+    """The first of the errors that led to one another."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
 
 
 def _serves_dashboard(dask_scheduler: Any) -> bool:
@@ -84,6 +93,14 @@ def _security(where: Where, address: str) -> Any:
         if security.tls_ca_file is None or security.tls_client_cert is None:
             raise InputError(f"{address} needs --tls-ca, --tls-cert and --tls-key.")
         return security
+    try:
+        trial = ssl.create_default_context(cafile=given["--tls-ca"])
+        trial.load_cert_chain(given["--tls-cert"], given["--tls-key"])
+    except (ssl.SSLError, OSError) as error:
+        raise InputError(
+            f"--tls-ca {given['--tls-ca']}, --tls-cert {given['--tls-cert']} and --tls-key {given['--tls-key']} are not an authority, a "
+            f"certificate and its key in PEM ({shortly(error)})."
+        ) from None
     return Security(
         tls_ca_file=str(given["--tls-ca"]),
         tls_client_cert=str(given["--tls-cert"]),

@@ -70,7 +70,7 @@ class Where:
         """
         address = _in_file(Path(self.kind.removeprefix("file:"))) if self.kind.startswith("file:") else self.kind
         parts = urlsplit(address)
-        if parts.scheme not in SCHEMES or not parts.hostname:
+        if parts.scheme not in SCHEMES or not parts.hostname or not _has_port(address):
             raise InputError(
                 f"{address!r} is not the address of a scheduler. Expected tcp://HOST:PORT or tls://HOST:PORT."
             )
@@ -84,6 +84,13 @@ class Where:
         if not self.insecure and not is_closed(address):
             raise InputError(open_to_others(f"the scheduler at {address}"))
         return address
+
+
+def _has_port(address: str) -> bool:
+    try:
+        return urlsplit(address).port is not None
+    except ValueError:
+        return False
 
 
 def is_closed(address: str) -> bool:

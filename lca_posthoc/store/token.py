@@ -16,7 +16,8 @@ def token(run: Path) -> Iterator[tuple[Path, str]]:
 
     What killed drivers of this host left is removed first.
     """
-    place = run / "log" if (run / "log").is_dir() else run.absolute().parent
+    run = run.resolve()  # a worker may be elsewhere in the file system
+    place = run / "log" if (run / "log").is_dir() else run.parent
     place.mkdir(parents=True, exist_ok=True)
     begin = f".{run.name}.token-{socket.gethostname()}-"
     for left in place.glob(f"{begin}*"):
