@@ -150,9 +150,9 @@ def test_a_late_worker_that_is_unfit_is_named_and_given_nothing(tmp_path: Path) 
 def test_a_late_worker_that_does_not_answer_is_named_and_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers_module, "ANSWER_SECONDS", 3.0)
     with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
         cluster.muster(silent, {"flag": str(tmp_path / "flag"), "over": str(tmp_path / "over")})
+        monkeypatch.setattr(workers_module, "ANSWER_SECONDS", 3.0)
         release = tmp_path / "release"
         spec = {"log": str(tmp_path / "log"), "release": str(release), "done": str(tmp_path / "done"), "value": 0}
         made.hire()
