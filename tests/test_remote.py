@@ -130,18 +130,24 @@ def pid_answer(spec: Spec) -> dict[str, int]:
     return {"pid": os.getpid()}
 
 
+def heard_with_one_more(made: Standing, cluster: Any, tmp_path: Path) -> list[Any]:
+    """What is heard while three specs wait for a worker to be hired and refused."""
+    release = tmp_path / "release"
+    spec = {"log": str(tmp_path / "log"), "release": str(release), "done": str(tmp_path / "done"), "value": 0}
+    made.hire()
+    heard: list[Any] = []
+    for outcome in cluster.map(until_released, [spec] * 3):
+        heard.append(outcome)
+        if isinstance(outcome, Refused):
+            release.touch()
+    return heard
+
+
 def test_a_late_worker_that_is_unfit_is_named_and_given_nothing(tmp_path: Path) -> None:
     with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
         (only,) = results(cluster.map(pid, [{}]))
         assert list(cluster.muster(unfit, {"flag": str(tmp_path / "flag")}).values()) == [{"fit": "yes"}]
-        release = tmp_path / "release"
-        spec = {"log": str(tmp_path / "log"), "release": str(release), "done": str(tmp_path / "done"), "value": 0}
-        made.hire()
-        heard: list[Any] = []
-        for outcome in cluster.map(until_released, [spec] * 3):
-            heard.append(outcome)
-            if isinstance(outcome, Refused):
-                release.touch()
+        heard = heard_with_one_more(made, cluster, tmp_path)
         assert [type(outcome) for outcome in heard] == [Refused, Done, Done, Done]
         assert heard[0].why == "has nothing to say"
         assert set(results(cluster.map(pid, [{}] * 4))) == {only}
@@ -153,14 +159,7 @@ def test_a_late_worker_that_does_not_answer_is_named_and_not_waited_for(
     with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
         cluster.muster(silent, {"flag": str(tmp_path / "flag"), "over": str(tmp_path / "over")})
         monkeypatch.setattr(workers_module, "ANSWER_SECONDS", 3.0)
-        release = tmp_path / "release"
-        spec = {"log": str(tmp_path / "log"), "release": str(release), "done": str(tmp_path / "done"), "value": 0}
-        made.hire()
-        heard: list[Any] = []
-        for outcome in cluster.map(until_released, [spec] * 3):
-            heard.append(outcome)
-            if isinstance(outcome, Refused):
-                release.touch()
+        heard = heard_with_one_more(made, cluster, tmp_path)
         (tmp_path / "over").touch()
     assert [type(outcome) for outcome in heard] == [Refused, Done, Done, Done]
     assert "did not answer" in heard[0].why
