@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "Say what a run would cost, and probe the task.",
     "remove": "Drop a loss from a run.",
     "repair": "Compute damaged spans of a run again.",
+    "report": "Write the findings of runs into one page that opens offline.",
     "run": "Allocate the loss change of every segment to every parameter.",
     "status": "Say how far a run is.",
     "summary": "Show headline figures and the table of tensors.",
