@@ -2,10 +2,10 @@
 /* Bokeh figures: filled in when they come near, painted in the page's colours, zoomed together over steps. */
 const lcaFigures = (() => {
   const TYPES = { f: Float32Array, d: Float64Array, b: Int8Array };
-  const LINES = ["#3b7dd8", "#e0930a", "#8e6bbf", "#5a9e3a", "#c95fa8", "#9a6b4b", "#3aa5c9", "#7d8591", "#b7a51f", "#d9653b"];
   const made = new Map(); // figure -> its document, figure model and x range
   let page, state, observer, busy = Promise.resolve();
 
+  const tones = () => page.colours[document.documentElement.dataset.theme === "dark" ? "dark" : "light"];
   const ink = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   const colour = (text) => (typeof text === "string" && text.startsWith("@") ? ink(text.slice(1)) : text);
   // Bokeh reads these marks as mathematics, for which it would fetch another script; a name means none.
@@ -41,12 +41,12 @@ const lcaFigures = (() => {
       Float32Array.from(levels.subarray(row * columns, (row + 1) * columns), (level) => (level / 127) * column.peak));
   }
 
-  function ramp(from, middle, to, size = 255) {
-    const read = (text) => { const [r, g, b] = text.match(/\w\w/g).map((each) => parseInt(each, 16)); return [r, g, b]; };
-    const ends = [from, middle, to].map((text) => read(text.replace("#", "")));
+  /* The colours from helping to hurting, as [r, g, b], between the given ones. */
+  function ramp(size = 255) {
+    const stops = tones().diverging.map((text) => text.slice(1).match(/../g).map((each) => parseInt(each, 16)));
     return Array.from({ length: size }, (_, at) => {
-      const place = (at / (size - 1)) * 2, low = place < 1 ? 0 : 1;
-      return ends[low].map((value, channel) => Math.round(value + (ends[low + 1][channel] - value) * (place - low)));
+      const place = (at / (size - 1)) * (stops.length - 1), low = Math.min(Math.floor(place), stops.length - 2);
+      return stops[low].map((value, channel) => Math.round(value + (stops[low + 1][channel] - value) * (place - low)));
     });
   }
 
@@ -59,7 +59,7 @@ const lcaFigures = (() => {
       if (type === "Figure") model.setv({ background_fill_color: null, border_fill_color: null, outline_line_color: null });
       else if (type.endsWith("Axis")) model.setv({ axis_label_text_color: text, major_label_text_color: text, axis_line_color: line, major_tick_line_color: line });
       else if (type === "Grid") { if (model.grid_line_color !== null) model.setv({ grid_line_color: ink("grid") }); }
-      else if (type === "LinearColorMapper") model.setv({ palette: ramp(ink("helping"), ink("neutral"), ink("hurting")).map(hex), nan_color: ink("neutral") });
+      else if (type === "LinearColorMapper") model.setv({ palette: ramp().map(hex) });
       for (const tag of model.tags ?? []) {
         if (!(tag in tags)) continue;
         if ("line_color" in model.properties && type !== "Quad") model.line_color = type === "Span" ? tags[tag] : { value: tags[tag] };
@@ -67,6 +67,19 @@ const lcaFigures = (() => {
       }
     }
   }
+
+  /* Labels of ticks, all to the same number of digits and without trailing zeros. */
+  const labels = (share) => (found, opts) => {
+    if (!found.length || (opts?.axis?.type ?? "").startsWith("Log")) return found.map(String);
+    const largest = Math.max(...found.map(Math.abs)) || 1, gap = found.length > 1 ? Math.abs(found[1] - found[0]) : largest;
+    const digits = Math.max(0, Math.ceil(Math.log10(largest / gap) + 0.3)), scale = share ? 100 : 1;
+    const text = (value) => {
+      if (value === 0 || Math.abs(value) < gap * 1e-6) return share ? "0 %" : "0";
+      if (!share && (largest < 1e-3 || largest >= 1e7)) return value.toExponential(digits).replace(/\.?0*e\+?/, "e");
+      return Number((value * scale).toPrecision(digits + 2)).toLocaleString("en", { maximumFractionDigits: 12 }) + (share ? " %" : "");
+    };
+    return found.map((value) => text(value).replace("-", "−"));
+  };
 
   function view(name) {
     const of = page.views[name] ?? {}, here = of[state.panel] ?? of["*"];
@@ -100,11 +113,12 @@ const lcaFigures = (() => {
     const table = document.querySelector(`table[data-live="${name}"][data-panel="${state.panel}"]`);
     const boxes = table ? [...table.querySelectorAll("input[data-row]")] : [];
     const shown = columns.name.map((_, at) => at).filter((at) => !boxes.length || boxes[at]?.checked);
-    columns.colour = shown.map((_, at) => LINES[at % LINES.length]);
+    const tints = tones().layers;
+    columns.colour = shown.map((_, at) => tints[at % tints.length]);
     boxes.forEach((box, at) => {
       const swatch = box.nextElementSibling, place = shown.indexOf(at);
       swatch.hidden = place < 0;
-      if (place >= 0) swatch.style.background = LINES[place % LINES.length];
+      if (place >= 0) swatch.style.background = tints[place % tints.length];
     });
     for (const column of ["xs", "ys", "name"]) columns[column] = shown.map((at) => columns[column][at]);
   }
@@ -124,12 +138,13 @@ const lcaFigures = (() => {
     made.set(name, null);
     await Bokeh.embed.embed_item(page.figures[name], `f-${name}`);
     const document_ = Bokeh.documents[Bokeh.documents.length - 1], model = document_.roots()[0];
-    const figure = { document: document_, model, steps: (model.tags ?? []).includes("steps") };
+    const figure = { document: document_, model, steps: model.tags.includes("steps") };
     made.set(name, figure);
     if (matchMedia("(pointer: fine)").matches) {
       const zoom = model.toolbar.tools.find((tool) => tool.type === "BoxZoomTool");
       if (zoom) zoom.setv({ active: true, dimensions: figure.steps ? "width" : "both" });
     }
+    for (const axis of [...model.below, ...model.left]) axis.formatter.doFormat = labels(model.tags.includes("percent") && model.left.includes(axis));
     paint(document_);
     if (figure.steps) {
       follow(figure);
@@ -156,8 +171,7 @@ const lcaFigures = (() => {
   const queue = (name) => (busy = busy.then(() => embed(name)));
 
   /* Near ones first, then the others while nothing else happens, so that printing finds them there. */
-  async function begin(page_, state_) {
-    page = page_; state = state_;
+  async function begin() {
     show();
     observer = new IntersectionObserver((entries) => {
       for (const entry of entries) if (entry.isIntersecting) queue(entry.target.dataset.figure);
@@ -174,8 +188,9 @@ const lcaFigures = (() => {
   }
 
   return {
+    open: (page_, state_) => { page = page_; state = state_; },
     begin, show, rest, fill, ramp, bytes, ink,
-    paint: () => each((_, figure) => paint(figure.document)),
+    paint: () => each((name, figure) => { paint(figure.document); fill(name); }),
     follow: () => each((_, figure) => figure.steps && follow(figure)),
     one: (name) => made.get(name),
   };

@@ -7,17 +7,17 @@ from typing import Any
 from bokeh.models import ColumnDataSource, HoverTool, LinearColorMapper, Range1d, Span
 from bokeh.plotting import figure
 
-from ..colours import HELPING, HURTING
+from ..colours import HELPING, HURTING, NEUTRAL
 
 INK, MUTED, ACCENT = "ink", "muted", "accent"  # tags: the script gives these their colour
 _BLUE = "#3b7dd8"
 _GREY = "#8a8f98"
 
 
-def steps_figure(y: str, height: int = 300, x: str = "training step") -> figure:
-    """A figure over training steps; all of them zoom together."""
+def steps_figure(y: str, height: int = 300, x: str = "training step", percent: bool = False) -> figure:
+    """A figure over training steps; all of them zoom together. `percent` writes y as percentages."""
     made = plain_figure(x, y, height, x_range=Range1d(0, 1))
-    made.tags = ["steps"]
+    made.tags = ["steps", *(["percent"] if percent else [])]
     made.window_axis = "x"
     return made
 
@@ -57,9 +57,16 @@ def source(name: str, **columns: Any) -> ColumnDataSource:
 
 def add_lines(made: figure, name: str, colour: str, **options: Any) -> None:
     """One line, from the columns x and y of a source; `colour` is a tag of this module, or a colour."""
-    dash, width, tip = options.get("dash", "solid"), options.get("width", 1.75), options.get("tip")
+    tip = options.get("tip")
     drawn = made.line(
-        "x", "y", source=source(name, columns=("x", "y")), line_color=_colour(colour), line_width=width, line_dash=dash
+        "x",
+        "y",
+        source=source(name, columns=("x", "y")),
+        line_color=_colour(colour),
+        line_width=options.get("width", 1.75),
+        line_dash=options.get("dash", "solid"),
+        line_alpha=options.get("alpha", 1.0),
+        line_join="round",
     )
     drawn.glyph.tags = [colour]
     if tip:
@@ -113,7 +120,7 @@ def add_dots(made: figure, name: str, tip: list[tuple[str, str]], size: float = 
 
 def add_picture(made: figure, name: str, tip: list[tuple[str, str]]) -> None:
     """A matrix in the colours of helping and hurting; the script sets its scale."""
-    mapper = LinearColorMapper(palette=[HELPING, "#f5f5f0", HURTING], low=-1, high=1, name=f"{name} colours", tags=["diverging"])
+    mapper = LinearColorMapper(palette=[HELPING, NEUTRAL, HURTING], low=-1, high=1, name=f"{name} colours", tags=["diverging"])
     drawn = made.image(
         "image",
         "x",

@@ -146,7 +146,7 @@ const lcaMicroscope = (() => {
 
   function paint() {
     if (!film) return;
-    const list = lcaFigures.ramp(lcaFigures.ink("helping"), lcaFigures.ink("neutral"), lcaFigures.ink("hurting"));
+    const list = lcaFigures.ramp();
     colours = Uint32Array.from(list, ([r, g, b]) => ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0);
     const context = find("ramp").getContext("2d");
     list.forEach((rgb, at) => { context.fillStyle = `rgb(${rgb})`; context.fillRect((at * 256) / 255, 0, 2, 8); });

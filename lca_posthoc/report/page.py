@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,12 +14,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from bokeh.embed import json_item
 from bokeh.resources import Resources
 from jinja2 import Environment
 from markupsafe import Markup
 
-from .. import __version__
+from .. import __version__, colours
 from ..errors import InputError, LCAError
 from ..store import Run
 from .content import Block, Section, cell, clean, listed
@@ -30,6 +32,10 @@ from .sections.headline import headline
 MOST_BYTES = 8_000_000
 _DATA = 3_000_000  # of the page, for series and pictures; shared by the panels
 _EACH = 900_000  # for one panel at most
+_COLOURS = {
+    "light": {"diverging": colours.DIVERGING, "layers": colours.LAYERS},
+    "dark": {"diverging": colours.DIVERGING_DARK, "layers": colours.LAYERS_DARK},
+}
 _PROVENANCE = 4000  # characters of a value
 
 
@@ -102,6 +108,7 @@ def _page(runs: Sequence[Run], panels: Sequence[Panel], left_out: Sequence[str],
             name: json_item(made) for section, _ in shown for name, made in section.figures.items()
         },
         "views": _views(shown),
+        "colours": _COLOURS,
     }
     scripts = [_bokeh(), *(_read(name) for name in ("figures.js", "microscope.js", "script.js"))]
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_read("template.html"))
@@ -196,5 +203,16 @@ def _hash(script: str) -> str:
 
 def _json(value: Any) -> str:
     """JSON that cannot end the element it stands in."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(_plain(value), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _plain(value: Any) -> Any:
+    """Of numbers only those JSON knows; the others are null."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

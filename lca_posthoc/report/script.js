@@ -18,7 +18,6 @@
   find("theme").addEventListener("click", () => {
     chosen = root.dataset.theme === "dark" ? "light" : "dark";
     theme(false);
-    lcaFigures.show();
   });
   system.addEventListener("change", () => theme(false));
   addEventListener("beforeprint", () => { theme(true); lcaFigures.rest(); });
@@ -114,9 +113,10 @@
   document.querySelectorAll("main > section").forEach((section) => spy.observe(section));
   if (matchMedia("(max-width: 70rem)").matches) document.querySelector("nav details").open = false;
 
+  lcaFigures.open(page, state);
   lcaMicroscope.begin(JSON.parse(document.getElementById("frames").textContent));
   theme(false);
-  const begun = lcaFigures.begin(page, state);
+  const begun = lcaFigures.begin();
   panel("0");
   root.dataset.shown = String(Math.round(performance.now()));
   begun.then(() => { root.dataset.ready = String(Math.round(performance.now())); });

@@ -13,7 +13,7 @@ from ..thin import kept, numbers
 def section() -> Section:
     """Two figures: the loss, and what the sum misses on every segment."""
     loss = steps_figure("loss", 320)
-    add_lines(loss, "predicted", ACCENT, width=4.5, tip=[("step", "@x{0}"), ("start + Σ allocation", "@y{0.00000}")])
+    add_lines(loss, "predicted", ACCENT, width=6, alpha=0.45, tip=[("step", "@x{0}"), ("start + Σ allocation", "@y{0.00000}")])
     add_lines(loss, "true", INK, tip=[("step", "@x{0}"), ("loss", "@y{0.00000}")])
     residual = steps_figure("residual of a segment", 200)
     add_level(residual, 0)
@@ -70,9 +70,10 @@ def _captions(found: object, true: np.ndarray, predicted: np.ndarray, residual: 
     worst = int(np.abs(residual).argmax())
     steps = found["step"].values  # type: ignore[index]
     of = f" ({label})" if label else ""
+    converged = f"{count(bad, 'segment')} did not converge" if bad else "Every segment converged"
     return {
         "curve": f"From step {steps[0]:,} on the loss{of} went from {plain(true[0])} to {plain(true[-1])}; added up, the allocation "
         f"ends at {plain(predicted[-1])}.",
         "residual": f"Over {count(len(residual), 'segment')} the residuals add up to {signed(float(residual.sum()))}; the largest is "
-        f"{signed(float(residual[worst]))}, from step {steps[worst]:,} on. {count(bad, 'segment')} did not converge.",
+        f"{signed(float(residual[worst]))}, from step {steps[worst]:,} on. {converged}.",
     }

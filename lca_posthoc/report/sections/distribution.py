@@ -12,19 +12,21 @@ from ..figures import add_boxes, plain_figure
 from ..panels import Panel, Room
 from ..thin import numbers
 
+_LEAST = 1e-5  # share of a bar that is drawn
 _CHOICES = ("how many there are", "what they add up to")
 
 
 def section() -> Section:
     """One figure: sizes on a logarithmic axis, helping above and hurting below the line."""
-    made = plain_figure("size of an allocation, |A|, in units of loss", "share", 320, x_axis_type="log")
+    made = plain_figure("size of an allocation, |A|, in units of loss", "share per doubling", 320, x_axis_type="log")
+    made.tags = ["percent"]
     tip = [("|A|", "@left{0.0e+0} to @right{0.0e+0}"), ("share", "@value{0.00%}")]
     for name in ("helping", "hurting"):
         add_boxes(made, name, name, tip)
     return Section(
         "distribution",
         "Sizes",
-        "Each bar counts allocations of one size, those that helped above the line and those that hurt below; sizes grow tenfold from tick to tick. "
+        "Each bar counts allocations of one size, those that helped above the line and those that hurt below, on an axis of powers of ten. "
         "Chosen to show what they add up to, the same bars tell how few large allocations carry the change.",
         {"distribution": made},
         {"distribution": [("helping", "helped"), ("hurting", "hurt")]},
@@ -51,22 +53,24 @@ def block(panel: Panel, room: Room) -> Block:
         "Bars show",
         _CHOICES,
         [_table(panel, found)],
-        [left_out] if left_out else [],
+        [*([left_out] if left_out else []), f"Bars with less than {percent(_LEAST)} of the whole are not drawn."],
     )
 
 
 def _boxes(lower: np.ndarray[Any, Any], upper: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> dict[str, Any]:
     share = values / values.sum() if values.sum() else values
-    made = {}
+    made: dict[str, Any] = {}
     for name, side, sign in (("helping", upper <= 0, 1), ("hurting", lower >= 0, -1)):
         low, high = np.minimum(abs(lower), abs(upper))[side], np.maximum(abs(lower), abs(upper))[side]
         # The outermost bins reach to zero and to infinity; draw them as wide as an octave.
         low, high = np.where(low > 0, low, high / 2), np.where(high < 1e30, high, low * 2)
-        some = np.flatnonzero((share[side] > 0) & (low > 0))
+        some = np.flatnonzero((share[side] > _LEAST) & (low > 0))
+        # Bins are of unequal width on a logarithmic axis; only densities make a smooth outline of them.
+        density = share[side][some] / np.log2(high[some] / low[some])
         made[name] = {
             "left": numbers(low[some]),
             "right": numbers(high[some]),
-            "top": numbers(sign * share[side][some]),
+            "top": numbers(sign * density),
             "bottom": {"same": len(some), "v": 0},
             "value": numbers(share[side][some]),
         }

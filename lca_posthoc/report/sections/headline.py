@@ -37,7 +37,8 @@ def headline(panel: Panel) -> Headline:
     worst = float(np.max(np.abs(found["max_segment_residual"])))
     unconverged, segments = found["unconverged"], found["segments"]
     tolerance = panel.run.manifest.settings.get("tolerance")
-    hurt, layers = _hurting(panel)
+    total = _layers(panel)
+    hurt, layers = [name for name, value in reversed(total) if value > 0], len(total)
     cards = [
         Card("Loss", f"{plain(whole['loss_start'])} → {plain(whole['loss_end'])}", f"change {signed(change)}"),
         Card(
@@ -52,6 +53,7 @@ def headline(panel: Panel) -> Headline:
             f"of parameters × segments; {percent(whole['hurting'])} hurt, {percent(whole['zero'])} did nothing",
             bar=(whole["helping"], whole["zero"], whole["hurting"]),
         ),
+        _best(total, change),
         Card(
             "Layers that hurt",
             f"{len(hurt):,} of {layers:,}" if hurt else f"none of {layers:,}",
@@ -66,6 +68,14 @@ def headline(panel: Panel) -> Headline:
         ),
     ]
     return Headline(_measured(panel, record.on) + groups, cards)
+
+
+def _best(total: list[tuple[str, float]], change: float) -> Card:
+    if not total or total[0][1] >= 0:
+        return Card("Layer that helped most", "none", "no layer's sum is below zero", warning=True)
+    name, value = total[0]
+    part = f", {percent(value / change)} of the change" if change < 0 else ""
+    return Card("Layer that helped most", name, f"Σ allocation {signed(value)}{part}")
 
 
 def _measured(panel: Panel, split: str | None) -> str:
@@ -86,10 +96,10 @@ def _measured(panel: Panel, split: str | None) -> str:
     )
 
 
-def _hurting(panel: Panel) -> tuple[list[str], int]:
+def _layers(panel: Panel) -> list[tuple[str, float]]:
+    """The layers and their sums, the most negative first."""
     found, _ = panel.find("layers")
     if found is None:
-        return [], 0
+        return []
     total = panel.of_group(found["total"], None).values
-    order = [at for at in np.argsort(-total, kind="stable") if total[at] > 0]
-    return [clean(found["layer"].values[at], 60) for at in order], len(total)
+    return [(clean(found["layer"].values[at], 60), float(total[at])) for at in np.argsort(total, kind="stable")]

@@ -18,7 +18,7 @@ _ALL = "all parameters"
 
 def section() -> Section:
     """Two figures: the share that helps on every segment, and how often single parameters do."""
-    shares = steps_figure("share of parameters", 300)
+    shares = steps_figure("share of parameters", 300, percent=True)
     add_level(shares, 0.5)
     add_lines(shares, "hurting", "hurting", width=1.25, tip=[("segment from step", "@x{0}"), ("hurting", "@y{0.0%}")])
     add_lines(shares, "helping", "helping", tip=[("segment from step", "@x{0}"), ("helping", "@y{0.0%}")])

@@ -13,6 +13,7 @@ from ..thin import numbers
 
 _LAYERS = 40
 _DOTS = 6000
+_DRAWS = 2000
 
 
 def section() -> Section:
@@ -36,7 +37,7 @@ def section() -> Section:
 
 def block(panel: Panel, room: Room) -> Block:
     """Dots of every group together, or of one."""
-    found, left_out = panel.find("peaks")
+    found, left_out = panel.find("peaks", draws=_DRAWS)
     if found is None:
         return Block(notes=[left_out])
     notes = [left_out] if left_out else []
@@ -52,7 +53,8 @@ def block(panel: Panel, room: Room) -> Block:
     observed, expected = float(found["observed_total"]), float(found["expected_total"])
     said = (
         f"All {count(len(names), 'layer')} peak together at {count(observed, 'segment')} (of all groups); layers shifted at random would at "
-        f"{plain(expected)}. p = {plain(float(found['p_shift']))} by {count(found.sizes.get('draw', 0), 'random shift')}."
+        f"{plain(expected)}. p = {plain(float(found['p_shift']))} by {count(found.sizes.get('draw', 0), 'random shift')}"
+        + (f", {plain(float(found['p_local']))} within stretches of training." if "p_local" in found else ".")
     )
     tables = []
     if panel.groups is not None and "p_shift_group" in found:
