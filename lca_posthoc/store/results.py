@@ -79,7 +79,9 @@ class LossResults:
                 f"with --keep {'parameters' if part == 'allocation' else 'units'}."
             )
         store = CheckedStore(self.path, self.manifest, self.name, (part,))
-        data: xr.Dataset = xr.open_zarr(store, group=part, consolidated=False, chunks=None).set_coords("step_end")
+        data: xr.Dataset = xr.open_zarr(store, group=part, consolidated=False, chunks=None)
+        ends = [checkpoint.step for checkpoint in self.manifest.checkpoints[1:]]
+        data = data.assign_coords(step_end=("step", ends))
         if self.record.groups is not None:
             data = data.assign_coords(group=("group", np.array(self.record.groups)))
             if part in ("steps", "tensors", "histogram"):
