@@ -139,11 +139,15 @@ def _write_totals(
     first, files = kinds.index(kinds[window]), commits.planned_totals(window)
     if first == window:
         for name in totals[0]:
-            writer._write_totals(loss, window, {name: join_all([totals[pattern][name] for pattern in kinds[window]])})
+            writer._write_totals(loss, window, {name: _joined(name, [totals[pattern] for pattern in kinds[window]])})
         sealed |= {file: seal(writer.path / file, False) for file in files}
     for file, like in zip(files, commits.planned_totals(first), strict=True):
         _link(writer.path, like, file, sealed)
     return {file: sealed[file] for file in files}
+
+
+def _joined(name: str, spans: list[dict[str, Totals]]) -> Totals:
+    return join_all(lambda at: spans[at][name], range(len(spans)))
 
 
 def _link(run: Path, like: str, file: str, sealed: dict[str, list[int]]) -> None:
