@@ -19,7 +19,6 @@ const lcaFigures = (() => {
 
   function decode(column) {
     if (Array.isArray(column) || column === null || typeof column !== "object") return column;
-    if ("shape" in column) return [matrix(column)];
     if ("same" in column) {
       const value = decode(column.v);
       return Array.from({ length: column.same }, () => colour(value));
@@ -35,11 +34,7 @@ const lcaFigures = (() => {
     return [];
   }
 
-  function matrix(column) {
-    const levels = new Int8Array(bytes(column.b)), [rows, columns] = column.shape;
-    return Array.from({ length: rows }, (_, row) =>
-      Float32Array.from(levels.subarray(row * columns, (row + 1) * columns), (level) => (level / 127) * column.peak));
-  }
+  const matrix = (column) => Float32Array.from(new Int8Array(bytes(column.b)), (level) => Math.sign(level) * (level / 127) ** 2 * column.peak);
 
   /* The colours from helping to hurting, as [r, g, b], between the given ones. */
   function ramp(size = 255) {
@@ -56,8 +51,7 @@ const lcaFigures = (() => {
     const text = ink("muted"), line = ink("line"), tags = { ink: ink("ink"), muted: ink("muted"), accent: ink("accent"), helping: ink("helping"), hurting: ink("hurting") };
     for (const model of document_._all_models.values()) {
       const type = model.type;
-      if (type === "Figure") model.setv({ background_fill_color: null, border_fill_color: null, outline_line_color: null });
-      else if (type.endsWith("Axis")) model.setv({ axis_label_text_color: text, major_label_text_color: text, axis_line_color: line, major_tick_line_color: line });
+      if (type.endsWith("Axis")) model.setv({ axis_label_text_color: text, major_label_text_color: text, axis_line_color: line, major_tick_line_color: line });
       else if (type === "Grid") { if (model.grid_line_color !== null) model.setv({ grid_line_color: ink("grid") }); }
       else if (type === "LinearColorMapper") model.setv({ palette: ramp().map(hex) });
       for (const tag of model.tags ?? []) {
@@ -96,14 +90,19 @@ const lcaFigures = (() => {
     for (const source in data) {
       if (source.startsWith("@")) continue;
       const model = figure.document.get_model_by_name(source), columns = {};
-      for (const column in data[source]) columns[column] = data[source][column] === "@palette" ? "@palette" : decode(data[source][column]);
+      for (const column in data[source]) columns[column] = column === "image" ? [image(model, data[source].image)] : data[source][column] === "@palette" ? "@palette" : decode(data[source][column]);
       if (columns.colour === "@palette") paletted(name, columns);
       model.data = columns;
-      if (columns.image) range(figure.document.get_model_by_name(`${source} colours`), data[source].image.peak || 1);
+      if (columns.image) range(figure.document.get_model_by_name(`${source} colours`), data[source].image.scale);
     }
     for (const [axis, [start, end]] of Object.entries(data["@range"] ?? {})) figure.model[`${axis}_range`].setv({ start, end, reset_start: start, reset_end: end });
     for (const [level, at] of Object.entries(data["@level"] ?? {})) figure.document.get_model_by_name(level).location = at;
     if (data["@ticks"]) ticks(figure, data["@ticks"].y);
+  }
+
+  function image(model, column) {
+    const [sample] = model.data.image;
+    return new sample.constructor(matrix(column), column.shape);
   }
 
   const range = (mapper, peak) => mapper.setv({ low: -peak, high: peak });
@@ -126,7 +125,7 @@ const lcaFigures = (() => {
   function ticks(figure, names) {
     const axis = figure.model.left?.[0] ?? figure.model.yaxis?.[0];
     const short = (name) => (name.length > 22 ? `${name.slice(0, 10)}…${name.slice(-11)}` : name);
-    axis.ticker.setv({ ticks: names.map((_, at) => at), minor_ticks: [] }, { silent: true });
+    axis.ticker.ticks = names.map((_, at) => at);
     axis.major_label_overrides = new Map(names.map((name, at) => [at, verbatim(short(name))]));
     figure.model.height = Math.max(180, 90 + 16 * names.length);
     figure.model.y_range.setv({ start: names.length - 0.5, end: -0.5 });
@@ -168,7 +167,7 @@ const lcaFigures = (() => {
     each((name) => fill(name));
   }
 
-  const queue = (name) => (busy = busy.then(() => embed(name)));
+  const queue = (name) => (busy = busy.then(() => embed(name)).catch((error) => console.error(name, error)));
 
   /* Near ones first, then the others while nothing else happens, so that printing finds them there. */
   async function begin() {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from bokeh.models import ColumnDataSource, HoverTool, LinearColorMapper, Range1d, Span
 from bokeh.plotting import figure
 
@@ -14,9 +15,11 @@ _BLUE = "#3b7dd8"
 _GREY = "#8a8f98"
 
 
-def steps_figure(y: str, height: int = 300, x: str = "training step", percent: bool = False) -> figure:
+def steps_figure(
+    y: str, height: int = 300, x: str = "training step", percent: bool = False, **options: Any
+) -> figure:
     """A figure over training steps; all of them zoom together. `percent` writes y as percentages."""
-    made = plain_figure(x, y, height, x_range=Range1d(0, 1))
+    made = plain_figure(x, y, height, x_range=Range1d(0, 1), **options)
     made.tags = ["steps", *(["percent"] if percent else [])]
     made.window_axis = "x"
     return made
@@ -39,7 +42,8 @@ def plain_figure(x: str, y: str, height: int = 300, **options: Any) -> figure:
     )
     made.toolbar.logo = None
     made.toolbar.autohide = True
-    made.outline_line_color = None
+    # Never painted in white first: at an edge of the canvas a trace of it would stay.
+    made.outline_line_color = made.background_fill_color = made.border_fill_color = None
     made.xgrid.grid_line_color = None
     for axis in (made.xaxis, made.yaxis):
         axis.axis_label_text_font_style = "normal"
@@ -127,7 +131,10 @@ def add_picture(made: figure, name: str, tip: list[tuple[str, str]]) -> None:
         "y",
         "dw",
         "dh",
-        source=source(name, columns=("image", "x", "y", "dw", "dh")),
+        # One real image to begin with: the script makes others of its class, for which Bokeh has no public name.
+        source=ColumnDataSource(
+            {"image": [np.zeros((1, 1), "float32")], "x": [0], "y": [0], "dw": [1], "dh": [1]}, name=name
+        ),
         color_mapper=mapper,
     )
     made.add_tools(HoverTool(renderers=[drawn], tooltips=tip))

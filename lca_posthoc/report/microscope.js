@@ -3,7 +3,7 @@
 const lcaMicroscope = (() => {
   const GAP = 8, TITLE = 18, SPACE = 14;
   const find = (id) => document.getElementById(id);
-  let film = null, codes, table, colours, boxes = [], frame = 0, playing = 0, cursor = null, layers;
+  let film = null, codes, table, colours, boxes = [], frame = 0, playing = 0, cursor = null, fresh = true, layers;
 
   /* --- numbers ------------------------------------------------------------------------------------------------------- */
 
@@ -187,9 +187,18 @@ const lcaMicroscope = (() => {
     document.querySelector("#track .line").setAttribute("d", `M${points.filter(([, loss]) => loss !== null).map(put).join("L")}`);
   }
 
+  /* The frame to begin with: the one that took most out of the loss. */
+  function steepest() {
+    let best = 0;
+    const drop = (at) => (film.loss_start[at] ?? 0) - (film.loss_end[at] ?? 0);
+    for (let at = 1; at < film.frames; at++) if (drop(at) > drop(best)) best = at;
+    return best;
+  }
+
   /* --- hands --------------------------------------------------------------------------------------------------------- */
 
   function show(at) {
+    fresh = fresh && at === frame;
     frame = Math.max(0, Math.min(film.frames - 1, at));
     draw();
   }
@@ -202,7 +211,8 @@ const lcaMicroscope = (() => {
     sign.textContent = on ? "❚❚" : "▶";
     label.textContent = on ? "Pause" : "Play";
     if (!on) return;
-    if (frame === film.frames - 1) show(0);
+    if (fresh || frame === film.frames - 1) show(0);
+    fresh = false;
     playing = setInterval(() => (frame === film.frames - 1 ? play(false) : show(frame + 1)), 100);
   }
 
@@ -262,6 +272,7 @@ const lcaMicroscope = (() => {
     for (const tensor of film.tensors) by.set(tensor.layer, [...(by.get(tensor.layer) ?? []), tensor]);
     layers = [...by];
     curve();
+    frame = steepest();
     find("play").addEventListener("click", () => play(!playing));
     find("frame").addEventListener("input", (event) => { play(false); show(Number(event.target.value)); });
     find("layer").addEventListener("change", () => { cursor = null; lay(); });

@@ -36,8 +36,6 @@ def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, 
     elements = sum(tensor.spec.elements for tensor in manifest.allocated)
     exact = elements * frames * 2 <= size
     pixels = size // frames // (2 if exact else 1)
-    if not hasattr(findings, "microscope"):  # TODO
-        return None, ["x"]
     finding: Callable[..., Any] = findings.microscope
     try:
         found = finding(panel.results, frames=frames, pixels=max(1000, pixels))
@@ -54,6 +52,8 @@ def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, 
         **packed,
         "tensors": tensors,
         "frames": int(values.shape[0]),
+        "pooled": any(math.prod(each["pool"]) > 1 for each in tensors),
+        "segments": panel.summary["segments"],
         "step": [int(step) for step in found["step"].values],
         "step_end": [int(step) for step in found["step_end"].values],
         "loss_start": _floats(found["step:loss_start"]),

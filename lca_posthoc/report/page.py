@@ -101,7 +101,7 @@ def _page(runs: Sequence[Run], panels: Sequence[Panel], left_out: Sequence[str],
         if some:
             shown.append((module.section(), some))
     frames, frame_notes = microscope(panels[0], int(BYTES * max(shrink, 0.1)))
-    notes = [*left_out, *_group_notes(panels), *frame_notes]
+    notes = [*left_out, *_group_notes(panels), *frame_notes, *_block_notes(shown, panels)]
     data = {
         "panels": [{"label": panel.label, "groups": _groups(panel), "steps": _steps(panel)} for panel in panels],
         "figures": {
@@ -119,10 +119,9 @@ def _page(runs: Sequence[Run], panels: Sequence[Panel], left_out: Sequence[str],
         panels=panels,
         headlines={panel.key: headline(panel) for panel in panels},
         sections=shown,
-        frames=None if frames is None else {"panel": panels[0].label, "layers": list(dict.fromkeys(each["layer"] for each in frames["tensors"])), **{name: frames[name] for name in ("frames", "rounding", "scale")}},
+        frames=None if frames is None else {"panel": panels[0].label, "layers": list(dict.fromkeys(each["layer"] for each in frames["tensors"])), **{name: frames[name] for name in ("frames", "segments", "rounding", "pooled")}},
         frame_notes=frame_notes,
         notes=notes,
-        block_notes=[(section.title, panels, blocks) for section, blocks in shown if any(block.notes for block in blocks.values())],
         losses=[_loss_row(run, label, name, panels) for run, label in zip(runs, run_labels(runs), strict=True) for name in list(run)[:60]],
         provenance=[(label, list(_provenance(run))) for run, label in zip(runs, run_labels(runs), strict=True)],
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -162,6 +161,18 @@ def _group_notes(panels: Sequence[Panel]) -> list[str]:
     ]
 
 
+def _block_notes(shown: Sequence[tuple[Section, dict[str, Block]]], panels: Sequence[Panel]) -> Iterator[str]:
+    """What each section leaves out, said once for all panels it holds for."""
+    for section, blocks in shown:
+        said: dict[str, list[str]] = {}
+        for key, block in blocks.items():
+            for note in block.notes:
+                said.setdefault(note, []).append(key)
+        for note, keys in said.items():
+            of = "" if len(keys) == len(blocks) else f" ({listed([panels[int(key)].label for key in keys])})"
+            yield f"{section.title}{of}: {note}"
+
+
 def _loss_row(run: Run, label: str, name: str, panels: Sequence[Panel]) -> dict[str, Any]:
     """A row of the table of losses; figures only of those that are shown, the others would have to be read."""
     panel = next((panel for panel in panels if panel.run is run and panel.loss == name), None)
@@ -186,6 +197,7 @@ def _provenance(run: Run) -> Iterator[tuple[str, str]]:
     for table in (manifest.settings, manifest.provenance):
         for name, value in list(table.items())[:60]:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            text = "–" if value in (None, [], {}, "") else text
             yield clean(name, 60), clean(text, _PROVENANCE if name != "task_sha256" else 64)
 
 

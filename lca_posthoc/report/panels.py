@@ -41,8 +41,6 @@ class Panel:
         """A finding of this loss, computed once; None and the reason where this run does not allow it."""
         key = f"{name} {arguments} {sorted(options)}"
         if key not in self._found:
-            if not hasattr(findings, name):  # TODO
-                return None, f"{name} is not there yet"
             function: Callable[..., Any] = getattr(findings, name)
             try:
                 found = function(self.results, *arguments, **options)

@@ -79,15 +79,20 @@ def lines(x: Any, ys: Any, most: int = MOST_POINTS) -> tuple[Packed, Packed]:
 
 
 def picture(values: Any) -> Packed:
-    """A matrix in 255 levels between −max and max, with exact zero in the middle.
+    """A matrix in 255 levels, v = sign(q) (q / 127)² peak: exact zero in the middle, small values finer than large ones.
 
     Args:
         values: (rows, columns).
+
+    Returns:
+        Levels, `peak` (the largest magnitude) and `scale` (its 99.5 % quantile over what is not zero: where colours saturate).
     """
     matrix = np.nan_to_num(np.asarray(values, dtype=np.float64))
-    peak = float(np.abs(matrix).max(initial=0.0))
-    levels = np.round(matrix / peak * 127) if peak else np.zeros_like(matrix)
-    return {"b": _base64(levels.astype("i1")), "shape": list(matrix.shape), "peak": peak}
+    size = np.abs(matrix)
+    peak = float(size.max(initial=0.0))
+    scale = float(np.quantile(size[size > 0], 0.995)) if peak else 1.0
+    levels = np.sign(matrix) * np.round(np.sqrt(size / (peak or 1.0)) * 127)
+    return {"b": _base64(levels.astype("i1")), "shape": list(matrix.shape), "peak": peak, "scale": scale}
 
 
 def raw(values: np.ndarray[Any, Any]) -> str:

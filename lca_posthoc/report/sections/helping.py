@@ -30,7 +30,7 @@ def section() -> Section:
         "helping",
         "Who helps",
         "At any one step about half of the parameters move the loss up: learning is a small surplus of help over harm. "
-        "Where the bars of the second figure are wider than the dashed line, some parameters help or hurt more often than chance alone would make them.",
+        "Where the bars of the second figure reach beyond the dashed line, parameters help or hurt more often than chance alone would have it.",
         {"helping": shares, "over_time": over},
         {
             "helping": [("helping", "help"), ("hurting", "hurt")],

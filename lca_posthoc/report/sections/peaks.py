@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from bokeh.models import FixedTicker, Range1d
 
 from ..content import Block, Column, Section, Table, clean, count, plain
 from ..figures import ACCENT, INK, add_boxes, add_dots, add_level, plain_figure, steps_figure
@@ -18,10 +19,11 @@ _DRAWS = 2000
 
 def section() -> Section:
     """Two figures: when layers peak, and how many alignments chance would give."""
-    made = steps_figure("layer", 300)
+    made = steps_figure("", 300, y_range=Range1d(0, 1))
+    made.yaxis.ticker = FixedTicker(ticks=[])
     add_dots(made, "peaks", [("layer", "@name"), ("group", "@group"), ("segment from step", "@x{0}")], size=5)
     made.ygrid.grid_line_color = None
-    null = plain_figure("segments at which every layer peaks", "draws", 240)
+    null = plain_figure("segments at which every layer peaks", "draws", 240, x_range=Range1d(0, 1))
     add_boxes(null, "draws", ACCENT, [("alignments", "@left{0} to @right{0}"), ("draws", "@top{0}")], 0.5)
     add_level(null, 0, "height", "observed")
     return Section(
@@ -51,11 +53,12 @@ def block(panel: Panel, room: Room) -> Block:
     if "shift" in found:
         views["null"]["|"] = _null(found)
     observed, expected = float(found["observed_total"]), float(found["expected_total"])
-    said = (
-        f"All {count(len(names), 'layer')} peak together at {count(observed, 'segment')} (of all groups); layers shifted at random would at "
-        f"{plain(expected)}. p = {plain(float(found['p_shift']))} by {count(found.sizes.get('draw', 0), 'random shift')}"
-        + (f", {plain(float(found['p_local']))} within stretches of training." if "p_local" in found else ".")
-    )
+    of = " (all groups together)" if panel.groups is not None else ""
+    captions = {
+        "peaks": f"All of {count(len(names), 'layer')} peak together at {count(observed, 'segment')}{of}.",
+        "null": f"Observed: {count(observed)}. Layers shifted at random would give {plain(expected)}, and as many or more with p = "
+        f"{plain(float(found['p_shift']))}; shifted within stretches of training alone, with p = {plain(float(found['p_local']))}.",
+    }
     tables = []
     if panel.groups is not None and "p_shift_group" in found:
         labels = found["group"].values
@@ -65,7 +68,7 @@ def block(panel: Panel, room: Room) -> Block:
         ]
         columns = [Column("group", "name"), Column("aligned segments", "count"), Column("p", "plain")]
         tables.append(Table("Coincidences in each group", columns, rows))
-    return Block({"peaks": said, "null": said}, views, tables=tables, notes=notes)
+    return Block(captions, views, tables=tables, notes=notes)
 
 
 def _dots(found: Any, names: list[str], at: int | None) -> dict[str, Any]:

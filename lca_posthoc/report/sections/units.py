@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from bokeh.models import Range1d
 
 from ..content import Block, Column, Section, Table, clean, count, listed, signed
 from ..figures import add_picture, steps_figure
@@ -17,9 +18,8 @@ _ROWS = 256  # units beside each other in a picture
 
 def section() -> Section:
     """One figure: a heat map of units over steps."""
-    made = steps_figure("unit", 360)
+    made = steps_figure("unit", 360, y_range=Range1d(0, 1))
     add_picture(made, "units", [("unit", "$y{0}"), ("step", "$x{0}"), ("Σ allocation", "@image{0.00e+0}")])
-    made.y_range.range_padding = 0
     made.ygrid.grid_line_color = None
     return Section(
         "units",
@@ -63,8 +63,8 @@ def block(panel: Panel, room: Room) -> Block:
     return Block(
         {
             "units": f"{count(len(total), 'unit')} in {listed([clean(name, 60) for name in order])}. The one that helped most is "
-            f"{clean(names[best], 60)} {index[best]} ({signed(float(total[best]))}); the one that helped least is {clean(names[worst], 60)} "
-            f"{index[worst]} ({signed(float(total[worst]))})."
+            f"{clean(names[best], 60)}[{index[best]}] ({signed(float(total[best]))}); the one that helped least is {clean(names[worst], 60)}"
+            f"[{index[worst]}] ({signed(float(total[worst]))})."
         },
         {"units": views},
         "Layer",
@@ -100,5 +100,5 @@ def _view(rows: np.ndarray[Any, Any], edges: np.ndarray[Any, Any], pixels: int, 
 def _table(names: np.ndarray[Any, Any], index: np.ndarray[Any, Any], total: np.ndarray[Any, Any]) -> Table:
     order = np.argsort(total, kind="stable")
     picked = [*order[:5].tolist(), *order[-5:].tolist()] if len(order) > 10 else order.tolist()
-    rows = [[f"{clean(names[at], 100)} {index[at]}", float(total[at])] for at in picked]
+    rows = [[f"{clean(names[at], 100)}[{index[at]}]", float(total[at])] for at in picked]
     return Table("Units that helped most and least", [Column("unit", "name"), Column("Σ allocation", "bar")], rows)
