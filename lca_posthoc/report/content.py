@@ -10,7 +10,8 @@ from typing import Any
 
 from bokeh.plotting import figure
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+# Characters that steer a terminal, end a line, or turn the direction of what comes after them.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _LONGEST = 160  # characters of a name
 MOST_ROWS = 60
 
@@ -118,12 +119,15 @@ def plain(value: float) -> str:
 def percent(value: float) -> str:
     """A share as a percentage.
 
-    >>> percent(0.1234), percent(0.0001)
-    ('12.3 %', '0.01 %')
+    >>> percent(0.1234), percent(0.0001), percent(1.4e-7)
+    ('12.3 %', '0.01 %', '1.4e-5 %')
     """
     if not math.isfinite(value):
         return "–"
-    return f"{100 * value:.1f} %" if abs(value) >= 1e-3 or value == 0 else f"{100 * value:.2g} %"
+    if abs(value) >= 1e-3 or value == 0:
+        return f"{100 * value:.1f} %".replace("-", "−")
+    mantissa, _, exponent = f"{100 * value:.1e}".partition("e")
+    return f"{100 * value:.2g} %" if abs(value) >= 1e-6 else f"{mantissa}e{int(exponent)} %"
 
 
 def count(value: float, one: str = "", more: str = "") -> str:

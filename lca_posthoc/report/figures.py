@@ -22,6 +22,7 @@ def steps_figure(
     made = plain_figure(x, y, height, x_range=Range1d(0, 1), **options)
     made.tags = ["steps", *(["percent"] if percent else [])]
     made.window_axis = "x"
+    made.xaxis.ticker.min_interval = 1
     return made
 
 

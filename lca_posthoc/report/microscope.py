@@ -11,7 +11,7 @@ import xarray as xr
 
 from .. import findings
 from ..errors import LCAError
-from .content import count
+from .content import clean, count
 from .panels import Panel
 from .thin import raw
 
@@ -40,7 +40,7 @@ def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, 
     try:
         found = finding(panel.results, frames=frames, pixels=max(1000, pixels))
     except LCAError as error:
-        return None, [str(error)]
+        return None, [clean(error, 400)]
     tensors = _tensors(found)
     if not tensors:
         return None, ["There is nothing to see under the microscope."]
@@ -102,7 +102,7 @@ def _levels(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], dict[st
 
 
 def _notes(panel: Panel, found: xr.Dataset, tensors: list[dict[str, Any]], exact: bool) -> list[str]:
-    notes = [found.attrs["left_out"]] if found.attrs.get("left_out") else []
+    notes = [clean(found.attrs["left_out"], 400)] if found.attrs.get("left_out") else []
     segments = panel.summary["segments"]
     if found.sizes["step"] < segments:
         notes.append(f"The microscope shows {found.sizes['step']} frames, each the sum of up to {math.ceil(segments / found.sizes['step'])} of {segments:,} segments.")

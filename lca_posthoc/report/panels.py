@@ -17,6 +17,7 @@ from .content import clean, listed
 
 MOST_PANELS = 6
 MOST_GROUPS = 12
+_NOTE = 400  # characters of what a finding says it left out
 _POINT = 11  # bytes of a thinned point in the page: step and value in float32, base64
 
 
@@ -44,9 +45,9 @@ class Panel:
             function: Callable[..., Any] = getattr(findings, name)
             try:
                 found = function(self.results, *arguments, **options)
-                self._found[key] = (found, found.attrs.get("left_out", "") if isinstance(found, xr.Dataset) else "")
+                self._found[key] = (found, clean(found.attrs.get("left_out", ""), _NOTE) if isinstance(found, xr.Dataset) else "")
             except LCAError as error:
-                self._found[key] = (None, str(error))
+                self._found[key] = (None, clean(error, _NOTE))
         made: tuple[Any, str] = self._found[key]
         return made
 

@@ -60,8 +60,8 @@ def _tables(same: Sequence[Panel]) -> tuple[list[Table], list[str]]:
     try:
         found: Any = findings.compare(shown)
     except LCAError as error:
-        return [], [str(error)]
-    notes = [found.attrs["left_out"]] if found.attrs.get("left_out") else []
+        return [], [clean(error, 400)]
+    notes = [clean(found.attrs["left_out"], 400)] if found.attrs.get("left_out") else []
     labels = [str(label) for label in found["label"].values]
     mean = found["mean"].transpose("label", "layer").values
     picked = largest(np.nanmax(np.abs(mean), axis=0), MOST_ROWS)

@@ -24,6 +24,7 @@ def section() -> Section:
     add_dots(made, "peaks", [("layer", "@name"), ("group", "@group"), ("segment from step", "@x{0}")], size=5)
     made.ygrid.grid_line_color = None
     null = plain_figure("segments at which every layer peaks", "draws", 240, x_range=Range1d(0, 1))
+    null.xaxis.ticker.min_interval = 1
     add_boxes(null, "draws", ACCENT, [("alignments", "@left{0} to @right{0}"), ("draws", "@top{0}")], 0.5)
     add_level(null, 0, "height", "observed")
     return Section(
