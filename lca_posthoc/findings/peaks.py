@@ -264,7 +264,7 @@ def align(peak: Numbers, *, draws: int, seed: int, stretch: int) -> Alignment:
         local=nearby,
         p_shift=float(_tail(shifted.sum(axis=1), total)),
         p_local=float(_tail(nearby, total)),
-        p_independent=min(1.0, float(chances[total:].sum())),
+        p_independent=float(chances[total:].sum() / chances.sum()),
         p_shift_group=_tail(shifted, observed),
         stretches=parts,
     )
