@@ -1,0 +1,91 @@
+"""What might be frozen, pruned or set up anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from ..colours import HELPING, HURTING, MUTED
+from .style import SMALL, fresh_figure, heading, key, note, refuse_groups, rows_of_names, tidy, word, zero_line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def candidates(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
+    """Draws the sums of layers, the parameters of each tensor that never helped or never did anything, and the worst units and parameters.
+
+    Args:
+        found: of `findings.candidates`.
+        figure: an empty one to draw in; default a new one.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InputError: where there are groups and none was picked.
+    """
+    refuse_groups(found)
+    panels = [
+        ("layer", _layers),
+        ("tensor", _tensors),
+        ("unit", _units),
+        ("parameter", _parameters),
+    ]
+    panels = [(dim, draw) for dim, draw in panels if found.sizes.get(dim, 0)]
+    sizes = [min(found.sizes[dim], 40) for dim, _ in panels]
+    tall = [max(sizes[at : at + 2]) * 0.16 + 0.6 for at in range(0, len(sizes), 2)]
+    figure = fresh_figure(figure, 7.2, sum(tall) + 0.2)
+    grid = figure.add_gridspec(len(tall), 2, height_ratios=tall)
+    for at, (_, draw) in enumerate(panels):
+        draw(figure.add_subplot(grid[at // 2, at % 2]), found)
+    note(figure, str(found.attrs.get("left_out", "")))
+    return figure
+
+
+def _bars(ax: Axes, names: Sequence[str], values: Any, label: str, title: str) -> None:
+    ax.barh(range(len(names)), values, height=0.72, color=[HELPING if value < 0 else HURTING for value in values])
+    zero_line(ax, vertical=True)
+    tidy(ax, x=label, title=title)
+    rows_of_names(ax, names, most=40)
+    ax.ticklabel_format(axis="x", scilimits=(-3, 4))
+    ax.locator_params(axis="x", nbins=5)
+
+
+def _layers(ax: Axes, found: xr.Dataset) -> None:
+    names = [str(name) for name in found["layer"].values]
+    values = found["total"].values
+    _bars(ax, names, values, "Σ allocation (units of loss)", f"layers: {heading(found)}")
+    for at in np.flatnonzero(found["freeze"].values).tolist():
+        word(ax, values[at], at, " freeze?", HURTING, SMALL - 1, va="center", transform=ax.transData)
+
+
+def _tensors(ax: Axes, found: xr.Dataset) -> None:
+    names = [str(name) for name in found["tensor"].values]
+    whole = np.maximum(1, found["elements"].values)
+    never, silent = 100 * found["never_helped"].values / whole, 100 * found["silent"].values / whole
+    ax.barh(range(len(names)), silent, height=0.72, color=MUTED, alpha=0.5, label="silent")
+    ax.barh(range(len(names)), never, left=silent, height=0.72, color=HURTING, label="never helped")
+    tidy(ax, x="share of the tensor's parameters (%)", title="parameters")
+    rows_of_names(ax, names, most=40)
+    key(ax, "lower right", ncols=2, handlelength=1)
+    ax.set_xlim(left=0)
+    if "dead_units" in found:
+        for at, (dead, units) in enumerate(zip(found["dead_units"].values, found["units"].values, strict=True)):
+            if dead:
+                said = f" {int(dead):,} of {int(units):,} units dead"
+                word(ax, silent[at] + never[at], at, said, MUTED, SMALL - 1, va="center", transform=ax.transData)
+
+
+def _units(ax: Axes, found: xr.Dataset) -> None:
+    names = [str(name) for name in found["unit_name"].values]
+    _bars(ax, names, found["unit_total"].values, "Σ allocation (units of loss)", "units that hurt most")
+
+
+def _parameters(ax: Axes, found: xr.Dataset) -> None:
+    names = [str(name) for name in found["parameter_name"].values]
+    _bars(ax, names, found["parameter_allocated"].values, "Σ allocation (units of loss)", "parameters that hurt most")

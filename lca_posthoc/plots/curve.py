@@ -1,0 +1,110 @@
+"""The loss, and the start plus everything allocated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from ..colours import FAINT, HURTING, INK, MUTED
+from ..errors import InputError
+from .style import (
+    SMALL,
+    colour,
+    dashes,
+    end_labels,
+    escape,
+    fresh_axes,
+    heading,
+    over_gaps,
+    pieces,
+    shorten,
+    tidy,
+    word,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MOST = 28  # groups that colours and dashes tell apart
+
+
+def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
+    """Draws the true loss under the loss at the start plus Σ allocation; what lies between them is the residual.
+
+    With groups, one colour each. Without, a small inset shows the cumulative residual on its own scale, and ticks at the
+    foot mark segments that stayed above the tolerance.
+
+    Args:
+        found: of `findings.curve`.
+        ax: where to draw; default a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InputError: where there are more groups than can be told apart.
+    """
+    if found.sizes.get("group", 1) > _MOST:
+        raise InputError(
+            f"loss {found.attrs.get('loss')!r} has {found.sizes['group']} groups, and a plot shows at most {_MOST}: "
+            f"pick some: found.sel(group=[…])."
+        )
+    ax = fresh_axes(ax, 4.4, 2.7)
+    if "group" in found.dims:
+        labels = found["group"].values
+        for at, label in enumerate(labels):
+            _lines(ax, found.sel(group=label), colour(at), dashes(at))
+        tidy(ax, x="training step", y="loss", title=heading(found))
+        ends = found["loss"].isel(step=-1).values
+        words = [escape(each) for each in shorten([str(label) for label in labels])]
+        end_labels(ax, ends, words, [colour(at) for at in range(len(labels))])
+        return ax
+    _lines(ax, found, INK, "-")
+    tidy(ax, x="training step", y="loss", title=heading(found))
+    _key(ax)
+    bad = found["step_end"].values[~found["converged"].values.astype(bool)]
+    if len(bad):
+        ax.plot(bad, np.zeros(len(bad)), "|", color=HURTING, markersize=5, transform=ax.get_xaxis_transform())
+        word(ax, 0.99, 0.02, f"{len(bad):,} above the tolerance", HURTING, SMALL - 1, ha="right", va="bottom")
+    _residual(ax, found)
+    return ax
+
+
+def _lines(ax: Axes, found: xr.Dataset, hue: str, style: Any) -> None:
+    """The loss, wide and pale, from where each stretch starts; on it the prediction, thin."""
+    broad: dict[str, Any] = {"color": FAINT if hue == INK else hue, "alpha": 1 if hue == INK else 0.3, "linewidth": 4}
+    for piece in pieces(found):
+        part = found.isel(step=piece)
+        if not part.sizes["step"]:
+            continue
+        first, start = part["step"].values[:1], part["loss_start"].values[:1]
+        x = np.concatenate([first, part["step_end"].values])
+        ax.plot(x, np.concatenate([start, part["loss"].values]), solid_capstyle="round", zorder=2, **broad)
+    x, y = over_gaps(found, found["predicted"].values)
+    ax.plot(x, y, color=hue, linewidth=1, linestyle=style, zorder=3, label="predicted")
+
+
+def _key(ax: Axes) -> None:
+    from matplotlib.lines import Line2D
+
+    shown = [Line2D([], [], color=FAINT, linewidth=4), Line2D([], [], color=INK, linewidth=1)]
+    ax.legend(
+        shown, ["loss", "start + Σ allocation"], frameon=False, fontsize=SMALL, loc="lower left", handlelength=1.6
+    )
+
+
+def _residual(ax: Axes, found: xr.Dataset) -> None:
+    """What the sum misses so far, in the empty corner above a falling curve."""
+    inset = ax.inset_axes((0.52, 0.58, 0.46, 0.34))
+    x, y = over_gaps(found, found["residual_total"].values)
+    inset.axhline(0, color=MUTED, linewidth=0.5)
+    inset.plot(x, y, color=MUTED, linewidth=0.9)
+    tidy(inset, title="")
+    inset.set_title("residual so far (units of loss)", fontsize=SMALL - 1, color=MUTED, loc="left", pad=2)
+    inset.tick_params(labelsize=SMALL - 1.5, length=1.5, labelbottom=False)
+    inset.ticklabel_format(axis="y", scilimits=(-2, 3))
+    inset.yaxis.get_offset_text().set_fontsize(SMALL - 1.5)
+    inset.locator_params(axis="y", nbins=3)
+    inset.patch.set_alpha(0)

@@ -1,0 +1,195 @@
+"""Every parameter as a pixel: one moment of training, or a film of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+
+from ..colours import FAINT, HURTING, INK, MUTED
+from ..errors import InputError, ResourceError
+from .style import DIVERGE, SMALL, colour_bar, fresh_figure, heading, labels, note, symmetric, tidy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
+
+FILMS = (".mp4", ".gif")
+_WIDE = 7.2  # inches
+_TALLEST = 2.4  # inches, of a row of panels
+_VECTOR = 0.035  # width of a vector beside a kernel, as a share of the figure
+
+
+def microscope(found: xr.Dataset, *, at: int = -1, figure: Figure | None = None) -> Figure:
+    """Draws one moment of the film: a picture per tensor, pixels on one scale, and below them where in training it is.
+
+    Tensors of a module stand side by side, a bias as a narrow column beside its kernel. Very wide and very narrow pictures are
+    stretched; every pixel stands for a parameter, or for the block of parameters its axes' ticks say.
+
+    Args:
+        found: of `findings.microscope`.
+        at: which frame, counted from 0, or from the end if negative.
+        figure: an empty one to draw in; default a new one.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InputError: for a frame that is not there.
+    """
+    frames = found.sizes["step"]
+    if not -frames <= at < frames:
+        raise InputError(f"there are {frames} frames, from 0 to {frames - 1}; there is no frame {at}.")
+    stage = _Stage(found, figure)
+    stage.show(at % frames)
+    return stage.figure
+
+
+def film(found: xr.Dataset, path: str | Path, *, fps: int = 10) -> Path:
+    """Writes all frames, one after the other, as a film.
+
+    Args:
+        found: of `findings.microscope`.
+        path: a .gif, or an .mp4, which needs ffmpeg.
+        fps: frames per second.
+
+    Returns:
+        `path`.
+
+    Raises:
+        InputError: for another kind of file, or no frames per second.
+        ResourceError: where ffmpeg is missing.
+    """
+    from matplotlib.animation import FFMpegWriter, PillowWriter
+
+    path = Path(path)
+    if path.suffix.lower() not in FILMS:
+        raise InputError(f"a film is {' or '.join(FILMS)}, got {path.name!r}.")
+    if fps < 1:
+        raise InputError(f"a film shows at least one frame per second, got {fps}.")
+    if path.suffix.lower() == ".mp4" and not FFMpegWriter.isAvailable():
+        raise ResourceError(
+            f"{path}: an mp4 needs ffmpeg, which is not on PATH. Install it, or name a {path.stem}.gif."
+        )
+    stage = _Stage(found, Figure(layout="constrained"))
+    stage.show(0)
+    stage.figure.draw_without_rendering()
+    stage.figure.set_layout_engine("none")  # frames do not move from one to the next
+    writer = FFMpegWriter(fps=fps) if path.suffix.lower() == ".mp4" else PillowWriter(fps=fps)
+    with writer.saving(stage.figure, str(path), dpi=150):
+        for at in range(found.sizes["step"]):
+            stage.show(at)
+            writer.grab_frame()
+    return path
+
+
+class _Stage:
+    """The figure, drawn once; a frame changes the pictures, the mark and the title."""
+
+    def __init__(self, found: xr.Dataset, figure: Figure | None) -> None:
+        self.found = found
+        names = [str(name) for name in found.data_vars]
+        rows = _rows(found, _modules(names))
+        heights = [min(_TALLEST, _WIDE * 0.9 / sum(_aspect(found, module) for module in row)) for row in rows]
+        size = _WIDE, sum(heights) + 0.32 * len(rows) + 1.7
+        self.figure = fresh_figure(figure, *size)
+        if figure is not None:
+            self.figure.set_size_inches(*size)
+        grid = self.figure.add_gridspec(len(rows) + 1, 1, height_ratios=[*heights, 0.85])
+        norm = symmetric(scale=float(found.attrs["scale"]))
+        self.images: dict[str, AxesImage] = {}
+        panels: list[Axes] = []
+        for at, row in enumerate(rows):
+            inner = grid[at].subgridspec(1, len(row), width_ratios=[_aspect(found, module) for module in row])
+            for place, module in enumerate(row):
+                widths = [_share(found, name) for name in module]
+                cells = inner[place].subgridspec(1, len(module), width_ratios=widths, wspace=0.02)
+                for cell, name in enumerate(module):
+                    ax = self.figure.add_subplot(cells[cell])
+                    self.images[name] = _picture(ax, found[name], norm)
+                    ax.set_title(_title(name, module, found), fontsize=SMALL - 0.5, loc="left", pad=2, color=INK)
+                    panels.append(ax)
+        shown = next(iter(self.images.values()))
+        colour_bar(shown, panels, "Σ allocation (units of loss)", below=True)
+        ax = self.figure.add_subplot(grid[len(rows)])
+        self.mark, self.dot = _loss(ax, found)
+        self.when = ax.set_title("", fontsize=SMALL, loc="right", color=HURTING)
+        note(self.figure, str(found.attrs.get("left_out", "")))
+
+    def show(self, at: int) -> None:
+        found = self.found
+        for name, image in self.images.items():
+            image.set_data(found[name].isel(step=at).values)
+        start, end = found["step"].values[at], found["step_end"].values[at]
+        self.mark.set_x(start)
+        self.mark.set_width(end - start)
+        self.dot.set_data([end], [found["step:loss_end"].values[at]])
+        self.when.set_text(f"training steps {start:,} → {end:,}")
+
+
+def _modules(names: Sequence[str]) -> list[list[str]]:
+    """The tensors of each module, in the model's order."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    return list(found.values())
+
+
+def _extent(found: xr.Dataset, name: str) -> tuple[int, int]:
+    rows, columns = (found.sizes[f"{name}:{axis}"] for axis in ("row", "column"))
+    return rows, columns
+
+
+def _aspect(found: xr.Dataset, module: Iterable[str]) -> float:
+    """Width over height of a module's panel: that of its kernel, but neither a ribbon nor a thread."""
+    ratios = [columns / rows for rows, columns in (_extent(found, name) for name in module) if columns > 1]
+    return float(np.clip(max(ratios, default=0.3), 0.3 if not ratios else 0.7, 5.0))
+
+
+def _share(found: xr.Dataset, name: str) -> float:
+    return 1.0 if _extent(found, name)[1] > 1 else _VECTOR
+
+
+def _rows(found: xr.Dataset, modules: list[list[str]]) -> list[list[list[str]]]:
+    """Modules beside each other until a row is full, as words in a paragraph."""
+    target = float(np.clip(np.sqrt(len(modules)) * 2, 3.0, 9.0))
+    rows: list[list[list[str]]] = [[]]
+    for module in modules:
+        if rows[-1] and sum(_aspect(found, each) for each in rows[-1]) + _aspect(found, module) > target:
+            rows.append([])
+        rows[-1].append(module)
+    return rows
+
+
+def _picture(ax: Axes, variable: xr.DataArray, norm: Any) -> AxesImage:
+    empty = np.zeros(variable.shape[1:], "float32")
+    image = ax.imshow(empty, cmap=DIVERGE, norm=norm, aspect="auto", interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    for spine in ax.spines.values():
+        spine.set_linewidth(0.4)
+        spine.set_color(FAINT)
+    return image
+
+
+def _title(name: str, module: Sequence[str], found: xr.Dataset) -> str:
+    """The name of a kernel with its shape; of what stands beside it, nothing: there is no room."""
+    if name != module[0]:
+        return ""
+    shape = "×".join(str(extent) for extent in found[name].attrs.get("shape", _extent(found, name)))
+    pool = [int(each) for each in found[name].attrs.get("pool", (1, 1))]
+    pooled = f", {pool[0]}×{pool[1]} a pixel" if pool != [1, 1] else ""
+    return f"{labels([name])[0]}  {shape}{pooled}"
+
+
+def _loss(ax: Axes, found: xr.Dataset) -> tuple[Any, Any]:
+    x = np.append(found["step"].values[:1], found["step_end"].values)
+    ax.plot(x, np.append(found["step:loss_start"].values[:1], found["step:loss_end"].values), color=INK, linewidth=1)
+    mark = ax.axvspan(x[0], x[1], color=HURTING, alpha=0.25, linewidth=0)
+    (dot,) = ax.plot(x[:1], found["step:loss_end"].values[:1], "o", color=HURTING, markersize=3.5)
+    tidy(ax, x="training step", y="loss")
+    ax.set_title(heading(found), loc="left", fontsize=SMALL, color=MUTED)
+    return mark, dot
