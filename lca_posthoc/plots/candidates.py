@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from ..colours import HELPING, HURTING, MUTED
-from .style import SMALL, fresh_figure, heading, key, note, refuse_groups, rows_of_names, tidy, word, zero_line
+from .style import SMALL, fresh_figure, heading, key, note, powers, refuse_groups, rows_of_names, tidy, word, zero_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,8 +52,7 @@ def _bars(ax: Axes, names: Sequence[str], values: Any, label: str, title: str) -
     zero_line(ax, vertical=True)
     tidy(ax, x=label, title=title)
     rows_of_names(ax, names, most=40)
-    ax.ticklabel_format(axis="x", scilimits=(-3, 4))
-    ax.locator_params(axis="x", nbins=5)
+    powers(ax, "x")
 
 
 def _layers(ax: Axes, found: xr.Dataset) -> None:

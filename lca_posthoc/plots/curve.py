@@ -17,8 +17,9 @@ from .style import (
     escape,
     fresh_axes,
     heading,
+    key,
     over_gaps,
-    pieces,
+    powers,
     shorten,
     tidy,
     word,
@@ -57,13 +58,15 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
         for at, label in enumerate(labels):
             _lines(ax, found.sel(group=label), colour(at), dashes(at))
         tidy(ax, x="training step", y="loss", title=heading(found))
+        ax.margins(x=0.01)
         ends = found["loss"].isel(step=-1).values
         words = [escape(each) for each in shorten([str(label) for label in labels])]
         end_labels(ax, ends, words, [colour(at) for at in range(len(labels))])
         return ax
     _lines(ax, found, INK, "-")
     tidy(ax, x="training step", y="loss", title=heading(found))
-    _key(ax)
+    ax.margins(x=0.01)
+    key(ax, "lower right", ncols=2)
     bad = found["step_end"].values[~found["converged"].values.astype(bool)]
     if len(bad):
         ax.plot(bad, np.zeros(len(bad)), "|", color=HURTING, markersize=5, transform=ax.get_xaxis_transform())
@@ -75,24 +78,10 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 def _lines(ax: Axes, found: xr.Dataset, hue: str, style: Any) -> None:
     """The loss, wide and pale, from where each stretch starts; on it the prediction, thin."""
     broad: dict[str, Any] = {"color": FAINT if hue == INK else hue, "alpha": 1 if hue == INK else 0.3, "linewidth": 4}
-    for piece in pieces(found):
-        part = found.isel(step=piece)
-        if not part.sizes["step"]:
-            continue
-        first, start = part["step"].values[:1], part["loss_start"].values[:1]
-        x = np.concatenate([first, part["step_end"].values])
-        ax.plot(x, np.concatenate([start, part["loss"].values]), solid_capstyle="round", zorder=2, **broad)
-    x, y = over_gaps(found, found["predicted"].values)
-    ax.plot(x, y, color=hue, linewidth=1, linestyle=style, zorder=3, label="predicted")
-
-
-def _key(ax: Axes) -> None:
-    from matplotlib.lines import Line2D
-
-    shown = [Line2D([], [], color=FAINT, linewidth=4), Line2D([], [], color=INK, linewidth=1)]
-    ax.legend(
-        shown, ["loss", "start + Σ allocation"], frameon=False, fontsize=SMALL, loc="lower left", handlelength=1.6
-    )
+    start = found["loss_start"].values
+    ax.plot(*over_gaps(found, found["loss"].values, start), solid_capstyle="round", zorder=2, label="loss", **broad)
+    predicted = over_gaps(found, found["predicted"].values, start)
+    ax.plot(*predicted, color=hue, linewidth=1, linestyle=style, zorder=3, label="start + Σ allocation")
 
 
 def _residual(ax: Axes, found: xr.Dataset) -> None:
@@ -102,9 +91,8 @@ def _residual(ax: Axes, found: xr.Dataset) -> None:
     inset.axhline(0, color=MUTED, linewidth=0.5)
     inset.plot(x, y, color=MUTED, linewidth=0.9)
     tidy(inset, title="")
-    inset.set_title("residual so far (units of loss)", fontsize=SMALL - 1, color=MUTED, loc="left", pad=2)
+    inset.set_title("residual so far (units of loss)", fontsize=SMALL - 1, color=MUTED, loc="right", pad=3)
     inset.tick_params(labelsize=SMALL - 1.5, length=1.5, labelbottom=False)
-    inset.ticklabel_format(axis="y", scilimits=(-2, 3))
+    powers(inset, "y", most=3)
     inset.yaxis.get_offset_text().set_fontsize(SMALL - 1.5)
-    inset.locator_params(axis="y", nbins=3)
     inset.patch.set_alpha(0)

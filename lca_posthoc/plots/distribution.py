@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from ..colours import HELPING, HURTING, INK, MUTED
-from .style import fresh_figure, heading, note, refuse_groups, tidy, word
+from .style import fresh_figure, heading, note, powers, refuse_groups, tidy, word
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,8 +45,10 @@ def distribution(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     _unequal(unequal, found)
     for ax in (sizes, densities):
         ax.set_xscale("log")
+        ax.set_xlim(_visible(found))
     densities.set_yscale("log")
     tidy(sizes, x="|A| (units of loss)", y="parameters × segments\nper decade", title=heading(found))
+    powers(sizes, "y")
     tidy(densities, x="|A| (units of loss)", y="density (1 / units of loss)")
     note(figure, str(found.attrs.get("left_out", "")))
     return figure
@@ -67,7 +69,7 @@ def _sizes(ax: Axes, side: xr.Dataset, colour: str) -> None:
     if side.sizes["bin"]:
         edges = _edges(side)
         ax.stairs(_rising(side) / np.diff(np.log10(edges)), edges, color=colour, linewidth=1.2)
-        ax.stairs(_rising(side) / np.diff(np.log10(edges)), edges, color=colour, fill=True, alpha=0.15)
+        ax.stairs(_rising(side) / np.diff(np.log10(edges)), edges, color=colour, fill=True, alpha=0.1)
 
 
 def _density(ax: Axes, side: xr.Dataset, whole: float, colour: str) -> None:
@@ -79,6 +81,12 @@ def _density(ax: Axes, side: xr.Dataset, whole: float, colour: str) -> None:
 
 
 def _shares(ax: Axes, found: xr.Dataset, whole: float) -> None:
+    """The shares in words, and a mark at the mean."""
+    mean = float(found["mean"])
+    if mean:
+        hue = HELPING if mean < 0 else HURTING
+        ax.axvline(abs(mean), color=hue, linewidth=0.9, linestyle=(0, (3, 2)))
+        word(ax, 0.02, 0.70, "- - mean " + f"{mean:.1e}".replace("-", "−"), hue, va="top")
     zero = float(found["zero"]) / whole if whole else 0.0
     shares = {"helping": float(found["helping"]), "hurting": float(found["hurting"]), "exactly zero": zero}
     for at, (hue, (name, share)) in enumerate(zip((HELPING, HURTING, MUTED), shares.items(), strict=True)):
@@ -113,6 +121,16 @@ def _range(found: xr.Dataset) -> tuple[float, float]:
     return float(ends[ends > 0].min()), float(ends.max())
 
 
+def _visible(found: xr.Dataset) -> tuple[float, float]:
+    """Where all but a thousandth of the elements lie, and all the large ones; the small ones go on for thirty decades."""
+    inner = np.minimum(np.abs(found["lower"].values), np.abs(found["upper"].values))
+    order = np.argsort(inner)
+    below = np.cumsum(found["count"].values[order]) / max(1, int(found["count"].sum()))
+    smallest, largest = _range(found)
+    low = inner[order][np.searchsorted(below, 1e-3)] if len(inner) else 0.0
+    return max(float(low), smallest) / 2, largest * 2
+
+
 def _unequal(ax: Axes, found: xr.Dataset) -> None:
     rows = (("top_share", "share of Σ|A| carried\nby the top 1 %"), ("gini", "Gini coefficient of |A|"))
     for at, (name, said) in enumerate(rows):
@@ -121,6 +139,6 @@ def _unequal(ax: Axes, found: xr.Dataset) -> None:
         ax.plot([middle], [at], "o", color=INK, markersize=4)
         word(ax, 0, at - 0.22, said, va="bottom", transform=ax.transData)
         word(ax, middle, at + 0.16, f"{middle:.2f}", ha="center", va="top", transform=ax.transData)
-    ax.set(xlim=(0, 1), ylim=(1.7, -0.9), yticks=[])
+    ax.set(xlim=(0, 1), ylim=(1.6, -0.8), yticks=[])
     tidy(ax, x="0 all alike,  1 all in one")
     ax.spines["left"].set_visible(False)

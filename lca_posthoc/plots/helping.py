@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 from matplotlib.colors import Normalize
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 from ..colours import FAINT, HELPING, HURTING, INK, MUTED
 from .style import (
@@ -70,6 +70,7 @@ def _over_time(ax: Axes, found: xr.Dataset) -> None:
     ax.axhline(0.5, color=MUTED, linewidth=0.5, linestyle=(0, (4, 3)))
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.set_ylim(bottom=0)
+    ax.margins(x=0)
     tidy(ax, x="training step", y="share of parameters", title=heading(found))
     ends = [float(found[name][-max(1, found.sizes["step"] // 20) :].mean()) for name, _ in shares]
     end_labels(ax, ends, [name for name, _ in shares], [colour for _, colour in shares])
@@ -83,7 +84,7 @@ def _tensors(ax: Axes, found: xr.Dataset) -> None:
     tidy(ax, x="training step")
     rows_of_names(ax, [str(name) for name in found["tensor"].values], most=28)
     ax.set_ylim(len(values) - 0.5, -0.5)
-    colour_bar(shown, ax, "", ends=("most help", "most hurt"), ticks=lambda away: f"{100 * (0.5 - away):.0f} %")
+    colour_bar(shown, ax, "share that helps", ends=("", ""), ticks=lambda away: f"{100 * (0.5 - away):.0f} %")
 
 
 def _often(ax: Axes, found: xr.Dataset) -> None:
@@ -96,7 +97,8 @@ def _often(ax: Axes, found: xr.Dataset) -> None:
     chance = f"- - by chance alone, {100 * float(found['probability']):.1f} % each"
     word(ax, 0.02, 0.88, chance, MUTED, va="top")
     ax.set_ylim(top=1.25 * max(float(found["parameters"].max()), float(found["expected"].max()), 1))
-    tidy(ax, x="share of its segments on which a parameter helps", y="parameters")
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    tidy(ax, x="share of segments helped", y="parameters")
 
 
 def _names(ax: Axes, found: xr.Dataset) -> None:
@@ -108,26 +110,14 @@ def _names(ax: Axes, found: xr.Dataset) -> None:
         ax.hlines(at, float(found["probability"]), shares, color=colour, linewidth=1)
         ax.plot(shares, at, "o", color=colour, markersize=3)
         names += [str(name) for name in found[f"{side}_name"].values]
-        for share, place, chance in zip(shares, at.tolist(), found[f"{side}_p"].values, strict=True):
-            right = side == "hero"
-            said = f"  p = {chance:.0e}  " if chance < 0.05 else "  n.s.  "
-            word(
-                ax,
-                share,
-                place,
-                said,
-                MUTED,
-                SMALL - 2,
-                va="center",
-                ha="left" if right else "right",
-                transform=ax.transData,
-            )
+        for place, chance in zip(at.tolist(), found[f"{side}_p"].values, strict=True):
+            said = f"p = {chance:.0e}".replace("-", "−") if chance < 0.05 else "p > 0.05"
+            word(ax, 1.02, place, said, MUTED, SMALL - 2, va="center", transform=ax.get_yaxis_transform())
     ax.axvline(float(found["probability"]), color=MUTED, linewidth=0.6, linestyle=(0, (4, 2)))
     ax.set_yticks(range(len(names)), labels(names))
     ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.margins(x=0.25)
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    tidy(ax, x="share of segments: heroes and villains")
+    tidy(ax, x="share of segments helped: heroes, villains")
     ax.tick_params(axis="y", length=0, labelsize=SMALL - 1.5)
     ax.spines["left"].set_visible(False)
     ax.grid(axis="y", color=FAINT, linewidth=0.3)

@@ -19,6 +19,7 @@ from .style import (
     heading,
     labels,
     over_gaps,
+    powers,
     rows_of_names,
     symmetric,
     tidy,
@@ -77,11 +78,13 @@ def layers(found: xr.Dataset, *, ax: Axes | None = None, show: str | None = None
 def _lines(ax: Axes, found: xr.Dataset, names: list[str], label: str) -> None:
     zero_line(ax)
     for at in range(len(names)):
-        x, y = over_gaps(found, found["cumulative"].isel(layer=at).values)
-        ax.plot(x, y, color=colour(at), linestyle=dashes(at), linewidth=1.4)
+        one = found.isel(layer=at)
+        line = over_gaps(found, one["cumulative"].values, (one["cumulative"] - one["allocated"]).values)
+        ax.plot(*line, color=colour(at), linestyle=dashes(at), linewidth=1.4)
     tidy(ax, x="training step", y=label, title=heading(found))
+    ax.margins(x=0.01)
     totals = found["cumulative"].isel(step=-1).values
-    words = [f"{name}  {total:+.2g}".replace("-", "−") for name, total in zip(labels(names), totals, strict=True)]
+    words = [f"{name}  {total:+.3g}".replace("-", "−") for name, total in zip(labels(names), totals, strict=True)]
     end_labels(ax, totals, words, [colour(at) for at in range(len(names))])
 
 
@@ -91,8 +94,7 @@ def _bars(ax: Axes, found: xr.Dataset, names: list[str], show: str, label: str) 
     zero_line(ax, vertical=True)
     tidy(ax, x=label, title=heading(found))
     rows_of_names(ax, names)
-    ax.ticklabel_format(axis="x", scilimits=(-3, 4))
-    ax.locator_params(axis="x", nbins=5)
+    powers(ax, "x")
     helped_hurt(ax)
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ..colours import FAINT, HURTING, INK, MUTED
 from ..errors import InputError, ResourceError
-from .style import DIVERGE, SMALL, colour_bar, fresh_figure, heading, labels, note, symmetric, tidy
+from .style import DIVERGE, SMALL, colour_bar, fresh_figure, heading, labels, note, symmetric, tidy, word
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,7 +111,9 @@ class _Stage:
                 for cell, name in enumerate(module):
                     ax = self.figure.add_subplot(cells[cell])
                     self.images[name] = _picture(ax, found[name], norm)
-                    ax.set_title(_title(name, module, found), fontsize=SMALL - 0.5, loc="left", pad=2, color=INK)
+                    if name == module[0]:
+                        room = _WIDE * 0.85 * _aspect(found, module) / sum(_aspect(found, each) for each in row)
+                        _title(ax, name, found, room)
                     panels.append(ax)
         shown = next(iter(self.images.values()))
         colour_bar(shown, panels, "Σ allocation (units of loss)", below=True)
@@ -175,14 +177,16 @@ def _picture(ax: Axes, variable: xr.DataArray, norm: Any) -> AxesImage:
     return image
 
 
-def _title(name: str, module: Sequence[str], found: xr.Dataset) -> str:
-    """The name of a kernel with its shape; of what stands beside it, nothing: there is no room."""
-    if name != module[0]:
-        return ""
+def _title(ax: Axes, name: str, found: xr.Dataset, room: float) -> None:
+    """The name of the tensor and, where `room` (inches) allows it, its shape; of what stands beside it, nothing."""
     shape = "×".join(str(extent) for extent in found[name].attrs.get("shape", _extent(found, name)))
     pool = [int(each) for each in found[name].attrs.get("pool", (1, 1))]
-    pooled = f", {pool[0]}×{pool[1]} a pixel" if pool != [1, 1] else ""
-    return f"{labels([name])[0]}  {shape}{pooled}"
+    more = f"  {shape}" + (f", {pool[0]}×{pool[1]} a pixel" if pool != [1, 1] else "")
+    letters = max(8, int(room * 72 / (0.58 * SMALL)))
+    shown = labels([name], letters)[0]
+    said = shown + more if len(shown) + len(more) <= letters else shown
+    ax.set_title(" ", fontsize=SMALL - 0.5, pad=2)  # keeps the place: a wide title would squeeze a narrow picture
+    word(ax, 0, 1.0, said, size=SMALL - 0.5, va="bottom", in_layout=False)
 
 
 def _loss(ax: Axes, found: xr.Dataset) -> tuple[Any, Any]:

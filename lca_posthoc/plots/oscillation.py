@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from ..colours import FAINT, HELPING, HURTING, INK, LAYERS, MUTED
+from ..colours import FAINT, HELPING, HURTING, INK, LAYERS
 from .style import (
     SMALL,
     fresh_figure,
@@ -16,9 +16,11 @@ from .style import (
     labels,
     note,
     over_gaps,
+    powers,
     refuse_groups,
     rows_of_names,
     tidy,
+    time_edges,
     zero_line,
 )
 
@@ -79,34 +81,25 @@ def _intervals(ax: Axes, found: xr.Dataset) -> None:
     ax.set_axisbelow(True)
     tidy(ax, x="segments between two turns (mean)", title=heading(found))
     rows_of_names(ax, names)
-    ax.set_xscale("log")
     key(ax, "lower right", ncols=3, handletextpad=0.1)
-    _plain_ticks(ax)
-
-
-def _plain_ticks(ax: Axes) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(ScalarFormatter())
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlim(left=0)
 
 
 def _trace(ax: Axes, found: xr.Dataset, name: str, *, last: bool, title: bool) -> None:
-    values = found[name].values
-    x, y = over_gaps(found, values)
     if name == "allocation":
-        helped, hurt = np.where(y < 0, y, 0), np.where(y > 0, y, 0)
-        ax.fill_between(x, helped, color=HELPING, linewidth=0, step="pre")
-        ax.fill_between(x, hurt, color=HURTING, linewidth=0, step="pre")
+        edges, heights = time_edges(found, found[name].values)
+        ax.stairs(np.where(heights < 0, heights, 0), edges, color=HELPING, fill=True)
+        ax.stairs(np.where(heights > 0, heights, 0), edges, color=HURTING, fill=True)
+    else:
+        ax.plot(*over_gaps(found, found[name].values), color=INK, linewidth=0.7)
     if name != "weight":
         zero_line(ax)
-    ax.plot(x, y, color=INK if name != "allocation" else MUTED, linewidth=0.7 if name != "allocation" else 0.25)
     tidy(ax, x="training step" if last else "")
     ax.tick_params(labelsize=SMALL - 1.5, labelbottom=last)
+    powers(ax, "y", most=4)
+    ax.locator_params(axis="x", nbins=4)
+    ax.margins(x=0.01)
     ax.yaxis.get_offset_text().set_fontsize(SMALL - 1.5)
-    ax.ticklabel_format(axis="y", scilimits=(-2, 3))
-    ax.locator_params(axis="both", nbins=4)
     if title:
         why = str(found["why"].item())
         hue = {"helped most": HELPING, "hurt most": HURTING}.get(why, INK)

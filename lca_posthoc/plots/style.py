@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import xarray as xr
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ..colours import DIVERGING, FAINT, INK, LAYERS, MUTED
+from ..colours import DIVERGING, FAINT, HELPING, HURTING, INK, LAYERS, MUTED
 from ..errors import InputError
 
 if TYPE_CHECKING:
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SMALL = 7.5  # points; figures are made at the size they are printed at
-DIVERGE = LinearSegmentedColormap.from_list("helping-hurting", DIVERGING)
-DIVERGE.set_bad(FAINT)
+DIVERGE = LinearSegmentedColormap.from_list("helping-hurting", DIVERGING).with_extremes(bad=FAINT)
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -60,7 +59,7 @@ def tidy(ax: Axes, *, x: str = "", y: str = "", title: str = "", frame: bool = F
         spine.set_visible(frame or side in ("left", "bottom"))
     ax.tick_params(width=0.6, length=2.5, labelsize=SMALL, color=INK, labelcolor=INK)
     for axis in (ax.xaxis, ax.yaxis):
-        axis.get_offset_text().set_fontsize(SMALL)
+        axis.get_offset_text().set_fontsize(SMALL - 0.5)
     ax.set_xlabel(x, fontsize=SMALL + 0.5, color=INK)
     ax.set_ylabel(y, fontsize=SMALL + 0.5, color=INK)
     if title:
@@ -75,6 +74,12 @@ def rows_of_names(ax: Axes, names: Sequence[str], *, most: int = 60) -> None:
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
+
+
+def powers(ax: Axes, axis: Literal["x", "y"], *, most: int = 5) -> None:
+    """Few ticks, with a power of ten at the end of the axis where numbers are long."""
+    ax.ticklabel_format(axis=axis, style="sci", scilimits=(-3, 4), useMathText=True)
+    ax.locator_params(axis=axis, nbins=most)
 
 
 def zero_line(ax: Axes, *, vertical: bool = False) -> None:
@@ -212,23 +217,34 @@ def colour_bar(
     ends: tuple[str, str] = ("helped", "hurt"),
     ticks: Callable[[float], str] | None = None,
 ) -> None:
-    """A thin bar that says which end helped; `ticks` writes its numbers."""
+    """A thin bar that says which end helped; `ticks` writes its numbers, else a power of ten goes into the label."""
     figure = np.ravel(axes)[0].figure
     place: dict[str, Any] = (
-        {"orientation": "horizontal", "aspect": 50, "shrink": 0.6} if below else {"aspect": 28, "pad": 0.02}
+        {"orientation": "horizontal", "aspect": 50, "shrink": 0.6} if below else {"aspect": 24, "pad": 0.02}
     )
     bar = figure.colorbar(shown, ax=axes, extend="both", **place)
     bar.outline.set_linewidth(0.4)
     bar.locator = MaxNLocator(4, symmetric=True)
-    if ticks is None:
-        bar.formatter.set_powerlimits((-2, 3))
-    else:
-        bar.formatter = FuncFormatter(lambda value, _: ticks(value))
+    power = 0 if ticks else _power(float(np.max(shown.norm.vmax or 1)))
+    write = ticks or (lambda value: f"{value / 10**power:.3g}".replace("-", "\u2212"))
+    bar.formatter = FuncFormatter(lambda value, _: write(value))
     bar.ax.tick_params(width=0.6, length=2, labelsize=SMALL - 0.5)
     bar.update_ticks()
-    for axis in (bar.ax.xaxis, bar.ax.yaxis):
-        axis.get_offset_text().set_fontsize(SMALL - 0.5)
-    bar.set_label(f"←  {ends[0]}      {label}      {ends[1]}  →", fontsize=SMALL, color=INK)
+    bar.set_label(label.replace("(", f"($10^{{{power}}}$ ") if power else label, fontsize=SMALL, color=INK)
+    for word, hue, away in zip(ends, (HELPING, HURTING), (-1, 1), strict=True):
+        at = (0.5 + 0.57 * away, 0.5) if below else (0.5, 0.5 + 0.56 * away)
+        side = (
+            {"ha": "right" if away < 0 else "left", "va": "center"}
+            if below
+            else {"ha": "center", "va": "top" if away < 0 else "bottom"}
+        )
+        bar.ax.text(*at, word, color=hue, fontsize=SMALL, transform=bar.ax.transAxes, **side)
+
+
+def _power(scale: float) -> int:
+    """The power of ten that goes into a label, 0 where numbers are short without."""
+    power = int(np.floor(np.log10(scale))) if scale > 0 else 0
+    return power if not -2 <= power <= 3 else 0
 
 
 # --- time ---------------------------------------------------------------------------------------------------------------
@@ -241,11 +257,19 @@ def pieces(found: xr.Dataset) -> list[slice]:
     return [slice(int(a), int(b)) for a, b in pairwise(cuts)]
 
 
-def over_gaps(found: xr.Dataset, values: Any) -> tuple[Any, Any]:
-    """x = step_end and y = values, with NaN between stretches so that a line breaks there."""
-    x, y = found["step_end"].values.astype(float), np.asarray(values, dtype=float)
-    at = [piece.start for piece in pieces(found)[1:]]
-    return np.insert(x, at, np.nan), np.insert(y, at, np.nan)
+def over_gaps(found: xr.Dataset, values: Any, start: Any = None) -> tuple[Any, Any]:
+    """x = step_end and y = values, with NaN between stretches so that a line breaks there.
+
+    With `start`, the values at the starts of segments, the line of each stretch begins where its first segment does.
+    """
+    x: list[Any] = []
+    y: list[Any] = []
+    for piece in pieces(found):
+        x += [found["step_end"].values[piece].astype(float), [np.nan]]
+        y += [np.asarray(values, dtype=float)[piece], [np.nan]]
+        if start is not None:
+            x[-2:-2], y[-2:-2] = [found["step"].values[piece][:1]], [np.asarray(start, dtype=float)[piece][:1]]
+    return np.concatenate(x)[:-1], np.concatenate(y)[:-1]
 
 
 def time_edges(found: xr.Dataset, values: Any) -> tuple[Any, Any]:

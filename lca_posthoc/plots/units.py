@@ -39,9 +39,8 @@ def units(found: xr.Dataset, *, ax: Axes | None = None, layer: str | None = None
     ax = fresh_axes(ax, 4.8, float(np.clip(0.9 + 0.025 * rows, 2.4, 6.5)))
     values = found["allocated"].transpose("unit", "step").values
     shown = heat(ax, found, values, symmetric(values))
-    tidy(ax, x="training step", frame=True)
     if layer is None:
-        ax.set_title(heading(found), loc="left", fontsize="small")
+        tidy(ax, x="training step", title=heading(found), frame=True)
         _borders(ax, [str(name) for name in found["layer"].values])
     else:
         tidy(ax, x="training step", y="unit", title=f"{escape(layer)}: {heading(found)}", frame=True)
