@@ -22,7 +22,6 @@ from .style import (
     powers,
     shorten,
     tidy,
-    word,
 )
 
 if TYPE_CHECKING:
@@ -70,7 +69,9 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     bad = found["step_end"].values[~found["converged"].values.astype(bool)]
     if len(bad):
         ax.plot(bad, np.zeros(len(bad)), "|", color=HURTING, markersize=5, transform=ax.get_xaxis_transform())
-        word(ax, 0.99, 0.02, f"{len(bad):,} above the tolerance", HURTING, SMALL - 1, ha="right", va="bottom")
+        said = f"{len(bad):,} segment{'' if len(bad) == 1 else 's'} above the tolerance"
+        place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
+        ax.annotate(said, (1, 0), (0, -16), fontsize=SMALL - 0.5, color=HURTING, **place)
     _residual(ax, found)
     return ax
 

@@ -12,16 +12,19 @@ from matplotlib.figure import Figure
 
 from ..colours import FAINT, HURTING, INK, MUTED
 from ..errors import InputError, ResourceError
-from .style import DIVERGE, SMALL, colour_bar, fresh_figure, heading, labels, note, symmetric, tidy, word
+from .style import DIVERGE, SMALL, colour_bar, fresh_figure, heading, labels, note, symmetric, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
 
 FILMS = (".mp4", ".gif")
-_WIDE = 7.2  # inches
-_TALLEST = 2.4  # inches, of a row of panels
-_VECTOR = 0.035  # width of a vector beside a kernel, as a share of the figure
+# In inches.
+_WIDE, _LEFT, _RIGHT = 7.2, 0.5, 0.12
+_TALLEST = 2.4  # of a row of panels
+_VECTOR = 0.16  # the width of a vector beside a kernel
+_TITLE, _GAP = 0.22, 0.12  # above a row, between modules
+_FOOT = 2.3  # the colour bar, the loss and a note
 
 
 def microscope(found: xr.Dataset, *, at: int = -1, figure: Figure | None = None) -> Figure:
@@ -75,10 +78,8 @@ def film(found: xr.Dataset, path: str | Path, *, fps: int = 10) -> Path:
         raise ResourceError(
             f"{path}: an mp4 needs ffmpeg, which is not on PATH. Install it, or name a {path.stem}.gif."
         )
-    stage = _Stage(found, Figure(layout="constrained"))
-    stage.show(0)
-    stage.figure.draw_without_rendering()
-    stage.figure.set_layout_engine("none")  # frames do not move from one to the next
+    stage = _Stage(found, Figure())
+    stage.figure.set_size_inches(_WIDE, stage.high)
     writer = FFMpegWriter(fps=fps) if path.suffix.lower() == ".mp4" else PillowWriter(fps=fps)
     with writer.saving(stage.figure, str(path), dpi=150):
         for at in range(found.sizes["step"]):
@@ -88,39 +89,50 @@ def film(found: xr.Dataset, path: str | Path, *, fps: int = 10) -> Path:
 
 
 class _Stage:
-    """The figure, drawn once; a frame changes the pictures, the mark and the title."""
+    """The figure, drawn once; a frame changes the pictures, the mark and the title. Everything has its place in inches."""
 
     def __init__(self, found: xr.Dataset, figure: Figure | None) -> None:
         self.found = found
-        names = [str(name) for name in found.data_vars]
-        rows = _rows(found, _modules(names))
-        heights = [min(_TALLEST, _WIDE * 0.9 / sum(_aspect(found, module) for module in row)) for row in rows]
-        size = _WIDE, sum(heights) + 0.32 * len(rows) + 1.7
-        self.figure = fresh_figure(figure, *size)
-        if figure is not None:
-            self.figure.set_size_inches(*size)
-        grid = self.figure.add_gridspec(len(rows) + 1, 1, height_ratios=[*heights, 0.85])
+        rows = _rows(found, _modules([str(name) for name in found.data_vars]))
+        heights = [_height(found, row) for row in rows]
+        self.high = sum(heights) + _TITLE * len(rows) + _FOOT
+        self.figure = fresh_figure(figure, _WIDE, self.high)
+        self.figure.set_layout_engine("none")
         norm = symmetric(scale=float(found.attrs["scale"]))
         self.images: dict[str, AxesImage] = {}
-        panels: list[Axes] = []
-        for at, row in enumerate(rows):
-            inner = grid[at].subgridspec(1, len(row), width_ratios=[_aspect(found, module) for module in row])
-            for place, module in enumerate(row):
-                widths = [_share(found, name) for name in module]
-                cells = inner[place].subgridspec(1, len(module), width_ratios=widths, wspace=0.02)
-                for cell, name in enumerate(module):
-                    ax = self.figure.add_subplot(cells[cell])
-                    self.images[name] = _picture(ax, found[name], norm)
-                    if name == module[0]:
-                        room = _WIDE * 0.85 * _aspect(found, module) / sum(_aspect(found, each) for each in row)
-                        _title(ax, name, found, room)
-                    panels.append(ax)
+        top = self.high
+        for row, height in zip(rows, heights, strict=True):
+            top -= height + _TITLE
+            self._row(row, top, height, norm)
         shown = next(iter(self.images.values()))
-        colour_bar(shown, panels, "Σ allocation (units of loss)", below=True)
-        ax = self.figure.add_subplot(grid[len(rows)])
+        bar = self._axes(_LEFT + 1.6, top - 0.27, _WIDE - _LEFT - _RIGHT - 3.2, 0.09)
+        colour_bar(shown, bar, "Σ allocation (units of loss)", below=True, into=bar)
+        ax = self._axes(_LEFT, 0.55, _WIDE - _LEFT - _RIGHT, 0.8)
         self.mark, self.dot = _loss(ax, found)
         self.when = ax.set_title("", fontsize=SMALL, loc="right", color=HURTING)
         note(self.figure, str(found.attrs.get("left_out", "")))
+
+    def _axes(self, left: float, bottom: float, width: float, height: float) -> Axes:
+        return self.figure.add_axes((left / _WIDE, bottom / self.high, width / _WIDE, height / self.high))
+
+    def _row(self, row: list[list[str]], bottom: float, height: float, norm: Any) -> None:
+        """Modules share the width as their aspects do; in a module, a vector takes little of it."""
+        whole = sum(_aspect(self.found, module) for module in row)
+        left = _LEFT
+        for module in row:
+            room = (_WIDE - _LEFT - _RIGHT - _GAP * (len(row) - 1)) * _aspect(self.found, module) / whole
+            kernels = sum(_extent(self.found, name)[1] > 1 for name in module)
+            thin = min(_VECTOR, room / len(module)) if kernels else room / len(module)
+            broad = (room - thin * (len(module) - kernels)) / max(1, kernels)
+            at = left
+            for name in module:
+                width = broad if _extent(self.found, name)[1] > 1 else thin
+                ax = self._axes(at, bottom, width - (0.03 if name != module[-1] else 0), height)
+                self.images[name] = _picture(ax, self.found[name], norm)
+                if name == module[0]:
+                    _title(ax, name, self.found, room)
+                at += width
+            left += room + _GAP
 
     def show(self, at: int) -> None:
         found = self.found
@@ -152,8 +164,9 @@ def _aspect(found: xr.Dataset, module: Iterable[str]) -> float:
     return float(np.clip(max(ratios, default=0.3), 0.3 if not ratios else 0.7, 5.0))
 
 
-def _share(found: xr.Dataset, name: str) -> float:
-    return 1.0 if _extent(found, name)[1] > 1 else _VECTOR
+def _height(found: xr.Dataset, row: list[list[str]]) -> float:
+    room = _WIDE - _LEFT - _RIGHT - _GAP * (len(row) - 1)
+    return min(_TALLEST, room / sum(_aspect(found, module) for module in row))
 
 
 def _rows(found: xr.Dataset, modules: list[list[str]]) -> list[list[list[str]]]:
@@ -185,8 +198,7 @@ def _title(ax: Axes, name: str, found: xr.Dataset, room: float) -> None:
     letters = max(8, int(room * 72 / (0.58 * SMALL)))
     shown = labels([name], letters)[0]
     said = shown + more if len(shown) + len(more) <= letters else shown
-    ax.set_title(" ", fontsize=SMALL - 0.5, pad=2)  # keeps the place: a wide title would squeeze a narrow picture
-    word(ax, 0, 1.0, said, size=SMALL - 0.5, va="bottom", in_layout=False)
+    ax.set_title(said, fontsize=SMALL - 0.5, pad=2, loc="left", color=INK)
 
 
 def _loss(ax: Axes, found: xr.Dataset) -> tuple[Any, Any]:

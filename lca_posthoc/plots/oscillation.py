@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from ..colours import FAINT, HELPING, HURTING, INK, LAYERS
+from ..errors import InputError
 from .style import (
     SMALL,
     fresh_figure,
@@ -42,12 +43,14 @@ def oscillation(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
         The figure.
 
     Raises:
-        InputError: where there are groups and none was picked.
+        InputError: where there are groups and none was picked, or neither turns nor traces are there.
     """
     refuse_groups(found)
     traces = found.sizes.get("trace", 0)
     shown = [name for name in _TRACES if name in found] if traces else []
     tall = max(1.4, 0.5 + 0.17 * found.sizes["tensor"]) if "interval" in found else 0.0
+    if not tall and not shown:
+        raise InputError(f"nothing to draw yet: {found.attrs.get('left_out', '')}")
     figure = fresh_figure(figure, max(4.4, 1.0 + 1.7 * traces), tall + 1.05 * len(shown) + 0.3)
     heights = [*([tall] if tall else []), *[1.05] * len(shown)]
     rows = figure.add_gridspec(len(heights), max(1, traces), height_ratios=heights)
@@ -71,9 +74,10 @@ def _intervals(ax: Axes, found: xr.Dataset) -> None:
     markers = ("o", "s", "D")
     names = ["all", *(str(name) for name in found["tensor"].values)]
     for at, signal in enumerate(signals):
-        values = np.append(
+        every = np.append(
             float(found["overall_interval"].sel(signal=signal)), found["interval"].sel(signal=signal).values
         )
+        values = np.where(np.isfinite(every), every, np.nan)  # what never turns has no interval
         ax.plot(
             values, range(len(names)), markers[at % 3], color=LAYERS[at], markersize=3.8, label=signal, linestyle=""
         )
@@ -91,7 +95,8 @@ def _trace(ax: Axes, found: xr.Dataset, name: str, *, last: bool, title: bool) -
         ax.stairs(np.where(heights < 0, heights, 0), edges, color=HELPING, fill=True)
         ax.stairs(np.where(heights > 0, heights, 0), edges, color=HURTING, fill=True)
     else:
-        ax.plot(*over_gaps(found, found[name].values), color=INK, linewidth=0.7)
+        x, y = over_gaps(found, found[name].values)
+        ax.plot(x, y, color=INK, linewidth=0.7)
     if name != "weight":
         zero_line(ax)
     tidy(ax, x="training step" if last else "")

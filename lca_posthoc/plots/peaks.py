@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
 
-from ..colours import FAINT, HURTING, INK, MUTED
+from ..colours import FAINT, INK, LAYERS, MUTED
 from .style import colour, escape, fresh_figure, key, labels, note, tidy, word
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def peaks(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
-    """Draws the peak moments of each layer, one row per group, and the number of alignments against circular shifts.
+    """Draws the peak moments of each layer, one row per group, and the number of alignments against what rotating the layers gives.
 
     A dark line marks a segment at which all layers peak for that group.
 
@@ -61,17 +61,25 @@ def _raster(ax: Axes, found: xr.Dataset) -> None:
 
 
 def _null(ax: Axes, found: xr.Dataset) -> None:
-    shift, observed = found["shift"].values, float(found["observed_total"])
-    top = int(max(shift.max(initial=0), observed)) + 1
+    """Alignments under rotations of whole layers, and under rotations within parts of the training; the observed number."""
+    observed = float(found["observed_total"])
+    drawn = {name: found[name].values for name in ("shift", "local") if name in found}
+    top = int(max(*(values.max(initial=0) for values in drawn.values()), observed)) + 1
     bins = np.arange(-0.5, top + 1, max(1, top // 40)).tolist()
-    ax.hist(shift, bins=bins, color=FAINT, edgecolor=MUTED, linewidth=0.4)
-    ax.axvline(observed, color=HURTING, linewidth=1.4)
-    ax.axvline(float(found["expected_total"]), color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
-    right = observed < top / 2
-    chance = {"shifts": float(found["p_shift"]), "independent": float(found["p_independent"])}
-    said = [f" observed {observed:.0f} ", *(f" p = {p:.2g} ({null}) " for null, p in chance.items())]
-    side = "left" if right else "right"
-    word(ax, observed, 0.98, "\n".join(said), HURTING, va="top", ha=side, transform=ax.get_xaxis_transform())
-    signal = escape(found.attrs.get("signal", "allocation"))
-    tidy(ax, x=f"alignments of {signal} peaks", y="circular shifts")
+    looks: dict[str, dict[str, Any]] = {
+        "shift": {"color": FAINT, "histtype": "stepfilled", "edgecolor": MUTED, "linewidth": 0.5},
+        "local": {"color": LAYERS[0], "histtype": "step", "linewidth": 1.0},
+    }
+    for name, values in drawn.items():
+        ax.hist(values, bins=bins, **looks[name])
+    ax.axvline(observed, color=INK, linewidth=1.6)
+    ax.set_ylim(top=ax.get_ylim()[1] * 1.55)
+    lines = [(f"observed {observed:.0f}", INK), (f"rotated: p = {float(found['p_shift']):.2g}", MUTED)]
+    if "p_local" in found:
+        lines.append((f"rotated within parts: p = {float(found['p_local']):.2g}", LAYERS[0]))
+    lines.append((f"independent: p = {float(found['p_independent']):.2g}", MUTED))
+    right = observed > top / 2
+    for at, (said, hue) in enumerate(lines):
+        word(ax, 0.02 if right else 0.98, 0.99 - 0.085 * at, said, hue, va="top", ha="left" if right else "right")
+    tidy(ax, x=f"aligned {escape(found.attrs.get('signal', 'allocation'))} peaks", y="rotations")
     ax.locator_params(axis="both", nbins=5)

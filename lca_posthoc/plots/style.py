@@ -162,6 +162,8 @@ def heading(found: xr.Dataset) -> str:
     loss = escape(found.attrs.get("loss", ""))
     if "group" in found.coords and "group" not in found.dims:
         return f"{loss}, group {escape(found['group'].item())}"
+    if found.attrs.get("group", "") != "":
+        return f"{loss}, group {escape(found.attrs['group'])}"
     return loss
 
 
@@ -214,15 +216,18 @@ def colour_bar(
     label: str,
     *,
     below: bool = False,
+    into: Axes | None = None,
     ends: tuple[str, str] = ("helped", "hurt"),
     ticks: Callable[[float], str] | None = None,
 ) -> None:
-    """A thin bar that says which end helped; `ticks` writes its numbers, else a power of ten goes into the label."""
+    """A thin bar that says which end helped, beside `axes` or `into` its own; `ticks` writes numbers, else a power of ten is in the label."""
     figure = np.ravel(axes)[0].figure
     place: dict[str, Any] = (
         {"orientation": "horizontal", "aspect": 50, "shrink": 0.6} if below else {"aspect": 24, "pad": 0.02}
     )
-    bar = figure.colorbar(shown, ax=axes, extend="both", **place)
+    if into is not None:
+        place = {"cax": into, "orientation": "horizontal" if below else "vertical"}
+    bar = figure.colorbar(shown, ax=None if into else axes, extend="both", **place)
     bar.outline.set_linewidth(0.4)
     bar.locator = MaxNLocator(4, symmetric=True)
     power = 0 if ticks else _power(float(np.max(shown.norm.vmax or 1)))
