@@ -114,7 +114,10 @@ def oscillation(groups: bool = False, traces: int = 3, only: bool = False) -> xr
             variables["weight"] = (("trace", "step"), noise(traces, STEPS))
             variables["gradient"] = (dims, 1e-2 * noise(traces, STEPS, *more))
         why = ["helped most", "hurt most", "named"]
-        coords |= {"parameter": ("trace", [f"_fc$2.weight[{at}, 0]" for at in range(traces)]), "why": ("trace", [why[at % 3] for at in range(traces)])}  # fmt: skip
+        coords |= {
+            "parameter": ("trace", [f"_fc$2.weight[{at}, 0]" for at in range(traces)]),
+            "why": ("trace", [why[at % 3] for at in range(traces)]),
+        }
         coords |= {"group": list(GROUPS)} if groups else {}
     return made("oscillation", variables, **coords)
 
@@ -161,6 +164,8 @@ def peaks(groups: tuple[Any, ...] = GROUPS) -> xr.Dataset:
         "observed_total": ((), aligned.sum()),
         "expected_total": ((), 1.5),
         "shift": ("draw", np.random.default_rng(0).poisson(1.5, 200)),
+        "local": ("draw", np.random.default_rng(1).poisson(1.2, 200)),
+        "p_local": ((), 0.03),
         "p_shift": ((), 0.04),
         "p_independent": ((), 0.02),
         "p_shift_group": ("group", [0.1] * len(groups)),
@@ -191,7 +196,14 @@ def generalisation() -> xr.Dataset:
         "worst_validation": ("worst", [0.3, 0.2]),
     }
     names = ["fc1.weight[0, 1]", "fc3.weight[1, 1]"]
-    return made("generalisation", variables, layer=list(LAYERS), quadrant=list(QUADRANTS), tensor=list(TENSORS), worst_name=("worst", names))  # fmt: skip
+    return made(
+        "generalisation",
+        variables,
+        layer=list(LAYERS),
+        quadrant=list(QUADRANTS),
+        tensor=list(TENSORS),
+        worst_name=("worst", names),
+    )
 
 
 def candidates(units: bool = True) -> xr.Dataset:
@@ -203,14 +215,15 @@ def candidates(units: bool = True) -> xr.Dataset:
         "freeze": ("layer", total > 0),
         "never_helped": ("tensor", [1, 0, 2, 0, 0, 1]),
         "silent": ("tensor", [4, 0, 0, 0, 0, 0]),
+        "dead_units": ("tensor", [1, 1, 0, 0, 0, 0]),
+        "units": ("tensor", [5] * 6),
         "parameter_allocated": ("parameter", [0.3, 0.2]),
         "parameter_helping": ("parameter", [0.4, 0.3]),
     }
-    coords: dict[str, Any] = {"layer": list(LAYERS), "tensor": list(TENSORS), "elements": ("tensor", [20, 4] * 3)}
+    coords: dict[str, Any] = {"layer": list(LAYERS), "tensor": list(TENSORS), "elements": ("layer", [24] * 3)}
     coords["parameter_name"] = ("parameter", ["_fc$2.weight[1, 1]", "fc1.bias[0]"])
     if units:
-        variables |= {"unit_total": ("unit", [0.2, 0.1]), "dead_units": ("tensor", [1, 0, 0, 0, 0, 0])}
-        variables["units"] = ("tensor", [5, 4] * 3)
+        variables["unit_total"] = ("unit", [0.2, 0.1])
         coords |= {"unit_name": ("unit", ["fc1[3]", "fc3[0]"]), "dead_name": ("dead", ["fc1[1]"])}
     return made("candidates", variables, **coords)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from .compare import labelled, open_labelled
 from .show import say, stdout
 
 PICTURES, FILMS = (".png", ".svg", ".pdf"), (".mp4", ".gif")
@@ -30,7 +31,7 @@ _PANELS = ("curve", "generalisation", "layers", "units")  # several runs beside 
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN…")
+@click.argument("runs", nargs=-1, required=True, metavar="[LABEL=]RUN…")
 @click.argument("finding", metavar="FINDING")
 @click.option(
     "-o",
@@ -92,17 +93,16 @@ def command(runs: tuple[str, ...], finding: str, out: Path | None, losses: tuple
             flag = {"groups": "group", "parameters": "parameter", "tensors": "tensor"}.get(name, name)
             raise InputError(f"--{flag} does not go with {finding}; it is for {takers}.")
     path = _path(out or Path(f"{finding}.png"), finding)
-    labelled = _labelled(runs)
+    named = labelled(runs)
+    count = sum(map(len, named.values()))
     film = path.suffix.lower() in FILMS
     if ("step" in options and film) or ("fps" in options and not film):
         raise InputError("--step is for a picture of one moment, --fps for a film (.mp4 or .gif).")
-    if len(labelled) > 1 and finding not in (*_PANELS, "compare"):
-        raise InputError(
-            f"{finding} is drawn of one run, got {len(labelled)}. Several go with {', '.join(_PANELS)}, compare."
-        )
+    if count > 1 and finding not in (*_PANELS, "compare"):
+        raise InputError(f"{finding} is drawn of one run, got {count}. Several go with {', '.join(_PANELS)}, compare.")
     if "by" in options:
         options["by"] = int(options["by"]) if options["by"].isdecimal() else options["by"]
-    _draw(finding, labelled, losses, options, path)
+    _draw(finding, named, losses, options, path)
     stdout().print(f"wrote {path}", markup=False)
 
 
@@ -115,19 +115,6 @@ def _path(path: Path, finding: str) -> Path:
     if not path.absolute().parent.is_dir():
         raise InputError(f"there is no directory {path.parent} for {path.name}. Make it first.")
     return path
-
-
-def _labelled(runs: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Each run with its label: as given in LABEL=RUN, else the name of its directory, with where it lies if two share it."""
-    found: list[tuple[str | None, str]] = []
-    for each in runs:
-        label, equals, path = each.partition("=")
-        found.append((label, path) if equals and label and not Path(each).exists() else (None, each))
-    names = [Path(path).absolute().name.removesuffix(".lca") for _, path in found]
-    return [
-        (label if label is not None else name if names.count(name) == 1 else path, path)
-        for (label, path), name in zip(found, names, strict=True)
-    ]
 
 
 def _results(path: str, losses: tuple[str, ...], finding: str) -> list[Any]:
@@ -149,37 +136,17 @@ def _results(path: str, losses: tuple[str, ...], finding: str) -> list[Any]:
 
 
 def _draw(
-    finding: str, labelled: list[tuple[str, str]], losses: tuple[str, ...], options: dict[str, Any], path: Path
+    finding: str, named: dict[str, list[str]], losses: tuple[str, ...], options: dict[str, Any], path: Path
 ) -> None:
     import matplotlib as mpl
 
-    from ..errors import InputError
-
     mpl.use("agg")  # no window, whatever the machine has
-    from .. import findings, plots
+    from .. import plots
 
-    loaded = [(label, _results(run, losses, finding)) for label, run in labelled]
     to_plot: dict[str, Any] = {name: options.pop(name) for name in ("show", "step", "fps") if name in options}
     if "layer" in options:
         to_plot["layer"] = options["layer"]
-    groups = options.pop("groups", ())
-    find: Callable[..., Any] = getattr(findings, finding)
-    if finding == "compare":
-        runs: dict[str, list[Any]] = {}
-        for label, (results,) in loaded:
-            runs.setdefault(label, []).append(results)
-        found = [("", find(runs, **options))]
-    else:
-        if finding == "microscope" and groups:
-            if len(groups) > 1:
-                raise InputError(f"the microscope shows one group, got {len(groups)}.")
-            options["group"] = _group(loaded[0][1][0], groups[0])
-        found = [(label, find(*results, **options)) for label, results in loaded]
-        if finding != "microscope" and groups:
-            found = [
-                (label, _pick(each, results[0], groups))
-                for (label, each), (_, results) in zip(found, loaded, strict=True)
-            ]
+    found = _found(finding, named, losses, options)
     for _, each in found:
         if each.attrs["left_out"]:
             say(each.attrs["left_out"])
@@ -188,6 +155,35 @@ def _draw(
             plots.film(found[0][1], path, **to_plot)
         else:
             _save(getattr(plots, finding), found, to_plot, path)
+
+
+def _found(
+    finding: str, named: dict[str, list[str]], losses: tuple[str, ...], options: dict[str, Any]
+) -> list[tuple[str, Any]]:
+    """The finding of each run, under its label; one for all runs of compare."""
+    from .. import findings
+    from ..errors import InputError
+
+    find: Callable[..., Any] = getattr(findings, finding)
+    if finding == "compare":
+        if len(losses) > 1:
+            raise InputError(f"compare takes one loss, got {len(losses)}.")
+        return [("", find(open_labelled(named, losses[0] if losses else None), **options))]
+    groups = options.pop("groups", ())
+    found = []
+    for label, paths in named.items():
+        for path in paths:
+            results = _results(path, losses, finding)
+            picked = [_group(results[0], each) for each in groups]
+            if finding == "microscope" and len(picked) > 1:
+                raise InputError(f"the microscope shows one group, got {len(picked)}.")
+            if finding == "microscope" and picked:
+                options["group"] = picked[0]
+            one = find(*results, **options)
+            if finding != "microscope" and picked:
+                one = one.sel(group=picked[0] if len(picked) == 1 else picked)
+            found.append((label if len(paths) == 1 else f"{label} {Path(path).name}", one))
+    return found
 
 
 def _group(results: Any, label: str) -> Any:
@@ -200,11 +196,6 @@ def _group(results: Any, label: str) -> Any:
             return group
     has = f"it has {', '.join(map(str, groups[:20]))}" if groups else "it has no groups"
     raise InputError(f"loss {results.name!r} has no group {label!r}; {has}.")
-
-
-def _pick(found: Any, results: Any, groups: tuple[str, ...]) -> Any:
-    labels = [_group(results, each) for each in groups]
-    return found.sel(group=labels[0] if len(labels) == 1 else labels)
 
 
 @contextmanager

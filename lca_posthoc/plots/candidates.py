@@ -42,7 +42,8 @@ def candidates(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     figure = fresh_figure(figure, 7.2, sum(tall) + 0.2)
     grid = figure.add_gridspec(len(tall), 2, height_ratios=tall)
     for at, (_, draw) in enumerate(panels):
-        draw(figure.add_subplot(grid[at // 2, at % 2]), found)
+        alone = at % 2 == 0 and at == len(panels) - 1
+        draw(figure.add_subplot(grid[at // 2, :] if alone else grid[at // 2, at % 2]), found)
     note(figure, str(found.attrs.get("left_out", "")))
     return figure
 
@@ -65,19 +66,19 @@ def _layers(ax: Axes, found: xr.Dataset) -> None:
 
 def _tensors(ax: Axes, found: xr.Dataset) -> None:
     names = [str(name) for name in found["tensor"].values]
-    whole = np.maximum(1, found["elements"].values)
-    never, silent = 100 * found["never_helped"].values / whole, 100 * found["silent"].values / whole
-    ax.barh(range(len(names)), silent, height=0.72, color=MUTED, alpha=0.5, label="silent")
+    never, silent = found["never_helped"].values, found["silent"].values
+    ax.barh(range(len(names)), silent, height=0.72, color=MUTED, alpha=0.5, label="never did anything")
     ax.barh(range(len(names)), never, left=silent, height=0.72, color=HURTING, label="never helped")
-    tidy(ax, x="share of the tensor's parameters (%)", title="parameters")
+    tidy(ax, x="parameters")
     rows_of_names(ax, names, most=40)
     key(ax, "lower right", ncols=2, handlelength=1)
     ax.set_xlim(left=0)
-    if "dead_units" in found:
-        for at, (dead, units) in enumerate(zip(found["dead_units"].values, found["units"].values, strict=True)):
-            if dead:
-                said = f" {int(dead):,} of {int(units):,} units dead"
-                word(ax, silent[at] + never[at], at, said, MUTED, SMALL - 1, va="center", transform=ax.transData)
+    said = dict[str, str]()
+    for name, dead, units in zip(names, found["dead_units"].values, found["units"].values, strict=True):
+        said.setdefault(name.rpartition(".")[0], f" {int(dead):,} of {int(units):,} units dead" if dead else "")
+    for module, text in said.items():
+        at = next(at for at, name in enumerate(names) if name.rpartition(".")[0] == module)
+        word(ax, silent[at] + never[at], at, text, MUTED, SMALL - 1, va="center", transform=ax.transData)
 
 
 def _units(ax: Axes, found: xr.Dataset) -> None:

@@ -49,7 +49,7 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     if found.sizes.get("group", 1) > _MOST:
         raise InputError(
             f"loss {found.attrs.get('loss')!r} has {found.sizes['group']} groups, and a plot shows at most {_MOST}: "
-            f"pick some: found.sel(group=[…])."
+            f"pick some: found.sel(group=[…]) or --group."
         )
     ax = fresh_axes(ax, 4.4, 2.7)
     if "group" in found.dims:
@@ -78,7 +78,11 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 
 def _lines(ax: Axes, found: xr.Dataset, hue: str, style: Any) -> None:
     """The loss, wide and pale, from where each stretch starts; on it the prediction, thin."""
-    broad: dict[str, Any] = {"color": FAINT if hue == INK else hue, "alpha": 1 if hue == INK else 0.3, "linewidth": 4}
+    broad: dict[str, Any] = {
+        "color": FAINT if hue == INK else hue,
+        "alpha": 1 if hue == INK else 0.25,
+        "linewidth": 4 if hue == INK else 2,
+    }
     start = found["loss_start"].values
     ax.plot(*over_gaps(found, found["loss"].values, start), solid_capstyle="round", zorder=2, label="loss", **broad)
     predicted = over_gaps(found, found["predicted"].values, start)

@@ -61,10 +61,10 @@ def layers(found: xr.Dataset, *, ax: Axes | None = None, show: str | None = None
     if show not in _SHOWS:
         raise InputError(f"show is one of {', '.join(map(repr, _SHOWS))}, got {show!r}.")
     if groups and show == "cumulative":
-        raise InputError("lines over training are of one group: pick one: found.sel(group=…), or show='total'.")
+        raise InputError("lines over training are of one group: pick one: found.sel(group=…) or --group.")
     label = f"{_WORDS[show]} (units of loss)"
     if groups:
-        ax = fresh_axes(ax, 1.8 + 0.32 * found.sizes["group"], 0.9 + 0.22 * len(names))
+        ax = fresh_axes(ax, 1.8 + 0.32 * found.sizes["group"], 1.2 + 0.24 * len(names))
         _by_group(ax, found, names, show, label)
     elif show == "cumulative":
         ax = fresh_axes(ax, 4.4, 2.7)
@@ -119,4 +119,4 @@ def _by_group(ax: Axes, found: xr.Dataset, names: list[str], show: str, label: s
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.tick_params(axis="x", length=0, labelcolor=INK)
     ax.spines["bottom"].set_visible(False)
-    colour_bar(shown, ax, label)
+    colour_bar(shown, ax, label.replace(" (", "\n(").replace(" over training", "").replace(" per", "\nper"))

@@ -22,6 +22,7 @@ FILMS = (".mp4", ".gif")
 # In inches.
 _WIDE, _LEFT, _RIGHT = 7.2, 0.5, 0.12
 _TALLEST = 2.4  # of a row of panels
+_PICTURES = 4.2  # all rows together, about
 _VECTOR = 0.16  # the width of a vector beside a kernel
 _TITLE, _GAP = 0.22, 0.12  # above a row, between modules
 _FOOT = 2.3  # the colour bar, the loss and a note
@@ -170,11 +171,15 @@ def _height(found: xr.Dataset, row: list[list[str]]) -> float:
 
 
 def _rows(found: xr.Dataset, modules: list[list[str]]) -> list[list[list[str]]]:
-    """Modules beside each other until a row is full, as words in a paragraph."""
-    target = float(np.clip(np.sqrt(len(modules)) * 2, 3.0, 9.0))
+    """Modules beside each other as words in a paragraph, whose width is chosen so that all rows together are not too tall."""
+    layouts = [_broken(found, modules, width) for width in (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0)]
+    return min(layouts, key=lambda rows: abs(sum(_height(found, row) for row in rows) - _PICTURES))
+
+
+def _broken(found: xr.Dataset, modules: list[list[str]], width: float) -> list[list[list[str]]]:
     rows: list[list[list[str]]] = [[]]
     for module in modules:
-        if rows[-1] and sum(_aspect(found, each) for each in rows[-1]) + _aspect(found, module) > target:
+        if rows[-1] and sum(_aspect(found, each) for each in [*rows[-1], module]) > width:
             rows.append([])
         rows[-1].append(module)
     return rows

@@ -95,7 +95,7 @@ def _trace(ax: Axes, found: xr.Dataset, name: str, *, last: bool, title: bool) -
         ax.stairs(np.where(heights < 0, heights, 0), edges, color=HELPING, fill=True)
         ax.stairs(np.where(heights > 0, heights, 0), edges, color=HURTING, fill=True)
     else:
-        x, y = over_gaps(found, found[name].values)
+        x, y = over_gaps(found, found[name].values, at="step" if name == "weight" else "step_end")
         ax.plot(x, y, color=INK, linewidth=0.7)
     if name != "weight":
         zero_line(ax)

@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from ..colours import FAINT, INK, LAYERS, MUTED
-from .style import colour, escape, fresh_figure, key, labels, note, tidy, word
+from .style import SMALL, colour, escape, fresh_figure, key, labels, note, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,6 +57,7 @@ def _raster(ax: Axes, found: xr.Dataset) -> None:
     tidy(ax, x="training step", y="" if groups == ["all"] else "group")
     ax.set_yticks(range(len(groups)), [] if groups == ["all"] else labels(groups, 14))
     ax.tick_params(axis="y", length=0)
+    ax.set_xlim(steps[0], found["step_end"].values[-1])
     ax.set_ylim(len(groups) - 0.5, -0.5)
 
 
@@ -72,14 +73,20 @@ def _null(ax: Axes, found: xr.Dataset) -> None:
     }
     for name, values in drawn.items():
         ax.hist(values, bins=bins, **looks[name])
-    ax.axvline(observed, color=INK, linewidth=1.6)
-    ax.set_ylim(top=ax.get_ylim()[1] * 1.55)
+    tallest = ax.get_ylim()[1]
+    ax.vlines(observed, 0, tallest, color=INK, linewidth=1.6)  # the words stand above it
+    ax.set_ylim(0, tallest * 1.6)
     lines = [(f"observed {observed:.0f}", INK), (f"rotated: p = {float(found['p_shift']):.2g}", MUTED)]
     if "p_local" in found:
         lines.append((f"rotated within parts: p = {float(found['p_local']):.2g}", LAYERS[0]))
     lines.append((f"independent: p = {float(found['p_independent']):.2g}", MUTED))
     right = observed > top / 2
+    side: dict[str, Any] = {
+        "xycoords": "axes fraction",
+        "textcoords": "offset points",
+        "ha": "left" if right else "right",
+    }
     for at, (said, hue) in enumerate(lines):
-        word(ax, 0.02 if right else 0.98, 0.99 - 0.085 * at, said, hue, va="top", ha="left" if right else "right")
+        ax.annotate(said, (0.02 if right else 0.98, 1), (0, -2 - 10 * at), va="top", color=hue, fontsize=SMALL, **side)
     tidy(ax, x=f"aligned {escape(found.attrs.get('signal', 'allocation'))} peaks", y="rotations")
     ax.locator_params(axis="both", nbins=5)

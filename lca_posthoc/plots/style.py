@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SMALL = 7.5  # points; figures are made at the size they are printed at
-DIVERGE = LinearSegmentedColormap.from_list("helping-hurting", DIVERGING).with_extremes(bad=FAINT)
+DIVERGE = LinearSegmentedColormap.from_list("helping-hurting", DIVERGING, N=257).with_extremes(bad=FAINT)
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -127,25 +127,25 @@ def escape(name: object) -> str:
 def shorten(names: Sequence[str], most: int = 26) -> list[str]:
     """Names cut in the middle to about `most` characters; each stays unlike every other.
 
-    >>> shorten(["transformer.h.0.attn.c_attn.weight", "transformer.h.1.attn.c_attn.weight", "wte.weight"], 20)
-    ['transforme…tn.weight', 'transformer.…ttn.weight', 'wte.weight']
+    >>> shorten(["h.0.attention.output.weight", "h.1.attention.output.weight", "wte.weight"], 20)
+    ['h.0.attent…ut.weight', 'h.1.attent…ut.weight', 'wte.weight']
     """
     if all(len(name) <= most for name in names):
         return list(names)
-    longest = max(map(len, names))
     whole = len(set(names))
-    for width in range(most, longest):
-        cut = [_middle(name, width) for name in names]
-        if len(set(cut)) == whole:
-            return cut
+    for width in range(most, max(map(len, names))):
+        for head in (0.5, 0.7, 0.3):  # what tells names apart may lie before or behind their middle
+            cut = [_middle(name, width, head) for name in names]
+            if len(set(cut)) == whole:
+                return cut
     return list(names)
 
 
-def _middle(name: str, most: int) -> str:
+def _middle(name: str, most: int, head: float) -> str:
     if len(name) <= most:
         return name
-    head = (most - 1) // 2
-    return f"{name[:head]}…{name[len(name) - (most - 1 - head) :]}"
+    kept = round((most - 1) * head)
+    return f"{name[:kept]}…{name[len(name) - (most - 1 - kept) :]}"
 
 
 def labels(names: Sequence[Any], most: int = 26) -> list[str]:
@@ -177,7 +177,7 @@ def refuse_groups(found: xr.Dataset) -> None:
         labels = ", ".join(map(repr, found["group"].values.tolist()[:10]))
         raise InputError(
             f"loss {found.attrs.get('loss')!r} has {found.sizes['group']} groups, and a plot of {found.attrs.get('finding')!r} "
-            f"shows one: pick one: found.sel(group=…), of {labels}{', …' if found.sizes['group'] > 10 else ''}."
+            f"shows one: pick one: found.sel(group=…) or --group, of {labels}{', …' if found.sizes['group'] > 10 else ''}."
         )
 
 
@@ -220,7 +220,7 @@ def colour_bar(
     ends: tuple[str, str] = ("helped", "hurt"),
     ticks: Callable[[float], str] | None = None,
 ) -> None:
-    """A thin bar that says which end helped, beside `axes` or `into` its own; `ticks` writes numbers, else a power of ten is in the label."""
+    """A thin bar that says which end helped, beside `axes` or `into` its own; long numbers put a power of ten into the label."""
     figure = np.ravel(axes)[0].figure
     place: dict[str, Any] = (
         {"orientation": "horizontal", "aspect": 50, "shrink": 0.6} if below else {"aspect": 24, "pad": 0.02}
@@ -262,15 +262,15 @@ def pieces(found: xr.Dataset) -> list[slice]:
     return [slice(int(a), int(b)) for a, b in pairwise(cuts)]
 
 
-def over_gaps(found: xr.Dataset, values: Any, start: Any = None) -> tuple[Any, Any]:
-    """x = step_end and y = values, with NaN between stretches so that a line breaks there.
+def over_gaps(found: xr.Dataset, values: Any, start: Any = None, at: str = "step_end") -> tuple[Any, Any]:
+    """x = the ends of segments and y = values, with NaN between stretches so that a line breaks there.
 
     With `start`, the values at the starts of segments, the line of each stretch begins where its first segment does.
     """
     x: list[Any] = []
     y: list[Any] = []
     for piece in pieces(found):
-        x += [found["step_end"].values[piece].astype(float), [np.nan]]
+        x += [found[at].values[piece].astype(float), [np.nan]]
         y += [np.asarray(values, dtype=float)[piece], [np.nan]]
         if start is not None:
             x[-2:-2], y[-2:-2] = [found["step"].values[piece][:1]], [np.asarray(start, dtype=float)[piece][:1]]
@@ -307,20 +307,25 @@ def end_labels(ax: Axes, heights: Any, words: Sequence[str], colours: Sequence[s
 
 
 def spread(at: Any, gap: float) -> list[float]:
-    """Positions as near to `at` as they can be with `gap` between neighbours.
+    """Positions as near to `at` as they can be with `gap` between neighbours, between 0 and 1 where they fit.
 
-    >>> spread([0.5, 0.5, 0.9], 0.1)
-    [0.45, 0.55, 0.9]
+    >>> spread([0.5, 0.5, 0.9], 0.1), spread([0.0, 0.0], 0.1)
+    ([0.45, 0.55, 0.9], [0.0, 0.1])
     """
     order = np.argsort(at, kind="stable")
-    blocks: list[list[float]] = []  # centre, members: neighbours that touch move as one
+    blocks: list[tuple[float, int]] = []  # centre, members: neighbours that touch move as one
     for place in np.nan_to_num(np.asarray(at, dtype=float)[order], nan=0.5):
-        blocks.append([float(place), 1])
-        while len(blocks) > 1 and blocks[-1][0] - blocks[-2][0] < gap * (blocks[-1][1] + blocks[-2][1]) / 2:
+        blocks.append((_inside(float(place), 1, gap), 1))
+        while len(blocks) > 1 and blocks[-1][0] - blocks[-2][0] < gap * (blocks[-1][1] + blocks[-2][1]) / 2 - 1e-9:
             (b, m), (a, n) = blocks.pop(), blocks.pop()
-            blocks.append([(a * n + b * m) / (n + m), n + m])
-    places = [centre + gap * (each - (count - 1) / 2) for centre, count in blocks for each in range(int(count))]
+            blocks.append((_inside((a * n + b * m) / (n + m), n + m, gap), n + m))
+    places = [centre + gap * (each - (count - 1) / 2) for centre, count in blocks for each in range(count)]
     found = [0.0] * len(places)
     for position, place in zip(order, places, strict=True):
         found[int(position)] = round(place, 6)
     return found
+
+
+def _inside(centre: float, members: int, gap: float) -> float:
+    half = gap * (members - 1) / 2
+    return min(max(centre, half), 1 - half) if half < 0.5 else 0.5
