@@ -84,7 +84,7 @@ def _lines(ax: Axes, found: xr.Dataset, names: list[str], label: str) -> None:
     tidy(ax, x="training step", y=label, title=heading(found))
     ax.margins(x=0.01)
     totals = found["cumulative"].isel(step=-1).values
-    words = [f"{name}  {total:+.3g}".replace("-", "−") for name, total in zip(labels(names), totals, strict=True)]
+    words = [f"{name}  {total:+#.3g}".replace("-", "−") for name, total in zip(labels(names), totals, strict=True)]
     end_labels(ax, totals, words, [colour(at) for at in range(len(names))])
 
 
