@@ -20,6 +20,7 @@ COMMANDS = {
     "compare": "Set runs beside each other: layer sums, intervals, p-values.",
     "demo": "Train, record and replay a small real model: the first minute.",
     "plan": "Say what a run would cost, and probe the task.",
+    "plot": "Draw a finding: layers, curve, microscope, … as a picture or a film.",
     "remove": "Drop a loss from a run.",
     "repair": "Compute damaged spans of a run again.",
     "run": "Allocate the loss change of every segment to every parameter.",
