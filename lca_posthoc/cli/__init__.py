@@ -18,6 +18,7 @@ from .show import safe
 
 COMMANDS = {
     "demo": "Train, record and replay a small real model: the first minute.",
+    "export": "Write findings as NetCDF, CSV, Parquet or TensorBoard files.",
     "plan": "Say what a run would cost, and probe the task.",
     "remove": "Drop a loss from a run.",
     "repair": "Compute damaged spans of a run again.",
