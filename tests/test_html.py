@@ -110,7 +110,9 @@ def test_no_name_becomes_markup(name: str, run: Path) -> None:
     row = seen(open_run(run)).rows[2]
     shown = re.sub(r"[\x00-\x1f\u202e\ud800]", "\ufffd", name[:400]) + "…" * (len(name) > 400)
     assert row[:2] == [shown, shown]
-    assert "another loss" in row[3] or len(name) > 400  # what the markers speak for is shown, and the name in it is harmless too
+    assert (
+        "another loss" in row[3] or len(name) > 400
+    )  # what the markers speak for is shown, and the name in it is harmless too
     seen(open_run(run)[name])
 
 
