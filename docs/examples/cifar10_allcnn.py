@@ -6,7 +6,7 @@ LCA_DATA=DIR lca run allcnn-checkpoints --task docs/examples/cifar10_allcnn.py -
 ```
 
 DIR holds `cifar10.safetensors`; a number after the checkpoints' directory is how many iterates to train for. Scaled down: trained for
-20 iterates and measured on 500 images in batches of 250 instead of 45,000 in batches of thousands. A normalisation follows every
+10 iterates and measured on 500 images in batches of 250 instead of 45,000 in batches of thousands. A normalisation follows every
 convolution but the strided ones and the last: that gives the paper's number of parameters, which is all we know of its place.
 """
 
@@ -22,7 +22,7 @@ from cifar10_resnet20 import data
 from lca_posthoc import Loss, Task
 from mnist_fc import record
 
-ITERATES = 20
+ITERATES = 10
 IMAGES = 500
 LAYERS = ((96, 3, 1), (96, 3, 1), (96, 3, 2), (192, 3, 1), (192, 3, 1), (192, 3, 2), (192, 3, 1), (192, 1, 1))
 

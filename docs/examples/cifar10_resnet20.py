@@ -6,7 +6,7 @@ LCA_DATA=DIR lca run resnet-checkpoints --task docs/examples/cifar10_resnet20.py
 ```
 
 DIR holds `cifar10.safetensors` with `train.images` (10000, 32, 32, 3) uint8 and `train.labels`; a number after the checkpoints'
-directory is how many iterates to train for. Scaled down: trained for 100 iterates and measured on 2,000 images in batches of 500,
+directory is how many iterates to train for. Scaled down: trained for 80 iterates and measured on 1,000 images in batches of 500,
 instead of 4,500 iterates and 45,000 images in batches of thousands. Normalisations take the statistics of their batch, which is one
 of 250 in training.
 """
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from lca_posthoc import Loss, Task
 from mnist_fc import record
 
-ITERATES = 100
-IMAGES = 2000
+ITERATES = 80
+IMAGES = 1000
 
 
 class Block(nn.Module):
