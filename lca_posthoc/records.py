@@ -7,7 +7,7 @@ so that the same bits come out however the trajectory was cut into spans.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -75,12 +75,17 @@ def half(length: int) -> int:
     return 1 << (length - 1).bit_length() - 1
 
 
-def join_all(stretches: Sequence[Totals]) -> Totals:
-    """The totals of neighbouring stretches of equal power-of-two length (the last may be shorter), along the tree."""
+def join_all(read: Callable[[int], Totals], stretches: range) -> Totals:
+    """The totals of neighbouring stretches of equal power-of-two length (the last may be shorter), along the tree.
+
+    Args:
+        read: gives one stretch; at most log₂ of them + 2 are held at a time.
+        stretches: which ones, in order.
+    """
     if len(stretches) == 1:
-        return stretches[0]
+        return read(stretches[0])
     cut = half(len(stretches))
-    return join(join_all(stretches[:cut]), join_all(stretches[cut:]))
+    return join(join_all(read, stretches[:cut]), join_all(read, stretches[cut:]))
 
 
 class TreeSum:

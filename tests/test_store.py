@@ -262,4 +262,4 @@ def test_tree_sums_do_not_depend_on_the_cut(length: int, level: int) -> None:
     }
     span = 2**level
     spans = [{**zeros, "allocated": running(values[at : at + span])} for at in range(0, length, span)]
-    assert join_all(spans)["allocated"] == running(values) == tree(values)
+    assert join_all(spans.__getitem__, range(len(spans)))["allocated"] == running(values) == tree(values)

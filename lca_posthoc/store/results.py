@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-import zarr
 
 from ..errors import LCAError
-from ..records import FIELDS, TOTALS, join_all
+from ..records import TOTALS
 from .chunks import CheckedStore
 from .commits import Commits
 from .layout import plan_arrays
 from .lock import is_held
 from .manifest import LossRecord, Manifest
 from .runfile import read_manifest
+from .totals import joined_totals
 
 
 class LossResults:
@@ -29,26 +29,28 @@ class LossResults:
 
     def __init__(self, path: Path, manifest: Manifest, name: str) -> None:
         self.name = name
-        self._path, self._manifest = path, manifest
+        self.path, self.manifest = path, manifest
         self._commits = Commits(path, manifest, name)
 
     def __repr__(self) -> str:
-        return f"<LossResults {self.name!r}: {len(self._rows)} of {self._manifest.segments} segments in {str(self._path)!r}>"
+        return (
+            f"<LossResults {self.name!r}: {len(self._rows)} of {self.manifest.segments} segments in {str(self.path)!r}>"
+        )
 
     @property
     def record(self) -> LossRecord:
         """What identifies the loss: its split, examples, groups, batch size and more."""
-        return self._manifest.losses[self.name]
+        return self.manifest.losses[self.name]
 
     @property
     def precision(self) -> str:
         """What the gradients were computed in."""
-        return str(self._manifest.settings["precision"])
+        return str(self.manifest.settings["precision"])
 
     @cached_property
     def _rows(self) -> list[int]:
         waiting = set(self._commits.pending())
-        return [row for row in range(self._manifest.segments) if row // self._manifest.span not in waiting]
+        return [row for row in range(self.manifest.segments) if row // self.manifest.span not in waiting]
 
     @property
     def complete(self) -> bool:
@@ -57,7 +59,7 @@ class LossResults:
 
     def progress(self) -> dict[str, Any]:
         """How far this loss is, from the commit markers alone: spans, segments, steps, seconds of workers."""
-        manifest, markers = self._manifest, self.markers
+        manifest, markers = self.manifest, self.markers
         return {
             "spans_done": len({row // manifest.span for row in self._rows}),
             "spans": manifest.spans,
@@ -67,25 +69,25 @@ class LossResults:
             "last_step": manifest.checkpoints[-1].step,
             "seconds": round(sum(marker["seconds"] for marker in markers), 3),
             "complete": self.complete,
-            "running": is_held(self._path),
+            "running": is_held(self.path),
         }
 
     def _open(self, part: str) -> xr.Dataset:
-        if all(plan.part != part for plan in plan_arrays(self._manifest, self._manifest.keep, self.record)):
+        if all(plan.part != part for plan in plan_arrays(self.manifest, self.manifest.keep, self.record)):
             raise LCAError(
-                f"{self._path} keeps no {part} (--keep {self._manifest.settings['keep']}). Run again into another directory "
+                f"{self.path} keeps no {part} (--keep {self.manifest.settings['keep']}). Run again into another directory "
                 f"with --keep {'parameters' if part == 'allocation' else 'units'}."
             )
-        store = CheckedStore(self._path, self._manifest, self.name, (part,))
-        data: xr.Dataset = xr.open_zarr(store, group=part, consolidated=False, chunks=None)
+        store = CheckedStore(self.path, self.manifest, self.name, (part,))
+        data: xr.Dataset = xr.open_zarr(store, group=part, consolidated=False, chunks=None).set_coords("step_end")
         if self.record.groups is not None:
             data = data.assign_coords(group=("group", np.array(self.record.groups)))
             if part in ("steps", "tensors", "histogram"):
                 data = data.assign_coords(examples=("group", np.array(self.record.counts)))
-        return data if len(self._rows) == self._manifest.segments else data.isel(step=self._rows)
+        return data if len(self._rows) == self.manifest.segments else data.isel(step=self._rows)
 
     def _named(self, part: str) -> xr.Dataset:
-        names = {tensor.key: tensor.spec.name for tensor in self._manifest.allocated}
+        names = {tensor.key: tensor.spec.name for tensor in self.manifest.allocated}
         return self._open(part).rename_vars(names)[list(names.values())]
 
     @property
@@ -114,7 +116,7 @@ class LossResults:
 
         `replicates` is what each random part of a random subset allocates, for `standard_error`.
         """
-        specs = [tensor.spec for tensor in self._manifest.allocated]
+        specs = [tensor.spec for tensor in self.manifest.allocated]
         return (
             self._open("tensors")
             .load()
@@ -132,7 +134,7 @@ class LossResults:
 
     @property
     def totals(self) -> xr.Dataset:
-        """Per parameter over all segments, dims `(total, "NAME:0", …)`: allocated, counts of helping and hurting, turns.
+        """Per parameter over all segments, lazy, dims `(total, "NAME:0", …)`: allocated, counts of helping and hurting, turns.
 
         Those of a loss with groups are of its weighted mean over the groups: the loss of the whole split.
 
@@ -141,15 +143,13 @@ class LossResults:
         """
         if not self.complete:
             raise LCAError(
-                f"loss {self.name!r} in {self._path} is not complete, so it has no totals yet. Run `lca run` again to finish it."
+                f"loss {self.name!r} in {self.path} is not complete, so it has no totals yet. Run `lca run` again to finish it."
             )
-        store = CheckedStore(self._path, self._manifest, self.name, ("totals",))
+        store = CheckedStore(self.path, self.manifest, self.name, ("totals",))
         found = {}
-        for tensor in self._manifest.allocated:
-            stored = np.asarray(zarr.open_array(store, path=f"totals/{tensor.key}", mode="r", zarr_format=3)[:])
-            joined = join_all([dict(zip(FIELDS, window, strict=True)) for window in stored])
-            inner = [f"{tensor.spec.name}:{axis}" for axis in range(len(tensor.spec.shape))]
-            found[tensor.spec.name] = (("total", *inner), np.stack([joined[name] for name in TOTALS]))
+        for tensor in self.manifest.allocated:
+            inner = tuple(f"{tensor.spec.name}:{axis}" for axis in range(len(tensor.spec.shape)))
+            found[tensor.spec.name] = joined_totals(store, f"totals/{tensor.key}", inner)
         return xr.Dataset(found, coords={"total": list(TOTALS)})
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import shutil
 import socket
@@ -447,9 +448,7 @@ class RunWriter:
         if damaged:
             return damaged
         totals = {
-            tensor.spec.name: join_all(
-                [{field: each[f"{field}/{tensor.key}"] for field in FIELDS} for each in stretches]
-            )
+            tensor.spec.name: join_all(functools.partial(_of_tensor, stretches, tensor.key), range(len(stretches)))
             for tensor in self.manifest.allocated
         }
         self._write_totals(loss, window, totals)
@@ -467,6 +466,10 @@ class RunWriter:
             Spans whose waiting totals are damaged: they are pending again.
         """
         return [span for window in range(self.manifest.windows) for span in self.fold(loss, window)]
+
+
+def _of_tensor(stretches: list[dict[str, Any]], key: str, at: int) -> Totals:
+    return {field: stretches[at][f"{field}/{key}"] for field in FIELDS}
 
 
 def _of_span(manifest: Manifest, loss: str, span: int) -> object:

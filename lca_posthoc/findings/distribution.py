@@ -1,0 +1,214 @@
+"""How single allocations are distributed: shares, a histogram, a heavy-tailed fit, how unequal they are."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import scipy.optimize
+import scipy.stats
+import xarray as xr
+
+from ..records import histogram_edges
+from ..store import LossResults
+from .parts import BLOCK, Numbers, about, blocks, described, tables, unfinished
+
+_TOP = 0.01
+
+
+def distribution(results: LossResults, *, sample: int = 100_000, seed: int = 0) -> xr.Dataset:
+    """The distribution of the allocation over parameters × segments; buffers are not counted.
+
+    The histogram has two bins an octave, so what is taken from it has an error; `…_low` and `…_high` bound it for the share of
+    Σ|A| that the top 1 % of the elements carry, and for the Gini coefficient of |A| (Gini 1912; zeros are counted).
+
+    Args:
+        results: one loss of a run. The histogram is there at any level of `--keep`; the sample, and the double Weibull distribution
+            fitted to it (scipy's `dweibull`, location 0, maximum likelihood, exact zeros left out), at `--keep parameters`.
+        sample: how many elements to draw with replacement, uniformly over parameters × segments (× groups).
+        seed: of numpy's default generator.
+
+    Returns:
+        `count` (bin[, group]) with coordinates `lower` and `upper`; by group `zero` (a count), `helping`, `hurting` (shares), `mean`,
+        `mean_absolute`, `standard_deviation` (of the bins' middles; the mean is exact), `top_share`, `gini` with bounds;
+        `sample` (draw), `weibull_shape`, `weibull_scale`, `kurtosis` (Fisher's, of the sample).
+
+    Raises:
+        LCAError: where no segment is there yet, or stored numbers are damaged.
+    """
+    table = tables(results)
+    left_out = unfinished(results)
+    count, zero = _counts(results)
+    edges = histogram_edges()
+    edges[0], edges[-1] = -float(np.finfo("float32").max), float(np.finfo("float32").max)
+    occupied = np.flatnonzero(count.reshape(-1, count.shape[-1]).any(0))
+    first, last = (int(occupied[0]), int(occupied[-1]) + 1) if len(occupied) else (0, 1)
+    group = ("group",) if count.ndim == 2 else ()
+    lower, upper = edges[first:last], edges[first + 1 : last + 1]
+    rows = np.atleast_2d(count)[:, first:last]
+    made = {
+        "count": described((("bin", *group), count[..., first:last].T), "parameters × segments", "elements in the bin")
+    }
+    made["zero"] = described((group, zero), "parameters × segments", "elements that are exactly 0")
+    parameters = table["allocated"].isel(tensor=table["kind"].values == "parameter").sum(("step", "tensor")).values
+    figures = [
+        _figures(row, int(none), lower, upper, float(total))
+        for row, none, total in zip(rows, np.atleast_1d(zero), np.atleast_1d(parameters), strict=True)
+    ]
+    for name, (units, meaning) in _FIGURES.items():
+        values = np.array([each[name] for each in figures])
+        made[name] = described((group, values if group else values[0]), units, meaning)
+    coords = {"lower": ("bin", lower), "upper": ("bin", upper)}
+    coords |= {name: each for name, each in table.coords.items() if name in ("group", "examples")}
+    if results.manifest.keep == "parameters":
+        made |= _fitted(_sample(results, sample, seed))
+    else:
+        left_out.append(f"The heavy-tailed fit needs --keep parameters; this run keeps {results.manifest.keep}.")
+    return xr.Dataset(made, coords=coords, attrs={**about(results, "distribution", left_out), "seed": seed})
+
+
+_FIGURES = {
+    "helping": ("share", "share of parameters × segments that helped"),
+    "hurting": ("share", "share of parameters × segments that hurt"),
+    "mean": ("loss", "mean allocation of a parameter on a segment"),
+    "mean_absolute": ("loss", "mean of |A|, from the bins"),
+    "standard_deviation": ("loss", "standard deviation of A, from the bins"),
+    "top_share": ("share", "share of Σ|A| of the top 1 % of the elements"),
+    "top_share_low": ("share", "lower bound, from the edges of the bins"),
+    "top_share_high": ("share", "upper bound, from the edges of the bins"),
+    "gini": ("", "Gini coefficient of |A|, zeros counted"),
+    "gini_low": ("", "lower bound, from the edges of the bins"),
+    "gini_high": ("", "upper bound, from the edges of the bins"),
+}
+
+
+def _counts(results: LossResults) -> tuple[Numbers, Numbers]:
+    """Over all segments: ([groups,] bins), ([groups])."""
+    stored = results.histogram
+    bins, zeros = stored["count"], stored["zero"]
+    rows = max(1, BLOCK // max(1, math.prod(bins.shape[1:])))
+    length = results.manifest.span
+    rows = max(length, rows - rows % length)
+    count = sum(bins[at : at + rows].values.sum(0) for at in range(0, bins.shape[0], rows))
+    return np.asarray(count), np.asarray(zeros.sum("step").values)
+
+
+def _figures(count: Numbers, zero: int, lower: Numbers, upper: Numbers, total: float) -> dict[str, float]:
+    """Of one row of bins; nothing is NaN but what 0 elements leave undefined."""
+    elements = int(count.sum()) + zero
+    low, high = np.minimum(abs(lower), abs(upper)), np.maximum(abs(lower), abs(upper))
+    order = np.argsort(low, kind="stable")
+    count_up, low, high = count[order], low[order], high[order]
+    middle = (low + high) / 2
+    centre = (lower + upper) / 2
+    mean = total / max(1, elements)
+    found = {
+        "helping": float(count[upper <= 0].sum()) / max(1, elements),
+        "hurting": float(count[lower >= 0].sum()) / max(1, elements),
+        "mean": mean,
+        "mean_absolute": float(count_up @ middle) / max(1, elements),
+        "standard_deviation": math.sqrt(float((count * centre**2).sum() + 0.0) / max(1, elements)),
+    }
+    found["top_share"] = _top(count_up, middle, middle, elements)
+    found["top_share_low"], found["top_share_high"] = (
+        _top(count_up, low, high, elements),
+        _top(count_up, high, low, elements),
+    )
+    found["gini"] = _gini(count_up, zero, middle, middle)
+    found["gini_low"], found["gini_high"] = _gini(count_up, zero, high, low), _gini(count_up, zero, low, high)
+    return found
+
+
+def _top(count: Numbers, of_top: Numbers, of_rest: Numbers, elements: int) -> float:
+    """Share of the sum that the largest 1 % carry if each in a bin counts `of_top` there and `of_rest` below; bins rise."""
+    wanted = max(1, round(_TOP * elements))
+    above = np.cumsum(count[::-1])[::-1] - count
+    taken = np.clip(wanted - above, 0, count)
+    top, rest = float(taken @ of_top), float((count - taken) @ of_rest)
+    return top / (top + rest) if top + rest > 0 else math.nan
+
+
+def _gini(count: Numbers, zero: int, small: Numbers, large: Numbers) -> float:
+    """The Gini coefficient at its extreme over values within their bins; rising bins, zeros first.
+
+    G = Σ w_i x_i / Σ x_i with w_i = (2i − n − 1) / n for the ranks i = 1 … n. Its extreme has `large` where w_i > G and `small`
+    elsewhere: the root of F(G) = Σ_i (w_i − G) x_i, which falls in G.
+    """
+    n = int(count.sum()) + zero
+    if n == zero:
+        return math.nan
+    ends = zero + np.cumsum(count)
+    starts = ends - count
+
+    def weights(first: Numbers, last: Numbers) -> Numbers:
+        """Σ w_i over the ranks first + 1 … last."""
+        return (last * (last + 1.0) - first * (first + 1.0) - (last - first) * (n + 1.0)) / n
+
+    def excess(gini: float) -> float:
+        border = np.clip(np.floor((gini * n + n + 1) / 2), starts, ends)  # the ranks up to it have w ≤ G
+        below = weights(starts, border) - gini * (border - starts)
+        above = weights(border, ends) - gini * (ends - border)
+        return float(below @ small + above @ large)
+
+    return float(scipy.optimize.brentq(excess, -1.0, 1.0, xtol=1e-12))
+
+
+def _sample(results: LossResults, size: int, seed: int) -> Numbers:
+    """Elements of the allocation, drawn uniformly with replacement over parameters × segments (× groups)."""
+    data = results.allocation
+    names = [tensor.spec.name for tensor in results.manifest.allocated if tensor.spec.kind == "parameter"]
+    generator = np.random.default_rng(seed)
+    sizes = [data[name].size for name in names]
+    drawn = np.sort(generator.integers(0, max(1, sum(sizes)), size if sum(sizes) else 0))
+    parts, before = [], 0
+    for name, extent in zip(names, sizes, strict=True):
+        wanted = drawn[np.searchsorted(drawn, before) : np.searchsorted(drawn, before + extent)] - before
+        parts.append(_picked(data[name], wanted, results.manifest.span))
+        before += extent
+    return generator.permutation(np.concatenate(parts)) if parts else np.zeros(0)
+
+
+def _picked(data: xr.DataArray, wanted: Numbers, span: int) -> Numbers:
+    """The elements at sorted flat positions; whole rows of chunks are read once each, in blocks."""
+    places = np.unravel_index(wanted, data.shape)
+    values = np.empty(len(wanted), "float32")
+    for start in range(0, data.shape[0], span):
+        here = np.flatnonzero((places[0] >= start) & (places[0] < start + span))
+        for part in blocks(data.shape[1:], min(span, data.shape[0])):
+            inside = (
+                np.all(
+                    [
+                        (places[axis + 1][here] >= each.start) & (places[axis + 1][here] < each.stop)
+                        for axis, each in enumerate(part)
+                    ],
+                    axis=0,
+                )
+                if part
+                else np.ones(len(here), bool)
+            )
+            chosen = here[inside]
+            if len(chosen):
+                block = data[(slice(start, start + span), *part)].values
+                values[chosen] = block[
+                    tuple(
+                        places[axis][chosen] - low for axis, low in enumerate([start, *(each.start for each in part)])
+                    )
+                ]
+    return values
+
+
+def _fitted(drawn: Numbers) -> dict[str, tuple[object, ...]]:
+    moved = drawn[drawn != 0].astype("float64")
+    if len(moved) < 2 or np.ptp(abs(moved)) == 0:
+        shape = scale = math.nan
+    else:
+        unit = float(np.median(abs(moved)))  # fitted in units of the median: the optimiser stops at absolute steps
+        shape, _, scale = scipy.stats.dweibull.fit(moved / unit, floc=0)
+        scale *= unit
+    kurtosis = float(scipy.stats.kurtosis(drawn.astype("float64"))) if len(drawn) and np.ptp(drawn) > 0 else math.nan
+    return {
+        "sample": described((("draw",), drawn), "loss", "elements drawn at random"),
+        "weibull_shape": described(((), float(shape)), "", "shape of the double Weibull distribution"),
+        "weibull_scale": described(((), float(scale)), "loss", "scale of the double Weibull distribution"),
+        "kurtosis": described(((), kurtosis), "", "excess kurtosis of the sample"),
+    }

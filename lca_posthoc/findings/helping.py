@@ -1,0 +1,180 @@
+"""Who helps: per segment, per tensor, and per parameter over time, beside what chance would give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.stats
+import xarray as xr
+
+from ..store import LossResults
+from .parts import Numbers, about, described, each_total, parameter_name, tables, unfinished
+
+_BINS = 100
+
+
+def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
+    """Shares of parameters that help, and the parameters that help most and least often.
+
+    The null of chance: on every segment on which it has an effect, a parameter helps with one and the same probability,
+    independently of the others and of what was before; `probability` is the share observed over all. Heroes (who help most often)
+    and villains (least) are those with the smallest binomial tails; their p-values are multiplied by the number of
+    parameters (Bonferroni). Parameters that never have an effect are left out of this; buffers of everything.
+
+    Args:
+        results: one loss of a run, at any level of `--keep`; what is over time needs every segment.
+        most: how many heroes and villains.
+
+    Returns:
+        `helping`, `hurting`, `zero` (step[, group]) and `tensor_helping` (step[, group], tensor), shares of parameters; `parameters`
+        and `expected` (share): how many help on that share of their segments, and by chance, with coordinates `share_low` and
+        `share_high`; `probability`; by hero, named by `hero_name`, `hero_share`, `hero_segments` (on which it had an effect),
+        `hero_allocated` (loss) and `hero_p`, and the same by villain. Over time, a loss with groups is taken as a whole.
+
+    Raises:
+        LCAError: where no segment is there yet, or stored numbers are damaged.
+    """
+    table = tables(results)
+    counted = table.isel(tensor=table["kind"].values == "parameter")
+    elements = counted["elements"]
+    dims = tuple(name for name in counted["helping"].dims if name != "tensor")
+    total = max(1, int(elements.sum()))
+    shares = {name: counted[name].sum("tensor") / total for name in ("helping", "hurting")}
+    made = {
+        "helping": described((dims, shares["helping"].values), "share", "share of parameters that help"),
+        "hurting": described((dims, shares["hurting"].values), "share", "share of parameters that hurt"),
+        "zero": described(
+            (dims, 1 - shares["helping"].values - shares["hurting"].values), "share", "share of parameters at exactly 0"
+        ),
+        "tensor_helping": described(
+            counted["helping"] / np.maximum(1, elements), "share", "share of the tensor's parameters that help"
+        ),
+    }
+    kept = {name: each for name, each in counted.coords.items() if name not in ("kind", "replicate")}
+    coords: dict[Any, Any] = dict(kept)
+    left_out = unfinished(results)
+    if results.complete:
+        over_time, names = _over_time(results, most)
+        made |= over_time
+        coords |= names
+    else:
+        left_out.append("What single parameters do over time needs every segment.")
+    return xr.Dataset(made, coords=coords, attrs=about(results, "helping", left_out))
+
+
+def _over_time(results: LossResults, most: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The share of its segments on which each parameter helps: histogram, null, heroes and villains."""
+    segments = results.manifest.segments
+    having = np.zeros(segments + 1, "int64")  # parameters by the number of segments on which they have an effect
+    found = np.zeros(_BINS, "int64")
+    helped = 0
+    often, seldom = _Extremes(most, -1), _Extremes(most, 1)
+    for spec, part, values in each_total(results, ("allocated", "helping", "hurting")):
+        allocated, helping, hurting = values[0].ravel(), *(each.ravel().astype("int64") for each in values[1:])
+        effects = helping + hurting
+        moved = np.flatnonzero(effects)
+        having += np.bincount(effects, minlength=segments + 1)
+        found += np.bincount(_bin(helping[moved], effects[moved]), minlength=_BINS)
+        helped += int(helping.sum())
+        for each in (often, seldom):
+            each.add(spec.name, part, values.shape[1:], moved, effects[moved], helping[moved], allocated[moved])
+    having[0] = 0
+    total, active = int(having @ np.arange(segments + 1)), int(having.sum())
+    probability = helped / total if total else float("nan")
+    expected = np.zeros(_BINS)
+    for effects in np.flatnonzero(having):
+        helping = np.arange(effects + 1)
+        chance = scipy.stats.binom.pmf(helping, effects, probability)
+        expected += having[effects] * np.bincount(_bin(helping, effects), chance, _BINS)
+    made = {
+        "parameters": described(
+            (("share",), found), "parameters", "parameters that help on that share of their segments"
+        ),
+        "expected": described((("share",), expected), "parameters", "the same by chance alone"),
+        "probability": described(((), probability), "share", "share of the parameters' segments on which they help"),
+    }
+    edges = np.linspace(0, 1, _BINS + 1)
+    coords = {
+        "share": described((("share",), (edges[1:] + edges[:-1]) / 2), "share", "share of its segments it helps on"),
+        "share_low": ("share", edges[:-1]),
+        "share_high": ("share", edges[1:]),
+    }
+    for dim, each in (("hero", often), ("villain", seldom)):
+        table, names = each.table(dim, probability, active)
+        made |= table
+        coords |= names
+    return made, coords
+
+
+def _bin(helping: Numbers, effects: Any) -> Numbers:
+    """Which of the bins of shares helping / effects falls into, exactly."""
+    found: Numbers = np.minimum(_BINS - 1, helping * _BINS // effects)
+    return found
+
+
+class _Extremes:
+    """The parameters that help most (sign −1) or least (sign 1) often, told from each other by their binomial tails.
+
+    The probability is only known at the end; among parameters with an effect on equally many segments the order does not depend
+    on it, so as many as are asked for are kept of each number.
+    """
+
+    def __init__(self, most: int, sign: int) -> None:
+        self._most, self._sign = most, sign
+        self._kept: dict[str, Numbers] = {
+            "effects": np.zeros(0, "int64"),
+            "helping": np.zeros(0, "int64"),
+            "allocated": np.zeros(0),
+            "name": np.zeros(0, object),
+        }
+
+    def add(
+        self,
+        tensor: str,
+        part: tuple[slice, ...],
+        shape: tuple[int, ...],
+        at: Numbers,
+        effects: Numbers,
+        helping: Numbers,
+        allocated: Numbers,
+    ) -> None:
+        """Take in the parameters of one block of a tensor."""
+        first = self._first(effects, helping)
+        places = np.unravel_index(at[first], shape) if shape else ()
+        indices = [place + each.start for place, each in zip(places, part, strict=True)]
+        names = [parameter_name(tensor, (place[row] for place in indices)) for row in range(len(first))]
+        new = {
+            "effects": effects[first],
+            "helping": helping[first],
+            "allocated": allocated[first],
+            "name": np.array(names, dtype=object),
+        }
+        kept = {name: np.concatenate([self._kept[name], values]) for name, values in new.items()}
+        first = self._first(kept["effects"], kept["helping"])
+        self._kept = {name: values[first] for name, values in kept.items()}
+
+    def _first(self, effects: Numbers, helping: Numbers) -> Numbers:
+        """Positions of the most extreme ones among those with equally many effects; ties by position."""
+        order = np.lexsort((self._sign * helping, effects))
+        ordered = effects[order]
+        rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+        return np.sort(order[rank < self._most])
+
+    def table(self, dim: str, probability: float, parameters: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The most extreme of all, first the smallest tail, then the larger effect on the loss."""
+        effects, helping, allocated = (self._kept[name] for name in ("effects", "helping", "allocated"))
+        tail = (
+            scipy.stats.binom.sf(helping - 1, effects, probability)
+            if self._sign < 0
+            else scipy.stats.binom.cdf(helping, effects, probability)
+        )
+        order = np.lexsort((self._sign * allocated, tail))[: self._most]
+        share = helping[order] / effects[order]
+        made = {
+            f"{dim}_share": described(((dim,), share), "share", "share of its segments on which it helps"),
+            f"{dim}_segments": described(((dim,), effects[order]), "segments", "segments on which it has an effect"),
+            f"{dim}_allocated": described(((dim,), allocated[order]), "loss", "Σ allocation over training"),
+            f"{dim}_p": described(((dim,), np.minimum(1, tail[order] * parameters)), "", "binomial tail × parameters"),
+        }
+        return made, {f"{dim}_name": (dim, self._kept["name"][order])}

@@ -1,0 +1,90 @@
+"""What each layer did: sums and means over its parameters, over training."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from ..store import LossResults
+from .parts import ROLES, about, described, grouping, layer_of, roles, tables, unfinished
+
+
+def layers(results: LossResults, *, by: str | int = "module", apart: bool = False) -> xr.Dataset:
+    """Sum and mean of the allocation of every layer, per segment, cumulative, and over all segments.
+
+    A layer that is negative helped: the loss went down because of it (Lan et al. 2019, section 4).
+
+    Args:
+        results: one loss of a run, at any level of `--keep`.
+        by: "module" (a kernel and its bias together), "tensor", or how many parts of the module's name to keep.
+        apart: whether kernels, biases, normalisation and buffers of a layer are layers of their own.
+
+    Returns:
+        `allocated` and `cumulative` (step[, group], layer), `total` and `mean` (layer[, group]; the mean is per parameter and
+        over the whole training), in units of loss; `helping` (layer[, group]), the share of its parameters × segments
+        that helped. Coordinates of `layer`: `elements` and `role`.
+
+    Raises:
+        LCAError: where no segment is there yet, or stored numbers are damaged.
+        InputError: for another `by`.
+    """
+    table = tables(results)
+    names = [str(name) for name in table["tensor"].values]
+    role = roles(results)
+    labels = [
+        f"{layer_of(name, by)} {role[name]}".strip() if apart and by != "tensor" else layer_of(name, by)
+        for name in names
+    ]
+    found: dict[str, list[int]] = {}
+    for each in [
+        at
+        for members in grouping(names, by).values()
+        for at in sorted(members, key=lambda at: _rank(role, names[at], apart))
+    ]:
+        found.setdefault(labels[each], []).append(each)
+    elements = np.array([int(table["elements"].values[members].sum()) for members in found.values()])
+    allocated = _sums(table["allocated"], found)
+    counted = _sums(table["helping"], found).sum("step")
+    total = allocated.sum("step")
+    segments = table.sizes["step"]
+    per_parameter = xr.DataArray(np.maximum(1, elements), dims="layer")
+    by_layer = ("layer", *(name for name in total.dims if name != "layer"))
+    made = {
+        "allocated": described(allocated, "loss", "Σ allocation of the segment"),
+        "cumulative": described(allocated.cumsum("step"), "loss", "Σ allocation so far"),
+        "total": described(total.transpose(*by_layer), "loss", "Σ allocation over training"),
+        "mean": described(
+            (total / per_parameter).transpose(*by_layer), "loss", "allocation per parameter over training"
+        ),
+        "helping": described(
+            (counted / (per_parameter * segments)).transpose(*by_layer),
+            "share",
+            "share of parameters × segments that helped",
+        ),
+    }
+    coords = {
+        "layer": np.array(list(found), dtype=object),
+        "elements": ("layer", elements),
+        "role": ("layer", np.array([_role(role, names, members) for members in found.values()], dtype=object)),
+    }
+    left_out = unfinished(results)
+    if results.manifest.settings["tensors"]:
+        left_out.append("The run keeps some tensors alone; what the others did is the remainder of `steps`.")
+    kept = {name: each for name, each in table.coords.items() if name in ("step", "step_end", "group", "examples")}
+    return xr.Dataset(made, coords={**kept, **coords}, attrs=about(results, "layers", left_out))
+
+
+def _rank(role: dict[str, str], name: str, apart: bool) -> int:
+    return ROLES.index(role[name]) if apart else 0
+
+
+def _role(role: dict[str, str], names: list[str], members: list[int]) -> str:
+    found = {role[names[at]] for at in members}
+    return found.pop() if len(found) == 1 else "all"
+
+
+def _sums(column: xr.DataArray, found: dict[str, list[int]]) -> xr.DataArray:
+    """Over the tensors of each layer: (step[, group], layer)."""
+    summed = [column.isel(tensor=members).sum("tensor").values for members in found.values()]
+    dims = [name for name in column.dims if name != "tensor"]
+    return xr.DataArray(np.stack(summed, axis=-1), dims=(*dims, "layer"))

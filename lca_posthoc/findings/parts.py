@@ -1,0 +1,191 @@
+"""What the findings share: how a result is described, which layer and role a tensor has, stored arrays read in blocks."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from ..errors import InputError, LCAError
+from ..records import FIELDS
+from ..store import LossResults
+from ..trajectory import TensorSpec
+
+BLOCK = 2**22  # numbers that are held at a time
+ROLES = ("kernel", "bias", "normalisation", "buffer", "other")
+_PARAMETER = re.compile(r"(?P<name>.+?)\[(?P<indices>\d+(?:\s*,\s*\d+)*)?\]", re.DOTALL)
+
+Numbers = np.ndarray[Any, Any]
+
+
+def about(results: LossResults, finding: str, left_out: Iterable[str] = ()) -> dict[str, Any]:
+    """What every finding says of itself: its name, the run, the loss, the split, and what is left out and why."""
+    return {
+        "finding": finding,
+        "run": str(results.path),
+        "loss": results.name,
+        "split": results.record.on or "",
+        "left_out": " ".join(left_out),
+    }
+
+
+def described(data: xr.DataArray | tuple[Any, ...], units: str, long_name: str) -> tuple[Any, ...]:
+    """A variable with its unit and its meaning: dims, values, attributes."""
+    dims, values = (data.dims, data.values) if isinstance(data, xr.DataArray) else data
+    return dims, values, {"units": units, "long_name": long_name}
+
+
+def unfinished(results: LossResults) -> list[str]:
+    """A word about segments that are not there yet; none where the run is complete."""
+    done = results.progress()
+    if done["complete"]:
+        return []
+    return [f"{done['segments_done']:,} of {done['segments']:,} segments are there: run `lca run` again to finish."]
+
+
+def tables(results: LossResults) -> xr.Dataset:
+    """The table of tensors, over the segments that are there.
+
+    Raises:
+        LCAError: where no segment is there yet.
+    """
+    found = results.tensors
+    if not found.sizes["step"]:
+        raise LCAError(f"loss {results.name!r} has no finished segment yet. Let `lca run` commit a span first.")
+    return found
+
+
+def layer_of(name: str, by: str | int = "module") -> str:
+    """The layer a tensor belongs to.
+
+    Args:
+        name: of the tensor, such as "encoder.0.attention.weight".
+        by: "tensor" for every tensor by itself, "module" for the module that holds it, or how many parts of the module's
+            name to keep; 0 is the whole network, "".
+
+    Raises:
+        InputError: for another `by`.
+
+    >>> [layer_of("encoder.0.attention.weight", by) for by in ("tensor", "module", 1)]
+    ['encoder.0.attention.weight', 'encoder.0.attention', 'encoder']
+    """
+    if by == "tensor":
+        return name
+    module = name.rpartition(".")[0] or name
+    if by == "module":
+        return module
+    if not isinstance(by, int) or isinstance(by, bool) or by < 0:
+        raise InputError(f'by is "tensor", "module" or how many parts of a module\'s name to keep, got {by!r}.')
+    return ".".join(module.split(".")[:by])
+
+
+def grouping(names: Iterable[str], by: str | int = "module") -> dict[str, list[int]]:
+    """The positions of the tensors of every layer, in the model's order."""
+    found: dict[str, list[int]] = {}
+    for position, name in enumerate(names):
+        found.setdefault(layer_of(name, by), []).append(position)
+    return found
+
+
+def roles(results: LossResults) -> dict[str, str]:
+    """What each tensor is in its module, told from its kind, its axes and its neighbours.
+
+    A buffer is a "buffer"; two axes or more make a "kernel"; a vector beside a kernel in the same module is a "bias"; vectors of a
+    module without a kernel are "normalisation"; scalars are "other".
+    """
+    specs = [tensor.spec for tensor in results.manifest.allocated]
+    everything = [tensor.spec for tensor in results.manifest.tensors]
+    with_kernel = {layer_of(spec.name) for spec in everything if spec.kind == "parameter" and len(spec.shape) > 1}
+    found = {}
+    for spec in specs:
+        if spec.kind == "buffer":
+            role = "buffer"
+        elif len(spec.shape) > 1:
+            role = "kernel"
+        elif not spec.shape:
+            role = "other"
+        else:
+            role = "bias" if layer_of(spec.name) in with_kernel else "normalisation"
+        found[spec.name] = role
+    return found
+
+
+def parameter_name(tensor: str, indices: Iterable[int]) -> str:
+    """A single parameter, as people write it.
+
+    >>> parameter_name("fc1.weight", (3, 17))
+    'fc1.weight[3, 17]'
+    """
+    return f"{tensor}[{', '.join(str(int(index)) for index in indices)}]"
+
+
+def parse_parameter(name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
+    """The tensor and the indices of a parameter written as `parameter_name` does.
+
+    Raises:
+        InputError: where there is no such tensor or parameter.
+    """
+    found = _PARAMETER.fullmatch(name)
+    tensor = found["name"] if found else name
+    if tensor not in shapes:
+        known = ", ".join(list(shapes)[:6])
+        raise InputError(f"there is no tensor {tensor!r} with a kept allocation; there are {known}. Write NAME[I, J].")
+    indices = tuple(int(each) for each in (found["indices"] or "").split(",") if each.strip()) if found else ()
+    shape = shapes[tensor]
+    if len(indices) != len(shape) or any(index >= extent for index, extent in zip(indices, shape, strict=True)):
+        raise InputError(f"{name!r} is not a parameter of {tensor}, whose shape is {list(shape)}. Write NAME[I, J].")
+    return tensor, indices
+
+
+def stretches(results: LossResults, steps: int, frames: int) -> Numbers:
+    """Borders of at most `frames` stretches of consecutive segments, of equal length but for the last.
+
+    Returns:
+        (frames + 1,), rising, from 0 to `steps`.
+
+    Raises:
+        InputError: for fewer than one frame.
+    """
+    if frames < 1:
+        raise InputError(f"at least one frame is needed, got {frames}.")
+    length = -(-steps // frames)
+    return np.append(np.arange(0, steps, length), steps)
+
+
+def blocks(shape: tuple[int, ...], rows: int = 1, most: int = BLOCK) -> Iterator[tuple[slice, ...]]:
+    """Slices that cut an array of `shape`, `rows` of which are read at once, into parts of at most `most` numbers.
+
+    Axes are cut from the left, as the stored chunks are. A scalar is one part, ().
+    """
+    if not shape:
+        yield ()
+        return
+    inner = rows * math.prod(shape[1:])
+    if inner > most and len(shape) > 1:
+        for at in range(shape[0]):
+            for rest in blocks(shape[1:], rows, most):
+                yield slice(at, at + 1), *rest
+        return
+    length = max(1, most // max(1, inner))
+    for start in range(0, shape[0], length):
+        yield slice(start, min(start + length, shape[0])), *(slice(0, extent) for extent in shape[1:])
+
+
+def each_total(
+    results: LossResults, wanted: tuple[str, ...], *, buffers: bool = False
+) -> Iterator[tuple[TensorSpec, tuple[slice, ...], Numbers]]:
+    """The totals per parameter in blocks: the tensor, the part of it, and (wanted, *part) float64.
+
+    Raises:
+        LCAError: where the run is not complete, or stored numbers are damaged.
+    """
+    totals = results.totals
+    at = [list(totals["total"].values).index(name) for name in wanted]
+    for tensor in results.manifest.allocated:
+        if tensor.spec.kind == "parameter" or buffers:
+            for part in blocks(tensor.spec.shape, len(FIELDS)):
+                yield tensor.spec, part, totals[tensor.spec.name][(slice(None), *part)].values[at]
