@@ -17,6 +17,7 @@ from ..errors import InputError, Interrupted, LCAError
 from .show import safe
 
 COMMANDS = {
+    "compare": "Set runs beside each other: layer sums, intervals, p-values.",
     "demo": "Train, record and replay a small real model: the first minute.",
     "plan": "Say what a run would cost, and probe the task.",
     "remove": "Drop a loss from a run.",

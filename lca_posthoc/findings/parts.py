@@ -141,7 +141,7 @@ def parse_parameter(name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str,
     return tensor, indices
 
 
-def stretches(results: LossResults, steps: int, frames: int) -> Numbers:
+def stretches(steps: int, frames: int) -> Numbers:
     """Borders of at most `frames` stretches of consecutive segments, of equal length but for the last.
 
     Returns:
@@ -173,6 +173,13 @@ def blocks(shape: tuple[int, ...], rows: int = 1, most: int = BLOCK) -> Iterator
     length = max(1, most // max(1, inner))
     for start in range(0, shape[0], length):
         yield slice(start, min(start + length, shape[0])), *(slice(0, extent) for extent in shape[1:])
+
+
+def largest(values: Numbers, most: int) -> list[int]:
+    """Positions of the `most` largest of a flat array, or of all, in no order."""
+    if most < 1:
+        return []
+    return [int(each) for each in np.argpartition(-values, min(most, values.size) - 1)[:most]]
 
 
 def each_total(

@@ -14,6 +14,7 @@ from ..errors import LCAError
 from ..records import TOTALS
 from .chunks import CheckedStore
 from .commits import Commits
+from .html import results_html, run_html
 from .layout import plan_arrays
 from .lock import is_held
 from .manifest import LossRecord, Manifest
@@ -36,6 +37,9 @@ class LossResults:
         return (
             f"<LossResults {self.name!r}: {len(self._rows)} of {self.manifest.segments} segments in {str(self.path)!r}>"
         )
+
+    def _repr_html_(self) -> str:
+        return results_html(self)
 
     @property
     def record(self) -> LossRecord:
@@ -79,7 +83,9 @@ class LossResults:
                 f"with --keep {'parameters' if part == 'allocation' else 'units'}."
             )
         store = CheckedStore(self.path, self.manifest, self.name, (part,))
-        data: xr.Dataset = xr.open_zarr(store, group=part, consolidated=False, chunks=None).set_coords("step_end")
+        data: xr.Dataset = xr.open_zarr(store, group=part, consolidated=False, chunks=None)
+        ends = [checkpoint.step for checkpoint in self.manifest.checkpoints[1:]]
+        data = data.assign_coords(step_end=("step", ends))
         if self.record.groups is not None:
             data = data.assign_coords(group=("group", np.array(self.record.groups)))
             if part in ("steps", "tensors", "histogram"):
@@ -181,6 +187,9 @@ class Run(Mapping[str, LossResults]):
 
     def __repr__(self) -> str:
         return f"<Run {str(self.path)!r}: losses {', '.join(self.manifest.losses)}; {self.manifest.segments} segments>"
+
+    def _repr_html_(self) -> str:
+        return run_html(self)
 
 
 def open_run(path: str | Path) -> Run:

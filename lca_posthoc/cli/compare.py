@@ -1,0 +1,166 @@
+"""`lca compare`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.text import Text
+
+from .options import json_option
+from .show import print_json, safe, say, share, stdout, table
+
+if TYPE_CHECKING:
+    from ..store import LossResults
+
+_NONE = "–"
+_LAYER = ("mean", "low", "high", "p", "p_holm", "difference", "p_difference", "p_difference_holm")
+_LABEL = (
+    "runs",
+    "helping",
+    "helping_low",
+    "helping_high",
+    "loss_end",
+    "loss_end_low",
+    "loss_end_high",
+    "loss_change",
+    "p_loss_end",
+)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="[LABEL=]RUN…")
+@click.option("--loss", metavar="NAME", help="The loss, in every run.  [default: the first of the first run]")
+@click.option(
+    "--by", default="module", show_default=True, help="Layers: module, tensor, or how many parts of a module's name."
+)
+@click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the intervals.")
+@json_option
+def command(runs: tuple[str, ...], loss: str | None, by: str, confidence: float, as_json: bool) -> None:
+    """Set runs beside each other: what each layer allocated, with intervals and p-values over repeats.
+
+    Runs under one LABEL are repeats, such as seeds; RUN may then be a pattern. A run without a label is one by itself.
+    Differences are to the first label.
+
+    \b
+    lca compare free.lca frozen.lca
+    lca compare 'free=free-*.lca' 'frozen=frozen-*.lca' --loss train --by 1
+    """
+    from ..findings import compare
+
+    opened = _open(_labelled(runs), loss)
+    found = compare(opened, by=int(by) if by.isdecimal() else by, confidence=confidence)
+    if found.attrs["left_out"]:
+        say(found.attrs["left_out"])
+    if as_json:
+        print_json(document(found))
+    else:
+        print_comparison(found)
+
+
+def _labelled(runs: tuple[str, ...]) -> dict[str, list[str]]:
+    """The paths under each label, in order; what exists is a path, whatever signs are in it."""
+    from glob import glob
+    from pathlib import Path
+
+    from ..errors import InputError
+
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        label, equals, path = run.partition("=")
+        if not equals or Path(run).exists():
+            name = Path(run).resolve().name.removesuffix(".lca")
+            label, path = (name, run) if name not in found else (run, run)
+            if label in found:
+                raise InputError(f"there already are runs labelled {label!r}. Write LABEL={run}.")
+        elif not label or not path:
+            raise InputError(f"LABEL=RUN needs a label and a run, got {run!r}.")
+        found.setdefault(label, []).extend([path] if Path(path).exists() else sorted(glob(path)) or [path])
+    return found
+
+
+def _open(paths: dict[str, list[str]], loss: str | None) -> dict[str, list[LossResults]]:
+    from ..errors import InputError
+    from ..store import open_run
+
+    found: dict[str, list[LossResults]] = {}
+    for label, several in paths.items():
+        for path in several:
+            run = open_run(path)
+            loss = loss if loss is not None else next(iter(run), None)
+            if loss is None or loss not in run:
+                wanted = (
+                    "no losses" if loss is None else f"no loss {loss!r}; it has {', '.join(map(repr, run)) or 'none'}"
+                )
+                raise InputError(f"{path} has {wanted}. Name one that all the runs have with --loss.")
+            found.setdefault(label, []).append(run[loss])
+    return found
+
+
+def document(found: Any) -> dict[str, Any]:
+    """What `lca compare --json` prints."""
+    labels = {}
+    for label in found["label"].values:
+        of = found.sel(label=label)
+        runs = int(of["runs"])
+        layers = {
+            layer: {name: float(of[name][at]) for name in _LAYER} | {"totals": of["total"].values[at, :runs].tolist()}
+            for at, layer in enumerate(found["layer"].values)
+        }
+        head = {name: float(of[name]) for name in _LABEL[1:]}
+        labels[label] = {"paths": of["path"].values[:runs].tolist(), "runs": runs, **head, "layers": layers}
+    about = {name: found.attrs[name] for name in ("loss", "by", "confidence", "left_out")}
+    return {"schema": 1, **about, "labels": labels}
+
+
+def print_comparison(found: Any) -> None:
+    """Headline figures of each label, then its layers beside those of the others; p of layers are Holm's."""
+    labels = [safe(label) for label in found["label"].values]
+    by_label = [found.isel(label=at) for at in range(len(labels))]
+    repeats = bool((found["runs"] > 1).any())
+    headline = table("", *labels)
+    headline.add_row("runs", *(str(int(of["runs"])) for of in by_label))
+    headline.add_row("loss at the end", *(_interval(of, "loss_end", "{:.6f}") for of in by_label))
+    headline.add_row("loss change", *(_number(of["loss_change"], "{:+.6f}") for of in by_label))
+    headline.add_row("helping", *(share(float(of["helping"])) for of in by_label))
+    if repeats:
+        headline.add_row(
+            "p: loss at the end as of the first", *(_number(of["p_loss_end"], "{:.2g}") for of in by_label)
+        )
+    columns = []
+    for at, label in enumerate(labels):
+        columns += [
+            label,
+            *(["p"] if repeats else []),
+            *(["difference"] if at else []),
+            *(["p"] if at and repeats else []),
+        ]
+    rows = table("layer", *columns)
+    for at, layer in enumerate(found["layer"].values):
+        cells = list[Text | str]()
+        for which, of in enumerate(by_label):
+            one = of.isel(layer=at)
+            cells.append(_interval(one, "mean", "{:+.4f}", ends=("low", "high")))
+            cells += [_number(one["p_holm"], "{:.2g}")] if repeats else []
+            cells += [_number(one["difference"], "{:+.4f}")] if which else []
+            cells += [_number(one["p_difference_holm"], "{:.2g}")] if which and repeats else []
+        rows.add_row(Text(safe(layer)), *cells)
+    console = stdout()
+    console.print(headline)
+    console.print()
+    console.print(rows)
+    if repeats:
+        console.print(
+            f"\n[low, high]: {100 * found.attrs['confidence']:g} % t interval of the mean. p of a layer: t-test against 0; of its "
+            f"difference to {labels[0]}: Welch's; both corrected by Holm over layers and labels.",
+            markup=False,
+        )
+
+
+def _interval(of: Any, name: str, form: str, ends: tuple[str, str] | None = None) -> Text:
+    low, high = (_number(of[end], form) for end in ends or (f"{name}_low", f"{name}_high"))
+    return Text(f"{_number(of[name], form)}" + ("" if _NONE in (low, high) else f" [{low}, {high}]"))
+
+
+def _number(value: Any, form: str) -> str:
+    return form.format(float(value)) if bool(value == value) else _NONE

@@ -1,0 +1,232 @@
+"""Runs beside each other: layer sums, their spread over repeats, and whether labels differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from scipy import stats
+
+from ..errors import InputError
+from ..store import LossResults
+from .parts import about, described, layer_of, unfinished
+from .summary import summary
+
+_ROUNDING = 16 * np.finfo(float).eps  # of a mean, relative: repeats that differ by less do not differ
+
+Numbers = np.ndarray[Any, Any]
+
+
+def compare(
+    runs: Mapping[str, Sequence[LossResults] | LossResults],
+    *,
+    by: str | int = "module",
+    confidence: float = 0.95,
+) -> xr.Dataset:
+    """What each layer allocated in runs of several kinds, with intervals and p-values over repeats.
+
+    The runs under one label are taken as independent repeats, such as seeds. Of their layer sums: Student's t interval and the
+    one-sample t-test against 0; against the runs of the first label, Welch's t-test. All p are two-sided. `p_holm` corrects for
+    all layers of all labels together, `p_difference_holm` for all layers of all labels but the first (Holm 1979): where there is
+    nothing to find, any p of such a family falls below α with a chance of at most α. What takes more repeats than there are (two
+    for an interval or a p, on both sides of a difference) is NaN, as is a p of numbers without any spread.
+
+    Sums are over the segments that are there. Runs may differ in their numbers of steps and in their layers.
+
+    Args:
+        runs: results of one loss without groups, or several of them, by label.
+        by: layers by "module", by "tensor", or by so many parts of the module's name. Buffers are part of their layers.
+        confidence: of the intervals, between 0 and 1.
+
+    Returns:
+        `total` (label, layer, run) in units of loss, NaN where a label has fewer runs or a run lacks the layer; `mean`, `low`,
+        `high`, `p`, `p_holm` (label, layer); `difference`, `p_difference`, `p_difference_holm` (label, layer) to the first label;
+        `helping` (share of parameters × segments) and `loss_end` (label), means over runs, each with `_low` and `_high`;
+        `loss_change` (label), a mean; `p_loss_end` (label), Welch's test of the last loss against the first label, not corrected;
+        `runs` (label), how many; coord `path` (label, run).
+
+    Raises:
+        InputError: for no runs, a run given twice under one label, a loss with groups, or an impossible confidence.
+        LCAError: where a run has no finished segment yet, or stored numbers are damaged.
+    """
+    if isinstance(confidence, bool) or not 0 < confidence < 1:
+        raise InputError(f"confidence is a number between 0 and 1, got {confidence!r}.")
+    given = _listed(runs)
+    found = [[summary(results) for results in several] for several in given.values()]
+    names = [each["name"] for some in found for one in some for each in one["tensors"]]
+    layers = list(dict.fromkeys(layer_of(name, by) for name in names))
+    sums = [[_layer_sums(one, layers, by) for one in some] for some in found]
+    head = {
+        name: repeats(padded([[one[name] for one in some] for some in found]), confidence)
+        for name in ("helping", "loss_end", "loss_change")
+    }
+    paths = np.full((len(given), max(map(len, found))), "", dtype=object)
+    for at, several in enumerate(given.values()):
+        paths[at, : len(several)] = [str(results.path) for results in several]
+    made = _of_layers(padded(sums), confidence) | _of_labels(head, confidence)
+    made["runs"] = (("label",), np.array([len(some) for some in found]), "runs", "runs under the label")
+    left = [word for one in (one for several in given.values() for one in several) for word in _left_out(one)]
+    return xr.Dataset(
+        {name: described((dims, values), units, text) for name, (dims, values, units, text) in made.items()},
+        coords={
+            "label": np.array(list(given), dtype=object),
+            "layer": np.array(layers, dtype=object),
+            "path": (("label", "run"), paths),
+        },
+        attrs=_about(given, left) | {"by": str(by), "confidence": float(confidence)},
+    )
+
+
+def _listed(runs: Mapping[str, Sequence[LossResults] | LossResults]) -> dict[str, list[LossResults]]:
+    """Every label's results as a list, and nothing that cannot be compared."""
+    if not isinstance(runs, Mapping) or not runs:
+        raise InputError(
+            'nothing to compare: pass {"label": [results, …], …} with results such as open_run(RUN)["train"].'
+        )
+    given: dict[str, list[LossResults]] = {}
+    for label, one in runs.items():
+        several = [one] if isinstance(one, LossResults) else list(one)
+        if not isinstance(label, str) or not several or not all(isinstance(each, LossResults) for each in several):
+            raise InputError(
+                f'under label {label!r} there have to be results such as open_run(RUN)["train"], one or more.'
+            )
+        given[label] = several
+        seen = set()
+        for each in several:
+            if each.record.groups is not None:
+                raise InputError(
+                    f"loss {each.name!r} of {each.path} has groups; compare takes losses without. Name another, or add this one "
+                    "without group_by to the task and `lca run` it."
+                )
+            if (each.path.resolve(), each.name) in seen:
+                raise InputError(
+                    f"{each.path} is given twice under label {label!r}; a repeat has to be a run of its own."
+                )
+            seen.add((each.path.resolve(), each.name))
+    return given
+
+
+def _layer_sums(one: dict[str, Any], layers: list[str], by: str | int) -> list[float]:
+    parts: dict[str, list[float]] = {}
+    for tensor in one["tensors"]:
+        parts.setdefault(layer_of(tensor["name"], by), []).append(tensor["allocated"])
+    return [math.fsum(parts[layer]) if layer in parts else math.nan for layer in layers]
+
+
+def _left_out(results: LossResults) -> list[str]:
+    patterns = results.manifest.settings["tensors"]
+    rest = ["what tensors did that `--tensors` left out is in no layer."] if patterns else []
+    return [f"{results.path}: {word}" for word in [*unfinished(results), *rest]]
+
+
+def _about(given: dict[str, list[LossResults]], left: list[str]) -> dict[str, Any]:
+    every = [about(results, "compare", left) for several in given.values() for results in several]
+    joined = {name: ", ".join(dict.fromkeys(each[name] for each in every)) for name in ("run", "loss", "split")}
+    return every[0] | joined
+
+
+def _of_layers(total: Numbers, confidence: float) -> dict[str, tuple[tuple[str, ...], Any, str, str]]:
+    """Dims, values, units and meaning of what there is per label and layer; `total` is (label, layer, run)."""
+    both, over = ("label", "layer"), repeats(total, confidence)
+    certain, first = f"of the {100 * confidence:g} % t interval of the mean", "Welch's test against the first label"
+    return {
+        "total": ((*both, "run"), total, "loss", "allocated by the layer"),
+        "mean": (both, over.mean, "loss", "allocated by the layer, mean over runs"),
+        "low": (both, over.low, "loss", f"lower end {certain}"),
+        "high": (both, over.high, "loss", f"upper end {certain}"),
+        "p": (both, over.p, "probability", "t-test of the mean against 0"),
+        "p_holm": (both, holm(over.p), "probability", "t-test of the mean against 0, corrected by Holm"),
+        "difference": (both, over.mean - over.mean[:1], "loss", "mean less that of the first label"),
+        "p_difference": (both, over.p_difference, "probability", first),
+        "p_difference_holm": (both, holm(over.p_difference), "probability", f"{first}, corrected by Holm"),
+    }
+
+
+def _of_labels(head: dict[str, Repeats], confidence: float) -> dict[str, tuple[tuple[str, ...], Any, str, str]]:
+    """Dims, values, units and meaning of what there is per label."""
+    label, certain = ("label",), f"of the {100 * confidence:g} % t interval"
+    made: dict[str, tuple[tuple[str, ...], Any, str, str]] = {
+        "loss_change": (label, head["loss_change"].mean, "loss", "change of the loss, mean over runs"),
+        "p_loss_end": (
+            label,
+            head["loss_end"].p_difference,
+            "probability",
+            "last loss, Welch's test against the first label",
+        ),
+    }
+    for name, units, text in (
+        ("helping", "share", "parameters × segments that helped"),
+        ("loss_end", "loss", "last loss"),
+    ):
+        made[name] = (label, head[name].mean, units, f"{text}, mean over runs")
+        made[f"{name}_low"] = (label, head[name].low, units, f"{text}, lower end {certain}")
+        made[f"{name}_high"] = (label, head[name].high, units, f"{text}, upper end {certain}")
+    return made
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Means over repeats, the ends of their intervals, p against 0, and p of the difference to the first label."""
+
+    mean: Numbers
+    low: Numbers
+    high: Numbers
+    p: Numbers
+    p_difference: Numbers
+
+
+def padded(rows: Sequence[Sequence[Any]]) -> Numbers:
+    """One number, or list of numbers, per label and run, as (label, …, run) with NaN where a label has fewer runs."""
+    most, shape = max(map(len, rows)), np.shape(rows[0][0])
+    made = np.full((len(rows), *shape, most), np.nan)
+    for at, row in enumerate(rows):
+        for run, values in enumerate(row):
+            made[at, ..., run] = values
+    return made
+
+
+def repeats(values: Numbers, confidence: float) -> Repeats:
+    """Student's interval and tests over the last axis.
+
+    With n numbers, mean m and standard error e = s / √n: m ± t(n − 1) · e; t = m / e with n − 1 degrees of freedom; against
+    the first label (m₁, e₁, n₁), t = (m − m₁) / √(e² + e₁²) with (e² + e₁²)² / (e⁴ / (n − 1) + e₁⁴ / (n₁ − 1)) degrees (Welch 1947).
+
+    Args:
+        values: (label, …, run), NaN where there is no run.
+        confidence: of the interval.
+
+    Returns:
+        (label, …) each; NaN where n < 2 or nothing varies.
+    """
+    there = ~np.isnan(values)
+    with np.errstate(all="ignore"):  # what has no value becomes NaN, and that is the answer
+        n = there.sum(axis=-1).astype(float)
+        mean = np.where(there, values, 0.0).sum(axis=-1) / n
+        spread = np.where(there, values - mean[..., None], 0.0)
+        error = np.sqrt((spread**2).sum(axis=-1) / (n - 1) / n)
+        error = np.where(error <= _ROUNDING * abs(mean), 0.0, error)
+        half = stats.t.ppf((1 + confidence) / 2, n - 1) * error
+        p = 2 * stats.t.sf(abs(mean) / error, n - 1)
+        square = error**2 + error[:1] ** 2
+        degrees = square**2 / (error**4 / (n - 1) + error[:1] ** 4 / (n[:1] - 1))
+        p_difference = 2 * stats.t.sf(abs(mean - mean[:1]) / np.sqrt(square), degrees)
+    p_difference[0] = np.nan  # a label does not differ from itself
+    p = np.where(error > 0, p, np.nan)
+    return Repeats(mean, mean - half, mean + half, p, np.where(square > 0, p_difference, np.nan))
+
+
+def holm(p: Numbers) -> Numbers:
+    """Holm's step-down correction of all p that are there, whatever the shape: the k-th smallest of m times m − k + 1, never falling.
+
+    >>> holm(np.array([0.01, np.nan, 0.04, 0.03])).tolist()
+    [0.03, nan, 0.06, 0.06]
+    """
+    flat = p.ravel()
+    order = np.argsort(flat, kind="stable")[: np.count_nonzero(~np.isnan(flat))]
+    found = np.full_like(flat, np.nan)
+    found[order] = np.minimum(1.0, np.maximum.accumulate(flat[order] * np.arange(len(order), 0, -1)))
+    return found.reshape(p.shape)

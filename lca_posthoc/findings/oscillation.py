@@ -1,0 +1,166 @@
+"""How often weights, gradients and allocations change sign, and traces of single parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from ..errors import LCAError
+from ..records import SIGNED
+from ..store import LossResults
+from ..trajectory import read_checkpoint
+from .parts import Numbers, about, described, each_total, largest, parameter_name, parse_parameter, tables, unfinished
+
+
+def oscillation(
+    results: LossResults, *, parameters: Sequence[str] = (), most: int = 3, checkpoints: str | Path | None = None
+) -> xr.Dataset:
+    """Turns of the weight, sign changes of the gradient and of the allocation, and the course of chosen parameters.
+
+    A turn is a change of sign between two values that are not zero with only zeros between them; the gradient is its mean along
+    each segment. The interval is the number of segments divided by the turns: the mean time between two of them.
+    Parameters that never moved are left out of the means.
+
+    Args:
+        results: one loss of a run. Turns need every segment, at any level of `--keep`; traces `--keep parameters`.
+        parameters: to trace, as "fc1.weight[3, 17]"; without, the `most` that helped and the `most` that hurt most.
+        most: how many of each.
+        checkpoints: the directory the run was made from, for weights and gradients; where it was, unless given.
+
+    Returns:
+        `turns` (mean per parameter) and `interval` (segments), dims (tensor, signal) with signal weight, gradient, allocation;
+        `overall_turns`, `overall_interval` (signal); `allocation` (trace, step[, group]) in units of loss, `weight` (trace, step; at
+        the start of the segment), `gradient` (trace, step[, group]; loss per weight, NaN where the weight did not move),
+        with coordinates `parameter` and `why` of trace.
+
+    Raises:
+        LCAError: where no segment is there yet, or stored numbers are damaged.
+        InputError: for a parameter that is not there.
+        SpanError: where a checkpoint is not the one the run was made from.
+    """
+    tables(results)
+    left_out = unfinished(results)
+    made: dict[str, Any] = {}
+    coords: dict[str, Any] = {}
+    extremes: list[tuple[str, tuple[int, ...], str]] = []
+    if results.complete:
+        made, coords, extremes = _turns(results, most)
+    else:
+        left_out.append("Turns need every segment.")
+    chosen = [(*_parsed(results, name), "named") for name in parameters] or extremes
+    if results.manifest.keep != "parameters":
+        left_out.append(f"Traces of parameters need --keep parameters; this run keeps {results.manifest.keep}.")
+    elif chosen:
+        traces, places = _traces(results, chosen)
+        coords |= places
+        made |= traces
+        root = Path(checkpoints or results.manifest.root)
+        if checkpoints is not None or root.is_dir():
+            made |= _weights(results, root, chosen, traces["allocation"])
+        else:
+            left_out.append(f"Weights and gradients of traces need the checkpoints, which are not at {root} any more.")
+    return xr.Dataset(made, coords=coords, attrs=about(results, "oscillation", left_out))
+
+
+def _parsed(results: LossResults, name: str) -> tuple[str, tuple[int, ...]]:
+    return parse_parameter(name, {tensor.spec.name: tensor.spec.shape for tensor in results.manifest.allocated})
+
+
+def _turns(results: LossResults, most: int) -> tuple[dict[str, Any], dict[str, Any], list[Any]]:
+    """Means per tensor and overall, and the parameters at both ends of Σ allocation."""
+    wanted = ("allocated", "helping", "hurting", *(f"{each}_turns" for each in SIGNED))
+    sums: dict[str, Numbers] = {}
+    moved: dict[str, int] = {}
+    elements: dict[str, int] = {}
+    ends: list[tuple[float, str, tuple[int, ...]]] = []
+    for spec, part, values in each_total(results, wanted):
+        flat = values.reshape(len(wanted), -1)
+        active = (flat[1] + flat[2]) > 0
+        sums[spec.name] = sums.get(spec.name, np.zeros(len(SIGNED))) + flat[3:, active].sum(1)
+        moved[spec.name] = moved.get(spec.name, 0) + int(active.sum())
+        elements[spec.name] = spec.elements
+        for at in {*largest(flat[0], most), *largest(-flat[0], most)}:
+            place = np.unravel_index(at, values.shape[1:]) if spec.shape else ()
+            ends.append((flat[0][at], spec.name, tuple(int(p) + s.start for p, s in zip(place, part, strict=True))))
+        ends = _both_ends(ends, most)
+    segments = results.manifest.segments
+    names = list(sums)
+    turns = np.array([sums[name] / moved[name] if moved[name] else np.full(len(SIGNED), np.nan) for name in names])
+    overall = sum(sums.values(), np.zeros(len(SIGNED))) / max(1, sum(moved.values()))
+    overall = overall if sum(moved.values()) else np.full(len(SIGNED), np.nan)
+    made = {
+        "turns": described((("tensor", "signal"), turns.reshape(-1, len(SIGNED))), "", "mean turns per parameter"),
+        "overall_turns": described((("signal",), overall), "", "mean turns per parameter, of all"),
+        "interval": described(
+            (("tensor", "signal"), _interval(segments, turns.reshape(-1, len(SIGNED)))), "segments", "segments per turn"
+        ),
+        "overall_interval": described(
+            (("signal",), _interval(segments, overall)), "segments", "segments per turn, of all"
+        ),
+    }
+    coords = {
+        "tensor": np.array(names, dtype=object),
+        "signal": list(SIGNED),
+        "elements": ("tensor", [elements[name] for name in names]),
+    }
+    extremes = [(name, place, "helped most") for value, name, place in ends[:most] if value < 0]
+    extremes += [(name, place, "hurt most") for value, name, place in ends[::-1][:most] if value > 0]
+    return made, coords, extremes
+
+
+def _both_ends(ends: list[Any], most: int) -> list[Any]:
+    ordered = sorted(ends)
+    return ordered if len(ordered) <= 2 * most else ordered[:most] + ordered[len(ordered) - most :]
+
+
+def _interval(segments: int, turns: Numbers) -> Numbers:
+    """Infinite where nothing ever turns."""
+    with np.errstate(divide="ignore"):
+        found: Numbers = np.float64(segments) / turns
+    return found
+
+
+def _traces(results: LossResults, chosen: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    data = results.allocation
+    rows = [data[name][(..., *place)] if place else data[name] for name, place, _ in chosen]
+    values = np.stack([row.values for row in rows])
+    made = {"allocation": described((("trace", *rows[0].dims), values), "loss", "allocation of the segment")}
+    places = {
+        "parameter": ("trace", np.array([parameter_name(name, place) for name, place, _ in chosen], dtype=object)),
+        "why": ("trace", np.array([why for *_, why in chosen], dtype=object)),
+    }
+    kept = {name: each for name, each in data.coords.items() if name in ("step", "step_end", "group", "examples")}
+    return made, {**kept, **places}
+
+
+def _weights(results: LossResults, root: Path, chosen: list[Any], traces: tuple[Any, ...]) -> dict[str, Any]:
+    """Weights at the start of every segment that is there, and mean gradients: allocation over motion."""
+    manifest = results.manifest
+    sources = {tensor.spec.name: tensor.source for tensor in manifest.tensors}
+    names = {name: sources[name] for name, *_ in chosen}
+    dims, allocation, _ = traces
+    steps = results.steps
+    wanted = {int(step) for each in ("step", "step_end") for step in steps[each].values}
+    found: dict[int, list[float]] = {}
+    for checkpoint in manifest.checkpoints:
+        if checkpoint.step in wanted:
+            there = replace(checkpoint, files=tuple(root / file for file in checkpoint.files))
+            try:
+                tensors = read_checkpoint(there, names)
+            except OSError as error:
+                raise LCAError(f"cannot read the checkpoint of step {checkpoint.step} in {root}: {error}.") from None
+            found[checkpoint.step] = [float(tensors[name][place]) for name, place, _ in chosen]
+    start = np.array([found[int(step)] for step in steps["step"].values]).T
+    end = np.array([found[int(step)] for step in steps["step_end"].values]).T
+    motion = (end - start).reshape(*start.shape, *(1 for _ in dims[2:]))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gradient = np.where(motion == 0, np.nan, allocation / motion)
+    return {
+        "weight": described((("trace", "step"), start), "", "weight at the start of the segment"),
+        "gradient": described((dims, gradient), "loss per weight", "mean gradient along the segment"),
+    }

@@ -1,0 +1,340 @@
+"""Peak moments: segments at which a layer lowers the loss of a group most, and whether layers have them together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from scipy import stats
+
+from ..errors import InputError, LCAError
+from ..store import LossResults
+from .parts import about, described, grouping, tables, unfinished
+
+SIGNALS = {"allocation": "allocated", "motion": "motion", "gradient": "gradient"}
+_AT_ONCE = 2**18  # candidates that are held at a time
+
+Numbers = np.ndarray[Any, Any]
+
+
+def peaks(
+    results: LossResults,
+    *,
+    signal: str = "allocation",
+    by: str | int = "module",
+    top: int = 20,
+    draws: int = 10_000,
+    seed: int = 0,
+    stretch: int = 50,
+) -> xr.Dataset:
+    """Peak moments of every layer and group, how many all layers share, and how many they would share by chance.
+
+    A *peak moment* (Lan et al. 2019) is a local minimum in t of the allocation of (layer, group); of these, the `top`
+    lowest that are below zero are kept. For the controls "motion" (Σ|Δθ|) and "gradient" (Σ|mean gradient|), maxima take the
+    place of minima. A plateau counts once, at its first segment. A segment without a finished and finite segment on either side
+    is no peak. A segment is *aligned* in a group where every layer has a peak in it. Buffers belong to no layer here. A layer
+    without a single peak, such as a frozen one, is left out of the question; `left_out` names it.
+
+    Three tests of the number of alignments, all groups together, each p one-sided:
+
+    * `p_shift`: the peaks of each layer are rotated by a random offset among the segments that can be peaks, the same offset
+      for all groups of a layer. It keeps what the groups share and how peaks are spaced (minima are never adjacent), and
+      assumes that peaks are as likely late in training as early. Where they are not, layers that have nothing to do with each
+      other but all learn most early on are found aligned.
+    * `p_local`: the same within stretches of about `stretch` segments, an offset each. It keeps how many peaks each part of
+      training has, so it asks whether peaks fall together *within* such a part.
+    * `p_independent`: within a group, each layer's peaks are a uniformly random subset of the segments that can be peaks; groups
+      are independent. This is exact for what it assumes, but groups are not independent and minima are not a uniform
+      subset: the rotations are the ones to trust.
+
+    For both rotations p = (1 + draws with at least as many alignments) / (draws + 1), so it is never below 1 / (draws + 1).
+
+    Args:
+        results: one loss of a run. Without groups it has one group, "all"; so has "motion", which no group enters.
+        signal: "allocation", "motion" or "gradient".
+        by: layers by "module", by "tensor", or by so many parts of the module's name. All layers of a fine division hardly ever
+            align.
+        top: peaks kept per layer and group.
+        draws: rotations per test.
+        seed: of the rotations.
+        stretch: about how many segments may pass as one and the same part of training, for `p_local`.
+
+    Returns:
+        `peak` (step, group, layer); `aligned` (step, group); `observed`, `expected` (group) and `observed_total`, `expected_total`:
+        alignments, and their mean if layers had nothing to do with each other; `shift`, `local` (draw): totals of the rotations;
+        `p_shift`, `p_local`, `p_independent`; `p_shift_group` (group), not corrected for the number of groups; coord
+        `counted` (layer): whether the layer is part of the question.
+
+    Raises:
+        InputError: for an unknown signal, numbers below one, or fewer than two layers.
+        LCAError: where no segment has one before and one after it.
+    """
+    _check(signal, top=top, draws=draws, stretch=stretch)
+    values, layers, groups = _values(results, signal, by)
+    steps = results.steps
+    can = possible(values, steps["step_end"].values[:-1] == steps["step"].values[1:])
+    if not can.any():
+        raise LCAError(
+            f"loss {results.name!r} has {len(values)} finished segments, none with one before and one after it, so nothing can be a "
+            "peak. Let `lca run` finish, or record more steps."
+        )
+    peak = moments(values if signal == "allocation" else -values, can, top)
+    counted = peak.any(axis=(0, 1))
+    left = [] if counted.all() else [f"Without a peak: {', '.join(np.array(layers)[~counted])}."]
+    if counted.sum() < 2:
+        counted = np.ones_like(counted)
+        left.append("Fewer than two layers have peaks, so none can be aligned.")
+    found = align(peak[can][:, :, counted], draws=draws, seed=seed, stretch=stretch)
+    made = {
+        "peak": (("step", "group", "layer"), peak, "", f"peak moment of the {signal}"),
+        "aligned": (("step", "group"), peak[:, :, counted].all(axis=-1), "", "all layers have a peak moment"),
+        **_counts(found),
+    }
+    return xr.Dataset(
+        {name: described((dims, value), units, text) for name, (dims, value, units, text) in made.items()},
+        coords={
+            "step": steps["step"].values,
+            "step_end": ("step", steps["step_end"].values),
+            "group": groups,
+            "layer": np.array(layers, dtype=object),
+            "counted": ("layer", counted),
+        },
+        attrs=about(results, "peaks", [*unfinished(results), *left])
+        | {"signal": signal, "by": str(by), "top": top, "draws": draws, "seed": seed, "stretches": found.stretches},
+    )
+
+
+def _counts(found: Alignment) -> dict[str, tuple[tuple[str, ...], Any, str, str]]:
+    """Dims, values, units and meaning of each count and p-value."""
+    near = f"rotated within {found.stretches} stretches"
+    observed, expected = found.observed, found.expected
+    return {
+        "observed": (("group",), observed, "segments", "alignments"),
+        "expected": (("group",), expected, "segments", "alignments expected of independent layers"),
+        "observed_total": ((), observed.sum(), "segments", "alignments in all groups"),
+        "expected_total": ((), expected.sum(), "segments", "alignments in all groups expected of independent layers"),
+        "shift": (("draw",), found.shift, "segments", "alignments in all groups, layers rotated"),
+        "local": (("draw",), found.local, "segments", f"alignments in all groups, layers {near}"),
+        "p_shift": ((), found.p_shift, "probability", "of as many alignments, layers rotated"),
+        "p_local": ((), found.p_local, "probability", f"of as many alignments, layers {near}"),
+        "p_independent": ((), found.p_independent, "probability", "of as many alignments, peaks drawn independently"),
+        "p_shift_group": (
+            ("group",),
+            found.p_shift_group,
+            "probability",
+            "of as many alignments in one group, layers rotated",
+        ),
+    }
+
+
+def _check(signal: str, **numbers: int) -> None:
+    if signal not in SIGNALS:
+        raise InputError(f"signal is one of {', '.join(SIGNALS)}, got {signal!r}.")
+    for name, number in numbers.items():
+        if not isinstance(number, (int, np.integer)) or isinstance(number, bool) or number < 1:
+            raise InputError(f"{name} is a whole number of at least 1, got {number!r}.")
+
+
+def _values(results: LossResults, signal: str, by: str | int) -> tuple[Numbers, list[str], Numbers]:
+    """The signal (step, group, layer), the layers' names and the groups' labels."""
+    tensors = tables(results)
+    tensors = tensors.isel(tensor=tensors["kind"].values == "parameter")
+    layers = grouping(map(str, tensors["tensor"].values), by)
+    if len(layers) < 2:
+        raise InputError(
+            f"peaks are compared between layers; by={by!r} makes {len(layers)} of the parameters of {results.name!r}. Divide the model "
+            'further, as by="tensor" does.'
+        )
+    column = tensors[SIGNALS[signal]]
+    if "group" in column.dims:
+        groups = column["group"].values
+    else:
+        column, groups = column.expand_dims("group"), np.array(["all"], dtype=object)
+    values = column.transpose("step", "group", "tensor").values
+    return np.stack([values[..., at].sum(axis=-1) for at in layers.values()], axis=-1), list(layers), groups
+
+
+def possible(values: Numbers, joined: Numbers) -> Numbers:
+    """Which segments can be peaks: those with finite numbers, and with neighbours that follow directly and have them too.
+
+    Args:
+        values: (step, group, layer).
+        joined: (step − 1,) bool, whether a segment ends where the next one in the array starts.
+
+    Returns:
+        (step,) bool.
+    """
+    finite = np.asarray(np.isfinite(values).all(axis=(1, 2)))
+    pairs = joined & finite[1:] & finite[:-1]
+    can = np.zeros(len(values), dtype=bool)
+    can[1:-1] = pairs[1:] & pairs[:-1]
+    return can
+
+
+def minima(values: Numbers, can: Numbers) -> Numbers:
+    """Local minima along the first axis: runs of equal numbers with larger ones before and after, at the first of the run.
+
+    Args:
+        values: (step, …).
+        can: (step,) bool, which segments can be part of such a run; not the first or the last.
+
+    Returns:
+        Bools of the shape of `values`.
+
+    >>> minima(np.array([3, 1, 1, 2, 2, 1, 4, 0]), np.array([False] + 6 * [True] + [False])).nonzero()[0].tolist()
+    [1, 5]
+    """
+    found = np.zeros(values.shape, dtype=bool)
+    if len(values) < 3:
+        return found
+    later, earlier = values[1:], values[:-1]
+    column = (-1, *(1 for _ in values.shape[1:]))
+    goes_on = (later == earlier) & can[:-1].reshape(column)
+    rises = (later > earlier) & can[:-1].reshape(column)
+    ends = np.where(goes_on, len(later) - 1, np.arange(len(later)).reshape(column))
+    end = np.minimum.accumulate(ends[::-1], axis=0)[::-1]  # of the run of equal numbers each segment is in
+    found[1:-1] = (later < earlier)[:-1] & np.take_along_axis(rises, end, axis=0)[1:]
+    found &= can.reshape(column)
+    return found
+
+
+def moments(values: Numbers, can: Numbers, top: int) -> Numbers:
+    """The `top` lowest local minima below zero of each group and layer; of equal ones the earlier.
+
+    Args:
+        values: (step, group, layer).
+        can: (step,) bool, which segments can be peaks.
+        top: how many at most.
+
+    Returns:
+        (step, group, layer) bool.
+    """
+    found = minima(values, can) & (values < 0)
+    order = np.argsort(np.where(found, values, np.inf), axis=0, kind="stable")[:top]
+    kept = np.zeros_like(found)
+    np.put_along_axis(kept, order, True, axis=0)
+    return kept & found
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How many segments all layers share, and how many under each null."""
+
+    observed: Numbers
+    expected: Numbers
+    shift: Numbers
+    local: Numbers
+    p_shift: float
+    p_local: float
+    p_independent: float
+    p_shift_group: Numbers
+    stretches: int
+
+
+def align(peak: Numbers, *, draws: int, seed: int, stretch: int) -> Alignment:
+    """Count the segments at which all layers peak, and compare with the three nulls of `peaks`.
+
+    Args:
+        peak: (step, group, layer) bool, over the segments that can be peaks.
+        draws: rotations per test.
+        seed: of the rotations.
+        stretch: about how many segments a stretch of the local rotation has.
+
+    Returns:
+        The counts, by group and in all, and the p-values.
+    """
+    segments, groups, _ = peak.shape
+    observed = peak.all(axis=-1).sum(axis=0)
+    sizes = peak.sum(axis=0)
+    whole, local = np.random.default_rng(seed).spawn(2)
+    shifted = rotated(peak, np.array([0, segments]), draws, whole)
+    parts = max(1, segments // stretch)
+    nearby = rotated(peak, np.arange(parts + 1) * segments // parts, draws, local).sum(axis=1)
+    total = int(observed.sum())
+    chances = np.ones(1)
+    for group in range(groups):
+        chances = np.convolve(chances, intersection(segments, sizes[group]))
+    return Alignment(
+        observed=observed,
+        expected=segments * (sizes / segments).prod(axis=-1),
+        shift=shifted.sum(axis=1),
+        local=nearby,
+        p_shift=float(_tail(shifted.sum(axis=1), total)),
+        p_local=float(_tail(nearby, total)),
+        p_independent=min(1.0, float(chances[total:].sum())),
+        p_shift_group=_tail(shifted, observed),
+        stretches=parts,
+    )
+
+
+def _tail(drawn: Numbers, observed: Any) -> Any:
+    """(1 + #{drawn ≥ observed}) / (draws + 1): what was observed is one of the equally likely draws (Phipson & Smyth 2010)."""
+    return (1 + np.sum(drawn >= observed, axis=0)) / (len(drawn) + 1)
+
+
+def rotated(peak: Numbers, borders: Numbers, draws: int, generator: np.random.Generator) -> Numbers:
+    """How many segments all layers share once each layer is rotated within each stretch by an offset of its own.
+
+    The peaks of one layer are followed; those that miss a peak of the next layer are dropped, so that little is left to do for
+    the other layers.
+
+    Args:
+        peak: (step, group, layer) bool.
+        borders: (stretches + 1,) from 0 to the number of segments, rising.
+        draws: how many times.
+        generator: of the offsets.
+
+    Returns:
+        (draws, group) counts.
+    """
+    _, groups, layers = peak.shape
+    starts, lengths = borders[:-1], np.diff(borders)
+    stretch_of = np.repeat(np.arange(len(lengths)), lengths)
+    order = np.argsort(peak.sum(axis=(0, 1)), kind="stable")
+    table = np.ascontiguousarray(peak.transpose(2, 1, 0))
+    first_group, first_place = np.nonzero(table[order[0]])
+    size = max(1, _AT_ONCE // max(1, len(first_place), layers * len(lengths)))
+    counts = np.zeros((draws, groups), dtype=np.int64)
+    for at in range(0, draws, size):
+        some = min(size, draws - at)
+        offsets = (generator.random((some, layers, len(lengths))) * lengths).astype(np.int64)
+        draw, group = np.repeat(np.arange(some), len(first_place)), np.tile(first_group, some)
+        place = np.tile(first_place, some)
+        within = stretch_of[place]
+        place = starts[within] + (place - starts[within] + offsets[draw, order[0], within]) % lengths[within]
+        for layer in order[1:]:
+            origin = starts[within] + (place - starts[within] - offsets[draw, layer, within]) % lengths[within]
+            hit = table[layer, group, origin]
+            draw, group, place, within = draw[hit], group[hit], place[hit], within[hit]
+        counts[at : at + some] = np.bincount(draw * groups + group, minlength=some * groups).reshape(some, groups)
+    return counts
+
+
+def intersection(segments: int, sizes: Numbers) -> Numbers:
+    """The distribution of how many segments lie in all of some independent, uniformly random subsets.
+
+    P(|S₁ ∩ … ∩ S_l| = j) = Σᵢ P(|S₁ ∩ … ∩ S_{l−1}| = i) · Hypergeometric(j; segments, i, |S_l|).
+
+    Args:
+        segments: how many there are.
+        sizes: (layer,) of the subsets.
+
+    Returns:
+        (smallest size + 1,) probabilities.
+    """
+    smallest, *others = sorted(int(size) for size in sizes)
+    chances = np.zeros(smallest + 1)
+    chances[smallest] = 1.0
+    for size in others:
+        chances = chances @ _hypergeometric(segments, smallest, size)
+    return chances
+
+
+@lru_cache(maxsize=8)
+def _hypergeometric(segments: int, most: int, size: int) -> Numbers:
+    """(i, j): the probability that j of i given segments are among `size` of all of them drawn at random."""
+    given, common = np.meshgrid(np.arange(most + 1), np.arange(most + 1), indexing="ij")
+    return np.asarray(stats.hypergeom.pmf(common, segments, given, size))

@@ -1,0 +1,80 @@
+"""What each neuron or channel did over training: its incoming weights plus its bias."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import xarray as xr
+
+from ..errors import InputError
+from ..store import LossResults
+from .parts import BLOCK, Numbers, about, described, layer_of, stretches, tables, unfinished
+
+
+def units(results: LossResults, *, layer: str | None = None, frames: int = 500) -> xr.Dataset:
+    """Allocation of every neuron or channel over time: sums over its incoming weights and its bias.
+
+    Tensors of one module with the same number of units belong together. A long training is shown in stretches of consecutive
+    segments; values are sums over them, so they still add up.
+
+    Args:
+        results: one loss of a run kept with `--keep units` or `parameters`.
+        layer: a module, by name; all of them without.
+        frames: at most so many stretches.
+
+    Returns:
+        `allocated` (step[, group], unit) and `total` (unit[, group]), in units of loss; coordinates `layer` and `index` of unit, and
+        `step`, `step_end`: where stretches start and end.
+
+    Raises:
+        LCAError: where the run keeps no units, no segment is there yet, or stored numbers are damaged.
+        InputError: for a layer that is not there.
+    """
+    table = tables(results)
+    data = results.units
+    modules: dict[str, list[str]] = {}
+    for name in data.data_vars:
+        modules.setdefault(layer_of(str(name)), []).append(str(name))
+    if layer is not None and layer not in modules:
+        raise InputError(f"there is no layer {layer!r}; there are {', '.join(map(repr, modules))}.")
+    borders = stretches(table.sizes["step"], frames)
+    columns: list[Numbers] = []
+    labels: list[tuple[str, int]] = []
+    for module, names in modules.items():
+        if layer not in (None, module):
+            continue
+        by_count: dict[int, Numbers] = {}
+        for name in names:
+            summed = _in_stretches(data[name], borders, results.manifest.span)
+            count = summed.shape[-1]
+            by_count[count] = by_count[count] + summed if count in by_count else summed
+        for count, summed in by_count.items():
+            columns.append(summed)
+            labels += [(module, index) for index in range(count)]
+    values = np.concatenate(columns, axis=-1)
+    group = ("group",) if "group" in data.dims else ()
+    made = {
+        "allocated": described((("step", *group, "unit"), values), "loss", "Σ allocation of the unit over the stretch"),
+        "total": described((("unit", *group), values.sum(0).T), "loss", "Σ allocation of the unit over training"),
+    }
+    coords = {
+        "step": table["step"].values[borders[:-1]],
+        "step_end": ("step", table["step_end"].values[borders[1:] - 1]),
+        "layer": ("unit", np.array([each for each, _ in labels], dtype=object)),
+        "index": ("unit", [index for _, index in labels]),
+    }
+    coords |= {name: each for name, each in table.coords.items() if name in ("group", "examples")}
+    return xr.Dataset(made, coords=coords, attrs=about(results, "units", unfinished(results)))
+
+
+def _in_stretches(data: xr.DataArray, borders: Numbers, span: int) -> Numbers:
+    """Sums over stretches of rows, float64; whole rows of chunks are read, a bounded number at a time."""
+    rows = max(1, BLOCK // max(1, math.prod(data.shape[1:])))
+    rows = max(span, rows - rows % span)
+    summed = np.zeros((len(borders) - 1, *data.shape[1:]))
+    for start in range(0, data.shape[0], rows):
+        part = data[start : start + rows].values
+        where = np.searchsorted(borders, np.arange(start, start + len(part)), side="right") - 1
+        np.add.at(summed, where, part)
+    return summed

@@ -1,0 +1,211 @@
+"""A run as large as asked, whole and checked like any other, made in seconds: a few spans are written, the others link to them.
+
+Its numbers are those of two spans that take turns, so that sums, counts, histogram and totals all agree; the losses at the ends
+of the segments follow from them. Files of equal content are one file on disk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lca_posthoc.allocation import SegmentAllocation
+from lca_posthoc.preparation import _choose_window, choose_span
+from lca_posthoc.records import Totals, join_all
+from lca_posthoc.settings import resolve
+from lca_posthoc.store import LossRecord, Manifest, RunWriter, StoredTensor, create
+from lca_posthoc.store.files import seal
+from lca_posthoc.store.keys import encode_all
+from lca_posthoc.store.layout import plan_arrays
+from lca_posthoc.tally import Tally
+from lca_posthoc.trajectory import Checkpoint, TensorSpec
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+PATTERNS = 2  # spans that differ
+LARGE: Shapes = {  # 9.85 million parameters; with 512 segments 20 GB of allocation
+    "embedding.weight": (50_000, 128),
+    "conv.weight": (256, 128, 3, 3),
+    "conv.bias": (256,),
+    "fc1.weight": (2048, 1024),
+    "fc1.bias": (2048,),
+    "fc2.weight": (1024, 1024),
+    "fc2.bias": (1024,),
+}
+
+
+def laid_out(shapes: Shapes, segments: int, losses: Mapping[str, int | None], keep: str = "parameters") -> Manifest:
+    """The manifest `lca run` makes for a model of these shapes; `losses` gives how many groups each has, None for none."""
+    specs = [TensorSpec(name, "parameter", shape, (), 0 if shape else None) for name, shape in shapes.items()]
+    keys = encode_all(shapes)
+    span = choose_span(segments, 2, sum(spec.elements for spec in specs))
+    assert segments % span == 0
+    known = {"loss": 2.3, "gradient_norm": 1.0}
+    records = {
+        name: LossRecord(
+            *(name, name, "function", 1000, 1000),
+            *(None if groups is None else list(range(groups)), None if groups is None else [1000 // groups] * groups),
+            *(None, None, 0, 250, None, False, [known, known]),
+        )
+        for name, groups in losses.items()
+    }
+    return Manifest(
+        "/nowhere",
+        [StoredTensor(spec, spec.name, keys[spec.name]) for spec in specs],
+        [Checkpoint(step, (Path(f"step_{step:08d}.safetensors"),), 8, 1) for step in range(segments + 1)],
+        span,
+        _choose_window(segments, span),
+        {**resolve({"keep": keep}, None), "device": "cpu"},
+        records,
+        {"task_sha256": "0" * 64, "task_losses": list(losses)},
+    )
+
+
+def build(path: Path, shapes: Shapes, segments: int, losses: Mapping[str, int | None], keep: str = "parameters") -> int:
+    """Make a complete run.
+
+    Args:
+        path: where.
+        shapes: of its tensors, by name.
+        segments: how many; a multiple of the length of a span.
+        losses: how many groups each loss has; None for a loss without.
+        keep: "parameters", "units" or "tensors".
+
+    Returns:
+        Bytes of `allocation`, before compression.
+    """
+    manifest = laid_out(shapes, segments, losses, keep)
+    writer = create(path, manifest, durable=False)
+    for at, loss in enumerate(losses):
+        _fill(writer, loss, at)
+    plans = [plan for record in manifest.losses.values() for plan in plan_arrays(manifest, keep, record)]
+    return sum(plan.bytes for plan in plans if plan.part == "allocation")
+
+
+def _fill(writer: RunWriter, loss: str, seed: int) -> None:
+    manifest, commits = writer.manifest, writer.commits(loss)
+    tallies, totals = [], []
+    for pattern in range(min(PATTERNS, manifest.spans)):
+        tally = _tally(manifest, loss, PATTERNS * seed + pattern)
+        writer.write_block(loss, pattern, tally)
+        totals.append(tally.totals())
+        tally.begin(range(0))  # gives up the large arrays
+        tallies.append(tally)
+    arrays = _small(manifest, loss, tallies)
+    known = {plan.path for plan in plan_arrays(manifest, manifest.keep, manifest.losses[loss])}
+    writer._write(loss, {path: values for path, values in arrays.items() if path in known}, (slice(None),))
+    sealed: dict[str, list[int]] = {}
+    for span in range(manifest.spans):
+        files, own = commits.planned_files(span), span % PATTERNS
+        for file, like in zip(files, commits.planned_files(own), strict=True):
+            if f"/{commits.key}/allocation/" in file or f"/{commits.key}/units/" in file:
+                _link(writer.path, like, file, sealed)
+        if manifest.window == 1:
+            files = [file for file in files if f"/{commits.key}/totals/" not in file]
+        rows = manifest.rows(span)
+        marker = {
+            "evaluations": 2 * manifest.span,
+            "forward_passes": 0,
+            "seconds": 1.0,
+            "worker": "none",
+            "partial": None,
+            "run": manifest.id,
+            "loss": loss,
+            "span": span,
+            "steps": manifest.steps[rows],
+            "files": {file: sealed.get(file) or seal(writer.path / file, False) for file in files},
+        }
+        if manifest.window == 1:
+            marker["files"] |= _write_totals(writer, loss, span, totals, sealed)
+        writer._commit(commits.marker(span), marker)
+    if manifest.window > 1:
+        for window in range(manifest.windows):
+            files = _write_totals(writer, loss, window, totals, sealed)
+            marker = {"run": manifest.id, "loss": loss, "window": window, "files": files}
+            writer._commit(commits.window_marker(window), marker)
+
+
+def _write_totals(
+    writer: RunWriter, loss: str, window: int, totals: list[dict[str, Totals]], sealed: dict[str, list[int]]
+) -> dict[str, list[int]]:
+    """One window of totals: written where it is the first of its kind, else linked; returns its files with their seals."""
+    manifest, commits = writer.manifest, writer.commits(loss)
+    kinds = [tuple(span % PATTERNS for span in manifest.spans_of(each)) for each in range(window + 1)]
+    first, files = kinds.index(kinds[window]), commits.planned_totals(window)
+    if first == window:
+        for name in totals[0]:
+            writer._write_totals(loss, window, {name: _joined(name, [totals[pattern] for pattern in kinds[window]])})
+        sealed |= {file: seal(writer.path / file, False) for file in files}
+    for file, like in zip(files, commits.planned_totals(first), strict=True):
+        _link(writer.path, like, file, sealed)
+    return {file: sealed[file] for file in files}
+
+
+def _joined(name: str, spans: list[dict[str, Totals]]) -> Totals:
+    return join_all(lambda at: spans[at][name], range(len(spans)))
+
+
+def _link(run: Path, like: str, file: str, sealed: dict[str, list[int]]) -> None:
+    if like not in sealed:
+        sealed[like] = seal(run / like, False)
+    if file != like:
+        (run / file).parent.mkdir(parents=True, exist_ok=True)
+        os.link(run / like, run / file)
+        sealed[file] = sealed[like]
+
+
+def _small(manifest: Manifest, loss: str, tallies: list[Tally]) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of all segments that have no axis of parameters."""
+    arrays = {}
+    for part in ("steps", "tensors", "histogram"):
+        for name in getattr(tallies[0], part):
+            held = [getattr(tallies[span % PATTERNS], part)[name] for span in range(manifest.spans)]
+            arrays[f"{part}/{name}"] = np.concatenate(held)
+    change = arrays["steps/loss_end"] - arrays["steps/loss_start"]
+    arrays["steps/loss_end"] = 2.3 + np.cumsum(change, axis=0)
+    arrays["steps/loss_start"] = arrays["steps/loss_end"] - change
+    return arrays
+
+
+def _tally(manifest: Manifest, loss: str, seed: int) -> Tally:
+    """One span, as a worker gathers it."""
+    record = manifest.losses[loss]
+    groups = None if record.groups is None else len(record.groups)
+    table = [tensor.spec for tensor in manifest.allocated]
+    tally = Tally(table, manifest.span, manifest.keep, torch.device("cpu"), groups)
+    for at, segment in enumerate(_segments(table, manifest.span, groups, seed)):
+        tally.add(at, segment)
+    return tally
+
+
+def _segments(table: list[TensorSpec], count: int, groups: int | None, seed: int) -> Iterator[SegmentAllocation]:
+    """Segments with heavy tails, a little help on the whole, and rows of an embedding that no batch touched."""
+    generator = torch.Generator().manual_seed(seed)
+    axis = () if groups is None else (groups,)
+    for _ in range(count):
+        motion, gradient, allocation = {}, {}, {}
+        for spec in table:
+            moved = 1e-3 * torch.randn(spec.shape, generator=generator)
+            slope = 1e-3 * torch.randn((*axis, *spec.shape), generator=generator) - 0.03 * moved
+            if spec.name.startswith("embedding"):
+                moved *= torch.rand(spec.shape[0], 1, generator=generator) < 0.1
+            motion[spec.name], gradient[spec.name] = moved.double(), slope.double()
+            allocation[spec.name] = motion[spec.name] * gradient[spec.name]
+        sums = [each.reshape(*axis, -1).sum(-1) for each in allocation.values()]
+        allocated = torch.stack(sums).sum(0).numpy()
+        start, residual = np.zeros(axis), np.full(axis, 1e-6)
+        numbers: dict[str, Any] = {
+            "loss_start": start,
+            "loss_end": start + allocated + residual,
+            "weight": np.full(axis, 1000.0 / (groups or 1)),
+            "residual": residual,
+            "error_bound": np.full(axis, 1e-6),
+        }
+        yield SegmentAllocation(
+            allocation, gradient, motion, evaluations=2, level=1, converged=True, untouched=frozenset(), **numbers
+        )  # type: ignore[arg-type]

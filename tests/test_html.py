@@ -1,0 +1,163 @@
+"""What a notebook shows of a run: a small table, nothing a name can break out of, no error where numbers are missing or damaged."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+import lca_posthoc
+from lca_posthoc import Loss, Task, open_run
+from lca_posthoc.findings import summary
+from lca_posthoc.store import read_manifest
+from lca_posthoc.store.files import read_json, write_json
+from tests.small import record, run_lca, task_namespace, write_task
+
+HOSTILE = (
+    *(
+        "<script>alert(1)</script>",
+        "<img src=x onerror=alert(1)>",
+        "</td></table>",
+        '" onmouseover="alert(1)',
+        "&lt;b&gt;",
+        "a\x1b[31m",
+    ),
+    *("\u202egnp.exe", "$\\frac{$", "**b**`c`", "x" * 10_000, "javascript:alert(1)", "-->", "\ud800"),
+)
+TAGS = {"div", "b", "code", "table", "thead", "tbody", "tr", "th", "td"}
+
+
+class Seen(HTMLParser):
+    """Tags, their attributes, and the text of the cells."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.attributes, self.rows, self.text = list[str](), set[str](), list[list[str]](), ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes |= {f"{name}={value}" for name, value in attrs}
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("th", "td"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data
+
+
+def seen(shown: object) -> Seen:
+    """What is shown, which must be harmless whatever it shows."""
+    text = shown._repr_html_()  # type: ignore[attr-defined]
+    found = Seen(text)
+    assert set(found.tags) <= TAGS
+    assert {each.partition("=")[0] for each in found.attributes} <= {"style", "colspan"}
+    assert re.search(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e]", text) is None
+    text.encode()
+    assert len(text) < 50_000
+    return found
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    record(tmp_path / "ck")
+    write_task(tmp_path / "task.py")
+    assert run_lca(tmp_path / "ck", tmp_path / "task.py", tmp_path / "r.lca", "--loss", "all").exit_code == 0
+    return tmp_path / "r.lca"
+
+
+def test_the_figures_are_those_of_the_summary(run: Path) -> None:
+    opened = open_run(run)
+    table = seen(opened)
+    assert table.text.startswith(f"Run {run}556 parameters in 4 tensors, 6 segments (steps 0–60), --keep parameters")
+    head, *rows = table.rows
+    assert head == ["loss", "split", "groups", "segments", "done", "loss start → end", "residual"]
+    for row, (name, results) in zip(rows, opened.items(), strict=True):
+        figures = summary(results)
+        ends = f"{figures['loss_start']:.6g} → {figures['loss_end']:.6g}"
+        assert row[:6] == [name, name, "", "6 of 6", "complete", ends]
+        assert float(row[6]) == pytest.approx(figures["residual"], rel=0.06)
+        assert seen(results).rows == [head, row]
+
+
+def test_groups_are_shown_as_the_loss_of_the_whole_split(tmp_path: Path) -> None:
+    made = task_namespace()
+    losses = {
+        "train": Loss(torch.nn.functional.cross_entropy, on="train"),
+        "per_class": Loss(torch.nn.functional.cross_entropy, on="train", group_by=lambda inputs, targets: targets),
+    }
+    task = Task(made["Net"], {"train": made["train"]}, losses)
+    opened = lca_posthoc.run(record(tmp_path / "ck"), task, losses=["all"], cluster="inline")
+    _, plain, grouped = seen(opened).rows
+    assert grouped[2] == "4"
+    assert grouped[5] == plain[5]
+    assert float(grouped[6]) == pytest.approx(float(plain[6]), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_name_becomes_markup(name: str, run: Path) -> None:
+    document = read_json(run / "run.json")
+    loss = document["losses"].pop("train")
+    document["losses"][name] = {**loss, "on": name}
+    write_json(run / "run.json", document)
+    row = seen(open_run(run)).rows[2]
+    shown = re.sub(r"[\x00-\x1f\u202e\ud800]", "\ufffd", name[:400]) + "…" * (len(name) > 400)
+    assert row[:2] == [shown, shown]
+    assert (
+        "another loss" in row[3] or len(name) > 400
+    )  # what the markers speak for is shown, and the name in it is harmless too
+    seen(open_run(run)[name])
+
+
+def test_a_run_below_a_hostile_name(run: Path) -> None:
+    place = run.rename(run.with_name("<img src=x onerror=alert(1)>.lca"))
+    assert str(place) in seen(open_run(place)).text
+
+
+def test_an_unfinished_run_is_shown_as_far_as_it_is(run: Path) -> None:
+    span = read_manifest(run).span
+    markers = sorted((run / "commits" / "train").glob("0*.json"))
+    markers[-1].unlink()
+    _, train, validation = seen(open_run(run)).rows
+    done = 6 - (6 % span or span)
+    assert train[3:5] == [f"{done} of 6", f"{int(1000 * done / 6) / 10:g} %"]
+    assert validation[4] == "complete"
+    for marker in markers[:-1]:
+        marker.unlink()
+    assert seen(open_run(run)["train"]).rows[1] == ["train", "train", "", "0 of 6", "0 %", "", ""]
+
+
+@pytest.mark.parametrize("what", ["marker", "chunk", "metadata", "missing"])
+def test_a_damaged_run_shows_its_damage_instead_of_raising(what: str, run: Path) -> None:
+    opened = open_run(run)
+    chunk = run / "data.zarr" / "train" / "steps" / "residual" / "c" / "0"
+    file = {
+        "marker": next((run / "commits" / "train").glob("000000-*.json")),
+        "metadata": run / "data.zarr" / "train" / "steps" / "zarr.json",
+    }.get(what, chunk)
+    if what == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(b"<script>alert(1)</script>")
+    _, train, validation = seen(opened).rows
+    assert train[0] == "train"
+    assert train[-1].startswith("LCAError: loss 'train' in")
+    assert "is damaged" in train[-1]
+    assert validation[4] == "complete"
+
+
+def test_many_losses_are_cut(run: Path) -> None:
+    document = read_json(run / "run.json")
+    loss = document["losses"]["train"]
+    document["losses"] = {f"loss {at}": {**loss, "key": f"loss{at}"} for at in range(60)}
+    write_json(run / "run.json", document)
+    table = seen(open_run(run))
+    assert len(table.rows) == 51
+    assert table.text.endswith("and 10 more losses")

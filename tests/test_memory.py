@@ -1,0 +1,65 @@
+"""No finding loads a whole array: on a run of 1.5 GB (6 GB with groups) none takes more than a part of it.
+
+`tests/benchmarks/memory.py` measures the same on 20 GB.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lca_posthoc.findings import summary
+from lca_posthoc.store import open_run, verify
+from tests.memory import CASES, CONTROL, Measured, measured
+from tests.synthetic import build
+
+SHAPES = {"embedding.weight": (5000, 100), "fc.weight": (1000, 480), "fc.bias": (1000,), "scale": ()}
+MOST = 250.0  # MB over what is held once everything is imported
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("memory") / "run.lca"
+    assert build(path, SHAPES, 384, {"train": None, "validation": None, "per_class": 4}) > 9e9
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(run: Path) -> dict[str, Measured]:
+    return dict(measured(dict.fromkeys(("train", "validation", "per_class"), run), [*CASES, CONTROL], 4000))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_finding_takes_a_part_of_the_run_at_a_time(case: str, found: dict[str, Measured]) -> None:
+    figures = found[case]
+    assert isinstance(figures, dict), figures
+    assert figures["peak"] - figures["before"] < MOST, figures
+
+
+def test_one_that_did_would_be_noticed(found: dict[str, Measured]) -> None:
+    figures = found[CONTROL]
+    assert isinstance(figures, dict), figures
+    assert figures["peak"] - figures["before"] > 3 * MOST
+
+
+def test_a_synthetic_run_is_whole_and_agrees_with_itself(tmp_path: Path) -> None:
+    shapes = {"embedding.weight": (50, 16), "fc.weight": (30, 20), "scale": ()}
+    build(tmp_path / "run.lca", shapes, 64, {"train": None, "per_class": 3})
+    assert list(verify(tmp_path / "run.lca")) == []
+    opened = open_run(tmp_path / "run.lca")
+    for loss in opened.values():
+        groups = (loss.record.groups is not None) * ["group"]
+        assert loss.complete
+        figures = summary(loss)
+        assert figures["residual"] == pytest.approx([64e-6] * 3 if groups else 64e-6)
+        for name, values in loss.allocation.items():
+            allocated = values.mean(groups).sum().item()
+            helping = (values < 0).values
+            tensor = loss.tensors.sel(tensor=name)
+            assert tensor.allocated.mean(groups).sum().item() == pytest.approx(allocated, rel=1e-4)
+            assert tensor.helping.sum().item() == helping.sum()
+            assert loss.units[name].mean(groups).sum().item() == pytest.approx(allocated, rel=1e-4)
+            assert loss.totals[name].sel(total="allocated").sum().item() == pytest.approx(allocated, rel=1e-4)
+            if not groups:
+                assert (loss.totals[name].sel(total="helping").values == helping.sum(0)).all()
