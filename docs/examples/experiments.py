@@ -159,23 +159,29 @@ def experiment(out: Path, name: str, size: Size, seeds: int) -> dict[str, list[A
 
 
 def table(found: xr.Dataset) -> str:
-    """A line for each setting, then one for each setting and layer; p-values after Holm, against 0 and against the first setting."""
-    rows = [f"{'':24}helping   final loss (95 % CI)"]
+    """A line for each setting, then for each layer and setting; p-values of layers after Holm, others as they are."""
+    first = found.label.values[0]
+    rows = [f"{'':14}runs   {'helping':>7}   {'final loss':28}   p against {first}"]
     for label in found.label.values:
         each = found.sel(label=label)
-        ends = f"{float(each.final_loss):.4f} ({float(each.final_loss_low):.4f} to {float(each.final_loss_high):.4f})"
-        rows.append(f"{label:24}{float(each.helping):7.2%}   {ends}")
-    rows += [
-        "",
-        f"{'':24}{'layer':16}allocated (95 % CI)           n   p against 0   p against {found.label.values[0]}",
-    ]
+        row = f"{label:14}{int(each.runs):4}   {float(each.helping):7.2%}   {interval(each, 'loss_end')}"
+        rows.append(f"{row}   {probability(each.p_loss_end)}")
+    rows += ["", f"{'layer':14}{'':14}{'allocated':28}   p against 0   p against {first}"]
     for layer in found.layer.values:
         for label in found.label.values:
             each = found.sel(label=label, layer=layer)
-            interval = f"{float(each['mean']):+.4f} ({float(each.low):+.4f} to {float(each.high):+.4f})"
-            against = f"{float(each.p_holm):11.2g}   {float(each.p_against_holm):.2g}"
-            rows.append(f"{label:24}{layer:16}{interval:29}{int(each.n):2}   {against}")
+            tests = f"{probability(each.p_holm):11}   {probability(each.p_difference_holm)}"
+            rows.append(f"{layer:14}{label:14}{interval(each, 'mean')}   {tests}")
     return "\n".join(rows)
+
+
+def interval(each: xr.Dataset, name: str) -> str:
+    low, high = ("low", "high") if name == "mean" else (f"{name}_low", f"{name}_high")
+    return f"{float(each[name]):+.4f} ({float(each[low]):+.4f} to {float(each[high]):+.4f})"
+
+
+def probability(p: xr.DataArray) -> str:
+    return "–" if p.isnull() else f"{float(p):.2g}"
 
 
 def main() -> None:
