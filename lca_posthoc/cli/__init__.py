@@ -24,6 +24,7 @@ COMMANDS = {
     "plot": "Draw a finding: layers, curve, microscope, … as a picture or a film.",
     "remove": "Drop a loss from a run.",
     "repair": "Compute damaged spans of a run again.",
+    "report": "Write the findings of runs into one page that opens offline.",
     "run": "Allocate the loss change of every segment to every parameter.",
     "status": "Say how far a run is.",
     "summary": "Show headline figures and the table of tensors.",
