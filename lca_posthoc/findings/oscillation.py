@@ -43,7 +43,7 @@ def oscillation(
         InputError: for a parameter that is not there.
         SpanError: where a checkpoint is not the one the run was made from.
     """
-    tables(results)
+    table = tables(results)
     left_out = unfinished(results)
     made: dict[str, Any] = {}
     coords: dict[str, Any] = {}
@@ -56,7 +56,7 @@ def oscillation(
     if results.manifest.keep != "parameters":
         left_out.append(f"Traces of parameters need --keep parameters; this run keeps {results.manifest.keep}.")
     elif chosen:
-        traces, places = _traces(results, chosen)
+        traces, places = _traces(results, chosen, table)
         coords |= places
         made |= traces
         root = Path(checkpoints or results.manifest.root)
@@ -125,7 +125,7 @@ def _interval(segments: int, turns: Numbers) -> Numbers:
     return found
 
 
-def _traces(results: LossResults, chosen: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _traces(results: LossResults, chosen: list[Any], table: xr.Dataset) -> tuple[dict[str, Any], dict[str, Any]]:
     data = results.allocation
     rows = [data[name][(..., *place)] if place else data[name] for name, place, _ in chosen]
     values = np.stack([row.values for row in rows])
@@ -134,7 +134,7 @@ def _traces(results: LossResults, chosen: list[Any]) -> tuple[dict[str, Any], di
         "parameter": ("trace", np.array([parameter_name(name, place) for name, place, _ in chosen], dtype=object)),
         "why": ("trace", np.array([why for *_, why in chosen], dtype=object)),
     }
-    kept = {name: each for name, each in data.coords.items() if name in ("step", "step_end", "group", "examples")}
+    kept = {name: each for name, each in table.coords.items() if name in ("step", "step_end", "group", "examples")}
     return made, {**kept, **places}
 
 

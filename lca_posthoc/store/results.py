@@ -84,8 +84,8 @@ class LossResults:
             )
         store = CheckedStore(self.path, self.manifest, self.name, (part,))
         data: xr.Dataset = xr.open_zarr(store, group=part, consolidated=False, chunks=None)
-        ends = [checkpoint.step for checkpoint in self.manifest.checkpoints[1:]]
-        data = data.assign_coords(step_end=("step", ends))
+        if part in ("steps", "tensors", "histogram"):  # the others hold names of tensors, of which one may be called so
+            data = data.assign_coords(step_end=("step", [each.step for each in self.manifest.checkpoints[1:]]))
         if self.record.groups is not None:
             data = data.assign_coords(group=("group", np.array(self.record.groups)))
             if part in ("steps", "tensors", "histogram"):
