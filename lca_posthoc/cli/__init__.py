@@ -19,10 +19,12 @@ from .show import safe
 COMMANDS = {
     "compare": "Set runs beside each other: layer sums, intervals, p-values.",
     "demo": "Train, record and replay a small real model: the first minute.",
+    "export": "Write findings as NetCDF, CSV, Parquet or TensorBoard files.",
     "plan": "Say what a run would cost, and probe the task.",
     "plot": "Draw a finding: layers, curve, microscope, … as a picture or a film.",
     "remove": "Drop a loss from a run.",
     "repair": "Compute damaged spans of a run again.",
+    "report": "Write the findings of runs into one page that opens offline.",
     "run": "Allocate the loss change of every segment to every parameter.",
     "status": "Say how far a run is.",
     "summary": "Show headline figures and the table of tensors.",

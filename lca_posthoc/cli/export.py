@@ -1,0 +1,44 @@
+"""`lca export`."""
+
+from __future__ import annotations
+
+import click
+
+from .show import say, stdout
+
+
+@click.command()
+@click.argument("run", type=click.Path())
+@click.option(
+    "-o", "--out", required=True, type=click.Path(), metavar="PLACE", help="A new directory, or for one table a file."
+)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(("netcdf", "csv", "parquet", "tensorboard")),
+    help="What to write.  [default: as PLACE ends (.nc, .csv, .parquet), else netcdf]",
+)
+@click.option("--loss", "losses", multiple=True, metavar="NAME", help="A loss of the run (repeatable).  [default: all]")
+@click.option(
+    "--finding",
+    "findings",
+    multiple=True,
+    metavar="NAME",
+    help="A finding, such as layers (repeatable).  [default: all that the run allows but microscope]",
+)
+def command(run: str, out: str, format_: str | None, losses: tuple[str, ...], findings: tuple[str, ...]) -> None:
+    """Write findings of RUN for other programs: NetCDF, CSV and Parquet tables, TensorBoard events.
+
+    \b
+    lca export checkpoints.lca -o findings                        # findings/LOSS/FINDING.nc
+    lca export checkpoints.lca -o tables --format csv --loss train
+    lca export checkpoints.lca -o curve.csv --loss train --finding curve
+    lca export checkpoints.lca -o events --format tensorboard     # tensorboard --logdir events
+
+    Nothing is written over. Parquet needs pyarrow, TensorBoard tensorboard: pip install 'lca_posthoc[export]'.
+    """
+    from ..export import export
+    from ..store import open_run
+
+    written = export(open_run(run), out, format=format_, losses=losses, findings=findings, say=say)
+    stdout().print(f"wrote {len(written)} file{'' if len(written) == 1 else 's'} to {out}", markup=False)

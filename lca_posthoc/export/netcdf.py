@@ -1,0 +1,222 @@
+"""A finding as a NetCDF file, and back: every number, name, type and attribute, whichever NetCDF the environment can write.
+
+NetCDF 3 (scipy, always there) has no 64-bit integers, booleans, texts or axes of length 0, and neither it nor NetCDF 4 allows
+every name. What does not fit is written as the nearest that does; the attribute `lca_posthoc` of the file, JSON, says how it was.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+
+from ..errors import InputError
+from ..store.keys import encode_all
+
+RECORD = "lca_posthoc"
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_RESERVED = {
+    "byte",
+    "char",
+    "short",
+    "ushort",
+    "int",
+    "uint",
+    "int64",
+    "uint64",
+    "float",
+    "real",
+    "double",
+    "bool",
+    "string",
+}
+_LONGEST = 120
+_CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+
+Engine = Literal["netcdf4", "h5netcdf", "scipy"]
+
+
+def engine() -> Engine:
+    """The best writer there is: NetCDF 4 where the environment has it."""
+    if find_spec("netCDF4"):
+        return "netcdf4"
+    return "h5netcdf" if find_spec("h5netcdf") and find_spec("h5py") else "scipy"
+
+
+def write_netcdf(data: xr.Dataset, path: Path, using: Engine | None = None) -> None:
+    """Write a result.
+
+    Args:
+        data: a finding.
+        path: of the file.
+        using: the writer; the best there is where None.
+    """
+    names = _names(data)
+    record: dict[str, Any] = {
+        "names": {key: name for name, key in names.items() if name != key},
+        "attributes": {"": _odd(data.attrs)},
+        "types": {},
+        "escaped": [],
+        "empty": {},
+    }
+    made: dict[str, xr.Variable] = {}
+    for name, variable in data.variables.items():
+        key, stored = names[str(name)], _stored(variable)
+        record["types"][key] = _type(variable.dtype)
+        record["attributes"][key] = _odd(variable.attrs)
+        attributes = _fitting(variable.attrs)
+        if key != name:
+            attributes["real_name"] = _escape(str(name)) if _CONTROL.search(str(name)) else str(name)
+        dims = [names[str(dim)] for dim in variable.dims]
+        if 0 in variable.shape:
+            record["empty"][key] = [dims, variable.shape, attributes]
+            continue
+        if stored.dtype.kind == "U" and any(_CONTROL.search(text) for text in stored.ravel()):
+            record["escaped"].append(key)
+            stored = np.array([_escape(text) for text in stored.ravel()]).reshape(stored.shape)
+        made[key] = xr.Variable(dims, stored, attributes)
+    record["coordinates"] = [names[str(name)] for name in data.coords]
+    coords = {key: made.pop(key) for key in record["coordinates"] if key in made}
+    attributes = {**_fitting(data.attrs), RECORD: json.dumps(record)}
+    written = xr.Dataset(made, coords, attributes)
+    encoding = {key: {"_FillValue": None} for key in written.variables}
+    written.to_netcdf(path, engine=using or engine(), encoding=encoding)
+
+
+def read_netcdf(path: str | Path) -> xr.Dataset:
+    """A result as `lca export` wrote it: names, types and attributes as they were.
+
+    Raises:
+        InputError: for a file that `lca export` did not write.
+    """
+    with xr.open_dataset(path, decode_times=False, mask_and_scale=False) as opened:
+        read = opened.load()
+    try:
+        record = json.loads(read.attrs.pop(RECORD))
+        names = record["names"]
+        variables = {str(key): _restored(variable, str(key), record) for key, variable in read.variables.items()}
+        for key, (dims, shape, attributes) in record["empty"].items():
+            values = np.empty(shape, _dtype(record["types"][key]))
+            variables[key] = xr.Variable(dims, values, _restored_attributes(attributes, record, key))
+        found = {names.get(key, key): _renamed(variable, names) for key, variable in variables.items()}
+        coords = {names.get(key, key) for key in record["coordinates"]}
+        attributes = _restored_attributes(read.attrs, record, "")
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path} is not a file that `lca export` wrote: its record is missing or damaged.") from None
+    return xr.Dataset(
+        {name: each for name, each in found.items() if name not in coords},
+        {name: each for name, each in found.items() if name in coords},
+        attributes,
+    )
+
+
+def _names(data: xr.Dataset) -> dict[str, str]:
+    """What each variable and axis is called in the file: its own name where NetCDF allows that everywhere."""
+    found = {str(name): str(name) for name in (*data.variables, *data.dims)}
+    odd = list(filter(_is_odd, found))
+    taken = set(found) - set(odd)
+    for name, key in encode_all(odd, taken).items():
+        made = key if _PLAIN.fullmatch(key[:1]) and key not in _RESERVED else f"_{key}"
+        while made in taken:
+            made = f"_{made}"
+        taken.add(made)
+        found[name] = made
+    return found
+
+
+def _is_odd(name: str) -> bool:
+    """Whether a name is not one that NetCDF allows everywhere."""
+    return not _PLAIN.fullmatch(name) or name in _RESERVED or len(name) > _LONGEST
+
+
+def _stored(variable: xr.Variable) -> np.ndarray[Any, Any]:
+    """The values as a type that NetCDF 3 has too; integers that need more than 32 bits as float64, or as text where inexact."""
+    values = np.asarray(variable.values)
+    if values.dtype.kind in "OU":
+        return np.array([str(value) for value in values.ravel()], dtype=str).reshape(values.shape)
+    if values.dtype.kind in "iu":
+        for kind in ("int8", "int16", "int32"):
+            if np.can_cast(values.dtype, kind):
+                return values.astype(kind)
+        if values.size and int(values.min()) >= -(2**31) and int(values.max()) < 2**31:
+            return values.astype("int32")
+        exact = values.size == 0 or max(abs(int(values.min())), abs(int(values.max()))) <= 2**53
+        return values.astype("float64") if exact else values.astype(str)
+    return values
+
+
+def _restored(variable: xr.Variable, key: str, record: Mapping[str, Any]) -> xr.Variable:
+    values, attributes = np.asarray(variable.values), dict(variable.attrs)
+    if values.dtype.kind in "OSU":
+        texts = [text.decode() if isinstance(text, bytes) else str(text) for text in values.ravel()]
+        texts = [json.loads(f'"{text}"') for text in texts] if key in record["escaped"] else texts
+        values = np.array(texts, dtype=object).reshape(values.shape)
+    values = values.astype(_dtype(record["types"][key]))
+    return xr.Variable(variable.dims, values, _restored_attributes(attributes, record, key))
+
+
+def _renamed(variable: xr.Variable, names: Mapping[str, str]) -> xr.Variable:
+    return xr.Variable([names.get(str(dim), dim) for dim in variable.dims], variable.values, variable.attrs)
+
+
+def _type(dtype: np.dtype[Any]) -> str:
+    return "text" if dtype.kind in "OU" else dtype.name
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    return np.dtype(object if name == "text" else name)
+
+
+def _escape(text: str) -> str:
+    return json.dumps(text)[1:-1]
+
+
+def _is_fitting(name: object, value: object) -> bool:
+    """Whether an attribute is one that every NetCDF holds as it is."""
+    if _is_odd(str(name)):
+        return False
+    if isinstance(value, str):
+        return bool(value) and not _CONTROL.search(value)
+    return type(value) is float
+
+
+def _fitting(attributes: Mapping[Any, Any]) -> dict[str, Any]:
+    """Attributes as other programs read them; those that do not fit are shown as text, and kept by `_odd`."""
+    found = {}
+    for name, value in attributes.items():
+        if _is_fitting(name, value) or (type(value) is int and abs(value) < 2**31 and not _is_odd(str(name))):
+            found[str(name)] = value
+        elif value != "" and not _is_odd(str(name)):
+            found[str(name)] = json.dumps(value, default=_as_list)
+    return found
+
+
+def _odd(attributes: Mapping[Any, Any]) -> dict[str, Any]:
+    return {
+        str(name): json.loads(json.dumps(value, default=_as_list))
+        for name, value in attributes.items()
+        if not _is_fitting(name, value)
+    }
+
+
+def _restored_attributes(attributes: Mapping[Any, Any], record: Mapping[str, Any], key: str) -> dict[str, Any]:
+    kept = record["attributes"][key]
+    found = {
+        name: float(value) if isinstance(value, np.floating) else value
+        for name, value in attributes.items()
+        if name not in kept and not (name == "real_name" and key in record["names"])
+    }
+    return {**found, **kept}
+
+
+def _as_list(value: object) -> Any:
+    """What JSON makes of arrays and of numpy's numbers."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return str(value)

@@ -1,0 +1,121 @@
+"""Write findings of a run to files: everything under a temporary name first, renamed when it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import xarray as xr
+
+from ..errors import InputError
+from ..store import Run
+from .choose import Say, choose
+from .netcdf import write_netcdf
+from .tables import described, file_names, needed, tables, write_csv, write_parquet
+
+FORMATS = ("netcdf", "csv", "parquet", "tensorboard")
+SUFFIXES = {".nc": "netcdf", ".csv": "csv", ".parquet": "parquet"}
+ABOUT = "about.json"
+
+
+def export(
+    run: Run,
+    target: str | Path,
+    *,
+    format: str | None = None,
+    losses: Sequence[str] = (),
+    findings: Sequence[str] = (),
+    say: Say = print,
+) -> list[Path]:
+    """Write findings for other programs.
+
+    Args:
+        run: an open run.
+        target: a directory, made as TARGET/LOSS/FINDING.nc and so on; or, for one table of one finding of one loss, a file that
+            ends in .nc, .csv or .parquet.
+        format: "netcdf", "csv", "parquet" or "tensorboard"; that of the file's ending, else netcdf, where None.
+        losses: names; all where empty.
+        findings: names; where empty, all that the run allows but `microscope`.
+        say: told what is left out, and why.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        InputError: for an unknown name, a finding asked for that the run does not allow, or a target that is there already.
+        ResourceError: where a package for the format is not installed.
+        LCAError: where stored numbers are damaged.
+    """
+    place = Path(target)
+    is_file = place.suffix in SUFFIXES and not place.is_dir()
+    chosen = format or SUFFIXES.get(place.suffix if is_file else "", "netcdf")
+    _check(place, chosen, is_file)
+    building = place.with_name(f"{place.name}.partial-{os.getpid()}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
+        if chosen == "tensorboard":
+            from .events import write_events
+
+            write_events(run, building, list(losses), list(findings), say)
+        else:
+            _write_findings(run, building, chosen, losses, findings, say)
+        files = sorted(path.relative_to(building) for path in building.rglob("*") if path.is_file())
+        if not is_file:
+            building.rename(place)
+            return [place / path for path in files]
+        made = [path for path in files if path.name != ABOUT]
+        if len(made) != 1:
+            raise InputError(
+                f"{place} is one file, and there are {len(made)} to write ({', '.join(path.name for path in made[:4])}, …). "
+                "Name a directory with -o, or one --loss and one --finding."
+            )
+        (building / made[0]).rename(place)
+        return [place]
+    except (NotADirectoryError, FileExistsError):
+        raise InputError(f"{place} cannot be made: something else is in its place. Choose another with -o.") from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _check(place: Path, chosen: str, is_file: bool) -> None:
+    if chosen not in FORMATS:
+        raise InputError(f"format {chosen!r} is not one of {', '.join(FORMATS)}.")
+    if is_file and SUFFIXES[place.suffix] != chosen:
+        raise InputError(f"{place} does not end like a file of the format {chosen}. Name a directory with -o.")
+    if os.path.lexists(place) and not (place.is_dir() and not place.is_symlink() and not any(place.iterdir())):
+        raise InputError(f"{place} is there already, and nothing is written over. Choose another place with -o.")
+    if chosen == "parquet":
+        needed("pyarrow", "Parquet")
+    if chosen == "tensorboard":
+        needed("tensorboard", "TensorBoard")
+
+
+def _write_findings(
+    run: Run, building: Path, chosen: str, losses: Sequence[str], findings: Sequence[str], say: Say
+) -> None:
+    about: dict[str, object] = {}
+    for loss, finding, call in choose(run, losses, findings, say):
+        data: xr.Dataset = call()
+        if data.attrs.get("left_out"):
+            say(f"{finding} of loss {loss!r}: {data.attrs['left_out']}")
+        place = building / run.manifest.losses[loss].key
+        place.mkdir(exist_ok=True)
+        if chosen == "netcdf":
+            write_netcdf(data, place / f"{finding}.nc")
+            continue
+        found = list(tables(data))
+        names = file_names(finding, [dims for dims, _ in found], f".{chosen}")
+        for name, (dims, table) in zip(names, found, strict=True):
+            said = {**described(data, [*map(str, table.columns)]), "axes": list(dims)}
+            about[f"{place.name}/{name}"] = said
+            if chosen == "csv":
+                write_csv(table, place / name)
+            else:
+                write_parquet(table, place / name, said)
+    if about:
+        (building / ABOUT).write_text(json.dumps({"schema": 1, "files": about}, indent=1))
