@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import findings as findings
+    from . import plots as plots
     from .recorder import Recorder as Recorder
     from .replay import run as run
     from .store import Run as Run
@@ -26,7 +27,7 @@ _HOMES = {
     "open_trajectory": ".trajectory",
     "run": ".replay",
 }
-__all__ = ["Loss", "Recorder", "Run", "Task", "findings", "open_run", "open_trajectory", "run"]
+__all__ = ["Loss", "Recorder", "Run", "Task", "findings", "open_run", "open_trajectory", "plots", "run"]
 
 
 def __dir__() -> list[str]:
@@ -35,8 +36,8 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     # Lazily, so that `import lca_posthoc` and `lca --help` load neither torch nor zarr.
-    if name == "findings":
-        return importlib.import_module(".findings", __name__)
+    if name in ("findings", "plots"):
+        return importlib.import_module(f".{name}", __name__)
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The first minute: train a small network on real digits, record every iterate, replay it.
+"""The first minute: train a small network on real digits, record every iterate, replay it, write the report.
 
 The data are 1,797 images of 8 × 8 pixels that travel with the package (source: `data/README.md`). `task` is also a task for
 the command line: `lca run DIR/checkpoints --task lca_posthoc.demo:task`.
@@ -18,10 +18,12 @@ from .errors import InputError
 from .progress import Listener, Note
 from .recorder import Recorder
 from .replay import run
+from .report import write_report
 from .store import Run
 from .task import Loss, Task
 
 STEPS = 300
+REPORT = "report.html"
 _TRAIN = 1500
 _BATCH = 50
 
@@ -81,7 +83,7 @@ def train(checkpoints: Path) -> None:
 
 
 def demo(directory: Path, progress: Listener | None = None) -> Run:
-    """Train, record and replay both losses under `directory`.
+    """Train, record and replay both losses under `directory`, and write `report.html` there.
 
     Raises:
         InputError: where `directory` exists and is not empty.
@@ -91,4 +93,6 @@ def demo(directory: Path, progress: Listener | None = None) -> Run:
     if progress:
         progress(Note(f"training a 64-50-20-10 network on {_TRAIN:,} digits, recording {STEPS + 1} iterates"))
     train(directory / "checkpoints")
-    return run(directory / "checkpoints", "lca_posthoc.demo:task", losses=["all"], progress=progress)
+    opened = run(directory / "checkpoints", "lca_posthoc.demo:task", losses=["all"], progress=progress)
+    write_report([opened], directory / REPORT)
+    return opened

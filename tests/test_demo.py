@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lca_posthoc.report import MOST_BYTES
+from tests.browser import browser
 from tests.small import lca, refused
 
 
 def test_the_demo_adds_up_and_names_what_it_wrote(tmp_path: Path) -> None:
     result = lca("demo", tmp_path / "demo")
     assert result.exit_code == 0, result.output
-    assert result.stdout.splitlines()[-1] == f"wrote {tmp_path / 'demo' / 'checkpoints.lca'}"
+    assert result.stdout.splitlines()[-2:] == [
+        f"wrote {tmp_path / 'demo' / 'checkpoints.lca'}",
+        f"wrote {tmp_path / 'demo' / 'report.html'}: open it in a browser",
+    ]
     assert "fc1.weight" in result.stdout
     found = json.loads(lca("summary", tmp_path / "demo" / "checkpoints.lca", "--json").stdout)["losses"]
     assert list(found) == ["train", "validation"]
@@ -20,6 +25,10 @@ def test_the_demo_adds_up_and_names_what_it_wrote(tmp_path: Path) -> None:
         assert each["loss_change"] < -1
         assert each["segments"] == 300
         assert each["unconverged"] == 0
+    assert 0 < (tmp_path / "demo" / "report.html").stat().st_size <= MOST_BYTES
+    with browser() as chromium, chromium.opened(tmp_path / "demo" / "report.html") as page:
+        assert page.faults == []
+        assert page.text("#headline .measured").startswith("Loss train over split train (1,500 examples)")
 
 
 def test_the_demo_does_not_write_over_anything(tmp_path: Path) -> None:

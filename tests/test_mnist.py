@@ -27,8 +27,7 @@ def mnist(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The example's model and training split, and its first iterates."""
     example = runpy.run_path(str(EXAMPLES / "mnist_fc.py"))
     root = tmp_path_factory.mktemp("mnist")
-    example["train"].__globals__["ITERATES"] = STEPS
-    example["train"](str(root / "ck"))
+    example["train"](str(root / "ck"), STEPS)
     checkpoints = [load_file(root / "ck" / f"step_{step:08d}.safetensors") for step in range(STEPS + 1)]
     return SimpleNamespace(root=root, net=example["Net"], data=example["task"]().data["train"], checkpoints=checkpoints)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
@@ -369,6 +370,8 @@ def test_the_peaks_of_a_run_are_those_of_its_tensors(made: Run, loss: str, signa
         together = set.intersection(*(each for each in sets if each))
         assert set(found["aligned"].sel(group=group).values.nonzero()[0].tolist()) == together
         assert found["observed"].sel(group=group) == len(together)
+        chances = [len(each) / sum(can) for each in sets if each]
+        assert found["expected"].sel(group=group) == pytest.approx(sum(can) * math.prod(chances))
     assert found["observed_total"] == sum(found["observed"].values)
     assert ("Without a peak: still." in found.attrs["left_out"]) == (signal != "gradient")
     assert {name: found.attrs[name] for name in ("finding", "loss", "split", "signal")} == {

@@ -48,7 +48,7 @@ def command(runs: tuple[str, ...], loss: str | None, by: str, confidence: float,
     """
     from ..findings import compare
 
-    opened = _open(_labelled(runs), loss)
+    opened = open_labelled(labelled(runs), loss)
     found = compare(opened, by=int(by) if by.isdecimal() else by, confidence=confidence)
     if found.attrs["left_out"]:
         say(found.attrs["left_out"])
@@ -58,7 +58,7 @@ def command(runs: tuple[str, ...], loss: str | None, by: str, confidence: float,
         print_comparison(found)
 
 
-def _labelled(runs: tuple[str, ...]) -> dict[str, list[str]]:
+def labelled(runs: tuple[str, ...]) -> dict[str, list[str]]:
     """The paths under each label, in order; what exists is a path, whatever signs are in it."""
     from glob import glob
     from pathlib import Path
@@ -79,7 +79,8 @@ def _labelled(runs: tuple[str, ...]) -> dict[str, list[str]]:
     return found
 
 
-def _open(paths: dict[str, list[str]], loss: str | None) -> dict[str, list[LossResults]]:
+def open_labelled(paths: dict[str, list[str]], loss: str | None) -> dict[str, list[LossResults]]:
+    """The loss of every run, by label; without a name, the first of the first run."""
     from ..errors import InputError
     from ..store import open_run
 

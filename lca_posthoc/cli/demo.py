@@ -14,7 +14,7 @@ from .summary import print_summary
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path), default="lca-demo", metavar="[DIR]")
 def command(directory: Path) -> None:
-    """Train a small network on real digits, record every iterate, and replay it into DIR.
+    """Train a small network on real digits, record every iterate, replay it into DIR, and write a report of it.
 
     Takes less than a minute on two CPU cores. DIR is lca-demo unless named; it must not exist yet.
 
@@ -22,7 +22,7 @@ def command(directory: Path) -> None:
     lca demo
     lca summary lca-demo/checkpoints.lca
     """
-    from ..demo import demo
+    from ..demo import REPORT, demo
     from ..findings import summary
 
     with listener() as listen:
@@ -36,3 +36,4 @@ def command(directory: Path) -> None:
         markup=False,
     )
     console.print(f"wrote {opened.path}", markup=False)
+    console.print(f"wrote {directory / REPORT}: open it in a browser", markup=False)

@@ -38,8 +38,7 @@ def peaks(
     is no peak. A segment is *aligned* in a group where every layer has a peak in it. Buffers belong to no layer here. A layer
     without a single peak, such as a frozen one, is left out of the question; `left_out` names it.
 
-    Three tests of the number of alignments, all groups together, each p one-sided:
-
+    Three one-sided tests of the number of alignments in all groups together:
     * `p_shift`: the peaks of each layer are rotated by a random offset among the segments that can be peaks, the same offset
       for all groups of a layer. It keeps what the groups share and how peaks are spaced (minima are never adjacent), and
       assumes that peaks are as likely late in training as early. Where they are not, layers that have nothing to do with each
@@ -55,12 +54,11 @@ def peaks(
     Args:
         results: one loss of a run. Without groups it has one group, "all"; so has "motion", which no group enters.
         signal: "allocation", "motion" or "gradient".
-        by: layers by "module", by "tensor", or by so many parts of the module's name. All layers of a fine division hardly ever
-            align.
+        by: layers by "module", "tensor", or so many parts of the module's name. Many layers hardly ever align all together.
         top: peaks kept per layer and group.
         draws: rotations per test.
         seed: of the rotations.
-        stretch: about how many segments may pass as one and the same part of training, for `p_local`.
+        stretch: about how many segments pass as the same part of training, for `p_local`.
 
     Returns:
         `peak` (step, group, layer); `aligned` (step, group); `observed`, `expected` (group) and `observed_total`, `expected_total`:
@@ -70,23 +68,20 @@ def peaks(
 
     Raises:
         InputError: for an unknown signal, numbers below one, or fewer than two layers.
-        LCAError: where no segment has one before and one after it.
+        LCAError: where no segment has one on either side.
     """
     _check(signal, top=top, draws=draws, stretch=stretch)
     values, layers, groups = _values(results, signal, by)
     steps = results.steps
-    can = possible(values, steps["step_end"].values[:-1] == steps["step"].values[1:])
+    step, end = steps["step"].values, steps["step_end"].values
+    can = possible(values, end[:-1] == step[1:])
     if not can.any():
         raise LCAError(
-            f"loss {results.name!r} has {len(values)} finished segments, none with one before and one after it, so nothing can be a "
-            "peak. Let `lca run` finish, or record more steps."
+            f"loss {results.name!r} has {len(values)} finished segments, none with one before and one after it, so nothing can be "
+            "a peak. Let `lca run` finish, or record more steps."
         )
     peak = moments(values if signal == "allocation" else -values, can, top)
-    counted = peak.any(axis=(0, 1))
-    left = [] if counted.all() else [f"Without a peak: {', '.join(np.array(layers)[~counted])}."]
-    if counted.sum() < 2:
-        counted = np.ones_like(counted)
-        left.append("Fewer than two layers have peaks, so none can be aligned.")
+    counted, left = _counted(peak, layers)
     found = align(peak[can][:, :, counted], draws=draws, seed=seed, stretch=stretch)
     made = {
         "peak": (("step", "group", "layer"), peak, "", f"peak moment of the {signal}"),
@@ -96,8 +91,8 @@ def peaks(
     return xr.Dataset(
         {name: described((dims, value), units, text) for name, (dims, value, units, text) in made.items()},
         coords={
-            "step": steps["step"].values,
-            "step_end": ("step", steps["step_end"].values),
+            "step": step,
+            "step_end": ("step", end),
             "group": groups,
             "layer": np.array(layers, dtype=object),
             "counted": ("layer", counted),
@@ -155,6 +150,15 @@ def _values(results: LossResults, signal: str, by: str | int) -> tuple[Numbers, 
         column, groups = column.expand_dims("group"), np.array(["all"], dtype=object)
     values = column.transpose("step", "group", "tensor").values
     return np.stack([values[..., at].sum(axis=-1) for at in layers.values()], axis=-1), list(layers), groups
+
+
+def _counted(peak: Numbers, layers: list[str]) -> tuple[Numbers, list[str]]:
+    """Which layers the question is about, (layer,) bool, and a word about the others."""
+    counted = np.asarray(peak.any(axis=(0, 1)))
+    left = [] if counted.all() else [f"Without a peak: {', '.join(np.array(layers)[~counted])}."]
+    if counted.sum() < 2:
+        return np.ones_like(counted), [*left, "Fewer than two layers have peaks, so none can be aligned."]
+    return counted, left
 
 
 def possible(values: Numbers, joined: Numbers) -> Numbers:
@@ -264,7 +268,7 @@ def align(peak: Numbers, *, draws: int, seed: int, stretch: int) -> Alignment:
         local=nearby,
         p_shift=float(_tail(shifted.sum(axis=1), total)),
         p_local=float(_tail(nearby, total)),
-        p_independent=min(1.0, float(chances[total:].sum())),
+        p_independent=float(chances[total:].sum() / chances.sum()),
         p_shift_group=_tail(shifted, observed),
         stretches=parts,
     )

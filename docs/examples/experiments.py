@@ -1,0 +1,201 @@
+"""The paper's experiments, run against run, at CPU size: what a layer does when one thing about training is changed.
+
+```sh
+LCA_DATA=DIR python docs/examples/experiments.py experiments freeze --seeds 10
+LCA_DATA=DIR python docs/examples/experiments.py experiments momentum --model resnet20 --images 10000 --iterates 1000
+```
+
+Every setting is trained from the same seeds, replayed, and written to `OUT/NAME/SETTING/seedK.lca`; its checkpoints are deleted
+then. What is finished is not done again. The second line is one nearer to the paper's size: hours on a GPU, days on a CPU.
+DIR holds `mnist.safetensors` and, for ResNets, `cifar10.safetensors`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from torch import Tensor, nn
+
+import cifar10_resnet20
+import lca_posthoc as lca
+import mnist_fc
+import mnist_lenet
+
+MOMENTUM = 0.9
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": torch.optim.SGD,
+    "momentum": partial(torch.optim.SGD, momentum=MOMENTUM),
+    "Adam": torch.optim.Adam,
+    "RMSProp": torch.optim.RMSprop,
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained, on which examples, and how its replay is to treat normalisations."""
+
+    net: Callable[[], nn.Module]
+    data: Callable[[], tuple[Tensor, Tensor]]
+    replay: Mapping[str, Any] = field(default_factory=dict)
+
+
+BATCH_STATISTICS = {"norm_stats": "batch", "batch_size": 500}
+MODELS = {
+    "fc": Model(mnist_fc.Net, mnist_fc.data),
+    "lenet": Model(mnist_lenet.Net, mnist_fc.data),
+    "resnet8": Model(partial(cifar10_resnet20.Net, (8, 16, 32), 1), cifar10_resnet20.data, BATCH_STATISTICS),
+    "resnet20": Model(cifar10_resnet20.Net, cifar10_resnet20.data, BATCH_STATISTICS),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one network is trained.
+
+    `frozen` is the layer that stays as it was initialised, "first" or "last". `delay` gives the last layer a momentum m of its own,
+    m/(1 − m) = delay iterations; its learning rate is scaled to keep rate/(1 − m), so that its steps come later, not smaller.
+    """
+
+    optimizer: str = "momentum"
+    rate: float = 0.05
+    batch: int = 250
+    frozen: str | None = None
+    delay: int | None = None
+
+
+EXPERIMENTS: dict[str, dict[str, Setting]] = {
+    "freeze": {"none": Setting(), "first": Setting(frozen="first"), "last": Setting(frozen="last")},
+    "momentum": {f"delay-{delay}": Setting(delay=delay) for delay in range(9, -1, -1)},
+    "learning-rate": {f"rate-{rate}": Setting(rate=rate) for rate in (0.01, 0.02, 0.05, 0.1)},
+    "batch-size": {f"batch-{batch}": Setting(batch=batch) for batch in (50, 100, 250, 1000)},
+    "optimiser": {
+        "SGD": Setting("SGD", rate=0.1),
+        "momentum": Setting(),
+        "Adam": Setting("Adam", rate=0.001),
+        "RMSProp": Setting("RMSProp", rate=0.001),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained and measured: the same for every run of an experiment."""
+
+    model: str = "fc"
+    images: int = 2500
+    iterates: int = 110
+
+
+def optimizer(net: nn.Module, setting: Setting) -> torch.optim.Optimizer:
+    layers = [each for each in net.modules() if isinstance(each, nn.Linear | nn.Conv2d)]
+    first, last = layers[0], layers[-1]
+    if setting.frozen:
+        {"first": first, "last": last}[setting.frozen].requires_grad_(False)
+    make = OPTIMIZERS[setting.optimizer]
+    if setting.delay is None:
+        return make([each for each in net.parameters() if each.requires_grad], lr=setting.rate)
+    own = list(last.parameters())
+    others = [each for each in net.parameters() if all(each is not mine for mine in own)]
+    momentum = setting.delay / (1 + setting.delay)
+    rate = setting.rate * (1 - momentum) / (1 - MOMENTUM)
+    return make([{"params": others}, {"params": own, "momentum": momentum, "lr": rate}], lr=setting.rate)
+
+
+def one(place: Path, setting: Setting, seed: int, size: Size, examples: tuple[Tensor, Tensor]) -> lca.Run:
+    """Train and replay one network, or open it where it is finished."""
+    out, checkpoints, half = (place / f"seed{seed}{end}" for end in (".lca", "", ".partial"))
+    if out.exists() and not checkpoints.exists():
+        return lca.open_run(out)
+    model = MODELS[size.model]
+    if not checkpoints.exists():
+        shutil.rmtree(half, ignore_errors=True)
+        torch.manual_seed(seed)
+        net = model.net()
+        with contextlib.redirect_stdout(io.StringIO()):
+            mnist_fc.record(half, net, optimizer(net, setting), examples, size.iterates, setting.batch)
+        half.rename(checkpoints)
+    task = lca.Task(model.net, {"train": examples}, {"train": lca.Loss(F.cross_entropy, on="train")})
+    where = {"out": out, "cluster": "inline", "durability": "none"}  # a power cut costs one short run
+    run = lca.run(checkpoints, task, keep="tensors", **where, **model.replay)
+    shutil.rmtree(checkpoints)
+    return run
+
+
+def experiment(out: Path, name: str, size: Size, seeds: int) -> dict[str, list[Any]]:
+    """The training loss of every setting, a run per seed.
+
+    Raises:
+        RuntimeError: where `out` holds runs of another size.
+    """
+    place = out / name
+    place.mkdir(parents=True, exist_ok=True)
+    recorded = place / "size.json"
+    if not recorded.exists():
+        recorded.write_text(json.dumps(vars(size)))
+    if json.loads(recorded.read_text()) != vars(size):
+        raise RuntimeError(
+            f"{place} holds runs of {recorded.read_text()}, not {json.dumps(vars(size))}. Name another OUT."
+        )
+    images, labels = MODELS[size.model].data()
+    examples = images[: size.images], labels[: size.images]
+    found: dict[str, list[Any]] = {label: [] for label in EXPERIMENTS[name]}
+    for seed in range(seeds):
+        for label, setting in EXPERIMENTS[name].items():
+            found[label].append(one(place / label, setting, seed, size, examples)["train"])
+            print(f"{name}, {label}, seed {seed}: loss {float(found[label][-1].steps.loss_end[-1]):.4f}", flush=True)
+    return found
+
+
+def table(found: xr.Dataset) -> str:
+    """A line for each setting, then for each layer and setting; p-values of layers after Holm, others as they are."""
+    first = found.label.values[0]
+    rows = [f"{'':14}runs   {'helping':>7}   {'final loss':28}   p against {first}"]
+    for label in found.label.values:
+        each = found.sel(label=label)
+        row = f"{label:14}{int(each.runs):4}   {float(each.helping):7.2%}   {interval(each, 'loss_end')}"
+        rows.append(f"{row}   {probability(each.p_loss_end)}")
+    rows += ["", f"{'layer':14}{'':14}{'allocated':28}   p against 0   p against {first}"]
+    for layer in found.layer.values:
+        for label in found.label.values:
+            each = found.sel(label=label, layer=layer)
+            tests = f"{probability(each.p_holm):11}   {probability(each.p_difference_holm)}"
+            rows.append(f"{layer:14}{label:14}{interval(each, 'mean')}   {tests}")
+    return "\n".join(rows)
+
+
+def interval(each: xr.Dataset, name: str) -> str:
+    low, high = ("low", "high") if name == "mean" else (f"{name}_low", f"{name}_high")
+    return f"{float(each[name]):+.4f} ({float(each[low]):+.4f} to {float(each[high]):+.4f})"
+
+
+def probability(p: xr.DataArray) -> str:
+    return "–" if p.isnull() else f"{float(p):.2g}"
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("out", type=Path)
+    asked.add_argument("name", choices=EXPERIMENTS)
+    asked.add_argument("--seeds", type=int, default=5)
+    asked.add_argument("--model", choices=MODELS, default=Size.model)
+    asked.add_argument("--images", type=int, default=Size.images)
+    asked.add_argument("--iterates", type=int, default=Size.iterates)
+    given = asked.parse_args()
+    runs = experiment(given.out, given.name, Size(given.model, given.images, given.iterates), given.seeds)
+    print(table(lca.findings.compare(runs)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""`lca plot`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .compare import labelled, open_labelled
+from .show import say, stdout
+
+PICTURES, FILMS = (".png", ".svg", ".pdf"), (".mp4", ".gif")
+FINDINGS = {  # what each takes
+    "candidates": ("by",),
+    "compare": ("by",),
+    "curve": ("groups",),
+    "distribution": ("groups",),
+    "generalisation": ("by",),
+    "helping": ("groups",),
+    "layers": ("groups", "by", "apart", "show"),
+    "microscope": ("groups", "tensors", "step", "fps"),
+    "oscillation": ("groups", "parameters", "checkpoints"),
+    "peaks": ("by", "signal"),
+    "units": ("groups", "layer"),
+}
+_PANELS = ("curve", "generalisation", "layers", "units")  # several runs beside each other
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="[LABEL=]RUN…")
+@click.argument("finding", metavar="FINDING")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A .png, .svg or .pdf; of the microscope also .mp4 or .gif.  [default: FINDING.png]",
+)
+@click.option(
+    "--loss",
+    "losses",
+    multiple=True,
+    metavar="NAME",
+    help="A loss of the run; of generalisation two.  [default: the first, or the first two without groups]",
+)
+@click.option(
+    "--group", "groups", multiple=True, metavar="LABEL", help="Of a loss with groups (curve, layers: repeatable)."
+)
+@click.option(
+    "--by", metavar="WHAT", help="Layers: module, tensor, or how many parts of a module's name.  [default: module]"
+)
+@click.option("--apart", is_flag=True, help="Kernels, biases and normalisation as layers of their own.")
+@click.option("--show", type=click.Choice(("cumulative", "total", "mean")), help="What to draw of each layer.")
+@click.option("--layer", metavar="NAME", help="The units of this layer alone.")
+@click.option(
+    "--parameter", "parameters", multiple=True, metavar="NAME[I, J]", help="A parameter to trace (repeatable)."
+)
+@click.option("--checkpoints", type=click.Path(), metavar="DIR", help="Where checkpoints to trace weights in are now.")
+@click.option(
+    "--signal",
+    type=click.Choice(("allocation", "motion", "gradient")),
+    help="Whose peaks: of the allocation, or of a control.",
+)
+@click.option("--tensor", "tensors", multiple=True, metavar="NAME", help="Only this tensor's pixels (repeatable).")
+@click.option("--step", type=int, help="The moment of training to picture.  [default: the last]")
+@click.option("--fps", type=int, help="Frames of a film per second.  [default: 10]")
+def command(runs: tuple[str, ...], finding: str, out: Path | None, losses: tuple[str, ...], **given: Any) -> None:
+    """Draw a finding of RUN into FILE: candidates, compare, curve, distribution, generalisation, helping, layers,
+    microscope, oscillation, peaks or units.
+
+    \b
+    lca plot checkpoints.lca layers
+    lca plot checkpoints.lca generalisation --loss train --loss validation -o overfitting.pdf
+    lca plot checkpoints.lca curve --loss per_class --group 3 --group 8
+    lca plot checkpoints.lca microscope -o film.mp4
+    lca plot adam=a.lca adam=b.lca sgd=c.lca compare
+
+    Several runs go side by side in curve, layers, units and generalisation; compare takes repeats under one LABEL=RUN.
+    """
+    from ..errors import InputError
+
+    if finding not in FINDINGS:
+        known = ", ".join(FINDINGS)
+        raise InputError(f"there is no finding {finding!r}; there are {known}. Write lca plot RUN FINDING.")
+    options = {name: value for name, value in given.items() if value not in (None, (), False)}
+    for name in options:
+        if name not in FINDINGS[finding]:
+            takers = ", ".join(each for each, takes in FINDINGS.items() if name in takes)
+            flag = {"groups": "group", "parameters": "parameter", "tensors": "tensor"}.get(name, name)
+            raise InputError(f"--{flag} does not go with {finding}; it is for {takers}.")
+    path = _path(out or Path(f"{finding}.png"), finding)
+    named = labelled(runs)
+    count = sum(map(len, named.values()))
+    film = path.suffix.lower() in FILMS
+    if ("step" in options and film) or ("fps" in options and not film):
+        raise InputError("--step is for a picture of one moment, --fps for a film (.mp4 or .gif).")
+    if count > 1 and finding not in (*_PANELS, "compare"):
+        raise InputError(f"{finding} is drawn of one run, got {count}. Several go with {', '.join(_PANELS)}, compare.")
+    if "by" in options:
+        options["by"] = int(options["by"]) if options["by"].isdecimal() else options["by"]
+    _draw(finding, named, losses, options, path)
+    stdout().print(f"wrote {path}", markup=False)
+
+
+def _path(path: Path, finding: str) -> Path:
+    from ..errors import InputError
+
+    known = (*PICTURES, *(FILMS if finding == "microscope" else ()))
+    if path.suffix.lower() not in known:
+        raise InputError(f"{finding} is drawn as {', '.join(known)}, got {path.name!r}.")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"there is no directory {path.parent} for {path.name}. Make it first.")
+    return path
+
+
+def _results(path: str, losses: tuple[str, ...], finding: str) -> list[Any]:
+    """The losses of a run that a finding is about: two for generalisation, else one."""
+    from ..errors import InputError
+    from ..store import open_run
+
+    run = open_run(path)
+    wanted = 2 if finding == "generalisation" else 1
+    plain = [name for name, results in run.items() if results.record.groups is None]
+    names = losses or tuple(plain if wanted == 2 else run)[:wanted]
+    for name in names:
+        if name not in run:
+            raise InputError(f"{path} has no loss {name!r}; it has {', '.join(map(repr, run))}.")
+    if len(names) != wanted:
+        how = "two losses without groups: --loss NAME --loss NAME" if wanted == 2 else "one loss: --loss NAME"
+        raise InputError(f"{finding} takes {how}; {path} has {', '.join(map(repr, run))}.")
+    return [run[name] for name in names]
+
+
+def _draw(
+    finding: str, named: dict[str, list[str]], losses: tuple[str, ...], options: dict[str, Any], path: Path
+) -> None:
+    import matplotlib as mpl
+
+    mpl.use("agg")  # no window, whatever the machine has
+    from .. import plots
+
+    to_plot: dict[str, Any] = {name: options.pop(name) for name in ("show", "step", "fps") if name in options}
+    if "layer" in options:
+        to_plot["layer"] = options["layer"]
+    found = _found(finding, named, losses, options)
+    for _, each in found:
+        if each.attrs["left_out"]:
+            say(each.attrs["left_out"])
+    with _writing(path):
+        if path.suffix.lower() in FILMS:
+            plots.film(found[0][1], path, **to_plot)
+        else:
+            _save(getattr(plots, finding), found, to_plot, path)
+
+
+def _found(
+    finding: str, named: dict[str, list[str]], losses: tuple[str, ...], options: dict[str, Any]
+) -> list[tuple[str, Any]]:
+    """The finding of each run, under its label; one for all runs of compare."""
+    from .. import findings
+    from ..errors import InputError
+
+    find: Callable[..., Any] = getattr(findings, finding)
+    if finding == "compare":
+        if len(losses) > 1:
+            raise InputError(f"compare takes one loss, got {len(losses)}.")
+        return [("", find(open_labelled(named, losses[0] if losses else None), **options))]
+    groups = options.pop("groups", ())
+    found = []
+    for label, paths in named.items():
+        for path in paths:
+            results = _results(path, losses, finding)
+            picked = [_group(results[0], each) for each in groups]
+            if finding == "microscope" and len(picked) > 1:
+                raise InputError(f"the microscope shows one group, got {len(picked)}.")
+            if finding == "microscope" and picked:
+                options["group"] = picked[0]
+            one = find(*results, **options)
+            if finding != "microscope" and picked:
+                one = one.sel(group=picked[0] if len(picked) == 1 else picked)
+            found.append((label if len(paths) == 1 else f"{label} {Path(path).name}", one))
+    return found
+
+
+def _group(results: Any, label: str) -> Any:
+    """The group a word means; labels are numbers or words."""
+    from ..errors import InputError
+
+    groups = results.record.groups or []
+    for group in groups:
+        if str(group) == label:
+            return group
+    has = f"it has {', '.join(map(str, groups[:20]))}" if groups else "it has no groups"
+    raise InputError(f"loss {results.name!r} has no group {label!r}; {has}.")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    from ..errors import ResourceError
+
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be written: {error.strerror or error}.") from None
+
+
+def _save(plot: Callable[..., Any], found: list[tuple[str, Any]], options: dict[str, Any], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    if "step" in options:
+        options["at"] = _frame(found[0][1], options.pop("step"))
+    if len(found) == 1:
+        drawn = plot(found[0][1], **options)
+        figure = drawn if hasattr(drawn, "savefig") else drawn.figure
+    else:
+        figure = _panels(plot, found, options)
+    plain: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
+    figure.savefig(path, dpi=200, metadata=plain)
+    plt.close(figure)
+
+
+def _frame(found: Any, step: int) -> int:
+    """The frame that shows the segments around a training step."""
+    from ..errors import InputError
+
+    start, end = found["step"].values, found["step_end"].values
+    for at in range(len(start)):
+        if start[at] <= step < end[at] or step == end[at] == end[-1]:
+            return at
+    raise InputError(f"no segment is there at step {step}; there are steps {start[0]} to {end[-1]}.")
+
+
+def _panels(plot: Callable[..., Any], found: list[tuple[str, Any]], options: dict[str, Any]) -> Any:
+    """One run beside the other, each under its label; curves and sums of layers on one scale."""
+    import matplotlib.pyplot as plt
+
+    from ..plots.style import escape
+
+    columns = min(3, len(found))
+    rows = math.ceil(len(found) / columns)
+    names = max(each.sizes.get("layer", 0) for _, each in found)
+    tall = 2.9 if names <= 10 else 0.9 + 0.2 * min(names, 60)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.3 * columns, tall * rows), layout="constrained", squeeze=False
+    )
+    for ax, (label, each) in zip(axes.flat, found, strict=False):
+        plot(each, ax=ax, **options)
+        ax.set_title(f"{escape(label)}: {ax.get_title(loc='left')}".removesuffix(": "), loc="left", fontsize=8)
+    for ax in axes.flat[len(found) :]:
+        ax.remove()
+    return figure

@@ -1,0 +1,72 @@
+"""Run against run: what each layer did, with intervals over repeated runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from ..colours import FAINT
+from .layers import helped_hurt
+from .style import SMALL, colour, fresh_axes, key, labels, refuse_groups, rows_of_names, tidy, zero_line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MARKERS = "osD^vPX"
+_LEVEL = 0.05
+
+
+def compare(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
+    """Draws each layer's mean sum with its confidence interval, one marker and colour per label, single runs as faint dots.
+
+    A filled marker differs from zero at 5 % after Holm's correction; a hollow one does not, or there is but one run.
+
+    Args:
+        found: of `findings.compare`.
+        ax: where to draw; default a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InputError: where there are groups and none was picked.
+    """
+    refuse_groups(found)
+    names = [str(name) for name in found["layer"].values]
+    said = labels([str(name) for name in found["label"].values])
+    ax = fresh_axes(ax, 4.6, 0.9 + len(names) * (0.12 + 0.09 * len(said)))
+    zero_line(ax, vertical=True)
+    gap = 0.7 / len(said)
+    for at, word in enumerate(said):
+        one = found.isel(label=at)
+        rows = np.arange(len(names)) + (at - (len(said) - 1) / 2) * gap
+        mean, hue = one["mean"].values, colour(at)
+        if "total" in one:
+            each = one["total"].transpose("layer", "run").values
+            ax.plot(each.ravel(), np.repeat(rows, each.shape[1]), ".", color=hue, alpha=0.35, markersize=3, zorder=1)
+        ax.hlines(rows, one["low"].values, one["high"].values, color=hue, linewidth=1.2, zorder=2)
+        sure = one["p_holm"].values < _LEVEL
+        marker: dict[str, Any] = {
+            "marker": _MARKERS[at % len(_MARKERS)],
+            "linestyle": "",
+            "color": hue,
+            "markersize": 4,
+            "zorder": 3,
+        }
+        count = int(one["runs"])
+        label = f"{word} ({count} run{'' if count == 1 else 's'})"
+        ax.plot(mean, rows, markerfacecolor="white", label=label, **marker)
+        ax.plot(np.where(sure, mean, np.nan), rows, **marker)
+    for row in range(len(names) - 1):
+        ax.axhline(row + 0.5, color=FAINT, linewidth=0.4, zorder=0)
+    tidy(ax, x="Σ allocation over training (units of loss)")
+    rows_of_names(ax, names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.margins(x=0.05)
+    helped_hurt(ax)
+    several = bool((found["runs"].values > 1).any())
+    title = f"filled: p < {_LEVEL} (Holm)" if several else None
+    key(ax, "center left", bbox_to_anchor=(1, 0.5), title=title, title_fontsize=SMALL - 1, alignment="left")
+    return ax

@@ -1,0 +1,103 @@
+"""The loss, and the start plus everything allocated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from ..colours import FAINT, HURTING, INK, MUTED
+from ..errors import InputError
+from .style import (
+    SMALL,
+    colour,
+    dashes,
+    end_labels,
+    escape,
+    fresh_axes,
+    heading,
+    key,
+    over_gaps,
+    powers,
+    shorten,
+    tidy,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MOST = 28  # groups that colours and dashes tell apart
+
+
+def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
+    """Draws the true loss under the loss at the start plus Σ allocation; what lies between them is the residual.
+
+    With groups, one colour each. Without, a small inset shows the cumulative residual on its own scale, and ticks at the
+    foot mark segments that stayed above the tolerance.
+
+    Args:
+        found: of `findings.curve`.
+        ax: where to draw; default a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InputError: where there are more groups than can be told apart.
+    """
+    if found.sizes.get("group", 1) > _MOST:
+        raise InputError(
+            f"loss {found.attrs.get('loss')!r} has {found.sizes['group']} groups, and a plot shows at most {_MOST}: "
+            f"pick some: found.sel(group=[…]) or --group."
+        )
+    ax = fresh_axes(ax, 4.4, 2.7)
+    if "group" in found.dims:
+        labels = found["group"].values
+        for at, label in enumerate(labels):
+            _lines(ax, found.sel(group=label), colour(at), dashes(at))
+        tidy(ax, x="training step", y="loss", title=heading(found))
+        ax.margins(x=0.01)
+        ends = found["loss"].isel(step=-1).values
+        words = [escape(each) for each in shorten([str(label) for label in labels])]
+        end_labels(ax, ends, words, [colour(at) for at in range(len(labels))])
+        return ax
+    _lines(ax, found, INK, "-")
+    tidy(ax, x="training step", y="loss", title=heading(found))
+    ax.margins(x=0.01)
+    key(ax, "lower right", ncols=2)
+    bad = found["step_end"].values[~found["converged"].values.astype(bool)]
+    if len(bad):
+        ax.plot(bad, np.zeros(len(bad)), "|", color=HURTING, markersize=5, transform=ax.get_xaxis_transform())
+        said = f"{len(bad):,} segment{'' if len(bad) == 1 else 's'} above the tolerance"
+        place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
+        ax.annotate(said, (1, 0), (0, -16), fontsize=SMALL - 0.5, color=HURTING, **place)
+    _residual(ax, found)
+    return ax
+
+
+def _lines(ax: Axes, found: xr.Dataset, hue: str, style: Any) -> None:
+    """The loss, wide and pale, from where each stretch starts; on it the prediction, thin."""
+    broad: dict[str, Any] = {
+        "color": FAINT if hue == INK else hue,
+        "alpha": 1 if hue == INK else 0.25,
+        "linewidth": 4 if hue == INK else 2,
+    }
+    start = found["loss_start"].values
+    ax.plot(*over_gaps(found, found["loss"].values, start), solid_capstyle="round", zorder=2, label="loss", **broad)
+    predicted = over_gaps(found, found["predicted"].values, start)
+    ax.plot(*predicted, color=hue, linewidth=1, linestyle=style, zorder=3, label="start + Σ allocation")
+
+
+def _residual(ax: Axes, found: xr.Dataset) -> None:
+    """What the sum misses so far, in the empty corner above a falling curve."""
+    inset = ax.inset_axes((0.52, 0.58, 0.46, 0.34))
+    x, y = over_gaps(found, found["residual_total"].values)
+    inset.axhline(0, color=MUTED, linewidth=0.5)
+    inset.plot(x, y, color=MUTED, linewidth=0.9)
+    tidy(inset, title="")
+    inset.set_title("residual so far (units of loss)", fontsize=SMALL - 1, color=MUTED, loc="right", pad=3)
+    inset.tick_params(labelsize=SMALL - 1.5, length=1.5, labelbottom=False)
+    powers(inset, "y", most=3)
+    inset.yaxis.get_offset_text().set_fontsize(SMALL - 1.5)
+    inset.patch.set_alpha(0)

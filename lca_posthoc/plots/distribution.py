@@ -1,0 +1,144 @@
+"""How single allocations are distributed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from ..colours import HELPING, HURTING, INK, MUTED
+from .style import fresh_figure, heading, note, powers, refuse_groups, tidy, word
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def distribution(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
+    """Draws the sizes of helping and of hurting allocations over each other, their density with its fit, and how unequal they are.
+
+    Left: parameters × segments per decade of |A|. Middle: densities of both signs, with the double Weibull distribution fitted
+    to a sample and the normal distribution of the same spread. Right: the share of Σ|A| of the top 1 % and the Gini
+    coefficient, with what the bins leave open.
+
+    Args:
+        found: of `findings.distribution`.
+        figure: an empty one to draw in; default a new one.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InputError: where there are groups and none was picked.
+    """
+    refuse_groups(found)
+    figure = fresh_figure(figure, 7.2, 2.6)
+    sizes, densities, unequal = figure.subplots(1, 3, width_ratios=(1.25, 1.25, 0.8))
+    whole = float(found["count"].sum() + found["zero"])
+    helped, hurt = (found["upper"].values <= 0), (found["lower"].values >= 0)
+    for side, colour in ((helped, HELPING), (hurt, HURTING)):
+        _sizes(sizes, found.isel(bin=side), colour)
+        _density(densities, found.isel(bin=side), whole, colour)
+    _shares(sizes, found, whole)
+    _curves(densities, found, whole)
+    _unequal(unequal, found)
+    for ax in (sizes, densities):
+        ax.set_xscale("log")
+        ax.set_xlim(_visible(found))
+    densities.set_yscale("log")
+    tidy(sizes, x="|A| (units of loss)", y="parameters × segments\nper decade", title=heading(found))
+    powers(sizes, "y")
+    tidy(densities, x="|A| (units of loss)", y="density (1 / units of loss)")
+    note(figure, str(found.attrs.get("left_out", "")))
+    return figure
+
+
+def _edges(side: xr.Dataset) -> Any:
+    """Of |A|, rising; the innermost edge of all, zero, has no place on a logarithmic axis."""
+    ends = np.sort(np.abs(np.append(side["lower"].values, side["upper"].values[-1:])))
+    return np.maximum(ends, ends[ends > 0].min() / 2 if (ends > 0).any() else 1e-45)
+
+
+def _rising(side: xr.Dataset) -> Any:
+    count = side["count"].values.astype(float)
+    return count[::-1] if len(count) and side["upper"].values[-1] <= 0 else count
+
+
+def _sizes(ax: Axes, side: xr.Dataset, colour: str) -> None:
+    if side.sizes["bin"]:
+        edges = _edges(side)
+        ax.stairs(_rising(side) / np.diff(np.log10(edges)), edges, color=colour, linewidth=1.2)
+        ax.stairs(_rising(side) / np.diff(np.log10(edges)), edges, color=colour, fill=True, alpha=0.1)
+
+
+def _density(ax: Axes, side: xr.Dataset, whole: float, colour: str) -> None:
+    if side.sizes["bin"]:
+        edges, count = _edges(side), _rising(side)
+        with np.errstate(divide="ignore"):
+            values = np.where(count > 0, count / np.diff(edges) / whole, np.nan)
+        ax.plot(np.sqrt(edges[:-1] * edges[1:]), values, ".", color=colour, markersize=2.5, alpha=0.8)
+
+
+def _shares(ax: Axes, found: xr.Dataset, whole: float) -> None:
+    """The shares in words, and a mark at the mean."""
+    mean = float(found["mean"])
+    if mean:
+        hue = HELPING if mean < 0 else HURTING
+        ax.axvline(abs(mean), color=hue, linewidth=0.9, linestyle=(0, (3, 2)))
+        word(ax, 0.02, 0.70, "- - mean " + f"{mean:.1e}".replace("-", "−"), hue, va="top")
+    zero = float(found["zero"]) / whole if whole else 0.0
+    shares = {"helping": float(found["helping"]), "hurting": float(found["hurting"]), "exactly zero": zero}
+    for at, (hue, (name, share)) in enumerate(zip((HELPING, HURTING, MUTED), shares.items(), strict=True)):
+        word(ax, 0.02, 0.97 - 0.09 * at, f"{name} {100 * share:.1f} %", hue, va="top")
+
+
+def _curves(ax: Axes, found: xr.Dataset, whole: float) -> None:
+    """The fit to what is not zero, and the normal distribution of the same spread, inside the range of the data."""
+    low, high = ax.get_ylim()
+    data = [line.get_ydata() for line in ax.lines]
+    values = np.concatenate(data) if data else np.array([np.nan])
+    if not np.isfinite(values).any():
+        return
+    low, high = np.nanmin(values) / 4, np.nanmax(values) * 10
+    x = np.geomspace(*_range(found), num=400)
+    spread = float(found["standard_deviation"])
+    if spread > 0:
+        normal = np.exp(-((x / spread) ** 2) / 2) / (spread * np.sqrt(2 * np.pi))
+        ax.plot(x, np.where(normal >= low, normal, np.nan), ":", color=MUTED, linewidth=1.1, label="normal")
+        word(ax, 0.03, 0.05, "···  normal, same spread", MUTED)
+    if "weibull_shape" in found and "group" not in found.coords:  # the sample is of all groups
+        shape, scale = float(found["weibull_shape"]), float(found["weibull_scale"])
+        moved = 1 - float(found["zero"]) / whole
+        fit = moved * shape / (2 * scale) * (x / scale) ** (shape - 1) * np.exp(-((x / scale) ** shape))
+        ax.plot(x, np.where(fit >= low, fit, np.nan), color=INK, linewidth=1, label="double Weibull")
+        word(ax, 0.03, 0.14, f"—  double Weibull, shape {shape:.2f}")
+    ax.set_ylim(low, high)
+
+
+def _range(found: xr.Dataset) -> tuple[float, float]:
+    ends = np.abs(np.append(found["lower"].values, found["upper"].values))
+    return float(ends[ends > 0].min()), float(ends.max())
+
+
+def _visible(found: xr.Dataset) -> tuple[float, float]:
+    """Where all but a thousandth of the elements lie, and all the large ones; the small ones go on for thirty decades."""
+    inner = np.minimum(np.abs(found["lower"].values), np.abs(found["upper"].values))
+    order = np.argsort(inner)
+    below = np.cumsum(found["count"].values[order]) / max(1, int(found["count"].sum()))
+    smallest, largest = _range(found)
+    low = inner[order][np.searchsorted(below, 1e-3)] if len(inner) else 0.0
+    return max(float(low), smallest) / 2, largest * 2
+
+
+def _unequal(ax: Axes, found: xr.Dataset) -> None:
+    rows = (("top_share", "share of Σ|A| carried\nby the top 1 %"), ("gini", "Gini coefficient of |A|"))
+    for at, (name, said) in enumerate(rows):
+        middle, low, high = (float(found[f"{name}{end}"]) for end in ("", "_low", "_high"))
+        ax.plot([low, high], [at, at], color=INK, linewidth=3, alpha=0.25, solid_capstyle="butt")
+        ax.plot([middle], [at], "o", color=INK, markersize=4)
+        word(ax, 0, at - 0.22, said, va="bottom", transform=ax.transData)
+        word(ax, middle, at + 0.16, f"{middle:.2f}", ha="center", va="top", transform=ax.transData)
+    ax.set(xlim=(0, 1), ylim=(1.6, -0.8), yticks=[])
+    tidy(ax, x="0 all alike,  1 all in one")
+    ax.spines["left"].set_visible(False)

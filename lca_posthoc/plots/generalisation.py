@@ -1,0 +1,54 @@
+"""What each layer did to the training loss and to the validation loss."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xarray as xr
+
+from ..colours import FAINT, INK, LAYERS
+from .layers import helped_hurt
+from .style import SMALL, fresh_axes, key, labels, rows_of_names, tidy, zero_line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def generalisation(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
+    """Draws each layer's sum for the training loss and for the validation loss, joined by a line.
+
+    Below the axis stands how many parameters helped both, one of them, or neither.
+
+    Args:
+        found: of `findings.generalisation`.
+        ax: where to draw; default a new figure.
+
+    Returns:
+        The axes.
+    """
+    names = [str(name) for name in found["layer"].values]
+    ax = fresh_axes(ax, 4.6, 1.5 + 0.2 * min(len(names), 60))
+    losses = str(found.attrs.get("loss", "")).split(", ")
+    names_of = labels(losses if len(losses) == 2 else ["train", "validation"])
+    train, validation, rows = found["train"].values, found["validation"].values, np.arange(len(names))
+    zero_line(ax, vertical=True)
+    ax.hlines(rows, train, validation, color=FAINT, linewidth=2.5, zorder=1)
+    ax.plot(train, rows, "o", color=INK, markersize=4.5, label=names_of[0])
+    ax.plot(validation, rows, "o", color=LAYERS[1], markersize=4.5, markeredgecolor=INK, label=names_of[1])
+    key(ax, ncols=2, handletextpad=0.1)
+    tidy(ax, x="Σ allocation over training (units of loss)")
+    rows_of_names(ax, names)
+    ax.margins(x=0.06)
+    helped_hurt(ax)
+    if "parameters" in found:
+        ax.set_xlabel(f"{ax.get_xlabel()}\n{_quadrants(found)}", fontsize=SMALL)
+    return ax
+
+
+def _quadrants(found: xr.Dataset) -> str:
+    """How many parameters did what to both losses, in words, two quadrants a line."""
+    counts = found["parameters"].sum("tensor").values
+    shares = zip(found["quadrant"].values, 100 * counts / (counts.sum() or 1), strict=True)
+    words = [f"{share:.1f} % {quadrant}" for quadrant, share in shares if share]
+    return "parameters: " + "\n".join(" · ".join(words[at : at + 2]) for at in range(0, len(words), 2))

@@ -1,0 +1,124 @@
+"""Who helps, when, and how often."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xarray as xr
+from matplotlib.colors import Normalize
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+
+from ..colours import FAINT, HELPING, HURTING, INK, MUTED
+from .style import (
+    SMALL,
+    colour_bar,
+    end_labels,
+    fresh_figure,
+    heading,
+    heat,
+    labels,
+    note,
+    over_gaps,
+    refuse_groups,
+    rows_of_names,
+    tidy,
+    word,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def helping(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
+    """Draws the share of parameters that help on each segment, per tensor too, and the share of segments each parameter helps on.
+
+    Below: parameters by how often they helped, against what chance alone would give; beside it the heroes and villains,
+    that helped most often and most seldom. These two need a complete run.
+
+    Args:
+        found: of `findings.helping`.
+        figure: an empty one to draw in; default a new one.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InputError: where there are groups and none was picked.
+    """
+    refuse_groups(found)
+    whole = "parameters" in found
+    tensors = found.sizes["tensor"]
+    middle = min(4.0, 0.5 + 0.14 * tensors)
+    figure = fresh_figure(figure, 7.2, 1.9 + middle + (2.3 if whole else 0))
+    rows = figure.add_gridspec(3 if whole else 2, 2, height_ratios=[1.8, middle, 2.2][: 3 if whole else 2])
+    _over_time(figure.add_subplot(rows[0, :]), found)
+    _tensors(figure.add_subplot(rows[1, :]), found)
+    if whole:
+        _often(figure.add_subplot(rows[2, 0]), found)
+        _names(figure.add_subplot(rows[2, 1]), found)
+    note(figure, str(found.attrs.get("left_out", "")))
+    return figure
+
+
+def _over_time(ax: Axes, found: xr.Dataset) -> None:
+    shares = (("helping", HELPING), ("hurting", HURTING), ("zero", MUTED))
+    for name, colour in shares:
+        x, y = over_gaps(found, found[name].values)
+        ax.plot(x, y, color=colour, linewidth=0.9, label=name)
+    ax.axhline(0.5, color=MUTED, linewidth=0.5, linestyle=(0, (4, 3)))
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.set_ylim(bottom=0)
+    ax.margins(x=0)
+    tidy(ax, x="training step", y="share of parameters", title=heading(found))
+    ends = [float(found[name][-max(1, found.sizes["step"] // 20) :].mean()) for name, _ in shares]
+    end_labels(ax, ends, [name for name, _ in shares], [colour for _, colour in shares])
+
+
+def _tensors(ax: Axes, found: xr.Dataset) -> None:
+    """Above one half teal, below it vermilion: the scale is turned around, since a high share helps."""
+    values = found["tensor_helping"].transpose("tensor", "step").values
+    away = float(np.nanquantile(np.abs(values - 0.5), 0.995)) or 0.5
+    shown = heat(ax, found, 0.5 - values, Normalize(-away, away))
+    tidy(ax, x="training step")
+    rows_of_names(ax, [str(name) for name in found["tensor"].values], most=28)
+    ax.set_ylim(len(values) - 0.5, -0.5)
+    colour_bar(shown, ax, "share that helps", ends=("", ""), ticks=lambda away: f"{100 * (0.5 - away):.0f} %")
+
+
+def _often(ax: Axes, found: xr.Dataset) -> None:
+    edges = np.append(found["share_low"].values, found["share_high"].values[-1:])
+    ax.stairs(found["parameters"].values, edges, color=INK, fill=True, alpha=0.2)
+    ax.stairs(found["parameters"].values, edges, color=INK, linewidth=1)
+    ax.plot(found["share"].values, found["expected"].values, color=MUTED, linewidth=1, linestyle=(0, (4, 2)))
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    word(ax, 0.02, 0.97, "parameters", va="top")
+    chance = f"- - by chance alone, {100 * float(found['probability']):.1f} % each"
+    word(ax, 0.02, 0.88, chance, MUTED, va="top")
+    ax.set_ylim(top=1.25 * max(float(found["parameters"].max()), float(found["expected"].max()), 1))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    tidy(ax, x="share of segments helped", y="parameters")
+
+
+def _names(ax: Axes, found: xr.Dataset) -> None:
+    sides = (("hero", HELPING), ("villain", HURTING))
+    names: list[str] = []
+    for side, colour in sides:
+        shares = found[f"{side}_share"].values
+        at = np.arange(len(shares)) + len(names)
+        ax.hlines(at, float(found["probability"]), shares, color=colour, linewidth=1)
+        ax.plot(shares, at, "o", color=colour, markersize=3)
+        names += [str(name) for name in found[f"{side}_name"].values]
+        for place, chance in zip(at.tolist(), found[f"{side}_p"].values, strict=True):
+            said = f"p = {chance:.0e}".replace("-", "−") if chance < 0.05 else "p > 0.05"
+            word(ax, 1.02, place, said, MUTED, SMALL - 2, va="center", transform=ax.get_yaxis_transform())
+    ax.axvline(float(found["probability"]), color=MUTED, linewidth=0.6, linestyle=(0, (4, 2)))
+    ax.set_yticks(range(len(names)), labels(names))
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    tidy(ax, x="share of segments helped: heroes, villains")
+    ax.tick_params(axis="y", length=0, labelsize=SMALL - 1.5)
+    ax.spines["left"].set_visible(False)
+    ax.grid(axis="y", color=FAINT, linewidth=0.3)
+    ax.set_axisbelow(True)

@@ -1,0 +1,233 @@
+"""Every parameter as a pixel: one moment of training, or a film of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+
+from ..colours import FAINT, HURTING, INK, MUTED
+from ..errors import InputError, ResourceError
+from .style import DIVERGE, SMALL, colour_bar, fresh_figure, heading, labels, note, symmetric, tidy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
+
+FILMS = (".mp4", ".gif")
+# In inches.
+_WIDE, _LEFT, _RIGHT = 7.2, 0.5, 0.12
+_TALLEST = 2.4  # of a row of panels
+_PICTURES = 4.2  # all rows together, about
+_MANY = 8  # modules, not inches: more are drawn closer together
+_VECTOR = 0.16  # the width of a vector beside a kernel
+_TITLE, _GAP = 0.22, 0.12  # above a row, between modules
+_FOOT = 2.3  # the colour bar, the loss and a note
+
+
+def microscope(found: xr.Dataset, *, at: int = -1, figure: Figure | None = None) -> Figure:
+    """Draws one moment of the film: a picture per tensor, pixels on one scale, and below them where in training it is.
+
+    Tensors of a module stand side by side, a bias as a narrow column beside its kernel; of many modules, those without a kernel,
+    such as normalisation, stand behind the kernel they follow. Very wide and very narrow pictures are stretched; a pixel is a
+    parameter, or the block of parameters that the title says.
+
+    Args:
+        found: of `findings.microscope`.
+        at: which frame, counted from 0, or from the end if negative.
+        figure: an empty one to draw in; default a new one.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InputError: for a frame that is not there.
+    """
+    frames = found.sizes["step"]
+    if not -frames <= at < frames:
+        raise InputError(f"there are {frames} frames, from 0 to {frames - 1}; there is no frame {at}.")
+    stage = _Stage(found, figure)
+    stage.show(at % frames)
+    return stage.figure
+
+
+def film(found: xr.Dataset, path: str | Path, *, fps: int = 10) -> Path:
+    """Writes all frames, one after the other, as a film.
+
+    Args:
+        found: of `findings.microscope`.
+        path: a .gif, or an .mp4, which needs ffmpeg.
+        fps: frames per second.
+
+    Returns:
+        `path`.
+
+    Raises:
+        InputError: for another kind of file, or no frames per second.
+        ResourceError: where ffmpeg is missing.
+    """
+    from matplotlib.animation import FFMpegWriter, PillowWriter
+
+    path = Path(path)
+    if path.suffix.lower() not in FILMS:
+        raise InputError(f"a film is {' or '.join(FILMS)}, got {path.name!r}.")
+    if fps < 1:
+        raise InputError(f"a film shows at least one frame per second, got {fps}.")
+    if path.suffix.lower() == ".mp4" and not FFMpegWriter.isAvailable():
+        raise ResourceError(
+            f"{path}: an mp4 needs ffmpeg, which is not on PATH. Install it, or name a {path.stem}.gif."
+        )
+    stage = _Stage(found, Figure())
+    stage.figure.set_size_inches(_WIDE, stage.high)
+    writer = FFMpegWriter(fps=fps) if path.suffix.lower() == ".mp4" else PillowWriter(fps=fps)
+    with writer.saving(stage.figure, str(path), dpi=150):
+        for at in range(found.sizes["step"]):
+            stage.show(at)
+            writer.grab_frame()
+    return path
+
+
+class _Stage:
+    """The figure, drawn once; a frame changes the pictures, the mark and the title. Everything has its place in inches."""
+
+    def __init__(self, found: xr.Dataset, figure: Figure | None) -> None:
+        self.found = found
+        rows = _rows(found, _modules(found))
+        self.titles = _titles(found, rows)
+        heights = [_height(found, row) for row in rows]
+        self.high = sum(heights) + _TITLE * len(rows) + _FOOT
+        self.figure = fresh_figure(figure, _WIDE, self.high)
+        self.figure.set_layout_engine("none")
+        norm = symmetric(scale=float(found.attrs["scale"]))
+        self.images: dict[str, AxesImage] = {}
+        top = self.high
+        for row, height in zip(rows, heights, strict=True):
+            top -= height + _TITLE
+            self._row(row, top, height, norm)
+        shown = next(iter(self.images.values()))
+        bar = self._axes(_LEFT + 1.6, top - 0.27, _WIDE - _LEFT - _RIGHT - 3.2, 0.09)
+        colour_bar(shown, bar, "Σ allocation (units of loss)", below=True, into=bar)
+        ax = self._axes(_LEFT, 0.55, _WIDE - _LEFT - _RIGHT, 0.8)
+        self.mark, self.dot = _loss(ax, found)
+        self.when = ax.set_title("", fontsize=SMALL, loc="right", color=HURTING)
+        note(self.figure, str(found.attrs.get("left_out", "")))
+
+    def _axes(self, left: float, bottom: float, width: float, height: float) -> Axes:
+        return self.figure.add_axes((left / _WIDE, bottom / self.high, width / _WIDE, height / self.high))
+
+    def _row(self, row: list[list[str]], bottom: float, height: float, norm: Any) -> None:
+        """Modules share the width as their aspects do; in a module, a vector takes little of it."""
+        whole = sum(_aspect(self.found, module) for module in row)
+        left = _LEFT
+        for module in row:
+            room = (_WIDE - _LEFT - _RIGHT - _GAP * (len(row) - 1)) * _aspect(self.found, module) / whole
+            kernels = sum(_extent(self.found, name)[1] > 1 for name in module)
+            vectors = len(module) - kernels
+            thin = min(_VECTOR, 0.45 * room / max(1, vectors)) if kernels else room / len(module)
+            broad = (room - thin * vectors) / max(1, kernels)
+            at = left
+            for name in module:
+                width = broad if _extent(self.found, name)[1] > 1 else thin
+                ax = self._axes(at, bottom, width - (0.03 if name != module[-1] else 0), height)
+                self.images[name] = _picture(ax, self.found[name], norm)
+                if name == module[0]:
+                    ax.set_title(self.titles[name], fontsize=SMALL - 0.5, pad=2, loc="left", color=INK)
+                at += width
+            left += room + _GAP
+
+    def show(self, at: int) -> None:
+        found = self.found
+        for name, image in self.images.items():
+            image.set_data(found[name].isel(step=at).values)
+        start, end = found["step"].values[at], found["step_end"].values[at]
+        self.mark.set_x(start)
+        self.mark.set_width(end - start)
+        self.dot.set_data([end], [found["step:loss_end"].values[at]])
+        self.when.set_text(f"training steps {start:,} → {end:,}")
+
+
+def _modules(found: xr.Dataset) -> list[list[str]]:
+    """The tensors of each module, in the model's order; of many modules, those without a kernel stand with the one before."""
+    modules: dict[str, list[str]] = {}
+    for name in map(str, found.data_vars):
+        modules.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    if len(modules) <= _MANY:
+        return list(modules.values())
+    joined: list[list[str]] = []
+    for module in modules.values():
+        if joined and not any(_extent(found, name)[1] > 1 for name in module):
+            joined[-1] = joined[-1] + module
+        else:
+            joined.append(module)
+    return joined
+
+
+def _extent(found: xr.Dataset, name: str) -> tuple[int, int]:
+    rows, columns = (found.sizes[f"{name}:{axis}"] for axis in ("row", "column"))
+    return rows, columns
+
+
+def _aspect(found: xr.Dataset, module: Iterable[str]) -> float:
+    """Width over height of a module's panel: that of its kernel, but neither a ribbon nor a thread."""
+    ratios = [columns / rows for rows, columns in (_extent(found, name) for name in module) if columns > 1]
+    return float(np.clip(max(ratios, default=0.3), 0.3 if not ratios else 0.7, 5.0))
+
+
+def _height(found: xr.Dataset, row: list[list[str]]) -> float:
+    room = _WIDE - _LEFT - _RIGHT - _GAP * (len(row) - 1)
+    return min(_TALLEST, room / sum(_aspect(found, module) for module in row))
+
+
+def _rows(found: xr.Dataset, modules: list[list[str]]) -> list[list[list[str]]]:
+    """Modules beside each other as words in a paragraph, whose width is chosen so that all rows together are not too tall."""
+    layouts = [_broken(found, modules, width) for width in (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0)]
+    return min(layouts, key=lambda rows: abs(sum(_height(found, row) for row in rows) - _PICTURES))
+
+
+def _broken(found: xr.Dataset, modules: list[list[str]], width: float) -> list[list[list[str]]]:
+    rows: list[list[list[str]]] = [[]]
+    for module in modules:
+        if rows[-1] and sum(_aspect(found, each) for each in [*rows[-1], module]) > width:
+            rows.append([])
+        rows[-1].append(module)
+    return rows
+
+
+def _picture(ax: Axes, variable: xr.DataArray, norm: Any) -> AxesImage:
+    empty = np.zeros(variable.shape[1:], "float32")
+    image = ax.imshow(empty, cmap=DIVERGE, norm=norm, aspect="auto", interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    for spine in ax.spines.values():
+        spine.set_linewidth(0.4)
+        spine.set_color(FAINT)
+    return image
+
+
+def _titles(found: xr.Dataset, rows: list[list[list[str]]]) -> dict[str, str]:
+    """By the first tensor of each panel, what stands above it: its name and shape, or its module's where panels are narrow."""
+    first, letters = [module[0] for row in rows for module in row], list[int]()
+    for row in rows:
+        room = (_WIDE - _LEFT - _RIGHT - _GAP * (len(row) - 1)) / sum(_aspect(found, module) for module in row)
+        letters += [int(room * _aspect(found, module) * 72 / (0.55 * (SMALL - 0.5))) for module in row]
+    whole = []
+    for name in first:
+        shape = "×".join(str(extent) for extent in found[name].attrs.get("shape", _extent(found, name)))
+        pool = [int(each) for each in found[name].attrs.get("pool", (1, 1))]
+        whole.append(f"{name}  {shape}" + (f", {pool[0]}×{pool[1]} a pixel" if pool != [1, 1] else ""))
+    if any(len(said) > most for said, most in zip(whole, letters, strict=True)):
+        whole = [name.rpartition(".")[0] or name for name in first]
+    return dict(zip(first, labels(whole, max(6, min(letters))), strict=True))
+
+
+def _loss(ax: Axes, found: xr.Dataset) -> tuple[Any, Any]:
+    x = np.append(found["step"].values[:1], found["step_end"].values)
+    ax.plot(x, np.append(found["step:loss_start"].values[:1], found["step:loss_end"].values), color=INK, linewidth=1)
+    mark = ax.axvspan(x[0], x[1], color=HURTING, alpha=0.25, linewidth=0)
+    (dot,) = ax.plot(x[:1], found["step:loss_end"].values[:1], "o", color=HURTING, markersize=3.5)
+    tidy(ax, x="training step", y="loss")
+    ax.set_title(heading(found), loc="left", fontsize=SMALL, color=MUTED)
+    return mark, dot

@@ -1,0 +1,111 @@
+"""How often weights, gradients and allocations turn, and what that looks like."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from ..colours import FAINT, HELPING, HURTING, INK, LAYERS
+from ..errors import InputError
+from .style import (
+    SMALL,
+    fresh_figure,
+    heading,
+    key,
+    labels,
+    note,
+    over_gaps,
+    powers,
+    refuse_groups,
+    rows_of_names,
+    tidy,
+    time_edges,
+    zero_line,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_TRACES = {"weight": "weight", "gradient": "gradient", "allocation": "allocation\n(units of loss)"}
+
+
+def oscillation(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
+    """Draws the mean number of segments between two turns of each tensor's weights, gradients and allocations, and traces of single ones.
+
+    Args:
+        found: of `findings.oscillation`; for a part of the training, `found.sel(step=slice(100, 200))`.
+        figure: an empty one to draw in; default a new one.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InputError: where there are groups and none was picked, or neither turns nor traces are there.
+    """
+    refuse_groups(found)
+    traces = found.sizes.get("trace", 0)
+    shown = [name for name in _TRACES if name in found] if traces else []
+    tall = max(1.4, 0.5 + 0.17 * found.sizes["tensor"]) if "interval" in found else 0.0
+    if not tall and not shown:
+        raise InputError(f"nothing to draw yet: {found.attrs.get('left_out', '')}")
+    figure = fresh_figure(figure, max(4.4, 1.0 + 1.7 * traces), tall + 1.05 * len(shown) + 0.3)
+    heights = [*([tall] if tall else []), *[1.05] * len(shown)]
+    rows = figure.add_gridspec(len(heights), max(1, traces), height_ratios=heights)
+    if tall:
+        _intervals(figure.add_subplot(rows[0, :]), found)
+    for row, name in enumerate(shown, start=bool(tall)):
+        first: Any = None
+        for column in range(traces):
+            ax = figure.add_subplot(rows[row, column])
+            _trace(ax, found.isel(trace=column), name, last=name == shown[-1], title=name == shown[0])
+            if column == 0:
+                first = ax
+        first.set_ylabel(_TRACES[name], fontsize=SMALL, color=INK)
+        figure.align_ylabels()
+    note(figure, str(found.attrs.get("left_out", "")))
+    return figure
+
+
+def _intervals(ax: Axes, found: xr.Dataset) -> None:
+    signals = [str(name) for name in found["signal"].values]
+    markers = ("o", "s", "D")
+    names = ["all", *(str(name) for name in found["tensor"].values)]
+    for at, signal in enumerate(signals):
+        every = np.append(
+            float(found["overall_interval"].sel(signal=signal)), found["interval"].sel(signal=signal).values
+        )
+        values = np.where(np.isfinite(every), every, np.nan)  # what never turns has no interval
+        ax.plot(
+            values, range(len(names)), markers[at % 3], color=LAYERS[at], markersize=3.8, label=signal, linestyle=""
+        )
+    ax.grid(axis="y", color=FAINT, linewidth=0.4)
+    ax.set_axisbelow(True)
+    tidy(ax, x="segments between two turns (mean)", title=heading(found))
+    rows_of_names(ax, names)
+    key(ax, "lower right", ncols=3, handletextpad=0.1)
+    ax.set_xlim(left=0)
+
+
+def _trace(ax: Axes, found: xr.Dataset, name: str, *, last: bool, title: bool) -> None:
+    if name == "allocation":
+        edges, heights = time_edges(found, found[name].values)
+        ax.stairs(np.where(heights < 0, heights, 0), edges, color=HELPING, fill=True)
+        ax.stairs(np.where(heights > 0, heights, 0), edges, color=HURTING, fill=True)
+    else:
+        x, y = over_gaps(found, found[name].values, at="step" if name == "weight" else "step_end")
+        ax.plot(x, y, color=INK, linewidth=0.7)
+    if name != "weight":
+        zero_line(ax)
+    tidy(ax, x="training step" if last else "")
+    ax.tick_params(labelsize=SMALL - 1.5, labelbottom=last)
+    powers(ax, "y", most=4)
+    ax.locator_params(axis="x", nbins=4)
+    ax.margins(x=0.01)
+    ax.yaxis.get_offset_text().set_fontsize(SMALL - 1.5)
+    if title:
+        why = str(found["why"].item())
+        hue = {"helped most": HELPING, "hurt most": HURTING}.get(why, INK)
+        ax.set_title(f"{labels([found['parameter'].item()])[0]}\n{why}", fontsize=SMALL - 0.5, color=hue, loc="left")

@@ -1,0 +1,331 @@
+"""What the plots share: fresh axes, names made harmless, thin spines, labels at the ends of lines, one diverging scale.
+
+Nothing here touches rcParams; pyplot is imported only to make a figure that nobody passed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import xarray as xr
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from ..colours import DIVERGING, FAINT, HELPING, HURTING, INK, LAYERS, MUTED
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.collections import QuadMesh
+    from matplotlib.figure import Figure
+
+SMALL = 7.5  # points; figures are made at the size they are printed at
+DIVERGE = LinearSegmentedColormap.from_list("helping-hurting", DIVERGING, N=257).with_extremes(bad=FAINT)
+_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+# --- figures and axes ---------------------------------------------------------------------------------------------------
+
+
+def fresh_axes(ax: Axes | None, width: float, height: float) -> Axes:
+    """`ax`, or the axes of a new pyplot figure, which notebooks show and `plt.show()` knows; sizes in inches."""
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(width, height), layout="constrained")[1]
+
+
+def fresh_figure(figure: Figure | None, width: float, height: float) -> Figure:
+    """`figure`, or a new pyplot figure; sizes in inches."""
+    if figure is not None:
+        return figure
+    import matplotlib.pyplot as plt
+
+    return plt.figure(figsize=(width, height), layout="constrained")
+
+
+def tidy(ax: Axes, *, x: str = "", y: str = "", title: str = "", frame: bool = False) -> None:
+    """Thin spines on two sides, small ticks and labels, a quiet title on the left."""
+    for side, spine in ax.spines.items():
+        spine.set_linewidth(0.6)
+        spine.set_color(INK)
+        spine.set_visible(frame or side in ("left", "bottom"))
+    ax.tick_params(width=0.6, length=2.5, labelsize=SMALL, color=INK, labelcolor=INK)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.get_offset_text().set_fontsize(SMALL - 0.5)
+    ax.set_xlabel(x, fontsize=SMALL + 0.5, color=INK)
+    ax.set_ylabel(y, fontsize=SMALL + 0.5, color=INK)
+    if title:
+        ax.set_title(title, loc="left", fontsize=SMALL + 0.5, color=INK)
+
+
+def rows_of_names(ax: Axes, names: Sequence[str], *, most: int = 60) -> None:
+    """Row k of the y axis is called names[k], from the top; of very many rows only some are named."""
+    every = -(-len(names) // most)
+    shown = labels(names)
+    ax.set_yticks(range(0, len(names), every), shown[::every])
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+
+
+def powers(ax: Axes, axis: Literal["x", "y"], *, most: int = 5) -> None:
+    """Few ticks, with a power of ten at the end of the axis where numbers are long."""
+    ax.ticklabel_format(axis=axis, style="sci", scilimits=(-3, 4), useMathText=True)
+    ax.locator_params(axis=axis, nbins=most)
+
+
+def zero_line(ax: Axes, *, vertical: bool = False) -> None:
+    """Where helping turns into hurting."""
+    (ax.axvline if vertical else ax.axhline)(0, color=MUTED, linewidth=0.6, zorder=1)
+
+
+def note(figure: Figure, text: str) -> None:
+    """What a figure leaves out, said at its foot."""
+    if text:
+        figure.supxlabel(escape(text), fontsize=SMALL - 0.5, color=MUTED, x=0.01, ha="left", wrap=True)
+
+
+def word(ax: Axes, x: float, y: float, text: str, hue: str = INK, size: float = SMALL, **place: Any) -> None:
+    """Small text at a share of the axes' width and height, unless `transform` says otherwise."""
+    ax.text(x, y, text, color=hue, fontsize=size, **({"transform": ax.transAxes} | place))
+
+
+def key(ax: Axes, where: str = "lower left", **place: Any) -> None:
+    """A legend without a frame, above the axes unless a place in them is named."""
+    above = {"bbox_to_anchor": (float(where.endswith("right")), 1)} if where.startswith("lower") else {}
+    tight: dict[str, Any] = {
+        "frameon": False,
+        "fontsize": SMALL,
+        "borderpad": 0.2,
+        "handletextpad": 0.4,
+        "columnspacing": 1.2,
+    }
+    ax.legend(**(tight | above | {"loc": where} | place))
+
+
+# --- words --------------------------------------------------------------------------------------------------------------
+
+
+def escape(name: object) -> str:
+    r"""A name as matplotlib shows it letter by letter: no mathematics, no control characters, never hidden from a legend.
+
+    >>> escape("a$b$")
+    'a\\$b\\$'
+    """
+    text = _CONTROL.sub("?", str(name)).replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
+
+
+def shorten(names: Sequence[str], most: int = 26) -> list[str]:
+    """Names cut in the middle to about `most` characters; each stays unlike every other.
+
+    >>> shorten(["h.0.attention.output.weight", "h.1.attention.output.weight", "wte.weight"], 20)
+    ['h.0.attent…ut.weight', 'h.1.attent…ut.weight', 'wte.weight']
+    """
+    if all(len(name) <= most for name in names):
+        return list(names)
+    whole = len(set(names))
+    for width in range(most, max(map(len, names))):
+        for head in (0.5, 0.7, 0.3):  # what tells names apart may lie before or behind their middle
+            cut = [_middle(name, width, head) for name in names]
+            if len(set(cut)) == whole:
+                return cut
+    return list(names)
+
+
+def _middle(name: str, most: int, head: float) -> str:
+    if len(name) <= most:
+        return name
+    kept = round((most - 1) * head)
+    return f"{name[:kept]}…{name[len(name) - (most - 1 - kept) :]}"
+
+
+def labels(names: Sequence[Any], most: int = 26) -> list[str]:
+    """Names ready to be drawn: short, unique, harmless.
+
+    >>> labels(["fc1", "_fc$"])
+    ['fc1', '\\u200b_fc\\\\$']
+    """
+    return [escape(name) for name in shorten([str(name) for name in names], most)]
+
+
+def heading(found: xr.Dataset) -> str:
+    """The loss a finding is about, and its group where one was picked."""
+    loss = escape(found.attrs.get("loss", ""))
+    if "group" in found.coords and "group" not in found.dims:
+        return f"{loss}, group {escape(found['group'].item())}"
+    if found.attrs.get("group", "") != "":
+        return f"{loss}, group {escape(found.attrs['group'])}"
+    return loss
+
+
+def refuse_groups(found: xr.Dataset) -> None:
+    """For a plot that shows one loss.
+
+    Raises:
+        InputError: where there are groups and none was picked.
+    """
+    if "group" in found.dims:
+        labels = ", ".join(map(repr, found["group"].values.tolist()[:10]))
+        raise InputError(
+            f"loss {found.attrs.get('loss')!r} has {found.sizes['group']} groups, and a plot of {found.attrs.get('finding')!r} "
+            f"shows one: pick one: found.sel(group=…) or --group, of {labels}{', …' if found.sizes['group'] > 10 else ''}."
+        )
+
+
+def units(variable: xr.DataArray) -> str:
+    """What a variable is measured in, as an axis says it."""
+    said = str(variable.attrs.get("units", ""))
+    return {"loss": "units of loss", "share": "share"}.get(said, said)
+
+
+# --- colours and scales -------------------------------------------------------------------------------------------------
+
+
+def colour(at: int) -> str:
+    """Of the layer, group or run at this position."""
+    return LAYERS[at % len(LAYERS)]
+
+
+def dashes(at: int) -> Any:
+    """Line style of the layer, group or run at this position: colours come round again with another one."""
+    return _DASHES[at // len(LAYERS) % len(_DASHES)]
+
+
+def symmetric(*values: Any, scale: float | None = None) -> Normalize:
+    """Limits at equal distance from zero, which a few extremes do not set: at `scale`, or the 99.5 % quantile of |values|."""
+    if scale is None:
+        sizes = np.abs(np.concatenate([np.ravel(each) for each in values]))
+        sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
+        scale = float(np.quantile(sizes, 0.995)) if sizes.size else 0.0
+    scale = scale or 1.0
+    return Normalize(-scale, scale)
+
+
+def colour_bar(
+    shown: ScalarMappable,
+    axes: Any,
+    label: str,
+    *,
+    below: bool = False,
+    into: Axes | None = None,
+    ends: tuple[str, str] = ("helped", "hurt"),
+    ticks: Callable[[float], str] | None = None,
+) -> None:
+    """A thin bar that says which end helped, beside `axes` or `into` its own; long numbers put a power of ten into the label."""
+    figure = np.ravel(axes)[0].figure
+    place: dict[str, Any] = (
+        {"orientation": "horizontal", "aspect": 50, "shrink": 0.6} if below else {"aspect": 24, "pad": 0.02}
+    )
+    if into is not None:
+        place = {"cax": into, "orientation": "horizontal" if below else "vertical"}
+    bar = figure.colorbar(shown, ax=None if into else axes, extend="both", **place)
+    bar.outline.set_linewidth(0.4)
+    bar.locator = MaxNLocator(4, symmetric=True)
+    power = 0 if ticks else _power(float(np.max(shown.norm.vmax or 1)))
+    write = ticks or (lambda value: f"{value / 10**power:.3g}".replace("-", "\u2212"))
+    bar.formatter = FuncFormatter(lambda value, _: write(value))
+    bar.ax.tick_params(width=0.6, length=2, labelsize=SMALL - 0.5)
+    bar.update_ticks()
+    bar.set_label(label.replace("(", f"($10^{{{power}}}$ ") if power else label, fontsize=SMALL, color=INK)
+    for word, hue, away in zip(ends, (HELPING, HURTING), (-1, 1), strict=True):
+        at = (0.5 + 0.57 * away, 0.5) if below else (0.5, 0.5 + 0.56 * away)
+        side = (
+            {"ha": "right" if away < 0 else "left", "va": "center"}
+            if below
+            else {"ha": "center", "va": "top" if away < 0 else "bottom"}
+        )
+        bar.ax.text(*at, word, color=hue, fontsize=SMALL, transform=bar.ax.transAxes, **side)
+
+
+def _power(scale: float) -> int:
+    """The power of ten that goes into a label, 0 where numbers are short without."""
+    power = int(np.floor(np.log10(scale))) if scale > 0 else 0
+    return power if not -2 <= power <= 3 else 0
+
+
+# --- time ---------------------------------------------------------------------------------------------------------------
+
+
+def pieces(found: xr.Dataset) -> list[slice]:
+    """Stretches of consecutive segments: an unfinished run has gaps, and no line crosses one."""
+    start, end = found["step"].values, found["step_end"].values
+    cuts = [0, *(np.flatnonzero(start[1:] != end[:-1]) + 1), len(start)]
+    return [slice(int(a), int(b)) for a, b in pairwise(cuts)]
+
+
+def over_gaps(found: xr.Dataset, values: Any, start: Any = None, at: str = "step_end") -> tuple[Any, Any]:
+    """x = the ends of segments and y = values, with NaN between stretches so that a line breaks there.
+
+    With `start`, the values at the starts of segments, the line of each stretch begins where its first segment does.
+    """
+    x: list[Any] = []
+    y: list[Any] = []
+    for piece in pieces(found):
+        x += [found[at].values[piece].astype(float), [np.nan]]
+        y += [np.asarray(values, dtype=float)[piece], [np.nan]]
+        if start is not None:
+            x[-2:-2], y[-2:-2] = [found["step"].values[piece][:1]], [np.asarray(start, dtype=float)[piece][:1]]
+    return np.concatenate(x)[:-1], np.concatenate(y)[:-1]
+
+
+def time_edges(found: xr.Dataset, values: Any) -> tuple[Any, Any]:
+    """Edges over time and the columns between them; a gap is a column of NaN. `values`: (…, step)."""
+    start, end = found["step"].values.astype(float), found["step_end"].values.astype(float)
+    at = np.array([piece.start for piece in pieces(found)[1:]], dtype=int)
+    edges = np.append(start, end[-1:])
+    return np.insert(edges, at, end[at - 1]), np.insert(np.asarray(values, dtype=float), at, np.nan, axis=-1)
+
+
+def heat(ax: Axes, found: xr.Dataset, values: Any, norm: Normalize) -> QuadMesh:
+    """One row of pixels per row of `values` (row, step), from the top, over training steps."""
+    x, columns = time_edges(found, values)
+    shown = ax.pcolormesh(x, np.arange(len(columns) + 1) - 0.5, columns, cmap=DIVERGE, norm=norm, rasterized=True)
+    ax.set_ylim(len(columns) - 0.5, -0.5)
+    return shown
+
+
+# --- labels at the ends of lines ----------------------------------------------------------------------------------------
+
+
+def end_labels(ax: Axes, heights: Any, words: Sequence[str], colours: Sequence[str]) -> None:
+    """Words beside the right ends of lines, pushed apart until none covers another; call it when the limits are set."""
+    low, high = ax.get_ylim()
+    tall = ax.get_window_extent().height / ax.figure.dpi * 72
+    gap = 1.25 * SMALL / max(tall, 1)
+    at = (np.asarray(heights, dtype=float) - low) / ((high - low) or 1)
+    for word, hue, place in zip(words, colours, spread(at, gap), strict=True):
+        ax.text(1.015, place, word, color=hue, fontsize=SMALL, va="center", transform=ax.transAxes, clip_on=False)
+
+
+def spread(at: Any, gap: float) -> list[float]:
+    """Positions as near to `at` as they can be with `gap` between neighbours, between 0 and 1 where they fit.
+
+    >>> spread([0.5, 0.5, 0.9], 0.1), spread([0.0, 0.0], 0.1)
+    ([0.45, 0.55, 0.9], [0.0, 0.1])
+    """
+    order = np.argsort(at, kind="stable")
+    blocks: list[tuple[float, int]] = []  # centre, members: neighbours that touch move as one
+    for place in np.nan_to_num(np.asarray(at, dtype=float)[order], nan=0.5):
+        blocks.append((_inside(float(place), 1, gap), 1))
+        while len(blocks) > 1 and blocks[-1][0] - blocks[-2][0] < gap * (blocks[-1][1] + blocks[-2][1]) / 2 - 1e-9:
+            (b, m), (a, n) = blocks.pop(), blocks.pop()
+            blocks.append((_inside((a * n + b * m) / (n + m), n + m, gap), n + m))
+    places = [centre + gap * (each - (count - 1) / 2) for centre, count in blocks for each in range(count)]
+    found = [0.0] * len(places)
+    for position, place in zip(order, places, strict=True):
+        found[int(position)] = round(place, 6)
+    return found
+
+
+def _inside(centre: float, members: int, gap: float) -> float:
+    half = gap * (members - 1) / 2
+    return min(max(centre, half), 1 - half) if half < 0.5 else 0.5

@@ -1,0 +1,59 @@
+"""What each neuron or channel did, over training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xarray as xr
+
+from ..colours import INK
+from ..errors import InputError
+from .style import colour_bar, escape, fresh_axes, heading, heat, labels, refuse_groups, symmetric, tidy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def units(found: xr.Dataset, *, ax: Axes | None = None, layer: str | None = None) -> Axes:
+    """Draws one row of pixels per neuron or channel, teal where it helped and vermilion where it hurt.
+
+    Args:
+        found: of `findings.units`.
+        ax: where to draw; default a new figure.
+        layer: show this one alone; default all, below each other.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InputError: for a layer that is not there, or where there are groups and none was picked.
+    """
+    refuse_groups(found)
+    known = list(dict.fromkeys(str(name) for name in found["layer"].values))
+    if layer is not None:
+        if layer not in known:
+            raise InputError(f"no units of layer {layer!r}; there are {', '.join(map(repr, known[:20]))}.")
+        found = found.isel(unit=np.flatnonzero(found["layer"].values == layer))
+    rows = found.sizes["unit"]
+    ax = fresh_axes(ax, 4.8, float(np.clip(0.9 + 0.025 * rows, 2.4, 6.5)))
+    values = found["allocated"].transpose("unit", "step").values
+    shown = heat(ax, found, values, symmetric(values))
+    if layer is None:
+        tidy(ax, x="training step", title=heading(found), frame=True)
+        _borders(ax, [str(name) for name in found["layer"].values])
+    else:
+        tidy(ax, x="training step", y="unit", title=f"{escape(layer)}: {heading(found)}", frame=True)
+    colour_bar(shown, ax, "Σ allocation (units of loss)")
+    return ax
+
+
+def _borders(ax: Axes, names: list[str]) -> None:
+    """A line between layers, and their names at their middles."""
+    starts = [0, *(at for at in range(1, len(names)) if names[at] != names[at - 1])]
+    ends = [*starts[1:], len(names)]
+    for start in starts[1:]:
+        ax.axhline(start - 0.5, color=INK, linewidth=0.5)
+    middles = [(a + b - 1) / 2 for a, b in zip(starts, ends, strict=True)]
+    ax.set_yticks(middles, labels([names[start] for start in starts]))
+    ax.tick_params(axis="y", length=0)

@@ -1,0 +1,5 @@
+"""One self-contained page of a run's findings, which opens without a network."""
+
+from .page import MOST_BYTES, write_report
+
+__all__ = ["MOST_BYTES", "write_report"]

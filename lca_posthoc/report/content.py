@@ -1,0 +1,167 @@
+"""What the page is made of: sections, what they say about one loss, tables, and how numbers are written."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bokeh.plotting import figure
+
+# Characters that steer a terminal, end a line, or turn the direction of what comes after them.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_LONGEST = 160  # characters of a name
+MOST_ROWS = 60
+
+Columns = Mapping[str, Any]
+View = Mapping[str, Any]  # source name -> columns; what begins with "@" sets up the figure instead
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its heading, and the kind of its cells: "name", "text", "right" (text), "count",
+    "share", "plain", "number" or "bar".
+    """
+
+    title: str
+    kind: str = "number"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under headings. `live` names the values that replace them where a group is picked; `pick` says rows have a box to tick."""
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Any]]
+    note: str = ""
+    open: bool = False
+    live: str = ""
+    pick: Sequence[bool] = ()
+
+    @property
+    def extents(self) -> list[float]:
+        """The largest magnitude of each column, for its bars."""
+        return [
+            max((abs(row[at]) for row in self.rows if _is_number(row[at])), default=0.0) or 1.0
+            for at, column in enumerate(self.columns)
+        ]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a section says about one loss of one run.
+
+    `captions` has the sentence under each figure, which gives its numbers to those who cannot see it; `views` the data of each
+    figure for "GROUP|CHOICE", either part possibly empty; `choices` what can be chosen in this section alone.
+    """
+
+    captions: Mapping[str, str] = field(default_factory=dict)
+    views: Mapping[str, Mapping[str, View]] = field(default_factory=dict)
+    choice: str = ""
+    choices: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A finding on the page: what it is called, two sentences on how to read it, and its figures by name."""
+
+    name: str
+    title: str
+    reading: str
+    figures: Mapping[str, figure] = field(default_factory=dict)
+    legends: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
+    headings: Mapping[str, str] = field(default_factory=dict)
+
+
+def clean(name: object, longest: int = _LONGEST) -> str:
+    """A name as it may be shown: without control characters and of bounded length.
+
+    >>> clean("a\\x1bb")
+    'a�b'
+    """
+    text = _CONTROL.sub("\ufffd", str(name))
+    return text if len(text) <= longest else f"{text[: longest // 2 - 1]}…{text[-(longest // 2) :]}"
+
+
+def signed(value: float) -> str:
+    """A number with its sign.
+
+    >>> signed(-0.00012345), signed(2.5), signed(0)
+    ('−1.234e-4', '+2.500', '0')
+    """
+    if value == 0:
+        return "0"
+    return ("+" if value > 0 else "") + plain(value)
+
+
+def plain(value: float) -> str:
+    """A number to four figures.
+
+    >>> plain(0.098765), plain(123456.0), plain(float("nan"))
+    ('0.09877', '1.235e5', '–')
+    """
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else ("∞" if value > 0 else "−∞")
+    if value == 0:
+        return "0"
+    if 1e-3 <= abs(value) < 1e4:
+        decimals = max(0, 3 - math.floor(math.log10(abs(value))))
+        text = f"{value:.{decimals}f}"
+    else:
+        mantissa, _, exponent = f"{value:.3e}".partition("e")
+        text = f"{mantissa}e{int(exponent)}"
+    return text.replace("-", "−", 1) if value < 0 else text
+
+
+def percent(value: float) -> str:
+    """A share as a percentage.
+
+    >>> percent(0.1234), percent(0.0001), percent(1.4e-7)
+    ('12.3 %', '0.01 %', '1.4e-5 %')
+    """
+    if not math.isfinite(value):
+        return "–"
+    if abs(value) >= 1e-3 or value == 0:
+        return f"{100 * value:.1f} %".replace("-", "−")
+    mantissa, _, exponent = f"{100 * value:.1e}".partition("e")
+    return f"{100 * value:.2g} %" if abs(value) >= 1e-6 else f"{mantissa}e{int(exponent)} %"
+
+
+def count(value: float, one: str = "", more: str = "") -> str:
+    """A whole number, and of what.
+
+    >>> count(1, "step"), count(1234, "step"), count(2, "loss", "losses")
+    ('1 step', '1,234 steps', '2 losses')
+    """
+    shown = f"{int(value):,}"
+    return f"{shown} {one if int(value) == 1 else more or one + 's'}" if one else shown
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """Some names in a sentence.
+
+    >>> listed(["a"]), listed(["a", "b", "c"]), listed(["a", "b", "c"], 1)
+    ('a', 'a, b and c', 'a and 2 more')
+    """
+    shown = [clean(name, 60) for name in names[:most]]
+    if len(names) > most:
+        return f"{', '.join(shown)} and {len(names) - most:,} more"
+    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+
+
+def cell(value: Any, kind: str) -> str:
+    """A cell of a table as text."""
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return clean(value)
+    return {"count": count, "share": percent, "plain": plain}.get(kind, signed)(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

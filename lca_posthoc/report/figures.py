@@ -1,0 +1,153 @@
+"""Bokeh figures without data or colours of their own: the page's script fills them in and paints them by day and by night."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from bokeh.models import ColumnDataSource, HoverTool, LinearColorMapper, Range1d, Span
+from bokeh.plotting import figure
+
+from ..colours import HELPING, HURTING, NEUTRAL
+
+INK, MUTED, ACCENT = "ink", "muted", "accent"  # tags: the script gives these their colour
+_BLUE = "#3b7dd8"
+_GREY = "#8a8f98"
+
+
+def steps_figure(y: str, height: int = 300, x: str = "training step", percent: bool = False, **options: Any) -> figure:
+    """A figure over training steps; all of them zoom together. `percent` writes y as percentages."""
+    made = plain_figure(x, y, height, x_range=Range1d(0, 1), **options)
+    made.tags = ["steps", *(["percent"] if percent else [])]
+    made.window_axis = "x"
+    made.xaxis.ticker.min_interval = 1
+    return made
+
+
+def plain_figure(x: str, y: str, height: int = 300, **options: Any) -> figure:
+    """A quiet figure: no outline, tools out of the way until the pointer is there."""
+    made = figure(
+        height=height,
+        sizing_mode="stretch_width",
+        tools="pan,box_zoom,wheel_zoom,reset,save",
+        active_drag=None,
+        active_scroll=None,
+        toolbar_location="above",
+        x_axis_label=x,
+        y_axis_label=y,
+        min_border_left=64,
+        output_backend="canvas",
+        **options,
+    )
+    made.toolbar.logo = None
+    made.toolbar.autohide = True
+    # Never painted in white first: at an edge of the canvas a trace of it would stay.
+    made.outline_line_color = made.background_fill_color = made.border_fill_color = None
+    made.xgrid.grid_line_color = None
+    for axis in (made.xaxis, made.yaxis):
+        axis.axis_label_text_font_style = "normal"
+        axis.axis_label_text_font_size = "12px"
+        axis.major_label_text_font_size = "12px"
+        axis.minor_tick_line_color = None
+        axis.major_tick_in = 0
+    return made
+
+
+def source(name: str, **columns: Any) -> ColumnDataSource:
+    """An empty table the script finds by its name."""
+    return ColumnDataSource({column: [] for column in columns.get("columns", ())}, name=name)
+
+
+def add_lines(made: figure, name: str, colour: str, **options: Any) -> None:
+    """One line, from the columns x and y of a source; `colour` is a tag of this module, or a colour."""
+    tip = options.get("tip")
+    drawn = made.line(
+        "x",
+        "y",
+        source=source(name, columns=("x", "y")),
+        line_color=_colour(colour),
+        line_width=options.get("width", 1.75),
+        line_dash=options.get("dash", "solid"),
+        line_alpha=options.get("alpha", 1.0),
+        line_join="round",
+    )
+    drawn.glyph.tags = [colour]
+    if tip:
+        made.add_tools(HoverTool(renderers=[drawn], tooltips=tip, mode=options.get("mode", "mouse")))
+
+
+def add_many(made: figure, name: str, tip: list[tuple[str, str]], width: float = 1.75) -> None:
+    """Many lines, each with a name and a colour of its own."""
+    drawn = made.multi_line(
+        "xs",
+        "ys",
+        source=source(name, columns=("xs", "ys", "name", "colour")),
+        line_color="colour",
+        line_width=width,
+        hover_line_width=width + 1.5,
+        hover_line_color="colour",
+        line_join="round",
+    )
+    made.add_tools(HoverTool(renderers=[drawn], tooltips=tip, line_policy="nearest"))
+
+
+def add_boxes(made: figure, name: str, colour: str, tip: list[tuple[str, str]], alpha: float = 0.8) -> None:
+    """Boxes of a histogram."""
+    drawn = made.quad(
+        "left",
+        "right",
+        "top",
+        "bottom",
+        source=source(name, columns=("left", "right", "top", "bottom")),
+        fill_color=_colour(colour),
+        fill_alpha=alpha,
+        line_color=None,
+    )
+    drawn.glyph.tags = [colour]
+    made.add_tools(HoverTool(renderers=[drawn], tooltips=tip))
+
+
+def add_dots(made: figure, name: str, tip: list[tuple[str, str]], size: float = 7) -> None:
+    """Dots with a colour each."""
+    drawn = made.scatter(
+        "x",
+        "y",
+        source=source(name, columns=("x", "y", "name", "colour")),
+        size=size,
+        fill_color="colour",
+        fill_alpha=0.75,
+        line_color=None,
+    )
+    made.add_tools(HoverTool(renderers=[drawn], tooltips=tip))
+
+
+def add_picture(made: figure, name: str, tip: list[tuple[str, str]]) -> None:
+    """A matrix in the colours of helping and hurting; the script sets its scale."""
+    mapper = LinearColorMapper(
+        palette=[HELPING, NEUTRAL, HURTING], low=-1, high=1, name=f"{name} colours", tags=["diverging"]
+    )
+    drawn = made.image(
+        "image",
+        "x",
+        "y",
+        "dw",
+        "dh",
+        # One real image to begin with: the script makes others of its class, for which Bokeh has no public name.
+        source=ColumnDataSource(
+            {"image": [np.zeros((1, 1), "float32")], "x": [0], "y": [0], "dw": [1], "dh": [1]}, name=name
+        ),
+        color_mapper=mapper,
+    )
+    made.add_tools(HoverTool(renderers=[drawn], tooltips=tip))
+
+
+def add_level(made: figure, at: float, dimension: str = "width", name: str = "") -> None:
+    """A straight line across: zero, a half, what was observed."""
+    drawn = Span(location=at, dimension=dimension, line_color=_GREY, line_width=1, line_dash="dashed", tags=[MUTED])
+    if name:
+        drawn.name = name
+    made.add_layout(drawn)
+
+
+def _colour(colour: str) -> str:
+    return {INK: "#30343b", MUTED: _GREY, ACCENT: _BLUE, "helping": HELPING, "hurting": HURTING}.get(colour, colour)

@@ -1,0 +1,131 @@
+"""Every parameter's allocation over training, as frames a page can play."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from .. import findings
+from ..errors import LCAError
+from .content import clean, count
+from .panels import Panel
+from .thin import raw
+
+FRAMES = 120
+BYTES = 2_000_000  # of codes; a third more in base64
+_LARGEST_HALF = 32768.0
+
+
+def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, list[str]]:
+    """The frames of one loss, within `size` bytes of codes.
+
+    A run small enough travels in half precision, a larger one in 255 levels and pooled over blocks of parameters and stretches
+    of segments.
+
+    Returns:
+        What the page's script reads (None where there is no such thing), and what was left out.
+    """
+    manifest = panel.run.manifest
+    if manifest.keep != "parameters":
+        return None, [f"The microscope needs --keep parameters; this run keeps {manifest.keep}."]
+    frames = min(FRAMES, max(1, panel.summary["segments"]))
+    elements = sum(tensor.spec.elements for tensor in manifest.allocated)
+    exact = elements * frames * 2 <= size
+    pixels = size // frames // (2 if exact else 1)
+    finding: Callable[..., Any] = findings.microscope
+    try:
+        found = finding(panel.results, frames=frames, pixels=max(1000, pixels))
+    except LCAError as error:
+        return None, [clean(error, 400)]
+    tensors = _tensors(found)
+    if not tensors:
+        return None, ["There is nothing to see under the microscope."]
+    values = np.concatenate(
+        [np.asarray(found[each["name"]].values).reshape(found.sizes["step"], -1) for each in tensors], axis=1
+    )
+    exact = values.size * 2 <= size
+    codes, packed = _half(values) if exact else _levels(values)
+    notes = _notes(panel, found, tensors, exact)
+    return {
+        **packed,
+        "tensors": tensors,
+        "frames": int(values.shape[0]),
+        "pooled": any(math.prod(each["pool"]) > 1 for each in tensors),
+        "segments": panel.summary["segments"],
+        "step": [int(step) for step in found["step"].values],
+        "step_end": [int(step) for step in found["step_end"].values],
+        "loss_start": _floats(found["step:loss_start"]),
+        "loss_end": _floats(found["step:loss_end"]),
+        "scale": float(found.attrs["scale"]) or 1.0,
+        "data": raw(codes),
+    }, notes
+
+
+def _tensors(found: xr.Dataset) -> list[dict[str, Any]]:
+    tensors, offset = [], 0
+    for name, variable in found.data_vars.items():
+        if variable.ndim != 3:
+            continue
+        rows, columns = variable.shape[1:]
+        name = str(name)
+        tensors.append(
+            {
+                "name": name,
+                "layer": name.rpartition(".")[0] or name,
+                "rows": int(rows),
+                "columns": int(columns),
+                "offset": offset,
+                "shape": [int(extent) for extent in variable.attrs["shape"]],
+                "pool": [int(each) for each in variable.attrs["pool"]],
+                "axes": [[int(axis) for axis in axes] for axes in variable.attrs["axes"]],
+            }
+        )
+        offset += int(rows * columns)
+    return tensors
+
+
+def _half(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
+    """In half precision, in units that put the largest value near the largest number there is."""
+    peak = float(np.abs(values).max(initial=0.0)) or 1.0
+    unit = peak / _LARGEST_HALF
+    return (values / unit).astype("<f2").view("<u2"), {"code": "half", "unit": unit, "rounding": "rounded to 0.05 %"}
+
+
+def _levels(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
+    """In 255 levels, v = sign(q) (q / 127)² peak, 128 being zero: finer for small values than for large ones."""
+    peak = float(np.abs(values).max(initial=0.0)) or 1.0
+    levels = np.round(np.sqrt(np.abs(values.astype(np.float64)) / peak) * 127)
+    codes = (128 + np.sign(values) * levels).astype("u1")
+    return codes, {
+        "code": "levels",
+        "unit": peak,
+        "rounding": "rounded to one of 255 levels, to 0.8 % of the largest value at worst",
+    }
+
+
+def _notes(panel: Panel, found: xr.Dataset, tensors: list[dict[str, Any]], exact: bool) -> list[str]:
+    notes = [clean(found.attrs["left_out"], 400)] if found.attrs.get("left_out") else []
+    segments = panel.summary["segments"]
+    if found.sizes["step"] < segments:
+        each = math.ceil(segments / found.sizes["step"])
+        notes.append(
+            f"The microscope shows {found.sizes['step']} frames, each the sum of up to {each} of {segments:,} segments."
+        )
+    pooled = [tensor for tensor in tensors if math.prod(tensor["pool"]) > 1]
+    if pooled:
+        most = max(math.prod(tensor["pool"]) for tensor in pooled)
+        which = f"{count(len(pooled), 'tensor')} of {len(tensors):,}"
+        notes.append(f"Under the microscope {which} are pooled: a cell is the sum of up to {most:,} parameters.")
+    if not exact:
+        notes.append("Values under the microscope are rounded to one of 255 levels.")
+    if panel.groups is not None:
+        notes.append("The microscope shows the mean over groups.")
+    return notes
+
+
+def _floats(data: xr.DataArray) -> list[float | None]:
+    return [float(value) if math.isfinite(value) else None for value in data.values]

@@ -1,0 +1,249 @@
+"""The page: findings, figures and provenance in one file that opens without a network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bokeh.embed import json_item
+from bokeh.resources import Resources
+from jinja2 import Environment
+from markupsafe import Markup
+
+from .. import __version__, colours
+from ..errors import InputError, LCAError
+from ..store import Run
+from .content import Block, Section, cell, clean, listed
+from .microscope import BYTES, microscope
+from .panels import MOST_GROUPS, Panel, Room, choose, run_labels
+from .sections import SECTIONS, compare
+from .sections.headline import headline
+
+MOST_BYTES = 8_000_000
+_DATA = 3_000_000  # of the page, for series and pictures; shared by the panels
+_EACH = 900_000  # for one panel at most
+_COLOURS = {
+    "light": {"diverging": colours.DIVERGING, "layers": colours.LAYERS},
+    "dark": {"diverging": colours.DIVERGING_DARK, "layers": colours.LAYERS_DARK},
+}
+_PROVENANCE = 4000  # characters of a value
+
+
+def write_report(runs: Sequence[Run], path: str | Path, *, losses: Sequence[str] = ()) -> Path:
+    """Write the report of one or several runs as one file of at most `MOST_BYTES`.
+
+    Args:
+        runs: opened runs, finished or not.
+        path: the file to write; it is replaced if it is there.
+        losses: those to show in full, the first under the microscope; all of them, as many as fit, unless named.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: where a loss is in none of the runs, or the file cannot be written.
+        LCAError: where no segment is there yet, or stored numbers are damaged.
+    """
+    for name in losses:
+        if not any(name in run for run in runs):
+            known = dict.fromkeys(each for run in runs for each in run)
+            raise InputError(f"no run has a loss {name!r}; there are {', '.join(map(repr, known))}.")
+    panels, left_out = choose(runs, losses)
+    if not panels:
+        raise LCAError(
+            f"{listed([str(run.path) for run in runs])} has no finished segment yet. Let `lca run` commit a span first."
+        )
+    path = Path(path)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        why = "it is a directory" if path.is_dir() else f"there is no directory {path.parent}"
+        raise InputError(f"{path} cannot be written: {why}. Name another file with -o.")
+    for shrink in (1.0, 0.6, 0.3, 0.1, 0.0):
+        text = _page(runs, panels, left_out, shrink).encode("utf-8", "replace")
+        if len(text) <= MOST_BYTES:
+            break
+    try:
+        _replace(path, text)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}. Name another file with -o.") from None
+    return path
+
+
+def _replace(path: Path, text: bytes) -> None:
+    """Whole or not at all."""
+    handle, waiting = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}-", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(waiting, 0o666 & ~umask)
+        os.replace(waiting, path)
+    except BaseException:
+        Path(waiting).unlink(missing_ok=True)
+        raise
+
+
+def _page(runs: Sequence[Run], panels: Sequence[Panel], left_out: Sequence[str], shrink: float) -> str:
+    room = Room(min(_EACH, _DATA / len(panels)) * shrink)
+    shown: list[tuple[Section, dict[str, Block]]] = []
+    if len(runs) > 1:
+        block = compare.block(panels, room)
+        if block is not None:
+            shown.append((compare.section(), {"*": block}))
+    for module in SECTIONS:
+        blocks = {str(panel.key): module.block(panel, room) for panel in panels}
+        some = {key: block for key, block in blocks.items() if block is not None}
+        if some:
+            shown.append((module.section(), some))
+    frames, frame_notes = microscope(panels[0], int(BYTES * max(shrink, 0.1)))
+    notes = [*left_out, *_group_notes(panels), *frame_notes, *_block_notes(shown, panels)]
+    data = {
+        "panels": [{"label": panel.label, "groups": _groups(panel), "steps": _steps(panel)} for panel in panels],
+        "figures": {name: json_item(made) for section, _ in shown for name, made in section.figures.items()},
+        "views": _views(shown),
+        "colours": _COLOURS,
+    }
+    scripts = [_bokeh(), *(_read(name) for name in ("figures.js", "microscope.js", "script.js"))]
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_read("template.html"))
+    template.environment.globals.update(cell=cell, clean=clean)
+    return template.render(
+        title=f"Loss change allocation: {listed(run_labels(runs), 3)}",
+        runs=[
+            {"label": label, "path": clean(run.path, 300)} for label, run in zip(run_labels(runs), runs, strict=True)
+        ],
+        panels=panels,
+        headlines={panel.key: headline(panel) for panel in panels},
+        sections=shown,
+        frames=None
+        if frames is None
+        else {
+            "panel": panels[0].label,
+            "layers": list(dict.fromkeys(each["layer"] for each in frames["tensors"])),
+            **{name: frames[name] for name in ("frames", "segments", "rounding", "pooled")},
+        },
+        frame_notes=frame_notes,
+        notes=notes,
+        losses=[
+            _loss_row(run, label, name, panels)
+            for run, label in zip(runs, run_labels(runs), strict=True)
+            for name in list(run)[:60]
+        ],
+        provenance=[(label, list(_provenance(run))) for run, label in zip(runs, run_labels(runs), strict=True)],
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=__version__,
+        style=Markup(_read("style.css")),  # ours, like the scripts
+        scripts=[Markup(script) for script in scripts],
+        hashes=" ".join(_hash(script) for script in scripts),
+        data=Markup(_json(data)),
+        frames_data=Markup(_json(frames)),
+    )
+
+
+def _views(shown: Sequence[tuple[Section, dict[str, Block]]]) -> dict[str, Any]:
+    """Figure -> panel -> "GROUP|CHOICE" -> what its sources hold."""
+    views: dict[str, Any] = {}
+    for _, blocks in shown:
+        for key, block in blocks.items():
+            for name, of in block.views.items():
+                views.setdefault(name, {})[key] = of
+    return views
+
+
+def _groups(panel: Panel) -> list[list[str]]:
+    return [[key, label] for key, label, _ in panel.choices] if panel.groups is not None else []
+
+
+def _steps(panel: Panel) -> list[int]:
+    steps = panel.results.steps
+    return [int(steps["step"].values[0]), int(steps["step_end"].values[-1])]
+
+
+def _group_notes(panels: Sequence[Panel]) -> list[str]:
+    return [
+        f"{panel.label}: {MOST_GROUPS} of {len(panel.groups)} groups can be picked, those whose loss changed most."
+        for panel in panels
+        if panel.groups is not None and len(panel.groups) > MOST_GROUPS
+    ]
+
+
+def _block_notes(shown: Sequence[tuple[Section, dict[str, Block]]], panels: Sequence[Panel]) -> Iterator[str]:
+    """What each section leaves out, said once for all panels it holds for."""
+    for section, blocks in shown:
+        said: dict[str, list[str]] = {}
+        for key, block in blocks.items():
+            for note in block.notes:
+                said.setdefault(note, []).append(key)
+        for note, keys in said.items():
+            of = "" if len(keys) == len(blocks) else f" ({listed([panels[int(key)].label for key in keys])})"
+            yield f"{section.title}{of}: {note}"
+
+
+def _loss_row(run: Run, label: str, name: str, panels: Sequence[Panel]) -> dict[str, Any]:
+    """A row of the table of losses; figures only of those that are shown, the others would have to be read."""
+    panel = next((panel for panel in panels if panel.run is run and panel.loss == name), None)
+    record, done = run[name].record, run[name].progress()
+    return {
+        "run": label,
+        "name": clean(name, 60),
+        "key": None if panel is None else panel.key,
+        "on": clean(record.on or "–", 40),
+        "groups": len(record.groups or ()),
+        "examples": record.examples,
+        "done": f"{done['segments_done']:,} of {done['segments']:,}",
+        "whole": None if panel is None else panel.whole,
+    }
+
+
+def _provenance(run: Run) -> Iterator[tuple[str, str]]:
+    manifest = run.manifest
+    first, last = manifest.checkpoints[0].step, manifest.checkpoints[-1].step
+    yield "run", clean(run.path, 300)
+    yield (
+        "checkpoints",
+        f"{clean(manifest.root, 300)}: {len(manifest.checkpoints):,}, from step {first:,} to step {last:,}",
+    )
+    yield "id", manifest.id
+    for table in (manifest.settings, manifest.provenance):
+        for name, value in list(table.items())[:60]:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            text = "–" if value in (None, [], {}, "") else text
+            yield clean(name, 60), clean(text, _PROVENANCE if name != "task_sha256" else 64)
+
+
+def _bokeh() -> str:
+    return "\n".join(Resources(mode="inline", components=["bokeh"], minified=True, log_level="error").js_raw)
+
+
+def _read(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text("utf-8")
+
+
+def _hash(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _json(value: Any) -> str:
+    """JSON that cannot end the element it stands in."""
+    text = json.dumps(_plain(value), allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _plain(value: Any) -> Any:
+    """Of numbers only those JSON knows; the others are null."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,167 @@
+"""Which losses of which runs the page shows in full, and their findings, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from .. import findings
+from ..errors import LCAError
+from ..store import LossResults, Run
+from .content import clean, listed
+
+MOST_PANELS = 6
+MOST_GROUPS = 12
+_NOTE = 400  # characters of what a finding says it left out
+_POINT = 11  # bytes of a thinned point in the page: step and value in float32, base64
+
+
+@dataclass
+class Panel:
+    """One loss of one run."""
+
+    key: int
+    run: Run
+    run_label: str
+    loss: str
+    label: str
+    several: bool = False
+    _found: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def results(self) -> LossResults:
+        """The loss, opened."""
+        return self.run[self.loss]
+
+    def find(self, name: str, *arguments: Any, **options: Any) -> tuple[Any, str]:
+        """A finding of this loss, computed once; None and the reason where this run does not allow it."""
+        key = f"{name} {arguments} {sorted(options)}"
+        if key not in self._found:
+            function: Callable[..., Any] = getattr(findings, name)
+            try:
+                found = function(self.results, *arguments, **options)
+                self._found[key] = (
+                    found,
+                    clean(found.attrs.get("left_out", ""), _NOTE) if isinstance(found, xr.Dataset) else "",
+                )
+            except LCAError as error:
+                self._found[key] = (None, clean(error, _NOTE))
+        made: tuple[Any, str] = self._found[key]
+        return made
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """What `lca summary --json` says."""
+        return findings.summary(self.results)
+
+    @property
+    def groups(self) -> list[Any] | None:
+        """Labels of the groups; None for a loss without."""
+        return self.results.record.groups
+
+    @cached_property
+    def shares(self) -> np.ndarray[Any, Any]:
+        """(groups,): what each group weighs in the mean over all."""
+        weights = np.asarray(self.summary["group_weights"], dtype=float)
+        return weights / weights.sum() if weights.sum() else np.full(len(weights), 1 / max(1, len(weights)))
+
+    @cached_property
+    def choices(self) -> list[tuple[str, str, int | None]]:
+        """What can be picked in place of a group: key, label, position; the mean over all groups comes first."""
+        if self.groups is None:
+            return [("", "", None)]
+        change = np.abs(np.asarray(self.summary["loss_change"], dtype=float))
+        shown = sorted(np.argsort(-np.nan_to_num(change), kind="stable")[:MOST_GROUPS].tolist())
+        return [("", "mean over groups", None), *((str(at), clean(self.groups[at], 60), at) for at in shown)]
+
+    def of_group(self, data: xr.DataArray, position: int | None) -> xr.DataArray:
+        """The values of one group, or their weighted mean over the groups."""
+        if "group" not in data.dims:
+            return data
+        if position is not None:
+            return data.isel(group=position)
+        order = [name for name in data.dims if name != "group"]
+        values = np.tensordot(data.transpose(*order, "group").values.astype(float), self.shares, axes=(-1, 0))
+        return xr.DataArray(values, dims=order, coords={name: data[name] for name in order if name in data.coords})
+
+    @property
+    def whole(self) -> dict[str, float]:
+        """The headline figures, of the weighted mean over the groups where there are any."""
+        names = ("loss_start", "loss_end", "loss_change", "allocated", "residual", "helping", "hurting", "zero")
+        if self.groups is None:
+            return {name: float(self.summary[name]) for name in names}
+        return {name: float(np.asarray(self.summary[name], dtype=float) @ self.shares) for name in names}
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many bytes of the page the data of one panel may take."""
+
+    bytes: float
+
+    def points(self, series: int, part: float) -> int:
+        """How many points each of some series may have, which share a part of the room."""
+        return int(min(2000, max(40, self.bytes * part / (_POINT * max(1, series)))))
+
+    def pixels(self, part: float) -> int:
+        """How many pixels of a byte fit into a part of the room."""
+        return int(max(1000, self.bytes * part * 0.74))
+
+
+def choose(runs: Sequence[Run], losses: Sequence[str]) -> tuple[list[Panel], list[str]]:
+    """The losses to show in full, and what to say about the others.
+
+    Every run's first loss comes first, then those without groups; `losses` are shown in their order, alone.
+    """
+    labels = run_labels(runs)
+    waiting = []
+    for at, run in enumerate(runs):
+        names = [name for name in losses if name in run] if losses else _in_order(run)
+        finished = [name for name in names if run[name].progress()["segments_done"]]
+        waiting += [(place, at, name) for place, name in enumerate(finished)]
+    shown = sorted(waiting)[:MOST_PANELS]
+    panels = [
+        Panel(
+            key,
+            runs[at],
+            labels[at],
+            name,
+            f"{labels[at]} · {clean(name, 60)}" if len(runs) > 1 else clean(name, 60),
+            len(runs) > 1,
+        )
+        for key, (_, at, name) in enumerate(sorted(shown, key=lambda each: (each[1], each[0])))
+    ]
+    left_out = []
+    for at, run in enumerate(runs):
+        here = {panel.loss for panel in panels if panel.run is run}
+        rest = [name for name in run if name not in here]
+        if rest:
+            which = f" of {labels[at]}" if len(runs) > 1 else ""
+            left_out.append(
+                f"Losses{which} that are not shown in full: {listed(rest, 12)}. Name the ones to show with --loss NAME."
+            )
+    return panels, left_out
+
+
+def run_labels(runs: Sequence[Run]) -> list[str]:
+    """A short name for each run: that of its directory, with as many of its parents as tell it from the others."""
+    names = []
+    for at, run in enumerate(runs):
+        parts = run.path.resolve().parts
+        depth = 1
+        others = [other.path.resolve().parts for position, other in enumerate(runs) if position != at]
+        while depth < len(parts) and any(parts[-depth:] == other[-depth:] for other in others):
+            depth += 1
+        names.append(clean("/".join(parts[-depth:]), 60))
+    return names
+
+
+def _in_order(run: Run) -> list[str]:
+    """Losses without groups first, and terms of the parameters alone after those over data."""
+    records = {name: run[name].record for name in run}
+    return sorted(run, key=lambda name: (records[name].groups is not None, records[name].on is None))

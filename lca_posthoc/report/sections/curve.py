@@ -1,0 +1,85 @@
+"""The loss curve, true and added up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..content import Block, Section, count, plain, signed
+from ..figures import ACCENT, INK, MUTED, add_dots, add_level, add_lines, steps_figure
+from ..panels import Panel, Room
+from ..thin import kept, numbers
+
+Numbers = np.ndarray[Any, Any]
+
+
+def section() -> Section:
+    """Two figures: the loss, and what the sum misses on every segment."""
+    loss = steps_figure("loss", 320)
+    add_lines(
+        loss, "predicted", ACCENT, width=6, alpha=0.45, tip=[("step", "@x{0}"), ("start + Σ allocation", "@y{0.00000}")]
+    )
+    add_lines(loss, "true", INK, tip=[("step", "@x{0}"), ("loss", "@y{0.00000}")])
+    residual = steps_figure("residual of a segment", 200)
+    add_level(residual, 0)
+    add_lines(residual, "residual", MUTED, width=1.25)
+    add_dots(residual, "worst", [("segment from step", "@x{0}"), ("residual", "@y{0.0e+0}"), ("", "@name")], size=6)
+    return Section(
+        "curve",
+        "Loss curve",
+        "The dark line is the measured loss; the light band under it is the loss at the start plus everything allocated since. "
+        "Where they lie on each other the allocation explains the whole change; the residual below is what it misses on each segment.",
+        {"curve": loss, "residual": residual},
+        {"curve": [("ink", "loss"), ("accent", "start + Σ allocation")], "residual": [("hurting", "did not converge")]},
+        {"curve": "Loss, measured and added up", "residual": "What the sum misses"},
+    )
+
+
+def block(panel: Panel, room: Room) -> Block:
+    """The curve of every group."""
+    found, left_out = panel.find("curve")
+    if found is None:
+        return Block(notes=[left_out])
+    views: dict[str, dict[str, Any]] = {"curve": {}, "residual": {}}
+    steps, ends = found["step"].values, found["step_end"].values
+    x = np.concatenate([steps[:1], ends])
+    most = room.points(3 * len(panel.choices), 0.15)
+    captions: dict[str, str] = {}
+    for key, label, at in panel.choices:
+        of = {name: panel.of_group(found[name], at).values for name in ("loss", "loss_start", "predicted", "residual")}
+        true, predicted = (np.concatenate([of["loss_start"][:1], of[name]]) for name in ("loss", "predicted"))
+        residual, few = of["residual"], kept(of["residual"], most)
+        at_true, at_sum = kept(true, most), kept(predicted, most)
+        views["curve"][f"{key}|"] = {
+            "true": {"x": numbers(x[at_true]), "y": numbers(true[at_true])},
+            "predicted": {"x": numbers(x[at_sum]), "y": numbers(predicted[at_sum])},
+        }
+        # Only one row says that it converged: all groups of a segment are refined together.
+        bad = np.flatnonzero(~found["converged"].values.reshape(len(steps), -1).all(1))
+        worst = bad[np.argsort(-abs(residual[bad]))[:200]]
+        views["residual"][f"{key}|"] = {
+            "residual": {"x": numbers(steps[few]), "y": numbers(residual[few])},
+            "worst": {
+                "x": numbers(steps[worst]),
+                "y": numbers(residual[worst]),
+                "name": {"same": len(worst), "v": "did not converge"},
+                "colour": {"same": len(worst), "v": "@hurting"},
+            },
+        }
+        if not captions:
+            captions = _captions(found, true, predicted, residual, len(bad), label)
+    return Block(captions, views, notes=[left_out] if left_out else [])
+
+
+def _captions(found: Any, true: Numbers, predicted: Numbers, residual: Numbers, bad: int, label: str) -> dict[str, str]:
+    worst = int(np.abs(residual).argmax())
+    steps = found["step"].values
+    of = f" ({label})" if label else ""
+    converged = f"{count(bad, 'segment')} did not converge" if bad else "Every segment converged"
+    return {
+        "curve": f"From step {steps[0]:,} on the loss{of} went from {plain(true[0])} to {plain(true[-1])}; added up, the allocation "
+        f"ends at {plain(predicted[-1])}.",
+        "residual": f"Over {count(len(residual), 'segment')} the residuals add up to {signed(float(residual.sum()))}; the largest is "
+        f"{signed(float(residual[worst]))}, from step {steps[worst]:,} on. {converged}.",
+    }

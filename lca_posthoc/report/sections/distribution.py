@@ -1,0 +1,116 @@
+"""How single allocations are distributed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from ..content import Block, Column, Section, Table, count, percent, plain, signed
+from ..figures import add_boxes, plain_figure
+from ..panels import Panel, Room
+from ..thin import numbers
+
+_LEAST = 1e-5  # share of a bar that is drawn
+_CHOICES = ("how many there are", "what they add up to")
+
+
+def section() -> Section:
+    """One figure: sizes on a logarithmic axis, helping above and hurting below the line."""
+    made = plain_figure("size of an allocation, |A|, in units of loss", "share per doubling", 320, x_axis_type="log")
+    made.tags = ["percent"]
+    tip = [("|A|", "@left{0.0e+0} to @right{0.0e+0}"), ("share", "@value{0.00%}")]
+    for name in ("helping", "hurting"):
+        add_boxes(made, name, name, tip)
+    return Section(
+        "distribution",
+        "Sizes",
+        "Each bar counts allocations of one size, those that helped above the line and those that hurt below, on an axis of powers of ten. "
+        "Chosen to show what they add up to, the same bars tell how few large allocations carry the change.",
+        {"distribution": made},
+        {"distribution": [("helping", "helped"), ("hurting", "hurt")]},
+        {"distribution": "Allocations by size"},
+    )
+
+
+def block(panel: Panel, room: Room) -> Block:
+    """Both histograms of every group."""
+    found, left_out = panel.find("distribution")
+    if found is None:
+        return Block(notes=[left_out])
+    views: dict[str, dict[str, Any]] = {"distribution": {}}
+    lower, upper = found["lower"].values, found["upper"].values
+    for key, _, at in panel.choices:
+        data = found["count"].astype(float)
+        amount = (data.sum("group") if at is None and "group" in data.dims else panel.of_group(data, at)).values
+        middle = (np.abs(lower) + np.abs(upper)) / 2
+        for place, values in enumerate((amount, amount * middle)):
+            views["distribution"][f"{key}|{place}"] = _boxes(lower, upper, values)
+    return Block(
+        {"distribution": _sentence(panel, found)},
+        views,
+        "Bars show",
+        _CHOICES,
+        [_table(panel, found)],
+        [*([left_out] if left_out else []), f"Bars with less than {percent(_LEAST)} of the whole are not drawn."],
+    )
+
+
+def _boxes(lower: np.ndarray[Any, Any], upper: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> dict[str, Any]:
+    share = values / values.sum() if values.sum() else values
+    made: dict[str, Any] = {}
+    for name, side, sign in (("helping", upper <= 0, 1), ("hurting", lower >= 0, -1)):
+        low, high = np.minimum(abs(lower), abs(upper))[side], np.maximum(abs(lower), abs(upper))[side]
+        # The outermost bins reach to zero and to infinity; draw them as wide as an octave.
+        low, high = np.where(low > 0, low, high / 2), np.where(high < 1e30, high, low * 2)
+        some = np.flatnonzero((share[side] > _LEAST) & (low > 0))
+        # Bins are of unequal width on a logarithmic axis; only densities make a smooth outline of them.
+        density = share[side][some] / np.log2(high[some] / low[some])
+        made[name] = {
+            "left": numbers(low[some]),
+            "right": numbers(high[some]),
+            "top": numbers(sign * density),
+            "bottom": {"same": len(some), "v": 0},
+            "value": numbers(share[side][some]),
+        }
+    return made
+
+
+def _sentence(panel: Panel, found: xr.Dataset) -> str:
+    of = {
+        name: float(panel.of_group(found[name], None))
+        for name in ("mean", "standard_deviation", "top_share", "gini")
+        if name in found
+    }
+    said = f"The mean allocation is {signed(of['mean'])}, against a standard deviation of {plain(of['standard_deviation'])}."
+    if "top_share" in of:
+        said += f" The largest 1 % of them carry {percent(of['top_share'])} of Σ|A|; their Gini coefficient is {plain(of['gini'])}."
+    return said
+
+
+def _table(panel: Panel, found: xr.Dataset) -> Table:
+    rows: list[list[Any]] = []
+    for name, title, kind in (
+        ("helping", "share that helped", "share"),
+        ("hurting", "share that hurt", "share"),
+        ("mean", "mean", "number"),
+        ("mean_absolute", "mean of |A|", "plain"),
+        ("standard_deviation", "standard deviation", "plain"),
+        ("top_share", "share of Σ|A| in the largest 1 %", "share"),
+        ("gini", "Gini coefficient of |A|", "plain"),
+        ("weibull_shape", "double Weibull: shape", "plain"),
+        ("weibull_scale", "double Weibull: scale", "plain"),
+        ("kurtosis", "kurtosis of the sample", "plain"),
+    ):
+        if name in found:
+            value = float(panel.of_group(found[name], None))
+            write = {"share": percent, "number": signed, "plain": plain}[kind]
+            text = write(value)
+            if f"{name}_low" in found:
+                low, high = (float(panel.of_group(found[f"{name}_{end}"], None)) for end in ("low", "high"))
+                text += f" ({write(low)} to {write(high)})"
+            rows.append([title, text])
+    zero = found["zero"].sum() if "group" in found["zero"].dims else found["zero"]
+    rows.append(["exactly zero", count(float(zero))])
+    return Table("The distribution in numbers", [Column("what", "text"), Column("value", "right")], rows)

@@ -1,0 +1,107 @@
+"""What comes first: what was measured, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..content import clean, count, listed, percent, plain, signed
+from ..panels import Panel
+
+
+@dataclass(frozen=True)
+class Card:
+    """A figure with its name, what it means, and whether it asks for attention."""
+
+    title: str
+    value: str
+    detail: str
+    warning: bool = False
+    bar: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The first thing said about one loss."""
+
+    measured: str
+    cards: list[Card]
+
+
+def headline(panel: Panel) -> Headline:
+    """What was measured, the loss change, the residual, the share helping, the layers that hurt, steps that did not converge."""
+    found, whole, record = panel.summary, panel.whole, panel.results.record
+    change, residual = whole["loss_change"], whole["residual"]
+    groups = (
+        f" The figures are of the mean over {count(len(panel.groups), 'group')}." if panel.groups is not None else ""
+    )
+    worst = float(np.max(np.abs(found["max_segment_residual"])))
+    unconverged, segments = found["unconverged"], found["segments"]
+    tolerance = panel.run.manifest.settings.get("tolerance")
+    total = _layers(panel)
+    hurt, layers = [name for name, value in reversed(total) if value > 0], len(total)
+    cards = [
+        Card("Loss", f"{plain(whole['loss_start'])} → {plain(whole['loss_end'])}", f"change {signed(change)}"),
+        Card(
+            "Allocated",
+            signed(whole["allocated"]),
+            f"residual {signed(residual)}" + (f", {percent(abs(residual / change))} of the change" if change else ""),
+            warning=bool(change) and abs(residual / change) > 0.05,
+        ),
+        Card(
+            "Helping",
+            percent(whole["helping"]),
+            f"of parameters × segments; {percent(whole['hurting'])} hurt, {percent(whole['zero'])} did nothing",
+            bar=(whole["helping"], whole["zero"], whole["hurting"]),
+        ),
+        _best(total, change),
+        Card(
+            "Layers that hurt",
+            f"{len(hurt):,} of {layers:,}" if hurt else f"none of {layers:,}",
+            listed(hurt, 4) if hurt else "every layer's sum is below zero" if layers else "no layers",
+            warning=bool(hurt),
+        ),
+        Card(
+            "Not converged",
+            f"{unconverged:,} of {segments:,} segments" if unconverged else f"none of {segments:,} segments",
+            f"largest |residual| of a segment {plain(worst)}, tolerance {clean(tolerance, 20)}",
+            warning=bool(unconverged),
+        ),
+    ]
+    return Headline(_measured(panel, record.on) + groups, cards)
+
+
+def _best(total: list[tuple[str, float]], change: float) -> Card:
+    if not total or total[0][1] >= 0:
+        return Card("Layer that helped most", "none", "no layer's sum is below zero", warning=True)
+    name, value = total[0]
+    part = f", {percent(value / change)} of the change" if change < 0 else ""
+    return Card("Layer that helped most", name, f"Σ allocation {signed(value)}{part}")
+
+
+def _measured(panel: Panel, split: str | None) -> str:
+    found, manifest, record = panel.summary, panel.run.manifest, panel.results.record
+    over = f"over split {clean(split, 60)}" if split is not None else "of the parameters alone"
+    examples = ""
+    if split is not None:
+        some = f" of {record.total:,}" if record.examples < record.total else ""
+        examples = f" ({record.examples:,}{some} examples)"
+    steps = panel.results.steps
+    first, last = int(steps["step"].values[0]), int(steps["step_end"].values[-1])
+    part = "" if panel.results.complete else f", {found['segments']:,} of {manifest.segments:,} segments so far"
+    rule = clean(manifest.settings.get("rule", "?"), 40)
+    precision = clean(manifest.settings["precision"], 40)
+    return (
+        f"Loss {clean(panel.loss, 60)} {over}{examples}, allocated to {found['parameters']:,} parameters along "
+        f"{count(found['segments'], 'segment')} from step {first:,} to step {last:,}{part}; rule {rule}, {precision}."
+    )
+
+
+def _layers(panel: Panel) -> list[tuple[str, float]]:
+    """The layers and their sums, the most negative first."""
+    found, _ = panel.find("layers")
+    if found is None:
+        return []
+    total = panel.of_group(found["total"], None).values
+    return [(clean(found["layer"].values[at], 60), float(total[at])) for at in np.argsort(total, kind="stable")]

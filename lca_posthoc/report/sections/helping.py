@@ -1,0 +1,142 @@
+"""Who helps: per step, and parameter by parameter."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, percent
+from ..figures import ACCENT, INK, add_boxes, add_level, add_lines, plain_figure, steps_figure
+from ..panels import Panel, Room
+from ..thin import kept, numbers
+from .layers import largest
+
+_ALL = "all parameters"
+
+
+def section() -> Section:
+    """Two figures: the share that helps on every segment, and how often single parameters do."""
+    shares = steps_figure("share of parameters", 300, percent=True)
+    add_level(shares, 0.5)
+    add_lines(shares, "hurting", "hurting", width=1.25, tip=[("segment from step", "@x{0}"), ("hurting", "@y{0.0%}")])
+    add_lines(shares, "helping", "helping", tip=[("segment from step", "@x{0}"), ("helping", "@y{0.0%}")])
+    over = plain_figure("share of its segments on which a parameter helps", "parameters", 280)
+    tip = [("share", "@left{0.0%} to @right{0.0%}"), ("parameters", "@top{0,0}")]
+    add_boxes(over, "observed", ACCENT, tip, 0.55)
+    add_lines(over, "expected", INK, width=1.5, dash="dashed", tip=[("share", "@x{0.0%}"), ("by chance", "@y{0,0.0}")])
+    return Section(
+        "helping",
+        "Who helps",
+        "At any one step about half of the parameters move the loss up: learning is a small surplus of help over harm. "
+        "Where the bars of the second figure reach beyond the dashed line, parameters help or hurt more often than by chance.",
+        {"helping": shares, "over_time": over},
+        {
+            "helping": [("helping", "help"), ("hurting", "hurt")],
+            "over_time": [("accent", "parameters"), ("ink", "expected by chance")],
+        },
+        {"helping": "Share of parameters that help, step by step", "over_time": "How often one parameter helps"},
+    )
+
+
+def block(panel: Panel, room: Room) -> Block:
+    """Shares of all parameters and of the larger tensors; heroes and villains."""
+    found, left_out = panel.find("helping")
+    if found is None:
+        return Block(notes=[left_out])
+    notes = [left_out] if left_out else []
+    grouped = panel.groups is not None
+    tensors = found["tensor"].values
+    picked = largest(found["elements"].values, 12 if grouped else MOST_ROWS) if "elements" in found.coords else []
+    choices = [_ALL, *(clean(tensors[at]) for at in picked)]
+    if len(picked) < len(tensors):
+        notes.append(f"Shares are drawn for the {len(picked)} largest of {count(len(tensors), 'tensor')}.")
+    views: dict[str, dict[str, Any]] = {"helping": {}, "over_time": {}}
+    x = found["step"].values
+    most = room.points((len(picked) + 2) * len(panel.choices), 0.2)
+    for key, _, at in panel.choices:
+        shares = {name: panel.of_group(found[name], at).values for name in ("helping", "hurting")}
+        views["helping"][f"{key}|0"] = {name: _line(x, values, most) for name, values in shares.items()}
+        columns = panel.of_group(found["tensor_helping"], at).transpose("step", "tensor").values
+        for place, tensor in enumerate(picked, 1):
+            views["helping"][f"{key}|{place}"] = {
+                "helping": _line(x, columns[:, tensor], most),
+                "hurting": {"x": [], "y": []},
+            }
+    captions = {"helping": _shares(panel, found)}
+    tables = []
+    if "parameters" in found:
+        views["over_time"]["|"] = _over_time(found)
+        captions["over_time"] = _often(found)
+        tables = [
+            _list(found, "hero", "Parameters that helped most often"),
+            _list(found, "villain", "Parameters that helped least often"),
+        ]
+    return Block(captions, views, "Tensor", choices, [table for table in tables if table.rows], notes)
+
+
+def _line(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], most: int) -> dict[str, Any]:
+    at = kept(y, most)
+    return {"x": numbers(x[at]), "y": numbers(y[at])}
+
+
+def _over_time(found: xr.Dataset) -> dict[str, Any]:
+    parameters, low, high = (found[name].values for name in ("parameters", "share_low", "share_high"))
+    occupied = np.flatnonzero((parameters > 0) | (found["expected"].values > 0.05))
+    first, last = (occupied[0], occupied[-1] + 1) if len(occupied) else (0, len(parameters))
+    part = slice(int(first), int(last))
+    return {
+        "observed": {
+            "left": numbers(low[part]),
+            "right": numbers(high[part]),
+            "top": numbers(parameters[part]),
+            "bottom": {"same": int(last - first), "v": 0},
+        },
+        "expected": {"x": numbers(found["share"].values[part]), "y": numbers(found["expected"].values[part])},
+    }
+
+
+def _shares(panel: Panel, found: xr.Dataset) -> str:
+    helping = panel.of_group(found["helping"], None).values
+    zero = panel.of_group(found["zero"], None).values
+    return (
+        f"On average {percent(float(helping.mean()))} of the parameters help on a segment, between {percent(float(helping.min()))} and "
+        f"{percent(float(helping.max()))}; {percent(float(zero.mean()))} have an allocation of exactly zero."
+    )
+
+
+def _often(found: xr.Dataset) -> str:
+    parameters, share = found["parameters"].values.astype(float), found["share"].values
+    total = float(parameters.sum())
+    if not total:
+        return "No parameter had any effect."
+    mean = float(parameters @ share) / total
+    spread = math.sqrt(float(parameters @ (share - mean) ** 2) / total)
+    expected = found["expected"].values
+    weight = float(expected.sum()) or 1.0
+    middle = float(expected @ share) / weight
+    chance = math.sqrt(float(expected @ (share - middle) ** 2) / weight)
+    return (
+        f"{count(total, 'parameter')} had an effect; they help on {percent(mean)} of their segments, with a standard deviation of "
+        f"{percent(spread)}. If each helped by chance alone it would be {percent(chance)}."
+    )
+
+
+def _list(found: xr.Dataset, who: str, title: str) -> Table:
+    names: Any = found[f"{who}_name"].values if f"{who}_name" in found.coords else []
+    columns = [
+        Column("parameter", "name"),
+        Column("helped on", "share"),
+        Column("segments", "count"),
+        Column("Σ allocation", "bar"),
+        Column("p (Bonferroni)", "plain"),
+    ]
+    values = [found[f"{who}_{name}"].values for name in ("share", "segments", "allocated", "p")] if len(names) else []
+    rows = [
+        [name, float(values[0][at]), int(values[1][at]), float(values[2][at]), float(values[3][at])]
+        for at, name in enumerate(names)
+    ]
+    note = "p: the chance of as extreme a count for any of the parameters, if all helped independently with one probability."
+    return Table(title, columns, rows, note)

@@ -1,0 +1,100 @@
+"""What each layer did, in all and over time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, listed, signed
+from ..figures import add_level, add_many, steps_figure
+from ..panels import Panel, Room
+from ..thin import lines
+
+_DRAWN = 6  # layers ticked at first
+
+
+def section() -> Section:
+    """One figure: the running sums of the ticked layers."""
+    made = steps_figure("Σ allocation so far", 340)
+    add_level(made, 0)
+    add_many(made, "layers", [("layer", "@name"), ("step", "$data_x{0}"), ("Σ so far", "$data_y{0.0000}")])
+    return Section(
+        "layers",
+        "Layers",
+        "A layer whose sum is negative lowered the loss; one whose sum is positive raised it, and training might have done better "
+        "without moving it. Sums grow with the number of parameters, so compare layers of different size by the mean.",
+        {"layers": made},
+        headings={"layers": "Running sum of each layer"},
+    )
+
+
+def block(panel: Panel, room: Room) -> Block:
+    """Table and running sums of the layers with the largest sums."""
+    found, left_out = panel.find("layers")
+    if found is None:
+        return Block(notes=[left_out])
+    notes = [left_out] if left_out else []
+    total = panel.of_group(found["total"], None).values
+    shown = largest(total, MOST_ROWS)
+    if len(shown) < len(total):
+        notes.append(f"{count(len(total) - len(shown), 'layer')} with smaller sums are not shown.")
+    names = [clean(found["layer"].values[at]) for at in shown]
+    x = np.concatenate([found["step"].values[:1], found["step_end"].values])
+    most = room.points(len(shown) * len(panel.choices), 0.4)
+    views: dict[str, dict[str, Any]] = {"layers": {}, "@layers": {}}
+    for key, _, at in panel.choices:
+        sums = panel.of_group(found["cumulative"], at).transpose("step", "layer").values[:, shown]
+        ys = np.concatenate([np.zeros((1, len(shown))), sums]).T
+        xs, packed = lines(x, ys, most)
+        views["layers"][f"{key}|"] = {"layers": {"xs": xs, "ys": packed, "name": names, "colour": "@palette"}}
+        columns = [panel.of_group(found[name], at).values[shown] for name in ("total", "mean", "helping")]
+        views["@layers"][f"{key}|"] = {"2": columns[0].tolist(), "3": columns[1].tolist(), "4": columns[2].tolist()}
+    if most < len(x):
+        notes.append(f"Running sums are drawn with {most:,} of {len(x):,} points each, extremes kept.")
+    return Block(
+        {"layers": sentence(names, total[shown])},
+        views,
+        tables=[_table(panel, found, shown, names)],
+        notes=notes,
+    )
+
+
+def _table(panel: Panel, found: xr.Dataset, shown: list[int], names: list[str]) -> Table:
+    total, mean, helping = (panel.of_group(found[name], None).values for name in ("total", "mean", "helping"))
+    ticked = set(largest(total[shown], _DRAWN))
+    rows = [
+        [name, int(found["elements"].values[at]), float(total[at]), float(mean[at]), float(helping[at])]
+        for name, at in zip(names, shown, strict=True)
+    ]
+    columns = [
+        Column("layer", "name"),
+        Column("parameters", "count"),
+        Column("Σ allocation", "bar"),
+        Column("mean", "number"),
+        Column("helping", "share"),
+    ]
+    return Table(
+        "Layers, in the model's order: tick the ones to draw",
+        columns,
+        rows,
+        open=True,
+        live="layers",
+        pick=[at in ticked for at in range(len(rows))],
+    )
+
+
+def sentence(names: list[str], total: np.ndarray[Any, Any]) -> str:
+    """Which layers helped most, and which hurt."""
+    order = np.argsort(total, kind="stable")
+    helped = [f"{names[at]} ({signed(float(total[at]))})" for at in order[:3] if total[at] < 0]
+    hurt = [f"{names[at]} ({signed(float(total[at]))})" for at in order[::-1] if total[at] > 0]
+    best = f"Most of the loss was taken out by {listed(helped)}." if helped else "No layer lowered the loss."
+    return f"{best} {f'Layers that hurt: {listed(hurt, 4)}.' if hurt else 'No layer hurt.'}"
+
+
+def largest(values: np.ndarray[Any, Any], most: int) -> list[int]:
+    """Positions of the largest magnitudes, in their own order."""
+    picked = np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")[:most]
+    return sorted(picked.tolist())

@@ -1,0 +1,105 @@
+"""How often parameters turn round, and what a few of them do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, plain
+from ..figures import INK, MUTED, add_level, add_lines, steps_figure
+from ..panels import Panel, Room
+from ..thin import kept, numbers
+from .layers import largest
+
+_SIGNALS = ("weight", "gradient", "allocation")
+
+
+def section() -> Section:
+    """Three figures under each other: weight, gradient and allocation of one parameter."""
+    figures = {}
+    for signal in _SIGNALS:
+        made = steps_figure(signal, 170, x="training step" if signal == "allocation" else "")
+        if signal != "weight":
+            add_level(made, 0)
+        add_lines(
+            made,
+            signal,
+            MUTED if signal == "gradient" else INK,
+            width=1.25,
+            tip=[("step", "@x{0}"), (signal, "@y{0.000e+0}")],
+            mode="vline",
+        )
+        figures[f"trace_{signal}"] = made
+    return Section(
+        "oscillation",
+        "Oscillation",
+        "A weight that turns every few steps swings across the bottom of a valley: it helps on the way down and hurts on the way up. "
+        "Where the gradient turns more rarely than the weight does, momentum and noise make the difference.",
+        figures,
+        headings={f"trace_{signal}": f"One parameter: {signal}" for signal in _SIGNALS},
+    )
+
+
+def block(panel: Panel, room: Room) -> Block:
+    """Traces to choose from, and how often each tensor's parameters turn."""
+    found, left_out = panel.find("oscillation")
+    if found is None:
+        return Block(notes=[left_out])
+    notes = [left_out] if left_out else []
+    views: dict[str, dict[str, Any]] = {}
+    choices: list[str] = []
+    if "trace" in found.dims and found.sizes["trace"]:
+        choices = [
+            f"{clean(name, 60)} ({why})"
+            for name, why in zip(found["parameter"].values, found["why"].values, strict=True)
+        ]
+        views = _traces(panel, found, room)
+    captions: dict[str, str] = {}
+    if views:
+        overall = (
+            {str(name): float(found["overall_interval"].sel(signal=name)) for name in found["signal"].values}
+            if "overall_interval" in found
+            else {}
+        )
+        said = ", ".join(f"{name} every {plain(value)}" for name, value in overall.items() if np.isfinite(value))
+        last = next(name for name in ("trace_allocation", "trace_gradient", "trace_weight") if name in views)
+        captions[last] = f"Mean number of segments between two turns, over all parameters: {said}." if said else ""
+    tables = [_table(found, notes)] if "interval" in found else []
+    return Block(captions, views, "Parameter", choices, tables, notes)
+
+
+def _traces(panel: Panel, found: Any, room: Room) -> dict[str, dict[str, Any]]:
+    traces = found.sizes["trace"]
+    most = room.points(3 * traces * len(panel.choices), 0.12)
+    views: dict[str, dict[str, Any]] = {}
+    for signal in _SIGNALS:
+        if signal not in found.data_vars:
+            continue
+        x = found["step"].values
+        for key, _, at in panel.choices:
+            columns = panel.of_group(found[signal], at).transpose("trace", "step").values
+            for trace in range(traces):
+                few = kept(columns[trace], most)
+                views.setdefault(f"trace_{signal}", {})[f"{key}|{trace}"] = {
+                    signal: {"x": numbers(x[few]), "y": numbers(columns[trace][few])}
+                }
+    return views
+
+
+def _table(found: Any, notes: list[str]) -> Table:
+    signals = [str(name) for name in found["signal"].values]
+    shown = largest(found["elements"].values, MOST_ROWS)
+    if len(shown) < found.sizes["tensor"]:
+        notes.append(f"Turns are listed for the {len(shown)} largest of {count(found.sizes['tensor'], 'tensor')}.")
+    rows = [
+        [str(found["tensor"].values[at]), *(float(found["interval"].sel(signal=name).values[at]) for name in signals)]
+        for at in shown
+    ]
+    columns = [Column("tensor", "name"), *(Column(name, "plain") for name in signals)]
+    return Table(
+        "Mean number of segments between two turns",
+        columns,
+        rows,
+        "A turn is a change of sign; zeros in between do not count.",
+    )

@@ -1,0 +1,117 @@
+"""Moments at which layers learn together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from bokeh.models import FixedTicker, Range1d
+
+from ..content import Block, Column, Section, Table, clean, count, plain
+from ..figures import ACCENT, add_boxes, add_dots, add_level, plain_figure, steps_figure
+from ..panels import Panel, Room
+from ..thin import numbers
+
+_LAYERS = 40
+_DOTS = 6000
+_DRAWS = 2000
+
+
+def section() -> Section:
+    """Two figures: when layers peak, and how many alignments chance would give."""
+    made = steps_figure("", 300, y_range=Range1d(0, 1))
+    made.yaxis.ticker = FixedTicker(ticks=[])
+    add_dots(made, "peaks", [("layer", "@name"), ("group", "@group"), ("segment from step", "@x{0}")], size=5)
+    made.ygrid.grid_line_color = None
+    null = plain_figure("segments at which every layer peaks", "draws", 240, x_range=Range1d(0, 1))
+    null.xaxis.ticker.min_interval = 1
+    add_boxes(null, "draws", ACCENT, [("alignments", "@left{0} to @right{0}"), ("draws", "@top{0}")], 0.5)
+    add_level(null, 0, "height", "observed")
+    return Section(
+        "peaks",
+        "Peak moments",
+        "A dot is one of a layer's strongest moments of learning, a local minimum of its allocation; "
+        "darker ones are segments at which every layer has one. "
+        "The bars below say how many such coincidences there would be if the layers were shifted against each other at random.",
+        {"peaks": made, "null": null},
+        {
+            "peaks": [("muted", "one layer"), ("ink", "all layers")],
+            "null": [("accent", "shifted at random"), ("muted", "observed (dashed)")],
+        },
+        {"peaks": "When each layer peaks", "null": "Coincidences, against chance"},
+    )
+
+
+def block(panel: Panel, room: Room) -> Block:
+    """Dots of every group together, or of one."""
+    found, left_out = panel.find("peaks", draws=_DRAWS)
+    if found is None:
+        return Block(notes=[left_out])
+    notes = [left_out] if left_out else []
+    names = [clean(name) for name in found["layer"].values]
+    shown = len(names) if len(names) <= _LAYERS else _LAYERS
+    if shown < len(names):
+        notes.append(f"Peaks are drawn for the first {shown} of {count(len(names), 'layer')}.")
+    views: dict[str, dict[str, Any]] = {"peaks": {}, "null": {}}
+    for key, _, at in panel.choices:
+        views["peaks"][f"{key}|"] = _dots(found, names[:shown], at)
+    if "shift" in found:
+        views["null"]["|"] = _null(found)
+    observed, expected = float(found["observed_total"]), float(found["expected_total"])
+    of = " (all groups together)" if panel.groups is not None else ""
+    captions = {
+        "peaks": f"All of {count(len(names), 'layer')} peak together at {count(observed, 'segment')}{of}.",
+        "null": f"Observed: {count(observed)}. Layers shifted at random would give {plain(expected)}, and as many or more with p = "
+        f"{plain(float(found['p_shift']))}; shifted within stretches of training alone, with p = {plain(float(found['p_local']))}.",
+    }
+    tables = []
+    if panel.groups is not None and "p_shift_group" in found:
+        labels = found["group"].values
+        rows = [
+            [str(labels[at]), int(found["observed"].values[at]), float(found["p_shift_group"].values[at])]
+            for at in range(min(len(labels), 60))
+        ]
+        columns = [Column("group", "name"), Column("aligned segments", "count"), Column("p", "plain")]
+        tables.append(Table("Coincidences in each group", columns, rows))
+    return Block(captions, views, tables=tables, notes=notes)
+
+
+def _dots(found: Any, names: list[str], at: int | None) -> dict[str, Any]:
+    peak, aligned = (
+        found["peak"].transpose("step", "group", "layer").values,
+        found["aligned"].transpose("step", "group").values,
+    )
+    steps, labels = found["step"].values, found["group"].values
+    groups = range(peak.shape[1]) if at is None else [at]
+    where = [(step, group, layer) for group in groups for step, layer in np.argwhere(peak[:, group, : len(names)])]
+    where.sort(key=lambda each: (not aligned[each[0], each[1]], each[0]))
+    where = where[:_DOTS][::-1]
+    return {
+        "peaks": {
+            "x": numbers([steps[step] for step, _, _ in where]),
+            "y": [layer for _, _, layer in where],
+            "name": {"of": names, "at": [int(layer) for _, _, layer in where]},
+            "group": {"of": [clean(label, 60) for label in labels], "at": [int(group) for _, group, _ in where]},
+            "colour": {"of": ["@muted", "@ink"], "at": [int(aligned[step, group]) for step, group, _ in where]},
+        },
+        "@ticks": {"y": names},
+    }
+
+
+def _null(found: Any) -> dict[str, Any]:
+    draws = found["shift"].values
+    width = max(1, -(-int(draws.max(initial=0) - draws.min(initial=0) + 1) // 40))
+    edges = np.arange(int(draws.min(initial=0)), int(draws.max(initial=0)) + width + 1, width)
+    amount, _ = np.histogram(draws, edges)
+    return {
+        "draws": {
+            "left": numbers(edges[:-1] - 0.5),
+            "right": numbers(edges[1:] - 0.5),
+            "top": numbers(amount),
+            "bottom": {"same": len(amount), "v": 0},
+        },
+        "@level": {"observed": float(found["observed_total"])},
+        "@range": {
+            "x": [min(edges[0], float(found["observed_total"])) - 1, max(edges[-1], float(found["observed_total"])) + 1]
+        },
+    }

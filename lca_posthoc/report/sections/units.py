@@ -1,0 +1,107 @@
+"""Neurons and channels over time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from bokeh.models import Range1d
+
+from ..content import Block, Column, Section, Table, clean, count, listed, signed
+from ..figures import add_picture, steps_figure
+from ..panels import Panel, Room
+from ..thin import picture
+
+_LAYERS = 12
+_ROWS = 256  # units beside each other in a picture
+
+
+def section() -> Section:
+    """One figure: a heat map of units over steps."""
+    made = steps_figure("unit", 360, y_range=Range1d(0, 1))
+    add_picture(made, "units", [("unit", "$y{0}"), ("step", "$x{0}"), ("Σ allocation", "@image{0.00e+0}")])
+    made.yaxis.ticker.min_interval = 1
+    made.ygrid.grid_line_color = None
+    return Section(
+        "units",
+        "Neurons and channels",
+        "Each row is a neuron or channel, its incoming weights and its bias together, each column a stretch of training. "
+        "Rows that stay pale did little: they may be dead, or not needed.",
+        {"units": made},
+        {"units": [("helping", "helped"), ("hurting", "hurt")]},
+        {"units": "Units over training"},
+    )
+
+
+def block(panel: Panel, room: Room) -> Block:
+    """Pictures of the layers with the largest sums, for the mean over groups."""
+    if panel.run.manifest.keep == "tensors":
+        return Block(notes=[panel.find("units")[1]])
+    found, left_out = panel.find("units")
+    if found is None:
+        return Block(notes=[left_out])
+    notes = [left_out] if left_out else []
+    data = panel.of_group(found["allocated"], None).transpose("step", "unit").values
+    total = panel.of_group(found["total"], None).values
+    names = found["layer"].values.astype(str)
+    index = found["index"].values
+    order = list(dict.fromkeys(names.tolist()))
+    if not order:
+        return Block(notes=[*notes, "This model has no units."])
+    sizes = {name: float(np.abs(total[names == name]).sum()) for name in order}
+    shown = [name for name in order if name in sorted(order, key=lambda name: -sizes[name])[:_LAYERS]]
+    if len(shown) < len(order):
+        notes.append(f"Units are drawn for the {len(shown)} layers that moved most of {len(order):,}.")
+    if panel.groups is not None:
+        notes.append("Units are drawn for the mean over groups.")
+    edges = np.append(found["step"].values[:1], found["step_end"].values).astype(float)
+    pixels = room.pixels(0.2) // len(shown)
+    views: dict[str, Any] = {}
+    for place, name in enumerate(shown):
+        picked = np.flatnonzero(names == name)
+        views[f"|{place}"] = _view(data[:, picked].T, edges, pixels, notes, clean(name, 60))
+    best, worst = int(np.nanargmin(total)), int(np.nanargmax(total))
+    return Block(
+        {
+            "units": f"{count(len(total), 'unit')} in {listed([clean(name, 60) for name in order])}. Most helpful: "
+            f"{clean(names[best], 60)}[{index[best]}] ({signed(float(total[best]))}); least: {clean(names[worst], 60)}"
+            f"[{index[worst]}] ({signed(float(total[worst]))})."
+        },
+        {"units": views},
+        "Layer",
+        [clean(name, 60) for name in shown],
+        [_table(names, index, total)],
+        notes,
+    )
+
+
+def _view(
+    rows: np.ndarray[Any, Any], edges: np.ndarray[Any, Any], pixels: int, notes: list[str], name: str
+) -> dict[str, Any]:
+    """A picture of some units; units are summed in blocks, then steps, where there are more than fit."""
+    each = max(1, -(-len(rows) // _ROWS))
+    units = len(rows)
+    if each > 1:
+        rows = np.add.reduceat(rows, np.arange(0, units, each), axis=0)
+        notes.append(f"{name}: each row is the sum of {each} units.")
+    columns = max(8, pixels // len(rows))
+    if columns < rows.shape[1]:
+        starts = np.unique(np.linspace(0, rows.shape[1], columns + 1).astype(int)[:-1])
+        rows = np.add.reduceat(rows, starts, axis=1)
+    return {
+        "units": {
+            "image": picture(rows),
+            "x": [float(edges[0])],
+            "y": [-0.5],
+            "dw": [float(edges[-1] - edges[0])],
+            "dh": [float(len(rows) * each)],
+        },
+        "@range": {"y": [-0.5, len(rows) * each - 0.5]},
+    }
+
+
+def _table(names: np.ndarray[Any, Any], index: np.ndarray[Any, Any], total: np.ndarray[Any, Any]) -> Table:
+    order = np.argsort(total, kind="stable")
+    picked = [*order[:5].tolist(), *order[-5:].tolist()] if len(order) > 10 else order.tolist()
+    rows = [[f"{clean(names[at], 100)}[{index[at]}]", float(total[at])] for at in picked]
+    return Table("Units that helped most and least", [Column("unit", "name"), Column("Σ allocation", "bar")], rows)

@@ -1,0 +1,104 @@
+"""Series made small enough to travel inside a page: thinned with their extremes kept, and packed."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+MOST_POINTS = 2000
+_EXACT = 2**24  # whole numbers up to here are exact in float32
+
+Packed = dict[str, Any]
+
+
+def kept(values: np.ndarray[Any, Any], most: int = MOST_POINTS) -> np.ndarray[Any, Any]:
+    """Which points of a series to keep: the first, the last, and the lowest and highest of each of about `most / 2` stretches.
+
+    Args:
+        values: (points,), of any float type; NaN is kept only where a stretch has nothing else.
+        most: how many points to keep at most, at least 4.
+
+    Returns:
+        Ascending indices, all of them where there are at most `most`.
+
+    >>> kept(np.array([0.0, 9.0, 1.0, 2.0, 1.0, -7.0, 1.0, 3.0]), 6).tolist()
+    [0, 1, 5, 7]
+    """
+    points = len(values)
+    if points <= most:
+        return np.arange(points)
+    stretches = max(1, (most - 2) // 2)
+    edges = np.linspace(0, points, stretches + 1).astype(int)[:-1]
+    low, high = (np.where(np.isnan(values), empty, values) for empty in (np.inf, -np.inf))
+    # The first of each stretch that has its stretch's extreme value.
+    lengths = np.diff(np.append(edges, points))
+    found = [np.array([0, points - 1])]
+    for side, reduce in ((low, np.minimum), (high, np.maximum)):
+        extreme = np.repeat(reduce.reduceat(side, edges), lengths)
+        at = np.flatnonzero(side == extreme)
+        of = np.searchsorted(edges, at, side="right") - 1
+        found.append(at[np.unique(of, return_index=True)[1]])
+    return np.unique(np.concatenate(found))
+
+
+def numbers(values: Any) -> Packed:
+    """Float32 in base64, as the page reads it; whole numbers too large for that as float64."""
+    array = np.asarray(values, dtype=np.float64).ravel()
+    finite = array[np.isfinite(array)]
+    wide = bool(len(finite)) and bool((np.abs(finite) > _EXACT).any()) and bool((finite == np.round(finite)).all())
+    if wide:
+        return {"d": _base64(array.astype("<f8"))}
+    return {"f": _base64(array.astype("<f4"))}
+
+
+def lines(x: Any, ys: Any, most: int = MOST_POINTS) -> tuple[Packed, Packed]:
+    """Several series over the same `x` as the two columns of a multi-line glyph.
+
+    Args:
+        x: (points,).
+        ys: (series, points).
+        most: points of each series to keep at most.
+
+    Returns:
+        xs and ys; `x` is written once where nothing is left out.
+    """
+    x, ys = np.asarray(x, dtype=np.float64), np.asarray(ys, dtype=np.float64)
+    lengths: Sequence[int]
+    if len(x) <= most:
+        return {"same": len(ys), "v": numbers(x)}, {"n": [len(x)] * len(ys), "v": numbers(ys)}
+    at = [kept(series, most) for series in ys]
+    lengths = [len(each) for each in at]
+    picked = [series[each] for series, each in zip(ys, at, strict=True)]
+    return (
+        {"n": lengths, "v": numbers(np.concatenate([x[each] for each in at] or [x[:0]]))},
+        {"n": lengths, "v": numbers(np.concatenate(picked or [x[:0]]))},
+    )
+
+
+def picture(values: Any) -> Packed:
+    """A matrix in 255 levels, v = sign(q) (q / 127)² peak: exact zero in the middle, small values finer than large ones.
+
+    Args:
+        values: (rows, columns).
+
+    Returns:
+        Levels, `peak` (the largest magnitude) and `scale` (its 99.5 % quantile over what is not zero: where colours saturate).
+    """
+    matrix = np.nan_to_num(np.asarray(values, dtype=np.float64))
+    size = np.abs(matrix)
+    peak = float(size.max(initial=0.0))
+    scale = float(np.quantile(size[size > 0], 0.995)) if peak else 1.0
+    levels = np.sign(matrix) * np.round(np.sqrt(size / (peak or 1.0)) * 127)
+    return {"b": _base64(levels.astype("i1")), "shape": list(matrix.shape), "peak": peak, "scale": scale}
+
+
+def raw(values: np.ndarray[Any, Any]) -> str:
+    """The bytes of an array, in base64."""
+    return _base64(values)
+
+
+def _base64(array: np.ndarray[Any, Any]) -> str:
+    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")

@@ -1,0 +1,274 @@
+"""Findings made by hand, as small as they can be and still be drawn; each follows what `lca_posthoc.findings` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+STEPS = 12
+LAYERS = ("fc1", "_fc$2", "fc3")
+TENSORS = tuple(f"{layer}.{part}" for layer in LAYERS for part in ("weight", "bias"))
+GROUPS = (0, 1, 2)
+
+
+def noise(*shape: int) -> Any:
+    return np.random.default_rng(shape).normal(size=shape)
+
+
+def made(finding: str, variables: dict[str, Any], gap: bool = False, **coords: Any) -> xr.Dataset:
+    if any("step" in dims for dims, *_ in variables.values()):
+        start = np.arange(STEPS) * 5 + (np.arange(STEPS) >= 6) * 20 * gap
+        coords |= {"step": start, "step_end": ("step", start + 5)}
+    about = {"finding": finding, "run": "a.lca", "loss": "tr$ain", "split": "train", "left_out": ""}
+    return xr.Dataset(variables, coords=coords, attrs=about)
+
+
+def curve(groups: bool = False, gap: bool = False) -> xr.Dataset:
+    shape, dims = ((STEPS, 3), ("step", "group")) if groups else ((STEPS,), ("step",))
+    loss = 2 * np.exp(-np.arange(STEPS) / 4)[(..., *(None,) * (len(shape) - 1))] + 0.05 * noise(*shape)
+    residual = 1e-4 * noise(*shape)
+    variables: dict[str, Any] = {
+        "loss": (dims, loss),
+        "loss_start": (dims, np.concatenate([loss[:1] + 0.3, loss[:-1]])),
+        "predicted": (dims, loss + residual),
+        "residual": (dims, residual),
+        "residual_total": (dims, np.cumsum(residual, axis=0)),
+        "converged": ("step", np.arange(STEPS) != 4),
+        "level": ("step", np.ones(STEPS, int)),
+        "evaluations": ("step", np.full(STEPS, 2)),
+    }
+    return made("curve", variables, gap, **({"group": list(GROUPS)} if groups else {}))
+
+
+def distribution(groups: bool = False, fitted: bool = True) -> xr.Dataset:
+    ends = 10.0 ** np.arange(-9, -2)
+    lower, upper = np.append(-ends[:0:-1], ends[:-1]), np.append(-ends[-2::-1], ends[1:])
+    count = np.array([5, 300, 900, 700, 60, 3, 3, 50, 600, 800, 350, 4])
+    shape, dim = ((3,), ("group",)) if groups else ((), ())
+    figures = {"helping": 0.51, "hurting": 0.46, "mean": -1e-9, "mean_absolute": 1e-6, "standard_deviation": 2e-5}
+    figures |= {
+        "top_share": 0.4,
+        "top_share_low": 0.35,
+        "top_share_high": 0.47,
+        "gini": 0.8,
+        "gini_low": 0.77,
+        "gini_high": 0.83,
+    }
+    variables: dict[str, Any] = {name: (dim, np.full(shape, value)) for name, value in figures.items()}
+    variables["zero"] = (dim, np.full(shape, 120))
+    variables["count"] = (("bin", *dim), np.broadcast_to(count[(..., *(None,) * len(shape))], (12, *shape)))
+    if fitted:
+        variables |= {"sample": ("draw", 1e-6 * noise(50)), "weibull_shape": ((), 0.53), "weibull_scale": ((), 1e-6)}
+        variables["kurtosis"] = ((), 40.0)
+    coords = {"group": list(GROUPS)} if groups else {}
+    return made("distribution", variables, lower=("bin", lower), upper=("bin", upper), **coords)
+
+
+def helping(groups: bool = False, whole: bool = True) -> xr.Dataset:
+    shape, dims = ((STEPS, 3), ("step", "group")) if groups else ((STEPS,), ("step",))
+    share = 0.5 + 0.05 * noise(*shape)
+    each = 0.5 + 0.1 * noise(*shape, len(TENSORS))
+    variables: dict[str, Any] = {
+        "helping": (dims, share),
+        "hurting": (dims, 0.97 - share),
+        "zero": (dims, np.full(shape, 0.03)),
+        "tensor_helping": ((*dims, "tensor"), each),
+    }
+    coords: dict[str, Any] = {"tensor": list(TENSORS)} | ({"group": list(GROUPS)} if groups else {})
+    if whole:
+        edges = np.linspace(0, 1, 11)
+        variables |= {"parameters": ("share", [0, 0, 2, 10, 60, 70, 12, 3, 0, 0]), "probability": ((), 0.51)}
+        variables["expected"] = ("share", [0.0, 0, 1, 9, 64, 68, 10, 1, 0, 0])
+        coords |= {
+            "share": (edges[1:] + edges[:-1]) / 2,
+            "share_low": ("share", edges[:-1]),
+            "share_high": ("share", edges[1:]),
+        }
+        for side, away in (("hero", 0.2), ("villain", -0.2)):
+            coords[f"{side}_name"] = (side, [f"{TENSORS[0]}[{at}, 1]" for at in range(3)])
+            variables[f"{side}_share"] = (side, 0.5 + away + 0.01 * noise(3))
+            variables[f"{side}_segments"] = (side, [8, 8, 8])
+            variables[f"{side}_allocated"] = (side, -away * np.ones(3))
+            variables[f"{side}_p"] = (side, [1e-9, 0.01, 1.0])
+    return made("helping", variables, **coords)
+
+
+def oscillation(groups: bool = False, traces: int = 3, only: bool = False) -> xr.Dataset:
+    signals = ["weight", "gradient", "allocation"]
+    interval = 5 + abs(noise(len(TENSORS), 3))
+    variables: dict[str, Any] = {
+        "turns": (("tensor", "signal"), STEPS / interval),
+        "interval": (("tensor", "signal"), interval),
+        "overall_turns": ("signal", [1.0, 2, 3]),
+        "overall_interval": ("signal", [7.0, 10, 6]),
+    }
+    coords: dict[str, Any] = {"signal": signals, "tensor": list(TENSORS), "elements": ("tensor", [9] * len(TENSORS))}
+    if traces:
+        more = (3,) if groups else ()
+        dims = ("trace", "step", *(("group",) if groups else ()))
+        variables["allocation"] = (dims, 1e-5 * noise(traces, STEPS, *more))
+        if not only:
+            variables["weight"] = (("trace", "step"), noise(traces, STEPS))
+            variables["gradient"] = (dims, 1e-2 * noise(traces, STEPS, *more))
+        why = ["helped most", "hurt most", "named"]
+        coords |= {
+            "parameter": ("trace", [f"_fc$2.weight[{at}, 0]" for at in range(traces)]),
+            "why": ("trace", [why[at % 3] for at in range(traces)]),
+        }
+        coords |= {"group": list(GROUPS)} if groups else {}
+    return made("oscillation", variables, **coords)
+
+
+def layers(groups: bool = False, names: tuple[str, ...] = LAYERS, gap: bool = False) -> xr.Dataset:
+    count = len(names)
+    dims, shape = (("step", "group", "layer"), (STEPS, 3, count)) if groups else (("step", "layer"), (STEPS, count))
+    allocated = 0.01 * noise(*shape) - 0.02
+    elements = np.arange(1, count + 1) * 10
+    last = ("layer", "group") if groups else ("layer",)
+    total = allocated.sum(0).T
+    variables: dict[str, Any] = {
+        "allocated": (dims, allocated),
+        "cumulative": (dims, np.cumsum(allocated, axis=0)),
+        "total": (last, total),
+        "mean": (last, (total.T / elements).T),
+        "helping": (last, np.full(total.shape, 0.5)),
+    }
+    coords: dict[str, Any] = {"layer": list(names), "elements": ("layer", elements), "role": ("layer", ["all"] * count)}
+    return made("layers", variables, gap, **(coords | ({"group": list(GROUPS)} if groups else {})))
+
+
+def units(groups: bool = False, gap: bool = False) -> xr.Dataset:
+    counts = {"fc1": 4, "_fc$2": 3}
+    dims, shape = (("step", "group", "unit"), (STEPS, 3, 7)) if groups else (("step", "unit"), (STEPS, 7))
+    allocated = noise(*shape)
+    layer = [name for name, count in counts.items() for _ in range(count)]
+    index = [at for count in counts.values() for at in range(count)]
+    variables = {
+        "allocated": (dims, allocated),
+        "total": (("unit", "group") if groups else ("unit",), allocated.sum(0).T),
+    }
+    coords: dict[str, Any] = {"layer": ("unit", layer), "index": ("unit", index)}
+    return made("units", variables, gap, **(coords | ({"group": list(GROUPS)} if groups else {})))
+
+
+def peaks(groups: tuple[Any, ...] = GROUPS) -> xr.Dataset:
+    peak = noise(STEPS, len(groups), 3) > 0.2
+    aligned = peak.all(-1)
+    variables = {
+        "peak": (("step", "group", "layer"), peak),
+        "aligned": (("step", "group"), aligned),
+        "observed": ("group", aligned.sum(0)),
+        "observed_total": ((), aligned.sum()),
+        "expected_total": ((), 1.5),
+        "shift": ("draw", np.random.default_rng(0).poisson(1.5, 200)),
+        "local": ("draw", np.random.default_rng(1).poisson(1.2, 200)),
+        "p_local": ((), 0.03),
+        "p_shift": ((), 0.04),
+        "p_independent": ((), 0.02),
+        "p_shift_group": ("group", [0.1] * len(groups)),
+    }
+    found = made("peaks", variables, group=list(groups), layer=list(LAYERS))
+    return found.assign_attrs(signal="allocation")
+
+
+QUADRANTS = (
+    "both helped",
+    "helped train, hurt validation",
+    "hurt train, helped validation",
+    "both hurt",
+    "zero on either",
+)
+
+
+def generalisation() -> xr.Dataset:
+    variables = {
+        "train": ("layer", [-1.0, -0.3, 0.1]),
+        "validation": ("layer", [-0.9, -0.1, 0.2]),
+        "cumulative_train": (("step", "layer"), noise(STEPS, 3)),
+        "cumulative_validation": (("step", "layer"), noise(STEPS, 3)),
+        "parameters": (("quadrant", "tensor"), np.arange(5 * len(TENSORS)).reshape(5, -1)),
+        "allocated_train": (("quadrant", "tensor"), noise(5, len(TENSORS))),
+        "allocated_validation": (("quadrant", "tensor"), noise(5, len(TENSORS))),
+        "worst_train": ("worst", [-0.1, -0.2]),
+        "worst_validation": ("worst", [0.3, 0.2]),
+    }
+    names = ["fc1.weight[0, 1]", "fc3.weight[1, 1]"]
+    return made(
+        "generalisation",
+        variables,
+        layer=list(LAYERS),
+        quadrant=list(QUADRANTS),
+        tensor=list(TENSORS),
+        worst_name=("worst", names),
+    )
+
+
+def candidates(units: bool = True) -> xr.Dataset:
+    total = np.array([-1.0, -0.3, 0.1])
+    variables: dict[str, Any] = {
+        "total": ("layer", total),
+        "helping": ("layer", [0.5, 0.5, 0.5]),
+        "mean": ("layer", total / 50),
+        "freeze": ("layer", total > 0),
+        "never_helped": ("tensor", [1, 0, 2, 0, 0, 1]),
+        "silent": ("tensor", [4, 0, 0, 0, 0, 0]),
+        "dead_units": ("tensor", [1, 1, 0, 0, 0, 0]),
+        "units": ("tensor", [5] * 6),
+        "parameter_allocated": ("parameter", [0.3, 0.2]),
+        "parameter_helping": ("parameter", [0.4, 0.3]),
+    }
+    coords: dict[str, Any] = {"layer": list(LAYERS), "tensor": list(TENSORS), "elements": ("layer", [24] * 3)}
+    coords["parameter_name"] = ("parameter", ["_fc$2.weight[1, 1]", "fc1.bias[0]"])
+    if units:
+        variables["unit_total"] = ("unit", [0.2, 0.1])
+        coords |= {"unit_name": ("unit", ["fc1[3]", "fc3[0]"]), "dead_name": ("dead", ["fc1[1]"])}
+    return made("candidates", variables, **coords)
+
+
+def compare(runs: tuple[int, ...] = (3, 1)) -> xr.Dataset:
+    names = ["adam", "_sgd$"][: len(runs)]
+    each = noise(len(runs), 3, max(runs))
+    for at, count in enumerate(runs):
+        each[at, :, count:] = np.nan
+    mean = np.nanmean(each, axis=-1)
+    half = np.where(np.array(runs)[:, None] > 1, 0.4, np.nan) + np.zeros(3)
+    variables: dict[str, Any] = {
+        "mean": (("label", "layer"), mean),
+        "low": (("label", "layer"), mean - half),
+        "high": (("label", "layer"), mean + half),
+        "p": (("label", "layer"), np.where(np.isnan(half), np.nan, 0.01)),
+        "p_holm": (("label", "layer"), np.where(np.isnan(half), np.nan, 0.03)),
+        "total": (("label", "layer", "run"), each),
+        "runs": ("label", list(runs)),
+    }
+    return made("compare", variables, label=names, layer=list(LAYERS))
+
+
+def microscope(groups: bool = False) -> xr.Dataset:
+    shapes = {
+        "fc1.weight": (10, 78),
+        "fc1.bias": (10, 1),
+        "_fc$2.weight": (4, 10),
+        "_fc$2.bias": (4, 1),
+        "scale": (1, 1),
+    }
+    variables: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        about = {"shape": [size for size in shape if size > 1], "pool": [1, 1], "axes": [[0], [1]], "units": "loss"}
+        values = (1e-4 * noise(STEPS, *shape)).astype("float32")
+        variables[name] = (("step", f"{name}:row", f"{name}:column"), values, about)
+    loss = np.exp(-np.arange(STEPS + 1) / 4)
+    coords = {"step:loss_start": ("step", loss[:-1]), "step:loss_end": ("step", loss[1:])}
+    return made("microscope", variables, **coords).assign_attrs(scale=2e-4)
+
+
+MADE: dict[str, Callable[..., xr.Dataset]] = {
+    each.__name__: each
+    for each in (
+        *(candidates, compare, curve, distribution, generalisation, helping),
+        *(layers, microscope, oscillation, peaks, units),
+    )
+}
