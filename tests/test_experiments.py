@@ -94,3 +94,21 @@ def test_experiments_run_every_setting_once_and_go_on_where_they_stopped(
     with pytest.raises(RuntimeError, match=re.escape("Name another OUT")):
         experiments.experiment(tmp_path, name, experiments.Size(images=250, iterates=3), seeds=1)
     assert capsys.readouterr().out.count("seed 0") == 2 * len(found)
+
+
+@needs("mnist.safetensors")
+def test_the_command_prints_a_line_for_each_setting_and_each_of_its_layers(
+    tmp_path: Path, example: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = ["--seeds", "2", "--images", "250", "--iterates", "2"]
+    monkeypatch.setattr("sys.argv", ["experiments.py", str(tmp_path), "freeze", *sizes])
+    example("experiments").main()
+    settings, layers = (
+        part.splitlines() for part in capsys.readouterr().out.split("p against none", 1)[1].split("\n\n")
+    )
+    assert [line.split()[:2] for line in settings[1:]] == [["none", "2"], ["first", "2"], ["last", "2"]]
+    assert [line.split()[:2] for line in layers[1:]] == [
+        [layer, label] for layer in ("fc1", "fc2", "fc3") for label in ("none", "first", "last")
+    ]
+    frozen = {("fc1", "first"), ("fc3", "last")}
+    assert {tuple(line.split()[:2]) for line in layers if "+0.0000 (+0.0000 to +0.0000)" in line} == frozen

@@ -1,14 +1,16 @@
 """ResNet-20 of the paper (273,066 parameters) on CIFAR-10, at CPU size: trains it and is its own task file.
 
 ```sh
-LCA_DATA=DIR python docs/examples/cifar10_resnet20.py resnet-checkpoints
-LCA_DATA=DIR lca run resnet-checkpoints --task docs/examples/cifar10_resnet20.py --norm-stats batch --batch-size 500 --keep units
+export LCA_DATA=DIR
+python docs/examples/cifar10_resnet20.py resnet
+lca run resnet --task docs/examples/cifar10_resnet20.py --norm-stats batch --batch-size 500 --subset 0:500 --tolerance 0.01 --keep units
 ```
 
 DIR holds `cifar10.safetensors` with `train.images` (10000, 32, 32, 3) uint8 and `train.labels`; a number after the checkpoints'
-directory is how many iterates to train for. Scaled down: trained for 80 iterates and measured on 1,000 images in batches of 500,
-instead of 4,500 iterates and 45,000 images in batches of thousands. Normalisations take the statistics of their batch, which is one
-of 250 in training.
+directory is how many iterates to train for. Scaled down: trained for 80 iterates on 1,000 images and, with the command above, measured
+on 500 of them in one batch, instead of 4,500 iterates and 45,000 images in batches of thousands. The first steps at a learning rate
+of 0.1 are so large that a tolerance of 0.001 would refine them many times. Normalisations take the statistics of their batch,
+which is one of 250 in training.
 """
 
 from __future__ import annotations
