@@ -157,10 +157,12 @@ const lcaMicroscope = (() => {
 
   /* --- words --------------------------------------------------------------------------------------------------------- */
 
+  const level = (loss) => number(loss).replace(/^\+/, "");
+
   function words() {
     const from = film.step[frame], to = film.step_end[frame], slider = find("frame");
     const losses = [film.loss_start[frame], film.loss_end[frame]];
-    const change = losses.includes(null) ? "" : `, loss ${losses[0].toPrecision(4)} → ${losses[1].toPrecision(4)} (${number(losses[1] - losses[0])})`;
+    const change = losses.includes(null) ? "" : `, loss ${level(losses[0])} → ${level(losses[1])} (${number(losses[1] - losses[0])})`;
     const text = `Step ${from.toLocaleString("en")} to ${to.toLocaleString("en")}${change}`;
     find("now").textContent = text;
     slider.setAttribute("aria-valuetext", text);
