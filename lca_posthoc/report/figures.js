@@ -119,7 +119,19 @@ const lcaFigures = (() => {
       swatch.hidden = place < 0;
       if (place >= 0) swatch.style.background = tints[place % tints.length];
     });
+    if (!boxes.length) named(name, columns);
     for (const column of ["xs", "ys", "name"]) columns[column] = shown.map((at) => columns[column][at]);
+  }
+
+  /* A legend, where there is no table that could be one. */
+  function named(name, columns) {
+    const entries = columns.name.map((text, at) => {
+      const entry = document.createElement("li"), sign = document.createElement("i");
+      sign.style.background = columns.colour[at];
+      entry.append(sign, text);
+      return entry;
+    });
+    document.getElementById(`n-${name}`).replaceChildren(...entries);
   }
 
   function ticks(figure, names) {
