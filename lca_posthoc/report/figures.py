@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ def plain_figure(x: str, y: str, height: int = 300, **options: Any) -> figure:
     made.outline_line_color = made.background_fill_color = made.border_fill_color = None
     made.xgrid.grid_line_color = None
     for axis in (made.xaxis, made.yaxis):
+        axis.axis_label_text_font = axis.major_label_text_font = "system-ui, sans-serif"
         axis.axis_label_text_font_style = "normal"
         axis.axis_label_text_font_size = "12px"
         axis.major_label_text_font_size = "12px"
@@ -73,7 +75,7 @@ def add_lines(made: figure, name: str, colour: str, **options: Any) -> None:
     )
     drawn.glyph.tags = [colour]
     if tip:
-        made.add_tools(HoverTool(renderers=[drawn], tooltips=tip, mode=options.get("mode", "mouse")))
+        made.add_tools(_hover(drawn, tip, mode=options.get("mode", "mouse")))
 
 
 def add_many(made: figure, name: str, tip: list[tuple[str, str]], width: float = 1.75) -> None:
@@ -88,7 +90,7 @@ def add_many(made: figure, name: str, tip: list[tuple[str, str]], width: float =
         hover_line_color="colour",
         line_join="round",
     )
-    made.add_tools(HoverTool(renderers=[drawn], tooltips=tip, line_policy="nearest"))
+    made.add_tools(_hover(drawn, tip, line_policy="nearest"))
 
 
 def add_boxes(made: figure, name: str, colour: str, tip: list[tuple[str, str]], alpha: float = 0.8) -> None:
@@ -104,7 +106,7 @@ def add_boxes(made: figure, name: str, colour: str, tip: list[tuple[str, str]], 
         line_color=None,
     )
     drawn.glyph.tags = [colour]
-    made.add_tools(HoverTool(renderers=[drawn], tooltips=tip))
+    made.add_tools(_hover(drawn, tip))
 
 
 def add_dots(made: figure, name: str, tip: list[tuple[str, str]], size: float = 7) -> None:
@@ -118,7 +120,7 @@ def add_dots(made: figure, name: str, tip: list[tuple[str, str]], size: float = 
         fill_alpha=0.75,
         line_color=None,
     )
-    made.add_tools(HoverTool(renderers=[drawn], tooltips=tip))
+    made.add_tools(_hover(drawn, tip))
 
 
 def add_picture(made: figure, name: str, tip: list[tuple[str, str]]) -> None:
@@ -138,7 +140,7 @@ def add_picture(made: figure, name: str, tip: list[tuple[str, str]]) -> None:
         ),
         color_mapper=mapper,
     )
-    made.add_tools(HoverTool(renderers=[drawn], tooltips=tip))
+    made.add_tools(_hover(drawn, tip))
 
 
 def add_level(made: figure, at: float, dimension: str = "width", name: str = "") -> None:
@@ -147,6 +149,14 @@ def add_level(made: figure, at: float, dimension: str = "width", name: str = "")
     if name:
         drawn.name = name
     made.add_layout(drawn)
+
+
+def _hover(drawn: Any, tip: list[tuple[str, str]], **options: Any) -> HoverTool:
+    """What the pointer says; formats that begin with % are those of printf, which small numbers need."""
+    fields = (re.match(r"([@$]\w+)\{%", text) for _, text in tip)
+    return HoverTool(
+        renderers=[drawn], tooltips=tip, formatters={found[1]: "printf" for found in fields if found}, **options
+    )
 
 
 def _colour(colour: str) -> str:

@@ -59,7 +59,7 @@ const lcaMicroscope = (() => {
     let x = 0, y = 0, deep = 0;
     for (const [layer, tensors] of layers) {
       if (only !== "" && layers[Number(only)][0] !== layer) continue;
-      const sizes = tensors.map((tensor) => Math.min(cell, (width - 1) / tensor.columns));
+      const sizes = tensors.map((tensor) => Math.min(cell, (width - 2) / tensor.columns));
       let wide = 0, high = 0, line = 0, start = 0;
       const inside = tensors.map((tensor, at) => {
         const w = tensor.columns * sizes[at], h = tensor.rows * sizes[at];
@@ -72,7 +72,7 @@ const lcaMicroscope = (() => {
       });
       const label = Math.min(width, Math.max(wide, 44));
       if (x && x + label > width) { x = 0; y += deep + SPACE; deep = 0; }
-      inside.forEach((box) => found.push({ ...box, x: box.x + x, y: box.y + y + TITLE, layer, top: y, left: x, label }));
+      inside.forEach((box) => found.push({ ...box, x: box.x + x + 1, y: box.y + y + TITLE, layer, top: y, left: x, label }));
       x += label + SPACE;
       deep = Math.max(deep, TITLE + line + high);
     }
@@ -157,10 +157,12 @@ const lcaMicroscope = (() => {
 
   /* --- words --------------------------------------------------------------------------------------------------------- */
 
+  const level = (loss) => number(loss).replace(/^\+/, "");
+
   function words() {
     const from = film.step[frame], to = film.step_end[frame], slider = find("frame");
     const losses = [film.loss_start[frame], film.loss_end[frame]];
-    const change = losses.includes(null) ? "" : `, loss ${losses[0].toPrecision(4)} → ${losses[1].toPrecision(4)} (${number(losses[1] - losses[0])})`;
+    const change = losses.includes(null) ? "" : `, loss ${level(losses[0])} → ${level(losses[1])} (${number(losses[1] - losses[0])})`;
     const text = `Step ${from.toLocaleString("en")} to ${to.toLocaleString("en")}${change}`;
     find("now").textContent = text;
     slider.setAttribute("aria-valuetext", text);

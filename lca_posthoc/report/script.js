@@ -2,6 +2,7 @@
 /* What is picked: loss, group, steps, light or dark, and the rows of the layers. */
 (() => {
   const page = JSON.parse(document.getElementById("data").textContent), root = document.documentElement;
+  const PAPER = 640; // pixels that fit between the margins of a sheet
   const find = (id) => document.getElementById(id);
   const state = { panel: "0", group: "", from: null, to: null, choices: {}, moving: false, moved: null };
 
@@ -12,16 +13,22 @@
     const dark = !paper && (chosen ?? (system.matches ? "dark" : "light")) === "dark";
     root.dataset.theme = dark ? "dark" : "light";
     find("theme").setAttribute("aria-pressed", String(dark));
-    lcaFigures.paint();
+    if (!paper) lcaFigures.paint();
     lcaMicroscope.paint();
   }
   find("theme").addEventListener("click", () => {
     chosen = root.dataset.theme === "dark" ? "light" : "dark";
     theme(false);
   });
-  system.addEventListener("change", () => theme(false));
-  addEventListener("beforeprint", () => { theme(true); lcaFigures.rest(); });
-  addEventListener("afterprint", () => theme(false));
+  system.addEventListener("change", () => root.dataset.paper || theme(false));
+  addEventListener("beforeprint", () => {
+    // What bokeh draws comes later than the sheet; by night its figures are turned into those of the day instead.
+    root.dataset.paper = root.dataset.theme;
+    theme(true);
+    // Figures keep the size they were drawn in; on paper they are shrunk to its width.
+    for (const element of document.querySelectorAll(".chart, .stage")) element.style.setProperty("--zoom", Math.min(1, PAPER / (element.clientWidth || PAPER)));
+  });
+  addEventListener("afterprint", () => { delete root.dataset.paper; theme(false); });
 
   function panel(key) {
     state.panel = key;

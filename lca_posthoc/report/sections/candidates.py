@@ -63,7 +63,7 @@ def _named(found: Any, kind: str, title: str, values: list[tuple[str, str, str]]
 def _tensors(found: Any, notes: list[str]) -> Table | None:
     if "silent" not in found:
         return None
-    elements = found["elements"].values
+    elements = found["tensor_elements"].values
     shown = largest(elements, MOST_ROWS)
     if len(shown) < len(elements):
         notes.append(f"Silent parameters are listed for the {len(shown)} largest of {count(len(elements), 'tensor')}.")

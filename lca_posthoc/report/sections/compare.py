@@ -21,7 +21,7 @@ _RUNS = 8  # beside each other in a table
 def section() -> Section:
     """One figure: the loss of every run."""
     made = steps_figure("loss", 300)
-    add_many(made, "runs", [("run", "@name"), ("step", "$data_x{0}"), ("loss", "$data_y{0.0000}")])
+    add_many(made, "runs", [("run", "@name"), ("step", "$snap_x{0}"), ("loss", "$snap_y{%.5g}")])
     return Section(
         "compare",
         "Run against run",

@@ -18,13 +18,13 @@ def section() -> Section:
     """Two figures: the loss, and what the sum misses on every segment."""
     loss = steps_figure("loss", 320)
     add_lines(
-        loss, "predicted", ACCENT, width=6, alpha=0.45, tip=[("step", "@x{0}"), ("start + Σ allocation", "@y{0.00000}")]
+        loss, "predicted", ACCENT, width=6, alpha=0.45, tip=[("step", "@x{0}"), ("start + Σ allocation", "@y{%.5g}")]
     )
-    add_lines(loss, "true", INK, tip=[("step", "@x{0}"), ("loss", "@y{0.00000}")])
+    add_lines(loss, "true", INK, tip=[("step", "@x{0}"), ("loss", "@y{%.5g}")])
     residual = steps_figure("residual of a segment", 200)
     add_level(residual, 0)
     add_lines(residual, "residual", MUTED, width=1.25)
-    add_dots(residual, "worst", [("segment from step", "@x{0}"), ("residual", "@y{0.0e+0}"), ("", "@name")], size=6)
+    add_dots(residual, "worst", [("segment from step", "@x{0}"), ("residual", "@y{%+.3e}"), ("", "@name")], size=6)
     return Section(
         "curve",
         "Loss curve",

@@ -20,7 +20,7 @@ def section() -> Section:
     """One figure: sizes on a logarithmic axis, helping above and hurting below the line."""
     made = plain_figure("size of an allocation, |A|, in units of loss", "share per doubling", 320, x_axis_type="log")
     made.tags = ["percent"]
-    tip = [("|A|", "@left{0.0e+0} to @right{0.0e+0}"), ("share", "@value{0.00%}")]
+    tip = [("|A|", "@left{%.2e} to @right{%.2e}"), ("share", "@value{0.00%}")]
     for name in ("helping", "hurting"):
         add_boxes(made, name, name, tip)
     return Section(

@@ -17,14 +17,14 @@ def section() -> Section:
     """One figure: both running sums of a layer."""
     made = steps_figure("Σ allocation so far", 300)
     add_level(made, 0)
-    add_lines(made, "train", INK, tip=[("step", "@x{0}"), ("training loss", "@y{0.0000}")])
+    add_lines(made, "train", INK, tip=[("step", "@x{0}"), ("training loss", "@y{%.5g}")])
     add_lines(
         made,
         "validation",
         ACCENT,
         width=2.25,
         dash="dashed",
-        tip=[("step", "@x{0}"), ("validation loss", "@y{0.0000}")],
+        tip=[("step", "@x{0}"), ("validation loss", "@y{%.5g}")],
     )
     return Section(
         "generalisation",

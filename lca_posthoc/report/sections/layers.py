@@ -19,7 +19,7 @@ def section() -> Section:
     """One figure: the running sums of the ticked layers."""
     made = steps_figure("Σ allocation so far", 340)
     add_level(made, 0)
-    add_many(made, "layers", [("layer", "@name"), ("step", "$data_x{0}"), ("Σ so far", "$data_y{0.0000}")])
+    add_many(made, "layers", [("layer", "@name"), ("step", "$snap_x{0}"), ("Σ so far", "$snap_y{%.5g}")])
     return Section(
         "layers",
         "Layers",

@@ -27,7 +27,7 @@ def section() -> Section:
             signal,
             MUTED if signal == "gradient" else INK,
             width=1.25,
-            tip=[("step", "@x{0}"), (signal, "@y{0.000e+0}")],
+            tip=[("step", "@x{0}"), (signal, "@y{%+.3e}")],
             mode="vline",
         )
         figures[f"trace_{signal}"] = made

@@ -61,8 +61,9 @@ def block(panel: Panel, room: Room) -> Block:
     of = " (all groups together)" if panel.groups is not None else ""
     captions = {
         "peaks": f"All of {count(len(names), 'layer')} peak together at {count(observed, 'segment')}{of}.",
-        "null": f"Observed: {count(observed)}. Layers shifted at random would give {plain(expected)}, and as many or more with p = "
-        f"{plain(float(found['p_shift']))}; shifted within stretches of training alone, with p = {plain(float(found['p_local']))}.",
+        "null": f"Observed: {count(observed)}; expected of independent layers: {plain(expected)}. Layers shifted "
+        f"within stretches of training give as many or more with p = {plain(float(found['p_local']))}, shifted over the whole of it with "
+        f"p = {plain(float(found['p_shift']))}.",
     }
     tables = []
     if panel.groups is not None and "p_shift_group" in found:

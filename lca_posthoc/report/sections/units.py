@@ -19,7 +19,7 @@ _ROWS = 256  # units beside each other in a picture
 def section() -> Section:
     """One figure: a heat map of units over steps."""
     made = steps_figure("unit", 360, y_range=Range1d(0, 1))
-    add_picture(made, "units", [("unit", "$y{0}"), ("step", "$x{0}"), ("Σ allocation", "@image{0.00e+0}")])
+    add_picture(made, "units", [("unit", "$y{0}"), ("step", "$x{0}"), ("Σ allocation", "@image{%+.3e}")])
     made.yaxis.ticker.min_interval = 1
     made.ygrid.grid_line_color = None
     return Section(
