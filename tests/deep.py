@@ -44,7 +44,15 @@ def replayed(place: Path, name: str, modules: list[str], task: Task, steps: int)
             F.cross_entropy(model(inputs), targets).backward()
             optimizer.step()
             recorder.save(step)
-    return lca_posthoc.run(place / "checkpoints", task, losses=["all"], out=place / name, cluster="inline", durability="none")
+    return lca_posthoc.run(
+        place / "checkpoints",
+        task,
+        losses=["all"],
+        out=place / name,
+        rule="trapezoid",
+        cluster="inline",
+        durability="none",
+    )
 
 
 class Chain(torch.nn.Module):
@@ -62,7 +70,7 @@ class Chain(torch.nn.Module):
         return self.last(hidden)
 
 
-def deep(place: Path, layers: int = 99, steps: int = 12) -> Run:
+def deep(place: Path, layers: int = 99, steps: int = 5) -> Run:
     """A hundred layers; the mean loss, and that of each of ten classes."""
     names = [f"block{at}" for at in range(layers)]
     losses = {
@@ -90,5 +98,3 @@ def hostile(place: Path, steps: int = 6) -> Run:
         losses=losses,
     )
     return replayed(place, f"{NASTY[1]} & {NASTY[4]}.lca", modules, task, steps)
-
-

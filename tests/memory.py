@@ -38,18 +38,21 @@ CASES: dict[str, Case] = {
 CONTROL = "a whole array"  # which no finding may load
 
 
-def measured(runs: Mapping[str, Path], cases: Sequence[str], limit: float) -> Iterator[tuple[str, Measured]]:
+def measured(
+    runs: Mapping[str, Path], cases: Sequence[str], limit: float, block: int | None = None
+) -> Iterator[tuple[str, Measured]]:
     """The memory of each case.
 
     Args:
         runs: where the run of each loss is.
         cases: of `CASES`, or `CONTROL`.
         limit: MB of data a process may hold before it fails.
+        block: numbers that findings hold at a time, frames of a microscope among them; what is usual where None.
 
     Yields:
         The case and its figures, one after the other.
     """
-    given = json.dumps([{loss: str(run) for loss, run in runs.items()}, list(cases), limit])
+    given = json.dumps([{loss: str(run) for loss, run in runs.items()}, list(cases), limit, block])
     root = Path(__file__).parents[1]
     paths = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
@@ -62,13 +65,15 @@ def measured(runs: Mapping[str, Path], cases: Sequence[str], limit: float) -> It
     assert process.returncode == 0
 
 
-def _all(runs: dict[str, str], cases: list[str], limit: float) -> None:
+def _all(runs: dict[str, str], cases: list[str], limit: float, block: int | None) -> None:
     import scipy.stats  # noqa: F401  (what any finding imports is not its own memory)
     import xarray  # noqa: F401
 
     import lca_posthoc.findings
     import lca_posthoc.store  # noqa: F401
 
+    if block is not None:
+        _hold_less(block)
     for case in cases:
         reading, writing = os.pipe()
         child = os.fork()
@@ -87,6 +92,18 @@ def _all(runs: dict[str, str], cases: list[str], limit: float) -> None:
             told = file.read()
         _, status = os.waitpid(child, 0)
         print(json.dumps([case, json.loads(told) if told else f"ended with status {status}"]), flush=True)
+
+
+def _hold_less(block: int) -> None:
+    """Make every finding hold at most so many numbers at a time, so that a small run shows what a large one would."""
+    from lca_posthoc.findings import parts
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("lca_posthoc.findings.") and hasattr(module, "BLOCK"):
+            module.BLOCK = block  # type: ignore[attr-defined]
+    parts.blocks.__defaults__ = (1, block)
+    for options in [options for name, options, _ in CASES.values() if name == "microscope"]:
+        options |= {"frames": 50, "pixels": block // 50}
 
 
 def _measure(runs: dict[str, str], case: str) -> dict[str, float]:

@@ -39,7 +39,9 @@ LARGE: Shapes = {  # 9.85 million parameters; with 512 segments 20 GB of allocat
 }
 
 
-def laid_out(shapes: Shapes, segments: int, losses: Mapping[str, int | None], keep: str = "parameters") -> Manifest:
+def laid_out(
+    shapes: Shapes, segments: int, losses: Mapping[str, int | None], keep: str = "parameters", window: int | None = None
+) -> Manifest:
     """The manifest `lca run` makes for a model of these shapes; `losses` gives how many groups each has, None for none."""
     specs = [TensorSpec(name, "parameter", shape, (), 0 if shape else None) for name, shape in shapes.items()]
     keys = encode_all(shapes)
@@ -59,14 +61,21 @@ def laid_out(shapes: Shapes, segments: int, losses: Mapping[str, int | None], ke
         [StoredTensor(spec, spec.name, keys[spec.name]) for spec in specs],
         [Checkpoint(step, (Path(f"step_{step:08d}.safetensors"),), 8, 1) for step in range(segments + 1)],
         span,
-        _choose_window(segments, span),
+        window or _choose_window(segments, span),
         {**resolve({"keep": keep}, None), "device": "cpu"},
         records,
         {"task_sha256": "0" * 64, "task_losses": list(losses)},
     )
 
 
-def build(path: Path, shapes: Shapes, segments: int, losses: Mapping[str, int | None], keep: str = "parameters") -> int:
+def build(
+    path: Path,
+    shapes: Shapes,
+    segments: int,
+    losses: Mapping[str, int | None],
+    keep: str = "parameters",
+    window: int | None = None,
+) -> int:
     """Make a complete run.
 
     Args:
@@ -75,11 +84,12 @@ def build(path: Path, shapes: Shapes, segments: int, losses: Mapping[str, int | 
         segments: how many; a multiple of the length of a span.
         losses: how many groups each loss has; None for a loss without.
         keep: "parameters", "units" or "tensors".
+        window: spans per window of totals; as `lca run` chooses where None.
 
     Returns:
         Bytes of `allocation`, before compression.
     """
-    manifest = laid_out(shapes, segments, losses, keep)
+    manifest = laid_out(shapes, segments, losses, keep, window)
     writer = create(path, manifest, durable=False)
     for at, loss in enumerate(losses):
         _fill(writer, loss, at)

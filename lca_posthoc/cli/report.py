@@ -11,7 +11,15 @@ from .show import stdout
 
 @click.command()
 @click.argument("runs", type=click.Path(), nargs=-1, required=True, metavar="RUN [RUN…]")
-@click.option("-o", "--out", type=click.Path(dir_okay=False), default="report.html", show_default=True, metavar="FILE")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(dir_okay=False),
+    default="report.html",
+    show_default=True,
+    metavar="FILE",
+    help="The page to write; an older one is replaced.",
+)
 @click.option(
     "--loss",
     "losses",

@@ -27,8 +27,8 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
     Returns:
         By layer `total`, `mean` (loss), `helping` (share) and `freeze` (whether its total is above zero), of all groups together;
         by tensor counts of parameters `never_helped` (they hurt on some segment and helped on none) and `silent` (exactly zero
-        throughout), `units` and `dead_units` (all incoming weights silent); `unit_total` (unit) of the units of modules
-        that hurt most, with their bias, named by `unit_name`; `dead_name` (dead); `parameter_allocated` and
+        throughout), of `tensor_elements`, and of `units` and `dead_units` (all incoming weights silent); `unit_total` (unit) of the
+        units of modules that hurt most, with their bias, named by `unit_name`; `dead_name` (dead); `parameter_allocated` and
         `parameter_helping` (parameter), those that hurt most, named by `parameter_name`.
 
     Raises:
@@ -87,7 +87,8 @@ def _of_parameters(results: LossResults, most: int) -> tuple[dict[str, Any], dic
     for name, own in tensors.items():
         counts["units"][at[name]] = len(own.total)
         counts["dead_units"][at[name]] = int((~own.moved).sum())
-    return _tables(counts, modules, worst, most, [spec.name for spec in specs])
+    made, coords = _tables(counts, modules, worst, most, [spec.name for spec in specs])
+    return made, {**coords, "tensor_elements": ("tensor", [spec.elements for spec in specs])}
 
 
 def _hurting(

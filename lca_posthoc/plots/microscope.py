@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ FILMS = (".mp4", ".gif")
 _WIDE, _LEFT, _RIGHT = 7.2, 0.5, 0.12
 _TALLEST = 2.4  # of a row of panels
 _PICTURES = 4.2  # all rows together, about
+_MANY = 8  # modules, not inches: more are drawn closer together
 _VECTOR = 0.16  # the width of a vector beside a kernel
 _TITLE, _GAP = 0.22, 0.12  # above a row, between modules
 _FOOT = 2.3  # the colour bar, the loss and a note
@@ -31,8 +32,9 @@ _FOOT = 2.3  # the colour bar, the loss and a note
 def microscope(found: xr.Dataset, *, at: int = -1, figure: Figure | None = None) -> Figure:
     """Draws one moment of the film: a picture per tensor, pixels on one scale, and below them where in training it is.
 
-    Tensors of a module stand side by side, a bias as a narrow column beside its kernel. Very wide and very narrow pictures are
-    stretched; every pixel stands for a parameter, or for the block of parameters its axes' ticks say.
+    Tensors of a module stand side by side, a bias as a narrow column beside its kernel; of many modules, those without a kernel,
+    such as normalisation, stand behind the kernel they follow. Very wide and very narrow pictures are stretched; a pixel is a
+    parameter, or the block of parameters that the title says.
 
     Args:
         found: of `findings.microscope`.
@@ -94,7 +96,8 @@ class _Stage:
 
     def __init__(self, found: xr.Dataset, figure: Figure | None) -> None:
         self.found = found
-        rows = _rows(found, _modules([str(name) for name in found.data_vars]))
+        rows = _rows(found, _modules(found))
+        self.titles = _titles(found, rows)
         heights = [_height(found, row) for row in rows]
         self.high = sum(heights) + _TITLE * len(rows) + _FOOT
         self.figure = fresh_figure(figure, _WIDE, self.high)
@@ -123,15 +126,16 @@ class _Stage:
         for module in row:
             room = (_WIDE - _LEFT - _RIGHT - _GAP * (len(row) - 1)) * _aspect(self.found, module) / whole
             kernels = sum(_extent(self.found, name)[1] > 1 for name in module)
-            thin = min(_VECTOR, room / len(module)) if kernels else room / len(module)
-            broad = (room - thin * (len(module) - kernels)) / max(1, kernels)
+            vectors = len(module) - kernels
+            thin = min(_VECTOR, 0.45 * room / max(1, vectors)) if kernels else room / len(module)
+            broad = (room - thin * vectors) / max(1, kernels)
             at = left
             for name in module:
                 width = broad if _extent(self.found, name)[1] > 1 else thin
                 ax = self._axes(at, bottom, width - (0.03 if name != module[-1] else 0), height)
                 self.images[name] = _picture(ax, self.found[name], norm)
                 if name == module[0]:
-                    _title(ax, name, self.found, room)
+                    ax.set_title(self.titles[name], fontsize=SMALL - 0.5, pad=2, loc="left", color=INK)
                 at += width
             left += room + _GAP
 
@@ -146,12 +150,20 @@ class _Stage:
         self.when.set_text(f"training steps {start:,} → {end:,}")
 
 
-def _modules(names: Sequence[str]) -> list[list[str]]:
-    """The tensors of each module, in the model's order."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(name.rpartition(".")[0] or name, []).append(name)
-    return list(found.values())
+def _modules(found: xr.Dataset) -> list[list[str]]:
+    """The tensors of each module, in the model's order; of many modules, those without a kernel stand with the one before."""
+    modules: dict[str, list[str]] = {}
+    for name in map(str, found.data_vars):
+        modules.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    if len(modules) <= _MANY:
+        return list(modules.values())
+    joined: list[list[str]] = []
+    for module in modules.values():
+        if joined and not any(_extent(found, name)[1] > 1 for name in module):
+            joined[-1] = joined[-1] + module
+        else:
+            joined.append(module)
+    return joined
 
 
 def _extent(found: xr.Dataset, name: str) -> tuple[int, int]:
@@ -195,15 +207,20 @@ def _picture(ax: Axes, variable: xr.DataArray, norm: Any) -> AxesImage:
     return image
 
 
-def _title(ax: Axes, name: str, found: xr.Dataset, room: float) -> None:
-    """The name of the tensor and, where `room` (inches) allows it, its shape; of what stands beside it, nothing."""
-    shape = "×".join(str(extent) for extent in found[name].attrs.get("shape", _extent(found, name)))
-    pool = [int(each) for each in found[name].attrs.get("pool", (1, 1))]
-    more = f"  {shape}" + (f", {pool[0]}×{pool[1]} a pixel" if pool != [1, 1] else "")
-    letters = max(8, int(room * 72 / (0.58 * SMALL)))
-    shown = labels([name], letters)[0]
-    said = shown + more if len(shown) + len(more) <= letters else shown
-    ax.set_title(said, fontsize=SMALL - 0.5, pad=2, loc="left", color=INK)
+def _titles(found: xr.Dataset, rows: list[list[list[str]]]) -> dict[str, str]:
+    """By the first tensor of each panel, what stands above it: its name and shape, or its module's where panels are narrow."""
+    first, letters = [module[0] for row in rows for module in row], list[int]()
+    for row in rows:
+        room = (_WIDE - _LEFT - _RIGHT - _GAP * (len(row) - 1)) / sum(_aspect(found, module) for module in row)
+        letters += [int(room * _aspect(found, module) * 72 / (0.55 * (SMALL - 0.5))) for module in row]
+    whole = []
+    for name in first:
+        shape = "×".join(str(extent) for extent in found[name].attrs.get("shape", _extent(found, name)))
+        pool = [int(each) for each in found[name].attrs.get("pool", (1, 1))]
+        whole.append(f"{name}  {shape}" + (f", {pool[0]}×{pool[1]} a pixel" if pool != [1, 1] else ""))
+    if any(len(said) > most for said, most in zip(whole, letters, strict=True)):
+        whole = [name.rpartition(".")[0] or name for name in first]
+    return dict(zip(first, labels(whole, max(6, min(letters))), strict=True))
 
 
 def _loss(ax: Axes, found: xr.Dataset) -> tuple[Any, Any]:

@@ -21,7 +21,9 @@ View = Mapping[str, Any]  # source name -> columns; what begins with "@" sets up
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its heading and what its cells are: "name", "text", "right" (text), "count", "share", "plain", "number" or "bar"."""
+    """A column of a table: its heading, and the kind of its cells: "name", "text", "right" (text), "count",
+    "share", "plain", "number" or "bar".
+    """
 
     title: str
     kind: str = "number"

@@ -72,7 +72,7 @@ const lcaFigures = (() => {
       if (!share && (largest < 1e-3 || largest >= 1e7)) return value.toExponential(digits).replace(/\.?0*e\+?/, "e");
       return Number((value * scale).toPrecision(digits + 2)).toLocaleString("en", { maximumFractionDigits: 12 }) + (share ? " %" : "");
     };
-    return found.map((value) => text(value).replace("-", "−"));
+    return found.map((value) => text(value).replace(/^-/, "−"));
   };
 
   function view(name) {

@@ -15,9 +15,7 @@ _BLUE = "#3b7dd8"
 _GREY = "#8a8f98"
 
 
-def steps_figure(
-    y: str, height: int = 300, x: str = "training step", percent: bool = False, **options: Any
-) -> figure:
+def steps_figure(y: str, height: int = 300, x: str = "training step", percent: bool = False, **options: Any) -> figure:
     """A figure over training steps; all of them zoom together. `percent` writes y as percentages."""
     made = plain_figure(x, y, height, x_range=Range1d(0, 1), **options)
     made.tags = ["steps", *(["percent"] if percent else [])]
@@ -125,7 +123,9 @@ def add_dots(made: figure, name: str, tip: list[tuple[str, str]], size: float = 
 
 def add_picture(made: figure, name: str, tip: list[tuple[str, str]]) -> None:
     """A matrix in the colours of helping and hurting; the script sets its scale."""
-    mapper = LinearColorMapper(palette=[HELPING, NEUTRAL, HURTING], low=-1, high=1, name=f"{name} colours", tags=["diverging"])
+    mapper = LinearColorMapper(
+        palette=[HELPING, NEUTRAL, HURTING], low=-1, high=1, name=f"{name} colours", tags=["diverging"]
+    )
     drawn = made.image(
         "image",
         "x",

@@ -23,7 +23,7 @@ const lcaMicroscope = (() => {
     if (found === 0) return "0";
     const size = Math.abs(found);
     const text = size >= 1e-3 && size < 1e4 ? found.toPrecision(4) : found.toExponential(3).replace("e+", "e");
-    return (found > 0 ? "+" : "") + text.replace("-", "−");
+    return (found > 0 ? "+" : "") + text.replace(/^-/, "−");
   }
 
   /* Which indices a cell stands for: rows and columns each run over some axes of the tensor, the last one fastest. */

@@ -44,7 +44,9 @@ def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, 
     tensors = _tensors(found)
     if not tensors:
         return None, ["There is nothing to see under the microscope."]
-    values = np.concatenate([np.asarray(found[each["name"]].values).reshape(found.sizes["step"], -1) for each in tensors], axis=1)
+    values = np.concatenate(
+        [np.asarray(found[each["name"]].values).reshape(found.sizes["step"], -1) for each in tensors], axis=1
+    )
     exact = values.size * 2 <= size
     codes, packed = _half(values) if exact else _levels(values)
     notes = _notes(panel, found, tensors, exact)
@@ -98,18 +100,26 @@ def _levels(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], dict[st
     peak = float(np.abs(values).max(initial=0.0)) or 1.0
     levels = np.round(np.sqrt(np.abs(values.astype(np.float64)) / peak) * 127)
     codes = (128 + np.sign(values) * levels).astype("u1")
-    return codes, {"code": "levels", "unit": peak, "rounding": "rounded to one of 255 levels, to 0.8 % of the largest value at worst"}
+    return codes, {
+        "code": "levels",
+        "unit": peak,
+        "rounding": "rounded to one of 255 levels, to 0.8 % of the largest value at worst",
+    }
 
 
 def _notes(panel: Panel, found: xr.Dataset, tensors: list[dict[str, Any]], exact: bool) -> list[str]:
     notes = [clean(found.attrs["left_out"], 400)] if found.attrs.get("left_out") else []
     segments = panel.summary["segments"]
     if found.sizes["step"] < segments:
-        notes.append(f"The microscope shows {found.sizes['step']} frames, each the sum of up to {math.ceil(segments / found.sizes['step'])} of {segments:,} segments.")
-    pooled = [each for each in tensors if math.prod(each["pool"]) > 1]
+        each = math.ceil(segments / found.sizes["step"])
+        notes.append(
+            f"The microscope shows {found.sizes['step']} frames, each the sum of up to {each} of {segments:,} segments."
+        )
+    pooled = [tensor for tensor in tensors if math.prod(tensor["pool"]) > 1]
     if pooled:
-        most = max(math.prod(each["pool"]) for each in pooled)
-        notes.append(f"Under the microscope {count(len(pooled), 'tensor')} of {len(tensors):,} are pooled, up to {most:,} parameters a pixel (their sum).")
+        most = max(math.prod(tensor["pool"]) for tensor in pooled)
+        which = f"{count(len(pooled), 'tensor')} of {len(tensors):,}"
+        notes.append(f"Under the microscope {which} are pooled: a cell is the sum of up to {most:,} parameters.")
     if not exact:
         notes.append("Values under the microscope are rounded to one of 255 levels.")
     if panel.groups is not None:

@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,13 @@ def write_report(runs: Sequence[Run], path: str | Path, *, losses: Sequence[str]
             raise InputError(f"no run has a loss {name!r}; there are {', '.join(map(repr, known))}.")
     panels, left_out = choose(runs, losses)
     if not panels:
-        raise LCAError(f"{listed([str(run.path) for run in runs])} has no finished segment yet. Let `lca run` commit a span first.")
+        raise LCAError(
+            f"{listed([str(run.path) for run in runs])} has no finished segment yet. Let `lca run` commit a span first."
+        )
     path = Path(path)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        why = "it is a directory" if path.is_dir() else f"there is no directory {path.parent}"
+        raise InputError(f"{path} cannot be written: {why}. Name another file with -o.")
     for shrink in (1.0, 0.6, 0.3, 0.1, 0.0):
         text = _page(runs, panels, left_out, shrink).encode("utf-8", "replace")
         if len(text) <= MOST_BYTES:
@@ -104,9 +109,7 @@ def _page(runs: Sequence[Run], panels: Sequence[Panel], left_out: Sequence[str],
     notes = [*left_out, *_group_notes(panels), *frame_notes, *_block_notes(shown, panels)]
     data = {
         "panels": [{"label": panel.label, "groups": _groups(panel), "steps": _steps(panel)} for panel in panels],
-        "figures": {
-            name: json_item(made) for section, _ in shown for name, made in section.figures.items()
-        },
+        "figures": {name: json_item(made) for section, _ in shown for name, made in section.figures.items()},
         "views": _views(shown),
         "colours": _COLOURS,
     }
@@ -115,22 +118,34 @@ def _page(runs: Sequence[Run], panels: Sequence[Panel], left_out: Sequence[str],
     template.environment.globals.update(cell=cell, clean=clean)
     return template.render(
         title=f"Loss change allocation: {listed(run_labels(runs), 3)}",
-        runs=[{"label": label, "path": clean(run.path, 300)} for label, run in zip(run_labels(runs), runs, strict=True)],
+        runs=[
+            {"label": label, "path": clean(run.path, 300)} for label, run in zip(run_labels(runs), runs, strict=True)
+        ],
         panels=panels,
         headlines={panel.key: headline(panel) for panel in panels},
         sections=shown,
-        frames=None if frames is None else {"panel": panels[0].label, "layers": list(dict.fromkeys(each["layer"] for each in frames["tensors"])), **{name: frames[name] for name in ("frames", "segments", "rounding", "pooled")}},
+        frames=None
+        if frames is None
+        else {
+            "panel": panels[0].label,
+            "layers": list(dict.fromkeys(each["layer"] for each in frames["tensors"])),
+            **{name: frames[name] for name in ("frames", "segments", "rounding", "pooled")},
+        },
         frame_notes=frame_notes,
         notes=notes,
-        losses=[_loss_row(run, label, name, panels) for run, label in zip(runs, run_labels(runs), strict=True) for name in list(run)[:60]],
+        losses=[
+            _loss_row(run, label, name, panels)
+            for run, label in zip(runs, run_labels(runs), strict=True)
+            for name in list(run)[:60]
+        ],
         provenance=[(label, list(_provenance(run))) for run, label in zip(runs, run_labels(runs), strict=True)],
-        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
-        style=Markup(_read("style.css")),  # noqa: S704  # ours, like the scripts
-        scripts=[Markup(script) for script in scripts],  # noqa: S704
+        style=Markup(_read("style.css")),  # ours, like the scripts
+        scripts=[Markup(script) for script in scripts],
         hashes=" ".join(_hash(script) for script in scripts),
-        data=Markup(_json(data)),  # noqa: S704
-        frames_data=Markup(_json(frames)),  # noqa: S704
+        data=Markup(_json(data)),
+        frames_data=Markup(_json(frames)),
     )
 
 
@@ -191,8 +206,12 @@ def _loss_row(run: Run, label: str, name: str, panels: Sequence[Panel]) -> dict[
 
 def _provenance(run: Run) -> Iterator[tuple[str, str]]:
     manifest = run.manifest
+    first, last = manifest.checkpoints[0].step, manifest.checkpoints[-1].step
     yield "run", clean(run.path, 300)
-    yield "checkpoints", f"{clean(manifest.root, 300)}: {len(manifest.checkpoints):,}, steps {manifest.checkpoints[0].step:,} to {manifest.checkpoints[-1].step:,}"
+    yield (
+        "checkpoints",
+        f"{clean(manifest.root, 300)}: {len(manifest.checkpoints):,}, from step {first:,} to step {last:,}",
+    )
     yield "id", manifest.id
     for table in (manifest.settings, manifest.provenance):
         for name, value in list(table.items())[:60]:

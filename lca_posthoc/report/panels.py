@@ -45,7 +45,10 @@ class Panel:
             function: Callable[..., Any] = getattr(findings, name)
             try:
                 found = function(self.results, *arguments, **options)
-                self._found[key] = (found, clean(found.attrs.get("left_out", ""), _NOTE) if isinstance(found, xr.Dataset) else "")
+                self._found[key] = (
+                    found,
+                    clean(found.attrs.get("left_out", ""), _NOTE) if isinstance(found, xr.Dataset) else "",
+                )
             except LCAError as error:
                 self._found[key] = (None, clean(error, _NOTE))
         made: tuple[Any, str] = self._found[key]
@@ -118,7 +121,7 @@ def choose(runs: Sequence[Run], losses: Sequence[str]) -> tuple[list[Panel], lis
     labels = run_labels(runs)
     waiting = []
     for at, run in enumerate(runs):
-        names = [name for name in losses if name in run] if losses else sorted(run, key=lambda name, of=run: _later(of, name))
+        names = [name for name in losses if name in run] if losses else _in_order(run)
         finished = [name for name in names if run[name].progress()["segments_done"]]
         waiting += [(place, at, name) for place, name in enumerate(finished)]
     shown = sorted(waiting)[:MOST_PANELS]
@@ -158,6 +161,7 @@ def run_labels(runs: Sequence[Run]) -> list[str]:
     return names
 
 
-def _later(run: Run, name: str) -> tuple[bool, bool]:
-    record = run[name].record
-    return record.groups is not None, record.on is None
+def _in_order(run: Run) -> list[str]:
+    """Losses without groups first, and terms of the parameters alone after those over data."""
+    records = {name: run[name].record for name in run}
+    return sorted(run, key=lambda name: (records[name].groups is not None, records[name].on is None))

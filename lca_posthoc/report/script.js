@@ -44,7 +44,7 @@
   }
 
   /* The table of layers says what the chosen group's are. */
-  const minus = (text) => text.replace("-", "−");
+  const minus = (text) => text.replace(/^-/, "−");
   function number(value) {
     if (value === null || Number.isNaN(value)) return "–";
     if (value === 0) return "0";

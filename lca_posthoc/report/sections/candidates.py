@@ -25,7 +25,7 @@ def block(panel: Panel, room: Room) -> Block:
     if found is None:
         return Block(notes=[left_out])
     notes = [left_out] if left_out else []
-    total = panel.of_group(found["total"], None).values if "total" in found else []
+    total: Any = panel.of_group(found["total"], None).values if "total" in found else []
     freeze = [at for at in range(len(total)) if total[at] > 0]
     names = found["layer"].values
     helping = panel.of_group(found["helping"], None).values
@@ -34,7 +34,12 @@ def block(panel: Panel, room: Room) -> Block:
     tables = [
         Table("Layers that hurt in sum: try freezing them", columns, rows[:MOST_ROWS], open=True),
         _named(found, "unit", "Units that hurt most", [("total", "Σ allocation", "bar")]),
-        _named(found, "parameter", "Parameters that hurt most", [("allocated", "Σ allocation", "bar"), ("helping", "helped on", "share")]),
+        _named(
+            found,
+            "parameter",
+            "Parameters that hurt most",
+            [("allocated", "Σ allocation", "bar"), ("helping", "helped on", "share")],
+        ),
         _tensors(found, notes),
     ]
     said = f"Layers to try freezing: {listed([clean(names[at], 60) for at in freeze]) if freeze else 'none, every sum is negative'}."
@@ -63,8 +68,23 @@ def _tensors(found: Any, notes: list[str]) -> Table | None:
     if len(shown) < len(elements):
         notes.append(f"Silent parameters are listed for the {len(shown)} largest of {count(len(elements), 'tensor')}.")
     rows = [
-        [str(found["tensor"].values[at]), int(elements[at]), int(found["silent"].values[at]), int(found["never_helped"].values[at])]
+        [
+            str(found["tensor"].values[at]),
+            int(elements[at]),
+            int(found["silent"].values[at]),
+            int(found["never_helped"].values[at]),
+        ]
         for at in shown
     ]
-    columns = [Column("tensor", "name"), Column("parameters", "count"), Column("silent", "count"), Column("never helped", "count")]
-    return Table("Parameters without effect, tensor by tensor", columns, rows, "Silent: exactly zero on every segment. Never helped: hurt at least once and helped never.")
+    columns = [
+        Column("tensor", "name"),
+        Column("parameters", "count"),
+        Column("silent", "count"),
+        Column("never helped", "count"),
+    ]
+    return Table(
+        "Parameters without effect, tensor by tensor",
+        columns,
+        rows,
+        "Silent: exactly zero on every segment. Never helped: hurt at least once and helped never.",
+    )

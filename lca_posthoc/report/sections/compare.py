@@ -43,12 +43,12 @@ def block(panels: Sequence[Panel], room: Room) -> Block | None:
     for panel, found in curves:
         if found is None:
             continue
-        y = np.append(
-            panel.of_group(found["loss_start"], None).values[:1], panel.of_group(found["loss"], None).values
-        )
+        y = np.append(panel.of_group(found["loss_start"], None).values[:1], panel.of_group(found["loss"], None).values)
         x = np.append(found["step"].values[:1], found["step_end"].values)
         each_x, each_y = lines(x, y[None], room.points(len(curves), 0.1))
-        xs.append(each_x), ys.append(each_y), names.append(panel.run_label)
+        xs.append(each_x)
+        ys.append(each_y)
+        names.append(panel.run_label)
         said.append(f"{panel.run_label} {plain(float(y[0]))} → {plain(float(y[-1]))}")
     views = {"compare": {"|": {"runs": {"xs": {"join": xs}, "ys": {"join": ys}, "name": names, "colour": "@palette"}}}}
     tables, notes = _tables(same)
@@ -73,7 +73,13 @@ def _tables(same: Sequence[Panel]) -> tuple[list[Table], list[str]]:
         [label, *(float(found[name].sel(label=label)) for name in ("loss_end", "loss_change", "helping"))]
         for label in labels
     ]
-    overall = [Column("run", "name"), Column("loss at the end", "plain"), Column("loss change", "bar"), Column("helping", "share")]
-    return [Table("Runs", overall, head, open=True), Table("Σ allocation of each layer", columns, rows, open=True)], notes
-
-
+    overall = [
+        Column("run", "name"),
+        Column("loss at the end", "plain"),
+        Column("loss change", "bar"),
+        Column("helping", "share"),
+    ]
+    return [
+        Table("Runs", overall, head, open=True),
+        Table("Σ allocation of each layer", columns, rows, open=True),
+    ], notes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ..content import Block, Section, count, plain, signed
@@ -9,11 +11,15 @@ from ..figures import ACCENT, INK, MUTED, add_dots, add_level, add_lines, steps_
 from ..panels import Panel, Room
 from ..thin import kept, numbers
 
+Numbers = np.ndarray[Any, Any]
+
 
 def section() -> Section:
     """Two figures: the loss, and what the sum misses on every segment."""
     loss = steps_figure("loss", 320)
-    add_lines(loss, "predicted", ACCENT, width=6, alpha=0.45, tip=[("step", "@x{0}"), ("start + Σ allocation", "@y{0.00000}")])
+    add_lines(
+        loss, "predicted", ACCENT, width=6, alpha=0.45, tip=[("step", "@x{0}"), ("start + Σ allocation", "@y{0.00000}")]
+    )
     add_lines(loss, "true", INK, tip=[("step", "@x{0}"), ("loss", "@y{0.00000}")])
     residual = steps_figure("residual of a segment", 200)
     add_level(residual, 0)
@@ -35,11 +41,11 @@ def block(panel: Panel, room: Room) -> Block:
     found, left_out = panel.find("curve")
     if found is None:
         return Block(notes=[left_out])
-    views: dict[str, dict[str, dict[str, object]]] = {"curve": {}, "residual": {}}
+    views: dict[str, dict[str, Any]] = {"curve": {}, "residual": {}}
     steps, ends = found["step"].values, found["step_end"].values
     x = np.concatenate([steps[:1], ends])
     most = room.points(3 * len(panel.choices), 0.15)
-    captions = {}
+    captions: dict[str, str] = {}
     for key, label, at in panel.choices:
         of = {name: panel.of_group(found[name], at).values for name in ("loss", "loss_start", "predicted", "residual")}
         true, predicted = (np.concatenate([of["loss_start"][:1], of[name]]) for name in ("loss", "predicted"))
@@ -66,9 +72,9 @@ def block(panel: Panel, room: Room) -> Block:
     return Block(captions, views, notes=[left_out] if left_out else [])
 
 
-def _captions(found: object, true: np.ndarray, predicted: np.ndarray, residual: np.ndarray, bad: int, label: str) -> dict[str, str]:  # type: ignore[type-arg]
+def _captions(found: Any, true: Numbers, predicted: Numbers, residual: Numbers, bad: int, label: str) -> dict[str, str]:
     worst = int(np.abs(residual).argmax())
-    steps = found["step"].values  # type: ignore[index]
+    steps = found["step"].values
     of = f" ({label})" if label else ""
     converged = f"{count(bad, 'segment')} did not converge" if bad else "Every segment converged"
     return {

@@ -78,10 +78,14 @@ def _boxes(lower: np.ndarray[Any, Any], upper: np.ndarray[Any, Any], values: np.
 
 
 def _sentence(panel: Panel, found: xr.Dataset) -> str:
-    of = {name: float(panel.of_group(found[name], None)) for name in ("mean", "standard_deviation", "top_share", "gini") if name in found}
+    of = {
+        name: float(panel.of_group(found[name], None))
+        for name in ("mean", "standard_deviation", "top_share", "gini")
+        if name in found
+    }
     said = f"The mean allocation is {signed(of['mean'])}, against a standard deviation of {plain(of['standard_deviation'])}."
     if "top_share" in of:
-        said += f" The largest 1 % of the allocations carry {percent(of['top_share'])} of Σ|A|; their Gini coefficient is {plain(of['gini'])}."
+        said += f" The largest 1 % of them carry {percent(of['top_share'])} of Σ|A|; their Gini coefficient is {plain(of['gini'])}."
     return said
 
 

@@ -18,7 +18,14 @@ def section() -> Section:
     made = steps_figure("Σ allocation so far", 300)
     add_level(made, 0)
     add_lines(made, "train", INK, tip=[("step", "@x{0}"), ("training loss", "@y{0.0000}")])
-    add_lines(made, "validation", ACCENT, width=2.25, dash="dashed", tip=[("step", "@x{0}"), ("validation loss", "@y{0.0000}")])
+    add_lines(
+        made,
+        "validation",
+        ACCENT,
+        width=2.25,
+        dash="dashed",
+        tip=[("step", "@x{0}"), ("validation loss", "@y{0.0000}")],
+    )
     return Section(
         "generalisation",
         "Training against validation",
@@ -65,7 +72,11 @@ def block(panel: Panel, room: Room) -> Block | None:
 
 def partner(panel: Panel) -> tuple[str, str] | None:
     """The training and the validation loss of the panel's run: plain losses over different splits, named so if any is."""
-    plain = [(name, each.record) for name, each in panel.run.items() if each.record.groups is None and each.record.on is not None]
+    plain = [
+        (name, each.record)
+        for name, each in panel.run.items()
+        if each.record.groups is None and each.record.on is not None
+    ]
     plain = [(name, record) for name, record in plain if panel.run[name].complete]
     order = sorted(plain, key=lambda each: (each[1].on != "train", each[0] != "train"))
     if not order:
@@ -88,7 +99,12 @@ def _more(found: Any, pair: tuple[str, str]) -> list[Table]:
             ]
             for name in found["quadrant"].values
         ]
-        columns = [Column("over all steps", "text"), Column("parameters", "count"), Column("Σ on " + pair[0], "bar"), Column("Σ on " + pair[1], "bar")]
+        columns = [
+            Column("over all steps", "text"),
+            Column("parameters", "count"),
+            Column("Σ on " + pair[0], "bar"),
+            Column("Σ on " + pair[1], "bar"),
+        ]
         tables.append(Table("Parameters by what they did to both", columns, rows))
     if "worst_name" in found.coords:
         rows = [
@@ -96,5 +112,7 @@ def _more(found: Any, pair: tuple[str, str]) -> list[Table]:
             for at, name in enumerate(found["worst_name"].values)
         ]
         columns = [Column("parameter", "name"), Column("Σ on " + pair[0]), Column("Σ on " + pair[1], "bar")]
-        tables.append(Table(f"Parameters that lowered {clean(pair[0], 60)} and raised {clean(pair[1], 60)} most", columns, rows))
+        tables.append(
+            Table(f"Parameters that lowered {clean(pair[0], 60)} and raised {clean(pair[1], 60)} most", columns, rows)
+        )
     return [table for table in tables if table.rows]

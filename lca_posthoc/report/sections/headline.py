@@ -33,7 +33,9 @@ def headline(panel: Panel) -> Headline:
     """What was measured, the loss change, the residual, the share helping, the layers that hurt, steps that did not converge."""
     found, whole, record = panel.summary, panel.whole, panel.results.record
     change, residual = whole["loss_change"], whole["residual"]
-    groups = f" The figures are of the mean over {count(len(panel.groups), 'group')}." if panel.groups is not None else ""
+    groups = (
+        f" The figures are of the mean over {count(len(panel.groups), 'group')}." if panel.groups is not None else ""
+    )
     worst = float(np.max(np.abs(found["max_segment_residual"])))
     unconverged, segments = found["unconverged"], found["segments"]
     tolerance = panel.run.manifest.settings.get("tolerance")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ def section() -> Section:
         "helping",
         "Who helps",
         "At any one step about half of the parameters move the loss up: learning is a small surplus of help over harm. "
-        "Where the bars of the second figure reach beyond the dashed line, parameters help or hurt more often than chance alone would have it.",
+        "Where the bars of the second figure reach beyond the dashed line, parameters help or hurt more often than by chance.",
         {"helping": shares, "over_time": over},
         {
             "helping": [("helping", "help"), ("hurting", "hurt")],
@@ -69,7 +70,10 @@ def block(panel: Panel, room: Room) -> Block:
     if "parameters" in found:
         views["over_time"]["|"] = _over_time(found)
         captions["over_time"] = _often(found)
-        tables = [_list(found, "hero", "Parameters that helped most often"), _list(found, "villain", "Parameters that helped least often")]
+        tables = [
+            _list(found, "hero", "Parameters that helped most often"),
+            _list(found, "villain", "Parameters that helped least often"),
+        ]
     return Block(captions, views, "Tensor", choices, [table for table in tables if table.rows], notes)
 
 
@@ -109,11 +113,11 @@ def _often(found: xr.Dataset) -> str:
     if not total:
         return "No parameter had any effect."
     mean = float(parameters @ share) / total
-    spread = float(np.sqrt(max(0.0, parameters @ (share - mean) ** 2 / total)))
+    spread = math.sqrt(float(parameters @ (share - mean) ** 2) / total)
     expected = found["expected"].values
     weight = float(expected.sum()) or 1.0
     middle = float(expected @ share) / weight
-    chance = float(np.sqrt(max(0.0, expected @ (share - middle) ** 2 / weight)))
+    chance = math.sqrt(float(expected @ (share - middle) ** 2) / weight)
     return (
         f"{count(total, 'parameter')} had an effect; they help on {percent(mean)} of their segments, with a standard deviation of "
         f"{percent(spread)}. If each helped by chance alone it would be {percent(chance)}."
@@ -121,7 +125,7 @@ def _often(found: xr.Dataset) -> str:
 
 
 def _list(found: xr.Dataset, who: str, title: str) -> Table:
-    names = found[f"{who}_name"].values if f"{who}_name" in found.coords else []
+    names: Any = found[f"{who}_name"].values if f"{who}_name" in found.coords else []
     columns = [
         Column("parameter", "name"),
         Column("helped on", "share"),

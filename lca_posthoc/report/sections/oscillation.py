@@ -55,11 +55,15 @@ def block(panel: Panel, room: Room) -> Block:
             for name, why in zip(found["parameter"].values, found["why"].values, strict=True)
         ]
         views = _traces(panel, found, room)
-    captions = {}
+    captions: dict[str, str] = {}
     if views:
-        overall = {str(name): float(found["overall_interval"].sel(signal=name)) for name in found["signal"].values} if "overall_interval" in found else {}
+        overall = (
+            {str(name): float(found["overall_interval"].sel(signal=name)) for name in found["signal"].values}
+            if "overall_interval" in found
+            else {}
+        )
         said = ", ".join(f"{name} every {plain(value)}" for name, value in overall.items() if np.isfinite(value))
-        last = [name for name in ("trace_allocation", "trace_gradient", "trace_weight") if name in views][0]
+        last = next(name for name in ("trace_allocation", "trace_gradient", "trace_weight") if name in views)
         captions[last] = f"Mean number of segments between two turns, over all parameters: {said}." if said else ""
     tables = [_table(found, notes)] if "interval" in found else []
     return Block(captions, views, "Parameter", choices, tables, notes)
@@ -93,4 +97,9 @@ def _table(found: Any, notes: list[str]) -> Table:
         for at in shown
     ]
     columns = [Column("tensor", "name"), *(Column(name, "plain") for name in signals)]
-    return Table("Mean number of segments between two turns", columns, rows, "A turn is a change of sign; zeros in between do not count.")
+    return Table(
+        "Mean number of segments between two turns",
+        columns,
+        rows,
+        "A turn is a change of sign; zeros in between do not count.",
+    )

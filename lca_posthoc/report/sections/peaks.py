@@ -8,7 +8,7 @@ import numpy as np
 from bokeh.models import FixedTicker, Range1d
 
 from ..content import Block, Column, Section, Table, clean, count, plain
-from ..figures import ACCENT, INK, add_boxes, add_dots, add_level, plain_figure, steps_figure
+from ..figures import ACCENT, add_boxes, add_dots, add_level, plain_figure, steps_figure
 from ..panels import Panel, Room
 from ..thin import numbers
 
@@ -30,10 +30,14 @@ def section() -> Section:
     return Section(
         "peaks",
         "Peak moments",
-        "A dot is one of a layer's strongest moments of learning, a local minimum of its allocation; dark dots are segments at which every layer has one. "
+        "A dot is one of a layer's strongest moments of learning, a local minimum of its allocation; "
+        "darker ones are segments at which every layer has one. "
         "The bars below say how many such coincidences there would be if the layers were shifted against each other at random.",
         {"peaks": made, "null": null},
-        {"peaks": [("muted", "one layer"), ("ink", "all layers")], "null": [("accent", "shifted at random"), ("muted", "observed (dashed)")]},
+        {
+            "peaks": [("muted", "one layer"), ("ink", "all layers")],
+            "null": [("accent", "shifted at random"), ("muted", "observed (dashed)")],
+        },
         {"peaks": "When each layer peaks", "null": "Coincidences, against chance"},
     )
 
@@ -73,7 +77,10 @@ def block(panel: Panel, room: Room) -> Block:
 
 
 def _dots(found: Any, names: list[str], at: int | None) -> dict[str, Any]:
-    peak, aligned = found["peak"].transpose("step", "group", "layer").values, found["aligned"].transpose("step", "group").values
+    peak, aligned = (
+        found["peak"].transpose("step", "group", "layer").values,
+        found["aligned"].transpose("step", "group").values,
+    )
     steps, labels = found["step"].values, found["group"].values
     groups = range(peak.shape[1]) if at is None else [at]
     where = [(step, group, layer) for group in groups for step, layer in np.argwhere(peak[:, group, : len(names)])]
@@ -104,5 +111,7 @@ def _null(found: Any) -> dict[str, Any]:
             "bottom": {"same": len(amount), "v": 0},
         },
         "@level": {"observed": float(found["observed_total"])},
-        "@range": {"x": [min(edges[0], float(found["observed_total"])) - 1, max(edges[-1], float(found["observed_total"])) + 1]},
+        "@range": {
+            "x": [min(edges[0], float(found["observed_total"])) - 1, max(edges[-1], float(found["observed_total"])) + 1]
+        },
     }

@@ -63,8 +63,8 @@ def block(panel: Panel, room: Room) -> Block:
     best, worst = int(np.nanargmin(total)), int(np.nanargmax(total))
     return Block(
         {
-            "units": f"{count(len(total), 'unit')} in {listed([clean(name, 60) for name in order])}. The one that helped most is "
-            f"{clean(names[best], 60)}[{index[best]}] ({signed(float(total[best]))}); the one that helped least is {clean(names[worst], 60)}"
+            "units": f"{count(len(total), 'unit')} in {listed([clean(name, 60) for name in order])}. Most helpful: "
+            f"{clean(names[best], 60)}[{index[best]}] ({signed(float(total[best]))}); least: {clean(names[worst], 60)}"
             f"[{index[worst]}] ({signed(float(total[worst]))})."
         },
         {"units": views},
@@ -75,7 +75,9 @@ def block(panel: Panel, room: Room) -> Block:
     )
 
 
-def _view(rows: np.ndarray[Any, Any], edges: np.ndarray[Any, Any], pixels: int, notes: list[str], name: str) -> dict[str, Any]:
+def _view(
+    rows: np.ndarray[Any, Any], edges: np.ndarray[Any, Any], pixels: int, notes: list[str], name: str
+) -> dict[str, Any]:
     """A picture of some units; units are summed in blocks, then steps, where there are more than fit."""
     each = max(1, -(-len(rows) // _ROWS))
     units = len(rows)

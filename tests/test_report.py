@@ -1,0 +1,364 @@
+"""The report: one file, harmless whatever things are called, whole without a network, and true to the numbers of the run."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+
+from lca_posthoc import open_run
+from lca_posthoc.findings import layers, microscope
+from lca_posthoc.report import MOST_BYTES, page, write_report
+from lca_posthoc.report.thin import kept, lines, numbers, picture
+from tests.browser import Browser, browser
+from tests.deep import NASTY, deep, hostile
+from tests.small import lca, record, refused, run_lca, says, write_task
+
+GROUPS = (
+    '"validation": Loss(F.cross_entropy, on="validation")}',
+    '"validation": Loss(F.cross_entropy, on="validation"), '
+    '"per_class": Loss(F.cross_entropy, on="train", group_by=lambda inputs, targets: targets)}',
+)
+
+
+class Tags(HTMLParser):
+    """How often each tag starts, its attributes, what it points to, and the text outside of scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.attributes, self.text, self.inside = dict[str, int](), set[str](), "", ""
+        self.targets = list[str]()
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] = self.tags.get(tag, 0) + 1
+        self.attributes |= {name for name, _ in attrs}
+        self.targets += [value or "" for name, value in attrs if name in ("src", "href", "action", "srcset")]
+        self.inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.inside not in ("script", "style"):
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six segments with a loss for training, one for validation, and one by class."""
+    place = tmp_path_factory.mktemp("small")
+    task = write_task(place / "task.py", *GROUPS)
+    result = run_lca(record(place / "checkpoints"), task, place / "small.lca", "--loss", "all", "--durability", "none")
+    assert result.exit_code == 0, result.output
+    return place / "small.lca"
+
+
+@pytest.fixture(scope="module")
+def small_page(small: Path) -> Path:
+    return write_report([open_run(small)], small.parent / "small.html")
+
+
+@pytest.fixture(scope="module")
+def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("hostile")
+    return write_report([hostile(place)], place / "hostile.html")
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with browser() as found:
+        yield found
+
+
+def part(text: str, name: str) -> Any:
+    """One of the two documents that the page carries."""
+    found = re.search(f'<script type="application/json" id="{name}">(.*?)</script>', text)
+    assert found is not None
+    return json.loads(found[1])
+
+
+# --- series ----------------------------------------------------------------------------------------------------------------
+
+SERIES = some.lists(some.floats(-1e6, 1e6) | some.just(float("nan")), min_size=1, max_size=300)
+
+
+@given(SERIES, some.integers(4, 60))
+def test_thinning_keeps_the_ends_and_the_extremes_in_their_order(values: list[float], most: int) -> None:
+    series = np.array(values)
+    at = kept(series, most)
+    assert len(at) <= max(most, 4)
+    assert (np.diff(at) > 0).all()
+    assert {at[0], at[-1]} == {0, len(series) - 1}
+    known = series[~np.isnan(series)]
+    if len(known):
+        left = series[at]
+        assert np.nanmin(left) == known.min()
+        assert np.nanmax(left) == known.max()
+
+
+def test_a_peak_in_any_stretch_of_a_long_series_stays() -> None:
+    series = np.zeros(100_000)
+    series[31_234], series[77_777] = 5.0, -7.0
+    at = kept(series)
+    assert len(at) <= 2000
+    assert {31_234, 77_777} <= set(at.tolist())
+
+
+def unpacked(column: dict[str, Any]) -> np.ndarray[Any, Any]:
+    kind = next(iter(column))
+    return np.frombuffer(base64.b64decode(column[kind]), {"f": "<f4", "d": "<f8"}[kind])
+
+
+def test_numbers_come_back_and_large_steps_stay_exact() -> None:
+    assert unpacked(numbers([0.5, -2.25])).tolist() == [0.5, -2.25]
+    assert unpacked(numbers([2**24 + 1, 2**53 - 1])).tolist() == [2**24 + 1, 2**53 - 1]
+
+
+def test_lines_that_are_not_thinned_share_their_steps() -> None:
+    xs, ys = lines([1, 2, 3], [[1, 2, 3], [4, 5, 6]])
+    assert (xs["same"], unpacked(xs["v"]).tolist()) == (2, [1, 2, 3])
+    assert (ys["n"], unpacked(ys["v"]).tolist()) == ([3, 3], [1, 2, 3, 4, 5, 6])
+
+
+@given(some.lists(some.floats(-1e3, 1e3), min_size=4, max_size=4))
+def test_a_picture_keeps_signs_zeros_and_values_to_a_level(values: list[float]) -> None:
+    matrix = np.array(values).reshape(2, 2)
+    packed = picture(matrix)
+    levels = np.frombuffer(base64.b64decode(packed["b"]), "i1").astype(float).reshape(packed["shape"])
+    found = np.sign(levels) * (levels / 127) ** 2 * packed["peak"]
+    assert (found * matrix >= 0).all()
+    assert (abs(found - matrix) <= packed["peak"] / 127 + 1e-12).all()
+    assert (found[matrix == 0] == 0).all()
+
+
+# --- the file --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_one_file_and_says_where(small: Path, tmp_path: Path) -> None:
+    result = lca("report", small, "-o", tmp_path / "it.html")
+    assert result.exit_code == 0, result.output
+    says(result.stdout, f"wrote {tmp_path / 'it.html'} (")
+    assert [path.name for path in tmp_path.iterdir()] == ["it.html"]
+    found = Tags((tmp_path / "it.html").read_text())
+    assert [target for target in found.targets if not target.startswith("#") and target != "data:,"] == []
+    shown = found.text
+    says(shown, "What was left out", "task_sha256", "Layers that hurt", "residual", "small.lca")
+    order = [shown.index(title) for title in ("Headline", "Microscope", "Loss curve", "Candidates", "Provenance")]
+    assert order == sorted(order)
+
+
+def test_a_loss_or_a_file_that_cannot_be_is_refused(small: Path, tmp_path: Path) -> None:
+    refused(
+        lca("report", small, "--loss", "test", "-o", tmp_path / "it.html"), "no run has a loss 'test'", "'per_class'"
+    )
+    refused(lca("report", small, "-o", tmp_path / "nowhere" / "it.html"), "cannot be written", "-o")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_named_losses_are_shown_and_the_others_are_named(small: Path, tmp_path: Path) -> None:
+    write_report([open_run(small)], tmp_path / "it.html", losses=["per_class"])
+    text = (tmp_path / "it.html").read_text()
+    data = part(text, "data")
+    assert [panel["label"] for panel in data["panels"]] == ["per_class"]
+    assert [label for _, label in data["panels"][0]["groups"]] == ["mean over groups", "0", "1", "2", "3"]
+    says(
+        Tags(text).text,
+        "Losses that are not shown in full: train and validation. Name the ones to show with --loss NAME.",
+    )
+
+
+def test_what_the_page_carries_are_the_numbers_of_the_run(small: Path, small_page: Path) -> None:
+    run, data = open_run(small), part(small_page.read_text(), "data")
+    for key, panel in enumerate(data["panels"]):
+        found = layers(run[panel["label"]])
+        for group, view in data["views"]["@layers"][str(key)].items():
+            position = group.strip("|")
+            expected = found["total"]
+            if "group" in expected.dims:
+                weight = run["per_class"].steps["weight"][0].values
+                expected = (
+                    expected.values @ (weight / weight.sum()) if not position else expected.isel(group=int(position))
+                )
+            np.testing.assert_allclose(view["2"], np.asarray(expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize("keep", ["units", "tensors"])
+def test_what_is_not_kept_is_left_out_and_said(keep: str, tmp_path: Path) -> None:
+    run_lca(record(tmp_path / "c"), write_task(tmp_path / "t.py"), tmp_path / "r.lca", "--keep", keep)
+    write_report([open_run(tmp_path / "r.lca")], tmp_path / "it.html")
+    text = (tmp_path / "it.html").read_text()
+    says(Tags(text).text, f"The microscope needs --keep parameters; this run keeps {keep}.")
+    assert part(text, "frames") is None
+    assert ("units" in part(text, "data")["views"]) == (keep == "units")
+
+
+def test_a_page_that_would_be_too_large_is_made_smaller(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {}
+    for most in (MOST_BYTES, 0):
+        monkeypatch.setattr(page, "MOST_BYTES", most)
+        monkeypatch.setattr(page, "BYTES", 20_000)
+        sizes[most] = write_report([open_run(small)], tmp_path / f"{most}.html").stat().st_size
+    assert sizes[0] < sizes[MOST_BYTES] < MOST_BYTES
+    says(Tags((tmp_path / "0.html").read_text()).text, "Values under the microscope are rounded")
+
+
+def test_names_add_no_tag_and_no_attribute(small_page: Path, hostile_page: Path) -> None:
+    text = hostile_page.read_text()
+    found, plain = Tags(text), Tags(small_page.read_text())
+    assert set(found.tags) <= set(plain.tags)
+    assert found.tags["script"] == plain.tags["script"] == 6
+    assert "img" not in found.tags
+    assert found.tags["svg"] == plain.tags["svg"] == 1
+    assert [name for name in found.attributes if name.startswith("on")] == []
+    says(found.text, *(name for name in NASTY[:6] if "$" not in name))
+    assert re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e]", text.replace("\r", "")) is None
+
+
+# --- in a browser ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_hostile_run_stays_harmless_in_a_browser(chromium: Browser, hostile_page: Path) -> None:
+    for size, scheme in (("desktop", "light"), ("phone", "dark")):
+        with chromium.opened(hostile_page, size, scheme) as opened:
+            for panel in ("1", "2", "0"):
+                opened.page.select_option("#panel", panel)
+            for figure in ("layers", "peaks"):
+                opened.page.locator(f"#f-{figure}").scroll_into_view_if_needed()
+                box = opened.page.locator(f"#f-{figure}").bounding_box()
+                for across in range(10, 100, 10):
+                    opened.page.mouse.move(
+                        box["x"] + box["width"] * across / 100, box["y"] + box["height"] * across / 100
+                    )
+            assert opened.faults == []
+            assert opened.count("img") == opened.count("main svg:not(#track)") == 0
+            assert opened.count("script") == 6
+            assert opened.js("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_hundred_layers_and_ten_groups(chromium: Browser, tmp_path: Path) -> None:
+    run = deep(tmp_path)
+    path = write_report([run], tmp_path / "it.html")
+    assert path.stat().st_size <= MOST_BYTES
+    says(Tags(path.read_text()).text, "Layers: 40 layers with smaller sums are not shown.")
+    with chromium.opened(path) as opened:
+        assert opened.count("table[data-live='layers'][data-panel='0'] tbody tr") == 60
+        assert len(opened.source("layers", "layers")["xs"]) == 6
+        opened.page.select_option("#panel", "1")
+        assert opened.count("#group option") == 11
+        before = opened.text("table[data-live='layers'] td.bar .number")
+        lines_before = opened.source("layers", "layers")["ys"]
+        opened.page.select_option("#group", "7")
+        found = layers(run["per_class"])["total"].isel(group=7)
+        first = str(opened.js("document.querySelector(\"table[data-live='layers'][data-panel='1'] tbody th\").title"))
+        assert opened.text("table[data-live='layers'] td.bar .number") != before
+        shown = opened.text("table[data-live='layers'] td.bar .number").replace("−", "-")
+        assert float(shown) == pytest.approx(float(found.sel(layer=first)), rel=1e-3)
+        assert opened.source("layers", "layers")["ys"] != lines_before
+        assert opened.faults == []
+
+
+def test_the_microscope_moves_and_says_the_right_value(chromium: Browser, small: Path, small_page: Path) -> None:
+    frames = microscope(open_run(small)["train"])
+    name, row, column = "hidden.weight", 3, 17
+    with chromium.opened(small_page) as opened:
+        opened.page.locator("#microscope").scroll_into_view_if_needed()
+        pictures = set()
+        for frame in range(6):
+            opened.page.locator("#frame").fill(str(frame))
+            pictures.add(opened.picture())
+            assert opened.text("#now").startswith(f"Step {10 * frame} to {10 * frame + 10}, loss ")
+            opened.page.mouse.move(
+                *opened.js("([name, row, column]) => lcaMicroscope.locate(name, row, column)", [name, row, column])
+            )
+            said = opened.text("#tip")
+            where, value = re.match(r"(.*): ([^,]*), (?:helped|hurt)$", said).groups()  # type: ignore[union-attr]
+            assert where == f"{name}[{row}, {column}]"
+            expected = float(frames[name][frame, row, column])
+            assert float(value.replace("−", "-")) == pytest.approx(expected, rel=1e-3)
+        assert len(pictures) == 6
+        opened.page.locator("#picture").focus()
+        opened.page.keyboard.press("ArrowRight")
+        assert opened.text("#cell").startswith(f"{name}[{row}, {column + 1}]")
+        opened.page.select_option("#layer", label="out")
+        assert opened.js("lcaMicroscope.locate('out.weight', 0, 0)[0] > 0")
+        opened.page.keyboard.press("Tab")
+        before = opened.js("document.querySelector('#track .mark').getAttribute('x1')")
+        opened.page.locator("#play").click()
+        opened.page.wait_for_selector("#play[aria-pressed='false']")
+        assert opened.js("document.querySelector('#frame').value") == "5"
+        assert opened.js("document.querySelector('#track .mark').getAttribute('x1')") >= before
+        assert opened.faults == []
+
+
+def test_losses_steps_layers_and_colours_can_be_picked(chromium: Browser, small: Path, small_page: Path) -> None:
+    with chromium.opened(small_page) as opened:
+        train = opened.source("curve", "true")["y"]
+        assert train[0] == pytest.approx(float(open_run(small)["train"].steps["loss_start"][0]), rel=1e-6)
+        opened.page.locator("[data-show='1']").click()
+        assert opened.source("curve", "true")["y"] != train
+        assert opened.text("#headline .measured").startswith("Loss validation")
+        opened.page.locator("#from").fill("20")
+        opened.page.locator("#from").press("Tab")
+        assert opened.js("lcaFigures.one('curve').model.x_range.start") == 20
+        assert opened.js("lcaFigures.one('layers').model.x_range.start") == 20
+        opened.page.locator("#all").click()
+        assert opened.js("lcaFigures.one('layers').model.x_range.start") < 0.5
+        opened.page.locator("table[data-live='layers'][data-panel='1'] input").first.uncheck()
+        assert opened.source("layers", "layers")["name"] == ["out"]
+        background = "getComputedStyle(document.body).backgroundColor"
+        light, axis = opened.js(background), "String(lcaFigures.one('curve').model.below[0].major_label_text_color)"
+        was = opened.js(axis)
+        opened.page.locator("#theme").click()
+        assert opened.js(background) != light
+        assert opened.js(axis) != was
+        assert opened.faults == []
+
+
+NAMELESS = """[...document.querySelectorAll('button, select, input, canvas[role], [role=region]')].filter((each) => each.offsetParent
+    && !(each.labels?.length || each.getAttribute('aria-label') || each.textContent.trim())).map((each) => each.outerHTML)"""
+UNTOLD = """[...document.querySelectorAll('figure')].filter((each) => !each.querySelector('h3').textContent.trim()
+    || !document.getElementById(each.getAttribute('aria-labelledby'))).map((each) => each.dataset.figure)"""
+
+
+def test_the_page_prints_and_can_be_used_without_a_mouse(chromium: Browser, small_page: Path) -> None:
+    with chromium.opened(small_page, scheme="dark") as opened:
+        assert len(opened.page.pdf()) > 50_000
+        opened.page.emulate_media(media="print")
+        assert opened.js("getComputedStyle(document.getElementById('controls')).display") == "none"
+        opened.page.emulate_media(media="screen")
+        assert opened.js(NAMELESS) == opened.js(UNTOLD) == []
+        levels = opened.js("[...document.querySelectorAll('h1, h2, h3')].map((each) => Number(each.tagName[1]))")
+        assert levels[0] == 1
+        assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+        assert opened.faults == []
+
+
+def test_several_runs_are_compared_first(chromium: Browser, small: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.lca"
+    checkpoints = record(tmp_path / "checkpoints")
+    assert (
+        run_lca(checkpoints, write_task(tmp_path / "t.py"), other, "--steps", "0:40", "--durability", "none").exit_code
+        == 0
+    )
+    result = lca("report", small, other, "-o", tmp_path / "both.html")
+    assert result.exit_code == 0, result.output
+    with chromium.opened(tmp_path / "both.html") as opened:
+        titles = opened.js("[...document.querySelectorAll('main > section > h2')].map((each) => each.textContent)")
+        assert titles.index("Run against run") < titles.index("Loss curve")
+        assert opened.source("compare", "runs")["name"] == ["small.lca", "other.lca"]
+        assert opened.js("lcaFigures.one('compare') !== undefined")
+        assert opened.faults == []
