@@ -40,12 +40,14 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
     elements = counted["elements"]
     dims = tuple(name for name in counted["helping"].dims if name != "tensor")
     total = max(1, int(elements.sum()))
-    shares = {name: counted[name].sum("tensor") / total for name in ("helping", "hurting")}
+    counts = {name: counted[name].sum("tensor").values for name in ("helping", "hurting")}
     made = {
-        "helping": described((dims, shares["helping"].values), "share", "share of parameters that help"),
-        "hurting": described((dims, shares["hurting"].values), "share", "share of parameters that hurt"),
+        "helping": described((dims, counts["helping"] / total), "share", "share of parameters that help"),
+        "hurting": described((dims, counts["hurting"] / total), "share", "share of parameters that hurt"),
         "zero": described(
-            (dims, 1 - shares["helping"].values - shares["hurting"].values), "share", "share of parameters at exactly 0"
+            (dims, (total - counts["helping"] - counts["hurting"]) / total),
+            "share",
+            "share of parameters at exactly 0",
         ),
         "tensor_helping": described(
             counted["helping"] / np.maximum(1, elements), "share", "share of the tensor's parameters that help"
