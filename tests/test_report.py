@@ -207,13 +207,24 @@ def test_what_is_not_kept_is_left_out_and_said(keep: str, tmp_path: Path) -> Non
 def test_a_page_that_would_be_too_large_is_made_smaller(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = {}
-    for most in (MOST_BYTES, 0):
-        monkeypatch.setattr(page, "MOST_BYTES", most)
-        monkeypatch.setattr(page, "BYTES", 20_000)
-        sizes[most] = write_report([open_run(small)], tmp_path / f"{most}.html").stat().st_size
-    assert sizes[0] < sizes[MOST_BYTES] < MOST_BYTES
-    says(Tags((tmp_path / "0.html").read_text()).text, "Values under the microscope are rounded")
+    monkeypatch.setattr(page, "BYTES", 20_000)
+    size = write_report([open_run(small)], tmp_path / "whole.html").stat().st_size
+    monkeypatch.setattr(page, "MOST_BYTES", size - 1)
+    assert write_report([open_run(small)], tmp_path / "smaller.html").stat().st_size < size < MOST_BYTES
+    says(Tags((tmp_path / "smaller.html").read_text()).text, "Values under the microscope are rounded")
+    monkeypatch.setattr(page, "MOST_BYTES", 1000)
+    refused(lca("report", small, "-o", tmp_path / "none.html"), "larger than", "--loss NAME", code=1)
+    assert not (tmp_path / "none.html").exists()
+
+
+def test_of_very_many_tensors_the_largest_are_under_the_microscope(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lca_posthoc.report.microscope.TENSORS", 2)
+    write_report([open_run(small)], tmp_path / "it.html", losses=["train"])
+    text = (tmp_path / "it.html").read_text()
+    assert [tensor["name"] for tensor in part(text, "frames")["tensors"]] == ["hidden.weight", "out.weight"]
+    says(Tags(text).text, "Under the microscope are the 2 largest of 4 tensors.")
 
 
 def test_names_add_no_tag_and_no_attribute(small_page: Path, hostile_page: Path) -> None:

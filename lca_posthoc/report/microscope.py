@@ -16,6 +16,7 @@ from .panels import Panel
 from .thin import raw
 
 FRAMES = 120
+TENSORS = 1000
 BYTES = 2_000_000  # of codes; a third more in base64
 _LARGEST_HALF = 32768.0
 
@@ -32,24 +33,29 @@ def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, 
     manifest = panel.run.manifest
     if manifest.keep != "parameters":
         return None, [f"The microscope needs --keep parameters; this run keeps {manifest.keep}."]
+    if not size:
+        return None, ["The microscope did not fit into the file."]
     frames = min(FRAMES, max(1, panel.summary["segments"]))
-    elements = sum(tensor.spec.elements for tensor in manifest.allocated)
+    specs = [tensor.spec for tensor in manifest.allocated if tensor.spec.kind == "parameter"]
+    chosen = set(sorted(range(len(specs)), key=lambda at: -specs[at].elements)[:TENSORS])
+    names = [spec.name for at, spec in enumerate(specs) if at in chosen]
+    elements = sum(spec.elements for at, spec in enumerate(specs) if at in chosen)
     exact = elements * frames * 2 <= size
     pixels = size // frames // (2 if exact else 1)
     finding: Callable[..., Any] = findings.microscope
     try:
-        found = finding(panel.results, frames=frames, pixels=max(1000, pixels))
+        found = finding(panel.results, tensors=names, frames=frames, pixels=max(2 * TENSORS, pixels))
     except LCAError as error:
         return None, [clean(error, 400)]
-    tensors = _tensors(found)
+    tensors = _tensors(found, names)
     if not tensors:
         return None, ["There is nothing to see under the microscope."]
-    values = np.concatenate(
-        [np.asarray(found[each["name"]].values).reshape(found.sizes["step"], -1) for each in tensors], axis=1
-    )
+    values = np.concatenate([np.asarray(found[name].values).reshape(found.sizes["step"], -1) for name in names], axis=1)
     exact = values.size * 2 <= size
     codes, packed = _half(values) if exact else _levels(values)
     notes = _notes(panel, found, tensors, exact)
+    if len(names) < len(specs):
+        notes.append(f"Under the microscope are the {len(names):,} largest of {count(len(specs), 'tensor')}.")
     return {
         **packed,
         "tensors": tensors,
@@ -65,17 +71,15 @@ def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, 
     }, notes
 
 
-def _tensors(found: xr.Dataset) -> list[dict[str, Any]]:
+def _tensors(found: xr.Dataset, names: list[str]) -> list[dict[str, Any]]:
     tensors, offset = [], 0
-    for name, variable in found.data_vars.items():
-        if variable.ndim != 3:
-            continue
+    for name in names:
+        variable = found[name]
         rows, columns = variable.shape[1:]
-        name = str(name)
         tensors.append(
             {
-                "name": name,
-                "layer": name.rpartition(".")[0] or name,
+                "name": clean(name),
+                "layer": clean(name.rpartition(".")[0] or name),
                 "rows": int(rows),
                 "columns": int(columns),
                 "offset": offset,

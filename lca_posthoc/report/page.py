@@ -21,7 +21,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from .. import __version__, colours
-from ..errors import InputError, LCAError
+from ..errors import InputError, LCAError, amount
 from ..store import Run
 from .content import Block, Section, cell, clean, listed
 from .microscope import BYTES, microscope
@@ -52,7 +52,7 @@ def write_report(runs: Sequence[Run], path: str | Path, *, losses: Sequence[str]
 
     Raises:
         InputError: where a loss is in none of the runs, or the file cannot be written.
-        LCAError: where no segment is there yet, or stored numbers are damaged.
+        LCAError: where no segment is there yet, stored numbers are damaged, or the file would still be too large.
     """
     for name in losses:
         if not any(name in run for run in runs):
@@ -71,6 +71,10 @@ def write_report(runs: Sequence[Run], path: str | Path, *, losses: Sequence[str]
         text = _page(runs, panels, left_out, shrink).encode("utf-8", "replace")
         if len(text) <= MOST_BYTES:
             break
+    else:
+        raise LCAError(
+            f"the report would be larger than {amount(MOST_BYTES)}. Show fewer runs, or fewer losses with --loss NAME."
+        )
     try:
         _replace(path, text)
     except OSError as error:
@@ -105,7 +109,7 @@ def _page(runs: Sequence[Run], panels: Sequence[Panel], left_out: Sequence[str],
         some = {key: block for key, block in blocks.items() if block is not None}
         if some:
             shown.append((module.section(), some))
-    frames, frame_notes = microscope(panels[0], int(BYTES * max(shrink, 0.1)))
+    frames, frame_notes = microscope(panels[0], int(BYTES * shrink))
     notes = [*left_out, *_group_notes(panels), *frame_notes, *_block_notes(shown, panels)]
     data = {
         "panels": [{"label": panel.label, "groups": _groups(panel), "steps": _steps(panel)} for panel in panels],
