@@ -105,7 +105,7 @@ def prepare(
     keys = encode_all(found["losses"], [record.key for record in recorded.values()])
     tensor_keys = encode_all(spec.name for spec in table)
     manifest = Manifest(
-        str(trajectory.root),
+        str(trajectory.root.resolve()),
         [StoredTensor(spec, names[spec.name], tensor_keys[spec.name]) for spec in table],
         relative(trajectory),
         span,

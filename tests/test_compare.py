@@ -277,6 +277,14 @@ def test_losses_of_one_run_can_be_compared(root: Path) -> None:
     assert (found["difference"] == 0).all()
 
 
+def test_layers_of_one_name_and_other_sizes_are_named(runs: dict[str, list[Any]]) -> None:
+    assert "numbers of parameters" not in compare(runs).attrs["left_out"]
+    assert "1 (" not in compare(runs, by=1).attrs["left_out"]
+    said = compare(runs, by=0).attrs["left_out"]
+    sizes = {kind: sum(each["parameters"] for each in summary(several[0])["tensors"]) for kind, several in runs.items()}
+    assert f"the whole network ({sizes['shallow']:,} in shallow and {sizes['deep']:,} in deep)" in said
+
+
 def test_unfinished_runs_are_compared_as_far_as_they_are_and_named(root: Path, tmp_path: Path) -> None:
     place = Path(shutil.copytree(root / "shallow-1.lca", tmp_path / "part.lca"))
     marker(place, "train", 1).unlink()

@@ -547,6 +547,15 @@ def test_an_unfinished_loss_is_exported_as_far_as_it_is(plain: Path, tmp_path: P
     assert 0 < read_netcdf(tmp_path / "out" / "train" / "curve.nc").sizes["step"] < 6
 
 
+def test_losses_that_are_unequally_far_do_not_stop_the_others(plain: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(plain / "r.lca", tmp_path / "r.lca"))
+    sorted(run.glob("commits/train/0*.json"))[-1].unlink()
+    result = lca("export", run, "-o", tmp_path / "out", "--format", "csv")
+    assert result.exit_code == 0, result.output
+    says(result.stderr, "generalisation of loss 'train' is left out: ", "same segments", "lca run")
+    assert (tmp_path / "out" / "validation" / "layers_layer.csv").is_file()
+
+
 @pytest.mark.parametrize(("format_", "package"), [("parquet", "pyarrow"), ("tensorboard", "tensorboard")])
 def test_a_package_that_is_missing_is_named(format_: str, package: str, plain: Path, tmp_path: Path) -> None:
     code = (

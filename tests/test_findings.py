@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -550,3 +551,27 @@ def test_kept_tensors_leave_a_remainder(tmp_path: Path) -> None:
     found = findings.curve(opened["train"])
     close(found["predicted"], found["loss"])
     assert "remainder" in findings.layers(opened["train"]).attrs["left_out"]
+
+
+def test_checkpoints_are_found_beside_a_run_that_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the reader stands; and where they are gone, the way out is said and nothing else is lost."""
+    (tmp_path / "made").mkdir()
+    monkeypatch.chdir(tmp_path)
+    bowl.replay(Path("made"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert "weight" in findings.oscillation(open_run("../made/parameters.lca")["train"])
+    shutil.move(tmp_path / "made", tmp_path / "moved")
+    assert "weight" in findings.oscillation(open_run(tmp_path / "moved" / "parameters.lca")["train"])
+    shutil.move(tmp_path / "moved" / "ck", tmp_path / "away")
+    train = open_run(tmp_path / "moved" / "parameters.lca")["train"]
+    without = findings.oscillation(train)
+    assert "weight" not in without
+    assert "checkpoints=" in without.attrs["left_out"]
+    assert "weight" in findings.oscillation(train, checkpoints=tmp_path / "away")
+
+
+def test_a_run_is_no_loss(replayed: Bowl) -> None:
+    for name in ("curve", "layers", "helping", "distribution", "oscillation", "units", "candidates", "microscope"):
+        with pytest.raises(InputError, match='open_run\\(RUN\\)\\["train"\\]'):
+            getattr(findings, name)(replayed.run)

@@ -126,7 +126,7 @@ def print_comparison(found: Any) -> None:
     headline.add_row("helping", *(share(float(of["helping"])) for of in by_label))
     if repeats:
         headline.add_row(
-            "p: loss at the end as of the first", *(_number(of["p_loss_end"], "{:.2g}") for of in by_label)
+            f"p, loss at the end against {labels[0]}", *(_number(of["p_loss_end"], "{:.2g}") for of in by_label)
         )
     columns = []
     for at, label in enumerate(labels):

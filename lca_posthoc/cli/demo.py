@@ -30,7 +30,8 @@ def command(directory: Path) -> None:
     print_summary({name: summary(opened[name]) for name in opened})
     console = stdout()
     console.print("\nTry next:")
-    console.print(f"  lca summary {opened.path} --json", markup=False)
+    console.print(f"  lca plot {opened.path} microscope -o {directory / 'film.gif'}", markup=False)
+    console.print(f"  lca export {opened.path} -o {directory / 'tables'} --format csv", markup=False)
     console.print(
         f"  lca run {directory / 'checkpoints'} --task lca_posthoc.demo:task --rule trapezoid --out {directory / 'quick.lca'}",
         markup=False,

@@ -70,7 +70,7 @@ def _pair(run: Run, names: Sequence[str]) -> tuple[LossResults, LossResults] | N
     return next(((over[0], each) for each in over if each.record.on != over[0].record.on), None)
 
 
-def _obstacle(results: LossResults, name: str, pair: object) -> str | None:
+def _obstacle(results: LossResults, name: str, pair: tuple[LossResults, LossResults] | None) -> str | None:
     """Why a finding cannot be had; None where it can."""
     keep = results.manifest.keep
     if not results.progress()["segments_done"]:
@@ -79,4 +79,6 @@ def _obstacle(results: LossResults, name: str, pair: object) -> str | None:
         return f"the run keeps {keep} (--keep {keep}). Run again into another directory with --keep {NEEDS[name][0]}."
     if name == PAIRED and pair is None:
         return "it needs two losses without groups over different splits, such as train and validation."
+    if name == PAIRED and pair is not None and not pair[0].steps["step"].equals(pair[1].steps["step"]):
+        return "its two losses do not have the same segments yet. Run `lca run` again to finish both."
     return None

@@ -72,7 +72,7 @@ def export(
         if len(made) != 1:
             raise InputError(
                 f"{place} is one file, and there are {len(made)} to write ({', '.join(path.name for path in made[:4])}, …). "
-                "Name a directory with -o, or one --loss and one --finding."
+                "Name a directory with -o; a file takes one --loss and one --finding that is a single table, such as curve."
             )
         (building / made[0]).rename(place)
         return [place]

@@ -70,6 +70,7 @@ def compare(
     made = _of_layers(padded(sums), confidence) | _of_labels(head, confidence)
     made["runs"] = (("label",), np.array([len(some) for some in found]), "runs", "runs under the label")
     left = [word for one in (one for several in given.values() for one in several) for word in _left_out(one)]
+    left += _unlike([(label, one) for label, some in zip(given, found, strict=True) for one in some], by)
     return xr.Dataset(
         {name: described((dims, values), units, text) for name, (dims, values, units, text) in made.items()},
         coords={
@@ -115,6 +116,24 @@ def _layer_sums(one: dict[str, Any], layers: list[str], by: str | int) -> list[f
     for tensor in one["tensors"]:
         parts.setdefault(layer_of(tensor["name"], by), []).append(tensor["allocated"])
     return [math.fsum(parts[layer]) if layer in parts else math.nan for layer in layers]
+
+
+def _unlike(found: list[tuple[str, dict[str, Any]]], by: str | int) -> list[str]:
+    """A word about layers of one name that do not have as many parameters in every run."""
+    sizes: dict[str, dict[int, str]] = {}
+    for label, one in found:
+        counts: dict[str, int] = {}
+        for tensor in one["tensors"]:
+            layer = layer_of(tensor["name"], by)
+            counts[layer] = counts.get(layer, 0) + tensor["parameters"]
+        for layer, count in counts.items():
+            sizes.setdefault(layer, {}).setdefault(count, label)
+    unlike = [
+        f"{layer or 'the whole network'} ({' and '.join(f'{count:,} in {label}' for count, label in of.items())})"
+        for layer, of in sizes.items()
+        if len(of) > 1
+    ]
+    return [f"layers of the same name with other numbers of parameters: {', '.join(unlike[:6])}."] if unlike else []
 
 
 def _left_out(results: LossResults) -> list[str]:

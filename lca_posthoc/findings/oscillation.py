@@ -30,7 +30,7 @@ def oscillation(
         results: one loss of a run. Turns need every segment, at any level of `--keep`; traces `--keep parameters`.
         parameters: to trace, as "fc1.weight[3, 17]"; without, the `most` that helped and the `most` that hurt most.
         most: how many of each.
-        checkpoints: the directory the run was made from, for weights and gradients; where it was, unless given.
+        checkpoints: the directory the run was made from, for weights and gradients; where it was or beside the run, unless given.
 
     Returns:
         `turns` (mean per parameter) and `interval` (segments), dims (tensor, signal) with signal weight, gradient, allocation;
@@ -59,12 +59,21 @@ def oscillation(
         traces, places = _traces(results, chosen, table)
         coords |= places
         made |= traces
-        root = Path(checkpoints or results.manifest.root)
-        if checkpoints is not None or root.is_dir():
+        root = _root(results) if checkpoints is None else Path(checkpoints)
+        if root is not None:
             made |= _weights(results, root, chosen, traces["allocation"])
         else:
-            left_out.append(f"Weights and gradients of traces need the checkpoints, which are not at {root} any more.")
+            left_out.append(
+                f"Weights and gradients of traces need the checkpoints, which are neither at {results.manifest.root} nor beside "
+                "the run: say where with checkpoints= or `lca plot --checkpoints`."
+            )
     return xr.Dataset(made, coords=coords, attrs=about(results, "oscillation", left_out))
+
+
+def _root(results: LossResults) -> Path | None:
+    """Where the checkpoints are: where they were, or, with a run that has been moved, beside it."""
+    recorded = Path(results.manifest.root)
+    return next((each for each in (recorded, results.path.resolve().parent / recorded.name) if each.is_dir()), None)
 
 
 def _parsed(results: LossResults, name: str) -> tuple[str, tuple[int, ...]]:

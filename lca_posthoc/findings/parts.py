@@ -52,7 +52,12 @@ def tables(results: LossResults) -> xr.Dataset:
 
     Raises:
         LCAError: where no segment is there yet.
+        InputError: for anything but a loss of a run.
     """
+    if not isinstance(results, LossResults):
+        raise InputError(
+            f'a finding is of one loss of a run, such as open_run(RUN)["train"], got {type(results).__name__}.'
+        )
     found = results.tensors
     if not found.sizes["step"]:
         raise LCAError(f"loss {results.name!r} has no finished segment yet. Let `lca run` commit a span first.")
