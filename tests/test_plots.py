@@ -311,6 +311,22 @@ def test_peaks_are_marks_per_group_and_layer_beside_their_null(groups: tuple[Any
     assert "p = 0.03" in words(raster.figure)
 
 
+def test_peaks_of_one_group_or_many_layers_have_a_named_row_per_layer() -> None:
+    few, _ = draw("peaks", found.peaks(("all",))).axes
+    assert [text.get_text() for text in few.get_yticklabels()] == style.labels(found.LAYERS)
+    layers = tuple(f"block.{at}" for at in range(41))
+    for groups in (("all",), (0, 1)):
+        given = found.peaks(groups, layers)
+        raster, null = draw("peaks", given).axes
+        assert [text.get_text() for text in raster.get_yticklabels()] == list(layers)
+        assert sum(len(each.get_segments()) for each in raster.collections) == int(given["peak"].sum())
+        assert len(raster.get_legend().get_texts()) == 1
+        assert raster.get_position().width > 0.4
+        assert "has no" not in words(null.figure)  # as chance would align some
+    none = given.assign(expected_total=0.0, shift=0 * given["shift"], local=0 * given["local"])
+    assert "asking all 41 layers to\npeak together has no\npower" in words(draw("peaks", none))
+
+
 def test_generalisation_joins_train_and_validation() -> None:
     given = found.generalisation().assign_attrs(loss="train, held$out")
     ax = draw("generalisation", given).axes[0]
