@@ -127,7 +127,7 @@ def _null(ax: Axes, found: xr.Dataset) -> None:
             "power: chance alone gives",
             f"{about}. Try fewer (by).",
         )
-        lines += [(each, INK) for each in said]
+        lines += [(each, INK) for each in powerless]
     tall = ax.get_window_extent().height / ax.figure.dpi * 72  # points, before the layout
     ax.set_ylim(0, tallest / (1 - min((10 * len(lines) + 8) / tall, 0.7)))
     right = observed > top / 2 or top == 1
