@@ -351,6 +351,35 @@ def test_candidates_are_bars() -> None:
     assert len(draw("candidates", found.candidates(units=False)).axes) == 3
 
 
+def test_of_many_candidates_the_largest_are_named_and_the_others_counted() -> None:
+    given = found.candidates()
+    many = given.isel(layer=[0, 1, 2] * 10).assign_coords(layer=[f"block.{at}" for at in range(30)])
+    layers = draw("candidates", many).axes[0]
+    shown = [text.get_text() for text in layers.get_yticklabels()]
+    assert len(shown) == 15
+    assert len(lengths(layers)) == 15
+    assert {name for at, name in enumerate(many["layer"].values) if at % 3 == 0} <= set(shown)  # the largest sums
+    assert "and 15 more, each 0.3 at most" in words(layers.figure)
+
+
+def test_a_panel_without_candidates_is_left_out() -> None:
+    given = found.candidates()
+    none = {name: 0 * given[name] for name in ("never_helped", "silent", "dead_units")}
+    figure = draw("candidates", given.assign(none))
+    assert len(figure.axes) == 3
+    assert "Every parameter helped on some segment." in words(figure)
+
+
+def test_labels_of_many_layers_of_units_do_not_cover_each_other() -> None:
+    given = found.units().isel(unit=[0, 4] * 100)
+    sizes = {f"l{at}": 1 if at % 3 else 4 for at in range(100)}
+    names = [name for name, count in sizes.items() for _ in range(count)][:200]
+    ax = draw("units", given.assign_coords(layer=("unit", names))).axes[0]
+    boxes = [text.get_window_extent() for text in ax.get_yticklabels()]
+    assert 10 < len(boxes) < 100
+    assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
+
+
 def test_compare_shows_means_intervals_and_single_runs() -> None:
     given = found.compare()
     ax = draw("compare", given).axes[0]

@@ -121,7 +121,7 @@ def _null(ax: Axes, found: xr.Dataset) -> None:
     if observed == 0 and usual < _POWERLESS:
         count = int(found["counted"].sum()) if "counted" in found.coords else found.sizes["layer"]
         about = f"{usual:.2f}" if usual >= 0.01 else "less than 0.01"
-        said = (
+        powerless = (
             f"asking all {count} layers to",
             "peak together has no",
             "power: chance alone gives",
