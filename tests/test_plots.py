@@ -210,8 +210,11 @@ def test_helping_shows_shares_over_time_per_tensor_and_per_parameter() -> None:
     (mesh,) = (each for each in tensors.collections if isinstance(each, QuadMesh))
     assert np.allclose(mesh.get_array(), 0.5 - given["tensor_helping"].values.T)
     assert mesh.norm.vmin == -mesh.norm.vmax
-    assert has(often, given["expected"])
-    assert any(np.array_equal(patch.get_data().values, given["parameters"]) for patch in often.patches)
+    assert has(often, given["expected"].values.reshape(5, 2).sum(1))  # of 12 segments in five bins
+    wanted = given["parameters"].values.reshape(5, 2).sum(1)
+    assert any(np.array_equal(patch.get_data().values, wanted) for patch in often.patches)
+    assert time.get_xlim() == tensors.get_xlim()
+    assert often.get_xlim() == names.get_xlim()
     dots = np.concatenate([line.get_xdata() for line in names.lines if line.get_marker() == "o"])
     assert np.array_equal(dots, [*given["hero_share"].values, *given["villain_share"].values])
     assert len(draw("helping", found.helping(whole=False)).axes) == 3
@@ -483,6 +486,15 @@ def test_long_names_are_cut_in_the_middle_and_stay_unlike_each_other() -> None:
     assert (
         style.shorten(["a" * 40, "a" * 40], 10) == ["a" * 40] * 2 or len(style.shorten(["a" * 40, "a" * 40], 10)) == 2
     )
+
+
+def test_names_of_parameters_keep_their_index_and_stay_unlike_each_other() -> None:
+    names = [f"transformer.blocks.{at}_1.conv{of}.weight[{at}, 2, 0]" for at in range(9) for of in (1, 2)]
+    short = style.parameter_labels(names, 24)
+    assert len(set(short)) == len(names)
+    assert all(each.startswith("…") for each in short)
+    assert all(name.endswith(each[1:]) and ".conv" in each for name, each in zip(names, short, strict=True))
+    assert max(map(len, short)) < 40
 
 
 def test_labels_at_the_ends_of_lines_do_not_cover_each_other() -> None:

@@ -157,6 +157,32 @@ def labels(names: Sequence[Any], most: int = 26) -> list[str]:
     return [escape(name) for name in shorten([str(name) for name in names], most)]
 
 
+def parameter_labels(names: Sequence[str], most: int = 38) -> list[str]:
+    """Names of parameters ready to be drawn: the index stays whole, and of a long tensor name what stands behind.
+
+    >>> parameter_labels(["blocks.3_2.conv2.weight[6, 2]", "blocks.3_1.conv2.weight[6, 2]", "fc.bias[0]"], 20)
+    ['…3_2.conv2.weight[6, 2]', '…3_1.conv2.weight[6, 2]', 'fc.bias[0]']
+    """
+    split = [str(name).partition("[") for name in names]
+    tensors = {tensor for tensor, *_ in split}
+    index = max((len(mark + rest) for _, mark, rest in split), default=0)
+    longest = max(map(len, tensors), default=0)
+    for width in range(max(8, most - index), longest):
+        short = {name: name if len(name) <= width else _end(name, width) for name in tensors}
+        if len(set(short.values())) == len(tensors):
+            break
+    else:
+        short = {name: name for name in tensors}
+    return [escape(f"{short[tensor]}{mark}{rest}") for tensor, mark, rest in split]
+
+
+def _end(name: str, most: int) -> str:
+    """What stands behind in a dotted name, from the start of a part where that leaves two."""
+    kept = name[len(name) - most + 1 :]
+    parts = kept.partition(".")[2]
+    return f"…{parts if '.' in parts else kept}"
+
+
 def heading(found: xr.Dataset) -> str:
     """The loss a finding is about, and its group where one was picked."""
     loss = escape(found.attrs.get("loss", ""))
