@@ -158,6 +158,22 @@ def test_curve_shows_the_loss_the_prediction_and_the_residual() -> None:
     assert "1 segment above the tolerance" in words(ax.figure)
 
 
+def test_curve_is_a_dark_loss_over_a_light_band_and_many_groups_are_told_apart() -> None:
+    given = found.curve()
+    band, line = draw("curve", given).axes[0].lines[:2]
+    assert (line.get_label(), band.get_label()) == ("loss", "start + Σ allocation")
+    assert list(line.get_ydata()[1:]) == list(given["loss"].values)
+    assert lab(to_hex(line.get_color()))[0] < 30 < 80 < lab(to_hex(band.get_color()))[0]
+    assert band.get_linewidth() > line.get_linewidth()
+    many = found.curve(groups=True).isel(group=[0, 1, 2] * 4).assign_coords(group=range(12))
+    ax = draw("curve", many).axes[0]
+    looks = {(text.get_text(), text.get_color()) for text in ax.texts}
+    assert len({hue for _, hue in looks}) == 12
+    pieces = [line for line in ax.lines if list(line.get_xdata()) == [1.015, 1.085]]
+    assert [line.get_color() for line in pieces] == style.palette(12)
+    assert {"loss", "start + Σ allocation"} <= set(words(ax.figure).splitlines())
+
+
 def test_a_line_does_not_cross_a_gap() -> None:
     given = found.curve(gap=True)
     ax = draw("curve", given).axes[0]

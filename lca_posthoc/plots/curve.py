@@ -11,7 +11,6 @@ from ..colours import FAINT, HURTING, INK, MUTED
 from ..errors import InputError
 from .style import (
     SMALL,
-    colour,
     dashes,
     end_labels,
     escape,
@@ -19,6 +18,7 @@ from .style import (
     heading,
     key,
     over_gaps,
+    palette,
     powers,
     shorten,
     tidy,
@@ -31,7 +31,7 @@ _MOST = 28  # groups that colours and dashes tell apart
 
 
 def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
-    """Draws the true loss under the loss at the start plus Σ allocation; what lies between them is the residual.
+    """Draws the true loss, dark, over a light band: the loss at the start plus Σ allocation. What lies between them is the residual.
 
     With groups, one colour each. Without, a small inset shows the cumulative residual on its own scale, and ticks at the
     foot mark segments that stayed above the tolerance.
@@ -54,13 +54,17 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     ax = fresh_axes(ax, 4.4, 2.7)
     if "group" in found.dims:
         labels = found["group"].values
-        for at, label in enumerate(labels):
-            _lines(ax, found.sel(group=label), colour(at), dashes(at))
+        hues, styles = palette(len(labels)), [dashes(at, len(labels)) for at in range(len(labels))]
+        for label, hue, style in zip(labels, hues, styles, strict=True):
+            _lines(ax, found.sel(group=label), hue, style)
+        ax.plot([], [], color=FAINT, linewidth=4, label="start + Σ allocation")
+        ax.plot([], [], color=INK, linewidth=1, label="loss")
+        key(ax, "lower right", ncols=2)
         tidy(ax, x="training step", y="loss", title=heading(found))
         ax.margins(x=0.01)
         ends = found["loss"].isel(step=-1).values
         words = [escape(each) for each in shorten([str(label) for label in labels])]
-        end_labels(ax, ends, words, [colour(at) for at in range(len(labels))])
+        end_labels(ax, ends, words, hues, styles)
         return ax
     _lines(ax, found, INK, "-")
     tidy(ax, x="training step", y="loss", title=heading(found))
@@ -77,16 +81,18 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 
 
 def _lines(ax: Axes, found: xr.Dataset, hue: str, style: Any) -> None:
-    """The loss, wide and pale, from where each stretch starts; on it the prediction, thin."""
-    broad: dict[str, Any] = {
-        "color": FAINT if hue == INK else hue,
-        "alpha": 1 if hue == INK else 0.25,
-        "linewidth": 4 if hue == INK else 2,
+    """The start plus Σ allocation, wide and pale; on it the loss, thin and dark, as in the report. Each stretch starts at its own."""
+    alone = hue == INK  # else several are told apart by colours
+    pale: dict[str, Any] = {
+        "color": FAINT if alone else hue,
+        "alpha": 1 if alone else 0.25,
+        "linewidth": 4 if alone else 2.5,
     }
     start = found["loss_start"].values
-    ax.plot(*over_gaps(found, found["loss"].values, start), solid_capstyle="round", zorder=2, label="loss", **broad)
-    predicted = over_gaps(found, found["predicted"].values, start)
-    ax.plot(*predicted, color=hue, linewidth=1, linestyle=style, zorder=3, label="start + Σ allocation")
+    band, line = (over_gaps(found, found[name].values, start) for name in ("predicted", "loss"))
+    said = {"band": "start + Σ allocation", "line": "loss"} if alone else {"band": None, "line": None}
+    ax.plot(*band, solid_capstyle="round", zorder=2, label=said["band"], **pale)
+    ax.plot(*line, color=hue, linewidth=1, linestyle=style, zorder=3, label=said["line"])
 
 
 def _residual(ax: Axes, found: xr.Dataset) -> None:

@@ -53,8 +53,8 @@ def helping(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     whole = "parameters" in found
     tensors = found.sizes["tensor"]
     middle = min(4.0, 0.5 + 0.14 * tensors)
-    figure = fresh_figure(figure, 7.2, 1.9 + middle + (2.3 if whole else 0))
-    rows = figure.add_gridspec(3 if whole else 2, 2, height_ratios=[1.8, middle, 2.2][: 3 if whole else 2])
+    figure = fresh_figure(figure, 7.2, 1.9 + middle + (2.8 if whole else 0))
+    rows = figure.add_gridspec(3 if whole else 2, 2, height_ratios=[1.8, middle, 2.7][: 3 if whole else 2])
     lowest = rows[2, :].subgridspec(1, 2, width_ratios=(1, 1.4)) if whole else None
     _over_time(figure.add_subplot(rows[0, :]), found)
     _tensors(figure.add_subplot(rows[1, :]), found)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
-from ..colours import HELPING, HURTING, INK
+from ..colours import HELPING, HURTING, INK, LAYERS
 from ..errors import InputError
 from .style import (
     DIVERGE,
@@ -85,7 +85,10 @@ def _lines(ax: Axes, found: xr.Dataset, names: list[str], label: str) -> None:
     ax.margins(x=0.01)
     totals = found["cumulative"].isel(step=-1).values
     words = [f"{name}  {total:+#.3g}".replace("-", "−") for name, total in zip(labels(names), totals, strict=True)]
-    end_labels(ax, totals, words, [colour(at) for at in range(len(names))])
+    styles = [dashes(at) for at in range(len(names))]
+    end_labels(
+        ax, totals, words, [colour(at) for at in range(len(names))], styles if len(names) > len(LAYERS) else None
+    )
 
 
 def _bars(ax: Axes, found: xr.Dataset, names: list[str], show: str, label: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import xarray as xr
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..colours import DIVERGING, FAINT, HELPING, HURTING, INK, LAYERS, MUTED
@@ -221,8 +221,23 @@ def colour(at: int) -> str:
     return LAYERS[at % len(LAYERS)]
 
 
-def dashes(at: int) -> Any:
-    """Line style of the layer, group or run at this position: colours come round again with another one."""
+def palette(count: int) -> list[str]:
+    """Colours of that many lines: those of layers, or of more than there are of these, steps along the spectrum."""
+    if count <= len(LAYERS):
+        return list(LAYERS[:count])
+    from matplotlib import colormaps
+
+    spectrum = 0.88 * colormaps["turbo"](np.linspace(0.03, 0.97, count))[:, :3]
+    return [to_hex((float(red), float(green), float(blue))) for red, green, blue in spectrum]
+
+
+def dashes(at: int, count: int = 0) -> Any:
+    """Line style of the layer, group or run at this position: colours come round again with another one.
+
+    With the `count` of a palette of more colours than layers have, neighbours along the spectrum differ.
+    """
+    if count:
+        return _DASHES[at % 3] if count > len(LAYERS) else "-"
     return _DASHES[at // len(LAYERS) % len(_DASHES)]
 
 
@@ -322,14 +337,24 @@ def heat(ax: Axes, found: xr.Dataset, values: Any, norm: Normalize) -> QuadMesh:
 # --- labels at the ends of lines ----------------------------------------------------------------------------------------
 
 
-def end_labels(ax: Axes, heights: Any, words: Sequence[str], colours: Sequence[str]) -> None:
-    """Words beside the right ends of lines, pushed apart until none covers another; call it when the limits are set."""
+def end_labels(
+    ax: Axes, heights: Any, words: Sequence[str], colours: Sequence[str], styles: Sequence[Any] | None = None
+) -> None:
+    """Words beside the right ends of lines, pushed apart until none covers another; call it when the limits are set.
+
+    With `styles`, a piece of the line stands before each word where any is dashed.
+    """
     low, high = ax.get_ylim()
     tall = ax.get_window_extent().height / ax.figure.dpi * 72
     gap = 1.25 * SMALL / max(tall, 1)
     at = (np.asarray(heights, dtype=float) - low) / ((high - low) or 1)
-    for word, hue, place in zip(words, colours, spread(at, gap), strict=True):
-        ax.text(1.015, place, word, color=hue, fontsize=SMALL, va="center", transform=ax.transAxes, clip_on=False)
+    dashed = styles if styles and any(style != "-" for style in styles) else None
+    for which, (word, hue, place) in enumerate(zip(words, colours, spread(at, gap), strict=True)):
+        if dashed:
+            piece: dict[str, Any] = {"transform": ax.transAxes, "clip_on": False, "scalex": False, "scaley": False}
+            ax.plot((1.015, 1.085), (place, place), color=hue, linestyle=dashed[which], linewidth=1.2, **piece)
+        beside = 1.1 if dashed else 1.015
+        ax.text(beside, place, word, color=hue, fontsize=SMALL, va="center", transform=ax.transAxes, clip_on=False)
 
 
 def spread(at: Any, gap: float) -> list[float]:
