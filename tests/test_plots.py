@@ -134,11 +134,19 @@ def test_of_many_groups_one_is_to_be_picked(name: str) -> None:
     assert "group 1" in words(draw(name, given.sel(group=1)))
 
 
-@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize("name", MADE)
 def test_what_is_left_out_is_said_at_the_foot(name: str) -> None:
     assert "80 of 220 segments" in words(
         draw(name, MADE[name]().assign_attrs(left_out="80 of 220 segments are there."))
     )
+
+
+def test_what_several_panels_leave_out_is_said_once_each() -> None:
+    figure = Figure(layout="constrained")
+    for ax, left in zip(figure.subplots(1, 3), ("80 of 220.", "80 of 220.", "7 of 9."), strict=True):
+        plots.layers(found.layers().assign_attrs(left_out=left), ax=ax)
+    assert "80 of 220.\n7 of 9." in words(figure)
+    assert words(figure).count("80 of 220.") == 1
 
 
 # --- one by one ---------------------------------------------------------------------------------------------------------------

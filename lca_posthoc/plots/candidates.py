@@ -49,7 +49,7 @@ def candidates(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
         alone = at % 2 == 0 and at == len(panels) - 1
         draw(figure.add_subplot(grid[at // 2, :] if alone else grid[at // 2, at % 2]), found)
     active = "" if _idle(found) or not found.sizes.get("tensor") else "Every parameter helped on some segment."
-    note(figure, " ".join(filter(None, (active, str(found.attrs.get("left_out", ""))))))
+    note(figure, found, active)
     return figure
 
 

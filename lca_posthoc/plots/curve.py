@@ -17,6 +17,7 @@ from .style import (
     fresh_axes,
     heading,
     key,
+    note,
     over_gaps,
     palette,
     powers,
@@ -65,6 +66,7 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
         ends = found["loss"].isel(step=-1).values
         words = [escape(each) for each in shorten([str(label) for label in labels])]
         end_labels(ax, ends, words, hues, styles)
+        note(ax.figure, found)
         return ax
     _lines(ax, found, INK, "-")
     tidy(ax, x="training step", y="loss", title=heading(found))
@@ -77,6 +79,7 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
         place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
         ax.annotate(said, (1, 0), (0, -16), fontsize=SMALL - 0.5, color=HURTING, **place)
     _residual(ax, found)
+    note(ax.figure, found)
     return ax
 
 

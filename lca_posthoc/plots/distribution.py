@@ -50,7 +50,7 @@ def distribution(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     tidy(sizes, x="|A| (units of loss)", y="parameters × segments\nper decade", title=heading(found))
     powers(sizes, "y")
     tidy(densities, x="|A| (units of loss)", y="density (1 / units of loss)")
-    note(figure, str(found.attrs.get("left_out", "")))
+    note(figure, found)
     return figure
 
 

@@ -9,7 +9,7 @@ import xarray as xr
 
 from ..colours import FAINT, INK, LAYERS
 from .layers import helped_hurt
-from .style import SMALL, fresh_axes, key, labels, rows_of_names, tidy, zero_line
+from .style import SMALL, fresh_axes, key, labels, note, rows_of_names, tidy, zero_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,6 +43,7 @@ def generalisation(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     helped_hurt(ax)
     if "parameters" in found:
         ax.set_xlabel(f"{ax.get_xlabel()}\n{_quadrants(found)}", fontsize=SMALL)
+    note(ax.figure, found)
     return ax
 
 

@@ -61,7 +61,7 @@ def helping(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     if lowest is not None:
         _often(figure.add_subplot(lowest[0]), found)
         _names(figure.add_subplot(lowest[1]), found)
-    note(figure, str(found.attrs.get("left_out", "")))
+    note(figure, found)
     return figure
 
 

@@ -18,6 +18,7 @@ from .style import (
     fresh_axes,
     heading,
     labels,
+    note,
     over_gaps,
     powers,
     rows_of_names,
@@ -72,6 +73,7 @@ def layers(found: xr.Dataset, *, ax: Axes | None = None, show: str | None = None
     else:
         ax = fresh_axes(ax, 4.4, 0.7 + 0.2 * min(len(names), 60))
         _bars(ax, found, names, show, label)
+    note(ax.figure, found)
     return ax
 
 

@@ -114,7 +114,7 @@ class _Stage:
         ax = self._axes(_LEFT, 0.55, _WIDE - _LEFT - _RIGHT, 0.8)
         self.mark, self.dot = _loss(ax, found)
         self.when = ax.set_title("", fontsize=SMALL, loc="right", color=HURTING)
-        note(self.figure, str(found.attrs.get("left_out", "")))
+        note(self.figure, found)
 
     def _axes(self, left: float, bottom: float, width: float, height: float) -> Axes:
         return self.figure.add_axes((left / _WIDE, bottom / self.high, width / _WIDE, height / self.high))

@@ -65,7 +65,7 @@ def oscillation(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
                 first = ax
         first.set_ylabel(_TRACES[name], fontsize=SMALL, color=INK)
         figure.align_ylabels()
-    note(figure, str(found.attrs.get("left_out", "")))
+    note(figure, found)
     return figure
 
 

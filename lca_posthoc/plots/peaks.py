@@ -43,7 +43,7 @@ def peaks(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     (_by_layer if by_layer else _by_group)(raster, found)
     raster.set_xlim(found["step"].values[0], found["step_end"].values[-1])
     _null(null, found)
-    note(figure, str(found.attrs.get("left_out", "")))
+    note(figure, found)
     return figure
 
 

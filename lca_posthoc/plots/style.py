@@ -87,10 +87,15 @@ def zero_line(ax: Axes, *, vertical: bool = False) -> None:
     (ax.axvline if vertical else ax.axhline)(0, color=MUTED, linewidth=0.6, zorder=1)
 
 
-def note(figure: Figure, text: str) -> None:
-    """What a figure leaves out, said at its foot."""
-    if text:
-        figure.supxlabel(escape(text), fontsize=SMALL - 0.5, color=MUTED, x=0.01, ha="left", wrap=True)
+def note(figure: Any, found: xr.Dataset, *more: str) -> None:
+    """What a finding leaves out, said small at the foot of its figure; of several beside each other once each."""
+    old = getattr(figure, "_supxlabel", None)
+    said = [line for line in (old.get_text() if old else "").split("\n") if line]
+    said += [
+        line for each in (*more, str(found.attrs.get("left_out", ""))) if (line := escape(each)) and line not in said
+    ]
+    if said:
+        figure.supxlabel("\n".join(said), fontsize=SMALL - 0.5, color=MUTED, x=0.01, ha="left", wrap=True)
 
 
 def word(ax: Axes, x: float, y: float, text: str, hue: str = INK, size: float = SMALL, **place: Any) -> None:

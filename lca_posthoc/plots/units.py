@@ -9,7 +9,7 @@ import xarray as xr
 
 from ..colours import INK
 from ..errors import InputError
-from .style import SMALL, colour_bar, escape, fresh_axes, heading, heat, labels, refuse_groups, symmetric, tidy
+from .style import SMALL, colour_bar, escape, fresh_axes, heading, heat, labels, note, refuse_groups, symmetric, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,6 +47,7 @@ def units(found: xr.Dataset, *, ax: Axes | None = None, layer: str | None = None
     else:
         tidy(ax, x="training step", y="unit", title=f"{escape(layer)}: {heading(found)}", frame=True)
     colour_bar(shown, ax, "Σ allocation (units of loss)")
+    note(ax.figure, found)
     return ax
 
 
