@@ -149,6 +149,16 @@ def test_what_several_panels_leave_out_is_said_once_each() -> None:
     assert words(figure).count("80 of 220.") == 1
 
 
+@pytest.mark.parametrize("name", MADE)
+def test_another_finding_is_refused_by_name(name: str) -> None:
+    other = "curve" if name != "curve" else "layers"
+    with pytest.raises(InputError, match=rf"this is a result of findings\.{other}; plots\.{name} draws"):
+        getattr(plots, name)(MADE[other]())
+    with pytest.raises(InputError, match="this is no result of a finding"):
+        getattr(plots, name)(xr.Dataset())
+    assert plt.get_fignums() == []
+
+
 # --- one by one ---------------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,20 @@ import numpy as np
 import xarray as xr
 
 from ..colours import HELPING, HURTING, MUTED
-from .style import SMALL, fresh_figure, heading, key, note, powers, refuse_groups, rows_of_names, tidy, word, zero_line
+from .style import (
+    SMALL,
+    expect,
+    fresh_figure,
+    heading,
+    key,
+    note,
+    powers,
+    refuse_groups,
+    rows_of_names,
+    tidy,
+    word,
+    zero_line,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +46,7 @@ def candidates(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     Raises:
         InputError: where there are groups and none was picked.
     """
+    expect(found, "candidates")
     refuse_groups(found)
     panels = [
         ("layer", _layers),

@@ -9,7 +9,7 @@ import xarray as xr
 
 from ..colours import FAINT
 from .layers import helped_hurt
-from .style import SMALL, colour, fresh_axes, key, labels, note, refuse_groups, rows_of_names, tidy, zero_line
+from .style import SMALL, colour, expect, fresh_axes, key, labels, note, refuse_groups, rows_of_names, tidy, zero_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +33,7 @@ def compare(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     Raises:
         InputError: where there are groups and none was picked.
     """
+    expect(found, "compare")
     refuse_groups(found)
     names = [str(name) for name in found["layer"].values]
     said = labels([str(name) for name in found["label"].values])

@@ -14,6 +14,7 @@ from .style import (
     dashes,
     end_labels,
     escape,
+    expect,
     fresh_axes,
     heading,
     key,
@@ -47,6 +48,7 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     Raises:
         InputError: where there are more groups than can be told apart.
     """
+    expect(found, "curve")
     if found.sizes.get("group", 1) > _MOST:
         raise InputError(
             f"loss {found.attrs.get('loss')!r} has {found.sizes['group']} groups, and a plot shows at most {_MOST}: "

@@ -14,6 +14,7 @@ from .style import (
     SMALL,
     colour_bar,
     end_labels,
+    expect,
     fresh_figure,
     heading,
     heat,
@@ -49,6 +50,7 @@ def helping(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     Raises:
         InputError: where there are groups and none was picked.
     """
+    expect(found, "helping")
     refuse_groups(found)
     whole = "parameters" in found
     tensors = found.sizes["tensor"]

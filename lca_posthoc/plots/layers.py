@@ -15,6 +15,7 @@ from .style import (
     colour_bar,
     dashes,
     end_labels,
+    expect,
     fresh_axes,
     heading,
     labels,
@@ -55,6 +56,7 @@ def layers(found: xr.Dataset, *, ax: Axes | None = None, show: str | None = None
     Raises:
         InputError: for another `show`, or lines of a loss with groups.
     """
+    expect(found, "layers")
     names = [str(name) for name in found["layer"].values]
     groups = "group" in found.dims
     if show is None:

@@ -9,7 +9,7 @@ import xarray as xr
 from matplotlib.ticker import MaxNLocator
 
 from ..colours import FAINT, INK, LAYERS, MUTED
-from .style import SMALL, colour, escape, fresh_figure, key, labels, note, rows_of_names, tidy
+from .style import SMALL, colour, escape, expect, fresh_figure, key, labels, note, rows_of_names, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +33,7 @@ def peaks(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     Returns:
         The figure.
     """
+    expect(found, "peaks")
     if "group" not in found.dims:
         found = found.expand_dims("group")
     groups, layers = found.sizes["group"], found.sizes["layer"]

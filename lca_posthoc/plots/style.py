@@ -198,6 +198,18 @@ def heading(found: xr.Dataset) -> str:
     return loss
 
 
+def expect(found: xr.Dataset, finding: str) -> None:
+    """For a plot of one finding.
+
+    Raises:
+        InputError: where `found` is another finding.
+    """
+    given = getattr(found, "attrs", {}).get("finding")
+    if given != finding:
+        what = f"a result of findings.{given}" if given else "no result of a finding"
+        raise InputError(f"this is {what}; plots.{finding} draws a result of findings.{finding}.")
+
+
 def refuse_groups(found: xr.Dataset) -> None:
     """For a plot that shows one loss.
 

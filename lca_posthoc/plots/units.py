@@ -9,7 +9,20 @@ import xarray as xr
 
 from ..colours import INK
 from ..errors import InputError
-from .style import SMALL, colour_bar, escape, fresh_axes, heading, heat, labels, note, refuse_groups, symmetric, tidy
+from .style import (
+    SMALL,
+    colour_bar,
+    escape,
+    expect,
+    fresh_axes,
+    heading,
+    heat,
+    labels,
+    note,
+    refuse_groups,
+    symmetric,
+    tidy,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +44,7 @@ def units(found: xr.Dataset, *, ax: Axes | None = None, layer: str | None = None
     Raises:
         InputError: for a layer that is not there, or where there are groups and none was picked.
     """
+    expect(found, "units")
     refuse_groups(found)
     known = list(dict.fromkeys(str(name) for name in found["layer"].values))
     if layer is not None:
