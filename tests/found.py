@@ -154,8 +154,8 @@ def units(groups: bool = False, gap: bool = False) -> xr.Dataset:
     return made("units", variables, gap, **(coords | ({"group": list(GROUPS)} if groups else {})))
 
 
-def peaks(groups: tuple[Any, ...] = GROUPS) -> xr.Dataset:
-    peak = noise(STEPS, len(groups), 3) > 0.2
+def peaks(groups: tuple[Any, ...] = GROUPS, layers: tuple[str, ...] = LAYERS) -> xr.Dataset:
+    peak = noise(STEPS, len(groups), len(layers)) > 0.2
     aligned = peak.all(-1)
     variables = {
         "peak": (("step", "group", "layer"), peak),
@@ -170,7 +170,7 @@ def peaks(groups: tuple[Any, ...] = GROUPS) -> xr.Dataset:
         "p_independent": ((), 0.02),
         "p_shift_group": ("group", [0.1] * len(groups)),
     }
-    found = made("peaks", variables, group=list(groups), layer=list(LAYERS))
+    found = made("peaks", variables, group=list(groups), layer=list(layers))
     return found.assign_attrs(signal="allocation")
 
 

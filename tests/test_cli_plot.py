@@ -127,7 +127,8 @@ def test_several_runs_are_drawn_beside_each_other(here: Path, finding: str) -> N
         (("a.lca", "b.lca", "helping"), r"helping is drawn of one run, got 2\. Several go with curve"),
         (("a.lca", "microscope", "--fps", "3"), r"--step is for a picture of one moment, --fps for a film"),
         (("a.lca", "microscope", "--step", "999"), r"no segment is there at step 999; there are steps 0 to"),
-        (("curve",), r"Missing argument"),
+        (("curve",), r"which run\? Write lca plot RUN curve"),
+        (("a.lca",), r"which finding of .*a\.lca\? There are candidates, .* units\. Write lca plot .*a\.lca FINDING"),
     ],
     ids=lambda each: " ".join(each) if isinstance(each, tuple) else "",
 )

@@ -134,11 +134,29 @@ def test_of_many_groups_one_is_to_be_picked(name: str) -> None:
     assert "group 1" in words(draw(name, given.sel(group=1)))
 
 
-@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize("name", MADE)
 def test_what_is_left_out_is_said_at_the_foot(name: str) -> None:
     assert "80 of 220 segments" in words(
         draw(name, MADE[name]().assign_attrs(left_out="80 of 220 segments are there."))
     )
+
+
+def test_what_several_panels_leave_out_is_said_once_each() -> None:
+    figure = Figure(layout="constrained")
+    for ax, left in zip(figure.subplots(1, 3), ("80 of 220.", "80 of 220.", "7 of 9."), strict=True):
+        plots.layers(found.layers().assign_attrs(left_out=left), ax=ax)
+    assert "80 of 220.\n7 of 9." in words(figure)
+    assert words(figure).count("80 of 220.") == 1
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_another_finding_is_refused_by_name(name: str) -> None:
+    other = "curve" if name != "curve" else "layers"
+    with pytest.raises(InputError, match=rf"this is a result of findings\.{other}; plots\.{name} draws"):
+        getattr(plots, name)(MADE[other]())
+    with pytest.raises(InputError, match="this is no result of a finding"):
+        getattr(plots, name)(xr.Dataset())
+    assert plt.get_fignums() == []
 
 
 # --- one by one ---------------------------------------------------------------------------------------------------------------
@@ -156,6 +174,22 @@ def test_curve_shows_the_loss_the_prediction_and_the_residual() -> None:
     bad = given["step_end"].values[~given["converged"].values]
     assert [list(line.get_xdata()) for line in ax.lines if line.get_marker() == "|"] == [list(bad)]
     assert "1 segment above the tolerance" in words(ax.figure)
+
+
+def test_curve_is_a_dark_loss_over_a_light_band_and_many_groups_are_told_apart() -> None:
+    given = found.curve()
+    band, line = draw("curve", given).axes[0].lines[:2]
+    assert (line.get_label(), band.get_label()) == ("loss", "start + Σ allocation")
+    assert list(line.get_ydata()[1:]) == list(given["loss"].values)
+    assert lab(to_hex(line.get_color()))[0] < 30 < 80 < lab(to_hex(band.get_color()))[0]
+    assert band.get_linewidth() > line.get_linewidth()
+    many = found.curve(groups=True).isel(group=[0, 1, 2] * 4).assign_coords(group=range(12))
+    ax = draw("curve", many).axes[0]
+    looks = {(text.get_text(), text.get_color()) for text in ax.texts}
+    assert len({hue for _, hue in looks}) == 12
+    pieces = [line for line in ax.lines if list(line.get_xdata()) == [1.015, 1.085]]
+    assert [line.get_color() for line in pieces] == style.palette(12)
+    assert {"loss", "start + Σ allocation"} <= set(words(ax.figure).splitlines())
 
 
 def test_a_line_does_not_cross_a_gap() -> None:
@@ -210,8 +244,11 @@ def test_helping_shows_shares_over_time_per_tensor_and_per_parameter() -> None:
     (mesh,) = (each for each in tensors.collections if isinstance(each, QuadMesh))
     assert np.allclose(mesh.get_array(), 0.5 - given["tensor_helping"].values.T)
     assert mesh.norm.vmin == -mesh.norm.vmax
-    assert has(often, given["expected"])
-    assert any(np.array_equal(patch.get_data().values, given["parameters"]) for patch in often.patches)
+    assert has(often, given["expected"].values.reshape(5, 2).sum(1))  # of 12 segments in five bins
+    wanted = given["parameters"].values.reshape(5, 2).sum(1)
+    assert any(np.array_equal(patch.get_data().values, wanted) for patch in often.patches)
+    assert time.get_xlim() == tensors.get_xlim()
+    assert often.get_xlim() == names.get_xlim()
     dots = np.concatenate([line.get_xdata() for line in names.lines if line.get_marker() == "o"])
     assert np.array_equal(dots, [*given["hero_share"].values, *given["villain_share"].values])
     assert len(draw("helping", found.helping(whole=False)).axes) == 3
@@ -311,6 +348,22 @@ def test_peaks_are_marks_per_group_and_layer_beside_their_null(groups: tuple[Any
     assert "p = 0.03" in words(raster.figure)
 
 
+def test_peaks_of_one_group_or_many_layers_have_a_named_row_per_layer() -> None:
+    few, _ = draw("peaks", found.peaks(("all",))).axes
+    assert [text.get_text() for text in few.get_yticklabels()] == style.labels(found.LAYERS)
+    layers = tuple(f"block.{at}" for at in range(41))
+    for groups in (("all",), (0, 1)):
+        given = found.peaks(groups, layers)
+        raster, null = draw("peaks", given).axes
+        assert [text.get_text() for text in raster.get_yticklabels()] == list(layers)
+        assert sum(len(each.get_segments()) for each in raster.collections) == int(given["peak"].sum())
+        assert len(raster.get_legend().get_texts()) == 1
+        assert raster.get_position().width > 0.4
+        assert "has no" not in words(null.figure)  # as chance would align some
+    none = given.assign(expected_total=0.0, shift=0 * given["shift"], local=0 * given["local"])
+    assert "asking all 41 layers to\npeak together has no\npower" in words(draw("peaks", none))
+
+
 def test_generalisation_joins_train_and_validation() -> None:
     given = found.generalisation().assign_attrs(loss="train, held$out")
     ax = draw("generalisation", given).axes[0]
@@ -333,6 +386,35 @@ def test_candidates_are_bars() -> None:
     assert lengths(units) == list(given["unit_total"].values)
     assert lengths(parameters) == list(given["parameter_allocated"].values)
     assert len(draw("candidates", found.candidates(units=False)).axes) == 3
+
+
+def test_of_many_candidates_the_largest_are_named_and_the_others_counted() -> None:
+    given = found.candidates()
+    many = given.isel(layer=[0, 1, 2] * 10).assign_coords(layer=[f"block.{at}" for at in range(30)])
+    layers = draw("candidates", many).axes[0]
+    shown = [text.get_text() for text in layers.get_yticklabels()]
+    assert len(shown) == 15
+    assert len(lengths(layers)) == 15
+    assert {name for at, name in enumerate(many["layer"].values) if at % 3 == 0} <= set(shown)  # the largest sums
+    assert "and 15 more, each 0.3 at most" in words(layers.figure)
+
+
+def test_a_panel_without_candidates_is_left_out() -> None:
+    given = found.candidates()
+    none = {name: 0 * given[name] for name in ("never_helped", "silent", "dead_units")}
+    figure = draw("candidates", given.assign(none))
+    assert len(figure.axes) == 3
+    assert "Every parameter helped on some segment." in words(figure)
+
+
+def test_labels_of_many_layers_of_units_do_not_cover_each_other() -> None:
+    given = found.units().isel(unit=[0, 4] * 100)
+    sizes = {f"l{at}": 1 if at % 3 else 4 for at in range(100)}
+    names = [name for name, count in sizes.items() for _ in range(count)][:200]
+    ax = draw("units", given.assign_coords(layer=("unit", names))).axes[0]
+    boxes = [text.get_window_extent() for text in ax.get_yticklabels()]
+    assert 10 < len(boxes) < 100
+    assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
 
 
 def test_compare_shows_means_intervals_and_single_runs() -> None:
@@ -438,6 +520,15 @@ def test_long_names_are_cut_in_the_middle_and_stay_unlike_each_other() -> None:
     assert (
         style.shorten(["a" * 40, "a" * 40], 10) == ["a" * 40] * 2 or len(style.shorten(["a" * 40, "a" * 40], 10)) == 2
     )
+
+
+def test_names_of_parameters_keep_their_index_and_stay_unlike_each_other() -> None:
+    names = [f"transformer.blocks.{at}_1.conv{of}.weight[{at}, 2, 0]" for at in range(9) for of in (1, 2)]
+    short = style.parameter_labels(names, 24)
+    assert len(set(short)) == len(names)
+    assert all(each.startswith("…") for each in short)
+    assert all(name.endswith(each[1:]) and ".conv" in each for name, each in zip(names, short, strict=True))
+    assert max(map(len, short)) < 40
 
 
 def test_labels_at_the_ends_of_lines_do_not_cover_each_other() -> None:

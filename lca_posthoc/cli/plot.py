@@ -31,7 +31,7 @@ _PANELS = ("curve", "generalisation", "layers", "units")  # several runs beside 
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, metavar="[LABEL=]RUN…")
+@click.argument("runs", nargs=-1, metavar="[LABEL=]RUN…")
 @click.argument("finding", metavar="FINDING")
 @click.option(
     "-o",
@@ -83,8 +83,12 @@ def command(runs: tuple[str, ...], finding: str, out: Path | None, losses: tuple
     """
     from ..errors import InputError
 
+    known = ", ".join(FINDINGS)
+    if not runs and finding in FINDINGS:
+        raise InputError(f"which run? Write lca plot RUN {finding}.")
+    if not runs:
+        raise InputError(f"which finding of {finding}? There are {known}. Write lca plot {finding} FINDING.")
     if finding not in FINDINGS:
-        known = ", ".join(FINDINGS)
         raise InputError(f"there is no finding {finding!r}; there are {known}. Write lca plot RUN FINDING.")
     options = {name: value for name, value in given.items() if value not in (None, (), False)}
     for name in options:
@@ -147,14 +151,14 @@ def _draw(
     if "layer" in options:
         to_plot["layer"] = options["layer"]
     found = _found(finding, named, losses, options)
-    for _, each in found:
-        if each.attrs["left_out"]:
-            say(each.attrs["left_out"])
     with _writing(path):
         if path.suffix.lower() in FILMS:
             plots.film(found[0][1], path, **to_plot)
         else:
             _save(getattr(plots, finding), found, to_plot, path)
+    for left_out in dict.fromkeys(each.attrs["left_out"] for _, each in found):  # a refusal says it itself
+        if left_out:
+            say(left_out)
 
 
 def _found(

@@ -9,15 +9,32 @@ import numpy as np
 import xarray as xr
 
 from ..colours import HELPING, HURTING, MUTED
-from .style import SMALL, fresh_figure, heading, key, note, powers, refuse_groups, rows_of_names, tidy, word, zero_line
+from .style import (
+    SMALL,
+    expect,
+    fresh_figure,
+    heading,
+    key,
+    note,
+    powers,
+    refuse_groups,
+    rows_of_names,
+    tidy,
+    word,
+    zero_line,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_MOST = 15  # layers, and tensors
+
 
 def candidates(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     """Draws the sums of layers, the parameters of each tensor that never helped or never did anything, and the worst units and parameters.
+
+    Of many layers and tensors the 15 largest in size are shown; a panel that would be empty is left out.
 
     Args:
         found: of `findings.candidates`.
@@ -29,6 +46,7 @@ def candidates(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     Raises:
         InputError: where there are groups and none was picked.
     """
+    expect(found, "candidates")
     refuse_groups(found)
     panels = [
         ("layer", _layers),
@@ -36,16 +54,47 @@ def candidates(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
         ("unit", _units),
         ("parameter", _parameters),
     ]
-    panels = [(dim, draw) for dim, draw in panels if found.sizes.get(dim, 0)]
-    sizes = [min(found.sizes[dim], 40) for dim, _ in panels]
+    panels = [(dim, draw) for dim, draw in panels if found.sizes.get(dim, 0) and (dim != "tensor" or _idle(found))]
+    sizes = [min(found.sizes[dim], 40 if dim in ("unit", "parameter") else _MOST + 1) for dim, _ in panels]
     tall = [max(sizes[at : at + 2]) * 0.16 + 0.6 for at in range(0, len(sizes), 2)]
     figure = fresh_figure(figure, 7.2, sum(tall) + 0.2)
     grid = figure.add_gridspec(len(tall), 2, height_ratios=tall)
     for at, (_, draw) in enumerate(panels):
         alone = at % 2 == 0 and at == len(panels) - 1
         draw(figure.add_subplot(grid[at // 2, :] if alone else grid[at // 2, at % 2]), found)
-    note(figure, str(found.attrs.get("left_out", "")))
+    active = "" if _idle(found) or not found.sizes.get("tensor") else "Every parameter helped on some segment."
+    note(figure, found, active)
     return figure
+
+
+def _idle(found: xr.Dataset) -> bool:
+    """Whether some parameter never helped, or some unit is dead."""
+    return any(bool((found[name] > 0).any()) for name in ("never_helped", "silent", "dead_units") if name in found)
+
+
+def _largest(ax: Axes, found: xr.Dataset, dim: str, sizes: Any) -> xr.Dataset:
+    """The `_MOST` largest in size along `dim`, in their old order; how many more there are is said below the axis."""
+    order = np.argsort(-np.nan_to_num(np.abs(sizes)), kind="stable")
+    rest = order[_MOST:]
+    if len(rest):
+        above = f", each {float(np.nanmax(np.abs(sizes[rest]))):.2g} at most" if np.any(sizes[rest]) else " of zero"
+        at: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "left", "va": "bottom"}
+        ax.annotate(
+            f"and {len(rest):,} more{above}",
+            (0, 0),
+            (3, 2),
+            fontsize=SMALL - 0.5,
+            color=MUTED,
+            backgroundcolor="white",
+            **at,
+        )
+    return found.isel({dim: np.sort(order[:_MOST])})
+
+
+def _room_for_more(ax: Axes, shown: int, whole: int) -> None:
+    """An empty row below the last one, where the words of `_largest` stand."""
+    if whole > shown:
+        ax.set_ylim(shown + 0.6, -0.6)
 
 
 def _bars(ax: Axes, names: Sequence[str], values: Any, label: str, title: str) -> None:
@@ -57,20 +106,27 @@ def _bars(ax: Axes, names: Sequence[str], values: Any, label: str, title: str) -
 
 
 def _layers(ax: Axes, found: xr.Dataset) -> None:
+    whole, found = found.sizes["layer"], _largest(ax, found, "layer", found["total"].values)
     names = [str(name) for name in found["layer"].values]
     values = found["total"].values
     _bars(ax, names, values, "Σ allocation (units of loss)", f"layers: {heading(found)}")
+    _room_for_more(ax, len(names), whole)
     for at in np.flatnonzero(found["freeze"].values).tolist():
         word(ax, values[at], at, " freeze?", HURTING, SMALL - 1, va="center", transform=ax.transData)
 
 
 def _tensors(ax: Axes, found: xr.Dataset) -> None:
+    whole, found = (
+        found.sizes["tensor"],
+        _largest(ax, found, "tensor", (found["never_helped"] + found["silent"]).values),
+    )
     names = [str(name) for name in found["tensor"].values]
     never, silent = found["never_helped"].values, found["silent"].values
     ax.barh(range(len(names)), silent, height=0.72, color=MUTED, alpha=0.5, label="never did anything")
     ax.barh(range(len(names)), never, left=silent, height=0.72, color=HURTING, label="never helped")
     tidy(ax, x="parameters")
     rows_of_names(ax, names, most=40)
+    _room_for_more(ax, len(names), whole)
     key(ax, "lower right", ncols=2, handlelength=1)
     ax.set_xlim(left=0)
     said = dict[str, str]()

@@ -9,7 +9,7 @@ import xarray as xr
 
 from ..colours import FAINT
 from .layers import helped_hurt
-from .style import SMALL, colour, fresh_axes, key, labels, refuse_groups, rows_of_names, tidy, zero_line
+from .style import SMALL, colour, expect, fresh_axes, key, labels, note, refuse_groups, rows_of_names, tidy, zero_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +33,7 @@ def compare(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     Raises:
         InputError: where there are groups and none was picked.
     """
+    expect(found, "compare")
     refuse_groups(found)
     names = [str(name) for name in found["layer"].values]
     said = labels([str(name) for name in found["label"].values])
@@ -69,4 +70,5 @@ def compare(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     several = bool((found["runs"].values > 1).any())
     title = f"filled: p < {_LEVEL} (Holm)" if several else None
     key(ax, "center left", bbox_to_anchor=(1, 0.5), title=title, title_fontsize=SMALL - 1, alignment="left")
+    note(ax.figure, found)
     return ax

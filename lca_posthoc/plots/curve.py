@@ -11,14 +11,16 @@ from ..colours import FAINT, HURTING, INK, MUTED
 from ..errors import InputError
 from .style import (
     SMALL,
-    colour,
     dashes,
     end_labels,
     escape,
+    expect,
     fresh_axes,
     heading,
     key,
+    note,
     over_gaps,
+    palette,
     powers,
     shorten,
     tidy,
@@ -31,7 +33,7 @@ _MOST = 28  # groups that colours and dashes tell apart
 
 
 def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
-    """Draws the true loss under the loss at the start plus Σ allocation; what lies between them is the residual.
+    """Draws the true loss, dark, over a light band: the loss at the start plus Σ allocation. What lies between them is the residual.
 
     With groups, one colour each. Without, a small inset shows the cumulative residual on its own scale, and ticks at the
     foot mark segments that stayed above the tolerance.
@@ -46,6 +48,7 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     Raises:
         InputError: where there are more groups than can be told apart.
     """
+    expect(found, "curve")
     if found.sizes.get("group", 1) > _MOST:
         raise InputError(
             f"loss {found.attrs.get('loss')!r} has {found.sizes['group']} groups, and a plot shows at most {_MOST}: "
@@ -54,13 +57,18 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     ax = fresh_axes(ax, 4.4, 2.7)
     if "group" in found.dims:
         labels = found["group"].values
-        for at, label in enumerate(labels):
-            _lines(ax, found.sel(group=label), colour(at), dashes(at))
+        hues, styles = palette(len(labels)), [dashes(at, len(labels)) for at in range(len(labels))]
+        for label, hue, style in zip(labels, hues, styles, strict=True):
+            _lines(ax, found.sel(group=label), hue, style)
+        ax.plot([], [], color=FAINT, linewidth=4, label="start + Σ allocation")
+        ax.plot([], [], color=INK, linewidth=1, label="loss")
+        key(ax, "lower right", ncols=2)
         tidy(ax, x="training step", y="loss", title=heading(found))
         ax.margins(x=0.01)
         ends = found["loss"].isel(step=-1).values
         words = [escape(each) for each in shorten([str(label) for label in labels])]
-        end_labels(ax, ends, words, [colour(at) for at in range(len(labels))])
+        end_labels(ax, ends, words, hues, styles)
+        note(ax.figure, found)
         return ax
     _lines(ax, found, INK, "-")
     tidy(ax, x="training step", y="loss", title=heading(found))
@@ -73,20 +81,23 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
         place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
         ax.annotate(said, (1, 0), (0, -16), fontsize=SMALL - 0.5, color=HURTING, **place)
     _residual(ax, found)
+    note(ax.figure, found)
     return ax
 
 
 def _lines(ax: Axes, found: xr.Dataset, hue: str, style: Any) -> None:
-    """The loss, wide and pale, from where each stretch starts; on it the prediction, thin."""
-    broad: dict[str, Any] = {
-        "color": FAINT if hue == INK else hue,
-        "alpha": 1 if hue == INK else 0.25,
-        "linewidth": 4 if hue == INK else 2,
+    """The start plus Σ allocation, wide and pale; on it the loss, thin and dark, as in the report. Each stretch starts at its own."""
+    alone = hue == INK  # else several are told apart by colours
+    pale: dict[str, Any] = {
+        "color": FAINT if alone else hue,
+        "alpha": 1 if alone else 0.25,
+        "linewidth": 4 if alone else 2.5,
     }
     start = found["loss_start"].values
-    ax.plot(*over_gaps(found, found["loss"].values, start), solid_capstyle="round", zorder=2, label="loss", **broad)
-    predicted = over_gaps(found, found["predicted"].values, start)
-    ax.plot(*predicted, color=hue, linewidth=1, linestyle=style, zorder=3, label="start + Σ allocation")
+    band, line = (over_gaps(found, found[name].values, start) for name in ("predicted", "loss"))
+    said = {"band": "start + Σ allocation", "line": "loss"} if alone else {"band": None, "line": None}
+    ax.plot(*band, solid_capstyle="round", zorder=2, label=said["band"], **pale)
+    ax.plot(*line, color=hue, linewidth=1, linestyle=style, zorder=3, label=said["line"])
 
 
 def _residual(ax: Axes, found: xr.Dataset) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from ..colours import HELPING, HURTING, INK, MUTED
-from .style import fresh_figure, heading, note, powers, refuse_groups, tidy, word
+from .style import expect, fresh_figure, heading, note, powers, refuse_groups, tidy, word
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +32,7 @@ def distribution(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     Raises:
         InputError: where there are groups and none was picked.
     """
+    expect(found, "distribution")
     refuse_groups(found)
     figure = fresh_figure(figure, 7.2, 2.6)
     sizes, densities, unequal = figure.subplots(1, 3, width_ratios=(1.25, 1.25, 0.8))
@@ -50,7 +51,7 @@ def distribution(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     tidy(sizes, x="|A| (units of loss)", y="parameters × segments\nper decade", title=heading(found))
     powers(sizes, "y")
     tidy(densities, x="|A| (units of loss)", y="density (1 / units of loss)")
-    note(figure, str(found.attrs.get("left_out", "")))
+    note(figure, found)
     return figure
 
 

@@ -9,7 +9,7 @@ import xarray as xr
 
 from ..colours import FAINT, INK, LAYERS
 from .layers import helped_hurt
-from .style import SMALL, fresh_axes, key, labels, rows_of_names, tidy, zero_line
+from .style import SMALL, expect, fresh_axes, key, labels, note, rows_of_names, tidy, zero_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +27,7 @@ def generalisation(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     Returns:
         The axes.
     """
+    expect(found, "generalisation")
     names = [str(name) for name in found["layer"].values]
     ax = fresh_axes(ax, 4.6, 1.5 + 0.2 * min(len(names), 60))
     losses = str(found.attrs.get("loss", "")).split(", ")
@@ -43,6 +44,7 @@ def generalisation(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     helped_hurt(ax)
     if "parameters" in found:
         ax.set_xlabel(f"{ax.get_xlabel()}\n{_quadrants(found)}", fontsize=SMALL)
+    note(ax.figure, found)
     return ax
 
 

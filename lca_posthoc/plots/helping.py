@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
@@ -14,12 +14,13 @@ from .style import (
     SMALL,
     colour_bar,
     end_labels,
+    expect,
     fresh_figure,
     heading,
     heat,
-    labels,
     note,
     over_gaps,
+    parameter_labels,
     refuse_groups,
     rows_of_names,
     tidy,
@@ -29,6 +30,8 @@ from .style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_FEWEST = 5  # bins of the histogram, however short the run
 
 
 def helping(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
@@ -47,18 +50,20 @@ def helping(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     Raises:
         InputError: where there are groups and none was picked.
     """
+    expect(found, "helping")
     refuse_groups(found)
     whole = "parameters" in found
     tensors = found.sizes["tensor"]
     middle = min(4.0, 0.5 + 0.14 * tensors)
-    figure = fresh_figure(figure, 7.2, 1.9 + middle + (2.3 if whole else 0))
-    rows = figure.add_gridspec(3 if whole else 2, 2, height_ratios=[1.8, middle, 2.2][: 3 if whole else 2])
+    figure = fresh_figure(figure, 7.2, 1.9 + middle + (2.8 if whole else 0))
+    rows = figure.add_gridspec(3 if whole else 2, 2, height_ratios=[1.8, middle, 2.7][: 3 if whole else 2])
+    lowest = rows[2, :].subgridspec(1, 2, width_ratios=(1, 1.4)) if whole else None
     _over_time(figure.add_subplot(rows[0, :]), found)
     _tensors(figure.add_subplot(rows[1, :]), found)
-    if whole:
-        _often(figure.add_subplot(rows[2, 0]), found)
-        _names(figure.add_subplot(rows[2, 1]), found)
-    note(figure, str(found.attrs.get("left_out", "")))
+    if lowest is not None:
+        _often(figure.add_subplot(lowest[0]), found)
+        _names(figure.add_subplot(lowest[1]), found)
+    note(figure, found)
     return figure
 
 
@@ -70,10 +75,15 @@ def _over_time(ax: Axes, found: xr.Dataset) -> None:
     ax.axhline(0.5, color=MUTED, linewidth=0.5, linestyle=(0, (4, 3)))
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.set_ylim(bottom=0)
-    ax.margins(x=0)
+    _whole_time(ax, found)
     tidy(ax, x="training step", y="share of parameters", title=heading(found))
     ends = [float(found[name][-max(1, found.sizes["step"] // 20) :].mean()) for name, _ in shares]
     end_labels(ax, ends, [name for name, _ in shares], [colour for _, colour in shares])
+
+
+def _whole_time(ax: Axes, found: xr.Dataset) -> None:
+    """Panels over time begin and end together."""
+    ax.set_xlim(found["step"].values[0], found["step_end"].values[-1])
 
 
 def _tensors(ax: Axes, found: xr.Dataset) -> None:
@@ -84,21 +94,38 @@ def _tensors(ax: Axes, found: xr.Dataset) -> None:
     tidy(ax, x="training step")
     rows_of_names(ax, [str(name) for name in found["tensor"].values], most=28)
     ax.set_ylim(len(values) - 0.5, -0.5)
+    _whole_time(ax, found)
     colour_bar(shown, ax, "share that helps", ends=("", ""), ticks=lambda away: f"{100 * (0.5 - away):.0f} %")
 
 
+def _joined(found: xr.Dataset) -> tuple[Any, Any, Any]:
+    """Edges, parameters and expectation in bins of about four possible shares; narrower ones hold now one share, now two."""
+    bins = found.sizes["share"]
+    most = max(_FEWEST, found.sizes["step"] // 4)
+    join = next(each for each in range(1, bins + 1) if bins % each == 0 and (bins // each <= most or each == bins))
+    edges = np.append(found["share_low"].values[::join], found["share_high"].values[-1:])
+    sums = (found[name].values.reshape(-1, join).sum(axis=1) for name in ("parameters", "expected"))
+    return (edges, *sums)
+
+
 def _often(ax: Axes, found: xr.Dataset) -> None:
-    edges = np.append(found["share_low"].values, found["share_high"].values[-1:])
-    ax.stairs(found["parameters"].values, edges, color=INK, fill=True, alpha=0.2)
-    ax.stairs(found["parameters"].values, edges, color=INK, linewidth=1)
-    ax.plot(found["share"].values, found["expected"].values, color=MUTED, linewidth=1, linestyle=(0, (4, 2)))
-    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    edges, parameters, expected = _joined(found)
+    ax.stairs(parameters, edges, color=INK, fill=True, alpha=0.2)
+    ax.stairs(parameters, edges, color=INK, linewidth=1)
+    ax.plot((edges[1:] + edges[:-1]) / 2, expected, color=MUTED, linewidth=1, linestyle=(0, (4, 2)))
+    _percent(ax)
     word(ax, 0.02, 0.97, "parameters", va="top")
-    chance = f"- - by chance alone, {100 * float(found['probability']):.1f} % each"
+    chance = f"- - by chance alone,\n{100 * float(found['probability']):.1f} % each"
     word(ax, 0.02, 0.88, chance, MUTED, va="top")
-    ax.set_ylim(top=1.25 * max(float(found["parameters"].max()), float(found["expected"].max()), 1))
+    ax.set_ylim(top=1.3 * max(float(parameters.max()), float(expected.max()), 1))
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     tidy(ax, x="share of segments helped", y="parameters")
+
+
+def _percent(ax: Axes) -> None:
+    """The same axis of shares in both panels."""
+    ax.set_xlim(-0.02, 1.02)
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
 def _names(ax: Axes, found: xr.Dataset) -> None:
@@ -114,9 +141,9 @@ def _names(ax: Axes, found: xr.Dataset) -> None:
             said = f"p = {chance:.0e}".replace("-", "−") if chance < 0.05 else "p > 0.05"
             word(ax, 1.02, place, said, MUTED, SMALL - 2, va="center", transform=ax.get_yaxis_transform())
     ax.axvline(float(found["probability"]), color=MUTED, linewidth=0.6, linestyle=(0, (4, 2)))
-    ax.set_yticks(range(len(names)), labels(names))
+    ax.set_yticks(range(len(names)), parameter_labels(names))
     ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    _percent(ax)
     tidy(ax, x="share of segments helped: heroes, villains")
     ax.tick_params(axis="y", length=0, labelsize=SMALL - 1.5)
     ax.spines["left"].set_visible(False)

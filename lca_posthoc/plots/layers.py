@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
-from ..colours import HELPING, HURTING, INK
+from ..colours import HELPING, HURTING, INK, LAYERS
 from ..errors import InputError
 from .style import (
     DIVERGE,
@@ -15,9 +15,11 @@ from .style import (
     colour_bar,
     dashes,
     end_labels,
+    expect,
     fresh_axes,
     heading,
     labels,
+    note,
     over_gaps,
     powers,
     rows_of_names,
@@ -54,6 +56,7 @@ def layers(found: xr.Dataset, *, ax: Axes | None = None, show: str | None = None
     Raises:
         InputError: for another `show`, or lines of a loss with groups.
     """
+    expect(found, "layers")
     names = [str(name) for name in found["layer"].values]
     groups = "group" in found.dims
     if show is None:
@@ -72,6 +75,7 @@ def layers(found: xr.Dataset, *, ax: Axes | None = None, show: str | None = None
     else:
         ax = fresh_axes(ax, 4.4, 0.7 + 0.2 * min(len(names), 60))
         _bars(ax, found, names, show, label)
+    note(ax.figure, found)
     return ax
 
 
@@ -85,7 +89,10 @@ def _lines(ax: Axes, found: xr.Dataset, names: list[str], label: str) -> None:
     ax.margins(x=0.01)
     totals = found["cumulative"].isel(step=-1).values
     words = [f"{name}  {total:+#.3g}".replace("-", "−") for name, total in zip(labels(names), totals, strict=True)]
-    end_labels(ax, totals, words, [colour(at) for at in range(len(names))])
+    styles = [dashes(at) for at in range(len(names))]
+    end_labels(
+        ax, totals, words, [colour(at) for at in range(len(names))], styles if len(names) > len(LAYERS) else None
+    )
 
 
 def _bars(ax: Axes, found: xr.Dataset, names: list[str], show: str, label: str) -> None:

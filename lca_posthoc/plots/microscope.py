@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ..colours import FAINT, HURTING, INK, MUTED
 from ..errors import InputError, ResourceError
-from .style import DIVERGE, SMALL, colour_bar, fresh_figure, heading, labels, note, symmetric, tidy
+from .style import DIVERGE, SMALL, colour_bar, expect, fresh_figure, heading, labels, note, symmetric, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,6 +47,7 @@ def microscope(found: xr.Dataset, *, at: int = -1, figure: Figure | None = None)
     Raises:
         InputError: for a frame that is not there.
     """
+    expect(found, "microscope")
     frames = found.sizes["step"]
     if not -frames <= at < frames:
         raise InputError(f"there are {frames} frames, from 0 to {frames - 1}; there is no frame {at}.")
@@ -70,6 +71,7 @@ def film(found: xr.Dataset, path: str | Path, *, fps: int = 10) -> Path:
         InputError: for another kind of file, or no frames per second.
         ResourceError: where ffmpeg is missing.
     """
+    expect(found, "microscope")
     from matplotlib.animation import FFMpegWriter, PillowWriter
 
     path = Path(path)
@@ -114,7 +116,7 @@ class _Stage:
         ax = self._axes(_LEFT, 0.55, _WIDE - _LEFT - _RIGHT, 0.8)
         self.mark, self.dot = _loss(ax, found)
         self.when = ax.set_title("", fontsize=SMALL, loc="right", color=HURTING)
-        note(self.figure, str(found.attrs.get("left_out", "")))
+        note(self.figure, found)
 
     def _axes(self, left: float, bottom: float, width: float, height: float) -> Axes:
         return self.figure.add_axes((left / _WIDE, bottom / self.high, width / _WIDE, height / self.high))

@@ -11,6 +11,7 @@ from ..colours import FAINT, HELPING, HURTING, INK, LAYERS
 from ..errors import InputError
 from .style import (
     SMALL,
+    expect,
     fresh_figure,
     heading,
     key,
@@ -45,6 +46,7 @@ def oscillation(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     Raises:
         InputError: where there are groups and none was picked, or neither turns nor traces are there.
     """
+    expect(found, "oscillation")
     refuse_groups(found)
     traces = found.sizes.get("trace", 0)
     shown = [name for name in _TRACES if name in found] if traces else []
@@ -65,7 +67,7 @@ def oscillation(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
                 first = ax
         first.set_ylabel(_TRACES[name], fontsize=SMALL, color=INK)
         figure.align_ylabels()
-    note(figure, str(found.attrs.get("left_out", "")))
+    note(figure, found)
     return figure
 
 

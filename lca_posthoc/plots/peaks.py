@@ -6,19 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
+from matplotlib.ticker import MaxNLocator
 
 from ..colours import FAINT, INK, LAYERS, MUTED
-from .style import SMALL, colour, escape, fresh_figure, key, labels, note, tidy
+from .style import SMALL, colour, escape, expect, fresh_figure, key, labels, note, rows_of_names, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-def peaks(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
-    """Draws the peak moments of each layer, one row per group, and the number of alignments against what rotating the layers gives.
+_COLOURS = 6  # layers that colours and a legend tell apart
+_POWERLESS = 0.5  # alignments expected of chance below which none at all says nothing
 
-    A dark line marks a segment at which all layers peak for that group.
+
+def peaks(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
+    """Draws the peak moments of each layer and group, and the number of alignments against what rotating the layers gives.
+
+    Rows are groups with the layers in colours; of one group, or where there are more than six layers, rows are layers. A dark
+    line marks a segment at which all layers peak for a group.
 
     Args:
         found: of `findings.peaks`.
@@ -27,21 +33,27 @@ def peaks(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     Returns:
         The figure.
     """
+    expect(found, "peaks")
     if "group" not in found.dims:
         found = found.expand_dims("group")
-    figure = fresh_figure(figure, 7.2, float(np.clip(1.2 + 0.28 * found.sizes["group"], 2.2, 7)))
-    raster, null = figure.subplots(1, 2, width_ratios=(2.6, 1))
-    _raster(raster, found)
+    groups, layers = found.sizes["group"], found.sizes["layer"]
+    by_layer = groups == 1 or layers > _COLOURS
+    tall = 0.9 + 0.135 * layers if by_layer else 1.2 + 0.28 * groups
+    figure = fresh_figure(figure, 7.2, float(np.clip(tall, 2.4, 7.5)))
+    raster, null = figure.subplots(1, 2, width_ratios=(2.4, 1))
+    (_by_layer if by_layer else _by_group)(raster, found)
+    raster.set_xlim(found["step"].values[0], found["step_end"].values[-1])
     _null(null, found)
-    note(figure, str(found.attrs.get("left_out", "")))
+    note(figure, found)
     return figure
 
 
-def _raster(ax: Axes, found: xr.Dataset) -> None:
+def _by_group(ax: Axes, found: xr.Dataset) -> None:
+    """A row per group, in it one line of marks per layer."""
     steps, layers = found["step"].values, [str(name) for name in found["layer"].values]
     groups = [str(label) for label in found["group"].values]
     height = 0.76 / len(layers)
-    for at, _ in enumerate(groups):
+    for at in range(len(groups)):
         together = steps[found["aligned"].isel(group=at).values.astype(bool)]
         ax.vlines(together, at - 0.46, at + 0.46, color=INK, linewidth=1.1, zorder=1)
         for which in range(len(layers)):
@@ -50,15 +62,42 @@ def _raster(ax: Axes, found: xr.Dataset) -> None:
             ax.vlines(moments, low, low + height * 0.9, color=colour(which), linewidth=1.3, zorder=2)
         if at:
             ax.axhline(at - 0.5, color=FAINT, linewidth=0.4)
-    for which, name in enumerate(labels(layers)):
+    names = labels(layers)
+    for which, name in enumerate(names):
         ax.plot([], [], color=colour(which), linewidth=2, label=name)
     ax.plot([], [], color=INK, linewidth=1.1, label="all together")
-    key(ax, ncols=min(len(layers) + 1, 6), handlelength=1)
-    tidy(ax, x="training step", y="" if groups == ["all"] else "group")
-    ax.set_yticks(range(len(groups)), [] if groups == ["all"] else labels(groups, 14))
+    fitting = 70 // (max(len(name) for name in (*names, "all together")) + 4)
+    key(ax, ncols=max(1, min(len(layers) + 1, fitting)), handlelength=1)
+    tidy(ax, x="training step", y="group")
+    ax.set_yticks(range(len(groups)), labels(groups, 14))
     ax.tick_params(axis="y", length=0)
-    ax.set_xlim(steps[0], found["step_end"].values[-1])
     ax.set_ylim(len(groups) - 0.5, -0.5)
+
+
+def _by_layer(ax: Axes, found: xr.Dataset) -> None:
+    """A row per layer, in it one line of marks per group."""
+    steps, layers = found["step"].values, [str(name) for name in found["layer"].values]
+    groups = found.sizes["group"]
+    height = 0.76 / groups
+    tidy(ax, x="training step")
+    rows_of_names(ax, layers)
+    if len(layers) > 15:
+        ax.tick_params(axis="y", labelsize=SMALL - 1.5)
+    ax.set_ylim(len(layers) - 0.5, -0.5)
+    for at in range(groups):
+        together = steps[found["aligned"].isel(group=at).values.astype(bool)]
+        ax.vlines(together, -0.5, len(layers) - 0.5, color=INK, linewidth=1.1, zorder=1)
+        for which in range(len(layers)):
+            moments = steps[found["peak"].isel(group=at, layer=which).values.astype(bool)]
+            low = which - 0.38 + at * height
+            hue = colour(which if len(layers) <= _COLOURS else 0)
+            ax.vlines(moments, low, low + height * 0.9, color=hue, linewidth=1.3, zorder=2)
+    for row in range(1, len(layers)):
+        ax.axhline(row - 0.5, color=FAINT, linewidth=0.4, zorder=0)
+    ax.plot([], [], color=LAYERS[0] if len(layers) > _COLOURS else MUTED, linewidth=2, label="peak moment")
+    if bool(found["aligned"].any()):
+        ax.plot([], [], color=INK, linewidth=1.1, label="all layers together")
+    key(ax, ncols=2, handlelength=1)
 
 
 def _null(ax: Axes, found: xr.Dataset) -> None:
@@ -75,12 +114,24 @@ def _null(ax: Axes, found: xr.Dataset) -> None:
         ax.hist(values, bins=bins, **looks[name])
     tallest = ax.get_ylim()[1]
     ax.vlines(observed, 0, tallest, color=INK, linewidth=1.6)  # the words stand above it
-    ax.set_ylim(0, tallest * 1.6)
     lines = [(f"observed {observed:.0f}", INK), (f"rotated: p = {float(found['p_shift']):.2g}", MUTED)]
     if "p_local" in found:
         lines.append((f"rotated within parts: p = {float(found['p_local']):.2g}", LAYERS[0]))
     lines.append((f"independent: p = {float(found['p_independent']):.2g}", MUTED))
-    right = observed > top / 2
+    usual = max(float(found["expected_total"]), *(float(values.mean()) for values in drawn.values()))
+    if observed == 0 and usual < _POWERLESS:
+        count = int(found["counted"].sum()) if "counted" in found.coords else found.sizes["layer"]
+        about = f"{usual:.2f}" if usual >= 0.01 else "less than 0.01"
+        powerless = (
+            f"asking all {count} layers to",
+            "peak together has no",
+            "power: chance alone gives",
+            f"{about}. Try fewer (by).",
+        )
+        lines += [(each, INK) for each in powerless]
+    tall = ax.get_window_extent().height / ax.figure.dpi * 72  # points, before the layout
+    ax.set_ylim(0, tallest / (1 - min((10 * len(lines) + 8) / tall, 0.7)))
+    right = observed > top / 2 or top == 1
     side: dict[str, Any] = {
         "xycoords": "axes fraction",
         "textcoords": "offset points",
@@ -89,4 +140,5 @@ def _null(ax: Axes, found: xr.Dataset) -> None:
     for at, (said, hue) in enumerate(lines):
         ax.annotate(said, (0.02 if right else 0.98, 1), (0, -2 - 10 * at), va="top", color=hue, fontsize=SMALL, **side)
     tidy(ax, x=f"aligned {escape(found.attrs.get('signal', 'allocation'))} peaks", y="rotations")
-    ax.locator_params(axis="both", nbins=5)
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))

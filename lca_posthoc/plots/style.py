@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import xarray as xr
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..colours import DIVERGING, FAINT, HELPING, HURTING, INK, LAYERS, MUTED
@@ -87,10 +87,15 @@ def zero_line(ax: Axes, *, vertical: bool = False) -> None:
     (ax.axvline if vertical else ax.axhline)(0, color=MUTED, linewidth=0.6, zorder=1)
 
 
-def note(figure: Figure, text: str) -> None:
-    """What a figure leaves out, said at its foot."""
-    if text:
-        figure.supxlabel(escape(text), fontsize=SMALL - 0.5, color=MUTED, x=0.01, ha="left", wrap=True)
+def note(figure: Any, found: xr.Dataset, *more: str) -> None:
+    """What a finding leaves out, said small at the foot of its figure; of several beside each other once each."""
+    old = getattr(figure, "_supxlabel", None)
+    said = [line for line in (old.get_text() if old else "").split("\n") if line]
+    said += [
+        line for each in (*more, str(found.attrs.get("left_out", ""))) if (line := escape(each)) and line not in said
+    ]
+    if said:
+        figure.supxlabel("\n".join(said), fontsize=SMALL - 0.5, color=MUTED, x=0.01, ha="left", wrap=True)
 
 
 def word(ax: Axes, x: float, y: float, text: str, hue: str = INK, size: float = SMALL, **place: Any) -> None:
@@ -157,6 +162,32 @@ def labels(names: Sequence[Any], most: int = 26) -> list[str]:
     return [escape(name) for name in shorten([str(name) for name in names], most)]
 
 
+def parameter_labels(names: Sequence[str], most: int = 38) -> list[str]:
+    """Names of parameters ready to be drawn: the index stays whole, and of a long tensor name what stands behind.
+
+    >>> parameter_labels(["blocks.3_2.conv2.weight[6, 2]", "blocks.3_1.conv2.weight[6, 2]", "fc.bias[0]"], 20)
+    ['…3_2.conv2.weight[6, 2]', '…3_1.conv2.weight[6, 2]', 'fc.bias[0]']
+    """
+    split = [str(name).partition("[") for name in names]
+    tensors = {tensor for tensor, *_ in split}
+    index = max((len(mark + rest) for _, mark, rest in split), default=0)
+    longest = max(map(len, tensors), default=0)
+    for width in range(max(8, most - index), longest):
+        short = {name: name if len(name) <= width else _end(name, width) for name in tensors}
+        if len(set(short.values())) == len(tensors):
+            break
+    else:
+        short = {name: name for name in tensors}
+    return [escape(f"{short[tensor]}{mark}{rest}") for tensor, mark, rest in split]
+
+
+def _end(name: str, most: int) -> str:
+    """What stands behind in a dotted name, from the start of a part where that leaves two."""
+    kept = name[len(name) - most + 1 :]
+    parts = kept.partition(".")[2]
+    return f"…{parts if '.' in parts else kept}"
+
+
 def heading(found: xr.Dataset) -> str:
     """The loss a finding is about, and its group where one was picked."""
     loss = escape(found.attrs.get("loss", ""))
@@ -165,6 +196,18 @@ def heading(found: xr.Dataset) -> str:
     if found.attrs.get("group", "") != "":
         return f"{loss}, group {escape(found.attrs['group'])}"
     return loss
+
+
+def expect(found: xr.Dataset, finding: str) -> None:
+    """For a plot of one finding.
+
+    Raises:
+        InputError: where `found` is another finding.
+    """
+    given = getattr(found, "attrs", {}).get("finding")
+    if given != finding:
+        what = f"a result of findings.{given}" if given else "no result of a finding"
+        raise InputError(f"this is {what}; plots.{finding} draws a result of findings.{finding}.")
 
 
 def refuse_groups(found: xr.Dataset) -> None:
@@ -195,8 +238,23 @@ def colour(at: int) -> str:
     return LAYERS[at % len(LAYERS)]
 
 
-def dashes(at: int) -> Any:
-    """Line style of the layer, group or run at this position: colours come round again with another one."""
+def palette(count: int) -> list[str]:
+    """Colours of that many lines: those of layers, or of more than there are of these, steps along the spectrum."""
+    if count <= len(LAYERS):
+        return list(LAYERS[:count])
+    from matplotlib import colormaps
+
+    spectrum = 0.88 * colormaps["turbo"](np.linspace(0.03, 0.97, count))[:, :3]
+    return [to_hex((float(red), float(green), float(blue))) for red, green, blue in spectrum]
+
+
+def dashes(at: int, count: int = 0) -> Any:
+    """Line style of the layer, group or run at this position: colours come round again with another one.
+
+    With the `count` of a palette of more colours than layers have, neighbours along the spectrum differ.
+    """
+    if count:
+        return _DASHES[at % 3] if count > len(LAYERS) else "-"
     return _DASHES[at // len(LAYERS) % len(_DASHES)]
 
 
@@ -296,14 +354,24 @@ def heat(ax: Axes, found: xr.Dataset, values: Any, norm: Normalize) -> QuadMesh:
 # --- labels at the ends of lines ----------------------------------------------------------------------------------------
 
 
-def end_labels(ax: Axes, heights: Any, words: Sequence[str], colours: Sequence[str]) -> None:
-    """Words beside the right ends of lines, pushed apart until none covers another; call it when the limits are set."""
+def end_labels(
+    ax: Axes, heights: Any, words: Sequence[str], colours: Sequence[str], styles: Sequence[Any] | None = None
+) -> None:
+    """Words beside the right ends of lines, pushed apart until none covers another; call it when the limits are set.
+
+    With `styles`, a piece of the line stands before each word where any is dashed.
+    """
     low, high = ax.get_ylim()
     tall = ax.get_window_extent().height / ax.figure.dpi * 72
     gap = 1.25 * SMALL / max(tall, 1)
     at = (np.asarray(heights, dtype=float) - low) / ((high - low) or 1)
-    for word, hue, place in zip(words, colours, spread(at, gap), strict=True):
-        ax.text(1.015, place, word, color=hue, fontsize=SMALL, va="center", transform=ax.transAxes, clip_on=False)
+    dashed = styles if styles and any(style != "-" for style in styles) else None
+    for which, (word, hue, place) in enumerate(zip(words, colours, spread(at, gap), strict=True)):
+        if dashed:
+            piece: dict[str, Any] = {"transform": ax.transAxes, "clip_on": False, "scalex": False, "scaley": False}
+            ax.plot((1.015, 1.085), (place, place), color=hue, linestyle=dashed[which], linewidth=1.2, **piece)
+        beside = 1.1 if dashed else 1.015
+        ax.text(beside, place, word, color=hue, fontsize=SMALL, va="center", transform=ax.transAxes, clip_on=False)
 
 
 def spread(at: Any, gap: float) -> list[float]:

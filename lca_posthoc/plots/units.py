@@ -9,10 +9,25 @@ import xarray as xr
 
 from ..colours import INK
 from ..errors import InputError
-from .style import colour_bar, escape, fresh_axes, heading, heat, labels, refuse_groups, symmetric, tidy
+from .style import (
+    SMALL,
+    colour_bar,
+    escape,
+    expect,
+    fresh_axes,
+    heading,
+    heat,
+    labels,
+    note,
+    refuse_groups,
+    symmetric,
+    tidy,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_FEW = 10  # layers that stronger lines part
 
 
 def units(found: xr.Dataset, *, ax: Axes | None = None, layer: str | None = None) -> Axes:
@@ -29,6 +44,7 @@ def units(found: xr.Dataset, *, ax: Axes | None = None, layer: str | None = None
     Raises:
         InputError: for a layer that is not there, or where there are groups and none was picked.
     """
+    expect(found, "units")
     refuse_groups(found)
     known = list(dict.fromkeys(str(name) for name in found["layer"].values))
     if layer is not None:
@@ -45,15 +61,22 @@ def units(found: xr.Dataset, *, ax: Axes | None = None, layer: str | None = None
     else:
         tidy(ax, x="training step", y="unit", title=f"{escape(layer)}: {heading(found)}", frame=True)
     colour_bar(shown, ax, "Σ allocation (units of loss)")
+    note(ax.figure, found)
     return ax
 
 
 def _borders(ax: Axes, names: list[str]) -> None:
-    """A line between layers, and their names at their middles."""
+    """A thin line between layers, and their names at their middles where there is room; the taller layer's goes first."""
     starts = [0, *(at for at in range(1, len(names)) if names[at] != names[at - 1])]
     ends = [*starts[1:], len(names)]
     for start in starts[1:]:
-        ax.axhline(start - 0.5, color=INK, linewidth=0.5)
-    middles = [(a + b - 1) / 2 for a, b in zip(starts, ends, strict=True)]
-    ax.set_yticks(middles, labels([names[start] for start in starts]))
+        ax.axhline(start - 0.5, color=INK, linewidth=0.5 if len(starts) <= _FEW else 0.2)
+    rows = 1.1 * SMALL / max(ax.get_window_extent().height / ax.figure.dpi * 72, 1) * len(names)  # a label's height
+    named: list[tuple[float, str]] = []
+    for a, b in sorted(zip(starts, ends, strict=True), key=lambda each: each[0] - each[1]):
+        middle = (a + b - 1) / 2
+        if all(abs(middle - other) >= rows for other, _ in named):
+            named.append((middle, names[a]))
+    named.sort()
+    ax.set_yticks([middle for middle, _ in named], labels([name for _, name in named]))
     ax.tick_params(axis="y", length=0)
