@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as some
 
 from lca_posthoc import open_run
 from lca_posthoc.findings import layers, microscope
 from lca_posthoc.report import MOST_BYTES, page, write_report
+from lca_posthoc.report.sections import candidates
 from lca_posthoc.report.thin import kept, lines, numbers, picture
 from tests.browser import Browser, browser
 from tests.deep import NASTY, deep, hostile
@@ -237,6 +239,31 @@ def test_names_add_no_tag_and_no_attribute(small_page: Path, hostile_page: Path)
     assert [name for name in found.attributes if name.startswith("on")] == []
     says(found.text, *(name for name in NASTY[:6] if "$" not in name))
     assert re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e]", text.replace("\r", "")) is None
+
+
+class Asked:
+    """A panel whose finding names the first `most` of some dead units."""
+
+    def __init__(self, dead: int) -> None:
+        self.dead = dead
+
+    def find(self, name: str, *, most: int = 20) -> tuple[xr.Dataset, str]:
+        names = np.array([f"fc[{at}]" for at in range(min(most, self.dead))], dtype=object)
+        return xr.Dataset(coords={"dead_name": ("dead", names)}), ""
+
+
+@pytest.mark.parametrize(
+    ("dead", "said"),
+    [
+        (0, "none"),
+        (2, "2 (fc[0] and fc[1])"),
+        (30, "30, such as fc[0], fc[1], fc[2], fc[3], fc[4] and fc[5]"),
+        (2000, "at least 1,000, such as fc[0], fc[1], fc[2], fc[3], fc[4] and fc[5]"),
+    ],
+)
+def test_a_dead_unit_counts_once(dead: int, said: str) -> None:
+    panel: Any = Asked(dead)
+    assert candidates._dead(panel, panel.find("candidates")[0]) == said
 
 
 # --- in a browser ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,9 @@ from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, li
 from ..panels import Panel, Room
 from .layers import largest
 
+_NAMED = 20  # units that the finding names unless asked for more
+_MOST_DEAD = 1000
+
 
 def section() -> Section:
     """No figure: lists."""
@@ -43,11 +46,19 @@ def block(panel: Panel, room: Room) -> Block:
         _tensors(found, notes),
     ]
     said = f"Layers to try freezing: {listed([clean(names[at], 60) for at in freeze]) if freeze else 'none, every sum is negative'}."
-    dead = [clean(name, 60) for name in found["dead_name"].values] if "dead_name" in found.coords else []
-    if "dead_units" in found:
-        amount = int(found["dead_units"].sum())
-        said += f" Units without any effect: {count(amount)}{f' ({listed(dead)})' if dead else ''}."
+    if "dead_name" in found.coords:
+        said += f" Units without any effect: {_dead(panel, found)}."
     return Block({"": said}, tables=[table for table in tables if table is not None and table.rows], notes=notes)
+
+
+def _dead(panel: Panel, found: Any) -> str:
+    """How many units had no effect, each counted once whatever tensors it has, and which."""
+    dead, most = [clean(name, 60) for name in found["dead_name"].values], _NAMED
+    if len(dead) >= most:
+        more, _ = panel.find("candidates", most=_MOST_DEAD)
+        dead, most = [clean(name, 60) for name in more["dead_name"].values], _MOST_DEAD
+    amount = f"at least {count(most)}" if len(dead) >= most else count(len(dead)) if dead else "none"
+    return f"{amount}{f', such as {listed(dead[:6])}' if len(dead) > 6 else f' ({listed(dead)})' if dead else ''}"
 
 
 def _named(found: Any, kind: str, title: str, values: list[tuple[str, str, str]]) -> Table | None:
