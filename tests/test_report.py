@@ -21,7 +21,7 @@ from lca_posthoc import open_run
 from lca_posthoc.findings import layers, microscope
 from lca_posthoc.report import MOST_BYTES, page, write_report
 from lca_posthoc.report.sections import candidates
-from lca_posthoc.report.thin import kept, lines, numbers, picture
+from lca_posthoc.report.thin import kept, lines, numbers, over_segments, over_steps, picture, thinned
 from tests.browser import Browser, browser
 from tests.deep import NASTY, deep, hostile
 from tests.small import lca, record, refused, run_lca, says, write_task
@@ -132,6 +132,17 @@ def test_lines_that_are_not_thinned_share_their_steps() -> None:
     xs, ys = lines([1, 2, 3], [[1, 2, 3], [4, 5, 6]])
     assert (xs["same"], unpacked(xs["v"]).tolist()) == (2, [1, 2, 3])
     assert (ys["n"], unpacked(ys["v"]).tolist()) == ([3, 3], [1, 2, 3, 4, 5, 6])
+
+
+def test_no_line_is_drawn_over_missing_segments() -> None:
+    step = np.concatenate([np.arange(3000), np.arange(5000, 9000)])
+    line = thinned(*over_segments(step, np.sin(step), step + 1), 100)
+    x, y = unpacked(line["x"]), unpacked(line["y"])
+    assert np.isnan(x).sum() == np.isnan(y).sum() == 1
+    assert np.nanmax(np.diff(x)) < 500
+    xs, ys = lines(*over_steps(step, step + 1, [np.sin(step)], [np.sin(step + 1)]), 100)
+    assert np.isnan(unpacked(xs["v"])).sum() == np.isnan(unpacked(ys["v"])).sum() == 1
+    assert xs["n"] == ys["n"] == [len(unpacked(ys["v"]))]
 
 
 @given(some.lists(some.floats(-1e3, 1e3), min_size=4, max_size=4))

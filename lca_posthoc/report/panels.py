@@ -60,6 +60,12 @@ class Panel:
         return findings.summary(self.results)
 
     @property
+    def missing(self) -> str:
+        """How many segments are missing, of how many."""
+        done = self.results.progress()
+        return f"{done['segments'] - done['segments_done']:,} of {done['segments']:,} segments"
+
+    @property
     def groups(self) -> list[Any] | None:
         """Labels of the groups; None for a loss without."""
         return self.results.record.groups

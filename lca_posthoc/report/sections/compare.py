@@ -12,7 +12,7 @@ from ...errors import LCAError
 from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, plain
 from ..figures import add_many, steps_figure
 from ..panels import Panel, Room
-from ..thin import lines
+from ..thin import lines, over_steps
 from .layers import largest
 
 _RUNS = 8  # beside each other in a table
@@ -43,8 +43,8 @@ def block(panels: Sequence[Panel], room: Room) -> Block | None:
     for panel, found in curves:
         if found is None:
             continue
-        y = np.append(panel.of_group(found["loss_start"], None).values[:1], panel.of_group(found["loss"], None).values)
-        x = np.append(found["step"].values[:1], found["step_end"].values)
+        losses = [panel.of_group(found[name], None).values for name in ("loss_start", "loss")]
+        x, y = over_steps(found["step"].values, found["step_end"].values, *losses)
         each_x, each_y = lines(x, y[None], room.points(len(curves), 0.1))
         xs.append(each_x)
         ys.append(each_y)

@@ -26,6 +26,7 @@ class Headline:
     """The first thing said about one loss."""
 
     measured: str
+    unfinished: str
     cards: list[Card]
 
 
@@ -40,9 +41,11 @@ def headline(panel: Panel) -> Headline:
     unconverged, segments = found["unconverged"], found["segments"]
     tolerance = panel.run.manifest.settings.get("tolerance")
     total = _layers(panel)
+    done = panel.results.progress()
+    over = "" if done["complete"] else f" over {segments:,} of {done['segments']:,} segments, those that are there"
     hurt, layers = [name for name, value in reversed(total) if value > 0], len(total)
     cards = [
-        Card("Loss", f"{plain(whole['loss_start'])} → {plain(whole['loss_end'])}", f"change {signed(change)}"),
+        Card("Loss", f"{plain(whole['loss_start'])} → {plain(whole['loss_end'])}", f"change {signed(change)}{over}"),
         Card(
             "Allocated",
             signed(whole["allocated"]),
@@ -69,7 +72,16 @@ def headline(panel: Panel) -> Headline:
             warning=bool(unconverged),
         ),
     ]
-    return Headline(_measured(panel, record.on) + groups, cards)
+    return Headline(_measured(panel, record.on) + groups, _unfinished(panel), cards)
+
+
+def _unfinished(panel: Panel) -> str:
+    if panel.results.complete:
+        return ""
+    return (
+        f"This run is not finished: {panel.missing} are missing. Every sum and every share here is over the others alone, and lines "
+        f"have gaps where segments are missing. Finish it with lca run, then write this page again."
+    )
 
 
 def _best(total: list[tuple[str, float]], change: float) -> Card:

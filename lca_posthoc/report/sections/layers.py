@@ -10,7 +10,7 @@ import xarray as xr
 from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, listed, signed
 from ..figures import add_level, add_many, steps_figure
 from ..panels import Panel, Room
-from ..thin import lines
+from ..thin import lines, over_steps
 
 _DRAWN = 6  # layers ticked at first
 
@@ -41,18 +41,18 @@ def block(panel: Panel, room: Room) -> Block:
     if len(shown) < len(total):
         notes.append(f"{count(len(total) - len(shown), 'layer')} with smaller sums are not shown.")
     names = [clean(found["layer"].values[at]) for at in shown]
-    x = np.concatenate([found["step"].values[:1], found["step_end"].values])
+    steps, ends = found["step"].values, found["step_end"].values
     most = room.points(len(shown) * len(panel.choices), 0.4)
     views: dict[str, dict[str, Any]] = {"layers": {}, "@layers": {}}
     for key, _, at in panel.choices:
         sums = panel.of_group(found["cumulative"], at).transpose("step", "layer").values[:, shown]
-        ys = np.concatenate([np.zeros((1, len(shown))), sums]).T
+        x, ys = over_steps(steps, ends, np.concatenate([np.zeros((1, len(shown))), sums[:-1]]).T, sums.T)
         xs, packed = lines(x, ys, most)
         views["layers"][f"{key}|"] = {"layers": {"xs": xs, "ys": packed, "name": names, "colour": "@palette"}}
         columns = [panel.of_group(found[name], at).values[shown] for name in ("total", "mean", "helping")]
         views["@layers"][f"{key}|"] = {"2": columns[0].tolist(), "3": columns[1].tolist(), "4": columns[2].tolist()}
-    if most < len(x):
-        notes.append(f"Running sums are drawn with {most:,} of {len(x):,} points each, extremes kept.")
+    if most <= len(steps):
+        notes.append(f"Running sums are drawn with {most:,} of {len(steps) + 1:,} points each, extremes kept.")
     return Block(
         {"layers": sentence(names, total[shown])},
         views,

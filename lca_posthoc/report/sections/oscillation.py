@@ -9,7 +9,7 @@ import numpy as np
 from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, plain
 from ..figures import INK, MUTED, add_level, add_lines, steps_figure
 from ..panels import Panel, Room
-from ..thin import kept, numbers
+from ..thin import over_segments, thinned
 from .layers import largest
 
 _SIGNALS = ("weight", "gradient", "allocation")
@@ -76,13 +76,12 @@ def _traces(panel: Panel, found: Any, room: Room) -> dict[str, dict[str, Any]]:
     for signal in _SIGNALS:
         if signal not in found.data_vars:
             continue
-        x = found["step"].values
+        steps, ends = found["step"].values, found["step_end"].values
         for key, _, at in panel.choices:
             columns = panel.of_group(found[signal], at).transpose("trace", "step").values
             for trace in range(traces):
-                few = kept(columns[trace], most)
                 views.setdefault(f"trace_{signal}", {})[f"{key}|{trace}"] = {
-                    signal: {"x": numbers(x[few]), "y": numbers(columns[trace][few])}
+                    signal: thinned(*over_segments(steps, columns[trace], ends), most)
                 }
     return views
 
