@@ -207,6 +207,15 @@ def test_what_the_page_carries_are_the_numbers_of_the_run(small: Path, small_pag
             np.testing.assert_allclose(view["2"], np.asarray(expected), rtol=1e-6)
 
 
+def test_of_a_mean_over_groups_no_share_is_claimed(small: Path, tmp_path: Path) -> None:
+    write_report([open_run(small)], tmp_path / "it.html", losses=["per_class"])
+    text = (tmp_path / "it.html").read_text()
+    views = part(text, "data")["views"]["@layers"]["0"]
+    assert set(views["|"]["4"]) == {None}
+    assert all(0 <= share <= 1 for share in views["2|"]["4"])
+    says(Tags(text).text, "pick a group for its layers' shares", "largest |residual| of a segment in one group")
+
+
 @pytest.mark.parametrize("keep", ["units", "tensors"])
 def test_what_is_not_kept_is_left_out_and_said(keep: str, tmp_path: Path) -> None:
     run_lca(record(tmp_path / "c"), write_task(tmp_path / "t.py"), tmp_path / "r.lca", "--keep", keep)

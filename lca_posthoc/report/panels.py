@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -97,11 +98,23 @@ class Panel:
 
     @property
     def whole(self) -> dict[str, float]:
-        """The headline figures, of the weighted mean over the groups where there are any."""
+        """The headline figures, of the weighted mean over the groups where there are any.
+
+        How many parameters help the mean loss does not follow from how many help each group, so those shares are NaN.
+        """
         names = ("loss_start", "loss_end", "loss_change", "allocated", "residual", "helping", "hurting", "zero")
         if self.groups is None:
             return {name: float(self.summary[name]) for name in names}
-        return {name: float(np.asarray(self.summary[name], dtype=float) @ self.shares) for name in names}
+        shares = {"helping", "hurting", "zero"}
+        return {
+            name: math.nan if name in shares else float(np.asarray(self.summary[name], dtype=float) @ self.shares)
+            for name in names
+        }
+
+    def share_of_group(self, data: xr.DataArray, position: int | None) -> xr.DataArray:
+        """Shares of parameters in one group; NaN of the mean over groups, of which they are not known."""
+        of = self.of_group(data, position)
+        return of * np.nan if position is None and "group" in data.dims else of
 
 
 @dataclass(frozen=True)

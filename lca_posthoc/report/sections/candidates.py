@@ -31,9 +31,17 @@ def block(panel: Panel, room: Room) -> Block:
     total: Any = panel.of_group(found["total"], None).values if "total" in found else []
     freeze = [at for at in range(len(total)) if total[at] > 0]
     names = found["layer"].values
-    helping = panel.of_group(found["helping"], None).values
-    rows = [[str(names[at]), float(total[at]), float(helping[at])] for at in sorted(freeze, key=lambda at: -total[at])]
-    columns = [Column("layer", "name"), Column("Σ allocation", "bar"), Column("helping", "share")]
+    grouped = panel.groups is not None
+    helping = found["helping"].values
+    rows = [
+        [str(names[at]), float(total[at]), *([] if grouped else [float(helping[at])])]
+        for at in sorted(freeze, key=lambda at: -total[at])
+    ]
+    columns = [
+        Column("layer", "name"),
+        Column("Σ allocation", "bar"),
+        *([] if grouped else [Column("helping", "share")]),
+    ]
     tables = [
         Table("Layers that hurt in sum: try freezing them", columns, rows[:MOST_ROWS], open=True),
         _named(found, "unit", "Units that hurt most", [("total", "Σ allocation", "bar")]),

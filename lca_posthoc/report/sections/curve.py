@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..content import Block, Section, count, plain, signed
+from ..content import Block, Section, clean, count, plain, signed
 from ..figures import ACCENT, INK, MUTED, add_dots, add_level, add_lines, steps_figure
 from ..panels import Panel, Room
 from ..thin import numbers, over_segments, over_steps, thinned
@@ -74,7 +74,14 @@ def _captions(panel: Panel, found: Any, values: dict[str, Numbers], bad: int, la
     end, predicted = float(values["loss"][-1]), float(values["predicted"][-1])
     worst = int(np.abs(residual).argmax())
     steps = found["step"].values
-    of = f" ({label})" if label else ""
+    of, worst_of = f" ({label})" if label else "", ""
+    if panel.groups is not None:
+        every = np.abs(found["residual"].transpose("step", "group").values)
+        at, group = np.unravel_index(np.nanargmax(every), every.shape)
+        worst_of = (
+            f"; of one group, {clean(panel.groups[group], 60)}, {plain(float(every[at, group]))} in magnitude, from step "
+            f"{steps[at]:,} on"
+        )
     converged = f"{count(bad, 'segment')} did not converge" if bad else "Every segment converged"
     if panel.results.complete:
         added = f"added up, the allocation ends at {plain(predicted)}."
@@ -82,6 +89,6 @@ def _captions(panel: Panel, found: Any, values: dict[str, Numbers], bad: int, la
         added = f"{panel.missing} are missing, over which nothing is drawn: there the sum begins again at the measured loss."
     return {
         "curve": f"From step {steps[0]:,} on the loss{of} went from {plain(start)} to {plain(end)}; {added}",
-        "residual": f"Over {count(len(residual), 'segment')} the residuals add up to {signed(float(residual.sum()))}; the largest is "
-        f"{signed(float(residual[worst]))}, from step {steps[worst]:,} on. {converged}.",
+        "residual": f"Over {count(len(residual), 'segment')} the residuals{of} add up to {signed(float(residual.sum()))}; the largest is "
+        f"{signed(float(residual[worst]))}, from step {steps[worst]:,} on{worst_of}. {converged}.",
     }

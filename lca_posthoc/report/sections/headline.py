@@ -52,12 +52,7 @@ def headline(panel: Panel) -> Headline:
             f"residual {signed(residual)}" + (f", {percent(abs(residual / change))} of the change" if change else ""),
             warning=bool(change) and abs(residual / change) > 0.05,
         ),
-        Card(
-            "Helping",
-            percent(whole["helping"]),
-            f"of parameters × segments; {percent(whole['hurting'])} hurt, {percent(whole['zero'])} did nothing",
-            bar=(whole["helping"], whole["zero"], whole["hurting"]),
-        ),
+        _helping(panel),
         _best(total, change),
         Card(
             "Layers that hurt",
@@ -68,7 +63,7 @@ def headline(panel: Panel) -> Headline:
         Card(
             "Not converged",
             f"{unconverged:,} of {segments:,} segments" if unconverged else f"none of {segments:,} segments",
-            f"largest |residual| of a segment {plain(worst)}, tolerance {clean(tolerance, 20)}",
+            f"largest |residual| of a segment{' in one group' if panel.groups is not None else ''} {plain(worst)}, tolerance {clean(tolerance, 20)}",
             warning=bool(unconverged),
         ),
     ]
@@ -81,6 +76,24 @@ def _unfinished(panel: Panel) -> str:
     return (
         f"This run is not finished: {panel.missing} are missing. Every sum and every share here is over the others alone, and lines "
         f"have gaps where segments are missing. Finish it with lca run, then write this page again."
+    )
+
+
+def _helping(panel: Panel) -> Card:
+    whole = panel.whole
+    if panel.groups is not None:
+        shares = np.asarray(panel.summary["helping"], dtype=float)
+        low, high = percent(float(shares.min())), percent(float(shares.max()))
+        return Card(
+            "Helping",
+            "–",
+            f"pick a group for its layers' shares; over the groups {low} to {high} of parameters × segments helped one",
+        )
+    return Card(
+        "Helping",
+        percent(whole["helping"]),
+        f"of parameters × segments; {percent(whole['hurting'])} hurt, {percent(whole['zero'])} did nothing",
+        bar=(whole["helping"], whole["zero"], whole["hurting"]),
     )
 
 

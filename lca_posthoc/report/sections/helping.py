@@ -98,8 +98,11 @@ def _over_time(found: xr.Dataset) -> dict[str, Any]:
 def _shares(panel: Panel, found: xr.Dataset) -> str:
     helping = panel.of_group(found["helping"], None).values
     zero = panel.of_group(found["zero"], None).values
+    of = (
+        "" if panel.groups is None else "one group's loss (averaged over the groups; of the mean loss it is not known) "
+    )
     return (
-        f"On average {percent(float(helping.mean()))} of the parameters help on a segment, between {percent(float(helping.min()))} and "
+        f"On average {percent(float(helping.mean()))} of the parameters help {of}on a segment, between {percent(float(helping.min()))} and "
         f"{percent(float(helping.max()))}; {percent(float(zero.mean()))} have an allocation of exactly zero."
     )
 

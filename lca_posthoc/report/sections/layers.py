@@ -49,7 +49,8 @@ def block(panel: Panel, room: Room) -> Block:
         x, ys = over_steps(steps, ends, np.concatenate([np.zeros((1, len(shown))), sums[:-1]]).T, sums.T)
         xs, packed = lines(x, ys, most)
         views["layers"][f"{key}|"] = {"layers": {"xs": xs, "ys": packed, "name": names, "colour": "@palette"}}
-        columns = [panel.of_group(found[name], at).values[shown] for name in ("total", "mean", "helping")]
+        columns = [panel.of_group(found[name], at).values[shown] for name in ("total", "mean")]
+        columns.append(panel.share_of_group(found["helping"], at).values[shown])
         views["@layers"][f"{key}|"] = {"2": columns[0].tolist(), "3": columns[1].tolist(), "4": columns[2].tolist()}
     if most <= len(steps):
         notes.append(f"Running sums are drawn with {most:,} of {len(steps) + 1:,} points each, extremes kept.")
@@ -62,7 +63,8 @@ def block(panel: Panel, room: Room) -> Block:
 
 
 def _table(panel: Panel, found: xr.Dataset, shown: list[int], names: list[str]) -> Table:
-    total, mean, helping = (panel.of_group(found[name], None).values for name in ("total", "mean", "helping"))
+    total, mean = (panel.of_group(found[name], None).values for name in ("total", "mean"))
+    helping = panel.share_of_group(found["helping"], None).values
     ticked = set(largest(total[shown], _DRAWN))
     rows = [
         [name, int(found["elements"].values[at]), float(total[at]), float(mean[at]), float(helping[at])]
@@ -79,6 +81,7 @@ def _table(panel: Panel, found: xr.Dataset, shown: list[int], names: list[str]) 
         "Layers, in the model's order: tick the ones to draw",
         columns,
         rows,
+        "" if panel.groups is None else "Helping is a share of parameters in one group: pick a group.",
         open=True,
         live="layers",
         pick=[at in ticked for at in range(len(rows))],
