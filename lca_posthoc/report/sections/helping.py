@@ -30,7 +30,7 @@ def section() -> Section:
     return Section(
         "helping",
         "Who helps",
-        "At any one step about half of the parameters move the loss up: learning is a small surplus of help over harm. "
+        "The first figure has the share of parameters that move the loss down at each step, and the share that moves it up. "
         "Where the bars of the second figure reach beyond the dashed line, parameters help or hurt more often than by chance.",
         {"helping": shares, "over_time": over},
         {

@@ -23,8 +23,8 @@ def section() -> Section:
     return Section(
         "layers",
         "Layers",
-        "A layer whose sum is negative lowered the loss; one whose sum is positive raised it, and training might have done better "
-        "without moving it. Sums grow with the number of parameters, so compare layers of different size by the mean.",
+        "A layer whose sum is negative lowered the loss; one whose sum is positive raised it, and it may be worth a try "
+        "not to move it. Sums grow with the number of parameters, so compare layers of different size by the mean.",
         {"layers": made},
         headings={"layers": "Running sum of each layer"},
     )
