@@ -6,6 +6,7 @@ import base64
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -419,4 +420,22 @@ def test_several_runs_are_compared_first(chromium: Browser, small: Path, tmp_pat
         assert titles.index("Run against run") < titles.index("Loss curve")
         assert opened.source("compare", "runs")["name"] == ["small.lca", "other.lca"]
         assert opened.text("#n-compare") == "small.lca\nother.lca"
+        assert opened.faults == []
+
+
+def test_repeats_are_compared_over_their_labels_whatever_is_shown_in_full(
+    chromium: Browser, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lca_posthoc.report.panels.MOST_PANELS", 2)
+    for name in ("a0", "a1", "b0", "b1"):
+        shutil.copytree(small, tmp_path / f"{name}.lca")
+    options = (f"first={tmp_path}/a?.lca", f"second={tmp_path}/b?.lca", "--loss", "train", "-o", tmp_path / "it.html")
+    result = lca("report", *options)
+    assert result.exit_code == 0, result.output
+    says(Tags((tmp_path / "it.html").read_text()).text, "Of 4 runs the first 2 can be picked", "p: as the first label")
+    with chromium.opened(tmp_path / "it.html") as opened:
+        runs = opened.source("compare", "runs")
+        assert len(runs["name"]) == 4
+        assert len(set(runs["colour"])) == 2
+        assert opened.text("#n-compare") == "first\nsecond"
         assert opened.faults == []

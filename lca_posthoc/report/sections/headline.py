@@ -43,6 +43,7 @@ def headline(panel: Panel) -> Headline:
     total = _layers(panel)
     done = panel.results.progress()
     over = "" if done["complete"] else f" over {segments:,} of {done['segments']:,} segments, those that are there"
+    within = "" if panel.groups is None else " in one group"
     hurt, layers = [name for name, value in reversed(total) if value > 0], len(total)
     cards = [
         Card("Loss", f"{plain(whole['loss_start'])} → {plain(whole['loss_end'])}", f"change {signed(change)}{over}"),
@@ -63,7 +64,7 @@ def headline(panel: Panel) -> Headline:
         Card(
             "Not converged",
             f"{unconverged:,} of {segments:,} segments" if unconverged else f"none of {segments:,} segments",
-            f"largest |residual| of a segment{' in one group' if panel.groups is not None else ''} {plain(worst)}, tolerance {clean(tolerance, 20)}",
+            f"largest |residual| of a segment{within} {plain(worst)}, tolerance {clean(tolerance, 20)}",
             warning=bool(unconverged),
         ),
     ]
