@@ -313,6 +313,8 @@ def test_a_hundred_layers_and_ten_groups(chromium: Browser, tmp_path: Path) -> N
     path = write_report([run], tmp_path / "it.html")
     assert path.stat().st_size <= MOST_BYTES
     says(Tags(path.read_text()).text, "Layers: 40 layers with smaller sums are not shown.")
+    ticks = part(path.read_text(), "data")["views"]["peaks"]["0"]["|"]["@ticks"]["y"]
+    assert (len(ticks), ticks[0], ticks[-1]) == (40, "block0", "last")
     with chromium.opened(path) as opened:
         assert opened.count("table[data-live='layers'][data-panel='0'] tbody tr") == 60
         assert len(opened.source("layers", "layers")["xs"]) == 6
