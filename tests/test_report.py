@@ -379,6 +379,7 @@ def test_losses_steps_layers_and_colours_can_be_picked(chromium: Browser, small:
         opened.page.locator("#all").click()
         assert opened.js("lcaFigures.one('layers').model.x_range.start") < 0.5
         opened.page.locator("table[data-live='layers'][data-panel='1'] input").first.uncheck()
+        assert opened.text("#n-layers") == "out"
         assert opened.source("layers", "layers")["name"] == ["out"]
         background = "getComputedStyle(document.body).backgroundColor"
         light, axis = opened.js(background), "String(lcaFigures.one('curve').model.below[0].major_label_text_color)"

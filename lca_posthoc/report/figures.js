@@ -120,12 +120,12 @@ const lcaFigures = (() => {
       swatch.hidden = place < 0;
       if (place >= 0) swatch.style.background = tints[place % tints.length];
     });
-    if (!boxes.length) named(name, columns);
-    for (const column of ["kind", "@kinds"]) delete columns[column];
     for (const column of ["xs", "ys", "name"]) columns[column] = shown.map((at) => columns[column][at]);
+    named(name, columns);
+    for (const column of ["kind", "@kinds"]) delete columns[column];
   }
 
-  /* A legend, where there is no table that could be one. */
+  /* A legend of the lines that are drawn. */
   function named(name, columns) {
     const kinds = columns["@kinds"], tints = tones().layers;
     const entries = (kinds ?? columns.name).map((text, at) => {
