@@ -6,6 +6,7 @@ import base64
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,13 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as some
 
 from lca_posthoc import open_run
 from lca_posthoc.findings import layers, microscope
 from lca_posthoc.report import MOST_BYTES, page, write_report
-from lca_posthoc.report.thin import kept, lines, numbers, picture
+from lca_posthoc.report.sections import candidates
+from lca_posthoc.report.thin import kept, lines, numbers, over_segments, over_steps, picture, thinned
 from tests.browser import Browser, browser
 from tests.deep import NASTY, deep, hostile
 from tests.small import lca, record, refused, run_lca, says, write_task
@@ -132,6 +135,17 @@ def test_lines_that_are_not_thinned_share_their_steps() -> None:
     assert (ys["n"], unpacked(ys["v"]).tolist()) == ([3, 3], [1, 2, 3, 4, 5, 6])
 
 
+def test_no_line_is_drawn_over_missing_segments() -> None:
+    step = np.concatenate([np.arange(3000), np.arange(5000, 9000)])
+    line = thinned(*over_segments(step, np.sin(step), step + 1), 100)
+    x, y = unpacked(line["x"]), unpacked(line["y"])
+    assert np.isnan(x).sum() == np.isnan(y).sum() == 1
+    assert np.nanmax(np.diff(x)) < 500
+    xs, ys = lines(*over_steps(step, step + 1, [np.sin(step)], [np.sin(step + 1)]), 100)
+    assert np.isnan(unpacked(xs["v"])).sum() == np.isnan(unpacked(ys["v"])).sum() == 1
+    assert xs["n"] == ys["n"] == [len(unpacked(ys["v"]))]
+
+
 @given(some.lists(some.floats(-1e3, 1e3), min_size=4, max_size=4))
 def test_a_picture_keeps_signs_zeros_and_values_to_a_level(values: list[float]) -> None:
     matrix = np.array(values).reshape(2, 2)
@@ -194,6 +208,15 @@ def test_what_the_page_carries_are_the_numbers_of_the_run(small: Path, small_pag
             np.testing.assert_allclose(view["2"], np.asarray(expected), rtol=1e-6)
 
 
+def test_of_a_mean_over_groups_no_share_is_claimed(small: Path, tmp_path: Path) -> None:
+    write_report([open_run(small)], tmp_path / "it.html", losses=["per_class"])
+    text = (tmp_path / "it.html").read_text()
+    views = part(text, "data")["views"]["@layers"]["0"]
+    assert set(views["|"]["4"]) == {None}
+    assert all(0 <= share <= 1 for share in views["2|"]["4"])
+    says(Tags(text).text, "pick a group for its layers' shares", "largest |residual| of a segment in one group")
+
+
 @pytest.mark.parametrize("keep", ["units", "tensors"])
 def test_what_is_not_kept_is_left_out_and_said(keep: str, tmp_path: Path) -> None:
     run_lca(record(tmp_path / "c"), write_task(tmp_path / "t.py"), tmp_path / "r.lca", "--keep", keep)
@@ -239,6 +262,31 @@ def test_names_add_no_tag_and_no_attribute(small_page: Path, hostile_page: Path)
     assert re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e]", text.replace("\r", "")) is None
 
 
+class Asked:
+    """A panel whose finding names the first `most` of some dead units."""
+
+    def __init__(self, dead: int) -> None:
+        self.dead = dead
+
+    def find(self, name: str, *, most: int = 20) -> tuple[xr.Dataset, str]:
+        names = np.array([f"fc[{at}]" for at in range(min(most, self.dead))], dtype=object)
+        return xr.Dataset(coords={"dead_name": ("dead", names)}), ""
+
+
+@pytest.mark.parametrize(
+    ("dead", "said"),
+    [
+        (0, "none"),
+        (2, "2 (fc[0] and fc[1])"),
+        (30, "30, such as fc[0], fc[1], fc[2], fc[3], fc[4] and fc[5]"),
+        (2000, "at least 1,000, such as fc[0], fc[1], fc[2], fc[3], fc[4] and fc[5]"),
+    ],
+)
+def test_a_dead_unit_counts_once(dead: int, said: str) -> None:
+    panel: Any = Asked(dead)
+    assert candidates._dead(panel, panel.find("candidates")[0]) == said
+
+
 # --- in a browser ----------------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +313,8 @@ def test_a_hundred_layers_and_ten_groups(chromium: Browser, tmp_path: Path) -> N
     path = write_report([run], tmp_path / "it.html")
     assert path.stat().st_size <= MOST_BYTES
     says(Tags(path.read_text()).text, "Layers: 40 layers with smaller sums are not shown.")
+    ticks = part(path.read_text(), "data")["views"]["peaks"]["0"]["|"]["@ticks"]["y"]
+    assert (len(ticks), ticks[0], ticks[-1]) == (40, "block0", "last")
     with chromium.opened(path) as opened:
         assert opened.count("table[data-live='layers'][data-panel='0'] tbody tr") == 60
         assert len(opened.source("layers", "layers")["xs"]) == 6
@@ -329,6 +379,7 @@ def test_losses_steps_layers_and_colours_can_be_picked(chromium: Browser, small:
         opened.page.locator("#all").click()
         assert opened.js("lcaFigures.one('layers').model.x_range.start") < 0.5
         opened.page.locator("table[data-live='layers'][data-panel='1'] input").first.uncheck()
+        assert opened.text("#n-layers") == "out"
         assert opened.source("layers", "layers")["name"] == ["out"]
         background = "getComputedStyle(document.body).backgroundColor"
         light, axis = opened.js(background), "String(lcaFigures.one('curve').model.below[0].major_label_text_color)"
@@ -372,4 +423,22 @@ def test_several_runs_are_compared_first(chromium: Browser, small: Path, tmp_pat
         assert titles.index("Run against run") < titles.index("Loss curve")
         assert opened.source("compare", "runs")["name"] == ["small.lca", "other.lca"]
         assert opened.text("#n-compare") == "small.lca\nother.lca"
+        assert opened.faults == []
+
+
+def test_repeats_are_compared_over_their_labels_whatever_is_shown_in_full(
+    chromium: Browser, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lca_posthoc.report.panels.MOST_PANELS", 2)
+    for name in ("a0", "a1", "b0", "b1"):
+        shutil.copytree(small, tmp_path / f"{name}.lca")
+    options = (f"first={tmp_path}/a?.lca", f"second={tmp_path}/b?.lca", "--loss", "train", "-o", tmp_path / "it.html")
+    result = lca("report", *options)
+    assert result.exit_code == 0, result.output
+    says(Tags((tmp_path / "it.html").read_text()).text, "Of 4 runs the first 2 can be picked", "p: as the first label")
+    with chromium.opened(tmp_path / "it.html") as opened:
+        runs = opened.source("compare", "runs")
+        assert len(runs["name"]) == 4
+        assert len(set(runs["colour"])) == 2
+        assert opened.text("#n-compare") == "first\nsecond"
         assert opened.faults == []

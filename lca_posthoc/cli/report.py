@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from .compare import labelled
 from .show import stdout
+
+if TYPE_CHECKING:
+    from ..store import Run
 
 
 @click.command()
-@click.argument("runs", type=click.Path(), nargs=-1, required=True, metavar="RUN [RUN…]")
+@click.argument("runs", type=click.Path(), nargs=-1, required=True, metavar="[LABEL=]RUN…")
 @click.option(
     "-o",
     "--out",
@@ -34,10 +38,20 @@ def command(runs: tuple[str, ...], out: str, losses: tuple[str, ...]) -> None:
     lca report checkpoints.lca
     lca report first.lca second.lca -o both.html
     lca report checkpoints.lca --loss validation
+    lca report 'free=free-*.lca' 'frozen=frozen-*.lca'
+
+    Runs under one LABEL are repeats, such as seeds: layers are compared over them, as by `lca compare`.
     """
+    from pathlib import Path
+
     from ..errors import amount
     from ..report import write_report
     from ..store import open_run
 
-    written = write_report([open_run(run) for run in runs], Path(out), losses=losses)
+    opened: list[Run] | dict[str, list[Run]]
+    if any("=" in run and not Path(run).exists() for run in runs):
+        opened = {label: [open_run(path) for path in paths] for label, paths in labelled(runs).items()}
+    else:
+        opened = [open_run(run) for run in runs]
+    written = write_report(opened, Path(out), losses=losses)
     stdout().print(f"wrote {written} ({amount(float(written.stat().st_size))})", markup=False)

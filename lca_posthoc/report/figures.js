@@ -113,21 +113,24 @@ const lcaFigures = (() => {
     const boxes = table ? [...table.querySelectorAll("input[data-row]")] : [];
     const shown = columns.name.map((_, at) => at).filter((at) => !boxes.length || boxes[at]?.checked);
     const tints = tones().layers;
-    columns.colour = shown.map((_, at) => tints[at % tints.length]);
+    // Lines of one kind, such as repeats, share a colour; so many that colours come again are told apart by pointing at them.
+    columns.colour = shown.map((at, place) => tints[(columns.kind ? columns.kind[at] : place) % tints.length]);
     boxes.forEach((box, at) => {
       const swatch = box.nextElementSibling, place = shown.indexOf(at);
       swatch.hidden = place < 0;
       if (place >= 0) swatch.style.background = tints[place % tints.length];
     });
-    if (!boxes.length) named(name, columns);
     for (const column of ["xs", "ys", "name"]) columns[column] = shown.map((at) => columns[column][at]);
+    named(name, columns);
+    for (const column of ["kind", "@kinds"]) delete columns[column];
   }
 
-  /* A legend, where there is no table that could be one. */
+  /* A legend of the lines that are drawn. */
   function named(name, columns) {
-    const entries = columns.name.map((text, at) => {
+    const kinds = columns["@kinds"], tints = tones().layers;
+    const entries = (kinds ?? columns.name).map((text, at) => {
       const entry = document.createElement("li"), sign = document.createElement("i");
-      sign.style.background = columns.colour[at];
+      sign.style.background = kinds ? tints[at % tints.length] : columns.colour[at];
       entry.append(sign, text);
       return entry;
     });

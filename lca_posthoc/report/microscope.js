@@ -183,10 +183,13 @@ const lcaMicroscope = (() => {
   function curve() {
     const known = [...film.loss_start, ...film.loss_end].filter((each) => each !== null);
     const low = Math.min(...known), high = Math.max(...known), first = film.step[0], last = film.step_end[film.frames - 1];
-    const points = film.loss_end.map((loss, at) => [film.step_end[at], loss]);
-    points.unshift([first, film.loss_start[0]]);
-    const put = ([step, loss]) => `${(((step - first) / (last - first || 1)) * 1000).toFixed(1)},${(56 - ((loss - low) / (high - low || 1)) * 52).toFixed(1)}`;
-    document.querySelector("#track .line").setAttribute("d", `M${points.filter(([, loss]) => loss !== null).map(put).join("L")}`);
+    // Where segments are missing the line begins again.
+    const points = film.loss_end.flatMap((loss, at) => {
+      const goes = at > 0 && film.step[at] === film.step_end[at - 1];
+      return goes ? [["L", film.step_end[at], loss]] : [["M", film.step[at], film.loss_start[at]], ["L", film.step_end[at], loss]];
+    });
+    const put = ([sign, step, loss]) => sign + `${(((step - first) / (last - first || 1)) * 1000).toFixed(1)},${(56 - ((loss - low) / (high - low || 1)) * 52).toFixed(1)}`;
+    document.querySelector("#track .line").setAttribute("d", points.filter((each) => each[2] !== null).map(put).join("").replace(/^L/, "M"));
   }
 
   /* The frame to begin with: the one that took most out of the loss. */

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..errors import InputError, LCAError, amount
 from ..store import Run
 from .content import Block, Section, cell, clean, listed
 from .microscope import BYTES, microscope
-from .panels import MOST_GROUPS, Panel, Room, choose, run_labels
+from .panels import MOST_GROUPS, Panel, Room, beside, choose, run_labels
 from .sections import SECTIONS, compare
 from .sections.headline import headline
 
@@ -39,11 +39,13 @@ _COLOURS = {
 _PROVENANCE = 4000  # characters of a value
 
 
-def write_report(runs: Sequence[Run], path: str | Path, *, losses: Sequence[str] = ()) -> Path:
+def write_report(
+    runs: Sequence[Run] | Mapping[str, Sequence[Run]], path: str | Path, *, losses: Sequence[str] = ()
+) -> Path:
     """Write the report of one or several runs as one file of at most `MOST_BYTES`.
 
     Args:
-        runs: opened runs, finished or not.
+        runs: opened runs, finished or not; repeats, such as seeds, by a label of theirs.
         path: the file to write; it is replaced if it is there.
         losses: those to show in full, the first under the microscope; all of them, as many as fit, unless named.
 
@@ -54,11 +56,15 @@ def write_report(runs: Sequence[Run], path: str | Path, *, losses: Sequence[str]
         InputError: where a loss is in none of the runs, or the file cannot be written.
         LCAError: where no segment is there yet, stored numbers are damaged, or the file would still be too large.
     """
+    labelled = None
+    if isinstance(runs, Mapping):
+        labelled = [label for label, several in runs.items() for _ in several]
+        runs = [run for several in runs.values() for run in several]
     for name in losses:
         if not any(name in run for run in runs):
             known = dict.fromkeys(each for run in runs for each in run)
             raise InputError(f"no run has a loss {name!r}; there are {', '.join(map(repr, known))}.")
-    panels, left_out = choose(runs, losses)
+    panels, left_out = choose(runs, losses, labelled)
     if not panels:
         raise LCAError(
             f"{listed([str(run.path) for run in runs])} has no finished segment yet. Let `lca run` commit a span first."
@@ -68,7 +74,7 @@ def write_report(runs: Sequence[Run], path: str | Path, *, losses: Sequence[str]
         why = "it is a directory" if path.is_dir() else f"there is no directory {path.parent}"
         raise InputError(f"{path} cannot be written: {why}. Name another file with -o.")
     for shrink in (1.0, 0.6, 0.3, 0.1, 0.0):
-        text = _page(runs, panels, left_out, shrink).encode("utf-8", "replace")
+        text = _page(runs, labelled, panels, left_out, shrink).encode("utf-8", "replace")
         if len(text) <= MOST_BYTES:
             break
     else:
@@ -97,11 +103,14 @@ def _replace(path: Path, text: bytes) -> None:
         raise
 
 
-def _page(runs: Sequence[Run], panels: Sequence[Panel], left_out: Sequence[str], shrink: float) -> str:
+def _page(
+    runs: Sequence[Run], labelled: Sequence[str] | None, panels: Sequence[Panel], left_out: Sequence[str], shrink: float
+) -> str:
+    labels = run_labels(runs, labelled)
     room = Room(min(_EACH, _DATA / len(panels)) * shrink)
     shown: list[tuple[Section, dict[str, Block]]] = []
     if len(runs) > 1:
-        block = compare.block(panels, room)
+        block = compare.block(panels[0], beside(runs, panels, labels), labelled, room)
         if block is not None:
             shown.append((compare.section(), {"*": block}))
     for module in SECTIONS:
@@ -121,11 +130,10 @@ def _page(runs: Sequence[Run], panels: Sequence[Panel], left_out: Sequence[str],
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_read("template.html"))
     template.environment.globals.update(cell=cell, clean=clean)
     return template.render(
-        title=f"Loss change allocation: {listed(run_labels(runs), 3)}",
-        runs=[
-            {"label": label, "path": clean(run.path, 300)} for label, run in zip(run_labels(runs), runs, strict=True)
-        ],
+        title=f"Loss change allocation: {listed(labels, 3)}",
+        runs=[{"label": label, "path": clean(run.path, 300)} for label, run in zip(labels, runs, strict=True)],
         panels=panels,
+        several=_several(runs, panels),
         headlines={panel.key: headline(panel) for panel in panels},
         sections=shown,
         frames=None
@@ -139,10 +147,10 @@ def _page(runs: Sequence[Run], panels: Sequence[Panel], left_out: Sequence[str],
         notes=notes,
         losses=[
             _loss_row(run, label, name, panels)
-            for run, label in zip(runs, run_labels(runs), strict=True)
+            for run, label in zip(runs, labels, strict=True)
             for name in list(run)[:60]
         ],
-        provenance=[(label, list(_provenance(run))) for run, label in zip(runs, run_labels(runs), strict=True)],
+        provenance=[(label, list(_provenance(run))) for run, label in zip(runs, labels, strict=True)],
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
         style=Markup(_read("style.css")),  # ours, like the scripts
@@ -150,6 +158,16 @@ def _page(runs: Sequence[Run], panels: Sequence[Panel], left_out: Sequence[str],
         hashes=" ".join(_hash(script) for script in scripts),
         data=Markup(_json(data)),
         frames_data=Markup(_json(frames)),
+    )
+
+
+def _several(runs: Sequence[Run], panels: Sequence[Panel]) -> str:
+    """Which of many runs are shown in full."""
+    full = len({id(panel.run) for panel in panels})
+    return (
+        f"Of {len(runs):,} runs the first {full:,} can be picked above and are shown in full; Run against run has all of them."
+        if full < len(runs)
+        else ""
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -60,6 +61,12 @@ class Panel:
         return findings.summary(self.results)
 
     @property
+    def missing(self) -> str:
+        """How many segments are missing, of how many."""
+        done = self.results.progress()
+        return f"{done['segments'] - done['segments_done']:,} of {done['segments']:,} segments"
+
+    @property
     def groups(self) -> list[Any] | None:
         """Labels of the groups; None for a loss without."""
         return self.results.record.groups
@@ -91,11 +98,23 @@ class Panel:
 
     @property
     def whole(self) -> dict[str, float]:
-        """The headline figures, of the weighted mean over the groups where there are any."""
+        """The headline figures, of the weighted mean over the groups where there are any.
+
+        How many parameters help the mean loss does not follow from how many help each group, so those shares are NaN.
+        """
         names = ("loss_start", "loss_end", "loss_change", "allocated", "residual", "helping", "hurting", "zero")
         if self.groups is None:
             return {name: float(self.summary[name]) for name in names}
-        return {name: float(np.asarray(self.summary[name], dtype=float) @ self.shares) for name in names}
+        shares = {"helping", "hurting", "zero"}
+        return {
+            name: math.nan if name in shares else float(np.asarray(self.summary[name], dtype=float) @ self.shares)
+            for name in names
+        }
+
+    def share_of_group(self, data: xr.DataArray, position: int | None) -> xr.DataArray:
+        """Shares of parameters in one group; NaN of the mean over groups, of which they are not known."""
+        of = self.of_group(data, position)
+        return of * np.nan if position is None and "group" in data.dims else of
 
 
 @dataclass(frozen=True)
@@ -113,12 +132,14 @@ class Room:
         return int(max(1000, self.bytes * part * 0.74))
 
 
-def choose(runs: Sequence[Run], losses: Sequence[str]) -> tuple[list[Panel], list[str]]:
+def choose(
+    runs: Sequence[Run], losses: Sequence[str], labelled: Sequence[str] | None = None
+) -> tuple[list[Panel], list[str]]:
     """The losses to show in full, and what to say about the others.
 
     Every run's first loss comes first, then those without groups; `losses` are shown in their order, alone.
     """
-    labels = run_labels(runs)
+    labels = run_labels(runs, labelled)
     waiting = []
     for at, run in enumerate(runs):
         names = [name for name in losses if name in run] if losses else _in_order(run)
@@ -148,8 +169,28 @@ def choose(runs: Sequence[Run], losses: Sequence[str]) -> tuple[list[Panel], lis
     return panels, left_out
 
 
-def run_labels(runs: Sequence[Run]) -> list[str]:
-    """A short name for each run: that of its directory, with as many of its parents as tell it from the others."""
+def beside(runs: Sequence[Run], panels: Sequence[Panel], labels: Sequence[str]) -> list[Panel | None]:
+    """The loss of the first panel in every run, shown in full or not; None where a run has none of it yet."""
+    loss, found = panels[0].loss, list[Panel | None]()
+    for run, label in zip(runs, labels, strict=True):
+        shown = next((panel for panel in panels if panel.run is run and panel.loss == loss), None)
+        if shown is None and loss in run and run[loss].progress()["segments_done"]:
+            shown = Panel(-1, run, label, loss, f"{label} · {clean(loss, 60)}", True)
+        found.append(shown)
+    return found
+
+
+def run_labels(runs: Sequence[Run], labelled: Sequence[str] | None = None) -> list[str]:
+    """A short name for each run: that of its directory, with as many of its parents as tell it from the others.
+
+    Where runs have labels these come first, and alone where no other run has the same.
+    """
+    if labelled is not None:
+        names = run_labels(runs)
+        return [
+            clean(label if labelled.count(label) == 1 else f"{label} · {name}", 60)
+            for label, name in zip(labelled, names, strict=True)
+        ]
     names = []
     for at, run in enumerate(runs):
         parts = run.path.resolve().parts

@@ -71,7 +71,7 @@
             cell.querySelector(".number").textContent = number(value);
             bar.className = value > 0 ? "hurting" : "helping";
             bar.style.setProperty("--w", `${(100 * Math.abs(value)) / widest}%`);
-          } else cell.textContent = cell.className === "share" ? `${(100 * value).toFixed(1)} %` : number(value);
+          } else cell.textContent = cell.className === "share" && value !== null ? `${(100 * value).toFixed(1)} %` : number(value);
         });
       }
     }

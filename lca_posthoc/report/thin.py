@@ -44,6 +44,58 @@ def kept(values: np.ndarray[Any, Any], most: int = MOST_POINTS) -> np.ndarray[An
     return np.unique(np.concatenate(found))
 
 
+def gaps(step: Any, step_end: Any) -> np.ndarray[Any, Any]:
+    """Segments after which some are missing.
+
+    >>> gaps([0, 1, 5], [1, 2, 6]).tolist()
+    [1]
+    """
+    return np.flatnonzero(np.asarray(step)[1:] != np.asarray(step_end)[:-1])
+
+
+def over_segments(step: Any, values: Any, step_end: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """One point per segment, (step,) and (..., step), and a NaN where segments are missing."""
+    at = gaps(step, step_end) + 1
+    x, y = np.asarray(step, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    return np.insert(x, at, np.nan), np.insert(y, at, np.nan, axis=-1)
+
+
+def over_steps(step: Any, step_end: Any, first: Any, last: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The ends of all segments, from the start of the first on; where segments are missing, NaN and the start of the next.
+
+    Args:
+        step: (step,) where segments start.
+        step_end: (step,) where they end.
+        first: (..., step), the values at their starts.
+        last: (..., step), the values at their ends.
+
+    >>> x, y = over_steps([0, 1, 5], [1, 2, 6], [9.0, 8.0, 3.0], [8.0, 7.0, 2.0])
+    >>> x.tolist(), y.tolist()
+    ([0.0, 1.0, 2.0, nan, 5.0, 6.0], [9.0, 8.0, 7.0, nan, 3.0, 2.0])
+    """
+    begin, end, first, last = (np.asarray(each, dtype=np.float64) for each in (step, step_end, first, last))
+    after = gaps(begin, end) + 1
+    at = np.repeat(after + 1, 2)
+    x = np.insert(np.concatenate([begin[:1], end]), at, np.ravel([(np.nan, begin[each]) for each in after]))
+    new = np.stack([np.full_like(first[..., after], np.nan), first[..., after]], axis=-1)
+    y = np.insert(np.concatenate([first[..., :1], last], axis=-1), at, new.reshape(*first.shape[:-1], -1), axis=-1)
+    return x, y
+
+
+def thinned(x: Any, y: Any, most: int) -> Packed:
+    """A line as the columns x and y; NaN in `x` are breaks, which stay."""
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    at = _with_breaks(kept(y, most), x)
+    return {"x": numbers(x[at]), "y": numbers(y[at])}
+
+
+def _with_breaks(at: np.ndarray[Any, Any], x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Besides the kept points one break between any two of them that have some in between."""
+    breaks = np.flatnonzero(np.isnan(x))
+    first = np.unique(np.searchsorted(at, breaks), return_index=True)[1]
+    return np.unique(np.concatenate([at, breaks[first]]))
+
+
 def numbers(values: Any) -> Packed:
     """Float32 in base64, as the page reads it; whole numbers too large for that as float64."""
     array = np.asarray(values, dtype=np.float64).ravel()
@@ -58,7 +110,7 @@ def lines(x: Any, ys: Any, most: int = MOST_POINTS) -> tuple[Packed, Packed]:
     """Several series over the same `x` as the two columns of a multi-line glyph.
 
     Args:
-        x: (points,).
+        x: (points,); NaN are breaks, which stay.
         ys: (series, points).
         most: points of each series to keep at most.
 
@@ -69,7 +121,7 @@ def lines(x: Any, ys: Any, most: int = MOST_POINTS) -> tuple[Packed, Packed]:
     lengths: Sequence[int]
     if len(x) <= most:
         return {"same": len(ys), "v": numbers(x)}, {"n": [len(x)] * len(ys), "v": numbers(ys)}
-    at = [kept(series, most) for series in ys]
+    at = [_with_breaks(kept(series, most), x) for series in ys]
     lengths = [len(each) for each in at]
     picked = [series[each] for series, each in zip(ys, at, strict=True)]
     return (

@@ -8,6 +8,9 @@ from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, li
 from ..panels import Panel, Room
 from .layers import largest
 
+_NAMED = 20  # units that the finding names unless asked for more
+_MOST_DEAD = 1000
+
 
 def section() -> Section:
     """No figure: lists."""
@@ -28,9 +31,17 @@ def block(panel: Panel, room: Room) -> Block:
     total: Any = panel.of_group(found["total"], None).values if "total" in found else []
     freeze = [at for at in range(len(total)) if total[at] > 0]
     names = found["layer"].values
-    helping = panel.of_group(found["helping"], None).values
-    rows = [[str(names[at]), float(total[at]), float(helping[at])] for at in sorted(freeze, key=lambda at: -total[at])]
-    columns = [Column("layer", "name"), Column("Σ allocation", "bar"), Column("helping", "share")]
+    grouped = panel.groups is not None
+    helping = found["helping"].values
+    rows = [
+        [str(names[at]), float(total[at]), *([] if grouped else [float(helping[at])])]
+        for at in sorted(freeze, key=lambda at: -total[at])
+    ]
+    columns = [
+        Column("layer", "name"),
+        Column("Σ allocation", "bar"),
+        *([] if grouped else [Column("helping", "share")]),
+    ]
     tables = [
         Table("Layers that hurt in sum: try freezing them", columns, rows[:MOST_ROWS], open=True),
         _named(found, "unit", "Units that hurt most", [("total", "Σ allocation", "bar")]),
@@ -43,11 +54,19 @@ def block(panel: Panel, room: Room) -> Block:
         _tensors(found, notes),
     ]
     said = f"Layers to try freezing: {listed([clean(names[at], 60) for at in freeze]) if freeze else 'none, every sum is negative'}."
-    dead = [clean(name, 60) for name in found["dead_name"].values] if "dead_name" in found.coords else []
-    if "dead_units" in found:
-        amount = int(found["dead_units"].sum())
-        said += f" Units without any effect: {count(amount)}{f' ({listed(dead)})' if dead else ''}."
+    if "dead_name" in found.coords:
+        said += f" Units without any effect: {_dead(panel, found)}."
     return Block({"": said}, tables=[table for table in tables if table is not None and table.rows], notes=notes)
+
+
+def _dead(panel: Panel, found: Any) -> str:
+    """How many units had no effect, each counted once whatever tensors it has, and which."""
+    dead, most = [clean(name, 60) for name in found["dead_name"].values], _NAMED
+    if len(dead) >= most:
+        more, _ = panel.find("candidates", most=_MOST_DEAD)
+        dead, most = [clean(name, 60) for name in more["dead_name"].values], _MOST_DEAD
+    amount = f"at least {count(most)}" if len(dead) >= most else count(len(dead)) if dead else "none"
+    return f"{amount}{f', such as {listed(dead[:6])}' if len(dead) > 6 else f' ({listed(dead)})' if dead else ''}"
 
 
 def _named(found: Any, kind: str, title: str, values: list[tuple[str, str, str]]) -> Table | None:

@@ -9,13 +9,16 @@ import numpy as np
 
 from ... import findings
 from ...errors import LCAError
-from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, plain
+from ...store import LossResults
+from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, percent, plain
 from ..figures import add_many, steps_figure
 from ..panels import Panel, Room
-from ..thin import lines
+from ..thin import lines, over_steps
 from .layers import largest
 
-_RUNS = 8  # beside each other in a table
+_SAID = 6  # runs in the sentence
+_VALUES = ("mean", "high", "p_holm", "difference", "p_difference_holm")
+_LINES = 40  # runs whose loss is drawn
 
 
 def section() -> Section:
@@ -26,60 +29,154 @@ def section() -> Section:
         "compare",
         "Run against run",
         "The same layer in different runs, so that what is due to the network can be told from what is due to the seed or the setting. "
-        "A difference of single runs is an observation; for p-values group several seeds with findings.compare.",
+        "A difference of single runs is an observation; for intervals and p-values put repeats, such as seeds, under one label, "
+        "LABEL=RUN, as `lca compare` takes them too.",
         {"compare": made},
         headings={"compare": "Loss of every run"},
     )
 
 
-def block(panels: Sequence[Panel], room: Room) -> Block | None:
-    """All runs that have the first panel's loss."""
-    first = panels[0]
-    same = [panel for panel in panels if panel.loss == first.loss]
-    if len({panel.run_label for panel in same}) < 2:
+def block(first: Panel, runs: Sequence[Panel | None], labelled: Sequence[str] | None, room: Room) -> Block | None:
+    """All runs that have the first panel's loss; `labelled` has the label of each run where repeats have one in common."""
+    labels = [panel.run_label if panel is not None else "" for panel in runs] if labelled is None else labelled
+    same = [(label, panel) for label, panel in zip(labels, runs, strict=True) if panel is not None]
+    if len(same) < 2:
         return None
-    curves = [(panel, panel.find("curve")[0]) for panel in same]
-    names, xs, ys, said = [], [], [], []
-    for panel, found in curves:
+    notes = []
+    if len(same) < len(runs):
+        notes.append(
+            f"{count(len(runs) - len(same), 'run')} without a segment of loss {clean(first.loss, 60)} are not compared."
+        )
+    if len(same) > _LINES:
+        notes.append(f"The loss is drawn for the first {_LINES} of {len(same):,} runs.")
+    drawn = same[:_LINES]
+    kinds = list(dict.fromkeys(labels))
+    names, xs, ys, tints, said = [], [], [], [], []
+    for label, panel in drawn:
+        found, _ = panel.find("curve")
         if found is None:
             continue
-        y = np.append(panel.of_group(found["loss_start"], None).values[:1], panel.of_group(found["loss"], None).values)
-        x = np.append(found["step"].values[:1], found["step_end"].values)
-        each_x, each_y = lines(x, y[None], room.points(len(curves), 0.1))
+        losses = [panel.of_group(found[name], None).values for name in ("loss_start", "loss")]
+        x, y = over_steps(found["step"].values, found["step_end"].values, *losses)
+        each_x, each_y = lines(x, y[None], room.points(len(drawn), 0.1))
         xs.append(each_x)
         ys.append(each_y)
         names.append(panel.run_label)
+        tints.append(kinds.index(label))
         said.append(f"{panel.run_label} {plain(float(y[0]))} → {plain(float(y[-1]))}")
-    views = {"compare": {"|": {"runs": {"xs": {"join": xs}, "ys": {"join": ys}, "name": names, "colour": "@palette"}}}}
-    tables, notes = _tables(same)
-    return Block({"compare": f"Loss {clean(first.loss, 60)}: {'; '.join(said)}."}, views, tables=tables, notes=notes)
+    some = f"{'; '.join(said[:_SAID])}{f'; and {count(len(said) - _SAID)} more, in the table' if len(said) > _SAID else ''}"
+    view: dict[str, Any] = {"xs": {"join": xs}, "ys": {"join": ys}, "name": names, "colour": "@palette"}
+    if labelled is not None:
+        view["kind"] = tints
+        view["@kinds"] = [clean(kind, 60) for kind in kinds]
+    tables, left_out = _tables(same, labelled is not None)
+    return Block(
+        {"compare": f"Loss {clean(first.loss, 60)}: {some}."},
+        {"compare": {"|": {"runs": view}}},
+        tables=tables,
+        notes=[*notes, *left_out],
+    )
 
 
-def _tables(same: Sequence[Panel]) -> tuple[list[Table], list[str]]:
-    shown = {panel.run_label: panel.results for panel in same[:_RUNS]}
+def _tables(same: Sequence[tuple[str, Panel]], labelled: bool) -> tuple[list[Table], list[str]]:
+    shown: dict[str, list[LossResults]] = {}
+    for label, panel in same:
+        shown.setdefault(label, []).append(panel.results)
     try:
         found: Any = findings.compare(shown)
     except LCAError as error:
         return [], [clean(error, 400)]
     notes = [clean(found.attrs["left_out"], 400)] if found.attrs.get("left_out") else []
-    labels = [str(label) for label in found["label"].values]
-    mean = found["mean"].transpose("label", "layer").values
-    picked = largest(np.nanmax(np.abs(mean), axis=0), MOST_ROWS)
-    if len(picked) < mean.shape[1]:
-        notes.append(f"{count(mean.shape[1] - len(picked), 'layer')} with smaller sums are not compared.")
-    rows = [[str(found["layer"].values[at]), *(float(value) for value in mean[:, at])] for at in picked]
-    columns = [Column("layer", "name"), *(Column(label, "bar") for label in labels)]
-    head = [
-        [label, *(float(found[name].sel(label=label)) for name in ("loss_end", "loss_change", "helping"))]
-        for label in labels
+    repeats = bool((found["runs"] > 1).any())
+    tables = [_runs(found, repeats)]
+    if repeats:
+        tables.append(_every(same))
+    tables.append(_layers(found, repeats, notes))
+    if not labelled and len(same) > 2:
+        notes.append(
+            "Runs that are repeats can share a label, as in LABEL=RUN: layers then have intervals and p-values."
+        )
+    return tables, notes
+
+
+def _runs(found: Any, repeats: bool) -> Table:
+    """Each label's headline figures."""
+    rows = []
+    for at, label in enumerate(found["label"].values):
+        of = found.isel(label=at)
+        end, share = (_interval(of, name, write) for name, write in (("loss_end", plain), ("helping", percent)))
+        p = [int(of["runs"]), *end, float(of["p_loss_end"]), float(of["loss_change"]), *share]
+        rows.append(
+            [str(label), *(p if repeats else [float(of[name]) for name in ("loss_end", "loss_change", "helping")])]
+        )
+    if not repeats:
+        columns = [
+            Column("run", "name"),
+            Column("loss at the end", "plain"),
+            Column("loss change", "bar"),
+            Column("helping", "share"),
+        ]
+        return Table("Runs", columns, rows, open=True)
+    columns = [
+        Column("label", "name"),
+        Column("runs", "count"),
+        Column("loss at the end", "right"),
+        Column("p: as the first label", "plain"),
+        Column("loss change", "bar"),
+        Column("helping", "right"),
     ]
-    overall = [
+    interval = f"{100 * found.attrs['confidence']:g} %"
+    note = f"In brackets the {interval} t interval of the mean over the runs of a label. p: Welch's test against the first label."
+    return Table("Labels", columns, rows, note, open=True)
+
+
+def _interval(of: Any, name: str, write: Any) -> list[str]:
+    low, high = (float(of[f"{name}_{end}"]) for end in ("low", "high"))
+    text = write(float(of[name]))
+    return [text if np.isnan(low) else f"{text} [{write(low)}, {write(high)}]"]
+
+
+def _every(same: Sequence[tuple[str, Panel]]) -> Table:
+    """Each run by itself."""
+    rows = []
+    for label, panel in same:
+        of = panel.whole
+        rows.append([panel.run_label, clean(label, 60), of["loss_end"], of["loss_change"], of["helping"]])
+    columns = [
         Column("run", "name"),
+        Column("label", "text"),
         Column("loss at the end", "plain"),
         Column("loss change", "bar"),
         Column("helping", "share"),
     ]
-    return [
-        Table("Runs", overall, head, open=True),
-        Table("Σ allocation of each layer", columns, rows, open=True),
-    ], notes
+    return Table("Every run", columns, rows)
+
+
+def _layers(found: Any, repeats: bool, notes: list[str]) -> Table:
+    """Each layer's sum in each run or label, and how likely such a difference is."""
+    each = {name: found[name].transpose("label", "layer").values for name in _VALUES}
+    mean = each["mean"]
+    picked = largest(np.nanmax(np.abs(mean), axis=0), MOST_ROWS)
+    if len(picked) < mean.shape[1]:
+        notes.append(f"{count(mean.shape[1] - len(picked), 'layer')} with smaller sums are not compared.")
+    columns = [Column("layer", "name")]
+    for at, label in enumerate(found["label"].values):
+        columns.append(Column(str(label), "bar"))
+        if repeats:
+            columns += [Column("± half the interval", "plain"), Column("p", "plain")]
+            columns += [Column(f"less {found['label'].values[0]}"), Column("p of that", "plain")] if at else []
+    rows = []
+    for layer in picked:
+        row: list[Any] = [str(found["layer"].values[layer])]
+        for at in range(len(mean)):
+            row.append(float(mean[at, layer]))
+            if repeats:
+                row += [float(each["high"][at, layer] - mean[at, layer]), float(each["p_holm"][at, layer])]
+                row += [float(each[name][at, layer]) for name in ("difference", "p_difference_holm")] if at else []
+        rows.append(row)
+    note = (
+        "p of a layer: t-test of its mean against 0; of a difference: Welch's test; both corrected by Holm over layers and labels."
+        if repeats
+        else ""
+    )
+    return Table("Σ allocation of each layer", columns, rows, note, open=True)

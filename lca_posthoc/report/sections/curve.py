@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ..content import Block, Section, count, plain, signed
+from ..content import Block, Section, clean, count, plain, signed
 from ..figures import ACCENT, INK, MUTED, add_dots, add_level, add_lines, steps_figure
 from ..panels import Panel, Room
-from ..thin import kept, numbers
+from ..thin import numbers, over_segments, over_steps, thinned
 
 Numbers = np.ndarray[Any, Any]
 
@@ -43,23 +43,20 @@ def block(panel: Panel, room: Room) -> Block:
         return Block(notes=[left_out])
     views: dict[str, dict[str, Any]] = {"curve": {}, "residual": {}}
     steps, ends = found["step"].values, found["step_end"].values
-    x = np.concatenate([steps[:1], ends])
     most = room.points(3 * len(panel.choices), 0.15)
     captions: dict[str, str] = {}
     for key, label, at in panel.choices:
         of = {name: panel.of_group(found[name], at).values for name in ("loss", "loss_start", "predicted", "residual")}
-        true, predicted = (np.concatenate([of["loss_start"][:1], of[name]]) for name in ("loss", "predicted"))
-        residual, few = of["residual"], kept(of["residual"], most)
-        at_true, at_sum = kept(true, most), kept(predicted, most)
+        residual = of["residual"]
         views["curve"][f"{key}|"] = {
-            "true": {"x": numbers(x[at_true]), "y": numbers(true[at_true])},
-            "predicted": {"x": numbers(x[at_sum]), "y": numbers(predicted[at_sum])},
+            name: thinned(*over_steps(steps, ends, of["loss_start"], of[values]), most)
+            for name, values in (("true", "loss"), ("predicted", "predicted"))
         }
         # Only one row says that it converged: all groups of a segment are refined together.
         bad = np.flatnonzero(~found["converged"].values.reshape(len(steps), -1).all(1))
         worst = bad[np.argsort(-abs(residual[bad]))[:200]]
         views["residual"][f"{key}|"] = {
-            "residual": {"x": numbers(steps[few]), "y": numbers(residual[few])},
+            "residual": thinned(*over_segments(steps, residual, ends), most),
             "worst": {
                 "x": numbers(steps[worst]),
                 "y": numbers(residual[worst]),
@@ -68,18 +65,30 @@ def block(panel: Panel, room: Room) -> Block:
             },
         }
         if not captions:
-            captions = _captions(found, true, predicted, residual, len(bad), label)
+            captions = _captions(panel, found, of, len(bad), label)
     return Block(captions, views, notes=[left_out] if left_out else [])
 
 
-def _captions(found: Any, true: Numbers, predicted: Numbers, residual: Numbers, bad: int, label: str) -> dict[str, str]:
+def _captions(panel: Panel, found: Any, values: dict[str, Numbers], bad: int, label: str) -> dict[str, str]:
+    residual, start = values["residual"], float(values["loss_start"][0])
+    end, predicted = float(values["loss"][-1]), float(values["predicted"][-1])
     worst = int(np.abs(residual).argmax())
     steps = found["step"].values
-    of = f" ({label})" if label else ""
+    of, worst_of = f" ({label})" if label else "", ""
+    if panel.groups is not None:
+        every = np.abs(found["residual"].transpose("step", "group").values)
+        at, group = np.unravel_index(np.nanargmax(every), every.shape)
+        worst_of = (
+            f"; of one group, {clean(panel.groups[group], 60)}, {plain(float(every[at, group]))} in magnitude, from step "
+            f"{steps[at]:,} on"
+        )
     converged = f"{count(bad, 'segment')} did not converge" if bad else "Every segment converged"
+    if panel.results.complete:
+        added = f"added up, the allocation ends at {plain(predicted)}."
+    else:
+        added = f"{panel.missing} are missing, over which nothing is drawn: there the sum begins again at the measured loss."
     return {
-        "curve": f"From step {steps[0]:,} on the loss{of} went from {plain(true[0])} to {plain(true[-1])}; added up, the allocation "
-        f"ends at {plain(predicted[-1])}.",
-        "residual": f"Over {count(len(residual), 'segment')} the residuals add up to {signed(float(residual.sum()))}; the largest is "
-        f"{signed(float(residual[worst]))}, from step {steps[worst]:,} on. {converged}.",
+        "curve": f"From step {steps[0]:,} on the loss{of} went from {plain(start)} to {plain(end)}; {added}",
+        "residual": f"Over {count(len(residual), 'segment')} the residuals{of} add up to {signed(float(residual.sum()))}; the largest is "
+        f"{signed(float(residual[worst]))}, from step {steps[worst]:,} on{worst_of}. {converged}.",
     }

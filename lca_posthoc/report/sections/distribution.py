@@ -110,7 +110,7 @@ def _table(panel: Panel, found: xr.Dataset) -> Table:
             if f"{name}_low" in found:
                 low, high = (float(panel.of_group(found[f"{name}_{end}"], None)) for end in ("low", "high"))
                 text += f" ({write(low)} to {write(high)})"
-            rows.append([title, text])
+            rows.append([title if panel.groups is None else f"{title}, averaged over groups", text])
     zero = found["zero"].sum() if "group" in found["zero"].dims else found["zero"]
     rows.append(["exactly zero", count(float(zero))])
     return Table("The distribution in numbers", [Column("what", "text"), Column("value", "right")], rows)

@@ -29,8 +29,8 @@ def section() -> Section:
     return Section(
         "generalisation",
         "Training against validation",
-        "A layer that lowers the training loss and raises the validation loss is where the network overfits. "
-        "Lines that part mark the step from which on it learned what does not carry over.",
+        "A layer that lowers the training loss and raises the validation loss may be where the network overfits. "
+        "Where the lines part, what the layer did to the one loss does not carry over to the other.",
         {"generalisation": made},
         {"generalisation": [("ink", "training loss"), ("accent", "validation loss (dashed)")]},
         {"generalisation": "Running sums of one layer on both losses"},

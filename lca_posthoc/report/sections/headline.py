@@ -26,6 +26,7 @@ class Headline:
     """The first thing said about one loss."""
 
     measured: str
+    unfinished: str
     cards: list[Card]
 
 
@@ -40,21 +41,19 @@ def headline(panel: Panel) -> Headline:
     unconverged, segments = found["unconverged"], found["segments"]
     tolerance = panel.run.manifest.settings.get("tolerance")
     total = _layers(panel)
+    done = panel.results.progress()
+    over = "" if done["complete"] else f" over {segments:,} of {done['segments']:,} segments, those that are there"
+    within = "" if panel.groups is None else " in one group"
     hurt, layers = [name for name, value in reversed(total) if value > 0], len(total)
     cards = [
-        Card("Loss", f"{plain(whole['loss_start'])} → {plain(whole['loss_end'])}", f"change {signed(change)}"),
+        Card("Loss", f"{plain(whole['loss_start'])} → {plain(whole['loss_end'])}", f"change {signed(change)}{over}"),
         Card(
             "Allocated",
             signed(whole["allocated"]),
             f"residual {signed(residual)}" + (f", {percent(abs(residual / change))} of the change" if change else ""),
             warning=bool(change) and abs(residual / change) > 0.05,
         ),
-        Card(
-            "Helping",
-            percent(whole["helping"]),
-            f"of parameters × segments; {percent(whole['hurting'])} hurt, {percent(whole['zero'])} did nothing",
-            bar=(whole["helping"], whole["zero"], whole["hurting"]),
-        ),
+        _helping(panel),
         _best(total, change),
         Card(
             "Layers that hurt",
@@ -65,11 +64,38 @@ def headline(panel: Panel) -> Headline:
         Card(
             "Not converged",
             f"{unconverged:,} of {segments:,} segments" if unconverged else f"none of {segments:,} segments",
-            f"largest |residual| of a segment {plain(worst)}, tolerance {clean(tolerance, 20)}",
+            f"largest |residual| of a segment{within} {plain(worst)}, tolerance {clean(tolerance, 20)}",
             warning=bool(unconverged),
         ),
     ]
-    return Headline(_measured(panel, record.on) + groups, cards)
+    return Headline(_measured(panel, record.on) + groups, _unfinished(panel), cards)
+
+
+def _unfinished(panel: Panel) -> str:
+    if panel.results.complete:
+        return ""
+    return (
+        f"This run is not finished: {panel.missing} are missing. Every sum and every share here is over the others alone, and lines "
+        f"have gaps where segments are missing. Finish it with lca run, then write this page again."
+    )
+
+
+def _helping(panel: Panel) -> Card:
+    whole = panel.whole
+    if panel.groups is not None:
+        shares = np.asarray(panel.summary["helping"], dtype=float)
+        low, high = percent(float(shares.min())), percent(float(shares.max()))
+        return Card(
+            "Helping",
+            "–",
+            f"pick a group for its layers' shares; over the groups {low} to {high} of parameters × segments helped one",
+        )
+    return Card(
+        "Helping",
+        percent(whole["helping"]),
+        f"of parameters × segments; {percent(whole['hurting'])} hurt, {percent(whole['zero'])} did nothing",
+        bar=(whole["helping"], whole["zero"], whole["hurting"]),
+    )
 
 
 def _best(total: list[tuple[str, float]], change: float) -> Card:

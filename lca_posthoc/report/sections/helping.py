@@ -11,7 +11,7 @@ import xarray as xr
 from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, percent
 from ..figures import ACCENT, INK, add_boxes, add_level, add_lines, plain_figure, steps_figure
 from ..panels import Panel, Room
-from ..thin import kept, numbers
+from ..thin import numbers, over_segments, thinned
 from .layers import largest
 
 _ALL = "all parameters"
@@ -30,7 +30,7 @@ def section() -> Section:
     return Section(
         "helping",
         "Who helps",
-        "At any one step about half of the parameters move the loss up: learning is a small surplus of help over harm. "
+        "The first figure has the share of parameters that move the loss down at each step, and the share that moves it up. "
         "Where the bars of the second figure reach beyond the dashed line, parameters help or hurt more often than by chance.",
         {"helping": shares, "over_time": over},
         {
@@ -54,15 +54,17 @@ def block(panel: Panel, room: Room) -> Block:
     if len(picked) < len(tensors):
         notes.append(f"Shares are drawn for the {len(picked)} largest of {count(len(tensors), 'tensor')}.")
     views: dict[str, dict[str, Any]] = {"helping": {}, "over_time": {}}
-    x = found["step"].values
+    steps, ends = found["step"].values, found["step_end"].values
     most = room.points((len(picked) + 2) * len(panel.choices), 0.2)
     for key, _, at in panel.choices:
         shares = {name: panel.of_group(found[name], at).values for name in ("helping", "hurting")}
-        views["helping"][f"{key}|0"] = {name: _line(x, values, most) for name, values in shares.items()}
+        views["helping"][f"{key}|0"] = {
+            name: thinned(*over_segments(steps, values, ends), most) for name, values in shares.items()
+        }
         columns = panel.of_group(found["tensor_helping"], at).transpose("step", "tensor").values
         for place, tensor in enumerate(picked, 1):
             views["helping"][f"{key}|{place}"] = {
-                "helping": _line(x, columns[:, tensor], most),
+                "helping": thinned(*over_segments(steps, columns[:, tensor], ends), most),
                 "hurting": {"x": [], "y": []},
             }
     captions = {"helping": _shares(panel, found)}
@@ -75,11 +77,6 @@ def block(panel: Panel, room: Room) -> Block:
             _list(found, "villain", "Parameters that helped least often"),
         ]
     return Block(captions, views, "Tensor", choices, [table for table in tables if table.rows], notes)
-
-
-def _line(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], most: int) -> dict[str, Any]:
-    at = kept(y, most)
-    return {"x": numbers(x[at]), "y": numbers(y[at])}
 
 
 def _over_time(found: xr.Dataset) -> dict[str, Any]:
@@ -101,8 +98,11 @@ def _over_time(found: xr.Dataset) -> dict[str, Any]:
 def _shares(panel: Panel, found: xr.Dataset) -> str:
     helping = panel.of_group(found["helping"], None).values
     zero = panel.of_group(found["zero"], None).values
+    of = (
+        "" if panel.groups is None else "one group's loss (averaged over the groups; of the mean loss it is not known) "
+    )
     return (
-        f"On average {percent(float(helping.mean()))} of the parameters help on a segment, between {percent(float(helping.min()))} and "
+        f"On average {percent(float(helping.mean()))} of the parameters help {of}on a segment, between {percent(float(helping.min()))} and "
         f"{percent(float(helping.max()))}; {percent(float(zero.mean()))} have an allocation of exactly zero."
     )
 

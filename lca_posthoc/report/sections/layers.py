@@ -10,7 +10,7 @@ import xarray as xr
 from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, listed, signed
 from ..figures import add_level, add_many, steps_figure
 from ..panels import Panel, Room
-from ..thin import lines
+from ..thin import lines, over_steps
 
 _DRAWN = 6  # layers ticked at first
 
@@ -23,8 +23,8 @@ def section() -> Section:
     return Section(
         "layers",
         "Layers",
-        "A layer whose sum is negative lowered the loss; one whose sum is positive raised it, and training might have done better "
-        "without moving it. Sums grow with the number of parameters, so compare layers of different size by the mean.",
+        "A layer whose sum is negative lowered the loss; one whose sum is positive raised it, and it may be worth a try "
+        "not to move it. Sums grow with the number of parameters, so compare layers of different size by the mean.",
         {"layers": made},
         headings={"layers": "Running sum of each layer"},
     )
@@ -41,18 +41,19 @@ def block(panel: Panel, room: Room) -> Block:
     if len(shown) < len(total):
         notes.append(f"{count(len(total) - len(shown), 'layer')} with smaller sums are not shown.")
     names = [clean(found["layer"].values[at]) for at in shown]
-    x = np.concatenate([found["step"].values[:1], found["step_end"].values])
+    steps, ends = found["step"].values, found["step_end"].values
     most = room.points(len(shown) * len(panel.choices), 0.4)
     views: dict[str, dict[str, Any]] = {"layers": {}, "@layers": {}}
     for key, _, at in panel.choices:
         sums = panel.of_group(found["cumulative"], at).transpose("step", "layer").values[:, shown]
-        ys = np.concatenate([np.zeros((1, len(shown))), sums]).T
+        x, ys = over_steps(steps, ends, np.concatenate([np.zeros((1, len(shown))), sums[:-1]]).T, sums.T)
         xs, packed = lines(x, ys, most)
         views["layers"][f"{key}|"] = {"layers": {"xs": xs, "ys": packed, "name": names, "colour": "@palette"}}
-        columns = [panel.of_group(found[name], at).values[shown] for name in ("total", "mean", "helping")]
+        columns = [panel.of_group(found[name], at).values[shown] for name in ("total", "mean")]
+        columns.append(panel.share_of_group(found["helping"], at).values[shown])
         views["@layers"][f"{key}|"] = {"2": columns[0].tolist(), "3": columns[1].tolist(), "4": columns[2].tolist()}
-    if most < len(x):
-        notes.append(f"Running sums are drawn with {most:,} of {len(x):,} points each, extremes kept.")
+    if most <= len(steps):
+        notes.append(f"Running sums are drawn with {most:,} of {len(steps) + 1:,} points each, extremes kept.")
     return Block(
         {"layers": sentence(names, total[shown])},
         views,
@@ -62,7 +63,8 @@ def block(panel: Panel, room: Room) -> Block:
 
 
 def _table(panel: Panel, found: xr.Dataset, shown: list[int], names: list[str]) -> Table:
-    total, mean, helping = (panel.of_group(found[name], None).values for name in ("total", "mean", "helping"))
+    total, mean = (panel.of_group(found[name], None).values for name in ("total", "mean"))
+    helping = panel.share_of_group(found["helping"], None).values
     ticked = set(largest(total[shown], _DRAWN))
     rows = [
         [name, int(found["elements"].values[at]), float(total[at]), float(mean[at]), float(helping[at])]
@@ -79,6 +81,7 @@ def _table(panel: Panel, found: xr.Dataset, shown: list[int], names: list[str]) 
         "Layers, in the model's order: tick the ones to draw",
         columns,
         rows,
+        "" if panel.groups is None else "Helping is a share of parameters in one group: pick a group.",
         open=True,
         live="layers",
         pick=[at in ticked for at in range(len(rows))],

@@ -9,7 +9,7 @@ import numpy as np
 from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, plain
 from ..figures import INK, MUTED, add_level, add_lines, steps_figure
 from ..panels import Panel, Room
-from ..thin import kept, numbers
+from ..thin import over_segments, thinned
 from .layers import largest
 
 _SIGNALS = ("weight", "gradient", "allocation")
@@ -35,7 +35,7 @@ def section() -> Section:
         "oscillation",
         "Oscillation",
         "A weight that turns every few steps swings across the bottom of a valley: it helps on the way down and hurts on the way up. "
-        "Where the gradient turns more rarely than the weight does, momentum and noise make the difference.",
+        "Turns of the weight, of the gradient and of the allocation are counted apart; they need not come together.",
         figures,
         headings={f"trace_{signal}": f"One parameter: {signal}" for signal in _SIGNALS},
     )
@@ -65,6 +65,11 @@ def block(panel: Panel, room: Room) -> Block:
         said = ", ".join(f"{name} every {plain(value)}" for name, value in overall.items() if np.isfinite(value))
         last = next(name for name in ("trace_allocation", "trace_gradient", "trace_weight") if name in views)
         captions[last] = f"Mean number of segments between two turns, over all parameters: {said}." if said else ""
+        weight, gradient = (overall.get(name, np.nan) for name in ("weight", "gradient"))
+        if np.isfinite(weight) and np.isfinite(gradient) and weight != gradient:
+            captions[last] += (
+                f" The gradient turns more {'rarely' if gradient > weight else 'often'} than the weight does."
+            )
     tables = [_table(found, notes)] if "interval" in found else []
     return Block(captions, views, "Parameter", choices, tables, notes)
 
@@ -76,13 +81,12 @@ def _traces(panel: Panel, found: Any, room: Room) -> dict[str, dict[str, Any]]:
     for signal in _SIGNALS:
         if signal not in found.data_vars:
             continue
-        x = found["step"].values
+        steps, ends = found["step"].values, found["step_end"].values
         for key, _, at in panel.choices:
             columns = panel.of_group(found[signal], at).transpose("trace", "step").values
             for trace in range(traces):
-                few = kept(columns[trace], most)
                 views.setdefault(f"trace_{signal}", {})[f"{key}|{trace}"] = {
-                    signal: {"x": numbers(x[few]), "y": numbers(columns[trace][few])}
+                    signal: thinned(*over_segments(steps, columns[trace], ends), most)
                 }
     return views
 

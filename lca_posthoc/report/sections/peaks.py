@@ -14,7 +14,6 @@ from ..thin import numbers
 
 _LAYERS = 40
 _DOTS = 6000
-_DRAWS = 2000
 
 
 def section() -> Section:
@@ -32,11 +31,12 @@ def section() -> Section:
         "Peak moments",
         "A dot is one of a layer's strongest moments of learning, a local minimum of its allocation; "
         "darker ones are segments at which every layer has one. "
-        "The bars below say how many such coincidences there would be if the layers were shifted against each other at random.",
+        "The bars below say how many such coincidences there would be if the layers were shifted against each other at random, "
+        "each within stretches of training.",
         {"peaks": made, "null": null},
         {
             "peaks": [("muted", "one layer"), ("ink", "all layers")],
-            "null": [("accent", "shifted at random"), ("muted", "observed (dashed)")],
+            "null": [("accent", "shifted at random within stretches"), ("muted", "observed (dashed)")],
         },
         {"peaks": "When each layer peaks", "null": "Coincidences, against chance"},
     )
@@ -44,26 +44,28 @@ def section() -> Section:
 
 def block(panel: Panel, room: Room) -> Block:
     """Dots of every group together, or of one."""
-    found, left_out = panel.find("peaks", draws=_DRAWS)
+    found, left_out = panel.find("peaks")
     if found is None:
         return Block(notes=[left_out])
     notes = [left_out] if left_out else []
     names = [clean(name) for name in found["layer"].values]
-    shown = len(names) if len(names) <= _LAYERS else _LAYERS
-    if shown < len(names):
-        notes.append(f"Peaks are drawn for the first {shown} of {count(len(names), 'layer')}.")
+    shown = _largest(panel, found["layer"].values)
+    if len(shown) < len(names):
+        notes.append(
+            f"Peaks are drawn for {len(shown)} of {count(len(names), 'layer')}: the first, the last, and those with the largest sums."
+        )
     views: dict[str, dict[str, Any]] = {"peaks": {}, "null": {}}
     for key, _, at in panel.choices:
-        views["peaks"][f"{key}|"] = _dots(found, names[:shown], at)
-    if "shift" in found:
+        views["peaks"][f"{key}|"] = _dots(found, names, shown, at)
+    if "local" in found:
         views["null"]["|"] = _null(found)
     observed, expected = float(found["observed_total"]), float(found["expected_total"])
     of = " (all groups together)" if panel.groups is not None else ""
     captions = {
         "peaks": f"All of {count(len(names), 'layer')} peak together at {count(observed, 'segment')}{of}.",
-        "null": f"Observed: {count(observed)}; expected of independent layers: {plain(expected)}. Layers shifted "
-        f"within stretches of training give as many or more with p = {plain(float(found['p_local']))}, shifted over the whole of it with "
-        f"p = {plain(float(found['p_shift']))}.",
+        "null": f"Observed: {count(observed)}. Layers shifted within stretches of training, which keeps how often each part of it has "
+        f"peaks, give as many or more with p = {_chance(found, 'local')}: quote this p_local. Shifted over the whole of training, as if "
+        f"peaks were as likely late as early, p = {_chance(found, 'shift')}; expected of independent layers: {plain(expected)}.",
     }
     tables = []
     if panel.groups is not None and "p_shift_group" in found:
@@ -77,14 +79,33 @@ def block(panel: Panel, room: Room) -> Block:
     return Block(captions, views, tables=tables, notes=notes)
 
 
-def _dots(found: Any, names: list[str], at: int | None) -> dict[str, Any]:
+def _chance(found: Any, which: str) -> str:
+    """A p-value, and whether it is the least that so many rotations can give."""
+    p, draws = float(found[f"p_{which}"]), found.sizes["draw"]
+    least = f", the least that {draws:,} rotations can give" if p <= 1 / (draws + 1) else ""
+    return plain(p) + least
+
+
+def _largest(panel: Panel, names: np.ndarray[Any, Any]) -> list[int]:
+    """Positions of the layers to draw: those with the largest sums, and always the first and the last."""
+    if len(names) <= _LAYERS:
+        return list(range(len(names)))
+    layers, _ = panel.find("layers")
+    total = dict(zip(layers["layer"].values, panel.of_group(layers["total"], None).values, strict=True))
+    size = np.array([abs(float(total.get(name, 0.0))) for name in names])
+    size[[0, -1]] = np.inf
+    return sorted(np.argsort(-size, kind="stable")[:_LAYERS].tolist())
+
+
+def _dots(found: Any, every: list[str], shown: list[int], at: int | None) -> dict[str, Any]:
+    names = [every[layer] for layer in shown]
     peak, aligned = (
         found["peak"].transpose("step", "group", "layer").values,
         found["aligned"].transpose("step", "group").values,
     )
     steps, labels = found["step"].values, found["group"].values
     groups = range(peak.shape[1]) if at is None else [at]
-    where = [(step, group, layer) for group in groups for step, layer in np.argwhere(peak[:, group, : len(names)])]
+    where = [(step, group, layer) for group in groups for step, layer in np.argwhere(peak[:, group][:, shown])]
     where.sort(key=lambda each: (not aligned[each[0], each[1]], each[0]))
     where = where[:_DOTS][::-1]
     return {
@@ -100,7 +121,7 @@ def _dots(found: Any, names: list[str], at: int | None) -> dict[str, Any]:
 
 
 def _null(found: Any) -> dict[str, Any]:
-    draws = found["shift"].values
+    draws = found["local"].values
     width = max(1, -(-int(draws.max(initial=0) - draws.min(initial=0) + 1) // 40))
     edges = np.arange(int(draws.min(initial=0)), int(draws.max(initial=0)) + width + 1, width)
     amount, _ = np.histogram(draws, edges)

@@ -10,7 +10,7 @@ from bokeh.models import Range1d
 from ..content import Block, Column, Section, Table, clean, count, listed, signed
 from ..figures import add_picture, steps_figure
 from ..panels import Panel, Room
-from ..thin import picture
+from ..thin import gaps, picture
 
 _LAYERS = 12
 _ROWS = 256  # units beside each other in a picture
@@ -54,6 +54,8 @@ def block(panel: Panel, room: Room) -> Block:
         notes.append(f"Units are drawn for the {len(shown)} layers that moved most of {len(order):,}.")
     if panel.groups is not None:
         notes.append("Units are drawn for the mean over groups.")
+    steps, ends = found["step"].values, found["step_end"].values
+    data = _evenly(data, steps, ends)
     edges = np.append(found["step"].values[:1], found["step_end"].values).astype(float)
     pixels = room.pixels(0.2) // len(shown)
     views: dict[str, Any] = {}
@@ -73,6 +75,16 @@ def block(panel: Panel, room: Room) -> Block:
         [_table(names, index, total)],
         notes,
     )
+
+
+def _evenly(
+    data: np.ndarray[Any, Any], steps: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
+    """(step, unit) with empty rows, as many as are missing, so that each row is where its steps are in the picture."""
+    after = gaps(steps, ends)
+    width = float(np.median(ends - steps))
+    missing = np.round((steps[after + 1] - ends[after]) / width).astype(int)
+    return np.insert(data, np.repeat(after + 1, missing), 0.0, axis=0)
 
 
 def _view(
