@@ -13,6 +13,7 @@ import pytest
 
 from lca_posthoc import findings
 from lca_posthoc.cli.plot import FINDINGS
+from tests import found as made_by_hand
 from tests.small import lca, record, refused, run_lca, write_task
 
 MAGIC = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF", ".gif": b"GIF8"}
@@ -141,3 +142,11 @@ def test_what_cannot_be_drawn_is_refused_with_what_there_is(here: Path, argument
 
 def test_what_is_no_run_is_refused(here: Path) -> None:
     assert "run.json" in lca("plot", here / "ck", "curve").stderr
+
+
+def test_why_nothing_is_drawn_yet_is_said_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = made_by_hand.oscillation(traces=0).drop_dims("tensor").assign_attrs(left_out="Turns need every segment.")
+    monkeypatch.setattr(
+        findings, "oscillation", lambda *_, **__: nothing.drop_vars(["overall_turns", "overall_interval"])
+    )
+    assert refused(lca("plot", here / "a.lca", "oscillation")).count("Turns need every segment.") == 1
