@@ -21,6 +21,8 @@ from hypothesis import strategies as some
 from lca_posthoc import open_run
 from lca_posthoc.findings import layers, microscope
 from lca_posthoc.report import MOST_BYTES, page, write_report
+from lca_posthoc.report import microscope as scope
+from lca_posthoc.report.panels import choose
 from lca_posthoc.report.sections import candidates
 from lca_posthoc.report.thin import kept, lines, numbers, over_segments, over_steps, picture, thinned
 from tests.browser import Browser, browser
@@ -248,6 +250,17 @@ def test_of_very_many_tensors_the_largest_are_under_the_microscope(
     text = (tmp_path / "it.html").read_text()
     assert [tensor["name"] for tensor in part(text, "frames")["tensors"]] == ["hidden.weight", "out.weight"]
     says(Tags(text).text, "Under the microscope are the 2 largest of 4 tensors.")
+
+
+def test_small_tensors_are_not_pooled_because_a_large_one_is(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lca_posthoc.report.microscope.TENSORS", 70)
+    [panel], _ = choose([open_run(small)], ["train"])
+    found, notes = scope.microscope(panel, 6 * 300)
+    assert found is not None
+    pools = {tensor["name"]: tensor["pool"] for tensor in found["tensors"]}
+    assert {name for name, pool in pools.items() if pool != [1, 1]} == {"hidden.weight"}
+    assert list(pools) == list(open_run(small)["train"].tensors["tensor"].values)
+    says(" ".join(notes), "1 tensor of 4 is pooled")
 
 
 def test_names_add_no_tag_and_no_attribute(small_page: Path, hostile_page: Path) -> None:

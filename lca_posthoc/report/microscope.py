@@ -11,13 +11,16 @@ import xarray as xr
 
 from .. import findings
 from ..errors import LCAError
+from ..trajectory import TensorSpec
 from .content import clean, count
 from .panels import Panel
 from .thin import raw
 
 FRAMES = 120
+_FEWEST = 40  # frames, so that each parameter has a cell of its own
 TENSORS = 1000
-BYTES = 2_000_000  # of codes; a third more in base64
+BYTES = 4_200_000  # of codes; a third more in base64
+_QUANTILE = 0.995  # of what is not zero: where colours saturate
 _LARGEST_HALF = 32768.0
 
 
@@ -41,10 +44,11 @@ def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, 
     names = [spec.name for at, spec in enumerate(specs) if at in chosen]
     elements = sum(spec.elements for at, spec in enumerate(specs) if at in chosen)
     exact = elements * frames * 2 <= size
-    pixels = size // frames // (2 if exact else 1)
-    finding: Callable[..., Any] = findings.microscope
+    if elements and _FEWEST <= size // elements < frames:
+        frames = size // elements  # rather fewer frames than several parameters in a cell
+    pixels = max(2 * TENSORS, size // frames // (2 if exact else 1))
     try:
-        found = finding(panel.results, tensors=names, frames=frames, pixels=max(2 * TENSORS, pixels))
+        found, scale = _pictures(panel, [spec for at, spec in enumerate(specs) if at in chosen], frames, pixels)
     except LCAError as error:
         return None, [clean(error, 400)]
     tensors = _tensors(found, names)
@@ -66,9 +70,28 @@ def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, 
         "step_end": [int(step) for step in found["step_end"].values],
         "loss_start": _floats(found["step:loss_start"]),
         "loss_end": _floats(found["step:loss_end"]),
-        "scale": float(found.attrs["scale"]) or 1.0,
+        "scale": scale or 1.0,
         "data": raw(codes),
     }, notes
+
+
+def _pictures(panel: Panel, specs: list[TensorSpec], frames: int, pixels: int) -> tuple[xr.Dataset, float]:
+    """The pictures of all tensors, and where their colours saturate; only the largest are pooled, where not all fit."""
+    order, left, whole = sorted(specs, key=lambda spec: spec.elements), pixels, list[str]()
+    for at, spec in enumerate(order):
+        # The others, all larger, need as much room each, were they pooled to the size of this one.
+        if spec.elements * (len(order) - at) > left:
+            break
+        whole.append(spec.name)
+        left -= spec.elements
+    large = [spec.name for spec in specs if spec.name not in whole]
+    finding: Callable[..., Any] = findings.microscope
+    parts = [(whole, pixels), (large, left)]
+    found = [finding(panel.results, tensors=names, frames=frames, pixels=room) for names, room in parts if names]
+    values = [abs(np.asarray(part[name].values, dtype=np.float64)) for part in found for name in part.data_vars]
+    nonzero = np.concatenate([value[value != 0] for value in values])
+    scale = float(np.quantile(nonzero, _QUANTILE)) if nonzero.size else 0.0
+    return xr.merge(found, combine_attrs="override", compat="override", join="exact"), scale
 
 
 def _tensors(found: xr.Dataset, names: list[str]) -> list[dict[str, Any]]:
@@ -122,8 +145,8 @@ def _notes(panel: Panel, found: xr.Dataset, tensors: list[dict[str, Any]], exact
     pooled = [tensor for tensor in tensors if math.prod(tensor["pool"]) > 1]
     if pooled:
         most = max(math.prod(tensor["pool"]) for tensor in pooled)
-        which = f"{count(len(pooled), 'tensor')} of {len(tensors):,}"
-        notes.append(f"Under the microscope {which} are pooled: a cell is the sum of up to {most:,} parameters.")
+        which = f"{count(len(pooled), 'tensor')} of {len(tensors):,} {'is' if len(pooled) == 1 else 'are'}"
+        notes.append(f"Under the microscope {which} pooled: a cell is the sum of up to {most:,} parameters.")
     if not exact:
         notes.append("Values under the microscope are rounded to one of 255 levels.")
     if panel.groups is not None:

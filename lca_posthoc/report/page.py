@@ -26,7 +26,7 @@ from ..store import Run
 from .content import Block, Section, cell, clean, listed
 from .microscope import BYTES, microscope
 from .panels import MOST_GROUPS, Panel, Room, beside, choose, run_labels
-from .sections import SECTIONS, compare
+from .sections import SECTIONS, compare, curve
 from .sections.headline import headline
 
 MOST_BYTES = 8_000_000
@@ -73,7 +73,7 @@ def write_report(
     if path.is_dir() or not path.absolute().parent.is_dir():
         why = "it is a directory" if path.is_dir() else f"there is no directory {path.parent}"
         raise InputError(f"{path} cannot be written: {why}. Name another file with -o.")
-    for shrink in (1.0, 0.6, 0.3, 0.1, 0.0):
+    for shrink in (1.0, 0.8, 0.6, 0.3, 0.1, 0.0):
         text = _page(runs, labelled, panels, left_out, shrink).encode("utf-8", "replace")
         if len(text) <= MOST_BYTES:
             break
@@ -117,7 +117,10 @@ def _page(
         blocks = {str(panel.key): module.block(panel, room) for panel in panels}
         some = {key: block for key, block in blocks.items() if block is not None}
         if some:
-            shown.append((module.section(), some))
+            made = module.section()
+            if module is curve and not any(panel.summary["unconverged"] for panel in panels):
+                made = curve.without_faults(made)
+            shown.append((made, some))
     frames, frame_notes = microscope(panels[0], int(BYTES * shrink))
     notes = [*left_out, *_group_notes(panels), *frame_notes, *_block_notes(shown, panels)]
     data = {

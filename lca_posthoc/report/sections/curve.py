@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,11 @@ def section() -> Section:
         {"curve": [("ink", "loss"), ("accent", "start + Σ allocation")], "residual": [("hurting", "did not converge")]},
         {"curve": "Loss, measured and added up", "residual": "What the sum misses"},
     )
+
+
+def without_faults(made: Section) -> Section:
+    """The section of a page on which every segment converged."""
+    return replace(made, legends={**made.legends, "residual": []})
 
 
 def block(panel: Panel, room: Room) -> Block:
