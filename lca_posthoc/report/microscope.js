@@ -59,7 +59,13 @@ const lcaMicroscope = (() => {
     let x = 0, y = 0, deep = 0;
     for (const [layer, tensors] of layers) {
       if (only !== "" && layers[Number(only)][0] !== layer) continue;
-      const sizes = tensors.map((tensor) => Math.min(cell, (width - 2) / tensor.columns));
+      const columns = tensors.filter((tensor) => tensor.columns === 1).length; /* biases stay beside their kernel, in its rows */
+      const room = width - 2 - columns * GAP;
+      const fitting = tensors.map((tensor) => Math.min(cell, room / (tensor.columns + columns)));
+      const sizes = tensors.map((tensor, at) => {
+        const beside = tensors.findIndex((other) => other.columns > 1 && other.rows === tensor.rows);
+        return tensor.columns === 1 && beside >= 0 ? Math.min(fitting[at], fitting[beside]) : fitting[at];
+      });
       let wide = 0, high = 0, line = 0, start = 0;
       const inside = tensors.map((tensor, at) => {
         const w = tensor.columns * sizes[at], h = tensor.rows * sizes[at];
