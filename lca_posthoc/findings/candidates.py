@@ -25,7 +25,8 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
         most: how many units and parameters to name.
 
     Returns:
-        By layer `total`, `mean` (loss), `helping` (share) and `freeze` (whether its total is above zero), of all groups together;
+        By layer `total`, `mean` (loss), `helping` (share) and `freeze` (whether its total is above zero), of all groups together
+        (of `helping`, the mean of their shares);
         by tensor counts of parameters `never_helped` (they hurt on some segment and helped on none) and `silent` (exactly zero
         throughout), of `tensor_elements`, and of `units` and `dead_units` (all incoming weights silent); `unit_total` (unit) of the
         units of modules that hurt most, with their bias, named by `unit_name`; `dead_name` (dead); `parameter_allocated` and
