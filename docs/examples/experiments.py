@@ -149,7 +149,7 @@ def experiment(out: Path, name: str, size: Size, seeds: int) -> dict[str, list[A
             f"{place} holds runs of {recorded.read_text()}, not {json.dumps(vars(size))}. Name another OUT."
         )
     images, labels = MODELS[size.model].data()
-    examples = images[: size.images], labels[: size.images]
+    examples = images[: size.images].clone(), labels[: size.images].clone()  # a view would take all images along
     found: dict[str, list[Any]] = {label: [] for label in EXPERIMENTS[name]}
     for seed in range(seeds):
         for label, setting in EXPERIMENTS[name].items():
