@@ -10,7 +10,7 @@ import xarray as xr
 
 from ..store import LossResults
 from .layers import layers
-from .parts import Numbers, about, described, each_total, largest, layer_of, parameter_name, unfinished
+from .parts import Numbers, about, described, each_total, largest, layer_of, parameter_name, place_of, unfinished
 
 
 def candidates(results: LossResults, *, by: str | int = "module", most: int = 20) -> xr.Dataset:
@@ -99,8 +99,7 @@ def _hurting(
     found = []
     for each in largest(allocated, most):
         if allocated[each] > 0:
-            place = np.unravel_index(each, values.shape[1:]) if values.ndim > 1 else ()
-            label = parameter_name(name, (p + s.start for p, s in zip(place, part, strict=True)))
+            label = parameter_name(name, place_of(part, each))
             found.append((float(allocated[each]), label, float(helping[each] / segments)))
     return found
 

@@ -11,7 +11,7 @@ import xarray as xr
 from ..errors import InputError
 from ..store import LossResults
 from .layers import layers
-from .parts import about, described, each_total, largest, parameter_name, unfinished
+from .parts import about, described, each_total, largest, parameter_name, place_of, unfinished
 
 QUADRANTS = (
     "both helped",
@@ -83,8 +83,7 @@ def _quadrants(train: LossResults, validation: LossResults, most: int) -> tuple[
         harm = np.where(which == 1, np.minimum(-one, two), 0.0).ravel()
         for each in largest(harm, most):
             if harm[each] > 0:
-                place = np.unravel_index(each, one.shape) if one.shape else ()
-                name = parameter_name(spec.name, (p + s.start for p, s in zip(place, part, strict=True)))
+                name = parameter_name(spec.name, place_of(part, each))
                 worst.append((float(harm[each]), name, float(one.ravel()[each]), float(two.ravel()[each])))
         worst = heapq.nlargest(most, worst)
     dims = ("quadrant", "tensor")

@@ -9,7 +9,7 @@ import scipy.stats
 import xarray as xr
 
 from ..store import LossResults
-from .parts import Numbers, about, described, each_total, parameter_name, tables, unfinished
+from .parts import Numbers, about, described, each_total, parameter_name, place_of, tables, unfinished
 
 _BINS = 100
 
@@ -80,7 +80,7 @@ def _over_time(results: LossResults, most: int) -> tuple[dict[str, Any], dict[st
         found += np.bincount(_bin(helping[moved], effects[moved]), minlength=_BINS)
         helped += int(helping.sum())
         for each in (often, seldom):
-            each.add(spec.name, part, values.shape[1:], moved, effects[moved], helping[moved], allocated[moved])
+            each.add(spec.name, part, moved, effects[moved], helping[moved], allocated[moved])
     having[0] = 0
     total, active = int(having @ np.arange(segments + 1)), int(having.sum())
     probability = helped / total if total else float("nan")
@@ -135,7 +135,6 @@ class _Extremes:
         self,
         tensor: str,
         part: tuple[slice, ...],
-        shape: tuple[int, ...],
         at: Numbers,
         effects: Numbers,
         helping: Numbers,
@@ -143,9 +142,7 @@ class _Extremes:
     ) -> None:
         """Take in the parameters of one block of a tensor."""
         first = self._first(effects, helping)
-        places = np.unravel_index(at[first], shape) if shape else ()
-        indices = [place + each.start for place, each in zip(places, part, strict=True)]
-        names = [parameter_name(tensor, (place[row] for place in indices)) for row in range(len(first))]
+        names = [parameter_name(tensor, place_of(part, each)) for each in at[first]]
         new = {
             "effects": effects[first],
             "helping": helping[first],

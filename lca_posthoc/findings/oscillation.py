@@ -14,7 +14,18 @@ from ..errors import LCAError
 from ..records import SIGNED
 from ..store import LossResults
 from ..trajectory import read_checkpoint
-from .parts import Numbers, about, described, each_total, largest, parameter_name, parse_parameter, tables, unfinished
+from .parts import (
+    Numbers,
+    about,
+    described,
+    each_total,
+    largest,
+    parameter_name,
+    parse_parameter,
+    place_of,
+    tables,
+    unfinished,
+)
 
 
 def oscillation(
@@ -94,8 +105,7 @@ def _turns(results: LossResults, most: int) -> tuple[dict[str, Any], dict[str, A
         moved[spec.name] = moved.get(spec.name, 0) + int(active.sum())
         elements[spec.name] = spec.elements
         for at in {*largest(flat[0], most), *largest(-flat[0], most)}:
-            place = np.unravel_index(at, values.shape[1:]) if spec.shape else ()
-            ends.append((flat[0][at], spec.name, tuple(int(p) + s.start for p, s in zip(place, part, strict=True))))
+            ends.append((flat[0][at], spec.name, place_of(part, at)))
         ends = _both_ends(ends, most)
     segments = results.manifest.segments
     names = list(sums)

@@ -128,6 +128,16 @@ def parameter_name(tensor: str, indices: Iterable[int]) -> str:
     return f"{tensor}[{', '.join(str(int(index)) for index in indices)}]"
 
 
+def place_of(part: tuple[slice, ...], at: int) -> tuple[int, ...]:
+    """The indices within a tensor of the element at a flat position of one of its `blocks`.
+
+    >>> place_of((slice(2, 4), slice(0, 3)), 4)
+    (3, 1)
+    """
+    indices = np.unravel_index(at, [each.stop - each.start for each in part]) if part else ()
+    return tuple(int(index) + each.start for index, each in zip(indices, part, strict=True))
+
+
 def parse_parameter(name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
     """The tensor and the indices of a parameter written as `parameter_name` does.
 
