@@ -19,6 +19,7 @@ from .processes import (
     counting,
     drive,
     extra,
+    held,
     laid_out,
     markers,
     named,
@@ -142,16 +143,18 @@ def interrupted(count: int, _: Path) -> str:
         (signal.SIGINT, 1, LOCAL),
         (signal.SIGTERM, 1, INLINE),
     ]
-    with laid_out() as (place, clean):
+    with laid_out() as (place, clean):  # of 20 spans, the last five wait: no run ends before it is told to
         for case in range(count):
             number, times, cluster = kinds[case % len(kinds)]
             out, log, wanted = place / f"run-{case}.lca", place / f"log-{case}", chance.randint(1, 14)
-            driver = drive(place, out, *cluster, environment=counting(log))
+            environment = counting(log) | held(released := place / f"released-{case}", 15)
+            driver = drive(place, out, *cluster, environment=environment)
             assert driver.until(lambda out=out, wanted=wanted: markers(out) >= wanted), driver.said
             signalled(driver, number)
             before = begun(log).total()
             if times == 2:
                 signalled(driver, number)
+            released.touch()
             assert driver.finished() == 128 + number, (driver.returncode, driver.said)
             workers = 1 if cluster is INLINE else 2
             assert begun(log).total() - before <= workers, (before, begun(log))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from . import fault
-from .processes import Driver, complete, drive, laid_out, markers, named, nobody_left, undamaged, whole
+from .processes import Driver, complete, drive, held, laid_out, markers, named, nobody_left, undamaged, whole
 
 INLINE = ("--cluster", "inline")
 LOCAL = ("--cluster", "local", "--workers", 2)
@@ -50,9 +50,10 @@ def disk_full(count: int, _: Path) -> str:
                     return f"not done: no file system of 20 MB can be mounted here ({refused})"
                 disk = place / f"disk-{number}"
                 out, wanted = disk / "run.lca", chance.randint(0, 15)
-                driver = drive(place, out, *cluster)
+                driver = drive(place, out, *cluster, environment=held(released := place / f"released-{number}", 15))
                 assert driver.until(lambda out=out, wanted=wanted: out.exists() and markers(out) >= wanted), driver.said
                 _fill(disk / "filler")
+                released.touch()
                 assert driver.finished() == 5, (driver.returncode, driver.said)
                 assert "no space left" in named(driver.said), driver.said
                 done += markers(out)

@@ -49,6 +49,12 @@ def counting(log: Path) -> dict[str, str]:
     return {"PYTHONPATH": path, "LCA_FAULTS_LOG": str(log)}
 
 
+def held(released: Path, span: int) -> dict[str, str]:
+    """The environment of processes whose spans from `span` on wait until the file `released` exists."""
+    path = counting(Path())["PYTHONPATH"]
+    return {"PYTHONPATH": path, "LCA_FAULTS_HELD": f"{span}:{released}"}
+
+
 def begun(log: Path) -> Counter[int]:
     """How often each span was begun."""
     return Counter(int(line.split()[0]) for line in log.read_text().splitlines()) if log.exists() else Counter()

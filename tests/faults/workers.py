@@ -28,6 +28,7 @@ from .processes import (
     counting,
     drive,
     extra,
+    held,
     laid_out,
     markers,
     named,
@@ -152,7 +153,7 @@ def come_and_go(count: int, _: Path) -> str:
     with laid_out(132) as (place, clean):
         for number in range(count):
             out, log = place / f"run-{number}.lca", place / f"log-{number}"
-            environment = counting(log)
+            environment = counting(log) | held(released := place / f"released-{number}", 40)
             with standing(place / f"cluster-{number}", **environment) as made:
                 made.hire(**environment)
                 driver = drive(place, out, *made.options, environment=environment)
@@ -160,6 +161,7 @@ def come_and_go(count: int, _: Path) -> str:
                 assert driver.until(lambda out=out, enough=enough: markers(out) >= enough), driver.said
                 made.hire(**environment)
                 assert driver.until(lambda log=log: len(_hands(log)) == 2), driver.said
+                released.touch()
                 with Client(made.address, set_as_default=False) as client:
                     first = next(iter(_hands(log)))
                     found = client.run(os.getpid)

@@ -1,9 +1,13 @@
-"""Python imports this where its directory is on the path: every begin of a span is one line of the file `LCA_FAULTS_LOG` names."""
+"""Python imports this where its directory is on the path: every begin of a span is one line of the file `LCA_FAULTS_LOG` names.
+
+Where `LCA_FAULTS_HELD` is `SPAN:FILE`, the spans from this one on wait until that file exists.
+"""
 
 import importlib.abc
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -38,6 +42,9 @@ def _counted(replay_span: Callable[[Any], Any]) -> Callable[[Any], Any]:
             descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             os.write(descriptor, f"{spec['span']} {os.getpid()}\n".encode())
             os.close(descriptor)
+        first, _, released = os.environ.get("LCA_FAULTS_HELD", "").partition(":")
+        while first and spec["span"] >= int(first) and not os.path.exists(released):
+            time.sleep(0.002)
         return replay_span(spec)
 
     return counted
