@@ -24,6 +24,7 @@ from ..errors import InputError, SpanError
 from ..task import Loss, Task
 from ..trajectory import TensorSpec
 from .batches import Order, Split, automatic_batch_size, saved_bytes
+from .linear import multiplying
 from .normalisation import normalising
 from .sharing import SharedOutputs
 from .sources import digest_of, is_out_of_memory
@@ -445,7 +446,7 @@ class Objective:
 
     @contextlib.contextmanager
     def _mode(self) -> Iterator[None]:
-        with normalising(self.norm_stats), default_dtype(self.dtype), tf32(self.precision == "tf32"):
+        with normalising(self.norm_stats), multiplying(), default_dtype(self.dtype), tf32(self.precision == "tf32"):
             yield
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:

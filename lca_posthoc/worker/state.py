@@ -86,21 +86,44 @@ def build(spec: Spec, precision: str) -> Any:
 
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
-    """One thread on the CPU, float32 as float32 on a GPU, one kernel with and without gradients; put back afterwards."""
+    """One thread on the CPU, float32 as float32 everywhere, one kernel with and without gradients; put back afterwards."""
     import torch
 
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    threads, tf32, fast = torch.get_num_threads(), matmul.allow_tf32, torch.backends.mha.get_fastpath_enabled()
+    cudnn = torch.backends.cudnn
+    threads, fast = torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled()
     torch.set_num_threads(1)
-    matmul.allow_tf32 = False
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False):
+        with _float32(), cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False):
             yield
     finally:
         torch.set_num_threads(threads)
-        matmul.allow_tf32 = tf32
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def _float32() -> Iterator[None]:
+    """Matrix products and convolutions of float32 in float32, whatever the user's code has set; put back afterwards."""
+    import torch
+
+    mkldnn: Any = torch.backends.mkldnn
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(mkldnn, "matmul"):  # before torch 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    held = [(each, each.fp32_precision) for each in (matmul, mkldnn.matmul, mkldnn.conv)]
+    for each, _ in held:
+        each.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for each, precision in held:
+            each.fp32_precision = precision
 
 
 def reported(work: Callable[[Spec], Spec]) -> Callable[[Spec], Spec]:

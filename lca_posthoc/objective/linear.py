@@ -1,0 +1,98 @@
+"""Linear layers on CPUs whose widest vectors torch's own float32 matrix product leaves unused.
+
+Where torch multiplies with Intel's MKL, a CPU of another maker gets its AVX2 kernels, also where it has AVX-512; oneDNN, which
+torch has beside it for convolutions, uses what is there. The arithmetic is float32 in both. The function is replaced, not the
+modules, and the context must be open around forward and backward passes, as in `normalisation`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LEAST = 2**21  # multiplications below which the call costs more than it saves
+
+
+def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left · rightᵀ + bias, by oneDNN."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+    return found
+
+
+class _Linear(torch.autograd.Function):
+    """x · Wᵀ + b with its first derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return _product(inputs, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        inputs, weight = ctx.saved_tensors
+        for_inputs, for_weight, for_bias = ctx.needs_input_grad
+        rows = above.reshape(-1, above.shape[-1])
+        return (
+            _product(above, weight.t()) if for_inputs else None,
+            _product(rows.t(), inputs.reshape(-1, inputs.shape[-1]).t()) if for_weight else None,
+            rows.sum(0) if for_bias else None,
+        )
+
+
+def _suits(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.dtype == torch.float32
+        and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def linear(native: Any) -> Any:
+    """`F.linear` by oneDNN; what does not suit it, or is too small to gain, goes to `native`."""
+
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        tensors = (input, weight) if bias is None else (input, weight, bias)
+        large = input.dim() > 1 and weight.dim() == 2 and input.numel() * weight.shape[0] >= _LEAST
+        suits = large and not torch.compiler.is_compiling() and all(map(_suits, tensors))
+        found: Tensor = (_Linear.apply if suits else native)(input, weight, bias)
+        return found
+
+    return linear
+
+
+@functools.cache
+def preferred() -> bool:
+    """Whether this CPU has AVX-512 and is not Intel's, and this torch has oneDNN's product."""
+    try:
+        vendors = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return (
+        "GenuineIntel" not in vendors
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+@contextlib.contextmanager
+def multiplying() -> Iterator[None]:
+    """Let linear layers use the faster product around forward and backward passes."""
+    if not preferred():
+        yield
+        return
+    native: Any = F.linear
+    F.linear = linear(native)
+    try:
+        yield
+    finally:
+        F.linear = native
