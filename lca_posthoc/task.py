@@ -13,14 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
-import torch
-import torch.nn.functional as F
 
 from . import parcel
 from .errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 Entry = dict[str, Any]
 
@@ -85,12 +86,14 @@ class Loss:
     @property
     def reduces(self) -> bool:
         """Whether the function has a `reduction` of its own that the probe can compare with."""
-        if isinstance(self.fn, torch.nn.Module):
+        if _is_module(self.fn):
             return hasattr(self.fn, "reduction")
         return self.fn is not None and _takes_reduction(self.fn)
 
     def on_device(self, device: torch.device, dtype: torch.dtype) -> Loss:
         """The same loss with the tensors it holds (class weights, say) where and as wide as the computation is."""
+        import torch
+
         if isinstance(self.fn, torch.nn.Module):
             return replace(self, fn=copy.deepcopy(self.fn).to(device=device, dtype=dtype))
         if isinstance(self.fn, functools.partial):
@@ -113,7 +116,7 @@ class Loss:
 
     def _with_reduction(self, reduction: str) -> Callable[[Any, Any], Any]:
         assert self.fn is not None
-        if isinstance(self.fn, torch.nn.Module):
+        if _is_module(self.fn):
             module = copy.copy(self.fn)
             if self.reduces:
                 setattr(module, "reduction", reduction)  # noqa: B010 - a plain attribute, which nn.Module's types do not know
@@ -125,12 +128,14 @@ class Loss:
 
         Their unreduced values are multiplied by the class weight already, and 0 where ignored.
         """
+        import torch
+
         if isinstance(self.fn, torch.nn.CrossEntropyLoss | torch.nn.NLLLoss):
             weight, ignored = self.fn.weight, self.fn.ignore_index
         else:
             keywords = self.fn.keywords if isinstance(self.fn, functools.partial) else {}
             plain = self.fn.func if isinstance(self.fn, functools.partial) and not self.fn.args else self.fn
-            if plain not in (F.cross_entropy, F.nll_loss):
+            if plain not in (torch.nn.functional.cross_entropy, torch.nn.functional.nll_loss):
                 return None
             weight, ignored = keywords.get("weight"), keywords.get("ignore_index", -100)
         if not isinstance(targets, torch.Tensor) or targets.is_floating_point():
@@ -142,6 +147,12 @@ class Loss:
 
 
 _KINDS = ("function", "call", "term", "l2")
+
+
+def _is_module(given: object) -> bool:
+    import torch  # here, so that a driver with nothing to do need not load it
+
+    return isinstance(given, torch.nn.Module)
 
 
 def _takes_reduction(fn: Callable[..., Any]) -> bool:
@@ -171,7 +182,7 @@ class Task:
     fixed: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.model, torch.nn.Module) or not callable(self.model):
+        if _is_module(self.model) or not callable(self.model):
             raise InputError(
                 f"Task.model must be a zero-argument factory of a module, got {type(self.model).__name__}. "
                 "Pass the class or a lambda: model=Net, or model=lambda: Net(hidden=100)."

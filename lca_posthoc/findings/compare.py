@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy  # its parts load when they are used
 import xarray as xr
-from scipy import stats
 
 from ..errors import InputError
 from ..store import LossResults
@@ -228,11 +228,11 @@ def repeats(values: Numbers, confidence: float) -> Repeats:
         spread = np.where(there, values - mean[..., None], 0.0)
         error = np.sqrt((spread**2).sum(axis=-1) / (n - 1) / n)
         error = np.where(error <= _ROUNDING * abs(mean), 0.0, error)
-        half = stats.t.ppf((1 + confidence) / 2, n - 1) * error
-        p = 2 * stats.t.sf(abs(mean) / error, n - 1)
+        half = scipy.stats.t.ppf((1 + confidence) / 2, n - 1) * error
+        p = 2 * scipy.stats.t.sf(abs(mean) / error, n - 1)
         square = error**2 + error[:1] ** 2
         degrees = square**2 / (error**4 / (n - 1) + error[:1] ** 4 / (n[:1] - 1))
-        p_difference = 2 * stats.t.sf(abs(mean - mean[:1]) / np.sqrt(square), degrees)
+        p_difference = 2 * scipy.stats.t.sf(abs(mean - mean[:1]) / np.sqrt(square), degrees)
     p_difference[0] = np.nan  # a label does not differ from itself
     p = np.where(error > 0, p, np.nan)
     return Repeats(mean, mean - half, mean + half, p, np.where(square > 0, p_difference, np.nan))

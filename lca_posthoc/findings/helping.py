@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import scipy.stats
+import scipy  # its parts load when they are used
 import xarray as xr
 
 from ..store import LossResults

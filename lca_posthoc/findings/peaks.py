@@ -7,8 +7,8 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import scipy  # its parts load when they are used
 import xarray as xr
-from scipy import stats
 
 from ..errors import InputError, LCAError
 from ..store import LossResults
@@ -341,4 +341,4 @@ def intersection(segments: int, sizes: Numbers) -> Numbers:
 def _hypergeometric(segments: int, most: int, size: int) -> Numbers:
     """(i, j): the probability that j of i given segments are among `size` of all of them drawn at random."""
     given, common = np.meshgrid(np.arange(most + 1), np.arange(most + 1), indexing="ij")
-    return np.asarray(stats.hypergeom.pmf(common, segments, given, size))
+    return np.asarray(scipy.stats.hypergeom.pmf(common, segments, given, size))

@@ -7,8 +7,6 @@ import uuid
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from ..errors import LCAError, ResourceError
 from ..headers import read_header
 from .state import Spec, reported
@@ -28,6 +26,8 @@ def admit(spec: Spec) -> Spec:
 
     A result whose "error" is a ResourceError says what is wrong here and what to do.
     """
+    import torch
+
     driver = spec["driver"]
     theirs, ours = driver["versions"], versions()
     for name in theirs:

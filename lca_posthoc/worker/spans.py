@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..errors import ResourceError
-from ..objective import is_out_of_memory
 from .state import Spec, objective_of, points_of, reported
 
-SAMPLED = {0, 8, 64, 512}  # segments whose error is measured: as many in a run that grew as in one that did not
+SAMPLED = {0, 64, 512}  # segments whose error is measured: as many in a run that grew as in one that did not
 
 
 @reported
@@ -72,6 +70,10 @@ def _committed(writer: Any, spec: Spec) -> Spec:
 
 def _within_memory(spec: Spec, objective: Any, writer: Any, losses: list[str]) -> Spec:
     """Allocate some losses, with half the batch as often as memory runs out."""
+    import torch
+
+    from ..objective import is_out_of_memory
+
     while True:
         try:
             return _Together(spec, objective, writer, losses).run()

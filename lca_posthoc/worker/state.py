@@ -18,7 +18,6 @@ from typing import Any
 from .. import task
 from ..cluster import delivered
 from ..errors import InputError, LCAError, ResourceError, SpanError, pack
-from ..objective import is_out_of_memory
 from ..trajectory import Checkpoint, read_checkpoint
 
 Spec = dict[str, Any]
@@ -145,6 +144,8 @@ def reported(work: Callable[[Spec], Spec]) -> Callable[[Spec], Spec]:
             )
             return {"error": pack(kind), "trace": traceback.format_exc()}
         except Exception as error:
+            from ..objective import is_out_of_memory
+
             kind = SpanError(f"{type(error).__name__}: {error}")
             if is_out_of_memory(error):
                 hint = "Give a smaller --batch-size" + (
