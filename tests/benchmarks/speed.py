@@ -644,10 +644,12 @@ def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def compare(given: argparse.Namespace, work: Path) -> None:
     """Time every workload that is asked for; what is found is written after each."""
-    command = " ".join(["python tests/benchmarks/speed.py", *sys.argv[1:]])
+    names = list(WORKLOADS) if "all" in given.workloads else given.workloads
+    command = f"python tests/benchmarks/speed.py {' '.join(names)} --rounds {given.rounds} --device {given.device}"
+    command += " --full" * given.full + (f" --segments {given.segments}" if given.segments else "")
     found: dict[str, Any] = {"machine": machine_of(given.device), "command": command, "workloads": {}}
     tables = [f"`{command}`\n"]
-    for name in WORKLOADS if "all" in given.workloads else given.workloads:
+    for name in names:
         found["workloads"][name] = measure(name, given, work)
         tables.append(table(name, found["workloads"][name], found["machine"]))
         print(tables[-1], flush=True)
