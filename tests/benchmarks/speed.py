@@ -14,8 +14,8 @@ is shown are medians over rounds, of ratios too. Checkpoints are made once in th
 
 Before anything is timed, both loops' sums over layers are compared with ours. A second per segment is, for the loops, that of
 the loop, start and loading the data apart; for ours, that of the workers on their spans (reading, evaluating, allocating,
-measuring the precision, writing, committing), building the model apart, over the number of workers that had any. `unchecked` is the same over
-the spans on none of whose segments ours measures its precision in float64, which a short run does on a far larger share of its
+measuring the precision, writing, committing), building the model apart, over the number of workers that had any. `unchecked` is the same
+over the spans on none of whose segments ours measures its precision in float64, which a short run does on a far larger share of its
 segments than a long one; TFLOP/s are those of the unchecked spans. FLOPs are torch's count of one forward and backward pass of the
 plain model. The peak is measured before each round: float32 products of 1024×1024 in a single-threaded process per core, all at a time,
 by `torch.mm` and, where there is one, by oneDNN's linear layer; on a GPU `torch.mm` of 8192×8192. `wall` is the time of the loop, or
