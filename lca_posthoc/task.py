@@ -83,7 +83,7 @@ class Loss:
         """What gives the values: losses with the same source on the same batch have the same values."""
         return self.fn if self.fn is not None else self.call if self.call is not None else self
 
-    @property
+    @functools.cached_property
     def reduces(self) -> bool:
         """Whether the function has a `reduction` of its own that the probe can compare with."""
         if _is_module(self.fn):
