@@ -21,7 +21,7 @@ from .trajectory import Checkpoint, TensorSpec, Trajectory
 from .worker import admit, describe, probe, versions
 
 _SPAN_BYTES = 256 * 2**20
-_LONGEST_SPAN = 16
+_LONGEST_SPAN = 32
 _WINDOWS = 64
 
 
@@ -204,7 +204,7 @@ def unwrapped(answer: Spec) -> Spec:
 
 
 def choose_span(segments: int, workers: int, elements: int) -> int:
-    """Segments per span: a power of two, at most 16, at most 256 MiB of allocation, at least two spans per worker."""
+    """Segments per span: a power of two, at most 32, at most 256 MiB of allocation, at least two spans per worker."""
     most = min(_LONGEST_SPAN, max(1, segments // (2 * workers)), max(1, _SPAN_BYTES // (4 * max(1, elements))))
     return int(2 ** (most.bit_length() - 1))
 
