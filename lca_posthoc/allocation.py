@@ -127,6 +127,10 @@ def _combine(parts: Iterable[tuple[float, Gradient]]) -> Gradient:
     return mean
 
 
+def _sum_of(one: Gradient, other: Gradient) -> Gradient:
+    return {name: each + other[name] for name, each in one.items()}
+
+
 class _Refinement:
     """One loss on one segment while its intervals are halved.
 
@@ -147,19 +151,20 @@ class _Refinement:
         self.residual: Numbers = math.nan
         self._change: Numbers = math.nan
 
-    def halve(self, evaluations: list[Evaluation]) -> None:
-        """Take in the gradients at the next level's fresh nodes."""
+    def halve(self) -> None:
+        """Go on to the next level, whose fresh nodes are taken in next."""
         if self.level >= 1:
             self.measure()
-        for evaluation in evaluations:
-            self.untouched &= evaluation.untouched
         if self._fresh is not None:
-            self._inner = self._fresh if self._inner is None else _combine([(1.0, self._inner), (1.0, self._fresh)])
-        self._fresh = (
-            evaluations[0].gradient if len(evaluations) == 1 else _combine((1.0, each.gradient) for each in evaluations)
-        )
+            self._inner = self._fresh if self._inner is None else _sum_of(self._inner, self._fresh)
+        self._fresh = None
         self._before, self.mean, self._measured = self.mean or None, {}, False
         self.level += 1
+
+    def take(self, evaluation: Evaluation) -> None:
+        """Take in the gradient at a fresh node."""
+        self.untouched &= evaluation.untouched
+        self._fresh = evaluation.gradient if self._fresh is None else _sum_of(self._fresh, evaluation.gradient)
 
     def measure(self) -> None:
         """The mean gradient and the allocation at this level, the residual, and Σ|·| of what the last halving changed."""
@@ -241,7 +246,8 @@ def calibrate(start: Point, end: Point, objective: Evaluates, losses: list[str])
     for name in losses:
         refinement = _Refinement(_motion(start, end, first[name].gradient), first[name], last[name])
         scale = np.sum(refinement.curvature)
-        refinement.halve([middle[name]])
+        refinement.halve()
+        refinement.take(middle[name])
         refinement.measure()
         shares[name] = float(np.sum(refinement.error_bound(None)) / scale) if scale > 0 else 0.0
     return shares
@@ -305,9 +311,11 @@ def _allocate_nested(
         if not pending or level == MAX_LEVEL:
             return done, last
         level += 1
-        found = [objective.evaluate(interpolate(start, end, x), pending) for x in fresh_nodes(level)]
         for name in pending:
-            states[name].halve([each[name] for each in found])
+            states[name].halve()
+        for x in fresh_nodes(level):
+            for name, evaluation in objective.evaluate(interpolate(start, end, x), pending).items():
+                states[name].take(evaluation)
 
 
 def _judged(name: str, state: _Refinement, method: Method) -> SegmentAllocation:

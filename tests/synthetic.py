@@ -108,7 +108,8 @@ def _fill(writer: RunWriter, loss: str, seed: int) -> None:
         tallies.append(tally)
     arrays = _small(manifest, loss, tallies)
     known = {plan.path for plan in plan_arrays(manifest, manifest.keep, manifest.losses[loss])}
-    writer._write(loss, {path: values for path, values in arrays.items() if path in known}, (slice(None),))
+    parts = {path.partition("/")[0] for path in arrays}
+    writer._write(loss, parts, ((path, each) for path, each in arrays.items() if path in known), (slice(None),))
     sealed: dict[str, list[int]] = {}
     for span in range(manifest.spans):
         files, own = commits.planned_files(span), span % PATTERNS

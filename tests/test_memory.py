@@ -1,16 +1,26 @@
-"""No finding loads a whole array: told to hold a sixteenth of what is usual, none takes more than a quarter of a run of 0.8 GB.
+"""A replay takes what was foretold.
+
+No finding loads a whole array: told to hold a sixteenth of what is usual, none takes more than a quarter of a run of 0.8 GB.
 
 `tests/benchmarks/memory.py` measures them as they are on 20 GB.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import lca_posthoc
+from lca_posthoc.errors import ResourceError
 from lca_posthoc.findings import summary
 from lca_posthoc.store import open_run, verify
+from lca_posthoc.worker import memory
+from tests.faults import ground
 from tests.memory import CASES, CONTROL, Measured, measured
 from tests.synthetic import build
 
@@ -69,3 +79,28 @@ def test_a_synthetic_run_is_whole_and_agrees_with_itself(tmp_path: Path) -> None
             assert loss.totals[name].sel(total="allocated").sum().item() == pytest.approx(allocated, rel=1e-4)
             if not groups:
                 assert (loss.totals[name].sel(total="helping").values == helping.sum(0)).all()
+
+
+@pytest.mark.parametrize(
+    ("losses", "span", "options"),
+    [(1, 4, {}), (3, 4, {}), (1, 4, {"keep": "tensors"}), (1, 2, {"tolerance": 1e-15}), (2, 4, {"rule": "gauss-3"})],
+    ids=["one loss", "three losses", "tensors kept", "refined to the end", "a fixed rule"],
+)
+def test_a_replay_takes_what_was_foretold_and_not_much_less(
+    losses: int, span: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "tests.replay_memory", tmp_path, losses, span, json.dumps(options)]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert 0.4 * found["foretold"] <= found["taken"] <= 1.15 * found["foretold"], found
+
+
+def test_without_room_a_run_is_refused_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = ground.lay_out(tmp_path, 4)
+    monkeypatch.setattr(memory, "free_memory", lambda workers, device: 1000.0)
+    with pytest.raises(
+        ResourceError, match=r"takes about .* beside model and data, and 1 kB are free for each of 1 worker"
+    ):
+        lca_posthoc.run(place / "checkpoints", place / "small_task.py", out=tmp_path / "run.lca", cluster="inline")
+    assert not (tmp_path / "run.lca").exists()

@@ -329,15 +329,12 @@ class RunWriter:
             SpanError: where the run is no longer the one this writer was opened for.
         """
         self._still_recorded(loss, span)
-        arrays = {
-            f"{part}/{self._key(name)}": values
-            for part, held in (("allocation", tally.allocation), ("units", tally.units))
-            for name, values in held.items()
-        }
+        parts = {"allocation": tally.allocation, "units": tally.units}
+        arrays = ((f"{part}/{self._key(name)}", each) for part, held in parts.items() for name, each in held.items())
         rows: tuple[slice, ...] = (self.manifest.rows(span),)
         if self.manifest.losses[loss].groups is not None:
             rows = (*rows, slice(tally.block.start, tally.block.stop))
-        self._write(loss, arrays, rows)
+        self._write(loss, parts, arrays, rows)
 
     def write_span(
         self, loss: str, span: int, tally: Tally, facts: dict[str, Any], replicates: np.ndarray[Any, Any] | None = None
@@ -361,7 +358,7 @@ class RunWriter:
         if replicates is not None:
             arrays["tensors/replicates"] = replicates
         planned = {plan.path for plan in plan_arrays(self.manifest, self.keep, self.manifest.losses[loss])}
-        self._write(loss, {path: values for path, values in arrays.items() if path in planned}, (rows,))
+        self._write(loss, parts, ((path, values) for path, values in arrays.items() if path in planned), (rows,))
         totals, partial = tally.totals(), None
         if self.manifest.window == 1:
             self._write_totals(loss, span, totals)
@@ -407,21 +404,23 @@ class RunWriter:
     def _key(self, name: str) -> str:
         return next(tensor.key for tensor in self.manifest.allocated if tensor.spec.name == name)
 
-    def _write(self, loss: str, arrays: dict[str, Any], rows: tuple[slice, ...]) -> None:
-        """Write whole chunks of some arrays."""
+    def _write(
+        self, loss: str, parts: Iterable[str], arrays: Iterable[tuple[str, Any]], rows: tuple[slice, ...]
+    ) -> None:
+        """Write whole chunks of some arrays of these parts; each is made when its turn comes."""
         numcodecs.blosc.use_threads = False
-        store = RowStore(self.path, self.manifest, loss, {path.partition("/")[0] for path in arrays})
+        store = RowStore(self.path, self.manifest, loss, set(parts))
         with zarr.config.set({"array.write_empty_chunks": True}):
-            for path, values in arrays.items():
+            for path, values in arrays:
                 if values.size:
                     zarr.open_array(store, path=path, mode="r+", zarr_format=3)[rows] = values
 
     def _write_totals(self, loss: str, window: int, totals: dict[str, Totals]) -> None:
-        arrays = {
-            f"totals/{self._key(name)}": np.stack([np.asarray(held[field], "float64") for field in FIELDS])[None]
+        arrays = (
+            (f"totals/{self._key(name)}", np.stack([np.asarray(held[field], "float64") for field in FIELDS])[None])
             for name, held in totals.items()
-        }
-        self._write(loss, arrays, (slice(window, window + 1),))
+        )
+        self._write(loss, ["totals"], arrays, (slice(window, window + 1),))
 
     def fold(self, loss: str, window: int) -> list[int]:
         """Join the totals of a window's spans once all are committed; harmless to repeat, also at the same time.

@@ -7,7 +7,7 @@ import resource
 import time
 from typing import Any
 
-from .memory import ROOM, bookkeeping, free_memory
+from .memory import ROOM, free_memory, needed
 from .state import Spec, first_point, objective_of, reported
 
 _TIMED_SECONDS = 1.0
@@ -31,8 +31,12 @@ def measure(spec: Spec) -> Spec:
         higher += sum(losses[name]["higher"] for name in slowest)
     on_gpu = objective.device.type == "cuda"
     held = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    numbers = sum(bookkeeping(spec, objective, name) for name in losses)
-    return {"losses": losses, "together": together, "higher": higher, "memory": held + numbers}
+    return {
+        "losses": losses,
+        "together": together,
+        "higher": higher,
+        "memory": held + needed(spec, objective, list(losses)),
+    }
 
 
 def _measured(spec: Spec, objective: Any, name: str) -> Spec:

@@ -1,12 +1,15 @@
-"""What a loss holds on a worker, and how many of its groups are taken at a time."""
+"""What a replay holds on a worker, how many groups of a loss are taken at a time, and whether there is room at all."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from ..errors import ResourceError, amount
 from .state import Spec
 
 ROOM = 0.5
+_SHARED = 180  # bytes of every parameter whatever the losses: points, motion, the model, totals to be written
+_TOTALS = 18  # bytes of every parameter and loss: counts and signs
 _COPIES = 9  # float64 numbers a grouped loss holds of every group and parameter at a time
 _FEW = 1000  # examples of a group below which page faults cost as much as evaluating
 _HEAP_BYTES = 32 * 2**20  # larger arrays are mapped anew whenever they are made
@@ -34,6 +37,49 @@ def free_memory(workers: int, device: Any) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     return float(psutil.virtual_memory().available) / workers
+
+
+def needed(spec: Spec, objective: Any, names: list[str]) -> float:
+    """About how many bytes a worker takes, beside model and data, while it replays some losses.
+
+    P · (180 + 18 · losses) for P parameters, `bookkeeping` of the losses that go together or of the largest that goes alone, and on a
+    CPU twice what autograd saves of a batch (a GPU that runs out of memory gets smaller batches). Measured in docs/performance.md.
+    """
+    held = {name: bookkeeping(spec, objective, name) for name in names}
+    alone = [held[name] for name in names if block_of(spec, objective, name) is not None]
+    most = max([sum(held.values()) - sum(alone), *alone])
+    elements = sum(each.elements for each in objective.allocated)
+    return float(elements * (_SHARED + _TOTALS * len(names)) + most + _activations(objective, names))
+
+
+def _activations(objective: Any, names: list[str]) -> float:
+    if objective.device.type == "cuda":
+        return 0.0
+    splits = {name: objective.losses[name].split for name in names}
+    each = [
+        2 * objective.saved_bytes(name) * objective.batch_sizes[on] for name, on in splits.items() if on is not None
+    ]
+    return max(each, default=0.0)
+
+
+def refuse_without_room(spec: Spec, objective: Any, names: list[str]) -> None:
+    """Say before the first evaluation what would otherwise end in a killed worker.
+
+    Raises:
+        ResourceError: with what is needed and what is free.
+    """
+    needs, free, crowd = needed(spec, objective, names), free_memory(spec["workers"], objective.device), spec["workers"]
+    if needs > free:
+        place = (
+            "on the GPU"
+            if objective.device.type == "cuda"
+            else f"for each of {crowd} worker{'s' if crowd > 1 else ''} here"
+        )
+        raise ResourceError(
+            f"a replay of {len(names)} loss{'es' if len(names) > 1 else ''} takes about {amount(needs)} beside model and data, and "
+            f"{amount(free)} are free {place}. Try fewer --workers, fewer losses at a time (--loss), --keep units, a smaller "
+            "--batch-size, or a machine with more memory."
+        )
 
 
 def bookkeeping(spec: Spec, objective: Any, name: str) -> int:
