@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def replaced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(subject, "preferred", lambda: True)
     before = F.linear
-    with subject.multiplying():
+    with subject.multiplying(torch.device("cpu")):
         yield
     assert F.linear is before
 
@@ -201,3 +202,34 @@ def test_float32_is_float32_whatever_the_users_code_has_set() -> None:
     finally:
         torch.set_float32_matmul_precision(before)  # type: ignore[arg-type]
     assert seen == ["ieee"] * 3
+
+
+def test_nothing_is_replaced_for_a_gpu_or_where_torch_does_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = F.linear
+    for device, preferred in (("cuda", True), ("cpu", False)):
+        monkeypatch.setattr(subject, "preferred", lambda preferred=preferred: preferred)
+        with subject.multiplying(torch.device(device)):
+            assert F.linear is before
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "capability", "expected"),
+    [
+        ("vendor_id\t: AuthenticAMD\n", "AVX512", True),
+        ("vendor_id\t: GenuineIntel\n", "AVX512", False),
+        ("vendor_id\t: AuthenticAMD\n", "AVX2", False),
+        (None, "AVX512", False),
+    ],
+)
+def test_the_kind_of_processor_alone_decides(
+    cpuinfo: str | None, capability: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_text(path: Path) -> str:
+        assert str(path) == "/proc/cpuinfo"
+        if cpuinfo is None:
+            raise FileNotFoundError(path)
+        return cpuinfo
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert subject.preferred.__wrapped__() is expected

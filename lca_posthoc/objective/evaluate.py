@@ -446,7 +446,12 @@ class Objective:
 
     @contextlib.contextmanager
     def _mode(self) -> Iterator[None]:
-        with normalising(self.norm_stats), multiplying(), default_dtype(self.dtype), tf32(self.precision == "tf32"):
+        with (
+            normalising(self.norm_stats),
+            multiplying(self.device),
+            default_dtype(self.dtype),
+            tf32(self.precision == "tf32"),
+        ):
             yield
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
