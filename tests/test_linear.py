@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lca_posthoc.objective import linear as subject
-from lca_posthoc.worker import state
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN product"
@@ -184,24 +185,48 @@ def test_bits_repeat_in_every_process() -> None:
         assert len(set(pool.map(_bits, [3, 3, 3, 3]))) == 1
 
 
-def test_float32_is_float32_whatever_the_users_code_has_set() -> None:
-    seen: list[str] = []
+SETTINGS = {
+    "nothing": "pass",
+    "high": "torch.set_float32_matmul_precision('high')",
+    "medium": "torch.set_float32_matmul_precision('medium')",
+    "tf32 as it was": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "tf32 on a GPU": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "bfloat16 on a CPU": "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "bfloat16 in convolutions": "torch.backends.mkldnn.conv.fp32_precision = 'bf16'",
+}
+ASKS = """
+import torch
+from lca_posthoc.objective.evaluate import tf32
+from lca_posthoc.worker import state
 
-    @state.reported
-    def work(spec: dict[str, Any]) -> dict[str, Any]:
-        mkldnn: Any = torch.backends.mkldnn
-        seen.extend([mkldnn.matmul.fp32_precision, mkldnn.conv.fp32_precision])
-        seen.append(torch.backends.cuda.matmul.fp32_precision)
-        return {}
+{setting}
+backends = torch.backends
+read = lambda: [each.fp32_precision for each in (backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv)]
+before, seen = read(), []
 
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        assert work({}) == {}
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)  # type: ignore[arg-type]
-    assert seen == ["ieee"] * 3
+@state.reported
+def work(spec):
+    seen.append(read())
+    seen.append(torch.get_float32_matmul_precision())
+    with tf32(True):
+        seen.append(backends.cuda.matmul.fp32_precision)
+    seen.append(read())
+    return {{}}
+
+assert work({{}}) == {{}}, work({{}})
+assert seen == [["ieee"] * 3, "highest", "tf32", ["ieee"] * 3], seen
+same = {{"none": "ieee"}}  # nothing said is float32 too
+after = read()
+assert all(same.get(after[at], after[at]) == same.get(before[at], before[at]) for at in (0, 2)), (before, after)
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="settings of torch 2.9 and later")
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_float32_is_float32_whatever_the_users_code_has_set(setting: str) -> None:
+    code = ASKS.format(setting=SETTINGS[setting])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_is_replaced_for_a_gpu_or_where_torch_does_as_well(monkeypatch: pytest.MonkeyPatch) -> None:

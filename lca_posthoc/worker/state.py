@@ -102,27 +102,32 @@ def _deterministic() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _float32() -> Iterator[None]:
-    """Matrix products and convolutions of float32 in float32, whatever the user's code has set; put back afterwards."""
+    """Matrix products and convolutions of float32 in float32, whatever the user's code has set; put back afterwards.
+
+    torch keeps older and newer settings of the same thing and refuses to read the older ones while the newer ones differ.
+    """
     import torch
 
-    mkldnn: Any = torch.backends.mkldnn
-    matmul = torch.backends.cuda.matmul
-    if not hasattr(mkldnn, "matmul"):  # before torch 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    held = [(each, each.fp32_precision) for each in (matmul, mkldnn.matmul, mkldnn.conv)]
-    for each, _ in held:
+    backends: Any = torch.backends
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        older = None
+    matmuls: list[Any] = []
+    others: list[Any] = []
+    if hasattr(backends.mkldnn, "matmul"):  # from torch 2.9 on
+        matmuls, others = [backends.cuda.matmul, backends.mkldnn.matmul], [backends.mkldnn.conv]
+    held = [(each, each.fp32_precision) for each in others + (matmuls if older is None else [])]
+    for each in [*others, *matmuls]:
         each.fp32_precision = "ieee"
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         for each, precision in held:
             each.fp32_precision = precision
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
 
 
 def reported(work: Callable[[Spec], Spec]) -> Callable[[Spec], Spec]:
