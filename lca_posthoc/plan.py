@@ -109,7 +109,7 @@ def plan(
         {keep: required_bytes(manifest, keep, manifest.losses.values()) for keep in KEEP},
         psutil.disk_usage(str(_existing(Path(out) if out is not None else default_out(checkpoints)))).free,
         measured["memory"],
-        [*trajectory.notes, *ready.notes],
+        [*trajectory.notes, *ready.notes, *([ready.short_of] if ready.short_of else [])],
     )
 
 

@@ -30,13 +30,15 @@ class Preparation:
     """A probed task on a trajectory.
 
     `common` is what every spec to a worker holds, `probe_part` what a spec that evaluates at a few checkpoints holds beside it;
-    `manifest` describes the run as it would be created now; `notes` are worth telling.
+    `manifest` describes the run as it would be created now; `notes` are worth telling. `short_of` says what memory there is too
+    little of, if any.
     """
 
     common: Spec
     probe_part: Spec
     manifest: Manifest
     notes: list[str]
+    short_of: str | None
 
     @property
     def batch_sizes(self) -> dict[str, int]:
@@ -114,9 +116,8 @@ def prepare(
         {name: _record(name, keys[name], loss, probed) for name, loss in found["losses"].items()},
         _provenance(task, found["task_losses"]),
     )
-    return Preparation(
-        common, probe_part, manifest, [*probed["notes"], *_idle(existing or manifest, workers or cluster.workers)]
-    )
+    notes = [*probed["notes"], *_idle(existing or manifest, workers or cluster.workers)]
+    return Preparation(common, probe_part, manifest, notes, probed["short_of"])
 
 
 def _ask(cluster: Cluster, work: Callable[[Spec], Spec], spec: Spec) -> Spec:

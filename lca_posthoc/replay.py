@@ -333,6 +333,8 @@ class _Job:
         )
         for note in ready.notes:
             self.tell(Note(note))
+        if ready.short_of:
+            raise ResourceError(ready.short_of)
         if existing is None:
             self._check_space(store.required_bytes(ready.manifest, settings["keep"], ready.manifest.losses.values()))
             store.create(self.path, ready.manifest, self.durable)

@@ -47,7 +47,7 @@ class Loss:
     on: str = "train"
     call: Callable[..., Any] | None = None
     group_by: Any = None
-    term: Callable[[torch.nn.Module], Any] | None = None
+    term: Callable[[Any], Any] | None = None
     l2: float | None = None
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class Loss:
         """What gives the values: losses with the same source on the same batch have the same values."""
         return self.fn if self.fn is not None else self.call if self.call is not None else self
 
-    @functools.cached_property
+    @property
     def reduces(self) -> bool:
         """Whether the function has a `reduction` of its own that the probe can compare with."""
         if _is_module(self.fn):
@@ -176,7 +176,7 @@ class Task:
             adapter: they stay as `model` builds them.
     """
 
-    model: Callable[[], torch.nn.Module]
+    model: Callable[[], Any]
     data: Mapping[str, Any]
     losses: Mapping[str, Loss]
     fixed: Sequence[str] = ()

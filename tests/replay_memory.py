@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -57,10 +58,10 @@ def main(place: Path, losses: int, span: int, options: dict[str, float | str]) -
 
     watcher = threading.Thread(target=watch)
 
-    def noted(spec: object, objective: object, names: list[str]) -> None:
-        foretold.append(memory.needed(spec, objective, names))  # type: ignore[arg-type]
+    def noted(spec: Any, *rest: Any) -> None:
+        foretold.append(memory.needed(spec, *rest))
 
-    checks.refuse_without_room = noted  # type: ignore[assignment]
+    checks.short_of = noted
 
     def listen(event: object) -> None:
         if isinstance(event, Planned):

@@ -15,7 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import lca_posthoc
+from lca_posthoc import Loss, Task
+from lca_posthoc.objective import Objective
 from lca_posthoc.objective import linear as subject
+from tests.faults import ground
+from tests.small import write_task
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN product"
@@ -99,7 +104,7 @@ def test_a_gradient_of_stride_zero_and_inputs_of_any_stride(taken: list[str]) ->
     assert inputs is not None
     assert weight is not None
     turned = inputs.detach().t()  # (64, 32), its rows not contiguous
-    sliced = torch.cat([weight.detach(), weight.detach()], 1)[:, ::2][:, :32].requires_grad_()
+    sliced = weight.detach()[:, :32].t().contiguous().t().requires_grad_()  # column by column
     subject.linear(F.linear)(turned, sliced, bias).sum().backward()
     assert sliced.grad is not None
     exact = torch.ones(64, 16, dtype=torch.float64).t() @ turned.double()
@@ -110,6 +115,10 @@ def test_a_gradient_of_stride_zero_and_inputs_of_any_stride(taken: list[str]) ->
 @pytest.mark.parametrize(
     "tensors",
     [
+        (torch.ones(4, 3), torch.ones(2, 3), torch.tensor(3.0)),
+        (torch.ones(4, 3), torch.ones(2, 3), torch.ones(1)),
+        (torch.ones(4, 3), torch.ones(2, 3), torch.ones(4, 2)),
+        (torch.ones(4, 3), torch.arange(4.0).as_strided((2, 3), (1, 1))),
         (torch.ones(4, 3, dtype=torch.float64), torch.ones(2, 3, dtype=torch.float64)),
         (torch.ones(4, 3, dtype=torch.bfloat16), torch.ones(2, 3, dtype=torch.bfloat16)),
         (torch.ones(3), torch.ones(2, 3)),
@@ -117,12 +126,31 @@ def test_a_gradient_of_stride_zero_and_inputs_of_any_stride(taken: list[str]) ->
         (torch.ones(0, 3), torch.ones(2, 3)),
         (torch.ones(4, 3).to_sparse(), torch.ones(2, 3)),
     ],
-    ids=["float64", "bfloat16", "vector", "one unit", "nothing", "sparse"],
+    ids=[
+        "scalar bias",
+        "short bias",
+        "bias of a matrix",
+        "overlapping",
+        "float64",
+        "bfloat16",
+        "vector",
+        "one unit",
+        "nothing",
+        "sparse",
+    ],
 )
-def test_what_does_not_suit_it_is_as_before(tensors: tuple[Tensor, Tensor], taken: list[str]) -> None:
+def test_what_does_not_suit_it_is_as_before(tensors: tuple[Tensor, ...], taken: list[str]) -> None:
     found = subject.linear(F.linear)(*tensors)
     assert torch.equal(found.to_dense(), F.linear(*tensors).to_dense())
     assert taken == []
+
+
+def test_shapes_that_do_not_agree_are_refused_in_the_same_words() -> None:
+    with pytest.raises(RuntimeError) as ours:
+        subject.linear(F.linear)(torch.ones(4, 3), torch.ones(2, 5))
+    with pytest.raises(RuntimeError) as theirs:
+        F.linear(torch.ones(4, 3), torch.ones(2, 5))
+    assert str(ours.value) == str(theirs.value)
 
 
 def test_small_products_are_as_before(taken: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +171,12 @@ def test_transforms_of_functions_are_as_before(taken: list[str]) -> None:
     each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weight.detach(), inputs.detach())
     exact = 2 * torch.einsum("no,ni->noi", F.linear(inputs, weight), inputs)
     assert torch.allclose(each, exact, rtol=1e-4, atol=1e-4)
+    shared = torch.func.vmap(lambda each: (F.linear(inputs, weight) * each).sum())(torch.arange(3.0))
+    assert torch.allclose(shared, F.linear(inputs, weight).sum() * torch.arange(3.0), rtol=1e-4)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(weight.detach(), torch.ones_like(weight))
+        moved = torch.autograd.forward_ad.unpack_dual(F.linear(inputs.detach(), dual)).tangent
+        assert torch.allclose(moved, inputs.sum(1, keepdim=True).expand(-1, 16), rtol=1e-4, atol=1e-4)
     _, tangent = torch.func.jvp(lambda given: loss(given, inputs[0]), (weight,), (torch.ones_like(weight),))
     assert torch.allclose(tangent, exact[0].sum(), rtol=1e-4)
 
@@ -160,6 +194,104 @@ def test_recomputed_activations_give_the_same_gradient(reentrant: bool, taken: l
         assert parameter.grad is not None
         assert torch.equal(each, parameter.grad)
     assert taken
+
+
+@pytest.mark.usefixtures("replaced")
+def test_derivatives_of_derivatives_are_those_of_the_definition(taken: list[str]) -> None:
+    inputs, weight, bias = _made((64, 32), 16, True)
+    found = []
+    for kind in (torch.float32, torch.float64):
+        tensors = [each.detach().to(kind).requires_grad_() for each in (inputs, weight, bias) if each is not None]
+        value = F.linear(*tensors).tanh().sum()
+        gradients = torch.autograd.grad(value, tensors, create_graph=True)
+        sum(each.square().sum() for each in gradients).backward()
+        found.append([each.grad for each in tensors])
+    for ours, exact in zip(*found, strict=True):
+        assert ours is not None
+        assert exact is not None
+        assert (ours - exact).norm() <= 1e-5 * exact.norm()
+    assert taken
+
+
+@pytest.mark.usefixtures("replaced")
+def test_what_a_gradient_does_not_need_may_change_meanwhile(taken: list[str]) -> None:
+    inputs, weight, bias = _made((64, 32), 16, True)
+    assert inputs is not None
+    assert weight is not None
+    held = inputs * 2
+    value = F.linear(held, weight.detach(), bias)
+    held.add_(1)
+    value.sum().backward()
+    assert inputs.grad is not None
+    assert torch.allclose(inputs.grad, 2 * weight.detach().sum(0).expand(64, -1), rtol=1e-4, atol=1e-4)
+    assert taken
+
+
+@pytest.mark.usefixtures("replaced")
+def test_overlapping_inputs_have_the_same_gradient(taken: list[str]) -> None:
+    _, weight, _ = _made((64, 32), 16, False)
+    assert weight is not None
+    windows = torch.randn(95, generator=torch.Generator().manual_seed(2)).unfold(0, 32, 1)
+    F.linear(windows, weight).sum().backward()
+    assert weight.grad is not None
+    assert torch.allclose(weight.grad, windows.sum(0).expand(16, -1), rtol=1e-4, atol=1e-4)
+    assert taken
+
+
+@pytest.mark.usefixtures("replaced")
+def test_autocast_casts_as_before(taken: list[str]) -> None:
+    inputs, weight, bias = _made((64, 32), 16, True)
+    assert inputs is not None
+    assert weight is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(inputs, weight, bias).dtype == torch.bfloat16
+    assert taken == []
+
+
+def test_batches_are_as_large_whoever_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for preferred in (True, False):
+        monkeypatch.setattr(subject, "preferred", lambda preferred=preferred: preferred)
+        inputs, targets = torch.randn(300, 64), torch.randint(10, (300,))
+        task = Task(
+            lambda: nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)),
+            {"train": (inputs, targets)},
+            {"train": Loss(F.cross_entropy, on="train")},
+        )
+        objective = Objective(
+            lambda task=task: task,
+            None,
+            device=torch.device("cpu"),
+            precision="float32",
+            norm_stats="running",
+            batch_size=None,
+        )
+        found.append(objective.saved_bytes("train"))
+    assert found[0] == pytest.approx(found[1], rel=0.1)
+    assert found[0] < 4 * (2 * 256 + 64 + 2 * 10 + 2 * 256) * 2  # no weights
+
+
+SETS = """
+import torch
+torch.set_num_threads(2)
+torch.set_float32_matmul_precision("medium")
+torch.backends.cudnn.benchmark = True
+"""
+CHECKS = """\
+    def forward(self, inputs):
+        held = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+        if held != (1, "highest", False):
+            raise RuntimeError(f"the task's own settings are in force: {held}")
+"""
+
+
+def test_what_a_task_file_sets_when_it_is_imported_holds_for_no_span(tmp_path: Path) -> None:
+    place = ground.lay_out(tmp_path, 4)
+    task = write_task(place / "small_task.py", "    def forward(self, inputs):\n", CHECKS)
+    task.write_text(SETS + task.read_text())
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    lca_posthoc.run(place / "checkpoints", task, out=tmp_path / "run.lca", cluster="inline", device="cpu")
+    assert (torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == before
 
 
 @pytest.mark.usefixtures("replaced")
@@ -192,16 +324,20 @@ SETTINGS = {
     "tf32 as it was": "torch.backends.cuda.matmul.allow_tf32 = True",
     "tf32 on a GPU": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
     "bfloat16 on a CPU": "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "bfloat16 on all of a CPU": "torch.backends.mkldnn.fp32_precision = 'bf16'",
+    "tf32 everywhere": "torch.backends.fp32_precision = 'tf32'",
     "bfloat16 in convolutions": "torch.backends.mkldnn.conv.fp32_precision = 'bf16'",
 }
 ASKS = """
 import torch
-from lca_posthoc.objective.evaluate import tf32
+from lca_posthoc.objective.precision import tf32
 from lca_posthoc.worker import state
 
 {setting}
 backends = torch.backends
-read = lambda: [each.fp32_precision for each in (backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv)]
+mkldnn, cudnn = backends.mkldnn, backends.cudnn
+parts = (backends.cuda.matmul, mkldnn.matmul, mkldnn.conv, mkldnn.rnn, cudnn.conv, cudnn.rnn)
+read = lambda: [each.fp32_precision for each in parts]
 before, seen = read(), []
 
 @state.reported
@@ -209,15 +345,15 @@ def work(spec):
     seen.append(read())
     seen.append(torch.get_float32_matmul_precision())
     with tf32(True):
-        seen.append(backends.cuda.matmul.fp32_precision)
+        seen.append(read())
     seen.append(read())
     return {{}}
 
 assert work({{}}) == {{}}, work({{}})
-assert seen == [["ieee"] * 3, "highest", "tf32", ["ieee"] * 3], seen
+assert seen == [["ieee"] * 6, "highest", ["tf32", "ieee", "ieee", "ieee", "tf32", "tf32"], ["ieee"] * 6], seen
 same = {{"none": "ieee"}}  # nothing said is float32 too
 after = read()
-assert all(same.get(after[at], after[at]) == same.get(before[at], before[at]) for at in (0, 2)), (before, after)
+assert all(same.get(after[at], after[at]) == same.get(before[at], before[at]) for at in (0, 2, 3, 4, 5)), (before, after)
 """
 
 

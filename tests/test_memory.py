@@ -18,6 +18,7 @@ import pytest
 import lca_posthoc
 from lca_posthoc.errors import ResourceError
 from lca_posthoc.findings import summary
+from lca_posthoc.plan import plan
 from lca_posthoc.store import open_run, verify
 from lca_posthoc.worker import memory
 from tests.faults import ground
@@ -83,8 +84,15 @@ def test_a_synthetic_run_is_whole_and_agrees_with_itself(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("losses", "span", "options"),
-    [(1, 4, {}), (3, 4, {}), (1, 4, {"keep": "tensors"}), (1, 2, {"tolerance": 1e-15}), (2, 4, {"rule": "gauss-3"})],
-    ids=["one loss", "three losses", "tensors kept", "refined to the end", "a fixed rule"],
+    [
+        (1, 4, {}),
+        (3, 4, {}),
+        (1, 4, {"keep": "tensors"}),
+        (1, 2, {"tolerance": 1e-15}),
+        (2, 4, {"rule": "gauss-3"}),
+        (1, 4, {"subset": ["0.9@7"]}),
+    ],
+    ids=["one loss", "three losses", "tensors kept", "refined to the end", "a fixed rule", "a random subset"],
 )
 def test_a_replay_takes_what_was_foretold_and_not_much_less(
     losses: int, span: int, options: dict[str, Any], tmp_path: Path
@@ -104,3 +112,5 @@ def test_without_room_a_run_is_refused_before_it_begins(tmp_path: Path, monkeypa
     ):
         lca_posthoc.run(place / "checkpoints", place / "small_task.py", out=tmp_path / "run.lca", cluster="inline")
     assert not (tmp_path / "run.lca").exists()
+    planned = plan(place / "checkpoints", place / "small_task.py")
+    assert any("beside model and data" in note for note in planned.notes)

@@ -2,6 +2,7 @@
 
 from .batches import Split, automatic_batch_size, power_of_two
 from .evaluate import HIGHER, Objective, replicates_of
+from .precision import float32
 from .probe import Identity, check_loss, drop_weightless_replicates, identify
 from .sources import is_out_of_memory
 from .sums import Evaluation
@@ -16,6 +17,7 @@ __all__ = [
     "automatic_batch_size",
     "check_loss",
     "drop_weightless_replicates",
+    "float32",
     "identify",
     "is_out_of_memory",
     "power_of_two",

@@ -292,7 +292,8 @@ def saved_bytes(split: Split, forward: Callable[[Any], Any]) -> float:
     saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not (tensor.is_leaf and tensor.requires_grad):  # a weight is saved once, whatever the batch
+        own = tensor if tensor._base is None else tensor._base
+        if not (own.is_leaf and own.requires_grad):  # a weight, or its transpose, is saved once, whatever the batch
             saved[tensor.data_ptr()] = max(saved.get(tensor.data_ptr(), 0), tensor.numel() * tensor.element_size())
         return tensor
 

@@ -26,6 +26,7 @@ from ..trajectory import TensorSpec
 from .batches import Order, Split, automatic_batch_size, saved_bytes
 from .linear import multiplying
 from .normalisation import normalising
+from .precision import tf32
 from .sharing import SharedOutputs
 from .sources import digest_of, is_out_of_memory
 from .sums import Evaluation, Sums
@@ -97,6 +98,7 @@ class Objective:
         self._batch_size = batch_size
         self._sources = {name: loss.source for name, loss in self.losses.items()}
         self.functions = {name: loss.on_device(device, self.dtype) for name, loss in self.losses.items()}
+        self._functions_per_element: dict[str, Callable[[Any, Any], Any]] = {}
         self._complete()
         self.table = tensor_table(self.model, norm_stats, self.task.fixed)
         self._tensors = self._bind()
@@ -380,7 +382,7 @@ class Objective:
             else:
                 inputs, targets = unpack(batch)
                 outputs = self.model(inputs) if shared is None else shared.of(self.model, inputs)
-                result = loss.per_element()(outputs, targets)
+                result = self._per_element(name, loss)(outputs, targets)
         values, weights = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         if not isinstance(values, Tensor) or not values.is_floating_point():
             raise InputError(
@@ -403,6 +405,11 @@ class Objective:
             )
         weights = weights.detach().to(values.device, torch.float64)
         return values.double() * weights, weights
+
+    def _per_element(self, name: str, loss: Loss) -> Callable[[Any, Any], Any]:
+        if name not in self._functions_per_element:
+            self._functions_per_element[name] = loss.per_element()
+        return self._functions_per_element[name]
 
     def first_axis(self, name: str, batch: Any, examples: int) -> None:
         """Refuse a grouped loss whose values do not run over the examples, where a batch holds several groups."""
@@ -515,21 +522,6 @@ def _codes(examples: int, order: Order) -> Tensor:
 def _few(names: Iterable[str]) -> str:
     listed = list(names)
     return ", ".join(map(repr, listed[:5])) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
-
-
-@contextlib.contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Let matrix products and convolutions of a GPU round their inputs to ten bits."""
-    if not allowed:
-        yield
-        return
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before, matmul.allow_tf32 = matmul.allow_tf32, True
-    try:
-        with cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=True):
-            yield
-    finally:
-        matmul.allow_tf32 = before
 
 
 def unpack(batch: Any) -> tuple[Any, Any]:

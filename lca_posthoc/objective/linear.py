@@ -26,23 +26,30 @@ def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     return found
 
 
+def _differentiable(left: Tensor, right: Tensor) -> Tensor:
+    """The same by torch's own product."""
+    return left @ right.t()
+
+
 class _Linear(torch.autograd.Function):
-    """x · Wᵀ + b with its first derivatives."""
+    """x · Wᵀ + b; derivatives of its derivatives are torch's own."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(inputs, weight)
-        return _product(inputs, weight, bias)
+        for_inputs, for_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(inputs if for_weight else None, weight if for_inputs else None)
+        return _product(inputs.contiguous(), weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         inputs, weight = ctx.saved_tensors
         for_inputs, for_weight, for_bias = ctx.needs_input_grad
+        product = _differentiable if torch.is_grad_enabled() else _product
+        above = above.contiguous()
         rows = above.reshape(-1, above.shape[-1])
         return (
-            _product(above, weight.t()) if for_inputs else None,
-            _product(rows.t(), inputs.reshape(-1, inputs.shape[-1]).t()) if for_weight else None,
+            product(above, weight.t()) if for_inputs else None,
+            product(rows.t(), inputs.contiguous().reshape(-1, inputs.shape[-1]).t()) if for_weight else None,
             rows.sum(0) if for_bias else None,
         )
 
@@ -53,7 +60,28 @@ def _suits(tensor: Tensor) -> bool:
         and tensor.dtype == torch.float32
         and tensor.device.type == "cpu"
         and tensor.layout == torch.strided
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def _plain() -> bool:
+    """Whether nobody traces, transforms or casts what is called: neither compiler, functorch, forward mode nor autocast."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the product is large enough to gain, and of shapes and strides oneDNN takes."""
+    return (
+        input.dim() > 1
+        and weight.dim() == 2
+        and input.numel() * weight.shape[0] >= _LEAST
+        and input.shape[-1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
+        and (weight.is_contiguous() or weight.t().is_contiguous())
     )
 
 
@@ -62,9 +90,8 @@ def linear(native: Any) -> Any:
 
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         tensors = (input, weight) if bias is None else (input, weight, bias)
-        large = input.dim() > 1 and weight.dim() == 2 and input.numel() * weight.shape[0] >= _LEAST
-        suits = large and not torch.compiler.is_compiling() and all(map(_suits, tensors))
-        found: Tensor = (_Linear.apply if suits else native)(input, weight, bias)
+        ours = _plain() and all(map(_suits, tensors)) and _fits(input, weight, bias)
+        found: Tensor = (_Linear.apply if ours else native)(input, weight, bias)
         return found
 
     return linear

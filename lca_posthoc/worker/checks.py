@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import InputError, SpanError
 from ..trajectory import read_checkpoint
-from .memory import block_of, refuse_without_room
+from .memory import block_of, short_of
 from .state import Spec, build, checkpoint_at, first_point, objective_of, point_at, reported
 
 _SAME_FUNCTION = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 5e-2}
@@ -55,7 +55,6 @@ def probe(spec: Spec) -> Spec:
     notes = [note for name in names for note in _checks(spec, objective, name)]
     notes += _unmoved(spec)
     new = [name for name in names if name not in spec["recorded"]]  # a recorded loss keeps what was settled for it
-    refuse_without_room(spec, objective, names)
     block = {name: block_of(spec, objective, name) for name in names}
     objective.join([name for name in names if block[name] is not None])
     measured, more = _can_measure(spec, objective, first, new)
@@ -68,6 +67,7 @@ def probe(spec: Spec) -> Spec:
         "identity": identities,
         "calibration": {name: calibrations.get(name) for name in names},
         "block": block,
+        "short_of": short_of(spec, objective, new, block),
         "along": {name: along if along in objective.losses else None for name, along in objective.joined.items()},
         "measured": measured,
         "replicates": {name: _replicates(objective, name) for name in names},

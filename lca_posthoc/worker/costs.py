@@ -7,7 +7,7 @@ import resource
 import time
 from typing import Any
 
-from .memory import ROOM, free_memory, needed
+from .memory import ROOM, block_of, free_memory, needed
 from .state import Spec, first_point, objective_of, reported
 
 _TIMED_SECONDS = 1.0
@@ -29,13 +29,14 @@ def measure(spec: Spec) -> Spec:
         ]  # one is shared
         together += sum(losses[name]["seconds"] for name in slowest) - sum(spared)
         higher += sum(losses[name]["higher"] for name in slowest)
+    blocks = {name: block_of(spec, objective, name) for name in losses}
     on_gpu = objective.device.type == "cuda"
     held = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "losses": losses,
         "together": together,
         "higher": higher,
-        "memory": held + needed(spec, objective, list(losses)),
+        "memory": held + needed(spec, objective, list(losses), blocks),
     }
 
 

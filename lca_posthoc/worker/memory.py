@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Any
 
-from ..errors import ResourceError, amount
+from ..errors import amount
 from .state import Spec
 
 ROOM = 0.5
@@ -39,21 +40,23 @@ def free_memory(workers: int, device: Any) -> float:
     return float(psutil.virtual_memory().available) / workers
 
 
-def needed(spec: Spec, objective: Any, names: list[str]) -> float:
+def needed(spec: Spec, objective: Any, names: list[str], blocks: dict[str, int | None]) -> float:
     """About how many bytes a worker takes, beside model and data, while it replays some losses.
 
-    P · (180 + 18 · losses) for P parameters, `bookkeeping` of the losses that go together or of the largest that goes alone, and on a
-    CPU twice what autograd saves of a batch (a GPU that runs out of memory gets smaller batches). Measured in docs/performance.md.
+    180 for every parameter, 18 more for every kept one and loss, `bookkeeping` of the losses that go together or of the largest that
+    goes alone, and on a CPU, where batches are ours to choose, twice what autograd saves of one. Measured in docs/performance.md.
     """
-    held = {name: bookkeeping(spec, objective, name) for name in names}
-    alone = [held[name] for name in names if block_of(spec, objective, name) is not None]
+    held = {name: bookkeeping(spec, objective, name, blocks[name]) for name in names}
+    alone = [held[name] for name in names if blocks[name] is not None]
     most = max([sum(held.values()) - sum(alone), *alone])
     elements = sum(each.elements for each in objective.allocated)
-    return float(elements * (_SHARED + _TOTALS * len(names)) + most + _activations(objective, names))
+    return float(
+        elements * _SHARED + _kept(spec, objective) * _TOTALS * len(names) + most + _activations(spec, objective, names)
+    )
 
 
-def _activations(objective: Any, names: list[str]) -> float:
-    if objective.device.type == "cuda":
+def _activations(spec: Spec, objective: Any, names: list[str]) -> float:
+    if objective.device.type == "cuda" or spec["settings"]["batch_size"] is not None:
         return 0.0
     splits = {name: objective.losses[name].split for name in names}
     each = [
@@ -62,32 +65,48 @@ def _activations(objective: Any, names: list[str]) -> float:
     return max(each, default=0.0)
 
 
-def refuse_without_room(spec: Spec, objective: Any, names: list[str]) -> None:
-    """Say before the first evaluation what would otherwise end in a killed worker.
+def _kept(spec: Spec, objective: Any) -> int:
+    """Elements of the tensors whose allocation is kept."""
+    patterns = spec["settings"]["tensors"] or ["*"]
+    return sum(
+        each.elements for each in objective.allocated if any(fnmatchcase(each.name, pattern) for pattern in patterns)
+    )
 
-    Raises:
-        ResourceError: with what is needed and what is free.
+
+def short_of(spec: Spec, objective: Any, names: list[str], blocks: dict[str, int | None]) -> str | None:
+    """What is missing on a CPU for some losses to be replayed, which would otherwise end in killed workers; None where nothing is.
+
+    A GPU that runs out of memory says so itself, and its batches are halved.
     """
-    needs, free, crowd = needed(spec, objective, names), free_memory(spec["workers"], objective.device), spec["workers"]
-    if needs > free:
-        place = (
-            "on the GPU"
-            if objective.device.type == "cuda"
-            else f"for each of {crowd} worker{'s' if crowd > 1 else ''} here"
-        )
-        raise ResourceError(
-            f"a replay of {len(names)} loss{'es' if len(names) > 1 else ''} takes about {amount(needs)} beside model and data, and "
-            f"{amount(free)} are free {place}. Try fewer --workers, fewer losses at a time (--loss), --keep units, a smaller "
-            "--batch-size, or a machine with more memory."
-        )
+    if objective.device.type == "cuda" or not names:
+        return None
+    needs, free, crowd = (
+        needed(spec, objective, names, blocks),
+        free_memory(spec["workers"], objective.device),
+        spec["workers"],
+    )
+    if needs <= free:
+        return None
+    return (
+        f"a replay of {len(names)} loss{'es' if len(names) > 1 else ''} takes about {amount(needs)} beside model and data, and "
+        f"{amount(free)} are free for each of {crowd} worker{'s' if crowd > 1 else ''} here. Try fewer --workers, fewer losses at a "
+        "time (--loss), --keep units, or a machine with more memory."
+    )
 
 
-def bookkeeping(spec: Spec, objective: Any, name: str) -> int:
-    """Bytes of the numbers a loss holds of every group and parameter."""
-    order = objective.order(name)
-    groups = 1 if order is None else block_of(spec, objective, name) or len(order.labels)
-    return int(groups * sum(each.elements for each in objective.allocated) * _bytes_per_number(spec))
+def bookkeeping(spec: Spec, objective: Any, name: str, block: int | None) -> int:
+    """Bytes of the numbers a loss holds of every group and parameter, its replicates' too."""
+    order, hidden = objective.order(name), objective.replicates_of(name)
+    groups = 1 if order is None else block or len(order.labels)
+    parts = 0 if hidden is None else len(objective.order(hidden).labels)
+    elements = sum(each.elements for each in objective.allocated)
+    return int((groups + parts) * elements * 8 * _COPIES + groups * _kept(spec, objective) * _stored(spec))
+
+
+def _stored(spec: Spec) -> int:
+    """Bytes of one parameter's allocation on the segments of a span."""
+    return 4 * int(spec["span"]) if spec["settings"]["keep"] == "parameters" else 0
 
 
 def _bytes_per_number(spec: Spec) -> int:
-    return 8 * _COPIES + (4 * int(spec["span"]) if spec["settings"]["keep"] == "parameters" else 0)
+    return 8 * _COPIES + _stored(spec)

@@ -72,15 +72,16 @@ def build(spec: Spec, precision: str) -> Any:
         raise ResourceError(
             "no GPU is visible to this worker. Use --device cpu, or make one visible with CUDA_VISIBLE_DEVICES."
         )
-    return Objective(
-        lambda: task.load(spec["task"], delivered(spec["parcel"])),
-        spec["losses"],
-        device=device,
-        precision=precision,
-        norm_stats=settings["norm_stats"],
-        batch_size=settings["batch_size"],
-        subset=task.parse_subsets(settings["subset"]),
-    )
+    with _deterministic():  # once more: what the task's own code sets ends with this
+        return Objective(
+            lambda: task.load(spec["task"], delivered(spec["parcel"])),
+            spec["losses"],
+            device=device,
+            precision=precision,
+            norm_stats=settings["norm_stats"],
+            batch_size=settings["batch_size"],
+            subset=task.parse_subsets(settings["subset"]),
+        )
 
 
 @contextlib.contextmanager
@@ -88,46 +89,21 @@ def _deterministic() -> Iterator[None]:
     """One thread on the CPU, float32 as float32 everywhere, one kernel with and without gradients; put back afterwards."""
     import torch
 
+    from ..objective import float32
+
     cudnn = torch.backends.cudnn
     threads, fast = torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled()
+    kernels = cudnn.benchmark, cudnn.deterministic
     torch.set_num_threads(1)
     torch.backends.mha.set_fastpath_enabled(False)
+    cudnn.benchmark, cudnn.deterministic = False, True
     try:
-        with _float32(), cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False):
+        with float32():
             yield
     finally:
         torch.set_num_threads(threads)
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextlib.contextmanager
-def _float32() -> Iterator[None]:
-    """Matrix products and convolutions of float32 in float32, whatever the user's code has set; put back afterwards.
-
-    torch keeps older and newer settings of the same thing and refuses to read the older ones while the newer ones differ.
-    """
-    import torch
-
-    backends: Any = torch.backends
-    try:
-        older = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        older = None
-    matmuls: list[Any] = []
-    others: list[Any] = []
-    if hasattr(backends.mkldnn, "matmul"):  # from torch 2.9 on
-        matmuls, others = [backends.cuda.matmul, backends.mkldnn.matmul], [backends.mkldnn.conv]
-    held = [(each, each.fp32_precision) for each in others + (matmuls if older is None else [])]
-    for each in [*others, *matmuls]:
-        each.fp32_precision = "ieee"
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        for each, precision in held:
-            each.fp32_precision = precision
-        if older is not None:
-            torch.set_float32_matmul_precision(older)
+        cudnn.benchmark, cudnn.deterministic = kernels
 
 
 def reported(work: Callable[[Spec], Spec]) -> Callable[[Spec], Spec]:
