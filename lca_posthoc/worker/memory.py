@@ -9,7 +9,7 @@ from ..errors import amount
 from .state import Spec
 
 ROOM = 0.5
-_SHARED = 180  # bytes of every parameter whatever the losses: points, motion, the model, totals to be written
+_SHARED = 240  # bytes of every parameter whatever the losses: points, motion, totals to be written, what the heap keeps
 _TOTALS = 18  # bytes of every parameter and loss: counts and signs
 _COPIES = 9  # float64 numbers a grouped loss holds of every group and parameter at a time
 _FEW = 1000  # examples of a group below which page faults cost as much as evaluating
@@ -43,7 +43,7 @@ def free_memory(workers: int, device: Any) -> float:
 def needed(spec: Spec, objective: Any, names: list[str], blocks: dict[str, int | None]) -> float:
     """About how many bytes a worker takes, beside model and data, while it replays some losses.
 
-    180 for every parameter, 18 more for every kept one and loss, `bookkeeping` of the losses that go together or of the largest that
+    240 for every parameter, 18 more for every kept one and loss, `bookkeeping` of the losses that go together or of the largest that
     goes alone, and on a CPU, where batches are ours to choose, twice what autograd saves of one. Measured in docs/performance.md.
     """
     held = {name: bookkeeping(spec, objective, name, blocks[name]) for name in names}

@@ -205,8 +205,9 @@ def soak(count: int, _: Path) -> str:
     assert len(memory) == 3
     growth = [_growth(samples) for samples in memory.values()]
     assert max(growth) < 0.05, growth
-    # Dask keeps a connection for each transfer that ever went on at the same time: few, and no more once there were so many.
-    assert len(set(descriptors[len(descriptors) // 2 :])) == 1, descriptors
+    # Dask keeps a connection for each transfer that ever went on at the same time: few, and hardly any more in the second half.
+    later = descriptors[len(descriptors) // 2 :]
+    assert max(later) - later[0] <= 2, descriptors
     assert max(descriptors) - min(descriptors) <= 8, descriptors
     return (
         f"{count} spans, {len(descriptors)} samples: memory of driver and workers {', '.join(f'{each:+.1%}' for each in growth)}, "
