@@ -31,7 +31,7 @@ from .sources import (
     user_code,
 )
 
-_CPU_SAVED_BYTES = 128 * 2**20
+_CPU_SAVED_BYTES = 64 * 2**20
 _CUDA_SAVED_BYTES = 2 * 2**30
 _AHEAD = 2
 _GROUPED_AT_ONCE = 1024
@@ -306,7 +306,7 @@ def saved_bytes(split: Split, forward: Callable[[Any], Any]) -> float:
 def automatic_batch_size(saved: float, device: torch.device) -> int:
     """A power of two chosen from shapes alone, so that the same model and data always get the same batches.
 
-    A batch saves at most 128 MiB on a CPU (for MNIST-FC, MNIST-LeNet and ResNet-20 within 5 % of the fastest that was tried) and 2 GiB
+    A batch saves at most 64 MiB on a CPU (for MNIST-FC, MNIST-LeNet and ResNet-20 within 8 % of the fastest that was tried) and 2 GiB
     on a GPU.
 
     Args:
