@@ -23,6 +23,18 @@ def _newer() -> tuple[list[Any], list[Any]]:
 
 
 @contextlib.contextmanager
+def _set(settings: list[Any], precision: str) -> Iterator[None]:
+    held = [each.fp32_precision for each in settings]
+    for each in settings:
+        each.fp32_precision = precision
+    try:
+        yield
+    finally:
+        for each, before in zip(settings, held, strict=True):
+            each.fp32_precision = before
+
+
+@contextlib.contextmanager
 def _older(matmul: str, tf32: bool) -> Iterator[None]:
     cudnn = torch.backends.cudnn
     before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
@@ -43,19 +55,15 @@ def float32() -> Iterator[None]:
         with _older("highest", False):
             yield
         return
-    held = [each.fp32_precision for each in parts]
     try:
         older = torch.get_float32_matmul_precision()
     except RuntimeError:
         older = None
-    for each in parts:
-        each.fp32_precision = "ieee"
-    torch.set_float32_matmul_precision("highest")  # so that it can be read meanwhile
     try:
-        yield
+        with _set(parts, "ieee"):
+            torch.set_float32_matmul_precision("highest")  # so that it can be read meanwhile
+            yield
     finally:
-        for each, precision in zip(parts, held, strict=True):
-            each.fp32_precision = precision
         if older is not None:
             torch.set_float32_matmul_precision(older)
 
@@ -71,11 +79,5 @@ def tf32(allowed: bool) -> Iterator[None]:
         with _older("high", True):
             yield
         return
-    held = [each.fp32_precision for each in on_gpus]
-    for each in on_gpus:
-        each.fp32_precision = "tf32"
-    try:
+    with _set(on_gpus, "tf32"):
         yield
-    finally:
-        for each, precision in zip(on_gpus, held, strict=True):
-            each.fp32_precision = precision
