@@ -12,11 +12,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import google_crc32c
 
 from .errors import InputError
+from .places import is_remote, reached
 
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_TENSORS = 100_000
@@ -69,8 +70,9 @@ def read_header(path: Path) -> Header:
         InputError: naming the file, what is wrong with it and what to do.
     """
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with reached(path), path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
             length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
             if not 2 <= length <= size - 8:
                 raise _damaged(path, f"its {size:,} bytes do not begin with a safetensors header")
@@ -81,11 +83,18 @@ def read_header(path: Path) -> Header:
             if 8 + length + end != size:
                 missing = 8 + length + end - size
                 raise _damaged(path, f"it has {size:,} bytes, {abs(missing):,} too {'few' if missing > 0 else 'many'}")
-            return Header(tensors, metadata, size, fingerprint(lambda at, n: os.pread(file.fileno(), n, at), size))
+            return Header(tensors, metadata, size, fingerprint(_reader(path, file), size))
     except OSError as error:
         raise InputError(
             f"cannot read checkpoint file {path}: {error.strerror}. Check the path and its permissions."
         ) from None
+
+
+def _reader(path: Path, file: BinaryIO) -> Callable[[int, int], bytes]:
+    """Reads so many bytes at an offset, and of a local file no more than these."""
+    if is_remote(path):
+        return lambda at, count: (file.seek(at), file.read(count))[1]
+    return lambda at, count: os.pread(file.fileno(), count, at)
 
 
 def _damaged(path: Path, what: str) -> InputError:

@@ -13,6 +13,7 @@ from typing import Any
 
 from .cluster import Cluster, Done, Lost, Spec
 from .errors import InputError, Interrupted, ResourceError, SpanError, unpack
+from .places import absolute, below
 from .settings import Settings
 from .store import LossRecord, Manifest, StoredTensor
 from .store.keys import encode_all
@@ -91,7 +92,7 @@ def prepare(
         "settings": settings,
         "losses": list(found["losses"]),
         "names": names,
-        "root": str(trajectory.root.resolve()),
+        "root": absolute(trajectory.root),
         "digests": found["digests"],
     }
     recorded = existing.losses if existing else {}
@@ -107,7 +108,7 @@ def prepare(
     keys = encode_all(found["losses"], [record.key for record in recorded.values()])
     tensor_keys = encode_all(spec.name for spec in table)
     manifest = Manifest(
-        str(trajectory.root.resolve()),
+        absolute(trajectory.root),
         [StoredTensor(spec, names[spec.name], tensor_keys[spec.name]) for spec in table],
         relative(trajectory),
         span,
@@ -151,7 +152,7 @@ def muster(cluster: Cluster, trajectory: Trajectory, device: str | None, token: 
     checkpoints = relative(trajectory)
     ends = [as_json(checkpoints[0]), as_json(checkpoints[-1])]
     driver = {"versions": versions(), "device": device, "token": [str(token[0]), token[1]], "checkpoints": ends}
-    answers = cluster.muster(admit, {"driver": driver, "root": str(trajectory.root.resolve())})
+    answers = cluster.muster(admit, {"driver": driver, "root": absolute(trajectory.root)})
     refused = [
         f"worker {name} {error['message'] if isinstance(error, dict) else error}"
         for name, answer in answers.items()
@@ -221,9 +222,7 @@ def _choose_window(segments: int, span: int) -> int:
 def relative(trajectory: Trajectory) -> list[Checkpoint]:
     """Checkpoints with their files relative to the trajectory's root, so that a directory can be moved."""
     return [
-        Checkpoint(
-            each.step, tuple(file.relative_to(trajectory.root) for file in each.files), each.size, each.fingerprint
-        )
+        Checkpoint(each.step, tuple(below(file, trajectory.root) for file in each.files), each.size, each.fingerprint)
         for each in trajectory.checkpoints
     ]
 

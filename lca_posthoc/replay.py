@@ -19,6 +19,7 @@ import psutil
 from . import store
 from .cluster import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting, Where, open_cluster
 from .errors import InputError, Interrupted, LCAError, ResourceError, SpanError, amount, unpack
+from .places import is_remote, located
 from .preparation import as_json, muster, prepare, relative
 from .progress import Listener, Log, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow
 from .settings import Settings, on_device, resolve
@@ -66,7 +67,7 @@ def run(
     """Allocate the loss change of every segment to every parameter; run again, it resumes.
 
     Args:
-        checkpoints: directory of safetensors iterates.
+        checkpoints: directory of safetensors iterates; a URL of fsspec's, such as `s3://…`, is read through its driver.
         task: `FILE`, `FILE:FUNCTION`, `pkg.module:FUNCTION`, or a Task.
         losses: names of the task's losses; None for its first, `["all"]` for every one.
         out: the run directory; `CHECKPOINTS.lca` by default.
@@ -124,7 +125,7 @@ def run(
     path = Path(out) if out is not None else default_out(checkpoints)
     log = Log(progress or (lambda event: None))
     durable = _durable(durability)
-    _Job(Path(checkpoints), *pack(task), list(losses or []), path, asked, span, durable, log).run(where)
+    _Job(located(checkpoints), *pack(task), list(losses or []), path, asked, span, durable, log).run(where)
     return store.open_run(path)
 
 
@@ -184,7 +185,7 @@ def repair(
             if isinstance(each, store.Leftover):
                 (place / each.path).unlink(missing_ok=True)
     losses = {each.loss: True for each in damage if each.loss is not None and (each.span, each.window) != (None, None)}
-    root = Path(checkpoints) if checkpoints is not None else Path(writer.manifest.root)
+    root = located(checkpoints if checkpoints is not None else writer.manifest.root)
     log = Log(progress or (lambda event: None))
     job = _Job(root, *packed, list(losses), place, {}, None, durable, log, damage)
     if losses:
@@ -199,10 +200,16 @@ def _durable(durability: str) -> bool:
 
 
 def default_out(checkpoints: str | Path) -> Path:
-    """Where a run goes unless told: beside the checkpoints, with `.lca` added."""
-    place = Path(checkpoints)
-    place = place.resolve() if place.name in ("", "..") else place
-    return place.with_name(f"{place.name}.lca")
+    """Where a run goes unless told: beside the checkpoints, with `.lca` added.
+
+    Raises:
+        InputError: where the checkpoints are remote, which results cannot be.
+    """
+    found = located(checkpoints)
+    if is_remote(found):
+        raise InputError(f"{found} is remote, and results are not: say where they go with --out RUN.")
+    found = found.resolve() if found.name in ("", "..") else found
+    return found.with_name(f"{found.name}.lca")
 
 
 DURABILITY = ("full", "none")

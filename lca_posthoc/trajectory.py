@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from .errors import InputError, SpanError
 from .headers import HALF, Header, TensorHeader, fingerprint_of, read_header
+from .places import is_remote, located, reached, read
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,7 @@ _STEP = re.compile(
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _INDEX = "model.safetensors.index.json"
 RESERVED = ("step", "group")
+_AT_A_TIME = 16
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def open_trajectory(
     """Open a directory of safetensors iterates: files, `checkpoint-N/` directories, or sharded ones with an index.
 
     Args:
-        directory: where the checkpoints lie.
+        directory: where the checkpoints lie; a URL of fsspec's, such as `s3://…`, is read through its driver.
         pattern: a regular expression with a group `step`, matched against each name; names it does not match are left out.
         rename: `OLD=NEW` pairs, OLD a regular expression, applied to every tensor name in turn.
         steps: `A:B` or `A:B:K`, training steps with both ends included, every K-th checkpoint of them.
@@ -183,13 +186,22 @@ def open_trajectory(
     Raises:
         InputError: naming the file and the step, what was found, and what to do.
     """
-    root = Path(directory)
-    if not root.is_dir():
+    root = located(directory)
+    try:
+        with reached(root):
+            is_there = root.is_dir()
+    except OSError as error:
+        raise InputError(f"cannot look into {root}: {error.strerror}.") from None
+    if not is_there:
         raise InputError(f"{root} is not a directory of checkpoints. Give the directory that holds the saved iterates.")
     rules = [_rename_rule(text) for text in rename]
     regex = _compile(pattern) if pattern else None
     headers = _Headers()
-    named, notes = _discover(root, regex, headers)
+    try:
+        with reached(root):
+            named, notes = _discover(root, regex, headers)
+    except OSError as error:
+        raise InputError(f"cannot look into {root}: {error.strerror}.") from None
     chosen = _select(sorted(named.items()), steps)
     if len(chosen) < 2:
         which = (f" among steps {steps}" if steps else "") + (
@@ -209,6 +221,12 @@ class _Headers(dict[Path, Header]):
     def __missing__(self, path: Path) -> Header:
         self[path] = read_header(path)
         return self[path]
+
+    def fetch(self, paths: Sequence[Path]) -> None:
+        """Read many at a time: from far away each takes a while."""
+        with ThreadPoolExecutor(_AT_A_TIME) as pool:
+            for _ in pool.map(self.__getitem__, paths):
+                pass
 
     def pop(self, path: Path) -> Header:  # type: ignore[override]
         """Give a header away."""
@@ -349,9 +367,11 @@ def _validated(
     checkpoints: list[Checkpoint] = []
     tensors: dict[str, TensorHeader] = {}
     sources: dict[str, str] = {}
+    if is_remote(root):
+        headers.fetch([file for _, files in chosen for file in files])
     for step, files in chosen:
-        read = [headers.pop(file) for file in files]
-        held = {name: tensor for header in read for name, tensor in header.tensors.items()}
+        found = [headers.pop(file) for file in files]
+        held = {name: tensor for header in found for name, tensor in header.tensors.items()}
         if not checkpoints:
             sources = _names(held, rules, files[0])
             tensors = {name: held[source] for name, source in sources.items()}
@@ -359,7 +379,7 @@ def _validated(
             raise InputError(
                 _difference(held, {source: tensors[name] for name, source in sources.items()}, step, files[0])
             )
-        checkpoints.append(Checkpoint(step, files, sum(header.size for header in read), _joined(read)))
+        checkpoints.append(Checkpoint(step, files, sum(header.size for header in found), _joined(found)))
     return Trajectory(
         root, tuple(checkpoints), tensors, sources, (*notes, *_late(chosen[0][0]), *_gaps([step for step, _ in chosen]))
     )
@@ -441,7 +461,7 @@ def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[st
     crc = 0
     for path in checkpoint.files:
         try:
-            data = path.read_bytes()
+            data = read(path, checkpoint.fingerprint)
             crc = (crc * 31 + fingerprint_of(data)) % 2**32
             held |= safetensors.torch.load(data)
         except (OSError, safetensors.SafetensorError) as error:

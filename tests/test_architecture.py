@@ -15,6 +15,7 @@ ORDER = (
     *(
         "errors",
         "quadrature",
+        "places",
         "headers",
         "trajectory",
         "recorder",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from ..errors import LCAError
+from ..errors import LCAError, ResourceError
+from ..places import located, reached
 from ..records import SIGNED
 from ..store import LossResults
 from ..trajectory import read_checkpoint
@@ -70,7 +72,7 @@ def oscillation(
         traces, places = _traces(results, chosen, table)
         coords |= places
         made |= traces
-        root = _root(results) if checkpoints is None else Path(checkpoints)
+        root = _root(results) if checkpoints is None else located(checkpoints)
         if root is not None:
             made |= _weights(results, root, chosen, traces["allocation"])
         else:
@@ -83,8 +85,13 @@ def oscillation(
 
 def _root(results: LossResults) -> Path | None:
     """Where the checkpoints are: where they were, or, with a run that has been moved, beside it."""
-    recorded = Path(results.manifest.root)
-    return next((each for each in (recorded, results.path.resolve().parent / recorded.name) if each.is_dir()), None)
+    for where in (results.manifest.root, results.path.resolve().parent / PurePath(results.manifest.root).name):
+        with contextlib.suppress(OSError, ResourceError):  # out of reach, or without the driver for it here
+            found = located(where)
+            with reached(found):
+                if found.is_dir():
+                    return found
+    return None
 
 
 def _parsed(results: LossResults, name: str) -> tuple[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import LCAError, ResourceError
 from ..headers import read_header
+from ..places import located, reached
 from .state import Spec, reported
 
 _DISTRIBUTIONS = ("lca_posthoc", "torch", "numpy", "safetensors", "zarr", "dask", "distributed")
@@ -65,9 +66,9 @@ def _reads_checkpoints(spec: Spec) -> None:
     for _, files, size, _ in spec["driver"]["checkpoints"]:
         found = 0
         for file in files:
-            path = Path(spec["root"]) / file
+            path = located(spec["root"]) / file
             try:
-                with path.open("rb"):
+                with reached(path), path.open("rb"):
                     found += read_header(path).size
             except OSError as error:
                 raise ResourceError(

@@ -12,12 +12,12 @@ import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from .. import task
 from ..cluster import delivered
 from ..errors import InputError, LCAError, ResourceError, SpanError, pack
+from ..places import located
 from ..trajectory import Checkpoint, read_checkpoint
 
 Spec = dict[str, Any]
@@ -141,7 +141,7 @@ def reported(work: Callable[[Spec], Spec]) -> Callable[[Spec], Spec]:
 def checkpoint_at(spec: Spec, index: int) -> Checkpoint:
     """A checkpoint of the trajectory, by its position."""
     step, files, size, fingerprint = spec["checkpoints"][str(index)]
-    return Checkpoint(step, tuple(Path(spec["root"]) / file for file in files), size, fingerprint)
+    return Checkpoint(step, tuple(located(spec["root"]) / file for file in files), size, fingerprint)
 
 
 def point_at(spec: Spec, index: int, objective: Any) -> Any:

@@ -1,0 +1,108 @@
+"""Where checkpoints lie: a directory, or one behind a URL that fsspec reads (`s3://…`, `gs://…`, `hf://…`, `https://…`).
+
+A remote place is an object of universal_pathlib, which has the methods of a `Path`. What is read whole is kept in a cache on this
+machine, `lca_posthoc` below `$XDG_CACHE_HOME` or `~/.cache`, so that the next loss does not fetch it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import LCAError, ResourceError
+
+
+def located(where: str | Path) -> Path:
+    """The path of a directory or a URL.
+
+    Raises:
+        ResourceError: where a URL's driver is not installed.
+    """
+    if isinstance(where, Path) or "://" not in str(where):
+        return Path(where)
+    try:
+        from upath import UPath
+    except ImportError:
+        raise ResourceError(
+            f"{where} is remote, which needs universal_pathlib: pip install 'lca_posthoc[remote]'."
+        ) from None
+    protocol = str(where).partition("://")[0]
+    try:
+        found = UPath(str(where))
+        _ = found.fs
+    except ImportError as error:
+        raise ResourceError(f"{where}: {error}.") from None
+    except ValueError:
+        raise ResourceError(
+            f"{where}: fsspec knows no {protocol!r}. Install its driver, such as s3fs, gcsfs or huggingface_hub."
+        ) from None
+    return found  # type: ignore[return-value]
+
+
+def is_remote(path: Path) -> bool:
+    """Whether it is behind a URL."""
+    return not isinstance(path, Path)
+
+
+def absolute(path: Path) -> str:
+    """As it is recorded: from the root of the file system, or the URL."""
+    return str(path) if is_remote(path) else str(path.resolve())
+
+
+def below(path: Path, root: Path) -> Path:
+    """The path from a directory to something in it."""
+    if is_remote(path):
+        return Path(str(path).removeprefix(str(root)).lstrip("/"))
+    return path.relative_to(root)
+
+
+@contextlib.contextmanager
+def reached(path: Path) -> Iterator[None]:
+    """Drivers raise errors of their own kinds: around what is read from a remote place all of them are an `OSError`."""
+    try:
+        yield
+    except (OSError, LCAError) as error:
+        if isinstance(error, OSError) and error.strerror is None:
+            raise OSError(error.errno or errno.EIO, _said(error)) from error
+        raise
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        raise OSError(errno.EIO, _said(error)) from error
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300] if str(error) else type(error).__name__
+
+
+def read(path: Path, key: int) -> bytes:
+    """A whole file; a remote one from the cache, where it is there under this URL and key, else into it.
+
+    Raises:
+        OSError: where it cannot be read.
+    """
+    if not is_remote(path):
+        return path.read_bytes()
+    kept = _cache() / hashlib.sha256(f"{path}\0{key}".encode()).hexdigest()
+    with contextlib.suppress(OSError):
+        return kept.read_bytes()
+    with reached(path):
+        data = path.read_bytes()
+    with contextlib.suppress(OSError):  # a cache that cannot be written to saves nothing, and harms nothing
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(kept)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return data
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lca_posthoc"

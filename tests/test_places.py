@@ -1,0 +1,206 @@
+"""Checkpoints behind URLs: the numbers of those on disk, each file fetched once, and what is out of reach is said."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+
+import lca_posthoc
+from lca_posthoc import open_trajectory, places
+from lca_posthoc.errors import InputError, ResourceError, SpanError
+from lca_posthoc.trajectory import read_checkpoint
+from tests.small import STEPS, iterates, lca, record, refused, run_lca, step_file, write_task
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "lca_posthoc"
+
+
+class Ranged(http.server.SimpleHTTPRequestHandler):
+    """Serves a directory, parts of files as well, and notes what was asked for."""
+
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        path = Path(self.translate_path(self.path))
+        wanted = self.headers.get("Range")
+        if wanted is None or not path.is_file():
+            super().do_GET()
+            return
+        first, last = wanted.removeprefix("bytes=").split("-")
+        data = path.read_bytes()
+        part = data[int(first) : int(last) + 1 if last else None]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+    def end_headers(self) -> None:
+        self.send_header("Accept-Ranges", "bytes")
+        super().end_headers()
+
+    def log_message(self, *given: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
+    """The URL under which `tmp_path` is served, and the paths that were asked for."""
+    asked: list[str] = []
+    handler = functools.partial(type("Handler", (Ranged,), {"asked": asked}), directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[str]:
+    """The small iterates in fsspec's own memory."""
+    files = fsspec.filesystem("memory")
+    files.put(str(record(tmp_path / "on disk")), "/ck", recursive=True)
+    yield "memory://ck"
+    files.rm("/ck", recursive=True)
+
+
+def arrays(run: Path) -> dict[str, Any]:
+    opened = lca_posthoc.open_run(run)["train"]
+    return {name: opened.allocation[name].values for name in opened.allocation.data_vars}
+
+
+def same(one: Path, other: Path) -> None:
+    ours, theirs = arrays(one), arrays(other)
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("cluster", ["inline", "local"])
+def test_a_run_over_http_is_that_of_the_directory(
+    tmp_path: Path, served: tuple[str, list[str]], cluster: str, cache: Path
+) -> None:
+    url, asked = served
+    task = write_task(tmp_path / "task.py")
+    assert run_lca(record(tmp_path / "ck"), task, tmp_path / "near.lca").exit_code == 0
+    where = ("--cluster", cluster, *(("--workers", 2) if cluster == "local" else ()))
+    done = lca("run", f"{url}/ck", "--task", task, "--out", tmp_path / "far.lca", *where)
+    assert done.exit_code == 0, done.stderr
+    same(tmp_path / "near.lca", tmp_path / "far.lca")
+    assert len(list(cache.iterdir())) == len(STEPS)
+    asked.clear()
+    again = ("--loss", "validation", "--cluster", "inline")
+    assert lca("run", f"{url}/ck", "--task", task, "--out", tmp_path / "far.lca", *again).exit_code == 0
+    of_the_run = sum(path.endswith(".safetensors") for path in asked)
+    asked.clear()
+    open_trajectory(f"{url}/ck")
+    assert of_the_run == sum(path.endswith(".safetensors") for path in asked) > 0  # workers asked for nothing
+    assert lca("verify", tmp_path / "far.lca").exit_code == 0
+    assert lca("repair", tmp_path / "far.lca", "--task", task).exit_code == 0
+
+
+def test_a_run_over_memory_is_that_of_the_directory(tmp_path: Path, memory: str) -> None:
+    task = write_task(tmp_path / "task.py")
+    assert run_lca(tmp_path / "on disk", task, tmp_path / "near.lca").exit_code == 0
+    assert run_lca(memory, task, tmp_path / "far.lca").exit_code == 0  # type: ignore[arg-type]
+    same(tmp_path / "near.lca", tmp_path / "far.lca")
+
+
+def test_layouts_and_steps_are_found_as_on_disk(tmp_path: Path) -> None:
+    for step in (10, 20):
+        tensors = list(iterates()[step // 10].items())
+        for part, held in enumerate((tensors[:2], tensors[2:])):
+            (tmp_path / f"checkpoint-{step}").mkdir(exist_ok=True)
+            save_file(dict(held), tmp_path / f"checkpoint-{step}" / f"model-0000{part + 1}-of-00002.safetensors")
+        names = {name: f"model-0000{1 + (at >= 2)}-of-00002.safetensors" for at, (name, _) in enumerate(tensors)}
+        text = '{"weight_map": ' + str(names).replace("'", '"') + "}"
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors.index.json").write_text(text)
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(f'{{"global_step": {step + 1}}}')
+    files = fsspec.filesystem("memory")
+    files.put(str(tmp_path), "/hub", recursive=True)
+    near, far = open_trajectory(tmp_path), open_trajectory("memory://hub")
+    assert far.steps == near.steps == [11, 21]
+    assert far.tensors == near.tensors
+    assert [(each.size, each.fingerprint) for each in far.checkpoints] == [
+        (each.size, each.fingerprint) for each in near.checkpoints
+    ]
+    files.rm("/hub", recursive=True)
+
+
+def test_a_cached_file_is_read_once_and_one_that_changed_is_not_taken(tmp_path: Path, memory: str, cache: Path) -> None:
+    trajectory = open_trajectory(memory)
+    names = dict.fromkeys(iterates()[0])
+    first = trajectory.checkpoints[0]
+    before = read_checkpoint(first, {name: name for name in names})
+    files = fsspec.filesystem("memory")
+    files.pipe("/ck/step_00000000.safetensors", step_file(tmp_path / "on disk", STEPS[1]).read_bytes())
+    assert all((read_checkpoint(first, {name: name})[name] == before[name]).all() for name in names)
+    for kept in cache.iterdir():
+        kept.unlink()
+    with pytest.raises(SpanError, match="is not the file it was when the run was created"):
+        read_checkpoint(first, {name: name for name in names})
+
+
+def test_a_cache_that_cannot_be_written_to_harms_nothing(memory: str, cache: Path) -> None:
+    cache.parent.mkdir(parents=True)
+    cache.write_text("a file where the directory would be")
+    first = open_trajectory(memory).checkpoints[0]
+    assert set(read_checkpoint(first, {name: name for name in iterates()[0]})) == set(iterates()[0])
+
+
+@pytest.mark.parametrize(
+    ("where", "kind", "message"),
+    [
+        ("memory://nothing", InputError, "memory://nothing is not a directory of checkpoints"),
+        ("http://127.0.0.1:9/ck", InputError, r"cannot look into http://127.0.0.1:9/ck: .*[Cc]onnect"),
+        ("gopher://somewhere/ck", ResourceError, "fsspec knows no 'gopher'. Install its driver"),
+    ],
+)
+def test_what_is_out_of_reach_is_said(where: str, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        open_trajectory(where)
+
+
+def test_a_driver_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    with pytest.raises(ResourceError, match=r"s3://bucket/ck: .*[Ii]nstall s3fs"):
+        open_trajectory("s3://bucket/ck")
+    monkeypatch.setitem(__import__("sys").modules, "upath", None)
+    with pytest.raises(ResourceError, match=r"needs universal_pathlib: pip install 'lca_posthoc\[remote\]'"):
+        open_trajectory("s3://bucket/ck")
+
+
+def test_results_are_not_written_to_remote_places(tmp_path: Path, memory: str) -> None:
+    task = write_task(tmp_path / "task.py")
+    message = "memory://ck is remote, and results are not: say where they go with --out RUN"
+    refused(lca("run", memory, "--task", task, "--cluster", "inline"), message)
+    refused(lca("plan", memory, "--task", task), message)
+
+
+def test_a_server_that_serves_no_parts_is_said(tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd(Exception):
+        """What some driver raises, neither an OSError nor ours."""
+
+    def fails(*given: Any, **more: Any) -> None:
+        raise Odd("no parts")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "_open", fails)
+    with pytest.raises(
+        InputError, match=r"cannot read checkpoint file memory://ck/step_00000000.safetensors: Odd: no parts"
+    ):
+        open_trajectory(memory)
+    assert places.is_remote(places.located(memory))
