@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,7 +75,9 @@ def _sampled(file: Path) -> str:
 def _unpickled(file: Path) -> Any:
     """What `torch.save` wrote, as far as it is tensors and plain data."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the age of a file
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError:
         raise InputError(
             f"{file} holds more than tensors and plain data{_asked_for(file)}, and is not loaded: that could run any code. Where you trust "

@@ -26,6 +26,7 @@ from .series import SIZES, Iterate, Progress, Series, headers_of
 Say = Callable[[str], None]
 
 _PARTIAL = ".import"
+_SOURCE = "source"  # one entry alone: safetensors writes several in no fixed order, and a run knows its checkpoints by their bytes
 _OURS = re.compile(r"step_\d{8,}\.safetensors")
 
 
@@ -170,7 +171,7 @@ def _waiting(place: Path, series: Series) -> list[Iterate]:
             waiting.append(iterate)
             continue
         header = read_header(path)
-        if header.tensors != series.tensors or header.metadata.get("source") != iterate.identity():
+        if header.tensors != series.tensors or header.metadata.get(_SOURCE) != iterate.identity():
             raise InputError(
                 f"{path} is there and was not imported from {iterate.origin}, as it is now. Name a new directory, or move the file away."
             )
@@ -197,12 +198,11 @@ def _write(place: Path, iterate: Iterate, known: Mapping[str, TensorHeader]) -> 
         raise InputError(f"{iterate.origin} changed while it was imported. Run again when nothing writes there.")
     path = _file(place, iterate.step)
     temporary = place / _PARTIAL / path.name
-    metadata = {"format": "pt", "step": str(iterate.step), "source": identity}
     umask = os.umask(0)
     os.umask(umask)
     try:
         temporary.parent.mkdir(exist_ok=True)
-        save_file(tensors, temporary, metadata=metadata)
+        save_file(tensors, temporary, metadata={_SOURCE: identity})
         temporary.chmod(0o666 & ~umask)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
