@@ -430,6 +430,32 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not(
 # --- what is there already -----------------------------------------------------------------------------------------------
 
 
+def flipped(path: Path, state: State) -> None:
+    """One bit of a weight."""
+    data = bytearray(path.read_bytes())
+    data[data.index(state["out.weight"].numpy().tobytes()) + 9] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_is_found_although_torch_loads_the_file(tmp_path: Path) -> None:
+    source = series(tmp_path / "saved")
+    flipped(source / "step_30.pt", iterates()[3])
+    torch.load(source / "step_30.pt", weights_only=True)
+    with pytest.raises(InputError, match=r"step_30\.pt is damaged: .*data/\d is not what its checksum says"):
+        told(source, tmp_path / "st")
+    equal(tmp_path / "st", dict(zip(STEPS[:3], iterates(), strict=False)))
+
+
+def test_files_without_checksums_are_imported(tmp_path: Path) -> None:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        told(series(tmp_path / "saved"), tmp_path / "st")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    equal(tmp_path / "st", dict(zip(STEPS, iterates(), strict=True)))
+
+
 def test_a_file_of_an_older_torch_cut_short_is_refused(tmp_path: Path) -> None:
     source = damaged(tmp_path / "saved", 0.7, _use_new_zipfile_serialization=False)
     with pytest.raises(InputError, match=r"step_70\.pt cannot be read as a checkpoint"):

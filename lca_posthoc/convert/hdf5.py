@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .. import task as tasks
-from ..errors import InputError, needed
+from ..errors import InputError, LCAError, needed
 from ..headers import TensorHeader
 from ..objective import tensor_table
 from ..trajectory import TensorSpec
@@ -51,8 +51,11 @@ class _Rows:
         try:
             with h5py.File(self.path, "r") as file:
                 yield _dataset(h5py, file, self.path, self.dataset)
-        except OSError as error:
-            raise InputError(f"{self.path} cannot be read as HDF5: {str(error)[:200]}. Copy it again.") from None
+        except LCAError:
+            raise
+        except Exception as error:  # a damaged file raises OSError, RuntimeError, KeyError
+            what = " ".join(str(error).split())[:200]
+            raise InputError(f"{self.path} cannot be read as HDF5: {what}. Copy it again.") from None
 
     def _read_block(self, block: int) -> np.ndarray[Any, Any]:
         with self._opened() as found:

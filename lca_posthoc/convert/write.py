@@ -66,7 +66,8 @@ def convert(
         progress: called as `progress(what, done, total)`.
 
     Raises:
-        InputError: for anything wrong with the source or what is in the directory already, before anything is written.
+        InputError: for anything wrong with the source or what is in the directory already, before anything is written; and for a
+            checkpoint that is damaged inside or changes meanwhile.
         ResourceError: where space or a package is missing, or a file cannot be written.
     """
     origin, place = Path(source), Path(directory)
