@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lca_posthoc import Loss, Recorder, Run, Task, open_run, open_trajectory, run
+from lca_posthoc import Loss, Run, Task, open_run, open_trajectory, run
 from lca_posthoc.errors import InputError
 from lca_posthoc.progress import Note
 from tests.oracle import RULES, Oracle
@@ -91,8 +91,8 @@ def test_a_tied_model_as_transformers_saves_it_gives_the_bits_of_recorded_iterat
 
     def save(model: GPT2LMHeadModel, step: int) -> None:
         model.save_pretrained(tmp_path / "trainer" / f"checkpoint-{step}", max_shard_size=shard)
-        Recorder(tmp_path / "recorded", model).save(step)
         points.append({name: each.detach().clone() for name, each in model.named_parameters()})
+        write_step(tmp_path / "recorded", step, points[-1])
 
     trained(save)
     files = [path.name for path in (tmp_path / "trainer" / "checkpoint-1").glob("*.safetensors*")]

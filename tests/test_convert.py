@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -344,6 +345,11 @@ REFUSED: dict[str, Made] = {
     "not there": (lambda place: place, ("does not exist",), ()),
     "nothing in it": (lambda place: empty(place, "README.md"), ("no checkpoints of a format", "HDF5"), ()),
     "one file": (lambda place: series(place) / "step_0.pt", ("is one checkpoint", "Give the directory"), ()),
+    "a link to nothing": (
+        lambda place: (series(place) / "step_70.pt").symlink_to("nowhere") or place,
+        ("step_70.pt cannot be read",),
+        (),
+    ),
     "one checkpoint": (lambda place: named(place, "step_1.pt"), ("only one checkpoint", "at least two"), ()),
     "a pattern that leaves one": (series, ("only one checkpoint", "_6"), ("--pattern", r"_6(?P<step>\d)\.")),
     "a pattern that is none": (series, ("not a regular expression",), ("--pattern", "(")),
@@ -371,7 +377,7 @@ REFUSED: dict[str, Made] = {
     "DeepSpeed": (
         lambda place: empty(place, "global_step5/mp_rank_00_model_states.pt", "zero_to_fp32.py"),
         ("DeepSpeed's shards", "zero_to_fp32.py"),
-        (),
+        ("--key", "module"),
     ),
     "DeepSpeed in a trainer's": (
         lambda place: empty(place, "checkpoint-5/global_step5/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"),
@@ -460,6 +466,26 @@ def test_a_file_of_an_older_torch_cut_short_is_refused(tmp_path: Path) -> None:
     source = damaged(tmp_path / "saved", 0.7, _use_new_zipfile_serialization=False)
     with pytest.raises(InputError, match=r"step_70\.pt cannot be read as a checkpoint"):
         told(source, tmp_path / "st")
+
+
+def test_a_copy_of_the_last_checkpoint_stands_behind_its_original(tmp_path: Path) -> None:
+    """It is another one the next time."""
+    source, place = series(tmp_path / "saved", STEPS[:5]), tmp_path / "st"
+    for step, state in zip(STEPS[4:], iterates()[4:], strict=True):
+        save(source / f"step_{step}.pt", {"state_dict": dict(state), "global_step": step})
+        save(source / "last.pt", {"state_dict": dict(state), "global_step": step, "more": 1})
+        assert f"left out last.pt: it is step_{step}.pt (step {step}) again" in told(source, place)
+    equal(place, dict(zip(STEPS, iterates(), strict=True)))
+
+
+def test_a_directory_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    series(tmp_path / "saved")
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(InputError, match=r"cannot read .*saved: Permission denied"):
+        told(tmp_path / "saved", tmp_path / "st")
 
 
 def test_what_is_there_is_left_alone_and_what_is_new_is_added(tmp_path: Path) -> None:

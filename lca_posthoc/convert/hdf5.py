@@ -132,7 +132,7 @@ def open_hdf5(
     if others:
         notes.append(
             f"rows hold no {few(others)}, which the model stores beside its parameters: `lca run` asks for them unless Task(fixed=[…]) "
-            "names them"
+            "names them; running statistics, which moved, also need --norm-stats batch"
         )
     dtype = f"F{8 * rows.dtype.itemsize}"
     iterates = [

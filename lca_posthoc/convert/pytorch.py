@@ -162,11 +162,12 @@ def _entries(saved: Mapping[Any, Any], found: Sequence[str]) -> str:
 
 def _is_torch(path: Path) -> bool:
     """Whether a file is what `torch.save` writes; one that is damaged or some other pickle counts where its name claims it is."""
+    claimed = path.suffix in (".ckpt", ".pt", ".pth", ".bin")
     if not path.is_file():
-        return False
+        return claimed and path.is_symlink()
     with path.open("rb") as file:
         head = file.read(32)
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin") and (not head or head.startswith((b"PK", b"\x80"))):
+    if claimed and (not head or head.startswith((b"PK", b"\x80"))):
         return True
     if head.startswith(b"PK") and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -215,7 +216,10 @@ def open_pytorch(place: Path, progress: Progress, key: str | None = None, patter
     if place.is_file():
         raise InputError(f"{place} is one checkpoint. Give the directory that holds one for every step.")
     regex = compile_pattern(pattern) if pattern else None
-    paths = [path for path in sorted(place.iterdir()) if regex is None or regex.search(path.name)]
+    paths = [path for path in place.iterdir() if regex is None or regex.search(path.name)]
+    paths.sort(
+        key=lambda path: (step_in_name(path.name) is None, path.name)
+    )  # a copy such as last.ckpt after its original
     every = [_Saved(path, files, key) for path in paths if (files := _entry(path))]
     steps, unnamed = dict[int, _Saved](), list[_Saved]()
     beside = [path for path in paths if is_safetensors(path) and step_in_name(path.name) is not None]

@@ -73,8 +73,13 @@ def convert(
     origin, place = Path(source), Path(directory)
     given = {"key": key, "pattern": pattern, "dataset": dataset, "task": task}
     asked = {name: value for name, value in given.items() if value is not None}
-    _only_steps(place)
-    series = _opened(origin, asked, progress)
+    try:
+        _only_steps(place)
+        series = _opened(origin, asked, progress)
+    except OSError as error:
+        raise InputError(
+            f"cannot read {error.filename or origin}: {error.strerror}. Check the path and its permissions."
+        ) from None
     if len(series.iterates) < 2:
         raise InputError(
             f"{origin} holds only one checkpoint{f' whose name --pattern {pattern!r} matches' if pattern else ''}; at least two are "
@@ -102,7 +107,7 @@ def _opened(origin: Path, asked: Mapping[str, Any], progress: Progress) -> Serie
     for each in FORMATS:
         if each.recognises(origin):
             for option in asked:
-                if option not in each.options:
+                if each.options and option not in each.options:
                     raise InputError(f"--{option} says nothing about {origin}, which holds {each.name}. Leave it out.")
             return each.open(origin, progress, **asked)
     raise InputError(
