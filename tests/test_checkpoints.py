@@ -138,7 +138,7 @@ class Low(nn.Module):
 
 
 class Tuned(nn.Module):
-    """A base made from a seed in float32, its two layers tuned; under `base_model.model`, where peft puts a model."""
+    """A base from a seed, which gives other numbers where float64 is the default; under `base_model.model`, as in peft."""
 
     def __init__(self, train_all: bool = False) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Tuned(nn.Module):
         layers = nn.Linear(64, 8), nn.Linear(8, 4)
         with torch.no_grad():
             for each in [tensor for layer in layers for tensor in layer.parameters()]:
-                each.copy_(0.3 * torch.randn(each.shape, generator=generator, dtype=torch.float32))
+                each.copy_(0.3 * torch.randn(each.shape, generator=generator))
         inner = nn.Module()
         inner.hidden, inner.out = Low(layers[0]), Low(layers[1])
         self.base_model = nn.ModuleDict({"model": inner})
