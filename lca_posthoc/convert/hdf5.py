@@ -14,11 +14,12 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
 from .. import task as tasks
 from ..errors import InputError, LCAError, needed
 from ..headers import TensorHeader
-from ..objective import tensor_table
+from ..objective import new_model, tensor_table
 from ..trajectory import TensorSpec
 from .series import Iterate, Progress, Series, Tensors, few, separate
 
@@ -147,7 +148,9 @@ def _model(task: str | Path | tasks.Task) -> list[TensorSpec]:
     entry, data = tasks.pack(task)
     tasks.use(entry, data)
     loaded = tasks.load(entry, data)
-    try:
-        return tensor_table(loaded.model(), "running", loaded.fixed)
-    except Exception as error:
-        raise InputError(f"the task's model cannot be built: {type(error).__name__}: {error}") from error
+    model = new_model(loaded)
+    if any(map(is_lazy, model.parameters())):
+        raise InputError(
+            "the task's model is lazily built, so its parameters have no shapes yet. State them in Task.model."
+        )
+    return tensor_table(model, "running", loaded.fixed)
