@@ -1,5 +1,10 @@
 """The few kinds of failure a caller tells apart; each carries the exit code of the command line."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 
 class LCAError(Exception):
     """Anything this package reports on purpose: one line that says what was asked, what was found, what to do."""
@@ -35,6 +40,21 @@ class Interrupted(LCAError):
     """Stopped on request after the spans in flight were drained; running again resumes."""
 
     exit_code = 130
+
+
+def needed(package: str, what: str) -> Any:
+    """A package that is not installed with this one.
+
+    Raises:
+        ResourceError: where it is not there.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        name = package.partition(".")[0]
+        raise ResourceError(
+            f"{what} needs the package {name}, which is not installed. Try: pip install {name}"
+        ) from None
 
 
 def amount(count: float) -> str:

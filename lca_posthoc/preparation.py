@@ -77,7 +77,9 @@ def prepare(
         ResourceError: where the worker died.
         Interrupted: where the cluster drains.
     """
-    found = _ask(cluster, describe, {"task": task, "parcel": parcel, "settings": settings, "losses": wanted or None})
+    held = sorted(trajectory.tensors)
+    asked = {"task": task, "parcel": parcel, "settings": settings, "losses": wanted or None, "held": held}
+    found = _ask(cluster, describe, asked)
     _known_tensors(settings["tensors"], found["tensors"])
     if existing is None:
         _known_splits(settings["subset"], found["losses"])
@@ -92,6 +94,7 @@ def prepare(
         "settings": settings,
         "losses": list(found["losses"]),
         "names": names,
+        "held": held,
         "root": absolute(trajectory.root),
         "digests": found["digests"],
     }
@@ -117,7 +120,7 @@ def prepare(
         {name: _record(name, keys[name], loss, probed) for name, loss in found["losses"].items()},
         _provenance(task, found["task_losses"]),
     )
-    notes = [*probed["notes"], *_idle(existing or manifest, workers or cluster.workers)]
+    notes = [*probed["notes"], *_frozen(found["frozen"]), *_idle(existing or manifest, workers or cluster.workers)]
     return Preparation(common, probe_part, manifest, notes, probed["short_of"])
 
 
@@ -183,6 +186,16 @@ def _sharing(device: str | None, several: Sequence[str], answers: dict[str, Spec
             if len(names) > 1
         ]
     return notes
+
+
+def _frozen(names: list[str]) -> list[str]:
+    """Frozen parameters that are the task's own."""
+    if not names:
+        return []
+    shown = f"{', '.join(map(repr, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    return [
+        f"no checkpoint holds {shown}, frozen in the task's model: they stay as it builds them, which must be as they were in training"
+    ]
 
 
 def _idle(manifest: Manifest, workers: int) -> list[str]:

@@ -133,7 +133,7 @@ class Trajectory:
         return (
             f"tensor {spec.name!r} of the task's model (shape {list(spec.shape)}) is missing in "
             f"{self.checkpoints[0].files[0]} (step {self.steps[0]}){hint}. Build the model that was trained, or map the names with "
-            "--rename OLD=NEW."
+            "--rename OLD=NEW. What never moves and is not stored is frozen in the model, or named in Task(fixed=[…])."
         )
 
 
@@ -195,7 +195,7 @@ def open_trajectory(
     if not is_there:
         raise InputError(f"{root} is not a directory of checkpoints. Give the directory that holds the saved iterates.")
     rules = [_rename_rule(text) for text in rename]
-    regex = _compile(pattern) if pattern else None
+    regex = compile_pattern(pattern) if pattern else None
     headers = _Headers()
     try:
         with reached(root):
@@ -235,7 +235,8 @@ class _Headers(dict[Path, Header]):
         return header
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """What `--pattern` was given as a regular expression, which must have a group `step`."""
     try:
         regex = re.compile(pattern)
     except re.error as error:
@@ -293,7 +294,7 @@ def _files(path: Path) -> tuple[Path, ...]:
         return ()
     if path.is_dir():
         if (path / _INDEX).is_file():
-            return _shards(path / _INDEX)
+            return shards(path / _INDEX)
         inside = [file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith(".")]
         single = [file for file in inside if file.name == "model.safetensors"] or inside
         if len(single) > 1 and step_in_name(path.name) is not None:
@@ -304,7 +305,12 @@ def _files(path: Path) -> tuple[Path, ...]:
     return (path,) if path.suffix == ".safetensors" and (path.is_symlink() or path.is_file()) else ()
 
 
-def _shards(index: Path) -> tuple[Path, ...]:
+def shards(index: Path) -> tuple[Path, ...]:
+    """The files a shard index names, which lie beside it.
+
+    Raises:
+        InputError: where it is no index, or a file is missing.
+    """
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
@@ -328,7 +334,7 @@ def _step(path: Path, regex: re.Pattern[str] | None, headers: _Headers) -> int |
     if regex is not None:
         found = regex.search(path.name)
         return int(found["step"]) if found and re.fullmatch("[0-9]{1,18}", found["step"]) else None
-    stated = headers[path].metadata.get("step") if path.is_file() else _trainer_step(path / "trainer_state.json")
+    stated = headers[path].metadata.get("step") if path.is_file() else trainer_step(path)
     if stated is not None and re.fullmatch("[0-9]{1,18}", stated):
         return int(stated)
     if stated is not None and path.is_file():
@@ -338,9 +344,10 @@ def _step(path: Path, regex: re.Pattern[str] | None, headers: _Headers) -> int |
     return step_in_name(path.name.removesuffix(".safetensors"))
 
 
-def _trainer_step(path: Path) -> str | None:
+def trainer_step(directory: Path) -> str | None:
+    """The step a trainer wrote beside the weights, as it stands there; None where it wrote none."""
     try:
-        return str(json.loads(path.read_text())["global_step"])
+        return str(json.loads((directory / "trainer_state.json").read_text())["global_step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -438,9 +445,11 @@ def _gaps(steps: Sequence[int]) -> list[str]:
     if not longer:
         return []
     first = ", ".join(f"{step}→{step + length}" for step, length in longer[:3])
-    more = f" and {len(longer) - 3} more" if len(longer) > 3 else ""
+    longest = max(longer, key=lambda segment: segment[1])
+    more = f" and {len(longer) - 3} more, the longest {longest[0]}→{sum(longest)}" if len(longer) > 3 else ""
     return [
-        f"{len(longer)} of {len(lengths)} segments are longer than the usual {usual} step{'s' if usual > 1 else ''}: {first}{more}"
+        f"{len(longer)} of {len(lengths)} segments are longer than the usual {usual} step{'s' if usual > 1 else ''}: {first}{more}. "
+        "There the straight line is not the path that training took; the residual says what the sum misses"
     ]
 
 

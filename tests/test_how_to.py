@@ -120,7 +120,7 @@ def test_every_page_says_what_was_run_and_what_was_not() -> None:
 
 def test_options_in_the_pages_are_those_of_the_commands() -> None:
     """Also in the blocks nobody runs."""
-    for command in ("plan", "run", "status", "verify", "repair", "remove"):
+    for command in ("plan", "run", "import", "status", "verify", "repair", "remove"):
         known = subprocess.run(
             [sys.executable, "-c", "from lca_posthoc.cli import main; main()", command, "--help"],
             capture_output=True,

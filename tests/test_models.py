@@ -460,11 +460,18 @@ def test_a_fixed_base_is_the_same_one_in_every_precision(tmp_path: Path, base: s
 def test_a_base_checkpoints_do_not_hold_is_missing_unless_it_is_fixed(tmp_path: Path) -> None:
     met = ADAPTED["from a file"]
     iterates = met.record(tmp_path / "iterates", adapter_of)
+    trainable = Met(lambda: from_file().requires_grad_(True))
     with pytest.raises(InputError, match=r"'base\.0\.weight'.* is missing in .*step_00000000"):
-        replay(met, iterates, tmp_path / "run")
+        replay(trainable, iterates, tmp_path / "run")
     with pytest.raises(InputError, match=r"'base\.0\.weight'.* is missing in"):
-        replay(met, iterates, tmp_path / "run", task=met.task(fixed=["base.1.*"]))
+        replay(trainable, iterates, tmp_path / "run", task=trainable.task(fixed=["base.1.*"]))
+    with pytest.raises(
+        InputError, match=r"'base\.1\.running_mean'.* is missing in"
+    ):  # it is frozen, its statistics are not
+        replay(met, iterates, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    replayed = replay(met, iterates, tmp_path / "run", task=met.task(fixed=["base.1.*"]))
+    assert_the_oracle_agrees(met, replayed, iterates)
 
 
 def test_a_pattern_of_fixed_that_matches_nothing_is_refused_with_what_there_is(tmp_path: Path) -> None:
@@ -502,12 +509,12 @@ class Features(nn.Module):
         return self.linear(torch.cos(x @ self.features))
 
 
-def answers(task: Task | Path) -> list[dict[str, Any]]:
+def answers(task: Task | Path, **more: Any) -> list[dict[str, Any]]:
     """What two processes say of a task: the one that probes it, and one that is given the digests found there."""
     settings = {**DEFAULTS, "device": "cpu", "batch_size": BATCH}
     entry, data = pack(task)
     delivery.take_in("parcel", data)
-    spec = {"task": entry, "parcel": "parcel", "settings": settings, "losses": None}
+    spec = {"task": entry, "parcel": "parcel", "settings": settings, "losses": None, **more}
     state._STATES.clear()
     first = describe(spec)
     state._STATES.clear()
@@ -525,6 +532,14 @@ OTHER = {
     "a base at random": (ADAPTED["at random"].task(fixed=["base.*"]), "Task.fixed"),
     "features at random": (Met(partial(Features, None)).task(), "features"),
 }
+
+
+def test_a_frozen_base_no_checkpoint_holds_that_is_another_one_in_every_process_is_refused() -> None:
+    held = ["adapter.0.weight", "adapter.1.weight", "head.weight", "head.bias"]
+    first, second = answers(ADAPTED["at random"].task(), held=held)
+    assert first["frozen"] == ["base.0.weight", "base.0.bias", "base.1.weight", "base.1.bias"]
+    says(second["error"]["message"], "frozen ones", "is not the same in this worker process", "at random")
+    assert [each.get("error") for each in answers(ADAPTED["seeded"].task(), held=held)] == [None, None]
 
 
 @pytest.mark.parametrize("name", SAME)

@@ -221,12 +221,16 @@ def test_steps_left_out_are_not_validated(tmp_path: Path) -> None:
     assert steps(tmp_path, steps=":2") == [1, 2]
 
 
+STRAIGHT = ". There the straight line is not the path that training took; the residual says what the sum misses"
 GAPS = {
     (0, 1, 2, 3): [],
     (0, 10, 20, 30): [],
-    (0, 1, 2, 4, 5): ["1 of 4 segments are longer than the usual 1 step: 2→4"],
-    (0, 10, 20, 50, 60, 80): ["2 of 5 segments are longer than the usual 10 steps: 20→50, 60→80"],
+    (0, 1, 2, 4, 5): ["1 of 4 segments are longer than the usual 1 step: 2→4" + STRAIGHT],
+    (0, 10, 20, 50, 60, 80): ["2 of 5 segments are longer than the usual 10 steps: 20→50, 60→80" + STRAIGHT],
     (0, 5, 10): [],
+    (0, 1, 2, 4, 8, 16, 30): [
+        "4 of 6 segments are longer than the usual 1 step: 2→4, 4→8, 8→16 and 1 more, the longest 16→30" + STRAIGHT
+    ],
 }
 
 

@@ -6,6 +6,7 @@ Commands are loaded when they are called, so that `lca --help` and every `dask` 
 from __future__ import annotations
 
 import importlib
+import keyword
 import sys
 import traceback
 from typing import Any
@@ -20,6 +21,7 @@ COMMANDS = {
     "compare": "Set runs beside each other: layer sums, intervals, p-values.",
     "demo": "Train, record and replay a small real model: the first minute.",
     "export": "Write findings as NetCDF, CSV, Parquet or TensorBoard files.",
+    "import": "Make checkpoints in other formats into safetensors files.",
     "plan": "Say what a run would cost, and probe the task.",
     "plot": "Draw a finding: layers, curve, microscope, … as a picture or a film.",
     "remove": "Drop a loss from a run.",
@@ -53,7 +55,7 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        command = importlib.import_module(f".{name}", __name__).command
+        command = importlib.import_module(f".{name}{'_' * keyword.iskeyword(name)}", __name__).command
         assert isinstance(command, click.Command)
         return command
 

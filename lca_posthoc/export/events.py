@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from ..errors import InputError
+from ..errors import InputError, needed
 from ..findings import curve, helping, layers
 from ..store import LossResults, Run
 from .choose import Say
-from .tables import needed, whole
+from .tables import whole
 
 HISTOGRAMS = 500  # of a loss, over its segments and groups
 SCALARS = 1_000_000  # of a loss, over its segments and curves

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ..errors import ResourceError
+from ..errors import needed
 from ..store.keys import encode_all
 
 RECORD = b"lca_posthoc"
@@ -92,21 +92,6 @@ def write_parquet(table: pd.DataFrame, path: Path, attributes: dict[str, Any]) -
     made = pyarrow.Table.from_pandas(table, preserve_index=False)
     kept = {**(made.schema.metadata or {}), RECORD: json.dumps(attributes).encode()}
     importlib.import_module("pyarrow.parquet").write_table(made.replace_schema_metadata(kept), path)
-
-
-def needed(package: str, what: str) -> Any:
-    """A package that is not installed with this one.
-
-    Raises:
-        ResourceError: where it is not there.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        name = package.partition(".")[0]
-        raise ResourceError(
-            f"{what} needs the package {name}, which is not installed. Try: pip install {name}"
-        ) from None
 
 
 def described(data: xr.Dataset, names: Sequence[str]) -> dict[str, Any]:

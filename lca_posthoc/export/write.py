@@ -10,11 +10,11 @@ from pathlib import Path
 
 import xarray as xr
 
-from ..errors import InputError
+from ..errors import InputError, needed
 from ..store import Run
 from .choose import Say, choose
 from .netcdf import write_netcdf
-from .tables import described, file_names, needed, tables, write_csv, write_parquet
+from .tables import described, file_names, tables, write_csv, write_parquet
 
 FORMATS = ("netcdf", "csv", "parquet", "tensorboard")
 SUFFIXES = {".nc": "netcdf", ".csv": "csv", ".parquet": "parquet"}

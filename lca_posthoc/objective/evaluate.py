@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -62,6 +62,8 @@ class Objective:
         norm_stats: "running" or "batch".
         batch_size: None for a deterministic choice from shapes, one for each split.
         subset: split → which of its examples, `""` for every split.
+        held: names of the tensors the checkpoints hold, normalised: frozen parameters that are not among them stay as the task's
+            model builds them. None where they hold all.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Objective:
         norm_stats: str,
         batch_size: int | None,
         subset: Mapping[str, str] | None = None,
+        held: Collection[str] | None = None,
     ) -> None:
         self.device, self.dtype, self.norm_stats = device, PRECISIONS[precision], norm_stats
         self.precision = precision
@@ -94,15 +97,19 @@ class Objective:
             "norm_stats": norm_stats,
             "batch_size": batch_size,
             "subset": subset,
+            "held": held,
         }
         self._batch_size = batch_size
         self._sources = {name: loss.source for name, loss in self.losses.items()}
         self.functions = {name: loss.on_device(device, self.dtype) for name, loss in self.losses.items()}
         self._functions_per_element: dict[str, Callable[[Any, Any], Any]] = {}
         self._complete()
-        self.table = tensor_table(self.model, norm_stats, self.task.fixed)
+        self.table = tensor_table(self.model, norm_stats, self.task.fixed, held)
+        stored = {spec.name for spec in self.table}
+        whole = tensor_table(self.model, norm_stats, self.task.fixed)
+        self.frozen = [spec.name for spec in whole if spec.name not in stored]
         self._tensors = self._bind()
-        fixed = [name for name in self._own() if is_fixed(name, self.task.fixed)]
+        fixed = [name for name in self._own() if name in self.frozen or is_fixed(name, self.task.fixed)]
         if fixed and self.dtype == torch.float64:  # the ones that were trained with: a seed gives others in float64
             with default_dtype(torch.float32):
                 self._copy_own(new_model(self.task), fixed)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ..trajectory import TensorSpec
+from ..trajectory import TensorSpec, normalise
 
 _ON_AXIS_1 = {"ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Conv1D"}
 
 
-def tensor_table(model: nn.Module, norm_stats: str, fixed: Sequence[str] = ()) -> list[TensorSpec]:
+def tensor_table(
+    model: nn.Module, norm_stats: str, fixed: Sequence[str] = (), held: Collection[str] | None = None
+) -> list[TensorSpec]:
     """The model's tensors in its own order: parameters once each with their aliases, then persistent buffers.
 
     Floating buffers are allocated as tensors of kind "buffer", but for running statistics in `batch` mode, which the loss
-    does not depend on. All else that is stored is "state". Tensors that match a pattern of `fixed` are left out.
+    does not depend on. All else that is stored is "state". Tensors that match a pattern of `fixed` are left out, and so are
+    frozen parameters that none of the names `held` in the checkpoints stands for.
     """
     stored = model.state_dict(keep_vars=True)
     by_id: dict[int, list[str]] = {}
@@ -29,10 +32,13 @@ def tensor_table(model: nn.Module, norm_stats: str, fixed: Sequence[str] = ()) -
             continue
         if id(tensor) not in by_id:
             continue  # a non-persistent buffer: the model builds it, checkpoints do not hold it
+        aliases = tuple(alias for alias in by_id[id(tensor)] if alias != name)
+        frozen = name in parameters and not tensor.requires_grad
+        if frozen and held is not None and not any(normalise(each) in held for each in (name, *aliases)):
+            continue
         kind = "parameter" if name in parameters else "buffer"
         if not tensor.is_floating_point() or (norm_stats == "batch" and is_statistic(name)):
             kind = "state"
-        aliases = tuple(alias for alias in by_id[id(tensor)] if alias != name)
         table.append(TensorSpec(name, kind, tuple(tensor.shape), aliases, _unit_axis(owners[name], tensor.dim())))
     return table
 

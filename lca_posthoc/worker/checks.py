@@ -23,6 +23,7 @@ def describe(spec: Spec) -> Spec:
         "losses": {name: _described(objective, name) for name in objective.losses},
         "task_losses": list(objective.task.losses),
         "digests": objective.digests,
+        "frozen": objective.frozen,
     }
 
 

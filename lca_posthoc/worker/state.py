@@ -43,7 +43,7 @@ def objective_of(spec: Spec) -> Any:
 def _key(spec: Spec, losses: list[str] | None) -> str:
     place = [spec["task"].get(name) for name in ("kind", "path", "module", "function")]
     settings = [spec["settings"][name] for name in ("device", "precision", "norm_stats", "batch_size", "subset")]
-    return json.dumps([place, task.digest(spec["task"]), losses, settings], sort_keys=True)
+    return json.dumps([place, task.digest(spec["task"]), losses, settings, spec.get("held")], sort_keys=True)
 
 
 def _same_data(objective: Any, spec: Spec) -> Any:
@@ -55,7 +55,7 @@ def _same_data(objective: Any, spec: Spec) -> Any:
             raise InputError(
                 f"{what} is not the same in this worker process as where the task was probed: it is made anew in every process. "
                 "Usual culprits: random augmentation, random_split without a seeded generator, tensors that checkpoints do not "
-                "hold (Task.fixed, buffers) and the model builds at random."
+                "hold (frozen ones, Task.fixed, buffers) and the model builds at random."
             )
     return objective
 
@@ -81,6 +81,7 @@ def build(spec: Spec, precision: str) -> Any:
             norm_stats=settings["norm_stats"],
             batch_size=settings["batch_size"],
             subset=task.parse_subsets(settings["subset"]),
+            held=frozenset(spec["held"]) if "held" in spec else None,
         )
 
 

@@ -1,0 +1,72 @@
+"""`lca import`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .show import say, stderr, stdout
+
+
+@click.command("import")
+@click.argument("source", type=click.Path())
+@click.argument("directory", type=click.Path(), metavar="DIR")
+@click.option(
+    "--key", metavar="KEY", help="The entry of each checkpoint that is the state dict, where that is not clear."
+)
+@click.option("--pattern", metavar="REGEX", help="Finds (?P<step>\\d+) in names; names it does not match are left out.")
+@click.option(
+    "--dataset", metavar="NAME", help="Of an HDF5 file: the one with a row for every iterate.  [default: all_weights]"
+)
+@click.option(
+    "--task",
+    metavar="FILE[:FUNCTION]",
+    help="Of an HDF5 file: the task whose model says the order and the shapes of the parameters.",
+)
+def command(source: str, directory: str, **options: Any) -> None:
+    """Write the checkpoints of SOURCE as safetensors files into DIR, which `lca run` reads.
+
+    Takes what torch.save, Lightning and older Hugging Face trainers wrote, and HDF5 with a row for every iterate. Run again, it goes
+    on where it stopped and takes up new checkpoints.
+
+    \b
+    lca import lightning_logs/version_0/checkpoints checkpoints
+    lca import saved checkpoints --key ema --pattern 'model_(?P<step>\\d+)'
+    lca import weights.h5 checkpoints --task my_task.py
+
+    Nothing but tensors and plain data is unpickled. safetensors files need no import. HDF5 needs h5py: pip install
+    'lca_posthoc[convert]'.
+    """
+    from ..convert import convert
+    from ..errors import amount
+
+    with _bar() as progress, contextlib.redirect_stdout(sys.stderr):
+        done = convert(source, directory, say=say, progress=progress, **options)
+    before = f"; {done.present:,} were there" if done.present else ""
+    stdout().print(
+        f"wrote {done.written:,} of {len(done.steps):,} checkpoints (steps {done.steps[0]} to {done.steps[-1]}), "
+        f"{amount(done.bytes)}, to {directory}{before}",
+        markup=False,
+    )
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Shows how far an import is, on a terminal."""
+    console = stderr()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("checkpoints ·"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as shown:
+        bar = shown.add_task("", total=None)
+        yield lambda what, done, total: shown.update(bar, description=what, completed=done, total=total)

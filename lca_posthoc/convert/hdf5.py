@@ -1,0 +1,156 @@
+"""An HDF5 file with a row for every iterate and a column for every parameter, as the authors of the method kept theirs.
+
+The file has no names: order and shapes are those of a task's model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import torch
+from torch.nn.parameter import is_lazy
+
+from .. import task as tasks
+from ..errors import InputError, LCAError, needed
+from ..headers import TensorHeader
+from ..objective import new_model, tensor_table
+from ..trajectory import TensorSpec
+from .series import Iterate, Progress, Series, Tensors, few, separate
+
+_BLOCK = 256 * 2**20
+
+
+def is_hdf5(path: Path) -> bool:
+    """Whether a file begins as HDF5 does."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(8) == b"\x89HDF\r\n\x1a\n"
+
+
+class _Rows:
+    """The rows of a dataset, read in blocks of whole chunks."""
+
+    def __init__(self, path: Path, dataset: str, names: Mapping[str, tuple[int, ...]]) -> None:
+        self.path, self.dataset, self._shapes = path, dataset, names
+        with self._opened() as found:
+            self.rows, self.length = found.shape
+            self.dtype = np.dtype(f"f{found.dtype.itemsize}")
+            most = max(1, _BLOCK // max(1, self.length * self.dtype.itemsize))
+            self._block = max(1, min(most, found.chunks[0] if found.chunks else 1))
+        self._from_block = functools.lru_cache(maxsize=1)(self._read_block)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
+        h5py = needed("h5py", "HDF5")
+        try:
+            with h5py.File(self.path, "r") as file:
+                yield _dataset(h5py, file, self.path, self.dataset)
+        except LCAError:
+            raise
+        except Exception as error:  # a damaged file raises OSError, RuntimeError, KeyError
+            what = " ".join(str(error).split())[:200]
+            raise InputError(f"{self.path} cannot be read as HDF5: {what}. Copy it again.") from None
+
+    def _read_block(self, block: int) -> np.ndarray[Any, Any]:
+        with self._opened() as found:
+            return np.asarray(found[block * self._block : (block + 1) * self._block], self.dtype)
+
+    def _row(self, row: int) -> np.ndarray[Any, Any]:
+        numbers: np.ndarray[Any, Any] = self._from_block(row // self._block)[row % self._block]
+        return numbers
+
+    def read(self, row: int) -> Tensors:
+        """The tensors of one row, columns cut in order."""
+        numbers, tensors, at = torch.from_numpy(self._row(row).copy()), Tensors(), 0
+        for name, shape in self._shapes.items():
+            count = TensorSpec(name, "parameter", shape).elements
+            tensors[name] = numbers[at : at + count].reshape(shape)
+            at += count
+        return separate(tensors)
+
+    def identity(self, row: int) -> str:
+        return f"{google_crc32c.value(self._row(row).tobytes()):08x}"
+
+
+def _dataset(h5py: Any, file: Any, path: Path, name: str) -> Any:
+    """A plain two-dimensional dataset of floating-point numbers that lies in this file."""
+    if "layer_names" in file.attrs or "model_weights" in file or "_layer_checkpoint_dependencies" in file:
+        raise InputError(
+            f"{path} is a Keras weights file: one point of training under Keras' own names. Write every iterate as a step_N.safetensors "
+            "file under torch's names, kernels transposed."
+        )
+    found = file.get(name)
+    if not isinstance(found, h5py.Dataset):
+        held = [f"{each!r} {list(value.shape)}" for each, value in file.items() if isinstance(value, h5py.Dataset)]
+        raise InputError(
+            f"{path} has no dataset {name!r}; it has {few(held, 8) or 'none'}. Name the one with a row for every iterate with --dataset."
+        )
+    if found.file.filename != file.filename or found.external or found.is_virtual:
+        raise InputError(f"dataset {name!r} of {path} lies in other files, which are not read. Copy it into one file.")
+    if found.ndim != 2 or found.dtype.kind != "f" or found.dtype.itemsize > 8:
+        raise InputError(
+            f"dataset {name!r} of {path} is {found.dtype} {list(found.shape)}, not a table of floating-point numbers with a row for every "
+            "iterate and a column for every parameter."
+        )
+    return found
+
+
+def open_hdf5(
+    path: Path, progress: Progress, dataset: str = "all_weights", task: str | Path | tasks.Task | None = None
+) -> Series:
+    """The rows of a dataset as steps 0, 1, 2, …, cut in the order of the parameters of a task's model.
+
+    Raises:
+        InputError: where the file, the dataset or the task is missing or does not fit.
+        ResourceError: where h5py is not installed.
+    """
+    needed("h5py", "HDF5")
+    if task is None:
+        raise InputError(f"{path} holds numbers without names. Say which model they are of: --task my_task.py.")
+    model = _model(task)
+    shapes = {spec.name: spec.shape for spec in model if spec.kind == "parameter"}
+    rows = _Rows(path, dataset, shapes)
+    count = sum(spec.elements for spec in model if spec.kind == "parameter")
+    order = few([f"{name} {list(shape)}" for name, shape in shapes.items()], 6)
+    if rows.length != count:
+        raise InputError(
+            f"a row of {dataset!r} in {path} has {rows.length:,} numbers, but the task's model has {count:,} parameters: {order}. Build "
+            "the model that was trained."
+        )
+    notes = [
+        f"columns are taken in the order of the model's parameters, in torch's own layout: {order}. Nothing is transposed, and the file "
+        "cannot say whether that is right (Keras' kernels are (in, out)): compare loss_start of `lca run` with the loss in training",
+        "rows are taken as training steps 0, 1, 2, …",
+    ]
+    others = [repr(spec.name) for spec in model if spec.kind != "parameter"]
+    if others:
+        notes.append(
+            f"rows hold no {few(others)}, which the model stores beside its parameters: `lca run` asks for them unless Task(fixed=[…]) "
+            "names them; running statistics, which moved, also need --norm-stats batch"
+        )
+    dtype = f"F{8 * rows.dtype.itemsize}"
+    iterates = [
+        Iterate(row, f"row {row} of {path}", functools.partial(rows.read, row), functools.partial(rows.identity, row))
+        for row in range(rows.rows)
+    ]
+    return Series(iterates, {name: TensorHeader(dtype, shape) for name, shape in shapes.items()}, notes)
+
+
+def _model(task: str | Path | tasks.Task) -> list[TensorSpec]:
+    """The tensors of a task's model, in its order, without those the task fixes."""
+    entry, data = tasks.pack(task)
+    tasks.use(entry, data)
+    loaded = tasks.load(entry, data)
+    model = new_model(loaded)
+    if any(map(is_lazy, model.parameters())):
+        raise InputError(
+            "the task's model is lazily built, so its parameters have no shapes yet. State them in Task.model."
+        )
+    return tensor_table(model, "running", loaded.fixed)

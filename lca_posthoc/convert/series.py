@@ -1,0 +1,127 @@
+"""A series of checkpoints to convert, and what is the same for every format: which tensors can be stored, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..headers import MAX_TENSORS, TensorHeader
+
+Tensors = dict[str, torch.Tensor]
+Progress = Callable[[str, int, int], None]
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """One training step of a source.
+
+    `origin` names it in messages; `read` gives its tensors, each with its own memory and contiguous; `identity` is a checksum of where
+    they are from, which tells an import that goes on from one of another series.
+    """
+
+    step: int
+    origin: str
+    read: Callable[[], Tensors]
+    identity: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Series:
+    """What there is to convert: iterates in order of their step, the tensors every one of them has, and what is worth telling."""
+
+    iterates: list[Iterate]
+    tensors: dict[str, TensorHeader]
+    notes: list[str]
+
+
+def few(words: Sequence[str], most: int = 3) -> str:
+    """The first of some words, and how many more there are.
+
+    >>> few(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+
+
+def headers_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorHeader]:
+    """Names, dtypes and shapes as a file states them."""
+    return {name: TensorHeader(DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def same_headers(found: Mapping[str, TensorHeader], known: Mapping[str, TensorHeader], file: str, first: str) -> None:
+    """Refuse a checkpoint of another model."""
+    for name in sorted({*found, *known}):
+        if found.get(name) != known.get(name):
+            here, there = (
+                f"{each[name].dtype} {list(each[name].shape)}" if name in each else "absent" for each in (found, known)
+            )
+            raise InputError(
+                f"tensor {name!r} is {here} in {file} but {there} in {first}. All checkpoints must come from one model; move the odd "
+                "ones away, or choose names with --pattern."
+            )
+
+
+def taken(state: Mapping[str, Any], file: str) -> tuple[Tensors, list[str]]:
+    """The tensors of a state dict, tied ones under their first name alone, and notes on what is left out."""
+    tensors, first, notes = Tensors(), dict[Any, str](), []
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            notes.append(f"left out {name!r} of every checkpoint: it is no tensor but a {type(value).__name__}")
+            continue
+        _storable(name, value, file)
+        place = value.untyped_storage().data_ptr(), value.storage_offset(), value.dtype, value.shape, value.stride()
+        same = first.setdefault(place, name) if value.numel() else name
+        if same != name:
+            notes.append(f"left out {name!r} of every checkpoint: it is {same!r} again, tied to it")
+            continue
+        tensors[name] = value.detach()
+    if len(tensors) > MAX_TENSORS:
+        raise InputError(f"{file} holds {len(tensors):,} tensors; {MAX_TENSORS:,} are the most a series can have.")
+    return tensors, notes
+
+
+def _storable(name: str, value: torch.Tensor, file: str) -> None:
+    plain = value.layout is torch.strided and not value.is_quantized and value.device.type == "cpu"
+    if not plain or value.dtype not in DTYPES:
+        kind = str(value.dtype if plain else value.layout if value.device.type == "cpu" else value.device)
+        raise InputError(
+            f"tensor {name!r} in {file} is of a kind safetensors cannot hold ({kind}). Save a plain dense tensor."
+        )
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"tensor {name!r} in {file} has a name that is not text. Rename it.") from None
+    if name == "__metadata__":
+        raise InputError(f"tensor {name!r} in {file} has a name safetensors reserves. Rename it.")
+
+
+def separate(tensors: Tensors) -> Tensors:
+    """The same numbers, contiguous, none sharing memory with another."""
+    seen, found = set[int](), Tensors()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        tensor = tensor.resolve_conj().contiguous()
+        found[name] = tensor.clone() if storage in seen and tensor.numel() else tensor
+        seen.add(storage)
+    return found

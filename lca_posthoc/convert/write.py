@@ -1,0 +1,223 @@
+"""Write a series as safetensors files: one at a time, each whole or not at all, going on where an earlier import stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import save_file
+
+from ..errors import InputError, ResourceError, amount
+from ..headers import HALF, TensorHeader, read_header
+from ..task import Task
+from ..trajectory import TensorSpec, open_trajectory
+from .formats import FORMATS
+from .series import SIZES, Iterate, Progress, Series, headers_of
+
+Say = Callable[[str], None]
+
+_PARTIAL = ".import"
+_SOURCE = "source"  # one entry alone: safetensors writes several in no fixed order, and a run knows its checkpoints by their bytes
+_OURS = re.compile(r"step_\d{8,}\.safetensors")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import did: the steps of the series, how many files it wrote and how many were there, bytes of those written."""
+
+    steps: list[int]
+    written: int
+    present: int
+    bytes: int
+
+
+def convert(
+    source: str | Path,
+    directory: str | Path,
+    *,
+    key: str | None = None,
+    pattern: str | None = None,
+    dataset: str | None = None,
+    task: str | Path | Task | None = None,
+    say: Say = print,
+    progress: Progress = lambda what, done, total: None,
+) -> Imported:
+    """Write the checkpoints of `source` as `step_*.safetensors` files, one at a time, each whole or not at all.
+
+    What was imported before is left as it is, so the same call goes on after an interruption and takes up new checkpoints.
+
+    Args:
+        source: a directory of checkpoints, or a file that holds a series.
+        directory: made if it is not there; holds nothing but this series.
+        key: the entry of each checkpoint that is the state dict, where that is not clear.
+        pattern: a regular expression with a group `step`, matched against each name; names it does not match are left out.
+        dataset: of an HDF5 file, the one with a row for every iterate (default `all_weights`).
+        task: of an HDF5 file, the task whose model says the order and the shapes of the parameters.
+        say: told what is left out, and why.
+        progress: called as `progress(what, done, total)`.
+
+    Raises:
+        InputError: for anything wrong with the source or what is in the directory already, before anything is written; and for a
+            checkpoint that is damaged inside or changes meanwhile.
+        ResourceError: where space or a package is missing, or a file cannot be written.
+    """
+    origin, place = Path(source), Path(directory)
+    given = {"key": key, "pattern": pattern, "dataset": dataset, "task": task}
+    asked = {name: value for name, value in given.items() if value is not None}
+    try:
+        _only_steps(place)
+        series = _opened(origin, asked, progress)
+    except OSError as error:
+        raise InputError(
+            f"cannot read {error.filename or origin}: {error.strerror}. Check the path and its permissions."
+        ) from None
+    if len(series.iterates) < 2:
+        raise InputError(
+            f"{origin} holds only one checkpoint{f' whose name --pattern {pattern!r} matches' if pattern else ''}; at least two are "
+            "needed, for a segment runs from one to the next."
+        )
+    for note in [*series.notes, *_half(series)]:
+        say(note)
+    with _alone(place):
+        waiting = _waiting(place, series)
+        _room(place, series, len(waiting))
+        written = 0
+        for done, iterate in enumerate(waiting):
+            progress("writing", done, len(waiting))
+            written += _write(place, iterate, series.tensors)
+        progress("writing", len(waiting), len(waiting))
+    for note in open_trajectory(place).notes:
+        say(note)
+    steps = [iterate.step for iterate in series.iterates]
+    return Imported(steps, len(waiting), len(steps) - len(waiting), written)
+
+
+def _opened(origin: Path, asked: Mapping[str, Any], progress: Progress) -> Series:
+    if not origin.exists():
+        raise InputError(f"{origin} does not exist. Give the directory, or the file, that holds the checkpoints.")
+    for each in FORMATS:
+        if each.recognises(origin):
+            for option in asked:
+                if each.options and option not in each.options:
+                    raise InputError(f"--{option} says nothing about {origin}, which holds {each.name}. Leave it out.")
+            return each.open(origin, progress, **asked)
+    raise InputError(
+        f"{origin} holds no checkpoints of a format that can be imported: {', '.join(each.name for each in FORMATS if each.options)}."
+    )
+
+
+def _half(series: Series) -> list[str]:
+    narrow = [name for name, header in series.tensors.items() if header.dtype in HALF]
+    return [
+        f"{len(narrow)} of {len(series.tensors)} tensors are stored in half precision, in which most steps of training are rounded "
+        "away; `lca run` says how many. Save float32 weights where you can"
+    ] * bool(narrow)
+
+
+def _file(place: Path, step: int) -> Path:
+    return place / f"step_{step:08d}.safetensors"
+
+
+def _only_steps(place: Path) -> None:
+    """Refuse a directory that holds anything but what an import writes."""
+    if not place.is_dir():
+        if os.path.lexists(place):
+            raise InputError(f"{place} is there and is no directory. Name another one.")
+        return
+    foreign = sorted(path.name for path in place.iterdir() if path.name != _PARTIAL and not _OURS.fullmatch(path.name))
+    if foreign:
+        raise InputError(f"{place} is not empty: it holds {foreign[0]!r}, which no import wrote. Name a new directory.")
+
+
+@contextlib.contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """Hold the directory, with a place for files that are not whole yet; what another import left there goes."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        held = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise InputError(f"{place} cannot be made or opened: {error.strerror}. Name another directory.") from None
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResourceError(
+                f"another import writes into {place}. Wait for it, or name another directory."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        shutil.rmtree(place / _PARTIAL, ignore_errors=True)
+        try:
+            yield
+        finally:
+            shutil.rmtree(place / _PARTIAL, ignore_errors=True)
+    finally:
+        os.close(held)
+
+
+def _waiting(place: Path, series: Series) -> list[Iterate]:
+    """The iterates whose files are not there; refuse files that are, and are not theirs."""
+    present = {path.name for path in place.iterdir() if path.name != _PARTIAL}
+    extra = sorted(present - {_file(place, iterate.step).name for iterate in series.iterates})
+    if extra:
+        raise InputError(f"{place} holds {extra[0]}, a step that is not in this series. Name a new directory.")
+    waiting = []
+    for iterate in series.iterates:
+        path = _file(place, iterate.step)
+        if path.name not in present:
+            waiting.append(iterate)
+            continue
+        header = read_header(path)
+        if header.tensors != series.tensors or header.metadata.get(_SOURCE) != iterate.identity():
+            raise InputError(
+                f"{path} is there and was not imported from {iterate.origin}, as it is now. Name a new directory, or move the file away."
+            )
+    return waiting
+
+
+def _room(place: Path, series: Series, files: int) -> None:
+    size = sum(
+        len(name.encode()) + 100 + SIZES[header.dtype] * TensorSpec(name, "state", header.shape).elements
+        for name, header in series.tensors.items()
+    )
+    free = shutil.disk_usage(place).free
+    if files * size > free:
+        raise ResourceError(
+            f"{files:,} files of {amount(size)} take {amount(files * size)}, and {amount(free)} are free at {place}. Free some, or name "
+            "another directory."
+        )
+
+
+def _write(place: Path, iterate: Iterate, known: Mapping[str, TensorHeader]) -> int:
+    """Write one iterate under a temporary name, rename it, and return its size in bytes."""
+    tensors, identity = iterate.read(), iterate.identity()
+    if headers_of(tensors) != known:
+        raise InputError(f"{iterate.origin} changed while it was imported. Run again when nothing writes there.")
+    path = _file(place, iterate.step)
+    temporary = place / _PARTIAL / path.name
+    umask = os.umask(0)
+    os.umask(umask)
+    try:
+        temporary.parent.mkdir(exist_ok=True)
+        save_file(tensors, temporary, metadata={_SOURCE: identity})
+        temporary.chmod(0o666 & ~umask)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        size = temporary.stat().st_size
+        temporary.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise ResourceError(
+            f"{path} cannot be written: {'no space left' if full else error}. What is there is whole; put that right and run the same "
+            "command again to go on."
+        ) from error
+    return size
