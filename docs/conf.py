@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 project = "lca_posthoc"
 release = lca_posthoc.__version__
 html_title = f"{project} {release}"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_click"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click"]
 exclude_patterns = ["_build"]
 
 myst_heading_anchors = 3
@@ -28,7 +28,9 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
 nitpicky = True
-nitpick_ignore_regex = []
+nitpick_ignore_regex = [
+    ("py:class", r"(collections|pathlib|torch|xarray|xr|matplotlib)\..*|Axes|Figure"),  # other libraries' names
+]
 
 html_theme = "alabaster"
 html_theme_options = {
@@ -43,6 +45,7 @@ html_theme_options = {
 html_static_path = ["_static"]  # custom.css, which the theme takes by its name
 
 _LITERAL = re.compile(r"(`+)(.+?)\1", re.DOTALL)
+_EMPHASIS = re.compile(r"(?<!\w)\*(?P<words>[^\s*|]|[^\s*|][^*|\n]*[^\s*|])\*(?!\w)|\*(?=\S)|[|\\]|_\b")
 _FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
 
@@ -66,7 +69,7 @@ def _inline(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([*|\\]|_\b)", r"\\\1", text)
+    return _EMPHASIS.sub(lambda found: found[0] if found["words"] else f"\\{found[0]}", text)
 
 
 def docstring(app: Sphinx, what: str, name: str, member: Any, options: Any, lines: list[str]) -> None:
@@ -108,6 +111,7 @@ def outside(app: Sphinx, document: Any) -> None:
 
 
 def setup(app: Sphinx) -> None:
+    """What Sphinx calls."""
     app.connect("autodoc-process-docstring", docstring, priority=100)
     app.connect("sphinx-click-process-description", help_text)
     app.connect("sphinx-click-process-options", options_text)

@@ -55,6 +55,7 @@ class _Group(click.Group):
             return None
         command = importlib.import_module(f".{name}", __name__).command
         assert isinstance(command, click.Command)
+        command.name = name  # every file calls its own `command`
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
