@@ -38,14 +38,16 @@ html_theme_options = {
     "page_width": "1180px",
     "body_max_width": "none",
     "sidebar_width": "240px",
-    "fixed_sidebar": True,
     "font_family": "system-ui, sans-serif",
     "head_font_family": "system-ui, sans-serif",
 }
+html_show_copyright = False
 html_static_path = ["_static"]  # custom.css, which the theme takes by its name
 
 _LITERAL = re.compile(r"(`+)(.+?)\1", re.DOTALL)
-_EMPHASIS = re.compile(r"(?<!\w)\*(?P<words>[^\s*|]|[^\s*|][^*|\n]*[^\s*|])\*(?!\w)|\*(?=\S)|[|\\]|_\b")
+_EMPHASIS = re.compile(
+    r"(?<!\w)\*(?P<words>[^\s*|]|[^\s*|][^*|\n]*[^\s*|])\*(?!\w)|\*(?=\S)|[|\\]|_\b|(?<=\w):(?=[\w/])"
+)
 _FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
 
@@ -96,10 +98,10 @@ def _parts(lines: list[str]) -> Iterator[list[str]]:
 
 def options_text(app: Sphinx, context: Any, lines: list[str]) -> None:
     """The help of each option; what sphinx-click adds (directives, `:default:`, `**Required**`) stays as it is."""
-    lines[:] = [
-        line if re.match(r" *(\.\.|:\w+:|$)", line) else _inline(line).replace(r"\*\*Required\*\*", "**Required**")
-        for line in lines
-    ]
+    for at, line in enumerate(lines):
+        if not re.match(r" *(\.\.|:\w+:|$)", line):
+            before, required, text = line.rpartition("**Required** ")
+            lines[at] = before + required + _inline(text)
 
 
 def outside(app: Sphinx, document: Any) -> None:
