@@ -89,7 +89,11 @@ class _Running:
     def arrays(self) -> Arrays:
         found = {"allocated": self._sum.value(), "helping": self._helping, "hurting": self._hurting}
         for at, name in enumerate(SIGNED):
-            found |= {f"{name}_turns": self._turns[at], f"{name}_first": self._first[at], f"{name}_last": self._last[at]}
+            found |= {
+                f"{name}_turns": self._turns[at],
+                f"{name}_first": self._first[at],
+                f"{name}_last": self._last[at],
+            }
         return {name: each.cpu().numpy() for name, each in found.items()}
 
 

@@ -1,9 +1,16 @@
-"""Every iterate is saved whole, once, readable by others, or not at all."""
+"""Every iterate is saved whole, once, as it was at its step, readable by others; what cannot be is an error, never a hole."""
 
 from __future__ import annotations
 
 import errno
 import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,14 +18,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lca_posthoc import Recorder, open_trajectory
-from lca_posthoc import recorder as module
-from lca_posthoc.errors import InputError
+from lca_posthoc.errors import InputError, LCAError, ResourceError
 from lca_posthoc.objective import tensor_table
+from lca_posthoc.recorder import writer
+from lca_posthoc.recorder.staging import CODES
 from lca_posthoc.trajectory import read_checkpoint
+from tests.recording import become, network
+
+HERE = Path(__file__).parents[1]
 
 
 class Tied(nn.Module):
@@ -46,8 +57,17 @@ class Odd(nn.Module):
         self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
         self.channels_last = nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
         self.register_buffer("count", torch.tensor([1, 2, 3]))
-        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("mask", torch.tensor([True, False, True]))
         self.register_buffer("scratch", torch.zeros(9), persistent=False)
+
+
+class Types(nn.Module):
+    """A buffer of every type a file can hold, of an odd number of elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for dtype in CODES:
+            self.register_buffer(f"of_{CODES[dtype]}", torch.tensor([0, 1, 1]).to(dtype))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -55,8 +75,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "batch norm": lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)),
     "tied": Tied,
     "odd": Odd,
-    "half": lambda: nn.Linear(3, 2).half(),
+    "types": Types,
     "wrapped": lambda: nn.DataParallel(nn.Linear(3, 2)),
+    "compiled": lambda: torch.compile(nn.Linear(3, 2)),  # type: ignore[dict-item, return-value]
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)),
+    "no tensors": nn.ReLU,
 }
 
 
@@ -72,15 +95,42 @@ def linear() -> nn.Module:
     return nn.Linear(3, 2)
 
 
+@pytest.fixture(autouse=True)
+def no_warnings() -> Iterator[None]:
+    """A warning is part of what is promised: where one is due it is expected."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*fewer than 32 bits", category=UserWarning)
+        yield
+
+
+def saved(directory: Path, model: nn.Module, *steps: int, **options: Any) -> list[Path]:
+    """Save the model as it is at each step."""
+    with Recorder(directory, model, **options) as recorder:
+        for step in steps:
+            recorder.save(step)
+    return names(directory)
+
+
+def names(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir())
+
+
+def steps_in(directory: Path) -> list[int]:
+    return [int(path.stem.removeprefix("step_")) for path in names(directory)]
+
+
 def move(model: nn.Module) -> None:
     with torch.no_grad():
         for tensor in model.parameters():
             tensor += 1
 
 
+# --- what a file holds ---------------------------------------------------------------------------------------------------
+
+
 def test_files_are_named_by_their_step_and_hold_it_in_their_metadata(tmp_path: Path, linear: nn.Module) -> None:
-    with Recorder(tmp_path / "new" / "ck", linear) as recorder:
-        paths = [recorder.save(step) for step in (0, 7, 123_456_789)]
+    paths = saved(tmp_path / "new" / "ck", linear, 0, 7, 123_456_789)
     assert [path.name for path in paths] == [
         "step_00000000.safetensors",
         "step_00000007.safetensors",
@@ -92,53 +142,72 @@ def test_files_are_named_by_their_step_and_hold_it_in_their_metadata(tmp_path: P
 
 
 def test_parameters_and_persistent_buffers_are_saved_whole(tmp_path: Path, model: nn.Module) -> None:
-    stored = load_file(Recorder(tmp_path, model).save(0))
+    (path,) = saved(tmp_path, model, 0)
+    stored = load_file(path)
     expected = model.state_dict()
     unique = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert set(stored) == set(unique) & set(expected)
     for name, tensor in stored.items():
         assert tensor.dtype == expected[name].dtype
-        assert torch.equal(tensor, expected[name])
+        assert tensor.shape == expected[name].shape
+        assert tensor.tolist() == expected[name].tolist()
+
+
+def test_a_file_is_the_one_safetensors_would_write(tmp_path: Path, model: nn.Module) -> None:
+    (path,) = saved(tmp_path / "ours", model, 3)
+    tensors = {name: each.contiguous() for name, each in load_file(path).items()}
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt", "step": "3"})
+    assert path.stat().st_size == (tmp_path / "theirs").stat().st_size
+    with safe_open(path, "pt") as ours, safe_open(tmp_path / "theirs", "pt") as theirs:
+        assert ours.metadata() == theirs.metadata()
+        for name in tensors:
+            assert ours.get_slice(name).get_dtype() == theirs.get_slice(name).get_dtype()
+            assert ours.get_slice(name).get_shape() == theirs.get_slice(name).get_shape()
 
 
 def test_a_buffer_that_is_not_persistent_is_not_saved(tmp_path: Path) -> None:
-    assert "scratch" not in load_file(Recorder(tmp_path, Odd()).save(0))
+    assert "scratch" not in load_file(saved(tmp_path, Odd(), 0)[0])
 
 
 def test_a_tied_tensor_is_saved_once_under_its_first_name(tmp_path: Path) -> None:
-    assert set(load_file(Recorder(tmp_path, Tied()).save(0))) == {"emb.weight"}
+    assert set(load_file(saved(tmp_path, Tied(), 0)[0])) == {"emb.weight"}
 
 
 def test_saving_leaves_the_model_and_its_gradients_alone(tmp_path: Path, model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     before = {
-        name: (id(each), each.data_ptr(), each.stride(), each.requires_grad) for name, each in model.named_parameters()
+        name: (id(each), each.data_ptr(), each.stride(), each.requires_grad, each._version)
+        for name, each in model.named_parameters()
     }
-    Recorder(tmp_path, model).save(0)
+    saved(tmp_path, model, 0)
     assert {
-        name: (id(each), each.data_ptr(), each.stride(), each.requires_grad) for name, each in model.named_parameters()
+        name: (id(each), each.data_ptr(), each.stride(), each.requires_grad, each._version)
+        for name, each in model.named_parameters()
     } == before
     assert all(torch.equal(each.grad, torch.ones_like(each)) for each in model.parameters() if each.grad is not None)
 
 
-def test_what_was_saved_is_read_back_under_the_models_own_names(tmp_path: Path, model: nn.Module) -> None:
-    saved = []
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("types", "no tensors", "weight norm")])
+def test_what_was_saved_is_read_back_under_the_models_own_names(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    expected = []
     with Recorder(tmp_path, model) as recorder:
         for step in range(3):
             recorder.save(step)
-            saved.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+            expected.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
             move(model)
     trajectory = open_trajectory(tmp_path)
     table = tensor_table(model, "running")
-    names = trajectory.match(table)
+    sources = trajectory.match(table)
     assert trajectory.steps == [0, 1, 2]
-    for checkpoint, expected in zip(trajectory.checkpoints, saved, strict=True):
-        read = read_checkpoint(checkpoint, names)
+    for checkpoint, then in zip(trajectory.checkpoints, expected, strict=True):
+        read = read_checkpoint(checkpoint, sources)
         assert list(read) == [spec.name for spec in table]
-        for name, tensor in read.items():
-            assert torch.equal(tensor, expected[name])
-            assert tensor.dtype == expected[name].dtype
+        for key, tensor in read.items():
+            assert torch.equal(tensor, then[key])
+            assert tensor.dtype == then[key].dtype
 
 
 @pytest.fixture
@@ -153,61 +222,483 @@ def test_a_file_gets_the_mode_the_umask_asks_for(
     tmp_path: Path, linear: nn.Module, umask: Callable[[int], None], mask: int, mode: int
 ) -> None:
     umask(mask)
-    assert Recorder(tmp_path, linear).save(0).stat().st_mode & 0o777 == mode
+    assert saved(tmp_path / "ck", linear, 0)[0].stat().st_mode & 0o777 == mode
 
 
-def test_nothing_temporary_is_left(tmp_path: Path, linear: nn.Module) -> None:
-    for step in range(3):
-        Recorder(tmp_path, linear).save(step)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_0000000{step}.safetensors" for step in range(3)]
+# --- while training goes on --------------------------------------------------------------------------------------------------
 
 
-def _fails_half_way(tensors: Any, path: Path, metadata: Any) -> None:
-    Path(path).write_bytes(b"half")
-    raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """The thread writes nothing before it is set."""
+    opened, write = threading.Event(), writer.Writer._write
+    monkeypatch.setattr(writer.Writer, "_write", lambda *given: (opened.wait(), write(*given))[1])
+    yield opened
+    opened.set()
 
 
-def _interrupted_half_way(tensors: Any, path: Path, metadata: Any) -> None:
-    Path(path).write_bytes(b"half")
-    raise KeyboardInterrupt
+def test_an_iterate_is_the_model_at_its_step_however_late_it_is_written(tmp_path: Path, gate: threading.Event) -> None:
+    model = network()
+    with Recorder(tmp_path, model) as recorder:
+        for step in range(writer.RING):
+            become(model, step)
+            recorder.save(step)
+        become(model, 99)
+        assert names(tmp_path) == []
+        gate.set()
+    for step, path in enumerate(names(tmp_path)):
+        assert {float(each.double().min()) for each in load_file(path).values()} == {step}
+        assert {float(each.double().max()) for each in load_file(path).values()} == {step}
 
 
-@pytest.mark.parametrize(("fault", "error"), [(_fails_half_way, OSError), (_interrupted_half_way, KeyboardInterrupt)])
-def test_a_save_that_fails_raises_leaves_nothing_and_can_be_repeated(
-    tmp_path: Path,
-    linear: nn.Module,
-    monkeypatch: pytest.MonkeyPatch,
-    fault: Callable[..., None],
-    error: type[BaseException],
+def test_a_disk_slower_than_training_slows_it_down_and_nothing_is_left_out(
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorder = Recorder(tmp_path, linear)
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "save_file", fault)
-        with pytest.raises(error):
-            recorder.save(0)
-    assert list(tmp_path.iterdir()) == []
-    assert recorder.save(0).exists()
+    made: list[writer.Staging] = []
+    build = writer.Staging
+
+    def counted(layout: Any) -> writer.Staging:
+        made.append(build(layout))
+        if len(made) == writer.RING:
+            gate.set()
+        return made[-1]
+
+    monkeypatch.setattr(writer, "Staging", counted)
+    model = network()
+    with Recorder(tmp_path, model) as recorder:
+        for step in range(50):
+            become(model, step)
+            recorder.save(step)
+    assert steps_in(tmp_path) == list(range(50))
+    assert all(
+        float(each.double().max()) == step
+        for step, path in enumerate(names(tmp_path))
+        for each in load_file(path).values()
+    )
+    assert len(made) == writer.RING
 
 
-def test_an_iterate_that_is_there_is_never_overwritten(tmp_path: Path, linear: nn.Module) -> None:
+def test_flush_has_every_file_and_its_name_on_the_disk(
+    tmp_path: Path, linear: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    sync = os.fsync
+    monkeypatch.setattr(
+        writer.os, "fsync", lambda number: (flushed.append(os.readlink(f"/proc/self/fd/{number}")), sync(number))[1]
+    )
+    with Recorder(tmp_path, linear) as recorder:
+        for step in range(3):
+            recorder.save(step)
+        recorder.flush()
+        assert steps_in(tmp_path) == [0, 1, 2]
+        assert {*map(str, names(tmp_path)), str(tmp_path)} <= set(flushed)
+
+
+def test_a_process_that_ends_without_closing_has_written_everything(tmp_path: Path) -> None:
+    script = (
+        "import sys, torch\nfrom lca_posthoc import Recorder\nmodel = torch.nn.Linear(300, 300)\nrecorder = Recorder(sys.argv[1], model)\n"
+        "for step in range(40):\n    recorder.save(step)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path], check=True, cwd=HERE, timeout=120)
+    assert steps_in(tmp_path) == list(range(40))
+
+
+def test_a_recorder_that_is_forgotten_has_written_everything(tmp_path: Path, linear: nn.Module) -> None:
     recorder = Recorder(tmp_path, linear)
-    path = recorder.save(3)
-    before = path.read_bytes()
-    move(linear)
+    for step in range(10):
+        recorder.save(step)
+    del recorder
+    assert steps_in(tmp_path) == list(range(10))
+
+
+def test_a_forked_process_neither_writes_nor_hangs(tmp_path: Path, linear: nn.Module) -> None:
+    recorder = Recorder(tmp_path, linear)
+    recorder.save(0)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            recorder.save(1)
+        except LCAError:
+            recorder.close()
+            code = 7
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    recorder.save(1)
+    recorder.close()
+    assert steps_in(tmp_path) == [0, 1]
+
+
+# --- which steps ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        ({"every": 4}, [0, 4, 8]),
+        ({"until": 3}, [0, 1, 2, 3]),
+        ({"steps": [0, 1, 2, 4, 8]}, [0, 1, 2, 4, 8]),
+        ({"steps": range(0, 9, 2), "every": 3, "until": 5}, [0]),
+        ({"steps": []}, []),
+    ],
+)
+def test_the_steps_that_were_asked_for_are_recorded(
+    tmp_path: Path, linear: nn.Module, options: dict[str, Any], expected: list[int]
+) -> None:
+    place = tmp_path / "ck"
+    with Recorder(place, linear, **options) as recorder:
+        for step in range(10):
+            recorder.save(step)
+    assert (steps_in(place) if place.exists() else []) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, r"every=0: record every step \(1\)"),
+        ({"on_full": "wait"}, "on_full='wait': choose 'stop' or 'pause'"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(
+    tmp_path: Path, linear: nn.Module, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        Recorder(tmp_path, linear, **options)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"), [(None, -1, "from 0, the initial"), (3, 3, "after step 3"), (3, 2, "after step 3")]
+)
+def test_steps_are_counted_upwards(
+    tmp_path: Path, linear: nn.Module, first: int | None, second: int, message: str
+) -> None:
+    recorder = Recorder(tmp_path / "ck", linear)
+    if first is not None:
+        recorder.save(first)
     with pytest.raises(
-        InputError, match=r"step_00000003\.safetensors exists\. Record into an empty directory, or continue"
+        InputError, match=f"step {second} cannot be saved: optimiser steps are counted upwards, {message}"
     ):
-        recorder.save(3)
-    assert path.read_bytes() == before
-    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+        recorder.save(second)
+    recorder.close()
+    with pytest.raises(InputError, match="this recorder is closed"):
+        recorder.save(9)
 
 
-def test_a_negative_step_is_refused(tmp_path: Path, linear: nn.Module) -> None:
-    with pytest.raises(InputError, match="step must be 0 or more, got -1"):
-        Recorder(tmp_path / "ck", linear).save(-1)
-    assert not (tmp_path / "ck").exists()
+def test_space_that_cannot_suffice_is_said_at_once(tmp_path: Path, linear: nn.Module) -> None:
+    with pytest.raises(ResourceError, match=r"1,000,000,000,000 iterates of 32 B take 32 TB, and .* has .* free"):
+        Recorder(tmp_path / "ck", linear, until=10**12 - 1)
+    with pytest.warns(UserWarning, match="take 32 TB"):
+        Recorder(tmp_path / "ck", linear, until=10**12 - 1, on_full="pause")
+    Recorder(tmp_path / "ck", linear, until=10**12 - 1, every=10**9)
+    assert names(tmp_path) == []
 
 
-def test_an_error_inside_the_context_is_not_swallowed(tmp_path: Path, linear: nn.Module) -> None:
-    with pytest.raises(ZeroDivisionError), Recorder(tmp_path, linear):
-        _ = 1 / 0
+def test_half_precision_is_warned_about(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"weight has fewer than 32 bits a number, as 2 of 2 tensors|bias has fewer"):
+        saved(tmp_path, nn.Linear(3, 2).bfloat16(), 0)
+
+
+# --- by itself, after every step of an optimiser -----------------------------------------------------------------------------------
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, accumulate: int = 1) -> list[list[float]]:
+    """Train on noise; the first row of the model's first parameter after each optimiser step."""
+    first, found = next(model.parameters()), []
+    for _ in range(steps):
+        for _ in range(accumulate):
+            model(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(first[0].tolist())
+    return found
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_attached_recorder_saves_the_start_and_every_optimiser_step(
+    tmp_path: Path, linear: nn.Module, kind: Callable[..., torch.optim.Optimizer], accumulate: int
+) -> None:
+    optimizer = kind(linear.parameters(), lr=0.01)
+    with Recorder(tmp_path, linear).attach(optimizer):
+        start = linear.weight[0].tolist()  # type: ignore[operator, index, union-attr]
+        expected = [start, *trained(linear, optimizer, 5, accumulate)]
+    assert [load_file(path)["weight"][0].tolist() for path in names(tmp_path)] == expected
+    trained(linear, optimizer, 1)  # detached
+    assert steps_in(tmp_path) == list(range(6))
+
+
+def test_a_recorder_that_only_the_optimiser_knows_records(tmp_path: Path, linear: nn.Module) -> None:
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.01)
+    Recorder(tmp_path, linear).attach(optimizer, step=40)
+    trained(linear, optimizer, 3)
+    del optimizer
+    assert steps_in(tmp_path) == [40, 41, 42, 43]
+
+
+def test_steps_of_several_optimisers_are_counted_together(tmp_path: Path, linear: nn.Module) -> None:
+    both = [torch.optim.SGD([each], lr=0.01) for each in linear.parameters()]
+    with Recorder(tmp_path, linear).attach(*both):
+        for _ in range(3):
+            linear(torch.randn(4, 3)).sum().backward()
+            for optimizer in both:
+                optimizer.step()
+    assert steps_in(tmp_path) == list(range(7))
+
+
+def test_a_step_that_a_gradient_scaler_skips_does_not_count(tmp_path: Path, linear: nn.Module) -> None:
+    optimizer, scaler = torch.optim.SGD(linear.parameters(), lr=0.01), torch.amp.GradScaler("cpu")
+    with Recorder(tmp_path, linear).attach(optimizer):
+        for factor in (1.0, float("inf"), 1.0):
+            optimizer.zero_grad()
+            scaler.scale(linear(torch.randn(4, 3)).sum() * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert steps_in(tmp_path) == [0, 1, 2]
+
+
+def test_an_optimiser_of_another_model_is_refused(tmp_path: Path, linear: nn.Module) -> None:
+    other = torch.optim.SGD(nn.Linear(3, 2).parameters(), lr=0.01)
+    with pytest.raises(InputError, match="the optimiser has none of the model's parameters"):
+        Recorder(tmp_path / "ck", linear).attach(other)
+    assert names(tmp_path) == []
+    mine = torch.optim.SGD(linear.parameters(), lr=0.01)
+    with Recorder(tmp_path, linear).attach(mine) as recorder, pytest.raises(InputError, match="attached already"):
+        recorder.attach(mine)
+
+
+# --- what cannot be saved -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: nn.LazyLinear(3), "has no values in memory"),
+        (lambda: nn.Linear(3, 2, device="meta"), "has no values in memory"),
+        (lambda: nn.Linear(3, 2, dtype=torch.complex128), "is torch.complex128, which safetensors cannot hold"),
+    ],
+)
+def test_tensors_that_a_file_cannot_hold_are_refused(
+    tmp_path: Path, build: Callable[[], nn.Module], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        Recorder(tmp_path / "ck", build()).save(0)
+    assert names(tmp_path) == []
+
+
+def _grow(model: nn.Module) -> None:
+    model.extra = nn.Parameter(torch.ones(1))
+
+
+def _shrink(model: nn.Module) -> None:
+    model.bias = None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.double(), r"'(weight|bias)' of the model was torch.float32 .* and is torch.float64"),
+        (_shrink, "'bias' of the model was .* and is absent"),
+        (_grow, "'extra' of the model was absent .* and is torch.float32"),
+    ],
+)
+def test_a_series_holds_one_set_of_tensors(
+    tmp_path: Path, linear: nn.Module, change: Callable[[nn.Module], Any], message: str
+) -> None:
+    with Recorder(tmp_path, linear) as recorder:
+        recorder.save(0)
+        change(linear)
+        with pytest.raises(InputError, match=message):
+            recorder.save(1)
+    assert steps_in(tmp_path) == [0]
+
+
+class _Failing:
+    """Fails while the file of some steps is half written, as often as told."""
+
+    def __init__(self, code: int, steps: range, times: int = 10**9) -> None:
+        self.code, self.steps, self.times = code, steps, times
+
+    def __call__(self, path: Path, *given: Any) -> Any:
+        file = open(path, *given)  # noqa: SIM115
+        if self.times and any(f"{step:08d}" in path.name for step in self.steps):
+            self.times -= 1
+            file.write(b"half")
+            file.close()
+            raise OSError(self.code, os.strerror(self.code))
+        return file
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[_Failing], None]:
+    return lambda fault: monkeypatch.setattr(Path, "open", lambda path, *given: fault(path, *given))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
+def test_what_cannot_be_written_stops_training_and_leaves_no_hole(
+    tmp_path: Path, failing: Callable[[_Failing], None], code: int
+) -> None:
+    failing(_Failing(code, range(3, 4), 1))
+    done: list[int] = []
+    recorder = Recorder(tmp_path, network())
+    said = f"cannot write .*step_00000003.*{os.strerror(code)}; the last iterate recorded is that of step 2"
+    with pytest.raises(ResourceError, match=said):
+        _save_on(recorder, done)
+    assert len(done) <= 3 + writer.RING + 1
+    with pytest.raises(ResourceError, match="step_00000003"):
+        recorder.close()
+    assert steps_in(tmp_path) == [0, 1, 2]
+
+
+def _save_on(recorder: Recorder, done: list[int], until: int = 1000) -> None:
+    for step in range(until):
+        recorder.save(step)
+        done.append(step)
+
+
+def _save_and(action: Callable[[], Any], recorder: Recorder) -> None:
+    with recorder:
+        recorder.save(0)
+        action()
+
+
+def test_an_error_is_raised_at_the_latest_when_closing(tmp_path: Path, failing: Callable[[_Failing], None]) -> None:
+    failing(_Failing(errno.ENOSPC, range(1)))
+    with pytest.raises(ResourceError, match="nothing was recorded"), Recorder(tmp_path, network()) as recorder:
+        recorder.save(0)
+    assert names(tmp_path) == []
+
+
+def test_an_error_of_training_stands_before_that_of_the_recorder(
+    tmp_path: Path, failing: Callable[[_Failing], None]
+) -> None:
+    failing(_Failing(errno.ENOSPC, range(1)))
+    with pytest.raises(ZeroDivisionError) as found:
+        _save_and(lambda: 1 / 0, Recorder(tmp_path, network()))
+    assert "the recorder, too: cannot write" in found.value.__notes__[0]
+
+
+def test_an_error_inside_the_context_is_not_swallowed_and_what_was_saved_stays(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _save_and(lambda: signal.raise_signal(signal.SIGINT), Recorder(tmp_path, network()))
+    assert steps_in(tmp_path) == [0]
+
+
+def test_a_full_disk_pauses_recording_where_that_was_chosen(
+    tmp_path: Path, failing: Callable[[_Failing], None]
+) -> None:
+    failing(_Failing(errno.ENOSPC, range(2, 4)))
+    recorder = Recorder(tmp_path, network(), on_full="pause")
+    with pytest.warns(UserWarning, match="no space for .*step_00000002.*recording pauses until there is") as warned:
+        _save_and(lambda: [recorder.save(step) for step in range(1, 6)], recorder)
+    assert len(warned) == 1
+    assert recorder.left_out == [2, 3]
+    assert steps_in(tmp_path) == [0, 1, 4, 5]
+
+
+def test_a_file_larger_than_the_process_may_write_stops_training_with_whole_files_alone(tmp_path: Path) -> None:
+    """A real limit: the kernel cuts the file short."""
+    script = (
+        "import resource, sys, torch\nfrom lca_posthoc import Recorder\nfrom lca_posthoc.errors import ResourceError\n"
+        "recorder = Recorder(sys.argv[1], torch.nn.Linear(300, 300))\nrecorder.save(0)\nrecorder.flush()\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
+        "try:\n    for step in range(1, 100):\n        recorder.save(step)\nexcept ResourceError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, cwd=HERE, timeout=120, check=False
+    )
+    assert "cannot write" in done.stdout
+    assert "File too large; the last iterate recorded is that of step 0" in done.stdout
+    assert steps_in(tmp_path) == [0]
+
+
+# --- going on ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_training_that_is_resumed_goes_on_with_the_series(tmp_path: Path) -> None:
+    model = network()
+    for first, last in ((0, 5), (5, 9), (3, 12)):  # from the end, and from a checkpoint before it, to the same weights
+        with Recorder(tmp_path, model) as recorder:
+            for step in range(first, last):
+                become(model, step)
+                recorder.save(step)
+        if first == 0:
+            before = {path: path.stat() for path in names(tmp_path)}
+    assert steps_in(tmp_path) == list(range(12))
+    assert all(
+        (path.stat().st_ino, path.stat().st_mtime_ns) == (then.st_ino, then.st_mtime_ns)
+        for path, then in before.items()
+    )
+
+
+@pytest.mark.parametrize(("step", "value"), [(2, 7), (4, 7), (1, 1)])
+def test_an_iterate_that_is_there_is_never_overwritten(tmp_path: Path, step: int, value: int) -> None:
+    """Other weights of a step that is there, or a step before the last one that is not."""
+    model = network()
+    with Recorder(tmp_path, model) as recorder:
+        for each in (0, 2, 4):
+            become(model, each)
+            recorder.save(each)
+    before = {path: path.read_bytes() for path in names(tmp_path)}
+    become(model, value)
+    with pytest.raises(
+        InputError, match=rf"step_0000000{step}.* is not the iterate to be saved, and .* goes on to step 4"
+    ):
+        saved(tmp_path, model, step)
+    assert {path: path.read_bytes() for path in names(tmp_path)} == before
+
+
+def test_a_gap_between_the_series_and_its_continuation_is_said(tmp_path: Path) -> None:
+    model = network()
+    saved(tmp_path, model, 0, 1)
+    with pytest.warns(UserWarning, match="ends at step 1 and is gone on with at step 5: the 3 between are missing"):
+        saved(tmp_path, model, 5)
+    with pytest.warns(UserWarning, match="at step 12: the 3 between"):
+        saved(tmp_path, model, 12, every=2, on_full="stop")
+    saved(tmp_path, model, 13)
+
+
+def test_two_recorders_of_one_directory_are_one_too_many(tmp_path: Path, linear: nn.Module) -> None:
+    with Recorder(tmp_path, linear) as recorder:
+        recorder.save(0)
+        with pytest.raises(ResourceError, match="another recorder writes into"):
+            Recorder(tmp_path, linear).save(1)
+    saved(tmp_path, linear, 1)
+
+
+@pytest.mark.parametrize("kills", [12])
+def test_a_training_that_is_killed_leaves_whole_files_without_a_hole(tmp_path: Path, kills: int) -> None:
+    """kill -9 at random moments, again and again in one directory; the full number: `tests/benchmarks/recorder.py --kills`."""
+    assert kill_again_and_again(tmp_path, kills) >= kills
+
+
+def kill_again_and_again(directory: Path, kills: int) -> int:
+    """Kill trainings that go on with one series; returns how many iterates there are in the end."""
+    chance, found = random.Random(7), 0
+    trainings = subprocess.Popen(
+        [sys.executable, "-m", "tests.recording", directory],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=HERE,
+    )
+    assert trainings.stdin is not None
+    assert trainings.stdout is not None
+    with trainings:
+        for _ in range(kills):
+            print(found, file=trainings.stdin, flush=True)
+            training = int(trainings.stdout.readline())
+            wanted = found + chance.randint(1, 40)
+            while not (directory / f"step_{wanted:08d}.safetensors").exists():
+                time.sleep(chance.random() / 1000)
+            os.kill(training, signal.SIGKILL)
+            assert trainings.stdout.readline() == "ended\n"
+            left = [path for path in names(directory) if path.name.startswith(".")]
+            steps = [int(path.stem.removeprefix("step_")) for path in names(directory) if path not in left]
+            assert len(left) <= 1
+            assert steps == list(range(len(steps)))
+            for step in range(found, len(steps)):
+                tensors = load_file(directory / f"step_{step:08d}.safetensors")
+                assert all((each == step).all() for each in tensors.values())
+            found = len(steps)
+    return found

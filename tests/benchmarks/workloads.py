@@ -134,8 +134,8 @@ class Workload:
 WORKLOADS = {
     "mnist-fc": Workload(mnist_fc, 0.05, 250, 32, 220, None, {"cpu": 5000, "cuda": 55_000}),
     "mnist-fc-classes": Workload(mnist_fc_classes, 0.05, 250, 32, 220, None, {"cpu": 7000, "cuda": 55_000}),
-    "mnist-lenet": Workload(mnist_lenet, 0.02, 250, 4, 100, 3000, {"cpu": 250, "cuda": 11_000}),
-    "resnet20": Workload(resnet20, 0.1, 250, 4, 200, 500, {"cpu": 250, "cuda": 5000}, norm_stats="batch"),
+    "mnist-lenet": Workload(mnist_lenet, 0.02, 250, 64, 100, 500, {"cpu": 250, "cuda": 11_000}),
+    "resnet20": Workload(resnet20, 0.1, 250, 64, 200, 250, {"cpu": 250, "cuda": 5000}, norm_stats="batch"),
     "transformer": Workload(transformer, 0.1, 8, 4, 8, 6, {"cpu": 6, "cuda": 128}, first_batch=6),
 }
 

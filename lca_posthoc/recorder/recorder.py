@@ -1,0 +1,301 @@
+"""Save every iterate of a training run, while it goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import warnings
+import weakref
+from collections.abc import Callable, Collection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import nn
+
+from ..errors import InputError, ResourceError, amount
+from .staging import Layout, Stager, tensors_of, transient_names
+from .writer import Writer
+
+_FILE = re.compile(r"step_(\d{8,})\.safetensors")
+
+
+class Recorder:
+    """Saves a model's parameters and persistent buffers, one safetensors file per optimiser step.
+
+    `save` copies them into memory and returns; a thread writes them under a temporary name and renames, so that a file that is there
+    is whole, also when training is killed. At most three iterates wait in memory; a disk that is slower than training slows
+    it down, and nothing is left out. Once a second, and at `flush` and `close`, files are flushed to the disk: a power failure
+    may damage those of the last second. What cannot be written is an error of the next `save`, `flush` or `close`.
+
+    Where several processes train together (`torch.distributed`), all make a recorder and the first one writes.
+
+    Args:
+        directory: created with the first iterate; gets `step_00000000.safetensors` and so on. One that holds iterates is gone on
+            with: a step that is there already must have the same weights, and is left alone.
+        model: the module that is being trained; tied tensors are written once, under their first name. Keep it in float32 (under
+            `torch.autocast` it is): most of the motion is lost in fewer bits.
+        every: only steps that are multiples of it.
+        steps: only these.
+        until: only steps up to this one.
+        on_full: "stop" raises an error where the disk is full; "pause" lets training go on and leaves iterates out, with a warning,
+            until there is space.
+
+    Raises:
+        InputError: where an argument is not as described.
+        ResourceError: where `steps` or `until` tell how many iterates will come and there is no space for them.
+
+    ```python
+    with Recorder("checkpoints", model) as recorder:
+        recorder.attach(optimizer)             # the initial weights, and every step from here on
+        train()
+    ```
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        model: nn.Module,
+        *,
+        every: int = 1,
+        steps: Collection[int] | None = None,
+        until: int | None = None,
+        on_full: Literal["stop", "pause"] = "stop",
+    ) -> None:
+        if every < 1:
+            raise InputError(f"every={every}: record every step (1), every second (2), and so on.")
+        if on_full not in ("stop", "pause"):
+            raise InputError(f"on_full={on_full!r}: choose 'stop' or 'pause'.")
+        self.directory = Path(directory)
+        self._model = model
+        self._every, self._steps, self._until = every, None if steps is None else frozenset(steps), until
+        self._pauses = on_full == "pause"
+        self._last = -1
+        self._attached: list[Any] = []
+        self._series: _Series | None = None
+        self._closed = False
+        if until is not None or self._steps is not None:
+            self.require_space(until if until is not None else max(self._steps or (), default=0))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except Exception as error:
+            if value is None:
+                raise
+            value.add_note(f"the recorder, too: {error}")
+
+    @property
+    def left_out(self) -> list[int]:
+        """The steps that found no space, under `on_full="pause"`."""
+        return [] if self._series is None else self._series.left_out
+
+    def attach(self, *optimizers: torch.optim.Optimizer, step: int = 0) -> Self:
+        """Save the model as it is now, and from here on after every step of the optimisers, in any loop.
+
+        Gradient accumulation counts once; a step that `torch.amp.GradScaler` skips counts not at all. Steps of several optimisers
+        are counted together.
+
+        Args:
+            optimizers: of the model.
+            step: the optimiser steps that were made before, where training is resumed.
+
+        Raises:
+            InputError: where an optimiser does not train the model, or one is attached already; further as `save`.
+        """
+        if self._attached:
+            raise InputError("this recorder is attached already. Give all optimisers at once: attach(first, second).")
+        held = {id(parameter) for parameter in self._model.parameters()}
+        for optimizer in optimizers:
+            if not any(id(each) in held for group in optimizer.param_groups for each in group["params"]):
+                raise InputError(
+                    "the optimiser has none of the model's parameters. Give the recorder the very model that is trained, and attach once "
+                    "model and optimiser are made."
+                )
+        self.save(step)
+        self._attached = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
+        return self
+
+    def _after_step(self, *_: Any) -> None:
+        self.save(self._last + 1)
+
+    def save(self, step: int) -> None:
+        """Save the model as it is now as the iterate of `step`, where it is one of those to be recorded.
+
+        Raises:
+            InputError: where the step does not come after the one before, the model's tensors have changed, or the directory holds
+                another iterate of an earlier step.
+            ResourceError: where an earlier iterate could not be written, or another process records into the directory.
+        """
+        if self._closed:
+            raise InputError("this recorder is closed. Make another one, which goes on with the directory.")
+        if step <= self._last or step < 0:
+            before = f"after step {self._last}" if self._last >= 0 else "from 0, the initial weights"
+            raise InputError(f"step {step} cannot be saved: optimiser steps are counted upwards, {before}.")
+        if self._is_wanted(step):
+            if self._series is None:
+                self._series = _Series(self.directory, self._model, step, self._pauses)
+                self._series.warn_of_gap(step, self._is_wanted)
+                weakref.finalize(self, self._series.close)
+            self._series.save(step)
+        elif self._series is not None:
+            self._series.check()
+        self._last = step
+
+    def flush(self) -> None:
+        """Wait until every iterate saved so far is on the disk: before a checkpoint that training may be resumed from.
+
+        Raises:
+            ResourceError, InputError: as `save`.
+        """
+        if self._series is not None:
+            self._series.flush()
+
+    def close(self) -> None:
+        """`flush`, and detach from the optimiser; done at the end of a `with` block, and at the latest when Python exits.
+
+        Raises:
+            ResourceError, InputError: as `save`.
+        """
+        for handle in self._attached:
+            handle.remove()
+        self._attached = []
+        self._closed = True
+        if self._series is not None:
+            self._series.close()
+
+    def require_space(self, until: int) -> None:
+        """Check that the iterates from here to a step find space; where recording pauses on a full disk, warn.
+
+        Raises:
+            ResourceError: with both figures, where they do not.
+        """
+        size = Layout(tensors_of(self._model, transient_names(self._model))).bytes
+        place = next(each for each in (self.directory, *self.directory.absolute().parents) if each.exists())
+        first = 1 + max(self._last, _highest(self.directory) if place == self.directory else -1)
+        last = until if self._until is None else min(until, self._until)
+        if self._steps is None:
+            iterates = max(0, last // self._every - (first - 1) // self._every)
+        else:
+            iterates = sum(first <= step <= last and self._is_wanted(step) for step in self._steps)
+        needed, free = iterates * size, shutil.disk_usage(place).free
+        if needed > free and _writes():
+            text = (
+                f"{iterates:,} iterates of {amount(size)} take {amount(needed)}, and {place} has {amount(free)} free. Record fewer "
+                "(every=, steps=, until=) or elsewhere."
+            )
+            if not self._pauses:
+                raise ResourceError(text)
+            warnings.warn(text, stacklevel=2)
+
+    def _is_wanted(self, step: int) -> bool:
+        return (
+            step % self._every == 0
+            and (self._steps is None or step in self._steps)
+            and (self._until is None or step <= self._until)
+        )
+
+
+class _Series:
+    """The files of one directory, from the first iterate on; in a process that does not write, only its part in gathering them."""
+
+    def __init__(self, directory: Path, model: nn.Module, step: int, pauses: bool) -> None:
+        self._model, self._without = model, transient_names(model)
+        self._writer: Writer | None = None
+        self._lock: int | None = None
+        tensors = tensors_of(model, self._without)
+        if not _writes():
+            return
+        self._layout = Layout(tensors)
+        if self._layout.half_precision:
+            warnings.warn(
+                f"{self._layout.half_precision[0]} has fewer than 32 bits a number, as {len(self._layout.half_precision)} of "
+                f"{len(tensors)} tensors: a step smaller than its spacing is lost, and most of them are. Keep the weights in float32 and "
+                "train under torch.autocast.",
+                stacklevel=4,
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(directory)
+        for left in directory.glob(".step_*.safetensors.tmp"):  # of a process that was killed
+            left.unlink()
+        self._before = _highest(directory)
+        self._writer = Writer(directory, self._layout, self._before, pauses)
+        self._stager = Stager(self._layout)
+
+    def warn_of_gap(self, step: int, is_wanted: Callable[[int], bool]) -> None:
+        """Say where iterates are missing between those of the directory and the first one now."""
+        missing = [each for each in range(self._before + 1, step) if is_wanted(each)] if self._writer else []
+        if self._before >= 0 and missing:
+            warnings.warn(
+                f"the directory ends at step {self._before} and is gone on with at step {step}: the {len(missing)} between are missing, "
+                "and the segment across them is a long one",
+                stacklevel=4,
+            )
+
+    @property
+    def left_out(self) -> list[int]:
+        return [] if self._writer is None else list(self._writer.left_out)
+
+    def save(self, step: int) -> None:
+        self.check()
+        tensors = tensors_of(self._model, self._without)
+        if self._writer is not None:
+            self._layout.check(tensors)
+            staging = self._writer.buffer()
+            self._stager.stage(tensors, staging)
+            self._writer.write(step, staging)
+
+    def check(self) -> None:
+        if self._writer is not None:
+            self._writer.check()
+
+    def flush(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        lock, self._lock = self._lock, None
+        if self._writer is not None and lock is not None:
+            try:
+                self._writer.close()
+            finally:
+                os.close(lock)
+
+
+def _writes() -> bool:
+    """Whether this process is the one that writes."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def _lock(directory: Path) -> int:
+    """Hold a directory as long as this process lives: a descriptor that is locked.
+
+    File systems without locks are gone on with; that no file is replaced holds there too.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ResourceError(
+            f"another recorder writes into {directory}. Close it, or record into another directory; where several processes train "
+            "together, make the recorder after torch.distributed.init_process_group."
+        ) from None
+    except OSError:
+        pass
+    return descriptor
+
+
+def _highest(directory: Path) -> int:
+    """The last step of which there is a file; −1 where there is none."""
+    found = (_FILE.fullmatch(path.name) for path in directory.iterdir())
+    return max((int(each[1]) for each in found if each), default=-1)

@@ -1,0 +1,204 @@
+"""Iterates in memory become files, one after the other, on a thread of their own."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import queue
+import shutil
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import InputError, LCAError, ResourceError, amount
+from .staging import Layout, Staging
+
+RING = 3  # iterates in memory: one that is written, two that wait
+_SYNC_SECONDS = 1.0  # between flushes to the disk
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def name_of(step: int) -> str:
+    """The file of a step.
+
+    >>> name_of(7)
+    'step_00000007.safetensors'
+    """
+    return f"step_{step:08d}.safetensors"
+
+
+class Writer:
+    """Writes files under a temporary name and renames them, in the order they are given.
+
+    At most `RING` iterates are in memory: `buffer` waits for one to be written. After an error nothing more is written, so that
+    the files there are have no hole before the last; `check` raises it.
+
+    Args:
+        directory: exists.
+        layout: of every iterate.
+        before: the last step there is a file of; −1 where there is none.
+        pauses: where there is no space an iterate is left out, with a warning, instead of being an error.
+    """
+
+    def __init__(self, directory: Path, layout: Layout, before: int, pauses: bool) -> None:
+        self._directory, self._layout, self._before, self._pauses = directory, layout, before, pauses
+        self.left_out: list[int] = []
+        self._is_full = False
+        self._last: int | None = None
+        self._error: BaseException | None = None
+        self._free: queue.SimpleQueue[Staging] = queue.SimpleQueue()
+        self._made = 0
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._unflushed: list[Path] = []
+        self._flushed = time.monotonic()
+        self._process = os.getpid()
+        self._thread = threading.Thread(target=self._work, name="lca-recorder", daemon=True)
+        self._thread.start()
+
+    # --- the training's side -------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise what the thread met.
+
+        Raises:
+            ResourceError: where a file could not be written.
+            InputError: where a file of the same step holds another iterate.
+            LCAError: in a forked process, which has no such thread.
+        """
+        if self._process != os.getpid():
+            raise LCAError("a recorder works in the process that made it. Make one in the process that trains.")
+        if self._error is not None:
+            raise self._error
+
+    def buffer(self) -> Staging:
+        """Memory for an iterate; waits until there is some."""
+        if self._made < RING and self._free.empty():
+            self._made += 1
+            return Staging(self._layout)
+        return self._free.get()
+
+    def write(self, step: int, staging: Staging) -> None:
+        """Have an iterate written; its memory comes back by itself."""
+        self._jobs.put(functools.partial(self._write_and_free, step, staging))
+
+    def flush(self) -> None:
+        """Wait until all that was given is on the disk; raises as `check` does."""
+        self._jobs.put(self._sync)
+        self._jobs.join()
+        self.check()
+
+    def close(self) -> None:
+        """`flush`, and end the thread; nothing in a forked process."""
+        if self._process == os.getpid() and self._thread.is_alive():
+            try:
+                self.flush()
+            finally:
+                self._jobs.put(None)
+                self._thread.join()
+
+    # --- the thread's ----------------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while True:
+            try:
+                job = self._jobs.get(timeout=self._due())
+            except queue.Empty:
+                self._attempt(self._sync)
+                continue
+            if job is None:
+                return
+            self._attempt(job)
+            self._jobs.task_done()
+
+    def _due(self) -> float | None:
+        """Seconds until the next flush; None where nothing waits for one."""
+        return max(0.0, self._flushed + _SYNC_SECONDS - time.monotonic()) if self._unflushed else None
+
+    def _attempt(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except BaseException as error:
+            self._error = self._error or error
+
+    def _write_and_free(self, step: int, staging: Staging) -> None:
+        try:
+            staging.wait()
+            if self._error is None:
+                self._write(step, staging)
+        finally:
+            self._free.put(staging)
+
+    def _write(self, step: int, staging: Staging) -> None:
+        path = self._directory / name_of(step)
+        header, body = self._layout.header(step), memoryview(staging.data.numpy())  # type: ignore[arg-type]
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            if step <= self._before or path.exists():
+                self._compare(path, header, body)
+                return
+            if self._is_full and shutil.disk_usage(self._directory).free < len(header) + len(body):
+                self.left_out.append(step)
+                return
+            with temporary.open("wb") as file:
+                file.write(header)
+                file.write(body)
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            self._failed(step, path, error)
+            return
+        self._last, self._is_full = step, False
+        self._unflushed.append(path)
+        if not self._due():
+            self._sync()
+
+    def _compare(self, path: Path, header: bytes, body: memoryview) -> None:
+        """A training run that was resumed may pass iterates that were recorded before: the same ones."""
+        same = path.exists()
+        if same:
+            with path.open("rb") as file:
+                same = os.fstat(file.fileno()).st_size == len(header) + len(body) and file.read(len(header)) == header
+                at = 0
+                while same and (block := file.read(2**22)):
+                    same = body[at : at + len(block)] == block
+                    at += len(block)
+        if not same:
+            raise InputError(
+                f"{path} is not the iterate to be saved, and {self._directory} goes on to step {self._before}. A series is one training "
+                "run: record into another directory, or, to go on from an earlier step, remove the files after it."
+            )
+
+    def _failed(self, step: int, path: Path, error: OSError) -> None:
+        if self._pauses and error.errno in _FULL:
+            self.left_out.append(step)
+            if not self._is_full:
+                self._is_full = True
+                warnings.warn(
+                    f"no space for {path} ({amount(self._layout.bytes)}): recording pauses until there is; the iterates meanwhile are "
+                    "left out, and the segment across them is a long one",
+                    stacklevel=2,
+                )
+            return
+        last = (
+            "nothing was recorded" if self._last is None else f"the last iterate recorded is that of step {self._last}"
+        )
+        raise ResourceError(
+            f"cannot write {path}: {error.strerror or error}; {last}. Make room or permit it, and resume training from a checkpoint up "
+            "to there."
+        ) from error
+
+    def _sync(self) -> None:
+        """Flush the files written since, and their names, to the disk."""
+        paths, self._unflushed = self._unflushed, []
+        for path in [*paths, self._directory] if paths else []:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                raise ResourceError(f"cannot flush {path} to the disk: {error.strerror}.") from error
+            finally:
+                os.close(descriptor)
+        self._flushed = time.monotonic()
