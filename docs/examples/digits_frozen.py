@@ -29,13 +29,12 @@ def record(checkpoints: Path, frozen: bool, iterates: int = 150) -> None:
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(learning, lr=0.05, momentum=0.9)
     with Recorder(checkpoints, model) as recorder:
-        recorder.save(0)
-        for step in range(1, iterates + 1):
+        recorder.attach(optimizer)
+        for _ in range(iterates):
             batch = torch.randint(len(images), (50,))
             optimizer.zero_grad()
             F.cross_entropy(model(images[batch]), labels[batch]).backward()
             optimizer.step()
-            recorder.save(step)
 
 
 def main(out: Path) -> None:
