@@ -36,7 +36,7 @@ nitpick_ignore_regex = [
 html_theme = "alabaster"
 html_theme_options = {
     "description": "Which weights did the learning, from saved checkpoints of every iterate",
-    "page_width": "1180px",
+    "page_width": "1240px",
     "body_max_width": "none",
     "sidebar_width": "240px",
     "font_family": "system-ui, sans-serif",
@@ -47,7 +47,7 @@ html_static_path = ["_static"]  # custom.css, which the theme takes by its name
 
 _LITERAL = re.compile(r"(`+)(.+?)\1", re.DOTALL)
 _EMPHASIS = re.compile(
-    r"(?<!\w)\*(?P<words>[^\s*|]|[^\s*|][^*|\n]*[^\s*|])\*(?!\w)|\*(?=\S)|[|\\]|_\b|(?<=\w):(?=[\w/])"
+    r"(?<!\w)\*(?P<words>[^\s*|]|[^\s*|][^*|\n]*[^\s*|])\*(?!\w)|\*(?=\S)|[|\\]|_\b|(?<=\w)[:@](?=[\w/])"
 )
 _FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
