@@ -240,7 +240,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 def test_an_iterate_is_the_model_at_its_step_however_late_it_is_written(tmp_path: Path, gate: threading.Event) -> None:
     model = network()
     with Recorder(tmp_path, model) as recorder:
-        for step in range(writer.RING):
+        for step in range(writer.FEWEST):
             become(model, step)
             recorder.save(step)
         become(model, 99)
@@ -259,11 +259,12 @@ def test_a_disk_slower_than_training_slows_it_down_and_nothing_is_left_out(
 
     def counted(layout: Any) -> writer.Staging:
         made.append(build(layout))
-        if len(made) == writer.RING:
+        if len(made) == writer.FEWEST:
             gate.set()
         return made[-1]
 
     monkeypatch.setattr(writer, "Staging", counted)
+    monkeypatch.setattr(writer, "_MEMORY", 0)
     model = network()
     with Recorder(tmp_path, model) as recorder:
         for step in range(50):
@@ -275,7 +276,7 @@ def test_a_disk_slower_than_training_slows_it_down_and_nothing_is_left_out(
         for step, path in enumerate(names(tmp_path))
         for each in load_file(path).values()
     )
-    assert len(made) == writer.RING
+    assert len(made) == writer.FEWEST
 
 
 def test_flush_has_every_file_and_its_name_on_the_disk(
@@ -517,34 +518,33 @@ class _Failing:
     """Fails while the file of some steps is half written, as often as told."""
 
     def __init__(self, code: int, steps: range, times: int = 10**9) -> None:
-        self.code, self.steps, self.times = code, steps, times
+        self.code, self.steps, self.times, self.put = code, steps, times, writer._put
 
-    def __call__(self, path: Path, *given: Any) -> Any:
-        file = open(path, *given)  # noqa: SIM115
-        if self.times and any(f"{step:08d}" in path.name for step in self.steps):
+    def __call__(self, path: str, header: bytes, body: memoryview) -> None:
+        if self.times and any(f"{step:08d}" in path for step in self.steps):
             self.times -= 1
-            file.write(b"half")
-            file.close()
+            self.put(path, header)
             raise OSError(self.code, os.strerror(self.code))
-        return file
+        self.put(path, header, body)
 
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[_Failing], None]:
-    return lambda fault: monkeypatch.setattr(Path, "open", lambda path, *given: fault(path, *given))
+    return lambda fault: monkeypatch.setattr(writer, "_put", fault)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
 def test_what_cannot_be_written_stops_training_and_leaves_no_hole(
-    tmp_path: Path, failing: Callable[[_Failing], None], code: int
+    tmp_path: Path, failing: Callable[[_Failing], None], code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(writer, "_MEMORY", 0)
     failing(_Failing(code, range(3, 4), 1))
     done: list[int] = []
     recorder = Recorder(tmp_path, network())
     said = f"cannot write .*step_00000003.*{os.strerror(code)}; the last iterate recorded is that of step 2"
     with pytest.raises(ResourceError, match=said):
         _save_on(recorder, done)
-    assert len(done) <= 3 + writer.RING + 1
+    assert len(done) <= 3 + writer.FEWEST + 1
     with pytest.raises(ResourceError, match="step_00000003"):
         recorder.close()
     assert steps_in(tmp_path) == [0, 1, 2]

@@ -27,7 +27,7 @@ class Recorder:
     """Saves a model's parameters and persistent buffers, one safetensors file per optimiser step.
 
     `save` copies them into memory and returns; a thread writes them under a temporary name and renames, so that a file that is there
-    is whole, also when training is killed. At most three iterates wait in memory; a disk that is slower than training slows
+    is whole, also when training is killed. At most three iterates, or 64 MiB, wait in memory; a disk that is slower than training slows
     it down, and nothing is left out. Once a second, and at `flush` and `close`, files are flushed to the disk: a power failure
     may damage those of the last second. What cannot be written is an error of the next `save`, `flush` or `close`.
 
@@ -211,6 +211,7 @@ class _Series:
         self._model, self._without = model, transient_names(model)
         self._writer: Writer | None = None
         self._lock: int | None = None
+        self._before = -1
         tensors = tensors_of(model, self._without)
         if not _writes():
             return
@@ -232,8 +233,10 @@ class _Series:
 
     def warn_of_gap(self, step: int, is_wanted: Callable[[int], bool]) -> None:
         """Say where iterates are missing between those of the directory and the first one now."""
-        missing = [each for each in range(self._before + 1, step) if is_wanted(each)] if self._writer else []
-        if self._before >= 0 and missing:
+        if self._before < 0:
+            return
+        missing = [each for each in range(self._before + 1, step) if is_wanted(each)]
+        if missing:
             warnings.warn(
                 f"the directory ends at step {self._before} and is gone on with at step {step}: the {len(missing)} between are missing, "
                 "and the segment across them is a long one",

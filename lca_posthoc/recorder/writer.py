@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -16,7 +17,11 @@ from pathlib import Path
 from ..errors import InputError, LCAError, ResourceError, amount
 from .staging import Layout, Staging
 
-RING = 3  # iterates in memory: one that is written, two that wait
+FEWEST, _MOST, _MEMORY = (
+    3,
+    256,
+    64 * 2**20,
+)  # iterates in memory: one is written, others wait; more where they are small
 _SYNC_SECONDS = 1.0  # between flushes to the disk
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -33,7 +38,7 @@ def name_of(step: int) -> str:
 class Writer:
     """Writes files under a temporary name and renames them, in the order they are given.
 
-    At most `RING` iterates are in memory: `buffer` waits for one to be written. After an error nothing more is written, so that
+    At most three iterates are in memory, or 64 MiB of small ones: `buffer` waits for one to be written. After an error nothing more is written, so that
     the files there are have no hole before the last; `check` raises it.
 
     Args:
@@ -50,9 +55,9 @@ class Writer:
         self._last: int | None = None
         self._error: BaseException | None = None
         self._free: queue.SimpleQueue[Staging] = queue.SimpleQueue()
-        self._made = 0
+        self._room = max(FEWEST, min(_MOST, _MEMORY // max(1, layout.bytes)))
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
-        self._unflushed: list[Path] = []
+        self._unflushed: list[str] = []
         self._flushed = time.monotonic()
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._work, name="lca-recorder", daemon=True)
@@ -75,8 +80,8 @@ class Writer:
 
     def buffer(self) -> Staging:
         """Memory for an iterate; waits until there is some."""
-        if self._made < RING and self._free.empty():
-            self._made += 1
+        if self._room and self._free.empty():
+            self._room -= 1
             return Staging(self._layout)
         return self._free.get()
 
@@ -132,22 +137,21 @@ class Writer:
             self._free.put(staging)
 
     def _write(self, step: int, staging: Staging) -> None:
-        path = self._directory / name_of(step)
+        path = f"{self._directory}/{name_of(step)}"
         header, body = self._layout.header(step), memoryview(staging.data.numpy())  # type: ignore[arg-type]
-        temporary = path.with_name(f".{path.name}.tmp")
+        temporary = f"{self._directory}/.{name_of(step)}.tmp"
         try:
-            if step <= self._before or path.exists():
+            if step <= self._before or os.path.exists(path):
                 self._compare(path, header, body)
                 return
             if self._is_full and shutil.disk_usage(self._directory).free < len(header) + len(body):
                 self.left_out.append(step)
                 return
-            with temporary.open("wb") as file:
-                file.write(header)
-                file.write(body)
-            temporary.replace(path)
+            _put(temporary, header, body)
+            os.replace(temporary, path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
             self._failed(step, path, error)
             return
         self._last, self._is_full = step, False
@@ -155,11 +159,11 @@ class Writer:
         if not self._due():
             self._sync()
 
-    def _compare(self, path: Path, header: bytes, body: memoryview) -> None:
+    def _compare(self, path: str, header: bytes, body: memoryview) -> None:
         """A training run that was resumed may pass iterates that were recorded before: the same ones."""
-        same = path.exists()
+        same = os.path.exists(path)
         if same:
-            with path.open("rb") as file:
+            with open(path, "rb") as file:
                 same = os.fstat(file.fileno()).st_size == len(header) + len(body) and file.read(len(header)) == header
                 at = 0
                 while same and (block := file.read(2**22)):
@@ -171,7 +175,7 @@ class Writer:
                 "run: record into another directory, or, to go on from an earlier step, remove the files after it."
             )
 
-    def _failed(self, step: int, path: Path, error: OSError) -> None:
+    def _failed(self, step: int, path: str, error: OSError) -> None:
         if self._pauses and error.errno in _FULL:
             self.left_out.append(step)
             if not self._is_full:
@@ -193,7 +197,7 @@ class Writer:
     def _sync(self) -> None:
         """Flush the files written since, and their names, to the disk."""
         paths, self._unflushed = self._unflushed, []
-        for path in [*paths, self._directory] if paths else []:
+        for path in [*paths, str(self._directory)] if paths else []:
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -202,3 +206,18 @@ class Writer:
             finally:
                 os.close(descriptor)
         self._flushed = time.monotonic()
+
+
+def _put(path: str, *parts: bytes | memoryview) -> None:
+    """Write a file in as few calls as can be: after each, a thread waits its turn for the interpreter."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        left = [memoryview(part) for part in parts]
+        while left:
+            written = os.writev(descriptor, left)
+            while left and written >= len(left[0]):
+                written -= len(left.pop(0))
+            if left:
+                left[0] = left[0][written:]
+    finally:
+        os.close(descriptor)
