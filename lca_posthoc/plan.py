@@ -1,8 +1,11 @@
-"""What a run would cost: evaluations, time from a few timed batches, bytes against free space."""
+"""What a run, or a recording, would cost: evaluations, time from a few timed batches, bytes against free space."""
 
 from __future__ import annotations
 
+import tempfile
 import threading
+import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +14,21 @@ from typing import Any
 import psutil
 
 from .cluster import Where, local_workers, open_cluster, visible_device
+from .errors import InputError
+from .headers import read_header
+from .objective import new_model
 from .preparation import Preparation, prepare, unwrapped
 from .quadrature import RULES
+from .recorder import Recorder
 from .records import KEEP
 from .replay import default_out
 from .settings import on_device, resolve
 from .store import required_bytes
-from .task import Task, pack
+from .task import Task, load, pack
 from .trajectory import open_trajectory
 from .worker import SAMPLED, measure
+
+_TRIED = 5  # iterates that are written to see how long one takes
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,66 @@ class Plan:
     free: int
     memory: int
     notes: list[str]
+
+
+@dataclass(frozen=True)
+class RecordingPlan:
+    """What saving every iterate of a training takes, the initial weights included.
+
+    `bytes_each` and `seconds_each` are of one iterate, the latter as measured on this disk, flushing included; `every` is the least
+    that makes them fit into the bytes that are `free` (0: not even two do).
+    """
+
+    iterates: int
+    parameters: int
+    tensors: int
+    bytes_each: int
+    bytes: int
+    free: int
+    every: int
+    seconds_each: float
+
+
+def plan_recording(directory: str | Path, task: str | Path | Task, steps: int) -> RecordingPlan:
+    """Say before a training what recording it would take, from the task's model and a few files written and removed again.
+
+    Args:
+        directory: where the iterates would go; tells whose space and speed count.
+        task: as for `run`.
+        steps: optimiser steps of the training.
+
+    Raises:
+        InputError: where the steps are fewer than one, or the task has no model that could be saved.
+        ResourceError: where not even a few iterates can be written.
+    """
+    if steps < 1:
+        raise InputError(f"--recording must be 1 or more optimiser steps, got {steps}.")
+    place = _existing(Path(directory) / "step")
+    model = new_model(load(*pack(task)))
+    with tempfile.TemporaryDirectory(prefix=".lca-plan-", dir=place) as made, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # half precision is said when recording
+        with Recorder(made, model) as recorder:
+            recorder.save(0)
+            recorder.flush()
+            started = time.perf_counter()
+            for step in range(1, _TRIED + 1):
+                recorder.save(step)
+            recorder.flush()
+        seconds = (time.perf_counter() - started) / _TRIED
+        size, *_ = {file.stat().st_size for file in Path(made).iterdir()}
+        header = read_header(next(Path(made).iterdir()))
+    free = psutil.disk_usage(str(place)).free
+    room = free // size
+    return RecordingPlan(
+        steps + 1,
+        sum(parameter.numel() for parameter in model.parameters()),
+        len(header.tensors),
+        size,
+        (steps + 1) * size,
+        free,
+        steps // room + 1 if room >= 2 else 0,
+        seconds,
+    )
 
 
 def plan(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
+import torch
 
 import lca_posthoc
+from lca_posthoc import Recorder
 from lca_posthoc.findings import summary
-from lca_posthoc.plan import plan
+from lca_posthoc.plan import plan, plan_recording
 from lca_posthoc.store import read_manifest, required_bytes
-from tests.small import contents, record, write_task
+from tests.small import contents, document, lca, record, refused, task_namespace, write_task
 
 
 @pytest.mark.parametrize("rule", ["simpson", "trapezoid", "left", "midpoint", "gauss-2"])
@@ -57,3 +62,48 @@ def test_spans_are_shortened_until_every_worker_has_work(tmp_path: Path) -> None
     for workers, span in ((1, 2), (2, 1), (3, 1)):
         run = lca_posthoc.run(tmp_path / "ck", task, workers=workers, out=tmp_path / f"{workers}.lca")
         assert run.manifest.span == span
+
+
+def test_a_recording_is_planned_as_it_turns_out(tmp_path: Path) -> None:
+    task = write_task(tmp_path / "task.py")
+    before = contents(tmp_path)
+    found = plan_recording(tmp_path / "yet" / "to come", task, 20)
+    assert {name for name in contents(tmp_path) if "pycache" not in name} == set(before)
+    model = task_namespace()["Net"]()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Recorder(tmp_path / "ck", model).attach(optimizer):
+        for _ in range(20):
+            optimizer.step()
+    files = list((tmp_path / "ck").iterdir())
+    assert len(files) == found.iterates == 21
+    assert sum(file.stat().st_size for file in files) == pytest.approx(found.bytes, rel=0.001)  # the step's own digits
+    assert found.parameters == sum(each.numel() for each in model.parameters())
+    assert found.tensors == len(model.state_dict())
+    assert found.every == 1
+    assert found.seconds_each > 0
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 3, 5, 7, 100, 300, 301])
+def test_every_is_the_least_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    task = write_task(tmp_path / "task.py")
+    size = plan_recording(tmp_path / "ck", task, 300).bytes_each
+    monkeypatch.setattr(psutil, "disk_usage", lambda place: SimpleNamespace(free=room * size))
+    every = plan_recording(tmp_path / "ck", task, 300).every
+    fitting = [each for each in range(1, 301) if len(range(0, 301, each)) <= room]
+    assert every == (fitting[0] if fitting else 0)
+
+
+def test_the_command_plans_a_recording(tmp_path: Path) -> None:
+    task = write_task(tmp_path / "task.py")
+    said = lca("plan", tmp_path / "ck", "--task", task, "--recording", 20).stdout
+    assert re.match(
+        r"21 iterates of 556 parameters \(4 tensors, buffers included\), 2\.\d+ kB each: 5\d(\.\d)? kB; free: ", said
+    )
+    assert "writing one took" in said
+    found = document(lca("plan", tmp_path / "ck", "--task", task, "--recording", 20, "--json"))
+    assert found["iterates"] == 21
+    refused(lca("plan", tmp_path / "ck", "--task", task, "--recording", 0), "must be 1 or more optimiser steps, got 0")
+    refused(
+        lca("plan", tmp_path / "ck", "--task", task, "--recording", 3, "--rule", "left", "--loss", "all"),
+        "--loss, --rule: of a training that is yet to be recorded, only --task and --json count",
+    )

@@ -17,13 +17,18 @@ from .show import duration, print_json, safe, say, stdout, table
 @replay_options
 @workers_option
 @json_option
-def command(checkpoints: str, as_json: bool, **options: Any) -> None:
+@click.option("--recording", type=int, metavar="STEPS", help="Before training: what saving every iterate would take.")
+def command(checkpoints: str, as_json: bool, recording: int | None, **options: Any) -> None:
     """Say what `lca run` with the same options would cost, and probe the task.
 
     \b
     lca plan checkpoints --task my_task.py
     lca plan checkpoints --task my_task.py --loss all --rule trapezoid
+    lca plan checkpoints --task my_task.py --recording 5000
     """
+    if recording is not None:
+        _of_recording(checkpoints, recording, as_json, **options)
+        return
     from ..plan import plan
 
     if options["workers"] is not None and options["workers"] < 1:
@@ -61,3 +66,27 @@ def command(checkpoints: str, as_json: bool, **options: Any) -> None:
     sizes = ", ".join(f"--keep {each} {amount(size)}" for each, size in found.bytes.items())
     console.print(f"result before compression: {sizes}; free: {amount(found.free)}", markup=False)
     console.print(f"memory per worker: about {amount(found.memory)}")
+
+
+def _of_recording(directory: str, count: int, as_json: bool, task: str, **others: Any) -> None:
+    from ..plan import plan_recording
+
+    called = {each.name: each.opts[0] for each in command.params}
+    given = sorted(called[name] for name, value in others.items() if value not in (None, ()))
+    if given:
+        raise InputError(f"{', '.join(given)}: of a training that is yet to be recorded, only --task and --json count.")
+    found = plan_recording(directory, task, count)
+    if as_json:
+        print_json({"schema": 1, **asdict(found)})
+        return
+    console = stdout()
+    console.print(
+        f"{found.iterates:,} iterates of {found.parameters:,} parameters ({found.tensors:,} tensors, buffers included), "
+        f"{amount(found.bytes_each)} each: {amount(found.bytes)}; free: {amount(found.free)}",
+        markup=False,
+    )
+    console.print(f"writing one took {duration(found.seconds_each)} here, flushing included: faster steps would wait")
+    if not found.every:
+        console.print("not even two iterates fit: record elsewhere")
+    elif found.every > 1:
+        console.print(f"they fit with Recorder(..., every={found.every}), or elsewhere")

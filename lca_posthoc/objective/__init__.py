@@ -1,7 +1,7 @@
 """Loss and gradient over a whole split at one point: batches, weights, precision, normalisation mode, probes."""
 
 from .batches import Split, automatic_batch_size, power_of_two
-from .evaluate import HIGHER, Objective, replicates_of
+from .evaluate import HIGHER, Objective, new_model, replicates_of
 from .precision import float32
 from .probe import Identity, check_loss, drop_weightless_replicates, identify
 from .sources import is_out_of_memory
@@ -20,6 +20,7 @@ __all__ = [
     "float32",
     "identify",
     "is_out_of_memory",
+    "new_model",
     "power_of_two",
     "replicates_of",
     "tensor_table",

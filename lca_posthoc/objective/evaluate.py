@@ -82,7 +82,7 @@ class Objective:
         with default_dtype(self.dtype):
             self.task = build()
             self.losses = {name: self.task.losses[name] for name in self.task.choose(losses)}
-            self.model = _built(self.task).to(device=device, dtype=self.dtype).eval()
+            self.model = new_model(self.task).to(device=device, dtype=self.dtype).eval()
         chosen = subset or {}
         self.splits = {
             name: Split(name, self.task.data[name], device, self.dtype, chosen.get(name, chosen.get("")))
@@ -105,7 +105,7 @@ class Objective:
         fixed = [name for name in self._own() if is_fixed(name, self.task.fixed)]
         if fixed and self.dtype == torch.float64:  # the ones that were trained with: a seed gives others in float64
             with default_dtype(torch.float32):
-                self._copy_own(_built(self.task), fixed)
+                self._copy_own(new_model(self.task), fixed)
         self._orders: list[Order] = []
         self._order_of: dict[str, Order] = {}
         self.joined: dict[str, str | None] = {}
@@ -532,7 +532,12 @@ def unpack(batch: Any) -> tuple[Any, Any]:
     raise InputError(f"a batch is a {kind}, not (inputs, targets). Use Loss(call=fn), called as fn(model, batch).")
 
 
-def _built(task: Task) -> nn.Module:
+def new_model(task: Task) -> nn.Module:
+    """A new model of the task.
+
+    Raises:
+        InputError: where the factory raises, gives something else, or gives one it gave before.
+    """
     try:
         model = task.model()
     except Exception as error:

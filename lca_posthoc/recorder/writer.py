@@ -38,8 +38,8 @@ def name_of(step: int) -> str:
 class Writer:
     """Writes files under a temporary name and renames them, in the order they are given.
 
-    At most three iterates are in memory, or 64 MiB of small ones: `buffer` waits for one to be written. After an error nothing more is written, so that
-    the files there are have no hole before the last; `check` raises it.
+    At most three iterates are in memory, or 64 MiB of small ones: `buffer` waits for one to be written. After an error nothing more is
+    written, so that the files there are have no hole before the last; `check` raises it.
 
     Args:
         directory: exists.
