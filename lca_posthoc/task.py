@@ -66,7 +66,7 @@ class Loss:
 
     @property
     def kind(self) -> str:
-        """Which of the ways to state a loss this is: "function", "call", "term" or "l2"."""
+        """How the loss is stated, one of "function", "call", "term" and "l2"."""
         return next(
             kind
             for kind, given in zip(_KINDS, (self.fn, self.call, self.term, self.l2), strict=True)

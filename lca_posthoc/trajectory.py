@@ -82,7 +82,7 @@ class Trajectory:
 
     @property
     def half_precision(self) -> list[str]:
-        """Tensors stored with fewer than 32 bits a number: most of the motion is lost in rounding."""
+        """Tensors stored with fewer than 32 bits a number, by which most of the motion is lost."""
         return [name for name, header in self.tensors.items() if header.dtype in HALF]
 
     def match(self, table: Sequence[TensorSpec]) -> dict[str, str]:

@@ -611,6 +611,11 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         '"train": Loss(lambda x, y, reduction="mean": F.cross_entropy(x, y, ignore_index=0, reduction=reduction))',
         ("loss 'train'", "reduction='mean'", "ignore_index", "(values, weights)"),
     ),
+    "outputs and targets that are broadcast": (
+        TRAIN_LOSS,
+        '"train": Loss(lambda outputs, targets: (outputs[:, :1] - targets) ** 2)',
+        ("loss 'train'", "they were broadcast against each other", "Make their shapes agree"),
+    ),
     "a loss that is not finite": (
         TRAIN_LOSS,
         '"train": Loss(call=lambda model, batch: (cross_entropy(model, batch) - 99).log())',

@@ -1,4 +1,7 @@
-"""The examples of the documentation, on real data, as a user runs them."""
+"""The examples of the documentation, on real data, as a user runs them.
+
+Those on the digits that ship with the package end in assertions of their own.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,14 @@ def run_all_losses(checkpoints: Path, task: Path) -> dict[str, Any]:
     done = subprocess.run(list(map(str, run)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)["losses"]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("digits_*.py")))
+def test_a_script_of_the_gallery_holds_what_it_asserts_and_draws_its_figure(name: str, tmp_path: Path) -> None:
+    command(EXAMPLES / f"{name}.py", tmp_path)
+    (picture,) = tmp_path.glob("*.png")
+    assert f"digits_{picture.name}" == f"{name}.png"
+    assert picture.stat().st_size > 10_000
 
 
 @needs("mnist.safetensors")

@@ -1,4 +1,7 @@
-"""The commands of docs/how-to: blocks marked `run` are run in order, files marked `file=` are run by the test that knows them."""
+"""The commands of docs/how-to and of the tutorial: blocks marked `run` are run in order, after the files marked `file=` before them.
+
+What the tutorial shows as `seen` is compared with what is seen here.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,30 @@ from pathlib import Path
 import pytest
 
 import lca_posthoc
+from lca_posthoc.cli import COMMANDS
 from tests.faults import ground
 
-PAGES = Path(__file__).parents[1] / "docs" / "how-to"
-TEXTS = {page.stem: page.read_text() for page in sorted(PAGES.glob("*.md"))}
-BLOCK = re.compile(r"^```(\w+) (run|file=[\w.]+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DOCS = Path(__file__).parents[1] / "docs"
+TEXTS = {page.stem: page.read_text() for page in (*sorted((DOCS / "how-to").glob("*.md")), DOCS / "tutorial.md")}
+BLOCK = re.compile(r"^```(\w+) (run|seen|file=[\w.]+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
 ELSEWHERE = {"slurm", "dask-cuda", "kubernetes"}
 END = "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n"
 
 
 def blocks(page: str, mark: str) -> list[str]:
     return [text for _, found, text in BLOCK.findall(TEXTS[page]) if found == mark]
+
+
+def script(page: str) -> str:
+    """What a reader of the page types and saves, in order, for bash."""
+    steps = []
+    for language, mark, text in BLOCK.findall(TEXTS[page]):
+        if mark.startswith("file="):
+            steps.append(f"cat > {mark.removeprefix('file=')} <<'END OF BLOCK'\n{text}END OF BLOCK\n")
+        elif mark == "run":
+            steps.append(text if language == "sh" else f"python - <<'END OF BLOCK'\n{text}END OF BLOCK\n")
+    return END + "\n".join(steps)
 
 
 @pytest.fixture
@@ -82,11 +98,31 @@ def said(place: Path, arguments: list[str], code: int = 0, **more: str) -> str:
     return file.read_text()
 
 
-@pytest.mark.parametrize("page", [page for page in TEXTS if page not in {*ELSEWHERE, "cluster"}])
+@pytest.mark.parametrize("page", [page for page in TEXTS if page not in {*ELSEWHERE, "cluster", "tutorial"}])
 def test_a_page_can_be_followed(page: str, place: Path) -> None:
-    found = blocks(page, "run")
-    assert found
-    said(place, ["bash", "-euc", END + "\n".join(found)])
+    assert blocks(page, "run")
+    said(place, ["bash", "-euc", script(page)])
+
+
+def numbers(text: str) -> list[float]:
+    return [float(each.replace(",", "")) for each in NUMBER.findall(text)]
+
+
+def shape(text: str) -> str:
+    """Its words, with a sign in the place of every number and one space between them."""
+    return " ".join(NUMBER.sub("#", text).split())
+
+
+def test_the_tutorial_can_be_followed_from_an_empty_directory_and_shows_what_is_seen(tmp_path: Path) -> None:
+    heard = said(tmp_path, ["bash", "-euc", script("tutorial")])
+    shown = blocks("tutorial", "seen")
+    assert len(shown) >= 3
+    for each in shown:
+        before, found, _ = shape(heard).partition(shape(each))
+        assert found, (each, heard)
+        start = before.count("#")
+        there = numbers(heard)[start : start + len(numbers(each))]
+        assert there == pytest.approx(numbers(each), rel=0.05, abs=0.02), each
 
 
 LISTENERS = """
@@ -120,7 +156,7 @@ def test_every_page_says_what_was_run_and_what_was_not() -> None:
 
 def test_options_in_the_pages_are_those_of_the_commands() -> None:
     """Also in the blocks nobody runs."""
-    for command in ("plan", "run", "import", "status", "verify", "repair", "remove"):
+    for command in COMMANDS:
         known = subprocess.run(
             [sys.executable, "-c", "from lca_posthoc.cli import main; main()", command, "--help"],
             capture_output=True,

@@ -57,6 +57,7 @@ class _Group(click.Group):
             return None
         command = importlib.import_module(f".{name}{'_' * keyword.iskeyword(name)}", __name__).command
         assert isinstance(command, click.Command)
+        command.name = name  # every file calls its own `command`
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

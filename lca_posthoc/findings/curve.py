@@ -21,8 +21,8 @@ def curve(results: LossResults) -> xr.Dataset:
         results: one loss of a run, at any level of `--keep`.
 
     Returns:
-        Dims step[, group]: `loss_start`, `loss` (at the end of the segment), `predicted`, `residual` (of the segment),
-        `residual_total` (`loss − predicted`), all in units of loss; and by step `converged`, `level`, `evaluations`.
+        `loss_start`, `loss` (at the end of the segment), `predicted`, `residual` (of the segment), `residual_total`
+        (`loss − predicted`), all (step[, group]) and in units of loss; and by step `converged`, `level`, `evaluations`.
 
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.

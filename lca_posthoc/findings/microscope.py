@@ -38,9 +38,9 @@ def microscope(
         group: of a loss with groups; its weighted mean without.
 
     Returns:
-        One variable per tensor, dims (step, "NAME:row", "NAME:column"), float32, in units of loss, with attributes `shape` (of the
+        One variable per tensor, dims `(step, "NAME:row", "NAME:column")`, float32, in units of loss, with attributes `shape` (of the
         tensor), `axes` (of the tensor, those in rows and those in columns) and `pool` (parameters a pixel sums, [rows, columns]);
-        coordinates `step`, `step_end`, "step:loss_start" and "step:loss_end"; attribute `scale`, the 99.5 % quantile of |values| that
+        coordinates `step`, `step_end`, `step:loss_start` and `step:loss_end`; attribute `scale`, the 99.5 % quantile of |values| that
         are not zero, over all frames and tensors.
 
     Raises:

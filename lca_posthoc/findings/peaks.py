@@ -39,6 +39,7 @@ def peaks(
     without a single peak, such as a frozen one, is left out of the question; `left_out` names it.
 
     Three one-sided tests of the number of alignments in all groups together:
+
     * `p_shift`: the peaks of each layer are rotated by a random offset among the segments that can be peaks, the same offset
       for all groups of a layer. It keeps what the groups share and how peaks are spaced (minima are never adjacent), and
       assumes that peaks are as likely late in training as early. Where they are not, layers that have nothing to do with each

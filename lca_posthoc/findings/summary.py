@@ -24,7 +24,7 @@ def summary(results: LossResults) -> dict[str, Any]:
         results: one loss of a run.
 
     Returns:
-        Plain numbers: losses and allocations in units of loss, shares between 0 and 1.
+        Plain numbers; losses and allocations in units of loss, shares between 0 and 1.
 
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.

@@ -108,7 +108,7 @@ class LossResults:
 
     @property
     def steps(self) -> xr.Dataset:
-        """Per segment: loss_start, loss_end, residual, evaluations, level, converged, error_bound, precision_error.
+        """Of each segment `loss_start`, `loss_end`, `residual`, `evaluations`, `level`, `converged`, `error_bound`, `precision_error`.
 
         `weight` is Σ of the elements' weights (of each group); `remainder` what the tensors that are not kept did.
         """
@@ -118,7 +118,7 @@ class LossResults:
 
     @property
     def tensors(self) -> xr.Dataset:
-        """Per segment, group and tensor: allocated, helping and hurting counts, motion Σ|Δθ|, gradient Σ|mean gradient|.
+        """Of each segment, group and tensor `allocated`, counts `helping` and `hurting`, `motion` Σ|Δθ|, `gradient` Σ|mean gradient|.
 
         `replicates` is what each random part of a random subset allocates, for `standard_error`.
         """
@@ -135,7 +135,7 @@ class LossResults:
 
     @property
     def histogram(self) -> xr.Dataset:
-        """Per segment: counts of single parameters' allocations between fixed `edge`s, exact zeros apart."""
+        """Of each segment counts of single parameters' allocations between fixed edges (`edge`), exact zeros apart."""
         return self._open("histogram")
 
     @property
