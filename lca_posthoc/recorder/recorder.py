@@ -91,7 +91,8 @@ class Recorder:
         except Exception as error:
             if value is None:
                 raise
-            value.add_note(f"the recorder, too: {error}")
+            if error is not value:
+                value.add_note(f"the recorder, too: {error}")
 
     @property
     def left_out(self) -> list[int]:
