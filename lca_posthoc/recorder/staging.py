@@ -97,11 +97,11 @@ class Layout:
             InputError: naming the first tensor that is another one than before.
         """
         for name in {**self.places, **tensors}:
-            before, now = _described(self.places.get(name)), _described(tensors.get(name))
-            if before != now:
+            there, here = self.places.get(name), tensors.get(name)
+            if _kind(there) != _kind(here):
                 raise InputError(
-                    f"tensor {name!r} of the model was {before} at the first step recorded and is {now}. All iterates of a "
-                    "series hold the same tensors: record the changed model into another directory."
+                    f"tensor {name!r} of the model was {_described(there)} at the first step recorded and is {_described(here)}. "
+                    "All iterates of a series hold the same tensors: record the changed model into another directory."
                 )
 
     def header(self, step: int) -> bytes:
@@ -130,6 +130,10 @@ class Layout:
             if device.type == "cuda":
                 found.append((device, dict(group)))
         return found
+
+
+def _kind(tensor: _Place | Tensor | None) -> object:
+    return tensor if tensor is None else (tensor.dtype, tensor.shape, tensor.device)
 
 
 def _described(tensor: _Place | Tensor | None) -> str:
