@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +65,11 @@ def imported(path: Path) -> Iterator[tuple[str, int]]:
 
 def test_every_module_has_its_place_in_the_order() -> None:
     assert {unit(path) for path in FILES} - set(ORDER) == set()
+
+
+def test_the_page_on_the_design_shows_the_order() -> None:
+    page = (ROOT.parent / "docs" / "design.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(ORDER)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
