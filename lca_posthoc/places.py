@@ -25,6 +25,8 @@ def located(where: str | Path) -> Path:
     """
     if isinstance(where, Path) or "://" not in str(where):
         return Path(where)
+    if str(where).startswith("file://"):
+        return Path(str(where).removeprefix("file://"))
     try:
         from upath import UPath
     except ImportError:

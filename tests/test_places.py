@@ -162,6 +162,13 @@ def test_a_cache_that_cannot_be_written_to_harms_nothing(memory: str, cache: Pat
     assert set(read_checkpoint(first, {name: name for name in iterates()[0]})) == set(iterates()[0])
 
 
+def test_a_url_of_this_machines_own_files_is_a_path(tmp_path: Path, cache: Path) -> None:
+    found = open_trajectory(f"file://{record(tmp_path / 'ck')}")
+    assert found.root == tmp_path / "ck"
+    read_checkpoint(found.checkpoints[0], {name: name for name in iterates()[0]})
+    assert not cache.exists()
+
+
 @pytest.mark.parametrize(
     ("where", "kind", "message"),
     [
