@@ -13,8 +13,11 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
-from .errors import LCAError, ResourceError
+import google_crc32c
+
+from .errors import InputError, LCAError, ResourceError
 
 
 def located(where: str | Path) -> Path:
@@ -25,15 +28,20 @@ def located(where: str | Path) -> Path:
     """
     if isinstance(where, Path) or "://" not in str(where):
         return Path(where)
-    if str(where).startswith("file://"):
-        return Path(str(where).removeprefix("file://"))
+    if str(where).startswith("file:///"):
+        return Path(unquote(str(where).removeprefix("file://")))
     try:
         from upath import UPath
     except ImportError:
         raise ResourceError(
             f"{where} is remote, which needs universal_pathlib: pip install 'lca_posthoc[remote]'."
         ) from None
-    protocol = str(where).partition("://")[0]
+    protocol, _, rest = str(where).partition("://")
+    if "@" in rest.partition("/")[0] or "?" in rest:
+        raise InputError(
+            f"a URL of checkpoints is recorded with the result, so it holds no passwords and no queries; this {protocol} one does. Give "
+            "them to the driver: environment variables, or fsspec's configuration."
+        )
     try:
         found = UPath(str(where))
         _ = found.fs
@@ -59,6 +67,8 @@ def absolute(path: Path) -> str:
 def below(path: Path, root: Path) -> Path:
     """The path from a directory to something in it."""
     if is_remote(path):
+        if not str(path).startswith(str(root)):
+            raise ValueError(f"{path} is not in {root}")
         return Path(str(path).removeprefix(str(root)).lstrip("/"))
     return path.relative_to(root)
 
@@ -90,16 +100,21 @@ def read(path: Path, key: int) -> bytes:
     """
     if not is_remote(path):
         return path.read_bytes()
-    kept = _cache() / hashlib.sha256(f"{path}\0{key}".encode()).hexdigest()
-    with contextlib.suppress(OSError):
-        return kept.read_bytes()
+    with contextlib.suppress(OSError, RuntimeError):  # not there yet, or nobody's home
+        kept = _cache() / hashlib.sha256(f"{path}\0{key}".encode()).hexdigest()
+        data, seal = (found := kept.read_bytes())[:-4], found[-4:]
+        if google_crc32c.value(data).to_bytes(4, "big") == seal:
+            return data
     with reached(path):
         data = path.read_bytes()
-    with contextlib.suppress(OSError):  # a cache that cannot be written to saves nothing, and harms nothing
+    with contextlib.suppress(
+        OSError, RuntimeError
+    ):  # a cache that cannot be written to saves nothing, and harms nothing
+        kept = _cache() / hashlib.sha256(f"{path}\0{key}".encode()).hexdigest()
         kept.parent.mkdir(parents=True, exist_ok=True)
         temporary = kept.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
-            temporary.write_bytes(data)
+            temporary.write_bytes(data + google_crc32c.value(data).to_bytes(4, "big"))
             temporary.replace(kept)
         finally:
             temporary.unlink(missing_ok=True)

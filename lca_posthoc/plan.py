@@ -17,6 +17,7 @@ from .cluster import Where, local_workers, open_cluster, visible_device
 from .errors import InputError
 from .headers import read_header
 from .objective import new_model
+from .places import is_remote, located
 from .preparation import Preparation, prepare, unwrapped
 from .quadrature import RULES
 from .recorder import Recorder
@@ -176,10 +177,15 @@ def plan(
         measured["together"] * max(loss.evaluations for loss in found.values())
         + measured["higher"] * _at_once(settings["rule"]) * sum(at < manifest.segments for at in SAMPLED),
         {keep: required_bytes(manifest, keep, manifest.losses.values()) for keep in KEEP},
-        psutil.disk_usage(str(_existing(Path(out) if out is not None else default_out(checkpoints)))).free,
+        psutil.disk_usage(str(_existing(Path(out) if out is not None else _beside(checkpoints)))).free,
         measured["memory"],
         [*trajectory.notes, *ready.notes, *([ready.short_of] if ready.short_of else [])],
     )
+
+
+def _beside(checkpoints: str | Path) -> Path:
+    """Where the result would go; of remote checkpoints here."""
+    return Path("run.lca") if is_remote(located(checkpoints)) else default_out(checkpoints)
 
 
 def _existing(place: Path) -> Path:

@@ -122,6 +122,8 @@ def run(
     if span is not None and (span < 1 or span & (span - 1)):
         raise InputError(f"span must be a power of two, got {span}.")
     where = Where(cluster, workers, tls_ca, tls_cert, tls_key, insecure, dashboard)
+    if out is not None and "://" in str(out):
+        raise InputError(f"{out} is a URL, and results are written to file systems. Give --out a directory.")
     path = Path(out) if out is not None else default_out(checkpoints)
     log = Log(progress or (lambda event: None))
     durable = _durable(durability)

@@ -210,9 +210,20 @@ def open_trajectory(
         only = f"only one checkpoint (step {chosen[0][0]})" if chosen else "no checkpoint"
         raise InputError(
             f"{root} holds {only}{which}; at least two are needed, for a segment runs from one to the next. "
-            "Expected files such as step_00000010.safetensors or checkpoint-10/model.safetensors."
+            f"Expected files such as step_00000010.safetensors or checkpoint-10/model.safetensors.{_importable(root)}"
         )
     return _validated(root, chosen, rules, notes, headers)
+
+
+def _importable(root: Path) -> str:
+    """A hint, where there are checkpoints of another kind."""
+    found = [path for path in root.iterdir() if path.suffix in (".ckpt", ".pt", ".pth", ".bin", ".h5", ".hdf5")]
+    kinds = ", ".join(sorted({path.suffix for path in found}))
+    return (
+        f" It holds {len(found)} files of {kinds}: `lca import {root} DIR` makes a directory of them that does."
+        if found
+        else ""
+    )
 
 
 class _Headers(dict[Path, Header]):
@@ -223,7 +234,7 @@ class _Headers(dict[Path, Header]):
         return self[path]
 
     def fetch(self, paths: Sequence[Path]) -> None:
-        """Read many at a time: from far away each takes a while."""
+        """Read many at a time."""
         with ThreadPoolExecutor(_AT_A_TIME) as pool:
             for _ in pool.map(self.__getitem__, paths):
                 pass
@@ -262,8 +273,12 @@ def _discover(
     """Each step's files."""
     named: dict[int, tuple[Path, ...]] = {}
     unnamed: list[Path] = []
-    for path in sorted(root.iterdir()):
-        files = _files(path)
+    entries = sorted(root.iterdir())
+    with ThreadPoolExecutor(_AT_A_TIME if is_remote(root) else 1) as pool:  # from far away each takes a while
+        found = list(zip(entries, pool.map(_files, entries), strict=True))
+    if is_remote(root):
+        headers.fetch([file for _, files in found for file in files])
+    for path, files in found:
         if not files:
             continue
         step = _step(path, regex, headers)
@@ -374,8 +389,6 @@ def _validated(
     checkpoints: list[Checkpoint] = []
     tensors: dict[str, TensorHeader] = {}
     sources: dict[str, str] = {}
-    if is_remote(root):
-        headers.fetch([file for _, files in chosen for file in files])
     for step, files in chosen:
         found = [headers.pop(file) for file in files]
         held = {name: tensor for header in found for name, tensor in header.tensors.items()}

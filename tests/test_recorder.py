@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -295,6 +296,31 @@ def test_flush_has_every_file_and_its_name_on_the_disk(
         assert {*map(str, names(tmp_path)), str(tmp_path)} <= set(flushed)
 
 
+def test_flush_and_close_may_come_again(tmp_path: Path, linear: nn.Module) -> None:
+    recorder = Recorder(tmp_path, linear)
+    recorder.save(0)
+    for action in (recorder.flush, recorder.close, recorder.flush, recorder.close):
+        action()
+    assert steps_in(tmp_path) == [0]
+
+
+def test_a_recorder_collected_on_its_own_thread_writes_what_is_left(
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An optimiser with a scheduler is a cycle, so the collector may end the recorder anywhere, on the thread that writes too."""
+    model = network()
+    held: list[Any] = [Recorder(tmp_path, model)]
+    for step in range(20):
+        held[0].save(step)
+    series = held.pop()._series
+    put = writer._put
+    monkeypatch.setattr(writer, "_put", lambda *given: (put(*given), series.finish())[0])
+    gate.set()
+    series._writer._thread.join(60)
+    assert not series._writer._thread.is_alive()
+    assert steps_in(tmp_path) == list(range(20))
+
+
 def test_a_process_that_ends_without_closing_has_written_everything(tmp_path: Path) -> None:
     script = (
         "import sys, torch\nfrom lca_posthoc import Recorder\nmodel = torch.nn.Linear(300, 300)\nrecorder = Recorder(sys.argv[1], model)\n"
@@ -321,12 +347,30 @@ def test_a_forked_process_neither_writes_nor_hangs(tmp_path: Path, linear: nn.Mo
         try:
             recorder.save(1)
         except LCAError:
+            with contextlib.suppress(LCAError):
+                recorder.flush()
             recorder.close()
             code = 7
         os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     recorder.save(1)
     recorder.close()
+    assert steps_in(tmp_path) == [0, 1]
+
+
+def test_a_forked_process_that_lives_on_does_not_hold_the_directory(tmp_path: Path, linear: nn.Module) -> None:
+    reading, writing = os.pipe()
+    with Recorder(tmp_path, linear) as recorder:
+        recorder.save(0)
+        child = os.fork()
+        if child == 0:
+            os.close(writing)
+            os.read(reading, 1)  # until the parent closes it
+            os._exit(0)
+        os.close(reading)
+    saved(tmp_path, linear, 1)
+    os.close(writing)
+    os.waitpid(child, 0)
     assert steps_in(tmp_path) == [0, 1]
 
 
@@ -358,6 +402,9 @@ def test_the_steps_that_were_asked_for_are_recorded(
     ("options", "message"),
     [
         ({"every": 0}, r"every=0: record every step \(1\)"),
+        ({"every": 2.5}, r"every=2.5: record every step \(1\)"),
+        ({"steps": [0, -1]}, r"steps=\[0, -1\]: name optimiser steps"),
+        ({"until": -1}, "until=-1: name an optimiser step"),
         ({"on_full": "wait"}, "on_full='wait': choose 'stop' or 'pause'"),
     ],
 )
@@ -384,6 +431,23 @@ def test_steps_are_counted_upwards(
     recorder.close()
     with pytest.raises(InputError, match="this recorder is closed"):
         recorder.save(9)
+
+
+@pytest.mark.parametrize("step", [6.0, "5", True, None])
+def test_a_step_is_a_whole_number(tmp_path: Path, linear: nn.Module, step: Any) -> None:
+    with pytest.raises(InputError, match="cannot be saved: optimiser steps are counted upwards"):
+        Recorder(tmp_path / "ck", linear).save(step)
+    assert names(tmp_path) == []
+
+
+def test_places_that_cannot_be_recorded_into_are_refused(tmp_path: Path, linear: nn.Module) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ResourceError, match="cannot be made a directory: File exists"):
+        Recorder(tmp_path / "file", linear).save(0)
+    with pytest.raises(InputError, match="s3://bucket/ck is a URL"):
+        Recorder("s3://bucket/ck", linear)
+    with pytest.raises(InputError, match=r"the model is a dict, not an nn\.Module"):
+        Recorder(tmp_path, linear.state_dict())  # type: ignore[arg-type]
 
 
 def test_space_that_cannot_suffice_is_said_at_once(tmp_path: Path, linear: nn.Module) -> None:
@@ -458,6 +522,28 @@ def test_a_step_that_a_gradient_scaler_skips_does_not_count(tmp_path: Path, line
     assert steps_in(tmp_path) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("given", [(), ("optimiser",), ([],)])
+def test_what_is_no_optimiser_is_refused(tmp_path: Path, linear: nn.Module, given: Any) -> None:
+    with pytest.raises(InputError, match=r"attach was given (nothing|str|list); it takes the optimisers"):
+        Recorder(tmp_path / "ck", linear).attach(*given)
+    assert names(tmp_path) == []
+
+
+def test_an_interrupt_leaves_the_next_iterate_its_own_number(
+    tmp_path: Path, linear: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.01)
+    with Recorder(tmp_path, linear).attach(optimizer):
+        trained(linear, optimizer, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(writer.Writer, "buffer", lambda held: signal.raise_signal(signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):
+                trained(linear, optimizer, 1)
+        third = trained(linear, optimizer, 1)
+    assert steps_in(tmp_path) == [0, 1, 3]
+    assert load_file(names(tmp_path)[-1])["weight"][0].tolist() == third[0]
+
+
 def test_an_optimiser_of_another_model_is_refused(tmp_path: Path, linear: nn.Module) -> None:
     other = torch.optim.SGD(nn.Linear(3, 2).parameters(), lr=0.01)
     with pytest.raises(InputError, match="the optimiser has none of the model's parameters"):
@@ -485,6 +571,76 @@ def test_tensors_that_a_file_cannot_hold_are_refused(
     with pytest.raises(InputError, match=message):
         Recorder(tmp_path / "ck", build()).save(0)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "half\ud800pair"])
+def test_names_that_a_file_cannot_hold_are_refused(tmp_path: Path, name: str) -> None:
+    model = nn.ReLU()
+    model.register_parameter(name, nn.Parameter(torch.ones(2)))
+    with pytest.raises(InputError, match="has a name that safetensors cannot hold"):
+        Recorder(tmp_path / "ck", model).save(0)
+    assert names(tmp_path) == []
+
+
+class FullyShardedDataParallel(nn.Module):
+    """Stands for torch's older one, which leaves a process a nameless part of the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat = nn.Parameter(torch.ones(3))
+
+
+def _zero3() -> nn.Module:
+    model = nn.Linear(3, 2)
+    model.weight.ds_id = 0  # type: ignore[assignment]
+    return model
+
+
+@pytest.mark.parametrize("build", [FullyShardedDataParallel, _zero3])
+def test_weights_of_which_a_process_has_a_part_are_refused(tmp_path: Path, build: Callable[[], nn.Module]) -> None:
+    with pytest.raises(
+        InputError, match=r"the model is sharded by (FullyShardedDataParallel|DeepSpeed's ZeRO-3), of which a process"
+    ):
+        Recorder(tmp_path / "ck", build()).save(0)
+    assert names(tmp_path) == []
+
+
+def test_a_buffer_that_is_made_on_the_way_and_is_not_persistent_disturbs_nothing(
+    tmp_path: Path, linear: nn.Module
+) -> None:
+    with Recorder(tmp_path, linear) as recorder:
+        recorder.save(0)
+        linear.register_buffer("cache", torch.ones(5), persistent=False)
+        recorder.save(1)
+    assert [set(load_file(path)) for path in names(tmp_path)] == [{"weight", "bias"}] * 2
+
+
+def test_a_default_device_of_the_process_is_not_the_recorders(tmp_path: Path, linear: nn.Module) -> None:
+    with torch.device("meta"):
+        (path,) = saved(tmp_path, linear, 0)
+    assert torch.equal(load_file(path)["weight"], linear.weight)  # type: ignore[arg-type]
+
+
+def test_failing_to_copy_neither_holds_the_directory_nor_the_memory(
+    tmp_path: Path, linear: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(writer, "_MEMORY", 0)
+    with Recorder(tmp_path, linear) as recorder:
+        with monkeypatch.context() as patch:
+            patch.setattr("lca_posthoc.recorder.recorder.Stager", fails)
+            with pytest.raises(MemoryError):
+                recorder.save(0)
+        recorder.save(0)
+        with monkeypatch.context() as patch:
+            patch.setattr("lca_posthoc.recorder.recorder.Stager.stage", fails)
+            for _ in range(2 * writer.FEWEST):
+                with pytest.raises(MemoryError):
+                    recorder.save(1)
+        recorder.save(1)
+    assert steps_in(tmp_path) == [0, 1]
 
 
 def _grow(model: nn.Module) -> None:
@@ -631,8 +787,19 @@ def test_training_that_is_resumed_goes_on_with_the_series(tmp_path: Path) -> Non
     )
 
 
-@pytest.mark.parametrize(("step", "value"), [(2, 7), (4, 7), (1, 1)])
-def test_an_iterate_that_is_there_is_never_overwritten(tmp_path: Path, step: int, value: int) -> None:
+@pytest.mark.parametrize(
+    ("step", "value", "message"),
+    [
+        (2, 7, r"step_00000002.safetensors holds other weights than those to be saved, and .* goes on to step 4"),
+        (4, 7, r"step_00000004.safetensors holds other weights"),
+        (
+            1,
+            1,
+            r"goes on to step 4 and has no step_00000001.safetensors. A series is one training run with its own steps",
+        ),
+    ],
+)
+def test_an_iterate_that_is_there_is_never_overwritten(tmp_path: Path, step: int, value: int, message: str) -> None:
     """Other weights of a step that is there, or a step before the last one that is not."""
     model = network()
     with Recorder(tmp_path, model) as recorder:
@@ -641,11 +808,39 @@ def test_an_iterate_that_is_there_is_never_overwritten(tmp_path: Path, step: int
             recorder.save(each)
     before = {path: path.read_bytes() for path in names(tmp_path)}
     become(model, value)
-    with pytest.raises(
-        InputError, match=rf"step_0000000{step}.* is not the iterate to be saved, and .* goes on to step 4"
-    ):
+    with pytest.raises(InputError, match=message):
         saved(tmp_path, model, step)
     assert {path: path.read_bytes() for path in names(tmp_path)} == before
+
+
+def test_a_file_that_was_damaged_is_said_to_be(tmp_path: Path) -> None:
+    model = network()
+    for path in saved(tmp_path, model, 0, 1)[1:]:
+        path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(InputError, match=r"step_00000001.safetensors is damaged .* Remove it and the files after it"):
+        saved(tmp_path, model, 1)
+
+
+def test_a_file_that_was_taken_away_stops_nothing(tmp_path: Path, gate: threading.Event) -> None:
+    model = network()
+    gate.set()
+    with Recorder(tmp_path, model) as recorder:
+        recorder.save(0)
+        recorder.flush()
+        recorder._series._writer._unflushed.append(str(tmp_path / "taken"))  # type: ignore[union-attr]
+        recorder.save(1)
+    assert steps_in(tmp_path) == [0, 1]
+
+
+def test_a_warning_that_is_an_error_loses_nothing_that_is_saved_afterwards(tmp_path: Path) -> None:
+    model = network()
+    saved(tmp_path, model, 0)
+    recorder = Recorder(tmp_path, model)
+    with pytest.raises(UserWarning, match="ends at step 0"):
+        recorder.save(5)
+    recorder.save(6)
+    del recorder
+    assert steps_in(tmp_path) == [0, 6]
 
 
 def test_a_gap_between_the_series_and_its_continuation_is_said(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Callable
@@ -171,6 +172,36 @@ def test_a_training_that_is_resumed_goes_on_with_its_series(tmp_path: Path, trai
     whole, cut = (iterates(tmp_path / each / "checkpoints") for each in ("whole", "cut"))
     assert list(whole) == list(cut)
     assert all(torch.equal(cut[4][name], each) for name, each in whole[4].items())
+
+
+def test_lightning_saves_its_model_after_training(tmp_path: Path) -> None:
+    model = with_lightning(tmp_path)
+    model.trainer.save_checkpoint(tmp_path / "final.ckpt")  # type: ignore[operator, union-attr]
+    assert (tmp_path / "final.ckpt").exists()
+
+
+class Stop(Exception):
+    """What ends a training early."""
+
+
+def test_a_training_that_fails_lets_go_of_its_directory(tmp_path: Path, trainer: Callable[..., nn.Module]) -> None:
+    calls = []
+
+    def fails(*given: Any, **more: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) > 3 * ACCUMULATE:
+            raise Stop
+        return cross_entropy(*given, **more)
+
+    cross_entropy = F.cross_entropy
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "cross_entropy", fails)
+        with pytest.raises(Stop):
+            trainer(tmp_path)
+    gc.collect()
+    assert list(iterates(tmp_path / "checkpoints")) == [0, 1, 2, 3]
+    trainer(tmp_path)
+    assert list(iterates(tmp_path / "checkpoints")) == list(range(OPTIMISER_STEPS + 1))
 
 
 def test_a_trainer_takes_the_recorders_options(tmp_path: Path, trainer: Callable[..., nn.Module]) -> None:

@@ -249,12 +249,18 @@ def _step(path: Path, regex: re.Pattern[str] | None, inside: int | None) -> int 
     if regex is not None:
         named = regex.search(path.name)
         return int(named["step"]) if named and re.fullmatch("[0-9]{1,18}", named["step"] or "") else None
+    named_step = step_in_name(path.name)
     if inside is not None:
+        if named_step is not None and named_step != inside:
+            raise InputError(
+                f"{path} is called step {named_step} and says {inside} inside, perhaps the step of an epoch. Say which names to go by with "
+                "--pattern."
+            )
         return inside
     stated = trainer_step(path) if path.is_dir() else None
     if stated is not None and re.fullmatch("[0-9]{1,18}", stated):
         return int(stated)
-    return step_in_name(path.name)
+    return named_step
 
 
 def _once_more(saved: _Saved, tensors: Tensors, other: _Saved, step: int) -> str:

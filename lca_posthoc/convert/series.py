@@ -10,26 +10,12 @@ import torch
 
 from ..errors import InputError
 from ..headers import MAX_TENSORS, TensorHeader
+from ..recorder.staging import CODES
 
 Tensors = dict[str, torch.Tensor]
 Progress = Callable[[str, int, int], None]
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-}
-SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
+SIZES = {name: dtype.itemsize for dtype, name in CODES.items()}
 
 
 @dataclass(frozen=True)
@@ -66,7 +52,7 @@ def few(words: Sequence[str], most: int = 3) -> str:
 
 def headers_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorHeader]:
     """Names, dtypes and shapes as a file states them."""
-    return {name: TensorHeader(DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return {name: TensorHeader(CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def same_headers(found: Mapping[str, TensorHeader], known: Mapping[str, TensorHeader], file: str, first: str) -> None:
@@ -103,7 +89,7 @@ def taken(state: Mapping[str, Any], file: str) -> tuple[Tensors, list[str]]:
 
 def _storable(name: str, value: torch.Tensor, file: str) -> None:
     plain = value.layout is torch.strided and not value.is_quantized and value.device.type == "cpu"
-    if not plain or value.dtype not in DTYPES:
+    if not plain or value.dtype not in CODES:
         kind = str(value.dtype if plain else value.layout if value.device.type == "cpu" else value.device)
         raise InputError(
             f"tensor {name!r} in {file} is of a kind safetensors cannot hold ({kind}). Save a plain dense tensor."

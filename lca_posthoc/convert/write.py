@@ -70,6 +70,11 @@ def convert(
             checkpoint that is damaged inside or changes meanwhile.
         ResourceError: where space or a package is missing, or a file cannot be written.
     """
+    for where in (source, directory):
+        if "://" in str(where):
+            raise InputError(
+                f"{where} is a URL, and an import is from and to file systems. Copy the checkpoints here first."
+            )
     origin, place = Path(source), Path(directory)
     given = {"key": key, "pattern": pattern, "dataset": dataset, "task": task}
     asked = {name: value for name, value in given.items() if value is not None}

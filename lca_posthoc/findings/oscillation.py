@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from ..errors import LCAError, ResourceError
-from ..places import located, reached
+from ..errors import LCAError
+from ..places import located
 from ..records import SIGNED
 from ..store import LossResults
 from ..trajectory import read_checkpoint
@@ -85,13 +84,12 @@ def oscillation(
 
 def _root(results: LossResults) -> Path | None:
     """Where the checkpoints are: where they were, or, with a run that has been moved, beside it."""
-    for where in (results.manifest.root, results.path.resolve().parent / PurePath(results.manifest.root).name):
-        with contextlib.suppress(OSError, ResourceError):  # out of reach, or without the driver for it here
-            found = located(where)
-            with reached(found):
-                if found.is_dir():
-                    return found
-    return None
+    if (
+        "://" in results.manifest.root
+    ):  # a result must not make whoever looks at it fetch from somewhere: it is to be named
+        return None
+    recorded = Path(results.manifest.root)
+    return next((each for each in (recorded, results.path.resolve().parent / recorded.name) if each.is_dir()), None)
 
 
 def _parsed(results: LossResults, name: str) -> tuple[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -16,8 +17,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from ..errors import InputError, ResourceError, amount
-from .staging import Layout, Stager, tensors_of, transient_names
+from ..errors import InputError, LCAError, ResourceError, amount
+from .staging import Layout, Stager, refuse_flattened, tensors_of, transient_names
 from .writer import Writer
 
 _FILE = re.compile(r"step_(\d{8,})\.safetensors")
@@ -65,11 +66,21 @@ class Recorder:
         until: int | None = None,
         on_full: Literal["stop", "pause"] = "stop",
     ) -> None:
-        if every < 1:
+        if not isinstance(model, nn.Module):
+            raise InputError(f"the model is a {type(model).__name__}, not an nn.Module.")
+        if not _is_step(every) or every < 1:
             raise InputError(f"every={every}: record every step (1), every second (2), and so on.")
+        if steps is not None and (isinstance(steps, str) or not all(map(_is_step, steps))):
+            raise InputError(f"steps={steps!r}: name optimiser steps, whole numbers from 0.")
+        if until is not None and not _is_step(until):
+            raise InputError(f"until={until!r}: name an optimiser step, a whole number from 0.")
+        if "://" in str(directory):
+            raise InputError(
+                f"{directory} is a URL, and iterates are written to this machine's file systems. Name a directory."
+            )
         if on_full not in ("stop", "pause"):
             raise InputError(f"on_full={on_full!r}: choose 'stop' or 'pause'.")
-        self.directory = Path(directory)
+        self.directory = Path(directory).expanduser()
         self._model = model
         self._every, self._steps, self._until = every, None if steps is None else frozenset(steps), until
         self._pauses = on_full == "pause"
@@ -77,6 +88,7 @@ class Recorder:
         self._attached: list[Any] = []
         self._series: _Series | None = None
         self._closed = False
+        self._step = 0
         if until is not None or self._steps is not None:
             self.require_space(until if until is not None else max(self._steps or (), default=0))
 
@@ -112,6 +124,12 @@ class Recorder:
         Raises:
             InputError: where an optimiser does not train the model, or one is attached already; further as `save`.
         """
+        if not optimizers or any(not hasattr(each, "_optimizer_step_post_hooks") for each in optimizers):
+            given = ", ".join(type(each).__name__ for each in optimizers) or "nothing"
+            raise InputError(
+                f"attach was given {given}; it takes the optimisers, as attach(first, second), and not what wraps one: accelerate's has "
+                "it as .optimizer."
+            )
         if self._attached:
             raise InputError("this recorder is attached already. Give all optimisers at once: attach(first, second).")
         held = {id(parameter) for parameter in self._model.parameters()}
@@ -122,11 +140,13 @@ class Recorder:
                     "model and optimiser are made."
                 )
         self.save(step)
+        self._step = step
         self._attached = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
         return self
 
     def _after_step(self, *_: Any) -> None:
-        self.save(self._last + 1)
+        self._step += 1  # whatever happens to this one, an interrupt perhaps, the next has its own number
+        self.save(self._step)
 
     def save(self, step: int) -> None:
         """Save the model as it is now as the iterate of `step`, where it is one of those to be recorded.
@@ -138,14 +158,17 @@ class Recorder:
         """
         if self._closed:
             raise InputError("this recorder is closed. Make another one, which goes on with the directory.")
-        if step <= self._last or step < 0:
+        if not _is_step(step) or step <= self._last:
             before = f"after step {self._last}" if self._last >= 0 else "from 0, the initial weights"
-            raise InputError(f"step {step} cannot be saved: optimiser steps are counted upwards, {before}.")
+            by_itself = "; an attached recorder saves by itself" if self._attached else ""
+            raise InputError(
+                f"step {step!r} cannot be saved: optimiser steps are counted upwards, {before}{by_itself}."
+            )
         if self._is_wanted(step):
             if self._series is None:
-                self._series = _Series(self.directory, self._model, step, self._pauses)
+                self._series = _Series(self.directory, self._model, self._pauses)
+                weakref.finalize(self, self._series.finish)
                 self._series.warn_of_gap(step, self._is_wanted)
-                weakref.finalize(self, self._series.close)
             self._series.save(step)
         elif self._series is not None:
             self._series.check()
@@ -208,7 +231,8 @@ class Recorder:
 class _Series:
     """The files of one directory, from the first iterate on; in a process that does not write, only its part in gathering them."""
 
-    def __init__(self, directory: Path, model: nn.Module, step: int, pauses: bool) -> None:
+    def __init__(self, directory: Path, model: nn.Module, pauses: bool) -> None:
+        refuse_flattened(model)
         self._model, self._without = model, transient_names(model)
         self._writer: Writer | None = None
         self._lock: int | None = None
@@ -224,13 +248,18 @@ class _Series:
                 "train under torch.autocast.",
                 stacklevel=4,
             )
-        directory.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(directory)
-        for left in directory.glob(".step_*.safetensors.tmp"):  # of a process that was killed
+        self._stager = Stager(self._layout)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(
+                f"{directory} cannot be made a directory: {error.strerror}. Record elsewhere."
+            ) from error
+        self._lock, locked = _lock(directory)
+        for left in directory.glob(".step_*.safetensors.*.tmp") if locked else ():  # of a process that was killed
             left.unlink()
         self._before = _highest(directory)
         self._writer = Writer(directory, self._layout, self._before, pauses)
-        self._stager = Stager(self._layout)
 
     def warn_of_gap(self, step: int, is_wanted: Callable[[int], bool]) -> None:
         """Say where iterates are missing between those of the directory and the first one now."""
@@ -252,9 +281,18 @@ class _Series:
         self.check()
         tensors = tensors_of(self._model, self._without)
         if self._writer is not None:
+            if (
+                tensors.keys() != self._layout.places.keys()
+            ):  # perhaps by buffers that are made on the way and not persistent
+                self._without = transient_names(self._model)
+                tensors = {name: each for name, each in tensors.items() if name not in self._without}
             self._layout.check(tensors)
             staging = self._writer.buffer()
-            self._stager.stage(tensors, staging)
+            try:
+                self._stager.stage(tensors, staging)
+            except BaseException:
+                self._writer.give_back(staging)
+                raise
             self._writer.write(step, staging)
 
     def check(self) -> None:
@@ -265,13 +303,27 @@ class _Series:
         if self._writer is not None:
             self._writer.flush()
 
+    def finish(self) -> None:
+        """`close` where nobody does it, without an error that was raised before."""
+        if self._writer is not None and self._writer.raised:
+            with contextlib.suppress(LCAError):
+                self.close()
+        else:
+            self.close()
+
     def close(self) -> None:
         lock, self._lock = self._lock, None
         if self._writer is not None and lock is not None:
             try:
                 self._writer.close()
             finally:
+                with contextlib.suppress(OSError):  # file systems without locks
+                    fcntl.flock(lock, fcntl.LOCK_UN)  # forked processes hold the descriptor too
                 os.close(lock)
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _writes() -> bool:
@@ -280,8 +332,8 @@ def _writes() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
-def _lock(directory: Path) -> int:
-    """Hold a directory as long as this process lives: a descriptor that is locked.
+def _lock(directory: Path) -> tuple[int, bool]:
+    """Hold a directory as long as this process lives: a descriptor, and whether it is locked.
 
     File systems without locks are gone on with; that no file is replaced holds there too.
     """
@@ -295,8 +347,8 @@ def _lock(directory: Path) -> int:
             "together, make the recorder after torch.distributed.init_process_group."
         ) from None
     except OSError:
-        pass
-    return descriptor
+        return descriptor, False
+    return descriptor, True
 
 
 def _highest(directory: Path) -> int:

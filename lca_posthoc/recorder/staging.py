@@ -42,6 +42,21 @@ def transient_names(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, _ in model.named_buffers()) - frozenset(model.state_dict(keep_vars=True))
 
 
+def refuse_flattened(model: nn.Module) -> None:
+    """Some ways to share weights out leave every process a nameless part of them.
+
+    Raises:
+        InputError: where the model is sharded by `FullyShardedDataParallel` or DeepSpeed's ZeRO-3.
+    """
+    flattened = [type(each).__name__ for each in model.modules() if type(each).__name__ == "FullyShardedDataParallel"]
+    flattened += ["DeepSpeed's ZeRO-3" for each in model.parameters() if hasattr(each, "ds_id")]
+    if flattened:
+        raise InputError(
+            f"the model is sharded by {flattened[0]}, of which a process has a part without names. Shard it with "
+            "torch.distributed.fsdp.fully_shard, whose weights are gathered, or save whole checkpoints and use lca import."
+        )
+
+
 def tensors_of(model: nn.Module, without: frozenset[str]) -> dict[str, Tensor]:
     """The model's parameters and all buffers but some, tied ones once, under their first name.
 
@@ -146,6 +161,10 @@ def _itemsize(name: str, tensor: Tensor) -> int:
             f"tensor {name!r} of the model has no values in memory to be saved. Run a batch through a lazily built model, or load its "
             "weights, before the first iterate is saved."
         )
+    if name == "__metadata__" or any(0xD800 <= ord(letter) < 0xE000 for letter in name):
+        raise InputError(
+            f"tensor {name!r} of the model has a name that safetensors cannot hold. Rename it in the model."
+        )
     if tensor.dtype not in CODES:
         raise InputError(
             f"tensor {name!r} of the model is {tensor.dtype}, which safetensors cannot hold. Use another type."
@@ -157,7 +176,7 @@ class Staging:
     """Memory for one iterate on the host, page-locked where it comes from a CUDA device."""
 
     def __init__(self, layout: Layout) -> None:
-        self.data = torch.empty(layout.bytes, dtype=torch.uint8, pin_memory=bool(layout.runs()))
+        self.data = torch.empty(layout.bytes, dtype=torch.uint8, device="cpu", pin_memory=bool(layout.runs()))
         self.views = layout.views(self.data)
         self.copied: list[torch.cuda.Event] = []
 

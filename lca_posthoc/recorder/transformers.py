@@ -27,21 +27,28 @@ class RecorderCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Save the weights that training begins with."""
+        self._close()
         self._recorder = Recorder(self._directory, given["model"], **self._options)
         self._recorder.require_space(state.max_steps)
         self._recorder.save(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Save the weights after an optimiser step."""
+        """Save the weights after an optimiser step; before a checkpoint to resume from have them all on the disk."""
         if self._recorder is not None:
             self._recorder.save(state.global_step)
+            if control.should_save:
+                self._recorder.flush()
 
-    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Have on the disk what a checkpoint to resume from comes after."""
-        if self._recorder is not None:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Likewise, where a checkpoint is written at the end of an epoch."""
+        if self._recorder is not None and control.should_save:
             self._recorder.flush()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Finish the files."""
-        if self._recorder is not None:
-            self._recorder.close()
+        self._close()
+
+    def _close(self) -> None:
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            recorder.close()

@@ -14,6 +14,11 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
 from ..errors import InputError, LCAError, ResourceError, amount
 from .staging import Layout, Staging
 
@@ -51,12 +56,13 @@ class Writer:
     def __init__(self, directory: Path, layout: Layout, before: int, pauses: bool) -> None:
         self._directory, self._layout, self._before, self._pauses = directory, layout, before, pauses
         self.left_out: list[int] = []
+        self.raised = False
         self._is_full = False
         self._last: int | None = None
         self._error: BaseException | None = None
         self._free: queue.SimpleQueue[Staging] = queue.SimpleQueue()
         self._room = max(FEWEST, min(_MOST, _MEMORY // max(1, layout.bytes)))
-        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._unflushed: list[str] = []
         self._flushed = time.monotonic()
         self._process = os.getpid()
@@ -76,14 +82,20 @@ class Writer:
         if self._process != os.getpid():
             raise LCAError("a recorder works in the process that made it. Make one in the process that trains.")
         if self._error is not None:
+            self.raised = True
             raise self._error
 
     def buffer(self) -> Staging:
-        """Memory for an iterate; waits until there is some."""
+        """Memory for an iterate, to be given to `write` or `give_back`; waits until there is some."""
         if self._room and self._free.empty():
+            made = Staging(self._layout)
             self._room -= 1
-            return Staging(self._layout)
+            return made
         return self._free.get()
+
+    def give_back(self, staging: Staging) -> None:
+        """Memory that holds no iterate after all."""
+        self._free.put(staging)
 
     def write(self, step: int, staging: Staging) -> None:
         """Have an iterate written; its memory comes back by itself."""
@@ -91,8 +103,13 @@ class Writer:
 
     def flush(self) -> None:
         """Wait until all that was given is on the disk; raises as `check` does."""
-        self._jobs.put(self._sync)
-        self._jobs.join()
+        if self._process == os.getpid() and self._thread.is_alive():
+            if threading.current_thread() is self._thread:
+                self._drain()
+            else:
+                done = threading.Event()
+                self._jobs.put(functools.partial(self._sync_and_tell, done))
+                done.wait()
         self.check()
 
     def close(self) -> None:
@@ -102,7 +119,8 @@ class Writer:
                 self.flush()
             finally:
                 self._jobs.put(None)
-                self._thread.join()
+                if threading.current_thread() is not self._thread:
+                    self._thread.join()
 
     # --- the thread's ----------------------------------------------------------------------------------------------------------
 
@@ -116,7 +134,19 @@ class Writer:
             if job is None:
                 return
             self._attempt(job)
-            self._jobs.task_done()
+
+    def _drain(self) -> None:
+        """What is left to do, where the garbage collector closes a recorder on this very thread."""
+        while not self._jobs.empty():
+            if (job := self._jobs.get()) is not None:
+                self._attempt(job)
+        self._attempt(self._sync)
+
+    def _sync_and_tell(self, done: threading.Event) -> None:
+        try:
+            self._sync()
+        finally:
+            done.set()
 
     def _due(self) -> float | None:
         """Seconds until the next flush; None where nothing waits for one."""
@@ -139,10 +169,10 @@ class Writer:
     def _write(self, step: int, staging: Staging) -> None:
         path = f"{self._directory}/{name_of(step)}"
         header, body = self._layout.header(step), memoryview(staging.data.numpy())  # type: ignore[arg-type]
-        temporary = f"{self._directory}/.{name_of(step)}.tmp"
+        temporary = f"{self._directory}/.{name_of(step)}.{self._process}.tmp"
         try:
             if step <= self._before or os.path.exists(path):
-                self._compare(path, header, body)
+                self._compare(path, staging)
                 return
             if self._is_full and shutil.disk_usage(self._directory).free < len(header) + len(body):
                 self.left_out.append(step)
@@ -159,20 +189,23 @@ class Writer:
         if not self._due():
             self._sync()
 
-    def _compare(self, path: str, header: bytes, body: memoryview) -> None:
+    def _compare(self, path: str, staging: Staging) -> None:
         """A training run that was resumed may pass iterates that were recorded before: the same ones."""
-        same = os.path.exists(path)
-        if same:
-            with open(path, "rb") as file:
-                same = os.fstat(file.fileno()).st_size == len(header) + len(body) and file.read(len(header)) == header
-                at = 0
-                while same and (block := file.read(2**22)):
-                    same = body[at : at + len(block)] == block
-                    at += len(block)
-        if not same:
+        try:
+            held = load_file(path)
+        except FileNotFoundError:
             raise InputError(
-                f"{path} is not the iterate to be saved, and {self._directory} goes on to step {self._before}. A series is one training "
-                "run: record into another directory, or, to go on from an earlier step, remove the files after it."
+                f"{self._directory} goes on to step {self._before} and has no {os.path.basename(path)}. A series is one training run with "
+                "its own steps: record into another directory, or, to go on from an earlier step, remove the files after it."
+            ) from None
+        except SafetensorError as error:
+            raise InputError(
+                f"{path} is damaged ({error}). Remove it and the files after it, and resume from a step before."
+            ) from None
+        if held.keys() != staging.views.keys() or not all(map(_same, held.values(), map(staging.views.get, held))):
+            raise InputError(
+                f"{path} holds other weights than those to be saved, and {self._directory} goes on to step {self._before}. A series is one "
+                "training run: record into another directory, or, to go on from an earlier step, remove the files after it."
             )
 
     def _failed(self, step: int, path: str, error: OSError) -> None:
@@ -198,13 +231,12 @@ class Writer:
         """Flush the files written since, and their names, to the disk."""
         paths, self._unflushed = self._unflushed, []
         for path in [*paths, str(self._directory)] if paths else []:
-            descriptor = os.open(path, os.O_RDONLY)
             try:
-                os.fsync(descriptor)
+                _flush(path)
+            except FileNotFoundError:  # taken away meanwhile, by who uploads or thins out
+                continue
             except OSError as error:
                 raise ResourceError(f"cannot flush {path} to the disk: {error.strerror}.") from error
-            finally:
-                os.close(descriptor)
         self._flushed = time.monotonic()
 
 
@@ -221,3 +253,18 @@ def _put(path: str, *parts: bytes | memoryview) -> None:
                 left[0] = left[0][written:]
     finally:
         os.close(descriptor)
+
+
+def _flush(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _same(one: Tensor, other: Tensor | None) -> bool:
+    """Whether two tensors have the same bytes."""
+    if other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (one, other)))
