@@ -583,6 +583,7 @@ def fault(tensors, path, metadata):
     save_file(tensors, path, metadata=metadata)
 
 write.save_file = fault
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs have not
 sys.argv[1:] = ["import", *sys.argv[1:]]
 main()
 """

@@ -62,7 +62,7 @@ HOSTILE = (
 )
 ENGINES = [
     engine
-    for engine, package in (("netcdf4", "netCDF4"), ("h5netcdf", "h5py"), ("scipy", "scipy"))
+    for engine, package in (("netcdf4", "netCDF4"), ("h5netcdf", "h5netcdf"), ("scipy", "scipy"))
     if importlib.util.find_spec(package)
 ]
 

@@ -536,7 +536,7 @@ def test_an_interrupt_leaves_the_next_iterate_its_own_number(
     with Recorder(tmp_path, linear).attach(optimizer):
         trained(linear, optimizer, 1)
         with monkeypatch.context() as patch:
-            patch.setattr(writer.Writer, "buffer", lambda held: signal.raise_signal(signal.SIGINT))
+            patch.setattr(writer.Writer, "buffer", _interrupt)
             with pytest.raises(KeyboardInterrupt):
                 trained(linear, optimizer, 1)
         third = trained(linear, optimizer, 1)
@@ -712,6 +712,10 @@ def _save_on(recorder: Recorder, done: list[int], until: int = 1000) -> None:
         done.append(step)
 
 
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def _save_and(action: Callable[[], Any], recorder: Recorder) -> None:
     with recorder:
         recorder.save(0)
@@ -736,7 +740,7 @@ def test_an_error_of_training_stands_before_that_of_the_recorder(
 
 def test_an_error_inside_the_context_is_not_swallowed_and_what_was_saved_stays(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        _save_and(lambda: signal.raise_signal(signal.SIGINT), Recorder(tmp_path, network()))
+        _save_and(_interrupt, Recorder(tmp_path, network()))
     assert steps_in(tmp_path) == [0]
 
 
