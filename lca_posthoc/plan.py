@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from .cluster import Where, local_workers, open_cluster, visible_device
-from .errors import InputError
+from .errors import InputError, amount
 from .headers import read_header
 from .objective import new_model
 from .places import is_remote, located
@@ -167,6 +167,13 @@ def plan(
         spec = {**ready.common, **ready.probe_part, "batch_sizes": ready.batch_sizes, "measured": some}
         measured = unwrapped(measure(spec))
     manifest = ready.manifest
+    free = psutil.disk_usage(str(_existing(Path(out) if out is not None else _beside(checkpoints)))).free
+    stored = {keep: required_bytes(manifest, keep, manifest.losses.values()) for keep in KEEP}
+    short = (
+        [f"the result may need {amount(stored[manifest.keep])}, and {amount(free)} are free there"]
+        if stored[manifest.keep] > free
+        else []
+    )
     found = {name: _loss_plan(ready, name, measured["losses"][name]) for name in manifest.losses}
     return Plan(
         manifest.segments,
@@ -176,10 +183,10 @@ def plan(
         found,
         measured["together"] * max(loss.evaluations for loss in found.values())
         + measured["higher"] * _at_once(settings["rule"]) * sum(at < manifest.segments for at in SAMPLED),
-        {keep: required_bytes(manifest, keep, manifest.losses.values()) for keep in KEEP},
-        psutil.disk_usage(str(_existing(Path(out) if out is not None else _beside(checkpoints)))).free,
+        stored,
+        free,
         measured["memory"],
-        [*trajectory.notes, *ready.notes, *([ready.short_of] if ready.short_of else [])],
+        [*trajectory.notes, *ready.notes, *([ready.short_of] if ready.short_of else []), *short],
     )
 
 

@@ -64,6 +64,15 @@ def test_spans_are_shortened_until_every_worker_has_work(tmp_path: Path) -> None
         assert run.manifest.span == span
 
 
+def test_a_result_larger_than_the_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(tmp_path / "ck")
+    task = write_task(tmp_path / "task.py")
+    needed = plan(tmp_path / "ck", task, workers=1).bytes["parameters"]
+    for free, said in ((needed, False), (needed - 1, True)):
+        monkeypatch.setattr(psutil, "disk_usage", lambda place, free=free: SimpleNamespace(free=free))
+        assert any("the result may need" in note for note in plan(tmp_path / "ck", task, workers=1).notes) is said
+
+
 def test_a_recording_is_planned_as_it_turns_out(tmp_path: Path) -> None:
     task = write_task(tmp_path / "task.py")
     before = contents(tmp_path)
