@@ -100,7 +100,11 @@ def _parts(lines: list[str]) -> Iterator[list[str]]:
 def options_text(app: Sphinx, context: Any, lines: list[str]) -> None:
     """The help of each option; what sphinx-click adds (directives, `:default:`, `**Required**`) stays as it is."""
     for at, line in enumerate(lines):
-        if not re.match(r" *(\.\.|:\w+:|$)", line):
+        if option := re.fullmatch(r"( *\.\. option:: .*<)(.*)>", line):  # sphinx-click takes brackets off the ends
+            shape = option[2]
+            before, after = "[" * (shape.count("]") - shape.count("[")), "]" * (shape.count("[") - shape.count("]"))
+            lines[at] = f"{option[1]}{before}{shape}{after}>"
+        elif not re.match(r" *(\.\.|:\w+:|$)", line):
             before, required, text = line.rpartition("**Required** ")
             lines[at] = before + required + _inline(text)
 

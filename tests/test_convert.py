@@ -106,6 +106,10 @@ def tutorial(place: Path, step: int, state: State) -> None:
     )
 
 
+def counted_in_a_tensor(place: Path, step: int, state: State) -> None:
+    save(place / f"saved at {step + 7}", {"model": dict(state), "iteration": torch.tensor(step)})
+
+
 def hugging_face(place: Path, step: int, state: State) -> None:
     save(place / f"checkpoint-{step}" / "pytorch_model.bin", dict(state))
     for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin"):
@@ -142,6 +146,7 @@ LAYOUTS: dict[str, Callable[[Path, int, State], object]] = {
     "adapters": lambda place, step, state: save(place / f"checkpoint-{step}" / "adapter_model.bin", dict(state)),
     "Lightning": lightning,
     "nanoGPT": nanogpt,
+    "a tensor that counts": counted_in_a_tensor,
     "tutorial": tutorial,
     "Hugging Face": hugging_face,
     "Hugging Face, sharded": hugging_face_shards,
@@ -369,6 +374,11 @@ REFUSED: dict[str, Made] = {
         (),
     ),
     "no step": (lambda place: with_odd(place, STATE, "best.pt"), ("cannot tell the training step", "best.pt"), ()),
+    "two steps": (
+        lambda place: save(place / "step_9.pt", {"model": dict(STATE), "step": 3}).parent,
+        ("is called step 9 and says 3 inside", "--pattern"),
+        (),
+    ),
     "two of one step": (twice, ("both claim step 10 and differ", "ckpt_10.pt", "step_10.pt"), ()),
     "several models": (
         lambda place: named(place, "step_1/a.pt", "step_1/b.pt", "step_2/a.pt"),

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -125,6 +126,9 @@ def test_every_command_has_its_section_with_all_its_options(site: Path, name: st
     options = [
         each.lstrip("-") for option in command.params if isinstance(option, click.Option) for each in option.opts
     ]
+    text = unescape(re.sub(r"<[^>]*>", "", (site / "reference" / "cli.html").read_text()))
+    shapes = [option.metavar for option in command.params if isinstance(option, click.Option) and option.metavar]
+    assert [shape for shape in shapes if f"<{shape}>" not in text] == []
     wanted = {f"lca-{name}", *(f"cmdoption-lca-{name}-{option}" for option in options)}
     assert wanted - page(site / "reference" / "cli.html").anchors == set()
 

@@ -24,7 +24,7 @@ from ..trajectory import compile_pattern, shards, step_in_name, trainer_step
 from .series import Iterate, Progress, Series, Tensors, few, headers_of, same_headers, separate, taken
 
 _WITHIN = ("state_dict", "model", "model_state_dict", "module")
-_STEPS = ("global_step", "iter_num", "step")
+_STEPS = ("global_step", "iter_num", "iteration", "step")
 _EPOCH = re.compile(r"epoch[-_=]?\d+", re.IGNORECASE)
 WHOLE = ("pytorch_model.bin.index.json", "pytorch_model.bin", "adapter_model.bin")
 SAFETENSORS = ("model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors")
@@ -51,8 +51,8 @@ class _Saved:
                 raise InputError(f"tensor {twice[0]!r} stands in {file} and in another shard of it. Save it again.")
             tensors |= found
             notes += more
-            inside = [saved[name] for name in _STEPS if type(saved.get(name)) is int and saved[name] >= 0]
-            steps += inside[:1]
+            inside = [_count(saved.get(name)) for name in _STEPS]
+            steps += [step for step in inside if step is not None][:1]
         return tensors, notes, steps[0] if steps else None
 
     def read(self) -> Tensors:
@@ -243,6 +243,18 @@ def open_pytorch(place: Path, progress: Progress, key: str | None = None, patter
     notes += _without_step(unnamed, bool(steps))
     iterates = [Iterate(step, str(saved.files[0]), saved.read, saved.identity) for step, saved in sorted(steps.items())]
     return Series(iterates, known, notes)
+
+
+def _count(value: Any) -> int | None:
+    """A number of steps: a whole number, or a tensor of one."""
+    if (
+        isinstance(value, torch.Tensor)
+        and value.numel() == 1
+        and not value.is_floating_point()
+        and value.dtype != torch.bool
+    ):
+        value = value.item()
+    return value if type(value) is int and value >= 0 else None
 
 
 def _step(path: Path, regex: re.Pattern[str] | None, inside: int | None) -> int | None:
