@@ -353,6 +353,8 @@ def test_a_forked_process_neither_writes_nor_hangs(tmp_path: Path, linear: nn.Mo
             code = 7
         os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    with pytest.raises(ResourceError, match="another recorder writes into"):
+        Recorder(tmp_path, linear).save(1)
     recorder.save(1)
     recorder.close()
     assert steps_in(tmp_path) == [0, 1]
@@ -403,6 +405,7 @@ def test_the_steps_that_were_asked_for_are_recorded(
     [
         ({"every": 0}, r"every=0: record every step \(1\)"),
         ({"every": 2.5}, r"every=2.5: record every step \(1\)"),
+        ({"steps": 5}, "steps=5: name optimiser steps"),
         ({"steps": [0, -1]}, r"steps=\[0, -1\]: name optimiser steps"),
         ({"until": -1}, "until=-1: name an optimiser step"),
         ({"on_full": "wait"}, "on_full='wait': choose 'stop' or 'pause'"),

@@ -70,7 +70,7 @@ class Recorder:
             raise InputError(f"the model is a {type(model).__name__}, not an nn.Module.")
         if not _is_step(every) or every < 1:
             raise InputError(f"every={every}: record every step (1), every second (2), and so on.")
-        if steps is not None and (isinstance(steps, str) or not all(map(_is_step, steps))):
+        if steps is not None and not (isinstance(steps, Collection) and all(map(_is_step, steps))):
             raise InputError(f"steps={steps!r}: name optimiser steps, whole numbers from 0.")
         if until is not None and not _is_step(until):
             raise InputError(f"until={until!r}: name an optimiser step, a whole number from 0.")
@@ -236,7 +236,7 @@ class _Series:
         self._model, self._without = model, transient_names(model)
         self._writer: Writer | None = None
         self._lock: int | None = None
-        self._before = -1
+        self._process, self._before = os.getpid(), -1
         tensors = tensors_of(model, self._without)
         if not _writes():
             return
@@ -281,9 +281,7 @@ class _Series:
         self.check()
         tensors = tensors_of(self._model, self._without)
         if self._writer is not None:
-            if (
-                tensors.keys() != self._layout.places.keys()
-            ):  # perhaps by buffers that are made on the way and not persistent
+            if tensors.keys() != self._layout.places.keys():  # a cache, perhaps, made on the way and not persistent
                 self._without = transient_names(self._model)
                 tensors = {name: each for name, each in tensors.items() if name not in self._without}
             self._layout.check(tensors)
@@ -317,8 +315,11 @@ class _Series:
             try:
                 self._writer.close()
             finally:
-                with contextlib.suppress(OSError):  # file systems without locks
-                    fcntl.flock(lock, fcntl.LOCK_UN)  # forked processes hold the descriptor too
+                if (
+                    self._process == os.getpid()
+                ):  # forked processes hold the same lock: none of theirs ends it, and ours does for all
+                    with contextlib.suppress(OSError):  # file systems without locks
+                        fcntl.flock(lock, fcntl.LOCK_UN)
                 os.close(lock)
 
 

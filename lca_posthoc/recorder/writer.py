@@ -22,11 +22,8 @@ from torch import Tensor
 from ..errors import InputError, LCAError, ResourceError, amount
 from .staging import Layout, Staging
 
-FEWEST, _MOST, _MEMORY = (
-    3,
-    256,
-    64 * 2**20,
-)  # iterates in memory: one is written, others wait; more where they are small
+FEWEST = 3  # iterates in memory: one is written, others wait
+_MOST, _MEMORY = 256, 64 * 2**20  # where they are small, as many as this memory holds
 _SYNC_SECONDS = 1.0  # between flushes to the disk
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
