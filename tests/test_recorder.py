@@ -308,12 +308,12 @@ def test_a_recorder_collected_on_its_own_thread_writes_what_is_left(
     tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An optimiser with a scheduler is a cycle, so the collector may end the recorder anywhere, on the thread that writes too."""
-    model = network()
-    held: list[Any] = [Recorder(tmp_path, model)]
+    recorder = Recorder(tmp_path, network())
     for step in range(20):
-        held[0].save(step)
-    series = held.pop()._series
-    put = writer._put
+        recorder.save(step)
+    series, put = recorder._series, writer._put
+    assert series is not None
+    assert series._writer is not None
     monkeypatch.setattr(writer, "_put", lambda *given: (put(*given), series.finish())[0])
     gate.set()
     series._writer._thread.join(60)
@@ -450,7 +450,7 @@ def test_places_that_cannot_be_recorded_into_are_refused(tmp_path: Path, linear:
     with pytest.raises(InputError, match="s3://bucket/ck is a URL"):
         Recorder("s3://bucket/ck", linear)
     with pytest.raises(InputError, match=r"the model is a dict, not an nn\.Module"):
-        Recorder(tmp_path, linear.state_dict())  # type: ignore[arg-type]
+        Recorder(tmp_path, dict(linear.state_dict()))  # type: ignore[arg-type]
 
 
 def test_space_that_cannot_suffice_is_said_at_once(tmp_path: Path, linear: nn.Module) -> None:
