@@ -281,7 +281,7 @@ def _discover(
     for path, files in found:
         if not files:
             continue
-        step = _step(path, regex, headers)
+        step = _step(path, files == (path,), regex, headers)
         if step is None:
             unnamed.append(path)
         elif step in named:
@@ -307,6 +307,8 @@ def _files(path: Path) -> tuple[Path, ...]:
     """The safetensors files of one entry of the directory; none where it is not a checkpoint."""
     if path.name.startswith(".") or ".tmp" in path.name:
         return ()
+    if path.suffix == ".safetensors" and is_remote(path):  # of which http servers tell no more, and only by sending it
+        return (path,)
     if path.is_dir():
         if (path / _INDEX).is_file():
             return shards(path / _INDEX)
@@ -345,14 +347,14 @@ def shards(index: Path) -> tuple[Path, ...]:
     return files
 
 
-def _step(path: Path, regex: re.Pattern[str] | None, headers: _Headers) -> int | None:
+def _step(path: Path, is_file: bool, regex: re.Pattern[str] | None, headers: _Headers) -> int | None:
     if regex is not None:
         found = regex.search(path.name)
         return int(found["step"]) if found and re.fullmatch("[0-9]{1,18}", found["step"]) else None
-    stated = headers[path].metadata.get("step") if path.is_file() else trainer_step(path)
+    stated = headers[path].metadata.get("step") if is_file else trainer_step(path)
     if stated is not None and re.fullmatch("[0-9]{1,18}", stated):
         return int(stated)
-    if stated is not None and path.is_file():
+    if stated is not None and is_file:
         raise InputError(
             f"{path} states {stated[:40]!r} as its step in its metadata, which is no training step. Name steps with --pattern."
         )
