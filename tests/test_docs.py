@@ -26,7 +26,7 @@ TOCTREE = re.compile(r"^```\{toctree\}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ENTRY = re.compile(r"^.*<|>$")  # around the page, where the entry has a title of its own
 LINK = re.compile(r"\]\(([^)#\s]+\.md)(?:#[^)]*)?\)")
 NOWHERE = "http://127.0.0.1:9"  # a proxy that is not there
-ELSEWHERE = ("pypi.org", "pythonhosted.org", "anaconda.org", "conda-forge")
+ELSEWHERE = tuple(f"{name}.org" for name in ("pypi", "pythonhosted", "anaconda"))
 
 
 class Page(HTMLParser):
