@@ -199,7 +199,7 @@ def test_results_are_not_written_to_remote_places(tmp_path: Path, memory: str) -
     message = "memory://ck is remote, and results are not: say where they go with --out RUN"
     refused(lca("run", memory, "--task", task, "--cluster", "inline"), message)
     assert lca("plan", memory, "--task", task).exit_code == 0
-    for out in ("s3://bucket/run.lca", "file:///tmp/run.lca"):
+    for out in ("s3://bucket/run.lca", "file:///elsewhere/run.lca"):
         refused(
             lca("run", memory, "--task", task, "--cluster", "inline", "--out", out), f"{out} is a URL, and results are"
         )
