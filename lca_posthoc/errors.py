@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -40,6 +41,15 @@ class Interrupted(LCAError):
     """Stopped on request after the spans in flight were drained; running again resumes."""
 
     exit_code = 130
+
+
+def few(words: Sequence[str], most: int = 3) -> str:
+    """The first of some words, and how many more there are.
+
+    >>> few(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
 def needed(package: str, what: str) -> Any:

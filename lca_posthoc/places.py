@@ -73,6 +73,11 @@ def below(path: Path, root: Path) -> Path:
     return path.relative_to(root)
 
 
+def nearest(path: Path) -> Path:
+    """An absolute path, or the nearest directory above it that is there already."""
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
 @contextlib.contextmanager
 def reached(path: Path) -> Iterator[None]:
     """Drivers raise errors of their own kinds: around what is read from a remote place all of them are an `OSError`."""
@@ -100,17 +105,18 @@ def read(path: Path, key: int) -> bytes:
     """
     if not is_remote(path):
         return path.read_bytes()
-    with contextlib.suppress(OSError, RuntimeError):  # not there yet, or nobody's home
-        kept = _cache() / hashlib.sha256(f"{path}\0{key}".encode()).hexdigest()
+    cache = _cache()
+    if cache is None:
+        with reached(path):
+            return path.read_bytes()
+    kept = cache / hashlib.sha256(f"{path}\0{key}".encode()).hexdigest()
+    with contextlib.suppress(OSError):  # not there yet
         data, seal = (found := kept.read_bytes())[:-4], found[-4:]
         if google_crc32c.value(data).to_bytes(4, "big") == seal:
             return data
     with reached(path):
         data = path.read_bytes()
-    with contextlib.suppress(
-        OSError, RuntimeError
-    ):  # a cache that cannot be written to saves nothing, and harms nothing
-        kept = _cache() / hashlib.sha256(f"{path}\0{key}".encode()).hexdigest()
+    with contextlib.suppress(OSError):  # a cache that cannot be written to saves nothing, and harms nothing
         kept.parent.mkdir(parents=True, exist_ok=True)
         temporary = kept.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
@@ -121,5 +127,11 @@ def read(path: Path, key: int) -> bytes:
     return data
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lca_posthoc"
+def _cache() -> Path | None:
+    """Where whole files are kept; None where nobody's home is known."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "lca_posthoc"
+    try:
+        return Path("~/.cache").expanduser() / "lca_posthoc"
+    except RuntimeError:
+        return None

@@ -17,7 +17,7 @@ from .cluster import Where, local_workers, open_cluster, visible_device
 from .errors import InputError, amount
 from .headers import read_header
 from .objective import new_model
-from .places import is_remote, located
+from .places import is_remote, located, nearest
 from .preparation import Preparation, prepare, unwrapped
 from .quadrature import RULES
 from .recorder import Recorder
@@ -25,7 +25,7 @@ from .records import KEEP
 from .replay import default_out
 from .settings import on_device, resolve
 from .store import required_bytes
-from .task import Task, load, pack
+from .task import Task, loaded, pack
 from .trajectory import open_trajectory
 from .worker import SAMPLED, measure
 
@@ -103,8 +103,8 @@ def plan_recording(directory: str | Path, task: str | Path | Task, steps: int) -
     """
     if steps < 1:
         raise InputError(f"--recording must be 1 or more optimiser steps, got {steps}.")
-    place = _existing(Path(directory) / "step")
-    model = new_model(load(*pack(task)))
+    place = nearest(Path(directory).resolve())
+    model = new_model(loaded(task))
     with tempfile.TemporaryDirectory(prefix=".lca-plan-", dir=place) as made, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # half precision is said when recording
         with Recorder(made, model) as recorder:
@@ -167,7 +167,9 @@ def plan(
         spec = {**ready.common, **ready.probe_part, "batch_sizes": ready.batch_sizes, "measured": some}
         measured = unwrapped(measure(spec))
     manifest = ready.manifest
-    free = psutil.disk_usage(str(_existing(Path(out) if out is not None else _beside(checkpoints)))).free
+    free = psutil.disk_usage(
+        str(nearest((Path(out) if out is not None else _beside(checkpoints)).resolve().parent))
+    ).free
     stored = {keep: required_bytes(manifest, keep, manifest.losses.values()) for keep in KEEP}
     short = (
         [f"the result may need {amount(stored[manifest.keep])}, and {amount(free)} are free there"]
@@ -193,12 +195,6 @@ def plan(
 def _beside(checkpoints: str | Path) -> Path:
     """Where the result would go; of remote checkpoints here."""
     return Path("run.lca") if is_remote(located(checkpoints)) else default_out(checkpoints)
-
-
-def _existing(place: Path) -> Path:
-    """The nearest directory above a path that is there already."""
-    place = place.resolve().parent
-    return place if place.exists() else _existing(place)
 
 
 def _at_once(rule: str) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .cluster import Cluster, Done, Lost, Spec
-from .errors import InputError, Interrupted, ResourceError, SpanError, unpack
+from .errors import InputError, Interrupted, ResourceError, SpanError, few, unpack
 from .places import absolute, below
 from .settings import Settings
 from .store import LossRecord, Manifest, StoredTensor
@@ -192,9 +192,9 @@ def _frozen(names: list[str]) -> list[str]:
     """Frozen parameters that are the task's own."""
     if not names:
         return []
-    shown = f"{', '.join(map(repr, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
     return [
-        f"no checkpoint holds {shown}, frozen in the task's model: they stay as it builds them, which must be as they were in training"
+        f"no checkpoint holds {few([*map(repr, names)])}, frozen in the task's model: they stay as it builds them, which must be as they "
+        "were in training"
     ]
 
 

@@ -19,7 +19,7 @@ import psutil
 from . import store
 from .cluster import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting, Where, open_cluster
 from .errors import InputError, Interrupted, LCAError, ResourceError, SpanError, amount, unpack
-from .places import is_remote, located
+from .places import is_remote, located, nearest
 from .preparation import as_json, muster, prepare, relative
 from .progress import Listener, Log, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow
 from .settings import Settings, on_device, resolve
@@ -363,9 +363,7 @@ class _Job:
                 raise SpanError(_failures(self.failed))
 
     def _check_space(self, needed: int) -> None:
-        place = self.path.resolve().parent
-        while not place.exists():
-            place = place.parent
+        place = nearest(self.path.resolve().parent)
         free = psutil.disk_usage(str(place)).free
         if needed > free:
             raise ResourceError(

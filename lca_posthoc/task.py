@@ -318,6 +318,13 @@ def load(entry: Entry, data: bytes) -> Task:
     return task
 
 
+def loaded(task: str | Path | Task) -> Task:
+    """The task in this process, its modules found also where its code imports while it runs; raises as `pack` and `load`."""
+    entry, data = pack(task)
+    use(entry, data)
+    return load(entry, data)
+
+
 def use(entry: Entry, data: bytes) -> None:
     """Make the modules that came with a task the ones its code finds when it imports while it runs."""
     if entry["kind"] == "file":

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import InputError, SpanError
+from .errors import InputError, SpanError, few
 from .headers import HALF, Header, TensorHeader, fingerprint_of, read_header
 from .places import is_remote, located, reached, read
 
@@ -137,13 +137,8 @@ class Trajectory:
         )
 
 
-def _some(names: Sequence[str], most: int = 3) -> str:
-    shown = ", ".join(repr(name) for name in names[:most])
-    return (
-        ("tensor " if len(names) == 1 else "tensors ")
-        + shown
-        + (f" and {len(names) - most} more" if len(names) > most else "")
-    )
+def _some(names: Sequence[str]) -> str:
+    return ("tensor " if len(names) == 1 else "tensors ") + few([*map(repr, names)])
 
 
 def normalise(name: str) -> str:

@@ -17,11 +17,11 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from .. import task as tasks
-from ..errors import InputError, LCAError, needed
+from ..errors import InputError, LCAError, few, needed
 from ..headers import TensorHeader
 from ..objective import new_model, tensor_table
 from ..trajectory import TensorSpec
-from .series import Iterate, Progress, Series, Tensors, few, separate
+from .series import Iterate, Progress, Series, Tensors, separate
 
 _BLOCK = 256 * 2**20
 
@@ -76,9 +76,8 @@ class _Rows:
         return separate(tensors)
 
     def identity(self, row: int) -> str:
-        cut = repr(
-            list(self._shapes.items())
-        ).encode()  # another order of the parameters cuts the row into other tensors
+        # another order of the parameters cuts the row into other tensors
+        cut = repr(list(self._shapes.items())).encode()
         return f"{google_crc32c.extend(google_crc32c.value(cut), self._row(row).tobytes()):08x}"
 
 
@@ -148,9 +147,7 @@ def open_hdf5(
 
 def _model(task: str | Path | tasks.Task) -> list[TensorSpec]:
     """The tensors of a task's model, in its order, without those the task fixes."""
-    entry, data = tasks.pack(task)
-    tasks.use(entry, data)
-    loaded = tasks.load(entry, data)
+    loaded = tasks.loaded(task)
     model = new_model(loaded)
     if any(map(is_lazy, model.parameters())):
         raise InputError(

@@ -18,10 +18,11 @@ from typing import Any
 import google_crc32c
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, few
 from ..headers import TensorHeader, fingerprint
+from ..recorder.staging import same_bytes
 from ..trajectory import compile_pattern, shards, step_in_name, trainer_step
-from .series import Iterate, Progress, Series, Tensors, few, headers_of, same_headers, separate, taken
+from .series import Iterate, Progress, Series, Tensors, headers_of, same_headers, separate, taken
 
 _WITHIN = ("state_dict", "model", "model_state_dict", "module")
 _STEPS = ("global_step", "iter_num", "iteration", "step")
@@ -217,9 +218,8 @@ def open_pytorch(place: Path, progress: Progress, key: str | None = None, patter
         raise InputError(f"{place} is one checkpoint. Give the directory that holds one for every step.")
     regex = compile_pattern(pattern) if pattern else None
     paths = [path for path in place.iterdir() if regex is None or regex.search(path.name)]
-    paths.sort(
-        key=lambda path: (step_in_name(path.name) is None, path.name)
-    )  # a copy such as last.ckpt after its original
+    # a copy such as last.ckpt after its original
+    paths.sort(key=lambda path: (step_in_name(path.name) is None, path.name))
     every = [_Saved(path, files, key) for path in paths if (files := _entry(path))]
     steps, unnamed = dict[int, _Saved](), list[_Saved]()
     beside = [path for path in paths if is_safetensors(path) and step_in_name(path.name) is not None]
@@ -278,18 +278,11 @@ def _step(path: Path, regex: re.Pattern[str] | None, inside: int | None) -> int 
 def _once_more(saved: _Saved, tensors: Tensors, other: _Saved, step: int) -> str:
     """A second file of one step, such as a `last.ckpt`, is left out where it holds the same numbers."""
     theirs = other.load()[0]
-    same = headers_of(tensors) == headers_of(theirs) and all(
-        torch.equal(_bytes(tensor), _bytes(theirs[name])) for name, tensor in tensors.items()
-    )
-    if not same:
+    if not same_bytes(tensors, theirs):
         raise InputError(
             f"{other.path} and {saved.path} both claim step {step} and differ. Move one away, or tell steps apart with --pattern."
         )
     return f"left out {saved.path.name}: it is {other.path.name} (step {step}) again"
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _without_step(unnamed: Sequence[_Saved], some: bool) -> list[str]:

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 
 from ..errors import InputError, ResourceError, amount
 from ..headers import HALF, TensorHeader, read_header
+from ..recorder.writer import name_of, step_of
 from ..task import Task
 from ..trajectory import TensorSpec, open_trajectory
 from .formats import FORMATS
@@ -27,7 +27,6 @@ Say = Callable[[str], None]
 
 _PARTIAL = ".import"
 _SOURCE = "source"  # one entry alone: safetensors writes several in no fixed order, and a run knows its checkpoints by their bytes
-_OURS = re.compile(r"step_\d{8,}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -128,17 +127,13 @@ def _half(series: Series) -> list[str]:
     ] * bool(narrow)
 
 
-def _file(place: Path, step: int) -> Path:
-    return place / f"step_{step:08d}.safetensors"
-
-
 def _only_steps(place: Path) -> None:
     """Refuse a directory that holds anything but what an import writes."""
     if not place.is_dir():
         if os.path.lexists(place):
             raise InputError(f"{place} is there and is no directory. Name another one.")
         return
-    foreign = sorted(path.name for path in place.iterdir() if path.name != _PARTIAL and not _OURS.fullmatch(path.name))
+    foreign = sorted(path.name for path in place.iterdir() if path.name != _PARTIAL and step_of(path.name) is None)
     if foreign:
         raise InputError(f"{place} is not empty: it holds {foreign[0]!r}, which no import wrote. Name a new directory.")
 
@@ -172,12 +167,12 @@ def _alone(place: Path) -> Iterator[None]:
 def _waiting(place: Path, series: Series) -> list[Iterate]:
     """The iterates whose files are not there; refuse files that are, and are not theirs."""
     present = {path.name for path in place.iterdir() if path.name != _PARTIAL}
-    extra = sorted(present - {_file(place, iterate.step).name for iterate in series.iterates})
+    extra = sorted(present - {name_of(iterate.step) for iterate in series.iterates})
     if extra:
         raise InputError(f"{place} holds {extra[0]}, a step that is not in this series. Name a new directory.")
     waiting = []
     for iterate in series.iterates:
-        path = _file(place, iterate.step)
+        path = place / name_of(iterate.step)
         if path.name not in present:
             waiting.append(iterate)
             continue
@@ -207,7 +202,7 @@ def _write(place: Path, iterate: Iterate, known: Mapping[str, TensorHeader]) -> 
     tensors, identity = iterate.read(), iterate.identity()
     if headers_of(tensors) != known:
         raise InputError(f"{iterate.origin} changed while it was imported. Run again when nothing writes there.")
-    path = _file(place, iterate.step)
+    path = place / name_of(iterate.step)
     temporary = place / _PARTIAL / path.name
     umask = os.umask(0)
     os.umask(umask)

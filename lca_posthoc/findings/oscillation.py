@@ -84,9 +84,7 @@ def oscillation(
 
 def _root(results: LossResults) -> Path | None:
     """Where the checkpoints are: where they were, or, with a run that has been moved, beside it."""
-    if (
-        "://" in results.manifest.root
-    ):  # a result must not make whoever looks at it fetch from somewhere: it is to be named
+    if "://" in results.manifest.root:  # a result must not make who looks at it fetch from somewhere: it is to be named
         return None
     recorded = Path(results.manifest.root)
     return next((each for each in (recorded, results.path.resolve().parent / recorded.name) if each.is_dir()), None)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import InputError, SpanError
+from ..errors import InputError, SpanError, few
 from ..task import Loss, Task
 from ..trajectory import TensorSpec
 from .batches import Order, Split, automatic_batch_size, saved_bytes
@@ -164,7 +164,7 @@ class Objective:
         for pattern in self.task.fixed:
             if not any(is_fixed(name, [pattern]) for name in bound):
                 raise InputError(
-                    f"Task.fixed names {pattern!r}, which no tensor of the model matches. Its tensors: {_few(bound)}."
+                    f"Task.fixed names {pattern!r}, which no tensor of the model matches. Its tensors: {few([*map(repr, bound)], 5)}."
                 )
         return {spec.name: bound[spec.name] for spec in self.table}
 
@@ -524,11 +524,6 @@ def _codes(examples: int, order: Order) -> Tensor:
     for code, members in enumerate(order.members):
         codes[members] = code
     return codes
-
-
-def _few(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(map(repr, listed[:5])) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
 
 
 def unpack(batch: Any) -> tuple[Any, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import shutil
 import warnings
 import weakref
@@ -18,10 +17,9 @@ import torch
 from torch import nn
 
 from ..errors import InputError, LCAError, ResourceError, amount
+from ..places import nearest
 from .staging import Layout, Stager, refuse_flattened, tensors_of, transient_names
-from .writer import Writer
-
-_FILE = re.compile(r"step_(\d{8,})\.safetensors")
+from .writer import Writer, step_of
 
 
 class Recorder:
@@ -203,8 +201,8 @@ class Recorder:
             ResourceError: with both figures, where they do not.
         """
         size = Layout(tensors_of(self._model, transient_names(self._model))).bytes
-        place = next(each for each in (self.directory, *self.directory.absolute().parents) if each.exists())
-        first = 1 + max(self._last, _highest(self.directory) if place == self.directory else -1)
+        place = nearest(self.directory.absolute())
+        first = 1 + max(self._last, _highest(self.directory) if self.directory.exists() else -1)
         last = until if self._until is None else min(until, self._until)
         if self._steps is None:
             iterates = max(0, last // self._every - (first - 1) // self._every)
@@ -315,9 +313,8 @@ class _Series:
             try:
                 self._writer.close()
             finally:
-                if (
-                    self._process == os.getpid()
-                ):  # forked processes hold the same lock: none of theirs ends it, and ours does for all
+                # forked processes hold the same lock: none of theirs ends it, and ours does for all
+                if self._process == os.getpid():
                     with contextlib.suppress(OSError):  # file systems without locks
                         fcntl.flock(lock, fcntl.LOCK_UN)
                 os.close(lock)
@@ -354,5 +351,4 @@ def _lock(directory: Path) -> tuple[int, bool]:
 
 def _highest(directory: Path) -> int:
     """The last step of which there is a file; −1 where there is none."""
-    found = (_FILE.fullmatch(path.name) for path in directory.iterdir())
-    return max((int(each[1]) for each in found if each), default=-1)
+    return max((step for path in directory.iterdir() if (step := step_of(path.name)) is not None), default=-1)

@@ -151,6 +151,17 @@ def _kind(tensor: _Place | Tensor | None) -> object:
     return tensor if tensor is None else (tensor.dtype, tensor.shape, tensor.device)
 
 
+def same_bytes(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether there are the same names, and under each a tensor of the same type, shape and bytes."""
+    return some.keys() == others.keys() and all(_same(each, others[name]) for name, each in some.items())
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other)))
+
+
 def _described(tensor: _Place | Tensor | None) -> str:
     return "absent" if tensor is None else f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
 

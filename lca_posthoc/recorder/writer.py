@@ -7,6 +7,7 @@ import errno
 import functools
 import os
 import queue
+import re
 import shutil
 import threading
 import time
@@ -14,18 +15,29 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from ..errors import InputError, LCAError, ResourceError, amount
-from .staging import Layout, Staging
+from .staging import Layout, Staging, same_bytes
 
 FEWEST = 3  # iterates in memory: one is written, others wait
 _MOST, _MEMORY = 256, 64 * 2**20  # where they are small, as many as this memory holds
 _SYNC_SECONDS = 1.0  # between flushes to the disk
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+_NAME = re.compile(r"step_(\d{8,})\.safetensors")
+
+
+def step_of(name: str) -> int | None:
+    """The step a file is of by its name; None where it is no such file.
+
+    >>> step_of("step_00000007.safetensors"), step_of("model.safetensors")
+    (7, None)
+    """
+    found = _NAME.fullmatch(name)
+    return int(found[1]) if found else None
 
 
 def name_of(step: int) -> str:
@@ -199,7 +211,7 @@ class Writer:
             raise InputError(
                 f"{path} is damaged ({error}). Remove it and the files after it, and resume from a step before."
             ) from None
-        if held.keys() != staging.views.keys() or not all(map(_same, held.values(), map(staging.views.get, held))):
+        if not same_bytes(held, staging.views):
             raise InputError(
                 f"{path} holds other weights than those to be saved, and {self._directory} goes on to step {self._before}. A series is one "
                 "training run: record into another directory, or, to go on from an earlier step, remove the files after it."
@@ -258,10 +270,3 @@ def _flush(path: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _same(one: Tensor, other: Tensor | None) -> bool:
-    """Whether two tensors have the same bytes."""
-    if other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (one, other)))
