@@ -54,6 +54,17 @@ def located(where: str | Path) -> Path:
     return found  # type: ignore[return-value]
 
 
+def here(where: str | Path, what: str) -> Path:
+    """The path of what can only be written, or read, on a file system.
+
+    Raises:
+        InputError: where it is a URL; `what` says why that will not do, and what to do.
+    """
+    if "://" in str(where):
+        raise InputError(f"{where} is a URL, and {what}")
+    return Path(where)
+
+
 def is_remote(path: Path) -> bool:
     """Whether it is behind a URL."""
     return not isinstance(path, Path)

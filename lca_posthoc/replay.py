@@ -19,7 +19,7 @@ import psutil
 from . import store
 from .cluster import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting, Where, open_cluster
 from .errors import InputError, Interrupted, LCAError, ResourceError, SpanError, amount, unpack
-from .places import is_remote, located, nearest
+from .places import here, is_remote, located, nearest
 from .preparation import as_json, muster, prepare, relative
 from .progress import Listener, Log, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow
 from .settings import Settings, on_device, resolve
@@ -122,9 +122,8 @@ def run(
     if span is not None and (span < 1 or span & (span - 1)):
         raise InputError(f"span must be a power of two, got {span}.")
     where = Where(cluster, workers, tls_ca, tls_cert, tls_key, insecure, dashboard)
-    if out is not None and "://" in str(out):
-        raise InputError(f"{out} is a URL, and results are written to file systems. Give --out a directory.")
-    path = Path(out) if out is not None else default_out(checkpoints)
+    what = "results are written to file systems. Give --out a directory."
+    path = here(out, what) if out is not None else default_out(checkpoints)
     log = Log(progress or (lambda event: None))
     durable = _durable(durability)
     _Job(located(checkpoints), *pack(task), list(losses or []), path, asked, span, durable, log).run(where)

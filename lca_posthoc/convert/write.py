@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from ..errors import InputError, ResourceError, amount
 from ..headers import HALF, TensorHeader, read_header
+from ..places import here
 from ..recorder.writer import name_of, step_of
 from ..task import Task
 from ..trajectory import TensorSpec, open_trajectory
@@ -69,12 +70,8 @@ def convert(
             checkpoint that is damaged inside or changes meanwhile.
         ResourceError: where space or a package is missing, or a file cannot be written.
     """
-    for where in (source, directory):
-        if "://" in str(where):
-            raise InputError(
-                f"{where} is a URL, and an import is from and to file systems. Copy the checkpoints here first."
-            )
-    origin, place = Path(source), Path(directory)
+    what = "an import is from and to file systems. Copy the checkpoints here first."
+    origin, place = here(source, what), here(directory, what)
     given = {"key": key, "pattern": pattern, "dataset": dataset, "task": task}
     asked = {name: value for name, value in given.items() if value is not None}
     try:

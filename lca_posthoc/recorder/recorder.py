@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError, LCAError, ResourceError, amount
-from ..places import nearest
+from ..places import here, nearest
 from .staging import Layout, Stager, refuse_flattened, tensors_of, transient_names
 from .writer import Writer, step_of
 
@@ -72,13 +72,11 @@ class Recorder:
             raise InputError(f"steps={steps!r}: name optimiser steps, whole numbers from 0.")
         if until is not None and not _is_step(until):
             raise InputError(f"until={until!r}: name an optimiser step, a whole number from 0.")
-        if "://" in str(directory):
-            raise InputError(
-                f"{directory} is a URL, and iterates are written to this machine's file systems. Name a directory."
-            )
         if on_full not in ("stop", "pause"):
             raise InputError(f"on_full={on_full!r}: choose 'stop' or 'pause'.")
-        self.directory = Path(directory).expanduser()
+        self.directory = here(
+            directory, "iterates are written to this machine's file systems. Name a directory."
+        ).expanduser()
         self._model = model
         self._every, self._steps, self._until = every, None if steps is None else frozenset(steps), until
         self._pauses = on_full == "pause"
