@@ -1,4 +1,4 @@
-"""A replay takes what was foretold.
+"""A replay holds what was foretold.
 
 No finding loads a whole array: told to hold a sixteenth of what is usual, none takes more than a quarter of a run of 0.8 GB.
 
@@ -8,6 +8,7 @@ No finding loads a whole array: told to hold a sixteenth of what is usual, none 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,10 @@ from tests.synthetic import build
 
 SHAPES = {"embedding.weight": (4000, 100), "fc.weight": (200, 480), "fc.bias": (200,), "scale": ()}
 BLOCK = 2**18
+NOTHING_KEPT = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}  # what is freed goes back at once: what is resident is held
 TOLD = [
     case
     for case in CASES
@@ -94,14 +99,16 @@ def test_a_synthetic_run_is_whole_and_agrees_with_itself(tmp_path: Path) -> None
     ],
     ids=["one loss", "three losses", "tensors kept", "refined to the end", "a fixed rule", "a random subset"],
 )
-def test_a_replay_takes_what_was_foretold_and_not_much_less(
+def test_a_replay_holds_two_thirds_of_what_was_foretold_and_leaves_the_heap_the_rest(
     losses: int, span: int, options: dict[str, Any], tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "tests.replay_memory", tmp_path, losses, span, json.dumps(options)]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, env=os.environ | NOTHING_KEPT
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert 0.4 * found["foretold"] <= found["taken"] <= 1.15 * found["foretold"], found
+    assert 0.6 * found["foretold"] <= found["taken"] <= 0.75 * found["foretold"], found
 
 
 def test_without_room_a_run_is_refused_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
