@@ -572,6 +572,19 @@ def task():
 """
 
 
+AUGMENTED = """\
+import torch
+import torch.nn.functional as F
+from lca_posthoc import Loss, Task
+
+
+def task():
+    inputs = torch.cat([torch.ones(300, 12), torch.randn(300, 12)])
+    data = {"all": (inputs, torch.arange(600) % 4)}
+    return Task(lambda: torch.nn.Linear(12, 4), data, {"loss": Loss(F.cross_entropy, on="all")})
+"""
+
+
 @pytest.fixture(scope="module")
 def linear_iterates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("linear")
@@ -598,6 +611,14 @@ def test_a_split_that_is_drawn_anew_in_every_process_is_refused_by_name(linear_i
     with pytest.raises(LCAError) as caught:
         run(linear_iterates, split_file(tmp_path, ""), tolerance=math.inf, **settings)
     says(str(caught.value), "split 'held_out' is not the same in this worker process", "random_split without a seed")
+
+
+def test_data_that_is_drawn_anew_behind_examples_that_are_not_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "task.py"
+    file.write_text(AUGMENTED)
+    first, second = answers(file)
+    assert "error" not in first
+    says(second["error"]["message"], "split 'all' is not the same in this worker process")
 
 
 # --- what is random in every pass ------------------------------------------------------------------------------------------

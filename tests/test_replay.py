@@ -22,7 +22,7 @@ import lca_posthoc as lca_package
 from lca_posthoc import Recorder, allocation, open_run, replay, store
 from lca_posthoc.errors import LCAError
 from lca_posthoc.progress import Planned, SpanDone
-from tests.small import contents, lca, marker, refused, run_lca, task_namespace, write_task
+from tests.small import contents, lca, marker, refused, run_lca, says, task_namespace, write_task
 
 SEGMENTS = 37
 
@@ -166,6 +166,40 @@ def test_checkpoints_added_at_the_end_give_the_same_bits_as_one_run(
     identical(once, grown)
     again = [event.span for event in events if isinstance(event, SpanDone)]
     assert again == list(range(first // span, -(-last // span)))
+
+
+def test_data_that_changed_behind_the_sample_is_noticed_where_spans_meet(place: Path, tmp_path: Path) -> None:
+    """The sample a loss is known by is of the first examples; what lies behind it shows in the loss itself."""
+    out = tmp_path / "run.lca"
+    torch.save(torch.cat([task_namespace()["train"][0]] * 20), tmp_path / "inputs.pt")
+    task = write_task(
+        tmp_path / "task.py",
+        "train = (inputs[:30], targets[:30])",
+        f"train = (torch.load({str(tmp_path / 'inputs.pt')!r}), targets[:30].repeat(20))",
+    )
+
+    def go_on(until: int) -> tuple[int, str]:
+        for step in range(until + 1):
+            name = f"step_{step:08d}.safetensors"
+            (tmp_path / "checkpoints").mkdir(exist_ok=True)
+            shutil.copy2(place / "checkpoints" / name, tmp_path / "checkpoints" / name)
+        arguments = ["run", "--task", task, "--out", out, "--cluster", "inline", tmp_path / "checkpoints"]
+        code = "from lca_posthoc.cli import main; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+        )
+        return done.returncode, done.stderr
+
+    assert go_on(8)[0] == 0
+    before = contents(out / "commits")
+    changed = torch.load(tmp_path / "inputs.pt")
+    changed[400:] = -changed[400:]
+    torch.save(changed, tmp_path / "inputs.pt")
+    code, errors = go_on(16)
+    assert code == 3
+    says(errors, "at step 8 here, and", "the data is not what it was, or a machine erred")
+    assert [fact["span"] for fact in open_run(out)["train"].markers] == [0, 1, 3]
+    assert before.items() <= contents(out / "commits").items()
 
 
 def test_a_run_that_grew_knows_its_losses_again(place: Path, tmp_path: Path) -> None:

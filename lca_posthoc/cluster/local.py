@@ -111,8 +111,12 @@ def _settle_in() -> Any:
 
 
 def local_workers(device: str) -> int:
-    """How many workers this host has unless told: one per visible GPU, or one per core."""
-    return len(gpu_environments()) if device == "cuda" else len(os.sched_getaffinity(0))
+    """How many workers this host has unless told: one per visible GPU, or one per core that this process may use."""
+    if device == "cuda":
+        return len(gpu_environments())
+    from dask.system import cpu_count
+
+    return int(cpu_count())
 
 
 def gpu_environments() -> list[dict[str, str]]:

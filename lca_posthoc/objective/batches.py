@@ -180,8 +180,12 @@ class Split:
 
     @property
     def digest(self) -> str:
-        """A hash of the first 256 examples and of how many there are."""
-        return digest_of(next(self._read([range(min(DIGESTED, self.examples))])), self.examples)
+        """A hash of 256 examples, spread evenly or the first of a stream, and of how many there are."""
+        count = min(DIGESTED, self.examples)
+        spread = torch.arange(count) * (self.examples - 1) // max(1, count - 1)
+        return digest_of(
+            next(self._read([range(count) if isinstance(self._source, Stream) else spread])), self.examples
+        )
 
     def batches(
         self, batch_size: int, order: Order | None = None, only: range | None = None

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -25,6 +24,7 @@ from torch.utils.data import (
 )
 
 from ..errors import InputError
+from ..host import free_memory
 
 _RESIDENT_SHARE = 0.25
 DIGESTED = 256
@@ -68,7 +68,7 @@ def room_on(device: torch.device) -> float:
     """Bytes a split may occupy: a share of what is free now; it decides speed, never a result."""
     if device.type == "cuda":
         return _RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
-    return _RESIDENT_SHARE * float(psutil.virtual_memory().available)
+    return _RESIDENT_SHARE * free_memory()
 
 
 def _feed(digest: hashlib.blake2b, batch: Any) -> None:

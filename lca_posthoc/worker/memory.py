@@ -5,6 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import Any
 
+from .. import host
 from ..errors import amount
 from .state import Spec
 
@@ -32,12 +33,11 @@ def block_of(spec: Spec, objective: Any, name: str) -> int | None:
 
 def free_memory(workers: int, device: Any) -> float:
     """Bytes that are free for one of the workers of a host, or on the GPU."""
-    import psutil
     import torch
 
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    return float(psutil.virtual_memory().available) / workers
+    return host.free_memory() / workers
 
 
 def needed(spec: Spec, objective: Any, names: list[str], blocks: dict[str, int | None]) -> float:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ResourceError
-from .state import Spec, objective_of, points_of, reported
+from ..errors import ResourceError, SpanError
+from .state import WITHIN, Spec, objective_of, points_of, reported
 
 SAMPLED = {0, 64, 512}  # segments whose error is measured: as many in a run that grew as in one that did not
 
@@ -137,9 +137,36 @@ class _Together:
             facts[name]["worst_residual"] = float(abs(tally.steps["residual"]).max())
             facts[name]["unconverged"] = int((tally.steps["converged"] == 0).sum())
             facts[name]["silent"] = sorted(tally.silent) if on is not None else []
+            facts[name]["ends"] = self._ends(name)
             where = {"host": socket.gethostname(), "pid": os.getpid(), "seconds": round(seconds, 3)}
             self.writer.write_span(name, self.spec["span"], tally, {**facts[name], **where}, self.parts.get(name))
         return facts
+
+    def _ends(self, name: str) -> list[float]:
+        """The loss at the first and the last checkpoint of the span.
+
+        Raises:
+            SpanError: where a span beside it has another one at the checkpoint they share.
+        """
+        steps, span, record = self.tallies[name].steps, self.spec["span"], self.records[name]
+        ends = [
+            float(np.average(steps[field][at], weights=steps["weight"][at]))
+            for field, at in (("loss_start", 0), ("loss_end", -1))
+        ]
+        first = abs(record.identity[0]["loss"]) if record.identity[0] else 0.0
+        for beside, here, there in ((span - 1, 0, 1), (span + 1, 1, 0)):
+            facts = self.writer.facts(name, beside) if 0 <= beside < self.writer.manifest.spans else None
+            if facts is None:
+                continue
+            ours, theirs = ends[here], facts["ends"][there]
+            if abs(ours - theirs) > WITHIN[self.spec["settings"]["precision"]] * max(abs(ours), abs(theirs), first):
+                step = self.writer.manifest.ends(self.rows)[here]
+                raise SpanError(
+                    f"loss {name!r} is {ours:.8g} at step {step} here, and {theirs:.8g} in the span beside this one, computed on "
+                    f"{facts['host']}: the data is not what it was, or a machine erred. Put back what was changed and run again, or "
+                    "write another run with --out"
+                )
+        return ends
 
     def _counts(self) -> dict[str, tuple[int, int]]:
         return {name: (self.objective.evaluations[name], self.objective.forward_passes[name]) for name in self.records}
