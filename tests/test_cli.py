@@ -164,7 +164,7 @@ def test_a_run_prints_its_result_on_stdout_and_nothing_else(made: Path, tmp_path
         "hidden.weight",
         "share of sum",
     )
-    assert result.stdout.splitlines()[-1] == f"wrote {tmp_path / 'out.lca'}"
+    assert result.stdout.splitlines()[-1] == f"results in {tmp_path / 'out.lca'}"
 
 
 def test_notes_go_to_stderr_and_leave_the_exit_code_alone(made: Path, place: Path, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_second_run_has_nothing_to_do_says_so_and_prints_the_same(place: Path)
 def test_a_result_goes_beside_the_checkpoints_unless_told(place: Path) -> None:
     shutil.rmtree(place / "ck.lca")
     result = lca("run", f"{place / 'ck'}/", "--task", place / "task.py", "--cluster", "inline")
-    assert result.stdout.splitlines()[-1] == f"wrote {place / 'ck.lca'}"
+    assert result.stdout.splitlines()[-1] == f"results in {place / 'ck.lca'}"
 
 
 def test_nothing_is_coloured_or_cut_in_a_pipe(place: Path) -> None:

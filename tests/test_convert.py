@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -130,6 +131,20 @@ def trainer_state(place: Path, step: int, state: State) -> None:
     (place / f"saved-{step + 1}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
 
 
+def with_settings(place: Path, step: int, state: State, **options: Any) -> Path:
+    """What scripts put beside the weights: parsed arguments, numbers of numpy, the state of its generator."""
+    arguments = argparse.Namespace(lr=0.1, output=place, best=np.float32(0.5), nested=argparse.Namespace(seed=1))
+    beside = {"args": arguments, "best": np.float64(1.5), "epoch": np.int64(3), "random": np.random.get_state()}
+    return save(place / f"checkpoint{step:04d}.pth", {"model": dict(state), **beside}, **options)
+
+
+def with_settings_of_an_older_numpy(place: Path, step: int, state: State) -> None:
+    path = with_settings(place, step, state, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    assert b"numpy._core.multiarray\n" in data
+    path.write_bytes(data.replace(b"numpy._core.multiarray\n", b"numpy.core.multiarray\n"))
+
+
 LAYOUTS: dict[str, Callable[[Path, int, State], object]] = {
     "state dicts": lambda place, step, state: save(place / f"step_{step}.pt", dict(state)),
     "module": lambda place, step, state: save(place / f"step_{step}.pt", {"module": dict(state), "epoch": 1}),
@@ -151,6 +166,8 @@ LAYOUTS: dict[str, Callable[[Path, int, State], object]] = {
     "Hugging Face": hugging_face,
     "Hugging Face, sharded": hugging_face_shards,
     "trainer state": trainer_state,
+    "settings": with_settings,
+    "settings, an older numpy": with_settings_of_an_older_numpy,
 }
 
 
@@ -226,6 +243,25 @@ def test_the_entry_asked_for_is_taken(tmp_path: Path) -> None:
     told(tmp_path / "saved", tmp_path / "st", key="ema")
     wanted = [{name: 2 * tensor for name, tensor in state.items()} for state in iterates()]
     equal(tmp_path / "st", dict(zip(STEPS, wanted, strict=True)))
+
+
+def test_a_running_average_is_taken_without_its_count(tmp_path: Path) -> None:
+    for step, state in zip(STEPS, iterates(), strict=True):
+        model = task_namespace()["Net"]()
+        model.load_state_dict(state)
+        average = torch.optim.swa_utils.AveragedModel(model)
+        average.update_parameters(model)
+        save(tmp_path / "saved" / f"step_{step}.pt", {"model": {}, "ema": average.state_dict()})
+    (note,) = told(tmp_path / "saved", tmp_path / "st", key="ema")
+    says(note, "left out 'n_averaged'", "torch.optim.swa_utils")
+    equal(
+        tmp_path / "st",
+        {
+            step: {f"module.{name}": each for name, each in state.items()}
+            for step, state in zip(STEPS, iterates(), strict=True)
+        },
+    )
+    assert run_lca(tmp_path / "st", write_task(tmp_path / "task.py"), tmp_path / "run").exit_code == 0
 
 
 def test_a_pattern_names_the_step_beats_what_is_inside_and_leaves_out_the_rest(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def command(checkpoints: str, as_json: bool, **options: Any) -> None:
         print_json({"schema": 1, "losses": found})
         return
     print_summary(found)
-    stdout().print(f"\nwrote {opened.path}", markup=False)
+    stdout().print(f"\nresults in {opened.path}", markup=False)
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """What torch.save, Lightning and older Hugging Face trainers wrote.
 
-Of pickles only tensors and plain data are read (`torch.load(…, weights_only=True)`); what asks for more is refused.
+Of pickles only tensors and plain data are read (`torch.load(…, weights_only=True)`), numbers of numpy, settings of argparse and paths
+among it; what asks for more is refused.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import re
@@ -12,10 +14,11 @@ import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import google_crc32c
+import numpy as np
 import torch
 
 from ..errors import InputError, few
@@ -25,7 +28,18 @@ from ..trajectory import compile_pattern, shards, step_in_name, trainer_step
 from .series import Iterate, Progress, Series, Tensors, headers_of, same_headers, separate, taken
 
 _WITHIN = ("state_dict", "model", "model_state_dict", "module")
+_COUNT = "n_averaged"
 _STEPS = ("global_step", "iter_num", "iteration", "step")
+_MAKERS: list[Any] = [np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]]  # what pickles of numpy call
+_PLAIN: list[Any] = [
+    argparse.Namespace,
+    PosixPath,
+    (PosixPath, "pathlib.PosixPath"),
+    *((made, f"numpy.{core}.multiarray.{made.__name__}") for made in _MAKERS for core in ("core", "_core")),
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"},
+]
 _EPOCH = re.compile(r"epoch[-_=]?\d+", re.IGNORECASE)
 WHOLE = ("pytorch_model.bin.index.json", "pytorch_model.bin", "adapter_model.bin")
 SAFETENSORS = ("model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors")
@@ -46,6 +60,11 @@ class _Saved:
         for file in self.files:
             saved = _unpickled(file)
             state = _state_dict(saved, file, self.key)
+            if _is_average(state):
+                state = {name: value for name, value in state.items() if name != _COUNT}
+                notes.append(
+                    f"left out {_COUNT!r} of every checkpoint: it counts what is averaged (torch.optim.swa_utils)"
+                )
             found, more = taken(state, str(file))
             twice = sorted(found.keys() & tensors.keys())
             if twice:
@@ -99,7 +118,8 @@ def _unpickled(file: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the age of a file
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            with torch.serialization.safe_globals(_PLAIN):
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError:
         asked = _asked_for(file)
         what = (
@@ -121,7 +141,8 @@ def _unpickled(file: Path) -> Any:
 def _asked_for(file: Path) -> str:
     """The functions and classes a pickle asks for, as far as they can be told without running it."""
     try:
-        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+        with torch.serialization.safe_globals(_PLAIN):
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     except Exception:  # not a zip archive: nothing can be said
         return ""
     return few(names)
@@ -152,6 +173,11 @@ def _state_dict(saved: Any, file: Path, key: str | None) -> Mapping[str, Any]:
     if not found:
         raise InputError(f"{file} holds no state dict. {_entries(saved, found)}")
     raise InputError(f"which state dict of {file} is meant is not clear. {_entries(saved, found)}")
+
+
+def _is_average(state: Mapping[str, Any]) -> bool:
+    """Whether a state dict is that of `torch.optim.swa_utils.AveragedModel`: the model's, one level down, and a count."""
+    return _COUNT in state and all(name.startswith("module.") for name in state if name != _COUNT)
 
 
 def _entries(saved: Mapping[Any, Any], found: Sequence[str]) -> str:

@@ -82,9 +82,10 @@ def convert(
             f"cannot read {error.filename or origin}: {error.strerror}. Check the path and its permissions."
         ) from None
     if len(series.iterates) < 2:
+        count = "only one checkpoint" if series.iterates else "no checkpoint"
+        which = f" whose name --pattern {pattern!r} matches" if pattern else ""
         raise InputError(
-            f"{origin} holds only one checkpoint{f' whose name --pattern {pattern!r} matches' if pattern else ''}; at least two are "
-            "needed, for a segment runs from one to the next."
+            f"{origin} holds {count}{which}; at least two are needed, for a segment runs from one to the next."
         )
     for note in [*series.notes, *_half(series)]:
         say(note)
