@@ -26,6 +26,7 @@ autodoc_member_order = "bysource"
 autodoc_mock_imports = ["lightning", "transformers"]  # the callbacks' own trainers, which need not be installed
 autodoc_typehints = "signature"
 python_use_unqualified_type_names = True
+toc_object_entries_show_parents = "hide"
 python_maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
 nitpicky = True

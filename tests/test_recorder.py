@@ -514,6 +514,37 @@ def test_steps_of_several_optimisers_are_counted_together(tmp_path: Path, linear
     assert steps_in(tmp_path) == list(range(7))
 
 
+def stepped(model: nn.Module, *optimizers: torch.optim.Optimizer) -> list[str]:
+    """Steps of optimisers in turn; what is warned of."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for optimizer in optimizers:
+            model(torch.randn(4, 3)).sum().backward()
+            optimizer.step()
+    return [str(each.message) for each in said]
+
+
+def test_an_optimiser_that_takes_the_place_of_an_attached_one_is_noticed_once(
+    tmp_path: Path, linear: nn.Module
+) -> None:
+    before, after = (torch.optim.SGD(linear.parameters(), lr=0.01) for _ in range(2))
+    with Recorder(tmp_path, linear).attach(before):
+        (said,) = stepped(linear, before, after, after, after)
+        assert "not recorded" in said
+        assert "attach(optimizer, step=…)" in said
+    assert steps_in(tmp_path) == [0, 1]
+    assert stepped(linear, after, after, after) == []  # closed
+
+
+def test_nothing_is_said_of_a_partner_or_of_another_models_optimiser(tmp_path: Path, linear: nn.Module) -> None:
+    first, second = (torch.optim.SGD([each], lr=0.01) for each in linear.parameters())
+    critic = nn.Linear(3, 1)
+    other = torch.optim.SGD(critic.parameters(), lr=0.01)
+    with Recorder(tmp_path, linear).attach(second):
+        assert stepped(linear, *[first, other, other, other, second] * 3) == []
+    assert steps_in(tmp_path) == [0, 1, 2, 3]
+
+
 def test_a_step_that_a_gradient_scaler_skips_does_not_count(tmp_path: Path, linear: nn.Module) -> None:
     optimizer, scaler = torch.optim.SGD(linear.parameters(), lr=0.01), torch.amp.GradScaler("cpu")
     with Recorder(tmp_path, linear).attach(optimizer):
