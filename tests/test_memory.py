@@ -115,7 +115,8 @@ def test_without_room_a_run_is_refused_before_it_begins(tmp_path: Path, monkeypa
     place = ground.lay_out(tmp_path, 4)
     monkeypatch.setattr(memory, "free_memory", lambda workers, device: 1000.0)
     with pytest.raises(
-        ResourceError, match=r"takes about .* beside model and data, and 1 kB are free for each of 1 worker"
+        ResourceError,
+        match=r"takes about .* beside model and data, and 1 kB are free for each of 1 worker here. Try --keep units, a machine",
     ):
         lca_posthoc.run(place / "checkpoints", place / "small_task.py", out=tmp_path / "run.lca", cluster="inline")
     assert not (tmp_path / "run.lca").exists()

@@ -36,7 +36,7 @@ def plain_figure(x: str, y: str, height: int = 300, **options: Any) -> figure:
         toolbar_location="above",
         x_axis_label=x,
         y_axis_label=y,
-        min_border_left=64,
+        min_border_left=80,
         output_backend="canvas",
         **options,
     )

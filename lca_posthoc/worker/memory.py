@@ -87,10 +87,15 @@ def short_of(spec: Spec, objective: Any, names: list[str], blocks: dict[str, int
     )
     if needs <= free:
         return None
+    ways = {
+        "fewer --workers": crowd > 1,
+        "fewer losses at a time (--loss)": len(names) > 1,
+        "--keep units": spec["settings"]["keep"] == "parameters",
+    }
     return (
         f"a replay of {len(names)} loss{'es' if len(names) > 1 else ''} takes about {amount(needs)} beside model and data, and "
-        f"{amount(free)} are free for each of {crowd} worker{'s' if crowd > 1 else ''} here. Try fewer --workers, fewer losses at a "
-        "time (--loss), --keep units, or a machine with more memory."
+        f"{amount(free)} are free for each of {crowd} worker{'s' if crowd > 1 else ''} here. Try "
+        f"{', '.join([way for way, helps in ways.items() if helps] + ['a machine with more memory'])}."
     )
 
 

@@ -64,7 +64,7 @@ def block(panel: Panel, room: Room) -> Block:
     captions = {
         "peaks": f"All of {count(len(names), 'layer')} peak together at {count(observed, 'segment')}{of}.",
         "null": f"Observed: {count(observed)}. Layers shifted within stretches of training, which keeps how often each part of it has "
-        f"peaks, give as many or more with p = {_chance(found, 'local')}: quote this p_local. Shifted over the whole of training, as if "
+        f"peaks, give as many or more with p = {_chance(found, 'local')}: the one to quote. Shifted over the whole of training, as if "
         f"peaks were as likely late as early, p = {_chance(found, 'shift')}; expected of independent layers: {plain(expected)}.",
     }
     tables = []
