@@ -8,8 +8,10 @@ import json
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -478,6 +480,39 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not(
     assert not (tmp_path / "st").exists()
     pickle.loads(pickle.dumps(Hostile(ran)))
     assert ran.exists()  # it would have
+
+
+def test_numpy_is_given_nothing_of_a_file_to_make(tmp_path: Path) -> None:
+    """A dtype that says its bytes are pointers: numpy would follow them."""
+
+    def called(module: str, name: str) -> bytes:
+        return b"c" + module.encode() + b"\n" + name.encode() + b"\n"
+
+    def text(value: str) -> bytes:
+        return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+    def number(value: int) -> bytes:
+        return b"J" + struct.pack("<i", value)
+
+    objects = called("numpy", "dtype") + text("O") + b"\x85R"
+    fields = b"}" + text("a") + objects + number(0) + b"\x86s" + text("b") + objects + number(8) + b"\x86s"
+    names = text("a") + text("b") + b"\x86"
+    state = b"(" + number(3) + text("|") + b"N" + names + fields + number(16) + number(1) + number(0) + b"t"
+    pointers = called("numpy", "dtype") + text("V16") + b"\x89\x88\x87R" + state + b"b"
+    data = called("_codecs", "encode") + text("A" * 16) + text("latin1") + b"\x86R"
+    made = called("numpy._core.multiarray", "scalar") + pointers + data + b"\x86R"
+    hashed = called("collections", "OrderedDict") + b"]" + made + b"a\x85R"
+    path = series(tmp_path / "saved") / "step_70.pt"
+    save(tmp_path / "whole", {})
+    with zipfile.ZipFile(tmp_path / "whole") as whole, zipfile.ZipFile(path, "w") as archive:
+        for name in whole.namelist():
+            pickled = b"\x80\x02}" + text("x") + hashed + b"s."
+            archive.writestr(name, pickled if name.endswith("data.pkl") else whole.read(name))
+    main = "from lca_posthoc.cli import main; main()"
+    command = [sys.executable, "-c", main, "import", tmp_path / "saved", tmp_path / "st"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    says(done.stderr, "step_70.pt cannot be read as a checkpoint")
 
 
 # --- what is there already -----------------------------------------------------------------------------------------------

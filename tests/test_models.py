@@ -621,6 +621,14 @@ def test_data_that_is_drawn_anew_behind_examples_that_are_not_is_refused(tmp_pat
     says(second["error"]["message"], "split 'all' is not the same in this worker process")
 
 
+def test_a_digest_is_had_of_examples_that_do_not_stack(tmp_path: Path) -> None:
+    """Two resolutions, one after the other: batches of 100 stack, examples from all over do not."""
+    images = [(torch.full((3, 8 + 8 * (at >= 300), 8 + 8 * (at >= 300)), at / 600.0), at % 4) for at in range(600)]
+    model = partial(nn.Sequential, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+    task = Task(model, {"all": images}, {"loss": Loss(F.cross_entropy, on="all")})
+    assert [answer.get("error") for answer in answers(task)] == [None, None]
+
+
 # --- what is random in every pass ------------------------------------------------------------------------------------------
 
 

@@ -1,12 +1,11 @@
 """What torch.save, Lightning and older Hugging Face trainers wrote.
 
-Of pickles only tensors and plain data are read (`torch.load(…, weights_only=True)`), numbers of numpy, settings of argparse and paths
-among it; what asks for more is refused.
+Of pickles only tensors and plain data are read (`torch.load(…, weights_only=True)`). Numbers of numpy, settings of argparse and paths
+are read past, never made: numpy takes pointers from what it is given. What asks for more is refused.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import pickle
 import re
@@ -14,11 +13,10 @@ import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PosixPath
+from pathlib import Path
 from typing import Any
 
 import google_crc32c
-import numpy as np
 import torch
 
 from ..errors import InputError, few
@@ -30,20 +28,27 @@ from .series import Iterate, Progress, Series, Tensors, headers_of, same_headers
 _WITHIN = ("state_dict", "model", "model_state_dict", "module")
 _COUNT = "n_averaged"
 _STEPS = ("global_step", "iter_num", "iteration", "step")
-_MAKERS: list[Any] = [np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]]  # what pickles of numpy call
-_PLAIN: list[Any] = [
-    argparse.Namespace,
-    PosixPath,
-    (PosixPath, "pathlib.PosixPath"),
-    *((made, f"numpy.{core}.multiarray.{made.__name__}") for made in _MAKERS for core in ("core", "_core")),
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"},
-]
+_READ_PAST = (
+    *("argparse.Namespace", "pathlib.PosixPath", "pathlib._local.PosixPath", "numpy.ndarray", "numpy.dtype"),
+    *(f"numpy.{core}.multiarray.{maker}" for core in ("core", "_core") for maker in ("scalar", "_reconstruct")),
+)
 _EPOCH = re.compile(r"epoch[-_=]?\d+", re.IGNORECASE)
 WHOLE = ("pytorch_model.bin.index.json", "pytorch_model.bin", "adapter_model.bin")
 SAFETENSORS = ("model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors")
 _OF_THE_TRAINER = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state|random_states)(_\d+)?\.\w+")
+
+
+class LeftOut:
+    """Stands for what is read past."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+_STAND_INS: list[Any] = [LeftOut, *((LeftOut, name) for name in _READ_PAST)]
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def _unpickled(file: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the age of a file
-            with torch.serialization.safe_globals(_PLAIN):
+            with torch.serialization.safe_globals(_STAND_INS):
                 return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError:
         asked = _asked_for(file)
@@ -128,8 +133,8 @@ def _unpickled(file: Path) -> Any:
             else "is damaged, or holds more than tensors and plain data"
         )
         raise InputError(
-            f"{file} {what}, and is not loaded: that could run any code. Where you trust it, save its state dict alone with torch.save, in "
-            "the program that wrote it."
+            f"{file} {what}, and is not loaded: that could run any code. Where you trust it, load it with "
+            "weights_only=False where its modules can be imported, and save its state dict alone with torch.save."
         ) from None
     except Exception as error:
         what = (str(error).splitlines() or [""])[0][:200]
@@ -141,7 +146,7 @@ def _unpickled(file: Path) -> Any:
 def _asked_for(file: Path) -> str:
     """The functions and classes a pickle asks for, as far as they can be told without running it."""
     try:
-        with torch.serialization.safe_globals(_PLAIN):
+        with torch.serialization.safe_globals(_STAND_INS):
             names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     except Exception:  # not a zip archive: nothing can be said
         return ""

@@ -183,9 +183,11 @@ class Split:
         """A hash of 256 examples, spread evenly or the first of a stream, and of how many there are."""
         count = min(DIGESTED, self.examples)
         spread = torch.arange(count) * (self.examples - 1) // max(1, count - 1)
-        return digest_of(
-            next(self._read([range(count) if isinstance(self._source, Stream) else spread])), self.examples
-        )
+        stream = isinstance(self._source, Stream)
+        cuts: list[Positions] = (
+            [range(count)] if stream else list(torch.split(spread, 1))
+        )  # far apart they need not stack
+        return digest_of(*itertools.islice(self._read(cuts), len(cuts)), self.examples)
 
     def batches(
         self, batch_size: int, order: Order | None = None, only: range | None = None
