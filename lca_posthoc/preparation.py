@@ -79,7 +79,7 @@ def prepare(
     """
     held = sorted(trajectory.tensors)
     asked = {"task": task, "parcel": parcel, "settings": settings, "losses": wanted or None, "held": held}
-    found = _ask(cluster, describe, asked)
+    found = ask(cluster, describe, asked)
     _known_tensors(settings["tensors"], found["tensors"])
     if existing is None:
         _known_splits(settings["subset"], found["losses"])
@@ -107,7 +107,7 @@ def prepare(
         "workers": workers or cluster.crowd,
         "span": existing.span if existing else span,
     }
-    probed = _ask(cluster, probe, {**common, **probe_part, "recorded": list(recorded), "batch_sizes": batch_sizes})
+    probed = ask(cluster, probe, {**common, **probe_part, "recorded": list(recorded), "batch_sizes": batch_sizes})
     keys = encode_all(found["losses"], [record.key for record in recorded.values()])
     tensor_keys = encode_all(spec.name for spec in table)
     manifest = Manifest(
@@ -124,7 +124,7 @@ def prepare(
     return Preparation(common, probe_part, manifest, notes, probed["short_of"])
 
 
-def _ask(cluster: Cluster, work: Callable[[Spec], Spec], spec: Spec) -> Spec:
+def ask(cluster: Cluster, work: Callable[[Spec], Spec], spec: Spec) -> Spec:
     """One answer from one worker."""
     for outcome in cluster.map(work, [spec]):
         if isinstance(outcome, Lost):

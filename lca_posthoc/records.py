@@ -35,6 +35,12 @@ TENSOR_FIELDS = {
     "gradient": "float64",
 }
 OF_MOTION = ("motion",)  # the same for every group
+SAME_LOSS = {
+    "float64": 1e-9,
+    "float32": 1e-4,
+    "tf32": 1e-2,
+    "bfloat16": 5e-2,
+}  # by precision: two computations of one loss
 MAGNITUDES = 510  # two bins an octave over all finite float32
 BINS = 2 * MAGNITUDES
 

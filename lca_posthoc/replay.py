@@ -20,13 +20,13 @@ from . import store
 from .cluster import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting, Where, open_cluster
 from .errors import InputError, Interrupted, LCAError, ResourceError, SpanError, amount, unpack
 from .places import here, is_remote, located, nearest
-from .preparation import as_json, muster, prepare, relative
+from .preparation import as_json, ask, muster, prepare, relative
 from .progress import Listener, Log, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow
 from .settings import Settings, on_device, resolve
 from .store import LossRecord, Manifest, Run, RunWriter
 from .task import Entry, Task, digest, pack
 from .trajectory import Checkpoint, Trajectory, open_trajectory
-from .worker import replay_span, settled
+from .worker import losses_at, replay_span, settled
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -270,6 +270,7 @@ class _Job:
     failed: list[SpanFailed] = field(default_factory=list)
     smaller: int = 0
     torn: bool = False
+    heard: dict[str, dict[int, list[float]]] = field(default_factory=dict)
 
     def run(self, where: Where) -> None:
         where.check()
@@ -354,6 +355,7 @@ class _Job:
             if strangers:  # who comes late is asked about the run directory itself
                 muster(cluster, trajectory, cluster.device, stack.enter_context(store.token(self.path)))
             self._bring_up(writer, ready.manifest)
+            self._recognise(cluster, writer, {**ready.common, "batch_sizes": ready.batch_sizes})
             if self.damage is not None:  # now that all that is needed to compute it again is known to be there
                 self.only = writer.discard(self.damage)
             stack.enter_context(self.tell.written_to(self.path / "log" / "run.jsonl"))
@@ -395,6 +397,25 @@ class _Job:
         if any(recorded.provenance[name] != value for name, value in task.items()):
             writer.note(task)
 
+    def _recognise(self, cluster: Cluster, writer: RunWriter, common: Spec) -> None:
+        """Evaluate the losses that are to be gone on with where they are known, over all of their data, before anything is written."""
+        again = writer.spans_of(self.damage or ())
+        known = {name: store.meeting(writer.commits(name), again.get(name, ())) for name in common["losses"]}
+        meetings: dict[str, list[str]] = {}
+        for name, found in known.items():
+            if found is not None:
+                meetings.setdefault(str(found[0]), []).append(name)
+        if not meetings:
+            return
+        checkpoints = writer.manifest.checkpoints
+        where = {index: as_json(checkpoints[int(index)]) for index in meetings}
+        spec = {**common, "run": str(self.path.resolve()), "meetings": meetings, "checkpoints": where, "span": 1}
+        for name, now in ask(cluster, losses_at, spec)["losses"].items():
+            index, before = known[name] or (0, now)
+            if store.differ(writer.commits(name), before, now):
+                what = f"value over its whole data at step {checkpoints[index].step}"
+                raise InputError(_other_loss(name, what, f"{before:.8g}", f"{now:.8g}"))
+
     def _replay(self, cluster: Cluster, writer: RunWriter, common: Spec, stop: _Stop, held: store.Held) -> None:
         manifest = writer.manifest
         waiting: dict[int, list[str]] = {}
@@ -414,7 +435,7 @@ class _Job:
         held.working = True  # until its end, workers may leave temporary files
         with contextlib.closing(cluster.map(replay_span, specs, settled)) as outcomes:
             for outcome in outcomes:
-                silent |= self._hear(cluster, manifest, outcome)
+                silent |= self._hear(cluster, writer, outcome)
                 if held.lost.is_set():
                     raise ResourceError(
                         f"another driver took {self.path} over, because this one did not show for minutes. What was committed is kept."
@@ -439,14 +460,15 @@ class _Job:
         if stop.event.is_set():
             raise _interrupted(stop.signal)
 
-    def _hear(self, cluster: Cluster, manifest: Manifest, outcome: Outcome) -> set[str]:
+    def _hear(self, cluster: Cluster, writer: RunWriter, outcome: Outcome) -> set[str]:
         """Pass on what a cluster says; returns the buffers losses turned out not to depend on."""
+        manifest = writer.manifest
         if isinstance(outcome, Refused):
             self.tell(Note(f"worker {outcome.worker} joined and takes no part: it {outcome.why}"))
         elif isinstance(outcome, Waiting):
             self.tell(Note(f"no worker is left; waiting {outcome.seconds:.0f} s for one to join"))
         elif isinstance(outcome, Done):
-            return self._take(manifest, outcome, cluster.workers) if outcome.result is not None else set()
+            return self._take(writer, outcome, cluster.workers) if outcome.result is not None else set()
         else:
             span = outcome.spec["span"]
             where = (span, *_steps(manifest, span))
@@ -465,8 +487,8 @@ class _Job:
         self.failed.append(failure)
         self.tell(failure)
 
-    def _take(self, manifest: Manifest, done: Done, workers: int) -> set[str]:
-        span, result = done.spec["span"], done.result
+    def _take(self, writer: RunWriter, done: Done, workers: int) -> set[str]:
+        manifest, span, result = writer.manifest, done.spec["span"], done.result
         if "error" in result:
             error = unpack(result["error"])
             if isinstance(error, ResourceError):
@@ -475,6 +497,7 @@ class _Job:
             return set()
         facts = result["losses"].values()
         for name, fact in result["losses"].items():
+            self._join(writer, name, span, fact["ends"])
             whole = manifest.losses[name].batch_size
             if fact["batch_size"] < whole:
                 self.smaller += 1
@@ -501,6 +524,18 @@ class _Job:
             )
         )
         return {name for fact in facts for name in fact["silent"]}
+
+    def _join(self, writer: RunWriter, loss: str, span: int, ends: list[float]) -> None:
+        """Compare a span with those beside it, once they are committed; here alone, so that no two miss each other."""
+        heard = self.heard.setdefault(loss, {})
+        heard[span] = ends
+        for later in (span, span + 1):
+            what = store.disagreement(writer.commits(loss), later, heard)
+            if what is not None:
+                raise LCAError(
+                    f"{what}: not both are of the data and the model that are meant, or a machine erred. `lca verify {self.path}` lists "
+                    f"where, `lca repair {self.path} --task FILE` computes it again."
+                )
 
 
 def _failures(failed: list[SpanFailed]) -> str:

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 
 import lca_posthoc as lca_package
-from lca_posthoc import Recorder, allocation, open_run, replay, store
-from lca_posthoc.errors import LCAError
+from lca_posthoc import Recorder, allocation, open_run, preparation, replay, store
+from lca_posthoc.errors import InputError, LCAError
+from lca_posthoc.objective import probe
 from lca_posthoc.progress import Planned, SpanDone
 from tests.small import contents, lca, marker, refused, run_lca, says, task_namespace, write_task
 
@@ -196,10 +197,70 @@ def test_data_that_changed_behind_the_sample_is_noticed_where_spans_meet(place: 
     changed[400:] = -changed[400:]
     torch.save(changed, tmp_path / "inputs.pt")
     code, errors = go_on(16)
-    assert code == 3
-    says(errors, "at step 8 here, and", "the data is not what it was, or a machine erred")
-    assert [fact["span"] for fact in open_run(out)["train"].markers] == [0, 1, 3]
-    assert before.items() <= contents(out / "commits").items()
+    assert code == 2
+    says(errors, "value over its whole data at step 8 was", "lca remove RUN --loss train", "--out")
+    assert contents(out / "commits") == before
+    changed[400:] = -changed[400:]
+    torch.save(changed, tmp_path / "inputs.pt")
+    assert go_on(16)[0] == 0
+    assert [fact["span"] for fact in open_run(out)["train"].markers] == [0, 1, 2, 3]
+    assert list(store.verify(out)) == []
+
+
+DIVIDED = """\
+from pathlib import Path
+
+try:  # one process has these data, every other one has others where no sample looks
+    (Path(__file__).parent / "taken").mkdir()
+    sign = 1.0
+except FileExistsError:
+    sign = -1.0
+sampled = torch.arange(256) * 599 // 255
+tail = torch.ones(600, 1).index_fill_(0, torch.arange(600), sign).index_fill_(0, sampled, 1.0)
+train = (inputs[:30].repeat(20, 1) * tail, targets[:30].repeat(20))
+"""
+
+
+def test_workers_with_different_data_are_noticed_where_spans_meet(place: Path, tmp_path: Path) -> None:
+    task = write_task(tmp_path / "task.py", "train = (inputs[:30], targets[:30])\n", DIVIDED)
+    out = tmp_path / "run.lca"
+    with pytest.raises(LCAError, match=r"loss 'train' at step .* and .* in span .* not both are of the data") as caught:
+        lca_package.run(place / "checkpoints", task, out=out, workers=2, device="cpu", span=2)
+    assert caught.value.exit_code == 1
+    found = [each for each in store.verify(out) if isinstance(each, store.Damage)]
+    assert {each.loss for each in found} == {"train"}
+    assert {(each.span or 0) % 2 for each in found} == {0, 1}
+    assert all("at step" in each.what for each in found)
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_a_span_of_other_data_is_found_and_computed_again(
+    place: Path, tmp_path: Path, reference: dict, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    """As a machine that erred would have committed it."""
+    monkeypatch.setattr(preparation, "_WINDOWS", 3 if window > 1 else 64)
+    out = tmp_path / "run.lca"
+    replayed(place, out, span=4)
+    assert store.read_manifest(out).window >= window
+    twisted = write_task(
+        tmp_path / "small_task.py", "validation = (", "train = (1.01 * train[0], train[1])\nvalidation = ("
+    )
+    damaged = store.Damage("", "", "train", span=5, window=5 // store.read_manifest(out).window)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "differ", lambda *_: False)
+        patch.setattr(store.seams, "differ", lambda *_: False)
+        patch.setattr(store, "verify", lambda run: iter([damaged]))
+        patch.setattr(probe.Identity, "matches", lambda *_: True)
+        replay.repair(out, twisted, cluster="inline")
+    found = [each for each in store.verify(out) if isinstance(each, store.Damage)]
+    assert {each.span for each in found} >= ({4, 5, 6} if window == 1 else {3, 4, 7, 8})
+    assert all("loss 'train' at step" in each.what for each in found)
+    with pytest.raises(InputError, match="its value"):
+        replay.repair(out, twisted, cluster="inline")
+    done = replay.repair(out, place / "small_task.py", cluster="inline")
+    assert {*done.spans["train"]} >= {each.span for each in found}
+    assert list(store.verify(out)) == []
+    identical(arrays(out), reference)
 
 
 def test_a_run_that_grew_knows_its_losses_again(place: Path, tmp_path: Path) -> None:

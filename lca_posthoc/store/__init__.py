@@ -4,6 +4,7 @@ from .lock import Held, hold
 from .manifest import LossRecord, Manifest, StoredTensor
 from .results import LossResults, Run, open_run
 from .runfile import read_manifest
+from .seams import differ, disagreement, meeting
 from .token import token
 from .verify import Damage, Leftover, verify
 from .writer import RunWriter, create, remove_loss, required_bytes
@@ -19,7 +20,10 @@ __all__ = [
     "RunWriter",
     "StoredTensor",
     "create",
+    "differ",
+    "disagreement",
     "hold",
+    "meeting",
     "open_run",
     "read_manifest",
     "remove_loss",

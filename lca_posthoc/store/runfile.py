@@ -18,7 +18,7 @@ from ..trajectory import RESERVED, Checkpoint, TensorSpec
 from .files import read_json, write_json
 from .manifest import LossRecord, Manifest, StoredTensor
 
-FORMAT = 1
+FORMAT = 2
 FILE = "run.json"
 _MOST_TENSORS = 100_000
 _MOST_LOSSES = 10_000

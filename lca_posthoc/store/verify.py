@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..errors import LCAError
 from .commits import DATA, PARTIAL, Commits
 from .layout import ArrayPlan, plan_arrays
 from .lock import is_unreleased
@@ -18,6 +19,7 @@ from .manifest import Manifest
 from .metadata import FILE as ZARR
 from .metadata import fits, group_file, metadata_files
 from .runfile import FILE, load
+from .seams import disagreement
 
 _BLOCK = 2**22
 
@@ -112,9 +114,26 @@ class Verification:
         for span in range(manifest.spans):
             if os.path.lexists(commits.marker(span)):
                 yield from self._row(commits, span, None, of_spans)
+        yield from self._seams(commits)
         for window in range(manifest.windows):
             if of_windows and os.path.lexists(commits.window_marker(window)):
                 yield from self._row(commits, None, window, of_windows)
+
+    def _seams(self, commits: Commits) -> Iterator[Damage]:
+        """Spans that differ at the checkpoint they share, each with the window its totals are in: either may be the wrong one."""
+        manifest = commits.manifest
+        for later in range(1, manifest.spans):
+            try:
+                what = disagreement(commits, later, {})
+            except LCAError:  # of a damaged marker, which is found by itself
+                continue
+            for span in (later - 1, later) if what is not None else ():
+                place = commits.marker(span).relative_to(self.run).as_posix()
+                folded = manifest.window > 1 and commits.is_folded(span // manifest.window)
+                window = span // manifest.window if folded else None
+                yield Damage(
+                    place, str(what), commits.loss, None, None, span, window, *manifest.ends(manifest.rows(span))
+                )
 
     def _row(self, commits: Commits, span: int | None, window: int | None, plans: list[ArrayPlan]) -> Iterator[Damage]:
         """A span, or a window of totals: its marker, then each of its files."""

@@ -281,21 +281,28 @@ class RunWriter:
         Returns:
             The spans that are pending now, by loss.
         """
-        gone: dict[str, set[int]] = {}
+        damages = list(damages)
+        gone = self.spans_of(damages)
         for damage in damages:
-            if damage.loss is None or (damage.span is None and damage.window is None):
-                continue
-            commits = self.commits(damage.loss)
-            spans = [damage.span] if damage.span is not None else []
-            if damage.window is not None:
-                commits.window_marker(damage.window).unlink(missing_ok=True)
-                spans += self.manifest.spans_of(damage.window)
+            if damage.loss is not None and damage.window is not None:
+                self.commits(damage.loss).window_marker(damage.window).unlink(missing_ok=True)
+        for loss, spans in gone.items():
+            commits = self.commits(loss)
             for span in spans:
                 commits.marker(span).unlink(missing_ok=True)
-                gone.setdefault(damage.loss, set()).add(span)
             if self.durable:
                 sync_directory(self.path / COMMITS / commits.key)
-        return {loss: sorted(spans) for loss, spans in gone.items()}
+        return gone
+
+    def spans_of(self, damages: Iterable[Damage]) -> dict[str, list[int]]:
+        """The spans that damage is in, by loss: a damaged window of totals is that of all its spans."""
+        found: dict[str, set[int]] = {}
+        for damage in damages:
+            if damage.loss is not None and damage.span is not None:
+                found.setdefault(damage.loss, set()).add(damage.span)
+            if damage.loss is not None and damage.window is not None:
+                found.setdefault(damage.loss, set()).update(self.manifest.spans_of(damage.window))
+        return {loss: sorted(spans) for loss, spans in found.items()}
 
     def relies_on(self, checkpoint: int) -> bool:
         """Whether a committed span of any loss was computed from a checkpoint, given by its position."""

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 from ..errors import InputError, SpanError
+from ..records import SAME_LOSS
 from ..trajectory import read_checkpoint
 from .memory import block_of, short_of
-from .state import WITHIN, Spec, build, checkpoint_at, first_point, objective_of, point_at, reported
+from .state import Spec, build, checkpoint_at, first_point, objective_of, point_at, reported
 
 
 @reported
@@ -103,7 +104,7 @@ def _same_in_float32(spec: Spec, objective: Any, name: str) -> None:
     single = build(spec, "float32")
     single.settle_batch_sizes(point_at(spec, 0, single), objective.batch_sizes)
     wide, narrow = identify(objective, name).loss, identify(single, name).loss
-    if abs(wide - narrow) > WITHIN["float32"] * max(abs(wide), abs(narrow), 1e-12):
+    if abs(wide - narrow) > SAME_LOSS["float32"] * max(abs(wide), abs(narrow), 1e-12):
         raise InputError(
             f"loss {name!r} is {wide:.6g} in float64 but {narrow:.6g} in float32 at the first checkpoint: the model or the loss "
             "holds float32 constants (a mask, say). Use --precision float32."
@@ -139,7 +140,7 @@ def _can_measure(spec: Spec, objective: Any, first: Any, names: list[str]) -> tu
         higher.place(first)
         for name in names:
             ours, theirs = identify(objective, name).loss, identify(higher, name).loss
-            if not abs(ours - theirs) <= WITHIN[precision] * max(abs(ours), abs(theirs), 1e-12):
+            if not abs(ours - theirs) <= SAME_LOSS[precision] * max(abs(ours), abs(theirs), 1e-12):
                 raise InputError(f"loss {name!r} is {ours:.6g} in {precision} but {theirs:.6g} in {HIGHER[precision]}")
     except InputError as error:
         return False, [

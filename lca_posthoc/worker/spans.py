@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ResourceError, SpanError
-from .state import WITHIN, Spec, objective_of, points_of, reported
+from .state import Spec, objective_of, point_at, points_of, reported
 
 SAMPLED = {0, 64, 512}  # segments whose error is measured: as many in a run that grew as in one that did not
 
@@ -32,11 +32,8 @@ def replay_span(spec: Spec) -> Spec:
     facts = _committed(writer, spec)
     pending = [name for name in spec["pending"] if name not in facts]
     if pending:
-        objective = objective_of(spec)
-        objective.batch_sizes |= spec["batch_sizes"]
+        objective = _ready(spec, writer, pending)
         records = {name: writer.manifest.losses[name] for name in pending}
-        for name, record in records.items():
-            objective.follow(name, objective.replicates_of(name) if record.replicates else record.along)
         together = [name for name, record in records.items() if len(record.blocks) == 1]
         for losses in [together, *([name] for name in records if name not in together)]:
             if losses:
@@ -60,6 +57,37 @@ def settled(spec: Spec) -> Spec | None:
         return None
     seconds = sum(fact["seconds"] for fact in facts.values())
     return {"losses": facts, "segments": writer.manifest.length(spec["span"]), "seconds": seconds, "peak_bytes": 0}
+
+
+@reported
+def losses_at(spec: Spec) -> Spec:
+    """Losses, groups averaged, at checkpoints: `meetings` has position → names. What cannot be had there is left out."""
+    from ..objective import is_out_of_memory
+    from ..store import RunWriter
+
+    losses = [name for names in spec["meetings"].values() for name in names]
+    objective = _ready(spec, RunWriter.open(Path(spec["run"])), losses)
+    found: Spec = {}
+    for index, names in spec["meetings"].items():
+        try:
+            there = objective.evaluate(point_at(spec, int(index), objective), names, gradient=False)
+            found |= {name: float(np.mean(each.loss)) for name, each in there.items()}
+        except SpanError:  # of a checkpoint that cannot be read, whose span will say so
+            continue
+        except Exception as error:
+            if not is_out_of_memory(error):  # spans go on with smaller batches
+                raise
+    return {"losses": found}
+
+
+def _ready(spec: Spec, writer: Any, losses: list[str]) -> Any:
+    """The objective, with the batches that are recorded for some losses and in their order."""
+    objective = objective_of(spec)
+    objective.batch_sizes |= spec["batch_sizes"]
+    for name in losses:
+        record = writer.manifest.losses[name]
+        objective.follow(name, objective.replicates_of(name) if record.replicates else record.along)
+    return objective
 
 
 def _committed(writer: Any, spec: Spec) -> Spec:
@@ -137,36 +165,12 @@ class _Together:
             facts[name]["worst_residual"] = float(abs(tally.steps["residual"]).max())
             facts[name]["unconverged"] = int((tally.steps["converged"] == 0).sum())
             facts[name]["silent"] = sorted(tally.silent) if on is not None else []
-            facts[name]["ends"] = self._ends(name)
+            facts[name]["ends"] = [
+                float(np.mean(tally.steps[end][at])) for end, at in (("loss_start", 0), ("loss_end", -1))
+            ]
             where = {"host": socket.gethostname(), "pid": os.getpid(), "seconds": round(seconds, 3)}
             self.writer.write_span(name, self.spec["span"], tally, {**facts[name], **where}, self.parts.get(name))
         return facts
-
-    def _ends(self, name: str) -> list[float]:
-        """The loss at the first and the last checkpoint of the span.
-
-        Raises:
-            SpanError: where a span beside it has another one at the checkpoint they share.
-        """
-        steps, span, record = self.tallies[name].steps, self.spec["span"], self.records[name]
-        ends = [
-            float(np.average(steps[field][at], weights=steps["weight"][at]))
-            for field, at in (("loss_start", 0), ("loss_end", -1))
-        ]
-        first = abs(record.identity[0]["loss"]) if record.identity[0] else 0.0
-        for beside, here, there in ((span - 1, 0, 1), (span + 1, 1, 0)):
-            facts = self.writer.facts(name, beside) if 0 <= beside < self.writer.manifest.spans else None
-            if facts is None:
-                continue
-            ours, theirs = ends[here], facts["ends"][there]
-            if abs(ours - theirs) > WITHIN[self.spec["settings"]["precision"]] * max(abs(ours), abs(theirs), first):
-                step = self.writer.manifest.ends(self.rows)[here]
-                raise SpanError(
-                    f"loss {name!r} is {ours:.8g} at step {step} here, and {theirs:.8g} in the span beside this one, computed on "
-                    f"{facts['host']}: the data is not what it was, or a machine erred. Put back what was changed and run again, or "
-                    "write another run with --out"
-                )
-        return ends
 
     def _counts(self) -> dict[str, tuple[int, int]]:
         return {name: (self.objective.evaluations[name], self.objective.forward_passes[name]) for name in self.records}

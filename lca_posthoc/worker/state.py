@@ -24,12 +24,6 @@ Spec = dict[str, Any]
 _STATES: OrderedDict[str, Any] = OrderedDict()
 _ONE_AT_A_TIME = threading.RLock()  # a model holds the values of one point, also where a worker has several threads
 _KEPT = 2
-WITHIN = {
-    "float64": 1e-9,
-    "float32": 1e-4,
-    "tf32": 1e-2,
-    "bfloat16": 5e-2,
-}  # relative, by precision: two computations of one loss
 
 
 def objective_of(spec: Spec) -> Any:

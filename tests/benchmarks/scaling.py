@@ -38,7 +38,13 @@ OFTEN = 1000  # spans between two looks at the memory
 def pretend(spec: dict[str, Any]) -> dict[str, Any]:
     """Takes as long as it is told and answers as a span does."""
     time.sleep(spec["settings"]["seconds"])
-    facts = {"evaluations": 2 * spec["length"] + 1, "forward_passes": 0, "batch_size": 2048, "worst_residual": 1e-4}
+    facts = {
+        "evaluations": 2 * spec["length"] + 1,
+        "forward_passes": 0,
+        "batch_size": 2048,
+        "worst_residual": 1e-4,
+        "ends": [1.0, 1.0],
+    }
     return {
         "losses": {name: {**facts, "unconverged": 0, "silent": []} for name in spec["pending"]},
         "segments": spec["length"],

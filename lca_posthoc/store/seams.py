@@ -1,0 +1,74 @@
+"""Where spans meet: each holds the loss at the checkpoint between them, and it must be one number.
+
+Data that changed behind the sample a loss is known by, or a machine that errs, would otherwise give sums that do not join.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from ..errors import LCAError
+from ..records import SAME_LOSS
+from .commits import Commits
+
+Ends = Mapping[int, list[float]]  # span → the loss at its first and its last checkpoint, groups averaged
+
+
+def differ(commits: Commits, one: float, other: float) -> bool:
+    """Whether two values of a loss at one checkpoint are further apart than rounding on another machine may bring them.
+
+    What rounds is as large as the loss, and never much smaller than a hundredth of what the loss was at the first checkpoint.
+    """
+    first = commits.manifest.losses[commits.loss].identity[0]
+    scale = max(abs(one), abs(other)) + (abs(first["loss"]) / 100 if first else 0.0)
+    return not abs(one - other) <= SAME_LOSS[commits.manifest.settings["precision"]] * scale
+
+
+def disagreement(commits: Commits, span: int, heard: Ends) -> str | None:
+    """How a span and the one before it differ at the checkpoint they share; None where they agree, or one is not committed.
+
+    Args:
+        commits: of a loss.
+        span: the later one.
+        heard: ends that are known; the others are read from markers.
+
+    Raises:
+        LCAError: where a marker is damaged.
+    """
+    before, after = (_ends(commits, each, heard) for each in (span - 1, span))
+    if before is None or after is None or not differ(commits, before[1], after[0]):
+        return None
+    step = commits.manifest.steps[commits.manifest.rows(span).start]
+    return (
+        f"loss {commits.loss!r} at step {step} is {before[1]:.8g} in span {span - 1} and {after[0]:.8g} in span {span}"
+    )
+
+
+def meeting(commits: Commits, again: Collection[int] = ()) -> tuple[int, float] | None:
+    """A checkpoint between a committed span and one to be computed, by its position, and the loss there; None where there is none.
+
+    Args:
+        commits: of a loss.
+        again: spans that are committed and will be computed again.
+    """
+    pending = sorted({*commits.pending(), *again})
+    for span in pending:
+        for beside, end in ((span - 1, 1), (span + 1, 0)):
+            if beside in pending:
+                continue
+            try:
+                ends = _ends(commits, beside, {})
+            except LCAError:  # it is damaged, and will be said to be
+                continue
+            if ends is not None:
+                rows = commits.manifest.rows(beside)
+                return (rows.stop if end else rows.start), ends[end]
+    return None
+
+
+def _ends(commits: Commits, span: int, heard: Ends) -> list[float] | None:
+    if not 0 <= span < commits.manifest.spans:
+        return None
+    facts = None if span in heard else commits.facts(span)
+    found: list[float] | None = heard.get(span) if facts is None else facts["ends"]
+    return found
