@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,26 +20,40 @@ def free_memory() -> float:
 def _left_by_groups() -> Iterator[float]:
     """What each limited control group allows beyond what is used; cached files, which make way, are not counted as used.
 
+    What cannot be read, or is not as the kernel describes it, limits nothing.
+
     Source: <https://docs.kernel.org/admin-guide/cgroup-v2.html#memory> and its predecessor, cgroup-v1/memory.
     """
+    lines: list[str] = []
     with contextlib.suppress(OSError):
-        for line in OF_PROCESS.read_text().splitlines():
+        lines = os.fsdecode(OF_PROCESS.read_bytes()).splitlines()  # a group's name need not be UTF-8
+    for line in lines:
+        with contextlib.suppress(ValueError):
             _, controllers, path = line.split(":", 2)
             if not controllers:
-                yield from _left(GROUPS, path, "memory.max", "memory.current", "inactive_file")
+                yield from _left(GROUPS, path, "memory.max", "memory.current", "")
             elif "memory" in controllers.split(","):
-                yield from _left(
-                    GROUPS / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-                )
+                yield from _left(GROUPS / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 
 
-def _left(top: Path, path: str, limit: str, used: str, cached: str) -> Iterator[float]:
+def _left(top: Path, path: str, limit: str, used: str, prefix: str) -> Iterator[float]:
     """Of a group and those around it; inside a container its own is at the top, whatever the kernel calls it outside."""
     here = top / path.lstrip("/")
     for place in (here, *here.parents):
         if place == top.parent:
             return
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             most, taken = (place / limit).read_text().strip(), int((place / used).read_text())
-            counts = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
-            yield math.inf if most == "max" else int(most) - taken + int(counts.get(cached, 0))
+            if most != "max":
+                yield int(most) - max(0, taken - _cached(place / "memory.stat", prefix))
+
+
+def _cached(stat: Path, prefix: str) -> int:
+    """Bytes of cached files, as far as the host says."""
+    cached = 0
+    with contextlib.suppress(OSError, ValueError):
+        for line in stat.read_text(errors="surrogateescape").splitlines():
+            name, _, count = line.partition(" ")
+            if name in (f"{prefix}inactive_file", f"{prefix}active_file"):
+                cached += int(count)
+    return cached

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -12,12 +14,12 @@ from lca_posthoc import host
 GB = 10**9
 UNLIMITED = 2**63 - 4096  # what version 1 says where there is no limit
 V1, V2 = (
-    {"limit": "memory.limit_in_bytes", "used": "memory.usage_in_bytes", "cached": "total_inactive_file"},
-    {"limit": "memory.max", "used": "memory.current", "cached": "inactive_file"},
+    {"limit": "memory.limit_in_bytes", "used": "memory.usage_in_bytes", "prefix": "total_"},
+    {"limit": "memory.max", "used": "memory.current", "prefix": ""},
 )
 
-# what /proc/self/cgroup says; group → (limit, used, cached); what is left of 100 GB
-CASES = {
+# what /proc/self/cgroup says; group → (limit, used, cached, or what memory.stat says); what is left of 100 GB
+CASES: dict[str, tuple[Any, ...]] = {
     "no control groups": (None, V2, {}, 100 * GB),
     "version 2, no limit": ("0::/user.slice", V2, {"user.slice": ("max", 50 * GB, 0)}, 100 * GB),
     "version 2, a container sees itself at the top": ("0::/", V2, {"": (8 * GB, 3 * GB, GB)}, 6 * GB),
@@ -32,6 +34,33 @@ CASES = {
     "version 1": ("4:cpu:/b\n3:memory:/a", V1, {"memory/a": (4 * GB, GB, 0), "memory/b": (GB, 0, 0)}, 3 * GB),
     "version 1, no limit": ("3:cpuset,memory:/a", V1, {"memory/a": (UNLIMITED, GB, 0)}, 100 * GB),
     "version 1, named from outside": ("3:memory:/docker/7", V1, {"memory": (4 * GB, GB, GB)}, 4 * GB),
+    "version 1, cached files in use": (
+        "3:memory:/a",
+        V1,
+        {"memory/a": (8 * GB, 7 * GB, f"active_file {GB}\ntotal_active_file {2 * GB}\ntotal_inactive_file {GB}")},
+        4 * GB,
+    ),
+    "version 2, cached files in use": (
+        "0::/a",
+        V2,
+        {"a": (8 * GB, 7 * GB, f"file {9 * GB}\ninactive_file {GB}\nactive_file {5 * GB}\n")},
+        7 * GB,
+    ),
+    "more cached than used": ("0::/a", V2, {"a": (8 * GB, GB, 2 * GB)}, 8 * GB),
+    "no memory.stat": ("0::/a", V2, {"a": (8 * GB, GB, None)}, 7 * GB),
+    "an empty memory.stat": ("0::/a", V2, {"a": (8 * GB, GB, "")}, 7 * GB),
+    "odd lines of memory.stat": (
+        "0::/a",
+        V2,
+        {"a": (8 * GB, 3 * GB, f"\nanon\nper node 3\n\udcff 1\ninactive_file {GB}\nactive_file many\n")},
+        6 * GB,
+    ),
+    "odd lines of /proc/self/cgroup": ("odd\n\nx:y\n0::/a\n", V2, {"a": (8 * GB, GB, 0)}, 7 * GB),
+    "a name that is not UTF-8": ("0::/a\udcff", V2, {"a\udcff": (8 * GB, GB, 0)}, 7 * GB),
+    "a name no file can have": ("0::/a\0/b", V2, {"": (8 * GB, GB, 0)}, 7 * GB),
+    "an empty limit in a limited group": ("0::/a/b", V2, {"a/b": ("", GB, 0), "a": (8 * GB, GB, 0)}, 7 * GB),
+    "an odd limit": ("0::/a", V2, {"a": ("lots", GB, 0)}, 100 * GB),
+    "an odd count of what is used": ("0::/a", V2, {"a": (GB, "", 0)}, 100 * GB),
 }
 
 
@@ -41,13 +70,16 @@ def test_free_memory_is_what_the_narrowest_limit_leaves(
 ) -> None:
     said, names, groups, left = CASES[case]
     if said is not None:
-        (tmp_path / "self").write_text(said)
+        (tmp_path / "self").write_bytes(os.fsencode(said))
     for group, (limit, used, cached) in groups.items():
         place = tmp_path / "groups" / group
         place.mkdir(parents=True, exist_ok=True)
         (place / names["limit"]).write_text(f"{limit}\n")
         (place / names["used"]).write_text(f"{used}\n")
-        (place / "memory.stat").write_text(f"file 12345\n{names['cached']} {cached}\n")
+        if isinstance(cached, int):
+            cached = f"file 12345\n{names['prefix']}inactive_file {cached}\n"
+        if cached is not None:
+            (place / "memory.stat").write_bytes(os.fsencode(cached))
     monkeypatch.setattr(host, "OF_PROCESS", tmp_path / "self")
     monkeypatch.setattr(host, "GROUPS", tmp_path / "groups")
     memory = psutil.virtual_memory()._replace(available=100 * GB)

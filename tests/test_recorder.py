@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
+import gc
+import linecache
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -12,6 +16,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +26,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim import optimizer as optimizer_module
 
 from lca_posthoc import Recorder, open_trajectory
 from lca_posthoc.errors import InputError, LCAError, ResourceError
 from lca_posthoc.objective import tensor_table
-from lca_posthoc.recorder import writer
+from lca_posthoc.recorder import takeover, writer
 from lca_posthoc.recorder.staging import CODES
 from lca_posthoc.trajectory import read_checkpoint
 from tests.recording import become, network
@@ -543,6 +549,105 @@ def test_nothing_is_said_of_a_partner_or_of_another_models_optimiser(tmp_path: P
     with Recorder(tmp_path, linear).attach(second):
         assert stepped(linear, *[first, other, other, other, second] * 3) == []
     assert steps_in(tmp_path) == [0, 1, 2, 3]
+
+
+class Several(torch.optim.Optimizer):
+    """Made of one optimiser for each parameter, as torchtitan's container and Muon with its auxiliary Adam are."""
+
+    def __init__(self, parameters: list[torch.Tensor]) -> None:
+        super().__init__(parameters, {})
+        self.inner = [torch.optim.SGD([each], lr=0.01) for each in parameters]
+
+    def step(self, closure: Any = None) -> None:
+        for each in self.inner:
+            each.step()
+
+
+class Equal(torch.optim.SGD):
+    """Equal to all of its kind, and without a hash."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Equal)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_steps_inside_an_attached_optimisers_own_are_its_own(tmp_path: Path, linear: nn.Module) -> None:
+    whole = Several(list(linear.parameters()))
+    with Recorder(tmp_path, linear).attach(whole):
+        assert stepped(linear, *[whole] * 4) == []
+        assert len(stepped(linear, *whole.inner)) == 1  # by themselves they are not
+    assert steps_in(tmp_path) == [0, 1, 2, 3, 4]
+
+
+def test_an_optimiser_is_looked_at_once_and_again_when_it_has_more_groups(
+    tmp_path: Path, linear: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[torch.optim.Optimizer] = []
+    trains = takeover.trains
+    monkeypatch.setattr(takeover, "trains", lambda each, model: looked.append(each) or trains(each, model))
+    mine = torch.optim.SGD(linear.parameters(), lr=0.01)
+    other = torch.optim.SGD(nn.Linear(3, 1).parameters(), lr=0.01)
+    with Recorder(tmp_path, linear).attach(mine):
+        assert stepped(linear, other, other, mine, other) == []
+        assert looked == [other]
+        other.add_param_group({"params": list(linear.parameters())})
+        assert len(stepped(linear, other, other, other)) == 1
+        assert looked == [other, other]
+
+
+def test_optimisers_are_told_apart_by_identity(tmp_path: Path, linear: nn.Module) -> None:
+    before, after = (Equal(linear.parameters(), lr=0.01) for _ in range(2))
+    with Recorder(tmp_path, linear).attach(before):
+        assert len(stepped(linear, before, after, after)) == 1
+    assert steps_in(tmp_path) == [0, 1]
+
+
+def test_copies_of_an_attached_optimiser_are_strangers(tmp_path: Path, linear: nn.Module) -> None:
+    mine = torch.optim.Adam(linear.parameters())
+    with Recorder(tmp_path, linear).attach(mine):
+        model, copied = copy.deepcopy((linear, mine))
+        assert stepped(model, copied, copied, pickle.loads(pickle.dumps(mine)), mine) == []
+    assert steps_in(tmp_path) == [0, 1]
+
+
+def test_a_partner_that_steps_more_often_is_mentioned_once(tmp_path: Path, linear: nn.Module) -> None:
+    generator, critic = (torch.optim.SGD([each], lr=0.01) for each in linear.parameters())
+    with Recorder(tmp_path, linear).attach(generator):
+        assert len(stepped(linear, *[*[critic] * 5, generator] * 3)) == 1
+    assert steps_in(tmp_path) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("way", ["by itself", "scheduled", "scaled"])
+def test_the_line_that_makes_the_step_is_shown(tmp_path: Path, linear: nn.Module, way: str) -> None:
+    before, after = (torch.optim.SGD(linear.parameters(), lr=0.01) for _ in range(2))
+    scaler = torch.amp.GradScaler("cpu")
+    with Recorder(tmp_path, linear).attach(before):
+        if way == "scheduled":
+            torch.optim.lr_scheduler.ConstantLR(after)
+        scaler.scale(linear(torch.randn(4, 3)).sum()).backward()
+        after.step()
+        with pytest.warns(UserWarning, match="not attached") as said:
+            scaler.step(after) if way == "scaled" else after.step()  # the second
+    assert said[0].filename == __file__
+    assert "# the second" in linecache.getline(__file__, said[0].lineno)
+
+
+def test_nothing_is_left_of_a_recorder_that_is_gone(tmp_path: Path, linear: nn.Module) -> None:
+    hooks = optimizer_module._global_optimizer_post_hooks
+    before = len(hooks)
+    mine = torch.optim.SGD(linear.parameters(), lr=0.01)
+    recording = Recorder(tmp_path / "ck", linear).attach(mine)
+    gone = weakref.ref(recording)
+    assert len(hooks) == before + 1
+    del recording, mine
+    gc.collect()
+    assert gone() is None
+    assert len(hooks) == before
+    mine = torch.optim.SGD(linear.parameters(), lr=0.01)
+    Recorder(tmp_path / "other", linear).attach(mine).close()
+    assert len(hooks) == before
+    assert [*mine._optimizer_step_pre_hooks, *mine._optimizer_step_post_hooks] == []
 
 
 def test_a_step_that_a_gradient_scaler_skips_does_not_count(tmp_path: Path, linear: nn.Module) -> None:

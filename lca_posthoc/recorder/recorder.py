@@ -15,11 +15,11 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import InputError, LCAError, ResourceError, amount
 from ..places import here, nearest
 from .staging import Layout, Stager, refuse_flattened, tensors_of, transient_names
+from .takeover import Takeover, trains
 from .writer import Writer, step_of
 
 
@@ -82,7 +82,7 @@ class Recorder:
         self._every, self._steps, self._until = every, None if steps is None else frozenset(steps), until
         self._pauses = on_full == "pause"
         self._last = -1
-        self._attached: list[Any] = []
+        self._attached: list[Callable[[], object]] = []  # what detaches
         self._series: _Series | None = None
         self._closed = False
         self._step = 0
@@ -129,7 +129,7 @@ class Recorder:
             )
         if self._attached:
             raise InputError("this recorder is attached already. Give all optimisers at once: attach(first, second).")
-        if not all(_trains(optimizer, self._model) for optimizer in optimizers):
+        if not all(trains(optimizer, self._model) for optimizer in optimizers):
             raise InputError(
                 "the optimiser has none of the model's parameters. Give the recorder the very model that is trained, and attach once "
                 "model and optimiser are made."
@@ -137,8 +137,8 @@ class Recorder:
         self.save(step)
         self._step = step
         self._attached = [
-            *(optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers),
-            _warn_of_others(self._model, optimizers),
+            weakref.finalize(self, Takeover(self._model, optimizers).end),
+            *(optimizer.register_step_post_hook(self._after_step).remove for optimizer in optimizers),
         ]
         return self
 
@@ -187,8 +187,8 @@ class Recorder:
         Raises:
             ResourceError, InputError: as `save`.
         """
-        for handle in self._attached:
-            handle.remove()
+        for detach in self._attached:
+            detach()
         self._attached = []
         self._closed = True
         if self._series is not None:
@@ -224,38 +224,6 @@ class Recorder:
             and (self._steps is None or step in self._steps)
             and (self._until is None or step <= self._until)
         )
-
-
-def _trains(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
-    held = {id(parameter) for parameter in model.parameters()}
-    return any(id(each) in held for group in optimizer.param_groups for each in group["params"])
-
-
-def _warn_of_others(model: nn.Module, attached: Collection[torch.optim.Optimizer]) -> Any:
-    """Have it said where an optimiser that is not attached goes on with the model alone, as one that replaces another does.
-
-    Returns:
-        The handle that ends it.
-    """
-    ours, watched = weakref.WeakSet(attached), weakref.ref(model)
-    known: weakref.WeakKeyDictionary[torch.optim.Optimizer, bool] = weakref.WeakKeyDictionary()
-    alone = 0
-
-    def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        nonlocal alone
-        trained = watched()
-        if optimizer in ours or trained is None:
-            alone = 0
-        elif known.setdefault(optimizer, _trains(optimizer, trained)):
-            alone += 1
-            if alone == 2:  # one between two steps of ours is half of theirs
-                warnings.warn(
-                    "an optimiser that the recorder is not attached to makes steps of the model: they are not recorded. Where it replaces "
-                    "the one that is, close this recorder and attach another one to it, with the step: attach(optimizer, step=…)",
-                    stacklevel=2,
-                )
-
-    return register_optimizer_step_post_hook(after)
 
 
 class _Series:
