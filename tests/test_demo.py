@@ -14,7 +14,7 @@ def test_the_demo_adds_up_and_names_what_it_wrote(tmp_path: Path) -> None:
     result = lca("demo", tmp_path / "demo")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-2:] == [
-        f"wrote {tmp_path / 'demo' / 'checkpoints.lca'}",
+        f"results in {tmp_path / 'demo' / 'checkpoints.lca'}",
         f"wrote {tmp_path / 'demo' / 'report.html'}: open it in a browser",
     ]
     assert "fc1.weight" in result.stdout

@@ -36,5 +36,5 @@ def command(directory: Path) -> None:
         f"  lca run {directory / 'checkpoints'} --task lca_posthoc.demo:task --rule trapezoid --out {directory / 'quick.lca'}",
         markup=False,
     )
-    console.print(f"wrote {opened.path}", markup=False)
+    console.print(f"results in {opened.path}", markup=False)
     console.print(f"wrote {directory / REPORT}: open it in a browser", markup=False)
