@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lca_posthoc import Loss, Recorder, Run, Task, run
 from lca_posthoc.cluster import delivery
@@ -305,6 +306,67 @@ def test_batch_norm_that_tracks_nothing_is_refused_where_statistics_are_the_stor
         replay(met, iterates, tmp_path / "run")
     says(str(caught.value), "batch-norm layer", "track_running_stats=False", "--norm-stats batch --batch-size N")
     assert not (tmp_path / "run").exists()
+
+
+# --- networks beside the model --------------------------------------------------------------------------------------------
+
+
+def teacher() -> nn.Module:
+    """In eval mode, of statistics that are no batch's."""
+    with seeded(7):
+        made = nn.Sequential(
+            nn.Conv2d(2, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.Tanh(),
+            nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+            nn.Flatten(),
+            nn.Linear(64, 4),
+        ).eval()
+        for norm in (made[1], made[3]):
+            norm.running_mean.uniform_(-1, 1)
+            norm.running_var.uniform_(0.2, 3)
+    return made
+
+
+def taught(teacher: nn.Module, dtype: torch.dtype, model: nn.Module, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        wanted = teacher(batch[0].to(dtype)).softmax(1)
+    return F.cross_entropy(model(batch[0]), wanted.to(batch[0]), reduction="none")
+
+
+class Recomputed(nn.Module):
+    """The normalised part runs once more during the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.head = normed(partial(nn.BatchNorm2d, 4))(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(checkpoint(self.part, x, use_reentrant=False)))
+
+
+def normed_and_compiled() -> nn.Module:
+    model = normed(partial(nn.BatchNorm2d, 4))()
+    model[1].compile(backend=eager_backend)
+    return model
+
+
+STUDENTS: dict[str, Callable[[], nn.Module]] = {
+    "BatchNorm2d": normed(partial(nn.BatchNorm2d, 4)),
+    "BatchNorm2d that tracks nothing": normed(partial(nn.BatchNorm2d, 4, track_running_stats=False)),
+    "InstanceNorm2d": normed(partial(nn.InstanceNorm2d, 4, affine=True, track_running_stats=True)),
+    "recomputed": Recomputed,
+    "compiled in place": normed_and_compiled,
+}
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_batch_statistics_are_the_models_and_not_those_of_its_teacher(tmp_path: Path, student: str) -> None:
+    single, double = partial(taught, teacher(), torch.float32), partial(taught, teacher().double(), torch.float64)
+    plain = STUDENTS["BatchNorm2d"] if student == "compiled in place" else None
+    met = Met(STUDENTS[student], (IMAGES, TARGETS), Loss(call=single), double, norm_stats="batch", trained=plain)
+    iterates = replace(met, values=single).record(tmp_path / "iterates")
+    assert_the_oracle_agrees(met, replay(met, iterates, tmp_path / "run"), iterates)
 
 
 # --- what wraps a model --------------------------------------------------------------------------------------------------

@@ -335,8 +335,8 @@ def _statistics_unused(objective: Objective, name: str, batch: Any, before: floa
     if not abs(after - before) <= _AGREE[objective.precision] * scale:
         raise InputError(
             f"loss {name!r} reads running statistics in spite of --norm-stats batch ({before:.6g} becomes {after:.6g} when they "
-            "move). Usual culprits: batch_norm imported by name from torch.nn.functional, a scripted module. Call F.batch_norm or "
-            "use the torch.nn layers."
+            "move). Usual culprits: batch_norm imported by name from torch.nn.functional, a scripted module, statistics that are "
+            "not the model's buffers themselves. Call F.batch_norm with those or use the torch.nn layers."
         )
 
 
