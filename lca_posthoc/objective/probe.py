@@ -179,6 +179,7 @@ def check_loss(objective: Objective, name: str) -> list[str]:
     notes = _repeats(objective, name, sample, scale.apart(first, _over(objective, name, split.sample(start, stop))))
     if objective.norm_stats == "batch":
         objective.first_axis(name, sample, stop - start)
+        _in_order(objective, name, sample, range(start, stop))
         _statistics_unused(objective, name, sample, float(first.loss), scale.value)
         batch_size = objective.batch_sizes[loss.split]
         last = (split.examples - 1) // batch_size * batch_size
@@ -320,6 +321,29 @@ def _batches(objective: Objective, name: str, whole: Evaluation, parts: Evaluati
             f"loss {name!r} depends on how split {objective.losses[name].split!r} is cut into batches: one batch or two give values "
             f"{whole.loss:.6g} and {parts.loss:.6g}, {apart:.1e} apart. Usual culprits: batch statistics (use --norm-stats batch "
             "--batch-size N), a loss that compares examples with each other, a mean taken inside Loss(call=fn)."
+        )
+
+
+def _in_order(objective: Objective, name: str, sample: Any, examples: range) -> None:
+    """In batch mode a batch holds several groups: examples given in reverse must have their values in reverse."""
+    split = objective.splits[objective.losses[name].on]
+    if objective.order(name) is None:
+        return
+    reverse = Order([0], [torch.tensor(examples).flip(0)])
+    found: list[Tensor] = []
+
+    def values(batch: Any) -> tuple[Tensor, None]:
+        found.append(objective.values(name, batch)[0].double())
+        return found[-1], None
+
+    with contextlib.closing(split.batches(objective.batch_sizes[split.name], reverse)) as batches:
+        objective.over(values, [sample, next(batches)[1]], gradient=False)
+    one, other = found[0], found[1].flip(0)
+    if one.shape != other.shape or not (one - other).abs().sum() <= _AGREE[objective.precision] * one.abs().sum():
+        raise InputError(
+            f"loss {name!r} on split {split.name!r} does not give its values in the order of the examples, so that groups cannot be "
+            "told apart with --norm-stats batch. Usual culprit: a collate_fn that reorders a batch. Let it keep the order "
+            "(pack_padded_sequence does with enforce_sorted=False)."
         )
 
 
