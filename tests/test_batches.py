@@ -492,6 +492,51 @@ def test_an_error_of_group_by_is_shown() -> None:
         split_of((INPUTS, TARGETS)).order(lambda inputs, targets: {}[0])
 
 
+def by_sum(rows: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Sorted within the batch, as `pack_padded_sequence` wants it by length."""
+    return stacked(sorted(rows, key=lambda row: -float(row[0].sum())))
+
+
+def pairs(rows: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    assert len(rows) > 1, "contrasts"
+    return stacked(rows)
+
+
+def rare(inputs: Tensor, targets: Tensor) -> list[str]:
+    """Every fifth example has another label than all the others."""
+    few = {tuple(each) for each in INPUTS[::5].tolist()}
+    return ["rare" if tuple(each) in few else "common" for each in inputs.tolist()]
+
+
+@pytest.mark.parametrize("subset", [None, "2:21", "0.5@3"])
+@pytest.mark.parametrize("group_by", [lambda inputs, targets: targets, rare], ids=["classes", "a rare label"])
+def test_a_function_of_batches_that_are_reordered_is_refused_and_a_list_is_not(
+    group_by: Callable[..., Any], subset: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "_ALONE", 4)
+    split = split_of(DataLoader(Items(ITEMS), collate_fn=by_sum), subset)
+    with pytest.raises(
+        InputError, match=r"group_by on split 'train' gives labels in another order.*whole split.* as a list"
+    ):
+        split.order(group_by)
+    labels = group_by(INPUTS, TARGETS)
+    order = split.order(labels)
+    chosen = batches.chosen(subset, N)
+    positions = range(N) if chosen is None else chosen.tolist()
+    for label, members in zip(order.labels, order.members, strict=True):
+        assert [positions[at] for at in members.tolist()] == [at for at in positions if labels[at] == label]
+
+
+def test_a_label_that_depends_on_the_examples_beside_it_is_refused() -> None:
+    with pytest.raises(InputError, match="a label depends on the examples beside it"):
+        split_of((INPUTS, TARGETS)).order(lambda inputs, targets: inputs[:, 0] > inputs[:, 0].median())
+
+
+def test_examples_that_cannot_be_collated_alone_have_groups() -> None:
+    split = split_of(DataLoader(Items(ITEMS), collate_fn=pairs))
+    assert split.order(lambda inputs, targets: targets).counts == torch.bincount(TARGETS).tolist()
+
+
 # --- subsets -----------------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import xarray as xr
 import zarr
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lca_posthoc import Loss, Run, Task, open_run, run
 from lca_posthoc.errors import InputError
@@ -326,6 +327,29 @@ def test_in_batch_mode_values_that_do_not_run_over_the_examples_are_refused(lab:
     says(raised(lab, "conv_bn", grouped(Loss(call=flat), by_class), norm_stats="batch"), *words)
     results = replay(lab, "conv_bn", grouped(Loss(call=flat), by_class))["grouped"]
     assert results.steps["weight"].values[0].tolist() == [4 * each for each in results.record.counts]
+
+
+def brightest_first(rows: list[Batch]) -> Batch:
+    rows = sorted(rows, key=lambda row: -float(row[0].sum()))
+    return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+
+
+def test_a_loader_that_reorders_its_batches_has_groups_by_a_list_where_a_batch_holds_one(lab: Lab) -> None:
+    """With running statistics the numbers are those of the data as they are; with batch statistics examples are lost track of."""
+    inputs, targets = case_of("conv_bn").data()["train"]
+    loader = DataLoader(TensorDataset(inputs, targets), collate_fn=brightest_first)
+    by_list, by_function = (grouped(Loss(F.cross_entropy), each) for each in (targets.tolist(), by_class))
+    words = ("'grouped'", "'train'", "order of the examples", "collate_fn", "enforce_sorted=False")
+    says(raised(lab, "conv_bn", by_list, data={"train": loader}, norm_stats="batch"), *words)
+    for mode in ("running", "batch"):
+        words = ("group_by", "'train'", "another order", "collate_fn", "as a list")
+        says(raised(lab, "conv_bn", by_function, data={"train": loader}, norm_stats=mode), *words)
+    found = replay(lab, "conv_bn", by_list, data={"train": loader})["grouped"]
+    for group in range(len(targets.unique())):
+        part = inputs[targets == group], targets[targets == group]
+        truth = Oracle(case_of("conv_bn").build, part, classes).allocate(lab.checkpoints("conv_bn"), *oracle.simpson(2))
+        wanted = {name: each.numpy() for name, each in truth.stacked().items()}
+        assert worst_error(arrays(found.allocation.isel(group=group)), wanted) <= 1e-4
 
 
 def test_other_groups_under_a_recorded_name_are_refused(lab: Lab) -> None:

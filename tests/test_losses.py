@@ -22,12 +22,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lca_posthoc import Loss, Run, Task, run
+from lca_posthoc.errors import InputError
 
 from .cases import Batch, Case, Values
 from .oracle import Oracle, simpson
+from .small import says
 from .test_numerics import arrays, worst_error
 
 BOUND = 1e-5  # numerics 7, float32
+FIXED: dict[str, Any] = {"cluster": "inline", "device": "cpu", "tolerance": math.inf, "batch_size": 7}
 
 
 def _imported(path: Path) -> ModuleType:
@@ -327,3 +330,101 @@ def test_the_l2_term_gives_each_parameter_half_of_l2_times_the_change_of_its_squ
         for name in before:
             exact = 1e-4 / 2 * (after[name].double() ** 2 - before[name].double() ** 2)
             assert allocation[name][segment] == pytest.approx(exact.numpy(), rel=1e-4, abs=1e-11)
+
+
+# --- losses that write into what they are given --------------------------------------------------------------------------
+
+Record = dict[str, Any]
+RECORDS: Record = {"x": INPUTS, "y": TARGETS, "seen": (INPUTS > 9) / 1.0}
+
+
+def of_record(model: nn.Module, batch: Record) -> Tensor:
+    return F.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+
+
+def ablated_in_place(model: nn.Module, batch: Record) -> Tensor:
+    batch["x"][:, :3] = 0
+    return of_record(model, batch)
+
+
+def ablated_copy(model: nn.Module, batch: Record) -> Tensor:
+    return ablated_in_place(model, {**batch, "x": batch["x"].clone()})
+
+
+def zeros_zeroed(model: nn.Module, batch: Record) -> Tensor:
+    """Changes nothing in these examples, and may in others."""
+    batch["seen"].zero_()
+    return of_record(model, batch)
+
+
+def sign_changed(model: nn.Module, batch: Record) -> Tensor:
+    """Zeros that compare equal."""
+    batch["seen"] = -batch["seen"]
+    return of_record(model, batch)
+
+
+def inputs_replaced(model: nn.Module, batch: Record) -> Tensor:
+    batch["x"] = torch.tanh(batch["x"])
+    return of_record(model, batch)
+
+
+def targets_taken_out(model: nn.Module, batch: Record) -> Tensor:
+    targets = batch.pop("y")
+    return F.cross_entropy(model(batch["x"]), targets, reduction="none")
+
+
+def filled_where_missing(model: nn.Module, batch: Record) -> Tensor:
+    batch["x"].nan_to_num_(0.0)
+    return of_record(model, batch)
+
+
+WRITING: dict[str, tuple[Loss, Any, str]] = {
+    "values": (Loss(call=ablated_in_place), RECORDS, "batch['x'] is"),
+    "values that are what they were": (Loss(call=zeros_zeroed), RECORDS, "batch['seen'] is"),
+    "the sign of zero": (Loss(call=sign_changed), RECORDS, "batch['seen'] is"),
+    "another tensor": (Loss(call=inputs_replaced), RECORDS, "batch['x'] is"),
+    "keys": (Loss(call=targets_taken_out), RECORDS, "(batch is"),
+    "missing values": (
+        Loss(call=filled_where_missing),
+        {**RECORDS, "x": torch.where(INPUTS > 2, math.nan, INPUTS)},
+        "batch['x'] is",
+    ),
+    "the model's first layer": (Loss(F.cross_entropy), LABELLED, "batch[0] is"),
+}
+
+
+def rectified_inputs() -> nn.Module:
+    return nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_a_loss_that_writes_into_its_batch_is_refused(tmp_path: Path, name: str) -> None:
+    loss, data, place = WRITING[name]
+    build = rectified_inputs if "model" in name else three_outputs
+    iterates = Case(build, lambda: {"train": LABELLED}, {"train": loss}, {"train": classes}).record(
+        tmp_path / "it", steps=1
+    )
+    data = {key: each.clone() for key, each in data.items()} if isinstance(data, dict) else (data[0].clone(), data[1])
+    losses = {"plain": Loss(call=of_record) if isinstance(data, dict) else loss, "writing": loss}
+    with pytest.raises(InputError) as caught:
+        run(iterates, Task(build, {"train": data}, losses), losses=["writing"], out=tmp_path / "run", **FIXED)
+    says(str(caught.value), "loss 'writing' writes into its batch", place, ".clone()")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_writes_into_a_copy_leaves_the_one_beside_it_alone(tmp_path: Path) -> None:
+    def ablated(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        return classes(model, (batch[0] * (torch.arange(6) > 2), batch[1]))
+
+    values: dict[str, Values] = {"ablated": ablated, "plain": classes}
+    losses = {"ablated": Loss(call=ablated_copy), "plain": Loss(call=of_record)}
+    iterates = Case(three_outputs, lambda: {"train": LABELLED}, losses, values).record(tmp_path / "it", steps=3)
+    found = run(
+        iterates, Task(three_outputs, {"train": RECORDS}, losses), losses=["all"], out=tmp_path / "run", **FIXED
+    )
+    checkpoints = [load_file(path) for path in sorted(iterates.glob("*.safetensors"))]
+    for name, each in values.items():
+        truth = Oracle(three_outputs, LABELLED, each).allocate(checkpoints, *simpson(2))
+        wanted = {tensor: rows.numpy() for tensor, rows in truth.stacked().items()}
+        assert worst_error(arrays(found[name].allocation), wanted) <= BOUND
+        assert path_of(found[name]) == pytest.approx(truth.losses, rel=1e-6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lca_posthoc import Loss, Recorder, Run, Task, run
 from lca_posthoc.cluster import delivery
@@ -305,6 +306,67 @@ def test_batch_norm_that_tracks_nothing_is_refused_where_statistics_are_the_stor
         replay(met, iterates, tmp_path / "run")
     says(str(caught.value), "batch-norm layer", "track_running_stats=False", "--norm-stats batch --batch-size N")
     assert not (tmp_path / "run").exists()
+
+
+# --- networks beside the model --------------------------------------------------------------------------------------------
+
+
+def teacher() -> nn.Module:
+    """In eval mode, of statistics that are no batch's."""
+    with seeded(7):
+        made = nn.Sequential(
+            nn.Conv2d(2, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.Tanh(),
+            nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+            nn.Flatten(),
+            nn.Linear(64, 4),
+        ).eval()
+        for norm in (made[1], made[3]):
+            norm.running_mean.uniform_(-1, 1)
+            norm.running_var.uniform_(0.2, 3)
+    return made
+
+
+def taught(teacher: nn.Module, dtype: torch.dtype, model: nn.Module, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        wanted = teacher(batch[0].to(dtype)).softmax(1)
+    return F.cross_entropy(model(batch[0]), wanted.to(batch[0]), reduction="none")
+
+
+class Recomputed(nn.Module):
+    """The normalised part runs once more during the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.head = normed(partial(nn.BatchNorm2d, 4))(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(checkpoint(self.part, x, use_reentrant=False)))
+
+
+def normed_and_compiled() -> nn.Module:
+    model = normed(partial(nn.BatchNorm2d, 4))()
+    model[1].compile(backend=eager_backend)
+    return model
+
+
+STUDENTS: dict[str, Callable[[], nn.Module]] = {
+    "BatchNorm2d": normed(partial(nn.BatchNorm2d, 4)),
+    "BatchNorm2d that tracks nothing": normed(partial(nn.BatchNorm2d, 4, track_running_stats=False)),
+    "InstanceNorm2d": normed(partial(nn.InstanceNorm2d, 4, affine=True, track_running_stats=True)),
+    "recomputed": Recomputed,
+    "compiled in place": normed_and_compiled,
+}
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_batch_statistics_are_the_models_and_not_those_of_its_teacher(tmp_path: Path, student: str) -> None:
+    single, double = partial(taught, teacher(), torch.float32), partial(taught, teacher().double(), torch.float64)
+    plain = STUDENTS["BatchNorm2d"] if student == "compiled in place" else None
+    met = Met(STUDENTS[student], (IMAGES, TARGETS), Loss(call=single), double, norm_stats="batch", trained=plain)
+    iterates = replace(met, values=single).record(tmp_path / "iterates")
+    assert_the_oracle_agrees(met, replay(met, iterates, tmp_path / "run"), iterates)
 
 
 # --- what wraps a model --------------------------------------------------------------------------------------------------
@@ -671,6 +733,113 @@ def test_randomness_that_survives_eval_is_refused_and_its_module_named(
         replay(met, iterates, tmp_path / "run")
     says(str(caught.value), "not deterministic", f"the first module to differ is {culprit}.", "training=True")
     assert not (tmp_path / "run").exists()
+
+
+# --- what a forward pass writes ---------------------------------------------------------------------------------------------
+
+
+class Clamped(nn.Module):
+    """No weight is negative at the first iterate, some are at later ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 4)
+        self.project()
+
+    def project(self) -> None:
+        with torch.no_grad():
+            self.linear.weight.clamp_(min=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.project()
+        return self.linear(x)
+
+
+class ClampedBehindAutograd(Clamped):
+    def project(self) -> None:
+        self.linear.weight.data.clamp_(min=0)
+
+
+class BoundedRows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(4, 4, max_norm=9.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rows(x.argmax(1) % 4)
+
+
+class LargestSeen(nn.Module):
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 4)
+        self.register_buffer("largest", torch.full((), 0.1), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.largest.copy_(torch.maximum(self.largest, x.abs().max()))
+        return self.linear(x / self.largest)
+
+
+class SetByTheFirstBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.shift = nn.Linear(12, 4), nn.Parameter(torch.zeros(12))
+        self.register_buffer("done", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.done == 0:
+            self.shift.data = -x.mean(0)
+            self.done.fill_(1)
+        return self.linear(x + self.shift)
+
+
+def untouched() -> nn.Module:
+    model = SetByTheFirstBatch()
+    model.forward = lambda x: model.linear(x + model.shift)
+    return model
+
+
+WRITERS: dict[str, tuple[Met, str]] = {
+    "clamped weights": (Met(Clamped), "'linear.weight'"),
+    "clamped weights behind autograd": (Met(ClampedBehindAutograd), "'linear.weight'"),
+    "rows of a bounded norm": (Met(BoundedRows), "'rows.weight'"),
+    "a running maximum": (Met(partial(LargestSeen, True)), "'largest'"),
+    "a running maximum no checkpoint holds": (Met(partial(LargestSeen, False)), "'largest'"),
+    "the first batch": (Met(SetByTheFirstBatch, trained=untouched), "'shift'"),
+}
+
+
+@pytest.mark.parametrize("batch_size", [BATCH, None])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_forward_pass_that_changes_the_model_is_refused(tmp_path: Path, name: str, batch_size: int | None) -> None:
+    met, tensor = WRITERS[name]
+    iterates = met.record(tmp_path / "iterates")
+    with pytest.raises(InputError) as caught:
+        replay(met, iterates, tmp_path / "run", batch_size=batch_size)
+    says(str(caught.value), f"loss 'train' changes tensor {tensor} of the model", "in eval mode too", "max_norm")
+    assert not (tmp_path / "run").exists()
+
+
+class CountsAndCaches(nn.Module):
+    """Counts its passes in eval mode too, and makes anew what it keeps for the next one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 4)
+        self.register_buffer("passes", torch.tensor(0))
+        self.register_buffer("places", torch.zeros(12), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        self.register_buffer("places", torch.sin(torch.arange(12) / 3).to(x), persistent=False)
+        return self.linear(torch.tanh(x) + self.places)
+
+
+def test_a_forward_pass_may_count_and_replace_what_it_makes_anew(tmp_path: Path) -> None:
+    met = Met(CountsAndCaches)
+    iterates = met.record(tmp_path / "iterates")
+    assert_the_oracle_agrees(met, replay(met, iterates, tmp_path / "run"), iterates)
 
 
 def test_a_factory_that_gives_one_module_twice_is_told_so(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ _CPU_SAVED_BYTES = 64 * 2**20
 _CUDA_SAVED_BYTES = 2 * 2**30
 _AHEAD = 2
 _GROUPED_AT_ONCE = 1024
+_ALONE = 32
 
 
 def chosen(subset: str | None, total: int) -> Tensor | None:
@@ -265,19 +266,35 @@ class Split:
     def _called(self, group_by: Callable[..., Any]) -> Iterator[list[Any]]:
         cuts = self._cut(_GROUPED_AT_ONCE, None, 0)
         for cut, batch in zip(cuts, self._read(cuts), strict=True):
-            batch = change_tensors(batch, Tensor.cpu)
-            with user_code(f"group_by on split {self.name!r} failed"):
-                found = [
-                    _labels(
-                        self.name, group_by(*batch) if isinstance(batch, tuple | list) else group_by(batch), len(cut)
-                    )
-                    for _ in range(2)
-                ]
+            found = [self._labelled(group_by, batch, len(cut)) for _ in range(2)]
             if found[0] != found[1]:
                 raise InputError(
                     f"group_by on split {self.name!r} gave other labels for the same examples. Seed what is random in it."
                 )
+            if cut is cuts[0]:
+                self._same_alone(group_by, found[0])
             yield found[0]
+
+    def _labelled(self, group_by: Callable[..., Any], batch: Any, count: int) -> list[Any]:
+        batch = change_tensors(batch, Tensor.cpu)
+        with user_code(f"group_by on split {self.name!r} failed"):
+            given = group_by(*batch) if isinstance(batch, tuple | list) else group_by(batch)
+            return _labels(self.name, given, count)
+
+    def _same_alone(self, group_by: Callable[..., Any], labels: list[Any]) -> None:
+        """Refuse labels of the first batch that its examples do not have when each is a batch: those of the rarest labels tell."""
+        counts = collections.Counter(labels)
+        for at in sorted(range(len(labels)), key=lambda at: counts[labels[at]])[:_ALONE]:
+            try:
+                alone = self._labelled(group_by, next(self._read([range(at, at + 1)])), 1)
+            except InputError:
+                return  # it takes no single example, which says nothing of their order
+            if alone != [labels[at]]:
+                raise InputError(
+                    f"group_by on split {self.name!r} gives labels in another order than the examples ({labels[at]!r} for example {at}, "
+                    f"{alone[0]!r} where it is alone): the collate_fn reorders a batch, or a label depends on the examples beside it. "
+                    "Give the labels of the whole split instead, as a list."
+                )
 
 
 def _ahead(items: Iterator[Any]) -> Generator[Any, None, None]:

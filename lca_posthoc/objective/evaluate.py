@@ -461,7 +461,7 @@ class Objective:
     @contextlib.contextmanager
     def _mode(self) -> Iterator[None]:
         with (
-            normalising(self.norm_stats),
+            normalising(self.norm_stats, self.model.buffers()),
             multiplying(self.device),
             default_dtype(self.dtype),
             tf32(self.precision == "tf32"),

@@ -5,7 +5,8 @@ gradient for them, so the native kernel is kept and the gradient routed through 
 $m_0, v_0$ the detached statistics, it is called with weight $w\sqrt{(v_0+\varepsilon)/(v+\varepsilon)}$ and bias
 $b-(m-m_0)\,w/\sqrt{v_0+\varepsilon}$. Values are those of the plain call; autograd sees $m$ and $v$ (first derivatives).
 
-`batch`: statistics of each batch of a fixed partition, as in the paper; running statistics are neither read nor written.
+`batch`: statistics of each batch of a fixed partition, as in the paper; running statistics are neither read nor written. A network
+beside the model, such as a teacher in eval mode, keeps its own: a call is the model's where its statistics are the model's buffers.
 
 The functions are replaced, not the modules, so that functional calls and activation checkpointing (which runs the forward
 again during the backward pass) are served alike: the context must be open around both.
@@ -14,7 +15,7 @@ again during the backward pass) are served alike: the context must be open aroun
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -82,7 +83,9 @@ def _instance_norm_running(native: Native) -> Native:
     return instance_norm
 
 
-def _batch_norm_batch(native: Native) -> Native:
+def _batch_norm_batch(native: Native, own: Mapping[int, Tensor]) -> Native:
+    as_given = _batch_norm_running(native)
+
     def batch_norm(
         input: Tensor,
         running_mean: Tensor | None,
@@ -93,12 +96,16 @@ def _batch_norm_batch(native: Native) -> Native:
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
+        if not training and running_mean is not None and id(running_mean) not in own:
+            return as_given(input, running_mean, running_var, weight, bias, False, momentum, eps)
         return native(input, None, None, weight, bias, True, momentum, eps)
 
     return batch_norm
 
 
-def _instance_norm_batch(native: Native) -> Native:
+def _instance_norm_batch(native: Native, own: Mapping[int, Tensor]) -> Native:
+    as_given = _instance_norm_running(native)
+
     def instance_norm(
         input: Tensor,
         running_mean: Tensor | None = None,
@@ -109,24 +116,29 @@ def _instance_norm_batch(native: Native) -> Native:
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
+        if not use_input_stats and running_mean is not None and id(running_mean) not in own:
+            return as_given(input, running_mean, running_var, weight, bias, False, momentum, eps)
         return native(input, None, None, weight, bias, True, momentum, eps)
 
     return instance_norm
 
 
-_REPLACED = {
-    "running": (_batch_norm_running, _instance_norm_running),
-    "batch": (_batch_norm_batch, _instance_norm_batch),
-}
-
-
 @contextlib.contextmanager
-def normalising(mode: str) -> Iterator[None]:
-    """Hold normalisation layers to `mode` around forward and backward passes, modules and functional calls alike."""
+def normalising(mode: str, own: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Hold normalisation layers to `mode` around forward and backward passes, modules and functional calls alike.
+
+    Args:
+        mode: "running" or "batch".
+        own: the buffers of the model, whose running statistics `batch` does without.
+    """
     batch_norm: Any = F.batch_norm
     instance_norm: Any = F.instance_norm
-    ours_for_batch, ours_for_instance = _REPLACED[mode]
-    F.batch_norm, F.instance_norm = ours_for_batch(batch_norm), ours_for_instance(instance_norm)
+    if mode == "running":
+        ours = _batch_norm_running(batch_norm), _instance_norm_running(instance_norm)
+    else:
+        held = {id(each): each for each in own}
+        ours = _batch_norm_batch(batch_norm, held), _instance_norm_batch(instance_norm, held)
+    F.batch_norm, F.instance_norm = ours
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from ..errors import InputError
 from .batches import Order
 from .evaluate import Objective, unpack
 from .sharing import tensors_of
+from .sources import change_tensors
 from .sums import Evaluation
 from .tensors import is_statistic
 
@@ -71,8 +73,13 @@ def _scale(objective: Objective, name: str, whole: Evaluation, half: Evaluation,
 
 
 def identify(objective: Objective, name: str) -> Identity:
-    """A loss's value and gradient norm on the first 256 examples, at the point the objective holds."""
-    found = _over(objective, name, *_sample(objective, name))
+    """A loss's value and gradient norm on the first 256 examples, at the point the objective holds.
+
+    Raises:
+        InputError: where the forward pass changes the model.
+    """
+    with _model_unwritten(objective, name):
+        found = _over(objective, name, *_sample(objective, name))
     return Identity(float(found.loss), _norm(found))
 
 
@@ -150,8 +157,10 @@ def check_loss(objective: Objective, name: str) -> list[str]:
     """Probe one loss at the point the objective holds; returns notes worth recording.
 
     Raises:
-        InputError: where two evaluations or two batch sizes disagree, or the loss is not its function's own mean.
+        InputError: where an evaluation writes into its batch or the model, two evaluations or two batch sizes disagree, or the
+            loss is not its function's own mean.
     """
+    _writes_nothing(objective, name)
     loss = objective.losses[name]
     if loss.split is None:
         first = _over(objective, name, None)
@@ -170,6 +179,7 @@ def check_loss(objective: Objective, name: str) -> list[str]:
     notes = _repeats(objective, name, sample, scale.apart(first, _over(objective, name, split.sample(start, stop))))
     if objective.norm_stats == "batch":
         objective.first_axis(name, sample, stop - start)
+        _in_order(objective, name, sample, range(start, stop))
         _statistics_unused(objective, name, sample, float(first.loss), scale.value)
         batch_size = objective.batch_sizes[loss.split]
         last = (split.examples - 1) // batch_size * batch_size
@@ -180,6 +190,78 @@ def check_loss(objective: Objective, name: str) -> list[str]:
     if loss.reduces:
         _own_mean(objective, name, sample, float(first.loss), scale.value)
     return notes
+
+
+def _writes_nothing(objective: Objective, name: str) -> None:
+    """Refuse a loss that writes into its batch or the model; the first evaluation of all, for writing again may change nothing."""
+    split = objective.losses[name].split
+    batch = None if split is None else objective.splits[split].sample(0, _count(objective, split))
+    copy = change_tensors(batch, Tensor.clone)
+
+    def values(batch: Any) -> tuple[Tensor, None]:
+        return objective.values(name, batch)[0], None  # elements may all weigh nothing here
+
+    with _model_unwritten(objective, name):
+        objective.over(values, [copy])
+    if (place := _written(batch, copy, "batch")) is not None:
+        raise InputError(
+            f"loss {name!r} writes into its batch ({place} is not what it was), which other losses and later passes are given as "
+            f"well. Work on a copy: {place}.clone() of a tensor, dict(batch) where keys change, no inplace=True on the inputs."
+        )
+
+
+def _written(batch: Any, copy: Any, place: str) -> str | None:
+    """The first place at which a copy of a batch, new before an evaluation, was written to."""
+    if isinstance(batch, Tensor):
+        kept = isinstance(copy, Tensor) and copy._version == 0 and _same_bytes(batch, copy)
+        return None if kept else place
+    if type(batch) is not type(copy):
+        return place
+    if isinstance(batch, Mapping):
+        if batch.keys() != copy.keys():
+            return place
+        inside = [(key, batch[key], copy[key]) for key in batch]
+    elif isinstance(batch, tuple | list):
+        if len(batch) != len(copy):
+            return place
+        inside = [(at, *pair) for at, pair in enumerate(zip(batch, copy, strict=True))]
+    else:
+        return None if batch is copy else place
+    found = (_written(one, other, f"{place}[{key!r}]") for key, one, other in inside)
+    return next((each for each in found if each is not None), None)
+
+
+@contextlib.contextmanager
+def _model_unwritten(objective: Objective, name: str) -> Iterator[None]:
+    """Refuse evaluations that write into a floating tensor of the model, whether or not its values change this time.
+
+    Integers may count; an unallocated tensor may be replaced by another, as caches are.
+    """
+    before = [(key, each, each._version, each.detach().clone()) for key, each in _floating(objective).items()]
+    yield
+    after = _floating(objective)
+    for key, tensor, version, values in before:
+        replaced = after.get(key) is not tensor
+        if (replaced and tensor.requires_grad) or tensor._version != version or not _same_bytes(tensor, values):
+            raise InputError(
+                f"a forward pass of loss {name!r} changes tensor {key!r} of the model, in eval mode too, so that it is not the loss "
+                "of the checkpoint. Usual culprits: Embedding(max_norm=...), weights clamped in forward, statistics updated "
+                "without a look at self.training. Write in training mode only, or leave the tensor as it is and use a copy."
+            )
+
+
+def _floating(objective: Objective) -> dict[str, Tensor]:
+    held = {**dict(objective.model.named_parameters()), **dict(objective.model.named_buffers())}
+    return {key: each for key, each in held.items() if each.is_floating_point() or each.is_complex()}
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are alike to the bit, NaN and the sign of zero included."""
+    if (one.dtype, one.shape, one.layout) != (other.dtype, other.shape, other.layout):
+        return False
+    if one.layout != torch.strided:
+        return True  # sparse: writing into it moves its version all the same
+    return torch.equal(*(each.detach().contiguous().reshape(-1).view(torch.uint8) for each in (one, other)))
 
 
 def _finite(name: str, evaluation: Evaluation) -> None:
@@ -242,6 +324,29 @@ def _batches(objective: Objective, name: str, whole: Evaluation, parts: Evaluati
         )
 
 
+def _in_order(objective: Objective, name: str, sample: Any, examples: range) -> None:
+    """In batch mode a batch holds several groups: examples given in reverse must have their values in reverse."""
+    split = objective.splits[objective.losses[name].on]
+    if objective.order(name) is None:
+        return
+    reverse = Order([0], [torch.tensor(examples).flip(0)])
+    found: list[Tensor] = []
+
+    def values(batch: Any) -> tuple[Tensor, None]:
+        found.append(objective.values(name, batch)[0].double())
+        return found[-1], None
+
+    with contextlib.closing(split.batches(objective.batch_sizes[split.name], reverse)) as batches:
+        objective.over(values, [sample, next(batches)[1]], gradient=False)
+    one, other = found[0], found[1].flip(0)
+    if one.shape != other.shape or not (one - other).abs().sum() <= _AGREE[objective.precision] * one.abs().sum():
+        raise InputError(
+            f"loss {name!r} on split {split.name!r} does not give its values in the order of the examples, so that groups cannot be "
+            "told apart with --norm-stats batch. Usual culprit: a collate_fn that reorders a batch. Let it keep the order "
+            "(pack_padded_sequence does with enforce_sorted=False)."
+        )
+
+
 def _statistics_unused(objective: Objective, name: str, batch: Any, before: float, scale: float) -> None:
     """In batch mode, moving the running statistics must not move the loss."""
     statistics = [tensor for key, tensor in objective.model.named_buffers() if is_statistic(key)]
@@ -254,8 +359,8 @@ def _statistics_unused(objective: Objective, name: str, batch: Any, before: floa
     if not abs(after - before) <= _AGREE[objective.precision] * scale:
         raise InputError(
             f"loss {name!r} reads running statistics in spite of --norm-stats batch ({before:.6g} becomes {after:.6g} when they "
-            "move). Usual culprits: batch_norm imported by name from torch.nn.functional, a scripted module. Call F.batch_norm or "
-            "use the torch.nn layers."
+            "move). Usual culprits: batch_norm imported by name from torch.nn.functional, a scripted module, statistics that are "
+            "not the model's buffers themselves. Call F.batch_norm with those or use the torch.nn layers."
         )
 
 
