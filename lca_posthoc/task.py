@@ -94,8 +94,12 @@ class Loss:
         """The same loss with the tensors it holds (class weights, say) where and as wide as the computation is."""
         import torch
 
+        from .objective.tensors import convert
+
         if isinstance(self.fn, torch.nn.Module):
-            return replace(self, fn=copy.deepcopy(self.fn).to(device=device, dtype=dtype))
+            moved = copy.deepcopy(self.fn)
+            convert(moved, device, dtype)
+            return replace(self, fn=moved)
         if isinstance(self.fn, functools.partial):
             held = {
                 name: each.to(device, dtype if each.is_floating_point() else None)

@@ -242,6 +242,47 @@ def stochastic_depth() -> nn.Module:
     return nn.Sequential(DropPath(), DropPath(), nn.Linear(12, 4))
 
 
+class Turned(nn.Module):
+    """Pairs of features turned in the plane by complex tables, as rotary embeddings are; one of them is in the checkpoints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(12, 12), nn.Linear(12, 4)
+        angles = torch.linspace(0.3, 2.5, 6)
+        self.register_buffer("table", torch.polar(torch.ones(6), angles), persistent=False)
+        self.register_buffer("stored", torch.polar(torch.linspace(0.5, 1.5, 6), angles.flip(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(self.one(x).reshape(-1, 6, 2)) * self.table * self.stored
+        return self.other(torch.tanh(torch.view_as_real(pairs).flatten(1)))
+
+
+class ReturnsNothing(nn.Module):
+    """Its own train() and eval() return None, as many do that forget."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.drop = nn.Linear(12, 4), nn.Dropout(0.5)
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+    def eval(self) -> None:  # type: ignore[override]
+        self.train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.drop(x))
+
+
+class Filter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter, self.linear = nn.Parameter(torch.randn(7, dtype=torch.complex64)), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.tanh(torch.fft.irfft(torch.fft.rfft(x) * self.filter)))
+
+
 MET = {
     "frozen parameters, groups of learning rates": Met(frozen, optimised=at_different_rates),
     "tied weights": Met(Tied),
@@ -254,6 +295,7 @@ MET = {
         ByKeyword, {"left": INPUTS, "right": OTHERS, "score": INPUTS[:, 0]}, Loss(call=keyword_values), tuple_values
     ),
     "stochastic depth": Met(stochastic_depth),
+    "complex buffers": Met(Turned),
     **{name: Met(normed(norm), (IMAGES, TARGETS)) for name, norm in NORMS.items()},
     **{
         f"{name}, batch statistics": Met(normed(norm), (IMAGES, TARGETS), norm_stats="batch")
@@ -293,6 +335,53 @@ def test_buffers_have_a_variable_where_they_float_and_are_stored(tmp_path: Path)
     assert found.keys() == {"linear.weight", "linear.bias", "centre", "slope"}
     assert found["centre"].any()
     assert not found["slope"].any()
+
+
+@pytest.mark.parametrize("precision", ["float64", "bfloat16"])
+def test_complex_buffers_are_complex_in_every_precision(tmp_path: Path, precision: str) -> None:
+    met = MET["complex buffers"]
+    iterates = met.record(tmp_path / "iterates")
+    replayed = replay(met, iterates, tmp_path / "run", precision=precision)
+    truth = Oracle(met.build, met.columns, met.values).allocate(points(iterates, met), *simpson(2))
+    rel = 1e-6 if precision == "float64" else 2e-2
+    assert replayed["train"].steps["loss_start"].values == pytest.approx(truth.losses[:-1], rel=rel)
+
+
+def test_a_complex_loss_module_keeps_its_imaginary_part() -> None:
+    class Turn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("turn", torch.polar(torch.ones(2), torch.ones(2)))
+
+    on = Loss(Turn()).on_device(torch.device("cpu"), torch.float64)
+    assert torch.equal(on.fn.turn, Turn().turn.to(torch.complex128))
+
+
+def test_complex_parameters_are_refused_with_the_way_to_keep_them(tmp_path: Path) -> None:
+    met = Met(Filter)
+    iterates = met.record(tmp_path / "iterates")
+    with pytest.raises(InputError) as caught:
+        replay(met, iterates, tmp_path / "run")
+    says(str(caught.value), "parameter 'filter' is complex", "shape [7, 2]", "torch.view_as_complex")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_whose_eval_returns_nothing_is_put_into_eval_mode(tmp_path: Path) -> None:
+    met = Met(ReturnsNothing)
+    iterates = tmp_path / "iterates"
+    model = nn.ModuleDict({"linear": nn.Linear(12, 4)})
+    with Recorder(iterates, model) as recorder:
+        for step in range(3):
+            recorder.save(step)
+            with torch.no_grad():
+                model["linear"].weight.mul_(0.9)
+    replayed = replay(met, iterates, tmp_path / "run")
+    losses = []
+    for path in sorted(iterates.glob("*.safetensors"))[:-1]:
+        held = {name: each.double() for name, each in load_file(path).items()}
+        logits = INPUTS.double() @ held["linear.weight"].T + held["linear.bias"]
+        losses.append(float(F.cross_entropy(logits, TARGETS)))
+    assert replayed["train"].steps["loss_start"].values == pytest.approx(losses, rel=1e-6)
 
 
 @pytest.mark.parametrize("norm", UNTRACKED)

@@ -30,7 +30,7 @@ from .precision import tf32
 from .sharing import SharedOutputs
 from .sources import digest_of, is_out_of_memory
 from .sums import Evaluation, Sums
-from .tensors import is_fixed, tensor_table
+from .tensors import convert, is_fixed, tensor_table
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 _BUILT: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # by the factories of tasks in this process
@@ -85,7 +85,9 @@ class Objective:
         with default_dtype(self.dtype):
             self.task = build()
             self.losses = {name: self.task.losses[name] for name in self.task.choose(losses)}
-            self.model = new_model(self.task).to(device=device, dtype=self.dtype).eval()
+            self.model = new_model(self.task)
+            convert(self.model, device, self.dtype)
+            self.model.eval()  # a statement: a model's own train() or eval() may return nothing
         chosen = subset or {}
         self.splits = {
             name: Split(name, self.task.data[name], device, self.dtype, chosen.get(name, chosen.get("")))
