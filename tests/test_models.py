@@ -283,6 +283,28 @@ class Filter(nn.Module):
         return self.linear(torch.tanh(torch.fft.irfft(torch.fft.rfft(x) * self.filter)))
 
 
+class Merging(nn.Module):
+    """A low-rank adapter that eval() adds to the weight once, as loralib's layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 12) * 0.3, requires_grad=False)
+        self.down, self.up = nn.Parameter(torch.randn(2, 12)), nn.Parameter(torch.zeros(4, 2))
+        self.bias, self.spare = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * (self.up @ self.down)
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = F.linear(x, self.weight, self.bias)
+        return found if self.merged else found + x @ self.down.T @ self.up.T
+
+
 MET = {
     "frozen parameters, groups of learning rates": Met(frozen, optimised=at_different_rates),
     "tied weights": Met(Tied),
@@ -382,6 +404,18 @@ def test_a_model_whose_eval_returns_nothing_is_put_into_eval_mode(tmp_path: Path
         logits = INPUTS.double() @ held["linear.weight"].T + held["linear.bias"]
         losses.append(float(F.cross_entropy(logits, TARGETS)))
     assert replayed["train"].steps["loss_start"].values == pytest.approx(losses, rel=1e-6)
+
+
+def test_parameters_that_move_without_the_loss_depending_on_them_are_named(tmp_path: Path) -> None:
+    met, heard = Met(Merging), list[Any]()
+    iterates = met.record(tmp_path / "iterates")
+    found = arrays(replay(met, iterates, tmp_path / "run", progress=heard.append)["train"].allocation)
+    assert not found["up"].any()
+    assert not found["down"].any()
+    assert found["bias"].any()
+    assert [event.text for event in heard if isinstance(event, Note)] == [
+        "tensors moved without the loss depending on them (allocated 0): down, up"
+    ]
 
 
 @pytest.mark.parametrize("norm", UNTRACKED)
