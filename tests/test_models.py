@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -305,6 +305,34 @@ class Merging(nn.Module):
         return found if self.merged else found + x @ self.down.T @ self.up.T
 
 
+def sparse(is_sparse: bool = True) -> nn.Module:
+    """Rows that are looked up several times in a batch, whose gradients add up."""
+    return nn.Sequential(nn.Embedding(5, 6, sparse=is_sparse), nn.Flatten(), nn.Tanh(), nn.Linear(18, 4))
+
+
+class Untied(nn.Module):
+    """What `Tied` is taken for: the two layers start equal and are trained apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.head = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+        with torch.no_grad():
+            self.other.weight.copy_(self.one.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.other(torch.tanh(self.one(x)))) @ self.one.weight)
+
+
+def weighted_by_the_model(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    values = classes(model, batch)
+    return values, torch.exp(-values)
+
+
+def weighted_by_a_constant(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    values, weights = weighted_by_the_model(model, batch)
+    return values, weights.detach()
+
+
 MET = {
     "frozen parameters, groups of learning rates": Met(frozen, optimised=at_different_rates),
     "tied weights": Met(Tied),
@@ -318,6 +346,16 @@ MET = {
     ),
     "stochastic depth": Met(stochastic_depth),
     "complex buffers": Met(Turned),
+    "sparse gradients": Met(
+        sparse, (INPUTS[:, :3].gt(0) * torch.tensor([1, 2, 1]), TARGETS), trained=partial(sparse, False)
+    ),
+    "sparse gradients, a loss with groups": Met(
+        sparse,
+        (INPUTS[:, :3].gt(0) * torch.tensor([1, 2, 1]), TARGETS),
+        Loss(F.cross_entropy, group_by=TARGETS),
+        groups=TARGETS.tolist(),
+        trained=partial(sparse, False),
+    ),
     **{name: Met(normed(norm), (IMAGES, TARGETS)) for name, norm in NORMS.items()},
     **{
         f"{name}, batch statistics": Met(normed(norm), (IMAGES, TARGETS), norm_stats="batch")
@@ -416,6 +454,51 @@ def test_parameters_that_move_without_the_loss_depending_on_them_are_named(tmp_p
     assert [event.text for event in heard if isinstance(event, Note)] == [
         "tensors moved without the loss depending on them (allocated 0): down, up"
     ]
+
+
+def test_weights_that_depend_on_the_model_are_refused_unless_detached(tmp_path: Path) -> None:
+    met = Met(partial(nn.Linear, 12, 4), loss=Loss(call=weighted_by_the_model))
+    iterates = met.record(tmp_path / "iterates")
+    with pytest.raises(InputError) as caught:
+        replay(met, iterates, tmp_path / "run")
+    says(
+        str(caught.value),
+        "loss 'train' on split 'train'",
+        "weights that depend on the model",
+        "detach() them",
+        "values alone",
+    )
+    assert not (tmp_path / "run").exists()
+    losses = []
+    for held in points(iterates, met):
+        logits = INPUTS.double() @ held["weight"].double().T + held["bias"].double()
+        values = F.cross_entropy(logits, TARGETS, reduction="none")
+        losses.append(float((values * torch.exp(-values)).sum() / torch.exp(-values).sum()))
+    task = replace(met.task(), losses={"train": Loss(call=weighted_by_a_constant)})
+    replayed = replay(met, iterates, tmp_path / "run", task=task)
+    assert replayed["train"].steps["loss_end"].values == pytest.approx(losses[1:], rel=1e-6)
+
+
+def test_a_model_that_ties_what_was_trained_apart_is_refused_where_the_first_checkpoint_cannot_tell(
+    tmp_path: Path,
+) -> None:
+    met = Met(Tied, trained=Untied)
+    iterates = met.record(tmp_path / "iterates")
+    with pytest.raises(InputError) as caught:
+        replay(met, iterates, tmp_path / "run")
+    says(str(caught.value), "'one.weight' and 'other.weight' differ", "(step 3)", "Build the model that was trained")
+
+
+def test_ties_are_not_looked_for_at_a_last_checkpoint_that_diverged(tmp_path: Path) -> None:
+    met = MET["tied weights"]
+    iterates = met.record(tmp_path / "iterates")
+    for step, path in enumerate(sorted(iterates.glob("*.safetensors"))):
+        held = load_file(path)
+        held["one.weight"] = held["one.weight"] / (0 if step == 3 else 1)
+        save_file({**held, "other.weight": held["one.weight"].clone()}, path)
+    with pytest.raises(LCAError, match=r"1 span failed; the others are complete.* holds 144 NaN or Inf"):
+        replay(met, iterates, tmp_path / "run", span=1)
+    assert (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("norm", UNTRACKED)

@@ -412,7 +412,12 @@ class Objective:
             raise InputError(
                 f"loss {name!r} on split {loss.on!r} returned values of shape {list(values.shape)} and weights {shape}; they must agree."
             )
-        weights = weights.detach().to(values.device, torch.float64)
+        if weights.requires_grad:
+            raise InputError(
+                f"loss {name!r} on split {loss.on!r} returned weights that depend on the model, through which no gradient is taken. "
+                "detach() them where they are meant as constants, or return values alone."
+            )
+        weights = weights.to(values.device, torch.float64)
         return values.double() * weights, weights
 
     def _per_element(self, name: str, loss: Loss) -> Callable[[Any, Any], Any]:
