@@ -176,8 +176,8 @@ class Task:
             and `collate_fn` are used; order and batches are the replay's own), a Hugging Face `datasets` table, or iterable data
             that gives the same examples every time.
         losses: loss name → `Loss`; the first is what `lca run` runs.
-        fixed: patterns (`*`, `?`) of tensors that checkpoints do not hold because they never move, such as the base of an
-            adapter: they stay as `model` builds them.
+        fixed: patterns (`*`, `?`) of tensors that never move, such as the base of an adapter, or a mask with infinite entries:
+            they stay as `model` builds them. Checkpoints need not hold them; where they do, the first and the last must agree.
     """
 
     model: Callable[[], Any]

@@ -688,12 +688,56 @@ def test_a_pattern_of_fixed_that_matches_nothing_is_refused_with_what_there_is(t
     says(str(caught.value), "Task.fixed names 'backbone.*'", "'base.0.weight'")
 
 
-def test_a_fixed_tensor_the_checkpoints_do_hold_is_refused(tmp_path: Path) -> None:
-    """It would be a constant here that may have moved there."""
+def test_a_fixed_tensor_the_checkpoints_do_hold_is_the_constant_it_is_there(tmp_path: Path) -> None:
     met = ADAPTED["from a file"]
     iterates = met.record(tmp_path / "iterates")
-    with pytest.raises(InputError, match=r"'base\.0\.bias'.* in .* but not in the task's model"):
+    replayed = replay(met, iterates, tmp_path / "run", task=met.task(fixed=["base.*"]))
+    assert_the_oracle_agrees(met, replayed, iterates)
+    assert not any(name.startswith("base.") for name in arrays(replayed["train"].allocation))
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_fixed_tensor_that_is_another_one_in_the_checkpoints_is_refused(tmp_path: Path, step: int) -> None:
+    met = ADAPTED["from a file"]
+    iterates = met.record(tmp_path / "iterates")
+    path = iterates / f"step_{step:08}.safetensors"
+    held = load_file(path)
+    save_file({**held, "base.0.bias": held["base.0.bias"] + 1e-3}, path)
+    with pytest.raises(InputError) as caught:
         replay(met, iterates, tmp_path / "run", task=met.task(fixed=["base.*"]))
+    says(str(caught.value), "Task.fixed names 'base.0.bias'", f"(step {step})", "Leave it out of fixed")
+    assert not (tmp_path / "run").exists()
+
+
+class Masked(nn.Module):
+    """Attention over four places, none of which sees a later one; its mask is in the checkpoints, or a constant."""
+
+    def __init__(self, stored: bool = True) -> None:
+        super().__init__()
+        self.query, self.out = nn.Linear(3, 3), nn.Linear(12, 4)
+        mask = torch.full((4, 4), -math.inf).triu(1)
+        if stored:
+            self.register_buffer("mask", mask)
+        else:
+            self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = x.reshape(-1, 4, 3)
+        seen = (self.query(places) @ places.transpose(1, 2) + self.mask).softmax(-1)
+        return self.out((seen @ places).flatten(1))
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_a_stored_mask_with_infinite_entries_is_taken_where_it_is_fixed(tmp_path: Path, precision: str) -> None:
+    met = Met(Masked)
+    iterates = met.record(tmp_path / "iterates")
+    with pytest.raises(InputError, match=r"'mask' holds 6 NaN or Inf .*named in Task\(fixed=\['mask'\]\)"):
+        replay(met, iterates, tmp_path / "run")
+    replayed = replay(met, iterates, tmp_path / "run", task=met.task(fixed=["mask"]), precision=precision)
+    assert arrays(replayed["train"].allocation).keys() == {"query.weight", "query.bias", "out.weight", "out.bias"}
+    for path in iterates.glob("*.safetensors"):
+        save_file({name: each for name, each in load_file(path).items() if name != "mask"}, path)
+    assert_the_oracle_agrees(Met(partial(Masked, False)), replayed, iterates)
 
 
 # --- what differs between processes ----------------------------------------------------------------------------------------

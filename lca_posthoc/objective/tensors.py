@@ -17,16 +17,16 @@ _ON_AXIS_1 = {"ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Conv1D"}
 
 def convert(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Move a module: floating tensors in `dtype`, complex ones, which `Module.to` makes real, in the complex type as precise."""
-    imaginary = {name: tensor.data for name, tensor in _every(module).items() if tensor.is_complex()}
+    imaginary = {name: tensor.data for name, tensor in every_name(module).items() if tensor.is_complex()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Casting complex values to real")
         module.to(device=device, dtype=dtype)
-    for name, tensor in _every(module).items():
+    for name, tensor in every_name(module).items():
         if name in imaginary:
             tensor.data = imaginary[name].to(device, dtype.to_complex())
 
 
-def _every(module: nn.Module) -> dict[str, torch.Tensor]:
+def every_name(module: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers, each under every name it has."""
     return {
         **dict(module.named_parameters(remove_duplicate=False)),

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..errors import InputError, SpanError
-from ..trajectory import read_checkpoint
+from ..trajectory import read_checkpoint, read_stored
 from .memory import block_of, short_of
 from .state import WITHIN, Spec, build, checkpoint_at, first_point, objective_of, point_at, reported
 
@@ -22,6 +22,7 @@ def describe(spec: Spec) -> Spec:
         "task_losses": list(objective.task.losses),
         "digests": objective.digests,
         "frozen": objective.frozen,
+        "fixed": list(objective.fixed),
     }
 
 
@@ -51,6 +52,7 @@ def probe(spec: Spec) -> Spec:
     first = first_point(spec, objective)
     batch_sizes = objective.settle_batch_sizes(first, spec["batch_sizes"])
     _same_ties(spec)
+    _same_fixed(spec, objective)
     notes = [note for name in names for note in _checks(spec, objective, name)]
     notes += _unmoved(spec)
     new = [name for name in names if name not in spec["recorded"]]  # a recorded loss keeps what was settled for it
@@ -95,6 +97,27 @@ def _same_ties(spec: Spec) -> None:
                         f"the task's model ties {name!r}, but {first!r} and {source!r} differ in {checkpoint.files[0]} (step "
                         f"{checkpoint.step}). Build the model that was trained."
                     )
+
+
+def _same_fixed(spec: Spec, objective: Any) -> None:
+    """What the task fixes although checkpoints hold it must be there, at both ends, what the model builds."""
+    import torch
+
+    if not spec["fixed"]:
+        return
+    for index in (0, spec["ends"]):
+        checkpoint = checkpoint_at(spec, index)
+        try:
+            held = read_stored(checkpoint, spec["fixed"])
+        except SpanError:  # its spans will fail and say so
+            continue
+        for name, tensor in held.items():
+            ours = objective.fixed[name].cpu()
+            if not torch.equal(ours.to(tensor.dtype).to(ours.dtype), tensor.to(ours.dtype)):
+                raise InputError(
+                    f"Task.fixed names {name!r}, but it is not what the task's model builds in {checkpoint.files[0]} (step "
+                    f"{checkpoint.step}). Leave it out of fixed, so that it is read from there, or build the model that was trained."
+                )
 
 
 def _checks(spec: Spec, objective: Any, name: str) -> list[str]:
