@@ -90,6 +90,18 @@ class Loss:
             return hasattr(self.fn, "reduction")
         return self.fn is not None and _takes_reduction(self.fn)
 
+    @property
+    def replaced(self) -> str | None:
+        """The reduction the function was given, where it is neither a mean nor none: values are averaged over elements here."""
+        if not self.reduces:
+            return None
+        if _is_module(self.fn):
+            given = getattr(self.fn, "reduction", None)
+        else:
+            assert self.fn is not None
+            given = inspect.signature(self.fn).parameters["reduction"].default
+        return given if isinstance(given, str) and given not in ("mean", "none") else None
+
     def on_device(self, device: torch.device, dtype: torch.dtype) -> Loss:
         """The same loss with the tensors it holds (class weights, say) where and as wide as the computation is."""
         import torch

@@ -479,6 +479,45 @@ def test_weights_that_depend_on_the_model_are_refused_unless_detached(tmp_path: 
     assert replayed["train"].steps["loss_end"].values == pytest.approx(losses[1:], rel=1e-6)
 
 
+def summed(outputs: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
+    return F.kl_div(outputs, targets, reduction=reduction)
+
+
+@pytest.mark.filterwarnings("ignore:reduction")
+@pytest.mark.parametrize(
+    ("fn", "given"),
+    [
+        (nn.KLDivLoss(reduction="batchmean"), "batchmean"),
+        (partial(F.kl_div, reduction="sum"), "sum"),
+        (summed, "sum"),
+        (nn.KLDivLoss(reduction="none"), None),
+        (nn.KLDivLoss(), None),
+        (F.kl_div, None),
+    ],
+    ids=["batchmean, a module", "sum, a partial", "sum, by default", "none", "mean, a module", "mean"],
+)
+def test_a_reduction_that_is_not_used_is_said_to_be_replaced(tmp_path: Path, fn: Any, given: str | None) -> None:
+    shares = OTHERS[:, :4].softmax(1)
+    met, heard = Met(log_shares, (INPUTS, shares), Loss(fn), divergence), list[Any]()
+    iterates = met.record(tmp_path / "iterates")
+    replayed = replay(met, iterates, tmp_path / "run", progress=heard.append)
+    assert_the_oracle_agrees(met, replayed, iterates)
+    notes = [event.text for event in heard if isinstance(event, Note)]
+    assert len(notes) == (given is not None)
+    if given:
+        says(notes[0], f"loss 'train' was given reduction={given!r}", "here it is the mean over its elements")
+
+
+def log_shares() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 4), nn.LogSoftmax(1))
+
+
+def divergence(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean over the four classes, as reduction="mean" has it."""
+    inputs, shares = batch
+    return (shares * (shares.log() - model(inputs))).mean(1)
+
+
 def test_a_model_that_ties_what_was_trained_apart_is_refused_where_the_first_checkpoint_cannot_tell(
     tmp_path: Path,
 ) -> None:

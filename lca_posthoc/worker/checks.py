@@ -124,6 +124,12 @@ def _checks(spec: Spec, objective: Any, name: str) -> list[str]:
     from ..objective import check_loss, drop_weightless_replicates
 
     notes: list[str] = check_loss(objective, name) + drop_weightless_replicates(objective, name)
+    given = objective.losses[name].replaced
+    if given is not None:
+        notes.append(
+            f"loss {name!r} was given reduction={given!r}; here it is the mean over its elements, of which what was minimised may be a "
+            "multiple"
+        )
     if spec["settings"]["precision"] == "float64":
         _same_in_float32(spec, objective, name)
     return notes
