@@ -290,8 +290,7 @@ class Merging(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(4, 12) * 0.3, requires_grad=False)
         self.down, self.up = nn.Parameter(torch.randn(2, 12)), nn.Parameter(torch.zeros(4, 2))
-        self.bias, self.spare = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
-        self.merged = False
+        self.bias, self.merged = nn.Parameter(torch.zeros(4)), False
 
     def train(self, mode: bool = True) -> Merging:
         super().train(mode)
@@ -303,6 +302,36 @@ class Merging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         found = F.linear(x, self.weight, self.bias)
         return found if self.merged else found + x @ self.down.T @ self.up.T
+
+
+class Cached(nn.Module):
+    """Its weight is computed once in eval mode, as in layers that constrain theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw, self.kept = nn.Parameter(torch.randn(4, 12)), None
+
+    def train(self, mode: bool = True) -> Cached:
+        self.kept = None
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return x @ torch.tanh(self.raw).T
+        if self.kept is None:
+            self.kept = torch.tanh(self.raw).detach()
+        return x @ self.kept.T
+
+
+class Auxiliary(nn.Module):
+    """A second head that only training looks at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.second = nn.Linear(12, 4), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) + self.second(x) if self.training else self.head(x)
 
 
 def sparse(is_sparse: bool = True) -> nn.Module:
@@ -445,15 +474,26 @@ def test_a_model_whose_eval_returns_nothing_is_put_into_eval_mode(tmp_path: Path
 
 
 def test_parameters_that_move_without_the_loss_depending_on_them_are_named(tmp_path: Path) -> None:
-    met, heard = Met(Merging), list[Any]()
+    met, heard = Met(Auxiliary), list[Any]()
     iterates = met.record(tmp_path / "iterates")
-    found = arrays(replay(met, iterates, tmp_path / "run", progress=heard.append)["train"].allocation)
-    assert not found["up"].any()
-    assert not found["down"].any()
-    assert found["bias"].any()
+    replayed = replay(met, iterates, tmp_path / "run", progress=heard.append)
+    assert_the_oracle_agrees(met, replayed, iterates)
+    assert not arrays(replayed["train"].allocation)["second.weight"].any()
     assert [event.text for event in heard if isinstance(event, Note)] == [
-        "tensors moved without the loss depending on them (allocated 0): down, up"
+        "tensors moved without the loss depending on them (allocated 0): second.bias, second.weight"
     ]
+
+
+@pytest.mark.parametrize("build", [Merging, Cached])
+def test_modules_that_derive_weights_when_set_to_eval_are_refused(
+    tmp_path: Path, build: Callable[[], nn.Module]
+) -> None:
+    met = Met(build)
+    iterates = met.record(tmp_path / "iterates")
+    with pytest.raises(InputError) as caught:
+        replay(met, iterates, tmp_path / "run")
+    says(str(caught.value), "loss 'train' at the last checkpoint", "merges or caches weights in eval mode", "Build it")
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_that_depend_on_the_model_are_refused_unless_detached(tmp_path: Path) -> None:

@@ -298,6 +298,12 @@ class Objective:
             for name, tensor in self._tensors.items():
                 tensor.copy_(point[name])
 
+    def renew(self, point: Mapping[str, Tensor]) -> None:
+        """Copy values in and set the model to eval anew: what modules derive from their weights there is derived from these."""
+        self.model.train(True)
+        self.place(point)
+        self.model.eval()
+
     def evaluate(
         self, point: Mapping[str, Tensor], losses: list[str], *, gradient: bool = True, only: range | None = None
     ) -> dict[str, Evaluation]:

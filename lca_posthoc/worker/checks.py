@@ -155,15 +155,34 @@ def _identities(spec: Spec, objective: Any, first: Any, names: list[str]) -> dic
     found: dict[str, list[dict[str, float] | None]] = {name: [] for name in names}
     for index in (0, spec["ends"]):
         try:
-            objective.place(first if index == 0 else point_at(spec, index, objective))
+            point = first if index == 0 else point_at(spec, index, objective)
         except SpanError:  # a run that diverged: its last spans will fail and say so
             for name in names:
                 found[name].append(None)
             continue
+        objective.place(point)
         for name in names:
             identity = asdict(identify(objective, name))
             found[name].append(identity if all(map(math.isfinite, identity.values())) else None)
+    if found and point is not first:
+        _nothing_derived(spec, objective, point, {name: each[-1] for name, each in found.items()})
     return found
+
+
+def _nothing_derived(spec: Spec, objective: Any, last: Any, identities: dict[str, dict[str, float] | None]) -> None:
+    """Refuse modules that merge or cache weights in eval mode: the loss would not be that of the weights placed after."""
+    from ..objective import identify
+
+    objective.renew(last)
+    for name, before in identities.items():
+        if before is None:
+            continue
+        held, anew = before["loss"], identify(objective, name).loss
+        if not abs(held - anew) <= WITHIN[spec["settings"]["precision"]] * max(abs(held), abs(anew), 1e-12):
+            raise InputError(
+                f"loss {name!r} at the last checkpoint is {held:.6g}, but {anew:.6g} when the model is set to eval anew: a module "
+                "merges or caches weights in eval mode. Build it so that it does not (merge_weights=False in loralib)."
+            )
 
 
 def _can_measure(spec: Spec, objective: Any, first: Any, names: list[str]) -> tuple[bool, list[str]]:
