@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,8 +107,6 @@ class Loss:
         """The same loss with the tensors it holds (class weights, say) where and as wide as the computation is."""
         import torch
 
-        from .objective.tensors import convert
-
         if isinstance(self.fn, torch.nn.Module):
             moved = copy.deepcopy(self.fn)
             convert(moved, device, dtype)
@@ -160,6 +159,25 @@ class Loss:
         if weight is None:
             return counted.double()
         return torch.where(counted, weight.double()[torch.where(counted, targets, 0)], 0.0)
+
+
+def convert(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Move a module: floating tensors in `dtype`, complex ones, which `Module.to` makes real, in the complex type as precise."""
+    imaginary = {name: tensor.data for name, tensor in every_name(module).items() if tensor.is_complex()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Casting complex values to real")
+        module.to(device=device, dtype=dtype)
+    for name, tensor in every_name(module).items():
+        if name in imaginary:
+            tensor.data = imaginary[name].to(device, dtype.to_complex())
+
+
+def every_name(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers, each under every name it has."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
 
 
 _KINDS = ("function", "call", "term", "l2")

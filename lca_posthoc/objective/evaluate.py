@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import InputError, SpanError, few
-from ..task import Loss, Task
+from ..task import Loss, Task, convert, every_name
 from ..trajectory import TensorSpec
 from .batches import Order, Split, automatic_batch_size, saved_bytes
 from .linear import multiplying
@@ -30,7 +30,7 @@ from .precision import tf32
 from .sharing import SharedOutputs
 from .sources import digest_of, is_out_of_memory
 from .sums import Evaluation, Sums
-from .tensors import convert, every_name, is_fixed, tensor_table
+from .tensors import is_fixed, tensor_table
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 _BUILT: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # by the factories of tasks in this process

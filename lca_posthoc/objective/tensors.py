@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 
 from ..errors import InputError
 from ..trajectory import TensorSpec, normalise
 
 _ON_AXIS_1 = {"ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Conv1D"}
-
-
-def convert(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Move a module: floating tensors in `dtype`, complex ones, which `Module.to` makes real, in the complex type as precise."""
-    imaginary = {name: tensor.data for name, tensor in every_name(module).items() if tensor.is_complex()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Casting complex values to real")
-        module.to(device=device, dtype=dtype)
-    for name, tensor in every_name(module).items():
-        if name in imaginary:
-            tensor.data = imaginary[name].to(device, dtype.to_complex())
-
-
-def every_name(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers, each under every name it has."""
-    return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
 
 
 def tensor_table(
