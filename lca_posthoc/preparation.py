@@ -87,7 +87,7 @@ def prepare(
         TensorSpec(**{**each, "shape": tuple(each["shape"]), "aliases": tuple(each["aliases"])})
         for each in found["tensors"]
     ]
-    names = trajectory.match(table)
+    names = trajectory.match(table, found["fixed"])
     common = {
         "task": task,
         "parcel": parcel,
@@ -104,6 +104,7 @@ def prepare(
     span = span or choose_span(segments, workers or cluster.workers, sum(spec.elements for spec in table))
     probe_part = {
         **_probe_part(trajectory, table),
+        "fixed": trajectory.sources_of(found["fixed"]),
         "workers": workers or cluster.crowd,
         "span": existing.span if existing else span,
     }

@@ -455,13 +455,13 @@ class _Job:
             named = sorted(silent)
             more = f" and {len(named) - 5} more" if len(named) > 5 else ""
             self.tell(
-                Note(f"buffers moved without the loss depending on them (allocated 0): {', '.join(named[:5])}{more}")
+                Note(f"tensors moved without the loss depending on them (allocated 0): {', '.join(named[:5])}{more}")
             )
         if stop.event.is_set():
             raise _interrupted(stop.signal)
 
     def _hear(self, cluster: Cluster, writer: RunWriter, outcome: Outcome) -> set[str]:
-        """Pass on what a cluster says; returns the buffers losses turned out not to depend on."""
+        """Pass on what a cluster says; returns the tensors losses turned out not to depend on."""
         manifest = writer.manifest
         if isinstance(outcome, Refused):
             self.tell(Note(f"worker {outcome.worker} joined and takes no part: it {outcome.why}"))

@@ -218,12 +218,14 @@ class Tally:
 
     @property
     def silent(self) -> set[str]:
-        """Buffers that moved on a segment without the loss, of any group, depending on them."""
+        """Tensors that moved without the loss, of any group, depending on them: parameters throughout, buffers on a segment."""
+        throughout = frozenset.intersection(*self._untouched)
         return {
             spec.name
             for position, spec in enumerate(self._table)
             for at, untouched in enumerate(self._untouched)
-            if spec.kind == "buffer" and spec.name in untouched and self.tensors["motion"][at, position] > 0
+            if spec.name in (untouched if spec.kind == "buffer" else throughout)
+            and self.tensors["motion"][at, position] > 0
         }
 
     def totals(self) -> dict[str, Arrays]:

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,12 +91,26 @@ class Loss:
             return hasattr(self.fn, "reduction")
         return self.fn is not None and _takes_reduction(self.fn)
 
+    @property
+    def replaced(self) -> str | None:
+        """The reduction the function was given, where it is neither a mean nor none: values are averaged over elements here."""
+        if not self.reduces:
+            return None
+        if _is_module(self.fn):
+            given = getattr(self.fn, "reduction", None)
+        else:
+            assert self.fn is not None
+            given = inspect.signature(self.fn).parameters["reduction"].default
+        return given if isinstance(given, str) and given not in ("mean", "none") else None
+
     def on_device(self, device: torch.device, dtype: torch.dtype) -> Loss:
         """The same loss with the tensors it holds (class weights, say) where and as wide as the computation is."""
         import torch
 
         if isinstance(self.fn, torch.nn.Module):
-            return replace(self, fn=copy.deepcopy(self.fn).to(device=device, dtype=dtype))
+            moved = copy.deepcopy(self.fn)
+            convert(moved, device, dtype)
+            return replace(self, fn=moved)
         if isinstance(self.fn, functools.partial):
             held = {
                 name: each.to(device, dtype if each.is_floating_point() else None)
@@ -146,6 +161,25 @@ class Loss:
         return torch.where(counted, weight.double()[torch.where(counted, targets, 0)], 0.0)
 
 
+def convert(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Move a module: floating tensors in `dtype`, complex ones, which `Module.to` makes real, in the complex type as precise."""
+    imaginary = {name: tensor.data for name, tensor in every_name(module).items() if tensor.is_complex()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Casting complex values to real")
+        module.to(device=device, dtype=dtype)
+    for name, tensor in every_name(module).items():
+        if name in imaginary:
+            tensor.data = imaginary[name].to(device, dtype.to_complex())
+
+
+def every_name(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers, each under every name it has."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
 _KINDS = ("function", "call", "term", "l2")
 
 
@@ -172,8 +206,8 @@ class Task:
             and `collate_fn` are used; order and batches are the replay's own), a Hugging Face `datasets` table, or iterable data
             that gives the same examples every time.
         losses: loss name → `Loss`; the first is what `lca run` runs.
-        fixed: patterns (`*`, `?`) of tensors that checkpoints do not hold because they never move, such as the base of an
-            adapter: they stay as `model` builds them.
+        fixed: patterns (`*`, `?`) of tensors that never move, such as the base of an adapter, or a mask with infinite entries:
+            they stay as `model` builds them. Checkpoints need not hold them; where they do, the first and the last must agree.
     """
 
     model: Callable[[], Any]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -85,8 +85,12 @@ class Trajectory:
         """Tensors stored with fewer than 32 bits a number, by which most of the motion is lost."""
         return [name for name, header in self.tensors.items() if header.dtype in HALF]
 
-    def match(self, table: Sequence[TensorSpec]) -> dict[str, str]:
-        """The name inside the files of every tensor of the model.
+    def sources_of(self, names: Iterable[str]) -> dict[str, str]:
+        """The name inside the files of those tensors of the model that files hold."""
+        return {name: self.sources[normalise(name)] for name in names if normalise(name) in self.sources}
+
+    def match(self, table: Sequence[TensorSpec], fixed: Iterable[str] = ()) -> dict[str, str]:
+        """The name inside the files of every tensor of the table; those that are `fixed` may stand there too, and are not read.
 
         Raises:
             InputError: where a tensor is missing, left over, of another shape, or reserved by name.
@@ -108,7 +112,7 @@ class Trajectory:
                 )
             found[spec.name] = self.sources[present[0]]
             used.update(present)
-        extra = sorted(set(self.tensors) - used)
+        extra = sorted(set(self.tensors) - used - set(map(normalise, fixed)))
         if extra:
             raise InputError(
                 f"{_some(extra)} stand{'s' if len(extra) == 1 else ''} in {self.checkpoints[0].files[0]} (step {self.steps[0]}) "
@@ -464,7 +468,7 @@ def _gaps(steps: Sequence[int]) -> list[str]:
 
 
 def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """The tensors of one checkpoint on the CPU, by the model's names, as they are stored.
+    """The tensors of one checkpoint on the CPU, by the model's names, as they are stored, every number finite.
 
     Args:
         checkpoint: the files, with the size and fingerprint they had when the trajectory was opened.
@@ -473,8 +477,25 @@ def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[st
     Raises:
         SpanError: where a file changed since, cannot be read, or holds a number that is not finite.
     """
-    import safetensors.torch  # here, because a driver that only looks at headers need not load torch
-    import torch
+    import torch  # here, because a driver that only looks at headers need not load torch
+
+    tensors = read_stored(checkpoint, names)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(
+            torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all()
+        ):
+            bad = int((~torch.isfinite(tensor.float())).sum())
+            mask = "" if bool(tensor.isnan().any()) else f" A mask that never moves is named in Task(fixed=[{name!r}])."
+            raise SpanError(
+                f"tensor {name!r} holds {bad:,} NaN or Inf in {checkpoint.files[0]} (step {checkpoint.step}). The segments that "
+                f"touch this step cannot be allocated; move the file away and write another run with --out.{mask}"
+            )
+    return tensors
+
+
+def read_stored(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The tensors of one checkpoint as `read_checkpoint` gives them, whatever numbers they hold."""
+    import safetensors.torch
 
     held: dict[str, torch.Tensor] = {}
     crc = 0
@@ -492,14 +513,4 @@ def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[st
             f"{checkpoint.files[0]} (step {checkpoint.step}) is not the file it was when the run was created. Restore it, "
             "or start a new run with --out."
         )
-    tensors = {name: held[source] for name, source in names.items()}
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(
-            torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all()
-        ):
-            bad = int((~torch.isfinite(tensor.float())).sum())
-            raise SpanError(
-                f"tensor {name!r} holds {bad:,} NaN or Inf in {checkpoint.files[0]} (step {checkpoint.step}). The segments that "
-                "touch this step cannot be allocated; move the file away and write another run with --out."
-            )
-    return tensors
+    return {name: held[source] for name, source in names.items()}

@@ -529,7 +529,7 @@ def test_a_buffer_some_block_depends_on_is_not_said_to_be_unused(
     settings = {"checkpoints": case.record(tmp_path / "iterates", 3), "build": Domains, "progress": heard.append}
     results = replay_at(tmp_path, case, grouped(Loss(F.cross_entropy), by_sign), **settings)["grouped"]
     assert results.allocation["norms.0.running_mean"].values.any()
-    assert [event.text for event in heard if isinstance(event, Note) and "buffers moved" in event.text] == []
+    assert [event.text for event in heard if isinstance(event, Note) and "tensors moved" in event.text] == []
 
 
 def replay_at(place: Path, case: Case, losses: Mapping[str, Loss], checkpoints: Path, **settings: Any) -> Run:

@@ -243,6 +243,126 @@ def stochastic_depth() -> nn.Module:
     return nn.Sequential(DropPath(), DropPath(), nn.Linear(12, 4))
 
 
+class Turned(nn.Module):
+    """Pairs of features turned in the plane by complex tables, as rotary embeddings are; one of them is in the checkpoints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(12, 12), nn.Linear(12, 4)
+        angles = torch.linspace(0.3, 2.5, 6)
+        self.register_buffer("table", torch.polar(torch.ones(6), angles), persistent=False)
+        self.register_buffer("stored", torch.polar(torch.linspace(0.5, 1.5, 6), angles.flip(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(self.one(x).reshape(-1, 6, 2)) * self.table * self.stored
+        return self.other(torch.tanh(torch.view_as_real(pairs).flatten(1)))
+
+
+class ReturnsNothing(nn.Module):
+    """Its own train() and eval() return None, as many do that forget."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.drop = nn.Linear(12, 4), nn.Dropout(0.5)
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+    def eval(self) -> None:  # type: ignore[override]
+        self.train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.drop(x))
+
+
+class Filter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter, self.linear = nn.Parameter(torch.randn(7, dtype=torch.complex64)), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.tanh(torch.fft.irfft(torch.fft.rfft(x) * self.filter)))
+
+
+class Merging(nn.Module):
+    """A low-rank adapter that eval() adds to the weight once, as loralib's layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 12) * 0.3, requires_grad=False)
+        self.down, self.up = nn.Parameter(torch.randn(2, 12)), nn.Parameter(torch.zeros(4, 2))
+        self.bias, self.merged = nn.Parameter(torch.zeros(4)), False
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * (self.up @ self.down)
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = F.linear(x, self.weight, self.bias)
+        return found if self.merged else found + x @ self.down.T @ self.up.T
+
+
+class Cached(nn.Module):
+    """Its weight is computed once in eval mode, as in layers that constrain theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw, self.kept = nn.Parameter(torch.randn(4, 12)), None
+
+    def train(self, mode: bool = True) -> Cached:
+        self.kept = None
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return x @ torch.tanh(self.raw).T
+        if self.kept is None:
+            self.kept = torch.tanh(self.raw).detach()
+        return x @ self.kept.T
+
+
+class Auxiliary(nn.Module):
+    """A second head that only training looks at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.second = nn.Linear(12, 4), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) + self.second(x) if self.training else self.head(x)
+
+
+def sparse(is_sparse: bool = True) -> nn.Module:
+    """Rows that are looked up several times in a batch, whose gradients add up."""
+    return nn.Sequential(nn.Embedding(5, 6, sparse=is_sparse), nn.Flatten(), nn.Tanh(), nn.Linear(18, 4))
+
+
+class Untied(nn.Module):
+    """What `Tied` is taken for: the two layers start equal and are trained apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.head = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+        with torch.no_grad():
+            self.other.weight.copy_(self.one.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.other(torch.tanh(self.one(x)))) @ self.one.weight)
+
+
+def weighted_by_the_model(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    values = classes(model, batch)
+    return values, torch.exp(-values)
+
+
+def weighted_by_a_constant(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    values, weights = weighted_by_the_model(model, batch)
+    return values, weights.detach()
+
+
 MET = {
     "frozen parameters, groups of learning rates": Met(frozen, optimised=at_different_rates),
     "tied weights": Met(Tied),
@@ -255,6 +375,17 @@ MET = {
         ByKeyword, {"left": INPUTS, "right": OTHERS, "score": INPUTS[:, 0]}, Loss(call=keyword_values), tuple_values
     ),
     "stochastic depth": Met(stochastic_depth),
+    "complex buffers": Met(Turned),
+    "sparse gradients": Met(
+        sparse, (INPUTS[:, :3].gt(0) * torch.tensor([1, 2, 1]), TARGETS), trained=partial(sparse, False)
+    ),
+    "sparse gradients, a loss with groups": Met(
+        sparse,
+        (INPUTS[:, :3].gt(0) * torch.tensor([1, 2, 1]), TARGETS),
+        Loss(F.cross_entropy, group_by=TARGETS),
+        groups=TARGETS.tolist(),
+        trained=partial(sparse, False),
+    ),
     **{name: Met(normed(norm), (IMAGES, TARGETS)) for name, norm in NORMS.items()},
     **{
         f"{name}, batch statistics": Met(normed(norm), (IMAGES, TARGETS), norm_stats="batch")
@@ -294,6 +425,160 @@ def test_buffers_have_a_variable_where_they_float_and_are_stored(tmp_path: Path)
     assert found.keys() == {"linear.weight", "linear.bias", "centre", "slope"}
     assert found["centre"].any()
     assert not found["slope"].any()
+
+
+@pytest.mark.parametrize("precision", ["float64", "bfloat16"])
+def test_complex_buffers_are_complex_in_every_precision(tmp_path: Path, precision: str) -> None:
+    met = MET["complex buffers"]
+    iterates = met.record(tmp_path / "iterates")
+    replayed = replay(met, iterates, tmp_path / "run", precision=precision)
+    truth = Oracle(met.build, met.columns, met.values).allocate(points(iterates, met), *simpson(2))
+    rel = 1e-6 if precision == "float64" else 2e-2
+    assert replayed["train"].steps["loss_start"].values == pytest.approx(truth.losses[:-1], rel=rel)
+
+
+def test_a_complex_loss_module_keeps_its_imaginary_part() -> None:
+    class Turn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("turn", torch.polar(torch.ones(2), torch.ones(2)))
+
+    on = Loss(Turn()).on_device(torch.device("cpu"), torch.float64)
+    assert torch.equal(on.fn.turn, Turn().turn.to(torch.complex128))
+
+
+def test_complex_parameters_are_refused_with_the_way_to_keep_them(tmp_path: Path) -> None:
+    met = Met(Filter)
+    iterates = met.record(tmp_path / "iterates")
+    with pytest.raises(InputError) as caught:
+        replay(met, iterates, tmp_path / "run")
+    says(str(caught.value), "parameter 'filter' is complex", "shape [7, 2]", "torch.view_as_complex")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_whose_eval_returns_nothing_is_put_into_eval_mode(tmp_path: Path) -> None:
+    met = Met(ReturnsNothing)
+    iterates = tmp_path / "iterates"
+    model = nn.ModuleDict({"linear": nn.Linear(12, 4)})
+    with Recorder(iterates, model) as recorder:
+        for step in range(3):
+            recorder.save(step)
+            with torch.no_grad():
+                model["linear"].weight.mul_(0.9)
+    replayed = replay(met, iterates, tmp_path / "run")
+    losses = []
+    for path in sorted(iterates.glob("*.safetensors"))[:-1]:
+        held = {name: each.double() for name, each in load_file(path).items()}
+        logits = INPUTS.double() @ held["linear.weight"].T + held["linear.bias"]
+        losses.append(float(F.cross_entropy(logits, TARGETS)))
+    assert replayed["train"].steps["loss_start"].values == pytest.approx(losses, rel=1e-6)
+
+
+def test_parameters_that_move_without_the_loss_depending_on_them_are_named(tmp_path: Path) -> None:
+    met, heard = Met(Auxiliary), list[Any]()
+    iterates = met.record(tmp_path / "iterates")
+    replayed = replay(met, iterates, tmp_path / "run", progress=heard.append)
+    assert_the_oracle_agrees(met, replayed, iterates)
+    assert not arrays(replayed["train"].allocation)["second.weight"].any()
+    assert [event.text for event in heard if isinstance(event, Note)] == [
+        "tensors moved without the loss depending on them (allocated 0): second.bias, second.weight"
+    ]
+
+
+@pytest.mark.parametrize("build", [Merging, Cached])
+def test_modules_that_derive_weights_when_set_to_eval_are_refused(
+    tmp_path: Path, build: Callable[[], nn.Module]
+) -> None:
+    met = Met(build)
+    iterates = met.record(tmp_path / "iterates")
+    with pytest.raises(InputError) as caught:
+        replay(met, iterates, tmp_path / "run")
+    says(str(caught.value), "loss 'train' at the last checkpoint", "merges or caches weights in eval mode", "Build it")
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_depend_on_the_model_are_refused_unless_detached(tmp_path: Path) -> None:
+    met = Met(partial(nn.Linear, 12, 4), loss=Loss(call=weighted_by_the_model))
+    iterates = met.record(tmp_path / "iterates")
+    with pytest.raises(InputError) as caught:
+        replay(met, iterates, tmp_path / "run")
+    says(
+        str(caught.value),
+        "loss 'train' on split 'train'",
+        "weights that depend on the model",
+        "detach() them",
+        "values alone",
+    )
+    assert not (tmp_path / "run").exists()
+    losses = []
+    for held in points(iterates, met):
+        logits = INPUTS.double() @ held["weight"].double().T + held["bias"].double()
+        values = F.cross_entropy(logits, TARGETS, reduction="none")
+        losses.append(float((values * torch.exp(-values)).sum() / torch.exp(-values).sum()))
+    task = replace(met.task(), losses={"train": Loss(call=weighted_by_a_constant)})
+    replayed = replay(met, iterates, tmp_path / "run", task=task)
+    assert replayed["train"].steps["loss_end"].values == pytest.approx(losses[1:], rel=1e-6)
+
+
+def summed(outputs: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
+    return F.kl_div(outputs, targets, reduction=reduction)
+
+
+@pytest.mark.filterwarnings("ignore:reduction")
+@pytest.mark.parametrize(
+    ("fn", "given"),
+    [
+        (nn.KLDivLoss(reduction="batchmean"), "batchmean"),
+        (partial(F.kl_div, reduction="sum"), "sum"),
+        (summed, "sum"),
+        (nn.KLDivLoss(reduction="none"), None),
+        (nn.KLDivLoss(), None),
+        (F.kl_div, None),
+    ],
+    ids=["batchmean, a module", "sum, a partial", "sum, by default", "none", "mean, a module", "mean"],
+)
+def test_a_reduction_that_is_not_used_is_said_to_be_replaced(tmp_path: Path, fn: Any, given: str | None) -> None:
+    shares = OTHERS[:, :4].softmax(1)
+    met, heard = Met(log_shares, (INPUTS, shares), Loss(fn), divergence), list[Any]()
+    iterates = met.record(tmp_path / "iterates")
+    replayed = replay(met, iterates, tmp_path / "run", progress=heard.append)
+    assert_the_oracle_agrees(met, replayed, iterates)
+    notes = [event.text for event in heard if isinstance(event, Note)]
+    assert len(notes) == (given is not None)
+    if given:
+        says(notes[0], f"loss 'train' was given reduction={given!r}", "here it is the mean over its elements")
+
+
+def log_shares() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 4), nn.LogSoftmax(1))
+
+
+def divergence(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean over the four classes, as reduction="mean" has it."""
+    inputs, shares = batch
+    return (shares * (shares.log() - model(inputs))).mean(1)
+
+
+def test_a_model_that_ties_what_was_trained_apart_is_refused_where_the_first_checkpoint_cannot_tell(
+    tmp_path: Path,
+) -> None:
+    met = Met(Tied, trained=Untied)
+    iterates = met.record(tmp_path / "iterates")
+    with pytest.raises(InputError) as caught:
+        replay(met, iterates, tmp_path / "run")
+    says(str(caught.value), "'one.weight' and 'other.weight' differ", "(step 3)", "Build the model that was trained")
+
+
+def test_ties_are_not_looked_for_at_a_last_checkpoint_that_diverged(tmp_path: Path) -> None:
+    met = MET["tied weights"]
+    iterates = met.record(tmp_path / "iterates")
+    for step, path in enumerate(sorted(iterates.glob("*.safetensors"))):
+        held = load_file(path)
+        held["one.weight"] = held["one.weight"] / (0 if step == 3 else 1)
+        save_file({**held, "other.weight": held["one.weight"].clone()}, path)
+    with pytest.raises(LCAError, match=r"1 span failed; the others are complete.* holds 144 NaN or Inf"):
+        replay(met, iterates, tmp_path / "run", span=1)
+    assert (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("norm", UNTRACKED)
@@ -544,12 +829,56 @@ def test_a_pattern_of_fixed_that_matches_nothing_is_refused_with_what_there_is(t
     says(str(caught.value), "Task.fixed names 'backbone.*'", "'base.0.weight'")
 
 
-def test_a_fixed_tensor_the_checkpoints_do_hold_is_refused(tmp_path: Path) -> None:
-    """It would be a constant here that may have moved there."""
+def test_a_fixed_tensor_the_checkpoints_do_hold_is_the_constant_it_is_there(tmp_path: Path) -> None:
     met = ADAPTED["from a file"]
     iterates = met.record(tmp_path / "iterates")
-    with pytest.raises(InputError, match=r"'base\.0\.bias'.* in .* but not in the task's model"):
+    replayed = replay(met, iterates, tmp_path / "run", task=met.task(fixed=["base.*"]))
+    assert_the_oracle_agrees(met, replayed, iterates)
+    assert not any(name.startswith("base.") for name in arrays(replayed["train"].allocation))
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_fixed_tensor_that_is_another_one_in_the_checkpoints_is_refused(tmp_path: Path, step: int) -> None:
+    met = ADAPTED["from a file"]
+    iterates = met.record(tmp_path / "iterates")
+    path = iterates / f"step_{step:08}.safetensors"
+    held = load_file(path)
+    save_file({**held, "base.0.bias": held["base.0.bias"] + 1e-3}, path)
+    with pytest.raises(InputError) as caught:
         replay(met, iterates, tmp_path / "run", task=met.task(fixed=["base.*"]))
+    says(str(caught.value), "Task.fixed names 'base.0.bias'", f"(step {step})", "Leave it out of fixed")
+    assert not (tmp_path / "run").exists()
+
+
+class Masked(nn.Module):
+    """Attention over four places, none of which sees a later one; its mask is in the checkpoints, or a constant."""
+
+    def __init__(self, stored: bool = True) -> None:
+        super().__init__()
+        self.query, self.out = nn.Linear(3, 3), nn.Linear(12, 4)
+        mask = torch.full((4, 4), -math.inf).triu(1)
+        if stored:
+            self.register_buffer("mask", mask)
+        else:
+            self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = x.reshape(-1, 4, 3)
+        seen = (self.query(places) @ places.transpose(1, 2) + self.mask).softmax(-1)
+        return self.out((seen @ places).flatten(1))
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_a_stored_mask_with_infinite_entries_is_taken_where_it_is_fixed(tmp_path: Path, precision: str) -> None:
+    met = Met(Masked)
+    iterates = met.record(tmp_path / "iterates")
+    with pytest.raises(InputError, match=r"'mask' holds 6 NaN or Inf .*named in Task\(fixed=\['mask'\]\)"):
+        replay(met, iterates, tmp_path / "run")
+    replayed = replay(met, iterates, tmp_path / "run", task=met.task(fixed=["mask"]), precision=precision)
+    assert arrays(replayed["train"].allocation).keys() == {"query.weight", "query.bias", "out.weight", "out.bias"}
+    for path in iterates.glob("*.safetensors"):
+        save_file({name: each for name, each in load_file(path).items() if name != "mask"}, path)
+    assert_the_oracle_agrees(Met(partial(Masked, False)), replayed, iterates)
 
 
 # --- what differs between processes ----------------------------------------------------------------------------------------

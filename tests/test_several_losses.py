@@ -430,7 +430,7 @@ def test_a_term_says_nothing_of_buffers_it_has_no_business_with(lab: Lab) -> Non
     """The note is for statistics the losses of a network turn out not to depend on."""
     heard: list[Any] = []
     replay(lab, "conv_bn", {"train": Loss(F.cross_entropy), "l2": Loss(l2=DECAY)}, progress=heard.append)
-    assert [event.text for event in heard if isinstance(event, Note) and "buffers moved" in event.text] == []
+    assert [event.text for event in heard if isinstance(event, Note) and "tensors moved" in event.text] == []
 
 
 def test_a_term_alone_of_a_lazily_built_model_is_that_of_the_built_one(lab: Lab) -> None:

@@ -179,15 +179,26 @@ class Split:
         """Examples `start` to `stop` as one batch on the device."""
         return move(next(self._read([range(start, min(stop, self.examples))])), self._device, self._dtype)
 
+    def spread(self, count: int) -> Tensor | None:
+        """Positions of some examples from all over the split; None where examples are had in order only."""
+        if isinstance(self._source, Stream):
+            return None
+        count = min(count, self.examples)
+        return torch.arange(count) * (self.examples - 1) // max(1, count - 1)
+
+    def at(self, positions: Tensor) -> Any:
+        """The examples at some positions as one batch on the device.
+
+        Raises:
+            InputError: where they do not make one.
+        """
+        return move(next(self._read([positions])), self._device, self._dtype)
+
     @property
     def digest(self) -> str:
         """A hash of 256 examples, spread evenly or the first of a stream, and of how many there are."""
-        count = min(DIGESTED, self.examples)
-        spread = torch.arange(count) * (self.examples - 1) // max(1, count - 1)
-        stream = isinstance(self._source, Stream)
-        cuts: list[Positions] = (
-            [range(count)] if stream else list(torch.split(spread, 1))
-        )  # far apart they need not stack
+        spread, head = self.spread(DIGESTED), range(min(DIGESTED, self.examples))
+        cuts: list[Positions] = [head] if spread is None else list(torch.split(spread, 1))  # they need not stack
         return digest_of(*itertools.islice(self._read(cuts), len(cuts)), self.examples)
 
     def batches(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import InputError, SpanError, few
-from ..task import Loss, Task
+from ..task import Loss, Task, convert, every_name
 from ..trajectory import TensorSpec
 from .batches import Order, Split, automatic_batch_size, saved_bytes
 from .linear import multiplying
@@ -85,7 +85,9 @@ class Objective:
         with default_dtype(self.dtype):
             self.task = build()
             self.losses = {name: self.task.losses[name] for name in self.task.choose(losses)}
-            self.model = new_model(self.task).to(device=device, dtype=self.dtype).eval()
+            self.model = new_model(self.task)
+            convert(self.model, device, self.dtype)
+            self.model.eval()  # a statement: a model's own train() or eval() may return nothing
         chosen = subset or {}
         self.splits = {
             name: Split(name, self.task.data[name], device, self.dtype, chosen.get(name, chosen.get("")))
@@ -172,6 +174,12 @@ class Objective:
     def allocated(self) -> list[TensorSpec]:
         """The tensors that take part in the allocation."""
         return [spec for spec in self.table if spec.kind != "state"]
+
+    @property
+    def fixed(self) -> dict[str, Tensor]:
+        """The tensors `Task.fixed` keeps as the model builds them, under every name they have."""
+        kept = {id(tensor) for name, tensor in self._own().items() if is_fixed(name, self.task.fixed)}
+        return {name: tensor for name, tensor in every_name(self.model).items() if id(tensor) in kept}
 
     @property
     def digests(self) -> dict[str, str]:
@@ -289,6 +297,12 @@ class Objective:
         with torch.no_grad():
             for name, tensor in self._tensors.items():
                 tensor.copy_(point[name])
+
+    def renew(self, point: Mapping[str, Tensor]) -> None:
+        """Copy values in and set the model to eval anew: what modules derive from their weights there is derived from these."""
+        self.model.train(True)
+        self.place(point)
+        self.model.eval()
 
     def evaluate(
         self, point: Mapping[str, Tensor], losses: list[str], *, gradient: bool = True, only: range | None = None
@@ -410,7 +424,12 @@ class Objective:
             raise InputError(
                 f"loss {name!r} on split {loss.on!r} returned values of shape {list(values.shape)} and weights {shape}; they must agree."
             )
-        weights = weights.detach().to(values.device, torch.float64)
+        if weights.requires_grad:
+            raise InputError(
+                f"loss {name!r} on split {loss.on!r} returned weights that depend on the model, through which no gradient is taken. "
+                "detach() them where they are meant as constants, or return values alone."
+            )
+        weights = weights.to(values.device, torch.float64)
         return values.double() * weights, weights
 
     def _per_element(self, name: str, loss: Loss) -> Callable[[Any, Any], Any]:

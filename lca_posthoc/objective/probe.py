@@ -187,9 +187,29 @@ def check_loss(objective: Objective, name: str) -> list[str]:
     elif cut < stop:
         parts = _over(objective, name, half, split.sample(cut, stop))
         _batches(objective, name, first, parts, scale.apart(first, parts))
+        _from_all_over(objective, name, stop - start)
     if loss.reduces:
         _own_mean(objective, name, sample, float(first.loss), scale.value)
     return notes
+
+
+def _from_all_over(objective: Objective, name: str, count: int) -> None:
+    """The same on examples from all over the split: the first ones may be of one class, or all labelled."""
+    split, loss = objective.splits[objective.losses[name].on], objective.losses[name]
+    positions = split.spread(count)
+    if positions is None:
+        return
+    try:
+        sample, *parts = (split.at(each) for each in (positions, positions[::2], positions[1::2]))
+    except InputError:  # examples of several shapes, say, which stack in the order of the data alone
+        return
+    if not objective.weighs(name, parts[0]):
+        return
+    whole, apart = _over(objective, name, sample), _over(objective, name, *parts)
+    scale = _scale(objective, name, whole, _over(objective, name, parts[0]), sample)
+    _batches(objective, name, whole, apart, scale.apart(whole, apart))
+    if loss.reduces:
+        _own_mean(objective, name, sample, float(whole.loss), scale.value)
 
 
 def _writes_nothing(objective: Objective, name: str) -> None:

@@ -94,11 +94,14 @@ class Sums:
         for name, part in self._part.items():
             tensor = tensors[name]
             if tensor.grad is not None:
+                gradient = (
+                    tensor.grad.to_dense() if tensor.grad.is_sparse else tensor.grad
+                )  # of nn.Embedding(sparse=True)
                 if name in self._part_empty:
-                    part.copy_(tensor.grad)
+                    part.copy_(gradient)
                     self._part_empty.remove(name)
                 else:
-                    part += tensor.grad
+                    part += gradient
                 tensor.grad = None
                 self._reached.add(name)
 

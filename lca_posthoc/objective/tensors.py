@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from ..errors import InputError
 from ..trajectory import TensorSpec, normalise
 
 _ON_AXIS_1 = {"ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Conv1D"}
@@ -20,6 +21,9 @@ def tensor_table(
     Floating buffers are allocated as tensors of kind "buffer", but for running statistics in `batch` mode, which the loss
     does not depend on. All else that is stored is "state". Tensors that match a pattern of `fixed` are left out, and so are
     frozen parameters that none of the names `held` in the checkpoints stands for.
+
+    Raises:
+        InputError: where a parameter is complex.
     """
     stored = model.state_dict(keep_vars=True)
     by_id: dict[int, list[str]] = {}
@@ -36,6 +40,11 @@ def tensor_table(
         frozen = name in parameters and not tensor.requires_grad
         if frozen and held is not None and not any(normalise(each) in held for each in (name, *aliases)):
             continue
+        if name in parameters and tensor.is_complex():
+            raise InputError(
+                f"parameter {name!r} is complex, and a loss's change is allocated to real numbers. Keep it as a real tensor of shape "
+                f"{[*tensor.shape, 2]} (torch.view_as_real) and call torch.view_as_complex in forward; or freeze it by Task(fixed=[…])."
+            )
         kind = "parameter" if name in parameters else "buffer"
         if not tensor.is_floating_point() or (norm_stats == "batch" and is_statistic(name)):
             kind = "state"

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import InputError, SpanError
 from ..records import SAME_LOSS
-from ..trajectory import read_checkpoint
+from ..trajectory import read_checkpoint, read_stored
 from .memory import block_of, short_of
 from .state import Spec, build, checkpoint_at, first_point, objective_of, point_at, reported
 
@@ -23,6 +23,7 @@ def describe(spec: Spec) -> Spec:
         "task_losses": list(objective.task.losses),
         "digests": objective.digests,
         "frozen": objective.frozen,
+        "fixed": list(objective.fixed),
     }
 
 
@@ -52,6 +53,7 @@ def probe(spec: Spec) -> Spec:
     first = first_point(spec, objective)
     batch_sizes = objective.settle_batch_sizes(first, spec["batch_sizes"])
     _same_ties(spec)
+    _same_fixed(spec, objective)
     notes = [note for name in names for note in _checks(spec, objective, name)]
     notes += _unmoved(spec)
     new = [name for name in names if name not in spec["recorded"]]  # a recorded loss keeps what was settled for it
@@ -76,15 +78,46 @@ def probe(spec: Spec) -> Spec:
 
 
 def _same_ties(spec: Spec) -> None:
-    """Names the task ties must hold one value in the checkpoints, or the model that was trained did not tie them."""
-    checkpoint = checkpoint_at(spec, 0)
-    for name, sources in spec["ties"].items():
-        held = read_checkpoint(checkpoint, {source: source for source in sources})
-        for source in sources[1:]:
-            if not bool((held[source] == held[sources[0]]).all()):
+    """Names the task ties must hold one value in the checkpoints, or the model that was trained did not tie them.
+
+    At both ends: copies that were trained apart start equal.
+    """
+    if not spec["ties"]:
+        return
+    wanted = {source: source for sources in spec["ties"].values() for source in sources}
+    for index in (0, spec["ends"]):
+        checkpoint = checkpoint_at(spec, index)
+        try:
+            held = read_checkpoint(checkpoint, wanted)
+        except SpanError:  # a run that diverged: its last spans will fail and say so
+            continue
+        for name, (first, *others) in spec["ties"].items():
+            for source in others:
+                if not bool((held[source] == held[first]).all()):
+                    raise InputError(
+                        f"the task's model ties {name!r}, but {first!r} and {source!r} differ in {checkpoint.files[0]} (step "
+                        f"{checkpoint.step}). Build the model that was trained."
+                    )
+
+
+def _same_fixed(spec: Spec, objective: Any) -> None:
+    """What the task fixes although checkpoints hold it must be there, at both ends, what the model builds."""
+    import torch
+
+    if not spec["fixed"]:
+        return
+    for index in (0, spec["ends"]):
+        checkpoint = checkpoint_at(spec, index)
+        try:
+            held = read_stored(checkpoint, spec["fixed"])
+        except SpanError:  # its spans will fail and say so
+            continue
+        for name, tensor in held.items():
+            ours = objective.fixed[name].cpu()
+            if not torch.equal(ours.to(tensor.dtype).to(ours.dtype), tensor.to(ours.dtype)):
                 raise InputError(
-                    f"the task's model ties {name!r}, but {sources[0]!r} and {source!r} differ in {checkpoint.files[0]} (step "
-                    f"{checkpoint.step}). Build the model that was trained."
+                    f"Task.fixed names {name!r}, but it is not what the task's model builds in {checkpoint.files[0]} (step "
+                    f"{checkpoint.step}). Leave it out of fixed, so that it is read from there, or build the model that was trained."
                 )
 
 
@@ -92,6 +125,12 @@ def _checks(spec: Spec, objective: Any, name: str) -> list[str]:
     from ..objective import check_loss, drop_weightless_replicates
 
     notes: list[str] = check_loss(objective, name) + drop_weightless_replicates(objective, name)
+    given = objective.losses[name].replaced
+    if given is not None:
+        notes.append(
+            f"loss {name!r} was given reduction={given!r}; here it is the mean over its elements, of which what was minimised may be a "
+            "multiple"
+        )
     if spec["settings"]["precision"] == "float64":
         _same_in_float32(spec, objective, name)
     return notes
@@ -117,15 +156,34 @@ def _identities(spec: Spec, objective: Any, first: Any, names: list[str]) -> dic
     found: dict[str, list[dict[str, float] | None]] = {name: [] for name in names}
     for index in (0, spec["ends"]):
         try:
-            objective.place(first if index == 0 else point_at(spec, index, objective))
+            point = first if index == 0 else point_at(spec, index, objective)
         except SpanError:  # a run that diverged: its last spans will fail and say so
             for name in names:
                 found[name].append(None)
             continue
+        objective.place(point)
         for name in names:
             identity = asdict(identify(objective, name))
             found[name].append(identity if all(map(math.isfinite, identity.values())) else None)
+    if found and point is not first:
+        _nothing_derived(spec, objective, point, {name: each[-1] for name, each in found.items()})
     return found
+
+
+def _nothing_derived(spec: Spec, objective: Any, last: Any, identities: dict[str, dict[str, float] | None]) -> None:
+    """Refuse modules that merge or cache weights in eval mode: the loss would not be that of the weights placed after."""
+    from ..objective import identify
+
+    objective.renew(last)
+    for name, before in identities.items():
+        if before is None:
+            continue
+        held, anew = before["loss"], identify(objective, name).loss
+        if not abs(held - anew) <= WITHIN[spec["settings"]["precision"]] * max(abs(held), abs(anew), 1e-12):
+            raise InputError(
+                f"loss {name!r} at the last checkpoint is {held:.6g}, but {anew:.6g} when the model is set to eval anew: a module "
+                "merges or caches weights in eval mode. Build it so that it does not (merge_weights=False in loralib)."
+            )
 
 
 def _can_measure(spec: Spec, objective: Any, first: Any, names: list[str]) -> tuple[bool, list[str]]:
