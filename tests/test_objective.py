@@ -557,3 +557,44 @@ def test_the_automatic_batch_size_is_a_power_of_two_or_the_whole_split_and_alway
     for split, size in first.items():
         examples = len(case.data()[split][0])
         assert size == examples or (size < examples and size & (size - 1) == 0)
+
+
+# --- what the first examples do not show ---------------------------------------------------------------------------------
+
+
+def unlabelled(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    return F.cross_entropy(outputs, targets, ignore_index=255, reduction=reduction)
+
+
+def weighted(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    return F.cross_entropy(outputs, targets, torch.tensor([1.0, 2.0, 5.0]), reduction=reduction)
+
+
+def labelled_mean(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """A mean over what is labelled, taken inside."""
+    inputs, targets = batch
+    mask = (targets != 255).double()
+    each = F.cross_entropy(model(inputs), targets.clamp(max=2), reduction="none")
+    return each * mask / mask.mean()
+
+
+LATE = {
+    "unlabelled behind labelled": (Loss(unlabelled), "its own reduction='mean' gives"),
+    "classes one after the other": (Loss(weighted), "its own reduction='mean' gives"),
+    "a mean inside the call": (Loss(call=labelled_mean), "depends on how split 'train' is cut into batches"),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_a_loss_is_checked_on_examples_from_all_over_the_split(case: str) -> None:
+    loss, words = LATE[case]
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(900, 6, generator=generator)
+    targets = torch.arange(900) // 300
+    if case != "classes one after the other":
+        targets[300:450] = 255
+    task = Task(functools.partial(nn.Linear, 6, 3), {"train": (inputs, targets)}, {"train": loss})
+    objective = objective_of(task, state(nn.Linear(6, 3)), batch_size=None)
+    with pytest.raises(InputError) as caught:
+        check_loss(objective, "train")
+    assert words in str(caught.value)

@@ -179,7 +179,7 @@ def _nothing_derived(spec: Spec, objective: Any, last: Any, identities: dict[str
         if before is None:
             continue
         held, anew = before["loss"], identify(objective, name).loss
-        if not abs(held - anew) <= WITHIN[spec["settings"]["precision"]] * max(abs(held), abs(anew), 1e-12):
+        if not abs(held - anew) <= SAME_LOSS[spec["settings"]["precision"]] * max(abs(held), abs(anew), 1e-12):
             raise InputError(
                 f"loss {name!r} at the last checkpoint is {held:.6g}, but {anew:.6g} when the model is set to eval anew: a module "
                 "merges or caches weights in eval mode. Build it so that it does not (merge_weights=False in loralib)."
