@@ -197,10 +197,10 @@ def _from_all_over(objective: Objective, name: str, count: int) -> None:
     """The same on examples from all over the split: the first ones may be of one class, or all labelled."""
     split, loss = objective.splits[objective.losses[name].on], objective.losses[name]
     positions = split.spread(count)
-    if positions is None:
+    if positions is None or len(positions) < 2:
         return
     try:
-        sample, *parts = (split.at(each) for each in (positions, positions[::2], positions[1::2]))
+        sample, *parts = (split.at(each) for each in (positions, *positions.tensor_split(2)))  # unlike each other
     except InputError:  # examples of several shapes, say, which stack in the order of the data alone
         return
     if not objective.weighs(name, parts[0]):
