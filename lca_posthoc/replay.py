@@ -20,13 +20,14 @@ from . import store
 from .cluster import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting, Where, open_cluster
 from .errors import InputError, Interrupted, LCAError, ResourceError, SpanError, amount, unpack
 from .places import here, is_remote, located, nearest
-from .preparation import as_json, ask, muster, prepare, relative
+from .preparation import as_json, muster, prepare, relative
 from .progress import Listener, Log, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow
+from .recognition import same_checkpoints, same_loss, same_tensors, same_values
 from .settings import Settings, on_device, resolve
-from .store import LossRecord, Manifest, Run, RunWriter
+from .store import Manifest, Run, RunWriter
 from .task import Entry, Task, digest, pack
-from .trajectory import Checkpoint, Trajectory, open_trajectory
-from .worker import losses_at, replay_span, settled
+from .trajectory import Trajectory, open_trajectory
+from .worker import replay_span, settled
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -297,7 +298,7 @@ class _Job:
         for note in trajectory.notes:
             self.tell(Note(note))
         if recorded is not None:
-            _same_checkpoints(RunWriter(self.path, recorded), relative(trajectory), str(trajectory.root))
+            same_checkpoints(RunWriter(self.path, recorded), relative(trajectory), str(trajectory.root))
             if self.damage is None and self._is_finished(recorded, trajectory):
                 return
         elif self.path.exists() and not (self.path / "run.json").exists():  # another driver may make it just now
@@ -355,11 +356,12 @@ class _Job:
             if strangers:  # who comes late is asked about the run directory itself
                 muster(cluster, trajectory, cluster.device, stack.enter_context(store.token(self.path)))
             self._bring_up(writer, ready.manifest)
-            self._recognise(cluster, writer, {**ready.common, "batch_sizes": ready.batch_sizes})
+            common = {**ready.common, "batch_sizes": ready.batch_sizes}
+            same_values(cluster, writer, common, writer.spans_of(self.damage or ()))
             if self.damage is not None:  # now that all that is needed to compute it again is known to be there
                 self.only = writer.discard(self.damage)
             stack.enter_context(self.tell.written_to(self.path / "log" / "run.jsonl"))
-            self._replay(cluster, writer, {**ready.common, "batch_sizes": ready.batch_sizes}, stop, held)
+            self._replay(cluster, writer, common, stop, held)
             if self.failed:
                 raise SpanError(_failures(self.failed))
 
@@ -375,17 +377,11 @@ class _Job:
     def _bring_up(self, writer: RunWriter, found: Manifest) -> None:
         """Compare what is recorded with what was found, then take up new losses and new checkpoints."""
         recorded = writer.manifest
-        _same_checkpoints(writer, found.checkpoints, found.root)
-        if found.tensors != recorded.tensors:
-            before, now = ({each.spec.name: each for each in table} for table in (recorded.tensors, found.tensors))
-            name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
-            raise InputError(
-                f"the task's model has other tensors than {self.path} was made with: {name!r} differs. Build the model that was trained, "
-                "or write another run with --out."
-            )
+        same_checkpoints(writer, found.checkpoints, found.root)
+        same_tensors(writer, found.tensors)
         for name, record in found.losses.items():
             if name in recorded.losses:
-                _same_loss(name, recorded.losses[name], record, len(found.checkpoints) == len(recorded.checkpoints))
+                same_loss(name, recorded.losses[name], record, len(found.checkpoints) == len(recorded.checkpoints))
         if found.checkpoints != recorded.checkpoints:
             ends = {name: record.identity for name, record in found.losses.items()}
             writer.take_up(found.checkpoints, ends)
@@ -396,25 +392,6 @@ class _Job:
         task = {name: value for name, value in found.provenance.items() if name.startswith("task")}
         if any(recorded.provenance[name] != value for name, value in task.items()):
             writer.note(task)
-
-    def _recognise(self, cluster: Cluster, writer: RunWriter, common: Spec) -> None:
-        """Evaluate the losses that are to be gone on with where they are known, over all of their data, before anything is written."""
-        again = writer.spans_of(self.damage or ())
-        known = {name: store.meeting(writer.commits(name), again.get(name, ())) for name in common["losses"]}
-        meetings: dict[str, list[str]] = {}
-        for name, found in known.items():
-            if found is not None:
-                meetings.setdefault(str(found[0]), []).append(name)
-        if not meetings:
-            return
-        checkpoints = writer.manifest.checkpoints
-        where = {index: as_json(checkpoints[int(index)]) for index in meetings}
-        spec = {**common, "run": str(self.path.resolve()), "meetings": meetings, "checkpoints": where, "span": 1}
-        for name, now in ask(cluster, losses_at, spec)["losses"].items():
-            index, before = known[name] or (0, now)
-            if store.differ(writer.commits(name), before, now):
-                what = f"value over its whole data at step {checkpoints[index].step}"
-                raise InputError(_other_loss(name, what, f"{before:.8g}", f"{now:.8g}"))
 
     def _replay(self, cluster: Cluster, writer: RunWriter, common: Spec, stop: _Stop, held: store.Held) -> None:
         manifest = writer.manifest
@@ -560,49 +537,3 @@ def _span_part(manifest: Manifest, span: int) -> dict[str, Any]:
         "checkpoints": {str(index): as_json(manifest.checkpoints[index]) for index in range(rows.start, rows.stop + 1)},
         "calibration": {name: record.calibration for name, record in manifest.losses.items()},
     }
-
-
-def _same_checkpoints(writer: RunWriter, found: list[Checkpoint], root: str) -> None:
-    """The recorded checkpoints must be the first ones found, but for those no number relies on yet; more may follow."""
-    steps = [checkpoint.step for checkpoint in found]
-    for index, checkpoint in enumerate(writer.manifest.checkpoints):
-        if index >= len(found) or steps[index] != checkpoint.step:
-            what = (
-                f"step {steps[index]} is new before step {checkpoint.step}"
-                if checkpoint.step in steps
-                else f"step {checkpoint.step} is missing"
-            )
-        elif found[index] != checkpoint and writer.relies_on(index):
-            what = f"the content of step {checkpoint.step} differs"
-        else:
-            continue
-        raise InputError(
-            f"{root} holds other checkpoints than {writer.path} was made from: {what}. Restore them, or write another run with --out."
-        )
-
-
-def _same_loss(name: str, recorded: LossRecord, found: LossRecord, same_end: bool) -> None:
-    """A recorded name must mean the same loss: same settings, same value and gradient norm on a fixed sample."""
-    from .objective import Identity
-
-    for setting in ("on", "kind", "examples", "groups", "counts"):
-        if getattr(recorded, setting) != getattr(found, setting):
-            raise InputError(_other_loss(name, setting, getattr(recorded, setting), getattr(found, setting)))
-    for place in (0, 1) if same_end else (0,):
-        before, now = recorded.identity[place], found.identity[place]
-        if before and now and not Identity(**before).matches(Identity(**now)):
-            where = "first" if place == 0 else "last"
-            shown = [f"{each['loss']:.6g} and {each['gradient_norm']:.6g} on a sample" for each in (before, now)]
-            raise InputError(_other_loss(name, f"value and gradient norm at the {where} checkpoint", *shown))
-
-
-def _shortly(value: object) -> str:
-    text = "none" if value is None else str(value)
-    return text if len(text) <= 100 else f"{text[:100]}…"
-
-
-def _other_loss(name: str, field: str, before: object, now: object) -> str:
-    return (
-        f"loss {name!r} is not the one recorded under that name: its {field} was {_shortly(before)}, now {_shortly(now)}. Give the "
-        f"new loss another name, drop the old one with `lca remove RUN --loss {name}`, or write another run with --out."
-    )
