@@ -123,6 +123,7 @@ def _fill(writer: RunWriter, loss: str, seed: int) -> None:
             "evaluations": 2 * manifest.span,
             "forward_passes": 0,
             "seconds": 1.0,
+            "ends": [1.0, 1.0],
             "worker": "none",
             "partial": None,
             "run": manifest.id,

@@ -114,7 +114,11 @@ class Commits:
             OSError: where it cannot be read.
         """
         rows = self.manifest.rows(span)
-        return self._load(self.marker(span), {"loss": self.loss, "span": span, "steps": self.manifest.steps[rows]})
+        found = self._load(self.marker(span), {"loss": self.loss, "span": span, "steps": self.manifest.steps[rows]})
+        ends = found.get("ends")
+        if not isinstance(ends, list) or [type(each) for each in ends] != [float, float]:
+            raise ValueError("its commit marker does not say the loss at both ends")
+        return found
 
     def load_window(self, window: int) -> dict[str, Any]:
         """The marker of a window of totals."""

@@ -25,6 +25,7 @@ from lca_posthoc.progress import SpanDone
 from lca_posthoc.replay import repair
 from lca_posthoc.store import Damage, verify
 from lca_posthoc.store.files import write_json
+from lca_posthoc.store.runfile import FORMAT
 from lca_posthoc.task import pack
 from lca_posthoc.worker import replay_span
 from tests.small import contents, lca, marker, refused
@@ -265,8 +266,8 @@ def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
 
 
 LIES: dict[str, tuple[Callable[[dict[str, Any]], object], tuple[str, ...]]] = {
-    "a newer format": (_set("format", to=2), ("format 2 of a newer release", "Install")),
-    "an older format": (_set("format", to=0), ("format 0 of an older release", "--out")),
+    "a newer format": (_set("format", to=FORMAT + 1), (f"format {FORMAT + 1} of a newer release", "Install")),
+    "an older format": (_set("format", to=FORMAT - 1), (f"format {FORMAT - 1} of an older release", "--out")),
     "an unknown field": (_set("colour", to="red"), ("'colour' is unknown",)),
     "a missing field": (lambda record: record.pop("window"), ("'window' is missing",)),
     "a missing tensor's key": (lambda record: record["tensors"][0].pop("key"), ("'tensors.key' is missing",)),
