@@ -255,14 +255,19 @@ def _written(batch: Any, copy: Any, place: str) -> str | None:
 def _model_unwritten(objective: Objective, name: str) -> Iterator[None]:
     """Refuse evaluations that write into a floating tensor of the model, whether or not its values change this time.
 
-    Integers may count; an unallocated tensor may be replaced by another, as caches are.
+    Integers may count; an unallocated tensor may be replaced by another, as caches are. Of allocated ones the bytes are compared too,
+    of others, such as the base of an adapter, which may be large, what torch counts of writes alone.
     """
-    before = [(key, each, each._version, each.detach().clone()) for key, each in _floating(objective).items()]
+    before = [
+        (key, each, each._version, each.detach().clone() if each.requires_grad else None)
+        for key, each in _floating(objective).items()
+    ]
     yield
     after = _floating(objective)
     for key, tensor, version, values in before:
         replaced = after.get(key) is not tensor
-        if (replaced and tensor.requires_grad) or tensor._version != version or not _same_bytes(tensor, values):
+        written = tensor._version != version or (values is not None and not _same_bytes(tensor, values))
+        if (replaced and values is not None) or written:
             raise InputError(
                 f"a forward pass of loss {name!r} changes tensor {key!r} of the model, in eval mode too, so that it is not the loss "
                 "of the checkpoint. Usual culprits: Embedding(max_norm=...), weights clamped in forward, statistics updated "

@@ -51,8 +51,8 @@ def meeting(commits: Commits, again: Collection[int] = ()) -> tuple[int, float] 
         commits: of a loss.
         again: spans that are committed and will be computed again.
     """
-    pending = sorted({*commits.pending(), *again})
-    for span in pending:
+    pending = {*commits.pending(), *again}
+    for span in sorted(pending):
         for beside, end in ((span - 1, 1), (span + 1, 0)):
             if beside in pending:
                 continue
