@@ -108,7 +108,7 @@ def test_a_replay_holds_two_thirds_of_what_was_foretold_and_leaves_the_heap_the_
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert 0.6 * found["foretold"] <= found["taken"] <= 0.75 * found["foretold"], found
+    assert 0.55 * found["foretold"] <= found["taken"] <= 0.8 * found["foretold"], found  # 0.63 to 0.71 were seen
 
 
 def test_without_room_a_run_is_refused_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
