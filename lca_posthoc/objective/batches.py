@@ -177,7 +177,7 @@ class Split:
 
     def sample(self, start: int, stop: int) -> Any:
         """Examples `start` to `stop` as one batch on the device."""
-        return move(next(self._read([range(start, min(stop, self.examples))])), self._device, self._dtype)
+        return self.at(range(start, min(stop, self.examples)))
 
     def spread(self, count: int) -> Tensor | None:
         """Positions of some examples from all over the split; None where examples are had in order only."""
@@ -186,7 +186,7 @@ class Split:
         count = min(count, self.examples)
         return torch.arange(count) * (self.examples - 1) // max(1, count - 1)
 
-    def at(self, positions: Tensor) -> Any:
+    def at(self, positions: Positions) -> Any:
         """The examples at some positions as one batch on the device.
 
         Raises:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..recorder.staging import same_bytes
 from .batches import Order
 from .evaluate import Objective, unpack
 from .sharing import tensors_of
@@ -282,11 +283,9 @@ def _floating(objective: Objective) -> dict[str, Tensor]:
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are alike to the bit, NaN and the sign of zero included."""
-    if (one.dtype, one.shape, one.layout) != (other.dtype, other.shape, other.layout):
-        return False
-    if one.layout != torch.strided:
-        return True  # sparse: writing into it moves its version all the same
-    return torch.equal(*(each.detach().contiguous().reshape(-1).view(torch.uint8) for each in (one, other)))
+    if one.layout != torch.strided:  # sparse: writing into it moves its version all the same
+        return (one.dtype, one.shape, one.layout) == (other.dtype, other.shape, other.layout)
+    return other.layout == torch.strided and same_bytes({"": one.detach()}, {"": other.detach()})
 
 
 def _finite(name: str, evaluation: Evaluation) -> None:
