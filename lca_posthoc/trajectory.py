@@ -28,7 +28,14 @@ _STEP = re.compile(
 )
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _INDEX = "model.safetensors.index.json"
-RESERVED = ("step", "group")
+_RESERVED = ("step", "group", "total")  # dimensions of results, among tensors' names
+_WRAPPERS = frozenset(
+    (
+        *("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"),  # torch: compile, checkpoint_wrapper, FSDP
+        *("_forward_module", "_fpw_module"),  # Lightning's Fabric and its strategies; fairscale
+    )
+)
+_OUTERMOST = ("module", "_module")  # DataParallel, DeepSpeed, AveragedModel; Opacus. Inside, models call their own parts so
 _AT_A_TIME = 16
 
 
@@ -96,11 +103,12 @@ class Trajectory:
             InputError: where a tensor is missing, left over, of another shape, or reserved by name.
         """
         found, used = {}, set()
+        for name in reserved([spec.name for spec in table if spec.kind != "state"]):
+            raise InputError(
+                f"the model has a tensor called {name!r}, a name that results have for a dimension. Rename it in the task's model, to NEW "
+                f"perhaps, and in the checkpoints with --rename '^{re.escape(name)}$=NEW'."
+            )
         for spec in table:
-            if spec.name in RESERVED:
-                raise InputError(
-                    f"the model has a tensor called {spec.name!r}, a name results reserve. Rename it in the model."
-                )
             present = [name for name in map(normalise, (spec.name, *spec.aliases)) if name in self.tensors]
             if not present:
                 raise InputError(self._missing(spec, table))
@@ -146,15 +154,30 @@ def _some(names: Sequence[str]) -> str:
 
 
 def normalise(name: str) -> str:
-    """A tensor's name without what `DataParallel` and `torch.compile` put into it.
+    """Return a tensor's name without what wrappers around the model or its parts put into it.
 
-    >>> normalise("module._orig_mod.fc._orig_mod.weight")
+    >>> normalise("module._orig_mod.fc._checkpoint_wrapped_module.weight")
     'fc.weight'
     """
-    parts = [part for part in name.split(".") if part != "_orig_mod"]
-    while len(parts) > 1 and parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(parts)
+    *path, last = name.split(".")
+    path = [part for part in path if part not in _WRAPPERS]
+    while path and path[0] in _OUTERMOST:
+        path = path[1:]
+    return ".".join([*path, last])
+
+
+def reserved(names: Sequence[str]) -> list[str]:
+    """Return those names of allocated tensors that results have for a dimension of theirs.
+
+    >>> reserved(["step", "fc.step", "fc", "fc:0"])
+    ['step', 'fc:0']
+    """
+    dimensions = {*_RESERVED, *(f"{name}:unit" for name in names)}
+    return [
+        name
+        for name in names
+        if name in dimensions or (name.rpartition(":")[0] in names and name.rpartition(":")[2].isdigit())
+    ]
 
 
 def step_in_name(name: str) -> int | None:

@@ -33,7 +33,7 @@ from lca_posthoc.errors import InputError, LCAError, ResourceError
 from lca_posthoc.objective import tensor_table
 from lca_posthoc.recorder import takeover, writer
 from lca_posthoc.recorder.staging import CODES
-from lca_posthoc.trajectory import read_checkpoint
+from lca_posthoc.trajectory import normalise, read_checkpoint
 from tests.recording import become, network
 
 HERE = Path(__file__).parents[1]
@@ -151,9 +151,9 @@ def test_files_are_named_by_their_step_and_hold_it_in_their_metadata(tmp_path: P
 def test_parameters_and_persistent_buffers_are_saved_whole(tmp_path: Path, model: nn.Module) -> None:
     (path,) = saved(tmp_path, model, 0)
     stored = load_file(path)
-    expected = model.state_dict()
     unique = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    assert set(stored) == set(unique) & set(expected)
+    expected = {normalise(name): each for name, each in model.state_dict().items() if name in unique}
+    assert set(stored) == set(expected)
     for name, tensor in stored.items():
         assert tensor.dtype == expected[name].dtype
         assert tensor.shape == expected[name].shape

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
+import functools
 import shutil
 import warnings
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError, LCAError, ResourceError, amount
+from ..locks import DirectoryLock
 from ..places import here, nearest
-from .staging import Layout, Stager, refuse_flattened, tensors_of, transient_names
+from ..trajectory import reserved
+from .outermost import Outermost, Told, can_follow
+from .staging import Contents, Layout, Stager, refuse_flattened
 from .takeover import Takeover, trains
 from .writer import Writer, step_of
 
@@ -41,6 +43,7 @@ class Recorder:
         every: only steps that are multiples of it.
         steps: only these.
         until: only steps up to this one.
+        frozen: whether parameters that have no gradient when recording begins are written too. Buffers always are.
         on_full: "stop" raises an error where the disk is full; "pause" lets training go on and leaves iterates out, with a warning,
             until there is space.
 
@@ -63,6 +66,7 @@ class Recorder:
         every: int = 1,
         steps: Collection[int] | None = None,
         until: int | None = None,
+        frozen: bool = True,
         on_full: Literal["stop", "pause"] = "stop",
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -80,12 +84,14 @@ class Recorder:
         ).expanduser()
         self._model = model
         self._every, self._steps, self._until = every, None if steps is None else frozenset(steps), until
+        self._frozen = bool(frozen)
         self._pauses = on_full == "pause"
         self._last = -1
         self._attached: list[Callable[[], object]] = []  # what detaches
         self._series: _Series | None = None
         self._closed = False
-        self._step = 0
+        self._step, self._is_due = 0, False  # of the attached optimisers; whether the last one is to be saved yet
+        self._buffers: dict[str, Tensor] = {}  # of a step that is over at a time which is not seen
         if until is not None or self._steps is not None:
             self.require_space(until if until is not None else max(self._steps or (), default=0))
 
@@ -112,20 +118,21 @@ class Recorder:
         """Save the model as it is now, and from here on after every step of the optimisers, in any loop.
 
         Gradient accumulation counts once; a step that `torch.amp.GradScaler` skips counts not at all. Steps of several optimisers
-        are counted together.
+        are counted together. Where something wraps an optimiser (Lookahead, SAM, accelerate's), give it or what is inside: saved is the
+        model once the outermost of them is done with the step.
 
         Args:
-            optimizers: of the model.
+            optimizers: of the model; what wraps one has `step`, `zero_grad` and `param_groups`.
             step: the optimiser steps that were made before, where training is resumed.
 
         Raises:
             InputError: where an optimiser does not train the model, or one is attached already; further as `save`.
         """
-        if not optimizers or any(not hasattr(each, "_optimizer_step_post_hooks") for each in optimizers):
-            given = ", ".join(type(each).__name__ for each in optimizers) or "nothing"
+        if not optimizers or not all(map(can_follow, optimizers)):
+            names = ", ".join(type(each).__name__ for each in optimizers) or "nothing"
             raise InputError(
-                f"attach was given {given}; it takes the optimisers, as attach(first, second), and not what wraps one: accelerate's has "
-                "it as .optimizer."
+                f"attach was given {names}; it takes the optimisers, as attach(first, second), or what wraps them and has step, zero_grad and "
+                "param_groups. For anything else save by hand: recorder.save(0), then recorder.save(step) after each step."
             )
         if self._attached:
             raise InputError("this recorder is attached already. Give all optimisers at once: attach(first, second).")
@@ -136,15 +143,29 @@ class Recorder:
             )
         self.save(step)
         self._step = step
+        takeover = Takeover(self._model, optimizers)
+        outermost = Outermost(Told(self._made_step, self._hold_buffers, self._save_step), takeover, optimizers)
         self._attached = [
-            weakref.finalize(self, Takeover(self._model, optimizers).end),
-            *(optimizer.register_step_post_hook(self._after_step).remove for optimizer in optimizers),
+            weakref.finalize(self, takeover.end),
+            functools.partial(_end, weakref.ref(outermost)),  # the optimisers keep it alive, and it keeps this recorder alive
         ]
         return self
 
-    def _after_step(self, *_: Any) -> None:
+    def _made_step(self) -> None:
         self._step += 1  # whatever happens to this one, an interrupt perhaps, the next has its own number
-        self.save(self._step)
+        self._is_due = True
+
+    def _hold_buffers(self) -> None:
+        """Take buffers now, before a forward pass moves them; the weights, once the step is over."""
+        if self._series is not None and self._is_wanted(self._step):
+            self._buffers = self._series.copied_buffers()
+
+    def _save_step(self) -> None:
+        """Save the step that is due, if one is."""
+        if self._is_due:
+            self._is_due = False
+            buffers, self._buffers = self._buffers, {}
+            self._save(self._step, buffers)
 
     def save(self, step: int) -> None:
         """Save the model as it is now as the iterate of `step`, where it is one of those to be recorded.
@@ -156,6 +177,10 @@ class Recorder:
         """
         if self._closed:
             raise InputError("this recorder is closed. Make another one, which goes on with the directory.")
+        self._save_step()
+        self._save(step, {})
+
+    def _save(self, step: int, buffers: dict[str, Tensor]) -> None:
         if not _is_step(step) or step <= self._last:
             before = f"after step {self._last}" if self._last >= 0 else "from 0, the initial weights"
             by_itself = "; an attached recorder saves by itself" if self._attached else ""
@@ -164,10 +189,10 @@ class Recorder:
             )
         if self._is_wanted(step):
             if self._series is None:
-                self._series = _Series(self.directory, self._model, self._pauses)
+                self._series = _Series(self.directory, self._model, self._frozen, self._pauses)
                 weakref.finalize(self, self._series.finish)
                 self._series.warn_of_gap(step, self._is_wanted)
-            self._series.save(step)
+            self._series.save(step, buffers)
         elif self._series is not None:
             self._series.check()
         self._last = step
@@ -178,6 +203,7 @@ class Recorder:
         Raises:
             ResourceError, InputError: as `save`.
         """
+        self._save_step()
         if self._series is not None:
             self._series.flush()
 
@@ -191,8 +217,11 @@ class Recorder:
             detach()
         self._attached = []
         self._closed = True
-        if self._series is not None:
-            self._series.close()
+        try:
+            self._save_step()
+        finally:
+            if self._series is not None:
+                self._series.close()
 
     def require_space(self, until: int) -> None:
         """Check that the iterates from here to a step find space; where recording pauses on a full disk, warn.
@@ -200,7 +229,7 @@ class Recorder:
         Raises:
             ResourceError: with both figures, where they do not.
         """
-        size = Layout(tensors_of(self._model, transient_names(self._model))).bytes
+        size = Layout(Contents(self._model, self._frozen).tensors()).bytes
         place = nearest(self.directory.absolute())
         first = 1 + max(self._last, _highest(self.directory) if self.directory.exists() else -1)
         last = until if self._until is None else min(until, self._until)
@@ -229,22 +258,34 @@ class Recorder:
 class _Series:
     """The files of one directory, from the first iterate on; in a process that does not write, only its part in gathering them."""
 
-    def __init__(self, directory: Path, model: nn.Module, pauses: bool) -> None:
+    def __init__(self, directory: Path, model: nn.Module, frozen: bool, pauses: bool) -> None:
         refuse_flattened(model)
-        self._model, self._without = model, transient_names(model)
+        self._contents = Contents(model, frozen)
         self._writer: Writer | None = None
-        self._lock: int | None = None
-        self._process, self._before = os.getpid(), -1
-        tensors = tensors_of(model, self._without)
+        self._lock: DirectoryLock | None = None
+        self._before = -1
+        tensors = self._contents.tensors()
         if not _writes():
             return
+        for name in reserved(self._contents.allocated):
+            raise InputError(
+                f"the model has a tensor called {name!r}, a name that results have for a dimension: `lca run` could not allocate to it. "
+                "Rename it in the model before you train; a count may keep the name as an integer."
+            )
         self._layout = Layout(tensors)
+        if self._contents.unwritten:
+            entries = ", ".join(f"{name!r} (a {kind})" for name, kind in self._contents.unwritten.items())
+            warnings.warn(
+                f"the model's state dict holds {entries}: no tensor, so that no safetensors file can hold it, and it is not recorded. A "
+                "replay has it as the task's model builds it.",
+                stacklevel=5,
+            )
         if self._layout.half_precision:
             warnings.warn(
                 f"{self._layout.half_precision[0]} has fewer than 32 bits a number, as {len(self._layout.half_precision)} of "
                 f"{len(tensors)} tensors: a step smaller than its spacing is lost, and most of them are. Keep the weights in float32 and "
                 "train under torch.autocast.",
-                stacklevel=4,
+                stacklevel=5,
             )
         self._stager = Stager(self._layout)
         try:
@@ -253,8 +294,14 @@ class _Series:
             raise ResourceError(
                 f"{directory} cannot be made a directory: {error.strerror}. Record elsewhere."
             ) from error
-        self._lock, locked = _lock(directory)
-        for left in directory.glob(".step_*.safetensors.*.tmp") if locked else ():  # of a process that was killed
+        try:
+            self._lock = DirectoryLock(directory)
+        except BlockingIOError:
+            raise ResourceError(
+                f"another recorder writes into {directory}. Close it, or record into another directory; where several processes train "
+                "together, make the recorder after torch.distributed.init_process_group."
+            ) from None
+        for left in directory.glob(".step_*.safetensors.*.tmp") if self._lock.locked else ():  # of a process that was killed
             left.unlink()
         self._before = _highest(directory)
         self._writer = Writer(directory, self._layout, self._before, pauses)
@@ -268,20 +315,20 @@ class _Series:
             warnings.warn(
                 f"the directory ends at step {self._before} and is gone on with at step {step}: the {len(missing)} between are missing, "
                 "and the segment across them is a long one",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     @property
     def left_out(self) -> list[int]:
         return [] if self._writer is None else list(self._writer.left_out)
 
-    def save(self, step: int) -> None:
+    def copied_buffers(self) -> dict[str, Tensor]:
+        return self._contents.copied_buffers()
+
+    def save(self, step: int, buffers: Mapping[str, Tensor]) -> None:
         self.check()
-        tensors = tensors_of(self._model, self._without)
+        tensors = {**self._contents.tensors(), **buffers}
         if self._writer is not None:
-            if tensors.keys() != self._layout.places.keys():  # a cache, perhaps, made on the way and not persistent
-                self._without = transient_names(self._model)
-                tensors = {name: each for name, each in tensors.items() if name not in self._without}
             self._layout.check(tensors)
             staging = self._writer.buffer()
             try:
@@ -313,11 +360,7 @@ class _Series:
             try:
                 self._writer.close()
             finally:
-                # forked processes hold the same lock: none of theirs ends it, and ours does for all
-                if self._process == os.getpid():
-                    with contextlib.suppress(OSError):  # file systems without locks
-                        fcntl.flock(lock, fcntl.LOCK_UN)
-                os.close(lock)
+                lock.release()
 
 
 def _is_step(value: object) -> bool:
@@ -330,23 +373,10 @@ def _writes() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
-def _lock(directory: Path) -> tuple[int, bool]:
-    """Hold a directory as long as this process lives: a descriptor, and whether it is locked.
-
-    File systems without locks are gone on with; that no file is replaced holds there too.
-    """
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ResourceError(
-            f"another recorder writes into {directory}. Close it, or record into another directory; where several processes train "
-            "together, make the recorder after torch.distributed.init_process_group."
-        ) from None
-    except OSError:
-        return descriptor, False
-    return descriptor, True
+def _end(outermost: weakref.ref[Outermost]) -> None:
+    """End what follows the optimisers, where they are still there."""
+    if (following := outermost()) is not None:
+        following.end()
 
 
 def _highest(directory: Path) -> int:

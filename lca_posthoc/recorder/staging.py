@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..trajectory import normalise
 
 CODES = {
     torch.float64: "F64",
@@ -37,11 +38,6 @@ CODES = {
 }
 
 
-def transient_names(model: nn.Module) -> frozenset[str]:
-    """Buffers that are not persistent, which a checkpoint does not hold."""
-    return frozenset(name for name, _ in model.named_buffers()) - frozenset(model.state_dict(keep_vars=True))
-
-
 def refuse_flattened(model: nn.Module) -> None:
     """Some ways to share weights out leave every process a nameless part of them.
 
@@ -57,13 +53,94 @@ def refuse_flattened(model: nn.Module) -> None:
         )
 
 
-def tensors_of(model: nn.Module, without: frozenset[str]) -> dict[str, Tensor]:
-    """The model's parameters and all buffers but some, tied ones once, under their first name.
+class Contents:
+    """Which tensors of a model a file holds, under which names; `tensors` takes them as they are.
 
-    What is sharded over processes (`torch.distributed.tensor.DTensor`) is gathered, which all of them have to ask for.
+    All of the model's state dict is in the file, under its names without what wrappers put into them (`trajectory.normalise`):
+    parameters and buffers, told by identity and tied ones once, and what hooks and `get_extra_state` add. A parameter that a hook takes
+    out of the state dict is in the file too.
+
+    Args:
+        model: the module that is being trained.
+        frozen: whether parameters without gradient are written.
+
+    Raises:
+        InputError: where two tensors come to have one name.
     """
-    held = itertools.chain(model.named_parameters(), model.named_buffers())
-    return {name: _whole(tensor) for name, tensor in held if name not in without}
+
+    def __init__(self, model: nn.Module, frozen: bool = True) -> None:
+        self._model = model
+        self._untrained = {name for name, each in model.named_parameters() if not frozen and not each.requires_grad}
+        self._settle()
+
+    def _settle(self) -> None:
+        parameters, buffers = dict(self._model.named_parameters()), dict(self._model.named_buffers())
+        own = {**parameters, **buffers}
+        state: dict[str, Any] = self._model.state_dict(keep_vars=True)
+        in_state = {normalise(name) for name in state}
+        first: dict[int, str] = {}
+        for name, value in state.items():
+            first.setdefault(id(value), name)
+        self._names: dict[str, str | None] = {}  # the model's own → in the file; None for what is not written
+        for name, tensor in own.items():
+            hidden = name in parameters and normalise(name) not in in_state
+            written = None if name in self._untrained else first.get(id(tensor), name if hidden else None)
+            self._names[name] = None if written is None else normalise(written)
+        self._buffers = {name: written for name in buffers if (written := self._names[name]) is not None}
+        self.allocated = [
+            written for name, each in own.items() if (written := self._names[name]) and each.is_floating_point()
+        ]
+        skipped = {id(each) for each in own.values()} | {id(None)}
+        without = {normalise(name) for name in self._untrained}
+        added = {name: state[name] for identity, name in first.items() if identity not in skipped}
+        self._added = {
+            name: normalise(name)
+            for name, value in added.items()
+            if isinstance(value, Tensor) and normalise(name) not in without
+        }
+        self.unwritten = {name: type(value).__name__ for name, value in added.items() if not isinstance(value, Tensor)}
+        _refuse_one_name_for_two(self._names, self._added)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors as they are now, by their names in the file.
+
+        What is sharded over processes (`torch.distributed.tensor.DTensor`) is gathered, which all of them have to ask for.
+
+        Raises:
+            InputError: where a parameter has come to be trained that was frozen, and is left out, when recording began.
+        """
+        own = self._own()
+        if own.keys() != self._names.keys():  # a cache, perhaps, made on the way and not persistent
+            self._settle()
+        for name in self._untrained & own.keys():
+            if own[name].requires_grad:
+                raise InputError(
+                    f"parameter {name!r} was frozen at the first step recorded, so that it is in no file, and is trained now. All iterates "
+                    "of a series hold the same tensors: record from the start with frozen=True, which writes frozen parameters as well."
+                )
+        tensors = {written: _whole(own[name]) for name, written in self._names.items() if written is not None}
+        if self._added:
+            state = self._model.state_dict(keep_vars=True)
+            tensors |= {written: _whole(state[name]) for name, written in self._added.items() if name in state}
+        return tensors
+
+    def copied_buffers(self) -> dict[str, Tensor]:
+        """Return copies of the buffers as they are now, by their names in the file."""
+        own = self._own()
+        return {written: _whole(own[name]).clone() for name, written in self._buffers.items() if name in own}
+
+    def _own(self) -> dict[str, Tensor]:
+        return dict(itertools.chain(self._model.named_parameters(), self._model.named_buffers()))
+
+
+def _refuse_one_name_for_two(*names: Mapping[str, str | None]) -> None:
+    origins: dict[str, str] = {}
+    for name, written in itertools.chain.from_iterable(each.items() for each in names):
+        if written is not None and origins.setdefault(written, name) != name:
+            raise InputError(
+                f"tensors {origins[written]!r} and {name!r} of the model are both {written!r} once the names that wrappers put in are taken "
+                "off. Rename one of them in the model."
+            )
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -167,7 +244,14 @@ def _described(tensor: _Place | Tensor | None) -> str:
 
 
 def _itemsize(name: str, tensor: Tensor) -> int:
-    if tensor.layout != torch.strided or tensor.is_meta or nn.parameter.is_lazy(tensor):
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        what = "quantised" if tensor.is_quantized else "nested" if tensor.is_nested else "sparse"
+        raise InputError(
+            f"tensor {name!r} of the model is {what} ({tensor.dtype if tensor.is_quantized else tensor.layout}), which safetensors cannot "
+            "hold. Where it never changes, let the model build it and leave it out of the state dict: register_buffer(NAME, TENSOR, "
+            "persistent=False). Else keep it as a dense tensor."
+        )
+    if tensor.is_meta or nn.parameter.is_lazy(tensor):
         raise InputError(
             f"tensor {name!r} of the model has no values in memory to be saved. Run a batch through a lazily built model, or load its "
             "weights, before the first iterate is saved."

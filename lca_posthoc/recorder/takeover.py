@@ -41,25 +41,28 @@ class Takeover:
         ] = {}  # by id: groups, and whether they train it
         self._alone = 0
         self._inside = self._said = False
-        self._handles = [
-            *(each.register_step_pre_hook(self._begin) for each in attached),
-            *(each.register_step_post_hook(self._finish) for each in attached),
-            register_optimizer_step_post_hook(self._after_any),
-        ]
+        self.inner_steps = 0
+        self._handle = register_optimizer_step_post_hook(self._after_any)
 
     def end(self) -> None:
         """Leave no hook behind."""
-        for handle in self._handles:
-            handle.remove()
+        self._handle.remove()
 
-    def _begin(self, *_: Any) -> None:
+    def begin(self) -> None:
+        """Count steps of others as parts of a step of an attached optimiser, in `inner_steps`, until `finish`."""
         self._inside = True
 
-    def _finish(self, *_: Any) -> None:
+    def finish(self) -> None:
+        """Note that a step of an attached optimiser is done."""
         self._inside, self._alone = False, 0
 
     def _after_any(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._said or self._inside or self._is_attached(optimizer) or not self._trains(optimizer):
+        if self._is_attached(optimizer) or not self._trains(optimizer):
+            return
+        if self._inside:
+            self.inner_steps += 1
+            return
+        if self._said:
             return
         self._alone += 1
         if self._alone == 2:  # one between two steps of ours is half of theirs

@@ -1,0 +1,65 @@
+"""The kernel's locks on files and directories, where the machine and the file system have them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where people record and read results, though runs are computed elsewhere
+    fcntl = None  # type: ignore[assignment]
+
+
+def can_lock() -> bool:
+    """Return whether this machine has such locks at all."""
+    return fcntl is not None
+
+
+def lock(descriptor: int, shared: bool = False) -> bool:
+    """Lock an open file for as long as it is open; return whether there are locks, which some file systems lack.
+
+    Raises:
+        BlockingIOError: where another process has it.
+    """
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+class DirectoryLock:
+    """Keeps others out of a directory until `release`, or until this process ends; `locked` tells where there are no locks.
+
+    Raises:
+        BlockingIOError: where another process, or another lock of this one, has the directory.
+        OSError: where it cannot be opened.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._process, self.locked = os.getpid(), False
+        self._descriptor: int | None = None
+        if can_lock():
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                self.locked = lock(descriptor)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise
+            self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Let go of the directory; a forked process, which has the same lock, leaves it to the one that made it."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is None:
+            return
+        if self._process == os.getpid() and self.locked:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # for forked processes too, which may live on
+        os.close(descriptor)

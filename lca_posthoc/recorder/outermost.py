@@ -1,0 +1,227 @@
+"""Follow optimisers through what wraps them: a step is over when the outermost call that made it returns.
+
+Lookahead moves the weights once more after its inner optimiser's step, others average them between processes, and SAM steps in a method
+of its own. Wrappers that do not call `Optimizer.__init__` run none of torch's hooks; their methods are replaced on the instance, as
+torch's schedulers do with `step`, for as long as a recorder is attached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .takeover import Takeover
+
+# whose code may stand between a wrapper's and the hooks
+_BETWEEN = (os.path.join(os.path.dirname(torch.__file__), ""), os.path.dirname(__file__), contextlib.__file__)
+_DEPTH = 3  # of wrappers within wrappers that are looked into
+
+
+def runs_hooks(optimizer: object) -> bool:
+    """Return whether torch's hooks are run by `step` of an object, and have a place there."""
+    hooks = [getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post")]
+    is_hooked = getattr(getattr(type(optimizer), "step", None), "hooked", False)
+    return is_hooked and all(isinstance(each, OrderedDict) for each in hooks)
+
+
+def is_optimizer(thing: object) -> bool:
+    """Return whether a training loop can use an object as an optimiser."""
+    methods = [getattr(thing, name, None) for name in ("step", "zero_grad")]
+    return all(map(callable, methods)) and hasattr(thing, "param_groups") and not isinstance(thing, nn.Module | type)
+
+
+def can_follow(thing: object) -> bool:
+    """Return whether the steps of an object can be seen: by torch's hooks, or because its methods can be replaced."""
+    replaceable = hasattr(thing, "__dict__") and hasattr(type(thing), "__weakref__")
+    return is_optimizer(thing) and (runs_hooks(thing) or replaceable)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What is called when an attached optimiser has made a step, when its end will not be seen, and when it is over."""
+
+    made: Callable[[], None]
+    unseen: Callable[[], None]
+    over: Callable[[], None]
+
+
+class Outermost:
+    """Tells of every step of the attached optimisers, and when it is over.
+
+    A wrapper around an attached optimiser is noticed in its first step. The end of that one is not seen: the step counts as over at the
+    next call of any method of the wrapper, at the latest at the next step. From then on the end is seen.
+
+    Args:
+        told: is told; the optimisers keep it alive.
+        takeover: counts the steps of optimisers that are not attached.
+        attached: the optimisers, all of which `can_follow`.
+    """
+
+    def __init__(self, told: Told, takeover: Takeover, attached: tuple[Optimizer, ...]) -> None:
+        self._told, self._takeover = told, takeover
+        self._attached = [weakref.ref(each) for each in attached]
+        self._watched: list[weakref.ref[object]] = []
+        self._replaced: list[tuple[weakref.ref[object], str, object, object]] = []
+        self._plain: dict[int, types.CodeType] = {}  # by id: code of methods that are no wrapper's
+        self._calls = self._own_calls = 0  # in progress: of watched methods, and of those of attached ones
+        self._counted = False
+        self._handles = []
+        for optimizer in attached:
+            inner = list(_optimizers_in(optimizer))
+            if runs_hooks(optimizer):
+                self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+                self._handles.append(optimizer.register_step_post_hook(self._after_step))
+                counts_all = False
+            else:
+                counts_all = not any(map(runs_hooks, inner))
+            if inner or not runs_hooks(optimizer):
+                self._watch(optimizer, counts_all)
+
+    def end(self) -> None:
+        """Leave no hook behind, and no method replaced."""
+        self._watched = []
+        for handle in self._handles:
+            handle.remove()
+        for reference, name, method, before in self._replaced:
+            owner = reference()
+            if owner is not None and vars(owner).get(name) is method:  # else a scheduler has replaced it since, and calls it
+                vars(owner).pop(name)
+                if before is not None:
+                    vars(owner)[name] = before
+
+    def _before_step(self, *_: Any) -> None:
+        self._told.over()
+        self._takeover.begin()
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if any(owner is optimizer and name == "step" for owner, name in self._callers()):
+            return  # of a class whose `step` calls that of its base: torch runs the hooks of both
+        self._takeover.finish()
+        self._counted = True
+        self._told.made()
+        self._return()
+
+    def _return(self) -> None:
+        """Tell that a step is over, unless a wrapper's call is in progress; watch one that was not known."""
+        if self._calls:
+            return
+        wrappers = [owner for owner, _ in self._callers()]
+        if not wrappers:
+            self._told.over()
+            return
+        self._told.unseen()
+        for wrapper in wrappers:
+            if can_follow(wrapper) and not self._is_watched(wrapper):
+                self._watch(wrapper, counts_all=False)
+
+    # --- the methods of wrappers -----------------------------------------------------------------------------------------------------
+
+    def _watch(self, wrapper: object, counts_all: bool) -> None:
+        """Replace the methods of a wrapper; `counts_all`: every call of its `step` is a step, for nothing else tells."""
+        reference = weakref.ref(wrapper)
+        self._watched.append(reference)
+        for name in _methods_of(wrapper):
+            before = vars(wrapper).get(name)
+            method = types.MethodType(self._stand_in(reference, name, before, counts_all and name == "step"), wrapper)
+            object.__setattr__(wrapper, name, method)
+            self._replaced.append((reference, name, method, before))
+
+    def _stand_in(
+        self, wrapper: weakref.ref[object], name: str, before: Any, counts_all: bool
+    ) -> Callable[..., Any]:
+        """Return a function that does what a method does, and lets its end be seen."""
+        owner = wrapper()
+        bound = before if before is not None else None if hasattr(type(owner), name) else getattr(owner, name)
+
+        @functools.wraps(getattr(type(owner), name, bound))
+        def method(this: object, *given: Any, **options: Any) -> Any:
+            call = getattr(type(this), name).__get__(this) if bound is None else bound
+            if this is not wrapper() or not self._is_watched(this):  # a copy of it, or nothing is attached any more
+                return call(*given, **options)
+            with self._in_progress(this, counts_all):
+                return call(*given, **options)
+
+        return method
+
+    @contextlib.contextmanager
+    def _in_progress(self, wrapper: object, counts_all: bool) -> Iterator[None]:
+        is_attached = any(each() is wrapper for each in self._attached)
+        if not self._calls or (is_attached and not self._own_calls):
+            self._told.over()
+        if is_attached and not self._own_calls:
+            self._counted, inner_before = False, self._takeover.inner_steps
+            self._takeover.begin()
+        self._calls += 1
+        self._own_calls += is_attached
+        completed = False
+        try:
+            yield
+            completed = True
+        finally:
+            self._calls -= 1
+            self._own_calls -= is_attached
+            if is_attached and not self._own_calls:
+                self._takeover.finish()
+        if is_attached and not self._own_calls and not self._counted:
+            if counts_all or self._takeover.inner_steps > inner_before:
+                self._told.made()
+        self._return()
+
+    def _is_watched(self, thing: object) -> bool:
+        return any(each() is thing for each in self._watched)
+
+    def _callers(self) -> Iterator[tuple[object, str]]:
+        """Yield the optimisers whose methods called this, the innermost first, with the method; up to the first code of another kind."""
+        frame = sys._getframe(1)
+        while frame.f_back is not None:
+            frame = frame.f_back
+            owner = self._optimizer_of(frame)
+            if owner is not None:
+                yield owner, frame.f_code.co_name
+            elif not frame.f_code.co_filename.startswith(_BETWEEN):
+                return
+
+    def _optimizer_of(self, frame: types.FrameType) -> object | None:
+        """Return the optimiser that a frame runs a method of; other methods are looked at once."""
+        code = frame.f_code
+        if not code.co_argcount or code.co_varnames[0] != "self" or id(code) in self._plain:
+            return None
+        variables = frame.f_locals
+        owner: object = variables.get("self")
+        if sys.version_info < (3, 13):
+            variables.clear()  # a copy of the frame's variables, which would keep its tensors alive
+        if is_optimizer(owner):
+            return owner
+        self._plain[id(code)] = code
+        return None
+
+
+def _methods_of(wrapper: object) -> list[str]:
+    """Return the names of the public methods that a wrapper's own classes have, `step` and `zero_grad` always."""
+    names = {"step": None, "zero_grad": None}
+    for kind in type(wrapper).__mro__:
+        if kind is not object and not kind.__module__.startswith("torch."):
+            names |= {name: None for name, value in vars(kind).items() if isinstance(value, types.FunctionType)}
+    return [name for name in names if not name.startswith("_")]
+
+
+def _optimizers_in(wrapper: object, depth: int = _DEPTH) -> Iterator[object]:
+    """Yield the optimisers that an object has as attributes, or in a list or table among these, and those in them."""
+    for value in list(vars(wrapper).values()) if depth and hasattr(wrapper, "__dict__") else ():
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        for part in parts:
+            if part is not wrapper and is_optimizer(part):
+                yield part
+                yield from _optimizers_in(part, depth - 1)
