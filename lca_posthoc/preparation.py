@@ -87,7 +87,7 @@ def prepare(
         TensorSpec(**{**each, "shape": tuple(each["shape"]), "aliases": tuple(each["aliases"])})
         for each in found["tensors"]
     ]
-    names = trajectory.match(table, found["fixed"])
+    names = trajectory.match(table, [*found["fixed"], *found["added"]])
     common = {
         "task": task,
         "parcel": parcel,
@@ -121,7 +121,13 @@ def prepare(
         {name: _record(name, keys[name], loss, probed) for name, loss in found["losses"].items()},
         _provenance(task, found["task_losses"]),
     )
-    notes = [*probed["notes"], *_frozen(found["frozen"]), *_idle(existing or manifest, workers or cluster.workers)]
+    added = list(trajectory.sources_of(found["added"]))
+    notes = [
+        *probed["notes"],
+        *_frozen(found["frozen"]),
+        *_added(added),
+        *_idle(existing or manifest, workers or cluster.workers),
+    ]
     return Preparation(common, probe_part, manifest, notes, probed["short_of"])
 
 
@@ -187,6 +193,16 @@ def _sharing(device: str | None, several: Sequence[str], answers: dict[str, Spec
             if len(names) > 1
         ]
     return notes
+
+
+def _added(names: list[str]) -> list[str]:
+    """What checkpoints hold of the state dict that is no tensor of the model's own."""
+    if not names:
+        return []
+    return [
+        f"the checkpoints hold {few([*map(repr, names)])}, which in the task's model {'are' if len(names) > 1 else 'is'} no parameter or "
+        "buffer but made by a hook of its state dict or by get_extra_state: the model keeps its own"
+    ]
 
 
 def _frozen(names: list[str]) -> list[str]:

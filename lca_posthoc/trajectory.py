@@ -28,14 +28,21 @@ _STEP = re.compile(
 )
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _INDEX = "model.safetensors.index.json"
-_RESERVED = ("step", "group", "total")  # dimensions of results, among tensors' names
+RESERVED = ("step", "group")  # dimensions of results, beside the names of allocated tensors
 _WRAPPERS = frozenset(
     (
-        *("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"),  # torch: compile, checkpoint_wrapper, FSDP
+        *(
+            "_orig_mod",
+            "_checkpoint_wrapped_module",
+            "_fsdp_wrapped_module",
+        ),  # torch: compile, checkpoint_wrapper, FSDP
         *("_forward_module", "_fpw_module"),  # Lightning's Fabric and its strategies; fairscale
     )
 )
-_OUTERMOST = ("module", "_module")  # DataParallel, DeepSpeed, AveragedModel; Opacus. Inside, models call their own parts so
+_OUTERMOST = (
+    "module",
+    "_module",
+)  # DataParallel, DeepSpeed, AveragedModel; Opacus. Inside, models call their own parts so
 _AT_A_TIME = 16
 
 
@@ -172,7 +179,7 @@ def reserved(names: Sequence[str]) -> list[str]:
     >>> reserved(["step", "fc.step", "fc", "fc:0"])
     ['step', 'fc:0']
     """
-    dimensions = {*_RESERVED, *(f"{name}:unit" for name in names)}
+    dimensions = {*RESERVED, "total", *(f"{name}:unit" for name in names)}
     return [
         name
         for name in names

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 
 from ..errors import InputError, ResourceError, amount
 from ..headers import HALF, TensorHeader, read_header
+from ..locks import DirectoryLock
 from ..places import here
 from ..recorder.writer import name_of, step_of
 from ..task import Task
@@ -141,25 +141,17 @@ def _alone(place: Path) -> Iterator[None]:
     """Hold the directory, with a place for files that are not whole yet; what another import left there goes."""
     try:
         place.mkdir(parents=True, exist_ok=True)
-        held = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+        lock = DirectoryLock(place)
+    except BlockingIOError:
+        raise ResourceError(f"another import writes into {place}. Wait for it, or name another directory.") from None
     except OSError as error:
         raise InputError(f"{place} cannot be made or opened: {error.strerror}. Name another directory.") from None
+    shutil.rmtree(place / _PARTIAL, ignore_errors=True)
     try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ResourceError(
-                f"another import writes into {place}. Wait for it, or name another directory."
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        shutil.rmtree(place / _PARTIAL, ignore_errors=True)
-        try:
-            yield
-        finally:
-            shutil.rmtree(place / _PARTIAL, ignore_errors=True)
+        yield
     finally:
-        os.close(held)
+        shutil.rmtree(place / _PARTIAL, ignore_errors=True)
+        lock.release()
 
 
 def _waiting(place: Path, series: Series) -> list[Iterate]:

@@ -30,7 +30,7 @@ from .precision import tf32
 from .sharing import SharedOutputs
 from .sources import digest_of, is_out_of_memory
 from .sums import Evaluation, Sums
-from .tensors import is_fixed, tensor_table
+from .tensors import added_entries, is_fixed, tensor_table
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 _BUILT: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # by the factories of tasks in this process
@@ -180,6 +180,11 @@ class Objective:
         """The tensors `Task.fixed` keeps as the model builds them, under every name they have."""
         kept = {id(tensor) for name, tensor in self._own().items() if is_fixed(name, self.task.fixed)}
         return {name: tensor for name, tensor in every_name(self.model).items() if id(tensor) in kept}
+
+    @property
+    def added(self) -> list[str]:
+        """Entries of the model's state dict that are none of its parameters and buffers, and stay as the model builds them."""
+        return added_entries(self.model)
 
     @property
     def digests(self) -> dict[str, str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError
+from ..task import every_name
 from ..trajectory import TensorSpec, normalise
 
 _ON_AXIS_1 = {"ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Conv1D"}
@@ -20,7 +21,8 @@ def tensor_table(
 
     Floating buffers are allocated as tensors of kind "buffer", but for running statistics in `batch` mode, which the loss
     does not depend on. All else that is stored is "state". Tensors that match a pattern of `fixed` are left out, and so are
-    frozen parameters that none of the names `held` in the checkpoints stands for.
+    frozen parameters that none of the names `held` in the checkpoints stands for. What is stored is what the state dict has, by
+    identity or, where a hook puts a copy there, by name; and parameters that it does not have where a name `held` stands for them.
 
     Raises:
         InputError: where a parameter is complex.
@@ -29,14 +31,16 @@ def tensor_table(
     by_id: dict[int, list[str]] = {}
     for name, tensor in stored.items():
         by_id.setdefault(id(tensor), []).append(name)
+    by_name = set(map(normalise, stored))
     parameters, owners = dict(model.named_parameters()), _owners(model)
     table = []
     for name, tensor in [*parameters.items(), *model.named_buffers()]:
         if is_fixed(name, fixed):
             continue
-        if id(tensor) not in by_id:
+        is_hidden = name in parameters and held is not None and normalise(name) in held
+        if id(tensor) not in by_id and normalise(name) not in by_name and not is_hidden:
             continue  # a non-persistent buffer: the model builds it, checkpoints do not hold it
-        aliases = tuple(alias for alias in by_id[id(tensor)] if alias != name)
+        aliases = tuple(alias for alias in by_id.get(id(tensor), ()) if alias != name)
         frozen = name in parameters and not tensor.requires_grad
         if frozen and held is not None and not any(normalise(each) in held for each in (name, *aliases)):
             continue
@@ -48,8 +52,19 @@ def tensor_table(
         kind = "parameter" if name in parameters else "buffer"
         if not tensor.is_floating_point() or (norm_stats == "batch" and is_statistic(name)):
             kind = "state"
-        table.append(TensorSpec(name, kind, tuple(tensor.shape), aliases, _unit_axis(owners[name], tensor.dim())))
+        table.append(TensorSpec(name, kind, tuple(tensor.shape), aliases, _unit_axis(owners[id(tensor)], tensor.dim())))
     return table
+
+
+def added_entries(model: nn.Module) -> list[str]:
+    """Return the state dict's entries that are no parameter or buffer, but put there by hooks or `get_extra_state`."""
+    own = [*model.parameters(), *model.buffers()]
+    identities, names = set(map(id, own)), {normalise(name) for name in every_name(model)}
+    return [
+        name
+        for name, value in model.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor) and id(value) not in identities and normalise(name) not in names
+    ]
 
 
 def is_fixed(name: str, patterns: Sequence[str]) -> bool:
@@ -62,14 +77,14 @@ def is_statistic(name: str) -> bool:
     return name.rpartition(".")[2] in ("running_mean", "running_var")
 
 
-def _owners(model: nn.Module) -> dict[str, frozenset[str]]:
-    """Tensor name → the names of the classes of the module that holds it."""
-    return {
-        f"{prefix}.{name}" if prefix else name: frozenset(kind.__name__ for kind in type(module).__mro__)
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for held in (module.named_parameters, module.named_buffers)
-        for name, _ in held(recurse=False, remove_duplicate=False)
-    }
+def _owners(model: nn.Module) -> dict[int, frozenset[str]]:
+    """Return, by the tensor's identity, the names of the classes of the first module that holds it."""
+    owners: dict[int, frozenset[str]] = {}
+    for module in model.modules():
+        kinds = frozenset(kind.__name__ for kind in type(module).__mro__)
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            owners.setdefault(id(tensor), kinds)
+    return owners
 
 
 def _unit_axis(owner: frozenset[str], dims: int) -> int | None:

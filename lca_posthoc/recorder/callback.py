@@ -15,12 +15,13 @@ class Recording:
 
     Args:
         directory: as `Recorder`'s.
+        frozen: whether parameters that are frozen when training begins are written too; otherwise those that are trained, and buffers.
         options: `every`, `steps`, `until`, `on_full` of `Recorder`.
     """
 
-    def __init__(self, directory: str | Path, **options: Any) -> None:
+    def __init__(self, directory: str | Path, *, frozen: bool = False, **options: Any) -> None:
         super().__init__()
-        self._directory, self._options = directory, options
+        self._directory, self._options = directory, {"frozen": frozen, **options}
         self._recorder: Recorder | None = None
 
     def begin(self, model: nn.Module, step: int, last: int) -> None:

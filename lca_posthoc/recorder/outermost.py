@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import sys
 import types
@@ -96,7 +97,8 @@ class Outermost:
             handle.remove()
         for reference, name, method, before in self._replaced:
             owner = reference()
-            if owner is not None and vars(owner).get(name) is method:  # else a scheduler has replaced it since, and calls it
+            # a scheduler that has replaced it since goes on calling it, and it does nothing more
+            if owner is not None and vars(owner).get(name) is method:
                 vars(owner).pop(name)
                 if before is not None:
                     vars(owner)[name] = before
@@ -106,7 +108,7 @@ class Outermost:
         self._takeover.begin()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if any(owner is optimizer and name == "step" for owner, name in self._callers()):
+        if any(owner is optimizer and code is _code_of_step(optimizer) for owner, code in self._callers()):
             return  # of a class whose `step` calls that of its base: torch runs the hooks of both
         self._takeover.finish()
         self._counted = True
@@ -138,16 +140,12 @@ class Outermost:
             object.__setattr__(wrapper, name, method)
             self._replaced.append((reference, name, method, before))
 
-    def _stand_in(
-        self, wrapper: weakref.ref[object], name: str, before: Any, counts_all: bool
-    ) -> Callable[..., Any]:
+    def _stand_in(self, wrapper: weakref.ref[object], name: str, before: Any, counts_all: bool) -> Callable[..., Any]:
         """Return a function that does what a method does, and lets its end be seen."""
-        owner = wrapper()
-        bound = before if before is not None else None if hasattr(type(owner), name) else getattr(owner, name)
 
-        @functools.wraps(getattr(type(owner), name, bound))
+        @functools.wraps(before or _own_method(wrapper(), name))
         def method(this: object, *given: Any, **options: Any) -> Any:
-            call = getattr(type(this), name).__get__(this) if bound is None else bound
+            call = before or _own_method(this, name)
             if this is not wrapper() or not self._is_watched(this):  # a copy of it, or nothing is attached any more
                 return call(*given, **options)
             with self._in_progress(this, counts_all):
@@ -158,38 +156,38 @@ class Outermost:
     @contextlib.contextmanager
     def _in_progress(self, wrapper: object, counts_all: bool) -> Iterator[None]:
         is_attached = any(each() is wrapper for each in self._attached)
-        if not self._calls or (is_attached and not self._own_calls):
+        begins = is_attached and not self._own_calls
+        if begins or not self._calls:
             self._told.over()
-        if is_attached and not self._own_calls:
-            self._counted, inner_before = False, self._takeover.inner_steps
+        inner_before = self._takeover.inner_steps
+        if begins:
+            self._counted = False
             self._takeover.begin()
         self._calls += 1
         self._own_calls += is_attached
-        completed = False
         try:
             yield
-            completed = True
         finally:
             self._calls -= 1
             self._own_calls -= is_attached
-            if is_attached and not self._own_calls:
+            if begins:
                 self._takeover.finish()
-        if is_attached and not self._own_calls and not self._counted:
-            if counts_all or self._takeover.inner_steps > inner_before:
-                self._told.made()
+        has_inner_steps = self._takeover.inner_steps > inner_before
+        if begins and not self._counted and (counts_all or has_inner_steps):
+            self._told.made()
         self._return()
 
     def _is_watched(self, thing: object) -> bool:
         return any(each() is thing for each in self._watched)
 
-    def _callers(self) -> Iterator[tuple[object, str]]:
-        """Yield the optimisers whose methods called this, the innermost first, with the method; up to the first code of another kind."""
+    def _callers(self) -> Iterator[tuple[object, types.CodeType]]:
+        """Yield the optimisers whose methods called this, the innermost first, with their code; up to the first code of another kind."""
         frame = sys._getframe(1)
         while frame.f_back is not None:
             frame = frame.f_back
             owner = self._optimizer_of(frame)
             if owner is not None:
-                yield owner, frame.f_code.co_name
+                yield owner, frame.f_code
             elif not frame.f_code.co_filename.startswith(_BETWEEN):
                 return
 
@@ -206,6 +204,17 @@ class Outermost:
             return owner
         self._plain[id(code)] = code
         return None
+
+
+def _code_of_step(optimizer: Optimizer) -> types.CodeType | None:
+    """Return the code that torch runs hooks around."""
+    return getattr(inspect.unwrap(type(optimizer).step), "__code__", None)
+
+
+def _own_method(owner: Any, name: str) -> Any:
+    """Return a method as the class of an object has it, or as it gets it from what it wraps."""
+    function = getattr(type(owner), name, None)
+    return type(owner).__getattr__(owner, name) if function is None else function.__get__(owner)
 
 
 def _methods_of(wrapper: object) -> list[str]:

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -131,8 +131,8 @@ class Recorder:
         if not optimizers or not all(map(can_follow, optimizers)):
             names = ", ".join(type(each).__name__ for each in optimizers) or "nothing"
             raise InputError(
-                f"attach was given {names}; it takes the optimisers, as attach(first, second), or what wraps them and has step, zero_grad and "
-                "param_groups. For anything else save by hand: recorder.save(0), then recorder.save(step) after each step."
+                f"attach was given {names}; it takes the optimisers, as attach(first, second), or what wraps them and has step, zero_grad "
+                "and param_groups. For anything else save by hand: recorder.save(0), then recorder.save(step) after each step."
             )
         if self._attached:
             raise InputError("this recorder is attached already. Give all optimisers at once: attach(first, second).")
@@ -147,7 +147,9 @@ class Recorder:
         outermost = Outermost(Told(self._made_step, self._hold_buffers, self._save_step), takeover, optimizers)
         self._attached = [
             weakref.finalize(self, takeover.end),
-            functools.partial(_end, weakref.ref(outermost)),  # the optimisers keep it alive, and it keeps this recorder alive
+            functools.partial(
+                _end, weakref.ref(outermost)
+            ),  # the optimisers keep it alive, and it keeps this recorder alive
         ]
         return self
 
@@ -157,7 +159,7 @@ class Recorder:
 
     def _hold_buffers(self) -> None:
         """Take buffers now, before a forward pass moves them; the weights, once the step is over."""
-        if self._series is not None and self._is_wanted(self._step):
+        if self._is_due and self._series is not None and self._is_wanted(self._step):
             self._buffers = self._series.copied_buffers()
 
     def _save_step(self) -> None:
@@ -301,7 +303,9 @@ class _Series:
                 f"another recorder writes into {directory}. Close it, or record into another directory; where several processes train "
                 "together, make the recorder after torch.distributed.init_process_group."
             ) from None
-        for left in directory.glob(".step_*.safetensors.*.tmp") if self._lock.locked else ():  # of a process that was killed
+        for left in (
+            directory.glob(".step_*.safetensors.*.tmp") if self._lock.locked else ()
+        ):  # of a process that was killed
             left.unlink()
         self._before = _highest(directory)
         self._writer = Writer(directory, self._layout, self._before, pauses)

@@ -138,7 +138,7 @@ def _refuse_one_name_for_two(*names: Mapping[str, str | None]) -> None:
     for name, written in itertools.chain.from_iterable(each.items() for each in names):
         if written is not None and origins.setdefault(written, name) != name:
             raise InputError(
-                f"tensors {origins[written]!r} and {name!r} of the model are both {written!r} once the names that wrappers put in are taken "
+                f"tensors {origins[written]!r} and {name!r} of the model are both {written!r} once what wrappers put into names is taken "
                 "off. Rename one of them in the model."
             )
 

@@ -17,6 +17,7 @@ class RecorderCallback(Recording, TrainerCallback):
 
     Args:
         directory: as `Recorder`'s.
+        frozen: whether frozen parameters (an adapter's base) are written too; `lca run` has them from the task's model.
         options: `every`, `steps`, `until`, `on_full` of `Recorder`.
     """
 

@@ -25,7 +25,7 @@ FEWEST = 3  # iterates in memory: one is written, others wait
 _MOST, _MEMORY = 256, 64 * 2**20  # where they are small, as many as this memory holds
 _SYNC_SECONDS = 1.0  # between flushes to the disk
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-
+_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)  # Linux has the one, Windows the other
 
 _NAME = re.compile(r"step_(\d{8,})\.safetensors")
 
@@ -251,11 +251,11 @@ class Writer:
 
 def _put(path: str, *parts: bytes | memoryview) -> None:
     """Write a file in as few calls as can be: after each, a thread waits its turn for the interpreter."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _FLAGS, 0o666)
     try:
         left = [memoryview(part) for part in parts]
         while left:
-            written = os.writev(descriptor, left)
+            written = os.writev(descriptor, left) if hasattr(os, "writev") else os.write(descriptor, left[0])
             while left and written >= len(left[0]):
                 written -= len(left.pop(0))
             if left:
@@ -265,7 +265,9 @@ def _put(path: str, *parts: bytes | memoryview) -> None:
 
 
 def _flush(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and os.path.isdir(path):  # which has no way to flush the names in a directory
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

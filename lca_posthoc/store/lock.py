@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -16,11 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import LCAError, ResourceError
+from ..locks import can_lock, lock
 from .files import refuse_links_below
 
 _HEARTBEAT = 10.0
 _STALE = 120.0
 _MOST = 4096  # bytes of a lock that are looked at
+_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)  # Windows has neither
 
 
 @dataclass
@@ -41,16 +42,25 @@ def hold(run: Path) -> Iterator[Held]:
     """Hold the run's lock.
 
     Raises:
-        ResourceError: where another driver works on this run.
+        ResourceError: where another driver works on this run, or nothing here could keep one away.
         LCAError: where the lock or a directory of the run is a link.
     """
+    if not can_lock():
+        raise ResourceError(
+            "runs are computed on Linux (on Windows: in WSL), whose locks keep two drivers from one run. Recording and reading results "
+            "work here."
+        )
     refuse_links_below(run)
     descriptor = _open(run, os.O_RDWR | os.O_CREAT)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = lock(descriptor)
         except BlockingIOError:
             raise ResourceError(_busy(run, _owner(descriptor))) from None
+        if not is_locked:
+            raise ResourceError(
+                f"the file system of {run} has no locks, which keep two drivers from one run. Write the run elsewhere with --out."
+            )
         owner = _owner(descriptor)
         if _is_elsewhere(owner) and _is_fresh(descriptor):
             raise ResourceError(_busy(run, owner))
@@ -71,14 +81,14 @@ def hold(run: Path) -> Iterator[Held]:
 
 
 def is_held(run: Path) -> bool:
-    """Whether a driver works on the run now."""
+    """Return whether a driver works on the run now; where there are no locks, by its heartbeat alone."""
     try:
         descriptor = _open(run, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return _is_elsewhere(_owner(descriptor)) and _is_fresh(descriptor)
+        is_locked, owner = lock(descriptor, shared=True), _owner(descriptor)
+        return (_is_elsewhere(owner) or (bool(owner) and not is_locked)) and _is_fresh(descriptor)
     except BlockingIOError:
         return True
     finally:
@@ -95,7 +105,7 @@ def is_unreleased(run: Path) -> bool:
 
 def _open(run: Path, flags: int) -> int:
     try:
-        return os.open(run / "lock", flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        return os.open(run / "lock", flags | _FLAGS, 0o666)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
@@ -105,7 +115,8 @@ def _open(run: Path, flags: int) -> int:
 def _owner(descriptor: int) -> dict[str, object]:
     """Who holds the lock: nobody where it is empty; a driver of this host that was killed where it cannot be read."""
     try:
-        owner = json.loads(os.pread(descriptor, _MOST, 0) or b"{}")
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        owner = json.loads(os.read(descriptor, _MOST) or b"{}")
     except ValueError:
         return {"host": socket.gethostname()}
     return owner if isinstance(owner, dict) else {"host": socket.gethostname()}

@@ -24,6 +24,7 @@ def describe(spec: Spec) -> Spec:
         "digests": objective.digests,
         "frozen": objective.frozen,
         "fixed": list(objective.fixed),
+        "added": objective.added,
     }
 
 
