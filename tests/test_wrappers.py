@@ -144,7 +144,10 @@ def test_every_file_holds_what_the_state_dict_held_and_a_run_takes_it(tmp_path: 
         task = Task(MODELS[name], {"train": (INPUTS, TARGETS)}, {"train": Loss(F.cross_entropy)})
         run = lca_posthoc.run(tmp_path / "ck", task, out=tmp_path / "run.lca", cluster="inline", device="cpu")
         floating = {each for each, value in states[0].items() if value.is_floating_point() and each != "norm"}
-        names = {normalise(each).replace("head.", "top.") if name == "renames" else normalise(each) for each in run["train"].allocation}
+        names = {
+            normalise(each).replace("head.", "top.") if name == "renames" else normalise(each)
+            for each in run["train"].allocation
+        }
         assert names == floating
 
 
@@ -358,7 +361,6 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "accumulates": Accumulates,
     "SAM": SAM,
     "SAM with a closure": ClosureSAM,
-    "Lookahead of SAM": lambda inner: Lookahead(ClosureSAM(inner)),
     "post-local SGD": post_local,
     "accelerate": accelerated,
 }
@@ -407,7 +409,7 @@ def assert_recorded(directory: Path, states: list[dict[str, Tensor]]) -> None:
 
 
 @pytest.mark.parametrize("attached", ["the wrapper", "what is inside", "what is inside, before it is wrapped"])
-@pytest.mark.parametrize("name", [name for name in WRAPPERS if name != "Lookahead of SAM"])
+@pytest.mark.parametrize("name", WRAPPERS)
 def test_an_iterate_is_the_model_after_the_outermost_step(tmp_path: Path, name: str, attached: str) -> None:
     model = Net()
     inner = sgd(model)
@@ -435,7 +437,9 @@ def test_a_step_that_calls_the_step_of_its_base_is_one(tmp_path: Path) -> None:
     assert_recorded(tmp_path / "ck", states)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copied", "pickled"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copied", "pickled"]
+)
 def test_a_copy_of_a_followed_wrapper_is_its_own(tmp_path: Path, copied: Callable[[Any], Any]) -> None:
     model = Net()
     wrapper = Duck(sgd(model))
@@ -449,9 +453,13 @@ def test_a_copy_of_a_followed_wrapper_is_its_own(tmp_path: Path, copied: Callabl
     assert len(list((tmp_path / "ck").iterdir())) == 2
 
 
-@pytest.mark.parametrize("given", [torch.amp.GradScaler("cpu"), nn.Linear(1, 1), {"params": []}], ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize(
+    "given", [torch.amp.GradScaler("cpu"), nn.Linear(1, 1), {"params": []}], ids=lambda each: type(each).__name__
+)
 def test_what_cannot_be_followed_is_refused_with_the_line_that_works(tmp_path: Path, given: Any) -> None:
-    with pytest.raises(InputError, match=rf"attach was given {type(given).__name__}; .*recorder\.save\(step\) after each step"):
+    with pytest.raises(
+        InputError, match=rf"attach was given {type(given).__name__}; .*recorder\.save\(step\) after each step"
+    ):
         Recorder(tmp_path / "ck", Net()).attach(given)
 
 

@@ -15,7 +15,7 @@ import sys
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,18 +108,17 @@ class Outermost:
         self._takeover.begin()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if any(owner is optimizer and code is _code_of_step(optimizer) for owner, code in self._callers()):
+        callers = list(self._callers())
+        if any(owner is optimizer and code is _code_of_step(optimizer) for owner, code in callers):
             return  # of a class whose `step` calls that of its base: torch runs the hooks of both
         self._takeover.finish()
         self._counted = True
         self._told.made()
-        self._return()
+        if not self._calls:
+            self._finish([owner for owner, _ in callers])
 
-    def _return(self) -> None:
-        """Tell that a step is over, unless a wrapper's call is in progress; watch one that was not known."""
-        if self._calls:
-            return
-        wrappers = [owner for owner, _ in self._callers()]
+    def _finish(self, wrappers: Collection[object]) -> None:
+        """Tell that a step is over, unless wrappers' calls are in progress that were not known: watch these from here on."""
         if not wrappers:
             self._told.over()
             return
@@ -175,7 +174,8 @@ class Outermost:
         has_inner_steps = self._takeover.inner_steps > inner_before
         if begins and not self._counted and (counts_all or has_inner_steps):
             self._told.made()
-        self._return()
+        if not self._calls:
+            self._finish([owner for owner, _ in self._callers()])
 
     def _is_watched(self, thing: object) -> bool:
         return any(each() is thing for each in self._watched)
