@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 import xarray as xr
 import zarr
 from hypothesis import given
@@ -231,12 +232,11 @@ def test_names_results_reserve_are_refused(tmp_path: Path) -> None:
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
             return inputs @ self.step
 
-    with Recorder(tmp_path / "ck", Reserved()) as recorder:
-        recorder.save(0)
-        recorder.save(1)
+    for step in (0, 1):
+        save_file({"step": torch.zeros(2)}, tmp_path / f"step_{step}.safetensors")
     task = Task(Reserved, {"train": (torch.ones(3, 2), torch.ones(3))}, {"train": Loss(F.mse_loss)})
     with pytest.raises(InputError, match="'step'"):
-        lca_posthoc.run(tmp_path / "ck", task, cluster="inline")
+        lca_posthoc.run(tmp_path, task, cluster="inline", out=tmp_path / "run.lca")
 
 
 @given(st.integers(1, 70), st.integers(0, 5))

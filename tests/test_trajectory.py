@@ -362,12 +362,17 @@ def test_a_tied_tensor_under_none_of_its_names_is_missing(tmp_path: Path) -> Non
     refused(lambda: open_trajectory(tmp_path).match(TIED), "'emb.w'", "'other' instead", "step 1", "--rename")
 
 
-@pytest.mark.parametrize("name", ["step", "group"])
-def test_a_tensor_by_a_reserved_name_is_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["step", "group", "total", "w:0", "w:unit"])
+@pytest.mark.parametrize("kind", ["parameter", "buffer", "state"])
+def test_an_allocated_tensor_by_the_name_of_a_dimension_is_refused(tmp_path: Path, name: str, kind: str) -> None:
     for step in (1, 2):
-        write(tmp_path / f"step_{step}.safetensors", {name: torch.zeros(2)})
-    table = [TensorSpec(name, "parameter", (2,))]
-    refused(lambda: open_trajectory(tmp_path).match(table), f"{name!r}", "reserve", "Rename it")
+        write(tmp_path / f"step_{step}.safetensors", {name: torch.zeros(2), "w": torch.zeros(2)})
+    table = [TensorSpec("w", "parameter", (2,)), TensorSpec(name, kind, (2,))]
+    if kind == "state":
+        assert open_trajectory(tmp_path).match(table) == {"w": "w", name: name}
+    else:
+        way_out = f"--rename '^{name}$=NEW'"
+        refused(lambda: open_trajectory(tmp_path).match(table), f"{name!r}", "Rename it in the task's model", way_out)
 
 
 def test_many_names_left_over_are_shortened(tmp_path: Path) -> None:
