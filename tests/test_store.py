@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 import xarray as xr
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import lca_posthoc
 from lca_posthoc import Loss, Recorder, Task, open_run
