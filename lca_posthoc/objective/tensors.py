@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..trajectory import TensorSpec, normalise
@@ -50,6 +50,12 @@ def tensor_table(
             kind = "state"
         table.append(TensorSpec(name, kind, tuple(tensor.shape), aliases, _unit_axis(owners[name], tensor.dim())))
     return table
+
+
+def unstored(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers a model builds and does not save, by name."""
+    stored = model.state_dict(keep_vars=True)
+    return {name: each for name, each in model.named_buffers(remove_duplicate=False) if name not in stored}
 
 
 def is_fixed(name: str, patterns: Sequence[str]) -> bool:

@@ -164,7 +164,7 @@ class Recorder:
             )
         if self._is_wanted(step):
             if self._series is None:
-                self._series = _Series(self.directory, self._model, self._pauses)
+                self._series = _Series(self.directory, self._model, self._pauses, self._every)
                 weakref.finalize(self, self._series.finish)
                 self._series.warn_of_gap(step, self._is_wanted)
             self._series.save(step)
@@ -229,7 +229,7 @@ class Recorder:
 class _Series:
     """The files of one directory, from the first iterate on; in a process that does not write, only its part in gathering them."""
 
-    def __init__(self, directory: Path, model: nn.Module, pauses: bool) -> None:
+    def __init__(self, directory: Path, model: nn.Module, pauses: bool, every: int) -> None:
         refuse_flattened(model)
         self._model, self._without = model, transient_names(model)
         self._writer: Writer | None = None
@@ -238,7 +238,7 @@ class _Series:
         tensors = tensors_of(model, self._without)
         if not _writes():
             return
-        self._layout = Layout(tensors)
+        self._layout = Layout(tensors, every)
         if self._layout.half_precision:
             warnings.warn(
                 f"{self._layout.half_precision[0]} has fewer than 32 bits a number, as {len(self._layout.half_precision)} of "
