@@ -29,7 +29,7 @@ def long_segments(steps: Sequence[int], every: Sequence[int], thinning: int = 1)
         every: for each, the `every` it was recorded with; a gap of as many steps was asked for.
         thinning: only every so many-th checkpoint is used, which was asked for as well.
     """
-    asked = [after - before <= every[index + 1] for index, (before, after) in enumerate(pairwise(steps))]
+    asked = [after - before in (1, every[index + 1]) for index, (before, after) in enumerate(pairwise(steps))]
     used = range(0, len(steps), thinning)
     segments = [(steps[start], steps[stop]) for start, stop in pairwise(used)]
     long = [
