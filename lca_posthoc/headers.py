@@ -106,9 +106,7 @@ def _reader(path: Path, file: BinaryIO) -> Callable[[int, int], bytes]:
     return lambda at, count: os.pread(file.fileno(), count, at)
 
 
-def _remembering(
-    read: Callable[[int, int], bytes], samples: list[tuple[int, bytes]]
-) -> Callable[[int, int], bytes]:
+def _remembering(read: Callable[[int, int], bytes], samples: list[tuple[int, bytes]]) -> Callable[[int, int], bytes]:
     """Return the same reader, which adds what it reads, with its offset, to the samples."""
 
     def reader(offset: int, count: int) -> bytes:

@@ -43,7 +43,9 @@ def long_segments(steps: Sequence[int], every: Sequence[int], thinning: int = 1)
     share = inside / (segments[-1][1] - segments[0][0])
     longest = max(long, key=lambda segment: segment[1] - segment[0])
     which = (
-        f"all {len(long)} segments are" if len(long) == len(segments) else f"{len(long)} of {len(segments)} segments are"
+        f"all {len(long)} segments are"
+        if len(long) == len(segments)
+        else f"{len(long)} of {len(segments)} segments are"
     )
     if len(segments) == 1:
         which = "the segment is"

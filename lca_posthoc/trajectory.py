@@ -377,9 +377,7 @@ def _discover(root: Path, regex: re.Pattern[str] | None, headers: _Headers) -> t
     return [*named.values()], [f"left out {path.name}: it states no step" for path in final]
 
 
-def _counted(
-    root: Path, entries: Sequence[_Entry], regex: re.Pattern[str] | None, headers: _Headers
-) -> list[str]:
+def _counted(root: Path, entries: Sequence[_Entry], regex: re.Pattern[str] | None, headers: _Headers) -> list[str]:
     """Refuse numbers in names that count epochs or saves; return notes where that was asked for, or cannot be told."""
     told = [entry for entry in entries if entry.by_name]
     if not told:
@@ -448,9 +446,7 @@ def shards(index: Path) -> tuple[Path, ...]:
     return files
 
 
-def _step(
-    path: Path, is_file: bool, regex: re.Pattern[str] | None, headers: _Headers
-) -> tuple[int | None, bool]:
+def _step(path: Path, is_file: bool, regex: re.Pattern[str] | None, headers: _Headers) -> tuple[int | None, bool]:
     """The step of an entry, and whether its name alone tells it."""
     if regex is not None:
         found = regex.search(path.name)
@@ -524,8 +520,16 @@ def _validated(
         still.add(step, files, found)
     if dropped:
         names = few([*map(repr, dropped)], 6)
-        notes = [*notes, f"left out {names}: --rename leaves nothing of the name, so the result knows nothing of what they hold"]
-    notes = [*notes, *_late(chosen[0][0]), *long_segments([step for step, _ in within], asked, thinning), *still.notes()]
+        notes = [
+            *notes,
+            f"left out {names}: --rename leaves nothing of the name, so the result knows nothing of what they hold",
+        ]
+    notes = [
+        *notes,
+        *_late(chosen[0][0]),
+        *long_segments([step for step, _ in within], asked, thinning),
+        *still.notes(),
+    ]
     return Trajectory(root, tuple(checkpoints), tensors, sources, tuple(notes))
 
 

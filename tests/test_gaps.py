@@ -153,9 +153,9 @@ def test_neighbours_that_hold_the_same_tensors_are_named(tmp_path: Path, case: s
     make, said = STILL[case]
     make(tmp_path)
     notes = open_trajectory(tmp_path).notes
-    assert [said is not None and said in note and "hold the same tensors, steps" in note for note in notes] == [True] * (
-        said is not None
-    )
+    assert [said is not None and said in note and "hold the same tensors, steps" in note for note in notes] == [
+        True
+    ] * (said is not None)
 
 
 def test_what_is_not_compared_whole_is_said_to_be_told_from_samples(

@@ -157,7 +157,9 @@ def test_a_name_alone_may_be_dropped_and_an_empty_end_of_one_drops_nothing(tmp_p
     task, ck = write_task(tmp_path / "task.py"), series(tmp_path / "ck", lambda step: {"old.w": torch.ones(2)})
     refused(run_lca(ck, task, tmp_path / "run", "--rename", "w$="), "'old.'")
     assert run_lca(ck, task, tmp_path / "run", "--rename", "old.w=").exit_code == 0
-    refused(run_lca(ck, task, tmp_path / "other", "--rename", "old.w=", "--rename", "^out.bias$="), "'out.bias'", "missing")
+    refused(
+        run_lca(ck, task, tmp_path / "other", "--rename", "old.w=", "--rename", "^out.bias$="), "'out.bias'", "missing"
+    )
 
 
 def test_a_tensor_that_comes_later_is_refused_and_can_be_dropped(tmp_path: Path) -> None:
@@ -171,7 +173,9 @@ def test_a_tensor_that_comes_later_is_refused_and_can_be_dropped(tmp_path: Path)
 @pytest.mark.parametrize("moves", [False, True])
 def test_fixed_patterns_leave_out_what_only_the_files_hold_unless_it_moves(tmp_path: Path, moves: bool) -> None:
     task = write_task(tmp_path / "task.py", "losses={", "fixed=['old.*'], losses={")
-    done = run_lca(series(tmp_path / "ck", lambda step: {"old.w": torch.ones(2) + moves * step}), task, tmp_path / "run")
+    done = run_lca(
+        series(tmp_path / "ck", lambda step: {"old.w": torch.ones(2) + moves * step}), task, tmp_path / "run"
+    )
     if moves:
         says(last_line(done), "'old.w'", "moves between the first and the last checkpoint")
     else:

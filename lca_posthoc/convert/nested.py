@@ -16,17 +16,36 @@ _WITHIN = ("state_dict", "model", "model_state_dict", "module")
 _OPTIMISER = re.compile(r"(^|_)(optim(izer|iser)?s?|opt)(_states?)?(_dicts?)?$", re.IGNORECASE)
 _SLOTS = frozenset(
     (
-        *("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "mu", "mu_product", "momentum_buffer", "momentum"),
-        *("square_avg", "grad_avg", "acc_delta", "sum", "ax", "eta", "prev", "step_size", "slow_buffer", "master_param"),
+        *(
+            "step",
+            "exp_avg",
+            "exp_avg_sq",
+            "max_exp_avg_sq",
+            "exp_inf",
+            "mu",
+            "mu_product",
+            "momentum_buffer",
+            "momentum",
+        ),
+        *(
+            "square_avg",
+            "grad_avg",
+            "acc_delta",
+            "sum",
+            "ax",
+            "eta",
+            "prev",
+            "step_size",
+            "slow_buffer",
+            "master_param",
+        ),
         *("exp_avg_sq_row", "exp_avg_sq_col", "RMS", "state1", "state2", "row_momentum", "n_avg", "v", "m"),
     )
 )
 _DEEPEST = 8
 
 
-def state_dict(
-    saved: Any, file: Path, key: str | None
-) -> tuple[Mapping[str, Any], list[Mapping[Any, Any]], list[str]]:
+def state_dict(saved: Any, file: Path, key: str | None) -> tuple[Mapping[str, Any], list[Mapping[Any, Any]], list[str]]:
     """Find the state dict, the mappings it lies in, from the outside in, and notes on others that were left.
 
     It is the one under `--key`, a path with dots; else the only known entry of the file; else the only state dict anywhere in it; else
@@ -103,7 +122,9 @@ def _places(
             continue
         if name.rpartition(".")[2] == "_extra_state" or _is_optimiser(name, inner):
             continue
-        if _holds_tensors(inner) and not (_only_scalars(inner) and any(isinstance(each, Mapping) for each in inner.values())):
+        if _holds_tensors(inner) and not (
+            _only_scalars(inner) and any(isinstance(each, Mapping) for each in inner.values())
+        ):
             yield prefix + name, [*trail, inner]
         elif len(trail) < _DEEPEST:
             yield from _places(inner, f"{prefix}{name}.", (*trail, inner))
@@ -123,7 +144,9 @@ def _at(value: Mapping[Any, Any], key: str) -> Iterator[list[Mapping[Any, Any]]]
 
 def _entries(saved: Mapping[Any, Any], paths: Sequence[str]) -> str:
     keys = few([repr(name)[:80] for name in saved], 8) or "none"
-    objects = [f"{name!r} is an object of {class_of(value)}" for name, value in saved.items() if holds_tensors_inside(value)]
+    objects = [
+        f"{name!r} is an object of {class_of(value)}" for name, value in saved.items() if holds_tensors_inside(value)
+    ]
     whole = f"; {few(objects)} and is not made" if objects else ""
     if not paths:
         return f"Its keys are {keys}, none of them with tensors in it{whole}."

@@ -89,9 +89,13 @@ class _Saved:
             notes += more
             notes += passed
             within = [saved, *around]
-            inside = [(step, name) for level in within for name in _STEPS if (step := _count(level.get(name))) is not None]
+            inside = [
+                (step, name) for level in within for name in _STEPS if (step := _count(level.get(name))) is not None
+            ]
             steps += inside[:1]
-            epochs += [epoch for level in within for name in _EPOCHS if (epoch := _epoch(level.get(name))) is not None][:1]
+            epochs += [epoch for level in within for name in _EPOCHS if (epoch := _epoch(level.get(name))) is not None][
+                :1
+            ]
             meta = saved.get("meta")
             if isinstance(meta, Mapping):  # mmcv's
                 steps += [(step, "meta.iter")] if not inside and (step := _count(meta.get("iter"))) is not None else []
@@ -310,7 +314,9 @@ class _Numbering:
         """
         if self._regex is not None:
             return [epochs_are_meant(self._regex.pattern)] if self._by_epoch else []
-        epochs = [(step, each) for step, each in sorted(steps.items()) if each.epoch is not None and each.step is not None]
+        epochs = [
+            (step, each) for step, each in sorted(steps.items()) if each.epoch is not None and each.step is not None
+        ]
         for (_, before), (step, after) in pairwise(epochs):
             if (after.epoch or 0) < (before.epoch or 0):
                 raise InputError(
@@ -318,7 +324,11 @@ class _Numbering:
                     f"{before.step} and epoch {before.epoch}: these steps are counted within an epoch. Name training steps with --pattern."
                 )
         notes = []
-        inside = [each for step, each in steps.items() if each.step is not None and step_in_name(each.name) not in (None, step)]
+        inside = [
+            each
+            for step, each in steps.items()
+            if each.step is not None and step_in_name(each.name) not in (None, step)
+        ]
         if inside:
             first = inside[0]
             notes.append(

@@ -12,6 +12,7 @@ import re
 import sys
 import warnings
 import zipfile
+from _compat_pickle import IMPORT_MAPPING
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..errors import InputError, few
 _HARMLESS = re.compile(
     r"argparse\.Namespace|types\.SimpleNamespace|pathlib\.(_local\.)?\w*Path|collections\.(defaultdict|deque|ChainMap)"
     r"|datetime\.\w+|zoneinfo\.ZoneInfo(\._unpickle)?|decimal\.Decimal|fractions\.Fraction|uuid\.\w+|enum\.\w+|random\.Random"
-    r"|(__builtin__|builtins)\.(int|float|str|bool|list|dict|tuple|frozenset|bytes|slice|range|object|type|NoneType)"
+    r"|(__builtin__|builtins)\.(int|long|unicode|float|str|bool|list|dict|tuple|frozenset|bytes|slice|range|object|type|NoneType)"
     r"|logging\.(Logger|\w*Handler|Formatter|PlaceHolder|getLogger)|copy_reg\._reconstructor|copyreg\._reconstructor"
     r"|numpy\.(ndarray|dtype|dtypes\.\w+|random\.\w[\w.]*|(bool|int|uint|float|complex|str|bytes|datetime|timedelta|void|object)\w*)"
     r"|numpy\.(core|_core)\.multiarray\.(scalar|_reconstruct)|numpy\.(core|_core)\.numeric\._frombuffer"
@@ -34,6 +35,7 @@ _MAPPINGS = re.compile(
     r"collections\.defaultdict|easydict\.EasyDict|addict\.(addict\.)?Dict|yacs\.config\.CfgNode|(\w+\.)*(ConfigDict|AttrDict|CfgNode|Munch)"
 )
 _CLASS = re.compile(r"([A-Za-z_]\w*\.)+_*[A-Z]\w*")
+_OLD_NAMES = frozenset(IMPORT_MAPPING)  # what Python 2 called its modules, as pickles still do
 _MARK = "_read_past"
 
 
@@ -109,8 +111,12 @@ def unpickled(file: Path) -> tuple[Any, list[str]]:
     ours = [name for name in asked if _is_read_past(name)]
     foreign = [name for name in ours if not _HARMLESS.fullmatch(name)]
     refused: Exception | None = None
-    for mappings in ([], foreign) if foreign else ([],):  # of a class nobody knows, whether it is a mapping shows when it is filled
-        stand_ins: list[Any] = [_stand_in(name, mapping=name in mappings or bool(_MAPPINGS.fullmatch(name))) for name in ours]
+    for mappings in (
+        ([], foreign) if foreign else ([],)
+    ):  # of a class nobody knows, whether it is a mapping shows when it is filled
+        stand_ins: list[Any] = [
+            _stand_in(name, mapping=name in mappings or bool(_MAPPINGS.fullmatch(name))) for name in ours
+        ]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about the age of a file
@@ -163,7 +169,7 @@ def _is_read_past(name: str) -> bool:
     if _HARMLESS.fullmatch(name):
         return True
     root, last = name.partition(".")[0], name.rpartition(".")[2]
-    if root in sys.stdlib_module_names | {"posix", "nt", "__builtin__", "copy_reg", "numpy"} - {"__main__"}:
+    if root in sys.stdlib_module_names or root in _OLD_NAMES or root == "numpy":
         return False
     if re.search("Tensor|Parameter|Storage", last) or (root == "torch" and not name.startswith("torch.nn.modules.")):
         return False
