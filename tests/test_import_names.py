@@ -474,7 +474,7 @@ HIDDEN: dict[str, tuple[Callable[[State], Any], tuple[str, ...]]] = {
     ),
     "a class that starts a program": (
         lambda state: {"model": state, "x": Call(subprocess.Popen, ["touch", "ran"])},
-        ("subprocess.Popen", "could run any code"),
+        ("Popen", "could run any code"),
     ),
     "a function": (lambda state: {"model": state, "x": Call(eval, "1")}, ("eval", "could run any code")),
     "a function of a package": (

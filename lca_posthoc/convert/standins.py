@@ -12,7 +12,7 @@ import re
 import sys
 import warnings
 import zipfile
-from _compat_pickle import IMPORT_MAPPING
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -186,7 +186,9 @@ def _globals(file: Path) -> list[str]:
             for _ in range(4):  # a number, a version, the system, what was saved
                 for opcode, argument, _ in pickletools.genops(opened):
                     if opcode.name == "GLOBAL":
-                        names.add(str(argument).replace(" ", "."))
+                        module, _, name = str(argument).partition(" ")
+                        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+                        names.add(f"{module}.{name}")
         return sorted(name for name in names if _is_read_past(name) or not name.startswith(("torch.", "collections.")))
     except Exception:  # damaged, or no pickle: loading it says so
         return []
