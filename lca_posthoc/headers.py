@@ -55,12 +55,18 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: tensors by name, the file's own metadata, its size in bytes and the CRC32C of its samples."""
+    """A checked header: tensors by name, the file's own metadata, its size in bytes and the CRC32C of its samples.
+
+    `data_size` bytes at the end of the file are the tensors'; `data_samples` are the CRC32C of those of them that each sample holds, the
+    last one 64 KiB at the end.
+    """
 
     tensors: dict[str, TensorHeader]
     metadata: dict[str, str]
     size: int
     fingerprint: int
+    data_size: int
+    data_samples: tuple[int, ...]
 
 
 def read_header(path: Path) -> Header:
@@ -83,7 +89,10 @@ def read_header(path: Path) -> Header:
             if 8 + length + end != size:
                 missing = 8 + length + end - size
                 raise _damaged(path, f"it has {size:,} bytes, {abs(missing):,} too {'few' if missing > 0 else 'many'}")
-            return Header(tensors, metadata, size, fingerprint(_reader(path, file), size))
+            samples: list[tuple[int, bytes]] = []
+            crc = fingerprint(_remembering(_reader(path, file), samples), size)
+            parts = (sample[max(0, 8 + length - offset) :] for offset, sample in samples)
+            return Header(tensors, metadata, size, crc, end, tuple(map(google_crc32c.value, parts)))
     except OSError as error:
         raise InputError(
             f"cannot read checkpoint file {path}: {error.strerror}. Check the path and its permissions."
@@ -95,6 +104,16 @@ def _reader(path: Path, file: BinaryIO) -> Callable[[int, int], bytes]:
     if is_remote(path):
         return lambda at, count: (file.seek(at), file.read(count))[1]
     return lambda at, count: os.pread(file.fileno(), count, at)
+
+
+def _remembering(read: Callable[[int, int], bytes], samples: list[tuple[int, bytes]]) -> Callable[[int, int], bytes]:
+    """Return the same reader, which adds what it reads, with its offset, to the samples."""
+
+    def reader(offset: int, count: int) -> bytes:
+        samples.append((offset, read(offset, count)))
+        return samples[-1][1]
+
+    return reader
 
 
 def _damaged(path: Path, what: str) -> InputError:

@@ -87,7 +87,8 @@ def prepare(
         TensorSpec(**{**each, "shape": tuple(each["shape"]), "aliases": tuple(each["aliases"])})
         for each in found["tensors"]
     ]
-    names = trajectory.match(table, [*found["fixed"], *found["added"]])
+    without = ([*found["fixed"], *found["added"]], found["patterns"], found["unstored"])
+    names = trajectory.match(table, *without)
     common = {
         "task": task,
         "parcel": parcel,
@@ -105,6 +106,7 @@ def prepare(
     probe_part = {
         **_probe_part(trajectory, table),
         "fixed": trajectory.sources_of(found["fixed"]),
+        "leftovers": trajectory.leftovers(table, *without),
         "workers": workers or cluster.crowd,
         "span": existing.span if existing else span,
     }

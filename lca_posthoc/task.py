@@ -208,6 +208,7 @@ class Task:
         losses: loss name → `Loss`; the first is what `lca run` runs.
         fixed: patterns (`*`, `?`) of tensors that never move, such as the base of an adapter, or a mask with infinite entries:
             they stay as `model` builds them. Checkpoints need not hold them; where they do, the first and the last must agree.
+            A pattern may also name what only the checkpoints hold and never moves: it is left out.
     """
 
     model: Callable[[], Any]

@@ -8,24 +8,36 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import InputError, SpanError, few
 from .headers import HALF, Header, TensorHeader, fingerprint_of, read_header
+from .layouts import (
+    IMPORTED,
+    both_count,
+    count_epochs,
+    epochs_are_meant,
+    refuse_counted_saves,
+    refuse_epochs,
+    refuse_unreadable,
+    says_step,
+    several_namings,
+    states_epoch,
+)
+from .layouts import step_in_name as step_in_name
+from .leftovers import is_known
 from .places import is_remote, located, reached, read
+from .spacing import StillSegments, every_of, long_segments
 
 if TYPE_CHECKING:
     import torch
 
-_STEP = re.compile(
-    r"(?<![A-Za-z])(?:checkpoint|ckpt|global_?step|step|iter(?:ate|ation)?)[-_=]?(\d+)(?!\d|[eE.]\d)", re.IGNORECASE
-)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _INDEX = "model.safetensors.index.json"
 RESERVED = ("step", "group")  # dimensions of results, beside the names of allocated tensors
@@ -103,11 +115,23 @@ class Trajectory:
         """The name inside the files of those tensors of the model that files hold."""
         return {name: self.sources[normalise(name)] for name in names if normalise(name) in self.sources}
 
-    def match(self, table: Sequence[TensorSpec], fixed: Iterable[str] = ()) -> dict[str, str]:
+    def match(
+        self,
+        table: Sequence[TensorSpec],
+        fixed: Iterable[str] = (),
+        patterns: Sequence[str] = (),
+        unstored: Collection[str] = (),
+    ) -> dict[str, str]:
         """The name inside the files of every tensor of the table; those that are `fixed` may stand there too, and are not read.
 
+        Args:
+            table: the model's tensors.
+            fixed: the model's tensors that `Task.fixed` names.
+            patterns: of `Task.fixed`.
+            unstored: the model's buffers that are not saved.
+
         Raises:
-            InputError: where a tensor is missing, left over, of another shape, or reserved by name.
+            InputError: where a tensor is missing, of another shape, or reserved by name; or left over, and not one of `leftovers`.
         """
         found, used = {}, set()
         for name in reserved([spec.name for spec in table if spec.kind != "state"]):
@@ -127,13 +151,41 @@ class Trajectory:
                 )
             found[spec.name] = self.sources[present[0]]
             used.update(present)
-        extra = sorted(set(self.tensors) - used - set(map(normalise, fixed)))
+        used.update(map(normalise, fixed))
+        extra = sorted(set(self.tensors) - used - set(self.leftovers(table, fixed, patterns, unstored)))
         if extra:
             raise InputError(
                 f"{_some(extra)} stand{'s' if len(extra) == 1 else ''} in {self.checkpoints[0].files[0]} (step {self.steps[0]}) "
-                "but not in the task's model. Build the model that was trained, or map the names with --rename OLD=NEW."
+                "but not in the task's model. Build the model that was trained, or map the names with --rename OLD=NEW. Where the model "
+                f"computes the same without {'it' if len(extra) == 1 else 'them'}, leave {'it' if len(extra) == 1 else 'them'} out: "
+                f"{drop_options(extra, set(self.tensors) - set(extra))}"
             )
         return found
+
+    def leftovers(
+        self,
+        table: Sequence[TensorSpec],
+        fixed: Iterable[str] = (),
+        patterns: Sequence[str] = (),
+        unstored: Collection[str] = (),
+    ) -> dict[str, str]:
+        """Return tensors the files hold and the model does not save, and which may be left out, with their names inside the files.
+
+        They are those `Task.fixed` names, the model's own buffers that are not saved, and buffers that older releases of libraries are
+        known to have saved. Whether they are what they seem to be must be looked at in the files. Arguments as for `match`.
+        """
+        used = {normalise(name) for spec in table for name in (spec.name, *spec.aliases)} | set(map(normalise, fixed))
+        own = set(map(normalise, unstored))
+        return {
+            name: self.sources[name]
+            for name, header in sorted(self.tensors.items())
+            if name not in used
+            and (
+                name in own
+                or any(fnmatchcase(name, pattern) for pattern in patterns)
+                or is_known(name, header, used & set(self.tensors))
+            )
+        }
 
     def ties(self, table: Sequence[TensorSpec]) -> dict[str, list[str]]:
         """Tied tensors the files hold under several names: the model's name → the names inside the files."""
@@ -154,6 +206,21 @@ class Trajectory:
             f"{self.checkpoints[0].files[0]} (step {self.steps[0]}){hint}. Build the model that was trained, or map the names with "
             "--rename OLD=NEW. What never moves and is not stored is frozen in the model, or named in Task(fixed=[…])."
         )
+
+
+def drop_options(names: Collection[str], others: Collection[str] = ()) -> str:
+    """Return the `--rename` options that leave tensors out, written for a shell; numbers in names are joined where that hits no other.
+
+    >>> drop_options(["h.0.attn.bias", "h.11.attn.bias"], ["h.0.attn.weight"])
+    "--rename '^h\\\\.\\\\d+\\\\.attn\\\\.bias$='"
+    """
+    rules: dict[str, None] = {}
+    for name in sorted(names):
+        exact = rf"^{re.escape(name)}$".replace("=", r"\x3d")
+        joined = re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", exact)
+        hits = [each for each in others if re.search(joined, each)]
+        rules[exact if hits else joined] = None
+    return " ".join(f"--rename {shlex.quote(rule + '=')}" for rule in rules)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -187,16 +254,6 @@ def reserved(names: Sequence[str]) -> list[str]:
     ]
 
 
-def step_in_name(name: str) -> int | None:
-    """The training step a file or directory name states, or None: never just the last number found.
-
-    >>> step_in_name("checkpoint-30000step"), step_in_name("step_1e5"), step_in_name("model-00001-of-00004")
-    (30000, None, None)
-    """
-    found = {int(number) for number in _STEP.findall(name) if len(number) < 19}
-    return found.pop() if len(found) == 1 else None
-
-
 def open_trajectory(
     directory: str | Path,
     *,
@@ -209,7 +266,8 @@ def open_trajectory(
     Args:
         directory: where the checkpoints lie; a URL of fsspec's, such as `s3://…`, is read through its driver.
         pattern: a regular expression with a group `step`, matched against each name; names it does not match are left out.
-        rename: `OLD=NEW` pairs, OLD a regular expression, applied to every tensor name in turn.
+        rename: `OLD=NEW` pairs, OLD a regular expression, applied to every tensor name in turn; a tensor whose whole name becomes empty
+            is left out.
         steps: `A:B` or `A:B:K`, training steps with both ends included, every K-th checkpoint of them.
 
     Raises:
@@ -222,17 +280,24 @@ def open_trajectory(
     except OSError as error:
         raise InputError(f"cannot look into {root}: {error.strerror}.") from None
     if not is_there:
+        if not is_remote(root) and root.is_file():
+            refuse_unreadable(root)
         raise InputError(f"{root} is not a directory of checkpoints. Give the directory that holds the saved iterates.")
     rules = [_rename_rule(text) for text in rename]
     regex = compile_pattern(pattern) if pattern else None
     headers = _Headers()
     try:
         with reached(root):
-            named, notes = _discover(root, regex, headers)
+            entries, notes = _discover(root, regex, headers)
+            named = sorted((entry.step, entry.files) for entry in entries)
+            chosen, thinning = _select(named, steps)
+            if len(chosen) < 2:
+                refuse_unreadable(root)
+            used = dict(chosen[::thinning])
+            notes += _counted(root, [entry for entry in entries if entry.step in used], regex, headers)
     except OSError as error:
         raise InputError(f"cannot look into {root}: {error.strerror}.") from None
-    chosen = _select(sorted(named.items()), steps)
-    if len(chosen) < 2:
+    if len(chosen[::thinning]) < 2:
         which = (f" among steps {steps}" if steps else "") + (
             f" whose name --pattern {pattern!r} matches" if pattern else ""
         )
@@ -241,12 +306,12 @@ def open_trajectory(
             f"{root} holds {only}{which}; at least two are needed, for a segment runs from one to the next. "
             f"Expected files such as step_00000010.safetensors or checkpoint-10/model.safetensors.{_importable(root)}"
         )
-    return _validated(root, chosen, rules, notes, headers)
+    return _validated(root, chosen, thinning, rules, notes, headers)
 
 
 def _importable(root: Path) -> str:
     """A hint, where there are checkpoints of another kind."""
-    found = [path for path in root.iterdir() if path.suffix in (".ckpt", ".pt", ".pth", ".bin", ".h5", ".hdf5")]
+    found = [path for path in root.iterdir() if path.suffix in IMPORTED]
     kinds = ", ".join(sorted({path.suffix for path in found}))
     return (
         f" It holds {len(found)} files of {kinds}: `lca import {root} DIR` makes a directory of them that does."
@@ -296,11 +361,19 @@ def _rename_rule(text: str) -> tuple[re.Pattern[str], str]:
         raise InputError(f"--rename {text!r}: {old!r} is not a regular expression: {error}.") from None
 
 
-def _discover(
-    root: Path, regex: re.Pattern[str] | None, headers: _Headers
-) -> tuple[dict[int, tuple[Path, ...]], list[str]]:
-    """Each step's files."""
-    named: dict[int, tuple[Path, ...]] = {}
+@dataclass(frozen=True)
+class _Entry:
+    """One checkpoint of a directory: its step, its files, and whether the name alone tells the step."""
+
+    path: Path
+    step: int
+    files: tuple[Path, ...]
+    by_name: bool
+
+
+def _discover(root: Path, regex: re.Pattern[str] | None, headers: _Headers) -> tuple[list[_Entry], list[str]]:
+    """Each step's files, and notes on what is left out."""
+    named: dict[int, _Entry] = {}
     unnamed: list[Path] = []
     entries = sorted(root.iterdir())
     with ThreadPoolExecutor(_AT_A_TIME if is_remote(root) else 1) as pool:  # from far away each takes a while
@@ -310,26 +383,53 @@ def _discover(
     for path, files in found:
         if not files:
             continue
-        step = _step(path, files == (path,), regex, headers)
+        step, by_name = _step(path, files == (path,), regex, headers)
         if step is None:
             unnamed.append(path)
         elif step in named:
             raise InputError(
-                f"{named[step][0]} and {files[0]} both claim step {step}. Remove one, or tell steps apart with --pattern."
+                f"{named[step].files[0]} and {files[0]} both claim step {step}. Remove one, or tell steps apart with --pattern."
             )
         else:
-            named[step] = files
+            named[step] = _Entry(path, step, files, by_name)
     if regex is not None:
-        return named, []
+        return [*named.values()], []
     final = [path for path in unnamed if named and (path.stem == "model" or _SHARD.search(path.stem))]
     lost = [path for path in unnamed if path not in final]
+    if any(states_epoch(path.name) for path in lost):
+        refuse_epochs(dict.fromkeys([path.name for path in lost if states_epoch(path.name)]))
     if lost:
         raise InputError(
             f"cannot tell the training step of {', '.join(str(path) for path in lost[:3])}"
             f"{f' and {len(lost) - 3} more' if len(lost) > 3 else ''}. Name the number with --pattern, for example "
             "--pattern 'run_(?P<step>\\d+)'."
         )
-    return named, [f"left out {path.name}: it states no step" for path in final]
+    return [*named.values()], [f"left out {path.name}: it states no step" for path in final]
+
+
+def _counted(root: Path, entries: Sequence[_Entry], regex: re.Pattern[str] | None, headers: _Headers) -> list[str]:
+    """Refuse numbers in names that count epochs or saves; return notes where that was asked for, or cannot be told."""
+    told = [entry for entry in entries if entry.by_name]
+    if not told:
+        return []
+    epochs = {entry: _epoch_of(headers[entry.files[0]]) for entry in told}
+    counts = count_epochs([(entry.step, epoch) for entry, epoch in epochs.items() if epoch is not None])
+    if regex is not None:
+        return [epochs_are_meant(regex.pattern)] if counts else []
+    if not is_remote(root):
+        refuse_counted_saves([entry.path for entry in told if entry.path.is_dir()])
+    notes = several_namings([entry.path.name for entry in told])
+    if counts:
+        if not all(says_step(entry.path.name) for entry in told):
+            refuse_epochs({entry.path.name: epoch for entry, epoch in epochs.items()})
+        notes.append(both_count([entry.path.name for entry in told]))
+    return notes
+
+
+def _epoch_of(header: Header) -> int | None:
+    """The epoch a file's metadata holds beside no step."""
+    stated = header.metadata.get("epoch", "")
+    return int(stated) if re.fullmatch("[0-9]{1,18}", stated) else None
 
 
 def _files(path: Path) -> tuple[Path, ...]:
@@ -376,18 +476,19 @@ def shards(index: Path) -> tuple[Path, ...]:
     return files
 
 
-def _step(path: Path, is_file: bool, regex: re.Pattern[str] | None, headers: _Headers) -> int | None:
+def _step(path: Path, is_file: bool, regex: re.Pattern[str] | None, headers: _Headers) -> tuple[int | None, bool]:
+    """The step of an entry, and whether its name alone tells it."""
     if regex is not None:
         found = regex.search(path.name)
-        return int(found["step"]) if found and re.fullmatch("[0-9]{1,18}", found["step"]) else None
+        return (int(found["step"]) if found and re.fullmatch("[0-9]{1,18}", found["step"]) else None), True
     stated = headers[path].metadata.get("step") if is_file else trainer_step(path)
     if stated is not None and re.fullmatch("[0-9]{1,18}", stated):
-        return int(stated)
+        return int(stated), False
     if stated is not None and is_file:
         raise InputError(
             f"{path} states {stated[:40]!r} as its step in its metadata, which is no training step. Name steps with --pattern."
         )
-    return step_in_name(path.name.removesuffix(".safetensors"))
+    return step_in_name(path.name.removesuffix(".safetensors")), True
 
 
 def trainer_step(directory: Path) -> str | None:
@@ -398,21 +499,26 @@ def trainer_step(directory: Path) -> str | None:
         return None
 
 
-def _select(named: list[tuple[int, tuple[Path, ...]]], steps: str | None) -> list[tuple[int, tuple[Path, ...]]]:
+def _select(
+    named: list[tuple[int, tuple[Path, ...]]], steps: str | None
+) -> tuple[list[tuple[int, tuple[Path, ...]]], int]:
+    """The checkpoints within the steps asked for, and K where only every K-th of them is."""
     if steps is None:
-        return named
+        return named, 1
     match = re.fullmatch(r"(\d*):(\d*)(?::(\d+))?", steps)
     if not match or match[3] == "0":
         raise InputError(
             f"--steps {steps!r} is not A:B or A:B:K. For example 0:500, 100:, or ::10 for every tenth checkpoint."
         )
     first, last = int(match[1] or 0), int(match[2]) if match[2] else None
-    return [item for item in named if item[0] >= first and (last is None or item[0] <= last)][:: int(match[3] or 1)]
+    within = [item for item in named if item[0] >= first and (last is None or item[0] <= last)]
+    return within, int(match[3] or 1)
 
 
 def _validated(
     root: Path,
-    chosen: list[tuple[int, tuple[Path, ...]]],
+    within: list[tuple[int, tuple[Path, ...]]],
+    thinning: int,
     rules: list[tuple[re.Pattern[str], str]],
     notes: list[str],
     headers: _Headers,
@@ -420,20 +526,41 @@ def _validated(
     checkpoints: list[Checkpoint] = []
     tensors: dict[str, TensorHeader] = {}
     sources: dict[str, str] = {}
+    dropped: dict[str, None] = {}
+    chosen = within[::thinning]
+    still = StillSegments()
+    wanted = {step for step, _ in chosen}
+    asked = [
+        1 if (header := headers[files[0]] if step in wanted else headers.get(files[0])) is None else every_of(header)
+        for step, files in within
+    ]
     for step, files in chosen:
         found = [headers.pop(file) for file in files]
         held = {name: tensor for header in found for name, tensor in header.tensors.items()}
         if not checkpoints:
-            sources = _names(held, rules, files[0])
+            sources = _names(held, rules, files[0], dropped)
             tensors = {name: held[source] for name, source in sources.items()}
-        elif held != {source: tensors[name] for name, source in sources.items()}:
-            raise InputError(
-                _difference(held, {source: tensors[name] for name, source in sources.items()}, step, files[0])
-            )
+        known = {source: tensors[name] for name, source in sources.items()}
+        if held.keys() != known.keys():
+            here = _names(held, rules, files[0], dropped).values()
+            held = {source: held[source] for source in here}
+        if held != known:
+            raise InputError(_difference(held, known, step, files[0]))
         checkpoints.append(Checkpoint(step, files, sum(header.size for header in found), _joined(found)))
-    return Trajectory(
-        root, tuple(checkpoints), tensors, sources, (*notes, *_late(chosen[0][0]), *_gaps([step for step, _ in chosen]))
-    )
+        still.add(step, files, found)
+    if dropped:
+        names = few([*map(repr, dropped)], 6)
+        notes = [
+            *notes,
+            f"left out {names}: --rename leaves nothing of the name, so the result knows nothing of what they hold",
+        ]
+    notes = [
+        *notes,
+        *_late(chosen[0][0]),
+        *long_segments([step for step, _ in within], asked, thinning),
+        *still.notes(),
+    ]
+    return Trajectory(root, tuple(checkpoints), tensors, sources, tuple(notes))
 
 
 def _joined(headers: Sequence[Header]) -> int:
@@ -443,7 +570,13 @@ def _joined(headers: Sequence[Header]) -> int:
     return crc
 
 
-def _names(held: Mapping[str, TensorHeader], rules: list[tuple[re.Pattern[str], str]], file: Path) -> dict[str, str]:
+def _names(
+    held: Mapping[str, TensorHeader],
+    rules: list[tuple[re.Pattern[str], str]],
+    file: Path,
+    dropped: dict[str, None],
+) -> dict[str, str]:
+    """The name of each tensor → its name inside the file; those of which rules leave nothing are added to `dropped`."""
     sources: dict[str, str] = {}
     for source in held:
         name = normalise(source)
@@ -454,6 +587,9 @@ def _names(held: Mapping[str, TensorHeader], rules: list[tuple[re.Pattern[str], 
                 raise InputError(
                     f"--rename {f'{regex.pattern}={new}'!r} cannot be applied to {name!r}: {error}."
                 ) from None
+        if not name and source:
+            dropped[source] = None
+            continue
         if name in sources:
             raise InputError(
                 f"{sources[name]!r} and {source!r} in {file} both become {name!r}. Tell them apart with --rename OLD=NEW."
@@ -470,7 +606,8 @@ def _difference(held: Mapping[str, TensorHeader], known: Mapping[str, TensorHead
     there = f"{known[name].dtype} {list(known[name].shape)}" if name in known else "absent"
     return (
         f"tensor {name!r} is {here} in {file} (step {step}) but {there} at the first step. All checkpoints must come from "
-        "one model; leave the odd ones out with --steps."
+        "one model; leave the odd ones out with --steps, or the tensor, where the model computes the same without it, with "
+        f"{drop_options([normalise(name)])}"
     )
 
 
@@ -479,22 +616,6 @@ def _late(first: int) -> list[str]:
     return (
         [f"the first checkpoint is step {first}: what changed before it is not part of the result"] if first > 0 else []
     )
-
-
-def _gaps(steps: Sequence[int]) -> list[str]:
-    """Segments longer than the usual one, reported because quadrature has more to do there."""
-    lengths = [after - before for before, after in pairwise(steps)]
-    usual = Counter(lengths).most_common(1)[0][0]
-    longer = [(step, length) for step, length in zip(steps, lengths, strict=False) if length > usual]
-    if not longer:
-        return []
-    first = ", ".join(f"{step}→{step + length}" for step, length in longer[:3])
-    longest = max(longer, key=lambda segment: segment[1])
-    more = f" and {len(longer) - 3} more, the longest {longest[0]}→{sum(longest)}" if len(longer) > 3 else ""
-    return [
-        f"{len(longer)} of {len(lengths)} segments are longer than the usual {usual} step{'s' if usual > 1 else ''}: {first}{more}. "
-        "There the straight line is not the path that training took; the residual says what the sum misses"
-    ]
 
 
 def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, torch.Tensor]:

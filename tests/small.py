@@ -84,10 +84,10 @@ def step_file(directory: Path, step: int) -> Path:
 
 
 def write_step(directory: Path, step: int, tensors: Tensors, name: str | None = None) -> Path:
-    """One checkpoint as `Recorder` writes it, or under another name."""
+    """One checkpoint as `Recorder(every=10)` writes it, or under another name."""
     path = directory / name if name else step_file(directory, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(dict(tensors), path, metadata={"format": "pt", "step": str(step)})
+    save_file(dict(tensors), path, metadata={"format": "pt", "step": str(step), "every": "10"})
     return path
 
 

@@ -45,6 +45,7 @@ from tests.small import (
 from tests.test_numerics import arrays
 
 State = Mapping[str, torch.Tensor]
+LONG = "all 6 segments are longer than one step"
 
 
 def save(path: Path, document: Any, **options: Any) -> Path:
@@ -181,7 +182,7 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path, layout: str) -> N
     prefix = "_orig_mod." if layout == "nanoGPT" else ""
     named = [{f"{prefix}{name}": tensor for name, tensor in state.items()} for state in iterates()]
     equal(tmp_path / "st", dict(zip(STEPS, named, strict=True)))
-    assert heard == []
+    assert [note for note in heard if not note.startswith(LONG)] == []
     assert open_trajectory(tmp_path / "st").steps == list(STEPS)
     assert not (tmp_path / "saved" / "ran").exists()
 
@@ -254,7 +255,8 @@ def test_a_running_average_is_taken_without_its_count(tmp_path: Path) -> None:
         average = torch.optim.swa_utils.AveragedModel(model)
         average.update_parameters(model)
         save(tmp_path / "saved" / f"step_{step}.pt", {"model": {}, "ema": average.state_dict()})
-    (note,) = told(tmp_path / "saved", tmp_path / "st", key="ema")
+    note, long = told(tmp_path / "saved", tmp_path / "st", key="ema")
+    says(long, LONG)
     says(note, "left out 'n_averaged'", "torch.optim.swa_utils")
     equal(
         tmp_path / "st",
@@ -378,7 +380,7 @@ ODD_TENSORS = {
         {"generator": STATE, "critic": STATE, "epoch": 1},
         ("is not clear", "'generator', 'critic', 'epoch'", "--key"),
     ),
-    "a tensor beside": ({"weights": STATE, "best": torch.ones(())}, ("is not clear", "'weights'", "--key")),
+    "a tensor beside": ({"weights": STATE, "best": torch.ones(3)}, ("is not clear", "'weights'", "--key")),
 }
 Made = tuple[Callable[[Path], Path], tuple[str, ...], tuple[object, ...]]
 REFUSED: dict[str, Made] = {

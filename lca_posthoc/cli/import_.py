@@ -18,9 +18,15 @@ from .show import say, stderr, stdout
 @click.argument("source", type=click.Path())
 @click.argument("directory", type=click.Path(), metavar="DIR")
 @click.option(
-    "--key", metavar="KEY", help="The entry of each checkpoint that is the state dict, where that is not clear."
+    "--key",
+    metavar="KEY",
+    help="The entry of each checkpoint that is the state dict, where that is not clear: a name, or a path such as app.model.",
 )
-@click.option("--pattern", metavar="REGEX", help="Finds (?P<step>\\d+) in names; names it does not match are left out.")
+@click.option(
+    "--pattern",
+    metavar="REGEX",
+    help="Finds (?P<step>\\d+) in names, also where it counts epochs or saves; names it does not match are left out.",
+)
 @click.option(
     "--dataset", metavar="NAME", help="Of an HDF5 file: the one with a row for every iterate.  [default: all_weights]"
 )
@@ -37,11 +43,12 @@ def command(source: str, directory: str, **options: Any) -> None:
 
     \b
     lca import lightning_logs/version_0/checkpoints checkpoints
+    lca import saved checkpoints --key app.model
     lca import saved checkpoints --key ema --pattern 'model_(?P<step>\\d+)'
     lca import weights.h5 checkpoints --task my_task.py
 
-    Nothing but tensors and plain data is unpickled. safetensors files need no import. HDF5 needs h5py: pip install
-    'lca_posthoc[convert]'.
+    Nothing but tensors and plain data is unpickled; objects of other classes are read past. safetensors files need no import. HDF5
+    needs h5py: pip install 'lca_posthoc[convert]'.
     """
     from ..convert import convert
     from ..errors import amount

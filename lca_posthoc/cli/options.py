@@ -79,7 +79,10 @@ replay_options = _chain(
     click.option("--steps", metavar="A:B[:K]", help="Training steps, both ends included; every K-th checkpoint."),
     click.option("--pattern", metavar="REGEX", help="Finds (?P<step>\\d+) in names of checkpoints."),
     click.option(
-        "--rename", multiple=True, metavar="OLD=NEW", help="Map tensor names; OLD is a regular expression (repeatable)."
+        "--rename",
+        multiple=True,
+        metavar="OLD=NEW",
+        help="Map tensor names; OLD is a regular expression; what is left without a name is left out (repeatable).",
     ),
 )
 

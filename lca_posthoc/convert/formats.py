@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..layouts import UNREADABLE, Unreadable
 from .hdf5 import is_hdf5, open_hdf5
-from .pytorch import SAFETENSORS, WHOLE, is_pytorch, is_safetensors, open_pytorch
+from .pytorch import is_pytorch, is_safetensors, open_pytorch
 from .series import Progress, Series
 
 
@@ -30,50 +31,16 @@ def _refuse(what: str) -> Callable[..., Series]:
     return refuse
 
 
-def _sharded(*patterns: str) -> Callable[[Path], bool]:
-    """Whether files of these names lie in a directory, or up to two below, with no whole model beside or above them."""
-
-    def recognises(place: Path) -> bool:
-        for pattern in patterns:
-            for depth in ("", "*/", "*/*/"):
-                for mark in place.glob(depth + pattern) if place.is_dir() else ():
-                    above = [each for each in mark.parents if each == place or place in each.parents]
-                    if not any((each / name).is_file() for each in above for name in (*WHOLE, *SAFETENSORS)):
-                        return True
-        return False
-
-    return recognises
-
-
 def _is_read_as_it_is(place: Path) -> bool:
     return place.is_dir() and not is_pytorch(place) and any(map(is_safetensors, place.iterdir()))
 
 
+def _unreadable(layout: Unreadable) -> Format:
+    return Format(layout.name, layout.recognises, _refuse(layout.words))
+
+
 FORMATS = (
-    Format(
-        "DeepSpeed shards",
-        _sharded("*mp_rank_*_model_states.pt", "*zero_pp_rank_*_optim_states.pt"),
-        _refuse(
-            "DeepSpeed's shards, which only DeepSpeed puts together: run the zero_to_fp32.py that lies beside them for every step, into "
-            "checkpoint-N directories, and import those."
-        ),
-    ),
-    Format(
-        "Megatron shards",
-        _sharded("mp_rank_*/model_optim_rng.pt", "mp_rank_*/model_rng.pt", "mp_rank_*/distrib_optim.pt"),
-        _refuse(
-            "Megatron's shards, which only Megatron puts together: convert every iteration with its tools/checkpoint/convert.py, and "
-            "import or read the result."
-        ),
-    ),
-    Format(
-        "torch.distributed.checkpoint shards",
-        _sharded("*.distcp"),
-        _refuse(
-            "shards of torch.distributed.checkpoint: put every step together with python -m torch.distributed.checkpoint.format_utils "
-            "dcp_to_torch SHARDS step_N.pt, and import those files."
-        ),
-    ),
+    *map(_unreadable, UNREADABLE),
     Format(
         "safetensors",
         _is_read_as_it_is,

@@ -1,18 +1,17 @@
-"""What torch.save, Lightning and older Hugging Face trainers wrote.
+"""Read what torch.save, Lightning and older Hugging Face trainers wrote.
 
-Of pickles only tensors and plain data are read (`torch.load(…, weights_only=True)`). Numbers of numpy, settings of argparse and paths
-are read past, never made: numpy takes pointers from what it is given. What asks for more is refused.
+Of pickles only tensors and plain data are read (`torch.load(…, weights_only=True)`). Objects of other classes, such as parsed arguments and
+paths, are read past: what stands for them takes whatever a file gives it and does nothing (`standins`). Functions are refused.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import re
-import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +20,41 @@ import torch
 
 from ..errors import InputError, few
 from ..headers import TensorHeader, fingerprint
-from ..recorder.staging import same_bytes
-from ..trajectory import compile_pattern, shards, step_in_name, trainer_step
-from .series import Iterate, Progress, Series, Tensors, headers_of, same_headers, separate, taken
-
-_WITHIN = ("state_dict", "model", "model_state_dict", "module")
-_COUNT = "n_averaged"
-_STEPS = ("global_step", "iter_num", "iteration", "step")
-_READ_PAST = (
-    *("argparse.Namespace", "pathlib.PosixPath", "pathlib._local.PosixPath", "numpy.ndarray", "numpy.dtype"),
-    *(f"numpy.{core}.multiarray.{maker}" for core in ("core", "_core") for maker in ("scalar", "_reconstruct")),
+from ..layouts import (
+    BESIDE_THE_WEIGHTS,
+    SAFETENSORS,
+    WHOLE,
+    both_count,
+    count_epochs,
+    epochs_are_meant,
+    refuse_counted_saves,
+    refuse_epochs,
+    says_step,
+    several_namings,
+    states_epoch,
+    step_in_name,
 )
-_EPOCH = re.compile(r"epoch[-_=]?\d+", re.IGNORECASE)
-WHOLE = ("pytorch_model.bin.index.json", "pytorch_model.bin", "adapter_model.bin")
-SAFETENSORS = ("model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors")
-_OF_THE_TRAINER = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state|random_states)(_\d+)?\.\w+")
+from ..recorder.staging import same_bytes
+from ..trajectory import compile_pattern, shards, trainer_step
+from .nested import state_dict
+from .series import Iterate, Progress, Series, Tensors, headers_of, same_headers, separate, taken
+from .standins import class_of, holds_tensors_inside, is_left_out, unpickled
+
+_COUNTERS = ("n_averaged", "initted", "step", "num_updates", "decay")
+_AVERAGED = re.compile(r"(module|ema_model|online_model|averaged_model|model_ema)\.")
+_STEPS = ("global_step", "iter_num", "iteration", "step")
+_EPOCHS = ("epoch", "cur_epoch", "current_epoch")
 
 
-class LeftOut:
-    """Stands for what is read past."""
+@dataclass(frozen=True)
+class _Loaded:
+    """What one checkpoint holds: its tensors, not read where the file can be mapped, notes, and the step and epoch it states inside."""
 
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def __setstate__(self, _: object) -> None:
-        pass
-
-
-_STAND_INS: list[Any] = [LeftOut, *((LeftOut, name) for name in _READ_PAST)]
+    tensors: Tensors
+    notes: list[str]
+    step: int | None
+    step_entry: str
+    epoch: int | None
 
 
 @dataclass(frozen=True)
@@ -59,32 +65,49 @@ class _Saved:
     files: tuple[Path, ...]
     key: str | None
 
-    def load(self) -> tuple[Tensors, list[str], int | None]:
-        """Its tensors, not read where the file can be mapped; notes; the step it states inside."""
-        tensors, notes, steps = Tensors(), list[str](), list[int]()
+    def load(self) -> _Loaded:
+        """Look at its files."""
+        tensors, notes = Tensors(), list[str]()
+        steps, epochs = list[tuple[int, str]](), list[int]()
         for file in self.files:
-            saved = _unpickled(file)
-            state = _state_dict(saved, file, self.key)
-            if _is_average(state):
-                state = {name: value for name, value in state.items() if name != _COUNT}
+            saved, passed = unpickled(file)
+            state, around, more = state_dict(saved, file, self.key)
+            notes += more
+            counters = _counters(state)
+            if counters:
+                state = {name: value for name, value in state.items() if name not in counters}
                 notes.append(
-                    f"left out {_COUNT!r} of every checkpoint: it counts what is averaged (torch.optim.swa_utils)"
+                    f"left out {few([*map(repr, counters)])} of every checkpoint: {'they count' if len(counters) > 1 else 'it counts'} "
+                    "what is averaged (torch.optim.swa_utils and its like)"
                 )
+            _refuse_hidden(state, file)
             found, more = taken(state, str(file))
             twice = sorted(found.keys() & tensors.keys())
             if twice:
                 raise InputError(f"tensor {twice[0]!r} stands in {file} and in another shard of it. Save it again.")
             tensors |= found
             notes += more
-            inside = [_count(saved.get(name)) for name in _STEPS]
-            steps += [step for step in inside if step is not None][:1]
-        return tensors, notes, steps[0] if steps else None
+            notes += passed
+            within = [saved, *around]
+            inside = [
+                (step, name) for level in within for name in _STEPS if (step := _count(level.get(name))) is not None
+            ]
+            steps += inside[:1]
+            epochs += [epoch for level in within for name in _EPOCHS if (epoch := _epoch(level.get(name))) is not None][
+                :1
+            ]
+            meta = saved.get("meta")
+            if isinstance(meta, Mapping):  # mmcv's
+                steps += [(step, "meta.iter")] if not inside and (step := _count(meta.get("iter"))) is not None else []
+                epochs += [epoch] if (epoch := _epoch(meta.get("epoch"))) is not None else []
+        step, entry = steps[0] if steps else (None, "")
+        return _Loaded(tensors, notes, step, entry, epochs[0] if epochs else None)
 
     def read(self) -> Tensors:
         """Its tensors, from files whose checksums were compared."""
         for file in self.files:
             _compare_checksums(file)
-        return separate(self.load()[0])
+        return separate(self.load().tensors)
 
     def identity(self) -> str:
         """CRC-32C of samples of the files, with the entry that is taken."""
@@ -118,83 +141,25 @@ def _sampled(file: Path) -> str:
         return f"{size}:{fingerprint(lambda at, count: os.pread(opened.fileno(), count, at), size)}"
 
 
-def _unpickled(file: Path) -> Any:
-    """What `torch.save` wrote, as far as it is tensors and plain data."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the age of a file
-            with torch.serialization.safe_globals(_STAND_INS):
-                return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError:
-        asked = _asked_for(file)
-        what = (
-            f"holds more than tensors and plain data ({asked})"
-            if asked
-            else "is damaged, or holds more than tensors and plain data"
-        )
-        raise InputError(
-            f"{file} {what}, and is not loaded: that could run any code. Where you trust it, load it with "
-            "weights_only=False where its modules can be imported, and save its state dict alone with torch.save."
-        ) from None
-    except Exception as error:
-        what = (str(error).splitlines() or [""])[0][:200]
-        raise InputError(
-            f"{file} cannot be read as a checkpoint ({type(error).__name__}: {what}). Save it again, or move it away."
-        ) from None
+def _counters(state: Mapping[str, Any]) -> list[str]:
+    """Return the counters that stand beside averaged weights: those of an average that keeps the model one level down."""
+    counters = [name for name in _COUNTERS if isinstance(value := state.get(name), torch.Tensor) and value.numel() == 1]
+    return counters if all(_AVERAGED.match(name) for name in state if name not in counters) else []
 
 
-def _asked_for(file: Path) -> str:
-    """The functions and classes a pickle asks for, as far as they can be told without running it."""
-    try:
-        with torch.serialization.safe_globals(_STAND_INS):
-            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    except Exception:  # not a zip archive: nothing can be said
-        return ""
-    return few(names)
-
-
-def _holds_tensors(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and all(isinstance(name, str) for name in value)
-        and any(isinstance(each, torch.Tensor) for each in value.values())
-    )
-
-
-def _state_dict(saved: Any, file: Path, key: str | None) -> Mapping[str, Any]:
-    """The entry that is the model's state dict, or the whole where nothing inside is one."""
-    if not isinstance(saved, Mapping):
-        raise InputError(f"{file} holds a {type(saved).__name__}, no state dict. Save model.state_dict().")
-    found = [name for name, value in saved.items() if _holds_tensors(value)]
-    if key is not None and key not in found:
-        raise InputError(f"--key {key!r}: {file} holds no tensors there. {_entries(saved, found)}")
-    known = [name for name in found if name in _WITHIN]
-    chosen = [key] if key is not None else known
-    if len(chosen) == 1:
-        state: Mapping[str, Any] = saved[chosen[0]]
-        return state
-    if not found and _holds_tensors(saved):
-        return saved
-    if not found:
-        raise InputError(f"{file} holds no state dict. {_entries(saved, found)}")
-    raise InputError(f"which state dict of {file} is meant is not clear. {_entries(saved, found)}")
-
-
-def _is_average(state: Mapping[str, Any]) -> bool:
-    """Whether a state dict is that of `torch.optim.swa_utils.AveragedModel`: the model's, one level down, and a count."""
-    return _COUNT in state and all(name.startswith("module.") for name in state if name != _COUNT)
-
-
-def _entries(saved: Mapping[Any, Any], found: Sequence[str]) -> str:
-    keys = few([repr(name)[:80] for name in saved], 8) or "none"
-    if not found:
-        return f"Its keys are {keys}, none of them with tensors in it."
-    return f"Its keys are {keys}; tensors are in {few([repr(name)[:80] for name in found], 8)}: name one with --key."
+def _refuse_hidden(state: Mapping[str, Any], file: Path) -> None:
+    """Refuse a state dict with an object that was read past and may hold a weight."""
+    for name, value in state.items():
+        if is_left_out(value) and holds_tensors_inside(value):
+            raise InputError(
+                f"{name!r} in {file} is an object of {class_of(value)} with tensors in it, which is not made: that could run any code. "
+                "Where you trust the file, load it where its modules can be imported, and save plain tensors with torch.save."
+            )
 
 
 def _is_torch(path: Path) -> bool:
     """Whether a file is what `torch.save` writes; one that is damaged or some other pickle counts where its name claims it is."""
-    claimed = path.suffix in (".ckpt", ".pt", ".pth", ".bin")
+    claimed = path.suffix in (".ckpt", ".pt", ".pth", ".bin") or path.name.endswith(".pth.tar")
     if not path.is_file():
         return claimed and path.is_symlink()
     with path.open("rb") as file:
@@ -216,7 +181,7 @@ def is_safetensors(path: Path) -> bool:
 
 def _entry(path: Path) -> tuple[Path, ...]:
     """The files of one entry of a directory that hold a model; none where it is no checkpoint."""
-    if path.name.startswith(".") or ".tmp" in path.name or _OF_THE_TRAINER.fullmatch(path.name):
+    if path.name.startswith(".") or ".tmp" in path.name or BESIDE_THE_WEIGHTS.fullmatch(path.name):
         return ()
     if not path.is_dir():
         return (path,) if _is_torch(path) else ()
@@ -252,28 +217,147 @@ def open_pytorch(place: Path, progress: Progress, key: str | None = None, patter
     # a copy such as last.ckpt after its original
     paths.sort(key=lambda path: (step_in_name(path.name) is None, path.name))
     every = [_Saved(path, files, key) for path in paths if (files := _entry(path))]
-    steps, unnamed = dict[int, _Saved](), list[_Saved]()
     beside = [path for path in paths if is_safetensors(path) and step_in_name(path.name) is not None]
     notes = [f"left out {path.name}: it is safetensors, which is not imported" for path in beside]
-    known, first = dict[str, TensorHeader](), ""
+    looked = list[_Looked]()
     for done, saved in enumerate(every):
         progress("looking at", done, len(every))
-        tensors, more, inside = saved.load()
-        step = _step(saved.path, regex, inside)
+        loaded = saved.load()
+        looked.append(_Looked(saved, headers_of(loaded.tensors), loaded.step, loaded.step_entry, loaded.epoch))
+        notes += [note for note in loaded.notes if note not in notes]
+    numbering = _Numbering(looked, regex)
+    known, first = dict[str, TensorHeader](), ""
+    steps, unnamed = dict[int, _Looked](), list[_Saved]()
+    for each in looked:
+        step = numbering.step_of(each)
         if step is None:
-            unnamed.append(saved)
+            unnamed.append(each.saved)
             continue
         if step in steps:
-            notes.append(_once_more(saved, tensors, steps[step], step))
+            notes.append(_once_more(each.saved, steps[step].saved, step))
             continue
-        found = headers_of(tensors)
-        known, first = known or found, first or str(saved.files[0])
-        same_headers(found, known, str(saved.files[0]), first)
-        steps[step] = saved
-        notes += [note for note in more if note not in notes]
+        known, first = known or each.headers, first or str(each.saved.files[0])
+        same_headers(each.headers, known, str(each.saved.files[0]), first)
+        steps[step] = each
     notes += _without_step(unnamed, bool(steps))
-    iterates = [Iterate(step, str(saved.files[0]), saved.read, saved.identity) for step, saved in sorted(steps.items())]
+    notes += numbering.notes(steps)
+    iterates = [
+        Iterate(step, str(each.saved.files[0]), each.saved.read, each.saved.identity)
+        for step, each in sorted(steps.items())
+    ]
     return Series(iterates, known, notes)
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """A checkpoint that was looked at: its tensors' headers, and what it states inside."""
+
+    saved: _Saved
+    headers: dict[str, TensorHeader]
+    step: int | None
+    step_entry: str
+    epoch: int | None
+
+    @property
+    def name(self) -> str:
+        return self.saved.path.name
+
+
+class _Numbering:
+    """Decides which training step each checkpoint of a series is of.
+
+    Raises:
+        InputError: where the numbers in names count epochs or saves, and nothing else states a step.
+    """
+
+    def __init__(self, looked: Sequence[_Looked], regex: re.Pattern[str] | None) -> None:
+        self._regex = regex
+        numbers = [(number, each) for each in looked if (number := self._in_name(each.saved.path)) is not None]
+        self._by_epoch = count_epochs([(number, each.epoch) for number, each in numbers if each.epoch is not None])
+        self._by_name = list[_Looked]()
+        if regex is not None:
+            return
+        told = [each for _, each in numbers if each.step is None and _of_trainer(each.saved.path) is None]
+        if self._by_epoch and told and not all(says_step(each.name) for each in told):
+            refuse_epochs({each.name: each.epoch for each in told})
+        refuse_counted_saves([each.saved.path for each in told if each.saved.path.is_dir()])
+        self._by_name = told
+
+    def _in_name(self, path: Path) -> int | None:
+        if self._regex is None:
+            return step_in_name(path.name)
+        named = self._regex.search(path.name)
+        return int(named["step"]) if named and re.fullmatch("[0-9]{1,18}", named["step"] or "") else None
+
+    def step_of(self, each: _Looked) -> int | None:
+        """Return the training step: by `--pattern`, else as the file states it, as a trainer wrote beside it, or by the name."""
+        number = self._in_name(each.saved.path)
+        if self._regex is not None:
+            return number
+        if each.step is not None:
+            counts_epochs = self._by_epoch and not says_step(each.name)
+            unlike_steps = each.step_entry == "global_step" and not says_step(each.name)
+            if number not in (None, each.step) and not counts_epochs and not unlike_steps:
+                raise InputError(
+                    f"{each.saved.path} is called step {number} and says {each.step} inside, perhaps the step of an epoch. Say which names "
+                    "to go by with --pattern."
+                )
+            return each.step
+        stated = _of_trainer(each.saved.path)
+        return number if stated is None else stated
+
+    def notes(self, steps: Mapping[int, _Looked]) -> list[str]:
+        """Return what is worth telling about the numbers, once every step is known.
+
+        Raises:
+            InputError: where steps inside the files go down as epochs go up.
+        """
+        if self._regex is not None:
+            return [epochs_are_meant(self._regex.pattern)] if self._by_epoch else []
+        epochs = [
+            (step, each) for step, each in sorted(steps.items()) if each.epoch is not None and each.step is not None
+        ]
+        for (_, before), (step, after) in pairwise(epochs):
+            if (after.epoch or 0) < (before.epoch or 0):
+                raise InputError(
+                    f"{after.saved.path} says {after.step_entry} {step} and epoch {after.epoch} inside, and {before.saved.path} "
+                    f"{before.step} and epoch {before.epoch}: these steps are counted within an epoch. Name training steps with --pattern."
+                )
+        notes = []
+        inside = [
+            each
+            for step, each in steps.items()
+            if each.step is not None and step_in_name(each.name) not in (None, step)
+        ]
+        if inside:
+            first = inside[0]
+            notes.append(
+                f"{first.name} is taken as step {first.step}, its {first.step_entry}; the number in its name counts something else"
+                + (f" (as in {len(inside) - 1} more)" if len(inside) > 1 else "")
+            )
+        told = [each.name for each in self._by_name]
+        if self._by_epoch and told:
+            notes.append(both_count(told))
+        return [*notes, *several_namings([_plain(name) for name in told])]
+
+
+def _plain(name: str) -> str:
+    """Return a name without what says that it is a file of torch.save."""
+    return re.sub(r"(\.(pt|pth|ckpt|bin|tar))+$", "", name)
+
+
+def _of_trainer(path: Path) -> int | None:
+    stated = trainer_step(path) if path.is_dir() else None
+    return int(stated) if stated is not None and re.fullmatch("[0-9]{1,18}", stated) else None
+
+
+def _epoch(value: Any) -> int | None:
+    """Return an epoch: a whole number, written as one, as a fraction or a word, or in a tensor."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
+        value = int(value)
+    return _count(value)
 
 
 def _count(value: Any) -> int | None:
@@ -288,28 +372,9 @@ def _count(value: Any) -> int | None:
     return value if type(value) is int and value >= 0 else None
 
 
-def _step(path: Path, regex: re.Pattern[str] | None, inside: int | None) -> int | None:
-    if regex is not None:
-        named = regex.search(path.name)
-        return int(named["step"]) if named and re.fullmatch("[0-9]{1,18}", named["step"] or "") else None
-    named_step = step_in_name(path.name)
-    if inside is not None:
-        if named_step is not None and named_step != inside:
-            raise InputError(
-                f"{path} is called step {named_step} and says {inside} inside, perhaps the step of an epoch. Say which names to go by with "
-                "--pattern."
-            )
-        return inside
-    stated = trainer_step(path) if path.is_dir() else None
-    if stated is not None and re.fullmatch("[0-9]{1,18}", stated):
-        return int(stated)
-    return named_step
-
-
-def _once_more(saved: _Saved, tensors: Tensors, other: _Saved, step: int) -> str:
+def _once_more(saved: _Saved, other: _Saved, step: int) -> str:
     """A second file of one step, such as a `last.ckpt`, is left out where it holds the same numbers."""
-    theirs = other.load()[0]
-    if not same_bytes(tensors, theirs):
+    if not same_bytes(saved.load().tensors, other.load().tensors):
         raise InputError(
             f"{other.path} and {saved.path} both claim step {step} and differ. Move one away, or tell steps apart with --pattern."
         )
@@ -323,11 +388,8 @@ def _without_step(unnamed: Sequence[_Saved], some: bool) -> list[str]:
     if not lost:
         return [f"left out {each.path.name}: it states no step" for each in final]
     shown = few([str(path) for path in lost])
-    if any(_EPOCH.search(path.name) for path in lost):
-        raise InputError(
-            f"{shown}: an epoch is stated and no training step, and one segment would span all steps of an epoch. Where that is meant, "
-            "name the number with --pattern 'epoch[-_=]?(?P<step>\\d+)'."
-        )
+    if any(states_epoch(path.name) for path in lost):
+        refuse_epochs(dict.fromkeys(str(path) for path in lost if states_epoch(path.name)))
     raise InputError(
         f"cannot tell the training step of {shown}. Name the number with --pattern, for example --pattern 'run_(?P<step>\\d+)'; what it "
         "does not match is left out."

@@ -58,7 +58,7 @@ def convert(
     Args:
         source: a directory of checkpoints, or a file that holds a series.
         directory: made if it is not there; holds nothing but this series.
-        key: the entry of each checkpoint that is the state dict, where that is not clear.
+        key: the entry of each checkpoint that is the state dict, where that is not clear; a path with dots for one inside others.
         pattern: a regular expression with a group `step`, matched against each name; names it does not match are left out.
         dataset: of an HDF5 file, the one with a row for every iterate (default `all_weights`).
         task: of an HDF5 file, the task whose model says the order and the shapes of the parameters.

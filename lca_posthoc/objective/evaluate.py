@@ -30,7 +30,7 @@ from .precision import tf32
 from .sharing import SharedOutputs
 from .sources import digest_of, is_out_of_memory
 from .sums import Evaluation, Sums
-from .tensors import added_entries, is_fixed, tensor_table
+from .tensors import added_entries, is_fixed, tensor_table, unstored
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 _BUILT: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # by the factories of tasks in this process
@@ -164,7 +164,7 @@ class Objective:
         for spec in self.table:
             bound[spec.name].requires_grad_(spec.kind != "state")
         for pattern in self.task.fixed:
-            if not any(is_fixed(name, [pattern]) for name in bound):
+            if not any(is_fixed(name, [pattern]) for name in [*bound, *(self._settings["held"] or ())]):
                 raise InputError(
                     f"Task.fixed names {pattern!r}, which no tensor of the model matches. Its tensors: {few([*map(repr, bound)], 5)}."
                 )
@@ -185,6 +185,15 @@ class Objective:
     def added(self) -> list[str]:
         """Entries of the model's state dict that are none of its parameters and buffers, and stay as the model builds them."""
         return added_entries(self.model)
+
+    @property
+    def unstored(self) -> dict[str, Tensor]:
+        """The buffers the model builds and does not save, by name."""
+        return unstored(self.model)
+
+    def fixed_of(self, names: Iterable[str]) -> list[str]:
+        """Return those of some names that `Task.fixed` names."""
+        return [name for name in names if is_fixed(name, self.task.fixed)]
 
     @property
     def digests(self) -> dict[str, str]:

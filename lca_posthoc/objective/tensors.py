@@ -67,6 +67,17 @@ def added_entries(model: nn.Module) -> list[str]:
     ]
 
 
+def unstored(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers a model builds and does not save, by name."""
+    stored = model.state_dict(keep_vars=True)
+    identities, names = set(map(id, stored.values())), set(map(normalise, stored))
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if id(buffer) not in identities and normalise(name) not in names
+    }
+
+
 def is_fixed(name: str, patterns: Sequence[str]) -> bool:
     """Whether a tensor stays as the model builds it."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)

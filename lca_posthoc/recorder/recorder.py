@@ -191,7 +191,7 @@ class Recorder:
             )
         if self._is_wanted(step):
             if self._series is None:
-                self._series = _Series(self.directory, self._model, self._frozen, self._pauses)
+                self._series = _Series(self.directory, self._model, self._frozen, self._pauses, self._every)
                 weakref.finalize(self, self._series.finish)
                 self._series.warn_of_gap(step, self._is_wanted)
             self._series.save(step, buffers)
@@ -260,7 +260,7 @@ class Recorder:
 class _Series:
     """The files of one directory, from the first iterate on; in a process that does not write, only its part in gathering them."""
 
-    def __init__(self, directory: Path, model: nn.Module, frozen: bool, pauses: bool) -> None:
+    def __init__(self, directory: Path, model: nn.Module, frozen: bool, pauses: bool, every: int) -> None:
         refuse_flattened(model)
         self._contents = Contents(model, frozen)
         self._writer: Writer | None = None
@@ -274,7 +274,7 @@ class _Series:
                 f"the model has a tensor called {name!r}, a name that results have for a dimension: `lca run` could not allocate to it. "
                 "Rename it in the model before you train; a count may keep the name as an integer."
             )
-        self._layout = Layout(tensors)
+        self._layout = Layout(tensors, every)
         if self._contents.unwritten:
             entries = ", ".join(f"{name!r} (a {kind})" for name, kind in self._contents.unwritten.items())
             warnings.warn(

@@ -165,11 +165,14 @@ class _Place:
 class Layout:
     """Which tensors a file holds, and where: the largest numbers first, so that each is aligned, then by device and name.
 
+    `every`, where it is not 1, is what the recorder was asked for, and stands in the files: gaps as long as it were asked for.
+
     Raises:
         InputError: where a tensor has no values in memory, or none that a file could hold.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], every: int = 1) -> None:
+        self.every = every
         self.places: dict[str, _Place] = {}
         self.bytes = 0
         for name, tensor in sorted(tensors.items(), key=lambda item: (-_itemsize(*item), str(item[1].device), item[0])):
@@ -198,7 +201,8 @@ class Layout:
 
     def header(self, step: int) -> bytes:
         """What stands before the tensors' bytes in the file of a step, padded so that they are aligned."""
-        table: dict[str, Any] = {"__metadata__": {"format": "pt", "step": str(step)}}
+        every = {} if self.every == 1 else {"every": str(self.every)}
+        table: dict[str, Any] = {"__metadata__": {"format": "pt", "step": str(step), **every}}
         for name, each in self.places.items():
             table[name] = {
                 "dtype": CODES[each.dtype],

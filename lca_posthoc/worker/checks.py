@@ -7,8 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from ..errors import InputError, SpanError
+from ..leftovers import counts, left_out_note, refuted
 from ..records import SAME_LOSS
-from ..trajectory import read_checkpoint, read_stored
+from ..trajectory import drop_options, read_checkpoint, read_stored
 from .memory import block_of, short_of
 from .state import Spec, build, checkpoint_at, first_point, objective_of, point_at, reported
 
@@ -25,6 +26,8 @@ def describe(spec: Spec) -> Spec:
         "frozen": objective.frozen,
         "fixed": list(objective.fixed),
         "added": objective.added,
+        "patterns": list(objective.task.fixed),
+        "unstored": list(objective.unstored),
     }
 
 
@@ -55,7 +58,8 @@ def probe(spec: Spec) -> Spec:
     batch_sizes = objective.settle_batch_sizes(first, spec["batch_sizes"])
     _same_ties(spec)
     _same_fixed(spec, objective)
-    notes = [note for name in names for note in _checks(spec, objective, name)]
+    notes = _leftovers(spec, objective)
+    notes += [note for name in names for note in _checks(spec, objective, name)]
     notes += _unmoved(spec)
     new = [name for name in names if name not in spec["recorded"]]  # a recorded loss keeps what was settled for it
     block = {name: block_of(spec, objective, name) for name in names}
@@ -120,6 +124,39 @@ def _same_fixed(spec: Spec, objective: Any) -> None:
                     f"Task.fixed names {name!r}, but it is not what the task's model builds in {checkpoint.files[0]} (step "
                     f"{checkpoint.step}). Leave it out of fixed, so that it is read from there, or build the model that was trained."
                 )
+
+
+def _leftovers(spec: Spec, objective: Any) -> list[str]:
+    """Return notes on tensors that only the checkpoints hold and that are left out.
+
+    Raises:
+        InputError: where one holds something else than it was taken for, or moves between the first and the last checkpoint.
+    """
+    from ..recorder.staging import same_bytes
+
+    wanted = spec["leftovers"]
+    if not wanted:
+        return []
+    fixed = objective.fixed_of(wanted)
+    ends = []
+    for index in (0, spec["ends"]):
+        checkpoint = checkpoint_at(spec, index)
+        try:
+            ends.append((checkpoint, read_stored(checkpoint, wanted)))
+        except SpanError:  # its spans will fail and say so
+            continue
+    for checkpoint, held in ends:
+        for name, tensor in held.items():
+            wrong = "" if name in fixed else refuted(name, tensor, objective.unstored)
+            first = {name: ends[0][1][name]}
+            if not wrong and not counts(name) and not same_bytes({name: tensor}, first):
+                wrong = "and moves between the first and the last checkpoint, as what is trained does"
+            if wrong:
+                raise InputError(
+                    f"tensor {name!r} stands in {checkpoint.files[0]} (step {checkpoint.step}) but not in the task's model, {wrong}. Build "
+                    f"the model that was trained; where the loss is the same without it, leave it out: {drop_options([name])}"
+                )
+    return [left_out_note([name for name in wanted if name not in fixed], fixed)]
 
 
 def _checks(spec: Spec, objective: Any, name: str) -> list[str]:

@@ -1,0 +1,153 @@
+"""Find the model's state dict in what a file holds, whatever lies around it, and never take an optimiser's state for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError, few
+from .standins import class_of, holds_tensors_inside, is_left_out
+
+_WITHIN = ("state_dict", "model", "model_state_dict", "module")
+_OPTIMISER = re.compile(r"(^|_)(optim(izer|iser)?s?|opt)(_states?)?(_dicts?)?$", re.IGNORECASE)
+_SLOTS = frozenset(
+    (
+        *(
+            "step",
+            "exp_avg",
+            "exp_avg_sq",
+            "max_exp_avg_sq",
+            "exp_inf",
+            "mu",
+            "mu_product",
+            "momentum_buffer",
+            "momentum",
+        ),
+        *(
+            "square_avg",
+            "grad_avg",
+            "acc_delta",
+            "sum",
+            "ax",
+            "eta",
+            "prev",
+            "step_size",
+            "slow_buffer",
+            "master_param",
+        ),
+        *("exp_avg_sq_row", "exp_avg_sq_col", "RMS", "state1", "state2", "row_momentum", "n_avg", "v", "m"),
+    )
+)
+_DEEPEST = 8
+
+
+def state_dict(saved: Any, file: Path, key: str | None) -> tuple[Mapping[str, Any], list[Mapping[Any, Any]], list[str]]:
+    """Find the state dict, the mappings it lies in, from the outside in, and notes on others that were left.
+
+    It is the one under `--key`, a path with dots; else the only known entry of the file; else the only state dict anywhere in it; else
+    the file itself.
+
+    Raises:
+        InputError: where there is none, or it is not clear which is meant; names every key that would do.
+    """
+    if is_left_out(saved):
+        raise InputError(
+            f"{file} holds an object of {class_of(saved)}, which is not made: that could run any code. Save model.state_dict()."
+        )
+    if not isinstance(saved, Mapping):
+        raise InputError(f"{file} holds a {type(saved).__name__}, no state dict. Save model.state_dict().")
+    places = dict(_places(saved))
+    if key is not None:
+        asked = [trail for trail in _at(saved, key) if _holds_tensors(trail[-1])]
+        if len(asked) != 1:
+            problem = "holds no tensors there" if not asked else "holds two state dicts there"
+            raise InputError(f"--key {key!r}: {file} {problem}. {_entries(saved, list(places))}")
+        return asked[0][-1], asked[0][:-1], []
+    known = [name for name in _WITHIN if name in places and len(places[name]) == 1]
+    if len(known) == 1:
+        others = [path for path in places if path != known[0] and not _only_scalars(places[path][-1])]
+        also = [
+            f"took entry {known[0]!r} of every checkpoint; tensors are also in {few([*map(repr, others)], 8)}, which --key takes instead"
+        ] * bool(others)
+        return places[known[0]][-1], [], also
+    if not places and _holds_tensors(saved):
+        return saved, [], []
+    models = [path for path, trail in places.items() if not _only_scalars(trail[-1])]
+    if not known and len(models) == 1 and not _has_numbers_beside(saved, places[models[0]]):
+        *around, model = places[models[0]]
+        return model, around, []
+    if not places:
+        raise InputError(f"{file} holds no state dict. {_entries(saved, [])}")
+    raise InputError(f"which state dict of {file} is meant is not clear. {_entries(saved, list(places))}")
+
+
+def _holds_tensors(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and not is_left_out(value)
+        and all(isinstance(name, str) for name in value)
+        and any(isinstance(each, torch.Tensor) for each in value.values())
+    )
+
+
+def _only_scalars(state: Mapping[str, Any]) -> bool:
+    return all(each.numel() <= 1 for each in state.values() if isinstance(each, torch.Tensor))
+
+
+def _has_numbers_beside(saved: Mapping[Any, Any], trail: Sequence[Mapping[Any, Any]]) -> bool:
+    """Return whether tensors of more than one number lie beside the state dict, on its own level or above."""
+    return any(not _only_scalars(level) for level in [saved, *trail[:-1]])
+
+
+def _is_optimiser(name: str, value: Mapping[Any, Any]) -> bool:
+    """Tell an optimiser's state by its shape, or by its name where the shape tells nothing."""
+    if "param_groups" in value or _OPTIMISER.search(name):
+        return True
+    names = [each for each in value if isinstance(each, str)]
+    if names and all(each.startswith(("state.", "param_groups.")) for each in names):
+        return True  # flattened by torch.distributed.checkpoint
+    return bool(names) and _SLOTS.issuperset(names)
+
+
+def _places(
+    value: Mapping[Any, Any], prefix: str = "", trail: tuple[Mapping[Any, Any], ...] = ()
+) -> Iterator[tuple[str, list[Mapping[Any, Any]]]]:
+    """Walk nested mappings, and yield the dotted path of every state dict below, with the mappings on the way to it, itself the last."""
+    for name, inner in value.items():
+        if not isinstance(name, str) or not isinstance(inner, Mapping) or is_left_out(inner):
+            continue
+        if name.rpartition(".")[2] == "_extra_state" or _is_optimiser(name, inner):
+            continue
+        if _holds_tensors(inner) and not (
+            _only_scalars(inner) and any(isinstance(each, Mapping) for each in inner.values())
+        ):
+            yield prefix + name, [*trail, inner]
+        elif len(trail) < _DEEPEST:
+            yield from _places(inner, f"{prefix}{name}.", (*trail, inner))
+
+
+def _at(value: Mapping[Any, Any], key: str) -> Iterator[list[Mapping[Any, Any]]]:
+    """Yield the mappings on every way that a key with dots can be read: as one name, or as names of levels."""
+    for end in [index for index, letter in enumerate(key) if letter == "."] + [len(key)]:
+        inner = value.get(key[:end])
+        if not isinstance(inner, Mapping):
+            continue
+        if end == len(key):
+            yield [inner]
+        else:
+            yield from ([inner, *rest] for rest in _at(inner, key[end + 1 :]))
+
+
+def _entries(saved: Mapping[Any, Any], paths: Sequence[str]) -> str:
+    keys = few([repr(name)[:80] for name in saved], 8) or "none"
+    objects = [
+        f"{name!r} is an object of {class_of(value)}" for name, value in saved.items() if holds_tensors_inside(value)
+    ]
+    whole = f"; {few(objects)} and is not made" if objects else ""
+    if not paths:
+        return f"Its keys are {keys}, none of them with tensors in it{whole}."
+    return f"Its keys are {keys}; tensors are in {few([repr(path)[:200] for path in paths], 20)}: name one with --key{whole}."

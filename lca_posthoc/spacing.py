@@ -1,0 +1,132 @@
+"""Say how checkpoints follow each other: segments longer than one step, and neighbours that hold the same tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from .errors import few
+from .headers import Header
+from .places import is_remote
+
+_CHUNK = 2**20
+_MOST_COMPARED = 2**30
+
+
+def every_of(header: Header) -> int:
+    """Return the `every` a recorder was asked for, as its files state it: 1 where they state none."""
+    stated = header.metadata.get("every", "")
+    return int(stated) if re.fullmatch("[1-9][0-9]{0,17}", stated) else 1
+
+
+def long_segments(steps: Sequence[int], every: Sequence[int], thinning: int = 1) -> list[str]:
+    """Return a note on segments longer than one step that nobody asked for.
+
+    Args:
+        steps: of all checkpoints, ascending.
+        every: for each, the `every` it was recorded with; a gap of as many steps was asked for.
+        thinning: only every so many-th checkpoint is used, which was asked for as well.
+    """
+    asked = [after - before in (1, every[index + 1]) for index, (before, after) in enumerate(pairwise(steps))]
+    used = range(0, len(steps), thinning)
+    segments = [(steps[start], steps[stop]) for start, stop in pairwise(used)]
+    long = [
+        segment
+        for segment, (start, stop) in zip(segments, pairwise(used), strict=True)
+        if not all(asked[start:stop]) and segment[1] - segment[0] > 1
+    ]
+    if not long:
+        return []
+    inside = sum(stop - start for start, stop in long)
+    share = inside / (segments[-1][1] - segments[0][0])
+    longest = max(long, key=lambda segment: segment[1] - segment[0])
+    which = (
+        f"all {len(long)} segments are"
+        if len(long) == len(segments)
+        else f"{len(long)} of {len(segments)} segments are"
+    )
+    if len(segments) == 1:
+        which = "the segment is"
+    return [
+        f"{which} longer than one step, with {inside:,} steps or {_percent(share)} of training in them, the longest "
+        f"{longest[0]}→{longest[1]}. There the straight line between checkpoints is not the path that training took, and what is "
+        "allocated is the straight line's share: net sums mean something, shares of parameters that help and turns do not; the residual "
+        "says what quadrature misses"
+    ]
+
+
+def _percent(share: float) -> str:
+    """Return a share in per cent, never as 100 where it is less."""
+    return "100%" if share == 1 else f"{min(share, 0.999):.1%}" if share >= 0.99 else f"{share:.0%}"
+
+
+class StillSegments:
+    """Collects neighbouring checkpoints that hold the same tensors, whatever else their files state.
+
+    Samples of the tensors' bytes tell the candidates. Local files are then compared whole, up to 1 GiB in all.
+    """
+
+    def __init__(self) -> None:
+        self._before: tuple[int, Sequence[Path], Sequence[Header]] | None = None
+        self._stretches: list[tuple[int, int]] = []
+        self._count = 0
+        self._sampled = False
+        self._left = _MOST_COMPARED
+
+    def add(self, step: int, files: Sequence[Path], headers: Sequence[Header]) -> None:
+        """Compare the next checkpoint with the one before."""
+        before, self._before = self._before, (step, files, headers)
+        if before is None or not self._same(before[1], before[2], files, headers):
+            return
+        self._count += 1
+        joins = self._stretches and self._stretches[-1][1] == before[0]
+        self._stretches.append((self._stretches.pop()[0] if joins else before[0], step))
+
+    def _same(
+        self, files: Sequence[Path], headers: Sequence[Header], others: Sequence[Path], theirs: Sequence[Header]
+    ) -> bool:
+        if len(headers) != len(theirs) or not all(map(_samples_agree, headers, theirs)):
+            return False
+        size = sum(header.size for header in headers)
+        if size > self._left or any(map(is_remote, (*files, *others))):
+            self._sampled = True
+            return True
+        self._left -= size
+        try:
+            return all(map(_same_data, files, headers, others, theirs))
+        except OSError:  # reading it for the run will say so
+            return False
+
+    def notes(self) -> list[str]:
+        """Return what is to be said."""
+        if not self._count:
+            return []
+        shown = few([f"steps {start} to {stop}" for start, stop in self._stretches])
+        how = " as far as samples of their bytes tell," if self._sampled else ""
+        which = "this segment" if self._count == 1 else f"these {self._count:,} segments"
+        return [
+            f"neighbouring checkpoints hold the same tensors,{how} {shown}: in {which} nothing moves and everything allocated is 0 (a "
+            "learning rate of 0, a step that was skipped, or one state saved twice)"
+        ]
+
+
+def _samples_agree(one: Header, other: Header) -> bool:
+    """Compare what samples say of the tensors' bytes: those at the end always, the others where they lie at the same places."""
+    if one.data_size != other.data_size or one.data_samples[-1] != other.data_samples[-1]:
+        return False
+    if list(one.tensors) != list(other.tensors):  # bytes in another order
+        return False
+    return one.size != other.size or one.data_samples == other.data_samples
+
+
+def _same_data(one: Path, its: Header, other: Path, others: Header) -> bool:
+    """Compare the tensors' bytes of two files."""
+    with one.open("rb") as first, other.open("rb") as second:
+        first.seek(its.size - its.data_size)
+        second.seek(others.size - others.data_size)
+        while part := first.read(_CHUNK):
+            if part != second.read(_CHUNK):
+                return False
+    return True
