@@ -279,7 +279,7 @@ def _does_not_take(given: Any, count: int) -> str | None:
     try:
         signature.bind(*[None] * count)
     except TypeError:
-        return f"{_name_of(given)} takes {signature}"
+        return f"{_name_of(given)} takes ({', '.join(signature.parameters)})"
     return None
 
 

@@ -481,7 +481,7 @@ def test_parameters_that_move_without_the_loss_depending_on_them_are_named(tmp_p
     assert_the_oracle_agrees(met, replayed, iterates)
     assert not arrays(replayed["train"].allocation)["second.weight"].any()
     assert [event.text for event in heard if isinstance(event, Note)] == [
-        "tensors moved without the loss depending on them (allocated 0): second.bias, second.weight"
+        "tensors moved without loss 'train' depending on them (allocated 0): second.bias, second.weight"
     ]
 
 

@@ -299,7 +299,7 @@ class Objective:
         split = self.losses[name].split
         assert split is not None
         with self.recording():
-            return saved_bytes(self.splits[split], partial(self.values, name))
+            return saved_bytes(self.splits[split], lambda batch: self.values(name, fresh(batch)))
 
     def order(self, name: str) -> Order | None:
         """The groups of a loss, in the order its batches are taken in; None for a loss without groups."""

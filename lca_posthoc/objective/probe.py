@@ -400,7 +400,7 @@ def _writes_nothing(objective: Objective, name: str) -> None:
         return objective.values(name, copy)[0], None  # elements may all weigh nothing here
 
     with _model_unwritten(objective, name):
-        objective.over(values, [change_tensors(batch, Tensor.clone)])
+        objective.over(values, [change_tensors(fresh(batch), Tensor.clone)])  # of a clone, no write is counted yet
     (copy,) = given
     if (place := _written(batch, copy, "batch")) is not None:
         raise InputError(
