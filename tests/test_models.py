@@ -1178,6 +1178,7 @@ def test_a_factory_that_gives_one_module_twice_is_told_so(tmp_path: Path) -> Non
     )
     settings = {"device": torch.device("cpu"), "precision": "float32", "norm_stats": "running", "batch_size": None}
     objective = Objective(lambda: task, None, **settings)
+    assert next(objective.higher.model.parameters()).dtype == torch.float64  # a copy
     with pytest.raises(InputError, match="Build a new one at every call"):
-        _ = objective.higher
+        Objective(lambda: task, None, **settings)
     assert next(model.parameters()).dtype == torch.float32
