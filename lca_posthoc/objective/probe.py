@@ -249,7 +249,8 @@ def _has_gradient(objective: Objective, name: str, first: Evaluation) -> None:
     raise InputError(
         f"loss {name!r}{where} has no gradient for any tensor of the model, so that nothing of its change can be allocated. Look for "
         "torch.no_grad() or inference_mode() around it (as evaluation functions have), for detach(), .data, .item() or numpy on the way, "
-        "or for a count such as accuracy (argmax, comparisons): give the loss that was minimised, as training computes it."
+        "for a count such as accuracy (argmax, comparisons), or for a module that merges or caches weights in eval mode: give the loss "
+        "that was minimised, as training computes it."
     )
 
 

@@ -235,7 +235,12 @@ def _never_updated(spec: Spec, objective: Any) -> list[str]:
 
     if spec["settings"]["norm_stats"] != "running":
         return []
-    buffers = {name: tensor for name, tensor in objective.model.named_buffers() if is_statistic(name)}
+    trained, parameters = {spec.name for spec in objective.table}, dict(objective.model.named_parameters())
+    buffers = {
+        name: tensor
+        for name, tensor in objective.model.named_buffers()
+        if is_statistic(name) and f"{name.rpartition('running_')[0]}weight" not in parameters.keys() - trained
+    }  # not those of a part that was not trained, such as the base of an adapter
     sources = {name: spec["names"][name] for name in buffers if name in spec["names"]}
     new = {name: float(name.endswith("running_var")) for name in buffers}
     unchanged = {name for name in buffers if name in sources or torch.all(buffers[name] == new[name])}
