@@ -18,7 +18,7 @@ import psutil
 
 from . import store
 from .cluster import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting, Where, open_cluster
-from .errors import InputError, Interrupted, LCAError, ResourceError, SpanError, amount, unpack
+from .errors import InputError, Interrupted, LCAError, ResourceError, SpanError, amount, few, unpack
 from .places import here, is_remote, located, nearest
 from .preparation import as_json, muster, prepare, relative
 from .progress import Listener, Log, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow
@@ -408,7 +408,7 @@ class _Job:
             {**common, **_span_part(manifest, span), **place, "pending": names}
             for span, names in sorted(waiting.items())
         )
-        silent: set[str] = set()
+        silent: set[tuple[str, str, bool]] = set()
         held.working = True  # until its end, workers may leave temporary files
         with contextlib.closing(cluster.map(replay_span, specs, settled)) as outcomes:
             for outcome in outcomes:
@@ -428,17 +428,13 @@ class _Job:
                     f"out of memory {self.smaller} times; a smaller --batch-size from the start, in another run, is faster"
                 )
             )
-        if silent:
-            named = sorted(silent)
-            more = f" and {len(named) - 5} more" if len(named) > 5 else ""
-            self.tell(
-                Note(f"tensors moved without the loss depending on them (allocated 0): {', '.join(named[:5])}{more}")
-            )
+        for note in _of_silent(silent):
+            self.tell(Note(note))
         if stop.event.is_set():
             raise _interrupted(stop.signal)
 
-    def _hear(self, cluster: Cluster, writer: RunWriter, outcome: Outcome) -> set[str]:
-        """Pass on what a cluster says; returns the tensors losses turned out not to depend on."""
+    def _hear(self, cluster: Cluster, writer: RunWriter, outcome: Outcome) -> set[tuple[str, str, bool]]:
+        """Pass on what a cluster says; returns losses, tensors without a gradient, and whether the loss depends on them."""
         manifest = writer.manifest
         if isinstance(outcome, Refused):
             self.tell(Note(f"worker {outcome.worker} joined and takes no part: it {outcome.why}"))
@@ -464,7 +460,7 @@ class _Job:
         self.failed.append(failure)
         self.tell(failure)
 
-    def _take(self, writer: RunWriter, done: Done, workers: int) -> set[str]:
+    def _take(self, writer: RunWriter, done: Done, workers: int) -> set[tuple[str, str, bool]]:
         manifest, span, result = writer.manifest, done.spec["span"], done.result
         if "error" in result:
             error = unpack(result["error"])
@@ -500,7 +496,11 @@ class _Job:
                 workers,
             )
         )
-        return {name for fact in facts for name in fact["silent"]}
+        return {
+            (loss, tensor, tensor in fact.get("hidden", ()))
+            for loss, fact in result["losses"].items()
+            for tensor in fact["silent"]
+        }
 
     def _join(self, writer: RunWriter, loss: str, span: int, ends: list[float]) -> None:
         """Compare a span with those beside it, once they are committed; here alone, so that no two miss each other."""
@@ -513,6 +513,20 @@ class _Job:
                     f"{what}: not both are of the data and the model that are meant, or a machine erred. `lca verify {self.path}` lists "
                     f"where, `lca repair {self.path} --task FILE` computes it again."
                 )
+
+
+def _of_silent(silent: set[tuple[str, str, bool]]) -> Iterator[str]:
+    """Notes about tensors that moved and that no gradient of a loss reaches, by loss: hidden from it, or not used at all."""
+    for loss in sorted({loss for loss, _, _ in silent}):
+        hidden = {tensor for other, tensor, depends in silent if other == loss and depends}
+        unused = {tensor for other, tensor, _ in silent if other == loss} - hidden
+        if unused:
+            yield f"tensors moved without loss {loss!r} depending on them (allocated 0): {few(sorted(unused), 5)}"
+        if hidden:
+            yield (
+                f"tensors moved that loss {loss!r} depends on through detach() or no_grad() alone, so that no gradient reaches them "
+                f"(allocated 0): {few(sorted(hidden), 5)}. Their share is in the residual, which no smaller tolerance mends"
+            )
 
 
 def _failures(failed: list[SpanFailed]) -> str:

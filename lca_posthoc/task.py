@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -60,10 +60,21 @@ class Loss:
         if self.l2 is not None:
             if isinstance(self.l2, bool) or not isinstance(self.l2, int | float) or not 0 < self.l2 < math.inf:
                 raise InputError(f"Loss(l2=…) must be a positive number, got {self.l2!r}.")
-        elif not callable(given[0]):
-            raise InputError(f"Loss needs something to call, got {type(given[0]).__name__}.")
+        else:
+            _callable_as_stated(self.kind, given[0])
         if self.split is None and self.group_by is not None:
             raise InputError("a term of the parameters has no examples to group. Leave group_by out.")
+        if isinstance(self.group_by, type) and self.group_by not in (int, str):
+            raise InputError(
+                f"Loss(group_by={self.group_by.__name__}) is a class. Give labels, or a function of a batch that returns one for every "
+                "example: group_by=lambda inputs, targets: targets."
+            )
+        if callable(self.group_by):
+            _returns_at_once(f"Loss(group_by={_name_of(self.group_by)})", self.group_by)
+        if isinstance(self.on, Mapping | list | tuple) or callable(self.on):
+            raise InputError(
+                f"Loss(on=…) is the name of a split, got {type(self.on).__name__}. The data itself goes into Task(data={{'train': …}})."
+            )
 
     @property
     def kind(self) -> str:
@@ -181,6 +192,104 @@ def every_name(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 _KINDS = ("function", "call", "term", "l2")
+_STATED = {
+    "function": ("Loss({})", "fn(outputs, targets)", 2),
+    "call": ("Loss(call={})", "fn(model, batch)", 2),
+    "term": ("Loss(term={})", "fn(model)", 1),
+}
+
+
+def _callable_as_stated(kind: str, given: Any) -> None:
+    """Refuse what cannot give the values of a loss, as what it is: a class, a result, a metric, a function of other arguments."""
+    import torch
+
+    form, called, count = _STATED[kind]
+    name = _name_of(given)
+    stated = form.format(name)
+    if isinstance(given, str):
+        raise InputError(f"{form.format(repr(given))} is a string. Give the function itself: Loss(F.cross_entropy).")
+    if isinstance(given, torch.Tensor):
+        raise InputError(
+            f"{form.format('…')} was given a tensor of shape {list(given.shape)}, which is what a loss comes to. Give the function itself, "
+            f"which is called as {called}: Loss(F.cross_entropy), not Loss(F.cross_entropy(outputs, targets))."
+        )
+    if isinstance(given, type) and not _is_used_as_function(given):
+        if issubclass(given, torch.autograd.Function):
+            raise InputError(
+                f"{stated} is the class of an autograd function. Give what calls it: {form.format(f'{name}.apply')}."
+            )
+        raise InputError(f"{stated} is a class. Give an instance of it: {form.format(f'{name}()')}.")
+    if not callable(given):
+        raise InputError(
+            f"{form.format('…')} needs something to call, got {_article(type(given).__name__)}. It is called as {called}."
+        )
+    if all(callable(getattr(given, method, None)) for method in ("update", "compute", "reset")):
+        raise InputError(
+            f"{form.format('…')} was given a metric, {type(given).__name__}, which gathers a figure over batches. Give the function "
+            "that training minimises, which gives one value for every element."
+        )
+    _returns_at_once(stated, given)
+    if kind == "call" and _is_of_outputs(given):
+        raise InputError(
+            f"{stated} is a function of outputs and targets, but is called as {called}. Write Loss({name})."
+        )
+    problem = _does_not_take(given, count)
+    if problem is not None:
+        raise InputError(f"{stated} is called as {called}, but {problem}.")
+
+
+def _is_used_as_function(given: type) -> bool:
+    """Whether calling a class gives what it decides, as a class with a `__new__` of its own does, and not an instance of it."""
+    import torch
+
+    own = isinstance(given.__new__, FunctionType)
+    return own and not issubclass(given, torch.nn.Module | torch.autograd.Function)
+
+
+def _is_of_outputs(given: Any) -> bool:
+    import torch
+
+    inner = given.func if isinstance(given, functools.partial) else given
+    if isinstance(inner, torch.nn.Module):
+        return type(inner).__module__ == "torch.nn.modules.loss"
+    return getattr(inner, "__module__", None) == "torch.nn.functional"
+
+
+def _returns_at_once(stated: str, given: Any) -> None:
+    """Refuse a function that gives a coroutine or a generator and no values."""
+    inner = given.func if isinstance(given, functools.partial) else given
+    for function in (inner, getattr(inner, "forward", inner) if _is_module(inner) else type(inner).__call__):
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise InputError(f"{stated} is an async function, which gives a coroutine. Give a plain function (def).")
+        if inspect.isgeneratorfunction(function):
+            raise InputError(
+                f"{stated} is a generator function (it has a yield in it). Give one that returns what it computes."
+            )
+
+
+def _does_not_take(given: Any, count: int) -> str | None:
+    """What a callable takes, where it cannot be called with `count` positional arguments."""
+    import torch
+
+    function = given.forward if isinstance(given, torch.nn.Module) else given
+    try:
+        signature = inspect.signature(function, follow_wrapped=False)
+    except (TypeError, ValueError):  # builtins without a signature
+        return None
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        return f"{_name_of(given)} takes ({', '.join(signature.parameters)})"
+    return None
+
+
+def _name_of(given: Any) -> str:
+    inner = given.func if isinstance(given, functools.partial) else given
+    return str(getattr(inner, "__name__", type(inner).__name__))
+
+
+def _article(word: str) -> str:
+    return f"{'an' if word[:1].lower() in 'aeiou' else 'a'} {word}"
 
 
 def _is_module(given: object) -> bool:
@@ -222,8 +331,11 @@ class Task:
                 f"Task.model must be a zero-argument factory of a module, got {type(self.model).__name__}. "
                 "Pass the class or a lambda: model=Net, or model=lambda: Net(hidden=100)."
             )
+        _builds_a_model(self.model)
         if not isinstance(self.data, Mapping) or not self.data:
             raise InputError("Task.data must name at least one split: data={'train': (inputs, targets)}.")
+        for name, split in self.data.items():
+            _is_data(name, split)
         if not isinstance(self.losses, Mapping) or not self.losses:
             raise InputError(
                 "Task.losses must name at least one loss: losses={'train': Loss(F.cross_entropy, on='train')}."
@@ -250,6 +362,33 @@ class Task:
                     f"there is no loss {name!r} in the task; it has {_names(self.losses)}. Use --loss NAME or --loss all."
                 )
         return list(dict.fromkeys(wanted))
+
+
+def _builds_a_model(factory: Any) -> None:
+    """Refuse factories that cannot give a module when they are called without arguments."""
+    import torch
+
+    name = _name_of(factory)
+    if isinstance(factory, type) and not issubclass(factory, torch.nn.Module) and not _is_used_as_function(factory):
+        raise InputError(
+            f"Task(model={name}) is a class that is no nn.Module. Give the class of the model, or a function that builds it."
+        )
+    _returns_at_once(f"Task(model={name})", factory)
+    problem = None if isinstance(factory, type) and type(factory) is not type else _does_not_take(factory, 0)
+    if problem is not None:
+        raise InputError(
+            f"Task(model={name}) is called without arguments, but {problem}. Write model=lambda: {name}(…) with the arguments of the "
+            "model that was trained."
+        )
+
+
+def _is_data(name: str, split: Any) -> None:
+    """Refuse a class or a function in place of data."""
+    what, gives = ("class", "builds") if isinstance(split, type) else ("function", "returns")
+    if isinstance(split, type) or inspect.isroutine(split):
+        raise InputError(
+            f"Task.data[{str(name)!r}] is the {what} {split.__name__}, not data. Give what it {gives}: {split.__name__}(…)."
+        )
 
 
 def parse_subsets(given: list[str]) -> dict[str, str]:

@@ -324,6 +324,17 @@ class Cached(nn.Module):
         return x @ self.kept.T
 
 
+class CachedInPart(Cached):
+    """The same with a bias that is looked up anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.bias
+
+
 class Auxiliary(nn.Module):
     """A second head that only training looks at."""
 
@@ -481,19 +492,26 @@ def test_parameters_that_move_without_the_loss_depending_on_them_are_named(tmp_p
     assert_the_oracle_agrees(met, replayed, iterates)
     assert not arrays(replayed["train"].allocation)["second.weight"].any()
     assert [event.text for event in heard if isinstance(event, Note)] == [
-        "tensors moved without the loss depending on them (allocated 0): second.bias, second.weight"
+        "tensors moved without loss 'train' depending on them (allocated 0): second.bias, second.weight"
     ]
 
 
-@pytest.mark.parametrize("build", [Merging, Cached])
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (Merging, ("at the last checkpoint", "Build it")),
+        (CachedInPart, ("at the last checkpoint", "Build it")),
+        (Cached, ("no gradient",)),
+    ],
+)
 def test_modules_that_derive_weights_when_set_to_eval_are_refused(
-    tmp_path: Path, build: Callable[[], nn.Module]
+    tmp_path: Path, build: Callable[[], nn.Module], words: tuple[str, ...]
 ) -> None:
     met = Met(build)
     iterates = met.record(tmp_path / "iterates")
     with pytest.raises(InputError) as caught:
         replay(met, iterates, tmp_path / "run")
-    says(str(caught.value), "loss 'train' at the last checkpoint", "merges or caches weights in eval mode", "Build it")
+    says(str(caught.value), "loss 'train'", "merges or caches weights in eval mode", *words)
     assert not (tmp_path / "run").exists()
 
 
@@ -1178,6 +1196,7 @@ def test_a_factory_that_gives_one_module_twice_is_told_so(tmp_path: Path) -> Non
     )
     settings = {"device": torch.device("cpu"), "precision": "float32", "norm_stats": "running", "batch_size": None}
     objective = Objective(lambda: task, None, **settings)
+    assert next(objective.higher.model.parameters()).dtype == torch.float64  # a copy
     with pytest.raises(InputError, match="Build a new one at every call"):
-        _ = objective.higher
+        Objective(lambda: task, None, **settings)
     assert next(model.parameters()).dtype == torch.float32

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..errors import InputError
 from .sources import (
@@ -194,6 +196,13 @@ class Split:
         """
         return move(next(self._read([positions])), self._device, self._dtype)
 
+    def samples(self, cuts: Sequence[range]) -> Iterator[Any]:
+        """Examples at some ranges of positions, ascending, each as one batch on the device."""
+        for _, batch in zip(
+            cuts, self._read(cuts), strict=False
+        ):  # a stream that is not asked for its end is not compared
+            yield move(batch, self._device, self._dtype)
+
     @property
     def digest(self) -> str:
         """A hash of 256 examples, spread evenly or the first of a stream, and of how many there are."""
@@ -331,10 +340,36 @@ def saved_bytes(split: Split, forward: Callable[[Any], Any]) -> float:
             saved[tensor.data_ptr()] = max(saved.get(tensor.data_ptr(), 0), tensor.numel() * tensor.element_size())
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = forward(split.sample(0, count))
-    del kept
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            kept = forward(split.sample(0, count))
+        del kept
+    except InputError:  # transforms of torch.func refuse to run under such hooks; what else went wrong does again
+        written = _Written()
+        with written:
+            forward(split.sample(0, count))
+        return max(1, written.bytes) / count
     return max(1, sum(saved.values())) / count
+
+
+class _Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all that operations write into new memory: what is saved for backward passes is among it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if _is_dense(tensor)}
+        for tensor in tree_leaves(results):
+            if _is_dense(tensor) and tensor.untyped_storage()._cdata not in given:
+                self.bytes += tensor.numel() * tensor.element_size()
+        return results
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def automatic_batch_size(saved: float, device: torch.device) -> int:

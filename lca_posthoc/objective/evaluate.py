@@ -21,14 +21,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import InputError, SpanError, few
+from ..records import SAME_LOSS
 from ..task import Loss, Task, convert, every_name
 from ..trajectory import TensorSpec
+from .autocast import Watch
 from .batches import Order, Split, automatic_batch_size, saved_bytes
+from .copies import copy_in
 from .linear import multiplying
 from .normalisation import normalising
 from .precision import tf32
+from .recurrent import recurring
 from .sharing import SharedOutputs
-from .sources import digest_of, is_out_of_memory
+from .sources import change_tensors, digest_of, is_out_of_memory
 from .sums import Evaluation, Sums
 from .tensors import added_entries, is_fixed, tensor_table, unstored
 
@@ -64,6 +68,7 @@ class Objective:
         subset: split → which of its examples, `""` for every split.
         held: names of the tensors the checkpoints hold, normalised: frozen parameters that are not among them stay as the task's
             model builds them. None where they hold all.
+        model: instead of a new one of the task's factory.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class Objective:
         batch_size: int | None,
         subset: Mapping[str, str] | None = None,
         held: Collection[str] | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         self.device, self.dtype, self.norm_stats = device, PRECISIONS[precision], norm_stats
         self.precision = precision
@@ -85,7 +91,7 @@ class Objective:
         with default_dtype(self.dtype):
             self.task = build()
             self.losses = {name: self.task.losses[name] for name in self.task.choose(losses)}
-            self.model = new_model(self.task)
+            self.model = new_model(self.task) if model is None else model
             convert(self.model, device, self.dtype)
             self.model.eval()  # a statement: a model's own train() or eval() may return nothing
         chosen = subset or {}
@@ -105,6 +111,9 @@ class Objective:
         self._sources = {name: loss.source for name, loss in self.losses.items()}
         self.functions = {name: loss.on_device(device, self.dtype) for name, loss in self.losses.items()}
         self._functions_per_element: dict[str, Callable[[Any, Any], Any]] = {}
+        self._bound: list[tuple[Tensor, bool]] = []
+        self._autocast_of: dict[str, str | None] = {}
+        self.starts: dict[str, int] = {}
         self._complete()
         self.table = tensor_table(self.model, norm_stats, self.task.fixed, held)
         stored = {spec.name for spec in self.table}
@@ -112,8 +121,9 @@ class Objective:
         self.frozen = [spec.name for spec in whole if spec.name not in stored]
         self._tensors = self._bind()
         fixed = [name for name in self._own() if name in self.frozen or is_fixed(name, self.task.fixed)]
-        if fixed and self.dtype == torch.float64:  # the ones that were trained with: a seed gives others in float64
-            with default_dtype(torch.float32):
+        drawn = [name for name in fixed if not _is_narrow(self._own()[name])]
+        if drawn and self.dtype == torch.float64 and model is None:
+            with default_dtype(torch.float32):  # the ones that were trained with: a seed gives others in float64
                 self._copy_own(new_model(self.task), fixed)
         self._orders: list[Order] = []
         self._order_of: dict[str, Order] = {}
@@ -129,12 +139,75 @@ class Objective:
 
     @cached_property
     def higher(self) -> Objective:
-        """The same task, one precision higher, over the same data and batches."""
-        other = Objective(lambda: self.task, list(self.losses), precision=HIGHER[self.precision], **self._settings)
-        other.batch_sizes, other.joined = self.batch_sizes, self.joined
+        """The same task, one precision higher, over the same data and batches.
+
+        Its model is a copy of this one's, so that the task's factory is called once; where there is no copy that agrees, it is
+        built anew.
+        """
+        other = self.in_precision(HIGHER[self.precision])
+        other.joined = self.joined
         other._orders, other._order_of = self._orders, self._order_of
+        return other
+
+    def in_precision(self, precision: str) -> Objective:
+        """The same task in another precision, with batches of the same size and the tensors that checkpoints do not hold."""
+        copied = copy_in(self.model, self.device, PRECISIONS[precision])
+        if copied is not None:
+            other = self._beside(precision, copied)
+            if self._agrees(other):
+                return other
+        return self._beside(precision, None)
+
+    def _beside(self, precision: str, model: nn.Module | None) -> Objective:
+        other = Objective(lambda: self.task, list(self.losses), precision=precision, model=model, **self._settings)
+        other.batch_sizes = self.batch_sizes
         other._copy_own(self.model, self._own())
         return other
+
+    def precision_of(self, name: str) -> str:
+        """The precision a loss is computed in: that of the run, or the coarser one of an autocast it turns on itself."""
+        return "bfloat16" if self.autocast(name) else self.precision
+
+    def autocast(self, name: str) -> str | None:
+        """The type a loss, or the model in it, casts to by an autocast of its own; None where there is none.
+
+        Autocast leaves float64 alone, and in bfloat16 the run's own is on already.
+        """
+        if self.precision == "float64":
+            return None
+        if name not in self._autocast_of:
+            split, watch = self.losses[name].split, Watch(self.device)
+            batch = None if split is None else self.splits[split].sample(0, 2)
+            with self.recording(), watch:
+                self.values(name, fresh(batch))
+            own = {"bfloat16"} if self.precision == "bfloat16" else set()
+            self._autocast_of[name] = min(watch.dtypes - own, default=None)
+        return self._autocast_of[name]
+
+    def _agrees(self, other: Objective) -> bool:
+        """Return whether another precision gives the values of every loss on a few examples, at the point this one holds.
+
+        They agree within ten times what two precisions may differ by on a larger sample: single values may be small.
+        """
+        with torch.no_grad():
+            for name, tensor in self._tensors.items():
+                other._tensors[name].copy_(tensor)
+        for name, loss in self.losses.items():
+            pairs, few_examples = [], min(32, self.batch_sizes.get(loss.on, 2))
+            try:
+                for objective in (self, other):
+                    batch = None if loss.split is None else objective.splits[loss.split].sample(0, few_examples)
+                    with objective.recording():
+                        pairs.append(objective.values(name, fresh(batch))[0].detach().double())
+            except InputError:
+                return False
+            ours, theirs = pairs
+            if ours.shape != theirs.shape:
+                return False
+            tolerance = 10 * max(SAME_LOSS[objective.precision_of(name)] for objective in (self, other))
+            if not (ours - theirs).abs().sum() <= tolerance * ours.abs().sum():
+                return False
+        return True
 
     def release_higher(self) -> None:
         """Give up the objective one precision higher, with its model and its copy of the data."""
@@ -153,7 +226,7 @@ class Objective:
                 raise InputError("the model is lazily built, and no loss of the task calls it. Build it in Task.model.")
             self.functions.setdefault(name, known[name].on_device(self.device, self.dtype))
             split = Split(known[name].on, self.task.data[known[name].on], self.device, self.dtype)
-            with self._mode(), torch.no_grad():
+            with self.recording():
                 self.values(name, split.sample(0, 2))
 
     def _bind(self) -> dict[str, Tensor]:
@@ -163,6 +236,7 @@ class Objective:
         bound = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for spec in self.table:
             bound[spec.name].requires_grad_(spec.kind != "state")
+        self._bound = [(tensor, tensor.requires_grad) for tensor in bound.values()]
         for pattern in self.task.fixed:
             if not any(is_fixed(name, [pattern]) for name in [*bound, *(self._settings["held"] or ())]):
                 raise InputError(
@@ -241,8 +315,8 @@ class Objective:
         """What autograd saves of a loss for one example."""
         split = self.losses[name].split
         assert split is not None
-        with self._mode():
-            return saved_bytes(self.splits[split], partial(self.values, name))
+        with self.recording():
+            return saved_bytes(self.splits[split], lambda batch: self.values(name, fresh(batch)))
 
     def order(self, name: str) -> Order | None:
         """The groups of a loss, in the order its batches are taken in; None for a loss without groups."""
@@ -362,11 +436,14 @@ class Objective:
         mixed = order is not None and self.norm_stats == "batch"
         walk = split.batches(self.batch_sizes[split.name], None if mixed else order, None if mixed else only)
         codes = torch.split(_codes(split.examples, order), self.batch_sizes[split.name]) if order and mixed else ()
-        with self._mode(), torch.set_grad_enabled(gradient), contextlib.closing(walk):
+        with self.recording(), contextlib.closing(walk):
             for at, (group, batch) in enumerate(walk):
-                shared = SharedOutputs()
+                shared, common = SharedOutputs(), fresh(batch)
                 for source, held in sources.items():
-                    values, weights = self.values(self.replicated.get(held[0], held[0]), batch, shared)
+                    name = self.replicated.get(held[0], held[0])
+                    mine = common if self.functions[name].call is None else fresh(batch)
+                    values, weights = self.values(name, mine, shared)
+                    values = values if gradient else values.detach()
                     keep = source != next(reversed(sources))
                     if mixed:
                         self._back_by_group(sums[source], values, weights, codes[at], keep)
@@ -401,15 +478,16 @@ class Objective:
         """A loss over the batches given, at the point the module holds; `values` gives a batch's values and weights."""
         shapes = {spec.name: spec.shape for spec in self.allocated if gradient}
         sums = Sums(shapes, self.device, None, True)
-        with self._mode(), torch.set_grad_enabled(gradient):
+        with self.recording():
             for batch in batches:
-                self._back(sums, 0, *values(batch), False)
+                found, weights = values(fresh(batch))
+                self._back(sums, 0, found if gradient else found.detach(), weights, False)
         return sums.evaluation(False, "a loss", None)
 
     def values(self, name: str, batch: Any, shared: SharedOutputs | None = None) -> tuple[Tensor, Tensor | None]:
         """One value per element of a batch, multiplied by the element's weight, and the weights (float64) unless all are 1."""
         loss = self.functions[name]
-        with self._user_code(loss), self._autocast():
+        with self._user_code(loss), self._autocasting():
             if loss.split is None:
                 return self._term(name, loss), None
             if loss.call is not None:
@@ -455,8 +533,8 @@ class Objective:
         """Refuse a grouped loss whose values do not run over the examples, where a batch holds several groups."""
         if self.order(name) is None:
             return
-        with self._mode(), torch.no_grad():
-            values = self.values(name, batch)[0]
+        with self.recording():
+            values = self.values(name, fresh(batch))[0]
         if values.shape[0] != examples:
             raise InputError(
                 f"loss {name!r} gives values of shape {list(values.shape)} for a batch of {examples} examples; with --norm-stats batch the "
@@ -474,8 +552,8 @@ class Objective:
         return None if weights is None else float(weights.min())
 
     def _weights(self, name: str, batch: Any) -> Tensor | None:
-        with self._mode(), torch.no_grad():
-            return self.values(name, batch)[1]
+        with self.recording():
+            return self.values(name, fresh(batch))[1]
 
     def _term(self, name: str, loss: Loss) -> Tensor:
         if loss.l2 is not None:
@@ -492,16 +570,19 @@ class Objective:
         return value.reshape(1)
 
     @contextlib.contextmanager
-    def _mode(self) -> Iterator[None]:
+    def recording(self) -> Iterator[None]:
+        """Compute as a run does, with autograd recording: precision, normalisation and kernels are those of the objective."""
         with (
             normalising(self.norm_stats, self.model.buffers()),
             multiplying(self.device),
+            recurring(self.device),
             default_dtype(self.dtype),
+            torch.enable_grad(),  # also where no gradient is wanted of a loss: it may take derivatives itself
             tf32(self.precision == "tf32"),
         ):
             yield
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def _autocasting(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision != "bfloat16":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
@@ -517,15 +598,36 @@ class Objective:
             if is_out_of_memory(error):
                 raise
             place = "in a term of the parameters" if loss.split is None else f"on split {loss.split!r}"
-            other = loss.fn is not None and isinstance(error, TypeError)
             raise InputError(
-                f"the model or the loss function failed {place}: {type(error).__name__}: {error}"
-                + (
-                    ". A loss or a model that takes other arguments is stated as Loss(call=fn), called as fn(model, batch)."
-                    if other
-                    else ""
-                )
+                f"the model or the loss function failed {place}: {type(error).__name__}: {error}{_way_out(loss, error)}"
             ) from error
+        finally:
+            self._restore()
+
+    def _restore(self) -> None:
+        """Undo what a loss that takes derivatives itself leaves on the model's tensors: gradients, and who has any."""
+        for tensor, has_gradient in self._bound:
+            tensor.grad = None
+            if tensor.requires_grad != has_gradient and tensor.is_leaf:
+                tensor.requires_grad_(has_gradient)
+
+
+def _way_out(loss: Loss, error: Exception) -> str:
+    if loss.fn is not None and isinstance(error, TypeError):
+        return ". A loss or a model that takes other arguments is stated as Loss(call=fn), called as fn(model, batch)."
+    if loss.call is not None and isinstance(error, TypeError | AttributeError):
+        return ". Loss(call=fn) is called as fn(model, batch); a function of outputs and targets is stated as Loss(fn)."
+    return ""
+
+
+def fresh(batch: Any) -> Any:
+    """A batch of new tensors over the same memory, so that what a loss does to them (requires_grad_, say) is not there later."""
+    return change_tensors(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor.detach())
+
+
+def _is_narrow(tensor: Tensor) -> bool:
+    """Whether float32 holds the values of a tensor exactly."""
+    return not tensor.is_floating_point() or torch.equal(tensor, tensor.float().to(tensor.dtype))
 
 
 def _not_broadcast(name: str, values: Tensor, outputs: Tensor, targets: Tensor) -> None:

@@ -3,7 +3,7 @@ r"""What normalisation layers do in a replay: a named choice, made in one place.
 `running`: the loss depends on the running statistics stored in the checkpoints, which move as well. torch gives no
 gradient for them, so the native kernel is kept and the gradient routed through an equivalent affine pair: with
 $m_0, v_0$ the detached statistics, it is called with weight $w\sqrt{(v_0+\varepsilon)/(v+\varepsilon)}$ and bias
-$b-(m-m_0)\,w/\sqrt{v_0+\varepsilon}$. Values are those of the plain call; autograd sees $m$ and $v$ (first derivatives).
+$b-(m-m_0)\,w/\sqrt{v+\varepsilon}$. Values are those of the plain call; autograd sees $m$ and $v$, in derivatives of any order.
 
 `batch`: statistics of each batch of a fixed partition, as in the paper; running statistics are neither read nor written. A network
 beside the model, such as a teacher in eval mode, keeps its own: a call is the model's where its statistics are the model's buffers.
@@ -38,7 +38,7 @@ def _affine(
     shift = torch.zeros_like(mean0) if bias is None else bias
     return (
         scale * torch.sqrt((var0 + eps) / (var + eps)),
-        shift - (mean - mean0) * (scale / torch.sqrt(var0 + eps)),
+        shift - (mean - mean0) * (scale / torch.sqrt(var + eps)),
     )
 
 

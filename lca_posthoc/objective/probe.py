@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, few
 from ..recorder.staging import same_bytes
+from ..task import Loss, every_name
 from .batches import Order
-from .evaluate import Objective, unpack
+from .evaluate import Objective, fresh, unpack
 from .sharing import tensors_of
 from .sources import change_tensors
 from .sums import Evaluation
@@ -24,6 +27,7 @@ from .tensors import is_statistic
 _SAMPLE = 256
 _AGREE = {"float32": 1e-4, "float64": 1e-4, "tf32": 1e-2, "bfloat16": 1e-2}
 _REPEATS = 1e-6
+_DEPTH = 4  # how far from a loss's function its parameters' names are looked for
 
 
 @dataclass(frozen=True)
@@ -98,21 +102,35 @@ def _sample(objective: Objective, name: str) -> list[Any]:
 
 
 def _start(objective: Objective, name: str) -> int:
-    """Where the sample starts: at the first examples that weigh anything (targets may all be ignored, text all padding)."""
+    """Where the sample starts: at examples of which some weigh anything (targets may all be ignored, text all padding).
+
+    Stretches of the sample's size are looked at by their first halves, then by the others, so that in all every example was.
+    """
     split = objective.splits[objective.losses[name].on]
     count = _count(objective, split.name)
-    for start in range(0, split.examples, count):
-        if objective.weighs(name, split.sample(start, start + _cut(count))):
-            return start
+    known = objective.starts.get(name)
+    if known is not None and objective.weighs(name, split.sample(known, known + count)):
+        return known
+    cut = _cut(count)
+    firsts = [range(start, min(start + cut, split.examples)) for start in range(0, split.examples, count)]
+    others = [range(first.stop, min(first.start + count, split.examples)) for first in firsts]
+    for halves in (firsts, [other for other in others if other]):
+        for half, batch in zip(halves, split.samples(halves), strict=True):
+            if objective.weighs(name, batch):
+                objective.starts[name] = half.start // count * count
+                return objective.starts[name]
     raise InputError(
-        f"the weights of loss {name!r} on split {split.name!r} sum to 0 wherever they were looked at. Give elements a weight."
+        f"the weights of loss {name!r} on split {split.name!r} sum to 0 over all its {split.examples} examples, so it is the mean of "
+        "nothing. Give elements a weight."
     )
 
 
-def _groups_weigh(objective: Objective, name: str) -> None:
+def _groups_weigh(objective: Objective, name: str, sample: Any) -> None:
     """Refuse weights that are negative, and groups whose elements all weigh nothing: such a group has no loss."""
     split, order = objective.splits[objective.losses[name].on], objective.order(name)
-    lowest = objective.lowest_weight(name, split.sample(0, _count(objective, split.name)))
+    first = split.sample(0, _count(objective, split.name))
+    lows = [low for batch in (first, sample) if (low := objective.lowest_weight(name, batch)) is not None]
+    lowest = min(lows, default=None)
     if lowest is not None and lowest < 0:
         raise InputError(
             f"a weight of loss {name!r} is {lowest:.6g}. Weights say how much an element counts: give none below 0."
@@ -158,25 +176,29 @@ def check_loss(objective: Objective, name: str) -> list[str]:
     """Probe one loss at the point the objective holds; returns notes worth recording.
 
     Raises:
-        InputError: where an evaluation writes into its batch or the model, two evaluations or two batch sizes disagree, or the
-            loss is not its function's own mean.
+        InputError: where an evaluation writes into its batch or the model, no gradient reaches any allocated tensor, two evaluations
+            or two batch sizes disagree, or the loss is not its function's own mean.
     """
     _writes_nothing(objective, name)
     loss = objective.losses[name]
     if loss.split is None:
         first = _over(objective, name, None)
+        _has_gradient(objective, name, first)
         _finite(name, first)
         scale = _Scale(max(abs(first.loss), 1e-12), max(_norm(first), 1e-12))
-        return _repeats(objective, name, None, scale.apart(first, _over(objective, name, None)))
+        notes = _repeats(objective, name, None, scale.apart(first, _over(objective, name, None)))
+        return notes + _own_parameters(objective, name, None) + _casts(objective, name)
     split = objective.splits[loss.split]
     start = _start(objective, name)
-    _groups_weigh(objective, name)
     stop = min(start + _count(objective, loss.split), split.examples)
     cut = min(start + _cut(stop - start), stop)
-    sample, half = split.sample(start, stop), split.sample(start, cut)
+    sample = split.sample(start, stop)
     first = _over(objective, name, sample)
+    _has_gradient(objective, name, first)
+    _groups_weigh(objective, name, sample)
     _finite(name, first)
-    scale = _scale(objective, name, first, _over(objective, name, half), sample)
+    halves = [split.sample(start, cut), *([split.sample(cut, stop)] if cut < stop else [])]
+    scale = _scale(objective, name, first, _over(objective, name, _weighing(objective, name, halves)), sample)
     notes = _repeats(objective, name, sample, scale.apart(first, _over(objective, name, split.sample(start, stop))))
     if objective.norm_stats == "batch":
         objective.first_axis(name, sample, stop - start)
@@ -184,14 +206,168 @@ def check_loss(objective: Objective, name: str) -> list[str]:
         _statistics_unused(objective, name, sample, float(first.loss), scale.value)
         batch_size = objective.batch_sizes[loss.split]
         last = (split.examples - 1) // batch_size * batch_size
-        _over(objective, name, split.sample(last, split.examples))  # it may be too small for batch statistics
+        _plain_mean(objective, name, split.sample(last, split.examples))  # it may be too small for batch statistics
     elif cut < stop:
-        parts = _over(objective, name, half, split.sample(cut, stop))
+        parts = _over(objective, name, *halves)
         _batches(objective, name, first, parts, scale.apart(first, parts))
         _from_all_over(objective, name, stop - start)
     if loss.reduces:
         _own_mean(objective, name, sample, float(first.loss), scale.value)
-    return notes
+    return notes + _own_parameters(objective, name, sample) + _casts(objective, name)
+
+
+def _weighing(objective: Objective, name: str, batches: list[Any]) -> Any:
+    """The first of some batches of which any element weighs; None where there is none."""
+    return next((batch for batch in batches if objective.weighs(name, batch)), None)
+
+
+def _plain_mean(objective: Objective, name: str, batch: Any) -> Evaluation:
+    """The mean of a batch's values, whose elements may all weigh nothing, and its gradient."""
+    return objective.over(lambda batch: (objective.values(name, batch)[0], None), [batch])
+
+
+def _has_gradient(objective: Objective, name: str, first: Evaluation) -> None:
+    """Refuse a loss of which no batch of the whole split has a gradient for any allocated tensor; `first` is of a sample.
+
+    A gradient that is 0 by value, as behind a ReLU that is off, is one.
+    """
+    allocated = {spec.name for spec in objective.allocated}
+    if allocated - first.untouched:
+        return
+    if not allocated:
+        raise InputError(
+            f"loss {name!r} has no tensor to be allocated to: every one of the model is frozen or fixed, and no checkpoint holds it. "
+            "Build the model with what was trained not frozen, and leave that out of Task(fixed=[…])."
+        )
+    loss = objective.losses[name]
+    if loss.split is not None:
+        split, count = objective.splits[loss.split], _count(objective, loss.split)
+        cuts = [range(start, min(start + count, split.examples)) for start in range(0, split.examples, count)]
+        if any(allocated - _plain_mean(objective, name, batch).untouched for batch in split.samples(cuts)):
+            return
+    where = "" if loss.split is None else f" on split {loss.split!r}"
+    raise InputError(
+        f"loss {name!r}{where} has no gradient for any tensor of the model, so that nothing of its change can be allocated. Look for "
+        "torch.no_grad() or inference_mode() around it (as evaluation functions have), for detach(), .data, .item() or numpy on the way, "
+        "for a count such as accuracy (argmax, comparisons), or for a module that merges or caches weights in eval mode: give the loss "
+        "that was minimised, as training computes it."
+    )
+
+
+def _own_parameters(objective: Objective, name: str, batch: Any) -> list[str]:
+    """Say which parameters beside the model's a loss is computed with and has a gradient for."""
+    with objective.recording():
+        values, _ = objective.values(name, fresh(batch))
+    of_model = {id(tensor) for tensor in every_name(objective.model).values()}
+    own = [leaf for leaf in _leaves(values) if isinstance(leaf, nn.Parameter) and id(leaf) not in of_model]
+    if not own:
+        return []
+    names = _names_beside(objective.functions[name])
+    named = few([repr(names[id(leaf)]) if id(leaf) in names else f"one of shape {list(leaf.shape)}" for leaf in own], 5)
+    return [
+        f"loss {name!r} has parameters of its own, {named}, which no checkpoint of the model holds: they stay as the task builds them. If "
+        "they were trained too, this is another loss than the one that was: put the model and the loss into one module, record that, and "
+        "state the loss as Loss(call=fn). If they never were, requires_grad_(False) on them says so"
+    ]
+
+
+def _leaves(values: Tensor) -> list[Tensor]:
+    """The tensors at the leaves of the graph that values came from, in a fixed order."""
+    leaves: dict[int, Tensor] = {}
+    seen, waiting = set(), [values.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves[id(leaf)] = leaf
+        waiting += [following for following, _ in node.next_functions]
+    return list(leaves.values())
+
+
+def _names_beside(loss: Loss) -> dict[int, str]:
+    """The names of the parameters of modules that a loss's function is, holds, is bound to, or refers to."""
+    names: dict[int, str] = {}
+    seen: set[int] = set()
+    waiting: list[tuple[Any, int]] = [(given, 0) for given in (loss.fn, loss.call, loss.term) if given is not None]
+    while waiting:
+        value, depth = waiting.pop()
+        if id(value) in seen or depth > _DEPTH:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            names |= {id(tensor): key for key, tensor in value.named_parameters()}
+        waiting += [(inside, depth + 1) for inside in _inside(value)]
+    return names
+
+
+def _inside(value: Any) -> list[Any]:
+    """What a callable or a container refers to."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, tuple | list):
+        return list(value)
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, FunctionType):
+        try:
+            refers = inspect.getclosurevars(value)
+        except ValueError:  # of a name that is bound to nothing yet
+            return []
+        return [*refers.nonlocals.values(), *refers.globals.values(), *(value.__defaults__ or ())]
+    return [] if isinstance(value, nn.Module | type | ModuleType) else list(getattr(value, "__dict__", {}).values())
+
+
+def _casts(objective: Objective, name: str) -> list[str]:
+    dtype = objective.autocast(name)
+    if dtype is None:
+        return []
+    return [
+        f"loss {name!r}, or the model in it, turns on autocast to {dtype} itself: it is not computed in {objective.precision}, and the "
+        "residual of a segment cannot be refined below what that rounds. Take autocast out of the task's loss (or pass enabled=False) for "
+        f"{objective.precision}; --precision bfloat16 has its own"
+    ]
+
+
+def hidden_from_autograd(objective: Objective, name: str, tensors: Collection[str]) -> list[str]:
+    """Which of some tensors that no gradient reaches a loss depends on all the same, through detach() or no_grad().
+
+    The loss of a sample is computed with these tensors moved, at the point the objective holds, which stays as it is.
+    """
+    own = {**dict(objective.model.named_parameters()), **dict(objective.model.named_buffers())}
+    (sample,) = _sample(objective, name)
+
+    def value() -> float:
+        return float(_over(objective, name, sample, gradient=False).loss)
+
+    before = value()
+
+    def matters(names: list[str]) -> bool:
+        stored = {key: own[key].detach().clone() for key in names}
+        with torch.no_grad():
+            for key in names:
+                own[key].mul_(1.5).add_(0.5)
+        try:
+            return value() != before
+        except InputError:  # it is read, and cannot be what it was moved to
+            return True
+        finally:
+            with torch.no_grad():
+                for key, tensor in stored.items():
+                    own[key].copy_(tensor)
+
+    def among(names: list[str]) -> list[str]:
+        if not names or not matters(names):
+            return []
+        if len(names) == 1:
+            return names
+        half = len(names) // 2
+        return among(names[:half]) + among(names[half:])
+
+    return among(sorted(tensors))
 
 
 def _from_all_over(objective: Objective, name: str, count: int) -> None:
@@ -204,10 +380,11 @@ def _from_all_over(objective: Objective, name: str, count: int) -> None:
         sample, *parts = (split.at(each) for each in (positions, *positions.tensor_split(2)))  # unlike each other
     except InputError:  # examples of several shapes, say, which stack in the order of the data alone
         return
-    if not objective.weighs(name, parts[0]):
+    half = _weighing(objective, name, parts)
+    if half is None:
         return
     whole, apart = _over(objective, name, sample), _over(objective, name, *parts)
-    scale = _scale(objective, name, whole, _over(objective, name, parts[0]), sample)
+    scale = _scale(objective, name, whole, _over(objective, name, half), sample)
     _batches(objective, name, whole, apart, scale.apart(whole, apart))
     if loss.reduces:
         _own_mean(objective, name, sample, float(whole.loss), scale.value)
@@ -217,13 +394,15 @@ def _writes_nothing(objective: Objective, name: str) -> None:
     """Refuse a loss that writes into its batch or the model; the first evaluation of all, for writing again may change nothing."""
     split = objective.losses[name].split
     batch = None if split is None else objective.splits[split].sample(0, _count(objective, split))
-    copy = change_tensors(batch, Tensor.clone)
+    given: list[Any] = []
 
-    def values(batch: Any) -> tuple[Tensor, None]:
-        return objective.values(name, batch)[0], None  # elements may all weigh nothing here
+    def values(copy: Any) -> tuple[Tensor, None]:
+        given.append(copy)
+        return objective.values(name, copy)[0], None  # elements may all weigh nothing here
 
     with _model_unwritten(objective, name):
-        objective.over(values, [copy])
+        objective.over(values, [change_tensors(fresh(batch), Tensor.clone)])  # of a clone, no write is counted yet
+    (copy,) = given
     if (place := _written(batch, copy, "batch")) is not None:
         raise InputError(
             f"loss {name!r} writes into its batch ({place} is not what it was), which other losses and later passes are given as "
@@ -318,7 +497,11 @@ def _random_module(objective: Objective, name: str, batch: Any) -> str | None:
     label: str
 
     def record(label: str) -> Any:
-        return lambda module, inputs, outputs: seen[-1].append((label, [each.clone() for each in tensors_of(outputs)]))
+        def hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
+            if not torch._C._are_functorch_transforms_active():  # what a transform wraps is gone when it ends
+                seen[-1].append((label, [each.detach().clone() for each in tensors_of(outputs)]))
+
+        return hook
 
     hooks = [
         module.register_forward_hook(
@@ -340,11 +523,13 @@ def _random_module(objective: Objective, name: str, batch: Any) -> str | None:
 
 
 def _batches(objective: Objective, name: str, whole: Evaluation, parts: Evaluation, apart: float) -> None:
-    if not apart <= _AGREE[objective.precision]:
+    if not apart <= _AGREE[objective.precision_of(name)]:
+        cast = objective.autocast(name)
         raise InputError(
             f"loss {name!r} depends on how split {objective.losses[name].split!r} is cut into batches: one batch or two give values "
             f"{whole.loss:.6g} and {parts.loss:.6g}, {apart:.1e} apart. Usual culprits: batch statistics (use --norm-stats batch "
             "--batch-size N), a loss that compares examples with each other, a mean taken inside Loss(call=fn)."
+            + (f" It also turns on autocast to {cast} itself, which rounds." if cast else "")
         )
 
 
@@ -363,7 +548,10 @@ def _in_order(objective: Objective, name: str, sample: Any, examples: range) -> 
     with contextlib.closing(split.batches(objective.batch_sizes[split.name], reverse)) as batches:
         objective.over(values, [sample, next(batches)[1]], gradient=False)
     one, other = found[0], found[1].flip(0)
-    if one.shape != other.shape or not (one - other).abs().sum() <= _AGREE[objective.precision] * one.abs().sum():
+    if (
+        one.shape != other.shape
+        or not (one - other).abs().sum() <= _AGREE[objective.precision_of(name)] * one.abs().sum()
+    ):
         raise InputError(
             f"loss {name!r} on split {split.name!r} does not give its values in the order of the examples, so that groups cannot be "
             "told apart with --norm-stats batch. Usual culprit: a collate_fn that reorders a batch. Let it keep the order "
@@ -380,7 +568,7 @@ def _statistics_unused(objective: Objective, name: str, batch: Any, before: floa
     after = float(_over(objective, name, batch, gradient=False).loss)
     for tensor, values in zip(statistics, kept, strict=True):
         tensor.copy_(values)
-    if not abs(after - before) <= _AGREE[objective.precision] * scale:
+    if not abs(after - before) <= _AGREE[objective.precision_of(name)] * scale:
         raise InputError(
             f"loss {name!r} reads running statistics in spite of --norm-stats batch ({before:.6g} becomes {after:.6g} when they "
             "move). Usual culprits: batch_norm imported by name from torch.nn.functional, a scripted module, statistics that are "
@@ -395,7 +583,7 @@ def _own_mean(objective: Objective, name: str, batch: Any, ours: float, scale: f
         return objective.functions[name].mean()(objective.model(inputs), targets).reshape(1), None
 
     theirs = float(objective.over(mean, [batch], gradient=False).loss)
-    if not abs(ours - theirs) <= _AGREE[objective.precision] * scale:
+    if not abs(ours - theirs) <= _AGREE[objective.precision_of(name)] * scale:
         raise InputError(
             f"the mean of loss {name!r} over its elements is {ours:.6g}, but its own reduction='mean' gives {theirs:.6g}. Usual "
             "culprits: ignore_index or class weights. Say how elements are weighted: Loss(call=fn) returning (values, weights)."

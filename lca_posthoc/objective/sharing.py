@@ -35,7 +35,7 @@ class SharedOutputs:
         """`model(inputs)`, or what it was for the same object."""
         if inputs is not self._inputs or self._outputs._version != self._version:
             outputs = model(inputs)
-            if not isinstance(outputs, Tensor):
+            if not isinstance(outputs, Tensor) or outputs.is_inference():  # which counts no writes
                 return outputs
             self._inputs, self._outputs, self._version = inputs, outputs, outputs._version
         return self._outputs

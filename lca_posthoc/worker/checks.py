@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from ..errors import InputError, SpanError
+from ..errors import InputError, SpanError, few
 from ..leftovers import counts, left_out_note, refuted
 from ..records import SAME_LOSS
 from ..trajectory import drop_options, read_checkpoint, read_stored
 from .memory import block_of, short_of
-from .state import Spec, build, checkpoint_at, first_point, objective_of, point_at, reported
+from .state import Spec, checkpoint_at, first_point, objective_of, point_at, reported
 
 
 @reported
@@ -60,7 +61,9 @@ def probe(spec: Spec) -> Spec:
     _same_fixed(spec, objective)
     notes = _leftovers(spec, objective)
     notes += [note for name in names for note in _checks(spec, objective, name)]
-    notes += _unmoved(spec)
+    if spec["settings"]["precision"] == "float64":
+        _same_in_float32(spec, objective)
+    notes += _never_updated(spec, objective) + _unmoved(spec)
     new = [name for name in names if name not in spec["recorded"]]  # a recorded loss keeps what was settled for it
     block = {name: block_of(spec, objective, name) for name in names}
     objective.join([name for name in names if block[name] is not None])
@@ -169,23 +172,22 @@ def _checks(spec: Spec, objective: Any, name: str) -> list[str]:
             f"loss {name!r} was given reduction={given!r}; here it is the mean over its elements, of which what was minimised may be a "
             "multiple"
         )
-    if spec["settings"]["precision"] == "float64":
-        _same_in_float32(spec, objective, name)
     return notes
 
 
-def _same_in_float32(spec: Spec, objective: Any, name: str) -> None:
+def _same_in_float32(spec: Spec, objective: Any) -> None:
     """Refuse float64 where code with float32 constants makes it another function."""
     from ..objective import identify
 
-    single = build(spec, "float32")
-    single.settle_batch_sizes(point_at(spec, 0, single), objective.batch_sizes)
-    wide, narrow = identify(objective, name).loss, identify(single, name).loss
-    if abs(wide - narrow) > SAME_LOSS["float32"] * max(abs(wide), abs(narrow), 1e-12):
-        raise InputError(
-            f"loss {name!r} is {wide:.6g} in float64 but {narrow:.6g} in float32 at the first checkpoint: the model or the loss "
-            "holds float32 constants (a mask, say). Use --precision float32."
-        )
+    single = objective.in_precision("float32")
+    single.place(point_at(spec, 0, single))
+    for name in objective.losses:
+        wide, narrow = identify(objective, name).loss, identify(single, name).loss
+        if abs(wide - narrow) > SAME_LOSS[single.precision_of(name)] * max(abs(wide), abs(narrow), 1e-12):
+            raise InputError(
+                f"loss {name!r} is {wide:.6g} in float64 but {narrow:.6g} in float32 at the first checkpoint: the model or the loss "
+                "holds float32 constants (a mask, say). Use --precision float32."
+            )
 
 
 def _identities(spec: Spec, objective: Any, first: Any, names: list[str]) -> dict[str, list[dict[str, float] | None]]:
@@ -236,7 +238,7 @@ def _can_measure(spec: Spec, objective: Any, first: Any, names: list[str]) -> tu
         higher.place(first)
         for name in names:
             ours, theirs = identify(objective, name).loss, identify(higher, name).loss
-            if not abs(ours - theirs) <= SAME_LOSS[precision] * max(abs(ours), abs(theirs), 1e-12):
+            if not abs(ours - theirs) <= SAME_LOSS[objective.precision_of(name)] * max(abs(ours), abs(theirs), 1e-12):
                 raise InputError(f"loss {name!r} is {ours:.6g} in {precision} but {theirs:.6g} in {HIGHER[precision]}")
     except InputError as error:
         return False, [
@@ -261,6 +263,45 @@ def _calibrations(spec: Spec, objective: Any, names: list[str]) -> dict[str, flo
             continue
         found |= {name: max(found[name], share) for name, share in shares.items() if math.isfinite(share)}
     return found
+
+
+def _never_updated(spec: Spec, objective: Any) -> list[str]:
+    """Say which running statistics are those of a new model in every checkpoint looked at, or in the task's model where it fixes them."""
+    import torch
+
+    from ..objective import is_statistic
+
+    if spec["settings"]["norm_stats"] != "running":
+        return []
+    trained, parameters = {spec.name for spec in objective.table}, dict(objective.model.named_parameters())
+    buffers = {
+        name: tensor
+        for name, tensor in objective.model.named_buffers()
+        if is_statistic(name) and f"{name.rpartition('running_')[0]}weight" not in parameters.keys() - trained
+    }  # not those of a part that was not trained, such as the base of an adapter
+    sources = {name: spec["names"][name] for name in buffers if name in spec["names"]}
+    new = {name: float(name.endswith("running_var")) for name in buffers}
+    unchanged = {name for name in buffers if name in sources or torch.all(buffers[name] == new[name])}
+    for index in {0, *_samples(spec), spec["ends"]}:
+        try:
+            stored = read_checkpoint(checkpoint_at(spec, index), sources) if sources else {}
+        except SpanError:  # its spans will fail and say so
+            continue
+        unchanged -= {name for name, tensor in stored.items() if not bool((tensor == new[name]).all())}
+    layers = [{f"{prefix}running_mean", f"{prefix}running_var"} for prefix in _prefixes(unchanged)]
+    named = [repr(name) for layer in layers if layer <= unchanged for name in sorted(layer)]
+    if not named:
+        return []
+    return [
+        f"running statistics are still 0 and 1, as a new model has them, in every checkpoint looked at ({few(named)}): they were never "
+        "updated, or not saved, so that with --norm-stats running the loss is not the one training saw. Where training normalised by "
+        "batches, take --norm-stats batch --batch-size N; where they are stored elsewhere, load them in Task.model and name them in "
+        "Task(fixed=[…])"
+    ]
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    return sorted({name.removesuffix("running_mean").removesuffix("running_var") for name in names})
 
 
 def _unmoved(spec: Spec) -> list[str]:

@@ -165,12 +165,19 @@ class _Together:
             facts[name]["worst_residual"] = float(abs(tally.steps["residual"]).max())
             facts[name]["unconverged"] = int((tally.steps["converged"] == 0).sum())
             facts[name]["silent"] = sorted(tally.silent) if on is not None else []
+            facts[name]["hidden"] = self._hidden(name, facts[name]["silent"])
             facts[name]["ends"] = [
                 float(np.mean(tally.steps[end][at])) for end, at in (("loss_start", 0), ("loss_end", -1))
             ]
             where = {"host": socket.gethostname(), "pid": os.getpid(), "seconds": round(seconds, 3)}
             self.writer.write_span(name, self.spec["span"], tally, {**facts[name], **where}, self.parts.get(name))
         return facts
+
+    def _hidden(self, name: str, silent: list[str]) -> list[str]:
+        """Which tensors that moved and have no gradient the loss depends on, through detach() or no_grad()."""
+        from ..objective import hidden_from_autograd
+
+        return hidden_from_autograd(self.objective, name, silent) if silent else []
 
     def _counts(self) -> dict[str, tuple[int, int]]:
         return {name: (self.objective.evaluations[name], self.objective.forward_passes[name]) for name in self.records}

@@ -46,7 +46,7 @@ def pretend(spec: dict[str, Any]) -> dict[str, Any]:
         "ends": [1.0, 1.0],
     }
     return {
-        "losses": {name: {**facts, "unconverged": 0, "silent": []} for name in spec["pending"]},
+        "losses": {name: {**facts, "unconverged": 0, "silent": [], "hidden": []} for name in spec["pending"]},
         "segments": spec["length"],
         "seconds": spec["settings"]["seconds"],
         "peak_bytes": 2**30,

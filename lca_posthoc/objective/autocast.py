@@ -1,0 +1,27 @@
+"""See whether code turns autocast on: the loss of a training step often does, and is then not computed in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class Watch(TorchFunctionMode):
+    """Notes under which autocast torch's functions are called meanwhile, as context manager, decorator or switch alike.
+
+    Attributes:
+        dtypes: the names of the types to which products are cast.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.dtypes: set[str] = set()
+        self._devices = {"cpu", device.type}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for device in self._devices:
+            if torch.is_autocast_enabled(device):
+                self.dtypes.add(str(torch.get_autocast_dtype(device)).removeprefix("torch."))
+        return function(*args, **(kwargs or {}))
