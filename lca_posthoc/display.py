@@ -34,7 +34,7 @@ from .errors import LCAWarning, ResourceError
 from .progress import Event, Listener, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow, Stage, silent
 
 LOOK = 2.0  # seconds between two looks at how far spans are
-FIRST = 15.0  # seconds after work began, once there are figures, until the first line where there is no terminal
+FIRST = 20.0  # seconds after work began, once there are figures, until the first line where there is no terminal
 MINUTE = 60.0  # seconds between two lines
 _SHOWN = 10  # failures, one by one
 _PACKAGE = os.path.dirname(__file__) + os.sep
@@ -166,7 +166,8 @@ def open_standard_descriptors() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            opened = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, this one
+            os.set_inheritable(opened, True)  # workers print as well
 
 
 def stderr() -> Console:
@@ -343,7 +344,8 @@ class Lines:
     def show(self, progressed: Progressed, now: float) -> None:
         """See `View.show`."""
         has_figures = progressed.reached > progressed.before
-        early = self._first and has_figures and now - progressed.began >= FIRST
+        has_rest = progressed.reached < progressed.total
+        early = self._first and has_figures and has_rest and now - progressed.began >= FIRST
         if early or now - self._last >= MINUTE:
             self._print(progressed.line(now), now)
             self._first = self._first and not has_figures
