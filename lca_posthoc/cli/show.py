@@ -23,6 +23,7 @@ _GAP = 2  # cells between two columns
 _SHORTEST = 20  # cells to which a name is cut before columns go below each other
 _SHORTEST_HEAD = 16  # cells to which the heading of numbers is cut
 _FEWEST = 8  # cells of a name on a terminal that has no room for it and one number
+_ROUNDS = 3
 _ENDS = 8  # cells kept of the ends of names that are told apart by their middle
 
 
@@ -177,16 +178,27 @@ def shorten(texts: Sequence[str], width: int, dots: str = "…") -> list[str]:
     """Return names of at most so many cells, cut in the middle; those that differ only there keep what they differ in.
 
     >>> shorten(["encoder.layers.0.attention.weight", "encoder.layers.11.attention.weight", "bias"], 20)
-    ['encode…0…tion.weight', 'encode…11…ion.weight', 'bias']
+    ['encoder.l…0…n.weight', 'encoder.…11…n.weight', 'bias']
     """
     cut = {text: _cut(text, width, dots) for text in texts}
+    for _ in range(_ROUNDS):  # names that were told apart may be like others now
+        groups = _colliding(cut)
+        if not groups:
+            break
+        for group in groups:
+            cut |= _telling(group, width, dots)
+    if _colliding(cut):
+        together = cut | _telling([text for text in cut if cell_len(text) > width], width, dots)
+        cut = max(cut, together, key=lambda shown: len({*shown.values()}))
+    return [cut[text] for text in texts]
+
+
+def _colliding(cut: dict[str, str]) -> list[list[str]]:
+    """Return the groups of names that are shown alike."""
     alike: dict[str, list[str]] = {}
     for text, short in cut.items():
         alike.setdefault(short, []).append(text)
-    for group in alike.values():
-        if len(group) > 1:
-            cut |= _telling(group, width, dots)
-    return [cut[text] for text in texts]
+    return [group for group in alike.values() if len(group) > 1]
 
 
 def _cut(text: str, width: int, dots: str) -> str:
