@@ -412,7 +412,7 @@ def test_without_a_terminal_there_is_a_line_a_minute_and_an_early_one(capsys: py
     assert lines == []  # no figures yet, and the last line is less than a minute ago
     shown(done(0))
     until(420)
-    assert [at for at, _ in lines] == [176, 236, 296, 356, 416]
+    assert [at for at, _ in lines] == [176, 235, 295, 355, 415]
     assert lines[0][1].startswith("lca: 110 of 400 segments · worst residual 1.0e-04 · 0.")
     says(lines[0][1], "segments/s on 2 workers", "left")
 
