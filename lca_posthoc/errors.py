@@ -43,6 +43,10 @@ class Interrupted(LCAError):
     exit_code = 130
 
 
+class LCAWarning(UserWarning):
+    """Something the caller should know while work goes on; filter it like any category of Python's warnings."""
+
+
 def few(words: Sequence[str], most: int = 3) -> str:
     """The first of some words, and how many more there are.
 

@@ -20,13 +20,24 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A part of the preparation begins, such as "probing the task"."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Planned:
-    """Work is about to start: segments of all losses pending and in all, spans pending, and the workers that will do it."""
+    """Work is about to start: segments of all losses pending and in all, spans pending, and the workers that will do it.
+
+    `directory` is that of the run; empty where nothing is left to do.
+    """
 
     pending: int
     total: int
     spans: int
     workers: int
+    directory: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,8 +93,12 @@ class SpanSlow:
     doing: list[str]
 
 
-Event = Note | Planned | SpanDone | SpanFailed | SpanRetried | SpanSlow
+Event = Note | Stage | Planned | SpanDone | SpanFailed | SpanRetried | SpanSlow
 Listener = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """Ignore an event: `run(…, progress=silent)` prints and warns of nothing."""
 
 
 @dataclass

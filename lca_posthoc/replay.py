@@ -18,10 +18,11 @@ import psutil
 
 from . import store
 from .cluster import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting, Where, open_cluster
+from .display import listening
 from .errors import InputError, Interrupted, LCAError, ResourceError, SpanError, amount, few, unpack
 from .places import here, is_remote, located, nearest
 from .preparation import as_json, muster, prepare, relative
-from .progress import Listener, Log, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow
+from .progress import Listener, Log, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow, Stage
 from .recognition import same_checkpoints, same_loss, same_tensors, same_values
 from .settings import Settings, on_device, resolve
 from .store import Manifest, Run, RunWriter
@@ -94,7 +95,9 @@ def run(
         dashboard: serve Dask's dashboard of local workers on loopback.
         durability: "full" (default: every span is on the disk before it counts) or "none" (kill-safe, not power-safe).
         span: segments per span, a power of two; decides how work is cut, never a result.
-        progress: called with every event.
+        progress: called with every event, and nothing else is shown; `lca_posthoc.progress.silent` shows nothing at all. By
+            default notes, retries and failures are warnings (`lca_posthoc.errors.LCAWarning`), and how far the run is stands in a
+            bar on a terminal or in a notebook, elsewhere in a line a minute on stderr.
 
     Returns:
         The run, opened.
@@ -125,9 +128,10 @@ def run(
     where = Where(cluster, workers, tls_ca, tls_cert, tls_key, insecure, dashboard)
     what = "results are written to file systems. Give --out a directory."
     path = here(out, what) if out is not None else default_out(checkpoints)
-    log = Log(progress or (lambda event: None))
     durable = _durable(durability)
-    _Job(located(checkpoints), *pack(task), list(losses or []), path, asked, span, durable, log).run(where)
+    with listening(progress) as listener:
+        log = Log(listener)
+        _Job(located(checkpoints), *pack(task), list(losses or []), path, asked, span, durable, log).run(where)
     return store.open_run(path)
 
 
@@ -167,7 +171,7 @@ def repair(
         tls_key: see `cluster`.
         insecure: see `cluster`.
         durability: as for `run`.
-        progress: called with every event.
+        progress: as for `run`.
 
     Raises:
         InputError: where `path` is no run, or the task or the checkpoints are not those of the run.
@@ -188,10 +192,10 @@ def repair(
                 (place / each.path).unlink(missing_ok=True)
     losses = {each.loss: True for each in damage if each.loss is not None and (each.span, each.window) != (None, None)}
     root = located(checkpoints if checkpoints is not None else writer.manifest.root)
-    log = Log(progress or (lambda event: None))
-    job = _Job(root, *packed, list(losses), place, {}, None, durable, log, damage)
-    if losses:
-        job.run(where)
+    with listening(progress) as listener:
+        job = _Job(root, *packed, list(losses), place, {}, None, durable, Log(listener), damage)
+        if losses:
+            job.run(where)
     return Repaired(damage, job.only or {}, len(found) - len(damage))
 
 
@@ -272,10 +276,17 @@ class _Job:
     smaller: int = 0
     torn: bool = False
     heard: dict[str, dict[int, list[float]]] = field(default_factory=dict)
+    announcement: store.Announcement | None = None
+
+    def _begin(self, stage: str) -> None:
+        """Tell the listener, and whoever asks `lca status`, what is done now."""
+        self.tell(Stage(stage))
+        if self.announcement is not None:
+            self.announcement.stage(stage)
 
     def run(self, where: Where) -> None:
         where.check()
-        with _signals() as stop:
+        with _signals() as stop, store.announced(self.path) as self.announcement:
             try:
                 self._run(where, stop)
             except OSError as error:
@@ -292,6 +303,7 @@ class _Job:
     def _run(self, where: Where, stop: _Stop) -> None:
         recorded = store.read_manifest(self.path) if (self.path / "run.json").exists() else None
         settings = resolve(self.asked, recorded.settings if recorded else None)
+        self._begin("reading the headers of the checkpoints")
         trajectory = open_trajectory(
             self.checkpoints, pattern=settings["pattern"], rename=settings["rename"], steps=settings["steps"]
         )
@@ -305,6 +317,7 @@ class _Job:
             raise InputError(
                 f"{self.path} exists and is not a run directory (it has no run.json). Choose another place with --out."
             )
+        self._begin("starting workers" if where.kind == "local" else "reaching the workers")
         with open_cluster(where, settings["device"], stop.event) as cluster:
             if cluster.dashboard:
                 self.tell(Note(f"the dashboard of the workers is at {cluster.dashboard}"))
@@ -332,12 +345,14 @@ class _Job:
     ) -> None:
         existing = store.read_manifest(self.path) if (self.path / "run.json").exists() else None
         if strangers:
+            self._begin("asking each worker what it has")
             with store.token(self.path) as token:
                 notes = muster(cluster, trajectory, settings["device"], token)
             for note in notes:
                 self.tell(Note(note))
         settings = on_device(settings, cluster.device)
         parcel = cluster.deliver(self.data)
+        self._begin("building and probing the task")
         ready = prepare(
             cluster, trajectory, self.task, parcel, self.wanted, settings, existing=existing, span=self.span
         )
@@ -345,6 +360,7 @@ class _Job:
             self.tell(Note(note))
         if ready.short_of:
             raise ResourceError(ready.short_of)
+        self._begin("laying out the run" if existing is None else "comparing with what is recorded")
         if existing is None:
             self._check_space(store.required_bytes(ready.manifest, settings["keep"], ready.manifest.losses.values()))
             store.create(self.path, ready.manifest, self.durable)
@@ -395,6 +411,7 @@ class _Job:
 
     def _replay(self, cluster: Cluster, writer: RunWriter, common: Spec, stop: _Stop, held: store.Held) -> None:
         manifest = writer.manifest
+        store.remove_reports(self.path)
         waiting: dict[int, list[str]] = {}
         for name in common["losses"]:
             writer.fold_all(name)
@@ -402,8 +419,11 @@ class _Job:
                 if self.only is None or span in self.only[name]:
                     waiting.setdefault(span, []).append(name)
         pending = sum(len(names) * manifest.length(span) for span, names in waiting.items())
-        self.tell(Planned(pending, manifest.segments * len(common["losses"]), len(waiting), cluster.workers))
-        place = {"run": str(self.path.resolve()), "durable": self.durable}
+        total, directory = manifest.segments * len(common["losses"]), str(self.path.resolve())
+        if self.announcement is not None:
+            self.announcement.end()
+        self.tell(Planned(pending, total, len(waiting), cluster.workers, directory if pending else ""))
+        place = {"run": directory, "durable": self.durable}
         specs = (
             {**common, **_span_part(manifest, span), **place, "pending": names}
             for span, names in sorted(waiting.items())
@@ -420,6 +440,7 @@ class _Job:
         for span in sorted({span for name in common["losses"] for span in writer.fold_all(name)}):
             self._failed(manifest, span, "its totals were damaged while they waited to be joined")
         held.working = False
+        store.remove_reports(self.path)
         if self.torn:  # of a worker that died while it wrote, temporary files stay
             writer.sweep()
         if self.smaller > 1:

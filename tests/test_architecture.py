@@ -32,7 +32,19 @@ ORDER = (
         "allocation",
         "tally",
     ),
-    *("store", "cluster", "worker", "settings", "preparation", "recognition", "progress", "replay", "plan", "convert"),
+    *(
+        "store",
+        "cluster",
+        "worker",
+        "settings",
+        "preparation",
+        "recognition",
+        "progress",
+        "display",
+        "replay",
+        "plan",
+        "convert",
+    ),
     *("findings", "colours", "plots", "report", "export", "demo", "cli"),
 )
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")  # the public face re-exports

@@ -14,8 +14,8 @@ from typing import Any
 import click
 
 from .. import __version__
+from ..display import Stream, open_standard_descriptors, safe
 from ..errors import InputError, Interrupted, LCAError
-from .show import safe
 
 COMMANDS = {
     "compare": "Set runs beside each other: layer sums, intervals, p-values.",
@@ -43,7 +43,7 @@ class _Failure(click.ClickException):
         self.exit_code = error.exit_code  # type: ignore[misc]
 
     def show(self, file: Any = None) -> None:
-        click.echo("lca: " + safe(" ".join(self.message.splitlines())), err=True)
+        print("lca: " + safe(" ".join(self.message.splitlines())), file=Stream(sys.stderr, matters=False), flush=True)
 
 
 class _Group(click.Group):
@@ -65,6 +65,7 @@ class _Group(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def make_context(self, *args: Any, **options: Any) -> click.Context:
+        open_standard_descriptors()
         try:
             return super().make_context(*args, **options)
         except click.UsageError as error:

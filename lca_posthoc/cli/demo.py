@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .run import listener
+from ..display import Display
 from .show import stdout
 from .summary import print_summary
 
@@ -25,7 +25,7 @@ def command(directory: Path) -> None:
     from ..demo import REPORT, demo
     from ..findings import summary
 
-    with listener() as listen:
+    with Display() as listen:
         opened = demo(directory, listen)
     print_summary({name: summary(opened[name]) for name in opened})
     console = stdout()

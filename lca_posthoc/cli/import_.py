@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .show import say, stderr, stdout
+from .show import prints_to_stderr, say, stderr, stdout
 
 
 @click.command("import")
@@ -53,7 +51,7 @@ def command(source: str, directory: str, **options: Any) -> None:
     from ..convert import convert
     from ..errors import amount
 
-    with _bar() as progress, contextlib.redirect_stdout(sys.stderr):
+    with prints_to_stderr(), _bar() as progress:
         done = convert(source, directory, say=say, progress=progress, **options)
     before = f"; {done.present:,} were there" if done.present else ""
     stdout().print(
@@ -74,6 +72,6 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("checkpoints ·"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as shown:
+    with Progress(*columns, console=console, disable=not console.file.isatty(), transient=True) as shown:
         bar = shown.add_task("", total=None)
         yield lambda what, done, total: shown.update(bar, description=what, completed=done, total=total)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from typing import Any
 
 import click
 
+from ..display import Display
 from .options import cluster_options
-from .run import listener
-from .show import stdout
+from .show import prints_to_stderr, stdout
 
 
 @click.command()
@@ -30,7 +28,7 @@ def command(run: str, task: str, **options: Any) -> None:
     from ..replay import repair
     from ..store import open_run
 
-    with listener() as listen, contextlib.redirect_stdout(sys.stderr):
+    with prints_to_stderr(), Display() as listen:
         done = repair(run, task, progress=listen, **options)
     console = stdout()
     for name, spans in done.spans.items():

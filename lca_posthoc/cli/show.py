@@ -1,47 +1,54 @@
-"""What every command needs to print: consoles, names made harmless, numbers made short."""
+"""What every command needs to print: consoles, tables that lose no number, numbers made short."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
-import re
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import click
-from rich.console import Console
-from rich.table import Table
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+from ..display import Stream, showable
+from ..display import duration as duration
+from ..display import safe as safe
+from ..display import say as say
+from ..display import stderr as stderr
 
-
-def safe(name: str) -> str:
-    """A name from a file without characters that steer a terminal.
-
-    >>> safe("a\\x1b[31mb")
-    'a?[31mb'
-    """
-    return _CONTROL.sub("?", name)
+_GAP = 2  # cells between two columns
+_SHORTEST = 20  # cells to which a name is cut before columns go below each other
+_SHORTEST_HEAD = 16  # cells to which the heading of numbers is cut
+_FEWEST = 8  # cells of a name on a terminal that has no room for it and one number
+_ROUNDS = 3
+_ENDS = 8  # cells kept of the ends of names that are told apart by their middle
 
 
 def stdout() -> Console:
-    """Results go here; in a file or a pipe nothing is cut to the width of a screen."""
-    console = Console(highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=240)
+    """Return where results go; whatever its width, no line is cut."""
+    return Console(
+        file=Stream(sys.stdout, matters=True),  # type: ignore[arg-type]
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=True,
+        force_jupyter=False,
+    )
 
 
-def stderr() -> Console:
-    """Progress and warnings go here."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def say(text: str) -> None:
-    """A warning or a note."""
-    stderr().print(Text(f"note: {safe(text)}"))
+@contextlib.contextmanager
+def prints_to_stderr() -> Iterator[None]:
+    """Send to stderr what the user's own code prints, so that stdout holds results alone."""
+    with contextlib.redirect_stdout(Stream(sys.stderr, matters=False)):
+        yield
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout; numbers that are not finite become null."""
-    click.echo(json.dumps(_finite(document), indent=2))
+    """Print one JSON document on stdout; numbers that are not finite become null."""
+    print(json.dumps(_finite(document), indent=2), file=Stream(sys.stdout, matters=True), flush=True)
 
 
 def _finite(value: Any) -> Any:
@@ -52,21 +59,194 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and value - value != 0 else value
 
 
-def table(*columns: str, names: int = 1) -> Table:
-    """A plain table; the first `names` columns are text, the others numbers."""
-    made = Table(box=None, pad_edge=False, header_style="bold")
-    for position, column in enumerate(columns):
-        made.add_column(Text(column), justify="left" if position < names else "right", no_wrap=True)
-    return made
-
-
 def share(value: float) -> str:
-    """A share as a percentage."""
+    """Return a share as a percentage."""
     return f"{100 * value:.1f} %"
 
 
-def duration(seconds: float) -> str:
-    """Seconds as people read them."""
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+# --- tables --------------------------------------------------------------------------------------------------------------
+
+
+class Table:
+    """Names, numbers and words in columns; see `table`."""
+
+    def __init__(self, columns: Sequence[str], names: int, words: int) -> None:
+        self._columns, self._names, self._words = list(columns), names, len(columns) - words
+        self._rows: list[list[str]] = []
+
+    def add_row(self, *cells: str | Text) -> None:
+        """Add a row, a cell for each column."""
+        self._rows.append([cell.plain if isinstance(cell, Text) else cell for cell in cells])
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        width = options.max_width if console.file.isatty() else None
+        for number, (heading, *lines) in enumerate(self.blocks(width, console.encoding)):
+            if number:
+                yield Text("")
+            yield Text(heading, style="bold")
+            if lines:
+                yield Text("\n".join(lines))
+
+    def blocks(self, width: int | None, encoding: str = "utf-8") -> list[list[str]]:
+        """Return the lines of each block of columns, its headings first.
+
+        Args:
+            width: cells of the terminal; None where nothing need be cut.
+            encoding: what it lacks is shown in other signs.
+        """
+        dots = showable("…", encoding)
+        heads = [showable(head, encoding) for head in self._columns]
+        columns = [[showable(row[at], encoding) for row in self._rows] for at in range(len(heads))]
+        full = [max(map(cell_len, (heads[at], *column))) for at, column in enumerate(columns)]
+        least = [self._least(at, heads[at], column) for at, column in enumerate(columns)]
+        blocks = []
+        for block in _stacked(full, least, width):
+            texts = []
+            for at, wide in zip(
+                block, _shared([full[at] for at in block], [least[at] for at in block], width), strict=True
+            ):
+                head = shorten(heads, wide, dots)[at]
+                column = shorten(columns[at], wide, dots) if at < self._names else columns[at]
+                left = at < self._names or at >= self._words
+                wide = max(map(cell_len, (head, *column)))
+                texts.append([_padded(cell, wide, left) for cell in (head, *column)])
+            blocks.append([(" " * _GAP).join(line).rstrip() for line in zip(*texts, strict=True)])
+        return blocks
+
+    def _least(self, at: int, head: str, column: list[str]) -> int:
+        """Return how narrow a column may get: numbers and words stay whole, names and headings do not."""
+        cells = max(map(cell_len, column), default=0)
+        if at < self._names:
+            return min(max(cells, cell_len(head)), _SHORTEST)
+        return max(cells, min(cell_len(head), _SHORTEST_HEAD))
+
+
+def table(*columns: str, names: int = 1, words: int = 0) -> Table:
+    """Return a plain table: the first `names` columns are names, the last `words` are words, the others numbers.
+
+    In a pipe or a file everything stands whole. On a terminal names, and headings of numbers, are cut in the middle where there is
+    no room; numbers and words never are: where there is no room for all of them, columns go into blocks below each other, each of
+    which begins with the first column.
+    """
+    return Table(columns, names, words)
+
+
+def _stacked(full: list[int], least: list[int], width: int | None) -> list[list[int]]:
+    """Return the columns of each block."""
+    everything = list(range(len(full)))
+    if width is None or sum(least) + _GAP * (len(least) - 1) <= width:
+        return [everything]
+    blocks, room = list[list[int]](), 0
+    for at in everything[1:]:
+        if not blocks or least[at] + _GAP > room:
+            blocks.append([0])
+            room = width - least[0]
+        blocks[-1].append(at)
+        room -= least[at] + _GAP
+    return blocks or [everything]
+
+
+def _shared(full: list[int], least: list[int], width: int | None) -> list[int]:
+    """Return the widths of the columns of a block: what they need, else the widest ones give way first."""
+    if width is None:
+        return full
+    room = width - _GAP * (len(full) - 1)
+    cap = max(full)
+    while cap > 1 and sum(_capped(full, least, cap)) > room:
+        cap -= 1
+    widths = _capped(full, least, cap)
+    for at, wide in enumerate(full):
+        widths[at] += max(0, min(wide - widths[at], room - sum(widths)))
+    if sum(widths) > room:  # of a terminal with no room for one column of numbers beside a name
+        widths[0] = max(1, min(widths[0], max(_FEWEST, room - sum(widths[1:]))))
+    return widths
+
+
+def _capped(full: list[int], least: list[int], cap: int) -> list[int]:
+    return [min(wide, max(narrow, cap)) for wide, narrow in zip(full, least, strict=True)]
+
+
+def _padded(text: str, width: int, left: bool) -> str:
+    blank = " " * (width - cell_len(text))
+    return text + blank if left else blank + text
+
+
+# --- names ---------------------------------------------------------------------------------------------------------------
+
+
+def shorten(texts: Sequence[str], width: int, dots: str = "…") -> list[str]:
+    """Return names of at most so many cells, cut in the middle; those that differ only there keep what they differ in.
+
+    >>> shorten(["encoder.layers.0.attention.weight", "encoder.layers.11.attention.weight", "bias"], 20)
+    ['encoder.l…0…n.weight', 'encoder.…11…n.weight', 'bias']
+    """
+    cut = {text: _cut(text, width, dots) for text in texts}
+    for _ in range(_ROUNDS):  # names that were told apart may be like others now
+        groups = _colliding(cut)
+        if not groups:
+            break
+        for group in groups:
+            cut |= _telling(group, width, dots)
+    if _colliding(cut):
+        together = cut | _telling([text for text in cut if cell_len(text) > width], width, dots)
+        cut = max(cut, together, key=lambda shown: len({*shown.values()}))
+    return [cut[text] for text in texts]
+
+
+def _colliding(cut: dict[str, str]) -> list[list[str]]:
+    """Return the groups of names that are shown alike."""
+    alike: dict[str, list[str]] = {}
+    for text, short in cut.items():
+        alike.setdefault(short, []).append(text)
+    return [group for group in alike.values() if len(group) > 1]
+
+
+def _cut(text: str, width: int, dots: str) -> str:
+    """Return a name cut in the middle."""
+    if cell_len(text) <= width:
+        return text
+    room = max(0, width - cell_len(dots))
+    return _head(text, room - room // 2) + dots + _tail(text, room // 2)
+
+
+def _telling(group: list[str], width: int, dots: str) -> dict[str, str]:
+    """Return names that are alike at both ends with what lies between, as far as there is room."""
+    before = _alike(group)
+    after = _alike([text[before:][::-1] for text in group])
+    room = width - 2 * cell_len(dots)
+    ends = min(_ENDS, room // 3)
+    if not before + after or room - ends < 1:
+        return {}
+    between = [text[before : len(text) - after] for text in group]
+    found = {}
+    for text, middle in zip(group, shorten(between, room - ends, dots), strict=True):
+        left = room - cell_len(middle)
+        tail = _tail(text[len(text) - after :], left // 2) if after else ""
+        head = _head(text[:before], left - cell_len(tail))
+        found[text] = head + dots + middle + dots + tail
+    return found
+
+
+def _alike(texts: list[str]) -> int:
+    """Return how many signs some texts begin with alike."""
+    return sum(1 for _ in itertools.takewhile(lambda signs: len({*signs}) == 1, zip(*texts, strict=False)))
+
+
+def _head(text: str, width: int) -> str:
+    """Return the longest beginning of at most so many cells, with the marks that combine with its last sign."""
+    end, cells = 0, 0
+    while end < len(text) and cells + cell_len(text[end]) <= width:
+        cells += cell_len(text[end])
+        end += 1
+    return text[:end]
+
+
+def _tail(text: str, width: int) -> str:
+    """Return the longest end of at most so many cells that does not begin with a mark that combines with what is before it."""
+    start, cells = len(text), 0
+    while start and cells + cell_len(text[start - 1]) <= width:
+        start -= 1
+        cells += cell_len(text[start])
+    while start < len(text) and cell_len(text[start]) == 0:
+        start += 1
+    return text[start:]

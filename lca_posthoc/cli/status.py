@@ -2,40 +2,113 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import click
 from rich.text import Text
 
 from .options import json_option
 from .show import duration, print_json, safe, stdout, table
 
+if TYPE_CHECKING:
+    from ..store import LastRun, Run, Starting
+
+_STOPPED = "stopped: run `lca run` again to finish"
+
 
 @click.command()
 @click.argument("run", type=click.Path())
 @json_option
 def command(run: str, as_json: bool) -> None:
-    """Say how far RUN is, from its commit markers alone; while it runs and after.
+    """Say how far RUN is: while it is prepared, while it runs, and after.
 
     \b
     lca status checkpoints.lca
-    """
-    from ..store import open_run
 
-    found = {name: results.progress() for name, results in open_run(run).items()}
-    if as_json:
-        print_json({"schema": 1, "losses": found})
+    What is done is read from the commit markers, what is underway from reports of the workers, at most a few seconds old.
+    """
+    from ..errors import InputError
+    from ..store import last_run, open_run, starting
+
+    preparing = starting(Path(run))
+    try:
+        opened = open_run(run)
+    except InputError:
+        if preparing is None:
+            raise
+        if as_json:
+            print_json({"schema": 1, "losses": {}, "preparing": asdict(preparing)})
+        else:
+            stdout().print(f"{safe(run)} is not there yet: {_preparing(preparing)}")
         return
-    rows = table("loss", "spans", "segments", "training steps", "worker time", "state")
-    for name, each in found.items():
+    last = last_run(opened.path)
+    found = _progress(opened, last)
+    if as_json:
+        more = {} if preparing is None else {"preparing": asdict(preparing)}
+        print_json({"schema": 1, "losses": found, **more})
+        return
+    rows = table("loss", "spans", "segments", "training steps", "worker time", "state", words=1)
+    for name, loss in found.items():
+        underway = f" + {loss['segments_underway']:.1f} underway" if loss["segments_underway"] else ""
         rows.add_row(
             Text(safe(name)),
-            f"{each['spans_done']} / {each['spans']}",
-            f"{each['segments_done']} / {each['segments']}",
-            f"{each['first_step']}–{each['last_step']}",
-            duration(each["seconds"]),
-            "complete"
-            if each["complete"]
-            else "running"
-            if each["running"]
-            else "stopped: run `lca run` again to finish",
+            f"{loss['spans_done']} / {loss['spans']}",
+            f"{loss['segments_done']} / {loss['segments']}{underway}",
+            f"{loss['first_step']}–{loss['last_step']}",
+            duration(loss["seconds"]),
+            "complete" if loss["complete"] else "running" if loss["running"] else _STOPPED,
         )
-    stdout().print(rows)
+    console = stdout()
+    console.print(rows)
+    running = any(loss["running"] for loss in found.values())
+    incomplete = not all(loss["complete"] for loss in found.values())
+    if preparing is not None:
+        console.print(f"a driver is about to go on with it: {_preparing(preparing)}")
+    elif running and last is not None:
+        console.print(_pace(found, last))
+    elif incomplete and last is not None:
+        console.print(_ending(last))
+
+
+def _progress(opened: Run, last: LastRun | None) -> dict[str, dict[str, Any]]:
+    """Return how far each loss is; of a running one also segments per second, and seconds left, of all losses together."""
+    found = {name: results.progress() for name, results in opened.items()}
+    for loss in found.values():
+        loss["segments_per_second"] = loss["seconds_left"] = None
+        if loss["running"] and not loss["complete"] and last is not None and last.ended is None:
+            underway = sum(other["segments_underway"] for other in found.values())
+            rate = last.rate(underway)
+            if rate is not None:
+                loss["segments_per_second"] = rate
+                loss["seconds_left"] = max(0.0, last.pending - last.done - underway) / rate
+    return found
+
+
+def _preparing(state: Starting) -> str:
+    now = time.time()
+    return (
+        f"{safe(state.stage)}, for {duration(max(0, int(now - state.since)))} now (begun {duration(max(0, int(now - state.began)))} "
+        f"ago by process {int(state.pid)} on {safe(state.host)})"
+    )
+
+
+def _pace(found: dict[str, dict[str, Any]], last: LastRun) -> str:
+    rates = [loss for loss in found.values() if loss["segments_per_second"] is not None]
+    since = f"for {duration(max(0, int(time.time() - last.began)))} now"
+    if not rates:
+        return f"running {since}; no segment is done yet"
+    return (
+        f"running {since}: {rates[0]['segments_per_second']:.3g} segments/s (each loss counted), about "
+        f"{duration(rates[0]['seconds_left'])} left"
+    )
+
+
+def _ending(last: LastRun) -> str:
+    if last.ended is None:
+        return "its driver was killed, or lost its machine; the same `lca run` goes on where it stopped"
+    if not last.ended:
+        return "its last driver did what it was asked for; `lca run` with the losses that are missing goes on"
+    return f"the last driver ended with {safe(last.ended)}"

@@ -29,7 +29,8 @@ def command(run: str, as_json: bool) -> None:
     from ..store import Damage, verify
 
     checked, damages, leftovers = verify(run), list[Damage](), list[str]()
-    with stderr().status("") as shown:
+    console = stderr()
+    with console.status("", spinner="dots" if console.encoding.startswith("utf") else "line") as shown:
         for found in checked:
             if isinstance(found, Damage):
                 damages.append(found)
@@ -59,15 +60,15 @@ def command(run: str, as_json: bool) -> None:
 
 
 def _print(damages: list[Any]) -> None:
-    rows = table("loss", "tensor or array", "span", "training steps", "file", "what", names=6)
+    rows = table("file", "loss", "tensor or array", "span", "training steps", "what", names=3, words=1)
     for each in damages[:_MOST]:
         window = "" if each.window is None else f"window {each.window}"
         rows.add_row(
+            Text(safe(each.path)),
             Text(safe(each.loss or "")),
             Text(safe(f"{each.array} of {each.tensor}" if each.tensor is not None else each.array or "")),
             window if each.span is None else str(each.span),
             "" if each.first_step is None else f"{each.first_step}–{each.last_step}",
-            Text(safe(each.path)),
             Text(safe(each.what)),
         )
     stdout().print(rows)

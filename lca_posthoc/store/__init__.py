@@ -5,29 +5,41 @@ from .manifest import LossRecord, Manifest, StoredTensor
 from .results import LossResults, Run, open_run
 from .runfile import read_manifest
 from .seams import differ, disagreement, meeting
+from .starting import Announcement, Starting, announced, starting
 from .token import token
+from .underway import LastRun, SpanReport, Underway, last_run, remove_reports, underway
 from .verify import Damage, Leftover, verify
 from .writer import RunWriter, create, remove_loss, required_bytes
 
 __all__ = [
+    "Announcement",
     "Damage",
     "Held",
+    "LastRun",
     "Leftover",
     "LossRecord",
     "LossResults",
     "Manifest",
     "Run",
     "RunWriter",
+    "SpanReport",
+    "Starting",
     "StoredTensor",
+    "Underway",
+    "announced",
     "create",
     "differ",
     "disagreement",
     "hold",
+    "last_run",
     "meeting",
     "open_run",
     "read_manifest",
     "remove_loss",
+    "remove_reports",
     "required_bytes",
+    "starting",
     "token",
+    "underway",
     "verify",
 ]

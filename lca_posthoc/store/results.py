@@ -20,6 +20,9 @@ from .lock import is_held
 from .manifest import LossRecord, Manifest
 from .runfile import read_manifest
 from .totals import joined_totals
+from .underway import underway
+
+_SHOWN = 20  # losses in a repr
 
 
 class LossResults:
@@ -34,12 +37,20 @@ class LossResults:
         self._commits = Commits(path, manifest, name)
 
     def __repr__(self) -> str:
-        return (
-            f"<LossResults {self.name!r}: {len(self._rows)} of {self.manifest.segments} segments in {str(self.path)!r}>"
-        )
+        return f"<LossResults {self.name!r} of {str(self.path)!r}: {self._state()}>"
 
     def _repr_html_(self) -> str:
         return results_html(self)
+
+    def _state(self) -> str:
+        """Say in a few words how much is there, from the markers alone; a repr never raises."""
+        try:
+            if self._commits.is_complete():
+                return "complete"
+            waiting = sum(self.manifest.length(span) for span in self._commits.pending())
+        except Exception as error:
+            return f"cannot be read: {type(error).__name__}"
+        return f"{self.manifest.segments - waiting:,} of {self.manifest.segments:,} segments"
 
     @property
     def record(self) -> LossRecord:
@@ -62,13 +73,19 @@ class LossResults:
         return self._commits.is_complete()
 
     def progress(self) -> dict[str, Any]:
-        """How far this loss is, from the commit markers alone: spans, segments, steps, seconds of workers."""
+        """Return how far this loss is, from the commit markers: spans, segments, steps, seconds of workers.
+
+        `segments_underway` is what workers report of the spans they compute now; it need not be whole.
+        """
         manifest, markers = self.manifest, self.markers
+        waiting = set(self._commits.pending())
+        reports = [report for report in underway(self.path) if self.name in report.losses and report.span in waiting]
         return {
             "spans_done": len({row // manifest.span for row in self._rows}),
             "spans": manifest.spans,
             "segments_done": len(self._rows),
             "segments": manifest.segments,
+            "segments_underway": sum(report.segments / len(report.losses) for report in reports),
             "first_step": manifest.checkpoints[0].step,
             "last_step": manifest.checkpoints[-1].step,
             "seconds": round(sum(marker["seconds"] for marker in markers), 3),
@@ -186,7 +203,12 @@ class Run(Mapping[str, LossResults]):
         return len(self.manifest.losses)
 
     def __repr__(self) -> str:
-        return f"<Run {str(self.path)!r}: losses {', '.join(self.manifest.losses)}; {self.manifest.segments} segments>"
+        names = list(self)
+        shown = ", ".join(
+            f"{name if name.isprintable() else repr(name)} ({self[name]._state()})" for name in names[:_SHOWN]
+        )
+        more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+        return f"<Run {str(self.path)!r}: {f'losses {shown}{more}' if names else 'no losses'}>"
 
     def _repr_html_(self) -> str:
         return run_html(self)

@@ -36,12 +36,12 @@ from .manifest import Identity, LossRecord, Manifest
 from .metadata import FILE as ZARR
 from .metadata import group_file, metadata_files
 from .runfile import FILE, read_manifest, write_manifest
+from .underway import LOG, remove_reports
 
 if TYPE_CHECKING:
     from ..tally import Tally
     from .verify import Damage
 
-LOG = "log"
 _BLOCK = 4096
 
 
@@ -260,6 +260,7 @@ class RunWriter:
         """Remove what a killed writer left: temporary files, and totals that are folded; only while holding the lock."""
         for left in [*self.path.rglob("*.partial"), *self.path.rglob(".*.tmp")]:
             left.unlink(missing_ok=True)
+        remove_reports(self.path)
         for loss in self.manifest.losses:
             commits = self.commits(loss)
             for window in range(self.manifest.windows):

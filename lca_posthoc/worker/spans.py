@@ -9,12 +9,15 @@ import resource
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import ResourceError, SpanError
 from .state import Spec, objective_of, point_at, points_of, reported
+
+if TYPE_CHECKING:
+    from ..store import SpanReport
 
 SAMPLED = {0, 64, 512}  # segments whose error is measured: as many in a run that grew as in one that did not
 
@@ -25,7 +28,7 @@ def replay_span(spec: Spec) -> Spec:
 
     What another worker committed meanwhile (one that was cut off, or whose driver died) is not done again.
     """
-    from ..store import RunWriter
+    from ..store import RunWriter, SpanReport
 
     started = time.perf_counter()
     writer = RunWriter.open(Path(spec["run"]), durable=spec["durable"])
@@ -35,9 +38,10 @@ def replay_span(spec: Spec) -> Spec:
         objective = _ready(spec, writer, pending)
         records = {name: writer.manifest.losses[name] for name in pending}
         together = [name for name, record in records.items() if len(record.blocks) == 1]
-        for losses in [together, *([name] for name in records if name not in together)]:
-            if losses:
-                facts |= _within_memory(spec, objective, writer, losses)
+        with SpanReport(writer.path, spec["span"]) as report:
+            for losses in [together, *([name] for name in records if name not in together)]:
+                if losses:
+                    facts |= _within_memory(spec, objective, writer, losses, report)
         objective.release_higher()
     return {
         "losses": facts,
@@ -96,7 +100,7 @@ def _committed(writer: Any, spec: Spec) -> Spec:
     return {name: facts for name, facts in found.items() if facts is not None}
 
 
-def _within_memory(spec: Spec, objective: Any, writer: Any, losses: list[str]) -> Spec:
+def _within_memory(spec: Spec, objective: Any, writer: Any, losses: list[str], report: SpanReport) -> Spec:
     """Allocate some losses, with half the batch as often as memory runs out."""
     import torch
 
@@ -104,7 +108,7 @@ def _within_memory(spec: Spec, objective: Any, writer: Any, losses: list[str]) -
 
     while True:
         try:
-            return _Together(spec, objective, writer, losses).run()
+            return _Together(spec, objective, writer, losses, report).run()
         except Exception as error:
             splits = {writer.manifest.losses[name].on for name in losses} - {None}
             largest = max((objective.batch_sizes[split] for split in splits), default=1)
@@ -125,11 +129,12 @@ def _within_memory(spec: Spec, objective: Any, writer: Any, losses: list[str]) -
 class _Together:
     """Losses on one span that are evaluated together, or one loss block by block of its groups."""
 
-    def __init__(self, spec: Spec, objective: Any, writer: Any, losses: list[str]) -> None:
+    def __init__(self, spec: Spec, objective: Any, writer: Any, losses: list[str], report: SpanReport) -> None:
         from ..allocation import Method
         from ..quadrature import RULES
 
-        self.spec, self.objective, self.writer = spec, objective, writer
+        self.spec, self.objective, self.writer, self.report = spec, objective, writer, report
+        report.begin(losses)
         self.records = {name: writer.manifest.losses[name] for name in losses}
         self.replicates = {name: objective.replicates_of(name) for name in losses if self.records[name].replicates}
         self.rows, self.length = writer.manifest.rows(spec["span"]), writer.manifest.length(spec["span"])
@@ -198,7 +203,7 @@ class _Together:
         }
         reached = [set[int]() for _ in range(self.length)]
         every = [*self.records, *self.replicates.values()]
-        for block in self.blocks:
+        for part_before, block in enumerate(self.blocks):
             part = self.objective if len(self.blocks) == 1 else _Only(self.objective, block)
             if len(self.blocks) > 1:
                 next(iter(self.tallies.values())).begin(block)
@@ -206,6 +211,8 @@ class _Together:
             for at, (start, end, done) in enumerate(allocate_span(points, part, every, self.method, levels)):
                 self._take(at, start, end, done, block)
                 reached[at] |= {done[name].level for name in self.records}
+                segments = len(self.records) * (at + 1 + part_before * self.length) / len(self.blocks)
+                self.report.reach(segments, max(float(np.max(np.abs(done[name].residual))) for name in self.records))
             for name, tally in self.tallies.items():
                 self.writer.write_block(name, self.spec["span"], tally)
         return reached

@@ -1,0 +1,560 @@
+"""What a person sees of a replay: notes, stages, a bar on a terminal or in a notebook, elsewhere a line a minute.
+
+Nothing here can turn finished work into an error: what a terminal or a pipe cannot show is shown in other signs, and one that is
+gone is written to no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import io
+import multiprocessing
+import os
+import re
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from html import escape
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+from rich.status import Status
+from rich.text import Text
+
+from .errors import LCAWarning, ResourceError
+from .progress import Event, Listener, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow, Stage, silent
+
+LOOK = 2.0  # seconds between two looks at how far spans are
+FIRST = 20.0  # seconds after work began, once there are figures, until the first line where there is no terminal
+MINUTE = 60.0  # seconds between two lines
+_SHOWN = 10  # failures, one by one
+_PACKAGE = os.path.dirname(__file__) + os.sep
+
+# --- streams and signs ---------------------------------------------------------------------------------------------------
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_PLAIN = {
+    "→": "->",
+    "−": "-",
+    "–": "-",
+    "—": "-",
+    "…": "...",
+    "Σ": "sum",
+    "Δ": "d",
+    "θ": "theta",
+    "×": "x",
+    "±": "+-",
+    "·": "|",
+    "≤": "<=",
+    "≥": ">=",
+    "•": "*",
+    "\N{NO-BREAK SPACE}": " ",
+}
+
+
+def safe(name: str) -> str:
+    """Return a name from a file without characters that steer a terminal.
+
+    >>> safe("a\\x1b[31mb")
+    'a?[31mb'
+    """
+    return _CONTROL.sub("?", name)
+
+
+def showable(text: str, encoding: str) -> str:
+    """Return a text in the signs an encoding has: ours in plain ones, those of names as escapes.
+
+    >>> showable("2.3 → 0.1 in größe", "ascii")
+    '2.3 -> 0.1 in gr\\\\xf6\\\\xdfe'
+    """
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        signs = (_PLAIN.get(sign, sign) if not _has(encoding, sign) else sign for sign in text)
+        return "".join(signs).encode(encoding, "backslashreplace").decode(encoding)
+    except LookupError:
+        return showable(text, "ascii")
+    return text
+
+
+def _has(encoding: str, sign: str) -> bool:
+    try:
+        sign.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class Stream(io.TextIOBase):
+    """A text stream that shows what it can: a sign its encoding lacks becomes another, and what nobody reads is not written.
+
+    Args:
+        stream: where to write; None for nowhere, as Python has it where a descriptor is closed.
+        matters: whether an error such as a full disk is raised: of results it is, of progress it is not.
+    """
+
+    def __init__(self, stream: Any, *, matters: bool) -> None:
+        self._stream, self._matters = stream, matters
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The encoding of the stream beneath."""
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        """Write a text, in other signs where it must be."""
+        with self._lenient():
+            if self._stream is not None:
+                self._stream.write(showable(text, self.encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream beneath."""
+        with self._lenient():
+            if self._stream is not None:
+                self._stream.flush()
+
+    def writable(self) -> bool:
+        """Say that texts can be written."""
+        return True
+
+    def isatty(self) -> bool:
+        """Say whether a terminal shows it."""
+        with self._lenient():
+            return self._stream is not None and bool(self._stream.isatty())
+        return False
+
+    def fileno(self) -> int:
+        """Return the descriptor of the stream beneath."""
+        if self._stream is None:
+            raise io.UnsupportedOperation("fileno")
+        return int(self._stream.fileno())
+
+    @contextlib.contextmanager
+    def _lenient(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            gone = isinstance(error, ValueError) or error.errno in (errno.EPIPE, errno.EIO, errno.EBADF)
+            self._leave()
+            if self._matters and not gone:
+                raise ResourceError(
+                    f"the result cannot be printed ({error}). What was computed is kept; `lca summary` and `lca status` print it again."
+                ) from None
+
+    def _leave(self) -> None:
+        """Write to nowhere from here on; also what Python still flushes at its end."""
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+        self._stream = None
+
+
+def open_standard_descriptors() -> None:
+    """Open what is closed of the first three descriptors on nothing: else a file of results is given its number, and its prints."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, this one
+            os.set_inheritable(opened, True)  # workers print as well
+
+
+def stderr() -> Console:
+    """Return where progress and notes go."""
+    return Console(
+        file=Stream(sys.stderr, matters=False),  # type: ignore[arg-type]
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=True,
+        force_jupyter=False,
+    )
+
+
+def say(text: str) -> None:
+    """Print a warning or a note."""
+    stderr().print(Text(f"note: {safe(text)}"))
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people read them."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+# --- how far a replay is -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progressed:
+    """How far a replay is: `done` of `total` segments (of two losses each counts twice), `before` of them when it began."""
+
+    total: int = 0
+    before: int = 0
+    done: int = 0
+    underway: float = 0.0
+    spans: int = 0
+    spans_done: int = 0
+    workers: int = 0
+    worst_residual: float = 0.0
+    began: float = 0.0
+    retried: int = 0
+    failed: int = 0
+
+    @property
+    def reached(self) -> float:
+        """Segments done, with what spans underway report."""
+        return min(float(self.total), self.done + self.underway)
+
+    def rate(self, now: float) -> float | None:
+        """Return segments per second since work began; spans end in bunches, of which a moving rate makes nothing."""
+        seconds, segments = now - self.began, self.reached - self.before
+        return segments / seconds if seconds > 0 and segments > 0 else None
+
+    def seconds_left(self, now: float) -> float | None:
+        """Return the time left at that rate."""
+        rate = self.rate(now)
+        return None if rate is None else (self.total - self.reached) / rate
+
+    @property
+    def trouble(self) -> str:
+        """Spans that were tried again or failed, in words."""
+        counts = (("retried", self.retried), ("failed", self.failed))
+        return "".join(f" · {count} {what}" for what, count in counts if count)
+
+    def line(self, now: float) -> str:
+        """Return all of it in one line."""
+        rate, left = self.rate(now), self.seconds_left(now)
+        workers = f"{self.workers} worker{'' if self.workers == 1 else 's'}"
+        speed = f"{rate:.3g} segments/s on {workers}" if rate is not None else workers
+        rest = f"about {duration(left)} left" if left is not None else f"after {duration(now - self.began)}"
+        return (
+            f"{int(self.reached):,} of {self.total:,} segments · worst residual {self.worst_residual:.1e}{self.trouble} · "
+            f"{speed} · {rest}"
+        )
+
+
+class View(Protocol):
+    """One way to show how far a replay is."""
+
+    def stage(self, text: str, began: float, now: float) -> None:
+        """Show a part of the preparation and since when it goes on."""
+
+    def show(self, progressed: Progressed, now: float) -> None:
+        """Show how far it is."""
+
+    def close(self) -> None:
+        """Take away what moves."""
+
+
+class Bar:
+    """A bar on a terminal, gone when it is over."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._status: Status | None = None
+        self._progress: Progress | None = None
+        self._task = 0
+
+    def stage(self, text: str, began: float, now: float) -> None:
+        """See `View.stage`."""
+        shown = Text(f"{text} ({duration(int(now - began))})" if now - began >= 2 else text)
+        if self._status is None:
+            spinner = "dots" if self._console.encoding.startswith("utf") else "line"
+            self._status = Status(shown, console=self._console, spinner=spinner)
+            self._status.start()
+        else:
+            self._status.update(shown)
+
+    def show(self, progressed: Progressed, now: float) -> None:
+        """See `View.show`."""
+        if self._progress is None:
+            self.close()
+            columns = (
+                TextColumn("replay"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(
+                    "segments · {task.fields[speed]}worst residual {task.fields[worst]:.1e}{task.fields[trouble]} ·"
+                ),
+                TimeElapsedColumn(),
+                TextColumn("· left"),
+                _Left(),
+            )
+            self._progress = Progress(*columns, console=self._console, transient=True)
+            self._task = self._progress.add_task("replay", total=None, worst=0.0, speed="", trouble="", due=None)
+            self._progress.start()
+        workers = f"{progressed.workers} worker{'' if progressed.workers == 1 else 's'}"
+        rate, left = progressed.rate(now), progressed.seconds_left(now)
+        if rate is not None:
+            workers += f" at {rate / max(1, progressed.workers):.3g} segments/s"
+        self._progress.update(
+            self._task,  # type: ignore[arg-type]
+            total=progressed.total,
+            completed=int(progressed.reached),
+            worst=progressed.worst_residual,
+            speed=f"{progressed.spans_done}/{progressed.spans} spans · {workers} · ",
+            trouble=progressed.trouble,
+            due=None if left is None else time.monotonic() + left,
+        )
+
+    def close(self) -> None:
+        """See `View.close`."""
+        if self._status is not None:
+            self._status.stop()
+        if self._progress is not None:
+            self._progress.stop()
+        self._status = None
+
+
+class _Left(ProgressColumn):
+    """The time left at the rate since work began."""
+
+    def render(self, task: Any) -> Text:
+        due = task.fields["due"]
+        left = "-:--:--" if due is None else str(timedelta(seconds=int(max(0.0, due - time.monotonic()))))
+        return Text(left, style="progress.remaining")
+
+
+class Lines:
+    """A line a minute where there is no terminal, the first one as soon as there are figures."""
+
+    def __init__(self, console: Console, now: float) -> None:
+        self._console = console
+        self._last = now  # when the last line was printed, or it began
+        self._first = True
+
+    def stage(self, text: str, began: float, now: float) -> None:
+        """See `View.stage`."""
+        if now - self._last >= MINUTE:
+            self._print(f"{text}, for {duration(now - began)} now", now)
+
+    def show(self, progressed: Progressed, now: float) -> None:
+        """See `View.show`."""
+        has_figures = progressed.reached > progressed.before
+        has_rest = progressed.reached < progressed.total
+        early = self._first and has_figures and has_rest and now - progressed.began >= FIRST
+        if early or now - self._last >= MINUTE:
+            self._print(progressed.line(now), now)
+            self._first = self._first and not has_figures
+
+    def close(self) -> None:
+        """See `View.close`."""
+
+    def _print(self, text: str, now: float) -> None:
+        self._console.print(Text(f"lca: {text}"))
+        self._last = now
+
+
+class Notebook:
+    """A bar in a notebook, by HTML alone; it stays as it was at the end."""
+
+    def __init__(self, shell_display: Any) -> None:
+        self._display = shell_display
+        self._handle: Any = None
+
+    def stage(self, text: str, began: float, now: float) -> None:
+        """See `View.stage`."""
+        self._put(f"<div>{escape(text)} ({escape(duration(int(now - began)))})</div>")
+
+    def show(self, progressed: Progressed, now: float) -> None:
+        """See `View.show`."""
+        bar = f'<progress value="{progressed.reached:.6g}" max="{max(1, progressed.total)}"></progress>'
+        self._put(f"<div>{bar} {escape(progressed.line(now))}</div>")
+
+    def close(self) -> None:
+        """See `View.close`."""
+
+    def _put(self, html: str) -> None:
+        shown = self._display.HTML(html)
+        with contextlib.suppress(Exception):  # of what only displays nothing must stop the work
+            if self._handle is None:
+                self._handle = self._display.display(shown, display_id=True)
+            else:
+                self._handle.update(shown)
+
+
+def _view(console: Console, now: float) -> View:
+    """Return the way that fits where it is shown."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    if hasattr(shell, "kernel"):
+        with contextlib.suppress(ImportError):
+            return Notebook(importlib.import_module("IPython.display"))
+    if console.file.isatty() and not console.is_dumb_terminal:
+        return Bar(console)
+    return Lines(console, now)
+
+
+# --- listeners -----------------------------------------------------------------------------------------------------------
+
+
+class Display:
+    """Shows the events of a replay: how far it is as fits the place; notes, retries and failures as lines `note: …`.
+
+    To be called with every event, inside a `with` block, at whose end what moves is taken away. How far spans are between two events
+    is looked up by a thread of its own, for a single span may take an hour.
+
+    Args:
+        clock: seconds that only grow.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._console = stderr()
+        self._view = _view(self._console, clock())
+        self._progressed = Progressed()
+        self._directory = ""
+        self._open_spans_done: set[int] = set()
+        self._stage = ("", clock())
+        self._lock, self._over = threading.RLock(), threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> Display:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        with self._lock:
+            self._view.close()
+
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        with self._lock:
+            if isinstance(event, Note):
+                self.say(event.text)
+            elif isinstance(event, Stage):
+                self._on_stage(event)
+            elif isinstance(event, Planned):
+                self._on_planned(event)
+            elif isinstance(event, SpanDone):
+                self._on_done(event)
+            elif isinstance(event, SpanRetried):
+                self._on_retried(event)
+            elif isinstance(event, SpanSlow):
+                self._on_slow(event)
+            elif isinstance(event, SpanFailed):
+                self._on_failed(event)
+
+    def say(self, text: str) -> None:
+        """Tell something in words."""
+        say(text)
+
+    def tick(self) -> None:
+        """Look how far the spans underway are, and show it."""
+        with self._lock:
+            now = self._clock()
+            if self._directory:
+                self._read_reports()
+                self._view.show(self._progressed, now)
+            elif self._stage[0]:
+                self._view.stage(*self._stage, now)
+
+    def _look(self) -> None:
+        while not self._over.wait(LOOK):
+            self.tick()
+
+    def _read_reports(self) -> None:
+        from .store import underway
+
+        reports = [report for report in underway(Path(self._directory)) if report.span not in self._open_spans_done]
+        state = self._progressed
+        state.underway = sum(report.segments for report in reports)
+        state.worst_residual = max([state.worst_residual, *(report.worst_residual for report in reports)])
+
+    def _on_stage(self, event: Stage) -> None:
+        self._stage = (event.text, self._clock())
+        self._view.stage(*self._stage, self._clock())
+
+    def _on_planned(self, event: Planned) -> None:
+        if event.pending == 0:
+            self.nothing_to_do()
+            return
+        now, before = self._clock(), event.total - event.pending
+        self._directory, self._open_spans_done = event.directory, set()
+        self._progressed = Progressed(event.total, before, before, spans=event.spans, workers=event.workers, began=now)
+        self._view.show(self._progressed, now)
+
+    def nothing_to_do(self) -> None:
+        """Tell that everything is there."""
+        self.say("nothing to do: every span is committed, and the task file is the one of the last run")
+
+    def _on_done(self, event: SpanDone) -> None:
+        state = self._progressed
+        self._open_spans_done.add(event.span)
+        state.done += event.segments * len(event.losses)
+        state.spans_done += 1
+        state.workers = event.workers
+        state.worst_residual = max(state.worst_residual, event.worst_residual)
+        self._read_reports()
+        self._view.show(state, self._clock())
+
+    def _on_retried(self, event: SpanRetried) -> None:
+        self._progressed.retried += 1
+        self.say(f"{_span(event)} is tried again: {event.message} ({event.worker})")
+
+    def _on_slow(self, event: SpanSlow) -> None:
+        stack = f"; it is in {' < '.join(reversed(event.doing[-3:]))}" if event.doing else "; it does not answer"
+        self.say(
+            f"{_span(event)} takes {duration(event.seconds)}, far longer than its peers, on worker {event.worker}{stack}"
+        )
+
+    def _on_failed(self, event: SpanFailed) -> None:
+        state = self._progressed
+        state.failed += 1
+        if state.failed <= _SHOWN:
+            self.say(f"{_span(event)} failed: {event.message}")
+        elif state.failed == _SHOWN + 1:
+            self.say("more spans failed; log/run.jsonl in the run directory has them all")
+
+
+class WarningDisplay(Display):
+    """As `Display`, for callers in Python: what is told in words arrives as an `LCAWarning` at the caller's own line."""
+
+    def say(self, text: str) -> None:
+        """Warn."""
+        warnings.warn(safe(text), LCAWarning, stacklevel=_level_of_the_caller())
+
+    def nothing_to_do(self) -> None:
+        """Tell nothing: that everything is there is no reason to warn."""
+
+
+@contextlib.contextmanager
+def listening(progress: Listener | None) -> Iterator[Listener]:
+    """Give the listener of a call: the caller's own, or one that warns and shows how far it is.
+
+    In a process that only imports its caller's script to become a worker, nothing is shown.
+    """
+    if progress is not None or getattr(multiprocessing.current_process(), "_inheriting", False):
+        yield progress or silent
+    else:
+        with WarningDisplay() as display:
+            yield display
+
+
+def _level_of_the_caller() -> int:
+    """Return the `stacklevel` with which `warnings.warn`, called by who calls this, points outside of this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_PACKAGE, contextlib.__file__)):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _span(event: SpanRetried | SpanSlow | SpanFailed) -> str:
+    return f"span {event.span} (steps {event.first_step} to {event.last_step})"

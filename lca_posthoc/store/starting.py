@@ -1,0 +1,147 @@
+"""A small file beside a run that is being prepared, by which `lca status` can tell what its driver is doing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import psutil
+
+from ..places import nearest
+
+_HEARTBEAT = 10.0
+_STALE = 120.0  # seconds without a heartbeat, of a driver on another host
+_LARGEST = 16384  # bytes of such a file
+
+
+@dataclass(frozen=True)
+class Starting:
+    """What a driver is doing before its first span: the stage, since when (seconds since 1970), on which host, as which process."""
+
+    run: str
+    stage: str
+    since: float
+    began: float
+    host: str
+    pid: int
+
+
+class Announcement:
+    """The file of one driver; what cannot be written is left out, for nothing relies on it."""
+
+    def __init__(self, run: Path) -> None:
+        self._file = _place(run) / f"{_beginning(run)}{socket.gethostname()}-{os.getpid()}"
+        now = time.time()
+        self._state = Starting(str(run.absolute()), "starting", now, now, socket.gethostname(), os.getpid())
+        self._lock, self._over = threading.Lock(), threading.Event()
+
+    def stage(self, text: str) -> None:
+        """Say what is done now."""
+        self._state = replace(self._state, stage=text, since=time.time())
+        self._write()
+
+    def end(self) -> None:
+        """Remove the file; what is said later is not written."""
+        with self._lock, contextlib.suppress(OSError):
+            self._over.set()
+            self._file.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        temporary = self._file.with_name(f"{self._file.name}.tmp")
+        with self._lock, contextlib.suppress(OSError):
+            if self._over.is_set():
+                return
+            try:
+                temporary.write_text(json.dumps(asdict(self._state)), encoding="utf-8")
+                temporary.replace(self._file)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._over.wait(_HEARTBEAT):
+            with contextlib.suppress(OSError):
+                os.utime(self._file)
+
+
+@contextlib.contextmanager
+def announced(run: Path) -> Iterator[Announcement]:
+    """Announce that a run is being prepared, until `end` or the end of the context.
+
+    What killed drivers left beside this run is removed first.
+    """
+    announcement = Announcement(run)
+    _remove_stale(run)
+    announcement.stage("starting")
+    beat = threading.Thread(target=announcement._beat, daemon=True)
+    beat.start()
+    try:
+        yield announcement
+    finally:
+        announcement.end()
+        beat.join()
+
+
+def starting(run: Path) -> Starting | None:
+    """Return what a driver that prepares this run is doing; None where there is none."""
+    for file in _files(run):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            if _is_alive(run, file):
+                with file.open("rb") as opened:
+                    state = Starting(**json.loads(opened.read(_LARGEST)))
+                if state.run == str(run.absolute()) and all(
+                    isinstance(value, int | float) for value in (state.since, state.began, state.pid)
+                ):
+                    return state
+    return None
+
+
+def _beginning(run: Path) -> str:
+    return f".{run.absolute().name}.starting-"
+
+
+def _place(run: Path) -> Path:
+    """Return the directory of the file: the run's own, or the nearest one above it that is there already."""
+    try:
+        return nearest(run.absolute().parent)
+    except OSError:  # nothing can be written there either
+        return run.absolute().parent
+
+
+def _files(run: Path) -> list[Path]:
+    with contextlib.suppress(OSError), os.scandir(_place(run)) as entries:
+        return sorted(
+            Path(entry.path)
+            for entry in entries
+            if entry.name.startswith(_beginning(run)) and entry.is_file(follow_symlinks=False)
+        )
+    return []
+
+
+def _is_alive(run: Path, file: Path) -> bool:
+    """Say whether the driver that wrote a file runs: on this host by its process, elsewhere by its heartbeat."""
+    host, _, pid = file.name.removeprefix(_beginning(run)).removesuffix(".tmp").rpartition("-")
+    if host == socket.gethostname() and pid.isdecimal():
+        return psutil.pid_exists(int(pid)) and _is_older(int(pid), file)
+    return time.time() - file.stat().st_mtime < _STALE
+
+
+def _is_older(pid: int, file: Path) -> bool:
+    """Say whether a process was there when a file was written; else it got the number of one that ended."""
+    try:
+        return float(psutil.Process(pid).create_time()) <= file.stat().st_mtime + 1.0
+    except psutil.Error:
+        return False
+
+
+def _remove_stale(run: Path) -> None:
+    for file in _files(run):
+        with contextlib.suppress(OSError):
+            if not _is_alive(run, file):
+                file.unlink(missing_ok=True)

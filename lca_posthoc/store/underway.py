@@ -1,0 +1,170 @@
+"""How far the spans are that workers compute now: a small file for each below RUN/log, gone when its span is over.
+
+Nothing relies on them: no number is read from one, and one that cannot be written or read is as good as none.
+"""
+
+from __future__ import annotations
+
+import calendar
+import contextlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import LCAError
+from .files import refuse_links
+from .lock import is_held
+
+EVERY = 3.0  # seconds between two writings of a report; a shorter span never writes one
+LOG = "log"
+EVENTS = "run.jsonl"
+_NAME = re.compile(r"\.span-(\d{6,})\.json")
+_LARGEST = 4096  # bytes of a report
+_BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class Underway:
+    """How far one span is: segments done, a segment of two losses counting twice, and the worst |residual| among them."""
+
+    span: int
+    segments: float
+    worst_residual: float
+    losses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LastRun:
+    """A call of `run` or `repair`, as the log has it.
+
+    It `began` with so many segments `pending` (seconds since 1970; a segment of two losses counts twice), on so many `workers`,
+    and has committed `done` of them since. `ended` is the error it ended with, empty where there was none, and None where it
+    still goes on or was killed.
+    """
+
+    began: float
+    pending: int
+    done: int
+    workers: int
+    ended: str | None
+
+    def rate(self, underway: float) -> float | None:
+        """Return segments per second since it began, with what is underway; None while there is nothing to tell it from."""
+        seconds, segments = time.time() - self.began, self.done + underway
+        return segments / seconds if seconds > 0 and segments > 0 else None
+
+
+class SpanReport:
+    """Says on the disk how far a span is, every few seconds while it is computed; a context that leaves nothing behind."""
+
+    def __init__(self, run: Path, span: int) -> None:
+        self._file = run / LOG / f".span-{span:06d}.json"
+        self._run = run
+        self._due = time.monotonic() + EVERY
+        self._written = False
+        self._before = self._segments = self._worst = 0.0
+        self._losses: list[str] = []
+
+    def __enter__(self) -> SpanReport:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._written:
+            with contextlib.suppress(OSError):
+                self._file.unlink(missing_ok=True)
+
+    def begin(self, losses: list[str]) -> None:
+        """Begin the pass over some losses; what is reported of them starts from 0 where the pass is made again."""
+        if losses != self._losses:
+            self._before += self._segments
+        self._segments, self._losses = 0.0, losses
+
+    def reach(self, segments: float, residual: float) -> None:
+        """Report how many segments of the pass are done, losses counted apart, and the |residual| of the last one."""
+        self._segments, self._worst = max(self._segments, segments), max(self._worst, residual)
+        if time.monotonic() >= self._due:
+            self._write()
+            self._due = time.monotonic() + EVERY
+
+    def _write(self) -> None:
+        document = {
+            "segments": self._before + self._segments,
+            "worst_residual": self._worst,
+            "losses": self._losses,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        temporary = self._file.with_name(f"{self._file.name}.{os.getpid()}.tmp")  # swept like every temporary file
+        with contextlib.suppress(OSError, LCAError):
+            refuse_links(self._run, self._file.parent)
+            try:
+                temporary.write_text(json.dumps(document), encoding="utf-8")
+                temporary.replace(self._file)
+                self._written = True
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+def underway(run: Path) -> list[Underway]:
+    """Return what workers report of the spans they compute now, in order; nothing where no driver works on the run."""
+    found = []
+    with contextlib.suppress(OSError, LCAError):
+        if is_held(run):
+            for entry in sorted(os.scandir(run / LOG), key=lambda entry: entry.name):
+                name = _NAME.fullmatch(entry.name)
+                if name and entry.is_file(follow_symlinks=False):
+                    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                        found.append(_read(Path(entry.path), int(name[1])))
+    return found
+
+
+def _read(file: Path, span: int) -> Underway:
+    with file.open("rb") as opened:
+        document = json.loads(opened.read(_LARGEST))
+    segments, worst = float(document["segments"]), float(document["worst_residual"])
+    if not 0 <= segments < 2**63 or not worst >= 0:
+        raise ValueError
+    return Underway(span, segments, worst, tuple(map(str, document["losses"])))
+
+
+def remove_reports(run: Path) -> None:
+    """Remove reports of workers that were killed; only while holding the lock."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(run / LOG):
+            if _NAME.fullmatch(entry.name):
+                Path(entry.path).unlink(missing_ok=True)
+
+
+def last_run(run: Path) -> LastRun | None:
+    """Return what the log says of the last call that had spans to replay; None where there was none."""
+    done, ended = 0, None
+    for line in _lines_from_the_end(run / LOG / EVENTS):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            event = json.loads(line)
+            kind = event["event"]
+            if kind == "Ended" and ended is None:
+                ended = str(event["error"] or "")
+            elif kind == "SpanDone":
+                done += int(event["segments"]) * len(event["losses"])
+            elif kind == "Planned":
+                began = calendar.timegm(time.strptime(event["time"], "%Y-%m-%dT%H:%M:%SZ"))
+                return LastRun(float(began), int(event["pending"]), done, int(event["workers"]), ended)
+    return None
+
+
+def _lines_from_the_end(file: Path) -> Iterator[bytes]:
+    """Yield the lines of a file, the last one first; none where it cannot be read."""
+    with contextlib.suppress(OSError), file.open("rb") as opened:
+        end, rest = opened.seek(0, os.SEEK_END), b""
+        while end:
+            start = max(0, end - _BLOCK)
+            opened.seek(start)
+            rest, *lines = (opened.read(end - start) + rest).split(b"\n")
+            yield from reversed(lines)
+            end = start
+        yield rest

@@ -1,0 +1,695 @@
+"""What people see: tables, terminals and pipes, encodings, notes and progress, how far a run is."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+
+import lca_posthoc
+from lca_posthoc import display, store
+from lca_posthoc.cli import COMMANDS
+from lca_posthoc.cli.show import shorten, table
+from lca_posthoc.display import Lines, Progressed, Stream, showable, stderr
+from lca_posthoc.progress import Note, Planned, SpanDone, Stage, silent
+from tests.small import contents, document, lca, marker, record, refused, run_lca, says, task_namespace, write_task
+from tests.terminal import ASCII, LCA, environment, on_terminal, piped
+
+NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
+underway_module: Any = sys.modules["lca_posthoc.store.underway"]
+starting_module: Any = sys.modules["lca_posthoc.store.starting"]
+
+# --- tables ------------------------------------------------------------------------------------------------------------
+
+NAMES = {
+    "layers": [
+        f"encoder.layers.{layer}.attention.self.{part}.weight"
+        for layer in range(12)
+        for part in ("query", "key", "value")
+    ],
+    "160 tensors": [f"model.decoder.block{at:03d}.mlp.down_proj.weight" for at in range(160)],
+    "wide signs": [f"編碼器.層{at}.注意力機制.權重" for at in range(5)],
+    "combining marks": [f"e\u0301ncode\u0301ur.couche\u0301{at}.matrice.poids\u0301" for at in range(5)],
+    "one long name": ["x" * 300],
+    "long labels": [f"a label of many words that goes on and on, number {at}, and on" for at in range(100)],
+    "short": ["a", "b", "c"],
+    "empty": [""],
+}
+CELLS = ("6,336", "-1.234567", "45.7 %", "+5.1e-07", "2.3114 → 0.0903")
+
+
+def filled(names: list[str]) -> Any:
+    rows = table("tensor", "parameters", "allocated", "share of sum", "a.long.heading.of.numbers.weight", "loss")
+    for name in names:
+        rows.add_row(name, *CELLS)
+    return rows
+
+
+@pytest.mark.parametrize("width", [None, 40, 80, 100, 200])
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_table_fits_its_terminal_and_keeps_every_number_and_tells_its_names_apart(
+    kind: str, width: int | None
+) -> None:
+    names = NAMES[kind]
+    blocks = filled(names).blocks(width)
+    text = "\n".join(line for block in blocks for line in block)
+    for cell in CELLS:
+        assert text.count(cell) == len(names)
+    for block in blocks:
+        assert len(block) == 1 + len(names)
+        assert width is None or max(map(cell_len, block)) <= width
+        found = [re.split(r" {2,}", line)[0] for line in block[1:]]
+        assert len(set(found)) == len(set(names))
+    if width is None:
+        assert len(blocks) == 1
+        assert [line for name, line in zip(names, blocks[0][1:], strict=True) if not line.startswith(name)] == []
+
+
+@pytest.mark.parametrize("width", [1, 5, 12])
+def test_numbers_stay_whole_where_there_is_no_room_for_anything(width: int) -> None:
+    text = "\n".join(line for block in filled(["some.tensor.weight"]).blocks(width) for line in block)
+    assert [cell for cell in CELLS if cell not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "short"),
+    [
+        ("encoder.layers.0.attention.weight", 25, "encoder.laye…ention.weight"[:12] + "…ntion.weight"[:13]),
+        ("short", 25, "short"),
+        ("注意力機制權重", 8, "注意…重"),
+        ("e\u0301" * 8, 5, "e\u0301" * 2 + "…" + "e\u0301" * 2),
+    ],
+)
+def test_a_name_is_cut_in_the_middle(name: str, width: int, short: str) -> None:
+    (found,) = shorten([name], width)
+    assert found == short
+    assert cell_len(found) <= width
+
+
+def test_both_ends_of_a_name_are_kept() -> None:
+    found = shorten([f"encoder.layers.{at}.attention.self.query.weight" for at in range(12)], 24)
+    assert len(set(found)) == 12
+    assert all(text.startswith("enc") and text.endswith("ght") for text in found)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints `ck`, a task whose grouped loss has long labels, and a finished run `r.lca`."""
+    root = tmp_path_factory.mktemp("screen")
+    record(root / "ck")
+    write_task(
+        root / "task.py",
+        '"validation": Loss(F',
+        '"per_class": Loss(F.cross_entropy, on="train", group_by=lambda inputs, targets: '
+        '[f"die größte Klasse von allen, Nummer {int(each)}" for each in targets]), "validation": Loss(F',
+    )
+    assert run_lca(root / "ck", root / "task.py", root / "r.lca", "--loss", "all").exit_code == 0
+    return root
+
+
+def numbers(text: str) -> list[str]:
+    return sorted(set(NUMBER.findall(re.sub(r"\x1b\[[0-9;]*m", "", text))))
+
+
+@pytest.mark.parametrize("columns", [40, 80, 100, 200])
+@pytest.mark.parametrize("command", ["summary", "status", "compare"])
+def test_a_terminal_of_any_width_shows_the_numbers_of_a_pipe(place: Path, command: str, columns: int) -> None:
+    arguments = [*LCA, command, place / "r.lca", *(["two=" + str(place / "r.lca")] if command == "compare" else [])]
+    code, shown = on_terminal(arguments, columns)
+    assert code == 0, shown
+    through = piped(arguments).stdout.decode()
+    assert set(numbers(through)) <= set(numbers(shown))
+    assert "…" not in through
+    if command == "summary":
+        says(through, *(f"die größte Klasse von allen, Nummer {at}" for at in range(4)))
+
+
+def test_a_dumb_terminal_shows_the_same(place: Path) -> None:
+    code, shown = on_terminal([*LCA, "summary", place / "r.lca"], TERM="dumb")
+    assert code == 0
+    assert "\x1b" not in shown
+    assert set(numbers(piped([*LCA, "summary", place / "r.lca"]).stdout.decode())) <= set(numbers(shown))
+
+
+# --- streams that cannot show or take everything -------------------------------------------------------------------------
+
+ENCODINGS = {
+    "ascii": ASCII,
+    "latin-1": {**ASCII, "PYTHONIOENCODING": "latin-1"},
+    "shift-jis": {"PYTHONIOENCODING": "shift_jis"},
+    "no utf-8 mode": {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"},
+    "strict utf-8": {"PYTHONIOENCODING": "utf-8:strict"},
+}
+
+
+def calls(place: Path, out: Path) -> dict[str, list[object]]:
+    """A call of every command, none of which fails."""
+    run, task = place / "r.lca", place / "task.py"
+    copy = out / "copy.lca"
+    return {
+        "compare": ["compare", run, f"größer={run}"],
+        "demo": ["demo", out / "démo"],
+        "export": ["export", run, "-o", out / "größe", "--format", "csv"],
+        "import": ["import", out / "saved", out / "importé"],
+        "plan": ["plan", place / "ck", "--task", task],
+        "plot": ["plot", run, "layers", "--loss", "per_class", "-o", out / "größe.svg"],
+        "remove": ["remove", copy, "--loss", "validation"],
+        "repair": ["repair", copy, "--task", task],
+        "report": ["report", run, "-o", out / "größe.html"],
+        "run": [
+            "run",
+            place / "ck",
+            "--task",
+            task,
+            "--out",
+            out / "größe.lca",
+            "--cluster",
+            "inline",
+            "--loss",
+            "all",
+        ],
+        "status": ["status", run],
+        "summary": ["summary", run],
+        "verify": ["verify", run],
+    }
+
+
+@pytest.fixture
+def out(place: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    import torch
+
+    shutil.copytree(place / "r.lca", tmp_path / "copy.lca")
+    (tmp_path / "saved").mkdir()
+    model = task_namespace()["Net"]()
+    for step in range(2):
+        torch.save(model.state_dict(), tmp_path / "saved" / f"step_{step}.pt")
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "demo"])
+def test_no_command_fails_for_signs_its_terminal_lacks(place: Path, out: Path, command: str) -> None:
+    done = piped([*LCA, *calls(place, out)[command]], **ASCII)
+    assert done.returncode == 0, done.stderr
+    assert b"Error" not in done.stderr
+    done.stdout.decode("ascii")
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_every_encoding_shows_every_number(place: Path, encoding: str) -> None:
+    known = numbers(piped([*LCA, "summary", place / "r.lca"], PYTHONIOENCODING="utf-8").stdout.decode())
+    done = piped([*LCA, "summary", place / "r.lca"], **ENCODINGS[encoding])
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.decode(ENCODINGS[encoding].get("PYTHONIOENCODING", "utf-8").partition(":")[0])
+    assert set(known) <= set(numbers(shown))
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "shown"),
+    [
+        ("2.3 → 0.1", "ascii", "2.3 -> 0.1"),
+        ("2.3 → 0.1 × 2", "latin-1", "2.3 -> 0.1 × 2"),
+        ("größe", "ascii", r"gr\xf6\xdfe"),
+        ("\udcff", "utf-8", r"\udcff"),
+        ("権", "shift_jis", "権"),
+        ("→", "no such encoding", "->"),
+    ],
+)
+def test_signs_become_others(text: str, encoding: str, shown: str) -> None:
+    assert showable(text, encoding) == shown
+
+
+@pytest.mark.parametrize("command", ["compare", "summary", "status", "verify", "run", "--help", "summary --json"])
+def test_a_pipe_that_is_closed_leaves_the_exit_code_and_says_nothing(place: Path, out: Path, command: str) -> None:
+    arguments = [*LCA, *calls(place, out).get(command, [*command.split(), place / "r.lca"])]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [str(each) for each in arguments], stdout=writing, stderr=subprocess.PIPE, env=environment(), check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1 if command == "--help" else 0, b"")
+
+
+@pytest.mark.parametrize("where", ["/dev/full", "closed", "closed pipe"])
+@pytest.mark.parametrize("cluster", ["inline", "local"])
+def test_a_stderr_that_is_gone_costs_no_run(place: Path, out: Path, where: str, cluster: str) -> None:
+    options = [
+        "--cluster",
+        cluster,
+        "--rule",
+        "left",
+        "--steps",
+        ":30",
+        *(["--workers", 1] if cluster == "local" else []),
+    ]
+    command = [*LCA, "run", place / "ck", "--task", place / "task.py", "--out", out / "gone.lca", *options]
+    script = {"/dev/full": '"$@" 2>/dev/full', "closed": '"$@" 2>&-', "closed pipe": '{ "$@"; } 2> >(:)'}[where]
+    arguments = ["bash", "-c", script, "bash", *map(str, command)]
+    done = subprocess.run(arguments, stdout=subprocess.PIPE, env=environment(), check=False, timeout=240)
+    assert done.returncode == 0
+    assert done.stdout.decode().splitlines()[-1] == f"results in {out / 'gone.lca'}"
+    assert list(store.verify(out / "gone.lca")) == []
+
+
+def test_results_that_cannot_be_printed_are_an_error(place: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*LCA, "summary", str(place / "r.lca")], stdout=full, stderr=subprocess.PIPE, env=environment(), check=False
+        )
+    assert done.returncode == 5
+    assert done.stderr.startswith(b"lca: the result cannot be printed")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_stream_that_is_gone_is_written_to_no_more() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as file:
+        stream = Stream(file, matters=True)
+        print("one", file=stream, flush=True)
+        print("two", file=stream, flush=True)
+        assert not stream.isatty()
+
+
+# --- notes and progress in Python ----------------------------------------------------------------------------------------
+
+SCRIPT = """\
+import sys
+import lca_posthoc
+from lca_posthoc import progress
+if __name__ == "__main__":
+    seen = []
+    listen = {{"default": None, "silent": progress.silent, "callable": seen.append}}[{how!r}]
+    lca_posthoc.run({ck!r}, {task!r}, out={out!r}, cluster="inline", progress=listen)  # the user's line
+    print([type(event).__name__ for event in seen if isinstance(event, progress.Note)])
+"""
+
+
+@pytest.fixture
+def gap(place: Path, out: Path) -> Path:
+    """Checkpoints a note is due for: one is missing."""
+    import shutil
+
+    shutil.copytree(place / "ck", out / "gap")
+    (out / "gap" / "step_00000030.safetensors").unlink()
+    return out / "gap"
+
+
+def script_of(how: str, place: Path, gap: Path) -> Path:
+    script = gap.parent / "script.py"
+    values = {"ck": str(gap), "task": str(place / "task.py"), "out": str(gap.parent / "s.lca"), "how": how}
+    script.write_text(SCRIPT.format(**values))
+    return script
+
+
+@pytest.mark.parametrize("how", ["default", "silent", "callable"])
+def test_notes_reach_python_as_the_caller_wants_them(place: Path, gap: Path, how: str) -> None:
+    script = script_of(how, place, gap)
+    done = piped([sys.executable, script])
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.decode().splitlines()
+    if how == "default":
+        at = 1 + script.read_text().splitlines().index(
+            next(line for line in script.read_text().splitlines() if "user's" in line)
+        )
+        assert lines[0].startswith(f"{script}:{at}: LCAWarning: ")
+        assert "20→40" in done.stderr.decode()
+    else:
+        assert lines == []
+    assert done.stdout.decode().strip() == ("['Note']" if how == "callable" else "[]")
+
+
+def test_warnings_can_be_filtered(place: Path, gap: Path) -> None:
+    script = script_of("default", place, gap)
+    done = piped([sys.executable, "-W", "ignore::lca_posthoc.errors.LCAWarning", script])
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_terminal_shows_stages_a_bar_and_warnings_and_keeps_nothing_that_moves(place: Path, gap: Path) -> None:
+    code, shown = on_terminal([sys.executable, script_of("default", place, gap)], 120)
+    assert code == 0, shown
+    says(shown, "building and probing the task", "segments", "worst residual", "LCAWarning")
+
+
+def test_the_command_shows_stages_and_a_bar_on_a_terminal(place: Path, out: Path) -> None:
+    code, shown = on_terminal([*LCA, *calls(place, out)["run"]], 120)
+    assert code == 0, shown
+    says(shown, "reading the headers of the checkpoints", "building and probing the task", "0/3 spans", "results in")
+
+
+NOTEBOOK = """\
+import sys
+import types
+
+shown = []
+
+class Handle:
+    def update(self, data): shown.append(data)
+
+def display(data, display_id): shown.append(data); return Handle()
+
+ipython, shell = types.ModuleType("IPython"), types.SimpleNamespace(kernel=object())
+ipython.get_ipython = lambda: shell
+ipython.display = sys.modules["IPython.display"] = types.ModuleType("IPython.display")
+ipython.display.HTML, ipython.display.display = str, display
+sys.modules["IPython"] = ipython
+sys.modules["ipywidgets"] = None
+"""
+
+
+def test_a_notebook_shows_a_bar_without_ipywidgets(place: Path, gap: Path) -> None:
+    script = script_of("default", place, gap)
+    script.write_text(NOTEBOOK + script.read_text() + "    print(*shown, sep='\\n')\n")
+    done = piped([sys.executable, "-W", "ignore::lca_posthoc.errors.LCAWarning", script])
+    assert (done.returncode, done.stderr) == (0, b"")
+    says(done.stdout.decode(), "building and probing the task", '<progress value="5" max="5">', "5 of 5 segments")
+
+
+# --- a line a minute -----------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds that pass when told."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def done(span: int, segments: int = 10) -> SpanDone:
+    return SpanDone(span, ["train"], segments, 1e-4, 0, 30, 0, 1.0, 1, "worker", 2)
+
+
+def test_without_a_terminal_there_is_a_line_a_minute_and_an_early_one(capsys: pytest.CaptureFixture[str]) -> None:
+    clock, lines = Clock(), list[tuple[float, str]]()
+    shown = display.Display(clock)
+
+    def until(second: float) -> None:
+        while clock.now < second:
+            clock.now += 1
+            shown.tick()
+            lines.extend((clock.now, line) for line in capsys.readouterr().err.splitlines())
+
+    shown(Stage("building and probing the task"))
+    until(130)
+    assert [at for at, _ in lines] == [60, 120]
+    assert lines[0][1] == "lca: building and probing the task, for 60 s now"
+    lines.clear()
+    shown(Planned(300, 400, 30, 2, "/nowhere"))
+    until(175)
+    assert lines == []  # no figures yet, and the last line is less than a minute ago
+    shown(done(0))
+    until(420)
+    assert [at for at, _ in lines] == [176, 235, 295, 355, 415]
+    assert lines[0][1].startswith("lca: 110 of 400 segments · worst residual 1.0e-04 · 0.")
+    says(lines[0][1], "segments/s on 2 workers", "left")
+
+
+def test_a_run_of_seconds_prints_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    shown = display.Display(clock)
+    shown(Planned(20, 20, 2, 2, "/nowhere"))
+    for at in range(2):
+        clock.now += 5
+        shown(done(at))
+        shown.tick()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_line_says_what_is_known() -> None:
+    state = Progressed(total=300, before=100, done=100, spans=20, workers=4, began=10.0)
+    assert state.line(40.0) == "100 of 300 segments · worst residual 0.0e+00 · 4 workers · after 30 s"
+    state.underway, state.retried, state.failed = 13.5, 2, 1
+    assert "113 of 300 segments · worst residual 0.0e+00 · 2 retried · 1 failed · 0.45 segments/s" in state.line(40.0)
+    assert state.seconds_left(40.0) == pytest.approx((300 - 113.5) / (13.5 / 30))
+
+
+# --- inside a span, and before the first ---------------------------------------------------------------------------------
+
+HELD = """\
+import os
+from pathlib import Path
+
+def cross_entropy(model, batch):
+    if {when}:
+        open({fifo!r}).close()  # waits until the test opens the other end
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+"""
+DRIVE = """\
+import sys
+from lca_posthoc import display, store
+sys.modules["lca_posthoc.store.underway"].EVERY = 0.0
+display.LOOK, display.FIRST, display.MINUTE = 0.02, 0.0, 0.02
+from lca_posthoc.cli import main
+if __name__ == "__main__":
+    main()
+"""
+
+
+def held_run(place: Path, root: Path, when: str, *options: object) -> tuple[subprocess.Popen[str], Path, Path]:
+    """`lca run` that waits inside a loss while `when` holds there, its directory, and what to open to let it go on."""
+    fifo, out = root / "fifo", root / "held.lca"
+    os.mkfifo(fifo)
+    text = write_task(root / "held.py", "def cross_entropy(", "def old_cross_entropy(").read_text()
+    text = text.replace("def task():", HELD.format(when=when.format(out=str(out)), fifo=str(fifo)) + "\n\ndef task():")
+    (root / "held.py").write_text(
+        text.replace('"train": Loss(F.cross_entropy, on', '"train": Loss(call=cross_entropy, on')
+    )
+    (root / "drive.py").write_text(DRIVE)
+    command = [
+        sys.executable,
+        root / "drive.py",
+        "run",
+        place / "ck",
+        "--task",
+        root / "held.py",
+        "--out",
+        out,
+        *options,
+    ]
+    process = subprocess.Popen(
+        [str(each) for each in command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment()
+    )
+    return process, out, fifo
+
+
+def let_go_on(process: subprocess.Popen[str], fifo: Path) -> str:
+    """Open the other end for as long as somebody comes to wait there; returns the rest of stderr."""
+    rest = list[str]()
+    assert process.stderr is not None
+    reader = threading.Thread(target=lambda: rest.append(process.stderr.read()))  # type: ignore[union-attr]
+    reader.start()
+    keeps = os.open(fifo, os.O_RDWR)  # a reader that comes now finds a writer
+    reader.join()
+    os.close(keeps)
+    process.wait()
+    return rest[0]
+
+
+@pytest.mark.parametrize(
+    "cluster", [["--cluster", "inline"], ["--cluster", "local", "--workers", 1]], ids=["inline", "local"]
+)
+def test_how_far_a_span_is_can_be_seen_while_it_is_computed(place: Path, tmp_path: Path, cluster: list[object]) -> None:
+    process, out, fifo = held_run(place, tmp_path, "Path({out!r}, 'log', '.span-000000.json').exists()", *cluster)
+    assert process.stderr is not None
+    line = next(line for line in process.stderr if line.startswith("lca: 1 of 6 segments"))
+    says(line, "worst residual", "segments/s on 1 worker", "left")
+    found = document(lca("status", out, "--json"))["losses"]["train"]
+    assert (found["segments_done"], found["segments_underway"], found["running"]) == (0, 1.0, True)
+    says(lca("status", out).stdout, "0 / 6 + 1.0 underway", "running", "segments/s", "left")
+    assert found["segments_per_second"] > 0
+    assert found["seconds_left"] >= 0
+    assert repr(store.open_run(out)) == f"<Run {str(out)!r}: losses train (0 of 6 segments)>"
+    let_go_on(process, fifo)
+    assert process.returncode == 0
+    assert [path.name for path in (out / "log").iterdir()] == ["run.jsonl"]
+    assert list(store.verify(out)) == []
+
+
+def test_a_status_tells_of_a_run_that_is_not_there_yet(place: Path, tmp_path: Path) -> None:
+    process, out, fifo = held_run(place, tmp_path, "not Path({out!r}).exists()", "--cluster", "inline")
+    assert process.stderr is not None
+    assert next(line for line in process.stderr if "building and probing the task, for" in line)
+    result = lca("status", out)
+    assert result.exit_code == 0
+    says(result.stdout, "is not there yet: building and probing the task", f"process {process.pid} on ")
+    found = document(lca("status", out, "--json"))
+    assert (found["losses"], found["preparing"]["pid"]) == ({}, process.pid)
+    let_go_on(process, fifo)
+    assert process.returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} >= {"held.lca"}
+    assert [path.name for path in tmp_path.iterdir() if "starting" in path.name] == []
+    assert "complete" in lca("status", out).stdout
+
+
+def test_a_driver_that_was_killed_while_it_prepared_is_not_in_the_way(place: Path, tmp_path: Path) -> None:
+    process, out, _ = held_run(place, tmp_path, "not Path({out!r}).exists()", "--cluster", "inline")
+    assert process.stderr is not None
+    assert next(line for line in process.stderr if "building and probing the task, for" in line)
+    process.kill()
+    process.communicate()
+    assert [path.name for path in tmp_path.iterdir() if ".starting-" in path.name] != []
+    refused(lca("status", out), "is not a run directory")
+    assert run_lca(place / "ck", place / "task.py", out).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir() if ".starting-" in path.name] == []
+
+
+def test_a_refusal_leaves_nothing_behind(place: Path, tmp_path: Path) -> None:
+    write_task(tmp_path / "task.py", "self.out = torch.nn.Linear(8, 4)", "self.out = torch.nn.Linear(8, 5)")
+    before = set(contents(tmp_path))
+    refused(run_lca(place / "ck", tmp_path / "task.py", tmp_path / "deep" / "er" / "x.lca"), "out.weight")
+    assert {name for name in contents(tmp_path) if "pycache" not in name} == before
+
+
+def test_a_driver_elsewhere_is_believed_while_its_heart_beats(tmp_path: Path) -> None:
+    out = tmp_path / "x.lca"
+    with store.announced(out) as announcement:
+        announcement.stage("probing")
+        file = next(tmp_path.iterdir())
+        elsewhere = file.with_name(".x.lca.starting-another-host-77")
+        elsewhere.write_bytes(file.read_bytes())
+    found = store.starting(out)
+    assert found is not None
+    assert found.stage == "probing"
+    os.utime(elsewhere, (time.time() - 1000,) * 2)
+    assert store.starting(out) is None
+    with store.announced(out):
+        assert not elsewhere.exists()
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "\x00", '{"run": 1}', "x" * 100_000])
+def test_what_is_no_report_is_passed_over(text: str, place: Path, tmp_path: Path) -> None:
+    import shutil
+
+    out = shutil.copytree(place / "r.lca", tmp_path / "x.lca")
+    marker(out, "train", 1).unlink()
+    (out / "log" / ".span-000001.json").write_text(text)
+    (tmp_path / ".x.lca.starting-another-host-1").write_text(text)
+    (out / "log" / "run.jsonl").write_text(text)
+    with store.hold(out):
+        assert document(lca("status", out, "--json"))["losses"]["train"]["segments_underway"] == 0
+    assert lca("status", out).exit_code == 0
+
+
+def test_a_report_that_cannot_be_written_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(underway_module, "EVERY", 0.0)
+    with underway_module.SpanReport(tmp_path / "gone", 1) as report:
+        report.begin(["train"])
+        report.reach(1.0, 0.5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reports_of_killed_workers_are_swept(place: Path, tmp_path: Path) -> None:
+    import shutil
+
+    out = shutil.copytree(place / "r.lca", tmp_path / "x.lca")
+    marker(out, "train", 1).unlink()
+    left = out / "log" / ".span-000001.json"
+    left.write_text("{}")
+    assert run_lca(place / "ck", place / "task.py", out, "--loss", "train").exit_code == 0
+    assert not left.exists()
+
+
+def test_segments_of_several_passes_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(underway_module, "EVERY", 0.0)
+    (tmp_path / "log").mkdir()
+    file = tmp_path / "log" / ".span-000003.json"
+    with underway_module.SpanReport(tmp_path, 3) as report:
+        for losses, segments, expected in (
+            (["a", "b"], 2.0, 2.0),
+            (["a", "b"], 1.0, 1.0),  # made again with smaller batches
+            (["a", "b"], 4.0, 4.0),
+            (["c"], 0.5, 4.5),
+        ):
+            report.begin(losses) if segments != 4.0 else None
+            report.reach(segments, 1e-3)
+            assert json.loads(file.read_text())["segments"] == expected
+    assert not file.exists()
+
+
+# --- what a run says of itself -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(place: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    out = shutil.copytree(place / "r.lca", tmp_path / "stopped.lca")
+    marker(out, "train", 1).unlink()
+    return out
+
+
+def test_a_stopped_run_says_how_much_of_it_is_there(stopped: Path) -> None:
+    run = lca_posthoc.open_run(stopped)
+    assert repr(run) == (
+        f"<Run {str(stopped)!r}: losses train (4 of 6 segments), per_class (complete), validation (complete)>"
+    )
+    assert repr(run["train"]) == f"<LossResults 'train' of {str(stopped)!r}: 4 of 6 segments>"
+    assert repr(run["validation"]) == f"<LossResults 'validation' of {str(stopped)!r}: complete>"
+
+
+@pytest.mark.parametrize("what", ["gone", "a damaged marker", "no permission", "a hostile name"])
+def test_a_repr_never_raises(stopped: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    run = lca_posthoc.open_run(stopped)
+    if what == "gone":
+        shutil.rmtree(stopped)
+    elif what == "a damaged marker":
+        marker(stopped, "train", 0).write_text("{")
+    elif what == "no permission":
+        monkeypatch.setattr(Path, "stat", lambda *_, **__: (_ for _ in ()).throw(PermissionError("no")))
+    else:
+        run.manifest.losses["a\x1b[31m"] = run.manifest.losses["train"]
+    assert repr(run).startswith("<Run ")
+    assert repr(run["train"]).startswith("<LossResults 'train'")
+    assert "\x1b" not in repr(run)
+
+
+@pytest.mark.parametrize(
+    ("ended", "words"),
+    [
+        (
+            '{"time": "2026-01-01T00:00:01Z", "event": "Ended", "error": "SpanError: 1 span failed"}',
+            "ended with SpanError: 1 span",
+        ),
+        ("", "its driver was killed"),
+        ('{"time": "2026-01-01T00:00:01Z", "event": "Ended", "error": null}', "did what it was asked for"),
+    ],
+)
+def test_a_run_that_ended_says_how_and_what_to_do(stopped: Path, ended: str, words: str) -> None:
+    planned = '{"time": "2026-01-01T00:00:00Z", "event": "Planned", "pending": 6, "total": 6, "spans": 3, "workers": 1}'
+    (stopped / "log" / "run.jsonl").write_text(f"{planned}\n{ended}\n")
+    says(lca("status", stopped).stdout, words, "stopped: run `lca run` again to finish")
+
+
+def test_the_last_call_is_found_in_a_log_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(underway_module, "_BLOCK", 64)
+    (tmp_path / "log").mkdir()
+    lines = [{"event": "Started"}]
+    for call in range(3):
+        lines.append({"event": "Planned", "time": "2026-01-01T00:00:00Z", "pending": 100 + call, "workers": 2})
+        lines += [{"event": "SpanDone", "segments": 4, "losses": ["a", "b"]}] * (5 + call)
+        lines.append({"event": "Ended", "error": f"call {call}"})
+    (tmp_path / "log" / "run.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    last = store.last_run(tmp_path)
+    assert last is not None
+    assert (last.pending, last.done, last.ended) == (102, 56, "call 2")
+
+
+def test_silence_is_a_listener() -> None:
+    assert silent(Note("nobody reads this")) is None
+    assert stderr().file is not None
+    assert isinstance(display._view(stderr(), 0.0), Lines)
