@@ -157,7 +157,8 @@ def _of_mapping(thing: Mapping[Any, Any], remake: Callable[[dict[Any, Any]], Any
 def _of_array(thing: np.ndarray) -> Container:
     def remake(parts: list[Any]) -> np.ndarray:
         array = np.empty(len(parts), dtype=object)
-        array[:] = parts
+        for at, part in enumerate(parts):  # all at once, numpy would look into them
+            array[at] = part
         return array.reshape(thing.shape)
 
     return Container(range(thing.size), thing.reshape(-1).tolist(), remake)

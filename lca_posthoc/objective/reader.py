@@ -6,7 +6,6 @@ that opened it. So a task is built, and its data are read, in that one thread, w
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextvars
 import queue
 import sys
@@ -79,10 +78,11 @@ class Reader:
             return future
         if not self._lane.is_alive():
             self._lane = _current()
-        threads, device = torch.get_num_threads(), torch.get_default_device()
+        threads = torch.get_num_threads()
 
         def job() -> Result:
-            _settle(threads, device)
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
             return self._context.run(function, *arguments)
 
         self._lane.jobs.put((future, job))
@@ -91,12 +91,11 @@ class Reader:
     def result(self, future: Future[Result]) -> Result:
         """Wait for what was begun; interrupted meanwhile, the thread is left to itself and another one reads from then on."""
         try:
-            concurrent.futures.wait([future])
+            return future.result()
         except BaseException:
-            if self._lane is not None and not future.cancel():
+            if self._lane is not None and not future.done() and not future.cancel():
                 self._lane.left = True
             raise
-        return future.result()
 
     def close(self, items: Generator[Any, None, None]) -> None:
         """Close a generator in the thread that ran it."""
@@ -104,16 +103,19 @@ class Reader:
             self.call(items.close)
 
     def build(self, function: Callable[[], Result]) -> Result:
-        """Return `function()`, called in the thread; a default device it sets holds for the caller as well."""
-        built, device = self.call(lambda: (function(), torch.get_default_device()))
-        _settle(torch.get_num_threads(), device)
+        """Return `function()`, called in the thread; the caller's default device holds there, and one that is set there holds here."""
+        device = torch.get_default_device()
+
+        def job() -> tuple[Result, torch.device]:
+            _use(device)
+            return function(), torch.get_default_device()
+
+        built, device = self.call(job)
+        _use(device)
         return built
 
 
-def _settle(threads: int, device: torch.device) -> None:
-    """Give this thread the number of threads to compute with and the default device of another one."""
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
+def _use(device: torch.device) -> None:
     if torch.get_default_device() != device:
         torch.set_default_device(None if device.type == "cpu" else device)
 
