@@ -317,7 +317,8 @@ def _cannot_travel(task: Task, error: Exception) -> InputError:
         **{f"split {name!r}": split for name, split in task.data.items()},
         **{f"loss {name!r}": loss for name, loss in task.losses.items()},
     }
-    place, what, attribute, problem = "it", task, "", error
+    what: object = task
+    place, attribute, problem = "it", "", error
     for name, part in inside.items():
         if (why := _unpicklable(part)) is not None:
             place, (what, attribute, problem) = name, _culprit(part, why)
