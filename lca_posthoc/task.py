@@ -419,9 +419,15 @@ def pack(task: str | Path | Task) -> tuple[Entry, bytes]:
     Returns:
         A JSON-like entry that holds the hash of the bytes (of the module's own file where it is installed everywhere), and the
         bytes.
+
+    Raises:
+        InputError: where a file cannot be read, or a Task object holds something that cannot be pickled.
     """
     if isinstance(task, Task):
-        data = cloudpickle.dumps(task)
+        try:
+            data = cloudpickle.dumps(task)
+        except Exception as error:
+            raise _cannot_travel(task, error) from error
         return {"kind": "object", "sha256": hashlib.sha256(data).hexdigest()}, data
     text = str(task)
     place, colon, function = text.rpartition(":")
@@ -442,6 +448,65 @@ def pack(task: str | Path | Task) -> tuple[Entry, bytes]:
         sha256 = hashlib.sha256(data).hexdigest()
         return {"kind": "file", "path": str(path.resolve()), "function": function, "sha256": sha256}, data
     return {"kind": "module", "module": place, "function": function, "sha256": _module_sha256(place)}, b""
+
+
+def _cannot_travel(task: Task, error: Exception) -> InputError:
+    """Name what in a Task object cannot be pickled, and where in it that is."""
+    inside = {
+        "the model": task.model,
+        **{f"split {name!r}": split for name, split in task.data.items()},
+        **{f"loss {name!r}": loss for name, loss in task.losses.items()},
+    }
+    what: object = task
+    place, attribute, problem = "it", "", error
+    for name, part in inside.items():
+        if (why := _unpicklable(part)) is not None:
+            place, (what, attribute, problem) = name, _culprit(part, why)
+            break
+    inner = "" if not attribute else f", at {attribute.removeprefix('.')} of its {type(inside[place]).__name__}"
+    return InputError(
+        f"the Task given cannot travel to the processes that compute: {place} holds a {type(what).__module__}."
+        f"{type(what).__qualname__}{inner} ({type(problem).__name__}: {problem}). Open connections, files, locks and generators where "
+        "an example is first read (in __getitem__), and not before; or put the task into a task file, which every process runs "
+        "for itself."
+    )
+
+
+def _unpicklable(thing: object) -> Exception | None:
+    try:
+        cloudpickle.dumps(thing)
+    except Exception as error:
+        return error
+    return None
+
+
+def _culprit(thing: object, error: Exception) -> tuple[object, str, Exception]:
+    """Return the innermost thing that cannot be pickled, how it is reached, and why it cannot."""
+    place, entered = "", {id(thing)}
+    while True:
+        for name, part in _inside(thing):
+            if id(part) not in entered and (why := _unpicklable(part)) is not None:
+                thing, place, error = part, place + name, why
+                entered.add(id(part))
+                break
+        else:
+            return thing, place, error
+
+
+def _inside(thing: object) -> list[tuple[str, object]]:
+    """Return what a thing is made of that may be what cannot be pickled, each part with how it is reached."""
+    if isinstance(thing, Mapping):
+        return [(f"[{key!r}]", part) for key, part in thing.items()]
+    if isinstance(thing, tuple | list):
+        return [(f"[{at}]", part) for at, part in enumerate(thing)]
+    if isinstance(thing, functools.partial):
+        return [(".func", thing.func), (".args", thing.args), (".keywords", thing.keywords)]
+    if inspect.ismethod(thing):
+        return [(".__self__", thing.__self__)]
+    if inspect.isfunction(thing):
+        variables = inspect.getclosurevars(thing)
+        return [(f".{name}", part) for name, part in {**variables.nonlocals, **variables.globals}.items()]
+    return [(f".{name}", part) for name, part in getattr(thing, "__dict__", {}).items()]
 
 
 def digest(entry: Entry) -> str:

@@ -272,16 +272,35 @@ def test_what_is_resident_never_exceeds_its_share(monkeypatch: pytest.MonkeyPatc
     assert data.reads == 200  # of four groups of 100 examples, two fit
 
 
-def test_a_pass_that_is_left_early_ends_its_thread_and_leaves_the_next_one_whole(share: float) -> None:
-    split = split_of(Items(ITEMS))
-    before = set(threading.enumerate())
+def test_a_pass_that_is_left_early_reads_no_more_and_leaves_the_next_one_whole(share: float) -> None:
+    data = Counting()
+    split = split_of(data)
     passing = split.batches(2)
     next(passing)
-    assert set(threading.enumerate()) > before
     passing.close()
-    assert set(threading.enumerate()) == before
-    assert_same(split.batches(2), naive(range(N), 2))
-    assert set(threading.enumerate()) == before
+    reads = data.reads
+    assert reads <= 2 * 4  # the batch that was wanted, two ahead, and one that was begun
+    assert len(list(split.batches(2))) == 200
+    assert data.reads == reads + 400
+
+
+def test_every_pass_is_read_by_the_one_thread_that_reads() -> None:
+    readers = set[threading.Thread]()
+
+    def make(index: int) -> Tensor:
+        readers.add(threading.current_thread())
+        return torch.full((3,), float(index))
+
+    before = set(threading.enumerate())
+    for _ in range(2):
+        split = split_of(Counting(make))
+        list(zip(split.batches(7), split.batches(5), strict=False))
+        split.sample(0, 3)
+        assert split.digest == split_of(Counting()).digest
+    (reader,) = readers
+    assert reader is not threading.current_thread()
+    assert reader.daemon
+    assert set(threading.enumerate()) - before <= {reader}
 
 
 def test_two_passes_at_once_do_not_disturb_each_other(share: float) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import itertools
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,20 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import InputError
-from .sources import (
-    DIGESTED,
-    END,
-    Indexed,
-    Positions,
-    Stream,
-    change_tensors,
-    digest_of,
-    move,
-    open_source,
-    room_on,
-    size_of,
-    user_code,
-)
+from .containers import change_tensors, dense_parts, digest_of, size_of
+from .reader import Reader
+from .sources import DIGESTED, END, Indexed, Positions, Stream, move, move_ahead, open_source, room_on, user_code
 
 _CPU_SAVED_BYTES = 64 * 2**20
 _CUDA_SAVED_BYTES = 2 * 2**30
@@ -151,18 +140,25 @@ class Split:
         device: where batches are wanted.
         dtype: of floating tensors.
         subset: which examples, see `chosen`; an iterable that is read anew gives them in its own order.
+        reader: in whose thread and context the data are read, which should be those the task was built in; None for new ones.
 
     Raises:
         InputError: where the data is none of these, is empty, selects examples, or is different when it is read again.
     """
 
     def __init__(
-        self, name: str, data: Any, device: torch.device, dtype: torch.dtype, subset: str | None = None
+        self,
+        name: str,
+        data: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        subset: str | None = None,
+        reader: Reader | None = None,
     ) -> None:
         self.name = name
         self._device, self._dtype = device, dtype
-        with torch.no_grad():
-            self._source = open_source(name, data)
+        self._reader = reader or Reader()
+        self._source = self._reader.call(torch.no_grad()(open_source), name, data)
         self.total = self._source.total
         if self.total == 0:
             raise InputError(f"split {name!r} is empty. A loss needs at least one example.")
@@ -194,7 +190,7 @@ class Split:
         Raises:
             InputError: where they do not make one.
         """
-        return move(next(self._read([positions])), self._device, self._dtype)
+        return move(self._reader.call(lambda: next(self._read([positions]))), self._device, self._dtype)
 
     def samples(self, cuts: Sequence[range]) -> Iterator[Any]:
         """Examples at some ranges of positions, ascending, each as one batch on the device."""
@@ -208,14 +204,14 @@ class Split:
         """A hash of 256 examples, spread evenly or the first of a stream, and of how many there are."""
         spread, head = self.spread(DIGESTED), range(min(DIGESTED, self.examples))
         cuts: list[Positions] = [head] if spread is None else list(torch.split(spread, 1))  # they need not stack
-        return digest_of(*itertools.islice(self._read(cuts), len(cuts)), self.examples)
+        return self._reader.call(lambda: digest_of(*itertools.islice(self._read(cuts), len(cuts)), self.examples))
 
     def batches(
         self, batch_size: int, order: Order | None = None, only: range | None = None
     ) -> Generator[tuple[int, Any], None, None]:
         """Every example once, as `(group, batch)`: groups ascending, each in data-set order and cut into its own batches.
 
-        Batches that do not stay on the device are made by a thread, ahead of use; iterate under one default dtype, which it sees.
+        Batches that do not stay on the device are made by a thread, ahead of use: do not change torch's default dtype meanwhile.
 
         Args:
             batch_size: examples of a batch; the last of a group may be smaller.
@@ -230,7 +226,7 @@ class Split:
         groups = range(len(order.members) if order else 1) if only is None else only
         ready = {group: resident.groups.get(group) for group in groups}
         cuts = {group: self._cut(batch_size, order, group) for group in groups if not ready[group]}
-        with contextlib.closing(_ahead(map(self._carried, self._read(itertools.chain(*cuts.values()))))) as coming:
+        with contextlib.closing(self._ahead(list(itertools.chain(*cuts.values())))) as coming:
             for group in groups:
                 found = ready[group] or resident.keeping(group, itertools.islice(coming, len(cuts[group])))
                 for batch in found:
@@ -243,17 +239,24 @@ class Split:
             return list(torch.split(order.members[group], batch_size))
         return [range(start, min(start + batch_size, self.examples)) for start in range(0, self.examples, batch_size)]
 
-    def _carried(self, batch: Any) -> Any:
-        """A batch on the device; to a GPU it goes from pinned memory, so that nobody waits for it."""
-        if self._device.type != "cuda":
-            return move(batch, self._device, self._dtype)
+    def _ahead(self, cuts: Sequence[Positions]) -> Generator[Any, None, None]:
+        """Batches on the device, made by the reader up to two ahead of use, which ends with this; its errors are raised here."""
+        if not cuts:
+            return
+        items = self._carried(cuts)
+        pending = collections.deque(self._reader.submit(next, items, END) for _ in range(_AHEAD))
+        try:
+            while (item := self._reader.result(pending.popleft())) is not END:
+                pending.append(self._reader.submit(next, items, END))
+                yield item
+        finally:
+            for waiting in pending:
+                waiting.cancel()
+            self._reader.close(items)
 
-        def carried(each: Tensor) -> Tensor:
-            each = move(each, each.device, self._dtype)
-            return each.to(self._device) if each.is_cuda else each.pin_memory().to(self._device, non_blocking=True)
-
-        with torch.cuda.device(self._device):
-            return change_tensors(batch, carried)
+    def _carried(self, cuts: Iterable[Positions]) -> Generator[Any, None, None]:
+        carry = move_ahead if self._device.type == "cuda" else move
+        yield from map(functools.partial(carry, device=self._device, dtype=self._dtype), self._read(cuts))
 
     def order(self, group_by: Callable[..., Any] | Tensor | np.ndarray | Sequence[Any]) -> Order:
         """The examples by group.
@@ -265,6 +268,9 @@ class Split:
         Raises:
             InputError: where it gives something else, or the data cannot be read by position.
         """
+        return self._reader.call(self._order, group_by)
+
+    def _order(self, group_by: Callable[..., Any] | Tensor | np.ndarray | Sequence[Any]) -> Order:
         if isinstance(self._source, Stream):
             raise InputError(
                 f"split {self.name!r} is an iterable too large to keep in memory, so its examples cannot be had by group. Give "
@@ -317,18 +323,6 @@ class Split:
                 )
 
 
-def _ahead(items: Iterator[Any]) -> Generator[Any, None, None]:
-    """The items of an iterator, made by a thread up to two ahead of use; it ends with this, and its errors are raised here."""
-    pool = ThreadPoolExecutor(1)
-    try:
-        pending = collections.deque(pool.submit(next, items, END) for _ in range(_AHEAD))
-        while (item := pending.popleft().result()) is not END:
-            pending.append(pool.submit(next, items, END))
-            yield item
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def saved_bytes(split: Split, forward: Callable[[Any], Any]) -> float:
     """The bytes autograd saves for one example, counted on one forward pass of two."""
     count = min(2, split.examples)
@@ -336,8 +330,10 @@ def saved_bytes(split: Split, forward: Callable[[Any], Any]) -> float:
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         own = tensor if tensor._base is None else tensor._base
-        if not (own.is_leaf and own.requires_grad):  # a weight, or its transpose, is saved once, whatever the batch
-            saved[tensor.data_ptr()] = max(saved.get(tensor.data_ptr(), 0), tensor.numel() * tensor.element_size())
+        if own.is_leaf and own.requires_grad:  # a weight, or its transpose, is saved once, whatever the batch
+            return tensor
+        for part in dense_parts(tensor):
+            saved[part.data_ptr()] = max(saved.get(part.data_ptr(), 0), part.numel() * part.element_size())
         return tensor
 
     try:

@@ -26,13 +26,15 @@ from ..task import Loss, Task, convert, every_name
 from ..trajectory import TensorSpec
 from .autocast import Watch
 from .batches import Order, Split, automatic_batch_size, saved_bytes
+from .containers import change_tensors, dense_parts, digest_of
 from .copies import copy_in
 from .linear import multiplying
 from .normalisation import normalising
 from .precision import tf32
+from .reader import Reader
 from .recurrent import recurring
 from .sharing import SharedOutputs
-from .sources import change_tensors, digest_of, is_out_of_memory
+from .sources import is_out_of_memory
 from .sums import Evaluation, Sums
 from .tensors import added_entries, is_fixed, tensor_table, unstored
 
@@ -69,6 +71,7 @@ class Objective:
         held: names of the tensors the checkpoints hold, normalised: frozen parameters that are not among them stay as the task's
             model builds them. None where they hold all.
         model: instead of a new one of the task's factory.
+        reader: whose thread builds the task and reads its data; None for a new one.
     """
 
     def __init__(
@@ -83,20 +86,22 @@ class Objective:
         subset: Mapping[str, str] | None = None,
         held: Collection[str] | None = None,
         model: nn.Module | None = None,
+        reader: Reader | None = None,
     ) -> None:
         self.device, self.dtype, self.norm_stats = device, PRECISIONS[precision], norm_stats
         self.precision = precision
         if norm_stats == "batch" and batch_size is None:
             raise InputError("--norm-stats batch needs --batch-size N: the partition into batches is part of the loss.")
+        self.reader = reader or Reader()
         with default_dtype(self.dtype):
-            self.task = build()
+            self.task = self.reader.build(build)
             self.losses = {name: self.task.losses[name] for name in self.task.choose(losses)}
             self.model = new_model(self.task) if model is None else model
             convert(self.model, device, self.dtype)
             self.model.eval()  # a statement: a model's own train() or eval() may return nothing
         chosen = subset or {}
         self.splits = {
-            name: Split(name, self.task.data[name], device, self.dtype, chosen.get(name, chosen.get("")))
+            name: Split(name, self.task.data[name], device, self.dtype, chosen.get(name, chosen.get("")), self.reader)
             for name in dict.fromkeys(loss.split for loss in self.losses.values())
             if name is not None
         }
@@ -106,6 +111,7 @@ class Objective:
             "batch_size": batch_size,
             "subset": subset,
             "held": held,
+            "reader": self.reader,
         }
         self._batch_size = batch_size
         self._sources = {name: loss.source for name, loss in self.losses.items()}
@@ -225,7 +231,7 @@ class Objective:
             if name is None:
                 raise InputError("the model is lazily built, and no loss of the task calls it. Build it in Task.model.")
             self.functions.setdefault(name, known[name].on_device(self.device, self.dtype))
-            split = Split(known[name].on, self.task.data[known[name].on], self.device, self.dtype)
+            split = Split(known[name].on, self.task.data[known[name].on], self.device, self.dtype, reader=self.reader)
             with self.recording():
                 self.values(name, split.sample(0, 2))
 
@@ -622,7 +628,10 @@ def _way_out(loss: Loss, error: Exception) -> str:
 
 def fresh(batch: Any) -> Any:
     """A batch of new tensors over the same memory, so that what a loss does to them (requires_grad_, say) is not there later."""
-    return change_tensors(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor.detach())
+    try:
+        return change_tensors(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor.detach())
+    except InputError:  # an object that cannot be copied is handed on as it is
+        return batch
 
 
 def _is_narrow(tensor: Tensor) -> bool:
@@ -638,10 +647,10 @@ def _not_broadcast(name: str, values: Tensor, outputs: Tensor, targets: Tensor) 
         )
 
 
-def _some(tensor: Tensor) -> Tensor:
-    """A few thousand of a tensor's elements, from all over it."""
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // 4096)].clone()
+def _some(tensor: Tensor) -> tuple[str, list[Tensor]]:
+    """A tensor's layout, and a few thousand of its numbers from all over it: of a sparse one, of its indices and values."""
+    flat = [part.reshape(-1) for part in dense_parts(tensor)]
+    return f"{tensor.dtype}{tensor.layout}", [part[:: max(1, len(part) // 4096)].clone() for part in flat]
 
 
 def replicates_of(name: str) -> str:

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, few
-from ..recorder.staging import same_bytes
 from ..task import Loss, every_name
 from .batches import Order
+from .containers import change_tensors, named_parts, opened, same_bytes, tensors_of
 from .evaluate import Objective, fresh, unpack
-from .sharing import tensors_of
-from .sources import change_tensors
 from .sums import Evaluation
 from .tensors import is_statistic
 
@@ -401,7 +399,7 @@ def _writes_nothing(objective: Objective, name: str) -> None:
         return objective.values(name, copy)[0], None  # elements may all weigh nothing here
 
     with _model_unwritten(objective, name):
-        objective.over(values, [change_tensors(fresh(batch), Tensor.clone)])  # of a clone, no write is counted yet
+        objective.over(values, [_copied(batch)])  # of a clone, no write is counted yet
     (copy,) = given
     if (place := _written(batch, copy, "batch")) is not None:
         raise InputError(
@@ -410,25 +408,34 @@ def _writes_nothing(objective: Objective, name: str) -> None:
         )
 
 
-def _written(batch: Any, copy: Any, place: str) -> str | None:
-    """The first place at which a copy of a batch, new before an evaluation, was written to."""
+def _copied(batch: Any) -> Any:
+    """Return a copy of a batch, or the batch itself where it holds an object that cannot be copied."""
+    try:
+        return change_tensors(batch, Tensor.clone)
+    except InputError:
+        return batch
+
+
+def _written(batch: Any, copy: Any, place: str, known: frozenset[int] = frozenset()) -> str | None:
+    """Return the first place at which a copy of a batch, new before an evaluation, was written to.
+
+    Of objects only the tensors count: they may note something on themselves.
+    """
     if isinstance(batch, Tensor):
-        kept = isinstance(copy, Tensor) and copy._version == 0 and _same_bytes(batch, copy)
-        return None if kept else place
+        unwritten = isinstance(copy, Tensor) and copy._version == 0 and same_bytes(batch, copy)
+        return None if unwritten else place
+    if batch is copy or id(batch) in known:
+        return None
+    inside, theirs = named_parts(batch, place), dict(named_parts(copy, place))
     if type(batch) is not type(copy):
         return place
-    if isinstance(batch, Mapping):
-        if batch.keys() != copy.keys():
+    if opened(batch) is not None:
+        if [name for name, _ in inside] != list(theirs):
             return place
-        inside = [(key, batch[key], copy[key]) for key in batch]
-    elif isinstance(batch, tuple | list):
-        if len(batch) != len(copy):
-            return place
-        inside = [(at, *pair) for at, pair in enumerate(zip(batch, copy, strict=True))]
-    else:
-        return None if batch is copy else place
-    found = (_written(one, other, f"{place}[{key!r}]") for key, one, other in inside)
-    return next((each for each in found if each is not None), None)
+    elif not (inside := [(name, part) for name, part in inside if any(True for _ in tensors_of(part))]):
+        return place
+    places = (_written(part, theirs.get(name), name, known | {id(batch)}) for name, part in inside)
+    return next((name for name in places if name is not None), None)
 
 
 @contextlib.contextmanager
@@ -446,7 +453,7 @@ def _model_unwritten(objective: Objective, name: str) -> Iterator[None]:
     after = _floating(objective)
     for key, tensor, version, values in before:
         replaced = after.get(key) is not tensor
-        written = tensor._version != version or (values is not None and not _same_bytes(tensor, values))
+        written = tensor._version != version or (values is not None and not same_bytes(tensor, values))
         if (replaced and values is not None) or written:
             raise InputError(
                 f"a forward pass of loss {name!r} changes tensor {key!r} of the model, in eval mode too, so that it is not the loss "
@@ -458,13 +465,6 @@ def _model_unwritten(objective: Objective, name: str) -> Iterator[None]:
 def _floating(objective: Objective) -> dict[str, Tensor]:
     held = {**dict(objective.model.named_parameters()), **dict(objective.model.named_buffers())}
     return {key: each for key, each in held.items() if each.is_floating_point() or each.is_complex()}
-
-
-def _same_bytes(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are alike to the bit, NaN and the sign of zero included."""
-    if one.layout != torch.strided:  # sparse: writing into it moves its version all the same
-        return (one.dtype, one.shape, one.layout) == (other.dtype, other.shape, other.layout)
-    return other.layout == torch.strided and same_bytes({"": one.detach()}, {"": other.detach()})
 
 
 def _finite(name: str, evaluation: Evaluation) -> None:
@@ -517,7 +517,7 @@ def _random_module(objective: Objective, name: str, batch: Any) -> str | None:
         for hook in hooks:
             hook.remove()
     for (label, one), (_, other) in zip(*seen, strict=False):
-        if not all(map(torch.equal, one, other)):
+        if not all(map(same_bytes, one, other)):
             return label
     return None
 

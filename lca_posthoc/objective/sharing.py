@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-
-
-def tensors_of(outputs: Any) -> Iterator[Tensor]:
-    """The tensors in what a module gives, inside tuples, lists and mappings."""
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, Mapping):
-        yield from tensors_of(list(outputs.values()))
-    elif isinstance(outputs, tuple | list):
-        for each in outputs:
-            yield from tensors_of(each)
 
 
 class SharedOutputs:

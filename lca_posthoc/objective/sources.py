@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +24,7 @@ from torch.utils.data import (
 
 from ..errors import InputError
 from ..host import free_memory
+from .containers import change_tensors, digest_of, feed, rows, size_of
 
 _RESIDENT_SHARE = 0.25
 DIGESTED = 256
@@ -35,33 +35,74 @@ Positions = range | Tensor
 Collate = Callable[[list[Any]], Any]
 
 
-def change_tensors(batch: Any, change: Callable[[Tensor], Any]) -> Any:
-    """A batch with every tensor in it changed, all else as it is."""
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if isinstance(batch, Mapping):
-        return {key: change_tensors(value, change) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(change_tensors(value, change) for value in batch))
-    if isinstance(batch, tuple | list):
-        return type(batch)(change_tensors(value, change) for value in batch)
-    return batch
-
-
 def move(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A batch on the device; floating tensors in the dtype of the computation, all others as they are."""
-    return change_tensors(
-        batch, lambda each: each.detach().to(device, dtype if each.is_floating_point() else each.dtype)
-    )
+    """Return a batch on the device; floating tensors in the dtype of the computation, all others as they are.
+
+    Raises:
+        InputError: where a tensor, or an object that holds tensors, cannot be moved or converted.
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        return converted(tensor, dtype).to(device)
+
+    with _moving(device, dtype):
+        return change_tensors(batch, moved, _to(device))
 
 
-def size_of(batch: Any) -> int:
-    """Bytes of what a batch holds."""
-    if isinstance(batch, Mapping):
-        return sum(size_of(value) for value in batch.values())
-    if isinstance(batch, tuple | list):
-        return sum(size_of(value) for value in batch)
-    return int(getattr(batch, "nbytes", 0) or sys.getsizeof(batch))
+def move_ahead(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return a batch on a GPU as `move` does, from pinned memory, so that nobody waits for it."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        tensor = converted(tensor, dtype)
+        plain = tensor.layout == torch.strided and not tensor.is_nested and type(tensor) is Tensor
+        if tensor.device.type != "cpu" or not plain:
+            return tensor.to(device)
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    with _moving(device, dtype), torch.cuda.device(device):
+        return change_tensors(batch, moved, _to(device))
+
+
+def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor without gradient and where it is; in `dtype` where it is floating; itself where nothing is to be done."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.is_inference():  # autograd saves none of these
+        tensor = tensor.clone()
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _to(device: torch.device) -> Callable[[Any], Any] | None:
+    """Return what moves an object by a method `to` of its own, such as a graph's; None where batches lie on the CPU anyway."""
+    if device.type == "cpu":
+        return None
+
+    def moved(thing: Any) -> Any:
+        to = getattr(thing, "to", None)
+        if not callable(to):
+            return thing
+        try:
+            there = to(device)
+        except Exception:  # another kind of `to`, of units, say
+            return thing
+        return there if type(there) is type(thing) else thing
+
+    return moved
+
+
+@contextlib.contextmanager
+def _moving(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"a batch cannot be moved to {device} and {str(dtype).removeprefix('torch.')}: {type(error).__name__}: {error}. Give "
+            "tensors of another layout or type from the data set or its collate_fn."
+        ) from error
 
 
 def room_on(device: torch.device) -> float:
@@ -69,35 +110,6 @@ def room_on(device: torch.device) -> float:
     if device.type == "cuda":
         return _RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
     return _RESIDENT_SHARE * free_memory()
-
-
-def _feed(digest: hashlib.blake2b, batch: Any) -> None:
-    """Names, shapes, dtypes and bytes of a batch into a hash; an object that is none of these counts by its type."""
-    if isinstance(batch, Mapping):
-        for key, value in batch.items():
-            digest.update(f"{key!r}:".encode())
-            _feed(digest, value)
-    elif isinstance(batch, tuple | list):
-        digest.update(f"{len(batch)} of:".encode())
-        for value in batch:
-            _feed(digest, value)
-    elif isinstance(batch, Tensor):
-        digest.update(f"{batch.dtype}{list(batch.shape)}".encode())
-        digest.update(batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    elif isinstance(batch, np.ndarray) and batch.dtype != object:
-        digest.update(f"{batch.dtype}{batch.shape}".encode())
-        digest.update(np.ascontiguousarray(batch).tobytes())
-    elif isinstance(batch, np.ndarray | str | bytes | int | float | None):
-        digest.update(f"{batch.tolist() if isinstance(batch, np.ndarray) else batch!r};".encode())
-    else:
-        digest.update(type(batch).__qualname__.encode())
-
-
-def digest_of(*batches: Any) -> str:
-    """A hash of what batches hold."""
-    digest = hashlib.blake2b(digest_size=16)
-    _feed(digest, batches)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -120,10 +132,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch has no class for it
 
 
-def _at(tensor: Tensor, positions: Positions) -> Tensor:
-    return tensor[positions.start : positions.stop] if isinstance(positions, range) else tensor[positions]
-
-
 @dataclass(frozen=True)
 class Indexed:
     """Examples that are had by position."""
@@ -135,11 +143,12 @@ class Indexed:
     def batches(self, cuts: Iterable[Positions], subset: Tensor | None) -> Iterator[Any]:
         """One batch for each choice of positions, of the subset where there is one."""
         for cut in cuts:
-            positions = cut if subset is None else _at(subset, cut)
+            positions = cut if subset is None else rows(subset, cut)
             with user_code(
                 f"{len(positions)} examples of split {self.name!r}, from {int(positions[0])} to {int(positions[-1])}, cannot be "
                 "made into a batch",
-                ". Give a map-style Dataset of tensors, numbers, or tuples and dicts of them.",
+                ". Give a map-style Dataset of tensors, numbers, or tuples and dicts of them; for other examples "
+                "DataLoader(dataset, collate_fn=...) with the collate_fn of your training.",
             ):
                 batch = self.read(positions)
             yield batch
@@ -174,7 +183,7 @@ class Stream:
                 batch, at = self.collate(examples), cut.stop
             passes = self.passes.setdefault(size, [])
             if len(passes) < 2:
-                _feed(digest, batch)
+                feed(digest, batch)
             yield batch
         with user_code(f"split {self.name!r} cannot be read"):
             if next(items, END) is not END:
@@ -231,7 +240,7 @@ def _columns(name: str, data: Any, lengths: list[int]) -> Indexed:
             f"split {name!r} has tensors of different lengths: {lengths}. Give one entry per example: one target per input."
         )
     plain = dict(data) if isinstance(data, Mapping) else data
-    return Indexed(name, lengths[0], lambda positions: change_tensors(plain, lambda column: _at(column, positions)))
+    return Indexed(name, lengths[0], lambda positions: change_tensors(plain, lambda column: rows(column, positions)))
 
 
 def _items(name: str, data: Any, collate: Collate) -> Indexed:
