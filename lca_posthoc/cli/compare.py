@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -69,14 +70,19 @@ def labelled(runs: tuple[str, ...]) -> dict[str, list[str]]:
     for run in runs:
         label, equals, path = run.partition("=")
         if not equals or Path(run).exists():
-            name = Path(run).resolve().name.removesuffix(".lca")
-            label, path = (name, run) if name not in found else (run, run)
+            name = _readable(Path(run).resolve().name.removesuffix(".lca"))
+            label, path = (name, run) if name not in found else (_readable(run), run)
             if label in found:
                 raise InputError(f"there already are runs labelled {label!r}. Write LABEL={run}.")
         elif not label or not path:
             raise InputError(f"LABEL=RUN needs a label and a run, got {run!r}.")
-        found.setdefault(label, []).extend([path] if Path(path).exists() else sorted(glob(path)) or [path])
+        found.setdefault(_readable(label), []).extend([path] if Path(path).exists() else sorted(glob(path)) or [path])
     return found
+
+
+def _readable(text: str) -> str:
+    """Return a word of the command line as UTF-8 has it, also where the locale's encoding could not read it."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
 def open_labelled(paths: dict[str, list[str]], loss: str | None) -> dict[str, list[LossResults]]:
