@@ -19,7 +19,7 @@ from .store import LossRecord, Manifest, StoredTensor
 from .store.keys import encode_all
 from .task import Entry, digest, parse_subsets
 from .trajectory import Checkpoint, TensorSpec, Trajectory
-from .worker import admit, describe, probe, versions
+from .worker import admit, describe, probe, sampled, versions
 
 _SPAN_BYTES = 256 * 2**20
 _LONGEST_SPAN = 32
@@ -248,14 +248,15 @@ def as_json(checkpoint: Checkpoint) -> list[Any]:
 
 def _probe_part(trajectory: Trajectory, table: list[TensorSpec]) -> dict[str, Any]:
     ends = len(trajectory.checkpoints) - 1
-    middle = (ends - 1) // 2
+    looked = {index for places in sampled(ends) for index in places}
     checkpoints = relative(trajectory)
     return {
         "ends": ends,
         "half": trajectory.half_precision,
         "ties": trajectory.ties(table),
         "checkpoints": {
-            str(index): as_json(checkpoints[index]) for index in {0, 1, middle, middle + 1, ends - 1, ends}
+            str(index): as_json(checkpoints[index])
+            for index in sorted({end for index in looked for end in (index, index + 1)})
         },
     }
 

@@ -27,7 +27,7 @@ from .settings import Settings, on_device, resolve
 from .store import Manifest, Run, RunWriter
 from .task import Entry, Task, digest, pack
 from .trajectory import Trajectory, open_trajectory
-from .worker import replay_span, settled
+from .worker import looks_back, replay_span, settled
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -534,6 +534,9 @@ def _span_part(manifest: Manifest, span: int) -> dict[str, Any]:
     rows = manifest.rows(span)
     return {
         "span": span,
-        "checkpoints": {str(index): as_json(manifest.checkpoints[index]) for index in range(rows.start, rows.stop + 1)},
+        "checkpoints": {
+            str(index): as_json(manifest.checkpoints[index])
+            for index in (*looks_back(rows.start), *range(rows.start, rows.stop + 1))
+        },
         "calibration": {name: record.calibration for name, record in manifest.losses.items()},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +12,8 @@ from ..records import SAME_LOSS
 from ..trajectory import read_checkpoint, read_stored
 from .memory import block_of, short_of
 from .state import Spec, build, checkpoint_at, first_point, objective_of, point_at, reported
+
+_NEAR = 16  # segments among which one that moves is looked for
 
 
 @reported
@@ -207,39 +210,78 @@ def _can_measure(spec: Spec, objective: Any, first: Any, names: list[str]) -> tu
     return True, []
 
 
-def _samples(spec: Spec) -> list[int]:
-    """A few segments: the first, the middle, the last."""
-    return sorted({0, (spec["ends"] - 1) // 2, spec["ends"] - 1})
+def sampled(ends: int) -> list[range]:
+    """Return where to look for a few segments that move: from the first on, from the middle on, from the last back.
+
+    Args:
+        ends: segments of the trajectory.
+
+    >>> sampled(3), [(each[0], each[-1]) for each in sampled(1000)]
+    ([range(0, 3), range(1, 3), range(2, -1, -1)], [(0, 15), (499, 514), (999, 984)])
+    """
+    middle, last = (ends - 1) // 2, ends - 1
+    return [
+        range(min(_NEAR, ends)),
+        range(middle, min(middle + _NEAR, ends)),
+        range(last, max(-1, last - _NEAR), -1),
+    ]
+
+
+def _moving(spec: Spec) -> Iterator[tuple[int, Any]]:
+    """Look at a few segments, each once: those that move with the stored tensors at both ends, those that do not with None.
+
+    One that cannot be read is left out: its span will fail and say so.
+    """
+    looked: dict[int, bool] = {}
+    for places in sampled(spec["ends"]):
+        for index in places:
+            if index not in looked:
+                try:
+                    pair = tuple(read_checkpoint(checkpoint_at(spec, at), spec["names"]) for at in (index, index + 1))
+                except SpanError:
+                    continue
+                before, after = pair
+                floating = [name for name, tensor in before.items() if tensor.is_floating_point()]
+                looked[index] = any(bool((before[name].double() != after[name].double()).any()) for name in floating)
+                yield index, pair if looked[index] else None
+            if looked[index]:
+                break
 
 
 def _calibrations(spec: Spec, objective: Any, names: list[str]) -> dict[str, float]:
+    """Return the trapezoid's error as a share of Σ|(g₁ − g₀)·Δθ|, of losses; of none where no sampled segment moves."""
     from ..allocation import calibrate
 
-    found = dict.fromkeys(names, 0.0)
-    for index in _samples(spec):
-        try:
-            shares = calibrate(point_at(spec, index, objective), point_at(spec, index + 1, objective), objective, names)
-        except SpanError:
+    largest: dict[str, float] = {}
+    for index, pair in _moving(spec):
+        if pair is None:
             continue
-        found |= {name: max(found[name], share) for name, share in shares.items() if math.isfinite(share)}
-    return found
+        shares = calibrate(point_at(spec, index, objective), point_at(spec, index + 1, objective), objective, names)
+        for name, share in shares.items():
+            if math.isfinite(share):
+                largest[name] = max(largest.get(name, 0.0), share)
+    return largest
 
 
 def _unmoved(spec: Spec) -> list[str]:
-    """The share of half-precision parameters that did not move at all on a few segments."""
+    """Say which share of half-precision parameters did not move on a few segments, those left out on which none did."""
     if not spec["half"]:
         return []
-    same = count = 0
-    for index in _samples(spec):
-        try:
-            before, after = (read_checkpoint(checkpoint_at(spec, at), spec["names"]) for at in (index, index + 1))
-        except SpanError:
+    same = count = still = 0
+    for _, pair in _moving(spec):
+        if pair is None:
+            still += 1
             continue
+        before, after = pair
         for name in before:
             if before[name].is_floating_point():
                 same += int((before[name].float() == after[name].float()).sum())
                 count += before[name].numel()
+    stored = f"checkpoints are stored in half precision ({len(spec['half'])} tensors)"
+    if not count:
+        return [f"{stored}, and nothing moves at all on the {still} sampled segments. Record float32 weights."]
+    apart = f" ({still} more, on which nothing moves, are not counted)" if still else ""
     return [
-        f"checkpoints are stored in half precision ({len(spec['half'])} tensors): {same / max(1, count):.1%} of the parameters do not "
-        "move at all on sampled segments, and what does not move is allocated nothing. Record float32 weights."
+        f"{stored}: {same / count:.1%} of the parameters do not move at all on sampled segments{apart}, and what does not move is "
+        "allocated nothing. Record float32 weights."
     ]
