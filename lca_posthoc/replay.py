@@ -42,8 +42,8 @@ def run(
     losses: Sequence[str] | None = None,
     out: str | Path | None = None,
     rule: str | None = None,
-    tolerance: float | None = None,
-    allocation_tolerance: float | None = None,
+    tolerance: float | str | None = None,
+    allocation_tolerance: float | str | None = None,
     keep: str | None = None,
     batch_size: int | None = None,
     device: str | None = None,
@@ -73,8 +73,9 @@ def run(
         losses: names of the task's losses; None for its first, `["all"]` for every one.
         out: the run directory; `CHECKPOINTS.lca` by default.
         rule: "simpson" (default), "trapezoid", or fixed: "left", "midpoint", "gauss-2", "gauss-3".
-        tolerance: bound on |residual| per segment and loss, in units of loss (default 1e-3, inf for bfloat16; inf never refines).
-        allocation_tolerance: bound on the allocation's own L1 error as well (default inf).
+        tolerance: bound on |residual| per segment and loss, in units of loss (default 1e-3, inf for bfloat16; inf never refines), or a
+            share of each loss at the first checkpoint, such as "0.1%".
+        allocation_tolerance: bound on the allocation's own L1 error as well, written alike (default inf).
         keep: "parameters" (default), "units" or "tensors".
         batch_size: examples per batch; a deterministic choice by default.
         device: "cuda" or "cpu"; by default a GPU where there is one.

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from ..errors import InputError, SpanError
-from ..records import SAME_LOSS
+from ..records import SAME_LOSS, is_share
 from ..trajectory import read_checkpoint, read_stored
 from .memory import block_of, short_of
 from .state import Spec, build, checkpoint_at, first_point, objective_of, point_at, reported
@@ -75,9 +77,32 @@ def probe(spec: Spec) -> Spec:
         "short_of": short_of(spec, objective, new, block),
         "along": {name: along if along in objective.losses else None for name, along in objective.joined.items()},
         "measured": measured,
+        "scale": _scales(spec, objective, first, new),
         "replicates": {name: _replicates(objective, name) for name in names},
         "notes": notes,
     }
+
+
+def _scales(spec: Spec, objective: Any, first: Any, names: list[str]) -> dict[str, float]:
+    """Return |loss| at the first checkpoint over the whole split, the groups averaged by weight, where a tolerance is a share of it.
+
+    Six digits are kept, so that it is the same number in whatever company a loss is evaluated.
+    """
+    options = [each for each in ("tolerance", "allocation_tolerance") if is_share(spec["settings"][each])]
+    if not options or not names:
+        return {}
+    scales = {}
+    for name, there in objective.evaluate(first, names, gradient=False).items():
+        weight = np.atleast_1d(there.weight)
+        loss = np.atleast_1d(there.loss)[weight > 0] @ weight[weight > 0] / weight.sum()
+        scales[name] = abs(float(f"{loss:.6g}"))
+        if not 0 < scales[name] < math.inf:
+            option = options[0].replace("_", "-")
+            raise InputError(
+                f"loss {name!r} is {loss:.6g} at the first checkpoint, of which --{option} {spec['settings'][options[0]]} is no bound. "
+                f"Give --{option} in units of loss, such as 1e-3."
+            )
+    return scales
 
 
 def _same_ties(spec: Spec) -> None:

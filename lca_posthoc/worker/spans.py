@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ResourceError, SpanError
+from ..records import in_units_of_loss
 from ..trajectory import read_stored
 from .state import Spec, checkpoint_at, objective_of, point_at, points_of, reported
 
@@ -162,8 +163,11 @@ class _Together:
         settings = spec["settings"]
         self.method = Method(
             RULES[settings["rule"]],
-            float(settings["tolerance"]),
-            float(settings["allocation_tolerance"]),
+            {name: in_units_of_loss(settings["tolerance"], each.scale) for name, each in self.records.items()},
+            {
+                name: in_units_of_loss(settings["allocation_tolerance"], each.scale)
+                for name, each in self.records.items()
+            },
             spec["calibration"],
             frozenset(self.replicates.values()),
         )
