@@ -7,7 +7,7 @@ from .runfile import read_manifest
 from .seams import differ, disagreement, meeting
 from .token import token
 from .verify import Damage, Leftover, verify
-from .writer import RunWriter, create, remove_loss, required_bytes
+from .writer import RunWriter, compressed_share, create, estimated_bytes, remove_loss, required_bytes
 
 __all__ = [
     "Damage",
@@ -19,9 +19,11 @@ __all__ = [
     "Run",
     "RunWriter",
     "StoredTensor",
+    "compressed_share",
     "create",
     "differ",
     "disagreement",
+    "estimated_bytes",
     "hold",
     "meeting",
     "open_run",

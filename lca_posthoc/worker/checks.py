@@ -252,7 +252,7 @@ def sampled(ends: int) -> list[range]:
     ]
 
 
-def _moving(spec: Spec) -> Iterator[tuple[int, Any]]:
+def moving(spec: Spec) -> Iterator[tuple[int, Any]]:
     """Look at a few segments, each once: those that move with the stored tensors at both ends, those that do not with None.
 
     One that cannot be read is left out: its span will fail and say so.
@@ -278,7 +278,7 @@ def _calibrations(spec: Spec, objective: Any, names: list[str]) -> dict[str, flo
     from ..allocation import calibrate
 
     largest: dict[str, float] = {}
-    for index, pair in _moving(spec):
+    for index, pair in moving(spec):
         if pair is None:
             continue
         shares = calibrate(point_at(spec, index, objective), point_at(spec, index + 1, objective), objective, names)
@@ -293,7 +293,7 @@ def _unmoved(spec: Spec) -> list[str]:
     if not spec["half"]:
         return []
     same = count = still = 0
-    for _, pair in _moving(spec):
+    for _, pair in moving(spec):
         if pair is None:
             still += 1
             continue
