@@ -38,16 +38,25 @@ class Evaluates(Protocol):
 class Method:
     """How a segment is integrated.
 
-    `tolerance` bounds |residual| and `allocation_tolerance` the allocation's own L1 error, both in units of loss, per
-    segment and loss (each of its groups), for rules of the nested family. `calibration` turns Σ|(g₁ − g₀)·Δθ| into the
-    trapezoid's L1 error. Losses in `never_refined` stay at the rule's own level.
+    `tolerance` bounds |residual| and `allocation_tolerance` the allocation's own L1 error, both in units of loss, one for all
+    losses or one by loss (none where it has no entry), per segment and loss (each of its groups), for rules of the nested
+    family. `calibration` turns Σ|(g₁ − g₀)·Δθ| into the trapezoid's L1 error. Losses in `never_refined` stay at the rule's
+    own level.
     """
 
     rule: Rule
-    tolerance: float = math.inf
-    allocation_tolerance: float = math.inf
+    tolerance: float | Mapping[str, float] = math.inf
+    allocation_tolerance: float | Mapping[str, float] = math.inf
     calibration: Mapping[str, float] | None = None
     never_refined: frozenset[str] = frozenset()
+
+    def bounds(self, loss: str) -> tuple[float, float]:
+        """Return the tolerance and the tolerance of the allocation of a loss, in units of loss."""
+        residual, allocation = (
+            each.get(loss, math.inf) if isinstance(each, Mapping) else each
+            for each in (self.tolerance, self.allocation_tolerance)
+        )
+        return residual, allocation
 
 
 @dataclass(frozen=True)
@@ -321,7 +330,8 @@ def _allocate_nested(
 def _judged(name: str, state: _Refinement, method: Method) -> SegmentAllocation:
     state.measure()
     bound = state.error_bound((method.calibration or {}).get(name))
-    accurate = math.isinf(method.allocation_tolerance) or bool(np.all(bound <= method.allocation_tolerance))
+    tolerance, allocation_tolerance = method.bounds(name)
+    accurate = math.isinf(allocation_tolerance) or bool(np.all(bound <= allocation_tolerance))
     return _checked(
         SegmentAllocation(
             state.allocation,
@@ -333,7 +343,7 @@ def _judged(name: str, state: _Refinement, method: Method) -> SegmentAllocation:
             state.residual,
             2**state.level,
             state.level,
-            bool(np.all(np.abs(state.residual) <= method.tolerance)) and accurate,
+            bool(np.all(np.abs(state.residual) <= tolerance)) and accurate,
             bound,
             state.untouched,
         ),
@@ -372,7 +382,7 @@ def _allocate_fixed(
             residual,
             len(rule.nodes),
             -1,
-            bool(np.all(np.abs(residual) <= method.tolerance)),
+            bool(np.all(np.abs(residual) <= method.bounds(name)[0])),
             np.full_like(residual, np.nan)[()],
             untouched,
         )

@@ -6,7 +6,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from .recorder import Recorder
 from .records import KEEP
 from .replay import default_out
 from .settings import on_device, resolve
-from .store import required_bytes
+from .store import estimated_bytes
 from .task import Task, loaded, pack
 from .trajectory import open_trajectory
 from .worker import SAMPLED, measure
@@ -36,8 +36,8 @@ _TRIED = 5  # iterates that are written to see how long one takes
 class LossPlan:
     """One loss: what it is over, its batches, gradient evaluations without refinement, seconds of one and of all on one worker.
 
-    `fastest_batch_size` of those tried took the least time, `largest_batch_size` is the largest that fits in memory; `bytes` are
-    before compression, under each level of `--keep`.
+    `fastest_batch_size` of those tried took the least time, `largest_batch_size` is the largest that fits in memory; `bytes` are an
+    estimate after compression, under each level of `--keep`.
     """
 
     examples: int
@@ -55,8 +55,9 @@ class LossPlan:
 class Plan:
     """What `lca plan` prints.
 
-    `seconds` is what all losses together take on one worker, which is less than their sum where they share passes; `bytes` are
-    before compression, for all losses together; `memory` is what a worker holds.
+    `seconds` is what all losses together take on one worker, which is less than their sum where they share passes; `bytes` are the
+    sizes of the result's files after compression, estimated from one segment and a batch of each loss, for all losses together;
+    `memory` is what a worker holds.
     """
 
     segments: int
@@ -138,6 +139,7 @@ def plan(
     losses: Sequence[str] = (),
     out: str | Path | None = None,
     workers: int | None = None,
+    tell: Callable[[str], None] = lambda stage: None,
     **asked: Any,
 ) -> Plan:
     """Probe the task in this process and say what `run` with the same arguments would cost.
@@ -148,6 +150,7 @@ def plan(
         losses: as for `run`.
         out: where the run would go; tells whose free space counts.
         workers: how many would share the work; by default as for `run`.
+        tell: called with a few words when a stage begins.
         asked: settings as for `run`.
 
     Raises:
@@ -155,6 +158,7 @@ def plan(
     """
     settings = resolve(asked, None)
     settings = on_device(settings, settings["device"] or visible_device())
+    tell("reading the headers of the checkpoints")
     trajectory = open_trajectory(
         checkpoints, pattern=settings["pattern"], rename=settings["rename"], steps=settings["steps"]
     )
@@ -162,21 +166,32 @@ def plan(
     entry, data = pack(task)
     with open_cluster(Where("inline"), settings["device"], threading.Event()) as cluster:
         parcel = cluster.deliver(data)
+        tell("building the task, and probing it on a sample")
         ready = prepare(cluster, trajectory, entry, parcel, list(losses), settings, workers=workers)
         some = next(iter(ready.manifest.losses.values())).measured
-        spec = {**ready.common, **ready.probe_part, "batch_sizes": ready.batch_sizes, "measured": some}
+        window = ready.manifest.length_of(0)
+        spec = {
+            "segments_of_window": window,
+            **ready.common,
+            **ready.probe_part,
+            "batch_sizes": ready.batch_sizes,
+            "measured": some,
+        }
+        tell("timing a few batches")
         measured = unwrapped(measure(spec))
     manifest = ready.manifest
     free = psutil.disk_usage(
         str(nearest((Path(out) if out is not None else _beside(checkpoints)).resolve().parent))
     ).free
-    stored = {keep: required_bytes(manifest, keep, manifest.losses.values()) for keep in KEEP}
+    stored = {keep: estimated_bytes(manifest, keep, manifest.losses, measured["compressed"]) for keep in KEEP}
     short = (
-        [f"the result may need {amount(stored[manifest.keep])}, and {amount(free)} are free there"]
+        [f"the result will need about {amount(stored[manifest.keep])}, and {amount(free)} are free there"]
         if stored[manifest.keep] > free
         else []
     )
-    found = {name: _loss_plan(ready, name, measured["losses"][name]) for name in manifest.losses}
+    found = {
+        name: _loss_plan(ready, name, measured["losses"][name], measured["compressed"]) for name in manifest.losses
+    }
     return Plan(
         manifest.segments,
         manifest.parameters,
@@ -202,7 +217,9 @@ def _at_once(rule: str) -> int:
     return len(RULES[rule].nodes)
 
 
-def _loss_plan(ready: Preparation, name: str, measured: dict[str, Any]) -> LossPlan:
+def _loss_plan(
+    ready: Preparation, name: str, measured: dict[str, Any], compressed: dict[str, dict[str, float]]
+) -> LossPlan:
     manifest, record = ready.manifest, ready.manifest.losses[name]
     rule = RULES[manifest.settings["rule"]]
     per_segment = len(rule.nodes) - (1 if rule.has_start and rule.has_end else 0)
@@ -216,5 +233,5 @@ def _loss_plan(ready: Preparation, name: str, measured: dict[str, Any]) -> LossP
         evaluations,
         measured["seconds"],
         evaluations * measured["seconds"],
-        {keep: required_bytes(manifest, keep, [record]) for keep in KEEP},
+        {keep: estimated_bytes(manifest, keep, {name: record}, compressed) for keep in KEEP},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -14,12 +15,14 @@ from typing import Any
 from .cluster import Cluster, Done, Lost, Spec
 from .errors import InputError, Interrupted, ResourceError, SpanError, few, unpack
 from .places import absolute, below
+from .quadrature import MAX_LEVEL, RULES, first_level
+from .records import ROUNDING, in_units_of_loss, is_share
 from .settings import Settings
 from .store import LossRecord, Manifest, StoredTensor
 from .store.keys import encode_all
 from .task import Entry, digest, parse_subsets
 from .trajectory import Checkpoint, TensorSpec, Trajectory
-from .worker import admit, describe, probe, versions
+from .worker import admit, describe, probe, sampled, versions
 
 _SPAN_BYTES = 256 * 2**20
 _LONGEST_SPAN = 32
@@ -124,8 +127,11 @@ def prepare(
         _provenance(task, found["task_losses"]),
     )
     added = list(trajectory.sources_of(found["added"]))
+    new = {name: record for name, record in manifest.losses.items() if name not in recorded}
+    scales = [note for name, record in new.items() for note in _scale(name, record, settings)]
     notes = [
         *probed["notes"],
+        *scales,
         *_frozen(found["frozen"]),
         *_added(added),
         *_idle(existing or manifest, workers or cluster.workers),
@@ -217,6 +223,37 @@ def _frozen(names: list[str]) -> list[str]:
     ]
 
 
+def _scale(name: str, record: LossRecord, settings: Settings) -> list[str]:
+    """Say where a tolerance cannot be met, or is met by everything, for the size of a loss and of its change."""
+    tolerance, (first, last) = settings["tolerance"], record.identity
+    absolute = in_units_of_loss(tolerance, record.scale)
+    if first is None or last is None or math.isinf(absolute) or first_level(RULES[settings["rule"]]) is None:
+        return []
+    least, change = min(abs(first["loss"]), abs(last["loss"])), abs(last["loss"] - first["loss"])
+    rounding = ROUNDING[settings["precision"]] * least
+    asked = f"--tolerance {tolerance}" + (f" (here {absolute:.2g})" if is_share(tolerance) else "")
+    if absolute < rounding:
+        return [
+            f"loss {name!r}: {asked} is below the rounding of a loss of {least:.2g} in {settings['precision']}, about {rounding:.2g}: "
+            f"segments will take all {2**MAX_LEVEL} intervals and stay above it. {_advice(tolerance, first['loss'], change, rounding)}"
+        ]
+    if record.on is not None and 0 < change < 10 * absolute:
+        return [
+            f"loss {name!r}: {asked} is more than a tenth of what it changes by in all ({change:.2g} from the first checkpoint to the "
+            f"last, on a sample), so hardly any segment will be refined. {_advice(tolerance, first['loss'], change, rounding)}"
+        ]
+    return []
+
+
+def _advice(tolerance: float | str, first: float, change: float, rounding: float) -> str:
+    """Return the option to give instead: a share of the loss where that fits, else a hundredth of the change."""
+    if not is_share(tolerance) and rounding <= abs(first) / 1000 <= change / 10:
+        return "Give --tolerance 0.1%, a share of the loss at the first checkpoint."
+    if change / 100 > rounding:
+        return f"Give --tolerance {change / 100:.1g}, a hundredth of the change."
+    return "What it changes by is near its rounding: give --precision float64, or --tolerance inf."
+
+
 def _idle(manifest: Manifest, workers: int) -> list[str]:
     """What cannot be spread over the workers there are."""
     if manifest.spans >= workers:
@@ -266,14 +303,15 @@ def as_json(checkpoint: Checkpoint) -> list[Any]:
 
 def _probe_part(trajectory: Trajectory, table: list[TensorSpec]) -> dict[str, Any]:
     ends = len(trajectory.checkpoints) - 1
-    middle = (ends - 1) // 2
+    looked = {index for places in sampled(ends) for index in places}
     checkpoints = relative(trajectory)
     return {
         "ends": ends,
         "half": trajectory.half_precision,
         "ties": trajectory.ties(table),
         "checkpoints": {
-            str(index): as_json(checkpoints[index]) for index in {0, 1, middle, middle + 1, ends - 1, ends}
+            str(index): as_json(checkpoints[index])
+            for index in sorted({end for index in looked for end in (index, index + 1)})
         },
     }
 
@@ -294,6 +332,7 @@ def _record(name: str, key: str, loss: dict[str, Any], probed: Spec) -> LossReco
         probed["calibration"][name],
         probed["measured"],
         probed["identity"][name],
+        probed["scale"].get(name),
     )
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from .errors import InputError
+
 KEEP = ("parameters", "units", "tensors")
 STEP_FIELDS = {
     "loss_start": "float64",
@@ -41,6 +43,12 @@ SAME_LOSS = {
     "tf32": 1e-2,
     "bfloat16": 5e-2,
 }  # by precision: two computations of one loss
+ROUNDING = {
+    "float64": 2.0**-53,
+    "float32": 2.0**-24,
+    "tf32": 2.0**-11,
+    "bfloat16": 2.0**-9,
+}  # by precision: relative, of one number
 MAGNITUDES = 510  # two bins an octave over all finite float32
 BINS = 2 * MAGNITUDES
 
@@ -50,6 +58,30 @@ SIGNS = tuple(f"{each}_{end}" for each in SIGNED for end in ("first", "last"))
 FIELDS = (*TOTALS, *SIGNS)
 
 Totals = dict[str, Any]
+
+
+def is_share(tolerance: float | str) -> bool:
+    """Tell whether a tolerance is a share of each loss, such as "0.1%", and not in units of loss."""
+    return isinstance(tolerance, str) and tolerance.endswith("%")
+
+
+def in_units_of_loss(tolerance: float | str, scale: float | None) -> float:
+    """Return a tolerance in units of loss.
+
+    Args:
+        tolerance: a positive number, "inf", or a share such as "0.1%".
+        scale: |loss| at the first checkpoint, of which a share is taken; needed for shares alone.
+
+    >>> in_units_of_loss("0.1%", 2e10), in_units_of_loss(1e-3, None), in_units_of_loss("inf", None)
+    (20000000.0, 0.001, inf)
+    """
+    if not is_share(tolerance):
+        return float(tolerance)
+    if scale is None:
+        raise InputError(
+            f"a tolerance of {tolerance} needs the loss at the first checkpoint, which the run does not record."
+        )
+    return float(str(tolerance)[:-1]) / 100 * scale
 
 
 def histogram_edges() -> np.ndarray[Any, Any]:

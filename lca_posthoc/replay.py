@@ -28,7 +28,7 @@ from .settings import Settings, on_device, resolve
 from .store import Manifest, Run, RunWriter
 from .task import Entry, Task, digest, pack
 from .trajectory import Trajectory, open_trajectory
-from .worker import replay_span, settled
+from .worker import looks_back, replay_span, settled
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -43,8 +43,8 @@ def run(
     losses: Sequence[str] | None = None,
     out: str | Path | None = None,
     rule: str | None = None,
-    tolerance: float | None = None,
-    allocation_tolerance: float | None = None,
+    tolerance: float | str | None = None,
+    allocation_tolerance: float | str | None = None,
     keep: str | None = None,
     batch_size: int | None = None,
     device: str | None = None,
@@ -74,8 +74,9 @@ def run(
         losses: names of the task's losses; None for its first, `["all"]` for every one.
         out: the run directory; `CHECKPOINTS.lca` by default.
         rule: "simpson" (default), "trapezoid", or fixed: "left", "midpoint", "gauss-2", "gauss-3".
-        tolerance: bound on |residual| per segment and loss, in units of loss (default 1e-3, inf for bfloat16; inf never refines).
-        allocation_tolerance: bound on the allocation's own L1 error as well (default inf).
+        tolerance: bound on |residual| per segment and loss, in units of loss (default 1e-3, inf for bfloat16; inf never refines), or a
+            share of each loss at the first checkpoint, such as "0.1%".
+        allocation_tolerance: bound on the allocation's own L1 error as well, written alike (default inf).
         keep: "parameters" (default), "units" or "tensors".
         batch_size: examples per batch; a deterministic choice by default.
         device: "cuda" or "cpu"; by default a GPU where there is one.
@@ -569,6 +570,9 @@ def _span_part(manifest: Manifest, span: int) -> dict[str, Any]:
     rows = manifest.rows(span)
     return {
         "span": span,
-        "checkpoints": {str(index): as_json(manifest.checkpoints[index]) for index in range(rows.start, rows.stop + 1)},
+        "checkpoints": {
+            str(index): as_json(manifest.checkpoints[index])
+            for index in (*looks_back(rows.start), *range(rows.start, rows.stop + 1))
+        },
         "calibration": {name: record.calibration for name, record in manifest.losses.items()},
     }

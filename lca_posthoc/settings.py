@@ -83,7 +83,18 @@ def _option(name: str) -> str:
 
 
 def _positive(name: str, value: Any) -> float | str:
-    number = float(value)
-    if not number > 0:
-        raise InputError(f"{_option(name)} must be a positive number or inf, got {value}.")
+    """Return a tolerance as it is recorded: a number, "inf", or a share such as "0.1%"."""
+    text = str(value).strip()
+    share = text.endswith("%")
+    try:
+        number = float(text[:-1] if share else text)
+    except ValueError:
+        number = float("nan")
+    if share and 0 < number < 100:
+        return f"{repr(number).removesuffix('.0')}%"
+    if share or not number > 0:
+        raise InputError(
+            f"{_option(name)} must be a positive number in units of loss, a share of the loss at the first checkpoint between 0% and "
+            f"100% such as 0.1%, or inf, got {value}."
+        )
     return number if number < float("inf") else "inf"

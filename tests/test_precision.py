@@ -27,7 +27,7 @@ from lca_posthoc.worker import spans
 
 from .cases import CASES, Batch, Case, classes
 from .oracle import Oracle, simpson
-from .small import contents, lca, says
+from .small import contents, lca, says, write_step
 from .test_numerics import arrays
 
 SEGMENTS, MEASURED = 10, [0, 8]
@@ -298,3 +298,104 @@ def test_a_loss_added_later_has_the_errors_it_has_in_one_run(place: Place, tmp_p
     later = replayed(iterates, case, tmp_path / "run", SEVERAL, losses=["grouped"], **settings)
     once = place.replay("smooth_mlp", precision="bfloat16")
     assert error_of(later, "grouped").tobytes() == error_of(once, "grouped").tobytes()
+
+
+# --- dead segments -------------------------------------------------------------------------------------------------------
+
+DEAD = {  # segments that do not move, of ten; the segments that are measured, with stretches from 0 and from 8 on
+    "the first": ([0], [1, 8]),
+    "the first three": ([0, 1, 2], [3, 8]),
+    "one in the middle": ([4], [0, 8]),
+    "at the border": ([7, 8], [0, 9]),
+    "a whole stretch": (list(range(8)), [8]),
+    "the last ones": ([8, 9], [0]),
+    "none moves": (list(range(10)), []),
+}
+
+
+def dead_series(place: Path, whole: Path, dead: list[int]) -> Path:
+    """The iterates with some segments repeated: as many checkpoints, each a copy of the one before after a dead segment."""
+    place.mkdir()
+    source = 0
+    for step in range(SEGMENTS + 1):
+        if step and step - 1 not in dead:
+            source += 1
+        tensors = load_file(whole / f"step_{source:08d}.safetensors")
+        write_step(place, step, tensors)
+    return place
+
+
+@pytest.mark.parametrize(("dead", "wanted"), DEAD.values(), ids=DEAD)
+def test_the_first_segment_that_moves_is_measured(
+    place: Place, tmp_path: Path, dead: list[int], wanted: list[int]
+) -> None:
+    iterates = dead_series(tmp_path / "iterates", place.iterates("smooth_mlp"), dead)
+    taken = []
+    for span in (1, 2, 8):
+        options = {"keep": "tensors", "losses": ["plain", "grouped"], "span": span}
+        found = replayed(iterates, CASES["smooth_mlp"], tmp_path / f"{span}", SEVERAL, **options)
+        for loss in found:
+            assert np.flatnonzero(np.isfinite(error_of(found, loss))).tolist() == wanted
+            error = summary(found[loss])["precision_error"]
+            assert summary(found[loss])["precision_segments"] == len(wanted)
+            assert (error is None) == (not wanted)
+            assert error is None or 0 < error < 1e-5
+        taken.append([error_of(found, loss).tobytes() for loss in found])
+    assert taken[0] == taken[1] == taken[2]
+
+
+def test_a_dead_start_that_grew_has_the_errors_of_one_run(place: Place, tmp_path: Path) -> None:
+    whole = dead_series(tmp_path / "whole", place.iterates("smooth_mlp"), [0, 1, 8])
+    growing = tmp_path / "growing"
+    growing.mkdir()
+    options = {"keep": "tensors", "losses": ["plain"], "span": 2}
+    for last in (2, 3, 9, SEGMENTS):
+        for step in range(last + 1):
+            shutil.copy(whole / f"step_{step:08d}.safetensors", growing)
+        grown = replayed(growing, CASES["smooth_mlp"], tmp_path / "run", SEVERAL, **options)
+    once = replayed(whole, CASES["smooth_mlp"], tmp_path / "once", SEVERAL, **options)
+    assert error_of(grown).tobytes() == error_of(once).tobytes()
+    assert np.flatnonzero(np.isfinite(error_of(once))).tolist() == [2, 9]
+
+
+@pytest.mark.parametrize(
+    ("dead", "said"),
+    [
+        ([], "of the parameters do not move at all on sampled segments, and"),
+        ([0], "on sampled segments (1 more, on which nothing moves, are not counted), and"),
+        (list(range(SEGMENTS)), "nothing moves at all on the 10 sampled segments"),
+    ],
+    ids=["none", "the first", "all"],
+)
+def test_the_share_of_unmoved_half_precision_weights_leaves_dead_segments_out(
+    place: Place, tmp_path: Path, dead: list[int], said: str
+) -> None:
+    iterates = dead_series(tmp_path / "iterates", place.iterates("smooth_mlp"), dead)
+    for path in iterates.iterdir():
+        halves = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+        write_step(iterates, int(path.stem.split("_")[1]), halves)
+    heard: list[Any] = []
+    replayed(
+        iterates,
+        CASES["smooth_mlp"],
+        tmp_path / "run",
+        SEVERAL,
+        losses=["plain"],
+        keep="tensors",
+        progress=heard.append,
+    )
+    (note,) = [event.text for event in heard if isinstance(event, Note) and "half precision" in event.text]
+    says(note, said)
+
+
+@pytest.mark.parametrize("dead", [[0], [0, 9], [0, 4, 9]], ids=str)
+def test_the_calibration_is_that_of_segments_that_move(place: Place, tmp_path: Path, dead: list[int]) -> None:
+    iterates = dead_series(tmp_path / "iterates", place.iterates("smooth_mlp"), dead)
+    options = {"rule": "trapezoid", "keep": "tensors", "losses": ["plain"]}
+    found = replayed(iterates, CASES["smooth_mlp"], tmp_path / "run", SEVERAL, **options)
+    moving = [row for row in range(SEGMENTS) if row not in dead]
+    assert found["plain"].record.calibration > 0
+    assert (found["plain"].steps["error_bound"].values[moving] > 0).all()
+    still = dead_series(tmp_path / "still", place.iterates("smooth_mlp"), list(range(SEGMENTS)))
+    nothing = replayed(still, CASES["smooth_mlp"], tmp_path / "nothing", SEVERAL, **options)
+    assert nothing["plain"].record.calibration is None

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lca_posthoc
@@ -96,6 +97,10 @@ REFUSED = {
     "beyond the end": (["0:201"], "--subset '0:201'"),
     "not a fraction": (["1.5@3"], "--subset '1.5@3'"),
     "no seed": (["0.1"], "--subset '0.1'"),
+    "a single number": (["train=96"], "96:97 for the example at position 96, :96 for the first 96"),
+    "a single number for all splits": (["0"], "--subset '0' could mean one example or a number of them"),
+    "a single number beyond the end": (["500"], ":500 for the first 500"),
+    "a list of one": (["96,"], "--subset '96,' is not understood"),
 }
 
 
@@ -107,6 +112,26 @@ def test_a_subset_that_is_none_is_refused(
         replay(task(), subset=subset)
     assert words in str(refusal.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("prefix", ["", "train="])
+@pytest.mark.parametrize("subset", ["20:90", ":7", "3:4", "3,190", "5,3,190", "0.25@7", "0.25@8"])
+def test_the_examples_of_a_subset_can_be_read_back(replay: Callable[..., Any], subset: str, prefix: str) -> None:
+    both = task(l2=Loss(l2=0.1), **({"validation": Loss(F.mse_loss, on="validation")} if prefix else {}))
+    run = replay(both, subset=[prefix + subset, *(["validation=0:9"] if prefix else [])], losses=["all"])
+    positions = lca_posthoc.open_run(run.path)["train"].positions
+    assert positions.dtype == np.int64
+    assert len(positions) == run["train"].record.examples
+    assert run["l2"].positions is None
+    with torch.no_grad():
+        model = nn.Linear(6, 1)
+        model.load_state_dict(load_file(next(Path(run.manifest.root).glob("*00000000*"))))
+        mean = float(F.mse_loss(model(INPUTS[positions]), TARGETS[positions]))
+    assert float(run["train"].steps["loss_start"][0]) == pytest.approx(mean, rel=1e-6)
+
+
+def test_a_loss_over_all_examples_has_no_positions(replay: Callable[..., Any]) -> None:
+    assert replay(task())["train"].positions is None
 
 
 # --- standard errors -----------------------------------------------------------------------------------------------------

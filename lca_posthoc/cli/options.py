@@ -39,11 +39,14 @@ replay_options = _chain(
     ),
     click.option(
         "--tolerance",
-        type=float,
-        help="Bound on |residual| per segment and loss; inf never refines.  [default: 1e-3; inf for bfloat16]",
+        metavar="NUMBER|SHARE%",
+        help="Bound on |residual| per segment and loss, in units of loss, or such as 0.1%, of the loss at the first checkpoint; inf "
+        "never refines.  [default: 1e-3; inf for bfloat16]",
     ),
     click.option(
-        "--allocation-tolerance", type=float, help="Bound on the allocation's own error, Σ|A − A*|.  [default: inf]"
+        "--allocation-tolerance",
+        metavar="NUMBER|SHARE%",
+        help="Bound on the allocation's own error, Σ|A − A*|, given alike.  [default: inf]",
     ),
     click.option(
         "--keep", type=click.Choice(("parameters", "units", "tensors")), help="What to store.  [default: parameters]"

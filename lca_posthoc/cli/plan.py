@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ..errors import InputError, amount
 from .options import json_option, replay_options, workers_option
-from .show import duration, print_json, safe, say, stdout, table
+from .show import duration, print_json, safe, say, stderr, stdout, table
 
 
 @click.command()
@@ -34,7 +34,8 @@ def command(checkpoints: str, as_json: bool, recording: int | None, **options: A
     if options["workers"] is not None and options["workers"] < 1:
         raise InputError(f"--workers must be 1 or more, got {options['workers']}.")
     keep = options["keep"] or "parameters"
-    found = plan(checkpoints, **options)
+    with stderr().status("") as status:  # a line on a terminal, nothing elsewhere
+        found = plan(checkpoints, tell=status.update, **options)
     for note in found.notes:
         say(note)
     if as_json:
@@ -60,11 +61,11 @@ def command(checkpoints: str, as_json: bool, recording: int | None, **options: A
         )
     console.print(rows)
     shared = f", {duration(found.seconds / found.workers)} on {found.workers} workers" if found.workers > 1 else ""
-    console.print(
-        f"evaluating all together: {found.seconds / 3600:.3g} device-hours{shared} (start-up, reading and storing come on top)"
-    )
+    on_gpu = found.device == "cuda"
+    whole = f"{found.seconds / 3600:.3g} device-hours" if on_gpu else f"{duration(found.seconds)} of one CPU core"
+    console.print(f"evaluating all together: {whole}{shared} (start-up, reading and storing come on top)")
     sizes = ", ".join(f"--keep {each} {amount(size)}" for each, size in found.bytes.items())
-    console.print(f"result before compression: {sizes}; free: {amount(found.free)}", markup=False)
+    console.print(f"result after compression, about: {sizes}; free: {amount(found.free)}", markup=False)
     console.print(f"memory per worker: about {amount(found.memory)}")
 
 

@@ -184,7 +184,7 @@ def _found(
             if finding == "microscope" and picked:
                 options["group"] = picked[0]
             one = find(*results, **options)
-            if finding != "microscope" and picked:
+            if picked and "group" in one.dims:  # a finding may have nothing of single groups
                 one = one.sel(group=picked[0] if len(picked) == 1 else picked)
             found.append((label if len(paths) == 1 else f"{label} {Path(path).name}", one))
     return found

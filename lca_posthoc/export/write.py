@@ -100,7 +100,13 @@ def _write_findings(
 ) -> None:
     about: dict[str, object] = {}
     for loss, finding, call in choose(run, losses, findings, say):
-        data: xr.Dataset = call()
+        try:
+            data: xr.Dataset = call()
+        except InputError as error:
+            if findings:
+                raise
+            say(f"{finding} of loss {loss!r} is left out: {error}")
+            continue
         if data.attrs.get("left_out"):
             say(f"{finding} of loss {loss!r}: {data.attrs['left_out']}")
         place = building / run.manifest.losses[loss].key

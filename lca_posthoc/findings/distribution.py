@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import scipy  # its parts load when they are used
@@ -30,7 +31,8 @@ def distribution(results: LossResults, *, sample: int = 100_000, seed: int = 0) 
     Returns:
         `count` (bin[, group]) with coordinates `lower` and `upper`; by group `zero` (a count), `helping`, `hurting` (shares), `mean`,
         `mean_absolute`, `standard_deviation` (of the bins' middles; the mean is exact), `top_share`, `gini` with bounds;
-        `sample` (draw), `weibull_shape`, `weibull_scale`, `kurtosis` (Fisher's, of the sample).
+        `sample` (draw), `weibull_shape`, `weibull_scale`, `kurtosis` (Fisher's, of the sample). Where every allocation is 0 there
+        is no bin, and what is not defined is NaN; `left_out` says so.
 
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
@@ -41,7 +43,9 @@ def distribution(results: LossResults, *, sample: int = 100_000, seed: int = 0) 
     edges = histogram_edges()
     edges[0], edges[-1] = -float(np.finfo("float32").max), float(np.finfo("float32").max)
     occupied = np.flatnonzero(count.reshape(-1, count.shape[-1]).any(0))
-    first, last = (int(occupied[0]), int(occupied[-1]) + 1) if len(occupied) else (0, 1)
+    first, last = (int(occupied[0]), int(occupied[-1]) + 1) if len(occupied) else (0, 0)
+    if first == last:
+        left_out.append("Every allocation is exactly 0: there are no bins, and no shares of a sum that is 0.")
     group = ("group",) if count.ndim == 2 else ()
     lower, upper = edges[first:last], edges[first + 1 : last + 1]
     rows = np.atleast_2d(count)[:, first:last]
@@ -60,7 +64,9 @@ def distribution(results: LossResults, *, sample: int = 100_000, seed: int = 0) 
     coords = {"lower": ("bin", lower), "upper": ("bin", upper)}
     coords |= {name: each for name, each in table.coords.items() if name in ("group", "examples")}
     if results.manifest.keep == "parameters":
-        made |= _fitted(_sample(results, sample, seed))
+        made |= (fitted := _fitted(_sample(results, sample, seed)))
+        if first < last and math.isnan(fitted["weibull_shape"][1]):
+            left_out.append("The heavy-tailed fit needs allocations of at least two sizes.")
     else:
         left_out.append(f"The heavy-tailed fit needs --keep parameters; this run keeps {results.manifest.keep}.")
     return xr.Dataset(made, coords=coords, attrs={**about(results, "distribution", left_out), "seed": seed})
@@ -196,7 +202,7 @@ def _picked(data: xr.DataArray, wanted: Numbers, span: int) -> Numbers:
     return values
 
 
-def _fitted(drawn: Numbers) -> dict[str, tuple[object, ...]]:
+def _fitted(drawn: Numbers) -> dict[str, tuple[Any, ...]]:
     moved = drawn[drawn != 0].astype("float64")
     if len(moved) < 2 or np.ptp(abs(moved)) == 0:
         shape = scale = math.nan

@@ -30,7 +30,8 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
         `helping`, `hurting`, `zero` (step[, group]) and `tensor_helping` (step[, group], tensor), shares of parameters; `parameters`
         and `expected` (share): how many help on that share of their segments, and by chance, with coordinates `share_low` and
         `share_high`; `probability`; by hero, named by `hero_name`, `hero_share`, `hero_segments` (on which it had an effect),
-        `hero_allocated` (loss) and `hero_p`, and the same by villain. Over time, a loss with groups is taken as a whole.
+        `hero_allocated` (loss) and `hero_p`, and the same by villain. Where no parameter has an effect anywhere, `probability` is NaN
+        and there is no hero and no villain. Over time, a loss with groups is taken as a whole.
 
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
@@ -60,6 +61,10 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
         over_time, names = _over_time(results, most)
         made |= over_time
         coords |= names
+        if np.isnan(over_time["probability"][1]):
+            left_out.append(
+                "No parameter has an effect anywhere, so there is no chance of helping and no hero or villain."
+            )
     else:
         left_out.append("What single parameters do over time needs every segment.")
     return xr.Dataset(made, coords=coords, attrs=about(results, "helping", left_out))

@@ -36,7 +36,7 @@ def oscillation(
 
     A turn is a change of sign between two values that are not zero with only zeros between them; the gradient is its mean along
     each segment. The interval is the number of segments divided by the turns: the mean time between two of them.
-    Parameters that never moved are left out of the means.
+    Parameters that never moved are left out of the means, which are NaN where none did.
 
     Args:
         results: one loss of a run. Turns need every segment, at any level of `--keep`; traces `--keep parameters`.
@@ -62,6 +62,8 @@ def oscillation(
     extremes: list[tuple[str, tuple[int, ...], str]] = []
     if results.complete:
         made, coords, extremes = _turns(results, most)
+        if np.isnan(made["overall_turns"][1]).all():
+            left_out.append("No parameter has an effect anywhere, so there are no turns and no intervals between them.")
     else:
         left_out.append("Turns need every segment.")
     chosen = [(*_parsed(results, name), "named") for name in parameters] or extremes

@@ -10,7 +10,7 @@ import numpy as np
 import scipy  # its parts load when they are used
 import xarray as xr
 
-from ..errors import InputError, LCAError
+from ..errors import InputError
 from ..store import LossResults
 from .parts import about, described, grouping, tables, unfinished
 
@@ -68,8 +68,7 @@ def peaks(
         `counted` (layer): whether the layer is part of the question.
 
     Raises:
-        InputError: for an unknown signal, numbers below one, or fewer than two layers.
-        LCAError: where no segment has one on either side.
+        InputError: for an unknown signal, numbers below one, fewer than two layers, or where no segment has one on either side.
     """
     _check(signal, top=top, draws=draws, stretch=stretch)
     values, layers, groups = _values(results, signal, by)
@@ -77,9 +76,10 @@ def peaks(
     step, end = steps["step"].values, steps["step_end"].values
     can = possible(values, end[:-1] == step[1:])
     if not can.any():
-        raise LCAError(
-            f"loss {results.name!r} has {len(values)} finished segments, none with one before and one after it, so nothing can be "
-            "a peak. Let `lca run` finish, or record more steps."
+        count = f"{len(values)} finished segment{'' if len(values) == 1 else 's'}"
+        raise InputError(
+            f"loss {results.name!r} has {count}, none with one before and one after it, so nothing can be a peak. Let `lca run` "
+            "finish, or record more steps."
         )
     peak = moments(values if signal == "allocation" else -values, can, top)
     counted, left = _counted(peak, layers)

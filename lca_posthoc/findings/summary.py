@@ -17,7 +17,7 @@ def summary(results: LossResults) -> dict[str, Any]:
 
     `residual = loss_change − allocated`, with what the tensors that are not kept did (`remainder`) inside `allocated`;
     `helping + hurting + zero = 1`, counted over parameters × segments, buffers not counted. Of a loss with groups, figures are
-    lists over the groups. `precision_error` is the measured Σ|A − A*| / Σ|A*| on a few segments, A* one precision higher;
+    lists over the groups. `precision_error` is the measured Σ|A − A*| / Σ|A*| on up to three segments that move, A* one precision higher;
     `standard_error` of a tensor's allocation is that of drawing a random subset, both null where there is none.
 
     Args:

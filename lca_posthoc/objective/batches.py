@@ -33,11 +33,12 @@ def chosen(subset: str | None, total: int) -> Tensor | None:
     """The positions a subset stands for, in their order; None for every one.
 
     Args:
-        subset: `"A:B"` (either may be left out), `"I,J,K"`, or `"FRACTION@SEED"`, a random sample in the order it is drawn.
+        subset: `"A:B"` (either may be left out), `"I,J,K"` (two or more), or `"FRACTION@SEED"`, a random sample in the order it is
+            drawn.
         total: examples there are.
 
     Raises:
-        InputError: where it is malformed, repeats a position, or is out of range.
+        InputError: where it is malformed, a single number, repeats a position, or is out of range.
 
     >>> chosen("2:5", 10)
     tensor([2, 3, 4])
@@ -49,12 +50,18 @@ def chosen(subset: str | None, total: int) -> Tensor | None:
     if subset is None:
         return None
     problem = "is not understood"
+    if re.fullmatch(r"\d+", subset):
+        number = int(subset)
+        raise InputError(
+            f"--subset {subset!r} could mean one example or a number of them. Write {number}:{number + 1} for the example at position "
+            f"{number}, :{number} for the first {number}, or 0.1@7 for a tenth drawn at random with seed 7."
+        )
     if match := re.fullmatch(r"(\d*):(\d*)", subset):
         start, stop = int(match[1] or 0), int(match[2] or total)
         if start < stop <= total:
             return torch.arange(start, stop)
         problem = f"is empty or goes beyond the {total} examples"
-    elif re.fullmatch(r"\d+(,\d+)*", subset):
+    elif re.fullmatch(r"\d+(,\d+)+", subset):
         positions = [int(each) for each in subset.split(",")]
         if len(set(positions)) == len(positions) and max(positions) < total:
             return torch.tensor(positions)

@@ -44,10 +44,15 @@ def distribution(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     _shares(sizes, found, whole)
     _curves(densities, found, whole)
     _unequal(unequal, found)
-    for ax in (sizes, densities):
-        ax.set_xscale("log")
-        ax.set_xlim(_visible(found))
-    densities.set_yscale("log")
+    if found.sizes["bin"]:
+        for ax in (sizes, densities):
+            ax.set_xscale("log")
+            ax.set_xlim(_visible(found))
+        densities.set_yscale("log")
+    else:
+        for ax in (sizes, densities):
+            ax.set(xticks=[], yticks=[])
+        word(densities, 0.5, 0.5, "every allocation is exactly 0", MUTED, ha="center", va="center")
     tidy(sizes, x="|A| (units of loss)", y="parameters × segments\nper decade", title=heading(found))
     powers(sizes, "y")
     tidy(densities, x="|A| (units of loss)", y="density (1 / units of loss)")
@@ -108,7 +113,8 @@ def _curves(ax: Axes, found: xr.Dataset, whole: float) -> None:
         normal = np.exp(-((x / spread) ** 2) / 2) / (spread * np.sqrt(2 * np.pi))
         ax.plot(x, np.where(normal >= low, normal, np.nan), ":", color=MUTED, linewidth=1.1, label="normal")
         word(ax, 0.03, 0.05, "···  normal, same spread", MUTED)
-    if "weibull_shape" in found and "group" not in found.coords:  # the sample is of all groups
+    fitted = "weibull_shape" in found and bool(np.isfinite(found["weibull_shape"]))
+    if fitted and "group" not in found.coords:  # the sample is of all groups
         shape, scale = float(found["weibull_shape"]), float(found["weibull_scale"])
         moved = 1 - float(found["zero"]) / whole
         fit = moved * shape / (2 * scale) * (x / scale) ** (shape - 1) * np.exp(-((x / scale) ** shape))
@@ -128,7 +134,7 @@ def _visible(found: xr.Dataset) -> tuple[float, float]:
     order = np.argsort(inner)
     below = np.cumsum(found["count"].values[order]) / max(1, int(found["count"].sum()))
     smallest, largest = _range(found)
-    low = inner[order][np.searchsorted(below, 1e-3)] if len(inner) else 0.0
+    low = inner[order][np.searchsorted(below, 1e-3)]
     return max(float(low), smallest) / 2, largest * 2
 
 
@@ -136,9 +142,12 @@ def _unequal(ax: Axes, found: xr.Dataset) -> None:
     rows = (("top_share", "share of Σ|A| carried\nby the top 1 %"), ("gini", "Gini coefficient of |A|"))
     for at, (name, said) in enumerate(rows):
         middle, low, high = (float(found[f"{name}{end}"]) for end in ("", "_low", "_high"))
+        word(ax, 0, at - 0.22, said, va="bottom", transform=ax.transData)
+        if np.isnan(middle):
+            word(ax, 0, at + 0.16, "not defined", MUTED, va="top", transform=ax.transData)
+            continue
         ax.plot([low, high], [at, at], color=INK, linewidth=3, alpha=0.25, solid_capstyle="butt")
         ax.plot([middle], [at], "o", color=INK, markersize=4)
-        word(ax, 0, at - 0.22, said, va="bottom", transform=ax.transData)
         word(ax, middle, at + 0.16, f"{middle:.2f}", ha="center", va="top", transform=ax.transData)
     ax.set(xlim=(0, 1), ylim=(1.6, -0.8), yticks=[])
     tidy(ax, x="0 all alike,  1 all in one")

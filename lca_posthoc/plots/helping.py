@@ -115,7 +115,8 @@ def _often(ax: Axes, found: xr.Dataset) -> None:
     ax.plot((edges[1:] + edges[:-1]) / 2, expected, color=MUTED, linewidth=1, linestyle=(0, (4, 2)))
     _percent(ax)
     word(ax, 0.02, 0.97, "parameters", va="top")
-    chance = f"- - by chance alone,\n{100 * float(found['probability']):.1f} % each"
+    probability = float(found["probability"])
+    chance = "none has an effect" if np.isnan(probability) else f"- - by chance alone,\n{100 * probability:.1f} % each"
     word(ax, 0.02, 0.88, chance, MUTED, va="top")
     ax.set_ylim(top=1.3 * max(float(parameters.max()), float(expected.max()), 1))
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

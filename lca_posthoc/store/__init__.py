@@ -9,7 +9,7 @@ from .starting import Announcement, Starting, announced, starting
 from .token import token
 from .underway import LastRun, SpanReport, Underway, last_run, remove_reports, underway
 from .verify import Damage, Leftover, verify
-from .writer import RunWriter, create, remove_loss, required_bytes
+from .writer import RunWriter, compressed_share, create, estimated_bytes, remove_loss, required_bytes
 
 __all__ = [
     "Announcement",
@@ -27,9 +27,11 @@ __all__ = [
     "StoredTensor",
     "Underway",
     "announced",
+    "compressed_share",
     "create",
     "differ",
     "disagreement",
+    "estimated_bytes",
     "hold",
     "last_run",
     "meeting",

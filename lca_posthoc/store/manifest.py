@@ -31,7 +31,8 @@ class LossRecord:
     grouped loss in the order of whose groups the batches of this one are taken, `replicates` counts the random parts they are
     taken in instead, for standard errors. `batch_size` is used for every evaluation of it; `calibration` turns
     Σ|(g₁ − g₀)·Δθ| into an estimate of the trapezoid's error (null for other rules); `measured` says whether a few segments are
-    evaluated one precision higher as well.
+    evaluated one precision higher as well; `scale` is |loss| at the first checkpoint over the whole split, rounded to six digits,
+    of which tolerances are shares (null where none is).
     """
 
     key: str
@@ -48,6 +49,7 @@ class LossRecord:
     calibration: float | None
     measured: bool
     identity: Identity
+    scale: float | None = None
 
     @property
     def blocks(self) -> list[range]:

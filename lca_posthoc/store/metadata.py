@@ -25,16 +25,19 @@ def group_file(attributes: dict[str, Any] | None = None) -> bytes:
     return _json({"attributes": attributes or {}, "zarr_format": 3, "node_type": "group"})
 
 
-def metadata_files(manifest: Manifest, loss: str, parts: Iterable[str] | None = None) -> Iterator[tuple[str, bytes]]:
+def metadata_files(
+    manifest: Manifest, loss: str, parts: Iterable[str] | None = None, keep: str | None = None
+) -> Iterator[tuple[str, bytes]]:
     """Path below the loss's group, and content, of all of its metadata and coordinates.
 
     Args:
         manifest: of the run.
         loss: its name.
         parts: only these ("steps", "allocation", …); by default all, and the loss's own group.
+        keep: another level of `--keep` than the run's.
     """
     record = manifest.losses[loss]
-    plans = list(plan_arrays(manifest, manifest.keep, record))
+    plans = list(plan_arrays(manifest, keep or manifest.keep, record))
     if parts is None:
         yield FILE, group_file({"loss": loss})
     for part in dict.fromkeys(plan.part for plan in plans):

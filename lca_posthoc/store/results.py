@@ -58,6 +58,22 @@ class LossResults:
         return self.manifest.losses[self.name]
 
     @property
+    def positions(self) -> np.ndarray[Any, Any] | None:
+        """The positions in the split of the examples of `--subset`, int64, (examples,), in the order they are used; None for all.
+
+        Data that can only be read in its own order (a stream) is used in that order, which is these positions ascending.
+
+        Raises:
+            LCAError: where the recorded subset is no subset of the split.
+        """
+        from ..objective.batches import chosen  # here, because a random subset needs torch and opening a run does not
+        from ..task import parse_subsets
+
+        subsets, on = parse_subsets(list(self.manifest.settings["subset"])), self.record.on
+        positions = None if on is None else chosen(subsets.get(on, subsets.get("")), self.record.total)
+        return None if positions is None else positions.numpy()
+
+    @property
     def precision(self) -> str:
         """What the gradients were computed in."""
         return str(self.manifest.settings["precision"])

@@ -255,6 +255,8 @@ def _losses(found: Any) -> dict[str, LossRecord]:
 
 
 def _loss(entry: Any) -> LossRecord:
+    if isinstance(entry, dict):
+        entry = {"scale": None, **entry}  # runs whose tolerances are no shares need not have it
     _exactly(entry, tuple(each.name for each in fields(LossRecord)), "losses.")
     groups, counts = entry["groups"], entry["counts"]
     if groups is not None or counts is not None:
@@ -288,6 +290,7 @@ def _loss(entry: Any) -> LossRecord:
         _maybe(_number, entry["calibration"], "losses.calibration"),
         entry["measured"],
         identity,
+        _maybe(_number, entry["scale"], "losses.scale"),
     )
 
 

@@ -4,8 +4,20 @@ Each takes a JSON-like spec and returns one.
 """
 
 from .admission import admit, versions
-from .checks import describe, probe
+from .checks import describe, probe, sampled
 from .costs import measure
-from .spans import SAMPLED, losses_at, replay_span, settled
+from .spans import SAMPLED, looks_back, losses_at, replay_span, settled
 
-__all__ = ["SAMPLED", "admit", "describe", "losses_at", "measure", "probe", "replay_span", "settled", "versions"]
+__all__ = [
+    "SAMPLED",
+    "admit",
+    "describe",
+    "looks_back",
+    "losses_at",
+    "measure",
+    "probe",
+    "replay_span",
+    "sampled",
+    "settled",
+    "versions",
+]

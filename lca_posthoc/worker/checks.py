@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from ..errors import InputError, SpanError, few
 from ..leftovers import counts, left_out_note, refuted
-from ..records import SAME_LOSS
+from ..records import SAME_LOSS, is_share
 from ..trajectory import drop_options, read_checkpoint, read_stored
 from .memory import block_of, short_of
 from .state import Spec, checkpoint_at, first_point, objective_of, point_at, reported
+
+_NEAR = 16  # segments among which one that moves is looked for
 
 
 @reported
@@ -80,9 +84,32 @@ def probe(spec: Spec) -> Spec:
         "short_of": short_of(spec, objective, new, block),
         "along": {name: along if along in objective.losses else None for name, along in objective.joined.items()},
         "measured": measured,
+        "scale": _scales(spec, objective, first, new),
         "replicates": {name: _replicates(objective, name) for name in names},
         "notes": notes,
     }
+
+
+def _scales(spec: Spec, objective: Any, first: Any, names: list[str]) -> dict[str, float]:
+    """Return |loss| at the first checkpoint over the whole split, the groups averaged by weight, where a tolerance is a share of it.
+
+    Six digits are kept, so that it is the same number in whatever company a loss is evaluated.
+    """
+    options = [each for each in ("tolerance", "allocation_tolerance") if is_share(spec["settings"][each])]
+    if not options or not names:
+        return {}
+    scales = {}
+    for name, there in objective.evaluate(first, names, gradient=False).items():
+        weight = np.atleast_1d(there.weight)
+        loss = np.atleast_1d(there.loss)[weight > 0] @ weight[weight > 0] / weight.sum()
+        scales[name] = abs(float(f"{loss:.6g}"))
+        if not 0 < scales[name] < math.inf:
+            option = options[0].replace("_", "-")
+            raise InputError(
+                f"loss {name!r} is {loss:.6g} at the first checkpoint, of which --{option} {spec['settings'][options[0]]} is no bound. "
+                f"Give --{option} in units of loss, such as 1e-3."
+            )
+    return scales
 
 
 def _same_ties(spec: Spec) -> None:
@@ -247,22 +274,57 @@ def _can_measure(spec: Spec, objective: Any, first: Any, names: list[str]) -> tu
     return True, []
 
 
-def _samples(spec: Spec) -> list[int]:
-    """A few segments: the first, the middle, the last."""
-    return sorted({0, (spec["ends"] - 1) // 2, spec["ends"] - 1})
+def sampled(ends: int) -> list[range]:
+    """Return where to look for a few segments that move: from the first on, from the middle on, from the last back.
+
+    Args:
+        ends: segments of the trajectory.
+
+    >>> sampled(3), [(each[0], each[-1]) for each in sampled(1000)]
+    ([range(0, 3), range(1, 3), range(2, -1, -1)], [(0, 15), (499, 514), (999, 984)])
+    """
+    middle, last = (ends - 1) // 2, ends - 1
+    return [
+        range(min(_NEAR, ends)),
+        range(middle, min(middle + _NEAR, ends)),
+        range(last, max(-1, last - _NEAR), -1),
+    ]
+
+
+def moving(spec: Spec) -> Iterator[tuple[int, Any]]:
+    """Look at a few segments, each once: those that move with the stored tensors at both ends, those that do not with None.
+
+    One that cannot be read is left out: its span will fail and say so.
+    """
+    looked: dict[int, bool] = {}
+    for places in sampled(spec["ends"]):
+        for index in places:
+            if index not in looked:
+                try:
+                    pair = tuple(read_checkpoint(checkpoint_at(spec, at), spec["names"]) for at in (index, index + 1))
+                except SpanError:
+                    continue
+                before, after = pair
+                floating = [name for name, tensor in before.items() if tensor.is_floating_point()]
+                looked[index] = any(bool((before[name].double() != after[name].double()).any()) for name in floating)
+                yield index, pair if looked[index] else None
+            if looked[index]:
+                break
 
 
 def _calibrations(spec: Spec, objective: Any, names: list[str]) -> dict[str, float]:
+    """Return the trapezoid's error as a share of Σ|(g₁ − g₀)·Δθ|, of losses; of none where no sampled segment moves."""
     from ..allocation import calibrate
 
-    found = dict.fromkeys(names, 0.0)
-    for index in _samples(spec):
-        try:
-            shares = calibrate(point_at(spec, index, objective), point_at(spec, index + 1, objective), objective, names)
-        except SpanError:
+    largest: dict[str, float] = {}
+    for index, pair in moving(spec):
+        if pair is None:
             continue
-        found |= {name: max(found[name], share) for name, share in shares.items() if math.isfinite(share)}
-    return found
+        shares = calibrate(point_at(spec, index, objective), point_at(spec, index + 1, objective), objective, names)
+        for name, share in shares.items():
+            if math.isfinite(share):
+                largest[name] = max(largest.get(name, 0.0), share)
+    return largest
 
 
 def _never_updated(spec: Spec, objective: Any) -> list[str]:
@@ -282,7 +344,7 @@ def _never_updated(spec: Spec, objective: Any) -> list[str]:
     sources = {name: spec["names"][name] for name in buffers if name in spec["names"]}
     new = {name: float(name.endswith("running_var")) for name in buffers}
     unchanged = {name for name in buffers if name in sources or torch.all(buffers[name] == new[name])}
-    for index in {0, *_samples(spec), spec["ends"]}:
+    for index in {0, (spec["ends"] - 1) // 2, spec["ends"]}:
         try:
             stored = read_checkpoint(checkpoint_at(spec, index), sources) if sources else {}
         except SpanError:  # its spans will fail and say so
@@ -305,20 +367,24 @@ def _prefixes(names: Iterable[str]) -> list[str]:
 
 
 def _unmoved(spec: Spec) -> list[str]:
-    """The share of half-precision parameters that did not move at all on a few segments."""
+    """Say which share of half-precision parameters did not move on a few segments, those left out on which none did."""
     if not spec["half"]:
         return []
-    same = count = 0
-    for index in _samples(spec):
-        try:
-            before, after = (read_checkpoint(checkpoint_at(spec, at), spec["names"]) for at in (index, index + 1))
-        except SpanError:
+    same = count = still = 0
+    for _, pair in moving(spec):
+        if pair is None:
+            still += 1
             continue
+        before, after = pair
         for name in before:
             if before[name].is_floating_point():
                 same += int((before[name].float() == after[name].float()).sum())
                 count += before[name].numel()
+    stored = f"checkpoints are stored in half precision ({len(spec['half'])} tensors)"
+    if not count:
+        return [f"{stored}, and nothing moves at all on the {still} sampled segments. Record float32 weights."]
+    apart = f" ({still} more, on which nothing moves, are not counted)" if still else ""
     return [
-        f"checkpoints are stored in half precision ({len(spec['half'])} tensors): {same / max(1, count):.1%} of the parameters do not "
-        "move at all on sampled segments, and what does not move is allocated nothing. Record float32 weights."
+        f"{stored}: {same / count:.1%} of the parameters do not move at all on sampled segments{apart}, and what does not move is "
+        "allocated nothing. Record float32 weights."
     ]

@@ -7,10 +7,28 @@ import resource
 import time
 from typing import Any
 
+import numpy as np
+
+from .checks import moving
 from .memory import ROOM, block_of, free_memory, needed
 from .state import Spec, first_point, objective_of, reported
 
 _TIMED_SECONDS = 1.0
+_TIMED_PASSES = 3  # over the split: all timed batches of a loss together hold no more examples
+_SAMPLED_NUMBERS = 2**18  # of allocations that are compressed, to see what a run will take on disk
+
+
+class _Budget:
+    """The examples that may still be evaluated to time a loss."""
+
+    def __init__(self, examples: float) -> None:
+        self.examples = examples
+
+    def spend(self, examples: int) -> bool:
+        """Tell whether so many more fit, and count them."""
+        fits = examples <= self.examples
+        self.examples -= examples if fits else 0
+        return fits
 
 
 @reported
@@ -34,6 +52,7 @@ def measure(spec: Spec) -> Spec:
     held = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "losses": losses,
+        "compressed": _compressions(spec, objective),
         "together": together,
         "higher": higher,
         "memory": held + needed(spec, objective, list(losses), blocks),
@@ -45,32 +64,67 @@ def _measured(spec: Spec, objective: Any, name: str) -> Spec:
 
     loss, order = objective.losses[name], objective.order(name)
     if loss.split is None:
-        return {"seconds": _seconds(objective, name, None), "forward": 0.0, "higher": 0.0, "fastest": 0, "largest": 0}
+        alone = _seconds(objective, name, None, _Budget(8), 1)
+        return {"seconds": alone, "forward": 0.0, "higher": 0.0, "fastest": 0, "largest": 0}
     split, chosen = objective.splits[loss.split], objective.batch_sizes[loss.split]
     most = split.examples if order is None else max(1, split.examples // len(order.labels))
-    sizes = {min(max(1, size), most) for size in (chosen // 4, chosen // 2, chosen, chosen * 2, chosen * 4)}
-    per_example = {size: _seconds(objective, name, split.sample(0, size)) / size for size in sorted(sizes)}
-    used = min(chosen, most)
+    used, budget = min(chosen, most), _Budget(_TIMED_PASSES * split.examples)
+    batch = split.sample(0, used)
+    budget.spend(used)  # the first evaluation of a model is slower
+    objective.over(functools.partial(objective.values, name), [batch])
+    per_example = {used: _seconds(objective, name, batch, budget, used) / used}
+    forward = _seconds(objective, name, batch, budget, used, gradient=False)
+    higher = 0.0
+    if spec["measured"]:
+        wide = objective.higher
+        higher = _seconds(wide, name, wide.splits[loss.split].sample(0, used), budget, used)
+    for size in (chosen * 2, chosen // 2, chosen * 4, chosen // 4):
+        size = min(max(1, size), most)
+        if size not in per_example and budget.examples >= size:
+            per_example[size] = _seconds(objective, name, split.sample(0, size), budget, size) / size
     room = ROOM * free_memory(spec["workers"], objective.device)
     return {
         "seconds": per_example[used] * split.examples,
-        "forward": _seconds(objective, name, split.sample(0, used), gradient=False) / used * split.examples,
-        "higher": _seconds(objective.higher, name, objective.higher.splits[loss.split].sample(0, used))
-        / used
-        * split.examples
-        if spec["measured"]
-        else 0.0,
+        "forward": forward / used * split.examples,
+        "higher": higher / used * split.examples,
         "fastest": min(per_example, key=lambda size: per_example[size]),
         "largest": min(power_of_two(room / objective.saved_bytes(name)), split.examples),
     }
 
 
-def _seconds(objective: Any, name: str, batch: Any, gradient: bool = True) -> float:
-    """The fastest of a few evaluations of one batch, the first one not counted."""
+def _seconds(objective: Any, name: str, batch: Any, budget: _Budget, examples: int, gradient: bool = True) -> float:
+    """Return the seconds of the fastest of a few evaluations of one batch: at least one, more while time and the budget last."""
     times: list[float] = []
     began = time.perf_counter()
-    while len(times) < 2 or (len(times) < 8 and time.perf_counter() - began < _TIMED_SECONDS):
+    while not times or (len(times) < 8 and time.perf_counter() - began < _TIMED_SECONDS / 4 and budget.spend(examples)):
         start = time.perf_counter()
         objective.over(functools.partial(objective.values, name), [batch], gradient=gradient)
         times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return min(times)
+
+
+def _compressions(spec: Spec, objective: Any) -> Spec:
+    """Return what the store's compression leaves of each kind of array, from one segment that moves and one batch of each loss.
+
+    The motion is that of whole tensors; the gradient that of one batch at the segment's start. Nothing moves: all zeros.
+    """
+    from ..store import compressed_share
+
+    pair = next((pair for _, pair in moving(spec) if pair is not None), None)
+    shares: Spec = {}
+    for name, loss in objective.losses.items():
+        parts = [] if pair is not None else [np.zeros(_SAMPLED_NUMBERS, "float32")]
+        if pair is not None:
+            size = (
+                0
+                if loss.split is None
+                else min(objective.batch_sizes[loss.split], objective.splits[loss.split].examples)
+            )
+            batch = None if loss.split is None else objective.splits[loss.split].sample(0, size)
+            gradient = objective.over(functools.partial(objective.values, name), [batch]).gradient
+            for tensor, each in gradient.items():
+                motion = pair[1][tensor].double() - pair[0][tensor].double()
+                product = (motion * each.reshape(-1, *motion.shape)[0].cpu()).float()
+                parts.append(product.reshape(-1)[: _SAMPLED_NUMBERS // max(1, len(gradient)) + 1].numpy())
+        shares[name] = compressed_share(np.concatenate(parts), spec["segments_of_window"])
+    return shares

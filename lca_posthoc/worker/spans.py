@@ -14,12 +14,37 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ResourceError, SpanError
-from .state import Spec, objective_of, point_at, points_of, reported
+from ..records import in_units_of_loss
+from ..trajectory import read_stored
+from .state import Spec, checkpoint_at, objective_of, point_at, points_of, reported
 
 if TYPE_CHECKING:
     from ..store import SpanReport
 
-SAMPLED = {0, 64, 512}  # segments whose error is measured: as many in a run that grew as in one that did not
+SAMPLED = {
+    0,
+    64,
+    512,
+}  # from here on the first segment that moves is measured: the same one however a run is cut or has grown
+LOOKED = 64  # segments from there that are looked at
+
+
+def stretch_of(row: int) -> range:
+    """Return the segments one of which is measured that `row` is among; none where it is among none.
+
+    >>> stretch_of(3), stretch_of(64), stretch_of(200)
+    (range(0, 64), range(64, 128), range(0, 0))
+    """
+    first = max((each for each in SAMPLED if each <= row), default=row + 1)
+    last = min((each for each in SAMPLED if each > first), default=first + LOOKED)
+    stretch = range(first, min(last, first + LOOKED))
+    return stretch if row in stretch else range(0)
+
+
+def looks_back(row: int) -> range:
+    """Return the checkpoints that tell, for a span from `row` on, whether the segment that is measured comes before it."""
+    stretch = stretch_of(row)
+    return range(stretch.start, row + 1) if row > stretch.start and stretch else range(0)
 
 
 @reported
@@ -143,8 +168,11 @@ class _Together:
         settings = spec["settings"]
         self.method = Method(
             RULES[settings["rule"]],
-            float(settings["tolerance"]),
-            float(settings["allocation_tolerance"]),
+            {name: in_units_of_loss(settings["tolerance"], each.scale) for name, each in self.records.items()},
+            {
+                name: in_units_of_loss(settings["allocation_tolerance"], each.scale)
+                for name, each in self.records.items()
+            },
             spec["calibration"],
             frozenset(self.replicates.values()),
         )
@@ -201,6 +229,8 @@ class _Together:
         self.parts = {
             name: np.zeros((self.length, self.records[name].replicates, len(self.kept))) for name in self.replicates
         }
+        measures = any(record.measured for record in self.records.values())
+        self.waits_before = measures and _still(self.spec, looks_back(self.rows.start))
         reached = [set[int]() for _ in range(self.length)]
         every = [*self.records, *self.replicates.values()]
         for part_before, block in enumerate(self.blocks):
@@ -208,6 +238,7 @@ class _Together:
             if len(self.blocks) > 1:
                 next(iter(self.tallies.values())).begin(block)
             points = points_of(self.spec, self.rows, self.objective)
+            self.waits = self.waits_before
             for at, (start, end, done) in enumerate(allocate_span(points, part, every, self.method, levels)):
                 self._take(at, start, end, done, block)
                 reached[at] |= {done[name].level for name in self.records}
@@ -223,10 +254,36 @@ class _Together:
         for name, hidden in self.replicates.items():
             self.parts[name][at] = _sums(done[hidden], self.kept)
         measured = {name: done[name] for name, record in self.records.items() if record.measured}
-        if measured and self.rows.start + at in SAMPLED:
+        if measured and self._is_measured(self.rows.start + at, next(iter(measured.values())).motion):
             higher = self.objective.higher if len(self.blocks) == 1 else _Only(self.objective.higher, block)
             for name, error in _precision_errors(measured, start, end, higher, self.method.rule).items():
                 self.errors[name][at] += error
+
+    def _is_measured(self, row: int, motion: Any) -> bool:
+        """Tell whether a segment, the one after that of the last call, is the first of its stretch that moves."""
+        stretch = stretch_of(row)
+        self.waits = bool(stretch) and (row == stretch.start or self.waits)
+        if not self.waits or not any(bool(moved.any()) for moved in motion.values()):
+            return False
+        self.waits = False
+        return True
+
+
+def _still(spec: Spec, checkpoints: range) -> bool:
+    """Tell whether nothing moves over some consecutive checkpoints; one that cannot be read counts as moved, its span says why."""
+    if not checkpoints:
+        return False
+    try:
+        before = read_stored(checkpoint_at(spec, checkpoints.start), spec["names"])
+        for index in checkpoints[1:]:
+            after = read_stored(checkpoint_at(spec, index), spec["names"])
+            floating = [name for name, tensor in after.items() if tensor.is_floating_point()]
+            if any(bool((after[name].double() != before[name].double()).any()) for name in floating):
+                return False
+            before = after
+    except SpanError:
+        return False
+    return True
 
 
 class _Only:

@@ -35,7 +35,7 @@ from lca_posthoc import Loss, Task
 from lca_posthoc.allocation import Method, Point, allocate, calibrate
 from lca_posthoc.objective import Evaluation, Objective
 from lca_posthoc.quadrature import NESTED, RULES
-from lca_posthoc.worker.checks import _samples
+from lca_posthoc.worker.checks import sampled
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "examples"))
 import mnist_fc
@@ -172,7 +172,7 @@ def objective_of(network: str, examples: int, point: Point) -> Objective:
 def calibration_of(iterates: list[Point], objective: Remembered) -> dict[str, float]:
     """The largest share on the three segments the package takes."""
     shares = []
-    for index in _samples({"ends": len(iterates) - 1}):
+    for index in sorted({places[0] for places in sampled(len(iterates) - 1)}):
         shares.append(calibrate(iterates[index], iterates[index + 1], objective, LOSS)["train"])
         objective.forget_all_but(iterates[index + 1])
     return {"train": max(shares)}

@@ -84,6 +84,8 @@ def _sentence(panel: Panel, found: xr.Dataset) -> str:
         if name in found
     }
     said = f"The mean allocation is {signed(of['mean'])}, against a standard deviation of {plain(of['standard_deviation'])}."
+    if not found.sizes["bin"]:
+        return "Every allocation is exactly 0."
     if "top_share" in of:
         said += f" The largest 1 % of them carry {percent(of['top_share'])} of Σ|A|; their Gini coefficient is {plain(of['gini'])}."
     return said
