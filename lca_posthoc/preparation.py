@@ -24,6 +24,7 @@ from .worker import admit, describe, probe, versions
 _SPAN_BYTES = 256 * 2**20
 _LONGEST_SPAN = 32
 _WINDOWS = 64
+_EARLY = (2, 4, 16)  # checkpoints at which running statistics, which lag most early on, are looked at too
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def prepare(
     found = ask(cluster, describe, asked)
     _known_tensors(settings["tensors"], found["tensors"])
     if existing is None:
-        _known_splits(settings["subset"], found["losses"])
+        _known_splits(settings["subset"], found["losses"], found["statistics"])
     table = [
         TensorSpec(**{**each, "shape": tuple(each["shape"]), "aliases": tuple(each["aliases"])})
         for each in found["tensors"]
@@ -109,6 +110,9 @@ def prepare(
         "span": existing.span if existing else span,
     }
     probed = ask(cluster, probe, {**common, **probe_part, "recorded": list(recorded), "batch_sizes": batch_sizes})
+    if probed["statistics"] is not None:
+        settings = {**settings, "statistics": probed["statistics"]}
+        common["settings"] = settings
     keys = encode_all(found["losses"], [record.key for record in recorded.values()])
     tensor_keys = encode_all(spec.name for spec in table)
     manifest = Manifest(
@@ -249,14 +253,13 @@ def as_json(checkpoint: Checkpoint) -> list[Any]:
 def _probe_part(trajectory: Trajectory, table: list[TensorSpec]) -> dict[str, Any]:
     ends = len(trajectory.checkpoints) - 1
     middle = (ends - 1) // 2
+    wanted = {0, 1, *(index for index in _EARLY if index <= ends), middle, middle + 1, ends - 1, ends}
     checkpoints = relative(trajectory)
     return {
         "ends": ends,
         "half": trajectory.half_precision,
         "ties": trajectory.ties(table),
-        "checkpoints": {
-            str(index): as_json(checkpoints[index]) for index in {0, 1, middle, middle + 1, ends - 1, ends}
-        },
+        "checkpoints": {str(index): as_json(checkpoints[index]) for index in sorted(wanted)},
     }
 
 
@@ -290,8 +293,8 @@ def _known_tensors(patterns: list[str], tensors: list[dict[str, Any]]) -> None:
             )
 
 
-def _known_splits(subsets: list[str], losses: dict[str, Any]) -> None:
-    splits = {loss["on"] for loss in losses.values()} - {None}
+def _known_splits(subsets: list[str], losses: dict[str, Any], of_statistics: str | None) -> None:
+    splits = {of_statistics, *(loss["on"] for loss in losses.values())} - {None}
     for split in parse_subsets(subsets):
         if split and split not in splits:
             raise InputError(

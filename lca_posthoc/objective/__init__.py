@@ -5,6 +5,7 @@ from .evaluate import HIGHER, Objective, new_model, replicates_of
 from .precision import float32
 from .probe import Identity, check_loss, drop_weightless_replicates, identify
 from .sources import is_out_of_memory
+from .statistics import in_both_modes, statistics_of
 from .sums import Evaluation
 from .tensors import tensor_table
 
@@ -19,9 +20,11 @@ __all__ = [
     "drop_weightless_replicates",
     "float32",
     "identify",
+    "in_both_modes",
     "is_out_of_memory",
     "new_model",
     "power_of_two",
     "replicates_of",
+    "statistics_of",
     "tensor_table",
 ]

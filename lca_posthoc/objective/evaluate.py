@@ -29,6 +29,7 @@ from .normalisation import normalising
 from .precision import tf32
 from .sharing import SharedOutputs
 from .sources import digest_of, is_out_of_memory
+from .statistics import Recalibration
 from .sums import Evaluation, Sums
 from .tensors import is_fixed, tensor_table
 
@@ -59,7 +60,7 @@ class Objective:
         device: where the model and the data live.
         precision: "float32", "float64", and on devices that have them "tf32" and "bfloat16" (autocast), whose tensors and
             sums are those of float32.
-        norm_stats: "running" or "batch".
+        norm_stats: "running", "recalibrated" or "batch".
         batch_size: None for a deterministic choice from shapes, one for each split.
         subset: split → which of its examples, `""` for every split.
         held: names of the tensors the checkpoints hold, normalised: frozen parameters that are not among them stay as the task's
@@ -88,9 +89,9 @@ class Objective:
             self.model = new_model(self.task)
             convert(self.model, device, self.dtype)
             self.model.eval()  # a statement: a model's own train() or eval() may return nothing
-        chosen = subset or {}
+        self._subset = subset or {}
         self.splits = {
-            name: Split(name, self.task.data[name], device, self.dtype, chosen.get(name, chosen.get("")))
+            name: self.open_split(name)
             for name in dict.fromkeys(loss.split for loss in self.losses.values())
             if name is not None
         }
@@ -106,6 +107,7 @@ class Objective:
         self.functions = {name: loss.on_device(device, self.dtype) for name, loss in self.losses.items()}
         self._functions_per_element: dict[str, Callable[[Any, Any], Any]] = {}
         self._complete()
+        self.recalibration = Recalibration(self) if norm_stats == "recalibrated" else None
         self.table = tensor_table(self.model, norm_stats, self.task.fixed, held)
         stored = {spec.name for spec in self.table}
         whole = tensor_table(self.model, norm_stats, self.task.fixed)
@@ -153,7 +155,7 @@ class Objective:
                 raise InputError("the model is lazily built, and no loss of the task calls it. Build it in Task.model.")
             self.functions.setdefault(name, known[name].on_device(self.device, self.dtype))
             split = Split(known[name].on, self.task.data[known[name].on], self.device, self.dtype)
-            with self._mode(), torch.no_grad():
+            with self.mode(), torch.no_grad():
                 self.values(name, split.sample(0, 2))
 
     def _bind(self) -> dict[str, Tensor]:
@@ -170,6 +172,16 @@ class Objective:
                 )
         return {spec.name: bound[spec.name] for spec in self.table}
 
+    def open_split(self, name: str) -> Split:
+        """Return a split of the task, with the subset that was asked of it."""
+        subset = self._subset.get(name, self._subset.get(""))
+        return Split(name, self.task.data[name], self.device, self.dtype, subset)
+
+    def add_function(self, name: str) -> None:
+        """Let `values` be had of a loss of the task that is not one of those evaluated."""
+        if name not in self.functions:
+            self.functions[name] = self.task.losses[name].on_device(self.device, self.dtype)
+
     @property
     def allocated(self) -> list[TensorSpec]:
         """The tensors that take part in the allocation."""
@@ -185,10 +197,15 @@ class Objective:
     def digests(self) -> dict[str, str]:
         """What the data is, and the tensors checkpoints do not hold: other processes must find the same."""
         return {
-            **{f"split {name!r}": split.digest for name, split in self.splits.items()},
+            **{f"split {name!r}": split.digest for name, split in self._every_split().items()},
             **{f"tensor {name!r}": digest_of(_some(tensor)) for name, tensor in self._own().items()},
             **{f"group_by of loss {name!r}": digest_of(*found) for name, found in self._groupings()},
         }
+
+    def _every_split(self) -> dict[str, Split]:
+        if self.recalibration is None:
+            return self.splits
+        return {**self.splits, self.recalibration.split.name: self.recalibration.split}
 
     def _groupings(self) -> Iterator[tuple[str, list[Any]]]:
         for name, loss in self.losses.items():
@@ -227,7 +244,7 @@ class Objective:
         """What autograd saves of a loss for one example."""
         split = self.losses[name].split
         assert split is not None
-        with self._mode():
+        with self.mode():
             return saved_bytes(self.splits[split], partial(self.values, name))
 
     def order(self, name: str) -> Order | None:
@@ -348,7 +365,7 @@ class Objective:
         mixed = order is not None and self.norm_stats == "batch"
         walk = split.batches(self.batch_sizes[split.name], None if mixed else order, None if mixed else only)
         codes = torch.split(_codes(split.examples, order), self.batch_sizes[split.name]) if order and mixed else ()
-        with self._mode(), torch.set_grad_enabled(gradient), contextlib.closing(walk):
+        with self.mode(), torch.set_grad_enabled(gradient), contextlib.closing(walk):
             for at, (group, batch) in enumerate(walk):
                 shared = SharedOutputs()
                 for source, held in sources.items():
@@ -387,7 +404,7 @@ class Objective:
         """A loss over the batches given, at the point the module holds; `values` gives a batch's values and weights."""
         shapes = {spec.name: spec.shape for spec in self.allocated if gradient}
         sums = Sums(shapes, self.device, None, True)
-        with self._mode(), torch.set_grad_enabled(gradient):
+        with self.mode(), torch.set_grad_enabled(gradient):
             for batch in batches:
                 self._back(sums, 0, *values(batch), False)
         return sums.evaluation(False, "a loss", None)
@@ -441,7 +458,7 @@ class Objective:
         """Refuse a grouped loss whose values do not run over the examples, where a batch holds several groups."""
         if self.order(name) is None:
             return
-        with self._mode(), torch.no_grad():
+        with self.mode(), torch.no_grad():
             values = self.values(name, batch)[0]
         if values.shape[0] != examples:
             raise InputError(
@@ -460,7 +477,7 @@ class Objective:
         return None if weights is None else float(weights.min())
 
     def _weights(self, name: str, batch: Any) -> Tensor | None:
-        with self._mode(), torch.no_grad():
+        with self.mode(), torch.no_grad():
             return self.values(name, batch)[1]
 
     def _term(self, name: str, loss: Loss) -> Tensor:
@@ -478,9 +495,10 @@ class Objective:
         return value.reshape(1)
 
     @contextlib.contextmanager
-    def _mode(self) -> Iterator[None]:
+    def mode(self, layers: contextlib.AbstractContextManager[None] | None = None) -> Iterator[None]:
+        """Compute as the run does, around forward and backward passes; `layers` holds normalisation layers to something else."""
         with (
-            normalising(self.norm_stats, self.model.buffers()),
+            layers or normalising(self.norm_stats, self.model.buffers()),
             multiplying(self.device),
             default_dtype(self.dtype),
             tf32(self.precision == "tf32"),

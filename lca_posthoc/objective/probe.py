@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..recorder.staging import same_bytes
+from ..trajectory import is_statistic
 from .batches import Order
 from .evaluate import Objective, unpack
 from .sharing import tensors_of
 from .sources import change_tensors
 from .sums import Evaluation
-from .tensors import is_statistic
 
 _SAMPLE = 256
 _AGREE = {"float32": 1e-4, "float64": 1e-4, "tf32": 1e-2, "bfloat16": 1e-2}

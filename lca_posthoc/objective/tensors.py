@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ..errors import InputError
-from ..trajectory import TensorSpec, normalise
+from ..trajectory import TensorSpec, is_statistic, normalise
 
 _ON_AXIS_1 = {"ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Conv1D"}
 
@@ -55,11 +55,6 @@ def tensor_table(
 def is_fixed(name: str, patterns: Sequence[str]) -> bool:
     """Whether a tensor stays as the model builds it."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def is_statistic(name: str) -> bool:
-    """Whether a tensor is a normalisation layer's running mean or variance, by the name torch gives it."""
-    return name.rpartition(".")[2] in ("running_mean", "running_var")
 
 
 def _owners(model: nn.Module) -> dict[str, frozenset[str]]:

@@ -33,7 +33,7 @@ def metadata_files(manifest: Manifest, loss: str, parts: Iterable[str] | None = 
         loss: its name.
         parts: only these ("steps", "allocation", …); by default all, and the loss's own group.
     """
-    record = manifest.losses[loss]
+    record, manifest = manifest.losses[loss], manifest.of(loss)
     plans = list(plan_arrays(manifest, manifest.keep, record))
     if parts is None:
         yield FILE, group_file({"loss": loss})

@@ -25,12 +25,14 @@ from .totals import joined_totals
 class LossResults:
     """What a run holds for one loss, as lazy xarray datasets over the committed segments.
 
-    Reading raises `LCAError` where a byte is missing or is not the one that was committed.
+    `manifest` is that of the run up to the last checkpoint the loss covers; `behind` counts the segments that were added since for other
+    losses alone. Reading raises `LCAError` where a byte is missing or is not the one that was committed.
     """
 
     def __init__(self, path: Path, manifest: Manifest, name: str) -> None:
         self.name = name
-        self.path, self.manifest = path, manifest
+        self.path, self.manifest = path, manifest.of(name)
+        self.behind = manifest.segments - self.manifest.segments
         self._commits = Commits(path, manifest, name)
 
     def __repr__(self) -> str:
@@ -58,11 +60,14 @@ class LossResults:
 
     @property
     def complete(self) -> bool:
-        """Whether every segment is there."""
+        """Whether every segment the loss covers is there."""
         return self._commits.is_complete()
 
     def progress(self) -> dict[str, Any]:
-        """How far this loss is, from the commit markers alone: spans, segments, steps, seconds of workers."""
+        """How far this loss is, from the commit markers alone: spans, segments, steps, seconds of workers.
+
+        `behind` counts segments of the run that the loss does not cover, because checkpoints were added for other losses.
+        """
         manifest, markers = self.manifest, self.markers
         return {
             "spans_done": len({row // manifest.span for row in self._rows}),
@@ -73,6 +78,7 @@ class LossResults:
             "last_step": manifest.checkpoints[-1].step,
             "seconds": round(sum(marker["seconds"] for marker in markers), 3),
             "complete": self.complete,
+            "behind": self.behind,
             "running": is_held(self.path),
         }
 

@@ -6,11 +6,12 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from ..errors import InputError, SpanError
+from ..errors import InputError, SpanError, few
 from ..records import SAME_LOSS
 from ..trajectory import read_checkpoint, read_stored
 from .memory import block_of, short_of
-from .state import Spec, build, checkpoint_at, first_point, objective_of, point_at, reported
+from .modes import moved_layers, notes_on_modes
+from .state import Spec, build, checkpoint_at, first_point, objective_of, point_at, reported, stored_point_at
 
 
 @reported
@@ -24,6 +25,7 @@ def describe(spec: Spec) -> Spec:
         "digests": objective.digests,
         "frozen": objective.frozen,
         "fixed": list(objective.fixed),
+        "statistics": None if objective.recalibration is None else objective.recalibration.split.name,
     }
 
 
@@ -54,9 +56,10 @@ def probe(spec: Spec) -> Spec:
     batch_sizes = objective.settle_batch_sizes(first, spec["batch_sizes"])
     _same_ties(spec)
     _same_fixed(spec, objective)
-    notes = [note for name in names for note in _checks(spec, objective, name)]
-    notes += _unmoved(spec)
     new = [name for name in names if name not in spec["recorded"]]  # a recorded loss keeps what was settled for it
+    first, about_modes = _statistics(spec, objective, first, new)
+    notes = [note for name in names for note in _checks(spec, objective, name)]
+    notes += _unmoved(spec) + about_modes
     block = {name: block_of(spec, objective, name) for name in names}
     objective.join([name for name in names if block[name] is not None])
     measured, more = _can_measure(spec, objective, first, new)
@@ -73,8 +76,38 @@ def probe(spec: Spec) -> Spec:
         "along": {name: along if along in objective.losses else None for name, along in objective.joined.items()},
         "measured": measured,
         "replicates": {name: _replicates(objective, name) for name in names},
+        "statistics": None if objective.recalibration is None else objective.recalibration.recorded,
         "notes": notes,
     }
+
+
+def _statistics(spec: Spec, objective: Any, first: Any, new: list[str]) -> tuple[Any, list[str]]:
+    """Settle what statistics normalisation layers have; returns the first point with them, which the objective holds, and notes."""
+    mode, recalibration = spec["settings"]["norm_stats"], objective.recalibration
+    if mode == "batch" or (mode == "running" and not new):
+        return first, []
+    moved = moved_layers(spec, objective)
+    if recalibration is None:
+        notes = notes_on_modes(spec, objective, new, moved)
+        objective.place(first)
+        return first, notes
+    if "statistics" not in spec["settings"]:
+        given = spec["settings"]["batch_size"]
+        recalibration.settle(objective.batch_sizes.get(recalibration.split.name, given), moved)
+    point, unreached = recalibration.at(first), recalibration.unreached(first) if new else []
+    notes = [
+        f"{what}: {few([*map(repr, layers)])}"
+        for what, layers in (
+            ("statistics of these layers did not move in training and stay as they are stored", recalibration.kept),
+            (
+                f"loss {recalibration.loss!r} does not call these layers, whose statistics stay as they are stored",
+                unreached,
+            ),
+        )
+        if layers and new
+    ]
+    objective.place(point)
+    return point, notes
 
 
 def _same_ties(spec: Spec) -> None:
@@ -141,7 +174,10 @@ def _same_in_float32(spec: Spec, objective: Any, name: str) -> None:
     from ..objective import identify
 
     single = build(spec, "float32")
-    single.settle_batch_sizes(point_at(spec, 0, single), objective.batch_sizes)
+    single.settle_batch_sizes(stored_point_at(spec, 0, single), objective.batch_sizes)
+    if single.recalibration is not None:
+        single.recalibration.recall(objective.recalibration.recorded)
+        single.place(point_at(spec, 0, single))
     wide, narrow = identify(objective, name).loss, identify(single, name).loss
     if abs(wide - narrow) > SAME_LOSS["float32"] * max(abs(wide), abs(narrow), 1e-12):
         raise InputError(
