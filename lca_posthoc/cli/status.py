@@ -32,7 +32,11 @@ def command(run: str, as_json: bool) -> None:
             f"{each['segments_done']} / {each['segments']}",
             f"{each['first_step']}–{each['last_step']}",
             duration(each["seconds"]),
-            "complete"
+            (
+                "complete"
+                if not each["behind"]
+                else f"complete so far; {each['behind']} more segments with --loss {safe(name)}"
+            )
             if each["complete"]
             else "running"
             if each["running"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ..trajectory import Checkpoint, TensorSpec
+from ..trajectory import Checkpoint, TensorSpec, is_statistic
 
 Identity = list[dict[str, float] | None]
 
@@ -81,6 +81,12 @@ class Manifest:
     def keep(self) -> str:
         """What the run keeps: "parameters", "units" or "tensors"."""
         return str(self.settings["keep"])
+
+    @property
+    def norm_stats(self) -> str | None:
+        """Whose statistics normalisation layers have: "running", "batch" or "recalibrated"; None where the choice changes nothing."""
+        mode = str(self.settings.get("norm_stats", "running"))
+        return mode if mode == "batch" or any(is_statistic(tensor.spec.name) for tensor in self.tensors) else None
 
     @property
     def steps(self) -> list[int]:

@@ -53,6 +53,11 @@ class LossResults:
         """What the gradients were computed in."""
         return str(self.manifest.settings["precision"])
 
+    @property
+    def norm_stats(self) -> str | None:
+        """Whose statistics normalisation layers have: "running", "batch" or "recalibrated"; None where there are no such layers."""
+        return self.manifest.norm_stats
+
     @cached_property
     def _rows(self) -> list[int]:
         waiting = set(self._commits.pending())
