@@ -23,6 +23,8 @@ def moved_layers(spec: Spec, objective: Any) -> list[str]:
     from ..objective import statistics_of
 
     layers = statistics_of(objective)
+    if not layers:
+        return []
     wanted = {name: spec["names"][name] for names in layers.values() for name in names}
     moved = set[str]()
     first: Any = None
