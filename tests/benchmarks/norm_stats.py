@@ -4,8 +4,8 @@
 LCA_DATA=DIR python -m tests.benchmarks.norm_stats
 ```
 
-DIR holds `cifar10.safetensors`. Prints, for two learning rates, what the loss goes through in each mode, the largest |residual|, the seconds it took, and
-the convolutions whose sum over training has another sign than with batch statistics.
+DIR holds `cifar10.safetensors`. Prints, for two learning rates, what the loss goes through in each mode, the largest |residual|, the
+seconds it took, and the convolutions whose sum over training has another sign than with batch statistics.
 """
 
 from __future__ import annotations
