@@ -199,6 +199,7 @@ def plan(
         workers,
         found,
         measured["together"] * max(loss.evaluations for loss in found.values())
+        + measured["recalibrating"] * (manifest.segments + manifest.spans)
         + measured["higher"] * _at_once(settings["rule"]) * sum(at < manifest.segments for at in SAMPLED),
         stored,
         free,

@@ -27,6 +27,7 @@ from .worker import admit, describe, probe, sampled, versions
 _SPAN_BYTES = 256 * 2**20
 _LONGEST_SPAN = 32
 _WINDOWS = 64
+_EARLY = (2, 4, 16)  # checkpoints at which running statistics, which lag most early on, are looked at too
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def prepare(
     found = ask(cluster, describe, asked)
     _known_tensors(settings["tensors"], found["tensors"])
     if existing is None:
-        _known_splits(settings["subset"], found["losses"])
+        _known_splits(settings["subset"], found["losses"], found["statistics"])
     table = [
         TensorSpec(**{**each, "shape": tuple(each["shape"]), "aliases": tuple(each["aliases"])})
         for each in found["tensors"]
@@ -114,6 +115,9 @@ def prepare(
         "span": existing.span if existing else span,
     }
     probed = ask(cluster, probe, {**common, **probe_part, "recorded": list(recorded), "batch_sizes": batch_sizes})
+    if probed["statistics"] is not None:
+        settings = {**settings, "statistics": probed["statistics"]}
+        common["settings"] = settings
     keys = encode_all(found["losses"], [record.key for record in recorded.values()])
     tensor_keys = encode_all(spec.name for spec in table)
     manifest = Manifest(
@@ -304,15 +308,13 @@ def as_json(checkpoint: Checkpoint) -> list[Any]:
 def _probe_part(trajectory: Trajectory, table: list[TensorSpec]) -> dict[str, Any]:
     ends = len(trajectory.checkpoints) - 1
     looked = {index for places in sampled(ends) for index in places}
+    wanted = {*(end for index in looked for end in (index, index + 1)), *(index for index in _EARLY if index <= ends)}
     checkpoints = relative(trajectory)
     return {
         "ends": ends,
         "half": trajectory.half_precision,
         "ties": trajectory.ties(table),
-        "checkpoints": {
-            str(index): as_json(checkpoints[index])
-            for index in sorted({end for index in looked for end in (index, index + 1)})
-        },
+        "checkpoints": {str(index): as_json(checkpoints[index]) for index in sorted(wanted)},
     }
 
 
@@ -347,8 +349,8 @@ def _known_tensors(patterns: list[str], tensors: list[dict[str, Any]]) -> None:
             )
 
 
-def _known_splits(subsets: list[str], losses: dict[str, Any]) -> None:
-    splits = {loss["on"] for loss in losses.values()} - {None}
+def _known_splits(subsets: list[str], losses: dict[str, Any], of_statistics: str | None) -> None:
+    splits = {of_statistics, *(loss["on"] for loss in losses.values())} - {None}
     for split in parse_subsets(subsets):
         if split and split not in splits:
             raise InputError(

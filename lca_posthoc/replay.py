@@ -10,7 +10,7 @@ import errno
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +81,7 @@ def run(
         batch_size: examples per batch; a deterministic choice by default.
         device: "cuda" or "cpu"; by default a GPU where there is one.
         precision: "float32" (default), "tf32", "bfloat16" or "float64".
-        norm_stats: "running" (default) or "batch".
+        norm_stats: "running" (default), "batch" or "recalibrated".
         tensors: patterns (`*`, `?`) of the tensors whose allocation is kept; what the others did is kept as one remainder.
         subset: `[SPLIT=]A:B`, `[SPLIT=]I,J,K` or `[SPLIT=]FRACTION@SEED`: which examples losses are over; each split once.
         steps: `A:B[:K]`, training steps.
@@ -308,6 +308,8 @@ class _Job:
         trajectory = open_trajectory(
             self.checkpoints, pattern=settings["pattern"], rename=settings["rename"], steps=settings["steps"]
         )
+        if recorded is not None and self.damage is not None:  # a repair takes up no checkpoint
+            trajectory = replace(trajectory, checkpoints=trajectory.checkpoints[: len(recorded.checkpoints)])
         for note in trajectory.notes:
             self.tell(Note(note))
         if recorded is not None:
@@ -336,7 +338,9 @@ class _Job:
         known = manifest.provenance["task_losses"]
         wanted = known if self.wanted == ["all"] else self.wanted or known[:1]
         writer = RunWriter(self.path, manifest)
-        finished = set(wanted) <= set(manifest.losses) and all(writer.is_complete(name) for name in wanted)
+        finished = set(wanted) <= set(manifest.losses) and all(
+            manifest.losses[name].covers is None and writer.is_complete(name) for name in wanted
+        )
         if finished:
             self.tell(Planned(0, manifest.segments * len(wanted), 0, 0))
         return finished
@@ -398,10 +402,14 @@ class _Job:
         same_tensors(writer, found.tensors)
         for name, record in found.losses.items():
             if name in recorded.losses:
-                same_loss(name, recorded.losses[name], record, len(found.checkpoints) == len(recorded.checkpoints))
-        if found.checkpoints != recorded.checkpoints:
-            ends = {name: record.identity for name, record in found.losses.items()}
-            writer.take_up(found.checkpoints, ends)
+                same_end = len(found.checkpoints) == len(recorded.of(name).checkpoints)
+                same_loss(name, recorded.losses[name], record, same_end)
+        behind = {name for name, record in recorded.losses.items() if record.covers is not None}
+        asked = {name for name in found.losses if self.damage is None or name not in behind}
+        if found.checkpoints != recorded.checkpoints or behind & asked:
+            writer.take_up(found.checkpoints, {name: found.losses[name].identity for name in asked})
+            if self.damage is None:
+                self._say_what_stays(writer.manifest)
         new = {name: record for name, record in found.losses.items() if name not in recorded.losses}
         if new:
             self._check_space(store.required_bytes(writer.manifest, writer.keep, new.values()))
@@ -410,24 +418,40 @@ class _Job:
         if any(recorded.provenance[name] != value for name, value in task.items()):
             writer.note(task)
 
+    def _say_what_stays(self, manifest: Manifest) -> None:
+        """Say which losses were not asked for, and so do not cover the checkpoints that were added."""
+        for name, record in manifest.losses.items():
+            if record.covers is not None:
+                last, step = manifest.checkpoints[-1].step, manifest.of(name).checkpoints[-1].step
+                self.tell(
+                    Note(
+                        f"loss {name!r} stays as it is, up to step {step}; the checkpoints go on to step {last}. Take it there with "
+                        f"--loss {name}, or every loss with --loss all"
+                    )
+                )
+
     def _replay(self, cluster: Cluster, writer: RunWriter, common: Spec, stop: _Stop, held: store.Held) -> None:
         manifest = writer.manifest
         store.remove_reports(self.path)
-        waiting: dict[int, list[str]] = {}
+        covered = {name: manifest.of(name) for name in common["losses"]}
+        waiting: dict[
+            tuple[int, int], list[str]
+        ] = {}  # by span and its segments: in a repair losses may end at different ones
         for name in common["losses"]:
             writer.fold_all(name)
             for span in writer.pending(name):
                 if self.only is None or span in self.only[name]:
-                    waiting.setdefault(span, []).append(name)
-        pending = sum(len(names) * manifest.length(span) for span, names in waiting.items())
-        total, directory = manifest.segments * len(common["losses"]), str(self.path.resolve())
+                    waiting.setdefault((span, covered[name].length(span)), []).append(name)
+        pending = sum(len(names) * length for (_, length), names in waiting.items())
+        total = sum(each.segments for each in covered.values())
+        directory = str(self.path.resolve())
         if self.announcement is not None:
             self.announcement.end()
         self.tell(Planned(pending, total, len(waiting), cluster.workers, directory if pending else ""))
         place = {"run": directory, "durable": self.durable}
         specs = (
-            {**common, **_span_part(manifest, span), **place, "pending": names}
-            for span, names in sorted(waiting.items())
+            {**common, **_span_part(covered[names[0]], span), **place, "pending": names}
+            for (span, _), names in sorted(waiting.items())
         )
         silent: set[tuple[str, str, bool]] = set()
         held.working = True  # until its end, workers may leave temporary files
@@ -438,8 +462,9 @@ class _Job:
                     raise ResourceError(
                         f"another driver took {self.path} over, because this one did not show for minutes. What was committed is kept."
                     )
-        for span in sorted({span for name in common["losses"] for span in writer.fold_all(name)}):
-            self._failed(manifest, span, "its totals were damaged while they waited to be joined")
+        unfolded = {span: name for name in common["losses"] for span in writer.fold_all(name)}
+        for span, name in sorted(unfolded.items()):
+            self._failed(covered[name], span, "its totals were damaged while they waited to be joined")
         held.working = False
         store.remove_reports(self.path)
         if self.torn:  # of a worker that died while it wrote, temporary files stay
@@ -465,7 +490,7 @@ class _Job:
         elif isinstance(outcome, Done):
             return self._take(writer, outcome, cluster.workers) if outcome.result is not None else set()
         else:
-            span = outcome.spec["span"]
+            span, manifest = outcome.spec["span"], manifest.of(outcome.spec["pending"][0])
             where = (span, *_steps(manifest, span))
             if isinstance(outcome, Lost):
                 self.torn = True
@@ -488,7 +513,7 @@ class _Job:
             error = unpack(result["error"])
             if isinstance(error, ResourceError):
                 raise error
-            self._failed(manifest, span, str(error))
+            self._failed(manifest.of(done.spec["pending"][0]), span, str(error))
             return set()
         facts = result["losses"].values()
         for name, fact in result["losses"].items():

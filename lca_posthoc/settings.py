@@ -29,7 +29,7 @@ CHOICES = {
     "rule": tuple(RULES),
     "keep": KEEP,
     "precision": ("float32", "tf32", "bfloat16", "float64"),
-    "norm_stats": ("running", "batch"),
+    "norm_stats": ("running", "batch", "recalibrated"),
     "device": ("cpu", "cuda"),
 }
 

@@ -227,6 +227,11 @@ def _some(names: Sequence[str]) -> str:
     return ("tensor " if len(names) == 1 else "tensors ") + few([*map(repr, names)])
 
 
+def is_statistic(name: str) -> bool:
+    """Tell whether a tensor is a normalisation layer's running mean or variance, by the name torch gives it."""
+    return name.rpartition(".")[2] in ("running_mean", "running_var")
+
+
 def normalise(name: str) -> str:
     """Return a tensor's name without what wrappers around the model or its parts put into it.
 

@@ -89,7 +89,12 @@ def test_every_result_says_what_it_is(replayed: Bowl) -> None:
         "microscope",
     ):
         found = getattr(findings, name)(train)
-        assert (found.attrs["finding"], found.attrs["loss"], found.attrs["left_out"]) == (name, "train", "")
+        buffers = (
+            "Buffers, such as running statistics, are no candidates; their sum is -0.5156."
+            if name == "candidates"
+            else ""
+        )
+        assert (found.attrs["finding"], found.attrs["loss"], found.attrs["left_out"]) == (name, "train", buffers)
         assert all({"units", "long_name"} <= set(each.attrs) for each in found.data_vars.values()), name
 
 
@@ -120,7 +125,8 @@ def test_curve_starts_again_after_a_gap(unfinished: Bowl) -> None:
         (
             "module",
             {
-                "first": ["first.weight", "first.bias", "first.shift"],
+                "first": ["first.weight", "first.bias"],
+                "first buffer": ["first.shift"],
                 "norm": ["norm.weight"],
                 "body.conv": ["body.conv.weight", "body.conv.bias"],
             },
@@ -129,12 +135,13 @@ def test_curve_starts_again_after_a_gap(unfinished: Bowl) -> None:
         (
             1,
             {
-                "first": ["first.weight", "first.bias", "first.shift"],
+                "first": ["first.weight", "first.bias"],
+                "first buffer": ["first.shift"],
                 "norm": ["norm.weight"],
                 "body": ["body.conv.weight", "body.conv.bias"],
             },
         ),
-        (0, {"": list(SHAPES)}),
+        (0, {"": PARAMETERS, "buffer": [bowl.BUFFER]}),
     ],
 )
 @pytest.mark.parametrize("loss", ["train", "groups"])
@@ -337,6 +344,7 @@ def test_units(replayed: Bowl) -> None:
     found = findings.units(replayed.run["groups"])
     assert list(zip(found["layer"].values, found["index"].values.tolist(), strict=True)) == [
         *(("first", index) for index in range(3)),
+        *(("first buffer", index) for index in range(3)),
         *(("norm", index) for index in range(3)),
         *(("body.conv", index) for index in range(2)),
     ]
@@ -344,12 +352,12 @@ def test_units(replayed: Bowl) -> None:
         summed = sum(
             bowl.part(name, bowl.allocations())[:, :, index].reshape(SEGMENTS, 2, -1).sum(-1)
             for name in SHAPES
-            if name.rpartition(".")[0] == layer
+            if name.rpartition(".")[0] + " buffer" * (name == bowl.BUFFER) == layer
         )
         close(found["allocated"][..., at], summed)
         close(found["total"][at], summed.sum(0))
     one = findings.units(replayed.run["groups"], layer="norm")
-    close(one["total"], found["total"][3:6])
+    close(one["total"], found["total"][6:9])
     with pytest.raises(InputError, match="no layer 'nothing'"):
         findings.units(replayed.run["train"], layer="nothing")
 
@@ -406,9 +414,14 @@ def test_candidates(replayed: Bowl) -> None:
         found = findings.candidates(replayed.run[loss], most=5)
         whole = bowl.whole()
         for layer in LAYERS:
-            total = sum(whole[:, at].sum() for _, at in bowl.members(layer))
+            members = [name for name in PARAMETERS if name.rpartition(".")[0] == layer]
+            total = sum(bowl.part(name, whole).sum() for name in members)
             close(found["total"].sel(layer=layer), total)
             assert bool(found["freeze"].sel(layer=layer)) == (total > 0)
+        assert sorted(found["layer"].values) == sorted(LAYERS)  # no buffer among them
+        assert list(found["total"].values) == sorted(found["total"].values, reverse=True)
+        idle = ((found["silent"] + found["never_helped"]) / found["tensor_elements"]).values
+        assert list(idle) == sorted(idle, reverse=True)
         for tensor in PARAMETERS:
             series = [whole[:, at] for name, _, at in each_parameter() if name == tensor]
             assert int(found["silent"].sel(tensor=tensor)) == sum(not each.any() for each in series)

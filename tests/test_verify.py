@@ -314,7 +314,7 @@ def test_a_run_that_is_just_growing_can_be_read_and_is_whole(run: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store.writer, "write_manifest", raising(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            writer.take_up(more, {})
+            writer.take_up(more, {name: record.identity for name, record in writer.manifest.losses.items()})
     assert json.loads((run / "data.zarr/train/steps/level/zarr.json").read_text())["shape"][0] == 7
     (run / "lock").write_text('{"host": "here"}')
     assert found(run) == []
@@ -337,7 +337,9 @@ def test_a_late_worker_commits_nothing_that_has_changed_meanwhile(run: Path) -> 
     before, late = contents(run), RunWriter.open(run)
     tally: Any = None
     changes: list[Callable[[Any], Any]] = [
-        lambda now: now.with_checkpoints(now.checkpoints[:-1], {}),
+        lambda now: now.with_checkpoints(
+            now.checkpoints[:-1], {name: each.identity for name, each in now.losses.items()}
+        ),
         lambda now: now.without("train"),
         lambda now: store.Manifest(**{**now.__dict__, "id": "0" * 32}),
     ]

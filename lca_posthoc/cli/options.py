@@ -64,8 +64,8 @@ replay_options = _chain(
     ),
     click.option(
         "--norm-stats",
-        type=click.Choice(("running", "batch")),
-        help="Statistics of normalisation layers.  [default: running]",
+        type=click.Choice(("running", "batch", "recalibrated")),
+        help="Statistics of normalisation layers: stored, of each batch, or recomputed at each checkpoint.  [default: running]",
     ),
     click.option(
         "--tensors",

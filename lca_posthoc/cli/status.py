@@ -59,7 +59,7 @@ def command(run: str, as_json: bool) -> None:
             f"{loss['segments_done']} / {loss['segments']}{underway}",
             f"{loss['first_step']}–{loss['last_step']}",
             duration(loss["seconds"]),
-            "complete" if loss["complete"] else "running" if loss["running"] else _STOPPED,
+            _state(name, loss),
         )
     console = stdout()
     console.print(rows)
@@ -71,6 +71,16 @@ def command(run: str, as_json: bool) -> None:
         console.print(_pace(found, last))
     elif incomplete and last is not None:
         console.print(_ending(last))
+
+
+def _state(name: str, loss: dict[str, Any]) -> str:
+    if loss["complete"]:
+        return (
+            f"complete so far; {loss['behind']} more segments with --loss {safe(name)}"
+            if loss["behind"]
+            else "complete"
+        )
+    return "running" if loss["running"] else _STOPPED
 
 
 def _progress(opened: Run, last: LastRun | None) -> dict[str, dict[str, Any]]:

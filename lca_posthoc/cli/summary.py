@@ -37,6 +37,11 @@ def command(run: str, losses: tuple[str, ...], as_json: bool) -> None:
     for name in found:
         if not opened[name].complete:
             say(f"loss {name!r} is not complete: figures are over the {found[name]['segments']} segments that are")
+        if opened[name].behind:
+            say(
+                f"loss {name!r} ends at step {found[name]['last_step']}, {opened[name].behind} segments before the run does: it was not "
+                f"asked for when checkpoints were added. Name it with --loss {name} to `lca run` to go on"
+            )
     if as_json:
         print_json({"schema": 1, "losses": found})
     else:
@@ -55,9 +60,16 @@ def print_summary(found: dict[str, dict[str, Any]]) -> None:
             headline.add_row(label, *(f"{each[key]:.6f}" for each in plain.values()))
         for label, key in (("loss change", "loss_change"), ("allocated, Σ over parameters and segments", "allocated")):
             headline.add_row(label, *(f"{each[key]:+.6f}" for each in plain.values()))
+        if any(each["buffers"] for each in plain.values()):
+            parts = (f"{each['buffers'] or 0.0:+.6f}" for each in plain.values())
+            headline.add_row("of it to buffers (running statistics)", *parts)
         headline.add_row("residual", *(f"{each['residual']:+.1e}" for each in plain.values()))
         for key in ("helping", "hurting", "zero"):
             headline.add_row(f"{key} (share of parameters × segments)", *(share(each[key]) for each in plain.values()))
+        if len({(each["first_step"], each["last_step"]) for each in plain.values()}) > 1:
+            headline.add_row(
+                "training steps", *(f"{each['first_step']}–{each['last_step']}" for each in plain.values())
+            )
         console.print(headline)
     for at, (name, each) in enumerate(found.items()):
         if plain or at:
@@ -131,10 +143,12 @@ def _columns(tensors: list[dict[str, Any]]) -> dict[str, list[float]]:
         return {tensor["name"]: tensor["allocated"] for tensor in tensors}
     modules: dict[str, list[list[float]]] = {}
     for tensor in tensors:
-        modules.setdefault(tensor["name"].rpartition(".")[0] or tensor["name"], []).append(tensor["allocated"])
+        module = tensor["name"].rpartition(".")[0] or tensor["name"]
+        apart = " buffer" if tensor["kind"] == "buffer" and any(tensor["allocated"]) else ".*"
+        modules.setdefault(f"{module}{apart}", []).append(tensor["allocated"])
     sums = {name: [math.fsum(column) for column in zip(*parts, strict=True)] for name, parts in modules.items()}
     largest = sorted(sums, key=lambda name: -sum(map(abs, sums[name])))[: _MOST if len(sums) <= _MOST else _MOST - 1]
-    shown = {f"{name}.*": column for name, column in sums.items() if name in largest}
+    shown = {name: column for name, column in sums.items() if name in largest}
     left = [column for name, column in sums.items() if name not in largest]
     return shown | ({"(others)": [math.fsum(column) for column in zip(*left, strict=True)]} if left else {})
 
@@ -160,7 +174,8 @@ def _caption(name: str, each: dict[str, Any]) -> str:
         if each["precision_error"] is not None
         else ""
     )
+    mode = f", {each['norm_stats']} statistics in normalisation layers" if each["norm_stats"] else ""
     return (
         f"{safe(name)}: {groups}{each['segments']:,} segments, {each['parameters']:,} parameters, {each['evaluations']:,} gradient "
-        f"evaluations, {unconverged}largest |residual| {worst:.1e}{error}"
+        f"evaluations, {unconverged}largest |residual| {worst:.1e}{error}{mode}"
     )

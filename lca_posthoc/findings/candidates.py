@@ -19,6 +19,9 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
     A candidate is a question for an experiment and not its answer: the allocation says what a parameter did on this path, not what
     the others would have done without it (Lan et al. 2019, section 4.2, freeze a layer that hurts and end lower).
 
+    Layers come by their sums, the one that hurt most first, tensors by the share of their parameters that never helped or never did
+    anything. Buffers, such as running statistics, are not trained and no candidates.
+
     Args:
         results: one loss of a run, at any level of `--keep`; units and parameters need every segment.
         by: as of `layers`.
@@ -41,6 +44,13 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
         weight = results.steps["weight"]
         total = (found["allocated"] * weight / weight.sum("group")).sum(("step", "group"))
         helping = helping.mean("group")
+    trained = found["role"].values != "buffer"
+    left_out = unfinished(results)
+    if (~trained).any():
+        apart = float(total.values[~trained].sum())
+        left_out.append(f"Buffers, such as running statistics, are no candidates; their sum is {apart:+.4g}.")
+    order = [at for at in np.argsort(-total.values, kind="stable") if trained[at]]
+    found, total, helping = found.isel(layer=order), total.isel(layer=order), helping.isel(layer=order)
     made: dict[str, Any] = {
         "total": described(total, "loss", "Σ allocation over training"),
         "mean": described(total / np.maximum(1, found["elements"]), "loss", "allocation per parameter over training"),
@@ -48,14 +58,21 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
         "freeze": described((("layer",), total.values > 0), "", "its total is above zero: it hurt"),
     }
     coords: dict[Any, Any] = {name: found[name] for name in ("layer", "elements", "role")}
-    left_out = unfinished(results)
     if results.complete:
         each, places = _of_parameters(results, most)
         made |= each
         coords = {**coords, **places}
     else:
         left_out.append("Units and parameters need every segment.")
-    return xr.Dataset(made, coords=coords, attrs=about(results, "candidates", left_out))
+    return _by_evidence(xr.Dataset(made, coords=coords, attrs=about(results, "candidates", left_out)))
+
+
+def _by_evidence(found: xr.Dataset) -> xr.Dataset:
+    """Put tensors with the largest share of parameters that never helped, or never did anything, first."""
+    if "tensor" not in found.dims:
+        return found
+    idle = (found["never_helped"] + found["silent"]).values / np.maximum(1, found["tensor_elements"].values)
+    return found.isel(tensor=np.argsort(-idle, kind="stable"))
 
 
 class _Unit:

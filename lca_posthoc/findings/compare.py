@@ -13,7 +13,7 @@ import xarray as xr
 
 from ..errors import InputError
 from ..store import LossResults
-from .parts import about, described, layer_of, unfinished
+from .parts import about, described, label_of, unfinished
 from .summary import summary
 
 _ROUNDING = 16 * np.finfo(float).eps  # of a mean, relative: repeats that differ by less do not differ
@@ -39,7 +39,8 @@ def compare(
 
     Args:
         runs: results of one loss without groups, or several of them, by label.
-        by: layers by "module", by "tensor", or by so many parts of the module's name. Buffers are part of their layers.
+        by: layers by "module", by "tensor", or by so many parts of the module's name. Buffers that moved are
+            layers of their own, as in `layers`.
         confidence: of the intervals, between 0 and 1.
 
     Returns:
@@ -57,8 +58,7 @@ def compare(
         raise InputError(f"confidence is a number between 0 and 1, got {confidence!r}.")
     given = _listed(runs)
     found = [[summary(results) for results in several] for several in given.values()]
-    names = [each["name"] for some in found for one in some for each in one["tensors"]]
-    layers = list(dict.fromkeys(layer_of(name, by) for name in names))
+    layers = list(dict.fromkeys(_label(each, by) for some in found for one in some for each in one["tensors"]))
     sums = [[_layer_sums(one, layers, by) for one in some] for some in found]
     head = {
         name: repeats(padded([[one[name] for one in some] for some in found]), confidence)
@@ -111,10 +111,16 @@ def _listed(runs: Mapping[str, Sequence[LossResults] | LossResults]) -> dict[str
     return given
 
 
+def _label(tensor: dict[str, Any], by: str | int) -> str:
+    """Return the layer of a row of a summary."""
+    moved = tensor["kind"] == "buffer" and tensor["allocated"] != 0
+    return label_of(tensor["name"], by, [tensor["name"]] if moved else ())
+
+
 def _layer_sums(one: dict[str, Any], layers: list[str], by: str | int) -> list[float]:
     parts: dict[str, list[float]] = {}
     for tensor in one["tensors"]:
-        parts.setdefault(layer_of(tensor["name"], by), []).append(tensor["allocated"])
+        parts.setdefault(_label(tensor, by), []).append(tensor["allocated"])
     return [math.fsum(parts[layer]) if layer in parts else math.nan for layer in layers]
 
 
@@ -124,7 +130,7 @@ def _unlike(found: list[tuple[str, dict[str, Any]]], by: str | int) -> list[str]
     for label, one in found:
         counts: dict[str, int] = {}
         for tensor in one["tensors"]:
-            layer = layer_of(tensor["name"], by)
+            layer = _label(tensor, by)
             counts[layer] = counts.get(layer, 0) + tensor["parameters"]
         for layer, count in counts.items():
             sizes.setdefault(layer, {}).setdefault(count, label)
@@ -145,7 +151,8 @@ def _left_out(results: LossResults) -> list[str]:
 def _about(given: dict[str, list[LossResults]], left: list[str]) -> dict[str, Any]:
     every = [about(results, "compare", left) for several in given.values() for results in several]
     joined = {name: ", ".join(dict.fromkeys(each[name] for each in every)) for name in ("run", "loss", "split")}
-    return every[0] | joined
+    modes = dict.fromkeys(str(one["norm_stats"]) for one in every if "norm_stats" in one)
+    return every[0] | joined | ({"norm_stats": ", ".join(modes)} if modes else {})
 
 
 def _of_layers(total: Numbers, confidence: float) -> dict[str, tuple[tuple[str, ...], Any, str, str]]:

@@ -49,22 +49,34 @@ def generalisation(
                 f"loss {each.name!r} has groups; take losses of whole splits, or compare groups in `layers`."
             )
     first, second = layers(train, by=by), layers(validation, by=by)
-    if not np.array_equal(first["step"].values, second["step"].values):
+    left_out = list(dict.fromkeys(unfinished(train) + unfinished(validation)))
+    same = train.behind == validation.behind
+    if not same:
+        first, second = _common(first, second)
+        last = int(first["step_end"].values[-1]) if first.sizes["step"] else 0
+        left_out.append(f"One loss goes on after the other ends: both are shown up to step {last:,}.")
+    if not np.array_equal(first["step"].values, second["step"].values) or not first.sizes["step"]:
         raise InputError("the two losses do not have the same segments yet. Run `lca run` again to finish both.")
     made = {}
     for name, found in (("train", first), ("validation", second)):
-        made[name] = described(found["total"], "loss", f"Σ allocation over training, {name}")
+        made[name] = described(found["allocated"].sum("step"), "loss", f"Σ allocation over training, {name}")
         made[f"cumulative_{name}"] = described(found["cumulative"], "loss", f"Σ allocation so far, {name}")
     coords: dict[Any, Any] = dict(first.coords)
-    left_out = unfinished(train)
-    if train.complete and validation.complete:
+    if train.complete and validation.complete and same:
         parameters, places = _quadrants(train, validation, most)
         made |= parameters
         coords |= places
     else:
-        left_out.append("What single parameters did needs every segment.")
+        left_out.append("What single parameters did needs every segment of both.")
     attrs = {**about(train, "generalisation", left_out), "loss": f"{train.name}, {validation.name}"}
     return xr.Dataset(made, coords=coords, attrs={**attrs, "split": f"{train.record.on}, {validation.record.on}"})
+
+
+def _common(first: xr.Dataset, second: xr.Dataset) -> tuple[xr.Dataset, xr.Dataset]:
+    """Return both over the segments up to the last checkpoint that both cover."""
+    last = min(each["step_end"].values[-1] for each in (first, second))
+    one, other = (each.isel(step=each["step_end"].values <= last) for each in (first, second))
+    return one, other
 
 
 def _quadrants(train: LossResults, validation: LossResults, most: int) -> tuple[dict[str, Any], dict[str, Any]]:

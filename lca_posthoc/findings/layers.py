@@ -6,18 +6,19 @@ import numpy as np
 import xarray as xr
 
 from ..store import LossResults
-from .parts import ROLES, about, described, grouping, layer_of, roles, tables, unfinished
+from .parts import ROLES, about, described, grouping, label_of, moving_buffers, roles, tables, unfinished
 
 
 def layers(results: LossResults, *, by: str | int = "module", apart: bool = False) -> xr.Dataset:
     """Sum and mean of the allocation of every layer, per segment, cumulative, and over all segments.
 
-    A layer that is negative helped: the loss went down because of it (Lan et al. 2019, section 4).
+    A layer that is negative helped: the loss went down because of it (Lan et al. 2019, section 4). Buffers that moved, such as running
+    statistics, are a layer of their own, "NAME buffer", so that the sum of a layer is what its parameters did.
 
     Args:
         results: one loss of a run, at any level of `--keep`.
         by: "module" (a kernel and its bias together), "tensor", or how many parts of the module's name to keep.
-        apart: whether kernels, biases, normalisation and buffers of a layer are layers of their own.
+        apart: whether kernels, biases and normalisation of a layer are layers of their own too.
 
     Returns:
         `allocated` and `cumulative` (step[, group], layer), `total` and `mean` (layer[, group]; the mean is per parameter and
@@ -30,16 +31,19 @@ def layers(results: LossResults, *, by: str | int = "module", apart: bool = Fals
     """
     table = tables(results)
     names = [str(name) for name in table["tensor"].values]
-    role = roles(results)
+    role, buffers = roles(results), moving_buffers(table)
     labels = [
-        f"{layer_of(name, by)} {role[name]}".strip() if apart and by != "tensor" else layer_of(name, by)
+        label_of(name, by, buffers if not apart else ()) + (f" {role[name]}" if apart and by != "tensor" else "")
         for name in names
     ]
+    labels = [label.strip() for label in labels] if by != "tensor" else labels
     found: dict[str, list[int]] = {}
     for each in [
         at
         for members in grouping(names, by).values()
-        for at in sorted(members, key=lambda at: _rank(role, names[at], apart))
+        for at in sorted(
+            members, key=lambda at: _rank(role, names[at], apart)
+        )  # buffers come after what they belong to
     ]:
         found.setdefault(labels[each], []).append(each)
     elements = np.array([int(table["elements"].values[members].sum()) for members in found.values()])
@@ -75,7 +79,7 @@ def layers(results: LossResults, *, by: str | int = "module", apart: bool = Fals
 
 
 def _rank(role: dict[str, str], name: str, apart: bool) -> int:
-    return ROLES.index(role[name]) if apart else 0
+    return ROLES.index(role[name]) if apart else int(role[name] == "buffer")
 
 
 def _role(role: dict[str, str], names: list[str], members: list[int]) -> str:

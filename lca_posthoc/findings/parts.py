@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,17 @@ Numbers = np.ndarray[Any, Any]
 
 
 def about(results: LossResults, finding: str, left_out: Iterable[str] = ()) -> dict[str, Any]:
-    """What every finding says of itself: its name, the run, the loss, the split, and what is left out and why."""
+    """What every finding says of itself: its name, the run, the loss, the split, and what is left out and why.
+
+    Of a model with running statistics also whose statistics its normalisation layers had (`norm_stats`).
+    """
     return {
         "finding": finding,
         "run": str(results.path),
         "loss": results.name,
         "split": results.record.on or "",
         "left_out": " ".join(left_out),
+        **({"norm_stats": results.norm_stats} if results.norm_stats else {}),
     }
 
 
@@ -40,11 +44,22 @@ def described(data: xr.DataArray | tuple[Any, ...], units: str, long_name: str) 
 
 
 def unfinished(results: LossResults) -> list[str]:
-    """A word about segments that are not there yet; none where the run is complete."""
+    """A word about segments that are not there yet, or that the run has and the loss does not cover; none where there are none."""
     done = results.progress()
+    behind = (
+        [
+            f"Loss {results.name} ends at step {done['last_step']:,}, {done['behind']:,} segments before the run does: run `lca run` with "
+            f"--loss {results.name} to go on."
+        ]
+        if done["behind"]
+        else []
+    )
     if done["complete"]:
-        return []
-    return [f"{done['segments_done']:,} of {done['segments']:,} segments are there: run `lca run` again to finish."]
+        return behind
+    return [
+        *behind,
+        f"{done['segments_done']:,} of {done['segments']:,} segments are there: run `lca run` again to finish.",
+    ]
 
 
 def tables(results: LossResults) -> xr.Dataset:
@@ -86,6 +101,26 @@ def layer_of(name: str, by: str | int = "module") -> str:
     if not isinstance(by, int) or isinstance(by, bool) or by < 0:
         raise InputError(f'by is "tensor", "module" or how many parts of a module\'s name to keep, got {by!r}.')
     return ".".join(module.split(".")[:by])
+
+
+def moving_buffers(table: xr.Dataset) -> set[str]:
+    """Return the names of the buffers that moved, such as running statistics, in a table of tensors.
+
+    They are no part of the layer that holds them: what they did is not what its parameters did. A buffer that stayed was allocated 0.
+    """
+    motion = table["motion"].sum([name for name in table["motion"].dims if name != "tensor"]).values
+    moving = (table["kind"].values == "buffer") & (motion > 0)
+    return {str(name) for name in table["tensor"].values[moving]}
+
+
+def label_of(name: str, by: str | int, buffers: Collection[str]) -> str:
+    """Return the layer a tensor belongs to; some buffers make a layer of their own.
+
+    >>> [label_of(f"bn1.{name}", "module", {"bn1.running_mean"}) for name in ("weight", "running_mean")]
+    ['bn1', 'bn1 buffer']
+    """
+    layer = layer_of(name, by)
+    return f"{layer} buffer".strip() if name in buffers and by != "tensor" else layer
 
 
 def grouping(names: Iterable[str], by: str | int = "module") -> dict[str, list[int]]:

@@ -15,6 +15,8 @@ from ..store import LossResults
 def summary(results: LossResults) -> dict[str, Any]:
     """What `lca summary --json` gives for one loss, over the segments that are there.
 
+    Figures are of training steps `first_step` to `last_step`; `norm_stats` is whose statistics normalisation layers had, null where
+    there are none. `buffers` is the part of `allocated` that is theirs (running statistics), null where there are none.
     `residual = loss_change − allocated`, with what the tensors that are not kept did (`remainder`) inside `allocated`;
     `helping + hurting + zero = 1`, counted over parameters × segments, buffers not counted. Of a loss with groups, figures are
     lists over the groups. `precision_error` is the measured Σ|A − A*| / Σ|A*| on up to three segments that move, A* one precision higher;
@@ -37,6 +39,7 @@ def summary(results: LossResults) -> dict[str, Any]:
     remainder = _total(steps["remainder"]) if "remainder" in steps else None
     allocated = _total(tensors["allocated"], "tensor") + (0.0 if remainder is None else remainder)
     counted = tensors.isel(tensor=tensors["kind"].values == "parameter")
+    buffers = tensors.isel(tensor=tensors["kind"].values == "buffer")
     elements = max(1, int(counted["elements"].sum()) * segments)  # there may be buffers alone
     helping, hurting = (counted[name].sum(("step", "tensor")).values for name in ("helping", "hurting"))
     measured = steps["precision_error"].values[~np.isnan(steps["precision_error"].values)]
@@ -44,12 +47,16 @@ def summary(results: LossResults) -> dict[str, Any]:
     markers = results.markers
     return {
         "segments": segments,
+        "first_step": int(steps["step"].values[0]),
+        "last_step": int(steps["step_end"].values[-1]),
+        "norm_stats": results.norm_stats,
         "examples": record.examples,
         "parameters": int(counted["elements"].sum()),
         "loss_start": _plain(steps["loss_start"][0].values),
         "loss_end": _plain(steps["loss_end"][-1].values),
         "loss_change": _plain(change),
         "allocated": _plain(allocated),
+        "buffers": _plain(_total(buffers["allocated"], "tensor")) if buffers.sizes["tensor"] else None,
         "remainder": None if remainder is None else _plain(remainder),
         "residual": _plain(change - allocated),
         "max_segment_residual": _plain(abs(steps["residual"]).max("step").values),

@@ -9,13 +9,14 @@ import xarray as xr
 
 from ..errors import InputError
 from ..store import LossResults
-from .parts import BLOCK, Numbers, about, described, layer_of, stretches, tables, unfinished
+from .parts import BLOCK, Numbers, about, described, grouping, label_of, moving_buffers, stretches, tables, unfinished
 
 
 def units(results: LossResults, *, layer: str | None = None, frames: int = 500) -> xr.Dataset:
     """Allocation of every neuron or channel over time: sums over its incoming weights and its bias.
 
-    Tensors of one module with the same number of units belong together. A long training is shown in stretches of consecutive
+    Tensors of one module with the same number of units belong together; buffers that moved are a layer of their own, as in
+    `layers`. A long training is shown in stretches of consecutive
     segments; values are sums over them, so they still add up.
 
     Args:
@@ -34,8 +35,10 @@ def units(results: LossResults, *, layer: str | None = None, frames: int = 500) 
     table = tables(results)
     data = results.units
     modules: dict[str, list[str]] = {}
-    for name in data.data_vars:
-        modules.setdefault(layer_of(str(name)), []).append(str(name))
+    buffers, names = moving_buffers(table), [str(name) for name in data.data_vars]
+    for members in grouping(names).values():
+        for at in members:
+            modules.setdefault(label_of(names[at], "module", buffers), []).append(names[at])
     if layer is not None and layer not in modules:
         raise InputError(f"there is no layer {layer!r}; there are {', '.join(map(repr, modules))}.")
     borders = stretches(table.sizes["step"], frames)

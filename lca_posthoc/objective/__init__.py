@@ -5,8 +5,9 @@ from .evaluate import HIGHER, Objective, new_model, replicates_of
 from .precision import float32
 from .probe import Identity, check_loss, drop_weightless_replicates, hidden_from_autograd, identify
 from .sources import is_out_of_memory
+from .statistics import in_both_modes, statistics_of
 from .sums import Evaluation
-from .tensors import is_statistic, tensor_table
+from .tensors import tensor_table
 
 __all__ = [
     "HIGHER",
@@ -20,10 +21,11 @@ __all__ = [
     "float32",
     "hidden_from_autograd",
     "identify",
+    "in_both_modes",
     "is_out_of_memory",
-    "is_statistic",
     "new_model",
     "power_of_two",
     "replicates_of",
+    "statistics_of",
     "tensor_table",
 ]

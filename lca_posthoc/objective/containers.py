@@ -219,6 +219,14 @@ def named_parts(thing: Any, place: str = "") -> list[tuple[str, Any]]:
     ]
 
 
+def fresh(batch: Any) -> Any:
+    """Return a batch of new tensors over the same memory, so that what a loss does to them (requires_grad_, say) is not there later."""
+    try:
+        return change_tensors(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor.detach())
+    except InputError:  # an object that cannot be copied is handed on as it is
+        return batch
+
+
 def tensors_of(thing: Any) -> Iterator[Tensor]:
     """Yield the tensors inside a thing, in their order; what an object leads to more than once, once."""
     return _tensors_of(thing, {})

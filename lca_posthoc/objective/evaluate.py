@@ -26,7 +26,7 @@ from ..task import Loss, Task, convert, every_name
 from ..trajectory import TensorSpec
 from .autocast import Watch
 from .batches import Order, Split, automatic_batch_size, saved_bytes
-from .containers import change_tensors, dense_parts, digest_of
+from .containers import dense_parts, digest_of, fresh
 from .copies import copy_in
 from .linear import multiplying
 from .normalisation import normalising
@@ -35,6 +35,7 @@ from .reader import Reader
 from .recurrent import recurring
 from .sharing import SharedOutputs
 from .sources import is_out_of_memory
+from .statistics import Recalibration
 from .sums import Evaluation, Sums
 from .tensors import added_entries, is_fixed, tensor_table, unstored
 
@@ -65,7 +66,7 @@ class Objective:
         device: where the model and the data live.
         precision: "float32", "float64", and on devices that have them "tf32" and "bfloat16" (autocast), whose tensors and
             sums are those of float32.
-        norm_stats: "running" or "batch".
+        norm_stats: "running", "recalibrated" or "batch".
         batch_size: None for a deterministic choice from shapes, one for each split.
         subset: split → which of its examples, `""` for every split.
         held: names of the tensors the checkpoints hold, normalised: frozen parameters that are not among them stay as the task's
@@ -99,9 +100,9 @@ class Objective:
             self.model = new_model(self.task) if model is None else model
             convert(self.model, device, self.dtype)
             self.model.eval()  # a statement: a model's own train() or eval() may return nothing
-        chosen = subset or {}
+        self._subset = subset or {}
         self.splits = {
-            name: Split(name, self.task.data[name], device, self.dtype, chosen.get(name, chosen.get("")), self.reader)
+            name: self.open_split(name)
             for name in dict.fromkeys(loss.split for loss in self.losses.values())
             if name is not None
         }
@@ -121,6 +122,7 @@ class Objective:
         self._autocast_of: dict[str, str | None] = {}
         self.starts: dict[str, int] = {}
         self._complete()
+        self.recalibration = Recalibration(self) if norm_stats == "recalibrated" else None
         self.table = tensor_table(self.model, norm_stats, self.task.fixed, held)
         stored = {spec.name for spec in self.table}
         whole = tensor_table(self.model, norm_stats, self.task.fixed)
@@ -167,6 +169,8 @@ class Objective:
     def _beside(self, precision: str, model: nn.Module | None) -> Objective:
         other = Objective(lambda: self.task, list(self.losses), precision=precision, model=model, **self._settings)
         other.batch_sizes = self.batch_sizes
+        if self.recalibration is not None and other.recalibration is not None:
+            other.recalibration.recall(self.recalibration.recorded)
         other._copy_own(self.model, self._own())
         return other
 
@@ -184,7 +188,7 @@ class Objective:
         if name not in self._autocast_of:
             split, watch = self.losses[name].split, Watch(self.device)
             batch = None if split is None else self.splits[split].sample(0, 2)
-            with self.recording(), watch:
+            with self.mode(), watch:
                 self.values(name, fresh(batch))
             own = {"bfloat16"} if self.precision == "bfloat16" else set()
             self._autocast_of[name] = min(watch.dtypes - own, default=None)
@@ -203,7 +207,7 @@ class Objective:
             try:
                 for objective in (self, other):
                     batch = None if loss.split is None else objective.splits[loss.split].sample(0, few_examples)
-                    with objective.recording():
+                    with objective.mode():
                         pairs.append(objective.values(name, fresh(batch))[0].detach().double())
             except InputError:
                 return False
@@ -232,7 +236,7 @@ class Objective:
                 raise InputError("the model is lazily built, and no loss of the task calls it. Build it in Task.model.")
             self.functions.setdefault(name, known[name].on_device(self.device, self.dtype))
             split = Split(known[name].on, self.task.data[known[name].on], self.device, self.dtype, reader=self.reader)
-            with self.recording():
+            with self.mode():
                 self.values(name, split.sample(0, 2))
 
     def _bind(self) -> dict[str, Tensor]:
@@ -249,6 +253,16 @@ class Objective:
                     f"Task.fixed names {pattern!r}, which no tensor of the model matches. Its tensors: {few([*map(repr, bound)], 5)}."
                 )
         return {spec.name: bound[spec.name] for spec in self.table}
+
+    def open_split(self, name: str) -> Split:
+        """Return a split of the task, with the subset that was asked of it."""
+        subset = self._subset.get(name, self._subset.get(""))
+        return Split(name, self.task.data[name], self.device, self.dtype, subset, self.reader)
+
+    def add_function(self, name: str) -> None:
+        """Let `values` be had of a loss of the task that is not one of those evaluated."""
+        if name not in self.functions:
+            self.functions[name] = self.task.losses[name].on_device(self.device, self.dtype)
 
     @property
     def allocated(self) -> list[TensorSpec]:
@@ -279,10 +293,15 @@ class Objective:
     def digests(self) -> dict[str, str]:
         """What the data is, and the tensors checkpoints do not hold: other processes must find the same."""
         return {
-            **{f"split {name!r}": split.digest for name, split in self.splits.items()},
+            **{f"split {name!r}": split.digest for name, split in self._every_split().items()},
             **{f"tensor {name!r}": digest_of(_some(tensor)) for name, tensor in self._own().items()},
             **{f"group_by of loss {name!r}": digest_of(*found) for name, found in self._groupings()},
         }
+
+    def _every_split(self) -> dict[str, Split]:
+        if self.recalibration is None:
+            return self.splits
+        return {**self.splits, self.recalibration.split.name: self.recalibration.split}
 
     def _groupings(self) -> Iterator[tuple[str, list[Any]]]:
         for name, loss in self.losses.items():
@@ -319,10 +338,10 @@ class Objective:
 
     def saved_bytes(self, name: str) -> float:
         """What autograd saves of a loss for one example."""
-        split = self.losses[name].split
+        split = self.task.losses[name].split
         assert split is not None
-        with self.recording():
-            return saved_bytes(self.splits[split], lambda batch: self.values(name, fresh(batch)))
+        with self.mode():
+            return saved_bytes(self._every_split()[split], lambda batch: self.values(name, fresh(batch)))
 
     def order(self, name: str) -> Order | None:
         """The groups of a loss, in the order its batches are taken in; None for a loss without groups."""
@@ -442,7 +461,7 @@ class Objective:
         mixed = order is not None and self.norm_stats == "batch"
         walk = split.batches(self.batch_sizes[split.name], None if mixed else order, None if mixed else only)
         codes = torch.split(_codes(split.examples, order), self.batch_sizes[split.name]) if order and mixed else ()
-        with self.recording(), contextlib.closing(walk):
+        with self.mode(), contextlib.closing(walk):
             for at, (group, batch) in enumerate(walk):
                 shared, common = SharedOutputs(), fresh(batch)
                 for source, held in sources.items():
@@ -484,7 +503,7 @@ class Objective:
         """A loss over the batches given, at the point the module holds; `values` gives a batch's values and weights."""
         shapes = {spec.name: spec.shape for spec in self.allocated if gradient}
         sums = Sums(shapes, self.device, None, True)
-        with self.recording():
+        with self.mode():
             for batch in batches:
                 found, weights = values(fresh(batch))
                 self._back(sums, 0, found if gradient else found.detach(), weights, False)
@@ -539,7 +558,7 @@ class Objective:
         """Refuse a grouped loss whose values do not run over the examples, where a batch holds several groups."""
         if self.order(name) is None:
             return
-        with self.recording():
+        with self.mode():
             values = self.values(name, fresh(batch))[0]
         if values.shape[0] != examples:
             raise InputError(
@@ -558,7 +577,7 @@ class Objective:
         return None if weights is None else float(weights.min())
 
     def _weights(self, name: str, batch: Any) -> Tensor | None:
-        with self.recording():
+        with self.mode():
             return self.values(name, fresh(batch))[1]
 
     def _term(self, name: str, loss: Loss) -> Tensor:
@@ -576,10 +595,14 @@ class Objective:
         return value.reshape(1)
 
     @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        """Compute as a run does, with autograd recording: precision, normalisation and kernels are those of the objective."""
+    def mode(self, layers: contextlib.AbstractContextManager[None] | None = None) -> Iterator[None]:
+        """Compute as the run does, around forward and backward passes, with autograd recording.
+
+        Args:
+            layers: holds normalisation layers to something else than the run's mode.
+        """
         with (
-            normalising(self.norm_stats, self.model.buffers()),
+            layers or normalising(self.norm_stats, self.model.buffers()),
             multiplying(self.device),
             recurring(self.device),
             default_dtype(self.dtype),
@@ -624,14 +647,6 @@ def _way_out(loss: Loss, error: Exception) -> str:
     if loss.call is not None and isinstance(error, TypeError | AttributeError):
         return ". Loss(call=fn) is called as fn(model, batch); a function of outputs and targets is stated as Loss(fn)."
     return ""
-
-
-def fresh(batch: Any) -> Any:
-    """A batch of new tensors over the same memory, so that what a loss does to them (requires_grad_, say) is not there later."""
-    try:
-        return change_tensors(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor.detach())
-    except InputError:  # an object that cannot be copied is handed on as it is
-        return batch
 
 
 def _is_narrow(tensor: Tensor) -> bool:

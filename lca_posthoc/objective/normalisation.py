@@ -8,6 +8,8 @@ $b-(m-m_0)\,w/\sqrt{v+\varepsilon}$. Values are those of the plain call; autogra
 `batch`: statistics of each batch of a fixed partition, as in the paper; running statistics are neither read nor written. A network
 beside the model, such as a teacher in eval mode, keeps its own: a call is the model's where its statistics are the model's buffers.
 
+`recalibrated`: as `running`, with statistics recomputed from the data at every checkpoint in place of the stored ones (`statistics.py`).
+
 The functions are replaced, not the modules, so that functional calls and activation checkpointing (which runs the forward
 again during the backward pass) are served alike: the context must be open around both.
 """
@@ -42,7 +44,9 @@ def _affine(
     )
 
 
-def _batch_norm_running(native: Native) -> Native:
+def running(native: Native) -> Native:
+    """Return `F.batch_norm` with running statistics that have a gradient; it refuses those of a batch."""
+
     def batch_norm(
         input: Tensor,
         running_mean: Tensor | None,
@@ -84,7 +88,7 @@ def _instance_norm_running(native: Native) -> Native:
 
 
 def _batch_norm_batch(native: Native, own: Mapping[int, Tensor]) -> Native:
-    as_given = _batch_norm_running(native)
+    as_given = running(native)
 
     def batch_norm(
         input: Tensor,
@@ -128,18 +132,26 @@ def normalising(mode: str, own: Iterable[Tensor] = ()) -> Iterator[None]:
     """Hold normalisation layers to `mode` around forward and backward passes, modules and functional calls alike.
 
     Args:
-        mode: "running" or "batch".
+        mode: "running", "recalibrated" or "batch".
         own: the buffers of the model, whose running statistics `batch` does without.
     """
     batch_norm: Any = F.batch_norm
     instance_norm: Any = F.instance_norm
-    if mode == "running":
-        ours = _batch_norm_running(batch_norm), _instance_norm_running(instance_norm)
+    if mode != "batch":
+        ours = running(batch_norm), _instance_norm_running(instance_norm)
     else:
         held = {id(each): each for each in own}
         ours = _batch_norm_batch(batch_norm, held), _instance_norm_batch(instance_norm, held)
-    F.batch_norm, F.instance_norm = ours
+    with replacing(*ours):
+        yield
+
+
+@contextlib.contextmanager
+def replacing(batch_norm: Native, instance_norm: Native) -> Iterator[None]:
+    """Put these functions in the place of torch's."""
+    before: Any = (F.batch_norm, F.instance_norm)
+    F.batch_norm, F.instance_norm = batch_norm, instance_norm
     try:
         yield
     finally:
-        F.batch_norm, F.instance_norm = batch_norm, instance_norm
+        F.batch_norm, F.instance_norm = before

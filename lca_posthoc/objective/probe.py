@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ..errors import InputError, few
 from ..task import Loss, every_name
+from ..trajectory import is_statistic
 from .batches import Order
-from .containers import change_tensors, named_parts, opened, same_bytes, tensors_of
-from .evaluate import Objective, fresh, unpack
+from .containers import change_tensors, fresh, named_parts, opened, same_bytes, tensors_of
+from .evaluate import Objective, unpack
 from .sums import Evaluation
-from .tensors import is_statistic
 
 _SAMPLE = 256
 _AGREE = {"float32": 1e-4, "float64": 1e-4, "tf32": 1e-2, "bfloat16": 1e-2}
@@ -254,7 +254,7 @@ def _has_gradient(objective: Objective, name: str, first: Evaluation) -> None:
 
 def _own_parameters(objective: Objective, name: str, batch: Any) -> list[str]:
     """Say which parameters beside the model's a loss is computed with and has a gradient for."""
-    with objective.recording():
+    with objective.mode():
         values, _ = objective.values(name, fresh(batch))
     of_model = {id(tensor) for tensor in every_name(objective.model).values()}
     own = [leaf for leaf in _leaves(values) if isinstance(leaf, nn.Parameter) and id(leaf) not in of_model]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..task import every_name
-from ..trajectory import TensorSpec, normalise
+from ..trajectory import TensorSpec, is_statistic, normalise
 
 _ON_AXIS_1 = {"ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Conv1D"}
 
@@ -81,11 +81,6 @@ def unstored(model: nn.Module) -> dict[str, Tensor]:
 def is_fixed(name: str, patterns: Sequence[str]) -> bool:
     """Whether a tensor stays as the model builds it."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def is_statistic(name: str) -> bool:
-    """Whether a tensor is a normalisation layer's running mean or variance, by the name torch gives it."""
-    return name.rpartition(".")[2] in ("running_mean", "running_var")
 
 
 def _owners(model: nn.Module) -> dict[int, frozenset[str]]:

@@ -88,9 +88,11 @@ def zero_line(ax: Axes, *, vertical: bool = False) -> None:
 
 
 def note(figure: Any, found: xr.Dataset, *more: str) -> None:
-    """What a finding leaves out, said small at the foot of its figure; of several beside each other once each."""
+    """Whose statistics normalisation layers had, and what a finding leaves out, small at the foot of its figure; said once each."""
     old = getattr(figure, "_supxlabel", None)
     said = [line for line in (old.get_text() if old else "").split("\n") if line]
+    mode = found.attrs.get("norm_stats")
+    more = (*more, f"Normalisation layers: {mode} statistics.") if mode else more
     said += [
         line for each in (*more, str(found.attrs.get("left_out", ""))) if (line := escape(each)) and line not in said
     ]

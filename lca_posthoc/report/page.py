@@ -139,6 +139,7 @@ def _page(
         several=_several(runs, panels),
         headlines={panel.key: headline(panel) for panel in panels},
         sections=shown,
+        modes=_modes(panels),
         frames=None
         if frames is None
         else {
@@ -162,6 +163,13 @@ def _page(
         data=Markup(_json(data)),
         frames_data=Markup(_json(frames)),
     )
+
+
+def _modes(panels: Sequence[Panel]) -> dict[str, str]:
+    """Return whose statistics normalisation layers had, by panel and under "*" of all; nothing for models without such layers."""
+    modes = {str(panel.key): panel.results.norm_stats for panel in panels}
+    every = " and ".join(dict.fromkeys(mode for mode in modes.values() if mode))
+    return {key: mode for key, mode in {**modes, "*": every}.items() if mode}
 
 
 def _several(runs: Sequence[Run], panels: Sequence[Panel]) -> str:

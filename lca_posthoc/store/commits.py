@@ -20,10 +20,11 @@ class Commits:
     """The markers of one loss.
 
     Their names carry how many segments they speak for, so that one of a span that was shorter is never taken for the whole.
+    `manifest` is that of the run up to the last checkpoint the loss covers.
     """
 
     def __init__(self, path: Path, manifest: Manifest, loss: str) -> None:
-        self.path, self.manifest, self.loss = path, manifest, loss
+        self.path, self.manifest, self.loss = path, manifest.of(loss), loss
         self.key = manifest.losses[loss].key
 
     def marker(self, span: int) -> Path:

@@ -33,7 +33,8 @@ def results_html(results: LossResults) -> str:
     """One loss of a run."""
     manifest = results.manifest
     kept = len(manifest.allocated)
-    facts = f"{manifest.parameters:,} parameters in {kept:,} tensors, {results.precision}, --keep {manifest.keep}"
+    mode = f", {results.norm_stats} statistics" if results.norm_stats else ""
+    facts = f"{manifest.parameters:,} parameters in {kept:,} tensors, {results.precision}{mode}, --keep {manifest.keep}"
     return _page("LossResults", str(results.path), facts, [_row(results)], "")
 
 

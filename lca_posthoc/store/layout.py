@@ -96,6 +96,7 @@ def _places(start: str, counts: list[int]) -> Iterator[str]:
 
 def plan_arrays(manifest: Manifest, keep: str, loss: LossRecord) -> Iterator[ArrayPlan]:
     """Every array the workers write for one loss at a level of `--keep`."""
+    manifest = manifest.covered_by(loss)
     segments, span = manifest.segments, manifest.span
     dims, groups = (("group",), (len(loss.groups),)) if loss.groups is not None else ((), ())
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ..trajectory import Checkpoint, TensorSpec
+from ..trajectory import Checkpoint, TensorSpec, is_statistic
 
 Identity = list[dict[str, float] | None]
 
@@ -32,7 +32,8 @@ class LossRecord:
     taken in instead, for standard errors. `batch_size` is used for every evaluation of it; `calibration` turns
     Σ|(g₁ − g₀)·Δθ| into an estimate of the trapezoid's error (null for other rules); `measured` says whether a few segments are
     evaluated one precision higher as well; `scale` is |loss| at the first checkpoint over the whole split, rounded to six digits,
-    of which tolerances are shares (null where none is).
+    of which tolerances are shares (null where none is). `covers` is how many
+    segments the loss is over where checkpoints were added since that nobody asked of it yet, null where it is over all of them.
     """
 
     key: str
@@ -50,6 +51,7 @@ class LossRecord:
     measured: bool
     identity: Identity
     scale: float | None = None
+    covers: int | None = None
 
     @property
     def blocks(self) -> list[range]:
@@ -81,6 +83,12 @@ class Manifest:
     def keep(self) -> str:
         """What the run keeps: "parameters", "units" or "tensors"."""
         return str(self.settings["keep"])
+
+    @property
+    def norm_stats(self) -> str | None:
+        """Whose statistics normalisation layers have: "running", "batch" or "recalibrated"; None where the choice changes nothing."""
+        mode = str(self.settings.get("norm_stats", "running"))
+        return mode if mode == "batch" or any(is_statistic(tensor.spec.name) for tensor in self.tensors) else None
 
     @property
     def steps(self) -> list[int]:
@@ -148,6 +156,16 @@ class Manifest:
         """Whether no checkpoint that may still come can add to a window."""
         return (window + 1) * self.window * self.span <= self.segments
 
+    def covered_by(self, record: LossRecord) -> Manifest:
+        """Return the same run up to the last checkpoint one loss covers, from which everything stored for that loss follows."""
+        if record.covers is None or record.covers >= self.segments:
+            return self
+        return replace(self, checkpoints=self.checkpoints[: record.covers + 1])
+
+    def of(self, loss: str) -> Manifest:
+        """Return `covered_by` of a loss, by its name."""
+        return self.covered_by(self.losses[loss])
+
     def with_losses(self, losses: dict[str, LossRecord]) -> Manifest:
         """The same run with more losses."""
         return replace(self, losses={**self.losses, **losses})
@@ -161,9 +179,21 @@ class Manifest:
         return replace(self, losses={name: record for name, record in self.losses.items() if name != loss})
 
     def with_checkpoints(self, checkpoints: list[Checkpoint], identities: Mapping[str, Identity]) -> Manifest:
-        """The same run on other checkpoints; the identity of a loss at the last one is new, or unknown."""
-        losses = {
-            name: replace(record, identity=identities.get(name, [record.identity[0], None]))
-            for name, record in self.losses.items()
-        }
+        """Return the same run on other checkpoints.
+
+        Losses with a new identity cover all of them. The others cover what they covered, and are known at their last checkpoint as
+        long as it is the same.
+        """
+        losses = {}
+        for name, record in self.losses.items():
+            if name in identities:
+                losses[name] = replace(record, identity=identities[name], covers=None)
+                continue
+            covers = self.of(name).segments
+            same = checkpoints[covers] == self.checkpoints[covers]
+            losses[name] = replace(
+                record,
+                identity=record.identity if same else [record.identity[0], None],
+                covers=covers if covers < len(checkpoints) - 1 else None,
+            )
         return replace(self, checkpoints=checkpoints, losses=losses)

@@ -36,7 +36,7 @@ def metadata_files(
         parts: only these ("steps", "allocation", …); by default all, and the loss's own group.
         keep: another level of `--keep` than the run's.
     """
-    record = manifest.losses[loss]
+    record, manifest = manifest.losses[loss], manifest.of(loss)
     plans = list(plan_arrays(manifest, keep or manifest.keep, record))
     if parts is None:
         yield FILE, group_file({"loss": loss})

@@ -28,12 +28,14 @@ _SHOWN = 20  # losses in a repr
 class LossResults:
     """What a run holds for one loss, as lazy xarray datasets over the committed segments.
 
-    Reading raises `LCAError` where a byte is missing or is not the one that was committed.
+    `manifest` is that of the run up to the last checkpoint the loss covers; `behind` counts the segments that were added since for other
+    losses alone. Reading raises `LCAError` where a byte is missing or is not the one that was committed.
     """
 
     def __init__(self, path: Path, manifest: Manifest, name: str) -> None:
         self.name = name
-        self.path, self.manifest = path, manifest
+        self.path, self.manifest = path, manifest.of(name)
+        self.behind = manifest.segments - self.manifest.segments
         self._commits = Commits(path, manifest, name)
 
     def __repr__(self) -> str:
@@ -78,6 +80,11 @@ class LossResults:
         """What the gradients were computed in."""
         return str(self.manifest.settings["precision"])
 
+    @property
+    def norm_stats(self) -> str | None:
+        """Whose statistics normalisation layers have: "running", "batch" or "recalibrated"; None where there are no such layers."""
+        return self.manifest.norm_stats
+
     @cached_property
     def _rows(self) -> list[int]:
         waiting = set(self._commits.pending())
@@ -85,13 +92,15 @@ class LossResults:
 
     @property
     def complete(self) -> bool:
-        """Whether every segment is there."""
+        """Whether every segment the loss covers is there."""
         return self._commits.is_complete()
 
     def progress(self) -> dict[str, Any]:
         """Return how far this loss is, from the commit markers: spans, segments, steps, seconds of workers.
 
         `segments_underway` is what workers report of the spans they compute now; it need not be whole.
+
+        `behind` counts segments of the run that the loss does not cover, because checkpoints were added for other losses.
         """
         manifest, markers = self.manifest, self.markers
         waiting = set(self._commits.pending())
@@ -106,6 +115,7 @@ class LossResults:
             "last_step": manifest.checkpoints[-1].step,
             "seconds": round(sum(marker["seconds"] for marker in markers), 3),
             "complete": self.complete,
+            "behind": self.behind,
             "running": is_held(self.path),
         }
 

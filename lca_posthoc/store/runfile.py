@@ -47,10 +47,15 @@ def write_manifest(manifest: Manifest, run: Path, durable: bool = True) -> None:
         "span": manifest.span,
         "window": manifest.window,
         "settings": manifest.settings,
-        "losses": {name: asdict(record) for name, record in manifest.losses.items()},
+        "losses": {name: _written(record) for name, record in manifest.losses.items()},
         "provenance": manifest.provenance,
     }
     write_json(run / FILE, document, durable)
+
+
+def _written(record: LossRecord) -> dict[str, Any]:
+    """Return a loss as it is recorded; how many segments it covers stands there only where it is not over all of them."""
+    return {name: value for name, value in asdict(record).items() if name != "covers" or value is not None}
 
 
 def read_manifest(run: Path) -> Manifest:
@@ -131,6 +136,9 @@ def parse(document: dict[str, Any]) -> Manifest:
         _provenance(document["provenance"]),
         document["id"],
     )
+    for record in manifest.losses.values():
+        covers = record.covers
+        _check(covers is None or covers < manifest.segments, "losses.covers", "fewer segments than the run has", covers)
     widest = max((tensor.spec.elements for tensor in tensors), default=0)
     groups = max((len(record.groups or ()) for record in manifest.losses.values()), default=0)
     numbers = widest * max(1, groups) * manifest.segments * 8
@@ -256,7 +264,7 @@ def _losses(found: Any) -> dict[str, LossRecord]:
 
 def _loss(entry: Any) -> LossRecord:
     if isinstance(entry, dict):
-        entry = {"scale": None, **entry}  # runs whose tolerances are no shares need not have it
+        entry = {"scale": None, "covers": None, **entry}  # runs have neither where there is nothing to say
     _exactly(entry, tuple(each.name for each in fields(LossRecord)), "losses.")
     groups, counts = entry["groups"], entry["counts"]
     if groups is not None or counts is not None:
@@ -291,6 +299,7 @@ def _loss(entry: Any) -> LossRecord:
         entry["measured"],
         identity,
         _maybe(_number, entry["scale"], "losses.scale"),
+        _maybe(_whole, entry["covers"], "losses.covers", 1),
     )
 
 

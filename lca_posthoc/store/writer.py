@@ -301,26 +301,28 @@ class RunWriter:
         self._clear(key)
 
     def take_up(self, checkpoints: list[Checkpoint], identities: Mapping[str, Identity]) -> None:
-        """Take up checkpoints at the end, or in place of ones no number relies on.
+        """Take up checkpoints at the end, or in place of ones no number relies on, for some losses.
 
-        A last span that was short and has grown is no longer whole and will be replayed again.
+        A last span of theirs that was short and has grown is no longer whole and will be replayed again. The other losses cover what they
+        covered: no file of theirs changes.
 
         Args:
             checkpoints: all of them.
-            identities: of the losses that were probed on them; what the others are at the last one is forgotten.
+            identities: of the losses that take them up, which were probed on them.
         """
         before = self.manifest
         self.manifest = before.with_checkpoints(checkpoints, identities)
-        for loss in before.losses:
+        growing = [loss for loss in before.losses if loss in identities]
+        for loss in growing:
             self._restore(loss)
         write_manifest(self.manifest, self.path, self.durable)
-        for loss in before.losses:
+        for loss in growing:
             self._remove_outgrown(before, loss)
 
     def _remove_outgrown(self, before: Manifest, loss: str) -> None:
         """Remove the markers, and the waiting totals, of a last span and a last window that were shorter."""
         then, now = Commits(self.path, before, loss), self.commits(loss)
-        span, window = before.spans - 1, before.windows - 1
+        span, window = then.manifest.spans - 1, then.manifest.windows - 1
         for old, new in (
             (then.marker(span), now.marker(span)),
             (then.partial(span), now.partial(span)),
@@ -336,12 +338,12 @@ class RunWriter:
         remove_reports(self.path)
         for loss in self.manifest.losses:
             commits = self.commits(loss)
-            for window in range(self.manifest.windows):
+            for window in range(commits.manifest.windows):
                 if not commits.keeps_partials(window):
                     self._remove_partials(commits, window)
 
     def _remove_partials(self, commits: Commits, window: int) -> None:
-        for span in self.manifest.spans_of(window):
+        for span in commits.manifest.spans_of(window):
             commits.partial(span).unlink(missing_ok=True)
 
     def discard(self, damages: Iterable[Damage]) -> dict[str, list[int]]:
@@ -375,13 +377,18 @@ class RunWriter:
             if damage.loss is not None and damage.span is not None:
                 found.setdefault(damage.loss, set()).add(damage.span)
             if damage.loss is not None and damage.window is not None:
-                found.setdefault(damage.loss, set()).update(self.manifest.spans_of(damage.window))
+                found.setdefault(damage.loss, set()).update(self.manifest.of(damage.loss).spans_of(damage.window))
         return {loss: sorted(spans) for loss, spans in found.items()}
 
     def relies_on(self, checkpoint: int) -> bool:
         """Whether a committed span of any loss was computed from a checkpoint, given by its position."""
-        spans = {at // self.manifest.span for at in (checkpoint - 1, checkpoint) if 0 <= at < self.manifest.segments}
-        return any(self.commits(loss).marker(span).exists() for loss in self.manifest.losses for span in spans)
+        beside = (checkpoint - 1, checkpoint)
+        return any(
+            commits.marker(segment // self.manifest.span).exists()
+            for commits in map(self.commits, self.manifest.losses)
+            for segment in beside
+            if 0 <= segment < commits.manifest.segments
+        )
 
     # --- what is there -----------------------------------------------------------------------------------------------
 
@@ -412,7 +419,7 @@ class RunWriter:
         self._still_recorded(loss, span)
         parts = {"allocation": tally.allocation, "units": tally.units}
         arrays = ((f"{part}/{self._key(name)}", each) for part, held in parts.items() for name, each in held.items())
-        rows: tuple[slice, ...] = (self.manifest.rows(span),)
+        rows: tuple[slice, ...] = (self.manifest.of(loss).rows(span),)
         if self.manifest.losses[loss].groups is not None:
             rows = (*rows, slice(tally.block.start, tally.block.stop))
         self._write(loss, parts, arrays, rows)
@@ -433,7 +440,8 @@ class RunWriter:
             SpanError: where the run is no longer the one this writer was opened for.
         """
         self._still_recorded(loss, span)
-        commits, rows = self.commits(loss), self.manifest.rows(span)
+        commits = self.commits(loss)
+        rows = commits.manifest.rows(span)
         parts = {"steps": tally.steps, "tensors": tally.tensors, "histogram": tally.histogram}
         arrays = {f"{part}/{name}": values for part, held in parts.items() for name, values in held.items()}
         if replicates is not None:
@@ -509,7 +517,8 @@ class RunWriter:
         Returns:
             Spans whose waiting totals are damaged: they are pending again.
         """
-        commits, spans = self.commits(loss), self.manifest.spans_of(window)
+        commits = self.commits(loss)
+        spans = commits.manifest.spans_of(window)
         if commits.is_folded(window) or not all(map(commits.is_committed, reversed(spans))):
             return []
         stretches, damaged = [], []
@@ -535,7 +544,7 @@ class RunWriter:
         files = seal_all(commits.planned_totals(window), self.path, self.durable)
         marker = {"run": self.manifest.id, "loss": loss, "window": window, "files": files}
         self._commit(commits.window_marker(window), marker)
-        if self.manifest.is_full(window):
+        if commits.manifest.is_full(window):
             self._remove_partials(commits, window)
         return []
 
@@ -545,7 +554,7 @@ class RunWriter:
         Returns:
             Spans whose waiting totals are damaged: they are pending again.
         """
-        return [span for window in range(self.manifest.windows) for span in self.fold(loss, window)]
+        return [span for window in range(self.manifest.of(loss).windows) for span in self.fold(loss, window)]
 
 
 def _of_tensor(stretches: list[dict[str, Any]], key: str, at: int) -> Totals:
@@ -554,8 +563,8 @@ def _of_tensor(stretches: list[dict[str, Any]], key: str, at: int) -> Totals:
 
 def _of_span(manifest: Manifest, loss: str, span: int) -> object:
     """All that the numbers of a span follow from; None where there is no such span or loss."""
-    if loss not in manifest.losses or span >= manifest.spans:
+    if loss not in manifest.losses or span >= manifest.of(loss).spans:
         return None
-    rows = manifest.rows(span)
-    record = replace(manifest.losses[loss], identity=[])
+    rows = manifest.of(loss).rows(span)
+    record = replace(manifest.losses[loss], identity=[], covers=None)
     return record, manifest.checkpoints[rows.start : rows.stop + 1]

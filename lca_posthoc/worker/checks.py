@@ -12,8 +12,9 @@ import numpy as np
 from ..errors import InputError, SpanError, few
 from ..leftovers import counts, left_out_note, refuted
 from ..records import SAME_LOSS, is_share
-from ..trajectory import drop_options, read_checkpoint, read_stored
+from ..trajectory import drop_options, is_statistic, read_checkpoint, read_stored
 from .memory import block_of, short_of
+from .modes import moved_layers, notes_on_modes
 from .state import Spec, checkpoint_at, first_point, objective_of, point_at, reported
 
 _NEAR = 16  # segments among which one that moves is looked for
@@ -33,6 +34,7 @@ def describe(spec: Spec) -> Spec:
         "added": objective.added,
         "patterns": list(objective.task.fixed),
         "unstored": list(objective.unstored),
+        "statistics": None if objective.recalibration is None else objective.recalibration.split.name,
     }
 
 
@@ -63,12 +65,13 @@ def probe(spec: Spec) -> Spec:
     batch_sizes = objective.settle_batch_sizes(first, spec["batch_sizes"])
     _same_ties(spec)
     _same_fixed(spec, objective)
+    new = [name for name in names if name not in spec["recorded"]]  # a recorded loss keeps what was settled for it
+    first, about_modes = _statistics(spec, objective, first, new)
     notes = _leftovers(spec, objective)
     notes += [note for name in names for note in _checks(spec, objective, name)]
     if spec["settings"]["precision"] == "float64":
         _same_in_float32(spec, objective)
-    notes += _never_updated(spec, objective) + _unmoved(spec)
-    new = [name for name in names if name not in spec["recorded"]]  # a recorded loss keeps what was settled for it
+    notes += _never_updated(spec, objective) + _unmoved(spec) + about_modes
     block = {name: block_of(spec, objective, name) for name in names}
     objective.join([name for name in names if block[name] is not None])
     measured, more = _can_measure(spec, objective, first, new)
@@ -86,6 +89,7 @@ def probe(spec: Spec) -> Spec:
         "measured": measured,
         "scale": _scales(spec, objective, first, new),
         "replicates": {name: _replicates(objective, name) for name in names},
+        "statistics": None if objective.recalibration is None else objective.recalibration.recorded,
         "notes": notes,
     }
 
@@ -110,6 +114,35 @@ def _scales(spec: Spec, objective: Any, first: Any, names: list[str]) -> dict[st
                 f"Give --{option} in units of loss, such as 1e-3."
             )
     return scales
+
+
+def _statistics(spec: Spec, objective: Any, first: Any, new: list[str]) -> tuple[Any, list[str]]:
+    """Settle what statistics normalisation layers have; returns the first point with them, which the objective holds, and notes."""
+    mode, recalibration = spec["settings"]["norm_stats"], objective.recalibration
+    if mode == "batch" or (mode == "running" and not new):
+        return first, []
+    moved = moved_layers(spec, objective)
+    if recalibration is None:
+        notes = notes_on_modes(spec, objective, new, moved)
+        objective.place(first)
+        return first, notes
+    if "statistics" not in spec["settings"]:
+        given = spec["settings"]["batch_size"]
+        recalibration.settle(objective.batch_sizes.get(recalibration.split.name, given), moved)
+    point, unreached = recalibration.at(first), recalibration.unreached(first) if new else []
+    notes = [
+        f"{what}: {few([*map(repr, layers)])}"
+        for what, layers in (
+            ("statistics of these layers did not move in training and stay as they are stored", recalibration.kept),
+            (
+                f"loss {recalibration.loss!r} does not call these layers, whose statistics stay as they are stored",
+                unreached,
+            ),
+        )
+        if layers and new
+    ]
+    objective.place(point)
+    return point, notes
 
 
 def _same_ties(spec: Spec) -> None:
@@ -330,8 +363,6 @@ def _calibrations(spec: Spec, objective: Any, names: list[str]) -> dict[str, flo
 def _never_updated(spec: Spec, objective: Any) -> list[str]:
     """Say which running statistics are those of a new model in every checkpoint looked at, or in the task's model where it fixes them."""
     import torch
-
-    from ..objective import is_statistic
 
     if spec["settings"]["norm_stats"] != "running":
         return []

@@ -55,8 +55,19 @@ def measure(spec: Spec) -> Spec:
         "compressed": _compressions(spec, objective),
         "together": together,
         "higher": higher,
+        "recalibrating": _recalibrating(objective),
         "memory": held + needed(spec, objective, list(losses), blocks),
     }
+
+
+def _recalibrating(objective: Any) -> float:
+    """Return the seconds of one pass that recalibrates statistics; 0 in other modes."""
+    recalibration = objective.recalibration
+    if recalibration is None:
+        return 0.0
+    split, size = recalibration.split, recalibration.batch_size
+    seconds = _seconds(objective, recalibration.loss, split.sample(0, size), _Budget(size), size, gradient=False)
+    return float(seconds / size * split.examples)
 
 
 def _measured(spec: Spec, objective: Any, name: str) -> Spec:

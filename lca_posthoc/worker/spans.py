@@ -70,7 +70,7 @@ def replay_span(spec: Spec) -> Spec:
         objective.release_higher()
     return {
         "losses": facts,
-        "segments": writer.manifest.length(spec["span"]),
+        "segments": _length(writer, spec),
         "seconds": time.perf_counter() - started,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
@@ -85,7 +85,12 @@ def settled(spec: Spec) -> Spec | None:
     if len(facts) < len(spec["pending"]):
         return None
     seconds = sum(fact["seconds"] for fact in facts.values())
-    return {"losses": facts, "segments": writer.manifest.length(spec["span"]), "seconds": seconds, "peak_bytes": 0}
+    return {"losses": facts, "segments": _length(writer, spec), "seconds": seconds, "peak_bytes": 0}
+
+
+def _length(writer: Any, spec: Spec) -> int:
+    """Return how many segments the span of a spec has, for any of its losses alike."""
+    return int(writer.manifest.of(spec["pending"][0]).length(spec["span"]))
 
 
 @reported
@@ -162,7 +167,8 @@ class _Together:
         report.begin(losses)
         self.records = {name: writer.manifest.losses[name] for name in losses}
         self.replicates = {name: objective.replicates_of(name) for name in losses if self.records[name].replicates}
-        self.rows, self.length = writer.manifest.rows(spec["span"]), writer.manifest.length(spec["span"])
+        covered = writer.manifest.of(losses[0])
+        self.rows, self.length = covered.rows(spec["span"]), covered.length(spec["span"])
         self.kept = [tensor.spec for tensor in writer.manifest.allocated]
         self.blocks = self.records[losses[0]].blocks
         settings = spec["settings"]

@@ -33,11 +33,20 @@ def objective_of(spec: Spec) -> Any:
     if key not in _STATES:
         while len(_STATES) >= _KEPT:
             _STATES.popitem(last=False)
-        built = _same_data(build(spec, spec["settings"]["precision"]), spec)
+        built = build(spec, spec["settings"]["precision"])
+        _recall_statistics(built, spec)  # they are of data that must be the same too
+        _same_data(built, spec)
         key = _key(spec, list(built.losses))  # by name, however they were asked for
         _STATES[key] = built
     _STATES.move_to_end(key)
+    _recall_statistics(_STATES[key], spec)
     return _STATES[key]
+
+
+def _recall_statistics(objective: Any, spec: Spec) -> None:
+    """Recalibrate as was settled when the run was created, if it was yet."""
+    if objective.recalibration is not None:
+        objective.recalibration.recall(spec["settings"].get("statistics"))
 
 
 def _key(spec: Spec, losses: list[str] | None) -> str:
@@ -46,7 +55,7 @@ def _key(spec: Spec, losses: list[str] | None) -> str:
     return json.dumps([place, task.digest(spec["task"]), losses, settings, spec.get("held")], sort_keys=True)
 
 
-def _same_data(objective: Any, spec: Spec) -> Any:
+def _same_data(objective: Any, spec: Spec) -> None:
     """Refuse a task that builds other data here than it did where it was probed."""
     wanted = spec.get("digests")
     found = objective.digests if wanted else {}
@@ -57,7 +66,6 @@ def _same_data(objective: Any, spec: Spec) -> Any:
                 "Usual culprits: random augmentation, random_split without a seeded generator, tensors that checkpoints do not "
                 "hold (frozen ones, Task.fixed, buffers) and the model builds at random."
             )
-    return objective
 
 
 def build(spec: Spec, precision: str) -> Any:
@@ -146,6 +154,12 @@ def checkpoint_at(spec: Spec, index: int) -> Checkpoint:
 
 
 def point_at(spec: Spec, index: int, objective: Any) -> Any:
+    """Return a checkpoint as losses are evaluated there: as it is stored, or with statistics recalibrated to its weights."""
+    point = stored_point_at(spec, index, objective)
+    return point if objective.recalibration is None else objective.recalibration.at(point)
+
+
+def stored_point_at(spec: Spec, index: int, objective: Any) -> Any:
     """A checkpoint on the device, floating tensors in the precision of the run or the one they were stored in, if higher."""
     stored = read_checkpoint(checkpoint_at(spec, index), spec["names"])
     wider = {name for name, tensor in stored.items() if tensor.element_size() > objective.dtype.itemsize}
@@ -164,8 +178,8 @@ def points_of(spec: Spec, rows: slice, objective: Any) -> Iterator[tuple[int, An
 
 
 def first_point(spec: Spec, objective: Any) -> Any:
-    """The first checkpoint; what is wrong with it is wrong input."""
+    """The first checkpoint as it is stored; what is wrong with it is wrong input."""
     try:
-        return point_at(spec, 0, objective)
+        return stored_point_at(spec, 0, objective)
     except SpanError as error:
         raise InputError(str(error)) from None

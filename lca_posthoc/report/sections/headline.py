@@ -40,7 +40,7 @@ def headline(panel: Panel) -> Headline:
     worst = float(np.max(np.abs(found["max_segment_residual"])))
     unconverged, segments = found["unconverged"], found["segments"]
     tolerance = panel.run.manifest.settings.get("tolerance")
-    total = _layers(panel)
+    total, buffers = _layers(panel), _buffers(panel)
     done = panel.results.progress()
     over = "" if done["complete"] else f" over {segments:,} of {done['segments']:,} segments, those that are there"
     within = "" if panel.groups is None else " in one group"
@@ -50,7 +50,9 @@ def headline(panel: Panel) -> Headline:
         Card(
             "Allocated",
             signed(whole["allocated"]),
-            f"residual {signed(residual)}" + (f", {percent(abs(residual / change))} of the change" if change else ""),
+            f"residual {signed(residual)}"
+            + (f", {percent(abs(residual / change))} of the change" if change else "")
+            + (f"; to buffers (running statistics) {signed(buffers)}" if buffers else ""),
             warning=bool(change) and abs(residual / change) > 0.05,
         ),
         _helping(panel),
@@ -115,19 +117,33 @@ def _measured(panel: Panel, split: str | None) -> str:
         examples = f" ({record.examples:,}{some} examples)"
     steps = panel.results.steps
     first, last = int(steps["step"].values[0]), int(steps["step_end"].values[-1])
-    part = "" if panel.results.complete else f", {found['segments']:,} of {manifest.segments:,} segments so far"
+    part = (
+        ""
+        if panel.results.complete
+        else f", {found['segments']:,} of {panel.results.manifest.segments:,} segments so far"
+    )
     rule = clean(manifest.settings.get("rule", "?"), 40)
     precision = clean(manifest.settings["precision"], 40)
+    mode = f", {panel.results.norm_stats} statistics in normalisation layers" if panel.results.norm_stats else ""
     return (
         f"Loss {clean(panel.loss, 60)} {over}{examples}, allocated to {found['parameters']:,} parameters along "
-        f"{count(found['segments'], 'segment')} from step {first:,} to step {last:,}{part}; rule {rule}, {precision}."
+        f"{count(found['segments'], 'segment')} from step {first:,} to step {last:,}{part}; rule {rule}, {precision}{mode}."
     )
 
 
+def _buffers(panel: Panel) -> float:
+    """Return what was allocated to buffers, of the mean over the groups where there are any."""
+    sums = panel.summary["buffers"]
+    if sums is None:
+        return 0.0
+    return float(sums if panel.groups is None else np.asarray(sums, dtype=float) @ panel.shares)
+
+
 def _layers(panel: Panel) -> list[tuple[str, float]]:
-    """The layers and their sums, the most negative first."""
+    """The layers and their sums, the most negative first; buffers are none."""
     found, _ = panel.find("layers")
     if found is None:
         return []
+    found = found.isel(layer=found["role"].values != "buffer")
     total = panel.of_group(found["total"], None).values
     return [(clean(found["layer"].values[at], 60), float(total[at])) for at in np.argsort(total, kind="stable")]

@@ -1,0 +1,109 @@
+"""Before the first span: which statistics of normalisation layers moved in training, and whether the loss depends on whose are taken.
+
+Running statistics lag behind the weights. Where the loss with them goes another way than the loss with those of a batch, as training
+had it, so do the allocations.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..errors import InputError, SpanError
+from ..trajectory import read_checkpoint
+from .state import Spec, checkpoint_at, stored_point_at
+
+SHARE = 0.1  # of the loss change, above which the two are said to differ
+SAMPLE = 256  # examples both are evaluated on, as one batch
+_LEAST = 32  # examples that make a batch's statistics worth comparing with, where the run's own batches are smaller
+
+
+def moved_layers(spec: Spec, objective: Any) -> list[str]:
+    """Return the layers whose stored running statistics differ between any of the checkpoints the probe looks at."""
+    from ..objective import statistics_of
+
+    layers = statistics_of(objective)
+    if not layers:
+        return []
+    wanted = {name: spec["names"][name] for names in layers.values() for name in names}
+    moved = set[str]()
+    first: Any = None
+    for index in sorted(map(int, spec["checkpoints"])):
+        try:
+            stored = read_checkpoint(checkpoint_at(spec, index), wanted)
+        except SpanError:  # its spans will fail and say so
+            continue
+        first = first or stored
+        moved |= {
+            layer for layer, names in layers.items() if any(bool((stored[one] != first[one]).any()) for one in names)
+        }
+    return [layer for layer in layers if layer in moved]
+
+
+def notes_on_modes(spec: Spec, objective: Any, names: list[str], moved: list[str]) -> list[str]:
+    """Compare losses with running statistics and with those of a batch at a few checkpoints.
+
+    Args:
+        spec: of the probe.
+        objective: in `running` mode.
+        names: of the losses.
+        moved: the layers whose statistics moved; without any, both modes are what training did.
+
+    Returns:
+        A note for each loss whose change is another one, by more than `SHARE` of the larger one, with both figures and the way out.
+    """
+    from ..objective import in_both_modes
+
+    batches = {name: batch for name in names if moved and (batch := _sample(objective, name)) is not None}
+    values: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in batches}
+    for index in sorted(map(int, spec["checkpoints"])) if batches else ():
+        try:
+            objective.place(stored_point_at(spec, index, objective))
+        except SpanError:
+            continue
+        for name, (_, batch) in batches.items():
+            try:
+                values[name][index] = in_both_modes(objective, name, batch, moved)
+            except InputError:  # a batch that has no statistics: there is nothing to compare with
+                continue
+    notes = (_compared(spec, name, batches[name][0], pairs) for name, pairs in values.items())
+    return [note for note in notes if note is not None]
+
+
+def _sample(objective: Any, name: str) -> tuple[int, Any] | None:
+    """Return how many examples, and them as one batch: from all over the split where they are had by position."""
+    loss = objective.losses[name]
+    if loss.split is None:
+        return None
+    split = objective.splits[loss.split]
+    count = min(SAMPLE, split.examples, max(_LEAST, objective.batch_sizes[loss.split]))
+    positions = split.spread(count)
+    try:
+        return count, split.sample(0, count) if positions is None else split.at(positions)
+    except InputError:  # examples of several shapes stack in the order of the data alone
+        return count, split.sample(0, count)
+
+
+def _compared(spec: Spec, name: str, count: int, pairs: dict[int, tuple[float, float]]) -> str | None:
+    if len(pairs) < 2:
+        return None
+    indices = list(pairs)
+    running, batch = ([pairs[index][mode] for index in indices] for mode in (0, 1))
+    finite = [at for at in range(len(indices)) if math.isfinite(running[at]) and math.isfinite(batch[at])]
+    strange = [at for at in range(len(indices)) if math.isfinite(running[at]) != math.isfinite(batch[at])]
+    if not finite or (finite[0] != 0 and not strange):
+        return None
+    apart = {at: abs((running[at] - running[finite[0]]) - (batch[at] - batch[finite[0]])) for at in finite}
+    change = max(max(side[at] for at in finite) - min(side[at] for at in finite) for side in (running, batch))
+    worst = strange[0] if strange else max(finite, key=lambda at: apart[at])
+    if not strange and not apart[worst] > max(SHARE * change, 1e-6 * abs(running[worst])):
+        return None
+    step = checkpoint_at(spec, indices[worst]).step
+    share = "" if strange else f", {apart[worst] / change:.0%} of the loss change apart"
+    return (
+        f"loss {name!r} goes {running[0]:.4g} → {running[-1]:.4g} with the running statistics of the checkpoints, and "
+        f"{batch[0]:.4g} → {batch[-1]:.4g} with those of the batch, as in training (on {count} examples; furthest apart at step "
+        f"{step}: {running[worst]:.4g} and {batch[worst]:.4g}{share}). What is allocated here is the former: layers may help in the one "
+        f"and hurt in the other. For the other: --norm-stats batch --batch-size {count} --out OTHER.lca; for running statistics "
+        "without the lag: --norm-stats recalibrated --out OTHER.lca"
+    )
