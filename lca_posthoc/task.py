@@ -290,6 +290,19 @@ def _name_of(given: Any) -> str:
     return str(getattr(inner, "__name__", type(inner).__name__))
 
 
+def _is_module(given: object) -> bool:
+    import torch  # here, so that a driver with nothing to do need not load it
+
+    return isinstance(given, torch.nn.Module)
+
+
+def _takes_reduction(fn: Callable[..., Any]) -> bool:
+    try:
+        return "reduction" in inspect.signature(fn).parameters
+    except (TypeError, ValueError):  # builtins without a signature
+        return False
+
+
 @dataclass(frozen=True)
 class Task:
     """Everything needed to evaluate losses of one model on one data set.
