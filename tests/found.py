@@ -203,7 +203,7 @@ def generalisation() -> xr.Dataset:
         quadrant=list(QUADRANTS),
         tensor=list(TENSORS),
         worst_name=("worst", names),
-    )
+    ).assign_attrs(first="train", second="validation", loss="train, validation")
 
 
 def candidates(units: bool = True) -> xr.Dataset:

@@ -365,9 +365,9 @@ def test_peaks_of_one_group_or_many_layers_have_a_named_row_per_layer() -> None:
 
 
 def test_generalisation_joins_train_and_validation() -> None:
-    given = found.generalisation().assign_attrs(loss="train, held$out")
+    given = found.generalisation().rename(validation="held$out").assign_attrs(second="held$out")
     ax = draw("generalisation", given).axes[0]
-    for name, label in (("train", "train"), ("validation", r"held\$out")):
+    for name, label in (("train", "train"), ("held$out", r"held\$out")):
         line = next(line for line in ax.lines if line.get_label() == label)
         assert np.array_equal(line.get_xdata(), given[name])
     counts = given["parameters"].sum("tensor").values

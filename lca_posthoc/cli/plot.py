@@ -45,7 +45,7 @@ _PANELS = ("curve", "generalisation", "layers", "units")  # several runs beside 
     "losses",
     multiple=True,
     metavar="NAME",
-    help="A loss of the run; of generalisation two.  [default: the first, or the first two without groups]",
+    help="A loss of the run; of generalisation two, over two splits.  [default: the first, or the first over either split]",
 )
 @click.option(
     "--group", "groups", multiple=True, metavar="LABEL", help="Of a loss with groups (curve, layers: repeatable)."
@@ -124,17 +124,20 @@ def _path(path: Path, finding: str) -> Path:
 def _results(path: str, losses: tuple[str, ...], finding: str) -> list[Any]:
     """The losses of a run that a finding is about: two for generalisation, else one."""
     from ..errors import InputError
+    from ..findings.generalisation import no_two_splits, two_splits
     from ..store import open_run
 
     run = open_run(path)
     wanted = 2 if finding == "generalisation" else 1
-    plain = [name for name, results in run.items() if results.record.groups is None]
-    names = losses or tuple(plain if wanted == 2 else run)[:wanted]
+    pair = two_splits(run) if wanted == 2 and not losses else None
+    if wanted == 2 and not losses and pair is None:
+        raise InputError(f"generalisation of {path} cannot be drawn: {no_two_splits(run)}")
+    names = losses or pair or tuple(run)[:1]
     for name in names:
         if name not in run:
             raise InputError(f"{path} has no loss {name!r}; it has {', '.join(map(repr, run))}.")
     if len(names) != wanted:
-        how = "two losses without groups: --loss NAME --loss NAME" if wanted == 2 else "one loss: --loss NAME"
+        how = "two losses over two splits: --loss NAME --loss NAME" if wanted == 2 else "one loss: --loss NAME"
         raise InputError(f"{finding} takes {how}; {path} has {', '.join(map(repr, run))}.")
     return [run[name] for name in names]
 

@@ -97,6 +97,7 @@ const lcaFigures = (() => {
     }
     for (const [axis, [start, end]] of Object.entries(data["@range"] ?? {})) figure.model[`${axis}_range`].setv({ start, end, reset_start: start, reset_end: end });
     for (const [level, at] of Object.entries(data["@level"] ?? {})) figure.document.get_model_by_name(level).location = at;
+    if (data["@legend"]) legend(name, data["@legend"].map(([tone, text]) => [ink(tone), text]));
     if (data["@ticks"]) ticks(figure, data["@ticks"].y);
   }
 
@@ -128,9 +129,13 @@ const lcaFigures = (() => {
   /* A legend of the lines that are drawn. */
   function named(name, columns) {
     const kinds = columns["@kinds"], tints = tones().layers;
-    const entries = (kinds ?? columns.name).map((text, at) => {
+    legend(name, (kinds ?? columns.name).map((text, at) => [kinds ? tints[at % tints.length] : columns.colour[at], text]));
+  }
+
+  function legend(name, rows) {
+    const entries = rows.map(([tint, text]) => {
       const entry = document.createElement("li"), sign = document.createElement("i");
-      sign.style.background = kinds ? tints[at % tints.length] : columns.colour[at];
+      sign.style.background = tint;
       entry.append(sign, text);
       return entry;
     });
