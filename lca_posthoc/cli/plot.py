@@ -242,21 +242,23 @@ def _frame(found: Any, step: int) -> int:
 
 
 def _panels(plot: Callable[..., Any], found: list[tuple[str, Any]], options: dict[str, Any]) -> Any:
-    """One run beside the other, each under its label; curves and sums of layers on one scale."""
+    """One run beside the other, each under its label, all on the same axes and scale of colours."""
     import matplotlib.pyplot as plt
 
-    from ..plots.style import escape
+    from ..plots.style import escape, share_scales
 
     columns = min(3, len(found))
     rows = math.ceil(len(found) / columns)
     names = max(each.sizes.get("layer", 0) for _, each in found)
-    tall = 2.9 if names <= 10 else 0.9 + 0.2 * min(names, 60)
+    tall = 2.9 if names <= 10 or options.get("show") == "cumulative" else 0.9 + 0.2 * min(names, 60)
     figure, axes = plt.subplots(
         rows, columns, figsize=(4.3 * columns, tall * rows), layout="constrained", squeeze=False
     )
-    for ax, (label, each) in zip(axes.flat, found, strict=False):
-        plot(each, ax=ax, **options)
-        ax.set_title(f"{escape(label)}: {ax.get_title(loc='left')}".removesuffix(": "), loc="left", fontsize=8)
+    used = list(axes.flat[: len(found)])
     for ax in axes.flat[len(found) :]:
         ax.remove()
+    with share_scales(used):
+        for ax, (label, each) in zip(used, found, strict=True):
+            plot(each, ax=ax, **options)
+            ax.set_title(f"{escape(label)}: {ax.get_title(loc='left')}".removesuffix(": "), loc="left", fontsize=8)
     return figure

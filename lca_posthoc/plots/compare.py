@@ -21,7 +21,8 @@ _LEVEL = 0.05
 def compare(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     """Draws each layer's mean sum with its confidence interval, one marker and colour per label, single runs as faint dots.
 
-    A filled marker differs from zero at 5 % after Holm's correction; a hollow one does not, or there is but one run.
+    A filled marker differs from zero at 5 % after Holm's correction; a hollow one does not, or there is but one run. At the foot
+    stands in what the runs differ and which are of one training.
 
     Args:
         found: of `findings.compare`.
@@ -70,5 +71,5 @@ def compare(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     several = bool((found["runs"].values > 1).any())
     title = f"filled: p < {_LEVEL} (Holm)" if several else None
     key(ax, "center left", bbox_to_anchor=(1, 0.5), title=title, title_fontsize=SMALL - 1, alignment="left")
-    note(ax.figure, found)
+    note(ax.figure, found, *str(found.attrs.get("notes", "")).split("\n"))
     return ax
