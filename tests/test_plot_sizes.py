@@ -18,6 +18,7 @@ from matplotlib.text import Text
 from lca_posthoc import plots
 from lca_posthoc.errors import InputError
 from lca_posthoc.findings.helping import joined_shares
+from lca_posthoc.findings.names import fitting
 from lca_posthoc.plots import style
 from tests import found
 from tests.small import lca, record, refused, run_lca, write_task
@@ -154,7 +155,7 @@ CUT = {
 @pytest.mark.parametrize("case", CUT)
 def test_names_that_are_cut_fit_and_differ(case: str) -> None:
     names, room = CUT[case]
-    short = style.fitting(names, [room] * len(names))
+    short = fitting(names, [room] * len(names))
     assert max(map(len, short)) <= room
     assert len(set(short)) == len(names)
 

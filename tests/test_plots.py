@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from lca_posthoc import colours, findings, plots
 from lca_posthoc.errors import InputError, ResourceError
+from lca_posthoc.findings.names import shorten
 from lca_posthoc.plots import style
 from tests import found
 from tests.found import MADE
@@ -513,13 +514,11 @@ def test_another_kind_of_film_is_refused(tmp_path: Path, name: str, fps: int) ->
 
 def test_long_names_are_cut_in_the_middle_and_stay_unlike_each_other() -> None:
     names = [f"transformer.h.{at}.attn.c_attn.{part}" for at in range(24) for part in ("weight", "bias")]
-    short = style.shorten(names, 24)
+    short = shorten(names, 24)
     assert len(set(short)) == len(names)
     assert max(map(len, short)) < 34
     assert all("…" in each for each in short)
-    assert (
-        style.shorten(["a" * 40, "a" * 40], 10) == ["a" * 40] * 2 or len(style.shorten(["a" * 40, "a" * 40], 10)) == 2
-    )
+    assert shorten(["a" * 40, "a" * 40], 10) == ["a" * 40] * 2 or len(shorten(["a" * 40, "a" * 40], 10)) == 2
 
 
 def test_names_of_parameters_keep_their_index_and_stay_unlike_each_other() -> None:

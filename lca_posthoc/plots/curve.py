@@ -9,6 +9,7 @@ import xarray as xr
 
 from ..colours import FAINT, HURTING, INK, MUTED
 from ..errors import InputError
+from ..findings.names import shorten
 from .style import (
     SMALL,
     dashes,
@@ -22,7 +23,6 @@ from .style import (
     over_gaps,
     palette,
     powers,
-    shorten,
     tidy,
 )
 

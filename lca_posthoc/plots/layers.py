@@ -73,8 +73,8 @@ def layers(found: xr.Dataset, *, ax: Axes | None = None, show: str | None = None
         raise InputError("lines over training are of one group: pick one: found.sel(group=…) or --group.")
     label = f"{_WORDS[show]} (units of loss)"
     lines = show == "cumulative"
-    sizes = found["cumulative"].isel(step=-1) if lines else found[show]
-    sizes = abs(sizes).max("group").values if groups else sizes.values
+    sums = found["cumulative"].isel(step=-1) if lines else found[show]
+    sizes = abs(sums).max("group").values if groups else sums.values
     strong, rest = strongest(found, "layer", sizes, top if top is not None else _LINES if lines else _ROWS)
     if not lines:
         found, names = strong, [str(name) for name in strong["layer"].values]
@@ -82,7 +82,7 @@ def layers(found: xr.Dataset, *, ax: Axes | None = None, show: str | None = None
         ax = fresh_axes(ax, 1.8 + 0.32 * found.sizes["group"], 1.2 + 0.24 * len(names))
         _by_group(ax, found, names, show, label)
     elif lines:
-        longest = max((len(name) for name in labels(strong["layer"].values)), default=0)
+        longest = max((len(name) for name in labels(strong["layer"].values.tolist())), default=0)
         ax = fresh_axes(ax, 4.1 + 0.055 * longest, max(2.7, 0.8 + 0.14 * strong.sizes["layer"]))
         _lines(ax, found, strong, label)
         rest = rest.replace("Not shown", "In grey")

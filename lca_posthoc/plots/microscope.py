@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from ..colours import FAINT, HURTING, INK, MUTED
 from ..errors import InputError, ResourceError
-from .style import DIVERGE, SMALL, colour_bar, escape, expect, fitting, fresh_figure, heading, note, symmetric, tidy
+from ..findings.names import fitting
+from .style import DIVERGE, SMALL, colour_bar, escape, expect, fresh_figure, heading, note, symmetric, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -76,7 +76,7 @@ def _by_group(ax: Axes, found: xr.Dataset) -> None:
 
 def _columns(found: xr.Dataset) -> int:
     """How many names of layers fit beside each other above the axes."""
-    names = labels(found["layer"].values)
+    names = labels(found["layer"].values.tolist())
     return max(1, min(len(names) + 1, 70 // (max(len(name) for name in (*names, "all together")) + 4)))
 
 

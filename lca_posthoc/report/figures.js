@@ -144,9 +144,8 @@ const lcaFigures = (() => {
 
   function ticks(figure, names) {
     const axis = figure.model.left?.[0] ?? figure.model.yaxis?.[0];
-    const short = (name) => (name.length > 22 ? `${name.slice(0, 10)}…${name.slice(-11)}` : name);
     axis.ticker.ticks = names.map((_, at) => at);
-    axis.major_label_overrides = new Map(names.map((name, at) => [at, verbatim(short(name))]));
+    axis.major_label_overrides = new Map(names.map((name, at) => [at, verbatim(name)]));
     figure.model.height = Math.max(180, 90 + 16 * names.length);
     figure.model.y_range.setv({ start: names.length - 0.5, end: -0.5 });
   }
@@ -189,7 +188,7 @@ const lcaFigures = (() => {
 
   const queue = (name) => (busy = busy.then(() => embed(name)).catch((error) => console.error(name, error)));
 
-  /* Near ones first, then the others while nothing else happens, so that printing finds them there. */
+  /* Near ones first, then the others at once, so that printing and photographs find them there. */
   async function begin() {
     show();
     observer = new IntersectionObserver((entries) => {
@@ -201,7 +200,7 @@ const lcaFigures = (() => {
 
   async function rest() {
     for (const name in page.figures) {
-      await new Promise((go) => (window.requestIdleCallback ?? setTimeout)(go));
+      await new Promise((go) => setTimeout(go)); // clicks and keys come between
       await queue(name);
     }
   }
