@@ -29,7 +29,9 @@ from lca_posthoc.report.sections import candidates
 from lca_posthoc.report.thin import kept, lines, numbers, over_segments, over_steps, picture, thinned
 from tests.browser import CHROMIUM, SIZES, Browser, browser
 from tests.deep import NASTY, deep, hostile
+from tests.found import module
 from tests.small import lca, record, refused, run_lca, says, write_task
+from tests.synthetic import build
 
 GROUPS = (
     '"validation": Loss(F.cross_entropy, on="validation")}',
@@ -424,8 +426,8 @@ def test_the_page_prints_and_can_be_used_without_a_mouse(chromium: Browser, smal
         assert opened.faults == []
 
 
-DRAWN = """[...document.querySelectorAll('figure[data-figure]')].filter((each) => !each.hidden)
-    .map(({ dataset }) => [dataset.figure, Boolean(lcaFigures.one(dataset.figure)), document.getElementById(`f-${dataset.figure}`).clientHeight])"""
+DRAWN = """[...document.querySelectorAll('figure[data-figure]')].filter((each) => !each.hidden).map(({ dataset: { figure } }) =>
+    [figure, Boolean(lcaFigures.one(figure)), document.getElementById(`f-${figure}`).clientHeight])"""
 
 
 @pytest.mark.parametrize("size", ["phone", "desktop"])
@@ -511,3 +513,18 @@ def test_repeats_are_compared_over_their_labels_whatever_is_shown_in_full(
         assert len(set(runs["colour"])) == 2
         assert opened.text("#n-compare") == "first\nsecond"
         assert opened.faults == []
+
+
+def test_long_names_that_differ_in_their_middle_fit_a_phone_and_are_told_apart(
+    chromium: Browser, tmp_path: Path
+) -> None:
+    shapes = {f"{module(at)}.{part}": shape for at in range(12) for part, shape in (("weight", (6, 4)), ("bias", (6,)))}
+    build(tmp_path / "r.lca", shapes, 4, {"train": None})
+    path = write_report([open_run(tmp_path / "r.lca")], tmp_path / "it.html")
+    text = path.read_text()
+    assert len({tensor["short"] for tensor in part(text, "frames")["tensors"]}) == 12
+    assert len(set(part(text, "data")["views"]["peaks"]["0"]["|"]["@ticks"]["y"])) == 12
+    for size in SIZES:
+        with chromium.opened(path, size) as opened:
+            assert opened.js("document.documentElement.scrollWidth <= innerWidth"), size
+            assert opened.faults == []
