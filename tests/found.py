@@ -203,7 +203,7 @@ def generalisation() -> xr.Dataset:
         quadrant=list(QUADRANTS),
         tensor=list(TENSORS),
         worst_name=("worst", names),
-    )
+    ).assign_attrs(first="train", second="validation", loss="train, validation")
 
 
 def candidates(units: bool = True) -> xr.Dataset:
@@ -272,3 +272,59 @@ MADE: dict[str, Callable[..., xr.Dataset]] = {
         *(layers, microscope, oscillation, peaks, units),
     )
 }
+
+
+# --- of models and runs of any size ---------------------------------------------------------------------------------------
+
+
+def module(at: int) -> str:
+    """A name of 60 characters that tells itself from others in its middle."""
+    return f"backbone.encoder.stages.{at:03d}.residual_branch.attention_block1"
+
+
+def large(finding: str, count: int, steps: int) -> xr.Dataset:
+    """A finding of so many layers, two tensors and a few units each, over so many steps; numbers of many sizes."""
+    if finding == "microscope":
+        return _large_microscope(count, min(steps, 60))
+    base, random = MADE[finding](), np.random.default_rng(count)
+    tensors = [f"{module(at)}.{part}" for at in range(count) for part in ("weight", "bias")]
+    extents = {"layer": count, "tensor": 2 * count, "unit": 3 * count, "step": steps}
+    if finding == "candidates":
+        extents |= {"unit": 20}
+    extents = {dim: extent for dim, extent in extents.items() if dim in base.dims}
+    many = base.isel({dim: np.arange(extent) % base.sizes[dim] for dim, extent in extents.items()})
+    scaled = {}
+    for name, variable in many.data_vars.items():
+        if variable.dtype.kind == "f" and set(extents) & set(variable.dims) and finding != "helping":
+            scaled[name] = variable * random.lognormal(0, 1, variable.shape)
+    many = many.assign(scaled)
+    if "cumulative" in many:
+        many["cumulative"] = (many["allocated"].dims, np.cumsum(many["allocated"].values, axis=0))
+    names: dict[str, Any] = {"layer": [module(at) for at in range(count)], "tensor": tensors}
+    coords: dict[str, Any] = {dim: names[dim] for dim in names if dim in many.dims}
+    if "unit" in many.dims and finding == "units":
+        coords |= {"layer": ("unit", [module(at // 3) for at in range(3 * count)])}
+    if "step" in many.dims:
+        coords |= {"step": np.arange(steps), "step_end": ("step", np.arange(steps) + 1)}
+    for coord in ("worst_name", "hero_name", "villain_name", "parameter_name", "parameter", "unit_name"):
+        if coord in many.coords:
+            dim = many[coord].dims[0]
+            said = [f"{module(at % count)}.weight[{at}, 1]" for at in range(many.sizes[dim])]
+            coords[coord] = (dim, said)
+    return many.assign_coords(coords)
+
+
+def _large_microscope(count: int, steps: int) -> xr.Dataset:
+    variables: dict[str, Any] = {}
+    for at in range(count):
+        for part, shape in (("weight", (6, 4)), ("bias", (6, 1))):
+            name = f"{module(at)}.{part}"
+            about = {"shape": [size for size in shape if size > 1], "pool": [1, 1], "axes": [[0], [1]], "units": "loss"}
+            values = (1e-4 * noise(steps, *shape)).astype("float32")
+            variables[name] = (("step", f"{name}:row", f"{name}:column"), values, about)
+    loss = np.exp(-np.arange(steps + 1) / 4)
+    start = np.arange(steps)
+    coords = {"step:loss_start": ("step", loss[:-1]), "step:loss_end": ("step", loss[1:])}
+    data = xr.Dataset(variables, coords={**coords, "step": start, "step_end": ("step", start + 1)})
+    about = {"finding": "microscope", "run": "a.lca", "loss": "train", "split": "train", "left_out": "", "scale": 2e-4}
+    return data.assign_attrs(about)

@@ -506,7 +506,7 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("losses['train'] must be a Loss", "Loss(fn, on='train')"),
     ),
     "a Loss of nothing": (TRAIN_LOSS, '"train": Loss(on="train")', ("Loss takes one of: a function", "Loss(call=fn")),
-    "a Loss of a word": (TRAIN_LOSS, '"train": Loss("mse")', ("needs something to call", "got str")),
+    "a Loss of a word": (TRAIN_LOSS, '"train": Loss("mse")', ("Loss('mse') is a string", "Loss(F.cross_entropy)")),
     # the data
     "an empty split": (
         TRAIN_DATA,
@@ -673,12 +673,12 @@ def test_task_files_of_the_same_text_in_different_folders_read_their_own_neighbo
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown loss": (("--loss", "nope"), ("no loss 'nope'", "'train', 'validation'", "--loss NAME or --loss all")),
-    "tolerance 0": (("--tolerance", "0"), ("--tolerance must be a positive number or inf, got 0",)),
-    "negative tolerance": (("--tolerance", "-1"), ("--tolerance must be a positive number or inf, got -1",)),
-    "tolerance nan": (("--tolerance", "nan"), ("--tolerance must be a positive number or inf, got nan",)),
+    "tolerance 0": (("--tolerance", "0"), ("--tolerance must be a positive number in units of loss", "got 0")),
+    "negative tolerance": (("--tolerance", "-1"), ("--tolerance must be a positive number in units of loss", "got -1")),
+    "tolerance nan": (("--tolerance", "nan"), ("--tolerance must be a positive number in units of loss", "got nan")),
     "allocation tolerance 0": (
         ("--allocation-tolerance", "0"),
-        ("--allocation-tolerance must be a positive number or inf",),
+        ("--allocation-tolerance must be a positive number in units of loss",),
     ),
     "batch size 0": (("--batch-size", "0"), ("--batch-size must be 1 or more, got 0",)),
     "negative batch size": (("--batch-size", "-3"), ("--batch-size must be 1 or more, got -3",)),
@@ -731,7 +731,7 @@ USAGE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown rule": (("--rule", "euler"), ("--rule", "'euler'", "'simpson'", "'gauss-3'")),
     "unknown keep": (("--keep", "everything"), ("--keep", "'everything'", "'parameters'")),
     "unknown precision": (("--precision", "float8"), ("--precision", "'float8'", "'float32'")),
-    "tolerance that is a word": (("--tolerance", "low"), ("--tolerance", "'low'")),
+    "tolerance that is a word": (("--tolerance", "low"), ("--tolerance", "got low")),
     "batch size that is a word": (("--batch-size", "big"), ("--batch-size", "'big'")),
     "unknown option": (("--tolerence", "1"), ("--tolerence", "--tolerance")),
 }

@@ -125,7 +125,7 @@ ITERABLE: dict[str, Callable[[], Any]] = {
     "Hugging Face, iterable": lambda: hugging_face().to_iterable_dataset(),
 }
 EVERY = {**INDEXED, **ITERABLE}
-SUBSETS = {None: range(N), "3:17": range(3, 17), ":4": range(4), "20:": range(20, N), "5,2,9": (5, 2, 9), "7": (7,)}
+SUBSETS = {None: range(N), "3:17": range(3, 17), ":4": range(4), "20:": range(20, N), "5,2,9": (5, 2, 9), "7:8": (7,)}
 
 
 def columns(batch: Any) -> list[Tensor]:

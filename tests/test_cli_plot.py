@@ -105,6 +105,27 @@ def test_several_runs_are_drawn_beside_each_other(here: Path, finding: str) -> N
     wrote(lca("plot", here / "a.lca", f"_the $other$={here / 'b.lca'}", finding), f"{finding}.png")
 
 
+@pytest.mark.parametrize("finding", ["curve", "layers", "generalisation", "units"])
+def test_runs_beside_each_other_have_one_scale(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finding: str
+) -> None:
+    assert run_lca(here / "ck", here / "task.py", "short.lca", "--loss", "all", "--steps", "30:60").exit_code == 0
+    drawn = list[Any]()
+    monkeypatch.setattr(plt, "close", drawn.append)
+    wrote_ = lca("plot", here / "a.lca", "short.lca", finding)
+    assert wrote_.exit_code == 0, wrote_.output
+    monkeypatch.undo()
+    (figure,) = drawn
+    plt.close(figure)
+    first, second, *_ = (ax for ax in figure.axes if ax.get_title(loc="left"))
+    assert first.get_xlim() == second.get_xlim()
+    assert first.get_ylim() == second.get_ylim()
+    scales = {
+        (shown.norm.vmin, shown.norm.vmax) for ax in (first, second) for shown in ax.collections if finding == "units"
+    }
+    assert len(scales) <= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [

@@ -132,19 +132,25 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def replay(root: Path, kind: str, seed: int, steps: int, **asked: Any) -> Path:
+def data() -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(100)
-    inputs, targets = torch.randn(24, 6), torch.arange(24) % 3
+    return torch.randn(24, 6), torch.arange(24) % 3
+
+
+def replay(root: Path, kind: str, seed: int, steps: int, rate: float = 0.3, still: int = 0, **asked: Any) -> Path:
+    """A training of so many steps, the first `still` of which do not move, and its run."""
+    inputs, targets = data()
     torch.manual_seed(seed)
     model = KINDS[kind]().train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     place = root / f"{kind}-{seed}"
     with Recorder(place, model) as recorder:
         for step in range(steps + 1):
             recorder.save(step)
             optimizer.zero_grad()
             F.cross_entropy(model(inputs), targets).backward()
-            optimizer.step()
+            if step >= still:
+                optimizer.step()
     losses = {
         "train": Loss(F.cross_entropy, on="train"),
         "per_class": Loss(F.cross_entropy, on="train", group_by=lambda inputs, targets: targets),
@@ -441,3 +447,193 @@ def test_a_run_without_losses_is_refused(root: Path, tmp_path: Path) -> None:
         assert lca("remove", place, "--loss", name).exit_code == 0
     refused(lca("compare", place), "has no losses")
     assert json.loads((place / "run.json").read_text())["losses"] == {}
+
+
+# --- which runs are repeats, and which are pairs ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def arms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two arms of three seeds from the same initial weights, two learning rates; and seed 1 of the first measured in other ways."""
+    place = tmp_path_factory.mktemp("arms")
+    for arm, rate in (("slow", 0.1), ("fast", 0.3)):
+        for seed in (1, 2, 3):
+            replay(place / arm, "shallow", seed, 3, rate=rate)
+    for name, asked in MEASURED.items():
+        again(place / "slow" / "shallow-1", place / f"{name}.lca", **asked)
+    shutil.copytree(place / "slow" / "shallow-1.lca", place / "copy.lca")
+    return place
+
+
+MEASURED: dict[str, dict[str, Any]] = {
+    "rule": {"rule": "trapezoid"},
+    "units": {"keep": "units"},
+    "batch": {"norm_stats": "batch", "batch_size": 12},
+    "precise": {"precision": "float64"},
+    "part": {"steps": "0:2"},
+    "few": {"subset": ["train=0:12"]},
+    "other": {"twice": True},
+}
+DIFFERS = {
+    "rule": "Runs differ in rule: simpson under a; trapezoid under b",
+    "units": "",
+    "copy": "",
+    "batch": "Runs differ in normalisation (--norm-stats): running under a; batch under b",
+    "precise": "Runs differ in precision: float32 under a; float64 under b",
+    "part": "Runs differ in steps: 0 to 3 (3 segments) under a; 0 to 2 (2 segments) under b",
+    "few": "Runs differ in examples: 24 of 24 under a; 12 of 24 under b",
+    "other": "Runs differ in the loss itself: at step 0, on the same weights, it is ",
+}
+
+
+def again(checkpoints: Path, out: Path, twice: bool = False, **asked: Any) -> None:
+    """The same training, measured in another way; `twice` measures twice the loss under the same name."""
+
+    def doubled(model: nn.Module, batch: Any) -> torch.Tensor:
+        return 2 * F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    loss = Loss(call=doubled, on="train") if twice else Loss(F.cross_entropy, on="train")
+    task = Task(KINDS["shallow"], {"train": data()}, {"train": loss})
+    run(checkpoints, task, out=out, cluster="inline", span=2, **{"keep": "tensors", **asked})
+
+
+def trained(arms: Path, *names: str) -> list[Any]:
+    return [open_run(arms / f"{name}.lca")["train"] for name in names]
+
+
+SLOW, FAST = ([f"{arm}/shallow-{seed}" for seed in (1, 2, 3)] for arm in ("slow", "fast"))
+
+
+@pytest.mark.parametrize("name", DIFFERS)
+def test_one_training_measured_again_is_no_repeat_and_what_differs_is_named(arms: Path, name: str) -> None:
+    under_one = compare({"a": trained(arms, *SLOW, name)})
+    without = compare({"a": trained(arms, *SLOW)})
+    for variable in ("mean", "low", "high", "p", "p_holm", "helping", "loss_end_low"):
+        assert np.array_equal(under_one[variable], without[variable], equal_nan=True), variable
+    assert (int(under_one["runs"][0]), int(under_one["trainings"][0])) == (4, 3)
+    assert under_one["total"].sizes["run"] == 4
+    assert np.isfinite(under_one["total"].values[..., 3]).any()
+    shared = "2 of 3 checkpoints are the same" if name == "part" else "the same checkpoints"
+    says(under_one.attrs["notes"], f"{name}.lca", "shallow-1.lca are of one training", shared, "counts once")
+    beside = compare({"a": trained(arms, SLOW[0]), "b": trained(arms, name)})
+    says(beside.attrs["notes"], "'b' and 'a' share trainings", DIFFERS[name])
+    assert ("Runs differ" in beside.attrs["notes"]) == bool(DIFFERS[name])
+
+
+def test_one_training_given_twice_under_two_names_has_no_p(arms: Path) -> None:
+    found = compare({"a": trained(arms, SLOW[0], "copy")})
+    for name in ("low", "high", "p", "p_holm"):
+        assert np.isnan(found[name].values).all(), name
+    assert found["trainings"].values.tolist() == [1]
+
+
+@pytest.mark.parametrize("paired", [None, True])
+def test_runs_that_begin_from_the_same_checkpoint_are_tested_in_pairs(arms: Path, paired: bool | None) -> None:
+    order = [FAST[2], FAST[0], FAST[1]] if paired is None else FAST
+    found = compare({"slow": trained(arms, *SLOW), "fast": trained(arms, *order)}, paired=paired)
+    slow, fast = (found["total"].sel(label=label).values for label in ("slow", "fast"))
+    fast = fast[:, [1, 2, 0]] if paired is None else fast
+    for layer in range(found.sizes["layer"]):
+        if not (fast[layer] - slow[layer]).any():
+            continue
+        one = found.sel(label="fast").isel(layer=layer)
+        assert one["p_difference"] == pytest.approx(stats.ttest_rel(fast[layer], slow[layer]).pvalue)
+        assert one["difference"] == pytest.approx((fast[layer] - slow[layer]).mean())
+    assert found["paired"].values.tolist() == [False, True]
+    ends = [[summary(each)["loss_end"] for each in trained(arms, *some)] for some in (FAST, SLOW)]
+    assert float(found["p_loss_end"][1]) == pytest.approx(stats.ttest_rel(*ends).pvalue)
+    assert ("begin from the same checkpoint" in found.attrs["notes"]) == (paired is None)
+
+
+APART: dict[str, tuple[list[str], list[str], bool | None]] = {
+    "by word": (SLOW, FAST, False),
+    "a seed too few": (SLOW, FAST[:2], None),
+    "no seed in common": (SLOW[:2], ["../other/deep-1", "../other/deep-2"], None),
+}
+
+
+@pytest.mark.parametrize("case", APART)
+def test_runs_that_are_no_pairs_are_tested_apart(arms: Path, root: Path, case: str) -> None:
+    first, second, paired = APART[case]
+    one = trained(arms, *first)
+    two = [
+        open_run(root / f"{Path(name).name}.lca")["train"] if "other" in name else trained(arms, name)[0]
+        for name in second
+    ]
+    found = compare({"one": one, "two": two}, paired=paired)
+    a, b = (found["total"].sel(label=label, layer="0").dropna("run").values for label in ("one", "two"))
+    assert float(found["p_difference"].sel(label="two", layer="0")) == pytest.approx(
+        stats.ttest_ind(b, a, equal_var=False).pvalue
+    )
+    assert not found["paired"].any()
+
+
+def test_trainings_in_both_labels_are_no_chance(arms: Path) -> None:
+    """Two of three runs in common are neither pairs nor apart; all of them, measured in two ways, are pairs."""
+    found = compare({"one": trained(arms, *SLOW), "two": trained(arms, SLOW[0], SLOW[1], "fast/shallow-2")})
+    assert np.isnan(found["p_difference"].values).all()
+    says(found.attrs["notes"], "share trainings", "not tested against each other")
+    again_ = compare({"one": trained(arms, SLOW[0], SLOW[1]), "two": trained(arms, "copy", SLOW[1])})
+    assert again_["paired"].values.tolist() == [False, True]
+    assert np.isnan(again_["p_difference"].values).all()  # no spread: all differences are 0
+
+
+def test_weights_that_do_not_move_at_first_do_not_make_two_trainings_one(tmp_path: Path) -> None:
+    """A warm-up from nothing: checkpoints 0 and 1 are those of both trainings, and are no sign of one."""
+    for rate in (0.1, 0.3):
+        replay(tmp_path / str(rate), "deep", 1, 3, rate=rate, still=1)
+    found = compare({str(rate): trained(tmp_path, f"{rate}/deep-1") for rate in (0.1, 0.3)})
+    assert found.attrs["notes"] == ""
+
+
+def test_pairs_need_as_many_runs(arms: Path) -> None:
+    with pytest.raises(InputError, match="as many under every label, got 3 under 'a', 2 under 'b'"):
+        compare({"a": trained(arms, *SLOW), "b": trained(arms, *FAST[:2])}, paired=True)
+
+
+def test_the_command_says_pairs_and_what_differs(arms: Path) -> None:
+    result = lca("compare", f"slow={arms}/slow/*.lca", f"fast={arms}/fast/*.lca")
+    assert (result.exit_code, result.stderr) == (0, "")
+    says(
+        " ".join(result.stdout.split()),
+        "its difference to slow: paired t-test;",
+        "come in pairs that begin from the same",
+    )
+    apart = lca("compare", f"slow={arms}/slow/*.lca", f"fast={arms}/fast/*.lca", "--unpaired")
+    says(apart.stdout, "its difference to slow: Welch's;")
+    result = lca("compare", f"a={arms}/slow/*.lca", f"a={arms}/copy.lca", f"b={arms}/batch.lca")
+    says(" ".join(result.stdout.split()), "different trainings 3 1", "Runs differ in normalisation (--norm-stats)")
+    made = document(lca("compare", f"a={arms}/slow/*.lca", f"a={arms}/copy.lca", "--json"))
+    assert (made["labels"]["a"]["runs"], made["labels"]["a"]["trainings"]) == (4, 3)
+    says(made["notes"], "of one training")
+
+
+@pytest.mark.parametrize(("place", "files"), [("c.nc", ["c.nc"]), ("c", ["c/compare.nc"])])
+def test_a_comparison_is_written_like_other_findings(
+    arms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, files: list[str]
+) -> None:
+    from lca_posthoc.export import read_netcdf
+
+    monkeypatch.chdir(tmp_path)
+    wanted = compare({"slow": trained(arms, *SLOW), "fast": trained(arms, *FAST)})
+    result = lca("compare", f"slow={arms}/slow/*.lca", f"fast={arms}/fast/*.lca", "-o", place)
+    assert (result.exit_code, result.stdout) == (0, f"wrote 1 file to {place}\n"), result.output
+    assert [str(path) for path in Path().rglob("*") if path.is_file()] == files
+    back = read_netcdf(Path(files[0]))
+    for name in wanted.data_vars:
+        assert np.array_equal(
+            np.asarray(back[name].values, "f8"), np.asarray(wanted[name].values, "f8"), equal_nan=True
+        )
+    assert back.attrs["notes"] == wanted.attrs["notes"]
+
+
+def test_a_comparison_as_tables(arms: Path, tmp_path: Path) -> None:
+    result = lca("compare", arms / f"{SLOW[0]}.lca", arms / "rule.lca", "-o", tmp_path / "t", "--format", "csv")
+    assert result.exit_code == 0, result.output
+    says(result.stderr, "share trainings", "Runs differ in rule")
+    files = {path.name for path in (tmp_path / "t").iterdir()}
+    assert {"about.json", "compare_label_layer.csv", "compare_label.csv", "compare_label_layer_run.csv"} <= files
+    refused(lca("compare", arms / "rule.lca", "-o", tmp_path / "t"), "there already")
+    refused(lca("compare", arms / "rule.lca", "-o", tmp_path / "x.csv"), "a comparison is one file as .nc alone")
+    refused(lca("compare", arms / "rule.lca", "-o", tmp_path / "x", "--json"), "take one of them")
+    refused(lca("compare", arms / "rule.lca", "--format", "csv"), "-o")

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from lca_posthoc import colours, findings, plots
 from lca_posthoc.errors import InputError, ResourceError
+from lca_posthoc.findings.names import shorten
 from lca_posthoc.plots import style
 from tests import found
 from tests.found import MADE
@@ -365,9 +366,9 @@ def test_peaks_of_one_group_or_many_layers_have_a_named_row_per_layer() -> None:
 
 
 def test_generalisation_joins_train_and_validation() -> None:
-    given = found.generalisation().assign_attrs(loss="train, held$out")
+    given = found.generalisation().rename(validation="held$out").assign_attrs(second="held$out")
     ax = draw("generalisation", given).axes[0]
-    for name, label in (("train", "train"), ("validation", r"held\$out")):
+    for name, label in (("train", "train"), ("held$out", r"held\$out")):
         line = next(line for line in ax.lines if line.get_label() == label)
         assert np.array_equal(line.get_xdata(), given[name])
     counts = given["parameters"].sum("tensor").values
@@ -513,13 +514,11 @@ def test_another_kind_of_film_is_refused(tmp_path: Path, name: str, fps: int) ->
 
 def test_long_names_are_cut_in_the_middle_and_stay_unlike_each_other() -> None:
     names = [f"transformer.h.{at}.attn.c_attn.{part}" for at in range(24) for part in ("weight", "bias")]
-    short = style.shorten(names, 24)
+    short = shorten(names, 24)
     assert len(set(short)) == len(names)
     assert max(map(len, short)) < 34
     assert all("…" in each for each in short)
-    assert (
-        style.shorten(["a" * 40, "a" * 40], 10) == ["a" * 40] * 2 or len(style.shorten(["a" * 40, "a" * 40], 10)) == 2
-    )
+    assert shorten(["a" * 40, "a" * 40], 10) == ["a" * 40] * 2 or len(shorten(["a" * 40, "a" * 40], 10)) == 2
 
 
 def test_names_of_parameters_keep_their_index_and_stay_unlike_each_other() -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,12 +23,15 @@ from lca_posthoc import open_run
 from lca_posthoc.findings import layers, microscope
 from lca_posthoc.report import MOST_BYTES, page, write_report
 from lca_posthoc.report import microscope as scope
+from lca_posthoc.report.content import Column, Table
 from lca_posthoc.report.panels import choose
 from lca_posthoc.report.sections import candidates
 from lca_posthoc.report.thin import kept, lines, numbers, over_segments, over_steps, picture, thinned
-from tests.browser import Browser, browser
+from tests.browser import CHROMIUM, SIZES, Browser, browser
 from tests.deep import NASTY, deep, hostile
+from tests.found import module
 from tests.small import lca, record, refused, run_lca, says, write_task
+from tests.synthetic import build
 
 GROUPS = (
     '"validation": Loss(F.cross_entropy, on="validation")}',
@@ -422,6 +426,60 @@ def test_the_page_prints_and_can_be_used_without_a_mouse(chromium: Browser, smal
         assert opened.faults == []
 
 
+DRAWN = """[...document.querySelectorAll('figure[data-figure]')].filter((each) => !each.hidden).map(({ dataset: { figure } }) =>
+    [figure, Boolean(lcaFigures.one(figure)), document.getElementById(`f-${figure}`).clientHeight])"""
+
+
+@pytest.mark.parametrize("size", ["phone", "desktop"])
+def test_every_figure_is_there_when_the_page_is_loaded(chromium: Browser, small_page: Path, size: str) -> None:
+    """Printing and photographs wait for no more than that, and nobody scrolls."""
+    width, height = SIZES[size]
+    context = chromium._chromium.new_context(viewport={"width": width, "height": height})
+    try:
+        opened = context.new_page()
+        opened.goto(small_page.resolve().as_uri(), wait_until="load")
+        drawn = opened.evaluate(DRAWN)
+        assert len(drawn) > 8
+        assert [name for name, there, high in drawn if not there or high < 150] == []
+        assert opened.evaluate("document.querySelectorAll('iframe').length") == 0
+        assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    finally:
+        context.close()
+
+
+def test_the_command_line_of_chromium_prints_every_figure(chromium: Browser, small_page: Path, tmp_path: Path) -> None:
+    """Without figures, which are vectors or pictures, a page of text is left: text alone has no images and a fifth of the bytes."""
+    assert CHROMIUM.exists()
+    printed = tmp_path / "page.pdf"
+    options = (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--no-pdf-header-footer",
+    )
+    done = subprocess.run(
+        [str(CHROMIUM), *options, f"--print-to-pdf={printed}", small_page.resolve().as_uri()],
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    figures = part(small_page.read_text(), "data")["figures"]
+    assert printed.read_bytes().count(b"/Subtype /Image") >= len(figures) - 3  # some have nothing to show
+
+
+def test_bars_of_runs_beside_each_other_have_one_scale_and_the_headline_its_run(small: Path, tmp_path: Path) -> None:
+    shutil.copytree(small, tmp_path / "other.lca")
+    path = write_report([open_run(small), open_run(tmp_path / "other.lca")], tmp_path / "it.html", losses=["train"])
+    text = path.read_text()
+    headline = text.split('<section id="headline"')[1].split("</section>")[0]
+    assert re.findall(r"<h3><bdi>(.*?)</bdi></h3>", headline) == ["small.lca · train", "other.lca · train"]
+    says(Tags(text).text, "bars on one scale", "share trainings: what differs between them is how these were measured")
+    table = Table("", [Column("", "name"), Column("a", "bar"), Column("b", "bar")], [["x", 1.0, -4.0]], shared=True)
+    assert table.extents == [4.0, 4.0, 4.0]
+
+
 def test_several_runs_are_compared_first(chromium: Browser, small: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.lca"
     checkpoints = record(tmp_path / "checkpoints")
@@ -455,3 +513,18 @@ def test_repeats_are_compared_over_their_labels_whatever_is_shown_in_full(
         assert len(set(runs["colour"])) == 2
         assert opened.text("#n-compare") == "first\nsecond"
         assert opened.faults == []
+
+
+def test_long_names_that_differ_in_their_middle_fit_a_phone_and_are_told_apart(
+    chromium: Browser, tmp_path: Path
+) -> None:
+    shapes = {f"{module(at)}.{part}": shape for at in range(12) for part, shape in (("weight", (6, 4)), ("bias", (6,)))}
+    build(tmp_path / "r.lca", shapes, 4, {"train": None})
+    path = write_report([open_run(tmp_path / "r.lca")], tmp_path / "it.html")
+    text = path.read_text()
+    assert len({tensor["short"] for tensor in part(text, "frames")["tensors"]}) == 12
+    assert len(set(part(text, "data")["views"]["peaks"]["0"]["|"]["@ticks"]["y"])) == 12
+    for size in SIZES:
+        with chromium.opened(path, size) as opened:
+            assert opened.js("document.documentElement.scrollWidth <= innerWidth"), size
+            assert opened.faults == []

@@ -36,24 +36,66 @@ _LABEL = (
     "--by", default="module", show_default=True, help="Layers: module, tensor, or how many parts of a module's name."
 )
 @click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the intervals.")
+@click.option(
+    "--paired/--unpaired",
+    default=None,
+    help="The k-th runs of all labels are a pair, as of one seed.  [default: runs that begin from the same checkpoint]",
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(),
+    metavar="PLACE",
+    help="Write the comparison to a file or directory instead, as lca export does.",
+)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(("netcdf", "csv", "parquet")),
+    help="What to write.  [default: as PLACE ends (.nc, .csv, .parquet), else netcdf]",
+)
 @json_option
-def command(runs: tuple[str, ...], loss: str | None, by: str, confidence: float, as_json: bool) -> None:
+def command(
+    runs: tuple[str, ...],
+    loss: str | None,
+    by: str,
+    confidence: float,
+    paired: bool | None,
+    out: str | None,
+    format_: str | None,
+    as_json: bool,
+) -> None:
     """Set runs beside each other: what each layer allocated, with intervals and p-values over repeats.
 
     Runs under one LABEL are repeats, such as seeds; RUN may then be a pattern. A run without a label is one by itself.
-    Differences are to the first label.
+    Differences are to the first label, tested in pairs where runs begin from the same checkpoint. Runs of one training are
+    no repeats of each other and count once.
 
     \b
     lca compare free.lca frozen.lca
     lca compare 'free=free-*.lca' 'frozen=frozen-*.lca' --loss train --by 1
+    lca compare free.lca frozen.lca -o comparison.nc
     """
+    from ..errors import InputError
     from ..findings import compare
 
+    if format_ is not None and out is None:
+        raise InputError("--format is for files: name where to write them with -o.")
+    if out is not None and as_json:
+        raise InputError("--json prints, -o writes: take one of them.")
+
     opened = open_labelled(labelled(runs), loss)
-    found = compare(opened, by=int(by) if by.isdecimal() else by, confidence=confidence)
+    found = compare(opened, by=int(by) if by.isdecimal() else by, confidence=confidence, paired=paired)
     if found.attrs["left_out"]:
         say(found.attrs["left_out"])
-    if as_json:
+    if out is not None:
+        from ..export import export_comparison
+
+        written = export_comparison(found, out, format=format_)
+        if found.attrs["notes"]:
+            say(found.attrs["notes"])
+        stdout().print(f"wrote {len(written)} file{'' if len(written) == 1 else 's'} to {out}", markup=False)
+    elif as_json:
         print_json(document(found))
     else:
         print_comparison(found)
@@ -115,8 +157,9 @@ def document(found: Any) -> dict[str, Any]:
             for at, layer in enumerate(found["layer"].values)
         }
         head = {name: float(of[name]) for name in _LABEL[1:]}
-        labels[label] = {"paths": of["path"].values[:runs].tolist(), "runs": runs, **head, "layers": layers}
-    about = {name: found.attrs[name] for name in ("loss", "by", "confidence", "left_out")}
+        kind = {"runs": runs, "trainings": int(of["trainings"]), "paired": bool(of["paired"])}
+        labels[label] = {"paths": of["path"].values[:runs].tolist(), **kind, **head, "layers": layers}
+    about = {name: found.attrs[name] for name in ("loss", "by", "confidence", "left_out", "notes")}
     return {"schema": 1, **about, "labels": labels}
 
 
@@ -127,6 +170,8 @@ def print_comparison(found: Any) -> None:
     repeats = bool((found["runs"] > 1).any())
     headline = table("", *labels)
     headline.add_row("runs", *(str(int(of["runs"])) for of in by_label))
+    if bool((found["trainings"] != found["runs"]).any()):
+        headline.add_row("different trainings", *(str(int(of["trainings"])) for of in by_label))
     headline.add_row("loss at the end", *(_interval(of, "loss_end", "{:.6f}") for of in by_label))
     headline.add_row("loss change", *(_number(of["loss_change"], "{:+.6f}") for of in by_label))
     headline.add_row("helping", *(share(float(of["helping"])) for of in by_label))
@@ -154,14 +199,29 @@ def print_comparison(found: Any) -> None:
         rows.add_row(Text(safe(layer)), *cells)
     console = stdout()
     console.print(headline)
+    for line in found.attrs["notes"].split("\n"):
+        if line:
+            console.print(safe(line), markup=False)
     console.print()
     console.print(rows)
     if repeats:
         console.print(
             f"\n[low, high]: {100 * found.attrs['confidence']:g} % t interval of the mean. p of a layer: t-test against 0; of its "
-            f"difference to {labels[0]}: Welch's; both corrected by Holm over layers and labels.",
+            f"difference to {labels[0]}: {_tests(found)}; both corrected by Holm over layers and labels.",
             markup=False,
         )
+
+
+def _tests(found: Any) -> str:
+    """Which test the differences to the first label were put to."""
+    paired = [safe(label) for label in found["label"].values[found["paired"].values]]
+    if not paired:
+        return "Welch's"
+    return (
+        "paired t-test"
+        if len(paired) == found.sizes["label"] - 1
+        else f"paired t-test for {', '.join(paired)}, else Welch's"
+    )
 
 
 def _interval(of: Any, name: str, form: str, ends: tuple[str, str] | None = None) -> Text:

@@ -16,14 +16,14 @@ from .show import say, stdout
 PICTURES, FILMS = (".png", ".svg", ".pdf"), (".mp4", ".gif")
 FINDINGS = {  # what each takes
     "candidates": ("by",),
-    "compare": ("by",),
+    "compare": ("by", "top"),
     "curve": ("groups",),
     "distribution": ("groups",),
-    "generalisation": ("by",),
+    "generalisation": ("by", "top"),
     "helping": ("groups",),
-    "layers": ("groups", "by", "apart", "show"),
+    "layers": ("groups", "by", "apart", "show", "top"),
     "microscope": ("groups", "tensors", "step", "fps"),
-    "oscillation": ("groups", "parameters", "checkpoints"),
+    "oscillation": ("groups", "parameters", "checkpoints", "top"),
     "peaks": ("by", "signal"),
     "units": ("groups", "layer"),
 }
@@ -45,7 +45,7 @@ _PANELS = ("curve", "generalisation", "layers", "units")  # several runs beside 
     "losses",
     multiple=True,
     metavar="NAME",
-    help="A loss of the run; of generalisation two.  [default: the first, or the first two without groups]",
+    help="A loss of the run; of generalisation two, over two splits.  [default: the first, or the first over either split]",
 )
 @click.option(
     "--group", "groups", multiple=True, metavar="LABEL", help="Of a loss with groups (curve, layers: repeatable)."
@@ -55,6 +55,12 @@ _PANELS = ("curve", "generalisation", "layers", "units")  # several runs beside 
 )
 @click.option("--apart", is_flag=True, help="Kernels, biases and normalisation as layers of their own.")
 @click.option("--show", type=click.Choice(("cumulative", "total", "mean")), help="What to draw of each layer.")
+@click.option(
+    "--top",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Of many layers or tensors the N largest stand out or are drawn; the others are grey or counted.  [default: 10 lines, 40 rows]",
+)
 @click.option("--layer", metavar="NAME", help="The units of this layer alone.")
 @click.option(
     "--parameter", "parameters", multiple=True, metavar="NAME[I, J]", help="A parameter to trace (repeatable)."
@@ -68,12 +74,29 @@ _PANELS = ("curve", "generalisation", "layers", "units")  # several runs beside 
 @click.option("--tensor", "tensors", multiple=True, metavar="NAME", help="Only this tensor's pixels (repeatable).")
 @click.option("--step", type=int, help="The moment of training to picture.  [default: the last]")
 @click.option("--fps", type=int, help="Frames of a film per second.  [default: 10]")
-def command(runs: tuple[str, ...], finding: str, out: Path | None, losses: tuple[str, ...], **given: Any) -> None:
+@click.option(
+    "--size",
+    metavar="WxH",
+    help="Of the figure, in inches, such as 7x4; letters keep theirs.  [default: as the finding needs]",
+)
+@click.option("--title", metavar="TEXT", help="A line above the figure.")
+@click.option("--font", metavar="NAME", help="The family of the letters, such as serif or 'Times New Roman'.")
+def command(
+    runs: tuple[str, ...],
+    finding: str,
+    out: Path | None,
+    losses: tuple[str, ...],
+    size: str | None,
+    title: str | None,
+    font: str | None,
+    **given: Any,
+) -> None:
     """Draw a finding of RUN into FILE: candidates, compare, curve, distribution, generalisation, helping, layers,
     microscope, oscillation, peaks or units.
 
     \b
     lca plot checkpoints.lca layers
+    lca plot checkpoints.lca layers --show cumulative --top 8 --size 7x4 --title "ResNet-18" --font serif
     lca plot checkpoints.lca generalisation --loss train --loss validation -o overfitting.pdf
     lca plot checkpoints.lca curve --loss per_class --group 3 --group 8
     lca plot checkpoints.lca microscope -o film.mp4
@@ -106,8 +129,43 @@ def command(runs: tuple[str, ...], finding: str, out: Path | None, losses: tuple
         raise InputError(f"{finding} is drawn of one run, got {count}. Several go with {', '.join(_PANELS)}, compare.")
     if "by" in options:
         options["by"] = int(options["by"]) if options["by"].isdecimal() else options["by"]
-    _draw(finding, named, losses, options, path)
+    with _look(finding, size, title, font) as look:
+        _draw(finding, named, losses, options, path, look)
     stdout().print(f"wrote {path}", markup=False)
+
+
+@contextmanager
+def _look(
+    finding: str, size: str | None, title: str | None, font: str | None
+) -> Iterator[tuple[tuple[float, float] | None, str | None]]:
+    """The size in inches and the title of the figure that is drawn meanwhile, in letters of the family that was asked for."""
+    import re
+
+    from ..errors import InputError
+
+    inches = None
+    if size is not None:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)[x×](\d+(?:\.\d+)?)", size)
+        inches = (float(found[1]), float(found[2])) if found else (0.0, 0.0)
+        if not all(1 <= each <= 100 for each in inches):
+            raise InputError(f"--size is WIDTHxHEIGHT in inches, each from 1 to 100, such as 7x4, got {size!r}.")
+    if finding == "microscope" and (size is not None or title is not None):
+        raise InputError("--size and --title do not go with microscope, whose layout follows from its pictures.")
+    import matplotlib as mpl
+
+    if font is None:
+        yield inches, title
+        return
+    from matplotlib.font_manager import FontProperties, findfont
+
+    try:
+        findfont(FontProperties(family=font), fallback_to_default=False)
+    except ValueError:
+        raise InputError(
+            f"--font {font!r} is not installed. Name another, such as serif, sans-serif or monospace."
+        ) from None
+    with mpl.rc_context({"font.family": font}):
+        yield inches, title
 
 
 def _path(path: Path, finding: str) -> Path:
@@ -124,30 +182,38 @@ def _path(path: Path, finding: str) -> Path:
 def _results(path: str, losses: tuple[str, ...], finding: str) -> list[Any]:
     """The losses of a run that a finding is about: two for generalisation, else one."""
     from ..errors import InputError
+    from ..findings.generalisation import no_two_splits, two_splits
     from ..store import open_run
 
     run = open_run(path)
     wanted = 2 if finding == "generalisation" else 1
-    plain = [name for name, results in run.items() if results.record.groups is None]
-    names = losses or tuple(plain if wanted == 2 else run)[:wanted]
+    pair = two_splits(run) if wanted == 2 and not losses else None
+    if wanted == 2 and not losses and pair is None:
+        raise InputError(f"generalisation of {path} cannot be drawn: {no_two_splits(run)}")
+    names = losses or pair or tuple(run)[:1]
     for name in names:
         if name not in run:
             raise InputError(f"{path} has no loss {name!r}; it has {', '.join(map(repr, run))}.")
     if len(names) != wanted:
-        how = "two losses without groups: --loss NAME --loss NAME" if wanted == 2 else "one loss: --loss NAME"
+        how = "two losses over two splits: --loss NAME --loss NAME" if wanted == 2 else "one loss: --loss NAME"
         raise InputError(f"{finding} takes {how}; {path} has {', '.join(map(repr, run))}.")
     return [run[name] for name in names]
 
 
 def _draw(
-    finding: str, named: dict[str, list[str]], losses: tuple[str, ...], options: dict[str, Any], path: Path
+    finding: str,
+    named: dict[str, list[str]],
+    losses: tuple[str, ...],
+    options: dict[str, Any],
+    path: Path,
+    look: tuple[tuple[float, float] | None, str | None],
 ) -> None:
     import matplotlib as mpl
 
     mpl.use("agg")  # no window, whatever the machine has
     from .. import plots
 
-    to_plot: dict[str, Any] = {name: options.pop(name) for name in ("show", "step", "fps") if name in options}
+    to_plot: dict[str, Any] = {name: options.pop(name) for name in ("show", "step", "fps", "top") if name in options}
     if "layer" in options:
         to_plot["layer"] = options["layer"]
     found = _found(finding, named, losses, options)
@@ -155,7 +221,7 @@ def _draw(
         if path.suffix.lower() in FILMS:
             plots.film(found[0][1], path, **to_plot)
         else:
-            _save(getattr(plots, finding), found, to_plot, path)
+            _save(getattr(plots, finding), found, to_plot, path, *look)
     for left_out in dict.fromkeys(each.attrs["left_out"] for _, each in found):  # a refusal says it itself
         if left_out:
             say(left_out)
@@ -212,16 +278,33 @@ def _writing(path: Path) -> Iterator[None]:
         raise ResourceError(f"{path} cannot be written: {error.strerror or error}.") from None
 
 
-def _save(plot: Callable[..., Any], found: list[tuple[str, Any]], options: dict[str, Any], path: Path) -> None:
+def _save(
+    plot: Callable[..., Any],
+    found: list[tuple[str, Any]],
+    options: dict[str, Any],
+    path: Path,
+    size: tuple[float, float] | None,
+    title: str | None,
+) -> None:
+    import inspect
+
     import matplotlib.pyplot as plt
+
+    from ..plots.style import escape
 
     if "step" in options:
         options["at"] = _frame(found[0][1], options.pop("step"))
     if len(found) == 1:
-        drawn = plot(found[0][1], **options)
+        place: dict[str, Any] = {}
+        if size is not None:
+            sheet = plt.figure(figsize=size, layout="constrained")
+            place = {"figure": sheet} if "figure" in inspect.signature(plot).parameters else {"ax": sheet.subplots()}
+        drawn = plot(found[0][1], **options, **place)
         figure = drawn if hasattr(drawn, "savefig") else drawn.figure
     else:
-        figure = _panels(plot, found, options)
+        figure = _panels(plot, found, options, size)
+    if title is not None:
+        figure.suptitle(escape(title), fontsize=10)
     plain: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
     figure.savefig(path, dpi=200, metadata=plain)
     plt.close(figure)
@@ -238,22 +321,41 @@ def _frame(found: Any, step: int) -> int:
     raise InputError(f"no segment is there at step {step}; there are steps {start[0]} to {end[-1]}.")
 
 
-def _panels(plot: Callable[..., Any], found: list[tuple[str, Any]], options: dict[str, Any]) -> Any:
-    """One run beside the other, each under its label; curves and sums of layers on one scale."""
+def _panels(
+    plot: Callable[..., Any], found: list[tuple[str, Any]], options: dict[str, Any], size: tuple[float, float] | None
+) -> Any:
+    """One run beside the other, each under its label, all on the same axes and scale of colours."""
     import matplotlib.pyplot as plt
 
-    from ..plots.style import escape
+    from ..plots.style import escape, share_colours
 
     columns = min(3, len(found))
     rows = math.ceil(len(found) / columns)
     names = max(each.sizes.get("layer", 0) for _, each in found)
-    tall = 2.9 if names <= 10 else 0.9 + 0.2 * min(names, 60)
+    tall = 2.9 if names <= 10 or options.get("show") == "cumulative" else 0.9 + 0.2 * min(names, 60)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(4.3 * columns, tall * rows), layout="constrained", squeeze=False
+        rows, columns, figsize=size or (4.3 * columns, tall * rows), layout="constrained", squeeze=False
     )
-    for ax, (label, each) in zip(axes.flat, found, strict=False):
-        plot(each, ax=ax, **options)
-        ax.set_title(f"{escape(label)}: {ax.get_title(loc='left')}".removesuffix(": "), loc="left", fontsize=8)
+    used = list(axes.flat[: len(found)])
     for ax in axes.flat[len(found) :]:
         ax.remove()
+    corners = _extent(plot, found, options)
+    for ax, (label, each) in zip(used, found, strict=True):
+        ax.update_datalim(corners)
+        plot(each, ax=ax, **options)
+        ax.set_title(f"{escape(label)}: {ax.get_title(loc='left')}".removesuffix(": "), loc="left", fontsize=8)
+    share_colours(used)
     return figure
+
+
+def _extent(plot: Callable[..., Any], found: list[tuple[str, Any]], options: dict[str, Any]) -> Any:
+    """The corners of the box that holds what is drawn of every run, in the coordinates of the axes."""
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
+
+    boxes = []
+    for _, each in found:
+        ax = Figure(layout="constrained").subplots()
+        plot(each, ax=ax, **options)
+        boxes.append(ax.dataLim.frozen())
+    return Bbox.union(boxes).get_points()

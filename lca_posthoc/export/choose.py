@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import findings
 from ..errors import InputError
+from ..findings.generalisation import no_two_splits, two_splits
 from ..store import LossResults, Run
 
 NEEDS = {"units": ("units", "parameters"), "microscope": ("parameters",)}
@@ -48,7 +49,7 @@ def choose(run: Run, losses: Sequence[str], wanted: Sequence[str], say: Say) -> 
         for name in dict.fromkeys(wanted or (name for name in known() if name not in _LARGE)):
             if name == PAIRED and pair is not None and loss != pair[0].name:
                 continue
-            obstacle = _obstacle(results, name, pair)
+            obstacle = _obstacle(results, name, pair, {each: run[each] for each in names})
             if obstacle is None:
                 calls += 1
                 yield loss, name, _call(name, pair if name == PAIRED and pair is not None else (results,))
@@ -65,12 +66,14 @@ def _call(name: str, given: tuple[LossResults, ...]) -> Callable[[], Any]:
 
 
 def _pair(run: Run, names: Sequence[str]) -> tuple[LossResults, LossResults] | None:
-    """The first loss without groups over a split, and the first one over another split."""
-    over = [run[name] for name in names if run[name].record.on is not None and run[name].record.groups is None]
-    return next(((over[0], each) for each in over if each.record.on != over[0].record.on), None)
+    """The two losses over two splits that are compared."""
+    pair = two_splits({name: run[name] for name in names})
+    return None if pair is None else (run[pair[0]], run[pair[1]])
 
 
-def _obstacle(results: LossResults, name: str, pair: tuple[LossResults, LossResults] | None) -> str | None:
+def _obstacle(
+    results: LossResults, name: str, pair: tuple[LossResults, LossResults] | None, losses: dict[str, LossResults]
+) -> str | None:
     """Why a finding cannot be had; None where it can."""
     keep = results.manifest.keep
     if not results.progress()["segments_done"]:
@@ -78,7 +81,7 @@ def _obstacle(results: LossResults, name: str, pair: tuple[LossResults, LossResu
     if keep not in NEEDS.get(name, (keep,)):
         return f"the run keeps {keep} (--keep {keep}). Run again into another directory with --keep {NEEDS[name][0]}."
     if name == PAIRED and pair is None:
-        return "it needs two losses without groups over different splits, such as train and validation."
+        return no_two_splits(losses)
     if name == PAIRED and pair is not None and not pair[0].steps["step"].equals(pair[1].steps["step"]):
         return "its two losses do not have the same segments yet. Run `lca run` again to finish both."
     return None

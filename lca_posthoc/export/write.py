@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import xarray as xr
@@ -49,7 +49,51 @@ def export(
         ResourceError: where a package for the format is not installed.
         LCAError: where stored numbers are damaged.
     """
-    place = Path(target)
+
+    def write(building: Path, chosen: str) -> None:
+        if chosen == "tensorboard":
+            from .events import write_events
+
+            write_events(run, building, list(losses), list(findings), say)
+        else:
+            _write_findings(run, building, chosen, losses, findings, say)
+
+    hint = "a file takes one --loss and one --finding that is a single table, such as curve."
+    return _place(Path(target), format, write, hint)
+
+
+def export_comparison(found: xr.Dataset, target: str | Path, *, format: str | None = None) -> list[Path]:
+    """Write what `findings.compare` says of several runs for other programs.
+
+    Args:
+        found: of `findings.compare`.
+        target: a directory, made with compare.nc or the tables in it; or a file that ends in .nc.
+        format: "netcdf", "csv" or "parquet"; that of the file's ending, else netcdf, where None.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        InputError: for another finding, or a target that is there already.
+        ResourceError: where a package for the format is not installed.
+    """
+    if found.attrs.get("finding") != "compare":
+        raise InputError(
+            f"this is a result of {found.attrs.get('finding')!r}; `export` writes the findings of one run."
+        )
+
+    def write(building: Path, chosen: str) -> None:
+        if chosen == "tensorboard":
+            raise InputError("a comparison is written as netcdf, csv or parquet; TensorBoard shows one run.")
+        about: dict[str, object] = {}
+        _write_finding(found, "compare", building, chosen, about, "")
+        _write_about(about, building)
+
+    return _place(Path(target), format, write, "a comparison is one file as .nc alone.")
+
+
+def _place(place: Path, format: str | None, write: Callable[[Path, str], None], hint: str) -> list[Path]:
+    """What `write` puts into an empty directory in the format it is told, in its place when it is whole."""
     is_file = place.suffix in SUFFIXES and not place.is_dir()
     chosen = format or SUFFIXES.get(place.suffix if is_file else "", "netcdf")
     _check(place, chosen, is_file)
@@ -58,12 +102,7 @@ def export(
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
-        if chosen == "tensorboard":
-            from .events import write_events
-
-            write_events(run, building, list(losses), list(findings), say)
-        else:
-            _write_findings(run, building, chosen, losses, findings, say)
+        write(building, chosen)
         files = sorted(path.relative_to(building) for path in building.rglob("*") if path.is_file())
         if not is_file:
             building.rename(place)
@@ -72,7 +111,7 @@ def export(
         if len(made) != 1:
             raise InputError(
                 f"{place} is one file, and there are {len(made)} to write ({', '.join(path.name for path in made[:4])}, …). "
-                "Name a directory with -o; a file takes one --loss and one --finding that is a single table, such as curve."
+                f"Name a directory with -o; {hint}"
             )
         (building / made[0]).rename(place)
         return [place]
@@ -111,17 +150,28 @@ def _write_findings(
             say(f"{finding} of loss {loss!r}: {data.attrs['left_out']}")
         place = building / run.manifest.losses[loss].key
         place.mkdir(exist_ok=True)
-        if chosen == "netcdf":
-            write_netcdf(data, place / f"{finding}.nc")
-            continue
-        found = list(tables(data))
-        names = file_names(finding, [dims for dims, _ in found], f".{chosen}")
-        for name, (dims, table) in zip(names, found, strict=True):
-            said = {**described(data, [*map(str, table.columns)]), "axes": list(dims)}
-            about[f"{place.name}/{name}"] = said
-            if chosen == "csv":
-                write_csv(table, place / name)
-            else:
-                write_parquet(table, place / name, said)
+        _write_finding(data, finding, place, chosen, about, f"{place.name}/")
+    _write_about(about, building)
+
+
+def _write_finding(
+    data: xr.Dataset, finding: str, place: Path, chosen: str, about: dict[str, object], prefix: str
+) -> None:
+    """One finding into the directory `place`; what its tables say of themselves goes into `about`."""
+    if chosen == "netcdf":
+        write_netcdf(data, place / f"{finding}.nc")
+        return
+    found = list(tables(data))
+    names = file_names(finding, [dims for dims, _ in found], f".{chosen}")
+    for name, (dims, table) in zip(names, found, strict=True):
+        said = {**described(data, [*map(str, table.columns)]), "axes": list(dims)}
+        about[f"{prefix}{name}"] = said
+        if chosen == "csv":
+            write_csv(table, place / name)
+        else:
+            write_parquet(table, place / name, said)
+
+
+def _write_about(about: dict[str, object], building: Path) -> None:
     if about:
         (building / ABOUT).write_text(json.dumps({"schema": 1, "files": about}, indent=1))

@@ -1,4 +1,4 @@
-"""Runs beside each other: layer sums, their spread over repeats, and whether labels differ."""
+"""Runs beside each other: layer sums, their spread over repeats, whether labels differ, and what else differs between the runs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import xarray as xr
 
 from ..errors import InputError
 from ..store import LossResults
+from .design import design_of, differences
 from .parts import about, described, label_of, unfinished
 from .summary import summary
 
@@ -26,14 +27,21 @@ def compare(
     *,
     by: str | int = "module",
     confidence: float = 0.95,
+    paired: bool | None = None,
 ) -> xr.Dataset:
     """What each layer allocated in runs of several kinds, with intervals and p-values over repeats.
 
     The runs under one label are taken as independent repeats, such as seeds. Of their layer sums: Student's t interval and the
-    one-sample t-test against 0; against the runs of the first label, Welch's t-test. All p are two-sided. `p_holm` corrects for
+    one-sample t-test against 0; against the runs of the first label, Welch's t-test, or the paired t-test where runs come in
+    pairs: each run of either label begins from the same checkpoint as one of the other. All p are two-sided. `p_holm` corrects for
     all layers of all labels together, `p_difference_holm` for all layers of all labels but the first (Holm 1979): where there is
     nothing to find, any p of such a family falls below α with a chance of at most α. What takes more repeats than there are (two
     for an interval or a p, on both sides of a difference) is NaN, as is a p of numbers without any spread.
+
+    Runs of one training are no repeats of each other: those that share a checkpoint which training has moved to, as after a
+    copy, under another rule or `--norm-stats`, or over other steps. Under one label such a training counts once, by the first of its
+    runs. Labels that share trainings are compared in pairs or not tested. `attrs["notes"]` says so, and names settings, splits,
+    examples and steps in which the runs differ, a line each.
 
     Sums are over the segments that are there. Runs may differ in their numbers of steps and in their layers.
 
@@ -42,35 +50,52 @@ def compare(
         by: layers by "module", by "tensor", or by so many parts of the module's name. Buffers that moved are
             layers of their own, as in `layers`.
         confidence: of the intervals, between 0 and 1.
+        paired: True takes the k-th run of every label as a pair with the k-th of the first, for runs that share a seed and no
+            checkpoint; False never pairs; None pairs by the first checkpoint.
 
     Returns:
         `total` (label, layer, run) in units of loss, NaN where a label has fewer runs or a run lacks the layer; `mean`, `low`,
         `high`, `p`, `p_holm` (label, layer); `difference`, `p_difference`, `p_difference_holm` (label, layer) to the first label;
         `helping` (share of parameters × segments) and `loss_end` (label), means over runs, each with `_low` and `_high`;
-        `loss_change` (label), a mean; `p_loss_end` (label), Welch's test of the last loss against the first label, not corrected;
-        `runs` (label), how many; coord `path` (label, run).
+        `loss_change` (label), a mean; `p_loss_end` (label), the test of the last loss against the first label, not corrected;
+        `runs` (label), how many; `trainings` (label), how many of them are different trainings; `paired` (label), whether the tests
+        against the first label are of pairs; coord `path` (label, run).
 
     Raises:
-        InputError: for no runs, a run given twice under one label, a loss with groups, or an impossible confidence.
+        InputError: for no runs, a run given twice under one label, a loss with groups, an impossible confidence, or `paired` where
+            labels have different numbers of runs.
         LCAError: where a run has no finished segment yet, or stored numbers are damaged.
     """
     if isinstance(confidence, bool) or not 0 < confidence < 1:
         raise InputError(f"confidence is a number between 0 and 1, got {confidence!r}.")
     given = _listed(runs)
     found = [[summary(results) for results in several] for several in given.values()]
+    design = design_of(given, paired)
     layers = list(dict.fromkeys(_label(each, by) for some in found for one in some for each in one["tensors"]))
     sums = [[_layer_sums(one, layers, by) for one in some] for some in found]
     head = {
-        name: repeats(padded([[one[name] for one in some] for some in found]), confidence)
+        name: repeats(design.counted(padded([[one[name] for one in some] for some in found])), confidence, design.pairs)
         for name in ("helping", "loss_end", "loss_change")
     }
     paths = np.full((len(given), max(map(len, found))), "", dtype=object)
     for at, several in enumerate(given.values()):
         paths[at, : len(several)] = [str(results.path) for results in several]
-    made = _of_layers(padded(sums), confidence) | _of_labels(head, confidence)
+    total = padded(sums)
+    made = _of_layers(total, repeats(design.counted(total), confidence, design.pairs), confidence)
+    made |= _of_labels(head, confidence)
     made["runs"] = (("label",), np.array([len(some) for some in found]), "runs", "runs under the label")
+    trainings = design.once.sum(axis=1)
+    made["trainings"] = (
+        ("label",),
+        trainings,
+        "trainings",
+        "different trainings under the label, which count once each",
+    )
+    is_paired = np.array([isinstance(order, list) for order in design.pairs])
+    made["paired"] = (("label",), is_paired, "", "tests against the first label are of pairs of runs")
     left = [word for one in (one for several in given.values() for one in several) for word in _left_out(one)]
     left += _unlike([(label, one) for label, some in zip(given, found, strict=True) for one in some], by)
+    notes = "\n".join([*design.notes, *differences(given)])
     return xr.Dataset(
         {name: described((dims, values), units, text) for name, (dims, values, units, text) in made.items()},
         coords={
@@ -78,7 +103,7 @@ def compare(
             "layer": np.array(layers, dtype=object),
             "path": (("label", "run"), paths),
         },
-        attrs=_about(given, left) | {"by": str(by), "confidence": float(confidence)},
+        attrs=_about(given, left) | {"by": str(by), "confidence": float(confidence), "notes": notes},
     )
 
 
@@ -155,10 +180,11 @@ def _about(given: dict[str, list[LossResults]], left: list[str]) -> dict[str, An
     return every[0] | joined | ({"norm_stats": ", ".join(modes)} if modes else {})
 
 
-def _of_layers(total: Numbers, confidence: float) -> dict[str, tuple[tuple[str, ...], Any, str, str]]:
+def _of_layers(total: Numbers, over: Repeats, confidence: float) -> dict[str, tuple[tuple[str, ...], Any, str, str]]:
     """Dims, values, units and meaning of what there is per label and layer; `total` is (label, layer, run)."""
-    both, over = ("label", "layer"), repeats(total, confidence)
-    certain, first = f"of the {100 * confidence:g} % t interval of the mean", "Welch's test against the first label"
+    both = ("label", "layer")
+    certain = f"of the {100 * confidence:g} % t interval of the mean"
+    first = "paired t-test or Welch's test (`paired`) against the first label"
     return {
         "total": ((*both, "run"), total, "loss", "allocated by the layer"),
         "mean": (both, over.mean, "loss", "allocated by the layer, mean over runs"),
@@ -181,7 +207,7 @@ def _of_labels(head: dict[str, Repeats], confidence: float) -> dict[str, tuple[t
             label,
             head["loss_end"].p_difference,
             "probability",
-            "last loss, Welch's test against the first label",
+            "last loss, paired t-test or Welch's test (`paired`) against the first label",
         ),
     }
     for name, units, text in (
@@ -215,15 +241,18 @@ def padded(rows: Sequence[Sequence[Any]]) -> Numbers:
     return made
 
 
-def repeats(values: Numbers, confidence: float) -> Repeats:
+def repeats(values: Numbers, confidence: float, pairs: Sequence[list[int] | str | None] | None = None) -> Repeats:
     """Student's interval and tests over the last axis.
 
     With n numbers, mean m and standard error e = s / √n: m ± t(n − 1) · e; t = m / e with n − 1 degrees of freedom; against
-    the first label (m₁, e₁, n₁), t = (m − m₁) / √(e² + e₁²) with (e² + e₁²)² / (e⁴ / (n − 1) + e₁⁴ / (n₁ − 1)) degrees (Welch 1947).
+    the first label (m₁, e₁, n₁), t = (m − m₁) / √(e² + e₁²) with (e² + e₁²)² / (e⁴ / (n − 1) + e₁⁴ / (n₁ − 1)) degrees (Welch
+    1947). Of pairs, the test against 0 of their n differences, with n − 1 degrees.
 
     Args:
         values: (label, …, run), NaN where there is no run.
         confidence: of the interval.
+        pairs: for each label the runs of the first label its runs are paired with, "apart" for Welch's test, None for no test;
+            all apart where None.
 
     Returns:
         (label, …) each; NaN where n < 2 or nothing varies.
@@ -240,9 +269,26 @@ def repeats(values: Numbers, confidence: float) -> Repeats:
         square = error**2 + error[:1] ** 2
         degrees = square**2 / (error**4 / (n - 1) + error[:1] ** 4 / (n[:1] - 1))
         p_difference = 2 * scipy.stats.t.sf(abs(mean - mean[:1]) / np.sqrt(square), degrees)
+    for label, order in enumerate(pairs or []):
+        if isinstance(order, list):
+            p_difference[label], square[label] = _of_pairs(values[label, ..., : len(order)] - values[0][..., order])
+        elif order is None:
+            p_difference[label] = np.nan
     p_difference[0] = np.nan  # a label does not differ from itself
     p = np.where(error > 0, p, np.nan)
     return Repeats(mean, mean - half, mean + half, p, np.where(square > 0, p_difference, np.nan))
+
+
+def _of_pairs(differences: Numbers) -> tuple[Numbers, Numbers]:
+    """p of the mean of differences over the last axis, and its squared error; NaN are no pairs."""
+    there = ~np.isnan(differences)
+    with np.errstate(all="ignore"):
+        n = there.sum(axis=-1).astype(float)
+        mean = np.where(there, differences, 0.0).sum(axis=-1) / n
+        spread = np.where(there, differences - mean[..., None], 0.0)
+        error = np.sqrt((spread**2).sum(axis=-1) / (n - 1) / n)
+        error = np.where(error <= _ROUNDING * abs(mean), 0.0, error)
+        return 2 * scipy.stats.t.sf(abs(mean) / error, n - 1), error**2
 
 
 def holm(p: Numbers) -> Numbers:

@@ -1,8 +1,10 @@
-"""Training against validation: who lowered the one and raised the other."""
+"""Two losses over two splits, such as training and validation: who lowered the one and raised the other."""
 
 from __future__ import annotations
 
 import heapq
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,22 +15,18 @@ from ..store import LossResults
 from .layers import layers
 from .parts import about, described, each_total, largest, parameter_name, place_of, unfinished
 
-QUADRANTS = (
-    "both helped",
-    "helped train, hurt validation",
-    "hurt train, helped validation",
-    "both hurt",
-    "zero on either",
-)
+_SPLIT_WORDS = re.compile(r"train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval(uation)?|held.?out", re.IGNORECASE)
 
 
-def generalisation(
-    train: LossResults, validation: LossResults, *, by: str | int = "module", most: int = 10
-) -> xr.Dataset:
-    """Allocations of one path to two losses side by side, by layer and by parameter.
+def generalisation(first: LossResults, second: LossResults, *, by: str | int = "module", most: int = 10) -> xr.Dataset:
+    """Allocations of one path to two losses over two splits side by side, by layer and by parameter.
+
+    Everything is called by the names of the two losses, here `train` and `validation`. A loss whose name is already that of
+    something else in the result, such as "layer", is called "loss layer" there; `attrs["first"]` and `attrs["second"]` say how
+    the two are called.
 
     Args:
-        train, validation: two losses of one run, at any level of `--keep`; parameters need every segment.
+        first, second: two losses of one run over two splits, at any level of `--keep`; parameters need every segment.
         by: as of `layers`.
         most: how many of the parameters that helped the first and hurt the second most: by the smaller of the two effects.
 
@@ -39,59 +37,176 @@ def generalisation(
 
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
-        InputError: where the two are not of one run, have groups, or do not have the same segments.
+        InputError: where the two are not of one run, have groups, are over one split or none, or do not have the same segments.
     """
-    if train.path != validation.path:
-        raise InputError(f"{train.path} and {validation.path} are two runs; take two losses of one, for one path.")
-    for each in (train, validation):
-        if each.record.groups is not None:
+    if first.path != second.path:
+        raise InputError(f"{first.path} and {second.path} are two runs; take two losses of one, for one path.")
+    for results in (first, second):
+        if results.record.groups is not None:
             raise InputError(
-                f"loss {each.name!r} has groups; take losses of whole splits, or compare groups in `layers`."
+                f"loss {results.name!r} has groups; take losses of whole splits, or compare groups in `layers`."
             )
-    first, second = layers(train, by=by), layers(validation, by=by)
-    left_out = list(dict.fromkeys(unfinished(train) + unfinished(validation)))
-    same = train.behind == validation.behind
-    if not same:
-        first, second = _common(first, second)
-        last = int(first["step_end"].values[-1]) if first.sizes["step"] else 0
+        if results.record.on is None:
+            raise InputError(
+                f"loss {results.name!r} is a term of the parameters, over no split; generalisation takes two losses over two splits."
+            )
+    if first.record.on == second.record.on:
+        raise InputError(
+            f"losses {first.name!r} and {second.name!r} are both over split {first.record.on!r}, and generalisation compares two splits. "
+            f"Add a Loss(…, on=another split) to the task and `lca run` it, or draw `layers` of each loss."
+        )
+    both = [layers(results, by=by) for results in (first, second)]
+    left_out = list(dict.fromkeys([*unfinished(first), *unfinished(second), *_parts(first, second)]))
+    is_even = first.behind == second.behind
+    if not is_even:
+        both = _common(*both)
+        last = int(both[0]["step_end"].values[-1]) if both[0].sizes["step"] else 0
         left_out.append(f"One loss goes on after the other ends: both are shown up to step {last:,}.")
-    if not np.array_equal(first["step"].values, second["step"].values) or not first.sizes["step"]:
+    if not np.array_equal(both[0]["step"].values, both[1]["step"].values) or not both[0].sizes["step"]:
         raise InputError("the two losses do not have the same segments yet. Run `lca run` again to finish both.")
-    made = {}
-    for name, found in (("train", first), ("validation", second)):
-        made[name] = described(found["allocated"].sum("step"), "loss", f"Σ allocation over training, {name}")
-        made[f"cumulative_{name}"] = described(found["cumulative"], "loss", f"Σ allocation so far, {name}")
-    coords: dict[Any, Any] = dict(first.coords)
-    if train.complete and validation.complete and same:
-        parameters, places = _quadrants(train, validation, most)
-        made |= parameters
+    called = _called(first.name, second.name)
+    variables: dict[str, Any] = {}
+    for name, of_loss in zip(called, both, strict=True):
+        variables[name] = described(of_loss["allocated"].sum("step"), "loss", f"Σ allocation over training, {name}")
+        variables[f"cumulative_{name}"] = described(of_loss["cumulative"], "loss", f"Σ allocation so far, {name}")
+    coords: dict[Any, Any] = dict(both[0].coords)
+    if first.complete and second.complete and is_even:
+        parameters, places = _quadrants(first, second, called, most)
+        variables |= parameters
         coords |= places
     else:
         left_out.append("What single parameters did needs every segment of both.")
-    attrs = {**about(train, "generalisation", left_out), "loss": f"{train.name}, {validation.name}"}
-    return xr.Dataset(made, coords=coords, attrs={**attrs, "split": f"{train.record.on}, {validation.record.on}"})
+    attrs = {**about(first, "generalisation", left_out), "loss": f"{first.name}, {second.name}"}
+    attrs |= {"split": f"{first.record.on}, {second.record.on}", "first": called[0], "second": called[1]}
+    return xr.Dataset(variables, coords=coords, attrs=attrs)
 
 
-def _common(first: xr.Dataset, second: xr.Dataset) -> tuple[xr.Dataset, xr.Dataset]:
+def _common(one: xr.Dataset, other: xr.Dataset) -> list[xr.Dataset]:
     """Return both over the segments up to the last checkpoint that both cover."""
-    last = min(each["step_end"].values[-1] for each in (first, second))
-    one, other = (each.isel(step=each["step_end"].values <= last) for each in (first, second))
-    return one, other
+    last = min(layers_of_loss["step_end"].values[-1] for layers_of_loss in (one, other))
+    return [layers_of_loss.isel(step=layers_of_loss["step_end"].values <= last) for layers_of_loss in (one, other)]
 
 
-def _quadrants(train: LossResults, validation: LossResults, most: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    tensors = [tensor.spec.name for tensor in train.manifest.allocated if tensor.spec.kind == "parameter"]
-    count = np.zeros((len(QUADRANTS), len(tensors)), "int64")
-    sums = np.zeros((2, len(QUADRANTS), len(tensors)))
+def two_splits(losses: Mapping[str, LossResults]) -> tuple[str, str] | None:
+    """The two losses to compare where nobody says which: without groups, over two splits.
+
+    The first is over the split whose name begins with "train", if there is one; of the others, those come first whose name
+    differs from its own by the split alone (`dice_train`, `dice_val`), then those over a split for validation, then those
+    written in the same way, then those named earlier.
+
+    Returns:
+        Their names; None where no two losses without groups are over two splits.
+    """
+    able = {
+        name: results.record
+        for name, results in losses.items()
+        if results.record.groups is None and results.record.on is not None
+    }
+    pairs = [(one, two) for one in able for two in able if able[one].on != able[two].on]
+    if not pairs:
+        return None
+    order = list(able)
+
+    def rank(pair: tuple[str, str]) -> tuple[Any, ...]:
+        one, two = (able[name] for name in pair)
+        trained, other = str(one.on), str(two.on)
+        return (
+            not trained.lower().startswith("train"),
+            other.lower().startswith("train"),
+            _stem(pair[0], trained) != _stem(pair[1], other),
+            not other.lower().startswith("val"),
+            one.kind != two.kind,
+            order.index(pair[0]),
+            order.index(pair[1]),
+        )
+
+    return min(pairs, key=rank)
+
+
+def no_two_splits(losses: Mapping[str, LossResults]) -> str:
+    """Why `two_splits` finds no two losses, and the way out."""
+    over: dict[str, list[str]] = {}
+    for name, results in losses.items():
+        if results.record.groups is None and results.record.on is not None:
+            over.setdefault(results.record.on, []).append(repr(name))
+    there = "; ".join(
+        f"over {split!r} {'is' if len(names) == 1 else 'are'} {', '.join(names)}" for split, names in over.items()
+    )
+    return (
+        f"it takes two losses without groups over two splits, and {there or 'there is none'}. "
+        "Add a Loss(…, on=another split) to the task and `lca run` it."
+    )
+
+
+def _stem(name: str, split: str) -> str:
+    """What the name of a loss says besides its split.
+
+    >>> [_stem(name, "validation") for name in ("dice_val", "dice", "validation")]
+    ['dice', 'dice', '']
+    """
+    return re.sub(r"[\W_]+", "", _SPLIT_WORDS.sub("", name.replace(split, "")))
+
+
+def _called(first: str, second: str) -> tuple[str, str]:
+    """How the variables of the two losses are called: as the losses, unless that is the name of something else."""
+    others = {
+        "step",
+        "step_end",
+        "layer",
+        "elements",
+        "role",
+        "quadrant",
+        "tensor",
+        "parameters",
+        "worst",
+        "worst_name",
+    }
+
+    def variables(name: str) -> set[str]:
+        return {name, *(f"{prefix}_{name}" for prefix in ("cumulative", "allocated", "worst"))}
+
+    while variables(first) & (others | variables(second)):
+        first = f"loss {first}"
+    while variables(second) & (others | variables(first)):
+        second = f"loss {second}"
+    return first, second
+
+
+def _parts(first: LossResults, second: LossResults) -> list[str]:
+    """A word about splits that were measured on a part of their examples."""
+    return [
+        f"{results.name} is measured on {results.record.examples:,} of {results.record.total:,} examples."
+        for results in (first, second)
+        if results.record.examples < results.record.total
+    ]
+
+
+def quadrants(first: str, second: str) -> list[str]:
+    """What a parameter can have done to two losses.
+
+    >>> quadrants("train", "validation")[1]
+    'helped train, hurt validation'
+    """
+    mixed = [f"helped {first}, hurt {second}", f"hurt {first}, helped {second}"]
+    return ["both helped", *mixed, "both hurt", "zero on either"]
+
+
+def _quadrants(
+    first: LossResults, second: LossResults, called: tuple[str, str], most: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    names = quadrants(first.name, second.name)
+    tensors = [tensor.spec.name for tensor in first.manifest.allocated if tensor.spec.kind == "parameter"]
+    count = np.zeros((len(names), len(tensors)), "int64")
+    sums = np.zeros((2, len(names), len(tensors)))
     worst: list[tuple[float, str, float, float]] = []
     wanted = ("allocated",)
-    both = zip(each_total(train, wanted), each_total(validation, wanted), strict=True)
+    both = zip(each_total(first, wanted), each_total(second, wanted), strict=True)
     for (spec, part, (one,)), (_, _, (two,)) in both:
         at = tensors.index(spec.name)
         which = np.select([(one == 0) | (two == 0), (one < 0) & (two < 0), one < 0, two < 0], [4, 0, 1, 2], 3)
-        count[:, at] += np.bincount(which.ravel(), minlength=len(QUADRANTS))
+        count[:, at] += np.bincount(which.ravel(), minlength=len(names))
         for row, values in enumerate((one, two)):
-            sums[row, :, at] += np.bincount(which.ravel(), values.ravel(), len(QUADRANTS))
+            sums[row, :, at] += np.bincount(which.ravel(), values.ravel(), len(names))
         harm = np.where(which == 1, np.minimum(-one, two), 0.0).ravel()
         for each in largest(harm, most):
             if harm[each] > 0:
@@ -99,18 +214,16 @@ def _quadrants(train: LossResults, validation: LossResults, most: int) -> tuple[
                 worst.append((float(harm[each]), name, float(one.ravel()[each]), float(two.ravel()[each])))
         worst = heapq.nlargest(most, worst)
     dims = ("quadrant", "tensor")
-    made = {
-        "parameters": described((dims, count), "parameters", "parameters by what they did to both losses"),
-        "allocated_train": described((dims, sums[0]), "loss", "Σ allocation of these parameters, train"),
-        "allocated_validation": described((dims, sums[1]), "loss", "Σ allocation of these parameters, validation"),
-        "worst_train": described((("worst",), np.array([each[2] for each in worst])), "loss", "Σ allocation, train"),
-        "worst_validation": described(
-            (("worst",), np.array([each[3] for each in worst])), "loss", "Σ allocation, validation"
-        ),
-    }
+    variables = {"parameters": described((dims, count), "parameters", "parameters by what they did to both losses")}
+    for row, name in enumerate(called):
+        hurt = np.array([each[2 + row] for each in worst])
+        variables[f"allocated_{name}"] = described(
+            (dims, sums[row]), "loss", f"Σ allocation of these parameters, {name}"
+        )
+        variables[f"worst_{name}"] = described((("worst",), hurt), "loss", f"Σ allocation, {name}")
     coords = {
-        "quadrant": list(QUADRANTS),
+        "quadrant": np.array(names, dtype=object),
         "tensor": np.array(tensors, dtype=object),
         "worst_name": ("worst", np.array([each[1] for each in worst], dtype=object)),
     }
-    return made, coords
+    return variables, coords

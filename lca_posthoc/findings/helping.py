@@ -12,6 +12,7 @@ from ..store import LossResults
 from .parts import Numbers, about, described, each_total, parameter_name, place_of, tables, unfinished
 
 _BINS = 100
+_FEWEST = 5  # joined bins, however short the run
 
 
 def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
@@ -112,6 +113,19 @@ def _over_time(results: LossResults, most: int) -> tuple[dict[str, Any], dict[st
         made |= table
         coords |= names
     return made, coords
+
+
+def joined_shares(found: xr.Dataset) -> tuple[Numbers, Numbers, Numbers]:
+    """Return edges, parameters and expectation of `helping` in bins of about four possible shares each.
+
+    Narrower ones hold now one share, now two, and look like a comb.
+    """
+    bins = found.sizes["share"]
+    most = max(_FEWEST, found.sizes["step"] // 4)
+    join = next(each for each in range(1, bins + 1) if bins % each == 0 and (bins // each <= most or each == bins))
+    edges = np.append(found["share_low"].values[::join], found["share_high"].values[-1:])
+    parameters, expected = (found[name].values.reshape(-1, join).sum(axis=1) for name in ("parameters", "expected"))
+    return edges, parameters, expected
 
 
 def _bin(helping: Numbers, effects: Any) -> Numbers:

@@ -17,6 +17,7 @@ from .parts import about, described, grouping, tables, unfinished
 SIGNALS = {"allocation": "allocated", "motion": "motion", "gradient": "gradient"}
 _AT_ONCE = 2**18  # candidates that are held at a time
 
+_NAMED = 6  # layers in a sentence
 Numbers = np.ndarray[Any, Any]
 
 
@@ -156,7 +157,9 @@ def _values(results: LossResults, signal: str, by: str | int) -> tuple[Numbers, 
 def _counted(peak: Numbers, layers: list[str]) -> tuple[Numbers, list[str]]:
     """Which layers the question is about, (layer,) bool, and a word about the others."""
     counted = np.asarray(peak.any(axis=(0, 1)))
-    left = [] if counted.all() else [f"Without a peak: {', '.join(np.array(layers)[~counted])}."]
+    without = [] if counted.all() else np.array(layers)[~counted].tolist()
+    more = f" and {len(without) - _NAMED:,} more" if len(without) > _NAMED else ""
+    left = [f"Without a peak: {', '.join(without[:_NAMED])}{more}."] if without else []
     if counted.sum() < 2:
         return np.ones_like(counted), [*left, "Fewer than two layers have peaks, so none can be aligned."]
     return counted, left

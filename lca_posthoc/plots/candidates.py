@@ -16,6 +16,7 @@ from .style import (
     heading,
     key,
     note,
+    parameter_labels,
     powers,
     refuse_groups,
     rows_of_names,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST = 15  # layers, and tensors
+_LETTERS = 18  # of a name: two panels share the width
 
 
 def candidates(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
@@ -101,8 +103,8 @@ def _bars(ax: Axes, names: Sequence[str], values: Any, label: str, title: str) -
     ax.barh(range(len(names)), values, height=0.72, color=[HELPING if value < 0 else HURTING for value in values])
     zero_line(ax, vertical=True)
     tidy(ax, x=label, title=title)
-    rows_of_names(ax, names, most=40)
-    powers(ax, "x")
+    rows_of_names(ax, names, most=40, letters=_LETTERS)
+    powers(ax, "x", most=3)
 
 
 def _layers(ax: Axes, found: xr.Dataset) -> None:
@@ -125,7 +127,8 @@ def _tensors(ax: Axes, found: xr.Dataset) -> None:
     ax.barh(range(len(names)), silent, height=0.72, color=MUTED, alpha=0.5, label="never did anything")
     ax.barh(range(len(names)), never, left=silent, height=0.72, color=HURTING, label="never helped")
     tidy(ax, x="parameters")
-    rows_of_names(ax, names, most=40)
+    rows_of_names(ax, names, most=40, letters=_LETTERS)
+    ax.locator_params(axis="x", nbins=4, integer=True)
     _room_for_more(ax, len(names), whole)
     key(ax, "lower right", ncols=2, handlelength=1)
     ax.set_xlim(left=0)
@@ -140,8 +143,10 @@ def _tensors(ax: Axes, found: xr.Dataset) -> None:
 def _units(ax: Axes, found: xr.Dataset) -> None:
     names = [str(name) for name in found["unit_name"].values]
     _bars(ax, names, found["unit_total"].values, "Σ allocation (units of loss)", "units that hurt most")
+    ax.set_yticks(range(len(names)), parameter_labels(names, _LETTERS + 4))
 
 
 def _parameters(ax: Axes, found: xr.Dataset) -> None:
     names = [str(name) for name in found["parameter_name"].values]
     _bars(ax, names, found["parameter_allocated"].values, "Σ allocation (units of loss)", "parameters that hurt most")
+    ax.set_yticks(range(len(names)), parameter_labels(names, _LETTERS + 4))

@@ -9,7 +9,21 @@ import xarray as xr
 
 from ..colours import FAINT
 from .layers import helped_hurt
-from .style import SMALL, colour, expect, fresh_axes, key, labels, note, refuse_groups, rows_of_names, tidy, zero_line
+from .style import (
+    SMALL,
+    colour,
+    expect,
+    fresh_axes,
+    key,
+    labels,
+    note,
+    powers,
+    refuse_groups,
+    rows_of_names,
+    strongest,
+    tidy,
+    zero_line,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,14 +32,16 @@ _MARKERS = "osD^vPX"
 _LEVEL = 0.05
 
 
-def compare(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
+def compare(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) -> Axes:
     """Draws each layer's mean sum with its confidence interval, one marker and colour per label, single runs as faint dots.
 
-    A filled marker differs from zero at 5 % after Holm's correction; a hollow one does not, or there is but one run.
+    A filled marker differs from zero at 5 % after Holm's correction; a hollow one does not, or there is but one run. At the foot
+    stands in what the runs differ and which are of one training.
 
     Args:
         found: of `findings.compare`.
         ax: where to draw; default a new figure.
+        top: how many layers to draw, those with the largest means; the others are counted at the foot.
 
     Returns:
         The axes.
@@ -35,6 +51,7 @@ def compare(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     """
     expect(found, "compare")
     refuse_groups(found)
+    found, rest = strongest(found, "layer", abs(found["mean"]).max("label").values, top)
     names = [str(name) for name in found["layer"].values]
     said = labels([str(name) for name in found["label"].values])
     ax = fresh_axes(ax, 4.6, 0.9 + len(names) * (0.12 + 0.09 * len(said)))
@@ -66,9 +83,10 @@ def compare(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     rows_of_names(ax, names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.margins(x=0.05)
+    powers(ax, "x")
     helped_hurt(ax)
     several = bool((found["runs"].values > 1).any())
     title = f"filled: p < {_LEVEL} (Holm)" if several else None
     key(ax, "center left", bbox_to_anchor=(1, 0.5), title=title, title_fontsize=SMALL - 1, alignment="left")
-    note(ax.figure, found)
+    note(ax.figure, found, rest, *str(found.attrs.get("notes", "")).split("\n"))
     return ax

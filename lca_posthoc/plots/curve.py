@@ -9,6 +9,7 @@ import xarray as xr
 
 from ..colours import FAINT, HURTING, INK, MUTED
 from ..errors import InputError
+from ..findings.names import shorten
 from .style import (
     SMALL,
     dashes,
@@ -22,7 +23,6 @@ from .style import (
     over_gaps,
     palette,
     powers,
-    shorten,
     tidy,
 )
 
@@ -79,6 +79,7 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
         ax.plot(bad, np.zeros(len(bad)), "|", color=HURTING, markersize=5, transform=ax.get_xaxis_transform())
         said = f"{len(bad):,} segment{'' if len(bad) == 1 else 's'} above the tolerance"
         place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
+        ax.set_xlabel(ax.get_xlabel(), loc="left")
         ax.annotate(said, (1, 0), (0, -16), fontsize=SMALL - 0.5, color=HURTING, **place)
     _residual(ax, found)
     note(ax.figure, found)

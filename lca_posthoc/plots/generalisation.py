@@ -1,4 +1,4 @@
-"""What each layer did to the training loss and to the validation loss."""
+"""What each layer did to two losses, such as those for training and validation."""
 
 from __future__ import annotations
 
@@ -9,42 +9,46 @@ import xarray as xr
 
 from ..colours import FAINT, INK, LAYERS
 from .layers import helped_hurt
-from .style import SMALL, expect, fresh_axes, key, labels, note, rows_of_names, tidy, zero_line
+from .style import SMALL, expect, fresh_axes, key, labels, note, powers, rows_of_names, strongest, tidy, zero_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def generalisation(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
-    """Draws each layer's sum for the training loss and for the validation loss, joined by a line.
+def generalisation(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) -> Axes:
+    """Draws each layer's sum for either loss, joined by a line; the key has the names of the losses.
 
     Below the axis stands how many parameters helped both, one of them, or neither.
 
     Args:
         found: of `findings.generalisation`.
         ax: where to draw; default a new figure.
+        top: how many layers to draw, those with the largest sums for either loss; the others are counted at the foot.
 
     Returns:
         The axes.
     """
     expect(found, "generalisation")
+    losses = [str(found.attrs[which]) for which in ("first", "second")]
+    sizes = np.maximum(*(abs(found[name].values) for name in losses))
+    found, rest = strongest(found, "layer", sizes, top)
     names = [str(name) for name in found["layer"].values]
-    ax = fresh_axes(ax, 4.6, 1.5 + 0.2 * min(len(names), 60))
-    losses = str(found.attrs.get("loss", "")).split(", ")
-    names_of = labels(losses if len(losses) == 2 else ["train", "validation"])
-    train, validation, rows = found["train"].values, found["validation"].values, np.arange(len(names))
+    ax = fresh_axes(ax, 4.6, 1.5 + 0.2 * len(names))
+    names_of, rows = labels(losses), np.arange(len(names))
+    first, second = (found[name].values for name in losses)
     zero_line(ax, vertical=True)
-    ax.hlines(rows, train, validation, color=FAINT, linewidth=2.5, zorder=1)
-    ax.plot(train, rows, "o", color=INK, markersize=4.5, label=names_of[0])
-    ax.plot(validation, rows, "o", color=LAYERS[1], markersize=4.5, markeredgecolor=INK, label=names_of[1])
-    key(ax, ncols=2, handletextpad=0.1)
+    ax.hlines(rows, first, second, color=FAINT, linewidth=2.5, zorder=1)
+    ax.plot(first, rows, "o", color=INK, markersize=4.5, label=names_of[0])
+    ax.plot(second, rows, "o", color=LAYERS[1], markersize=4.5, markeredgecolor=INK, label=names_of[1])
+    key(ax, ncols=2, handletextpad=0.1, borderaxespad=1.8)
     tidy(ax, x="Σ allocation over training (units of loss)")
     rows_of_names(ax, names)
     ax.margins(x=0.06)
+    powers(ax, "x")
     helped_hurt(ax)
     if "parameters" in found:
-        ax.set_xlabel(f"{ax.get_xlabel()}\n{_quadrants(found)}", fontsize=SMALL)
-    note(ax.figure, found)
+        ax.set_xlabel(f"{ax.get_xlabel()}\n{_quadrants(found)}", fontsize=SMALL, loc="right")
+    note(ax.figure, found, rest)
     return ax
 
 

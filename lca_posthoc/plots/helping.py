@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
@@ -10,6 +10,7 @@ from matplotlib.colors import Normalize
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 from ..colours import FAINT, HELPING, HURTING, INK, MUTED
+from ..findings.helping import joined_shares
 from .style import (
     SMALL,
     colour_bar,
@@ -30,8 +31,6 @@ from .style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_FEWEST = 5  # bins of the histogram, however short the run
 
 
 def helping(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
@@ -98,18 +97,8 @@ def _tensors(ax: Axes, found: xr.Dataset) -> None:
     colour_bar(shown, ax, "share that helps", ends=("", ""), ticks=lambda away: f"{100 * (0.5 - away):.0f} %")
 
 
-def _joined(found: xr.Dataset) -> tuple[Any, Any, Any]:
-    """Edges, parameters and expectation in bins of about four possible shares; narrower ones hold now one share, now two."""
-    bins = found.sizes["share"]
-    most = max(_FEWEST, found.sizes["step"] // 4)
-    join = next(each for each in range(1, bins + 1) if bins % each == 0 and (bins // each <= most or each == bins))
-    edges = np.append(found["share_low"].values[::join], found["share_high"].values[-1:])
-    sums = (found[name].values.reshape(-1, join).sum(axis=1) for name in ("parameters", "expected"))
-    return (edges, *sums)
-
-
 def _often(ax: Axes, found: xr.Dataset) -> None:
-    edges, parameters, expected = _joined(found)
+    edges, parameters, expected = joined_shares(found)
     ax.stairs(parameters, edges, color=INK, fill=True, alpha=0.2)
     ax.stairs(parameters, edges, color=INK, linewidth=1)
     ax.plot((edges[1:] + edges[:-1]) / 2, expected, color=MUTED, linewidth=1, linestyle=(0, (4, 2)))

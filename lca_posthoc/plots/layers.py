@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
 
-from ..colours import HELPING, HURTING, INK, LAYERS
+from ..colours import FAINT, HELPING, HURTING, INK, LAYERS
 from ..errors import InputError
 from .style import (
     DIVERGE,
@@ -23,6 +23,7 @@ from .style import (
     over_gaps,
     powers,
     rows_of_names,
+    strongest,
     symmetric,
     tidy,
     word,
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _SHOWS = ("cumulative", "total", "mean")
-_LINES = 10  # more are shown as bars
+_LINES = 10  # more are shown as bars; lines with a name and a colour
+_ROWS = 40
 _WORDS = {
     "cumulative": "Σ allocation so far",
     "total": "Σ allocation over training",
@@ -41,20 +43,24 @@ _WORDS = {
 }
 
 
-def layers(found: xr.Dataset, *, ax: Axes | None = None, show: str | None = None) -> Axes:
+def layers(found: xr.Dataset, *, ax: Axes | None = None, show: str | None = None, top: int | None = None) -> Axes:
     """Draws the sum of each layer as it grows over training, or in the end.
+
+    Of many layers those with the largest sums stand out: as lines with a colour and a name over the grey lines of the others, as
+    the rows that are drawn where the others are counted at the foot.
 
     Args:
         found: of `findings.layers`.
         ax: where to draw; default a new figure.
         show: "cumulative" draws lines over training, "total" and "mean" (per parameter) bars, or with groups a picture of layer × group.
             Default: lines for at most ten layers without groups, else the total.
+        top: how many layers stand out; default 10 as lines, 40 as rows.
 
     Returns:
         The axes.
 
     Raises:
-        InputError: for another `show`, or lines of a loss with groups.
+        InputError: for another `show`, lines of a loss with groups, or a `top` below one.
     """
     expect(found, "layers")
     names = [str(name) for name in found["layer"].values]
@@ -66,33 +72,51 @@ def layers(found: xr.Dataset, *, ax: Axes | None = None, show: str | None = None
     if groups and show == "cumulative":
         raise InputError("lines over training are of one group: pick one: found.sel(group=…) or --group.")
     label = f"{_WORDS[show]} (units of loss)"
+    lines = show == "cumulative"
+    sums = found["cumulative"].isel(step=-1) if lines else found[show]
+    sizes = abs(sums).max("group").values if groups else sums.values
+    strong, rest = strongest(found, "layer", sizes, top if top is not None else _LINES if lines else _ROWS)
+    if not lines:
+        found, names = strong, [str(name) for name in strong["layer"].values]
     if groups:
         ax = fresh_axes(ax, 1.8 + 0.32 * found.sizes["group"], 1.2 + 0.24 * len(names))
         _by_group(ax, found, names, show, label)
-    elif show == "cumulative":
-        ax = fresh_axes(ax, 4.4, 2.7)
-        _lines(ax, found, names, label)
+    elif lines:
+        longest = max((len(name) for name in labels(strong["layer"].values.tolist())), default=0)
+        ax = fresh_axes(ax, 4.1 + 0.055 * longest, max(2.7, 0.8 + 0.14 * strong.sizes["layer"]))
+        _lines(ax, found, strong, label)
+        rest = rest.replace("Not shown", "In grey")
     else:
-        ax = fresh_axes(ax, 4.4, 0.7 + 0.2 * min(len(names), 60))
+        ax = fresh_axes(ax, 4.4, 0.9 + 0.2 * len(names))
         _bars(ax, found, names, show, label)
-    note(ax.figure, found)
+    note(ax.figure, found, rest)
     return ax
 
 
-def _lines(ax: Axes, found: xr.Dataset, names: list[str], label: str) -> None:
+def _lines(ax: Axes, found: xr.Dataset, strong: xr.Dataset, label: str) -> None:
+    """The strong layers in colours, with their names and sums at the ends of their lines, over the others in grey."""
     zero_line(ax)
+    names = [str(name) for name in strong["layer"].values]
+    for one in (found.isel(layer=at) for at, name in enumerate(found["layer"].values) if str(name) not in set(names)):
+        ax.plot(*_line(found, one), color=FAINT, linewidth=0.7, zorder=1.5)
     for at in range(len(names)):
-        one = found.isel(layer=at)
-        line = over_gaps(found, one["cumulative"].values, (one["cumulative"] - one["allocated"]).values)
-        ax.plot(*line, color=colour(at), linestyle=dashes(at), linewidth=1.4)
+        ax.plot(*_line(found, strong.isel(layer=at)), color=colour(at), linestyle=dashes(at), linewidth=1.4)
     tidy(ax, x="training step", y=label, title=heading(found))
     ax.margins(x=0.01)
-    totals = found["cumulative"].isel(step=-1).values
-    words = [f"{name}  {total:+#.3g}".replace("-", "−") for name, total in zip(labels(names), totals, strict=True)]
+    powers(ax, "y")
+    totals = strong["cumulative"].isel(step=-1).values
+    words = [
+        f"{name}  {total:+#.3g}".rstrip(".").replace("-", "−")
+        for name, total in zip(labels(names), totals, strict=True)
+    ]
     styles = [dashes(at) for at in range(len(names))]
     end_labels(
         ax, totals, words, [colour(at) for at in range(len(names))], styles if len(names) > len(LAYERS) else None
     )
+
+
+def _line(found: xr.Dataset, one: xr.Dataset) -> tuple[Any, Any]:
+    return over_gaps(found, one["cumulative"].values, (one["cumulative"] - one["allocated"]).values)
 
 
 def _bars(ax: Axes, found: xr.Dataset, names: list[str], show: str, label: str) -> None:

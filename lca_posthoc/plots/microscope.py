@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from ..colours import FAINT, HURTING, INK, MUTED
 from ..errors import InputError, ResourceError
-from .style import DIVERGE, SMALL, colour_bar, expect, fresh_figure, heading, labels, note, symmetric, tidy
+from ..findings.names import fitting
+from .style import DIVERGE, SMALL, colour_bar, escape, expect, fresh_figure, heading, note, symmetric, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +30,7 @@ _TITLE, _GAP = 0.22, 0.12  # above a row, between modules
 _FOOT = 2.3  # the colour bar, the loss and a note
 
 
-def microscope(found: xr.Dataset, *, at: int = -1, figure: Figure | None = None) -> Figure:
+def microscope(found: xr.Dataset, *, at: int | None = None, figure: Figure | None = None) -> Figure:
     """Draws one moment of the film: a picture per tensor, pixels on one scale, and below them where in training it is.
 
     Tensors of a module stand side by side, a bias as a narrow column beside its kernel; of many modules, those without a kernel,
@@ -38,7 +39,7 @@ def microscope(found: xr.Dataset, *, at: int = -1, figure: Figure | None = None)
 
     Args:
         found: of `findings.microscope`.
-        at: which frame, counted from 0, or from the end if negative.
+        at: which frame, counted from 0, or from the end if negative; default the last one on which anything moved.
         figure: an empty one to draw in; default a new one.
 
     Returns:
@@ -49,11 +50,20 @@ def microscope(found: xr.Dataset, *, at: int = -1, figure: Figure | None = None)
     """
     expect(found, "microscope")
     frames = found.sizes["step"]
+    at = _last_moved(found) if at is None else at
     if not -frames <= at < frames:
         raise InputError(f"there are {frames} frames, from 0 to {frames - 1}; there is no frame {at}.")
     stage = _Stage(found, figure)
     stage.show(at % frames)
     return stage.figure
+
+
+def _last_moved(found: xr.Dataset) -> int:
+    """The last frame that is not blank, as the last ones are where a schedule ends at 0; the last of all where all are blank."""
+    moved = np.zeros(found.sizes["step"], dtype=bool)
+    for variable in found.data_vars.values():
+        moved |= (variable.values != 0).any(axis=(1, 2))
+    return int(np.flatnonzero(moved)[-1]) if moved.any() else -1
 
 
 def film(found: xr.Dataset, path: str | Path, *, fps: int = 10) -> Path:
@@ -100,16 +110,16 @@ class _Stage:
         self.found = found
         rows = _rows(found, _modules(found))
         self.titles = _titles(found, rows)
-        heights = [_height(found, row) for row in rows]
+        heights = [min(_TALLEST, unit) for unit in _units(found, rows)]
         self.high = sum(heights) + _TITLE * len(rows) + _FOOT
         self.figure = fresh_figure(figure, _WIDE, self.high)
         self.figure.set_layout_engine("none")
         norm = symmetric(scale=float(found.attrs["scale"]))
         self.images: dict[str, AxesImage] = {}
         top = self.high
-        for row, height in zip(rows, heights, strict=True):
+        for row, height, unit in zip(rows, heights, _units(found, rows), strict=True):
             top -= height + _TITLE
-            self._row(row, top, height, norm)
+            self._row(row, top, height, unit, norm)
         shown = next(iter(self.images.values()))
         bar = self._axes(_LEFT + 1.6, top - 0.27, _WIDE - _LEFT - _RIGHT - 3.2, 0.09)
         colour_bar(shown, bar, "Σ allocation (units of loss)", below=True, into=bar)
@@ -121,12 +131,11 @@ class _Stage:
     def _axes(self, left: float, bottom: float, width: float, height: float) -> Axes:
         return self.figure.add_axes((left / _WIDE, bottom / self.high, width / _WIDE, height / self.high))
 
-    def _row(self, row: list[list[str]], bottom: float, height: float, norm: Any) -> None:
-        """Modules share the width as their aspects do; in a module, a vector takes little of it."""
-        whole = sum(_aspect(self.found, module) for module in row)
+    def _row(self, row: list[list[str]], bottom: float, height: float, unit: float, norm: Any) -> None:
+        """Modules are as wide as their aspects times `unit`; in a module, a vector takes little of it."""
         left = _LEFT
         for module in row:
-            room = (_WIDE - _LEFT - _RIGHT - _GAP * (len(row) - 1)) * _aspect(self.found, module) / whole
+            room = unit * _aspect(self.found, module)
             kernels = sum(_extent(self.found, name)[1] > 1 for name in module)
             vectors = len(module) - kernels
             thin = min(_VECTOR, 0.45 * room / max(1, vectors)) if kernels else room / len(module)
@@ -184,6 +193,16 @@ def _height(found: xr.Dataset, row: list[list[str]]) -> float:
     return min(_TALLEST, room / sum(_aspect(found, module) for module in row))
 
 
+def _units(found: xr.Dataset, rows: list[list[list[str]]]) -> list[float]:
+    """How wide a module of aspect 1 is in each row, in inches: modules share the width, but the last row is no wider drawn than
+    the one above it.
+    """
+    units = [
+        (_WIDE - _LEFT - _RIGHT - _GAP * (len(row) - 1)) / sum(_aspect(found, module) for module in row) for row in rows
+    ]
+    return [*units[:-1], min(units[-2:])]
+
+
 def _rows(found: xr.Dataset, modules: list[list[str]]) -> list[list[list[str]]]:
     """Modules beside each other as words in a paragraph, whose width is chosen so that all rows together are not too tall."""
     layouts = [_broken(found, modules, width) for width in (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0)]
@@ -212,17 +231,16 @@ def _picture(ax: Axes, variable: xr.DataArray, norm: Any) -> AxesImage:
 def _titles(found: xr.Dataset, rows: list[list[list[str]]]) -> dict[str, str]:
     """By the first tensor of each panel, what stands above it: its name and shape, or its module's where panels are narrow."""
     first, letters = [module[0] for row in rows for module in row], list[int]()
-    for row in rows:
-        room = (_WIDE - _LEFT - _RIGHT - _GAP * (len(row) - 1)) / sum(_aspect(found, module) for module in row)
-        letters += [int(room * _aspect(found, module) * 72 / (0.55 * (SMALL - 0.5))) for module in row]
+    for row, unit in zip(rows, _units(found, rows), strict=True):
+        letters += [int(unit * _aspect(found, module) * 72 / (0.62 * (SMALL - 0.5))) for module in row]
     whole = []
     for name in first:
         shape = "×".join(str(extent) for extent in found[name].attrs.get("shape", _extent(found, name)))
         pool = [int(each) for each in found[name].attrs.get("pool", (1, 1))]
         whole.append(f"{name}  {shape}" + (f", {pool[0]}×{pool[1]} a pixel" if pool != [1, 1] else ""))
     if any(len(said) > most for said, most in zip(whole, letters, strict=True)):
-        whole = [name.rpartition(".")[0] or name for name in first]
-    return dict(zip(first, labels(whole, max(6, min(letters))), strict=True))
+        whole = fitting([name.rpartition(".")[0] or name for name in first], letters)
+    return dict(zip(first, map(escape, whole), strict=True))
 
 
 def _loss(ax: Axes, found: xr.Dataset) -> tuple[Any, Any]:

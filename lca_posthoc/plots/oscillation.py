@@ -15,12 +15,13 @@ from .style import (
     fresh_figure,
     heading,
     key,
-    labels,
     note,
     over_gaps,
+    parameter_labels,
     powers,
     refuse_groups,
     rows_of_names,
+    strongest,
     tidy,
     time_edges,
     zero_line,
@@ -33,12 +34,13 @@ if TYPE_CHECKING:
 _TRACES = {"weight": "weight", "gradient": "gradient", "allocation": "allocation\n(units of loss)"}
 
 
-def oscillation(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
+def oscillation(found: xr.Dataset, *, figure: Figure | None = None, top: int = 40) -> Figure:
     """Draws the mean number of segments between two turns of each tensor's weights, gradients and allocations, and traces of single ones.
 
     Args:
         found: of `findings.oscillation`; for a part of the training, `found.sel(step=slice(100, 200))`.
         figure: an empty one to draw in; default a new one.
+        top: how many tensors to draw, those with most parameters; the others are counted at the foot.
 
     Returns:
         The figure.
@@ -48,12 +50,15 @@ def oscillation(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     """
     expect(found, "oscillation")
     refuse_groups(found)
-    traces = found.sizes.get("trace", 0)
+    traces, rest = found.sizes.get("trace", 0), ""
+    if "interval" in found:
+        found, rest = strongest(found, "tensor", found["elements"].values, top)
+        rest = rest.replace(" at most.", " parameters at most.")
     shown = [name for name in _TRACES if name in found] if traces else []
     tall = max(1.4, 0.5 + 0.17 * found.sizes["tensor"]) if "interval" in found else 0.0
     if not tall and not shown:
         raise InputError(f"nothing to draw yet: {found.attrs.get('left_out', '')}")
-    figure = fresh_figure(figure, max(4.4, 1.0 + 1.7 * traces), tall + 1.05 * len(shown) + 0.3)
+    figure = fresh_figure(figure, max(4.4, 1.9 + 1.6 * traces), tall + 1.05 * len(shown) + 0.3)
     heights = [*([tall] if tall else []), *[1.05] * len(shown)]
     rows = figure.add_gridspec(len(heights), max(1, traces), height_ratios=heights)
     if tall:
@@ -67,7 +72,7 @@ def oscillation(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
                 first = ax
         first.set_ylabel(_TRACES[name], fontsize=SMALL, color=INK)
         figure.align_ylabels()
-    note(figure, found)
+    note(figure, found, rest)
     return figure
 
 
@@ -94,8 +99,9 @@ def _intervals(ax: Axes, found: xr.Dataset) -> None:
 def _trace(ax: Axes, found: xr.Dataset, name: str, *, last: bool, title: bool) -> None:
     if name == "allocation":
         edges, heights = time_edges(found, found[name].values)
-        ax.stairs(np.where(heights < 0, heights, 0), edges, color=HELPING, fill=True)
-        ax.stairs(np.where(heights > 0, heights, 0), edges, color=HURTING, fill=True)
+        # Bars thinner than a pixel would pale away without a line.
+        ax.stairs(np.where(heights < 0, heights, 0), edges, color=HELPING, fill=True, linewidth=0.4)
+        ax.stairs(np.where(heights > 0, heights, 0), edges, color=HURTING, fill=True, linewidth=0.4)
     else:
         x, y = over_gaps(found, found[name].values, at="step" if name == "weight" else "step_end")
         ax.plot(x, y, color=INK, linewidth=0.7)
@@ -110,4 +116,9 @@ def _trace(ax: Axes, found: xr.Dataset, name: str, *, last: bool, title: bool) -
     if title:
         why = str(found["why"].item())
         hue = {"helped most": HELPING, "hurt most": HURTING}.get(why, INK)
-        ax.set_title(f"{labels([found['parameter'].item()])[0]}\n{why}", fontsize=SMALL - 0.5, color=hue, loc="left")
+        ax.set_title(
+            f"{parameter_labels([found['parameter'].item()], 18)[0]}\n{why}",
+            fontsize=SMALL - 0.5,
+            color=hue,
+            loc="left",
+        )

@@ -39,7 +39,8 @@ def peaks(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     groups, layers = found.sizes["group"], found.sizes["layer"]
     by_layer = groups == 1 or layers > _COLOURS
     tall = 0.9 + 0.135 * layers if by_layer else 1.2 + 0.28 * groups
-    figure = fresh_figure(figure, 7.2, float(np.clip(tall, 2.4, 7.5)))
+    above = 0.0 if by_layer else 0.16 * -(-(layers + 1) // _columns(found))  # a legend
+    figure = fresh_figure(figure, 7.2, float(np.clip(tall, 2.4, 7.5)) + above)
     raster, null = figure.subplots(1, 2, width_ratios=(2.4, 1))
     (_by_layer if by_layer else _by_group)(raster, found)
     raster.set_xlim(found["step"].values[0], found["step_end"].values[-1])
@@ -66,12 +67,17 @@ def _by_group(ax: Axes, found: xr.Dataset) -> None:
     for which, name in enumerate(names):
         ax.plot([], [], color=colour(which), linewidth=2, label=name)
     ax.plot([], [], color=INK, linewidth=1.1, label="all together")
-    fitting = 70 // (max(len(name) for name in (*names, "all together")) + 4)
-    key(ax, ncols=max(1, min(len(layers) + 1, fitting)), handlelength=1)
+    key(ax, ncols=_columns(found), handlelength=1)
     tidy(ax, x="training step", y="group")
     ax.set_yticks(range(len(groups)), labels(groups, 14))
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(len(groups) - 0.5, -0.5)
+
+
+def _columns(found: xr.Dataset) -> int:
+    """How many names of layers fit beside each other above the axes."""
+    names = labels(found["layer"].values.tolist())
+    return max(1, min(len(names) + 1, 70 // (max(len(name) for name in (*names, "all together")) + 4)))
 
 
 def _by_layer(ax: Axes, found: xr.Dataset) -> None:

@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..colours import DIVERGING, FAINT, HELPING, HURTING, INK, LAYERS, MUTED
 from ..errors import InputError
+from ..findings.names import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 SMALL = 7.5  # points; figures are made at the size they are printed at
 DIVERGE = LinearSegmentedColormap.from_list("helping-hurting", DIVERGING, N=257).with_extremes(bad=FAINT)
+_MORE = 8  # letters a name may have more, so that it can be cut on one side alone
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -62,14 +64,16 @@ def tidy(ax: Axes, *, x: str = "", y: str = "", title: str = "", frame: bool = F
         axis.get_offset_text().set_fontsize(SMALL - 0.5)
     ax.set_xlabel(x, fontsize=SMALL + 0.5, color=INK)
     ax.set_ylabel(y, fontsize=SMALL + 0.5, color=INK)
+    if x == "training step":
+        ax.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     if title:
         ax.set_title(title, loc="left", fontsize=SMALL + 0.5, color=INK)
 
 
-def rows_of_names(ax: Axes, names: Sequence[str], *, most: int = 60) -> None:
+def rows_of_names(ax: Axes, names: Sequence[str], *, most: int = 60, letters: int = 26) -> None:
     """Row k of the y axis is called names[k], from the top; of very many rows only some are named."""
     every = -(-len(names) // most)
-    shown = labels(names)
+    shown = labels(names, letters)
     ax.set_yticks(range(0, len(names), every), shown[::every])
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
@@ -77,9 +81,38 @@ def rows_of_names(ax: Axes, names: Sequence[str], *, most: int = 60) -> None:
 
 
 def powers(ax: Axes, axis: Literal["x", "y"], *, most: int = 5) -> None:
-    """Few ticks, with a power of ten at the end of the axis where numbers are long."""
-    ax.ticklabel_format(axis=axis, style="sci", scilimits=(-3, 4), useMathText=True)
+    """Few ticks; where numbers are long, a power of ten in the label's brackets, or at the end of an axis whose label has none.
+
+    Call it when the limits and the label are set.
+    """
     ax.locator_params(axis=axis, nbins=most)
+    of, limits = (ax.xaxis, ax.get_xlim()) if axis == "x" else (ax.yaxis, ax.get_ylim())
+    power = _power(max(map(abs, limits)))
+    label = of.get_label_text()
+    if not power or "(" not in label:
+        ax.ticklabel_format(axis=axis, style="sci", scilimits=(-3, 4), useMathText=True)
+        return
+    of.set_label_text(label.replace("(", f"($10^{{{power}}}$ ", 1))
+    of.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 10**power:.4g}".replace("-", "\u2212")))
+
+
+def strongest(found: xr.Dataset, dim: str, sizes: Any, top: int) -> tuple[xr.Dataset, str]:
+    """The `top` largest in size along `dim`, in their old order, and a sentence about the others; "" where there are none.
+
+    Raises:
+        InputError: for a `top` below one.
+    """
+    if top < 1:
+        raise InputError(f"top is how many to show, 1 or more, got {top}.")
+    sizes = np.nan_to_num(np.abs(np.asarray(sizes, dtype=float)))
+    order = np.argsort(-sizes, kind="stable")
+    rest = order[top:]
+    if not len(rest):
+        return found, ""
+    said = f"Not shown: {len(rest):,} more, " + (
+        f"each {float(sizes[rest].max()):.2g} at most." if sizes[rest].any() else "all of zero."
+    )
+    return found.isel({dim: np.sort(order[:top])}), said
 
 
 def zero_line(ax: Axes, *, vertical: bool = False) -> None:
@@ -131,30 +164,6 @@ def escape(name: object) -> str:
     return f"\u200b{text}" if text.startswith("_") else text
 
 
-def shorten(names: Sequence[str], most: int = 26) -> list[str]:
-    """Names cut in the middle to about `most` characters; each stays unlike every other.
-
-    >>> shorten(["h.0.attention.output.weight", "h.1.attention.output.weight", "wte.weight"], 20)
-    ['h.0.attent…ut.weight', 'h.1.attent…ut.weight', 'wte.weight']
-    """
-    if all(len(name) <= most for name in names):
-        return list(names)
-    whole = len(set(names))
-    for width in range(most, max(map(len, names))):
-        for head in (0.5, 0.7, 0.3):  # what tells names apart may lie before or behind their middle
-            cut = [_middle(name, width, head) for name in names]
-            if len(set(cut)) == whole:
-                return cut
-    return list(names)
-
-
-def _middle(name: str, most: int, head: float) -> str:
-    if len(name) <= most:
-        return name
-    kept = round((most - 1) * head)
-    return f"{name[:kept]}…{name[len(name) - (most - 1 - kept) :]}"
-
-
 def labels(names: Sequence[Any], most: int = 26) -> list[str]:
     """Names ready to be drawn: short, unique, harmless.
 
@@ -174,12 +183,13 @@ def parameter_labels(names: Sequence[str], most: int = 38) -> list[str]:
     tensors = {tensor for tensor, *_ in split}
     index = max((len(mark + rest) for _, mark, rest in split), default=0)
     longest = max(map(len, tensors), default=0)
-    for width in range(max(8, most - index), longest):
+    room = max(8, most - index)
+    for width in range(room, min(longest, room + _MORE)):
         short = {name: name if len(name) <= width else _end(name, width) for name in tensors}
         if len(set(short.values())) == len(tensors):
             break
-    else:
-        short = {name: name for name in tensors}
+    else:  # they differ in their middle
+        short = dict(zip(tensors, shorten(list(tensors), room), strict=True))
     return [escape(f"{short[tensor]}{mark}{rest}") for tensor, mark, rest in split]
 
 
@@ -268,6 +278,14 @@ def symmetric(*values: Any, scale: float | None = None) -> Normalize:
         scale = float(np.quantile(sizes, 0.995)) if sizes.size else 0.0
     scale = scale or 1.0
     return Normalize(-scale, scale)
+
+
+def share_colours(axes: Sequence[Axes]) -> None:
+    """One scale for the pictures of several axes: the widest of theirs."""
+    shown = [picture for ax in axes for picture in (*ax.images, *ax.collections) if picture.get_array() is not None]
+    widest = max((high for picture in shown if (high := picture.get_clim()[1]) is not None), default=0.0)
+    for picture in shown:
+        picture.set_clim(-widest, widest)
 
 
 def colour_bar(

@@ -55,6 +55,7 @@ def units(found: xr.Dataset, *, ax: Axes | None = None, layer: str | None = None
     ax = fresh_axes(ax, 4.8, float(np.clip(0.9 + 0.025 * rows, 2.4, 6.5)))
     values = found["allocated"].transpose("unit", "step").values
     shown = heat(ax, found, values, symmetric(values))
+    ax.margins(x=0)
     if layer is None:
         tidy(ax, x="training step", title=heading(found), frame=True)
         _borders(ax, [str(name) for name in found["layer"].values])

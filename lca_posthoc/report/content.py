@@ -31,7 +31,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under headings. `live` names the values that replace them where a group is picked; `pick` says rows have a box to tick."""
+    """Rows under headings. `live` names the values that replace them where a group is picked; `pick` says rows have a box to tick,
+    `shared` that bars of all columns have one scale.
+    """
 
     title: str
     columns: Sequence[Column]
@@ -40,14 +42,17 @@ class Table:
     open: bool = False
     live: str = ""
     pick: Sequence[bool] = ()
+    shared: bool = False
 
     @property
     def extents(self) -> list[float]:
-        """The largest magnitude of each column, for its bars."""
-        return [
+        """The largest magnitude of each column, for its bars; of all columns with bars where they are `shared`."""
+        found = [
             max((abs(row[at]) for row in self.rows if _is_number(row[at])), default=0.0) or 1.0
             for at, column in enumerate(self.columns)
         ]
+        bars = [extent for extent, column in zip(found, self.columns, strict=True) if column.kind == "bar"]
+        return [max(bars)] * len(found) if self.shared and bars else found
 
 
 @dataclass(frozen=True)

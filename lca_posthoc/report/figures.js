@@ -97,6 +97,7 @@ const lcaFigures = (() => {
     }
     for (const [axis, [start, end]] of Object.entries(data["@range"] ?? {})) figure.model[`${axis}_range`].setv({ start, end, reset_start: start, reset_end: end });
     for (const [level, at] of Object.entries(data["@level"] ?? {})) figure.document.get_model_by_name(level).location = at;
+    if (data["@legend"]) legend(name, data["@legend"].map(([tone, text]) => [ink(tone), text]));
     if (data["@ticks"]) ticks(figure, data["@ticks"].y);
   }
 
@@ -128,9 +129,13 @@ const lcaFigures = (() => {
   /* A legend of the lines that are drawn. */
   function named(name, columns) {
     const kinds = columns["@kinds"], tints = tones().layers;
-    const entries = (kinds ?? columns.name).map((text, at) => {
+    legend(name, (kinds ?? columns.name).map((text, at) => [kinds ? tints[at % tints.length] : columns.colour[at], text]));
+  }
+
+  function legend(name, rows) {
+    const entries = rows.map(([tint, text]) => {
       const entry = document.createElement("li"), sign = document.createElement("i");
-      sign.style.background = kinds ? tints[at % tints.length] : columns.colour[at];
+      sign.style.background = tint;
       entry.append(sign, text);
       return entry;
     });
@@ -139,9 +144,8 @@ const lcaFigures = (() => {
 
   function ticks(figure, names) {
     const axis = figure.model.left?.[0] ?? figure.model.yaxis?.[0];
-    const short = (name) => (name.length > 22 ? `${name.slice(0, 10)}…${name.slice(-11)}` : name);
     axis.ticker.ticks = names.map((_, at) => at);
-    axis.major_label_overrides = new Map(names.map((name, at) => [at, verbatim(short(name))]));
+    axis.major_label_overrides = new Map(names.map((name, at) => [at, verbatim(name)]));
     figure.model.height = Math.max(180, 90 + 16 * names.length);
     figure.model.y_range.setv({ start: names.length - 0.5, end: -0.5 });
   }
@@ -184,7 +188,7 @@ const lcaFigures = (() => {
 
   const queue = (name) => (busy = busy.then(() => embed(name)).catch((error) => console.error(name, error)));
 
-  /* Near ones first, then the others while nothing else happens, so that printing finds them there. */
+  /* Near ones first, then the others at once, so that printing and photographs find them there. */
   async function begin() {
     show();
     observer = new IntersectionObserver((entries) => {
@@ -196,7 +200,7 @@ const lcaFigures = (() => {
 
   async function rest() {
     for (const name in page.figures) {
-      await new Promise((go) => (window.requestIdleCallback ?? setTimeout)(go));
+      await new Promise((go) => setTimeout(go)); // clicks and keys come between
       await queue(name);
     }
   }

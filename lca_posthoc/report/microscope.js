@@ -133,7 +133,8 @@ const lcaMicroscope = (() => {
   function title(context, box) {
     context.fillStyle = lcaFigures.ink("muted");
     let text = box.layer;
-    while (text.length > 2 && context.measureText(text).width > box.label) text = `${text.slice(0, -2).trimEnd()}…`;
+    if (context.measureText(text).width > box.label) text = box.tensor.short;
+    while (text.length > 2 && context.measureText(text).width > box.label) text = `${text.slice(0, -2)}…`;
     context.fillText(text, box.left, box.top);
   }
 

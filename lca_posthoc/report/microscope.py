@@ -11,6 +11,7 @@ import xarray as xr
 
 from .. import findings
 from ..errors import LCAError
+from ..findings.names import fitting
 from ..trajectory import TensorSpec
 from .content import clean, count
 from .panels import Panel
@@ -22,6 +23,7 @@ TENSORS = 1000
 BYTES = 4_200_000  # of codes; a third more in base64
 _QUANTILE = 0.995  # of what is not zero: where colours saturate
 _LARGEST_HALF = 32768.0
+_LETTERS = 7  # above a narrow picture
 
 
 def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, list[str]]:
@@ -96,6 +98,8 @@ def _pictures(panel: Panel, specs: list[TensorSpec], frames: int, pixels: int) -
 
 def _tensors(found: xr.Dataset, names: list[str]) -> list[dict[str, Any]]:
     tensors, offset = [], 0
+    layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+    short = dict(zip(layers, fitting(layers, [_LETTERS] * len(layers)), strict=True))
     for name in names:
         variable = found[name]
         rows, columns = variable.shape[1:]
@@ -103,6 +107,7 @@ def _tensors(found: xr.Dataset, names: list[str]) -> list[dict[str, Any]]:
             {
                 "name": clean(name),
                 "layer": clean(name.rpartition(".")[0] or name),
+                "short": clean(short[name.rpartition(".")[0] or name]),
                 "rows": int(rows),
                 "columns": int(columns),
                 "offset": offset,

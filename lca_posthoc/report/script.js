@@ -90,11 +90,11 @@
     [state.from, state.to] = from <= low && to >= high ? [null, null] : [from, to];
     return steps();
   }
-  let waiting = 0;
+  let frame = 0;
   state.moved = (start, end) => {
     [state.from, state.to] = [start, end];
-    cancelAnimationFrame(waiting);
-    waiting = requestAnimationFrame(steps);
+    cancelAnimationFrame(frame);
+    frame = requestAnimationFrame(steps);
   };
 
   find("panel").addEventListener("change", (event) => panel(event.target.value));
@@ -123,8 +123,17 @@
   lcaFigures.open(page, state);
   lcaMicroscope.begin(JSON.parse(document.getElementById("frames").textContent));
   theme(false);
-  const begun = lcaFigures.begin();
+  const drawn = untilDrawn(), begun = lcaFigures.begin();
   panel("0");
   root.dataset.shown = String(Math.round(performance.now()));
-  begun.then(() => { root.dataset.ready = String(Math.round(performance.now())); });
+  begun.then(() => { root.dataset.ready = String(Math.round(performance.now())); }).finally(drawn);
+
+  /* Who prints or photographs a page waits until it is loaded. An open document inside keeps it loading until the figures are drawn. */
+  function untilDrawn() {
+    const inside = document.createElement("iframe");
+    inside.hidden = true;
+    document.body.append(inside);
+    inside.contentDocument.open();
+    return () => requestAnimationFrame(() => setTimeout(() => { inside.contentDocument.close(); inside.remove(); }));
+  }
 })();

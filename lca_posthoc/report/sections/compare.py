@@ -87,6 +87,7 @@ def _tables(same: Sequence[tuple[str, Panel]], labelled: bool) -> tuple[list[Tab
     except LCAError as error:
         return [], [clean(error, 400)]
     notes = [clean(found.attrs["left_out"], 400)] if found.attrs.get("left_out") else []
+    notes += [clean(line, 400) for line in found.attrs["notes"].split("\n") if line]
     repeats = bool((found["runs"] > 1).any())
     tables = [_runs(found, repeats)]
     if repeats:
@@ -126,7 +127,7 @@ def _runs(found: Any, repeats: bool) -> Table:
         Column("helping", "right"),
     ]
     interval = f"{100 * found.attrs['confidence']:g} %"
-    note = f"In brackets the {interval} t interval of the mean over the runs of a label. p: Welch's test against the first label."
+    note = f"In brackets the {interval} t interval of the mean over the runs of a label. p: {_test(found)} against the first label."
     return Table("Labels", columns, rows, note, open=True)
 
 
@@ -175,8 +176,16 @@ def _layers(found: Any, repeats: bool, notes: list[str]) -> Table:
                 row += [float(each[name][at, layer]) for name in ("difference", "p_difference_holm")] if at else []
         rows.append(row)
     note = (
-        "p of a layer: t-test of its mean against 0; of a difference: Welch's test; both corrected by Holm over layers and labels."
+        f"p of a layer: t-test of its mean against 0; of a difference: {_test(found)}; both corrected by Holm over layers and labels."
         if repeats
         else ""
     )
-    return Table("Σ allocation of each layer", columns, rows, note, open=True)
+    return Table("Σ allocation of each layer, bars on one scale", columns, rows, note, open=True, shared=True)
+
+
+def _test(found: Any) -> str:
+    """Which test the differences to the first label were put to."""
+    paired = found["paired"].values[1:]
+    if not paired.any():
+        return "Welch's test"
+    return "paired t-test" if paired.all() else "paired t-test where runs come in pairs, else Welch's test"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from ...findings.helping import joined_shares
 from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, percent
 from ..figures import ACCENT, INK, add_boxes, add_level, add_lines, plain_figure, steps_figure
 from ..panels import Panel, Room
@@ -80,8 +81,9 @@ def block(panel: Panel, room: Room) -> Block:
 
 
 def _over_time(found: xr.Dataset) -> dict[str, Any]:
-    parameters, low, high = (found[name].values for name in ("parameters", "share_low", "share_high"))
-    occupied = np.flatnonzero((parameters > 0) | (found["expected"].values > 0.05))
+    edges, parameters, expected = joined_shares(found)
+    low, high = edges[:-1], edges[1:]
+    occupied = np.flatnonzero((parameters > 0) | (expected > 0.05))
     first, last = (occupied[0], occupied[-1] + 1) if len(occupied) else (0, len(parameters))
     part = slice(int(first), int(last))
     return {
@@ -91,7 +93,7 @@ def _over_time(found: xr.Dataset) -> dict[str, Any]:
             "top": numbers(parameters[part]),
             "bottom": {"same": int(last - first), "v": 0},
         },
-        "expected": {"x": numbers(found["share"].values[part]), "y": numbers(found["expected"].values[part])},
+        "expected": {"x": numbers(((low + high) / 2)[part]), "y": numbers(expected[part])},
     }
 
 

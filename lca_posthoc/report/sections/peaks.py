@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from bokeh.models import FixedTicker, Range1d
 
+from ...findings.names import fitting
 from ..content import Block, Column, Section, Table, clean, count, plain
 from ..figures import ACCENT, add_boxes, add_dots, add_level, plain_figure, steps_figure
 from ..panels import Panel, Room
@@ -14,6 +15,7 @@ from ..thin import numbers
 
 _LAYERS = 40
 _DOTS = 6000
+_LETTERS = 22  # of a name beside an axis
 
 
 def section() -> Section:
@@ -116,7 +118,7 @@ def _dots(found: Any, every: list[str], shown: list[int], at: int | None) -> dic
             "group": {"of": [clean(label, 60) for label in labels], "at": [int(group) for _, group, _ in where]},
             "colour": {"of": ["@muted", "@ink"], "at": [int(aligned[step, group]) for step, group, _ in where]},
         },
-        "@ticks": {"y": names},
+        "@ticks": {"y": fitting(names, [_LETTERS] * len(names))},
     }
 
 

@@ -1,0 +1,71 @@
+"""Names of layers and tensors made short, each unlike the others, for figures and for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+
+def shorten(names: Sequence[str], most: int = 26) -> list[str]:
+    """Names cut in the middle to about `most` characters; each stays unlike every other.
+
+    >>> shorten(["h.0.attention.output.weight", "h.1.attention.output.weight", "wte.weight"], 20)
+    ['h.0.attent…ut.weight', 'h.1.attent…ut.weight', 'wte.weight']
+    """
+    if all(len(name) <= most for name in names):
+        return list(names)
+    names = _without_common_start(names)
+    whole = len(set(names))
+    for width in range(most, max(map(len, names))):
+        for head in (0.5, 0.7, 0.3):  # what tells names apart may lie before or behind their middle
+            cut = [_middle(name, width, head) for name in names]
+            if len(set(cut)) == whole:
+                return cut
+    return list(names)
+
+
+def _window(name: str, most: int, start: int) -> str:
+    start = min(start, len(name) - most + 1)
+    return f"…{name[start : start + most - 1]}"
+
+
+def _without_common_start(names: Sequence[str]) -> list[str]:
+    """Names with a sign in place of the parts that all of them begin with; the last two parts of each stay.
+
+    >>> _without_common_start(["net.body.0.conv", "net.body.1.norm"])
+    ['…0.conv', '…1.norm']
+    """
+    parts = [name.split(".") for name in names]
+    least = min(map(len, parts)) - 2
+    head = next((at for at in range(least) if len({each[at] for each in parts}) > 1), max(0, least))
+    return [f"…{'.'.join(each[head:])}" if head else name for each, name in zip(parts, names, strict=True)]
+
+
+def _middle(name: str, most: int, head: float) -> str:
+    if len(name) <= most:
+        return name
+    kept = round((most - 1) * head)
+    return f"{name[:kept]}…{name[len(name) - (most - 1 - kept) :]}"
+
+
+def fitting(names: Sequence[str], rooms: Sequence[int]) -> list[str]:
+    """Names cut to so many characters each: without the parts that all of them begin and end with, then from whichever side leaves
+    most of them unlike each other.
+
+    >>> fitting(["net.stage.0.conv.weight", "net.stage.1.conv.weight"], [6, 6])
+    ['0', '1']
+    """
+    parts = [name.split(".") for name in names]
+    least = min(map(len, parts), default=1)
+    head = next((at for at in range(least) if len({each[at] for each in parts}) > 1), 0)
+    tail = next((at for at in range(least - head) if len({each[-1 - at] for each in parts}) > 1), 0)
+    bare = [".".join(each[head : len(each) - tail]) for each in parts]
+    if all(len(name) <= room for name, room in zip(names, rooms, strict=True)):
+        return list(names)
+
+    def cut(how: Callable[[str, int], str]) -> list[str]:
+        return [name if len(name) <= room else how(name, max(2, room)) for name, room in zip(bare, rooms, strict=True)]
+
+    cuts = [cut(partial(_middle, head=head)) for head in (0.5, 0.0, 0.25, 0.75, 1.0)]
+    cuts += [cut(partial(_window, start=start)) for start in range(max(map(len, bare), default=0))]
+    return max(cuts, key=lambda cut: len(set(cut)))
