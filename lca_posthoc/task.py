@@ -207,7 +207,9 @@ def _callable_as_stated(kind: str, given: Any) -> None:
     name = _name_of(given)
     stated = form.format(name)
     if isinstance(given, str):
-        raise InputError(f"{form.format(repr(given))} is a string. Give the function itself: Loss(F.cross_entropy).")
+        raise InputError(
+            f"Loss needs something to call, got str {given!r}. Give the function itself: Loss(F.cross_entropy), {called}."
+        )
     if isinstance(given, torch.Tensor):
         raise InputError(
             f"{form.format('…')} was given a tensor of shape {list(given.shape)}, which is what a loss comes to. Give the function itself, "
@@ -221,7 +223,7 @@ def _callable_as_stated(kind: str, given: Any) -> None:
         raise InputError(f"{stated} is a class. Give an instance of it: {form.format(f'{name}()')}.")
     if not callable(given):
         raise InputError(
-            f"{form.format('…')} needs something to call, got {_article(type(given).__name__)}. It is called as {called}."
+            f"Loss needs something to call, got {type(given).__name__}. {form.format('…')} is called as {called}."
         )
     if all(callable(getattr(given, method, None)) for method in ("update", "compute", "reset")):
         raise InputError(
@@ -286,10 +288,6 @@ def _does_not_take(given: Any, count: int) -> str | None:
 def _name_of(given: Any) -> str:
     inner = given.func if isinstance(given, functools.partial) else given
     return str(getattr(inner, "__name__", type(inner).__name__))
-
-
-def _article(word: str) -> str:
-    return f"{'an' if word[:1].lower() in 'aeiou' else 'a'} {word}"
 
 
 def _is_module(given: object) -> bool:
