@@ -181,9 +181,15 @@ def found(runs: dict[str, list[Any]]) -> xr.Dataset:
 def test_layers_are_those_of_all_runs_and_sums_those_of_their_tensors(
     runs: dict[str, list[Any]], found: xr.Dataset
 ) -> None:
-    assert found["layer"].values.tolist() == ["0", "1", "4", "2"]
+    assert found["layer"].values.tolist() == [
+        "0",
+        "1",
+        "4",
+        "1 buffer",
+        "2",
+    ]  # running statistics are no part of a layer
     assert found["label"].values.tolist() == ["shallow", "deep"]
-    assert dict(found.sizes) == {"label": 2, "layer": 4, "run": 3}
+    assert dict(found.sizes) == {"label": 2, "layer": 5, "run": 3}
     for label, several in runs.items():
         for layer in found["layer"].values:
             for at in range(3):
@@ -192,7 +198,8 @@ def test_layers_are_those_of_all_runs_and_sums_those_of_their_tensors(
                     assert math.isnan(value)
                     continue
                 tensors = several[at].tensors
-                mine = [name.startswith(f"{layer}.") for name in tensors["tensor"].values]
+                pairs = zip(tensors["tensor"].values, tensors["kind"].values, strict=True)
+                mine = [f"{name.partition('.')[0]}{' buffer' * (kind == 'buffer')}" == layer for name, kind in pairs]
                 if any(mine):
                     assert value == pytest.approx(float(tensors["allocated"].values[:, mine].sum()), rel=1e-12)
                 else:
@@ -206,7 +213,7 @@ def test_layers_are_those_of_all_runs_and_sums_those_of_their_tensors(
 
 def test_the_statistics_are_over_the_runs_of_a_label(runs: dict[str, list[Any]], found: xr.Dataset) -> None:
     totals = {label: found["total"].sel(label=label).values for label in runs}
-    for layer in range(4):
+    for layer in range(5):
         shallow, deep = (each[layer][~np.isnan(each[layer])] for each in (totals["shallow"], totals["deep"]))
         for label, mine in (("shallow", shallow), ("deep", deep)):
             of = found.sel(label=label).isel(layer=layer)
@@ -225,7 +232,7 @@ def test_the_statistics_are_over_the_runs_of_a_label(runs: dict[str, list[Any]],
             assert np.isnan([difference["difference"], difference["p_difference"]]).all()
     for name in ("p", "p_difference"):
         there = ~np.isnan(found[name].values)
-        assert there.sum() == {"p": 6, "p_difference": 2}[name]
+        assert there.sum() == {"p": 7, "p_difference": 2}[name]
         assert found[f"{name}_holm"].values[there].tolist() == pytest.approx(
             slow_holm(found[name].values[there].tolist())
         )
@@ -287,7 +294,7 @@ def test_layers_of_one_name_and_other_sizes_are_named(runs: dict[str, list[Any]]
     assert "numbers of parameters" not in compare(runs).attrs["left_out"]
     assert "1 (" not in compare(runs, by=1).attrs["left_out"]
     said = compare(runs, by=0).attrs["left_out"]
-    sizes = {kind: sum(each["parameters"] for each in summary(several[0])["tensors"]) for kind, several in runs.items()}
+    sizes = {kind: summary(several[0])["parameters"] for kind, several in runs.items()}
     assert f"the whole network ({sizes['shallow']:,} in shallow and {sizes['deep']:,} in deep)" in said
 
 
