@@ -308,10 +308,13 @@ def as_json(checkpoint: Checkpoint) -> list[Any]:
 def _probe_part(trajectory: Trajectory, table: list[TensorSpec]) -> dict[str, Any]:
     ends = len(trajectory.checkpoints) - 1
     looked = {index for places in sampled(ends) for index in places}
-    wanted = {*(end for index in looked for end in (index, index + 1)), *(index for index in _EARLY if index <= ends)}
+    middle = (ends - 1) // 2
+    modes = sorted({0, 1, *(index for index in _EARLY if index <= ends), middle, middle + 1, ends - 1, ends})
+    wanted = {*(end for index in looked for end in (index, index + 1)), *modes}
     checkpoints = relative(trajectory)
     return {
         "ends": ends,
+        "modes": modes,
         "half": trajectory.half_precision,
         "ties": trajectory.ties(table),
         "checkpoints": {str(index): as_json(checkpoints[index]) for index in sorted(wanted)},

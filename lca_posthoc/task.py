@@ -235,7 +235,7 @@ def _callable_as_stated(kind: str, given: Any) -> None:
         raise InputError(
             f"{stated} is a function of outputs and targets, but is called as {called}. Write Loss({name})."
         )
-    problem = _does_not_take(given, count)
+    problem = _does_not_take(given, count, {"reduction"} if kind == "function" else set())
     if problem is not None:
         raise InputError(f"{stated} is called as {called}, but {problem}.")
 
@@ -269,8 +269,8 @@ def _returns_at_once(stated: str, given: Any) -> None:
             )
 
 
-def _does_not_take(given: Any, count: int) -> str | None:
-    """What a callable takes, where it cannot be called with `count` positional arguments."""
+def _does_not_take(given: Any, count: int, named: set[str]) -> str | None:
+    """What a callable takes, where it cannot be called with `count` positional arguments and those named that it has."""
     import torch
 
     function = given.forward if isinstance(given, torch.nn.Module) else given
@@ -279,7 +279,7 @@ def _does_not_take(given: Any, count: int) -> str | None:
     except (TypeError, ValueError):  # builtins without a signature
         return None
     try:
-        signature.bind(*[None] * count)
+        signature.bind(*[None] * count, **dict.fromkeys(named & signature.parameters.keys()))
     except TypeError:
         return f"{_name_of(given)} takes ({', '.join(signature.parameters)})"
     return None
@@ -372,7 +372,7 @@ def _builds_a_model(factory: Any) -> None:
             f"Task(model={name}) is a class that is no nn.Module. Give the class of the model, or a function that builds it."
         )
     _returns_at_once(f"Task(model={name})", factory)
-    problem = None if isinstance(factory, type) and type(factory) is not type else _does_not_take(factory, 0)
+    problem = None if isinstance(factory, type) and type(factory) is not type else _does_not_take(factory, 0, set())
     if problem is not None:
         raise InputError(
             f"Task(model={name}) is called without arguments, but {problem}. Write model=lambda: {name}(…) with the arguments of the "

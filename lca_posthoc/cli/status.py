@@ -85,15 +85,17 @@ def _state(name: str, loss: dict[str, Any]) -> str:
 
 def _progress(opened: Run, last: LastRun | None) -> dict[str, dict[str, Any]]:
     """Return how far each loss is; of a running one also segments per second, and seconds left, of all losses together."""
+    from ..store import underway
+
     found = {name: results.progress() for name, results in opened.items()}
+    computing = sum(report.segments for report in underway(opened.path))
     for loss in found.values():
         loss["segments_per_second"] = loss["seconds_left"] = None
         if loss["running"] and not loss["complete"] and last is not None and last.ended is None:
-            underway = sum(other["segments_underway"] for other in found.values())
-            rate = last.rate(underway)
+            rate = last.rate(computing)
             if rate is not None:
                 loss["segments_per_second"] = rate
-                loss["seconds_left"] = max(0.0, last.pending - last.done - underway) / rate
+                loss["seconds_left"] = max(0.0, last.pending - last.done - computing) / rate
     return found
 
 

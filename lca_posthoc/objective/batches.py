@@ -176,7 +176,7 @@ class Split:
         self._resident_batch_size = 0
 
     @torch.no_grad()
-    def _read(self, cuts: Iterable[Positions]) -> Iterator[Any]:
+    def _read(self, cuts: Iterable[Positions]) -> Generator[Any, None, None]:
         """Batches as the data gives them."""
         yield from self._source.batches(cuts, self._subset)
 
@@ -201,10 +201,12 @@ class Split:
 
     def samples(self, cuts: Sequence[range]) -> Iterator[Any]:
         """Examples at some ranges of positions, ascending, each as one batch on the device."""
-        for _, batch in zip(
-            cuts, self._read(cuts), strict=False
-        ):  # a stream that is not asked for its end is not compared
-            yield move(batch, self._device, self._dtype)
+        items = self._read(cuts)
+        try:
+            for _ in cuts:  # a stream that is not asked for its end is not compared
+                yield move(self._reader.call(next, items), self._device, self._dtype)
+        finally:
+            self._reader.close(items)
 
     @property
     def digest(self) -> str:

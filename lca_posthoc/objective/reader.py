@@ -76,8 +76,11 @@ class Reader:
         if self._lane is None or threading.current_thread() is self._lane:
             _Lane._do(future, lambda: function(*arguments))
             return future
-        if not self._lane.is_alive():
-            self._lane = _current()
+        if self._lane.left or not self._lane.is_alive():
+            self._lane, self._context = (
+                _current(),
+                self._context.copy(),
+            )  # a thread that was left is still inside its own
         threads = torch.get_num_threads()
 
         def job() -> Result:

@@ -110,7 +110,7 @@ class LossResults:
             "spans": manifest.spans,
             "segments_done": len(self._rows),
             "segments": manifest.segments,
-            "segments_underway": sum(report.segments / len(report.losses) for report in reports),
+            "segments_underway": sum(report.of_losses / len(report.losses) for report in reports),
             "first_step": manifest.checkpoints[0].step,
             "last_step": manifest.checkpoints[-1].step,
             "seconds": round(sum(marker["seconds"] for marker in markers), 3),

@@ -30,10 +30,14 @@ _BLOCK = 2**20
 
 @dataclass(frozen=True)
 class Underway:
-    """How far one span is: segments done, a segment of two losses counting twice, and the worst |residual| among them."""
+    """How far one span is: segments done, a segment of two losses counting twice, and the worst |residual| among them.
+
+    `of_losses` are those of `losses`, which are computed now; the others were computed before, in the same span.
+    """
 
     span: int
     segments: float
+    of_losses: float
     worst_residual: float
     losses: tuple[str, ...]
 
@@ -94,6 +98,7 @@ class SpanReport:
     def _write(self) -> None:
         document = {
             "segments": self._before + self._segments,
+            "of_losses": self._segments,
             "worst_residual": self._worst,
             "losses": self._losses,
             "host": socket.gethostname(),
@@ -126,10 +131,10 @@ def underway(run: Path) -> list[Underway]:
 def _read(file: Path, span: int) -> Underway:
     with file.open("rb") as opened:
         document = json.loads(opened.read(_LARGEST))
-    segments, worst = float(document["segments"]), float(document["worst_residual"])
-    if not 0 <= segments < 2**63 or not worst >= 0:
+    segments, of_losses, worst = (float(document[name]) for name in ("segments", "of_losses", "worst_residual"))
+    if not 0 <= of_losses <= segments < 2**63 or not worst >= 0:
         raise ValueError
-    return Underway(span, segments, worst, tuple(map(str, document["losses"])))
+    return Underway(span, segments, of_losses, worst, tuple(map(str, document["losses"])))
 
 
 def remove_reports(run: Path) -> None:

@@ -71,7 +71,7 @@ def probe(spec: Spec) -> Spec:
     notes += [note for name in names for note in _checks(spec, objective, name)]
     if spec["settings"]["precision"] == "float64":
         _same_in_float32(spec, objective)
-    notes += _never_updated(spec, objective) + _unmoved(spec) + about_modes
+    notes += _never_updated(spec, objective) + _unmoved(spec, objective) + about_modes
     block = {name: block_of(spec, objective, name) for name in names}
     objective.join([name for name in names if block[name] is not None])
     measured, more = _can_measure(spec, objective, first, new)
@@ -121,14 +121,14 @@ def _statistics(spec: Spec, objective: Any, first: Any, new: list[str]) -> tuple
     mode, recalibration = spec["settings"]["norm_stats"], objective.recalibration
     if mode == "batch" or (mode == "running" and not new):
         return first, []
-    moved = moved_layers(spec, objective)
     if recalibration is None:
-        notes = notes_on_modes(spec, objective, new, moved)
+        notes = notes_on_modes(spec, objective, new, moved_layers(spec, objective))
         objective.place(first)
         return first, notes
     if "statistics" not in spec["settings"]:
         given = spec["settings"]["batch_size"]
-        recalibration.settle(objective.batch_sizes.get(recalibration.split.name, given), moved)
+        known = objective.batch_sizes.get(recalibration.split.name, given)
+        recalibration.settle(known, moved_layers(spec, objective))
     point, unreached = recalibration.at(first), recalibration.unreached(first) if new else []
     notes = [
         f"{what}: {few([*map(repr, layers)])}"
@@ -324,11 +324,12 @@ def sampled(ends: int) -> list[range]:
     ]
 
 
-def moving(spec: Spec) -> Iterator[tuple[int, Any]]:
-    """Look at a few segments, each once: those that move with the stored tensors at both ends, those that do not with None.
+def moving(spec: Spec, objective: Any) -> Iterator[tuple[int, Any]]:
+    """Look at a few segments, each once: those on which a parameter moves with the stored tensors at both ends, others with None.
 
     One that cannot be read is left out: its span will fail and say so.
     """
+    trained = [tensor.name for tensor in objective.table if tensor.kind == "parameter"]
     looked: dict[int, bool] = {}
     for places in sampled(spec["ends"]):
         for index in places:
@@ -338,8 +339,7 @@ def moving(spec: Spec) -> Iterator[tuple[int, Any]]:
                 except SpanError:
                     continue
                 before, after = pair
-                floating = [name for name, tensor in before.items() if tensor.is_floating_point()]
-                looked[index] = any(bool((before[name].double() != after[name].double()).any()) for name in floating)
+                looked[index] = any(bool((before[name].double() != after[name].double()).any()) for name in trained)
                 yield index, pair if looked[index] else None
             if looked[index]:
                 break
@@ -350,7 +350,7 @@ def _calibrations(spec: Spec, objective: Any, names: list[str]) -> dict[str, flo
     from ..allocation import calibrate
 
     largest: dict[str, float] = {}
-    for index, pair in moving(spec):
+    for index, pair in moving(spec, objective):
         if pair is None:
             continue
         shares = calibrate(point_at(spec, index, objective), point_at(spec, index + 1, objective), objective, names)
@@ -397,12 +397,12 @@ def _prefixes(names: Iterable[str]) -> list[str]:
     return sorted({name.removesuffix("running_mean").removesuffix("running_var") for name in names})
 
 
-def _unmoved(spec: Spec) -> list[str]:
+def _unmoved(spec: Spec, objective: Any) -> list[str]:
     """Say which share of half-precision parameters did not move on a few segments, those left out on which none did."""
     if not spec["half"]:
         return []
     same = count = still = 0
-    for _, pair in moving(spec):
+    for _, pair in moving(spec, objective):
         if pair is None:
             still += 1
             continue

@@ -121,7 +121,7 @@ def _compressions(spec: Spec, objective: Any) -> Spec:
     """
     from ..store import compressed_share
 
-    pair = next((pair for _, pair in moving(spec) if pair is not None), None)
+    pair = next((pair for _, pair in moving(spec, objective) if pair is not None), None)
     shares: Spec = {}
     for name, loss in objective.losses.items():
         parts = [] if pair is not None else [np.zeros(_SAMPLED_NUMBERS, "float32")]
@@ -135,7 +135,7 @@ def _compressions(spec: Spec, objective: Any) -> Spec:
             gradient = objective.over(functools.partial(objective.values, name), [batch]).gradient
             for tensor, each in gradient.items():
                 motion = pair[1][tensor].double() - pair[0][tensor].double()
-                product = (motion * each.reshape(-1, *motion.shape)[0].cpu()).float()
+                product = (motion * each.cpu()).float()
                 parts.append(product.reshape(-1)[: _SAMPLED_NUMBERS // max(1, len(gradient)) + 1].numpy())
         shares[name] = compressed_share(np.concatenate(parts), spec["segments_of_window"])
     return shares

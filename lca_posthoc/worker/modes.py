@@ -16,6 +16,7 @@ from .state import Spec, checkpoint_at, stored_point_at
 SHARE = 0.1  # of the loss change, above which the two are said to differ
 SAMPLE = 256  # examples both are evaluated on, as one batch
 _LEAST = 32  # examples that make a batch's statistics worth comparing with, where the run's own batches are smaller
+_SAVED_BYTES = 2**28  # that such a larger batch may save
 
 
 def moved_layers(spec: Spec, objective: Any) -> list[str]:
@@ -28,7 +29,7 @@ def moved_layers(spec: Spec, objective: Any) -> list[str]:
     wanted = {name: spec["names"][name] for names in layers.values() for name in names}
     moved = set[str]()
     first: Any = None
-    for index in sorted(map(int, spec["checkpoints"])):
+    for index in spec["modes"]:
         try:
             stored = read_checkpoint(checkpoint_at(spec, index), wanted)
         except SpanError:  # its spans will fail and say so
@@ -52,11 +53,11 @@ def notes_on_modes(spec: Spec, objective: Any, names: list[str], moved: list[str
     Returns:
         A note for each loss whose change is another one, by more than `SHARE` of the larger one, with both figures and the way out.
     """
-    from ..objective import in_both_modes
+    from ..objective import in_both_modes, is_out_of_memory
 
     batches = {name: batch for name in names if moved and (batch := _sample(objective, name)) is not None}
     values: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in batches}
-    for index in sorted(map(int, spec["checkpoints"])) if batches else ():
+    for index in spec["modes"] if batches else ():
         try:
             objective.place(stored_point_at(spec, index, objective))
         except SpanError:
@@ -64,7 +65,9 @@ def notes_on_modes(spec: Spec, objective: Any, names: list[str], moved: list[str
         for name, (_, batch) in batches.items():
             try:
                 values[name][index] = in_both_modes(objective, name, batch, moved)
-            except InputError:  # a batch that has no statistics: there is nothing to compare with
+            except Exception as error:  # the batch has no statistics, or no room: there is nothing to compare with
+                if not isinstance(error, InputError) and not is_out_of_memory(error):
+                    raise
                 continue
     notes = (_compared(spec, name, batches[name][0], pairs) for name, pairs in values.items())
     return [note for note in notes if note is not None]
@@ -76,7 +79,8 @@ def _sample(objective: Any, name: str) -> tuple[int, Any] | None:
     if loss.split is None:
         return None
     split = objective.splits[loss.split]
-    count = min(SAMPLE, split.examples, max(_LEAST, objective.batch_sizes[loss.split]))
+    own = objective.batch_sizes[loss.split]
+    count = min(SAMPLE, split.examples, max(own, min(_LEAST, int(_SAVED_BYTES / objective.saved_bytes(name)))))
     positions = split.spread(count)
     try:
         return count, split.sample(0, count) if positions is None else split.at(positions)

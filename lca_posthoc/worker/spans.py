@@ -170,6 +170,9 @@ class _Together:
         covered = writer.manifest.of(losses[0])
         self.rows, self.length = covered.rows(spec["span"]), covered.length(spec["span"])
         self.kept = [tensor.spec for tensor in writer.manifest.allocated]
+        self.trained = {
+            tensor.spec.name: tensor.source for tensor in writer.manifest.tensors if tensor.spec.kind == "parameter"
+        }
         self.blocks = self.records[losses[0]].blocks
         settings = spec["settings"]
         self.method = Method(
@@ -236,7 +239,7 @@ class _Together:
             name: np.zeros((self.length, self.records[name].replicates, len(self.kept))) for name in self.replicates
         }
         measures = any(record.measured for record in self.records.values())
-        self.waits_before = measures and _still(self.spec, looks_back(self.rows.start))
+        self.waits_before = measures and _still(self.spec, looks_back(self.rows.start), self.trained)
         reached = [set[int]() for _ in range(self.length)]
         every = [*self.records, *self.replicates.values()]
         for part_before, block in enumerate(self.blocks):
@@ -269,22 +272,29 @@ class _Together:
         """Tell whether a segment, the one after that of the last call, is the first of its stretch that moves."""
         stretch = stretch_of(row)
         self.waits = bool(stretch) and (row == stretch.start or self.waits)
-        if not self.waits or not any(bool(moved.any()) for moved in motion.values()):
+        if not self.waits or not any(bool(motion[name].any()) for name in self.trained if name in motion):
             return False
         self.waits = False
         return True
 
 
-def _still(spec: Spec, checkpoints: range) -> bool:
-    """Tell whether nothing moves over some consecutive checkpoints; one that cannot be read counts as moved, its span says why."""
+def _still(spec: Spec, checkpoints: range, trained: dict[str, str]) -> bool:
+    """Tell whether no parameter moves over some consecutive checkpoints.
+
+    One that cannot be read counts as moved: its span says why. Statistics move in every forward pass of training and count for nothing.
+
+    Args:
+        spec: of the span.
+        checkpoints: their positions.
+        trained: the parameters' names, and those inside the files.
+    """
     if not checkpoints:
         return False
     try:
-        before = read_stored(checkpoint_at(spec, checkpoints.start), spec["names"])
+        before = read_stored(checkpoint_at(spec, checkpoints.start), trained)
         for index in checkpoints[1:]:
-            after = read_stored(checkpoint_at(spec, index), spec["names"])
-            floating = [name for name, tensor in after.items() if tensor.is_floating_point()]
-            if any(bool((after[name].double() != before[name].double()).any()) for name in floating):
+            after = read_stored(checkpoint_at(spec, index), trained)
+            if any(bool((after[name].double() != before[name].double()).any()) for name in after):
                 return False
             before = after
     except SpanError:
