@@ -26,8 +26,9 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
 from rich.status import Status
+from rich.table import Column
 from rich.text import Text
 
 from .errors import LCAWarning, ResourceError
@@ -271,30 +272,26 @@ class Bar:
     def stage(self, text: str, began: float, now: float) -> None:
         """See `View.stage`."""
         shown = Text(f"{text} ({duration(int(now - began))})" if now - began >= 2 else text)
+        spinner = "dots" if self._console.encoding.startswith("utf") else "line"
         if self._status is None:
-            spinner = "dots" if self._console.encoding.startswith("utf") else "line"
             self._status = Status(shown, console=self._console, spinner=spinner)
             self._status.start()
-        else:
-            self._status.update(shown)
+        self._status.update(shown, spinner=spinner)  # with a spinner it is drawn at once
 
     def show(self, progressed: Progressed, now: float) -> None:
         """See `View.show`."""
         if self._progress is None:
             self.close()
             columns = (
-                TextColumn("replay"),
-                BarColumn(),
+                BarColumn(bar_width=40 if self._console.width >= 120 else 16),
                 MofNCompleteColumn(),
-                TextColumn(
-                    "segments · {task.fields[speed]}worst residual {task.fields[worst]:.1e}{task.fields[trouble]} ·"
-                ),
-                TimeElapsedColumn(),
-                TextColumn("· left"),
+                TextColumn("segments, left"),
                 _Left(),
+                # what there is room for, the most important first
+                TextColumn("{task.fields[more]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             )
-            self._progress = Progress(*columns, console=self._console, transient=True)
-            self._task = self._progress.add_task("replay", total=None, worst=0.0, speed="", trouble="", due=None)
+            self._progress = Progress(*columns, console=self._console, transient=True, expand=True)
+            self._task = self._progress.add_task("replay", total=None, more="", due=None)
             self._progress.start()
         workers = f"{progressed.workers} worker{'' if progressed.workers == 1 else 's'}"
         rate, left = progressed.rate(now), progressed.seconds_left(now)
@@ -304,10 +301,12 @@ class Bar:
             self._task,  # type: ignore[arg-type]
             total=progressed.total,
             completed=int(progressed.reached),
-            worst=progressed.worst_residual,
-            speed=f"{progressed.spans_done}/{progressed.spans} spans · {workers} · ",
-            trouble=progressed.trouble,
+            more=(
+                f"{progressed.trouble} · worst residual {progressed.worst_residual:.1e} · {progressed.spans_done}/{progressed.spans} spans"
+                f" · {workers} · {duration(int(now - progressed.began))} so far"
+            ).removeprefix(" "),
             due=None if left is None else time.monotonic() + left,
+            refresh=True,
         )
 
     def close(self) -> None:

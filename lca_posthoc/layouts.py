@@ -175,7 +175,7 @@ def refuse_epochs(names: Mapping[str, int | None]) -> None:
 def epochs_are_meant(pattern: str) -> str:
     """Return the note for numbers that `--pattern` names although they count epochs."""
     return (
-        f"the numbers --pattern {pattern!r} names are the epochs the files hold: every segment spans all steps of an epoch or more, and "
+        f"the numbers --pattern '{pattern}' names are the epochs the files hold: every segment spans all steps of an epoch or more, and "
         "the straight line between its ends is not the path that training took"
     )
 

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -400,6 +401,12 @@ def parse_subsets(given: list[str]) -> dict[str, str]:
         split, _, what = each.rpartition("=")
         if split in found:
             raise InputError(f"--subset is given twice for {f'split {split!r}' if split else 'all splits'}.")
+        if re.fullmatch(r"\d+", what):
+            number, prefix = int(what), f"{split}=" if split else ""
+            raise InputError(
+                f"--subset {each!r} could mean one example or a number of them. Write {prefix}{number}:{number + 1} for the example at "
+                f"position {number}, {prefix}:{number} for the first {number}, or {prefix}0.1@7 for a tenth drawn at random with seed 7."
+            )
         found[split] = what
     return found
 

@@ -27,7 +27,7 @@ from lca_posthoc.findings.compare import holm, padded, repeats
 from .small import contents, document, lca, marker, refused, says
 
 Array = np.ndarray[Any, Any]
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = pytest.mark.filterwarnings("error", "ignore::lca_posthoc.errors.LCAWarning")
 
 # --- statistics --------------------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from tests import found
 from tests.small import lca, record, refused, run_lca, write_task
 
 mpl.use("agg")
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = pytest.mark.filterwarnings("error", "ignore::lca_posthoc.errors.LCAWarning")
 
 SIZES = ((6, 3), (41, 60), (200, 3))
 DRAWN = [(name, size) for name in found.MADE for size in SIZES if not (name == "microscope" and size == (200, 3))]

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import lca_posthoc
 from lca_posthoc import Loss, Recorder, Task, locks
-from lca_posthoc.errors import InputError, ResourceError
+from lca_posthoc.errors import InputError, LCAWarning, ResourceError
 from lca_posthoc.recorder.callback import Recording
 from lca_posthoc.store import hold
 from lca_posthoc.trajectory import normalise
@@ -33,6 +33,7 @@ def no_warnings() -> Iterator[None]:
     """A warning is part of what is promised: where one is due it is expected."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("ignore", LCAWarning)  # notes of a run
         yield
 
 

@@ -50,12 +50,6 @@ def chosen(subset: str | None, total: int) -> Tensor | None:
     if subset is None:
         return None
     problem = "is not understood"
-    if re.fullmatch(r"\d+", subset):
-        number = int(subset)
-        raise InputError(
-            f"--subset {subset!r} could mean one example or a number of them. Write {number}:{number + 1} for the example at position "
-            f"{number}, :{number} for the first {number}, or 0.1@7 for a tenth drawn at random with seed 7."
-        )
     if match := re.fullmatch(r"(\d*):(\d*)", subset):
         start, stop = int(match[1] or 0), int(match[2] or total)
         if start < stop <= total:
