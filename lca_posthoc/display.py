@@ -26,7 +26,9 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
+from rich.spinner import Spinner
 from rich.status import Status
 from rich.table import Column
 from rich.text import Text
@@ -144,6 +146,11 @@ class Stream(io.TextIOBase):
     def _lenient(self) -> Iterator[None]:
         try:
             yield
+        except BlockingIOError:  # what reads it is slow for the moment: progress may be lost, a result may not
+            if self._matters:
+                raise ResourceError(
+                    "the result cannot be printed: what reads it does not wait. What was computed is kept: `lca summary` prints it."
+                ) from None
         except (OSError, ValueError) as error:
             gone = isinstance(error, ValueError) or error.errno in (errno.EPIPE, errno.EIO, errno.EBADF)
             self._leave()
@@ -181,6 +188,15 @@ def stderr() -> Console:
         soft_wrap=True,
         force_jupyter=False,
     )
+
+
+def waiting(console: Console) -> Status:
+    """Return a line that says what goes on, in signs the console can show; it begins as a context, or with `start`."""
+    return console.status("", spinner=_spinner(console))
+
+
+def _spinner(console: Console) -> str:
+    return "dots" if console.encoding.startswith("utf") else "line"
 
 
 def say(text: str) -> None:
@@ -265,18 +281,17 @@ class Bar:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._status: Status | None = None
+        self._live: Live | None = None
         self._progress: Progress | None = None
         self._task = 0
 
     def stage(self, text: str, began: float, now: float) -> None:
         """See `View.stage`."""
         shown = Text(f"{text} ({duration(int(now - began))})" if now - began >= 2 else text)
-        spinner = "dots" if self._console.encoding.startswith("utf") else "line"
-        if self._status is None:
-            self._status = Status(shown, console=self._console, spinner=spinner)
-            self._status.start()
-        self._status.update(shown, spinner=spinner)  # with a spinner it is drawn at once
+        if self._live is None:
+            self._live = Live(console=self._console, transient=True, redirect_stdout=_shows_prints())
+            self._live.start()
+        self._live.update(Spinner(_spinner(self._console), shown, style="status.spinner"), refresh=True)
 
     def show(self, progressed: Progressed, now: float) -> None:
         """See `View.show`."""
@@ -290,7 +305,9 @@ class Bar:
                 # what there is room for, the most important first
                 TextColumn("{task.fields[more]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             )
-            self._progress = Progress(*columns, console=self._console, transient=True, expand=True)
+            self._progress = Progress(
+                *columns, console=self._console, transient=True, expand=True, redirect_stdout=_shows_prints()
+            )
             self._task = self._progress.add_task("replay", total=None, more="", due=None)
             self._progress.start()
         workers = f"{progressed.workers} worker{'' if progressed.workers == 1 else 's'}"
@@ -311,11 +328,16 @@ class Bar:
 
     def close(self) -> None:
         """See `View.close`."""
-        if self._status is not None:
-            self._status.stop()
+        if self._live is not None:
+            self._live.stop()
         if self._progress is not None:
             self._progress.stop()
-        self._status = None
+        self._live = None
+
+
+def _shows_prints() -> bool:
+    """Tell whether what is printed meanwhile goes to a terminal, above what moves; into a file or a pipe it goes as it is."""
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 class _Left(ProgressColumn):

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ..errors import InputError, amount
 from .options import json_option, replay_options, workers_option
-from .show import duration, print_json, safe, say, stderr, stdout, table
+from .show import duration, print_json, safe, say, stderr, stdout, table, waiting
 
 
 @click.command()
@@ -34,7 +34,7 @@ def command(checkpoints: str, as_json: bool, recording: int | None, **options: A
     if options["workers"] is not None and options["workers"] < 1:
         raise InputError(f"--workers must be 1 or more, got {options['workers']}.")
     keep = options["keep"] or "parameters"
-    with stderr().status("") as status:  # a line on a terminal, nothing elsewhere
+    with waiting(stderr()) as status:  # a line on a terminal, nothing elsewhere
         found = plan(checkpoints, tell=status.update, **options)
     for note in found.notes:
         say(note)

@@ -18,6 +18,7 @@ from ..display import duration as duration
 from ..display import safe as safe
 from ..display import say as say
 from ..display import stderr as stderr
+from ..display import waiting as waiting
 
 _GAP = 2  # cells between two columns
 _SHORTEST = 20  # cells to which a name is cut before columns go below each other

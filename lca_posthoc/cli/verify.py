@@ -9,7 +9,7 @@ import click
 from rich.text import Text
 
 from .options import json_option
-from .show import print_json, safe, say, stderr, stdout, table
+from .show import print_json, safe, say, stderr, stdout, table, waiting
 
 _MOST = 1000  # rows of the table
 
@@ -29,8 +29,7 @@ def command(run: str, as_json: bool) -> None:
     from ..store import Damage, verify
 
     checked, damages, leftovers = verify(run), list[Damage](), list[str]()
-    console = stderr()
-    with console.status("", spinner="dots" if console.encoding.startswith("utf") else "line") as shown:
+    with waiting(stderr()) as shown:
         for found in checked:
             if isinstance(found, Damage):
                 damages.append(found)

@@ -68,6 +68,7 @@ def state_dict(saved: Any, file: Path, key: str | None) -> tuple[Mapping[str, An
             raise InputError(f"--key {key!r}: {file} {problem}. {_entries(saved, list(places))}")
         return asked[0][-1], asked[0][:-1], []
     known = [name for name in _WITHIN if name in places and len(places[name]) == 1]
+    _refuse_unread_model(saved, file, places, known)
     if len(known) == 1:
         others = [path for path in places if path != known[0] and not _only_scalars(places[path][-1])]
         also = [
@@ -83,6 +84,16 @@ def state_dict(saved: Any, file: Path, key: str | None) -> tuple[Mapping[str, An
     if not places:
         raise InputError(f"{file} holds no state dict. {_entries(saved, [])}")
     raise InputError(f"which state dict of {file} is meant is not clear. {_entries(saved, list(places))}")
+
+
+def _refuse_unread_model(
+    saved: Mapping[Any, Any], file: Path, places: Mapping[str, Sequence[Mapping[Any, Any]]], known: Sequence[str]
+) -> None:
+    """Refuse to choose where an object that was read past holds tensors and may be the model itself."""
+    around = [saved, *(level for trail in places.values() for level in trail[:-1])]
+    unread = [name for level in around for name, value in level.items() if holds_tensors_inside(value)]
+    if unread and (not known or any(name in _WITHIN for name in unread)):
+        raise InputError(f"which state dict of {file} is meant is not clear. {_entries(saved, list(places))}")
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -105,12 +116,12 @@ def _has_numbers_beside(saved: Mapping[Any, Any], trail: Sequence[Mapping[Any, A
 
 def _is_optimiser(name: str, value: Mapping[Any, Any]) -> bool:
     """Tell an optimiser's state by its shape, or by its name where the shape tells nothing."""
-    if "param_groups" in value or _OPTIMISER.search(name):
+    if "param_groups" in value or (_OPTIMISER.search(name) and not _holds_tensors(value)):
         return True
     names = [each for each in value if isinstance(each, str)]
     if names and all(each.startswith(("state.", "param_groups.")) for each in names):
         return True  # flattened by torch.distributed.checkpoint
-    return bool(names) and _SLOTS.issuperset(names)
+    return bool(names) and name not in _WITHIN and _SLOTS.issuperset(names)
 
 
 def _places(

@@ -143,8 +143,15 @@ def _sampled(file: Path) -> str:
 
 def _counters(state: Mapping[str, Any]) -> list[str]:
     """Return the counters that stand beside averaged weights: those of an average that keeps the model one level down."""
-    counters = [name for name in _COUNTERS if isinstance(value := state.get(name), torch.Tensor) and value.numel() == 1]
+    counters = [name for name in _COUNTERS if _counts(state.get(name))]
     return counters if all(_AVERAGED.match(name) for name in state if name not in counters) else []
+
+
+def _counts(value: Any) -> bool:
+    """Tell whether a value is a whole number or a flag in a tensor; a trained number is neither."""
+    return (
+        isinstance(value, torch.Tensor) and value.numel() == 1 and not (value.is_floating_point() or value.is_complex())
+    )
 
 
 def _refuse_hidden(state: Mapping[str, Any], file: Path) -> None:

@@ -82,6 +82,11 @@ def _obstacle(
         return f"the run keeps {keep} (--keep {keep}). Run again into another directory with --keep {NEEDS[name][0]}."
     if name == PAIRED and pair is None:
         return no_two_splits(losses)
-    if name == PAIRED and pair is not None and not pair[0].steps["step"].equals(pair[1].steps["step"]):
+    if (
+        name == PAIRED
+        and pair is not None
+        and pair[0].behind == pair[1].behind
+        and not pair[0].steps["step"].equals(pair[1].steps["step"])
+    ):
         return "its two losses do not have the same segments yet. Run `lca run` again to finish both."
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,27 @@ from ..errors import InputError
 from ..store import LossResults
 
 _SAME_LOSS = 1e-2  # relative: precisions differ by less
+_SAME_MOTION = 1e-2  # likewise
 _Key = tuple[int, int, int]  # of a checkpoint: step, size, fingerprint
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """What tells the training a run is of: its first checkpoint, those that training has moved to, and how far tensors moved.
+
+    `motion` is Σ|Δθ| by the steps a segment runs from and to, and by tensor. The fingerprint of a file is of samples, which a large
+    frozen part may fill: then the motion tells.
+    """
+
+    first: _Key
+    moved: frozenset[_Key]
+    motion: dict[tuple[int, int, str], float]
+
+    def shared(self, other: _Marks) -> frozenset[_Key]:
+        """Return the checkpoints both runs are of; none where what moved shows that they are of two trainings."""
+        both = self.motion.keys() & other.motion.keys()
+        alike = all(math.isclose(self.motion[key], other.motion[key], rel_tol=_SAME_MOTION) for key in both)
+        return self.moved & other.moved if alike else frozenset()
 
 
 @dataclass(frozen=True)
@@ -50,18 +71,18 @@ def design_of(given: dict[str, list[LossResults]], paired: bool | None) -> Desig
     notes, pairs = list[str](), list[list[int] | str | None]()
     once = np.zeros((len(given), max(sizes)), dtype=bool)
     for row, (label, several) in enumerate(marks.items()):
-        for at, (_, moved) in enumerate(several):
-            same = next((before for before in range(at) if moved & several[before][1]), None)
+        for at, of_run in enumerate(several):
+            same = next((before for before in range(at) if of_run.shared(several[before])), None)
             once[row, at] = same is None
             if same is not None:
                 notes.append(
-                    f"{given[label][at].path} and {given[label][same].path} are of one training ({_shared(moved, several[same][1])}): "
+                    f"{given[label][at].path} and {given[label][same].path} are of one training ({_shared(of_run, several[same])}): "
                     f"under {label!r} it counts once, by the latter."
                 )
     counting = {label: np.flatnonzero(once[row]).tolist() for row, label in enumerate(given)}
     for label, several in marks.items():
         order = _partners(marks[first], counting[first], several, counting[label]) if paired is None else None
-        same = any(moved & other for _, moved in several for _, other in marks[first])
+        same = any(of_run.shared(other) for of_run in several for other in marks[first])
         if label == first:
             pairs.append("apart")
         elif paired:
@@ -82,34 +103,40 @@ def design_of(given: dict[str, list[LossResults]], paired: bool | None) -> Desig
     return Design(once, pairs, notes)
 
 
-def _marks(results: LossResults) -> tuple[_Key, frozenset[_Key]]:
-    """A run's first checkpoint, and those that training has moved to: the ones that only runs of this training have."""
+def _marks(results: LossResults) -> _Marks:
     keys = [(each.step, each.size, each.fingerprint) for each in results.manifest.checkpoints]
     motion = results.tensors["motion"]
     there = motion["step"].values[motion.sum("tensor").values > 0]
     start = min(there.tolist(), default=None)
-    return keys[0], frozenset(key for key in keys if start is not None and key[0] > start and key != keys[0])
+    moved = frozenset(key for key in keys if start is not None and key[0] > start and key != keys[0])
+    motion = motion.isel(tensor=motion["kind"].values == "parameter")  # statistics may be recomputed
+    rows = zip(motion["step"].values.tolist(), motion["step_end"].values.tolist(), motion.values.tolist(), strict=True)
+    names = motion["tensor"].values.tolist()
+    of_segments = {
+        (begin, end, name): value for begin, end, row in rows for name, value in zip(names, row, strict=True)
+    }
+    return _Marks(keys[0], moved, of_segments)
 
 
-def _shared(one: frozenset[_Key], other: frozenset[_Key]) -> str:
-    shared, most = len(one & other), max(len(one), len(other))
+def _shared(one: _Marks, other: _Marks) -> str:
+    shared, most = len(one.shared(other)), max(len(one.moved), len(other.moved))
     return "the same checkpoints" if shared == most else f"{shared:,} of {most:,} checkpoints are the same"
 
 
 def _partners(
-    first: list[tuple[_Key, frozenset[_Key]]],
+    first: list[_Marks],
     counting_first: list[int],
-    other: list[tuple[_Key, frozenset[_Key]]],
+    other: list[_Marks],
     counting: list[int],
 ) -> list[int] | None:
     """For each run of `other` the run of `first` that begins from the same checkpoint; None unless each has exactly one."""
-    begins = [first[at][0] for at in counting_first]
-    mine = [other[at][0] for at in counting]
+    begins = [first[at].first for at in counting_first]
+    mine = [other[at].first for at in counting]
     if Counter(begins) != Counter(mine) or len(set(begins)) < len(begins):
         return None
     order = [0] * len(other)  # runs that do not count are never asked for
     for at in counting:
-        order[at] = counting_first[begins.index(other[at][0])]
+        order[at] = counting_first[begins.index(other[at].first)]
     return order
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -19,9 +20,13 @@ class RecorderCallback(Recording, Callback):
 
     Args:
         directory: as `Recorder`'s.
-        frozen: whether frozen parameters (an adapter's base) are written too; `lca run` has them from the task's model.
+        frozen: False leaves out what is frozen when training begins (an adapter's base), which `lca run` then has from the task's
+            model; what a callback unfreezes later could not be recorded.
         options: `every`, `steps`, `until`, `on_full` of `Recorder`.
     """
+
+    def __init__(self, directory: str | Path, *, frozen: bool = True, **options: Any) -> None:
+        super().__init__(directory, frozen=frozen, **options)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Save the weights that training begins with."""

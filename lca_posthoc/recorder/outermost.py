@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import os
 import sys
 import types
 import weakref
@@ -19,14 +18,11 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from .takeover import Takeover
 
-# whose code may stand between a wrapper's and the hooks
-_BETWEEN = (os.path.join(os.path.dirname(torch.__file__), ""), os.path.dirname(__file__), contextlib.__file__)
 _DEPTH = 3  # of wrappers within wrappers that are looked into
 
 
@@ -142,7 +138,9 @@ class Outermost:
     def _stand_in(self, wrapper: weakref.ref[object], name: str, before: Any, counts_all: bool) -> Callable[..., Any]:
         """Return a function that does what a method does, and lets its end be seen."""
 
-        @functools.wraps(before or _own_method(wrapper(), name))
+        shown = before or _own_method(wrapper(), name)
+
+        @functools.wraps(shown)
         def method(this: object, *given: Any, **options: Any) -> Any:
             call = before or _own_method(this, name)
             if this is not wrapper() or not self._is_watched(this):  # a copy of it, or nothing is attached any more
@@ -150,13 +148,21 @@ class Outermost:
             with self._in_progress(this, counts_all):
                 return call(*given, **options)
 
+        with contextlib.suppress(TypeError, ValueError):  # a builtin without a signature
+            signature = inspect.signature(
+                shown
+            )  # of a bound method, without its first argument, which binding takes off once more
+            first = inspect.Parameter("this", inspect.Parameter.POSITIONAL_ONLY)
+            method.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])  # type: ignore[attr-defined]
         return method
 
     @contextlib.contextmanager
     def _in_progress(self, wrapper: object, counts_all: bool) -> Iterator[None]:
         is_attached = any(each() is wrapper for each in self._attached)
         begins = is_attached and not self._own_calls
-        if begins or not self._calls:
+        if (begins or not self._calls) and next(
+            self._callers(), None
+        ) is None:  # else inside a call whose end is not seen
             self._told.over()
         inner_before = self._takeover.inner_steps
         if begins:
@@ -181,15 +187,13 @@ class Outermost:
         return any(each() is thing for each in self._watched)
 
     def _callers(self) -> Iterator[tuple[object, types.CodeType]]:
-        """Yield the optimisers whose methods called this, the innermost first, with their code; up to the first code of another kind."""
+        """Yield the optimisers whose methods called this, the innermost first, with their code."""
         frame = sys._getframe(1)
         while frame.f_back is not None:
             frame = frame.f_back
             owner = self._optimizer_of(frame)
             if owner is not None:
                 yield owner, frame.f_code
-            elif not frame.f_code.co_filename.startswith(_BETWEEN):
-                return
 
     def _optimizer_of(self, frame: types.FrameType) -> object | None:
         """Return the optimiser that a frame runs a method of; other methods are looked at once."""
@@ -223,7 +227,8 @@ def _methods_of(wrapper: object) -> list[str]:
     for kind in type(wrapper).__mro__:
         if kind is not object and not kind.__module__.startswith("torch."):
             names |= {name: None for name, value in vars(kind).items() if isinstance(value, types.FunctionType)}
-    return [name for name in names if not name.startswith("_")]
+    effective = {name: inspect.getattr_static(type(wrapper), name, None) for name in names if not name.startswith("_")}
+    return [name for name, value in effective.items() if value is None or isinstance(value, types.FunctionType)]
 
 
 def _optimizers_in(wrapper: object, depth: int = _DEPTH) -> Iterator[object]:

@@ -15,7 +15,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, LCAError, ResourceError, amount
+from ..errors import InputError, LCAError, ResourceError, amount, few
 from ..locks import DirectoryLock
 from ..places import here, nearest
 from ..trajectory import reserved
@@ -263,6 +263,7 @@ class _Series:
     def __init__(self, directory: Path, model: nn.Module, frozen: bool, pauses: bool, every: int) -> None:
         refuse_flattened(model)
         self._contents = Contents(model, frozen)
+        self._said_moved = False
         self._writer: Writer | None = None
         self._lock: DirectoryLock | None = None
         self._before = -1
@@ -278,7 +279,7 @@ class _Series:
         if self._contents.unwritten:
             entries = ", ".join(f"{name!r} (a {kind})" for name, kind in self._contents.unwritten.items())
             warnings.warn(
-                f"the model's state dict holds {entries}: no tensor, so that no safetensors file can hold it, and it is not recorded. A "
+                f"the model's state dict holds {entries}: no tensor of numbers, so that it is not recorded. A "
                 "replay has it as the task's model builds it.",
                 stacklevel=5,
             )
@@ -347,8 +348,21 @@ class _Series:
             self._writer.check()
 
     def flush(self) -> None:
+        self._warn_of_moved()
         if self._writer is not None:
             self._writer.flush()
+
+    def _warn_of_moved(self) -> None:
+        """Say once which parameters move without a gradient and are in no file."""
+        moved = [] if self._writer is None or self._said_moved else self._contents.moved_unwritten()
+        if moved:
+            self._said_moved = True
+            warnings.warn(
+                f"parameter {few([*map(repr, moved)], 1)} moved although frozen (as the average of a "
+                "teacher does), and is in no file, since frozen=False leaves frozen parameters out: a replay would not see it move. "
+                "Record again with frozen=True.",
+                stacklevel=4,
+            )
 
     def finish(self) -> None:
         """`close` where nobody does it, without an error that was raised before."""
@@ -361,6 +375,7 @@ class _Series:
     def close(self) -> None:
         lock, self._lock = self._lock, None
         if self._writer is not None and lock is not None:
+            self._warn_of_moved()
             try:
                 self._writer.close()
             finally:

@@ -70,7 +70,9 @@ class Contents:
 
     def __init__(self, model: nn.Module, frozen: bool = True) -> None:
         self._model = model
-        self._untrained = {name for name, each in model.named_parameters() if not frozen and not each.requires_grad}
+        self._untrained = {
+            name: _mark(each) for name, each in model.named_parameters() if not frozen and not each.requires_grad
+        }
         self._settle()
 
     def _settle(self) -> None:
@@ -96,9 +98,13 @@ class Contents:
         self._added = {
             name: normalise(name)
             for name, value in added.items()
-            if isinstance(value, Tensor) and normalise(name) not in without
+            if _is_numbers(name, value) and normalise(name) not in without
         }
-        self.unwritten = {name: type(value).__name__ for name, value in added.items() if not isinstance(value, Tensor)}
+        self.unwritten = {
+            name: "serialised state" if isinstance(value, Tensor) else type(value).__name__
+            for name, value in added.items()
+            if not _is_numbers(name, value)
+        }
         _refuse_one_name_for_two(self._names, self._added)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -112,7 +118,7 @@ class Contents:
         own = self._own()
         if own.keys() != self._names.keys():  # a cache, perhaps, made on the way and not persistent
             self._settle()
-        for name in self._untrained & own.keys():
+        for name in self._untrained.keys() & own.keys():
             if own[name].requires_grad:
                 raise InputError(
                     f"parameter {name!r} was frozen at the first step recorded, so that it is in no file, and is trained now. All iterates "
@@ -123,6 +129,11 @@ class Contents:
             state = self._model.state_dict(keep_vars=True)
             tensors |= {written: _whole(state[name]) for name, written in self._added.items() if name in state}
         return tensors
+
+    def moved_unwritten(self) -> list[str]:
+        """Return the parameters that are left out as frozen and have moved all the same, as the average of a teacher does."""
+        own = self._own()
+        return [name for name, mark in self._untrained.items() if name in own and _mark(own[name]) != mark]
 
     def copied_buffers(self) -> dict[str, Tensor]:
         """Return copies of the buffers as they are now, by their names in the file."""
@@ -141,6 +152,17 @@ def _refuse_one_name_for_two(*names: Mapping[str, str | None]) -> None:
                 f"tensors {origins[written]!r} and {name!r} of the model are both {written!r} once what wrappers put into names is taken "
                 "off. Rename one of them in the model."
             )
+
+
+def _is_numbers(name: str, value: Any) -> bool:
+    """Tell tensors from what else a state dict holds, such as state that a module serialised into bytes, whose length may change."""
+    return isinstance(value, Tensor) and not (name.endswith("_extra_state") and value.dtype == torch.uint8)
+
+
+def _mark(tensor: Tensor) -> float:
+    """Return a number that changes when a tensor does: a sum over some of its numbers, from all over it."""
+    flat = _whole(tensor).detach().reshape(-1)
+    return float(flat[:: max(1, len(flat) // 1024)].double().sum())
 
 
 def _whole(tensor: Tensor) -> Tensor:
