@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lca_posthoc import Loss, Run, Task, run
+from lca_posthoc import Loss, Recorder, Run, Task, run
 from lca_posthoc.errors import InputError
 from lca_posthoc.findings import summary
 from lca_posthoc.progress import Note
@@ -399,3 +399,37 @@ def test_the_calibration_is_that_of_segments_that_move(place: Place, tmp_path: P
     still = dead_series(tmp_path / "still", place.iterates("smooth_mlp"), list(range(SEGMENTS)))
     nothing = replayed(still, CASES["smooth_mlp"], tmp_path / "nothing", SEVERAL, **options)
     assert nothing["plain"].record.calibration is None
+
+
+class Drawn(torch.utils.data.Dataset[Any]):
+    """Examples drawn anew, by a seed, whenever they are read: under another default dtype the same seed gives other numbers."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.randn(4, generator=torch.Generator().manual_seed(index)), index % 3
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_data_are_read_alike_whatever_the_loss_is_computed_in(tmp_path: Path, precision: str) -> None:
+    """The measured error is that of rounding, and float64 has the loss of the same examples."""
+    fixed = torch.stack([Drawn()[index][0] for index in range(24)]), torch.arange(24) % 3
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with Recorder(tmp_path / "iterates", model) as recorder:
+        recorder.attach(optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(fixed[0]), fixed[1]).backward()
+            optimizer.step()
+    losses = {}
+    for name, data in {"drawn": Drawn(), "fixed": fixed}.items():
+        task = Task(lambda: torch.nn.Linear(4, 3), {"train": data}, {"train": Loss(F.cross_entropy)})
+        where = {"out": tmp_path / name, "cluster": "inline"}
+        steps = run(tmp_path / "iterates", task, precision=precision, batch_size=8, **where)["train"].steps
+        losses[name] = [*steps["loss_start"].values, steps["loss_end"].values[-1]]
+        if precision == "float32":
+            assert np.nanmax(steps["precision_error"].values) < 1e-5
+    assert losses["drawn"] == losses["fixed"]

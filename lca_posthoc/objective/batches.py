@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import InputError
 from .containers import change_tensors, dense_parts, digest_of, size_of
+from .precision import default_dtype
 from .reader import Reader
 from .sources import DIGESTED, END, Indexed, Positions, Stream, move, move_ahead, open_source, room_on, user_code
 
@@ -159,6 +160,7 @@ class Split:
         self.name = name
         self._device, self._dtype = device, dtype
         self._reader = reader or Reader()
+        self._default = torch.get_default_dtype()  # under which data are read, whatever the loss is computed in
         self._source = self._reader.call(torch.no_grad()(open_source), name, data)
         self.total = self._source.total
         if self.total == 0:
@@ -214,7 +216,7 @@ class Split:
     ) -> Generator[tuple[int, Any], None, None]:
         """Every example once, as `(group, batch)`: groups ascending, each in data-set order and cut into its own batches.
 
-        Batches that do not stay on the device are made by a thread, ahead of use: do not change torch's default dtype meanwhile.
+        Batches that do not stay on the device are made by a thread, ahead of use: do not change torch's default dtype between two.
 
         Args:
             batch_size: examples of a batch; the last of a group may be smaller.
@@ -247,6 +249,9 @@ class Split:
         if not cuts:
             return
         items = self._carried(cuts)
+        if torch.get_default_dtype() != self._default:
+            yield from self._in_turn(items)
+            return
         pending = collections.deque(self._reader.submit(next, items, END) for _ in range(_AHEAD))
         try:
             while (item := self._reader.result(pending.popleft())) is not END:
@@ -255,6 +260,18 @@ class Split:
         finally:
             for waiting in pending:
                 waiting.cancel()
+            self._reader.close(items)
+
+    def _in_turn(self, items: Generator[Any, None, None]) -> Generator[Any, None, None]:
+        """Items read when they are asked for, under the default dtype data are read under: there is one for all threads."""
+        try:
+            while True:
+                with default_dtype(self._default):
+                    item = self._reader.call(next, items, END)
+                if item is END:
+                    return
+                yield item
+        finally:
             self._reader.close(items)
 
     def _carried(self, cuts: Iterable[Positions]) -> Generator[Any, None, None]:

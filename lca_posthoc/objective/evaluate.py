@@ -30,7 +30,7 @@ from .containers import dense_parts, digest_of, fresh
 from .copies import copy_in
 from .linear import multiplying
 from .normalisation import normalising
-from .precision import tf32
+from .precision import default_dtype, tf32
 from .reader import Reader
 from .recurrent import recurring
 from .sharing import SharedOutputs
@@ -44,17 +44,6 @@ _BUILT: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # by the factories of ta
 HIGHER = {"bfloat16": "float32", "tf32": "float32", "float32": "float64"}
 REPLICATES = 10
 Values = Callable[[Any], tuple[Tensor, Tensor | None]]
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Build and call models under this default dtype: constants made on the way must have the precision asked for."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 class Objective:

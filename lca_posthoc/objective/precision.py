@@ -48,6 +48,17 @@ def _older(matmul: str, tf32: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Build and call models under this default dtype: constants made on the way must have the precision asked for."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
 def float32() -> Iterator[None]:
     """Matrix products and convolutions of float32 in float32; put back afterwards."""
     parts = [each for settings in _newer() for each in settings]
