@@ -313,7 +313,37 @@ UNCLEAR: dict[str, tuple[Callable[[State], Any], str | None, tuple[str, ...]]] =
     "a key of two meanings": (lambda state: {"a.b": state, "a": {"b": state}}, "a.b", ("holds two state dicts",)),
     "an optimiser alone": (lambda state: {"optim": adam(state), "epoch": 1}, None, ("holds no state dict",)),
     "a tensor beside": (lambda state: {"net": state, "best": torch.ones(4)}, None, ("is not clear", "'net'")),
+    "a model that is an object, and its average": (
+        lambda state: {"model": torch.nn.Linear(2, 2), "ema": state},
+        None,
+        ("is not clear", "'model' is an object of torch.nn.modules.linear.Linear"),
+    ),
+    "a model in a mapping of another kind": (
+        lambda state: {"model": collections.defaultdict(list, state), "ema": state},
+        None,
+        ("is not clear", "'model' is an object of"),
+    ),
+    "weights under a name of optimisers": (
+        lambda state: {"opt": state, "ref": state},
+        None,
+        ("is not clear", "'opt', 'ref'"),
+    ),
 }
+
+
+def test_weights_called_as_slots_of_optimisers_are_a_model(tmp_path: Path) -> None:
+    states = [{"mu": torch.full((3,), float(step)), "v": torch.ones(2)} for step in range(4)]
+    source = save(tmp_path / "saved", lambda step, state: {"model": states[step]})
+    told(source, tmp_path / "st")
+    holds(tmp_path / "st", dict(enumerate(states)))
+
+
+def test_a_trained_number_beside_wrapped_weights_is_no_counter(tmp_path: Path) -> None:
+    source = save(
+        tmp_path / "saved", lambda step, state: {"module.w": state["out.bias"], "decay": torch.tensor(0.1 * step)}
+    )
+    told(source, tmp_path / "st")
+    assert all("decay" in load_file(path) for path in (tmp_path / "st").iterdir())
 
 
 @pytest.mark.parametrize("case", UNCLEAR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import warnings
 from collections import OrderedDict
@@ -342,6 +343,42 @@ def accelerated(inner: Any) -> Any:
     return Accelerator(cpu=True).prepare(inner)
 
 
+class OwnMethod(Lookahead):
+    """Moves the weights after every step, by a method of its own that anybody may call."""
+
+    def update_slow(self) -> None:
+        for slow, each in zip(self.slow, self.param_groups[0]["params"], strict=True):
+            slow.lerp_(each, 0.5)
+            each.copy_(slow)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+        self.update_slow()
+
+
+class Several(Lookahead):
+    """Makes the steps of its parts in a comprehension, and by a function beside it; one of its names is a property."""
+
+    @property
+    def rate(self) -> float:
+        return 0.5
+
+    @staticmethod
+    def doubled(value: int) -> int:
+        return 2 * value
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        [make_step(each) for each in [self.inner]]
+        for each in self.param_groups[0]["params"]:
+            each.mul_(0.9)
+
+
+def make_step(optimizer: Any) -> None:
+    optimizer.step()
+
+
 def scheduled(inner: Any) -> Any:
     wrapper = Lookahead(inner)
     wrapper.defaults = {}
@@ -357,6 +394,8 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "Lookahead of a duck": lambda inner: Lookahead(Duck(inner)),
     "duck": Duck,
     "duck of Lookahead": lambda inner: Duck(Lookahead(inner)),
+    "a method of its own": OwnMethod,
+    "several": Several,
     "delegates": Delegates,
     "accumulates": Accumulates,
     "SAM": SAM,
@@ -427,6 +466,17 @@ def test_an_iterate_is_the_model_after_the_outermost_step(tmp_path: Path, name: 
         assert "step" not in {**vars(inner), **vars(wrapper)}
 
 
+def test_a_followed_wrapper_is_called_as_before(tmp_path: Path) -> None:
+    """Signatures are those of its methods, which others look at (accelerate, GradScaler); what is no method stays as it is."""
+    model = Net()
+    wrapper = Several(sgd(model))
+    before = {name: inspect.signature(getattr(wrapper, name)) for name in ("step", "zero_grad")}
+    with Recorder(tmp_path / "ck", model) as recorder:
+        recorder.attach(wrapper)
+        assert {name: inspect.signature(getattr(wrapper, name)) for name in before} == before
+        assert (wrapper.rate, wrapper.doubled(3)) == (0.5, 6)
+
+
 def test_a_step_that_calls_the_step_of_its_base_is_one(tmp_path: Path) -> None:
     sgd(Net())  # torch runs the hooks of the base class from here on
     model = Net()
@@ -491,6 +541,18 @@ def test_trainers_record_what_is_trained_and_all_where_asked(tmp_path: Path, fro
     assert base.isdisjoint(run.allocation) is not frozen
     change = float(run.steps.loss_end[-1] - run.steps.loss_start[0])
     assert float(run.tensors.allocated.sum() + run.steps.residual.sum()) == pytest.approx(change, abs=1e-6)
+
+
+def test_a_frozen_part_that_moves_all_the_same_is_said(tmp_path: Path) -> None:
+    """The average of a teacher has no gradient and moves at every step."""
+    model = adapted()
+    recorder = Recorder(tmp_path / "ck", model, frozen=False)
+    recorder.save(0)
+    for each in model.part.parameters():
+        each.data.lerp_(torch.full_like(each, 2.0), 0.1)
+    recorder.save(1)
+    with pytest.warns(UserWarning, match=r"'part.0.weight' and 3 more moved although frozen.*frozen=True"):
+        recorder.close()
 
 
 def test_a_parameter_that_comes_to_be_trained_is_named_with_the_switch(tmp_path: Path) -> None:

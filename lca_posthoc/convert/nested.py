@@ -92,7 +92,7 @@ def _refuse_unread_model(
     """Refuse to choose where an object that was read past holds tensors and may be the model itself."""
     around = [saved, *(level for trail in places.values() for level in trail[:-1])]
     unread = [name for level in around for name, value in level.items() if holds_tensors_inside(value)]
-    if unread and (not known or any(name in _WITHIN for name in unread)):
+    if places and unread and (not known or any(name in _WITHIN for name in unread)):
         raise InputError(f"which state dict of {file} is meant is not clear. {_entries(saved, list(places))}")
 
 

@@ -144,6 +144,9 @@ def _sampled(file: Path) -> str:
 def _counters(state: Mapping[str, Any]) -> list[str]:
     """Return the counters that stand beside averaged weights: those of an average that keeps the model one level down."""
     counters = [name for name in _COUNTERS if _counts(state.get(name))]
+    rate = state.get("decay")
+    if counters and "decay" not in counters and isinstance(rate, torch.Tensor) and rate.numel() == 1:
+        counters.append("decay")  # the rate of the average, beside a count of it
     return counters if all(_AVERAGED.match(name) for name in state if name not in counters) else []
 
 
