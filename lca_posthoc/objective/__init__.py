@@ -3,7 +3,14 @@
 from .batches import Split, automatic_batch_size, power_of_two
 from .evaluate import HIGHER, Objective, new_model, replicates_of
 from .precision import float32
-from .probe import Identity, check_loss, drop_weightless_replicates, hidden_from_autograd, identify
+from .probe import (
+    Identity,
+    check_loss,
+    drop_weightless_replicates,
+    hidden_from_autograd,
+    identify,
+    weights_of_sample,
+)
 from .sources import is_out_of_memory
 from .statistics import in_both_modes, statistics_of
 from .sums import Evaluation
@@ -28,4 +35,5 @@ __all__ = [
     "replicates_of",
     "statistics_of",
     "tensor_table",
+    "weights_of_sample",
 ]

@@ -188,9 +188,7 @@ class Objective:
 
         They agree within ten times what two precisions may differ by on a larger sample: single values may be small.
         """
-        with torch.no_grad():
-            for name, tensor in self._tensors.items():
-                other._tensors[name].copy_(tensor)
+        other.place(self.point)
         for name, loss in self.losses.items():
             pairs, few_examples = [], min(32, self.batch_sizes.get(loss.on, 2))
             try:
@@ -252,6 +250,11 @@ class Objective:
         """Let `values` be had of a loss of the task that is not one of those evaluated."""
         if name not in self.functions:
             self.functions[name] = self.task.losses[name].on_device(self.device, self.dtype)
+
+    @property
+    def point(self) -> dict[str, Tensor]:
+        """The tensors of the table, as the module holds them."""
+        return dict(self._tensors)
 
     @property
     def allocated(self) -> list[TensorSpec]:
@@ -557,15 +560,16 @@ class Objective:
 
     def weighs(self, name: str, batch: Any) -> bool:
         """Whether any element of a batch has a weight."""
-        weights = self._weights(name, batch)
+        weights = self.weights(name, batch)
         return weights is None or bool(weights.sum() > 0)
 
     def lowest_weight(self, name: str, batch: Any) -> float | None:
         """The smallest weight of an element of a batch; None where the loss gives no weights."""
-        weights = self._weights(name, batch)
+        weights = self.weights(name, batch)
         return None if weights is None else float(weights.min())
 
-    def _weights(self, name: str, batch: Any) -> Tensor | None:
+    def weights(self, name: str, batch: Any) -> Tensor | None:
+        """Return what the elements of a batch weigh, float64; None where all weigh the same."""
         with self.mode():
             return self.values(name, fresh(batch))[1]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
@@ -19,11 +19,13 @@ from ..task import Loss, every_name
 from ..trajectory import is_statistic
 from .batches import Order
 from .containers import change_tensors, fresh, named_parts, opened, same_bytes, tensors_of
-from .evaluate import Objective, unpack
+from .evaluate import HIGHER, Objective, unpack
+from .sources import Positions
 from .sums import Evaluation
 
 _SAMPLE = 256
 _AGREE = {"float32": 1e-4, "float64": 1e-4, "tf32": 1e-2, "bfloat16": 1e-2}
+_AGREE_HIGHER = {"float64": 1e-8, "float32": 1e-4}  # one precision higher, where rounding explains no more than this
 _REPEATS = 1e-6
 _DEPTH = 4  # how far from a loss's function its parameters' names are looked for
 
@@ -207,7 +209,8 @@ def check_loss(objective: Objective, name: str) -> list[str]:
         _plain_mean(objective, name, split.sample(last, split.examples))  # it may be too small for batch statistics
     elif cut < stop:
         parts = _over(objective, name, *halves)
-        _batches(objective, name, first, parts, scale.apart(first, parts))
+        cuts = [range(start, stop), range(start, cut), range(cut, stop)]
+        _batches(objective, name, first, parts, scale.apart(first, parts), cuts)
         _from_all_over(objective, name, stop - start)
     if loss.reduces:
         _own_mean(objective, name, sample, float(first.loss), scale.value)
@@ -383,7 +386,8 @@ def _from_all_over(objective: Objective, name: str, count: int) -> None:
         return
     whole, apart = _over(objective, name, sample), _over(objective, name, *parts)
     scale = _scale(objective, name, whole, _over(objective, name, half), sample)
-    _batches(objective, name, whole, apart, scale.apart(whole, apart))
+    cuts = [positions, *positions.tensor_split(2)]
+    _batches(objective, name, whole, apart, scale.apart(whole, apart), cuts)
     if loss.reduces:
         _own_mean(objective, name, sample, float(whole.loss), scale.value)
 
@@ -522,8 +526,20 @@ def _random_module(objective: Objective, name: str, batch: Any) -> str | None:
     return None
 
 
-def _batches(objective: Objective, name: str, whole: Evaluation, parts: Evaluation, apart: float) -> None:
-    if not apart <= _AGREE[objective.precision_of(name)]:
+def _batches(
+    objective: Objective, name: str, whole: Evaluation, parts: Evaluation, apart: float, cuts: Sequence[Positions]
+) -> None:
+    """Refuse a loss that one batch and its parts do not agree on, by more than sums of many elements round.
+
+    Args:
+        objective: evaluates it.
+        name: of the loss.
+        whole: the loss over one batch.
+        parts: the same over the batch in two.
+        apart: how far the two are apart.
+        cuts: the positions of the examples of the batch, and of its parts.
+    """
+    if not apart <= _AGREE[objective.precision_of(name)] and not _agree_one_precision_higher(objective, name, cuts):
         cast = objective.autocast(name)
         raise InputError(
             f"loss {name!r} depends on how split {objective.losses[name].split!r} is cut into batches: one batch or two give values "
@@ -531,6 +547,27 @@ def _batches(objective: Objective, name: str, whole: Evaluation, parts: Evaluati
             "--batch-size N), a loss that compares examples with each other, a mean taken inside Loss(call=fn)."
             + (f" It also turns on autocast to {cast} itself, which rounds." if cast else "")
         )
+
+
+def _agree_one_precision_higher(objective: Objective, name: str, cuts: Sequence[Positions]) -> bool:
+    """Return whether a batch and its parts agree where less is rounded: then they are apart by rounding alone."""
+    if objective.precision not in HIGHER:
+        return False
+    try:
+        higher = objective.higher
+        higher.place(objective.point)
+        sample, *parts = (higher.splits[objective.losses[name].on].at(positions) for positions in cuts)
+        whole, joined = _over(higher, name, sample), _over(higher, name, *parts)
+        scale = _scale(higher, name, whole, _over(higher, name, _weighing(higher, name, parts)), sample)
+    except InputError:  # the task does not run in it
+        return False
+    return scale.apart(whole, joined) <= _AGREE_HIGHER[higher.precision]
+
+
+def weights_of_sample(objective: Objective, name: str) -> Tensor | None:
+    """Return the weights of a loss's elements on the sample it is identified by, at the point the objective holds; None without."""
+    (sample,) = _sample(objective, name)
+    return None if sample is None else objective.weights(name, sample)
 
 
 def _in_order(objective: Objective, name: str, sample: Any, examples: range) -> None:

@@ -251,9 +251,10 @@ def _same_in_float32(spec: Spec, objective: Any) -> None:
 
 
 def _identities(spec: Spec, objective: Any, first: Any, names: list[str]) -> dict[str, list[dict[str, float] | None]]:
-    from ..objective import identify
+    from ..objective import identify, weights_of_sample
 
     found: dict[str, list[dict[str, float] | None]] = {name: [] for name in names}
+    weights: dict[str, Any] = {}
     for index in (0, spec["ends"]):
         try:
             point = first if index == 0 else point_at(spec, index, objective)
@@ -265,9 +266,21 @@ def _identities(spec: Spec, objective: Any, first: Any, names: list[str]) -> dic
         for name in names:
             identity = asdict(identify(objective, name))
             found[name].append(identity if all(map(math.isfinite, identity.values())) else None)
+            now = weights_of_sample(objective, name)
+            _same_weights(name, weights.setdefault(name, now), now)
     if found and point is not first:
         _nothing_derived(spec, objective, point, {name: each[-1] for name, each in found.items()})
     return found
+
+
+def _same_weights(name: str, first: Any, now: Any) -> None:
+    """Refuse weights that are others at another checkpoint, such as a second value that says whether an answer was right."""
+    if first is not None and now is not None and not bool((first == now).all()):
+        raise InputError(
+            f"loss {name!r} returned two values for every element, the second of which was taken for its weight and is another at the last "
+            "checkpoint than at the first: it depends on the model. Return the values alone, or (values, weights) with weights that are "
+            "constants."
+        )
 
 
 def _nothing_derived(spec: Spec, objective: Any, last: Any, identities: dict[str, dict[str, float] | None]) -> None:
