@@ -408,7 +408,7 @@ def test_nothing_is_said_where_there_is_nothing_to_choose(name: str, tmp_path: P
     heard: list[Any] = []
     task = Task(build, CASES["relu_mlp"].data(), {"train": Loss(F.cross_entropy, on="train")})
     replay(record(tmp_path / "ck"), task, tmp_path / "run", heard, **{"norm_stats": "running", **settings})
-    assert [note for note in notes(heard) if "statistics" in note] == []
+    assert [note for note in notes(heard) if "statistics of the checkpoints" in note] == []
 
 
 def test_the_share_is_the_one_that_is_documented() -> None:

@@ -97,7 +97,7 @@ REFUSED = {
     "beyond the end": (["0:201"], "--subset '0:201'"),
     "not a fraction": (["1.5@3"], "--subset '1.5@3'"),
     "no seed": (["0.1"], "--subset '0.1'"),
-    "a single number": (["train=96"], "96:97 for the example at position 96, :96 for the first 96"),
+    "a single number": (["train=96"], "Write train=96:97 for the example at position 96, train=:96 for the first 96"),
     "a single number for all splits": (["0"], "--subset '0' could mean one example or a number of them"),
     "a single number beyond the end": (["500"], ":500 for the first 500"),
     "a list of one": (["96,"], "--subset '96,' is not understood"),

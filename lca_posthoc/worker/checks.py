@@ -71,7 +71,7 @@ def probe(spec: Spec) -> Spec:
     notes += [note for name in names for note in _checks(spec, objective, name)]
     if spec["settings"]["precision"] == "float64":
         _same_in_float32(spec, objective)
-    notes += _never_updated(spec, objective) + _unmoved(spec, objective) + about_modes
+    notes += (_never_updated(spec, objective) if new else []) + _unmoved(spec, objective) + about_modes
     block = {name: block_of(spec, objective, name) for name in names}
     objective.join([name for name in names if block[name] is not None])
     measured, more = _can_measure(spec, objective, first, new)
