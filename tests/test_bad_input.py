@@ -506,7 +506,11 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("losses['train'] must be a Loss", "Loss(fn, on='train')"),
     ),
     "a Loss of nothing": (TRAIN_LOSS, '"train": Loss(on="train")', ("Loss takes one of: a function", "Loss(call=fn")),
-    "a Loss of a word": (TRAIN_LOSS, '"train": Loss("mse")', ("needs something to call", "got str 'mse'", "Loss(F.cross_entropy)")),
+    "a Loss of a word": (
+        TRAIN_LOSS,
+        '"train": Loss("mse")',
+        ("needs something to call", "got str 'mse'", "Loss(F.cross_entropy)"),
+    ),
     # the data
     "an empty split": (
         TRAIN_DATA,
