@@ -536,7 +536,7 @@ class Objective:
         if weights.requires_grad:
             raise InputError(
                 f"loss {name!r} on split {loss.on!r} returned weights that depend on the model, through which no gradient is taken. "
-                "detach() them where they are meant as constants, or return values alone."
+                "Compute them from the batch alone, or return values that are multiplied by them."
             )
         weights = weights.to(values.device, torch.float64)
         return values.double() * weights, weights
