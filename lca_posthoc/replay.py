@@ -367,7 +367,7 @@ class _Job:
             raise ResourceError(ready.short_of)
         self._begin("laying out the run" if existing is None else "comparing with what is recorded")
         if existing is None:
-            self._check_space(store.required_bytes(ready.manifest, settings["keep"], ready.manifest.losses.values()))
+            self._check_space(store.required_bytes(ready.manifest, settings["keep"], ready.manifest.losses))
             store.create(self.path, ready.manifest, self.durable)
         with contextlib.ExitStack() as stack:
             held = stack.enter_context(store.hold(self.path))
@@ -412,7 +412,7 @@ class _Job:
                 self._say_what_stays(writer.manifest)
         new = {name: record for name, record in found.losses.items() if name not in recorded.losses}
         if new:
-            self._check_space(store.required_bytes(writer.manifest, writer.keep, new.values()))
+            self._check_space(store.required_bytes(writer.manifest, writer.keep, new))
             writer.add_losses(new)
         task = {name: value for name, value in found.provenance.items() if name.startswith("task")}
         if any(recorded.provenance[name] != value for name, value in task.items()):

@@ -44,8 +44,12 @@ def write_whole(path: Path, data: Any, durable: bool, suffix: str = "tmp") -> No
 
 def write_json(path: Path, document: dict[str, Any], durable: bool = True) -> None:
     """Write a table with a checksum over itself as its field `crc32`."""
-    sealed = {**document, "crc32": _checksum(document)}
-    write_whole(path, json.dumps(sealed, indent=1, allow_nan=False).encode(), durable)
+    write_whole(path, sealed_json(document), durable)
+
+
+def sealed_json(document: dict[str, Any]) -> bytes:
+    """Return the bytes that `write_json` writes of a table."""
+    return json.dumps({**document, "crc32": _checksum(document)}, indent=1, allow_nan=False).encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import InputError, LCAError, amount
 from ..records import KEEP
 from ..trajectory import RESERVED, Checkpoint, TensorSpec
-from .files import read_json, write_json
+from .files import read_json, sealed_json, write_whole
 from .manifest import LossRecord, Manifest, StoredTensor
 
 FORMAT = 2
@@ -35,6 +35,11 @@ _cache: OrderedDict[tuple[str, int, int, int, int], Manifest] = OrderedDict()
 
 def write_manifest(manifest: Manifest, run: Path, durable: bool = True) -> None:
     """Write `run.json`."""
+    write_whole(run / FILE, manifest_bytes(manifest), durable)
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """Return what `run.json` holds of a manifest."""
     document = {
         "format": FORMAT,
         "id": manifest.id,
@@ -50,7 +55,7 @@ def write_manifest(manifest: Manifest, run: Path, durable: bool = True) -> None:
         "losses": {name: _written(record) for name, record in manifest.losses.items()},
         "provenance": manifest.provenance,
     }
-    write_json(run / FILE, document, durable)
+    return sealed_json(document)
 
 
 def _written(record: LossRecord) -> dict[str, Any]:

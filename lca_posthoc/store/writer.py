@@ -36,7 +36,7 @@ from .lock import hold
 from .manifest import Identity, LossRecord, Manifest
 from .metadata import FILE as ZARR
 from .metadata import group_file, metadata_files
-from .runfile import FILE, read_manifest, write_manifest
+from .runfile import FILE, manifest_bytes, read_manifest, write_manifest
 from .underway import LOG, remove_reports
 
 if TYPE_CHECKING:
@@ -47,20 +47,34 @@ _BLOCK = 4096
 _AT_MOST = {"totals": 0.4, "histogram": 0.5}
 _CHUNK_HEAD = 20  # bytes of a chunk beside its numbers: blosc's header and the checksum
 _MARKER, _MARKED = 600, 80  # bytes of a commit marker, and of each file in it
+_ENTRY = 50  # bytes of a file in a commit marker beside the loss's key and the path of its array
 
 
-def required_bytes(manifest: Manifest, keep: str, losses: Iterable[LossRecord]) -> int:
-    """Return the bytes losses take at most: numbers, one block of the file system for each file, and the record.
+def required_bytes(manifest: Manifest, keep: str, losses: Mapping[str, LossRecord]) -> int:
+    """Return the bytes losses take at most: numbers, commit markers, metadata and the record, in blocks of the file system.
 
     Of totals and histograms, which are counts and signs but for one number in twelve, compression leaves no more than `_AT_MOST`.
+
+    Args:
+        manifest: of the run as it would be created.
+        keep: a level of `--keep`.
+        losses: their names and records.
     """
-    needed = _BLOCK * (8 + len(manifest.checkpoints) // 16)
-    for loss in losses:
-        plans = list(plan_arrays(manifest, keep, loss))
-        files = sum(plan.files + 1 for plan in plans) + manifest.spans
-        needed += sum(int(plan.bytes * _AT_MOST.get(plan.part, 1.0)) for plan in plans) + _BLOCK * files
+    manifest = replace(manifest, losses={**manifest.losses, **losses})
+    needed = _BLOCK * len(manifest.checkpoints) // 16 + _blocks(8 * _BLOCK + len(manifest_bytes(manifest)))
+    for name, record in losses.items():
+        plans = list(plan_arrays(manifest, keep, record))
+        needed += sum(int(plan.bytes * _AT_MOST.get(plan.part, 1.0)) + _BLOCK * plan.files for plan in plans)
+        needed += sum(_blocks(len(data)) for _, data in metadata_files(manifest, name, keep=keep))
+        entries = sum(plan.files * (_ENTRY + len(record.key) + len(plan.path)) for plan in plans)
+        needed += manifest.spans * _blocks(_MARKER + entries // max(1, manifest.spans))
         needed += _waiting(manifest, plans)
     return needed
+
+
+def _blocks(size: int) -> int:
+    """Return what a file of `size` bytes takes on a file system, in bytes."""
+    return -(-size // _BLOCK) * _BLOCK
 
 
 def compressed_share(allocation: np.ndarray[Any, Any], segments: int) -> dict[str, float]:
