@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,43 @@ from torch import Tensor
 from ..errors import InputError
 
 Native = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalisationCall:
+    """One call of `F.batch_norm` or `F.instance_norm`.
+
+    Attributes:
+        native: torch's own function.
+        over_batch: whether it is `F.batch_norm`, whose statistics of the input are those of the batch.
+        from_input: whether the caller asked for statistics of the input (`training`, `use_input_stats`).
+        input: (examples, channels, ...).
+        mean, variance: the running statistics, (channels,); None for a layer that has none.
+        weight, bias: (channels,), or None.
+        eps: what is added to the variance.
+    """
+
+    native: Native
+    over_batch: bool
+    from_input: bool
+    input: Tensor
+    mean: Tensor | None
+    variance: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def with_input_statistics(self, mean: Tensor | None = None, variance: Tensor | None = None) -> Tensor:
+        """Return the layer's output with statistics of the input, which are written to `mean` and `variance` where these are given."""
+        return self.native(self.input, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
+
+    def with_running_statistics(self, mean: Tensor, variance: Tensor) -> Tensor:
+        """Return the layer's output with these running statistics, which have a gradient."""
+        weight, bias = _affine(mean, variance, self.weight, self.bias, self.eps)
+        return self.native(self.input, mean.detach(), variance.detach(), weight, bias, False, 0.0, self.eps)
+
+
+Behaviour = Callable[[NormalisationCall], Tensor]
 
 
 def _affine(
@@ -44,87 +82,31 @@ def _affine(
     )
 
 
-def running(native: Native) -> Native:
-    """Return `F.batch_norm` with running statistics that have a gradient; it refuses those of a batch."""
+def running(call: NormalisationCall) -> Tensor:
+    """Use the running statistics, with their gradient.
 
-    def batch_norm(
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        if training or running_mean is None or running_var is None:
+    Raises:
+        InputError: where a batch-norm layer asks for those of the batch.
+    """
+    if call.from_input or call.mean is None or call.variance is None:
+        if call.over_batch:
             raise InputError(
                 "a batch-norm layer uses batch statistics although the model is in eval mode (track_running_stats=False, or "
                 "training=True in a functional call), so the loss depends on the batches. Use --norm-stats batch --batch-size N."
             )
-        weight, bias = _affine(running_mean, running_var, weight, bias, eps)
-        return native(input, running_mean.detach(), running_var.detach(), weight, bias, False, momentum, eps)
-
-    return batch_norm
+        return call.with_input_statistics()
+    return call.with_running_statistics(call.mean, call.variance)
 
 
-def _instance_norm_running(native: Native) -> Native:
-    def instance_norm(
-        input: Tensor,
-        running_mean: Tensor | None = None,
-        running_var: Tensor | None = None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        use_input_stats: bool = True,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        if use_input_stats or running_mean is None or running_var is None:
-            return native(input, None, None, weight, bias, True, momentum, eps)
-        weight, bias = _affine(running_mean, running_var, weight, bias, eps)
-        return native(input, running_mean.detach(), running_var.detach(), weight, bias, False, momentum, eps)
+def _of_batch(own: Mapping[int, Tensor]) -> Behaviour:
+    """Return what uses statistics of the input in every layer whose running mean is one of the model's `own` buffers."""
 
-    return instance_norm
+    def of_batch(call: NormalisationCall) -> Tensor:
+        if not call.from_input and call.mean is not None and id(call.mean) not in own:
+            return running(call)
+        return call.with_input_statistics()
 
-
-def _batch_norm_batch(native: Native, own: Mapping[int, Tensor]) -> Native:
-    as_given = running(native)
-
-    def batch_norm(
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        if not training and running_mean is not None and id(running_mean) not in own:
-            return as_given(input, running_mean, running_var, weight, bias, False, momentum, eps)
-        return native(input, None, None, weight, bias, True, momentum, eps)
-
-    return batch_norm
-
-
-def _instance_norm_batch(native: Native, own: Mapping[int, Tensor]) -> Native:
-    as_given = _instance_norm_running(native)
-
-    def instance_norm(
-        input: Tensor,
-        running_mean: Tensor | None = None,
-        running_var: Tensor | None = None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        use_input_stats: bool = True,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        if not use_input_stats and running_mean is not None and id(running_mean) not in own:
-            return as_given(input, running_mean, running_var, weight, bias, False, momentum, eps)
-        return native(input, None, None, weight, bias, True, momentum, eps)
-
-    return instance_norm
+    return of_batch
 
 
 @contextlib.contextmanager
@@ -135,23 +117,65 @@ def normalising(mode: str, own: Iterable[Tensor] = ()) -> Iterator[None]:
         mode: "running", "recalibrated" or "batch".
         own: the buffers of the model, whose running statistics `batch` does without.
     """
-    batch_norm: Any = F.batch_norm
-    instance_norm: Any = F.instance_norm
-    if mode != "batch":
-        ours = running(batch_norm), _instance_norm_running(instance_norm)
-    else:
-        held = {id(each): each for each in own}
-        ours = _batch_norm_batch(batch_norm, held), _instance_norm_batch(instance_norm, held)
-    with replacing(*ours):
+    with replacing(_of_batch({id(buffer): buffer for buffer in own}) if mode == "batch" else running):
         yield
 
 
 @contextlib.contextmanager
-def replacing(batch_norm: Native, instance_norm: Native) -> Iterator[None]:
-    """Put these functions in the place of torch's."""
-    before: Any = (F.batch_norm, F.instance_norm)
+def replacing(behaviour: Behaviour) -> Iterator[None]:
+    """Let `behaviour` answer every call of `F.batch_norm` and `F.instance_norm`."""
+    native: Any = (F.batch_norm, F.instance_norm)
+
+    def batch_norm(
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        return behaviour(
+            NormalisationCall(
+                native=native[0],
+                over_batch=True,
+                from_input=training,
+                input=input,
+                mean=running_mean,
+                variance=running_var,
+                weight=weight,
+                bias=bias,
+                eps=eps,
+            )
+        )
+
+    def instance_norm(
+        input: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        use_input_stats: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        return behaviour(
+            NormalisationCall(
+                native=native[1],
+                over_batch=False,
+                from_input=use_input_stats,
+                input=input,
+                mean=running_mean,
+                variance=running_var,
+                weight=weight,
+                bias=bias,
+                eps=eps,
+            )
+        )
+
     F.batch_norm, F.instance_norm = batch_norm, instance_norm
     try:
         yield
     finally:
-        F.batch_norm, F.instance_norm = before
+        F.batch_norm, F.instance_norm = native

@@ -13,18 +13,17 @@ statistics tend to. Sums are float64.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError, ResourceError
 from ..trajectory import is_statistic
 from .batches import Split, automatic_batch_size
 from .containers import fresh
-from .normalisation import Native, normalising, replacing, running
+from .normalisation import NormalisationCall, normalising, replacing, running
 from .sources import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -52,58 +51,6 @@ class _Pool:
     @property
     def variance(self) -> Tensor:
         return self.squares / self.count
-
-
-def _pooling_batch_norm(native: Native, pools: Mapping[int, _Pool]) -> Native:
-    as_given = running(native)
-
-    def batch_norm(
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        pool = None if training or running_mean is None else pools.get(id(running_mean))
-        if pool is None or running_mean is None or running_var is None:
-            return as_given(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        count = input.numel() // input.shape[1]
-        if count == 1:
-            raise InputError(
-                "--norm-stats recalibrated: a batch has one value per channel of a batch-norm layer, which has no statistics (a batch "
-                "of one example, perhaps the last). Give a --batch-size that leaves no batch of one."
-            )
-        mean, variance = torch.zeros_like(running_mean), torch.zeros_like(running_var)
-        found = native(input, mean, variance, weight, bias, True, 1.0, eps)  # with momentum 1 they become the batch's
-        pool.add(count, mean, variance * ((count - 1) / count), True)
-        return found
-
-    return batch_norm
-
-
-def _pooling_instance_norm(native: Native, pools: Mapping[int, _Pool]) -> Native:
-    def instance_norm(
-        input: Tensor,
-        running_mean: Tensor | None = None,
-        running_var: Tensor | None = None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        use_input_stats: bool = True,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        pool = None if use_input_stats or running_mean is None else pools.get(id(running_mean))
-        if pool is None or running_mean is None or running_var is None:
-            return native(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-        mean, variance = torch.zeros_like(running_mean), torch.zeros_like(running_var)
-        found = native(input, mean, variance, weight, bias, True, 1.0, eps)
-        pool.add(input.shape[0], mean, variance, False)
-        return found
-
-    return instance_norm
 
 
 def statistics_of(objective: Objective) -> dict[str, tuple[str, str]]:
@@ -238,8 +185,26 @@ class Recalibration:
 @contextlib.contextmanager
 def pooling(pools: Mapping[int, _Pool]) -> Iterator[None]:
     """Hold layers to the statistics of each batch and pool these, by the layer's own running mean; other layers to what they are given."""
-    native: tuple[Callable[..., Any], Callable[..., Any]] = (F.batch_norm, F.instance_norm)
-    with replacing(_pooling_batch_norm(native[0], pools), _pooling_instance_norm(native[1], pools)):
+
+    def pooled(call: NormalisationCall) -> Tensor:
+        pool = None if call.from_input or call.mean is None else pools.get(id(call.mean))
+        if pool is None or call.mean is None or call.variance is None:
+            return running(call)
+        mean, variance = torch.zeros_like(call.mean), torch.zeros_like(call.variance)
+        count = call.input.numel() // call.input.shape[1]
+        if call.over_batch and count == 1:
+            raise InputError(
+                "--norm-stats recalibrated: a batch has one value per channel of a batch-norm layer, which has no statistics (a batch "
+                "of one example, perhaps the last). Give a --batch-size that leaves no batch of one."
+            )
+        output = call.with_input_statistics(mean, variance)
+        if call.over_batch:
+            pool.add(count, mean, variance * ((count - 1) / count), True)
+        else:
+            pool.add(call.input.shape[0], mean, variance, False)
+        return output
+
+    with replacing(pooled):
         yield
 
 
