@@ -1,7 +1,7 @@
-"""A finding as a NetCDF file, and back: every number, name, type and attribute, whichever NetCDF the environment can write.
+"""A finding as a NetCDF 4 file, and back: every number, name, type and attribute.
 
-NetCDF 3 (scipy, always there) has no 64-bit integers, booleans, texts or axes of length 0, and neither it nor NetCDF 4 allows
-every name. What does not fit is written as the nearest that does; the attribute `lca_posthoc` of the file, JSON, says how it was.
+NetCDF does not allow every name, text or attribute. What does not fit is written as the nearest that does; the attribute
+`lca_posthoc` of the file, JSON, says how it was.
 """
 
 from __future__ import annotations
@@ -9,53 +9,38 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 
-from ..errors import InputError
+from ..errors import InputError, needed
 from ..store.keys import encode_all
 
 RECORD = "lca_posthoc"
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_RESERVED = {
-    "byte",
-    "char",
-    "short",
-    "ushort",
-    "int",
-    "uint",
-    "int64",
-    "uint64",
-    "float",
-    "real",
-    "double",
-    "bool",
-    "string",
-}
 _LONGEST = 120
+_ENGINE: Literal["h5netcdf"] = "h5netcdf"
 _CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
-Engine = Literal["netcdf4", "h5netcdf", "scipy"]
+
+def needed_for_netcdf() -> None:
+    """Ask for the packages NetCDF is written and read with.
+
+    Raises:
+        ResourceError: where one is not installed.
+    """
+    for package in ("h5netcdf", "h5py"):
+        needed(package, "NetCDF")
 
 
-def engine() -> Engine:
-    """The best writer there is: NetCDF 4 where the environment has it."""
-    if find_spec("netCDF4"):
-        return "netcdf4"
-    return "h5netcdf" if find_spec("h5netcdf") and find_spec("h5py") else "scipy"
-
-
-def write_netcdf(data: xr.Dataset, path: Path, using: Engine | None = None) -> None:
+def write_netcdf(data: xr.Dataset, path: Path) -> None:
     """Write a result.
 
     Args:
         data: a finding.
         path: of the file.
-        using: the writer; the best there is where None.
     """
     names = _names(data)
     record: dict[str, Any] = {
@@ -63,7 +48,6 @@ def write_netcdf(data: xr.Dataset, path: Path, using: Engine | None = None) -> N
         "attributes": {"": _odd(data.attrs)},
         "types": {},
         "escaped": [],
-        "empty": {},
     }
     made: dict[str, xr.Variable] = {}
     for name, variable in data.variables.items():
@@ -74,9 +58,6 @@ def write_netcdf(data: xr.Dataset, path: Path, using: Engine | None = None) -> N
         if key != name:
             attributes["real_name"] = _escape(str(name)) if _CONTROL.search(str(name)) else str(name)
         dims = [names[str(dim)] for dim in variable.dims]
-        if 0 in variable.shape:
-            record["empty"][key] = [dims, variable.shape, attributes]
-            continue
         if stored.dtype.kind == "U" and any(_CONTROL.search(text) for text in stored.ravel()):
             record["escaped"].append(key)
             stored = np.array([_escape(text) for text in stored.ravel()]).reshape(stored.shape)
@@ -86,7 +67,7 @@ def write_netcdf(data: xr.Dataset, path: Path, using: Engine | None = None) -> N
     attributes = {**_fitting(data.attrs), RECORD: json.dumps(record)}
     written = xr.Dataset(made, coords, attributes)
     encoding = {key: {"_FillValue": None} for key in written.variables}
-    written.to_netcdf(path, engine=using or engine(), encoding=encoding)
+    written.to_netcdf(path, engine=_ENGINE, encoding=encoding)
 
 
 def read_netcdf(path: str | Path) -> xr.Dataset:
@@ -94,16 +75,15 @@ def read_netcdf(path: str | Path) -> xr.Dataset:
 
     Raises:
         InputError: for a file that `lca export` did not write.
+        ResourceError: where h5netcdf is not installed.
     """
-    with xr.open_dataset(path, decode_times=False, mask_and_scale=False) as opened:
+    needed_for_netcdf()
+    with xr.open_dataset(path, engine=_ENGINE, decode_times=False, mask_and_scale=False) as opened:
         read = opened.load()
     try:
         record = json.loads(read.attrs.pop(RECORD))
         names = record["names"]
         variables = {str(key): _restored(variable, str(key), record) for key, variable in read.variables.items()}
-        for key, (dims, shape, attributes) in record["empty"].items():
-            values = np.empty(shape, _dtype(record["types"][key]))
-            variables[key] = xr.Variable(dims, values, _restored_attributes(attributes, record, key))
         found = {names.get(key, key): _renamed(variable, names) for key, variable in variables.items()}
         coords = {names.get(key, key) for key in record["coordinates"]}
         attributes = _restored_attributes(read.attrs, record, "")
@@ -122,7 +102,7 @@ def _names(data: xr.Dataset) -> dict[str, str]:
     odd = list(filter(_is_odd, found))
     taken = set(found) - set(odd)
     for name, key in encode_all(odd, taken).items():
-        made = key if _PLAIN.fullmatch(key[:1]) and key not in _RESERVED else f"_{key}"
+        made = key if _PLAIN.fullmatch(key[:1]) else f"_{key}"
         while made in taken:
             made = f"_{made}"
         taken.add(made)
@@ -132,29 +112,25 @@ def _names(data: xr.Dataset) -> dict[str, str]:
 
 def _is_odd(name: str) -> bool:
     """Whether a name is not one that NetCDF allows everywhere."""
-    return not _PLAIN.fullmatch(name) or name in _RESERVED or len(name) > _LONGEST
+    return not _PLAIN.fullmatch(name) or len(name) > _LONGEST
 
 
 def _stored(variable: xr.Variable) -> np.ndarray[Any, Any]:
-    """The values as a type that NetCDF 3 has too; integers that need more than 32 bits as float64, or as text where inexact."""
+    """Return the values, texts as numpy's own type."""
     values = np.asarray(variable.values)
-    if values.dtype.kind in "OU":
-        return np.array([str(value) for value in values.ravel()], dtype=str).reshape(values.shape)
-    if values.dtype.kind in "iu":
-        for kind in ("int8", "int16", "int32"):
-            if np.can_cast(values.dtype, kind):
-                return values.astype(kind)
-        if values.size and int(values.min()) >= -(2**31) and int(values.max()) < 2**31:
-            return values.astype("int32")
-        exact = values.size == 0 or max(abs(int(values.min())), abs(int(values.max()))) <= 2**53
-        return values.astype("float64") if exact else values.astype(str)
-    return values
+    if not _is_text(values.dtype):
+        return values
+    return np.array([str(value) for value in values.ravel()], dtype=str).reshape(values.shape)
+
+
+def _is_text(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind in "OU"
 
 
 def _restored(variable: xr.Variable, key: str, record: Mapping[str, Any]) -> xr.Variable:
     values, attributes = np.asarray(variable.values), dict(variable.attrs)
-    if values.dtype.kind in "OSU":
-        texts = [text.decode() if isinstance(text, bytes) else str(text) for text in values.ravel()]
+    if _is_text(values.dtype):
+        texts = [str(text) for text in values.ravel()]
         texts = [json.loads(f'"{text}"') for text in texts] if key in record["escaped"] else texts
         values = np.array(texts, dtype=object).reshape(values.shape)
     values = values.astype(_dtype(record["types"][key]))
@@ -166,7 +142,7 @@ def _renamed(variable: xr.Variable, names: Mapping[str, str]) -> xr.Variable:
 
 
 def _type(dtype: np.dtype[Any]) -> str:
-    return "text" if dtype.kind in "OU" else dtype.name
+    return "text" if _is_text(dtype) else dtype.name
 
 
 def _dtype(name: str) -> np.dtype[Any]:

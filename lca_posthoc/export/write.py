@@ -13,7 +13,7 @@ import xarray as xr
 from ..errors import InputError, needed
 from ..store import Run
 from .choose import Say, choose
-from .netcdf import write_netcdf
+from .netcdf import needed_for_netcdf, write_netcdf
 from .tables import described, file_names, tables, write_csv, write_parquet
 
 FORMATS = ("netcdf", "csv", "parquet", "tensorboard")
@@ -128,6 +128,8 @@ def _check(place: Path, chosen: str, is_file: bool) -> None:
         raise InputError(f"{place} does not end like a file of the format {chosen}. Name a directory with -o.")
     if os.path.lexists(place) and not (place.is_dir() and not place.is_symlink() and not any(place.iterdir())):
         raise InputError(f"{place} is there already, and nothing is written over. Choose another place with -o.")
+    if chosen == "netcdf":
+        needed_for_netcdf()
     if chosen == "parquet":
         needed("pyarrow", "Parquet")
     if chosen == "tensorboard":
