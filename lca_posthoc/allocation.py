@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .errors import SpanError
 from .objective import Evaluation
-from .quadrature import MAX_LEVEL, NESTED, Rule, first_level, fresh_nodes
+from .quadrature import COMPOSITE, Family, Rule
 
 Point = Mapping[str, Tensor]
 Gradient = dict[str, Tensor]
@@ -28,20 +28,24 @@ _BLOCK = 2**17
 
 
 class Evaluates(Protocol):
-    """What the mathematics needs of an objective."""
+    """Evaluates losses at a point: all the mathematics needs of an objective."""
 
     def evaluate(self, point: Point, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
-        """Each loss at `point`, with its gradient unless only the value is asked for."""
+        """Return each loss at `point`, with its gradient unless only the value is asked for."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a segment is integrated.
+    """A rule, and how far it is refined.
 
-    `tolerance` bounds |residual| and `allocation_tolerance` the allocation's own L1 error, both in units of loss, one for all
-    losses or one by loss (none where it has no entry), per segment and loss (each of its groups), for rules of the nested
-    family. `calibration` turns Σ|(g₁ − g₀)·Δθ| into the trapezoid's L1 error. Losses in `never_refined` stay at the rule's
-    own level.
+    Attributes:
+        rule: integrates a segment.
+        tolerance: bounds |residual| of each segment and loss (of each of its groups), in units of loss; one for all losses, or one
+            by loss (none where it has no entry). Only rules of `family` are refined.
+        allocation_tolerance: bounds the allocation's own L1 error likewise.
+        calibration: turns Σ|(g₁ − g₀)·Δθ| into the trapezoid's L1 error, by loss.
+        never_refined: losses that stay at the rule's own level.
+        family: the rules that refine `rule`.
     """
 
     rule: Rule
@@ -49,23 +53,34 @@ class Method:
     allocation_tolerance: float | Mapping[str, float] = math.inf
     calibration: Mapping[str, float] | None = None
     never_refined: frozenset[str] = frozenset()
+    family: Family = COMPOSITE
 
     def bounds(self, loss: str) -> tuple[float, float]:
         """Return the tolerance and the tolerance of the allocation of a loss, in units of loss."""
         residual, allocation = (
-            each.get(loss, math.inf) if isinstance(each, Mapping) else each
-            for each in (self.tolerance, self.allocation_tolerance)
+            bound.get(loss, math.inf) if isinstance(bound, Mapping) else bound
+            for bound in (self.tolerance, self.allocation_tolerance)
         )
         return residual, allocation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SegmentAllocation:
     """The allocation of one loss on one segment; tensors float64, by name, numbers and tensors per group where it has groups.
 
-    `motion` is θ′ − θ and `weight` the sum of the elements' weights at the start. `evaluations` counts gradient evaluations,
-    the start shared with the segment before left out; `error_bound` estimates Σ|A − A*| (NaN for fixed rules); `level` is that
-    of the nested family (−1 for fixed rules).
+    Attributes:
+        allocation: of each tensor, in units of loss.
+        mean_gradient: the weighted mean of the gradients at the nodes.
+        motion: θ′ − θ.
+        loss_start: at the first checkpoint.
+        loss_end: at the next one.
+        weight: the sum of the elements' weights at the start.
+        residual: the change of the loss less the sum of the allocation.
+        evaluations: of gradients, the start shared with the segment before left out.
+        level: of the family of rules; −1 for fixed rules.
+        converged: whether the tolerances were reached.
+        error_bound: estimates Σ|A − A*|; NaN for fixed rules.
+        untouched: tensors the loss reached at no node.
     """
 
     allocation: dict[str, Tensor]
@@ -83,7 +98,7 @@ class SegmentAllocation:
 
 
 def blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """Pieces of a (rows, columns) array small enough to stay in the cache, row by row where rows are long.
+    """Cut a (rows, columns) array into pieces small enough to stay in the cache, row by row where rows are long.
 
     >>> [(r.start, r.stop, c.start, c.stop) for r, c in blocks(2, 2**17 + 1)]
     [(0, 1, 0, 131072), (0, 1, 131072, 131073), (1, 2, 0, 131072), (1, 2, 131072, 131073)]
@@ -95,7 +110,7 @@ def blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
 
 
 def interpolate(start: Point, end: Point, x: float) -> Point:
-    """θ + x(θ′ − θ); tensors that are not floating (counters) are loaded, never interpolated."""
+    """Return θ + x(θ′ − θ); tensors that are not floating (counters) are loaded, never interpolated."""
     return {
         name: torch.lerp(value, end[name], x) if value.is_floating_point() else (value if x < 1 else end[name])
         for name, value in start.items()
@@ -107,50 +122,57 @@ def _motion(start: Point, end: Point, names: Iterable[str]) -> dict[str, Tensor]
 
 
 def _sum(parts: Sequence[Numbers]) -> Numbers:
-    """The exact sum of a few numbers, of each group."""
+    """Return the exact sum of a few numbers, of each group."""
     return np.asarray([math.fsum(column) for column in np.stack(parts, -1).reshape(-1, len(parts))]).reshape(
         np.shape(parts[0])
     )[()]
 
 
 def sums_over(tensors: Mapping[str, Tensor], motion: Mapping[str, Tensor], absolute: bool = False) -> Numbers:
-    """Σ over the elements of all tensors, or Σ|·|, of each group; `motion` tells their shapes without groups."""
+    """Return Σ over the elements of all tensors, or Σ|·|, of each group; `motion` tells their shapes without groups."""
     parts = []
-    for name, each in tensors.items():
-        flat = (each.abs() if absolute else each).reshape(
-            *each.shape[: each.dim() - motion[name].dim()], motion[name].numel()
-        )
+    for name, values in tensors.items():
+        groups = values.shape[: values.dim() - motion[name].dim()]
+        flat = (values.abs() if absolute else values).reshape(*groups, motion[name].numel())
         parts.append(flat.sum(-1).cpu().numpy())
     return _sum(parts)
 
 
 def _product(motion: Mapping[str, Tensor], gradient: Gradient) -> dict[str, Tensor]:
-    return {name: motion[name] * each for name, each in gradient.items()}
+    return {name: motion[name] * values for name, values in gradient.items()}
 
 
 def _combine(parts: Iterable[tuple[float, Gradient]]) -> Gradient:
     mean: Gradient = {}
     for weight, gradient in parts:
-        for name, each in gradient.items():
-            mean[name] = mean[name].add_(each, alpha=weight) if name in mean else weight * each
+        for name, values in gradient.items():
+            mean[name] = mean[name].add_(values, alpha=weight) if name in mean else weight * values
     return mean
 
 
 def _sum_of(one: Gradient, other: Gradient) -> Gradient:
-    return {name: each + other[name] for name, each in one.items()}
+    return {name: values + other[name] for name, values in one.items()}
+
+
+@dataclass
+class _NodeSum:
+    """The sum of the gradients at nodes that weigh alike; `node` is one of them."""
+
+    node: float
+    gradient: Gradient
 
 
 class _Refinement:
-    """One loss on one segment while its intervals are halved.
+    """One loss on one segment while its rule is refined.
 
-    Composite rules give equal weights to the two ends, to all fresh nodes and to all older inner nodes, so sums of gradients
-    carry every level and no old node is evaluated again.
+    Nodes that weigh alike at all levels to come are one sum of gradients: with the composite family the ends, the fresh nodes and the
+    older inner ones. So sums carry every level, and no old node is evaluated again.
     """
 
-    def __init__(self, motion: Mapping[str, Tensor], start: Evaluation, end: Evaluation) -> None:
-        self.motion, self.start, self.end = motion, start, end
-        self._inner: Gradient | None = None
-        self._fresh: Gradient | None = None
+    def __init__(self, family: Family, motion: Mapping[str, Tensor], start: Evaluation, end: Evaluation) -> None:
+        self.family, self.motion, self.start, self.end = family, motion, start, end
+        self._fresh: list[_NodeSum] = []
+        self._older: list[_NodeSum] = []
         self.untouched = start.untouched & end.untouched
         self.level = 0
         self._before: Gradient | None = None
@@ -160,82 +182,75 @@ class _Refinement:
         self.residual: Numbers = math.nan
         self._change: Numbers = math.nan
 
-    def halve(self) -> None:
+    def refine(self) -> None:
         """Go on to the next level, whose fresh nodes are taken in next."""
         if self.level >= 1:
             self.measure()
-        if self._fresh is not None:
-            self._inner = self._fresh if self._inner is None else _sum_of(self._inner, self._fresh)
-        self._fresh = None
         self._before, self.mean, self._measured = self.mean or None, {}, False
         self.level += 1
+        for fresh in self._fresh:
+            self._add(self._older, fresh.node, fresh.gradient)
+        self._fresh = []
 
-    def take(self, evaluation: Evaluation) -> None:
+    def take(self, node: float, evaluation: Evaluation) -> None:
         """Take in the gradient at a fresh node."""
         self.untouched &= evaluation.untouched
-        self._fresh = evaluation.gradient if self._fresh is None else _sum_of(self._fresh, evaluation.gradient)
+        self._add(self._fresh, node, evaluation.gradient)
+
+    def _add(self, sums: list[_NodeSum], node: float, gradient: Gradient) -> None:
+        for like in sums:
+            if self.family.weigh_alike(self.level, like.node, node):
+                like.gradient = _sum_of(like.gradient, gradient)
+                return
+        sums.append(_NodeSum(node, gradient))
 
     def measure(self) -> None:
-        """The mean gradient and the allocation at this level, the residual, and Σ|·| of what the last halving changed."""
+        """Compute the mean gradient and the allocation at this level, the residual, and Σ|·| of what the last refining changed."""
         if self._measured:
             return
-        weights = NESTED[self.level].weights
         sums: list[Numbers] = []
         changes: list[Numbers] = []
-        for name, motion in self.motion.items():
-            first, last = self.start.gradient[name], self.end.gradient[name]
-            mean, product = torch.empty_like(first), torch.empty_like(first)
-            others = [
-                (weights[at], part[name]) for at, part in ((1, self._fresh), (2, self._inner)) if part is not None
-            ]
-            before = None if self._before is None else self._before[name]
-            groups = first.dim() - motion.dim()
-            total, change = self._fill(motion, first, last, weights[0], others, before, mean, product, groups)
-            sums.append(total.reshape(first.shape[:groups]).cpu().numpy())
-            changes.append(change.reshape(first.shape[:groups]).cpu().numpy())
-            self.mean[name], self.allocation[name] = mean, product
+        for name in self.motion:
+            total, change = self._measure_tensor(name)
+            sums.append(total)
+            changes.append(change)
         self.residual = self.end.loss - self.start.loss - _sum(sums)
         self._change, self._measured = _sum(changes), True
 
-    def _fill(
-        self,
-        motion: Tensor,
-        first: Tensor,
-        last: Tensor,
-        weight: float,
-        others: list[tuple[float, Tensor]],
-        before: Tensor | None,
-        mean: Tensor,
-        product: Tensor,
-        groups: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Compute one tensor's mean gradient and allocation in place, piece by piece; returns the sums of each group."""
-        rows = first.shape[0] if groups else 1
-        flat = [each.reshape(rows, motion.numel()) for each in (first, last, mean, product)]
-        begin, end, means, products = flat
-        wide = [(factor, each.reshape(rows, motion.numel())) for factor, each in others]
-        old = None if before is None else before.reshape(rows, motion.numel())
+    def _measure_tensor(self, name: str) -> tuple[Numbers, Numbers]:
+        """Compute one tensor's mean gradient and allocation, piece by piece; return the sums of each group."""
+        motion, first = self.motion[name], self.start.gradient[name]
+        groups = first.shape[: first.dim() - motion.dim()]
+        shape = (math.prod(groups), motion.numel())
         moved = motion.reshape(-1)
-        total = torch.zeros(rows, dtype=torch.float64, device=motion.device)
+        begins, ends = first.reshape(shape), self.end.gradient[name].reshape(shape)
+        inner = [
+            (self.family.weight(self.level, part.node), part.gradient[name].reshape(shape))
+            for part in (*self._fresh, *self._older)
+        ]
+        before = None if self._before is None else self._before[name].reshape(shape)
+        means, products = torch.empty_like(first).reshape(shape), torch.empty_like(first).reshape(shape)
+        weight = self.family.weight(self.level, 0.0)
+        total = torch.zeros(shape[0], dtype=torch.float64, device=motion.device)
         change = torch.zeros_like(total)
-        for row, column in blocks(rows, moved.numel()):
-            here, ends = moved[column], begin[row, column] + end[row, column]
-            now = means[row, column]
-            torch.mul(ends, weight, out=now)
-            for factor, each in wide:
-                now.add_(each[row, column], alpha=factor)
-            total[row] += torch.mul(now, here, out=products[row, column]).sum(1)
+        for row, column in blocks(*shape):
+            both = begins[row, column] + ends[row, column]
+            mean = torch.mul(both, weight, out=means[row, column])
+            for factor, gradients in inner:
+                mean.add_(gradients[row, column], alpha=factor)
+            total[row] += torch.mul(mean, moved[column], out=products[row, column]).sum(1)
             if self.level == 0:
-                difference = end[row, column] - begin[row, column]
-            elif old is None:
-                difference = torch.sub(now, ends, alpha=0.5)
+                difference = ends[row, column] - begins[row, column]
+            elif before is None:
+                difference = torch.sub(mean, both, alpha=0.5)
             else:
-                difference = now - old[row, column]
-            change[row] += difference.mul_(here).abs_().sum(1)
-        return total, change
+                difference = mean - before[row, column]
+            change[row] += difference.mul_(moved[column]).abs_().sum(1)
+        self.mean[name], self.allocation[name] = means.reshape(first.shape), products.reshape(first.shape)
+        return total.reshape(groups).cpu().numpy(), change.reshape(groups).cpu().numpy()
 
     def error_bound(self, calibration: float | None) -> Numbers:
-        """An estimate of Σ|A − A*|: what the last halving changed; at level 0 a calibrated share of Σ|(g₁ − g₀)·Δθ|."""
+        """Estimate Σ|A − A*|: what the last refining changed; at level 0 a calibrated share of Σ|(g₁ − g₀)·Δθ|."""
         if self.level:
             return self._change
         return self._change * (math.nan if calibration is None else calibration)
@@ -248,15 +263,15 @@ class _Refinement:
 
 
 def calibrate(start: Point, end: Point, objective: Evaluates, losses: list[str]) -> dict[str, float]:
-    """The trapezoid's L1 error on one segment, against Simpson, as a share of Σ|(g₁ − g₀)·Δθ|; for each loss."""
+    """Return the trapezoid's L1 error on one segment, against Simpson, as a share of Σ|(g₁ − g₀)·Δθ|; for each loss."""
     first, last = objective.evaluate(start, losses), objective.evaluate(end, losses)
     middle = objective.evaluate(interpolate(start, end, 0.5), losses)
     shares = {}
     for name in losses:
-        refinement = _Refinement(_motion(start, end, first[name].gradient), first[name], last[name])
+        refinement = _Refinement(COMPOSITE, _motion(start, end, first[name].gradient), first[name], last[name])
         scale = np.sum(refinement.curvature)
-        refinement.halve()
-        refinement.take(middle[name])
+        refinement.refine()
+        refinement.take(0.5, middle[name])
         refinement.measure()
         shares[name] = float(np.sum(refinement.error_bound(None)) / scale) if scale > 0 else 0.0
     return shares
@@ -283,7 +298,7 @@ def allocate(
         method: the rule and its tolerances.
         at_start: evaluations at `start` where the segment before has made them.
         gradient_at_end: whether the segment after will want the gradient at `end`.
-        at_least: the level nested rules are refined to in any case.
+        at_least: the level a rule is refined to in any case, where it is refined at all.
 
     Returns:
         The allocation of each loss, and the evaluations at `end` for the segment that follows.
@@ -291,40 +306,41 @@ def allocate(
     Raises:
         SpanError: where a loss or a gradient is not finite.
     """
-    if first_level(method.rule) is None:
+    level = method.family.level_of(method.rule)
+    if level is None:
         return _allocate_fixed(start, end, objective, losses, method, at_start, gradient_at_end)
-    return _allocate_nested(start, end, objective, losses, method, at_start, at_least)
+    return _allocate_refined(start, end, objective, losses, method, at_start, max(at_least, level))
 
 
-def _allocate_nested(
+def _allocate_refined(
     start: Point,
     end: Point,
     objective: Evaluates,
     losses: list[str],
     method: Method,
     at_start: Mapping[str, Evaluation] | None,
-    at_least: int,
+    lowest: int,
 ) -> tuple[dict[str, SegmentAllocation], dict[str, Evaluation]]:
     first = at_start or objective.evaluate(start, losses)
     last = objective.evaluate(end, losses)
     motion = _motion(start, end, first[losses[0]].gradient)
-    states = {name: _Refinement(motion, first[name], last[name]) for name in losses}
+    states = {name: _Refinement(method.family, motion, first[name], last[name]) for name in losses}
     done: dict[str, SegmentAllocation] = {}
-    level, lowest = 0, max(at_least, NESTED.index(method.rule))
+    level = 0
     pending = list(losses)
     while True:
         if level >= lowest:
             for name in pending:
                 done[name] = _judged(name, states[name], method)
             pending = [name for name in pending if not (done[name].converged or name in method.never_refined)]
-        if not pending or level == MAX_LEVEL:
+        if not pending or level == method.family.finest:
             return done, last
         level += 1
         for name in pending:
-            states[name].halve()
-        for x in fresh_nodes(level):
-            for name, evaluation in objective.evaluate(interpolate(start, end, x), pending).items():
-                states[name].take(evaluation)
+            states[name].refine()
+        for node in method.family.fresh_nodes(level):
+            for name, evaluation in objective.evaluate(interpolate(start, end, node), pending).items():
+                states[name].take(node, evaluation)
 
 
 def _judged(name: str, state: _Refinement, method: Method) -> SegmentAllocation:
@@ -334,18 +350,18 @@ def _judged(name: str, state: _Refinement, method: Method) -> SegmentAllocation:
     accurate = math.isinf(allocation_tolerance) or bool(np.all(bound <= allocation_tolerance))
     return _checked(
         SegmentAllocation(
-            state.allocation,
-            state.mean,
-            state.motion,
-            state.start.loss,
-            state.end.loss,
-            state.start.weight,
-            state.residual,
-            2**state.level,
-            state.level,
-            bool(np.all(np.abs(state.residual) <= tolerance)) and accurate,
-            bound,
-            state.untouched,
+            allocation=state.allocation,
+            mean_gradient=state.mean,
+            motion=state.motion,
+            loss_start=state.start.loss,
+            loss_end=state.end.loss,
+            weight=state.start.weight,
+            residual=state.residual,
+            evaluations=len(state.family.rules[state.level].nodes) - 1,
+            level=state.level,
+            converged=bool(np.all(np.abs(state.residual) <= tolerance)) and accurate,
+            error_bound=bound,
+            untouched=state.untouched,
         ),
         name,
     )
@@ -360,31 +376,30 @@ def _allocate_fixed(
     at_start: Mapping[str, Evaluation] | None,
     gradient_at_end: bool,
 ) -> tuple[dict[str, SegmentAllocation], dict[str, Evaluation]]:
-    """Rules that are used as they stand; end losses that no node gives come from forward passes."""
+    """Use a rule as it stands; end losses that no node gives come from forward passes."""
     rule = method.rule
     first = at_start or objective.evaluate(start, losses, gradient=rule.has_start)
     last = objective.evaluate(end, losses, gradient=rule.has_start and gradient_at_end)
-    found = [first if x == 0 else objective.evaluate(interpolate(start, end, x), losses) for x in rule.nodes]
-    motion = _motion(start, end, found[0][losses[0]].gradient)
+    nodes = [first if x == 0 else objective.evaluate(interpolate(start, end, x), losses) for x in rule.nodes]
+    motion = _motion(start, end, nodes[0][losses[0]].gradient)
     done = {}
     for name in losses:
-        mean = _combine([(weight, each[name].gradient) for weight, each in zip(rule.weights, found, strict=True)])
+        mean = _combine([(weight, node[name].gradient) for weight, node in zip(rule.weights, nodes, strict=True)])
         allocation = _product(motion, mean)
         residual = last[name].loss - first[name].loss - sums_over(allocation, motion)
-        untouched = frozenset.intersection(*(each[name].untouched for each in found))
         segment = SegmentAllocation(
-            allocation,
-            mean,
-            motion,
-            first[name].loss,
-            last[name].loss,
-            first[name].weight,
-            residual,
-            len(rule.nodes),
-            -1,
-            bool(np.all(np.abs(residual) <= method.bounds(name)[0])),
-            np.full_like(residual, np.nan)[()],
-            untouched,
+            allocation=allocation,
+            mean_gradient=mean,
+            motion=motion,
+            loss_start=first[name].loss,
+            loss_end=last[name].loss,
+            weight=first[name].weight,
+            residual=residual,
+            evaluations=len(rule.nodes),
+            level=-1,
+            converged=bool(np.all(np.abs(residual) <= method.bounds(name)[0])),
+            error_bound=np.full_like(residual, np.nan)[()],
+            untouched=frozenset.intersection(*(node[name].untouched for node in nodes)),
         )
         done[name] = _checked(segment, name)
     return done, last
@@ -412,14 +427,14 @@ def allocate_span(
     method: Method,
     at_least: Iterable[int] = (),
 ) -> Iterator[tuple[Point, Point, dict[str, SegmentAllocation]]]:
-    """The segments between consecutive points in turn, each end evaluated once and reused as the next start.
+    """Allocate the segments between consecutive points in turn; each end is evaluated once and reused as the next start.
 
     Args:
         points: training step and tensors of each checkpoint of the span, one more than there are segments.
         objective: evaluates losses and gradients.
         losses: names.
         method: the rule and its tolerances.
-        at_least: for each segment, the level nested rules are refined to in any case; 0 where it ends early.
+        at_least: for each segment, the level a rule is refined to in any case, where it is refined at all; 0 where it ends early.
 
     Yields:
         The segment's start, its end, and the allocation of every loss.

@@ -15,7 +15,7 @@ from typing import Any
 from .cluster import Cluster, Done, Lost, Spec
 from .errors import InputError, Interrupted, ResourceError, SpanError, few, unpack
 from .places import absolute, below
-from .quadrature import MAX_LEVEL, RULES, first_level
+from .quadrature import COMPOSITE, RULES
 from .records import ROUNDING, in_units_of_loss, is_share
 from .settings import Settings
 from .store import LossRecord, Manifest, StoredTensor
@@ -231,7 +231,7 @@ def _scale(name: str, record: LossRecord, settings: Settings) -> list[str]:
     """Say where a tolerance cannot be met, or is met by everything, for the size of a loss and of its change."""
     tolerance, (first, last) = settings["tolerance"], record.identity
     absolute = in_units_of_loss(tolerance, record.scale)
-    if first is None or last is None or math.isinf(absolute) or first_level(RULES[settings["rule"]]) is None:
+    if first is None or last is None or math.isinf(absolute) or COMPOSITE.level_of(RULES[settings["rule"]]) is None:
         return []
     least, change = min(abs(first["loss"]), abs(last["loss"])), abs(last["loss"] - first["loss"])
     rounding = ROUNDING[settings["precision"]] * least
@@ -239,7 +239,8 @@ def _scale(name: str, record: LossRecord, settings: Settings) -> list[str]:
     if absolute < rounding:
         return [
             f"loss {name!r}: {asked} is below the rounding of a loss of {least:.2g} in {settings['precision']}, about {rounding:.2g}: "
-            f"segments will take all {2**MAX_LEVEL} intervals and stay above it. {_advice(tolerance, first['loss'], change, rounding)}"
+            f"segments will take all {2**COMPOSITE.finest} intervals and stay above it. "
+            f"{_advice(tolerance, first['loss'], change, rounding)}"
         ]
     if record.on is not None and 0 < change < 10 * absolute:
         return [

@@ -1,6 +1,6 @@
 r"""Rules on [0, 1]: $\int_0^1 f(x)\,dx \approx \sum_q w_q f(x_q)$.
 
-The nested family halves its intervals and keeps every old node: level 0 is the trapezoid (1 interval), level 1
+The composite family halves its intervals and keeps every old node: level 0 is the trapezoid (1 interval), level 1
 Simpson (2), then composite Simpson with 4, 8, 16 and 32 intervals. The fixed rules are used as they stand.
 Source: any text on numerical quadrature, e.g. Davis and Rabinowitz, *Methods of Numerical Integration*, 1984, ch. 2.
 """
@@ -23,17 +23,62 @@ class Rule:
 
     @property
     def has_start(self) -> bool:
-        """Whether the first node is the start of the segment."""
+        """Tell whether the first node is the start of the segment."""
         return self.nodes[0] == 0.0
 
     @property
     def has_end(self) -> bool:
-        """Whether the last node is the end of the segment."""
+        """Tell whether the last node is the end of the segment."""
         return self.nodes[-1] == 1.0
 
 
+@dataclass(frozen=True)
+class Family:
+    """Rules of which each holds the nodes of the one before it, so that refining evaluates only fresh nodes.
+
+    Attributes:
+        rules: by level, coarsest first. Both ends of the segment are nodes of the first one, with equal weights at every level.
+    """
+
+    rules: tuple[Rule, ...]
+
+    @property
+    def finest(self) -> int:
+        """The highest level."""
+        return len(self.rules) - 1
+
+    def fresh_nodes(self, level: int) -> tuple[float, ...]:
+        """Return the nodes of a level that the level before does not have.
+
+        >>> COMPOSITE.fresh_nodes(2)
+        (0.25, 0.75)
+        """
+        return tuple(node for node in self.rules[level].nodes if node not in self.rules[level - 1].nodes)
+
+    def weight(self, level: int, node: float) -> float:
+        """Return the weight of a node at a level."""
+        rule = self.rules[level]
+        return rule.weights[rule.nodes.index(node)]
+
+    def weigh_alike(self, level: int, one: float, other: float) -> bool:
+        """Tell whether two nodes have equal weights at a level and at all higher ones, so that one sum stands for both.
+
+        >>> COMPOSITE.weigh_alike(2, 0.25, 0.75), COMPOSITE.weigh_alike(2, 0.25, 0.5), COMPOSITE.weigh_alike(3, 0.25, 0.5)
+        (True, False, True)
+        """
+        return all(self.weight(higher, one) == self.weight(higher, other) for higher in range(level, len(self.rules)))
+
+    def level_of(self, rule: Rule) -> int | None:
+        """Return the level of a rule; None for one that is not of the family and never refined.
+
+        >>> COMPOSITE.level_of(RULES["simpson"]), COMPOSITE.level_of(RULES["midpoint"])
+        (1, None)
+        """
+        return self.rules.index(rule) if rule in self.rules else None
+
+
 def nested(level: int) -> Rule:
-    """The rule with `2 ** level` intervals.
+    """Return the composite rule with `2 ** level` intervals.
 
     >>> nested(1)
     Rule(name='simpson', nodes=(0.0, 0.5, 1.0), weights=(0.16666666666666666, 0.6666666666666666, 0.16666666666666666), degree=3)
@@ -46,39 +91,20 @@ def nested(level: int) -> Rule:
     return Rule("simpson" if level == 1 else f"simpson-{n}", nodes, weights, 3)
 
 
-def fresh_nodes(level: int) -> tuple[float, ...]:
-    """The nodes of `nested(level)` that `nested(level - 1)` does not have.
-
-    >>> fresh_nodes(2)
-    (0.25, 0.75)
-    """
-    return nested(level).nodes[1::2]
-
-
 def _gauss(points: int) -> Rule:
     nodes, weights = np.polynomial.legendre.leggauss(points)
     return Rule(f"gauss-{points}", tuple((0.5 * (nodes + 1)).tolist()), tuple((0.5 * weights).tolist()), 2 * points - 1)
 
 
-MAX_LEVEL = 5
-NESTED = tuple(nested(level) for level in range(MAX_LEVEL + 1))
+COMPOSITE = Family(tuple(nested(level) for level in range(6)))
 RULES = {
     rule.name: rule
     for rule in (
-        NESTED[1],
-        NESTED[0],
+        COMPOSITE.rules[1],
+        COMPOSITE.rules[0],
         Rule("left", (0.0,), (1.0,), 0),
         Rule("midpoint", (0.5,), (1.0,), 1),
         _gauss(2),
         _gauss(3),
     )
 }
-
-
-def first_level(rule: Rule) -> int | None:
-    """The level of the nested family a rule starts from; None for fixed rules, which are never refined.
-
-    >>> first_level(RULES["simpson"]), first_level(RULES["midpoint"])
-    (1, None)
-    """
-    return NESTED.index(rule) if rule in NESTED else None

@@ -219,5 +219,12 @@ def _segments(table: list[TensorSpec], count: int, groups: int | None, seed: int
             "error_bound": np.full(axis, 1e-6),
         }
         yield SegmentAllocation(
-            allocation, gradient, motion, evaluations=2, level=1, converged=True, untouched=frozenset(), **numbers
+            allocation=allocation,
+            mean_gradient=gradient,
+            motion=motion,
+            evaluations=2,
+            level=1,
+            converged=True,
+            untouched=frozenset(),
+            **numbers,
         )  # type: ignore[arg-type]

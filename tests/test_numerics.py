@@ -21,7 +21,7 @@ from lca_posthoc.allocation import Method, SegmentAllocation, allocate, allocate
 from lca_posthoc.errors import SpanError
 from lca_posthoc.objective import Evaluation, Objective
 from lca_posthoc.progress import Note
-from lca_posthoc.quadrature import NESTED, RULES, Rule
+from lca_posthoc.quadrature import COMPOSITE, RULES, Family, Rule
 from lca_posthoc.records import SIGNED, TOTALS, histogram_edges
 from lca_posthoc.store import LossResults
 from lca_posthoc.tally import Tally, histogram, unit_sums
@@ -137,7 +137,7 @@ class Powers:
         return {name: Evaluation(value, {"theta": theta**self.power} if gradient else {}, 1.0) for name in losses}
 
 
-EVERY_RULE = {rule.name: rule for rule in (*RULES.values(), *NESTED[:2])}
+EVERY_RULE = {rule.name: rule for rule in (*RULES.values(), *COMPOSITE.rules[:2])}
 
 
 @pytest.mark.parametrize("rule", EVERY_RULE.values(), ids=EVERY_RULE)
@@ -149,6 +149,38 @@ def test_numerics_1_an_allocation_is_exact_for_gradients_up_to_the_degree_of_its
     near = torch.allclose(done["it"].allocation["theta"], exact, rtol=0, atol=1e-13)
     assert near == (power <= rule.degree)
     assert (abs(done["it"].residual) <= 1e-13) == (power <= rule.degree)
+
+
+def clenshaw_curtis(level: int) -> Rule:
+    """Return the rule on the extrema of a Chebyshev polynomial of degree 2 ** level: nested, with other weights at every node."""
+    intervals = 2**level
+    angles = np.arange(intervals + 1) * np.pi / intervals
+    moments = [2 / (1 - k**2) if k % 2 == 0 else 0.0 for k in range(intervals + 1)]
+    weights = np.linalg.solve(np.cos(np.outer(np.arange(intervals + 1), angles)), moments) / 2
+    weights = (weights + weights[::-1]) / 2
+    nodes = np.sin(angles / 2) ** 2
+    return Rule(
+        f"clenshaw-curtis-{intervals}", tuple(nodes.round(15).tolist()), tuple(weights.round(15).tolist()), intervals
+    )
+
+
+@pytest.mark.parametrize("power", range(7))
+def test_numerics_1_another_family_of_rules_is_a_table(power: int) -> None:
+    """Refined far enough, every level of it gives what the rule gives on its own."""
+    family = Family(tuple(clenshaw_curtis(level) for level in range(4)))
+    start, end = torch.tensor([1.0, -2.0, 0.3]).double(), torch.tensor([2.0, 1.0, 0.3]).double()
+    for level, rule in enumerate(family.rules):
+        done, _ = allocate(
+            {"theta": start},
+            {"theta": end},
+            Powers(power),
+            ["it"],
+            Method(family.rules[0], family=family),
+            at_least=level,
+        )
+        alone, _ = allocate({"theta": start}, {"theta": end}, Powers(power), ["it"], Method(rule, family=Family(())))
+        assert (done["it"].level, done["it"].evaluations) == (level, len(rule.nodes) - 1)
+        assert torch.allclose(done["it"].allocation["theta"], alone["it"].allocation["theta"], rtol=0, atol=1e-12)
 
 
 # --- 2: the sum closes -------------------------------------------------------------------------------------------------
@@ -544,7 +576,20 @@ def test_numerics_7_sums_over_examples_accumulate_in_float64(batch_size: int) ->
 
 
 def segment(allocation: dict[str, Tensor], gradient: dict[str, Tensor], motion: dict[str, Tensor]) -> SegmentAllocation:
-    return SegmentAllocation(allocation, gradient, motion, 0.0, 0.0, 1.0, 0.0, 2, 1, True, 0.0, frozenset())
+    return SegmentAllocation(
+        allocation=allocation,
+        mean_gradient=gradient,
+        motion=motion,
+        loss_start=0.0,
+        loss_end=0.0,
+        weight=1.0,
+        residual=0.0,
+        evaluations=2,
+        level=1,
+        converged=True,
+        error_bound=0.0,
+        untouched=frozenset(),
+    )
 
 
 def test_numerics_7_sums_over_parameters_accumulate_in_float64() -> None:

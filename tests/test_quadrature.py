@@ -6,15 +6,15 @@ import math
 
 import pytest
 
-from lca_posthoc.quadrature import MAX_LEVEL, NESTED, RULES, Rule, first_level, fresh_nodes, nested
+from lca_posthoc.quadrature import COMPOSITE, RULES, Rule, nested
 
-EVERY = {rule.name: rule for rule in (*RULES.values(), *NESTED)}
+EVERY = {rule.name: rule for rule in (*RULES.values(), *COMPOSITE.rules)}
 DEGREES = {"left": 0, "midpoint": 1, "trapezoid": 1, "simpson": 3, "gauss-2": 3, "gauss-3": 5} | {
     f"simpson-{2**level}": 3 for level in range(2, 6)
 }
 
 every_rule = pytest.mark.parametrize("rule", EVERY.values(), ids=EVERY)
-every_level = pytest.mark.parametrize("level", range(1, MAX_LEVEL + 1))
+every_level = pytest.mark.parametrize("level", range(1, COMPOSITE.finest + 1))
 
 
 def mean_of_power(rule: Rule, power: int) -> float:
@@ -61,13 +61,13 @@ def test_end_nodes_are_told_exactly(rule: Rule) -> None:
 def test_halving_keeps_every_old_node(level: int) -> None:
     before, after = nested(level - 1).nodes, nested(level).nodes
     assert set(before) < set(after)
-    assert sorted((*before, *fresh_nodes(level))) == list(after)
+    assert sorted((*before, *COMPOSITE.fresh_nodes(level))) == list(after)
     assert len(after) == 2**level + 1
 
 
 @every_level
 def test_ends_fresh_nodes_and_older_inner_nodes_weigh_the_same_among_themselves(level: int) -> None:
-    rule, fresh = nested(level), set(fresh_nodes(level))
+    rule, fresh = nested(level), set(COMPOSITE.fresh_nodes(level))
     weights = dict(zip(rule.nodes, rule.weights, strict=True))
     ends, inner = {0.0, 1.0}, set(rule.nodes) - fresh - {0.0, 1.0}
     assert [len({weights[node] for node in nodes}) for nodes in (ends, fresh, inner)] == [1, 1, int(level > 1)]
@@ -85,8 +85,8 @@ def test_composite_simpson_is_simpson_on_pairs_of_intervals(level: int) -> None:
 
 
 def test_refinement_starts_from_the_rule_named_and_ends_at_32_intervals() -> None:
-    assert {name: first_level(rule) for name, rule in RULES.items()} == {
+    assert {name: COMPOSITE.level_of(rule) for name, rule in RULES.items()} == {
         "trapezoid": 0, "simpson": 1, "left": None, "midpoint": None, "gauss-2": None, "gauss-3": None,
     }  # fmt: skip
-    assert len(nested(MAX_LEVEL).nodes) == 33
-    assert [nested(level) for level in range(MAX_LEVEL + 1)] == list(NESTED)
+    assert len(nested(COMPOSITE.finest).nodes) == 33
+    assert [nested(level) for level in range(COMPOSITE.finest + 1)] == list(COMPOSITE.rules)

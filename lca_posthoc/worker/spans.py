@@ -321,7 +321,7 @@ def _sums(segment: Any, kept: list[Any]) -> Any:
 def _precision_errors(found: Any, start: Any, end: Any, higher: Any, rule: Any) -> dict[str, tuple[float, float]]:
     """Σ|A − A*| and Σ|A*| of losses on one segment, with A* from the same nodes one precision higher."""
     from ..allocation import Method, allocate
-    from ..quadrature import NESTED
+    from ..quadrature import COMPOSITE
 
     first, last = (
         {key: each.to(higher.dtype) if each.is_floating_point() else each for key, each in point.items()}
@@ -330,7 +330,7 @@ def _precision_errors(found: Any, start: Any, end: Any, higher: Any, rule: Any) 
     errors = {}
     for level in {each.level for each in found.values()}:
         names = [name for name, each in found.items() if each.level == level]
-        exact, _ = allocate(first, last, higher, names, Method(rule if level < 0 else NESTED[level]))
+        exact, _ = allocate(first, last, higher, names, Method(rule if level < 0 else COMPOSITE.rules[level]))
         for name in names:
             ours, theirs = found[name].allocation, exact[name].allocation
             apart = math.fsum(float((ours[key] - each).abs().sum()) for key, each in theirs.items())

@@ -34,7 +34,7 @@ from torch import nn
 from lca_posthoc import Loss, Task
 from lca_posthoc.allocation import Method, Point, allocate, calibrate
 from lca_posthoc.objective import Evaluation, Objective
-from lca_posthoc.quadrature import NESTED, RULES
+from lca_posthoc.quadrature import COMPOSITE, RULES
 from lca_posthoc.worker.checks import sampled
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "examples"))
@@ -45,11 +45,11 @@ GUARANTEE = 1e-3  # the paper's, and the default tolerance
 RULED = {
     "left": RULES["left"],
     "midpoint": RULES["midpoint"],
-    "trapezoid": NESTED[0],
+    "trapezoid": COMPOSITE.rules[0],
     "gauss-2": RULES["gauss-2"],
-    "simpson": NESTED[1],
-    "4 intervals": NESTED[2],
-    "8 intervals": NESTED[3],
+    "simpson": COMPOSITE.rules[1],
+    "4 intervals": COMPOSITE.rules[2],
+    "8 intervals": COMPOSITE.rules[3],
 }
 TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 
@@ -194,7 +194,9 @@ def compare(
         done.append(found["train"])
         asked.append((objective.gradients, objective.passes))
     finest = max(reference, *(each.level for each in done))
-    exact = allocate(start, end, objective, LOSS, Method(NESTED[finest]), at_start=first)[0]["train"].allocation
+    exact = allocate(start, end, objective, LOSS, Method(COMPOSITE.rules[finest]), at_start=first)[0][
+        "train"
+    ].allocation
     return [
         Measured(
             *counts,
@@ -312,7 +314,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=mnist_fc.TRAIN)
     parser.add_argument("--stride", type=int, default=1)
     parser.add_argument(
-        "--reference", type=int, default=4, choices=range(3, len(NESTED)), help="level of the nested family"
+        "--reference", type=int, default=4, choices=range(3, len(COMPOSITE.rules)), help="level of the nested family"
     )
     parser.add_argument("--json", type=Path, help="the rows, and every choice on every segment")
     parser.add_argument("--table", type=Path, help="the table and the remarks")
