@@ -770,6 +770,8 @@ def shown(value: Any) -> str:
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         return f"{'an' if dtype[0] in 'aiou' and dtype != 'uint8' else 'a'} {dtype} tensor of shape {list(value.shape)}"
+    if value is None:
+        return "None"
     if isinstance(value, Mapping):
         return f"a {type(value).__name__} with {few([*map(repr, value)])}"
     return f"{'an' if type(value).__name__[0] in 'aeiou' else 'a'} {type(value).__name__}"

@@ -477,8 +477,8 @@ def _repeats(objective: Objective, name: str, batch: Any, apart: float) -> list[
         raise InputError(
             f"loss {name!r} is not deterministic: two evaluations at one point differ by {apart:.1e}"
             + (f"; the first module to differ is {module}" if module else "")
-            + ". Usual culprits: random augmentation in the data set, dropout called with training=True, noise or sampling in "
-            "the model or the loss."
+            + ". Usual culprits: random augmentation in the data set (lca_posthoc.Draws makes it seeded draws), dropout called with "
+            "training=True, noise or sampling in the model or the loss."
         )
     return (
         [f"loss {name!r}: kernels do not repeat bit for bit (two evaluations differ by {apart:.1e})"]
