@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import findings as findings
     from . import plots as plots
+    from .objective import Draws as Draws
     from .recorder import Recorder as Recorder
     from .replay import run as run
     from .store import Run as Run
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Draws": ".objective",
     "Loss": ".task",
     "Recorder": ".recorder",
     "Run": ".store",
@@ -27,7 +29,7 @@ _HOMES = {
     "open_trajectory": ".trajectory",
     "run": ".replay",
 }
-__all__ = ["Loss", "Recorder", "Run", "Task", "findings", "open_run", "open_trajectory", "plots", "run"]
+__all__ = ["Draws", "Loss", "Recorder", "Run", "Task", "findings", "open_run", "open_trajectory", "plots", "run"]
 
 
 def __dir__() -> list[str]:

@@ -38,7 +38,8 @@ class Loss:
             `cross_entropy` and `nll_loss` (functions, partials of them, modules) weigh elements as in their own mean.
         on: the name of the split.
         call: instead of `fn`: called as `call(model, batch)`, giving values or `(values, weights)`, for language models,
-            masks and several inputs. Values are per element, in any shape; weights have the same shape.
+            masks and several inputs. Values are per element, in any shape; weights have the same shape. A function or a call
+            may return a dict of these: each entry is a loss of its own, `boxes` of the loss `train` by the name `train/boxes`.
         group_by: one integer or string label per example, as a function of the unpacked batch (`group_by(inputs, targets)`)
             or as a tensor or list for the whole split: the loss of each group is allocated, in one pass over the data.
         term: instead of `fn`: called as `term(model)`, giving a scalar that reads the parameters alone (a regulariser).
@@ -114,6 +115,11 @@ class Loss:
             assert self.fn is not None
             given = inspect.signature(self.fn).parameters["reduction"].default
         return given if isinstance(given, str) and given not in ("mean", "none") else None
+
+    @property
+    def is_of_torch(self) -> bool:
+        """Whether its function is one of torch's own, which return a tensor and nothing else."""
+        return _is_of_outputs(self.fn)
 
     def on_device(self, device: torch.device, dtype: torch.dtype) -> Loss:
         """The same loss with the tensors it holds (class weights, say) where and as wide as the computation is."""
@@ -356,11 +362,23 @@ class Task:
         if wanted == ["all"]:
             return list(self.losses)
         for name in wanted:
-            if name not in self.losses:
+            if self.stated(name) is None:
                 raise InputError(
                     f"there is no loss {name!r} in the task; it has {_names(self.losses)}. Use --loss NAME or --loss all."
                 )
         return list(dict.fromkeys(wanted))
+
+    def stated(self, name: str) -> tuple[str, str | None] | None:
+        """Return under which name a loss is stated, and which entry of what it returns it is; None where no loss is.
+
+        `train/boxes` is the entry `boxes` of `train`, unless a loss is stated under that very name.
+        """
+        if name in self.losses:
+            return name, None
+        for stated, loss in sorted(self.losses.items(), key=lambda item: -len(item[0])):
+            if loss.split is not None and name.startswith(f"{stated}/"):
+                return stated, name.removeprefix(f"{stated}/")
+        return None
 
 
 def _builds_a_model(factory: Any) -> None:

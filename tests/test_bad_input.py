@@ -574,7 +574,7 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         '"train": Loss(call=lambda model, batch: cross_entropy(model, batch).mean())',
         ("returned a scalar", "(values, weights)"),
     ),
-    "a number": (TRAIN_LOSS, '"train": Loss(lambda outputs, targets: 3.0)', ("returned float, not a tensor",)),
+    "a number": (TRAIN_LOSS, '"train": Loss(lambda outputs, targets: 3.0)', ("returned a float, not a tensor",)),
     "whole numbers": (
         TRAIN_LOSS,
         '"train": Loss(lambda outputs, targets: targets)',

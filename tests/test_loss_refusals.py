@@ -18,6 +18,8 @@ from lca_posthoc.errors import InputError
 from lca_posthoc.objective import Objective, check_loss
 from lca_posthoc.progress import Note
 
+from .small import says
+
 DRAW = torch.Generator().manual_seed(0)
 X, Y = torch.randn(40, 6, generator=DRAW), torch.randint(3, (40,), generator=DRAW)
 CPU = torch.device("cpu")
@@ -510,3 +512,118 @@ def test_running_statistics_of_a_new_model_are_said(case: str, tmp_path: Path) -
     assert [note for note in notes if "running statistics are still 0 and 1" in note] == notes
     assert len(notes) == said
     assert all("'1.running_mean', '1.running_var'" in note and "--norm-stats batch" in note for note in notes)
+
+
+# --- what a function was given, where it fails --------------------------------------------------------------------------
+
+
+def keras_order(y_true: Tensor, y_pred: Tensor) -> Tensor:
+    return F.cross_entropy(y_pred, y_true, reduction="none")
+
+
+class Keyed(nn.Module):
+    """Gives a dict, as the models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.out(inputs)}
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(4, 6), nn.Linear(6, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(self.embed(tokens).mean(1))
+
+
+OUTPUTS, CODES = "outputs, what the model returned, is a float32 tensor of shape [2, 3]", "an int64 tensor of shape [2]"
+FAILING: dict[str, tuple[Loss, Callable[[], nn.Module], Any, tuple[str, ...]]] = {
+    "the other order": (
+        Loss(keras_order),
+        net,
+        (X, Y),
+        (
+            "keras_order(outputs, targets)",
+            OUTPUTS,
+            f"targets, the second part of a batch, is {CODES}",
+            "Loss(lambda outputs, targets: keras_order(targets, outputs))",
+        ),
+    ),
+    "targets first in the data": (
+        Loss(F.cross_entropy),
+        net,
+        (Y, X),
+        ("model(inputs)", f"inputs, the first part of a batch, is {CODES}"),
+    ),
+    "float classes": (
+        Loss(F.cross_entropy),
+        net,
+        (X, Y.float()),
+        (
+            "cross_entropy(outputs, targets)",
+            OUTPUTS,
+            "targets, the second part of a batch, is a float32 tensor of shape [2]",
+        ),
+    ),
+    "columns of classes": (
+        Loss(F.nll_loss),
+        net,
+        (X, Y[:, None]),
+        ("nll_loss(outputs, targets)", OUTPUTS, "is an int64 tensor of shape [2, 1]"),
+    ),
+    "integer targets of a regression": (
+        Loss(nn.BCEWithLogitsLoss()),
+        net,
+        (X, torch.ones(40, 4)),
+        ("BCEWithLogitsLoss(outputs, targets)", OUTPUTS, "is a float32 tensor of shape [2, 4]"),
+    ),
+    "outputs in a dict": (Loss(F.cross_entropy), Keyed, (X, Y), ("a dict with 'logits'", CODES, "TypeError: ")),
+    "float tokens": (Loss(F.cross_entropy), Tokens, (X, Y), ("model(inputs)", "a float32 tensor of shape [2, 6]")),
+    "a partial": (
+        Loss(functools.partial(keras_order)),
+        net,
+        (X, Y),
+        ("fn(outputs, targets)", "fn(targets, outputs)"),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FAILING)
+def test_a_function_that_fails_says_what_it_was_given(what: str) -> None:
+    loss, model, data, words = FAILING[what]
+    with pytest.raises(InputError) as caught:
+        objective_of(loss, model, data)
+    says(str(caught.value), "failed on split 'train': ", *words)
+    assert str(caught.value.__cause__) in str(caught.value)  # torch's own words
+
+
+PLAIN: dict[str, tuple[Loss, tuple[str, ...]]] = {
+    "item": (Loss(call=lambda model, batch: model(batch[0]).mean().item()), ("returned a float", "without .item()")),
+    "float": (
+        Loss(lambda outputs, targets: float(outputs.detach().mean())),
+        ("returned a float", "one value per element"),
+    ),
+    "numpy": (
+        Loss(call=lambda model, batch: model(batch[0]).mean().detach().numpy()[()]),
+        ("returned a float32", "the tensor itself"),
+    ),
+    "a count": (
+        Loss(lambda outputs, targets: int((outputs.argmax(1) == targets).sum())),
+        ("returned an int", ".item()"),
+    ),
+    "classes": (Loss(call=lambda model, batch: model(batch[0]).argmax(1)), ("returned an int64 tensor of shape [2]",)),
+    "nothing": (Loss(lambda outputs, targets: None), ("returned None",)),
+}
+
+
+@pytest.mark.parametrize("what", PLAIN)
+def test_what_is_returned_instead_of_a_tensor_is_named(what: str) -> None:
+    loss, words = PLAIN[what]
+    with pytest.raises(InputError) as caught:
+        objective_of(loss)
+    says(str(caught.value), "the loss", *words, "not a tensor of floating-point values")

@@ -34,7 +34,8 @@ def command(checkpoints: str, as_json: bool, **options: Any) -> None:
     with prints_to_stderr(), Display() as listen:
         opened = run(checkpoints, progress=listen, **options)
     asked = list(options["losses"] or opened.manifest.provenance["task_losses"][:1])
-    found = {name: summary(opened[name]) for name in (opened if "all" in asked else asked)}
+    named = opened if "all" in asked else [loss for name in asked for loss in opened.manifest.meant_by(name)]
+    found = {name: summary(opened[name]) for name in named}
     for name, each in found.items():
         if each["unconverged"]:
             say(

@@ -1,6 +1,7 @@
 """Loss and gradient over a whole split at one point: batches, weights, precision, normalisation mode, probes."""
 
 from .batches import Split, automatic_batch_size, power_of_two
+from .draws import Draws
 from .evaluate import HIGHER, Objective, new_model, replicates_of
 from .precision import float32
 from .probe import (
@@ -18,6 +19,7 @@ from .tensors import tensor_table
 
 __all__ = [
     "HIGHER",
+    "Draws",
     "Evaluation",
     "Identity",
     "Objective",

@@ -163,6 +163,8 @@ class Split:
         self._default = torch.get_default_dtype()  # under which data are read, whatever the loss is computed in
         self._source = self._reader.call(torch.no_grad()(open_source), name, data)
         self.total = self._source.total
+        draws = self._source.draws if isinstance(self._source, Indexed) else None
+        self._draws, self._seeded = draws or 1, draws is not None
         if self.total == 0:
             raise InputError(f"split {name!r} is empty. A loss needs at least one example.")
         self._subset = chosen(subset, self.total)
@@ -249,7 +251,7 @@ class Split:
         if not cuts:
             return
         items = self._carried(cuts)
-        if torch.get_default_dtype() != self._default:
+        if torch.get_default_dtype() != self._default or self._seeded:
             yield from self._in_turn(items)
             return
         pending = collections.deque(self._reader.submit(next, items, END) for _ in range(_AHEAD))
@@ -263,7 +265,10 @@ class Split:
             self._reader.close(items)
 
     def _in_turn(self, items: Generator[Any, None, None]) -> Generator[Any, None, None]:
-        """Items read when they are asked for, under the default dtype data are read under: there is one for all threads."""
+        """Items read when they are asked for, under the default dtype data are read under: there is one for all threads.
+
+        So are the generators that `Draws` seeds, from which a loss may draw as well.
+        """
         try:
             while True:
                 with default_dtype(self._default):
@@ -325,7 +330,19 @@ class Split:
         batch = change_tensors(batch, Tensor.cpu)
         with user_code(f"group_by on split {self.name!r} failed"):
             given = group_by(*batch) if isinstance(batch, tuple | list) else group_by(batch)
-            return _labels(self.name, given, count)
+            labels = _labels(self.name, given, count * self._draws)
+        of_examples = labels[:: self._draws]
+        for draw in range(1, self._draws):
+            differs = next(
+                (at for at, label in enumerate(labels[draw :: self._draws]) if label != of_examples[at]), None
+            )
+            if differs is not None:
+                raise _no_labels(
+                    self.name,
+                    f"{of_examples[differs]!r} and {labels[differs * self._draws + draw]!r} for two draws of one example, which have one "
+                    "label",
+                )
+        return of_examples
 
     def _same_alone(self, group_by: Callable[..., Any], labels: list[Any]) -> None:
         """Refuse labels of the first batch that its examples do not have when each is a batch: those of the rarest labels tell."""

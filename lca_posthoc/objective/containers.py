@@ -227,6 +227,14 @@ def fresh(batch: Any) -> Any:
         return batch
 
 
+def copied(batch: Any) -> Any:
+    """Return a copy of a batch, or the batch itself where it holds an object that cannot be copied."""
+    try:
+        return change_tensors(batch, Tensor.clone)
+    except InputError:
+        return batch
+
+
 def tensors_of(thing: Any) -> Iterator[Tensor]:
     """Yield the tensors inside a thing, in their order; what an object leads to more than once, once."""
     return _tensors_of(thing, {})

@@ -14,6 +14,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property, partial
+from numbers import Number
 from typing import Any
 
 import torch
@@ -26,14 +27,14 @@ from ..task import Loss, Task, convert, every_name
 from ..trajectory import TensorSpec
 from .autocast import Watch
 from .batches import Order, Split, automatic_batch_size, saved_bytes
-from .containers import dense_parts, digest_of, fresh
+from .containers import copied, dense_parts, digest_of, fresh
 from .copies import copy_in
 from .linear import multiplying
 from .normalisation import normalising
 from .precision import default_dtype, tf32
 from .reader import Reader
 from .recurrent import recurring
-from .sharing import SharedOutputs
+from .sharing import Returned, SharedOutputs
 from .sources import is_out_of_memory
 from .statistics import Recalibration
 from .sums import Evaluation, Sums
@@ -44,6 +45,7 @@ _BUILT: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # by the factories of ta
 HIGHER = {"bfloat16": "float32", "tf32": "float32", "float32": "float64"}
 REPLICATES = 10
 Values = Callable[[Any], tuple[Tensor, Tensor | None]]
+Source = tuple[int, str | None]  # of a loss's values: which function's, and which entry of what it returns
 
 
 class Objective:
@@ -85,7 +87,7 @@ class Objective:
         self.reader = reader or Reader()
         with default_dtype(self.dtype):
             self.task = self.reader.build(build)
-            self.losses = {name: self.task.losses[name] for name in self.task.choose(losses)}
+            self.losses = {name: self._stated(name)[0] for name in self.task.choose(losses)}
             self.model = new_model(self.task) if model is None else model
             convert(self.model, device, self.dtype)
             self.model.eval()  # a statement: a model's own train() or eval() may return nothing
@@ -105,6 +107,9 @@ class Objective:
         }
         self._batch_size = batch_size
         self._sources = {name: loss.source for name, loss in self.losses.items()}
+        self._entries_of: dict[
+            str, tuple[str, ...]
+        ] = {}  # of a loss that returns a dict, as it is stated: those of its first batch
         self.functions = {name: loss.on_device(device, self.dtype) for name, loss in self.losses.items()}
         self._functions_per_element: dict[str, Callable[[Any, Any], Any]] = {}
         self._bound: list[tuple[Tensor, bool]] = []
@@ -206,6 +211,53 @@ class Objective:
                 return False
         return True
 
+    def divided(self) -> Objective:
+        """Return the same with a loss for every entry of a loss that returns a dict, as its call on two examples tells.
+
+        Raises:
+            InputError: where an entry has no name of its own, or one was asked for that is not returned.
+        """
+        names: list[str] = []
+        known: dict[str, tuple[str, ...]] = {}
+        for name in self.losses:
+            stated, entry = self.task.stated(name) or (name, None)
+            entries = known[stated] if stated in known else self._first_entries(name)
+            if entries is not None:
+                known[stated] = entries
+            if entry is None:
+                names += [name] if entries is None else [f"{name}/{each}" for each in entries]
+            else:
+                names.append(name)
+        if names == list(self.losses):
+            self._entries_of.update(known)
+            return self
+        other = Objective(lambda: self.task, names, precision=self.precision, model=self.model, **self._settings)
+        other._entries_of = known
+        return other
+
+    def _first_entries(self, name: str) -> tuple[str, ...] | None:
+        """Return the names of the entries a loss returns; None where it returns none, or cannot be called before weights are placed."""
+        loss = self.losses[name]
+        if loss.split is None or loss.is_of_torch:
+            return None
+        try:
+            batch = copied(self.splits[loss.split].sample(0, 2))
+            with self.mode():
+                returned = self._returned(name, batch).result
+        except InputError:  # the probe says what is wrong, with the weights of a checkpoint
+            return None
+        stated, entry = self.task.stated(name) or (name, None)
+        if entry is None and not isinstance(returned, Mapping):
+            return None
+        entries = _entries(stated, returned, entry)
+        for each in entries:
+            if self.task.stated(f"{stated}/{each}") != (stated, each):
+                raise InputError(
+                    f"loss {stated!r} returns an entry {each!r}, and another loss of the task is called {stated + '/' + each!r}. Give one "
+                    "of them another name."
+                )
+        return entries
+
     def release_higher(self) -> None:
         """Give up the objective one precision higher, with its model and its copy of the data."""
         self.__dict__.pop("higher", None)
@@ -217,14 +269,14 @@ class Objective:
     def _complete(self) -> None:
         """Let lazily built modules infer their shapes from a batch."""
         if any(map(is_lazy, [*self.model.parameters(), *self.model.buffers()])):
-            known = {**self.losses, **self.task.losses}
+            known = self.task.losses
             name = next((name for name, loss in known.items() if loss.split is not None), None)
             if name is None:
                 raise InputError("the model is lazily built, and no loss of the task calls it. Build it in Task.model.")
             self.functions.setdefault(name, known[name].on_device(self.device, self.dtype))
             split = Split(known[name].on, self.task.data[known[name].on], self.device, self.dtype, reader=self.reader)
             with self.mode():
-                self.values(name, split.sample(0, 2))
+                self._returned(name, split.sample(0, 2))
 
     def _bind(self) -> dict[str, Tensor]:
         """The module's own tensors; gradients flow to those that are allocated and to no other."""
@@ -249,7 +301,12 @@ class Objective:
     def add_function(self, name: str) -> None:
         """Let `values` be had of a loss of the task that is not one of those evaluated."""
         if name not in self.functions:
-            self.functions[name] = self.task.losses[name].on_device(self.device, self.dtype)
+            self.functions[name] = self._stated(name)[0].on_device(self.device, self.dtype)
+
+    def _stated(self, name: str) -> tuple[Loss, str | None]:
+        """Return the loss of the task that a name is of, and which entry of what it returns is meant."""
+        stated, entry = self.task.stated(name) or (name, None)
+        return self.task.losses[stated], entry
 
     @property
     def point(self) -> dict[str, Tensor]:
@@ -287,7 +344,7 @@ class Objective:
         return {
             **{f"split {name!r}": split.digest for name, split in self._every_split().items()},
             **{f"tensor {name!r}": digest_of(_some(tensor)) for name, tensor in self._own().items()},
-            **{f"group_by of loss {name!r}": digest_of(*found) for name, found in self._groupings()},
+            **{f"group_by of loss {stated!r}": digest_of(*found) for stated, found in self._groupings()},
         }
 
     def _every_split(self) -> dict[str, Split]:
@@ -298,7 +355,8 @@ class Objective:
     def _groupings(self) -> Iterator[tuple[str, list[Any]]]:
         for name, loss in self.losses.items():
             if loss.group_by is not None and (order := self.order(name)) is not None:
-                yield name, [order.labels, order.members]
+                stated, _ = self.task.stated(name) or (name, None)
+                yield stated, [order.labels, order.members]
 
     def _own(self) -> dict[str, Tensor]:
         """The tensors that stay as the task's model builds them: fixed ones, and buffers that are not stored."""
@@ -330,7 +388,7 @@ class Objective:
 
     def saved_bytes(self, name: str) -> float:
         """What autograd saves of a loss for one example."""
-        split = self.task.losses[name].split
+        split = self._stated(name)[0].split
         assert split is not None
         with self.mode():
             return saved_bytes(self._every_split()[split], lambda batch: self.values(name, fresh(batch)))
@@ -339,11 +397,12 @@ class Objective:
         """The groups of a loss, in the order its batches are taken in; None for a loss without groups."""
         if name in self._order_of:
             return self._order_of[name]
-        loss = self.task.losses.get(self.replicated.get(name, name))
-        if loss is None:
+        whole = self.replicated.get(name, name)
+        if self.task.stated(whole) is None:
             raise InputError(
                 f"the batches of this run are in the order of the groups of loss {name!r}, which the task no longer has."
             )
+        loss, _ = self._stated(whole)
         if loss.split is None or (loss.group_by is None and name not in self.replicated):
             return None
         split = self.splits[loss.split]
@@ -381,13 +440,17 @@ class Objective:
         """Take the batches of a loss in the order of another one's groups; never in `batch` mode."""
         self.joined[name] = None if self.norm_stats == "batch" else along
 
-    def walks(self, losses: Iterable[str]) -> dict[tuple[str | None, int | None], dict[int, list[str]]]:
+    def walks(self, losses: Iterable[str]) -> dict[tuple[str | None, int | None], dict[Source, list[str]]]:
         """Losses by the batches they are over, and among those by the source of their values: what is evaluated together."""
-        found: dict[tuple[str | None, int | None], dict[int, list[str]]] = {}
-        for name in losses:
-            source = id(self._sources[self.replicated.get(name, name)])
-            found.setdefault(self._walk(name), {}).setdefault(source, []).append(name)
+        found: dict[tuple[str | None, int | None], dict[Source, list[str]]] = {}
+        first: dict[int, int] = {}  # entries of one dict follow each other, so that nothing is called between them
+        for name in sorted(losses, key=lambda name: first.setdefault(self._source(name)[0], len(first))):
+            found.setdefault(self._walk(name), {}).setdefault(self._source(name), []).append(name)
         return found
+
+    def _source(self, name: str) -> Source:
+        whole = self.replicated.get(name, name)
+        return id(self._sources[whole]), self._stated(whole)[1]
 
     def _walk(self, name: str) -> tuple[str | None, int | None]:
         along = self.joined.get(name)
@@ -436,7 +499,7 @@ class Objective:
         return {name: found[name] for name in losses}
 
     def _sweep(
-        self, split: Split, order: Order | None, sources: dict[int, list[str]], only: range | None, gradient: bool
+        self, split: Split, order: Order | None, sources: dict[Source, list[str]], only: range | None, gradient: bool
     ) -> dict[str, Evaluation]:
         """Losses over one walk through a split, by the source of their values."""
         grouped = {name: self.order(name) is not None for held in sources.values() for name in held}
@@ -504,19 +567,16 @@ class Objective:
     def values(self, name: str, batch: Any, shared: SharedOutputs | None = None) -> tuple[Tensor, Tensor | None]:
         """One value per element of a batch, multiplied by the element's weight, and the weights (float64) unless all are 1."""
         loss = self.functions[name]
-        with self._user_code(loss), self._autocasting():
-            if loss.split is None:
+        if loss.split is None:
+            with self._user_code(loss, {}), self._autocasting():
                 return self._term(name, loss), None
-            if loss.call is not None:
-                result = loss.call(self.model, batch)
-            else:
-                inputs, targets = unpack(batch)
-                outputs = self.model(inputs) if shared is None else shared.of(self.model, inputs)
-                result = self._per_element(name, loss)(outputs, targets)
+        returned = self._returned(name, batch, shared)
+        outputs, targets, result = returned.outputs, returned.targets, self.entry(name, returned.result)
         values, weights = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         if not isinstance(values, Tensor) or not values.is_floating_point():
             raise InputError(
-                f"loss {name!r} on split {loss.on!r} returned {type(values).__name__}, not a tensor of floating-point values."
+                f"loss {name!r} on split {loss.on!r} returned {shown(values)}, not a tensor of floating-point values."
+                + _as_a_tensor(values)
             )
         if values.dim() == 0:
             raise InputError(
@@ -540,6 +600,51 @@ class Objective:
             )
         weights = weights.to(values.device, torch.float64)
         return values.double() * weights, weights
+
+    def _returned(self, name: str, batch: Any, shared: SharedOutputs | None = None) -> Returned:
+        """Return what a loss's function returns for a batch; the entries of one dict share it."""
+        loss, source = self.functions[name], id(self._sources.get(name))
+        if shared is not None and source in shared.returned:
+            return shared.returned[source]
+        called: dict[str, Any] = {}
+        with self._user_code(loss, called), self._autocasting():
+            if loss.call is not None:
+                returned = Returned(loss.call(self.model, batch))
+            else:
+                inputs, targets = unpack(batch)
+                called["inputs"] = inputs
+                outputs = self.model(inputs) if shared is None else shared.of(self.model, inputs)
+                called.update(outputs=outputs, targets=targets)
+                returned = Returned(self._per_element(name, loss)(outputs, targets), outputs, targets)
+        if shared is not None and isinstance(returned.result, Mapping):
+            shared.returned[source] = returned
+        return returned
+
+    def entry(self, name: str, returned: Any) -> Any:
+        """Return what a loss is of what its function returned: all of it, or an entry of a dict.
+
+        Raises:
+            InputError: where it returned a dict and no entry is meant, where there is no such entry, or where there were others before.
+        """
+        stated, entry = self.task.stated(name) or (name, None)
+        if entry is None and not isinstance(returned, Mapping):
+            return returned
+        entries = _entries(stated, returned, entry)
+        first = self._entries_of.setdefault(stated, entries)
+        if set(first) != set(entries):
+            other = min(set(first) ^ set(entries))
+            raise InputError(
+                f"loss {stated!r} returned an entry {other!r} for one batch and not for another. Return every entry for every batch; where "
+                "one says nothing of an element, give the element a weight of 0: (values, weights)."
+            )
+        if entry is None and name not in self.losses:  # it is only called to see what the model does
+            entry = entries[0]
+        if entry is None:
+            raise InputError(
+                f"loss {name!r} returned a dict. Each entry is a loss of its own: ask for --loss "
+                f"{' --loss '.join(f'{name}/{each}' for each in entries)}."
+            )
+        return returned[entry]
 
     def _per_element(self, name: str, loss: Loss) -> Callable[[Any, Any], Any]:
         if name not in self._functions_per_element:
@@ -610,8 +715,13 @@ class Objective:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     @contextlib.contextmanager
-    def _user_code(self, loss: Loss) -> Iterator[None]:
-        """Errors of the model or the loss function become ours, with the split they happened on."""
+    def _user_code(self, loss: Loss, called: Mapping[str, Any]) -> Iterator[None]:
+        """Errors of the model or the loss function become ours, with the split they happened on.
+
+        Args:
+            loss: whose function is called.
+            called: what was handed over so far: the inputs to the model, then outputs and targets to the function.
+        """
         try:
             yield
         except (InputError, SpanError):
@@ -621,7 +731,7 @@ class Objective:
                 raise
             place = "in a term of the parameters" if loss.split is None else f"on split {loss.split!r}"
             raise InputError(
-                f"the model or the loss function failed {place}: {type(error).__name__}: {error}{_way_out(loss, error)}"
+                f"the model or the loss function failed {place}: {type(error).__name__}: {error}{_way_out(loss, error, called)}"
             ) from error
         finally:
             self._restore()
@@ -634,7 +744,61 @@ class Objective:
                 tensor.requires_grad_(has_gradient)
 
 
-def _way_out(loss: Loss, error: Exception) -> str:
+def _entries(stated: str, returned: Any, entry: str | None) -> tuple[str, ...]:
+    """Return the names of the entries of a dict of losses, among them the one that is wanted, if any."""
+    if not isinstance(returned, Mapping):
+        raise InputError(
+            f"there is no loss {f'{stated}/{entry}'!r}: loss {stated!r} returned {shown(returned)}, and no dict with an entry {entry!r}."
+        )
+    wrong = [key for key in returned if not isinstance(key, str) or not key]
+    if wrong or not returned:
+        what = f"a dict with the key {wrong[0]!r}" if wrong else "an empty dict"
+        raise InputError(
+            f"loss {stated!r} returned {what}. Give every loss in it a name: {{'boxes': …, 'classes': …}}."
+        )
+    if entry is not None and entry not in returned:
+        raise InputError(f"loss {stated!r} returned no entry {entry!r}; it has {few([*map(repr, sorted(returned))])}.")
+    return tuple(returned)
+
+
+def shown(value: Any) -> str:
+    """Return in a few words what a value is: of a tensor its type and shape, of a dict its keys.
+
+    >>> shown(torch.zeros(2, 3)), shown({"logits": 0}), shown(0.5)
+    ('a float32 tensor of shape [2, 3]', "a dict with 'logits'", 'a float')
+    """
+    if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{'an' if dtype[0] in 'aiou' and dtype != 'uint8' else 'a'} {dtype} tensor of shape {list(value.shape)}"
+    if value is None:
+        return "None"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with {few([*map(repr, value)])}"
+    return f"{'an' if type(value).__name__[0] in 'aeiou' else 'a'} {type(value).__name__}"
+
+
+def _as_a_tensor(values: Any) -> str:
+    """Return how to mend a loss that gives a plain number or a list of them."""
+    if isinstance(values, Number) and not isinstance(values, bool):
+        return " A number has lost its gradient: return the tensor itself, without .item() or float(), one value per element."
+    return ""
+
+
+def _way_out(loss: Loss, error: Exception, called: Mapping[str, Any]) -> str:
+    if "outputs" in called:
+        name = getattr(loss.fn, "__name__", type(loss.fn).__name__)
+        name = "fn" if name in ("partial", "<lambda>") else name
+        return (
+            f". It was called as {name}(outputs, targets), where outputs, what the model returned, is {shown(called['outputs'])}, and "
+            f"targets, the second part of a batch, is {shown(called['targets'])}. A function that takes them in another order or form is "
+            f"stated as Loss(lambda outputs, targets: {name}(targets, outputs)), one that takes other arguments as Loss(call=fn), called "
+            "as fn(model, batch)."
+        )
+    if "inputs" in called:
+        return (
+            f". The model was called as model(inputs), where inputs, the first part of a batch, is {shown(called['inputs'])}. A model that "
+            "takes other arguments is called in Loss(call=fn), fn(model, batch)."
+        )
     if loss.fn is not None and isinstance(error, TypeError):
         return ". A loss or a model that takes other arguments is stated as Loss(call=fn), called as fn(model, batch)."
     if loss.call is not None and isinstance(error, TypeError | AttributeError):

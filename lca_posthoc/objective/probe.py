@@ -18,7 +18,7 @@ from ..errors import InputError, few
 from ..task import Loss, every_name
 from ..trajectory import is_statistic
 from .batches import Order
-from .containers import change_tensors, fresh, named_parts, opened, same_bytes, tensors_of
+from .containers import copied, fresh, named_parts, opened, same_bytes, tensors_of
 from .evaluate import HIGHER, Objective, unpack
 from .sources import Positions
 from .sums import Evaluation
@@ -403,21 +403,13 @@ def _writes_nothing(objective: Objective, name: str) -> None:
         return objective.values(name, copy)[0], None  # elements may all weigh nothing here
 
     with _model_unwritten(objective, name):
-        objective.over(values, [_copied(batch)])  # of a clone, no write is counted yet
+        objective.over(values, [copied(batch)])  # of a clone, no write is counted yet
     (copy,) = given
     if (place := _written(batch, copy, "batch")) is not None:
         raise InputError(
             f"loss {name!r} writes into its batch ({place} is not what it was), which other losses and later passes are given as "
             f"well. Work on a copy: {place}.clone() of a tensor, dict(batch) where keys change, no inplace=True on the inputs."
         )
-
-
-def _copied(batch: Any) -> Any:
-    """Return a copy of a batch, or the batch itself where it holds an object that cannot be copied."""
-    try:
-        return change_tensors(batch, Tensor.clone)
-    except InputError:
-        return batch
 
 
 def _written(batch: Any, copy: Any, place: str, known: frozenset[int] = frozenset()) -> str | None:
@@ -485,8 +477,8 @@ def _repeats(objective: Objective, name: str, batch: Any, apart: float) -> list[
         raise InputError(
             f"loss {name!r} is not deterministic: two evaluations at one point differ by {apart:.1e}"
             + (f"; the first module to differ is {module}" if module else "")
-            + ". Usual culprits: random augmentation in the data set, dropout called with training=True, noise or sampling in "
-            "the model or the loss."
+            + ". Usual culprits: random augmentation in the data set (lca_posthoc.Draws makes it seeded draws), dropout called with "
+            "training=True, noise or sampling in the model or the loss."
         )
     return (
         [f"loss {name!r}: kernels do not repeat bit for bit (two evaluations differ by {apart:.1e})"]
@@ -617,7 +609,9 @@ def _own_mean(objective: Objective, name: str, batch: Any, ours: float, scale: f
     inputs, targets = unpack(batch)
 
     def mean(_: Any) -> tuple[Tensor, None]:
-        return objective.functions[name].mean()(objective.model(inputs), targets).reshape(1), None
+        return objective.entry(name, objective.functions[name].mean()(objective.model(inputs), targets)).reshape(
+            1
+        ), None
 
     theirs = float(objective.over(mean, [batch], gradient=False).loss)
     if not abs(ours - theirs) <= _AGREE[objective.precision_of(name)] * scale:

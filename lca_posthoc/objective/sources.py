@@ -25,6 +25,7 @@ from torch.utils.data import (
 from ..errors import InputError
 from ..host import free_memory
 from .containers import change_tensors, digest_of, feed, rows, size_of
+from .draws import Draws
 
 _RESIDENT_SHARE = 0.25
 DIGESTED = 256
@@ -134,11 +135,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Indexed:
-    """Examples that are had by position."""
+    """Examples that are had by position, each with its draws, which follow each other in a batch."""
 
     name: str
     total: int
     read: Callable[[Positions], Any]
+    draws: int | None = None
 
     def batches(self, cuts: Iterable[Positions], subset: Tensor | None) -> Iterator[Any]:
         """One batch for each choice of positions, of the subset where there is one."""
@@ -206,6 +208,8 @@ def _unsteady(name: str, what: str) -> InputError:
 
 def open_source(name: str, data: Any) -> Indexed | Stream:
     """How the examples are had, by what the data is; containers that are more likely columns are not guessed at."""
+    if isinstance(data, Draws):
+        return _drawn(name, data)
     if isinstance(data, DataLoader):
         _check_loader(name, data)
         served = _iterated if isinstance(data.dataset, IterableDataset) else _items
@@ -252,6 +256,20 @@ def _items(name: str, data: Any, collate: Collate) -> Indexed:
         return collate(at_once(indices) if at_once else [data[index] for index in indices])
 
     return Indexed(name, len(data), read)
+
+
+def _drawn(name: str, data: Draws) -> Indexed:
+    """Examples of which a batch holds every draw."""
+    collate = default_collate
+    if isinstance(data.data, DataLoader):
+        _check_loader(name, data.data)
+        collate = data.data.collate_fn
+
+    def read(positions: Positions) -> Any:
+        indices = list(positions) if isinstance(positions, range) else positions.tolist()
+        return collate([example for index in indices for example in data[index]])
+
+    return Indexed(name, len(data), read, data.draws)
 
 
 def _table(name: str, data: Any) -> Indexed:

@@ -166,6 +166,10 @@ class Manifest:
         """Return `covered_by` of a loss, by its name."""
         return self.covered_by(self.losses[loss])
 
+    def meant_by(self, name: str) -> list[str]:
+        """Return the losses a name of the task stands for: that loss, or one for each entry of the dict it returned."""
+        return [name] if name in self.losses else [loss for loss in self.losses if loss.startswith(f"{name}/")]
+
     def with_losses(self, losses: dict[str, LossRecord]) -> Manifest:
         """The same run with more losses."""
         return replace(self, losses={**self.losses, **losses})

@@ -15,7 +15,7 @@ from ..records import SAME_LOSS, is_share
 from ..trajectory import drop_options, is_statistic, read_checkpoint, read_stored
 from .memory import block_of, short_of
 from .modes import moved_layers, notes_on_modes
-from .state import Spec, checkpoint_at, first_point, objective_of, point_at, reported
+from .state import Spec, checkpoint_at, divided, first_point, objective_of, point_at, reported
 
 _NEAR = 16  # segments among which one that moves is looked for
 
@@ -24,11 +24,13 @@ _NEAR = 16  # segments among which one that moves is looked for
 def describe(spec: Spec) -> Spec:
     """What the task holds: the model's tensors, and of each loss its split and its kind."""
     objective = objective_of(spec)
+    digests = objective.digests  # before anything is called: a model may fill what it keeps
+    objective = divided(spec, objective)
     return {
         "tensors": [asdict(each) for each in objective.table],
         "losses": {name: _described(objective, name) for name in objective.losses},
         "task_losses": list(objective.task.losses),
-        "digests": objective.digests,
+        "digests": digests,
         "frozen": objective.frozen,
         "fixed": list(objective.fixed),
         "added": objective.added,

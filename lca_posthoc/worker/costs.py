@@ -42,9 +42,11 @@ def measure(spec: Spec) -> Spec:
     together = higher = 0.0
     for sources in objective.walks(objective.losses).values():
         slowest = [max(held, key=lambda name: losses[name]["seconds"]) for held in sources.values()]
-        spared = [losses[name]["forward"] for name in slowest if objective.losses[name].kind == "function"][
-            1:
-        ]  # one is shared
+        passes: dict[Any, list[float]] = {}
+        for (function, _), name in zip(sources, slowest, strict=True):
+            shared = "outputs" if objective.losses[name].kind == "function" else function
+            passes.setdefault(shared, []).append(losses[name]["forward"])
+        spared = [seconds for each in passes.values() for seconds in each[1:]]  # one of them is made
         together += sum(losses[name]["seconds"] for name in slowest) - sum(spared)
         higher += sum(losses[name]["higher"] for name in slowest)
     blocks = {name: block_of(spec, objective, name) for name in losses}

@@ -43,6 +43,15 @@ def objective_of(spec: Spec) -> Any:
     return _STATES[key]
 
 
+def divided(spec: Spec, objective: Any) -> Any:
+    """Return the objective of a spec with a loss for every entry of losses that return a dict, which later specs name."""
+    other = objective.divided()
+    if other is not objective:
+        _STATES.pop(_key(spec, list(objective.losses)), None)
+        _STATES[_key(spec, list(other.losses))] = other
+    return other
+
+
 def _recall_statistics(objective: Any, spec: Spec) -> None:
     """Recalibrate as was settled when the run was created, if it was yet."""
     if objective.recalibration is not None:
