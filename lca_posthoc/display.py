@@ -35,6 +35,7 @@ from rich.text import Text
 
 from .errors import LCAWarning, ResourceError
 from .progress import Event, Listener, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow, Stage, silent
+from .text import count
 
 LOOK = 2.0  # seconds between two looks at how far spans are
 FIRST = 20.0  # seconds after work began, once there are figures, until the first line where there is no terminal
@@ -254,11 +255,11 @@ class Progressed:
     def line(self, now: float) -> str:
         """Return all of it in one line."""
         rate, left = self.rate(now), self.seconds_left(now)
-        workers = f"{self.workers} worker{'' if self.workers == 1 else 's'}"
+        workers = count(self.workers, "worker")
         speed = f"{rate:.3g} segments/s on {workers}" if rate is not None else workers
         rest = f"about {duration(left)} left" if left is not None else f"after {duration(now - self.began)}"
         return (
-            f"{int(self.reached):,} of {self.total:,} segments · worst residual {self.worst_residual:.1e}{self.trouble} · "
+            f"{int(self.reached):,} of {count(self.total, 'segment')} · worst residual {self.worst_residual:.1e}{self.trouble} · "
             f"{speed} · {rest}"
         )
 
@@ -310,7 +311,7 @@ class Bar:
             )
             self._task = self._progress.add_task("replay", total=None, more="", due=None)
             self._progress.start()
-        workers = f"{progressed.workers} worker{'' if progressed.workers == 1 else 's'}"
+        workers = count(progressed.workers, "worker")
         rate, left = progressed.rate(now), progressed.seconds_left(now)
         if rate is not None:
             workers += f" at {rate / max(1, progressed.workers):.3g} segments/s"

@@ -21,6 +21,7 @@ from .settings import Settings
 from .store import LossRecord, Manifest, StoredTensor
 from .store.keys import encode_all
 from .task import Entry, digest, parse_subsets
+from .text import count
 from .trajectory import Checkpoint, TensorSpec, Trajectory
 from .worker import admit, describe, probe, sampled, versions
 
@@ -264,11 +265,11 @@ def _idle(manifest: Manifest, workers: int) -> list[str]:
     if manifest.spans >= workers:
         return []
     what = (
-        f"{manifest.segments} segments"
+        count(manifest.segments, "segment")
         if manifest.span == 1
-        else f"{manifest.spans} spans, cut when the run was created,"
+        else f"{count(manifest.spans, 'span')}, cut when the run was created,"
     )
-    return [f"{what} keep at most {manifest.spans} of {workers} workers busy"]
+    return [f"{what} keep{'s' * (manifest.spans == 1)} at most {manifest.spans} of {workers} workers busy"]
 
 
 def unwrapped(answer: Spec) -> Spec:

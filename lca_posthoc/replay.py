@@ -27,6 +27,7 @@ from .recognition import same_checkpoints, same_loss, same_tensors, same_values
 from .settings import Settings, on_device, resolve
 from .store import Manifest, Run, RunWriter
 from .task import Entry, Task, digest, pack
+from .text import count
 from .trajectory import Trajectory, open_trajectory
 from .worker import looks_back, replay_span, settled
 
@@ -580,7 +581,7 @@ def _failures(failed: list[SpanFailed]) -> str:
     first = failed[0]
     more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
     return (
-        f"{len(failed)} span{'s' if len(failed) > 1 else ''} failed; the others are complete. Steps {first.first_step} to "
+        f"{count(len(failed), 'span')} failed; the others are complete. Steps {first.first_step} to "
         f"{first.last_step}{more}: {first.message}"
     )
 

@@ -15,6 +15,7 @@ ROOT = Path(lca_posthoc.__file__).parent
 ORDER = (
     *(
         "errors",
+        "text",
         "locks",
         "host",
         "quadrature",

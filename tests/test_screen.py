@@ -18,9 +18,10 @@ from rich.cells import cell_len
 import lca_posthoc
 from lca_posthoc import display, store
 from lca_posthoc.cli import COMMANDS
-from lca_posthoc.cli.show import shorten, table
+from lca_posthoc.cli.show import table
 from lca_posthoc.display import Lines, Progressed, Stream, showable, stderr
 from lca_posthoc.progress import Note, Planned, SpanDone, Stage, silent
+from lca_posthoc.text import shorten
 from tests.small import contents, document, lca, marker, record, refused, run_lca, says, task_namespace, write_task
 from tests.terminal import ASCII, LCA, environment, on_terminal, piped
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.text import Text
 
+from ..text import count
 from .options import json_option
 from .show import print_json, safe, say, share, stdout, table
 
@@ -94,7 +95,7 @@ def command(
         written = export_comparison(found, out, format=format_)
         if found.attrs["notes"]:
             say(found.attrs["notes"])
-        stdout().print(f"wrote {len(written)} file{'' if len(written) == 1 else 's'} to {out}", markup=False)
+        stdout().print(f"wrote {count(len(written), 'file')} to {out}", markup=False)
     elif as_json:
         print_json(document(found))
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from ..text import count
 from .show import say, stdout
 
 
@@ -41,4 +42,4 @@ def command(run: str, out: str, format_: str | None, losses: tuple[str, ...], fi
     from ..store import open_run
 
     written = export(open_run(run), out, format=format_, losses=losses, findings=findings, say=say)
-    stdout().print(f"wrote {len(written)} file{'' if len(written) == 1 else 's'} to {out}", markup=False)
+    stdout().print(f"wrote {count(len(written), 'file')} to {out}", markup=False)

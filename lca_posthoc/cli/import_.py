@@ -9,6 +9,7 @@ from typing import Any
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..text import count
 from .show import prints_to_stderr, say, stderr, stdout
 
 
@@ -55,7 +56,7 @@ def command(source: str, directory: str, **options: Any) -> None:
         done = convert(source, directory, say=say, progress=progress, **options)
     before = f"; {done.present:,} were there" if done.present else ""
     stdout().print(
-        f"wrote {done.written:,} of {len(done.steps):,} checkpoints (steps {done.steps[0]} to {done.steps[-1]}), "
+        f"wrote {done.written:,} of {count(len(done.steps), 'checkpoint')} (steps {done.steps[0]} to {done.steps[-1]}), "
         f"{amount(done.bytes)}, to {directory}{before}",
         markup=False,
     )

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ..display import Display
+from ..text import count
 from .options import cluster_options
 from .show import prints_to_stderr, stdout
 
@@ -35,9 +36,9 @@ def command(run: str, task: str, **options: Any) -> None:
         console.print(f"loss {name!r}: computed again {_some(spans)}", markup=False)
     rest = len(done.damage) - sum(each.span is not None for each in done.damage)
     if rest:
-        console.print(f"put right {rest} other file{'' if rest == 1 else 's'}")
+        console.print(f"put right {count(rest, 'other file')}")
     if done.leftovers:
-        console.print(f"removed {done.leftovers} leftover file{'' if done.leftovers == 1 else 's'}")
+        console.print(f"removed {count(done.leftovers, 'leftover file')}")
     if not done.damage:
         console.print(f"{run} is whole", markup=False)
     unfinished = [name for name, results in open_run(run).items() if not results.complete]

@@ -8,6 +8,7 @@ from typing import Any
 import click
 from rich.text import Text
 
+from ..text import count
 from .options import json_option
 from .show import print_json, safe, say, stderr, stdout, table, waiting
 
@@ -35,7 +36,7 @@ def command(run: str, as_json: bool) -> None:
                 damages.append(found)
             else:
                 leftovers.append(found.path)
-            shown.update(Text(f"{checked.files:,} files, {amount(checked.bytes)}, {len(damages)} damaged"))
+            shown.update(Text(f"{count(checked.files, 'file')}, {amount(checked.bytes)}, {len(damages)} damaged"))
     if as_json:
         print_json(
             {
@@ -49,13 +50,15 @@ def command(run: str, as_json: bool) -> None:
     elif damages:
         _print(damages)
     if leftovers:
-        say(f"{len(leftovers)} files below {run} belong to nothing that is committed, the first {leftovers[0]}")
+        say(
+            f"{count(len(leftovers), 'file')} below {run} belong{'s' * (len(leftovers) == 1)} to nothing that is committed, "
+            f"the first {leftovers[0]}"
+        )
     if damages:
-        more = "" if len(damages) == 1 else "s"
         way = "Restore it from a copy" if damages[0].path == "run.json" else f"Run `lca repair {run} --task FILE`"
-        raise DamageError(f"{len(damages)} damaged file{more} in {run}. {way}.")
+        raise DamageError(f"{count(len(damages), 'damaged file')} in {run}. {way}.")
     if not as_json:
-        stdout().print(f"{checked.files:,} files, {amount(checked.bytes)}: whole", markup=False)
+        stdout().print(f"{count(checked.files, 'file')}, {amount(checked.bytes)}: whole", markup=False)
 
 
 def _print(damages: list[Any]) -> None:

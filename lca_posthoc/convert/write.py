@@ -20,6 +20,7 @@ from ..locks import DirectoryLock
 from ..places import here
 from ..recorder.writer import name_of, step_of
 from ..task import Task
+from ..text import count
 from ..trajectory import TensorSpec, open_trajectory
 from .formats import FORMATS
 from .series import SIZES, Iterate, Progress, Series, headers_of
@@ -120,7 +121,8 @@ def _opened(origin: Path, asked: Mapping[str, Any], progress: Progress) -> Serie
 def _half(series: Series) -> list[str]:
     narrow = [name for name, header in series.tensors.items() if header.dtype in HALF]
     return [
-        f"{len(narrow)} of {len(series.tensors)} tensors are stored in half precision, in which most steps of training are rounded "
+        f"{len(narrow)} of {count(len(series.tensors), 'tensor')} {'is' if len(narrow) == 1 else 'are'} stored in half "
+        "precision, in which most steps of training are rounded "
         "away; `lca run` says how many. Save float32 weights where you can"
     ] * bool(narrow)
 

@@ -12,6 +12,7 @@ import xarray as xr
 from ..errors import InputError, needed
 from ..findings import curve, helping, layers
 from ..store import LossResults, Run
+from ..text import count
 from .choose import Say
 from .tables import whole
 
@@ -65,7 +66,9 @@ def _write_scalars(writer: Any, results: LossResults, wanted: list[str], say: Sa
     steps = results.steps["step_end"].values
     kept = _thinned(len(steps), SCALARS // max(1, len(curves)))
     if len(kept) < len(steps):
-        say(f"loss {results.name!r} has {len(curves):,} curves: {len(kept):,} of {len(steps):,} segments are written.")
+        say(
+            f"loss {results.name!r} has {count(len(curves), 'curve')}: {len(kept):,} of {len(steps):,} segments are written."
+        )
     for tag, values in curves:
         for at in kept:
             writer.add_scalar(whole(tag), values[at], int(steps[at]), new_style=True, double_precision=True)

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..store import LossResults
+from ..text import count
 
 _SAME_LOSS = 1e-2  # relative: precisions differ by less
 _SAME_MOTION = 1e-2  # likewise
@@ -148,7 +149,7 @@ def differences(given: dict[str, list[LossResults]]) -> list[str]:
 
 def _steps(results: LossResults) -> str:
     checkpoints = results.manifest.checkpoints
-    return f"{checkpoints[0].step:,} to {checkpoints[-1].step:,} ({results.manifest.segments:,} segments)"
+    return f"{checkpoints[0].step:,} to {checkpoints[-1].step:,} ({count(results.manifest.segments, 'segment')})"
 
 
 _MEANINGS: dict[str, Callable[[LossResults], str]] = {

@@ -13,6 +13,7 @@ import xarray as xr
 from ..errors import InputError, LCAError
 from ..records import FIELDS
 from ..store import LossResults
+from ..text import count
 from ..trajectory import TensorSpec
 
 BLOCK = 2**22  # numbers that are held at a time
@@ -48,7 +49,8 @@ def unfinished(results: LossResults) -> list[str]:
     done = results.progress()
     behind = (
         [
-            f"Loss {results.name} ends at step {done['last_step']:,}, {done['behind']:,} segments before the run does: run `lca run` with "
+            f"Loss {results.name} ends at step {done['last_step']:,}, {count(done['behind'], 'segment')} before the run "
+            "does: run `lca run` with "
             f"--loss {results.name} to go on."
         ]
         if done["behind"]
@@ -58,7 +60,8 @@ def unfinished(results: LossResults) -> list[str]:
         return behind
     return [
         *behind,
-        f"{done['segments_done']:,} of {done['segments']:,} segments are there: run `lca run` again to finish.",
+        f"{done['segments_done']:,} of {count(done['segments'], 'segment')} {'is' if done['segments_done'] == 1 else 'are'} "
+        "there: run `lca run` again to finish.",
     ]
 
 

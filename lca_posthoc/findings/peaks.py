@@ -12,6 +12,7 @@ import xarray as xr
 
 from ..errors import InputError
 from ..store import LossResults
+from ..text import count
 from .parts import about, described, grouping, tables, unfinished
 
 SIGNALS = {"allocation": "allocated", "motion": "motion", "gradient": "gradient"}
@@ -77,9 +78,9 @@ def peaks(
     step, end = steps["step"].values, steps["step_end"].values
     can = possible(values, end[:-1] == step[1:])
     if not can.any():
-        count = f"{len(values)} finished segment{'' if len(values) == 1 else 's'}"
         raise InputError(
-            f"loss {results.name!r} has {count}, none with one before and one after it, so nothing can be a peak. Let `lca run` "
+            f"loss {results.name!r} has {count(len(values), 'finished segment')}, none with one before and one after it, so "
+            "nothing can be a peak. Let `lca run` "
             "finish, or record more steps."
         )
     peak = moments(values if signal == "allocation" else -values, can, top)

@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from ..colours import FAINT
+from ..text import count
 from .layers import helped_hurt
 from .style import (
     SMALL,
@@ -73,8 +74,7 @@ def compare(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) -> Axes
             "markersize": 4,
             "zorder": 3,
         }
-        count = int(one["runs"])
-        label = f"{word} ({count} run{'' if count == 1 else 's'})"
+        label = f"{word} ({count(int(one['runs']), 'run')})"
         ax.plot(mean, rows, markerfacecolor="white", label=label, **marker)
         ax.plot(np.where(sure, mean, np.nan), rows, **marker)
     for row in range(len(names) - 1):

@@ -10,6 +10,7 @@ import xarray as xr
 from ..colours import FAINT, HURTING, INK, MUTED
 from ..errors import InputError
 from ..findings.names import shorten
+from ..text import count
 from .style import (
     SMALL,
     dashes,
@@ -77,7 +78,7 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     bad = found["step_end"].values[~found["converged"].values.astype(bool)]
     if len(bad):
         ax.plot(bad, np.zeros(len(bad)), "|", color=HURTING, markersize=5, transform=ax.get_xaxis_transform())
-        said = f"{len(bad):,} segment{'' if len(bad) == 1 else 's'} above the tolerance"
+        said = f"{count(len(bad), 'segment')} above the tolerance"
         place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
         ax.set_xlabel(ax.get_xlabel(), loc="left")
         ax.annotate(said, (1, 0), (0, -16), fontsize=SMALL - 0.5, color=HURTING, **place)

@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from ..colours import DIVERGING, FAINT, HELPING, HURTING, INK, LAYERS, MUTED
 from ..errors import InputError
 from ..findings.names import shorten
+from ..text import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -231,7 +232,7 @@ def refuse_groups(found: xr.Dataset) -> None:
     if "group" in found.dims:
         labels = ", ".join(map(repr, found["group"].values.tolist()[:10]))
         raise InputError(
-            f"loss {found.attrs.get('loss')!r} has {found.sizes['group']} groups, and a plot of {found.attrs.get('finding')!r} "
+            f"loss {found.attrs.get('loss')!r} has {count(found.sizes['group'], 'group')}, and a plot of {found.attrs.get('finding')!r} "
             f"shows one: pick one: found.sel(group=…) or --group, of {labels}{', …' if found.sizes['group'] > 10 else ''}."
         )
 

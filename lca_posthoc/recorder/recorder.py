@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import InputError, LCAError, ResourceError, amount, few
 from ..locks import DirectoryLock
 from ..places import here, nearest
+from ..text import count
 from ..trajectory import reserved
 from .outermost import Outermost, Told, can_follow
 from .staging import Contents, Layout, Stager, refuse_flattened
@@ -242,7 +243,8 @@ class Recorder:
         needed, free = iterates * size, shutil.disk_usage(place).free
         if needed > free and _writes():
             text = (
-                f"{iterates:,} iterates of {amount(size)} take {amount(needed)}, and {place} has {amount(free)} free. Record fewer "
+                f"{count(iterates, 'iterate')} of {amount(size)} take{'s' * (iterates == 1)} {amount(needed)}, and {place} "
+                f"has {amount(free)} free. Record fewer "
                 "(every=, steps=, until=) or elsewhere."
             )
             if not self._pauses:
@@ -286,7 +288,8 @@ class _Series:
         if self._layout.half_precision:
             warnings.warn(
                 f"{self._layout.half_precision[0]} has fewer than 32 bits a number, as {len(self._layout.half_precision)} of "
-                f"{len(tensors)} tensors: a step smaller than its spacing is lost, and most of them are. Keep the weights in float32 and "
+                f"{count(len(tensors), 'tensor')}: a step smaller than its spacing is lost, and most of them are. Keep the "
+                "weights in float32 and "
                 "train under torch.autocast.",
                 stacklevel=5,
             )

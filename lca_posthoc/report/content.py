@@ -10,6 +10,8 @@ from typing import Any
 
 from bokeh.plotting import figure
 
+from ..text import count as count
+
 # Characters that steer a terminal, end a line, or turn the direction of what comes after them.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _LONGEST = 160  # characters of a name
@@ -135,16 +137,6 @@ def percent(value: float) -> str:
         return f"{100 * value:.1f} %".replace("-", "−")
     mantissa, _, exponent = f"{100 * value:.1e}".partition("e")
     return f"{100 * value:.2g} %" if abs(value) >= 1e-6 else f"{mantissa}e{int(exponent)} %"
-
-
-def count(value: float, one: str = "", more: str = "") -> str:
-    """A whole number, and of what.
-
-    >>> count(1, "step"), count(1234, "step"), count(2, "loss", "losses")
-    ('1 step', '1,234 steps', '2 losses')
-    """
-    shown = f"{int(value):,}"
-    return f"{shown} {one if int(value) == 1 else more or one + 's'}" if one else shown
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:

@@ -12,6 +12,7 @@ import xarray as xr
 
 from ..errors import LCAError
 from ..records import TOTALS
+from ..text import count
 from .chunks import CheckedStore
 from .commits import Commits
 from .html import results_html, run_html
@@ -52,7 +53,7 @@ class LossResults:
             waiting = sum(self.manifest.length(span) for span in self._commits.pending())
         except Exception as error:
             return f"cannot be read: {type(error).__name__}"
-        return f"{self.manifest.segments - waiting:,} of {self.manifest.segments:,} segments"
+        return f"{self.manifest.segments - waiting:,} of {count(self.manifest.segments, 'segment')}"
 
     @property
     def record(self) -> LossRecord:

@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import InputError, SpanError, few
 from ..leftovers import counts, left_out_note, refuted
 from ..records import SAME_LOSS, is_share
+from ..text import count as counted
 from ..trajectory import drop_options, is_statistic, read_checkpoint, read_stored
 from .memory import block_of, short_of
 from .modes import moved_layers, notes_on_modes
@@ -426,7 +427,7 @@ def _unmoved(spec: Spec, objective: Any) -> list[str]:
             if before[name].is_floating_point():
                 same += int((before[name].float() == after[name].float()).sum())
                 count += before[name].numel()
-    stored = f"checkpoints are stored in half precision ({len(spec['half'])} tensors)"
+    stored = f"checkpoints are stored in half precision ({counted(len(spec['half']), 'tensor')})"
     if not count:
         return [f"{stored}, and nothing moves at all on the {still} sampled segments. Record float32 weights."]
     apart = f" ({still} more, on which nothing moves, are not counted)" if still else ""

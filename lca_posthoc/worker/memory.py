@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import host
 from ..errors import amount
+from ..text import count
 from .state import Spec
 
 ROOM = 0.5
@@ -93,8 +94,8 @@ def short_of(spec: Spec, objective: Any, names: list[str], blocks: dict[str, int
         "--keep units": spec["settings"]["keep"] == "parameters",
     }
     return (
-        f"a replay of {len(names)} loss{'es' if len(names) > 1 else ''} takes about {amount(needs)} beside model and data, and "
-        f"{amount(free)} are free for each of {crowd} worker{'s' if crowd > 1 else ''} here. Try "
+        f"a replay of {count(len(names), 'loss', 'losses')} takes about {amount(needs)} beside model and data, and "
+        f"{amount(free)} are free for each of {count(crowd, 'worker')} here. Try "
         f"{', '.join([way for way, helps in ways.items() if helps] + ['a machine with more memory'])}."
     )
 

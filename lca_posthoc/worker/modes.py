@@ -106,7 +106,8 @@ def _compared(spec: Spec, name: str, count: int, pairs: dict[int, tuple[float, f
     share = "" if strange else f", {apart[worst] / change:.0%} of the loss change apart"
     return (
         f"loss {name!r} goes {running[0]:.4g} → {running[-1]:.4g} with the running statistics of the checkpoints, and "
-        f"{batch[0]:.4g} → {batch[-1]:.4g} with those of the batch, as in training (on {count} examples; furthest apart at step "
+        f"{batch[0]:.4g} → {batch[-1]:.4g} with those of the batch, as in training (on {count} "
+        f"example{'' if count == 1 else 's'}; furthest apart at step "
         f"{step}: {running[worst]:.4g} and {batch[worst]:.4g}{share}). What is allocated here is the former: layers may help in the one "
         f"and hurt in the other. For the other: --norm-stats batch --batch-size {count} --out OTHER.lca; for running statistics "
         "without the lag: --norm-stats recalibrated --out OTHER.lca"

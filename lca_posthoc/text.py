@@ -1,0 +1,99 @@
+"""Words as people read them: numbers of things, names cut in the middle."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from rich.cells import cell_len
+
+_ROUNDS = 3
+_ENDS = 8  # cells kept of the ends of names that are told apart by their middle
+
+
+def count(value: float, one: str = "", more: str = "") -> str:
+    """Return a whole number, and of what.
+
+    >>> count(1, "step"), count(1234, "step"), count(2, "loss", "losses")
+    ('1 step', '1,234 steps', '2 losses')
+    """
+    shown = f"{int(value):,}"
+    return f"{shown} {one if int(value) == 1 else more or one + 's'}" if one else shown
+
+
+def shorten(texts: Sequence[str], width: int, dots: str = "…") -> list[str]:
+    """Return names of at most so many cells, cut in the middle; those that differ only there keep what they differ in.
+
+    >>> shorten(["encoder.layers.0.attention.weight", "encoder.layers.11.attention.weight", "bias"], 20)
+    ['encoder.l…0…n.weight', 'encoder.…11…n.weight', 'bias']
+    """
+    cut = {text: _cut(text, width, dots) for text in texts}
+    for _ in range(_ROUNDS):  # names that were told apart may be like others now
+        groups = _colliding(cut)
+        if not groups:
+            break
+        for group in groups:
+            cut |= _telling(group, width, dots)
+    if _colliding(cut):
+        together = cut | _telling([text for text in cut if cell_len(text) > width], width, dots)
+        cut = max(cut, together, key=lambda shown: len({*shown.values()}))
+    return [cut[text] for text in texts]
+
+
+def _colliding(cut: dict[str, str]) -> list[list[str]]:
+    """Return the groups of names that are shown alike."""
+    alike: dict[str, list[str]] = {}
+    for text, short in cut.items():
+        alike.setdefault(short, []).append(text)
+    return [group for group in alike.values() if len(group) > 1]
+
+
+def _cut(text: str, width: int, dots: str) -> str:
+    """Return a name cut in the middle."""
+    if cell_len(text) <= width:
+        return text
+    room = max(0, width - cell_len(dots))
+    return _head(text, room - room // 2) + dots + _tail(text, room // 2)
+
+
+def _telling(group: list[str], width: int, dots: str) -> dict[str, str]:
+    """Return names that are alike at both ends with what lies between, as far as there is room."""
+    before = _alike(group)
+    after = _alike([text[before:][::-1] for text in group])
+    room = width - 2 * cell_len(dots)
+    ends = min(_ENDS, room // 3)
+    if not before + after or room - ends < 1:
+        return {}
+    between = [text[before : len(text) - after] for text in group]
+    found = {}
+    for text, middle in zip(group, shorten(between, room - ends, dots), strict=True):
+        left = room - cell_len(middle)
+        tail = _tail(text[len(text) - after :], left // 2) if after else ""
+        head = _head(text[:before], left - cell_len(tail))
+        found[text] = head + dots + middle + dots + tail
+    return found
+
+
+def _alike(texts: list[str]) -> int:
+    """Return how many signs some texts begin with alike."""
+    return sum(1 for _ in itertools.takewhile(lambda signs: len({*signs}) == 1, zip(*texts, strict=False)))
+
+
+def _head(text: str, width: int) -> str:
+    """Return the longest beginning of at most so many cells, with the marks that combine with its last sign."""
+    end, cells = 0, 0
+    while end < len(text) and cells + cell_len(text[end]) <= width:
+        cells += cell_len(text[end])
+        end += 1
+    return text[:end]
+
+
+def _tail(text: str, width: int) -> str:
+    """Return the longest end of at most so many cells that does not begin with a mark that combines with what is before it."""
+    start, cells = len(text), 0
+    while start and cells + cell_len(text[start - 1]) <= width:
+        start -= 1
+        cells += cell_len(text[start])
+    while start < len(text) and cell_len(text[start]) == 0:
+        start += 1
+    return text[start:]
