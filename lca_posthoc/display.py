@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
@@ -45,6 +46,8 @@ _PACKAGE = os.path.dirname(__file__) + os.sep
 
 # --- streams and signs ---------------------------------------------------------------------------------------------------
 
+_COMMAND = re.compile(r"`[^`\n]+`")
+_GLUE = "\u2800"  # as wide as a blank, and no place to cut a line
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _PLAIN = {
     "→": "->",
@@ -201,8 +204,24 @@ def _spinner(console: Console) -> str:
 
 
 def say(text: str) -> None:
-    """Print a warning or a note."""
-    stderr().print(Text(f"note: {safe(text)}"))
+    """Print a warning or a note: on a terminal in lines of its width, elsewhere in one line."""
+    console = stderr()
+    console.print(Text(wrapped(f"note: {safe(text)}", console)))
+
+
+def wrapped(text: str, console: Console) -> str:
+    """Return a text in lines as wide as the terminal, cut between words; as it is where no terminal shows it.
+
+    A command in backticks that fits a line is never cut, so that it can be copied.
+    """
+    if not console.file.isatty():
+        return text
+    shown = showable(text, console.encoding)
+    whole = _COMMAND.sub(
+        lambda command: command[0].replace(" ", _GLUE) if cell_len(command[0]) <= console.width else command[0], shown
+    )
+    lines = [line for part in whole.split("\n") for line in Text(part).wrap(console, console.width, tab_size=8)]
+    return "\n".join(line.plain.rstrip() for line in lines).replace(_GLUE, " ")
 
 
 def duration(seconds: float) -> str:

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 _WHOLE = frozenset({"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8"})
 _ROTARY, _MASK, _MASKED = "rotary frequencies", "a causal mask", "the value of masked scores"
 _POSITIONS, _TYPES = "positions", "token types"
+_HOLD = {
+    _ROTARY: "positive, each at most the one before it",
+    _MASK: "a triangle or a band of one value, another elsewhere",
+    _MASKED: "one number far below 0",
+    _POSITIONS: "0, 1, 2, …",
+    _TYPES: "0 everywhere",
+}
 _FAR_BELOW = -1e3
 _COUNTS = frozenset({"num_batches_tracked", "n_averaged", "initted"})
 
@@ -88,15 +95,19 @@ def refuted(name: str, tensor: Tensor, unstored: Mapping[str, Tensor]) -> str:
     """
     kind = _kind(name)
     if kind is not None and kind.scalar:
-        return "" if _is_plausible(kind, tensor) else f"and is not {kind.what}, as its name says"
+        return "" if _is_plausible(kind, tensor) else _unlike(kind)
     same_end = [own for other, own in unstored.items() if other.rpartition(".")[2] == name.rpartition(".")[2]]
     if kind is not None and kind.what != _ROTARY:
         same_end = [own for own in same_end if own.shape == tensor.shape]
     if same_end and not any(_same_values(tensor, own.cpu()) for own in same_end):
         return "and is not what the model itself computes under that name"
     if not same_end and (kind is None or not _is_plausible(kind, tensor)):
-        return f"and is not {kind.what}, as its name says" if kind else "and the model does not compute it"
+        return _unlike(kind) if kind else "and the model does not compute it"
     return ""
+
+
+def _unlike(kind: _Kind) -> str:
+    return f"and its numbers are not those of {kind.what} ({_HOLD[kind.what]})"
 
 
 def left_out_note(names: Collection[str], fixed: Collection[str]) -> str:

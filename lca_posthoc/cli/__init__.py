@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..display import Stream, open_standard_descriptors, safe
+from ..display import Stream, open_standard_descriptors, safe, showable, stderr, wrapped
 from ..errors import InputError, Interrupted, LCAError
 
 COMMANDS = {
@@ -29,7 +29,7 @@ COMMANDS = {
     "report": "Write the findings of runs into one page that opens offline.",
     "run": "Allocate the loss change of every segment to every parameter.",
     "status": "Say how far a run is.",
-    "summary": "Show headline figures and the table of tensors.",
+    "summary": "Show headline figures and what each module did.",
     "verify": "Check every stored byte of a run.",
 }
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -43,11 +43,21 @@ class _Failure(click.ClickException):
         self.exit_code = error.exit_code  # type: ignore[misc]
 
     def show(self, file: Any = None) -> None:
-        print("lca: " + safe(" ".join(self.message.splitlines())), file=Stream(sys.stderr, matters=False), flush=True)
+        text = "lca: " + safe(" ".join(self.message.splitlines()))
+        print(wrapped(text, stderr()), file=Stream(sys.stderr, matters=False), flush=True)
+
+
+class _Context(click.Context):
+    """Shows its help in signs that the terminal has."""
+
+    def get_help(self) -> str:
+        return showable(super().get_help(), getattr(sys.stdout, "encoding", None) or "utf-8")
 
 
 class _Group(click.Group):
     """Knows its commands by name; imports one when it is called."""
+
+    context_class = _Context
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -58,6 +68,7 @@ class _Group(click.Group):
         command = importlib.import_module(f".{name}{'_' * keyword.iskeyword(name)}", __name__).command
         assert isinstance(command, click.Command)
         command.name = name  # every file calls its own `command`
+        command.context_class = _Context
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -93,10 +104,13 @@ class _Group(click.Group):
             raise _Failure(LCAError(text)) from None
 
 
-@click.group("lca", cls=_Group, context_settings=SETTINGS)
+@click.group(
+    "lca", cls=_Group, context_settings=SETTINGS, invoke_without_command=True, subcommand_metavar="COMMAND [ARGS]..."
+)
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.version_option(__version__, prog_name="lca")
-def cli(debug: bool) -> None:
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
     """Loss Change Allocation after training: which weights did the learning.
 
     Training saves every iterate as safetensors; `lca run` replays them, computes full-data gradients and allocates the
@@ -107,6 +121,8 @@ def cli(debug: bool) -> None:
     lca run checkpoints --task my_task.py    # the main job; run again, it resumes
     lca summary checkpoints.lca
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 def main() -> None:

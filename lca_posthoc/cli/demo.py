@@ -27,7 +27,7 @@ def command(directory: Path) -> None:
 
     with Display() as listen:
         opened = demo(directory, listen)
-    print_summary({name: summary(opened[name]) for name in opened})
+    print_summary({name: summary(opened[name]) for name in opened}, opened.path)
     console = stdout()
     console.print("\nTry next:")
     console.print(f"  lca plot {opened.path} microscope -o {directory / 'film.gif'}", markup=False)

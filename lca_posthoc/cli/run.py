@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ..display import Display
+from ..text import count
 from .options import cluster_options, json_option, replay_options
 from .show import print_json, prints_to_stderr, say, stdout
 
@@ -39,10 +40,11 @@ def command(checkpoints: str, as_json: bool, **options: Any) -> None:
     for name, each in found.items():
         if each["unconverged"]:
             say(
-                f"loss {name!r}: {each['unconverged']} of {each['segments']} segments stay above the tolerance; see `converged` in steps"
+                f"loss {name!r}: {each['unconverged']:,} of {count(each['segments'], 'segment')} "
+                f"stay{'s' * (each['unconverged'] == 1)} above the tolerance; see `converged` in steps"
             )
     if as_json:
         print_json({"schema": 1, "losses": found})
         return
-    print_summary(found)
+    print_summary(found, opened.path)
     stdout().print(f"\nresults in {opened.path}", markup=False)

@@ -63,6 +63,24 @@ def share(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def units_of_loss(value: float, scale: float, sign: str = "+", digits: int = 6) -> str:
+    """Return a number in units of loss: with so many digits behind the point, or with a power of ten where losses are huge or tiny.
+
+    Args:
+        value: the number.
+        scale: the largest |value| of the numbers that stand together.
+        sign: "+" where positive numbers have a sign too, else "".
+        digits: how many stand behind the point.
+
+    >>> units_of_loss(-0.5, 2.3), units_of_loss(2.5e9, 2.5e9, ""), units_of_loss(-1.23e-6, 2.3)
+    ('-0.500000', '2.500000e+09', '-1.2e-06')
+    """
+    if value and not 1e-3 <= scale < 1e6:
+        return f"{value:{sign}.{digits}e}"
+    tiny = 0 < abs(value) < 10.0 ** (1 - digits)  # of which one digit or none would be left
+    return f"{value:{sign}.{1 if tiny else digits}{'e' if tiny else 'f'}}"
+
+
 # --- tables --------------------------------------------------------------------------------------------------------------
 
 

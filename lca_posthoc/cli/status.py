@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.text import Text
 
+from ..display import wrapped
+from ..errors import few
 from .options import json_option
 from .show import duration, print_json, safe, stdout, table
 
@@ -50,15 +52,15 @@ def command(run: str, as_json: bool) -> None:
         more = {} if preparing is None else {"preparing": asdict(preparing)}
         print_json({"schema": 1, "losses": found, **more})
         return
-    rows = table("loss", "spans", "segments", "training steps", "worker time", "state", words=1)
+    rows = table("loss", "spans", "segments", "worker time", "steps done", "state", words=2)
     for name, loss in found.items():
         underway = f" + {loss['segments_underway']:.1f} underway" if loss["segments_underway"] else ""
         rows.add_row(
             Text(safe(name)),
             f"{loss['spans_done']} / {loss['spans']}",
             f"{loss['segments_done']} / {loss['segments']}{underway}",
-            f"{loss['first_step']}–{loss['last_step']}",
             duration(loss["seconds"]),
+            _steps(loss),
             _state(name, loss),
         )
     console = stdout()
@@ -66,11 +68,18 @@ def command(run: str, as_json: bool) -> None:
     running = any(loss["running"] for loss in found.values())
     incomplete = not all(loss["complete"] for loss in found.values())
     if preparing is not None:
-        console.print(f"a driver is about to go on with it: {_preparing(preparing)}")
+        console.print(Text(wrapped(f"a driver is about to go on with it: {_preparing(preparing)}", console)))
     elif running and last is not None:
-        console.print(_pace(found, last))
+        console.print(Text(wrapped(_pace(found, last), console)))
     elif incomplete and last is not None:
-        console.print(_ending(last))
+        console.print(Text(wrapped(_ending(last), console)))
+
+
+def _steps(loss: dict[str, Any]) -> str:
+    """Return which steps are done, and of which."""
+    stretches = [f"{first}–{last}" for first, last in loss["steps_done"]]
+    whole = f"{loss['first_step']}–{loss['last_step']}"
+    return whole if stretches == [whole] else f"{few(stretches) or 'none'} of {whole}"
 
 
 def _state(name: str, loss: dict[str, Any]) -> str:

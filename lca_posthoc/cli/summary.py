@@ -3,32 +3,51 @@
 from __future__ import annotations
 
 import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 from rich.text import Text
 
+from ..display import wrapped
+from ..text import count
 from .options import json_option
-from .show import print_json, safe, say, share, stdout, table
+from .show import print_json, safe, say, share, stdout, table, units_of_loss
 
-_MOST = 8  # tensors beside each other on a screen
+TOP = 20  # modules below each other
+_BESIDE = 8  # modules beside the groups of a loss
 
 
 @click.command()
 @click.argument("run", type=click.Path())
 @click.option("--loss", "losses", multiple=True, metavar="NAME", help="A loss of the run (repeatable).  [default: all]")
+@click.option(
+    "--top",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help=f"Show the N modules that were allocated most.  [default: {TOP}; {_BESIDE} beside groups]",
+)
+@click.option("--all", "everything", is_flag=True, help="Show every tensor, in the model's order.")
 @json_option
-def command(run: str, losses: tuple[str, ...], as_json: bool) -> None:
-    """Show headline figures of RUN and its table of tensors.
+def command(run: str, losses: tuple[str, ...], top: int | None, everything: bool, as_json: bool) -> None:
+    """Show headline figures of RUN and what each module did, the strongest first.
+
+    A module is what holds a kernel and its bias. Buffers that moved, such as running statistics, are a row of their own. --json has
+    every module and every tensor, whatever --top and --all say.
 
     \b
     lca summary checkpoints.lca
-    lca summary checkpoints.lca --loss train --json
+    lca summary checkpoints.lca --loss train --top 50
+    lca summary checkpoints.lca --all
     """
     from ..errors import InputError
     from ..findings import summary
     from ..store import open_run
 
+    if everything and top is not None:
+        raise InputError("--all shows every tensor and --top N the N strongest modules. Give one of the two.")
     opened = open_run(run)
     for name in losses:
         if name not in opened:
@@ -36,125 +55,191 @@ def command(run: str, losses: tuple[str, ...], as_json: bool) -> None:
     found = {name: summary(opened[name]) for name in losses or opened}
     for name in found:
         if not opened[name].complete:
-            say(f"loss {name!r} is not complete: figures are over the {found[name]['segments']} segments that are")
+            say(f"loss {name!r} is not complete: figures are over the {_finished(found[name]['segments'])}")
         if opened[name].behind:
             say(
-                f"loss {name!r} ends at step {found[name]['last_step']}, {opened[name].behind} segments before the run does: it was not "
-                f"asked for when checkpoints were added. Name it with --loss {name} to `lca run` to go on"
+                f"loss {name!r} ends at step {found[name]['last_step']}, {count(opened[name].behind, 'segment')} before the run does: it "
+                f"was not asked for when checkpoints were added. Name it with --loss {name} to `lca run` to go on"
             )
     if as_json:
         print_json({"schema": 1, "losses": found})
     else:
-        print_summary(found)
+        print_summary(found, opened.path, top=top, everything=everything)
 
 
-def print_summary(found: dict[str, dict[str, Any]]) -> None:
-    """Headline figures side by side, then each loss's groups and its table of tensors."""
+def print_summary(
+    found: dict[str, dict[str, Any]], run: Path, *, top: int | None = None, everything: bool = False
+) -> None:
+    """Print headline figures side by side, then each loss's groups and what its modules did.
+
+    Args:
+        found: the `summary` of each loss.
+        run: where the results are, for the line that says how to see more.
+        top: how many modules are shown; None for as many as fit a screen.
+        everything: whether every tensor is shown instead.
+    """
     console = stdout()
     if not found:
         console.print("no losses")
     plain = {name: each for name, each in found.items() if each["groups"] is None}
     if plain:
-        headline = table("", *(safe(name) for name in plain))
-        for label, key in (("loss at the start", "loss_start"), ("loss at the end", "loss_end")):
-            headline.add_row(label, *(f"{each[key]:.6f}" for each in plain.values()))
-        for label, key in (("loss change", "loss_change"), ("allocated, Σ over parameters and segments", "allocated")):
-            headline.add_row(label, *(f"{each[key]:+.6f}" for each in plain.values()))
-        if any(each["buffers"] for each in plain.values()):
-            parts = (f"{each['buffers'] or 0.0:+.6f}" for each in plain.values())
-            headline.add_row("of it to buffers (running statistics)", *parts)
-        headline.add_row("residual", *(f"{each['residual']:+.1e}" for each in plain.values()))
-        for key in ("helping", "hurting", "zero"):
-            headline.add_row(f"{key} (share of parameters × segments)", *(share(each[key]) for each in plain.values()))
-        if len({(each["first_step"], each["last_step"]) for each in plain.values()}) > 1:
-            headline.add_row(
-                "training steps", *(f"{each['first_step']}–{each['last_step']}" for each in plain.values())
-            )
-        console.print(headline)
-    for at, (name, each) in enumerate(found.items()):
-        if plain or at:
+        _print_headline(plain)
+    left = set[int]()
+    for position, (name, figures) in enumerate(found.items()):
+        if plain or position:
             console.print()
-        console.print(Text(_caption(name, each)))
-        if each["groups"] is None:
-            _print_tensors(each)
+        console.print(Text(wrapped(_caption(name, figures), console)))
+        if figures["groups"] is not None:
+            left.add(_print_groups(figures, top or _BESIDE, everything))
+        elif everything:
+            _print_rows("tensor", figures["tensors"], [], figures)
         else:
-            _print_groups(each)
+            left.add(_print_modules(figures, top or TOP))
+    if not everything and (left - {0} or any(len(each["tensors"]) > len(each["modules"]) for each in found.values())):
+        console.print(Text(wrapped(f"\n{_the_rest(left - {0}, run)}", console)))
 
 
-def _print_tensors(each: dict[str, Any]) -> None:
-    sampled = any(tensor["standard_error"] is not None for tensor in each["tensors"])
+def _the_rest(left: set[int], run: Path) -> str:
+    """Return the line that says how many modules are not shown, in one table or another, and how to see them."""
+    more = " and ".join(f"{number:,}" for number in sorted(left))
+    which = f"{more} more module{'' if left == {1} else 's'}: " if left else ""
+    strongest = ", --top N the N strongest modules" if left else ""
+    return f"{which}`lca summary {safe(shlex.quote(str(run)))} --all` shows every tensor{strongest}"
+
+
+def _print_headline(plain: dict[str, dict[str, Any]]) -> None:
+    headline = table("", *(safe(name) for name in plain))
+    for label, key in (("loss at the start", "loss_start"), ("loss at the end", "loss_end")):
+        ends = (_numbers([each["loss_start"], each["loss_end"]], "") for each in plain.values())
+        headline.add_row(label, *(pair[key == "loss_end"] for pair in ends))
+    changes = [_numbers([each["loss_change"], each["allocated"]]) for each in plain.values()]
+    headline.add_row("loss change", *(change for change, _ in changes))
+    headline.add_row("allocated, Σ over parameters and segments", *(allocated for _, allocated in changes))
+    if any(each["buffers"] for each in plain.values()):
+        parts = (_numbers([each["buffers"] or 0.0])[0] for each in plain.values())
+        headline.add_row("of it to buffers (running statistics)", *parts)
+    headline.add_row("residual", *(f"{each['residual']:+.1e}" for each in plain.values()))
+    for key in ("helping", "hurting", "zero"):
+        headline.add_row(f"{key} (share of parameters × segments)", *(share(each[key]) for each in plain.values()))
+    if len({(each["first_step"], each["last_step"]) for each in plain.values()}) > 1:
+        headline.add_row("training steps", *(f"{each['first_step']}–{each['last_step']}" for each in plain.values()))
+    stdout().print(headline)
+
+
+def _print_modules(figures: dict[str, Any], top: int) -> int:
+    """Print the strongest modules and a row for the others; return how many these are."""
+    modules = sorted(figures["modules"], key=lambda module: -abs(module["allocated"]))
+    _print_rows("module", modules[:top], modules[top:], figures)
+    return len(modules[top:])
+
+
+def _print_rows(what: str, shown: list[dict[str, Any]], others: list[dict[str, Any]], figures: dict[str, Any]) -> None:
+    """Print a row for each module or tensor, one for the others together, and one for what the run does not keep."""
+    shown = list(shown)
+    if others:
+        parameters = sum(other["parameters"] for other in others)
+        helping = math.fsum(other["helping"] * other["parameters"] for other in others) / max(1, parameters)
+        shown.append(
+            {
+                "name": f"({len(others):,} more)",
+                "parameters": parameters,
+                "moved": any(other["moved"] for other in others),
+                "allocated": math.fsum(other["allocated"] for other in others),
+                "standard_error": None,
+                "helping": helping,
+            }
+        )
+    sampled = any(row["standard_error"] is not None for row in shown)
+    kinds = what == "tensor"
     rows = table(
-        "tensor",
-        "kind",
+        what,
+        *(["kind"] if kinds else []),
         "parameters",
         "allocated",
         *(["± standard error"] if sampled else []),
         "share of sum",
         "helping",
-        names=2,
+        names=1 + kinds,
     )
-    for tensor in each["tensors"]:
+    allocated = _numbers([row["allocated"] for row in shown])
+    for row, number in zip(shown, allocated, strict=True):
+        error = "" if row["standard_error"] is None else f"{row['standard_error']:.1e}"
         rows.add_row(
-            Text(safe(tensor["name"])),
-            tensor["kind"],
-            f"{tensor['parameters']:,}",
-            f"{tensor['allocated']:+.6f}",
-            *([f"{tensor['standard_error']:.1e}"] if sampled else []),
-            _part(tensor["allocated"], each["allocated"]),
-            share(tensor["helping"]),
+            Text(safe(row["name"])),
+            *([row["kind"]] if kinds else []),
+            f"{row['parameters']:,}",
+            number,
+            *([error] if sampled else []),
+            _part(row["allocated"], figures["allocated"]),
+            share(row["helping"]) if row["moved"] else "did not move",
         )
-    if each["remainder"] is not None:
-        blank = [""] if sampled else []
-        rows.add_row(
-            "(the others)", "", "", f"{each['remainder']:+.6f}", *blank, _part(each["remainder"], each["allocated"]), ""
-        )
+    if figures["remainder"] is not None:
+        blanks = [""] * (kinds + 1)
+        number = _numbers([figures["remainder"]])[0]
+        part = _part(figures["remainder"], figures["allocated"])
+        rows.add_row("(tensors not kept)", *blanks, number, *([""] if sampled else []), part, "")
     stdout().print(rows)
 
 
-def _print_groups(each: dict[str, Any]) -> None:
-    """One row per group and one for all: their losses, and what each tensor, or each module where those are many, did to them."""
-    columns = _columns(each["tensors"])
+def _print_groups(figures: dict[str, Any], top: int, everything: bool) -> int:
+    """Print a row for each group and one for all: their losses, and what modules did to them; return how many modules are not shown."""
+    columns, more = _columns(figures, top, everything)
+    whole = [_mean(figures, name) for name in ("loss_start", "loss_end", "loss_change", "residual")]
+    weights = figures["group_weights"]
+    starts, ends = (
+        _numbers([*figures[f"loss_{end}"], _mean(figures, f"loss_{end}")], "", 4) for end in ("start", "end")
+    )
+    changes = _numbers([*figures["loss_change"], whole[2]])
+    parts = [[*column, _weighted(column, weights)] for column in columns.values()]
+    scale = _scale([part for column in parts for part in column])
+    cells = [[units_of_loss(part, scale, digits=4) for part in column] for column in parts]
+    labels = [*map(str, figures["groups"]), "(all)"]
+    examples = [*figures["group_examples"], sum(figures["group_examples"])]
+    residuals = [*figures["residual"], whole[3]]
+    helping = [*map(share, figures["helping"]), ""]
     rows = table("group", "examples", "loss", "change", "residual", "helping", *map(safe, columns))
-    for at, label in enumerate(each["groups"]):
+    for position, label in enumerate(labels):
         rows.add_row(
-            Text(safe(str(label))),
-            f"{each['group_examples'][at]:,}",
-            f"{each['loss_start'][at]:.4f} → {each['loss_end'][at]:.4f}",
-            f"{each['loss_change'][at]:+.6f}",
-            f"{each['residual'][at]:+.1e}",
-            share(each["helping"][at]),
-            *(f"{column[at]:+.4f}" for column in columns.values()),
+            Text(safe(label)),
+            f"{examples[position]:,}",
+            f"{starts[position]} → {ends[position]}",
+            changes[position],
+            f"{residuals[position]:+.1e}",
+            helping[position],
+            *(column[position] for column in cells),
         )
-    rows.add_row(
-        Text("(all)"),
-        f"{sum(each['group_examples']):,}",
-        f"{_mean(each, 'loss_start'):.4f} → {_mean(each, 'loss_end'):.4f}",
-        f"{_mean(each, 'loss_change'):+.6f}",
-        f"{_mean(each, 'residual'):+.1e}",
-        "",
-        *(f"{_weighted(column, each['group_weights']):+.4f}" for column in columns.values()),
-    )
     stdout().print(rows)
+    return more
 
 
-def _columns(tensors: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """What is shown beside the groups: tensors, or the sums of modules, the smaller ones of which are put together."""
-    if len(tensors) <= _MOST:
-        return {tensor["name"]: tensor["allocated"] for tensor in tensors}
-    modules: dict[str, list[list[float]]] = {}
-    for tensor in tensors:
-        module = tensor["name"].rpartition(".")[0] or tensor["name"]
-        apart = " buffer" if tensor["kind"] == "buffer" and any(tensor["allocated"]) else ".*"
-        modules.setdefault(f"{module}{apart}", []).append(tensor["allocated"])
-    sums = {name: [math.fsum(column) for column in zip(*parts, strict=True)] for name, parts in modules.items()}
-    largest = sorted(sums, key=lambda name: -sum(map(abs, sums[name])))[: _MOST if len(sums) <= _MOST else _MOST - 1]
-    shown = {name: column for name, column in sums.items() if name in largest}
-    left = [column for name, column in sums.items() if name not in largest]
-    return shown | ({"(others)": [math.fsum(column) for column in zip(*left, strict=True)]} if left else {})
+def _columns(figures: dict[str, Any], top: int, everything: bool) -> tuple[dict[str, list[float]], int]:
+    """Return what is shown beside the groups: every tensor, or the strongest modules and the others together; and how many are not."""
+    if everything:
+        return {tensor["name"]: tensor["allocated"] for tensor in figures["tensors"]}, 0
+    sums = {module["name"]: module["allocated"] for module in figures["modules"]}
+    strongest = {*sorted(sums, key=lambda name: -sum(map(abs, sums[name])))[:top]}
+    shown = {name: column for name, column in sums.items() if name in strongest}
+    others = [column for name, column in sums.items() if name not in strongest]
+    if others:
+        shown[f"({len(others):,} more)"] = [math.fsum(column) for column in zip(*others, strict=True)]
+    return shown, len(others)
 
 
-def _mean(each: dict[str, Any], name: str) -> float:
-    return _weighted(each[name], each["group_weights"])
+def _numbers(values: Sequence[float], sign: str = "+", digits: int = 6) -> list[str]:
+    """Return numbers that stand together in units of loss."""
+    return [units_of_loss(value, _scale(values), sign, digits) for value in values]
+
+
+def _scale(values: Sequence[float]) -> float:
+    return max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+
+
+def _finished(segments: int) -> str:
+    return "one segment that is" if segments == 1 else f"{segments:,} segments that are"
+
+
+def _mean(figures: dict[str, Any], name: str) -> float:
+    return _weighted(figures[name], figures["group_weights"])
 
 
 def _weighted(column: list[float], weights: list[float]) -> float:
@@ -165,17 +250,19 @@ def _part(part: float, whole: float) -> str:
     return share(part / whole + 0.0) if whole and abs(part / whole) >= 5e-4 else "0.0 %"
 
 
-def _caption(name: str, each: dict[str, Any]) -> str:
-    unconverged = f"{each['unconverged']} segments above the tolerance, " if each["unconverged"] else ""
-    groups = f"{len(each['groups'])} groups, " if each["groups"] is not None else ""
-    worst = each["max_segment_residual"] if each["groups"] is None else max(each["max_segment_residual"])
-    error = (
-        f", measured error of {each['precision']} {each['precision_error']:.1e} ({each['precision_segments']} segments)"
-        if each["precision_error"] is not None
-        else ""
-    )
-    mode = f", {each['norm_stats']} statistics in normalisation layers" if each["norm_stats"] else ""
+def _caption(name: str, figures: dict[str, Any]) -> str:
+    unconverged = f"{count(figures['unconverged'], 'segment')} above the tolerance, " if figures["unconverged"] else ""
+    groups = f"{count(len(figures['groups']), 'group')}, " if figures["groups"] is not None else ""
+    worst = figures["max_segment_residual"] if figures["groups"] is None else max(figures["max_segment_residual"])
+    error = ""
+    if figures["precision_error"] is not None:
+        higher = "float64" if figures["precision"] == "float32" else "float32"
+        error = (
+            f", measured error of {figures['precision']} allocations against {higher} ones {figures['precision_error']:.1e} of their size "
+            f"(Σ|A − A*| / Σ|A*| on {count(figures['precision_segments'], 'segment')})"
+        )
+    mode = f", {figures['norm_stats']} statistics in normalisation layers" if figures["norm_stats"] else ""
     return (
-        f"{safe(name)}: {groups}{each['segments']:,} segments, {each['parameters']:,} parameters, {each['evaluations']:,} gradient "
-        f"evaluations, {unconverged}largest |residual| {worst:.1e}{error}{mode}"
+        f"{safe(name)}: {groups}{count(figures['segments'], 'segment')}, {count(figures['parameters'], 'parameter')}, "
+        f"{count(figures['evaluations'], 'gradient evaluation')}, {unconverged}largest |residual| {worst:.1e}{error}{mode}"
     )

@@ -1,8 +1,9 @@
-"""Headline figures of a loss, and its table of tensors."""
+"""Headline figures of a loss, and its tables of tensors and of modules."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import xarray as xr
 
 from ..errors import LCAError
 from ..store import LossResults
+from .parts import label_of, moving_buffers
 
 
 def summary(results: LossResults) -> dict[str, Any]:
@@ -21,6 +23,9 @@ def summary(results: LossResults) -> dict[str, Any]:
     `helping + hurting + zero = 1`, counted over parameters × segments, buffers not counted. Of a loss with groups, figures are
     lists over the groups. `precision_error` is the measured Σ|A − A*| / Σ|A*| on up to three segments that move, A* one precision higher;
     `standard_error` of a tensor's allocation is that of drawing a random subset, both null where there is none.
+
+    `modules` has the same of the modules that hold the tensors, in the model's order: sums over the parameters of each. Buffers that
+    moved are a module of their own, "NAME buffer", as in `layers`. `moved` is false where no element moved on any segment.
 
     Args:
         results: one loss of a run.
@@ -43,7 +48,7 @@ def summary(results: LossResults) -> dict[str, Any]:
     elements = max(1, int(counted["elements"].sum()) * segments)  # there may be buffers alone
     helping, hurting = (counted[name].sum(("step", "tensor")).values for name in ("helping", "hurting"))
     measured = steps["precision_error"].values[~np.isnan(steps["precision_error"].values)]
-    errors = _standard_errors(tensors, record.examples / max(1, record.total))
+    sampled = record.examples / max(1, record.total)
     markers = results.markers
     return {
         "segments": segments,
@@ -73,21 +78,37 @@ def summary(results: LossResults) -> dict[str, Any]:
         "group_examples": record.counts,
         "group_weights": None if record.groups is None else _plain(steps["weight"][0].values),
         "tensors": [
-            _tensor(tensors.isel(tensor=at), segments, None if errors is None else float(errors[at]))
-            for at in range(tensors.sizes["tensor"])
+            {
+                "name": str(tensors["tensor"].values[position]),
+                "kind": str(tensors["kind"].values[position]),
+                **_row(tensors.isel(tensor=[position]), sampled),
+            }
+            for position in range(tensors.sizes["tensor"])
         ],
+        "modules": [{"name": name, **_row(part, sampled)} for name, part in _modules(tensors)],
     }
 
 
-def _tensor(column: xr.Dataset, segments: int, standard_error: float | None) -> dict[str, Any]:
-    elements = int(column["elements"])
+def _modules(tensors: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
+    """Give each module's name and its tensors, without buffers that stayed where there are parameters beside them."""
+    buffers, members = moving_buffers(tensors), dict[str, list[int]]()
+    for position, name in enumerate(map(str, tensors["tensor"].values)):
+        members.setdefault(label_of(name, "module", buffers), []).append(position)
+    for label, positions in members.items():
+        parameters = [position for position in positions if tensors["kind"].values[position] == "parameter"]
+        yield label, tensors.isel(tensor=parameters or positions)
+
+
+def _row(part: xr.Dataset, sampled: float) -> dict[str, Any]:
+    """Return the figures of some tensors together."""
+    elements = int(part["elements"].sum())
+    counted = max(1, elements * part.sizes["step"])
     return {
-        "name": str(column["tensor"].item()),
-        "kind": str(column["kind"].item()),
         "parameters": elements,
-        "allocated": _plain(_total(column["allocated"])),
-        "standard_error": standard_error,
-        "helping": _plain(column["helping"].sum("step").values / max(1, elements * segments)),
+        "moved": bool(part["motion"].values.any()),
+        "allocated": _plain(_total(part["allocated"], "tensor")),
+        "standard_error": _standard_error(part, sampled),
+        "helping": _plain(part["helping"].sum(("step", "tensor")).values / counted),
     }
 
 
@@ -98,14 +119,12 @@ def _total(column: xr.DataArray, *more: str) -> Any:
     return np.apply_along_axis(math.fsum, -1, rows)
 
 
-def _standard_errors(tensors: xr.Dataset, sampled: float) -> Any:
-    """Of each tensor's sum over the segments, from random parts of the sample; `sampled` is its share of the split."""
-    if "replicates" not in tensors:
+def _standard_error(part: xr.Dataset, sampled: float) -> float | None:
+    """Return that of the sum over the segments, from random parts of the sample; `sampled` is its share of the split."""
+    if "replicates" not in part or part.sizes["replicate"] < 2:
         return None
-    parts = tensors["replicates"].sum("step").transpose("replicate", "tensor").values
-    if len(parts) < 2:
-        return None
-    return np.sqrt(parts.var(axis=0, ddof=1) / len(parts) * (1 - sampled))
+    sums = part["replicates"].sum(("step", "tensor")).values
+    return float(np.sqrt(sums.var(ddof=1) / len(sums) * (1 - sampled)))
 
 
 def _plain(values: Any) -> Any:

@@ -99,6 +99,8 @@ class LossResults:
     def progress(self) -> dict[str, Any]:
         """Return how far this loss is, from the commit markers: spans, segments, steps, seconds of workers.
 
+        `first_step` and `last_step` are those of the whole loss, `steps_done` the first and the last step of every stretch that is there.
+
         `segments_underway` is what workers report of the spans they compute now; it need not be whole.
 
         `behind` counts segments of the run that the loss does not cover, because checkpoints were added for other losses.
@@ -114,11 +116,23 @@ class LossResults:
             "segments_underway": sum(report.of_losses / len(report.losses) for report in reports),
             "first_step": manifest.checkpoints[0].step,
             "last_step": manifest.checkpoints[-1].step,
+            "steps_done": self._stretches(),
             "seconds": round(sum(marker["seconds"] for marker in markers), 3),
             "complete": self.complete,
             "behind": self.behind,
             "running": is_held(self.path),
         }
+
+    def _stretches(self) -> list[list[int]]:
+        """Return the first and the last step of every stretch of segments that is there."""
+        stretches = list[list[int]]()
+        for row in self._rows:
+            start, end = (checkpoint.step for checkpoint in self.manifest.checkpoints[row : row + 2])
+            if stretches and stretches[-1][1] == start:
+                stretches[-1][1] = end
+            else:
+                stretches.append([start, end])
+        return stretches
 
     def _open(self, part: str) -> xr.Dataset:
         if all(plan.part != part for plan in plan_arrays(self.manifest, self.manifest.keep, self.record)):
