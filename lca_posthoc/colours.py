@@ -16,6 +16,7 @@ NEUTRAL_DARK: Final = "#1e1e1e"  # no effect, on a dark page
 INK: Final = "#222222"  # the loss itself, and text
 MUTED: Final = "#6f6f6f"  # notes, zero lines, what is exactly zero
 FAINT: Final = "#d9d8d3"  # grids, bands
+STILL: Final = "#aaa9a4"  # what neither helps nor hurts, in a map of shares
 
 # From the most helpful to the most harmful; evenly spaced, NEUTRAL in the middle.
 DIVERGING: Final = (

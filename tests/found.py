@@ -76,6 +76,8 @@ def helping(groups: bool = False, whole: bool = True) -> xr.Dataset:
         "hurting": (dims, 0.97 - share),
         "zero": (dims, np.full(shape, 0.03)),
         "tensor_helping": ((*dims, "tensor"), each),
+        "tensor_hurting": ((*dims, "tensor"), 1 - each),
+        "tensor_moved": (("step", "tensor"), np.ones((STEPS, len(TENSORS)), "int8")),
     }
     coords: dict[str, Any] = {"tensor": list(TENSORS)} | ({"group": list(GROUPS)} if groups else {})
     if whole:

@@ -268,7 +268,8 @@ SUMMARY = {
     "groups": type(None),
     "tensors": list,
 }
-TENSOR = {"name": str, "kind": str, "parameters": int, "allocated": float, "helping": float}
+MODULE = {"name": str, "parameters": int, "moved": bool, "allocated": float, "helping": float}
+TENSOR = MODULE | {"kind": str}
 STATUS = {
     "spans_done": int,
     "spans": int,
@@ -276,6 +277,7 @@ STATUS = {
     "segments": int,
     "first_step": int,
     "last_step": int,
+    "steps_done": list,
     "seconds": float,
     "complete": bool,
 }
@@ -297,6 +299,14 @@ def test_a_summary_has_the_schema_it_promises_and_its_sums_hold(place: Path, com
     for loss in found["losses"].values():
         assert types(loss, SUMMARY) == SUMMARY
         assert all(types(tensor, TENSOR) == TENSOR for tensor in loss["tensors"])
+        assert all(types(module, MODULE) == MODULE for module in loss["modules"])
+        assert [module["name"] for module in loss["modules"]] == ["hidden", "out"]
+        for module in loss["modules"]:
+            tensors = [tensor for tensor in loss["tensors"] if tensor["name"].startswith(f"{module['name']}.")]
+            assert module["parameters"] == sum(tensor["parameters"] for tensor in tensors)
+            assert module["allocated"] == pytest.approx(sum(tensor["allocated"] for tensor in tensors), abs=1e-12)
+            helping = sum(tensor["helping"] * tensor["parameters"] for tensor in tensors)
+            assert module["helping"] == pytest.approx(helping / module["parameters"], abs=1e-12)
         assert loss["helping"] + loss["hurting"] + loss["zero"] == pytest.approx(1, abs=1e-12)
         assert loss["residual"] == pytest.approx(loss["loss_change"] - loss["allocated"], abs=1e-15)
         assert loss["loss_change"] == pytest.approx(loss["loss_end"] - loss["loss_start"], abs=1e-12)

@@ -208,11 +208,11 @@ def test_a_worker_that_comes_late_commits_a_loss_that_stayed_and_not_one_that_gr
 
 def test_what_is_said_of_both_says_which_steps(behind: Place) -> None:
     status = lca("status", behind.out).stdout
-    says(status, "0–20", "0–19", "20 / 20", "19 / 19", "1 more segments with --loss grouped")
+    says(status, "0–20", "0–19", "20 / 20", "19 / 19", "1 more segment with --loss grouped")
     shown = document(lca("status", behind.out, "--json"))["losses"]
     assert {name: each["behind"] for name, each in shown.items()} == {"train": 0, "validation": 0, "grouped": 1}
     printed = lca("summary", behind.out)
-    says(printed.stderr, "'grouped' ends at step 19, 1 segments before the run does")
+    says(printed.stderr, "'grouped' ends at step 19, 1 segment before the run does")
     found = document(lca("summary", behind.out, "--json"))["losses"]
     assert [(each["first_step"], each["last_step"]) for each in found.values()] == [(0, 19), (0, 20), (0, 20)]
     assert "ends at step 19" in findings.layers(open_run(behind.out)["grouped"]).attrs["left_out"]

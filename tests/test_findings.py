@@ -189,6 +189,7 @@ def test_helping_by_segment(replayed: Bowl) -> None:
         for name in PARAMETERS:
             axes = tuple(range(allocations.ndim - 1, allocations.ndim - 1 + len(SHAPES[name])))
             close(found["tensor_helping"].sel(tensor=name), (bowl.part(name, allocations) < 0).mean(axes))
+            close(found["tensor_hurting"].sel(tensor=name), (bowl.part(name, allocations) > 0).mean(axes))
 
 
 def test_helping_over_time(replayed: Bowl) -> None:

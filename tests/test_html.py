@@ -14,6 +14,7 @@ from lca_posthoc import Loss, Task, open_run
 from lca_posthoc.findings import summary
 from lca_posthoc.store import read_manifest
 from lca_posthoc.store.files import read_json, write_json
+from lca_posthoc.text import shorten
 from tests.small import record, run_lca, task_namespace, write_task
 
 HOSTILE = (
@@ -95,10 +96,17 @@ def test_groups_are_shown_as_the_loss_of_the_whole_split(tmp_path: Path) -> None
     }
     task = Task(made["Net"], {"train": made["train"]}, losses)
     opened = lca_posthoc.run(record(tmp_path / "ck"), task, losses=["all"], cluster="inline")
-    _, plain, grouped = seen(opened).rows
+    head, plain, grouped, *groups = seen(opened).rows
     assert grouped[2] == "4"
     assert grouped[5] == plain[5]
     assert float(grouped[6]) == pytest.approx(float(plain[6]), abs=1e-6)
+    figures = summary(opened["per_class"])
+    for position, row in enumerate(groups):
+        ends = f"{figures['loss_start'][position]:.6g} → {figures['loss_end'][position]:.6g}"
+        assert row[:6] == [str(position), "", f"{figures['group_examples'][position]} examples", "", "", ends]
+        assert float(row[6]) == pytest.approx(figures["residual"][position], rel=0.06)
+    assert len(groups) == 4
+    assert seen(opened["per_class"]).rows == [head, grouped, *groups]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -108,11 +116,9 @@ def test_no_name_becomes_markup(name: str, run: Path) -> None:
     document["losses"][name] = {**loss, "on": name}
     write_json(run / "run.json", document)
     row = seen(open_run(run)).rows[2]
-    shown = re.sub(r"[\x00-\x1f\u202e\ud800]", "\ufffd", name[:400]) + "…" * (len(name) > 400)
+    (shown,) = shorten([re.sub(r"[\x00-\x1f\u202e\ud800]", "\ufffd", name)], 48)
     assert row[:2] == [shown, shown]
-    assert (
-        "another loss" in row[3] or len(name) > 400
-    )  # what the markers speak for is shown, and the name in it is harmless too
+    assert "another loss" in row[3]  # what the markers speak for is shown, and the name in it is harmless too
     seen(open_run(run)[name])
 
 
@@ -161,3 +167,47 @@ def test_many_losses_are_cut(run: Path) -> None:
     table = seen(open_run(run))
     assert len(table.rows) == 51
     assert table.text.endswith("and 10 more losses")
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> lca_posthoc.Run:
+    """A plain loss and two of thirty groups, whose long labels differ in the middle."""
+    made, root = task_namespace(), tmp_path_factory.mktemp("many")
+
+    labels = [f"everything in this corpus that is of kind {at:02d} and was seen in training" for at in range(30)]
+    cross_entropy = torch.nn.functional.cross_entropy
+    losses = {
+        "train": Loss(cross_entropy),
+        **{name: Loss(cross_entropy, group_by=labels) for name in ("by kind", "again")},
+    }
+    task = Task(made["Net"], {"train": made["train"]}, losses)
+    settings = {"losses": ["all"], "cluster": "inline", "rule": "left", "keep": "tensors", "durability": "none"}
+    return lca_posthoc.run(record(root / "ck", range(0, 30, 10)), task, out=root / "r.lca", **settings)
+
+
+@pytest.mark.parametrize(("loss", "shown"), [(None, 10), ("by kind", 20)])
+def test_many_groups_are_shown_in_part_with_names_told_apart_and_whole_numbers(
+    many: lca_posthoc.Run, loss: str | None, shown: int
+) -> None:
+    opened = many if loss is None else many[loss]
+    rows = seen(opened).rows
+    at = next(position for position, row in enumerate(rows) if row[0] == "by kind")
+    groups = rows[at + 1 : at + 1 + shown]
+    assert len({row[0] for row in groups}) == shown
+    assert all(len(row[0]) <= 48 and "…" in row[0] for row in groups)
+    steps = many["by kind"].steps
+    ends = zip(steps["loss_start"][0].values, steps["loss_end"][-1].values, strict=True)
+    assert [row[5] for row in groups] == [f"{start:.6g} → {end:.6g}" for start, end in list(ends)[:shown]]
+    assert rows[at + 1 + shown] == [f"and {30 - shown} more groups", ""]
+
+
+def test_what_went_wrong_is_shown_to_its_end(run: Path) -> None:
+    """An error that is long because a path in it is."""
+    place = run.parent / "/".join(["a directory with quite a long name"] * 15)
+    place.mkdir(parents=True)
+    opened = open_run(run.rename(place / "r.lca"))
+    next((opened.path / "commits" / "train").glob("0*.json")).write_text("{")
+    cell = seen(opened).rows[1][-1]
+    assert len(cell) > 500
+    assert str(opened.path) in cell
+    assert "…" not in cell

@@ -101,7 +101,7 @@ REFUSED: dict[str, tuple[Extra, tuple[str, str], tuple[str, ...]]] = {
     "a trained bias by position": (
         lambda step: {"attn.bias": torch.ones(1, 1, 4, 4) * step},
         PLAIN,
-        ("'attn.bias'", "is not a causal mask"),
+        ("'attn.bias'", "its numbers are not those of a causal mask"),
     ),
     "frequencies that are trained": (
         lambda step: {"rotary.inv_freq": ROTARY * (1 + step)},
@@ -131,7 +131,7 @@ REFUSED: dict[str, tuple[Extra, tuple[str, str], tuple[str, ...]]] = {
     "positions in another order": (
         lambda step: {"position_ids": torch.arange(8).flip(0)},
         PLAIN,
-        ("'position_ids'", "is not positions"),
+        ("'position_ids'", "its numbers are not those of positions (0, 1, 2, …)"),
     ),
     "many": (
         lambda step: {f"h.{layer}.ln.weight": torch.ones(2) for layer in range(9)} | {"a=b": torch.ones(1)},

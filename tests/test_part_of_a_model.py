@@ -183,7 +183,7 @@ def test_the_command_line_keeps_a_part_shows_the_others_and_never_changes_it(tmp
     found = document(lca("summary", out, "--json"))["losses"]["train"]
     assert [tensor["name"] for tensor in found["tensors"]] == ["hidden.bias", "out.weight", "out.bias"]
     shown = lca("summary", out).stdout
-    says(shown, "(the others)", f"{found['remainder']:+.6f}", f"{found['allocated']:+.6f}")
+    says(shown, "(tensors not kept)", f"{found['remainder']:+.6f}", f"{found['allocated']:+.6f}")
     refused(run_lca(checkpoints, task, out, "--tensors", "out.*"), "--tensors hidden.bias")
     again = run_lca(checkpoints, task, out)
     assert again.exit_code == 0, last_line(again)

@@ -255,6 +255,31 @@ def test_helping_shows_shares_over_time_per_tensor_and_per_parameter() -> None:
     assert len(draw("helping", found.helping(whole=False)).axes) == 3
 
 
+@pytest.mark.parametrize(
+    ("still", "idle", "said"),
+    [
+        ((1,), (), "did not move"),
+        ((), (0, 2), "moved without effect"),
+        ((0,), (1,), "did not move or moved without effect"),
+        (tuple(range(len(found.TENSORS))), (), "did not move"),
+    ],
+)
+def test_what_has_no_effect_is_not_drawn_as_what_hurts_most(
+    still: tuple[int, ...], idle: tuple[int, ...], said: str
+) -> None:
+    given = found.helping()
+    for name in ("tensor_helping", "tensor_hurting"):
+        given[name].loc[{"tensor": given["tensor"][[*still, *idle]]}] = 0.0
+    given["tensor_moved"].loc[{"tensor": given["tensor"][list(still)]}] = 0
+    tensors = draw("helping", given).axes[1]
+    shares, grey = (each for each in tensors.collections if isinstance(each, QuadMesh))
+    rows = np.isin(np.arange(given.sizes["tensor"]), [*still, *idle])
+    assert np.array_equal(np.ma.getmaskarray(shares.get_array()).all(1), rows)
+    assert np.array_equal(~np.ma.getmaskarray(grey.get_array()).all(1), rows)
+    assert to_hex(grey.get_cmap()(0.0)) == colours.STILL
+    assert [text.get_text() for text in tensors.get_legend().get_texts()] == [said]
+
+
 @pytest.mark.parametrize("only", [False, True])
 def test_oscillation_shows_intervals_and_traces(only: bool) -> None:
     given = found.oscillation(only=only)

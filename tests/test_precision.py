@@ -161,7 +161,12 @@ def test_the_error_of_float64_is_not_measured(place: Place) -> None:
 def test_the_command_line_shows_the_measured_error(place: Place, precision: str) -> None:
     found = place.replay("smooth_mlp", precision=precision)
     shown = lca("summary", found.path, "--loss", "plain").stdout.replace("\n", " ")
-    says(shown, f"measured error of {precision} {error_of(found)[MEASURED].mean():.1e} (2 segments)")
+    higher = {"bfloat16": "float32", "float32": "float64"}[precision]
+    says(
+        shown,
+        f"measured error of {precision} allocations against {higher} ones {error_of(found)[MEASURED].mean():.1e} of their size",
+        "on 2 segments",
+    )
 
 
 def test_an_error_is_that_of_the_rule_and_the_level_that_were_used(place: Place) -> None:

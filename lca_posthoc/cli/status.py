@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ..display import wrapped
 from ..errors import few
+from ..text import count
 from .options import json_option
 from .show import duration, print_json, safe, stdout, table
 
@@ -85,7 +86,7 @@ def _steps(loss: dict[str, Any]) -> str:
 def _state(name: str, loss: dict[str, Any]) -> str:
     if loss["complete"]:
         return (
-            f"complete so far; {loss['behind']} more segments with --loss {safe(name)}"
+            f"complete so far; {count(loss['behind'], 'more segment')} with --loss {safe(name)}"
             if loss["behind"]
             else "complete"
         )

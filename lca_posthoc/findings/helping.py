@@ -28,11 +28,12 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
         most: how many heroes and villains.
 
     Returns:
-        `helping`, `hurting`, `zero` (step[, group]) and `tensor_helping` (step[, group], tensor), shares of parameters; `parameters`
-        and `expected` (share): how many help on that share of their segments, and by chance, with coordinates `share_low` and
-        `share_high`; `probability`; by hero, named by `hero_name`, `hero_share`, `hero_segments` (on which it had an effect),
-        `hero_allocated` (loss) and `hero_p`, and the same by villain. Where no parameter has an effect anywhere, `probability` is NaN
-        and there is no hero and no villain. Over time, a loss with groups is taken as a whole.
+        `helping`, `hurting`, `zero` (step[, group]), `tensor_helping` and `tensor_hurting` (step[, group], tensor), shares of parameters;
+        `tensor_moved` (step, tensor), 1 where any parameter of the tensor moved, else 0; `parameters` and `expected` (share): how many
+        help on that share of their segments, and by chance, with coordinates `share_low` and `share_high`; `probability`; by hero, named
+        by `hero_name`, `hero_share`, `hero_segments` (on which it had an effect), `hero_allocated` (loss) and `hero_p`, and the same by
+        villain. Where no parameter has an effect anywhere, `probability` is NaN and there is no hero and no villain. Over time, a loss
+        with groups is taken as a whole.
 
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
@@ -54,6 +55,10 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
         "tensor_helping": described(
             counted["helping"] / np.maximum(1, elements), "share", "share of the tensor's parameters that help"
         ),
+        "tensor_hurting": described(
+            counted["hurting"] / np.maximum(1, elements), "share", "share of the tensor's parameters that hurt"
+        ),
+        "tensor_moved": described((counted["motion"] > 0).astype("int8"), "", "whether the tensor moved"),
     }
     kept = {name: each for name, each in counted.coords.items() if name not in ("kind", "replicate")}
     coords: dict[Any, Any] = dict(kept)

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
-from ..colours import FAINT, HELPING, HURTING, INK, MUTED
+from ..colours import FAINT, HELPING, HURTING, INK, MUTED, STILL
 from ..findings.helping import joined_shares
 from .style import (
     SMALL,
@@ -19,12 +20,14 @@ from .style import (
     fresh_figure,
     heading,
     heat,
+    key,
     note,
     over_gaps,
     parameter_labels,
     refuse_groups,
     rows_of_names,
     tidy,
+    time_edges,
     word,
 )
 
@@ -86,15 +89,30 @@ def _whole_time(ax: Axes, found: xr.Dataset) -> None:
 
 
 def _tensors(ax: Axes, found: xr.Dataset) -> None:
-    """Above one half teal, below it vermilion: the scale is turned around, since a high share helps."""
-    values = found["tensor_helping"].transpose("tensor", "step").values
-    away = float(np.nanquantile(np.abs(values - 0.5), 0.995)) or 0.5
+    """Draw shares above one half teal and below it vermilion, and what had no effect grey.
+
+    The scale is turned around, since a high share helps. A tensor that did not move, or on which the loss does not depend, neither
+    helps nor hurts.
+    """
+    helping, hurting, moved = (
+        found[f"tensor_{name}"].transpose("tensor", "step").values for name in ("helping", "hurting", "moved")
+    )
+    still, idle = moved == 0, (moved != 0) & (helping + hurting == 0)
+    values = np.where(still | idle, np.nan, helping)
+    effects = np.abs(values - 0.5)[np.isfinite(values)]
+    away = float(np.quantile(effects, 0.995)) if len(effects) else 0.0
+    away = away or 0.5
     shown = heat(ax, found, 0.5 - values, Normalize(-away, away))
     tidy(ax, x="training step")
     rows_of_names(ax, [str(name) for name in found["tensor"].values], most=28)
     ax.set_ylim(len(values) - 0.5, -0.5)
     _whole_time(ax, found)
     colour_bar(shown, ax, "share that helps", ends=("", ""), ticks=lambda away: f"{100 * (0.5 - away):.0f} %")
+    words = [word for word, cells in (("did not move", still), ("moved without effect", idle)) if cells.any()]
+    if words:
+        x, cells = time_edges(found, np.where(still | idle, 1.0, np.nan))
+        ax.pcolormesh(x, np.arange(len(cells) + 1) - 0.5, cells, cmap=ListedColormap([STILL]), rasterized=True)
+        key(ax, "lower right", handles=[Patch(facecolor=STILL, label=" or ".join(words))])
 
 
 def _often(ax: Axes, found: xr.Dataset) -> None:

@@ -1,65 +1,109 @@
-"""A run as a notebook shows it: a small table without scripts, every text escaped, from markers and the table of steps alone."""
+"""A run as a notebook shows it: a small table without scripts, every text escaped, from markers and the table of steps alone.
+
+Names are cut in the middle, each unlike the others; numbers and what went wrong stand whole.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from ..text import count, shorten
+
 if TYPE_CHECKING:
+    import xarray as xr
+
     from .results import LossResults, Run
 
 _HEAD = ("loss", "split", "groups", "segments", "done", "loss start → end", "residual")
 _MOST = 50  # losses that are listed
-_LONGEST = 400  # characters of a cell
+_GROUPS = 20  # groups of a loss that are listed: of several losses, this many together beside the losses themselves
+_NAME = 48  # characters of a name
+_MESSAGE = 2000  # characters of what went wrong, once the names in it are short
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A row: a loss, or a group of the loss above it (`inside`); the last cell of a short row is as wide as what is missing."""
+
+    name: str
+    cells: Sequence[str]
+    inside: bool = False
+
+
 def run_html(run: Run) -> str:
-    """The run: where it is, its parameters, a row for each loss."""
+    """Return the run: where it is, its parameters, a row for each loss and some of its groups."""
     manifest = run.manifest
     facts = (
-        f"{manifest.parameters:,} parameters in {len(manifest.allocated):,} tensors, {manifest.segments:,} segments "
+        f"{count(manifest.parameters, 'parameter')} in {count(len(manifest.allocated), 'tensor')}, {count(manifest.segments, 'segment')} "
         f"(steps {manifest.checkpoints[0].step}–{manifest.checkpoints[-1].step}), --keep {manifest.keep}"
     )
     names = list(run)
-    left = f"and {len(names) - _MOST:,} more losses" if len(names) > _MOST else ""
-    return _page("Run", str(run.path), facts, (_row(run[name]) for name in names[:_MOST]), left)
+    grouped = sum(run[name].record.groups is not None for name in names[:_MOST])
+    each = _GROUPS // grouped if grouped else 0
+    rows = [row for name in names[:_MOST] for row in _rows(run[name], each)]
+    left = f"and {count(len(names) - _MOST, 'more loss', 'more losses')}" if len(names) > _MOST else ""
+    return _page("Run", str(run.path), facts, rows, left)
 
 
 def results_html(results: LossResults) -> str:
-    """One loss of a run."""
+    """Return one loss of a run, and its groups."""
     manifest = results.manifest
-    kept = len(manifest.allocated)
+    tensors = count(len(manifest.allocated), "tensor")
     mode = f", {results.norm_stats} statistics" if results.norm_stats else ""
-    facts = f"{manifest.parameters:,} parameters in {kept:,} tensors, {results.precision}{mode}, --keep {manifest.keep}"
-    return _page("LossResults", str(results.path), facts, [_row(results)], "")
+    facts = f"{count(manifest.parameters, 'parameter')} in {tensors}, {results.precision}{mode}, --keep {manifest.keep}"
+    return _page("LossResults", str(results.path), facts, list(_rows(results, _GROUPS)), "")
 
 
-def _row(results: LossResults) -> list[str]:
-    """What is known of a loss; where its numbers cannot be read, why not."""
+def _rows(results: LossResults, groups: int) -> Iterator[_Row]:
+    """Give what is known of a loss and of its first groups; where its numbers cannot be read, why not."""
     record, segments = results.record, results.manifest.segments
-    known = [results.name, record.on or "", "" if record.groups is None else f"{len(record.groups):,}"]
+    known = [record.on or "", "" if record.groups is None else f"{len(record.groups):,}"]
     try:
         steps = results._open("steps")[["loss_start", "loss_end", "residual", "weight"]].load()
         done = steps.sizes["step"]
         state = "complete" if results.complete else f"{math.floor(1000 * done / segments) / 10:g} %"
         known += [f"{done:,} of {segments:,}", state]
-        if not done:
-            return [*known, "", ""]
-        if "group" in steps.dims:
-            steps = (steps * steps["weight"]).sum("group") / steps["weight"].sum("group")
-        start, end = float(steps["loss_start"][0]), float(steps["loss_end"][-1])
-        return [*known, f"{start:.6g} → {end:.6g}", f"{math.fsum(steps['residual'].values):+.1e}"]
+        whole = (
+            (steps * steps["weight"]).sum("group") / steps["weight"].sum("group") if "group" in steps.dims else steps
+        )
+        ends = _ends(whole) if done else ["", ""]
     except Exception as error:  # shown: what only displays must not stop a notebook
-        return [*known, f"{type(error).__name__}: {error}"]
+        name = shorten([results.name], _NAME)[0]
+        yield _Row(results.name, [*known, f"{type(error).__name__}: {error}".replace(results.name, name)])
+        return
+    yield _Row(results.name, [*known, *ends])
+    if record.groups is None or not done or not groups:
+        return
+    labels = list(map(str, record.groups))
+    examples = record.counts or []
+    for position, label in enumerate(labels[:groups]):
+        of_group = ["", count(examples[position], "example"), "", "", *_ends(steps.isel(group=position))]
+        yield _Row(label, of_group, inside=True)
+    if len(labels) > groups:
+        yield _Row(f"and {count(len(labels) - groups, 'more group')}", [""], inside=True)
 
 
-def _page(what: str, path: str, facts: str, rows: Iterable[list[str]], left: str) -> str:
-    head = "".join(f'<th style="text-align:left">{each}</th>' for each in _HEAD)
-    body = "".join(f"<tr>{_cells(row)}</tr>" for row in rows)
+def _ends(steps: xr.Dataset) -> list[str]:
+    start, end = float(steps["loss_start"][0]), float(steps["loss_end"][-1])
+    return [f"{start:.6g} → {end:.6g}", f"{math.fsum(np.asarray(steps['residual'].values)):+.1e}"]
+
+
+def _page(what: str, path: str, facts: str, rows: Sequence[_Row], left: str) -> str:
+    head = "".join(f'<th style="text-align:left">{heading}</th>' for heading in _HEAD)
+    names = shorten([_clean(row.name) for row in rows], _NAME)
+    splits = shorten([_clean(row.cells[0]) for row in rows], _NAME)
+    body = "".join(
+        f"<tr>{_cells(name, [split, *row.cells[1:]], row.inside)}</tr>"
+        for name, split, row in zip(names, splits, rows, strict=True)
+    )
     more = f"<div>{escape(left)}</div>" if left else ""
     return (
         f"<div><div><b>{what}</b> <code>{_text(path)}</code></div><div>{_text(facts)}</div>"
@@ -67,17 +111,23 @@ def _page(what: str, path: str, facts: str, rows: Iterable[list[str]], left: str
     )
 
 
-def _cells(row: list[str]) -> str:
-    """The cells of a row; the last of a short one is as wide as what is missing."""
-    wide = len(_HEAD) - len(row) + 1
+def _cells(name: str, others: Sequence[str], inside: bool) -> str:
+    wide = len(_HEAD) - len(others)
     span = f' colspan="{wide}"' if wide > 1 else ""
-    return "".join(
-        f'<td style="text-align:left"{span if at == len(row) - 1 else ""}>{_text(cell)}</td>'
-        for at, cell in enumerate(row)
+    indent = ";padding-left:2em" if inside else ""
+    whole = ";white-space:nowrap"
+    texts = "".join(
+        f'<td style="text-align:left{"" if span and position == len(others) - 1 else whole}"'
+        f"{span if position == len(others) - 1 else ''}>{_text(cell)}</td>"
+        for position, cell in enumerate(others)
     )
+    return f'<td style="text-align:left{whole}{indent}">{escape(name)}</td>{texts}'
 
 
 def _text(text: str) -> str:
-    """A text as HTML that shows it and nothing else: of bounded length, without characters that steer the line."""
-    short = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
-    return escape(_CONTROL.sub("\ufffd", short))
+    """Return a text as HTML that shows it and nothing else: without characters that steer the line, of bounded length."""
+    return escape(shorten([_clean(text)], _MESSAGE)[0])
+
+
+def _clean(text: str) -> str:
+    return _CONTROL.sub("\ufffd", text)
