@@ -45,7 +45,7 @@ def long_segments(steps: Sequence[int], every: Sequence[int], thinning: int = 1)
     which = (
         f"all {len(long)} segments are"
         if len(long) == len(segments)
-        else f"{len(long)} of {len(segments)} segments are"
+        else f"{len(long)} of {len(segments)} segments {'is' if len(long) == 1 else 'are'}"
     )
     if len(segments) == 1:
         which = "the segment is"

@@ -172,7 +172,7 @@ def test_notes_go_to_stderr_and_leave_the_exit_code_alone(made: Path, place: Pat
     result = run_lca(place / "ck", place / "task.py", tmp_path / "gap.lca", "--rule", "left")
     assert result.exit_code == 0
     assert all(line.startswith("note: ") for line in result.stderr.splitlines())
-    says(result.stderr, "1 of 5 segments are longer than one step", "20→40")
+    says(result.stderr, "1 of 5 segments is longer than one step", "20→40")
     assert "note: " not in result.stdout
 
 

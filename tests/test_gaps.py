@@ -36,7 +36,7 @@ GAPS: dict[str, tuple[tuple[int, ...], int, str | None, str | None]] = {
         (0, 10, 20, 40),
         10,
         None,
-        "1 of 3 segments are longer than one step, with 20 steps or 50% of training in them, the longest 20→40",
+        "1 of 3 segments is longer than one step, with 20 steps or 50% of training in them, the longest 20→40",
     ),
     "nobody asked": (
         (0, 10, 20, 30),
@@ -62,13 +62,13 @@ GAPS: dict[str, tuple[tuple[int, ...], int, str | None, str | None]] = {
         (0, 1, 2, 3, 4, 9, 10),
         1,
         "::2",
-        "1 of 3 segments are longer than one step, with 6 steps or 60% of training in them, the longest 4→10",
+        "1 of 3 segments is longer than one step, with 6 steps or 60% of training in them, the longest 4→10",
     ),
     "a gap and single steps": (
         (0, 1, 2, 4, 5),
         1,
         None,
-        "1 of 4 segments are longer than one step, with 2 steps or 40% of training in them, the longest 2→4",
+        "1 of 4 segments is longer than one step, with 2 steps or 40% of training in them, the longest 2→4",
     ),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -66,12 +67,19 @@ def seen(shown: object) -> Seen:
     return found
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("finished")
+    record(root / "ck")
+    write_task(root / "task.py")
+    assert run_lca(root / "ck", root / "task.py", root / "r.lca", "--loss", "all").exit_code == 0
+    return root / "r.lca"
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
-    record(tmp_path / "ck")
-    write_task(tmp_path / "task.py")
-    assert run_lca(tmp_path / "ck", tmp_path / "task.py", tmp_path / "r.lca", "--loss", "all").exit_code == 0
-    return tmp_path / "r.lca"
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run, to damage."""
+    return Path(shutil.copytree(finished, tmp_path / "r.lca"))
 
 
 def test_the_figures_are_those_of_the_summary(run: Path) -> None:

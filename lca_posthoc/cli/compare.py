@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from rich.text import Text
 
 from ..text import count
 from .options import json_option
-from .show import print_json, safe, say, share, stdout, table
+from .show import print_json, safe, say, share, stdout, table, units_of_loss
 
 if TYPE_CHECKING:
     from ..store import LossResults
@@ -173,8 +174,12 @@ def print_comparison(found: Any) -> None:
     headline.add_row("runs", *(str(int(of["runs"])) for of in by_label))
     if bool((found["trainings"] != found["runs"]).any()):
         headline.add_row("different trainings", *(str(int(of["trainings"])) for of in by_label))
-    headline.add_row("loss at the end", *(_interval(of, "loss_end", "{:.6f}") for of in by_label))
-    headline.add_row("loss change", *(_number(of["loss_change"], "{:+.6f}") for of in by_label))
+    headline.add_row(
+        "loss at the end", *(_interval(of, "loss_end", _scale(found["loss_end"]), "", 6) for of in by_label)
+    )
+    headline.add_row(
+        "loss change", *(_in_units(of["loss_change"], _scale(found["loss_change"]), digits=6) for of in by_label)
+    )
     headline.add_row("helping", *(share(float(of["helping"])) for of in by_label))
     if repeats:
         headline.add_row(
@@ -189,13 +194,14 @@ def print_comparison(found: Any) -> None:
             *(["p"] if at and repeats else []),
         ]
     rows = table("layer", *columns)
+    scale = _scale(found["mean"])
     for at, layer in enumerate(found["layer"].values):
         cells = list[Text | str]()
         for which, of in enumerate(by_label):
             one = of.isel(layer=at)
-            cells.append(_interval(one, "mean", "{:+.4f}", ends=("low", "high")))
+            cells.append(_interval(one, "mean", scale, ends=("low", "high")))
             cells += [_number(one["p_holm"], "{:.2g}")] if repeats else []
-            cells += [_number(one["difference"], "{:+.4f}")] if which else []
+            cells += [_in_units(one["difference"], scale)] if which else []
             cells += [_number(one["p_difference_holm"], "{:.2g}")] if which and repeats else []
         rows.add_row(Text(safe(layer)), *cells)
     console = stdout()
@@ -225,9 +231,22 @@ def _tests(found: Any) -> str:
     )
 
 
-def _interval(of: Any, name: str, form: str, ends: tuple[str, str] | None = None) -> Text:
-    low, high = (_number(of[end], form) for end in ends or (f"{name}_low", f"{name}_high"))
-    return Text(f"{_number(of[name], form)}" + ("" if _NONE in (low, high) else f" [{low}, {high}]"))
+def _interval(
+    of: Any, name: str, scale: float, sign: str = "+", digits: int = 4, ends: tuple[str, str] | None = None
+) -> Text:
+    value, low, high = (
+        _in_units(of[part], scale, sign, digits) for part in (name, *(ends or (f"{name}_low", f"{name}_high")))
+    )
+    return Text(value + ("" if _NONE in (low, high) else f" [{low}, {high}]"))
+
+
+def _scale(values: Any) -> float:
+    """Return the largest size among numbers that stand together."""
+    return max((abs(value) for value in values.values.ravel().tolist() if math.isfinite(value)), default=0.0)
+
+
+def _in_units(value: Any, scale: float, sign: str = "+", digits: int = 4) -> str:
+    return units_of_loss(float(value), scale, sign, digits) if bool(value == value) else _NONE
 
 
 def _number(value: Any, form: str) -> str:
