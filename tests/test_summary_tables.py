@@ -164,6 +164,22 @@ def test_a_loss_of_any_size_is_short_and_loses_no_digit_that_counts(value: float
     assert len(shown) <= 14
 
 
+def test_many_losses_are_a_row_each_and_say_how_to_see_more(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, grouped = summary(run["train"]), summary(run["per_kind"])
+    found = {f"loss {at}": plain for at in range(49)} | {"by kind": grouped}
+    print_summary(found, run.path)
+    text = capsys.readouterr().out
+    rows = table_of(text, "loss ")
+    assert [row[0] for row in rows] == list(found)
+    assert len(text.splitlines()) == 1 + len(found) + 2
+    for row in (rows[0], rows[-1][:1] + rows[-1][2:]):  # the last loss has groups, and is the mean of the same examples
+        ends = f"{plain['loss_start']:.4f} → {plain['loss_end']:.4f}"
+        assert row[1:4] == [str(plain["segments"]), ends, f"{plain['loss_change']:+.6f}"]
+    assert f"`lca summary {run.path} --loss NAME`" in text
+    print_summary(found, run.path, top=1)
+    assert capsys.readouterr().out.count("(25 more)") == len(found)
+
+
 def test_a_loss_in_dollars_has_no_sixteen_digits(capsys: pytest.CaptureFixture[str]) -> None:
     row = {"parameters": 4, "moved": True, "standard_error": None, "helping": 0.5}
     figures: dict[str, Any] = {

@@ -18,6 +18,7 @@ from .show import print_json, safe, say, share, stdout, table, units_of_loss
 
 TOP = 20  # modules below each other
 _BESIDE = 8  # modules beside the groups of a loss
+_LOSSES = 6  # losses whose modules are shown unless they are asked for
 
 
 @click.command()
@@ -34,6 +35,7 @@ _BESIDE = 8  # modules beside the groups of a loss
 def command(run: str, losses: tuple[str, ...], top: int | None, everything: bool, as_json: bool) -> None:
     """Show headline figures of RUN and what each module did, the strongest first.
 
+    Of more than six losses each is one row; --loss NAME, --top and --all show their modules and tensors.
     A module is what holds a kernel and its bias. Buffers that moved, such as running statistics, are a row of their own. --json has
     every module and every tensor, whatever --top and --all say.
 
@@ -81,6 +83,11 @@ def print_summary(
     console = stdout()
     if not found:
         console.print("no losses")
+    if len(found) > _LOSSES and top is None and not everything:
+        _print_losses(found)
+        way = f"`lca summary {_quoted(run)} --loss NAME` shows what the modules did to a loss"
+        console.print(Text(wrapped(f"\n{way}", console)))
+        return
     plain = {name: each for name, each in found.items() if each["groups"] is None}
     if plain:
         _print_headline(plain)
@@ -104,7 +111,32 @@ def _the_rest(left: set[int], run: Path) -> str:
     more = " and ".join(f"{number:,}" for number in sorted(left))
     which = f"{more} more module{'' if left == {1} else 's'}: " if left else ""
     strongest = ", --top N the N strongest modules" if left else ""
-    return f"{which}`lca summary {safe(shlex.quote(str(run)))} --all` shows every tensor{strongest}"
+    return f"{which}`lca summary {_quoted(run)} --all` shows every tensor{strongest}"
+
+
+def _quoted(run: Path) -> str:
+    return safe(shlex.quote(str(run)))
+
+
+def _print_losses(found: dict[str, dict[str, Any]]) -> None:
+    """Print a row for each of many losses; of one with groups, the loss of the whole split."""
+    rows = table("loss", "groups", "segments", "start → end", "change", "allocated", "residual", "helping")
+    for name, figures in found.items():
+        grouped = figures["groups"] is not None
+        start, end, change, allocated, residual = (
+            _mean(figures, key) if grouped else figures[key]
+            for key in ("loss_start", "loss_end", "loss_change", "allocated", "residual")
+        )
+        rows.add_row(
+            Text(safe(name)),
+            f"{len(figures['groups']):,}" if grouped else "",
+            f"{figures['segments']:,}",
+            " → ".join(_numbers([start, end], "", 4)),
+            *_numbers([change, allocated]),
+            f"{residual:+.1e}",
+            "" if grouped else share(figures["helping"]),
+        )
+    stdout().print(rows)
 
 
 def _print_headline(plain: dict[str, dict[str, Any]]) -> None:
