@@ -161,7 +161,7 @@ def test_a_run_prints_its_result_on_stdout_and_nothing_else(made: Path, tmp_path
         "allocated",
         "residual",
         "helping (share of parameters × segments)",
-        "hidden.weight",
+        "hidden ",
         "share of sum",
     )
     assert result.stdout.splitlines()[-1] == f"results in {tmp_path / 'out.lca'}"
@@ -221,7 +221,7 @@ def test_nothing_is_coloured_or_cut_in_a_pipe(place: Path) -> None:
         ),
     )
     assert result.exit_code == 0, result.stderr
-    assert f"{long}.weight" in result.stdout
+    assert f"{long} " in result.stdout
     assert "\x1b" not in result.output
 
 
