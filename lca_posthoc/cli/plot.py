@@ -72,7 +72,9 @@ _PANELS = ("curve", "generalisation", "layers", "units")  # several runs beside 
     help="Whose peaks: of the allocation, or of a control.",
 )
 @click.option("--tensor", "tensors", multiple=True, metavar="NAME", help="Only this tensor's pixels (repeatable).")
-@click.option("--step", type=int, help="The moment of training to picture.  [default: the last]")
+@click.option(
+    "--step", type=int, help="The moment of training to picture.  [default: the last on which something is seen]"
+)
 @click.option("--fps", type=int, help="Frames of a film per second.  [default: 10]")
 @click.option(
     "--size",

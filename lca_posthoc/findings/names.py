@@ -29,6 +29,13 @@ def _window(name: str, most: int, start: int) -> str:
     return f"…{name[start : start + most - 1]}"
 
 
+def _last_parts(name: str, most: int) -> str:
+    """The last parts of a dotted name that fit behind the sign; a cut in the middle where none does."""
+    parts = name.split(".")
+    ends = (f"…{'.'.join(parts[at:])}" for at in range(1, len(parts)))
+    return next((end for end in ends if len(end) <= most), _middle(name, most, 0.5))
+
+
 def _without_common_start(names: Sequence[str]) -> list[str]:
     """Names with a sign in place of the parts that all of them begin with; the last two parts of each stay.
 
@@ -36,7 +43,7 @@ def _without_common_start(names: Sequence[str]) -> list[str]:
     ['…0.conv', '…1.norm']
     """
     parts = [name.split(".") for name in names]
-    least = min(map(len, parts)) - 2
+    least = min(map(len, parts)) - 2 if len(set(names)) > 1 else 0  # one name has nothing in common with others
     head = next((at for at in range(least) if len({each[at] for each in parts}) > 1), max(0, least))
     return [f"…{'.'.join(each[head:])}" if head else name for each, name in zip(parts, names, strict=True)]
 
@@ -45,7 +52,7 @@ def _middle(name: str, most: int, head: float) -> str:
     if len(name) <= most:
         return name
     kept = round((most - 1) * head)
-    return f"{name[:kept]}…{name[len(name) - (most - 1 - kept) :]}"
+    return f"{name[:kept].rstrip('.')}…{name[len(name) - (most - 1 - kept) :].lstrip('.')}"
 
 
 def fitting(names: Sequence[str], rooms: Sequence[int]) -> list[str]:
@@ -66,6 +73,6 @@ def fitting(names: Sequence[str], rooms: Sequence[int]) -> list[str]:
     def cut(how: Callable[[str, int], str]) -> list[str]:
         return [name if len(name) <= room else how(name, max(2, room)) for name, room in zip(bare, rooms, strict=True)]
 
-    cuts = [cut(partial(_middle, head=head)) for head in (0.5, 0.0, 0.25, 0.75, 1.0)]
+    cuts = [cut(_last_parts), *(cut(partial(_middle, head=head)) for head in (0.5, 0.0, 0.25, 0.75, 1.0))]
     cuts += [cut(partial(_window, start=start)) for start in range(max(map(len, bare), default=0))]
     return max(cuts, key=lambda cut: len(set(cut)))

@@ -19,6 +19,7 @@ SIGNALS = {"allocation": "allocated", "motion": "motion", "gradient": "gradient"
 _AT_ONCE = 2**18  # candidates that are held at a time
 
 _NAMED = 6  # layers in a sentence
+_POWERLESS = 0.5  # alignments expected of chance below which none at all says nothing
 Numbers = np.ndarray[Any, Any]
 
 
@@ -103,6 +104,13 @@ def peaks(
         attrs=about(results, "peaks", [*unfinished(results), *left])
         | {"signal": signal, "by": str(by), "top": top, "draws": draws, "seed": seed, "stretches": found.stretches},
     )
+
+
+def powerless(found: xr.Dataset) -> float | None:
+    """Return how many alignments chance gives, where that is so few that having observed none says nothing; else None."""
+    drawn = [float(found[name].mean()) for name in ("shift", "local") if name in found]
+    usual = max([float(found["expected_total"]), *drawn])
+    return usual if float(found["observed_total"]) == 0 and usual < _POWERLESS else None
 
 
 def _counts(found: Alignment) -> dict[str, tuple[tuple[str, ...], Any, str, str]]:

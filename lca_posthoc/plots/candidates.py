@@ -87,7 +87,6 @@ def _largest(ax: Axes, found: xr.Dataset, dim: str, sizes: Any) -> xr.Dataset:
             (3, 2),
             fontsize=SMALL - 0.5,
             color=MUTED,
-            backgroundcolor="white",
             **at,
         )
     return found.isel({dim: np.sort(order[:_MOST])})
@@ -113,6 +112,9 @@ def _layers(ax: Axes, found: xr.Dataset) -> None:
     values = found["total"].values
     _bars(ax, names, values, "Σ allocation (units of loss)", f"layers: {heading(found)}")
     _room_for_more(ax, len(names), whole)
+    if found["freeze"].any():
+        low, high = ax.get_xlim()
+        ax.set_xlim(low, high + 0.22 * (high - low))  # for the words behind the bars
     for at in np.flatnonzero(found["freeze"].values).tolist():
         word(ax, values[at], at, " freeze?", HURTING, SMALL - 1, va="center", transform=ax.transData)
 
@@ -143,10 +145,16 @@ def _tensors(ax: Axes, found: xr.Dataset) -> None:
 def _units(ax: Axes, found: xr.Dataset) -> None:
     names = [str(name) for name in found["unit_name"].values]
     _bars(ax, names, found["unit_total"].values, "Σ allocation (units of loss)", "units that hurt most")
-    ax.set_yticks(range(len(names)), parameter_labels(names, _LETTERS + 4))
+    ax.set_yticks(range(len(names)), parameter_labels(names, _letters(ax)))
+
+
+def _letters(ax: Axes) -> int:
+    """Return how many letters of a parameter's name stand beside a panel: more where it has the width to itself."""
+    place = ax.get_subplotspec()
+    return 40 if place is not None and len(place.colspan) == 2 else 26
 
 
 def _parameters(ax: Axes, found: xr.Dataset) -> None:
     names = [str(name) for name in found["parameter_name"].values]
     _bars(ax, names, found["parameter_allocated"].values, "Σ allocation (units of loss)", "parameters that hurt most")
-    ax.set_yticks(range(len(names)), parameter_labels(names, _LETTERS + 4))
+    ax.set_yticks(range(len(names)), parameter_labels(names, _letters(ax)))

@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from ..colours import HELPING, HURTING, INK, MUTED
-from .style import expect, fresh_figure, heading, note, powers, refuse_groups, tidy, word
+from .style import SMALL, expect, fresh_figure, heading, note, powers, refuse_groups, tidy, word
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ def distribution(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     """
     expect(found, "distribution")
     refuse_groups(found)
-    figure = fresh_figure(figure, 7.2, 2.6)
+    figure = fresh_figure(figure, 7.2, 2.7)
     sizes, densities, unequal = figure.subplots(1, 3, width_ratios=(1.25, 1.25, 0.8))
     whole = float(found["count"].sum() + found["zero"])
     helped, hurt = (found["upper"].values <= 0), (found["lower"].values >= 0)
@@ -53,7 +53,8 @@ def distribution(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
         for ax in (sizes, densities):
             ax.set(xticks=[], yticks=[])
         word(densities, 0.5, 0.5, "every allocation is exactly 0", MUTED, ha="center", va="center")
-    tidy(sizes, x="|A| (units of loss)", y="parameters × segments\nper decade", title=heading(found))
+    tidy(sizes, x="|A| (units of loss)", y="parameters × segments\n(per decade)")
+    sizes.set_title(heading(found), loc="left", fontsize=SMALL + 0.5, color=INK, pad=24)
     powers(sizes, "y")
     tidy(densities, x="|A| (units of loss)", y="density (1 / units of loss)")
     note(figure, found)
@@ -87,16 +88,20 @@ def _density(ax: Axes, side: xr.Dataset, whole: float, colour: str) -> None:
 
 
 def _shares(ax: Axes, found: xr.Dataset, whole: float) -> None:
-    """The shares in words, and a mark at the mean."""
-    mean = float(found["mean"])
+    """Write the shares above the panel, where they cover no data, and mark the mean."""
+    mean, zero = float(found["mean"]), float(found["zero"]) / whole if whole else 0.0
+    shares = {"helping": float(found["helping"]), "hurting": float(found["hurting"]), "exactly zero": zero}
+    lines = [
+        (f"{name} {100 * share:.1f} %", hue)
+        for hue, (name, share) in zip((HELPING, HURTING, MUTED), shares.items(), strict=True)
+    ]
     if mean:
         hue = HELPING if mean < 0 else HURTING
         ax.axvline(abs(mean), color=hue, linewidth=0.9, linestyle=(0, (3, 2)))
-        word(ax, 0.02, 0.70, "- - mean " + f"{mean:.1e}".replace("-", "−"), hue, va="top")
-    zero = float(found["zero"]) / whole if whole else 0.0
-    shares = {"helping": float(found["helping"]), "hurting": float(found["hurting"]), "exactly zero": zero}
-    for at, (hue, (name, share)) in enumerate(zip((HELPING, HURTING, MUTED), shares.items(), strict=True)):
-        word(ax, 0.02, 0.97 - 0.09 * at, f"{name} {100 * share:.1f} %", hue, va="top")
+        lines.append(("- - mean " + f"{mean:.1e}".replace("-", "−"), hue))
+    for at, (said, hue) in enumerate(lines):
+        where: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
+        ax.annotate(said, (0.57 * (at % 2), 1), (0, 13 - 10 * (at // 2)), color=hue, fontsize=SMALL, **where)
 
 
 def _curves(ax: Axes, found: xr.Dataset, whole: float) -> None:

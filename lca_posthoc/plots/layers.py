@@ -11,6 +11,7 @@ from ..colours import FAINT, HELPING, HURTING, INK, LAYERS
 from ..errors import InputError
 from .style import (
     DIVERGE,
+    SMALL,
     colour,
     colour_bar,
     dashes,
@@ -123,7 +124,7 @@ def _bars(ax: Axes, found: xr.Dataset, names: list[str], show: str, label: str) 
     values = found[show].values
     ax.barh(range(len(names)), values, height=0.72, color=[HELPING if value < 0 else HURTING for value in values])
     zero_line(ax, vertical=True)
-    tidy(ax, x=label, title=heading(found))
+    tidy(ax, x=label.replace(" (", "\n(") if show == "mean" else label, title=heading(found))
     rows_of_names(ax, names)
     powers(ax, "x")
     helped_hurt(ax)
@@ -145,7 +146,11 @@ def _by_group(ax: Axes, found: xr.Dataset, names: list[str], show: str, label: s
     shown = ax.imshow(values, cmap=DIVERGE, norm=symmetric(scale=float(np.nanmax(np.abs(values)))), aspect="auto")
     tidy(ax, x="group", title=heading(found))
     every = -(-len(groups) // 20)
-    ax.set_xticks(range(0, len(groups), every), labels(groups, 10)[::every])
+    said = labels(groups, 10)[::every]
+    ax.set_xticks(range(0, len(groups), every), said)
+    column = ax.get_window_extent().width / ax.figure.dpi * 72 / len(groups) * every  # points, before the layout
+    if max(map(len, said)) * 0.62 * SMALL > column:
+        ax.tick_params(axis="x", labelrotation=90)
     rows_of_names(ax, names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.tick_params(axis="x", length=0, labelcolor=INK)

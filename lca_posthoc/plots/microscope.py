@@ -27,6 +27,10 @@ _PICTURES = 4.2  # all rows together, about
 _MANY = 8  # modules, not inches: more are drawn closer together
 _VECTOR = 0.16  # the width of a vector beside a kernel
 _TITLE, _GAP = 0.22, 0.12  # above a row, between modules
+_STRONGEST, _SEEN = (
+    0.99,
+    0.1,
+)  # a frame is seen where a hundredth of its pixels have more than a tenth of the colours' scale
 _FOOT = 2.3  # the colour bar, the loss and a note
 
 
@@ -39,7 +43,7 @@ def microscope(found: xr.Dataset, *, at: int | None = None, figure: Figure | Non
 
     Args:
         found: of `findings.microscope`.
-        at: which frame, counted from 0, or from the end if negative; default the last one on which anything moved.
+        at: which frame, counted from 0, or from the end if negative; default the last one whose colours can be seen.
         figure: an empty one to draw in; default a new one.
 
     Returns:
@@ -50,7 +54,7 @@ def microscope(found: xr.Dataset, *, at: int | None = None, figure: Figure | Non
     """
     expect(found, "microscope")
     frames = found.sizes["step"]
-    at = _last_moved(found) if at is None else at
+    at = _last_seen(found) if at is None else at
     if not -frames <= at < frames:
         raise InputError(f"there are {frames} frames, from 0 to {frames - 1}; there is no frame {at}.")
     stage = _Stage(found, figure)
@@ -58,12 +62,19 @@ def microscope(found: xr.Dataset, *, at: int | None = None, figure: Figure | Non
     return stage.figure
 
 
-def _last_moved(found: xr.Dataset) -> int:
-    """The last frame that is not blank, as the last ones are where a schedule ends at 0; the last of all where all are blank."""
-    moved = np.zeros(found.sizes["step"], dtype=bool)
-    for variable in found.data_vars.values():
-        moved |= (variable.values != 0).any(axis=(1, 2))
-    return int(np.flatnonzero(moved)[-1]) if moved.any() else -1
+def _last_seen(found: xr.Dataset) -> int:
+    """Return the last frame whose strongest pixels have a colour: where a schedule ends near 0, the last frames are all but blank.
+
+    Where no frame has enough of them, it is the last that is not blank; where all are blank, the last of all.
+    """
+    scale, moved = float(found.attrs["scale"]), -1
+    for at in reversed(range(found.sizes["step"])):
+        sizes = np.concatenate([np.abs(variable.values[at]).ravel() for variable in found.data_vars.values()])
+        if float(np.quantile(sizes, _STRONGEST)) > _SEEN * scale:
+            return at
+        if moved < 0 and sizes.any():
+            moved = at
+    return moved
 
 
 def film(found: xr.Dataset, path: str | Path, *, fps: int = 10) -> Path:
@@ -109,7 +120,7 @@ class _Stage:
     def __init__(self, found: xr.Dataset, figure: Figure | None) -> None:
         self.found = found
         rows = _rows(found, _modules(found))
-        self.titles = _titles(found, rows)
+        self.titles, self.letter = _titles(found, rows)
         heights = [min(_TALLEST, unit) for unit in _units(found, rows)]
         self.high = sum(heights) + _TITLE * len(rows) + _FOOT
         self.figure = fresh_figure(figure, _WIDE, self.high)
@@ -146,7 +157,7 @@ class _Stage:
                 ax = self._axes(at, bottom, width - (0.03 if name != module[-1] else 0), height)
                 self.images[name] = _picture(ax, self.found[name], norm)
                 if name == module[0]:
-                    ax.set_title(self.titles[name], fontsize=SMALL - 0.5, pad=2, loc="left", color=INK)
+                    ax.set_title(self.titles[name], fontsize=self.letter, pad=2, loc="left", color=INK)
                 at += width
             left += room + _GAP
 
@@ -185,7 +196,7 @@ def _extent(found: xr.Dataset, name: str) -> tuple[int, int]:
 def _aspect(found: xr.Dataset, module: Iterable[str]) -> float:
     """Width over height of a module's panel: that of its kernel, but neither a ribbon nor a thread."""
     ratios = [columns / rows for rows, columns in (_extent(found, name) for name in module) if columns > 1]
-    return float(np.clip(max(ratios, default=0.3), 0.3 if not ratios else 0.7, 5.0))
+    return float(np.clip(max(ratios, default=0.3), 0.3 if not ratios else 1.0, 4.0))
 
 
 def _height(found: xr.Dataset, row: list[list[str]]) -> float:
@@ -228,19 +239,25 @@ def _picture(ax: Axes, variable: xr.DataArray, norm: Any) -> AxesImage:
     return image
 
 
-def _titles(found: xr.Dataset, rows: list[list[list[str]]]) -> dict[str, str]:
-    """By the first tensor of each panel, what stands above it: its name and shape, or its module's where panels are narrow."""
-    first, letters = [module[0] for row in rows for module in row], list[int]()
+def _titles(found: xr.Dataset, rows: list[list[list[str]]]) -> tuple[dict[str, str], float]:
+    """Return by the first tensor of each panel what stands above it, and the letters' size: its name and shape, or its module's name in
+    smaller letters where panels are narrow.
+    """
+    first, widths = [module[0] for row in rows for module in row], list[float]()
     for row, unit in zip(rows, _units(found, rows), strict=True):
-        letters += [int(unit * _aspect(found, module) * 72 / (0.62 * (SMALL - 0.5))) for module in row]
+        widths += [unit * _aspect(found, module) * 72 for module in row]
+    size = SMALL - 0.5
+    letters = [int(width / (0.62 * size)) for width in widths]
     whole = []
     for name in first:
         shape = "×".join(str(extent) for extent in found[name].attrs.get("shape", _extent(found, name)))
         pool = [int(each) for each in found[name].attrs.get("pool", (1, 1))]
         whole.append(f"{name}  {shape}" + (f", {pool[0]}×{pool[1]} a pixel" if pool != [1, 1] else ""))
     if any(len(said) > most for said, most in zip(whole, letters, strict=True)):
+        size = SMALL - 1.5
+        letters = [int((width + 0.7 * _GAP * 72) / (0.62 * size)) for width in widths]  # they may stand over the gap
         whole = fitting([name.rpartition(".")[0] or name for name in first], letters)
-    return dict(zip(first, map(escape, whole), strict=True))
+    return dict(zip(first, map(escape, whole), strict=True)), size
 
 
 def _loss(ax: Axes, found: xr.Dataset) -> tuple[Any, Any]:

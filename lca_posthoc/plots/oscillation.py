@@ -15,9 +15,9 @@ from .style import (
     fresh_figure,
     heading,
     key,
+    labels,
     note,
     over_gaps,
-    parameter_labels,
     powers,
     refuse_groups,
     rows_of_names,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_LETTERS = 26  # of a tensor's name above a trace
 _TRACES = {"weight": "weight", "gradient": "gradient", "allocation": "allocation\n(units of loss)"}
 
 
@@ -63,11 +64,13 @@ def oscillation(found: xr.Dataset, *, figure: Figure | None = None, top: int = 4
     rows = figure.add_gridspec(len(heights), max(1, traces), height_ratios=heights)
     if tall:
         _intervals(figure.add_subplot(rows[0, :]), found)
+    titles = _titles(found) if shown else []
     for row, name in enumerate(shown, start=bool(tall)):
         first: Any = None
         for column in range(traces):
             ax = figure.add_subplot(rows[row, column])
-            _trace(ax, found.isel(trace=column), name, last=name == shown[-1], title=name == shown[0])
+            title = titles[column] if name == shown[0] else ""
+            _trace(ax, found.isel(trace=column), name, last=name == shown[-1], title=title)
             if column == 0:
                 first = ax
         first.set_ylabel(_TRACES[name], fontsize=SMALL, color=INK)
@@ -96,7 +99,17 @@ def _intervals(ax: Axes, found: xr.Dataset) -> None:
     ax.set_xlim(left=0)
 
 
-def _trace(ax: Axes, found: xr.Dataset, name: str, *, last: bool, title: bool) -> None:
+def _titles(found: xr.Dataset) -> list[str]:
+    """Return for each trace its tensor, cut in the middle where it is long, and below it the index and why it is drawn."""
+    names = [str(name).partition("[") for name in found["parameter"].values]
+    tensors = labels([tensor for tensor, *_ in names], _LETTERS)
+    return [
+        f"{tensor}\n{mark}{rest} {why}".replace("\n ", "\n")
+        for tensor, (_, mark, rest), why in zip(tensors, names, found["why"].values, strict=True)
+    ]
+
+
+def _trace(ax: Axes, found: xr.Dataset, name: str, *, last: bool, title: str) -> None:
     if name == "allocation":
         edges, heights = time_edges(found, found[name].values)
         # Bars thinner than a pixel would pale away without a line.
@@ -114,11 +127,5 @@ def _trace(ax: Axes, found: xr.Dataset, name: str, *, last: bool, title: bool) -
     ax.margins(x=0.01)
     ax.yaxis.get_offset_text().set_fontsize(SMALL - 1.5)
     if title:
-        why = str(found["why"].item())
-        hue = {"helped most": HELPING, "hurt most": HURTING}.get(why, INK)
-        ax.set_title(
-            f"{parameter_labels([found['parameter'].item()], 18)[0]}\n{why}",
-            fontsize=SMALL - 0.5,
-            color=hue,
-            loc="left",
-        )
+        hue = {"helped most": HELPING, "hurt most": HURTING}.get(str(found["why"].item()), INK)
+        ax.set_title(title, fontsize=SMALL - 0.5, color=hue, loc="left")

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from ..colours import FAINT, INK, LAYERS, MUTED
+from ..findings.peaks import powerless
 from .style import SMALL, colour, escape, expect, fresh_figure, key, labels, note, rows_of_names, tidy
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 _COLOURS = 6  # layers that colours and a legend tell apart
-_POWERLESS = 0.5  # alignments expected of chance below which none at all says nothing
+_NAMED = 10  # groups that are named in the order of their marks
 
 
 def peaks(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
@@ -45,7 +46,10 @@ def peaks(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     (_by_layer if by_layer else _by_group)(raster, found)
     raster.set_xlim(found["step"].values[0], found["step_end"].values[-1])
     _null(null, found)
-    note(figure, found)
+    order = labels(found["group"].values.tolist(), 14)
+    more = f" and {groups - _NAMED} more" if groups > _NAMED else ""
+    rows = f"Within a row, from the top: {', '.join(order[:_NAMED])}{more}." if by_layer and groups > 1 else ""
+    note(figure, found, rows)
     return figure
 
 
@@ -124,17 +128,17 @@ def _null(ax: Axes, found: xr.Dataset) -> None:
     if "p_local" in found:
         lines.append((f"rotated within parts: p = {float(found['p_local']):.2g}", LAYERS[0]))
     lines.append((f"independent: p = {float(found['p_independent']):.2g}", MUTED))
-    usual = max(float(found["expected_total"]), *(float(values.mean()) for values in drawn.values()))
-    if observed == 0 and usual < _POWERLESS:
+    usual = powerless(found)
+    if usual is not None:
         count = int(found["counted"].sum()) if "counted" in found.coords else found.sizes["layer"]
         about = f"{usual:.2f}" if usual >= 0.01 else "less than 0.01"
-        powerless = (
+        advice = (
             f"asking all {count} layers to",
             "peak together has no",
             "power: chance alone gives",
             f"{about}. Try fewer (by).",
         )
-        lines += [(each, INK) for each in powerless]
+        lines += [(each, INK) for each in advice]
     tall = ax.get_window_extent().height / ax.figure.dpi * 72  # points, before the layout
     ax.set_ylim(0, tallest / (1 - min((10 * len(lines) + 8) / tall, 0.7)))
     right = observed > top / 2 or top == 1
@@ -148,3 +152,4 @@ def _null(ax: Axes, found: xr.Dataset) -> None:
     tidy(ax, x=f"aligned {escape(found.attrs.get('signal', 'allocation'))} peaks", y="rotations")
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

@@ -175,7 +175,8 @@ def labels(names: Sequence[Any], most: int = 26) -> list[str]:
 
 
 def parameter_labels(names: Sequence[str], most: int = 38) -> list[str]:
-    """Names of parameters ready to be drawn: the index stays whole, and of a long tensor name what stands behind.
+    """Names of parameters ready to be drawn: the index stays whole; a long tensor name is cut in its middle, or where that leaves
+    several alike, before what stands behind.
 
     >>> parameter_labels(["blocks.3_2.conv2.weight[6, 2]", "blocks.3_1.conv2.weight[6, 2]", "fc.bias[0]"], 20)
     ['…3_2.conv2.weight[6, 2]', '…3_1.conv2.weight[6, 2]', 'fc.bias[0]']
@@ -185,12 +186,16 @@ def parameter_labels(names: Sequence[str], most: int = 38) -> list[str]:
     index = max((len(mark + rest) for _, mark, rest in split), default=0)
     longest = max(map(len, tensors), default=0)
     room = max(8, most - index)
+    middle = shorten(list(tensors), room)
+    if max(map(len, middle), default=0) <= room:
+        short = dict(zip(tensors, middle, strict=True))
+        return [escape(f"{short[tensor]}{mark}{rest}") for tensor, mark, rest in split]
     for width in range(room, min(longest, room + _MORE)):
         short = {name: name if len(name) <= width else _end(name, width) for name in tensors}
         if len(set(short.values())) == len(tensors):
             break
     else:  # they differ in their middle
-        short = dict(zip(tensors, shorten(list(tensors), room), strict=True))
+        short = dict(zip(tensors, middle, strict=True))
     return [escape(f"{short[tensor]}{mark}{rest}") for tensor, mark, rest in split]
 
 
@@ -301,8 +306,11 @@ def colour_bar(
 ) -> None:
     """A thin bar that says which end helped, beside `axes` or `into` its own; long numbers put a power of ten into the label."""
     figure = np.ravel(axes)[0].figure
+    tall = np.ravel(axes)[0].get_window_extent().height / figure.dpi  # inches, before the layout
     place: dict[str, Any] = (
-        {"orientation": "horizontal", "aspect": 50, "shrink": 0.6} if below else {"aspect": 24, "pad": 0.02}
+        {"orientation": "horizontal", "aspect": 50, "shrink": 0.6}
+        if below
+        else {"aspect": max(24, 10 * tall), "pad": 0.02}
     )
     if into is not None:
         place = {"cax": into, "orientation": "horizontal" if below else "vertical"}

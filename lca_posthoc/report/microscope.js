@@ -1,7 +1,7 @@
 "use strict";
 /* The microscope: frames of cells, one per parameter or block of parameters, laid out by layer. */
 const lcaMicroscope = (() => {
-  const GAP = 8, TITLE = 18, SPACE = 14;
+  const GAP = 8, TITLE = 18, SPACE = 14, FONT = "12px system-ui, sans-serif", LEAST = 44, MOST = 100;
   const find = (id) => document.getElementById(id);
   let film = null, codes, table, colours, boxes = [], frame = 0, playing = 0, cursor = null, fresh = true, layers;
 
@@ -76,13 +76,20 @@ const lcaMicroscope = (() => {
         high = Math.max(high, h);
         return box;
       });
-      const label = Math.min(width, Math.max(wide, 44));
+      const vectors = columns === tensors.length, name = wordy(layer);
+      const label = Math.min(width, Math.max(wide, vectors ? (name > LEAST ? LEAST / 2 : name) : Math.min(name, MOST)));
       if (x && x + label > width) { x = 0; y += deep + SPACE; deep = 0; }
-      inside.forEach((box) => found.push({ ...box, x: box.x + x + 1, y: box.y + y + TITLE, layer, top: y, left: x, label }));
+      inside.forEach((box) => found.push({ ...box, x: box.x + x + 1, y: box.y + y + TITLE, layer, top: y, left: x, label, vectors }));
       x += label + SPACE;
       deep = Math.max(deep, TITLE + line + high);
     }
     return { found, height: Math.ceil(y + deep + 2) };
+  }
+
+  function wordy(text) {
+    const context = find("picture").getContext("2d");
+    context.font = FONT;
+    return Math.ceil(context.measureText(text).width);
   }
 
   function lay() {
@@ -104,7 +111,32 @@ const lcaMicroscope = (() => {
       box.image = new ImageData(box.tensor.columns, box.tensor.rows);
       box.words = new Uint32Array(box.image.data.buffer);
     }
+    name(canvas.getContext("2d"), width);
     draw();
+  }
+
+  /* What stands above the layers, each unlike the others. Vectors behind a kernel, such as a normalisation's, are named where the whole
+     name fits; else the name of the kernel has their room. */
+  function name(context, width) {
+    context.font = FONT;
+    const fits = (text, room) => context.measureText(text).width <= room;
+    const first = boxes.filter((box, at) => !at || box.layer !== boxes[at - 1].layer);
+    const named = first.filter((box, at) => !box.vectors || !at || first[at - 1].top !== box.top || fits(box.layer, box.label));
+    const seen = new Set();
+    named.forEach((box, at) => {
+      const next = named[at + 1], room = (next && next.top === box.top ? next.left - 4 : width) - box.left;
+      const text = [box.layer, box.tensor.short].find((each) => fits(each, room)) ?? cut(box.tensor.short, (each) => fits(each, room));
+      box.title = seen.has(text) ? "" : text;
+      seen.add(text);
+    });
+  }
+
+  function cut(text, fits) {
+    for (let kept = text.length - 1; kept > 1; kept--) {
+      const said = `${text.slice(0, Math.ceil(kept / 2))}…${text.slice(text.length - Math.floor(kept / 2))}`;
+      if (fits(said)) return said;
+    }
+    return "";
   }
 
   function draw() {
@@ -112,9 +144,8 @@ const lcaMicroscope = (() => {
     const canvas = find("picture"), context = canvas.getContext("2d"), sharp = window.devicePixelRatio || 1;
     context.setTransform(sharp, 0, 0, sharp, 0, 0);
     context.clearRect(0, 0, canvas.width, canvas.height);
-    context.font = "12px system-ui, sans-serif";
+    context.font = FONT;
     context.textBaseline = "top";
-    let before = null;
     for (const box of boxes) {
       const start = frame * film.cells + box.tensor.offset;
       for (let at = 0; at < box.words.length; at++) box.words[at] = shade(table[codes[start + at]]);
@@ -123,19 +154,13 @@ const lcaMicroscope = (() => {
       context.drawImage(box.sheet, box.x, box.y, box.w, box.h);
       context.strokeStyle = lcaFigures.ink("line");
       context.strokeRect(box.x - 0.5, box.y - 0.5, box.w + 1, box.h + 1);
-      if (box.layer !== before) title(context, box);
-      before = box.layer;
+      if (box.title) {
+        context.fillStyle = lcaFigures.ink("muted");
+        context.fillText(box.title, box.left, box.top);
+      }
     }
     if (cursor) outline(context);
     words();
-  }
-
-  function title(context, box) {
-    context.fillStyle = lcaFigures.ink("muted");
-    let text = box.layer;
-    if (context.measureText(text).width > box.label) text = box.tensor.short;
-    while (text.length > 2 && context.measureText(text).width > box.label) text = `${text.slice(0, -2)}…`;
-    context.fillText(text, box.left, box.top);
   }
 
   function outline(context) {
@@ -305,5 +330,8 @@ const lcaMicroscope = (() => {
     return [edge.left + box.x + (column + 0.5) * box.size, edge.top + box.y + (row + 0.5) * box.size];
   }
 
-  return { begin, paint, locate };
+  /* What stands above the layers, for the tests. */
+  const titles = () => boxes.map((box) => box.title).filter(Boolean);
+
+  return { begin, paint, locate, titles };
 })();

@@ -23,7 +23,7 @@ TENSORS = 1000
 BYTES = 4_200_000  # of codes; a third more in base64
 _QUANTILE = 0.995  # of what is not zero: where colours saturate
 _LARGEST_HALF = 32768.0
-_LETTERS = 7  # above a narrow picture
+_LETTERS = 12  # above a narrow picture
 
 
 def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, list[str]]:

@@ -19,6 +19,7 @@ _CHOICES = ("how many there are", "what they add up to")
 def section() -> Section:
     """One figure: sizes on a logarithmic axis, helping above and hurting below the line."""
     made = plain_figure("size of an allocation, |A|, in units of loss", "share per doubling", 320, x_axis_type="log")
+    made.xaxis.ticker.desired_num_ticks = 4  # a phone has room for these
     made.tags = ["percent"]
     tip = [("|A|", "@left{%.2e} to @right{%.2e}"), ("share", "@value{0.00%}")]
     for name in ("helping", "hurting"):

@@ -24,7 +24,7 @@ def section() -> Section:
     add_level(shares, 0.5)
     add_lines(shares, "hurting", "hurting", width=1.25, tip=[("segment from step", "@x{0}"), ("hurting", "@y{0.0%}")])
     add_lines(shares, "helping", "helping", tip=[("segment from step", "@x{0}"), ("helping", "@y{0.0%}")])
-    over = plain_figure("share of its segments on which a parameter helps", "parameters", 280)
+    over = plain_figure("share of segments helped", "parameters", 280)
     tip = [("share", "@left{0.0%} to @right{0.0%}"), ("parameters", "@top{0,0}")]
     add_boxes(over, "observed", ACCENT, tip, 0.55)
     add_lines(over, "expected", INK, width=1.5, dash="dashed", tip=[("share", "@x{0.0%}"), ("by chance", "@y{0,0.0}")])

@@ -51,7 +51,7 @@ def block(panel: Panel, room: Room) -> Block:
         views["layers"][f"{key}|"] = {"layers": {"xs": xs, "ys": packed, "name": names, "colour": "@palette"}}
         columns = [panel.of_group(found[name], at).values[shown] for name in ("total", "mean")]
         columns.append(panel.share_of_group(found["helping"], at).values[shown])
-        views["@layers"][f"{key}|"] = {"2": columns[0].tolist(), "3": columns[1].tolist(), "4": columns[2].tolist()}
+        views["@layers"][f"{key}|"] = {"1": columns[0].tolist(), "2": columns[1].tolist(), "3": columns[2].tolist()}
     if most <= len(steps):
         notes.append(f"Running sums are drawn with {most:,} of {len(steps) + 1:,} points each, extremes kept.")
     return Block(
@@ -67,15 +67,15 @@ def _table(panel: Panel, found: xr.Dataset, shown: list[int], names: list[str]) 
     helping = panel.share_of_group(found["helping"], None).values
     ticked = set(largest(total[shown], _DRAWN))
     rows = [
-        [name, int(found["elements"].values[at]), float(total[at]), float(mean[at]), float(helping[at])]
+        [name, float(total[at]), float(mean[at]), float(helping[at]), int(found["elements"].values[at])]
         for name, at in zip(names, shown, strict=True)
     ]
     columns = [
-        Column("layer", "name"),
-        Column("parameters", "count"),
+        Column("layer", "name"),  # what a phone shows without scrolling comes first
         Column("Σ allocation", "bar"),
         Column("mean", "number"),
         Column("helping", "share"),
+        Column("parameters", "count"),
     ]
     return Table(
         "Layers, in the model's order: tick the ones to draw",

@@ -8,6 +8,7 @@ import numpy as np
 from bokeh.models import FixedTicker, Range1d
 
 from ...findings.names import fitting
+from ...findings.peaks import powerless
 from ..content import Block, Column, Section, Table, clean, count, plain
 from ..figures import ACCENT, add_boxes, add_dots, add_level, plain_figure, steps_figure
 from ..panels import Panel, Room
@@ -63,11 +64,18 @@ def block(panel: Panel, room: Room) -> Block:
         views["null"]["|"] = _null(found)
     observed, expected = float(found["observed_total"]), float(found["expected_total"])
     of = " (all groups together)" if panel.groups is not None else ""
+    usual = powerless(found)
+    power = (
+        f" Asking all of {count(len(names), 'layer')} to peak together has no power here: chance alone gives "
+        f"{f'{usual:.2f}' if usual >= 0.01 else 'less than 0.01'} such segments."
+        if usual is not None
+        else ""
+    )
     captions = {
         "peaks": f"All of {count(len(names), 'layer')} peak together at {count(observed, 'segment')}{of}.",
         "null": f"Observed: {count(observed)}. Layers shifted within stretches of training, which keeps how often each part of it has "
         f"peaks, give as many or more with p = {_chance(found, 'local')}: the one to quote. Shifted over the whole of training, as if "
-        f"peaks were as likely late as early, p = {_chance(found, 'shift')}; expected of independent layers: {plain(expected)}.",
+        f"peaks were as likely late as early, p = {_chance(found, 'shift')}; expected of independent layers: {plain(expected)}.{power}",
     }
     tables = []
     if panel.groups is not None and "p_shift_group" in found:
