@@ -136,6 +136,62 @@ def test_the_microscope_shows_the_last_moment_on_which_anything_moved(blank: int
     assert isinstance(plots.microscope(still), Figure)
 
 
+@pytest.mark.parametrize("faint", [1, 3])
+def test_the_microscope_passes_over_frames_that_are_all_but_blank(faint: int) -> None:
+    given = found.large("microscope", 6, 8)
+    for name in given.data_vars:
+        given[name].values[8 - faint :] *= 1e-3
+    said = "\n".join(text.get_text() for text in plots.microscope(given).findobj(Text))
+    assert f"training steps {7 - faint} → {8 - faint}" in said
+
+
+def test_words_above_traces_say_the_tensor_and_its_index() -> None:
+    given = found.oscillation()
+    names = ["conv1.weight[0, 1]", "layer1.0.conv2.weight[3, 2]", "layer3.0.downsample.0.weight[33, 14, 0, 0]"]
+    figure = plots.oscillation(given.assign_coords(parameter=("trace", names)))
+    figure.canvas.draw()
+    titles = [ax._left_title for ax in figure.axes if "[" in ax.get_title(loc="left")]
+    said = [title.get_text().split("\n") for title in titles]
+    assert [first for first, _ in said] == ["conv1.weight", "layer1.0.conv2.weight", "layer3.0.dow…mple.0.weight"]
+    assert [second.split(" ")[0] for _, second in said] == ["[0,", "[3,", "[33,"]
+    assert apart(titles)
+
+
+def test_names_of_groups_do_not_cover_each_other() -> None:
+    classes = ["airplane", "automobile", "bird"]
+    ax = plots.layers(found.layers(groups=True).assign_coords(group=classes))
+    ax.figure.canvas.draw()
+    assert [text.get_text() for text in ax.get_xticklabels()] == classes
+    assert apart(list(ax.get_xticklabels()))
+
+
+def test_means_of_many_layers_say_their_unit_inside_the_page() -> None:
+    ax = plots.layers(found.large("layers", 41, 3), show="mean")
+    ax.figure.canvas.draw()
+    box = ax.xaxis.label.get_window_extent()
+    assert "units of loss" in ax.get_xlabel()
+    assert ax.figure.bbox.x0 <= box.x0
+    assert box.x1 <= ax.figure.bbox.x1
+
+
+def test_the_words_of_a_distribution_cover_no_data() -> None:
+    sizes = plots.distribution(found.distribution()).axes[0]
+    sizes.figure.canvas.draw()
+    top = sizes.get_window_extent().y1
+    assert len(sizes.texts) == 4
+    assert all(text.get_window_extent().y0 >= top for text in sizes.texts)
+    assert apart([*sizes.texts, sizes._left_title])
+
+
+@pytest.mark.parametrize("groups", [2, 12])
+def test_marks_of_groups_within_a_row_are_explained(groups: int) -> None:
+    names = tuple(f"class {at}" for at in range(groups))
+    figure = plots.peaks(found.peaks(names, layers=tuple(f"fc{at}" for at in range(9))))
+    said = figure._supxlabel.get_text()  # type: ignore[attr-defined]
+    assert "Within a row, from the top: class 0, class 1" in said
+    assert ("and 2 more" in said) == (groups == 12)
+
+
 @pytest.mark.parametrize("count", [6, 20, 41])
 def test_names_under_the_microscope_differ(count: int) -> None:
     figure = drawn("microscope", count, 3)

@@ -211,14 +211,14 @@ def test_what_the_page_carries_are_the_numbers_of_the_run(small: Path, small_pag
                 expected = (
                     expected.values @ (weight / weight.sum()) if not position else expected.isel(group=int(position))
                 )
-            np.testing.assert_allclose(view["2"], np.asarray(expected), rtol=1e-6)
+            np.testing.assert_allclose(view["1"], np.asarray(expected), rtol=1e-6)
 
 
 def test_of_a_mean_over_groups_no_share_is_claimed(small: Path, tmp_path: Path) -> None:
     write_report([open_run(small)], tmp_path / "it.html", losses=["per_class"])
     text = (tmp_path / "it.html").read_text()
     views = part(text, "data")["views"]["@layers"]["0"]
-    assert set(views["|"]["4"]) == {None}
+    assert set(views["|"]["3"]) == {None}
     assert all(0 <= share <= 1 for share in views["2|"]["4"])
     says(Tags(text).text, "pick a group for its layers' shares", "largest |residual| of a segment in one group")
 
@@ -527,4 +527,24 @@ def test_long_names_that_differ_in_their_middle_fit_a_phone_and_are_told_apart(
     for size in SIZES:
         with chromium.opened(path, size) as opened:
             assert opened.js("document.documentElement.scrollWidth <= innerWidth"), size
+            titles = opened.js("lcaMicroscope.titles()")
+            assert len(set(titles)) == len(titles) == 12
+            cut = "[...document.querySelectorAll('tbody th.name')].filter((each) => each.scrollWidth > each.clientWidth + 1).length"
+            assert size != "phone" or opened.js(cut) == 0
             assert opened.faults == []
+
+
+def test_kernels_under_the_microscope_have_their_whole_names(chromium: Browser, tmp_path: Path) -> None:
+    blocks = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in (0, 1)]
+    shapes: dict[str, tuple[int, ...]] = {"conv1.weight": (6, 4)}
+    for block in blocks:
+        for at in (1, 2):
+            shapes |= {f"{block}.conv{at}.weight": (6, 4), f"{block}.bn{at}.weight": (6,), f"{block}.bn{at}.bias": (6,)}
+    build(tmp_path / "r.lca", shapes, 3, {"train": None})
+    path = write_report([open_run(tmp_path / "r.lca")], tmp_path / "it.html")
+    kernels = {"conv1", *(f"{block}.conv{at}" for block in blocks for at in (1, 2))}
+    for size in SIZES:
+        with chromium.opened(path, size) as opened:
+            titles = opened.js("lcaMicroscope.titles()")
+            assert kernels <= set(titles), size
+            assert len(set(titles)) == len(titles)

@@ -57,7 +57,8 @@ const lcaMicroscope = (() => {
   function place(width, cell, only) {
     const found = [];
     let x = 0, y = 0, deep = 0;
-    for (const [layer, tensors] of layers) {
+    const unnamed = (at) => layers[at] && layers[at][1].every((tensor) => tensor.columns === 1) && asked(layers[at]) > LEAST;
+    for (const [which, [layer, tensors]] of layers.entries()) {
       if (only !== "" && layers[Number(only)][0] !== layer) continue;
       const columns = tensors.filter((tensor) => tensor.columns === 1).length; /* biases stay beside their kernel, in its rows */
       const room = width - 2 - columns * GAP;
@@ -76,8 +77,9 @@ const lcaMicroscope = (() => {
         high = Math.max(high, h);
         return box;
       });
-      const vectors = columns === tensors.length, name = wordy(layer);
-      const label = Math.min(width, Math.max(wide, vectors ? (name > LEAST ? LEAST / 2 : name) : Math.min(name, MOST)));
+      const vectors = columns === tensors.length, spare = unnamed(which + 1) ? LEAST / 2 + SPACE : 0;
+      const name = unnamed(which) ? LEAST / 2 : asked(layers[which]) - spare;
+      const label = Math.min(width, Math.max(wide, name));
       if (x && x + label > width) { x = 0; y += deep + SPACE; deep = 0; }
       inside.forEach((box) => found.push({ ...box, x: box.x + x + 1, y: box.y + y + TITLE, layer, top: y, left: x, label, vectors }));
       x += label + SPACE;
@@ -86,16 +88,19 @@ const lcaMicroscope = (() => {
     return { found, height: Math.ceil(y + deep + 2) };
   }
 
-  function wordy(text) {
+  /* The room a layer's name asks for: all of it, or where it is long, that of the short one. */
+  function asked([layer, tensors]) {
     const context = find("picture").getContext("2d");
     context.font = FONT;
-    return Math.ceil(context.measureText(text).width);
+    const width = (text) => Math.ceil(context.measureText(text).width);
+    return width(layer) <= MOST ? width(layer) : Math.min(MOST, width(tensors[0].short));
   }
 
   function lay() {
     const canvas = find("picture"), width = canvas.parentElement.clientWidth, only = find("layer").value;
     if (!width) return;
-    const most = Math.max(260, Math.min(640, innerHeight * 0.62));
+    const names = place(width, 0.25, only).height; /* the cells of many layers need room beside that of the names */
+    const most = Math.max(260, Math.min(640, innerHeight * 0.62), 1.6 * names);
     let done = null;
     for (const cell of [24, 20, 16, 14, 12, 10, 9, 8, 7, 6, 5, 4, 3, 2.5, 2, 1.5, 1, 0.75, 0.5, 0.25]) {
       done = place(width, cell, only);

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from bokeh.models import FixedTicker
 
 from ..content import Block, Column, Section, Table, count, percent, plain, signed
 from ..figures import add_boxes, plain_figure
@@ -19,7 +20,7 @@ _CHOICES = ("how many there are", "what they add up to")
 def section() -> Section:
     """One figure: sizes on a logarithmic axis, helping above and hurting below the line."""
     made = plain_figure("size of an allocation, |A|, in units of loss", "share per doubling", 320, x_axis_type="log")
-    made.xaxis.ticker.desired_num_ticks = 4  # a phone has room for these
+    made.xaxis.ticker = FixedTicker(ticks=[10.0**power for power in range(-45, 40, 3)])  # a phone has room for these
     made.tags = ["percent"]
     tip = [("|A|", "@left{%.2e} to @right{%.2e}"), ("share", "@value{0.00%}")]
     for name in ("helping", "hurting"):
