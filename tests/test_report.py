@@ -219,7 +219,7 @@ def test_of_a_mean_over_groups_no_share_is_claimed(small: Path, tmp_path: Path) 
     text = (tmp_path / "it.html").read_text()
     views = part(text, "data")["views"]["@layers"]["0"]
     assert set(views["|"]["3"]) == {None}
-    assert all(0 <= share <= 1 for share in views["2|"]["4"])
+    assert all(0 <= share <= 1 for share in views["2|"]["3"])
     says(Tags(text).text, "pick a group for its layers' shares", "largest |residual| of a segment in one group")
 
 
