@@ -34,7 +34,19 @@ from rich.table import Column
 from rich.text import Text
 
 from .errors import LCAWarning, ResourceError
-from .progress import Event, Listener, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow, Stage, silent
+from .progress import (
+    Event,
+    Listener,
+    Note,
+    Planned,
+    SpanDone,
+    SpanFailed,
+    SpanRetried,
+    SpanSlow,
+    Stage,
+    Stopping,
+    silent,
+)
 
 LOOK = 2.0  # seconds between two looks at how far spans are
 FIRST = 20.0  # seconds after work began, once there are figures, until the first line where there is no terminal
@@ -460,6 +472,8 @@ class Display:
         with self._lock:
             if isinstance(event, Note):
                 self.say(event.text)
+            elif isinstance(event, Stopping):
+                say(event.text)  # never a warning, which a filter may make an error of
             elif isinstance(event, Stage):
                 self._on_stage(event)
             elif isinstance(event, Planned):

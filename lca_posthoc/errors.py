@@ -37,8 +37,11 @@ class ResourceError(LCAError):
     exit_code = 5
 
 
-class Interrupted(LCAError):
-    """Stopped on request after the spans in flight were drained; running again resumes."""
+class Interrupted(LCAError, KeyboardInterrupt):
+    """Stopped on request after the spans in flight were drained; running again resumes.
+
+    Both `except LCAError` and `except KeyboardInterrupt` catch it.
+    """
 
     exit_code = 130
 

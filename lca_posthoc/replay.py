@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import signal
+import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,11 @@ import psutil
 
 from . import store
 from .cluster import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting, Where, open_cluster
-from .display import listening
+from .display import duration, listening
 from .errors import InputError, Interrupted, LCAError, ResourceError, SpanError, amount, few, unpack
 from .places import here, is_remote, located, nearest
 from .preparation import as_json, muster, prepare, relative
-from .progress import Listener, Log, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow, Stage
+from .progress import Listener, Log, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow, Stage, Stopping
 from .recognition import same_checkpoints, same_loss, same_tensors, same_values
 from .settings import Settings, on_device, resolve
 from .store import Manifest, Run, RunWriter
@@ -107,7 +108,7 @@ def run(
         InputError: for anything wrong before the first evaluation.
         SpanError: where spans failed; the others are complete.
         ResourceError: where workers, a GPU or space are missing.
-        Interrupted: after Ctrl-C or SIGTERM, when the spans in flight are done.
+        Interrupted: after Ctrl-C or SIGTERM, when the spans in flight are done; a `KeyboardInterrupt` too.
     """
     asked = {
         "rule": rule,
@@ -220,36 +221,65 @@ def default_out(checkpoints: str | Path) -> Path:
 
 
 DURABILITY = ("full", "none")
+_AT_ONCE = 0.1  # seconds after a signal when it is told of at the latest
 
 
 @dataclass
 class _Stop:
-    """A request to drain: the event a cluster listens to, and the signal that asked."""
+    """A request to drain: the event a cluster listens to, the signal that asked, and how many signals arrived."""
 
     event: threading.Event = field(default_factory=threading.Event)
     signal: int = 0
+    arrived: int = 0
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[_Stop]:
-    """The first Ctrl-C or SIGTERM drains, the second one aborts."""
+def _signals(tell: Callable[[int], None]) -> Iterator[_Stop]:
+    """Drain at the first Ctrl-C or SIGTERM, of which a thread tells at once, and abort at the second one.
+
+    Python's own handlers wait until the main thread is back from what it computes; the thread hears of a signal when it arrives.
+    """
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.event.is_set():
-            raise _interrupted(number)
+        if stop.event.is_set() or stop.arrived > 1:  # two may arrive before Python calls this once
+            raise KeyboardInterrupt  # which no `except Exception` on the way takes for a failure of the task
         stop.signal = number
         stop.event.set()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    arrives, leaves = socket.socketpair()
+    leaves.setblocking(False)  # as `set_wakeup_fd` has it
+
+    def listen() -> None:
+        while arrived := arrives.recv(1):  # nothing when the other end is closed
+            if arrived[0] not in numbers:
+                continue
+            stop.arrived += 1
+            if stop.arrived == 1:
+                stop.event.wait(
+                    _AT_ONCE
+                )  # once the handler ran, a second signal that follows what is told is one of its own
+                tell(arrived[0])
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    earlier = signal.set_wakeup_fd(leaves.fileno(), warn_on_full_buffer=False)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield stop
+    except KeyboardInterrupt:
+        raise _interrupted(stop.signal or signal.SIGINT) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(earlier)
+        leaves.close()
+        listener.join()
+        arrives.close()
 
 
 def _interrupted(number: int) -> Interrupted:
@@ -278,16 +308,32 @@ class _Job:
     torn: bool = False
     heard: dict[str, dict[int, list[float]]] = field(default_factory=dict)
     announcement: store.Announcement | None = None
+    stage: str = ""
+    workers: int = 0  # that replay spans; 0 before the first span
+    span_seconds: float | None = None  # that the last span took
 
     def _begin(self, stage: str) -> None:
         """Tell the listener, and whoever asks `lca status`, what is done now."""
+        self.stage = stage
         self.tell(Stage(stage))
         if self.announcement is not None:
             self.announcement.stage(stage)
 
+    def _say_stopping(self, number: int) -> None:
+        """Tell what a first signal waits for, and how to stop at once."""
+        if self.workers:
+            on = f" on {self.workers} workers" if self.workers > 1 else ""
+            took = "" if self.span_seconds is None else f" (the last one took {duration(self.span_seconds)})"
+            waits = f"when the span{'s' if on else ''} underway{on} {'are' if on else 'is'} committed{took}"
+            lost = "what is committed is kept, what is underway is computed again next time"
+        else:
+            waits, lost = f"when this is done: {self.stage}", "no span has begun"
+        again = "Press Ctrl-C again" if number == signal.SIGINT else "Send SIGTERM again"
+        self.tell(Stopping(f"stopping {waits}. {again} to stop now: {lost}."))
+
     def run(self, where: Where) -> None:
         where.check()
-        with _signals() as stop, store.announced(self.path) as self.announcement:
+        with _signals(self._say_stopping) as stop, store.announced(self.path) as self.announcement:
             try:
                 self._run(where, stop)
             except OSError as error:
@@ -448,6 +494,7 @@ class _Job:
         if self.announcement is not None:
             self.announcement.end()
         self.tell(Planned(pending, total, len(waiting), cluster.workers, directory if pending else ""))
+        self.workers = cluster.workers if pending else 0
         place = {"run": directory, "durable": self.durable}
         specs = (
             {**common, **_span_part(covered[names[0]], span), **place, "pending": names}
@@ -515,6 +562,7 @@ class _Job:
                 raise error
             self._failed(manifest.of(done.spec["pending"][0]), span, str(error))
             return set()
+        self.span_seconds, self.workers = result["seconds"], workers
         facts = result["losses"].values()
         for name, fact in result["losses"].items():
             self._join(writer, name, span, fact["ends"])
