@@ -70,12 +70,16 @@ class SpanDone:
 
 @dataclass(frozen=True)
 class SpanFailed:
-    """A span could not be replayed; the others go on."""
+    """A span could not be replayed; the others go on.
+
+    `not_finite` is the training step of the checkpoint that holds NaN or Inf, where that is why; None for anything else.
+    """
 
     span: int
     first_step: int
     last_step: int
     message: str
+    not_finite: int | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import psutil
 from . import store
 from .cluster import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting, Where, open_cluster
 from .display import duration, listening
-from .errors import InputError, Interrupted, LCAError, ResourceError, SpanError, amount, few, unpack
+from .errors import InputError, Interrupted, LCAError, NotFiniteError, ResourceError, SpanError, amount, few, unpack
 from .places import here, is_remote, located, nearest
 from .preparation import as_json, muster, prepare, relative
 from .progress import Listener, Log, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow, Stage, Stopping
@@ -549,8 +549,8 @@ class _Job:
                 self.tell(SpanSlow(*where, outcome.worker, outcome.seconds, outcome.doing))
         return set()
 
-    def _failed(self, manifest: Manifest, span: int, message: str) -> None:
-        failure = SpanFailed(span, *_steps(manifest, span), message)
+    def _failed(self, manifest: Manifest, span: int, message: str, not_finite: int | None = None) -> None:
+        failure = SpanFailed(span, *_steps(manifest, span), message, not_finite)
         self.failed.append(failure)
         self.tell(failure)
 
@@ -560,7 +560,8 @@ class _Job:
             error = unpack(result["error"])
             if isinstance(error, ResourceError):
                 raise error
-            self._failed(manifest.of(done.spec["pending"][0]), span, str(error))
+            step = error.step if isinstance(error, NotFiniteError) else None
+            self._failed(manifest.of(done.spec["pending"][0]), span, str(error), step)
             return set()
         self.span_seconds, self.workers = result["seconds"], workers
         facts = result["losses"].values()
@@ -629,8 +630,18 @@ def _failures(failed: list[SpanFailed]) -> str:
     more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
     return (
         f"{len(failed)} span{'s' if len(failed) > 1 else ''} failed; the others are complete. Steps {first.first_step} to "
-        f"{first.last_step}{more}: {first.message}"
+        f"{first.last_step}{more}: {first.message}{_not_finite(failed)}"
     )
+
+
+def _not_finite(failed: list[SpanFailed]) -> str:
+    """Return which checkpoints hold NaN or Inf, where spans failed for that, and that trying again does not help."""
+    steps = sorted({failure.not_finite for failure in failed if failure.not_finite is not None})
+    if not steps:
+        return ""
+    several = len(steps) > 1
+    of = f"the checkpoints of steps {few([*map(str, steps)])} hold" if several else f"that of step {steps[0]} holds"
+    return f" Running again cannot replay their spans: {of} NaN or Inf."
 
 
 def _steps(manifest: Manifest, span: int) -> tuple[int, int]:
