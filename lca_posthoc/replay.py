@@ -10,7 +10,7 @@ import errno
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +22,14 @@ from .cluster import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Spec,
 from .display import duration, listening
 from .errors import InputError, Interrupted, LCAError, NotFiniteError, ResourceError, SpanError, amount, few, unpack
 from .places import here, is_remote, located, nearest
-from .preparation import as_json, muster, prepare, relative
+from .preparation import Preparation, as_json, ask, muster, prepare, relative
 from .progress import Listener, Log, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow, Stage, Stopping
 from .recognition import same_checkpoints, same_loss, same_tensors, same_values
 from .settings import Settings, on_device, resolve
-from .store import Manifest, Run, RunWriter
+from .store import LossRecord, Manifest, Run, RunWriter
 from .task import Entry, Task, digest, pack
 from .trajectory import Trajectory, open_trajectory
-from .worker import looks_back, replay_span, settled
+from .worker import compressions, looks_back, replay_span, settled
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -64,6 +64,7 @@ def run(
     insecure: bool = False,
     dashboard: bool = False,
     durability: str = "full",
+    ignore_space: bool = False,
     span: int | None = None,
     progress: Listener | None = None,
 ) -> Run:
@@ -96,6 +97,7 @@ def run(
         insecure: use a cluster whose listeners are open to the network without TLS.
         dashboard: serve Dask's dashboard of local workers on loopback.
         durability: "full" (default: every span is on the disk before it counts) or "none" (kill-safe, not power-safe).
+        ignore_space: begin although the result, estimated after compression, does not fit into the space that is free.
         span: segments per span, a power of two; decides how work is cut, never a result.
         progress: called with every event, and nothing else is shown; `lca_posthoc.progress.silent` shows nothing at all. By
             default notes, retries and failures are warnings (`lca_posthoc.errors.LCAWarning`), and how far the run is stands in a
@@ -133,7 +135,10 @@ def run(
     durable = _durable(durability)
     with listening(progress) as listener:
         log = Log(listener)
-        _Job(located(checkpoints), *pack(task), list(losses or []), path, asked, span, durable, log).run(where)
+        entry, data = pack(task)
+        named = list(losses or [])
+        job = _Job(located(checkpoints), entry, data, named, path, asked, span, durable, log, ignore_space=ignore_space)
+        job.run(where)
     return store.open_run(path)
 
 
@@ -221,6 +226,7 @@ def default_out(checkpoints: str | Path) -> Path:
 
 
 DURABILITY = ("full", "none")
+_BLOCK = 4096  # bytes to whose multiples most file systems round the size of a file
 _AT_ONCE = 0.1  # seconds after a signal when it is told of at the latest
 
 
@@ -310,6 +316,7 @@ class _Job:
     announcement: store.Announcement | None = None
     stage: str = ""
     workers: int = 0  # that replay spans; 0 before the first span
+    ignore_space: bool = False
     span_seconds: float | None = None  # that the last span took
 
     def _begin(self, stage: str) -> None:
@@ -413,7 +420,7 @@ class _Job:
             raise ResourceError(ready.short_of)
         self._begin("laying out the run" if existing is None else "comparing with what is recorded")
         if existing is None:
-            self._check_space(store.required_bytes(ready.manifest, settings["keep"], ready.manifest.losses))
+            self._check_space(cluster, ready, ready.manifest, settings["keep"], ready.manifest.losses)
             store.create(self.path, ready.manifest, self.durable)
         with contextlib.ExitStack() as stack:
             held = stack.enter_context(store.hold(self.path))
@@ -422,7 +429,7 @@ class _Job:
                 writer.sweep()
             if strangers:  # who comes late is asked about the run directory itself
                 muster(cluster, trajectory, cluster.device, stack.enter_context(store.token(self.path)))
-            self._bring_up(writer, ready.manifest)
+            self._bring_up(cluster, writer, ready)
             common = {**ready.common, "batch_sizes": ready.batch_sizes}
             same_values(cluster, writer, common, writer.spans_of(self.damage or ()))
             if self.damage is not None:  # now that all that is needed to compute it again is known to be there
@@ -432,18 +439,31 @@ class _Job:
             if self.failed:
                 raise SpanError(_failures(self.failed))
 
-    def _check_space(self, needed: int) -> None:
+    def _check_space(
+        self, cluster: Cluster, ready: Preparation, manifest: Manifest, keep: str, losses: Mapping[str, LossRecord]
+    ) -> None:
+        """Refuse losses for whose results there is too little space, by what compression leaves of a segment of each."""
         place = nearest(self.path.resolve().parent)
         free = psutil.disk_usage(str(place)).free
-        if needed > free:
+        most = store.required_bytes(manifest, keep, losses)
+        if most <= free:
+            return
+        spec = {**ready.common, **ready.probe_part, "batch_sizes": ready.batch_sizes}
+        shares = ask(cluster, compressions, {**spec, "segments_of_window": manifest.length_of(0)})["compressed"]
+        about = store.estimated_bytes(manifest, keep, losses, shares, _BLOCK)
+        sizes = f"about {amount(about)} after compression (at most {amount(most)}), and {place} has {amount(free)} free"
+        if about > free and not self.ignore_space:
             raise ResourceError(
-                f"the result may need {amount(needed)} but {place} has {amount(free)} free. Keep less with --keep units or "
-                "--keep tensors, or write elsewhere with --out."
+                f"the result will need {sizes}. Keep less with --keep units or --keep tensors, write elsewhere with --out, or begin all "
+                "the same with --ignore-space: a run that meets a full disk stops, and goes on where it was once there is space."
             )
+        self.tell(
+            Note(f"the result will need {sizes}: a run that meets a full disk stops, and goes on once there is space")
+        )
 
-    def _bring_up(self, writer: RunWriter, found: Manifest) -> None:
+    def _bring_up(self, cluster: Cluster, writer: RunWriter, ready: Preparation) -> None:
         """Compare what is recorded with what was found, then take up new losses and new checkpoints."""
-        recorded = writer.manifest
+        recorded, found = writer.manifest, ready.manifest
         same_checkpoints(writer, found.checkpoints, found.root)
         same_tensors(writer, found.tensors)
         for name, record in found.losses.items():
@@ -458,7 +478,8 @@ class _Job:
                 self._say_what_stays(writer.manifest)
         new = {name: record for name, record in found.losses.items() if name not in recorded.losses}
         if new:
-            self._check_space(store.required_bytes(writer.manifest, writer.keep, new))
+            with_new = replace(writer.manifest, losses={**writer.manifest.losses, **new})
+            self._check_space(cluster, ready, with_new, writer.keep, new)
             writer.add_losses(new)
         task = {name: value for name, value in found.provenance.items() if name.startswith("task")}
         if any(recorded.provenance[name] != value for name, value in task.items()):

@@ -15,12 +15,13 @@ from torch import nn
 
 import lca_posthoc
 from lca_posthoc import Loss, Recorder, Task
+from lca_posthoc.errors import ResourceError
 from lca_posthoc.findings import summary
 from lca_posthoc.objective import Objective
 from lca_posthoc.plan import plan, plan_recording
-from lca_posthoc.store import read_manifest, required_bytes
+from lca_posthoc.store import read_manifest, required_bytes, verify
 from lca_posthoc.worker import costs
-from tests.small import contents, document, lca, record, refused, task_namespace, write_step, write_task
+from tests.small import contents, document, lca, record, refused, run_lca, task_namespace, write_step, write_task
 
 
 @pytest.mark.parametrize("rule", ["simpson", "trapezoid", "left", "midpoint", "gauss-2"])
@@ -193,3 +194,46 @@ def test_the_command_plans_a_recording(tmp_path: Path) -> None:
         lca("plan", tmp_path / "ck", "--task", task, "--recording", 3, "--rule", "left", "--loss", "all"),
         "--loss, --rule: of a training that is yet to be recorded, only --task and --json count",
     )
+
+
+class Space:
+    """A disk with so much free space."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.free = 0
+        monkeypatch.setattr(psutil, "disk_usage", lambda place: SimpleNamespace(free=self.free))
+
+
+@pytest.fixture
+def space(monkeypatch: pytest.MonkeyPatch) -> Space:
+    return Space(monkeypatch)
+
+
+@pytest.mark.parametrize("losses", [["train"], ["all"]])
+def test_space_is_refused_by_its_estimate_after_compression(tmp_path: Path, space: Space, losses: list[str]) -> None:
+    record(tmp_path / "ck")
+    task, out = write_task(tmp_path / "task.py"), tmp_path / "out.lca"
+    with pytest.raises(ResourceError, match=r"about .* after compression .*at most.*--keep units.*--ignore-space") as e:
+        lca_posthoc.run(tmp_path / "ck", task, cluster="inline", out=out, losses=losses)
+    assert not out.exists()
+    about, most = (
+        float(number) * {"kB": 1e3, "MB": 1e6}[unit]
+        for number, unit in re.findall(r"([\d.]+) ([kM]B)", str(e.value))[:2]
+    )
+    assert about < most
+    space.free = round(about * 1.01)
+    notes: list[Any] = []
+    run = lca_posthoc.run(tmp_path / "ck", task, cluster="inline", out=out, losses=losses, progress=notes.append)
+    assert any("a run that meets a full disk stops" in getattr(event, "text", "") for event in notes)
+    assert list(verify(run.path)) == []
+
+
+def test_a_refusal_of_space_can_be_overruled(tmp_path: Path, space: Space) -> None:
+    record(tmp_path / "ck")
+    task, out = write_task(tmp_path / "task.py"), tmp_path / "out.lca"
+    refused(run_lca(tmp_path / "ck", task, out), "0 B free", "--ignore-space", code=5)
+    assert run_lca(tmp_path / "ck", task, out, "--ignore-space").exit_code == 0
+    more = ("--loss", "validation")
+    refused(run_lca(tmp_path / "ck", task, out, *more), "0 B free", "--ignore-space", code=5)
+    lca_posthoc.run(tmp_path / "ck", task, cluster="inline", out=out, losses=["all"], ignore_space=True)
+    assert list(verify(out)) == []

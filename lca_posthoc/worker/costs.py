@@ -60,6 +60,14 @@ def measure(spec: Spec) -> Spec:
     }
 
 
+@reported
+def compressions(spec: Spec) -> Spec:
+    """Return by loss what the store's compression leaves of each kind of array, see `compressed_share`."""
+    objective = objective_of(spec)
+    objective.settle_batch_sizes(first_point(spec, objective), spec["batch_sizes"])
+    return {"compressed": _compressions(spec, objective)}
+
+
 def _recalibrating(objective: Any) -> float:
     """Return the seconds of one pass that recalibrates statistics; 0 in other modes."""
     recalibration = objective.recalibration
