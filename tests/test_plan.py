@@ -147,8 +147,26 @@ def test_timing_evaluates_a_split_no_more_than_a_few_times(tmp_path: Path, monke
     record(tmp_path / "ck")
     stages: list[str] = []
     plan(tmp_path / "ck", write_task(tmp_path / "task.py"), workers=1, tell=stages.append)
-    assert 30 <= sum(spent) <= (3 + 3) * 30  # what the budget allows, and the one pass of each kind that is always made
+    assert 30 <= sum(spent) <= (1.5 + 0.5) * 30  # what the budget allows, and what parts of a batch tell besides
     assert [stage.split()[0] for stage in stages] == ["reading", "building", "timing"]
+
+
+def test_a_plan_evaluates_one_large_batch_about_three_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a split of 4,000 examples that is one batch: the probe's samples, and what is timed."""
+    torch.manual_seed(0)
+    seen: list[int] = []
+    monkeypatch.setattr(torch, "seen_by_the_model", seen, raising=False)  # a task is pickled: its model finds it here
+
+    class Counting(Wide):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            torch.seen_by_the_model.append(len(inputs))  # type: ignore[attr-defined]
+            return super().forward(inputs)
+
+    for step in range(3):
+        write_step(tmp_path / "ck", step, Wide().state_dict())
+    data = torch.randn(4000, 64), torch.randint(0, 4, (4000,))
+    plan(tmp_path / "ck", Task(Counting, {"train": data}, {"train": Loss(F.cross_entropy)}), workers=1, batch_size=4000)
+    assert 1 <= sum(seen) / 4000 <= 3.25
 
 
 def test_a_recording_is_planned_as_it_turns_out(tmp_path: Path) -> None:

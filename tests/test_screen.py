@@ -419,6 +419,37 @@ def test_without_a_terminal_there_is_a_line_a_minute_and_an_early_one(capsys: py
     says(lines[0][1], "segments/s on 2 workers", "left")
 
 
+def test_where_there_are_stages_alone_each_is_told_when_it_begins(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    shown = display.Display(clock, stages=True)
+    for stage in ("reading", "probing"):
+        shown(Stage(stage))
+        clock.now += 19
+        shown.tick()
+        clock.now += 1
+        shown.tick()
+    assert capsys.readouterr().err.splitlines() == [
+        "lca: reading",
+        "lca: reading, for 20 s now",
+        "lca: probing",
+        "lca: probing, for 20 s now",
+    ]
+
+
+def test_a_plan_tells_its_stages_with_and_without_a_terminal(place: Path, out: Path) -> None:
+    plan = [*LCA, *calls(place, out)["plan"]]
+    lines = piped(plan).stderr.decode().splitlines()
+    stages = [
+        "reading the headers of the checkpoints",
+        "building the task, and probing it on a sample",
+        "timing a few batches",
+    ]
+    assert lines == [f"lca: {stage}" for stage in stages]
+    code, shown = on_terminal(plan, 80)
+    assert code == 0, shown
+    says(shown, *stages)
+
+
 def test_a_run_of_seconds_prints_no_line(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     shown = display.Display(clock)

@@ -110,6 +110,9 @@ class Objective:
         self._bound: list[tuple[Tensor, bool]] = []
         self._autocast_of: dict[str, str | None] = {}
         self.starts: dict[str, int] = {}
+        self.gave_weights: dict[
+            str, bool
+        ] = {}  # of each loss evaluated yet, whether its function ever gave weights itself
         self._complete()
         self.recalibration = Recalibration(self) if norm_stats == "recalibrated" else None
         self.table = tensor_table(self.model, norm_stats, self.task.fixed, held)
@@ -514,6 +517,7 @@ class Objective:
                 outputs = self.model(inputs) if shared is None else shared.of(self.model, inputs)
                 result = self._per_element(name, loss)(outputs, targets)
         values, weights = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+        self.gave_weights[name] = self.gave_weights.get(name, False) or weights is not None
         if not isinstance(values, Tensor) or not values.is_floating_point():
             raise InputError(
                 f"loss {name!r} on split {loss.on!r} returned {type(values).__name__}, not a tensor of floating-point values."
