@@ -35,7 +35,19 @@ from rich.table import Column
 from rich.text import Text
 
 from .errors import LCAWarning, ResourceError
-from .progress import Event, Listener, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow, Stage, silent
+from .progress import (
+    Event,
+    Listener,
+    Note,
+    Planned,
+    SpanDone,
+    SpanFailed,
+    SpanRetried,
+    SpanSlow,
+    Stage,
+    Stopping,
+    silent,
+)
 from .text import count
 
 LOOK = 2.0  # seconds between two looks at how far spans are
@@ -370,16 +382,25 @@ class _Left(ProgressColumn):
 
 
 class Lines:
-    """A line a minute where there is no terminal, the first one as soon as there are figures."""
+    """A line a minute where there is no terminal, the first one as soon as there are figures.
 
-    def __init__(self, console: Console, now: float) -> None:
-        self._console = console
+    Args:
+        console: where they go.
+        now: seconds on the clock.
+        stages: whether each stage has a line when it begins, and one every `FIRST` seconds, as where stages are all there is.
+    """
+
+    def __init__(self, console: Console, now: float, stages: bool = False) -> None:
+        self._console, self._stages, self._stage = console, stages, ""
         self._last = now  # when the last line was printed, or it began
         self._first = True
 
     def stage(self, text: str, began: float, now: float) -> None:
         """See `View.stage`."""
-        if now - self._last >= MINUTE:
+        if self._stages and text != self._stage:
+            self._stage = text
+            self._print(text, now)
+        elif now - self._last >= (FIRST if self._stages else MINUTE):
             self._print(f"{text}, for {duration(now - began)} now", now)
 
     def show(self, progressed: Progressed, now: float) -> None:
@@ -427,7 +448,7 @@ class Notebook:
                 self._handle.update(shown)
 
 
-def _view(console: Console, now: float) -> View:
+def _view(console: Console, now: float, stages: bool = False) -> View:
     """Return the way that fits where it is shown."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
@@ -436,7 +457,7 @@ def _view(console: Console, now: float) -> View:
             return Notebook(importlib.import_module("IPython.display"))
     if console.file.isatty() and not console.is_dumb_terminal:
         return Bar(console)
-    return Lines(console, now)
+    return Lines(console, now, stages)
 
 
 # --- listeners -----------------------------------------------------------------------------------------------------------
@@ -450,12 +471,13 @@ class Display:
 
     Args:
         clock: seconds that only grow.
+        stages: whether there are stages alone, of which each has a line where there is no terminal.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, stages: bool = False) -> None:
         self._clock = clock
         self._console = stderr()
-        self._view = _view(self._console, clock())
+        self._view = _view(self._console, clock(), stages)
         self._progressed = Progressed()
         self._directory = ""
         self._open_spans_done: set[int] = set()
@@ -480,6 +502,8 @@ class Display:
         with self._lock:
             if isinstance(event, Note):
                 self.say(event.text)
+            elif isinstance(event, Stopping):
+                say(event.text)  # never a warning, which a filter may make an error of
             elif isinstance(event, Stage):
                 self._on_stage(event)
             elif isinstance(event, Planned):

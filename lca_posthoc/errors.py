@@ -25,6 +25,19 @@ class SpanError(LCAError):
     exit_code = 3
 
 
+class NotFiniteError(SpanError):
+    """A checkpoint holds NaN or Inf: the spans that touch it cannot be replayed, however often they are tried.
+
+    Args:
+        message: what was found, and where.
+        step: the training step of the checkpoint.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class DamageError(LCAError):
     """Stored results are not what was committed; `lca repair` computes them again."""
 
@@ -37,8 +50,11 @@ class ResourceError(LCAError):
     exit_code = 5
 
 
-class Interrupted(LCAError):
-    """Stopped on request after the spans in flight were drained; running again resumes."""
+class Interrupted(LCAError, KeyboardInterrupt):
+    """Stopped on request after the spans in flight were drained; running again resumes.
+
+    Both `except LCAError` and `except KeyboardInterrupt` catch it.
+    """
 
     exit_code = 130
 
@@ -87,15 +103,18 @@ def amount(count: float) -> str:
 _KINDS = {kind.__name__: kind for kind in (LCAError, InputError, SpanError, DamageError, ResourceError, Interrupted)}
 
 
-def pack(error: LCAError) -> dict[str, str]:
-    """The error as plain strings, so that no exception class has to be unpickled in another process.
+def pack(error: LCAError) -> dict[str, Any]:
+    """The error as plain strings and numbers, so that no exception class has to be unpickled in another process.
 
     >>> unpack(pack(InputError("no such loss")))
     InputError('no such loss')
     """
-    return {"kind": type(error).__name__, "message": str(error)}
+    step = {"step": error.step} if isinstance(error, NotFiniteError) else {}
+    return {"kind": type(error).__name__, "message": str(error), **step}
 
 
-def unpack(packed: dict[str, str]) -> LCAError:
+def unpack(packed: dict[str, Any]) -> LCAError:
     """The inverse of `pack`."""
+    if "step" in packed:
+        return NotFiniteError(packed["message"], packed["step"])
     return _KINDS[packed["kind"]](packed["message"])

@@ -41,6 +41,38 @@ _BITS = {
     "F64": 64,
     "C64": 64,
 }
+_SHOWN = 512  # bytes at the beginning of a file that tell its format
+_AS_PYTORCH = "give it the ending .pt, and make safetensors of the directory with `lca import DIRECTORY NEW_DIRECTORY`."
+GGUF = (
+    "GGUF, a format for inference: its weights are quantised and packed, so most steps of training are rounded away and torch cannot "
+    "load them by name. Give the safetensors or torch.save files that it was converted from."
+)
+_OTHERS: tuple[tuple[tuple[bytes, ...], str], ...] = (
+    ((b"GGUF",), GGUF),
+    ((b"PK\x03\x04", b"PK\x05\x06"), f"a zip archive, as torch.save writes it: {_AS_PYTORCH}"),
+    (
+        tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6)),
+        f"a pickle, as older torch.save wrote it: {_AS_PYTORCH}",
+    ),
+    (
+        (b"\x89HDF\r\n\x1a\n",),
+        "HDF5: where it has a row for every iterate, give it the ending .h5 and convert it with `lca import FILE NEW_DIRECTORY`.",
+    ),
+    ((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ"), "compressed (gzip, zstd, bzip2 or xz): decompress it."),
+    ((b"\x93NUMPY",), "one array of numpy: save the named tensors with safetensors.numpy.save_file."),
+    (
+        (b"version https://git-lfs",),
+        "a pointer of Git LFS and not the file it stands for: fetch that with `git lfs pull`.",
+    ),
+    (
+        (b"<!doctype", b"<html", b"<?xml", b"<head", b"<error"),
+        "a page of HTML or XML, perhaps what a server answered instead of the file: read what it says, and download the file again.",
+    ),
+    (
+        (b"{", b"["),
+        "text in JSON, perhaps what a server answered instead of the file: read what it says, and download it again.",
+    ),
+)
 FLOATING = frozenset({"F8_E5M2", "F8_E4M3", "F8_E8M0", "F16", "BF16", "F32", "F64"})
 HALF = FLOATING - {"F32", "F64"}
 
@@ -79,6 +111,8 @@ def read_header(path: Path) -> Header:
         with reached(path), path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
+            shown = file.read(_SHOWN)
+            file.seek(0)
             length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
             if not 2 <= length <= size - 8:
                 raise _damaged(path, f"its {size:,} bytes do not begin with a safetensors header")
@@ -93,6 +127,10 @@ def read_header(path: Path) -> Header:
             crc = fingerprint(_remembering(_reader(path, file), samples), size)
             parts = (sample[max(0, 8 + length - offset) :] for offset, sample in samples)
             return Header(tensors, metadata, size, crc, end, tuple(map(google_crc32c.value, parts)))
+    except _DamagedError:
+        if (other := _other_format(shown)) is not None:
+            raise InputError(f"{path} is not a safetensors file, as its name says, but {other}") from None
+        raise
     except OSError as error:
         raise InputError(
             f"cannot read checkpoint file {path}: {error.strerror}. Check the path and its permissions."
@@ -116,10 +154,26 @@ def _remembering(read: Callable[[int, int], bytes], samples: list[tuple[int, byt
     return reader
 
 
+def _other_format(shown: bytes) -> str | None:
+    """Return which format a file is of by its first bytes, and what to do with it; None where they tell nothing.
+
+    Only a file that is not safetensors is asked: the length a header begins with may be any eight bytes.
+    """
+    text = shown.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for marks, what in _OTHERS:
+        if shown.startswith(marks) or (marks[0][:1] in b"<{v" and text.startswith(marks)):
+            return what
+    return None
+
+
+class _DamagedError(InputError):
+    """A file that is not a whole safetensors file."""
+
+
 def _damaged(path: Path, what: str) -> InputError:
-    return InputError(
-        f"{path} is not a whole safetensors file: {what}. Save it again, remove it (the segment across the gap becomes "
-        "longer), or convert it to safetensors if it is a pickle."
+    return _DamagedError(
+        f"{path} is not a whole safetensors file: {what}. Save it again, or remove it (the segment across the gap becomes "
+        "longer)."
     )
 
 

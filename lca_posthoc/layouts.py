@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import InputError, few
+from .headers import GGUF
 
 WHOLE = ("pytorch_model.bin.index.json", "pytorch_model.bin", "adapter_model.bin")
 SAFETENSORS = ("model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors")
@@ -80,8 +81,7 @@ UNREADABLE = (
     Unreadable(
         "GGUF",
         _is_gguf,
-        "GGUF, a format for inference: its weights are quantised and packed, so most steps of training are rounded away and torch cannot "
-        "load them by name. Give the safetensors or torch.save files that it was converted from.",
+        GGUF,
     ),
 )
 

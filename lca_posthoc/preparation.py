@@ -28,6 +28,7 @@ from .worker import admit, describe, probe, sampled, versions
 _SPAN_BYTES = 256 * 2**20
 _LONGEST_SPAN = 32
 _WINDOWS = 64
+_BEGUN = "A run that has begun keeps its tolerance and its precision: with others, write another run with --out."
 _EARLY = (2, 4, 16)  # checkpoints at which running statistics, which lag most early on, are looked at too
 
 
@@ -236,17 +237,17 @@ def _scale(name: str, record: LossRecord, settings: Settings) -> list[str]:
         return []
     least, change = min(abs(first["loss"]), abs(last["loss"])), abs(last["loss"] - first["loss"])
     rounding = ROUNDING[settings["precision"]] * least
+    advice = f"{_advice(tolerance, first['loss'], change, rounding)} {_BEGUN}"
     asked = f"--tolerance {tolerance}" + (f" (here {absolute:.2g})" if is_share(tolerance) else "")
     if absolute < rounding:
         return [
             f"loss {name!r}: {asked} is below the rounding of a loss of {least:.2g} in {settings['precision']}, about {rounding:.2g}: "
-            f"segments will take all {2**COMPOSITE.finest} intervals and stay above it. "
-            f"{_advice(tolerance, first['loss'], change, rounding)}"
+            f"segments will take all {2**COMPOSITE.finest} intervals and stay above it. {advice}"
         ]
     if record.on is not None and 0 < change < 10 * absolute:
         return [
             f"loss {name!r}: {asked} is more than a tenth of what it changes by in all ({change:.2g} from the first checkpoint to the "
-            f"last, on a sample), so hardly any segment will be refined. {_advice(tolerance, first['loss'], change, rounding)}"
+            f"last, on a sample), so hardly any segment will be refined. {advice}"
         ]
     return []
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,13 @@ from pathlib import Path
 @dataclass(frozen=True)
 class Note:
     """Something the user should know; the run goes on."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """Ctrl-C or SIGTERM asked to stop; `text` says what is waited for and how to stop at once. It comes from a thread of its own."""
 
     text: str
 
@@ -62,12 +70,16 @@ class SpanDone:
 
 @dataclass(frozen=True)
 class SpanFailed:
-    """A span could not be replayed; the others go on."""
+    """A span could not be replayed; the others go on.
+
+    `not_finite` is the training step of the checkpoint that holds NaN or Inf, where that is why; None for anything else.
+    """
 
     span: int
     first_step: int
     last_step: int
     message: str
+    not_finite: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ class SpanSlow:
     doing: list[str]
 
 
-Event = Note | Stage | Planned | SpanDone | SpanFailed | SpanRetried | SpanSlow
+Event = Note | Stopping | Stage | Planned | SpanDone | SpanFailed | SpanRetried | SpanSlow
 Listener = Callable[[Event], None]
 
 
@@ -108,14 +120,16 @@ class Log:
     listener: Listener
     file: Path | None = None
     waiting: list[str] = field(default_factory=list)
+    _one_at_a_time: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
         self._write({"event": "Started", "host": socket.gethostname(), "pid": os.getpid()})
 
     def __call__(self, event: Event) -> None:
-        """Write it down and pass it on."""
-        self._write({"event": type(event).__name__, **asdict(event)})
-        self.listener(event)
+        """Write it down and pass it on, one after the other from whatever threads they come."""
+        with self._one_at_a_time:
+            self._write({"event": type(event).__name__, **asdict(event)})
+            self.listener(event)
 
     @contextlib.contextmanager
     def written_to(self, file: Path) -> Iterator[None]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import signal
+import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,18 +19,18 @@ import psutil
 
 from . import store
 from .cluster import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting, Where, open_cluster
-from .display import listening
-from .errors import InputError, Interrupted, LCAError, ResourceError, SpanError, amount, few, unpack
+from .display import duration, listening
+from .errors import InputError, Interrupted, LCAError, NotFiniteError, ResourceError, SpanError, amount, few, unpack
 from .places import here, is_remote, located, nearest
-from .preparation import as_json, muster, prepare, relative
-from .progress import Listener, Log, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow, Stage
+from .preparation import Preparation, as_json, ask, muster, prepare, relative
+from .progress import Listener, Log, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow, Stage, Stopping
 from .recognition import same_checkpoints, same_loss, same_tensors, same_values
 from .settings import Settings, on_device, resolve
-from .store import Manifest, Run, RunWriter
+from .store import LossRecord, Manifest, Run, RunWriter
 from .task import Entry, Task, digest, pack
 from .text import count
 from .trajectory import Trajectory, open_trajectory
-from .worker import looks_back, replay_span, settled
+from .worker import compressions, looks_back, replay_span, settled
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -64,6 +65,7 @@ def run(
     insecure: bool = False,
     dashboard: bool = False,
     durability: str = "full",
+    ignore_space: bool = False,
     span: int | None = None,
     progress: Listener | None = None,
 ) -> Run:
@@ -96,6 +98,7 @@ def run(
         insecure: use a cluster whose listeners are open to the network without TLS.
         dashboard: serve Dask's dashboard of local workers on loopback.
         durability: "full" (default: every span is on the disk before it counts) or "none" (kill-safe, not power-safe).
+        ignore_space: begin although the result, estimated after compression, does not fit into the space that is free.
         span: segments per span, a power of two; decides how work is cut, never a result.
         progress: called with every event, and nothing else is shown; `lca_posthoc.progress.silent` shows nothing at all. By
             default notes, retries and failures are warnings (`lca_posthoc.errors.LCAWarning`), and how far the run is stands in a
@@ -108,7 +111,7 @@ def run(
         InputError: for anything wrong before the first evaluation.
         SpanError: where spans failed; the others are complete.
         ResourceError: where workers, a GPU or space are missing.
-        Interrupted: after Ctrl-C or SIGTERM, when the spans in flight are done.
+        Interrupted: after Ctrl-C or SIGTERM, when the spans in flight are done; a `KeyboardInterrupt` too.
     """
     asked = {
         "rule": rule,
@@ -133,7 +136,10 @@ def run(
     durable = _durable(durability)
     with listening(progress) as listener:
         log = Log(listener)
-        _Job(located(checkpoints), *pack(task), list(losses or []), path, asked, span, durable, log).run(where)
+        entry, data = pack(task)
+        named = list(losses or [])
+        job = _Job(located(checkpoints), entry, data, named, path, asked, span, durable, log, ignore_space=ignore_space)
+        job.run(where)
     return store.open_run(path)
 
 
@@ -221,36 +227,66 @@ def default_out(checkpoints: str | Path) -> Path:
 
 
 DURABILITY = ("full", "none")
+_BLOCK = 4096  # bytes to whose multiples most file systems round the size of a file
+_AT_ONCE = 0.1  # seconds after a signal when it is told of at the latest
 
 
 @dataclass
 class _Stop:
-    """A request to drain: the event a cluster listens to, and the signal that asked."""
+    """A request to drain: the event a cluster listens to, the signal that asked, and how many signals arrived."""
 
     event: threading.Event = field(default_factory=threading.Event)
     signal: int = 0
+    arrived: int = 0
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[_Stop]:
-    """The first Ctrl-C or SIGTERM drains, the second one aborts."""
+def _signals(tell: Callable[[int], None]) -> Iterator[_Stop]:
+    """Drain at the first Ctrl-C or SIGTERM, of which a thread tells at once, and abort at the second one.
+
+    Python's own handlers wait until the main thread is back from what it computes; the thread hears of a signal when it arrives.
+    """
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.event.is_set():
-            raise _interrupted(number)
+        if stop.event.is_set() or stop.arrived > 1:  # two may arrive before Python calls this once
+            raise KeyboardInterrupt  # which no `except Exception` on the way takes for a failure of the task
         stop.signal = number
         stop.event.set()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    arrives, leaves = socket.socketpair()
+    leaves.setblocking(False)  # as `set_wakeup_fd` has it
+
+    def listen() -> None:
+        while arrived := arrives.recv(1):  # nothing when the other end is closed
+            if arrived[0] not in numbers:
+                continue
+            stop.arrived += 1
+            if stop.arrived == 1:
+                stop.event.wait(
+                    _AT_ONCE
+                )  # once the handler ran, a second signal that follows what is told is one of its own
+                tell(arrived[0])
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    earlier = signal.set_wakeup_fd(leaves.fileno(), warn_on_full_buffer=False)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield stop
+    except KeyboardInterrupt:
+        raise _interrupted(stop.signal or signal.SIGINT) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(earlier)
+        leaves.close()
+        listener.join()
+        arrives.close()
 
 
 def _interrupted(number: int) -> Interrupted:
@@ -279,16 +315,33 @@ class _Job:
     torn: bool = False
     heard: dict[str, dict[int, list[float]]] = field(default_factory=dict)
     announcement: store.Announcement | None = None
+    stage: str = ""
+    workers: int = 0  # that replay spans; 0 before the first span
+    ignore_space: bool = False
+    span_seconds: float | None = None  # that the last span took
 
     def _begin(self, stage: str) -> None:
         """Tell the listener, and whoever asks `lca status`, what is done now."""
+        self.stage = stage
         self.tell(Stage(stage))
         if self.announcement is not None:
             self.announcement.stage(stage)
 
+    def _say_stopping(self, number: int) -> None:
+        """Tell what a first signal waits for, and how to stop at once."""
+        if self.workers:
+            on = f" on {self.workers} workers" if self.workers > 1 else ""
+            took = "" if self.span_seconds is None else f" (the last one took {duration(self.span_seconds)})"
+            waits = f"when the span{'s' if on else ''} underway{on} {'are' if on else 'is'} committed{took}"
+            lost = "what is committed is kept, what is underway is computed again next time"
+        else:
+            waits, lost = f"when this is done: {self.stage}", "no span has begun"
+        again = "Press Ctrl-C again" if number == signal.SIGINT else "Send SIGTERM again"
+        self.tell(Stopping(f"stopping {waits}. {again} to stop now: {lost}."))
+
     def run(self, where: Where) -> None:
         where.check()
-        with _signals() as stop, store.announced(self.path) as self.announcement:
+        with _signals(self._say_stopping) as stop, store.announced(self.path) as self.announcement:
             try:
                 self._run(where, stop)
             except OSError as error:
@@ -368,7 +421,7 @@ class _Job:
             raise ResourceError(ready.short_of)
         self._begin("laying out the run" if existing is None else "comparing with what is recorded")
         if existing is None:
-            self._check_space(store.required_bytes(ready.manifest, settings["keep"], ready.manifest.losses))
+            self._check_space(cluster, ready, ready.manifest, settings["keep"], ready.manifest.losses)
             store.create(self.path, ready.manifest, self.durable)
         with contextlib.ExitStack() as stack:
             held = stack.enter_context(store.hold(self.path))
@@ -377,7 +430,7 @@ class _Job:
                 writer.sweep()
             if strangers:  # who comes late is asked about the run directory itself
                 muster(cluster, trajectory, cluster.device, stack.enter_context(store.token(self.path)))
-            self._bring_up(writer, ready.manifest)
+            self._bring_up(cluster, writer, ready)
             common = {**ready.common, "batch_sizes": ready.batch_sizes}
             same_values(cluster, writer, common, writer.spans_of(self.damage or ()))
             if self.damage is not None:  # now that all that is needed to compute it again is known to be there
@@ -387,18 +440,31 @@ class _Job:
             if self.failed:
                 raise SpanError(_failures(self.failed))
 
-    def _check_space(self, needed: int) -> None:
+    def _check_space(
+        self, cluster: Cluster, ready: Preparation, manifest: Manifest, keep: str, losses: Mapping[str, LossRecord]
+    ) -> None:
+        """Refuse losses for whose results there is too little space, by what compression leaves of a segment of each."""
         place = nearest(self.path.resolve().parent)
         free = psutil.disk_usage(str(place)).free
-        if needed > free:
+        most = store.required_bytes(manifest, keep, losses)
+        if most <= free:
+            return
+        spec = {**ready.common, **ready.probe_part, "batch_sizes": ready.batch_sizes}
+        shares = ask(cluster, compressions, {**spec, "segments_of_window": manifest.length_of(0)})["compressed"]
+        about = store.estimated_bytes(manifest, keep, losses, shares, _BLOCK)
+        sizes = f"about {amount(about)} after compression (at most {amount(most)}), and {place} has {amount(free)} free"
+        if about > free and not self.ignore_space:
             raise ResourceError(
-                f"the result may need {amount(needed)} but {place} has {amount(free)} free. Keep less with --keep units or "
-                "--keep tensors, or write elsewhere with --out."
+                f"the result will need {sizes}. Keep less with --keep units or --keep tensors, write elsewhere with --out, or begin all "
+                "the same with --ignore-space: a run that meets a full disk stops, and goes on where it was once there is space."
             )
+        self.tell(
+            Note(f"the result will need {sizes}: a run that meets a full disk stops, and goes on once there is space")
+        )
 
-    def _bring_up(self, writer: RunWriter, found: Manifest) -> None:
+    def _bring_up(self, cluster: Cluster, writer: RunWriter, ready: Preparation) -> None:
         """Compare what is recorded with what was found, then take up new losses and new checkpoints."""
-        recorded = writer.manifest
+        recorded, found = writer.manifest, ready.manifest
         same_checkpoints(writer, found.checkpoints, found.root)
         same_tensors(writer, found.tensors)
         for name, record in found.losses.items():
@@ -413,7 +479,8 @@ class _Job:
                 self._say_what_stays(writer.manifest)
         new = {name: record for name, record in found.losses.items() if name not in recorded.losses}
         if new:
-            self._check_space(store.required_bytes(writer.manifest, writer.keep, new))
+            with_new = replace(writer.manifest, losses={**writer.manifest.losses, **new})
+            self._check_space(cluster, ready, with_new, writer.keep, new)
             writer.add_losses(new)
         task = {name: value for name, value in found.provenance.items() if name.startswith("task")}
         if any(recorded.provenance[name] != value for name, value in task.items()):
@@ -449,6 +516,7 @@ class _Job:
         if self.announcement is not None:
             self.announcement.end()
         self.tell(Planned(pending, total, len(waiting), cluster.workers, directory if pending else ""))
+        self.workers = cluster.workers if pending else 0
         place = {"run": directory, "durable": self.durable}
         specs = (
             {**common, **_span_part(covered[names[0]], span), **place, "pending": names}
@@ -503,8 +571,8 @@ class _Job:
                 self.tell(SpanSlow(*where, outcome.worker, outcome.seconds, outcome.doing))
         return set()
 
-    def _failed(self, manifest: Manifest, span: int, message: str) -> None:
-        failure = SpanFailed(span, *_steps(manifest, span), message)
+    def _failed(self, manifest: Manifest, span: int, message: str, not_finite: int | None = None) -> None:
+        failure = SpanFailed(span, *_steps(manifest, span), message, not_finite)
         self.failed.append(failure)
         self.tell(failure)
 
@@ -514,8 +582,10 @@ class _Job:
             error = unpack(result["error"])
             if isinstance(error, ResourceError):
                 raise error
-            self._failed(manifest.of(done.spec["pending"][0]), span, str(error))
+            step = error.step if isinstance(error, NotFiniteError) else None
+            self._failed(manifest.of(done.spec["pending"][0]), span, str(error), step)
             return set()
+        self.span_seconds, self.workers = result["seconds"], workers
         facts = result["losses"].values()
         for name, fact in result["losses"].items():
             self._join(writer, name, span, fact["ends"])
@@ -582,8 +652,18 @@ def _failures(failed: list[SpanFailed]) -> str:
     more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
     return (
         f"{count(len(failed), 'span')} failed; the others are complete. Steps {first.first_step} to "
-        f"{first.last_step}{more}: {first.message}"
+        f"{first.last_step}{more}: {first.message}{_not_finite(failed)}"
     )
+
+
+def _not_finite(failed: list[SpanFailed]) -> str:
+    """Return which checkpoints hold NaN or Inf, where spans failed for that, and that trying again does not help."""
+    steps = sorted({failure.not_finite for failure in failed if failure.not_finite is not None})
+    if not steps:
+        return ""
+    several = len(steps) > 1
+    of = f"the checkpoints of steps {few([*map(str, steps)])} hold" if several else f"that of step {steps[0]} holds"
+    return f" Running again cannot replay their spans: {of} NaN or Inf."
 
 
 def _steps(manifest: Manifest, span: int) -> tuple[int, int]:

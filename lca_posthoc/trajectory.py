@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import InputError, SpanError, few
+from .errors import InputError, NotFiniteError, SpanError, few
 from .headers import HALF, Header, TensorHeader, fingerprint_of, read_header
 from .layouts import (
     IMPORTED,
@@ -631,7 +631,8 @@ def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[st
         names: the model's name of each tensor → its name inside the files.
 
     Raises:
-        SpanError: where a file changed since, cannot be read, or holds a number that is not finite.
+        SpanError: where a file changed since or cannot be read.
+        NotFiniteError: where a number is not finite.
     """
     import torch  # here, because a driver that only looks at headers need not load torch
 
@@ -642,9 +643,10 @@ def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[st
         ):
             bad = int((~torch.isfinite(tensor.float())).sum())
             mask = "" if bool(tensor.isnan().any()) else f" A mask that never moves is named in Task(fixed=[{name!r}])."
-            raise SpanError(
+            raise NotFiniteError(
                 f"tensor {name!r} holds {bad:,} NaN or Inf in {checkpoint.files[0]} (step {checkpoint.step}). The segments that "
-                f"touch this step cannot be allocated; move the file away and write another run with --out.{mask}"
+                f"touch this step cannot be allocated; move the file away and write another run with --out.{mask}",
+                checkpoint.step,
             )
     return tensors
 

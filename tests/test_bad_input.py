@@ -5,9 +5,11 @@ Every test goes through the command line; every refusal is compared with what la
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -21,6 +23,7 @@ import torch
 from safetensors.torch import save
 
 from lca_posthoc import replay
+from lca_posthoc.headers import read_header
 from lca_posthoc.worker import state
 from tests.small import (
     STEPS,
@@ -233,7 +236,6 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "plus one byte": (lambda data: data + b"\0", "1 too many"),
     "garbage": (lambda data: bytes(range(255, 0, -1)) * 4, "do not begin with a safetensors header"),
     "zeros": (lambda data: bytes(len(data)), "do not begin with a safetensors header"),
-    "a pickle": (_pickled, "convert it to safetensors if it is a pickle"),
     "header not JSON": (lambda data: data[:8] + b"[" + data[9:], "not valid JSON"),
     "header not UTF-8": (lambda data: data[:10] + b"\xff" + data[11:], "not valid JSON"),
     "header too long": (_oversized, "its header claims 34,603,008 bytes"),
@@ -253,6 +255,38 @@ def test_a_damaged_file_is_refused_by_name_before_anything_is_created(place: Pla
     path.write_bytes(spoil(before))
     assert path.read_bytes() != before
     place.refuses(str(path), "is not a whole safetensors file", what, "Save it again")
+
+
+FOREIGN: dict[str, tuple[bytes, tuple[str, ...]]] = {
+    "GGUF": (b"GGUF\x03" + bytes(200), ("but GGUF, a format for inference",)),
+    "torch.save": (_pickled(b""), ("a zip archive, as torch.save writes it", "lca import")),
+    "older torch.save": (pickle.dumps({"out.bias": [0.0]}, 2), ("a pickle, as older torch.save", "lca import")),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(200), ("but HDF5", "lca import FILE")),
+    "gzip": (gzip.compress(bytes(2000), mtime=0), ("compressed", "decompress it")),
+    "gzip, whose first bytes are a length": (gzip.compress(bytes(2000), mtime=0) + bytes(2**20), ("decompress it",)),
+    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(50), ("decompress it",)),
+    "numpy": (b"\x93NUMPY" + bytes(100), ("one array of numpy",)),
+    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", ("Git LFS", "git lfs pull")),
+    "an error page": (b"\n<!DOCTYPE html>\n<html><body>403</body></html>", ("HTML", "download the file again")),
+    "an error in XML": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", ("HTML or XML",)),
+    "an error in JSON": (b'{"error": "Repository not found"}', ("text in JSON", "download it again")),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), FOREIGN.values(), ids=FOREIGN)
+def test_a_file_of_another_format_is_called_what_it_is(place: Place, content: bytes, words: tuple[str, ...]) -> None:
+    path = step_file(place.checkpoints, MIDDLE)
+    path.write_bytes(content)
+    place.refuses(f"{path} is not a safetensors file, as its name says, but", *words)
+
+
+def test_the_length_of_a_header_may_look_like_another_format(tmp_path: Path) -> None:
+    """A header of 0x8b1f bytes begins with the two bytes of gzip."""
+    tensors = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    path = tmp_path / "step_1.safetensors"
+    path.write_bytes(0x8B1F.to_bytes(8, "little") + tensors.ljust(0x8B1F) + bytes(4))
+    assert path.read_bytes()[:2] == b"\x1f\x8b"
+    assert list(read_header(path).tensors) == ["a"]
 
 
 @pytest.mark.parametrize("metadata", [[1], "text", 7, {"step": 3}, {"step": None}], ids=str)
@@ -306,12 +340,30 @@ def _spans(place: Place) -> tuple[int, int, bool]:
 def test_a_number_that_is_not_finite_fails_its_span_and_no_other(place: Place, value: float) -> None:
     _poison(place, MIDDLE, value)
     line = refused(place.run(), "1 span failed", "the others are complete", "Steps 20 to 40", "'out.weight'", code=3)
-    says(line, "1 NaN or Inf", "step_00000030.safetensors", "(step 30)")
+    says(line, "1 NaN or Inf", "step_00000030.safetensors", "(step 30)", "Running again cannot replay their spans")
     assert _spans(place) == (2, 3, False)
-    says(lca("status", place.out).stdout, "2 / 3", "4 / 6", "run `lca run` again to finish")
+    status = lca("status", place.out).stdout
+    says(status, "2 / 3", "4 / 6", "done but for NaN or Inf at step 30", "the last driver ended with SpanError")
+    assert "again to finish" not in status
+    assert document(lca("status", place.out, "--json"))["losses"]["train"]["not_finite"] == [30]
     summary = lca("summary", place.out, "--json")
     assert document(summary)["losses"]["train"]["segments"] == 4
     says(summary.stderr, "note: ", "not complete")
+
+
+def test_every_checkpoint_that_is_not_finite_is_named(place: Place) -> None:
+    _poison(place, STEPS[1])
+    _poison(place, STEPS[-1], float("inf"))
+    line = refused(place.run(), "2 spans failed", "the checkpoints of steps 10, 60 hold NaN or Inf", code=3)
+    says(line, "Running again cannot replay")
+    says(lca("status", place.out).stdout, "done but for NaN or Inf at steps 10, 60")
+
+
+def test_a_span_that_misses_for_another_reason_is_still_to_be_run(place: Place) -> None:
+    _poison(place, MIDDLE)
+    assert place.run().exit_code == 3
+    marker(place.out, "train", 0).unlink()
+    says(lca("status", place.out).stdout, "run `lca run` again to finish")
 
 
 def test_a_number_that_is_not_finite_fails_again_and_what_is_complete_is_not_replayed(place: Place) -> None:
@@ -1062,7 +1114,7 @@ def test_space_that_runs_out_while_a_loss_is_added_leaves_the_others_readable(
     assert on_disk.run().exit_code == 0
     before = lca("summary", on_disk.out, "--json").stdout
     with monkeypatch.context() as patch:
-        patch.setattr(replay._Job, "_check_space", lambda self, needed: disk.fill())
+        patch.setattr(replay._Job, "_check_space", lambda *_: disk.fill())
         refused(on_disk.run("--loss", "all"), "no space left", code=5)
     assert lca("summary", on_disk.out, "--json").stdout == before
     disk.free()

@@ -15,12 +15,13 @@ from torch import nn
 
 import lca_posthoc
 from lca_posthoc import Loss, Recorder, Task
+from lca_posthoc.errors import ResourceError
 from lca_posthoc.findings import summary
 from lca_posthoc.objective import Objective
 from lca_posthoc.plan import plan, plan_recording
-from lca_posthoc.store import read_manifest, required_bytes
+from lca_posthoc.store import read_manifest, required_bytes, verify
 from lca_posthoc.worker import costs
-from tests.small import contents, document, lca, record, refused, task_namespace, write_step, write_task
+from tests.small import contents, document, lca, record, refused, run_lca, task_namespace, write_step, write_task
 
 
 @pytest.mark.parametrize("rule", ["simpson", "trapezoid", "left", "midpoint", "gauss-2"])
@@ -146,8 +147,26 @@ def test_timing_evaluates_a_split_no_more_than_a_few_times(tmp_path: Path, monke
     record(tmp_path / "ck")
     stages: list[str] = []
     plan(tmp_path / "ck", write_task(tmp_path / "task.py"), workers=1, tell=stages.append)
-    assert 30 <= sum(spent) <= (3 + 3) * 30  # what the budget allows, and the one pass of each kind that is always made
+    assert 30 <= sum(spent) <= (1.5 + 0.5) * 30  # what the budget allows, and what parts of a batch tell besides
     assert [stage.split()[0] for stage in stages] == ["reading", "building", "timing"]
+
+
+def test_a_plan_evaluates_one_large_batch_about_three_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a split of 4,000 examples that is one batch: the probe's samples, and what is timed."""
+    torch.manual_seed(0)
+    seen: list[int] = []
+    monkeypatch.setattr(torch, "seen_by_the_model", seen, raising=False)  # a task is pickled: its model finds it here
+
+    class Counting(Wide):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            torch.seen_by_the_model.append(len(inputs))  # type: ignore[attr-defined]
+            return super().forward(inputs)
+
+    for step in range(3):
+        write_step(tmp_path / "ck", step, Wide().state_dict())
+    data = torch.randn(4000, 64), torch.randint(0, 4, (4000,))
+    plan(tmp_path / "ck", Task(Counting, {"train": data}, {"train": Loss(F.cross_entropy)}), workers=1, batch_size=4000)
+    assert 1 <= sum(seen) / 4000 <= 3.25
 
 
 def test_a_recording_is_planned_as_it_turns_out(tmp_path: Path) -> None:
@@ -193,3 +212,46 @@ def test_the_command_plans_a_recording(tmp_path: Path) -> None:
         lca("plan", tmp_path / "ck", "--task", task, "--recording", 3, "--rule", "left", "--loss", "all"),
         "--loss, --rule: of a training that is yet to be recorded, only --task and --json count",
     )
+
+
+class Space:
+    """A disk with so much free space."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.free = 0
+        monkeypatch.setattr(psutil, "disk_usage", lambda place: SimpleNamespace(free=self.free))
+
+
+@pytest.fixture
+def space(monkeypatch: pytest.MonkeyPatch) -> Space:
+    return Space(monkeypatch)
+
+
+@pytest.mark.parametrize("losses", [["train"], ["all"]])
+def test_space_is_refused_by_its_estimate_after_compression(tmp_path: Path, space: Space, losses: list[str]) -> None:
+    record(tmp_path / "ck")
+    task, out = write_task(tmp_path / "task.py"), tmp_path / "out.lca"
+    with pytest.raises(ResourceError, match=r"about .* after compression .*at most.*--keep units.*--ignore-space") as e:
+        lca_posthoc.run(tmp_path / "ck", task, cluster="inline", out=out, losses=losses)
+    assert not out.exists()
+    about, most = (
+        float(number) * {"kB": 1e3, "MB": 1e6}[unit]
+        for number, unit in re.findall(r"([\d.]+) ([kM]B)", str(e.value))[:2]
+    )
+    assert about < most
+    space.free = round(about * 1.01)
+    notes: list[Any] = []
+    run = lca_posthoc.run(tmp_path / "ck", task, cluster="inline", out=out, losses=losses, progress=notes.append)
+    assert any("a run that meets a full disk stops" in getattr(event, "text", "") for event in notes)
+    assert list(verify(run.path)) == []
+
+
+def test_a_refusal_of_space_can_be_overruled(tmp_path: Path, space: Space) -> None:
+    record(tmp_path / "ck")
+    task, out = write_task(tmp_path / "task.py"), tmp_path / "out.lca"
+    refused(run_lca(tmp_path / "ck", task, out), "0 B free", "--ignore-space", code=5)
+    assert run_lca(tmp_path / "ck", task, out, "--ignore-space").exit_code == 0
+    more = ("--loss", "validation")
+    refused(run_lca(tmp_path / "ck", task, out, *more), "0 B free", "--ignore-space", code=5)
+    lca_posthoc.run(tmp_path / "ck", task, cluster="inline", out=out, losses=["all"], ignore_space=True)
+    assert list(verify(out)) == []

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from rich.cells import cell_len
@@ -20,7 +21,8 @@ from lca_posthoc import display, store
 from lca_posthoc.cli import COMMANDS
 from lca_posthoc.cli.show import table
 from lca_posthoc.display import Lines, Progressed, Stream, showable, stderr
-from lca_posthoc.progress import Note, Planned, SpanDone, Stage, silent
+from lca_posthoc.errors import LCAError
+from lca_posthoc.progress import Note, Planned, SpanDone, Stage, Stopping, silent
 from lca_posthoc.text import shorten
 from tests.small import contents, document, lca, marker, record, refused, run_lca, says, task_namespace, write_task
 from tests.terminal import ASCII, LCA, environment, on_terminal, piped
@@ -418,6 +420,37 @@ def test_without_a_terminal_there_is_a_line_a_minute_and_an_early_one(capsys: py
     says(lines[0][1], "segments/s on 2 workers", "left")
 
 
+def test_where_there_are_stages_alone_each_is_told_when_it_begins(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    shown = display.Display(clock, stages=True)
+    for stage in ("reading", "probing"):
+        shown(Stage(stage))
+        clock.now += 19
+        shown.tick()
+        clock.now += 1
+        shown.tick()
+    assert capsys.readouterr().err.splitlines() == [
+        "lca: reading",
+        "lca: reading, for 20 s now",
+        "lca: probing",
+        "lca: probing, for 20 s now",
+    ]
+
+
+def test_a_plan_tells_its_stages_with_and_without_a_terminal(place: Path, out: Path) -> None:
+    plan = [*LCA, *calls(place, out)["plan"]]
+    lines = piped(plan).stderr.decode().splitlines()
+    stages = [
+        "reading the headers of the checkpoints",
+        "building the task, and probing it on a sample",
+        "timing a few batches",
+    ]
+    assert lines == [f"lca: {stage}" for stage in stages]
+    code, shown = on_terminal(plan, 80)
+    assert code == 0, shown
+    says(shown, *stages)
+
+
 def test_a_run_of_seconds_prints_no_line(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     shown = display.Display(clock)
@@ -445,7 +478,7 @@ from pathlib import Path
 
 def cross_entropy(model, batch):
     if {when}:
-        open({fifo!r}).close()  # waits until the test opens the other end
+        {wait}
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 """
 DRIVE = """\
@@ -459,12 +492,22 @@ if __name__ == "__main__":
 """
 
 
-def held_run(place: Path, root: Path, when: str, *options: object) -> tuple[subprocess.Popen[str], Path, Path]:
+INLINE: list[object] = ["--cluster", "inline"]
+LOCAL: list[object] = ["--cluster", "local", "--workers", 1]
+IN_SPAN, BEFORE = "Path({out!r}, 'log', '.span-000000.json').exists()", "not Path({out!r}).exists()"
+UNTIL_OPENED = "open({fifo!r}).close()"  # waits until the test opens the other end
+
+
+def held_run(
+    place: Path, root: Path, when: str, *options: object, wait: str = UNTIL_OPENED
+) -> tuple[subprocess.Popen[str], Path, Path]:
     """`lca run` that waits inside a loss while `when` holds there, its directory, and what to open to let it go on."""
     fifo, out = root / "fifo", root / "held.lca"
     os.mkfifo(fifo)
     text = write_task(root / "held.py", "def cross_entropy(", "def old_cross_entropy(").read_text()
-    text = text.replace("def task():", HELD.format(when=when.format(out=str(out)), fifo=str(fifo)) + "\n\ndef task():")
+    text = text.replace(
+        "def task():", HELD.format(when=when.format(out=str(out)), wait=wait.format(fifo=str(fifo))) + "\n\ndef task():"
+    )
     (root / "held.py").write_text(
         text.replace('"train": Loss(F.cross_entropy, on', '"train": Loss(call=cross_entropy, on')
     )
@@ -499,11 +542,9 @@ def let_go_on(process: subprocess.Popen[str], fifo: Path) -> str:
     return rest[0]
 
 
-@pytest.mark.parametrize(
-    "cluster", [["--cluster", "inline"], ["--cluster", "local", "--workers", 1]], ids=["inline", "local"]
-)
+@pytest.mark.parametrize("cluster", [INLINE, LOCAL], ids=["inline", "local"])
 def test_how_far_a_span_is_can_be_seen_while_it_is_computed(place: Path, tmp_path: Path, cluster: list[object]) -> None:
-    process, out, fifo = held_run(place, tmp_path, "Path({out!r}, 'log', '.span-000000.json').exists()", *cluster)
+    process, out, fifo = held_run(place, tmp_path, IN_SPAN, *cluster)
     assert process.stderr is not None
     line = next(line for line in process.stderr if line.startswith("lca: 1 of 6 segments"))
     says(line, "worst residual", "segments/s on 1 worker", "left")
@@ -520,7 +561,7 @@ def test_how_far_a_span_is_can_be_seen_while_it_is_computed(place: Path, tmp_pat
 
 
 def test_a_status_tells_of_a_run_that_is_not_there_yet(place: Path, tmp_path: Path) -> None:
-    process, out, fifo = held_run(place, tmp_path, "not Path({out!r}).exists()", "--cluster", "inline")
+    process, out, fifo = held_run(place, tmp_path, BEFORE, *INLINE)
     assert process.stderr is not None
     assert next(line for line in process.stderr if "building and probing the task, for" in line)
     result = lca("status", out)
@@ -535,8 +576,71 @@ def test_a_status_tells_of_a_run_that_is_not_there_yet(place: Path, tmp_path: Pa
     assert "complete" in lca("status", out).stdout
 
 
+BUSY = (
+    'hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)'  # minutes in one call of C, where no handler of Python's runs
+)
+STOPS: dict[str, tuple[list[object], signal.Signals, str, str, str]] = {
+    "a span inline": (INLINE, signal.SIGINT, IN_SPAN, "when the span underway is committed", "Press Ctrl-C again"),
+    "a span on a worker": (LOCAL, signal.SIGTERM, IN_SPAN, "when the span underway is", "Send SIGTERM again"),
+    "the preparation": (
+        INLINE,
+        signal.SIGINT,
+        BEFORE,
+        "when this is done: building and probing the task",
+        "no span has",
+    ),
+}
+
+
+@pytest.mark.parametrize(("cluster", "number", "when", "waits", "again"), STOPS.values(), ids=STOPS)
+def test_a_first_signal_says_at_once_what_it_waits_for_and_a_second_one_stops(
+    place: Path, tmp_path: Path, cluster: list[object], number: signal.Signals, when: str, waits: str, again: str
+) -> None:
+    process, _, _ = held_run(place, tmp_path, when, *cluster)
+    assert process.stderr is not None
+    next(line for line in process.stderr if ("1 of 6 segments" if when == IN_SPAN else "probing the task, for") in line)
+    process.send_signal(number)
+    told = next(line for line in process.stderr if "stopping" in line)  # while the loss is held
+    says(told, waits, again, "to stop now")
+    process.send_signal(number)
+    _, rest = process.communicate()
+    assert process.returncode == 128 + number, rest
+    assert [line for line in rest.splitlines() if not line.startswith("lca: ")] == []
+    says(rest, "Run the same command again to go on.")
+    assert "segments" not in rest.splitlines()[-1]
+
+
+def test_a_first_signal_is_answered_while_the_main_thread_is_in_one_long_call(place: Path, tmp_path: Path) -> None:
+    process, _, _ = held_run(place, tmp_path, IN_SPAN, *INLINE, wait=f"import hashlib; {BUSY}")
+    assert process.stderr is not None
+    next(line for line in process.stderr if "1 of 6 segments" in line)
+    process.send_signal(signal.SIGINT)
+    assert any("stopping when the span underway is committed" in line for line in process.stderr)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+
+
+def test_a_caller_in_python_catches_a_stop_as_a_keyboard_interrupt(place: Path, tmp_path: Path) -> None:
+    listened: list[object] = []
+
+    def listen(event: object) -> None:
+        listened.append(event)
+        if isinstance(event, Stage) and "probing" in event.text:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        lca_posthoc.run(
+            place / "ck", place / "task.py", out=tmp_path / "x.lca", cluster="inline", progress=cast(Any, listen)
+        )
+    assert isinstance(caught.value, LCAError)
+    assert [event for event in listened if isinstance(event, Stopping)] != []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.set_wakeup_fd(-1) == -1
+
+
 def test_a_driver_that_was_killed_while_it_prepared_is_not_in_the_way(place: Path, tmp_path: Path) -> None:
-    process, out, _ = held_run(place, tmp_path, "not Path({out!r}).exists()", "--cluster", "inline")
+    process, out, _ = held_run(place, tmp_path, BEFORE, *INLINE)
     assert process.stderr is not None
     assert next(line for line in process.stderr if "building and probing the task, for" in line)
     process.kill()

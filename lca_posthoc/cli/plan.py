@@ -8,9 +8,11 @@ from typing import Any
 import click
 from rich.text import Text
 
+from ..display import Display
 from ..errors import InputError, amount
+from ..progress import Stage
 from .options import json_option, replay_options, workers_option
-from .show import duration, print_json, safe, say, stderr, stdout, table, waiting
+from .show import duration, print_json, safe, say, stdout, table
 
 
 @click.command()
@@ -34,8 +36,8 @@ def command(checkpoints: str, as_json: bool, recording: int | None, **options: A
     if options["workers"] is not None and options["workers"] < 1:
         raise InputError(f"--workers must be 1 or more, got {options['workers']}.")
     keep = options["keep"] or "parameters"
-    with waiting(stderr()) as status:  # a line on a terminal, nothing elsewhere
-        found = plan(checkpoints, tell=status.update, **options)
+    with Display(stages=True) as listen:
+        found = plan(checkpoints, tell=lambda stage: listen(Stage(stage)), **options)
     for note in found.notes:
         say(note)
     if as_json:

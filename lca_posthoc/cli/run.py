@@ -16,6 +16,9 @@ from .show import print_json, prints_to_stderr, say, stdout
 @replay_options
 @cluster_options
 @click.option("--dashboard", is_flag=True, help="Serve Dask's dashboard of local workers on loopback.")
+@click.option(
+    "--ignore-space", is_flag=True, help="Begin although the estimated result does not fit into the free space."
+)
 @json_option
 def command(checkpoints: str, as_json: bool, **options: Any) -> None:
     """Allocate the loss change between consecutive CHECKPOINTS to every parameter.

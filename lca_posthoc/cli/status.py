@@ -90,17 +90,32 @@ def _state(name: str, loss: dict[str, Any]) -> str:
             if loss["behind"]
             else "complete"
         )
-    return "running" if loss["running"] else _STOPPED
+    if loss["running"]:
+        return "running"
+    if steps := loss["not_finite"]:
+        where = f"steps {few([*map(str, steps)])}" if len(steps) > 1 else f"step {steps[0]}"
+        return f"done but for NaN or Inf at {where}"
+    return _STOPPED
+
+
+def _not_finite(missing: list[int], last: LastRun | None) -> list[int]:
+    """Return the steps of checkpoints whose NaN or Inf keeps all missing spans from being replayed; none where one misses otherwise."""
+    failed = {} if last is None or last.ended is None else last.not_finite
+    return sorted({failed[span] for span in missing}) if set(missing) <= set(failed) else []
 
 
 def _progress(opened: Run, last: LastRun | None) -> dict[str, dict[str, Any]]:
-    """Return how far each loss is; of a running one also segments per second, and seconds left, of all losses together."""
+    """Return how far each loss is; of a running one also segments per second, and seconds left, of all losses together.
+
+    `not_finite` are the steps of the checkpoints with NaN or Inf where these alone keep the loss from being complete.
+    """
     from ..store import underway
 
     found = {name: results.progress() for name, results in opened.items()}
     computing = sum(report.segments for report in underway(opened.path))
     for loss in found.values():
         loss["segments_per_second"] = loss["seconds_left"] = None
+        loss["not_finite"] = _not_finite(loss.pop("missing"), last)
         if loss["running"] and not loss["complete"] and last is not None and last.ended is None:
             rate = last.rate(computing)
             if rate is not None:

@@ -115,6 +115,9 @@ class Objective:
         self._bound: list[tuple[Tensor, bool]] = []
         self._autocast_of: dict[str, str | None] = {}
         self.starts: dict[str, int] = {}
+        self.gave_weights: dict[
+            str, bool
+        ] = {}  # of each loss evaluated yet, whether its function ever gave weights itself
         self._complete()
         self.recalibration = Recalibration(self) if norm_stats == "recalibrated" else None
         self.table = tensor_table(self.model, norm_stats, self.task.fixed, held)
@@ -573,6 +576,7 @@ class Objective:
         returned = self._returned(name, batch, shared)
         outputs, targets, result = returned.outputs, returned.targets, self.entry(name, returned.result)
         values, weights = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+        self.gave_weights[name] = self.gave_weights.get(name, False) or weights is not None
         if not isinstance(values, Tensor) or not values.is_floating_point():
             raise InputError(
                 f"loss {name!r} on split {loss.on!r} returned {shown(values)}, not a tensor of floating-point values."

@@ -109,7 +109,9 @@ def _start(objective: Objective, name: str) -> int:
     split = objective.splits[objective.losses[name].on]
     count = _count(objective, split.name)
     known = objective.starts.get(name)
-    if known is not None and objective.weighs(name, split.sample(known, known + count)):
+    if known is not None and (
+        _weighs_alike(objective, name) or objective.weighs(name, split.sample(known, known + count))
+    ):
         return known
     cut = _cut(count)
     firsts = [range(start, min(start + cut, split.examples)) for start in range(0, split.examples, count)]
@@ -125,11 +127,16 @@ def _start(objective: Objective, name: str) -> int:
     )
 
 
+def _weighs_alike(objective: Objective, name: str) -> bool:
+    """Return whether weights are the targets' alone, the same at every checkpoint: asking again would be a forward pass each time."""
+    return objective.gave_weights.get(name) is False
+
+
 def _groups_weigh(objective: Objective, name: str, sample: Any) -> None:
     """Refuse weights that are negative, and groups whose elements all weigh nothing: such a group has no loss."""
     split, order = objective.splits[objective.losses[name].on], objective.order(name)
-    first = split.sample(0, _count(objective, split.name))
-    lows = [low for batch in (first, sample) if (low := objective.lowest_weight(name, batch)) is not None]
+    first = [] if _start(objective, name) == 0 else [split.sample(0, _count(objective, split.name))]
+    lows = [low for batch in (*first, sample) if (low := objective.lowest_weight(name, batch)) is not None]
     lowest = min(lows, default=None)
     if lowest is not None and lowest < 0:
         raise InputError(
@@ -375,7 +382,7 @@ def _from_all_over(objective: Objective, name: str, count: int) -> None:
     """The same on examples from all over the split: the first ones may be of one class, or all labelled."""
     split, loss = objective.splits[objective.losses[name].on], objective.losses[name]
     positions = split.spread(count)
-    if positions is None or len(positions) < 2:
+    if positions is None or len(positions) < 2 or count == split.examples:  # the sample was all of it
         return
     try:
         sample, *parts = (split.at(each) for each in (positions, *positions.tensor_split(2)))  # unlike each other
@@ -559,7 +566,7 @@ def _agree_one_precision_higher(objective: Objective, name: str, cuts: Sequence[
 def weights_of_sample(objective: Objective, name: str) -> Tensor | None:
     """Return the weights of a loss's elements on the sample it is identified by, at the point the objective holds; None without."""
     (sample,) = _sample(objective, name)
-    return None if sample is None else objective.weights(name, sample)
+    return None if sample is None or _weighs_alike(objective, name) else objective.weights(name, sample)
 
 
 def _in_order(objective: Objective, name: str, sample: Any, examples: range) -> None:

@@ -103,7 +103,8 @@ class LossResults:
 
         `segments_underway` is what workers report of the spans they compute now; it need not be whole.
 
-        `behind` counts segments of the run that the loss does not cover, because checkpoints were added for other losses.
+        `behind` counts segments of the run that the loss does not cover, because checkpoints were added for other losses; `missing` are the
+        spans that are not committed.
         """
         manifest, markers = self.manifest, self.markers
         waiting = set(self._commits.pending())
@@ -120,6 +121,7 @@ class LossResults:
             "seconds": round(sum(marker["seconds"] for marker in markers), 3),
             "complete": self.complete,
             "behind": self.behind,
+            "missing": sorted(waiting),
             "running": is_held(self.path),
         }
 

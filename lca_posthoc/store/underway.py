@@ -48,7 +48,8 @@ class LastRun:
 
     It `began` with so many segments `pending` (seconds since 1970; a segment of two losses counts twice), on so many `workers`,
     and has committed `done` of them since. `ended` is the error it ended with, empty where there was none, and None where it
-    still goes on or was killed.
+    still goes on or was killed. `not_finite` holds each span that failed for a checkpoint with NaN or Inf, and the training step of
+    that checkpoint.
     """
 
     began: float
@@ -56,6 +57,7 @@ class LastRun:
     done: int
     workers: int
     ended: str | None
+    not_finite: dict[int, int]
 
     def rate(self, underway: float) -> float | None:
         """Return segments per second since it began, with what is underway; None while there is nothing to tell it from."""
@@ -147,7 +149,7 @@ def remove_reports(run: Path) -> None:
 
 def last_run(run: Path) -> LastRun | None:
     """Return what the log says of the last call that had spans to replay; None where there was none."""
-    done, ended = 0, None
+    done, ended, not_finite = 0, None, dict[int, int]()
     for line in _lines_from_the_end(run / LOG / EVENTS):
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             event = json.loads(line)
@@ -156,9 +158,11 @@ def last_run(run: Path) -> LastRun | None:
                 ended = str(event["error"] or "")
             elif kind == "SpanDone":
                 done += int(event["segments"]) * len(event["losses"])
+            elif kind == "SpanFailed" and event.get("not_finite") is not None:
+                not_finite[int(event["span"])] = int(event["not_finite"])
             elif kind == "Planned":
                 began = calendar.timegm(time.strptime(event["time"], "%Y-%m-%dT%H:%M:%SZ"))
-                return LastRun(float(began), int(event["pending"]), done, int(event["workers"]), ended)
+                return LastRun(float(began), int(event["pending"]), done, int(event["workers"]), ended, not_finite)
     return None
 
 

@@ -113,22 +113,28 @@ def _left(values: np.ndarray[Any, Any]) -> float:
 
 
 def estimated_bytes(
-    manifest: Manifest, keep: str, losses: Mapping[str, LossRecord], shares: Mapping[str, Mapping[str, float]]
+    manifest: Manifest,
+    keep: str,
+    losses: Mapping[str, LossRecord],
+    shares: Mapping[str, Mapping[str, float]],
+    block: int = 1,
 ) -> int:
-    """Return the bytes losses will take after compression, as the sum of the sizes of files (file systems round each up).
+    """Return the bytes losses will take after compression, as the sum of the sizes of files.
 
     Args:
         manifest: of the run as it would be created.
         keep: a level of `--keep`.
         losses: their names and records.
         shares: what compression leaves of each part of a loss, see `compressed_share`; a part that is not named keeps all.
+        block: bytes to whose multiples a file system rounds the size of each file.
     """
     needed = float(1024 + 120 * len(manifest.checkpoints) + 300 * len(manifest.tensors))
     for name, record in losses.items():
         plans = list(plan_arrays(manifest, keep, record))
         needed += sum(len(data) for path, data in metadata_files(manifest, name, keep=keep))
         for plan in plans:
-            needed += plan.bytes * shares[name].get(plan.part, 1.0) + _CHUNK_HEAD * plan.files
+            size = plan.bytes * shares[name].get(plan.part, 1.0) / max(1, plan.files) + _CHUNK_HEAD
+            needed += plan.files * (size if block == 1 else block * math.ceil(size / block))
         needed += manifest.spans * _MARKER + sum(plan.files for plan in plans) * _MARKED
         needed += _waiting(manifest, plans)
     return round(needed)

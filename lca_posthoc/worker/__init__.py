@@ -5,12 +5,13 @@ Each takes a JSON-like spec and returns one.
 
 from .admission import admit, versions
 from .checks import describe, probe, sampled
-from .costs import measure
+from .costs import compressions, measure
 from .spans import SAMPLED, looks_back, losses_at, replay_span, settled
 
 __all__ = [
     "SAMPLED",
     "admit",
+    "compressions",
     "describe",
     "looks_back",
     "losses_at",

@@ -77,10 +77,11 @@ def probe(spec: Spec) -> Spec:
     notes += (_never_updated(spec, objective) if new else []) + _unmoved(spec, objective) + about_modes
     block = {name: block_of(spec, objective, name) for name in names}
     objective.join([name for name in names if block[name] is not None])
-    measured, more = _can_measure(spec, objective, first, new)
+    at_first: dict[str, Any] = {}
+    measured, more = _can_measure(spec, objective, first, new, at_first)
     notes += more
     objective.release_higher()
-    identities = _identities(spec, objective, first, names)
+    identities = _identities(spec, objective, first, names, at_first)
     calibrations = _calibrations(spec, objective, new) if new and spec["settings"]["rule"] == "trapezoid" else {}
     return {
         "batch_sizes": batch_sizes,
@@ -253,7 +254,10 @@ def _same_in_float32(spec: Spec, objective: Any) -> None:
             )
 
 
-def _identities(spec: Spec, objective: Any, first: Any, names: list[str]) -> dict[str, list[dict[str, float] | None]]:
+def _identities(
+    spec: Spec, objective: Any, first: Any, names: list[str], at_first: dict[str, Any]
+) -> dict[str, list[dict[str, float] | None]]:
+    """Return what identifies each loss at the first and at the last checkpoint, `at_first` holding what is known of some there."""
     from ..objective import identify, weights_of_sample
 
     found: dict[str, list[dict[str, float] | None]] = {name: [] for name in names}
@@ -267,7 +271,8 @@ def _identities(spec: Spec, objective: Any, first: Any, names: list[str]) -> dic
             continue
         objective.place(point)
         for name in names:
-            identity = asdict(identify(objective, name))
+            known = at_first.get(name) if index == 0 else None
+            identity = asdict(known or identify(objective, name))
             found[name].append(identity if all(map(math.isfinite, identity.values())) else None)
             now = weights_of_sample(objective, name)
             _same_weights(name, weights.setdefault(name, now), now)
@@ -302,8 +307,13 @@ def _nothing_derived(spec: Spec, objective: Any, last: Any, identities: dict[str
             )
 
 
-def _can_measure(spec: Spec, objective: Any, first: Any, names: list[str]) -> tuple[bool, list[str]]:
-    """Whether some segments can be evaluated one precision higher as well, and a note where that cannot be done."""
+def _can_measure(
+    spec: Spec, objective: Any, first: Any, names: list[str], at_first: dict[str, Any]
+) -> tuple[bool, list[str]]:
+    """Whether some segments can be evaluated one precision higher as well, and a note where that cannot be done.
+
+    What identifies losses at the first checkpoint is added to `at_first`.
+    """
     from ..objective import HIGHER, identify
 
     precision = spec["settings"]["precision"]
@@ -313,7 +323,8 @@ def _can_measure(spec: Spec, objective: Any, first: Any, names: list[str]) -> tu
         higher = objective.higher
         higher.place(first)
         for name in names:
-            ours, theirs = identify(objective, name).loss, identify(higher, name).loss
+            at_first[name] = identify(objective, name)
+            ours, theirs = at_first[name].loss, identify(higher, name).loss
             if not abs(ours - theirs) <= SAME_LOSS[objective.precision_of(name)] * max(abs(ours), abs(theirs), 1e-12):
                 raise InputError(f"loss {name!r} is {ours:.6g} in {precision} but {theirs:.6g} in {HIGHER[precision]}")
     except InputError as error:

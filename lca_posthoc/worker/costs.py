@@ -14,7 +14,10 @@ from .memory import ROOM, block_of, free_memory, needed
 from .state import Spec, first_point, objective_of, reported
 
 _TIMED_SECONDS = 1.0
-_TIMED_PASSES = 3  # over the split: all timed batches of a loss together hold no more examples
+_TIMED_PASSES = 1.5  # over the split: all timed batches of a loss together hold no more examples
+_PART = (
+    8  # of a batch, one of so many parts tells what else an evaluation costs, compared with the same part's gradient
+)
 _SAMPLED_NUMBERS = 2**18  # of allocations that are compressed, to see what a run will take on disk
 
 
@@ -62,6 +65,14 @@ def measure(spec: Spec) -> Spec:
     }
 
 
+@reported
+def compressions(spec: Spec) -> Spec:
+    """Return by loss what the store's compression leaves of each kind of array, see `compressed_share`."""
+    objective = objective_of(spec)
+    objective.settle_batch_sizes(first_point(spec, objective), spec["batch_sizes"])
+    return {"compressed": _compressions(spec, objective)}
+
+
 def _recalibrating(objective: Any) -> float:
     """Return the seconds of one pass that recalibrates statistics; 0 in other modes."""
     recalibration = objective.recalibration
@@ -82,38 +93,49 @@ def _measured(spec: Spec, objective: Any, name: str) -> Spec:
     split, chosen = objective.splits[loss.split], objective.batch_sizes[loss.split]
     most = split.examples if order is None else max(1, split.examples // len(order.labels))
     used, budget = min(chosen, most), _Budget(_TIMED_PASSES * split.examples)
-    batch = split.sample(0, used)
-    budget.spend(used)  # the first evaluation of a model is slower
-    objective.over(functools.partial(objective.values, name), [batch])
-    per_example = {used: _seconds(objective, name, batch, budget, used) / used}
-    forward = _seconds(objective, name, batch, budget, used, gradient=False)
+    part = max(1, used // _PART)
+    few = split.sample(0, part)
+    budget.spend(2 * part + (part if spec["measured"] else 0))
+    of_part = _seconds(objective, name, few, _Budget(0), part, least=2)  # the first evaluation of a model is slower
+    forward = _seconds(objective, name, few, _Budget(0), part, gradient=False) / of_part
     higher = 0.0
     if spec["measured"]:
         wide = objective.higher
-        higher = _seconds(wide, name, wide.splits[loss.split].sample(0, used), budget, used)
+        higher = _seconds(wide, name, wide.splits[loss.split].sample(0, part), _Budget(0), part) / of_part
+    budget.spend(used)
+    per_example = {used: _seconds(objective, name, split.sample(0, used), budget, used) / used}
     for size in (chosen * 2, chosen // 2, chosen * 4, chosen // 4):
         size = min(max(1, size), most)
-        if size not in per_example and budget.examples >= size:
+        if size not in per_example and budget.spend(size):
             per_example[size] = _seconds(objective, name, split.sample(0, size), budget, size) / size
     room = ROOM * free_memory(spec["workers"], objective.device)
     return {
         "seconds": per_example[used] * split.examples,
-        "forward": forward / used * split.examples,
-        "higher": higher / used * split.examples,
+        "forward": forward * per_example[used] * split.examples,
+        "higher": higher * per_example[used] * split.examples,
         "fastest": min(per_example, key=lambda size: per_example[size]),
         "largest": min(power_of_two(room / objective.saved_bytes(name)), split.examples),
     }
 
 
-def _seconds(objective: Any, name: str, batch: Any, budget: _Budget, examples: int, gradient: bool = True) -> float:
-    """Return the seconds of the fastest of a few evaluations of one batch: at least one, more while time and the budget last."""
+def _seconds(
+    objective: Any, name: str, batch: Any, budget: _Budget, examples: int, gradient: bool = True, least: int = 1
+) -> float:
+    """Return the seconds of the fastest of a few evaluations of one batch: at least `least`, more while time and the budget last."""
     times: list[float] = []
     began = time.perf_counter()
-    while not times or (len(times) < 8 and time.perf_counter() - began < _TIMED_SECONDS / 4 and budget.spend(examples)):
+    while len(times) < least or (
+        len(times) < 8 and time.perf_counter() - began < _TIMED_SECONDS / 4 and budget.spend(examples)
+    ):
         start = time.perf_counter()
         objective.over(functools.partial(objective.values, name), [batch], gradient=gradient)
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def _sampled_batch(objective: Any, split: str) -> int:
+    """Return the examples of a batch whose gradient shows which numbers are 0: more than a part where some are rarely seen."""
+    return int(min(objective.batch_sizes[split], max(32, objective.splits[split].examples // _PART)))
 
 
 def _compressions(spec: Spec, objective: Any) -> Spec:
@@ -128,11 +150,7 @@ def _compressions(spec: Spec, objective: Any) -> Spec:
     for name, loss in objective.losses.items():
         parts = [] if pair is not None else [np.zeros(_SAMPLED_NUMBERS, "float32")]
         if pair is not None:
-            size = (
-                0
-                if loss.split is None
-                else min(objective.batch_sizes[loss.split], objective.splits[loss.split].examples)
-            )
+            size = 0 if loss.split is None else _sampled_batch(objective, loss.split)
             batch = None if loss.split is None else objective.splits[loss.split].sample(0, size)
             gradient = objective.over(functools.partial(objective.values, name), [batch]).gradient
             for tensor, each in gradient.items():
