@@ -28,6 +28,7 @@ from lca_posthoc.errors import InputError
 from lca_posthoc.objective import Objective, Split, check_loss
 from lca_posthoc.objective.containers import (
     change_tensors,
+    copied,
     digest_of,
     named_parts,
     opened,
@@ -530,11 +531,11 @@ class Lazy(Target):
 
 
 def written(batch: Any, write: Callable[[Any], Any]) -> str | None:
-    from lca_posthoc.objective.probe import _copied, _written
+    from lca_posthoc.objective.probe import _written
 
-    copied = _copied(batch)
-    write(copied)
-    return _written(batch, copied, "batch")
+    copy = copied(batch)
+    write(copy)
+    return _written(batch, copy, "batch")
 
 
 WRITES: dict[str, tuple[Any, Callable[[Any], Any], str | None]] = {

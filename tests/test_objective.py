@@ -188,7 +188,7 @@ REFUSED = {
         {},
         "'train' returned a scalar; one value per element",
     ),
-    "not a tensor": (task_of(linear, Loss(lambda outputs, targets: [1.0])), {}, "'train' returned list"),
+    "not a tensor": (task_of(linear, Loss(lambda outputs, targets: [1.0])), {}, "'train' returned a list"),
     "integers": (task_of(linear, Loss(lambda outputs, targets: targets)), {}, "'train' returned; floating-point"),
     "weights of another shape": (
         task_of(linear, Loss(call=lambda model, batch: (model(batch[0])[:, 0], torch.ones(3)))),
