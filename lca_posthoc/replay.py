@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from . import store
-from .cluster import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting, Where, open_cluster
+from .cluster import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Waiting, Where, open_cluster
 from .display import duration, listening
-from .errors import InputError, Interrupted, LCAError, NotFiniteError, ResourceError, SpanError, amount, few, unpack
+from .errors import InputError, Interrupted, LCAError, NotFiniteError, ResourceError, SpanError, amount, few
 from .places import here, is_remote, located, nearest
-from .preparation import Preparation, as_json, ask, muster, prepare, relative
+from .preparation import Preparation, ask, muster, prepare, relative
 from .progress import Listener, Log, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow, Stage, Stopping
 from .recognition import same_checkpoints, same_loss, same_tensors, same_values
+from .requests import CompressionsRequest, Failure, RunRequest, SpanRequest, answered, from_plain, to_plain
 from .settings import Settings, on_device, resolve
 from .store import LossRecord, Manifest, Run, RunWriter
 from .task import Entry, Task, digest, pack
@@ -130,15 +131,33 @@ def run(
     }
     if span is not None and (span < 1 or span & (span - 1)):
         raise InputError(f"span must be a power of two, got {span}.")
-    where = Where(cluster, workers, tls_ca, tls_cert, tls_key, insecure, dashboard)
+    where = Where(
+        kind=cluster,
+        workers=workers,
+        tls_ca=tls_ca,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        insecure=insecure,
+        dashboard=dashboard,
+    )
     what = "results are written to file systems. Give --out a directory."
     path = here(out, what) if out is not None else default_out(checkpoints)
     durable = _durable(durability)
     with listening(progress) as listener:
         log = Log(listener)
         entry, data = pack(task)
-        named = list(losses or [])
-        job = _Job(located(checkpoints), entry, data, named, path, asked, span, durable, log, ignore_space=ignore_space)
+        job = _Job(
+            checkpoints=located(checkpoints),
+            task=entry,
+            data=data,
+            losses=list(losses or []),
+            path=path,
+            asked=asked,
+            span=span,
+            durable=durable,
+            tell=log,
+            ignore_space=ignore_space,
+        )
         job.run(where)
     return store.open_run(path)
 
@@ -186,7 +205,7 @@ def repair(
         SpanError: where damaged spans could not be computed again.
     """
     place, durable = Path(path), _durable(durability)
-    where = Where(cluster, workers, tls_ca, tls_cert, tls_key, insecure)
+    where = Where(kind=cluster, workers=workers, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, insecure=insecure)
     packed = pack(task)
     store.read_manifest(place)
     with store.hold(place):
@@ -201,7 +220,19 @@ def repair(
     losses = {each.loss: True for each in damage if each.loss is not None and (each.span, each.window) != (None, None)}
     root = located(checkpoints if checkpoints is not None else writer.manifest.root)
     with listening(progress) as listener:
-        job = _Job(root, *packed, list(losses), place, {}, None, durable, Log(listener), damage)
+        entry, data = packed
+        job = _Job(
+            checkpoints=root,
+            task=entry,
+            data=data,
+            losses=list(losses),
+            path=place,
+            asked={},
+            span=None,
+            durable=durable,
+            tell=Log(listener),
+            damage=damage,
+        )
         if losses:
             job.run(where)
     return Repaired(damage, job.only or {}, len(found) - len(damage))
@@ -295,14 +326,14 @@ def _interrupted(number: int) -> Interrupted:
     return error
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Job:
     """One call of `run`: from a trajectory and a task to a complete run directory."""
 
     checkpoints: Path
     task: Entry
     data: bytes
-    wanted: list[str]
+    losses: list[str]
     path: Path
     asked: dict[str, Any]
     span: int | None
@@ -390,7 +421,7 @@ class _Job:
         ):
             return False
         known = manifest.provenance["task_losses"]
-        wanted = known if self.wanted == ["all"] else self.wanted or known[:1]
+        wanted = known if self.losses == ["all"] else self.losses or known[:1]
         writer = RunWriter(self.path, manifest)
         finished = set(wanted) <= set(manifest.losses) and all(
             manifest.losses[name].covers is None and writer.is_complete(name) for name in wanted
@@ -413,7 +444,7 @@ class _Job:
         parcel = cluster.deliver(self.data)
         self._begin("building and probing the task")
         ready = prepare(
-            cluster, trajectory, self.task, parcel, self.wanted, settings, existing=existing, span=self.span
+            cluster, trajectory, self.task, parcel, self.losses, settings, existing=existing, span=self.span
         )
         for note in ready.notes:
             self.tell(Note(note))
@@ -431,7 +462,12 @@ class _Job:
             if strangers:  # who comes late is asked about the run directory itself
                 muster(cluster, trajectory, cluster.device, stack.enter_context(store.token(self.path)))
             self._bring_up(cluster, writer, ready)
-            common = {**ready.common, "batch_sizes": ready.batch_sizes}
+            common = RunRequest[Any](
+                setup=ready.setup,
+                points=replace(ready.sample.points, checkpoints={}),
+                run=str(self.path.resolve()),
+                batch_sizes=ready.batch_sizes,
+            )
             same_values(cluster, writer, common, writer.spans_of(self.damage or ()))
             if self.damage is not None:  # now that all that is needed to compute it again is known to be there
                 self.only = writer.discard(self.damage)
@@ -449,8 +485,13 @@ class _Job:
         most = store.required_bytes(manifest, keep, losses)
         if most <= free:
             return
-        spec = {**ready.common, **ready.probe_part, "batch_sizes": ready.batch_sizes}
-        shares = ask(cluster, compressions, {**spec, "segments_of_window": manifest.length_of(0)})["compressed"]
+        request = CompressionsRequest(
+            setup=ready.setup,
+            sample=ready.sample,
+            batch_sizes=ready.batch_sizes,
+            segments_of_window=manifest.length_of(0),
+        )
+        shares = ask(cluster, compressions, request).compressed
         about = store.estimated_bytes(manifest, keep, losses, shares, _BLOCK)
         sizes = f"about {amount(about)} after compression (at most {amount(most)}), and {place} has {amount(free)} free"
         if about > free and not self.ignore_space:
@@ -498,43 +539,44 @@ class _Job:
                     )
                 )
 
-    def _replay(self, cluster: Cluster, writer: RunWriter, common: Spec, stop: _Stop, held: store.Held) -> None:
-        manifest = writer.manifest
+    def _replay(
+        self, cluster: Cluster, writer: RunWriter, common: RunRequest[Any], stop: _Stop, lock: store.Held
+    ) -> None:
+        manifest, losses = writer.manifest, common.setup.losses
         store.remove_reports(self.path)
-        covered = {name: manifest.of(name) for name in common["losses"]}
+        covered = {name: manifest.of(name) for name in losses}
         waiting: dict[
             tuple[int, int], list[str]
         ] = {}  # by span and its segments: in a repair losses may end at different ones
-        for name in common["losses"]:
+        for name in losses:
             writer.fold_all(name)
             for span in writer.pending(name):
                 if self.only is None or span in self.only[name]:
                     waiting.setdefault((span, covered[name].length(span)), []).append(name)
         pending = sum(len(names) * length for (_, length), names in waiting.items())
-        total = sum(each.segments for each in covered.values())
-        directory = str(self.path.resolve())
+        total = sum(of_loss.segments for of_loss in covered.values())
+        directory = common.run
         if self.announcement is not None:
             self.announcement.end()
         self.tell(Planned(pending, total, len(waiting), cluster.workers, directory if pending else ""))
         self.workers = cluster.workers if pending else 0
-        place = {"run": directory, "durable": self.durable}
         specs = (
-            {**common, **_span_part(covered[names[0]], span), **place, "pending": names}
+            to_plain(_span_request(common, covered[names[0]], span, names, durable=self.durable))
             for (span, _), names in sorted(waiting.items())
         )
         silent: set[tuple[str, str, bool]] = set()
-        held.working = True  # until its end, workers may leave temporary files
+        lock.working = True  # until its end, workers may leave temporary files
         with contextlib.closing(cluster.map(replay_span, specs, settled)) as outcomes:
             for outcome in outcomes:
                 silent |= self._hear(cluster, writer, outcome)
-                if held.lost.is_set():
+                if lock.lost.is_set():
                     raise ResourceError(
                         f"another driver took {self.path} over, because this one did not show for minutes. What was committed is kept."
                     )
-        unfolded = {span: name for name in common["losses"] for span in writer.fold_all(name)}
+        unfolded = {span: name for name in losses for span in writer.fold_all(name)}
         for span, name in sorted(unfolded.items()):
             self._failed(covered[name], span, "its totals were damaged while they waited to be joined")
-        held.working = False
+        lock.working = False
         store.remove_reports(self.path)
         if self.torn:  # of a worker that died while it wrote, temporary files stay
             writer.sweep()
@@ -559,7 +601,8 @@ class _Job:
         elif isinstance(outcome, Done):
             return self._take(writer, outcome, cluster.workers) if outcome.result is not None else set()
         else:
-            span, manifest = outcome.spec["span"], manifest.of(outcome.spec["pending"][0])
+            request = from_plain(SpanRequest, outcome.spec)
+            span, manifest = request.span, manifest.of(request.pending[0])
             where = (span, *_steps(manifest, span))
             if isinstance(outcome, Lost):
                 self.torn = True
@@ -577,48 +620,45 @@ class _Job:
         self.tell(failure)
 
     def _take(self, writer: RunWriter, done: Done, workers: int) -> set[tuple[str, str, bool]]:
-        manifest, span, result = writer.manifest, done.spec["span"], done.result
-        if "error" in result:
-            error = unpack(result["error"])
+        request, answer = from_plain(SpanRequest, done.spec), answered(SpanRequest, done.result)
+        manifest, span = writer.manifest, request.span
+        if isinstance(answer, Failure):
+            error = answer.exception()
             if isinstance(error, ResourceError):
                 raise error
             step = error.step if isinstance(error, NotFiniteError) else None
-            self._failed(manifest.of(done.spec["pending"][0]), span, str(error), step)
+            self._failed(manifest.of(request.pending[0]), span, str(error), step)
             return set()
-        self.span_seconds, self.workers = result["seconds"], workers
-        facts = result["losses"].values()
-        for name, fact in result["losses"].items():
-            self._join(writer, name, span, fact["ends"])
+        self.span_seconds, self.workers = answer.seconds, workers
+        parts = answer.losses.values()
+        for name, part in answer.losses.items():
+            self._join(writer, name, span, part.ends)
             whole = manifest.losses[name].batch_size
-            if fact["batch_size"] < whole:
+            if part.batch_size < whole:
                 self.smaller += 1
                 if self.smaller == 1:
                     self.tell(
                         Note(
                             f"out of memory on {done.worker}: span {span} of loss {name!r} was computed in batches of "
-                            f"{fact['batch_size']} instead of {whole}, equal within rounding; its marker says so"
+                            f"{part.batch_size} instead of {whole}, equal within rounding; its marker says so"
                         )
                     )
         self.tell(
             SpanDone(
-                span,
-                list(result["losses"]),
-                result["segments"],
-                max(fact["worst_residual"] for fact in facts),
-                sum(fact["unconverged"] for fact in facts),
-                sum(fact["evaluations"] for fact in facts),
-                sum(fact["forward_passes"] for fact in facts),
-                result["seconds"],
-                result["peak_bytes"],
-                done.worker,
-                workers,
+                span=span,
+                losses=list(answer.losses),
+                segments=answer.segments,
+                worst_residual=max(part.worst_residual for part in parts),
+                unconverged=sum(part.unconverged for part in parts),
+                evaluations=sum(part.evaluations for part in parts),
+                forward_passes=sum(part.forward_passes for part in parts),
+                seconds=answer.seconds,
+                peak_bytes=answer.peak_bytes,
+                worker=done.worker,
+                workers=workers,
             )
         )
-        return {
-            (loss, tensor, tensor in fact.get("hidden", ()))
-            for loss, fact in result["losses"].items()
-            for tensor in fact["silent"]
-        }
+        return {(loss, tensor, tensor in part.hidden) for loss, part in answer.losses.items() for tensor in part.silent}
 
     def _join(self, writer: RunWriter, loss: str, span: int, ends: list[float]) -> None:
         """Compare a span with those beside it, once they are committed; here alone, so that no two miss each other."""
@@ -672,13 +712,27 @@ def _steps(manifest: Manifest, span: int) -> tuple[int, int]:
     return manifest.checkpoints[rows.start].step, manifest.checkpoints[rows.stop].step
 
 
-def _span_part(manifest: Manifest, span: int) -> dict[str, Any]:
+def _span_request(
+    common: RunRequest[Any], manifest: Manifest, span: int, pending: list[str], *, durable: bool
+) -> SpanRequest:
+    """Return the request to replay one span for its pending losses, with the checkpoints it reads.
+
+    Args:
+        common: to all spans.
+        manifest: of the run up to where the pending losses end.
+        span: its number.
+        pending: the losses.
+        durable: whether it is on the disk before it counts.
+    """
     rows = manifest.rows(span)
-    return {
-        "span": span,
-        "checkpoints": {
-            str(index): as_json(manifest.checkpoints[index])
-            for index in (*looks_back(rows.start), *range(rows.start, rows.stop + 1))
-        },
-        "calibration": {name: record.calibration for name, record in manifest.losses.items()},
-    }
+    positions = (*looks_back(rows.start), *range(rows.start, rows.stop + 1))
+    return SpanRequest(
+        setup=common.setup,
+        points=replace(common.points, checkpoints={index: manifest.checkpoints[index] for index in positions}),
+        run=common.run,
+        batch_sizes=common.batch_sizes,
+        durable=durable,
+        span=span,
+        pending=pending,
+        calibration={name: record.calibration for name, record in manifest.losses.items()},
+    )
