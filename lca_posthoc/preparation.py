@@ -107,7 +107,7 @@ def prepare(
         parcel=parcel,
         settings=RunSettings.of(settings),
         losses=losses,
-        held=sorted(trajectory.tensors),
+        stored=sorted(trajectory.tensors),
         digests={},
     )
     described = ask(cluster, describe, DescribeRequest(setup=setup))

@@ -1,4 +1,4 @@
-"""Pending spans to workers, commits back as a stream of progress events; creation, resume, repair, drain.
+"""The driver of a replay: pending spans go to workers, commits come back as events; creation, resume, repair, drain.
 
 `run` is what `lca run` calls, `repair` what `lca repair` calls.
 """
@@ -164,7 +164,7 @@ def run(
 
 @dataclass(frozen=True)
 class Repaired:
-    """What a repair found and did: the damage, the spans computed again by loss, and the leftover files removed."""
+    """The outcome of a repair: the damage, the spans computed again by loss, and the leftover files removed."""
 
     damage: list[store.Damage]
     spans: dict[str, list[int]]
@@ -210,14 +210,14 @@ def repair(
     store.read_manifest(place)
     with store.hold(place):
         writer = RunWriter.open(place, durable)
-        found = list(store.verify(place))
-        damage = [each for each in found if isinstance(each, store.Damage)]
+        problems = list(store.verify(place))
+        damage = [problem for problem in problems if isinstance(problem, store.Damage)]
         writer.restore_metadata()
         writer.sweep()
-        for each in found:
-            if isinstance(each, store.Leftover):
-                (place / each.path).unlink(missing_ok=True)
-    losses = {each.loss: True for each in damage if each.loss is not None and (each.span, each.window) != (None, None)}
+        for problem in problems:
+            if isinstance(problem, store.Leftover):
+                (place / problem.path).unlink(missing_ok=True)
+    losses = {part.loss: True for part in damage if part.loss is not None and (part.span, part.window) != (None, None)}
     root = located(checkpoints if checkpoints is not None else writer.manifest.root)
     with listening(progress) as listener:
         entry, data = packed
@@ -235,7 +235,7 @@ def repair(
         )
         if losses:
             job.run(where)
-    return Repaired(damage, job.only or {}, len(found) - len(damage))
+    return Repaired(damage, job.only or {}, len(problems) - len(damage))
 
 
 def _durable(durability: str) -> bool:
@@ -245,16 +245,16 @@ def _durable(durability: str) -> bool:
 
 
 def default_out(checkpoints: str | Path) -> Path:
-    """Where a run goes unless told: beside the checkpoints, with `.lca` added.
+    """Return where a run goes by default: beside the checkpoints, with `.lca` added.
 
     Raises:
         InputError: where the checkpoints are remote, which results cannot be.
     """
-    found = located(checkpoints)
-    if is_remote(found):
-        raise InputError(f"{found} is remote, and results are not: say where they go with --out RUN.")
-    found = found.resolve() if found.name in ("", "..") else found
-    return found.with_name(f"{found.name}.lca")
+    directory = located(checkpoints)
+    if is_remote(directory):
+        raise InputError(f"{directory} is remote, and results are not: say where they go with --out RUN.")
+    directory = directory.resolve() if directory.name in ("", "..") else directory
+    return directory.with_name(f"{directory.name}.lca")
 
 
 DURABILITY = ("full", "none")
@@ -415,19 +415,19 @@ class _Job:
                 raise _interrupted(stop.signal) from None
 
     def _is_finished(self, manifest: Manifest, trajectory: Trajectory) -> bool:
-        """Whether nothing is left to do, told from the task file's bytes and the markers alone."""
+        """Tell whether nothing is left to do, from the task file's bytes and the markers alone."""
         if manifest.provenance["task_sha256"] != digest(self.task) or len(trajectory.checkpoints) != len(
             manifest.checkpoints
         ):
             return False
         known = manifest.provenance["task_losses"]
-        wanted = known if self.losses == ["all"] else self.losses or known[:1]
+        losses = known if self.losses == ["all"] else self.losses or known[:1]
         writer = RunWriter(self.path, manifest)
-        finished = set(wanted) <= set(manifest.losses) and all(
-            manifest.losses[name].covers is None and writer.is_complete(name) for name in wanted
+        finished = set(losses) <= set(manifest.losses) and all(
+            manifest.losses[name].covers is None and writer.is_complete(name) for name in losses
         )
         if finished:
-            self.tell(Planned(0, manifest.segments * len(wanted), 0, 0))
+            self.tell(Planned(0, manifest.segments * len(losses), 0, 0))
         return finished
 
     def _work(
@@ -455,9 +455,9 @@ class _Job:
             self._check_space(cluster, ready, ready.manifest, settings["keep"], ready.manifest.losses)
             store.create(self.path, ready.manifest, self.durable)
         with contextlib.ExitStack() as stack:
-            held = stack.enter_context(store.hold(self.path))
+            lock = stack.enter_context(store.hold(self.path))
             writer = RunWriter.open(self.path, self.durable)
-            if held.unclean:
+            if lock.unclean:
                 writer.sweep()
             if strangers:  # who comes late is asked about the run directory itself
                 muster(cluster, trajectory, cluster.device, stack.enter_context(store.token(self.path)))
@@ -472,7 +472,7 @@ class _Job:
             if self.damage is not None:  # now that all that is needed to compute it again is known to be there
                 self.only = writer.discard(self.damage)
             stack.enter_context(self.tell.written_to(self.path / "log" / "run.jsonl"))
-            self._replay(cluster, writer, common, stop, held)
+            self._replay(cluster, writer, common, stop, lock)
             if self.failed:
                 raise SpanError(_failures(self.failed))
 
@@ -505,25 +505,25 @@ class _Job:
 
     def _bring_up(self, cluster: Cluster, writer: RunWriter, ready: Preparation) -> None:
         """Compare what is recorded with what was found, then take up new losses and new checkpoints."""
-        recorded, found = writer.manifest, ready.manifest
-        same_checkpoints(writer, found.checkpoints, found.root)
-        same_tensors(writer, found.tensors)
-        for name, record in found.losses.items():
+        recorded, laid_out = writer.manifest, ready.manifest
+        same_checkpoints(writer, laid_out.checkpoints, laid_out.root)
+        same_tensors(writer, laid_out.tensors)
+        for name, record in laid_out.losses.items():
             if name in recorded.losses:
-                same_end = len(found.checkpoints) == len(recorded.of(name).checkpoints)
+                same_end = len(laid_out.checkpoints) == len(recorded.of(name).checkpoints)
                 same_loss(name, recorded.losses[name], record, same_end)
         behind = {name for name, record in recorded.losses.items() if record.covers is not None}
-        asked = {name for name in found.losses if self.damage is None or name not in behind}
-        if found.checkpoints != recorded.checkpoints or behind & asked:
-            writer.take_up(found.checkpoints, {name: found.losses[name].identity for name in asked})
+        extended = {name for name in laid_out.losses if self.damage is None or name not in behind}
+        if laid_out.checkpoints != recorded.checkpoints or behind & extended:
+            writer.take_up(laid_out.checkpoints, {name: laid_out.losses[name].identity for name in extended})
             if self.damage is None:
                 self._say_what_stays(writer.manifest)
-        new = {name: record for name, record in found.losses.items() if name not in recorded.losses}
+        new = {name: record for name, record in laid_out.losses.items() if name not in recorded.losses}
         if new:
             with_new = replace(writer.manifest, losses={**writer.manifest.losses, **new})
             self._check_space(cluster, ready, with_new, writer.keep, new)
             writer.add_losses(new)
-        task = {name: value for name, value in found.provenance.items() if name.startswith("task")}
+        task = {name: value for name, value in laid_out.provenance.items() if name.startswith("task")}
         if any(recorded.provenance[name] != value for name, value in task.items()):
             writer.note(task)
 
@@ -592,7 +592,7 @@ class _Job:
             raise _interrupted(stop.signal)
 
     def _hear(self, cluster: Cluster, writer: RunWriter, outcome: Outcome) -> set[tuple[str, str, bool]]:
-        """Pass on what a cluster says; returns losses, tensors without a gradient, and whether the loss depends on them."""
+        """Pass on what a cluster says; return losses, tensors without a gradient, and whether the loss depends on them."""
         manifest = writer.manifest
         if isinstance(outcome, Refused):
             self.tell(Note(f"worker {outcome.worker} joined and takes no part: it {outcome.why}"))
@@ -674,7 +674,7 @@ class _Job:
 
 
 def _of_silent(silent: set[tuple[str, str, bool]]) -> Iterator[str]:
-    """Notes about tensors that moved and that no gradient of a loss reaches, by loss: hidden from it, or not used at all."""
+    """Yield notes about tensors that moved and that no gradient of a loss reaches, by loss: hidden from it, or not used at all."""
     for loss in sorted({loss for loss, _, _ in silent}):
         hidden = {tensor for other, tensor, depends in silent if other == loss and depends}
         unused = {tensor for other, tensor, _ in silent if other == loss} - hidden
@@ -707,7 +707,7 @@ def _not_finite(failed: list[SpanFailed]) -> str:
 
 
 def _steps(manifest: Manifest, span: int) -> tuple[int, int]:
-    """The training steps a span runs from and to."""
+    """Return the training steps a span runs from and to."""
     rows = manifest.rows(span)
     return manifest.checkpoints[rows.start].step, manifest.checkpoints[rows.stop].step
 

@@ -61,7 +61,7 @@ class TaskSetup:
         parcel: the key of the bytes that were delivered of it.
         settings: of the run.
         losses: their names; empty for the task's first, `["all"]` for every one.
-        held: the names of all tensors inside the checkpoints; None where it does not matter which they are.
+        stored: the names of all tensors inside the checkpoints; None where it does not matter which they are.
         digests: of the data and the tensors no checkpoint holds, as they are where the task was described; empty before.
     """
 
@@ -69,7 +69,7 @@ class TaskSetup:
     parcel: str
     settings: RunSettings
     losses: list[str]
-    held: list[str] | None
+    stored: list[str] | None
     digests: dict[str, str]
 
 
@@ -124,7 +124,7 @@ class Admission:
 
 @dataclass(frozen=True, kw_only=True)
 class AdmissionRequest(Question[Admission]):
-    """What a driver says of itself to a worker that somebody else started.
+    """A driver's account of itself to a worker that somebody else started.
 
     Attributes:
         versions: of Python and of the packages that decide bits.
@@ -160,7 +160,7 @@ class LossDescription:
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a task holds.
+    """The contents of a task.
 
     Attributes:
         tensors: of the model, those that checkpoints hold.
@@ -196,7 +196,7 @@ class TaskRequest(Question[A]):
 
 @dataclass(frozen=True, kw_only=True)
 class DescribeRequest(TaskRequest[Description]):
-    """What does the task hold?"""
+    """Describe the task."""
 
 
 # --- can it be replayed, and at what cost? ---------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ class SampleRequest(TaskRequest[A]):
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeAnswer:
-    """What a probe settled, by loss where nothing else is said. See `store.LossRecord` for what a run records of it.
+    """The outcome of a probe, by loss where nothing else is said. See `store.LossRecord` for what a run records of it.
 
     Attributes:
         batch_sizes: of each split.
@@ -243,7 +243,7 @@ class ProbeAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeRequest(SampleRequest[ProbeAnswer]):
-    """Can the task be replayed on these checkpoints, and what are its losses?
+    """Check that the task can be replayed on these checkpoints, and identify its losses.
 
     Attributes:
         modes: positions of checkpoints where running statistics are looked at.
@@ -271,14 +271,14 @@ class Compressions:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionsRequest(SampleRequest[Compressions]):
-    """How much does compression leave, in a window of so many segments?"""
+    """Compress a sample of allocations, in a window of totals over `segments_of_window`."""
 
     segments_of_window: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossCosts:
-    """What one evaluation of a loss costs.
+    """The costs of one evaluation of a loss.
 
     Attributes:
         seconds: of the value and the gradient.
@@ -297,7 +297,7 @@ class LossCosts:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What evaluating costs, in seconds and bytes.
+    """The costs of evaluating, in seconds and bytes.
 
     Attributes:
         losses: each on its own.
@@ -318,7 +318,7 @@ class Costs:
 
 @dataclass(frozen=True, kw_only=True)
 class CostsRequest(SampleRequest[Costs]):
-    """What does evaluating cost? `measured` says whether some segments are evaluated one precision higher as well."""
+    """Time a few batches. `measured` says whether some segments are evaluated one precision higher as well."""
 
     segments_of_window: int
     measured: bool
@@ -351,7 +351,7 @@ class LossesAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class LossesRequest(RunRequest[LossesAnswer]):
-    """What are these losses at these checkpoints? `meetings` are names by the position of the checkpoint."""
+    """Evaluate losses at checkpoints. `meetings` are names of losses by the position of the checkpoint."""
 
     meetings: dict[int, list[str]]
 

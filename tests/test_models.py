@@ -918,7 +918,7 @@ def answers(task: Task | Path, held: list[str] | None = None) -> list[dict[str, 
     settings = RunSettings.of({**DEFAULTS, "device": "cpu", "batch_size": BATCH})
     entry, data = pack(task)
     delivery.take_in("parcel", data)
-    setup = TaskSetup(task=entry, parcel="parcel", settings=settings, losses=[], held=held, digests={})
+    setup = TaskSetup(task=entry, parcel="parcel", settings=settings, losses=[], stored=held, digests={})
     state._STATES.clear()
     first = describe(to_plain(DescribeRequest(setup=setup)))
     state._STATES.clear()

@@ -48,7 +48,7 @@ SETUP = TaskSetup(
     parcel="key",
     settings=SETTINGS,
     losses=["a", "b/c"],
-    held=None,
+    stored=None,
     digests={"split 'a'": "1" * 64},
 )
 CHECKPOINTS = [Checkpoint(step, (Path(f"{step}/x.safetensors"), Path("y.safetensors")), 8, 7) for step in (0, 10)]
@@ -75,7 +75,7 @@ SENT = (
         versions={"torch": "2"}, device=None, token=Path("/there/token"), text="x", root="/r", checkpoints=CHECKPOINTS
     ),
     Admission(cuda=False, gpu=None),
-    DescribeRequest(setup=dataclasses.replace(SETUP, held=["w"])),
+    DescribeRequest(setup=dataclasses.replace(SETUP, stored=["w"])),
     Description(
         tensors=[TensorSpec("w", "parameter", (2, 3), ("v",), 0), TensorSpec("n", "buffer", ())],
         losses={

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,9 +24,11 @@ from ..text import count as counted
 from ..trajectory import drop_options, is_statistic, read_checkpoint, read_stored
 from .memory import block_of, short_of
 from .modes import moved_layers, notes_on_modes
-from .state import checkpoint_at, divided, first_point, objective_of, point_at, reported
+from .state import Point, checkpoint_at, divided, first_point, objective_of, point_at, reported
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..objective import Identity, Objective
 
 _NEAR = 16  # segments among which one that moves is looked for
@@ -110,7 +112,7 @@ def probe(request: ProbeRequest) -> ProbeAnswer:
     )
 
 
-def _scales(request: ProbeRequest, objective: Objective, first: Any, names: list[str]) -> dict[str, float]:
+def _scales(request: ProbeRequest, objective: Objective, first: Point, names: list[str]) -> dict[str, float]:
     """Return |loss| at the first checkpoint over the whole split, the groups averaged by weight, where a tolerance is a share of it.
 
     Six digits are kept, so that it is the same number in whatever company a loss is evaluated.
@@ -121,9 +123,9 @@ def _scales(request: ProbeRequest, objective: Objective, first: Any, names: list
     if not shares or not names:
         return {}
     scales = {}
-    for name, there in objective.evaluate(first, names, gradient=False).items():
-        weight = np.atleast_1d(there.weight)
-        loss = np.atleast_1d(there.loss)[weight > 0] @ weight[weight > 0] / weight.sum()
+    for name, evaluation in objective.evaluate(first, names, gradient=False).items():
+        weight = np.atleast_1d(evaluation.weight)
+        loss = np.atleast_1d(evaluation.loss)[weight > 0] @ weight[weight > 0] / weight.sum()
         scales[name] = abs(float(f"{loss:.6g}"))
         if not 0 < scales[name] < math.inf:
             option, share = next(iter(shares.items()))
@@ -134,7 +136,7 @@ def _scales(request: ProbeRequest, objective: Objective, first: Any, names: list
     return scales
 
 
-def _statistics(request: ProbeRequest, objective: Objective, first: Any, new: list[str]) -> tuple[Any, list[str]]:
+def _statistics(request: ProbeRequest, objective: Objective, first: Point, new: list[str]) -> tuple[Point, list[str]]:
     """Settle what statistics normalisation layers have; returns the first point with them, which the objective holds, and notes."""
     mode, recalibration = request.setup.settings.norm_stats, objective.recalibration
     if mode == "batch" or (mode == "running" and not new):
@@ -144,8 +146,8 @@ def _statistics(request: ProbeRequest, objective: Objective, first: Any, new: li
         objective.place(first)
         return first, notes
     if request.setup.settings.statistics is None:
-        given = request.setup.settings.batch_size
-        known = objective.batch_sizes.get(recalibration.split.name, given)
+        asked_size = request.setup.settings.batch_size
+        known = objective.batch_sizes.get(recalibration.split.name, asked_size)
         recalibration.settle(known, moved_layers(request, objective))
     point, unreached = recalibration.at(first), recalibration.unreached(first) if new else []
     notes = [
@@ -164,22 +166,22 @@ def _statistics(request: ProbeRequest, objective: Objective, first: Any, new: li
 
 
 def _same_ties(request: ProbeRequest) -> None:
-    """Names the task ties must hold one value in the checkpoints, or the model that was trained did not tie them.
+    """Refuse names that the task ties but whose values differ in the checkpoints: the model that was trained did not tie them.
 
     At both ends: copies that were trained apart start equal.
     """
     if not request.ties:
         return
-    wanted = {source: source for sources in request.ties.values() for source in sources}
+    sources_by_name = {source: source for sources in request.ties.values() for source in sources}
     for index in (0, request.sample.ends):
         checkpoint = checkpoint_at(request.sample.points, index)
         try:
-            held = read_checkpoint(checkpoint, wanted)
+            tensors = read_checkpoint(checkpoint, sources_by_name)
         except SpanError:  # a run that diverged: its last spans will fail and say so
             continue
         for name, (first, *others) in request.ties.items():
             for source in others:
-                if not bool((held[source] == held[first]).all()):
+                if not bool((tensors[source] == tensors[first]).all()):
                     raise InputError(
                         f"the task's model ties {name!r}, but {first!r} and {source!r} differ in {checkpoint.files[0]} (step "
                         f"{checkpoint.step}). Build the model that was trained."
@@ -187,7 +189,7 @@ def _same_ties(request: ProbeRequest) -> None:
 
 
 def _same_fixed(request: ProbeRequest, objective: Objective) -> None:
-    """What the task fixes although checkpoints hold it must be there, at both ends, what the model builds."""
+    """Refuse tensors that the task fixes but that checkpoints hold with other values, at either end, than the model builds."""
     import torch
 
     if not request.fixed:
@@ -195,12 +197,12 @@ def _same_fixed(request: ProbeRequest, objective: Objective) -> None:
     for index in (0, request.sample.ends):
         checkpoint = checkpoint_at(request.sample.points, index)
         try:
-            held = read_stored(checkpoint, request.fixed)
+            tensors = read_stored(checkpoint, request.fixed)
         except SpanError:  # its spans will fail and say so
             continue
-        for name, tensor in held.items():
-            ours = objective.fixed[name].cpu()
-            if not torch.equal(ours.to(tensor.dtype).to(ours.dtype), tensor.to(ours.dtype)):
+        for name, tensor in tensors.items():
+            built = objective.fixed[name].cpu()
+            if not torch.equal(built.to(tensor.dtype).to(built.dtype), tensor.to(built.dtype)):
                 raise InputError(
                     f"Task.fixed names {name!r}, but it is not what the task's model builds in {checkpoint.files[0]} (step "
                     f"{checkpoint.step}). Leave it out of fixed, so that it is read from there, or build the model that was trained."
@@ -215,19 +217,19 @@ def _leftovers(request: ProbeRequest, objective: Objective) -> list[str]:
     """
     from ..recorder.staging import same_bytes
 
-    wanted = request.leftovers
-    if not wanted:
+    leftovers = request.leftovers
+    if not leftovers:
         return []
-    fixed = objective.fixed_of(wanted)
+    fixed = objective.fixed_of(leftovers)
     ends = []
     for index in (0, request.sample.ends):
         checkpoint = checkpoint_at(request.sample.points, index)
         try:
-            ends.append((checkpoint, read_stored(checkpoint, wanted)))
+            ends.append((checkpoint, read_stored(checkpoint, leftovers)))
         except SpanError:  # its spans will fail and say so
             continue
-    for checkpoint, held in ends:
-        for name, tensor in held.items():
+    for checkpoint, tensors in ends:
+        for name, tensor in tensors.items():
             wrong = "" if name in fixed else refuted(name, tensor, objective.unstored)
             first = {name: ends[0][1][name]}
             if not wrong and not counts(name) and not same_bytes({name: tensor}, first):
@@ -237,17 +239,17 @@ def _leftovers(request: ProbeRequest, objective: Objective) -> list[str]:
                     f"tensor {name!r} stands in {checkpoint.files[0]} (step {checkpoint.step}) but not in the task's model, {wrong}. Build "
                     f"the model that was trained; where the loss is the same without it, leave it out: {drop_options([name])}"
                 )
-    return [left_out_note([name for name in wanted if name not in fixed], fixed)]
+    return [left_out_note([name for name in leftovers if name not in fixed], fixed)]
 
 
 def _checks(request: ProbeRequest, objective: Objective, name: str) -> list[str]:
     from ..objective import check_loss, drop_weightless_replicates
 
     notes: list[str] = check_loss(objective, name) + drop_weightless_replicates(objective, name)
-    given = objective.losses[name].replaced
-    if given is not None:
+    reduction = objective.losses[name].replaced
+    if reduction is not None:
         notes.append(
-            f"loss {name!r} was given reduction={given!r}; here it is the mean over its elements, of which what was minimised may be a "
+            f"loss {name!r} was given reduction={reduction!r}; here it is the mean over its elements, of which what was minimised may be a "
             "multiple"
         )
     return notes
@@ -269,33 +271,33 @@ def _same_in_float32(request: ProbeRequest, objective: Objective) -> None:
 
 
 def _identities(
-    request: ProbeRequest, objective: Objective, first: Any, names: list[str], at_first: dict[str, Any]
+    request: ProbeRequest, objective: Objective, first: Point, names: list[str], at_first: dict[str, Identity]
 ) -> dict[str, list[dict[str, float] | None]]:
     """Return what identifies each loss at the first and at the last checkpoint, `at_first` holding what is known of some there."""
     from ..objective import identify, weights_of_sample
 
-    found: dict[str, list[dict[str, float] | None]] = {name: [] for name in names}
-    weights: dict[str, Any] = {}
+    identities: dict[str, list[dict[str, float] | None]] = {name: [] for name in names}
+    weights: dict[str, Tensor | None] = {}
     for index in (0, request.sample.ends):
         try:
             point = first if index == 0 else point_at(request.sample.points, index, objective)
         except SpanError:  # a run that diverged: its last spans will fail and say so
             for name in names:
-                found[name].append(None)
+                identities[name].append(None)
             continue
         objective.place(point)
         for name in names:
             known = at_first.get(name) if index == 0 else None
             identity = asdict(known or identify(objective, name))
-            found[name].append(identity if all(map(math.isfinite, identity.values())) else None)
+            identities[name].append(identity if all(map(math.isfinite, identity.values())) else None)
             now = weights_of_sample(objective, name)
             _same_weights(name, weights.setdefault(name, now), now)
-    if found and point is not first:
-        _nothing_derived(request, objective, point, {name: each[-1] for name, each in found.items()})
-    return found
+    if identities and point is not first:
+        _nothing_derived(request, objective, point, {name: ends[-1] for name, ends in identities.items()})
+    return identities
 
 
-def _same_weights(name: str, first: Any, now: Any) -> None:
+def _same_weights(name: str, first: Tensor | None, now: Tensor | None) -> None:
     """Refuse weights that are others at another checkpoint, such as a second value that says whether an answer was right."""
     if first is not None and now is not None and not bool((first == now).all()):
         raise InputError(
@@ -306,7 +308,7 @@ def _same_weights(name: str, first: Any, now: Any) -> None:
 
 
 def _nothing_derived(
-    request: ProbeRequest, objective: Objective, last: Any, identities: dict[str, dict[str, float] | None]
+    request: ProbeRequest, objective: Objective, last: Point, identities: dict[str, dict[str, float] | None]
 ) -> None:
     """Refuse modules that merge or cache weights in eval mode: the loss would not be that of the weights placed after."""
     from ..objective import identify
@@ -315,18 +317,18 @@ def _nothing_derived(
     for name, before in identities.items():
         if before is None:
             continue
-        held, anew = before["loss"], identify(objective, name).loss
-        if not abs(held - anew) <= SAME_LOSS[request.setup.settings.precision] * max(abs(held), abs(anew), 1e-12):
+        value, anew = before["loss"], identify(objective, name).loss
+        if not abs(value - anew) <= SAME_LOSS[request.setup.settings.precision] * max(abs(value), abs(anew), 1e-12):
             raise InputError(
-                f"loss {name!r} at the last checkpoint is {held:.6g}, but {anew:.6g} when the model is set to eval anew: a module "
+                f"loss {name!r} at the last checkpoint is {value:.6g}, but {anew:.6g} when the model is set to eval anew: a module "
                 "merges or caches weights in eval mode. Build it so that it does not (merge_weights=False in loralib)."
             )
 
 
 def _can_measure(
-    request: ProbeRequest, objective: Objective, first: Any, names: list[str], at_first: dict[str, Any]
+    request: ProbeRequest, objective: Objective, first: Point, names: list[str], at_first: dict[str, Identity]
 ) -> tuple[bool, list[str]]:
-    """Whether some segments can be evaluated one precision higher as well, and a note where that cannot be done.
+    """Tell whether some segments can be evaluated one precision higher as well, with a note where that cannot be done.
 
     What identifies losses at the first checkpoint is added to `at_first`.
     """
@@ -340,9 +342,9 @@ def _can_measure(
         higher.place(first)
         for name in names:
             at_first[name] = identify(objective, name)
-            ours, theirs = at_first[name].loss, identify(higher, name).loss
-            if not abs(ours - theirs) <= SAME_LOSS[objective.precision_of(name)] * max(abs(ours), abs(theirs), 1e-12):
-                raise InputError(f"loss {name!r} is {ours:.6g} in {precision} but {theirs:.6g} in {HIGHER[precision]}")
+            narrow, wide = at_first[name].loss, identify(higher, name).loss
+            if not abs(narrow - wide) <= SAME_LOSS[objective.precision_of(name)] * max(abs(narrow), abs(wide), 1e-12):
+                raise InputError(f"loss {name!r} is {narrow:.6g} in {precision} but {wide:.6g} in {HIGHER[precision]}")
     except InputError as error:
         return False, [
             f"the error of {precision} is not measured, because the task does not run in {HIGHER[precision]}: {error}"
@@ -367,7 +369,7 @@ def sampled(ends: int) -> list[range]:
     ]
 
 
-def moving(sample: Sample, objective: Objective) -> Iterator[tuple[int, Any]]:
+def moving(sample: Sample, objective: Objective) -> Iterator[tuple[int, tuple[Point, Point] | None]]:
     """Look at a few segments, each once: those on which a parameter moves with the stored tensors at both ends, others with None.
 
     One that cannot be read is left out: its span will fail and say so.
@@ -378,15 +380,14 @@ def moving(sample: Sample, objective: Objective) -> Iterator[tuple[int, Any]]:
         for index in places:
             if index not in looked:
                 try:
-                    pair = tuple(
-                        read_checkpoint(checkpoint_at(sample.points, at), sample.points.names)
-                        for at in (index, index + 1)
+                    before, after = (
+                        read_checkpoint(checkpoint_at(sample.points, end), sample.points.names)
+                        for end in (index, index + 1)
                     )
                 except SpanError:
                     continue
-                before, after = pair
                 looked[index] = any(bool((before[name].double() != after[name].double()).any()) for name in trained)
-                yield index, pair if looked[index] else None
+                yield index, (before, after) if looked[index] else None
             if looked[index]:
                 break
 

@@ -71,7 +71,7 @@ def _key(setup: TaskSetup, losses: list[str]) -> str:
     place = [setup.task.get(name) for name in ("kind", "path", "module", "function")]
     settings = setup.settings
     built_by = [settings.device, settings.precision, settings.norm_stats, settings.batch_size, settings.subset]
-    return json.dumps([place, task.digest(setup.task), losses, built_by, setup.held], sort_keys=True)
+    return json.dumps([place, task.digest(setup.task), losses, built_by, setup.stored], sort_keys=True)
 
 
 def _same_data(objective: Objective, setup: TaskSetup) -> None:
@@ -107,7 +107,7 @@ def build(setup: TaskSetup, precision: str) -> Objective:
             norm_stats=settings.norm_stats,
             batch_size=settings.batch_size,
             subset=task.parse_subsets(settings.subset),
-            held=None if setup.held is None else frozenset(setup.held),
+            held=None if setup.stored is None else frozenset(setup.stored),
         )
 
 

@@ -166,7 +166,7 @@ def drive(address: str, given: argparse.Namespace, scheduler: psutil.Process, pl
             parcel=cluster.deliver(b"0" * 20_000),
             settings=RunSettings.of(manifest.settings),
             losses=["train"],
-            held=sorted(names.values()),
+            stored=sorted(names.values()),
             digests={"train": "0" * 64},
         )
         common = RunRequest[Any](
