@@ -1,4 +1,4 @@
-"""What a run, or a recording, would cost: evaluations, time from a few timed batches, bytes against free space."""
+"""The costs of a run, or of a recording: evaluations, time from a few timed batches, bytes against free space."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from .quadrature import RULES
 from .recorder import Recorder
 from .records import KEEP
 from .replay import default_out
+from .requests import CostsRequest, LossCosts, answered, to_plain
 from .settings import on_device, resolve
 from .store import estimated_bytes
 from .task import Task, loaded, pack
@@ -32,7 +33,7 @@ from .worker import SAMPLED, measure
 _TRIED = 5  # iterates that are written to see how long one takes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LossPlan:
     """One loss: what it is over, its batches, gradient evaluations without refinement, seconds of one and of all on one worker.
 
@@ -51,9 +52,9 @@ class LossPlan:
     bytes: dict[str, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What `lca plan` prints.
+    """The costs `lca plan` prints.
 
     `seconds` is what all losses together take on one worker, which is less than their sum where they share passes; `bytes` are the
     sizes of the result's files after compression, estimated from one segment and a batch of each loss, for all losses together;
@@ -68,13 +69,13 @@ class Plan:
     seconds: float
     bytes: dict[str, int]
     free: int
-    memory: int
+    memory: float
     notes: list[str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RecordingPlan:
-    """What saving every iterate of a training takes, the initial weights included.
+    """The costs of saving every iterate of a training, the initial weights included.
 
     `bytes_each` and `seconds_each` are of one iterate, the latter as measured on this disk, flushing included; `every` is the least
     that makes them fit into the bytes that are `free` (0: not even two do).
@@ -106,9 +107,9 @@ def plan_recording(directory: str | Path, task: str | Path | Task, steps: int) -
         raise InputError(f"--recording must be 1 or more optimiser steps, got {steps}.")
     place = nearest(Path(directory).resolve())
     model = new_model(loaded(task))
-    with tempfile.TemporaryDirectory(prefix=".lca-plan-", dir=place) as made, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory(prefix=".lca-plan-", dir=place) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # half precision is said when recording
-        with Recorder(made, model) as recorder:
+        with Recorder(folder, model) as recorder:
             recorder.save(0)
             recorder.flush()
             started = time.perf_counter()
@@ -116,19 +117,19 @@ def plan_recording(directory: str | Path, task: str | Path | Task, steps: int) -
                 recorder.save(step)
             recorder.flush()
         seconds = (time.perf_counter() - started) / _TRIED
-        size, *_ = {file.stat().st_size for file in Path(made).iterdir()}
-        header = read_header(next(Path(made).iterdir()))
+        size, *_ = {file.stat().st_size for file in Path(folder).iterdir()}
+        header = read_header(next(Path(folder).iterdir()))
     free = psutil.disk_usage(str(place)).free
     room = free // size
     return RecordingPlan(
-        steps + 1,
-        sum(parameter.numel() for parameter in model.parameters()),
-        len(header.tensors),
-        size,
-        (steps + 1) * size,
-        free,
-        steps // room + 1 if room >= 2 else 0,
-        seconds,
+        iterates=steps + 1,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        tensors=len(header.tensors),
+        bytes_each=size,
+        bytes=(steps + 1) * size,
+        free=free,
+        every=steps // room + 1 if room >= 2 else 0,
+        seconds_each=seconds,
     )
 
 
@@ -168,71 +169,68 @@ def plan(
         parcel = cluster.deliver(data)
         tell("building the task, and probing it on a sample")
         ready = prepare(cluster, trajectory, entry, parcel, list(losses), settings, workers=workers)
-        some = next(iter(ready.manifest.losses.values())).measured
-        window = ready.manifest.length_of(0)
-        spec = {
-            "segments_of_window": window,
-            **ready.common,
-            **ready.probe_part,
-            "batch_sizes": ready.batch_sizes,
-            "measured": some,
-        }
+        any_measured = next(iter(ready.manifest.losses.values())).measured
+        request = CostsRequest(
+            setup=ready.setup,
+            sample=ready.sample,
+            batch_sizes=ready.batch_sizes,
+            segments_of_window=ready.manifest.length_of(0),
+            measured=any_measured,
+        )
         tell("timing a few batches")
-        measured = unwrapped(measure(spec))
+        answer = answered(CostsRequest, measure(to_plain(request)))
+        costs = unwrapped(answer)
     manifest = ready.manifest
     free = psutil.disk_usage(
         str(nearest((Path(out) if out is not None else _beside(checkpoints)).resolve().parent))
     ).free
-    stored = {keep: estimated_bytes(manifest, keep, manifest.losses, measured["compressed"]) for keep in KEEP}
+    stored = {keep: estimated_bytes(manifest, keep, manifest.losses, costs.compressed) for keep in KEEP}
     short = (
         [f"the result will need about {amount(stored[manifest.keep])}, and {amount(free)} are free there"]
         if stored[manifest.keep] > free
         else []
     )
-    found = {
-        name: _loss_plan(ready, name, measured["losses"][name], measured["compressed"]) for name in manifest.losses
-    }
+    of_losses = {name: _loss_plan(ready, name, costs.losses[name], costs.compressed) for name in manifest.losses}
+    measured_segments = sum(first < manifest.segments for first in SAMPLED)
     return Plan(
-        manifest.segments,
-        manifest.parameters,
-        manifest.settings["device"],
-        workers,
-        found,
-        measured["together"] * max(loss.evaluations for loss in found.values())
-        + measured["recalibrating"] * (manifest.segments + manifest.spans)
-        + measured["higher"] * _at_once(settings["rule"]) * sum(at < manifest.segments for at in SAMPLED),
-        stored,
-        free,
-        measured["memory"],
-        [*trajectory.notes, *ready.notes, *([ready.short_of] if ready.short_of else []), *short],
+        segments=manifest.segments,
+        parameters=manifest.parameters,
+        device=manifest.settings["device"],
+        workers=workers,
+        losses=of_losses,
+        seconds=costs.together * max(loss.evaluations for loss in of_losses.values())
+        + costs.recalibrating * (manifest.segments + manifest.spans)
+        + costs.higher * _at_once(settings["rule"]) * measured_segments,
+        bytes=stored,
+        free=free,
+        memory=costs.memory,
+        notes=[*trajectory.notes, *ready.notes, *([ready.short_of] if ready.short_of else []), *short],
     )
 
 
 def _beside(checkpoints: str | Path) -> Path:
-    """Where the result would go; of remote checkpoints here."""
+    """Return where the result would go; for remote checkpoints a directory here."""
     return Path("run.lca") if is_remote(located(checkpoints)) else default_out(checkpoints)
 
 
 def _at_once(rule: str) -> int:
-    """Evaluations of one segment on its own."""
+    """Return the evaluations of one segment on its own."""
     return len(RULES[rule].nodes)
 
 
-def _loss_plan(
-    ready: Preparation, name: str, measured: dict[str, Any], compressed: dict[str, dict[str, float]]
-) -> LossPlan:
+def _loss_plan(ready: Preparation, name: str, costs: LossCosts, compressed: dict[str, dict[str, float]]) -> LossPlan:
     manifest, record = ready.manifest, ready.manifest.losses[name]
     rule = RULES[manifest.settings["rule"]]
     per_segment = len(rule.nodes) - (1 if rule.has_start and rule.has_end else 0)
     evaluations = per_segment * manifest.segments + (manifest.spans if rule.has_end else 0)
     return LossPlan(
-        record.examples,
-        len(record.groups or []),
-        record.batch_size,
-        measured["fastest"],
-        measured["largest"],
-        evaluations,
-        measured["seconds"],
-        evaluations * measured["seconds"],
-        {keep: estimated_bytes(manifest, keep, {name: record}, compressed) for keep in KEEP},
+        examples=record.examples,
+        groups=len(record.groups or []),
+        batch_size=record.batch_size,
+        fastest_batch_size=costs.fastest,
+        largest_batch_size=costs.largest,
+        evaluations=evaluations,
+        seconds_per_evaluation=costs.seconds,
+        seconds=evaluations * costs.seconds,
+        bytes={keep: estimated_bytes(manifest, keep, {name: record}, compressed) for keep in KEEP},
     )

@@ -1,4 +1,4 @@
-"""What stands before the first span: the task described, matched with the trajectory and probed, the run laid out."""
+"""The work before the first span: a task is described, matched with the trajectory and probed, and the run is laid out."""
 
 from __future__ import annotations
 
@@ -6,17 +6,34 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .cluster import Cluster, Done, Lost, Spec
-from .errors import InputError, Interrupted, ResourceError, SpanError, few, unpack
+from .errors import InputError, Interrupted, ResourceError, SpanError, few
 from .places import absolute, below
 from .quadrature import COMPOSITE, RULES
 from .records import ROUNDING, in_units_of_loss, is_share
+from .requests import (
+    Admission,
+    AdmissionRequest,
+    DescribeRequest,
+    Failure,
+    LossDescription,
+    ProbeAnswer,
+    ProbeRequest,
+    Question,
+    RunSettings,
+    Sample,
+    StoredPoints,
+    TaskSetup,
+    answered,
+    from_plain,
+    to_plain,
+)
 from .settings import Settings
 from .store import LossRecord, Manifest, StoredTensor
 from .store.keys import encode_all
@@ -29,27 +46,29 @@ _SPAN_BYTES = 256 * 2**20
 _LONGEST_SPAN = 32
 _WINDOWS = 64
 _BEGUN = "A run that has begun keeps its tolerance and its precision: with others, write another run with --out."
+Answer = TypeVar("Answer")
+
 _EARLY = (2, 4, 16)  # checkpoints at which running statistics, which lag most early on, are looked at too
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Preparation:
     """A probed task on a trajectory.
 
-    `common` is what every spec to a worker holds, `probe_part` what a spec that evaluates at a few checkpoints holds beside it;
+    Requests to workers are about the task as `setup` says; those that evaluate at a few checkpoints take them from `sample`.
     `manifest` describes the run as it would be created now; `notes` are worth telling. `short_of` says what memory there is too
     little of, if any.
     """
 
-    common: Spec
-    probe_part: Spec
+    setup: TaskSetup
+    sample: Sample
     manifest: Manifest
     notes: list[str]
     short_of: str | None
 
     @property
     def batch_sizes(self) -> dict[str, int]:
-        """Split → examples per batch."""
+        """Return split → examples per batch."""
         return {record.on: record.batch_size for record in self.manifest.losses.values() if record.on is not None}
 
 
@@ -58,7 +77,7 @@ def prepare(
     trajectory: Trajectory,
     task: Entry,
     parcel: str,
-    wanted: list[str],
+    losses: list[str],
     settings: Settings,
     *,
     existing: Manifest | None = None,
@@ -72,7 +91,7 @@ def prepare(
         trajectory: the checkpoints.
         task: where the task is.
         parcel: the key of what was delivered of it.
-        wanted: names of losses; empty for the first, `["all"]` for every one.
+        losses: their names; empty for the first, `["all"]` for every one.
         settings: complete.
         existing: the run that is there already, whose batch sizes and keys hold.
         span: segments per span; chosen where None.
@@ -83,78 +102,90 @@ def prepare(
         ResourceError: where the worker died.
         Interrupted: where the cluster drains.
     """
-    held = sorted(trajectory.tensors)
-    asked = {"task": task, "parcel": parcel, "settings": settings, "losses": wanted or None, "held": held}
-    found = ask(cluster, describe, asked)
-    _known_tensors(settings["tensors"], found["tensors"])
+    setup = TaskSetup(
+        task=task,
+        parcel=parcel,
+        settings=RunSettings.of(settings),
+        losses=losses,
+        stored=sorted(trajectory.tensors),
+        digests={},
+    )
+    described = ask(cluster, describe, DescribeRequest(setup=setup))
+    table = described.tensors
+    _known_tensors(settings["tensors"], table)
     if existing is None:
-        _known_splits(settings["subset"], found["losses"], found["statistics"])
-    table = [
-        TensorSpec(**{**each, "shape": tuple(each["shape"]), "aliases": tuple(each["aliases"])})
-        for each in found["tensors"]
-    ]
-    without = ([*found["fixed"], *found["added"]], found["patterns"], found["unstored"])
+        _known_splits(settings["subset"], described.losses, described.statistics)
+    without = ([*described.fixed, *described.added], described.patterns, described.unstored)
     names = trajectory.match(table, *without)
-    common = {
-        "task": task,
-        "parcel": parcel,
-        "settings": settings,
-        "losses": list(found["losses"]),
-        "names": names,
-        "held": held,
-        "root": absolute(trajectory.root),
-        "digests": found["digests"],
-    }
+    setup = replace(setup, losses=list(described.losses), digests=described.digests)
     recorded = existing.losses if existing else {}
     batch_sizes = {record.on: record.batch_size for record in recorded.values() if record.on is not None}
     segments = len(trajectory.checkpoints) - 1
     span = span or choose_span(segments, workers or cluster.workers, sum(spec.elements for spec in table))
-    probe_part = {
-        **_probe_part(trajectory, table),
-        "fixed": trajectory.sources_of(found["fixed"]),
-        "leftovers": trajectory.leftovers(table, *without),
-        "workers": workers or cluster.crowd,
-        "span": existing.span if existing else span,
-    }
-    probed = ask(cluster, probe, {**common, **probe_part, "recorded": list(recorded), "batch_sizes": batch_sizes})
-    if probed["statistics"] is not None:
-        settings = {**settings, "statistics": probed["statistics"]}
-        common["settings"] = settings
-    keys = encode_all(found["losses"], [record.key for record in recorded.values()])
+    modes = _looked_at_in_both_modes(segments)
+    sample = Sample(
+        points=_sampled_points(trajectory, names, modes),
+        ends=segments,
+        workers=workers or cluster.crowd,
+        span=existing.span if existing else span,
+    )
+    request = ProbeRequest(
+        setup=setup,
+        sample=sample,
+        batch_sizes=batch_sizes,
+        modes=modes,
+        half=trajectory.half_precision,
+        ties=trajectory.ties(table),
+        fixed=trajectory.sources_of(described.fixed),
+        leftovers=trajectory.leftovers(table, *without),
+        recorded=list(recorded),
+    )
+    probed = ask(cluster, probe, request)
+    if probed.statistics is not None:
+        settings = {**settings, "statistics": probed.statistics}
+        setup = replace(setup, settings=RunSettings.of(settings))
+    keys = encode_all(described.losses, [record.key for record in recorded.values()])
     tensor_keys = encode_all(spec.name for spec in table)
     manifest = Manifest(
-        absolute(trajectory.root),
-        [StoredTensor(spec, names[spec.name], tensor_keys[spec.name]) for spec in table],
-        relative(trajectory),
-        span,
-        _choose_window(segments, span),
-        settings,
-        {name: _record(name, keys[name], loss, probed) for name, loss in found["losses"].items()},
-        _provenance(task, found["task_losses"]),
+        root=absolute(trajectory.root),
+        tensors=[StoredTensor(spec, names[spec.name], tensor_keys[spec.name]) for spec in table],
+        checkpoints=relative(trajectory),
+        span=span,
+        window=_choose_window(segments, span),
+        settings=settings,
+        losses={name: _record(name, keys[name], loss, probed) for name, loss in described.losses.items()},
+        provenance=_provenance(task, described.task_losses),
     )
-    added = list(trajectory.sources_of(found["added"]))
+    added = list(trajectory.sources_of(described.added))
     new = {name: record for name, record in manifest.losses.items() if name not in recorded}
     scales = [note for name, record in new.items() for note in _scale(name, record, settings)]
     notes = [
-        *probed["notes"],
+        *probed.notes,
         *scales,
-        *_frozen(found["frozen"]),
+        *_frozen(described.frozen),
         *_added(added),
         *_idle(existing or manifest, workers or cluster.workers),
     ]
-    return Preparation(common, probe_part, manifest, notes, probed["short_of"])
+    return Preparation(setup=setup, sample=sample, manifest=manifest, notes=notes, short_of=probed.short_of)
 
 
-def ask(cluster: Cluster, work: Callable[[Spec], Spec], spec: Spec) -> Spec:
-    """One answer from one worker."""
-    for outcome in cluster.map(work, [spec]):
+def ask(cluster: Cluster, work: Callable[[Spec], Spec], request: Question[Answer]) -> Answer:
+    """Return the answer of one worker to a request.
+
+    Raises:
+        LCAError: the one the worker met; a SpanError as InputError.
+        ResourceError: where the worker died.
+        Interrupted: where the cluster drains.
+    """
+    for outcome in cluster.map(work, [to_plain(request)]):
         if isinstance(outcome, Lost):
             raise ResourceError(
                 f"a worker died while it looked at the task ({outcome.why}). Often memory: try fewer --workers or a smaller "
                 "--batch-size, or --cluster inline to see the cause."
             )
         if isinstance(outcome, Done) and outcome.result is not None:
-            return unwrapped(outcome.result)
+            answer = answered(type(request), outcome.result)
+            return unwrapped(answer)
     raise Interrupted("stopped before the first span.")
 
 
@@ -174,9 +205,15 @@ def muster(cluster: Cluster, trajectory: Trajectory, device: str | None, token: 
         ResourceError: naming the workers that cannot, why, and what to do.
     """
     checkpoints = relative(trajectory)
-    ends = [as_json(checkpoints[0]), as_json(checkpoints[-1])]
-    driver = {"versions": versions(), "device": device, "token": [str(token[0]), token[1]], "checkpoints": ends}
-    answers = cluster.muster(admit, {"driver": driver, "root": absolute(trajectory.root)})
+    request = AdmissionRequest(
+        versions=versions(),
+        device=device,
+        token=token[0],
+        text=token[1],
+        root=absolute(trajectory.root),
+        checkpoints=[checkpoints[0], checkpoints[-1]],
+    )
+    answers = cluster.muster(admit, to_plain(request))
     refused = [
         f"worker {name} {error['message'] if isinstance(error, dict) else error}"
         for name, answer in answers.items()
@@ -185,12 +222,13 @@ def muster(cluster: Cluster, trajectory: Trajectory, device: str | None, token: 
     if refused:
         more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
         raise ResourceError(f"{'; '.join(refused[:3])}{more}.")
-    cluster.settle_on(device or ("cuda" if all(answer["cuda"] for answer in answers.values()) else "cpu"))
-    return _sharing(cluster.device, cluster.several_threads, answers)
+    admitted = {name: from_plain(Admission, answer) for name, answer in answers.items()}
+    cluster.settle_on(device or ("cuda" if all(answer.cuda for answer in admitted.values()) else "cpu"))
+    return _sharing(cluster.device, cluster.several_threads, admitted)
 
 
-def _sharing(device: str | None, several: Sequence[str], answers: dict[str, Spec]) -> list[str]:
-    """What makes workers slower than they could be."""
+def _sharing(device: str | None, several: Sequence[str], admitted: dict[str, Admission]) -> list[str]:
+    """Say what makes workers slower than they could be."""
     notes = []
     if several:
         notes.append(
@@ -198,19 +236,19 @@ def _sharing(device: str | None, several: Sequence[str], answers: dict[str, Spec
             "but a worker computes one span at a time: start more workers with --nthreads 1"
         )
     if device == "cuda":
-        held: dict[str, list[str]] = {}
-        for name, answer in answers.items():
-            held.setdefault(answer["gpu"], []).append(name)
+        sharing: dict[str | None, list[str]] = {}
+        for name, answer in admitted.items():
+            sharing.setdefault(answer.gpu, []).append(name)
         notes += [
             f"workers {', '.join(names)} share one GPU: give each its own with CUDA_VISIBLE_DEVICES"
-            for names in held.values()
+            for names in sharing.values()
             if len(names) > 1
         ]
     return notes
 
 
 def _added(names: list[str]) -> list[str]:
-    """What checkpoints hold of the state dict that is no tensor of the model's own."""
+    """Say which parts of a state dict the checkpoints hold that are no tensors of the model's own."""
     if not names:
         return []
     return [
@@ -220,7 +258,7 @@ def _added(names: list[str]) -> list[str]:
 
 
 def _frozen(names: list[str]) -> list[str]:
-    """Frozen parameters that are the task's own."""
+    """Say which frozen parameters stay as the task's model builds them."""
     if not names:
         return []
     return [
@@ -238,15 +276,15 @@ def _scale(name: str, record: LossRecord, settings: Settings) -> list[str]:
     least, change = min(abs(first["loss"]), abs(last["loss"])), abs(last["loss"] - first["loss"])
     rounding = ROUNDING[settings["precision"]] * least
     advice = f"{_advice(tolerance, first['loss'], change, rounding)} {_BEGUN}"
-    asked = f"--tolerance {tolerance}" + (f" (here {absolute:.2g})" if is_share(tolerance) else "")
+    option = f"--tolerance {tolerance}" + (f" (here {absolute:.2g})" if is_share(tolerance) else "")
     if absolute < rounding:
         return [
-            f"loss {name!r}: {asked} is below the rounding of a loss of {least:.2g} in {settings['precision']}, about {rounding:.2g}: "
+            f"loss {name!r}: {option} is below the rounding of a loss of {least:.2g} in {settings['precision']}, about {rounding:.2g}: "
             f"segments will take all {2**COMPOSITE.finest} intervals and stay above it. {advice}"
         ]
     if record.on is not None and 0 < change < 10 * absolute:
         return [
-            f"loss {name!r}: {asked} is more than a tenth of what it changes by in all ({change:.2g} from the first checkpoint to the "
+            f"loss {name!r}: {option} is more than a tenth of what it changes by in all ({change:.2g} from the first checkpoint to the "
             f"last, on a sample), so hardly any segment will be refined. {advice}"
         ]
     return []
@@ -262,33 +300,33 @@ def _advice(tolerance: float | str, first: float, change: float, rounding: float
 
 
 def _idle(manifest: Manifest, workers: int) -> list[str]:
-    """What cannot be spread over the workers there are."""
+    """Say what cannot be spread over the workers of the cluster."""
     if manifest.spans >= workers:
         return []
-    what = (
+    work = (
         count(manifest.segments, "segment")
         if manifest.span == 1
         else f"{count(manifest.spans, 'span')}, cut when the run was created,"
     )
-    return [f"{what} keep{'s' * (manifest.spans == 1)} at most {manifest.spans} of {workers} workers busy"]
+    return [f"{work} keep{'s' * (manifest.spans == 1)} at most {manifest.spans} of {workers} workers busy"]
 
 
-def unwrapped(answer: Spec) -> Spec:
-    """A worker's answer, or the error it met; before the first span that is never "some spans failed"."""
-    if "error" in answer:
-        error = unpack(answer["error"])
-        raise (InputError(str(error)) if isinstance(error, SpanError) else error) from RuntimeError(answer["trace"])
+def unwrapped(answer: Answer | Failure) -> Answer:
+    """Return a worker's answer, or raise the error it met; before the first span that is never "some spans failed"."""
+    if isinstance(answer, Failure):
+        error = answer.exception()
+        raise (InputError(str(error)) if isinstance(error, SpanError) else error) from RuntimeError(answer.trace)
     return answer
 
 
 def choose_span(segments: int, workers: int, elements: int) -> int:
-    """Segments per span: a power of two, at most 32, at most 256 MiB of allocation, at least two spans per worker."""
+    """Return the segments per span: a power of two, at most 32, at most 256 MiB of allocation, at least two spans per worker."""
     most = min(_LONGEST_SPAN, max(1, segments // (2 * workers)), max(1, _SPAN_BYTES // (4 * max(1, elements))))
     return int(2 ** (most.bit_length() - 1))
 
 
 def _choose_window(segments: int, span: int) -> int:
-    """Spans per window of totals: a power of two that gives at most 64 windows."""
+    """Return the spans per window of totals: a power of two that gives at most 64 windows."""
     window = 1
     while -(-segments // (span * window)) > _WINDOWS:
         window *= 2
@@ -296,56 +334,56 @@ def _choose_window(segments: int, span: int) -> int:
 
 
 def relative(trajectory: Trajectory) -> list[Checkpoint]:
-    """Checkpoints with their files relative to the trajectory's root, so that a directory can be moved."""
+    """Return the checkpoints with their files relative to the trajectory's root, so that a directory can be moved."""
     return [
-        Checkpoint(each.step, tuple(below(file, trajectory.root) for file in each.files), each.size, each.fingerprint)
-        for each in trajectory.checkpoints
+        replace(checkpoint, files=tuple(below(file, trajectory.root) for file in checkpoint.files))
+        for checkpoint in trajectory.checkpoints
     ]
 
 
-def as_json(checkpoint: Checkpoint) -> list[Any]:
-    """A checkpoint inside a spec."""
-    return [checkpoint.step, [str(file) for file in checkpoint.files], checkpoint.size, checkpoint.fingerprint]
+def _looked_at_in_both_modes(segments: int) -> list[int]:
+    """Return the positions of checkpoints where losses are looked at with running statistics and with those of a batch."""
+    middle = (segments - 1) // 2
+    early = [index for index in _EARLY if index <= segments]
+    return sorted({0, 1, *early, middle, middle + 1, segments - 1, segments})
 
 
-def _probe_part(trajectory: Trajectory, table: list[TensorSpec]) -> dict[str, Any]:
-    ends = len(trajectory.checkpoints) - 1
-    looked = {index for places in sampled(ends) for index in places}
-    middle = (ends - 1) // 2
-    modes = sorted({0, 1, *(index for index in _EARLY if index <= ends), middle, middle + 1, ends - 1, ends})
-    wanted = {*(end for index in looked for end in (index, index + 1)), *modes}
+def _sampled_points(trajectory: Trajectory, names: dict[str, str], modes: list[int]) -> StoredPoints:
+    """Return the checkpoints a task is looked at before its first span, those of `modes` among them."""
+    segments = len(trajectory.checkpoints) - 1
+    starts = {index for places in sampled(segments) for index in places}
+    positions = {*(end for index in starts for end in (index, index + 1)), *modes}
     checkpoints = relative(trajectory)
-    return {
-        "ends": ends,
-        "modes": modes,
-        "half": trajectory.half_precision,
-        "ties": trajectory.ties(table),
-        "checkpoints": {str(index): as_json(checkpoints[index]) for index in sorted(wanted)},
-    }
-
-
-def _record(name: str, key: str, loss: dict[str, Any], probed: Spec) -> LossRecord:
-    return LossRecord(
-        key,
-        loss["on"],
-        loss["kind"],
-        loss["examples"],
-        loss["total"],
-        loss["groups"],
-        loss["counts"],
-        probed["block"][name],
-        probed["along"][name],
-        probed["replicates"][name],
-        probed["batch_sizes"].get(loss["on"], 0),
-        probed["calibration"][name],
-        probed["measured"],
-        probed["identity"][name],
-        probed["scale"].get(name),
+    return StoredPoints(
+        root=absolute(trajectory.root),
+        names=names,
+        checkpoints={index: checkpoints[index] for index in sorted(positions)},
     )
 
 
-def _known_tensors(patterns: list[str], tensors: list[dict[str, Any]]) -> None:
-    names = [each["name"] for each in tensors if each["kind"] != "state"]
+def _record(name: str, key: str, loss: LossDescription, probed: ProbeAnswer) -> LossRecord:
+    return LossRecord(
+        key=key,
+        on=loss.on,
+        kind=loss.kind,
+        examples=loss.examples,
+        total=loss.total,
+        groups=loss.groups,
+        counts=loss.counts,
+        block=probed.block[name],
+        along=probed.along[name],
+        replicates=probed.replicates[name],
+        batch_size=0 if loss.on is None else probed.batch_sizes.get(loss.on, 0),
+        calibration=probed.calibration[name],
+        measured=probed.measured,
+        identity=probed.identity[name],
+        scale=probed.scale.get(name),
+    )
+
+
+def _known_tensors(patterns: list[str], table: list[TensorSpec]) -> None:
+    """Refuse a pattern of `--tensors` that matches no tensor with an allocation."""
+    names = [tensor.name for tensor in table if tensor.kind != "state"]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             near = f" Did you mean {pattern + '.*'!r}?" if any(name.startswith(f"{pattern}.") for name in names) else ""
@@ -355,8 +393,9 @@ def _known_tensors(patterns: list[str], tensors: list[dict[str, Any]]) -> None:
             )
 
 
-def _known_splits(subsets: list[str], losses: dict[str, Any], of_statistics: str | None) -> None:
-    splits = {of_statistics, *(loss["on"] for loss in losses.values())} - {None}
+def _known_splits(subsets: list[str], losses: dict[str, LossDescription], of_statistics: str | None) -> None:
+    """Refuse a subset of a split that no chosen loss is on."""
+    splits = {split for split in (of_statistics, *(loss.on for loss in losses.values())) if split is not None}
     for split in parse_subsets(subsets):
         if split and split not in splits:
             raise InputError(

@@ -1,4 +1,4 @@
-"""What the caller of a replay hears, as it happens, and the log of it."""
+"""The events of a replay, as its caller hears them, and the log of them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Planned:
     directory: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SpanDone:
     """A span was committed. `evaluations` and `forward_passes` are over its losses, `seconds` on the worker.
 
@@ -126,14 +126,14 @@ class Log:
         self._write({"event": "Started", "host": socket.gethostname(), "pid": os.getpid()})
 
     def __call__(self, event: Event) -> None:
-        """Write it down and pass it on, one after the other from whatever threads they come."""
+        """Write an event down and pass it on, one after the other from whatever threads they come."""
         with self._one_at_a_time:
             self._write({"event": type(event).__name__, **asdict(event)})
             self.listener(event)
 
     @contextlib.contextmanager
     def written_to(self, file: Path) -> Iterator[None]:
-        """Append to a file from here on, and how it ended."""
+        """Append every event to a file from here on, and at the end how it ended."""
         self.file = file
         try:
             yield

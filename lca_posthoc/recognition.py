@@ -1,29 +1,32 @@
-"""Whether a run that is gone on with is of the checkpoints, the model, the losses and the data that are there now."""
+"""Checks before a run is resumed: its checkpoints, model, losses and data are those it was made with."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
 
 from . import store
-from .cluster import Cluster, Spec
+from .cluster import Cluster
 from .errors import InputError
-from .preparation import as_json, ask
+from .preparation import ask
+from .requests import LossesRequest, RunRequest
 from .store import LossRecord, RunWriter, StoredTensor
 from .trajectory import Checkpoint
 from .worker import losses_at
 
 
-def same_checkpoints(writer: RunWriter, found: list[Checkpoint], root: str) -> None:
-    """The recorded checkpoints must be the first ones found, but for those no number relies on yet; more may follow."""
-    steps = [checkpoint.step for checkpoint in found]
+def same_checkpoints(writer: RunWriter, checkpoints: list[Checkpoint], root: str) -> None:
+    """Refuse checkpoints that do not begin with the recorded ones, but for those no number relies on yet; more may follow."""
+    steps = [checkpoint.step for checkpoint in checkpoints]
     for index, checkpoint in enumerate(writer.manifest.checkpoints):
-        if index >= len(found) or steps[index] != checkpoint.step:
+        if index >= len(checkpoints) or steps[index] != checkpoint.step:
             what = (
                 f"step {steps[index]} is new before step {checkpoint.step}"
                 if checkpoint.step in steps
                 else f"step {checkpoint.step} is missing"
             )
-        elif found[index] != checkpoint and writer.relies_on(index):
+        elif checkpoints[index] != checkpoint and writer.relies_on(index):
             what = f"the content of step {checkpoint.step} differs"
         else:
             continue
@@ -32,10 +35,10 @@ def same_checkpoints(writer: RunWriter, found: list[Checkpoint], root: str) -> N
         )
 
 
-def same_tensors(writer: RunWriter, found: list[StoredTensor]) -> None:
-    """The model must have the tensors that are recorded."""
-    before, now = ({each.spec.name: each for each in table} for table in (writer.manifest.tensors, found))
-    if found != writer.manifest.tensors:
+def same_tensors(writer: RunWriter, tensors: list[StoredTensor]) -> None:
+    """Refuse a model with other tensors than those that are recorded."""
+    before, now = ({tensor.spec.name: tensor for tensor in table} for table in (writer.manifest.tensors, tensors))
+    if tensors != writer.manifest.tensors:
         name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
         raise InputError(
             f"the task's model has other tensors than {writer.path} was made with: {name!r} differs. Build the model that was trained, "
@@ -43,45 +46,52 @@ def same_tensors(writer: RunWriter, found: list[StoredTensor]) -> None:
         )
 
 
-def same_loss(name: str, recorded: LossRecord, found: LossRecord, same_end: bool) -> None:
-    """A recorded name must mean the same loss: same settings, same value and gradient norm on a fixed sample."""
+def same_loss(name: str, recorded: LossRecord, probed: LossRecord, same_end: bool) -> None:
+    """Refuse another loss under a recorded name: other settings, or another value or gradient norm on a fixed sample."""
     from .objective import Identity
 
     for setting in ("on", "kind", "examples", "groups", "counts"):
-        if getattr(recorded, setting) != getattr(found, setting):
-            raise InputError(_other_loss(name, setting, getattr(recorded, setting), getattr(found, setting)))
+        if getattr(recorded, setting) != getattr(probed, setting):
+            raise InputError(_other_loss(name, setting, getattr(recorded, setting), getattr(probed, setting)))
     for place in (0, 1) if same_end else (0,):
-        before, now = recorded.identity[place], found.identity[place]
+        before, now = recorded.identity[place], probed.identity[place]
         if before and now and not Identity(**before).matches(Identity(**now)):
             where = "first" if place == 0 else "last"
-            shown = [f"{each['loss']:.6g} and {each['gradient_norm']:.6g} on a sample" for each in (before, now)]
+            shown = [f"{known['loss']:.6g} and {known['gradient_norm']:.6g} on a sample" for known in (before, now)]
             raise InputError(_other_loss(name, f"value and gradient norm at the {where} checkpoint", *shown))
 
 
-def same_values(cluster: Cluster, writer: RunWriter, common: Spec, again: Mapping[str, Collection[int]]) -> None:
-    """Losses that are gone on with must have their values over all of their data, at a checkpoint where those are known.
+def same_values(
+    cluster: Cluster, writer: RunWriter, common: RunRequest[Any], again: Mapping[str, Collection[int]]
+) -> None:
+    """Refuse losses whose values over all of their data are others than before, at a checkpoint where those are known.
 
     Args:
         cluster: one worker of which evaluates them.
         writer: of the run.
-        common: what specs of spans have in common.
+        common: what requests of spans have in common.
         again: committed spans that will be computed again, by loss.
     """
-    known = {name: store.meeting(writer.commits(name), again.get(name, ())) for name in common["losses"]}
-    meetings: dict[str, list[str]] = {}
-    for name, found in known.items():
-        if found is not None:
-            meetings.setdefault(str(found[0]), []).append(name)
+    known = {name: store.meeting(writer.commits(name), again.get(name, ())) for name in common.setup.losses}
+    meetings: dict[int, list[str]] = {}
+    for name, meeting in known.items():
+        if meeting is not None:
+            meetings.setdefault(meeting[0], []).append(name)
     if not meetings:
         return
     checkpoints = writer.manifest.checkpoints
-    where = {index: as_json(checkpoints[int(index)]) for index in meetings}
-    spec = {**common, "run": str(writer.path.resolve()), "meetings": meetings, "checkpoints": where, "span": 1}
-    for name, now in ask(cluster, losses_at, spec)["losses"].items():
+    request = LossesRequest(
+        setup=common.setup,
+        points=replace(common.points, checkpoints={index: checkpoints[index] for index in meetings}),
+        run=common.run,
+        batch_sizes=common.batch_sizes,
+        meetings=meetings,
+    )
+    for name, now in ask(cluster, losses_at, request).losses.items():
         index, before = known[name] or (0, now)
         if store.differ(writer.commits(name), before, now):
-            what = f"value over its whole data at step {checkpoints[index].step}"
-            raise InputError(_other_loss(name, what, f"{before:.8g}", f"{now:.8g}"))
+            field = f"value over its whole data at step {checkpoints[index].step}"
+            raise InputError(_other_loss(name, field, f"{before:.8g}", f"{now:.8g}"))
 
 
 def _shortly(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Pending spans to workers, commits back as a stream of progress events; creation, resume, repair, drain.
+"""The driver of a replay: pending spans go to workers, commits come back as events; creation, resume, repair, drain.
 
 `run` is what `lca run` calls, `repair` what `lca repair` calls.
 """
@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from . import store
-from .cluster import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting, Where, open_cluster
+from .cluster import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Waiting, Where, open_cluster
 from .display import duration, listening
-from .errors import InputError, Interrupted, LCAError, NotFiniteError, ResourceError, SpanError, amount, few, unpack
+from .errors import InputError, Interrupted, LCAError, NotFiniteError, ResourceError, SpanError, amount, few
 from .places import here, is_remote, located, nearest
-from .preparation import Preparation, as_json, ask, muster, prepare, relative
+from .preparation import Preparation, ask, muster, prepare, relative
 from .progress import Listener, Log, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow, Stage, Stopping
 from .recognition import same_checkpoints, same_loss, same_tensors, same_values
+from .requests import CompressionsRequest, Failure, RunRequest, SpanRequest, answered, from_plain, to_plain
 from .settings import Settings, on_device, resolve
 from .store import LossRecord, Manifest, Run, RunWriter
 from .task import Entry, Task, digest, pack
@@ -130,22 +131,40 @@ def run(
     }
     if span is not None and (span < 1 or span & (span - 1)):
         raise InputError(f"span must be a power of two, got {span}.")
-    where = Where(cluster, workers, tls_ca, tls_cert, tls_key, insecure, dashboard)
+    where = Where(
+        kind=cluster,
+        workers=workers,
+        tls_ca=tls_ca,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        insecure=insecure,
+        dashboard=dashboard,
+    )
     what = "results are written to file systems. Give --out a directory."
     path = here(out, what) if out is not None else default_out(checkpoints)
     durable = _durable(durability)
     with listening(progress) as listener:
         log = Log(listener)
         entry, data = pack(task)
-        named = list(losses or [])
-        job = _Job(located(checkpoints), entry, data, named, path, asked, span, durable, log, ignore_space=ignore_space)
+        job = _Job(
+            checkpoints=located(checkpoints),
+            task=entry,
+            data=data,
+            losses=list(losses or []),
+            path=path,
+            asked=asked,
+            span=span,
+            durable=durable,
+            tell=log,
+            ignore_space=ignore_space,
+        )
         job.run(where)
     return store.open_run(path)
 
 
 @dataclass(frozen=True)
 class Repaired:
-    """What a repair found and did: the damage, the spans computed again by loss, and the leftover files removed."""
+    """The outcome of a repair: the damage, the spans computed again by loss, and the leftover files removed."""
 
     damage: list[store.Damage]
     spans: dict[str, list[int]]
@@ -186,25 +205,37 @@ def repair(
         SpanError: where damaged spans could not be computed again.
     """
     place, durable = Path(path), _durable(durability)
-    where = Where(cluster, workers, tls_ca, tls_cert, tls_key, insecure)
+    where = Where(kind=cluster, workers=workers, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, insecure=insecure)
     packed = pack(task)
     store.read_manifest(place)
     with store.hold(place):
         writer = RunWriter.open(place, durable)
-        found = list(store.verify(place))
-        damage = [each for each in found if isinstance(each, store.Damage)]
+        problems = list(store.verify(place))
+        damage = [problem for problem in problems if isinstance(problem, store.Damage)]
         writer.restore_metadata()
         writer.sweep()
-        for each in found:
-            if isinstance(each, store.Leftover):
-                (place / each.path).unlink(missing_ok=True)
-    losses = {each.loss: True for each in damage if each.loss is not None and (each.span, each.window) != (None, None)}
+        for problem in problems:
+            if isinstance(problem, store.Leftover):
+                (place / problem.path).unlink(missing_ok=True)
+    losses = {part.loss: True for part in damage if part.loss is not None and (part.span, part.window) != (None, None)}
     root = located(checkpoints if checkpoints is not None else writer.manifest.root)
     with listening(progress) as listener:
-        job = _Job(root, *packed, list(losses), place, {}, None, durable, Log(listener), damage)
+        entry, data = packed
+        job = _Job(
+            checkpoints=root,
+            task=entry,
+            data=data,
+            losses=list(losses),
+            path=place,
+            asked={},
+            span=None,
+            durable=durable,
+            tell=Log(listener),
+            damage=damage,
+        )
         if losses:
             job.run(where)
-    return Repaired(damage, job.only or {}, len(found) - len(damage))
+    return Repaired(damage, job.only or {}, len(problems) - len(damage))
 
 
 def _durable(durability: str) -> bool:
@@ -214,16 +245,16 @@ def _durable(durability: str) -> bool:
 
 
 def default_out(checkpoints: str | Path) -> Path:
-    """Where a run goes unless told: beside the checkpoints, with `.lca` added.
+    """Return where a run goes by default: beside the checkpoints, with `.lca` added.
 
     Raises:
         InputError: where the checkpoints are remote, which results cannot be.
     """
-    found = located(checkpoints)
-    if is_remote(found):
-        raise InputError(f"{found} is remote, and results are not: say where they go with --out RUN.")
-    found = found.resolve() if found.name in ("", "..") else found
-    return found.with_name(f"{found.name}.lca")
+    directory = located(checkpoints)
+    if is_remote(directory):
+        raise InputError(f"{directory} is remote, and results are not: say where they go with --out RUN.")
+    directory = directory.resolve() if directory.name in ("", "..") else directory
+    return directory.with_name(f"{directory.name}.lca")
 
 
 DURABILITY = ("full", "none")
@@ -295,14 +326,14 @@ def _interrupted(number: int) -> Interrupted:
     return error
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Job:
     """One call of `run`: from a trajectory and a task to a complete run directory."""
 
     checkpoints: Path
     task: Entry
     data: bytes
-    wanted: list[str]
+    losses: list[str]
     path: Path
     asked: dict[str, Any]
     span: int | None
@@ -384,19 +415,19 @@ class _Job:
                 raise _interrupted(stop.signal) from None
 
     def _is_finished(self, manifest: Manifest, trajectory: Trajectory) -> bool:
-        """Whether nothing is left to do, told from the task file's bytes and the markers alone."""
+        """Tell whether nothing is left to do, from the task file's bytes and the markers alone."""
         if manifest.provenance["task_sha256"] != digest(self.task) or len(trajectory.checkpoints) != len(
             manifest.checkpoints
         ):
             return False
         known = manifest.provenance["task_losses"]
-        wanted = known if self.wanted == ["all"] else self.wanted or known[:1]
+        losses = known if self.losses == ["all"] else self.losses or known[:1]
         writer = RunWriter(self.path, manifest)
-        finished = set(wanted) <= set(manifest.losses) and all(
-            manifest.losses[name].covers is None and writer.is_complete(name) for name in wanted
+        finished = set(losses) <= set(manifest.losses) and all(
+            manifest.losses[name].covers is None and writer.is_complete(name) for name in losses
         )
         if finished:
-            self.tell(Planned(0, manifest.segments * len(wanted), 0, 0))
+            self.tell(Planned(0, manifest.segments * len(losses), 0, 0))
         return finished
 
     def _work(
@@ -413,7 +444,7 @@ class _Job:
         parcel = cluster.deliver(self.data)
         self._begin("building and probing the task")
         ready = prepare(
-            cluster, trajectory, self.task, parcel, self.wanted, settings, existing=existing, span=self.span
+            cluster, trajectory, self.task, parcel, self.losses, settings, existing=existing, span=self.span
         )
         for note in ready.notes:
             self.tell(Note(note))
@@ -424,19 +455,24 @@ class _Job:
             self._check_space(cluster, ready, ready.manifest, settings["keep"], ready.manifest.losses)
             store.create(self.path, ready.manifest, self.durable)
         with contextlib.ExitStack() as stack:
-            held = stack.enter_context(store.hold(self.path))
+            lock = stack.enter_context(store.hold(self.path))
             writer = RunWriter.open(self.path, self.durable)
-            if held.unclean:
+            if lock.unclean:
                 writer.sweep()
             if strangers:  # who comes late is asked about the run directory itself
                 muster(cluster, trajectory, cluster.device, stack.enter_context(store.token(self.path)))
             self._bring_up(cluster, writer, ready)
-            common = {**ready.common, "batch_sizes": ready.batch_sizes}
+            common = RunRequest[Any](
+                setup=ready.setup,
+                points=replace(ready.sample.points, checkpoints={}),
+                run=str(self.path.resolve()),
+                batch_sizes=ready.batch_sizes,
+            )
             same_values(cluster, writer, common, writer.spans_of(self.damage or ()))
             if self.damage is not None:  # now that all that is needed to compute it again is known to be there
                 self.only = writer.discard(self.damage)
             stack.enter_context(self.tell.written_to(self.path / "log" / "run.jsonl"))
-            self._replay(cluster, writer, common, stop, held)
+            self._replay(cluster, writer, common, stop, lock)
             if self.failed:
                 raise SpanError(_failures(self.failed))
 
@@ -449,8 +485,13 @@ class _Job:
         most = store.required_bytes(manifest, keep, losses)
         if most <= free:
             return
-        spec = {**ready.common, **ready.probe_part, "batch_sizes": ready.batch_sizes}
-        shares = ask(cluster, compressions, {**spec, "segments_of_window": manifest.length_of(0)})["compressed"]
+        request = CompressionsRequest(
+            setup=ready.setup,
+            sample=ready.sample,
+            batch_sizes=ready.batch_sizes,
+            segments_of_window=manifest.length_of(0),
+        )
+        shares = ask(cluster, compressions, request).compressed
         about = store.estimated_bytes(manifest, keep, losses, shares, _BLOCK)
         sizes = f"about {amount(about)} after compression (at most {amount(most)}), and {place} has {amount(free)} free"
         if about > free and not self.ignore_space:
@@ -464,25 +505,25 @@ class _Job:
 
     def _bring_up(self, cluster: Cluster, writer: RunWriter, ready: Preparation) -> None:
         """Compare what is recorded with what was found, then take up new losses and new checkpoints."""
-        recorded, found = writer.manifest, ready.manifest
-        same_checkpoints(writer, found.checkpoints, found.root)
-        same_tensors(writer, found.tensors)
-        for name, record in found.losses.items():
+        recorded, laid_out = writer.manifest, ready.manifest
+        same_checkpoints(writer, laid_out.checkpoints, laid_out.root)
+        same_tensors(writer, laid_out.tensors)
+        for name, record in laid_out.losses.items():
             if name in recorded.losses:
-                same_end = len(found.checkpoints) == len(recorded.of(name).checkpoints)
+                same_end = len(laid_out.checkpoints) == len(recorded.of(name).checkpoints)
                 same_loss(name, recorded.losses[name], record, same_end)
         behind = {name for name, record in recorded.losses.items() if record.covers is not None}
-        asked = {name for name in found.losses if self.damage is None or name not in behind}
-        if found.checkpoints != recorded.checkpoints or behind & asked:
-            writer.take_up(found.checkpoints, {name: found.losses[name].identity for name in asked})
+        extended = {name for name in laid_out.losses if self.damage is None or name not in behind}
+        if laid_out.checkpoints != recorded.checkpoints or behind & extended:
+            writer.take_up(laid_out.checkpoints, {name: laid_out.losses[name].identity for name in extended})
             if self.damage is None:
                 self._say_what_stays(writer.manifest)
-        new = {name: record for name, record in found.losses.items() if name not in recorded.losses}
+        new = {name: record for name, record in laid_out.losses.items() if name not in recorded.losses}
         if new:
             with_new = replace(writer.manifest, losses={**writer.manifest.losses, **new})
             self._check_space(cluster, ready, with_new, writer.keep, new)
             writer.add_losses(new)
-        task = {name: value for name, value in found.provenance.items() if name.startswith("task")}
+        task = {name: value for name, value in laid_out.provenance.items() if name.startswith("task")}
         if any(recorded.provenance[name] != value for name, value in task.items()):
             writer.note(task)
 
@@ -498,43 +539,44 @@ class _Job:
                     )
                 )
 
-    def _replay(self, cluster: Cluster, writer: RunWriter, common: Spec, stop: _Stop, held: store.Held) -> None:
-        manifest = writer.manifest
+    def _replay(
+        self, cluster: Cluster, writer: RunWriter, common: RunRequest[Any], stop: _Stop, lock: store.Held
+    ) -> None:
+        manifest, losses = writer.manifest, common.setup.losses
         store.remove_reports(self.path)
-        covered = {name: manifest.of(name) for name in common["losses"]}
+        covered = {name: manifest.of(name) for name in losses}
         waiting: dict[
             tuple[int, int], list[str]
         ] = {}  # by span and its segments: in a repair losses may end at different ones
-        for name in common["losses"]:
+        for name in losses:
             writer.fold_all(name)
             for span in writer.pending(name):
                 if self.only is None or span in self.only[name]:
                     waiting.setdefault((span, covered[name].length(span)), []).append(name)
         pending = sum(len(names) * length for (_, length), names in waiting.items())
-        total = sum(each.segments for each in covered.values())
-        directory = str(self.path.resolve())
+        total = sum(of_loss.segments for of_loss in covered.values())
+        directory = common.run
         if self.announcement is not None:
             self.announcement.end()
         self.tell(Planned(pending, total, len(waiting), cluster.workers, directory if pending else ""))
         self.workers = cluster.workers if pending else 0
-        place = {"run": directory, "durable": self.durable}
         specs = (
-            {**common, **_span_part(covered[names[0]], span), **place, "pending": names}
+            to_plain(_span_request(common, covered[names[0]], span, names, durable=self.durable))
             for (span, _), names in sorted(waiting.items())
         )
         silent: set[tuple[str, str, bool]] = set()
-        held.working = True  # until its end, workers may leave temporary files
+        lock.working = True  # until its end, workers may leave temporary files
         with contextlib.closing(cluster.map(replay_span, specs, settled)) as outcomes:
             for outcome in outcomes:
                 silent |= self._hear(cluster, writer, outcome)
-                if held.lost.is_set():
+                if lock.lost.is_set():
                     raise ResourceError(
                         f"another driver took {self.path} over, because this one did not show for minutes. What was committed is kept."
                     )
-        unfolded = {span: name for name in common["losses"] for span in writer.fold_all(name)}
+        unfolded = {span: name for name in losses for span in writer.fold_all(name)}
         for span, name in sorted(unfolded.items()):
             self._failed(covered[name], span, "its totals were damaged while they waited to be joined")
-        held.working = False
+        lock.working = False
         store.remove_reports(self.path)
         if self.torn:  # of a worker that died while it wrote, temporary files stay
             writer.sweep()
@@ -550,7 +592,7 @@ class _Job:
             raise _interrupted(stop.signal)
 
     def _hear(self, cluster: Cluster, writer: RunWriter, outcome: Outcome) -> set[tuple[str, str, bool]]:
-        """Pass on what a cluster says; returns losses, tensors without a gradient, and whether the loss depends on them."""
+        """Pass on what a cluster says; return losses, tensors without a gradient, and whether the loss depends on them."""
         manifest = writer.manifest
         if isinstance(outcome, Refused):
             self.tell(Note(f"worker {outcome.worker} joined and takes no part: it {outcome.why}"))
@@ -559,7 +601,8 @@ class _Job:
         elif isinstance(outcome, Done):
             return self._take(writer, outcome, cluster.workers) if outcome.result is not None else set()
         else:
-            span, manifest = outcome.spec["span"], manifest.of(outcome.spec["pending"][0])
+            request = from_plain(SpanRequest, outcome.spec)
+            span, manifest = request.span, manifest.of(request.pending[0])
             where = (span, *_steps(manifest, span))
             if isinstance(outcome, Lost):
                 self.torn = True
@@ -577,48 +620,45 @@ class _Job:
         self.tell(failure)
 
     def _take(self, writer: RunWriter, done: Done, workers: int) -> set[tuple[str, str, bool]]:
-        manifest, span, result = writer.manifest, done.spec["span"], done.result
-        if "error" in result:
-            error = unpack(result["error"])
+        request, answer = from_plain(SpanRequest, done.spec), answered(SpanRequest, done.result)
+        manifest, span = writer.manifest, request.span
+        if isinstance(answer, Failure):
+            error = answer.exception()
             if isinstance(error, ResourceError):
                 raise error
             step = error.step if isinstance(error, NotFiniteError) else None
-            self._failed(manifest.of(done.spec["pending"][0]), span, str(error), step)
+            self._failed(manifest.of(request.pending[0]), span, str(error), step)
             return set()
-        self.span_seconds, self.workers = result["seconds"], workers
-        facts = result["losses"].values()
-        for name, fact in result["losses"].items():
-            self._join(writer, name, span, fact["ends"])
+        self.span_seconds, self.workers = answer.seconds, workers
+        parts = answer.losses.values()
+        for name, part in answer.losses.items():
+            self._join(writer, name, span, part.ends)
             whole = manifest.losses[name].batch_size
-            if fact["batch_size"] < whole:
+            if part.batch_size < whole:
                 self.smaller += 1
                 if self.smaller == 1:
                     self.tell(
                         Note(
                             f"out of memory on {done.worker}: span {span} of loss {name!r} was computed in batches of "
-                            f"{fact['batch_size']} instead of {whole}, equal within rounding; its marker says so"
+                            f"{part.batch_size} instead of {whole}, equal within rounding; its marker says so"
                         )
                     )
         self.tell(
             SpanDone(
-                span,
-                list(result["losses"]),
-                result["segments"],
-                max(fact["worst_residual"] for fact in facts),
-                sum(fact["unconverged"] for fact in facts),
-                sum(fact["evaluations"] for fact in facts),
-                sum(fact["forward_passes"] for fact in facts),
-                result["seconds"],
-                result["peak_bytes"],
-                done.worker,
-                workers,
+                span=span,
+                losses=list(answer.losses),
+                segments=answer.segments,
+                worst_residual=max(part.worst_residual for part in parts),
+                unconverged=sum(part.unconverged for part in parts),
+                evaluations=sum(part.evaluations for part in parts),
+                forward_passes=sum(part.forward_passes for part in parts),
+                seconds=answer.seconds,
+                peak_bytes=answer.peak_bytes,
+                worker=done.worker,
+                workers=workers,
             )
         )
-        return {
-            (loss, tensor, tensor in fact.get("hidden", ()))
-            for loss, fact in result["losses"].items()
-            for tensor in fact["silent"]
-        }
+        return {(loss, tensor, tensor in part.hidden) for loss, part in answer.losses.items() for tensor in part.silent}
 
     def _join(self, writer: RunWriter, loss: str, span: int, ends: list[float]) -> None:
         """Compare a span with those beside it, once they are committed; here alone, so that no two miss each other."""
@@ -634,7 +674,7 @@ class _Job:
 
 
 def _of_silent(silent: set[tuple[str, str, bool]]) -> Iterator[str]:
-    """Notes about tensors that moved and that no gradient of a loss reaches, by loss: hidden from it, or not used at all."""
+    """Yield notes about tensors that moved and that no gradient of a loss reaches, by loss: hidden from it, or not used at all."""
     for loss in sorted({loss for loss, _, _ in silent}):
         hidden = {tensor for other, tensor, depends in silent if other == loss and depends}
         unused = {tensor for other, tensor, _ in silent if other == loss} - hidden
@@ -667,18 +707,32 @@ def _not_finite(failed: list[SpanFailed]) -> str:
 
 
 def _steps(manifest: Manifest, span: int) -> tuple[int, int]:
-    """The training steps a span runs from and to."""
+    """Return the training steps a span runs from and to."""
     rows = manifest.rows(span)
     return manifest.checkpoints[rows.start].step, manifest.checkpoints[rows.stop].step
 
 
-def _span_part(manifest: Manifest, span: int) -> dict[str, Any]:
+def _span_request(
+    common: RunRequest[Any], manifest: Manifest, span: int, pending: list[str], *, durable: bool
+) -> SpanRequest:
+    """Return the request to replay one span for its pending losses, with the checkpoints it reads.
+
+    Args:
+        common: to all spans.
+        manifest: of the run up to where the pending losses end.
+        span: its number.
+        pending: the losses.
+        durable: whether it is on the disk before it counts.
+    """
     rows = manifest.rows(span)
-    return {
-        "span": span,
-        "checkpoints": {
-            str(index): as_json(manifest.checkpoints[index])
-            for index in (*looks_back(rows.start), *range(rows.start, rows.stop + 1))
-        },
-        "calibration": {name: record.calibration for name, record in manifest.losses.items()},
-    }
+    positions = (*looks_back(rows.start), *range(rows.start, rows.stop + 1))
+    return SpanRequest(
+        setup=common.setup,
+        points=replace(common.points, checkpoints={index: manifest.checkpoints[index] for index in positions}),
+        run=common.run,
+        batch_sizes=common.batch_sizes,
+        durable=durable,
+        span=span,
+        pending=pending,
+        calibration={name: record.calibration for name, record in manifest.losses.items()},
+    )

@@ -35,38 +35,42 @@ CHOICES = {
 
 
 def resolve(asked: dict[str, Any], recorded: dict[str, Any] | None) -> dict[str, Any]:
-    """What was asked, over what is recorded or the defaults; a recorded setting is never changed."""
-    given = {
+    """Return the settings that were asked for, over the recorded ones or the defaults; a recorded setting is never changed.
+
+    Raises:
+        InputError: where a setting is not one of its choices, or differs from what is recorded.
+    """
+    chosen = {
         name: value
         for name, value in asked.items()
         if not (value is None or (isinstance(value, list | str) and value in ([], "auto")))
     }
-    for name, value in given.items():
+    for name, value in chosen.items():
         if name in CHOICES and value not in CHOICES[name]:
             raise InputError(f"{_option(name)} {value!r} is not one of {', '.join(CHOICES[name])}.")
     for name in ("tolerance", "allocation_tolerance"):
-        if name in given:
-            given[name] = _positive(name, given[name])
-    if given.get("batch_size") is not None and given["batch_size"] < 1:
-        raise InputError(f"--batch-size must be 1 or more, got {given['batch_size']}.")
+        if name in chosen:
+            chosen[name] = _positive(name, chosen[name])
+    if chosen.get("batch_size") is not None and chosen["batch_size"] < 1:
+        raise InputError(f"--batch-size must be 1 or more, got {chosen['batch_size']}.")
     if recorded is None:
-        settings = {**DEFAULTS, **given}
-        if settings["precision"] == "bfloat16" and "tolerance" not in given:
+        settings = {**DEFAULTS, **chosen}
+        if settings["precision"] == "bfloat16" and "tolerance" not in chosen:
             settings["tolerance"] = "inf"  # the losses at both ends are rounded by more than halving could mend
         return settings
-    other = [name for name, value in given.items() if recorded[name] != value]
+    other = [name for name, value in chosen.items() if recorded[name] != value]
     if other:
-        made = " ".join(_shown(name, recorded[name]) for name in other)
-        asked_for = " ".join(_shown(name, given[name]) for name in other)
+        before = " ".join(_shown(name, recorded[name]) for name in other)
+        asked_for = " ".join(_shown(name, chosen[name]) for name in other)
         raise InputError(
-            f"this run was made with {made}, not {asked_for}. Leave {' and '.join(map(_option, other))} out to go on with it, "
+            f"this run was made with {before}, not {asked_for}. Leave {' and '.join(map(_option, other))} out to go on with it, "
             "or write another run with --out."
         )
     return recorded
 
 
 def on_device(settings: Settings, device: str | None) -> Settings:
-    """Settings with the device they are for, once it is known."""
+    """Return settings with the device they are for, once it is known."""
     if settings["precision"] == "tf32" and device != "cuda":
         raise InputError("--precision tf32 needs a GPU. Use float32, or bfloat16.")
     return {**settings, "device": device}
@@ -74,7 +78,7 @@ def on_device(settings: Settings, device: str | None) -> Settings:
 
 def _shown(name: str, value: Any) -> str:
     if isinstance(value, list):
-        return " ".join(f"{_option(name)} {each}" for each in value) or f"no {_option(name)}"
+        return " ".join(f"{_option(name)} {item}" for item in value) or f"no {_option(name)}"
     return f"no {_option(name)}" if value is None else f"{_option(name)} {value}"
 
 

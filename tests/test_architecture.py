@@ -36,6 +36,7 @@ ORDER = (
     *(
         "store",
         "cluster",
+        "requests",
         "worker",
         "settings",
         "preparation",

@@ -329,6 +329,7 @@ SETTINGS = {
     "bfloat16 in convolutions": "torch.backends.mkldnn.conv.fp32_precision = 'bf16'",
 }
 ASKS = """
+import dataclasses
 import torch
 from lca_posthoc.objective.precision import tf32
 from lca_posthoc.worker import state
@@ -340,14 +341,16 @@ parts = (backends.cuda.matmul, mkldnn.matmul, mkldnn.conv, mkldnn.rnn, cudnn.con
 read = lambda: [each.fp32_precision for each in parts]
 before, seen = read(), []
 
-@state.reported
-def work(spec):
+Nothing = dataclasses.make_dataclass("Nothing", [])
+
+@state.reported(Nothing)
+def work(request):
     seen.append(read())
     seen.append(torch.get_float32_matmul_precision())
     with tf32(True):
         seen.append(read())
     seen.append(read())
-    return {{}}
+    return Nothing()
 
 assert work({{}}) == {{}}, work({{}})
 assert seen == [["ieee"] * 6, "highest", ["tf32", "ieee", "ieee", "ieee", "tf32", "tf32"], ["ieee"] * 6], seen

@@ -23,6 +23,7 @@ from lca_posthoc.cluster import delivery
 from lca_posthoc.errors import InputError, LCAError
 from lca_posthoc.objective import Objective
 from lca_posthoc.progress import Note
+from lca_posthoc.requests import DescribeRequest, RunSettings, TaskSetup, to_plain
 from lca_posthoc.settings import DEFAULTS
 from lca_posthoc.task import pack
 from lca_posthoc.worker import describe, state
@@ -912,16 +913,16 @@ class Features(nn.Module):
         return self.linear(torch.cos(x @ self.features))
 
 
-def answers(task: Task | Path, **more: Any) -> list[dict[str, Any]]:
-    """What two processes say of a task: the one that probes it, and one that is given the digests found there."""
-    settings = {**DEFAULTS, "device": "cpu", "batch_size": BATCH}
+def answers(task: Task | Path, held: list[str] | None = None) -> list[dict[str, Any]]:
+    """Return what two processes say of a task: the one that probes it, and one that gets the digests of the first."""
+    settings = RunSettings.of({**DEFAULTS, "device": "cpu", "batch_size": BATCH})
     entry, data = pack(task)
     delivery.take_in("parcel", data)
-    spec = {"task": entry, "parcel": "parcel", "settings": settings, "losses": None, **more}
+    setup = TaskSetup(task=entry, parcel="parcel", settings=settings, losses=[], stored=held, digests={})
     state._STATES.clear()
-    first = describe(spec)
+    first = describe(to_plain(DescribeRequest(setup=setup)))
     state._STATES.clear()
-    second = describe({**spec, "digests": first["digests"]})
+    second = describe(to_plain(DescribeRequest(setup=replace(setup, digests=first["digests"]))))
     state._STATES.clear()
     return [first, second]
 

@@ -392,7 +392,19 @@ class Clock:
 
 
 def done(span: int, segments: int = 10) -> SpanDone:
-    return SpanDone(span, ["train"], segments, 1e-4, 0, 30, 0, 1.0, 1, "worker", 2)
+    return SpanDone(
+        span=span,
+        losses=["train"],
+        segments=segments,
+        worst_residual=1e-4,
+        unconverged=0,
+        evaluations=30,
+        forward_passes=0,
+        seconds=1.0,
+        peak_bytes=1,
+        worker="worker",
+        workers=2,
+    )
 
 
 def test_without_a_terminal_there_is_a_line_a_minute_and_an_early_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Where work runs: in this process, on local Dask workers, or on those of a scheduler somewhere. It is given a callable and
+"""The places where work runs: this process, local Dask workers, or those of a scheduler somewhere. A cluster gets a callable and
 JSON-like specs; it knows no more.
 
 A cluster gives every worker two specs at a time, one to work on and one to wait; tries a spec again under a new key when its worker

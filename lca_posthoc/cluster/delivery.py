@@ -11,10 +11,10 @@ def take_in(key: str, data: bytes) -> None:
 
 
 def drop(key: str) -> None:
-    """Forget them."""
+    """Forget the bytes under a key."""
     _DELIVERED.pop(key, None)
 
 
 def delivered(key: str) -> bytes:
-    """The bytes under a key."""
+    """Return the bytes under a key."""
     return _DELIVERED[key]

@@ -28,7 +28,7 @@ class Inline:
     @classmethod
     @contextlib.contextmanager
     def opened(cls, device: str, stop: threading.Event) -> Iterator[Cluster]:
-        """Forgets what was delivered when it is over."""
+        """Open a cluster that forgets what was delivered when it is over."""
         cluster = cls(device, stop)
         try:
             yield cluster

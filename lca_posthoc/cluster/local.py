@@ -111,7 +111,7 @@ def _settle_in() -> Any:
 
 
 def local_workers(device: str) -> int:
-    """How many workers this host has unless told: one per visible GPU, or one per core that this process may use."""
+    """Return how many workers this host has by default: one per visible GPU, or one per core that this process may use."""
     if device == "cuda":
         return len(gpu_environments())
     from dask.system import cpu_count
@@ -120,7 +120,10 @@ def local_workers(device: str) -> int:
 
 
 def gpu_environments() -> list[dict[str, str]]:
-    """One worker per visible GPU; a list inherited from a job scheduler (indices, UUIDs, MIG ids) is split, never renumbered."""
+    """Return an environment for a worker per visible GPU.
+
+    A list inherited from a job scheduler (indices, UUIDs, MIG ids) is split, never renumbered.
+    """
     inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
     if inherited is None:
         import torch
@@ -128,7 +131,9 @@ def gpu_environments() -> list[dict[str, str]]:
         devices = [str(index) for index in range(torch.cuda.device_count())]
     else:
         listed = [device.strip() for device in inherited.split(",")]
-        ends = [at for at, device in enumerate(listed) if device in ("", "-1", "NoDevFiles")]  # as CUDA reads it
+        ends = [
+            position for position, device in enumerate(listed) if device in ("", "-1", "NoDevFiles")
+        ]  # as CUDA reads it
         devices = listed[: ends[0]] if ends else listed
     if not devices:
         raise ResourceError("no GPU is visible. Use --device cpu, or make one visible with CUDA_VISIBLE_DEVICES.")
@@ -136,7 +141,7 @@ def gpu_environments() -> list[dict[str, str]]:
 
 
 def visible_device() -> str:
-    """What `--device auto` means here: "cuda" where torch sees a GPU, else "cpu"."""
+    """Return the device `--device auto` stands for here: "cuda" where torch sees a GPU, else "cpu"."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""What a cluster is asked and what it answers."""
+"""The contract of a cluster: what becomes of specs, and how it is asked."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Cluster(Protocol):
 
     @property
     def workers(self) -> int:
-        """How many work now."""
+        """Count the workers that work now."""
 
     @property
     def crowd(self) -> int:
@@ -90,7 +90,7 @@ class Cluster(Protocol):
         """Put bytes where every worker finds them, also one that joins later; returns the key for `delivered`."""
 
     def muster(self, function: Function, spec: Spec) -> dict[str, Any]:
-        """What a callable returns on each worker, before any is given work; late ones are asked the same.
+        """Return what a callable returns on each worker, before any gets work; late ones are asked the same.
 
         A worker whose answer holds `"error"`, or that gives none, does not take part.
         """
@@ -99,7 +99,7 @@ class Cluster(Protocol):
         """Compute on "cuda" or "cpu" from here on."""
 
     def map(self, function: Function, specs: Iterable[Spec], settled: Settled | None = None) -> Generator[Outcome]:
-        """What becomes of each spec, as it comes; specs are taken from the iterable only when there is room.
+        """Yield what becomes of each spec, as it comes; specs are taken from the iterable only when there is room.
 
         Args:
             function: at module level.

@@ -39,14 +39,14 @@ def at_address(where: Where, device: str | None, stop: threading.Event) -> Itera
             _refuse_open_listeners(client)
         if not client.run_on_scheduler(has_us()):
             raise ResourceError(f"the scheduler at {address} {WITHOUT_US} (torch is not needed there).")
-        wanted = where.workers or 1
+        count = where.workers or 1
         try:
-            client.wait_for_workers(wanted, timeout=ANSWER_SECONDS if where.workers else CONNECT_SECONDS)
+            client.wait_for_workers(count, timeout=ANSWER_SECONDS if where.workers else CONNECT_SECONDS)
         except (DaskTimeoutError, TimeoutError):
-            there = len(client.scheduler_info()["workers"])
+            connected = len(client.scheduler_info()["workers"])
             tls = " --tls-ca-file CA --tls-cert CERT --tls-key KEY" if address.startswith("tls") else ""
             raise ResourceError(
-                f"{there or 'no'} worker{'' if there == 1 else 's'} of the {wanted} asked for {'is' if there == 1 else 'are'} "
+                f"{connected or 'no'} worker{'' if connected == 1 else 's'} of the {count} asked for {'is' if connected == 1 else 'are'} "
                 f"connected to {address}. Start some with `dask worker {address} --nthreads 1 --memory-limit 0{tls}` (on a GPU: "
                 "--resources GPU=1)."
             ) from None
@@ -56,7 +56,7 @@ def at_address(where: Where, device: str | None, stop: threading.Event) -> Itera
 
 
 def _root(error: BaseException) -> BaseException:
-    """The first of the errors that led to one another."""
+    """Return the first of the errors that led to one another."""
     while (before := error.__cause__ or error.__context__) is not None:
         error = before
     return error
@@ -69,7 +69,7 @@ def _serves_dashboard(dask_scheduler: Any) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What goes wrong with workers is said in our words; Dask's client logs it, with tracebacks, as well."""
+    """Silence Dask's client, which logs with tracebacks what we say of failing workers in our own words."""
     from distributed.utils import silence_logging_cmgr
 
     asyncio = logging.getLogger("asyncio")
@@ -87,24 +87,24 @@ def _security(where: Where, address: str) -> Any:
 
     if not address.startswith("tls://"):
         return None
-    given = where.tls
-    if not given:
+    files = where.tls
+    if not files:
         security = Security()  # what Dask's own configuration says
         if security.tls_ca_file is None or security.tls_client_cert is None:
             raise InputError(f"{address} needs --tls-ca, --tls-cert and --tls-key.")
         return security
     try:
-        trial = ssl.create_default_context(cafile=given["--tls-ca"])
-        trial.load_cert_chain(given["--tls-cert"], given["--tls-key"])
+        trial = ssl.create_default_context(cafile=files["--tls-ca"])
+        trial.load_cert_chain(files["--tls-cert"], files["--tls-key"])
     except (ssl.SSLError, OSError) as error:
         raise InputError(
-            f"--tls-ca {given['--tls-ca']}, --tls-cert {given['--tls-cert']} and --tls-key {given['--tls-key']} are not an authority, a "
+            f"--tls-ca {files['--tls-ca']}, --tls-cert {files['--tls-cert']} and --tls-key {files['--tls-key']} are not an authority, a "
             f"certificate and its key in PEM ({shortly(error)})."
         ) from None
     return Security(
-        tls_ca_file=str(given["--tls-ca"]),
-        tls_client_cert=str(given["--tls-cert"]),
-        tls_client_key=str(given["--tls-key"]),
+        tls_ca_file=str(files["--tls-ca"]),
+        tls_client_cert=str(files["--tls-cert"]),
+        tls_client_key=str(files["--tls-key"]),
         require_encryption=True,
     )
 
@@ -118,6 +118,6 @@ def _refuse_open_listeners(client: Any) -> None:
     for address in client.run_on_scheduler(listeners):
         if not is_closed(address):
             raise InputError(open_to_others(f"the scheduler listens on {address}, which"))
-    for address, each in client.scheduler_info()["workers"].items():
+    for address, worker in client.scheduler_info()["workers"].items():
         if not is_closed(address):
-            raise InputError(open_to_others(f"worker {each['name']} listens on {address}, which"))
+            raise InputError(open_to_others(f"worker {worker['name']} listens on {address}, which"))

@@ -1,4 +1,4 @@
-"""Where a user wants work to run, and whether that can be meant."""
+"""A user's choice of where work runs, and the check that it can be meant."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCHEMES = ("tcp", "tls")
 
 @dataclass(frozen=True)
 class Where:
-    """Where work runs.
+    """A place where work runs.
 
     Args:
         kind: "local", "inline", `tcp://HOST:PORT`, `tls://HOST:PORT`, or `file:SCHEDULER.json`.
@@ -37,14 +37,14 @@ class Where:
 
     @property
     def is_address(self) -> bool:
-        """Whether it names a scheduler somebody else started."""
+        """Tell whether it names a scheduler somebody else started."""
         return self.kind.startswith(("file:", *(f"{scheme}://" for scheme in SCHEMES)))
 
     @property
     def tls(self) -> dict[str, Path]:
-        """The TLS files that were given, by option."""
-        given = {"--tls-ca": self.tls_ca, "--tls-cert": self.tls_cert, "--tls-key": self.tls_key}
-        return {option: Path(file) for option, file in given.items() if file is not None}
+        """Return the TLS files that were given, by option."""
+        files = {"--tls-ca": self.tls_ca, "--tls-cert": self.tls_cert, "--tls-key": self.tls_key}
+        return {option: Path(file) for option, file in files.items() if file is not None}
 
     def check(self) -> None:
         """Refuse what cannot be meant, before anything is started."""
@@ -63,7 +63,7 @@ class Where:
                 )
 
     def address(self) -> str:
-        """The scheduler's address, read from its file where one is named.
+        """Return the scheduler's address, read from its file where one is named.
 
         Raises:
             InputError: where there is no such file, no address in it, or one that is open to others without TLS.
@@ -94,7 +94,7 @@ def _has_port(address: str) -> bool:
 
 
 def is_closed(address: str) -> bool:
-    """Whether only this host, or whoever holds a certificate, can talk to an address.
+    """Tell whether only this host, or whoever holds a certificate, can talk to an address.
 
     >>> [is_closed(each) for each in ("tcp://127.0.0.1:1", "tcp://[::1]:1", "tls://10.0.0.1:1", "tcp://10.0.0.1:1", "tcp://node:1")]
     [True, True, True, False, False]
@@ -109,7 +109,7 @@ def is_closed(address: str) -> bool:
 
 
 def open_to_others(who: str) -> str:
-    """Why such a listener is not used without being told to."""
+    """Return the message that refuses a listener which is open to others."""
     return (
         f"{who} is open to the network without TLS: whoever reaches it can run code as you. Start it with --host 127.0.0.1, or "
         "with TLS and give --tls-ca, --tls-cert and --tls-key, or give --insecure on a network you trust."

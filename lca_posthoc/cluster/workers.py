@@ -78,7 +78,7 @@ class Workers:
     @classmethod
     @contextlib.contextmanager
     def opened(cls, client: Any, device: str | None, stop: threading.Event) -> Iterator[Workers]:
-        """Leaves nothing behind on the workers."""
+        """Open them, and leave nothing behind on the workers afterwards."""
         workers = cls(client, device, stop)
         try:
             yield workers
@@ -127,7 +127,7 @@ class Workers:
 
     def _without_gpu(self, addresses: Iterable[str]) -> list[str]:
         info = self._ask(self._client.scheduler_info)["workers"]
-        return [each for each in addresses if info.get(each, {}).get("resources", {}).get("GPU", 0) < 1]
+        return [address for address in addresses if info.get(address, {}).get("resources", {}).get("GPU", 0) < 1]
 
     def muster(self, function: Function, spec: Spec) -> dict[str, Any]:
         """See `Cluster.muster`."""
@@ -136,15 +136,16 @@ class Workers:
         for address, answer in self._answers({address: self._is_there(address) for address in self._crew}):
             if answer is not True:
                 answers[address] = answer if answer else {"error": WITHOUT_US}
-        there = [address for address in self._crew if address not in answers]
-        answers |= self._answers({address: self._question_to(address) for address in there})
+        able = [address for address in self._crew if address not in answers]
+        answers |= self._answers({address: self._question_to(address) for address in able})
         self._crew = {address: hand for address, hand in self._crew.items() if "error" not in answers[address]}
         return {self._named(address): answer for address, answer in answers.items()}
 
-    def _answers(self, asked: dict[str, Any]) -> list[tuple[str, Any]]:
+    def _answers(self, futures: dict[str, Any]) -> list[tuple[str, Any]]:
         deadline = time.monotonic() + ANSWER_SECONDS
         return [
-            (address, self._answer(future, max(1.0, deadline - time.monotonic()))) for address, future in asked.items()
+            (address, self._answer(future, max(1.0, deadline - time.monotonic())))
+            for address, future in futures.items()
         ]
 
     def _is_there(self, address: str) -> Any:
@@ -191,12 +192,12 @@ class Workers:
         )
 
     def _look(self) -> tuple[list[str], list[str]]:
-        """Who came and who went since the last look; those on their way out count as gone."""
+        """Return who came and who went since the last look; those on their way out count as gone."""
         self._looked = time.monotonic()
-        here = set(self._ask(lambda: self._client.sync(self._client.scheduler.ncores_running)))
-        came = [address for address in here if address not in self._known]
-        went = [address for address in self._crew if address not in here]
-        self._known = (self._known | here) - set(went)
+        running = set(self._ask(lambda: self._client.sync(self._client.scheduler.ncores_running)))
+        came = [address for address in running if address not in self._known]
+        went = [address for address in self._crew if address not in running]
+        self._known = (self._known | running) - set(went)
         if came:
             info = self._ask(self._client.scheduler_info)["workers"]
             self._names |= {address: str(info[address]["name"]) for address in came if address in info}
@@ -205,7 +206,7 @@ class Workers:
         return came, went
 
     def _ask(self, question: Any, *arguments: Any, **named: Any) -> Any:
-        """A question to the scheduler; one that is gone is an error that says so."""
+        """Ask the scheduler; one that is gone is an error that says so."""
         from distributed.client import ClosedClientError
 
         try:
@@ -223,7 +224,7 @@ class Workers:
         return address if name == address else f"{name} ({address})"
 
     def _left(self, address: str) -> bool:
-        """Whether a worker that is gone was told to go, and so may still finish what it was doing."""
+        """Tell whether a worker that is gone was told to go, and so may still finish what it was doing."""
         with contextlib.suppress(OSError, TimeoutError):
             for _, event in reversed(self._client.get_events(address)):
                 if event.get("action") == "remove-worker":
@@ -232,10 +233,10 @@ class Workers:
         return False
 
     def _doing(self, key: str) -> list[str]:
-        """The stack of a running task, the innermost call last."""
+        """Return the stack of a running task, the innermost call last."""
         with contextlib.suppress(Exception):
-            held = self._client.sync(self._client.scheduler.call_stack, keys=[key], callback_timeout=5)
-            for stacks in held.values():
+            stacks_by_worker = self._client.sync(self._client.scheduler.call_stack, keys=[key], callback_timeout=5)
+            for stacks in stacks_by_worker.values():
                 return [" ".join(frame.split()) for frame in stacks[key]]
         return []
 
@@ -282,7 +283,7 @@ class _Work:
         return self._owner._stop.is_set() or (self._exhausted and not self._again)
 
     def _hand_out(self) -> None:
-        """One for everybody first, then one to wait."""
+        """Hand out one spec to every worker first, then one to wait."""
         if self._owner._stop.is_set():
             return
         for most in range(_EACH):
@@ -310,10 +311,10 @@ class _Work:
         if future.key in self._joining:
             yield from self._join(self._joining.pop(future.key)[0], future)
             return
-        found = next(((at, hand) for at, hand in self._owner._crew.items() if future.key in hand.flights), None)
-        if found is None:  # of a worker that is gone; its specs were dealt with
+        place = next(((worker, hand) for worker, hand in self._owner._crew.items() if future.key in hand.flights), None)
+        if place is None:  # of a worker that is gone; its specs were dealt with
             return
-        address, hand = found
+        address, hand = place
         result = self._result(future)
         if result:
             now = time.monotonic()
@@ -333,7 +334,7 @@ class _Work:
             yield from self._gone(address, self._owner._crew.pop(address))
 
     def _result(self, future: Any) -> list[Any]:
-        """The result of a finished task, if its worker is still there to give it."""
+        """Return the result of a finished task, if its worker is still there to give it."""
         from distributed import TimeoutError as DaskTimeoutError
 
         if future.status == "finished":
@@ -383,15 +384,15 @@ class _Work:
             self._owner._crew[address] = _Hand()
 
     def _gone(self, address: str, hand: _Hand) -> Iterator[Outcome]:
-        """What a worker that is gone was working on counts against the spec; what waited there does not."""
-        left = self._owner._left(address)
-        for at, (key, flight) in enumerate(hand.flights.items()):
+        """Count a death against the spec a worker that is gone was working on; specs that waited there are handed out again."""
+        may_finish = self._owner._left(address)
+        for position, (key, flight) in enumerate(hand.flights.items()):
             self._owner._ask(hand.futures[key].cancel)
             if self._owner._stop.is_set():
                 continue
-            if at > 0:
+            if position > 0:
                 self._again.append(flight)
-            elif left:
+            elif may_finish:
                 self._leaving.append((time.monotonic() + LEAVE_SECONDS, address, flight))
             else:
                 flight.deaths += 1
@@ -404,7 +405,7 @@ class _Work:
         return Retried(flight.spec, self._owner._named(address), why)
 
     def _leavers(self) -> Iterator[Outcome]:
-        """A worker that was told to go may still finish; wait for that rather than do it twice."""
+        """Wait for workers that were told to go, which may still finish, rather than do their work twice."""
         waiting, self._leaving = self._leaving, []
         for deadline, address, flight in waiting:
             result = self._settled(flight.spec) if self._settled else None
@@ -427,7 +428,7 @@ class _Work:
 
 
 def has_us() -> Any:
-    """A function that travels by value and says whether this package is installed where it runs."""
+    """Return a function that travels by value and says whether this package is installed where it runs."""
 
     def is_there() -> bool:
         import importlib.util
@@ -441,7 +442,7 @@ def has_us() -> Any:
 
 
 def _place(function: Function) -> str:
-    """Where a callable is found again, so that a scheduler need not import it."""
+    """Return the name under which a callable is found again, so that a scheduler need not import it."""
     return f"{function.__module__}:{function.__qualname__}"
 
 
@@ -462,14 +463,14 @@ def _event(name: str, client: Any) -> Any:
 
 
 def _next(arrived: queue.SimpleQueue[Any], seconds: float) -> Any:
-    """The next future, waking up now and then so that signals are handled."""
+    """Return the next future, waking up now and then so that signals are handled."""
     with contextlib.suppress(queue.Empty):
         return arrived.get(timeout=seconds)
     return None
 
 
 def shortly(error: object) -> str:
-    """An error or a message on one line of bounded length."""
+    """Return an error or a message on one line of bounded length."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:300] if isinstance(error, BaseException) else text[:300]
 

@@ -1,6 +1,6 @@
-"""What runs on a worker: say whether it can take part, describe a task, probe it, measure it, replay one span.
+"""The tasks of a worker: say whether it can take part, describe a task, probe it, measure it, replay one span.
 
-Each takes a JSON-like spec and returns one.
+Each takes a request as plain data and returns its answer, or the error it met, as plain data; see `requests`.
 """
 
 from .admission import admit, versions

@@ -1,4 +1,4 @@
-"""Whether a worker that somebody else started can take part: same versions, same files, a device."""
+"""The check whether a worker that somebody else started can take part: same versions, same files, a device."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from pathlib import Path
 from ..errors import LCAError, ResourceError
 from ..headers import read_header
 from ..places import located, reached
-from .state import Spec, reported
+from ..requests import Admission, AdmissionRequest
+from .state import reported
 
 _DISTRIBUTIONS = ("lca_posthoc", "torch", "numpy", "safetensors", "zarr", "dask", "distributed")
 
 
 def versions() -> dict[str, str]:
-    """What decides bits, and whether two processes understand each other; builds of one release are alike."""
-    found = {name: version(name).partition("+")[0] for name in _DISTRIBUTIONS}
-    return {"python": ".".join(platform.python_version_tuple()[:2]), **found}
+    """Return the versions that decide bits, and whether two processes understand each other; builds of one release are alike."""
+    installed = {name: version(name).partition("+")[0] for name in _DISTRIBUTIONS}
+    return {"python": ".".join(platform.python_version_tuple()[:2]), **installed}
 
 
-@reported
-def admit(spec: Spec) -> Spec:
-    """Check this process against what the driver says of itself; returns what GPU it sees.
+@reported(AdmissionRequest)
+def admit(request: AdmissionRequest) -> Admission:
+    """Check this process against what the driver says of itself; return what GPU it sees.
 
-    A result whose "error" is a ResourceError says what is wrong here and what to do.
+    Raises:
+        ResourceError: which says what is wrong here and what to do.
     """
     import torch
 
-    driver = spec["driver"]
-    theirs, ours = driver["versions"], versions()
-    for name in theirs:
-        if theirs[name] != ours[name]:
-            fix = f"`pip install {name}=={theirs[name]}`" if name != "python" else f"Python {theirs[name]}"
-            raise ResourceError(f"has {name} {ours[name]}, this driver {theirs[name]}: it needs {fix}")
-    token, text = driver["token"]
-    _reads_what_the_driver_wrote(Path(token), text)
-    _reads_checkpoints(spec)
+    installed = versions()
+    for name, needed in request.versions.items():
+        if needed != installed[name]:
+            fix = f"`pip install {name}=={needed}`" if name != "python" else f"Python {needed}"
+            raise ResourceError(f"has {name} {installed[name]}, this driver {needed}: it needs {fix}")
+    _reads_what_the_driver_wrote(request.token, request.text)
+    _reads_checkpoints(request)
     cuda = torch.cuda.is_available()
-    if driver["device"] == "cuda" and not cuda:
+    if request.device == "cuda" and not cuda:
         raise ResourceError("sees no GPU: start it where `nvidia-smi` lists one, or use --device cpu")
     gpu = str(torch.cuda.get_device_properties(0).uuid) if cuda else None
-    return {"cuda": cuda, "gpu": gpu}
+    return Admission(cuda=cuda, gpu=gpu)
 
 
 def _reads_what_the_driver_wrote(token: Path, text: str) -> None:
@@ -62,14 +62,14 @@ def _reads_what_the_driver_wrote(token: Path, text: str) -> None:
     trial.unlink()
 
 
-def _reads_checkpoints(spec: Spec) -> None:
-    for _, files, size, _ in spec["driver"]["checkpoints"]:
-        found = 0
-        for file in files:
-            path = located(spec["root"]) / file
+def _reads_checkpoints(request: AdmissionRequest) -> None:
+    for checkpoint in request.checkpoints:
+        size = 0
+        for file in checkpoint.files:
+            path = located(request.root) / str(file)
             try:
                 with reached(path), path.open("rb"):
-                    found += read_header(path).size
+                    size += read_header(path).size
             except OSError as error:
                 raise ResourceError(
                     f"cannot read checkpoint {path} ({error.strerror}): mount the file system of the checkpoints there, under the "
@@ -77,7 +77,7 @@ def _reads_checkpoints(spec: Spec) -> None:
                 ) from None
             except LCAError as error:
                 raise ResourceError(f"reads other checkpoints than this driver: {error}") from None
-        if found != size:
+        if size != checkpoint.size:
             raise ResourceError(
-                f"reads other checkpoints than this driver: {path} and its shards have {found:,} bytes, not {size:,}"
+                f"reads other checkpoints than this driver: {path} and its shards have {size:,} bytes, not {checkpoint.size:,}"
             )

@@ -1,138 +1,154 @@
-"""Before the first span: what a task holds, whether it can be replayed, what its losses are."""
+"""Checks before the first span: what a task holds, whether it can be replayed, what its losses are."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import InputError, SpanError, few
 from ..leftovers import counts, left_out_note, refuted
 from ..records import SAME_LOSS, is_share
+from ..requests import (
+    DescribeRequest,
+    Description,
+    LossDescription,
+    ProbeAnswer,
+    ProbeRequest,
+    Sample,
+)
 from ..text import count as counted
 from ..trajectory import drop_options, is_statistic, read_checkpoint, read_stored
 from .memory import block_of, short_of
 from .modes import moved_layers, notes_on_modes
-from .state import Spec, checkpoint_at, divided, first_point, objective_of, point_at, reported
+from .state import Point, checkpoint_at, divided, first_point, objective_of, point_at, reported
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..objective import Identity, Objective
 
 _NEAR = 16  # segments among which one that moves is looked for
 
 
-@reported
-def describe(spec: Spec) -> Spec:
-    """What the task holds: the model's tensors, and of each loss its split and its kind."""
-    objective = objective_of(spec)
+@reported(DescribeRequest)
+def describe(request: DescribeRequest) -> Description:
+    """Return what the task holds: the model's tensors, and of each loss its split and its kind."""
+    objective = objective_of(request.setup)
     digests = objective.digests  # before anything is called: a model may fill what it keeps
-    objective = divided(spec, objective)
-    return {
-        "tensors": [asdict(each) for each in objective.table],
-        "losses": {name: _described(objective, name) for name in objective.losses},
-        "task_losses": list(objective.task.losses),
-        "digests": digests,
-        "frozen": objective.frozen,
-        "fixed": list(objective.fixed),
-        "added": objective.added,
-        "patterns": list(objective.task.fixed),
-        "unstored": list(objective.unstored),
-        "statistics": None if objective.recalibration is None else objective.recalibration.split.name,
-    }
+    objective = divided(request.setup, objective)
+    return Description(
+        tensors=objective.table,
+        losses={name: _described(objective, name) for name in objective.losses},
+        task_losses=list(objective.task.losses),
+        digests=digests,
+        frozen=objective.frozen,
+        fixed=list(objective.fixed),
+        added=objective.added,
+        patterns=list(objective.task.fixed),
+        unstored=list(objective.unstored),
+        statistics=None if objective.recalibration is None else objective.recalibration.split.name,
+    )
 
 
-def _described(objective: Any, name: str) -> Spec:
+def _described(objective: Objective, name: str) -> LossDescription:
     loss, order = objective.losses[name], objective.order(name)
     split = None if loss.split is None else objective.splits[loss.split]
-    return {
-        "on": loss.split,
-        "kind": loss.kind,
-        "examples": split.examples if split else 0,
-        "total": split.total if split else 0,
-        "groups": order.labels if order else None,
-        "counts": order.counts if order else None,
-    }
+    return LossDescription(
+        on=loss.split,
+        kind=loss.kind,
+        examples=split.examples if split else 0,
+        total=split.total if split else 0,
+        groups=order.labels if order else None,
+        counts=order.counts if order else None,
+    )
 
 
-def _replicates(objective: Any, name: str) -> int:
+def _replicates(objective: Objective, name: str) -> int:
     hidden = objective.replicates_of(name)
-    return 0 if hidden is None else len(objective.order(hidden).labels)
+    order = None if hidden is None else objective.order(hidden)
+    return 0 if order is None else len(order.labels)
 
 
-@reported
-def probe(spec: Spec) -> Spec:
+@reported(ProbeRequest)
+def probe(request: ProbeRequest) -> ProbeAnswer:
     """Check the task on a small sample at the first checkpoint; identify each loss there and at the last one."""
-    objective = objective_of(spec)
-    names = list(objective.losses)
-    first = first_point(spec, objective)
-    batch_sizes = objective.settle_batch_sizes(first, spec["batch_sizes"])
-    _same_ties(spec)
-    _same_fixed(spec, objective)
-    new = [name for name in names if name not in spec["recorded"]]  # a recorded loss keeps what was settled for it
-    first, about_modes = _statistics(spec, objective, first, new)
-    notes = _leftovers(spec, objective)
-    notes += [note for name in names for note in _checks(spec, objective, name)]
-    if spec["settings"]["precision"] == "float64":
-        _same_in_float32(spec, objective)
-    notes += (_never_updated(spec, objective) if new else []) + _unmoved(spec, objective) + about_modes
-    block = {name: block_of(spec, objective, name) for name in names}
+    objective = objective_of(request.setup)
+    names, settings = list(objective.losses), request.setup.settings
+    first = first_point(request.sample.points, objective)
+    batch_sizes = objective.settle_batch_sizes(first, request.batch_sizes)
+    _same_ties(request)
+    _same_fixed(request, objective)
+    new = [name for name in names if name not in request.recorded]  # a recorded loss keeps what was settled for it
+    first, about_modes = _statistics(request, objective, first, new)
+    notes = _leftovers(request, objective)
+    notes += [note for name in names for note in _checks(request, objective, name)]
+    if settings.precision == "float64":
+        _same_in_float32(request, objective)
+    notes += (_never_updated(request, objective) if new else []) + _unmoved(request, objective) + about_modes
+    block = {name: block_of(request, objective, name) for name in names}
     objective.join([name for name in names if block[name] is not None])
-    at_first: dict[str, Any] = {}
-    measured, more = _can_measure(spec, objective, first, new, at_first)
+    at_first: dict[str, Identity] = {}
+    measured, more = _can_measure(request, objective, first, new, at_first)
     notes += more
     objective.release_higher()
-    identities = _identities(spec, objective, first, names, at_first)
-    calibrations = _calibrations(spec, objective, new) if new and spec["settings"]["rule"] == "trapezoid" else {}
-    return {
-        "batch_sizes": batch_sizes,
-        "identity": identities,
-        "calibration": {name: calibrations.get(name) for name in names},
-        "block": block,
-        "short_of": short_of(spec, objective, new, block),
-        "along": {name: along if along in objective.losses else None for name, along in objective.joined.items()},
-        "measured": measured,
-        "scale": _scales(spec, objective, first, new),
-        "replicates": {name: _replicates(objective, name) for name in names},
-        "statistics": None if objective.recalibration is None else objective.recalibration.recorded,
-        "notes": notes,
-    }
+    identities = _identities(request, objective, first, names, at_first)
+    calibrations = _calibrations(request.sample, objective, new) if new and settings.rule == "trapezoid" else {}
+    return ProbeAnswer(
+        batch_sizes=batch_sizes,
+        identity=identities,
+        calibration={name: calibrations.get(name) for name in names},
+        block=block,
+        short_of=short_of(request, objective, new, block),
+        along={name: along if along in objective.losses else None for name, along in objective.joined.items()},
+        measured=measured,
+        scale=_scales(request, objective, first, new),
+        replicates={name: _replicates(objective, name) for name in names},
+        statistics=None if objective.recalibration is None else objective.recalibration.recorded,
+        notes=notes,
+    )
 
 
-def _scales(spec: Spec, objective: Any, first: Any, names: list[str]) -> dict[str, float]:
+def _scales(request: ProbeRequest, objective: Objective, first: Point, names: list[str]) -> dict[str, float]:
     """Return |loss| at the first checkpoint over the whole split, the groups averaged by weight, where a tolerance is a share of it.
 
     Six digits are kept, so that it is the same number in whatever company a loss is evaluated.
     """
-    options = [each for each in ("tolerance", "allocation_tolerance") if is_share(spec["settings"][each])]
-    if not options or not names:
+    settings = request.setup.settings
+    tolerances = {"tolerance": settings.tolerance, "allocation-tolerance": settings.allocation_tolerance}
+    shares = {option: tolerance for option, tolerance in tolerances.items() if is_share(tolerance)}
+    if not shares or not names:
         return {}
     scales = {}
-    for name, there in objective.evaluate(first, names, gradient=False).items():
-        weight = np.atleast_1d(there.weight)
-        loss = np.atleast_1d(there.loss)[weight > 0] @ weight[weight > 0] / weight.sum()
+    for name, evaluation in objective.evaluate(first, names, gradient=False).items():
+        weight = np.atleast_1d(evaluation.weight)
+        loss = np.atleast_1d(evaluation.loss)[weight > 0] @ weight[weight > 0] / weight.sum()
         scales[name] = abs(float(f"{loss:.6g}"))
         if not 0 < scales[name] < math.inf:
-            option = options[0].replace("_", "-")
+            option, share = next(iter(shares.items()))
             raise InputError(
-                f"loss {name!r} is {loss:.6g} at the first checkpoint, of which --{option} {spec['settings'][options[0]]} is no bound. "
+                f"loss {name!r} is {loss:.6g} at the first checkpoint, of which --{option} {share} is no bound. "
                 f"Give --{option} in units of loss, such as 1e-3."
             )
     return scales
 
 
-def _statistics(spec: Spec, objective: Any, first: Any, new: list[str]) -> tuple[Any, list[str]]:
+def _statistics(request: ProbeRequest, objective: Objective, first: Point, new: list[str]) -> tuple[Point, list[str]]:
     """Settle what statistics normalisation layers have; returns the first point with them, which the objective holds, and notes."""
-    mode, recalibration = spec["settings"]["norm_stats"], objective.recalibration
+    mode, recalibration = request.setup.settings.norm_stats, objective.recalibration
     if mode == "batch" or (mode == "running" and not new):
         return first, []
     if recalibration is None:
-        notes = notes_on_modes(spec, objective, new, moved_layers(spec, objective))
+        notes = notes_on_modes(request, objective, new, moved_layers(request, objective))
         objective.place(first)
         return first, notes
-    if "statistics" not in spec["settings"]:
-        given = spec["settings"]["batch_size"]
-        known = objective.batch_sizes.get(recalibration.split.name, given)
-        recalibration.settle(known, moved_layers(spec, objective))
+    if request.setup.settings.statistics is None:
+        asked_size = request.setup.settings.batch_size
+        known = objective.batch_sizes.get(recalibration.split.name, asked_size)
+        recalibration.settle(known, moved_layers(request, objective))
     point, unreached = recalibration.at(first), recalibration.unreached(first) if new else []
     notes = [
         f"{what}: {few([*map(repr, layers)])}"
@@ -149,51 +165,51 @@ def _statistics(spec: Spec, objective: Any, first: Any, new: list[str]) -> tuple
     return point, notes
 
 
-def _same_ties(spec: Spec) -> None:
-    """Names the task ties must hold one value in the checkpoints, or the model that was trained did not tie them.
+def _same_ties(request: ProbeRequest) -> None:
+    """Refuse names that the task ties but whose values differ in the checkpoints: the model that was trained did not tie them.
 
     At both ends: copies that were trained apart start equal.
     """
-    if not spec["ties"]:
+    if not request.ties:
         return
-    wanted = {source: source for sources in spec["ties"].values() for source in sources}
-    for index in (0, spec["ends"]):
-        checkpoint = checkpoint_at(spec, index)
+    sources_by_name = {source: source for sources in request.ties.values() for source in sources}
+    for index in (0, request.sample.ends):
+        checkpoint = checkpoint_at(request.sample.points, index)
         try:
-            held = read_checkpoint(checkpoint, wanted)
+            tensors = read_checkpoint(checkpoint, sources_by_name)
         except SpanError:  # a run that diverged: its last spans will fail and say so
             continue
-        for name, (first, *others) in spec["ties"].items():
+        for name, (first, *others) in request.ties.items():
             for source in others:
-                if not bool((held[source] == held[first]).all()):
+                if not bool((tensors[source] == tensors[first]).all()):
                     raise InputError(
                         f"the task's model ties {name!r}, but {first!r} and {source!r} differ in {checkpoint.files[0]} (step "
                         f"{checkpoint.step}). Build the model that was trained."
                     )
 
 
-def _same_fixed(spec: Spec, objective: Any) -> None:
-    """What the task fixes although checkpoints hold it must be there, at both ends, what the model builds."""
+def _same_fixed(request: ProbeRequest, objective: Objective) -> None:
+    """Refuse tensors that the task fixes but that checkpoints hold with other values, at either end, than the model builds."""
     import torch
 
-    if not spec["fixed"]:
+    if not request.fixed:
         return
-    for index in (0, spec["ends"]):
-        checkpoint = checkpoint_at(spec, index)
+    for index in (0, request.sample.ends):
+        checkpoint = checkpoint_at(request.sample.points, index)
         try:
-            held = read_stored(checkpoint, spec["fixed"])
+            tensors = read_stored(checkpoint, request.fixed)
         except SpanError:  # its spans will fail and say so
             continue
-        for name, tensor in held.items():
-            ours = objective.fixed[name].cpu()
-            if not torch.equal(ours.to(tensor.dtype).to(ours.dtype), tensor.to(ours.dtype)):
+        for name, tensor in tensors.items():
+            built = objective.fixed[name].cpu()
+            if not torch.equal(built.to(tensor.dtype).to(built.dtype), tensor.to(built.dtype)):
                 raise InputError(
                     f"Task.fixed names {name!r}, but it is not what the task's model builds in {checkpoint.files[0]} (step "
                     f"{checkpoint.step}). Leave it out of fixed, so that it is read from there, or build the model that was trained."
                 )
 
 
-def _leftovers(spec: Spec, objective: Any) -> list[str]:
+def _leftovers(request: ProbeRequest, objective: Objective) -> list[str]:
     """Return notes on tensors that only the checkpoints hold and that are left out.
 
     Raises:
@@ -201,19 +217,19 @@ def _leftovers(spec: Spec, objective: Any) -> list[str]:
     """
     from ..recorder.staging import same_bytes
 
-    wanted = spec["leftovers"]
-    if not wanted:
+    leftovers = request.leftovers
+    if not leftovers:
         return []
-    fixed = objective.fixed_of(wanted)
+    fixed = objective.fixed_of(leftovers)
     ends = []
-    for index in (0, spec["ends"]):
-        checkpoint = checkpoint_at(spec, index)
+    for index in (0, request.sample.ends):
+        checkpoint = checkpoint_at(request.sample.points, index)
         try:
-            ends.append((checkpoint, read_stored(checkpoint, wanted)))
+            ends.append((checkpoint, read_stored(checkpoint, leftovers)))
         except SpanError:  # its spans will fail and say so
             continue
-    for checkpoint, held in ends:
-        for name, tensor in held.items():
+    for checkpoint, tensors in ends:
+        for name, tensor in tensors.items():
             wrong = "" if name in fixed else refuted(name, tensor, objective.unstored)
             first = {name: ends[0][1][name]}
             if not wrong and not counts(name) and not same_bytes({name: tensor}, first):
@@ -223,28 +239,28 @@ def _leftovers(spec: Spec, objective: Any) -> list[str]:
                     f"tensor {name!r} stands in {checkpoint.files[0]} (step {checkpoint.step}) but not in the task's model, {wrong}. Build "
                     f"the model that was trained; where the loss is the same without it, leave it out: {drop_options([name])}"
                 )
-    return [left_out_note([name for name in wanted if name not in fixed], fixed)]
+    return [left_out_note([name for name in leftovers if name not in fixed], fixed)]
 
 
-def _checks(spec: Spec, objective: Any, name: str) -> list[str]:
+def _checks(request: ProbeRequest, objective: Objective, name: str) -> list[str]:
     from ..objective import check_loss, drop_weightless_replicates
 
     notes: list[str] = check_loss(objective, name) + drop_weightless_replicates(objective, name)
-    given = objective.losses[name].replaced
-    if given is not None:
+    reduction = objective.losses[name].replaced
+    if reduction is not None:
         notes.append(
-            f"loss {name!r} was given reduction={given!r}; here it is the mean over its elements, of which what was minimised may be a "
+            f"loss {name!r} was given reduction={reduction!r}; here it is the mean over its elements, of which what was minimised may be a "
             "multiple"
         )
     return notes
 
 
-def _same_in_float32(spec: Spec, objective: Any) -> None:
+def _same_in_float32(request: ProbeRequest, objective: Objective) -> None:
     """Refuse float64 where code with float32 constants makes it another function."""
     from ..objective import identify
 
     single = objective.in_precision("float32")
-    single.place(point_at(spec, 0, single))
+    single.place(point_at(request.sample.points, 0, single))
     for name in objective.losses:
         wide, narrow = identify(objective, name).loss, identify(single, name).loss
         if abs(wide - narrow) > SAME_LOSS[single.precision_of(name)] * max(abs(wide), abs(narrow), 1e-12):
@@ -255,33 +271,33 @@ def _same_in_float32(spec: Spec, objective: Any) -> None:
 
 
 def _identities(
-    spec: Spec, objective: Any, first: Any, names: list[str], at_first: dict[str, Any]
+    request: ProbeRequest, objective: Objective, first: Point, names: list[str], at_first: dict[str, Identity]
 ) -> dict[str, list[dict[str, float] | None]]:
     """Return what identifies each loss at the first and at the last checkpoint, `at_first` holding what is known of some there."""
     from ..objective import identify, weights_of_sample
 
-    found: dict[str, list[dict[str, float] | None]] = {name: [] for name in names}
-    weights: dict[str, Any] = {}
-    for index in (0, spec["ends"]):
+    identities: dict[str, list[dict[str, float] | None]] = {name: [] for name in names}
+    weights: dict[str, Tensor | None] = {}
+    for index in (0, request.sample.ends):
         try:
-            point = first if index == 0 else point_at(spec, index, objective)
+            point = first if index == 0 else point_at(request.sample.points, index, objective)
         except SpanError:  # a run that diverged: its last spans will fail and say so
             for name in names:
-                found[name].append(None)
+                identities[name].append(None)
             continue
         objective.place(point)
         for name in names:
             known = at_first.get(name) if index == 0 else None
             identity = asdict(known or identify(objective, name))
-            found[name].append(identity if all(map(math.isfinite, identity.values())) else None)
+            identities[name].append(identity if all(map(math.isfinite, identity.values())) else None)
             now = weights_of_sample(objective, name)
             _same_weights(name, weights.setdefault(name, now), now)
-    if found and point is not first:
-        _nothing_derived(spec, objective, point, {name: each[-1] for name, each in found.items()})
-    return found
+    if identities and point is not first:
+        _nothing_derived(request, objective, point, {name: ends[-1] for name, ends in identities.items()})
+    return identities
 
 
-def _same_weights(name: str, first: Any, now: Any) -> None:
+def _same_weights(name: str, first: Tensor | None, now: Tensor | None) -> None:
     """Refuse weights that are others at another checkpoint, such as a second value that says whether an answer was right."""
     if first is not None and now is not None and not bool((first == now).all()):
         raise InputError(
@@ -291,7 +307,9 @@ def _same_weights(name: str, first: Any, now: Any) -> None:
         )
 
 
-def _nothing_derived(spec: Spec, objective: Any, last: Any, identities: dict[str, dict[str, float] | None]) -> None:
+def _nothing_derived(
+    request: ProbeRequest, objective: Objective, last: Point, identities: dict[str, dict[str, float] | None]
+) -> None:
     """Refuse modules that merge or cache weights in eval mode: the loss would not be that of the weights placed after."""
     from ..objective import identify
 
@@ -299,24 +317,24 @@ def _nothing_derived(spec: Spec, objective: Any, last: Any, identities: dict[str
     for name, before in identities.items():
         if before is None:
             continue
-        held, anew = before["loss"], identify(objective, name).loss
-        if not abs(held - anew) <= SAME_LOSS[spec["settings"]["precision"]] * max(abs(held), abs(anew), 1e-12):
+        value, anew = before["loss"], identify(objective, name).loss
+        if not abs(value - anew) <= SAME_LOSS[request.setup.settings.precision] * max(abs(value), abs(anew), 1e-12):
             raise InputError(
-                f"loss {name!r} at the last checkpoint is {held:.6g}, but {anew:.6g} when the model is set to eval anew: a module "
+                f"loss {name!r} at the last checkpoint is {value:.6g}, but {anew:.6g} when the model is set to eval anew: a module "
                 "merges or caches weights in eval mode. Build it so that it does not (merge_weights=False in loralib)."
             )
 
 
 def _can_measure(
-    spec: Spec, objective: Any, first: Any, names: list[str], at_first: dict[str, Any]
+    request: ProbeRequest, objective: Objective, first: Point, names: list[str], at_first: dict[str, Identity]
 ) -> tuple[bool, list[str]]:
-    """Whether some segments can be evaluated one precision higher as well, and a note where that cannot be done.
+    """Tell whether some segments can be evaluated one precision higher as well, with a note where that cannot be done.
 
     What identifies losses at the first checkpoint is added to `at_first`.
     """
     from ..objective import HIGHER, identify
 
-    precision = spec["settings"]["precision"]
+    precision = request.setup.settings.precision
     if precision not in HIGHER or not names:
         return False, []
     try:
@@ -324,9 +342,9 @@ def _can_measure(
         higher.place(first)
         for name in names:
             at_first[name] = identify(objective, name)
-            ours, theirs = at_first[name].loss, identify(higher, name).loss
-            if not abs(ours - theirs) <= SAME_LOSS[objective.precision_of(name)] * max(abs(ours), abs(theirs), 1e-12):
-                raise InputError(f"loss {name!r} is {ours:.6g} in {precision} but {theirs:.6g} in {HIGHER[precision]}")
+            narrow, wide = at_first[name].loss, identify(higher, name).loss
+            if not abs(narrow - wide) <= SAME_LOSS[objective.precision_of(name)] * max(abs(narrow), abs(wide), 1e-12):
+                raise InputError(f"loss {name!r} is {narrow:.6g} in {precision} but {wide:.6g} in {HIGHER[precision]}")
     except InputError as error:
         return False, [
             f"the error of {precision} is not measured, because the task does not run in {HIGHER[precision]}: {error}"
@@ -351,47 +369,51 @@ def sampled(ends: int) -> list[range]:
     ]
 
 
-def moving(spec: Spec, objective: Any) -> Iterator[tuple[int, Any]]:
+def moving(sample: Sample, objective: Objective) -> Iterator[tuple[int, tuple[Point, Point] | None]]:
     """Look at a few segments, each once: those on which a parameter moves with the stored tensors at both ends, others with None.
 
     One that cannot be read is left out: its span will fail and say so.
     """
     trained = [tensor.name for tensor in objective.table if tensor.kind == "parameter"]
     looked: dict[int, bool] = {}
-    for places in sampled(spec["ends"]):
+    for places in sampled(sample.ends):
         for index in places:
             if index not in looked:
                 try:
-                    pair = tuple(read_checkpoint(checkpoint_at(spec, at), spec["names"]) for at in (index, index + 1))
+                    before, after = (
+                        read_checkpoint(checkpoint_at(sample.points, end), sample.points.names)
+                        for end in (index, index + 1)
+                    )
                 except SpanError:
                     continue
-                before, after = pair
                 looked[index] = any(bool((before[name].double() != after[name].double()).any()) for name in trained)
-                yield index, pair if looked[index] else None
+                yield index, (before, after) if looked[index] else None
             if looked[index]:
                 break
 
 
-def _calibrations(spec: Spec, objective: Any, names: list[str]) -> dict[str, float]:
+def _calibrations(sample: Sample, objective: Objective, names: list[str]) -> dict[str, float]:
     """Return the trapezoid's error as a share of Σ|(g₁ − g₀)·Δθ|, of losses; of none where no sampled segment moves."""
     from ..allocation import calibrate
 
     largest: dict[str, float] = {}
-    for index, pair in moving(spec, objective):
+    for index, pair in moving(sample, objective):
         if pair is None:
             continue
-        shares = calibrate(point_at(spec, index, objective), point_at(spec, index + 1, objective), objective, names)
+        shares = calibrate(
+            point_at(sample.points, index, objective), point_at(sample.points, index + 1, objective), objective, names
+        )
         for name, share in shares.items():
             if math.isfinite(share):
                 largest[name] = max(largest.get(name, 0.0), share)
     return largest
 
 
-def _never_updated(spec: Spec, objective: Any) -> list[str]:
+def _never_updated(request: ProbeRequest, objective: Objective) -> list[str]:
     """Say which running statistics are those of a new model in every checkpoint looked at, or in the task's model where it fixes them."""
     import torch
 
-    if spec["settings"]["norm_stats"] != "running":
+    if request.setup.settings.norm_stats != "running":
         return []
     trained, parameters = {spec.name for spec in objective.table}, dict(objective.model.named_parameters())
     buffers = {
@@ -399,12 +421,12 @@ def _never_updated(spec: Spec, objective: Any) -> list[str]:
         for name, tensor in objective.model.named_buffers()
         if is_statistic(name) and f"{name.rpartition('running_')[0]}weight" not in parameters.keys() - trained
     }  # not those of a part that was not trained, such as the base of an adapter
-    sources = {name: spec["names"][name] for name in buffers if name in spec["names"]}
+    sources = {name: request.sample.points.names[name] for name in buffers if name in request.sample.points.names}
     new = {name: float(name.endswith("running_var")) for name in buffers}
     unchanged = {name for name in buffers if name in sources or torch.all(buffers[name] == new[name])}
-    for index in {0, (spec["ends"] - 1) // 2, spec["ends"]}:
+    for index in {0, (request.sample.ends - 1) // 2, request.sample.ends}:
         try:
-            stored = read_checkpoint(checkpoint_at(spec, index), sources) if sources else {}
+            stored = read_checkpoint(checkpoint_at(request.sample.points, index), sources) if sources else {}
         except SpanError:  # its spans will fail and say so
             continue
         unchanged -= {name for name, tensor in stored.items() if not bool((tensor == new[name]).all())}
@@ -424,12 +446,12 @@ def _prefixes(names: Iterable[str]) -> list[str]:
     return sorted({name.removesuffix("running_mean").removesuffix("running_var") for name in names})
 
 
-def _unmoved(spec: Spec, objective: Any) -> list[str]:
+def _unmoved(request: ProbeRequest, objective: Objective) -> list[str]:
     """Say which share of half-precision parameters did not move on a few segments, those left out on which none did."""
-    if not spec["half"]:
+    if not request.half:
         return []
     same = count = still = 0
-    for _, pair in moving(spec, objective):
+    for _, pair in moving(request.sample, objective):
         if pair is None:
             still += 1
             continue
@@ -438,7 +460,7 @@ def _unmoved(spec: Spec, objective: Any) -> list[str]:
             if before[name].is_floating_point():
                 same += int((before[name].float() == after[name].float()).sum())
                 count += before[name].numel()
-    stored = f"checkpoints are stored in half precision ({counted(len(spec['half']), 'tensor')})"
+    stored = f"checkpoints are stored in half precision ({counted(len(request.half), 'tensor')})"
     if not count:
         return [f"{stored}, and nothing moves at all on the {still} sampled segments. Record float32 weights."]
     apart = f" ({still} more, on which nothing moves, are not counted)" if still else ""

@@ -1,17 +1,21 @@
-"""What evaluating costs: seconds and memory, from a few timed batches."""
+"""The costs of evaluating: seconds and memory, from a few timed batches."""
 
 from __future__ import annotations
 
 import functools
 import resource
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..requests import Compressions, CompressionsRequest, Costs, CostsRequest, LossCosts, SampleRequest
 from .checks import moving
 from .memory import ROOM, block_of, free_memory, needed
-from .state import Spec, first_point, objective_of, reported
+from .state import first_point, objective_of, reported
+
+if TYPE_CHECKING:
+    from ..objective import Objective
 
 _TIMED_SECONDS = 1.0
 _TIMED_PASSES = 1.5  # over the split: all timed batches of a loss together hold no more examples
@@ -34,46 +38,46 @@ class _Budget:
         return fits
 
 
-@reported
-def measure(spec: Spec) -> Spec:
-    """What evaluating costs: seconds of each loss and of all together, batch sizes, memory; from a few timed batches."""
+@reported(CostsRequest)
+def measure(request: CostsRequest) -> Costs:
+    """Return the seconds of each loss and of all together, batch sizes and memory, from a few timed batches."""
     import torch
 
-    objective = objective_of(spec)
-    objective.settle_batch_sizes(first_point(spec, objective), spec["batch_sizes"])
-    losses = {name: _measured(spec, objective, name) for name in objective.losses}
+    objective = objective_of(request.setup)
+    objective.settle_batch_sizes(first_point(request.sample.points, objective), request.batch_sizes)
+    losses = {name: _measured(request, objective, name) for name in objective.losses}
     together = higher = 0.0
     for sources in objective.walks(objective.losses).values():
-        slowest = [max(held, key=lambda name: losses[name]["seconds"]) for held in sources.values()]
+        slowest = [max(names, key=lambda name: losses[name].seconds) for names in sources.values()]
         passes: dict[Any, list[float]] = {}
         for (function, _), name in zip(sources, slowest, strict=True):
             shared = "outputs" if objective.losses[name].kind == "function" else function
-            passes.setdefault(shared, []).append(losses[name]["forward"])
-        spared = [seconds for each in passes.values() for seconds in each[1:]]  # one of them is made
-        together += sum(losses[name]["seconds"] for name in slowest) - sum(spared)
-        higher += sum(losses[name]["higher"] for name in slowest)
-    blocks = {name: block_of(spec, objective, name) for name in losses}
+            passes.setdefault(shared, []).append(losses[name].forward)
+        spared = [seconds for times in passes.values() for seconds in times[1:]]  # one of them is made
+        together += sum(losses[name].seconds for name in slowest) - sum(spared)
+        higher += sum(losses[name].higher for name in slowest)
+    blocks = {name: block_of(request, objective, name) for name in losses}
     on_gpu = objective.device.type == "cuda"
-    held = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "losses": losses,
-        "compressed": _compressions(spec, objective),
-        "together": together,
-        "higher": higher,
-        "recalibrating": _recalibrating(objective),
-        "memory": held + needed(spec, objective, list(losses), blocks),
-    }
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Costs(
+        losses=losses,
+        compressed=_compressions(request, objective, request.segments_of_window),
+        together=together,
+        higher=higher,
+        recalibrating=_recalibrating(objective),
+        memory=peak + needed(request, objective, list(losses), blocks),
+    )
 
 
-@reported
-def compressions(spec: Spec) -> Spec:
+@reported(CompressionsRequest)
+def compressions(request: CompressionsRequest) -> Compressions:
     """Return by loss what the store's compression leaves of each kind of array, see `compressed_share`."""
-    objective = objective_of(spec)
-    objective.settle_batch_sizes(first_point(spec, objective), spec["batch_sizes"])
-    return {"compressed": _compressions(spec, objective)}
+    objective = objective_of(request.setup)
+    objective.settle_batch_sizes(first_point(request.sample.points, objective), request.batch_sizes)
+    return Compressions(compressed=_compressions(request, objective, request.segments_of_window))
 
 
-def _recalibrating(objective: Any) -> float:
+def _recalibrating(objective: Objective) -> float:
     """Return the seconds of one pass that recalibrates statistics; 0 in other modes."""
     recalibration = objective.recalibration
     if recalibration is None:
@@ -83,23 +87,23 @@ def _recalibrating(objective: Any) -> float:
     return float(seconds / size * split.examples)
 
 
-def _measured(spec: Spec, objective: Any, name: str) -> Spec:
+def _measured(request: CostsRequest, objective: Objective, name: str) -> LossCosts:
     from ..objective import power_of_two
 
     loss, order = objective.losses[name], objective.order(name)
     if loss.split is None:
         alone = _seconds(objective, name, None, _Budget(8), 1)
-        return {"seconds": alone, "forward": 0.0, "higher": 0.0, "fastest": 0, "largest": 0}
+        return LossCosts(seconds=alone, forward=0.0, higher=0.0, fastest=0, largest=0)
     split, chosen = objective.splits[loss.split], objective.batch_sizes[loss.split]
     most = split.examples if order is None else max(1, split.examples // len(order.labels))
     used, budget = min(chosen, most), _Budget(_TIMED_PASSES * split.examples)
     part = max(1, used // _PART)
     few = split.sample(0, part)
-    budget.spend(2 * part + (part if spec["measured"] else 0))
+    budget.spend(2 * part + (part if request.measured else 0))
     of_part = _seconds(objective, name, few, _Budget(0), part, least=2)  # the first evaluation of a model is slower
     forward = _seconds(objective, name, few, _Budget(0), part, gradient=False) / of_part
     higher = 0.0
-    if spec["measured"]:
+    if request.measured:
         wide = objective.higher
         higher = _seconds(wide, name, wide.splits[loss.split].sample(0, part), _Budget(0), part) / of_part
     budget.spend(used)
@@ -108,18 +112,18 @@ def _measured(spec: Spec, objective: Any, name: str) -> Spec:
         size = min(max(1, size), most)
         if size not in per_example and budget.spend(size):
             per_example[size] = _seconds(objective, name, split.sample(0, size), budget, size) / size
-    room = ROOM * free_memory(spec["workers"], objective.device)
-    return {
-        "seconds": per_example[used] * split.examples,
-        "forward": forward * per_example[used] * split.examples,
-        "higher": higher * per_example[used] * split.examples,
-        "fastest": min(per_example, key=lambda size: per_example[size]),
-        "largest": min(power_of_two(room / objective.saved_bytes(name)), split.examples),
-    }
+    room = ROOM * free_memory(request.sample.workers, objective.device)
+    return LossCosts(
+        seconds=per_example[used] * split.examples,
+        forward=forward * per_example[used] * split.examples,
+        higher=higher * per_example[used] * split.examples,
+        fastest=min(per_example, key=lambda size: per_example[size]),
+        largest=min(power_of_two(room / objective.saved_bytes(name)), split.examples),
+    )
 
 
 def _seconds(
-    objective: Any, name: str, batch: Any, budget: _Budget, examples: int, gradient: bool = True, least: int = 1
+    objective: Objective, name: str, batch: Any, budget: _Budget, examples: int, gradient: bool = True, least: int = 1
 ) -> float:
     """Return the seconds of the fastest of a few evaluations of one batch: at least `least`, more while time and the budget last."""
     times: list[float] = []
@@ -133,29 +137,31 @@ def _seconds(
     return min(times)
 
 
-def _sampled_batch(objective: Any, split: str) -> int:
+def _sampled_batch(objective: Objective, split: str) -> int:
     """Return the examples of a batch whose gradient shows which numbers are 0: more than a part where some are rarely seen."""
     return int(min(objective.batch_sizes[split], max(32, objective.splits[split].examples // _PART)))
 
 
-def _compressions(spec: Spec, objective: Any) -> Spec:
+def _compressions(
+    request: SampleRequest[Any], objective: Objective, segments_of_window: int
+) -> dict[str, dict[str, float]]:
     """Return what the store's compression leaves of each kind of array, from one segment that moves and one batch of each loss.
 
     The motion is that of whole tensors; the gradient that of one batch at the segment's start. Nothing moves: all zeros.
     """
     from ..store import compressed_share
 
-    pair = next((pair for _, pair in moving(spec, objective) if pair is not None), None)
-    shares: Spec = {}
+    pair = next((pair for _, pair in moving(request.sample, objective) if pair is not None), None)
+    shares: dict[str, dict[str, float]] = {}
     for name, loss in objective.losses.items():
         parts = [] if pair is not None else [np.zeros(_SAMPLED_NUMBERS, "float32")]
         if pair is not None:
             size = 0 if loss.split is None else _sampled_batch(objective, loss.split)
             batch = None if loss.split is None else objective.splits[loss.split].sample(0, size)
             gradient = objective.over(functools.partial(objective.values, name), [batch]).gradient
-            for tensor, each in gradient.items():
+            for tensor, values in gradient.items():
                 motion = pair[1][tensor].double() - pair[0][tensor].double()
-                product = (motion * each.cpu()).float()
+                product = (motion * values.cpu()).float()
                 parts.append(product.reshape(-1)[: _SAMPLED_NUMBERS // max(1, len(gradient)) + 1].numpy())
-        shares[name] = compressed_share(np.concatenate(parts), spec["segments_of_window"])
+        shares[name] = compressed_share(np.concatenate(parts), segments_of_window)
     return shares

@@ -1,4 +1,4 @@
-"""Before the first span: which statistics of normalisation layers moved in training, and whether the loss depends on whose are taken.
+"""Checks before the first span: which statistics of normalisation layers moved in training, and whether the loss depends on them.
 
 Running statistics lag behind the weights. Where the loss with them goes another way than the loss with those of a batch, as training
 had it, so do the allocations.
@@ -7,11 +7,17 @@ had it, so do the allocations.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, SpanError
+from ..requests import ProbeRequest
 from ..trajectory import read_checkpoint
-from .state import Spec, checkpoint_at, stored_point_at
+from .state import checkpoint_at, stored_point_at
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..objective import Objective
 
 SHARE = 0.1  # of the loss change, above which the two are said to differ
 SAMPLE = 256  # examples both are evaluated on, as one batch
@@ -19,19 +25,20 @@ _LEAST = 32  # examples that make a batch's statistics worth comparing with, whe
 _SAVED_BYTES = 2**28  # that such a larger batch may save
 
 
-def moved_layers(spec: Spec, objective: Any) -> list[str]:
+def moved_layers(request: ProbeRequest, objective: Objective) -> list[str]:
     """Return the layers whose stored running statistics differ between any of the checkpoints the probe looks at."""
     from ..objective import statistics_of
 
     layers = statistics_of(objective)
     if not layers:
         return []
-    wanted = {name: spec["names"][name] for names in layers.values() for name in names}
+    points = request.sample.points
+    sources = {name: points.names[name] for names in layers.values() for name in names}
     moved = set[str]()
-    first: Any = None
-    for index in spec["modes"]:
+    first: dict[str, Tensor] = {}
+    for index in request.modes:
         try:
-            stored = read_checkpoint(checkpoint_at(spec, index), wanted)
+            stored = read_checkpoint(checkpoint_at(points, index), sources)
         except SpanError:  # its spans will fail and say so
             continue
         first = first or stored
@@ -41,11 +48,11 @@ def moved_layers(spec: Spec, objective: Any) -> list[str]:
     return [layer for layer in layers if layer in moved]
 
 
-def notes_on_modes(spec: Spec, objective: Any, names: list[str], moved: list[str]) -> list[str]:
+def notes_on_modes(request: ProbeRequest, objective: Objective, names: list[str], moved: list[str]) -> list[str]:
     """Compare losses with running statistics and with those of a batch at a few checkpoints.
 
     Args:
-        spec: of the probe.
+        request: of the probe.
         objective: in `running` mode.
         names: of the losses.
         moved: the layers whose statistics moved; without any, both modes are what training did.
@@ -57,9 +64,9 @@ def notes_on_modes(spec: Spec, objective: Any, names: list[str], moved: list[str
 
     batches = {name: batch for name in names if moved and (batch := _sample(objective, name)) is not None}
     values: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in batches}
-    for index in spec["modes"] if batches else ():
+    for index in request.modes if batches else ():
         try:
-            objective.place(stored_point_at(spec, index, objective))
+            objective.place(stored_point_at(request.sample.points, index, objective))
         except SpanError:
             continue
         for name, (_, batch) in batches.items():
@@ -69,11 +76,11 @@ def notes_on_modes(spec: Spec, objective: Any, names: list[str], moved: list[str
                 if not isinstance(error, InputError) and not is_out_of_memory(error):
                     raise
                 continue
-    notes = (_compared(spec, name, batches[name][0], pairs) for name, pairs in values.items())
+    notes = (_compared(request, name, batches[name][0], pairs) for name, pairs in values.items())
     return [note for note in notes if note is not None]
 
 
-def _sample(objective: Any, name: str) -> tuple[int, Any] | None:
+def _sample(objective: Objective, name: str) -> tuple[int, Any] | None:
     """Return how many examples, and them as one batch: from all over the split where they are had by position."""
     loss = objective.losses[name]
     if loss.split is None:
@@ -88,21 +95,21 @@ def _sample(objective: Any, name: str) -> tuple[int, Any] | None:
         return count, split.sample(0, count)
 
 
-def _compared(spec: Spec, name: str, count: int, pairs: dict[int, tuple[float, float]]) -> str | None:
+def _compared(request: ProbeRequest, name: str, count: int, pairs: dict[int, tuple[float, float]]) -> str | None:
     if len(pairs) < 2:
         return None
     indices = list(pairs)
     running, batch = ([pairs[index][mode] for index in indices] for mode in (0, 1))
-    finite = [at for at in range(len(indices)) if math.isfinite(running[at]) and math.isfinite(batch[at])]
-    strange = [at for at in range(len(indices)) if math.isfinite(running[at]) != math.isfinite(batch[at])]
+    finite = [row for row in range(len(indices)) if math.isfinite(running[row]) and math.isfinite(batch[row])]
+    strange = [row for row in range(len(indices)) if math.isfinite(running[row]) != math.isfinite(batch[row])]
     if not finite or (finite[0] != 0 and not strange):
         return None
-    apart = {at: abs((running[at] - running[finite[0]]) - (batch[at] - batch[finite[0]])) for at in finite}
-    change = max(max(side[at] for at in finite) - min(side[at] for at in finite) for side in (running, batch))
-    worst = strange[0] if strange else max(finite, key=lambda at: apart[at])
+    apart = {row: abs((running[row] - running[finite[0]]) - (batch[row] - batch[finite[0]])) for row in finite}
+    change = max(max(side[row] for row in finite) - min(side[row] for row in finite) for side in (running, batch))
+    worst = strange[0] if strange else max(finite, key=lambda row: apart[row])
     if not strange and not apart[worst] > max(SHARE * change, 1e-6 * abs(running[worst])):
         return None
-    step = checkpoint_at(spec, indices[worst]).step
+    step = checkpoint_at(request.sample.points, indices[worst]).step
     share = "" if strange else f", {apart[worst] / change:.0%} of the loss change apart"
     return (
         f"loss {name!r} goes {running[0]:.4g} → {running[-1]:.4g} with the running statistics of the checkpoints, and "

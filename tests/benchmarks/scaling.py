@@ -36,10 +36,11 @@ OFTEN = 1000  # spans between two looks at the memory
 
 
 def pretend(spec: dict[str, Any]) -> dict[str, Any]:
-    """Takes as long as it is told and answers as a span does."""
-    time.sleep(spec["settings"]["seconds"])
+    """Take as long as the task says and answer as a span does."""
+    pretended = spec["setup"]["task"]
+    time.sleep(pretended["seconds"])
     facts = {
-        "evaluations": 2 * spec["length"] + 1,
+        "evaluations": 2 * pretended["segments"] + 1,
         "forward_passes": 0,
         "batch_size": 2048,
         "worst_residual": 1e-4,
@@ -47,8 +48,8 @@ def pretend(spec: dict[str, Any]) -> dict[str, Any]:
     }
     return {
         "losses": {name: {**facts, "unconverged": 0, "silent": [], "hidden": []} for name in spec["pending"]},
-        "segments": spec["length"],
-        "seconds": spec["settings"]["seconds"],
+        "segments": pretended["segments"],
+        "seconds": pretended["seconds"],
         "peak_bytes": 2**30,
     }
 
@@ -123,6 +124,7 @@ def drive(address: str, given: argparse.Namespace, scheduler: psutil.Process, pl
     from lca_posthoc import replay, store
     from lca_posthoc.cluster import Where, open_cluster
     from lca_posthoc.progress import Log, Planned, SpanDone
+    from lca_posthoc.requests import RunRequest, RunSettings, StoredPoints, TaskSetup, to_plain
 
     me, out, stop = psutil.Process(), place / "out.lca", replay._Stop()
     manifest = laid_out(given.spans, given.segments)
@@ -154,30 +156,44 @@ def drive(address: str, given: argparse.Namespace, scheduler: psutil.Process, pl
             telling["times"] += 1
 
     replay.replay_span = pretend  # type: ignore[attr-defined]
-    settings = {**manifest.settings, "seconds": given.seconds}
-    common = {
-        "task": {"kind": "file", "path": "/somewhere/task.py", "function": "task", "sha256": "0" * 64},
-        "settings": settings,
-        "losses": ["train"],
-        "names": {tensor.spec.name: tensor.source for tensor in manifest.tensors},
-        "root": manifest.root,
-        "digests": {"train": "0" * 64},
-        "batch_sizes": {"train": 2048},
-        "length": given.segments,
-    }
+    place_of_task = {"kind": "file", "path": "/somewhere/task.py", "function": "task", "sha256": "0" * 64}
+    entry = {**place_of_task, "seconds": given.seconds, "segments": given.segments}
+    names = {tensor.spec.name: tensor.source for tensor in manifest.tensors}
     started, begun = time.monotonic(), used()
     with open_cluster(Where(address, given.workers), "cpu", stop.event) as cluster:
-        common["parcel"] = cluster.deliver(b"0" * 20_000)
+        setup = TaskSetup(
+            task=entry,
+            parcel=cluster.deliver(b"0" * 20_000),
+            settings=RunSettings.of(manifest.settings),
+            losses=["train"],
+            stored=sorted(names.values()),
+            digests={"train": "0" * 64},
+        )
+        common = RunRequest[Any](
+            setup=setup,
+            points=StoredPoints(root=manifest.root, names=names, checkpoints={}),
+            run=str(out),
+            batch_sizes={"train": 2048},
+        )
         cluster.muster(present, {})
         log = Timed(listen)
-        job = replay._Job(Path(manifest.root), common["task"], b"", [], out, {}, None, False, log)
+        job = replay._Job(
+            checkpoints=Path(manifest.root),
+            task=entry,
+            data=b"",
+            losses=[],
+            path=out,
+            asked={},
+            span=None,
+            durable=False,
+            tell=log,
+        )
         ready, ready_wall = used(), time.monotonic()
-        with store.hold(out) as held:
-            log.open(out / "log" / "run.jsonl")
+        with store.hold(out) as held, log.written_to(out / "log" / "run.jsonl"):
             job._replay(cluster, store.RunWriter(out, manifest, False), common, stop, held)
         looped = used()
     ended, wall = used(), time.monotonic() - started
-    spec = {**common, **replay._span_part(manifest, 0), "run": str(out), "durable": False, "pending": ["train"]}
+    spec = to_plain(replay._span_request(common, manifest, 0, ["train"], durable=False))
     return {
         "spans": done,
         "events": {"seconds": telling["seconds"], "times": telling["times"]},
