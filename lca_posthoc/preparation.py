@@ -123,14 +123,14 @@ def prepare(
     keys = encode_all(found["losses"], [record.key for record in recorded.values()])
     tensor_keys = encode_all(spec.name for spec in table)
     manifest = Manifest(
-        absolute(trajectory.root),
-        [StoredTensor(spec, names[spec.name], tensor_keys[spec.name]) for spec in table],
-        relative(trajectory),
-        span,
-        _choose_window(segments, span),
-        settings,
-        {name: _record(name, keys[name], loss, probed) for name, loss in found["losses"].items()},
-        _provenance(task, found["task_losses"]),
+        root=absolute(trajectory.root),
+        tensors=[StoredTensor(spec, names[spec.name], tensor_keys[spec.name]) for spec in table],
+        checkpoints=relative(trajectory),
+        span=span,
+        window=_choose_window(segments, span),
+        settings=settings,
+        losses={name: _record(name, keys[name], loss, probed) for name, loss in found["losses"].items()},
+        provenance=_provenance(task, found["task_losses"]),
     )
     added = list(trajectory.sources_of(found["added"]))
     new = {name: record for name, record in manifest.losses.items() if name not in recorded}
@@ -326,21 +326,21 @@ def _probe_part(trajectory: Trajectory, table: list[TensorSpec]) -> dict[str, An
 
 def _record(name: str, key: str, loss: dict[str, Any], probed: Spec) -> LossRecord:
     return LossRecord(
-        key,
-        loss["on"],
-        loss["kind"],
-        loss["examples"],
-        loss["total"],
-        loss["groups"],
-        loss["counts"],
-        probed["block"][name],
-        probed["along"][name],
-        probed["replicates"][name],
-        probed["batch_sizes"].get(loss["on"], 0),
-        probed["calibration"][name],
-        probed["measured"],
-        probed["identity"][name],
-        probed["scale"].get(name),
+        key=key,
+        on=loss["on"],
+        kind=loss["kind"],
+        examples=loss["examples"],
+        total=loss["total"],
+        groups=loss["groups"],
+        counts=loss["counts"],
+        block=probed["block"][name],
+        along=probed["along"][name],
+        replicates=probed["replicates"][name],
+        batch_size=probed["batch_sizes"].get(loss["on"], 0),
+        calibration=probed["calibration"][name],
+        measured=probed["measured"],
+        identity=probed["identity"][name],
+        scale=probed["scale"].get(name),
     )
 
 
