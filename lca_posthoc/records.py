@@ -1,4 +1,4 @@
-"""What is kept of every segment: names of fields, edges of the histogram, totals and how those of two stretches join.
+"""The fields stored of every segment, the edges of the histogram, the totals, and how those of two stretches join.
 
 Joining is written with operators alone, so that it serves torch tensors on a worker and numpy arrays on a reader. Sums are
 joined along one fixed binary tree over the segments of the whole trajectory (every node covers an aligned power of two),
@@ -8,7 +8,7 @@ so that the same bits come out however the trajectory was cut into spans.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -53,11 +53,11 @@ MAGNITUDES = 510  # two bins an octave over all finite float32
 BINS = 2 * MAGNITUDES
 
 SIGNED = ("weight", "gradient", "allocation")
-TOTALS = ("allocated", "helping", "hurting", *(f"{each}_turns" for each in SIGNED))
-SIGNS = tuple(f"{each}_{end}" for each in SIGNED for end in ("first", "last"))
+TOTALS = ("allocated", "helping", "hurting", *(f"{signal}_turns" for signal in SIGNED))
+SIGNS = tuple(f"{signal}_{end}" for signal in SIGNED for end in ("first", "last"))
 FIELDS = (*TOTALS, *SIGNS)
 
-Totals = dict[str, Any]
+Totals = dict[str, np.ndarray[Any, Any]]
 
 
 def is_share(tolerance: float | str) -> bool:
@@ -85,27 +85,27 @@ def in_units_of_loss(tolerance: float | str, scale: float | None) -> float:
 
 
 def histogram_edges() -> np.ndarray[Any, Any]:
-    """The BINS + 1 fixed edges: ±(0, 2⁻¹²⁷, … , 2¹²⁷·1.5, ∞), two bins an octave; zeros are counted apart."""
+    """Return the BINS + 1 fixed edges: ±(0, 2⁻¹²⁷, … , 2¹²⁷·1.5, ∞), two bins an octave; zeros are counted apart."""
     upper = (np.arange(MAGNITUDES + 1, dtype=np.uint32) << np.uint32(22)).view(np.float32).astype(np.float64)
     return np.concatenate([-upper[:0:-1], upper])
 
 
 def join(before: Totals, after: Totals) -> Totals:
-    """The totals of two stretches of segments, one right after the other; turns across the border count.
+    """Return the totals of two stretches of segments, one right after the other; turns across the border count.
 
     A turn is a change of sign between two non-zero values with only zeros between them.
     """
     joined = {name: before[name] + after[name] for name in ("allocated", "helping", "hurting")}
-    for each in SIGNED:
-        first, last = f"{each}_first", f"{each}_last"
-        joined[f"{each}_turns"] = before[f"{each}_turns"] + after[f"{each}_turns"] + (before[last] * after[first] < 0)
+    for signal in SIGNED:
+        turns, first, last = f"{signal}_turns", f"{signal}_first", f"{signal}_last"
+        joined[turns] = before[turns] + after[turns] + (before[last] * after[first] < 0)
         joined[first] = before[first] + (before[first] == 0) * after[first]
         joined[last] = after[last] + (after[last] == 0) * before[last]
     return joined
 
 
 def half(length: int) -> int:
-    """Where the tree cuts a stretch that starts on an aligned border: the largest power of two below its length.
+    """Return the place at which the tree cuts a stretch that starts on an aligned border: the largest power of two below its length.
 
     >>> [half(length) for length in (2, 3, 4, 5, 8)]
     [1, 2, 2, 4, 4]
@@ -114,11 +114,11 @@ def half(length: int) -> int:
 
 
 def join_all(read: Callable[[int], Totals], stretches: range) -> Totals:
-    """The totals of neighbouring stretches of equal power-of-two length (the last may be shorter), along the tree.
+    """Return the totals of neighbouring stretches of equal power-of-two length (the last may be shorter), joined along the tree.
 
     Args:
-        read: gives one stretch; at most log₂ of them + 2 are held at a time.
-        stretches: which ones, in order.
+        read: returns the totals of one stretch; at most log₂ of them + 2 are in memory at a time.
+        stretches: their numbers, in order.
     """
     if len(stretches) == 1:
         return read(stretches[0])
@@ -126,22 +126,29 @@ def join_all(read: Callable[[int], Totals], stretches: range) -> Totals:
     return join(join_all(read, stretches[:cut]), join_all(read, stretches[cut:]))
 
 
-class TreeSum:
-    """A running sum along the same tree; holds at most log₂ n + 1 partial sums."""
+class _Addable(Protocol):
+    def __add__(self, other: Self, /) -> Self: ...
+
+
+_Value = TypeVar("_Value", bound=_Addable)
+
+
+class TreeSum(Generic[_Value]):
+    """A running sum along the same tree; it holds at most log₂ n + 1 partial sums."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[int, Any]] = []
+        self._parts: list[tuple[int, _Value]] = []
 
-    def add(self, value: Any) -> None:
-        """Take in the value of the next segment."""
+    def add(self, value: _Value) -> None:
+        """Add the value of the next segment."""
         level = 0
         while self._parts and self._parts[-1][0] == level:
             value = self._parts.pop()[1] + value
             level += 1
         self._parts.append((level, value))
 
-    def value(self) -> Any:
-        """The sum so far."""
+    def value(self) -> _Value:
+        """Return the sum so far."""
         parts = [part for _, part in self._parts]
         total = parts.pop()
         while parts:

@@ -1,4 +1,4 @@
-"""What a span keeps of its allocations: sums, counts, a histogram, units, per-parameter totals. No disk, no plots."""
+"""The tally of the allocations of a span: sums, counts, a histogram, units, per-parameter totals. No disk, no plots."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def histogram(values: Tensor) -> Tensor:
-    """Counts of finite float32 values per bin and row, from the top bits of their patterns; exact zeros are left out.
+    """Count finite float32 values per bin and row, from the top bits of their patterns; exact zeros are left out.
 
     Args:
         values: (rows, n).
@@ -45,17 +45,17 @@ def histogram(values: Tensor) -> Tensor:
     return torch.cat([negative.flip(1), positive], 1)
 
 
-def count(found: Tensor) -> Tensor:
-    """How many are true in each row; summed as float32, which is several times faster and exact below 2²⁴."""
-    return found.float().sum(1).long() if found.shape[1] < 2**24 else found.sum(1)
+def count(mask: Tensor) -> Tensor:
+    """Count the true values in each row; summed as float32, which is several times faster and exact below 2²⁴."""
+    return mask.float().sum(1).long() if mask.shape[1] < 2**24 else mask.sum(1)
 
 
 def unit_sums(values: Tensor, axis: int | None) -> Tensor:
-    """Sums over everything but the unit axis, counted from the end; a scalar is one unit.
+    """Sum over all axes but those of groups and units; a scalar is one unit.
 
     Args:
         values: (groups, *shape).
-        axis: of the shape; None for a scalar.
+        axis: of the units, within the shape; None for a scalar.
     """
     if axis is None:
         return values.reshape(-1, 1)
@@ -67,13 +67,13 @@ class _Running:
     """Per-parameter totals of one tensor, segment by segment."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        self._sum = TreeSum()
+        self._sum = TreeSum[Tensor]()
         self._helping, self._hurting = torch.zeros((2, *shape), dtype=torch.int32, device=device)
         self._turns = torch.zeros((len(SIGNED), *shape), dtype=torch.int32, device=device)
         self._sign, self._first, self._last = torch.zeros((3, len(SIGNED), *shape), dtype=torch.int8, device=device)
 
     def add(self, motion: Tensor, gradient: Tensor, exact: Tensor, stored: Tensor) -> None:
-        """Take in the next segment; signs are reckoned with as numbers of one byte, faster than comparing and choosing."""
+        """Add the next segment; signs are numbers of one byte, with which to compute is faster than to compare and choose."""
         self._sum.add(exact)
         sign = self._sign
         for row, values in zip(sign, (motion, gradient, stored), strict=True):
@@ -87,28 +87,28 @@ class _Running:
         self._hurting += sign[-1] - negative
 
     def arrays(self) -> Arrays:
-        found = {"allocated": self._sum.value(), "helping": self._helping, "hurting": self._hurting}
-        for at, name in enumerate(SIGNED):
-            found |= {
-                f"{name}_turns": self._turns[at],
-                f"{name}_first": self._first[at],
-                f"{name}_last": self._last[at],
+        totals = {"allocated": self._sum.value(), "helping": self._helping, "hurting": self._hurting}
+        for row, name in enumerate(SIGNED):
+            totals |= {
+                f"{name}_turns": self._turns[row],
+                f"{name}_first": self._first[row],
+                f"{name}_last": self._last[row],
             }
-        return {name: each.cpu().numpy() for name, each in found.items()}
+        return {name: values.cpu().numpy() for name, values in totals.items()}
 
 
 class Tally:
-    """Gathers the segments of one span for one loss, as the arrays a run stores.
+    """The segments of one span for one loss, gathered as the arrays a run stores.
 
     A loss with groups has an axis of groups behind that of segments; its totals are those of its weighted mean over the groups,
-    the loss of the whole split. Groups may be taken in blocks, one after the other, each over all segments.
+    the loss of the whole split. Groups may be added in blocks, one after the other, each over all segments.
 
     Args:
-        table: the allocated tensors that are kept; what the others did is the remainder.
+        table: the allocated tensors that are stored; the allocation of the others is the remainder.
         length: segments in the span.
         keep: "parameters", "units" or "tensors".
         device: where allocations are.
-        groups: how many there are; None for a loss without.
+        groups: their number; None for a loss without groups.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Tally:
         return (self._groups,) if grouped and self._groups is not None else ()
 
     def begin(self, block: range) -> None:
-        """Make room for the large arrays of a block of groups; those of the block before are given up."""
+        """Allocate the large arrays of a block of groups; those of the block before are released."""
         self.block = block
         rows = () if self._groups is None else (len(block),)
         self.allocation: Arrays = {}
@@ -148,29 +148,29 @@ class Tally:
                 units = 1 if spec.unit_axis is None else spec.shape[spec.unit_axis]
                 self.units[spec.name] = np.zeros((self._length, *rows, units), "float32")
 
-    def _of_block(self, column: np.ndarray[Any, Any], at: int) -> np.ndarray[Any, Any]:
-        """The block's rows of one segment of an array, with an axis of groups also where there are none."""
-        return column[at : at + 1] if self._groups is None else column[at, self.block.start : self.block.stop]
+    def _of_block(self, column: np.ndarray[Any, Any], row: int) -> np.ndarray[Any, Any]:
+        """Return the block's part of one segment of an array, with an axis of groups also where there are none."""
+        return column[row : row + 1] if self._groups is None else column[row, self.block.start : self.block.stop]
 
-    def add(self, at: int, segment: SegmentAllocation) -> None:
-        """Take in the block's part of the segment at position `at` of the span."""
-        kept = {spec.name for spec in self._table}
-        others = {name: each for name, each in segment.allocation.items() if name not in kept}
+    def add(self, row: int, segment: SegmentAllocation) -> None:
+        """Add the block's part of the segment at position `row` of the span."""
+        names = {spec.name for spec in self._table}
+        others = {name: values for name, values in segment.allocation.items() if name not in names}
         remainder = sums_over(others, segment.motion) if others else 0.0
-        before = self.steps["converged"][at]
+        before = self.steps["converged"][row]
         for name, column in self.steps.items():
             if name in PER_GROUP:
                 value = remainder if name == "remainder" else getattr(segment, name)
-                self._of_block(column, at)[:] = value
+                self._of_block(column, row)[:] = value
             elif name not in MAY_BE_NAN:
-                column[at] = getattr(segment, name)
-        if self.block.start:  # converged is what every block is
-            self.steps["converged"][at] &= before
-        self._untouched[at] &= segment.untouched
+                column[row] = getattr(segment, name)
+        if self.block.start:  # a segment has converged where it has in every block
+            self.steps["converged"][row] &= before
+        self._untouched[row] &= segment.untouched
         for position, spec in enumerate(self._table):
-            self._add_tensor(at, position, spec, segment)
+            self._add_tensor(row, position, spec, segment)
 
-    def _add_tensor(self, at: int, position: int, spec: TensorSpec, segment: SegmentAllocation) -> None:
+    def _add_tensor(self, index: int, position: int, spec: TensorSpec, segment: SegmentAllocation) -> None:
         motion = segment.motion[spec.name]
         shape = (len(self.block), motion.numel())
         exact, gradient = segment.allocation[spec.name].reshape(shape), segment.mean_gradient[spec.name].reshape(shape)
@@ -186,24 +186,32 @@ class Tally:
             bins[row] += histogram(part)
         counts = {"helping": bins[:, : BINS // 2].sum(1), "hurting": bins[:, BINS // 2 :].sum(1)}
         for name, values in {**sums, **counts}.items():
-            self._of_block(self.tensors[name], at)[:, position] = values.cpu().numpy()
-        self.tensors["motion"][at, position] = motion.abs().sum().item()
+            self._of_block(self.tensors[name], index)[:, position] = values.cpu().numpy()
+        self.tensors["motion"][index, position] = motion.abs().sum().item()
         if spec.kind == "parameter":
-            self._of_block(self.histogram["count"], at)[:] += bins.cpu().numpy()
+            self._of_block(self.histogram["count"], index)[:] += bins.cpu().numpy()
             zero = shape[1] - counts["helping"] - counts["hurting"]
-            self._of_block(self.histogram["zero"], at)[:] += zero.cpu().numpy()
+            self._of_block(self.histogram["zero"], index)[:] += zero.cpu().numpy()
         if spec.name in self.allocation:
             place = self.allocation[spec.name]
-            place[at] = stored.reshape(place.shape[1:]).cpu().numpy()
+            place[index] = stored.reshape(place.shape[1:]).cpu().numpy()
         if spec.name in self.units:
             place = self.units[spec.name]
             units = unit_sums(exact.reshape(len(self.block), *spec.shape), spec.unit_axis)
-            place[at] = units.float().reshape(place.shape[1:]).cpu().numpy()
-        self._pool(at, spec, motion, exact, gradient, segment.weight)
+            place[index] = units.float().reshape(place.shape[1:]).cpu().numpy()
+        self._pool(index, spec, motion, exact, gradient, segment.weight)
 
-    def _pool(self, at: int, spec: TensorSpec, motion: Tensor, exact: Tensor, gradient: Tensor, weight: Any) -> None:
-        """Add to the weighted mean over the groups; after the last block it is taken into the totals."""
-        pooled = self._pooled[at]
+    def _pool(
+        self,
+        index: int,
+        spec: TensorSpec,
+        motion: Tensor,
+        exact: Tensor,
+        gradient: Tensor,
+        weight: float | np.ndarray[Any, Any],
+    ) -> None:
+        """Add to the weighted mean over the groups; after the last block it is added to the totals."""
+        pooled = self._pooled[index]
         if self._groups is not None:
             weights = torch.as_tensor(weight, device=exact.device)
             before = pooled.pop(spec.name, (0.0, 0.0))
@@ -211,23 +219,23 @@ class Tally:
             if self.block.stop < self._groups:
                 pooled[spec.name] = (exact, gradient)
                 return
-            whole = float(self.steps["weight"][at].sum())
+            whole = float(self.steps["weight"][index].sum())
             exact, gradient = exact / whole, gradient / whole
         exact, gradient = exact.reshape(spec.shape), gradient.reshape(spec.shape)
         self._running[spec.name].add(motion, gradient, exact, exact.float())
 
     @property
     def silent(self) -> set[str]:
-        """Tensors that moved without the loss, of any group, depending on them: parameters throughout, buffers on a segment."""
+        """The tensors that moved while the loss of no group depended on them: parameters throughout, buffers on a segment."""
         throughout = frozenset.intersection(*self._untouched)
         return {
             spec.name
             for position, spec in enumerate(self._table)
-            for at, untouched in enumerate(self._untouched)
+            for row, untouched in enumerate(self._untouched)
             if spec.name in (untouched if spec.kind == "buffer" else throughout)
-            and self.tensors["motion"][at, position] > 0
+            and self.tensors["motion"][row, position] > 0
         }
 
     def totals(self) -> dict[str, Arrays]:
-        """Per-parameter totals over the span, by tensor."""
-        return {name: each.arrays() for name, each in self._running.items()}
+        """Return the per-parameter totals over the span, by tensor."""
+        return {name: running.arrays() for name, running in self._running.items()}

@@ -50,21 +50,32 @@ def laid_out(
     known = {"loss": 2.3, "gradient_norm": 1.0}
     records = {
         name: LossRecord(
-            *(name, name, "function", 1000, 1000),
-            *(None if groups is None else list(range(groups)), None if groups is None else [1000 // groups] * groups),
-            *(None, None, 0, 250, None, False, [known, known]),
+            key=name,
+            on=name,
+            kind="function",
+            examples=1000,
+            total=1000,
+            groups=None if groups is None else list(range(groups)),
+            counts=None if groups is None else [1000 // groups] * groups,
+            block=None,
+            along=None,
+            replicates=0,
+            batch_size=250,
+            calibration=None,
+            measured=False,
+            identity=[known, known],
         )
         for name, groups in losses.items()
     }
     return Manifest(
-        "/nowhere",
-        [StoredTensor(spec, spec.name, keys[spec.name]) for spec in specs],
-        [Checkpoint(step, (Path(f"step_{step:08d}.safetensors"),), 8, 1) for step in range(segments + 1)],
-        span,
-        window or _choose_window(segments, span),
-        {**resolve({"keep": keep}, None), "device": "cpu"},
-        records,
-        {"task_sha256": "0" * 64, "task_losses": list(losses)},
+        root="/nowhere",
+        tensors=[StoredTensor(spec, spec.name, keys[spec.name]) for spec in specs],
+        checkpoints=[Checkpoint(step, (Path(f"step_{step:08d}.safetensors"),), 8, 1) for step in range(segments + 1)],
+        span=span,
+        window=window or _choose_window(segments, span),
+        settings={**resolve({"keep": keep}, None), "device": "cpu"},
+        losses=records,
+        provenance={"task_sha256": "0" * 64, "task_losses": list(losses)},
     )
 
 

@@ -245,7 +245,7 @@ def test_a_span_of_other_data_is_found_and_computed_again(
     twisted = write_task(
         tmp_path / "small_task.py", "validation = (", "train = (1.01 * train[0], train[1])\nvalidation = ("
     )
-    damaged = store.Damage("", "", "train", span=5, window=5 // store.read_manifest(out).window)
+    damaged = store.Damage(path="", what="", loss="train", span=5, window=5 // store.read_manifest(out).window)
     with monkeypatch.context() as patch:
         patch.setattr(store, "differ", lambda *_: False)
         patch.setattr(store.seams, "differ", lambda *_: False)

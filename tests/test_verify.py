@@ -123,7 +123,7 @@ def test_any_damaged_file_is_found_and_undone(place: Path, run: Path, made: Path
 def test_waiting_totals_that_are_damaged_are_never_folded(place: Path, run: Path, made: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunWriter, "fold", lambda *_: [])
-        RunWriter.open(run).discard([Damage("", "", "train", window=0)])
+        RunWriter.open(run).discard([Damage(path="", what="", loss="train", window=0)])
         assert replayed(place) == [("train", 0), ("train", 1)]
     waiting = run / "partial" / "train" / "000001-1.safetensors"
     data = bytearray(waiting.read_bytes())

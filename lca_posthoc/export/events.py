@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
@@ -16,24 +16,27 @@ from ..text import count
 from .choose import Say
 from .tables import whole
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 HISTOGRAMS = 500  # of a loss, over its segments and groups
 SCALARS = 1_000_000  # of a loss, over its segments and curves
 _FINDINGS = ("curve", "helping", "layers")
 
 
-def write_events(run: Run, place: Path, losses: list[str], wanted: list[str], say: Say) -> None:
-    """One directory of events for each loss.
+def write_events(run: Run, place: Path, losses: list[str], requested: list[str], say: Say) -> None:
+    """Write a directory of events for each loss.
 
     Scalars (float64) at the training step a segment ends at: `loss`, `predicted`, `residual`; `helping` and `hurting`, shares of
-    the parameters; `allocated/LAYER` of the segment and `cumulative/LAYER` up to it. A loss with groups has each of them as
+    the parameters; `allocated/LAYER` of the segment and `cumulative/LAYER` up to it. For a loss with groups each of them is
     `…/group GROUP`. Histograms `allocation`: the stored bins, exact zeros in the bin that ends at 0.
 
     Args:
         run: an open run.
         place: an empty directory.
         losses: names; all where empty.
-        wanted: of curve, helping and layers; all where empty. Histograms come with `helping`.
-        say: told what is left out or thinned.
+        requested: of curve, helping and layers; all where empty. Histograms come with `helping`.
+        say: called with a sentence on what is left out or thinned.
 
     Raises:
         InputError: for an unknown name, or a finding that is no curve over training.
@@ -42,87 +45,87 @@ def write_events(run: Run, place: Path, losses: list[str], wanted: list[str], sa
     for name in losses:
         if name not in run:
             raise InputError(f"{run.path} has no loss {name!r}; it has {', '.join(map(repr, run))}.")
-    for name in wanted:
+    for name in requested:
         if name not in _FINDINGS:
             raise InputError(f"TensorBoard takes {', '.join(_FINDINGS)}, not {name!r}. Choose another --format for it.")
     needed("tensorboard", "TensorBoard")
-    writers, made = needed("torch.utils.tensorboard", "TensorBoard"), 0
+    writers, written = needed("torch.utils.tensorboard", "TensorBoard"), 0
     for name in dict.fromkeys(losses or run):
         results = run[name]
         if not results.progress()["segments_done"]:
             say(f"loss {name!r} is left out: it has no finished segment yet. Let `lca run` commit a span first.")
             continue
-        made += 1
+        written += 1
         with writers.SummaryWriter(str(place / run.manifest.losses[name].key)) as writer:
-            _write_scalars(writer, results, wanted or list(_FINDINGS), say)
-            if not wanted or "helping" in wanted:
+            _write_scalars(writer, results, requested or list(_FINDINGS), say)
+            if not requested or "helping" in requested:
                 _write_histograms(writer, results, say)
-    if not made:
+    if not written:
         raise InputError(f"{run.path} has nothing to export yet. Let `lca run` commit a span first.")
 
 
-def _write_scalars(writer: Any, results: LossResults, wanted: list[str], say: Say) -> None:
-    curves = [each for name in wanted for each in _curves(results, name)]
+def _write_scalars(writer: SummaryWriter, results: LossResults, requested: list[str], say: Say) -> None:
+    curves = [line for name in requested for line in _curves(results, name)]
     steps = results.steps["step_end"].values
-    kept = _thinned(len(steps), SCALARS // max(1, len(curves)))
-    if len(kept) < len(steps):
+    rows = _thinned(len(steps), SCALARS // max(1, len(curves)))
+    if len(rows) < len(steps):
         say(
-            f"loss {results.name!r} has {count(len(curves), 'curve')}: {len(kept):,} of {len(steps):,} segments are written."
+            f"loss {results.name!r} has {count(len(curves), 'curve')}: {len(rows):,} of {len(steps):,} segments are written."
         )
     for tag, values in curves:
-        for at in kept:
-            writer.add_scalar(whole(tag), values[at], int(steps[at]), new_style=True, double_precision=True)
+        for row in rows:
+            writer.add_scalar(whole(tag), values[row], int(steps[row]), new_style=True, double_precision=True)
 
 
-def _curves(results: LossResults, finding: str) -> Iterator[tuple[str, Any]]:
-    """The tag of each curve, and its values over the segments."""
+def _curves(results: LossResults, finding: str) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    """Yield the tag of each curve, and its values over the segments."""
     if finding == "curve":
-        found, names = curve(results), ["loss", "predicted", "residual"]
+        data, names = curve(results), ["loss", "predicted", "residual"]
     elif finding == "helping":
-        found, names = helping(results), ["helping", "hurting"]
+        data, names = helping(results), ["helping", "hurting"]
     else:
-        found, names = layers(results), ["allocated", "cumulative"]
+        data, names = layers(results), ["allocated", "cumulative"]
     for name in names:
-        yield from _apart(name, found[name])
+        yield from _apart(name, data[name])
 
 
-def _apart(tag: str, values: xr.DataArray) -> Iterator[tuple[str, Any]]:
-    """Each curve of a variable: one for every layer and group."""
+def _apart(tag: str, values: xr.DataArray) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    """Yield each curve of a variable: one for every layer and group."""
     for dim, prefix in (("layer", ""), ("group", "group ")):
         if dim in values.dims:
-            for at, label in enumerate(values[dim].values):
-                yield from _apart(f"{tag}/{prefix}{label}", values.isel({dim: at}, drop=True))
+            for index, label in enumerate(values[dim].values):
+                yield from _apart(f"{tag}/{prefix}{label}", values.isel({dim: index}, drop=True))
             return
     yield tag, values.values
 
 
-def _write_histograms(writer: Any, results: LossResults, say: Say) -> None:
+def _write_histograms(writer: SummaryWriter, results: LossResults, say: Say) -> None:
     stored = results.histogram
     groups = [""] if "group" not in stored.dims else [f"/group {label}" for label in stored["group"].values]
     steps, sums = results.steps["step_end"].values, results.tensors
-    kept = _thinned(len(steps), max(1, HISTOGRAMS // len(groups)))
-    if len(kept) < len(steps):
-        say(f"loss {results.name!r}: histograms of {len(kept):,} of {len(steps):,} segments are written.")
+    chosen = _thinned(len(steps), max(1, HISTOGRAMS // len(groups)))
+    if len(chosen) < len(steps):
+        say(f"loss {results.name!r}: histograms of {len(chosen):,} of {len(steps):,} segments are written.")
     edges = np.clip(stored["edge"].values, -np.finfo("float32").max, np.finfo("float32").max).astype("float64")
     totals = sums["allocated"].isel(tensor=np.flatnonzero(sums["kind"].values == "parameter")).sum("tensor").values
-    for at in kept:
-        counts = stored["count"].isel(step=at).values.reshape(len(groups), -1)
-        zeros = np.atleast_1d(stored["zero"].isel(step=at).values)
+    for segment in chosen:
+        counts = stored["count"].isel(step=segment).values.reshape(len(groups), -1)
+        zeros = np.atleast_1d(stored["zero"].isel(step=segment).values)
         for row, label in enumerate(groups):
-            given = _histogram(counts[row], int(zeros[row]), edges)
-            total = float(np.atleast_1d(totals[at])[row])
-            writer.add_histogram_raw(whole(f"allocation{label}"), sum=total, global_step=int(steps[at]), **given)
+            bins = _histogram(counts[row], int(zeros[row]), edges)
+            total = float(np.atleast_1d(totals[segment])[row])
+            writer.add_histogram_raw(whole(f"allocation{label}"), sum=total, global_step=int(steps[segment]), **bins)
 
 
-def _histogram(counts: np.ndarray[Any, Any], zeros: int, edges: np.ndarray[Any, Any]) -> dict[str, Any]:
-    """The occupied range as TensorBoard takes it: each bin by its upper edge, with the bin below it empty."""
+def _histogram(counts: np.ndarray[Any, Any], zeros: int, edges: np.ndarray[Any, Any]) -> dict[str, float | list[float]]:
+    """Return the occupied range as TensorBoard takes it: each bin by its upper edge, with the bin below it empty."""
     counts = counts.copy()
     counts[len(counts) // 2 - 1] += zeros
     used = np.flatnonzero(counts)
     low, high = (int(used[0]), int(used[-1]) + 1) if len(used) else (len(counts) // 2 - 1, len(counts) // 2)
     middles = (edges[low:high] + edges[low + 1 : high + 1]) / 2
-    kept = counts[low:high].copy()
-    of_squares = kept.copy()
+    occupied = counts[low:high].copy()
+    of_squares = occupied.copy()
     if low <= len(counts) // 2 - 1 < high:
         of_squares[len(counts) // 2 - 1 - low] -= zeros
     return {
@@ -131,12 +134,12 @@ def _histogram(counts: np.ndarray[Any, Any], zeros: int, edges: np.ndarray[Any, 
         "num": int(counts.sum()),
         "sum_squares": float((of_squares * middles**2).sum()),
         "bucket_limits": [float(edges[low]), *edges[low + 1 : high + 1].tolist()],
-        "bucket_counts": [0, *kept.tolist()],
+        "bucket_counts": [0, *occupied.tolist()],
     }
 
 
 def _thinned(count: int, most: int) -> list[int]:
-    """At most `most` places among `count`, evenly, the last one always."""
+    """Return at most `most` places among `count`, evenly spaced, the last one always."""
     if count <= most:
         return list(range(count))
-    return sorted({count - 1 - at for at in np.linspace(0, count - 1, max(1, most)).astype(int).tolist()})
+    return sorted({count - 1 - gap for gap in np.linspace(0, count - 1, max(1, most)).astype(int).tolist()})

@@ -1,16 +1,16 @@
 """A finding as a NetCDF 4 file, and back: every number, name, type and attribute.
 
-NetCDF does not allow every name, text or attribute. What does not fit is written as the nearest that does; the attribute
-`lca_posthoc` of the file, JSON, says how it was.
+NetCDF does not allow every name, text or attribute. One that does not fit is written as the nearest that does; the attribute
+`lca_posthoc` of the file, JSON, records the original.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import xarray as xr
@@ -25,6 +25,16 @@ _ENGINE: Literal["h5netcdf"] = "h5netcdf"
 _CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
+class _Record(TypedDict):
+    """The originals of what NetCDF does not allow: names, attributes and types by variable, texts that are escaped."""
+
+    names: dict[str, str]
+    attributes: dict[str, dict[str, object]]
+    types: dict[str, str]
+    escaped: list[str]
+    coordinates: list[str]
+
+
 def needed_for_netcdf() -> None:
     """Ask for the packages NetCDF is written and read with.
 
@@ -36,20 +46,21 @@ def needed_for_netcdf() -> None:
 
 
 def write_netcdf(data: xr.Dataset, path: Path) -> None:
-    """Write a result.
+    """Write a finding as a NetCDF file.
 
     Args:
         data: a finding.
         path: of the file.
     """
     names = _names(data)
-    record: dict[str, Any] = {
+    record: _Record = {
         "names": {key: name for name, key in names.items() if name != key},
         "attributes": {"": _odd(data.attrs)},
         "types": {},
         "escaped": [],
+        "coordinates": [names[str(name)] for name in data.coords],
     }
-    made: dict[str, xr.Variable] = {}
+    variables: dict[str, xr.Variable] = {}
     for name, variable in data.variables.items():
         key, stored = names[str(name)], _stored(variable)
         record["types"][key] = _type(variable.dtype)
@@ -61,17 +72,16 @@ def write_netcdf(data: xr.Dataset, path: Path) -> None:
         if stored.dtype.kind == "U" and any(_CONTROL.search(text) for text in stored.ravel()):
             record["escaped"].append(key)
             stored = np.array([_escape(text) for text in stored.ravel()]).reshape(stored.shape)
-        made[key] = xr.Variable(dims, stored, attributes)
-    record["coordinates"] = [names[str(name)] for name in data.coords]
-    coords = {key: made.pop(key) for key in record["coordinates"] if key in made}
+        variables[key] = xr.Variable(dims, stored, attributes)
+    coords = {key: variables.pop(key) for key in record["coordinates"] if key in variables}
     attributes = {**_fitting(data.attrs), RECORD: json.dumps(record)}
-    written = xr.Dataset(made, coords, attributes)
+    written = xr.Dataset(variables, coords, attributes)
     encoding = {key: {"_FillValue": None} for key in written.variables}
     written.to_netcdf(path, engine=_ENGINE, encoding=encoding)
 
 
 def read_netcdf(path: str | Path) -> xr.Dataset:
-    """A result as `lca export` wrote it: names, types and attributes as they were.
+    """Read a finding that `lca export` wrote, with its own names, types and attributes.
 
     Raises:
         InputError: for a file that `lca export` did not write.
@@ -81,42 +91,42 @@ def read_netcdf(path: str | Path) -> xr.Dataset:
     with xr.open_dataset(path, engine=_ENGINE, decode_times=False, mask_and_scale=False) as opened:
         read = opened.load()
     try:
-        record = json.loads(read.attrs.pop(RECORD))
+        record: _Record = json.loads(read.attrs.pop(RECORD))
         names = record["names"]
         variables = {str(key): _restored(variable, str(key), record) for key, variable in read.variables.items()}
-        found = {names.get(key, key): _renamed(variable, names) for key, variable in variables.items()}
+        restored = {names.get(key, key): _renamed(variable, names) for key, variable in variables.items()}
         coords = {names.get(key, key) for key in record["coordinates"]}
         attributes = _restored_attributes(read.attrs, record, "")
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{path} is not a file that `lca export` wrote: its record is missing or damaged.") from None
     return xr.Dataset(
-        {name: each for name, each in found.items() if name not in coords},
-        {name: each for name, each in found.items() if name in coords},
+        {name: variable for name, variable in restored.items() if name not in coords},
+        {name: variable for name, variable in restored.items() if name in coords},
         attributes,
     )
 
 
 def _names(data: xr.Dataset) -> dict[str, str]:
-    """What each variable and axis is called in the file: its own name where NetCDF allows that everywhere."""
-    found = {str(name): str(name) for name in (*data.variables, *data.dims)}
-    odd = list(filter(_is_odd, found))
-    taken = set(found) - set(odd)
-    for name, key in encode_all(odd, taken).items():
-        made = key if _PLAIN.fullmatch(key[:1]) else f"_{key}"
-        while made in taken:
-            made = f"_{made}"
-        taken.add(made)
-        found[name] = made
-    return found
+    """Return the name in the file of each variable and axis: its own where NetCDF allows that everywhere."""
+    keys = {str(name): str(name) for name in (*data.variables, *data.dims)}
+    odd = list(filter(_is_odd, keys))
+    in_use = set(keys) - set(odd)
+    for name, key in encode_all(odd, in_use).items():
+        candidate = key if _PLAIN.fullmatch(key[:1]) else f"_{key}"
+        while candidate in in_use:
+            candidate = f"_{candidate}"
+        in_use.add(candidate)
+        keys[name] = candidate
+    return keys
 
 
 def _is_odd(name: str) -> bool:
-    """Whether a name is not one that NetCDF allows everywhere."""
+    """Tell whether NetCDF does not allow a name everywhere."""
     return not _PLAIN.fullmatch(name) or len(name) > _LONGEST
 
 
 def _stored(variable: xr.Variable) -> np.ndarray[Any, Any]:
-    """Return the values, texts as numpy's own type."""
+    """Return the values, with texts in numpy's own type."""
     values = np.asarray(variable.values)
     if not _is_text(values.dtype):
         return values
@@ -127,7 +137,7 @@ def _is_text(dtype: np.dtype[Any]) -> bool:
     return dtype.kind in "OU"
 
 
-def _restored(variable: xr.Variable, key: str, record: Mapping[str, Any]) -> xr.Variable:
+def _restored(variable: xr.Variable, key: str, record: _Record) -> xr.Variable:
     values, attributes = np.asarray(variable.values), dict(variable.attrs)
     if _is_text(values.dtype):
         texts = [str(text) for text in values.ravel()]
@@ -154,7 +164,7 @@ def _escape(text: str) -> str:
 
 
 def _is_fitting(name: object, value: object) -> bool:
-    """Whether an attribute is one that every NetCDF holds as it is."""
+    """Tell whether every NetCDF stores an attribute unchanged."""
     if _is_odd(str(name)):
         return False
     if isinstance(value, str):
@@ -162,18 +172,19 @@ def _is_fitting(name: object, value: object) -> bool:
     return type(value) is float
 
 
-def _fitting(attributes: Mapping[Any, Any]) -> dict[str, Any]:
-    """Attributes as other programs read them; those that do not fit are shown as text, and kept by `_odd`."""
-    found = {}
+def _fitting(attributes: Mapping[Hashable, object]) -> dict[str, object]:
+    """Return attributes as other programs read them; those that do not fit become text, and `_odd` returns their values."""
+    fitting = {}
     for name, value in attributes.items():
         if _is_fitting(name, value) or (type(value) is int and abs(value) < 2**31 and not _is_odd(str(name))):
-            found[str(name)] = value
+            fitting[str(name)] = value
         elif value != "" and not _is_odd(str(name)):
-            found[str(name)] = json.dumps(value, default=_as_list)
-    return found
+            fitting[str(name)] = json.dumps(value, default=_as_list)
+    return fitting
 
 
-def _odd(attributes: Mapping[Any, Any]) -> dict[str, Any]:
+def _odd(attributes: Mapping[Hashable, object]) -> dict[str, object]:
+    """Return the attributes that do not fit, as plain as JSON."""
     return {
         str(name): json.loads(json.dumps(value, default=_as_list))
         for name, value in attributes.items()
@@ -181,18 +192,18 @@ def _odd(attributes: Mapping[Any, Any]) -> dict[str, Any]:
     }
 
 
-def _restored_attributes(attributes: Mapping[Any, Any], record: Mapping[str, Any], key: str) -> dict[str, Any]:
-    kept = record["attributes"][key]
-    found = {
+def _restored_attributes(attributes: Mapping[str, object], record: _Record, key: str) -> dict[str, object]:
+    recorded = record["attributes"][key]
+    restored = {
         name: float(value) if isinstance(value, np.floating) else value
         for name, value in attributes.items()
-        if name not in kept and not (name == "real_name" and key in record["names"])
+        if name not in recorded and not (name == "real_name" and key in record["names"])
     }
-    return {**found, **kept}
+    return {**restored, **recorded}
 
 
-def _as_list(value: object) -> Any:
-    """What JSON makes of arrays and of numpy's numbers."""
+def _as_list(value: object) -> object:
+    """Return arrays and numpy's numbers as JSON can write them, anything else as text."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     return str(value)

@@ -39,7 +39,7 @@ def export(
         format: "netcdf", "csv", "parquet" or "tensorboard"; that of the file's ending, else netcdf, where None.
         losses: names; all where empty.
         findings: names; where empty, all that the run allows but `microscope`.
-        say: told what is left out, and why.
+        say: called with a sentence on what is left out, and why.
 
     Returns:
         The files that were written.
@@ -63,10 +63,10 @@ def export(
 
 
 def export_comparison(found: xr.Dataset, target: str | Path, *, format: str | None = None) -> list[Path]:
-    """Write what `findings.compare` says of several runs for other programs.
+    """Write the result of `findings.compare` for other programs.
 
     Args:
-        found: of `findings.compare`.
+        found: the result of `findings.compare`.
         target: a directory, made with compare.nc or the tables in it; or a file that ends in .nc.
         format: "netcdf", "csv" or "parquet"; that of the file's ending, else netcdf, where None.
 
@@ -93,7 +93,7 @@ def export_comparison(found: xr.Dataset, target: str | Path, *, format: str | No
 
 
 def _place(place: Path, format: str | None, write: Callable[[Path, str], None], hint: str) -> list[Path]:
-    """What `write` puts into an empty directory in the format it is told, in its place when it is whole."""
+    """Let `write` fill an empty directory in a format, move the result to its place once it is whole, and return its files."""
     is_file = place.suffix in SUFFIXES and not place.is_dir()
     chosen = format or SUFFIXES.get(place.suffix if is_file else "", "netcdf")
     _check(place, chosen, is_file)
@@ -107,13 +107,13 @@ def _place(place: Path, format: str | None, write: Callable[[Path, str], None], 
         if not is_file:
             building.rename(place)
             return [place / path for path in files]
-        made = [path for path in files if path.name != ABOUT]
-        if len(made) != 1:
+        data_files = [path for path in files if path.name != ABOUT]
+        if len(data_files) != 1:
             raise InputError(
-                f"{place} is one file, and there are {len(made)} to write ({', '.join(path.name for path in made[:4])}, …). "
+                f"{place} is one file, and there are {len(data_files)} to write ({', '.join(path.name for path in data_files[:4])}, …). "
                 f"Name a directory with -o; {hint}"
             )
-        (building / made[0]).rename(place)
+        (building / data_files[0]).rename(place)
         return [place]
     except (NotADirectoryError, FileExistsError):
         raise InputError(f"{place} cannot be made: something else is in its place. Choose another with -o.") from None
@@ -159,19 +159,19 @@ def _write_findings(
 def _write_finding(
     data: xr.Dataset, finding: str, place: Path, chosen: str, about: dict[str, object], prefix: str
 ) -> None:
-    """One finding into the directory `place`; what its tables say of themselves goes into `about`."""
+    """Write one finding into the directory `place`, and the descriptions of its tables into `about`."""
     if chosen == "netcdf":
         write_netcdf(data, place / f"{finding}.nc")
         return
-    found = list(tables(data))
-    names = file_names(finding, [dims for dims, _ in found], f".{chosen}")
-    for name, (dims, table) in zip(names, found, strict=True):
-        said = {**described(data, [*map(str, table.columns)]), "axes": list(dims)}
-        about[f"{prefix}{name}"] = said
+    listed = list(tables(data))
+    names = file_names(finding, [dims for dims, _ in listed], f".{chosen}")
+    for name, (dims, table) in zip(names, listed, strict=True):
+        description = {**described(data, [*map(str, table.columns)]), "axes": list(dims)}
+        about[f"{prefix}{name}"] = description
         if chosen == "csv":
             write_csv(table, place / name)
         else:
-            write_parquet(table, place / name, said)
+            write_parquet(table, place / name, description)
 
 
 def _write_about(about: dict[str, object], building: Path) -> None:

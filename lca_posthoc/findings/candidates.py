@@ -1,26 +1,36 @@
-"""What might be frozen, pruned or initialised again: layers that hurt, units and parameters that never helped, dead units."""
+"""Candidates to freeze, prune or initialise again: layers that hurt, units and parameters that never helped, dead units."""
 
 from __future__ import annotations
 
 import heapq
-from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from ..store import LossResults
 from .layers import layers
-from .parts import Numbers, about, described, each_total, largest, layer_of, parameter_name, place_of, unfinished
+from .parts import (
+    Numbers,
+    Variable,
+    about,
+    described,
+    each_total,
+    largest,
+    layer_of,
+    parameter_name,
+    place_of,
+    unfinished,
+)
 
 
 def candidates(results: LossResults, *, by: str | int = "module", most: int = 20) -> xr.Dataset:
-    """Layers to freeze, units and parameters that hurt or never helped, units at exactly zero throughout.
+    """Return layers to freeze, units and parameters that hurt or never helped, and units at exactly zero throughout.
 
     A candidate is a question for an experiment and not its answer: the allocation says what a parameter did on this path, not what
     the others would have done without it (Lan et al. 2019, section 4.2, freeze a layer that hurts and end lower).
 
-    Layers come by their sums, the one that hurt most first, tensors by the share of their parameters that never helped or never did
-    anything. Buffers, such as running statistics, are not trained and no candidates.
+    Layers are ordered by their sums, the one that hurt most first; tensors by the share of their parameters that never helped or
+    never had an effect. Buffers, such as running statistics, are not trained and no candidates.
 
     Args:
         results: one loss of a run, at any level of `--keep`; units and parameters need every segment.
@@ -38,41 +48,43 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
     """
-    found = layers(results, by=by)
-    total, helping = found["total"], found["helping"]
-    if "group" in found.dims:
+    by_layer = layers(results, by=by)
+    total, helping = by_layer["total"], by_layer["helping"]
+    if "group" in by_layer.dims:
         weight = results.steps["weight"]
-        total = (found["allocated"] * weight / weight.sum("group")).sum(("step", "group"))
+        total = (by_layer["allocated"] * weight / weight.sum("group")).sum(("step", "group"))
         helping = helping.mean("group")
-    trained = found["role"].values != "buffer"
+    trained = by_layer["role"].values != "buffer"
     left_out = unfinished(results)
     if (~trained).any():
         apart = float(total.values[~trained].sum())
         left_out.append(f"Buffers, such as running statistics, are no candidates; their sum is {apart:+.4g}.")
-    order = [at for at in np.argsort(-total.values, kind="stable") if trained[at]]
-    found, total, helping = found.isel(layer=order), total.isel(layer=order), helping.isel(layer=order)
-    made: dict[str, Any] = {
+    order = [position for position in np.argsort(-total.values, kind="stable") if trained[position]]
+    by_layer, total, helping = by_layer.isel(layer=order), total.isel(layer=order), helping.isel(layer=order)
+    variables: dict[str, Variable] = {
         "total": described(total, "loss", "Σ allocation over training"),
-        "mean": described(total / np.maximum(1, found["elements"]), "loss", "allocation per parameter over training"),
+        "mean": described(
+            total / np.maximum(1, by_layer["elements"]), "loss", "allocation per parameter over training"
+        ),
         "helping": described(helping, "share", "share of parameters × segments that helped"),
         "freeze": described((("layer",), total.values > 0), "", "its total is above zero: it hurt"),
     }
-    coords: dict[Any, Any] = {name: found[name] for name in ("layer", "elements", "role")}
+    coords: dict[str, object] = {name: by_layer[name] for name in ("layer", "elements", "role")}
     if results.complete:
-        each, places = _of_parameters(results, most)
-        made |= each
+        of_parameters, places = _of_parameters(results, most)
+        variables |= of_parameters
         coords = {**coords, **places}
     else:
         left_out.append("Units and parameters need every segment.")
-    return _by_evidence(xr.Dataset(made, coords=coords, attrs=about(results, "candidates", left_out)))
+    return _by_evidence(xr.Dataset(variables, coords=coords, attrs=about(results, "candidates", left_out)))
 
 
-def _by_evidence(found: xr.Dataset) -> xr.Dataset:
-    """Put tensors with the largest share of parameters that never helped, or never did anything, first."""
-    if "tensor" not in found.dims:
-        return found
-    idle = (found["never_helped"] + found["silent"]).values / np.maximum(1, found["tensor_elements"].values)
-    return found.isel(tensor=np.argsort(-idle, kind="stable"))
+def _by_evidence(data: xr.Dataset) -> xr.Dataset:
+    """Put tensors with the largest share of parameters that never helped, or never had an effect, first."""
+    if "tensor" not in data.dims:
+        return data
+    idle = (data["never_helped"] + data["silent"]).values / np.maximum(1, data["tensor_elements"].values)
+    return data.isel(tensor=np.argsort(-idle, kind="stable"))
 
 
 class _Unit:
@@ -82,59 +94,63 @@ class _Unit:
         self.total, self.moved = np.zeros(count), np.zeros(count, bool)
 
 
-def _of_parameters(results: LossResults, most: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _of_parameters(results: LossResults, most: int) -> tuple[dict[str, Variable], dict[str, object]]:
     specs = [tensor.spec for tensor in results.manifest.allocated if tensor.spec.kind == "parameter"]
-    at = {spec.name: position for position, spec in enumerate(specs)}
+    index_of = {spec.name: position for position, spec in enumerate(specs)}
     counts = {name: np.zeros(len(specs), "int64") for name in ("never_helped", "silent", "units", "dead_units")}
     modules: dict[tuple[str, int], _Unit] = {}
     tensors: dict[str, _Unit] = {}
     worst: list[tuple[float, str, float]] = []
     for spec, part, values in each_total(results, ("allocated", "helping", "hurting")):
         allocated, helping, hurting = values
-        counts["never_helped"][at[spec.name]] += int(((helping == 0) & (hurting > 0)).sum())
-        counts["silent"][at[spec.name]] += int(((helping == 0) & (hurting == 0)).sum())
+        counts["never_helped"][index_of[spec.name]] += int(((helping == 0) & (hurting > 0)).sum())
+        counts["silent"][index_of[spec.name]] += int(((helping == 0) & (hurting == 0)).sum())
         units = 1 if spec.unit_axis is None else spec.shape[spec.unit_axis]
         own = tensors.setdefault(spec.name, _Unit(units))
         shared = modules.setdefault((layer_of(spec.name), units), _Unit(units))
         where = slice(0, 1) if spec.unit_axis is None else part[spec.unit_axis]
         others = tuple(axis for axis in range(allocated.ndim) if axis != spec.unit_axis)
-        for each in (own, shared):
-            each.total[where] += allocated.sum(others).reshape(-1)
-            each.moved[where] |= ((helping + hurting) > 0).any(others).reshape(-1)
+        for unit in (own, shared):
+            unit.total[where] += allocated.sum(others).reshape(-1)
+            unit.moved[where] |= ((helping + hurting) > 0).any(others).reshape(-1)
         worst = heapq.nlargest(most, [*worst, *_hurting(spec.name, part, values, results.manifest.segments, most)])
     for name, own in tensors.items():
-        counts["units"][at[name]] = len(own.total)
-        counts["dead_units"][at[name]] = int((~own.moved).sum())
-    made, coords = _tables(counts, modules, worst, most, [spec.name for spec in specs])
-    return made, {**coords, "tensor_elements": ("tensor", [spec.elements for spec in specs])}
+        counts["units"][index_of[name]] = len(own.total)
+        counts["dead_units"][index_of[name]] = int((~own.moved).sum())
+    variables, coords = _tables(counts, modules, worst, most, [spec.name for spec in specs])
+    return variables, {**coords, "tensor_elements": ("tensor", [spec.elements for spec in specs])}
 
 
 def _hurting(
     name: str, part: tuple[slice, ...], values: Numbers, segments: int, most: int
 ) -> list[tuple[float, str, float]]:
     allocated, helping = values[0].ravel(), values[1].ravel()
-    found = []
-    for each in largest(allocated, most):
-        if allocated[each] > 0:
-            label = parameter_name(name, place_of(part, each))
-            found.append((float(allocated[each]), label, float(helping[each] / segments)))
-    return found
+    hurting = []
+    for position in largest(allocated, most):
+        if allocated[position] > 0:
+            label = parameter_name(name, place_of(part, position))
+            hurting.append((float(allocated[position]), label, float(helping[position] / segments)))
+    return hurting
 
 
 def _tables(
-    counts: dict[str, Numbers], modules: dict[tuple[str, int], _Unit], worst: list[Any], most: int, tensors: list[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    counts: dict[str, Numbers],
+    modules: dict[tuple[str, int], _Unit],
+    worst: list[tuple[float, str, float]],
+    most: int,
+    tensors: list[str],
+) -> tuple[dict[str, Variable], dict[str, object]]:
     units = [
         (float(value), f"{module}[{index}]")
-        for (module, _), each in modules.items()
-        for index, value in _largest(each.total, most)
+        for (module, _), unit in modules.items()
+        for index, value in _largest(unit.total, most)
     ]
     units = heapq.nlargest(most, units)
     dead = [
         f"{module}[{index}]"
-        for (module, count), each in modules.items()
+        for (module, count), unit in modules.items()
         if count > 1
-        for index in np.flatnonzero(~each.moved)[:most]
+        for index in np.flatnonzero(~unit.moved)[:most]
     ][:most]
     words = {
         "never_helped": ("parameters", "parameters that hurt on some segment and helped on none"),
@@ -142,28 +158,26 @@ def _tables(
         "units": ("units", "neurons or channels"),
         "dead_units": ("units", "units whose incoming weights are all silent"),
     }
-    made = {name: described((("tensor",), counts[name]), *words[name]) for name in counts}
-    made |= {
+    variables = {name: described((("tensor",), counts[name]), *words[name]) for name in counts}
+    variables |= {
         "unit_total": described(
             (("unit",), np.array([value for value, _ in units])), "loss", "Σ allocation of the unit"
         ),
-        "parameter_allocated": described(
-            (("parameter",), np.array([each[0] for each in worst])), "loss", "Σ allocation"
-        ),
+        "parameter_allocated": described((("parameter",), np.array([row[0] for row in worst])), "loss", "Σ allocation"),
         "parameter_helping": described(
-            (("parameter",), np.array([each[2] for each in worst])), "share", "share of segments on which it helped"
+            (("parameter",), np.array([row[2] for row in worst])), "share", "share of segments on which it helped"
         ),
     }
-    coords = {
+    coords: dict[str, object] = {
         "tensor": np.array(tensors, dtype=object),
         "unit_name": ("unit", np.array([name for _, name in units], dtype=object)),
         "dead_name": ("dead", np.array(dead, dtype=object)),
-        "parameter_name": ("parameter", np.array([each[1] for each in worst], dtype=object)),
+        "parameter_name": ("parameter", np.array([row[1] for row in worst], dtype=object)),
     }
-    return made, coords
+    return variables, coords
 
 
 def _largest(total: Numbers, most: int) -> list[tuple[int, float]]:
-    """The units that hurt, the largest first."""
+    """Return the units that hurt and their sums, the largest first."""
     order = np.argsort(-total, kind="stable")[:most]
-    return [(int(each), float(total[each])) for each in order if total[each] > 0]
+    return [(int(position), float(total[position])) for position in order if total[position] > 0]

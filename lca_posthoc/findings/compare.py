@@ -29,9 +29,9 @@ def compare(
     confidence: float = 0.95,
     paired: bool | None = None,
 ) -> xr.Dataset:
-    """What each layer allocated in runs of several kinds, with intervals and p-values over repeats.
+    """Compare the allocation of each layer in runs of several kinds, with intervals and p-values over repeats.
 
-    The runs under one label are taken as independent repeats, such as seeds. Of their layer sums: Student's t interval and the
+    The runs under one label count as independent repeats, such as seeds. Their layer sums get Student's t interval and the
     one-sample t-test against 0; against the runs of the first label, Welch's t-test, or the paired t-test where runs come in
     pairs: each run of either label begins from the same checkpoint as one of the other. All p are two-sided. `p_holm` corrects for
     all layers of all labels together, `p_difference_holm` for all layers of all labels but the first (Holm 1979): where there is
@@ -68,72 +68,78 @@ def compare(
     """
     if isinstance(confidence, bool) or not 0 < confidence < 1:
         raise InputError(f"confidence is a number between 0 and 1, got {confidence!r}.")
-    given = _listed(runs)
-    found = [[summary(results) for results in several] for several in given.values()]
-    design = design_of(given, paired)
-    layers = list(dict.fromkeys(_label(each, by) for some in found for one in some for each in one["tensors"]))
-    sums = [[_layer_sums(one, layers, by) for one in some] for some in found]
+    listed = _listed(runs)
+    summaries = [[summary(results) for results in several] for several in listed.values()]
+    design = design_of(listed, paired)
+    layers = list(dict.fromkeys(_label(tensor, by) for some in summaries for one in some for tensor in one["tensors"]))
+    sums = [[_layer_sums(one, layers, by) for one in some] for some in summaries]
     head = {
-        name: repeats(design.counted(padded([[one[name] for one in some] for some in found])), confidence, design.pairs)
+        name: repeats(
+            design.counted(padded([[one[name] for one in some] for some in summaries])), confidence, design.pairs
+        )
         for name in ("helping", "loss_end", "loss_change")
     }
-    paths = np.full((len(given), max(map(len, found))), "", dtype=object)
-    for at, several in enumerate(given.values()):
-        paths[at, : len(several)] = [str(results.path) for results in several]
+    paths = np.full((len(listed), max(map(len, summaries))), "", dtype=object)
+    for row, several in enumerate(listed.values()):
+        paths[row, : len(several)] = [str(results.path) for results in several]
     total = padded(sums)
-    made = _of_layers(total, repeats(design.counted(total), confidence, design.pairs), confidence)
-    made |= _of_labels(head, confidence)
-    made["runs"] = (("label",), np.array([len(some) for some in found]), "runs", "runs under the label")
+    variables = _of_layers(total, repeats(design.counted(total), confidence, design.pairs), confidence)
+    variables |= _of_labels(head, confidence)
+    variables["runs"] = (("label",), np.array([len(some) for some in summaries]), "runs", "runs under the label")
     trainings = design.once.sum(axis=1)
-    made["trainings"] = (
+    variables["trainings"] = (
         ("label",),
         trainings,
         "trainings",
         "different trainings under the label, which count once each",
     )
     is_paired = np.array([isinstance(order, list) for order in design.pairs])
-    made["paired"] = (("label",), is_paired, "", "tests against the first label are of pairs of runs")
-    left = [word for one in (one for several in given.values() for one in several) for word in _left_out(one)]
-    left += _unlike([(label, one) for label, some in zip(given, found, strict=True) for one in some], by)
-    notes = "\n".join([*design.notes, *differences(given)])
+    variables["paired"] = (("label",), is_paired, "", "tests against the first label are of pairs of runs")
+    left_out = [word for one in (one for several in listed.values() for one in several) for word in _left_out(one)]
+    left_out += _unlike([(label, one) for label, some in zip(listed, summaries, strict=True) for one in some], by)
+    notes = "\n".join([*design.notes, *differences(listed)])
     return xr.Dataset(
-        {name: described((dims, values), units, text) for name, (dims, values, units, text) in made.items()},
+        {name: described((dims, values), units, text) for name, (dims, values, units, text) in variables.items()},
         coords={
-            "label": np.array(list(given), dtype=object),
+            "label": np.array(list(listed), dtype=object),
             "layer": np.array(layers, dtype=object),
             "path": (("label", "run"), paths),
         },
-        attrs=_about(given, left) | {"by": str(by), "confidence": float(confidence), "notes": notes},
+        attrs=_about(listed, left_out) | {"by": str(by), "confidence": float(confidence), "notes": notes},
     )
 
 
 def _listed(runs: Mapping[str, Sequence[LossResults] | LossResults]) -> dict[str, list[LossResults]]:
-    """Every label's results as a list, and nothing that cannot be compared."""
+    """Return every label's results as a list; refuse what cannot be compared."""
     if not isinstance(runs, Mapping) or not runs:
         raise InputError(
             'nothing to compare: pass {"label": [results, …], …} with results such as open_run(RUN)["train"].'
         )
-    given: dict[str, list[LossResults]] = {}
+    listed: dict[str, list[LossResults]] = {}
     for label, one in runs.items():
         several = [one] if isinstance(one, LossResults) else list(one)
-        if not isinstance(label, str) or not several or not all(isinstance(each, LossResults) for each in several):
+        if (
+            not isinstance(label, str)
+            or not several
+            or not all(isinstance(results, LossResults) for results in several)
+        ):
             raise InputError(
                 f'under label {label!r} there have to be results such as open_run(RUN)["train"], one or more.'
             )
-        given[label] = several
+        listed[label] = several
         seen = set()
-        for each in several:
-            if each.record.groups is not None:
+        for results in several:
+            if results.record.groups is not None:
                 raise InputError(
-                    f"loss {each.name!r} of {each.path} has groups; compare takes losses without. Name another, or add this one "
+                    f"loss {results.name!r} of {results.path} has groups; compare takes losses without. Name another, or add this one "
                     "without group_by to the task and `lca run` it."
                 )
-            if (each.path.resolve(), each.name) in seen:
+            if (results.path.resolve(), results.name) in seen:
                 raise InputError(
-                    f"{each.path} is given twice under label {label!r}; a repeat has to be a run of its own."
+                    f"{results.path} is given twice under label {label!r}; a repeat has to be a run of its own."
                 )
-            seen.add((each.path.resolve(), each.name))
-    return given
+            seen.add((results.path.resolve(), results.name))
+    return listed
 
 
 def _label(tensor: dict[str, Any], by: str | int) -> str:
@@ -149,10 +155,10 @@ def _layer_sums(one: dict[str, Any], layers: list[str], by: str | int) -> list[f
     return [math.fsum(parts[layer]) if layer in parts else math.nan for layer in layers]
 
 
-def _unlike(found: list[tuple[str, dict[str, Any]]], by: str | int) -> list[str]:
-    """A word about layers of one name that do not have as many parameters in every run."""
+def _unlike(summaries: list[tuple[str, dict[str, Any]]], by: str | int) -> list[str]:
+    """Say which layers of one name do not have the same number of parameters in every run."""
     sizes: dict[str, dict[int, str]] = {}
-    for label, one in found:
+    for label, one in summaries:
         counts: dict[str, int] = {}
         for tensor in one["tensors"]:
             layer = _label(tensor, by)
@@ -173,15 +179,15 @@ def _left_out(results: LossResults) -> list[str]:
     return [f"{results.path}: {word}" for word in [*unfinished(results), *rest]]
 
 
-def _about(given: dict[str, list[LossResults]], left: list[str]) -> dict[str, Any]:
-    every = [about(results, "compare", left) for several in given.values() for results in several]
-    joined = {name: ", ".join(dict.fromkeys(each[name] for each in every)) for name in ("run", "loss", "split")}
+def _about(listed: dict[str, list[LossResults]], left_out: list[str]) -> dict[str, Any]:
+    every = [about(results, "compare", left_out) for several in listed.values() for results in several]
+    joined = {name: ", ".join(dict.fromkeys(entry[name] for entry in every)) for name in ("run", "loss", "split")}
     modes = dict.fromkeys(str(one["norm_stats"]) for one in every if "norm_stats" in one)
     return every[0] | joined | ({"norm_stats": ", ".join(modes)} if modes else {})
 
 
 def _of_layers(total: Numbers, over: Repeats, confidence: float) -> dict[str, tuple[tuple[str, ...], Any, str, str]]:
-    """Dims, values, units and meaning of what there is per label and layer; `total` is (label, layer, run)."""
+    """Return dims, values, units and meaning of each variable by label and layer; `total` is (label, layer, run)."""
     both = ("label", "layer")
     certain = f"of the {100 * confidence:g} % t interval of the mean"
     first = "paired t-test or Welch's test (`paired`) against the first label"
@@ -199,9 +205,9 @@ def _of_layers(total: Numbers, over: Repeats, confidence: float) -> dict[str, tu
 
 
 def _of_labels(head: dict[str, Repeats], confidence: float) -> dict[str, tuple[tuple[str, ...], Any, str, str]]:
-    """Dims, values, units and meaning of what there is per label."""
+    """Return dims, values, units and meaning of each variable by label."""
     label, certain = ("label",), f"of the {100 * confidence:g} % t interval"
-    made: dict[str, tuple[tuple[str, ...], Any, str, str]] = {
+    variables: dict[str, tuple[tuple[str, ...], Any, str, str]] = {
         "loss_change": (label, head["loss_change"].mean, "loss", "change of the loss, mean over runs"),
         "p_loss_end": (
             label,
@@ -214,10 +220,10 @@ def _of_labels(head: dict[str, Repeats], confidence: float) -> dict[str, tuple[t
         ("helping", "share", "parameters × segments that helped"),
         ("loss_end", "loss", "last loss"),
     ):
-        made[name] = (label, head[name].mean, units, f"{text}, mean over runs")
-        made[f"{name}_low"] = (label, head[name].low, units, f"{text}, lower end {certain}")
-        made[f"{name}_high"] = (label, head[name].high, units, f"{text}, upper end {certain}")
-    return made
+        variables[name] = (label, head[name].mean, units, f"{text}, mean over runs")
+        variables[f"{name}_low"] = (label, head[name].low, units, f"{text}, lower end {certain}")
+        variables[f"{name}_high"] = (label, head[name].high, units, f"{text}, upper end {certain}")
+    return variables
 
 
 @dataclass(frozen=True)
@@ -232,17 +238,17 @@ class Repeats:
 
 
 def padded(rows: Sequence[Sequence[Any]]) -> Numbers:
-    """One number, or list of numbers, per label and run, as (label, …, run) with NaN where a label has fewer runs."""
+    """Return one number, or list of numbers, per label and run, as (label, …, run) with NaN where a label has fewer runs."""
     most, shape = max(map(len, rows)), np.shape(rows[0][0])
-    made = np.full((len(rows), *shape, most), np.nan)
-    for at, row in enumerate(rows):
+    array = np.full((len(rows), *shape, most), np.nan)
+    for label, row in enumerate(rows):
         for run, values in enumerate(row):
-            made[at, ..., run] = values
-    return made
+            array[label, ..., run] = values
+    return array
 
 
 def repeats(values: Numbers, confidence: float, pairs: Sequence[list[int] | str | None] | None = None) -> Repeats:
-    """Student's interval and tests over the last axis.
+    """Return Student's interval and the tests over the last axis.
 
     With n numbers, mean m and standard error e = s / √n: m ± t(n − 1) · e; t = m / e with n − 1 degrees of freedom; against
     the first label (m₁, e₁, n₁), t = (m − m₁) / √(e² + e₁²) with (e² + e₁²)² / (e⁴ / (n − 1) + e₁⁴ / (n₁ − 1)) degrees (Welch
@@ -255,13 +261,13 @@ def repeats(values: Numbers, confidence: float, pairs: Sequence[list[int] | str 
             all apart where None.
 
     Returns:
-        (label, …) each; NaN where n < 2 or nothing varies.
+        Arrays (label, …); NaN where n < 2 or nothing varies.
     """
-    there = ~np.isnan(values)
+    is_number = ~np.isnan(values)
     with np.errstate(all="ignore"):  # what has no value becomes NaN, and that is the answer
-        n = there.sum(axis=-1).astype(float)
-        mean = np.where(there, values, 0.0).sum(axis=-1) / n
-        spread = np.where(there, values - mean[..., None], 0.0)
+        n = is_number.sum(axis=-1).astype(float)
+        mean = np.where(is_number, values, 0.0).sum(axis=-1) / n
+        spread = np.where(is_number, values - mean[..., None], 0.0)
         error = np.sqrt((spread**2).sum(axis=-1) / (n - 1) / n)
         error = np.where(error <= _ROUNDING * abs(mean), 0.0, error)
         half = scipy.stats.t.ppf((1 + confidence) / 2, n - 1) * error
@@ -280,25 +286,25 @@ def repeats(values: Numbers, confidence: float, pairs: Sequence[list[int] | str 
 
 
 def _of_pairs(differences: Numbers) -> tuple[Numbers, Numbers]:
-    """p of the mean of differences over the last axis, and its squared error; NaN are no pairs."""
-    there = ~np.isnan(differences)
+    """Return p of the mean of differences over the last axis, and its squared error; NaN stands for no pair."""
+    is_number = ~np.isnan(differences)
     with np.errstate(all="ignore"):
-        n = there.sum(axis=-1).astype(float)
-        mean = np.where(there, differences, 0.0).sum(axis=-1) / n
-        spread = np.where(there, differences - mean[..., None], 0.0)
+        n = is_number.sum(axis=-1).astype(float)
+        mean = np.where(is_number, differences, 0.0).sum(axis=-1) / n
+        spread = np.where(is_number, differences - mean[..., None], 0.0)
         error = np.sqrt((spread**2).sum(axis=-1) / (n - 1) / n)
         error = np.where(error <= _ROUNDING * abs(mean), 0.0, error)
         return 2 * scipy.stats.t.sf(abs(mean) / error, n - 1), error**2
 
 
 def holm(p: Numbers) -> Numbers:
-    """Holm's step-down correction of all p that are there, whatever the shape: the k-th smallest of m times m − k + 1, never falling.
+    """Correct all p that are not NaN as Holm's step-down method does: the k-th smallest of m times m − k + 1, never falling.
 
     >>> holm(np.array([0.01, np.nan, 0.04, 0.03])).tolist()
     [0.03, nan, 0.06, 0.06]
     """
     flat = p.ravel()
     order = np.argsort(flat, kind="stable")[: np.count_nonzero(~np.isnan(flat))]
-    found = np.full_like(flat, np.nan)
-    found[order] = np.minimum(1.0, np.maximum.accumulate(flat[order] * np.arange(len(order), 0, -1)))
-    return found.reshape(p.shape)
+    corrected = np.full_like(flat, np.nan)
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(flat[order] * np.arange(len(order), 0, -1)))
+    return corrected.reshape(p.shape)

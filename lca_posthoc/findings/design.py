@@ -1,4 +1,4 @@
-"""What runs that are compared are to each other: repeats, pairs or one training, and in what else they differ."""
+"""The design of a comparison of runs: repeats, pairs or one training, and the other differences between them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _Key = tuple[int, int, int]  # of a checkpoint: step, size, fingerprint
 
 @dataclass(frozen=True)
 class _Marks:
-    """What tells the training a run is of: its first checkpoint, those that training has moved to, and how far tensors moved.
+    """The marks of the training a run belongs to: its first checkpoint, those that training has moved to, and how far tensors moved.
 
-    `motion` is Σ|Δθ| by the steps a segment runs from and to, and by tensor. The fingerprint of a file is of samples, which a large
-    frozen part may fill: then the motion tells.
+    `motion` is Σ|Δθ| by the steps a segment runs from and to, and by tensor. The fingerprint of a file is taken from samples, all of
+    which may lie in a large frozen part: then the motion tells two trainings apart.
     """
 
     first: _Key
@@ -32,7 +32,7 @@ class _Marks:
     motion: dict[tuple[int, int, str], float]
 
     def shared(self, other: _Marks) -> frozenset[_Key]:
-        """Return the checkpoints both runs are of; none where what moved shows that they are of two trainings."""
+        """Return the checkpoints both runs have; none where the motion shows that they are of two trainings."""
         both = self.motion.keys() & other.motion.keys()
         alike = all(math.isclose(self.motion[key], other.motion[key], rel_tol=_SAME_MOTION) for key in both)
         return self.moved & other.moved if alike else frozenset()
@@ -40,9 +40,9 @@ class _Marks:
 
 @dataclass(frozen=True)
 class Design:
-    """Holds what the runs are to each other.
+    """The design of a comparison.
 
-    `once` (label, run) holds False where a run is of a training that an earlier run of its label is of. `pairs` has for each label
+    `once` (label, run) is False where a run has the same training as an earlier run of its label. `pairs` has for each label
     the positions of the runs of the first label that its runs are paired with, "apart" where they are independent of these, and
     None where they are neither.
     """
@@ -52,35 +52,35 @@ class Design:
     notes: list[str]
 
     def counted(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """(label, …, run) with NaN for runs that do not count."""
+        """Return values (label, …, run) with NaN for runs that do not count."""
         shape = (self.once.shape[0], *[1] * (values.ndim - 2), self.once.shape[1])
         return np.where(self.once.reshape(shape), values, np.nan)
 
 
-def design_of(given: dict[str, list[LossResults]], paired: bool | None) -> Design:
+def design_of(listed: dict[str, list[LossResults]], paired: bool | None) -> Design:
     """Return which runs are repeats of each other, and which are pairs.
 
     Raises:
         InputError: for `paired` where labels have different numbers of runs.
     """
-    first = next(iter(given))
-    sizes = [len(several) for several in given.values()]
+    first = next(iter(listed))
+    sizes = [len(several) for several in listed.values()]
     if paired and len(set(sizes)) > 1:
-        counts = ", ".join(f"{size} under {label!r}" for label, size in zip(given, sizes, strict=True))
+        counts = ", ".join(f"{size} under {label!r}" for label, size in zip(listed, sizes, strict=True))
         raise InputError(f"runs in pairs have to be as many under every label, got {counts}.")
-    marks = {label: [_marks(results) for results in several] for label, several in given.items()}
+    marks = {label: [_marks(results) for results in several] for label, several in listed.items()}
     notes, pairs = list[str](), list[list[int] | str | None]()
-    once = np.zeros((len(given), max(sizes)), dtype=bool)
+    once = np.zeros((len(listed), max(sizes)), dtype=bool)
     for row, (label, several) in enumerate(marks.items()):
-        for at, of_run in enumerate(several):
-            same = next((before for before in range(at) if of_run.shared(several[before])), None)
-            once[row, at] = same is None
+        for position, of_run in enumerate(several):
+            same = next((before for before in range(position) if of_run.shared(several[before])), None)
+            once[row, position] = same is None
             if same is not None:
                 notes.append(
-                    f"{given[label][at].path} and {given[label][same].path} are of one training ({_shared(of_run, several[same])}): "
-                    f"under {label!r} it counts once, by the latter."
+                    f"{listed[label][position].path} and {listed[label][same].path} are of one training "
+                    f"({_shared(of_run, several[same])}): under {label!r} it counts once, by the latter."
                 )
-    counting = {label: np.flatnonzero(once[row]).tolist() for row, label in enumerate(given)}
+    counting = {label: np.flatnonzero(once[row]).tolist() for row, label in enumerate(listed)}
     for label, several in marks.items():
         order = _partners(marks[first], counting[first], several, counting[label]) if paired is None else None
         same = any(of_run.shared(other) for of_run in several for other in marks[first])
@@ -105,10 +105,10 @@ def design_of(given: dict[str, list[LossResults]], paired: bool | None) -> Desig
 
 
 def _marks(results: LossResults) -> _Marks:
-    keys = [(each.step, each.size, each.fingerprint) for each in results.manifest.checkpoints]
+    keys = [(checkpoint.step, checkpoint.size, checkpoint.fingerprint) for checkpoint in results.manifest.checkpoints]
     motion = results.tensors["motion"]
-    there = motion["step"].values[motion.sum("tensor").values > 0]
-    start = min(there.tolist(), default=None)
+    moving = motion["step"].values[motion.sum("tensor").values > 0]
+    start = min(moving.tolist(), default=None)
     moved = frozenset(key for key in keys if start is not None and key[0] > start and key != keys[0])
     motion = motion.isel(tensor=motion["kind"].values == "parameter")  # statistics may be recomputed
     rows = zip(motion["step"].values.tolist(), motion["step_end"].values.tolist(), motion.values.tolist(), strict=True)
@@ -130,21 +130,21 @@ def _partners(
     other: list[_Marks],
     counting: list[int],
 ) -> list[int] | None:
-    """For each run of `other` the run of `first` that begins from the same checkpoint; None unless each has exactly one."""
-    begins = [first[at].first for at in counting_first]
-    mine = [other[at].first for at in counting]
+    """Return for each run of `other` the run of `first` that begins from the same checkpoint; None unless each has exactly one."""
+    begins = [first[run].first for run in counting_first]
+    mine = [other[run].first for run in counting]
     if Counter(begins) != Counter(mine) or len(set(begins)) < len(begins):
         return None
-    order = [0] * len(other)  # runs that do not count are never asked for
-    for at in counting:
-        order[at] = counting_first[begins.index(other[at].first)]
+    order = [0] * len(other)  # places of runs that do not count are never read
+    for run in counting:
+        order[run] = counting_first[begins.index(other[run].first)]
     return order
 
 
-def differences(given: dict[str, list[LossResults]]) -> list[str]:
-    """A sentence for each thing that changes what the numbers mean and is not the same in every run."""
-    said = [text for name, value in _MEANINGS.items() if (text := _difference(name, given, value))]
-    return said + _other_losses(given)
+def differences(listed: dict[str, list[LossResults]]) -> list[str]:
+    """Return a sentence for each setting that changes the meaning of the numbers and is not the same in every run."""
+    sentences = [text for name, value in _MEANINGS.items() if (text := _difference(name, listed, value))]
+    return sentences + _other_losses(listed)
 
 
 def _steps(results: LossResults) -> str:
@@ -166,10 +166,10 @@ _MEANINGS: dict[str, Callable[[LossResults], str]] = {
 }
 
 
-def _difference(name: str, given: dict[str, list[LossResults]], value: Callable[[LossResults], str]) -> str:
-    """Which labels have which value; "" where there is one."""
-    of_labels = {label: list(dict.fromkeys(filter(None, map(value, several)))) for label, several in given.items()}
-    if len({each for values in of_labels.values() for each in values}) < 2:
+def _difference(name: str, listed: dict[str, list[LossResults]], value: Callable[[LossResults], str]) -> str:
+    """Say which labels have which value; "" where all have the same."""
+    of_labels = {label: list(dict.fromkeys(filter(None, map(value, several)))) for label, several in listed.items()}
+    if len({text for values in of_labels.values() for text in values}) < 2:
         return ""
     by_values: dict[str, list[str]] = {}
     for label, values in of_labels.items():
@@ -182,10 +182,10 @@ def _names(labels: list[str]) -> str:
     return ", ".join(labels[:4]) + (f" and {len(labels) - 4} more" if len(labels) > 4 else "")
 
 
-def _other_losses(given: dict[str, list[LossResults]]) -> list[str]:
-    """A word where a loss of one name has another value on the same weights, sample and settings."""
-    known: dict[tuple[Any, ...], tuple[str, float]] = {}
-    for label, several in given.items():
+def _other_losses(listed: dict[str, list[LossResults]]) -> list[str]:
+    """Say where a loss of one name has another value on the same weights, sample and settings."""
+    known: dict[tuple[object, ...], tuple[str, float]] = {}
+    for label, several in listed.items():
         for results in several:
             settings, record = results.manifest.settings, results.record
             begin = results.manifest.checkpoints[0]

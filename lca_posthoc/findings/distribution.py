@@ -1,9 +1,8 @@
-"""How single allocations are distributed: shares, a histogram, a heavy-tailed fit, how unequal they are."""
+"""The distribution of single allocations: shares, a histogram, a heavy-tailed fit, inequality."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import scipy  # its parts load when they are used
@@ -11,15 +10,15 @@ import xarray as xr
 
 from ..records import histogram_edges
 from ..store import LossResults
-from .parts import BLOCK, Numbers, about, blocks, described, tables, unfinished
+from .parts import BLOCK, Numbers, Variable, about, blocks, described, tables, unfinished
 
 _TOP = 0.01
 
 
 def distribution(results: LossResults, *, sample: int = 100_000, seed: int = 0) -> xr.Dataset:
-    """The distribution of the allocation over parameters × segments; buffers are not counted.
+    """Return the distribution of the allocation over parameters × segments; buffers are not counted.
 
-    The histogram has two bins an octave, so what is taken from it has an error; `…_low` and `…_high` bound it for the share of
+    The histogram has two bins an octave, so figures computed from it have an error; `…_low` and `…_high` bound it for the share of
     Σ|A| that the top 1 % of the elements carry, and for the Gini coefficient of |A| (Gini 1912; zeros are counted).
 
     Args:
@@ -49,27 +48,27 @@ def distribution(results: LossResults, *, sample: int = 100_000, seed: int = 0) 
     group = ("group",) if count.ndim == 2 else ()
     lower, upper = edges[first:last], edges[first + 1 : last + 1]
     rows = np.atleast_2d(count)[:, first:last]
-    made = {
+    variables = {
         "count": described((("bin", *group), count[..., first:last].T), "parameters × segments", "elements in the bin")
     }
-    made["zero"] = described((group, zero), "parameters × segments", "elements that are exactly 0")
+    variables["zero"] = described((group, zero), "parameters × segments", "elements that are exactly 0")
     parameters = table["allocated"].isel(tensor=table["kind"].values == "parameter").sum(("step", "tensor")).values
     figures = [
         _figures(row, int(none), lower, upper, float(total))
         for row, none, total in zip(rows, np.atleast_1d(zero), np.atleast_1d(parameters), strict=True)
     ]
     for name, (units, meaning) in _FIGURES.items():
-        values = np.array([each[name] for each in figures])
-        made[name] = described((group, values if group else values[0]), units, meaning)
+        values = np.array([figure[name] for figure in figures])
+        variables[name] = described((group, values if group else values[0]), units, meaning)
     coords = {"lower": ("bin", lower), "upper": ("bin", upper)}
-    coords |= {name: each for name, each in table.coords.items() if name in ("group", "examples")}
+    coords |= {name: column for name, column in table.coords.items() if name in ("group", "examples")}
     if results.manifest.keep == "parameters":
-        made |= (fitted := _fitted(_sample(results, sample, seed)))
+        variables |= (fitted := _fitted(_sample(results, sample, seed)))
         if first < last and math.isnan(fitted["weibull_shape"][1]):
             left_out.append("The heavy-tailed fit needs allocations of at least two sizes.")
     else:
         left_out.append(f"The heavy-tailed fit needs --keep parameters; this run keeps {results.manifest.keep}.")
-    return xr.Dataset(made, coords=coords, attrs={**about(results, "distribution", left_out), "seed": seed})
+    return xr.Dataset(variables, coords=coords, attrs={**about(results, "distribution", left_out), "seed": seed})
 
 
 _FIGURES = {
@@ -88,18 +87,18 @@ _FIGURES = {
 
 
 def _counts(results: LossResults) -> tuple[Numbers, Numbers]:
-    """Over all segments: ([groups,] bins), ([groups])."""
+    """Return the counts ([groups,] bins) and the zeros ([groups]) over all segments."""
     stored = results.histogram
     bins, zeros = stored["count"], stored["zero"]
     rows = max(1, BLOCK // max(1, math.prod(bins.shape[1:])))
     length = results.manifest.span
     rows = max(length, rows - rows % length)
-    count = sum(bins[at : at + rows].values.sum(0) for at in range(0, bins.shape[0], rows))
+    count = sum(bins[start : start + rows].values.sum(0) for start in range(0, bins.shape[0], rows))
     return np.asarray(count), np.asarray(zeros.sum("step").values)
 
 
 def _figures(count: Numbers, zero: int, lower: Numbers, upper: Numbers, total: float) -> dict[str, float]:
-    """Of one row of bins; nothing is NaN but what 0 elements leave undefined."""
+    """Return the figures of one row of bins; only those that 0 elements leave undefined are NaN."""
     elements = int(count.sum()) + zero
     low, high = np.minimum(abs(lower), abs(upper)), np.maximum(abs(lower), abs(upper))
     order = np.argsort(low, kind="stable")
@@ -107,34 +106,34 @@ def _figures(count: Numbers, zero: int, lower: Numbers, upper: Numbers, total: f
     middle = (low + high) / 2
     centre = (lower + upper) / 2
     mean = total / max(1, elements)
-    found = {
+    figures = {
         "helping": float(count[upper <= 0].sum()) / max(1, elements),
         "hurting": float(count[lower >= 0].sum()) / max(1, elements),
         "mean": mean,
         "mean_absolute": float(count_up @ middle) / max(1, elements),
         "standard_deviation": math.sqrt(float((count * centre**2).sum() + 0.0) / max(1, elements)),
     }
-    found["top_share"] = _top(count_up, middle, middle, elements)
-    found["top_share_low"], found["top_share_high"] = (
+    figures["top_share"] = _top(count_up, middle, middle, elements)
+    figures["top_share_low"], figures["top_share_high"] = (
         _top(count_up, low, high, elements),
         _top(count_up, high, low, elements),
     )
-    found["gini"] = _gini(count_up, zero, middle, middle)
-    found["gini_low"], found["gini_high"] = _gini(count_up, zero, high, low), _gini(count_up, zero, low, high)
-    return found
+    figures["gini"] = _gini(count_up, zero, middle, middle)
+    figures["gini_low"], figures["gini_high"] = _gini(count_up, zero, high, low), _gini(count_up, zero, low, high)
+    return figures
 
 
 def _top(count: Numbers, of_top: Numbers, of_rest: Numbers, elements: int) -> float:
-    """Share of the sum that the largest 1 % carry if each in a bin counts `of_top` there and `of_rest` below; bins rise."""
-    wanted = max(1, round(_TOP * elements))
+    """Return the share of the sum of the largest 1 %, if elements of a bin count `of_top` among these and `of_rest` below; bins rise."""
+    size = max(1, round(_TOP * elements))
     above = np.cumsum(count[::-1])[::-1] - count
-    taken = np.clip(wanted - above, 0, count)
-    top, rest = float(taken @ of_top), float((count - taken) @ of_rest)
+    in_top = np.clip(size - above, 0, count)
+    top, rest = float(in_top @ of_top), float((count - in_top) @ of_rest)
     return top / (top + rest) if top + rest > 0 else math.nan
 
 
 def _gini(count: Numbers, zero: int, small: Numbers, large: Numbers) -> float:
-    """The Gini coefficient at its extreme over values within their bins; rising bins, zeros first.
+    """Return the extreme of the Gini coefficient over values within their bins; rising bins, zeros first.
 
     G = Σ w_i x_i / Σ x_i with w_i = (2i − n − 1) / n for the ranks i = 1 … n. Its extreme has `large` where w_i > G and `small`
     elsewhere: the root of F(G) = Σ_i (w_i − G) x_i, which falls in G.
@@ -146,7 +145,7 @@ def _gini(count: Numbers, zero: int, small: Numbers, large: Numbers) -> float:
     starts = ends - count
 
     def weights(first: Numbers, last: Numbers) -> Numbers:
-        """Σ w_i over the ranks first + 1 … last."""
+        """Return Σ w_i over the ranks first + 1 … last."""
         return (last * (last + 1.0) - first * (first + 1.0) - (last - first) * (n + 1.0)) / n
 
     def excess(gini: float) -> float:
@@ -159,7 +158,7 @@ def _gini(count: Numbers, zero: int, small: Numbers, large: Numbers) -> float:
 
 
 def _sample(results: LossResults, size: int, seed: int) -> Numbers:
-    """Elements of the allocation, drawn uniformly with replacement over parameters × segments (× groups)."""
+    """Draw elements of the allocation, uniformly with replacement over parameters × segments (× groups)."""
     data = results.allocation
     names = [tensor.spec.name for tensor in results.manifest.allocated if tensor.spec.kind == "parameter"]
     generator = np.random.default_rng(seed)
@@ -167,42 +166,40 @@ def _sample(results: LossResults, size: int, seed: int) -> Numbers:
     drawn = np.sort(generator.integers(0, max(1, sum(sizes)), size if sum(sizes) else 0))
     parts, before = [], 0
     for name, extent in zip(names, sizes, strict=True):
-        wanted = drawn[np.searchsorted(drawn, before) : np.searchsorted(drawn, before + extent)] - before
-        parts.append(_picked(data[name], wanted, results.manifest.span))
+        positions = drawn[np.searchsorted(drawn, before) : np.searchsorted(drawn, before + extent)] - before
+        parts.append(_picked(data[name], positions, results.manifest.span))
         before += extent
     return generator.permutation(np.concatenate(parts)) if parts else np.zeros(0)
 
 
-def _picked(data: xr.DataArray, wanted: Numbers, span: int) -> Numbers:
-    """The elements at sorted flat positions; whole rows of chunks are read once each, in blocks."""
-    places = np.unravel_index(wanted, data.shape)
-    values = np.empty(len(wanted), "float32")
+def _picked(data: xr.DataArray, positions: Numbers, span: int) -> Numbers:
+    """Return the elements at sorted flat positions; every row of chunks is read whole and once, in blocks."""
+    places = np.unravel_index(positions, data.shape)
+    values = np.empty(len(positions), "float32")
     for start in range(0, data.shape[0], span):
-        here = np.flatnonzero((places[0] >= start) & (places[0] < start + span))
+        in_span = np.flatnonzero((places[0] >= start) & (places[0] < start + span))
         for part in blocks(data.shape[1:], min(span, data.shape[0])):
             inside = (
                 np.all(
                     [
-                        (places[axis + 1][here] >= each.start) & (places[axis + 1][here] < each.stop)
-                        for axis, each in enumerate(part)
+                        (places[axis + 1][in_span] >= cut.start) & (places[axis + 1][in_span] < cut.stop)
+                        for axis, cut in enumerate(part)
                     ],
                     axis=0,
                 )
                 if part
-                else np.ones(len(here), bool)
+                else np.ones(len(in_span), bool)
             )
-            chosen = here[inside]
+            chosen = in_span[inside]
             if len(chosen):
                 block = data[(slice(start, start + span), *part)].values
                 values[chosen] = block[
-                    tuple(
-                        places[axis][chosen] - low for axis, low in enumerate([start, *(each.start for each in part)])
-                    )
+                    tuple(places[axis][chosen] - low for axis, low in enumerate([start, *(cut.start for cut in part)]))
                 ]
     return values
 
 
-def _fitted(drawn: Numbers) -> dict[str, tuple[Any, ...]]:
+def _fitted(drawn: Numbers) -> dict[str, Variable]:
     moved = drawn[drawn != 0].astype("float64")
     if len(moved) < 2 or np.ptp(abs(moved)) == 0:
         shape = scale = math.nan

@@ -1,11 +1,10 @@
-"""Two losses over two splits, such as training and validation: who lowered the one and raised the other."""
+"""Two losses over two splits, such as training and validation: the layers and parameters that lowered one and raised the other."""
 
 from __future__ import annotations
 
 import heapq
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -13,17 +12,16 @@ import xarray as xr
 from ..errors import InputError
 from ..store import LossResults
 from .layers import layers
-from .parts import about, described, each_total, largest, parameter_name, place_of, unfinished
+from .parts import Variable, about, described, each_total, largest, parameter_name, place_of, unfinished
 
 _SPLIT_WORDS = re.compile(r"train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval(uation)?|held.?out", re.IGNORECASE)
 
 
 def generalisation(first: LossResults, second: LossResults, *, by: str | int = "module", most: int = 10) -> xr.Dataset:
-    """Allocations of one path to two losses over two splits side by side, by layer and by parameter.
+    """Return the allocations of one path to two losses over two splits, by layer and by parameter.
 
-    Everything is called by the names of the two losses, here `train` and `validation`. A loss whose name is already that of
-    something else in the result, such as "layer", is called "loss layer" there; `attrs["first"]` and `attrs["second"]` say how
-    the two are called.
+    Variables are named after the two losses, here `train` and `validation`. A loss whose name something else in the result has,
+    such as "layer", is called "loss layer" there; `attrs["first"]` and `attrs["second"]` are the names of the two.
 
     Args:
         first, second: two losses of one run over two splits, at any level of `--keep`; parameters need every segment.
@@ -65,11 +63,11 @@ def generalisation(first: LossResults, second: LossResults, *, by: str | int = "
     if not np.array_equal(both[0]["step"].values, both[1]["step"].values) or not both[0].sizes["step"]:
         raise InputError("the two losses do not have the same segments yet. Run `lca run` again to finish both.")
     called = _called(first.name, second.name)
-    variables: dict[str, Any] = {}
+    variables: dict[str, Variable] = {}
     for name, of_loss in zip(called, both, strict=True):
         variables[name] = described(of_loss["allocated"].sum("step"), "loss", f"Σ allocation over training, {name}")
         variables[f"cumulative_{name}"] = described(of_loss["cumulative"], "loss", f"Σ allocation so far, {name}")
-    coords: dict[Any, Any] = dict(both[0].coords)
+    coords: dict[str, object] = {str(name): column for name, column in both[0].coords.items()}
     if first.complete and second.complete and is_even:
         parameters, places = _quadrants(first, second, called, most)
         variables |= parameters
@@ -88,7 +86,7 @@ def _common(one: xr.Dataset, other: xr.Dataset) -> list[xr.Dataset]:
 
 
 def two_splits(losses: Mapping[str, LossResults]) -> tuple[str, str] | None:
-    """The two losses to compare where nobody says which: without groups, over two splits.
+    """Return the two losses to compare where nobody names them: without groups, over two splits.
 
     The first is over the split whose name begins with "train", if there is one; of the others, those come first whose name
     differs from its own by the split alone (`dice_train`, `dice_val`), then those over a split for validation, then those
@@ -107,7 +105,7 @@ def two_splits(losses: Mapping[str, LossResults]) -> tuple[str, str] | None:
         return None
     order = list(able)
 
-    def rank(pair: tuple[str, str]) -> tuple[Any, ...]:
+    def rank(pair: tuple[str, str]) -> tuple[bool | int, ...]:
         one, two = (able[name] for name in pair)
         trained, other = str(one.on), str(two.on)
         return (
@@ -124,22 +122,22 @@ def two_splits(losses: Mapping[str, LossResults]) -> tuple[str, str] | None:
 
 
 def no_two_splits(losses: Mapping[str, LossResults]) -> str:
-    """Why `two_splits` finds no two losses, and the way out."""
+    """Say why `two_splits` finds no two losses, and the way out."""
     over: dict[str, list[str]] = {}
     for name, results in losses.items():
         if results.record.groups is None and results.record.on is not None:
             over.setdefault(results.record.on, []).append(repr(name))
-    there = "; ".join(
+    listed = "; ".join(
         f"over {split!r} {'is' if len(names) == 1 else 'are'} {', '.join(names)}" for split, names in over.items()
     )
     return (
-        f"it takes two losses without groups over two splits, and {there or 'there is none'}. "
+        f"it takes two losses without groups over two splits, and {listed or 'there is none'}. "
         "Add a Loss(…, on=another split) to the task and `lca run` it."
     )
 
 
 def _stem(name: str, split: str) -> str:
-    """What the name of a loss says besides its split.
+    """Return the part of the name of a loss that does not name its split.
 
     >>> [_stem(name, "validation") for name in ("dice_val", "dice", "validation")]
     ['dice', 'dice', '']
@@ -148,7 +146,7 @@ def _stem(name: str, split: str) -> str:
 
 
 def _called(first: str, second: str) -> tuple[str, str]:
-    """How the variables of the two losses are called: as the losses, unless that is the name of something else."""
+    """Return the names of the two losses in the result: their own, unless something else there has that name."""
     others = {
         "step",
         "step_end",
@@ -173,7 +171,7 @@ def _called(first: str, second: str) -> tuple[str, str]:
 
 
 def _parts(first: LossResults, second: LossResults) -> list[str]:
-    """A word about splits that were measured on a part of their examples."""
+    """Say which losses were measured on a part of the examples of their split."""
     return [
         f"{results.name} is measured on {results.record.examples:,} of {results.record.total:,} examples."
         for results in (first, second)
@@ -182,7 +180,7 @@ def _parts(first: LossResults, second: LossResults) -> list[str]:
 
 
 def quadrants(first: str, second: str) -> list[str]:
-    """What a parameter can have done to two losses.
+    """Return the five effects a parameter can have had on two losses, in words.
 
     >>> quadrants("train", "validation")[1]
     'helped train, hurt validation'
@@ -193,37 +191,37 @@ def quadrants(first: str, second: str) -> list[str]:
 
 def _quadrants(
     first: LossResults, second: LossResults, called: tuple[str, str], most: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Variable], dict[str, object]]:
     names = quadrants(first.name, second.name)
     tensors = [tensor.spec.name for tensor in first.manifest.allocated if tensor.spec.kind == "parameter"]
     count = np.zeros((len(names), len(tensors)), "int64")
     sums = np.zeros((2, len(names), len(tensors)))
     worst: list[tuple[float, str, float, float]] = []
-    wanted = ("allocated",)
-    both = zip(each_total(first, wanted), each_total(second, wanted), strict=True)
+    fields = ("allocated",)
+    both = zip(each_total(first, fields), each_total(second, fields), strict=True)
     for (spec, part, (one,)), (_, _, (two,)) in both:
-        at = tensors.index(spec.name)
+        column = tensors.index(spec.name)
         which = np.select([(one == 0) | (two == 0), (one < 0) & (two < 0), one < 0, two < 0], [4, 0, 1, 2], 3)
-        count[:, at] += np.bincount(which.ravel(), minlength=len(names))
+        count[:, column] += np.bincount(which.ravel(), minlength=len(names))
         for row, values in enumerate((one, two)):
-            sums[row, :, at] += np.bincount(which.ravel(), values.ravel(), len(names))
+            sums[row, :, column] += np.bincount(which.ravel(), values.ravel(), len(names))
         harm = np.where(which == 1, np.minimum(-one, two), 0.0).ravel()
-        for each in largest(harm, most):
-            if harm[each] > 0:
-                name = parameter_name(spec.name, place_of(part, each))
-                worst.append((float(harm[each]), name, float(one.ravel()[each]), float(two.ravel()[each])))
+        for position in largest(harm, most):
+            if harm[position] > 0:
+                name = parameter_name(spec.name, place_of(part, position))
+                worst.append((float(harm[position]), name, float(one.ravel()[position]), float(two.ravel()[position])))
         worst = heapq.nlargest(most, worst)
     dims = ("quadrant", "tensor")
     variables = {"parameters": described((dims, count), "parameters", "parameters by what they did to both losses")}
     for row, name in enumerate(called):
-        hurt = np.array([each[2 + row] for each in worst])
+        hurt = np.array([entry[2 + row] for entry in worst])
         variables[f"allocated_{name}"] = described(
             (dims, sums[row]), "loss", f"Σ allocation of these parameters, {name}"
         )
         variables[f"worst_{name}"] = described((("worst",), hurt), "loss", f"Σ allocation, {name}")
-    coords = {
+    coords: dict[str, object] = {
         "quadrant": np.array(names, dtype=object),
         "tensor": np.array(tensors, dtype=object),
-        "worst_name": ("worst", np.array([each[1] for each in worst], dtype=object)),
+        "worst_name": ("worst", np.array([entry[1] for entry in worst], dtype=object)),
     }
     return variables, coords

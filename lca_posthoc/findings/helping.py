@@ -1,4 +1,4 @@
-"""Who helps: per segment, per tensor, and per parameter over time, beside what chance would give."""
+"""Shares of parameters that help: per segment, per tensor, and per parameter over time, beside the shares chance would give."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import scipy  # its parts load when they are used
 import xarray as xr
 
 from ..store import LossResults
-from .parts import Numbers, about, described, each_total, parameter_name, place_of, tables, unfinished
+from .parts import Numbers, Variable, about, described, each_total, parameter_name, place_of, tables, unfinished
 
 _BINS = 100
 _FEWEST = 5  # joined bins, however short the run
 
 
 def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
-    """Shares of parameters that help, and the parameters that help most and least often.
+    """Return the shares of parameters that help, and the parameters that help most and least often.
 
     The null of chance: on every segment on which it has an effect, a parameter helps with one and the same probability,
     independently of the others and of what was before; `probability` is the share observed over all. Heroes (who help most often)
@@ -25,7 +25,7 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
 
     Args:
         results: one loss of a run, at any level of `--keep`; what is over time needs every segment.
-        most: how many heroes and villains.
+        most: the number of heroes, and of villains.
 
     Returns:
         `helping`, `hurting`, `zero` (step[, group]), `tensor_helping` and `tensor_hurting` (step[, group], tensor), shares of parameters;
@@ -44,7 +44,7 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
     dims = tuple(name for name in counted["helping"].dims if name != "tensor")
     total = max(1, int(elements.sum()))
     counts = {name: counted[name].sum("tensor").values for name in ("helping", "hurting")}
-    made = {
+    variables = {
         "helping": described((dims, counts["helping"] / total), "share", "share of parameters that help"),
         "hurting": described((dims, counts["hurting"] / total), "share", "share of parameters that hurt"),
         "zero": described(
@@ -60,12 +60,12 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
         ),
         "tensor_moved": described((counted["motion"] > 0).astype("int8"), "", "whether the tensor moved"),
     }
-    kept = {name: each for name, each in counted.coords.items() if name not in ("kind", "replicate")}
-    coords: dict[Any, Any] = dict(kept)
+    labels = {str(name): column for name, column in counted.coords.items() if name not in ("kind", "replicate")}
+    coords: dict[str, object] = dict(labels)
     left_out = unfinished(results)
     if results.complete:
         over_time, names = _over_time(results, most)
-        made |= over_time
+        variables |= over_time
         coords |= names
         if np.isnan(over_time["probability"][1]):
             left_out.append(
@@ -73,25 +73,25 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
             )
     else:
         left_out.append("What single parameters do over time needs every segment.")
-    return xr.Dataset(made, coords=coords, attrs=about(results, "helping", left_out))
+    return xr.Dataset(variables, coords=coords, attrs=about(results, "helping", left_out))
 
 
-def _over_time(results: LossResults, most: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The share of its segments on which each parameter helps: histogram, null, heroes and villains."""
+def _over_time(results: LossResults, most: int) -> tuple[dict[str, Variable], dict[str, object]]:
+    """Return the histogram of the share of its segments on which each parameter helps, the null, heroes and villains."""
     segments = results.manifest.segments
     having = np.zeros(segments + 1, "int64")  # parameters by the number of segments on which they have an effect
-    found = np.zeros(_BINS, "int64")
+    counts = np.zeros(_BINS, "int64")
     helped = 0
     often, seldom = _Extremes(most, -1), _Extremes(most, 1)
     for spec, part, values in each_total(results, ("allocated", "helping", "hurting")):
-        allocated, helping, hurting = values[0].ravel(), *(each.ravel().astype("int64") for each in values[1:])
+        allocated, helping, hurting = values[0].ravel(), *(field.ravel().astype("int64") for field in values[1:])
         effects = helping + hurting
         moved = np.flatnonzero(effects)
         having += np.bincount(effects, minlength=segments + 1)
-        found += np.bincount(_bin(helping[moved], effects[moved]), minlength=_BINS)
+        counts += np.bincount(_bin(helping[moved], effects[moved]), minlength=_BINS)
         helped += int(helping.sum())
-        for each in (often, seldom):
-            each.add(spec.name, part, moved, effects[moved], helping[moved], allocated[moved])
+        for extremes in (often, seldom):
+            extremes.add(spec.name, part, moved, effects[moved], helping[moved], allocated[moved])
     having[0] = 0
     total, active = int(having @ np.arange(segments + 1)), int(having.sum())
     probability = helped / total if total else float("nan")
@@ -100,50 +100,50 @@ def _over_time(results: LossResults, most: int) -> tuple[dict[str, Any], dict[st
         helping = np.arange(effects + 1)
         chance = scipy.stats.binom.pmf(helping, effects, probability)
         expected += having[effects] * np.bincount(_bin(helping, effects), chance, _BINS)
-    made = {
+    variables = {
         "parameters": described(
-            (("share",), found), "parameters", "parameters that help on that share of their segments"
+            (("share",), counts), "parameters", "parameters that help on that share of their segments"
         ),
         "expected": described((("share",), expected), "parameters", "the same by chance alone"),
         "probability": described(((), probability), "share", "share of the parameters' segments on which they help"),
     }
     edges = np.linspace(0, 1, _BINS + 1)
-    coords = {
+    coords: dict[str, object] = {
         "share": described((("share",), (edges[1:] + edges[:-1]) / 2), "share", "share of its segments it helps on"),
         "share_low": ("share", edges[:-1]),
         "share_high": ("share", edges[1:]),
     }
-    for dim, each in (("hero", often), ("villain", seldom)):
-        table, names = each.table(dim, probability, active)
-        made |= table
+    for dim, extremes in (("hero", often), ("villain", seldom)):
+        table, names = extremes.table(dim, probability, active)
+        variables |= table
         coords |= names
-    return made, coords
+    return variables, coords
 
 
-def joined_shares(found: xr.Dataset) -> tuple[Numbers, Numbers, Numbers]:
+def joined_shares(result: xr.Dataset) -> tuple[Numbers, Numbers, Numbers]:
     """Return edges, parameters and expectation of `helping` in bins of about four possible shares each.
 
-    Narrower ones hold now one share, now two, and look like a comb.
+    Narrower bins would hold one possible share here and two there, and look like a comb.
     """
-    bins = found.sizes["share"]
-    most = max(_FEWEST, found.sizes["step"] // 4)
-    join = next(each for each in range(1, bins + 1) if bins % each == 0 and (bins // each <= most or each == bins))
-    edges = np.append(found["share_low"].values[::join], found["share_high"].values[-1:])
-    parameters, expected = (found[name].values.reshape(-1, join).sum(axis=1) for name in ("parameters", "expected"))
+    bins = result.sizes["share"]
+    most = max(_FEWEST, result.sizes["step"] // 4)
+    join = next(size for size in range(1, bins + 1) if bins % size == 0 and (bins // size <= most or size == bins))
+    edges = np.append(result["share_low"].values[::join], result["share_high"].values[-1:])
+    parameters, expected = (result[name].values.reshape(-1, join).sum(axis=1) for name in ("parameters", "expected"))
     return edges, parameters, expected
 
 
-def _bin(helping: Numbers, effects: Any) -> Numbers:
-    """Which of the bins of shares helping / effects falls into, exactly."""
-    found: Numbers = np.minimum(_BINS - 1, helping * _BINS // effects)
-    return found
+def _bin(helping: Numbers, effects: Numbers | np.integer[Any]) -> Numbers:
+    """Return the bin of shares that helping / effects falls into, exactly."""
+    bins: Numbers = np.minimum(_BINS - 1, helping * _BINS // effects)
+    return bins
 
 
 class _Extremes:
     """The parameters that help most (sign −1) or least (sign 1) often, told from each other by their binomial tails.
 
     The probability is only known at the end; among parameters with an effect on equally many segments the order does not depend
-    on it, so as many as are asked for are kept of each number.
+    on it, so the `most` extreme ones are kept for each number of segments.
     """
 
     def __init__(self, most: int, sign: int) -> None:
@@ -159,33 +159,33 @@ class _Extremes:
         self,
         tensor: str,
         part: tuple[slice, ...],
-        at: Numbers,
+        positions: Numbers,
         effects: Numbers,
         helping: Numbers,
         allocated: Numbers,
     ) -> None:
-        """Take in the parameters of one block of a tensor."""
+        """Add the parameters of one block of a tensor."""
         first = self._first(effects, helping)
-        names = [parameter_name(tensor, place_of(part, each)) for each in at[first]]
+        names = [parameter_name(tensor, place_of(part, position)) for position in positions[first]]
         new = {
             "effects": effects[first],
             "helping": helping[first],
             "allocated": allocated[first],
             "name": np.array(names, dtype=object),
         }
-        kept = {name: np.concatenate([self._kept[name], values]) for name, values in new.items()}
-        first = self._first(kept["effects"], kept["helping"])
-        self._kept = {name: values[first] for name, values in kept.items()}
+        joined = {name: np.concatenate([self._kept[name], values]) for name, values in new.items()}
+        first = self._first(joined["effects"], joined["helping"])
+        self._kept = {name: values[first] for name, values in joined.items()}
 
     def _first(self, effects: Numbers, helping: Numbers) -> Numbers:
-        """Positions of the most extreme ones among those with equally many effects; ties by position."""
+        """Return the positions of the most extreme ones among those with equally many effects; of equal ones the first."""
         order = np.lexsort((self._sign * helping, effects))
         ordered = effects[order]
         rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)
         return np.sort(order[rank < self._most])
 
-    def table(self, dim: str, probability: float, parameters: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The most extreme of all, first the smallest tail, then the larger effect on the loss."""
+    def table(self, dim: str, probability: float, parameters: int) -> tuple[dict[str, Variable], dict[str, object]]:
+        """Return the most extreme of all: the smallest tails, of equal ones those with the larger effect on the loss."""
         effects, helping, allocated = (self._kept[name] for name in ("effects", "helping", "allocated"))
         tail = (
             scipy.stats.binom.sf(helping - 1, effects, probability)
@@ -194,10 +194,10 @@ class _Extremes:
         )
         order = np.lexsort((self._sign * allocated, tail))[: self._most]
         share = helping[order] / effects[order]
-        made = {
+        variables = {
             f"{dim}_share": described(((dim,), share), "share", "share of its segments on which it helps"),
             f"{dim}_segments": described(((dim,), effects[order]), "segments", "segments on which it has an effect"),
             f"{dim}_allocated": described(((dim,), allocated[order]), "loss", "Σ allocation over training"),
             f"{dim}_p": described(((dim,), np.minimum(1, tail[order] * parameters)), "", "binomial tail × parameters"),
         }
-        return made, {f"{dim}_name": (dim, self._kept["name"][order])}
+        return variables, {f"{dim}_name": (dim, self._kept["name"][order])}

@@ -1,4 +1,4 @@
-"""What each layer did: sums and means over its parameters, over training."""
+"""The allocation of each layer: sums and means over its parameters, over training."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from .parts import ROLES, about, described, grouping, label_of, moving_buffers, 
 
 
 def layers(results: LossResults, *, by: str | int = "module", apart: bool = False) -> xr.Dataset:
-    """Sum and mean of the allocation of every layer, per segment, cumulative, and over all segments.
+    """Return the sum and mean of the allocation of every layer, per segment, cumulative, and over all segments.
 
     A layer that is negative helped: the loss went down because of it (Lan et al. 2019, section 4). Buffers that moved, such as running
     statistics, are a layer of their own, "NAME buffer", so that the sum of a layer is what its parameters did.
 
     Args:
         results: one loss of a run, at any level of `--keep`.
-        by: "module" (a kernel and its bias together), "tensor", or how many parts of the module's name to keep.
+        by: "module" (a kernel and its bias together), "tensor", or the number of parts of the module's name that name a layer.
         apart: whether kernels, biases and normalisation of a layer are layers of their own too.
 
     Returns:
@@ -37,23 +37,23 @@ def layers(results: LossResults, *, by: str | int = "module", apart: bool = Fals
         for name in names
     ]
     labels = [label.strip() for label in labels] if by != "tensor" else labels
-    found: dict[str, list[int]] = {}
-    for each in [
-        at
+    members_of: dict[str, list[int]] = {}
+    for position in [
+        index
         for members in grouping(names, by).values()
-        for at in sorted(
-            members, key=lambda at: _rank(role, names[at], apart)
+        for index in sorted(
+            members, key=lambda index: _rank(role, names[index], apart)
         )  # buffers come after what they belong to
     ]:
-        found.setdefault(labels[each], []).append(each)
-    elements = np.array([int(table["elements"].values[members].sum()) for members in found.values()])
-    allocated = _sums(table["allocated"], found)
-    counted = _sums(table["helping"], found).sum("step")
+        members_of.setdefault(labels[position], []).append(position)
+    elements = np.array([int(table["elements"].values[members].sum()) for members in members_of.values()])
+    allocated = _sums(table["allocated"], members_of)
+    counted = _sums(table["helping"], members_of).sum("step")
     total = allocated.sum("step")
     segments = table.sizes["step"]
     per_parameter = xr.DataArray(np.maximum(1, elements), dims="layer")
     by_layer = ("layer", *(name for name in total.dims if name != "layer"))
-    made = {
+    variables = {
         "allocated": described(allocated, "loss", "Σ allocation of the segment"),
         "cumulative": described(allocated.cumsum("step"), "loss", "Σ allocation so far"),
         "total": described(total.transpose(*by_layer), "loss", "Σ allocation over training"),
@@ -67,15 +67,17 @@ def layers(results: LossResults, *, by: str | int = "module", apart: bool = Fals
         ),
     }
     coords = {
-        "layer": np.array(list(found), dtype=object),
+        "layer": np.array(list(members_of), dtype=object),
         "elements": ("layer", elements),
-        "role": ("layer", np.array([_role(role, names, members) for members in found.values()], dtype=object)),
+        "role": ("layer", np.array([_role(role, names, members) for members in members_of.values()], dtype=object)),
     }
     left_out = unfinished(results)
     if results.manifest.settings["tensors"]:
         left_out.append("The run keeps some tensors alone; what the others did is the remainder of `steps`.")
-    kept = {name: each for name, each in table.coords.items() if name in ("step", "step_end", "group", "examples")}
-    return xr.Dataset(made, coords={**kept, **coords}, attrs=about(results, "layers", left_out))
+    shared = {
+        name: column for name, column in table.coords.items() if name in ("step", "step_end", "group", "examples")
+    }
+    return xr.Dataset(variables, coords={**shared, **coords}, attrs=about(results, "layers", left_out))
 
 
 def _rank(role: dict[str, str], name: str, apart: bool) -> int:
@@ -83,12 +85,12 @@ def _rank(role: dict[str, str], name: str, apart: bool) -> int:
 
 
 def _role(role: dict[str, str], names: list[str], members: list[int]) -> str:
-    found = {role[names[at]] for at in members}
-    return found.pop() if len(found) == 1 else "all"
+    among = {role[names[member]] for member in members}
+    return among.pop() if len(among) == 1 else "all"
 
 
-def _sums(column: xr.DataArray, found: dict[str, list[int]]) -> xr.DataArray:
-    """Over the tensors of each layer: (step[, group], layer)."""
-    summed = [column.isel(tensor=members).sum("tensor").values for members in found.values()]
+def _sums(column: xr.DataArray, members_of: dict[str, list[int]]) -> xr.DataArray:
+    """Return the sums over the tensors of each layer, (step[, group], layer)."""
+    summed = [column.isel(tensor=members).sum("tensor").values for members in members_of.values()]
     dims = [name for name in column.dims if name != "tensor"]
     return xr.DataArray(np.stack(summed, axis=-1), dims=(*dims, "layer"))

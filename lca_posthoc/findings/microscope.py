@@ -24,15 +24,15 @@ def microscope(
     pixels: int = 250_000,
     group: int | str | None = None,
 ) -> xr.Dataset:
-    """What every parameter did, as pictures over time: a kernel as its matrix, a convolution as a grid of its filters.
+    """Return the allocation of every parameter as pictures over time: a kernel as its matrix, a convolution as a grid of its filters.
 
     Rows of a picture run over the output axis (and the height of filters), columns over the input axis (and the width); a vector is
-    one column. Frames are sums over stretches of consecutive segments, pixels over blocks of neighbouring parameters where there are
-    more than fit: both still add up.
+    one column. Frames are sums over stretches of consecutive segments, pixels over blocks of neighbouring parameters where not
+    all fit: both still add up.
 
     Args:
         results: one loss of a run kept with `--keep parameters`.
-        tensors: which ones, by name; all parameters without.
+        tensors: their names; all parameters without.
         frames: at most so many stretches.
         pixels: at most so many in a frame, over all tensors.
         group: of a loss with groups; its weighted mean without.
@@ -61,7 +61,7 @@ def microscope(
     axes = {name: _axes(specs[name]) for name in chosen}
     extents = {name: _extent(specs[name].shape, *axes[name]) for name in chosen}
     pool = _pools(extents, pixels)
-    made = {}
+    pictures = {}
     for name in chosen:
         values = _frames(data[name], specs[name], weights, borders, pool[name], results.manifest.span)
         dims, values, attrs = described(
@@ -69,11 +69,11 @@ def microscope(
         )
         attrs |= {
             "shape": list(specs[name].shape),
-            "axes": [list(each) for each in axes[name]],
+            "axes": [list(side) for side in axes[name]],
             "pool": list(pool[name]),
         }
-        made[name] = (dims, values, attrs)
-    nonzero = np.concatenate([abs(values[values != 0]) for _, values, _ in made.values()] or [np.zeros(0)])
+        pictures[name] = (dims, values, attrs)
+    nonzero = np.concatenate([abs(values[values != 0]) for _, values, _ in pictures.values()] or [np.zeros(0)])
     scale = float(np.quantile(nonzero, _QUANTILE)) if nonzero.size else 0.0
     start, end = (_of_group(steps[f"loss_{which}"], weights).values for which in ("start", "end"))
     coords = {
@@ -87,11 +87,11 @@ def microscope(
         "scale": scale,
         "group": "" if group is None else group,
     }
-    return xr.Dataset(made, coords=coords, attrs=attrs)
+    return xr.Dataset(pictures, coords=coords, attrs=attrs)
 
 
 def _weights(steps: xr.Dataset, group: int | str | None, name: str) -> xr.DataArray | None:
-    """How much each group counts, (step, group): its share of the split, or one for the group that is asked for."""
+    """Return the weights of the groups, (step, group): their shares of the split, or 1 for `group` and 0 for the others."""
     if "group" not in steps.dims:
         if group is not None:
             raise InputError(f"loss {name!r} has no groups, so there is no group {group!r}.")
@@ -109,7 +109,7 @@ def _of_group(column: xr.DataArray, weights: xr.DataArray | None) -> xr.DataArra
 
 
 def _axes(spec: TensorSpec) -> tuple[list[int], list[int]]:
-    """The axes of the tensor that run along rows and along columns of its picture."""
+    """Return the axes of the tensor that run along rows and along columns of its picture."""
     if not spec.shape:
         return [], []
     first = spec.unit_axis or 0
@@ -123,7 +123,7 @@ def _extent(shape: tuple[int, ...], rows: list[int], columns: list[int]) -> tupl
 
 
 def _pools(extents: dict[str, tuple[int, int]], pixels: int) -> dict[str, tuple[int, int]]:
-    """The smallest blocks, k × k where there is room, with which all pictures together have at most `pixels`."""
+    """Return the smallest blocks, k × k where there is room, with which all pictures together have at most `pixels`."""
     if len(extents) > pixels:
         raise InputError(
             f"{len(extents):,} tensors do not fit into {pixels:,} pixels. Name some, or allow more pixels."
@@ -142,10 +142,10 @@ def _frames(
     pool: tuple[int, int],
     span: int,
 ) -> Numbers:
-    """(frames, rows, columns): sums over stretches and over blocks of pixels; the stored arrays are read in parts."""
+    """Return sums over stretches and blocks of pixels, (frames, rows, columns); the stored arrays are read in parts."""
     axes = _axes(spec)
     height, width = _extent(spec.shape, *axes)
-    found = np.zeros((len(borders) - 1, -(-height // pool[0]), -(-width // pool[1])))
+    pictures = np.zeros((len(borders) - 1, -(-height // pool[0]), -(-width // pool[1])))
     groups = 1 if weights is None else weights.sizes["group"]
     for start in range(0, data.shape[0], span):
         rows = min(span, data.shape[0] - start)
@@ -156,21 +156,21 @@ def _frames(
             else:
                 stored = data[(slice(start, start + rows), slice(None), *part)].values
                 values = np.einsum("tg,tg...->t...", weights[start : start + rows].values, stored.astype("float64"))
-            places = [_places(spec.shape, part, each) // size for each, size in zip(axes, pool, strict=True)]
-            order = [0, *(axis + 1 for each in axes for axis in each)]
+            places = [_places(spec.shape, part, side) // size for side, size in zip(axes, pool, strict=True)]
+            order = [0, *(axis + 1 for side in axes for axis in side)]
             values = values.transpose(order).reshape(rows, len(places[0]), len(places[1]))
             for axis, place in enumerate(places, start=1):
                 values = np.add.reduceat(values, np.flatnonzero(np.diff(place, prepend=-1)), axis=axis)
             low = [place[0] for place in places]
-            inner = tuple(slice(at, at + extent) for at, extent in zip(low, values.shape[1:], strict=True))
+            inner = tuple(slice(first, first + extent) for first, extent in zip(low, values.shape[1:], strict=True))
             for frame, picture in zip(frames, values, strict=True):
-                found[(frame, *inner)] += picture
-    return found.astype("float32")
+                pictures[(frame, *inner)] += picture
+    return pictures.astype("float32")
 
 
 def _places(shape: tuple[int, ...], part: tuple[slice, ...], axes: list[int]) -> Numbers:
-    """Where the elements of a part lie along the rows (or columns) of the whole picture, rising."""
-    found = np.zeros(1, "int64")
+    """Return the places of the elements of a part along the rows (or columns) of the whole picture, rising."""
+    places = np.zeros(1, "int64")
     for axis in axes:
-        found = (found[:, None] * shape[axis] + np.arange(part[axis].start, part[axis].stop)).reshape(-1)
-    return found
+        places = (places[:, None] * shape[axis] + np.arange(part[axis].start, part[axis].stop)).reshape(-1)
+    return places

@@ -1,4 +1,4 @@
-"""Names of layers and tensors made short, each unlike the others, for figures and for the report."""
+"""Short names of layers and tensors, each unlike the others, for figures and for the report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 
 
 def shorten(names: Sequence[str], most: int = 26) -> list[str]:
-    """Names cut in the middle to about `most` characters; each stays unlike every other.
+    """Cut names in the middle to about `most` characters; each stays unlike every other.
 
     >>> shorten(["h.0.attention.output.weight", "h.1.attention.output.weight", "wte.weight"], 20)
     ['h.0.attent…ut.weight', 'h.1.attent…ut.weight', 'wte.weight']
@@ -30,43 +30,43 @@ def _window(name: str, most: int, start: int) -> str:
 
 
 def _last_parts(name: str, most: int) -> str:
-    """The last parts of a dotted name that fit behind the sign; a cut in the middle where none does."""
+    """Return the last parts of a dotted name that fit behind the sign; a cut in the middle where none does."""
     parts = name.split(".")
-    ends = (f"…{'.'.join(parts[at:])}" for at in range(1, len(parts)))
+    ends = (f"…{'.'.join(parts[first:])}" for first in range(1, len(parts)))
     return next((end for end in ends if len(end) <= most), _middle(name, most, 0.5))
 
 
 def _without_common_start(names: Sequence[str]) -> list[str]:
-    """Names with a sign in place of the parts that all of them begin with; the last two parts of each stay.
+    """Replace the parts that all names begin with by a sign; the last two parts of each stay.
 
     >>> _without_common_start(["net.body.0.conv", "net.body.1.norm"])
     ['…0.conv', '…1.norm']
     """
     parts = [name.split(".") for name in names]
     least = min(map(len, parts)) - 2 if len(set(names)) > 1 else 0  # one name has nothing in common with others
-    head = next((at for at in range(least) if len({each[at] for each in parts}) > 1), max(0, least))
-    return [f"…{'.'.join(each[head:])}" if head else name for each, name in zip(parts, names, strict=True)]
+    head = next((index for index in range(least) if len({split[index] for split in parts}) > 1), max(0, least))
+    return [f"…{'.'.join(split[head:])}" if head else name for split, name in zip(parts, names, strict=True)]
 
 
 def _middle(name: str, most: int, head: float) -> str:
     if len(name) <= most:
         return name
-    kept = round((most - 1) * head)
-    return f"{name[:kept].rstrip('.')}…{name[len(name) - (most - 1 - kept) :].lstrip('.')}"
+    before = round((most - 1) * head)
+    return f"{name[:before].rstrip('.')}…{name[len(name) - (most - 1 - before) :].lstrip('.')}"
 
 
 def fitting(names: Sequence[str], rooms: Sequence[int]) -> list[str]:
-    """Names cut to so many characters each: without the parts that all of them begin and end with, then from whichever side leaves
-    most of them unlike each other.
+    """Cut each name to its number of characters: first the parts that all begin and end with, then from the side that leaves most
+    of them unlike each other.
 
     >>> fitting(["net.stage.0.conv.weight", "net.stage.1.conv.weight"], [6, 6])
     ['0', '1']
     """
     parts = [name.split(".") for name in names]
     least = min(map(len, parts), default=1)
-    head = next((at for at in range(least) if len({each[at] for each in parts}) > 1), 0)
-    tail = next((at for at in range(least - head) if len({each[-1 - at] for each in parts}) > 1), 0)
-    bare = [".".join(each[head : len(each) - tail]) for each in parts]
+    head = next((index for index in range(least) if len({split[index] for split in parts}) > 1), 0)
+    tail = next((index for index in range(least - head) if len({split[-1 - index] for split in parts}) > 1), 0)
+    bare = [".".join(split[head : len(split) - tail]) for split in parts]
     if all(len(name) <= room for name, room in zip(names, rooms, strict=True)):
         return list(names)
 

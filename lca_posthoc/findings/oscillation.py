@@ -1,11 +1,10 @@
-"""How often weights, gradients and allocations change sign, and traces of single parameters."""
+"""Changes of sign of weights, gradients and allocations, and traces of single parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -17,6 +16,7 @@ from ..store import LossResults
 from ..trajectory import read_checkpoint
 from .parts import (
     Numbers,
+    Variable,
     about,
     described,
     each_total,
@@ -32,7 +32,7 @@ from .parts import (
 def oscillation(
     results: LossResults, *, parameters: Sequence[str] = (), most: int = 3, checkpoints: str | Path | None = None
 ) -> xr.Dataset:
-    """Turns of the weight, sign changes of the gradient and of the allocation, and the course of chosen parameters.
+    """Return turns of the weight, sign changes of the gradient and of the allocation, and the course of chosen parameters.
 
     A turn is a change of sign between two values that are not zero with only zeros between them; the gradient is its mean along
     each segment. The interval is the number of segments divided by the turns: the mean time between two of them.
@@ -41,8 +41,9 @@ def oscillation(
     Args:
         results: one loss of a run. Turns need every segment, at any level of `--keep`; traces `--keep parameters`.
         parameters: to trace, as "fc1.weight[3, 17]"; without, the `most` that helped and the `most` that hurt most.
-        most: how many of each.
-        checkpoints: the directory the run was made from, for weights and gradients; where it was or beside the run, unless given.
+        most: the number of each.
+        checkpoints: the directory the run was computed from, for weights and gradients; without, the recorded one, or one of its
+            name beside the run.
 
     Returns:
         `turns` (mean per parameter) and `interval` (segments), dims (tensor, signal) with signal weight, gradient, allocation;
@@ -57,12 +58,12 @@ def oscillation(
     """
     table = tables(results)
     left_out = unfinished(results)
-    made: dict[str, Any] = {}
-    coords: dict[str, Any] = {}
+    variables: dict[str, Variable] = {}
+    coords: dict[str, object] = {}
     extremes: list[tuple[str, tuple[int, ...], str]] = []
     if results.complete:
-        made, coords, extremes = _turns(results, most)
-        if np.isnan(made["overall_turns"][1]).all():
+        variables, coords, extremes = _turns(results, most)
+        if np.isnan(variables["overall_turns"][1]).all():
             left_out.append("No parameter has an effect anywhere, so there are no turns and no intervals between them.")
     else:
         left_out.append("Turns need every segment.")
@@ -72,52 +73,57 @@ def oscillation(
     elif chosen:
         traces, places = _traces(results, chosen, table)
         coords |= places
-        made |= traces
+        variables |= traces
         root = _root(results) if checkpoints is None else located(checkpoints)
         if root is not None:
-            made |= _weights(results, root, chosen, traces["allocation"])
+            variables |= _weights(results, root, chosen, traces["allocation"])
         else:
             left_out.append(
                 f"Weights and gradients of traces need the checkpoints, which are neither at {results.manifest.root} nor beside "
                 "the run: say where with checkpoints= or `lca plot --checkpoints`."
             )
-    return xr.Dataset(made, coords=coords, attrs=about(results, "oscillation", left_out))
+    return xr.Dataset(variables, coords=coords, attrs=about(results, "oscillation", left_out))
 
 
 def _root(results: LossResults) -> Path | None:
-    """Where the checkpoints are: where they were, or, with a run that has been moved, beside it."""
-    if "://" in results.manifest.root:  # a result must not make who looks at it fetch from somewhere: it is to be named
+    """Return the directory of the checkpoints: the recorded one, or one of its name beside a run that has been moved; else None."""
+    if "://" in results.manifest.root:  # nothing is fetched from a recorded address: the caller has to pass it
         return None
     recorded = Path(results.manifest.root)
-    return next((each for each in (recorded, results.path.resolve().parent / recorded.name) if each.is_dir()), None)
+    return next(
+        (directory for directory in (recorded, results.path.resolve().parent / recorded.name) if directory.is_dir()),
+        None,
+    )
 
 
 def _parsed(results: LossResults, name: str) -> tuple[str, tuple[int, ...]]:
     return parse_parameter(name, {tensor.spec.name: tensor.spec.shape for tensor in results.manifest.allocated})
 
 
-def _turns(results: LossResults, most: int) -> tuple[dict[str, Any], dict[str, Any], list[Any]]:
-    """Means per tensor and overall, and the parameters at both ends of Σ allocation."""
-    wanted = ("allocated", "helping", "hurting", *(f"{each}_turns" for each in SIGNED))
+def _turns(
+    results: LossResults, most: int
+) -> tuple[dict[str, Variable], dict[str, object], list[tuple[str, tuple[int, ...], str]]]:
+    """Return means per tensor and overall, coordinates, and the parameters at both ends of Σ allocation."""
+    fields = ("allocated", "helping", "hurting", *(f"{signal}_turns" for signal in SIGNED))
     sums: dict[str, Numbers] = {}
     moved: dict[str, int] = {}
     elements: dict[str, int] = {}
     ends: list[tuple[float, str, tuple[int, ...]]] = []
-    for spec, part, values in each_total(results, wanted):
-        flat = values.reshape(len(wanted), -1)
+    for spec, part, values in each_total(results, fields):
+        flat = values.reshape(len(fields), -1)
         active = (flat[1] + flat[2]) > 0
         sums[spec.name] = sums.get(spec.name, np.zeros(len(SIGNED))) + flat[3:, active].sum(1)
         moved[spec.name] = moved.get(spec.name, 0) + int(active.sum())
         elements[spec.name] = spec.elements
-        for at in {*largest(flat[0], most), *largest(-flat[0], most)}:
-            ends.append((flat[0][at], spec.name, place_of(part, at)))
+        for position in {*largest(flat[0], most), *largest(-flat[0], most)}:
+            ends.append((flat[0][position], spec.name, place_of(part, position)))
         ends = _both_ends(ends, most)
     segments = results.manifest.segments
     names = list(sums)
     turns = np.array([sums[name] / moved[name] if moved[name] else np.full(len(SIGNED), np.nan) for name in names])
     overall = sum(sums.values(), np.zeros(len(SIGNED))) / max(1, sum(moved.values()))
     overall = overall if sum(moved.values()) else np.full(len(SIGNED), np.nan)
-    made = {
+    variables = {
         "turns": described((("tensor", "signal"), turns.reshape(-1, len(SIGNED))), "", "mean turns per parameter"),
         "overall_turns": described((("signal",), overall), "", "mean turns per parameter, of all"),
         "interval": described(
@@ -127,60 +133,66 @@ def _turns(results: LossResults, most: int) -> tuple[dict[str, Any], dict[str, A
             (("signal",), _interval(segments, overall)), "segments", "segments per turn, of all"
         ),
     }
-    coords = {
+    coords: dict[str, object] = {
         "tensor": np.array(names, dtype=object),
         "signal": list(SIGNED),
         "elements": ("tensor", [elements[name] for name in names]),
     }
     extremes = [(name, place, "helped most") for value, name, place in ends[:most] if value < 0]
     extremes += [(name, place, "hurt most") for value, name, place in ends[::-1][:most] if value > 0]
-    return made, coords, extremes
+    return variables, coords, extremes
 
 
-def _both_ends(ends: list[Any], most: int) -> list[Any]:
+def _both_ends(ends: list[tuple[float, str, tuple[int, ...]]], most: int) -> list[tuple[float, str, tuple[int, ...]]]:
     ordered = sorted(ends)
     return ordered if len(ordered) <= 2 * most else ordered[:most] + ordered[len(ordered) - most :]
 
 
 def _interval(segments: int, turns: Numbers) -> Numbers:
-    """Infinite where nothing ever turns."""
+    """Return segments per turn, infinite where nothing ever turns."""
     with np.errstate(divide="ignore"):
-        found: Numbers = np.float64(segments) / turns
-    return found
+        interval: Numbers = np.float64(segments) / turns
+    return interval
 
 
-def _traces(results: LossResults, chosen: list[Any], table: xr.Dataset) -> tuple[dict[str, Any], dict[str, Any]]:
+def _traces(
+    results: LossResults, chosen: list[tuple[str, tuple[int, ...], str]], table: xr.Dataset
+) -> tuple[dict[str, Variable], dict[str, object]]:
     data = results.allocation
     rows = [data[name][(..., *place)] if place else data[name] for name, place, _ in chosen]
     values = np.stack([row.values for row in rows])
-    made = {"allocation": described((("trace", *rows[0].dims), values), "loss", "allocation of the segment")}
+    variables = {"allocation": described((("trace", *rows[0].dims), values), "loss", "allocation of the segment")}
     places = {
         "parameter": ("trace", np.array([parameter_name(name, place) for name, place, _ in chosen], dtype=object)),
         "why": ("trace", np.array([why for *_, why in chosen], dtype=object)),
     }
-    kept = {name: each for name, each in table.coords.items() if name in ("step", "step_end", "group", "examples")}
-    return made, {**kept, **places}
+    labels = {
+        str(name): column for name, column in table.coords.items() if name in ("step", "step_end", "group", "examples")
+    }
+    return variables, {**labels, **places}
 
 
-def _weights(results: LossResults, root: Path, chosen: list[Any], traces: tuple[Any, ...]) -> dict[str, Any]:
-    """Weights at the start of every segment that is there, and mean gradients: allocation over motion."""
+def _weights(
+    results: LossResults, root: Path, chosen: list[tuple[str, tuple[int, ...], str]], traces: Variable
+) -> dict[str, Variable]:
+    """Return the weights at the start of every finished segment, and mean gradients: allocation over motion."""
     manifest = results.manifest
     sources = {tensor.spec.name: tensor.source for tensor in manifest.tensors}
     names = {name: sources[name] for name, *_ in chosen}
     dims, allocation, _ = traces
     steps = results.steps
-    wanted = {int(step) for each in ("step", "step_end") for step in steps[each].values}
-    found: dict[int, list[float]] = {}
+    needed = {int(step) for coordinate in ("step", "step_end") for step in steps[coordinate].values}
+    weights: dict[int, list[float]] = {}
     for checkpoint in manifest.checkpoints:
-        if checkpoint.step in wanted:
-            there = replace(checkpoint, files=tuple(root / file for file in checkpoint.files))
+        if checkpoint.step in needed:
+            local = replace(checkpoint, files=tuple(root / file for file in checkpoint.files))
             try:
-                tensors = read_checkpoint(there, names)
+                tensors = read_checkpoint(local, names)
             except OSError as error:
                 raise LCAError(f"cannot read the checkpoint of step {checkpoint.step} in {root}: {error}.") from None
-            found[checkpoint.step] = [float(tensors[name][place]) for name, place, _ in chosen]
-    start = np.array([found[int(step)] for step in steps["step"].values]).T
-    end = np.array([found[int(step)] for step in steps["step_end"].values]).T
+            weights[checkpoint.step] = [float(tensors[name][place]) for name, place, _ in chosen]
+    start = np.array([weights[int(step)] for step in steps["step"].values]).T
+    end = np.array([weights[int(step)] for step in steps["step_end"].values]).T
     motion = (end - start).reshape(*start.shape, *(1 for _ in dims[2:]))
     with np.errstate(divide="ignore", invalid="ignore"):
         gradient = np.where(motion == 0, np.nan, allocation / motion)

@@ -1,10 +1,10 @@
-"""What the findings share: how a result is described, which layer and role a tensor has, stored arrays read in blocks."""
+"""Functions the findings share: descriptions of results, layers and roles of tensors, stored arrays read in blocks."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,17 +16,18 @@ from ..store import LossResults
 from ..text import count
 from ..trajectory import TensorSpec
 
-BLOCK = 2**22  # numbers that are held at a time
+BLOCK = 2**22  # numbers that are in memory at a time
 ROLES = ("kernel", "bias", "normalisation", "buffer", "other")
 _PARAMETER = re.compile(r"(?P<name>.+?)\[(?P<indices>\d+(?:\s*,\s*\d+)*)?\]", re.DOTALL)
 
 Numbers = np.ndarray[Any, Any]
+Variable = tuple[tuple[Hashable, ...], Any, dict[str, object]]  # of a dataset: dims, values, attributes
 
 
-def about(results: LossResults, finding: str, left_out: Iterable[str] = ()) -> dict[str, Any]:
-    """What every finding says of itself: its name, the run, the loss, the split, and what is left out and why.
+def about(results: LossResults, finding: str, left_out: Iterable[str] = ()) -> dict[str, str]:
+    """Return the attributes of every finding: its name, the run, the loss, the split, and what is left out and why.
 
-    Of a model with running statistics also whose statistics its normalisation layers had (`norm_stats`).
+    For a model with running statistics, `norm_stats` says which statistics its normalisation layers used.
     """
     return {
         "finding": finding,
@@ -38,14 +39,14 @@ def about(results: LossResults, finding: str, left_out: Iterable[str] = ()) -> d
     }
 
 
-def described(data: xr.DataArray | tuple[Any, ...], units: str, long_name: str) -> tuple[Any, ...]:
-    """A variable with its unit and its meaning: dims, values, attributes."""
+def described(data: xr.DataArray | tuple[tuple[Hashable, ...], Any], units: str, long_name: str) -> Variable:
+    """Return a variable with its unit and its meaning: dims, values, attributes."""
     dims, values = (data.dims, data.values) if isinstance(data, xr.DataArray) else data
     return dims, values, {"units": units, "long_name": long_name}
 
 
 def unfinished(results: LossResults) -> list[str]:
-    """A word about segments that are not there yet, or that the run has and the loss does not cover; none where there are none."""
+    """Say which segments are not finished yet, and which the run has and the loss does not cover; nothing where there are none."""
     done = results.progress()
     behind = (
         [
@@ -66,7 +67,7 @@ def unfinished(results: LossResults) -> list[str]:
 
 
 def tables(results: LossResults) -> xr.Dataset:
-    """The table of tensors, over the segments that are there.
+    """Return the table of tensors, over the finished segments.
 
     Raises:
         LCAError: where no segment is there yet.
@@ -76,19 +77,19 @@ def tables(results: LossResults) -> xr.Dataset:
         raise InputError(
             f'a finding is of one loss of a run, such as open_run(RUN)["train"], got {type(results).__name__}.'
         )
-    found = results.tensors
-    if not found.sizes["step"]:
+    table = results.tensors
+    if not table.sizes["step"]:
         raise LCAError(f"loss {results.name!r} has no finished segment yet. Let `lca run` commit a span first.")
-    return found
+    return table
 
 
 def layer_of(name: str, by: str | int = "module") -> str:
-    """The layer a tensor belongs to.
+    """Return the layer a tensor belongs to.
 
     Args:
         name: of the tensor, such as "encoder.0.attention.weight".
-        by: "tensor" for every tensor by itself, "module" for the module that holds it, or how many parts of the module's
-            name to keep; 0 is the whole network, "".
+        by: "tensor" for every tensor by itself, "module" for the module that holds it, or the number of parts of the module's
+            name that name the layer; 0 is the whole network, "".
 
     Raises:
         InputError: for another `by`.
@@ -127,15 +128,15 @@ def label_of(name: str, by: str | int, buffers: Collection[str]) -> str:
 
 
 def grouping(names: Iterable[str], by: str | int = "module") -> dict[str, list[int]]:
-    """The positions of the tensors of every layer, in the model's order."""
-    found: dict[str, list[int]] = {}
+    """Return the positions of the tensors of every layer, in the model's order."""
+    layers: dict[str, list[int]] = {}
     for position, name in enumerate(names):
-        found.setdefault(layer_of(name, by), []).append(position)
-    return found
+        layers.setdefault(layer_of(name, by), []).append(position)
+    return layers
 
 
 def roles(results: LossResults) -> dict[str, str]:
-    """What each tensor is in its module, told from its kind, its axes and its neighbours.
+    """Return the role of each tensor in its module, told from its kind, its axes and its neighbours.
 
     A buffer is a "buffer"; two axes or more make a "kernel"; a vector beside a kernel in the same module is a "bias"; vectors of a
     module without a kernel are "normalisation"; scalars are "other".
@@ -143,7 +144,7 @@ def roles(results: LossResults) -> dict[str, str]:
     specs = [tensor.spec for tensor in results.manifest.allocated]
     everything = [tensor.spec for tensor in results.manifest.tensors]
     with_kernel = {layer_of(spec.name) for spec in everything if spec.kind == "parameter" and len(spec.shape) > 1}
-    found = {}
+    by_name = {}
     for spec in specs:
         if spec.kind == "buffer":
             role = "buffer"
@@ -153,12 +154,12 @@ def roles(results: LossResults) -> dict[str, str]:
             role = "other"
         else:
             role = "bias" if layer_of(spec.name) in with_kernel else "normalisation"
-        found[spec.name] = role
-    return found
+        by_name[spec.name] = role
+    return by_name
 
 
 def parameter_name(tensor: str, indices: Iterable[int]) -> str:
-    """A single parameter, as people write it.
+    """Return the name of a single parameter, as people write it.
 
     >>> parameter_name("fc1.weight", (3, 17))
     'fc1.weight[3, 17]'
@@ -166,28 +167,28 @@ def parameter_name(tensor: str, indices: Iterable[int]) -> str:
     return f"{tensor}[{', '.join(str(int(index)) for index in indices)}]"
 
 
-def place_of(part: tuple[slice, ...], at: int) -> tuple[int, ...]:
-    """The indices within a tensor of the element at a flat position of one of its `blocks`.
+def place_of(part: tuple[slice, ...], position: int) -> tuple[int, ...]:
+    """Return the indices within a tensor of the element at a flat position of one of its `blocks`.
 
     >>> place_of((slice(2, 4), slice(0, 3)), 4)
     (3, 1)
     """
-    indices = np.unravel_index(at, [each.stop - each.start for each in part]) if part else ()
-    return tuple(int(index) + each.start for index, each in zip(indices, part, strict=True))
+    indices = np.unravel_index(position, [cut.stop - cut.start for cut in part]) if part else ()
+    return tuple(int(index) + cut.start for index, cut in zip(indices, part, strict=True))
 
 
 def parse_parameter(name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
-    """The tensor and the indices of a parameter written as `parameter_name` does.
+    """Return the tensor and the indices of a parameter that is written as `parameter_name` does.
 
     Raises:
         InputError: where there is no such tensor or parameter.
     """
-    found = _PARAMETER.fullmatch(name)
-    tensor = found["name"] if found else name
+    match = _PARAMETER.fullmatch(name)
+    tensor = match["name"] if match else name
     if tensor not in shapes:
         known = ", ".join(list(shapes)[:6])
         raise InputError(f"there is no tensor {tensor!r} with a kept allocation; there are {known}. Write NAME[I, J].")
-    indices = tuple(int(each) for each in (found["indices"] or "").split(",") if each.strip()) if found else ()
+    indices = tuple(int(text) for text in (match["indices"] or "").split(",") if text.strip()) if match else ()
     shape = shapes[tensor]
     if len(indices) != len(shape) or any(index >= extent for index, extent in zip(indices, shape, strict=True)):
         raise InputError(f"{name!r} is not a parameter of {tensor}, whose shape is {list(shape)}. Write NAME[I, J].")
@@ -195,7 +196,7 @@ def parse_parameter(name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str,
 
 
 def stretches(steps: int, frames: int) -> Numbers:
-    """Borders of at most `frames` stretches of consecutive segments, of equal length but for the last.
+    """Return the borders of at most `frames` stretches of consecutive segments, of equal length but for the last.
 
     Returns:
         (frames + 1,), rising, from 0 to `steps`.
@@ -210,7 +211,7 @@ def stretches(steps: int, frames: int) -> Numbers:
 
 
 def blocks(shape: tuple[int, ...], rows: int = 1, most: int = BLOCK) -> Iterator[tuple[slice, ...]]:
-    """Slices that cut an array of `shape`, `rows` of which are read at once, into parts of at most `most` numbers.
+    """Yield slices that cut an array of `shape`, `rows` of which are read at once, into parts of at most `most` numbers.
 
     Axes are cut from the left, as the stored chunks are. A scalar is one part, ().
     """
@@ -219,9 +220,9 @@ def blocks(shape: tuple[int, ...], rows: int = 1, most: int = BLOCK) -> Iterator
         return
     inner = rows * math.prod(shape[1:])
     if inner > most and len(shape) > 1:
-        for at in range(shape[0]):
+        for row in range(shape[0]):
             for rest in blocks(shape[1:], rows, most):
-                yield slice(at, at + 1), *rest
+                yield slice(row, row + 1), *rest
         return
     length = max(1, most // max(1, inner))
     for start in range(0, shape[0], length):
@@ -229,23 +230,23 @@ def blocks(shape: tuple[int, ...], rows: int = 1, most: int = BLOCK) -> Iterator
 
 
 def largest(values: Numbers, most: int) -> list[int]:
-    """Positions of the `most` largest of a flat array, or of all, in no order."""
+    """Return the positions of the `most` largest of a flat array, or of all, in no order."""
     if most < 1:
         return []
-    return [int(each) for each in np.argpartition(-values, min(most, values.size) - 1)[:most]]
+    return [int(position) for position in np.argpartition(-values, min(most, values.size) - 1)[:most]]
 
 
 def each_total(
-    results: LossResults, wanted: tuple[str, ...], *, buffers: bool = False
+    results: LossResults, fields: tuple[str, ...], *, buffers: bool = False
 ) -> Iterator[tuple[TensorSpec, tuple[slice, ...], Numbers]]:
-    """The totals per parameter in blocks: the tensor, the part of it, and (wanted, *part) float64.
+    """Yield the totals per parameter in blocks: the tensor, the part of it, and (fields, *part) float64.
 
     Raises:
         LCAError: where the run is not complete, or stored numbers are damaged.
     """
     totals = results.totals
-    at = [list(totals["total"].values).index(name) for name in wanted]
+    rows = [list(totals["total"].values).index(name) for name in fields]
     for tensor in results.manifest.allocated:
         if tensor.spec.kind == "parameter" or buffers:
             for part in blocks(tensor.spec.shape, len(FIELDS)):
-                yield tensor.spec, part, totals[tensor.spec.name][(slice(None), *part)].values[at]
+                yield tensor.spec, part, totals[tensor.spec.name][(slice(None), *part)].values[rows]

@@ -16,7 +16,7 @@ from ..text import count
 from .parts import about, described, grouping, tables, unfinished
 
 SIGNALS = {"allocation": "allocated", "motion": "motion", "gradient": "gradient"}
-_AT_ONCE = 2**18  # candidates that are held at a time
+_AT_ONCE = 2**18  # candidates that are in memory at a time
 
 _NAMED = 6  # layers in a sentence
 _POWERLESS = 0.5  # alignments expected of chance below which none at all says nothing
@@ -33,13 +33,13 @@ def peaks(
     seed: int = 0,
     stretch: int = 50,
 ) -> xr.Dataset:
-    """Peak moments of every layer and group, how many all layers share, and how many they would share by chance.
+    """Return the peak moments of every layer and group, the number all layers share, and the number they would share by chance.
 
     A *peak moment* (Lan et al. 2019) is a local minimum in t of the allocation of (layer, group); of these, the `top`
     lowest that are below zero are kept. For the controls "motion" (Σ|Δθ|) and "gradient" (Σ|mean gradient|), maxima take the
     place of minima. A plateau counts once, at its first segment. A segment without a finished and finite segment on either side
     is no peak. A segment is *aligned* in a group where every layer has a peak in it. Buffers belong to no layer here. A layer
-    without a single peak, such as a frozen one, is left out of the question; `left_out` names it.
+    without a single peak, such as a frozen one, does not count among all layers; `left_out` names it.
 
     Three one-sided tests of the number of alignments in all groups together:
 
@@ -62,7 +62,7 @@ def peaks(
         top: peaks kept per layer and group.
         draws: rotations per test.
         seed: of the rotations.
-        stretch: about how many segments pass as the same part of training, for `p_local`.
+        stretch: about how many segments count as the same part of training, for `p_local`.
 
     Returns:
         `peak` (step, group, layer); `aligned` (step, group); `observed`, `expected` (group) and `observed_total`, `expected_total`:
@@ -85,15 +85,15 @@ def peaks(
             "finish, or record more steps."
         )
     peak = moments(values if signal == "allocation" else -values, can, top)
-    counted, left = _counted(peak, layers)
-    found = align(peak[can][:, :, counted], draws=draws, seed=seed, stretch=stretch)
-    made = {
+    counted, left_out = _counted(peak, layers)
+    alignment = align(peak[can][:, :, counted], draws=draws, seed=seed, stretch=stretch)
+    variables = {
         "peak": (("step", "group", "layer"), peak, "", f"peak moment of the {signal}"),
         "aligned": (("step", "group"), peak[:, :, counted].all(axis=-1), "", "all layers have a peak moment"),
-        **_counts(found),
+        **_counts(alignment),
     }
     return xr.Dataset(
-        {name: described((dims, value), units, text) for name, (dims, value, units, text) in made.items()},
+        {name: described((dims, value), units, text) for name, (dims, value, units, text) in variables.items()},
         coords={
             "step": step,
             "step_end": ("step", end),
@@ -101,35 +101,40 @@ def peaks(
             "layer": np.array(layers, dtype=object),
             "counted": ("layer", counted),
         },
-        attrs=about(results, "peaks", [*unfinished(results), *left])
-        | {"signal": signal, "by": str(by), "top": top, "draws": draws, "seed": seed, "stretches": found.stretches},
+        attrs=about(results, "peaks", [*unfinished(results), *left_out])
+        | {"signal": signal, "by": str(by), "top": top, "draws": draws, "seed": seed, "stretches": alignment.stretches},
     )
 
 
-def powerless(found: xr.Dataset) -> float | None:
-    """Return how many alignments chance gives, where that is so few that having observed none says nothing; else None."""
-    drawn = [float(found[name].mean()) for name in ("shift", "local") if name in found]
-    usual = max([float(found["expected_total"]), *drawn])
-    return usual if float(found["observed_total"]) == 0 and usual < _POWERLESS else None
+def powerless(result: xr.Dataset) -> float | None:
+    """Return the number of alignments chance gives, where it is so small that to have observed none says nothing; else None."""
+    drawn = [float(result[name].mean()) for name in ("shift", "local") if name in result]
+    usual = max([float(result["expected_total"]), *drawn])
+    return usual if float(result["observed_total"]) == 0 and usual < _POWERLESS else None
 
 
-def _counts(found: Alignment) -> dict[str, tuple[tuple[str, ...], Any, str, str]]:
-    """Dims, values, units and meaning of each count and p-value."""
-    near = f"rotated within {found.stretches} stretches"
-    observed, expected = found.observed, found.expected
+def _counts(alignment: Alignment) -> dict[str, tuple[tuple[str, ...], Any, str, str]]:
+    """Return dims, values, units and meaning of each count and p-value."""
+    near = f"rotated within {alignment.stretches} stretches"
+    observed, expected = alignment.observed, alignment.expected
     return {
         "observed": (("group",), observed, "segments", "alignments"),
         "expected": (("group",), expected, "segments", "alignments expected of independent layers"),
         "observed_total": ((), observed.sum(), "segments", "alignments in all groups"),
         "expected_total": ((), expected.sum(), "segments", "alignments in all groups expected of independent layers"),
-        "shift": (("draw",), found.shift, "segments", "alignments in all groups, layers rotated"),
-        "local": (("draw",), found.local, "segments", f"alignments in all groups, layers {near}"),
-        "p_shift": ((), found.p_shift, "probability", "of as many alignments, layers rotated"),
-        "p_local": ((), found.p_local, "probability", f"of as many alignments, layers {near}"),
-        "p_independent": ((), found.p_independent, "probability", "of as many alignments, peaks drawn independently"),
+        "shift": (("draw",), alignment.shift, "segments", "alignments in all groups, layers rotated"),
+        "local": (("draw",), alignment.local, "segments", f"alignments in all groups, layers {near}"),
+        "p_shift": ((), alignment.p_shift, "probability", "of as many alignments, layers rotated"),
+        "p_local": ((), alignment.p_local, "probability", f"of as many alignments, layers {near}"),
+        "p_independent": (
+            (),
+            alignment.p_independent,
+            "probability",
+            "of as many alignments, peaks drawn independently",
+        ),
         "p_shift_group": (
             ("group",),
-            found.p_shift_group,
+            alignment.p_shift_group,
             "probability",
             "of as many alignments in one group, layers rotated",
         ),
@@ -145,7 +150,7 @@ def _check(signal: str, **numbers: int) -> None:
 
 
 def _values(results: LossResults, signal: str, by: str | int) -> tuple[Numbers, list[str], Numbers]:
-    """The signal (step, group, layer), the layers' names and the groups' labels."""
+    """Return the signal (step, group, layer), the layers' names and the groups' labels."""
     tensors = tables(results)
     tensors = tensors.isel(tensor=tensors["kind"].values == "parameter")
     layers = grouping(map(str, tensors["tensor"].values), by)
@@ -160,22 +165,22 @@ def _values(results: LossResults, signal: str, by: str | int) -> tuple[Numbers, 
     else:
         column, groups = column.expand_dims("group"), np.array(["all"], dtype=object)
     values = column.transpose("step", "group", "tensor").values
-    return np.stack([values[..., at].sum(axis=-1) for at in layers.values()], axis=-1), list(layers), groups
+    return np.stack([values[..., members].sum(axis=-1) for members in layers.values()], axis=-1), list(layers), groups
 
 
 def _counted(peak: Numbers, layers: list[str]) -> tuple[Numbers, list[str]]:
-    """Which layers the question is about, (layer,) bool, and a word about the others."""
+    """Tell which layers have a peak and so count, (layer,) bool, and name the others."""
     counted = np.asarray(peak.any(axis=(0, 1)))
     without = [] if counted.all() else np.array(layers)[~counted].tolist()
     more = f" and {len(without) - _NAMED:,} more" if len(without) > _NAMED else ""
-    left = [f"Without a peak: {', '.join(without[:_NAMED])}{more}."] if without else []
+    notes = [f"Without a peak: {', '.join(without[:_NAMED])}{more}."] if without else []
     if counted.sum() < 2:
-        return np.ones_like(counted), [*left, "Fewer than two layers have peaks, so none can be aligned."]
-    return counted, left
+        return np.ones_like(counted), [*notes, "Fewer than two layers have peaks, so none can be aligned."]
+    return counted, notes
 
 
 def possible(values: Numbers, joined: Numbers) -> Numbers:
-    """Which segments can be peaks: those with finite numbers, and with neighbours that follow directly and have them too.
+    """Tell which segments can be peaks: those with finite numbers whose direct neighbours are there and have finite numbers too.
 
     Args:
         values: (step, group, layer).
@@ -192,11 +197,11 @@ def possible(values: Numbers, joined: Numbers) -> Numbers:
 
 
 def minima(values: Numbers, can: Numbers) -> Numbers:
-    """Local minima along the first axis: runs of equal numbers with larger ones before and after, at the first of the run.
+    """Tell where local minima are along the first axis: runs of equal numbers between larger ones, at the first of the run.
 
     Args:
         values: (step, …).
-        can: (step,) bool, which segments can be part of such a run; not the first or the last.
+        can: (step,) bool, the segments that can be part of such a run; not the first or the last.
 
     Returns:
         Bools of the shape of `values`.
@@ -204,41 +209,41 @@ def minima(values: Numbers, can: Numbers) -> Numbers:
     >>> minima(np.array([3, 1, 1, 2, 2, 1, 4, 0]), np.array([False] + 6 * [True] + [False])).nonzero()[0].tolist()
     [1, 5]
     """
-    found = np.zeros(values.shape, dtype=bool)
+    is_minimum = np.zeros(values.shape, dtype=bool)
     if len(values) < 3:
-        return found
+        return is_minimum
     later, earlier = values[1:], values[:-1]
     column = (-1, *(1 for _ in values.shape[1:]))
     goes_on = (later == earlier) & can[:-1].reshape(column)
     rises = (later > earlier) & can[:-1].reshape(column)
     ends = np.where(goes_on, len(later) - 1, np.arange(len(later)).reshape(column))
     end = np.minimum.accumulate(ends[::-1], axis=0)[::-1]  # of the run of equal numbers each segment is in
-    found[1:-1] = (later < earlier)[:-1] & np.take_along_axis(rises, end, axis=0)[1:]
-    found &= can.reshape(column)
-    return found
+    is_minimum[1:-1] = (later < earlier)[:-1] & np.take_along_axis(rises, end, axis=0)[1:]
+    is_minimum &= can.reshape(column)
+    return is_minimum
 
 
 def moments(values: Numbers, can: Numbers, top: int) -> Numbers:
-    """The `top` lowest local minima below zero of each group and layer; of equal ones the earlier.
+    """Tell where the `top` lowest local minima below zero of each group and layer are; of equal ones the earlier.
 
     Args:
         values: (step, group, layer).
-        can: (step,) bool, which segments can be peaks.
-        top: how many at most.
+        can: (step,) bool, the segments that can be peaks.
+        top: the number of them at most.
 
     Returns:
         (step, group, layer) bool.
     """
-    found = minima(values, can) & (values < 0)
-    order = np.argsort(np.where(found, values, np.inf), axis=0, kind="stable")[:top]
-    kept = np.zeros_like(found)
-    np.put_along_axis(kept, order, True, axis=0)
-    return kept & found
+    candidates = minima(values, can) & (values < 0)
+    order = np.argsort(np.where(candidates, values, np.inf), axis=0, kind="stable")[:top]
+    lowest = np.zeros_like(candidates)
+    np.put_along_axis(lowest, order, True, axis=0)
+    return lowest & candidates
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Alignment:
-    """How many segments all layers share, and how many under each null."""
+    """The numbers of segments at which all layers peak: observed, expected, and under each null."""
 
     observed: Numbers
     expected: Numbers
@@ -261,7 +266,7 @@ def align(peak: Numbers, *, draws: int, seed: int, stretch: int) -> Alignment:
         stretch: about how many segments a stretch of the local rotation has.
 
     Returns:
-        The counts, by group and in all, and the p-values.
+        The counts, by group and in all groups, and the p-values.
     """
     segments, groups, _ = peak.shape
     observed = peak.all(axis=-1).sum(axis=0)
@@ -287,21 +292,22 @@ def align(peak: Numbers, *, draws: int, seed: int, stretch: int) -> Alignment:
     )
 
 
-def _tail(drawn: Numbers, observed: Any) -> Any:
-    """(1 + #{drawn ≥ observed}) / (draws + 1): what was observed is one of the equally likely draws (Phipson & Smyth 2010)."""
-    return (1 + np.sum(drawn >= observed, axis=0)) / (len(drawn) + 1)
+def _tail(drawn: Numbers, observed: Numbers | int) -> Numbers:
+    """Return (1 + #{drawn ≥ observed}) / (draws + 1): the observation is one of the equally likely draws (Phipson & Smyth 2010)."""
+    tail: Numbers = (1 + np.sum(drawn >= observed, axis=0)) / (len(drawn) + 1)
+    return tail
 
 
 def rotated(peak: Numbers, borders: Numbers, draws: int, generator: np.random.Generator) -> Numbers:
-    """How many segments all layers share once each layer is rotated within each stretch by an offset of its own.
+    """Count the segments at which all layers peak once each layer is rotated within each stretch by an offset of its own.
 
-    The peaks of one layer are followed; those that miss a peak of the next layer are dropped, so that little is left to do for
-    the other layers.
+    Starting from the peaks of one layer, those that meet no peak of the next layer are dropped, so that few are left to compare
+    with the other layers.
 
     Args:
         peak: (step, group, layer) bool.
         borders: (stretches + 1,) from 0 to the number of segments, rising.
-        draws: how many times.
+        draws: the number of rotations.
         generator: of the offsets.
 
     Returns:
@@ -315,8 +321,8 @@ def rotated(peak: Numbers, borders: Numbers, draws: int, generator: np.random.Ge
     first_group, first_place = np.nonzero(table[order[0]])
     size = max(1, _AT_ONCE // max(1, len(first_place), layers * len(lengths)))
     counts = np.zeros((draws, groups), dtype=np.int64)
-    for at in range(0, draws, size):
-        some = min(size, draws - at)
+    for start in range(0, draws, size):
+        some = min(size, draws - start)
         offsets = (generator.random((some, layers, len(lengths))) * lengths).astype(np.int64)
         draw, group = np.repeat(np.arange(some), len(first_place)), np.tile(first_group, some)
         place = np.tile(first_place, some)
@@ -326,17 +332,17 @@ def rotated(peak: Numbers, borders: Numbers, draws: int, generator: np.random.Ge
             origin = starts[within] + (place - starts[within] - offsets[draw, layer, within]) % lengths[within]
             hit = table[layer, group, origin]
             draw, group, place, within = draw[hit], group[hit], place[hit], within[hit]
-        counts[at : at + some] = np.bincount(draw * groups + group, minlength=some * groups).reshape(some, groups)
+        counts[start : start + some] = np.bincount(draw * groups + group, minlength=some * groups).reshape(some, groups)
     return counts
 
 
 def intersection(segments: int, sizes: Numbers) -> Numbers:
-    """The distribution of how many segments lie in all of some independent, uniformly random subsets.
+    """Return the distribution of the number of segments that lie in all of some independent, uniformly random subsets.
 
     P(|S₁ ∩ … ∩ S_l| = j) = Σᵢ P(|S₁ ∩ … ∩ S_{l−1}| = i) · Hypergeometric(j; segments, i, |S_l|).
 
     Args:
-        segments: how many there are.
+        segments: their number.
         sizes: (layer,) of the subsets.
 
     Returns:
@@ -352,6 +358,6 @@ def intersection(segments: int, sizes: Numbers) -> Numbers:
 
 @lru_cache(maxsize=8)
 def _hypergeometric(segments: int, most: int, size: int) -> Numbers:
-    """(i, j): the probability that j of i given segments are among `size` of all of them drawn at random."""
-    given, common = np.meshgrid(np.arange(most + 1), np.arange(most + 1), indexing="ij")
-    return np.asarray(scipy.stats.hypergeom.pmf(common, segments, given, size))
+    """Return the probabilities (i, j) that j of i given segments are among `size` of all of them drawn at random."""
+    subset, common = np.meshgrid(np.arange(most + 1), np.arange(most + 1), indexing="ij")
+    return np.asarray(scipy.stats.hypergeom.pmf(common, segments, subset, size))

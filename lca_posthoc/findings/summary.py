@@ -15,12 +15,12 @@ from .parts import label_of, moving_buffers
 
 
 def summary(results: LossResults) -> dict[str, Any]:
-    """What `lca summary --json` gives for one loss, over the segments that are there.
+    """Return the figures of one loss that `lca summary --json` prints, over the finished segments.
 
-    Figures are of training steps `first_step` to `last_step`; `norm_stats` is whose statistics normalisation layers had, null where
-    there are none. `buffers` is the part of `allocated` that is theirs (running statistics), null where there are none.
-    `residual = loss_change − allocated`, with what the tensors that are not kept did (`remainder`) inside `allocated`;
-    `helping + hurting + zero = 1`, counted over parameters × segments, buffers not counted. Of a loss with groups, figures are
+    Figures are of training steps `first_step` to `last_step`; `norm_stats` names the statistics normalisation layers used, null where
+    there are none. `buffers` is the part of `allocated` that belongs to buffers (running statistics), null where there are none.
+    `residual = loss_change − allocated`, and `allocated` includes the tensors that are not stored (`remainder`);
+    `helping + hurting + zero = 1`, counted over parameters × segments, buffers not counted. For a loss with groups, figures are
     lists over the groups. `precision_error` is the measured Σ|A − A*| / Σ|A*| on up to three segments that move, A* one precision higher;
     `standard_error` of a tensor's allocation is that of drawing a random subset, both null where there is none.
 
@@ -90,7 +90,7 @@ def summary(results: LossResults) -> dict[str, Any]:
 
 
 def _modules(tensors: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
-    """Give each module's name and its tensors, without buffers that stayed where there are parameters beside them."""
+    """Yield each module's name and its tensors, without buffers that stayed where there are parameters beside them."""
     buffers, members = moving_buffers(tensors), dict[str, list[int]]()
     for position, name in enumerate(map(str, tensors["tensor"].values)):
         members.setdefault(label_of(name, "module", buffers), []).append(position)
@@ -112,21 +112,22 @@ def _row(part: xr.Dataset, sampled: float) -> dict[str, Any]:
     }
 
 
-def _total(column: xr.DataArray, *more: str) -> Any:
-    """The exact sum over segments (and more), of each group; numpy, shape () or (groups,)."""
+def _total(column: xr.DataArray, *more: str) -> np.ndarray[Any, Any]:
+    """Return the exact sum over segments (and more), of each group; numpy, shape () or (groups,)."""
     groups = [name for name in column.dims if name == "group"]
     rows = column.transpose(*groups, ...).values.reshape(*(column.sizes[name] for name in groups), -1)
     return np.apply_along_axis(math.fsum, -1, rows)
 
 
 def _standard_error(part: xr.Dataset, sampled: float) -> float | None:
-    """Return that of the sum over the segments, from random parts of the sample; `sampled` is its share of the split."""
+    """Return the standard error of the sum over segments, from random parts of the sample; `sampled` is its share of the split."""
     if "replicates" not in part or part.sizes["replicate"] < 2:
         return None
     sums = part["replicates"].sum(("step", "tensor")).values
     return float(np.sqrt(sums.var(ddof=1) / len(sums) * (1 - sampled)))
 
 
-def _plain(values: Any) -> Any:
-    """A float, or a list of floats."""
-    return np.asarray(values, dtype=float).tolist()
+def _plain(values: np.ndarray[Any, Any]) -> float | list[float]:
+    """Return a float, or a list of floats."""
+    plain: float | list[float] = np.asarray(values, dtype=float).tolist()
+    return plain

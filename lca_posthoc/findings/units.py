@@ -1,4 +1,4 @@
-"""What each neuron or channel did over training: its incoming weights plus its bias."""
+"""The allocation of each neuron or channel over training: its incoming weights plus its bias."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .parts import BLOCK, Numbers, about, described, grouping, label_of, moving_
 
 
 def units(results: LossResults, *, layer: str | None = None, frames: int = 500) -> xr.Dataset:
-    """Allocation of every neuron or channel over time: sums over its incoming weights and its bias.
+    """Return the allocation of every neuron or channel over time: sums over its incoming weights and its bias.
 
     Tensors of one module with the same number of units belong together; buffers that moved are a layer of their own, as in
     `layers`. A long training is shown in stretches of consecutive
@@ -26,7 +26,7 @@ def units(results: LossResults, *, layer: str | None = None, frames: int = 500) 
 
     Returns:
         `allocated` (step[, group], unit) and `total` (unit[, group]), in units of loss; coordinates `layer` and `index` of unit, and
-        `step`, `step_end`: where stretches start and end.
+        `step`, `step_end`: the training steps at which stretches start and end.
 
     Raises:
         LCAError: where the run keeps no units, no segment is there yet, or stored numbers are damaged.
@@ -37,8 +37,8 @@ def units(results: LossResults, *, layer: str | None = None, frames: int = 500) 
     modules: dict[str, list[str]] = {}
     buffers, names = moving_buffers(table), [str(name) for name in data.data_vars]
     for members in grouping(names).values():
-        for at in members:
-            modules.setdefault(label_of(names[at], "module", buffers), []).append(names[at])
+        for position in members:
+            modules.setdefault(label_of(names[position], "module", buffers), []).append(names[position])
     if layer is not None and layer not in modules:
         raise InputError(f"there is no layer {layer!r}; there are {', '.join(map(repr, modules))}.")
     borders = stretches(table.sizes["step"], frames)
@@ -57,22 +57,22 @@ def units(results: LossResults, *, layer: str | None = None, frames: int = 500) 
             labels += [(module, index) for index in range(count)]
     values = np.concatenate(columns, axis=-1)
     group = ("group",) if "group" in data.dims else ()
-    made = {
+    variables = {
         "allocated": described((("step", *group, "unit"), values), "loss", "Σ allocation of the unit over the stretch"),
         "total": described((("unit", *group), values.sum(0).T), "loss", "Σ allocation of the unit over training"),
     }
     coords = {
         "step": table["step"].values[borders[:-1]],
         "step_end": ("step", table["step_end"].values[borders[1:] - 1]),
-        "layer": ("unit", np.array([each for each, _ in labels], dtype=object)),
+        "layer": ("unit", np.array([module for module, _ in labels], dtype=object)),
         "index": ("unit", [index for _, index in labels]),
     }
-    coords |= {name: each for name, each in table.coords.items() if name in ("group", "examples")}
-    return xr.Dataset(made, coords=coords, attrs=about(results, "units", unfinished(results)))
+    coords |= {name: column for name, column in table.coords.items() if name in ("group", "examples")}
+    return xr.Dataset(variables, coords=coords, attrs=about(results, "units", unfinished(results)))
 
 
 def _in_stretches(data: xr.DataArray, borders: Numbers, span: int) -> Numbers:
-    """Sums over stretches of rows, float64; whole rows of chunks are read, a bounded number at a time."""
+    """Return sums over stretches of rows, float64; whole rows of chunks are read, a bounded number at a time."""
     rows = max(1, BLOCK // max(1, math.prod(data.shape[1:])))
     rows = max(span, rows - rows % span)
     summed = np.zeros((len(borders) - 1, *data.shape[1:]))

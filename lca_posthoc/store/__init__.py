@@ -1,4 +1,4 @@
-"""The run directory: the only package that knows it. Create, write a span, commit, verify, open as labelled arrays."""
+"""The run directory, which only this package knows: create it, write and commit spans, verify, open as labelled arrays."""
 
 from .lock import Held, hold
 from .manifest import LossRecord, Manifest, StoredTensor

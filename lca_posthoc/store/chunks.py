@@ -1,6 +1,6 @@
-"""What zarr sees of a run: metadata that follows from `run.json`, chunks that are checked as they are read.
+"""A run as zarr sees it: metadata that follows from `run.json`, chunks that are checked as they are read.
 
-A store of our own and not a wrapper around zarr's, so that no way past the checks comes with a later release: zarr reads from
+The store is our own and no wrapper around zarr's, so that a later release cannot bring a way past the checks: zarr reads from
 any store through `get`.
 """
 
@@ -12,24 +12,23 @@ import zlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
-from typing import Any
 
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 
 from ..errors import LCAError
-from .commits import DATA, Commits, damaged
+from .commits import DATA, Commits, Marker, damaged
 from .files import refuse_links, write_whole
 from .layout import ArrayPlan, plan_arrays
 from .lock import is_unreleased
 from .manifest import Manifest
 from .metadata import fits, metadata_files
 
-_MARKERS = 256  # that are kept while chunks are read
+_MARKERS = 256  # that stay in memory while chunks are read
 
 
 class _LossStore(Store):
-    """The group of one loss: its metadata and coordinates, from memory."""
+    """The group of one loss, whose metadata and coordinates come from memory."""
 
     supports_deletes = False
     supports_listing = True
@@ -38,16 +37,16 @@ class _LossStore(Store):
         self, path: Path, manifest: Manifest, loss: str, parts: Iterable[str] | None, *, read_only: bool
     ) -> None:
         super().__init__(read_only=read_only)
-        self._given = (path, manifest, loss, parts)
+        self._arguments = (path, manifest, loss, parts)
         self._root, self._place = path, path / DATA / manifest.losses[loss].key
         self._known = dict(metadata_files(manifest, loss, parts))
         self._is_open = True
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._given
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), self._arguments
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self._given == getattr(other, "_given", None)
+        return type(self) is type(other) and self._arguments == getattr(other, "_arguments", None)
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
@@ -96,7 +95,7 @@ class _LossStore(Store):
 
 
 class CheckedStore(_LossStore):
-    """Some parts of a loss, to be read: every chunk is compared with the marker of its span before it becomes a number.
+    """Some parts of a loss for reading; every chunk is compared with the marker of its span before it becomes a number.
 
     Raises:
         LCAError: at once, where metadata or coordinates on disk are not the run's; from every read of a chunk that is
@@ -111,17 +110,17 @@ class CheckedStore(_LossStore):
             for plan in plan_arrays(manifest, manifest.keep, manifest.losses[loss])
             if plan.part in parts
         }
-        self._markers: OrderedDict[tuple[bool, int], dict[str, Any]] = OrderedDict()
+        self._markers: OrderedDict[tuple[bool, int], Marker] = OrderedDict()
         self._lock = threading.Lock()
         for key, expected in self._known.items():
             self._compare(key, expected)
 
     def _compare(self, key: str, expected: bytes) -> None:
         try:
-            found = (self._place / key).read_bytes()
+            data = (self._place / key).read_bytes()
         except OSError as error:
             raise self._damage(key, f"it cannot be read ({error.strerror})") from None
-        if not fits(key, found, expected, is_unreleased(self._root)):
+        if not fits(key, data, expected, is_unreleased(self._root)):
             raise self._damage(key, "it is not what follows from run.json")
 
     def _damage(self, where: str, what: str) -> LCAError:
@@ -158,19 +157,19 @@ class CheckedStore(_LossStore):
             raise self._damage(where, "a chunk is not the one that was committed")
         return data
 
-    def _marker(self, of_window: bool, row: int) -> dict[str, Any]:
+    def _marker(self, of_window: bool, row: int) -> Marker:
         with self._lock:
-            found = self._markers.get((of_window, row))
-            if found is None:
-                found = self._commits.load_window(row) if of_window else self._commits.load(row)
-                self._markers[of_window, row] = found
+            marker = self._markers.get((of_window, row))
+            if marker is None:
+                marker = self._commits.load_window(row) if of_window else self._commits.load(row)
+                self._markers[of_window, row] = marker
                 while len(self._markers) > _MARKERS:
                     self._markers.popitem(last=False)
-            return found
+            return marker
 
 
 class RowStore(_LossStore):
-    """A loss to be written: whole chunks alone, each under a temporary name and renamed, never through a link."""
+    """A loss for writing, in whole chunks alone: each is written under a temporary name and renamed, never through a link."""
 
     def __init__(self, path: Path, manifest: Manifest, loss: str, parts: Iterable[str] | None = None) -> None:
         super().__init__(path, manifest, loss, parts, read_only=False)
@@ -189,16 +188,16 @@ class RowStore(_LossStore):
 
 
 def described(plan: ArrayPlan) -> str:
-    """An array in words: its part, and the tensor by its real name or the field.
+    """Describe an array in words: its part, and the tensor by its real name or the field.
 
     Returns:
         For instance "allocation of 'fc1.weight'", or "steps/residual".
     """
-    return f"{plan.part} of {plan.attributes['name']!r}" if "name" in plan.attributes else plan.path
+    return plan.path if plan.tensor is None else f"{plan.part} of {plan.tensor!r}"
 
 
-def _part(data: bytes, wanted: ByteRequest | None) -> bytes:
-    match wanted:
+def _part(data: bytes, byte_range: ByteRequest | None) -> bytes:
+    match byte_range:
         case RangeByteRequest(start, end):
             return data[start:end]
         case OffsetByteRequest(offset):

@@ -1,6 +1,6 @@
 """Files that are there whole or not at all, sealed with a checksum, and on disk before anybody is told so.
 
-Where `durable` is false nothing is flushed: a power failure may take what was written last, which its checksum tells.
+Where `durable` is false nothing is flushed: a power failure may take what was written last, and the checksums show it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import json
 import os
 import uuid
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ..errors import LCAError
 
@@ -26,8 +26,8 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, data: Any, durable: bool, suffix: str = "tmp") -> None:
-    """Write bytes under a temporary name and rename; where durable, flush before and the directory after."""
+def write_whole(path: Path, data: bytes, durable: bool, suffix: str = "tmp") -> None:
+    """Write bytes under a temporary name and rename the file; where durable, flush it before and its directory after."""
     temporary = path.with_name(f".{uuid.uuid4().hex}.{suffix}")
     try:
         with temporary.open("xb") as file:
@@ -42,21 +42,21 @@ def write_whole(path: Path, data: Any, durable: bool, suffix: str = "tmp") -> No
         sync_directory(path.parent)
 
 
-def write_json(path: Path, document: dict[str, Any], durable: bool = True) -> None:
+def write_json(path: Path, document: Mapping[str, object], durable: bool = True) -> None:
     """Write a table with a checksum over itself as its field `crc32`."""
     write_whole(path, sealed_json(document), durable)
 
 
-def sealed_json(document: dict[str, Any]) -> bytes:
+def sealed_json(document: Mapping[str, object]) -> bytes:
     """Return the bytes that `write_json` writes of a table."""
     return json.dumps({**document, "crc32": _checksum(document)}, indent=1, allow_nan=False).encode()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The table `write_json` wrote.
+def read_json(path: Path) -> dict[str, object]:
+    """Read a table that `write_json` wrote.
 
     Raises:
-        ValueError: where it is no such table, or its checksum is not that of its content; says which in a few words.
+        ValueError: where it is no such table, or its checksum is not that of its content; the text says which in a few words.
         OSError: where it cannot be read.
     """
     if path.stat().st_size > _LARGEST:
@@ -73,8 +73,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _checksum(document: dict[str, Any]) -> int:
-    """CRC-32 of the table written without spaces; the order of its fields counts."""
+def _checksum(document: Mapping[str, object]) -> int:
+    """Return the CRC-32 of the table written without spaces; the order of its fields counts."""
     return zlib.crc32(json.dumps(document, separators=(",", ":"), allow_nan=False).encode())
 
 
@@ -83,7 +83,7 @@ def _refused(constant: str) -> None:
 
 
 def seal(path: Path, durable: bool) -> list[int]:
-    """The size of a file and the CRC-32 of its bytes, which are flushed to disk first where durable.
+    """Return the size of a file and the CRC-32 of its bytes, which are flushed to disk first where durable.
 
     Not CRC-32C: chunks end in their own CRC-32C, and over data followed by its own checksum a CRC is the same constant for
     every intact file, so a whole chunk put in another one's place would go unnoticed.
@@ -99,7 +99,7 @@ def seal(path: Path, durable: bool) -> list[int]:
 
 
 def seal_all(paths: list[str], root: Path, durable: bool) -> dict[str, list[int]]:
-    """Seal files below `root`, and where durable the directories down to them; relative path → [size, crc32]."""
+    """Seal files below `root`, and where durable flush the directories down to them; returns relative path → [size, crc32]."""
     sealed = {path: seal(root / path, durable) for path in paths}
     if durable:
         for directory in sorted({parent for path in paths for parent in Path(path).parents}):
@@ -108,7 +108,7 @@ def seal_all(paths: list[str], root: Path, durable: bool) -> dict[str, list[int]
 
 
 def refuse_links(root: Path, directory: Path) -> None:
-    """Nothing is written through a link below a run.
+    """Refuse to write through a link below a run.
 
     Raises:
         LCAError: where `directory`, or one between it and `root`, is a link. `root` itself may be one.
@@ -124,7 +124,7 @@ def refuse_links(root: Path, directory: Path) -> None:
 
 
 def refuse_links_below(run: Path) -> None:
-    """`refuse_links` for every directory of a run but those inside arrays, which are checked as they are written to.
+    """Call `refuse_links` for every directory of a run but those inside arrays, which are checked as they are written to.
 
     Raises:
         LCAError: where one is a link.

@@ -1,6 +1,6 @@
 """A run as a notebook shows it: a small table without scripts, every text escaped, from markers and the table of steps alone.
 
-Names are cut in the middle, each unlike the others; numbers and what went wrong stand whole.
+Long names are cut in the middle, each unlike the others; numbers and messages of errors are shown whole.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069
 
 @dataclass(frozen=True)
 class _Row:
-    """A row: a loss, or a group of the loss above it (`inside`); the last cell of a short row is as wide as what is missing."""
+    """A row: a loss, or a group of the loss above it (`inside`); the last cell of a short row spans the columns that are missing."""
 
     name: str
     cells: Sequence[str]
@@ -39,7 +39,7 @@ class _Row:
 
 
 def run_html(run: Run) -> str:
-    """Return the run: where it is, its parameters, a row for each loss and some of its groups."""
+    """Return a run as HTML: its path, its parameters, a row for each loss and some of its groups."""
     manifest = run.manifest
     facts = (
         f"{count(manifest.parameters, 'parameter')} in {count(len(manifest.allocated), 'tensor')}, {count(manifest.segments, 'segment')} "
@@ -47,14 +47,14 @@ def run_html(run: Run) -> str:
     )
     names = list(run)
     grouped = sum(run[name].record.groups is not None for name in names[:_MOST])
-    each = _GROUPS // grouped if grouped else 0
-    rows = [row for name in names[:_MOST] for row in _rows(run[name], each)]
-    left = f"and {count(len(names) - _MOST, 'more loss', 'more losses')}" if len(names) > _MOST else ""
-    return _page("Run", str(run.path), facts, rows, left)
+    groups = _GROUPS // grouped if grouped else 0
+    rows = [row for name in names[:_MOST] for row in _rows(run[name], groups)]
+    unlisted = f"and {count(len(names) - _MOST, 'more loss', 'more losses')}" if len(names) > _MOST else ""
+    return _page("Run", str(run.path), facts, rows, unlisted)
 
 
 def results_html(results: LossResults) -> str:
-    """Return one loss of a run, and its groups."""
+    """Return one loss of a run, and its groups, as HTML."""
     manifest = results.manifest
     tensors = count(len(manifest.allocated), "tensor")
     mode = f", {results.norm_stats} statistics" if results.norm_stats else ""
@@ -63,7 +63,7 @@ def results_html(results: LossResults) -> str:
 
 
 def _rows(results: LossResults, groups: int) -> Iterator[_Row]:
-    """Give what is known of a loss and of its first groups; where its numbers cannot be read, why not."""
+    """Yield the row of a loss and those of its first groups; where its numbers cannot be read, the row says why."""
     record, segments = results.record, results.manifest.segments
     known = [record.on or "", "" if record.groups is None else f"{len(record.groups):,}"]
     try:
@@ -96,7 +96,7 @@ def _ends(steps: xr.Dataset) -> list[str]:
     return [f"{start:.6g} → {end:.6g}", f"{math.fsum(np.asarray(steps['residual'].values)):+.1e}"]
 
 
-def _page(what: str, path: str, facts: str, rows: Sequence[_Row], left: str) -> str:
+def _page(what: str, path: str, facts: str, rows: Sequence[_Row], unlisted: str) -> str:
     head = "".join(f'<th style="text-align:left">{heading}</th>' for heading in _HEAD)
     names = shorten([_clean(row.name) for row in rows], _NAME)
     splits = shorten([_clean(row.cells[0]) for row in rows], _NAME)
@@ -104,7 +104,7 @@ def _page(what: str, path: str, facts: str, rows: Sequence[_Row], left: str) -> 
         f"<tr>{_cells(name, [split, *row.cells[1:]], row.inside)}</tr>"
         for name, split, row in zip(names, splits, rows, strict=True)
     )
-    more = f"<div>{escape(left)}</div>" if left else ""
+    more = f"<div>{escape(unlisted)}</div>" if unlisted else ""
     return (
         f"<div><div><b>{what}</b> <code>{_text(path)}</code></div><div>{_text(facts)}</div>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}</div>"

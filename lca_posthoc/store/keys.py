@@ -18,18 +18,18 @@ def _plain(name: str) -> str:
     return key
 
 
-def encode_all(names: Iterable[str], taken: Iterable[str] = ()) -> dict[str, str]:
-    """A key for each name: percent-encoded, with a hash where it is too long or differs from another by case alone.
+def encode_all(names: Iterable[str], in_use: Iterable[str] = ()) -> dict[str, str]:
+    """Return a key for each name: percent-encoded, with a hash where it is too long or differs from another by case alone.
 
     Args:
         names: to be encoded.
-        taken: keys that are in use already.
+        in_use: keys that are in use already.
 
     >>> encode_all(["fc/1.weight", "A", "a"])
     {'fc/1.weight': 'fc%2F1.weight', 'A': 'A-559aead08264', 'a': 'a-ca978112ca1b'}
     """
     listed = list(names)
-    folded = [key.casefold() for key in (*map(_plain, listed), *taken)]
+    folded = [key.casefold() for key in (*map(_plain, listed), *in_use)]
     keys = {}
     for name in listed:
         key = _plain(name)

@@ -1,4 +1,4 @@
-"""Which arrays a run holds for one loss, their shapes, dimensions and chunks.
+"""The arrays a run holds for one loss, their shapes, dimensions and chunks.
 
 A chunk row along the first axis is exactly one span (one window for totals), so that a chunk has one writer.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -18,11 +17,18 @@ from .manifest import LossRecord, Manifest, StoredTensor
 _CHUNK_BYTES = 2**20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ArrayPlan:
-    """One array of a loss: where it is, what shape it has, who its rows belong to.
+    """One array of a loss.
 
-    Along `group`, chunks never cross a border between blocks of `block` groups.
+    Attributes:
+        path: of the array below the loss's group.
+        dims: names of its axes.
+        shape: along these axes.
+        dtype: of its numbers.
+        rows: of a chunk along the first axis: the segments of a span, or one window of totals.
+        attributes: of the array; that of a tensor has the tensor's name.
+        block: groups in a block; along `group`, chunks never cross a border between blocks. None where there are no blocks.
     """
 
     path: str
@@ -30,18 +36,18 @@ class ArrayPlan:
     shape: tuple[int, ...]
     dtype: str
     rows: int
-    attributes: dict[str, Any]
+    attributes: dict[str, str | list[str]]
     block: int | None = None
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """`rows` along the first axis; the other axes split from the left until a chunk is about 1 MiB."""
-        left = _CHUNK_BYTES // (np.dtype(self.dtype).itemsize * self.rows)
+        """The shape of a chunk: `rows` along the first axis; the other axes are split from the left until it is about 1 MiB."""
+        room = _CHUNK_BYTES // (np.dtype(self.dtype).itemsize * self.rows)
         chunks: list[int] = []
         for axis in range(1, len(self.shape)):
             inner = int(np.prod(self.shape[axis + 1 :]))
             extent = max(1, self.shape[axis])
-            most = max(1, min(extent, left // max(1, inner)))
+            most = max(1, min(extent, room // max(1, inner)))
             if self.dims[axis] == "group" and self.block is not None:
                 most = next(size for size in range(min(most, self.block), 0, -1) if self.block % size == 0)
             chunks.append(most)
@@ -49,44 +55,50 @@ class ArrayPlan:
 
     @property
     def fill(self) -> float | int:
-        """What a chunk nobody wrote reads as without this package: NaN, or the smallest integer, never a value that is stored."""
+        """The value a chunk that nobody wrote reads as without this package: NaN, or the smallest integer; it is never stored."""
         dtype = np.dtype(self.dtype)
         return float("nan") if dtype.kind == "f" else int(np.iinfo(dtype).min)
 
     @property
     def part(self) -> str:
-        """What it belongs to: "steps", "allocation", …"""
+        """The part of the results it belongs to: "steps", "allocation", …"""
         return self.path.partition("/")[0]
 
     @property
+    def tensor(self) -> str | None:
+        """The name of the tensor whose numbers it holds; None where it holds a field of all of them."""
+        name = self.attributes.get("name")
+        return name if isinstance(name, str) else None
+
+    @property
     def files(self) -> int:
-        """How many chunks it is cut into."""
+        """The number of chunks it is cut into."""
         return math.prod(-(-extent // chunk) for extent, chunk in zip(self.shape, self.chunks, strict=True))
 
     @property
     def inner(self) -> list[int]:
-        """How many chunks a row of chunks has along each axis but the first."""
+        """The number of chunks in a row of chunks along each axis but the first."""
         return [-(-extent // chunk) for extent, chunk in zip(self.shape[1:], self.chunks[1:], strict=True)]
 
     def row_files(self, row: int) -> Iterator[str]:
-        """The chunk files of one row of chunks, by their paths below the loss's group."""
+        """Yield the chunk files of one row of chunks, by their paths below the loss's group."""
         yield from _places(f"{self.path}/c/{row}", self.inner)
 
     def has(self, inner: list[str]) -> bool:
-        """Whether a row of chunks has a file at these places along the other axes, as they are written in its path."""
+        """Tell whether a row of chunks has a file at these places along the other axes, as they are written in its path."""
         places = {str(place): place for place in map(int, filter(str.isdecimal, inner))}
         return len(inner) == len(self.inner) and all(
-            places.get(each, count) < count for each, count in zip(inner, self.inner, strict=True)
+            places.get(part, count) < count for part, count in zip(inner, self.inner, strict=True)
         )
 
     @property
     def bytes(self) -> int:
-        """Size without compression."""
+        """The size without compression, in bytes."""
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
 
 def _places(start: str, counts: list[int]) -> Iterator[str]:
-    """Every path of one number below each count; one at a time, however many there are said to be."""
+    """Yield every path of one number below each count; one at a time, because a hostile record may claim any number of them."""
     if not counts:
         yield start
         return
@@ -95,7 +107,7 @@ def _places(start: str, counts: list[int]) -> Iterator[str]:
 
 
 def plan_arrays(manifest: Manifest, keep: str, loss: LossRecord) -> Iterator[ArrayPlan]:
-    """Every array the workers write for one loss at a level of `--keep`."""
+    """Yield every array the workers write for one loss at a level of `--keep`."""
     manifest = manifest.covered_by(loss)
     segments, span = manifest.segments, manifest.span
     dims, groups = (("group",), (len(loss.groups),)) if loss.groups is not None else ((), ())
@@ -105,12 +117,20 @@ def plan_arrays(manifest: Manifest, keep: str, loss: LossRecord) -> Iterator[Arr
         inner: tuple[str, ...],
         shape: tuple[int, ...],
         dtype: str,
-        attributes: dict[str, Any] | None = None,
+        attributes: dict[str, str | list[str]] | None = None,
         grouped: bool = True,
     ) -> ArrayPlan:
         all_dims = ("step", *(dims if grouped else ()), *inner)
         extents = (segments, *(groups if grouped else ()), *shape)
-        return ArrayPlan(path, all_dims, extents, dtype, span, attributes or {}, loss.block)
+        return ArrayPlan(
+            path=path,
+            dims=all_dims,
+            shape=extents,
+            dtype=dtype,
+            rows=span,
+            attributes=attributes or {},
+            block=loss.block,
+        )
 
     for name, dtype in STEP_FIELDS.items():
         if name != "remainder" or manifest.settings["tensors"]:
@@ -124,7 +144,8 @@ def plan_arrays(manifest: Manifest, keep: str, loss: LossRecord) -> Iterator[Arr
     for tensor in manifest.allocated:
         name, shape = tensor.spec.name, tensor.spec.shape
         inner = tuple(f"{name}:{axis}" for axis in range(len(shape)))
-        attributes = {"name": name, "kind": tensor.spec.kind, "aliases": list(tensor.spec.aliases)}
+        attributes: dict[str, str | list[str]] = {"name": name, "kind": tensor.spec.kind}
+        attributes["aliases"] = list(tensor.spec.aliases)
         if keep == "parameters":
             yield rows(f"allocation/{tensor.key}", inner, shape, "float32", {**attributes, "units": "loss"})
         if keep in ("parameters", "units"):
@@ -132,7 +153,14 @@ def plan_arrays(manifest: Manifest, keep: str, loss: LossRecord) -> Iterator[Arr
                 f"units/{tensor.key}", (f"{name}:unit",), (_units(tensor),), "float32", {**attributes, "units": "loss"}
             )
         shape_of_totals = (manifest.windows, len(FIELDS), *shape)
-        yield ArrayPlan(f"totals/{tensor.key}", ("window", "field", *inner), shape_of_totals, "float64", 1, attributes)
+        yield ArrayPlan(
+            path=f"totals/{tensor.key}",
+            dims=("window", "field", *inner),
+            shape=shape_of_totals,
+            dtype="float64",
+            rows=1,
+            attributes=attributes,
+        )
 
 
 def _units(tensor: StoredTensor) -> int:

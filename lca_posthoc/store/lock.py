@@ -20,16 +20,16 @@ from .files import refuse_links_below
 
 _HEARTBEAT = 10.0
 _STALE = 120.0
-_MOST = 4096  # bytes of a lock that are looked at
+_MOST = 4096  # bytes of a lock that are read
 _FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)  # Windows has neither
 
 
 @dataclass
 class Held:
-    """A lock that is held: whether its last owner left without releasing it, and whether another host has taken it since.
+    """The lock of a run, while this process has it.
 
-    `unclean` means that the last owner was killed, or stopped while it was `working`, or the power went. `lost` is set where
-    this process was suspended for so long that a driver on another host took the run over.
+    `unclean` is true where its last owner did not release it: it was killed, or stopped while it was `working`, or the power went.
+    `lost` is set where this process was suspended for so long that a driver on another host took the run over.
     """
 
     unclean: bool
@@ -39,7 +39,7 @@ class Held:
 
 @contextlib.contextmanager
 def hold(run: Path) -> Iterator[Held]:
-    """Hold the run's lock.
+    """Lock a run for the length of the context.
 
     Raises:
         ResourceError: where another driver works on this run, or nothing here could keep one away.
@@ -64,24 +64,24 @@ def hold(run: Path) -> Iterator[Held]:
         owner = _owner(descriptor)
         if _is_elsewhere(owner) and _is_fresh(descriptor):
             raise ResourceError(_busy(run, owner))
-        ours: dict[str, object] = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
-        _write(descriptor, ours)
-        held, stop = Held(bool(owner)), threading.Event()
-        beat = threading.Thread(target=_beat, args=(run, ours, held.lost, stop), daemon=True)
+        identity: dict[str, object] = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+        _write(descriptor, identity)
+        holding, stop = Held(bool(owner)), threading.Event()
+        beat = threading.Thread(target=_beat, args=(run, identity, holding.lost, stop), daemon=True)
         beat.start()
         try:
-            yield held
+            yield holding
         finally:
             stop.set()
             beat.join()
-            if _owner(descriptor) == ours:
-                _write(descriptor, {"unclean": True} if held.working else {})
+            if _owner(descriptor) == identity:
+                _write(descriptor, {"unclean": True} if holding.working else {})
     finally:
         os.close(descriptor)
 
 
 def is_held(run: Path) -> bool:
-    """Return whether a driver works on the run now; where there are no locks, by its heartbeat alone."""
+    """Tell whether a driver works on the run now; where there are no locks, by its heartbeat alone."""
     try:
         descriptor = _open(run, os.O_RDONLY)
     except FileNotFoundError:
@@ -96,7 +96,7 @@ def is_held(run: Path) -> bool:
 
 
 def is_unreleased(run: Path) -> bool:
-    """Whether a driver works on the run, or was killed while it did."""
+    """Tell whether a driver works on the run, or was killed while it did."""
     try:
         return (run / "lock").lstat().st_size > 0
     except FileNotFoundError:
@@ -113,7 +113,7 @@ def _open(run: Path, flags: int) -> int:
 
 
 def _owner(descriptor: int) -> dict[str, object]:
-    """Who holds the lock: nobody where it is empty; a driver of this host that was killed where it cannot be read."""
+    """Return who has the lock: nobody where it is empty; where it cannot be read, a driver of this host that was killed."""
     try:
         os.lseek(descriptor, 0, os.SEEK_SET)
         owner = json.loads(os.read(descriptor, _MOST) or b"{}")
@@ -135,23 +135,23 @@ def _write(descriptor: int, owner: dict[str, object]) -> None:
     os.pwrite(descriptor, json.dumps(owner).encode() if owner else b"", 0)
 
 
-def _beat(run: Path, ours: dict[str, object], lost: threading.Event, stop: threading.Event) -> None:
+def _beat(run: Path, identity: dict[str, object], lost: threading.Event, stop: threading.Event) -> None:
     while not stop.wait(_HEARTBEAT):
         with contextlib.suppress(OSError):
-            if not _names(run, ours):
+            if not _names(run, identity):
                 lost.set()
                 return
             os.utime(run / "lock")
 
 
-def _names(run: Path, ours: dict[str, object]) -> bool:
-    """Whether the lock, opened afresh so that another host's writing is seen, still names us."""
+def _names(run: Path, identity: dict[str, object]) -> bool:
+    """Tell whether the lock still names this driver; it is opened afresh, so that a change by another host is seen."""
     try:
         descriptor = _open(run, os.O_RDONLY)
     except (FileNotFoundError, LCAError):
         return False
     try:
-        return _owner(descriptor) == ours
+        return _owner(descriptor) == identity
     finally:
         os.close(descriptor)
 

@@ -1,4 +1,4 @@
-"""What a run is made of, as `run.json` says it. Fixed when the run is created; losses and checkpoints are only ever added."""
+"""The manifest of a run, which `run.json` holds: fixed when the run is created; losses and checkpoints are only ever added."""
 
 from __future__ import annotations
 
@@ -22,18 +22,28 @@ class StoredTensor:
     key: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LossRecord:
-    """What identifies a loss: its settings, and its identity at the first and last checkpoint (null where not finite).
+    """The settings that identify a loss, and its values at the first and last checkpoint.
 
-    `key` is its name in the store; `on` is null for a term of the parameters; `examples` of the `total` of the split are in the
-    subset. `groups` are labels and `counts` their examples (null without groups), taken `block` at a time. `along` names the
-    grouped loss in the order of whose groups the batches of this one are taken, `replicates` counts the random parts they are
-    taken in instead, for standard errors. `batch_size` is used for every evaluation of it; `calibration` turns
-    Σ|(g₁ − g₀)·Δθ| into an estimate of the trapezoid's error (null for other rules); `measured` says whether a few segments are
-    evaluated one precision higher as well; `scale` is |loss| at the first checkpoint over the whole split, rounded to six digits,
-    of which tolerances are shares (null where none is). `covers` is how many
-    segments the loss is over where checkpoints were added since that nobody asked of it yet, null where it is over all of them.
+    Attributes:
+        key: its name in the store.
+        on: its split; None for a term of the parameters.
+        kind: of the loss, as the task declares it.
+        examples: of the split that are in the subset.
+        total: examples of the split.
+        groups: their labels; None for a loss without groups.
+        counts: examples of each group; None without groups.
+        block: how many groups are evaluated together; None without groups.
+        along: the grouped loss whose order of examples the batches of this one follow; None where they follow none.
+        replicates: random parts the batches are divided into instead, for standard errors; 0 where there are none.
+        batch_size: of every evaluation.
+        calibration: turns Σ|(g₁ − g₀)·Δθ| into an estimate of the trapezoid's error; None for other rules.
+        measured: whether a few segments are evaluated one precision higher as well.
+        identity: its values at the first and at the last checkpoint; None for one where they are not finite.
+        scale: |loss| at the first checkpoint over the whole split, rounded to six digits, of which tolerances are shares; None
+            where no tolerance is a share.
+        covers: the number of segments it covers where the run has more; None where it covers all of them.
     """
 
     key: str
@@ -55,18 +65,28 @@ class LossRecord:
 
     @property
     def blocks(self) -> list[range]:
-        """The groups in the blocks they are taken in; a loss without groups is one."""
+        """The blocks of groups that are evaluated together; a loss without groups is one block of one."""
         if self.groups is None or self.block is None:
             return [range(len(self.groups or [None]))]
-        return [range(at, min(at + self.block, len(self.groups))) for at in range(0, len(self.groups), self.block)]
+        return [
+            range(start, min(start + self.block, len(self.groups))) for start in range(0, len(self.groups), self.block)
+        ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything about a run but its numbers.
 
-    `span` and `window` count segments per span and spans per window of the totals. `settings` are the ones that decide
-    results; `provenance` is recorded and never compared. `id` is made with the run and tells it from every other one.
+    Attributes:
+        root: the directory of the checkpoints.
+        tensors: of the model.
+        checkpoints: of the trajectory, in ascending order of steps.
+        span: segments in a span.
+        window: spans in a window of the totals.
+        settings: those that decide results.
+        losses: by name.
+        provenance: recorded and never compared.
+        id: tells the run from every other one.
     """
 
     root: str
@@ -81,12 +101,12 @@ class Manifest:
 
     @property
     def keep(self) -> str:
-        """What the run keeps: "parameters", "units" or "tensors"."""
+        """The level of `--keep`: "parameters", "units" or "tensors"."""
         return str(self.settings["keep"])
 
     @property
     def norm_stats(self) -> str | None:
-        """Whose statistics normalisation layers have: "running", "batch" or "recalibrated"; None where the choice changes nothing."""
+        """The statistics normalisation layers use: "running", "batch" or "recalibrated"; None where the choice changes nothing."""
         mode = str(self.settings.get("norm_stats", "running"))
         return mode if mode == "batch" or any(is_statistic(tensor.spec.name) for tensor in self.tensors) else None
 
@@ -97,22 +117,22 @@ class Manifest:
 
     @property
     def segments(self) -> int:
-        """How many segments the trajectory has."""
+        """The number of segments of the trajectory."""
         return len(self.checkpoints) - 1
 
     @property
     def spans(self) -> int:
-        """How many spans they are cut into; the last may be shorter."""
+        """The number of spans the segments are cut into; the last may be shorter."""
         return -(-self.segments // self.span)
 
     @property
     def windows(self) -> int:
-        """How many windows of spans the totals have."""
+        """The number of windows of spans the totals have."""
         return -(-self.spans // self.window)
 
     @property
     def allocated(self) -> list[StoredTensor]:
-        """The tensors with an allocation that is kept."""
+        """The tensors whose allocation is stored."""
         patterns = self.settings["tensors"]
         return [
             tensor
@@ -123,37 +143,37 @@ class Manifest:
 
     @property
     def parameters(self) -> int:
-        """How many parameters there are; buffers are not counted."""
+        """The number of single parameters; buffers are not counted."""
         return sum(tensor.spec.elements for tensor in self.tensors if tensor.spec.kind == "parameter")
 
     def rows(self, span: int) -> slice:
-        """The segments of a span."""
+        """Return the segments of a span."""
         return slice(span * self.span, span * self.span + self.length(span))
 
     def length(self, span: int) -> int:
-        """How many segments a span has."""
+        """Return the number of segments of a span."""
         return min(self.span, self.segments - span * self.span)
 
     def length_of(self, window: int) -> int:
-        """How many segments a window has."""
+        """Return the number of segments of a window."""
         rows = self.rows_of(window)
         return int(rows.stop - rows.start)
 
     def ends(self, rows: slice) -> tuple[int, int]:
-        """The training steps of the checkpoints at both ends of some segments."""
+        """Return the training steps of the checkpoints at both ends of some segments."""
         return self.checkpoints[rows.start].step, self.checkpoints[rows.stop].step
 
     def spans_of(self, window: int) -> range:
-        """The spans of a window."""
+        """Return the spans of a window."""
         return range(window * self.window, min((window + 1) * self.window, self.spans))
 
     def rows_of(self, window: int) -> slice:
-        """The segments of a window."""
+        """Return the segments of a window."""
         spans = self.spans_of(window)
         return slice(self.rows(spans.start).start, self.rows(spans.stop - 1).stop)
 
     def is_full(self, window: int) -> bool:
-        """Whether no checkpoint that may still come can add to a window."""
+        """Tell whether a window has all its spans, so that checkpoints which are still to come cannot add to it."""
         return (window + 1) * self.window * self.span <= self.segments
 
     def covered_by(self, record: LossRecord) -> Manifest:
@@ -171,22 +191,22 @@ class Manifest:
         return [name] if name in self.losses else [loss for loss in self.losses if loss.startswith(f"{name}/")]
 
     def with_losses(self, losses: dict[str, LossRecord]) -> Manifest:
-        """The same run with more losses."""
+        """Return the same run with more losses."""
         return replace(self, losses={**self.losses, **losses})
 
-    def with_provenance(self, provenance: dict[str, Any]) -> Manifest:
-        """The same run with some of its provenance brought up to date."""
+    def with_provenance(self, provenance: Mapping[str, object]) -> Manifest:
+        """Return the same run with some of its provenance brought up to date."""
         return replace(self, provenance={**self.provenance, **provenance})
 
     def without(self, loss: str) -> Manifest:
-        """The same run with one loss fewer."""
+        """Return the same run with one loss fewer."""
         return replace(self, losses={name: record for name, record in self.losses.items() if name != loss})
 
     def with_checkpoints(self, checkpoints: list[Checkpoint], identities: Mapping[str, Identity]) -> Manifest:
         """Return the same run on other checkpoints.
 
-        Losses with a new identity cover all of them. The others cover what they covered, and are known at their last checkpoint as
-        long as it is the same.
+        Losses with a new identity cover all of them. The others cover the segments they covered, and their value at the last of
+        these checkpoints stays recorded as long as it is the same checkpoint.
         """
         losses = {}
         for name, record in self.losses.items():

@@ -1,12 +1,12 @@
 """The files of a loss that are no results: Zarr's metadata and the coordinates. All follow from `run.json`, byte by byte.
 
-They are written for readers without this package; what this package reads is compared with them and never trusted.
+They are written for readers without this package. This package compares the files on disk with them and never trusts those.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import google_crc32c
@@ -17,18 +17,18 @@ from .layout import ArrayPlan, plan_arrays
 from .manifest import Manifest
 
 FILE = "zarr.json"
-_CHECKSUM = {"name": "crc32c"}
+_CHECKSUM: dict[str, object] = {"name": "crc32c"}
 
 
-def group_file(attributes: dict[str, Any] | None = None) -> bytes:
-    """The `zarr.json` of a group."""
+def group_file(attributes: dict[str, object] | None = None) -> bytes:
+    """Return the `zarr.json` of a group."""
     return _json({"attributes": attributes or {}, "zarr_format": 3, "node_type": "group"})
 
 
 def metadata_files(
     manifest: Manifest, loss: str, parts: Iterable[str] | None = None, keep: str | None = None
 ) -> Iterator[tuple[str, bytes]]:
-    """Path below the loss's group, and content, of all of its metadata and coordinates.
+    """Yield the path below the loss's group, and the content, of each file of its metadata and coordinates.
 
     Args:
         manifest: of the run.
@@ -50,20 +50,20 @@ def metadata_files(
             yield f"{plan.path}/{FILE}", _planned(plan)
 
 
-def fits(path: str, found: bytes, expected: bytes, growing: bool) -> bool:
-    """Whether a file is what it should be; or, in a run that may just be growing, has more segments and is else the same."""
-    if found == expected or not growing:
-        return found == expected
+def fits(path: str, data: bytes, expected: bytes, growing: bool) -> bool:
+    """Tell whether a file has the expected bytes; in a run that may just be growing, it may have more segments and else be the same."""
+    if data == expected or not growing:
+        return data == expected
     if not path.endswith(FILE):
-        return path.split("/")[1] in ("step", "step_end") and found.startswith(expected[:-4]) and _is_checked(found)
+        return path.split("/")[1] in ("step", "step_end") and data.startswith(expected[:-4]) and _is_checked(data)
     try:
-        ours, theirs = json.loads(expected), json.loads(found)
-        if theirs["shape"][0] <= ours["shape"][0]:
+        document, stored = json.loads(expected), json.loads(data)
+        if stored["shape"][0] <= document["shape"][0]:
             return False
-        ours["shape"][0] = theirs["shape"][0]
+        document["shape"][0] = stored["shape"][0]
         if path.split("/")[1] in ("step", "step_end"):
-            ours["chunk_grid"] = _grid(theirs["shape"])
-        return bool(ours == theirs)
+            document["chunk_grid"] = _grid(stored["shape"])
+        return bool(document == stored)
     except (ValueError, LookupError, TypeError, RecursionError):
         return False
 
@@ -72,11 +72,11 @@ def _is_checked(data: bytes) -> bool:
     return len(data) % 8 == 4 and int(google_crc32c.value(data[:-4])).to_bytes(4, "little") == data[-4:]
 
 
-def _json(document: dict[str, Any]) -> bytes:
+def _json(document: dict[str, object]) -> bytes:
     return json.dumps(document, indent=2, allow_nan=False).encode()
 
 
-def _attributes(manifest: Manifest, part: str) -> dict[str, Any]:
+def _attributes(manifest: Manifest, part: str) -> dict[str, object]:
     if part == "tensors":
         specs = [tensor.spec for tensor in manifest.allocated]
         return {"tensor": [spec.name for spec in specs], "kind": [spec.kind for spec in specs]}
@@ -84,22 +84,22 @@ def _attributes(manifest: Manifest, part: str) -> dict[str, Any]:
 
 
 def _coordinates(manifest: Manifest, groups: list[int] | list[str] | None, part: str) -> dict[str, list[Any]]:
-    """Labels along the axes: the training steps segments start from and end at, the groups, the edges of the bins."""
+    """Return the labels along the axes: the training steps segments start from and end at, the groups, the edges of the bins."""
     if part == "totals":
         return {}
-    found: dict[str, list[Any]] = {"step": manifest.steps}
+    coordinates: dict[str, list[Any]] = {"step": manifest.steps}
     if part == "steps":
-        found["step_end"] = [checkpoint.step for checkpoint in manifest.checkpoints[1:]]
+        coordinates["step_end"] = [checkpoint.step for checkpoint in manifest.checkpoints[1:]]
     if groups is not None:
-        found["group"] = groups
+        coordinates["group"] = groups
     if part == "histogram":
-        found["edge"] = histogram_edges().tolist()
-    return found
+        coordinates["edge"] = histogram_edges().tolist()
+    return coordinates
 
 
 def _coordinate(path: str, dimension: str, values: list[Any]) -> Iterator[tuple[str, bytes]]:
-    """An array along one axis in one chunk: its metadata and its bytes, which end in their CRC-32C."""
-    codecs: list[dict[str, Any]]
+    """Yield an array along one axis in one chunk: its metadata and its bytes, which end in their CRC-32C."""
+    codecs: list[dict[str, object]]
     if isinstance(values[0], str):
         encoded = [value.encode() for value in values]
         data = len(values).to_bytes(4, "little")
@@ -117,17 +117,17 @@ def _coordinate(path: str, dimension: str, values: list[Any]) -> Iterator[tuple[
 def _planned(plan: ArrayPlan) -> bytes:
     size = np.dtype(plan.dtype).itemsize
     blosc = {"typesize": size, "cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
-    codecs = [_little(size), {"name": "blosc", "configuration": blosc}, _CHECKSUM]
+    codecs: list[dict[str, object]] = [_little(size), {"name": "blosc", "configuration": blosc}, _CHECKSUM]
     fill = "NaN" if plan.fill != plan.fill else plan.fill
     shape, chunks = list(plan.shape), list(plan.chunks)
     return _json(_array(shape, plan.dtype, chunks, fill, codecs, plan.attributes, list(plan.dims)))
 
 
-def _little(size: int) -> dict[str, Any]:
+def _little(size: int) -> dict[str, object]:
     return {"name": "bytes", "configuration": {"endian": "little"}} if size > 1 else {"name": "bytes"}
 
 
-def _grid(chunks: list[int]) -> dict[str, Any]:
+def _grid(chunks: list[int]) -> dict[str, object]:
     return {"name": "regular", "configuration": {"chunk_shape": chunks}}
 
 
@@ -136,10 +136,10 @@ def _array(
     dtype: str,
     chunks: list[int],
     fill: float | str,
-    codecs: list[dict[str, Any]],
-    attributes: dict[str, Any],
+    codecs: list[dict[str, object]],
+    attributes: Mapping[str, object],
     dims: list[str],
-) -> dict[str, Any]:
+) -> dict[str, object]:
     return {
         "shape": shape,
         "data_type": dtype,

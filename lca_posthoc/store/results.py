@@ -14,7 +14,7 @@ from ..errors import LCAError
 from ..records import TOTALS
 from ..text import count
 from .chunks import CheckedStore
-from .commits import Commits
+from .commits import Commits, Marker
 from .html import results_html, run_html
 from .layout import plan_arrays
 from .lock import is_held
@@ -27,7 +27,7 @@ _SHOWN = 20  # losses in a repr
 
 
 class LossResults:
-    """What a run holds for one loss, as lazy xarray datasets over the committed segments.
+    """The results of one loss of a run, as lazy xarray datasets over the committed segments.
 
     `manifest` is that of the run up to the last checkpoint the loss covers; `behind` counts the segments that were added since for other
     losses alone. Reading raises `LCAError` where a byte is missing or is not the one that was committed.
@@ -46,7 +46,7 @@ class LossResults:
         return results_html(self)
 
     def _state(self) -> str:
-        """Say in a few words how much is there, from the markers alone; a repr never raises."""
+        """Say in a few words how much is committed, from the markers alone; a repr never raises."""
         try:
             if self._commits.is_complete():
                 return "complete"
@@ -57,7 +57,7 @@ class LossResults:
 
     @property
     def record(self) -> LossRecord:
-        """What identifies the loss: its split, examples, groups, batch size and more."""
+        """The record of the loss: its split, examples, groups, batch size and more."""
         return self.manifest.losses[self.name]
 
     @property
@@ -78,12 +78,12 @@ class LossResults:
 
     @property
     def precision(self) -> str:
-        """What the gradients were computed in."""
+        """The precision the gradients were computed in."""
         return str(self.manifest.settings["precision"])
 
     @property
     def norm_stats(self) -> str | None:
-        """Whose statistics normalisation layers have: "running", "batch" or "recalibrated"; None where there are no such layers."""
+        """The statistics normalisation layers use: "running", "batch" or "recalibrated"; None where there are no such layers."""
         return self.manifest.norm_stats
 
     @cached_property
@@ -93,15 +93,15 @@ class LossResults:
 
     @property
     def complete(self) -> bool:
-        """Whether every segment the loss covers is there."""
+        """True where every segment the loss covers is committed."""
         return self._commits.is_complete()
 
     def progress(self) -> dict[str, Any]:
-        """Return how far this loss is, from the commit markers: spans, segments, steps, seconds of workers.
+        """Return the progress of this loss, from the commit markers: spans, segments, steps, seconds of workers.
 
-        `first_step` and `last_step` are those of the whole loss, `steps_done` the first and the last step of every stretch that is there.
+        `first_step` and `last_step` are those of the whole loss, `steps_done` the first and the last step of every committed stretch.
 
-        `segments_underway` is what workers report of the spans they compute now; it need not be whole.
+        `segments_underway` is the progress workers report of the spans they compute now; it need not be a whole number.
 
         `behind` counts segments of the run that the loss does not cover, because checkpoints were added for other losses; `missing` are the
         spans that are not committed.
@@ -126,7 +126,7 @@ class LossResults:
         }
 
     def _stretches(self) -> list[list[int]]:
-        """Return the first and the last step of every stretch of segments that is there."""
+        """Return the first and the last step of every stretch of committed segments."""
         stretches = list[list[int]]()
         for row in self._rows:
             start, end = (checkpoint.step for checkpoint in self.manifest.checkpoints[row : row + 2])
@@ -145,7 +145,9 @@ class LossResults:
         store = CheckedStore(self.path, self.manifest, self.name, (part,))
         data: xr.Dataset = xr.open_zarr(store, group=part, consolidated=False, chunks=None)
         if part in ("steps", "tensors", "histogram"):  # the others hold names of tensors, of which one may be called so
-            data = data.assign_coords(step_end=("step", [each.step for each in self.manifest.checkpoints[1:]]))
+            data = data.assign_coords(
+                step_end=("step", [checkpoint.step for checkpoint in self.manifest.checkpoints[1:]])
+            )
         if self.record.groups is not None:
             data = data.assign_coords(group=("group", np.array(self.record.groups)))
             if part in ("steps", "tensors", "histogram"):
@@ -158,7 +160,7 @@ class LossResults:
 
     @property
     def allocation(self) -> xr.Dataset:
-        """One variable per tensor under its PyTorch name, dims `(step[, group], "NAME:0", …)`, float32, in units of loss."""
+        """The allocation: a variable per tensor under its PyTorch name, dims `(step[, group], "NAME:0", …)`, float32, in units of loss."""
         return self._named("allocation")
 
     @property
@@ -168,9 +170,10 @@ class LossResults:
 
     @property
     def steps(self) -> xr.Dataset:
-        """Of each segment `loss_start`, `loss_end`, `residual`, `evaluations`, `level`, `converged`, `error_bound`, `precision_error`.
+        """The segments: `loss_start`, `loss_end`, `residual`, `evaluations`, `level`, `converged`, `error_bound` and
+        `precision_error`.
 
-        `weight` is Σ of the elements' weights (of each group); `remainder` what the tensors that are not kept did.
+        `weight` is Σ of the elements' weights (of each group); `remainder` is the allocation of the tensors that are not stored.
         """
         data = self._open("steps").load()
         data["converged"] = data["converged"] == 1
@@ -178,9 +181,9 @@ class LossResults:
 
     @property
     def tensors(self) -> xr.Dataset:
-        """Of each segment, group and tensor `allocated`, counts `helping` and `hurting`, `motion` Σ|Δθ|, `gradient` Σ|mean gradient|.
+        """The segments by group and tensor: `allocated`, counts `helping` and `hurting`, `motion` Σ|Δθ|, `gradient` Σ|mean gradient|.
 
-        `replicates` is what each random part of a random subset allocates, for `standard_error`.
+        `replicates` is the allocation of each random part of a random subset, for `standard_error`.
         """
         specs = [tensor.spec for tensor in self.manifest.allocated]
         return (
@@ -195,12 +198,12 @@ class LossResults:
 
     @property
     def histogram(self) -> xr.Dataset:
-        """Of each segment counts of single parameters' allocations between fixed edges (`edge`), exact zeros apart."""
+        """The histogram of each segment: counts of single parameters' allocations between fixed edges (`edge`), exact zeros apart."""
         return self._open("histogram")
 
     @property
     def totals(self) -> xr.Dataset:
-        """Per parameter over all segments, lazy, dims `(total, "NAME:0", …)`: allocated, counts of helping and hurting, turns.
+        """The totals per parameter over all segments, lazy, dims `(total, "NAME:0", …)`: allocated, counts of helping and hurting, turns.
 
         Those of a loss with groups are of its weighted mean over the groups: the loss of the whole split.
 
@@ -212,15 +215,15 @@ class LossResults:
                 f"loss {self.name!r} in {self.path} is not complete, so it has no totals yet. Run `lca run` again to finish it."
             )
         store = CheckedStore(self.path, self.manifest, self.name, ("totals",))
-        found = {}
+        variables = {}
         for tensor in self.manifest.allocated:
             inner = tuple(f"{tensor.spec.name}:{axis}" for axis in range(len(tensor.spec.shape)))
-            found[tensor.spec.name] = joined_totals(store, f"totals/{tensor.key}", inner)
-        return xr.Dataset(found, coords={"total": list(TOTALS)})
+            variables[tensor.spec.name] = joined_totals(store, f"totals/{tensor.key}", inner)
+        return xr.Dataset(variables, coords={"total": list(TOTALS)})
 
     @property
-    def markers(self) -> list[dict[str, Any]]:
-        """What was recorded when each span was committed: evaluations, forward passes, seconds, worker.
+    def markers(self) -> list[Marker]:
+        """The commit markers of the spans: evaluations, forward passes, seconds, worker.
 
         Raises:
             LCAError: where a marker is damaged.

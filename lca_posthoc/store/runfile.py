@@ -10,13 +10,16 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ..errors import InputError, LCAError, amount
 from ..records import KEEP
 from ..trajectory import RESERVED, Checkpoint, TensorSpec
 from .files import read_json, sealed_json, write_whole
 from .manifest import LossRecord, Manifest, StoredTensor
+
+_Rest = ParamSpec("_Rest")
+_Read = TypeVar("_Read")
 
 FORMAT = 2
 FILE = "run.json"
@@ -46,8 +49,8 @@ def manifest_bytes(manifest: Manifest) -> bytes:
         "root": manifest.root,
         "tensors": [{**asdict(tensor.spec), "source": tensor.source, "key": tensor.key} for tensor in manifest.tensors],
         "checkpoints": [
-            [each.step, [str(file) for file in each.files], each.size, each.fingerprint]
-            for each in manifest.checkpoints
+            [checkpoint.step, [str(file) for file in checkpoint.files], checkpoint.size, checkpoint.fingerprint]
+            for checkpoint in manifest.checkpoints
         ],
         "span": manifest.span,
         "window": manifest.window,
@@ -58,13 +61,13 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     return sealed_json(document)
 
 
-def _written(record: LossRecord) -> dict[str, Any]:
-    """Return a loss as it is recorded; how many segments it covers stands there only where it is not over all of them."""
+def _written(record: LossRecord) -> dict[str, object]:
+    """Return a loss as `run.json` records it: with the number of segments it covers only where these are not all."""
     return {name: value for name, value in asdict(record).items() if name != "covers" or value is not None}
 
 
 def read_manifest(run: Path) -> Manifest:
-    """Read `run.json`; what was read is kept until the file changes.
+    """Read `run.json`; the result stays in memory until the file changes.
 
     Raises:
         InputError: where `run` is not a run directory.
@@ -77,43 +80,43 @@ def read_manifest(run: Path) -> Manifest:
 
 
 def load(run: Path) -> Manifest:
-    """`read_manifest`, for who tells damage from other failures.
+    """Read `run.json` as `read_manifest` does, for callers that tell damage from other failures.
 
     Raises:
         InputError, LCAError: as `read_manifest`, but for damage.
-        ValueError: what is wrong with the file, in a few words.
+        ValueError: says in a few words what is wrong with the file.
     """
     try:
-        found = (run / FILE).stat()
+        status = (run / FILE).stat()
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{run} is not a run directory: it has no {FILE}. Give the directory `lca run` wrote (CKPTS.lca)."
         ) from None
-    key = (os.path.abspath(run), found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
-    kept = _cache.get(key)
-    if kept is not None:
-        return kept
+    key = (os.path.abspath(run), status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+    cached = _cache.get(key)
+    if cached is not None:
+        return cached
     document = read_json(run / FILE)
-    if isinstance(document.get("format"), int) and document["format"] != FORMAT:
-        raise LCAError(_other_format(run, document))
+    number = document.get("format")
+    if isinstance(number, int) and number != FORMAT:
+        raise LCAError(_other_format(run, number, document.get("provenance")))
     manifest = parse(document)
-    if time.time() - found.st_mtime > _SETTLED:
+    if time.time() - status.st_mtime > _SETTLED:
         _cache[key] = manifest
         while len(_cache) > _CACHED:
             _cache.popitem(last=False)
     return manifest
 
 
-def _other_format(run: Path, document: dict[str, Any]) -> str:
-    provenance = document.get("provenance")
+def _other_format(run: Path, number: int, provenance: object) -> str:
     wrote = str(provenance.get("lca_posthoc", "unknown") if isinstance(provenance, dict) else "unknown")[:40]
-    if document["format"] > FORMAT:
+    if number > FORMAT:
         return (
-            f"{run} has format {document['format']} of a newer release (lca_posthoc {wrote}); this one reads format {FORMAT}. "
+            f"{run} has format {number} of a newer release (lca_posthoc {wrote}); this one reads format {FORMAT}. "
             "Install that release or a later one."
         )
     return (
-        f"{run} has format {document['format']} of an older release (lca_posthoc {wrote}); this one reads format {FORMAT}. "
+        f"{run} has format {number} of an older release (lca_posthoc {wrote}); this one reads format {FORMAT}. "
         "Read it with that release, or run again into another directory with --out."
     )
 
@@ -121,8 +124,8 @@ def _other_format(run: Path, document: dict[str, Any]) -> str:
 # --- every field, before anything is made from it ----------------------------------------------------------------------
 
 
-def parse(document: dict[str, Any]) -> Manifest:
-    """The manifest a document says.
+def parse(document: dict[str, object]) -> Manifest:
+    """Return the manifest of a document, with every field checked.
 
     Raises:
         ValueError: names the field that is missing, unknown, or not what it may be.
@@ -131,15 +134,15 @@ def parse(document: dict[str, Any]) -> Manifest:
     _check(re.fullmatch("[0-9a-f]{32}", _text(document["id"], "id")), "id", "32 hexadecimal digits", document["id"])
     tensors = _tensors(document["tensors"])
     manifest = Manifest(
-        _text(document["root"], "root"),
-        tensors,
-        _checkpoints(document["checkpoints"]),
-        _power(document["span"], "span"),
-        _power(document["window"], "window"),
-        _settings(document["settings"]),
-        _losses(document["losses"]),
-        _provenance(document["provenance"]),
-        document["id"],
+        root=_text(document["root"], "root"),
+        tensors=tensors,
+        checkpoints=_checkpoints(document["checkpoints"]),
+        span=_power(document["span"], "span"),
+        window=_power(document["window"], "window"),
+        settings=_settings(document["settings"]),
+        losses=_losses(document["losses"]),
+        provenance=_provenance(document["provenance"]),
+        id=_text(document["id"], "id"),
     )
     for record in manifest.losses.values():
         covers = record.covers
@@ -151,57 +154,69 @@ def parse(document: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def _check(holds: object, field: str, wanted: str, found: object) -> None:
+def _check(holds: object, field: str, expected: str, value: object) -> None:
     if not holds:
-        shown = repr(found)
-        raise ValueError(f"field {field!r} must be {wanted}, found {shown if len(shown) <= 60 else shown[:60] + '…'}")
+        raise _wrong(field, expected, value)
 
 
-def _exactly(table: Any, names: tuple[str, ...], where: str) -> None:
-    _check(isinstance(table, dict), where or FILE, "a table", table)
+def _wrong(field: str, expected: str, value: object) -> ValueError:
+    shown = repr(value)
+    return ValueError(f"field {field!r} must be {expected}, found {shown if len(shown) <= 60 else shown[:60] + '…'}")
+
+
+def _exactly(table: object, names: tuple[str, ...], where: str) -> dict[str, Any]:
+    if not isinstance(table, dict):
+        raise _wrong(where or FILE, "a table", table)
     for name in names:
         if name not in table:
             raise ValueError(f"field {where + name!r} is missing")
     for name in table:
         if name not in names:
             raise ValueError(f"field {(where + name)[:60]!r} is unknown")
+    return table
 
 
-def _text(value: Any, field: str) -> str:
+def _text(value: object, field: str) -> str:
     _check(isinstance(value, str), field, "text", value)
     return str(value)
 
 
-def _whole(value: Any, field: str, least: int = 0) -> int:
-    _check(type(value) is int and least <= value < _MOST, field, f"a whole number from {least} on", value)
-    return int(value)
+def _whole(value: object, field: str, least: int = 0) -> int:
+    if type(value) is not int or not least <= value < _MOST:
+        raise _wrong(field, f"a whole number from {least} on", value)
+    return value
 
 
-def _power(value: Any, field: str) -> int:
-    _check(_whole(value, field, 1).bit_count() == 1, field, "a power of two", value)
-    return int(value)
+def _power(value: object, field: str) -> int:
+    number = _whole(value, field, 1)
+    _check(number.bit_count() == 1, field, "a power of two", value)
+    return number
 
 
-def _list(value: Any, field: str, most: int = _MOST, least: int = 0) -> list[Any]:
-    _check(isinstance(value, list), field, "a list", value)
+def _list(value: object, field: str, most: int = _MOST, least: int = 0) -> list[Any]:
+    if not isinstance(value, list):
+        raise _wrong(field, "a list", value)
     _check(least <= len(value) <= most, field, f"a list of {least} to {most} entries", f"{len(value)} entries")
     return list(value)
 
 
-def _texts(value: Any, field: str) -> list[str]:
-    return [_text(each, field) for each in _list(value, field)]
+def _texts(value: object, field: str) -> list[str]:
+    return [_text(entry, field) for entry in _list(value, field)]
 
 
-def _number(value: Any, field: str) -> float:
-    _check(type(value) in (int, float), field, "a number", value)
+def _number(value: object, field: str) -> float:
+    if type(value) is not int and type(value) is not float:
+        raise _wrong(field, "a number", value)
     return float(value)
 
 
-def _maybe(read: Callable[..., Any], value: Any, *rest: Any) -> Any:
-    return None if value is None else read(value, *rest)
+def _maybe(
+    read: Callable[Concatenate[object, _Rest], _Read], value: object, *rest: _Rest.args, **named: _Rest.kwargs
+) -> _Read | None:
+    return None if value is None else read(value, *rest, **named)
 
 
-def _one_of(value: Any, field: str, choices: tuple[str, ...]) -> str:
+def _one_of(value: object, field: str, choices: tuple[str, ...]) -> str:
     _check(isinstance(value, str) and value in choices, field, f"one of {', '.join(choices)}", value)
     return str(value)
 
@@ -213,9 +228,9 @@ def _keys(keys: list[str], field: str) -> None:
     _check(not twice, field, "another one for each", "one that is there twice")
 
 
-def _tensors(found: Any) -> list[StoredTensor]:
+def _tensors(value: object) -> list[StoredTensor]:
     tensors = []
-    for entry in _list(found, "tensors", _MOST_TENSORS):
+    for entry in _list(value, "tensors", _MOST_TENSORS):
         _exactly(entry, _TENSOR, "tensors.")
         shape = tuple(_whole(extent, "tensors.shape") for extent in _list(entry["shape"], "tensors.shape", 32))
         elements = math.prod(max(1, extent) for extent in shape)
@@ -234,11 +249,11 @@ def _tensors(found: Any) -> list[StoredTensor]:
     return tensors
 
 
-def _checkpoints(found: Any) -> list[Checkpoint]:
+def _checkpoints(value: object) -> list[Checkpoint]:
     checkpoints: list[Checkpoint] = []
-    for entry in _list(found, "checkpoints", least=2):
+    for entry in _list(value, "checkpoints", least=2):
         _check(isinstance(entry, list) and len(entry) == 4, "checkpoints", "step, files, size, fingerprint", entry)
-        step, size, fingerprint = (_whole(entry[at], "checkpoints") for at in (0, 2, 3))
+        step, size, fingerprint = (_whole(entry[position], "checkpoints") for position in (0, 2, 3))
         _check(not checkpoints or checkpoints[-1].step < step, "checkpoints", "in ascending order of steps", step)
         files = _texts(entry[1], "checkpoints")
         _check(files, "checkpoints", "files", files)
@@ -250,27 +265,29 @@ def _checkpoints(found: Any) -> list[Checkpoint]:
     return checkpoints
 
 
-def _settings(found: Any) -> dict[str, Any]:
-    _check(isinstance(found, dict), "settings", "a table", found)
+def _settings(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _wrong("settings", "a table", value)
     for name, read in (("keep", _text), ("precision", _text), ("tensors", _texts)):
-        _check(name in found, f"settings.{name}", "there", "nothing")
-        read(found[name], f"settings.{name}")
-    _one_of(found["keep"], "settings.keep", KEEP)
-    return dict(found)
+        _check(name in value, f"settings.{name}", "there", "nothing")
+        read(value[name], f"settings.{name}")
+    _one_of(value["keep"], "settings.keep", KEEP)
+    return dict(value)
 
 
-def _losses(found: Any) -> dict[str, LossRecord]:
-    _check(isinstance(found, dict), "losses", "a table", found)
-    _check(len(found) <= _MOST_LOSSES, "losses", f"at most {_MOST_LOSSES}", len(found))
-    losses = {name: _loss(entry) for name, entry in found.items()}
+def _losses(value: object) -> dict[str, LossRecord]:
+    if not isinstance(value, dict):
+        raise _wrong("losses", "a table", value)
+    _check(len(value) <= _MOST_LOSSES, "losses", f"at most {_MOST_LOSSES}", len(value))
+    losses = {name: _loss(entry) for name, entry in value.items()}
     _keys([record.key for record in losses.values()], "losses.key")
     return losses
 
 
-def _loss(entry: Any) -> LossRecord:
-    if isinstance(entry, dict):
-        entry = {"scale": None, "covers": None, **entry}  # runs have neither where there is nothing to say
-    _exactly(entry, tuple(each.name for each in fields(LossRecord)), "losses.")
+def _loss(document: object) -> LossRecord:
+    if isinstance(document, dict):
+        document = {"scale": None, "covers": None, **document}  # runs have neither where there is nothing to say
+    entry = _exactly(document, tuple(setting.name for setting in fields(LossRecord)), "losses.")
     groups, counts = entry["groups"], entry["counts"]
     if groups is not None or counts is not None:
         number = len(_list(groups, "losses.groups", least=1))
@@ -289,28 +306,29 @@ def _loss(entry: Any) -> LossRecord:
             _number(value, "losses.identity")
     _check(type(entry["measured"]) is bool, "losses.measured", "true or false", entry["measured"])
     return LossRecord(
-        _text(entry["key"], "losses.key"),
-        _maybe(_text, entry["on"], "losses.on"),
-        _text(entry["kind"], "losses.kind"),
-        _whole(entry["examples"], "losses.examples"),
-        _whole(entry["total"], "losses.total"),
-        groups,
-        counts,
-        _maybe(_whole, entry["block"], "losses.block", 1),
-        _maybe(_text, entry["along"], "losses.along"),
-        _whole(entry["replicates"], "losses.replicates"),
-        _whole(entry["batch_size"], "losses.batch_size"),
-        _maybe(_number, entry["calibration"], "losses.calibration"),
-        entry["measured"],
-        identity,
-        _maybe(_number, entry["scale"], "losses.scale"),
-        _maybe(_whole, entry["covers"], "losses.covers", 1),
+        key=_text(entry["key"], "losses.key"),
+        on=_maybe(_text, entry["on"], "losses.on"),
+        kind=_text(entry["kind"], "losses.kind"),
+        examples=_whole(entry["examples"], "losses.examples"),
+        total=_whole(entry["total"], "losses.total"),
+        groups=groups,
+        counts=counts,
+        block=_maybe(_whole, entry["block"], "losses.block", 1),
+        along=_maybe(_text, entry["along"], "losses.along"),
+        replicates=_whole(entry["replicates"], "losses.replicates"),
+        batch_size=_whole(entry["batch_size"], "losses.batch_size"),
+        calibration=_maybe(_number, entry["calibration"], "losses.calibration"),
+        measured=entry["measured"],
+        identity=identity,
+        scale=_maybe(_number, entry["scale"], "losses.scale"),
+        covers=_maybe(_whole, entry["covers"], "losses.covers", 1),
     )
 
 
-def _provenance(found: Any) -> dict[str, Any]:
-    _check(isinstance(found, dict), "provenance", "a table", found)
+def _provenance(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _wrong("provenance", "a table", value)
     for name, read in (("task_sha256", _text), ("task_losses", _texts)):
-        _check(name in found, f"provenance.{name}", "there", "nothing")
-        read(found[name], f"provenance.{name}")
-    return dict(found)
+        _check(name in value, f"provenance.{name}", "there", "nothing")
+        read(value[name], f"provenance.{name}")
+    return dict(value)

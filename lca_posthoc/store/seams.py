@@ -1,6 +1,7 @@
-"""Where spans meet: each holds the loss at the checkpoint between them, and it must be one number.
+"""The checkpoints at which spans meet: both spans hold the loss there, and it must be one number.
 
-Data that changed behind the sample a loss is known by, or a machine that errs, would otherwise give sums that do not join.
+The comparison detects data that changed outside the sample a loss is recognised by, and machines that compute wrongly: without
+it, the sums of neighbouring spans would not join.
 """
 
 from __future__ import annotations
@@ -15,27 +16,27 @@ Ends = Mapping[int, list[float]]  # span → the loss at its first and its last 
 
 
 def differ(commits: Commits, one: float, other: float) -> bool:
-    """Whether two values of a loss at one checkpoint are further apart than rounding on another machine may bring them.
+    """Tell whether two values of a loss at one checkpoint are further apart than rounding on another machine may bring them.
 
-    What rounds is as large as the loss, and never much smaller than a hundredth of what the loss was at the first checkpoint.
+    Rounding is taken as relative to the larger value plus a hundredth of the loss at the first checkpoint.
     """
     first = commits.manifest.losses[commits.loss].identity[0]
     scale = max(abs(one), abs(other)) + (abs(first["loss"]) / 100 if first else 0.0)
     return not abs(one - other) <= SAME_LOSS[commits.manifest.settings["precision"]] * scale
 
 
-def disagreement(commits: Commits, span: int, heard: Ends) -> str | None:
-    """How a span and the one before it differ at the checkpoint they share; None where they agree, or one is not committed.
+def disagreement(commits: Commits, span: int, known: Ends) -> str | None:
+    """Say how a span and the one before it differ at the checkpoint they share; None where they agree, or one is not committed.
 
     Args:
         commits: of a loss.
         span: the later one.
-        heard: ends that are known; the others are read from markers.
+        known: ends that are known; the others are read from markers.
 
     Raises:
         LCAError: where a marker is damaged.
     """
-    before, after = (_ends(commits, each, heard) for each in (span - 1, span))
+    before, after = (_ends(commits, index, known) for index in (span - 1, span))
     if before is None or after is None or not differ(commits, before[1], after[0]):
         return None
     step = commits.manifest.steps[commits.manifest.rows(span).start]
@@ -45,7 +46,7 @@ def disagreement(commits: Commits, span: int, heard: Ends) -> str | None:
 
 
 def meeting(commits: Commits, again: Collection[int] = ()) -> tuple[int, float] | None:
-    """A checkpoint between a committed span and one to be computed, by its position, and the loss there; None where there is none.
+    """Return the position of a checkpoint between a committed span and one to be computed, and the loss there; None without one.
 
     Args:
         commits: of a loss.
@@ -58,7 +59,7 @@ def meeting(commits: Commits, again: Collection[int] = ()) -> tuple[int, float] 
                 continue
             try:
                 ends = _ends(commits, beside, {})
-            except LCAError:  # it is damaged, and will be said to be
+            except LCAError:  # its marker is damaged, which is reported elsewhere
                 continue
             if ends is not None:
                 rows = commits.manifest.rows(beside)
@@ -66,9 +67,9 @@ def meeting(commits: Commits, again: Collection[int] = ()) -> tuple[int, float] 
     return None
 
 
-def _ends(commits: Commits, span: int, heard: Ends) -> list[float] | None:
+def _ends(commits: Commits, span: int, known: Ends) -> list[float] | None:
     if not 0 <= span < commits.manifest.spans:
         return None
-    facts = None if span in heard else commits.facts(span)
-    found: list[float] | None = heard.get(span) if facts is None else facts["ends"]
-    return found
+    facts = None if span in known else commits.facts(span)
+    ends: list[float] | None = known.get(span) if facts is None else facts["ends"]
+    return ends

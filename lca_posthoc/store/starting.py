@@ -21,9 +21,18 @@ _STALE = 120.0  # seconds without a heartbeat, of a driver on another host
 _LARGEST = 16384  # bytes of such a file
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Starting:
-    """What a driver is doing before its first span: the stage, since when (seconds since 1970), on which host, as which process."""
+    """The stage a driver is in before its first span.
+
+    Attributes:
+        run: the run it prepares.
+        stage: what it does now, in words.
+        since: when the stage began, in seconds since 1970.
+        began: when the driver began, in seconds since 1970.
+        host: on which it runs.
+        pid: its process.
+    """
 
     run: str
     stage: str
@@ -34,21 +43,28 @@ class Starting:
 
 
 class Announcement:
-    """The file of one driver; what cannot be written is left out, for nothing relies on it."""
+    """The file of one driver; where it cannot be written, it is left out, because nothing relies on it."""
 
     def __init__(self, run: Path) -> None:
         self._file = _place(run) / f"{_beginning(run)}{socket.gethostname()}-{os.getpid()}"
         now = time.time()
-        self._state = Starting(str(run.absolute()), "starting", now, now, socket.gethostname(), os.getpid())
+        self._state = Starting(
+            run=str(run.absolute()),
+            stage="starting",
+            since=now,
+            began=now,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
         self._lock, self._over = threading.Lock(), threading.Event()
 
     def stage(self, text: str) -> None:
-        """Say what is done now."""
+        """Write what the driver does now into the file."""
         self._state = replace(self._state, stage=text, since=time.time())
         self._write()
 
     def end(self) -> None:
-        """Remove the file; what is said later is not written."""
+        """Remove the file; stages that follow are not written."""
         with self._lock, contextlib.suppress(OSError):
             self._over.set()
             self._file.unlink(missing_ok=True)
@@ -74,7 +90,7 @@ class Announcement:
 def announced(run: Path) -> Iterator[Announcement]:
     """Announce that a run is being prepared, until `end` or the end of the context.
 
-    What killed drivers left beside this run is removed first.
+    Files that killed drivers left beside this run are removed first.
     """
     announcement = Announcement(run)
     _remove_stale(run)
@@ -89,7 +105,7 @@ def announced(run: Path) -> Iterator[Announcement]:
 
 
 def starting(run: Path) -> Starting | None:
-    """Return what a driver that prepares this run is doing; None where there is none."""
+    """Return the stage of a driver that prepares this run; None where there is none."""
     for file in _files(run):
         with contextlib.suppress(OSError, ValueError, TypeError):
             if _is_alive(run, file):
@@ -125,7 +141,7 @@ def _files(run: Path) -> list[Path]:
 
 
 def _is_alive(run: Path, file: Path) -> bool:
-    """Say whether the driver that wrote a file runs: on this host by its process, elsewhere by its heartbeat."""
+    """Tell whether the driver that wrote a file runs: on this host by its process, elsewhere by its heartbeat."""
     host, _, pid = file.name.removeprefix(_beginning(run)).removesuffix(".tmp").rpartition("-")
     if host == socket.gethostname() and pid.isdecimal():
         return psutil.pid_exists(int(pid)) and _is_older(int(pid), file)
@@ -133,7 +149,7 @@ def _is_alive(run: Path, file: Path) -> bool:
 
 
 def _is_older(pid: int, file: Path) -> bool:
-    """Say whether a process was there when a file was written; else it got the number of one that ended."""
+    """Tell whether a process is older than a file; a younger one got the number of a process that ended."""
     try:
         return float(psutil.Process(pid).create_time()) <= file.stat().st_mtime + 1.0
     except psutil.Error:

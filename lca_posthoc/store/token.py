@@ -12,18 +12,18 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def token(run: Path) -> Iterator[tuple[Path, str]]:
-    """A file in the run directory, or beside where it will be, and its text; gone afterwards.
+    """Yield a file in the run directory, or beside the place it will have, and its text; the file is removed afterwards.
 
-    What killed drivers of this host left is removed first.
+    Files that killed drivers of this host left are removed first.
     """
     run = run.resolve()  # a worker may be elsewhere in the file system
     place = run / "log" if (run / "log").is_dir() else run.parent
     place.mkdir(parents=True, exist_ok=True)
     begin = f".{run.name}.token-{socket.gethostname()}-"
-    for left in place.glob(f"{begin}*"):
-        pid = left.name.removeprefix(begin)
+    for leftover in place.glob(f"{begin}*"):
+        pid = leftover.name.removeprefix(begin)
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            left.unlink(missing_ok=True)
+            leftover.unlink(missing_ok=True)
     file, text = place / f"{begin}{os.getpid()}", uuid.uuid4().hex
     file.write_text(text)
     try:

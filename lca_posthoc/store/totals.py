@@ -1,4 +1,4 @@
-"""Totals per parameter, joined from the stored windows as they are read: a part of a tensor costs only that part."""
+"""Totals per parameter, joined from the stored windows as they are read: to read a part of a tensor costs only that part."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .chunks import CheckedStore
 class JoinedTotals(BackendArray):
     """The totals of one tensor over all windows, (total, *shape), float64, read when they are indexed.
 
-    At most log₂ of the windows + 2 of them are held at a time, of the part that is asked for.
+    At most log₂ of the windows + 2 of them are in memory at a time, of the part that is read.
     """
 
     def __init__(self, store: CheckedStore, path: str) -> None:
@@ -25,8 +25,11 @@ class JoinedTotals(BackendArray):
         self.shape = (len(TOTALS), *self._stored.shape[2:])
         self.dtype = np.dtype("float64")
 
-    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
-        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.BASIC, self._read)
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray[Any, Any]:
+        joined: np.ndarray[Any, Any] = indexing.explicit_indexing_adapter(
+            key, self.shape, indexing.IndexingSupport.BASIC, self._read
+        )
+        return joined
 
     def _read(self, key: tuple[int | slice, ...]) -> np.ndarray[Any, Any]:
         names = TOTALS[key[0]]
@@ -38,5 +41,5 @@ class JoinedTotals(BackendArray):
 
 
 def joined_totals(store: CheckedStore, path: str, dims: tuple[str, ...]) -> xr.Variable:
-    """The totals of one tensor, lazily; `dims` are those of the tensor itself."""
+    """Return the totals of one tensor as a lazy variable; `dims` are those of the tensor itself."""
     return xr.Variable(("total", *dims), indexing.LazilyIndexedArray(JoinedTotals(store, path)))

@@ -1,6 +1,6 @@
-"""How far the spans are that workers compute now: a small file for each below RUN/log, gone when its span is over.
+"""Reports on the spans that workers compute now: a small file for each below RUN/log, removed when its span is over.
 
-Nothing relies on them: no number is read from one, and one that cannot be written or read is as good as none.
+Nothing relies on them: no result is read from one, and a report that cannot be written or read is passed over.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _BLOCK = 2**20
 
 @dataclass(frozen=True)
 class Underway:
-    """How far one span is: segments done, a segment of two losses counting twice, and the worst |residual| among them.
+    """The progress of one span: segments done, a segment of two losses counting twice, and the worst |residual| among them.
 
-    `of_losses` are those of `losses`, which are computed now; the others were computed before, in the same span.
+    `of_losses` counts the segments of `losses`, which are computed now; the others were computed before, in the same span.
     """
 
     span: int
@@ -42,14 +42,17 @@ class Underway:
     losses: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LastRun:
-    """A call of `run` or `repair`, as the log has it.
+    """A call of `run` or `repair`, as the log records it.
 
-    It `began` with so many segments `pending` (seconds since 1970; a segment of two losses counts twice), on so many `workers`,
-    and has committed `done` of them since. `ended` is the error it ended with, empty where there was none, and None where it
-    still goes on or was killed. `not_finite` holds each span that failed for a checkpoint with NaN or Inf, and the training step of
-    that checkpoint.
+    Attributes:
+        began: when, in seconds since 1970.
+        pending: segments it had to compute; a segment of two losses counts twice.
+        done: segments of these it has committed.
+        workers: how many it had.
+        ended: the error it ended with, empty where there was none; None where it still runs or was killed.
+        not_finite: the spans that failed for a checkpoint with NaN or Inf, and the training step of that checkpoint.
     """
 
     began: float
@@ -60,13 +63,13 @@ class LastRun:
     not_finite: dict[int, int]
 
     def rate(self, underway: float) -> float | None:
-        """Return segments per second since it began, with what is underway; None while there is nothing to tell it from."""
+        """Return segments per second since it began, those underway included; None while no segment is done."""
         seconds, segments = time.time() - self.began, self.done + underway
         return segments / seconds if seconds > 0 and segments > 0 else None
 
 
 class SpanReport:
-    """Says on the disk how far a span is, every few seconds while it is computed; a context that leaves nothing behind."""
+    """A context that writes the progress of a span to its file, every few seconds, and removes the file in the end."""
 
     def __init__(self, run: Path, span: int) -> None:
         self._file = run / LOG / f".span-{span:06d}.json"
@@ -85,7 +88,7 @@ class SpanReport:
                 self._file.unlink(missing_ok=True)
 
     def begin(self, losses: list[str]) -> None:
-        """Begin the pass over some losses; what is reported of them starts from 0 where the pass is made again."""
+        """Begin the pass over some losses; their progress starts from 0 again where the pass is repeated."""
         if losses != self._losses:
             self._before += self._segments
         self._segments, self._losses = 0.0, losses
@@ -118,16 +121,16 @@ class SpanReport:
 
 
 def underway(run: Path) -> list[Underway]:
-    """Return what workers report of the spans they compute now, in order; nothing where no driver works on the run."""
-    found = []
+    """Return the reports of workers on the spans they compute now, in order; none where no driver works on the run."""
+    reports = []
     with contextlib.suppress(OSError, LCAError):
         if is_held(run):
             for entry in sorted(os.scandir(run / LOG), key=lambda entry: entry.name):
                 name = _NAME.fullmatch(entry.name)
                 if name and entry.is_file(follow_symlinks=False):
                     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                        found.append(_read(Path(entry.path), int(name[1])))
-    return found
+                        reports.append(_read(Path(entry.path), int(name[1])))
+    return reports
 
 
 def _read(file: Path, span: int) -> Underway:
@@ -148,7 +151,7 @@ def remove_reports(run: Path) -> None:
 
 
 def last_run(run: Path) -> LastRun | None:
-    """Return what the log says of the last call that had spans to replay; None where there was none."""
+    """Return the last call that had spans to replay, from the log; None where there was none."""
     done, ended, not_finite = 0, None, dict[int, int]()
     for line in _lines_from_the_end(run / LOG / EVENTS):
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
@@ -162,7 +165,14 @@ def last_run(run: Path) -> LastRun | None:
                 not_finite[int(event["span"])] = int(event["not_finite"])
             elif kind == "Planned":
                 began = calendar.timegm(time.strptime(event["time"], "%Y-%m-%dT%H:%M:%SZ"))
-                return LastRun(float(began), int(event["pending"]), done, int(event["workers"]), ended, not_finite)
+                return LastRun(
+                    began=float(began),
+                    pending=int(event["pending"]),
+                    done=done,
+                    workers=int(event["workers"]),
+                    ended=ended,
+                    not_finite=not_finite,
+                )
     return None
 
 

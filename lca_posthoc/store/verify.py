@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from ..errors import LCAError
 from .commits import DATA, PARTIAL, Commits
@@ -24,12 +23,20 @@ from .seams import disagreement
 _BLOCK = 2**22
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Damage:
     """One file that is not what was committed.
 
-    Where it belongs to a span or a window of totals, that is given with its first and last training step; where to a tensor,
-    the tensor's own name. `array` is "allocation", "steps/residual", …, `path` is below the run.
+    Attributes:
+        path: of the file, below the run.
+        what: says what is wrong with it, in words.
+        loss: to which it belongs; None for files of the whole run.
+        array: "allocation", "steps/residual", …
+        tensor: its name, where the file belongs to one.
+        span: to which the file belongs, if to one.
+        window: the window of totals to which it belongs, if to one.
+        first_step: the training step at which the span or window starts.
+        last_step: the training step at which it ends.
     """
 
     path: str
@@ -45,13 +52,13 @@ class Damage:
 
 @dataclass(frozen=True)
 class Leftover:
-    """A file no marker speaks for: of a run that was killed, or somebody else's. Nothing reads it."""
+    """A file that no marker lists: a killed run left it, or somebody else put it there. Nothing reads it."""
 
     path: str
 
 
 class Verification:
-    """Gives what is found while it is found; `files` and `bytes` count what has been checked so far."""
+    """An iterator over damage and leftovers; `files` and `bytes` count what it has checked so far."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -62,7 +69,7 @@ class Verification:
         try:
             manifest = load(self.run)
         except ValueError as error:
-            yield Damage(FILE, str(error))
+            yield Damage(path=FILE, what=str(error))
             return
         self._count(self.run / FILE)
         yield from self._known(manifest, None, {f"{DATA}/{ZARR}": group_file()})
@@ -82,19 +89,20 @@ class Verification:
                 continue
             if not self._is_current(manifest):  # it was changed meanwhile by the run that goes on
                 continue
-            yield Damage(path, what, loss, _array_of(path) if loss is not None else None)
+            array = None if loss is None else _array_of(path)
+            yield Damage(path=path, what=what, loss=loss, array=array)
 
     def _differs(self, path: str, expected: bytes) -> str | None:
         what = self._not_plain(path)
         if what is None:
             try:
-                found = (self.run / path).read_bytes()
+                data = (self.run / path).read_bytes()
             except OSError as error:
                 return f"it cannot be read ({error.strerror})"
-            self._add(len(found))
+            self._add(len(data))
             below = path.split("/", 2)[-1]
             what = (
-                None if fits(below, found, expected, is_unreleased(self.run)) else f"it is not what follows from {FILE}"
+                None if fits(below, data, expected, is_unreleased(self.run)) else f"it is not what follows from {FILE}"
             )
         return what
 
@@ -120,7 +128,7 @@ class Verification:
                 yield from self._row(commits, None, window, of_windows)
 
     def _seams(self, commits: Commits) -> Iterator[Damage]:
-        """Spans that differ at the checkpoint they share, each with the window its totals are in: either may be the wrong one."""
+        """Yield both spans where two differ at the checkpoint they share, with the windows of their totals: either may be wrong."""
         manifest = commits.manifest
         for later in range(1, manifest.spans):
             try:
@@ -131,12 +139,19 @@ class Verification:
                 place = commits.marker(span).relative_to(self.run).as_posix()
                 folded = manifest.window > 1 and commits.is_folded(span // manifest.window)
                 window = span // manifest.window if folded else None
+                first, last = manifest.ends(manifest.rows(span))
                 yield Damage(
-                    place, str(what), commits.loss, None, None, span, window, *manifest.ends(manifest.rows(span))
+                    path=place,
+                    what=str(what),
+                    loss=commits.loss,
+                    span=span,
+                    window=window,
+                    first_step=first,
+                    last_step=last,
                 )
 
     def _row(self, commits: Commits, span: int | None, window: int | None, plans: list[ArrayPlan]) -> Iterator[Damage]:
-        """A span, or a window of totals: its marker, then each of its files."""
+        """Check a span, or a window of totals: its marker, then each of its files."""
         manifest = commits.manifest
         if span is not None:
             row, rows, path = span, manifest.rows(span), commits.marker(span)
@@ -146,7 +161,17 @@ class Verification:
         first, last = manifest.ends(rows)
 
         def damage(file: str, what: str, array: str | None = None, tensor: str | None = None) -> Damage:
-            return Damage(file, what, commits.loss, array, tensor, span, window, first, last)
+            return Damage(
+                path=file,
+                what=what,
+                loss=commits.loss,
+                array=array,
+                tensor=tensor,
+                span=span,
+                window=window,
+                first_step=first,
+                last_step=last,
+            )
 
         place = path.relative_to(self.run).as_posix()
         try:
@@ -168,8 +193,7 @@ class Verification:
         for file, plan in planned.items():
             what = self._unlike(file, marker["files"][file])
             if what is not None and path.exists():
-                array = plan.path if "name" not in plan.attributes else plan.part
-                yield damage(file, what, array, plan.attributes.get("name"))
+                yield damage(file, what, plan.path if plan.tensor is None else plan.part, plan.tensor)
         if span is not None and commits.keeps_partials(span // manifest.window):
             file = commits.partial(span).relative_to(self.run).as_posix()
             what = self._unlike(file, marker["partial"])
@@ -177,7 +201,7 @@ class Verification:
                 yield damage(file, what, "totals")
 
     def _unlike(self, path: str, sealed: list[int] | None) -> str | None:
-        """What is wrong with a file that should have a size and a CRC-32; None where nothing is."""
+        """Say how a file differs from the size and CRC-32 it should have; None where it does not."""
         what = self._not_plain(path)
         if what is not None:
             return what
@@ -197,7 +221,7 @@ class Verification:
         return None if crc == sealed[1] else "its checksum is not the committed one"
 
     def _not_plain(self, path: str) -> str | None:
-        """What is wrong where it is no file, or stands behind a link; None where nothing is."""
+        """Say why a path is no plain file: it is missing, unreadable or behind a link; None where it is one."""
         try:
             for parent in PurePosixPath(path).parents:
                 if stat.S_ISLNK((self.run / parent).lstat().st_mode) and parent != PurePosixPath("."):
@@ -214,7 +238,7 @@ class Verification:
     # --- leftovers ---------------------------------------------------------------------------------------------------
 
     def _leftovers(self, manifest: Manifest) -> Iterator[Leftover]:
-        """Files below `data.zarr` that no array has, and chunks and waiting totals no marker speaks for."""
+        """Yield files below `data.zarr` that no array has, and chunks and waiting totals that no marker lists."""
         losses = {record.key: _Known(Commits(self.run, manifest, name)) for name, record in manifest.losses.items()}
         for top in (DATA, PARTIAL):
             for place, directories, files in os.walk(self.run / top):
@@ -237,7 +261,7 @@ class Verification:
 
 
 class _Known:
-    """Which files one loss has, without a list of them all."""
+    """The files of one loss, told from others without a list of them all."""
 
     def __init__(self, commits: Commits) -> None:
         manifest = self._manifest = commits.manifest
@@ -272,8 +296,8 @@ class _Known:
 
 
 def _array_of(path: str) -> str:
-    """The array or group a file of metadata belongs to, below its loss."""
-    parts: list[Any] = path.split("/")[2:]
+    """Return the array or group a file of metadata belongs to, below its loss."""
+    parts = path.split("/")[2:]
     while parts and parts[-1] in (ZARR, "c", "0"):
         parts.pop()
     return "/".join(parts)
@@ -286,8 +310,8 @@ def verify(run: str | Path) -> Verification:
         run: the run directory.
 
     Returns:
-        To be iterated over: each `Damage` and `Leftover` as it is found, run.json first, then loss by loss. Where run.json
-        itself is damaged, that is all that is found.
+        An iterable of every `Damage` and `Leftover`, run.json first, then loss by loss. Where run.json itself is damaged, this is
+        the only one.
 
     Raises:
         LCAError: when iterated over, where `run` is not a run directory, or one of another format.

@@ -29,7 +29,7 @@ from ..errors import InputError, LCAError, ResourceError, SpanError
 from ..records import BINS, FIELDS, Totals, join_all
 from ..trajectory import Checkpoint
 from .chunks import RowStore
-from .commits import COMMITS, DATA, PARTIAL, Commits
+from .commits import COMMITS, DATA, PARTIAL, Commits, Marker
 from .files import refuse_links, seal_all, sync_directory, write_json, write_whole
 from .layout import ArrayPlan, plan_arrays
 from .lock import hold
@@ -73,15 +73,15 @@ def required_bytes(manifest: Manifest, keep: str, losses: Mapping[str, LossRecor
 
 
 def _blocks(size: int) -> int:
-    """Return what a file of `size` bytes takes on a file system, in bytes."""
+    """Return the bytes a file of `size` bytes takes on a file system."""
     return -(-size // _BLOCK) * _BLOCK
 
 
 def compressed_share(allocation: np.ndarray[Any, Any], segments: int) -> dict[str, float]:
     """Return the share of its bytes that compression leaves of each part of a loss, from a sample of allocations.
 
-    Counts and signs of totals are not known before a run. They cost next to nothing where parameters go on as they began, and as much
-    as coins where they do not; the geometric mean of both is taken.
+    Counts and signs of totals are not known before a run. They cost next to nothing where parameters keep helping or hurting, and as
+    much as tosses of a coin where they do not; the geometric mean of both is taken.
 
     Args:
         allocation: float32, flat.
@@ -149,11 +149,11 @@ def _waiting(manifest: Manifest, plans: Iterable[ArrayPlan]) -> int:
 
 
 def create(path: Path, manifest: Manifest, durable: bool = True) -> RunWriter:
-    """Create a run directory: built beside its place and renamed, so that a killed creation leaves nothing in the way.
+    """Create a run directory; it is built beside its place and renamed, so that a killed creation leaves nothing in the way.
 
     Args:
         path: of the run.
-        manifest: what it is made of.
+        manifest: of the run.
         durable: whether what is written is flushed to disk before anything relies on it.
 
     Raises:
@@ -204,7 +204,7 @@ def _created_meanwhile(path: Path) -> str:
 
 
 def remove_loss(path: str | Path, loss: str) -> None:
-    """Drop a loss and everything stored for it; what is stored for the others is not touched.
+    """Remove a loss and everything stored for it; nothing of the other losses changes.
 
     Raises:
         InputError: where `path` is no run or holds no such loss.
@@ -219,18 +219,18 @@ def remove_loss(path: str | Path, loss: str) -> None:
 
 
 def _sweep_creations(path: Path) -> None:
-    """Remove what killed creations on this host left."""
+    """Remove the directories that killed creations on this host left."""
     prefix = f"{path.name}.partial-{socket.gethostname()}-"
-    for left in path.parent.glob(f"{path.name}.partial-*"):
-        pid = left.name.removeprefix(prefix)
+    for leftover in path.parent.glob(f"{path.name}.partial-*"):
+        pid = leftover.name.removeprefix(prefix)
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 class RunWriter:
-    """Writes into one run directory; any number of workers may, each its own spans.
+    """A writer into one run directory; any number of workers may write at once, each its own spans.
 
-    `durable` says whether what is written is flushed to disk before anything relies on it; checksums are made either way.
+    `durable` says whether files are flushed to disk before anything relies on them; checksums are computed either way.
     """
 
     def __init__(self, path: Path, manifest: Manifest, durable: bool = True) -> None:
@@ -243,11 +243,11 @@ class RunWriter:
 
     @property
     def keep(self) -> str:
-        """What the run keeps: "parameters", "units" or "tensors"."""
+        """The level of `--keep`: "parameters", "units" or "tensors"."""
         return self.manifest.keep
 
     def commits(self, loss: str) -> Commits:
-        """The markers of a loss."""
+        """Return the commit markers of a loss."""
         return Commits(self.path, self.manifest, loss)
 
     # --- metadata: the driver alone ---------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ class RunWriter:
         return self._put({f"{place}/{path}": data for path, data in metadata_files(self.manifest, loss)})
 
     def _put(self, files: dict[str, bytes]) -> list[str]:
-        """Write the files that are not so already; returns which."""
+        """Write the files whose content on disk is another; returns their paths."""
         written = []
         for path, data in files.items():
             file = self.path / path
@@ -302,33 +302,33 @@ class RunWriter:
         return written
 
     def add_losses(self, losses: dict[str, LossRecord]) -> None:
-        """Take up more losses; what is committed of the others is not touched."""
+        """Add losses; nothing committed of the others changes."""
         self.manifest = self.manifest.with_losses(losses)
         for name in losses:
             self.create_loss(name)
         write_manifest(self.manifest, self.path, self.durable)
 
-    def note(self, provenance: dict[str, Any]) -> None:
-        """Record where the run comes from now: the task file as it is, with the losses it has."""
+    def note(self, provenance: Mapping[str, object]) -> None:
+        """Record the current provenance: the task file as it is, with the losses it has."""
         self.manifest = self.manifest.with_provenance(provenance)
         write_manifest(self.manifest, self.path, self.durable)
 
     def remove_loss(self, name: str) -> None:
-        """Drop a loss: from the record first, so that one killed meanwhile leaves no loss without numbers."""
+        """Remove a loss: from the record first, so that a kill in between leaves no loss without numbers."""
         key = self.manifest.losses[name].key
         self.manifest = self.manifest.without(name)
         write_manifest(self.manifest, self.path, self.durable)
         self._clear(key)
 
     def take_up(self, checkpoints: list[Checkpoint], identities: Mapping[str, Identity]) -> None:
-        """Take up checkpoints at the end, or in place of ones no number relies on, for some losses.
+        """Add checkpoints at the end, or in place of ones no number relies on, for some losses.
 
-        A last span of theirs that was short and has grown is no longer whole and will be replayed again. The other losses cover what they
-        covered: no file of theirs changes.
+        Where the last span of such a loss was short and has grown, it is no longer whole and will be replayed again. The other losses
+        cover the segments they covered: none of their files changes.
 
         Args:
             checkpoints: all of them.
-            identities: of the losses that take them up, which were probed on them.
+            identities: of the losses the checkpoints are added for, which were probed on them.
         """
         before = self.manifest
         self.manifest = before.with_checkpoints(checkpoints, identities)
@@ -340,7 +340,7 @@ class RunWriter:
             self._remove_outgrown(before, loss)
 
     def _remove_outgrown(self, before: Manifest, loss: str) -> None:
-        """Remove the markers, and the waiting totals, of a last span and a last window that were shorter."""
+        """Remove the markers, and the waiting totals, of a last span and a last window that have grown."""
         then, now = Commits(self.path, before, loss), self.commits(loss)
         span, window = then.manifest.spans - 1, then.manifest.windows - 1
         for old, new in (
@@ -352,9 +352,9 @@ class RunWriter:
                 old.unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Remove what a killed writer left: temporary files, and totals that are folded; only while holding the lock."""
-        for left in [*self.path.rglob("*.partial"), *self.path.rglob(".*.tmp")]:
-            left.unlink(missing_ok=True)
+        """Remove what a killed writer left, temporary files and folded totals; call it only while holding the lock."""
+        for leftover in [*self.path.rglob("*.partial"), *self.path.rglob(".*.tmp")]:
+            leftover.unlink(missing_ok=True)
         remove_reports(self.path)
         for loss in self.manifest.losses:
             commits = self.commits(loss)
@@ -367,9 +367,9 @@ class RunWriter:
             commits.partial(span).unlink(missing_ok=True)
 
     def discard(self, damages: Iterable[Damage]) -> dict[str, list[int]]:
-        """Make the damaged spans pending again, and those of a damaged window of totals; only while holding the lock.
+        """Make damaged spans pending again, and all spans of a damaged window of totals; call it only while holding the lock.
 
-        Their markers are removed, their chunks are left to be written over.
+        Their markers are removed; their chunks stay until they are overwritten.
 
         Args:
             damages: found by `verify`; metadata is for `restore_metadata`.
@@ -391,17 +391,19 @@ class RunWriter:
         return gone
 
     def spans_of(self, damages: Iterable[Damage]) -> dict[str, list[int]]:
-        """The spans that damage is in, by loss: a damaged window of totals is that of all its spans."""
-        found: dict[str, set[int]] = {}
+        """Return the damaged spans, by loss: a damaged window of totals counts for all its spans."""
+        spans_of_loss: dict[str, set[int]] = {}
         for damage in damages:
             if damage.loss is not None and damage.span is not None:
-                found.setdefault(damage.loss, set()).add(damage.span)
+                spans_of_loss.setdefault(damage.loss, set()).add(damage.span)
             if damage.loss is not None and damage.window is not None:
-                found.setdefault(damage.loss, set()).update(self.manifest.of(damage.loss).spans_of(damage.window))
-        return {loss: sorted(spans) for loss, spans in found.items()}
+                spans_of_loss.setdefault(damage.loss, set()).update(
+                    self.manifest.of(damage.loss).spans_of(damage.window)
+                )
+        return {loss: sorted(spans) for loss, spans in spans_of_loss.items()}
 
     def relies_on(self, checkpoint: int) -> bool:
-        """Whether a committed span of any loss was computed from a checkpoint, given by its position."""
+        """Tell whether a committed span of any loss was computed from the checkpoint at a position."""
         beside = (checkpoint - 1, checkpoint)
         return any(
             commits.marker(segment // self.manifest.span).exists()
@@ -413,15 +415,15 @@ class RunWriter:
     # --- what is there -----------------------------------------------------------------------------------------------
 
     def pending(self, loss: str) -> list[int]:
-        """The spans of a loss without a marker, or whose totals were lost before they were folded."""
+        """Return the spans of a loss that have no marker, or whose totals were lost before they were folded."""
         return self.commits(loss).pending()
 
     def is_complete(self, loss: str) -> bool:
-        """Whether every span is committed and every window of totals folded."""
+        """Tell whether every span is committed and every window of totals folded."""
         return self.commits(loss).is_complete()
 
-    def facts(self, loss: str, span: int) -> dict[str, Any] | None:
-        """What the marker of a span records; None where the span is not committed.
+    def facts(self, loss: str, span: int) -> Marker | None:
+        """Return the marker of a span; None where the span is not committed.
 
         Raises:
             LCAError: where the marker is damaged.
@@ -438,23 +440,30 @@ class RunWriter:
         """
         self._still_recorded(loss, span)
         parts = {"allocation": tally.allocation, "units": tally.units}
-        arrays = ((f"{part}/{self._key(name)}", each) for part, held in parts.items() for name, each in held.items())
+        arrays = (
+            (f"{part}/{self._key(name)}", values) for part, by_name in parts.items() for name, values in by_name.items()
+        )
         rows: tuple[slice, ...] = (self.manifest.of(loss).rows(span),)
         if self.manifest.losses[loss].groups is not None:
             rows = (*rows, slice(tally.block.start, tally.block.stop))
         self._write(loss, parts, arrays, rows)
 
     def write_span(
-        self, loss: str, span: int, tally: Tally, facts: dict[str, Any], replicates: np.ndarray[Any, Any] | None = None
+        self,
+        loss: str,
+        span: int,
+        tally: Tally,
+        facts: Mapping[str, object],
+        replicates: np.ndarray[Any, Any] | None = None,
     ) -> None:
-        """Write what is left of what one span has to say about one loss, and commit it.
+        """Write the remaining arrays of one span of one loss, and commit the span.
 
         Args:
             loss: its name.
             span: its number on the grid.
             tally: the arrays.
             facts: JSON-like, recorded in the marker (evaluations, seconds, …).
-            replicates: allocated, by segment, replicate and tensor, where the loss has them.
+            replicates: the allocated sums by segment, replicate and tensor, where the loss has replicates.
 
         Raises:
             SpanError: where the run is no longer the one this writer was opened for.
@@ -463,7 +472,7 @@ class RunWriter:
         commits = self.commits(loss)
         rows = commits.manifest.rows(span)
         parts = {"steps": tally.steps, "tensors": tally.tensors, "histogram": tally.histogram}
-        arrays = {f"{part}/{name}": values for part, held in parts.items() for name, values in held.items()}
+        arrays = {f"{part}/{name}": values for part, by_name in parts.items() for name, values in by_name.items()}
         if replicates is not None:
             arrays["tensors/replicates"] = replicates
         planned = {plan.path for plan in plan_arrays(self.manifest, self.keep, self.manifest.losses[loss])}
@@ -473,7 +482,7 @@ class RunWriter:
             self._write_totals(loss, span, totals)
         elif commits.keeps_partials(span // self.manifest.window):
             partial = self._write_partial(commits.partial(span), totals)
-        marker = {
+        marker: dict[str, object] = {
             **facts,
             "run": self.manifest.id,
             "loss": loss,
@@ -487,7 +496,7 @@ class RunWriter:
         self.fold(loss, span // self.manifest.window)
 
     def _still_recorded(self, loss: str, span: int) -> None:
-        """A worker that comes late must not write into a run that has been made anew, has grown, or has lost the loss."""
+        """Refuse a late worker: the run may have been created anew, may have grown, or may have lost the loss."""
         try:
             now = read_manifest(self.path)
         except LCAError as error:
@@ -497,14 +506,18 @@ class RunWriter:
                 f"span {span} of loss {loss!r} is not committed: {self.path} has changed since its worker began. Run again."
             )
 
-    def _commit(self, path: Path, marker: dict[str, Any]) -> None:
+    def _commit(self, path: Path, marker: Mapping[str, object]) -> None:
         refuse_links(self.path, path.parent)
         write_json(path, marker, self.durable)
 
     def _write_partial(self, path: Path, totals: dict[str, Totals]) -> list[int]:
-        """Keep the totals of a span until its window is complete; returns size and CRC-32."""
+        """Write the totals of a span, which wait until its window is complete; returns size and CRC-32."""
         data = save_arrays(
-            {f"{field}/{self._key(name)}": values for name, held in totals.items() for field, values in held.items()}
+            {
+                f"{field}/{self._key(name)}": values
+                for name, by_field in totals.items()
+                for field, values in by_field.items()
+            }
         )
         refuse_links(self.path, path.parent)
         write_whole(path, data, self.durable)
@@ -516,7 +529,7 @@ class RunWriter:
     def _write(
         self, loss: str, parts: Iterable[str], arrays: Iterable[tuple[str, Any]], rows: tuple[slice, ...]
     ) -> None:
-        """Write whole chunks of some arrays of these parts; each is made when its turn comes."""
+        """Write whole chunks of some arrays of these parts, one array after the other, as the iterable gives them."""
         numcodecs.blosc.use_threads = False
         store = RowStore(self.path, self.manifest, loss, set(parts))
         with zarr.config.set({"array.write_empty_chunks": True}):
@@ -526,13 +539,13 @@ class RunWriter:
 
     def _write_totals(self, loss: str, window: int, totals: dict[str, Totals]) -> None:
         arrays = (
-            (f"totals/{self._key(name)}", np.stack([np.asarray(held[field], "float64") for field in FIELDS])[None])
-            for name, held in totals.items()
+            (f"totals/{self._key(name)}", np.stack([np.asarray(by_field[field], "float64") for field in FIELDS])[None])
+            for name, by_field in totals.items()
         )
         self._write(loss, ["totals"], arrays, (slice(window, window + 1),))
 
     def fold(self, loss: str, window: int) -> list[int]:
-        """Join the totals of a window's spans once all are committed; harmless to repeat, also at the same time.
+        """Join the totals of a window's spans once all are committed; repeated or simultaneous calls do no harm.
 
         Returns:
             Spans whose waiting totals are damaged: they are pending again.
@@ -569,7 +582,7 @@ class RunWriter:
         return []
 
     def fold_all(self, loss: str) -> list[int]:
-        """Fold every window that is ready and was not folded, because a worker died in between.
+        """Fold every window that is ready and was not folded because a worker died.
 
         Returns:
             Spans whose waiting totals are damaged: they are pending again.
@@ -577,12 +590,12 @@ class RunWriter:
         return [span for window in range(self.manifest.of(loss).windows) for span in self.fold(loss, window)]
 
 
-def _of_tensor(stretches: list[dict[str, Any]], key: str, at: int) -> Totals:
-    return {field: stretches[at][f"{field}/{key}"] for field in FIELDS}
+def _of_tensor(stretches: list[Totals], key: str, position: int) -> Totals:
+    return {field: stretches[position][f"{field}/{key}"] for field in FIELDS}
 
 
 def _of_span(manifest: Manifest, loss: str, span: int) -> object:
-    """All that the numbers of a span follow from; None where there is no such span or loss."""
+    """Return everything the numbers of a span follow from; None where there is no such span or loss."""
     if loss not in manifest.losses or span >= manifest.of(loss).spans:
         return None
     rows = manifest.of(loss).rows(span)

@@ -95,7 +95,20 @@ def laid_out(spans: int, segments: int) -> Any:
     ]
     identity = {"loss": 2.3, "gradient_norm": 1.0}
     record = LossRecord(
-        "train", "train", "function", 55_000, 55_000, None, None, None, None, 0, 2048, None, True, [identity, identity]
+        key="train",
+        on="train",
+        kind="function",
+        examples=55_000,
+        total=55_000,
+        groups=None,
+        counts=None,
+        block=None,
+        along=None,
+        replicates=0,
+        batch_size=2048,
+        calibration=None,
+        measured=True,
+        identity=[identity, identity],
     )
     settings = {**resolve({"keep": "tensors"}, None), "device": "cpu"}
     window = 1
@@ -109,7 +122,14 @@ def laid_out(spans: int, segments: int) -> Any:
         "task_losses": ["train"],
     }
     return Manifest(
-        "/somewhere/checkpoints", tensors, checkpoints, segments, window, settings, {"train": record}, provenance
+        root="/somewhere/checkpoints",
+        tensors=tensors,
+        checkpoints=checkpoints,
+        span=segments,
+        window=window,
+        settings=settings,
+        losses={"train": record},
+        provenance=provenance,
     )
 
 
