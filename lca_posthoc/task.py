@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Required, TypedDict
 
 import cloudpickle
 
@@ -25,7 +25,15 @@ from .errors import InputError
 if TYPE_CHECKING:
     import torch
 
-Entry = dict[str, Any]
+
+class Entry(TypedDict, total=False):
+    """The way to a task as `pack` returns it: `kind` is "object", "file" (`path`, `function`) or "module" (`module`, `function`)."""
+
+    kind: Required[str]
+    sha256: Required[str]
+    path: str
+    module: str
+    function: str
 
 
 @dataclass(frozen=True)
@@ -301,10 +309,10 @@ def _name_of(thing: object) -> str:
     return str(getattr(inner, "__name__", type(inner).__name__))
 
 
-def _is_module(given: object) -> bool:
+def _is_module(thing: object) -> bool:
     import torch  # here, so that a driver with nothing to do need not load it
 
-    return isinstance(given, torch.nn.Module)
+    return isinstance(thing, torch.nn.Module)
 
 
 def _takes_reduction(fn: Callable[..., Any]) -> bool:
@@ -330,7 +338,7 @@ class Task:
     """
 
     model: Callable[[], Any]
-    data: Mapping[str, Any]
+    data: Mapping[str, object]
     losses: Mapping[str, Loss]
     fixed: Sequence[str] = ()
 

@@ -171,13 +171,13 @@ def _packed(thing: PackedSequence, parts: list[Any]) -> PackedSequence:
     return type(thing)(data, sizes if sizes.device.type == "cpu" else thing.batch_sizes, *indices)
 
 
-def _user_dict(thing: UserDict[Any, Any], items: dict[Any, Any]) -> UserDict[Any, Any]:
+def _user_dict(thing: UserDict[Any, Any], items: dict[Any, object]) -> UserDict[Any, Any]:
     new = copy.copy(thing)
     new.data = items
     return new
 
 
-def _filled(thing: Any, parts: Any) -> Any:
+def _filled(thing: Any, parts: Any) -> object:
     """Return a copy of a user's dict or list with other items; the items themselves where it cannot be copied."""
     try:
         new = copy.copy(thing)
@@ -220,7 +220,7 @@ def named_parts(thing: object, place: str = "") -> list[tuple[str, Any]]:
     ]
 
 
-def fresh(batch: object) -> Any:
+def fresh(batch: object) -> object:
     """Return a batch of new tensors over the same memory, so that changes to the tensor objects (requires_grad_, say) do not last."""
     try:
         return change_tensors(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor.detach())
@@ -228,7 +228,7 @@ def fresh(batch: object) -> Any:
         return batch
 
 
-def copied(batch: object) -> Any:
+def copied(batch: object) -> object:
     """Return a copy of a batch, or the batch itself where it holds an object that cannot be copied."""
     try:
         return change_tensors(batch, Tensor.clone)
@@ -251,7 +251,7 @@ def _tensors_of(thing: object, entered: dict[int, object]) -> Iterator[Tensor]:
             yield from _tensors_of(part, entered)
 
 
-def change_tensors(thing: object, change: Callable[[Tensor], Any], whole: Callable[[Any], Any] | None = None) -> Any:
+def change_tensors(thing: object, change: Callable[[Tensor], Any], whole: Callable[[Any], Any] | None = None) -> object:
     """Return a thing with every tensor in it changed; containers are made anew, other objects only where a tensor in them changes.
 
     Args:
@@ -272,7 +272,7 @@ def change_tensors(thing: object, change: Callable[[Tensor], Any], whole: Callab
     return _with_changed(whole(thing) if whole else thing, change)
 
 
-def _with_changed(thing: Any, change: Callable[[Tensor], Any]) -> Any:
+def _with_changed(thing: Any, change: Callable[[Tensor], Any]) -> object:
     """Copy an object as `copy.deepcopy` does, but share with the original every part that leads to no tensor."""
     entered: dict[int, object] = {}
     above: dict[int, set[int]] = {}

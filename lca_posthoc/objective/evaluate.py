@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from numbers import Number
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,17 @@ HIGHER = {"bfloat16": "float32", "tf32": "float32", "float32": "float64"}
 REPLICATES = 10
 Values = Callable[[Any], tuple[Tensor, Tensor | None]]
 Source = tuple[int, str | None]  # of a loss's values: which function's, and which entry of what it returns
+
+
+class _Settings(TypedDict):
+    """The arguments of an objective that another one in another precision shares, see `Objective`."""
+
+    device: torch.device
+    norm_stats: str
+    batch_size: int | None
+    subset: Mapping[str, str] | None
+    held: Collection[str] | None
+    reader: Reader
 
 
 class Objective:
@@ -97,7 +108,7 @@ class Objective:
             for name in dict.fromkeys(loss.split for loss in self.losses.values())
             if name is not None
         }
-        self._settings: dict[str, Any] = {
+        self._settings: _Settings = {
             "device": device,
             "norm_stats": norm_stats,
             "batch_size": batch_size,
@@ -189,7 +200,7 @@ class Objective:
         return self._autocast_of[name]
 
     def _agrees(self, other: Objective) -> bool:
-        """Return whether another precision gives the values of every loss on a few examples, at the point this one holds.
+        """Tell whether another precision gives the values of every loss on a few examples, at the point this one holds.
 
         They agree within ten times what two precisions may differ by on a larger sample: single values may be small.
         """
