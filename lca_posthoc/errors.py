@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any
+from types import ModuleType
+from typing import NotRequired, TypedDict
 
 
 class LCAError(Exception):
@@ -64,7 +65,7 @@ class LCAWarning(UserWarning):
 
 
 def few(words: Sequence[str], most: int = 3) -> str:
-    """The first of some words, and how many more there are.
+    """Return the first of some words, and how many more there are.
 
     >>> few(["a", "b", "c"], 2)
     'a, b and 1 more'
@@ -72,11 +73,11 @@ def few(words: Sequence[str], most: int = 3) -> str:
     return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
-def needed(package: str, what: str) -> Any:
-    """A package that is not installed with this one.
+def needed(package: str, what: str) -> ModuleType:
+    """Return a package that is not installed with this one; `what` says in the error what needs it.
 
     Raises:
-        ResourceError: where it is not there.
+        ResourceError: where the package is not installed.
     """
     try:
         return importlib.import_module(package)
@@ -88,7 +89,7 @@ def needed(package: str, what: str) -> Any:
 
 
 def amount(count: float) -> str:
-    """Bytes as people read them.
+    """Return a number of bytes as people read it.
 
     >>> amount(1234567)
     '1.23 MB'
@@ -103,18 +104,28 @@ def amount(count: float) -> str:
 _KINDS = {kind.__name__: kind for kind in (LCAError, InputError, SpanError, DamageError, ResourceError, Interrupted)}
 
 
-def pack(error: LCAError) -> dict[str, Any]:
-    """The error as plain strings and numbers, so that no exception class has to be unpickled in another process.
+class PackedError(TypedDict):
+    """An error as plain strings and numbers, see `pack`."""
+
+    kind: str
+    message: str
+    step: NotRequired[int]
+
+
+def pack(error: LCAError) -> PackedError:
+    """Return the error as plain strings and numbers, so that no exception class has to be unpickled in another process.
 
     >>> unpack(pack(InputError("no such loss")))
     InputError('no such loss')
     """
-    step = {"step": error.step} if isinstance(error, NotFiniteError) else {}
-    return {"kind": type(error).__name__, "message": str(error), **step}
+    packed: PackedError = {"kind": type(error).__name__, "message": str(error)}
+    if isinstance(error, NotFiniteError):
+        packed["step"] = error.step
+    return packed
 
 
-def unpack(packed: dict[str, Any]) -> LCAError:
-    """The inverse of `pack`."""
+def unpack(packed: PackedError) -> LCAError:
+    """Return the error that `pack` packed."""
     if "step" in packed:
         return NotFiniteError(packed["message"], packed["step"])
     return _KINDS[packed["kind"]](packed["message"])

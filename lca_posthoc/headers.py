@@ -79,18 +79,18 @@ HALF = FLOATING - {"F32", "F64"}
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a file says of one tensor before its values are read."""
+    """The type and shape of one tensor, as the header of its file states them."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Header:
     """A checked header: tensors by name, the file's own metadata, its size in bytes and the CRC32C of its samples.
 
-    `data_size` bytes at the end of the file are the tensors'; `data_samples` are the CRC32C of those of them that each sample holds, the
-    last one 64 KiB at the end.
+    The last `data_size` bytes of the file are the tensors'; `data_samples` are the CRC32C of the tensors' bytes in each sample, of which
+    the last is the last 64 KiB of the file.
     """
 
     tensors: dict[str, TensorHeader]
@@ -126,7 +126,14 @@ def read_header(path: Path) -> Header:
             samples: list[tuple[int, bytes]] = []
             crc = fingerprint(_remembering(_reader(path, file), samples), size)
             parts = (sample[max(0, 8 + length - offset) :] for offset, sample in samples)
-            return Header(tensors, metadata, size, crc, end, tuple(map(google_crc32c.value, parts)))
+            return Header(
+                tensors=tensors,
+                metadata=metadata,
+                size=size,
+                fingerprint=crc,
+                data_size=end,
+                data_samples=tuple(map(google_crc32c.value, parts)),
+            )
     except _DamagedError:
         if (other := _other_format(shown)) is not None:
             raise InputError(f"{path} is not a safetensors file, as its name says, but {other}") from None
@@ -138,10 +145,10 @@ def read_header(path: Path) -> Header:
 
 
 def _reader(path: Path, file: BinaryIO) -> Callable[[int, int], bytes]:
-    """Reads so many bytes at an offset, and of a local file no more than these."""
+    """Return a function `(offset, count) -> bytes`, which reads no more than these bytes of a local file."""
     if is_remote(path):
-        return lambda at, count: (file.seek(at), file.read(count))[1]
-    return lambda at, count: os.pread(file.fileno(), count, at)
+        return lambda offset, count: (file.seek(offset), file.read(count))[1]
+    return lambda offset, count: os.pread(file.fileno(), count, offset)
 
 
 def _remembering(read: Callable[[int, int], bytes], samples: list[tuple[int, bytes]]) -> Callable[[int, int], bytes]:
@@ -155,9 +162,9 @@ def _remembering(read: Callable[[int, int], bytes], samples: list[tuple[int, byt
 
 
 def _other_format(shown: bytes) -> str | None:
-    """Return which format a file is of by its first bytes, and what to do with it; None where they tell nothing.
+    """Return the format of a file by its first bytes, and what to do with it; None where they tell nothing.
 
-    Only a file that is not safetensors is asked: the length a header begins with may be any eight bytes.
+    The caller must know that the file is not safetensors, whose first eight bytes, a length, may look like anything.
     """
     text = shown.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for marks, what in _OTHERS:
@@ -206,7 +213,7 @@ def _parse(path: Path, text: bytes) -> tuple[dict[str, TensorHeader], dict[str, 
     return tensors, metadata, position
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("a name stands twice")
@@ -214,7 +221,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _count(text: str) -> int:
-    """Sizes as safetensors reads them: at most 64 bits, no sign."""
+    """Return a size as safetensors reads it: at most 64 bits, no sign."""
     if len(text) > 19 or text.startswith("-"):
         raise ValueError("a number out of range")
     return int(text)
@@ -240,12 +247,12 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorHeader, int, int]:
 
 
 def fingerprint_of(data: bytes) -> int:
-    """The fingerprint of a file that was read whole."""
-    return fingerprint(lambda at, count: data[at : at + count], len(data))
+    """Return the fingerprint of a file that was read whole."""
+    return fingerprint(lambda offset, count: data[offset : offset + count], len(data))
 
 
 def fingerprint(read: Callable[[int, int], bytes], size: int) -> int:
-    """CRC32C of the first, middle and last 64 KiB of a file: any training step changes nearly every weight.
+    """Return the CRC32C of the first, middle and last 64 KiB of a file: any training step changes nearly every weight.
 
     Args:
         read: `(offset, length) -> bytes`.

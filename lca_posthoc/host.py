@@ -1,4 +1,4 @@
-"""What memory this process may still take of its host, which a container or a job of a batch system may limit."""
+"""The memory this process may still take of its host, which a container or a job of a batch system may limit."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ OF_PROCESS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def free_memory() -> float:
-    """Bytes that are free on the host, or in one of the control groups this process is in where that is less."""
+    """Return the bytes free on the host, or in one of the control groups this process is in where that is less."""
     return max(0.0, min([float(psutil.virtual_memory().available), *_left_by_groups()]))
 
 
 def _left_by_groups() -> Iterator[float]:
-    """What each limited control group allows beyond what is used; cached files, which make way, are not counted as used.
+    """Yield the bytes each limited control group still allows; cached files, which make way, are not counted as used.
 
-    What cannot be read, or is not as the kernel describes it, limits nothing.
+    A limit that cannot be read, or is not as the kernel describes it, is left out.
 
     Source: <https://docs.kernel.org/admin-guide/cgroup-v2.html#memory> and its predecessor, cgroup-v1/memory.
     """
@@ -37,19 +37,22 @@ def _left_by_groups() -> Iterator[float]:
 
 
 def _left(top: Path, path: str, limit: str, used: str, prefix: str) -> Iterator[float]:
-    """Of a group and those around it; inside a container its own is at the top, whatever the kernel calls it outside."""
-    here = top / path.lstrip("/")
-    for place in (here, *here.parents):
+    """Yield the bytes left of a group and of those around it.
+
+    Inside a container its own group is at the top, whatever the kernel calls it outside.
+    """
+    group = top / path.lstrip("/")
+    for place in (group, *group.parents):
         if place == top.parent:
             return
         with contextlib.suppress(OSError, ValueError):
-            most, taken = (place / limit).read_text().strip(), int((place / used).read_text())
+            most, in_use = (place / limit).read_text().strip(), int((place / used).read_text())
             if most != "max":
-                yield int(most) - max(0, taken - _cached(place / "memory.stat", prefix))
+                yield int(most) - max(0, in_use - _cached(place / "memory.stat", prefix))
 
 
 def _cached(stat: Path, prefix: str) -> int:
-    """Bytes of cached files, as far as the host says."""
+    """Return the bytes of cached files, as far as the host states them."""
     cached = 0
     with contextlib.suppress(OSError, ValueError):
         for line in stat.read_text(errors="surrogateescape").splitlines():

@@ -29,7 +29,7 @@ _OF_ACCELERATE = re.compile(r"checkpoint_\d+")
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A layout only its own program can read: its name, how a place shows that it holds it, and what to do instead."""
+    """A layout only its own program can read: its name, a function that recognises a place that holds it, and the words of the refusal."""
 
     name: str
     recognises: Callable[[Path], bool]
@@ -37,7 +37,7 @@ class Unreadable:
 
 
 def _sharded(*patterns: str) -> Callable[[Path], bool]:
-    """Recognise files of these names in a directory, or up to two below, with no whole model beside or above them."""
+    """Return a function that recognises files of these names in a directory or up to two below, with no whole model beside or above."""
 
     def recognises(place: Path) -> bool:
         for pattern in patterns:
@@ -111,7 +111,7 @@ def step_in_name(name: str) -> int | None:
 
 
 def says_step(name: str) -> bool:
-    """Return whether a name calls its number a step or an iteration, and not merely that of a checkpoint.
+    """Tell whether a name calls its number a step or an iteration, and not merely that of a checkpoint.
 
     >>> says_step("epoch=1-step=20"), says_step("checkpoint-20.pth")
     (True, False)
@@ -120,7 +120,7 @@ def says_step(name: str) -> bool:
 
 
 def states_epoch(name: str) -> bool:
-    """Return whether a name states an epoch."""
+    """Tell whether a name states an epoch."""
     return _SAYS_EPOCH.search(name) is not None
 
 
@@ -136,7 +136,7 @@ def pattern_of(name: str) -> str:
 
 
 def count_epochs(pairs: Sequence[tuple[int, int]]) -> bool:
-    """Return whether numbers rise one by one with epochs, where the pairs are (number in the name, epoch in the file).
+    """Tell whether numbers rise one by one with epochs, where the pairs are (number in the name, epoch in the file).
 
     Some programs save the number of the epoch that is done and some that of the next: only the difference is compared. Names that
     count steps rise by the steps of an epoch, or not at all within one.
@@ -157,14 +157,14 @@ def refuse_epochs(names: Mapping[str, int | None]) -> None:
         InputError: with the `--pattern` that says that epochs are meant.
     """
     inside = sorted(epoch for epoch in names.values() if epoch is not None)
-    held = f" (the files hold epoch {few([*map(str, inside)])})" if inside else ""
+    in_files = f" (the files hold epoch {few([*map(str, inside)])})" if inside else ""
     numbered = [name for name in names if step_in_name(name) is not None or states_epoch(name)]
     what = (
         f"cannot tell the training step of {few([*names])}: an epoch is stated and no training step, and one segment would span all steps "
         "of an epoch"
         if step_in_name(numbered[0]) is None
-        else f"{few([*names])}: the number in the name is the epoch{held} and not a training step, and one segment would span all steps "
-        "of an epoch"
+        else f"{few([*names])}: the number in the name is the epoch{in_files} and not a training step, and one segment would span all "
+        "steps of an epoch"
     )
     raise InputError(
         f"{what}. Where that is meant, name the number with --pattern "

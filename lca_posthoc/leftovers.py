@@ -1,4 +1,4 @@
-"""Tell buffers that older releases of libraries saved and today's model classes compute: rotary frequencies, causal masks, counts.
+"""Recognise buffers that older releases of libraries saved and today's model classes compute: rotary frequencies, causal masks, counts.
 
 Their names and headers make them candidates. What they hold decides: a weight that only looks like one must not be left out.
 """
@@ -32,7 +32,7 @@ _COUNTS = frozenset({"num_batches_tracked", "n_averaged", "initted"})
 
 @dataclass(frozen=True)
 class _Kind:
-    """A kind of leftover: what it is called, the end of its names, its dtypes, and how many numbers its shape may have."""
+    """A kind of leftover: the word for it, the end of its names, its dtypes, and how many numbers its shape may have."""
 
     what: str
     names: re.Pattern[str]
@@ -58,13 +58,13 @@ def _kind(name: str) -> _Kind | None:
 
 
 def is_known(name: str, header: TensorHeader, used: Collection[str]) -> bool:
-    """Return whether a tensor could be such a buffer, by its name and header.
+    """Tell whether a tensor could be such a buffer, by its name and header.
 
     Args:
         name: of the tensor.
-        header: what the file says of it.
-        used: the tensors the model takes from the files. A count of batches needs the statistics it counts for among them: without
-            these the model has no such layer.
+        header: its type and shape in the file.
+        used: the tensors the model takes from the files. A count of batches is known only where the statistics it belongs to are
+            among them: else the model has no such layer.
     """
     kind = _kind(name)
     if kind is None or header.dtype not in kind.dtypes:
@@ -80,7 +80,7 @@ def is_known(name: str, header: TensorHeader, used: Collection[str]) -> bool:
 
 
 def counts(name: str) -> bool:
-    """Return whether a known leftover counts, and so changes in training without a part in any loss."""
+    """Tell whether a known leftover counts, and so changes in training without a part in any loss."""
     return name.rpartition(".")[2] in _COUNTS
 
 
@@ -89,7 +89,7 @@ def refuted(name: str, tensor: Tensor, unstored: Mapping[str, Tensor]) -> str:
 
     Args:
         name: of the tensor.
-        tensor: what a checkpoint holds under it.
+        tensor: the one of that name in a checkpoint.
         unstored: the buffers the task's model builds and does not save, by name. Rotary frequencies and tensors of no known kind must
             be among them where there are any of that name; masks that are of the same length, too.
     """
@@ -122,7 +122,7 @@ def left_out_note(names: Collection[str], fixed: Collection[str]) -> str:
 
 
 def _is_plausible(kind: _Kind, tensor: Tensor) -> bool:
-    """Return whether a tensor holds what its kind does, and not weights.
+    """Tell whether the numbers of a tensor are those of its kind, and no weights.
 
     Rotary frequencies are positive and descend, a causal mask is a lower triangle (or a band below the diagonal, where attention is
     local) or the triangle above it, positions are 0, 1, 2, …, token types 0, and the value of masked scores is far below 0.
@@ -149,7 +149,7 @@ def _is_plausible(kind: _Kind, tensor: Tensor) -> bool:
 
 
 def _same_values(stored: Tensor, own: Tensor) -> bool:
-    """Return whether a stored buffer is the one the model computes, but for rounding."""
+    """Tell whether a stored buffer is the one the model computes, but for rounding."""
     import torch
 
     if stored.shape != own.shape:

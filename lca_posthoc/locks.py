@@ -13,15 +13,15 @@ except ImportError:  # Windows, where people record and read results, though run
 
 
 def can_lock() -> bool:
-    """Return whether this machine has such locks at all."""
+    """Tell whether this machine has such locks at all."""
     return fcntl is not None
 
 
 def lock(descriptor: int, shared: bool = False) -> bool:
-    """Lock an open file for as long as it is open; return whether there are locks, which some file systems lack.
+    """Lock an open file for as long as it is open; return False where there are no locks, which some file systems lack.
 
     Raises:
-        BlockingIOError: where another process has it.
+        BlockingIOError: where another process has the lock.
     """
     if fcntl is None:
         return False
@@ -35,11 +35,11 @@ def lock(descriptor: int, shared: bool = False) -> bool:
 
 
 class DirectoryLock:
-    """Keeps others out of a directory until `release`, or until this process ends; `locked` tells where there are no locks.
+    """Keep others out of a directory until `release`, or until this process ends; `locked` is False where there are no locks.
 
     Raises:
         BlockingIOError: where another process, or another lock of this one, has the directory.
-        OSError: where it cannot be opened.
+        OSError: where the directory cannot be opened.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -21,9 +21,9 @@ _MAIN = ""
 
 
 def pack(file: Path) -> bytes:
-    """The text of `file` and of every module of its folder that its imports lead to, as JSON.
+    """Return the text of `file` and of every module of its folder that its imports lead to, as JSON.
 
-    Imports are read, not run: what is imported under a name made up at run time stays behind.
+    Imports are read, not run: modules imported under a name made at run time are not in it.
     """
     folder = file.parent
     packed: dict[str, list[str]] = {_MAIN: [file.name, _text(file)]}
@@ -32,8 +32,8 @@ def pack(file: Path) -> bytes:
         importer = waiting.pop()
         place, text = packed[importer]
         for name in _imported(text, importer, is_package=place.endswith("__init__.py")):
-            if name not in packed and (found := _located(folder, name)) is not None:
-                packed[name] = [found.relative_to(folder).as_posix(), _text(found) if found.is_file() else ""]
+            if name not in packed and (path := _located(folder, name)) is not None:
+                packed[name] = [path.relative_to(folder).as_posix(), _text(path) if path.is_file() else ""]
                 waiting.append(name)
     return json.dumps(packed, sort_keys=True).encode()
 
@@ -43,7 +43,7 @@ def _text(file: Path) -> str:
 
 
 def _located(folder: Path, name: str) -> Path | None:
-    """The file of a module below a folder, or the directory of a package without `__init__.py`."""
+    """Return the file of a module below a folder, or the directory of a package without `__init__.py`; None where there is neither."""
     place = folder.joinpath(*name.split("."))
     for candidate in (place / "__init__.py", place.with_name(f"{place.name}.py")):
         if candidate.is_file():
@@ -52,14 +52,14 @@ def _located(folder: Path, name: str) -> Path | None:
 
 
 def _is_installed(name: str, folder: Path) -> bool:
-    """Whether a module elsewhere goes before a directory that merely has its name, as Python has it."""
+    """Tell whether Python would import a module from elsewhere rather than a directory that merely has its name."""
     elsewhere = [place for place in sys.path if Path(place).resolve() != folder]
     spec = PathFinder.find_spec(name, elsewhere) if "." not in name else None
     return spec is not None and spec.origin is not None
 
 
 def _imported(text: str, importer: str, is_package: bool) -> Iterator[str]:
-    """Every module a text may import, each after the packages it is in."""
+    """Yield every module a text may import, each after the packages it is in."""
     try:
         nodes = list(ast.walk(ast.parse(text.encode("latin-1"))))
     except (SyntaxError, ValueError):  # said where it is imported
@@ -80,18 +80,18 @@ def _imported(text: str, importer: str, is_package: bool) -> Iterator[str]:
 
 
 class Parcel(MetaPathFinder, SourceLoader):  # type: ignore[misc]
-    """A packed file, ready to import: modules come from its text while it is the one in use."""
+    """A packed file, ready to import: modules come from its text while the parcel is in use."""
 
     def __init__(self, data: bytes, file: Path) -> None:
         self._folder = file.parent
-        self._packed: dict[str, tuple[str, str]] = {name: tuple(each) for name, each in json.loads(data).items()}
+        self._packed: dict[str, tuple[str, str]] = {name: tuple(pair) for name, pair in json.loads(data).items()}
         self._main = f"lca_task_{file.stem}_{hashlib.sha256(f'{file} '.encode() + data).hexdigest()[:12]}"
         self._packed[self._main] = self._packed.pop(_MAIN)
         self._texts = {str(self._folder / place): text for place, text in self._packed.values()}
         self._imported: dict[str, ModuleType] = {}
 
     def main(self) -> ModuleType:
-        """The module of the file itself, imported once."""
+        """Return the module of the file itself, imported once."""
         use(self)
         __import__(self._main)
         return sys.modules[self._main]
@@ -119,14 +119,14 @@ class Parcel(MetaPathFinder, SourceLoader):  # type: ignore[misc]
         return self._texts[path].encode("latin-1") if path in self._texts else Path(path).read_bytes()
 
     def take_in(self) -> None:
-        """Come into use: what was imported from here is importable again."""
+        """Put this parcel into use: modules imported from it before can be imported again."""
         sys.meta_path.insert(0, self)
         sys.modules.update(self._imported)
         if str(self._folder) not in sys.path:
             sys.path.insert(0, str(self._folder))
 
     def put_away(self) -> None:
-        """Go out of use, with the modules that came from here: another parcel may have others of the same names."""
+        """Take this parcel out of use, with the modules that came from it: another parcel may have others of the same names."""
         sys.meta_path.remove(self)
         for name in self._packed:
             module = sys.modules.get(name)
@@ -144,7 +144,7 @@ _IN_USE: list[Parcel] = []
 
 
 def use(parcel: Parcel) -> None:
-    """Make a parcel the one modules come from in this process."""
+    """Let modules of this process come from a parcel, and from no other."""
     if [parcel] != _IN_USE:
         for other in _IN_USE:
             other.put_away()

@@ -1,6 +1,6 @@
-"""Where checkpoints lie: a directory, or one behind a URL that fsspec reads (`s3://…`, `gs://…`, `hf://…`, `https://…`).
+"""Places of checkpoints: a directory, or one behind a URL that fsspec reads (`s3://…`, `gs://…`, `hf://…`, `https://…`).
 
-A remote place is an object of universal_pathlib, which has the methods of a `Path`. What is read whole is kept in a cache on this
+A remote place is an object of universal_pathlib, which has the methods of a `Path`. Files that are read whole are kept in a cache on this
 machine, `lca_posthoc` below `$XDG_CACHE_HOME` or `~/.cache`, so that the next loss does not fetch it again.
 """
 
@@ -21,7 +21,7 @@ from .errors import InputError, LCAError, ResourceError
 
 
 def located(where: str | Path) -> Path:
-    """The path of a directory or a URL.
+    """Return the path of a directory or a URL.
 
     Raises:
         ResourceError: where a URL's driver is not installed.
@@ -43,22 +43,22 @@ def located(where: str | Path) -> Path:
             "them to the driver: environment variables, or fsspec's configuration."
         )
     try:
-        found = UPath(str(where))
-        _ = found.fs
+        path = UPath(str(where))
+        _ = path.fs
     except ImportError as error:
         raise ResourceError(f"{where}: {error}.") from None
     except ValueError:
         raise ResourceError(
             f"{where}: fsspec knows no {protocol!r}. Install its driver, such as s3fs, gcsfs or huggingface_hub."
         ) from None
-    return found  # type: ignore[return-value]
+    return path  # type: ignore[return-value]
 
 
 def here(where: str | Path, what: str) -> Path:
-    """The path of what can only be written, or read, on a file system.
+    """Return a path that must lie on a file system.
 
     Raises:
-        InputError: where it is a URL; `what` says why that will not do, and what to do.
+        InputError: where it is a URL; `what` says why a URL will not do, and what to do.
     """
     if "://" in str(where):
         raise InputError(f"{where} is a URL, and {what}")
@@ -66,17 +66,17 @@ def here(where: str | Path, what: str) -> Path:
 
 
 def is_remote(path: Path) -> bool:
-    """Whether it is behind a URL."""
+    """Tell whether a path is behind a URL."""
     return not isinstance(path, Path)
 
 
 def absolute(path: Path) -> str:
-    """As it is recorded: from the root of the file system, or the URL."""
+    """Return a path as results record it: from the root of the file system, or as a URL."""
     return str(path) if is_remote(path) else str(path.resolve())
 
 
 def below(path: Path, root: Path) -> Path:
-    """The path from a directory to something in it."""
+    """Return the path of something in a directory, relative to that directory."""
     if is_remote(path):
         if not str(path).startswith(str(root)):
             raise ValueError(f"{path} is not in {root}")
@@ -85,13 +85,13 @@ def below(path: Path, root: Path) -> Path:
 
 
 def nearest(path: Path) -> Path:
-    """An absolute path, or the nearest directory above it that is there already."""
-    return next(each for each in (path, *path.parents) if each.exists())
+    """Return an absolute path, or the nearest directory above it that exists."""
+    return next(candidate for candidate in (path, *path.parents) if candidate.exists())
 
 
 @contextlib.contextmanager
 def reached(path: Path) -> Iterator[None]:
-    """Drivers raise errors of their own kinds: around what is read from a remote place all of them are an `OSError`."""
+    """Raise every error of a remote place as an `OSError`, for drivers have errors of their own kinds."""
     try:
         yield
     except (OSError, LCAError) as error:
@@ -109,10 +109,10 @@ def _said(error: Exception) -> str:
 
 
 def read(path: Path, key: int) -> bytes:
-    """A whole file; a remote one from the cache, where it is there under this URL and key, else into it.
+    """Return a whole file; take a remote one from the cache, where this URL and key are in it, and else add it there.
 
     Raises:
-        OSError: where it cannot be read.
+        OSError: where the file cannot be read.
     """
     if not is_remote(path):
         return path.read_bytes()
@@ -120,28 +120,28 @@ def read(path: Path, key: int) -> bytes:
     if cache is None:
         with reached(path):
             return path.read_bytes()
-    kept = cache / hashlib.sha256(f"{path}\0{key}".encode()).hexdigest()
+    copy = cache / hashlib.sha256(f"{path}\0{key}".encode()).hexdigest()
     with contextlib.suppress(OSError):  # not there yet
-        data, seal = (found := kept.read_bytes())[:-4], found[-4:]
+        data, seal = (stored := copy.read_bytes())[:-4], stored[-4:]
         if google_crc32c.value(data).to_bytes(4, "big") == seal:
             return data
     with reached(path):
         data = path.read_bytes()
     with contextlib.suppress(OSError):  # a cache that cannot be written to saves nothing, and harms nothing
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_name(f".{uuid.uuid4().hex}.tmp")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        temporary = copy.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
             temporary.write_bytes(data + google_crc32c.value(data).to_bytes(4, "big"))
-            temporary.replace(kept)
+            temporary.replace(copy)
         finally:
             temporary.unlink(missing_ok=True)
     return data
 
 
 def _cache() -> Path | None:
-    """Where whole files are kept; None where nobody's home is known."""
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        return Path(given) / "lca_posthoc"
+    """Return the folder of the cache; None where no home directory is known."""
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "lca_posthoc"
     try:
         return Path("~/.cache").expanduser() / "lca_posthoc"
     except RuntimeError:

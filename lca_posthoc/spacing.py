@@ -16,26 +16,26 @@ _MOST_COMPARED = 2**30
 
 
 def every_of(header: Header) -> int:
-    """Return the `every` a recorder was asked for, as its files state it: 1 where they state none."""
+    """Return the `every` of the recorder that wrote a file, as the file states it; 1 where it states none."""
     stated = header.metadata.get("every", "")
     return int(stated) if re.fullmatch("[1-9][0-9]{0,17}", stated) else 1
 
 
 def long_segments(steps: Sequence[int], every: Sequence[int], thinning: int = 1) -> list[str]:
-    """Return a note on segments longer than one step that nobody asked for.
+    """Return a note on segments longer than one step that the user did not choose.
 
     Args:
         steps: of all checkpoints, ascending.
-        every: for each, the `every` it was recorded with; a gap of as many steps was asked for.
-        thinning: only every so many-th checkpoint is used, which was asked for as well.
+        every: for each, the `every` it was recorded with; the user chose a gap of as many steps.
+        thinning: K where only every K-th checkpoint is used, which the user chose too.
     """
-    asked = [after - before in (1, every[index + 1]) for index, (before, after) in enumerate(pairwise(steps))]
+    intended = [after - before in (1, every[index + 1]) for index, (before, after) in enumerate(pairwise(steps))]
     used = range(0, len(steps), thinning)
     segments = [(steps[start], steps[stop]) for start, stop in pairwise(used)]
     long = [
         segment
         for segment, (start, stop) in zip(segments, pairwise(used), strict=True)
-        if not all(asked[start:stop]) and segment[1] - segment[0] > 1
+        if not all(intended[start:stop]) and segment[1] - segment[0] > 1
     ]
     if not long:
         return []
@@ -63,7 +63,7 @@ def _percent(share: float) -> str:
 
 
 class StillSegments:
-    """Collects neighbouring checkpoints that hold the same tensors, whatever else their files state.
+    """Collect neighbouring checkpoints that hold the same tensors, whatever else their files state.
 
     Samples of the tensors' bytes tell the candidates. Local files are then compared whole, up to 1 GiB in all.
     """
@@ -85,9 +85,9 @@ class StillSegments:
         self._stretches.append((self._stretches.pop()[0] if joins else before[0], step))
 
     def _same(
-        self, files: Sequence[Path], headers: Sequence[Header], others: Sequence[Path], theirs: Sequence[Header]
+        self, files: Sequence[Path], headers: Sequence[Header], others: Sequence[Path], other_headers: Sequence[Header]
     ) -> bool:
-        if len(headers) != len(theirs) or not all(map(_samples_agree, headers, theirs)):
+        if len(headers) != len(other_headers) or not all(map(_samples_agree, headers, other_headers)):
             return False
         size = sum(header.size for header in headers)
         if size > self._left or any(map(is_remote, (*files, *others))):
@@ -95,12 +95,12 @@ class StillSegments:
             return True
         self._left -= size
         try:
-            return all(map(_same_data, files, headers, others, theirs))
+            return all(map(_same_data, files, headers, others, other_headers))
         except OSError:  # reading it for the run will say so
             return False
 
     def notes(self) -> list[str]:
-        """Return what is to be said."""
+        """Return a note on them, if there are any."""
         if not self._count:
             return []
         shown = few([f"steps {start} to {stop}" for start, stop in self._stretches])
@@ -113,7 +113,7 @@ class StillSegments:
 
 
 def _samples_agree(one: Header, other: Header) -> bool:
-    """Compare what samples say of the tensors' bytes: those at the end always, the others where they lie at the same places."""
+    """Compare the samples of the tensors' bytes: the last one always, the others where they lie at the same places."""
     if one.data_size != other.data_size or one.data_samples[-1] != other.data_samples[-1]:
         return False
     if list(one.tensors) != list(other.tensors):  # bytes in another order
@@ -121,11 +121,11 @@ def _samples_agree(one: Header, other: Header) -> bool:
     return one.size != other.size or one.data_samples == other.data_samples
 
 
-def _same_data(one: Path, its: Header, other: Path, others: Header) -> bool:
+def _same_data(one: Path, header: Header, other: Path, other_header: Header) -> bool:
     """Compare the tensors' bytes of two files."""
     with one.open("rb") as first, other.open("rb") as second:
-        first.seek(its.size - its.data_size)
-        second.seek(others.size - others.data_size)
+        first.seek(header.size - header.data_size)
+        second.seek(other_header.size - other_header.data_size)
         while part := first.read(_CHUNK):
             if part != second.read(_CHUNK):
                 return False

@@ -1,4 +1,4 @@
-"""What the user supplies: a model, data and losses; how it is loaded, and what identifies a loss."""
+"""The task a user supplies, a model, data and losses, and how it is loaded in every process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Required, TypedDict
 
 import cloudpickle
 
@@ -25,7 +25,15 @@ from .errors import InputError
 if TYPE_CHECKING:
     import torch
 
-Entry = dict[str, Any]
+
+class Entry(TypedDict, total=False):
+    """The way to a task as `pack` returns it: `kind` is "object", "file" (`path`, `function`) or "module" (`module`, `function`)."""
+
+    kind: Required[str]
+    sha256: Required[str]
+    path: str
+    module: str
+    function: str
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,8 @@ class Loss:
     l2: float | None = None
 
     def __post_init__(self) -> None:
-        given = [each for each in (self.fn, self.call, self.term, self.l2) if each is not None]
-        if len(given) != 1:
+        functions = [function for function in (self.fn, self.call, self.term, self.l2) if function is not None]
+        if len(functions) != 1:
             raise InputError(
                 "Loss takes one of: a function, Loss(F.cross_entropy, on='train'); Loss(call=fn, on='train'); Loss(term=fn); Loss(l2=1e-4)."
             )
@@ -63,7 +71,7 @@ class Loss:
             if isinstance(self.l2, bool) or not isinstance(self.l2, int | float) or not 0 < self.l2 < math.inf:
                 raise InputError(f"Loss(l2=…) must be a positive number, got {self.l2!r}.")
         else:
-            _callable_as_stated(self.kind, given[0])
+            _callable_as_stated(self.kind, functions[0])
         if self.split is None and self.group_by is not None:
             raise InputError("a term of the parameters has no examples to group. Leave group_by out.")
         if isinstance(self.group_by, type) and self.group_by not in (int, str):
@@ -80,49 +88,49 @@ class Loss:
 
     @property
     def kind(self) -> str:
-        """How the loss is stated, one of "function", "call", "term" and "l2"."""
+        """Return the form the loss is stated in, one of "function", "call", "term" and "l2"."""
         return next(
             kind
-            for kind, given in zip(_KINDS, (self.fn, self.call, self.term, self.l2), strict=True)
-            if given is not None
+            for kind, function in zip(_KINDS, (self.fn, self.call, self.term, self.l2), strict=True)
+            if function is not None
         )
 
     @property
     def split(self) -> str | None:
-        """The split this loss is over; None for a term of the parameters."""
+        """Return the name of the split this loss is over; None for a term of the parameters."""
         return self.on if self.fn is not None or self.call is not None else None
 
     @property
     def source(self) -> object:
-        """What gives the values: losses with the same source on the same batch have the same values."""
+        """Return the object that gives the values: losses with the same source on the same batch have the same values."""
         return self.fn if self.fn is not None else self.call if self.call is not None else self
 
     @property
     def reduces(self) -> bool:
-        """Whether the function has a `reduction` of its own that the probe can compare with."""
+        """Tell whether the function has a `reduction` of its own that the probe can compare with."""
         if _is_module(self.fn):
             return hasattr(self.fn, "reduction")
         return self.fn is not None and _takes_reduction(self.fn)
 
     @property
     def replaced(self) -> str | None:
-        """The reduction the function was given, where it is neither a mean nor none: values are averaged over elements here."""
+        """Return the function's own reduction where it is neither a mean nor none, for values are averaged over elements instead."""
         if not self.reduces:
             return None
         if _is_module(self.fn):
-            given = getattr(self.fn, "reduction", None)
+            reduction = getattr(self.fn, "reduction", None)
         else:
             assert self.fn is not None
-            given = inspect.signature(self.fn).parameters["reduction"].default
-        return given if isinstance(given, str) and given not in ("mean", "none") else None
+            reduction = inspect.signature(self.fn).parameters["reduction"].default
+        return reduction if isinstance(reduction, str) and reduction not in ("mean", "none") else None
 
     @property
     def is_of_torch(self) -> bool:
-        """Whether its function is one of torch's own, which return a tensor and nothing else."""
+        """Tell whether its function is one of torch's own, which return a tensor and nothing else."""
         return _is_of_outputs(self.fn)
 
     def on_device(self, device: torch.device, dtype: torch.dtype) -> Loss:
-        """The same loss with the tensors it holds (class weights, say) where and as wide as the computation is."""
+        """Return the same loss with its tensors (class weights, say) on the device and in the dtype of the computation."""
         import torch
 
         if isinstance(self.fn, torch.nn.Module):
@@ -130,21 +138,21 @@ class Loss:
             convert(moved, device, dtype)
             return replace(self, fn=moved)
         if isinstance(self.fn, functools.partial):
-            held = {
-                name: each.to(device, dtype if each.is_floating_point() else None)
-                if isinstance(each, torch.Tensor)
-                else each
-                for name, each in self.fn.keywords.items()
+            keywords = {
+                name: value.to(device, dtype if value.is_floating_point() else None)
+                if isinstance(value, torch.Tensor)
+                else value
+                for name, value in self.fn.keywords.items()
             }
-            return replace(self, fn=functools.partial(self.fn.func, *self.fn.args, **held))
+            return replace(self, fn=functools.partial(self.fn.func, *self.fn.args, **keywords))
         return self
 
     def per_element(self) -> Callable[[Any, Any], Any]:
-        """`(outputs, targets) -> values`, nothing reduced."""
+        """Return the function as `(outputs, targets) -> values`, nothing reduced."""
         return self._with_reduction("none")
 
     def mean(self) -> Callable[[Any, Any], Any]:
-        """`(outputs, targets) -> value`, the function's own mean."""
+        """Return the function as `(outputs, targets) -> value`, with its own mean."""
         return self._with_reduction("mean")
 
     def _with_reduction(self, reduction: str) -> Callable[[Any, Any], Any]:
@@ -156,10 +164,11 @@ class Loss:
             return module
         return functools.partial(self.fn, reduction=reduction) if self.reduces else self.fn
 
-    def element_weights(self, targets: Any) -> torch.Tensor | None:
-        """What each target weighs in torch's own mean of `cross_entropy` and `nll_loss`; None where all weigh the same.
+    def element_weights(self, targets: object) -> torch.Tensor | None:
+        """Return the weight of each target in torch's own mean of `cross_entropy` and `nll_loss`; None for other losses.
 
-        Their unreduced values are multiplied by the class weight already, and 0 where ignored.
+        The unreduced values of these two are multiplied by the class weight already, and are 0 where a target is ignored. Weights
+        are float64, of the targets' shape; None too where targets are no class indices.
         """
         import torch
 
@@ -191,7 +200,7 @@ def convert(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -
 
 
 def every_name(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers, each under every name it has."""
+    """Return parameters and buffers, each under every name it has."""
     return {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
@@ -206,67 +215,67 @@ _STATED = {
 }
 
 
-def _callable_as_stated(kind: str, given: Any) -> None:
-    """Refuse what cannot give the values of a loss, as what it is: a class, a result, a metric, a function of other arguments."""
+def _callable_as_stated(kind: str, function: object) -> None:
+    """Refuse what cannot give the values of a loss, and say what it is: a class, a result, a metric, a function of other arguments."""
     import torch
 
     form, called, count = _STATED[kind]
-    name = _name_of(given)
+    name = _name_of(function)
     stated = form.format(name)
-    if isinstance(given, str):
+    if isinstance(function, str):
         raise InputError(
-            f"Loss needs something to call, got str {given!r}. Give the function itself: Loss(F.cross_entropy), {called}."
+            f"Loss needs something to call, got str {function!r}. Give the function itself: Loss(F.cross_entropy), {called}."
         )
-    if isinstance(given, torch.Tensor):
+    if isinstance(function, torch.Tensor):
         raise InputError(
-            f"{form.format('…')} was given a tensor of shape {list(given.shape)}, which is what a loss comes to. Give the function itself, "
-            f"which is called as {called}: Loss(F.cross_entropy), not Loss(F.cross_entropy(outputs, targets))."
+            f"{form.format('…')} was given a tensor of shape {list(function.shape)}, which is what a loss comes to. Give the function "
+            f"itself, which is called as {called}: Loss(F.cross_entropy), not Loss(F.cross_entropy(outputs, targets))."
         )
-    if isinstance(given, type) and not _is_used_as_function(given):
-        if issubclass(given, torch.autograd.Function):
+    if isinstance(function, type) and not _is_used_as_function(function):
+        if issubclass(function, torch.autograd.Function):
             raise InputError(
                 f"{stated} is the class of an autograd function. Give what calls it: {form.format(f'{name}.apply')}."
             )
         raise InputError(f"{stated} is a class. Give an instance of it: {form.format(f'{name}()')}.")
-    if not callable(given):
+    if not callable(function):
         raise InputError(
-            f"Loss needs something to call, got {type(given).__name__}. {form.format('…')} is called as {called}."
+            f"Loss needs something to call, got {type(function).__name__}. {form.format('…')} is called as {called}."
         )
-    if all(callable(getattr(given, method, None)) for method in ("update", "compute", "reset")):
+    if all(callable(getattr(function, method, None)) for method in ("update", "compute", "reset")):
         raise InputError(
-            f"{form.format('…')} was given a metric, {type(given).__name__}, which gathers a figure over batches. Give the function "
+            f"{form.format('…')} was given a metric, {type(function).__name__}, which gathers a figure over batches. Give the function "
             "that training minimises, which gives one value for every element."
         )
-    _returns_at_once(stated, given)
-    if kind == "call" and _is_of_outputs(given):
+    _returns_at_once(stated, function)
+    if kind == "call" and _is_of_outputs(function):
         raise InputError(
             f"{stated} is a function of outputs and targets, but is called as {called}. Write Loss({name})."
         )
-    problem = _does_not_take(given, count, {"reduction"} if kind == "function" else set())
+    problem = _does_not_take(function, count, {"reduction"} if kind == "function" else set())
     if problem is not None:
         raise InputError(f"{stated} is called as {called}, but {problem}.")
 
 
-def _is_used_as_function(given: type) -> bool:
-    """Whether calling a class gives what it decides, as a class with a `__new__` of its own does, and not an instance of it."""
+def _is_used_as_function(kind: type) -> bool:
+    """Tell whether calling a class works as calling a function: it has a `__new__` of its own, which may return anything."""
     import torch
 
-    own = isinstance(given.__new__, FunctionType)
-    return own and not issubclass(given, torch.nn.Module | torch.autograd.Function)
+    own = isinstance(kind.__new__, FunctionType)
+    return own and not issubclass(kind, torch.nn.Module | torch.autograd.Function)
 
 
-def _is_of_outputs(given: Any) -> bool:
+def _is_of_outputs(function: object) -> bool:
     import torch
 
-    inner = given.func if isinstance(given, functools.partial) else given
+    inner = function.func if isinstance(function, functools.partial) else function
     if isinstance(inner, torch.nn.Module):
         return type(inner).__module__ == "torch.nn.modules.loss"
     return getattr(inner, "__module__", None) == "torch.nn.functional"
 
 
-def _returns_at_once(stated: str, given: Any) -> None:
+def _returns_at_once(stated: str, thing: object) -> None:
     """Refuse a function that gives a coroutine or a generator and no values."""
-    inner = given.func if isinstance(given, functools.partial) else given
+    inner = thing.func if isinstance(thing, functools.partial) else thing
     for function in (inner, getattr(inner, "forward", inner) if _is_module(inner) else type(inner).__call__):
         if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
             raise InputError(f"{stated} is an async function, which gives a coroutine. Give a plain function (def).")
@@ -276,31 +285,34 @@ def _returns_at_once(stated: str, given: Any) -> None:
             )
 
 
-def _does_not_take(given: Any, count: int, named: set[str]) -> str | None:
-    """What a callable takes, where it cannot be called with `count` positional arguments and those named that it has."""
+def _does_not_take(function: Callable[..., object], count: int, named: set[str]) -> str | None:
+    """Return a clause on what a callable takes, where it cannot be called with `count` positional and the `named` arguments it has.
+
+    None where it can be called so, or has no signature.
+    """
     import torch
 
-    function = given.forward if isinstance(given, torch.nn.Module) else given
+    called = function.forward if isinstance(function, torch.nn.Module) else function
     try:
-        signature = inspect.signature(function, follow_wrapped=False)
+        signature = inspect.signature(called, follow_wrapped=False)
     except (TypeError, ValueError):  # builtins without a signature
         return None
     try:
         signature.bind(*[None] * count, **dict.fromkeys(named & signature.parameters.keys()))
     except TypeError:
-        return f"{_name_of(given)} takes ({', '.join(signature.parameters)})"
+        return f"{_name_of(function)} takes ({', '.join(signature.parameters)})"
     return None
 
 
-def _name_of(given: Any) -> str:
-    inner = given.func if isinstance(given, functools.partial) else given
+def _name_of(thing: object) -> str:
+    inner = thing.func if isinstance(thing, functools.partial) else thing
     return str(getattr(inner, "__name__", type(inner).__name__))
 
 
-def _is_module(given: object) -> bool:
+def _is_module(thing: object) -> bool:
     import torch  # here, so that a driver with nothing to do need not load it
 
-    return isinstance(given, torch.nn.Module)
+    return isinstance(thing, torch.nn.Module)
 
 
 def _takes_reduction(fn: Callable[..., Any]) -> bool:
@@ -326,7 +338,7 @@ class Task:
     """
 
     model: Callable[[], Any]
-    data: Mapping[str, Any]
+    data: Mapping[str, object]
     losses: Mapping[str, Loss]
     fixed: Sequence[str] = ()
 
@@ -355,21 +367,21 @@ class Task:
             if loss.split is not None and loss.split not in self.data:
                 raise InputError(f"loss {name!r} is on split {loss.on!r}, but the task's data has {_names(self.data)}.")
 
-    def choose(self, wanted: list[str] | None) -> list[str]:
-        """The names of the losses to run: the first one by default, every one for `["all"]`."""
-        if not wanted:
+    def choose(self, names: list[str] | None) -> list[str]:
+        """Return the names of the losses to run: the first one by default, every one for `["all"]`."""
+        if not names:
             return [next(iter(self.losses))]
-        if wanted == ["all"]:
+        if names == ["all"]:
             return list(self.losses)
-        for name in wanted:
+        for name in names:
             if self.stated(name) is None:
                 raise InputError(
                     f"there is no loss {name!r} in the task; it has {_names(self.losses)}. Use --loss NAME or --loss all."
                 )
-        return list(dict.fromkeys(wanted))
+        return list(dict.fromkeys(names))
 
     def stated(self, name: str) -> tuple[str, str | None] | None:
-        """Return under which name a loss is stated, and which entry of what it returns it is; None where no loss is.
+        """Return the name under which a loss is stated, and the entry of its result it is, if any; None where there is no such loss.
 
         `train/boxes` is the entry `boxes` of `train`, unless a loss is stated under that very name.
         """
@@ -381,7 +393,7 @@ class Task:
         return None
 
 
-def _builds_a_model(factory: Any) -> None:
+def _builds_a_model(factory: Callable[..., object]) -> None:
     """Refuse factories that cannot give a module when they are called without arguments."""
     import torch
 
@@ -399,7 +411,7 @@ def _builds_a_model(factory: Any) -> None:
         )
 
 
-def _is_data(name: str, split: Any) -> None:
+def _is_data(name: str, split: object) -> None:
     """Refuse a class or a function in place of data."""
     what, gives = ("class", "builds") if isinstance(split, type) else ("function", "returns")
     if isinstance(split, type) or inspect.isroutine(split):
@@ -408,33 +420,33 @@ def _is_data(name: str, split: Any) -> None:
         )
 
 
-def parse_subsets(given: list[str]) -> dict[str, str]:
-    """Split → which of its examples; `""` stands for every split.
+def parse_subsets(options: list[str]) -> dict[str, str]:
+    """Return a dict: split → the choice of its examples; `""` stands for every split.
 
     >>> parse_subsets(["0.1@7", "train=0:100"])
     {'': '0.1@7', 'train': '0:100'}
     """
-    found: dict[str, str] = {}
-    for each in given:
-        split, _, what = each.rpartition("=")
-        if split in found:
+    subsets: dict[str, str] = {}
+    for option in options:
+        split, _, what = option.rpartition("=")
+        if split in subsets:
             raise InputError(f"--subset is given twice for {f'split {split!r}' if split else 'all splits'}.")
         if re.fullmatch(r"\d+", what):
             number, prefix = int(what), f"{split}=" if split else ""
             raise InputError(
-                f"--subset {each!r} could mean one example or a number of them. Write {prefix}{number}:{number + 1} for the example at "
+                f"--subset {option!r} could mean one example or a number of them. Write {prefix}{number}:{number + 1} for the example at "
                 f"position {number}, {prefix}:{number} for the first {number}, or {prefix}0.1@7 for a tenth drawn at random with seed 7."
             )
-        found[split] = what
-    return found
+        subsets[split] = what
+    return subsets
 
 
-def _names(table: Mapping[str, Any]) -> str:
+def _names(table: Mapping[str, object]) -> str:
     return ", ".join(repr(str(name)) for name in table) or "none"
 
 
 def pack(task: str | Path | Task) -> tuple[Entry, bytes]:
-    """How to find a task again in another process, and what has to be there for that: its source, or itself.
+    """Return an entry by which another process finds a task again, and the bytes it needs for that: the source, or the task itself.
 
     Args:
         task: `FILE`, `FILE:FUNCTION`, `pkg.module:FUNCTION`, or a Task object.
@@ -474,7 +486,7 @@ def pack(task: str | Path | Task) -> tuple[Entry, bytes]:
 
 
 def _cannot_travel(task: Task, error: Exception) -> InputError:
-    """Name what in a Task object cannot be pickled, and where in it that is."""
+    """Return an error that names the part of a Task object that cannot be pickled, and its place."""
     inside = {
         "the model": task.model,
         **{f"split {name!r}": split for name, split in task.data.items()},
@@ -517,11 +529,11 @@ def _culprit(thing: object, error: Exception) -> tuple[object, str, Exception]:
 
 
 def _inside(thing: object) -> list[tuple[str, object]]:
-    """Return what a thing is made of that may be what cannot be pickled, each part with how it is reached."""
+    """Return the parts of a thing that may be the one that cannot be pickled, each with how it is reached."""
     if isinstance(thing, Mapping):
         return [(f"[{key!r}]", part) for key, part in thing.items()]
     if isinstance(thing, tuple | list):
-        return [(f"[{at}]", part) for at, part in enumerate(thing)]
+        return [(f"[{index}]", part) for index, part in enumerate(thing)]
     if isinstance(thing, functools.partial):
         return [(".func", thing.func), (".args", thing.args), (".keywords", thing.keywords)]
     if inspect.ismethod(thing):
@@ -533,7 +545,7 @@ def _inside(thing: object) -> list[tuple[str, object]]:
 
 
 def digest(entry: Entry) -> str:
-    """A hash of the task's own source, as far as its imports from its folder tell, and of its function's name."""
+    """Return a hash of the task's own source, as far as its imports from its folder tell, and of its function's name."""
     return hashlib.sha256(f"{entry['sha256']}:{entry.get('function')}".encode()).hexdigest()
 
 
@@ -581,14 +593,14 @@ def load(entry: Entry, data: bytes) -> Task:
 
 
 def loaded(task: str | Path | Task) -> Task:
-    """The task in this process, its modules found also where its code imports while it runs; raises as `pack` and `load`."""
+    """Build a task in this process, and let its code import its own modules while it runs; raise as `pack` and `load` do."""
     entry, data = pack(task)
     use(entry, data)
     return load(entry, data)
 
 
 def use(entry: Entry, data: bytes) -> None:
-    """Make the modules that came with a task the ones its code finds when it imports while it runs."""
+    """Let the code of a task import the modules that came with it, also while it runs."""
     if entry["kind"] == "file":
         parcel.use(_opened(entry["path"], data))
 
@@ -616,7 +628,7 @@ def _module(entry: Entry, data: bytes) -> ModuleType:
 
 
 def _where(error: BaseException) -> str:
-    """The last place in the user's own code an error passed through."""
+    """Return the last place in the user's own code an error passed through; "" where there is none."""
     trace, place = error.__traceback__, ""
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename

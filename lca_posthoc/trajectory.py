@@ -74,7 +74,7 @@ class TensorSpec:
 
     @property
     def elements(self) -> int:
-        """How many numbers the tensor holds."""
+        """Return how many numbers the tensor holds."""
         count = 1
         for extent in self.shape:
             count *= extent
@@ -103,16 +103,16 @@ class Trajectory:
 
     @property
     def steps(self) -> list[int]:
-        """The training steps, ascending."""
+        """Return the training steps, ascending."""
         return [checkpoint.step for checkpoint in self.checkpoints]
 
     @property
     def half_precision(self) -> list[str]:
-        """Tensors stored with fewer than 32 bits a number, by which most of the motion is lost."""
+        """Return tensors stored with fewer than 32 bits a number, in which most of the motion is lost."""
         return [name for name, header in self.tensors.items() if header.dtype in HALF]
 
     def sources_of(self, names: Iterable[str]) -> dict[str, str]:
-        """The name inside the files of those tensors of the model that files hold."""
+        """Return a dict from names of the model's tensors to their names inside the files, for those the files hold."""
         return {name: self.sources[normalise(name)] for name in names if normalise(name) in self.sources}
 
     def match(
@@ -122,7 +122,7 @@ class Trajectory:
         patterns: Sequence[str] = (),
         unstored: Collection[str] = (),
     ) -> dict[str, str]:
-        """The name inside the files of every tensor of the table; those that are `fixed` may stand there too, and are not read.
+        """Return the name inside the files of every tensor of the table; files may hold those that are `fixed` too, which are not read.
 
         Args:
             table: the model's tensors.
@@ -133,7 +133,7 @@ class Trajectory:
         Raises:
             InputError: where a tensor is missing, of another shape, or reserved by name; or left over, and not one of `leftovers`.
         """
-        found, used = {}, set()
+        names, used = {}, set()
         for name in reserved([spec.name for spec in table if spec.kind != "state"]):
             raise InputError(
                 f"the model has a tensor called {name!r}, a name that results have for a dimension. Rename it in the task's model, to NEW "
@@ -149,7 +149,7 @@ class Trajectory:
                     f"tensor {spec.name!r} has shape {list(header.shape)} in {self.checkpoints[0].files[0]} "
                     f"(step {self.steps[0]}) but {list(spec.shape)} in the task's model. Build the model that was trained."
                 )
-            found[spec.name] = self.sources[present[0]]
+            names[spec.name] = self.sources[present[0]]
             used.update(present)
         used.update(map(normalise, fixed))
         extra = sorted(set(self.tensors) - used - set(self.leftovers(table, fixed, patterns, unstored)))
@@ -160,7 +160,7 @@ class Trajectory:
                 f"computes the same without {'it' if len(extra) == 1 else 'them'}, leave {'it' if len(extra) == 1 else 'them'} out: "
                 f"{drop_options(extra, set(self.tensors) - set(extra))}"
             )
-        return found
+        return names
 
     def leftovers(
         self,
@@ -169,10 +169,10 @@ class Trajectory:
         patterns: Sequence[str] = (),
         unstored: Collection[str] = (),
     ) -> dict[str, str]:
-        """Return tensors the files hold and the model does not save, and which may be left out, with their names inside the files.
+        """Return tensors that the files hold and the model does not save, with their names inside the files; they may be left out.
 
         They are those `Task.fixed` names, the model's own buffers that are not saved, and buffers that older releases of libraries are
-        known to have saved. Whether they are what they seem to be must be looked at in the files. Arguments as for `match`.
+        known to have saved. The caller must check in the files that they are what they seem to be. Arguments as for `match`.
         """
         used = {normalise(name) for spec in table for name in (spec.name, *spec.aliases)} | set(map(normalise, fixed))
         own = set(map(normalise, unstored))
@@ -188,19 +188,19 @@ class Trajectory:
         }
 
     def ties(self, table: Sequence[TensorSpec]) -> dict[str, list[str]]:
-        """Tied tensors the files hold under several names: the model's name → the names inside the files."""
-        found = {}
+        """Return tied tensors the files hold under several names: the model's name → the names inside the files."""
+        ties = {}
         for spec in table:
             present = dict.fromkeys(map(normalise, (spec.name, *spec.aliases)))
-            held = [self.sources[name] for name in present if name in self.sources]
-            if len(held) > 1:
-                found[spec.name] = held
-        return found
+            sources = [self.sources[name] for name in present if name in self.sources]
+            if len(sources) > 1:
+                ties[spec.name] = sources
+        return ties
 
     def _missing(self, spec: TensorSpec, table: Sequence[TensorSpec]) -> str:
-        known = {normalise(name) for each in table for name in (each.name, *each.aliases)}
-        left = sorted(set(self.tensors) - known)
-        hint = f"; the file has {_some(left)} instead" if left else ""
+        known = {normalise(name) for other in table for name in (other.name, *other.aliases)}
+        unused = sorted(set(self.tensors) - known)
+        hint = f"; the file has {_some(unused)} instead" if unused else ""
         return (
             f"tensor {spec.name!r} of the task's model (shape {list(spec.shape)}) is missing in "
             f"{self.checkpoints[0].files[0]} (step {self.steps[0]}){hint}. Build the model that was trained, or map the names with "
@@ -209,7 +209,9 @@ class Trajectory:
 
 
 def drop_options(names: Collection[str], others: Collection[str] = ()) -> str:
-    """Return the `--rename` options that leave tensors out, written for a shell; numbers in names are joined where that hits no other.
+    """Return the `--rename` options that leave tensors out, written for a shell; one option stands for names that differ in a number only.
+
+    A number stays as it is where the shared option would hit a tensor of `others`.
 
     >>> drop_options(["h.0.attn.bias", "h.11.attn.bias"], ["h.0.attn.weight"])
     "--rename '^h\\\\.\\\\d+\\\\.attn\\\\.bias$='"
@@ -218,7 +220,7 @@ def drop_options(names: Collection[str], others: Collection[str] = ()) -> str:
     for name in sorted(names):
         exact = rf"^{re.escape(name)}$".replace("=", r"\x3d")
         joined = re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", exact)
-        hits = [each for each in others if re.search(joined, each)]
+        hits = [other for other in others if re.search(joined, other)]
         rules[exact if hits else joined] = None
     return " ".join(f"--rename {shlex.quote(rule + '=')}" for rule in rules)
 
@@ -246,7 +248,7 @@ def normalise(name: str) -> str:
 
 
 def reserved(names: Sequence[str]) -> list[str]:
-    """Return those names of allocated tensors that results have for a dimension of theirs.
+    """Return those names of allocated tensors that results use for a dimension.
 
     >>> reserved(["step", "fc.step", "fc", "fc:0"])
     ['step', 'fc:0']
@@ -315,18 +317,18 @@ def open_trajectory(
 
 
 def _importable(root: Path) -> str:
-    """A hint, where there are checkpoints of another kind."""
-    found = [path for path in root.iterdir() if path.suffix in IMPORTED]
-    kinds = ", ".join(sorted({path.suffix for path in found}))
+    """Return a hint where the directory holds checkpoints of another format, else ""."""
+    files = [path for path in root.iterdir() if path.suffix in IMPORTED]
+    kinds = ", ".join(sorted({path.suffix for path in files}))
     return (
-        f" It holds {len(found)} files of {kinds}: `lca import {root} DIR` makes a directory of them that does."
-        if found
+        f" It holds {len(files)} files of {kinds}: `lca import {root} DIR` makes a directory of them that does."
+        if files
         else ""
     )
 
 
 class _Headers(dict[Path, Header]):
-    """Headers read at most once: for the step a file states, then for its tensors."""
+    """The headers of files, read at most once: for the step a file states, then for its tensors."""
 
     def __missing__(self, path: Path) -> Header:
         self[path] = read_header(path)
@@ -339,14 +341,18 @@ class _Headers(dict[Path, Header]):
                 pass
 
     def pop(self, path: Path) -> Header:  # type: ignore[override]
-        """Give a header away."""
+        """Return a header and forget it."""
         header = self[path]
         del self[path]
         return header
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """What `--pattern` was given as a regular expression, which must have a group `step`."""
+    """Return the argument of `--pattern` as a regular expression, which must have a group `step`.
+
+    Raises:
+        InputError: where it is no regular expression, or has no such group.
+    """
     try:
         regex = re.compile(pattern)
     except re.error as error:
@@ -377,15 +383,15 @@ class _Entry:
 
 
 def _discover(root: Path, regex: re.Pattern[str] | None, headers: _Headers) -> tuple[list[_Entry], list[str]]:
-    """Each step's files, and notes on what is left out."""
+    """Return the checkpoints of a directory, one for each step, and notes on what is left out."""
     named: dict[int, _Entry] = {}
     unnamed: list[Path] = []
     entries = sorted(root.iterdir())
     with ThreadPoolExecutor(_AT_A_TIME if is_remote(root) else 1) as pool:  # from far away each takes a while
-        found = list(zip(entries, pool.map(_files, entries), strict=True))
+        entries_files = list(zip(entries, pool.map(_files, entries), strict=True))
     if is_remote(root):
-        headers.fetch([file for _, files in found for file in files])
-    for path, files in found:
+        headers.fetch([file for _, files in entries_files for file in files])
+    for path, files in entries_files:
         if not files:
             continue
         step, by_name = _step(path, files == (path,), regex, headers)
@@ -413,35 +419,35 @@ def _discover(root: Path, regex: re.Pattern[str] | None, headers: _Headers) -> t
 
 
 def _counted(root: Path, entries: Sequence[_Entry], regex: re.Pattern[str] | None, headers: _Headers) -> list[str]:
-    """Refuse numbers in names that count epochs or saves; return notes where that was asked for, or cannot be told."""
-    told = [entry for entry in entries if entry.by_name]
-    if not told:
+    """Refuse numbers in names that count epochs or saves; return notes where the user asked for them, or where names leave it open."""
+    by_name = [entry for entry in entries if entry.by_name]
+    if not by_name:
         return []
-    epochs = {entry: _epoch_of(headers[entry.files[0]]) for entry in told}
+    epochs = {entry: _epoch_of(headers[entry.files[0]]) for entry in by_name}
     counts = count_epochs([(entry.step, epoch) for entry, epoch in epochs.items() if epoch is not None])
     if regex is not None:
         return [epochs_are_meant(regex.pattern)] if counts else []
     if not is_remote(root):
-        refuse_counted_saves([entry.path for entry in told if entry.path.is_dir()])
-    notes = several_namings([entry.path.name for entry in told])
+        refuse_counted_saves([entry.path for entry in by_name if entry.path.is_dir()])
+    notes = several_namings([entry.path.name for entry in by_name])
     if counts:
-        if not all(says_step(entry.path.name) for entry in told):
+        if not all(says_step(entry.path.name) for entry in by_name):
             refuse_epochs({entry.path.name: epoch for entry, epoch in epochs.items()})
-        notes.append(both_count([entry.path.name for entry in told]))
+        notes.append(both_count([entry.path.name for entry in by_name]))
     return notes
 
 
 def _epoch_of(header: Header) -> int | None:
-    """The epoch a file's metadata holds beside no step."""
+    """Return the epoch a file's metadata states; None where it states none."""
     stated = header.metadata.get("epoch", "")
     return int(stated) if re.fullmatch("[0-9]{1,18}", stated) else None
 
 
 def _files(path: Path) -> tuple[Path, ...]:
-    """The safetensors files of one entry of the directory; none where it is not a checkpoint."""
+    """Return the safetensors files of one entry of the directory; an empty tuple where it is not a checkpoint."""
     if path.name.startswith(".") or ".tmp" in path.name:
         return ()
-    if path.suffix == ".safetensors" and is_remote(path):  # of which http servers tell no more, and only by sending it
+    if path.suffix == ".safetensors" and is_remote(path):  # over HTTP, asking whether it is a file would download it
         return (path,)
     if path.is_dir():
         if (path / _INDEX).is_file():
@@ -457,10 +463,10 @@ def _files(path: Path) -> tuple[Path, ...]:
 
 
 def shards(index: Path) -> tuple[Path, ...]:
-    """The files a shard index names, which lie beside it.
+    """Return the files a shard index names, which lie beside it.
 
     Raises:
-        InputError: where it is no index, or a file is missing.
+        InputError: where the file is no index, or a file it names is missing.
     """
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -482,10 +488,10 @@ def shards(index: Path) -> tuple[Path, ...]:
 
 
 def _step(path: Path, is_file: bool, regex: re.Pattern[str] | None, headers: _Headers) -> tuple[int | None, bool]:
-    """The step of an entry, and whether its name alone tells it."""
+    """Return the step of an entry, None where it states none, and whether its name alone tells it."""
     if regex is not None:
-        found = regex.search(path.name)
-        return (int(found["step"]) if found and re.fullmatch("[0-9]{1,18}", found["step"]) else None), True
+        match = regex.search(path.name)
+        return (int(match["step"]) if match and re.fullmatch("[0-9]{1,18}", match["step"]) else None), True
     stated = headers[path].metadata.get("step") if is_file else trainer_step(path)
     if stated is not None and re.fullmatch("[0-9]{1,18}", stated):
         return int(stated), False
@@ -497,7 +503,7 @@ def _step(path: Path, is_file: bool, regex: re.Pattern[str] | None, headers: _He
 
 
 def trainer_step(directory: Path) -> str | None:
-    """The step a trainer wrote beside the weights, as it stands there; None where it wrote none."""
+    """Return the step a trainer wrote beside the weights, as text; None where it wrote none."""
     try:
         return str(json.loads((directory / "trainer_state.json").read_text())["global_step"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -507,7 +513,7 @@ def trainer_step(directory: Path) -> str | None:
 def _select(
     named: list[tuple[int, tuple[Path, ...]]], steps: str | None
 ) -> tuple[list[tuple[int, tuple[Path, ...]]], int]:
-    """The checkpoints within the steps asked for, and K where only every K-th of them is."""
+    """Return the checkpoints within the range of `--steps A:B:K`, and K, 1 where every checkpoint of the range is used."""
     if steps is None:
         return named, 1
     match = re.fullmatch(r"(\d*):(\d*)(?::(\d+))?", steps)
@@ -534,25 +540,25 @@ def _validated(
     dropped: dict[str, None] = {}
     chosen = within[::thinning]
     still = StillSegments()
-    wanted = {step for step, _ in chosen}
-    asked = [
-        1 if (header := headers[files[0]] if step in wanted else headers.get(files[0])) is None else every_of(header)
+    steps = {step for step, _ in chosen}
+    intervals = [
+        1 if (header := headers[files[0]] if step in steps else headers.get(files[0])) is None else every_of(header)
         for step, files in within
     ]
     for step, files in chosen:
-        found = [headers.pop(file) for file in files]
-        held = {name: tensor for header in found for name, tensor in header.tensors.items()}
+        file_headers = [headers.pop(file) for file in files]
+        stored = {name: tensor for header in file_headers for name, tensor in header.tensors.items()}
         if not checkpoints:
-            sources = _names(held, rules, files[0], dropped)
-            tensors = {name: held[source] for name, source in sources.items()}
+            sources = _names(stored, rules, files[0], dropped)
+            tensors = {name: stored[source] for name, source in sources.items()}
         known = {source: tensors[name] for name, source in sources.items()}
-        if held.keys() != known.keys():
-            here = _names(held, rules, files[0], dropped).values()
-            held = {source: held[source] for source in here}
-        if held != known:
-            raise InputError(_difference(held, known, step, files[0]))
-        checkpoints.append(Checkpoint(step, files, sum(header.size for header in found), _joined(found)))
-        still.add(step, files, found)
+        if stored.keys() != known.keys():
+            sources_here = _names(stored, rules, files[0], dropped).values()
+            stored = {source: stored[source] for source in sources_here}
+        if stored != known:
+            raise InputError(_difference(stored, known, step, files[0]))
+        checkpoints.append(Checkpoint(step, files, sum(header.size for header in file_headers), _joined(file_headers)))
+        still.add(step, files, file_headers)
     if dropped:
         names = few([*map(repr, dropped)], 6)
         notes = [
@@ -562,7 +568,7 @@ def _validated(
     notes = [
         *notes,
         *_late(chosen[0][0]),
-        *long_segments([step for step, _ in within], asked, thinning),
+        *long_segments([step for step, _ in within], intervals, thinning),
         *still.notes(),
     ]
     return Trajectory(root, tuple(checkpoints), tensors, sources, tuple(notes))
@@ -576,14 +582,14 @@ def _joined(headers: Sequence[Header]) -> int:
 
 
 def _names(
-    held: Mapping[str, TensorHeader],
+    tensors: Mapping[str, TensorHeader],
     rules: list[tuple[re.Pattern[str], str]],
     file: Path,
     dropped: dict[str, None],
 ) -> dict[str, str]:
-    """The name of each tensor → its name inside the file; those of which rules leave nothing are added to `dropped`."""
+    """Return the name of each tensor → its name inside the file; add to `dropped` those whose names the rules make empty."""
     sources: dict[str, str] = {}
-    for source in held:
+    for source in tensors:
         name = normalise(source)
         for regex, new in rules:
             try:
@@ -603,35 +609,35 @@ def _names(
     return sources
 
 
-def _difference(held: Mapping[str, TensorHeader], known: Mapping[str, TensorHeader], step: int, file: Path) -> str:
-    for name in sorted({*held, *known}):
-        if held.get(name) != known.get(name):
+def _difference(stored: Mapping[str, TensorHeader], known: Mapping[str, TensorHeader], step: int, file: Path) -> str:
+    for name in sorted({*stored, *known}):
+        if stored.get(name) != known.get(name):
             break
-    here = f"{held[name].dtype} {list(held[name].shape)}" if name in held else "absent"
-    there = f"{known[name].dtype} {list(known[name].shape)}" if name in known else "absent"
+    this = f"{stored[name].dtype} {list(stored[name].shape)}" if name in stored else "absent"
+    first = f"{known[name].dtype} {list(known[name].shape)}" if name in known else "absent"
     return (
-        f"tensor {name!r} is {here} in {file} (step {step}) but {there} at the first step. All checkpoints must come from "
+        f"tensor {name!r} is {this} in {file} (step {step}) but {first} at the first step. All checkpoints must come from "
         "one model; leave the odd ones out with --steps, or the tensor, where the model computes the same without it, with "
         f"{drop_options([normalise(name)])}"
     )
 
 
 def _late(first: int) -> list[str]:
-    """A first checkpoint that is not the initial weights."""
+    """Return a note where the first checkpoint is not of the initial weights."""
     return (
         [f"the first checkpoint is step {first}: what changed before it is not part of the result"] if first > 0 else []
     )
 
 
 def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """The tensors of one checkpoint on the CPU, by the model's names, as they are stored, every number finite.
+    """Return the tensors of one checkpoint on the CPU, by the model's names, as they are stored, every number finite.
 
     Args:
         checkpoint: the files, with the size and fingerprint they had when the trajectory was opened.
         names: the model's name of each tensor → its name inside the files.
 
     Raises:
-        SpanError: where a file changed since or cannot be read.
+        SpanError: where a file changed since the trajectory was opened, or cannot be read.
         NotFiniteError: where a number is not finite.
     """
     import torch  # here, because a driver that only looks at headers need not load torch
@@ -652,16 +658,20 @@ def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[st
 
 
 def read_stored(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """The tensors of one checkpoint as `read_checkpoint` gives them, whatever numbers they hold."""
+    """Return the tensors of one checkpoint as `read_checkpoint` does, whatever numbers they hold.
+
+    Raises:
+        SpanError: where a file changed since the trajectory was opened, or cannot be read.
+    """
     import safetensors.torch
 
-    held: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     crc = 0
     for path in checkpoint.files:
         try:
             data = read(path, checkpoint.fingerprint)
             crc = (crc * 31 + fingerprint_of(data)) % 2**32
-            held |= safetensors.torch.load(data)
+            tensors |= safetensors.torch.load(data)
         except (OSError, safetensors.SafetensorError) as error:
             raise SpanError(
                 f"cannot read {path} (step {checkpoint.step}): {error}. Restore the file and run again."
@@ -671,4 +681,4 @@ def read_stored(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, t
             f"{checkpoint.files[0]} (step {checkpoint.step}) is not the file it was when the run was created. Restore it, "
             "or start a new run with --out."
         )
-    return {name: held[source] for name, source in names.items()}
+    return {name: tensors[source] for name, source in names.items()}

@@ -1,11 +1,10 @@
-"""The formats, told by what is in the files: those that are opened as a series, and those that are refused with the way out."""
+"""The formats, recognised by the contents of files: those that are opened as a series, and those that are refused with the way out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import InputError
 from ..layouts import UNREADABLE, Unreadable
@@ -16,7 +15,7 @@ from .series import Progress, Series
 
 @dataclass(frozen=True)
 class Format:
-    """A format: its name, how a path shows that it holds it, what opens it, and which options say more about it."""
+    """A format: its name, the functions that recognise a path that holds it and open one, and the options it takes."""
 
     name: str
     recognises: Callable[[Path], bool]
@@ -25,7 +24,7 @@ class Format:
 
 
 def _refuse(what: str) -> Callable[..., Series]:
-    def refuse(place: Path, progress: Progress, **asked: Any) -> Series:
+    def refuse(place: Path, progress: Progress, **options: object) -> Series:
         raise InputError(f"{place} holds {what}")
 
     return refuse

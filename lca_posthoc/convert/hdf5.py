@@ -1,4 +1,4 @@
-"""An HDF5 file with a row for every iterate and a column for every parameter, as the authors of the method kept theirs.
+"""Read an HDF5 file with a row for every iterate and a column for every parameter, as the authors of the method kept theirs.
 
 The file has no names: order and shapes are those of a task's model.
 """
@@ -27,7 +27,7 @@ _BLOCK = 256 * 2**20
 
 
 def is_hdf5(path: Path) -> bool:
-    """Whether a file begins as HDF5 does."""
+    """Tell whether a file begins as HDF5 does."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -39,11 +39,11 @@ class _Rows:
 
     def __init__(self, path: Path, dataset: str, names: Mapping[str, tuple[int, ...]]) -> None:
         self.path, self.dataset, self._shapes = path, dataset, names
-        with self._opened() as found:
-            self.rows, self.length = found.shape
-            self.dtype = np.dtype(f"f{found.dtype.itemsize}")
+        with self._opened() as table:
+            self.rows, self.length = table.shape
+            self.dtype = np.dtype(f"f{table.dtype.itemsize}")
             most = max(1, _BLOCK // max(1, self.length * self.dtype.itemsize))
-            self._block = max(1, min(most, found.chunks[0] if found.chunks else 1))
+            self._block = max(1, min(most, table.chunks[0] if table.chunks else 1))
         self._from_block = functools.lru_cache(maxsize=1)(self._read_block)
 
     @contextlib.contextmanager
@@ -59,20 +59,20 @@ class _Rows:
             raise InputError(f"{self.path} cannot be read as HDF5: {what}. Copy it again.") from None
 
     def _read_block(self, block: int) -> np.ndarray[Any, Any]:
-        with self._opened() as found:
-            return np.asarray(found[block * self._block : (block + 1) * self._block], self.dtype)
+        with self._opened() as table:
+            return np.asarray(table[block * self._block : (block + 1) * self._block], self.dtype)
 
     def _row(self, row: int) -> np.ndarray[Any, Any]:
         numbers: np.ndarray[Any, Any] = self._from_block(row // self._block)[row % self._block]
         return numbers
 
     def read(self, row: int) -> Tensors:
-        """The tensors of one row, columns cut in order."""
-        numbers, tensors, at = torch.from_numpy(self._row(row).copy()), Tensors(), 0
+        """Return the tensors of one row, columns cut in order."""
+        numbers, tensors, start = torch.from_numpy(self._row(row).copy()), Tensors(), 0
         for name, shape in self._shapes.items():
             count = TensorSpec(name, "parameter", shape).elements
-            tensors[name] = numbers[at : at + count].reshape(shape)
-            at += count
+            tensors[name] = numbers[start : start + count].reshape(shape)
+            start += count
         return separate(tensors)
 
     def identity(self, row: int) -> str:
@@ -82,35 +82,35 @@ class _Rows:
 
 
 def _dataset(h5py: Any, file: Any, path: Path, name: str) -> Any:
-    """A plain two-dimensional dataset of floating-point numbers that lies in this file."""
+    """Return a dataset of the file, and refuse one that is no plain two-dimensional table of floating-point numbers in this file."""
     if "layer_names" in file.attrs or "model_weights" in file or "_layer_checkpoint_dependencies" in file:
         raise InputError(
             f"{path} is a Keras weights file: one point of training under Keras' own names. Write every iterate as a step_N.safetensors "
             "file under torch's names, kernels transposed."
         )
-    found = file.get(name)
-    if not isinstance(found, h5py.Dataset):
-        held = [f"{each!r} {list(value.shape)}" for each, value in file.items() if isinstance(value, h5py.Dataset)]
+    table = file.get(name)
+    if not isinstance(table, h5py.Dataset):
+        tables = [f"{key!r} {list(value.shape)}" for key, value in file.items() if isinstance(value, h5py.Dataset)]
         raise InputError(
-            f"{path} has no dataset {name!r}; it has {few(held, 8) or 'none'}. Name the one with a row for every iterate with --dataset."
+            f"{path} has no dataset {name!r}; it has {few(tables, 8) or 'none'}. Name the one with a row for every iterate with --dataset."
         )
-    if found.file.filename != file.filename or found.external or found.is_virtual:
+    if table.file.filename != file.filename or table.external or table.is_virtual:
         raise InputError(f"dataset {name!r} of {path} lies in other files, which are not read. Copy it into one file.")
-    if found.ndim != 2 or found.dtype.kind != "f" or found.dtype.itemsize > 8:
+    if table.ndim != 2 or table.dtype.kind != "f" or table.dtype.itemsize > 8:
         raise InputError(
-            f"dataset {name!r} of {path} is {found.dtype} {list(found.shape)}, not a table of floating-point numbers with a row for every "
+            f"dataset {name!r} of {path} is {table.dtype} {list(table.shape)}, not a table of floating-point numbers with a row for every "
             "iterate and a column for every parameter."
         )
-    return found
+    return table
 
 
 def open_hdf5(
     path: Path, progress: Progress, dataset: str = "all_weights", task: str | Path | tasks.Task | None = None
 ) -> Series:
-    """The rows of a dataset as steps 0, 1, 2, …, cut in the order of the parameters of a task's model.
+    """Return the rows of a dataset as steps 0, 1, 2, …, cut in the order of the parameters of a task's model.
 
     Raises:
-        InputError: where the file, the dataset or the task is missing or does not fit.
+        InputError: where the file, the dataset or the task is missing, or they do not fit each other.
         ResourceError: where h5py is not installed.
     """
     needed("h5py", "HDF5")
@@ -146,7 +146,7 @@ def open_hdf5(
 
 
 def _model(task: str | Path | tasks.Task) -> list[TensorSpec]:
-    """The tensors of a task's model, in its order, without those the task fixes."""
+    """Return the tensors of a task's model, in its order, without those the task fixes."""
     loaded = tasks.loaded(task)
     model = new_model(loaded)
     if any(map(is_lazy, model.parameters())):

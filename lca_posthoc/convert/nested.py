@@ -1,4 +1,4 @@
-"""Find the model's state dict in what a file holds, whatever lies around it, and never take an optimiser's state for it."""
+"""Find the model's state dict in the contents of a file, whatever lies around it, and never take an optimiser's state for it."""
 
 from __future__ import annotations
 
@@ -43,16 +43,17 @@ _SLOTS = frozenset(
     )
 )
 _DEEPEST = 8
+Level = Mapping[Any, object]
 
 
-def state_dict(saved: Any, file: Path, key: str | None) -> tuple[Mapping[str, Any], list[Mapping[Any, Any]], list[str]]:
-    """Find the state dict, the mappings it lies in, from the outside in, and notes on others that were left.
+def state_dict(saved: object, file: Path, key: str | None) -> tuple[Mapping[str, object], list[Level], list[str]]:
+    """Find the state dict, the mappings it lies in, from the outside in, and notes on others that were not chosen.
 
     It is the one under `--key`, a path with dots; else the only known entry of the file; else the only state dict anywhere in it; else
     the file itself.
 
     Raises:
-        InputError: where there is none, or it is not clear which is meant; names every key that would do.
+        InputError: where there is none, or several could be meant; it names every key that would do.
     """
     if is_left_out(saved):
         raise InputError(
@@ -62,11 +63,11 @@ def state_dict(saved: Any, file: Path, key: str | None) -> tuple[Mapping[str, An
         raise InputError(f"{file} holds a {type(saved).__name__}, no state dict. Save model.state_dict().")
     places = dict(_places(saved))
     if key is not None:
-        asked = [trail for trail in _at(saved, key) if _holds_tensors(trail[-1])]
-        if len(asked) != 1:
-            problem = "holds no tensors there" if not asked else "holds two state dicts there"
+        trails = [trail for trail in _at(saved, key) if _holds_tensors(trail[-1])]
+        if len(trails) != 1:
+            problem = "holds no tensors there" if not trails else "holds two state dicts there"
             raise InputError(f"--key {key!r}: {file} {problem}. {_entries(saved, list(places))}")
-        return asked[0][-1], asked[0][:-1], []
+        return trails[0][-1], trails[0][:-1], []
     known = [name for name in _WITHIN if name in places and len(places[name]) == 1]
     _refuse_unread_model(saved, file, places, known)
     if len(known) == 1:
@@ -86,47 +87,43 @@ def state_dict(saved: Any, file: Path, key: str | None) -> tuple[Mapping[str, An
     raise InputError(f"which state dict of {file} is meant is not clear. {_entries(saved, list(places))}")
 
 
-def _refuse_unread_model(
-    saved: Mapping[Any, Any], file: Path, places: Mapping[str, Sequence[Mapping[Any, Any]]], known: Sequence[str]
-) -> None:
-    """Refuse to choose where an object that was read past holds tensors and may be the model itself."""
+def _refuse_unread_model(saved: Level, file: Path, places: Mapping[str, Sequence[Level]], known: Sequence[str]) -> None:
+    """Refuse to choose a state dict where an object that was read past holds tensors and may be the model itself."""
     around = [saved, *(level for trail in places.values() for level in trail[:-1])]
     unread = [name for level in around for name, value in level.items() if holds_tensors_inside(value)]
     if places and unread and (not known or any(name in _WITHIN for name in unread)):
         raise InputError(f"which state dict of {file} is meant is not clear. {_entries(saved, list(places))}")
 
 
-def _holds_tensors(value: Any) -> bool:
+def _holds_tensors(value: object) -> bool:
     return (
         isinstance(value, Mapping)
         and not is_left_out(value)
         and all(isinstance(name, str) for name in value)
-        and any(isinstance(each, torch.Tensor) for each in value.values())
+        and any(isinstance(entry, torch.Tensor) for entry in value.values())
     )
 
 
-def _only_scalars(state: Mapping[str, Any]) -> bool:
-    return all(each.numel() <= 1 for each in state.values() if isinstance(each, torch.Tensor))
+def _only_scalars(state: Level) -> bool:
+    return all(tensor.numel() <= 1 for tensor in state.values() if isinstance(tensor, torch.Tensor))
 
 
-def _has_numbers_beside(saved: Mapping[Any, Any], trail: Sequence[Mapping[Any, Any]]) -> bool:
-    """Return whether tensors of more than one number lie beside the state dict, on its own level or above."""
+def _has_numbers_beside(saved: Level, trail: Sequence[Level]) -> bool:
+    """Tell whether tensors of more than one number lie beside the state dict, on its own level or above."""
     return any(not _only_scalars(level) for level in [saved, *trail[:-1]])
 
 
-def _is_optimiser(name: str, value: Mapping[Any, Any]) -> bool:
-    """Tell an optimiser's state by its shape, or by its name where the shape tells nothing."""
+def _is_optimiser(name: str, value: Level) -> bool:
+    """Tell whether a mapping is an optimiser's state, by its keys, or by its name where the keys tell nothing."""
     if "param_groups" in value or (_OPTIMISER.search(name) and not _holds_tensors(value)):
         return True
-    names = [each for each in value if isinstance(each, str)]
-    if names and all(each.startswith(("state.", "param_groups.")) for each in names):
+    names = [key for key in value if isinstance(key, str)]
+    if names and all(key.startswith(("state.", "param_groups.")) for key in names):
         return True  # flattened by torch.distributed.checkpoint
     return bool(names) and name not in _WITHIN and _SLOTS.issuperset(names)
 
 
-def _places(
-    value: Mapping[Any, Any], prefix: str = "", trail: tuple[Mapping[Any, Any], ...] = ()
-) -> Iterator[tuple[str, list[Mapping[Any, Any]]]]:
+def _places(value: Level, prefix: str = "", trail: tuple[Level, ...] = ()) -> Iterator[tuple[str, list[Level]]]:
     """Walk nested mappings, and yield the dotted path of every state dict below, with the mappings on the way to it, itself the last."""
     for name, inner in value.items():
         if not isinstance(name, str) or not isinstance(inner, Mapping) or is_left_out(inner):
@@ -134,14 +131,14 @@ def _places(
         if name.rpartition(".")[2] == "_extra_state" or _is_optimiser(name, inner):
             continue
         if _holds_tensors(inner) and not (
-            _only_scalars(inner) and any(isinstance(each, Mapping) for each in inner.values())
+            _only_scalars(inner) and any(isinstance(entry, Mapping) for entry in inner.values())
         ):
             yield prefix + name, [*trail, inner]
         elif len(trail) < _DEEPEST:
             yield from _places(inner, f"{prefix}{name}.", (*trail, inner))
 
 
-def _at(value: Mapping[Any, Any], key: str) -> Iterator[list[Mapping[Any, Any]]]:
+def _at(value: Level, key: str) -> Iterator[list[Level]]:
     """Yield the mappings on every way that a key with dots can be read: as one name, or as names of levels."""
     for end in [index for index, letter in enumerate(key) if letter == "."] + [len(key)]:
         inner = value.get(key[:end])
@@ -153,7 +150,7 @@ def _at(value: Mapping[Any, Any], key: str) -> Iterator[list[Mapping[Any, Any]]]
             yield from ([inner, *rest] for rest in _at(inner, key[end + 1 :]))
 
 
-def _entries(saved: Mapping[Any, Any], paths: Sequence[str]) -> str:
+def _entries(saved: Level, paths: Sequence[str]) -> str:
     keys = few([repr(name)[:80] for name in saved], 8) or "none"
     objects = [
         f"{name!r} is an object of {class_of(value)}" for name, value in saved.items() if holds_tensors_inside(value)

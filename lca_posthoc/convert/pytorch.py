@@ -1,7 +1,7 @@
 """Read what torch.save, Lightning and older Hugging Face trainers wrote.
 
 Of pickles only tensors and plain data are read (`torch.load(…, weights_only=True)`). Objects of other classes, such as parsed arguments and
-paths, are read past: what stands for them takes whatever a file gives it and does nothing (`standins`). Functions are refused.
+paths, are read past: a stand-in takes whatever a file gives it and does nothing (`standins`). Functions are refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import google_crc32c
 import torch
@@ -48,7 +47,7 @@ _EPOCHS = ("epoch", "cur_epoch", "current_epoch")
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What one checkpoint holds: its tensors, not read where the file can be mapped, notes, and the step and epoch it states inside."""
+    """The contents of one checkpoint: its tensors, not read where the file can be mapped, notes, and the step and epoch it states."""
 
     tensors: Tensors
     notes: list[str]
@@ -59,14 +58,14 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class _Saved:
-    """One checkpoint: what names it, its files, and the entry of them that is the state dict."""
+    """One checkpoint: the path that names it, its files, and the entry that is the state dict, None to find it."""
 
     path: Path
     files: tuple[Path, ...]
     key: str | None
 
     def load(self) -> _Loaded:
-        """Look at its files."""
+        """Load its files, and return the tensors and the step they state."""
         tensors, notes = Tensors(), list[str]()
         steps, epochs = list[tuple[int, str]](), list[int]()
         for file in self.files:
@@ -81,11 +80,11 @@ class _Saved:
                     "what is averaged (torch.optim.swa_utils and its like)"
                 )
             _refuse_hidden(state, file)
-            found, more = taken(state, str(file))
-            twice = sorted(found.keys() & tensors.keys())
+            own, more = taken(state, str(file))
+            twice = sorted(own.keys() & tensors.keys())
             if twice:
                 raise InputError(f"tensor {twice[0]!r} stands in {file} and in another shard of it. Save it again.")
-            tensors |= found
+            tensors |= own
             notes += more
             notes += passed
             within = [saved, *around]
@@ -104,13 +103,13 @@ class _Saved:
         return _Loaded(tensors, notes, step, entry, epochs[0] if epochs else None)
 
     def read(self) -> Tensors:
-        """Its tensors, from files whose checksums were compared."""
+        """Return its tensors, once the checksums of its files were compared."""
         for file in self.files:
             _compare_checksums(file)
         return separate(self.load().tensors)
 
     def identity(self) -> str:
-        """CRC-32C of samples of the files, with the entry that is taken."""
+        """Return the CRC-32C of samples of the files and of the entry that is the state dict."""
         crc = google_crc32c.value(repr(self.key).encode())
         for file in self.files:
             crc = google_crc32c.extend(crc, _sampled(file).encode())
@@ -118,7 +117,7 @@ class _Saved:
 
 
 def _compare_checksums(file: Path) -> None:
-    """Refuse an archive whose content is not what was written, which torch itself does not look at."""
+    """Refuse an archive whose contents do not match their checksums, which torch itself does not compare."""
     if not zipfile.is_zipfile(file):
         return
     record = None
@@ -138,11 +137,11 @@ def _compare_checksums(file: Path) -> None:
 def _sampled(file: Path) -> str:
     with file.open("rb") as opened:
         size = os.fstat(opened.fileno()).st_size
-        return f"{size}:{fingerprint(lambda at, count: os.pread(opened.fileno(), count, at), size)}"
+        return f"{size}:{fingerprint(lambda offset, count: os.pread(opened.fileno(), count, offset), size)}"
 
 
-def _counters(state: Mapping[str, Any]) -> list[str]:
-    """Return the counters that stand beside averaged weights: those of an average that keeps the model one level down."""
+def _counters(state: Mapping[str, object]) -> list[str]:
+    """Return the counters beside averaged weights, where all weights are below the names an average gives to its model."""
     counters = [name for name in _COUNTERS if _counts(state.get(name))]
     rate = state.get("decay")
     if counters and "decay" not in counters and isinstance(rate, torch.Tensor) and rate.numel() == 1:
@@ -150,14 +149,14 @@ def _counters(state: Mapping[str, Any]) -> list[str]:
     return counters if all(_AVERAGED.match(name) for name in state if name not in counters) else []
 
 
-def _counts(value: Any) -> bool:
+def _counts(value: object) -> bool:
     """Tell whether a value is a whole number or a flag in a tensor; a trained number is neither."""
     return (
         isinstance(value, torch.Tensor) and value.numel() == 1 and not (value.is_floating_point() or value.is_complex())
     )
 
 
-def _refuse_hidden(state: Mapping[str, Any], file: Path) -> None:
+def _refuse_hidden(state: Mapping[str, object], file: Path) -> None:
     """Refuse a state dict with an object that was read past and may hold a weight."""
     for name, value in state.items():
         if is_left_out(value) and holds_tensors_inside(value):
@@ -168,7 +167,7 @@ def _refuse_hidden(state: Mapping[str, Any], file: Path) -> None:
 
 
 def _is_torch(path: Path) -> bool:
-    """Whether a file is what `torch.save` writes; one that is damaged or some other pickle counts where its name claims it is."""
+    """Tell whether `torch.save` wrote a file; a damaged file or another pickle counts too where its name claims so."""
     claimed = path.suffix in (".ckpt", ".pt", ".pth", ".bin") or path.name.endswith(".pth.tar")
     if not path.is_file():
         return claimed and path.is_symlink()
@@ -183,14 +182,14 @@ def _is_torch(path: Path) -> bool:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether an entry of a directory is a checkpoint that `lca run` reads as it is."""
+    """Tell whether an entry of a directory is a checkpoint that `lca run` reads as it is."""
     if not path.is_dir():
         return path.suffix == ".safetensors"
     return any((path / name).is_file() for name in SAFETENSORS)
 
 
 def _entry(path: Path) -> tuple[Path, ...]:
-    """The files of one entry of a directory that hold a model; none where it is no checkpoint."""
+    """Return the files of one entry of a directory that hold a model; an empty tuple where it is no checkpoint."""
     if path.name.startswith(".") or ".tmp" in path.name or BESIDE_THE_WEIGHTS.fullmatch(path.name):
         return ()
     if not path.is_dir():
@@ -200,7 +199,7 @@ def _entry(path: Path) -> tuple[Path, ...]:
     for name in WHOLE:
         if (path / name).is_file():
             return shards(path / name) if name.endswith(".json") else (path / name,)
-    inside = [each for each in sorted(path.iterdir()) if not each.is_dir() and _entry(each)]
+    inside = [file for file in sorted(path.iterdir()) if not file.is_dir() and _entry(file)]
     if len(inside) > 1 and step_in_name(path.name) is not None:
         raise InputError(
             f"{path} holds {len(inside)} files that could be the model ({inside[0].name}, {inside[1].name}, …). Leave one there, or give "
@@ -210,12 +209,12 @@ def _entry(path: Path) -> tuple[Path, ...]:
 
 
 def is_pytorch(place: Path) -> bool:
-    """Whether a directory has checkpoints of this kind in it, or a file is one."""
+    """Tell whether a directory has checkpoints of this kind in it, or a file is one."""
     return bool(_entry(place)) if place.is_file() else any(map(_entry, place.iterdir()))
 
 
 def open_pytorch(place: Path, progress: Progress, key: str | None = None, pattern: str | None = None) -> Series:
-    """Every checkpoint in a directory, looked at once: its step, its tensors, what is left out of it.
+    """Look at every checkpoint in a directory once, and return the series: steps, tensors, and notes on what is left out.
 
     Raises:
         InputError: where one cannot be read as tensors and plain data, states no step, or is of another model.
@@ -238,29 +237,29 @@ def open_pytorch(place: Path, progress: Progress, key: str | None = None, patter
     numbering = _Numbering(looked, regex)
     known, first = dict[str, TensorHeader](), ""
     steps, unnamed = dict[int, _Looked](), list[_Saved]()
-    for each in looked:
-        step = numbering.step_of(each)
+    for checkpoint in looked:
+        step = numbering.step_of(checkpoint)
         if step is None:
-            unnamed.append(each.saved)
+            unnamed.append(checkpoint.saved)
             continue
         if step in steps:
-            notes.append(_once_more(each.saved, steps[step].saved, step))
+            notes.append(_once_more(checkpoint.saved, steps[step].saved, step))
             continue
-        known, first = known or each.headers, first or str(each.saved.files[0])
-        same_headers(each.headers, known, str(each.saved.files[0]), first)
-        steps[step] = each
+        known, first = known or checkpoint.headers, first or str(checkpoint.saved.files[0])
+        same_headers(checkpoint.headers, known, str(checkpoint.saved.files[0]), first)
+        steps[step] = checkpoint
     notes += _without_step(unnamed, bool(steps))
     notes += numbering.notes(steps)
     iterates = [
-        Iterate(step, str(each.saved.files[0]), each.saved.read, each.saved.identity)
-        for step, each in sorted(steps.items())
+        Iterate(step, str(checkpoint.saved.files[0]), checkpoint.saved.read, checkpoint.saved.identity)
+        for step, checkpoint in sorted(steps.items())
     ]
     return Series(iterates, known, notes)
 
 
 @dataclass(frozen=True)
 class _Looked:
-    """A checkpoint that was looked at: its tensors' headers, and what it states inside."""
+    """A checkpoint that was looked at: its tensors' headers, and the step and epoch it states inside."""
 
     saved: _Saved
     headers: dict[str, TensorHeader]
@@ -274,7 +273,7 @@ class _Looked:
 
 
 class _Numbering:
-    """Decides which training step each checkpoint of a series is of.
+    """Decide which training step each checkpoint of a series belongs to.
 
     Raises:
         InputError: where the numbers in names count epochs or saves, and nothing else states a step.
@@ -282,16 +281,26 @@ class _Numbering:
 
     def __init__(self, looked: Sequence[_Looked], regex: re.Pattern[str] | None) -> None:
         self._regex = regex
-        numbers = [(number, each) for each in looked if (number := self._in_name(each.saved.path)) is not None]
-        self._by_epoch = count_epochs([(number, each.epoch) for number, each in numbers if each.epoch is not None])
+        numbers = [
+            (number, checkpoint)
+            for checkpoint in looked
+            if (number := self._in_name(checkpoint.saved.path)) is not None
+        ]
+        self._by_epoch = count_epochs(
+            [(number, checkpoint.epoch) for number, checkpoint in numbers if checkpoint.epoch is not None]
+        )
         self._by_name = list[_Looked]()
         if regex is not None:
             return
-        told = [each for _, each in numbers if each.step is None and _of_trainer(each.saved.path) is None]
-        if self._by_epoch and told and not all(says_step(each.name) for each in told):
-            refuse_epochs({each.name: each.epoch for each in told})
-        refuse_counted_saves([each.saved.path for each in told if each.saved.path.is_dir()])
-        self._by_name = told
+        by_name = [
+            checkpoint
+            for _, checkpoint in numbers
+            if checkpoint.step is None and _of_trainer(checkpoint.saved.path) is None
+        ]
+        if self._by_epoch and by_name and not all(says_step(checkpoint.name) for checkpoint in by_name):
+            refuse_epochs({checkpoint.name: checkpoint.epoch for checkpoint in by_name})
+        refuse_counted_saves([checkpoint.saved.path for checkpoint in by_name if checkpoint.saved.path.is_dir()])
+        self._by_name = by_name
 
     def _in_name(self, path: Path) -> int | None:
         if self._regex is None:
@@ -299,25 +308,25 @@ class _Numbering:
         named = self._regex.search(path.name)
         return int(named["step"]) if named and re.fullmatch("[0-9]{1,18}", named["step"] or "") else None
 
-    def step_of(self, each: _Looked) -> int | None:
+    def step_of(self, looked: _Looked) -> int | None:
         """Return the training step: by `--pattern`, else as the file states it, as a trainer wrote beside it, or by the name."""
-        number = self._in_name(each.saved.path)
+        number = self._in_name(looked.saved.path)
         if self._regex is not None:
             return number
-        if each.step is not None:
-            counts_epochs = self._by_epoch and not says_step(each.name)
-            unlike_steps = each.step_entry == "global_step" and not says_step(each.name)
-            if number not in (None, each.step) and not counts_epochs and not unlike_steps:
+        if looked.step is not None:
+            counts_epochs = self._by_epoch and not says_step(looked.name)
+            unlike_steps = looked.step_entry == "global_step" and not says_step(looked.name)
+            if number not in (None, looked.step) and not counts_epochs and not unlike_steps:
                 raise InputError(
-                    f"{each.saved.path} is called step {number} and says {each.step} inside, perhaps the step of an epoch. Say which names "
-                    "to go by with --pattern."
+                    f"{looked.saved.path} is called step {number} and says {looked.step} inside, perhaps the step of an epoch. Say "
+                    "which names to go by with --pattern."
                 )
-            return each.step
-        stated = _of_trainer(each.saved.path)
+            return looked.step
+        stated = _of_trainer(looked.saved.path)
         return number if stated is None else stated
 
     def notes(self, steps: Mapping[int, _Looked]) -> list[str]:
-        """Return what is worth telling about the numbers, once every step is known.
+        """Return notes on the numbers, once every step is known.
 
         Raises:
             InputError: where steps inside the files go down as epochs go up.
@@ -325,7 +334,9 @@ class _Numbering:
         if self._regex is not None:
             return [epochs_are_meant(self._regex.pattern)] if self._by_epoch else []
         epochs = [
-            (step, each) for step, each in sorted(steps.items()) if each.epoch is not None and each.step is not None
+            (step, checkpoint)
+            for step, checkpoint in sorted(steps.items())
+            if checkpoint.epoch is not None and checkpoint.step is not None
         ]
         for (_, before), (step, after) in pairwise(epochs):
             if (after.epoch or 0) < (before.epoch or 0):
@@ -335,9 +346,9 @@ class _Numbering:
                 )
         notes = []
         inside = [
-            each
-            for step, each in steps.items()
-            if each.step is not None and step_in_name(each.name) not in (None, step)
+            checkpoint
+            for step, checkpoint in steps.items()
+            if checkpoint.step is not None and step_in_name(checkpoint.name) not in (None, step)
         ]
         if inside:
             first = inside[0]
@@ -345,14 +356,14 @@ class _Numbering:
                 f"{first.name} is taken as step {first.step}, its {first.step_entry}; the number in its name counts something else"
                 + (f" (as in {len(inside) - 1} more)" if len(inside) > 1 else "")
             )
-        told = [each.name for each in self._by_name]
-        if self._by_epoch and told:
-            notes.append(both_count(told))
-        return [*notes, *several_namings([_plain(name) for name in told])]
+        names = [checkpoint.name for checkpoint in self._by_name]
+        if self._by_epoch and names:
+            notes.append(both_count(names))
+        return [*notes, *several_namings([_plain(name) for name in names])]
 
 
 def _plain(name: str) -> str:
-    """Return a name without what says that it is a file of torch.save."""
+    """Return a name without the endings of torch.save's files."""
     return re.sub(r"(\.(pt|pth|ckpt|bin|tar))+$", "", name)
 
 
@@ -361,7 +372,7 @@ def _of_trainer(path: Path) -> int | None:
     return int(stated) if stated is not None and re.fullmatch("[0-9]{1,18}", stated) else None
 
 
-def _epoch(value: Any) -> int | None:
+def _epoch(value: object) -> int | None:
     """Return an epoch: a whole number, written as one, as a fraction or a word, or in a tensor."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -370,8 +381,8 @@ def _epoch(value: Any) -> int | None:
     return _count(value)
 
 
-def _count(value: Any) -> int | None:
-    """A number of steps: a whole number, or a tensor of one."""
+def _count(value: object) -> int | None:
+    """Return a number of steps, from a whole number or a tensor of one; None for anything else."""
     if (
         isinstance(value, torch.Tensor)
         and value.numel() == 1
@@ -383,7 +394,7 @@ def _count(value: Any) -> int | None:
 
 
 def _once_more(saved: _Saved, other: _Saved, step: int) -> str:
-    """A second file of one step, such as a `last.ckpt`, is left out where it holds the same numbers."""
+    """Return a note that a second file of one step, such as a `last.ckpt`, is left out; refuse one with other numbers."""
     if not same_bytes(saved.load().tensors, other.load().tensors):
         raise InputError(
             f"{other.path} and {saved.path} both claim step {step} and differ. Move one away, or tell steps apart with --pattern."
@@ -392,11 +403,11 @@ def _once_more(saved: _Saved, other: _Saved, step: int) -> str:
 
 
 def _without_step(unnamed: Sequence[_Saved], some: bool) -> list[str]:
-    """Notes on final models beside the checkpoints; refuse what else states no step."""
-    final = [each for each in unnamed if some and each.path.name in WHOLE]
-    lost = [each.path for each in unnamed if each not in final]
+    """Return notes on final models beside the checkpoints; refuse other files that state no step."""
+    final = [saved for saved in unnamed if some and saved.path.name in WHOLE]
+    lost = [saved.path for saved in unnamed if saved not in final]
     if not lost:
-        return [f"left out {each.path.name}: it states no step" for each in final]
+        return [f"left out {saved.path.name}: it states no step" for saved in final]
     shown = few([str(path) for path in lost])
     if any(states_epoch(path.name) for path in lost):
         refuse_epochs(dict.fromkeys(str(path) for path in lost if states_epoch(path.name)))

@@ -1,4 +1,4 @@
-"""A series of checkpoints to convert, and what is the same for every format: which tensors can be stored, and how."""
+"""A series of checkpoints to convert, and the rules that every format shares: which tensors can be stored, and how."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ SIZES = {name: dtype.itemsize for dtype, name in CODES.items()}
 class Iterate:
     """One training step of a source.
 
-    `origin` names it in messages; `read` gives its tensors, each with its own memory and contiguous; `identity` is a checksum of where
-    they are from, which tells an import that goes on from one of another series.
+    `origin` names it in messages; `read` gives its tensors, each with its own memory and contiguous; `identity` is a checksum of their
+    source, which tells an import that continues from one of another series.
     """
 
     step: int
@@ -34,7 +34,7 @@ class Iterate:
 
 @dataclass(frozen=True)
 class Series:
-    """What there is to convert: iterates in order of their step, the tensors every one of them has, and what is worth telling."""
+    """The iterates to convert, in order of their step, the tensors every one of them has, and notes for the user."""
 
     iterates: list[Iterate]
     tensors: dict[str, TensorHeader]
@@ -42,25 +42,26 @@ class Series:
 
 
 def headers_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorHeader]:
-    """Names, dtypes and shapes as a file states them."""
+    """Return names, dtypes and shapes as a safetensors file states them."""
     return {name: TensorHeader(CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
-def same_headers(found: Mapping[str, TensorHeader], known: Mapping[str, TensorHeader], file: str, first: str) -> None:
+def same_headers(headers: Mapping[str, TensorHeader], known: Mapping[str, TensorHeader], file: str, first: str) -> None:
     """Refuse a checkpoint of another model."""
-    for name in sorted({*found, *known}):
-        if found.get(name) != known.get(name):
-            here, there = (
-                f"{each[name].dtype} {list(each[name].shape)}" if name in each else "absent" for each in (found, known)
+    for name in sorted({*headers, *known}):
+        if headers.get(name) != known.get(name):
+            this, other = (
+                f"{table[name].dtype} {list(table[name].shape)}" if name in table else "absent"
+                for table in (headers, known)
             )
             raise InputError(
-                f"tensor {name!r} is {here} in {file} but {there} in {first}. All checkpoints must come from one model; move the odd "
+                f"tensor {name!r} is {this} in {file} but {other} in {first}. All checkpoints must come from one model; move the odd "
                 "ones away, or choose names with --pattern."
             )
 
 
-def taken(state: Mapping[str, Any], file: str) -> tuple[Tensors, list[str]]:
-    """The tensors of a state dict, tied ones under their first name alone, and notes on what is left out."""
+def taken(state: Mapping[str, object], file: str) -> tuple[Tensors, list[str]]:
+    """Return the tensors of a state dict, tied ones under their first name alone, and notes on what is left out."""
     tensors, first, notes = Tensors(), dict[Any, str](), []
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
@@ -94,11 +95,11 @@ def _storable(name: str, value: torch.Tensor, file: str) -> None:
 
 
 def separate(tensors: Tensors) -> Tensors:
-    """The same numbers, contiguous, none sharing memory with another."""
-    seen, found = set[int](), Tensors()
+    """Return the same numbers in contiguous tensors, none of which shares memory with another."""
+    seen, separated = set[int](), Tensors()
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage().data_ptr()
         tensor = tensor.resolve_conj().contiguous()
-        found[name] = tensor.clone() if storage in seen and tensor.numel() else tensor
+        separated[name] = tensor.clone() if storage in seen and tensor.numel() else tensor
         seen.add(storage)
-    return found
+    return separated

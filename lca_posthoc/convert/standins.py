@@ -1,7 +1,8 @@
 """Unpickle what torch.save wrote as tensors and plain data, with stand-ins for objects of other classes.
 
-A stand-in is one of ours: it takes what a file would have given to a class, and does nothing with it. No class that a file names is
-imported, no function it names is called. Numbers of numpy are read past too, since numpy follows pointers in what it is given.
+A stand-in is a class of this module: it takes the arguments a file has for another class, and does nothing with them. No class that
+a file names is imported, no function it names is called. Numbers of numpy are read past too, since numpy follows pointers in the
+values a file gives it.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ _MARK = "_read_past"
 
 
 class LeftOut:
-    """Stands for an object that is read past: takes arguments and a state, and remembers only what tensors may hide in."""
+    """The stand-in of an object that is read past: it takes arguments and a state, and keeps them only to look for tensors in them."""
 
     _inside: list[object]
 
     def __new__(cls, *arguments: object, **named: object) -> LeftOut:
-        """Take what a class would have been called with."""
+        """Take the arguments of the class it stands for."""
         self = super().__new__(cls)
         self._inside = [arguments, named]
         return self
@@ -58,18 +59,18 @@ class LeftOut:
 
 
 class LeftOutMapping:
-    """Stands for a class of mappings, which pickle fills item by item: what is made is a plain one, marked."""
+    """The stand-in of a class of mappings, which pickle fills item by item: calling it gives an `OrderedDict`, marked."""
 
     def __new__(cls, *arguments: object, **named: object) -> Any:
-        """Make the mapping that is filled."""
-        made: Any = OrderedDict()
-        made.__dict__[_MARK] = cls
-        made.__dict__["_inside"] = [arguments, named]
-        return made
+        """Return the mapping for pickle to fill."""
+        mapping: Any = OrderedDict()
+        mapping.__dict__[_MARK] = cls
+        mapping.__dict__["_inside"] = [arguments, named]
+        return mapping
 
 
 def is_left_out(value: object) -> bool:
-    """Return whether a value stands for an object that was read past."""
+    """Tell whether a value stands for an object that was read past."""
     return isinstance(value, LeftOut) or (type(value) is OrderedDict and _MARK in vars(value))
 
 
@@ -80,7 +81,7 @@ def class_of(value: object) -> str:
 
 
 def holds_tensors_inside(value: object) -> bool:
-    """Return whether an object that was read past was given a tensor, however deep."""
+    """Tell whether an object that was read past was given a tensor, however deep."""
     if not is_left_out(value):
         return False
     seen, waiting = set[int](), [value]
@@ -102,20 +103,20 @@ def holds_tensors_inside(value: object) -> bool:
 
 
 def unpickled(file: Path) -> tuple[Any, list[str]]:
-    """Return what `torch.save` wrote, as far as it is tensors and plain data, and a note on the objects of others' classes in it.
+    """Return the tensors and plain data that `torch.save` wrote, and a note on the objects of other classes among them.
 
     Raises:
-        InputError: where the file asks for a function or for a class that can hold the weights themselves; or is damaged.
+        InputError: where the file names a function or a class that can hold the weights themselves; or is damaged.
     """
-    asked = _globals(file)
-    ours = [name for name in asked if _is_read_past(name)]
-    foreign = [name for name in ours if not _HARMLESS.fullmatch(name)]
+    globals_ = _globals(file)
+    read_past = [name for name in globals_ if _is_read_past(name)]
+    foreign = [name for name in read_past if not _HARMLESS.fullmatch(name)]
     refused: Exception | None = None
     for mappings in (
         ([], foreign) if foreign else ([],)
     ):  # of a class nobody knows, whether it is a mapping shows when it is filled
         stand_ins: list[Any] = [
-            _stand_in(name, mapping=name in mappings or bool(_MAPPINGS.fullmatch(name))) for name in ours
+            _stand_in(name, mapping=name in mappings or bool(_MAPPINGS.fullmatch(name))) for name in read_past
         ]
         try:
             with warnings.catch_warnings():
@@ -125,7 +126,7 @@ def unpickled(file: Path) -> tuple[Any, list[str]]:
             return saved, _notes(foreign)
         except Exception as error:
             refused = refused or error
-    raise _refusal(file, refused, [name for name in asked if name not in ours], foreign)
+    raise _refusal(file, refused, [name for name in globals_ if name not in read_past], foreign)
 
 
 def _notes(foreign: list[str]) -> list[str]:
@@ -138,10 +139,10 @@ def _notes(foreign: list[str]) -> list[str]:
 
 def _refusal(file: Path, error: Exception | None, others: list[str], foreign: list[str]) -> InputError:
     if isinstance(error, pickle.UnpicklingError) or foreign:
-        asked = few(others or foreign)
+        names = few(others or foreign)
         what = (
-            f"holds more than tensors and plain data ({asked})"
-            if asked
+            f"holds more than tensors and plain data ({names})"
+            if names
             else "is damaged, or holds more than tensors and plain data"
         )
         return InputError(
@@ -155,16 +156,16 @@ def _refusal(file: Path, error: Exception | None, others: list[str], foreign: li
 
 
 def _stand_in(name: str, *, mapping: bool) -> tuple[Any, str]:
-    """Return a class of ours for a class of theirs: each its own, so that it can be told what a stand-in stands for."""
+    """Return a new stand-in class for a class that a file names: one for each, so that its name tells what it stands for."""
     base = LeftOutMapping if mapping else LeftOut
     return type(name, (base,), {}), name
 
 
 def _is_read_past(name: str) -> bool:
-    """Return whether a stand-in may take the place of what a file asks for.
+    """Tell whether a stand-in may take the place of a name that a file asks for.
 
-    Settings of the standard library, numpy and torch by their names; of other packages and scripts, classes, as far as names tell them
-    from functions. A tensor's class is none of them.
+    It may for settings of the standard library, numpy and torch, listed by name, and for classes of other packages and scripts, as far as
+    names tell them from functions; never for a class of tensors.
     """
     if _HARMLESS.fullmatch(name):
         return True

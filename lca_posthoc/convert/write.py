@@ -1,4 +1,4 @@
-"""Write a series as safetensors files: one at a time, each whole or not at all, going on where an earlier import stopped."""
+"""Write a series as safetensors files, one at a time, each whole or not at all, and continue where an earlier import stopped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors
 from safetensors.torch import save_file
@@ -33,7 +32,7 @@ _SOURCE = "source"  # one entry alone: safetensors writes several in no fixed or
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import did: the steps of the series, how many files it wrote and how many were there, bytes of those written."""
+    """The outcome of an import: the steps of the series, the files it wrote, those there before, and the bytes written."""
 
     steps: list[int]
     written: int
@@ -54,30 +53,30 @@ def convert(
 ) -> Imported:
     """Write the checkpoints of `source` as `step_*.safetensors` files, one at a time, each whole or not at all.
 
-    What was imported before is left as it is, so the same call goes on after an interruption and takes up new checkpoints.
+    Files of an earlier import stay as they are, so the same call continues after an interruption and adds new checkpoints.
 
     Args:
         source: a directory of checkpoints, or a file that holds a series.
-        directory: made if it is not there; holds nothing but this series.
+        directory: created where it does not exist; it holds nothing but this series.
         key: the entry of each checkpoint that is the state dict, where that is not clear; a path with dots for one inside others.
         pattern: a regular expression with a group `step`, matched against each name; names it does not match are left out.
-        dataset: of an HDF5 file, the one with a row for every iterate (default `all_weights`).
+        dataset: of an HDF5 file, the dataset with a row for every iterate (default `all_weights`).
         task: of an HDF5 file, the task whose model says the order and the shapes of the parameters.
-        say: told what is left out, and why.
+        say: called with each note, on what is left out and why.
         progress: called as `progress(what, done, total)`.
 
     Raises:
-        InputError: for anything wrong with the source or what is in the directory already, before anything is written; and for a
+        InputError: for anything wrong with the source or the present contents of the directory, before anything is written; and for a
             checkpoint that is damaged inside or changes meanwhile.
         ResourceError: where space or a package is missing, or a file cannot be written.
     """
     what = "an import is from and to file systems. Copy the checkpoints here first."
     origin, place = here(source, what), here(directory, what)
-    given = {"key": key, "pattern": pattern, "dataset": dataset, "task": task}
-    asked = {name: value for name, value in given.items() if value is not None}
+    options = {"key": key, "pattern": pattern, "dataset": dataset, "task": task}
+    set_options = {name: value for name, value in options.items() if value is not None}
     try:
         _only_steps(place)
-        series = _opened(origin, asked, progress)
+        series = _opened(origin, set_options, progress)
     except OSError as error:
         raise InputError(
             f"cannot read {error.filename or origin}: {error.strerror}. Check the path and its permissions."
@@ -104,17 +103,17 @@ def convert(
     return Imported(steps, len(waiting), len(steps) - len(waiting), written)
 
 
-def _opened(origin: Path, asked: Mapping[str, Any], progress: Progress) -> Series:
+def _opened(origin: Path, options: Mapping[str, object], progress: Progress) -> Series:
     if not origin.exists():
         raise InputError(f"{origin} does not exist. Give the directory, or the file, that holds the checkpoints.")
-    for each in FORMATS:
-        if each.recognises(origin):
-            for option in asked:
-                if each.options and option not in each.options:
-                    raise InputError(f"--{option} says nothing about {origin}, which holds {each.name}. Leave it out.")
-            return each.open(origin, progress, **asked)
+    for kind in FORMATS:
+        if kind.recognises(origin):
+            for option in options:
+                if kind.options and option not in kind.options:
+                    raise InputError(f"--{option} says nothing about {origin}, which holds {kind.name}. Leave it out.")
+            return kind.open(origin, progress, **options)
     raise InputError(
-        f"{origin} holds no checkpoints of a format that can be imported: {', '.join(each.name for each in FORMATS if each.options)}."
+        f"{origin} holds no checkpoints of a format that can be imported: {', '.join(kind.name for kind in FORMATS if kind.options)}."
     )
 
 
@@ -140,7 +139,7 @@ def _only_steps(place: Path) -> None:
 
 @contextlib.contextmanager
 def _alone(place: Path) -> Iterator[None]:
-    """Hold the directory, with a place for files that are not whole yet; what another import left there goes."""
+    """Lock the directory; remove files that this or an earlier import left unfinished."""
     try:
         place.mkdir(parents=True, exist_ok=True)
         lock = DirectoryLock(place)
@@ -157,7 +156,7 @@ def _alone(place: Path) -> Iterator[None]:
 
 
 def _waiting(place: Path, series: Series) -> list[Iterate]:
-    """The iterates whose files are not there; refuse files that are, and are not theirs."""
+    """Return the iterates that have no file yet; refuse files that are not of this series."""
     present = {path.name for path in place.iterdir() if path.name != _PARTIAL}
     extra = sorted(present - {name_of(iterate.step) for iterate in series.iterates})
     if extra:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Watch(TorchFunctionMode):
-    """Notes under which autocast torch's functions are called meanwhile, as context manager, decorator or switch alike.
+    """Note the types to which autocast casts while this mode is on, however the code turns autocast on.
 
     Attributes:
         dtypes: the names of the types to which products are cast.
@@ -20,7 +21,13 @@ class Watch(TorchFunctionMode):
         self.dtypes: set[str] = set()
         self._devices = {"cpu", device.type}
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        function: Callable[..., object],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         for device in self._devices:
             if torch.is_autocast_enabled(device):
                 self.dtypes.add(str(torch.get_autocast_dtype(device)).removeprefix("torch."))

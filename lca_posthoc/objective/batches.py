@@ -7,7 +7,7 @@ import contextlib
 import functools
 import itertools
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,15 +31,15 @@ _ALONE = 32
 
 
 def chosen(subset: str | None, total: int) -> Tensor | None:
-    """The positions a subset stands for, in their order; None for every one.
+    """Return the positions a subset stands for, in their order; None for every one.
 
     Args:
         subset: `"A:B"` (either may be left out), `"I,J,K"` (two or more), or `"FRACTION@SEED"`, a random sample in the order it is
             drawn.
-        total: examples there are.
+        total: number of examples of the split.
 
     Raises:
-        InputError: where it is malformed, a single number, repeats a position, or is out of range.
+        InputError: where the subset is malformed, is a single number, repeats a position, or is out of range.
 
     >>> chosen("2:5", 10)
     tensor([2, 3, 4])
@@ -57,7 +57,7 @@ def chosen(subset: str | None, total: int) -> Tensor | None:
             return torch.arange(start, stop)
         problem = f"is empty or goes beyond the {total} examples"
     elif re.fullmatch(r"\d+(,\d+)+", subset):
-        positions = [int(each) for each in subset.split(",")]
+        positions = [int(part) for part in subset.split(",")]
         if len(set(positions)) == len(positions) and max(positions) < total:
             return torch.tensor(positions)
         problem = f"repeats a position or goes beyond the {total} examples"
@@ -86,20 +86,20 @@ class Order:
 
     @property
     def counts(self) -> list[int]:
-        """Examples of each group."""
-        return [len(each) for each in self.members]
+        """Return the number of examples of each group."""
+        return [len(positions) for positions in self.members]
 
 
-def _labels(name: str, given: Any, count: int) -> list[Any]:
-    """What stands for `count` labels, as a list of plain objects."""
-    if len(getattr(given, "shape", ())) > 1:
-        raise _no_labels(name, f"labels of shape {list(given.shape)}")
-    values = given.tolist() if hasattr(given, "tolist") else given
+def _labels(name: str, answer: Any, count: int) -> list[Any]:
+    """Return the `count` labels of an answer, a list, array or tensor, as a list of plain objects."""
+    if len(getattr(answer, "shape", ())) > 1:
+        raise _no_labels(name, f"labels of shape {list(answer.shape)}")
+    values = answer.tolist() if hasattr(answer, "tolist") else answer
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
-        raise _no_labels(name, f"a {type(given).__name__}, not a list of labels")
+        raise _no_labels(name, f"a {type(answer).__name__}, not a list of labels")
     if len(values) != count:
         raise _no_labels(name, f"{len(values)} labels for {count} examples")
-    return [each.item() if getattr(each, "ndim", None) == 0 else each for each in values]
+    return [label.item() if getattr(label, "ndim", None) == 0 else label for label in values]
 
 
 def _no_labels(name: str, what: str) -> InputError:
@@ -117,16 +117,16 @@ class _Resident:
     groups: dict[int, list[Any]] = field(default_factory=dict)
 
     def keeping(self, group: int, batches: Iterable[Any]) -> Iterator[Any]:
-        kept, room, fits = list[Any](), self.room, group not in self.groups
+        stored, room, fits = list[Any](), self.room, group not in self.groups
         for batch in batches:
             if fits:
-                kept.append(batch)
+                stored.append(batch)
                 room -= size_of(batch)
                 fits = room >= 0
             if not fits:
-                kept.clear()
+                stored.clear()
             yield batch
-        self.groups[group] = kept
+        self.groups[group] = stored
         self.room = room if fits else self.room
 
 
@@ -139,10 +139,10 @@ class Split:
             `Dataset`; a DataLoader, of which the data set and the `collate_fn` are used, while order, batch size and workers
             are ours; or an iterable that gives the same examples whenever it is read: kept in memory if it fits, else read
             anew at every pass.
-        device: where batches are wanted.
+        device: on which batches are returned.
         dtype: of floating tensors.
         subset: which examples, see `chosen`; an iterable that is read anew gives them in its own order.
-        reader: in whose thread and context the data are read, which should be those the task was built in; None for new ones.
+        reader: whose thread and context read the data, which should be those the task was built in; None for a new one.
 
     Raises:
         InputError: where the data is none of these, is empty, selects examples, or is different when it is read again.
@@ -151,7 +151,7 @@ class Split:
     def __init__(
         self,
         name: str,
-        data: Any,
+        data: object,
         device: torch.device,
         dtype: torch.dtype,
         subset: str | None = None,
@@ -175,30 +175,30 @@ class Split:
 
     @torch.no_grad()
     def _read(self, cuts: Iterable[Positions]) -> Generator[Any, None, None]:
-        """Batches as the data gives them."""
+        """Yield batches as the data gives them."""
         yield from self._source.batches(cuts, self._subset)
 
-    def sample(self, start: int, stop: int) -> Any:
-        """Examples `start` to `stop` as one batch on the device."""
+    def sample(self, start: int, stop: int) -> object:
+        """Return examples `start` to `stop` as one batch on the device."""
         return self.at(range(start, min(stop, self.examples)))
 
     def spread(self, count: int) -> Tensor | None:
-        """Positions of some examples from all over the split; None where examples are had in order only."""
+        """Return positions of some examples from all over the split; None where examples can only be read in order."""
         if isinstance(self._source, Stream):
             return None
         count = min(count, self.examples)
         return torch.arange(count) * (self.examples - 1) // max(1, count - 1)
 
-    def at(self, positions: Positions) -> Any:
-        """The examples at some positions as one batch on the device.
+    def at(self, positions: Positions) -> object:
+        """Return the examples at some positions as one batch on the device.
 
         Raises:
-            InputError: where they do not make one.
+            InputError: where they cannot be made into a batch.
         """
         return move(self._reader.call(lambda: next(self._read([positions]))), self._device, self._dtype)
 
     def samples(self, cuts: Sequence[range]) -> Iterator[Any]:
-        """Examples at some ranges of positions, ascending, each as one batch on the device."""
+        """Yield the examples at some ranges of positions, ascending, each range as one batch on the device."""
         items = self._read(cuts)
         try:
             for _ in cuts:  # a stream that is not asked for its end is not compared
@@ -208,7 +208,7 @@ class Split:
 
     @property
     def digest(self) -> str:
-        """A hash of 256 examples, spread evenly or the first of a stream, and of how many there are."""
+        """Return a hash of 256 examples, spread evenly or the first of a stream, and of the number of all examples."""
         spread, head = self.spread(DIGESTED), range(min(DIGESTED, self.examples))
         cuts: list[Positions] = [head] if spread is None else list(torch.split(spread, 1))  # they need not stack
         return self._reader.call(lambda: digest_of(*itertools.islice(self._read(cuts), len(cuts)), self.examples))
@@ -216,14 +216,15 @@ class Split:
     def batches(
         self, batch_size: int, order: Order | None = None, only: range | None = None
     ) -> Generator[tuple[int, Any], None, None]:
-        """Every example once, as `(group, batch)`: groups ascending, each in data-set order and cut into its own batches.
+        """Yield every example once, as `(group, batch)`: groups ascending, each in data-set order and cut into its own batches.
 
-        Batches that do not stay on the device are made by a thread, ahead of use: do not change torch's default dtype between two.
+        A thread makes the batches that do not stay on the device, ahead of use, and reads torch's default dtype: do not change that
+        between two batches.
 
         Args:
             batch_size: examples of a batch; the last of a group may be smaller.
             order: the groups; None for one, 0, of every example.
-            only: the groups wanted.
+            only: the groups to yield; None for all of them.
         """
         if batch_size != self._resident_batch_size:
             self._resident, self._resident_batch_size = {}, batch_size
@@ -235,8 +236,8 @@ class Split:
         cuts = {group: self._cut(batch_size, order, group) for group in groups if not ready[group]}
         with contextlib.closing(self._ahead(list(itertools.chain(*cuts.values())))) as coming:
             for group in groups:
-                found = ready[group] or resident.keeping(group, itertools.islice(coming, len(cuts[group])))
-                for batch in found:
+                items = ready[group] or resident.keeping(group, itertools.islice(coming, len(cuts[group])))
+                for batch in items:
                     yield group, batch
             if cuts:
                 next(coming, None)  # iterable data says at its end whether it was the same again
@@ -247,7 +248,10 @@ class Split:
         return [range(start, min(start + batch_size, self.examples)) for start in range(0, self.examples, batch_size)]
 
     def _ahead(self, cuts: Sequence[Positions]) -> Generator[Any, None, None]:
-        """Batches on the device, made by the reader up to two ahead of use, which ends with this; its errors are raised here."""
+        """Yield batches on the device, which the reader makes up to two ahead of use; its errors are raised here.
+
+        Reading ends when this generator is closed.
+        """
         if not cuts:
             return
         items = self._carried(cuts)
@@ -265,9 +269,9 @@ class Split:
             self._reader.close(items)
 
     def _in_turn(self, items: Generator[Any, None, None]) -> Generator[Any, None, None]:
-        """Items read when they are asked for, under the default dtype data are read under: there is one for all threads.
+        """Yield items that are read only when they are asked for, under the default dtype that data are read under.
 
-        So are the generators that `Draws` seeds, from which a loss may draw as well.
+        All threads share one default dtype, and the generators that `Draws` seeds, from which a loss may draw as well.
         """
         try:
             while True:
@@ -284,14 +288,14 @@ class Split:
         yield from map(functools.partial(carry, device=self._device, dtype=self._dtype), self._read(cuts))
 
     def order(self, group_by: Callable[..., Any] | Tensor | np.ndarray | Sequence[Any]) -> Order:
-        """The examples by group.
+        """Return the examples by group.
 
         Args:
             group_by: one integer or string for every example of the whole split, before the subset; or a function that gives
                 one for every example of a batch on the CPU, called as `group_by(*batch)` where the batch is a tuple or list.
 
         Raises:
-            InputError: where it gives something else, or the data cannot be read by position.
+            InputError: where `group_by` gives something else, or the data cannot be read by position.
         """
         return self._reader.call(self._order, group_by)
 
@@ -317,24 +321,24 @@ class Split:
     def _called(self, group_by: Callable[..., Any]) -> Iterator[list[Any]]:
         cuts = self._cut(_GROUPED_AT_ONCE, None, 0)
         for cut, batch in zip(cuts, self._read(cuts), strict=True):
-            found = [self._labelled(group_by, batch, len(cut)) for _ in range(2)]
-            if found[0] != found[1]:
+            answers = [self._labelled(group_by, batch, len(cut)) for _ in range(2)]
+            if answers[0] != answers[1]:
                 raise InputError(
                     f"group_by on split {self.name!r} gave other labels for the same examples. Seed what is random in it."
                 )
             if cut is cuts[0]:
-                self._same_alone(group_by, found[0])
-            yield found[0]
+                self._same_alone(group_by, answers[0])
+            yield answers[0]
 
-    def _labelled(self, group_by: Callable[..., Any], batch: Any, count: int) -> list[Any]:
+    def _labelled(self, group_by: Callable[..., Any], batch: object, count: int) -> list[Any]:
         batch = change_tensors(batch, Tensor.cpu)
         with user_code(f"group_by on split {self.name!r} failed"):
-            given = group_by(*batch) if isinstance(batch, tuple | list) else group_by(batch)
-            labels = _labels(self.name, given, count * self._draws)
+            answer = group_by(*batch) if isinstance(batch, tuple | list) else group_by(batch)
+            labels = _labels(self.name, answer, count * self._draws)
         of_examples = labels[:: self._draws]
         for draw in range(1, self._draws):
             differs = next(
-                (at for at, label in enumerate(labels[draw :: self._draws]) if label != of_examples[at]), None
+                (index for index, label in enumerate(labels[draw :: self._draws]) if label != of_examples[index]), None
             )
             if differs is not None:
                 raise _no_labels(
@@ -345,23 +349,23 @@ class Split:
         return of_examples
 
     def _same_alone(self, group_by: Callable[..., Any], labels: list[Any]) -> None:
-        """Refuse labels of the first batch that its examples do not have when each is a batch: those of the rarest labels tell."""
+        """Refuse labels of the first batch that differ from those its examples get alone, tried on examples of the rarest labels."""
         counts = collections.Counter(labels)
-        for at in sorted(range(len(labels)), key=lambda at: counts[labels[at]])[:_ALONE]:
+        for index in sorted(range(len(labels)), key=lambda index: counts[labels[index]])[:_ALONE]:
             try:
-                alone = self._labelled(group_by, next(self._read([range(at, at + 1)])), 1)
+                alone = self._labelled(group_by, next(self._read([range(index, index + 1)])), 1)
             except InputError:
                 return  # it takes no single example, which says nothing of their order
-            if alone != [labels[at]]:
+            if alone != [labels[index]]:
                 raise InputError(
-                    f"group_by on split {self.name!r} gives labels in another order than the examples ({labels[at]!r} for example {at}, "
-                    f"{alone[0]!r} where it is alone): the collate_fn reorders a batch, or a label depends on the examples beside it. "
-                    "Give the labels of the whole split instead, as a list."
+                    f"group_by on split {self.name!r} gives labels in another order than the examples ({labels[index]!r} for example "
+                    f"{index}, {alone[0]!r} where it is alone): the collate_fn reorders a batch, or a label depends on the examples "
+                    "beside it. Give the labels of the whole split instead, as a list."
                 )
 
 
 def saved_bytes(split: Split, forward: Callable[[Any], Any]) -> float:
-    """The bytes autograd saves for one example, counted on one forward pass of two."""
+    """Return the bytes autograd saves for one example, counted on one forward pass over two."""
     count = min(2, split.examples)
     saved: dict[int, int] = {}
 
@@ -375,8 +379,8 @@ def saved_bytes(split: Split, forward: Callable[[Any], Any]) -> float:
 
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            kept = forward(split.sample(0, count))
-        del kept
+            result = forward(split.sample(0, count))
+        del result
     except InputError:  # transforms of torch.func refuse to run under such hooks; what else went wrong does again
         written = _Written()
         with written:
@@ -386,27 +390,33 @@ def saved_bytes(split: Split, forward: Callable[[Any], Any]) -> float:
 
 
 class _Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all that operations write into new memory: what is saved for backward passes is among it."""
+    """Count the bytes of every result that operations write into new memory, which include those saved for backward passes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        function: Callable[..., object],
+        types: Iterable[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         results = function(*args, **(kwargs or {}))
-        given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if _is_dense(tensor)}
+        known = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if _is_dense(tensor)}
         for tensor in tree_leaves(results):
-            if _is_dense(tensor) and tensor.untyped_storage()._cdata not in given:
+            if _is_dense(tensor) and tensor.untyped_storage()._cdata not in known:
                 self.bytes += tensor.numel() * tensor.element_size()
         return results
 
 
-def _is_dense(value: Any) -> bool:
+def _is_dense(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def automatic_batch_size(saved: float, device: torch.device) -> int:
-    """A power of two chosen from shapes alone, so that the same model and data always get the same batches.
+    """Return a power of two chosen from shapes alone, so that the same model and data always get the same batches.
 
     A batch saves at most 64 MiB on a CPU (for MNIST-FC, MNIST-LeNet and ResNet-20 within 8 % of the fastest that was tried) and 2 GiB
     on a GPU.
@@ -420,7 +430,7 @@ def automatic_batch_size(saved: float, device: torch.device) -> int:
 
 
 def power_of_two(most: float) -> int:
-    """The largest power of two that is at most `most`; 1 where that is less.
+    """Return the largest power of two that is at most `most`; 1 where `most` is less.
 
     >>> [power_of_two(most) for most in (0.3, 1, 7, 8)]
     [1, 1, 4, 8]

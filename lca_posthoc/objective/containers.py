@@ -84,7 +84,8 @@ def same_bytes(one: Tensor, other: Tensor) -> bool:
         return one.is_meta and other.is_meta
     parts = dense_parts(one), dense_parts(other)
     return len(parts[0]) == len(parts[1]) and all(
-        part.shape == its.shape and torch.equal(_raw(part), _raw(its)) for part, its in zip(*parts, strict=True)
+        part.shape == other_part.shape and torch.equal(_raw(part), _raw(other_part))
+        for part, other_part in zip(*parts, strict=True)
     )
 
 
@@ -92,7 +93,7 @@ def rows(tensor: Tensor, positions: range | Tensor) -> Tensor:
     """Return the entries of a tensor at some positions of its first axis; sparse and nested ones as the same kind."""
     if tensor.is_nested:
         parts = tensor.unbind()
-        return torch.nested.as_nested_tensor([parts[at] for at in _listed(positions)], layout=tensor.layout)
+        return torch.nested.as_nested_tensor([parts[position] for position in _listed(positions)], layout=tensor.layout)
     if tensor.layout == torch.strided:
         return tensor[positions.start : positions.stop] if isinstance(positions, range) else tensor[positions]
     index = torch.tensor(_listed(positions), device=tensor.device)
@@ -109,7 +110,7 @@ def _listed(positions: range | Tensor) -> list[int]:
 
 
 class Container(NamedTuple):
-    """Hold what is inside a container, the place of each part, and how one of its kind is made of other parts."""
+    """The parts of a container, the place of each, and a function that makes a container of its kind from other parts."""
 
     places: Sequence[object]
     parts: list[Any]
@@ -117,7 +118,7 @@ class Container(NamedTuple):
 
 
 def opened(thing: Any) -> Container | None:
-    """Return the parts of a container; None for what is none, as objects with attributes are.
+    """Return the parts of a container; None for anything else, such as objects with attributes.
 
     Containers are tuples, lists, dicts and sets, what derives from them, other mappings (remade as dicts), packed sequences, arrays
     of objects, and every type that is registered with `torch.utils._pytree`.
@@ -149,7 +150,7 @@ def opened(thing: Any) -> Container | None:
     return Container(range(len(thing)), list(thing), kind) if isinstance(thing, tuple | set | frozenset) else None
 
 
-def _of_mapping(thing: Mapping[Any, Any], remake: Callable[[dict[Any, Any]], Any]) -> Container:
+def _of_mapping(thing: Mapping[Any, object], remake: Callable[[dict[Any, Any]], Any]) -> Container:
     keys = list(thing)
     return Container(keys, [thing[key] for key in keys], lambda parts: remake(dict(zip(keys, parts, strict=True))))
 
@@ -157,8 +158,8 @@ def _of_mapping(thing: Mapping[Any, Any], remake: Callable[[dict[Any, Any]], Any
 def _of_array(thing: np.ndarray) -> Container:
     def remake(parts: list[Any]) -> np.ndarray:
         array = np.empty(len(parts), dtype=object)
-        for at, part in enumerate(parts):  # all at once, numpy would look into them
-            array[at] = part
+        for index, part in enumerate(parts):  # all at once, numpy would look into them
+            array[index] = part
         return array.reshape(thing.shape)
 
     return Container(range(thing.size), thing.reshape(-1).tolist(), remake)
@@ -170,14 +171,14 @@ def _packed(thing: PackedSequence, parts: list[Any]) -> PackedSequence:
     return type(thing)(data, sizes if sizes.device.type == "cpu" else thing.batch_sizes, *indices)
 
 
-def _user_dict(thing: UserDict[Any, Any], items: dict[Any, Any]) -> UserDict[Any, Any]:
+def _user_dict(thing: UserDict[Any, Any], items: dict[Any, object]) -> UserDict[Any, Any]:
     new = copy.copy(thing)
     new.data = items
     return new
 
 
-def _filled(thing: Any, parts: Any) -> Any:
-    """Make a dict or a list of a class of somebody's own anew; a dict that cannot be copied as a plain one."""
+def _filled(thing: Any, parts: Any) -> object:
+    """Return a copy of a user's dict or list with other items; the items themselves where it cannot be copied."""
     try:
         new = copy.copy(thing)
         new.clear()
@@ -190,8 +191,8 @@ def _filled(thing: Any, parts: Any) -> Any:
 # --- objects with attributes -------------------------------------------------------------------------------------------
 
 
-def _attributes(thing: Any) -> dict[str, Any]:
-    """Return what an object of a class has for attributes, in `__dict__` and in slots."""
+def _attributes(thing: object) -> dict[str, object]:
+    """Return the attributes of an object, those in `__dict__` and those in slots."""
     if isinstance(thing, _NOT_ENTERED):
         return {}
     slots = [
@@ -204,8 +205,8 @@ def _attributes(thing: Any) -> dict[str, Any]:
     return {**{name: getattr(thing, name) for name in slots}, **(inside if isinstance(inside, dict) else {})}
 
 
-def named_parts(thing: Any, place: str = "") -> list[tuple[str, Any]]:
-    """Return what is inside a container or an object, each part with its place: `[0]`, `['x']`, `.x`; nothing for a leaf."""
+def named_parts(thing: object, place: str = "") -> list[tuple[str, Any]]:
+    """Return the parts of a container or an object, each with its place: `[0]`, `['x']`, `.x`; an empty list for a leaf."""
     if isinstance(thing, (Tensor, *_WITHOUT_PARTS)):
         return []
     container = opened(thing)
@@ -219,15 +220,15 @@ def named_parts(thing: Any, place: str = "") -> list[tuple[str, Any]]:
     ]
 
 
-def fresh(batch: Any) -> Any:
-    """Return a batch of new tensors over the same memory, so that what a loss does to them (requires_grad_, say) is not there later."""
+def fresh(batch: object) -> object:
+    """Return a batch of new tensors over the same memory, so that changes to the tensor objects (requires_grad_, say) do not last."""
     try:
         return change_tensors(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor.detach())
     except InputError:  # an object that cannot be copied is handed on as it is
         return batch
 
 
-def copied(batch: Any) -> Any:
+def copied(batch: object) -> object:
     """Return a copy of a batch, or the batch itself where it holds an object that cannot be copied."""
     try:
         return change_tensors(batch, Tensor.clone)
@@ -235,12 +236,12 @@ def copied(batch: Any) -> Any:
         return batch
 
 
-def tensors_of(thing: Any) -> Iterator[Tensor]:
-    """Yield the tensors inside a thing, in their order; what an object leads to more than once, once."""
+def tensors_of(thing: object) -> Iterator[Tensor]:
+    """Yield the tensors inside a thing, in their order; an object that is reached more than once is entered once."""
     return _tensors_of(thing, {})
 
 
-def _tensors_of(thing: Any, entered: dict[int, Any]) -> Iterator[Tensor]:
+def _tensors_of(thing: object, entered: dict[int, object]) -> Iterator[Tensor]:
     if isinstance(thing, Tensor):
         yield thing
     elif not isinstance(thing, _WITHOUT_PARTS) and id(thing) not in entered:
@@ -250,13 +251,13 @@ def _tensors_of(thing: Any, entered: dict[int, Any]) -> Iterator[Tensor]:
             yield from _tensors_of(part, entered)
 
 
-def change_tensors(thing: Any, change: Callable[[Tensor], Any], whole: Callable[[Any], Any] | None = None) -> Any:
+def change_tensors(thing: object, change: Callable[[Tensor], Any], whole: Callable[[Any], Any] | None = None) -> object:
     """Return a thing with every tensor in it changed; containers are made anew, other objects only where a tensor in them changes.
 
     Args:
         thing: a tensor, a container, an object with tensors among its attributes, or anything else, which stays as it is.
         change: gives another tensor, or the same one.
-        whole: is given every object that is neither tensor nor container, before its attributes are looked at.
+        whole: is called with every object that is neither tensor nor container, before its attributes are changed.
 
     Raises:
         InputError: where an object holds tensors that change and cannot be copied.
@@ -271,17 +272,17 @@ def change_tensors(thing: Any, change: Callable[[Tensor], Any], whole: Callable[
     return _with_changed(whole(thing) if whole else thing, change)
 
 
-def _with_changed(thing: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Copy an object as `copy.deepcopy` does, but for what leads to no tensor: that is shared with the original."""
-    entered: dict[int, Any] = {}
+def _with_changed(thing: Any, change: Callable[[Tensor], Any]) -> object:
+    """Copy an object as `copy.deepcopy` does, but share with the original every part that leads to no tensor."""
+    entered: dict[int, object] = {}
     above: dict[int, set[int]] = {}
     waiting = [thing]
     while waiting:
-        here = waiting.pop()
-        for _, part in named_parts(here):
+        holder = waiting.pop()
+        for _, part in named_parts(holder):
             if isinstance(part, _WITHOUT_PARTS):
                 continue
-            above.setdefault(id(part), set()).add(id(here))
+            above.setdefault(id(part), set()).add(id(holder))
             if id(part) not in entered and part is not thing:
                 entered[id(part)] = part
                 waiting.append(part)
@@ -298,7 +299,7 @@ def _with_changed(thing: Any, change: Callable[[Tensor], Any]) -> Any:
         reached += new
     shared = {key: part for key, part in entered.items() if key not in leading}
     try:
-        copied = copy.deepcopy(thing, {**shared, **changed})
+        copied: Any = copy.deepcopy(thing, {**shared, **changed})
     except Exception as error:
         raise InputError(
             f"a batch holds a {type(thing).__name__} with tensors in it, which cannot be copied to move them: {type(error).__name__}: "
@@ -309,8 +310,8 @@ def _with_changed(thing: Any, change: Callable[[Tensor], Any]) -> Any:
     return copied
 
 
-def size_of(thing: Any) -> int:
-    """Return the bytes a thing takes, by its tensors and arrays and, of what is neither, by what Python says."""
+def size_of(thing: object) -> int:
+    """Return the bytes a thing takes: those of its tensors and arrays, and of other objects the size Python states."""
     if isinstance(thing, Tensor):
         return tensor_bytes(thing)
     container = None if isinstance(thing, _WITHOUT_PARTS) else opened(thing)
@@ -325,30 +326,30 @@ def size_of(thing: Any) -> int:
 # --- hashes ------------------------------------------------------------------------------------------------------------
 
 
-def digest_of(*things: Any) -> str:
-    """Return a hash of what things hold, equal in every process."""
+def digest_of(*things: object) -> str:
+    """Return a hash of the contents of things, equal in every process."""
     digest = hashlib.blake2b(digest_size=16)
     feed(digest, things)
     return digest.hexdigest()
 
 
-def feed(digest: hashlib.blake2b, thing: Any) -> None:
+def feed(digest: hashlib.blake2b, thing: object) -> None:
     """Put names, shapes, types and bytes of a thing into a hash.
 
-    Tuples and lists count alike, and so do mappings. An object counts by what it says of itself to be pickled, part by part; one that
-    cannot be pickled (a lock, a connection) by its type.
+    Tuples and lists count alike, and so do mappings. An object counts by the parts it gives to pickle; one that cannot be pickled (a
+    lock, a connection) by its type.
     """
     _Feeder(digest).feed(thing)
 
 
 class _Feeder:
-    """Feed one hash; objects that were met before are hashed once, and one inside itself is named as such."""
+    """Feed one hash; an object that is met again is not hashed again, and one inside itself is named as such."""
 
     def __init__(self, digest: hashlib.blake2b, known: dict[int, tuple[Any, bytes]] | None = None) -> None:
         self._digest = digest
         self._known = {} if known is None else known
 
-    def feed(self, thing: Any) -> None:
+    def feed(self, thing: object) -> None:
         if isinstance(thing, Tensor):
             self._tensor(thing)
         elif isinstance(thing, np.ndarray):
@@ -395,12 +396,12 @@ class _Feeder:
         else:
             self._digest.update(np.ascontiguousarray(array).tobytes())
 
-    def _alone(self, thing: Any) -> bytes:
+    def _alone(self, thing: object) -> bytes:
         digest = hashlib.blake2b(digest_size=16)
         _Feeder(digest, self._known).feed(thing)
         return digest.digest()
 
-    def _object(self, thing: Any) -> bytes:
+    def _object(self, thing: object) -> bytes:
         if id(thing) not in self._known:
             self._known[id(thing)] = (thing, b"inside itself")
             digest = hashlib.blake2b(digest_size=16)
@@ -409,8 +410,8 @@ class _Feeder:
         return self._known[id(thing)][1]
 
 
-def _text_of(thing: Any) -> str | None:
-    """Return what a thing is, as text, where a text says all of it; None for others."""
+def _text_of(thing: object) -> str | None:
+    """Return the text that says all of a thing; None for things no text says all of."""
     if isinstance(thing, enum.Enum):
         return f"{type(thing).__qualname__}.{thing.name}"
     if isinstance(thing, type):
@@ -424,23 +425,25 @@ def _text_of(thing: Any) -> str | None:
     return None
 
 
-def _said_of_itself(thing: Any) -> list[Any]:
-    """Return the parts of which an object is made again, as it tells pickle; its attributes where it tells nothing."""
+def _said_of_itself(thing: object) -> list[Any]:
+    """Return the parts from which pickle would rebuild an object; its attributes where it cannot be pickled."""
     if isinstance(thing, types.FunctionType):
         return [thing.__qualname__, thing.__defaults__, thing.__kwdefaults__, *_cells(thing)]
     if isinstance(thing, nn.Module):
         return [dict(thing.state_dict())]
     try:
-        said = thing.__reduce_ex__(4)
+        reduced = thing.__reduce_ex__(4)
     except Exception:  # whatever a class of somebody's raises: it cannot be pickled
         return [_attributes(thing)]
     return (
-        [said] if isinstance(said, str) else [list(part) if at > 2 and part else part for at, part in enumerate(said)]
+        [reduced]
+        if isinstance(reduced, str)
+        else [list(part) if index > 2 and part else part for index, part in enumerate(reduced)]
     )
 
 
 def _cells(function: types.FunctionType) -> list[Any]:
-    """Return what a function closes over."""
+    """Return the values a function closes over."""
     cells = []
     for cell in function.__closure__ or ():
         try:

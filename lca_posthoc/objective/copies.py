@@ -8,7 +8,7 @@ every floating tensor a deep copy reaches is converted on the way.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -20,14 +20,14 @@ from ..task import convert, every_name
 
 
 def copy_in(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
-    """Return a copy of a model whose floating tensors are of `dtype`, or None where a copy would not stand on its own feet.
+    """Return a copy of a model whose floating tensors are of `dtype`, or None where a copy would still lead to the original.
 
-    That is where deepcopy fails, where an attribute is a view into a parameter's or a buffer's memory, and where a function that
+    It is None where deepcopy fails, where an attribute is a view into a parameter's or a buffer's memory, and where a function that
     a module keeps (a hook, say) has tensors or modules of the original in its closure.
     """
     if any(_reaches_back(function) for function in _functions(model)):
         return None
-    before = next((each.dtype for each in every_name(model).values() if each.is_floating_point()), dtype)
+    before = next((tensor.dtype for tensor in every_name(model).values() if tensor.is_floating_point()), dtype)
     try:
         with _Converting(model, dtype):
             copied = copy.deepcopy(model)
@@ -42,7 +42,7 @@ def copy_in(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
 
 
 class _Converting(TorchFunctionMode):
-    """Converts plain tensors while they are deep-copied; parameters keep their type and are left to `convert`."""
+    """Convert plain tensors while they are deep-copied; parameters keep their type, for `convert` follows."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -51,7 +51,13 @@ class _Converting(TorchFunctionMode):
         self._own = {id(tensor) for tensor in named}
         self._memory = {_place(tensor) for tensor in named} - {0}
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        function: Callable[..., object],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         if function is not Tensor.__deepcopy__ or type(args[0]) is not Tensor:
             return function(*args, **(kwargs or {}))
         tensor, memo = args
@@ -70,7 +76,7 @@ def _place(tensor: Tensor) -> int:
 
 
 def _functions(model: nn.Module) -> Iterator[FunctionType]:
-    """The plain functions that modules keep as attributes and hooks."""
+    """Yield the plain functions that modules keep as attributes and hooks."""
     for module in model.modules():
         waiting: list[Any] = list(vars(module).values())
         while waiting:

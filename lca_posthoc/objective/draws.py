@@ -31,7 +31,7 @@ class Draws(Dataset[list[Any]]):
         seed: another one gives other draws.
 
     Raises:
-        InputError: where examples are not had by position, or a number is out of range.
+        InputError: where examples cannot be read by position, or a number is out of range.
 
     >>> data = torch.arange(3.0), torch.arange(3)
     >>> noisy = Draws(data, lambda example: (example[0] + torch.rand(()), example[1]), draws=2)
@@ -40,7 +40,7 @@ class Draws(Dataset[list[Any]]):
     """
 
     def __init__(
-        self, data: Any, transform: Callable[[Any], Any] | None = None, *, draws: int = 4, seed: int = 0
+        self, data: object, transform: Callable[[Any], Any] | None = None, *, draws: int = 4, seed: int = 0
     ) -> None:
         for name, number, least in (("draws", draws, 1), ("seed", seed, 0)):
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
@@ -65,22 +65,22 @@ class Draws(Dataset[list[Any]]):
 
     def __getitem__(self, index: int) -> list[Any]:
         """Return the draws of one example."""
-        found = []
+        examples = []
         for draw in range(self.draws):
             with _seeded(self.seed, int(index), draw):
                 example = self._example(index)
-                found.append(example if self.transform is None else self.transform(example))
-        return found
+                examples.append(example if self.transform is None else self.transform(example))
+        return examples
 
-    def _example(self, index: int) -> Any:
+    def _example(self, index: int) -> object:
         if not self._columns:
             return self._examples[index]
         row = [column[index].clone() for column in self._columns]  # a transform may write into it
         return dict(zip(self._examples, row, strict=True)) if isinstance(self._examples, Mapping) else tuple(row)
 
 
-def _columns(data: Any) -> list[Tensor]:
-    """Return the tensors of data that is given as columns; none for a data set."""
+def _columns(data: object) -> list[Tensor]:
+    """Return the tensors of data given as columns; an empty list for a data set."""
     inside = list(data.values()) if isinstance(data, Mapping) else list(data) if isinstance(data, tuple) else []
     if not inside or not all(isinstance(column, Tensor) and column.dim() for column in inside):
         return []

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from numbers import Number
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,17 @@ Values = Callable[[Any], tuple[Tensor, Tensor | None]]
 Source = tuple[int, str | None]  # of a loss's values: which function's, and which entry of what it returns
 
 
+class _Settings(TypedDict):
+    """The arguments of an objective that another one in another precision shares, see `Objective`."""
+
+    device: torch.device
+    norm_stats: str
+    batch_size: int | None
+    subset: Mapping[str, str] | None
+    held: Collection[str] | None
+    reader: Reader
+
+
 class Objective:
     """Evaluates the losses of a task at any point in the space of its model's tensors.
 
@@ -59,11 +70,11 @@ class Objective:
             sums are those of float32.
         norm_stats: "running", "recalibrated" or "batch".
         batch_size: None for a deterministic choice from shapes, one for each split.
-        subset: split → which of its examples, `""` for every split.
-        held: names of the tensors the checkpoints hold, normalised: frozen parameters that are not among them stay as the task's
-            model builds them. None where they hold all.
+        subset: split → the choice of its examples, see `batches.chosen`; `""` stands for every split.
+        held: normalised names of the tensors in the checkpoints; frozen parameters whose names are not among them stay as the
+            task's model builds them. None where the checkpoints hold every tensor.
         model: instead of a new one of the task's factory.
-        reader: whose thread builds the task and reads its data; None for a new one.
+        reader: the one whose thread builds the task and reads its data; None for a new one.
     """
 
     def __init__(
@@ -97,7 +108,7 @@ class Objective:
             for name in dict.fromkeys(loss.split for loss in self.losses.values())
             if name is not None
         }
-        self._settings: dict[str, Any] = {
+        self._settings: _Settings = {
             "device": device,
             "norm_stats": norm_stats,
             "batch_size": batch_size,
@@ -107,17 +118,15 @@ class Objective:
         }
         self._batch_size = batch_size
         self._sources = {name: loss.source for name, loss in self.losses.items()}
-        self._entries_of: dict[
-            str, tuple[str, ...]
-        ] = {}  # of a loss that returns a dict, as it is stated: those of its first batch
+        # by the name under which a loss that returns a dict is stated: the entries of its first batch
+        self._entries_of: dict[str, tuple[str, ...]] = {}
         self.functions = {name: loss.on_device(device, self.dtype) for name, loss in self.losses.items()}
         self._functions_per_element: dict[str, Callable[[Any, Any], Any]] = {}
         self._bound: list[tuple[Tensor, bool]] = []
         self._autocast_of: dict[str, str | None] = {}
         self.starts: dict[str, int] = {}
-        self.gave_weights: dict[
-            str, bool
-        ] = {}  # of each loss evaluated yet, whether its function ever gave weights itself
+        # of each loss evaluated yet, whether its function ever gave weights itself
+        self.gave_weights: dict[str, bool] = {}
         self._complete()
         self.recalibration = Recalibration(self) if norm_stats == "recalibrated" else None
         self.table = tensor_table(self.model, norm_stats, self.task.fixed, held)
@@ -144,10 +153,9 @@ class Objective:
 
     @cached_property
     def higher(self) -> Objective:
-        """The same task, one precision higher, over the same data and batches.
+        """Return the same task, one precision higher, over the same data and batches.
 
-        Its model is a copy of this one's, so that the task's factory is called once; where there is no copy that agrees, it is
-        built anew.
+        Its model is a copy of this one's, so that the task's factory is called once; where no copy agrees, the factory builds another.
         """
         other = self.in_precision(HIGHER[self.precision])
         other.joined = self.joined
@@ -155,7 +163,7 @@ class Objective:
         return other
 
     def in_precision(self, precision: str) -> Objective:
-        """The same task in another precision, with batches of the same size and the tensors that checkpoints do not hold."""
+        """Return the same task in another precision, with batches of the same size and the tensors that checkpoints do not hold."""
         copied = copy_in(self.model, self.device, PRECISIONS[precision])
         if copied is not None:
             other = self._beside(precision, copied)
@@ -172,11 +180,11 @@ class Objective:
         return other
 
     def precision_of(self, name: str) -> str:
-        """The precision a loss is computed in: that of the run, or the coarser one of an autocast it turns on itself."""
+        """Return the precision a loss is computed in: that of the run, or the coarser one of an autocast it turns on itself."""
         return "bfloat16" if self.autocast(name) else self.precision
 
     def autocast(self, name: str) -> str | None:
-        """The type a loss, or the model in it, casts to by an autocast of its own; None where there is none.
+        """Return the type to which a loss, or the model in it, casts by an autocast of its own; None where it turns none on.
 
         Autocast leaves float64 alone, and in bfloat16 the run's own is on already.
         """
@@ -192,7 +200,7 @@ class Objective:
         return self._autocast_of[name]
 
     def _agrees(self, other: Objective) -> bool:
-        """Return whether another precision gives the values of every loss on a few examples, at the point this one holds.
+        """Tell whether another precision gives the values of every loss on a few examples, at the point this one holds.
 
         They agree within ten times what two precisions may differ by on a larger sample: single values may be small.
         """
@@ -206,11 +214,11 @@ class Objective:
                         pairs.append(objective.values(name, fresh(batch))[0].detach().double())
             except InputError:
                 return False
-            ours, theirs = pairs
-            if ours.shape != theirs.shape:
+            own, others = pairs
+            if own.shape != others.shape:
                 return False
             tolerance = 10 * max(SAME_LOSS[objective.precision_of(name)] for objective in (self, other))
-            if not (ours - theirs).abs().sum() <= tolerance * ours.abs().sum():
+            if not (own - others).abs().sum() <= tolerance * own.abs().sum():
                 return False
         return True
 
@@ -228,7 +236,7 @@ class Objective:
             if entries is not None:
                 known[stated] = entries
             if entry is None:
-                names += [name] if entries is None else [f"{name}/{each}" for each in entries]
+                names += [name] if entries is None else [f"{name}/{key}" for key in entries]
             else:
                 names.append(name)
         if names == list(self.losses):
@@ -253,10 +261,10 @@ class Objective:
         if entry is None and not isinstance(returned, Mapping):
             return None
         entries = _entries(stated, returned, entry)
-        for each in entries:
-            if self.task.stated(f"{stated}/{each}") != (stated, each):
+        for key in entries:
+            if self.task.stated(f"{stated}/{key}") != (stated, key):
                 raise InputError(
-                    f"loss {stated!r} returns an entry {each!r}, and another loss of the task is called {stated + '/' + each!r}. Give one "
+                    f"loss {stated!r} returns an entry {key!r}, and another loss of the task is called {stated + '/' + key!r}. Give one "
                     "of them another name."
                 )
         return entries
@@ -266,7 +274,7 @@ class Objective:
         self.__dict__.pop("higher", None)
 
     def replicates_of(self, name: str) -> str | None:
-        """The name under which a loss on a random subset is evaluated on parts of it; None for other losses."""
+        """Return the name under which a loss on a random subset is evaluated on parts of it; None for other losses."""
         return next((hidden for hidden, loss in self.replicated.items() if loss == name), None)
 
     def _complete(self) -> None:
@@ -282,7 +290,7 @@ class Objective:
                 self._returned(name, split.sample(0, 2))
 
     def _bind(self) -> dict[str, Tensor]:
-        """The module's own tensors; gradients flow to those that are allocated and to no other."""
+        """Return the module's own tensors of the table; let gradients flow to those that are allocated and to no other."""
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         bound = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
@@ -297,44 +305,44 @@ class Objective:
         return {spec.name: bound[spec.name] for spec in self.table}
 
     def open_split(self, name: str) -> Split:
-        """Return a split of the task, with the subset that was asked of it."""
+        """Return a split of the task, reduced to the subset the user chose."""
         subset = self._subset.get(name, self._subset.get(""))
         return Split(name, self.task.data[name], self.device, self.dtype, subset, self.reader)
 
     def add_function(self, name: str) -> None:
-        """Let `values` be had of a loss of the task that is not one of those evaluated."""
+        """Make a loss of the task known to `values` though it is not one of those evaluated."""
         if name not in self.functions:
             self.functions[name] = self._stated(name)[0].on_device(self.device, self.dtype)
 
     def _stated(self, name: str) -> tuple[Loss, str | None]:
-        """Return the loss of the task that a name is of, and which entry of what it returns is meant."""
+        """Return the loss of the task that a name belongs to, and the entry of its dict that the name stands for, if any."""
         stated, entry = self.task.stated(name) or (name, None)
         return self.task.losses[stated], entry
 
     @property
     def point(self) -> dict[str, Tensor]:
-        """The tensors of the table, as the module holds them."""
+        """Return the tensors of the table, as the module holds them."""
         return dict(self._tensors)
 
     @property
     def allocated(self) -> list[TensorSpec]:
-        """The tensors that take part in the allocation."""
+        """Return the tensors that take part in the allocation."""
         return [spec for spec in self.table if spec.kind != "state"]
 
     @property
     def fixed(self) -> dict[str, Tensor]:
-        """The tensors `Task.fixed` keeps as the model builds them, under every name they have."""
-        kept = {id(tensor) for name, tensor in self._own().items() if is_fixed(name, self.task.fixed)}
-        return {name: tensor for name, tensor in every_name(self.model).items() if id(tensor) in kept}
+        """Return the tensors `Task.fixed` keeps as the model builds them, under every name they have."""
+        identities = {id(tensor) for name, tensor in self._own().items() if is_fixed(name, self.task.fixed)}
+        return {name: tensor for name, tensor in every_name(self.model).items() if id(tensor) in identities}
 
     @property
     def added(self) -> list[str]:
-        """Entries of the model's state dict that are none of its parameters and buffers, and stay as the model builds them."""
+        """Return the entries of the model's state dict that are neither parameters nor buffers, and stay as the model builds them."""
         return added_entries(self.model)
 
     @property
     def unstored(self) -> dict[str, Tensor]:
-        """The buffers the model builds and does not save, by name."""
+        """Return the buffers the model builds and does not save, by name."""
         return unstored(self.model)
 
     def fixed_of(self, names: Iterable[str]) -> list[str]:
@@ -343,11 +351,11 @@ class Objective:
 
     @property
     def digests(self) -> dict[str, str]:
-        """What the data is, and the tensors checkpoints do not hold: other processes must find the same."""
+        """Return hashes of the data and of the tensors that checkpoints do not hold, which must be equal in every process."""
         return {
             **{f"split {name!r}": split.digest for name, split in self._every_split().items()},
             **{f"tensor {name!r}": digest_of(_some(tensor)) for name, tensor in self._own().items()},
-            **{f"group_by of loss {stated!r}": digest_of(*found) for stated, found in self._groupings()},
+            **{f"group_by of loss {stated!r}": digest_of(*groups) for stated, groups in self._groupings()},
         }
 
     def _every_split(self) -> dict[str, Split]:
@@ -362,15 +370,15 @@ class Objective:
                 yield stated, [order.labels, order.members]
 
     def _own(self) -> dict[str, Tensor]:
-        """The tensors that stay as the task's model builds them: fixed ones, and buffers that are not stored."""
+        """Return the tensors that stay as the task's model builds them: fixed ones, and buffers that are not stored."""
         bound = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         return {name: tensor for name, tensor in bound.items() if name not in self._tensors}
 
     def _copy_own(self, other: nn.Module, names: Iterable[str]) -> None:
-        theirs = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+        tensors = {**dict(other.named_parameters()), **dict(other.named_buffers())}
         with torch.no_grad():
             for name in names:
-                self._own()[name].copy_(theirs[name])
+                self._own()[name].copy_(tensors[name])
 
     # --- batches and their order ------------------------------------------------------------------------------------
 
@@ -390,14 +398,14 @@ class Objective:
                 yield automatic_batch_size(self.saved_bytes(name), self.device)
 
     def saved_bytes(self, name: str) -> float:
-        """What autograd saves of a loss for one example."""
+        """Return the bytes autograd saves of a loss for one example."""
         split = self._stated(name)[0].split
         assert split is not None
         with self.mode():
             return saved_bytes(self._every_split()[split], lambda batch: self.values(name, fresh(batch)))
 
     def order(self, name: str) -> Order | None:
-        """The groups of a loss, in the order its batches are taken in; None for a loss without groups."""
+        """Return the groups of a loss, in the order of its batches; None for a loss without groups."""
         if name in self._order_of:
             return self._order_of[name]
         whole = self.replicated.get(name, name)
@@ -411,24 +419,24 @@ class Objective:
         split = self.splits[loss.split]
         if name in self.replicated:
             parts = torch.arange(split.examples).tensor_split(min(REPLICATES, split.examples))
-            found = Order(list(range(len(parts))), list(parts))
+            order = Order(list(range(len(parts))), list(parts))
         else:
-            found = split.order(loss.group_by)
-        same = [each for each in self._orders if _same_order(each, found)]
-        self._orders += [] if same else [found]
-        self._order_of[name] = same[0] if same else found
+            order = split.order(loss.group_by)
+        same = [known for known in self._orders if _same_order(known, order)]
+        self._orders += [] if same else [order]
+        self._order_of[name] = same[0] if same else order
         return self._order_of[name]
 
     def join(self, blocked: Iterable[str] = ()) -> dict[str, str | None]:
-        """Let every loss without groups go along in the batches of a grouped loss on its split, so that it costs nothing more.
+        """Let every loss without groups share the batches of a grouped loss on its split, so that it costs no further pass.
 
-        Not in `batch` mode, whose partition is part of the loss, nor along with losses whose groups are taken in blocks.
+        No loss does so in `batch` mode, whose partition is part of the loss, nor with a grouped loss whose groups are taken in blocks.
         """
         for name, loss in self.losses.items():
             grouped = [
                 other
-                for other, theirs in self.losses.items()
-                if theirs.group_by is not None and theirs.split == loss.split and other not in blocked
+                for other, its_loss in self.losses.items()
+                if its_loss.group_by is not None and its_loss.split == loss.split and other not in blocked
             ]
             replicates = replicates_of(name)
             if loss.group_by is not None or loss.split is None:
@@ -444,12 +452,12 @@ class Objective:
         self.joined[name] = None if self.norm_stats == "batch" else along
 
     def walks(self, losses: Iterable[str]) -> dict[tuple[str | None, int | None], dict[Source, list[str]]]:
-        """Losses by the batches they are over, and among those by the source of their values: what is evaluated together."""
-        found: dict[tuple[str | None, int | None], dict[Source, list[str]]] = {}
+        """Return losses by the batches they are over, then by the source of their values: each inner list is evaluated at once."""
+        walks: dict[tuple[str | None, int | None], dict[Source, list[str]]] = {}
         first: dict[int, int] = {}  # entries of one dict follow each other, so that nothing is called between them
         for name in sorted(losses, key=lambda name: first.setdefault(self._source(name)[0], len(first))):
-            found.setdefault(self._walk(name), {}).setdefault(self._source(name), []).append(name)
-        return found
+            walks.setdefault(self._walk(name), {}).setdefault(self._source(name), []).append(name)
+        return walks
 
     def _source(self, name: str) -> Source:
         whole = self.replicated.get(name, name)
@@ -458,7 +466,7 @@ class Objective:
     def _walk(self, name: str) -> tuple[str | None, int | None]:
         along = self.joined.get(name)
         order = self.order(name) or (self.order(along) if along else None)
-        position = next((at for at, each in enumerate(self._orders) if each is order), None)
+        position = next((index for index, known in enumerate(self._orders) if known is order), None)
         return self.losses[self.replicated.get(name, name)].split, position
 
     # --- evaluation -------------------------------------------------------------------------------------------------
@@ -478,7 +486,7 @@ class Objective:
     def evaluate(
         self, point: Mapping[str, Tensor], losses: list[str], *, gradient: bool = True, only: range | None = None
     ) -> dict[str, Evaluation]:
-        """Each loss over its whole split at `point`, with its gradient unless only the value is asked for.
+        """Return each loss over its whole split at `point`, with its gradient unless only the value is asked for.
 
         Args:
             point: every tensor of the table, on the device.
@@ -490,52 +498,52 @@ class Objective:
         counts = self.evaluations if gradient else self.forward_passes
         for name in losses:
             counts[name] += only is None or only.start == 0
-        found: dict[str, Evaluation] = {}
+        evaluations: dict[str, Evaluation] = {}
         for (split, order), sources in self.walks(losses).items():
             if split is None:
-                for name in (name for held in sources.values() for name in held):
-                    found[name] = self.over(partial(self.values, name), [None], gradient=gradient)
+                for name in (name for names in sources.values() for name in names):
+                    evaluations[name] = self.over(partial(self.values, name), [None], gradient=gradient)
             else:
-                found |= self._sweep(
+                evaluations |= self._sweep(
                     self.splits[split], None if order is None else self._orders[order], sources, only, gradient
                 )
-        return {name: found[name] for name in losses}
+        return {name: evaluations[name] for name in losses}
 
     def _sweep(
         self, split: Split, order: Order | None, sources: dict[Source, list[str]], only: range | None, gradient: bool
     ) -> dict[str, Evaluation]:
-        """Losses over one walk through a split, by the source of their values."""
-        grouped = {name: self.order(name) is not None for held in sources.values() for name in held}
+        """Return losses, given by the source of their values, from one walk through a split."""
+        grouped = {name: self.order(name) is not None for names in sources.values() for name in names}
         groups = range(len(order.labels)) if order and only is None else only
         sums = {
             source: Sums(
                 {spec.name: spec.shape for spec in self.allocated if gradient},
                 self.device,
-                groups if any(grouped[name] for name in held) else None,
-                not all(grouped[name] for name in held),
+                groups if any(grouped[name] for name in names) else None,
+                not all(grouped[name] for name in names),
             )
-            for source, held in sources.items()
+            for source, names in sources.items()
         }
         mixed = order is not None and self.norm_stats == "batch"
         walk = split.batches(self.batch_sizes[split.name], None if mixed else order, None if mixed else only)
         codes = torch.split(_codes(split.examples, order), self.batch_sizes[split.name]) if order and mixed else ()
         with self.mode(), contextlib.closing(walk):
-            for at, (group, batch) in enumerate(walk):
+            for index, (group, batch) in enumerate(walk):
                 shared, common = SharedOutputs(), fresh(batch)
-                for source, held in sources.items():
-                    name = self.replicated.get(held[0], held[0])
+                for source, names in sources.items():
+                    name = self.replicated.get(names[0], names[0])
                     mine = common if self.functions[name].call is None else fresh(batch)
                     values, weights = self.values(name, mine, shared)
                     values = values if gradient else values.detach()
                     keep = source != next(reversed(sources))
                     if mixed:
-                        self._back_by_group(sums[source], values, weights, codes[at], keep)
+                        self._back_by_group(sums[source], values, weights, codes[index], keep)
                     else:
                         self._back(sums[source], group, values, weights, keep)
         return {
             name: sums[source].evaluation(grouped[name], f"loss {name!r} on split {split.name!r}", order)
-            for source, held in sources.items()
-            for name in held
+            for source, names in sources.items()
+            for name in names
         }
 
     def _back(self, sums: Sums, group: int, values: Tensor, weights: Tensor | None, keep: bool) -> None:
@@ -558,17 +566,17 @@ class Objective:
             )
 
     def over(self, values: Values, batches: Iterable[Any], *, gradient: bool = True) -> Evaluation:
-        """A loss over the batches given, at the point the module holds; `values` gives a batch's values and weights."""
+        """Return a loss over some batches, at the point the module holds; `values` gives a batch's values and weights."""
         shapes = {spec.name: spec.shape for spec in self.allocated if gradient}
         sums = Sums(shapes, self.device, None, True)
         with self.mode():
             for batch in batches:
-                found, weights = values(fresh(batch))
-                self._back(sums, 0, found if gradient else found.detach(), weights, False)
+                results, weights = values(fresh(batch))
+                self._back(sums, 0, results if gradient else results.detach(), weights, False)
         return sums.evaluation(False, "a loss", None)
 
-    def values(self, name: str, batch: Any, shared: SharedOutputs | None = None) -> tuple[Tensor, Tensor | None]:
-        """One value per element of a batch, multiplied by the element's weight, and the weights (float64) unless all are 1."""
+    def values(self, name: str, batch: object, shared: SharedOutputs | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return one value per element of a batch, multiplied by the element's weight, and the weights (float64) unless all are 1."""
         loss = self.functions[name]
         if loss.split is None:
             with self._user_code(loss, {}), self._autocasting():
@@ -605,12 +613,12 @@ class Objective:
         weights = weights.to(values.device, torch.float64)
         return values.double() * weights, weights
 
-    def _returned(self, name: str, batch: Any, shared: SharedOutputs | None = None) -> Returned:
+    def _returned(self, name: str, batch: object, shared: SharedOutputs | None = None) -> Returned:
         """Return what a loss's function returns for a batch; the entries of one dict share it."""
         loss, source = self.functions[name], id(self._sources.get(name))
         if shared is not None and source in shared.returned:
             return shared.returned[source]
-        called: dict[str, Any] = {}
+        called: dict[str, object] = {}
         with self._user_code(loss, called), self._autocasting():
             if loss.call is not None:
                 returned = Returned(loss.call(self.model, batch))
@@ -625,10 +633,11 @@ class Objective:
         return returned
 
     def entry(self, name: str, returned: Any) -> Any:
-        """Return what a loss is of what its function returned: all of it, or an entry of a dict.
+        """Return the part of a function's result that is the loss of this name: all of it, or an entry of a dict.
 
         Raises:
-            InputError: where it returned a dict and no entry is meant, where there is no such entry, or where there were others before.
+            InputError: where it returned a dict and the name stands for no entry, or there is no such entry; where its entries changed
+                from one batch to the next.
         """
         stated, entry = self.task.stated(name) or (name, None)
         if entry is None and not isinstance(returned, Mapping):
@@ -646,7 +655,7 @@ class Objective:
         if entry is None:
             raise InputError(
                 f"loss {name!r} returned a dict. Each entry is a loss of its own: ask for --loss "
-                f"{' --loss '.join(f'{name}/{each}' for each in entries)}."
+                f"{' --loss '.join(f'{name}/{key}' for key in entries)}."
             )
         return returned[entry]
 
@@ -655,7 +664,7 @@ class Objective:
             self._functions_per_element[name] = loss.per_element()
         return self._functions_per_element[name]
 
-    def first_axis(self, name: str, batch: Any, examples: int) -> None:
+    def first_axis(self, name: str, batch: object, examples: int) -> None:
         """Refuse a grouped loss whose values do not run over the examples, where a batch holds several groups."""
         if self.order(name) is None:
             return
@@ -667,18 +676,18 @@ class Objective:
                 "first axis must run over the examples, so that their groups can be told apart."
             )
 
-    def weighs(self, name: str, batch: Any) -> bool:
-        """Whether any element of a batch has a weight."""
+    def weighs(self, name: str, batch: object) -> bool:
+        """Tell whether any element of a batch has a weight above 0."""
         weights = self.weights(name, batch)
         return weights is None or bool(weights.sum() > 0)
 
-    def lowest_weight(self, name: str, batch: Any) -> float | None:
-        """The smallest weight of an element of a batch; None where the loss gives no weights."""
+    def lowest_weight(self, name: str, batch: object) -> float | None:
+        """Return the smallest weight of an element of a batch; None where the loss gives no weights."""
         weights = self.weights(name, batch)
         return None if weights is None else float(weights.min())
 
-    def weights(self, name: str, batch: Any) -> Tensor | None:
-        """Return what the elements of a batch weigh, float64; None where all weigh the same."""
+    def weights(self, name: str, batch: object) -> Tensor | None:
+        """Return the weights of the elements of a batch, float64; None where all weigh the same."""
         with self.mode():
             return self.values(name, fresh(batch))[1]
 
@@ -687,13 +696,15 @@ class Objective:
             return (
                 0.5
                 * loss.l2
-                * torch.stack([each.double().square().sum() for each in self.model.parameters()]).sum().reshape(1)
+                * torch.stack([parameter.double().square().sum() for parameter in self.model.parameters()])
+                .sum()
+                .reshape(1)
             )
         assert loss.term is not None
         value = loss.term(self.model)
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() != 1:
-            given = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise InputError(f"the term of loss {name!r} returned {given}, not a tensor of one floating-point number.")
+            kind = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"the term of loss {name!r} returned {kind}, not a tensor of one floating-point number.")
         return value.reshape(1)
 
     @contextlib.contextmanager
@@ -701,7 +712,7 @@ class Objective:
         """Compute as the run does, around forward and backward passes, with autograd recording.
 
         Args:
-            layers: holds normalisation layers to something else than the run's mode.
+            layers: a context that gives normalisation layers another behaviour than the run's mode.
         """
         with (
             layers or normalising(self.norm_stats, self.model.buffers()),
@@ -719,8 +730,8 @@ class Objective:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     @contextlib.contextmanager
-    def _user_code(self, loss: Loss, called: Mapping[str, Any]) -> Iterator[None]:
-        """Errors of the model or the loss function become ours, with the split they happened on.
+    def _user_code(self, loss: Loss, called: Mapping[str, object]) -> Iterator[None]:
+        """Raise errors of the model or the loss function as ours, naming the split they happened on.
 
         Args:
             loss: whose function is called.
@@ -741,15 +752,15 @@ class Objective:
             self._restore()
 
     def _restore(self) -> None:
-        """Undo what a loss that takes derivatives itself leaves on the model's tensors: gradients, and who has any."""
+        """Undo what a loss that takes derivatives itself changes on the model's tensors: their gradients, and which of them require any."""
         for tensor, has_gradient in self._bound:
             tensor.grad = None
             if tensor.requires_grad != has_gradient and tensor.is_leaf:
                 tensor.requires_grad_(has_gradient)
 
 
-def _entries(stated: str, returned: Any, entry: str | None) -> tuple[str, ...]:
-    """Return the names of the entries of a dict of losses, among them the one that is wanted, if any."""
+def _entries(stated: str, returned: object, entry: str | None) -> tuple[str, ...]:
+    """Return the names of the entries of a dict of losses, and refuse a dict without `entry`, where that is not None."""
     if not isinstance(returned, Mapping):
         raise InputError(
             f"there is no loss {f'{stated}/{entry}'!r}: loss {stated!r} returned {shown(returned)}, and no dict with an entry {entry!r}."
@@ -765,8 +776,8 @@ def _entries(stated: str, returned: Any, entry: str | None) -> tuple[str, ...]:
     return tuple(returned)
 
 
-def shown(value: Any) -> str:
-    """Return in a few words what a value is: of a tensor its type and shape, of a dict its keys.
+def shown(value: object) -> str:
+    """Return a few words on a value: of a tensor its type and shape, of a dict its keys.
 
     >>> shown(torch.zeros(2, 3)), shown({"logits": 0}), shown(0.5)
     ('a float32 tensor of shape [2, 3]', "a dict with 'logits'", 'a float')
@@ -781,14 +792,14 @@ def shown(value: Any) -> str:
     return f"{'an' if type(value).__name__[0] in 'aeiou' else 'a'} {type(value).__name__}"
 
 
-def _as_a_tensor(values: Any) -> str:
+def _as_a_tensor(values: object) -> str:
     """Return how to mend a loss that gives a plain number or a list of them."""
     if isinstance(values, Number) and not isinstance(values, bool):
         return " A number has lost its gradient: return the tensor itself, without .item() or float(), one value per element."
     return ""
 
 
-def _way_out(loss: Loss, error: Exception, called: Mapping[str, Any]) -> str:
+def _way_out(loss: Loss, error: Exception, called: Mapping[str, object]) -> str:
     if "outputs" in called:
         name = getattr(loss.fn, "__name__", type(loss.fn).__name__)
         name = "fn" if name in ("partial", "<lambda>") else name
@@ -811,7 +822,7 @@ def _way_out(loss: Loss, error: Exception, called: Mapping[str, Any]) -> str:
 
 
 def _is_narrow(tensor: Tensor) -> bool:
-    """Whether float32 holds the values of a tensor exactly."""
+    """Tell whether float32 holds the values of a tensor exactly."""
     return not tensor.is_floating_point() or torch.equal(tensor, tensor.float().to(tensor.dtype))
 
 
@@ -824,13 +835,13 @@ def _not_broadcast(name: str, values: Tensor, outputs: Tensor, targets: Tensor) 
 
 
 def _some(tensor: Tensor) -> tuple[str, list[Tensor]]:
-    """A tensor's layout, and a few thousand of its numbers from all over it: of a sparse one, of its indices and values."""
+    """Return a tensor's layout, and a few thousand of its numbers from all over it: of a sparse one, of its indices and values."""
     flat = [part.reshape(-1) for part in dense_parts(tensor)]
     return f"{tensor.dtype}{tensor.layout}", [part[:: max(1, len(part) // 4096)].clone() for part in flat]
 
 
 def replicates_of(name: str) -> str:
-    """The name under which a loss on a random subset is evaluated on parts of it, for its standard errors."""
+    """Return the name under which a loss on a random subset is evaluated on parts of it, for its standard errors."""
     return f"{name}\0replicates"
 
 
@@ -839,15 +850,15 @@ def _same_order(one: Order, other: Order) -> bool:
 
 
 def _codes(examples: int, order: Order) -> Tensor:
-    """For each example of a split the position of its group."""
+    """Return the position of its group for each example of a split, (examples,) int64."""
     codes = torch.zeros(examples, dtype=torch.int64)
     for code, members in enumerate(order.members):
         codes[members] = code
     return codes
 
 
-def unpack(batch: Any) -> tuple[Any, Any]:
-    """The inputs and targets of a batch, for losses that are plain functions."""
+def unpack(batch: object) -> tuple[Any, Any]:
+    """Return the inputs and targets of a batch, for losses that are plain functions."""
     if isinstance(batch, tuple | list) and len(batch) == 2:
         return batch[0], batch[1]
     kind = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
@@ -855,10 +866,10 @@ def unpack(batch: Any) -> tuple[Any, Any]:
 
 
 def new_model(task: Task) -> nn.Module:
-    """A new model of the task.
+    """Return a new model of the task.
 
     Raises:
-        InputError: where the factory raises, gives something else, or gives one it gave before.
+        InputError: where the factory raises, returns something else, or returns one it returned before.
     """
     try:
         model = task.model()
@@ -871,6 +882,5 @@ def new_model(task: Task) -> nn.Module:
             "Task.model() returned the module it had returned before. Build a new one at every call: model=lambda: Net()."
         )
     _BUILT.add(model)
-    return getattr(
-        model, "_orig_mod", model
-    )  # what torch.compile wraps: compiled code would not see a held normalisation
+    # inside torch.compile's wrapper, for compiled code calls F.batch_norm past the one `normalising` puts in its place
+    return getattr(model, "_orig_mod", model)

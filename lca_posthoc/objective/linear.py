@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,15 @@ from torch import Tensor
 _LEAST = 2**21  # multiplications below which the call costs more than it saves
 
 
-def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """left · rightᵀ + bias, by oneDNN."""
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
-    return found
+def _product(first: Tensor, second: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return first · secondᵀ + bias, computed by oneDNN."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(first, second, bias, "none", [], "")
+    return result
 
 
-def _differentiable(left: Tensor, right: Tensor) -> Tensor:
-    """The same by torch's own product."""
-    return left @ right.t()
+def _differentiable(first: Tensor, second: Tensor) -> Tensor:
+    """Return first · secondᵀ, computed by torch's own product."""
+    return first @ second.t()
 
 
 class _Linear(torch.autograd.Function):
@@ -64,7 +64,7 @@ def _suits(tensor: Tensor) -> bool:
 
 
 def _plain() -> bool:
-    """Whether nobody traces, transforms or casts what is called: neither compiler, functorch, forward mode nor autocast."""
+    """Tell whether calls are neither traced, transformed nor cast: by compiler, functorch, forward mode or autocast."""
     return not (
         torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
@@ -74,7 +74,7 @@ def _plain() -> bool:
 
 
 def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the product is large enough to gain, and of shapes and strides oneDNN takes."""
+    """Tell whether the product is large enough to gain, and of shapes and strides that oneDNN takes."""
     return (
         input.dim() > 1
         and weight.dim() == 2
@@ -85,21 +85,21 @@ def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def linear(native: Any) -> Any:
-    """`F.linear` by oneDNN; what does not suit it, or is too small to gain, goes to `native`."""
+def linear(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return `F.linear` by oneDNN; calls that do not suit it, or are too small to gain, go to `native`."""
 
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         tensors = (input, weight) if bias is None else (input, weight, bias)
-        ours = _plain() and all(map(_suits, tensors)) and _fits(input, weight, bias)
-        found: Tensor = (_Linear.apply if ours else native)(input, weight, bias)
-        return found
+        suits = _plain() and all(map(_suits, tensors)) and _fits(input, weight, bias)
+        result: Tensor = (_Linear.apply if suits else native)(input, weight, bias)
+        return result
 
     return linear
 
 
 @functools.cache
 def preferred() -> bool:
-    """Whether this CPU has AVX-512 and is not Intel's, and this torch has oneDNN's product."""
+    """Tell whether this CPU has AVX-512 and is not Intel's, and this torch has oneDNN's product."""
     try:
         vendors = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-r"""What normalisation layers do in a replay: a named choice, made in one place.
+r"""The behaviour of normalisation layers in a replay: a named choice, made in one place.
 
 `running`: the loss depends on the running statistics stored in the checkpoints, which move as well. torch gives no
 gradient for them, so the native kernel is kept and the gradient routed through an equivalent affine pair: with
@@ -41,7 +41,7 @@ class NormalisationCall:
         input: (examples, channels, ...).
         mean, variance: the running statistics, (channels,); None for a layer that has none.
         weight, bias: (channels,), or None.
-        eps: what is added to the variance.
+        eps: added to the variance.
     """
 
     native: Native
@@ -70,7 +70,7 @@ Behaviour = Callable[[NormalisationCall], Tensor]
 def _affine(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The weight and bias that make the detached statistics stand for the ones with a gradient, if they have one."""
+    """Return the weight and bias that make the detached statistics stand for the ones with a gradient, if they have one."""
     if not (mean.requires_grad or var.requires_grad):
         return weight, bias
     mean0, var0 = mean.detach(), var.detach()
@@ -99,7 +99,7 @@ def running(call: NormalisationCall) -> Tensor:
 
 
 def _of_batch(own: Mapping[int, Tensor]) -> Behaviour:
-    """Return what uses statistics of the input in every layer whose running mean is one of the model's `own` buffers."""
+    """Return a behaviour that uses statistics of the input in every layer whose running mean is one of the model's `own` buffers."""
 
     def of_batch(call: NormalisationCall) -> Tensor:
         if not call.from_input and call.mean is not None and id(call.mean) not in own:

@@ -1,7 +1,7 @@
-"""How float32 products are rounded on every backend of torch, whatever the user's code has set.
+"""Settings of torch's backends that say how float32 products are rounded, whatever the user's code has set.
 
-torch keeps older and newer settings of the same thing, and refuses to read the older ones while the newer ones differ; so the newer
-ones are used where torch has them, from 2.9 on.
+torch has older and newer settings for this, and refuses to read the older ones while the newer ones differ; so the newer ones are used
+where torch has them, from 2.9 on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 
 def _newer() -> tuple[list[Any], list[Any]]:
-    """The settings of GPUs and of CPUs; none before torch 2.9."""
+    """Return the settings of GPUs and those of CPUs; empty lists before torch 2.9."""
     backends: Any = torch.backends
     if not hasattr(backends.mkldnn, "matmul"):
         return [], []
@@ -24,14 +24,14 @@ def _newer() -> tuple[list[Any], list[Any]]:
 
 @contextlib.contextmanager
 def _set(settings: list[Any], precision: str) -> Iterator[None]:
-    held = [each.fp32_precision for each in settings]
-    for each in settings:
-        each.fp32_precision = precision
+    earlier = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = precision
     try:
         yield
     finally:
-        for each, before in zip(settings, held, strict=True):
-            each.fp32_precision = before
+        for setting, before in zip(settings, earlier, strict=True):
+            setting.fp32_precision = before
 
 
 @contextlib.contextmanager
@@ -60,8 +60,8 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextlib.contextmanager
 def float32() -> Iterator[None]:
-    """Matrix products and convolutions of float32 in float32; put back afterwards."""
-    parts = [each for settings in _newer() for each in settings]
+    """Compute matrix products and convolutions of float32 in float32, and restore the settings afterwards."""
+    parts = [setting for settings in _newer() for setting in settings]
     if not parts:
         with _older("highest", False):
             yield

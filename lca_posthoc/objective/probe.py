@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
@@ -32,26 +32,26 @@ _DEPTH = 4  # how far from a loss's function its parameters' names are looked fo
 
 @dataclass(frozen=True)
 class Identity:
-    """What a loss is at one point of one sample: its value and its gradient's Euclidean norm."""
+    """The value of a loss and the Euclidean norm of its gradient, at one point on one sample."""
 
     loss: float
     gradient_norm: float
 
     def matches(self, other: Identity) -> bool:
-        """Whether both are the same loss, up to what another machine's kernels may change."""
+        """Tell whether both are the same loss, up to what another machine's kernels may change."""
         return all(
-            abs(mine - theirs) <= 1e-3 * max(abs(mine), abs(theirs), 1e-12)
-            for mine, theirs in zip(asdict(self).values(), asdict(other).values(), strict=True)
+            abs(value - other_value) <= 1e-3 * max(abs(value), abs(other_value), 1e-12)
+            for value, other_value in zip(asdict(self).values(), asdict(other).values(), strict=True)
         )
 
 
 def _norm(evaluation: Evaluation) -> float:
-    return math.sqrt(math.fsum(float((each**2).sum()) for each in evaluation.gradient.values()))
+    return math.sqrt(math.fsum(float((gradient**2).sum()) for gradient in evaluation.gradient.values()))
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """What differences are measured against: Σ|value| of an element, and the larger gradient of a sample and its half.
+    """The magnitudes that differences are relative to: mean |value| of an element, and the larger gradient of a sample and its half.
 
     At a minimum the gradient of the sample is pure rounding, and the loss itself may cross zero.
     """
@@ -60,16 +60,16 @@ class _Scale:
     gradient: float
 
     def apart(self, one: Evaluation, other: Evaluation) -> float:
-        """The larger of the relative differences of the values and of the gradients (Euclidean); NaN where one is NaN."""
+        """Return the larger of the relative differences of the values and of the gradients (Euclidean); NaN where one is NaN."""
         gradients = math.sqrt(
             math.fsum(float(((one.gradient[name] - other.gradient[name]) ** 2).sum()) for name in one.gradient)
         )
-        differences = [abs(one.loss - other.loss) / self.value, gradients / self.gradient]
+        differences = [float(abs(one.loss - other.loss)) / self.value, gradients / self.gradient]
         return math.nan if any(map(math.isnan, differences)) else max(differences)
 
 
-def _scale(objective: Objective, name: str, whole: Evaluation, half: Evaluation, batch: Any) -> _Scale:
-    def absolute(batch: Any) -> Any:
+def _scale(objective: Objective, name: str, whole: Evaluation, half: Evaluation, batch: object) -> _Scale:
+    def absolute(batch: object) -> tuple[Tensor, Tensor | None]:
         values, weights = objective.values(name, batch)
         return values.abs(), weights
 
@@ -78,14 +78,14 @@ def _scale(objective: Objective, name: str, whole: Evaluation, half: Evaluation,
 
 
 def identify(objective: Objective, name: str) -> Identity:
-    """A loss's value and gradient norm on the first 256 examples, at the point the objective holds.
+    """Return a loss's value and gradient norm on the first 256 examples, at the point the objective holds.
 
     Raises:
         InputError: where the forward pass changes the model.
     """
     with _model_unwritten(objective, name):
-        found = _over(objective, name, *_sample(objective, name))
-    return Identity(float(found.loss), _norm(found))
+        evaluation = _over(objective, name, *_sample(objective, name))
+    return Identity(float(evaluation.loss), _norm(evaluation))
 
 
 def _over(objective: Objective, name: str, *batches: Any, gradient: bool = True) -> Evaluation:
@@ -93,7 +93,7 @@ def _over(objective: Objective, name: str, *batches: Any, gradient: bool = True)
 
 
 def _sample(objective: Objective, name: str) -> list[Any]:
-    """A sample no larger than a batch, so that whatever fits a batch fits the probe; a term of the parameters needs none."""
+    """Return a sample no larger than a batch, so that it fits wherever a batch fits; [None] for a term of the parameters."""
     split = objective.losses[name].split
     if split is None:
         return [None]
@@ -102,9 +102,9 @@ def _sample(objective: Objective, name: str) -> list[Any]:
 
 
 def _start(objective: Objective, name: str) -> int:
-    """Where the sample starts: at examples of which some weigh anything (targets may all be ignored, text all padding).
+    """Return the position the sample starts at: some of its examples weigh something (targets may all be ignored, text all padding).
 
-    Stretches of the sample's size are looked at by their first halves, then by the others, so that in all every example was.
+    Of stretches of the sample's size the first halves are tried, then the second halves, so that every example is tried in the end.
     """
     split = objective.splits[objective.losses[name].on]
     count = _count(objective, split.name)
@@ -128,11 +128,11 @@ def _start(objective: Objective, name: str) -> int:
 
 
 def _weighs_alike(objective: Objective, name: str) -> bool:
-    """Return whether weights are the targets' alone, the same at every checkpoint: asking again would be a forward pass each time."""
+    """Tell whether weights come from the targets alone, so that they are the same at every checkpoint and need no forward pass."""
     return objective.gave_weights.get(name) is False
 
 
-def _groups_weigh(objective: Objective, name: str, sample: Any) -> None:
+def _groups_weigh(objective: Objective, name: str, sample: object) -> None:
     """Refuse weights that are negative, and groups whose elements all weigh nothing: such a group has no loss."""
     split, order = objective.splits[objective.losses[name].on], objective.order(name)
     first = [] if _start(objective, name) == 0 else [split.sample(0, _count(objective, split.name))]
@@ -150,17 +150,19 @@ def _groups_weigh(objective: Objective, name: str, sample: Any) -> None:
 
 
 def _weightless(objective: Objective, name: str, order: Order) -> int | None:
-    """The first group of which no element weighs anything."""
+    """Return the position of the first group of which no element weighs anything; None where there is none."""
     split = objective.splits[objective.losses[name].on]
-    for at in range(len(order.labels)):
-        with contextlib.closing(split.batches(objective.batch_sizes[split.name], order, range(at, at + 1))) as batches:
+    for group in range(len(order.labels)):
+        with contextlib.closing(
+            split.batches(objective.batch_sizes[split.name], order, range(group, group + 1))
+        ) as batches:
             if not any(objective.weighs(name, batch) for _, batch in batches):
-                return at
+                return group
     return None
 
 
 def drop_weightless_replicates(objective: Objective, name: str) -> list[str]:
-    """Give up standard errors where a random part of the examples weighs nothing; says so."""
+    """Give up standard errors where a random part of the examples weighs nothing; return a note that says so."""
     hidden = objective.replicates_of(name)
     order = None if hidden is None else objective.order(hidden)
     if hidden is None or order is None:
@@ -180,7 +182,7 @@ def _count(objective: Objective, split: str) -> int:
 
 
 def check_loss(objective: Objective, name: str) -> list[str]:
-    """Probe one loss at the point the objective holds; returns notes worth recording.
+    """Probe one loss at the point the objective holds, and return notes worth recording.
 
     Raises:
         InputError: where an evaluation writes into its batch or the model, no gradient reaches any allocated tensor, two evaluations
@@ -192,7 +194,7 @@ def check_loss(objective: Objective, name: str) -> list[str]:
         first = _over(objective, name, None)
         _has_gradient(objective, name, first)
         _finite(name, first)
-        scale = _Scale(max(abs(first.loss), 1e-12), max(_norm(first), 1e-12))
+        scale = _Scale(max(abs(float(first.loss)), 1e-12), max(_norm(first), 1e-12))
         notes = _repeats(objective, name, None, scale.apart(first, _over(objective, name, None)))
         return notes + _own_parameters(objective, name, None) + _casts(objective, name)
     split = objective.splits[loss.split]
@@ -224,13 +226,13 @@ def check_loss(objective: Objective, name: str) -> list[str]:
     return notes + _own_parameters(objective, name, sample) + _casts(objective, name)
 
 
-def _weighing(objective: Objective, name: str, batches: list[Any]) -> Any:
-    """The first of some batches of which any element weighs; None where there is none."""
+def _weighing(objective: Objective, name: str, batches: list[Any]) -> object:
+    """Return the first of some batches of which any element weighs something; None where there is none."""
     return next((batch for batch in batches if objective.weighs(name, batch)), None)
 
 
-def _plain_mean(objective: Objective, name: str, batch: Any) -> Evaluation:
-    """The mean of a batch's values, whose elements may all weigh nothing, and its gradient."""
+def _plain_mean(objective: Objective, name: str, batch: object) -> Evaluation:
+    """Return the plain mean of a batch's values, whose elements may all weigh nothing, and its gradient."""
     return objective.over(lambda batch: (objective.values(name, batch)[0], None), [batch])
 
 
@@ -262,7 +264,7 @@ def _has_gradient(objective: Objective, name: str, first: Evaluation) -> None:
     )
 
 
-def _own_parameters(objective: Objective, name: str, batch: Any) -> list[str]:
+def _own_parameters(objective: Objective, name: str, batch: object) -> list[str]:
     """Say which parameters beside the model's a loss is computed with and has a gradient for."""
     with objective.mode():
         values, _ = objective.values(name, fresh(batch))
@@ -280,7 +282,7 @@ def _own_parameters(objective: Objective, name: str, batch: Any) -> list[str]:
 
 
 def _leaves(values: Tensor) -> list[Tensor]:
-    """The tensors at the leaves of the graph that values came from, in a fixed order."""
+    """Return the tensors at the leaves of the graph that values came from, in a fixed order."""
     leaves: dict[int, Tensor] = {}
     seen, waiting = set(), [values.grad_fn]
     while waiting:
@@ -295,10 +297,12 @@ def _leaves(values: Tensor) -> list[Tensor]:
 
 
 def _names_beside(loss: Loss) -> dict[int, str]:
-    """The names of the parameters of modules that a loss's function is, holds, is bound to, or refers to."""
+    """Return the names, by identity, of the parameters of modules that a loss's function is, holds, is bound to, or refers to."""
     names: dict[int, str] = {}
     seen: set[int] = set()
-    waiting: list[tuple[Any, int]] = [(given, 0) for given in (loss.fn, loss.call, loss.term) if given is not None]
+    waiting: list[tuple[Any, int]] = [
+        (function, 0) for function in (loss.fn, loss.call, loss.term) if function is not None
+    ]
     while waiting:
         value, depth = waiting.pop()
         if id(value) in seen or depth > _DEPTH:
@@ -310,8 +314,8 @@ def _names_beside(loss: Loss) -> dict[int, str]:
     return names
 
 
-def _inside(value: Any) -> list[Any]:
-    """What a callable or a container refers to."""
+def _inside(value: object) -> list[Any]:
+    """Return the objects a callable or a container refers to."""
     if isinstance(value, Mapping):
         return list(value.values())
     if isinstance(value, tuple | list):
@@ -341,7 +345,7 @@ def _casts(objective: Objective, name: str) -> list[str]:
 
 
 def hidden_from_autograd(objective: Objective, name: str, tensors: Collection[str]) -> list[str]:
-    """Which of some tensors that no gradient reaches a loss depends on all the same, through detach() or no_grad().
+    """Return those of some tensors without gradient that a loss depends on all the same, through detach() or no_grad().
 
     The loss of a sample is computed with these tensors moved, at the point the objective holds, which stays as it is.
     """
@@ -379,13 +383,13 @@ def hidden_from_autograd(objective: Objective, name: str, tensors: Collection[st
 
 
 def _from_all_over(objective: Objective, name: str, count: int) -> None:
-    """The same on examples from all over the split: the first ones may be of one class, or all labelled."""
+    """Check batches and the mean on examples from all over the split too: the first ones may be of one class, or all labelled."""
     split, loss = objective.splits[objective.losses[name].on], objective.losses[name]
     positions = split.spread(count)
     if positions is None or len(positions) < 2 or count == split.examples:  # the sample was all of it
         return
     try:
-        sample, *parts = (split.at(each) for each in (positions, *positions.tensor_split(2)))  # unlike each other
+        sample, *parts = (split.at(part) for part in (positions, *positions.tensor_split(2)))  # unlike each other
     except InputError:  # examples of several shapes, say, which stack in the order of the data alone
         return
     half = _weighing(objective, name, parts)
@@ -400,18 +404,21 @@ def _from_all_over(objective: Objective, name: str, count: int) -> None:
 
 
 def _writes_nothing(objective: Objective, name: str) -> None:
-    """Refuse a loss that writes into its batch or the model; the first evaluation of all, for writing again may change nothing."""
+    """Refuse a loss that writes into its batch or the model.
+
+    This must be the first evaluation of all, for a second write may change nothing.
+    """
     split = objective.losses[name].split
     batch = None if split is None else objective.splits[split].sample(0, _count(objective, split))
-    given: list[Any] = []
+    copies: list[Any] = []
 
-    def values(copy: Any) -> tuple[Tensor, None]:
-        given.append(copy)
+    def values(copy: object) -> tuple[Tensor, None]:
+        copies.append(copy)
         return objective.values(name, copy)[0], None  # elements may all weigh nothing here
 
     with _model_unwritten(objective, name):
         objective.over(values, [copied(batch)])  # of a clone, no write is counted yet
-    (copy,) = given
+    (copy,) = copies
     if (place := _written(batch, copy, "batch")) is not None:
         raise InputError(
             f"loss {name!r} writes into its batch ({place} is not what it was), which other losses and later passes are given as "
@@ -419,7 +426,7 @@ def _writes_nothing(objective: Objective, name: str) -> None:
         )
 
 
-def _written(batch: Any, copy: Any, place: str, known: frozenset[int] = frozenset()) -> str | None:
+def _written(batch: object, copy: object, place: str, known: frozenset[int] = frozenset()) -> str | None:
     """Return the first place at which a copy of a batch, new before an evaluation, was written to.
 
     Of objects only the tensors count: they may note something on themselves.
@@ -429,15 +436,15 @@ def _written(batch: Any, copy: Any, place: str, known: frozenset[int] = frozense
         return None if unwritten else place
     if batch is copy or id(batch) in known:
         return None
-    inside, theirs = named_parts(batch, place), dict(named_parts(copy, place))
+    inside, in_copy = named_parts(batch, place), dict(named_parts(copy, place))
     if type(batch) is not type(copy):
         return place
     if opened(batch) is not None:
-        if [name for name, _ in inside] != list(theirs):
+        if [name for name, _ in inside] != list(in_copy):
             return place
     elif not (inside := [(name, part) for name, part in inside if any(True for _ in tensors_of(part))]):
         return place
-    places = (_written(part, theirs.get(name), name, known | {id(batch)}) for name, part in inside)
+    places = (_written(part, in_copy.get(name), name, known | {id(batch)}) for name, part in inside)
     return next((name for name in places if name is not None), None)
 
 
@@ -445,12 +452,12 @@ def _written(batch: Any, copy: Any, place: str, known: frozenset[int] = frozense
 def _model_unwritten(objective: Objective, name: str) -> Iterator[None]:
     """Refuse evaluations that write into a floating tensor of the model, whether or not its values change this time.
 
-    Integers may count; an unallocated tensor may be replaced by another, as caches are. Of allocated ones the bytes are compared too,
-    of others, such as the base of an adapter, which may be large, what torch counts of writes alone.
+    Integers may count; an unallocated tensor may be replaced by another, as caches are. Bytes are compared of allocated tensors only:
+    of others, such as the base of an adapter, which may be large, torch's count of writes must do.
     """
     before = [
-        (key, each, each._version, each.detach().clone() if each.requires_grad else None)
-        for key, each in _floating(objective).items()
+        (key, tensor, tensor._version, tensor.detach().clone() if tensor.requires_grad else None)
+        for key, tensor in _floating(objective).items()
     ]
     yield
     after = _floating(objective)
@@ -466,8 +473,8 @@ def _model_unwritten(objective: Objective, name: str) -> Iterator[None]:
 
 
 def _floating(objective: Objective) -> dict[str, Tensor]:
-    held = {**dict(objective.model.named_parameters()), **dict(objective.model.named_buffers())}
-    return {key: each for key, each in held.items() if each.is_floating_point() or each.is_complex()}
+    tensors = {**dict(objective.model.named_parameters()), **dict(objective.model.named_buffers())}
+    return {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point() or tensor.is_complex()}
 
 
 def _finite(name: str, evaluation: Evaluation) -> None:
@@ -478,7 +485,7 @@ def _finite(name: str, evaluation: Evaluation) -> None:
         )
 
 
-def _repeats(objective: Objective, name: str, batch: Any, apart: float) -> list[str]:
+def _repeats(objective: Objective, name: str, batch: object, apart: float) -> list[str]:
     if not apart <= _REPEATS:
         module = _random_module(objective, name, batch)
         raise InputError(
@@ -494,15 +501,15 @@ def _repeats(objective: Objective, name: str, batch: Any, apart: float) -> list[
     )
 
 
-def _random_module(objective: Objective, name: str, batch: Any) -> str | None:
-    """The first module whose outputs differ between two forward passes over one batch, innermost first."""
+def _random_module(objective: Objective, name: str, batch: object) -> str | None:
+    """Return the first module whose outputs differ between two forward passes over one batch, innermost first."""
     seen: list[list[tuple[str, list[Tensor]]]] = []
     label: str
 
-    def record(label: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
+    def record(label: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: object, outputs: object) -> None:
             if not torch._C._are_functorch_transforms_active():  # what a transform wraps is gone when it ends
-                seen[-1].append((label, [each.detach().clone() for each in tensors_of(outputs)]))
+                seen[-1].append((label, [tensor.detach().clone() for tensor in tensors_of(outputs)]))
 
         return hook
 
@@ -549,7 +556,7 @@ def _batches(
 
 
 def _agree_one_precision_higher(objective: Objective, name: str, cuts: Sequence[Positions]) -> bool:
-    """Return whether a batch and its parts agree where less is rounded: then they are apart by rounding alone."""
+    """Tell whether a batch and its parts agree one precision higher: then they differ by rounding alone."""
     if objective.precision not in HIGHER:
         return False
     try:
@@ -564,26 +571,29 @@ def _agree_one_precision_higher(objective: Objective, name: str, cuts: Sequence[
 
 
 def weights_of_sample(objective: Objective, name: str) -> Tensor | None:
-    """Return the weights of a loss's elements on the sample it is identified by, at the point the objective holds; None without."""
+    """Return the weights of a loss's elements on the sample that identifies it, at the point the objective holds.
+
+    None for a term of the parameters, and where the weights come from the targets alone or all are 1.
+    """
     (sample,) = _sample(objective, name)
     return None if sample is None or _weighs_alike(objective, name) else objective.weights(name, sample)
 
 
-def _in_order(objective: Objective, name: str, sample: Any, examples: range) -> None:
-    """In batch mode a batch holds several groups: examples given in reverse must have their values in reverse."""
+def _in_order(objective: Objective, name: str, sample: object, examples: range) -> None:
+    """Refuse a loss whose values do not follow the order of the examples: in batch mode a batch holds several groups."""
     split = objective.splits[objective.losses[name].on]
     if objective.order(name) is None:
         return
     reverse = Order([0], [torch.tensor(examples).flip(0)])
-    found: list[Tensor] = []
+    results: list[Tensor] = []
 
-    def values(batch: Any) -> tuple[Tensor, None]:
-        found.append(objective.values(name, batch)[0].double())
-        return found[-1], None
+    def values(batch: object) -> tuple[Tensor, None]:
+        results.append(objective.values(name, batch)[0].double())
+        return results[-1], None
 
     with contextlib.closing(split.batches(objective.batch_sizes[split.name], reverse)) as batches:
         objective.over(values, [sample, next(batches)[1]], gradient=False)
-    one, other = found[0], found[1].flip(0)
+    one, other = results[0], results[1].flip(0)
     if (
         one.shape != other.shape
         or not (one - other).abs().sum() <= _AGREE[objective.precision_of(name)] * one.abs().sum()
@@ -595,14 +605,14 @@ def _in_order(objective: Objective, name: str, sample: Any, examples: range) -> 
         )
 
 
-def _statistics_unused(objective: Objective, name: str, batch: Any, before: float, scale: float) -> None:
-    """In batch mode, moving the running statistics must not move the loss."""
+def _statistics_unused(objective: Objective, name: str, batch: object, before: float, scale: float) -> None:
+    """Refuse a loss that changes with the running statistics in batch mode, which does not use them."""
     statistics = [tensor for key, tensor in objective.model.named_buffers() if is_statistic(key)]
-    kept = [tensor.clone() for tensor in statistics]
+    before_move = [tensor.clone() for tensor in statistics]
     for tensor in statistics:
         tensor.mul_(1.5).add_(0.5)
     after = float(_over(objective, name, batch, gradient=False).loss)
-    for tensor, values in zip(statistics, kept, strict=True):
+    for tensor, values in zip(statistics, before_move, strict=True):
         tensor.copy_(values)
     if not abs(after - before) <= _AGREE[objective.precision_of(name)] * scale:
         raise InputError(
@@ -612,17 +622,17 @@ def _statistics_unused(objective: Objective, name: str, batch: Any, before: floa
         )
 
 
-def _own_mean(objective: Objective, name: str, batch: Any, ours: float, scale: float) -> None:
+def _own_mean(objective: Objective, name: str, batch: object, loss: float, scale: float) -> None:
     inputs, targets = unpack(batch)
 
-    def mean(_: Any) -> tuple[Tensor, None]:
+    def mean(_: object) -> tuple[Tensor, None]:
         return objective.entry(name, objective.functions[name].mean()(objective.model(inputs), targets)).reshape(
             1
         ), None
 
-    theirs = float(objective.over(mean, [batch], gradient=False).loss)
-    if not abs(ours - theirs) <= _AGREE[objective.precision_of(name)] * scale:
+    reduced = float(objective.over(mean, [batch], gradient=False).loss)
+    if not abs(loss - reduced) <= _AGREE[objective.precision_of(name)] * scale:
         raise InputError(
-            f"the mean of loss {name!r} over its elements is {ours:.6g}, but its own reduction='mean' gives {theirs:.6g}. Usual "
+            f"the mean of loss {name!r} over its elements is {loss:.6g}, but its own reduction='mean' gives {reduced:.6g}. Usual "
             "culprits: ignore_index or class weights. Say how elements are weighted: Loss(call=fn) returning (values, weights)."
         )

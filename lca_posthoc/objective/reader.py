@@ -66,11 +66,11 @@ class Reader:
         self._lane = None if _importing() else _current()
         self._context = contextvars.copy_context()
 
-    def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
+    def call(self, function: Callable[..., Result], *arguments: object) -> Result:
         """Return `function(*arguments)`, called in the thread; raises what it raises."""
         return self.result(self.submit(function, *arguments))
 
-    def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
+    def submit(self, function: Callable[..., Result], *arguments: object) -> Future[Result]:
         """Begin `function(*arguments)` in the thread, after what was begun before."""
         future: Future[Result] = Future()
         if self._lane is None or threading.current_thread() is self._lane:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,19 +17,19 @@ import torch
 _NAMES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
-def _without_dropout(native: Any) -> Any:
-    """A recurrent function that runs as in training, with no dropout, where it is called as in eval mode."""
+def _without_dropout(native: Callable[..., object]) -> Callable[..., object]:
+    """Return a recurrent function that runs as in training, with no dropout, where it is called as in eval mode."""
 
     @functools.wraps(native)
-    def recurrent(*args: Any, **kwargs: Any) -> Any:
+    def recurrent(*args: object, **kwargs: object) -> object:
         if "train" in kwargs:
             training = kwargs["train"]
             changed = args, {**kwargs, "dropout": 0.0, "train": True}
         else:
             # (input, hx, params, has_biases, num_layers, dropout, train, …), of a packed sequence (data, batch_sizes, hx, …)
-            at = 5 if isinstance(args[3], bool) else 6
-            training = args[at + 1]
-            changed = (*args[:at], 0.0, True, *args[at + 2 :]), kwargs
+            index = 5 if isinstance(args[3], bool) else 6
+            training = args[index + 1]
+            changed = (*args[:index], 0.0, True, *args[index + 2 :]), kwargs
         return native(*args, **kwargs) if training else native(*changed[0], **changed[1])
 
     return recurrent
@@ -54,6 +54,6 @@ def going_backward() -> Iterator[None]:
 
 @contextlib.contextmanager
 def recurring(device: torch.device) -> Iterator[None]:
-    """Hold recurrent layers on a GPU to a mode that goes backward; do nothing on a CPU."""
+    """Run recurrent layers on a GPU in a mode that goes backward; do nothing on a CPU."""
     with going_backward() if device.type == "cuda" else contextlib.nullcontext():
         yield

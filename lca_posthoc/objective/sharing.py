@@ -11,31 +11,31 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Returned:
-    """What the function of a loss returned for a batch, with the outputs and the targets it was given, if it was."""
+    """The result of a loss's function for a batch, and the outputs and targets it was called with; None where it takes none."""
 
-    result: Any
-    outputs: Any = None
-    targets: Any = None
+    result: object
+    outputs: object = None
+    targets: object = None
 
 
 class SharedOutputs:
     """A model's outputs for the batch at hand, shared as long as no loss has written into them.
 
-    Only outputs that are a tensor are shared: what else a model may give could be changed without a trace. Losses that call the
-    model themselves are given none: between their calls they may have changed the model, or how it is called.
+    Only outputs that are a tensor are shared: a loss could change others without a trace. Losses that call the
+    model themselves share none: between their calls they may have changed the model, or how it is called.
 
     Attributes:
-        returned: what was returned for the batch at hand by losses that return a dict, by the loss.
+        returned: by the identity of a loss's source, the dict that it returned for the batch at hand.
     """
 
     def __init__(self) -> None:
         self.returned: dict[int, Returned] = {}
-        self._inputs: Any = None
+        self._inputs: object = None
         self._outputs: Any = None
         self._version = -1
 
-    def of(self, model: Callable[[Any], Any], inputs: Any) -> Any:
-        """`model(inputs)`, or what it was for the same object."""
+    def of(self, model: Callable[[Any], Any], inputs: object) -> object:
+        """Return `model(inputs)`, or the outputs of the last such call where that had the same object and they are unchanged."""
         if inputs is not self._inputs or self._outputs._version != self._version:
             outputs = model(inputs)
             if not isinstance(outputs, Tensor) or outputs.is_inference():  # which counts no writes

@@ -1,4 +1,4 @@
-"""How the examples of a split are had, by what the user's data is: by position, or in order only."""
+"""Readers of the examples of a split, by the kind of the user's data: at any position, or in order only."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Positions = range | Tensor
 Collate = Callable[[list[Any]], Any]
 
 
-def move(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def move(batch: object, device: torch.device, dtype: torch.dtype) -> object:
     """Return a batch on the device; floating tensors in the dtype of the computation, all others as they are.
 
     Raises:
@@ -50,8 +50,8 @@ def move(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
         return change_tensors(batch, moved, _to(device))
 
 
-def move_ahead(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return a batch on a GPU as `move` does, from pinned memory, so that nobody waits for it."""
+def move_ahead(batch: object, device: torch.device, dtype: torch.dtype) -> object:
+    """Return a batch on a GPU as `move` does, from pinned memory, so that neither side waits for the copy."""
 
     def moved(tensor: Tensor) -> Tensor:
         tensor = converted(tensor, dtype)
@@ -65,7 +65,7 @@ def move_ahead(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor without gradient and where it is; in `dtype` where it is floating; itself where nothing is to be done."""
+    """Return a tensor without gradient and where it is; in `dtype` where it is floating; itself where nothing changes."""
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.is_inference():  # autograd saves none of these
@@ -74,19 +74,19 @@ def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _to(device: torch.device) -> Callable[[Any], Any] | None:
-    """Return what moves an object by a method `to` of its own, such as a graph's; None where batches lie on the CPU anyway."""
+    """Return a function that moves an object by its own method `to`, such as a graph's; None where batches lie on the CPU anyway."""
     if device.type == "cpu":
         return None
 
-    def moved(thing: Any) -> Any:
+    def moved(thing: object) -> object:
         to = getattr(thing, "to", None)
         if not callable(to):
             return thing
         try:
-            there = to(device)
+            copy = to(device)
         except Exception:  # another kind of `to`, of units, say
             return thing
-        return there if type(there) is type(thing) else thing
+        return copy if type(copy) is type(thing) else thing
 
     return moved
 
@@ -107,7 +107,7 @@ def _moving(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def room_on(device: torch.device) -> float:
-    """Bytes a split may occupy: a share of what is free now; it decides speed, never a result."""
+    """Return the bytes a split may occupy, a share of the free memory; it decides speed, never a result."""
     if device.type == "cuda":
         return _RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
     return _RESIDENT_SHARE * free_memory()
@@ -115,7 +115,7 @@ def room_on(device: torch.device) -> float:
 
 @contextlib.contextmanager
 def user_code(doing: str, advice: str = "") -> Iterator[None]:
-    """Errors of the user's data become ours, with the split they happened on."""
+    """Raise errors of the user's data as ours, after the words `doing` and before `advice`."""
     try:
         yield
     except InputError:
@@ -127,7 +127,7 @@ def user_code(doing: str, advice: str = "") -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or here."""
+    """Tell whether an error says that memory ran out, of a GPU or of the host."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch has no class for it
@@ -135,7 +135,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Indexed:
-    """Examples that are had by position, each with its draws, which follow each other in a batch."""
+    """Examples that can be read at any position, each with its draws, which follow each other in a batch."""
 
     name: str
     total: int
@@ -143,7 +143,7 @@ class Indexed:
     draws: int | None = None
 
     def batches(self, cuts: Iterable[Positions], subset: Tensor | None) -> Iterator[Any]:
-        """One batch for each choice of positions, of the subset where there is one."""
+        """Yield one batch for each choice of positions, which count within the subset where there is one."""
         for cut in cuts:
             positions = cut if subset is None else rows(subset, cut)
             with user_code(
@@ -158,7 +158,7 @@ class Indexed:
 
 @dataclass(frozen=True)
 class Stream:
-    """Examples that are had in order only, and read anew at every pass."""
+    """Examples that can only be read in order, anew at every pass."""
 
     name: str
     total: int
@@ -167,22 +167,22 @@ class Stream:
     passes: dict[int, list[bytes]] = field(default_factory=dict)
 
     def batches(self, cuts: Iterable[Positions], subset: Tensor | None) -> Iterator[Any]:
-        """One batch for each range of positions, ascending; a subset is read in the order of the data."""
+        """Yield one batch for each range of positions, ascending; a subset is read in the order of the data."""
         with user_code(f"split {self.name!r} cannot be read"):
             items = iter(self.data)
         if subset is not None:
-            wanted = torch.zeros(int(subset.max()) + 1, dtype=torch.bool)
-            wanted[subset] = True
-            items = itertools.compress(items, wanted.tolist())
-        at, size, digest = 0, 0, hashlib.blake2b(digest_size=16)
+            chosen = torch.zeros(int(subset.max()) + 1, dtype=torch.bool)
+            chosen[subset] = True
+            items = itertools.compress(items, chosen.tolist())
+        position, size, digest = 0, 0, hashlib.blake2b(digest_size=16)
         for cut in cuts:
             assert isinstance(cut, range)
             size = size or len(cut)
             with user_code(f"split {self.name!r} cannot be read"):
-                examples = list(itertools.islice(items, cut.start - at, cut.stop - at))
+                examples = list(itertools.islice(items, cut.start - position, cut.stop - position))
                 if len(examples) < len(cut):
                     raise self._changed("fewer examples")
-                batch, at = self.collate(examples), cut.stop
+                batch, position = self.collate(examples), cut.stop
             passes = self.passes.setdefault(size, [])
             if len(passes) < 2:
                 feed(digest, batch)
@@ -207,7 +207,7 @@ def _unsteady(name: str, what: str) -> InputError:
 
 
 def open_source(name: str, data: Any) -> Indexed | Stream:
-    """How the examples are had, by what the data is; containers that are more likely columns are not guessed at."""
+    """Return a reader of the examples, by the kind of the data; refuse containers that may as well be columns as examples."""
     if isinstance(data, Draws):
         return _drawn(name, data)
     if isinstance(data, DataLoader):
@@ -215,14 +215,14 @@ def open_source(name: str, data: Any) -> Indexed | Stream:
         served = _iterated if isinstance(data.dataset, IterableDataset) else _items
         return served(name, data.dataset, data.collate_fn)
     inside = list(data.values()) if isinstance(data, Mapping) else data if isinstance(data, tuple | list) else []
-    columns = isinstance(data, Mapping | tuple) or any(isinstance(each, Tensor) for each in inside)
+    columns = isinstance(data, Mapping | tuple) or any(isinstance(part, Tensor) for part in inside)
     if (
         columns
         and inside
         and not isinstance(data, list)
-        and all(isinstance(each, Tensor) and each.dim() for each in inside)
+        and all(isinstance(part, Tensor) and part.dim() for part in inside)
     ):
-        return _columns(name, data, sorted({len(each) for each in inside}))
+        return _columns(name, data, sorted({len(part) for part in inside}))
     hugging_face = type(data).__module__.partition(".")[0] == "datasets" and hasattr(data, "with_format")
     once = isinstance(data, Iterator)
     if not (columns or once or isinstance(data, str | Set | type)):
@@ -230,7 +230,7 @@ def open_source(name: str, data: Any) -> Indexed | Stream:
             return _table(name, data) if hugging_face else _items(name, data, default_collate)
         if hasattr(data, "__iter__"):
             return _iterated(name, data.with_format("torch") if hugging_face else data, default_collate)
-    kinds = f" of {', '.join(sorted({type(each).__name__ for each in inside}))}" if inside else ""
+    kinds = f" of {', '.join(sorted({type(part).__name__ for part in inside}))}" if inside else ""
     raise InputError(
         f"split {name!r} is a {type(data).__name__}{kinds}{', which can be read only once' if once else ''}. Give (inputs, "
         "targets) tensors, a dict of tensors, a map-style Dataset with __len__ and __getitem__, a DataLoader, or an iterable "
@@ -238,7 +238,7 @@ def open_source(name: str, data: Any) -> Indexed | Stream:
     )
 
 
-def _columns(name: str, data: Any, lengths: list[int]) -> Indexed:
+def _columns(name: str, data: object, lengths: list[int]) -> Indexed:
     if len(lengths) != 1:
         raise InputError(
             f"split {name!r} has tensors of different lengths: {lengths}. Give one entry per example: one target per input."
@@ -248,9 +248,9 @@ def _columns(name: str, data: Any, lengths: list[int]) -> Indexed:
 
 
 def _items(name: str, data: Any, collate: Collate) -> Indexed:
-    """A map-style data set, read as a DataLoader reads it: at once where it has `__getitems__`, else one by one."""
+    """Return a map-style data set, read as a DataLoader reads it: at once where it has `__getitems__`, else one by one."""
 
-    def read(positions: Positions) -> Any:
+    def read(positions: Positions) -> object:
         indices = list(positions) if isinstance(positions, range) else positions.tolist()
         at_once = getattr(data, "__getitems__", None)
         return collate(at_once(indices) if at_once else [data[index] for index in indices])
@@ -259,13 +259,13 @@ def _items(name: str, data: Any, collate: Collate) -> Indexed:
 
 
 def _drawn(name: str, data: Draws) -> Indexed:
-    """Examples of which a batch holds every draw."""
+    """Return examples of which a batch holds every draw."""
     collate = default_collate
     if isinstance(data.data, DataLoader):
         _check_loader(name, data.data)
         collate = data.data.collate_fn
 
-    def read(positions: Positions) -> Any:
+    def read(positions: Positions) -> object:
         indices = list(positions) if isinstance(positions, range) else positions.tolist()
         return collate([example for index in indices for example in data[index]])
 
@@ -273,14 +273,14 @@ def _drawn(name: str, data: Draws) -> Indexed:
 
 
 def _table(name: str, data: Any) -> Indexed:
-    """A Hugging Face data set, read as columns; its own format is kept where it gives arrays."""
+    """Return a Hugging Face data set, read as columns, in its own format where that gives arrays."""
     table = data if data.format["type"] in ("torch", "numpy", "custom") else data.with_format("torch")
 
-    def read(positions: Positions) -> Any:
+    def read(positions: Positions) -> object:
         inside = slice(positions.start, positions.stop) if isinstance(positions, range) else positions.tolist()
         batch = default_convert(table[inside])  # type: ignore[no-untyped-call]
         for column, values in batch.items():
-            if any(isinstance(each, Tensor | np.ndarray) for each in values) and not isinstance(values, Tensor):
+            if any(isinstance(value, Tensor | np.ndarray) for value in values) and not isinstance(values, Tensor):
                 raise InputError(
                     f"column {column!r} of split {name!r} has examples of different shapes. Pad them, or give "
                     "DataLoader(dataset, collate_fn=...) with the collate_fn of your training."
@@ -311,8 +311,8 @@ def _check_loader(name: str, loader: DataLoader[Any]) -> None:
 
 
 def _iterated(name: str, data: Any, collate: Collate) -> Indexed | Stream:
-    """Iterable data, read through once: kept in host memory where it fits, else read anew at every pass."""
-    head, kept, room, total = list[Any](), list[Any](), room_on(_CPU), 0
+    """Read iterable data through once; return its items from host memory where they fit, else read them anew at every pass."""
+    head, items, room, total = list[Any](), list[Any](), room_on(_CPU), 0
     with user_code(f"split {name!r} cannot be read"):
         for item in data:
             total += 1
@@ -320,10 +320,10 @@ def _iterated(name: str, data: Any, collate: Collate) -> Indexed | Stream:
                 head.append(item)
             room -= size_of(item)
             if room >= 0:
-                kept.append(item)
+                items.append(item)
             else:
-                kept.clear()
+                items.clear()
         again = list(itertools.islice(data, len(head)))
         if len(again) < len(head) or (head and digest_of(collate(head)) != digest_of(collate(again))):
             raise _unsteady(name, "other examples")
-    return _items(name, kept, collate) if len(kept) == total else Stream(name, total, data, collate)
+    return _items(name, items, collate) if len(items) == total else Stream(name, total, data, collate)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
@@ -64,6 +64,16 @@ def statistics_of(objective: Objective) -> dict[str, tuple[str, str]]:
     }
 
 
+class RecalibrationRecord(TypedDict):
+    """The settings of a recalibration as a run records them, see `Recalibration` for those without a comment."""
+
+    loss: str
+    split: str  # the name of that loss's split
+    examples: int  # of the split
+    batch_size: int
+    kept: list[str]
+
+
 class Recalibration:
     """The pass over the data that gives the normalisation layers of an objective their statistics at a point.
 
@@ -83,7 +93,7 @@ class Recalibration:
 
     @property
     def split(self) -> Split:
-        """The data.
+        """Return the data the statistics are computed from.
 
         Raises:
             InputError: where the task has no such loss over a split.
@@ -101,8 +111,8 @@ class Recalibration:
             self._opened[loss.split] = self._objective.open_split(loss.split)
         return self._opened[loss.split]
 
-    def recall(self, recorded: Mapping[str, Any] | None) -> None:
-        """Take what was settled when the run was created; None for a run that is being created."""
+    def recall(self, recorded: RecalibrationRecord | None) -> None:
+        """Take over the settings recorded when the run was created; None for a run that is being created."""
         over_data = (name for name, loss in self._objective.task.losses.items() if loss.split is not None)
         self.loss: str = recorded["loss"] if recorded else next(over_data, "")
         self.batch_size: int = recorded["batch_size"] if recorded else 0
@@ -112,7 +122,7 @@ class Recalibration:
         """Fix the partition and the layers at the point the objective holds.
 
         Args:
-            batch_size: examples per batch, where that is known for the split; else chosen from shapes.
+            batch_size: examples per batch; None for a choice from shapes.
             moved: the layers whose stored statistics moved in training.
         """
         self.kept = [layer for layer in statistics_of(self._objective) if layer not in moved]
@@ -122,8 +132,8 @@ class Recalibration:
         self.batch_size = min(batch_size, self.split.examples)
 
     @property
-    def recorded(self) -> dict[str, Any]:
-        """What a run records, for `recall`."""
+    def recorded(self) -> RecalibrationRecord:
+        """Return the settings a run records, for `recall`."""
         split = self.split
         return {
             "loss": self.loss,
@@ -136,7 +146,7 @@ class Recalibration:
     def at(self, point: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the point with the statistics of the data at its weights.
 
-        A layer the pass does not reach keeps the ones that are stored: see `unreached`.
+        A layer the pass does not reach keeps its stored statistics: see `unreached`.
 
         Args:
             point: every tensor of the table, on the device; the objective holds it afterwards.
@@ -145,15 +155,15 @@ class Recalibration:
             InputError: where a batch is too small to have statistics.
             ResourceError: where a batch does not fit in memory.
         """
-        found = {**point}
+        result = {**point}
         for layer, pool in self._pools(point).items():
             if pool.count:
                 mean, variance = statistics_of(self._objective)[layer]
-                found[mean], found[variance] = pool.mean, pool.variance  # float64: what moves is a small part of them
-        return found
+                result[mean], result[variance] = pool.mean, pool.variance  # float64: what moves is a small part of them
+        return result
 
     def unreached(self, point: Mapping[str, Tensor]) -> list[str]:
-        """Return the layers that are meant to be recalibrated and are not called by the pass."""
+        """Return the layers that should be recalibrated and that the pass does not call."""
         return [layer for layer, pool in self._pools(point).items() if not pool.count]
 
     def _pools(self, point: Mapping[str, Tensor]) -> dict[str, _Pool]:
@@ -184,7 +194,7 @@ class Recalibration:
 
 @contextlib.contextmanager
 def pooling(pools: Mapping[int, _Pool]) -> Iterator[None]:
-    """Hold layers to the statistics of each batch and pool these, by the layer's own running mean; other layers to what they are given."""
+    """Let layers use the statistics of each batch, and pool these by the layer's own running mean; other layers use their own."""
 
     def pooled(call: NormalisationCall) -> Tensor:
         pool = None if call.from_input or call.mean is None else pools.get(id(call.mean))
@@ -208,20 +218,20 @@ def pooling(pools: Mapping[int, _Pool]) -> Iterator[None]:
         yield
 
 
-def in_both_modes(objective: Objective, name: str, batch: Any, layers: Collection[str]) -> tuple[float, float]:
+def in_both_modes(objective: Objective, name: str, batch: object, layers: Collection[str]) -> tuple[float, float]:
     """Return a loss on one batch at the point the objective holds: with running statistics, and with those of the batch.
 
     Args:
         objective: evaluates it.
         name: of the loss.
         batch: of its split.
-        layers: those that take the batch's; the others, which did not move in training, keep theirs.
+        layers: those that take the batch's statistics; the others, which did not move in training, keep their stored ones.
     """
     buffers, known = dict(objective.model.named_buffers()), statistics_of(objective)
     own = [buffers[name] for layer in layers for name in known[layer]]
     means = []
-    for held in (normalising("running"), normalising("batch", own)):
-        with objective.mode(held):
+    for layers_mode in (normalising("running"), normalising("batch", own)):
+        with objective.mode(layers_mode):
             values, weights = objective.values(name, fresh(batch))
         means.append(float(values.detach().double().sum() / (values.numel() if weights is None else weights.sum())))
     return means[0], means[1]

@@ -1,18 +1,18 @@
-"""What evaluating a loss over many batches adds up to."""
+"""Sums of a loss, its weights and its gradient over many batches."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from .batches import Order
 
-Numbers = Any  # numpy float64 of shape () or (groups,)
+Numbers = np.float64 | np.ndarray  # float64 of shape () or (groups,)
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Evaluation:
 class Sums:
     """Σ values, Σ weights and Σ gradients of one source of values, float64: of each of some groups, over everything, or both.
 
-    What a loss without groups comes to is added up group by group, in the order of the batches, whether or not the sums of the
-    groups are wanted themselves.
+    A loss without groups is added up group by group too, in the order of the batches, whether or not the sums of the groups are
+    asked for.
     """
 
     def __init__(
@@ -53,14 +53,14 @@ class Sums:
         self._found: dict[bool, Evaluation] = {}
 
     def _zeros(self, groups: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor]:
-        made = {
+        zeros = {
             name: torch.zeros((*groups, *shape), dtype=torch.float64, device=self._device)
             for name, shape in self.shapes.items()
         }
-        return made, torch.zeros((*groups, 2), dtype=torch.float64, device=self._device)
+        return zeros, torch.zeros((*groups, 2), dtype=torch.float64, device=self._device)
 
     def begin(self, group: int) -> None:
-        """What follows belongs to a group."""
+        """Add to the sums of this group from now on."""
         if group == self._group:
             return
         assert not (self._plain and group in self._empty), "what is added up group by group takes each group once"
@@ -71,21 +71,23 @@ class Sums:
             self._part, self._part_totals = self._zeros(())
         else:
             row = group - self.groups.start
-            self._part = {name: each[row] for name, each in self._rows.items()}
+            self._part = {name: tensor[row] for name, tensor in self._rows.items()}
             self._part_totals = self._row_totals[row]
 
     def _close(self) -> None:
         if self._group is None or not self._plain:
             return
         if self._whole:
-            for name, each in self._part.items():
-                self._whole[name] += each
+            for name, tensor in self._part.items():
+                self._whole[name] += tensor
         else:
-            self._whole = {name: each if self.groups is None else each.clone() for name, each in self._part.items()}
+            self._whole = {
+                name: tensor if self.groups is None else tensor.clone() for name, tensor in self._part.items()
+            }
         self._whole_totals = self._whole_totals + self._part_totals
 
     def add(self, total: Tensor, weight: Tensor | int) -> None:
-        """Take in Σ values and Σ weights of a batch."""
+        """Add Σ values and Σ weights of a batch."""
         self._part_totals[0] += total
         self._part_totals[1] += weight
 
@@ -106,7 +108,11 @@ class Sums:
                 self._reached.add(name)
 
     def evaluation(self, grouped: bool, where: str, order: Order | None) -> Evaluation:
-        """The mean over all elements, or over those of each group."""
+        """Return the mean over all elements, or over those of each group.
+
+        Raises:
+            InputError: where the weights of a group, or of everything, sum to 0.
+        """
         if grouped not in self._found:
             self._close()
             self._group = None
@@ -119,8 +125,8 @@ class Sums:
                     f"the weights of {place} sum to {float(weights.reshape(-1)[empty])}. Give at least one element a weight."
                 )
             gradient = self._rows if grouped else self._whole
-            for name, each in gradient.items():
-                each /= weights.reshape(weights.shape + (1,) * len(self.shapes[name]))
+            for name, sum_ in gradient.items():
+                sum_ /= weights.reshape(weights.shape + (1,) * len(self.shapes[name]))
             self._found[grouped] = Evaluation(
                 (totals / weights).cpu().numpy()[()],
                 gradient,

@@ -17,12 +17,12 @@ _ON_AXIS_1 = {"ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Conv1D"}
 def tensor_table(
     model: nn.Module, norm_stats: str, fixed: Sequence[str] = (), held: Collection[str] | None = None
 ) -> list[TensorSpec]:
-    """The model's tensors in its own order: parameters once each with their aliases, then persistent buffers.
+    """Return the model's tensors in its own order: parameters once each with their aliases, then persistent buffers.
 
     Floating buffers are allocated as tensors of kind "buffer", but for running statistics in `batch` mode, which the loss
-    does not depend on. All else that is stored is "state". Tensors that match a pattern of `fixed` are left out, and so are
-    frozen parameters that none of the names `held` in the checkpoints stands for. What is stored is what the state dict has, by
-    identity or, where a hook puts a copy there, by name; and parameters that it does not have where a name `held` stands for them.
+    does not depend on. Every other stored tensor is "state". Tensors that match a pattern of `fixed` are left out, and so are
+    frozen parameters that none of the names `held` in the checkpoints stands for. A tensor counts as stored where the state
+    dict has it, by identity or, where a hook puts a copy there, by name; a parameter also where a name in `held` stands for it.
 
     Raises:
         InputError: where a parameter is complex.
@@ -42,7 +42,7 @@ def tensor_table(
             continue  # a non-persistent buffer: the model builds it, checkpoints do not hold it
         aliases = tuple(alias for alias in by_id.get(id(tensor), ()) if alias != name)
         frozen = name in parameters and not tensor.requires_grad
-        if frozen and held is not None and not any(normalise(each) in held for each in (name, *aliases)):
+        if frozen and held is not None and not any(normalise(alias) in held for alias in (name, *aliases)):
             continue
         if name in parameters and tensor.is_complex():
             raise InputError(
@@ -79,7 +79,7 @@ def unstored(model: nn.Module) -> dict[str, Tensor]:
 
 
 def is_fixed(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a tensor stays as the model builds it."""
+    """Tell whether a tensor stays as the model builds it."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -94,7 +94,7 @@ def _owners(model: nn.Module) -> dict[int, frozenset[str]]:
 
 
 def _unit_axis(owner: frozenset[str], dims: int) -> int | None:
-    """Output neurons and channels run along axis 0, but along axis 1 of transposed convolutions and Conv1D."""
+    """Return the axis of output neurons and channels: 0, but 1 for transposed convolutions and Conv1D; None for a scalar."""
     if dims == 0:
         return None
     return 1 if dims > 1 and owner & _ON_AXIS_1 else 0

@@ -1,4 +1,4 @@
-"""What the callbacks of all trainers are made of: a recorder that is there while training goes on."""
+"""The part that the callbacks of all trainers share: a recorder that lives as long as a training."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .recorder import Recorder
 
 
 class Recording:
-    """Holds a recorder from the beginning of a training to its end.
+    """Hold a recorder from the beginning of a training to its end.
 
     Args:
         directory: as `Recorder`'s.
-        frozen: whether parameters that are frozen when training begins are written too; otherwise those that are trained, and buffers.
+        frozen: True to write parameters that are frozen when training begins too; False for trained ones and buffers alone.
         options: `every`, `steps`, `until`, `on_full` of `Recorder`.
     """
 
@@ -25,7 +25,7 @@ class Recording:
         self._recorder: Recorder | None = None
 
     def begin(self, model: nn.Module, step: int, last: int) -> None:
-        """Save the weights that training begins with, once there is space for those up to a last step (0: unknown)."""
+        """Save the weights that training begins with, where there is space for all up to the step `last` (0 or less: unknown)."""
         self.end()
         self._recorder = Recorder(self._directory, model, **self._options)
         if last > 0:
@@ -38,12 +38,12 @@ class Recording:
             self._recorder.save(step)
 
     def flush(self) -> None:
-        """Have on the disk what a checkpoint to resume from comes after."""
+        """Flush the iterates before a checkpoint that training may be resumed from."""
         if self._recorder is not None:
             self._recorder.flush()
 
     def end(self) -> None:
-        """Finish the files."""
+        """Close the recorder, which finishes the files."""
         recorder, self._recorder = self._recorder, None
         if recorder is not None:
             recorder.close()

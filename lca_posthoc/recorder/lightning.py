@@ -3,52 +3,57 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 
 from ..errors import LCAError
 from .callback import Recording
 
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
 
 class RecorderCallback(Recording, Callback):
-    """Records the weights at the start of training and after every optimiser step.
+    """Record the weights at the start of training and after every optimiser step.
 
     Steps are the trainer's own `global_step`, which counts those of all optimisers: gradient accumulation counts once, and training
     resumed from a checkpoint goes on with the series. Weights are saved at the end of a batch. Tensors are named as in the
-    `LightningModule`. There must be space for `max_steps` iterates, where the trainer is given them, when training begins.
+    `LightningModule`. There must be space for `max_steps` iterates, where that is set, when training begins.
 
     Args:
         directory: as `Recorder`'s.
-        frozen: False leaves out what is frozen when training begins (an adapter's base), which `lca run` then has from the task's
-            model; what a callback unfreezes later could not be recorded.
+        frozen: False leaves out what is frozen when training begins (an adapter's base), which `lca run` then takes from the
+            task's model; parameters that a callback unfreezes later could not be recorded.
         options: `every`, `steps`, `until`, `on_full` of `Recorder`.
     """
 
     def __init__(self, directory: str | Path, *, frozen: bool = True, **options: Any) -> None:
         super().__init__(directory, frozen=frozen, **options)
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the weights that training begins with."""
         self.begin(pl_module, trainer.global_step, trainer.max_steps)
         self._saved = trainer.global_step
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
         """Save the weights after an optimiser step."""
         if trainer.global_step > self._saved:
             self.take(trainer.global_step)
             self._saved = trainer.global_step
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Have on the disk what a checkpoint to resume from comes after."""
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]) -> None:
+        """Flush the iterates before a checkpoint that training may be resumed from."""
         self.flush()
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Finish the files."""
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the recorder, which finishes the files."""
         self.end()
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Finish the files; the error of training stands before one of the recorder."""
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Finish the files; add an error of the recorder to that of the training as a note."""
         try:
             self.end()
         except LCAError as error:

@@ -27,48 +27,48 @@ _DEPTH = 3  # of wrappers within wrappers that are looked into
 
 
 def runs_hooks(optimizer: object) -> bool:
-    """Return whether torch's hooks are run by `step` of an object, and have a place there."""
+    """Tell whether `step` of an object runs torch's hooks, and the object has a place for them."""
     hooks = [getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post")]
     is_hooked = getattr(getattr(type(optimizer), "step", None), "hooked", False)
-    return is_hooked and all(isinstance(each, OrderedDict) for each in hooks)
+    return is_hooked and all(isinstance(hook, OrderedDict) for hook in hooks)
 
 
 def is_optimizer(thing: object) -> bool:
-    """Return whether a training loop can use an object as an optimiser."""
+    """Tell whether a training loop can use an object as an optimiser."""
     methods = [getattr(thing, name, None) for name in ("step", "zero_grad")]
     return all(map(callable, methods)) and hasattr(thing, "param_groups") and not isinstance(thing, nn.Module | type)
 
 
 def can_follow(thing: object) -> bool:
-    """Return whether the steps of an object can be seen: by torch's hooks, or because its methods can be replaced."""
+    """Tell whether the steps of an object can be seen: by torch's hooks, or because its methods can be replaced."""
     replaceable = hasattr(thing, "__dict__") and hasattr(type(thing), "__weakref__")
     return is_optimizer(thing) and (runs_hooks(thing) or replaceable)
 
 
 @dataclass(frozen=True)
 class Told:
-    """What is called when an attached optimiser has made a step, when its end will not be seen, and when it is over."""
+    """Functions to call when an attached optimiser has made a step, when the end of the step will not be seen, and when it is over."""
 
-    made: Callable[[], None]
+    stepped: Callable[[], None]
     unseen: Callable[[], None]
     over: Callable[[], None]
 
 
 class Outermost:
-    """Tells of every step of the attached optimisers, and when it is over.
+    """Report every step of the attached optimisers, and when it is over.
 
     A wrapper around an attached optimiser is noticed in its first step. The end of that one is not seen: the step counts as over at the
     next call of any method of the wrapper, at the latest at the next step. From then on the end is seen.
 
     Args:
-        told: is told; the optimisers keep it alive.
+        listener: the functions to call; the optimisers keep them alive.
         takeover: counts the steps of optimisers that are not attached.
         attached: the optimisers, all of which `can_follow`.
     """
 
-    def __init__(self, told: Told, takeover: Takeover, attached: tuple[Optimizer, ...]) -> None:
-        self._told, self._takeover = told, takeover
-        self._attached = [weakref.ref(each) for each in attached]
+    def __init__(self, listener: Told, takeover: Takeover, attached: tuple[Optimizer, ...]) -> None:
+        self._listener, self._takeover = listener, takeover
+        self._attached = [weakref.ref(optimizer) for optimizer in attached]
         self._watched: list[weakref.ref[object]] = []
         self._replaced: list[tuple[weakref.ref[object], str, object, object]] = []
         self._plain: dict[int, types.CodeType] = {}  # by id: code of methods that are no wrapper's
@@ -87,7 +87,7 @@ class Outermost:
                 self._watch(optimizer, counts_all)
 
     def end(self) -> None:
-        """Leave no hook behind, and no method replaced."""
+        """Remove every hook, and put every replaced method back."""
         self._watched = []
         for handle in self._handles:
             handle.remove()
@@ -99,26 +99,26 @@ class Outermost:
                 if before is not None:
                     vars(owner)[name] = before
 
-    def _before_step(self, *_: Any) -> None:
-        self._told.over()
+    def _before_step(self, *_: object) -> None:
+        self._listener.over()
         self._takeover.begin()
 
-    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         callers = list(self._callers())
         if any(owner is optimizer and code is _code_of_step(optimizer) for owner, code in callers):
             return  # of a class whose `step` calls that of its base: torch runs the hooks of both
         self._takeover.finish()
         self._counted = True
-        self._told.made()
+        self._listener.stepped()
         if not self._calls:
             self._finish([owner for owner, _ in callers])
 
     def _finish(self, wrappers: Collection[object]) -> None:
-        """Tell that a step is over, unless wrappers' calls are in progress that were not known: watch these from here on."""
+        """Report that a step is over, unless calls of unknown wrappers are in progress: watch these from here on."""
         if not wrappers:
-            self._told.over()
+            self._listener.over()
             return
-        self._told.unseen()
+        self._listener.unseen()
         for wrapper in wrappers:
             if can_follow(wrapper) and not self._is_watched(wrapper):
                 self._watch(wrapper, counts_all=False)
@@ -126,7 +126,7 @@ class Outermost:
     # --- the methods of wrappers -----------------------------------------------------------------------------------------------------
 
     def _watch(self, wrapper: object, counts_all: bool) -> None:
-        """Replace the methods of a wrapper; `counts_all`: every call of its `step` is a step, for nothing else tells."""
+        """Replace the methods of a wrapper; with `counts_all` every call of its `step` counts, for nothing else shows its steps."""
         reference = weakref.ref(wrapper)
         self._watched.append(reference)
         for name in _methods_of(wrapper):
@@ -135,18 +135,20 @@ class Outermost:
             object.__setattr__(wrapper, name, method)
             self._replaced.append((reference, name, method, before))
 
-    def _stand_in(self, wrapper: weakref.ref[object], name: str, before: Any, counts_all: bool) -> Callable[..., Any]:
-        """Return a function that does what a method does, and lets its end be seen."""
+    def _stand_in(
+        self, wrapper: weakref.ref[object], name: str, before: Callable[..., Any] | None, counts_all: bool
+    ) -> Callable[..., Any]:
+        """Return a function that calls a method and reports the end of the call."""
 
         shown = before or _own_method(wrapper(), name)
 
         @functools.wraps(shown)
-        def method(this: object, *given: Any, **options: Any) -> Any:
+        def method(this: object, *arguments: object, **options: object) -> Any:
             call = before or _own_method(this, name)
             if this is not wrapper() or not self._is_watched(this):  # a copy of it, or nothing is attached any more
-                return call(*given, **options)
+                return call(*arguments, **options)
             with self._in_progress(this, counts_all):
-                return call(*given, **options)
+                return call(*arguments, **options)
 
         with contextlib.suppress(TypeError, ValueError):  # a builtin without a signature
             signature = inspect.signature(
@@ -158,12 +160,12 @@ class Outermost:
 
     @contextlib.contextmanager
     def _in_progress(self, wrapper: object, counts_all: bool) -> Iterator[None]:
-        is_attached = any(each() is wrapper for each in self._attached)
+        is_attached = any(reference() is wrapper for reference in self._attached)
         begins = is_attached and not self._own_calls
         if (begins or not self._calls) and next(
             self._callers(), None
         ) is None:  # else inside a call whose end is not seen
-            self._told.over()
+            self._listener.over()
         inner_before = self._takeover.inner_steps
         if begins:
             self._counted = False
@@ -179,12 +181,12 @@ class Outermost:
                 self._takeover.finish()
         has_inner_steps = self._takeover.inner_steps > inner_before
         if begins and not self._counted and (counts_all or has_inner_steps):
-            self._told.made()
+            self._listener.stepped()
         if not self._calls:
             self._finish([owner for owner, _ in self._callers()])
 
     def _is_watched(self, thing: object) -> bool:
-        return any(each() is thing for each in self._watched)
+        return any(reference() is thing for reference in self._watched)
 
     def _callers(self) -> Iterator[tuple[object, types.CodeType]]:
         """Yield the optimisers whose methods called this, the innermost first, with their code."""
@@ -196,7 +198,7 @@ class Outermost:
                 yield owner, frame.f_code
 
     def _optimizer_of(self, frame: types.FrameType) -> object | None:
-        """Return the optimiser that a frame runs a method of; other methods are looked at once."""
+        """Return the optimiser whose method a frame runs, None for other code, which is looked at only once."""
         code = frame.f_code
         if not code.co_argcount or code.co_varnames[0] != "self" or id(code) in self._plain:
             return None
@@ -215,10 +217,11 @@ def _code_of_step(optimizer: Optimizer) -> types.CodeType | None:
     return getattr(inspect.unwrap(type(optimizer).step), "__code__", None)
 
 
-def _own_method(owner: Any, name: str) -> Any:
-    """Return a method as the class of an object has it, or as it gets it from what it wraps."""
+def _own_method(owner: Any, name: str) -> Callable[..., Any]:
+    """Return a method of an object's class, or the one its `__getattr__` takes from what it wraps."""
     function = getattr(type(owner), name, None)
-    return type(owner).__getattr__(owner, name) if function is None else function.__get__(owner)
+    bound: Callable[..., Any] = type(owner).__getattr__(owner, name) if function is None else function.__get__(owner)
+    return bound
 
 
 def _methods_of(wrapper: object) -> list[str]:

@@ -27,7 +27,7 @@ from .writer import Writer, step_of
 
 
 class Recorder:
-    """Saves a model's parameters and persistent buffers, one safetensors file per optimiser step.
+    """Save a model's parameters and persistent buffers, one safetensors file per optimiser step.
 
     `save` copies them into memory and returns; a thread writes them under a temporary name and renames, so that a file that is there
     is whole, also when training is killed. At most three iterates, or 64 MiB, wait in memory; a disk that is slower than training slows
@@ -37,14 +37,14 @@ class Recorder:
     Where several processes train together (`torch.distributed`), all make a recorder and the first one writes.
 
     Args:
-        directory: created with the first iterate; gets `step_00000000.safetensors` and so on. One that holds iterates is gone on
-            with: a step that is there already must have the same weights, and is left alone.
+        directory: created with the first iterate; gets `step_00000000.safetensors` and so on. A directory that holds iterates is
+            continued: a step it has already must have the same weights, and its file stays as it is.
         model: the module that is being trained; tied tensors are written once, under their first name. Keep it in float32 (under
             `torch.autocast` it is): most of the motion is lost in fewer bits.
         every: only steps that are multiples of it.
         steps: only these.
         until: only steps up to this one.
-        frozen: whether parameters that have no gradient when recording begins are written too. Buffers always are.
+        frozen: True to write parameters that have no gradient when recording begins too. Buffers are always written.
         on_full: "stop" raises an error where the disk is full; "pause" lets training go on and leaves iterates out, with a warning,
             until there is space.
 
@@ -112,25 +112,25 @@ class Recorder:
 
     @property
     def left_out(self) -> list[int]:
-        """The steps that found no space, under `on_full="pause"`."""
+        """Return the steps that were left out for lack of space, under `on_full="pause"`."""
         return [] if self._series is None else self._series.left_out
 
     def attach(self, *optimizers: torch.optim.Optimizer, step: int = 0) -> Self:
         """Save the model as it is now, and from here on after every step of the optimisers, in any loop.
 
-        Gradient accumulation counts once; a step that `torch.amp.GradScaler` skips counts not at all. Steps of several optimisers
-        are counted together. Where something wraps an optimiser (Lookahead, SAM, accelerate's), give it or what is inside: saved is the
-        model once the outermost of them is done with the step.
+        Gradient accumulation counts once; a step that `torch.amp.GradScaler` skips does not count. Steps of several optimisers
+        are counted together. Where something wraps an optimiser (Lookahead, SAM, accelerate's), give the wrapper or the optimiser
+        inside: the model is saved once the outermost of them is done with the step.
 
         Args:
-            optimizers: of the model; what wraps one has `step`, `zero_grad` and `param_groups`.
-            step: the optimiser steps that were made before, where training is resumed.
+            optimizers: those that train the model; a wrapper has `step`, `zero_grad` and `param_groups`.
+            step: the number of optimiser steps before this call, where training is resumed.
 
         Raises:
             InputError: where an optimiser does not train the model, or one is attached already; further as `save`.
         """
         if not optimizers or not all(map(can_follow, optimizers)):
-            names = ", ".join(type(each).__name__ for each in optimizers) or "nothing"
+            names = ", ".join(type(optimizer).__name__ for optimizer in optimizers) or "nothing"
             raise InputError(
                 f"attach was given {names}; it takes the optimisers, as attach(first, second), or what wraps them and has step, zero_grad "
                 "and param_groups. For anything else save by hand: recorder.save(0), then recorder.save(step) after each step."
@@ -159,12 +159,12 @@ class Recorder:
         self._is_due = True
 
     def _hold_buffers(self) -> None:
-        """Take buffers now, before a forward pass moves them; the weights, once the step is over."""
+        """Copy the buffers now, before a forward pass moves them; the weights follow once the step is over."""
         if self._is_due and self._series is not None and self._is_wanted(self._step):
             self._buffers = self._series.copied_buffers()
 
     def _save_step(self) -> None:
-        """Save the step that is due, if one is."""
+        """Save the step that is not saved yet, if there is one."""
         if self._is_due:
             self._is_due = False
             buffers, self._buffers = self._buffers, {}
@@ -211,7 +211,7 @@ class Recorder:
             self._series.flush()
 
     def close(self) -> None:
-        """`flush`, and detach from the optimiser; done at the end of a `with` block, and at the latest when Python exits.
+        """Detach from the optimisers, then `flush`; the end of a `with` block does so, and at the latest the exit of Python.
 
         Raises:
             ResourceError, InputError: as `save`.
@@ -227,10 +227,10 @@ class Recorder:
                 self._series.close()
 
     def require_space(self, until: int) -> None:
-        """Check that the iterates from here to a step find space; where recording pauses on a full disk, warn.
+        """Refuse to record up to a step for which there is no space; where recording pauses on a full disk, warn.
 
         Raises:
-            ResourceError: with both figures, where they do not.
+            ResourceError: with the space needed and the space free.
         """
         size = Layout(Contents(self._model, self._frozen).tensors()).bytes
         place = nearest(self.directory.absolute())
@@ -260,7 +260,7 @@ class Recorder:
 
 
 class _Series:
-    """The files of one directory, from the first iterate on; in a process that does not write, only its part in gathering them."""
+    """The files of one directory, from the first iterate on; a process that does not write only helps to gather the tensors."""
 
     def __init__(self, directory: Path, model: nn.Module, frozen: bool, pauses: bool, every: int) -> None:
         refuse_flattened(model)
@@ -307,18 +307,18 @@ class _Series:
                 f"another recorder writes into {directory}. Close it, or record into another directory; where several processes train "
                 "together, make the recorder after torch.distributed.init_process_group."
             ) from None
-        for left in (
+        for path in (
             directory.glob(".step_*.safetensors.*.tmp") if self._lock.locked else ()
         ):  # of a process that was killed
-            left.unlink()
+            path.unlink()
         self._before = _highest(directory)
         self._writer = Writer(directory, self._layout, self._before, pauses)
 
     def warn_of_gap(self, step: int, is_wanted: Callable[[int], bool]) -> None:
-        """Say where iterates are missing between those of the directory and the first one now."""
+        """Warn where iterates are missing between those of the directory and the first one now."""
         if self._before < 0:
             return
-        missing = [each for each in range(self._before + 1, step) if is_wanted(each)]
+        missing = [number for number in range(self._before + 1, step) if is_wanted(number)]
         if missing:
             warnings.warn(
                 f"the directory ends at step {self._before} and is gone on with at step {step}: the {len(missing)} between are missing, "
@@ -356,7 +356,7 @@ class _Series:
             self._writer.flush()
 
     def _warn_of_moved(self) -> None:
-        """Say once which parameters move without a gradient and are in no file."""
+        """Warn once of parameters that move without a gradient and are in no file."""
         moved = [] if self._writer is None or self._said_moved else self._contents.moved_unwritten()
         if moved:
             self._said_moved = True
@@ -368,7 +368,7 @@ class _Series:
             )
 
     def finish(self) -> None:
-        """`close` where nobody does it, without an error that was raised before."""
+        """Close where the user did not, without raising an error a second time."""
         if self._writer is not None and self._writer.raised:
             with contextlib.suppress(LCAError):
                 self.close()
@@ -390,17 +390,17 @@ def _is_step(value: object) -> bool:
 
 
 def _writes() -> bool:
-    """Whether this process is the one that writes."""
+    """Tell whether this process is the one that writes."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def _end(outermost: weakref.ref[Outermost]) -> None:
-    """End what follows the optimisers, where they are still there."""
+    """Stop following the optimisers, where they still exist."""
     if (following := outermost()) is not None:
         following.end()
 
 
 def _highest(directory: Path) -> int:
-    """The last step of which there is a file; −1 where there is none."""
+    """Return the last step that has a file; −1 where there is none."""
     return max((step for path in directory.iterdir() if (step := step_of(path.name)) is not None), default=-1)

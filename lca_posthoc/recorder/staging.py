@@ -1,4 +1,4 @@
-"""What a model holds at one moment, copied into memory as the bytes of a safetensors file.
+"""A model's tensors at one moment, copied into memory as the bytes of a safetensors file.
 
 Format: <https://github.com/huggingface/safetensors#format>. The bytes are laid out here and not by `safetensors.torch.save_file`, which
 takes seven times the CPU time for a network of 139 tensors, on a core that training could use (docs/performance.md).
@@ -10,7 +10,6 @@ import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +38,13 @@ CODES = {
 
 
 def refuse_flattened(model: nn.Module) -> None:
-    """Some ways to share weights out leave every process a nameless part of them.
+    """Refuse models sharded in a way that leaves every process a part of the weights without names.
 
     Raises:
         InputError: where the model is sharded by `FullyShardedDataParallel` or DeepSpeed's ZeRO-3.
     """
-    flattened = [type(each).__name__ for each in model.modules() if type(each).__name__ == "FullyShardedDataParallel"]
-    flattened += ["DeepSpeed's ZeRO-3" for each in model.parameters() if hasattr(each, "ds_id")]
+    flattened = [type(part).__name__ for part in model.modules() if type(part).__name__ == "FullyShardedDataParallel"]
+    flattened += ["DeepSpeed's ZeRO-3" for part in model.parameters() if hasattr(part, "ds_id")]
     if flattened:
         raise InputError(
             f"the model is sharded by {flattened[0]}, of which a process has a part without names. Shard it with "
@@ -54,15 +53,15 @@ def refuse_flattened(model: nn.Module) -> None:
 
 
 class Contents:
-    """Which tensors of a model a file holds, under which names; `tensors` takes them as they are.
+    """The tensors of a model that go into a file, and their names there; `tensors` returns them as they are now.
 
     All of the model's state dict is in the file, under its names without what wrappers put into them (`trajectory.normalise`):
-    parameters and buffers, told by identity and tied ones once, and what hooks and `get_extra_state` add. A parameter that a hook takes
-    out of the state dict is in the file too.
+    parameters and buffers, recognised by identity and tied ones once, and entries that hooks and `get_extra_state` add. A parameter that
+    a hook takes out of the state dict is in the file too.
 
     Args:
         model: the module that is being trained.
-        frozen: whether parameters without gradient are written.
+        frozen: False to leave parameters without gradient out.
 
     Raises:
         InputError: where two tensors come to have one name.
@@ -71,14 +70,16 @@ class Contents:
     def __init__(self, model: nn.Module, frozen: bool = True) -> None:
         self._model = model
         self._untrained = {
-            name: _mark(each) for name, each in model.named_parameters() if not frozen and not each.requires_grad
+            name: _mark(parameter)
+            for name, parameter in model.named_parameters()
+            if not frozen and not parameter.requires_grad
         }
         self._settle()
 
     def _settle(self) -> None:
         parameters, buffers = dict(self._model.named_parameters()), dict(self._model.named_buffers())
         own = {**parameters, **buffers}
-        state: dict[str, Any] = self._model.state_dict(keep_vars=True)
+        state: dict[str, object] = self._model.state_dict(keep_vars=True)
         in_state = {normalise(name) for name in state}
         first: dict[int, str] = {}
         for name, value in state.items():
@@ -90,9 +91,9 @@ class Contents:
             self._names[name] = None if written is None else normalise(written)
         self._buffers = {name: written for name in buffers if (written := self._names[name]) is not None}
         self.allocated = [
-            written for name, each in own.items() if (written := self._names[name]) and each.is_floating_point()
+            written for name, tensor in own.items() if (written := self._names[name]) and tensor.is_floating_point()
         ]
-        skipped = {id(each) for each in own.values()} | {id(None)}
+        skipped = {id(tensor) for tensor in own.values()} | {id(None)}
         without = {normalise(name) for name in self._untrained}
         added = {name: state[name] for identity, name in first.items() if identity not in skipped}
         self._added = {
@@ -110,10 +111,10 @@ class Contents:
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors as they are now, by their names in the file.
 
-        What is sharded over processes (`torch.distributed.tensor.DTensor`) is gathered, which all of them have to ask for.
+        Tensors sharded over processes (`torch.distributed.tensor.DTensor`) are gathered, so every process must call this.
 
         Raises:
-            InputError: where a parameter has come to be trained that was frozen, and is left out, when recording began.
+            InputError: where a parameter is trained now that was frozen, and left out, when recording began.
         """
         own = self._own()
         if own.keys() != self._names.keys():  # a cache, perhaps, made on the way and not persistent
@@ -131,7 +132,7 @@ class Contents:
         return tensors
 
     def moved_unwritten(self) -> list[str]:
-        """Return the parameters that are left out as frozen and have moved all the same, as the average of a teacher does."""
+        """Return the parameters that were left out as frozen and have moved all the same, as the average of a teacher does."""
         own = self._own()
         return [name for name, mark in self._untrained.items() if name in own and _mark(own[name]) != mark]
 
@@ -146,7 +147,7 @@ class Contents:
 
 def _refuse_one_name_for_two(*names: Mapping[str, str | None]) -> None:
     origins: dict[str, str] = {}
-    for name, written in itertools.chain.from_iterable(each.items() for each in names):
+    for name, written in itertools.chain.from_iterable(table.items() for table in names):
         if written is not None and origins.setdefault(written, name) != name:
             raise InputError(
                 f"tensors {origins[written]!r} and {name!r} of the model are both {written!r} once what wrappers put into names is taken "
@@ -154,8 +155,8 @@ def _refuse_one_name_for_two(*names: Mapping[str, str | None]) -> None:
             )
 
 
-def _is_numbers(name: str, value: Any) -> bool:
-    """Tell tensors from what else a state dict holds, such as state that a module serialised into bytes, whose length may change."""
+def _is_numbers(name: str, value: object) -> bool:
+    """Tell whether an entry of a state dict is a tensor of numbers: a module may serialise state into bytes, whose length may change."""
     return isinstance(value, Tensor) and not (name.endswith("_extra_state") and value.dtype == torch.uint8)
 
 
@@ -172,7 +173,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies among the bytes, and on which device the model has it."""
+    """The place of a tensor among the bytes, and the device on which the model has it."""
 
     dtype: torch.dtype
     shape: torch.Size
@@ -185,9 +186,9 @@ class _Place:
 
 
 class Layout:
-    """Which tensors a file holds, and where: the largest numbers first, so that each is aligned, then by device and name.
+    """The places of tensors in a file: the widest numbers first, so that each is aligned, then by device and name.
 
-    `every`, where it is not 1, is what the recorder was asked for, and stands in the files: gaps as long as it were asked for.
+    `every`, where it is not 1, is the argument of the recorder and is written into the files: gaps of that length are intended.
 
     Raises:
         InputError: where a tensor has no values in memory, or none that a file could hold.
@@ -204,50 +205,52 @@ class Layout:
 
     @property
     def half_precision(self) -> list[str]:
-        """Tensors of fewer than 32 bits a number."""
-        return [name for name, each in self.places.items() if each.dtype.is_floating_point and each.dtype.itemsize < 4]
+        """Return the names of tensors with fewer than 32 bits a number."""
+        return [
+            name for name, place in self.places.items() if place.dtype.is_floating_point and place.dtype.itemsize < 4
+        ]
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """A series holds one set of tensors.
+        """Refuse tensors unlike those of the first step, for a series holds one set of tensors.
 
         Raises:
-            InputError: naming the first tensor that is another one than before.
+            InputError: naming the first tensor whose type, shape, device or presence changed.
         """
         for name in {**self.places, **tensors}:
-            there, here = self.places.get(name), tensors.get(name)
-            if _kind(there) != _kind(here):
+            place, tensor = self.places.get(name), tensors.get(name)
+            if _kind(place) != _kind(tensor):
                 raise InputError(
-                    f"tensor {name!r} of the model was {_described(there)} at the first step recorded and is {_described(here)}. "
+                    f"tensor {name!r} of the model was {_described(place)} at the first step recorded and is {_described(tensor)}. "
                     "All iterates of a series hold the same tensors: record the changed model into another directory."
                 )
 
     def header(self, step: int) -> bytes:
-        """What stands before the tensors' bytes in the file of a step, padded so that they are aligned."""
+        """Return the bytes before those of the tensors in the file of a step, padded so that these are aligned."""
         every = {} if self.every == 1 else {"every": str(self.every)}
-        table: dict[str, Any] = {"__metadata__": {"format": "pt", "step": str(step), **every}}
-        for name, each in self.places.items():
+        table: dict[str, object] = {"__metadata__": {"format": "pt", "step": str(step), **every}}
+        for name, place in self.places.items():
             table[name] = {
-                "dtype": CODES[each.dtype],
-                "shape": list(each.shape),
-                "data_offsets": [each.start, each.stop],
+                "dtype": CODES[place.dtype],
+                "shape": list(place.shape),
+                "data_offsets": [place.start, place.stop],
             }
         text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
     def views(self, data: Tensor) -> dict[str, Tensor]:
-        """The tensors as parts of the bytes of a whole file, (bytes,) uint8."""
-        return {name: each.view(data) for name, each in self.places.items()}
+        """Return the tensors as views of `data`, the bytes of all tensors of a file, (bytes,) uint8."""
+        return {name: place.view(data) for name, place in self.places.items()}
 
     def runs(self) -> list[tuple[torch.device, dict[str, _Place]]]:
-        """Neighbours that lie on one CUDA device and have numbers of one size."""
-        found = []
+        """Return runs of neighbours that lie on one CUDA device and have numbers of one size."""
+        runs = []
         for (device, _), group in itertools.groupby(
             self.places.items(), key=lambda item: (item[1].device, item[1].dtype.itemsize)
         ):
             if device.type == "cuda":
-                found.append((device, dict(group)))
-        return found
+                runs.append((device, dict(group)))
+        return runs
 
 
 def _kind(tensor: _Place | Tensor | None) -> object:
@@ -255,14 +258,14 @@ def _kind(tensor: _Place | Tensor | None) -> object:
 
 
 def same_bytes(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    """Whether there are the same names, and under each a tensor of the same type, shape and bytes."""
-    return some.keys() == others.keys() and all(_same(each, others[name]) for name, each in some.items())
+    """Tell whether both have the same names, and under each a tensor of the same type, shape and bytes."""
+    return some.keys() == others.keys() and all(_same(tensor, others[name]) for name, tensor in some.items())
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    return torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other)))
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 def _described(tensor: _Place | Tensor | None) -> str:
@@ -302,20 +305,20 @@ class Staging:
         self.copied: list[torch.cuda.Event] = []
 
     def wait(self) -> None:
-        """Until the bytes have arrived."""
+        """Wait until the bytes have arrived."""
         for event in self.copied:
             event.synchronize()
 
 
 class Stager:
-    """Copies a model's tensors into staging memory.
+    """Copy a model's tensors into staging memory.
 
-    From a CUDA device without waiting: into a buffer on the device, in the order of the current stream, so that the optimiser
-    may go on, and from there to the host on a stream of its own.
+    Tensors of a CUDA device are copied without waiting: into a buffer on the device, in the order of the current stream, so that the
+    optimiser may go on, and from there to the host on another stream.
     """
 
     def __init__(self, layout: Layout) -> None:
-        self._runs = [_Run(*each) for each in layout.runs()]
+        self._runs = [_Run(*run) for run in layout.runs()]
         on_device = {name for run in self._runs for name in run.views}
         self._others = [name for name in layout.places if name not in on_device]
 
@@ -334,7 +337,7 @@ class _Run:
         first, *_, last = [*places.values(), *places.values()]
         self._bytes = slice(first.start, last.stop)
         self._buffer = torch.empty(last.stop - first.start, dtype=torch.uint8, device=device)
-        self.views = {name: each.view(self._buffer, first.start) for name, each in places.items()}
+        self.views = {name: place.view(self._buffer, first.start) for name, place in places.items()}
         self._stream, self._copied = torch.cuda.Stream(device), _event()  # type: ignore[no-untyped-call]
 
     def stage(self, tensors: Mapping[str, Tensor], staging: Staging) -> torch.cuda.Event:

@@ -1,4 +1,4 @@
-"""Which optimisers train a model, and a warning where one that is not recorded takes over from those that are."""
+"""Follow which optimisers train a model, and warn where one that is not recorded takes over from those that are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 import warnings
 import weakref
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,35 +16,34 @@ BETWEEN = (__file__, os.path.join(os.path.dirname(torch.__file__), ""))  # from 
 
 
 def trains(optimizer: Optimizer, model: nn.Module) -> bool:
-    """Whether an optimiser has any of the model's parameters."""
-    held = {id(parameter) for parameter in model.parameters()}
-    return any(id(each) in held for group in optimizer.param_groups for each in group["params"])
+    """Tell whether an optimiser has any of the model's parameters."""
+    identities = {id(parameter) for parameter in model.parameters()}
+    return any(id(parameter) in identities for group in optimizer.param_groups for parameter in group["params"])
 
 
 class Takeover:
-    """Has it said, once, where an optimiser that is not attached goes on with the model alone, as one that replaces another does.
+    """Warn once when another optimiser trains the model in place of the attached ones.
 
-    Steps that an attached optimiser makes of others within its own, as one that is made of several does, are its own. Optimisers are
+    Steps that others make inside a step of an attached optimiser, as the parts of a composed one do, belong to that step. Optimisers are
     told apart by identity, whatever they say they equal, and neither they nor the model are kept alive.
 
     Args:
-        model: that is recorded.
-        attached: the optimisers whose steps are.
+        model: the one that is recorded.
+        attached: the optimisers whose steps are recorded.
     """
 
     def __init__(self, model: nn.Module, attached: Collection[Optimizer]) -> None:
         self._model = weakref.ref(model)
-        self._attached = [weakref.ref(each) for each in attached]
-        self._known: dict[
-            int, tuple[weakref.ref[Optimizer], int, bool]
-        ] = {}  # by id: groups, and whether they train it
+        self._attached = [weakref.ref(optimizer) for optimizer in attached]
+        # by id: the number of groups, and whether they train the model
+        self._known: dict[int, tuple[weakref.ref[Optimizer], int, bool]] = {}
         self._alone = 0
         self._inside = self._said = False
         self.inner_steps = 0
         self._handle = register_optimizer_step_post_hook(self._after_any)
 
     def end(self) -> None:
-        """Leave no hook behind."""
+        """Remove the hook."""
         self._handle.remove()
 
     def begin(self) -> None:
@@ -56,7 +54,7 @@ class Takeover:
         """Note that a step of an attached optimiser is done."""
         self._inside, self._alone = False, 0
 
-    def _after_any(self, optimizer: Optimizer, *_: Any) -> None:
+    def _after_any(self, optimizer: Optimizer, *_: object) -> None:
         if self._is_attached(optimizer) or not self._trains(optimizer):
             return
         if self._inside:
@@ -65,7 +63,7 @@ class Takeover:
         if self._said:
             return
         self._alone += 1
-        if self._alone == 2:  # one between two steps of ours is half of theirs
+        if self._alone == 2:  # two in a row, with no step of an attached one between them
             self._said = True
             warnings.warn(
                 "an optimiser that the recorder is not attached to makes steps of the model: they are not recorded. Where it replaces "
@@ -74,23 +72,23 @@ class Takeover:
             )
 
     def _is_attached(self, optimizer: Optimizer) -> bool:
-        return any(each() is optimizer for each in self._attached)
+        return any(reference() is optimizer for reference in self._attached)
 
     def _trains(self, optimizer: Optimizer) -> bool:
-        """`trains`, looked up once and again where groups were added: every step of every optimiser asks."""
+        """Tell whether an optimiser trains the model; computed anew only where groups were added, for every step of every one asks."""
         groups = len(optimizer.param_groups)
         known = self._known.get(id(optimizer))
         if known is not None and known[0]() is optimizer and known[1] == groups:
             return known[2]
         model = self._model()
-        found = model is not None and trains(optimizer, model)
-        self._known = {key: each for key, each in self._known.items() if each[0]() is not None}
-        self._known[id(optimizer)] = (weakref.ref(optimizer), groups, found)
-        return found
+        is_trainer = model is not None and trains(optimizer, model)
+        self._known = {key: entry for key, entry in self._known.items() if entry[0]() is not None}
+        self._known[id(optimizer)] = (weakref.ref(optimizer), groups, is_trainer)
+        return is_trainer
 
 
 def _level_of_step() -> int:
-    """The `stacklevel`, for who calls this, of the line outside torch that makes the step."""
+    """Return the `stacklevel`, for the caller of this function, of the line outside torch that makes the step."""
     frame, level = sys._getframe(1), 1
     while frame.f_code.co_filename.startswith(BETWEEN) and frame.f_back is not None:
         frame, level = frame.f_back, level + 1

@@ -1,4 +1,4 @@
-"""Iterates in memory become files, one after the other, on a thread of their own."""
+"""Write iterates from memory into files, one after the other, on a thread of their own."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ _NAME = re.compile(r"step_(\d{8,})\.safetensors")
 
 
 def step_of(name: str) -> int | None:
-    """The step a file is of by its name; None where it is no such file.
+    """Return the step that a file's name states; None where it is no such name.
 
     >>> step_of("step_00000007.safetensors"), step_of("model.safetensors")
     (7, None)
     """
-    found = _NAME.fullmatch(name)
-    return int(found[1]) if found else None
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def name_of(step: int) -> str:
-    """The file of a step.
+    """Return the name of the file of a step.
 
     >>> name_of(7)
     'step_00000007.safetensors'
@@ -50,16 +50,16 @@ def name_of(step: int) -> str:
 
 
 class Writer:
-    """Writes files under a temporary name and renames them, in the order they are given.
+    """Write files under a temporary name and rename them, in the order they are given.
 
     At most three iterates are in memory, or 64 MiB of small ones: `buffer` waits for one to be written. After an error nothing more is
-    written, so that the files there are have no hole before the last; `check` raises it.
+    written, so that no iterate is missing before the last file; `check` raises the error.
 
     Args:
-        directory: exists.
-        layout: of every iterate.
-        before: the last step there is a file of; −1 where there is none.
-        pauses: where there is no space an iterate is left out, with a warning, instead of being an error.
+        directory: one that exists.
+        layout: that of every iterate.
+        before: the last step that has a file; −1 where there is none.
+        pauses: True to leave an iterate out with a warning where there is no space; else that is an error.
     """
 
     def __init__(self, directory: Path, layout: Layout, before: int, pauses: bool) -> None:
@@ -81,7 +81,7 @@ class Writer:
     # --- the training's side -------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise what the thread met.
+        """Raise the error of the thread, if there was one.
 
         Raises:
             ResourceError: where a file could not be written.
@@ -95,23 +95,23 @@ class Writer:
             raise self._error
 
     def buffer(self) -> Staging:
-        """Memory for an iterate, to be given to `write` or `give_back`; waits until there is some."""
+        """Return memory for an iterate, to be passed to `write` or `give_back`; wait until there is some."""
         if self._room and self._free.empty():
-            made = Staging(self._layout)
+            staging = Staging(self._layout)
             self._room -= 1
-            return made
+            return staging
         return self._free.get()
 
     def give_back(self, staging: Staging) -> None:
-        """Memory that holds no iterate after all."""
+        """Take back memory that no iterate was staged into."""
         self._free.put(staging)
 
     def write(self, step: int, staging: Staging) -> None:
-        """Have an iterate written; its memory comes back by itself."""
+        """Let the thread write an iterate, which frees its memory afterwards."""
         self._jobs.put(functools.partial(self._write_and_free, step, staging))
 
     def flush(self) -> None:
-        """Wait until all that was given is on the disk; raises as `check` does."""
+        """Wait until every iterate passed to `write` is on the disk; raise as `check` does."""
         if self._process == os.getpid() and self._thread.is_alive():
             if threading.current_thread() is self._thread:
                 self._drain()
@@ -122,7 +122,7 @@ class Writer:
         self.check()
 
     def close(self) -> None:
-        """`flush`, and end the thread; nothing in a forked process."""
+        """Flush, and end the thread; do nothing in a forked process."""
         if self._process == os.getpid() and self._thread.is_alive():
             try:
                 self.flush()
@@ -145,7 +145,7 @@ class Writer:
             self._attempt(job)
 
     def _drain(self) -> None:
-        """What is left to do, where the garbage collector closes a recorder on this very thread."""
+        """Do the remaining jobs, where the garbage collector closes a recorder on this very thread."""
         while not self._jobs.empty():
             if (job := self._jobs.get()) is not None:
                 self._attempt(job)
@@ -158,7 +158,7 @@ class Writer:
             done.set()
 
     def _due(self) -> float | None:
-        """Seconds until the next flush; None where nothing waits for one."""
+        """Return the seconds until the next flush; None where nothing waits for one."""
         return max(0.0, self._flushed + _SYNC_SECONDS - time.monotonic()) if self._unflushed else None
 
     def _attempt(self, job: Callable[[], None]) -> None:
@@ -199,9 +199,9 @@ class Writer:
             self._sync()
 
     def _compare(self, path: str, staging: Staging) -> None:
-        """A training run that was resumed may pass iterates that were recorded before: the same ones."""
+        """Refuse an iterate unlike the file of its step: a resumed training may only pass the iterates recorded before."""
         try:
-            held = load_file(path)
+            earlier = load_file(path)
         except FileNotFoundError:
             raise InputError(
                 f"{self._directory} goes on to step {self._before} and has no {os.path.basename(path)}. A series is one training run with "
@@ -211,7 +211,7 @@ class Writer:
             raise InputError(
                 f"{path} is damaged ({error}). Remove it and the files after it, and resume from a step before."
             ) from None
-        if not same_bytes(held, staging.views):
+        if not same_bytes(earlier, staging.views):
             raise InputError(
                 f"{path} holds other weights than those to be saved, and {self._directory} goes on to step {self._before}. A series is one "
                 "training run: record into another directory, or, to go on from an earlier step, remove the files after it."
@@ -250,16 +250,16 @@ class Writer:
 
 
 def _put(path: str, *parts: bytes | memoryview) -> None:
-    """Write a file in as few calls as can be: after each, a thread waits its turn for the interpreter."""
+    """Write a file in as few calls as possible: after each call the thread waits for its turn with the interpreter."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _FLAGS, 0o666)
     try:
-        left = [memoryview(part) for part in parts]
-        while left:
-            written = os.writev(descriptor, left) if hasattr(os, "writev") else os.write(descriptor, left[0])
-            while left and written >= len(left[0]):
-                written -= len(left.pop(0))
-            if left:
-                left[0] = left[0][written:]
+        views = [memoryview(part) for part in parts]
+        while views:
+            written = os.writev(descriptor, views) if hasattr(os, "writev") else os.write(descriptor, views[0])
+            while views and written >= len(views[0]):
+                written -= len(views.pop(0))
+            if views:
+                views[0] = views[0][written:]
     finally:
         os.close(descriptor)
 
