@@ -48,7 +48,7 @@ from .progress import (
     Stopping,
     silent,
 )
-from .text import count
+from .text import count, safe
 
 LOOK = 2.0  # seconds between two looks at how far spans are
 FIRST = 20.0  # seconds after work began, once there are figures, until the first line where there is no terminal
@@ -60,7 +60,6 @@ _PACKAGE = os.path.dirname(__file__) + os.sep
 
 _COMMAND = re.compile(r"`[^`\n]+`")
 _GLUE = "\u2800"  # as wide as a blank, and no place to cut a line
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _PLAIN = {
     "→": "->",
     "−": "-",
@@ -78,15 +77,6 @@ _PLAIN = {
     "•": "*",
     "\N{NO-BREAK SPACE}": " ",
 }
-
-
-def safe(name: str) -> str:
-    """Return a name from a file without characters that steer a terminal.
-
-    >>> safe("a\\x1b[31mb")
-    'a?[31mb'
-    """
-    return _CONTROL.sub("?", name)
 
 
 def showable(text: str, encoding: str) -> str:

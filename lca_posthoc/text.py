@@ -1,14 +1,58 @@
-"""Words as people read them: numbers of things, names cut in the middle."""
+"""Words as people read them: numbers of things, names cut in the middle, texts made safe to show."""
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 
 from rich.cells import cell_len
 
 _ROUNDS = 3
 _ENDS = 8  # cells kept of the ends of names that are told apart by their middle
+_CONTROLS = r"\x00-\x1f\x7f-\x9f"
+_HALVES = r"\ud800-\udfff"  # of a pair of surrogates: no encoding has them
+_TURNS = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # every sign that turns the direction of a text
+_LINE_ENDS = r"\u2028\u2029"
+_UNSAFE = re.compile(f"[{_CONTROLS}{_HALVES}{_TURNS}{_LINE_ENDS}]")
+_UNSTORABLE = re.compile(f"[{_CONTROLS}{_HALVES}]")
+
+
+def safe(text: str) -> str:
+    """Return a text that steers no terminal: "?" for each unsafe sign; half a pair of surrogates stays readable, as its number.
+
+    >>> safe("a\\x1b[31mb")
+    'a?[31mb'
+    """
+    return _UNSAFE.sub("?", text.encode("utf-8", "backslashreplace").decode())
+
+
+def safe_in_page(text: str) -> str:
+    """Return a text with the sign U+FFFD in place of each unsafe one; its mark-up must still be escaped.
+
+    >>> safe_in_page("a\\x1b[31mb")
+    'a\N{REPLACEMENT CHARACTER}[31mb'
+    """
+    return _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def safe_in_figure(text: str) -> str:
+    r"""Return a text as matplotlib draws it letter by letter: without mathematics, never hidden from a legend.
+
+    >>> safe_in_figure("a$b$\x1b")
+    'a\\$b\\$?'
+    """
+    text = _UNSAFE.sub("?", text).replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
+
+
+def is_storable(text: str) -> bool:
+    """Tell whether every file format for text holds a text as it is: without control characters and halves of surrogate pairs.
+
+    >>> is_storable("größe"), is_storable("a\\x00b")
+    (True, False)
+    """
+    return _UNSTORABLE.search(text) is None
 
 
 def count(value: float, one: str = "", more: str = "") -> str:

@@ -14,8 +14,9 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..display import Stream, open_standard_descriptors, safe, showable, stderr, wrapped
+from ..display import Stream, open_standard_descriptors, showable, stderr, wrapped
 from ..errors import InputError, Interrupted, LCAError
+from ..text import safe
 
 COMMANDS = {
     "compare": "Set runs beside each other: layer sums, intervals, p-values.",

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.text import Text
 
-from ..text import count
+from ..text import count, safe
 from .options import json_option
-from .show import print_json, safe, say, share, stdout, table, units_of_loss
+from .show import print_json, say, share, stdout, table, units_of_loss
 
 if TYPE_CHECKING:
     from ..store import LossResults

@@ -11,8 +11,9 @@ from rich.text import Text
 from ..display import Display
 from ..errors import InputError, amount
 from ..progress import Stage
+from ..text import safe
 from .options import json_option, replay_options, workers_option
-from .show import duration, print_json, safe, say, stdout, table
+from .show import duration, print_json, say, stdout, table
 
 
 @click.command()

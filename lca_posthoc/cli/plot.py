@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ..text import safe_in_figure
 from .compare import labelled, open_labelled
 from .show import say, stdout
 
@@ -292,8 +293,6 @@ def _save(
 
     import matplotlib.pyplot as plt
 
-    from ..plots.style import escape
-
     if "step" in options:
         options["at"] = _frame(found[0][1], options.pop("step"))
     if len(found) == 1:
@@ -306,7 +305,7 @@ def _save(
     else:
         figure = _panels(plot, found, options, size)
     if title is not None:
-        figure.suptitle(escape(title), fontsize=10)
+        figure.suptitle(safe_in_figure(title), fontsize=10)
     plain: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
     figure.savefig(path, dpi=200, metadata=plain)
     plt.close(figure)
@@ -329,7 +328,7 @@ def _panels(
     """One run beside the other, each under its label, all on the same axes and scale of colours."""
     import matplotlib.pyplot as plt
 
-    from ..plots.style import escape, share_colours
+    from ..plots.style import share_colours
 
     columns = min(3, len(found))
     rows = math.ceil(len(found) / columns)
@@ -345,7 +344,7 @@ def _panels(
     for ax, (label, each) in zip(used, found, strict=True):
         ax.update_datalim(corners)
         plot(each, ax=ax, **options)
-        ax.set_title(f"{escape(label)}: {ax.get_title(loc='left')}".removesuffix(": "), loc="left", fontsize=8)
+        ax.set_title(f"{safe_in_figure(label)}: {ax.get_title(loc='left')}".removesuffix(": "), loc="left", fontsize=8)
     share_colours(used)
     return figure
 

@@ -14,7 +14,6 @@ from rich.text import Text
 
 from ..display import Stream, showable
 from ..display import duration as duration
-from ..display import safe as safe
 from ..display import say as say
 from ..display import stderr as stderr
 from ..display import waiting as waiting

@@ -12,9 +12,9 @@ from rich.text import Text
 
 from ..display import wrapped
 from ..errors import few
-from ..text import count
+from ..text import count, safe
 from .options import json_option
-from .show import duration, print_json, safe, stdout, table
+from .show import duration, print_json, stdout, table
 
 if TYPE_CHECKING:
     from ..store import LastRun, Run, Starting

@@ -12,9 +12,9 @@ import click
 from rich.text import Text
 
 from ..display import wrapped
-from ..text import count
+from ..text import count, safe
 from .options import json_option
-from .show import print_json, safe, say, share, stdout, table, units_of_loss
+from .show import print_json, say, share, stdout, table, units_of_loss
 
 TOP = 20  # modules below each other
 _BESIDE = 8  # modules beside the groups of a loss

@@ -8,9 +8,9 @@ from typing import Any
 import click
 from rich.text import Text
 
-from ..text import count
+from ..text import count, safe
 from .options import json_option
-from .show import print_json, safe, say, stderr, stdout, table, waiting
+from .show import print_json, say, stderr, stdout, table, waiting
 
 _MOST = 1000  # rows of the table
 

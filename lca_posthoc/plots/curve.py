@@ -10,12 +10,11 @@ import xarray as xr
 from ..colours import FAINT, HURTING, INK, MUTED
 from ..errors import InputError
 from ..findings.names import shorten
-from ..text import count
+from ..text import count, safe_in_figure
 from .style import (
     SMALL,
     dashes,
     end_labels,
-    escape,
     expect,
     fresh_axes,
     heading,
@@ -67,7 +66,7 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
         tidy(ax, x="training step", y="loss", title=heading(found))
         ax.margins(x=0.01)
         ends = found["loss"].isel(step=-1).values
-        words = [escape(each) for each in shorten([str(label) for label in labels])]
+        words = [safe_in_figure(label) for label in shorten([str(label) for label in labels])]
         end_labels(ax, ends, words, hues, styles)
         note(ax.figure, found)
         return ax

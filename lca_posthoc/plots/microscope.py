@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from ..colours import FAINT, HURTING, INK, MUTED
 from ..errors import InputError, ResourceError
 from ..findings.names import fitting
-from .style import DIVERGE, SMALL, colour_bar, escape, expect, fresh_figure, heading, note, symmetric, tidy
+from ..text import safe_in_figure
+from .style import DIVERGE, SMALL, colour_bar, expect, fresh_figure, heading, note, symmetric, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -257,7 +258,7 @@ def _titles(found: xr.Dataset, rows: list[list[list[str]]]) -> tuple[dict[str, s
         size = SMALL - 1.5
         letters = [int((width + 0.7 * _GAP * 72) / (0.62 * size)) for width in widths]  # they may stand over the gap
         whole = fitting([name.rpartition(".")[0] or name for name in first], letters)
-    return dict(zip(first, map(escape, whole), strict=True)), size
+    return dict(zip(first, map(safe_in_figure, whole), strict=True)), size
 
 
 def _loss(ax: Axes, found: xr.Dataset) -> tuple[Any, Any]:

@@ -10,7 +10,8 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from ..colours import FAINT, INK, LAYERS, MUTED
 from ..findings.peaks import powerless
-from .style import SMALL, colour, escape, expect, fresh_figure, key, labels, note, rows_of_names, tidy
+from ..text import safe_in_figure
+from .style import SMALL, colour, expect, fresh_figure, key, labels, note, rows_of_names, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -149,7 +150,7 @@ def _null(ax: Axes, found: xr.Dataset) -> None:
     }
     for at, (said, hue) in enumerate(lines):
         ax.annotate(said, (0.02 if right else 0.98, 1), (0, -2 - 10 * at), va="top", color=hue, fontsize=SMALL, **side)
-    tidy(ax, x=f"aligned {escape(found.attrs.get('signal', 'allocation'))} peaks", y="rotations")
+    tidy(ax, x=f"aligned {safe_in_figure(str(found.attrs.get('signal', 'allocation')))} peaks", y="rotations")
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

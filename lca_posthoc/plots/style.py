@@ -5,7 +5,6 @@ Nothing here touches rcParams; pyplot is imported only to make a figure that nob
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from ..colours import DIVERGING, FAINT, HELPING, HURTING, INK, LAYERS, MUTED
 from ..errors import InputError
 from ..findings.names import shorten
-from ..text import count
+from ..text import count, safe_in_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +29,6 @@ SMALL = 7.5  # points; figures are made at the size they are printed at
 DIVERGE = LinearSegmentedColormap.from_list("helping-hurting", DIVERGING, N=257).with_extremes(bad=FAINT)
 _MORE = 8  # letters a name may have more, so that it can be cut on one side alone
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 # --- figures and axes ---------------------------------------------------------------------------------------------------
@@ -128,7 +126,9 @@ def note(figure: Any, found: xr.Dataset, *more: str) -> None:
     mode = found.attrs.get("norm_stats")
     more = (*more, f"Normalisation layers: {mode} statistics.") if mode else more
     said += [
-        line for each in (*more, str(found.attrs.get("left_out", ""))) if (line := escape(each)) and line not in said
+        line
+        for each in (*more, str(found.attrs.get("left_out", "")))
+        if (line := safe_in_figure(each)) and line not in said
     ]
     if said:
         figure.supxlabel("\n".join(said), fontsize=SMALL - 0.5, color=MUTED, x=0.01, ha="left", wrap=True)
@@ -155,23 +155,13 @@ def key(ax: Axes, where: str = "lower left", **place: Any) -> None:
 # --- words --------------------------------------------------------------------------------------------------------------
 
 
-def escape(name: object) -> str:
-    r"""A name as matplotlib shows it letter by letter: no mathematics, no control characters, never hidden from a legend.
-
-    >>> escape("a$b$")
-    'a\\$b\\$'
-    """
-    text = _CONTROL.sub("?", str(name)).replace("$", r"\$")
-    return f"\u200b{text}" if text.startswith("_") else text
-
-
 def labels(names: Sequence[Any], most: int = 26) -> list[str]:
     """Names ready to be drawn: short, unique, harmless.
 
     >>> labels(["fc1", "_fc$"])
     ['fc1', '\\u200b_fc\\\\$']
     """
-    return [escape(name) for name in shorten([str(name) for name in names], most)]
+    return [safe_in_figure(name) for name in shorten([str(name) for name in names], most)]
 
 
 def parameter_labels(names: Sequence[str], most: int = 38) -> list[str]:
@@ -189,14 +179,14 @@ def parameter_labels(names: Sequence[str], most: int = 38) -> list[str]:
     middle = shorten(list(tensors), room)
     if max(map(len, middle), default=0) <= room:
         short = dict(zip(tensors, middle, strict=True))
-        return [escape(f"{short[tensor]}{mark}{rest}") for tensor, mark, rest in split]
+        return [safe_in_figure(f"{short[tensor]}{mark}{rest}") for tensor, mark, rest in split]
     for width in range(room, min(longest, room + _MORE)):
         short = {name: name if len(name) <= width else _end(name, width) for name in tensors}
         if len(set(short.values())) == len(tensors):
             break
     else:  # they differ in their middle
         short = dict(zip(tensors, middle, strict=True))
-    return [escape(f"{short[tensor]}{mark}{rest}") for tensor, mark, rest in split]
+    return [safe_in_figure(f"{short[tensor]}{mark}{rest}") for tensor, mark, rest in split]
 
 
 def _end(name: str, most: int) -> str:
@@ -208,11 +198,11 @@ def _end(name: str, most: int) -> str:
 
 def heading(found: xr.Dataset) -> str:
     """The loss a finding is about, and its group where one was picked."""
-    loss = escape(found.attrs.get("loss", ""))
+    loss = safe_in_figure(str(found.attrs.get("loss", "")))
     if "group" in found.coords and "group" not in found.dims:
-        return f"{loss}, group {escape(found['group'].item())}"
+        return f"{loss}, group {safe_in_figure(str(found['group'].item()))}"
     if found.attrs.get("group", "") != "":
-        return f"{loss}, group {escape(found.attrs['group'])}"
+        return f"{loss}, group {safe_in_figure(str(found.attrs['group']))}"
     return loss
 
 

@@ -9,10 +9,10 @@ import xarray as xr
 
 from ..colours import INK
 from ..errors import InputError
+from ..text import safe_in_figure
 from .style import (
     SMALL,
     colour_bar,
-    escape,
     expect,
     fresh_axes,
     heading,
@@ -60,7 +60,7 @@ def units(found: xr.Dataset, *, ax: Axes | None = None, layer: str | None = None
         tidy(ax, x="training step", title=heading(found), frame=True)
         _borders(ax, [str(name) for name in found["layer"].values])
     else:
-        tidy(ax, x="training step", y="unit", title=f"{escape(layer)}: {heading(found)}", frame=True)
+        tidy(ax, x="training step", y="unit", title=f"{safe_in_figure(str(layer))}: {heading(found)}", frame=True)
     colour_bar(shown, ax, "Σ allocation (units of loss)")
     note(ax.figure, found)
     return ax

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +10,8 @@ from typing import Any
 from bokeh.plotting import figure
 
 from ..text import count as count
+from ..text import safe_in_page
 
-# Characters that steer a terminal, end a line, or turn the direction of what comes after them.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _LONGEST = 160  # characters of a name
 MOST_ROWS = 60
 
@@ -91,7 +89,7 @@ def clean(name: object, longest: int = _LONGEST) -> str:
     >>> clean("a\\x1bb")
     'a�b'
     """
-    text = _CONTROL.sub("\ufffd", str(name))
+    text = safe_in_page(str(name))
     return text if len(text) <= longest else f"{text[: longest // 2 - 1]}…{text[-(longest // 2) :]}"
 
 
