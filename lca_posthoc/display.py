@@ -236,7 +236,7 @@ def duration(seconds: float) -> str:
 # --- how far a replay is -------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Progressed:
     """How far a replay is: `done` of `total` segments (of two losses each counts twice), `before` of them when it began."""
 
@@ -275,10 +275,10 @@ class Progressed:
 
     def line(self, now: float) -> str:
         """Return all of it in one line."""
-        rate, left = self.rate(now), self.seconds_left(now)
+        rate, remaining = self.rate(now), self.seconds_left(now)
         workers = count(self.workers, "worker")
         speed = f"{rate:.3g} segments/s on {workers}" if rate is not None else workers
-        rest = f"about {duration(left)} left" if left is not None else f"after {duration(now - self.began)}"
+        rest = f"about {duration(remaining)} left" if remaining is not None else f"after {duration(now - self.began)}"
         return (
             f"{int(self.reached):,} of {count(self.total, 'segment')} · worst residual {self.worst_residual:.1e}{self.trouble} · "
             f"{speed} · {rest}"
@@ -333,7 +333,7 @@ class Bar:
             self._task = self._progress.add_task("replay", total=None, more="", due=None)
             self._progress.start()
         workers = count(progressed.workers, "worker")
-        rate, left = progressed.rate(now), progressed.seconds_left(now)
+        rate, remaining = progressed.rate(now), progressed.seconds_left(now)
         if rate is not None:
             workers += f" at {rate / max(1, progressed.workers):.3g} segments/s"
         self._progress.update(
@@ -344,7 +344,7 @@ class Bar:
                 f"{progressed.trouble} · worst residual {progressed.worst_residual:.1e} · {progressed.spans_done}/{progressed.spans} spans"
                 f" · {workers} · {duration(int(now - progressed.began))} so far"
             ).removeprefix(" "),
-            due=None if left is None else time.monotonic() + left,
+            due=None if remaining is None else time.monotonic() + remaining,
             refresh=True,
         )
 
@@ -367,8 +367,8 @@ class _Left(ProgressColumn):
 
     def render(self, task: Any) -> Text:
         due = task.fields["due"]
-        left = "-:--:--" if due is None else str(timedelta(seconds=int(max(0.0, due - time.monotonic()))))
-        return Text(left, style="progress.remaining")
+        text = "-:--:--" if due is None else str(timedelta(seconds=int(max(0.0, due - time.monotonic()))))
+        return Text(text, style="progress.remaining")
 
 
 class Lines:
@@ -543,7 +543,9 @@ class Display:
             return
         now, before = self._clock(), event.total - event.pending
         self._directory, self._open_spans_done = event.directory, set()
-        self._progressed = Progressed(event.total, before, before, spans=event.spans, workers=event.workers, began=now)
+        self._progressed = Progressed(
+            total=event.total, before=before, done=before, spans=event.spans, workers=event.workers, began=now
+        )
         self._view.show(self._progressed, now)
 
     def nothing_to_do(self) -> None:

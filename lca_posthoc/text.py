@@ -109,13 +109,13 @@ def _telling(group: list[str], width: int, dots: str) -> dict[str, str]:
     if not before + after or room - ends < 1:
         return {}
     between = [text[before : len(text) - after] for text in group]
-    found = {}
+    told_apart = {}
     for text, middle in zip(group, shorten(between, room - ends, dots), strict=True):
-        left = room - cell_len(middle)
-        tail = _tail(text[len(text) - after :], left // 2) if after else ""
-        head = _head(text[:before], left - cell_len(tail))
-        found[text] = head + dots + middle + dots + tail
-    return found
+        room_left = room - cell_len(middle)
+        tail = _tail(text[len(text) - after :], room_left // 2) if after else ""
+        head = _head(text[:before], room_left - cell_len(tail))
+        told_apart[text] = head + dots + middle + dots + tail
+    return told_apart
 
 
 def _alike(texts: list[str]) -> int:

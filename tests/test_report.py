@@ -476,7 +476,12 @@ def test_bars_of_runs_beside_each_other_have_one_scale_and_the_headline_its_run(
     headline = text.split('<section id="headline"')[1].split("</section>")[0]
     assert re.findall(r"<h3><bdi>(.*?)</bdi></h3>", headline) == ["small.lca · train", "other.lca · train"]
     says(Tags(text).text, "bars on one scale", "share trainings: what differs between them is how these were measured")
-    table = Table("", [Column("", "name"), Column("a", "bar"), Column("b", "bar")], [["x", 1.0, -4.0]], shared=True)
+    table = Table(
+        title="",
+        columns=[Column("", "name"), Column("a", "bar"), Column("b", "bar")],
+        rows=[["x", 1.0, -4.0]],
+        shared=True,
+    )
     assert table.extents == [4.0, 4.0, 4.0]
 
 

@@ -54,21 +54,23 @@ def compare(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) -> Axes
     refuse_groups(found)
     found, rest = strongest(found, "layer", abs(found["mean"]).max("label").values, top)
     names = [str(name) for name in found["layer"].values]
-    said = labels([str(name) for name in found["label"].values])
-    ax = fresh_axes(ax, 4.6, 0.9 + len(names) * (0.12 + 0.09 * len(said)))
+    label_texts = labels([str(name) for name in found["label"].values])
+    ax = fresh_axes(ax, 4.6, 0.9 + len(names) * (0.12 + 0.09 * len(label_texts)))
     zero_line(ax, vertical=True)
-    gap = 0.7 / len(said)
-    for at, word in enumerate(said):
-        one = found.isel(label=at)
-        rows = np.arange(len(names)) + (at - (len(said) - 1) / 2) * gap
-        mean, hue = one["mean"].values, colour(at)
+    gap = 0.7 / len(label_texts)
+    for position, word in enumerate(label_texts):
+        one = found.isel(label=position)
+        rows = np.arange(len(names)) + (position - (len(label_texts) - 1) / 2) * gap
+        mean, hue = one["mean"].values, colour(position)
         if "total" in one:
-            each = one["total"].transpose("layer", "run").values
-            ax.plot(each.ravel(), np.repeat(rows, each.shape[1]), ".", color=hue, alpha=0.35, markersize=3, zorder=1)
+            totals = one["total"].transpose("layer", "run").values
+            ax.plot(
+                totals.ravel(), np.repeat(rows, totals.shape[1]), ".", color=hue, alpha=0.35, markersize=3, zorder=1
+            )
         ax.hlines(rows, one["low"].values, one["high"].values, color=hue, linewidth=1.2, zorder=2)
         sure = one["p_holm"].values < _LEVEL
         marker: dict[str, Any] = {
-            "marker": _MARKERS[at % len(_MARKERS)],
+            "marker": _MARKERS[position % len(_MARKERS)],
             "linestyle": "",
             "color": hue,
             "markersize": 4,

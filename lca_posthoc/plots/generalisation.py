@@ -52,9 +52,9 @@ def generalisation(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) 
     return ax
 
 
-def _quadrants(found: xr.Dataset) -> str:
+def _quadrants(finding: xr.Dataset) -> str:
     """How many parameters did what to both losses, in words, two quadrants a line."""
-    counts = found["parameters"].sum("tensor").values
-    shares = zip(found["quadrant"].values, 100 * counts / (counts.sum() or 1), strict=True)
+    counts = finding["parameters"].sum("tensor").values
+    shares = zip(finding["quadrant"].values, 100 * counts / (counts.sum() or 1), strict=True)
     words = [f"{share:.1f} % {quadrant}" for quadrant, share in shares if share]
-    return "parameters: " + "\n".join(" · ".join(words[at : at + 2]) for at in range(0, len(words), 2))
+    return "parameters: " + "\n".join(" · ".join(words[start : start + 2]) for start in range(0, len(words), 2))

@@ -95,7 +95,7 @@ def powers(ax: Axes, axis: Literal["x", "y"], *, most: int = 5) -> None:
     of.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 10**power:.4g}".replace("-", "\u2212")))
 
 
-def strongest(found: xr.Dataset, dim: str, sizes: Any, top: int) -> tuple[xr.Dataset, str]:
+def strongest(finding: xr.Dataset, dim: str, sizes: Any, top: int) -> tuple[xr.Dataset, str]:
     """The `top` largest in size along `dim`, in their old order, and a sentence about the others; "" where there are none.
 
     Raises:
@@ -107,11 +107,11 @@ def strongest(found: xr.Dataset, dim: str, sizes: Any, top: int) -> tuple[xr.Dat
     order = np.argsort(-sizes, kind="stable")
     rest = order[top:]
     if not len(rest):
-        return found, ""
-    said = f"Not shown: {len(rest):,} more, " + (
+        return finding, ""
+    rest_text = f"Not shown: {len(rest):,} more, " + (
         f"each {float(sizes[rest].max()):.2g} at most." if sizes[rest].any() else "all of zero."
     )
-    return found.isel({dim: np.sort(order[:top])}), said
+    return finding.isel({dim: np.sort(order[:top])}), rest_text
 
 
 def zero_line(ax: Axes, *, vertical: bool = False) -> None:
@@ -119,19 +119,19 @@ def zero_line(ax: Axes, *, vertical: bool = False) -> None:
     (ax.axvline if vertical else ax.axhline)(0, color=MUTED, linewidth=0.6, zorder=1)
 
 
-def note(figure: Any, found: xr.Dataset, *more: str) -> None:
+def note(figure: Any, finding: xr.Dataset, *more: str) -> None:
     """Whose statistics normalisation layers had, and what a finding leaves out, small at the foot of its figure; said once each."""
     old = getattr(figure, "_supxlabel", None)
-    said = [line for line in (old.get_text() if old else "").split("\n") if line]
-    mode = found.attrs.get("norm_stats")
+    lines = [line for line in (old.get_text() if old else "").split("\n") if line]
+    mode = finding.attrs.get("norm_stats")
     more = (*more, f"Normalisation layers: {mode} statistics.") if mode else more
-    said += [
+    lines += [
         line
-        for each in (*more, str(found.attrs.get("left_out", "")))
-        if (line := safe_in_figure(each)) and line not in said
+        for text in (*more, str(finding.attrs.get("left_out", "")))
+        if (line := safe_in_figure(text)) and line not in lines
     ]
-    if said:
-        figure.supxlabel("\n".join(said), fontsize=SMALL - 0.5, color=MUTED, x=0.01, ha="left", wrap=True)
+    if lines:
+        figure.supxlabel("\n".join(lines), fontsize=SMALL - 0.5, color=MUTED, x=0.01, ha="left", wrap=True)
 
 
 def word(ax: Axes, x: float, y: float, text: str, hue: str = INK, size: float = SMALL, **place: Any) -> None:
@@ -191,59 +191,60 @@ def parameter_labels(names: Sequence[str], most: int = 38) -> list[str]:
 
 def _end(name: str, most: int) -> str:
     """What stands behind in a dotted name, from the start of a part where that leaves two."""
-    kept = name[len(name) - most + 1 :]
-    parts = kept.partition(".")[2]
-    return f"…{parts if '.' in parts else kept}"
+    tail = name[len(name) - most + 1 :]
+    parts = tail.partition(".")[2]
+    return f"…{parts if '.' in parts else tail}"
 
 
-def heading(found: xr.Dataset) -> str:
+def heading(finding: xr.Dataset) -> str:
     """The loss a finding is about, and its group where one was picked."""
-    loss = safe_in_figure(str(found.attrs.get("loss", "")))
-    if "group" in found.coords and "group" not in found.dims:
-        return f"{loss}, group {safe_in_figure(str(found['group'].item()))}"
-    if found.attrs.get("group", "") != "":
-        return f"{loss}, group {safe_in_figure(str(found.attrs['group']))}"
+    loss = safe_in_figure(str(finding.attrs.get("loss", "")))
+    if "group" in finding.coords and "group" not in finding.dims:
+        return f"{loss}, group {safe_in_figure(str(finding['group'].item()))}"
+    if finding.attrs.get("group", "") != "":
+        return f"{loss}, group {safe_in_figure(str(finding.attrs['group']))}"
     return loss
 
 
-def expect(found: xr.Dataset, finding: str) -> None:
+def expect(result: xr.Dataset, finding: str) -> None:
     """For a plot of one finding.
 
     Raises:
         InputError: where `found` is another finding.
     """
-    given = getattr(found, "attrs", {}).get("finding")
-    if given != finding:
-        what = f"a result of findings.{given}" if given else "no result of a finding"
+    name = getattr(result, "attrs", {}).get("finding")
+    if name != finding:
+        what = f"a result of findings.{name}" if name else "no result of a finding"
         raise InputError(f"this is {what}; plots.{finding} draws a result of findings.{finding}.")
 
 
-def refuse_groups(found: xr.Dataset) -> None:
+def refuse_groups(finding: xr.Dataset) -> None:
     """For a plot that shows one loss.
 
     Raises:
         InputError: where there are groups and none was picked.
     """
-    if "group" in found.dims:
-        labels = ", ".join(map(repr, found["group"].values.tolist()[:10]))
+    if "group" in finding.dims:
+        labels = ", ".join(map(repr, finding["group"].values.tolist()[:10]))
         raise InputError(
-            f"loss {found.attrs.get('loss')!r} has {count(found.sizes['group'], 'group')}, and a plot of {found.attrs.get('finding')!r} "
-            f"shows one: pick one: found.sel(group=…) or --group, of {labels}{', …' if found.sizes['group'] > 10 else ''}."
+            f"loss {finding.attrs.get('loss')!r} has {count(finding.sizes['group'], 'group')}, and a plot of "
+            f"{finding.attrs.get('finding')!r} shows one: pick one: found.sel(group=…) or --group, "
+            f"of {labels}{', …' if finding.sizes['group'] > 10 else ''}."
         )
 
 
 def units(variable: xr.DataArray) -> str:
     """What a variable is measured in, as an axis says it."""
-    said = str(variable.attrs.get("units", ""))
-    return {"loss": "units of loss", "share": "share"}.get(said, said)
+    unit = str(variable.attrs.get("units", ""))
+    return {"loss": "units of loss", "share": "share"}.get(unit, unit)
 
 
 # --- colours and scales -------------------------------------------------------------------------------------------------
 
 
-def colour(at: int) -> str:
+def colour(position: int) -> str:
     """Of the layer, group or run at this position."""
-    return LAYERS[at % len(LAYERS)]
+    return LAYERS[position % len(LAYERS)]
 
 
 def palette(count: int) -> list[str]:
@@ -256,20 +257,20 @@ def palette(count: int) -> list[str]:
     return [to_hex((float(red), float(green), float(blue))) for red, green, blue in spectrum]
 
 
-def dashes(at: int, count: int = 0) -> Any:
+def dashes(position: int, count: int = 0) -> Any:
     """Line style of the layer, group or run at this position: colours come round again with another one.
 
     With the `count` of a palette of more colours than layers have, neighbours along the spectrum differ.
     """
     if count:
-        return _DASHES[at % 3] if count > len(LAYERS) else "-"
-    return _DASHES[at // len(LAYERS) % len(_DASHES)]
+        return _DASHES[position % 3] if count > len(LAYERS) else "-"
+    return _DASHES[position // len(LAYERS) % len(_DASHES)]
 
 
 def symmetric(*values: Any, scale: float | None = None) -> Normalize:
     """Limits at equal distance from zero, which a few extremes do not set: at `scale`, or the 99.5 % quantile of |values|."""
     if scale is None:
-        sizes = np.abs(np.concatenate([np.ravel(each) for each in values]))
+        sizes = np.abs(np.concatenate([np.ravel(array) for array in values]))
         sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
         scale = float(np.quantile(sizes, 0.995)) if sizes.size else 0.0
     scale = scale or 1.0
@@ -314,13 +315,13 @@ def colour_bar(
     bar.update_ticks()
     bar.set_label(label.replace("(", f"($10^{{{power}}}$ ") if power else label, fontsize=SMALL, color=INK)
     for word, hue, away in zip(ends, (HELPING, HURTING), (-1, 1), strict=True):
-        at = (0.5 + 0.57 * away, 0.5) if below else (0.5, 0.5 + 0.56 * away)
+        where = (0.5 + 0.57 * away, 0.5) if below else (0.5, 0.5 + 0.56 * away)
         side = (
             {"ha": "right" if away < 0 else "left", "va": "center"}
             if below
             else {"ha": "center", "va": "top" if away < 0 else "bottom"}
         )
-        bar.ax.text(*at, word, color=hue, fontsize=SMALL, transform=bar.ax.transAxes, **side)
+        bar.ax.text(*where, word, color=hue, fontsize=SMALL, transform=bar.ax.transAxes, **side)
 
 
 def _power(scale: float) -> int:
@@ -332,39 +333,39 @@ def _power(scale: float) -> int:
 # --- time ---------------------------------------------------------------------------------------------------------------
 
 
-def pieces(found: xr.Dataset) -> list[slice]:
+def pieces(finding: xr.Dataset) -> list[slice]:
     """Stretches of consecutive segments: an unfinished run has gaps, and no line crosses one."""
-    start, end = found["step"].values, found["step_end"].values
+    start, end = finding["step"].values, finding["step_end"].values
     cuts = [0, *(np.flatnonzero(start[1:] != end[:-1]) + 1), len(start)]
     return [slice(int(a), int(b)) for a, b in pairwise(cuts)]
 
 
-def over_gaps(found: xr.Dataset, values: Any, start: Any = None, at: str = "step_end") -> tuple[Any, Any]:
+def over_gaps(finding: xr.Dataset, values: Any, start: Any = None, coordinate: str = "step_end") -> tuple[Any, Any]:
     """x = the ends of segments and y = values, with NaN between stretches so that a line breaks there.
 
     With `start`, the values at the starts of segments, the line of each stretch begins where its first segment does.
     """
     x: list[Any] = []
     y: list[Any] = []
-    for piece in pieces(found):
-        x += [found[at].values[piece].astype(float), [np.nan]]
+    for piece in pieces(finding):
+        x += [finding[coordinate].values[piece].astype(float), [np.nan]]
         y += [np.asarray(values, dtype=float)[piece], [np.nan]]
         if start is not None:
-            x[-2:-2], y[-2:-2] = [found["step"].values[piece][:1]], [np.asarray(start, dtype=float)[piece][:1]]
+            x[-2:-2], y[-2:-2] = [finding["step"].values[piece][:1]], [np.asarray(start, dtype=float)[piece][:1]]
     return np.concatenate(x)[:-1], np.concatenate(y)[:-1]
 
 
-def time_edges(found: xr.Dataset, values: Any) -> tuple[Any, Any]:
+def time_edges(finding: xr.Dataset, values: Any) -> tuple[Any, Any]:
     """Edges over time and the columns between them; a gap is a column of NaN. `values`: (…, step)."""
-    start, end = found["step"].values.astype(float), found["step_end"].values.astype(float)
-    at = np.array([piece.start for piece in pieces(found)[1:]], dtype=int)
+    start, end = finding["step"].values.astype(float), finding["step_end"].values.astype(float)
+    gaps = np.array([piece.start for piece in pieces(finding)[1:]], dtype=int)
     edges = np.append(start, end[-1:])
-    return np.insert(edges, at, end[at - 1]), np.insert(np.asarray(values, dtype=float), at, np.nan, axis=-1)
+    return np.insert(edges, gaps, end[gaps - 1]), np.insert(np.asarray(values, dtype=float), gaps, np.nan, axis=-1)
 
 
-def heat(ax: Axes, found: xr.Dataset, values: Any, norm: Normalize) -> QuadMesh:
+def heat(ax: Axes, finding: xr.Dataset, values: Any, norm: Normalize) -> QuadMesh:
     """One row of pixels per row of `values` (row, step), from the top, over training steps."""
-    x, columns = time_edges(found, values)
+    x, columns = time_edges(finding, values)
     shown = ax.pcolormesh(x, np.arange(len(columns) + 1) - 0.5, columns, cmap=DIVERGE, norm=norm, rasterized=True)
     ax.set_ylim(len(columns) - 0.5, -0.5)
     return shown
@@ -383,9 +384,9 @@ def end_labels(
     low, high = ax.get_ylim()
     tall = ax.get_window_extent().height / ax.figure.dpi * 72
     gap = 1.25 * SMALL / max(tall, 1)
-    at = (np.asarray(heights, dtype=float) - low) / ((high - low) or 1)
+    shares = (np.asarray(heights, dtype=float) - low) / ((high - low) or 1)
     dashed = styles if styles and any(style != "-" for style in styles) else None
-    for which, (word, hue, place) in enumerate(zip(words, colours, spread(at, gap), strict=True)):
+    for which, (word, hue, place) in enumerate(zip(words, colours, spread(shares, gap), strict=True)):
         if dashed:
             piece: dict[str, Any] = {"transform": ax.transAxes, "clip_on": False, "scalex": False, "scaley": False}
             ax.plot((1.015, 1.085), (place, place), color=hue, linestyle=dashed[which], linewidth=1.2, **piece)
@@ -393,24 +394,24 @@ def end_labels(
         ax.text(beside, place, word, color=hue, fontsize=SMALL, va="center", transform=ax.transAxes, clip_on=False)
 
 
-def spread(at: Any, gap: float) -> list[float]:
+def spread(wanted_places: Any, gap: float) -> list[float]:
     """Positions as near to `at` as they can be with `gap` between neighbours, between 0 and 1 where they fit.
 
     >>> spread([0.5, 0.5, 0.9], 0.1), spread([0.0, 0.0], 0.1)
     ([0.45, 0.55, 0.9], [0.0, 0.1])
     """
-    order = np.argsort(at, kind="stable")
+    order = np.argsort(wanted_places, kind="stable")
     blocks: list[tuple[float, int]] = []  # centre, members: neighbours that touch move as one
-    for place in np.nan_to_num(np.asarray(at, dtype=float)[order], nan=0.5):
+    for place in np.nan_to_num(np.asarray(wanted_places, dtype=float)[order], nan=0.5):
         blocks.append((_inside(float(place), 1, gap), 1))
         while len(blocks) > 1 and blocks[-1][0] - blocks[-2][0] < gap * (blocks[-1][1] + blocks[-2][1]) / 2 - 1e-9:
             (b, m), (a, n) = blocks.pop(), blocks.pop()
             blocks.append((_inside((a * n + b * m) / (n + m), n + m, gap), n + m))
-    places = [centre + gap * (each - (count - 1) / 2) for centre, count in blocks for each in range(count)]
-    found = [0.0] * len(places)
+    places = [centre + gap * (member - (count - 1) / 2) for centre, count in blocks for member in range(count)]
+    result = [0.0] * len(places)
     for position, place in zip(order, places, strict=True):
-        found[int(position)] = round(place, 6)
-    return found
+        result[int(position)] = round(place, 6)
+    return result
 
 
 def _inside(centre: float, members: int, gap: float) -> float:

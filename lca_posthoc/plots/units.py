@@ -68,13 +68,13 @@ def units(found: xr.Dataset, *, ax: Axes | None = None, layer: str | None = None
 
 def _borders(ax: Axes, names: list[str]) -> None:
     """A thin line between layers, and their names at their middles where there is room; the taller layer's goes first."""
-    starts = [0, *(at for at in range(1, len(names)) if names[at] != names[at - 1])]
+    starts = [0, *(row for row in range(1, len(names)) if names[row] != names[row - 1])]
     ends = [*starts[1:], len(names)]
     for start in starts[1:]:
         ax.axhline(start - 0.5, color=INK, linewidth=0.5 if len(starts) <= _FEW else 0.2)
     rows = 1.1 * SMALL / max(ax.get_window_extent().height / ax.figure.dpi * 72, 1) * len(names)  # a label's height
     named: list[tuple[float, str]] = []
-    for a, b in sorted(zip(starts, ends, strict=True), key=lambda each: each[0] - each[1]):
+    for a, b in sorted(zip(starts, ends, strict=True), key=lambda ends_of_one: ends_of_one[0] - ends_of_one[1]):
         middle = (a + b - 1) / 2
         if all(abs(middle - other) >= rows for other, _ in named):
             named.append((middle, names[a]))

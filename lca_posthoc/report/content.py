@@ -29,7 +29,7 @@ class Column:
     kind: str = "number"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Table:
     """Rows under headings. `live` names the values that replace them where a group is picked; `pick` says rows have a box to tick,
     `shared` that bars of all columns have one scale.
@@ -47,15 +47,15 @@ class Table:
     @property
     def extents(self) -> list[float]:
         """The largest magnitude of each column, for its bars; of all columns with bars where they are `shared`."""
-        found = [
-            max((abs(row[at]) for row in self.rows if _is_number(row[at])), default=0.0) or 1.0
-            for at, column in enumerate(self.columns)
+        extents = [
+            max((abs(row[position]) for row in self.rows if _is_number(row[position])), default=0.0) or 1.0
+            for position, column in enumerate(self.columns)
         ]
-        bars = [extent for extent, column in zip(found, self.columns, strict=True) if column.kind == "bar"]
-        return [max(bars)] * len(found) if self.shared and bars else found
+        bars = [extent for extent, column in zip(extents, self.columns, strict=True) if column.kind == "bar"]
+        return [max(bars)] * len(extents) if self.shared and bars else extents
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Block:
     """What a section says about one loss of one run.
 
@@ -71,7 +71,7 @@ class Block:
     notes: Sequence[str] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Section:
     """A finding on the page: what it is called, two sentences on how to read it, and its figures by name."""
 

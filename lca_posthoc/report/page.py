@@ -62,7 +62,7 @@ def write_report(
         runs = [run for several in runs.values() for run in several]
     for name in losses:
         if not any(name in run for run in runs):
-            known = dict.fromkeys(each for run in runs for each in run)
+            known = dict.fromkeys(loss for run in runs for loss in run)
             raise InputError(f"no run has a loss {name!r}; there are {', '.join(map(repr, known))}.")
     panels, left_out = choose(runs, losses, labelled)
     if not panels:
@@ -117,15 +117,15 @@ def _page(
         blocks = {str(panel.key): module.block(panel, room) for panel in panels}
         some = {key: block for key, block in blocks.items() if block is not None}
         if some:
-            made = module.section()
+            filled = module.section()
             if module is curve and not any(panel.summary["unconverged"] for panel in panels):
-                made = curve.without_faults(made)
-            shown.append((made, some))
+                filled = curve.without_faults(filled)
+            shown.append((filled, some))
     frames, frame_notes = microscope(panels[0], int(BYTES * shrink))
     notes = [*left_out, *_group_notes(panels), *frame_notes, *_block_notes(shown, panels)]
     data = {
         "panels": [{"label": panel.label, "groups": _groups(panel), "steps": _steps(panel)} for panel in panels],
-        "figures": {name: json_item(made) for section, _ in shown for name, made in section.figures.items()},
+        "figures": {name: json_item(filled) for section, _ in shown for name, filled in section.figures.items()},
         "views": _views(shown),
         "colours": _COLOURS,
     }
@@ -144,7 +144,7 @@ def _page(
         if frames is None
         else {
             "panel": panels[0].label,
-            "layers": list(dict.fromkeys(each["layer"] for each in frames["tensors"])),
+            "layers": list(dict.fromkeys(tensor["layer"] for tensor in frames["tensors"])),
             **{name: frames[name] for name in ("frames", "segments", "rounding", "pooled")},
         },
         frame_notes=frame_notes,
@@ -212,11 +212,11 @@ def _group_notes(panels: Sequence[Panel]) -> list[str]:
 def _block_notes(shown: Sequence[tuple[Section, dict[str, Block]]], panels: Sequence[Panel]) -> Iterator[str]:
     """What each section leaves out, said once for all panels it holds for."""
     for section, blocks in shown:
-        said: dict[str, list[str]] = {}
+        keys_of_note: dict[str, list[str]] = {}
         for key, block in blocks.items():
             for note in block.notes:
-                said.setdefault(note, []).append(key)
-        for note, keys in said.items():
+                keys_of_note.setdefault(note, []).append(key)
+        for note, keys in keys_of_note.items():
             of = "" if len(keys) == len(blocks) else f" ({listed([panels[int(key)].label for key in keys])})"
             yield f"{section.title}{of}: {note}"
 
@@ -274,9 +274,9 @@ def _json(value: Any) -> str:
 def _plain(value: Any) -> Any:
     """Of numbers only those JSON knows; the others are null."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

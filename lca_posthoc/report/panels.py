@@ -22,7 +22,7 @@ _NOTE = 400  # characters of what a finding says it left out
 _POINT = 11  # bytes of a thinned point in the page: step and value in float32, base64
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Panel:
     """One loss of one run."""
 
@@ -45,15 +45,15 @@ class Panel:
         if key not in self._found:
             function: Callable[..., Any] = getattr(findings, name)
             try:
-                found = function(self.results, *arguments, **options)
+                finding = function(self.results, *arguments, **options)
                 self._found[key] = (
-                    found,
-                    clean(found.attrs.get("left_out", ""), _NOTE) if isinstance(found, xr.Dataset) else "",
+                    finding,
+                    clean(finding.attrs.get("left_out", ""), _NOTE) if isinstance(finding, xr.Dataset) else "",
                 )
             except LCAError as error:
                 self._found[key] = (None, clean(error, _NOTE))
-        made: tuple[Any, str] = self._found[key]
-        return made
+        answer: tuple[Any, str] = self._found[key]
+        return answer
 
     @cached_property
     def summary(self) -> dict[str, Any]:
@@ -84,7 +84,10 @@ class Panel:
             return [("", "", None)]
         change = np.abs(np.asarray(self.summary["loss_change"], dtype=float))
         shown = sorted(np.argsort(-np.nan_to_num(change), kind="stable")[:MOST_GROUPS].tolist())
-        return [("", "mean over groups", None), *((str(at), clean(self.groups[at], 60), at) for at in shown)]
+        return [
+            ("", "mean over groups", None),
+            *((str(position), clean(self.groups[position], 60), position) for position in shown),
+        ]
 
     def of_group(self, data: xr.DataArray, position: int | None) -> xr.DataArray:
         """The values of one group, or their weighted mean over the groups."""
@@ -141,28 +144,30 @@ def choose(
     """
     labels = run_labels(runs, labelled)
     waiting = []
-    for at, run in enumerate(runs):
+    for position, run in enumerate(runs):
         names = [name for name in losses if name in run] if losses else _in_order(run)
         finished = [name for name in names if run[name].progress()["segments_done"]]
-        waiting += [(place, at, name) for place, name in enumerate(finished)]
+        waiting += [(place, position, name) for place, name in enumerate(finished)]
     shown = sorted(waiting)[:MOST_PANELS]
     panels = [
         Panel(
-            key,
-            runs[at],
-            labels[at],
-            name,
-            f"{labels[at]} · {clean(name, 60)}" if len(runs) > 1 else clean(name, 60),
-            len(runs) > 1,
+            key=key,
+            run=runs[position],
+            run_label=labels[position],
+            loss=name,
+            label=f"{labels[position]} · {clean(name, 60)}" if len(runs) > 1 else clean(name, 60),
+            several=len(runs) > 1,
         )
-        for key, (_, at, name) in enumerate(sorted(shown, key=lambda each: (each[1], each[0])))
+        for key, (_, position, name) in enumerate(
+            sorted(shown, key=lambda panel_place: (panel_place[1], panel_place[0]))
+        )
     ]
     left_out = []
-    for at, run in enumerate(runs):
-        here = {panel.loss for panel in panels if panel.run is run}
-        rest = [name for name in run if name not in here]
+    for position, run in enumerate(runs):
+        in_full = {panel.loss for panel in panels if panel.run is run}
+        rest = [name for name in run if name not in in_full]
         if rest:
-            which = f" of {labels[at]}" if len(runs) > 1 else ""
+            which = f" of {labels[position]}" if len(runs) > 1 else ""
             left_out.append(
                 f"Losses{which} that are not shown in full: {listed(rest, 12)}. Name the ones to show with --loss NAME."
             )
@@ -171,13 +176,15 @@ def choose(
 
 def beside(runs: Sequence[Run], panels: Sequence[Panel], labels: Sequence[str]) -> list[Panel | None]:
     """The loss of the first panel in every run, shown in full or not; None where a run has none of it yet."""
-    loss, found = panels[0].loss, list[Panel | None]()
+    loss, panels_beside = panels[0].loss, list[Panel | None]()
     for run, label in zip(runs, labels, strict=True):
         shown = next((panel for panel in panels if panel.run is run and panel.loss == loss), None)
         if shown is None and loss in run and run[loss].progress()["segments_done"]:
-            shown = Panel(-1, run, label, loss, f"{label} · {clean(loss, 60)}", True)
-        found.append(shown)
-    return found
+            shown = Panel(
+                key=-1, run=run, run_label=label, loss=loss, label=f"{label} · {clean(loss, 60)}", several=True
+            )
+        panels_beside.append(shown)
+    return panels_beside
 
 
 def run_labels(runs: Sequence[Run], labelled: Sequence[str] | None = None) -> list[str]:
@@ -192,10 +199,10 @@ def run_labels(runs: Sequence[Run], labelled: Sequence[str] | None = None) -> li
             for label, name in zip(labelled, names, strict=True)
         ]
     names = []
-    for at, run in enumerate(runs):
+    for own, run in enumerate(runs):
         parts = run.path.resolve().parts
         depth = 1
-        others = [other.path.resolve().parts for position, other in enumerate(runs) if position != at]
+        others = [other.path.resolve().parts for position, other in enumerate(runs) if position != own]
         while depth < len(parts) and any(parts[-depth:] == other[-depth:] for other in others):
             depth += 1
         names.append(clean("/".join(parts[-depth:]), 60))

@@ -35,13 +35,13 @@ def kept(values: np.ndarray[Any, Any], most: int = MOST_POINTS) -> np.ndarray[An
     low, high = (np.where(np.isnan(values), empty, values) for empty in (np.inf, -np.inf))
     # The first of each stretch that has its stretch's extreme value.
     lengths = np.diff(np.append(edges, points))
-    found = [np.array([0, points - 1])]
+    indices = [np.array([0, points - 1])]
     for side, reduce in ((low, np.minimum), (high, np.maximum)):
         extreme = np.repeat(reduce.reduceat(side, edges), lengths)
-        at = np.flatnonzero(side == extreme)
-        of = np.searchsorted(edges, at, side="right") - 1
-        found.append(at[np.unique(of, return_index=True)[1]])
-    return np.unique(np.concatenate(found))
+        extremes = np.flatnonzero(side == extreme)
+        of = np.searchsorted(edges, extremes, side="right") - 1
+        indices.append(extremes[np.unique(of, return_index=True)[1]])
+    return np.unique(np.concatenate(indices))
 
 
 def gaps(step: Any, step_end: Any) -> np.ndarray[Any, Any]:
@@ -55,9 +55,9 @@ def gaps(step: Any, step_end: Any) -> np.ndarray[Any, Any]:
 
 def over_segments(step: Any, values: Any, step_end: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """One point per segment, (step,) and (..., step), and a NaN where segments are missing."""
-    at = gaps(step, step_end) + 1
+    breaks = gaps(step, step_end) + 1
     x, y = np.asarray(step, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    return np.insert(x, at, np.nan), np.insert(y, at, np.nan, axis=-1)
+    return np.insert(x, breaks, np.nan), np.insert(y, breaks, np.nan, axis=-1)
 
 
 def over_steps(step: Any, step_end: Any, first: Any, last: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -73,27 +73,27 @@ def over_steps(step: Any, step_end: Any, first: Any, last: Any) -> tuple[np.ndar
     >>> x.tolist(), y.tolist()
     ([0.0, 1.0, 2.0, nan, 5.0, 6.0], [9.0, 8.0, 7.0, nan, 3.0, 2.0])
     """
-    begin, end, first, last = (np.asarray(each, dtype=np.float64) for each in (step, step_end, first, last))
+    begin, end, first, last = (np.asarray(x_or_y, dtype=np.float64) for x_or_y in (step, step_end, first, last))
     after = gaps(begin, end) + 1
-    at = np.repeat(after + 1, 2)
-    x = np.insert(np.concatenate([begin[:1], end]), at, np.ravel([(np.nan, begin[each]) for each in after]))
+    places = np.repeat(after + 1, 2)
+    x = np.insert(np.concatenate([begin[:1], end]), places, np.ravel([(np.nan, begin[x_or_y]) for x_or_y in after]))
     new = np.stack([np.full_like(first[..., after], np.nan), first[..., after]], axis=-1)
-    y = np.insert(np.concatenate([first[..., :1], last], axis=-1), at, new.reshape(*first.shape[:-1], -1), axis=-1)
+    y = np.insert(np.concatenate([first[..., :1], last], axis=-1), places, new.reshape(*first.shape[:-1], -1), axis=-1)
     return x, y
 
 
 def thinned(x: Any, y: Any, most: int) -> Packed:
     """A line as the columns x and y; NaN in `x` are breaks, which stay."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    at = _with_breaks(kept(y, most), x)
-    return {"x": numbers(x[at]), "y": numbers(y[at])}
+    indices = _with_breaks(kept(y, most), x)
+    return {"x": numbers(x[indices]), "y": numbers(y[indices])}
 
 
-def _with_breaks(at: np.ndarray[Any, Any], x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _with_breaks(indices: np.ndarray[Any, Any], x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Besides the kept points one break between any two of them that have some in between."""
     breaks = np.flatnonzero(np.isnan(x))
-    first = np.unique(np.searchsorted(at, breaks), return_index=True)[1]
-    return np.unique(np.concatenate([at, breaks[first]]))
+    first = np.unique(np.searchsorted(indices, breaks), return_index=True)[1]
+    return np.unique(np.concatenate([indices, breaks[first]]))
 
 
 def numbers(values: Any) -> Packed:
@@ -121,11 +121,11 @@ def lines(x: Any, ys: Any, most: int = MOST_POINTS) -> tuple[Packed, Packed]:
     lengths: Sequence[int]
     if len(x) <= most:
         return {"same": len(ys), "v": numbers(x)}, {"n": [len(x)] * len(ys), "v": numbers(ys)}
-    at = [_with_breaks(kept(series, most), x) for series in ys]
-    lengths = [len(each) for each in at]
-    picked = [series[each] for series, each in zip(ys, at, strict=True)]
+    indices_of_each = [_with_breaks(kept(series, most), x) for series in ys]
+    lengths = [len(indices) for indices in indices_of_each]
+    picked = [series[indices] for series, indices in zip(ys, indices_of_each, strict=True)]
     return (
-        {"n": lengths, "v": numbers(np.concatenate([x[each] for each in at] or [x[:0]]))},
+        {"n": lengths, "v": numbers(np.concatenate([x[indices] for indices in indices_of_each] or [x[:0]]))},
         {"n": lengths, "v": numbers(np.concatenate(picked or [x[:0]]))},
     )
 
