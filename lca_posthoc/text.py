@@ -56,7 +56,7 @@ def is_storable(text: str) -> bool:
 
 
 def count(value: float, one: str = "", more: str = "") -> str:
-    """Return a whole number, and of what.
+    """Return a whole number, and the word for what it counts.
 
     >>> count(1, "step"), count(1234, "step"), count(2, "loss", "losses")
     ('1 step', '1,234 steps', '2 losses')
@@ -66,7 +66,7 @@ def count(value: float, one: str = "", more: str = "") -> str:
 
 
 def shorten(texts: Sequence[str], width: int, dots: str = "…") -> list[str]:
-    """Return names of at most so many cells, cut in the middle; those that differ only there keep what they differ in.
+    """Return names of at most so many cells, cut in the middle; names that differ only in their middles keep the difference.
 
     >>> shorten(["encoder.layers.0.attention.weight", "encoder.layers.11.attention.weight", "bias"], 20)
     ['encoder.l…0…n.weight', 'encoder.…11…n.weight', 'bias']
@@ -101,7 +101,7 @@ def _cut(text: str, width: int, dots: str) -> str:
 
 
 def _telling(group: list[str], width: int, dots: str) -> dict[str, str]:
-    """Return names that are alike at both ends with what lies between, as far as there is room."""
+    """Return short forms of names that are alike at both ends, with as much of their middles as fits."""
     before = _alike(group)
     after = _alike([text[before:][::-1] for text in group])
     room = width - 2 * cell_len(dots)
@@ -119,7 +119,7 @@ def _telling(group: list[str], width: int, dots: str) -> dict[str, str]:
 
 
 def _alike(texts: list[str]) -> int:
-    """Return how many signs some texts begin with alike."""
+    """Return how many signs all texts begin with in common."""
     return sum(1 for _ in itertools.takewhile(lambda signs: len({*signs}) == 1, zip(*texts, strict=False)))
 
 

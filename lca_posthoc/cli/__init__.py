@@ -37,7 +37,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class _Failure(click.ClickException):
-    """One of our errors as click reports it: one line on stderr and the error's own exit code."""
+    """An error of this package as click reports it: one line on stderr and the error's own exit code."""
 
     def __init__(self, error: LCAError) -> None:
         super().__init__(str(error))
@@ -49,14 +49,14 @@ class _Failure(click.ClickException):
 
 
 class _Context(click.Context):
-    """Shows its help in signs that the terminal has."""
+    """A context that shows its help in signs that the terminal has."""
 
     def get_help(self) -> str:
         return showable(super().get_help(), getattr(sys.stdout, "encoding", None) or "utf-8")
 
 
 class _Group(click.Group):
-    """Knows its commands by name; imports one when it is called."""
+    """A group that knows its commands by name and imports one when it is called."""
 
     context_class = _Context
 
@@ -127,5 +127,5 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 
 def main() -> None:
-    """The `lca` console script."""
+    """Run the `lca` console script."""
     cli()

@@ -104,7 +104,7 @@ def command(
 
 
 def labelled(runs: tuple[str, ...]) -> dict[str, list[str]]:
-    """The paths under each label, in order; what exists is a path, whatever signs are in it."""
+    """Return the paths under each label, in order; an argument that exists is a path, even with "=" or "*" in it."""
     from glob import glob
     from pathlib import Path
 
@@ -132,7 +132,7 @@ def _readable(text: str) -> str:
 
 
 def open_labelled(paths: dict[str, list[str]], loss: str | None) -> dict[str, list[LossResults]]:
-    """The loss of every run, by label; without a name, the first of the first run."""
+    """Open the loss of every run, by label; without a name, the first loss of the first run."""
     from ..errors import InputError
     from ..store import open_run
 
@@ -151,7 +151,7 @@ def open_labelled(paths: dict[str, list[str]], loss: str | None) -> dict[str, li
 
 
 def document(comparison: Any) -> dict[str, Any]:
-    """What `lca compare --json` prints."""
+    """Return what `lca compare --json` prints."""
     labels = {}
     for label in comparison["label"].values:
         of = comparison.sel(label=label)
@@ -169,7 +169,7 @@ def document(comparison: Any) -> dict[str, Any]:
 
 
 def print_comparison(comparison: Any) -> None:
-    """Headline figures of each label, then its layers beside those of the others; p of layers are Holm's."""
+    """Print the headline figures of each label, then its layers beside those of the others, with Holm's p-values."""
     labels = [safe(label) for label in comparison["label"].values]
     by_label = [comparison.isel(label=position) for position in range(len(labels))]
     repeats = bool((comparison["runs"] > 1).any())
@@ -223,7 +223,7 @@ def print_comparison(comparison: Any) -> None:
 
 
 def _tests(comparison: Any) -> str:
-    """Which test the differences to the first label were put to."""
+    """Return the name of the test of differences to the first label."""
     paired = [safe(label) for label in comparison["label"].values[comparison["paired"].values]]
     if not paired:
         return "Welch's"

@@ -141,7 +141,7 @@ def command(
 def _look(
     finding: str, size: str | None, title: str | None, font: str | None
 ) -> Iterator[tuple[tuple[float, float] | None, str | None]]:
-    """The size in inches and the title of the figure that is drawn meanwhile, in letters of the family that was asked for."""
+    """Yield a figure's size in inches and its title; letters that are drawn inside the block are of the family `font`."""
     import re
 
     from ..errors import InputError
@@ -183,7 +183,7 @@ def _path(path: Path, finding: str) -> Path:
 
 
 def _results(path: str, losses: tuple[str, ...], finding: str) -> list[Any]:
-    """The losses of a run that a finding is about: two for generalisation, else one."""
+    """Return the losses of a run that a finding needs: two for generalisation, else one."""
     from ..errors import InputError
     from ..findings.generalisation import no_two_splits, two_splits
     from ..store import open_run
@@ -233,7 +233,7 @@ def _draw(
 def _find(
     finding: str, named: dict[str, list[str]], losses: tuple[str, ...], options: dict[str, Any]
 ) -> list[tuple[str, Any]]:
-    """The finding of each run, under its label; one for all runs of compare."""
+    """Compute the finding of each run, under its label; compare has one for all runs."""
     from .. import findings
     from ..errors import InputError
 
@@ -260,7 +260,7 @@ def _find(
 
 
 def _group(results: Any, label: str) -> Any:
-    """The group a word means; labels are numbers or words."""
+    """Return the group that a word names; labels are numbers or words."""
     from ..errors import InputError
 
     groups = results.record.groups or []
@@ -312,7 +312,7 @@ def _save(
 
 
 def _frame(film: Any, step: int) -> int:
-    """The frame that shows the segments around a training step."""
+    """Return the frame that shows the segments around a training step."""
     from ..errors import InputError
 
     start, end = film["step"].values, film["step_end"].values
@@ -325,7 +325,7 @@ def _frame(film: Any, step: int) -> int:
 def _panels(
     plot: Callable[..., Any], pairs: list[tuple[str, Any]], options: dict[str, Any], size: tuple[float, float] | None
 ) -> Any:
-    """One run beside the other, each under its label, all on the same axes and scale of colours."""
+    """Draw runs beside each other, each under its label, all on the same axes and scale of colours."""
     import matplotlib.pyplot as plt
 
     from ..plots.style import share_colours
@@ -350,7 +350,7 @@ def _panels(
 
 
 def _extent(plot: Callable[..., Any], pairs: list[tuple[str, Any]], options: dict[str, Any]) -> Any:
-    """The corners of the box that holds what is drawn of every run, in the coordinates of the axes."""
+    """Return the corners of the box around everything drawn of all runs, in coordinates of the data."""
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 

@@ -1,4 +1,4 @@
-"""What every command needs to print: consoles, tables that lose no number, numbers made short."""
+"""Printing for all commands: consoles, tables that lose no number, numbers made short."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What might be frozen, pruned or set up anew."""
+"""Candidates to freeze, to prune or to initialise again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LETTERS = 18  # of a name: two panels share the width
 
 
 def candidates(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
-    """Draws the sums of layers, the parameters of each tensor that never helped or never did anything, and the worst units and parameters.
+    """Draw the sums of layers, the parameters of each tensor that never helped or never did anything, and the worst units and parameters.
 
     Of many layers and tensors the 15 largest in size are shown; a panel that would be empty is left out.
 
@@ -70,12 +70,12 @@ def candidates(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
 
 
 def _idle(finding: xr.Dataset) -> bool:
-    """Whether some parameter never helped, or some unit is dead."""
+    """Tell whether some parameter never helped, or some unit is dead."""
     return any(bool((finding[name] > 0).any()) for name in ("never_helped", "silent", "dead_units") if name in finding)
 
 
 def _largest(ax: Axes, finding: xr.Dataset, dim: str, sizes: Any) -> xr.Dataset:
-    """The `_MOST` largest in size along `dim`, in their old order; how many more there are is said below the axis."""
+    """Return the `_MOST` largest in size along `dim`, in their old order, and write below the axis how many more there are."""
     order = np.argsort(-np.nan_to_num(np.abs(sizes)), kind="stable")
     rest = order[_MOST:]
     if len(rest):
@@ -98,7 +98,7 @@ def _largest(ax: Axes, finding: xr.Dataset, dim: str, sizes: Any) -> xr.Dataset:
 
 
 def _room_for_more(ax: Axes, shown: int, whole: int) -> None:
-    """An empty row below the last one, where the words of `_largest` stand."""
+    """Leave an empty row below the last one for the words of `_largest`."""
     if whole > shown:
         ax.set_ylim(shown + 0.6, -0.6)
 

@@ -1,4 +1,4 @@
-"""Run against run: what each layer did, with intervals over repeated runs."""
+"""Runs compared: the sums of each layer, with intervals over repeated runs."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _LEVEL = 0.05
 
 
 def compare(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) -> Axes:
-    """Draws each layer's mean sum with its confidence interval, one marker and colour per label, single runs as faint dots.
+    """Draw each layer's mean sum with its confidence interval, one marker and colour per label, single runs as faint dots.
 
-    A filled marker differs from zero at 5 % after Holm's correction; a hollow one does not, or there is but one run. At the foot
-    stands in what the runs differ and which are of one training.
+    A filled marker differs from zero at 5 % after Holm's correction; a hollow one does not, or its label has a single run. The
+    foot says in what the runs differ and which of them belong to one training.
 
     Args:
         found: of `findings.compare`.

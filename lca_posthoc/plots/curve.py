@@ -33,7 +33,7 @@ _MOST = 28  # groups that colours and dashes tell apart
 
 
 def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
-    """Draws the true loss, dark, over a light band: the loss at the start plus Σ allocation. What lies between them is the residual.
+    """Draw the true loss, dark, over a light band: the loss at the start plus Σ allocation. What lies between them is the residual.
 
     With groups, one colour each. Without, a small inset shows the cumulative residual on its own scale, and ticks at the
     foot mark segments that stayed above the tolerance.
@@ -87,7 +87,7 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 
 
 def _lines(ax: Axes, finding: xr.Dataset, hue: str, style: Any) -> None:
-    """The start plus Σ allocation, wide and pale; on it the loss, thin and dark, as in the report. Each stretch starts at its own."""
+    """Draw start plus Σ allocation, wide and pale, and on it the loss, thin and dark; each stretch begins at its own first loss."""
     alone = hue == INK  # else several are told apart by colours
     pale: dict[str, Any] = {
         "color": FAINT if alone else hue,
@@ -102,7 +102,7 @@ def _lines(ax: Axes, finding: xr.Dataset, hue: str, style: Any) -> None:
 
 
 def _residual(ax: Axes, finding: xr.Dataset) -> None:
-    """What the sum misses so far, in the empty corner above a falling curve."""
+    """Draw the cumulative residual into the empty corner above a falling curve."""
     inset = ax.inset_axes((0.52, 0.58, 0.46, 0.34))
     x, y = over_gaps(finding, finding["residual_total"].values)
     inset.axhline(0, color=MUTED, linewidth=0.5)

@@ -1,4 +1,4 @@
-"""How single allocations are distributed."""
+"""The distribution of single allocations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def distribution(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
-    """Draws the sizes of helping and of hurting allocations over each other, their density with its fit, and how unequal they are.
+    """Draw the sizes of helping and of hurting allocations over each other, their density with its fit, and how unequal they are.
 
     Left: parameters × segments per decade of |A|. Middle: densities of both signs, with the double Weibull distribution fitted
     to a sample and the normal distribution of the same spread. Right: the share of Σ|A| of the top 1 % and the Gini
@@ -62,7 +62,7 @@ def distribution(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
 
 
 def _edges(side: xr.Dataset) -> Any:
-    """Of |A|, rising; the innermost edge of all, zero, has no place on a logarithmic axis."""
+    """Return the edges of |A|, rising; the innermost one, zero, is replaced by one that a logarithmic axis can show."""
     ends = np.sort(np.abs(np.append(side["lower"].values, side["upper"].values[-1:])))
     return np.maximum(ends, ends[ends > 0].min() / 2 if (ends > 0).any() else 1e-45)
 
@@ -105,7 +105,7 @@ def _shares(ax: Axes, finding: xr.Dataset, whole: float) -> None:
 
 
 def _curves(ax: Axes, finding: xr.Dataset, whole: float) -> None:
-    """The fit to what is not zero, and the normal distribution of the same spread, inside the range of the data."""
+    """Draw the fit to allocations that are not zero, and the normal distribution of the same spread, inside the data's range."""
     low, high = ax.get_ylim()
     data = [line.get_ydata() for line in ax.lines]
     values = np.concatenate(data) if data else np.array([np.nan])
@@ -134,7 +134,7 @@ def _range(finding: xr.Dataset) -> tuple[float, float]:
 
 
 def _visible(finding: xr.Dataset) -> tuple[float, float]:
-    """Where all but a thousandth of the elements lie, and all the large ones; the small ones go on for thirty decades."""
+    """Return the limits that hold all large elements and all but a thousandth of the rest; small ones span thirty decades."""
     inner = np.minimum(np.abs(finding["lower"].values), np.abs(finding["upper"].values))
     order = np.argsort(inner)
     below = np.cumsum(finding["count"].values[order]) / max(1, int(finding["count"].sum()))

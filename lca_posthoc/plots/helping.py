@@ -1,4 +1,4 @@
-"""Who helps, when, and how often."""
+"""Shares of parameters that help: over time, per tensor, and parameter by parameter."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 
 def helping(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
-    """Draws the share of parameters that help on each segment, per tensor too, and the share of segments each parameter helps on.
+    """Draw the share of parameters that help on each segment, per tensor too, and the share of segments each parameter helps on.
 
     Below: parameters by how often they helped, against what chance alone would give; beside it the heroes and villains,
-    that helped most often and most seldom. These two need a complete run.
+    which helped most and least often. These two panels need a complete run.
 
     Args:
         found: of `findings.helping`.
@@ -84,7 +84,7 @@ def _over_time(ax: Axes, finding: xr.Dataset) -> None:
 
 
 def _whole_time(ax: Axes, finding: xr.Dataset) -> None:
-    """Panels over time begin and end together."""
+    """Let a panel over time begin and end where the training does."""
     ax.set_xlim(finding["step"].values[0], finding["step_end"].values[-1])
 
 
@@ -131,7 +131,7 @@ def _often(ax: Axes, finding: xr.Dataset) -> None:
 
 
 def _percent(ax: Axes) -> None:
-    """The same axis of shares in both panels."""
+    """Set the axis of shares, the same in both panels."""
     ax.set_xlim(-0.02, 1.02)
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 

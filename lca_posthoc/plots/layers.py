@@ -1,4 +1,4 @@
-"""What each layer did to the loss."""
+"""The allocation of each layer, as it grows over training or in the end."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _WORDS = {
 
 
 def layers(found: xr.Dataset, *, ax: Axes | None = None, show: str | None = None, top: int | None = None) -> Axes:
-    """Draws the sum of each layer as it grows over training, or in the end.
+    """Draw the sum of each layer as it grows over training, or in the end.
 
     Of many layers those with the largest sums stand out: as lines with a colour and a name over the grey lines of the others, as
     the rows that are drawn where the others are counted at the foot.
@@ -95,7 +95,7 @@ def layers(found: xr.Dataset, *, ax: Axes | None = None, show: str | None = None
 
 
 def _lines(ax: Axes, finding: xr.Dataset, strong: xr.Dataset, label: str) -> None:
-    """The strong layers in colours, with their names and sums at the ends of their lines, over the others in grey."""
+    """Draw the strong layers in colours over the others in grey; names and sums stand at the ends of the coloured lines."""
     zero_line(ax)
     names = [str(name) for name in strong["layer"].values]
     for one in (
@@ -144,7 +144,7 @@ def _bars(ax: Axes, finding: xr.Dataset, names: list[str], show: str, label: str
 
 
 def helped_hurt(ax: Axes) -> None:
-    """Says above an axis of allocations which side is which."""
+    """Write above an axis of allocations which side helped and which hurt."""
     low, high = ax.get_xlim()
     place = float(np.clip((0 - low) / ((high - low) or 1), 0.0, 1.0))
     if place > 0.02:

@@ -36,7 +36,7 @@ _FOOT = 2.3  # the colour bar, the loss and a note
 
 
 def microscope(found: xr.Dataset, *, at: int | None = None, figure: Figure | None = None) -> Figure:
-    """Draws one moment of the film: a picture per tensor, pixels on one scale, and below them where in training it is.
+    """Draw one moment of the film: a picture per tensor, pixels on one scale, and below them where in training it is.
 
     Tensors of a module stand side by side, a bias as a narrow column beside its kernel; of many modules, those without a kernel,
     such as normalisation, stand behind the kernel they follow. Very wide and very narrow pictures are stretched; a pixel is a
@@ -79,7 +79,7 @@ def _last_seen(finding: xr.Dataset) -> int:
 
 
 def film(found: xr.Dataset, path: str | Path, *, fps: int = 10) -> Path:
-    """Writes all frames, one after the other, as a film.
+    """Write all frames, one after the other, as a film.
 
     Args:
         found: of `findings.microscope`.
@@ -116,7 +116,7 @@ def film(found: xr.Dataset, path: str | Path, *, fps: int = 10) -> Path:
 
 
 class _Stage:
-    """The figure, drawn once; a frame changes the pictures, the mark and the title. Everything has its place in inches."""
+    """A figure that is drawn once and then shows one frame after another; positions in it are in inches."""
 
     def __init__(self, finding: xr.Dataset, figure: Figure | None) -> None:
         self.found = finding
@@ -144,7 +144,7 @@ class _Stage:
         return self.figure.add_axes((start / _WIDE, bottom / self.high, width / _WIDE, height / self.high))
 
     def _row(self, row: list[list[str]], bottom: float, height: float, unit: float, norm: Any) -> None:
-        """Modules are as wide as their aspects times `unit`; in a module, a vector takes little of it."""
+        """Draw a row of modules, each as wide as its aspect times `unit`; in a module, vectors are narrow."""
         start = _LEFT
         for module in row:
             room = unit * _aspect(self.found, module)
@@ -174,7 +174,7 @@ class _Stage:
 
 
 def _modules(finding: xr.Dataset) -> list[list[str]]:
-    """The tensors of each module, in the model's order; of many modules, those without a kernel stand with the one before."""
+    """Return the tensors of each module, in the model's order; of many modules, join those without a kernel to the one before."""
     modules: dict[str, list[str]] = {}
     for name in map(str, finding.data_vars):
         modules.setdefault(name.rpartition(".")[0] or name, []).append(name)
@@ -195,7 +195,7 @@ def _extent(finding: xr.Dataset, name: str) -> tuple[int, int]:
 
 
 def _aspect(finding: xr.Dataset, module: Iterable[str]) -> float:
-    """Width over height of a module's panel: that of its kernel, but neither a ribbon nor a thread."""
+    """Return width over height of a module's panel: that of its kernel, clipped so that no panel is a ribbon or a thread."""
     ratios = [columns / rows for rows, columns in (_extent(finding, name) for name in module) if columns > 1]
     return float(np.clip(max(ratios, default=0.3), 0.3 if not ratios else 1.0, 4.0))
 
@@ -206,8 +206,9 @@ def _height(finding: xr.Dataset, row: list[list[str]]) -> float:
 
 
 def _units(finding: xr.Dataset, rows: list[list[list[str]]]) -> list[float]:
-    """How wide a module of aspect 1 is in each row, in inches: modules share the width, but the last row is no wider drawn than
-    the one above it.
+    """Return how wide a module of aspect 1 is in each row, in inches.
+
+    Modules share the width of the figure, but the last row is drawn no wider than the one above it.
     """
     units = [
         (_WIDE - _LEFT - _RIGHT - _GAP * (len(row) - 1)) / sum(_aspect(finding, module) for module in row)
@@ -217,7 +218,7 @@ def _units(finding: xr.Dataset, rows: list[list[list[str]]]) -> list[float]:
 
 
 def _rows(finding: xr.Dataset, modules: list[list[str]]) -> list[list[list[str]]]:
-    """Modules beside each other as words in a paragraph, whose width is chosen so that all rows together are not too tall."""
+    """Return the rows of modules, filled like lines of a paragraph, of the width that brings their heights nearest to `_PICTURES`."""
     layouts = [_broken(finding, modules, width) for width in (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0)]
     return min(layouts, key=lambda rows: abs(sum(_height(finding, row) for row in rows) - _PICTURES))
 

@@ -1,4 +1,4 @@
-"""How often weights, gradients and allocations turn, and what that looks like."""
+"""Turns of weights, gradients and allocations: their mean intervals, and traces of single parameters."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _TRACES = {"weight": "weight", "gradient": "gradient", "allocation": "allocation
 
 
 def oscillation(found: xr.Dataset, *, figure: Figure | None = None, top: int = 40) -> Figure:
-    """Draws the mean number of segments between two turns of each tensor's weights, gradients and allocations, and traces of single ones.
+    """Draw the mean number of segments between two turns of each tensor's weights, gradients and allocations, and traces of single ones.
 
     Args:
         found: of `findings.oscillation`; for a part of the training, `found.sel(step=slice(100, 200))`.

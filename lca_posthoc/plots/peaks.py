@@ -1,4 +1,4 @@
-"""When layers peak, and whether they peak together more often than chance lets them."""
+"""Peak moments of layers, and their alignments compared with chance."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NAMED = 10  # groups that are named in the order of their marks
 
 
 def peaks(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
-    """Draws the peak moments of each layer and group, and the number of alignments against what rotating the layers gives.
+    """Draw the peak moments of each layer and group, and the number of alignments against what rotating the layers gives.
 
     Rows are groups with the layers in colours; of one group, or where there are more than six layers, rows are layers. A dark
     line marks a segment at which all layers peak for a group.
@@ -55,7 +55,7 @@ def peaks(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
 
 
 def _by_group(ax: Axes, finding: xr.Dataset) -> None:
-    """A row per group, in it one line of marks per layer."""
+    """Draw a row per group, in it one line of marks per layer."""
     steps, layers = finding["step"].values, [str(name) for name in finding["layer"].values]
     groups = [str(label) for label in finding["group"].values]
     height = 0.76 / len(layers)
@@ -80,13 +80,13 @@ def _by_group(ax: Axes, finding: xr.Dataset) -> None:
 
 
 def _columns(finding: xr.Dataset) -> int:
-    """How many names of layers fit beside each other above the axes."""
+    """Return how many names of layers fit beside each other above the axes."""
     names = labels(finding["layer"].values.tolist())
     return max(1, min(len(names) + 1, 70 // (max(len(name) for name in (*names, "all together")) + 4)))
 
 
 def _by_layer(ax: Axes, finding: xr.Dataset) -> None:
-    """A row per layer, in it one line of marks per group."""
+    """Draw a row per layer, in it one line of marks per group."""
     steps, layers = finding["step"].values, [str(name) for name in finding["layer"].values]
     groups = finding.sizes["group"]
     height = 0.76 / groups
@@ -112,7 +112,7 @@ def _by_layer(ax: Axes, finding: xr.Dataset) -> None:
 
 
 def _null(ax: Axes, finding: xr.Dataset) -> None:
-    """Alignments under rotations of whole layers, and under rotations within parts of the training; the observed number."""
+    """Draw the observed number of alignments over those under rotations of whole layers and within parts of the training."""
     observed = float(finding["observed_total"])
     drawn = {name: finding[name].values for name in ("shift", "local") if name in finding}
     top = int(max(*(values.max(initial=0) for values in drawn.values()), observed)) + 1

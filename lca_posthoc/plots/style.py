@@ -1,4 +1,4 @@
-"""What the plots share: fresh axes, names made harmless, thin spines, labels at the ends of lines, one diverging scale.
+"""Helpers of all plots: fresh axes, names made harmless, thin spines, labels at the ends of lines, one diverging scale.
 
 Nothing here touches rcParams; pyplot is imported only to make a figure that nobody passed.
 """
@@ -35,7 +35,7 @@ _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1.
 
 
 def fresh_axes(ax: Axes | None, width: float, height: float) -> Axes:
-    """`ax`, or the axes of a new pyplot figure, which notebooks show and `plt.show()` knows; sizes in inches."""
+    """Return `ax`, or the axes of a new pyplot figure, which notebooks show and `plt.show()` knows; sizes in inches."""
     if ax is not None:
         return ax
     import matplotlib.pyplot as plt
@@ -44,7 +44,7 @@ def fresh_axes(ax: Axes | None, width: float, height: float) -> Axes:
 
 
 def fresh_figure(figure: Figure | None, width: float, height: float) -> Figure:
-    """`figure`, or a new pyplot figure; sizes in inches."""
+    """Return `figure`, or a new pyplot figure; sizes in inches."""
     if figure is not None:
         return figure
     import matplotlib.pyplot as plt
@@ -53,7 +53,7 @@ def fresh_figure(figure: Figure | None, width: float, height: float) -> Figure:
 
 
 def tidy(ax: Axes, *, x: str = "", y: str = "", title: str = "", frame: bool = False) -> None:
-    """Thin spines on two sides, small ticks and labels, a quiet title on the left."""
+    """Set thin spines on two sides, small ticks and labels, and a quiet title on the left."""
     for side, spine in ax.spines.items():
         spine.set_linewidth(0.6)
         spine.set_color(INK)
@@ -70,7 +70,7 @@ def tidy(ax: Axes, *, x: str = "", y: str = "", title: str = "", frame: bool = F
 
 
 def rows_of_names(ax: Axes, names: Sequence[str], *, most: int = 60, letters: int = 26) -> None:
-    """Row k of the y axis is called names[k], from the top; of very many rows only some are named."""
+    """Name the rows of the y axis, the first at the top; of more than `most` rows, name every second, third, …"""
     every = -(-len(names) // most)
     shown = labels(names, letters)
     ax.set_yticks(range(0, len(names), every), shown[::every])
@@ -80,7 +80,7 @@ def rows_of_names(ax: Axes, names: Sequence[str], *, most: int = 60, letters: in
 
 
 def powers(ax: Axes, axis: Literal["x", "y"], *, most: int = 5) -> None:
-    """Few ticks; where numbers are long, a power of ten in the label's brackets, or at the end of an axis whose label has none.
+    """Set few ticks; put the power of ten of long numbers into the label's brackets, or at the axis's end where it has none.
 
     Call it when the limits and the label are set.
     """
@@ -96,7 +96,7 @@ def powers(ax: Axes, axis: Literal["x", "y"], *, most: int = 5) -> None:
 
 
 def strongest(finding: xr.Dataset, dim: str, sizes: Any, top: int) -> tuple[xr.Dataset, str]:
-    """The `top` largest in size along `dim`, in their old order, and a sentence about the others; "" where there are none.
+    """Return the `top` largest in size along `dim`, in their old order, and a sentence about the others; "" where there are none.
 
     Raises:
         InputError: for a `top` below one.
@@ -115,12 +115,12 @@ def strongest(finding: xr.Dataset, dim: str, sizes: Any, top: int) -> tuple[xr.D
 
 
 def zero_line(ax: Axes, *, vertical: bool = False) -> None:
-    """Where helping turns into hurting."""
+    """Draw the line at zero, between helping and hurting."""
     (ax.axvline if vertical else ax.axhline)(0, color=MUTED, linewidth=0.6, zorder=1)
 
 
 def note(figure: Any, finding: xr.Dataset, *more: str) -> None:
-    """Whose statistics normalisation layers had, and what a finding leaves out, small at the foot of its figure; said once each."""
+    """Write at the foot what a finding leaves out, whose statistics normalisation layers had, and `more`; each line once."""
     old = getattr(figure, "_supxlabel", None)
     lines = [line for line in (old.get_text() if old else "").split("\n") if line]
     mode = finding.attrs.get("norm_stats")
@@ -135,12 +135,12 @@ def note(figure: Any, finding: xr.Dataset, *more: str) -> None:
 
 
 def word(ax: Axes, x: float, y: float, text: str, hue: str = INK, size: float = SMALL, **place: Any) -> None:
-    """Small text at a share of the axes' width and height, unless `transform` says otherwise."""
+    """Write small text at a share of the axes' width and height, unless `transform` says otherwise."""
     ax.text(x, y, text, color=hue, fontsize=size, **({"transform": ax.transAxes} | place))
 
 
 def key(ax: Axes, where: str = "lower left", **place: Any) -> None:
-    """A legend without a frame, above the axes unless a place in them is named."""
+    """Draw a legend without a frame, above the axes unless a place in them is named."""
     above = {"bbox_to_anchor": (float(where.endswith("right")), 1)} if where.startswith("lower") else {}
     tight: dict[str, Any] = {
         "frameon": False,
@@ -156,7 +156,7 @@ def key(ax: Axes, where: str = "lower left", **place: Any) -> None:
 
 
 def labels(names: Sequence[Any], most: int = 26) -> list[str]:
-    """Names ready to be drawn: short, unique, harmless.
+    """Return names ready to be drawn: short, unique, harmless.
 
     >>> labels(["fc1", "_fc$"])
     ['fc1', '\\u200b_fc\\\\$']
@@ -165,8 +165,9 @@ def labels(names: Sequence[Any], most: int = 26) -> list[str]:
 
 
 def parameter_labels(names: Sequence[str], most: int = 38) -> list[str]:
-    """Names of parameters ready to be drawn: the index stays whole; a long tensor name is cut in its middle, or where that leaves
-    several alike, before what stands behind.
+    """Return names of parameters ready to be drawn: the index stays whole, a long tensor name is cut in its middle.
+
+    Where that leaves several names alike, only their ends stay.
 
     >>> parameter_labels(["blocks.3_2.conv2.weight[6, 2]", "blocks.3_1.conv2.weight[6, 2]", "fc.bias[0]"], 20)
     ['…3_2.conv2.weight[6, 2]', '…3_1.conv2.weight[6, 2]', 'fc.bias[0]']
@@ -190,14 +191,14 @@ def parameter_labels(names: Sequence[str], most: int = 38) -> list[str]:
 
 
 def _end(name: str, most: int) -> str:
-    """What stands behind in a dotted name, from the start of a part where that leaves two."""
+    """Return the end of a dotted name, from the start of a part where at least two parts fit."""
     tail = name[len(name) - most + 1 :]
     parts = tail.partition(".")[2]
     return f"…{parts if '.' in parts else tail}"
 
 
 def heading(finding: xr.Dataset) -> str:
-    """The loss a finding is about, and its group where one was picked."""
+    """Return the loss a finding is about, and its group where one was picked."""
     loss = safe_in_figure(str(finding.attrs.get("loss", "")))
     if "group" in finding.coords and "group" not in finding.dims:
         return f"{loss}, group {safe_in_figure(str(finding['group'].item()))}"
@@ -207,7 +208,7 @@ def heading(finding: xr.Dataset) -> str:
 
 
 def expect(result: xr.Dataset, finding: str) -> None:
-    """For a plot of one finding.
+    """Refuse anything but the finding that a plot draws.
 
     Raises:
         InputError: where `found` is another finding.
@@ -219,7 +220,7 @@ def expect(result: xr.Dataset, finding: str) -> None:
 
 
 def refuse_groups(finding: xr.Dataset) -> None:
-    """For a plot that shows one loss.
+    """Refuse a finding with an axis of groups in a plot that shows one loss.
 
     Raises:
         InputError: where there are groups and none was picked.
@@ -234,7 +235,7 @@ def refuse_groups(finding: xr.Dataset) -> None:
 
 
 def units(variable: xr.DataArray) -> str:
-    """What a variable is measured in, as an axis says it."""
+    """Return what a variable is measured in, in the words of an axis."""
     unit = str(variable.attrs.get("units", ""))
     return {"loss": "units of loss", "share": "share"}.get(unit, unit)
 
@@ -243,12 +244,12 @@ def units(variable: xr.DataArray) -> str:
 
 
 def colour(position: int) -> str:
-    """Of the layer, group or run at this position."""
+    """Return the colour of the layer, group or run at this position."""
     return LAYERS[position % len(LAYERS)]
 
 
 def palette(count: int) -> list[str]:
-    """Colours of that many lines: those of layers, or of more than there are of these, steps along the spectrum."""
+    """Return the colours of that many lines: those of layers, or for more lines than these, steps along the spectrum."""
     if count <= len(LAYERS):
         return list(LAYERS[:count])
     from matplotlib import colormaps
@@ -258,7 +259,7 @@ def palette(count: int) -> list[str]:
 
 
 def dashes(position: int, count: int = 0) -> Any:
-    """Line style of the layer, group or run at this position: colours come round again with another one.
+    """Return the line style of the layer, group or run at this position; where colours repeat, the style differs.
 
     With the `count` of a palette of more colours than layers have, neighbours along the spectrum differ.
     """
@@ -268,7 +269,7 @@ def dashes(position: int, count: int = 0) -> Any:
 
 
 def symmetric(*values: Any, scale: float | None = None) -> Normalize:
-    """Limits at equal distance from zero, which a few extremes do not set: at `scale`, or the 99.5 % quantile of |values|."""
+    """Return limits at equal distance from zero: at `scale`, else at the 99.5 % quantile of |values|, which few extremes do not move."""
     if scale is None:
         sizes = np.abs(np.concatenate([np.ravel(array) for array in values]))
         sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
@@ -278,7 +279,7 @@ def symmetric(*values: Any, scale: float | None = None) -> Normalize:
 
 
 def share_colours(axes: Sequence[Axes]) -> None:
-    """One scale for the pictures of several axes: the widest of theirs."""
+    """Give the pictures of several axes one scale, the widest of them."""
     shown = [picture for ax in axes for picture in (*ax.images, *ax.collections) if picture.get_array() is not None]
     widest = max((high for picture in shown if (high := picture.get_clim()[1]) is not None), default=0.0)
     for picture in shown:
@@ -295,7 +296,7 @@ def colour_bar(
     ends: tuple[str, str] = ("helped", "hurt"),
     ticks: Callable[[float], str] | None = None,
 ) -> None:
-    """A thin bar that says which end helped, beside `axes` or `into` its own; long numbers put a power of ten into the label."""
+    """Draw a thin bar that says which end helped, beside `axes` or in `into`; its label takes the power of ten of long numbers."""
     figure = np.ravel(axes)[0].figure
     tall = np.ravel(axes)[0].get_window_extent().height / figure.dpi  # inches, before the layout
     place: dict[str, Any] = (
@@ -325,7 +326,7 @@ def colour_bar(
 
 
 def _power(scale: float) -> int:
-    """The power of ten that goes into a label, 0 where numbers are short without."""
+    """Return the power of ten that goes into a label, 0 where numbers are short without it."""
     power = int(np.floor(np.log10(scale))) if scale > 0 else 0
     return power if not -2 <= power <= 3 else 0
 
@@ -334,14 +335,14 @@ def _power(scale: float) -> int:
 
 
 def pieces(finding: xr.Dataset) -> list[slice]:
-    """Stretches of consecutive segments: an unfinished run has gaps, and no line crosses one."""
+    """Return the stretches of consecutive segments: an unfinished run has gaps, and no line crosses one."""
     start, end = finding["step"].values, finding["step_end"].values
     cuts = [0, *(np.flatnonzero(start[1:] != end[:-1]) + 1), len(start)]
     return [slice(int(a), int(b)) for a, b in pairwise(cuts)]
 
 
 def over_gaps(finding: xr.Dataset, values: Any, start: Any = None, coordinate: str = "step_end") -> tuple[Any, Any]:
-    """x = the ends of segments and y = values, with NaN between stretches so that a line breaks there.
+    """Return x = the ends of segments and y = values, with NaN between stretches so that a line breaks there.
 
     With `start`, the values at the starts of segments, the line of each stretch begins where its first segment does.
     """
@@ -356,7 +357,7 @@ def over_gaps(finding: xr.Dataset, values: Any, start: Any = None, coordinate: s
 
 
 def time_edges(finding: xr.Dataset, values: Any) -> tuple[Any, Any]:
-    """Edges over time and the columns between them; a gap is a column of NaN. `values`: (…, step)."""
+    """Return the edges over time and the columns between them; a gap is a column of NaN. `values`: (…, step)."""
     start, end = finding["step"].values.astype(float), finding["step_end"].values.astype(float)
     gaps = np.array([piece.start for piece in pieces(finding)[1:]], dtype=int)
     edges = np.append(start, end[-1:])
@@ -364,7 +365,7 @@ def time_edges(finding: xr.Dataset, values: Any) -> tuple[Any, Any]:
 
 
 def heat(ax: Axes, finding: xr.Dataset, values: Any, norm: Normalize) -> QuadMesh:
-    """One row of pixels per row of `values` (row, step), from the top, over training steps."""
+    """Draw one row of pixels per row of `values` (row, step), from the top, over training steps."""
     x, columns = time_edges(finding, values)
     shown = ax.pcolormesh(x, np.arange(len(columns) + 1) - 0.5, columns, cmap=DIVERGE, norm=norm, rasterized=True)
     ax.set_ylim(len(columns) - 0.5, -0.5)
@@ -377,7 +378,7 @@ def heat(ax: Axes, finding: xr.Dataset, values: Any, norm: Normalize) -> QuadMes
 def end_labels(
     ax: Axes, heights: Any, words: Sequence[str], colours: Sequence[str], styles: Sequence[Any] | None = None
 ) -> None:
-    """Words beside the right ends of lines, pushed apart until none covers another; call it when the limits are set.
+    """Write words beside the right ends of lines, pushed apart until none covers another; call it when the limits are set.
 
     With `styles`, a piece of the line stands before each word where any is dashed.
     """
@@ -394,15 +395,15 @@ def end_labels(
         ax.text(beside, place, word, color=hue, fontsize=SMALL, va="center", transform=ax.transAxes, clip_on=False)
 
 
-def spread(wanted_places: Any, gap: float) -> list[float]:
-    """Positions as near to `at` as they can be with `gap` between neighbours, between 0 and 1 where they fit.
+def spread(targets: Any, gap: float) -> list[float]:
+    """Return positions as near to `targets` as they can be with `gap` between neighbours, between 0 and 1 where they fit.
 
     >>> spread([0.5, 0.5, 0.9], 0.1), spread([0.0, 0.0], 0.1)
     ([0.45, 0.55, 0.9], [0.0, 0.1])
     """
-    order = np.argsort(wanted_places, kind="stable")
+    order = np.argsort(targets, kind="stable")
     blocks: list[tuple[float, int]] = []  # centre, members: neighbours that touch move as one
-    for place in np.nan_to_num(np.asarray(wanted_places, dtype=float)[order], nan=0.5):
+    for place in np.nan_to_num(np.asarray(targets, dtype=float)[order], nan=0.5):
         blocks.append((_inside(float(place), 1, gap), 1))
         while len(blocks) > 1 and blocks[-1][0] - blocks[-2][0] < gap * (blocks[-1][1] + blocks[-2][1]) / 2 - 1e-9:
             (b, m), (a, n) = blocks.pop(), blocks.pop()

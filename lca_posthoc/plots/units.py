@@ -1,4 +1,4 @@
-"""What each neuron or channel did, over training."""
+"""The allocation of each neuron or channel, over training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FEW = 10  # layers that stronger lines part
 
 
 def units(found: xr.Dataset, *, ax: Axes | None = None, layer: str | None = None) -> Axes:
-    """Draws one row of pixels per neuron or channel, teal where it helped and vermilion where it hurt.
+    """Draw one row of pixels per neuron or channel, teal where it helped and vermilion where it hurt.
 
     Args:
         found: of `findings.units`.
@@ -67,7 +67,7 @@ def units(found: xr.Dataset, *, ax: Axes | None = None, layer: str | None = None
 
 
 def _borders(ax: Axes, names: list[str]) -> None:
-    """A thin line between layers, and their names at their middles where there is room; the taller layer's goes first."""
+    """Draw thin lines between layers, and write names at their middles; where there is no room for all, taller layers go first."""
     starts = [0, *(row for row in range(1, len(names)) if names[row] != names[row - 1])]
     ends = [*starts[1:], len(names)]
     for start in starts[1:]:

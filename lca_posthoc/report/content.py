@@ -1,4 +1,4 @@
-"""What the page is made of: sections, what they say about one loss, tables, and how numbers are written."""
+"""The parts of the page: sections, their content for one loss, tables, and numbers as text."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows under headings. `live` names the values that replace them where a group is picked; `pick` says rows have a box to tick,
-    `shared` that bars of all columns have one scale.
+    """Rows under headings.
+
+    `live` names the values that replace the rows where a group is picked, `pick` gives each row a box and says which boxes are ticked
+    at first, `shared` gives the bars of all columns one scale.
     """
 
     title: str
@@ -46,7 +48,7 @@ class Table:
 
     @property
     def extents(self) -> list[float]:
-        """The largest magnitude of each column, for its bars; of all columns with bars where they are `shared`."""
+        """Return the largest magnitude of each column, for its bars; of all columns with bars where they are `shared`."""
         extents = [
             max((abs(row[position]) for row in self.rows if _is_number(row[position])), default=0.0) or 1.0
             for position, column in enumerate(self.columns)
@@ -57,7 +59,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """What a section says about one loss of one run.
+    """The content of a section for one loss of one run.
 
     `captions` has the sentence under each figure, which gives its numbers to those who cannot see it; `views` the data of each
     figure for "GROUP|CHOICE", either part possibly empty; `choices` what can be chosen in this section alone.
@@ -73,7 +75,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A finding on the page: what it is called, two sentences on how to read it, and its figures by name."""
+    """A finding on the page: its title, two sentences on how to read it, and its figures by name."""
 
     name: str
     title: str
@@ -84,7 +86,7 @@ class Section:
 
 
 def clean(name: object, longest: int = _LONGEST) -> str:
-    """A name as it may be shown: without control characters and of bounded length.
+    """Return a name as it may be shown: without control characters and of bounded length.
 
     >>> clean("a\\x1bb")
     'a�b'
@@ -94,7 +96,7 @@ def clean(name: object, longest: int = _LONGEST) -> str:
 
 
 def signed(value: float) -> str:
-    """A number with its sign.
+    """Return a number with its sign.
 
     >>> signed(-0.00012345), signed(2.5), signed(0)
     ('−1.234e-4', '+2.500', '0')
@@ -105,7 +107,7 @@ def signed(value: float) -> str:
 
 
 def plain(value: float) -> str:
-    """A number to four figures.
+    """Return a number to four figures.
 
     >>> plain(0.098765), plain(123456.0), plain(float("nan"))
     ('0.09877', '1.235e5', '–')
@@ -124,7 +126,7 @@ def plain(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share as a percentage.
+    """Return a share as a percentage.
 
     >>> percent(0.1234), percent(0.0001), percent(1.4e-7)
     ('12.3 %', '0.01 %', '1.4e-5 %')
@@ -138,7 +140,7 @@ def percent(value: float) -> str:
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:
-    """Some names in a sentence.
+    """Return some names as a part of a sentence.
 
     >>> listed(["a"]), listed(["a", "b", "c"]), listed(["a", "b", "c"], 1)
     ('a', 'a, b and c', 'a and 2 more')
@@ -150,7 +152,7 @@ def listed(names: Sequence[str], most: int = 6) -> str:
 
 
 def cell(value: Any, kind: str) -> str:
-    """A cell of a table as text."""
+    """Return a cell of a table as text."""
     if value is None:
         return "–"
     if isinstance(value, str):

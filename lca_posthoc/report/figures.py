@@ -17,7 +17,7 @@ _GREY = "#8a8f98"
 
 
 def steps_figure(y: str, height: int = 300, x: str = "training step", percent: bool = False, **options: Any) -> figure:
-    """A figure over training steps; all of them zoom together. `percent` writes y as percentages."""
+    """Return a figure over training steps; all of them zoom together. `percent` writes y as percentages."""
     chart = plain_figure(x, y, height, x_range=Range1d(0, 1), **options)
     chart.tags = ["steps", *(["percent"] if percent else [])]
     chart.window_axis = "x"
@@ -26,7 +26,7 @@ def steps_figure(y: str, height: int = 300, x: str = "training step", percent: b
 
 
 def plain_figure(x: str, y: str, height: int = 300, **options: Any) -> figure:
-    """A quiet figure: no outline, tools out of the way until the pointer is there."""
+    """Return a quiet figure: no outline, tools out of the way until the pointer is there."""
     chart = figure(
         height=height,
         sizing_mode="stretch_width",
@@ -56,12 +56,12 @@ def plain_figure(x: str, y: str, height: int = 300, **options: Any) -> figure:
 
 
 def source(name: str, **columns: Any) -> ColumnDataSource:
-    """An empty table the script finds by its name."""
+    """Return an empty table that the script finds by its name."""
     return ColumnDataSource({column: [] for column in columns.get("columns", ())}, name=name)
 
 
 def add_lines(chart: figure, name: str, colour: str, **options: Any) -> None:
-    """One line, from the columns x and y of a source; `colour` is a tag of this module, or a colour."""
+    """Add one line, from the columns x and y of a source; `colour` is a tag of this module, or a colour."""
     tip = options.get("tip")
     drawn = chart.line(
         "x",
@@ -79,7 +79,7 @@ def add_lines(chart: figure, name: str, colour: str, **options: Any) -> None:
 
 
 def add_many(chart: figure, name: str, tip: list[tuple[str, str]], width: float = 1.75) -> None:
-    """Many lines, each with a name and a colour of its own."""
+    """Add many lines, each with a name and a colour of its own."""
     drawn = chart.multi_line(
         "xs",
         "ys",
@@ -94,7 +94,7 @@ def add_many(chart: figure, name: str, tip: list[tuple[str, str]], width: float 
 
 
 def add_boxes(chart: figure, name: str, colour: str, tip: list[tuple[str, str]], alpha: float = 0.8) -> None:
-    """Boxes of a histogram."""
+    """Add the boxes of a histogram."""
     drawn = chart.quad(
         "left",
         "right",
@@ -110,7 +110,7 @@ def add_boxes(chart: figure, name: str, colour: str, tip: list[tuple[str, str]],
 
 
 def add_dots(chart: figure, name: str, tip: list[tuple[str, str]], size: float = 7) -> None:
-    """Dots with a colour each."""
+    """Add dots, each with its own colour."""
     drawn = chart.scatter(
         "x",
         "y",
@@ -124,7 +124,7 @@ def add_dots(chart: figure, name: str, tip: list[tuple[str, str]], size: float =
 
 
 def add_picture(chart: figure, name: str, tip: list[tuple[str, str]]) -> None:
-    """A matrix in the colours of helping and hurting; the script sets its scale."""
+    """Add a matrix in the colours of helping and hurting; the script sets its scale."""
     mapper = LinearColorMapper(
         palette=[HELPING, NEUTRAL, HURTING], low=-1, high=1, name=f"{name} colours", tags=["diverging"]
     )
@@ -144,7 +144,7 @@ def add_picture(chart: figure, name: str, tip: list[tuple[str, str]]) -> None:
 
 
 def add_level(chart: figure, level: float, dimension: str = "width", name: str = "") -> None:
-    """A straight line across: zero, a half, what was observed."""
+    """Add a straight line across, such as at zero, at a half, or at an observed value."""
     drawn = Span(location=level, dimension=dimension, line_color=_GREY, line_width=1, line_dash="dashed", tags=[MUTED])
     if name:
         drawn.name = name
@@ -152,7 +152,7 @@ def add_level(chart: figure, level: float, dimension: str = "width", name: str =
 
 
 def _hover(drawn: Any, tip: list[tuple[str, str]], **options: Any) -> HoverTool:
-    """What the pointer says; formats that begin with % are those of printf, which small numbers need."""
+    """Return what the pointer shows; formats that begin with % are those of printf, which small numbers need."""
     fields = (re.match(r"([@$]\w+)\{%", text) for _, text in tip)
     return HoverTool(
         renderers=[drawn], tooltips=tip, formatters={match[1]: "printf" for match in fields if match}, **options

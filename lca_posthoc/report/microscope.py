@@ -27,13 +27,13 @@ _LETTERS = 12  # above a narrow picture
 
 
 def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, list[str]]:
-    """The frames of one loss, within `size` bytes of codes.
+    """Return the frames of one loss, within `size` bytes of codes.
 
     A run small enough travels in half precision, a larger one in 255 levels and pooled over blocks of parameters and stretches
     of segments.
 
     Returns:
-        What the page's script reads (None where there is no such thing), and what was left out.
+        The data that the page's script reads (None where there are no frames), and notes on what was left out.
     """
     manifest = panel.run.manifest
     if manifest.keep != "parameters":
@@ -82,7 +82,7 @@ def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, 
 
 
 def _pictures(panel: Panel, specs: list[TensorSpec], frames: int, pixels: int) -> tuple[xr.Dataset, float]:
-    """The pictures of all tensors, and where their colours saturate; only the largest are pooled, where not all fit."""
+    """Return the pictures of all tensors, and where their colours saturate; where not all fit, only the largest are pooled."""
     order, pixels_left, whole = sorted(specs, key=lambda spec: spec.elements), pixels, list[str]()
     for position, spec in enumerate(order):
         # The others, all larger, need as much room each, were they pooled to the size of this one.
@@ -125,14 +125,14 @@ def _tensors(pictures: xr.Dataset, names: list[str]) -> list[dict[str, Any]]:
 
 
 def _half(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
-    """In half precision, in units that put the largest value near the largest number there is."""
+    """Return values in half precision, in units that put the largest value near the largest number there is."""
     peak = float(np.abs(values).max(initial=0.0)) or 1.0
     unit = peak / _LARGEST_HALF
     return (values / unit).astype("<f2").view("<u2"), {"code": "half", "unit": unit, "rounding": "rounded to 0.05 %"}
 
 
 def _levels(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
-    """In 255 levels, v = sign(q) (q / 127)² peak, 128 being zero: finer for small values than for large ones."""
+    """Return values in 255 levels, v = sign(q) (q / 127)² peak, 128 being zero: finer for small values than for large ones."""
     peak = float(np.abs(values).max(initial=0.0)) or 1.0
     levels = np.round(np.sqrt(np.abs(values.astype(np.float64)) / peak) * 127)
     codes = (128 + np.sign(values) * levels).astype("u1")

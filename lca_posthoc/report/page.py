@@ -89,7 +89,7 @@ def write_report(
 
 
 def _replace(path: Path, text: bytes) -> None:
-    """Whole or not at all."""
+    """Write the file whole or not at all."""
     handle, waiting = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}-", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -173,7 +173,7 @@ def _modes(panels: Sequence[Panel]) -> dict[str, str]:
 
 
 def _several(runs: Sequence[Run], panels: Sequence[Panel]) -> str:
-    """Which of many runs are shown in full."""
+    """Return the sentence on which of many runs are shown in full, "" where all are."""
     full = len({id(panel.run) for panel in panels})
     return (
         f"Of {len(runs):,} runs the first {full:,} can be picked above and are shown in full; Run against run has all of them."
@@ -183,7 +183,7 @@ def _several(runs: Sequence[Run], panels: Sequence[Panel]) -> str:
 
 
 def _views(shown: Sequence[tuple[Section, dict[str, Block]]]) -> dict[str, Any]:
-    """Figure -> panel -> "GROUP|CHOICE" -> what its sources hold."""
+    """Return what the sources of each figure hold, by figure, panel and "GROUP|CHOICE"."""
     views: dict[str, Any] = {}
     for _, blocks in shown:
         for key, block in blocks.items():
@@ -210,7 +210,7 @@ def _group_notes(panels: Sequence[Panel]) -> list[str]:
 
 
 def _block_notes(shown: Sequence[tuple[Section, dict[str, Block]]], panels: Sequence[Panel]) -> Iterator[str]:
-    """What each section leaves out, said once for all panels it holds for."""
+    """Yield what each section leaves out, once for all panels of which it is true."""
     for section, blocks in shown:
         keys_of_note: dict[str, list[str]] = {}
         for key, block in blocks.items():
@@ -222,7 +222,7 @@ def _block_notes(shown: Sequence[tuple[Section, dict[str, Block]]], panels: Sequ
 
 
 def _loss_row(run: Run, label: str, name: str, panels: Sequence[Panel]) -> dict[str, Any]:
-    """A row of the table of losses; figures only of those that are shown, the others would have to be read."""
+    """Return a row of the table of losses; only losses that are shown have figures, since the others would have to be read."""
     panel = next((panel for panel in panels if panel.run is run and panel.loss == name), None)
     record, done = run[name].record, run[name].progress()
     return {
@@ -266,13 +266,13 @@ def _hash(script: str) -> str:
 
 
 def _json(value: Any) -> str:
-    """JSON that cannot end the element it stands in."""
+    """Return JSON that cannot end the element it stands in."""
     text = json.dumps(_plain(value), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _plain(value: Any) -> Any:
-    """Of numbers only those JSON knows; the others are null."""
+    """Return a value with null in place of the numbers JSON does not know."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

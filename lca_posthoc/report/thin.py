@@ -15,7 +15,7 @@ Packed = dict[str, Any]
 
 
 def kept(values: np.ndarray[Any, Any], most: int = MOST_POINTS) -> np.ndarray[Any, Any]:
-    """Which points of a series to keep: the first, the last, and the lowest and highest of each of about `most / 2` stretches.
+    """Choose points of a series: the first, the last, and the lowest and highest of each of about `most / 2` stretches.
 
     Args:
         values: (points,), of any float type; NaN is kept only where a stretch has nothing else.
@@ -45,7 +45,7 @@ def kept(values: np.ndarray[Any, Any], most: int = MOST_POINTS) -> np.ndarray[An
 
 
 def gaps(step: Any, step_end: Any) -> np.ndarray[Any, Any]:
-    """Segments after which some are missing.
+    """Return the segments after which some are missing.
 
     >>> gaps([0, 1, 5], [1, 2, 6]).tolist()
     [1]
@@ -54,14 +54,14 @@ def gaps(step: Any, step_end: Any) -> np.ndarray[Any, Any]:
 
 
 def over_segments(step: Any, values: Any, step_end: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """One point per segment, (step,) and (..., step), and a NaN where segments are missing."""
+    """Return one point per segment, (step,) and (..., step), and a NaN where segments are missing."""
     breaks = gaps(step, step_end) + 1
     x, y = np.asarray(step, dtype=np.float64), np.asarray(values, dtype=np.float64)
     return np.insert(x, breaks, np.nan), np.insert(y, breaks, np.nan, axis=-1)
 
 
 def over_steps(step: Any, step_end: Any, first: Any, last: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The ends of all segments, from the start of the first on; where segments are missing, NaN and the start of the next.
+    """Return the ends of all segments, after the start of the first; where segments are missing, NaN and the next start.
 
     Args:
         step: (step,) where segments start.
@@ -83,21 +83,21 @@ def over_steps(step: Any, step_end: Any, first: Any, last: Any) -> tuple[np.ndar
 
 
 def thinned(x: Any, y: Any, most: int) -> Packed:
-    """A line as the columns x and y; NaN in `x` are breaks, which stay."""
+    """Return a thinned line as the columns x and y; NaN in `x` are breaks, which stay."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     indices = _with_breaks(kept(y, most), x)
     return {"x": numbers(x[indices]), "y": numbers(y[indices])}
 
 
 def _with_breaks(indices: np.ndarray[Any, Any], x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Besides the kept points one break between any two of them that have some in between."""
+    """Return the indices of points and of one break between any two points that have breaks between them."""
     breaks = np.flatnonzero(np.isnan(x))
     first = np.unique(np.searchsorted(indices, breaks), return_index=True)[1]
     return np.unique(np.concatenate([indices, breaks[first]]))
 
 
 def numbers(values: Any) -> Packed:
-    """Float32 in base64, as the page reads it; whole numbers too large for that as float64."""
+    """Return float32 in base64, as the page reads it; whole numbers too large for that as float64."""
     array = np.asarray(values, dtype=np.float64).ravel()
     finite = array[np.isfinite(array)]
     wide = bool(len(finite)) and bool((np.abs(finite) > _EXACT).any()) and bool((finite == np.round(finite)).all())
@@ -107,7 +107,7 @@ def numbers(values: Any) -> Packed:
 
 
 def lines(x: Any, ys: Any, most: int = MOST_POINTS) -> tuple[Packed, Packed]:
-    """Several series over the same `x` as the two columns of a multi-line glyph.
+    """Return several series over the same `x` as the two columns of a multi-line glyph.
 
     Args:
         x: (points,); NaN are breaks, which stay.
@@ -131,7 +131,7 @@ def lines(x: Any, ys: Any, most: int = MOST_POINTS) -> tuple[Packed, Packed]:
 
 
 def picture(values: Any) -> Packed:
-    """A matrix in 255 levels, v = sign(q) (q / 127)² peak: exact zero in the middle, small values finer than large ones.
+    """Return a matrix in 255 levels, v = sign(q) (q / 127)² peak: exact zero in the middle, small values finer than large ones.
 
     Args:
         values: (rows, columns).
@@ -148,7 +148,7 @@ def picture(values: Any) -> Packed:
 
 
 def raw(values: np.ndarray[Any, Any]) -> str:
-    """The bytes of an array, in base64."""
+    """Return the bytes of an array, in base64."""
     return _base64(values)
 
 

@@ -1,4 +1,4 @@
-"""What to try next: layers to freeze, parameters to prune or to initialise again."""
+"""Candidates to try next: layers to freeze, parameters to prune or to initialise again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST_DEAD = 1000
 
 
 def section() -> Section:
-    """No figure: lists."""
+    """Return a section of lists, without figures."""
     return Section(
         name="candidates",
         title="Candidates",
@@ -23,7 +23,7 @@ def section() -> Section:
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Layers above zero, dead units, and the parameters that hurt most."""
+    """Return layers above zero, dead units, and the parameters that hurt most."""
     finding, left_out = panel.find("candidates")
     if finding is None:
         return Block(notes=[left_out])
@@ -63,7 +63,7 @@ def block(panel: Panel, room: Room) -> Block:
 
 
 def _dead(panel: Panel, finding: Any) -> str:
-    """How many units had no effect, each counted once whatever tensors it has, and which."""
+    """Say how many units had no effect, each counted once however many tensors it has, and name some."""
     dead, most = [clean(name, 60) for name in finding["dead_name"].values], _NAMED
     if len(dead) >= most:
         more, _ = panel.find("candidates", most=_MOST_DEAD)

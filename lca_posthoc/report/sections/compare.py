@@ -22,7 +22,7 @@ _LINES = 40  # runs whose loss is drawn
 
 
 def section() -> Section:
-    """One figure: the loss of every run."""
+    """Return one figure: the loss of every run."""
     chart = steps_figure("loss", 300)
     add_many(chart, "runs", [("run", "@name"), ("step", "$snap_x{0}"), ("loss", "$snap_y{%.5g}")])
     return Section(
@@ -38,7 +38,7 @@ def section() -> Section:
 
 
 def block(first: Panel, runs: Sequence[Panel | None], labelled: Sequence[str] | None, room: Room) -> Block | None:
-    """All runs that have the first panel's loss; `labelled` has the label of each run where repeats have one in common."""
+    """Compare all runs that have the first panel's loss; `labelled` has the label of each run where repeats share one."""
     labels = [panel.run_label if panel is not None else "" for panel in runs] if labelled is None else labelled
     same = [(label, panel) for label, panel in zip(labels, runs, strict=True) if panel is not None]
     if len(same) < 2:
@@ -102,7 +102,7 @@ def _tables(same: Sequence[tuple[str, Panel]], labelled: bool) -> tuple[list[Tab
 
 
 def _runs(finding: Any, repeats: bool) -> Table:
-    """Each label's headline figures."""
+    """Return the headline figures of each label."""
     rows = []
     for position, label in enumerate(finding["label"].values):
         of = finding.isel(label=position)
@@ -139,7 +139,7 @@ def _interval(of: Any, name: str, write: Any) -> list[str]:
 
 
 def _every(same: Sequence[tuple[str, Panel]]) -> Table:
-    """Each run by itself."""
+    """Return the headline figures of each run."""
     rows = []
     for label, panel in same:
         of = panel.whole
@@ -155,7 +155,7 @@ def _every(same: Sequence[tuple[str, Panel]]) -> Table:
 
 
 def _layers(finding: Any, repeats: bool, notes: list[str]) -> Table:
-    """Each layer's sum in each run or label, and how likely such a difference is."""
+    """Return the sum of each layer in each run or label, of labels with repeats also intervals, differences and p-values."""
     columns_of = {name: finding[name].transpose("label", "layer").values for name in _VALUES}
     mean = columns_of["mean"]
     picked = largest(np.nanmax(np.abs(mean), axis=0), MOST_ROWS)
@@ -199,7 +199,7 @@ def _layers(finding: Any, repeats: bool, notes: list[str]) -> Table:
 
 
 def _test(finding: Any) -> str:
-    """Which test the differences to the first label were put to."""
+    """Return the name of the test of differences to the first label."""
     paired = finding["paired"].values[1:]
     if not paired.any():
         return "Welch's test"

@@ -16,7 +16,7 @@ Numbers = np.ndarray[Any, Any]
 
 
 def section() -> Section:
-    """Two figures: the loss, and what the sum misses on every segment."""
+    """Return two figures: the loss, and what the sum misses on every segment."""
     loss = steps_figure("loss", 320)
     add_lines(
         loss, "predicted", ACCENT, width=6, alpha=0.45, tip=[("step", "@x{0}"), ("start + Σ allocation", "@y{%.5g}")]
@@ -41,12 +41,12 @@ def section() -> Section:
 
 
 def without_faults(curve: Section) -> Section:
-    """The section of a page on which every segment converged."""
+    """Return the section of a page on which every segment converged."""
     return replace(curve, legends={**curve.legends, "residual": []})
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """The curve of every group."""
+    """Return the curve of every group."""
     finding, left_out = panel.find("curve")
     if finding is None:
         return Block(notes=[left_out])

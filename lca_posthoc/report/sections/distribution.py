@@ -1,4 +1,4 @@
-"""How single allocations are distributed."""
+"""The distribution of single allocations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHOICES = ("how many there are", "what they add up to")
 
 
 def section() -> Section:
-    """One figure: sizes on a logarithmic axis, helping above and hurting below the line."""
+    """Return one figure: sizes on a logarithmic axis, helping above and hurting below the line."""
     chart = plain_figure("size of an allocation, |A|, in units of loss", "share per doubling", 320, x_axis_type="log")
     chart.xaxis.ticker = FixedTicker(ticks=[10.0**power for power in range(-45, 40, 3)])  # a phone has room for these
     chart.tags = ["percent"]
@@ -37,7 +37,7 @@ def section() -> Section:
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Both histograms of every group."""
+    """Return both histograms of every group."""
     finding, left_out = panel.find("distribution")
     if finding is None:
         return Block(notes=[left_out])

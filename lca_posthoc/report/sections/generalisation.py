@@ -1,4 +1,4 @@
-"""Two losses over two splits, such as training and validation: what lowered the one and raised the other."""
+"""Two losses over two splits, such as training and validation, and the layers that lowered one and raised the other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .layers import largest
 
 
 def section() -> Section:
-    """One figure: both running sums of a layer."""
+    """Return one figure: both running sums of a layer."""
     chart = steps_figure("Σ allocation so far", 300)
     add_level(chart, 0)
     tip = [("loss", "@name"), ("step", "@x{0}"), ("Σ so far", "@y{%.5g}")]
@@ -33,7 +33,7 @@ def section() -> Section:
 
 
 def block(panel: Panel, room: Room) -> Block | None:
-    """The layers, and the quadrants their parameters lie in; for the pair of losses of the run."""
+    """Return the layers, and the quadrants their parameters lie in, for the run's pair of losses; None for its other losses."""
     pair = partner(panel)
     if pair is None:
         return None
@@ -79,7 +79,7 @@ def block(panel: Panel, room: Room) -> Block | None:
 
 
 def partner(panel: Panel) -> tuple[str, str] | None:
-    """The two losses of the panel's run over two splits, such as training and validation; those that are complete."""
+    """Return two complete losses of the panel's run over two splits, such as training and validation; None where it has none."""
     return two_splits({name: results for name, results in panel.run.items() if results.complete})
 
 

@@ -1,4 +1,4 @@
-"""What comes first: what was measured, and what came of it."""
+"""The top of the page: the measurement, and its main figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..panels import Panel
 
 @dataclass(frozen=True)
 class Card:
-    """A figure with its name, what it means, and whether it asks for attention."""
+    """A figure with its name, its meaning, and a mark where it asks for attention."""
 
     title: str
     value: str
@@ -23,7 +23,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Headline:
-    """The first thing said about one loss."""
+    """The main figures of one loss."""
 
     measured: str
     unfinished: str
@@ -31,7 +31,7 @@ class Headline:
 
 
 def headline(panel: Panel) -> Headline:
-    """What was measured, the loss change, the residual, the share helping, the layers that hurt, steps that did not converge."""
+    """Return the measurement, loss change, residual, share that helped, layers that hurt, and segments that did not converge."""
     figures, whole, record = panel.summary, panel.whole, panel.results.record
     change, residual = whole["loss_change"], whole["residual"]
     groups = (
@@ -140,7 +140,7 @@ def _buffers(panel: Panel) -> float:
 
 
 def _layers(panel: Panel) -> list[tuple[str, float]]:
-    """The layers and their sums, the most negative first; buffers are none."""
+    """Return the layers and their sums, the most negative first, without buffers."""
     finding, _ = panel.find("layers")
     if finding is None:
         return []

@@ -1,4 +1,4 @@
-"""Who helps: per step, and parameter by parameter."""
+"""Shares of parameters that help: per step, and parameter by parameter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ALL = "all parameters"
 
 
 def section() -> Section:
-    """Two figures: the share that helps on every segment, and how often single parameters do."""
+    """Return two figures: the share that helps on every segment, and how often single parameters do."""
     shares = steps_figure("share of parameters", 300, percent=True)
     add_level(shares, 0.5)
     add_lines(shares, "hurting", "hurting", width=1.25, tip=[("segment from step", "@x{0}"), ("hurting", "@y{0.0%}")])
@@ -46,7 +46,7 @@ def section() -> Section:
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Shares of all parameters and of the larger tensors; heroes and villains."""
+    """Return the shares of all parameters and of the larger tensors; heroes and villains."""
     finding, left_out = panel.find("helping")
     if finding is None:
         return Block(notes=[left_out])

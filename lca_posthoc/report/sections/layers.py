@@ -1,4 +1,4 @@
-"""What each layer did, in all and over time."""
+"""The allocation of each layer, in all and over time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DRAWN = 6  # layers ticked at first
 
 
 def section() -> Section:
-    """One figure: the running sums of the ticked layers."""
+    """Return one figure: the running sums of the ticked layers."""
     chart = steps_figure("Σ allocation so far", 340)
     add_level(chart, 0)
     add_many(chart, "layers", [("layer", "@name"), ("step", "$snap_x{0}"), ("Σ so far", "$snap_y{%.5g}")])
@@ -31,7 +31,7 @@ def section() -> Section:
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Table and running sums of the layers with the largest sums."""
+    """Return the table and the running sums of the layers with the largest sums."""
     finding, left_out = panel.find("layers")
     if finding is None:
         return Block(notes=[left_out])
@@ -95,7 +95,7 @@ def _table(panel: Panel, finding: xr.Dataset, shown: list[int], names: list[str]
 
 
 def sentence(names: list[str], total: np.ndarray[Any, Any]) -> str:
-    """Which layers helped most, and which hurt."""
+    """Say which layers helped most, and which hurt."""
     order = np.argsort(total, kind="stable")
     helped = [f"{names[position]} ({signed(float(total[position]))})" for position in order[:3] if total[position] < 0]
     hurt = [f"{names[position]} ({signed(float(total[position]))})" for position in order[::-1] if total[position] > 0]
@@ -104,6 +104,6 @@ def sentence(names: list[str], total: np.ndarray[Any, Any]) -> str:
 
 
 def largest(values: np.ndarray[Any, Any], most: int) -> list[int]:
-    """Positions of the largest magnitudes, in their own order."""
+    """Return the positions of the largest magnitudes, in their own order."""
     picked = np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")[:most]
     return sorted(picked.tolist())

@@ -1,4 +1,4 @@
-"""How often parameters turn round, and what a few of them do."""
+"""Mean intervals between turns of parameters, and traces of a few of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SIGNALS = ("weight", "gradient", "allocation")
 
 
 def section() -> Section:
-    """Three figures under each other: weight, gradient and allocation of one parameter."""
+    """Return three figures under each other: weight, gradient and allocation of one parameter."""
     figures = {}
     for signal in _SIGNALS:
         chart = steps_figure(signal, 170, x="training step" if signal == "allocation" else "")
@@ -42,7 +42,7 @@ def section() -> Section:
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Traces to choose from, and how often each tensor's parameters turn."""
+    """Return traces to choose from, and the mean interval between turns for each tensor."""
     finding, left_out = panel.find("oscillation")
     if finding is None:
         return Block(notes=[left_out])

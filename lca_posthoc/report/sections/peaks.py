@@ -20,7 +20,7 @@ _LETTERS = 22  # of a name beside an axis
 
 
 def section() -> Section:
-    """Two figures: when layers peak, and how many alignments chance would give."""
+    """Return two figures: when layers peak, and how many alignments chance would give."""
     chart = steps_figure("", 300, y_range=Range1d(0, 1))
     chart.yaxis.ticker = FixedTicker(ticks=[])
     add_dots(chart, "peaks", [("layer", "@name"), ("group", "@group"), ("segment from step", "@x{0}")], size=5)
@@ -46,7 +46,7 @@ def section() -> Section:
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Dots of every group together, or of one."""
+    """Return the dots of all groups together and of each one."""
     finding, left_out = panel.find("peaks")
     if finding is None:
         return Block(notes=[left_out])
@@ -94,14 +94,14 @@ def block(panel: Panel, room: Room) -> Block:
 
 
 def _chance(finding: Any, which: str) -> str:
-    """A p-value, and whether it is the least that so many rotations can give."""
+    """Write a p-value, and say where it is the least that so many rotations can give."""
     p, draws = float(finding[f"p_{which}"]), finding.sizes["draw"]
     least = f", the least that {draws:,} rotations can give" if p <= 1 / (draws + 1) else ""
     return plain(p) + least
 
 
 def _largest(panel: Panel, names: np.ndarray[Any, Any]) -> list[int]:
-    """Positions of the layers to draw: those with the largest sums, and always the first and the last."""
+    """Return the positions of the layers to draw: those with the largest sums, and always the first and the last."""
     if len(names) <= _LAYERS:
         return list(range(len(names)))
     layers, _ = panel.find("layers")

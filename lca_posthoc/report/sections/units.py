@@ -17,7 +17,7 @@ _ROWS = 256  # units beside each other in a picture
 
 
 def section() -> Section:
-    """One figure: a heat map of units over steps."""
+    """Return one figure: a heat map of units over steps."""
     chart = steps_figure("unit", 360, y_range=Range1d(0, 1))
     add_picture(chart, "units", [("unit", "$y{0}"), ("step", "$x{0}"), ("Σ allocation", "@image{%+.3e}")])
     chart.yaxis.ticker.min_interval = 1
@@ -34,7 +34,7 @@ def section() -> Section:
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Pictures of the layers with the largest sums, for the mean over groups."""
+    """Return pictures of the layers with the largest sums, for the mean over groups."""
     if panel.run.manifest.keep == "tensors":
         return Block(notes=[panel.find("units")[1]])
     finding, left_out = panel.find("units")
@@ -80,7 +80,7 @@ def block(panel: Panel, room: Room) -> Block:
 def _evenly(
     data: np.ndarray[Any, Any], steps: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]
 ) -> np.ndarray[Any, Any]:
-    """(step, unit) with empty rows, as many as are missing, so that each row is where its steps are in the picture."""
+    """Return (step, unit) with an empty row for each missing segment, so that each row lies at its steps in the picture."""
     after = gaps(steps, ends)
     width = float(np.median(ends - steps))
     missing = np.round((steps[after + 1] - ends[after]) / width).astype(int)
@@ -90,7 +90,7 @@ def _evenly(
 def _view(
     rows: np.ndarray[Any, Any], edges: np.ndarray[Any, Any], pixels: int, notes: list[str], name: str
 ) -> dict[str, Any]:
-    """A picture of some units; units are summed in blocks, then steps, where there are more than fit."""
+    """Return a picture of some units; where there are more than fit, units are summed in blocks, then steps."""
     units_in_row = max(1, -(-len(rows) // _ROWS))
     units = len(rows)
     if units_in_row > 1:
