@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeAlias
 
 from bokeh.plotting import figure
 
 from ..text import count as count
 from ..text import safe_in_page
+from .thin import Json
 
 _LONGEST = 160  # characters of a name
 MOST_ROWS = 60
 
-Columns = Mapping[str, Any]
-View = Mapping[str, Any]  # source name -> columns; what begins with "@" sets up the figure instead
+Cell: TypeAlias = str | float | None
+View: TypeAlias = Mapping[str, Json]  # source name -> columns; what begins with "@" sets up the figure instead
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Table:
 
     title: str
     columns: Sequence[Column]
-    rows: Sequence[Sequence[Any]]
+    rows: Sequence[Sequence[Cell]]
     note: str = ""
     open: bool = False
     live: str = ""
@@ -50,7 +51,7 @@ class Table:
     def extents(self) -> list[float]:
         """Return the largest magnitude of each column, for its bars; of all columns with bars where they are `shared`."""
         extents = [
-            max((abs(row[position]) for row in self.rows if _is_number(row[position])), default=0.0) or 1.0
+            max((_size(row[position]) for row in self.rows), default=0.0) or 1.0
             for position, column in enumerate(self.columns)
         ]
         bars = [extent for extent, column in zip(extents, self.columns, strict=True) if column.kind == "bar"]
@@ -151,7 +152,7 @@ def listed(names: Sequence[str], most: int = 6) -> str:
     return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
 
 
-def cell(value: Any, kind: str) -> str:
+def cell(value: Cell, kind: str) -> str:
     """Return a cell of a table as text."""
     if value is None:
         return "–"
@@ -160,5 +161,6 @@ def cell(value: Any, kind: str) -> str:
     return {"count": count, "share": percent, "plain": plain}.get(kind, signed)(value)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _size(value: Cell) -> float:
+    """Return the magnitude of a finite number, 0 of any other cell."""
+    return abs(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import xarray as xr
@@ -15,7 +15,7 @@ from ..findings.names import fitting
 from ..trajectory import TensorSpec
 from .content import clean, count
 from .panels import Panel
-from .thin import raw
+from .thin import Packed, raw
 
 FRAMES = 120
 _FEWEST = 40  # frames, so that each parameter has a cell of its own
@@ -24,6 +24,20 @@ BYTES = 4_200_000  # of codes; a third more in base64
 _QUANTILE = 0.995  # of what is not zero: where colours saturate
 _LARGEST_HALF = 32768.0
 _LETTERS = 12  # above a narrow picture
+
+
+class TensorPicture(TypedDict):
+    """A tensor under the microscope: its names, the place of its cells in a frame, and the parameters of a cell."""
+
+    name: str
+    layer: str
+    short: str
+    rows: int
+    columns: int
+    offset: int
+    shape: list[int]
+    pool: list[int]
+    axes: list[list[int]]
 
 
 def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, list[str]]:
@@ -100,8 +114,8 @@ def _pictures(panel: Panel, specs: list[TensorSpec], frames: int, pixels: int) -
     return xr.merge(pictures, combine_attrs="override", compat="override", join="exact"), scale
 
 
-def _tensors(pictures: xr.Dataset, names: list[str]) -> list[dict[str, Any]]:
-    tensors, offset = [], 0
+def _tensors(pictures: xr.Dataset, names: list[str]) -> list[TensorPicture]:
+    tensors, offset = list[TensorPicture](), 0
     layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
     short = dict(zip(layers, fitting(layers, [_LETTERS] * len(layers)), strict=True))
     for name in names:
@@ -124,14 +138,14 @@ def _tensors(pictures: xr.Dataset, names: list[str]) -> list[dict[str, Any]]:
     return tensors
 
 
-def _half(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
+def _half(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], Packed]:
     """Return values in half precision, in units that put the largest value near the largest number there is."""
     peak = float(np.abs(values).max(initial=0.0)) or 1.0
     unit = peak / _LARGEST_HALF
     return (values / unit).astype("<f2").view("<u2"), {"code": "half", "unit": unit, "rounding": "rounded to 0.05 %"}
 
 
-def _levels(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
+def _levels(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], Packed]:
     """Return values in 255 levels, v = sign(q) (q / 127)² peak, 128 being zero: finer for small values than for large ones."""
     peak = float(np.abs(values).max(initial=0.0)) or 1.0
     levels = np.round(np.sqrt(np.abs(values.astype(np.float64)) / peak) * 127)
@@ -143,7 +157,7 @@ def _levels(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], dict[st
     }
 
 
-def _notes(panel: Panel, pictures: xr.Dataset, tensors: list[dict[str, Any]], exact: bool) -> list[str]:
+def _notes(panel: Panel, pictures: xr.Dataset, tensors: list[TensorPicture], exact: bool) -> list[str]:
     notes = [clean(pictures.attrs["left_out"], 400)] if pictures.attrs.get("left_out") else []
     segments = panel.summary["segments"]
     if pictures.sizes["step"] < segments:

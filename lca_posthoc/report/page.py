@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from bokeh.embed import json_item
@@ -23,11 +22,12 @@ from markupsafe import Markup
 from .. import __version__, colours
 from ..errors import InputError, LCAError, amount
 from ..store import Run
-from .content import Block, Section, cell, clean, listed
+from .content import Block, Section, View, cell, clean, listed
 from .microscope import BYTES, microscope
 from .panels import MOST_GROUPS, Panel, Room, beside, choose, run_labels
 from .sections import SECTIONS, compare, curve
 from .sections.headline import headline
+from .thin import Json
 
 MOST_BYTES = 8_000_000
 _DATA = 3_000_000  # of the page, for series and pictures; shared by the panels
@@ -182,9 +182,9 @@ def _several(runs: Sequence[Run], panels: Sequence[Panel]) -> str:
     )
 
 
-def _views(shown: Sequence[tuple[Section, dict[str, Block]]]) -> dict[str, Any]:
+def _views(shown: Sequence[tuple[Section, dict[str, Block]]]) -> Json:
     """Return what the sources of each figure hold, by figure, panel and "GROUP|CHOICE"."""
-    views: dict[str, Any] = {}
+    views: dict[str, dict[str, Mapping[str, View]]] = {}
     for _, blocks in shown:
         for key, block in blocks.items():
             for name, of in block.views.items():
@@ -221,7 +221,7 @@ def _block_notes(shown: Sequence[tuple[Section, dict[str, Block]]], panels: Sequ
             yield f"{section.title}{of}: {note}"
 
 
-def _loss_row(run: Run, label: str, name: str, panels: Sequence[Panel]) -> dict[str, Any]:
+def _loss_row(run: Run, label: str, name: str, panels: Sequence[Panel]) -> Mapping[str, Json]:
     """Return a row of the table of losses; only losses that are shown have figures, since the others would have to be read."""
     panel = next((panel for panel in panels if panel.run is run and panel.loss == name), None)
     record, done = run[name].record, run[name].progress()
@@ -265,13 +265,13 @@ def _hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     """Return JSON that cannot end the element it stands in."""
     text = json.dumps(_plain(value), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Return a value with null in place of the numbers JSON does not know."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 MOST_POINTS = 2000
 _EXACT = 2**24  # whole numbers up to here are exact in float32
 
-Packed = dict[str, Any]
+Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | float | None"
+Packed: TypeAlias = Mapping[str, Json]  # a column, as the page's script reads it
 
 
 def kept(values: np.ndarray[Any, Any], most: int = MOST_POINTS) -> np.ndarray[Any, Any]:
@@ -44,7 +46,7 @@ def kept(values: np.ndarray[Any, Any], most: int = MOST_POINTS) -> np.ndarray[An
     return np.unique(np.concatenate(indices))
 
 
-def gaps(step: Any, step_end: Any) -> np.ndarray[Any, Any]:
+def gaps(step: ArrayLike, step_end: ArrayLike) -> np.ndarray[Any, Any]:
     """Return the segments after which some are missing.
 
     >>> gaps([0, 1, 5], [1, 2, 6]).tolist()
@@ -53,14 +55,18 @@ def gaps(step: Any, step_end: Any) -> np.ndarray[Any, Any]:
     return np.flatnonzero(np.asarray(step)[1:] != np.asarray(step_end)[:-1])
 
 
-def over_segments(step: Any, values: Any, step_end: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def over_segments(
+    step: ArrayLike, values: ArrayLike, step_end: ArrayLike
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return one point per segment, (step,) and (..., step), and a NaN where segments are missing."""
     breaks = gaps(step, step_end) + 1
     x, y = np.asarray(step, dtype=np.float64), np.asarray(values, dtype=np.float64)
     return np.insert(x, breaks, np.nan), np.insert(y, breaks, np.nan, axis=-1)
 
 
-def over_steps(step: Any, step_end: Any, first: Any, last: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def over_steps(
+    step: ArrayLike, step_end: ArrayLike, first: ArrayLike, last: ArrayLike
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return the ends of all segments, after the start of the first; where segments are missing, NaN and the next start.
 
     Args:
@@ -82,7 +88,7 @@ def over_steps(step: Any, step_end: Any, first: Any, last: Any) -> tuple[np.ndar
     return x, y
 
 
-def thinned(x: Any, y: Any, most: int) -> Packed:
+def thinned(x: ArrayLike, y: ArrayLike, most: int) -> Packed:
     """Return a thinned line as the columns x and y; NaN in `x` are breaks, which stay."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     indices = _with_breaks(kept(y, most), x)
@@ -96,7 +102,7 @@ def _with_breaks(indices: np.ndarray[Any, Any], x: np.ndarray[Any, Any]) -> np.n
     return np.unique(np.concatenate([indices, breaks[first]]))
 
 
-def numbers(values: Any) -> Packed:
+def numbers(values: ArrayLike) -> Packed:
     """Return float32 in base64, as the page reads it; whole numbers too large for that as float64."""
     array = np.asarray(values, dtype=np.float64).ravel()
     finite = array[np.isfinite(array)]
@@ -106,7 +112,7 @@ def numbers(values: Any) -> Packed:
     return {"f": _base64(array.astype("<f4"))}
 
 
-def lines(x: Any, ys: Any, most: int = MOST_POINTS) -> tuple[Packed, Packed]:
+def lines(x: ArrayLike, ys: ArrayLike, most: int = MOST_POINTS) -> tuple[Packed, Packed]:
     """Return several series over the same `x` as the two columns of a multi-line glyph.
 
     Args:
@@ -130,7 +136,7 @@ def lines(x: Any, ys: Any, most: int = MOST_POINTS) -> tuple[Packed, Packed]:
     )
 
 
-def picture(values: Any) -> Packed:
+def picture(values: ArrayLike) -> Packed:
     """Return a matrix in 255 levels, v = sign(q) (q / 127)² peak: exact zero in the middle, small values finer than large ones.
 
     Args:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import numpy as np
+import xarray as xr
 
-from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, listed
+from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, clean, count, listed
 from ..panels import Panel, Room
 from .layers import largest
 
@@ -28,12 +29,12 @@ def block(panel: Panel, room: Room) -> Block:
     if finding is None:
         return Block(notes=[left_out])
     notes = [left_out] if left_out else []
-    total: Any = panel.of_group(finding["total"], None).values if "total" in finding else []
+    total = panel.of_group(finding["total"], None).values if "total" in finding else np.empty(0)
     freeze = [position for position in range(len(total)) if total[position] > 0]
     names = finding["layer"].values
     grouped = panel.groups is not None
     helping = finding["helping"].values
-    rows = [
+    rows: list[list[Cell]] = [
         [str(names[position]), float(total[position]), *([] if grouped else [float(helping[position])])]
         for position in sorted(freeze, key=lambda position: -total[position])
     ]
@@ -62,7 +63,7 @@ def block(panel: Panel, room: Room) -> Block:
     )
 
 
-def _dead(panel: Panel, finding: Any) -> str:
+def _dead(panel: Panel, finding: xr.Dataset) -> str:
     """Say how many units had no effect, each counted once however many tensors it has, and name some."""
     dead, most = [clean(name, 60) for name in finding["dead_name"].values], _NAMED
     if len(dead) >= most:
@@ -72,10 +73,10 @@ def _dead(panel: Panel, finding: Any) -> str:
     return f"{amount}{f', such as {listed(dead[:6])}' if len(dead) > 6 else f' ({listed(dead)})' if dead else ''}"
 
 
-def _named(finding: Any, kind: str, title: str, values: list[tuple[str, str, str]]) -> Table | None:
+def _named(finding: xr.Dataset, kind: str, title: str, values: list[tuple[str, str, str]]) -> Table | None:
     if f"{kind}_name" not in finding.variables:
         return None
-    rows = [
+    rows: list[list[Cell]] = [
         [str(name), *(float(finding[f"{kind}_{value}"].values[position]) for value, _, _ in values)]
         for position, name in enumerate(finding[f"{kind}_name"].values)
     ]
@@ -84,14 +85,14 @@ def _named(finding: Any, kind: str, title: str, values: list[tuple[str, str, str
     )
 
 
-def _tensors(finding: Any, notes: list[str]) -> Table | None:
+def _tensors(finding: xr.Dataset, notes: list[str]) -> Table | None:
     if "silent" not in finding:
         return None
     elements = finding["tensor_elements"].values
     shown = largest(elements, MOST_ROWS)
     if len(shown) < len(elements):
         notes.append(f"Silent parameters are listed for the {len(shown)} largest of {count(len(elements), 'tensor')}.")
-    rows = [
+    rows: list[list[Cell]] = [
         [
             str(finding["tensor"].values[position]),
             int(elements[position]),

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import xarray as xr
 
 from ... import findings
 from ...errors import LCAError
 from ...store import LossResults
-from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, percent, plain
+from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, clean, count, percent, plain
 from ..figures import add_many, steps_figure
 from ..panels import Panel, Room
-from ..thin import lines, over_steps
+from ..thin import Json, lines, over_steps
 from .layers import largest
 
 _SAID = 6  # runs in the sentence
@@ -66,7 +66,7 @@ def block(first: Panel, runs: Sequence[Panel | None], labelled: Sequence[str] | 
         tints.append(kinds.index(label))
         sentences.append(f"{panel.run_label} {plain(float(y[0]))} → {plain(float(y[-1]))}")
     some = f"{'; '.join(sentences[:_SAID])}{f'; and {count(len(sentences) - _SAID)} more, in the table' if len(sentences) > _SAID else ''}"
-    view: dict[str, Any] = {"xs": {"join": xs}, "ys": {"join": ys}, "name": names, "colour": "@palette"}
+    view: dict[str, Json] = {"xs": {"join": xs}, "ys": {"join": ys}, "name": names, "colour": "@palette"}
     if labelled is not None:
         view["kind"] = tints
         view["@kinds"] = [clean(kind, 60) for kind in kinds]
@@ -84,7 +84,7 @@ def _tables(same: Sequence[tuple[str, Panel]], labelled: bool) -> tuple[list[Tab
     for label, panel in same:
         shown.setdefault(label, []).append(panel.results)
     try:
-        finding: Any = findings.compare(shown)
+        finding: xr.Dataset = findings.compare(shown)
     except LCAError as error:
         return [], [clean(error, 400)]
     notes = [clean(finding.attrs["left_out"], 400)] if finding.attrs.get("left_out") else []
@@ -101,9 +101,9 @@ def _tables(same: Sequence[tuple[str, Panel]], labelled: bool) -> tuple[list[Tab
     return tables, notes
 
 
-def _runs(finding: Any, repeats: bool) -> Table:
+def _runs(finding: xr.Dataset, repeats: bool) -> Table:
     """Return the headline figures of each label."""
-    rows = []
+    rows: list[list[Cell]] = []
     for position, label in enumerate(finding["label"].values):
         of = finding.isel(label=position)
         end, share = (_interval(of, name, write) for name, write in (("loss_end", plain), ("helping", percent)))
@@ -132,7 +132,7 @@ def _runs(finding: Any, repeats: bool) -> Table:
     return Table(title="Labels", columns=columns, rows=rows, note=note, open=True)
 
 
-def _interval(of: Any, name: str, write: Any) -> list[str]:
+def _interval(of: xr.Dataset, name: str, write: Callable[[float], str]) -> list[str]:
     low, high = (float(of[f"{name}_{end}"]) for end in ("low", "high"))
     text = write(float(of[name]))
     return [text if np.isnan(low) else f"{text} [{write(low)}, {write(high)}]"]
@@ -140,7 +140,7 @@ def _interval(of: Any, name: str, write: Any) -> list[str]:
 
 def _every(same: Sequence[tuple[str, Panel]]) -> Table:
     """Return the headline figures of each run."""
-    rows = []
+    rows: list[list[Cell]] = []
     for label, panel in same:
         of = panel.whole
         rows.append([panel.run_label, clean(label, 60), of["loss_end"], of["loss_change"], of["helping"]])
@@ -154,7 +154,7 @@ def _every(same: Sequence[tuple[str, Panel]]) -> Table:
     return Table(title="Every run", columns=columns, rows=rows)
 
 
-def _layers(finding: Any, repeats: bool, notes: list[str]) -> Table:
+def _layers(finding: xr.Dataset, repeats: bool, notes: list[str]) -> Table:
     """Return the sum of each layer in each run or label, of labels with repeats also intervals, differences and p-values."""
     columns_of = {name: finding[name].transpose("label", "layer").values for name in _VALUES}
     mean = columns_of["mean"]
@@ -167,9 +167,9 @@ def _layers(finding: Any, repeats: bool, notes: list[str]) -> Table:
         if repeats:
             columns += [Column("± half the interval", "plain"), Column("p", "plain")]
             columns += [Column(f"less {finding['label'].values[0]}"), Column("p of that", "plain")] if position else []
-    rows = []
+    rows: list[list[Cell]] = []
     for layer in picked:
-        row: list[Any] = [str(finding["layer"].values[layer])]
+        row: list[Cell] = [str(finding["layer"].values[layer])]
         for position in range(len(mean)):
             row.append(float(mean[position, layer]))
             if repeats:
@@ -198,7 +198,7 @@ def _layers(finding: Any, repeats: bool, notes: list[str]) -> Table:
     )
 
 
-def _test(finding: Any) -> str:
+def _test(finding: xr.Dataset) -> str:
     """Return the name of the test of differences to the first label."""
     paired = finding["paired"].values[1:]
     if not paired.any():

@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import xarray as xr
 
-from ..content import Block, Section, clean, count, plain, signed
+from ..content import Block, Section, View, clean, count, plain, signed
 from ..figures import ACCENT, INK, MUTED, add_dots, add_level, add_lines, steps_figure
 from ..panels import Panel, Room
 from ..thin import numbers, over_segments, over_steps, thinned
@@ -50,7 +51,7 @@ def block(panel: Panel, room: Room) -> Block:
     finding, left_out = panel.find("curve")
     if finding is None:
         return Block(notes=[left_out])
-    views: dict[str, dict[str, Any]] = {"curve": {}, "residual": {}}
+    views: dict[str, dict[str, View]] = {"curve": {}, "residual": {}}
     steps, ends = finding["step"].values, finding["step_end"].values
     most = room.points(3 * len(panel.choices), 0.15)
     captions: dict[str, str] = {}
@@ -81,7 +82,7 @@ def block(panel: Panel, room: Room) -> Block:
     return Block(captions=captions, views=views, notes=[left_out] if left_out else [])
 
 
-def _captions(panel: Panel, finding: Any, values: dict[str, Numbers], bad: int, label: str) -> dict[str, str]:
+def _captions(panel: Panel, finding: xr.Dataset, values: dict[str, Numbers], bad: int, label: str) -> dict[str, str]:
     residual, start = values["residual"], float(values["loss_start"][0])
     end, predicted = float(values["loss"][-1]), float(values["predicted"][-1])
     worst = int(np.abs(residual).argmax())

@@ -8,10 +8,10 @@ import numpy as np
 import xarray as xr
 from bokeh.models import FixedTicker
 
-from ..content import Block, Column, Section, Table, count, percent, plain, signed
+from ..content import Block, Cell, Column, Section, Table, View, count, percent, plain, signed
 from ..figures import add_boxes, plain_figure
 from ..panels import Panel, Room
-from ..thin import numbers
+from ..thin import Json, numbers
 
 _LEAST = 1e-5  # share of a bar that is drawn
 _CHOICES = ("how many there are", "what they add up to")
@@ -41,7 +41,7 @@ def block(panel: Panel, room: Room) -> Block:
     finding, left_out = panel.find("distribution")
     if finding is None:
         return Block(notes=[left_out])
-    views: dict[str, dict[str, Any]] = {"distribution": {}}
+    views: dict[str, dict[str, View]] = {"distribution": {}}
     lower, upper = finding["lower"].values, finding["upper"].values
     for key, _, position in panel.choices:
         data = finding["count"].astype(float)
@@ -61,9 +61,9 @@ def block(panel: Panel, room: Room) -> Block:
     )
 
 
-def _boxes(lower: np.ndarray[Any, Any], upper: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> dict[str, Any]:
+def _boxes(lower: np.ndarray[Any, Any], upper: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> View:
     share = values / values.sum() if values.sum() else values
-    boxes: dict[str, Any] = {}
+    boxes: dict[str, Json] = {}
     for name, side, sign in (("helping", upper <= 0, 1), ("hurting", lower >= 0, -1)):
         low, high = np.minimum(abs(lower), abs(upper))[side], np.maximum(abs(lower), abs(upper))[side]
         # The outermost bins reach to zero and to infinity; draw them as wide as an octave.
@@ -96,7 +96,7 @@ def _sentence(panel: Panel, finding: xr.Dataset) -> str:
 
 
 def _table(panel: Panel, finding: xr.Dataset) -> Table:
-    rows: list[list[Any]] = []
+    rows: list[list[Cell]] = []
     for name, title, kind in (
         ("helping", "share that helped", "share"),
         ("hurting", "share that hurt", "share"),

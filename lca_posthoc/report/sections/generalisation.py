@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+import xarray as xr
 
 from ...findings.generalisation import two_splits
-from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, listed
+from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, clean, count, listed
 from ..figures import ACCENT, INK, add_level, add_lines, steps_figure
 from ..panels import Panel, Room
-from ..thin import kept, numbers
+from ..thin import Json, kept, numbers
 from .layers import largest
 
 
@@ -49,16 +48,16 @@ def block(panel: Panel, room: Room) -> Block | None:
         notes.append(f"{count(len(both[0]) - len(shown), 'layer')} with smaller sums are not shown.")
     x = np.append(finding["step"].values[:1], finding["step_end"].values)
     most = room.points(2 * (len(shown) + 1), 0.2)
-    views: dict[str, Any] = {}
+    views: dict[str, dict[str, Json]] = {}
     for place, position in enumerate([None, *shown]):
         views[f"|{place}"] = {"@legend": [["ink", clean(pair[0], 60)], ["accent", f"{clean(pair[1], 60)} (dashed)"]]}
         for which, name, loss in zip(("first", "second"), called, pair, strict=True):
             sums = finding[f"cumulative_{name}"].transpose("step", "layer").values
             y = np.append(0.0, sums.sum(1) if position is None else sums[:, position])
             few = kept(y, most)
-            of = {"same": len(few), "v": clean(loss, 60)}
+            of: Json = {"same": len(few), "v": clean(loss, 60)}
             views[f"|{place}"][which] = {"x": numbers(x[few]), "y": numbers(y[few]), "name": of}
-    rows = [
+    rows: list[list[Cell]] = [
         [name, float(both[0][position]), float(both[1][position])] for name, position in zip(names, shown, strict=True)
     ]
     columns = [Column("layer", "name"), Column(f"Σ on {pair[0]}", "bar"), Column(f"Σ on {pair[1]}", "bar")]
@@ -83,10 +82,10 @@ def partner(panel: Panel) -> tuple[str, str] | None:
     return two_splits({name: results for name, results in panel.run.items() if results.complete})
 
 
-def _more(finding: Any, pair: tuple[str, str], called: list[str]) -> list[Table]:
+def _more(finding: xr.Dataset, pair: tuple[str, str], called: list[str]) -> list[Table]:
     tables = []
     if "parameters" in finding:
-        rows = [
+        rows: list[list[Cell]] = [
             [
                 str(name),
                 int(finding["parameters"].sel(quadrant=name).sum()),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from ...findings.helping import joined_shares
-from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, percent
+from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, View, clean, count, percent
 from ..figures import ACCENT, INK, add_boxes, add_level, add_lines, plain_figure, steps_figure
 from ..panels import Panel, Room
 from ..thin import numbers, over_segments, thinned
@@ -57,7 +56,7 @@ def block(panel: Panel, room: Room) -> Block:
     choices = [_ALL, *(clean(tensors[position]) for position in picked)]
     if len(picked) < len(tensors):
         notes.append(f"Shares are drawn for the {len(picked)} largest of {count(len(tensors), 'tensor')}.")
-    views: dict[str, dict[str, Any]] = {"helping": {}, "over_time": {}}
+    views: dict[str, dict[str, View]] = {"helping": {}, "over_time": {}}
     steps, ends = finding["step"].values, finding["step_end"].values
     most = room.points((len(picked) + 2) * len(panel.choices), 0.2)
     for key, _, position in panel.choices:
@@ -90,7 +89,7 @@ def block(panel: Panel, room: Room) -> Block:
     )
 
 
-def _over_time(finding: xr.Dataset) -> dict[str, Any]:
+def _over_time(finding: xr.Dataset) -> View:
     edges, parameters, expected = joined_shares(finding)
     low, high = edges[:-1], edges[1:]
     occupied = np.flatnonzero((parameters > 0) | (expected > 0.05))
@@ -137,7 +136,7 @@ def _often(finding: xr.Dataset) -> str:
 
 
 def _list(finding: xr.Dataset, who: str, title: str) -> Table:
-    names: Any = finding[f"{who}_name"].values if f"{who}_name" in finding.coords else []
+    names = finding[f"{who}_name"].values.tolist() if f"{who}_name" in finding.coords else []
     columns = [
         Column("parameter", "name"),
         Column("helped on", "share"),
@@ -146,7 +145,7 @@ def _list(finding: xr.Dataset, who: str, title: str) -> Table:
         Column("p (Bonferroni)", "plain"),
     ]
     values = [finding[f"{who}_{name}"].values for name in ("share", "segments", "allocated", "p")] if len(names) else []
-    rows = [
+    rows: list[list[Cell]] = [
         [
             name,
             float(values[0][position]),

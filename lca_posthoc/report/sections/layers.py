@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, listed, signed
+from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, View, clean, count, listed, signed
 from ..figures import add_level, add_many, steps_figure
 from ..panels import Panel, Room
 from ..thin import lines, over_steps
@@ -43,7 +43,7 @@ def block(panel: Panel, room: Room) -> Block:
     names = [clean(finding["layer"].values[position]) for position in shown]
     steps, ends = finding["step"].values, finding["step_end"].values
     most = room.points(len(shown) * len(panel.choices), 0.4)
-    views: dict[str, dict[str, Any]] = {"layers": {}, "@layers": {}}
+    views: dict[str, dict[str, View]] = {"layers": {}, "@layers": {}}
     for key, _, position in panel.choices:
         sums = panel.of_group(finding["cumulative"], position).transpose("step", "layer").values[:, shown]
         x, ys = over_steps(steps, ends, np.concatenate([np.zeros((1, len(shown))), sums[:-1]]).T, sums.T)
@@ -66,7 +66,7 @@ def _table(panel: Panel, finding: xr.Dataset, shown: list[int], names: list[str]
     total, mean = (panel.of_group(finding[name], None).values for name in ("total", "mean"))
     helping = panel.share_of_group(finding["helping"], None).values
     ticked = set(largest(total[shown], _DRAWN))
-    rows = [
+    rows: list[list[Cell]] = [
         [
             name,
             float(total[position]),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+import xarray as xr
 
-from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, plain
+from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, View, clean, count, plain
 from ..figures import INK, MUTED, add_level, add_lines, steps_figure
 from ..panels import Panel, Room
 from ..thin import over_segments, thinned
@@ -47,7 +46,7 @@ def block(panel: Panel, room: Room) -> Block:
     if finding is None:
         return Block(notes=[left_out])
     notes = [left_out] if left_out else []
-    views: dict[str, dict[str, Any]] = {}
+    views: dict[str, dict[str, View]] = {}
     choices: list[str] = []
     if "trace" in finding.dims and finding.sizes["trace"]:
         choices = [
@@ -76,10 +75,10 @@ def block(panel: Panel, room: Room) -> Block:
     return Block(captions=captions, views=views, choice="Parameter", choices=choices, tables=tables, notes=notes)
 
 
-def _traces(panel: Panel, finding: Any, room: Room) -> dict[str, dict[str, Any]]:
+def _traces(panel: Panel, finding: xr.Dataset, room: Room) -> dict[str, dict[str, View]]:
     traces = finding.sizes["trace"]
     most = room.points(3 * traces * len(panel.choices), 0.12)
-    views: dict[str, dict[str, Any]] = {}
+    views: dict[str, dict[str, View]] = {}
     for signal in _SIGNALS:
         if signal not in finding.data_vars:
             continue
@@ -93,12 +92,12 @@ def _traces(panel: Panel, finding: Any, room: Room) -> dict[str, dict[str, Any]]
     return views
 
 
-def _table(finding: Any, notes: list[str]) -> Table:
+def _table(finding: xr.Dataset, notes: list[str]) -> Table:
     signals = [str(name) for name in finding["signal"].values]
     shown = largest(finding["elements"].values, MOST_ROWS)
     if len(shown) < finding.sizes["tensor"]:
         notes.append(f"Turns are listed for the {len(shown)} largest of {count(finding.sizes['tensor'], 'tensor')}.")
-    rows = [
+    rows: list[list[Cell]] = [
         [
             str(finding["tensor"].values[position]),
             *(float(finding["interval"].sel(signal=name).values[position]) for name in signals),

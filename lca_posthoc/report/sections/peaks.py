@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from bokeh.models import FixedTicker, Range1d
 
 from ...findings.names import fitting
 from ...findings.peaks import powerless
-from ..content import Block, Column, Section, Table, clean, count, plain
+from ..content import Block, Cell, Column, Section, Table, View, clean, count, plain
 from ..figures import ACCENT, add_boxes, add_dots, add_level, plain_figure, steps_figure
 from ..panels import Panel, Room
 from ..thin import numbers
@@ -57,7 +58,7 @@ def block(panel: Panel, room: Room) -> Block:
         notes.append(
             f"Peaks are drawn for {len(shown)} of {count(len(names), 'layer')}: the first, the last, and those with the largest sums."
         )
-    views: dict[str, dict[str, Any]] = {"peaks": {}, "null": {}}
+    views: dict[str, dict[str, View]] = {"peaks": {}, "null": {}}
     for key, _, position in panel.choices:
         views["peaks"][f"{key}|"] = _dots(finding, names, shown, position)
     if "local" in finding:
@@ -80,7 +81,7 @@ def block(panel: Panel, room: Room) -> Block:
     tables = []
     if panel.groups is not None and "p_shift_group" in finding:
         labels = finding["group"].values
-        rows = [
+        rows: list[list[Cell]] = [
             [
                 str(labels[position]),
                 int(finding["observed"].values[position]),
@@ -93,7 +94,7 @@ def block(panel: Panel, room: Room) -> Block:
     return Block(captions=captions, views=views, tables=tables, notes=notes)
 
 
-def _chance(finding: Any, which: str) -> str:
+def _chance(finding: xr.Dataset, which: str) -> str:
     """Write a p-value, and say where it is the least that so many rotations can give."""
     p, draws = float(finding[f"p_{which}"]), finding.sizes["draw"]
     least = f", the least that {draws:,} rotations can give" if p <= 1 / (draws + 1) else ""
@@ -111,7 +112,7 @@ def _largest(panel: Panel, names: np.ndarray[Any, Any]) -> list[int]:
     return sorted(np.argsort(-size, kind="stable")[:_LAYERS].tolist())
 
 
-def _dots(finding: Any, every: list[str], shown: list[int], group_position: int | None) -> dict[str, Any]:
+def _dots(finding: xr.Dataset, every: list[str], shown: list[int], group_position: int | None) -> View:
     names = [every[layer] for layer in shown]
     peak, aligned = (
         finding["peak"].transpose("step", "group", "layer").values,
@@ -134,7 +135,7 @@ def _dots(finding: Any, every: list[str], shown: list[int], group_position: int 
     }
 
 
-def _null(finding: Any) -> dict[str, Any]:
+def _null(finding: xr.Dataset) -> View:
     draws = finding["local"].values
     width = max(1, -(-int(draws.max(initial=0) - draws.min(initial=0) + 1) // 40))
     edges = np.arange(int(draws.min(initial=0)), int(draws.max(initial=0)) + width + 1, width)

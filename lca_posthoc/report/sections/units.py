@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from bokeh.models import Range1d
 
-from ..content import Block, Column, Section, Table, clean, count, listed, signed
+from ..content import Block, Cell, Column, Section, Table, View, clean, count, listed, signed
 from ..figures import add_picture, steps_figure
 from ..panels import Panel, Room
 from ..thin import gaps, picture
@@ -58,7 +58,7 @@ def block(panel: Panel, room: Room) -> Block:
     data = _evenly(data, steps, ends)
     edges = np.append(finding["step"].values[:1], finding["step_end"].values).astype(float)
     pixels = room.pixels(0.2) // len(shown)
-    views: dict[str, Any] = {}
+    views: dict[str, View] = {}
     for place, name in enumerate(shown):
         picked = np.flatnonzero(names == name)
         views[f"|{place}"] = _view(data[:, picked].T, edges, pixels, notes, clean(name, 60))
@@ -87,9 +87,7 @@ def _evenly(
     return np.insert(data, np.repeat(after + 1, missing), 0.0, axis=0)
 
 
-def _view(
-    rows: np.ndarray[Any, Any], edges: np.ndarray[Any, Any], pixels: int, notes: list[str], name: str
-) -> dict[str, Any]:
+def _view(rows: np.ndarray[Any, Any], edges: np.ndarray[Any, Any], pixels: int, notes: list[str], name: str) -> View:
     """Return a picture of some units; where there are more than fit, units are summed in blocks, then steps."""
     units_in_row = max(1, -(-len(rows) // _ROWS))
     units = len(rows)
@@ -115,7 +113,9 @@ def _view(
 def _table(names: np.ndarray[Any, Any], index: np.ndarray[Any, Any], total: np.ndarray[Any, Any]) -> Table:
     order = np.argsort(total, kind="stable")
     picked = [*order[:5].tolist(), *order[-5:].tolist()] if len(order) > 10 else order.tolist()
-    rows = [[f"{clean(names[position], 100)}[{index[position]}]", float(total[position])] for position in picked]
+    rows: list[list[Cell]] = [
+        [f"{clean(names[position], 100)}[{index[position]}]", float(total[position])] for position in picked
+    ]
     return Table(
         title="Units that helped most and least",
         columns=[Column("unit", "name"), Column("Σ allocation", "bar")],
