@@ -23,12 +23,12 @@ from datetime import timedelta
 from html import escape
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.spinner import Spinner
 from rich.status import Status
 from rich.table import Column
@@ -111,7 +111,7 @@ class Stream(io.TextIOBase):
         matters: whether an error such as a full disk is raised: it is for results, not for progress.
     """
 
-    def __init__(self, stream: Any, *, matters: bool) -> None:
+    def __init__(self, stream: TextIO | None, *, matters: bool) -> None:
         self._stream, self._matters = stream, matters
 
     @property
@@ -167,10 +167,11 @@ class Stream(io.TextIOBase):
 
     def _leave(self) -> None:
         """Write to nowhere from here on; also what Python still flushes at its end."""
-        with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+        if self._stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
         self._stream = None
 
 
@@ -365,7 +366,7 @@ def _shows_prints() -> bool:
 class _Left(ProgressColumn):
     """The time left at the rate since work began."""
 
-    def render(self, task: Any) -> Text:
+    def render(self, task: Task) -> Text:
         due = task.fields["due"]
         text = "-:--:--" if due is None else str(timedelta(seconds=int(max(0.0, due - time.monotonic()))))
         return Text(text, style="progress.remaining")

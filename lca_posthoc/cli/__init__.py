@@ -9,7 +9,7 @@ import importlib
 import keyword
 import sys
 import traceback
-from typing import Any
+from typing import IO, Any
 
 import click
 
@@ -43,7 +43,7 @@ class _Failure(click.ClickException):
         super().__init__(str(error))
         self.exit_code = error.exit_code  # type: ignore[misc]
 
-    def show(self, file: Any = None) -> None:
+    def show(self, file: IO[Any] | None = None) -> None:
         text = "lca: " + safe(" ".join(self.message.splitlines()))
         print(wrapped(text, stderr()), file=Stream(sys.stderr, matters=False), flush=True)
 

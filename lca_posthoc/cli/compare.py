@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.text import Text
@@ -14,6 +14,8 @@ from .options import json_option
 from .show import print_json, say, share, stdout, table, units_of_loss
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from ..store import LossResults
 
 _NONE = "–"
@@ -150,7 +152,7 @@ def open_labelled(paths: dict[str, list[str]], loss: str | None) -> dict[str, li
     return opened
 
 
-def document(comparison: Any) -> dict[str, Any]:
+def document(comparison: xr.Dataset) -> dict[str, object]:
     """Return what `lca compare --json` prints."""
     labels = {}
     for label in comparison["label"].values:
@@ -168,7 +170,7 @@ def document(comparison: Any) -> dict[str, Any]:
     return {"schema": 1, **about, "labels": labels}
 
 
-def print_comparison(comparison: Any) -> None:
+def print_comparison(comparison: xr.Dataset) -> None:
     """Print the headline figures of each label, then its layers beside those of the others, with Holm's p-values."""
     labels = [safe(label) for label in comparison["label"].values]
     by_label = [comparison.isel(label=position) for position in range(len(labels))]
@@ -222,7 +224,7 @@ def print_comparison(comparison: Any) -> None:
         )
 
 
-def _tests(comparison: Any) -> str:
+def _tests(comparison: xr.Dataset) -> str:
     """Return the name of the test of differences to the first label."""
     paired = [safe(label) for label in comparison["label"].values[comparison["paired"].values]]
     if not paired:
@@ -235,7 +237,7 @@ def _tests(comparison: Any) -> str:
 
 
 def _interval(
-    of: Any, name: str, scale: float, sign: str = "+", digits: int = 4, ends: tuple[str, str] | None = None
+    of: xr.Dataset, name: str, scale: float, sign: str = "+", digits: int = 4, ends: tuple[str, str] | None = None
 ) -> Text:
     value, low, high = (
         _in_units(of[part], scale, sign, digits) for part in (name, *(ends or (f"{name}_low", f"{name}_high")))
@@ -243,14 +245,14 @@ def _interval(
     return Text(value + ("" if _NONE in (low, high) else f" [{low}, {high}]"))
 
 
-def _scale(values: Any) -> float:
+def _scale(values: xr.DataArray) -> float:
     """Return the largest size among numbers that stand together."""
     return max((abs(value) for value in values.values.ravel().tolist() if math.isfinite(value)), default=0.0)
 
 
-def _in_units(value: Any, scale: float, sign: str = "+", digits: int = 4) -> str:
+def _in_units(value: xr.DataArray, scale: float, sign: str = "+", digits: int = 4) -> str:
     return units_of_loss(float(value), scale, sign, digits) if bool(value == value) else _NONE
 
 
-def _number(value: Any, form: str) -> str:
+def _number(value: xr.DataArray, form: str) -> str:
     return form.format(float(value)) if bool(value == value) else _NONE

@@ -6,13 +6,20 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..text import safe_in_figure
 from .compare import labelled, open_labelled
 from .show import say, stdout
+
+if TYPE_CHECKING:
+    import numpy as np
+    import xarray as xr
+    from matplotlib.figure import Figure
+
+    from ..store import LossResults
 
 PICTURES, FILMS = (".png", ".svg", ".pdf"), (".mp4", ".gif")
 FINDINGS = {  # what each takes
@@ -182,7 +189,7 @@ def _path(path: Path, finding: str) -> Path:
     return path
 
 
-def _results(path: str, losses: tuple[str, ...], finding: str) -> list[Any]:
+def _results(path: str, losses: tuple[str, ...], finding: str) -> list[LossResults]:
     """Return the losses of a run that a finding needs: two for generalisation, else one."""
     from ..errors import InputError
     from ..findings.generalisation import no_two_splits, two_splits
@@ -232,7 +239,7 @@ def _draw(
 
 def _find(
     finding: str, named: dict[str, list[str]], losses: tuple[str, ...], options: dict[str, Any]
-) -> list[tuple[str, Any]]:
+) -> list[tuple[str, xr.Dataset]]:
     """Compute the finding of each run, under its label; compare has one for all runs."""
     from .. import findings
     from ..errors import InputError
@@ -259,7 +266,7 @@ def _find(
     return pairs
 
 
-def _group(results: Any, label: str) -> Any:
+def _group(results: LossResults, label: str) -> Any:
     """Return the group that a word names; labels are numbers or words."""
     from ..errors import InputError
 
@@ -283,7 +290,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _save(
     plot: Callable[..., Any],
-    pairs: list[tuple[str, Any]],
+    pairs: list[tuple[str, xr.Dataset]],
     options: dict[str, Any],
     path: Path,
     size: tuple[float, float] | None,
@@ -311,7 +318,7 @@ def _save(
     plt.close(figure)
 
 
-def _frame(film: Any, step: int) -> int:
+def _frame(film: xr.Dataset, step: int) -> int:
     """Return the frame that shows the segments around a training step."""
     from ..errors import InputError
 
@@ -323,8 +330,11 @@ def _frame(film: Any, step: int) -> int:
 
 
 def _panels(
-    plot: Callable[..., Any], pairs: list[tuple[str, Any]], options: dict[str, Any], size: tuple[float, float] | None
-) -> Any:
+    plot: Callable[..., Any],
+    pairs: list[tuple[str, xr.Dataset]],
+    options: dict[str, Any],
+    size: tuple[float, float] | None,
+) -> Figure:
     """Draw runs beside each other, each under its label, all on the same axes and scale of colours."""
     import matplotlib.pyplot as plt
 
@@ -349,7 +359,9 @@ def _panels(
     return figure
 
 
-def _extent(plot: Callable[..., Any], pairs: list[tuple[str, Any]], options: dict[str, Any]) -> Any:
+def _extent(
+    plot: Callable[..., Any], pairs: list[tuple[str, xr.Dataset]], options: dict[str, Any]
+) -> np.ndarray[Any, Any]:
     """Return the corners of the box around everything drawn of all runs, in coordinates of the data."""
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox

@@ -74,7 +74,7 @@ def _idle(finding: xr.Dataset) -> bool:
     return any(bool((finding[name] > 0).any()) for name in ("never_helped", "silent", "dead_units") if name in finding)
 
 
-def _largest(ax: Axes, finding: xr.Dataset, dim: str, sizes: Any) -> xr.Dataset:
+def _largest(ax: Axes, finding: xr.Dataset, dim: str, sizes: np.ndarray[Any, Any]) -> xr.Dataset:
     """Return the `_MOST` largest in size along `dim`, in their old order, and write below the axis how many more there are."""
     order = np.argsort(-np.nan_to_num(np.abs(sizes)), kind="stable")
     rest = order[_MOST:]
@@ -103,7 +103,7 @@ def _room_for_more(ax: Axes, shown: int, whole: int) -> None:
         ax.set_ylim(shown + 0.6, -0.6)
 
 
-def _bars(ax: Axes, names: Sequence[str], values: Any, label: str, title: str) -> None:
+def _bars(ax: Axes, names: Sequence[str], values: np.ndarray[Any, Any], label: str, title: str) -> None:
     ax.barh(range(len(names)), values, height=0.72, color=[HELPING if value < 0 else HURTING for value in values])
     zero_line(ax, vertical=True)
     tidy(ax, x=label, title=title)

@@ -28,6 +28,7 @@ from .style import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.typing import LineStyleType
 
 _MOST = 28  # groups that colours and dashes tell apart
 
@@ -86,7 +87,7 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _lines(ax: Axes, finding: xr.Dataset, hue: str, style: Any) -> None:
+def _lines(ax: Axes, finding: xr.Dataset, hue: str, style: LineStyleType) -> None:
     """Draw start plus Σ allocation, wide and pale, and on it the loss, thin and dark; each stretch begins at its own first loss."""
     alone = hue == INK  # else several are told apart by colours
     pale: dict[str, Any] = {

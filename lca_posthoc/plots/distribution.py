@@ -61,13 +61,14 @@ def distribution(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     return figure
 
 
-def _edges(side: xr.Dataset) -> Any:
+def _edges(side: xr.Dataset) -> np.ndarray[Any, Any]:
     """Return the edges of |A|, rising; the innermost one, zero, is replaced by one that a logarithmic axis can show."""
     ends = np.sort(np.abs(np.append(side["lower"].values, side["upper"].values[-1:])))
-    return np.maximum(ends, ends[ends > 0].min() / 2 if (ends > 0).any() else 1e-45)
+    edges: np.ndarray[Any, Any] = np.maximum(ends, ends[ends > 0].min() / 2 if (ends > 0).any() else 1e-45)
+    return edges
 
 
-def _rising(side: xr.Dataset) -> Any:
+def _rising(side: xr.Dataset) -> np.ndarray[Any, Any]:
     count = side["count"].values.astype(float)
     return count[::-1] if len(count) and side["upper"].values[-1] <= 0 else count
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from ..colours import FAINT, HURTING, INK, MUTED
@@ -143,7 +144,7 @@ class _Stage:
     def _axes(self, start: float, bottom: float, width: float, height: float) -> Axes:
         return self.figure.add_axes((start / _WIDE, bottom / self.high, width / _WIDE, height / self.high))
 
-    def _row(self, row: list[list[str]], bottom: float, height: float, unit: float, norm: Any) -> None:
+    def _row(self, row: list[list[str]], bottom: float, height: float, unit: float, norm: Normalize) -> None:
         """Draw a row of modules, each as wide as its aspect times `unit`; in a module, vectors are narrow."""
         start = _LEFT
         for module in row:
@@ -232,7 +233,7 @@ def _broken(finding: xr.Dataset, modules: list[list[str]], width: float) -> list
     return rows
 
 
-def _picture(ax: Axes, variable: xr.DataArray, norm: Any) -> AxesImage:
+def _picture(ax: Axes, variable: xr.DataArray, norm: Normalize) -> AxesImage:
     empty = np.zeros(variable.shape[1:], "float32")
     image = ax.imshow(empty, cmap=DIVERGE, norm=norm, aspect="auto", interpolation="nearest")
     ax.set(xticks=[], yticks=[])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
@@ -66,14 +66,12 @@ def oscillation(found: xr.Dataset, *, figure: Figure | None = None, top: int = 4
         _intervals(figure.add_subplot(rows[0, :]), found)
     titles = _titles(found) if shown else []
     for row, name in enumerate(shown, start=bool(tall)):
-        first: Any = None
         for column in range(traces):
             ax = figure.add_subplot(rows[row, column])
             title = titles[column] if name == shown[0] else ""
             _trace(ax, found.isel(trace=column), name, last=name == shown[-1], title=title)
             if column == 0:
-                first = ax
-        first.set_ylabel(_TRACES[name], fontsize=SMALL, color=INK)
+                ax.set_ylabel(_TRACES[name], fontsize=SMALL, color=INK)
         figure.align_ylabels()
     note(figure, found, rest)
     return figure

@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.collections import QuadMesh
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
+    from matplotlib.typing import LineStyleType
+    from numpy.typing import ArrayLike
 
 SMALL = 7.5  # points; figures are made at the size they are printed at
 DIVERGE = LinearSegmentedColormap.from_list("helping-hurting", DIVERGING, N=257).with_extremes(bad=FAINT)
 _MORE = 8  # letters a name may have more, so that it can be cut on one side alone
-_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
+_DASHES: tuple[LineStyleType, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
 
 
 # --- figures and axes ---------------------------------------------------------------------------------------------------
@@ -95,7 +97,7 @@ def powers(ax: Axes, axis: Literal["x", "y"], *, most: int = 5) -> None:
     of.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 10**power:.4g}".replace("-", "\u2212")))
 
 
-def strongest(finding: xr.Dataset, dim: str, sizes: Any, top: int) -> tuple[xr.Dataset, str]:
+def strongest(finding: xr.Dataset, dim: str, sizes: ArrayLike, top: int) -> tuple[xr.Dataset, str]:
     """Return the `top` largest in size along `dim`, in their old order, and a sentence about the others; "" where there are none.
 
     Raises:
@@ -103,13 +105,13 @@ def strongest(finding: xr.Dataset, dim: str, sizes: Any, top: int) -> tuple[xr.D
     """
     if top < 1:
         raise InputError(f"top is how many to show, 1 or more, got {top}.")
-    sizes = np.nan_to_num(np.abs(np.asarray(sizes, dtype=float)))
-    order = np.argsort(-sizes, kind="stable")
+    magnitudes = np.nan_to_num(np.abs(np.asarray(sizes, dtype=float)))
+    order = np.argsort(-magnitudes, kind="stable")
     rest = order[top:]
     if not len(rest):
         return finding, ""
     rest_text = f"Not shown: {len(rest):,} more, " + (
-        f"each {float(sizes[rest].max()):.2g} at most." if sizes[rest].any() else "all of zero."
+        f"each {float(magnitudes[rest].max()):.2g} at most." if magnitudes[rest].any() else "all of zero."
     )
     return finding.isel({dim: np.sort(order[:top])}), rest_text
 
@@ -119,7 +121,7 @@ def zero_line(ax: Axes, *, vertical: bool = False) -> None:
     (ax.axvline if vertical else ax.axhline)(0, color=MUTED, linewidth=0.6, zorder=1)
 
 
-def note(figure: Any, finding: xr.Dataset, *more: str) -> None:
+def note(figure: FigureBase, finding: xr.Dataset, *more: str) -> None:
     """Write at the foot what a finding leaves out, whose statistics normalisation layers had, and `more`; each line once."""
     old = getattr(figure, "_supxlabel", None)
     lines = [line for line in (old.get_text() if old else "").split("\n") if line]
@@ -258,7 +260,7 @@ def palette(count: int) -> list[str]:
     return [to_hex((float(red), float(green), float(blue))) for red, green, blue in spectrum]
 
 
-def dashes(position: int, count: int = 0) -> Any:
+def dashes(position: int, count: int = 0) -> LineStyleType:
     """Return the line style of the layer, group or run at this position; where colours repeat, the style differs.
 
     With the `count` of a palette of more colours than layers have, neighbours along the spectrum differ.
@@ -268,7 +270,7 @@ def dashes(position: int, count: int = 0) -> Any:
     return _DASHES[position // len(LAYERS) % len(_DASHES)]
 
 
-def symmetric(*values: Any, scale: float | None = None) -> Normalize:
+def symmetric(*values: ArrayLike, scale: float | None = None) -> Normalize:
     """Return limits at equal distance from zero: at `scale`, else at the 99.5 % quantile of |values|, which few extremes do not move."""
     if scale is None:
         sizes = np.abs(np.concatenate([np.ravel(array) for array in values]))
@@ -288,7 +290,7 @@ def share_colours(axes: Sequence[Axes]) -> None:
 
 def colour_bar(
     shown: ScalarMappable,
-    axes: Any,
+    axes: Axes,
     label: str,
     *,
     below: bool = False,
@@ -297,8 +299,8 @@ def colour_bar(
     ticks: Callable[[float], str] | None = None,
 ) -> None:
     """Draw a thin bar that says which end helped, beside `axes` or in `into`; its label takes the power of ten of long numbers."""
-    figure = np.ravel(axes)[0].figure
-    tall = np.ravel(axes)[0].get_window_extent().height / figure.dpi  # inches, before the layout
+    figure = axes.figure
+    tall = axes.get_window_extent().height / figure.dpi  # inches, before the layout
     place: dict[str, Any] = (
         {"orientation": "horizontal", "aspect": 50, "shrink": 0.6}
         if below
@@ -317,12 +319,8 @@ def colour_bar(
     bar.set_label(label.replace("(", f"($10^{{{power}}}$ ") if power else label, fontsize=SMALL, color=INK)
     for word, hue, away in zip(ends, (HELPING, HURTING), (-1, 1), strict=True):
         where = (0.5 + 0.57 * away, 0.5) if below else (0.5, 0.5 + 0.56 * away)
-        side = (
-            {"ha": "right" if away < 0 else "left", "va": "center"}
-            if below
-            else {"ha": "center", "va": "top" if away < 0 else "bottom"}
-        )
-        bar.ax.text(*where, word, color=hue, fontsize=SMALL, transform=bar.ax.transAxes, **side)
+        ha, va = ("right" if away < 0 else "left", "center") if below else ("center", "top" if away < 0 else "bottom")
+        bar.ax.text(*where, word, color=hue, fontsize=SMALL, ha=ha, va=va, transform=bar.ax.transAxes)
 
 
 def _power(scale: float) -> int:
@@ -341,13 +339,15 @@ def pieces(finding: xr.Dataset) -> list[slice]:
     return [slice(int(a), int(b)) for a, b in pairwise(cuts)]
 
 
-def over_gaps(finding: xr.Dataset, values: Any, start: Any = None, coordinate: str = "step_end") -> tuple[Any, Any]:
+def over_gaps(
+    finding: xr.Dataset, values: ArrayLike, start: ArrayLike | None = None, coordinate: str = "step_end"
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return x = the ends of segments and y = values, with NaN between stretches so that a line breaks there.
 
     With `start`, the values at the starts of segments, the line of each stretch begins where its first segment does.
     """
-    x: list[Any] = []
-    y: list[Any] = []
+    x: list[ArrayLike] = []
+    y: list[ArrayLike] = []
     for piece in pieces(finding):
         x += [finding[coordinate].values[piece].astype(float), [np.nan]]
         y += [np.asarray(values, dtype=float)[piece], [np.nan]]
@@ -356,7 +356,7 @@ def over_gaps(finding: xr.Dataset, values: Any, start: Any = None, coordinate: s
     return np.concatenate(x)[:-1], np.concatenate(y)[:-1]
 
 
-def time_edges(finding: xr.Dataset, values: Any) -> tuple[Any, Any]:
+def time_edges(finding: xr.Dataset, values: ArrayLike) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return the edges over time and the columns between them; a gap is a column of NaN. `values`: (…, step)."""
     start, end = finding["step"].values.astype(float), finding["step_end"].values.astype(float)
     gaps = np.array([piece.start for piece in pieces(finding)[1:]], dtype=int)
@@ -364,7 +364,7 @@ def time_edges(finding: xr.Dataset, values: Any) -> tuple[Any, Any]:
     return np.insert(edges, gaps, end[gaps - 1]), np.insert(np.asarray(values, dtype=float), gaps, np.nan, axis=-1)
 
 
-def heat(ax: Axes, finding: xr.Dataset, values: Any, norm: Normalize) -> QuadMesh:
+def heat(ax: Axes, finding: xr.Dataset, values: ArrayLike, norm: Normalize) -> QuadMesh:
     """Draw one row of pixels per row of `values` (row, step), from the top, over training steps."""
     x, columns = time_edges(finding, values)
     shown = ax.pcolormesh(x, np.arange(len(columns) + 1) - 0.5, columns, cmap=DIVERGE, norm=norm, rasterized=True)
@@ -376,7 +376,11 @@ def heat(ax: Axes, finding: xr.Dataset, values: Any, norm: Normalize) -> QuadMes
 
 
 def end_labels(
-    ax: Axes, heights: Any, words: Sequence[str], colours: Sequence[str], styles: Sequence[Any] | None = None
+    ax: Axes,
+    heights: ArrayLike,
+    words: Sequence[str],
+    colours: Sequence[str],
+    styles: Sequence[LineStyleType] | None = None,
 ) -> None:
     """Write words beside the right ends of lines, pushed apart until none covers another; call it when the limits are set.
 
@@ -395,7 +399,7 @@ def end_labels(
         ax.text(beside, place, word, color=hue, fontsize=SMALL, va="center", transform=ax.transAxes, clip_on=False)
 
 
-def spread(targets: Any, gap: float) -> list[float]:
+def spread(targets: ArrayLike, gap: float) -> list[float]:
     """Return positions as near to `targets` as they can be with `gap` between neighbours, between 0 and 1 where they fit.
 
     >>> spread([0.5, 0.5, 0.9], 0.1), spread([0.0, 0.0], 0.1)
