@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from bokeh.models import ColumnDataSource, HoverTool, LinearColorMapper, Range1d, Span
+from bokeh.models import ColumnDataSource, GlyphRenderer, HoverTool, LinearColorMapper, Range1d, Span
 from bokeh.plotting import figure
 
 from ..colours import HELPING, HURTING, NEUTRAL
@@ -55,27 +56,36 @@ def plain_figure(x: str, y: str, height: int = 300, **options: Any) -> figure:
     return chart
 
 
-def source(name: str, **columns: Any) -> ColumnDataSource:
+def source(name: str, columns: Sequence[str]) -> ColumnDataSource:
     """Return an empty table that the script finds by its name."""
-    return ColumnDataSource({column: [] for column in columns.get("columns", ())}, name=name)
+    return ColumnDataSource({column: [] for column in columns}, name=name)
 
 
-def add_lines(chart: figure, name: str, colour: str, **options: Any) -> None:
+def add_lines(
+    chart: figure,
+    name: str,
+    colour: str,
+    *,
+    tip: list[tuple[str, str]] | None = None,
+    width: float = 1.75,
+    dash: str = "solid",
+    alpha: float = 1.0,
+    mode: str = "mouse",
+) -> None:
     """Add one line, from the columns x and y of a source; `colour` is a tag of this module, or a colour."""
-    tip = options.get("tip")
     drawn = chart.line(
         "x",
         "y",
         source=source(name, columns=("x", "y")),
         line_color=_colour(colour),
-        line_width=options.get("width", 1.75),
-        line_dash=options.get("dash", "solid"),
-        line_alpha=options.get("alpha", 1.0),
+        line_width=width,
+        line_dash=dash,
+        line_alpha=alpha,
         line_join="round",
     )
     drawn.glyph.tags = [colour]
     if tip:
-        chart.add_tools(_hover(drawn, tip, mode=options.get("mode", "mouse")))
+        chart.add_tools(_hover(drawn, tip, mode=mode))
 
 
 def add_many(chart: figure, name: str, tip: list[tuple[str, str]], width: float = 1.75) -> None:
@@ -151,7 +161,7 @@ def add_level(chart: figure, level: float, dimension: str = "width", name: str =
     chart.add_layout(drawn)
 
 
-def _hover(drawn: Any, tip: list[tuple[str, str]], **options: Any) -> HoverTool:
+def _hover(drawn: GlyphRenderer, tip: list[tuple[str, str]], **options: Any) -> HoverTool:
     """Return what the pointer shows; formats that begin with % are those of printf, which small numbers need."""
     fields = (re.match(r"([@$]\w+)\{%", text) for _, text in tip)
     return HoverTool(
