@@ -43,7 +43,7 @@ class Net(torch.nn.Sequential):
 
 
 def digits() -> tuple[Data, Data]:
-    """Train (1,500) and validation (297) images, (N, 64) float32 in [0, 1], and labels, (N,) int64."""
+    """Return train (1,500) and validation (297) images, (N, 64) float32 in [0, 1], and labels, (N,) int64."""
     packed = resources.files("lca_posthoc").joinpath("data/digits.csv.gz").read_bytes()
     table = np.loadtxt(gzip.decompress(packed).decode().splitlines(), delimiter=",")
     images = torch.from_numpy(table[:, :64] / 16).float()
@@ -52,7 +52,7 @@ def digits() -> tuple[Data, Data]:
 
 
 def task() -> Task:
-    """Cross-entropy over the training and the validation images."""
+    """Return the task: cross-entropy over the training and the validation images."""
     train, validation = digits()
     return Task(
         model=Net,

@@ -1,7 +1,7 @@
-"""What a person sees of a replay: notes, stages, a bar on a terminal or in a notebook, elsewhere a line a minute.
+"""The progress of a replay as a person sees it: notes, stages, a bar on a terminal or in a notebook, elsewhere a line a minute.
 
-Nothing here can turn finished work into an error: what a terminal or a pipe cannot show is shown in other signs, and one that is
-gone is written to no more.
+Nothing here can turn finished work into an error: signs that a terminal or a pipe cannot show are replaced by others, and a stream
+that is gone is written to no more.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from datetime import timedelta
 from html import escape
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.spinner import Spinner
 from rich.status import Status
 from rich.table import Column
@@ -48,7 +48,7 @@ from .progress import (
     Stopping,
     silent,
 )
-from .text import count
+from .text import count, safe
 
 LOOK = 2.0  # seconds between two looks at how far spans are
 FIRST = 20.0  # seconds after work began, once there are figures, until the first line where there is no terminal
@@ -60,7 +60,6 @@ _PACKAGE = os.path.dirname(__file__) + os.sep
 
 _COMMAND = re.compile(r"`[^`\n]+`")
 _GLUE = "\u2800"  # as wide as a blank, and no place to cut a line
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _PLAIN = {
     "→": "->",
     "−": "-",
@@ -78,15 +77,6 @@ _PLAIN = {
     "•": "*",
     "\N{NO-BREAK SPACE}": " ",
 }
-
-
-def safe(name: str) -> str:
-    """Return a name from a file without characters that steer a terminal.
-
-    >>> safe("a\\x1b[31mb")
-    'a?[31mb'
-    """
-    return _CONTROL.sub("?", name)
 
 
 def showable(text: str, encoding: str) -> str:
@@ -114,19 +104,19 @@ def _has(encoding: str, sign: str) -> bool:
 
 
 class Stream(io.TextIOBase):
-    """A text stream that shows what it can: a sign its encoding lacks becomes another, and what nobody reads is not written.
+    """A text stream that shows what it can: a sign its encoding lacks becomes another, and nothing is written once its reader is gone.
 
     Args:
-        stream: where to write; None for nowhere, as Python has it where a descriptor is closed.
-        matters: whether an error such as a full disk is raised: of results it is, of progress it is not.
+        stream: where to write; None for nowhere, which is what Python sets where a descriptor is closed.
+        matters: whether an error such as a full disk is raised: it is for results, not for progress.
     """
 
-    def __init__(self, stream: Any, *, matters: bool) -> None:
+    def __init__(self, stream: TextIO | None, *, matters: bool) -> None:
         self._stream, self._matters = stream, matters
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """The encoding of the stream beneath."""
+        """Return the encoding of the stream beneath."""
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
@@ -177,15 +167,16 @@ class Stream(io.TextIOBase):
 
     def _leave(self) -> None:
         """Write to nowhere from here on; also what Python still flushes at its end."""
-        with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+        if self._stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
         self._stream = None
 
 
 def open_standard_descriptors() -> None:
-    """Open what is closed of the first three descriptors on nothing: else a file of results is given its number, and its prints."""
+    """Open those of the first three descriptors that are closed, on nothing; else a file of results gets the number, and prints."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -207,7 +198,7 @@ def stderr() -> Console:
 
 
 def waiting(console: Console) -> Status:
-    """Return a line that says what goes on, in signs the console can show; it begins as a context, or with `start`."""
+    """Return a status line in signs the console can show; it starts as a context manager, or with `start`."""
     return console.status("", spinner=_spinner(console))
 
 
@@ -222,7 +213,7 @@ def say(text: str) -> None:
 
 
 def wrapped(text: str, console: Console) -> str:
-    """Return a text in lines as wide as the terminal, cut between words; as it is where no terminal shows it.
+    """Return a text in lines as wide as the terminal, cut between words; unchanged where no terminal shows it.
 
     A command in backticks that fits a line is never cut, so that it can be copied.
     """
@@ -246,9 +237,9 @@ def duration(seconds: float) -> str:
 # --- how far a replay is -------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Progressed:
-    """How far a replay is: `done` of `total` segments (of two losses each counts twice), `before` of them when it began."""
+    """The progress of a replay: `done` of `total` segments (with two losses each counts twice), `before` of them when it began."""
 
     total: int = 0
     before: int = 0
@@ -264,11 +255,11 @@ class Progressed:
 
     @property
     def reached(self) -> float:
-        """Segments done, with what spans underway report."""
+        """Return the segments done, with those that spans underway report."""
         return min(float(self.total), self.done + self.underway)
 
     def rate(self, now: float) -> float | None:
-        """Return segments per second since work began; spans end in bunches, of which a moving rate makes nothing."""
+        """Return segments per second since work began; spans end in bunches, which would make a moving rate jump."""
         seconds, segments = now - self.began, self.reached - self.before
         return segments / seconds if seconds > 0 and segments > 0 else None
 
@@ -279,16 +270,16 @@ class Progressed:
 
     @property
     def trouble(self) -> str:
-        """Spans that were tried again or failed, in words."""
+        """Return how many spans were tried again or failed, in words."""
         counts = (("retried", self.retried), ("failed", self.failed))
         return "".join(f" · {count} {what}" for what, count in counts if count)
 
     def line(self, now: float) -> str:
         """Return all of it in one line."""
-        rate, left = self.rate(now), self.seconds_left(now)
+        rate, remaining = self.rate(now), self.seconds_left(now)
         workers = count(self.workers, "worker")
         speed = f"{rate:.3g} segments/s on {workers}" if rate is not None else workers
-        rest = f"about {duration(left)} left" if left is not None else f"after {duration(now - self.began)}"
+        rest = f"about {duration(remaining)} left" if remaining is not None else f"after {duration(now - self.began)}"
         return (
             f"{int(self.reached):,} of {count(self.total, 'segment')} · worst residual {self.worst_residual:.1e}{self.trouble} · "
             f"{speed} · {rest}"
@@ -299,13 +290,13 @@ class View(Protocol):
     """One way to show how far a replay is."""
 
     def stage(self, text: str, began: float, now: float) -> None:
-        """Show a part of the preparation and since when it goes on."""
+        """Show a part of the preparation and how long it has taken so far."""
 
     def show(self, progressed: Progressed, now: float) -> None:
         """Show how far it is."""
 
     def close(self) -> None:
-        """Take away what moves."""
+        """Remove what moves from the screen."""
 
 
 class Bar:
@@ -343,7 +334,7 @@ class Bar:
             self._task = self._progress.add_task("replay", total=None, more="", due=None)
             self._progress.start()
         workers = count(progressed.workers, "worker")
-        rate, left = progressed.rate(now), progressed.seconds_left(now)
+        rate, remaining = progressed.rate(now), progressed.seconds_left(now)
         if rate is not None:
             workers += f" at {rate / max(1, progressed.workers):.3g} segments/s"
         self._progress.update(
@@ -354,7 +345,7 @@ class Bar:
                 f"{progressed.trouble} · worst residual {progressed.worst_residual:.1e} · {progressed.spans_done}/{progressed.spans} spans"
                 f" · {workers} · {duration(int(now - progressed.began))} so far"
             ).removeprefix(" "),
-            due=None if left is None else time.monotonic() + left,
+            due=None if remaining is None else time.monotonic() + remaining,
             refresh=True,
         )
 
@@ -368,26 +359,26 @@ class Bar:
 
 
 def _shows_prints() -> bool:
-    """Tell whether what is printed meanwhile goes to a terminal, above what moves; into a file or a pipe it goes as it is."""
+    """Tell whether prints of the user's code go to a terminal, above what moves; to a file or a pipe they go unchanged."""
     return sys.stdout is not None and sys.stdout.isatty()
 
 
 class _Left(ProgressColumn):
     """The time left at the rate since work began."""
 
-    def render(self, task: Any) -> Text:
+    def render(self, task: Task) -> Text:
         due = task.fields["due"]
-        left = "-:--:--" if due is None else str(timedelta(seconds=int(max(0.0, due - time.monotonic()))))
-        return Text(left, style="progress.remaining")
+        text = "-:--:--" if due is None else str(timedelta(seconds=int(max(0.0, due - time.monotonic()))))
+        return Text(text, style="progress.remaining")
 
 
 class Lines:
     """A line a minute where there is no terminal, the first one as soon as there are figures.
 
     Args:
-        console: where they go.
+        console: where the lines go.
         now: seconds on the clock.
-        stages: whether each stage has a line when it begins, and one every `FIRST` seconds, as where stages are all there is.
+        stages: whether each stage has a line when it begins, and one every `FIRST` seconds; for commands that have stages alone.
     """
 
     def __init__(self, console: Console, now: float, stages: bool = False) -> None:
@@ -464,14 +455,14 @@ def _view(console: Console, now: float, stages: bool = False) -> View:
 
 
 class Display:
-    """Shows the events of a replay: how far it is as fits the place; notes, retries and failures as lines `note: …`.
+    """A listener that shows the events of a replay: a bar or lines for its progress; notes, retries and failures as `note: …`.
 
-    To be called with every event, inside a `with` block, at whose end what moves is taken away. How far spans are between two events
-    is looked up by a thread of its own, for a single span may take an hour.
+    Call it with every event, inside a `with` block; at the end of the block what moves is removed. A thread of its own looks up how
+    far spans are between two events, since a single span may take an hour.
 
     Args:
         clock: seconds that only grow.
-        stages: whether there are stages alone, of which each has a line where there is no terminal.
+        stages: whether there are stages alone; each of them has a line where there is no terminal.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, stages: bool = False) -> None:
@@ -518,11 +509,11 @@ class Display:
                 self._on_failed(event)
 
     def say(self, text: str) -> None:
-        """Tell something in words."""
+        """Print a note."""
         say(text)
 
     def tick(self) -> None:
-        """Look how far the spans underway are, and show it."""
+        """Look up how far the spans underway are, and show it."""
         with self._lock:
             now = self._clock()
             if self._directory:
@@ -553,11 +544,13 @@ class Display:
             return
         now, before = self._clock(), event.total - event.pending
         self._directory, self._open_spans_done = event.directory, set()
-        self._progressed = Progressed(event.total, before, before, spans=event.spans, workers=event.workers, began=now)
+        self._progressed = Progressed(
+            total=event.total, before=before, done=before, spans=event.spans, workers=event.workers, began=now
+        )
         self._view.show(self._progressed, now)
 
     def nothing_to_do(self) -> None:
-        """Tell that everything is there."""
+        """Say that every span is committed already."""
         self.say("nothing to do: every span is committed, and the task file is the one of the last run")
 
     def _on_done(self, event: SpanDone) -> None:
@@ -590,14 +583,14 @@ class Display:
 
 
 class WarningDisplay(Display):
-    """As `Display`, for callers in Python: what is told in words arrives as an `LCAWarning` at the caller's own line."""
+    """A `Display` for callers in Python: a note becomes an `LCAWarning` at the caller's own line."""
 
     def say(self, text: str) -> None:
         """Warn."""
         warnings.warn(safe(text), LCAWarning, stacklevel=_level_of_the_caller())
 
     def nothing_to_do(self) -> None:
-        """Tell nothing: that everything is there is no reason to warn."""
+        """Say nothing: a finished run is no reason to warn."""
 
 
 @contextlib.contextmanager

@@ -1,18 +1,62 @@
-"""Words as people read them: numbers of things, names cut in the middle."""
+"""Words as people read them: numbers of things, names cut in the middle, texts made safe to show."""
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 
 from rich.cells import cell_len
 
 _ROUNDS = 3
 _ENDS = 8  # cells kept of the ends of names that are told apart by their middle
+_CONTROLS = r"\x00-\x1f\x7f-\x9f"
+_HALVES = r"\ud800-\udfff"  # of a pair of surrogates: no encoding has them
+_TURNS = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # every sign that turns the direction of a text
+_LINE_ENDS = r"\u2028\u2029"
+_UNSAFE = re.compile(f"[{_CONTROLS}{_HALVES}{_TURNS}{_LINE_ENDS}]")
+_UNSTORABLE = re.compile(f"[{_CONTROLS}{_HALVES}]")
+
+
+def safe(text: str) -> str:
+    """Return a text that steers no terminal: "?" for each unsafe sign; half a pair of surrogates stays readable, as its number.
+
+    >>> safe("a\\x1b[31mb")
+    'a?[31mb'
+    """
+    return _UNSAFE.sub("?", text.encode("utf-8", "backslashreplace").decode())
+
+
+def safe_in_page(text: str) -> str:
+    """Return a text with the sign U+FFFD in place of each unsafe one; its mark-up must still be escaped.
+
+    >>> safe_in_page("a\\x1b[31mb")
+    'a\N{REPLACEMENT CHARACTER}[31mb'
+    """
+    return _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def safe_in_figure(text: str) -> str:
+    r"""Return a text as matplotlib draws it letter by letter: without mathematics, never hidden from a legend.
+
+    >>> safe_in_figure("a$b$\x1b")
+    'a\\$b\\$?'
+    """
+    text = _UNSAFE.sub("?", text).replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
+
+
+def is_storable(text: str) -> bool:
+    """Tell whether every file format for text holds a text as it is: without control characters and halves of surrogate pairs.
+
+    >>> is_storable("größe"), is_storable("a\\x00b")
+    (True, False)
+    """
+    return _UNSTORABLE.search(text) is None
 
 
 def count(value: float, one: str = "", more: str = "") -> str:
-    """Return a whole number, and of what.
+    """Return a whole number, and the word for what it counts.
 
     >>> count(1, "step"), count(1234, "step"), count(2, "loss", "losses")
     ('1 step', '1,234 steps', '2 losses')
@@ -22,7 +66,7 @@ def count(value: float, one: str = "", more: str = "") -> str:
 
 
 def shorten(texts: Sequence[str], width: int, dots: str = "…") -> list[str]:
-    """Return names of at most so many cells, cut in the middle; those that differ only there keep what they differ in.
+    """Return names of at most so many cells, cut in the middle; names that differ only in their middles keep the difference.
 
     >>> shorten(["encoder.layers.0.attention.weight", "encoder.layers.11.attention.weight", "bias"], 20)
     ['encoder.l…0…n.weight', 'encoder.…11…n.weight', 'bias']
@@ -57,7 +101,7 @@ def _cut(text: str, width: int, dots: str) -> str:
 
 
 def _telling(group: list[str], width: int, dots: str) -> dict[str, str]:
-    """Return names that are alike at both ends with what lies between, as far as there is room."""
+    """Return short forms of names that are alike at both ends, with as much of their middles as fits."""
     before = _alike(group)
     after = _alike([text[before:][::-1] for text in group])
     room = width - 2 * cell_len(dots)
@@ -65,17 +109,17 @@ def _telling(group: list[str], width: int, dots: str) -> dict[str, str]:
     if not before + after or room - ends < 1:
         return {}
     between = [text[before : len(text) - after] for text in group]
-    found = {}
+    told_apart = {}
     for text, middle in zip(group, shorten(between, room - ends, dots), strict=True):
-        left = room - cell_len(middle)
-        tail = _tail(text[len(text) - after :], left // 2) if after else ""
-        head = _head(text[:before], left - cell_len(tail))
-        found[text] = head + dots + middle + dots + tail
-    return found
+        room_left = room - cell_len(middle)
+        tail = _tail(text[len(text) - after :], room_left // 2) if after else ""
+        head = _head(text[:before], room_left - cell_len(tail))
+        told_apart[text] = head + dots + middle + dots + tail
+    return told_apart
 
 
 def _alike(texts: list[str]) -> int:
-    """Return how many signs some texts begin with alike."""
+    """Return how many signs all texts begin with in common."""
     return sum(1 for _ in itertools.takewhile(lambda signs: len({*signs}) == 1, zip(*texts, strict=False)))
 
 

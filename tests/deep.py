@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import lca_posthoc
 from lca_posthoc import Loss, Recorder, Run, Task
+from tests.small import UNSAFE_NAMES
 
 NASTY = (
     "</script><img src=x onerror=alert(1)>",
@@ -18,7 +19,7 @@ NASTY = (
     "$$\\frac{1}{0}$$",
     "<!--<script>",
     "{{ 7 * 7 }}@{name}",
-    "a\x1b[31m\u202eb",
+    f"a{''.join(UNSAFE_NAMES)}b",
     "&lt;b&gt;'\\",
 )
 _WIDTH = 4

@@ -57,6 +57,7 @@ HOSTILE = (
         "nul\0nul",
         "%41",
         "\u202eevil",
+        *("\x9b31m", "\x85", "\x7f", "\u061c", "\u200f", "two\u2028lines", "\u2066turned\u2069"),
     ),
 )
 

@@ -25,6 +25,7 @@ from lca_posthoc.findings.names import shorten
 from lca_posthoc.plots import style
 from tests import found
 from tests.found import MADE
+from tests.small import UNSAFE, steering
 
 mpl.use("agg")
 SINGLE = ("compare", "curve", "generalisation", "layers", "units")
@@ -92,6 +93,16 @@ def test_hostile_names_are_drawn_letter_by_letter_and_axes_say_their_units(name:
     for ax in figure.axes:
         if ax.get_xticklabels() and ax.axison and any(text.get_text() for text in ax.get_xticklabels()):
             assert ax.get_xlabel() or ax.get_ylabel() or ax.get_label() == "inset_axes", ax
+
+
+@pytest.mark.parametrize("name", ["layers", "curve"])
+def test_no_sign_of_a_name_steers_a_figure(name: str) -> None:
+    hostile = f"fc{''.join(UNSAFE)}"
+    finding = found.layers(names=("fc1", hostile, "fc3")) if name == "layers" else MADE[name]()
+    finding.attrs |= {"loss": hostile, "left_out": hostile}
+    shown = words(draw(name, finding))
+    assert "fc???" in shown
+    assert steering(shown) <= {"\n"}
 
 
 @pytest.mark.parametrize("name", SINGLE)

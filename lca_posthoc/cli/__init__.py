@@ -9,13 +9,14 @@ import importlib
 import keyword
 import sys
 import traceback
-from typing import Any
+from typing import IO, Any
 
 import click
 
 from .. import __version__
-from ..display import Stream, open_standard_descriptors, safe, showable, stderr, wrapped
+from ..display import Stream, open_standard_descriptors, showable, stderr, wrapped
 from ..errors import InputError, Interrupted, LCAError
+from ..text import safe
 
 COMMANDS = {
     "compare": "Set runs beside each other: layer sums, intervals, p-values.",
@@ -36,26 +37,26 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class _Failure(click.ClickException):
-    """One of our errors as click reports it: one line on stderr and the error's own exit code."""
+    """An error of this package as click reports it: one line on stderr and the error's own exit code."""
 
     def __init__(self, error: LCAError) -> None:
         super().__init__(str(error))
         self.exit_code = error.exit_code  # type: ignore[misc]
 
-    def show(self, file: Any = None) -> None:
+    def show(self, file: IO[Any] | None = None) -> None:
         text = "lca: " + safe(" ".join(self.message.splitlines()))
         print(wrapped(text, stderr()), file=Stream(sys.stderr, matters=False), flush=True)
 
 
 class _Context(click.Context):
-    """Shows its help in signs that the terminal has."""
+    """A context that shows its help in signs that the terminal has."""
 
     def get_help(self) -> str:
         return showable(super().get_help(), getattr(sys.stdout, "encoding", None) or "utf-8")
 
 
 class _Group(click.Group):
-    """Knows its commands by name; imports one when it is called."""
+    """A group that knows its commands by name and imports one when it is called."""
 
     context_class = _Context
 
@@ -126,5 +127,5 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 
 def main() -> None:
-    """The `lca` console script."""
+    """Run the `lca` console script."""
     cli()

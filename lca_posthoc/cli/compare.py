@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.text import Text
 
-from ..text import count
+from ..text import count, safe
 from .options import json_option
-from .show import print_json, safe, say, share, stdout, table, units_of_loss
+from .show import print_json, say, share, stdout, table, units_of_loss
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from ..store import LossResults
 
 _NONE = "–"
@@ -87,41 +89,43 @@ def command(
         raise InputError("--json prints, -o writes: take one of them.")
 
     opened = open_labelled(labelled(runs), loss)
-    found = compare(opened, by=int(by) if by.isdecimal() else by, confidence=confidence, paired=paired)
-    if found.attrs["left_out"]:
-        say(found.attrs["left_out"])
+    comparison = compare(opened, by=int(by) if by.isdecimal() else by, confidence=confidence, paired=paired)
+    if comparison.attrs["left_out"]:
+        say(comparison.attrs["left_out"])
     if out is not None:
         from ..export import export_comparison
 
-        written = export_comparison(found, out, format=format_)
-        if found.attrs["notes"]:
-            say(found.attrs["notes"])
+        written = export_comparison(comparison, out, format=format_)
+        if comparison.attrs["notes"]:
+            say(comparison.attrs["notes"])
         stdout().print(f"wrote {count(len(written), 'file')} to {out}", markup=False)
     elif as_json:
-        print_json(document(found))
+        print_json(document(comparison))
     else:
-        print_comparison(found)
+        print_comparison(comparison)
 
 
 def labelled(runs: tuple[str, ...]) -> dict[str, list[str]]:
-    """The paths under each label, in order; what exists is a path, whatever signs are in it."""
+    """Return the paths under each label, in order; an argument that exists is a path, even with "=" or "*" in it."""
     from glob import glob
     from pathlib import Path
 
     from ..errors import InputError
 
-    found: dict[str, list[str]] = {}
+    paths_of: dict[str, list[str]] = {}
     for run in runs:
         label, equals, path = run.partition("=")
         if not equals or Path(run).exists():
             name = _readable(Path(run).resolve().name.removesuffix(".lca"))
-            label, path = (name, run) if name not in found else (_readable(run), run)
-            if label in found:
+            label, path = (name, run) if name not in paths_of else (_readable(run), run)
+            if label in paths_of:
                 raise InputError(f"there already are runs labelled {label!r}. Write LABEL={run}.")
         elif not label or not path:
             raise InputError(f"LABEL=RUN needs a label and a run, got {run!r}.")
-        found.setdefault(_readable(label), []).extend([path] if Path(path).exists() else sorted(glob(path)) or [path])
-    return found
+        paths_of.setdefault(_readable(label), []).extend(
+            [path] if Path(path).exists() else sorted(glob(path)) or [path]
+        )
+    return paths_of
 
 
 def _readable(text: str) -> str:
@@ -130,55 +134,56 @@ def _readable(text: str) -> str:
 
 
 def open_labelled(paths: dict[str, list[str]], loss: str | None) -> dict[str, list[LossResults]]:
-    """The loss of every run, by label; without a name, the first of the first run."""
+    """Open the loss of every run, by label; without a name, the first loss of the first run."""
     from ..errors import InputError
     from ..store import open_run
 
-    found: dict[str, list[LossResults]] = {}
+    opened: dict[str, list[LossResults]] = {}
     for label, several in paths.items():
         for path in several:
             run = open_run(path)
             loss = loss if loss is not None else next(iter(run), None)
             if loss is None or loss not in run:
-                wanted = (
+                offer = (
                     "no losses" if loss is None else f"no loss {loss!r}; it has {', '.join(map(repr, run)) or 'none'}"
                 )
-                raise InputError(f"{path} has {wanted}. Name one that all the runs have with --loss.")
-            found.setdefault(label, []).append(run[loss])
-    return found
+                raise InputError(f"{path} has {offer}. Name one that all the runs have with --loss.")
+            opened.setdefault(label, []).append(run[loss])
+    return opened
 
 
-def document(found: Any) -> dict[str, Any]:
-    """What `lca compare --json` prints."""
+def document(comparison: xr.Dataset) -> dict[str, object]:
+    """Return what `lca compare --json` prints."""
     labels = {}
-    for label in found["label"].values:
-        of = found.sel(label=label)
+    for label in comparison["label"].values:
+        of = comparison.sel(label=label)
         runs = int(of["runs"])
         layers = {
-            layer: {name: float(of[name][at]) for name in _LAYER} | {"totals": of["total"].values[at, :runs].tolist()}
-            for at, layer in enumerate(found["layer"].values)
+            layer: {name: float(of[name][position]) for name in _LAYER}
+            | {"totals": of["total"].values[position, :runs].tolist()}
+            for position, layer in enumerate(comparison["layer"].values)
         }
         head = {name: float(of[name]) for name in _LABEL[1:]}
         kind = {"runs": runs, "trainings": int(of["trainings"]), "paired": bool(of["paired"])}
         labels[label] = {"paths": of["path"].values[:runs].tolist(), **kind, **head, "layers": layers}
-    about = {name: found.attrs[name] for name in ("loss", "by", "confidence", "left_out", "notes")}
+    about = {name: comparison.attrs[name] for name in ("loss", "by", "confidence", "left_out", "notes")}
     return {"schema": 1, **about, "labels": labels}
 
 
-def print_comparison(found: Any) -> None:
-    """Headline figures of each label, then its layers beside those of the others; p of layers are Holm's."""
-    labels = [safe(label) for label in found["label"].values]
-    by_label = [found.isel(label=at) for at in range(len(labels))]
-    repeats = bool((found["runs"] > 1).any())
+def print_comparison(comparison: xr.Dataset) -> None:
+    """Print the headline figures of each label, then its layers beside those of the others, with Holm's p-values."""
+    labels = [safe(label) for label in comparison["label"].values]
+    by_label = [comparison.isel(label=position) for position in range(len(labels))]
+    repeats = bool((comparison["runs"] > 1).any())
     headline = table("", *labels)
     headline.add_row("runs", *(str(int(of["runs"])) for of in by_label))
-    if bool((found["trainings"] != found["runs"]).any()):
+    if bool((comparison["trainings"] != comparison["runs"]).any()):
         headline.add_row("different trainings", *(str(int(of["trainings"])) for of in by_label))
     headline.add_row(
-        "loss at the end", *(_interval(of, "loss_end", _scale(found["loss_end"]), "", 6) for of in by_label)
+        "loss at the end", *(_interval(of, "loss_end", _scale(comparison["loss_end"]), "", 6) for of in by_label)
     )
     headline.add_row(
-        "loss change", *(_in_units(of["loss_change"], _scale(found["loss_change"]), digits=6) for of in by_label)
+        "loss change", *(_in_units(of["loss_change"], _scale(comparison["loss_change"]), digits=6) for of in by_label)
     )
     headline.add_row("helping", *(share(float(of["helping"])) for of in by_label))
     if repeats:
@@ -186,19 +191,19 @@ def print_comparison(found: Any) -> None:
             f"p, loss at the end against {labels[0]}", *(_number(of["p_loss_end"], "{:.2g}") for of in by_label)
         )
     columns = []
-    for at, label in enumerate(labels):
+    for position, label in enumerate(labels):
         columns += [
             label,
             *(["p"] if repeats else []),
-            *(["difference"] if at else []),
-            *(["p"] if at and repeats else []),
+            *(["difference"] if position else []),
+            *(["p"] if position and repeats else []),
         ]
     rows = table("layer", *columns)
-    scale = _scale(found["mean"])
-    for at, layer in enumerate(found["layer"].values):
+    scale = _scale(comparison["mean"])
+    for position, layer in enumerate(comparison["layer"].values):
         cells = list[Text | str]()
         for which, of in enumerate(by_label):
-            one = of.isel(layer=at)
+            one = of.isel(layer=position)
             cells.append(_interval(one, "mean", scale, ends=("low", "high")))
             cells += [_number(one["p_holm"], "{:.2g}")] if repeats else []
             cells += [_in_units(one["difference"], scale)] if which else []
@@ -206,33 +211,33 @@ def print_comparison(found: Any) -> None:
         rows.add_row(Text(safe(layer)), *cells)
     console = stdout()
     console.print(headline)
-    for line in found.attrs["notes"].split("\n"):
+    for line in comparison.attrs["notes"].split("\n"):
         if line:
             console.print(safe(line), markup=False)
     console.print()
     console.print(rows)
     if repeats:
         console.print(
-            f"\n[low, high]: {100 * found.attrs['confidence']:g} % t interval of the mean. p of a layer: t-test against 0; of its "
-            f"difference to {labels[0]}: {_tests(found)}; both corrected by Holm over layers and labels.",
+            f"\n[low, high]: {100 * comparison.attrs['confidence']:g} % t interval of the mean. p of a layer: t-test against 0; of its "
+            f"difference to {labels[0]}: {_tests(comparison)}; both corrected by Holm over layers and labels.",
             markup=False,
         )
 
 
-def _tests(found: Any) -> str:
-    """Which test the differences to the first label were put to."""
-    paired = [safe(label) for label in found["label"].values[found["paired"].values]]
+def _tests(comparison: xr.Dataset) -> str:
+    """Return the name of the test of differences to the first label."""
+    paired = [safe(label) for label in comparison["label"].values[comparison["paired"].values]]
     if not paired:
         return "Welch's"
     return (
         "paired t-test"
-        if len(paired) == found.sizes["label"] - 1
+        if len(paired) == comparison.sizes["label"] - 1
         else f"paired t-test for {', '.join(paired)}, else Welch's"
     )
 
 
 def _interval(
-    of: Any, name: str, scale: float, sign: str = "+", digits: int = 4, ends: tuple[str, str] | None = None
+    of: xr.Dataset, name: str, scale: float, sign: str = "+", digits: int = 4, ends: tuple[str, str] | None = None
 ) -> Text:
     value, low, high = (
         _in_units(of[part], scale, sign, digits) for part in (name, *(ends or (f"{name}_low", f"{name}_high")))
@@ -240,14 +245,14 @@ def _interval(
     return Text(value + ("" if _NONE in (low, high) else f" [{low}, {high}]"))
 
 
-def _scale(values: Any) -> float:
+def _scale(values: xr.DataArray) -> float:
     """Return the largest size among numbers that stand together."""
     return max((abs(value) for value in values.values.ravel().tolist() if math.isfinite(value)), default=0.0)
 
 
-def _in_units(value: Any, scale: float, sign: str = "+", digits: int = 4) -> str:
+def _in_units(value: xr.DataArray, scale: float, sign: str = "+", digits: int = 4) -> str:
     return units_of_loss(float(value), scale, sign, digits) if bool(value == value) else _NONE
 
 
-def _number(value: Any, form: str) -> str:
+def _number(value: xr.DataArray, form: str) -> str:
     return form.format(float(value)) if bool(value == value) else _NONE

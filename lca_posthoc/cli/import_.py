@@ -64,7 +64,7 @@ def command(source: str, directory: str, **options: Any) -> None:
 
 @contextmanager
 def _bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Shows how far an import is, on a terminal."""
+    """Show how far an import is, on a terminal."""
     console = stderr()
     columns = (
         TextColumn("{task.description}"),

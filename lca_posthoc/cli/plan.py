@@ -11,8 +11,9 @@ from rich.text import Text
 from ..display import Display
 from ..errors import InputError, amount
 from ..progress import Stage
+from ..text import safe
 from .options import json_option, replay_options, workers_option
-from .show import duration, print_json, safe, say, stdout, table
+from .show import duration, print_json, say, stdout, table
 
 
 @click.command()
@@ -37,18 +38,18 @@ def command(checkpoints: str, as_json: bool, recording: int | None, **options: A
         raise InputError(f"--workers must be 1 or more, got {options['workers']}.")
     keep = options["keep"] or "parameters"
     with Display(stages=True) as listen:
-        found = plan(checkpoints, tell=lambda stage: listen(Stage(stage)), **options)
-    for note in found.notes:
+        planned = plan(checkpoints, tell=lambda stage: listen(Stage(stage)), **options)
+    for note in planned.notes:
         say(note)
     if as_json:
-        print_json({"schema": 1, **asdict(found)})
+        print_json({"schema": 1, **asdict(planned)})
         return
     console = stdout()
     console.print(
-        f"{found.segments:,} segments of {found.parameters:,} parameters on {found.device}, without refinement:"
+        f"{planned.segments:,} segments of {planned.parameters:,} parameters on {planned.device}, without refinement:"
     )
     rows = table("loss", "examples", "groups", "batch", "fastest", "largest", "evaluations", "each", "alone", "stored")
-    for name, loss in found.losses.items():
+    for name, loss in planned.losses.items():
         rows.add_row(
             Text(safe(name)),
             f"{loss.examples:,}",
@@ -62,34 +63,38 @@ def command(checkpoints: str, as_json: bool, recording: int | None, **options: A
             amount(loss.bytes[keep]),
         )
     console.print(rows)
-    shared = f", {duration(found.seconds / found.workers)} on {found.workers} workers" if found.workers > 1 else ""
-    on_gpu = found.device == "cuda"
-    whole = f"{found.seconds / 3600:.3g} device-hours" if on_gpu else f"{duration(found.seconds)} of one CPU core"
+    shared = (
+        f", {duration(planned.seconds / planned.workers)} on {planned.workers} workers" if planned.workers > 1 else ""
+    )
+    on_gpu = planned.device == "cuda"
+    whole = f"{planned.seconds / 3600:.3g} device-hours" if on_gpu else f"{duration(planned.seconds)} of one CPU core"
     console.print(f"evaluating all together: {whole}{shared} (start-up, reading and storing come on top)")
-    sizes = ", ".join(f"--keep {each} {amount(size)}" for each, size in found.bytes.items())
-    console.print(f"result after compression, about: {sizes}; free: {amount(found.free)}", markup=False)
-    console.print(f"memory per worker: about {amount(found.memory)}")
+    sizes = ", ".join(f"--keep {kind} {amount(size)}" for kind, size in planned.bytes.items())
+    console.print(f"result after compression, about: {sizes}; free: {amount(planned.free)}", markup=False)
+    console.print(f"memory per worker: about {amount(planned.memory)}")
 
 
 def _of_recording(directory: str, count: int, as_json: bool, task: str, **others: Any) -> None:
     from ..plan import plan_recording
 
-    called = {each.name: each.opts[0] for each in command.params}
-    given = sorted(called[name] for name, value in others.items() if value not in (None, ()))
-    if given:
-        raise InputError(f"{', '.join(given)}: of a training that is yet to be recorded, only --task and --json count.")
-    found = plan_recording(directory, task, count)
+    called = {option.name: option.opts[0] for option in command.params}
+    without_effect = sorted(called[name] for name, value in others.items() if value not in (None, ()))
+    if without_effect:
+        raise InputError(
+            f"{', '.join(without_effect)}: of a training that is yet to be recorded, only --task and --json count."
+        )
+    planned = plan_recording(directory, task, count)
     if as_json:
-        print_json({"schema": 1, **asdict(found)})
+        print_json({"schema": 1, **asdict(planned)})
         return
     console = stdout()
     console.print(
-        f"{found.iterates:,} iterates of {found.parameters:,} parameters ({found.tensors:,} tensors, buffers included), "
-        f"{amount(found.bytes_each)} each: {amount(found.bytes)}; free: {amount(found.free)}",
+        f"{planned.iterates:,} iterates of {planned.parameters:,} parameters ({planned.tensors:,} tensors, buffers included), "
+        f"{amount(planned.bytes_each)} each: {amount(planned.bytes)}; free: {amount(planned.free)}",
         markup=False,
     )
-    console.print(f"writing one took {duration(found.seconds_each)} here, flushing included: faster steps would wait")
-    if not found.every:
+    console.print(f"writing one took {duration(planned.seconds_each)} here, flushing included: faster steps would wait")
+    if not planned.every:
         console.print("not even two iterates fit: record elsewhere")
-    elif found.every > 1:
-        console.print(f"they fit with Recorder(..., every={found.every}), or elsewhere")
+    elif planned.every > 1:
+        console.print(f"they fit with Recorder(..., every={planned.every}), or elsewhere")

@@ -6,12 +6,20 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..text import safe_in_figure
 from .compare import labelled, open_labelled
 from .show import say, stdout
+
+if TYPE_CHECKING:
+    import numpy as np
+    import xarray as xr
+    from matplotlib.figure import Figure
+
+    from ..store import LossResults
 
 PICTURES, FILMS = (".png", ".svg", ".pdf"), (".mp4", ".gif")
 FINDINGS = {  # what each takes
@@ -91,7 +99,7 @@ def command(
     size: str | None,
     title: str | None,
     font: str | None,
-    **given: Any,
+    **flags: Any,
 ) -> None:
     """Draw a finding of RUN into FILE: candidates, compare, curve, distribution, generalisation, helping, layers,
     microscope, oscillation, peaks or units.
@@ -115,10 +123,10 @@ def command(
         raise InputError(f"which finding of {finding}? There are {known}. Write lca plot {finding} FINDING.")
     if finding not in FINDINGS:
         raise InputError(f"there is no finding {finding!r}; there are {known}. Write lca plot RUN FINDING.")
-    options = {name: value for name, value in given.items() if value not in (None, (), False)}
+    options = {name: value for name, value in flags.items() if value not in (None, (), False)}
     for name in options:
         if name not in FINDINGS[finding]:
-            takers = ", ".join(each for each, takes in FINDINGS.items() if name in takes)
+            takers = ", ".join(name_of_finding for name_of_finding, takes in FINDINGS.items() if name in takes)
             flag = {"groups": "group", "parameters": "parameter", "tensors": "tensor"}.get(name, name)
             raise InputError(f"--{flag} does not go with {finding}; it is for {takers}.")
     path = _path(out or Path(f"{finding}.png"), finding)
@@ -140,16 +148,16 @@ def command(
 def _look(
     finding: str, size: str | None, title: str | None, font: str | None
 ) -> Iterator[tuple[tuple[float, float] | None, str | None]]:
-    """The size in inches and the title of the figure that is drawn meanwhile, in letters of the family that was asked for."""
+    """Yield a figure's size in inches and its title; letters that are drawn inside the block are of the family `font`."""
     import re
 
     from ..errors import InputError
 
     inches = None
     if size is not None:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)[x×](\d+(?:\.\d+)?)", size)
-        inches = (float(found[1]), float(found[2])) if found else (0.0, 0.0)
-        if not all(1 <= each <= 100 for each in inches):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)[x×](\d+(?:\.\d+)?)", size)
+        inches = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
+        if not all(1 <= length <= 100 for length in inches):
             raise InputError(f"--size is WIDTHxHEIGHT in inches, each from 1 to 100, such as 7x4, got {size!r}.")
     if finding == "microscope" and (size is not None or title is not None):
         raise InputError("--size and --title do not go with microscope, whose layout follows from its pictures.")
@@ -181,23 +189,23 @@ def _path(path: Path, finding: str) -> Path:
     return path
 
 
-def _results(path: str, losses: tuple[str, ...], finding: str) -> list[Any]:
-    """The losses of a run that a finding is about: two for generalisation, else one."""
+def _results(path: str, losses: tuple[str, ...], finding: str) -> list[LossResults]:
+    """Return the losses of a run that a finding needs: two for generalisation, else one."""
     from ..errors import InputError
     from ..findings.generalisation import no_two_splits, two_splits
     from ..store import open_run
 
     run = open_run(path)
-    wanted = 2 if finding == "generalisation" else 1
-    pair = two_splits(run) if wanted == 2 and not losses else None
-    if wanted == 2 and not losses and pair is None:
+    number = 2 if finding == "generalisation" else 1
+    pair = two_splits(run) if number == 2 and not losses else None
+    if number == 2 and not losses and pair is None:
         raise InputError(f"generalisation of {path} cannot be drawn: {no_two_splits(run)}")
     names = losses or pair or tuple(run)[:1]
     for name in names:
         if name not in run:
             raise InputError(f"{path} has no loss {name!r}; it has {', '.join(map(repr, run))}.")
-    if len(names) != wanted:
-        how = "two losses over two splits: --loss NAME --loss NAME" if wanted == 2 else "one loss: --loss NAME"
+    if len(names) != number:
+        how = "two losses over two splits: --loss NAME --loss NAME" if number == 2 else "one loss: --loss NAME"
         raise InputError(f"{finding} takes {how}; {path} has {', '.join(map(repr, run))}.")
     return [run[name] for name in names]
 
@@ -218,21 +226,21 @@ def _draw(
     to_plot: dict[str, Any] = {name: options.pop(name) for name in ("show", "step", "fps", "top") if name in options}
     if "layer" in options:
         to_plot["layer"] = options["layer"]
-    found = _found(finding, named, losses, options)
+    pairs = _find(finding, named, losses, options)
     with _writing(path):
         if path.suffix.lower() in FILMS:
-            plots.film(found[0][1], path, **to_plot)
+            plots.film(pairs[0][1], path, **to_plot)
         else:
-            _save(getattr(plots, finding), found, to_plot, path, *look)
-    for left_out in dict.fromkeys(each.attrs["left_out"] for _, each in found):  # a refusal says it itself
+            _save(getattr(plots, finding), pairs, to_plot, path, *look)
+    for left_out in dict.fromkeys(result.attrs["left_out"] for _, result in pairs):  # a refusal says it itself
         if left_out:
             say(left_out)
 
 
-def _found(
+def _find(
     finding: str, named: dict[str, list[str]], losses: tuple[str, ...], options: dict[str, Any]
-) -> list[tuple[str, Any]]:
-    """The finding of each run, under its label; one for all runs of compare."""
+) -> list[tuple[str, xr.Dataset]]:
+    """Compute the finding of each run, under its label; compare has one for all runs."""
     from .. import findings
     from ..errors import InputError
 
@@ -242,11 +250,11 @@ def _found(
             raise InputError(f"compare takes one loss, got {len(losses)}.")
         return [("", find(open_labelled(named, losses[0] if losses else None), **options))]
     groups = options.pop("groups", ())
-    found = []
+    pairs = []
     for label, paths in named.items():
         for path in paths:
             results = _results(path, losses, finding)
-            picked = [_group(results[0], each) for each in groups]
+            picked = [_group(results[0], label_of_group) for label_of_group in groups]
             if finding == "microscope" and len(picked) > 1:
                 raise InputError(f"the microscope shows one group, got {len(picked)}.")
             if finding == "microscope" and picked:
@@ -254,12 +262,12 @@ def _found(
             one = find(*results, **options)
             if picked and "group" in one.dims:  # a finding may have nothing of single groups
                 one = one.sel(group=picked[0] if len(picked) == 1 else picked)
-            found.append((label if len(paths) == 1 else f"{label} {Path(path).name}", one))
-    return found
+            pairs.append((label if len(paths) == 1 else f"{label} {Path(path).name}", one))
+    return pairs
 
 
-def _group(results: Any, label: str) -> Any:
-    """The group a word means; labels are numbers or words."""
+def _group(results: LossResults, label: str) -> Any:
+    """Return the group that a word names; labels are numbers or words."""
     from ..errors import InputError
 
     groups = results.record.groups or []
@@ -282,7 +290,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _save(
     plot: Callable[..., Any],
-    found: list[tuple[str, Any]],
+    pairs: list[tuple[str, xr.Dataset]],
     options: dict[str, Any],
     path: Path,
     size: tuple[float, float] | None,
@@ -292,72 +300,75 @@ def _save(
 
     import matplotlib.pyplot as plt
 
-    from ..plots.style import escape
-
     if "step" in options:
-        options["at"] = _frame(found[0][1], options.pop("step"))
-    if len(found) == 1:
+        options["at"] = _frame(pairs[0][1], options.pop("step"))
+    if len(pairs) == 1:
         place: dict[str, Any] = {}
         if size is not None:
             sheet = plt.figure(figsize=size, layout="constrained")
             place = {"figure": sheet} if "figure" in inspect.signature(plot).parameters else {"ax": sheet.subplots()}
-        drawn = plot(found[0][1], **options, **place)
+        drawn = plot(pairs[0][1], **options, **place)
         figure = drawn if hasattr(drawn, "savefig") else drawn.figure
     else:
-        figure = _panels(plot, found, options, size)
+        figure = _panels(plot, pairs, options, size)
     if title is not None:
-        figure.suptitle(escape(title), fontsize=10)
+        figure.suptitle(safe_in_figure(title), fontsize=10)
     plain: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
     figure.savefig(path, dpi=200, metadata=plain)
     plt.close(figure)
 
 
-def _frame(found: Any, step: int) -> int:
-    """The frame that shows the segments around a training step."""
+def _frame(film: xr.Dataset, step: int) -> int:
+    """Return the frame that shows the segments around a training step."""
     from ..errors import InputError
 
-    start, end = found["step"].values, found["step_end"].values
-    for at in range(len(start)):
-        if start[at] <= step < end[at] or step == end[at] == end[-1]:
-            return at
+    start, end = film["step"].values, film["step_end"].values
+    for frame in range(len(start)):
+        if start[frame] <= step < end[frame] or step == end[frame] == end[-1]:
+            return frame
     raise InputError(f"no segment is there at step {step}; there are steps {start[0]} to {end[-1]}.")
 
 
 def _panels(
-    plot: Callable[..., Any], found: list[tuple[str, Any]], options: dict[str, Any], size: tuple[float, float] | None
-) -> Any:
-    """One run beside the other, each under its label, all on the same axes and scale of colours."""
+    plot: Callable[..., Any],
+    pairs: list[tuple[str, xr.Dataset]],
+    options: dict[str, Any],
+    size: tuple[float, float] | None,
+) -> Figure:
+    """Draw runs beside each other, each under its label, all on the same axes and scale of colours."""
     import matplotlib.pyplot as plt
 
-    from ..plots.style import escape, share_colours
+    from ..plots.style import share_colours
 
-    columns = min(3, len(found))
-    rows = math.ceil(len(found) / columns)
-    names = max(each.sizes.get("layer", 0) for _, each in found)
+    columns = min(3, len(pairs))
+    rows = math.ceil(len(pairs) / columns)
+    names = max(result.sizes.get("layer", 0) for _, result in pairs)
     tall = 2.9 if names <= 10 or options.get("show") == "cumulative" else 0.9 + 0.2 * min(names, 60)
     figure, axes = plt.subplots(
         rows, columns, figsize=size or (4.3 * columns, tall * rows), layout="constrained", squeeze=False
     )
-    used = list(axes.flat[: len(found)])
-    for ax in axes.flat[len(found) :]:
+    used = list(axes.flat[: len(pairs)])
+    for ax in axes.flat[len(pairs) :]:
         ax.remove()
-    corners = _extent(plot, found, options)
-    for ax, (label, each) in zip(used, found, strict=True):
+    corners = _extent(plot, pairs, options)
+    for ax, (label, result) in zip(used, pairs, strict=True):
         ax.update_datalim(corners)
-        plot(each, ax=ax, **options)
-        ax.set_title(f"{escape(label)}: {ax.get_title(loc='left')}".removesuffix(": "), loc="left", fontsize=8)
+        plot(result, ax=ax, **options)
+        ax.set_title(f"{safe_in_figure(label)}: {ax.get_title(loc='left')}".removesuffix(": "), loc="left", fontsize=8)
     share_colours(used)
     return figure
 
 
-def _extent(plot: Callable[..., Any], found: list[tuple[str, Any]], options: dict[str, Any]) -> Any:
-    """The corners of the box that holds what is drawn of every run, in the coordinates of the axes."""
+def _extent(
+    plot: Callable[..., Any], pairs: list[tuple[str, xr.Dataset]], options: dict[str, Any]
+) -> np.ndarray[Any, Any]:
+    """Return the corners of the box around everything drawn of all runs, in coordinates of the data."""
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 
     boxes = []
-    for _, each in found:
+    for _, result in pairs:
         ax = Figure(layout="constrained").subplots()
-        plot(each, ax=ax, **options)
+        plot(result, ax=ax, **options)
         boxes.append(ax.dataLim.frozen())
     return Bbox.union(boxes).get_points()

@@ -34,7 +34,7 @@ def command(run: str, task: str, **options: Any) -> None:
     console = stdout()
     for name, spans in done.spans.items():
         console.print(f"loss {name!r}: computed again {_some(spans)}", markup=False)
-    rest = len(done.damage) - sum(each.span is not None for each in done.damage)
+    rest = len(done.damage) - sum(damage.span is not None for damage in done.damage)
     if rest:
         console.print(f"put right {count(rest, 'other file')}")
     if done.leftovers:

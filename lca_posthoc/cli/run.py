@@ -37,17 +37,17 @@ def command(checkpoints: str, as_json: bool, **options: Any) -> None:
 
     with prints_to_stderr(), Display() as listen:
         opened = run(checkpoints, progress=listen, **options)
-    asked = list(options["losses"] or opened.manifest.provenance["task_losses"][:1])
-    named = opened if "all" in asked else [loss for name in asked for loss in opened.manifest.meant_by(name)]
-    found = {name: summary(opened[name]) for name in named}
-    for name, each in found.items():
-        if each["unconverged"]:
+    names = list(options["losses"] or opened.manifest.provenance["task_losses"][:1])
+    named = opened if "all" in names else [loss for name in names for loss in opened.manifest.meant_by(name)]
+    summaries = {name: summary(opened[name]) for name in named}
+    for name, figures in summaries.items():
+        if figures["unconverged"]:
             say(
-                f"loss {name!r}: {each['unconverged']:,} of {count(each['segments'], 'segment')} "
-                f"stay{'s' * (each['unconverged'] == 1)} above the tolerance; see `converged` in steps"
+                f"loss {name!r}: {figures['unconverged']:,} of {count(figures['segments'], 'segment')} "
+                f"stay{'s' * (figures['unconverged'] == 1)} above the tolerance; see `converged` in steps"
             )
     if as_json:
-        print_json({"schema": 1, "losses": found})
+        print_json({"schema": 1, "losses": summaries})
         return
-    print_summary(found, opened.path)
+    print_summary(summaries, opened.path)
     stdout().print(f"\nresults in {opened.path}", markup=False)

@@ -1,4 +1,4 @@
-"""What every command needs to print: consoles, tables that lose no number, numbers made short."""
+"""Printing for all commands: consoles, tables that lose no number, numbers made short."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
@@ -14,7 +13,6 @@ from rich.text import Text
 
 from ..display import Stream, showable
 from ..display import duration as duration
-from ..display import safe as safe
 from ..display import say as say
 from ..display import stderr as stderr
 from ..display import waiting as waiting
@@ -45,16 +43,16 @@ def prints_to_stderr() -> Iterator[None]:
         yield
 
 
-def print_json(document: Any) -> None:
+def print_json(document: object) -> None:
     """Print one JSON document on stdout; numbers that are not finite become null."""
     print(json.dumps(_finite(document), indent=2), file=Stream(sys.stdout, matters=True), flush=True)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(each) for each in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and value - value != 0 else value
 
 
@@ -113,27 +111,27 @@ class Table:
         """
         dots = showable("…", encoding)
         heads = [showable(head, encoding) for head in self._columns]
-        columns = [[showable(row[at], encoding) for row in self._rows] for at in range(len(heads))]
-        full = [max(map(cell_len, (heads[at], *column))) for at, column in enumerate(columns)]
-        least = [self._least(at, heads[at], column) for at, column in enumerate(columns)]
+        columns = [[showable(row[index], encoding) for row in self._rows] for index in range(len(heads))]
+        full = [max(map(cell_len, (heads[index], *column))) for index, column in enumerate(columns)]
+        least = [self._least(index, heads[index], column) for index, column in enumerate(columns)]
         blocks = []
         for block in _stacked(full, least, width):
             texts = []
-            for at, wide in zip(
-                block, _shared([full[at] for at in block], [least[at] for at in block], width), strict=True
+            for index, wide in zip(
+                block, _shared([full[index] for index in block], [least[index] for index in block], width), strict=True
             ):
-                head = shorten(heads, wide, dots)[at]
-                column = shorten(columns[at], wide, dots) if at < self._names else columns[at]
-                left = at < self._names or at >= self._words
+                head = shorten(heads, wide, dots)[index]
+                column = shorten(columns[index], wide, dots) if index < self._names else columns[index]
+                to_the_left = index < self._names or index >= self._words
                 wide = max(map(cell_len, (head, *column)))
-                texts.append([_padded(cell, wide, left) for cell in (head, *column)])
+                texts.append([_padded(cell, wide, to_the_left) for cell in (head, *column)])
             blocks.append([(" " * _GAP).join(line).rstrip() for line in zip(*texts, strict=True)])
         return blocks
 
-    def _least(self, at: int, head: str, column: list[str]) -> int:
+    def _least(self, index: int, head: str, column: list[str]) -> int:
         """Return how narrow a column may get: numbers and words stay whole, names and headings do not."""
         cells = max(map(cell_len, column), default=0)
-        if at < self._names:
+        if index < self._names:
             return min(max(cells, cell_len(head)), _SHORTEST)
         return max(cells, min(cell_len(head), _SHORTEST_HEAD))
 
@@ -154,12 +152,12 @@ def _stacked(full: list[int], least: list[int], width: int | None) -> list[list[
     if width is None or sum(least) + _GAP * (len(least) - 1) <= width:
         return [everything]
     blocks, room = list[list[int]](), 0
-    for at in everything[1:]:
-        if not blocks or least[at] + _GAP > room:
+    for index in everything[1:]:
+        if not blocks or least[index] + _GAP > room:
             blocks.append([0])
             room = width - least[0]
-        blocks[-1].append(at)
-        room -= least[at] + _GAP
+        blocks[-1].append(index)
+        room -= least[index] + _GAP
     return blocks or [everything]
 
 
@@ -172,8 +170,8 @@ def _shared(full: list[int], least: list[int], width: int | None) -> list[int]:
     while cap > 1 and sum(_capped(full, least, cap)) > room:
         cap -= 1
     widths = _capped(full, least, cap)
-    for at, wide in enumerate(full):
-        widths[at] += max(0, min(wide - widths[at], room - sum(widths)))
+    for index, wide in enumerate(full):
+        widths[index] += max(0, min(wide - widths[index], room - sum(widths)))
     if sum(widths) > room:  # of a terminal with no room for one column of numbers beside a name
         widths[0] = max(1, min(widths[0], max(_FEWEST, room - sum(widths[1:]))))
     return widths
@@ -183,6 +181,6 @@ def _capped(full: list[int], least: list[int], cap: int) -> list[int]:
     return [min(wide, max(narrow, cap)) for wide, narrow in zip(full, least, strict=True)]
 
 
-def _padded(text: str, width: int, left: bool) -> str:
+def _padded(text: str, width: int, to_the_left: bool) -> str:
     blank = " " * (width - cell_len(text))
-    return text + blank if left else blank + text
+    return text + blank if to_the_left else blank + text

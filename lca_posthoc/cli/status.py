@@ -12,9 +12,9 @@ from rich.text import Text
 
 from ..display import wrapped
 from ..errors import few
-from ..text import count
+from ..text import count, safe
 from .options import json_option
-from .show import duration, print_json, safe, stdout, table
+from .show import duration, print_json, stdout, table
 
 if TYPE_CHECKING:
     from ..store import LastRun, Run, Starting
@@ -48,13 +48,13 @@ def command(run: str, as_json: bool) -> None:
             stdout().print(f"{safe(run)} is not there yet: {_preparing(preparing)}")
         return
     last = last_run(opened.path)
-    found = _progress(opened, last)
+    progress = _progress(opened, last)
     if as_json:
         more = {} if preparing is None else {"preparing": asdict(preparing)}
-        print_json({"schema": 1, "losses": found, **more})
+        print_json({"schema": 1, "losses": progress, **more})
         return
     rows = table("loss", "spans", "segments", "worker time", "steps done", "state", words=2)
-    for name, loss in found.items():
+    for name, loss in progress.items():
         underway = f" + {loss['segments_underway']:.1f} underway" if loss["segments_underway"] else ""
         rows.add_row(
             Text(safe(name)),
@@ -66,12 +66,12 @@ def command(run: str, as_json: bool) -> None:
         )
     console = stdout()
     console.print(rows)
-    running = any(loss["running"] for loss in found.values())
-    incomplete = not all(loss["complete"] for loss in found.values())
+    running = any(loss["running"] for loss in progress.values())
+    incomplete = not all(loss["complete"] for loss in progress.values())
     if preparing is not None:
         console.print(Text(wrapped(f"a driver is about to go on with it: {_preparing(preparing)}", console)))
     elif running and last is not None:
-        console.print(Text(wrapped(_pace(found, last), console)))
+        console.print(Text(wrapped(_pace(progress, last), console)))
     elif incomplete and last is not None:
         console.print(Text(wrapped(_ending(last), console)))
 
@@ -111,9 +111,9 @@ def _progress(opened: Run, last: LastRun | None) -> dict[str, dict[str, Any]]:
     """
     from ..store import underway
 
-    found = {name: results.progress() for name, results in opened.items()}
+    progress = {name: results.progress() for name, results in opened.items()}
     computing = sum(report.segments for report in underway(opened.path))
-    for loss in found.values():
+    for loss in progress.values():
         loss["segments_per_second"] = loss["seconds_left"] = None
         loss["not_finite"] = _not_finite(loss.pop("missing"), last)
         if loss["running"] and not loss["complete"] and last is not None and last.ended is None:
@@ -121,7 +121,7 @@ def _progress(opened: Run, last: LastRun | None) -> dict[str, dict[str, Any]]:
             if rate is not None:
                 loss["segments_per_second"] = rate
                 loss["seconds_left"] = max(0.0, last.pending - last.done - computing) / rate
-    return found
+    return progress
 
 
 def _preparing(state: Starting) -> str:
@@ -132,8 +132,8 @@ def _preparing(state: Starting) -> str:
     )
 
 
-def _pace(found: dict[str, dict[str, Any]], last: LastRun) -> str:
-    rates = [loss for loss in found.values() if loss["segments_per_second"] is not None]
+def _pace(progress: dict[str, dict[str, Any]], last: LastRun) -> str:
+    rates = [loss for loss in progress.values() if loss["segments_per_second"] is not None]
     since = f"for {duration(max(0, int(time.time() - last.began)))} now"
     if not rates:
         return f"running {since}; no segment is done yet"

@@ -12,9 +12,9 @@ import click
 from rich.text import Text
 
 from ..display import wrapped
-from ..text import count
+from ..text import count, safe
 from .options import json_option
-from .show import print_json, safe, say, share, stdout, table, units_of_loss
+from .show import print_json, say, share, stdout, table, units_of_loss
 
 TOP = 20  # modules below each other
 _BESIDE = 8  # modules beside the groups of a loss
@@ -54,23 +54,23 @@ def command(run: str, losses: tuple[str, ...], top: int | None, everything: bool
     for name in losses:
         if name not in opened:
             raise InputError(f"{run} has no loss {name!r}; it has {', '.join(map(repr, opened))}.")
-    found = {name: summary(opened[name]) for name in losses or opened}
-    for name in found:
+    summaries = {name: summary(opened[name]) for name in losses or opened}
+    for name in summaries:
         if not opened[name].complete:
-            say(f"loss {name!r} is not complete: figures are over the {_finished(found[name]['segments'])}")
+            say(f"loss {name!r} is not complete: figures are over the {_finished(summaries[name]['segments'])}")
         if opened[name].behind:
             say(
-                f"loss {name!r} ends at step {found[name]['last_step']}, {count(opened[name].behind, 'segment')} before the run does: it "
-                f"was not asked for when checkpoints were added. Name it with --loss {name} to `lca run` to go on"
+                f"loss {name!r} ends at step {summaries[name]['last_step']}, {count(opened[name].behind, 'segment')} before the run does: "
+                f"it was not asked for when checkpoints were added. Name it with --loss {name} to `lca run` to go on"
             )
     if as_json:
-        print_json({"schema": 1, "losses": found})
+        print_json({"schema": 1, "losses": summaries})
     else:
-        print_summary(found, opened.path, top=top, everything=everything)
+        print_summary(summaries, opened.path, top=top, everything=everything)
 
 
 def print_summary(
-    found: dict[str, dict[str, Any]], run: Path, *, top: int | None = None, everything: bool = False
+    summaries: dict[str, dict[str, Any]], run: Path, *, top: int | None = None, everything: bool = False
 ) -> None:
     """Print headline figures side by side, then each loss's groups and what its modules did.
 
@@ -81,36 +81,38 @@ def print_summary(
         everything: whether every tensor is shown instead.
     """
     console = stdout()
-    if not found:
+    if not summaries:
         console.print("no losses")
-    if len(found) > _LOSSES and top is None and not everything:
-        _print_losses(found)
+    if len(summaries) > _LOSSES and top is None and not everything:
+        _print_losses(summaries)
         way = f"`lca summary {_quoted(run)} --loss NAME` shows what the modules did to a loss"
         console.print(Text(wrapped(f"\n{way}", console)))
         return
-    plain = {name: each for name, each in found.items() if each["groups"] is None}
+    plain = {name: of_loss for name, of_loss in summaries.items() if of_loss["groups"] is None}
     if plain:
         _print_headline(plain)
-    left = set[int]()
-    for position, (name, figures) in enumerate(found.items()):
+    unshown = set[int]()
+    for position, (name, figures) in enumerate(summaries.items()):
         if plain or position:
             console.print()
         console.print(Text(wrapped(_caption(name, figures), console)))
         if figures["groups"] is not None:
-            left.add(_print_groups(figures, top or _BESIDE, everything))
+            unshown.add(_print_groups(figures, top or _BESIDE, everything))
         elif everything:
             _print_rows("tensor", figures["tensors"], [], figures)
         else:
-            left.add(_print_modules(figures, top or TOP))
-    if not everything and (left - {0} or any(len(each["tensors"]) > len(each["modules"]) for each in found.values())):
-        console.print(Text(wrapped(f"\n{_the_rest(left - {0}, run)}", console)))
+            unshown.add(_print_modules(figures, top or TOP))
+    if not everything and (
+        unshown - {0} or any(len(of_loss["tensors"]) > len(of_loss["modules"]) for of_loss in summaries.values())
+    ):
+        console.print(Text(wrapped(f"\n{_the_rest(unshown - {0}, run)}", console)))
 
 
-def _the_rest(left: set[int], run: Path) -> str:
+def _the_rest(unshown: set[int], run: Path) -> str:
     """Return the line that says how many modules are not shown, in one table or another, and how to see them."""
-    more = " and ".join(f"{number:,}" for number in sorted(left))
-    which = f"{more} more module{'' if left == {1} else 's'}: " if left else ""
-    strongest = ", --top N the N strongest modules" if left else ""
+    more = " and ".join(f"{number:,}" for number in sorted(unshown))
+    which = f"{more} more module{'' if unshown == {1} else 's'}: " if unshown else ""
+    strongest = ", --top N the N strongest modules" if unshown else ""
     return f"{which}`lca summary {_quoted(run)} --all` shows every tensor{strongest}"
 
 
@@ -118,10 +120,10 @@ def _quoted(run: Path) -> str:
     return safe(shlex.quote(str(run)))
 
 
-def _print_losses(found: dict[str, dict[str, Any]]) -> None:
+def _print_losses(summaries: dict[str, dict[str, Any]]) -> None:
     """Print a row for each of many losses; of one with groups, the loss of the whole split."""
     rows = table("loss", "groups", "segments", "start → end", "change", "allocated", "residual", "helping")
-    for name, figures in found.items():
+    for name, figures in summaries.items():
         grouped = figures["groups"] is not None
         start, end, change, allocated, residual = (
             _mean(figures, key) if grouped else figures[key]
@@ -142,19 +144,23 @@ def _print_losses(found: dict[str, dict[str, Any]]) -> None:
 def _print_headline(plain: dict[str, dict[str, Any]]) -> None:
     headline = table("", *(safe(name) for name in plain))
     for label, key in (("loss at the start", "loss_start"), ("loss at the end", "loss_end")):
-        ends = (_numbers([each["loss_start"], each["loss_end"]], "") for each in plain.values())
+        ends = (_numbers([figures["loss_start"], figures["loss_end"]], "") for figures in plain.values())
         headline.add_row(label, *(pair[key == "loss_end"] for pair in ends))
-    changes = [_numbers([each["loss_change"], each["allocated"]]) for each in plain.values()]
+    changes = [_numbers([figures["loss_change"], figures["allocated"]]) for figures in plain.values()]
     headline.add_row("loss change", *(change for change, _ in changes))
     headline.add_row("allocated, Σ over parameters and segments", *(allocated for _, allocated in changes))
-    if any(each["buffers"] for each in plain.values()):
-        parts = (_numbers([each["buffers"] or 0.0])[0] for each in plain.values())
+    if any(figures["buffers"] for figures in plain.values()):
+        parts = (_numbers([figures["buffers"] or 0.0])[0] for figures in plain.values())
         headline.add_row("of it to buffers (running statistics)", *parts)
-    headline.add_row("residual", *(f"{each['residual']:+.1e}" for each in plain.values()))
+    headline.add_row("residual", *(f"{figures['residual']:+.1e}" for figures in plain.values()))
     for key in ("helping", "hurting", "zero"):
-        headline.add_row(f"{key} (share of parameters × segments)", *(share(each[key]) for each in plain.values()))
-    if len({(each["first_step"], each["last_step"]) for each in plain.values()}) > 1:
-        headline.add_row("training steps", *(f"{each['first_step']}–{each['last_step']}" for each in plain.values()))
+        headline.add_row(
+            f"{key} (share of parameters × segments)", *(share(figures[key]) for figures in plain.values())
+        )
+    if len({(figures["first_step"], figures["last_step"]) for figures in plain.values()}) > 1:
+        headline.add_row(
+            "training steps", *(f"{figures['first_step']}–{figures['last_step']}" for figures in plain.values())
+        )
     stdout().print(headline)
 
 

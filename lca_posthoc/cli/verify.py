@@ -8,9 +8,9 @@ from typing import Any
 import click
 from rich.text import Text
 
-from ..text import count
+from ..text import count, safe
 from .options import json_option
-from .show import print_json, safe, say, stderr, stdout, table, waiting
+from .show import print_json, say, stderr, stdout, table, waiting
 
 _MOST = 1000  # rows of the table
 
@@ -31,11 +31,11 @@ def command(run: str, as_json: bool) -> None:
 
     checked, damages, leftovers = verify(run), list[Damage](), list[str]()
     with waiting(stderr()) as shown:
-        for found in checked:
-            if isinstance(found, Damage):
-                damages.append(found)
+        for entry in checked:
+            if isinstance(entry, Damage):
+                damages.append(entry)
             else:
-                leftovers.append(found.path)
+                leftovers.append(entry.path)
             shown.update(Text(f"{count(checked.files, 'file')}, {amount(checked.bytes)}, {len(damages)} damaged"))
     if as_json:
         print_json(
@@ -43,7 +43,7 @@ def command(run: str, as_json: bool) -> None:
                 "schema": 1,
                 "files": checked.files,
                 "bytes": checked.bytes,
-                "damages": [asdict(each) for each in damages],
+                "damages": [asdict(damage) for damage in damages],
                 "leftovers": leftovers,
             }
         )
@@ -63,15 +63,15 @@ def command(run: str, as_json: bool) -> None:
 
 def _print(damages: list[Any]) -> None:
     rows = table("file", "loss", "tensor or array", "span", "training steps", "what", names=3, words=1)
-    for each in damages[:_MOST]:
-        window = "" if each.window is None else f"window {each.window}"
+    for damage in damages[:_MOST]:
+        window = "" if damage.window is None else f"window {damage.window}"
         rows.add_row(
-            Text(safe(each.path)),
-            Text(safe(each.loss or "")),
-            Text(safe(f"{each.array} of {each.tensor}" if each.tensor is not None else each.array or "")),
-            window if each.span is None else str(each.span),
-            "" if each.first_step is None else f"{each.first_step}–{each.last_step}",
-            Text(safe(each.what)),
+            Text(safe(damage.path)),
+            Text(safe(damage.loss or "")),
+            Text(safe(f"{damage.array} of {damage.tensor}" if damage.tensor is not None else damage.array or "")),
+            window if damage.span is None else str(damage.span),
+            "" if damage.first_step is None else f"{damage.first_step}–{damage.last_step}",
+            Text(safe(damage.what)),
         )
     stdout().print(rows)
     if len(damages) > _MOST:

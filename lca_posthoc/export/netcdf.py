@@ -17,12 +17,12 @@ import xarray as xr
 
 from ..errors import InputError, needed
 from ..store.keys import encode_all
+from ..text import is_storable
 
 RECORD = "lca_posthoc"
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _LONGEST = 120
 _ENGINE: Literal["h5netcdf"] = "h5netcdf"
-_CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 class _Record(TypedDict):
@@ -67,9 +67,9 @@ def write_netcdf(data: xr.Dataset, path: Path) -> None:
         record["attributes"][key] = _odd(variable.attrs)
         attributes = _fitting(variable.attrs)
         if key != name:
-            attributes["real_name"] = _escape(str(name)) if _CONTROL.search(str(name)) else str(name)
+            attributes["real_name"] = str(name) if is_storable(str(name)) else _escape(str(name))
         dims = [names[str(dim)] for dim in variable.dims]
-        if stored.dtype.kind == "U" and any(_CONTROL.search(text) for text in stored.ravel()):
+        if stored.dtype.kind == "U" and not all(is_storable(text) for text in stored.ravel()):
             record["escaped"].append(key)
             stored = np.array([_escape(text) for text in stored.ravel()]).reshape(stored.shape)
         variables[key] = xr.Variable(dims, stored, attributes)
@@ -168,7 +168,7 @@ def _is_fitting(name: object, value: object) -> bool:
     if _is_odd(str(name)):
         return False
     if isinstance(value, str):
-        return bool(value) and not _CONTROL.search(value)
+        return bool(value) and is_storable(value)
     return type(value) is float
 
 

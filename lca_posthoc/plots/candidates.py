@@ -1,4 +1,4 @@
-"""What might be frozen, pruned or set up anew."""
+"""Candidates to freeze, to prune or to initialise again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LETTERS = 18  # of a name: two panels share the width
 
 
 def candidates(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
-    """Draws the sums of layers, the parameters of each tensor that never helped or never did anything, and the worst units and parameters.
+    """Draw the sums of layers, the parameters of each tensor that never helped or never did anything, and the worst units and parameters.
 
     Of many layers and tensors the 15 largest in size are shown; a panel that would be empty is left out.
 
@@ -58,47 +58,52 @@ def candidates(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     ]
     panels = [(dim, draw) for dim, draw in panels if found.sizes.get(dim, 0) and (dim != "tensor" or _idle(found))]
     sizes = [min(found.sizes[dim], 40 if dim in ("unit", "parameter") else _MOST + 1) for dim, _ in panels]
-    tall = [max(sizes[at : at + 2]) * 0.16 + 0.6 for at in range(0, len(sizes), 2)]
+    tall = [max(sizes[position : position + 2]) * 0.16 + 0.6 for position in range(0, len(sizes), 2)]
     figure = fresh_figure(figure, 7.2, sum(tall) + 0.2)
     grid = figure.add_gridspec(len(tall), 2, height_ratios=tall)
-    for at, (_, draw) in enumerate(panels):
-        alone = at % 2 == 0 and at == len(panels) - 1
-        draw(figure.add_subplot(grid[at // 2, :] if alone else grid[at // 2, at % 2]), found)
+    for position, (_, draw) in enumerate(panels):
+        alone = position % 2 == 0 and position == len(panels) - 1
+        draw(figure.add_subplot(grid[position // 2, :] if alone else grid[position // 2, position % 2]), found)
     active = "" if _idle(found) or not found.sizes.get("tensor") else "Every parameter helped on some segment."
     note(figure, found, active)
     return figure
 
 
-def _idle(found: xr.Dataset) -> bool:
-    """Whether some parameter never helped, or some unit is dead."""
-    return any(bool((found[name] > 0).any()) for name in ("never_helped", "silent", "dead_units") if name in found)
+def _idle(finding: xr.Dataset) -> bool:
+    """Tell whether some parameter never helped, or some unit is dead."""
+    return any(bool((finding[name] > 0).any()) for name in ("never_helped", "silent", "dead_units") if name in finding)
 
 
-def _largest(ax: Axes, found: xr.Dataset, dim: str, sizes: Any) -> xr.Dataset:
-    """The `_MOST` largest in size along `dim`, in their old order; how many more there are is said below the axis."""
+def _largest(ax: Axes, finding: xr.Dataset, dim: str, sizes: np.ndarray[Any, Any]) -> xr.Dataset:
+    """Return the `_MOST` largest in size along `dim`, in their old order, and write below the axis how many more there are."""
     order = np.argsort(-np.nan_to_num(np.abs(sizes)), kind="stable")
     rest = order[_MOST:]
     if len(rest):
         above = f", each {float(np.nanmax(np.abs(sizes[rest]))):.2g} at most" if np.any(sizes[rest]) else " of zero"
-        at: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "left", "va": "bottom"}
+        place: dict[str, Any] = {
+            "xycoords": "axes fraction",
+            "textcoords": "offset points",
+            "ha": "left",
+            "va": "bottom",
+        }
         ax.annotate(
             f"and {len(rest):,} more{above}",
             (0, 0),
             (3, 2),
             fontsize=SMALL - 0.5,
             color=MUTED,
-            **at,
+            **place,
         )
-    return found.isel({dim: np.sort(order[:_MOST])})
+    return finding.isel({dim: np.sort(order[:_MOST])})
 
 
 def _room_for_more(ax: Axes, shown: int, whole: int) -> None:
-    """An empty row below the last one, where the words of `_largest` stand."""
+    """Leave an empty row below the last one for the words of `_largest`."""
     if whole > shown:
         ax.set_ylim(shown + 0.6, -0.6)
 
 
-def _bars(ax: Axes, names: Sequence[str], values: Any, label: str, title: str) -> None:
+def _bars(ax: Axes, names: Sequence[str], values: np.ndarray[Any, Any], label: str, title: str) -> None:
     ax.barh(range(len(names)), values, height=0.72, color=[HELPING if value < 0 else HURTING for value in values])
     zero_line(ax, vertical=True)
     tidy(ax, x=label, title=title)
@@ -106,26 +111,26 @@ def _bars(ax: Axes, names: Sequence[str], values: Any, label: str, title: str) -
     powers(ax, "x", most=3)
 
 
-def _layers(ax: Axes, found: xr.Dataset) -> None:
-    whole, found = found.sizes["layer"], _largest(ax, found, "layer", found["total"].values)
-    names = [str(name) for name in found["layer"].values]
-    values = found["total"].values
-    _bars(ax, names, values, "Σ allocation (units of loss)", f"layers: {heading(found)}")
+def _layers(ax: Axes, finding: xr.Dataset) -> None:
+    whole, finding = finding.sizes["layer"], _largest(ax, finding, "layer", finding["total"].values)
+    names = [str(name) for name in finding["layer"].values]
+    values = finding["total"].values
+    _bars(ax, names, values, "Σ allocation (units of loss)", f"layers: {heading(finding)}")
     _room_for_more(ax, len(names), whole)
-    if found["freeze"].any():
+    if finding["freeze"].any():
         low, high = ax.get_xlim()
         ax.set_xlim(low, high + 0.22 * (high - low))  # for the words behind the bars
-    for at in np.flatnonzero(found["freeze"].values).tolist():
-        word(ax, values[at], at, " freeze?", HURTING, SMALL - 1, va="center", transform=ax.transData)
+    for position in np.flatnonzero(finding["freeze"].values).tolist():
+        word(ax, values[position], position, " freeze?", HURTING, SMALL - 1, va="center", transform=ax.transData)
 
 
-def _tensors(ax: Axes, found: xr.Dataset) -> None:
-    whole, found = (
-        found.sizes["tensor"],
-        _largest(ax, found, "tensor", (found["never_helped"] + found["silent"]).values),
+def _tensors(ax: Axes, finding: xr.Dataset) -> None:
+    whole, finding = (
+        finding.sizes["tensor"],
+        _largest(ax, finding, "tensor", (finding["never_helped"] + finding["silent"]).values),
     )
-    names = [str(name) for name in found["tensor"].values]
-    never, silent = found["never_helped"].values, found["silent"].values
+    names = [str(name) for name in finding["tensor"].values]
+    never, silent = finding["never_helped"].values, finding["silent"].values
     ax.barh(range(len(names)), silent, height=0.72, color=MUTED, alpha=0.5, label="never did anything")
     ax.barh(range(len(names)), never, left=silent, height=0.72, color=HURTING, label="never helped")
     tidy(ax, x="parameters")
@@ -134,17 +139,26 @@ def _tensors(ax: Axes, found: xr.Dataset) -> None:
     _room_for_more(ax, len(names), whole)
     key(ax, "lower right", ncols=2, handlelength=1)
     ax.set_xlim(left=0)
-    said = dict[str, str]()
-    for name, dead, units in zip(names, found["dead_units"].values, found["units"].values, strict=True):
-        said.setdefault(name.rpartition(".")[0], f" {int(dead):,} of {int(units):,} units dead" if dead else "")
-    for module, text in said.items():
-        at = next(at for at, name in enumerate(names) if name.rpartition(".")[0] == module)
-        word(ax, silent[at] + never[at], at, text, MUTED, SMALL - 1, va="center", transform=ax.transData)
+    words = dict[str, str]()
+    for name, dead, units in zip(names, finding["dead_units"].values, finding["units"].values, strict=True):
+        words.setdefault(name.rpartition(".")[0], f" {int(dead):,} of {int(units):,} units dead" if dead else "")
+    for module, text in words.items():
+        position = next(position for position, name in enumerate(names) if name.rpartition(".")[0] == module)
+        word(
+            ax,
+            silent[position] + never[position],
+            position,
+            text,
+            MUTED,
+            SMALL - 1,
+            va="center",
+            transform=ax.transData,
+        )
 
 
-def _units(ax: Axes, found: xr.Dataset) -> None:
-    names = [str(name) for name in found["unit_name"].values]
-    _bars(ax, names, found["unit_total"].values, "Σ allocation (units of loss)", "units that hurt most")
+def _units(ax: Axes, finding: xr.Dataset) -> None:
+    names = [str(name) for name in finding["unit_name"].values]
+    _bars(ax, names, finding["unit_total"].values, "Σ allocation (units of loss)", "units that hurt most")
     ax.set_yticks(range(len(names)), parameter_labels(names, _letters(ax)))
 
 
@@ -154,7 +168,7 @@ def _letters(ax: Axes) -> int:
     return 40 if place is not None and len(place.colspan) == 2 else 26
 
 
-def _parameters(ax: Axes, found: xr.Dataset) -> None:
-    names = [str(name) for name in found["parameter_name"].values]
-    _bars(ax, names, found["parameter_allocated"].values, "Σ allocation (units of loss)", "parameters that hurt most")
+def _parameters(ax: Axes, finding: xr.Dataset) -> None:
+    names = [str(name) for name in finding["parameter_name"].values]
+    _bars(ax, names, finding["parameter_allocated"].values, "Σ allocation (units of loss)", "parameters that hurt most")
     ax.set_yticks(range(len(names)), parameter_labels(names, _letters(ax)))

@@ -1,4 +1,4 @@
-"""Run against run: what each layer did, with intervals over repeated runs."""
+"""Runs compared: the sums of each layer, with intervals over repeated runs."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _LEVEL = 0.05
 
 
 def compare(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) -> Axes:
-    """Draws each layer's mean sum with its confidence interval, one marker and colour per label, single runs as faint dots.
+    """Draw each layer's mean sum with its confidence interval, one marker and colour per label, single runs as faint dots.
 
-    A filled marker differs from zero at 5 % after Holm's correction; a hollow one does not, or there is but one run. At the foot
-    stands in what the runs differ and which are of one training.
+    A filled marker differs from zero at 5 % after Holm's correction; a hollow one does not, or its label has a single run. The
+    foot says in what the runs differ and which of them belong to one training.
 
     Args:
         found: of `findings.compare`.
@@ -54,21 +54,23 @@ def compare(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) -> Axes
     refuse_groups(found)
     found, rest = strongest(found, "layer", abs(found["mean"]).max("label").values, top)
     names = [str(name) for name in found["layer"].values]
-    said = labels([str(name) for name in found["label"].values])
-    ax = fresh_axes(ax, 4.6, 0.9 + len(names) * (0.12 + 0.09 * len(said)))
+    label_texts = labels([str(name) for name in found["label"].values])
+    ax = fresh_axes(ax, 4.6, 0.9 + len(names) * (0.12 + 0.09 * len(label_texts)))
     zero_line(ax, vertical=True)
-    gap = 0.7 / len(said)
-    for at, word in enumerate(said):
-        one = found.isel(label=at)
-        rows = np.arange(len(names)) + (at - (len(said) - 1) / 2) * gap
-        mean, hue = one["mean"].values, colour(at)
+    gap = 0.7 / len(label_texts)
+    for position, word in enumerate(label_texts):
+        one = found.isel(label=position)
+        rows = np.arange(len(names)) + (position - (len(label_texts) - 1) / 2) * gap
+        mean, hue = one["mean"].values, colour(position)
         if "total" in one:
-            each = one["total"].transpose("layer", "run").values
-            ax.plot(each.ravel(), np.repeat(rows, each.shape[1]), ".", color=hue, alpha=0.35, markersize=3, zorder=1)
+            totals = one["total"].transpose("layer", "run").values
+            ax.plot(
+                totals.ravel(), np.repeat(rows, totals.shape[1]), ".", color=hue, alpha=0.35, markersize=3, zorder=1
+            )
         ax.hlines(rows, one["low"].values, one["high"].values, color=hue, linewidth=1.2, zorder=2)
         sure = one["p_holm"].values < _LEVEL
         marker: dict[str, Any] = {
-            "marker": _MARKERS[at % len(_MARKERS)],
+            "marker": _MARKERS[position % len(_MARKERS)],
             "linestyle": "",
             "color": hue,
             "markersize": 4,

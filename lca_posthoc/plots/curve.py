@@ -10,12 +10,11 @@ import xarray as xr
 from ..colours import FAINT, HURTING, INK, MUTED
 from ..errors import InputError
 from ..findings.names import shorten
-from ..text import count
+from ..text import count, safe_in_figure
 from .style import (
     SMALL,
     dashes,
     end_labels,
-    escape,
     expect,
     fresh_axes,
     heading,
@@ -29,12 +28,13 @@ from .style import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.typing import LineStyleType
 
 _MOST = 28  # groups that colours and dashes tell apart
 
 
 def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
-    """Draws the true loss, dark, over a light band: the loss at the start plus Σ allocation. What lies between them is the residual.
+    """Draw the true loss, dark, over a light band: the loss at the start plus Σ allocation. What lies between them is the residual.
 
     With groups, one colour each. Without, a small inset shows the cumulative residual on its own scale, and ticks at the
     foot mark segments that stayed above the tolerance.
@@ -58,7 +58,7 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     ax = fresh_axes(ax, 4.4, 2.7)
     if "group" in found.dims:
         labels = found["group"].values
-        hues, styles = palette(len(labels)), [dashes(at, len(labels)) for at in range(len(labels))]
+        hues, styles = palette(len(labels)), [dashes(position, len(labels)) for position in range(len(labels))]
         for label, hue, style in zip(labels, hues, styles, strict=True):
             _lines(ax, found.sel(group=label), hue, style)
         ax.plot([], [], color=FAINT, linewidth=4, label="start + Σ allocation")
@@ -67,7 +67,7 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
         tidy(ax, x="training step", y="loss", title=heading(found))
         ax.margins(x=0.01)
         ends = found["loss"].isel(step=-1).values
-        words = [escape(each) for each in shorten([str(label) for label in labels])]
+        words = [safe_in_figure(label) for label in shorten([str(label) for label in labels])]
         end_labels(ax, ends, words, hues, styles)
         note(ax.figure, found)
         return ax
@@ -78,34 +78,34 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     bad = found["step_end"].values[~found["converged"].values.astype(bool)]
     if len(bad):
         ax.plot(bad, np.zeros(len(bad)), "|", color=HURTING, markersize=5, transform=ax.get_xaxis_transform())
-        said = f"{count(len(bad), 'segment')} above the tolerance"
+        faults = f"{count(len(bad), 'segment')} above the tolerance"
         place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
         ax.set_xlabel(ax.get_xlabel(), loc="left")
-        ax.annotate(said, (1, 0), (0, -16), fontsize=SMALL - 0.5, color=HURTING, **place)
+        ax.annotate(faults, (1, 0), (0, -16), fontsize=SMALL - 0.5, color=HURTING, **place)
     _residual(ax, found)
     note(ax.figure, found)
     return ax
 
 
-def _lines(ax: Axes, found: xr.Dataset, hue: str, style: Any) -> None:
-    """The start plus Σ allocation, wide and pale; on it the loss, thin and dark, as in the report. Each stretch starts at its own."""
+def _lines(ax: Axes, finding: xr.Dataset, hue: str, style: LineStyleType) -> None:
+    """Draw start plus Σ allocation, wide and pale, and on it the loss, thin and dark; each stretch begins at its own first loss."""
     alone = hue == INK  # else several are told apart by colours
     pale: dict[str, Any] = {
         "color": FAINT if alone else hue,
         "alpha": 1 if alone else 0.25,
         "linewidth": 4 if alone else 2.5,
     }
-    start = found["loss_start"].values
-    band, line = (over_gaps(found, found[name].values, start) for name in ("predicted", "loss"))
-    said = {"band": "start + Σ allocation", "line": "loss"} if alone else {"band": None, "line": None}
-    ax.plot(*band, solid_capstyle="round", zorder=2, label=said["band"], **pale)
-    ax.plot(*line, color=hue, linewidth=1, linestyle=style, zorder=3, label=said["line"])
+    start = finding["loss_start"].values
+    band, line = (over_gaps(finding, finding[name].values, start) for name in ("predicted", "loss"))
+    legend = {"band": "start + Σ allocation", "line": "loss"} if alone else {"band": None, "line": None}
+    ax.plot(*band, solid_capstyle="round", zorder=2, label=legend["band"], **pale)
+    ax.plot(*line, color=hue, linewidth=1, linestyle=style, zorder=3, label=legend["line"])
 
 
-def _residual(ax: Axes, found: xr.Dataset) -> None:
-    """What the sum misses so far, in the empty corner above a falling curve."""
+def _residual(ax: Axes, finding: xr.Dataset) -> None:
+    """Draw the cumulative residual into the empty corner above a falling curve."""
     inset = ax.inset_axes((0.52, 0.58, 0.46, 0.34))
-    x, y = over_gaps(found, found["residual_total"].values)
+    x, y = over_gaps(finding, finding["residual_total"].values)
     inset.axhline(0, color=MUTED, linewidth=0.5)
     inset.plot(x, y, color=MUTED, linewidth=0.9)
     tidy(inset, title="")

@@ -1,4 +1,4 @@
-"""How single allocations are distributed."""
+"""The distribution of single allocations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def distribution(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
-    """Draws the sizes of helping and of hurting allocations over each other, their density with its fit, and how unequal they are.
+    """Draw the sizes of helping and of hurting allocations over each other, their density with its fit, and how unequal they are.
 
     Left: parameters × segments per decade of |A|. Middle: densities of both signs, with the double Weibull distribution fitted
     to a sample and the normal distribution of the same spread. Right: the share of Σ|A| of the top 1 % and the Gini
@@ -61,13 +61,14 @@ def distribution(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     return figure
 
 
-def _edges(side: xr.Dataset) -> Any:
-    """Of |A|, rising; the innermost edge of all, zero, has no place on a logarithmic axis."""
+def _edges(side: xr.Dataset) -> np.ndarray[Any, Any]:
+    """Return the edges of |A|, rising; the innermost one, zero, is replaced by one that a logarithmic axis can show."""
     ends = np.sort(np.abs(np.append(side["lower"].values, side["upper"].values[-1:])))
-    return np.maximum(ends, ends[ends > 0].min() / 2 if (ends > 0).any() else 1e-45)
+    edges: np.ndarray[Any, Any] = np.maximum(ends, ends[ends > 0].min() / 2 if (ends > 0).any() else 1e-45)
+    return edges
 
 
-def _rising(side: xr.Dataset) -> Any:
+def _rising(side: xr.Dataset) -> np.ndarray[Any, Any]:
     count = side["count"].values.astype(float)
     return count[::-1] if len(count) and side["upper"].values[-1] <= 0 else count
 
@@ -87,10 +88,10 @@ def _density(ax: Axes, side: xr.Dataset, whole: float, colour: str) -> None:
         ax.plot(np.sqrt(edges[:-1] * edges[1:]), values, ".", color=colour, markersize=2.5, alpha=0.8)
 
 
-def _shares(ax: Axes, found: xr.Dataset, whole: float) -> None:
+def _shares(ax: Axes, finding: xr.Dataset, whole: float) -> None:
     """Write the shares above the panel, where they cover no data, and mark the mean."""
-    mean, zero = float(found["mean"]), float(found["zero"]) / whole if whole else 0.0
-    shares = {"helping": float(found["helping"]), "hurting": float(found["hurting"]), "exactly zero": zero}
+    mean, zero = float(finding["mean"]), float(finding["zero"]) / whole if whole else 0.0
+    shares = {"helping": float(finding["helping"]), "hurting": float(finding["hurting"]), "exactly zero": zero}
     lines = [
         (f"{name} {100 * share:.1f} %", hue)
         for hue, (name, share) in zip((HELPING, HURTING, MUTED), shares.items(), strict=True)
@@ -99,61 +100,61 @@ def _shares(ax: Axes, found: xr.Dataset, whole: float) -> None:
         hue = HELPING if mean < 0 else HURTING
         ax.axvline(abs(mean), color=hue, linewidth=0.9, linestyle=(0, (3, 2)))
         lines.append(("- - mean " + f"{mean:.1e}".replace("-", "−"), hue))
-    for at, (said, hue) in enumerate(lines):
+    for line, (text, hue) in enumerate(lines):
         where: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
-        ax.annotate(said, (0.57 * (at % 2), 1), (0, 13 - 10 * (at // 2)), color=hue, fontsize=SMALL, **where)
+        ax.annotate(text, (0.57 * (line % 2), 1), (0, 13 - 10 * (line // 2)), color=hue, fontsize=SMALL, **where)
 
 
-def _curves(ax: Axes, found: xr.Dataset, whole: float) -> None:
-    """The fit to what is not zero, and the normal distribution of the same spread, inside the range of the data."""
+def _curves(ax: Axes, finding: xr.Dataset, whole: float) -> None:
+    """Draw the fit to allocations that are not zero, and the normal distribution of the same spread, inside the data's range."""
     low, high = ax.get_ylim()
     data = [line.get_ydata() for line in ax.lines]
     values = np.concatenate(data) if data else np.array([np.nan])
     if not np.isfinite(values).any():
         return
     low, high = np.nanmin(values) / 4, np.nanmax(values) * 10
-    x = np.geomspace(*_range(found), num=400)
-    spread = float(found["standard_deviation"])
+    x = np.geomspace(*_range(finding), num=400)
+    spread = float(finding["standard_deviation"])
     if spread > 0:
         normal = np.exp(-((x / spread) ** 2) / 2) / (spread * np.sqrt(2 * np.pi))
         ax.plot(x, np.where(normal >= low, normal, np.nan), ":", color=MUTED, linewidth=1.1, label="normal")
         word(ax, 0.03, 0.05, "···  normal, same spread", MUTED)
-    fitted = "weibull_shape" in found and bool(np.isfinite(found["weibull_shape"]))
-    if fitted and "group" not in found.coords:  # the sample is of all groups
-        shape, scale = float(found["weibull_shape"]), float(found["weibull_scale"])
-        moved = 1 - float(found["zero"]) / whole
+    fitted = "weibull_shape" in finding and bool(np.isfinite(finding["weibull_shape"]))
+    if fitted and "group" not in finding.coords:  # the sample is of all groups
+        shape, scale = float(finding["weibull_shape"]), float(finding["weibull_scale"])
+        moved = 1 - float(finding["zero"]) / whole
         fit = moved * shape / (2 * scale) * (x / scale) ** (shape - 1) * np.exp(-((x / scale) ** shape))
         ax.plot(x, np.where(fit >= low, fit, np.nan), color=INK, linewidth=1, label="double Weibull")
         word(ax, 0.03, 0.14, f"—  double Weibull, shape {shape:.2f}")
     ax.set_ylim(low, high)
 
 
-def _range(found: xr.Dataset) -> tuple[float, float]:
-    ends = np.abs(np.append(found["lower"].values, found["upper"].values))
+def _range(finding: xr.Dataset) -> tuple[float, float]:
+    ends = np.abs(np.append(finding["lower"].values, finding["upper"].values))
     return float(ends[ends > 0].min()), float(ends.max())
 
 
-def _visible(found: xr.Dataset) -> tuple[float, float]:
-    """Where all but a thousandth of the elements lie, and all the large ones; the small ones go on for thirty decades."""
-    inner = np.minimum(np.abs(found["lower"].values), np.abs(found["upper"].values))
+def _visible(finding: xr.Dataset) -> tuple[float, float]:
+    """Return the limits that hold all large elements and all but a thousandth of the rest; small ones span thirty decades."""
+    inner = np.minimum(np.abs(finding["lower"].values), np.abs(finding["upper"].values))
     order = np.argsort(inner)
-    below = np.cumsum(found["count"].values[order]) / max(1, int(found["count"].sum()))
-    smallest, largest = _range(found)
+    below = np.cumsum(finding["count"].values[order]) / max(1, int(finding["count"].sum()))
+    smallest, largest = _range(finding)
     low = inner[order][np.searchsorted(below, 1e-3)]
     return max(float(low), smallest) / 2, largest * 2
 
 
-def _unequal(ax: Axes, found: xr.Dataset) -> None:
+def _unequal(ax: Axes, finding: xr.Dataset) -> None:
     rows = (("top_share", "share of Σ|A| carried\nby the top 1 %"), ("gini", "Gini coefficient of |A|"))
-    for at, (name, said) in enumerate(rows):
-        middle, low, high = (float(found[f"{name}{end}"]) for end in ("", "_low", "_high"))
-        word(ax, 0, at - 0.22, said, va="bottom", transform=ax.transData)
+    for row, (name, text) in enumerate(rows):
+        middle, low, high = (float(finding[f"{name}{end}"]) for end in ("", "_low", "_high"))
+        word(ax, 0, row - 0.22, text, va="bottom", transform=ax.transData)
         if np.isnan(middle):
-            word(ax, 0, at + 0.16, "not defined", MUTED, va="top", transform=ax.transData)
+            word(ax, 0, row + 0.16, "not defined", MUTED, va="top", transform=ax.transData)
             continue
-        ax.plot([low, high], [at, at], color=INK, linewidth=3, alpha=0.25, solid_capstyle="butt")
-        ax.plot([middle], [at], "o", color=INK, markersize=4)
-        word(ax, middle, at + 0.16, f"{middle:.2f}", ha="center", va="top", transform=ax.transData)
+        ax.plot([low, high], [row, row], color=INK, linewidth=3, alpha=0.25, solid_capstyle="butt")
+        ax.plot([middle], [row], "o", color=INK, markersize=4)
+        word(ax, middle, row + 0.16, f"{middle:.2f}", ha="center", va="top", transform=ax.transData)
     ax.set(xlim=(0, 1), ylim=(1.6, -0.8), yticks=[])
     tidy(ax, x="0 all alike,  1 all in one")
     ax.spines["left"].set_visible(False)

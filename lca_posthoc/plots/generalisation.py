@@ -1,4 +1,4 @@
-"""What each layer did to two losses, such as those for training and validation."""
+"""The sums of each layer for two losses, such as those for training and validation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def generalisation(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) -> Axes:
-    """Draws each layer's sum for either loss, joined by a line; the key has the names of the losses.
+    """Draw each layer's sum for either loss, joined by a line; the key has the names of the losses.
 
     Below the axis stands how many parameters helped both, one of them, or neither.
 
@@ -52,9 +52,9 @@ def generalisation(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) 
     return ax
 
 
-def _quadrants(found: xr.Dataset) -> str:
-    """How many parameters did what to both losses, in words, two quadrants a line."""
-    counts = found["parameters"].sum("tensor").values
-    shares = zip(found["quadrant"].values, 100 * counts / (counts.sum() or 1), strict=True)
+def _quadrants(finding: xr.Dataset) -> str:
+    """Return in words the share of parameters in each quadrant, two quadrants a line."""
+    counts = finding["parameters"].sum("tensor").values
+    shares = zip(finding["quadrant"].values, 100 * counts / (counts.sum() or 1), strict=True)
     words = [f"{share:.1f} % {quadrant}" for quadrant, share in shares if share]
-    return "parameters: " + "\n".join(" · ".join(words[at : at + 2]) for at in range(0, len(words), 2))
+    return "parameters: " + "\n".join(" · ".join(words[start : start + 2]) for start in range(0, len(words), 2))

@@ -1,4 +1,4 @@
-"""What each layer did to the loss."""
+"""The allocation of each layer, as it grows over training or in the end."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _WORDS = {
 
 
 def layers(found: xr.Dataset, *, ax: Axes | None = None, show: str | None = None, top: int | None = None) -> Axes:
-    """Draws the sum of each layer as it grows over training, or in the end.
+    """Draw the sum of each layer as it grows over training, or in the end.
 
     Of many layers those with the largest sums stand out: as lines with a colour and a name over the grey lines of the others, as
     the rows that are drawn where the others are counted at the foot.
@@ -94,15 +94,24 @@ def layers(found: xr.Dataset, *, ax: Axes | None = None, show: str | None = None
     return ax
 
 
-def _lines(ax: Axes, found: xr.Dataset, strong: xr.Dataset, label: str) -> None:
-    """The strong layers in colours, with their names and sums at the ends of their lines, over the others in grey."""
+def _lines(ax: Axes, finding: xr.Dataset, strong: xr.Dataset, label: str) -> None:
+    """Draw the strong layers in colours over the others in grey; names and sums stand at the ends of the coloured lines."""
     zero_line(ax)
     names = [str(name) for name in strong["layer"].values]
-    for one in (found.isel(layer=at) for at, name in enumerate(found["layer"].values) if str(name) not in set(names)):
-        ax.plot(*_line(found, one), color=FAINT, linewidth=0.7, zorder=1.5)
-    for at in range(len(names)):
-        ax.plot(*_line(found, strong.isel(layer=at)), color=colour(at), linestyle=dashes(at), linewidth=1.4)
-    tidy(ax, x="training step", y=label, title=heading(found))
+    for one in (
+        finding.isel(layer=position)
+        for position, name in enumerate(finding["layer"].values)
+        if str(name) not in set(names)
+    ):
+        ax.plot(*_line(finding, one), color=FAINT, linewidth=0.7, zorder=1.5)
+    for position in range(len(names)):
+        ax.plot(
+            *_line(finding, strong.isel(layer=position)),
+            color=colour(position),
+            linestyle=dashes(position),
+            linewidth=1.4,
+        )
+    tidy(ax, x="training step", y=label, title=heading(finding))
     ax.margins(x=0.01)
     powers(ax, "y")
     totals = strong["cumulative"].isel(step=-1).values
@@ -110,28 +119,32 @@ def _lines(ax: Axes, found: xr.Dataset, strong: xr.Dataset, label: str) -> None:
         f"{name}  {total:+#.3g}".rstrip(".").replace("-", "−")
         for name, total in zip(labels(names), totals, strict=True)
     ]
-    styles = [dashes(at) for at in range(len(names))]
+    styles = [dashes(position) for position in range(len(names))]
     end_labels(
-        ax, totals, words, [colour(at) for at in range(len(names))], styles if len(names) > len(LAYERS) else None
+        ax,
+        totals,
+        words,
+        [colour(position) for position in range(len(names))],
+        styles if len(names) > len(LAYERS) else None,
     )
 
 
-def _line(found: xr.Dataset, one: xr.Dataset) -> tuple[Any, Any]:
-    return over_gaps(found, one["cumulative"].values, (one["cumulative"] - one["allocated"]).values)
+def _line(finding: xr.Dataset, one: xr.Dataset) -> tuple[Any, Any]:
+    return over_gaps(finding, one["cumulative"].values, (one["cumulative"] - one["allocated"]).values)
 
 
-def _bars(ax: Axes, found: xr.Dataset, names: list[str], show: str, label: str) -> None:
-    values = found[show].values
+def _bars(ax: Axes, finding: xr.Dataset, names: list[str], show: str, label: str) -> None:
+    values = finding[show].values
     ax.barh(range(len(names)), values, height=0.72, color=[HELPING if value < 0 else HURTING for value in values])
     zero_line(ax, vertical=True)
-    tidy(ax, x=label.replace(" (", "\n(") if show == "mean" else label, title=heading(found))
+    tidy(ax, x=label.replace(" (", "\n(") if show == "mean" else label, title=heading(finding))
     rows_of_names(ax, names)
     powers(ax, "x")
     helped_hurt(ax)
 
 
 def helped_hurt(ax: Axes) -> None:
-    """Says above an axis of allocations which side is which."""
+    """Write above an axis of allocations which side helped and which hurt."""
     low, high = ax.get_xlim()
     place = float(np.clip((0 - low) / ((high - low) or 1), 0.0, 1.0))
     if place > 0.02:
@@ -140,16 +153,16 @@ def helped_hurt(ax: Axes) -> None:
         word(ax, place, 1.01, " hurt →", HURTING, ha="left", va="bottom")
 
 
-def _by_group(ax: Axes, found: xr.Dataset, names: list[str], show: str, label: str) -> None:
-    values = found[show].transpose("layer", "group").values
-    groups = [str(group) for group in found["group"].values]
+def _by_group(ax: Axes, finding: xr.Dataset, names: list[str], show: str, label: str) -> None:
+    values = finding[show].transpose("layer", "group").values
+    groups = [str(group) for group in finding["group"].values]
     shown = ax.imshow(values, cmap=DIVERGE, norm=symmetric(scale=float(np.nanmax(np.abs(values)))), aspect="auto")
-    tidy(ax, x="group", title=heading(found))
+    tidy(ax, x="group", title=heading(finding))
     every = -(-len(groups) // 20)
-    said = labels(groups, 10)[::every]
-    ax.set_xticks(range(0, len(groups), every), said)
+    words = labels(groups, 10)[::every]
+    ax.set_xticks(range(0, len(groups), every), words)
     column = ax.get_window_extent().width / ax.figure.dpi * 72 / len(groups) * every  # points, before the layout
-    if max(map(len, said)) * 0.62 * SMALL > column:
+    if max(map(len, words)) * 0.62 * SMALL > column:
         ax.tick_params(axis="x", labelrotation=90)
     rows_of_names(ax, names)
     ax.set_ylim(len(names) - 0.5, -0.5)

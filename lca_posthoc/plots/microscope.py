@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from ..colours import FAINT, HURTING, INK, MUTED
 from ..errors import InputError, ResourceError
 from ..findings.names import fitting
-from .style import DIVERGE, SMALL, colour_bar, escape, expect, fresh_figure, heading, note, symmetric, tidy
+from ..text import safe_in_figure
+from .style import DIVERGE, SMALL, colour_bar, expect, fresh_figure, heading, note, symmetric, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +37,7 @@ _FOOT = 2.3  # the colour bar, the loss and a note
 
 
 def microscope(found: xr.Dataset, *, at: int | None = None, figure: Figure | None = None) -> Figure:
-    """Draws one moment of the film: a picture per tensor, pixels on one scale, and below them where in training it is.
+    """Draw one moment of the film: a picture per tensor, pixels on one scale, and below them where in training it is.
 
     Tensors of a module stand side by side, a bias as a narrow column beside its kernel; of many modules, those without a kernel,
     such as normalisation, stand behind the kernel they follow. Very wide and very narrow pictures are stretched; a pixel is a
@@ -62,23 +64,23 @@ def microscope(found: xr.Dataset, *, at: int | None = None, figure: Figure | Non
     return stage.figure
 
 
-def _last_seen(found: xr.Dataset) -> int:
+def _last_seen(finding: xr.Dataset) -> int:
     """Return the last frame whose strongest pixels have a colour: where a schedule ends near 0, the last frames are all but blank.
 
     Where no frame has enough of them, it is the last that is not blank; where all are blank, the last of all.
     """
-    scale, moved = float(found.attrs["scale"]), -1
-    for at in reversed(range(found.sizes["step"])):
-        sizes = np.concatenate([np.abs(variable.values[at]).ravel() for variable in found.data_vars.values()])
+    scale, moved = float(finding.attrs["scale"]), -1
+    for frame in reversed(range(finding.sizes["step"])):
+        sizes = np.concatenate([np.abs(variable.values[frame]).ravel() for variable in finding.data_vars.values()])
         if float(np.quantile(sizes, _STRONGEST)) > _SEEN * scale:
-            return at
+            return frame
         if moved < 0 and sizes.any():
-            moved = at
+            moved = frame
     return moved
 
 
 def film(found: xr.Dataset, path: str | Path, *, fps: int = 10) -> Path:
-    """Writes all frames, one after the other, as a film.
+    """Write all frames, one after the other, as a film.
 
     Args:
         found: of `findings.microscope`.
@@ -108,128 +110,130 @@ def film(found: xr.Dataset, path: str | Path, *, fps: int = 10) -> Path:
     stage.figure.set_size_inches(_WIDE, stage.high)
     writer = FFMpegWriter(fps=fps) if path.suffix.lower() == ".mp4" else PillowWriter(fps=fps)
     with writer.saving(stage.figure, str(path), dpi=150):
-        for at in range(found.sizes["step"]):
-            stage.show(at)
+        for frame in range(found.sizes["step"]):
+            stage.show(frame)
             writer.grab_frame()
     return path
 
 
 class _Stage:
-    """The figure, drawn once; a frame changes the pictures, the mark and the title. Everything has its place in inches."""
+    """A figure that is drawn once and then shows one frame after another; positions in it are in inches."""
 
-    def __init__(self, found: xr.Dataset, figure: Figure | None) -> None:
-        self.found = found
-        rows = _rows(found, _modules(found))
-        self.titles, self.letter = _titles(found, rows)
-        heights = [min(_TALLEST, unit) for unit in _units(found, rows)]
+    def __init__(self, finding: xr.Dataset, figure: Figure | None) -> None:
+        self.found = finding
+        rows = _rows(finding, _modules(finding))
+        self.titles, self.letter = _titles(finding, rows)
+        heights = [min(_TALLEST, unit) for unit in _units(finding, rows)]
         self.high = sum(heights) + _TITLE * len(rows) + _FOOT
         self.figure = fresh_figure(figure, _WIDE, self.high)
         self.figure.set_layout_engine("none")
-        norm = symmetric(scale=float(found.attrs["scale"]))
+        norm = symmetric(scale=float(finding.attrs["scale"]))
         self.images: dict[str, AxesImage] = {}
         top = self.high
-        for row, height, unit in zip(rows, heights, _units(found, rows), strict=True):
+        for row, height, unit in zip(rows, heights, _units(finding, rows), strict=True):
             top -= height + _TITLE
             self._row(row, top, height, unit, norm)
         shown = next(iter(self.images.values()))
         bar = self._axes(_LEFT + 1.6, top - 0.27, _WIDE - _LEFT - _RIGHT - 3.2, 0.09)
         colour_bar(shown, bar, "Σ allocation (units of loss)", below=True, into=bar)
         ax = self._axes(_LEFT, 0.55, _WIDE - _LEFT - _RIGHT, 0.8)
-        self.mark, self.dot = _loss(ax, found)
+        self.mark, self.dot = _loss(ax, finding)
         self.when = ax.set_title("", fontsize=SMALL, loc="right", color=HURTING)
-        note(self.figure, found)
+        note(self.figure, finding)
 
-    def _axes(self, left: float, bottom: float, width: float, height: float) -> Axes:
-        return self.figure.add_axes((left / _WIDE, bottom / self.high, width / _WIDE, height / self.high))
+    def _axes(self, start: float, bottom: float, width: float, height: float) -> Axes:
+        return self.figure.add_axes((start / _WIDE, bottom / self.high, width / _WIDE, height / self.high))
 
-    def _row(self, row: list[list[str]], bottom: float, height: float, unit: float, norm: Any) -> None:
-        """Modules are as wide as their aspects times `unit`; in a module, a vector takes little of it."""
-        left = _LEFT
+    def _row(self, row: list[list[str]], bottom: float, height: float, unit: float, norm: Normalize) -> None:
+        """Draw a row of modules, each as wide as its aspect times `unit`; in a module, vectors are narrow."""
+        start = _LEFT
         for module in row:
             room = unit * _aspect(self.found, module)
             kernels = sum(_extent(self.found, name)[1] > 1 for name in module)
             vectors = len(module) - kernels
             thin = min(_VECTOR, 0.45 * room / max(1, vectors)) if kernels else room / len(module)
             broad = (room - thin * vectors) / max(1, kernels)
-            at = left
+            place = start
             for name in module:
                 width = broad if _extent(self.found, name)[1] > 1 else thin
-                ax = self._axes(at, bottom, width - (0.03 if name != module[-1] else 0), height)
+                ax = self._axes(place, bottom, width - (0.03 if name != module[-1] else 0), height)
                 self.images[name] = _picture(ax, self.found[name], norm)
                 if name == module[0]:
                     ax.set_title(self.titles[name], fontsize=self.letter, pad=2, loc="left", color=INK)
-                at += width
-            left += room + _GAP
+                place += width
+            start += room + _GAP
 
-    def show(self, at: int) -> None:
-        found = self.found
+    def show(self, frame: int) -> None:
+        finding = self.found
         for name, image in self.images.items():
-            image.set_data(found[name].isel(step=at).values)
-        start, end = found["step"].values[at], found["step_end"].values[at]
+            image.set_data(finding[name].isel(step=frame).values)
+        start, end = finding["step"].values[frame], finding["step_end"].values[frame]
         self.mark.set_x(start)
         self.mark.set_width(end - start)
-        self.dot.set_data([end], [found["step:loss_end"].values[at]])
+        self.dot.set_data([end], [finding["step:loss_end"].values[frame]])
         self.when.set_text(f"training steps {start:,} → {end:,}")
 
 
-def _modules(found: xr.Dataset) -> list[list[str]]:
-    """The tensors of each module, in the model's order; of many modules, those without a kernel stand with the one before."""
+def _modules(finding: xr.Dataset) -> list[list[str]]:
+    """Return the tensors of each module, in the model's order; of many modules, join those without a kernel to the one before."""
     modules: dict[str, list[str]] = {}
-    for name in map(str, found.data_vars):
+    for name in map(str, finding.data_vars):
         modules.setdefault(name.rpartition(".")[0] or name, []).append(name)
     if len(modules) <= _MANY:
         return list(modules.values())
     joined: list[list[str]] = []
     for module in modules.values():
-        if joined and not any(_extent(found, name)[1] > 1 for name in module):
+        if joined and not any(_extent(finding, name)[1] > 1 for name in module):
             joined[-1] = joined[-1] + module
         else:
             joined.append(module)
     return joined
 
 
-def _extent(found: xr.Dataset, name: str) -> tuple[int, int]:
-    rows, columns = (found.sizes[f"{name}:{axis}"] for axis in ("row", "column"))
+def _extent(finding: xr.Dataset, name: str) -> tuple[int, int]:
+    rows, columns = (finding.sizes[f"{name}:{axis}"] for axis in ("row", "column"))
     return rows, columns
 
 
-def _aspect(found: xr.Dataset, module: Iterable[str]) -> float:
-    """Width over height of a module's panel: that of its kernel, but neither a ribbon nor a thread."""
-    ratios = [columns / rows for rows, columns in (_extent(found, name) for name in module) if columns > 1]
+def _aspect(finding: xr.Dataset, module: Iterable[str]) -> float:
+    """Return width over height of a module's panel: that of its kernel, clipped so that no panel is a ribbon or a thread."""
+    ratios = [columns / rows for rows, columns in (_extent(finding, name) for name in module) if columns > 1]
     return float(np.clip(max(ratios, default=0.3), 0.3 if not ratios else 1.0, 4.0))
 
 
-def _height(found: xr.Dataset, row: list[list[str]]) -> float:
+def _height(finding: xr.Dataset, row: list[list[str]]) -> float:
     room = _WIDE - _LEFT - _RIGHT - _GAP * (len(row) - 1)
-    return min(_TALLEST, room / sum(_aspect(found, module) for module in row))
+    return min(_TALLEST, room / sum(_aspect(finding, module) for module in row))
 
 
-def _units(found: xr.Dataset, rows: list[list[list[str]]]) -> list[float]:
-    """How wide a module of aspect 1 is in each row, in inches: modules share the width, but the last row is no wider drawn than
-    the one above it.
+def _units(finding: xr.Dataset, rows: list[list[list[str]]]) -> list[float]:
+    """Return how wide a module of aspect 1 is in each row, in inches.
+
+    Modules share the width of the figure, but the last row is drawn no wider than the one above it.
     """
     units = [
-        (_WIDE - _LEFT - _RIGHT - _GAP * (len(row) - 1)) / sum(_aspect(found, module) for module in row) for row in rows
+        (_WIDE - _LEFT - _RIGHT - _GAP * (len(row) - 1)) / sum(_aspect(finding, module) for module in row)
+        for row in rows
     ]
     return [*units[:-1], min(units[-2:])]
 
 
-def _rows(found: xr.Dataset, modules: list[list[str]]) -> list[list[list[str]]]:
-    """Modules beside each other as words in a paragraph, whose width is chosen so that all rows together are not too tall."""
-    layouts = [_broken(found, modules, width) for width in (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0)]
-    return min(layouts, key=lambda rows: abs(sum(_height(found, row) for row in rows) - _PICTURES))
+def _rows(finding: xr.Dataset, modules: list[list[str]]) -> list[list[list[str]]]:
+    """Return the rows of modules, filled like lines of a paragraph, of the width that brings their heights nearest to `_PICTURES`."""
+    layouts = [_broken(finding, modules, width) for width in (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0)]
+    return min(layouts, key=lambda rows: abs(sum(_height(finding, row) for row in rows) - _PICTURES))
 
 
-def _broken(found: xr.Dataset, modules: list[list[str]], width: float) -> list[list[list[str]]]:
+def _broken(finding: xr.Dataset, modules: list[list[str]], width: float) -> list[list[list[str]]]:
     rows: list[list[list[str]]] = [[]]
     for module in modules:
-        if rows[-1] and sum(_aspect(found, each) for each in [*rows[-1], module]) > width:
+        if rows[-1] and sum(_aspect(finding, member) for member in [*rows[-1], module]) > width:
             rows.append([])
         rows[-1].append(module)
     return rows
 
 
-def _picture(ax: Axes, variable: xr.DataArray, norm: Any) -> AxesImage:
+def _picture(ax: Axes, variable: xr.DataArray, norm: Normalize) -> AxesImage:
     empty = np.zeros(variable.shape[1:], "float32")
     image = ax.imshow(empty, cmap=DIVERGE, norm=norm, aspect="auto", interpolation="nearest")
     ax.set(xticks=[], yticks=[])
@@ -239,32 +243,34 @@ def _picture(ax: Axes, variable: xr.DataArray, norm: Any) -> AxesImage:
     return image
 
 
-def _titles(found: xr.Dataset, rows: list[list[list[str]]]) -> tuple[dict[str, str], float]:
+def _titles(finding: xr.Dataset, rows: list[list[list[str]]]) -> tuple[dict[str, str], float]:
     """Return by the first tensor of each panel what stands above it, and the letters' size: its name and shape, or its module's name in
     smaller letters where panels are narrow.
     """
     first, widths = [module[0] for row in rows for module in row], list[float]()
-    for row, unit in zip(rows, _units(found, rows), strict=True):
-        widths += [unit * _aspect(found, module) * 72 for module in row]
+    for row, unit in zip(rows, _units(finding, rows), strict=True):
+        widths += [unit * _aspect(finding, module) * 72 for module in row]
     size = SMALL - 0.5
     letters = [int(width / (0.62 * size)) for width in widths]
     whole = []
     for name in first:
-        shape = "×".join(str(extent) for extent in found[name].attrs.get("shape", _extent(found, name)))
-        pool = [int(each) for each in found[name].attrs.get("pool", (1, 1))]
+        shape = "×".join(str(extent) for extent in finding[name].attrs.get("shape", _extent(finding, name)))
+        pool = [int(block) for block in finding[name].attrs.get("pool", (1, 1))]
         whole.append(f"{name}  {shape}" + (f", {pool[0]}×{pool[1]} a pixel" if pool != [1, 1] else ""))
-    if any(len(said) > most for said, most in zip(whole, letters, strict=True)):
+    if any(len(text) > most for text, most in zip(whole, letters, strict=True)):
         size = SMALL - 1.5
         letters = [int((width + 0.7 * _GAP * 72) / (0.62 * size)) for width in widths]  # they may stand over the gap
         whole = fitting([name.rpartition(".")[0] or name for name in first], letters)
-    return dict(zip(first, map(escape, whole), strict=True)), size
+    return dict(zip(first, map(safe_in_figure, whole), strict=True)), size
 
 
-def _loss(ax: Axes, found: xr.Dataset) -> tuple[Any, Any]:
-    x = np.append(found["step"].values[:1], found["step_end"].values)
-    ax.plot(x, np.append(found["step:loss_start"].values[:1], found["step:loss_end"].values), color=INK, linewidth=1)
+def _loss(ax: Axes, finding: xr.Dataset) -> tuple[Any, Any]:
+    x = np.append(finding["step"].values[:1], finding["step_end"].values)
+    ax.plot(
+        x, np.append(finding["step:loss_start"].values[:1], finding["step:loss_end"].values), color=INK, linewidth=1
+    )
     mark = ax.axvspan(x[0], x[1], color=HURTING, alpha=0.25, linewidth=0)
-    (dot,) = ax.plot(x[:1], found["step:loss_end"].values[:1], "o", color=HURTING, markersize=3.5)
+    (dot,) = ax.plot(x[:1], finding["step:loss_end"].values[:1], "o", color=HURTING, markersize=3.5)
     tidy(ax, x="training step", y="loss")
-    ax.set_title(heading(found), loc="left", fontsize=SMALL, color=MUTED)
+    ax.set_title(heading(finding), loc="left", fontsize=SMALL, color=MUTED)
     return mark, dot

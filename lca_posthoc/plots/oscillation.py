@@ -1,8 +1,8 @@
-"""How often weights, gradients and allocations turn, and what that looks like."""
+"""Turns of weights, gradients and allocations: their mean intervals, and traces of single parameters."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
@@ -36,7 +36,7 @@ _TRACES = {"weight": "weight", "gradient": "gradient", "allocation": "allocation
 
 
 def oscillation(found: xr.Dataset, *, figure: Figure | None = None, top: int = 40) -> Figure:
-    """Draws the mean number of segments between two turns of each tensor's weights, gradients and allocations, and traces of single ones.
+    """Draw the mean number of segments between two turns of each tensor's weights, gradients and allocations, and traces of single ones.
 
     Args:
         found: of `findings.oscillation`; for a part of the training, `found.sel(step=slice(100, 200))`.
@@ -66,57 +66,61 @@ def oscillation(found: xr.Dataset, *, figure: Figure | None = None, top: int = 4
         _intervals(figure.add_subplot(rows[0, :]), found)
     titles = _titles(found) if shown else []
     for row, name in enumerate(shown, start=bool(tall)):
-        first: Any = None
         for column in range(traces):
             ax = figure.add_subplot(rows[row, column])
             title = titles[column] if name == shown[0] else ""
             _trace(ax, found.isel(trace=column), name, last=name == shown[-1], title=title)
             if column == 0:
-                first = ax
-        first.set_ylabel(_TRACES[name], fontsize=SMALL, color=INK)
+                ax.set_ylabel(_TRACES[name], fontsize=SMALL, color=INK)
         figure.align_ylabels()
     note(figure, found, rest)
     return figure
 
 
-def _intervals(ax: Axes, found: xr.Dataset) -> None:
-    signals = [str(name) for name in found["signal"].values]
+def _intervals(ax: Axes, finding: xr.Dataset) -> None:
+    signals = [str(name) for name in finding["signal"].values]
     markers = ("o", "s", "D")
-    names = ["all", *(str(name) for name in found["tensor"].values)]
-    for at, signal in enumerate(signals):
+    names = ["all", *(str(name) for name in finding["tensor"].values)]
+    for position, signal in enumerate(signals):
         every = np.append(
-            float(found["overall_interval"].sel(signal=signal)), found["interval"].sel(signal=signal).values
+            float(finding["overall_interval"].sel(signal=signal)), finding["interval"].sel(signal=signal).values
         )
         values = np.where(np.isfinite(every), every, np.nan)  # what never turns has no interval
         ax.plot(
-            values, range(len(names)), markers[at % 3], color=LAYERS[at], markersize=3.8, label=signal, linestyle=""
+            values,
+            range(len(names)),
+            markers[position % 3],
+            color=LAYERS[position],
+            markersize=3.8,
+            label=signal,
+            linestyle="",
         )
     ax.grid(axis="y", color=FAINT, linewidth=0.4)
     ax.set_axisbelow(True)
-    tidy(ax, x="segments between two turns (mean)", title=heading(found))
+    tidy(ax, x="segments between two turns (mean)", title=heading(finding))
     rows_of_names(ax, names)
     key(ax, "lower right", ncols=3, handletextpad=0.1)
     ax.set_xlim(left=0)
 
 
-def _titles(found: xr.Dataset) -> list[str]:
+def _titles(finding: xr.Dataset) -> list[str]:
     """Return for each trace its tensor, cut in the middle where it is long, and below it the index and why it is drawn."""
-    names = [str(name).partition("[") for name in found["parameter"].values]
+    names = [str(name).partition("[") for name in finding["parameter"].values]
     tensors = labels([tensor for tensor, *_ in names], _LETTERS)
     return [
         f"{tensor}\n{mark}{rest} {why}".replace("\n ", "\n")
-        for tensor, (_, mark, rest), why in zip(tensors, names, found["why"].values, strict=True)
+        for tensor, (_, mark, rest), why in zip(tensors, names, finding["why"].values, strict=True)
     ]
 
 
-def _trace(ax: Axes, found: xr.Dataset, name: str, *, last: bool, title: str) -> None:
+def _trace(ax: Axes, finding: xr.Dataset, name: str, *, last: bool, title: str) -> None:
     if name == "allocation":
-        edges, heights = time_edges(found, found[name].values)
+        edges, heights = time_edges(finding, finding[name].values)
         # Bars thinner than a pixel would pale away without a line.
         ax.stairs(np.where(heights < 0, heights, 0), edges, color=HELPING, fill=True, linewidth=0.4)
         ax.stairs(np.where(heights > 0, heights, 0), edges, color=HURTING, fill=True, linewidth=0.4)
     else:
-        x, y = over_gaps(found, found[name].values, at="step" if name == "weight" else "step_end")
+        x, y = over_gaps(finding, finding[name].values, coordinate="step" if name == "weight" else "step_end")
         ax.plot(x, y, color=INK, linewidth=0.7)
     if name != "weight":
         zero_line(ax)
@@ -127,5 +131,5 @@ def _trace(ax: Axes, found: xr.Dataset, name: str, *, last: bool, title: str) ->
     ax.margins(x=0.01)
     ax.yaxis.get_offset_text().set_fontsize(SMALL - 1.5)
     if title:
-        hue = {"helped most": HELPING, "hurt most": HURTING}.get(str(found["why"].item()), INK)
+        hue = {"helped most": HELPING, "hurt most": HURTING}.get(str(finding["why"].item()), INK)
         ax.set_title(title, fontsize=SMALL - 0.5, color=hue, loc="left")

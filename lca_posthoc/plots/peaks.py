@@ -1,4 +1,4 @@
-"""When layers peak, and whether they peak together more often than chance lets them."""
+"""Peak moments of layers, and their alignments compared with chance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from ..colours import FAINT, INK, LAYERS, MUTED
 from ..findings.peaks import powerless
-from .style import SMALL, colour, escape, expect, fresh_figure, key, labels, note, rows_of_names, tidy
+from ..text import safe_in_figure
+from .style import SMALL, colour, expect, fresh_figure, key, labels, note, rows_of_names, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ _NAMED = 10  # groups that are named in the order of their marks
 
 
 def peaks(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
-    """Draws the peak moments of each layer and group, and the number of alignments against what rotating the layers gives.
+    """Draw the peak moments of each layer and group, and the number of alignments against what rotating the layers gives.
 
     Rows are groups with the layers in colours; of one group, or where there are more than six layers, rows are layers. A dark
     line marks a segment at which all layers peak for a group.
@@ -53,67 +54,67 @@ def peaks(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     return figure
 
 
-def _by_group(ax: Axes, found: xr.Dataset) -> None:
-    """A row per group, in it one line of marks per layer."""
-    steps, layers = found["step"].values, [str(name) for name in found["layer"].values]
-    groups = [str(label) for label in found["group"].values]
+def _by_group(ax: Axes, finding: xr.Dataset) -> None:
+    """Draw a row per group, in it one line of marks per layer."""
+    steps, layers = finding["step"].values, [str(name) for name in finding["layer"].values]
+    groups = [str(label) for label in finding["group"].values]
     height = 0.76 / len(layers)
-    for at in range(len(groups)):
-        together = steps[found["aligned"].isel(group=at).values.astype(bool)]
-        ax.vlines(together, at - 0.46, at + 0.46, color=INK, linewidth=1.1, zorder=1)
+    for row in range(len(groups)):
+        together = steps[finding["aligned"].isel(group=row).values.astype(bool)]
+        ax.vlines(together, row - 0.46, row + 0.46, color=INK, linewidth=1.1, zorder=1)
         for which in range(len(layers)):
-            moments = steps[found["peak"].isel(group=at, layer=which).values.astype(bool)]
-            low = at - 0.38 + which * height
+            moments = steps[finding["peak"].isel(group=row, layer=which).values.astype(bool)]
+            low = row - 0.38 + which * height
             ax.vlines(moments, low, low + height * 0.9, color=colour(which), linewidth=1.3, zorder=2)
-        if at:
-            ax.axhline(at - 0.5, color=FAINT, linewidth=0.4)
+        if row:
+            ax.axhline(row - 0.5, color=FAINT, linewidth=0.4)
     names = labels(layers)
     for which, name in enumerate(names):
         ax.plot([], [], color=colour(which), linewidth=2, label=name)
     ax.plot([], [], color=INK, linewidth=1.1, label="all together")
-    key(ax, ncols=_columns(found), handlelength=1)
+    key(ax, ncols=_columns(finding), handlelength=1)
     tidy(ax, x="training step", y="group")
     ax.set_yticks(range(len(groups)), labels(groups, 14))
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(len(groups) - 0.5, -0.5)
 
 
-def _columns(found: xr.Dataset) -> int:
-    """How many names of layers fit beside each other above the axes."""
-    names = labels(found["layer"].values.tolist())
+def _columns(finding: xr.Dataset) -> int:
+    """Return how many names of layers fit beside each other above the axes."""
+    names = labels(finding["layer"].values.tolist())
     return max(1, min(len(names) + 1, 70 // (max(len(name) for name in (*names, "all together")) + 4)))
 
 
-def _by_layer(ax: Axes, found: xr.Dataset) -> None:
-    """A row per layer, in it one line of marks per group."""
-    steps, layers = found["step"].values, [str(name) for name in found["layer"].values]
-    groups = found.sizes["group"]
+def _by_layer(ax: Axes, finding: xr.Dataset) -> None:
+    """Draw a row per layer, in it one line of marks per group."""
+    steps, layers = finding["step"].values, [str(name) for name in finding["layer"].values]
+    groups = finding.sizes["group"]
     height = 0.76 / groups
     tidy(ax, x="training step")
     rows_of_names(ax, layers)
     if len(layers) > 15:
         ax.tick_params(axis="y", labelsize=SMALL - 1.5)
     ax.set_ylim(len(layers) - 0.5, -0.5)
-    for at in range(groups):
-        together = steps[found["aligned"].isel(group=at).values.astype(bool)]
+    for group in range(groups):
+        together = steps[finding["aligned"].isel(group=group).values.astype(bool)]
         ax.vlines(together, -0.5, len(layers) - 0.5, color=INK, linewidth=1.1, zorder=1)
         for which in range(len(layers)):
-            moments = steps[found["peak"].isel(group=at, layer=which).values.astype(bool)]
-            low = which - 0.38 + at * height
+            moments = steps[finding["peak"].isel(group=group, layer=which).values.astype(bool)]
+            low = which - 0.38 + group * height
             hue = colour(which if len(layers) <= _COLOURS else 0)
             ax.vlines(moments, low, low + height * 0.9, color=hue, linewidth=1.3, zorder=2)
     for row in range(1, len(layers)):
         ax.axhline(row - 0.5, color=FAINT, linewidth=0.4, zorder=0)
     ax.plot([], [], color=LAYERS[0] if len(layers) > _COLOURS else MUTED, linewidth=2, label="peak moment")
-    if bool(found["aligned"].any()):
+    if bool(finding["aligned"].any()):
         ax.plot([], [], color=INK, linewidth=1.1, label="all layers together")
     key(ax, ncols=2, handlelength=1)
 
 
-def _null(ax: Axes, found: xr.Dataset) -> None:
-    """Alignments under rotations of whole layers, and under rotations within parts of the training; the observed number."""
-    observed = float(found["observed_total"])
-    drawn = {name: found[name].values for name in ("shift", "local") if name in found}
+def _null(ax: Axes, finding: xr.Dataset) -> None:
+    """Draw the observed number of alignments over those under rotations of whole layers and within parts of the training."""
+    observed = float(finding["observed_total"])
+    drawn = {name: finding[name].values for name in ("shift", "local") if name in finding}
     top = int(max(*(values.max(initial=0) for values in drawn.values()), observed)) + 1
     bins = np.arange(-0.5, top + 1, max(1, top // 40)).tolist()
     looks: dict[str, dict[str, Any]] = {
@@ -124,13 +125,13 @@ def _null(ax: Axes, found: xr.Dataset) -> None:
         ax.hist(values, bins=bins, **looks[name])
     tallest = ax.get_ylim()[1]
     ax.vlines(observed, 0, tallest, color=INK, linewidth=1.6)  # the words stand above it
-    lines = [(f"observed {observed:.0f}", INK), (f"rotated: p = {float(found['p_shift']):.2g}", MUTED)]
-    if "p_local" in found:
-        lines.append((f"rotated within parts: p = {float(found['p_local']):.2g}", LAYERS[0]))
-    lines.append((f"independent: p = {float(found['p_independent']):.2g}", MUTED))
-    usual = powerless(found)
+    lines = [(f"observed {observed:.0f}", INK), (f"rotated: p = {float(finding['p_shift']):.2g}", MUTED)]
+    if "p_local" in finding:
+        lines.append((f"rotated within parts: p = {float(finding['p_local']):.2g}", LAYERS[0]))
+    lines.append((f"independent: p = {float(finding['p_independent']):.2g}", MUTED))
+    usual = powerless(finding)
     if usual is not None:
-        count = int(found["counted"].sum()) if "counted" in found.coords else found.sizes["layer"]
+        count = int(finding["counted"].sum()) if "counted" in finding.coords else finding.sizes["layer"]
         about = f"{usual:.2f}" if usual >= 0.01 else "less than 0.01"
         advice = (
             f"asking all {count} layers to",
@@ -138,7 +139,7 @@ def _null(ax: Axes, found: xr.Dataset) -> None:
             "power: chance alone gives",
             f"{about}. Try fewer (by).",
         )
-        lines += [(each, INK) for each in advice]
+        lines += [(text, INK) for text in advice]
     tall = ax.get_window_extent().height / ax.figure.dpi * 72  # points, before the layout
     ax.set_ylim(0, tallest / (1 - min((10 * len(lines) + 8) / tall, 0.7)))
     right = observed > top / 2 or top == 1
@@ -147,9 +148,9 @@ def _null(ax: Axes, found: xr.Dataset) -> None:
         "textcoords": "offset points",
         "ha": "left" if right else "right",
     }
-    for at, (said, hue) in enumerate(lines):
-        ax.annotate(said, (0.02 if right else 0.98, 1), (0, -2 - 10 * at), va="top", color=hue, fontsize=SMALL, **side)
-    tidy(ax, x=f"aligned {escape(found.attrs.get('signal', 'allocation'))} peaks", y="rotations")
+    for row, (line, hue) in enumerate(lines):
+        ax.annotate(line, (0.02 if right else 0.98, 1), (0, -2 - 10 * row), va="top", color=hue, fontsize=SMALL, **side)
+    tidy(ax, x=f"aligned {safe_in_figure(str(finding.attrs.get('signal', 'allocation')))} peaks", y="rotations")
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

@@ -1,11 +1,10 @@
-"""What the plots share: fresh axes, names made harmless, thin spines, labels at the ends of lines, one diverging scale.
+"""Helpers of all plots: fresh axes, names made harmless, thin spines, labels at the ends of lines, one diverging scale.
 
 Nothing here touches rcParams; pyplot is imported only to make a figure that nobody passed.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,26 +17,27 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from ..colours import DIVERGING, FAINT, HELPING, HURTING, INK, LAYERS, MUTED
 from ..errors import InputError
 from ..findings.names import shorten
-from ..text import count
+from ..text import count, safe_in_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.collections import QuadMesh
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
+    from matplotlib.typing import LineStyleType
+    from numpy.typing import ArrayLike
 
 SMALL = 7.5  # points; figures are made at the size they are printed at
 DIVERGE = LinearSegmentedColormap.from_list("helping-hurting", DIVERGING, N=257).with_extremes(bad=FAINT)
 _MORE = 8  # letters a name may have more, so that it can be cut on one side alone
-_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_DASHES: tuple[LineStyleType, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
 
 
 # --- figures and axes ---------------------------------------------------------------------------------------------------
 
 
 def fresh_axes(ax: Axes | None, width: float, height: float) -> Axes:
-    """`ax`, or the axes of a new pyplot figure, which notebooks show and `plt.show()` knows; sizes in inches."""
+    """Return `ax`, or the axes of a new pyplot figure, which notebooks show and `plt.show()` knows; sizes in inches."""
     if ax is not None:
         return ax
     import matplotlib.pyplot as plt
@@ -46,7 +46,7 @@ def fresh_axes(ax: Axes | None, width: float, height: float) -> Axes:
 
 
 def fresh_figure(figure: Figure | None, width: float, height: float) -> Figure:
-    """`figure`, or a new pyplot figure; sizes in inches."""
+    """Return `figure`, or a new pyplot figure; sizes in inches."""
     if figure is not None:
         return figure
     import matplotlib.pyplot as plt
@@ -55,7 +55,7 @@ def fresh_figure(figure: Figure | None, width: float, height: float) -> Figure:
 
 
 def tidy(ax: Axes, *, x: str = "", y: str = "", title: str = "", frame: bool = False) -> None:
-    """Thin spines on two sides, small ticks and labels, a quiet title on the left."""
+    """Set thin spines on two sides, small ticks and labels, and a quiet title on the left."""
     for side, spine in ax.spines.items():
         spine.set_linewidth(0.6)
         spine.set_color(INK)
@@ -72,7 +72,7 @@ def tidy(ax: Axes, *, x: str = "", y: str = "", title: str = "", frame: bool = F
 
 
 def rows_of_names(ax: Axes, names: Sequence[str], *, most: int = 60, letters: int = 26) -> None:
-    """Row k of the y axis is called names[k], from the top; of very many rows only some are named."""
+    """Name the rows of the y axis, the first at the top; of more than `most` rows, name every second, third, …"""
     every = -(-len(names) // most)
     shown = labels(names, letters)
     ax.set_yticks(range(0, len(names), every), shown[::every])
@@ -82,7 +82,7 @@ def rows_of_names(ax: Axes, names: Sequence[str], *, most: int = 60, letters: in
 
 
 def powers(ax: Axes, axis: Literal["x", "y"], *, most: int = 5) -> None:
-    """Few ticks; where numbers are long, a power of ten in the label's brackets, or at the end of an axis whose label has none.
+    """Set few ticks; put the power of ten of long numbers into the label's brackets, or at the axis's end where it has none.
 
     Call it when the limits and the label are set.
     """
@@ -97,50 +97,52 @@ def powers(ax: Axes, axis: Literal["x", "y"], *, most: int = 5) -> None:
     of.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 10**power:.4g}".replace("-", "\u2212")))
 
 
-def strongest(found: xr.Dataset, dim: str, sizes: Any, top: int) -> tuple[xr.Dataset, str]:
-    """The `top` largest in size along `dim`, in their old order, and a sentence about the others; "" where there are none.
+def strongest(finding: xr.Dataset, dim: str, sizes: ArrayLike, top: int) -> tuple[xr.Dataset, str]:
+    """Return the `top` largest in size along `dim`, in their old order, and a sentence about the others; "" where there are none.
 
     Raises:
         InputError: for a `top` below one.
     """
     if top < 1:
         raise InputError(f"top is how many to show, 1 or more, got {top}.")
-    sizes = np.nan_to_num(np.abs(np.asarray(sizes, dtype=float)))
-    order = np.argsort(-sizes, kind="stable")
+    magnitudes = np.nan_to_num(np.abs(np.asarray(sizes, dtype=float)))
+    order = np.argsort(-magnitudes, kind="stable")
     rest = order[top:]
     if not len(rest):
-        return found, ""
-    said = f"Not shown: {len(rest):,} more, " + (
-        f"each {float(sizes[rest].max()):.2g} at most." if sizes[rest].any() else "all of zero."
+        return finding, ""
+    rest_text = f"Not shown: {len(rest):,} more, " + (
+        f"each {float(magnitudes[rest].max()):.2g} at most." if magnitudes[rest].any() else "all of zero."
     )
-    return found.isel({dim: np.sort(order[:top])}), said
+    return finding.isel({dim: np.sort(order[:top])}), rest_text
 
 
 def zero_line(ax: Axes, *, vertical: bool = False) -> None:
-    """Where helping turns into hurting."""
+    """Draw the line at zero, between helping and hurting."""
     (ax.axvline if vertical else ax.axhline)(0, color=MUTED, linewidth=0.6, zorder=1)
 
 
-def note(figure: Any, found: xr.Dataset, *more: str) -> None:
-    """Whose statistics normalisation layers had, and what a finding leaves out, small at the foot of its figure; said once each."""
+def note(figure: FigureBase, finding: xr.Dataset, *more: str) -> None:
+    """Write at the foot what a finding leaves out, whose statistics normalisation layers had, and `more`; each line once."""
     old = getattr(figure, "_supxlabel", None)
-    said = [line for line in (old.get_text() if old else "").split("\n") if line]
-    mode = found.attrs.get("norm_stats")
+    lines = [line for line in (old.get_text() if old else "").split("\n") if line]
+    mode = finding.attrs.get("norm_stats")
     more = (*more, f"Normalisation layers: {mode} statistics.") if mode else more
-    said += [
-        line for each in (*more, str(found.attrs.get("left_out", ""))) if (line := escape(each)) and line not in said
+    lines += [
+        line
+        for text in (*more, str(finding.attrs.get("left_out", "")))
+        if (line := safe_in_figure(text)) and line not in lines
     ]
-    if said:
-        figure.supxlabel("\n".join(said), fontsize=SMALL - 0.5, color=MUTED, x=0.01, ha="left", wrap=True)
+    if lines:
+        figure.supxlabel("\n".join(lines), fontsize=SMALL - 0.5, color=MUTED, x=0.01, ha="left", wrap=True)
 
 
 def word(ax: Axes, x: float, y: float, text: str, hue: str = INK, size: float = SMALL, **place: Any) -> None:
-    """Small text at a share of the axes' width and height, unless `transform` says otherwise."""
+    """Write small text at a share of the axes' width and height, unless `transform` says otherwise."""
     ax.text(x, y, text, color=hue, fontsize=size, **({"transform": ax.transAxes} | place))
 
 
 def key(ax: Axes, where: str = "lower left", **place: Any) -> None:
-    """A legend without a frame, above the axes unless a place in them is named."""
+    """Draw a legend without a frame, above the axes unless a place in them is named."""
     above = {"bbox_to_anchor": (float(where.endswith("right")), 1)} if where.startswith("lower") else {}
     tight: dict[str, Any] = {
         "frameon": False,
@@ -155,28 +157,19 @@ def key(ax: Axes, where: str = "lower left", **place: Any) -> None:
 # --- words --------------------------------------------------------------------------------------------------------------
 
 
-def escape(name: object) -> str:
-    r"""A name as matplotlib shows it letter by letter: no mathematics, no control characters, never hidden from a legend.
-
-    >>> escape("a$b$")
-    'a\\$b\\$'
-    """
-    text = _CONTROL.sub("?", str(name)).replace("$", r"\$")
-    return f"\u200b{text}" if text.startswith("_") else text
-
-
 def labels(names: Sequence[Any], most: int = 26) -> list[str]:
-    """Names ready to be drawn: short, unique, harmless.
+    """Return names ready to be drawn: short, unique, harmless.
 
     >>> labels(["fc1", "_fc$"])
     ['fc1', '\\u200b_fc\\\\$']
     """
-    return [escape(name) for name in shorten([str(name) for name in names], most)]
+    return [safe_in_figure(name) for name in shorten([str(name) for name in names], most)]
 
 
 def parameter_labels(names: Sequence[str], most: int = 38) -> list[str]:
-    """Names of parameters ready to be drawn: the index stays whole; a long tensor name is cut in its middle, or where that leaves
-    several alike, before what stands behind.
+    """Return names of parameters ready to be drawn: the index stays whole, a long tensor name is cut in its middle.
+
+    Where that leaves several names alike, only their ends stay.
 
     >>> parameter_labels(["blocks.3_2.conv2.weight[6, 2]", "blocks.3_1.conv2.weight[6, 2]", "fc.bias[0]"], 20)
     ['…3_2.conv2.weight[6, 2]', '…3_1.conv2.weight[6, 2]', 'fc.bias[0]']
@@ -189,75 +182,76 @@ def parameter_labels(names: Sequence[str], most: int = 38) -> list[str]:
     middle = shorten(list(tensors), room)
     if max(map(len, middle), default=0) <= room:
         short = dict(zip(tensors, middle, strict=True))
-        return [escape(f"{short[tensor]}{mark}{rest}") for tensor, mark, rest in split]
+        return [safe_in_figure(f"{short[tensor]}{mark}{rest}") for tensor, mark, rest in split]
     for width in range(room, min(longest, room + _MORE)):
         short = {name: name if len(name) <= width else _end(name, width) for name in tensors}
         if len(set(short.values())) == len(tensors):
             break
     else:  # they differ in their middle
         short = dict(zip(tensors, middle, strict=True))
-    return [escape(f"{short[tensor]}{mark}{rest}") for tensor, mark, rest in split]
+    return [safe_in_figure(f"{short[tensor]}{mark}{rest}") for tensor, mark, rest in split]
 
 
 def _end(name: str, most: int) -> str:
-    """What stands behind in a dotted name, from the start of a part where that leaves two."""
-    kept = name[len(name) - most + 1 :]
-    parts = kept.partition(".")[2]
-    return f"…{parts if '.' in parts else kept}"
+    """Return the end of a dotted name, from the start of a part where at least two parts fit."""
+    tail = name[len(name) - most + 1 :]
+    parts = tail.partition(".")[2]
+    return f"…{parts if '.' in parts else tail}"
 
 
-def heading(found: xr.Dataset) -> str:
-    """The loss a finding is about, and its group where one was picked."""
-    loss = escape(found.attrs.get("loss", ""))
-    if "group" in found.coords and "group" not in found.dims:
-        return f"{loss}, group {escape(found['group'].item())}"
-    if found.attrs.get("group", "") != "":
-        return f"{loss}, group {escape(found.attrs['group'])}"
+def heading(finding: xr.Dataset) -> str:
+    """Return the loss a finding is about, and its group where one was picked."""
+    loss = safe_in_figure(str(finding.attrs.get("loss", "")))
+    if "group" in finding.coords and "group" not in finding.dims:
+        return f"{loss}, group {safe_in_figure(str(finding['group'].item()))}"
+    if finding.attrs.get("group", "") != "":
+        return f"{loss}, group {safe_in_figure(str(finding.attrs['group']))}"
     return loss
 
 
-def expect(found: xr.Dataset, finding: str) -> None:
-    """For a plot of one finding.
+def expect(result: xr.Dataset, finding: str) -> None:
+    """Refuse anything but the finding that a plot draws.
 
     Raises:
         InputError: where `found` is another finding.
     """
-    given = getattr(found, "attrs", {}).get("finding")
-    if given != finding:
-        what = f"a result of findings.{given}" if given else "no result of a finding"
+    name = getattr(result, "attrs", {}).get("finding")
+    if name != finding:
+        what = f"a result of findings.{name}" if name else "no result of a finding"
         raise InputError(f"this is {what}; plots.{finding} draws a result of findings.{finding}.")
 
 
-def refuse_groups(found: xr.Dataset) -> None:
-    """For a plot that shows one loss.
+def refuse_groups(finding: xr.Dataset) -> None:
+    """Refuse a finding with an axis of groups in a plot that shows one loss.
 
     Raises:
         InputError: where there are groups and none was picked.
     """
-    if "group" in found.dims:
-        labels = ", ".join(map(repr, found["group"].values.tolist()[:10]))
+    if "group" in finding.dims:
+        labels = ", ".join(map(repr, finding["group"].values.tolist()[:10]))
         raise InputError(
-            f"loss {found.attrs.get('loss')!r} has {count(found.sizes['group'], 'group')}, and a plot of {found.attrs.get('finding')!r} "
-            f"shows one: pick one: found.sel(group=…) or --group, of {labels}{', …' if found.sizes['group'] > 10 else ''}."
+            f"loss {finding.attrs.get('loss')!r} has {count(finding.sizes['group'], 'group')}, and a plot of "
+            f"{finding.attrs.get('finding')!r} shows one: pick one: found.sel(group=…) or --group, "
+            f"of {labels}{', …' if finding.sizes['group'] > 10 else ''}."
         )
 
 
 def units(variable: xr.DataArray) -> str:
-    """What a variable is measured in, as an axis says it."""
-    said = str(variable.attrs.get("units", ""))
-    return {"loss": "units of loss", "share": "share"}.get(said, said)
+    """Return what a variable is measured in, in the words of an axis."""
+    unit = str(variable.attrs.get("units", ""))
+    return {"loss": "units of loss", "share": "share"}.get(unit, unit)
 
 
 # --- colours and scales -------------------------------------------------------------------------------------------------
 
 
-def colour(at: int) -> str:
-    """Of the layer, group or run at this position."""
-    return LAYERS[at % len(LAYERS)]
+def colour(position: int) -> str:
+    """Return the colour of the layer, group or run at this position."""
+    return LAYERS[position % len(LAYERS)]
 
 
 def palette(count: int) -> list[str]:
-    """Colours of that many lines: those of layers, or of more than there are of these, steps along the spectrum."""
+    """Return the colours of that many lines: those of layers, or for more lines than these, steps along the spectrum."""
     if count <= len(LAYERS):
         return list(LAYERS[:count])
     from matplotlib import colormaps
@@ -266,20 +260,20 @@ def palette(count: int) -> list[str]:
     return [to_hex((float(red), float(green), float(blue))) for red, green, blue in spectrum]
 
 
-def dashes(at: int, count: int = 0) -> Any:
-    """Line style of the layer, group or run at this position: colours come round again with another one.
+def dashes(position: int, count: int = 0) -> LineStyleType:
+    """Return the line style of the layer, group or run at this position; where colours repeat, the style differs.
 
     With the `count` of a palette of more colours than layers have, neighbours along the spectrum differ.
     """
     if count:
-        return _DASHES[at % 3] if count > len(LAYERS) else "-"
-    return _DASHES[at // len(LAYERS) % len(_DASHES)]
+        return _DASHES[position % 3] if count > len(LAYERS) else "-"
+    return _DASHES[position // len(LAYERS) % len(_DASHES)]
 
 
-def symmetric(*values: Any, scale: float | None = None) -> Normalize:
-    """Limits at equal distance from zero, which a few extremes do not set: at `scale`, or the 99.5 % quantile of |values|."""
+def symmetric(*values: ArrayLike, scale: float | None = None) -> Normalize:
+    """Return limits at equal distance from zero: at `scale`, else at the 99.5 % quantile of |values|, which few extremes do not move."""
     if scale is None:
-        sizes = np.abs(np.concatenate([np.ravel(each) for each in values]))
+        sizes = np.abs(np.concatenate([np.ravel(array) for array in values]))
         sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
         scale = float(np.quantile(sizes, 0.995)) if sizes.size else 0.0
     scale = scale or 1.0
@@ -287,7 +281,7 @@ def symmetric(*values: Any, scale: float | None = None) -> Normalize:
 
 
 def share_colours(axes: Sequence[Axes]) -> None:
-    """One scale for the pictures of several axes: the widest of theirs."""
+    """Give the pictures of several axes one scale, the widest of them."""
     shown = [picture for ax in axes for picture in (*ax.images, *ax.collections) if picture.get_array() is not None]
     widest = max((high for picture in shown if (high := picture.get_clim()[1]) is not None), default=0.0)
     for picture in shown:
@@ -296,7 +290,7 @@ def share_colours(axes: Sequence[Axes]) -> None:
 
 def colour_bar(
     shown: ScalarMappable,
-    axes: Any,
+    axes: Axes,
     label: str,
     *,
     below: bool = False,
@@ -304,9 +298,9 @@ def colour_bar(
     ends: tuple[str, str] = ("helped", "hurt"),
     ticks: Callable[[float], str] | None = None,
 ) -> None:
-    """A thin bar that says which end helped, beside `axes` or `into` its own; long numbers put a power of ten into the label."""
-    figure = np.ravel(axes)[0].figure
-    tall = np.ravel(axes)[0].get_window_extent().height / figure.dpi  # inches, before the layout
+    """Draw a thin bar that says which end helped, beside `axes` or in `into`; its label takes the power of ten of long numbers."""
+    figure = axes.figure
+    tall = axes.get_window_extent().height / figure.dpi  # inches, before the layout
     place: dict[str, Any] = (
         {"orientation": "horizontal", "aspect": 50, "shrink": 0.6}
         if below
@@ -324,17 +318,13 @@ def colour_bar(
     bar.update_ticks()
     bar.set_label(label.replace("(", f"($10^{{{power}}}$ ") if power else label, fontsize=SMALL, color=INK)
     for word, hue, away in zip(ends, (HELPING, HURTING), (-1, 1), strict=True):
-        at = (0.5 + 0.57 * away, 0.5) if below else (0.5, 0.5 + 0.56 * away)
-        side = (
-            {"ha": "right" if away < 0 else "left", "va": "center"}
-            if below
-            else {"ha": "center", "va": "top" if away < 0 else "bottom"}
-        )
-        bar.ax.text(*at, word, color=hue, fontsize=SMALL, transform=bar.ax.transAxes, **side)
+        where = (0.5 + 0.57 * away, 0.5) if below else (0.5, 0.5 + 0.56 * away)
+        ha, va = ("right" if away < 0 else "left", "center") if below else ("center", "top" if away < 0 else "bottom")
+        bar.ax.text(*where, word, color=hue, fontsize=SMALL, ha=ha, va=va, transform=bar.ax.transAxes)
 
 
 def _power(scale: float) -> int:
-    """The power of ten that goes into a label, 0 where numbers are short without."""
+    """Return the power of ten that goes into a label, 0 where numbers are short without it."""
     power = int(np.floor(np.log10(scale))) if scale > 0 else 0
     return power if not -2 <= power <= 3 else 0
 
@@ -342,39 +332,41 @@ def _power(scale: float) -> int:
 # --- time ---------------------------------------------------------------------------------------------------------------
 
 
-def pieces(found: xr.Dataset) -> list[slice]:
-    """Stretches of consecutive segments: an unfinished run has gaps, and no line crosses one."""
-    start, end = found["step"].values, found["step_end"].values
+def pieces(finding: xr.Dataset) -> list[slice]:
+    """Return the stretches of consecutive segments: an unfinished run has gaps, and no line crosses one."""
+    start, end = finding["step"].values, finding["step_end"].values
     cuts = [0, *(np.flatnonzero(start[1:] != end[:-1]) + 1), len(start)]
     return [slice(int(a), int(b)) for a, b in pairwise(cuts)]
 
 
-def over_gaps(found: xr.Dataset, values: Any, start: Any = None, at: str = "step_end") -> tuple[Any, Any]:
-    """x = the ends of segments and y = values, with NaN between stretches so that a line breaks there.
+def over_gaps(
+    finding: xr.Dataset, values: ArrayLike, start: ArrayLike | None = None, coordinate: str = "step_end"
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return x = the ends of segments and y = values, with NaN between stretches so that a line breaks there.
 
     With `start`, the values at the starts of segments, the line of each stretch begins where its first segment does.
     """
-    x: list[Any] = []
-    y: list[Any] = []
-    for piece in pieces(found):
-        x += [found[at].values[piece].astype(float), [np.nan]]
+    x: list[ArrayLike] = []
+    y: list[ArrayLike] = []
+    for piece in pieces(finding):
+        x += [finding[coordinate].values[piece].astype(float), [np.nan]]
         y += [np.asarray(values, dtype=float)[piece], [np.nan]]
         if start is not None:
-            x[-2:-2], y[-2:-2] = [found["step"].values[piece][:1]], [np.asarray(start, dtype=float)[piece][:1]]
+            x[-2:-2], y[-2:-2] = [finding["step"].values[piece][:1]], [np.asarray(start, dtype=float)[piece][:1]]
     return np.concatenate(x)[:-1], np.concatenate(y)[:-1]
 
 
-def time_edges(found: xr.Dataset, values: Any) -> tuple[Any, Any]:
-    """Edges over time and the columns between them; a gap is a column of NaN. `values`: (…, step)."""
-    start, end = found["step"].values.astype(float), found["step_end"].values.astype(float)
-    at = np.array([piece.start for piece in pieces(found)[1:]], dtype=int)
+def time_edges(finding: xr.Dataset, values: ArrayLike) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return the edges over time and the columns between them; a gap is a column of NaN. `values`: (…, step)."""
+    start, end = finding["step"].values.astype(float), finding["step_end"].values.astype(float)
+    gaps = np.array([piece.start for piece in pieces(finding)[1:]], dtype=int)
     edges = np.append(start, end[-1:])
-    return np.insert(edges, at, end[at - 1]), np.insert(np.asarray(values, dtype=float), at, np.nan, axis=-1)
+    return np.insert(edges, gaps, end[gaps - 1]), np.insert(np.asarray(values, dtype=float), gaps, np.nan, axis=-1)
 
 
-def heat(ax: Axes, found: xr.Dataset, values: Any, norm: Normalize) -> QuadMesh:
-    """One row of pixels per row of `values` (row, step), from the top, over training steps."""
-    x, columns = time_edges(found, values)
+def heat(ax: Axes, finding: xr.Dataset, values: ArrayLike, norm: Normalize) -> QuadMesh:
+    """Draw one row of pixels per row of `values` (row, step), from the top, over training steps."""
+    x, columns = time_edges(finding, values)
     shown = ax.pcolormesh(x, np.arange(len(columns) + 1) - 0.5, columns, cmap=DIVERGE, norm=norm, rasterized=True)
     ax.set_ylim(len(columns) - 0.5, -0.5)
     return shown
@@ -384,18 +376,22 @@ def heat(ax: Axes, found: xr.Dataset, values: Any, norm: Normalize) -> QuadMesh:
 
 
 def end_labels(
-    ax: Axes, heights: Any, words: Sequence[str], colours: Sequence[str], styles: Sequence[Any] | None = None
+    ax: Axes,
+    heights: ArrayLike,
+    words: Sequence[str],
+    colours: Sequence[str],
+    styles: Sequence[LineStyleType] | None = None,
 ) -> None:
-    """Words beside the right ends of lines, pushed apart until none covers another; call it when the limits are set.
+    """Write words beside the right ends of lines, pushed apart until none covers another; call it when the limits are set.
 
     With `styles`, a piece of the line stands before each word where any is dashed.
     """
     low, high = ax.get_ylim()
     tall = ax.get_window_extent().height / ax.figure.dpi * 72
     gap = 1.25 * SMALL / max(tall, 1)
-    at = (np.asarray(heights, dtype=float) - low) / ((high - low) or 1)
+    shares = (np.asarray(heights, dtype=float) - low) / ((high - low) or 1)
     dashed = styles if styles and any(style != "-" for style in styles) else None
-    for which, (word, hue, place) in enumerate(zip(words, colours, spread(at, gap), strict=True)):
+    for which, (word, hue, place) in enumerate(zip(words, colours, spread(shares, gap), strict=True)):
         if dashed:
             piece: dict[str, Any] = {"transform": ax.transAxes, "clip_on": False, "scalex": False, "scaley": False}
             ax.plot((1.015, 1.085), (place, place), color=hue, linestyle=dashed[which], linewidth=1.2, **piece)
@@ -403,24 +399,24 @@ def end_labels(
         ax.text(beside, place, word, color=hue, fontsize=SMALL, va="center", transform=ax.transAxes, clip_on=False)
 
 
-def spread(at: Any, gap: float) -> list[float]:
-    """Positions as near to `at` as they can be with `gap` between neighbours, between 0 and 1 where they fit.
+def spread(targets: ArrayLike, gap: float) -> list[float]:
+    """Return positions as near to `targets` as they can be with `gap` between neighbours, between 0 and 1 where they fit.
 
     >>> spread([0.5, 0.5, 0.9], 0.1), spread([0.0, 0.0], 0.1)
     ([0.45, 0.55, 0.9], [0.0, 0.1])
     """
-    order = np.argsort(at, kind="stable")
+    order = np.argsort(targets, kind="stable")
     blocks: list[tuple[float, int]] = []  # centre, members: neighbours that touch move as one
-    for place in np.nan_to_num(np.asarray(at, dtype=float)[order], nan=0.5):
+    for place in np.nan_to_num(np.asarray(targets, dtype=float)[order], nan=0.5):
         blocks.append((_inside(float(place), 1, gap), 1))
         while len(blocks) > 1 and blocks[-1][0] - blocks[-2][0] < gap * (blocks[-1][1] + blocks[-2][1]) / 2 - 1e-9:
             (b, m), (a, n) = blocks.pop(), blocks.pop()
             blocks.append((_inside((a * n + b * m) / (n + m), n + m, gap), n + m))
-    places = [centre + gap * (each - (count - 1) / 2) for centre, count in blocks for each in range(count)]
-    found = [0.0] * len(places)
+    places = [centre + gap * (member - (count - 1) / 2) for centre, count in blocks for member in range(count)]
+    result = [0.0] * len(places)
     for position, place in zip(order, places, strict=True):
-        found[int(position)] = round(place, 6)
-    return found
+        result[int(position)] = round(place, 6)
+    return result
 
 
 def _inside(centre: float, members: int, gap: float) -> float:

@@ -1,4 +1,4 @@
-"""What each neuron or channel did, over training."""
+"""The allocation of each neuron or channel, over training."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import xarray as xr
 
 from ..colours import INK
 from ..errors import InputError
+from ..text import safe_in_figure
 from .style import (
     SMALL,
     colour_bar,
-    escape,
     expect,
     fresh_axes,
     heading,
@@ -31,7 +31,7 @@ _FEW = 10  # layers that stronger lines part
 
 
 def units(found: xr.Dataset, *, ax: Axes | None = None, layer: str | None = None) -> Axes:
-    """Draws one row of pixels per neuron or channel, teal where it helped and vermilion where it hurt.
+    """Draw one row of pixels per neuron or channel, teal where it helped and vermilion where it hurt.
 
     Args:
         found: of `findings.units`.
@@ -60,21 +60,21 @@ def units(found: xr.Dataset, *, ax: Axes | None = None, layer: str | None = None
         tidy(ax, x="training step", title=heading(found), frame=True)
         _borders(ax, [str(name) for name in found["layer"].values])
     else:
-        tidy(ax, x="training step", y="unit", title=f"{escape(layer)}: {heading(found)}", frame=True)
+        tidy(ax, x="training step", y="unit", title=f"{safe_in_figure(str(layer))}: {heading(found)}", frame=True)
     colour_bar(shown, ax, "Σ allocation (units of loss)")
     note(ax.figure, found)
     return ax
 
 
 def _borders(ax: Axes, names: list[str]) -> None:
-    """A thin line between layers, and their names at their middles where there is room; the taller layer's goes first."""
-    starts = [0, *(at for at in range(1, len(names)) if names[at] != names[at - 1])]
+    """Draw thin lines between layers, and write names at their middles; where there is no room for all, taller layers go first."""
+    starts = [0, *(row for row in range(1, len(names)) if names[row] != names[row - 1])]
     ends = [*starts[1:], len(names)]
     for start in starts[1:]:
         ax.axhline(start - 0.5, color=INK, linewidth=0.5 if len(starts) <= _FEW else 0.2)
     rows = 1.1 * SMALL / max(ax.get_window_extent().height / ax.figure.dpi * 72, 1) * len(names)  # a label's height
     named: list[tuple[float, str]] = []
-    for a, b in sorted(zip(starts, ends, strict=True), key=lambda each: each[0] - each[1]):
+    for a, b in sorted(zip(starts, ends, strict=True), key=lambda ends_of_one: ends_of_one[0] - ends_of_one[1]):
         middle = (a + b - 1) / 2
         if all(abs(middle - other) >= rows for other, _ in named):
             named.append((middle, names[a]))

@@ -1,24 +1,23 @@
-"""What the page is made of: sections, what they say about one loss, tables, and how numbers are written."""
+"""The parts of the page: sections, their content for one loss, tables, and numbers as text."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeAlias
 
 from bokeh.plotting import figure
 
 from ..text import count as count
+from ..text import safe_in_page
+from .thin import Json
 
-# Characters that steer a terminal, end a line, or turn the direction of what comes after them.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _LONGEST = 160  # characters of a name
 MOST_ROWS = 60
 
-Columns = Mapping[str, Any]
-View = Mapping[str, Any]  # source name -> columns; what begins with "@" sets up the figure instead
+Cell: TypeAlias = str | float | None
+View: TypeAlias = Mapping[str, Json]  # source name -> columns; what begins with "@" sets up the figure instead
 
 
 @dataclass(frozen=True)
@@ -31,15 +30,17 @@ class Column:
     kind: str = "number"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows under headings. `live` names the values that replace them where a group is picked; `pick` says rows have a box to tick,
-    `shared` that bars of all columns have one scale.
+    """Rows under headings.
+
+    `live` names the values that replace the rows where a group is picked, `pick` gives each row a box and says which boxes are ticked
+    at first, `shared` gives the bars of all columns one scale.
     """
 
     title: str
     columns: Sequence[Column]
-    rows: Sequence[Sequence[Any]]
+    rows: Sequence[Sequence[Cell]]
     note: str = ""
     open: bool = False
     live: str = ""
@@ -48,18 +49,18 @@ class Table:
 
     @property
     def extents(self) -> list[float]:
-        """The largest magnitude of each column, for its bars; of all columns with bars where they are `shared`."""
-        found = [
-            max((abs(row[at]) for row in self.rows if _is_number(row[at])), default=0.0) or 1.0
-            for at, column in enumerate(self.columns)
+        """Return the largest magnitude of each column, for its bars; of all columns with bars where they are `shared`."""
+        extents = [
+            max((_size(row[position]) for row in self.rows), default=0.0) or 1.0
+            for position, column in enumerate(self.columns)
         ]
-        bars = [extent for extent, column in zip(found, self.columns, strict=True) if column.kind == "bar"]
-        return [max(bars)] * len(found) if self.shared and bars else found
+        bars = [extent for extent, column in zip(extents, self.columns, strict=True) if column.kind == "bar"]
+        return [max(bars)] * len(extents) if self.shared and bars else extents
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Block:
-    """What a section says about one loss of one run.
+    """The content of a section for one loss of one run.
 
     `captions` has the sentence under each figure, which gives its numbers to those who cannot see it; `views` the data of each
     figure for "GROUP|CHOICE", either part possibly empty; `choices` what can be chosen in this section alone.
@@ -73,9 +74,9 @@ class Block:
     notes: Sequence[str] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Section:
-    """A finding on the page: what it is called, two sentences on how to read it, and its figures by name."""
+    """A finding on the page: its title, two sentences on how to read it, and its figures by name."""
 
     name: str
     title: str
@@ -86,17 +87,17 @@ class Section:
 
 
 def clean(name: object, longest: int = _LONGEST) -> str:
-    """A name as it may be shown: without control characters and of bounded length.
+    """Return a name as it may be shown: without control characters and of bounded length.
 
     >>> clean("a\\x1bb")
     'a�b'
     """
-    text = _CONTROL.sub("\ufffd", str(name))
+    text = safe_in_page(str(name))
     return text if len(text) <= longest else f"{text[: longest // 2 - 1]}…{text[-(longest // 2) :]}"
 
 
 def signed(value: float) -> str:
-    """A number with its sign.
+    """Return a number with its sign.
 
     >>> signed(-0.00012345), signed(2.5), signed(0)
     ('−1.234e-4', '+2.500', '0')
@@ -107,7 +108,7 @@ def signed(value: float) -> str:
 
 
 def plain(value: float) -> str:
-    """A number to four figures.
+    """Return a number to four figures.
 
     >>> plain(0.098765), plain(123456.0), plain(float("nan"))
     ('0.09877', '1.235e5', '–')
@@ -126,7 +127,7 @@ def plain(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share as a percentage.
+    """Return a share as a percentage.
 
     >>> percent(0.1234), percent(0.0001), percent(1.4e-7)
     ('12.3 %', '0.01 %', '1.4e-5 %')
@@ -140,7 +141,7 @@ def percent(value: float) -> str:
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:
-    """Some names in a sentence.
+    """Return some names as a part of a sentence.
 
     >>> listed(["a"]), listed(["a", "b", "c"]), listed(["a", "b", "c"], 1)
     ('a', 'a, b and c', 'a and 2 more')
@@ -151,8 +152,8 @@ def listed(names: Sequence[str], most: int = 6) -> str:
     return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
 
 
-def cell(value: Any, kind: str) -> str:
-    """A cell of a table as text."""
+def cell(value: Cell, kind: str) -> str:
+    """Return a cell of a table as text."""
     if value is None:
         return "–"
     if isinstance(value, str):
@@ -160,5 +161,6 @@ def cell(value: Any, kind: str) -> str:
     return {"count": count, "share": percent, "plain": plain}.get(kind, signed)(value)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _size(value: Cell) -> float:
+    """Return the magnitude of a finite number, 0 of any other cell."""
+    return abs(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from bokeh.models import ColumnDataSource, HoverTool, LinearColorMapper, Range1d, Span
+from bokeh.models import ColumnDataSource, GlyphRenderer, HoverTool, LinearColorMapper, Range1d, Span
 from bokeh.plotting import figure
 
 from ..colours import HELPING, HURTING, NEUTRAL
@@ -17,17 +18,17 @@ _GREY = "#8a8f98"
 
 
 def steps_figure(y: str, height: int = 300, x: str = "training step", percent: bool = False, **options: Any) -> figure:
-    """A figure over training steps; all of them zoom together. `percent` writes y as percentages."""
-    made = plain_figure(x, y, height, x_range=Range1d(0, 1), **options)
-    made.tags = ["steps", *(["percent"] if percent else [])]
-    made.window_axis = "x"
-    made.xaxis.ticker.min_interval = 1
-    return made
+    """Return a figure over training steps; all of them zoom together. `percent` writes y as percentages."""
+    chart = plain_figure(x, y, height, x_range=Range1d(0, 1), **options)
+    chart.tags = ["steps", *(["percent"] if percent else [])]
+    chart.window_axis = "x"
+    chart.xaxis.ticker.min_interval = 1
+    return chart
 
 
 def plain_figure(x: str, y: str, height: int = 300, **options: Any) -> figure:
-    """A quiet figure: no outline, tools out of the way until the pointer is there."""
-    made = figure(
+    """Return a quiet figure: no outline, tools out of the way until the pointer is there."""
+    chart = figure(
         height=height,
         sizing_mode="stretch_width",
         tools="pan,box_zoom,wheel_zoom,reset,save",
@@ -40,47 +41,56 @@ def plain_figure(x: str, y: str, height: int = 300, **options: Any) -> figure:
         output_backend="canvas",
         **options,
     )
-    made.toolbar.logo = None
-    made.toolbar.autohide = True
+    chart.toolbar.logo = None
+    chart.toolbar.autohide = True
     # Never painted in white first: at an edge of the canvas a trace of it would stay.
-    made.outline_line_color = made.background_fill_color = made.border_fill_color = None
-    made.xgrid.grid_line_color = None
-    for axis in (made.xaxis, made.yaxis):
+    chart.outline_line_color = chart.background_fill_color = chart.border_fill_color = None
+    chart.xgrid.grid_line_color = None
+    for axis in (chart.xaxis, chart.yaxis):
         axis.axis_label_text_font = axis.major_label_text_font = "system-ui, sans-serif"
         axis.axis_label_text_font_style = "normal"
         axis.axis_label_text_font_size = "12px"
         axis.major_label_text_font_size = "12px"
         axis.minor_tick_line_color = None
         axis.major_tick_in = 0
-    return made
+    return chart
 
 
-def source(name: str, **columns: Any) -> ColumnDataSource:
-    """An empty table the script finds by its name."""
-    return ColumnDataSource({column: [] for column in columns.get("columns", ())}, name=name)
+def source(name: str, columns: Sequence[str]) -> ColumnDataSource:
+    """Return an empty table that the script finds by its name."""
+    return ColumnDataSource({column: [] for column in columns}, name=name)
 
 
-def add_lines(made: figure, name: str, colour: str, **options: Any) -> None:
-    """One line, from the columns x and y of a source; `colour` is a tag of this module, or a colour."""
-    tip = options.get("tip")
-    drawn = made.line(
+def add_lines(
+    chart: figure,
+    name: str,
+    colour: str,
+    *,
+    tip: list[tuple[str, str]] | None = None,
+    width: float = 1.75,
+    dash: str = "solid",
+    alpha: float = 1.0,
+    mode: str = "mouse",
+) -> None:
+    """Add one line, from the columns x and y of a source; `colour` is a tag of this module, or a colour."""
+    drawn = chart.line(
         "x",
         "y",
         source=source(name, columns=("x", "y")),
         line_color=_colour(colour),
-        line_width=options.get("width", 1.75),
-        line_dash=options.get("dash", "solid"),
-        line_alpha=options.get("alpha", 1.0),
+        line_width=width,
+        line_dash=dash,
+        line_alpha=alpha,
         line_join="round",
     )
     drawn.glyph.tags = [colour]
     if tip:
-        made.add_tools(_hover(drawn, tip, mode=options.get("mode", "mouse")))
+        chart.add_tools(_hover(drawn, tip, mode=mode))
 
 
-def add_many(made: figure, name: str, tip: list[tuple[str, str]], width: float = 1.75) -> None:
-    """Many lines, each with a name and a colour of its own."""
-    drawn = made.multi_line(
+def add_many(chart: figure, name: str, tip: list[tuple[str, str]], width: float = 1.75) -> None:
+    """Add many lines, each with a name and a colour of its own."""
+    drawn = chart.multi_line(
         "xs",
         "ys",
         source=source(name, columns=("xs", "ys", "name", "colour")),
@@ -90,12 +100,12 @@ def add_many(made: figure, name: str, tip: list[tuple[str, str]], width: float =
         hover_line_color="colour",
         line_join="round",
     )
-    made.add_tools(_hover(drawn, tip, line_policy="nearest"))
+    chart.add_tools(_hover(drawn, tip, line_policy="nearest"))
 
 
-def add_boxes(made: figure, name: str, colour: str, tip: list[tuple[str, str]], alpha: float = 0.8) -> None:
-    """Boxes of a histogram."""
-    drawn = made.quad(
+def add_boxes(chart: figure, name: str, colour: str, tip: list[tuple[str, str]], alpha: float = 0.8) -> None:
+    """Add the boxes of a histogram."""
+    drawn = chart.quad(
         "left",
         "right",
         "top",
@@ -106,12 +116,12 @@ def add_boxes(made: figure, name: str, colour: str, tip: list[tuple[str, str]], 
         line_color=None,
     )
     drawn.glyph.tags = [colour]
-    made.add_tools(_hover(drawn, tip))
+    chart.add_tools(_hover(drawn, tip))
 
 
-def add_dots(made: figure, name: str, tip: list[tuple[str, str]], size: float = 7) -> None:
-    """Dots with a colour each."""
-    drawn = made.scatter(
+def add_dots(chart: figure, name: str, tip: list[tuple[str, str]], size: float = 7) -> None:
+    """Add dots, each with its own colour."""
+    drawn = chart.scatter(
         "x",
         "y",
         source=source(name, columns=("x", "y", "name", "colour")),
@@ -120,15 +130,15 @@ def add_dots(made: figure, name: str, tip: list[tuple[str, str]], size: float = 
         fill_alpha=0.75,
         line_color=None,
     )
-    made.add_tools(_hover(drawn, tip))
+    chart.add_tools(_hover(drawn, tip))
 
 
-def add_picture(made: figure, name: str, tip: list[tuple[str, str]]) -> None:
-    """A matrix in the colours of helping and hurting; the script sets its scale."""
+def add_picture(chart: figure, name: str, tip: list[tuple[str, str]]) -> None:
+    """Add a matrix in the colours of helping and hurting; the script sets its scale."""
     mapper = LinearColorMapper(
         palette=[HELPING, NEUTRAL, HURTING], low=-1, high=1, name=f"{name} colours", tags=["diverging"]
     )
-    drawn = made.image(
+    drawn = chart.image(
         "image",
         "x",
         "y",
@@ -140,22 +150,22 @@ def add_picture(made: figure, name: str, tip: list[tuple[str, str]]) -> None:
         ),
         color_mapper=mapper,
     )
-    made.add_tools(_hover(drawn, tip))
+    chart.add_tools(_hover(drawn, tip))
 
 
-def add_level(made: figure, at: float, dimension: str = "width", name: str = "") -> None:
-    """A straight line across: zero, a half, what was observed."""
-    drawn = Span(location=at, dimension=dimension, line_color=_GREY, line_width=1, line_dash="dashed", tags=[MUTED])
+def add_level(chart: figure, level: float, dimension: str = "width", name: str = "") -> None:
+    """Add a straight line across, such as at zero, at a half, or at an observed value."""
+    drawn = Span(location=level, dimension=dimension, line_color=_GREY, line_width=1, line_dash="dashed", tags=[MUTED])
     if name:
         drawn.name = name
-    made.add_layout(drawn)
+    chart.add_layout(drawn)
 
 
-def _hover(drawn: Any, tip: list[tuple[str, str]], **options: Any) -> HoverTool:
-    """What the pointer says; formats that begin with % are those of printf, which small numbers need."""
+def _hover(drawn: GlyphRenderer, tip: list[tuple[str, str]], **options: Any) -> HoverTool:
+    """Return what the pointer shows; formats that begin with % are those of printf, which small numbers need."""
     fields = (re.match(r"([@$]\w+)\{%", text) for _, text in tip)
     return HoverTool(
-        renderers=[drawn], tooltips=tip, formatters={found[1]: "printf" for found in fields if found}, **options
+        renderers=[drawn], tooltips=tip, formatters={match[1]: "printf" for match in fields if match}, **options
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import xarray as xr
@@ -15,7 +15,7 @@ from ..findings.names import fitting
 from ..trajectory import TensorSpec
 from .content import clean, count
 from .panels import Panel
-from .thin import raw
+from .thin import Packed, raw
 
 FRAMES = 120
 _FEWEST = 40  # frames, so that each parameter has a cell of its own
@@ -26,14 +26,28 @@ _LARGEST_HALF = 32768.0
 _LETTERS = 12  # above a narrow picture
 
 
+class TensorPicture(TypedDict):
+    """A tensor under the microscope: its names, the place of its cells in a frame, and the parameters of a cell."""
+
+    name: str
+    layer: str
+    short: str
+    rows: int
+    columns: int
+    offset: int
+    shape: list[int]
+    pool: list[int]
+    axes: list[list[int]]
+
+
 def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, list[str]]:
-    """The frames of one loss, within `size` bytes of codes.
+    """Return the frames of one loss, within `size` bytes of codes.
 
     A run small enough travels in half precision, a larger one in 255 levels and pooled over blocks of parameters and stretches
     of segments.
 
     Returns:
-        What the page's script reads (None where there is no such thing), and what was left out.
+        The data that the page's script reads (None where there are no frames), and notes on what was left out.
     """
     manifest = panel.run.manifest
     if manifest.keep != "parameters":
@@ -42,66 +56,70 @@ def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, 
         return None, ["The microscope did not fit into the file."]
     frames = min(FRAMES, max(1, panel.summary["segments"]))
     specs = [tensor.spec for tensor in manifest.allocated if tensor.spec.kind == "parameter"]
-    chosen = set(sorted(range(len(specs)), key=lambda at: -specs[at].elements)[:TENSORS])
-    names = [spec.name for at, spec in enumerate(specs) if at in chosen]
-    elements = sum(spec.elements for at, spec in enumerate(specs) if at in chosen)
+    chosen = set(sorted(range(len(specs)), key=lambda position: -specs[position].elements)[:TENSORS])
+    names = [spec.name for position, spec in enumerate(specs) if position in chosen]
+    elements = sum(spec.elements for position, spec in enumerate(specs) if position in chosen)
     exact = elements * frames * 2 <= size
     if elements and _FEWEST <= size // elements < frames:
         frames = size // elements  # rather fewer frames than several parameters in a cell
     pixels = max(2 * TENSORS, size // frames // (2 if exact else 1))
     try:
-        found, scale = _pictures(panel, [spec for at, spec in enumerate(specs) if at in chosen], frames, pixels)
+        pictures, scale = _pictures(
+            panel, [spec for position, spec in enumerate(specs) if position in chosen], frames, pixels
+        )
     except LCAError as error:
         return None, [clean(error, 400)]
-    tensors = _tensors(found, names)
+    tensors = _tensors(pictures, names)
     if not tensors:
         return None, ["There is nothing to see under the microscope."]
-    values = np.concatenate([np.asarray(found[name].values).reshape(found.sizes["step"], -1) for name in names], axis=1)
+    values = np.concatenate(
+        [np.asarray(pictures[name].values).reshape(pictures.sizes["step"], -1) for name in names], axis=1
+    )
     exact = values.size * 2 <= size
     codes, packed = _half(values) if exact else _levels(values)
-    notes = _notes(panel, found, tensors, exact)
+    notes = _notes(panel, pictures, tensors, exact)
     if len(names) < len(specs):
         notes.append(f"Under the microscope are the {len(names):,} largest of {count(len(specs), 'tensor')}.")
     return {
         **packed,
         "tensors": tensors,
         "frames": int(values.shape[0]),
-        "pooled": any(math.prod(each["pool"]) > 1 for each in tensors),
+        "pooled": any(math.prod(entry["pool"]) > 1 for entry in tensors),
         "segments": panel.summary["segments"],
-        "step": [int(step) for step in found["step"].values],
-        "step_end": [int(step) for step in found["step_end"].values],
-        "loss_start": _floats(found["step:loss_start"]),
-        "loss_end": _floats(found["step:loss_end"]),
+        "step": [int(step) for step in pictures["step"].values],
+        "step_end": [int(step) for step in pictures["step_end"].values],
+        "loss_start": _floats(pictures["step:loss_start"]),
+        "loss_end": _floats(pictures["step:loss_end"]),
         "scale": scale or 1.0,
         "data": raw(codes),
     }, notes
 
 
 def _pictures(panel: Panel, specs: list[TensorSpec], frames: int, pixels: int) -> tuple[xr.Dataset, float]:
-    """The pictures of all tensors, and where their colours saturate; only the largest are pooled, where not all fit."""
-    order, left, whole = sorted(specs, key=lambda spec: spec.elements), pixels, list[str]()
-    for at, spec in enumerate(order):
+    """Return the pictures of all tensors, and where their colours saturate; where not all fit, only the largest are pooled."""
+    order, pixels_left, whole = sorted(specs, key=lambda spec: spec.elements), pixels, list[str]()
+    for position, spec in enumerate(order):
         # The others, all larger, need as much room each, were they pooled to the size of this one.
-        if spec.elements * (len(order) - at) > left:
+        if spec.elements * (len(order) - position) > pixels_left:
             break
         whole.append(spec.name)
-        left -= spec.elements
+        pixels_left -= spec.elements
     large = [spec.name for spec in specs if spec.name not in whole]
     finding: Callable[..., Any] = findings.microscope
-    parts = [(whole, pixels), (large, left)]
-    found = [finding(panel.results, tensors=names, frames=frames, pixels=room) for names, room in parts if names]
-    values = [abs(np.asarray(part[name].values, dtype=np.float64)) for part in found for name in part.data_vars]
+    parts = [(whole, pixels), (large, pixels_left)]
+    pictures = [finding(panel.results, tensors=names, frames=frames, pixels=room) for names, room in parts if names]
+    values = [abs(np.asarray(part[name].values, dtype=np.float64)) for part in pictures for name in part.data_vars]
     nonzero = np.concatenate([value[value != 0] for value in values])
     scale = float(np.quantile(nonzero, _QUANTILE)) if nonzero.size else 0.0
-    return xr.merge(found, combine_attrs="override", compat="override", join="exact"), scale
+    return xr.merge(pictures, combine_attrs="override", compat="override", join="exact"), scale
 
 
-def _tensors(found: xr.Dataset, names: list[str]) -> list[dict[str, Any]]:
-    tensors, offset = [], 0
+def _tensors(pictures: xr.Dataset, names: list[str]) -> list[TensorPicture]:
+    tensors, offset = list[TensorPicture](), 0
     layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
     short = dict(zip(layers, fitting(layers, [_LETTERS] * len(layers)), strict=True))
     for name in names:
-        variable = found[name]
+        variable = pictures[name]
         rows, columns = variable.shape[1:]
         tensors.append(
             {
@@ -112,7 +130,7 @@ def _tensors(found: xr.Dataset, names: list[str]) -> list[dict[str, Any]]:
                 "columns": int(columns),
                 "offset": offset,
                 "shape": [int(extent) for extent in variable.attrs["shape"]],
-                "pool": [int(each) for each in variable.attrs["pool"]],
+                "pool": [int(width) for width in variable.attrs["pool"]],
                 "axes": [[int(axis) for axis in axes] for axes in variable.attrs["axes"]],
             }
         )
@@ -120,15 +138,15 @@ def _tensors(found: xr.Dataset, names: list[str]) -> list[dict[str, Any]]:
     return tensors
 
 
-def _half(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
-    """In half precision, in units that put the largest value near the largest number there is."""
+def _half(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], Packed]:
+    """Return values in half precision, in units that put the largest value near the largest number there is."""
     peak = float(np.abs(values).max(initial=0.0)) or 1.0
     unit = peak / _LARGEST_HALF
     return (values / unit).astype("<f2").view("<u2"), {"code": "half", "unit": unit, "rounding": "rounded to 0.05 %"}
 
 
-def _levels(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
-    """In 255 levels, v = sign(q) (q / 127)² peak, 128 being zero: finer for small values than for large ones."""
+def _levels(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], Packed]:
+    """Return values in 255 levels, v = sign(q) (q / 127)² peak, 128 being zero: finer for small values than for large ones."""
     peak = float(np.abs(values).max(initial=0.0)) or 1.0
     levels = np.round(np.sqrt(np.abs(values.astype(np.float64)) / peak) * 127)
     codes = (128 + np.sign(values) * levels).astype("u1")
@@ -139,13 +157,13 @@ def _levels(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], dict[st
     }
 
 
-def _notes(panel: Panel, found: xr.Dataset, tensors: list[dict[str, Any]], exact: bool) -> list[str]:
-    notes = [clean(found.attrs["left_out"], 400)] if found.attrs.get("left_out") else []
+def _notes(panel: Panel, pictures: xr.Dataset, tensors: list[TensorPicture], exact: bool) -> list[str]:
+    notes = [clean(pictures.attrs["left_out"], 400)] if pictures.attrs.get("left_out") else []
     segments = panel.summary["segments"]
-    if found.sizes["step"] < segments:
-        each = math.ceil(segments / found.sizes["step"])
+    if pictures.sizes["step"] < segments:
+        most_segments = math.ceil(segments / pictures.sizes["step"])
         notes.append(
-            f"The microscope shows {found.sizes['step']} frames, each the sum of up to {each} of {segments:,} segments."
+            f"The microscope shows {pictures.sizes['step']} frames, each the sum of up to {most_segments} of {segments:,} segments."
         )
     pooled = [tensor for tensor in tensors if math.prod(tensor["pool"]) > 1]
     if pooled:

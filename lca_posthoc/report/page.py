@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from bokeh.embed import json_item
@@ -23,11 +22,12 @@ from markupsafe import Markup
 from .. import __version__, colours
 from ..errors import InputError, LCAError, amount
 from ..store import Run
-from .content import Block, Section, cell, clean, listed
+from .content import Block, Section, View, cell, clean, listed
 from .microscope import BYTES, microscope
 from .panels import MOST_GROUPS, Panel, Room, beside, choose, run_labels
 from .sections import SECTIONS, compare, curve
 from .sections.headline import headline
+from .thin import Json
 
 MOST_BYTES = 8_000_000
 _DATA = 3_000_000  # of the page, for series and pictures; shared by the panels
@@ -62,7 +62,7 @@ def write_report(
         runs = [run for several in runs.values() for run in several]
     for name in losses:
         if not any(name in run for run in runs):
-            known = dict.fromkeys(each for run in runs for each in run)
+            known = dict.fromkeys(loss for run in runs for loss in run)
             raise InputError(f"no run has a loss {name!r}; there are {', '.join(map(repr, known))}.")
     panels, left_out = choose(runs, losses, labelled)
     if not panels:
@@ -89,7 +89,7 @@ def write_report(
 
 
 def _replace(path: Path, text: bytes) -> None:
-    """Whole or not at all."""
+    """Write the file whole or not at all."""
     handle, waiting = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}-", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -117,15 +117,15 @@ def _page(
         blocks = {str(panel.key): module.block(panel, room) for panel in panels}
         some = {key: block for key, block in blocks.items() if block is not None}
         if some:
-            made = module.section()
+            filled = module.section()
             if module is curve and not any(panel.summary["unconverged"] for panel in panels):
-                made = curve.without_faults(made)
-            shown.append((made, some))
+                filled = curve.without_faults(filled)
+            shown.append((filled, some))
     frames, frame_notes = microscope(panels[0], int(BYTES * shrink))
     notes = [*left_out, *_group_notes(panels), *frame_notes, *_block_notes(shown, panels)]
     data = {
         "panels": [{"label": panel.label, "groups": _groups(panel), "steps": _steps(panel)} for panel in panels],
-        "figures": {name: json_item(made) for section, _ in shown for name, made in section.figures.items()},
+        "figures": {name: json_item(filled) for section, _ in shown for name, filled in section.figures.items()},
         "views": _views(shown),
         "colours": _COLOURS,
     }
@@ -144,7 +144,7 @@ def _page(
         if frames is None
         else {
             "panel": panels[0].label,
-            "layers": list(dict.fromkeys(each["layer"] for each in frames["tensors"])),
+            "layers": list(dict.fromkeys(tensor["layer"] for tensor in frames["tensors"])),
             **{name: frames[name] for name in ("frames", "segments", "rounding", "pooled")},
         },
         frame_notes=frame_notes,
@@ -173,7 +173,7 @@ def _modes(panels: Sequence[Panel]) -> dict[str, str]:
 
 
 def _several(runs: Sequence[Run], panels: Sequence[Panel]) -> str:
-    """Which of many runs are shown in full."""
+    """Return the sentence on which of many runs are shown in full, "" where all are."""
     full = len({id(panel.run) for panel in panels})
     return (
         f"Of {len(runs):,} runs the first {full:,} can be picked above and are shown in full; Run against run has all of them."
@@ -182,9 +182,9 @@ def _several(runs: Sequence[Run], panels: Sequence[Panel]) -> str:
     )
 
 
-def _views(shown: Sequence[tuple[Section, dict[str, Block]]]) -> dict[str, Any]:
-    """Figure -> panel -> "GROUP|CHOICE" -> what its sources hold."""
-    views: dict[str, Any] = {}
+def _views(shown: Sequence[tuple[Section, dict[str, Block]]]) -> Json:
+    """Return what the sources of each figure hold, by figure, panel and "GROUP|CHOICE"."""
+    views: dict[str, dict[str, Mapping[str, View]]] = {}
     for _, blocks in shown:
         for key, block in blocks.items():
             for name, of in block.views.items():
@@ -210,19 +210,19 @@ def _group_notes(panels: Sequence[Panel]) -> list[str]:
 
 
 def _block_notes(shown: Sequence[tuple[Section, dict[str, Block]]], panels: Sequence[Panel]) -> Iterator[str]:
-    """What each section leaves out, said once for all panels it holds for."""
+    """Yield what each section leaves out, once for all panels of which it is true."""
     for section, blocks in shown:
-        said: dict[str, list[str]] = {}
+        keys_of_note: dict[str, list[str]] = {}
         for key, block in blocks.items():
             for note in block.notes:
-                said.setdefault(note, []).append(key)
-        for note, keys in said.items():
+                keys_of_note.setdefault(note, []).append(key)
+        for note, keys in keys_of_note.items():
             of = "" if len(keys) == len(blocks) else f" ({listed([panels[int(key)].label for key in keys])})"
             yield f"{section.title}{of}: {note}"
 
 
-def _loss_row(run: Run, label: str, name: str, panels: Sequence[Panel]) -> dict[str, Any]:
-    """A row of the table of losses; figures only of those that are shown, the others would have to be read."""
+def _loss_row(run: Run, label: str, name: str, panels: Sequence[Panel]) -> Mapping[str, Json]:
+    """Return a row of the table of losses; only losses that are shown have figures, since the others would have to be read."""
     panel = next((panel for panel in panels if panel.run is run and panel.loss == name), None)
     record, done = run[name].record, run[name].progress()
     return {
@@ -265,18 +265,18 @@ def _hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def _json(value: Any) -> str:
-    """JSON that cannot end the element it stands in."""
+def _json(value: object) -> str:
+    """Return JSON that cannot end the element it stands in."""
     text = json.dumps(_plain(value), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _plain(value: Any) -> Any:
-    """Of numbers only those JSON knows; the others are null."""
+def _plain(value: object) -> object:
+    """Return a value with null in place of the numbers JSON does not know."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""Which losses of which runs the page shows in full, and their findings, computed once."""
+"""The losses of runs that the page shows in full, and their findings, computed once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NOTE = 400  # characters of what a finding says it left out
 _POINT = 11  # bytes of a thinned point in the page: step and value in float32, base64
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Panel:
     """One loss of one run."""
 
@@ -32,62 +32,65 @@ class Panel:
     loss: str
     label: str
     several: bool = False
-    _found: dict[str, Any] = field(default_factory=dict)
+    _findings: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def results(self) -> LossResults:
-        """The loss, opened."""
+        """Return the opened loss."""
         return self.run[self.loss]
 
     def find(self, name: str, *arguments: Any, **options: Any) -> tuple[Any, str]:
-        """A finding of this loss, computed once; None and the reason where this run does not allow it."""
+        """Return a finding of this loss, computed once, and what it leaves out; None and the reason where the run does not allow it."""
         key = f"{name} {arguments} {sorted(options)}"
-        if key not in self._found:
+        if key not in self._findings:
             function: Callable[..., Any] = getattr(findings, name)
             try:
-                found = function(self.results, *arguments, **options)
-                self._found[key] = (
-                    found,
-                    clean(found.attrs.get("left_out", ""), _NOTE) if isinstance(found, xr.Dataset) else "",
+                finding = function(self.results, *arguments, **options)
+                self._findings[key] = (
+                    finding,
+                    clean(finding.attrs.get("left_out", ""), _NOTE) if isinstance(finding, xr.Dataset) else "",
                 )
             except LCAError as error:
-                self._found[key] = (None, clean(error, _NOTE))
-        made: tuple[Any, str] = self._found[key]
-        return made
+                self._findings[key] = (None, clean(error, _NOTE))
+        answer: tuple[Any, str] = self._findings[key]
+        return answer
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """What `lca summary --json` says."""
+        """Return the figures of `lca summary --json`."""
         return findings.summary(self.results)
 
     @property
     def missing(self) -> str:
-        """How many segments are missing, of how many."""
+        """Return how many segments are missing, of how many."""
         done = self.results.progress()
         return f"{done['segments'] - done['segments_done']:,} of {done['segments']:,} segments"
 
     @property
     def groups(self) -> list[Any] | None:
-        """Labels of the groups; None for a loss without."""
+        """Return the labels of the groups; None for a loss without groups."""
         return self.results.record.groups
 
     @cached_property
     def shares(self) -> np.ndarray[Any, Any]:
-        """(groups,): what each group weighs in the mean over all."""
+        """Return (groups,), the weight of each group in the mean over all."""
         weights = np.asarray(self.summary["group_weights"], dtype=float)
         return weights / weights.sum() if weights.sum() else np.full(len(weights), 1 / max(1, len(weights)))
 
     @cached_property
     def choices(self) -> list[tuple[str, str, int | None]]:
-        """What can be picked in place of a group: key, label, position; the mean over all groups comes first."""
+        """Return the choices of a group, as key, label and position; the mean over all groups comes first."""
         if self.groups is None:
             return [("", "", None)]
         change = np.abs(np.asarray(self.summary["loss_change"], dtype=float))
         shown = sorted(np.argsort(-np.nan_to_num(change), kind="stable")[:MOST_GROUPS].tolist())
-        return [("", "mean over groups", None), *((str(at), clean(self.groups[at], 60), at) for at in shown)]
+        return [
+            ("", "mean over groups", None),
+            *((str(position), clean(self.groups[position], 60), position) for position in shown),
+        ]
 
     def of_group(self, data: xr.DataArray, position: int | None) -> xr.DataArray:
-        """The values of one group, or their weighted mean over the groups."""
+        """Return the values of one group, or their weighted mean over the groups."""
         if "group" not in data.dims:
             return data
         if position is not None:
@@ -98,7 +101,7 @@ class Panel:
 
     @property
     def whole(self) -> dict[str, float]:
-        """The headline figures, of the weighted mean over the groups where there are any.
+        """Return the headline figures, of the weighted mean over the groups where there are any.
 
         How many parameters help the mean loss does not follow from how many help each group, so those shares are NaN.
         """
@@ -112,57 +115,59 @@ class Panel:
         }
 
     def share_of_group(self, data: xr.DataArray, position: int | None) -> xr.DataArray:
-        """Shares of parameters in one group; NaN of the mean over groups, of which they are not known."""
+        """Return shares of parameters in one group; NaN for the mean over groups, whose shares are not known."""
         of = self.of_group(data, position)
         return of * np.nan if position is None and "group" in data.dims else of
 
 
 @dataclass(frozen=True)
 class Room:
-    """How many bytes of the page the data of one panel may take."""
+    """The bytes of the page that the data of one panel may take."""
 
     bytes: float
 
     def points(self, series: int, part: float) -> int:
-        """How many points each of some series may have, which share a part of the room."""
+        """Return how many points each of several series may have that share a part of the room."""
         return int(min(2000, max(40, self.bytes * part / (_POINT * max(1, series)))))
 
     def pixels(self, part: float) -> int:
-        """How many pixels of a byte fit into a part of the room."""
+        """Return how many pixels of a byte fit into a part of the room."""
         return int(max(1000, self.bytes * part * 0.74))
 
 
 def choose(
     runs: Sequence[Run], losses: Sequence[str], labelled: Sequence[str] | None = None
 ) -> tuple[list[Panel], list[str]]:
-    """The losses to show in full, and what to say about the others.
+    """Return the losses to show in full, and notes about the others.
 
     Every run's first loss comes first, then those without groups; `losses` are shown in their order, alone.
     """
     labels = run_labels(runs, labelled)
     waiting = []
-    for at, run in enumerate(runs):
+    for position, run in enumerate(runs):
         names = [name for name in losses if name in run] if losses else _in_order(run)
         finished = [name for name in names if run[name].progress()["segments_done"]]
-        waiting += [(place, at, name) for place, name in enumerate(finished)]
+        waiting += [(place, position, name) for place, name in enumerate(finished)]
     shown = sorted(waiting)[:MOST_PANELS]
     panels = [
         Panel(
-            key,
-            runs[at],
-            labels[at],
-            name,
-            f"{labels[at]} · {clean(name, 60)}" if len(runs) > 1 else clean(name, 60),
-            len(runs) > 1,
+            key=key,
+            run=runs[position],
+            run_label=labels[position],
+            loss=name,
+            label=f"{labels[position]} · {clean(name, 60)}" if len(runs) > 1 else clean(name, 60),
+            several=len(runs) > 1,
         )
-        for key, (_, at, name) in enumerate(sorted(shown, key=lambda each: (each[1], each[0])))
+        for key, (_, position, name) in enumerate(
+            sorted(shown, key=lambda panel_place: (panel_place[1], panel_place[0]))
+        )
     ]
     left_out = []
-    for at, run in enumerate(runs):
-        here = {panel.loss for panel in panels if panel.run is run}
-        rest = [name for name in run if name not in here]
+    for position, run in enumerate(runs):
+        in_full = {panel.loss for panel in panels if panel.run is run}
+        rest = [name for name in run if name not in in_full]
         if rest:
-            which = f" of {labels[at]}" if len(runs) > 1 else ""
+            which = f" of {labels[position]}" if len(runs) > 1 else ""
             left_out.append(
                 f"Losses{which} that are not shown in full: {listed(rest, 12)}. Name the ones to show with --loss NAME."
             )
@@ -170,18 +175,20 @@ def choose(
 
 
 def beside(runs: Sequence[Run], panels: Sequence[Panel], labels: Sequence[str]) -> list[Panel | None]:
-    """The loss of the first panel in every run, shown in full or not; None where a run has none of it yet."""
-    loss, found = panels[0].loss, list[Panel | None]()
+    """Return the first panel's loss in every run, shown in full or not; None where a run has no segment of it yet."""
+    loss, panels_beside = panels[0].loss, list[Panel | None]()
     for run, label in zip(runs, labels, strict=True):
         shown = next((panel for panel in panels if panel.run is run and panel.loss == loss), None)
         if shown is None and loss in run and run[loss].progress()["segments_done"]:
-            shown = Panel(-1, run, label, loss, f"{label} · {clean(loss, 60)}", True)
-        found.append(shown)
-    return found
+            shown = Panel(
+                key=-1, run=run, run_label=label, loss=loss, label=f"{label} · {clean(loss, 60)}", several=True
+            )
+        panels_beside.append(shown)
+    return panels_beside
 
 
 def run_labels(runs: Sequence[Run], labelled: Sequence[str] | None = None) -> list[str]:
-    """A short name for each run: that of its directory, with as many of its parents as tell it from the others.
+    """Return a short name for each run: its directory, with as many parents as tell it from the others.
 
     Where runs have labels these come first, and alone where no other run has the same.
     """
@@ -192,10 +199,10 @@ def run_labels(runs: Sequence[Run], labelled: Sequence[str] | None = None) -> li
             for label, name in zip(labelled, names, strict=True)
         ]
     names = []
-    for at, run in enumerate(runs):
+    for own, run in enumerate(runs):
         parts = run.path.resolve().parts
         depth = 1
-        others = [other.path.resolve().parts for position, other in enumerate(runs) if position != at]
+        others = [other.path.resolve().parts for position, other in enumerate(runs) if position != own]
         while depth < len(parts) and any(parts[-depth:] == other[-depth:] for other in others):
             depth += 1
         names.append(clean("/".join(parts[-depth:]), 60))
@@ -203,6 +210,6 @@ def run_labels(runs: Sequence[Run], labelled: Sequence[str] | None = None) -> li
 
 
 def _in_order(run: Run) -> list[str]:
-    """Losses without groups first, and terms of the parameters alone after those over data."""
+    """Return the losses of a run: those without groups first, and among these, those over data before terms of parameters."""
     records = {name: run[name].record for name in run}
     return sorted(run, key=lambda name: (records[name].groups is not None, records[name].on is None))

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 MOST_POINTS = 2000
 _EXACT = 2**24  # whole numbers up to here are exact in float32
 
-Packed = dict[str, Any]
+Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | float | None"
+Packed: TypeAlias = Mapping[str, Json]  # a column, as the page's script reads it
 
 
 def kept(values: np.ndarray[Any, Any], most: int = MOST_POINTS) -> np.ndarray[Any, Any]:
-    """Which points of a series to keep: the first, the last, and the lowest and highest of each of about `most / 2` stretches.
+    """Choose points of a series: the first, the last, and the lowest and highest of each of about `most / 2` stretches.
 
     Args:
         values: (points,), of any float type; NaN is kept only where a stretch has nothing else.
@@ -35,17 +37,17 @@ def kept(values: np.ndarray[Any, Any], most: int = MOST_POINTS) -> np.ndarray[An
     low, high = (np.where(np.isnan(values), empty, values) for empty in (np.inf, -np.inf))
     # The first of each stretch that has its stretch's extreme value.
     lengths = np.diff(np.append(edges, points))
-    found = [np.array([0, points - 1])]
+    indices = [np.array([0, points - 1])]
     for side, reduce in ((low, np.minimum), (high, np.maximum)):
         extreme = np.repeat(reduce.reduceat(side, edges), lengths)
-        at = np.flatnonzero(side == extreme)
-        of = np.searchsorted(edges, at, side="right") - 1
-        found.append(at[np.unique(of, return_index=True)[1]])
-    return np.unique(np.concatenate(found))
+        extremes = np.flatnonzero(side == extreme)
+        of = np.searchsorted(edges, extremes, side="right") - 1
+        indices.append(extremes[np.unique(of, return_index=True)[1]])
+    return np.unique(np.concatenate(indices))
 
 
-def gaps(step: Any, step_end: Any) -> np.ndarray[Any, Any]:
-    """Segments after which some are missing.
+def gaps(step: ArrayLike, step_end: ArrayLike) -> np.ndarray[Any, Any]:
+    """Return the segments after which some are missing.
 
     >>> gaps([0, 1, 5], [1, 2, 6]).tolist()
     [1]
@@ -53,15 +55,19 @@ def gaps(step: Any, step_end: Any) -> np.ndarray[Any, Any]:
     return np.flatnonzero(np.asarray(step)[1:] != np.asarray(step_end)[:-1])
 
 
-def over_segments(step: Any, values: Any, step_end: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """One point per segment, (step,) and (..., step), and a NaN where segments are missing."""
-    at = gaps(step, step_end) + 1
+def over_segments(
+    step: ArrayLike, values: ArrayLike, step_end: ArrayLike
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return one point per segment, (step,) and (..., step), and a NaN where segments are missing."""
+    breaks = gaps(step, step_end) + 1
     x, y = np.asarray(step, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    return np.insert(x, at, np.nan), np.insert(y, at, np.nan, axis=-1)
+    return np.insert(x, breaks, np.nan), np.insert(y, breaks, np.nan, axis=-1)
 
 
-def over_steps(step: Any, step_end: Any, first: Any, last: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The ends of all segments, from the start of the first on; where segments are missing, NaN and the start of the next.
+def over_steps(
+    step: ArrayLike, step_end: ArrayLike, first: ArrayLike, last: ArrayLike
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return the ends of all segments, after the start of the first; where segments are missing, NaN and the next start.
 
     Args:
         step: (step,) where segments start.
@@ -73,31 +79,31 @@ def over_steps(step: Any, step_end: Any, first: Any, last: Any) -> tuple[np.ndar
     >>> x.tolist(), y.tolist()
     ([0.0, 1.0, 2.0, nan, 5.0, 6.0], [9.0, 8.0, 7.0, nan, 3.0, 2.0])
     """
-    begin, end, first, last = (np.asarray(each, dtype=np.float64) for each in (step, step_end, first, last))
+    begin, end, first, last = (np.asarray(x_or_y, dtype=np.float64) for x_or_y in (step, step_end, first, last))
     after = gaps(begin, end) + 1
-    at = np.repeat(after + 1, 2)
-    x = np.insert(np.concatenate([begin[:1], end]), at, np.ravel([(np.nan, begin[each]) for each in after]))
+    places = np.repeat(after + 1, 2)
+    x = np.insert(np.concatenate([begin[:1], end]), places, np.ravel([(np.nan, begin[x_or_y]) for x_or_y in after]))
     new = np.stack([np.full_like(first[..., after], np.nan), first[..., after]], axis=-1)
-    y = np.insert(np.concatenate([first[..., :1], last], axis=-1), at, new.reshape(*first.shape[:-1], -1), axis=-1)
+    y = np.insert(np.concatenate([first[..., :1], last], axis=-1), places, new.reshape(*first.shape[:-1], -1), axis=-1)
     return x, y
 
 
-def thinned(x: Any, y: Any, most: int) -> Packed:
-    """A line as the columns x and y; NaN in `x` are breaks, which stay."""
+def thinned(x: ArrayLike, y: ArrayLike, most: int) -> Packed:
+    """Return a thinned line as the columns x and y; NaN in `x` are breaks, which stay."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    at = _with_breaks(kept(y, most), x)
-    return {"x": numbers(x[at]), "y": numbers(y[at])}
+    indices = _with_breaks(kept(y, most), x)
+    return {"x": numbers(x[indices]), "y": numbers(y[indices])}
 
 
-def _with_breaks(at: np.ndarray[Any, Any], x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Besides the kept points one break between any two of them that have some in between."""
+def _with_breaks(indices: np.ndarray[Any, Any], x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the indices of points and of one break between any two points that have breaks between them."""
     breaks = np.flatnonzero(np.isnan(x))
-    first = np.unique(np.searchsorted(at, breaks), return_index=True)[1]
-    return np.unique(np.concatenate([at, breaks[first]]))
+    first = np.unique(np.searchsorted(indices, breaks), return_index=True)[1]
+    return np.unique(np.concatenate([indices, breaks[first]]))
 
 
-def numbers(values: Any) -> Packed:
-    """Float32 in base64, as the page reads it; whole numbers too large for that as float64."""
+def numbers(values: ArrayLike) -> Packed:
+    """Return float32 in base64, as the page reads it; whole numbers too large for that as float64."""
     array = np.asarray(values, dtype=np.float64).ravel()
     finite = array[np.isfinite(array)]
     wide = bool(len(finite)) and bool((np.abs(finite) > _EXACT).any()) and bool((finite == np.round(finite)).all())
@@ -106,8 +112,8 @@ def numbers(values: Any) -> Packed:
     return {"f": _base64(array.astype("<f4"))}
 
 
-def lines(x: Any, ys: Any, most: int = MOST_POINTS) -> tuple[Packed, Packed]:
-    """Several series over the same `x` as the two columns of a multi-line glyph.
+def lines(x: ArrayLike, ys: ArrayLike, most: int = MOST_POINTS) -> tuple[Packed, Packed]:
+    """Return several series over the same `x` as the two columns of a multi-line glyph.
 
     Args:
         x: (points,); NaN are breaks, which stay.
@@ -121,17 +127,17 @@ def lines(x: Any, ys: Any, most: int = MOST_POINTS) -> tuple[Packed, Packed]:
     lengths: Sequence[int]
     if len(x) <= most:
         return {"same": len(ys), "v": numbers(x)}, {"n": [len(x)] * len(ys), "v": numbers(ys)}
-    at = [_with_breaks(kept(series, most), x) for series in ys]
-    lengths = [len(each) for each in at]
-    picked = [series[each] for series, each in zip(ys, at, strict=True)]
+    indices_of_each = [_with_breaks(kept(series, most), x) for series in ys]
+    lengths = [len(indices) for indices in indices_of_each]
+    picked = [series[indices] for series, indices in zip(ys, indices_of_each, strict=True)]
     return (
-        {"n": lengths, "v": numbers(np.concatenate([x[each] for each in at] or [x[:0]]))},
+        {"n": lengths, "v": numbers(np.concatenate([x[indices] for indices in indices_of_each] or [x[:0]]))},
         {"n": lengths, "v": numbers(np.concatenate(picked or [x[:0]]))},
     )
 
 
-def picture(values: Any) -> Packed:
-    """A matrix in 255 levels, v = sign(q) (q / 127)² peak: exact zero in the middle, small values finer than large ones.
+def picture(values: ArrayLike) -> Packed:
+    """Return a matrix in 255 levels, v = sign(q) (q / 127)² peak: exact zero in the middle, small values finer than large ones.
 
     Args:
         values: (rows, columns).
@@ -148,7 +154,7 @@ def picture(values: Any) -> Packed:
 
 
 def raw(values: np.ndarray[Any, Any]) -> str:
-    """The bytes of an array, in base64."""
+    """Return the bytes of an array, in base64."""
     return _base64(values)
 
 

@@ -6,7 +6,6 @@ Long names are cut in the middle, each unlike the others; numbers and messages o
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..text import count, shorten
+from ..text import count, safe_in_page, shorten
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -26,7 +25,6 @@ _MOST = 50  # losses that are listed
 _GROUPS = 20  # groups of a loss that are listed: of several losses, this many together beside the losses themselves
 _NAME = 48  # characters of a name
 _MESSAGE = 2000  # characters of what went wrong, once the names in it are short
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,8 @@ def _ends(steps: xr.Dataset) -> list[str]:
 
 def _page(what: str, path: str, facts: str, rows: Sequence[_Row], unlisted: str) -> str:
     head = "".join(f'<th style="text-align:left">{heading}</th>' for heading in _HEAD)
-    names = shorten([_clean(row.name) for row in rows], _NAME)
-    splits = shorten([_clean(row.cells[0]) for row in rows], _NAME)
+    names = shorten([safe_in_page(row.name) for row in rows], _NAME)
+    splits = shorten([safe_in_page(row.cells[0]) for row in rows], _NAME)
     body = "".join(
         f"<tr>{_cells(name, [split, *row.cells[1:]], row.inside)}</tr>"
         for name, split, row in zip(names, splits, rows, strict=True)
@@ -126,8 +124,4 @@ def _cells(name: str, others: Sequence[str], inside: bool) -> str:
 
 def _text(text: str) -> str:
     """Return a text as HTML that shows it and nothing else: without characters that steer the line, of bounded length."""
-    return escape(shorten([_clean(text)], _MESSAGE)[0])
-
-
-def _clean(text: str) -> str:
-    return _CONTROL.sub("\ufffd", text)
+    return escape(shorten([safe_in_page(text)], _MESSAGE)[0])

@@ -1,4 +1,4 @@
-"""One file per finding, each with `section()`, what the page shows of it, and `block(panel, room)`, what it says of one loss."""
+"""One file per finding: `section()` returns its title and figures, `block(panel, room)` its content for one loss."""
 
 from . import candidates, curve, distribution, generalisation, helping, layers, oscillation, peaks, units
 

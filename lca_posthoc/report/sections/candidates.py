@@ -1,10 +1,11 @@
-"""What to try next: layers to freeze, parameters to prune or to initialise again."""
+"""Candidates to try next: layers to freeze, parameters to prune or to initialise again."""
 
 from __future__ import annotations
 
-from typing import Any
+import numpy as np
+import xarray as xr
 
-from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, listed
+from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, clean, count, listed
 from ..panels import Panel, Room
 from .layers import largest
 
@@ -13,29 +14,29 @@ _MOST_DEAD = 1000
 
 
 def section() -> Section:
-    """No figure: lists."""
+    """Return a section of lists, without figures."""
     return Section(
-        "candidates",
-        "Candidates",
-        "These are suggestions to test, not verdicts: freezing a layer changes the path of every other one. "
+        name="candidates",
+        title="Candidates",
+        reading="These are suggestions to test, not verdicts: freezing a layer changes the path of every other one. "
         "Layers that hurt in sum may be worth freezing, units that never did anything worth pruning or initialising again.",
     )
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Layers above zero, dead units, and the parameters that hurt most."""
-    found, left_out = panel.find("candidates")
-    if found is None:
+    """Return layers above zero, dead units, and the parameters that hurt most."""
+    finding, left_out = panel.find("candidates")
+    if finding is None:
         return Block(notes=[left_out])
     notes = [left_out] if left_out else []
-    total: Any = panel.of_group(found["total"], None).values if "total" in found else []
-    freeze = [at for at in range(len(total)) if total[at] > 0]
-    names = found["layer"].values
+    total = panel.of_group(finding["total"], None).values if "total" in finding else np.empty(0)
+    freeze = [position for position in range(len(total)) if total[position] > 0]
+    names = finding["layer"].values
     grouped = panel.groups is not None
-    helping = found["helping"].values
-    rows = [
-        [str(names[at]), float(total[at]), *([] if grouped else [float(helping[at])])]
-        for at in sorted(freeze, key=lambda at: -total[at])
+    helping = finding["helping"].values
+    rows: list[list[Cell]] = [
+        [str(names[position]), float(total[position]), *([] if grouped else [float(helping[position])])]
+        for position in sorted(freeze, key=lambda position: -total[position])
     ]
     columns = [
         Column("layer", "name"),
@@ -43,25 +44,28 @@ def block(panel: Panel, room: Room) -> Block:
         *([] if grouped else [Column("helping", "share")]),
     ]
     tables = [
-        Table("Layers that hurt in sum: try freezing them", columns, rows[:MOST_ROWS], open=True),
-        _named(found, "unit", "Units that hurt most", [("total", "Σ allocation", "bar")]),
+        Table(title="Layers that hurt in sum: try freezing them", columns=columns, rows=rows[:MOST_ROWS], open=True),
+        _named(finding, "unit", "Units that hurt most", [("total", "Σ allocation", "bar")]),
         _named(
-            found,
+            finding,
             "parameter",
             "Parameters that hurt most",
             [("allocated", "Σ allocation", "bar"), ("helping", "helped on", "share")],
         ),
-        _tensors(found, notes),
+        _tensors(finding, notes),
     ]
-    said = f"Layers to try freezing: {listed([clean(names[at], 60) for at in freeze]) if freeze else 'none, every sum is negative'}."
-    if "dead_name" in found.coords:
-        said += f" Units without any effect: {_dead(panel, found)}."
-    return Block({"": said}, tables=[table for table in tables if table is not None and table.rows], notes=notes)
+    to_freeze = listed([clean(names[position], 60) for position in freeze]) if freeze else "none, every sum is negative"
+    sentence = f"Layers to try freezing: {to_freeze}."
+    if "dead_name" in finding.coords:
+        sentence += f" Units without any effect: {_dead(panel, finding)}."
+    return Block(
+        captions={"": sentence}, tables=[table for table in tables if table is not None and table.rows], notes=notes
+    )
 
 
-def _dead(panel: Panel, found: Any) -> str:
-    """How many units had no effect, each counted once whatever tensors it has, and which."""
-    dead, most = [clean(name, 60) for name in found["dead_name"].values], _NAMED
+def _dead(panel: Panel, finding: xr.Dataset) -> str:
+    """Say how many units had no effect, each counted once however many tensors it has, and name some."""
+    dead, most = [clean(name, 60) for name in finding["dead_name"].values], _NAMED
     if len(dead) >= most:
         more, _ = panel.find("candidates", most=_MOST_DEAD)
         dead, most = [clean(name, 60) for name in more["dead_name"].values], _MOST_DEAD
@@ -69,31 +73,33 @@ def _dead(panel: Panel, found: Any) -> str:
     return f"{amount}{f', such as {listed(dead[:6])}' if len(dead) > 6 else f' ({listed(dead)})' if dead else ''}"
 
 
-def _named(found: Any, kind: str, title: str, values: list[tuple[str, str, str]]) -> Table | None:
-    if f"{kind}_name" not in found.variables:
+def _named(finding: xr.Dataset, kind: str, title: str, values: list[tuple[str, str, str]]) -> Table | None:
+    if f"{kind}_name" not in finding.variables:
         return None
-    rows = [
-        [str(name), *(float(found[f"{kind}_{value}"].values[at]) for value, _, _ in values)]
-        for at, name in enumerate(found[f"{kind}_name"].values)
+    rows: list[list[Cell]] = [
+        [str(name), *(float(finding[f"{kind}_{value}"].values[position]) for value, _, _ in values)]
+        for position, name in enumerate(finding[f"{kind}_name"].values)
     ]
-    return Table(title, [Column(kind, "name"), *(Column(heading, how) for _, heading, how in values)], rows)
+    return Table(
+        title=title, columns=[Column(kind, "name"), *(Column(heading, how) for _, heading, how in values)], rows=rows
+    )
 
 
-def _tensors(found: Any, notes: list[str]) -> Table | None:
-    if "silent" not in found:
+def _tensors(finding: xr.Dataset, notes: list[str]) -> Table | None:
+    if "silent" not in finding:
         return None
-    elements = found["tensor_elements"].values
+    elements = finding["tensor_elements"].values
     shown = largest(elements, MOST_ROWS)
     if len(shown) < len(elements):
         notes.append(f"Silent parameters are listed for the {len(shown)} largest of {count(len(elements), 'tensor')}.")
-    rows = [
+    rows: list[list[Cell]] = [
         [
-            str(found["tensor"].values[at]),
-            int(elements[at]),
-            int(found["silent"].values[at]),
-            int(found["never_helped"].values[at]),
+            str(finding["tensor"].values[position]),
+            int(elements[position]),
+            int(finding["silent"].values[position]),
+            int(finding["never_helped"].values[position]),
         ]
-        for at in shown
+        for position in shown
     ]
     columns = [
         Column("tensor", "name"),
@@ -102,8 +108,8 @@ def _tensors(found: Any, notes: list[str]) -> Table | None:
         Column("never helped", "count"),
     ]
     return Table(
-        "Parameters without effect, tensor by tensor",
-        columns,
-        rows,
-        "Silent: exactly zero on every segment. Never helped: hurt at least once and helped never.",
+        title="Parameters without effect, tensor by tensor",
+        columns=columns,
+        rows=rows,
+        note="Silent: exactly zero on every segment. Never helped: hurt at least once and helped never.",
     )

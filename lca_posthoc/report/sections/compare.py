@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import xarray as xr
 
 from ... import findings
 from ...errors import LCAError
 from ...store import LossResults
-from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, percent, plain
+from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, clean, count, percent, plain
 from ..figures import add_many, steps_figure
 from ..panels import Panel, Room
-from ..thin import lines, over_steps
+from ..thin import Json, lines, over_steps
 from .layers import largest
 
 _SAID = 6  # runs in the sentence
@@ -22,22 +22,23 @@ _LINES = 40  # runs whose loss is drawn
 
 
 def section() -> Section:
-    """One figure: the loss of every run."""
-    made = steps_figure("loss", 300)
-    add_many(made, "runs", [("run", "@name"), ("step", "$snap_x{0}"), ("loss", "$snap_y{%.5g}")])
+    """Return one figure: the loss of every run."""
+    chart = steps_figure("loss", 300)
+    add_many(chart, "runs", [("run", "@name"), ("step", "$snap_x{0}"), ("loss", "$snap_y{%.5g}")])
     return Section(
-        "compare",
-        "Run against run",
-        "The same layer in different runs, so that what is due to the network can be told from what is due to the seed or the setting. "
-        "A difference of single runs is an observation; for intervals and p-values put repeats, such as seeds, under one label, "
+        name="compare",
+        title="Run against run",
+        reading="The same layer in different runs, so that what is due to the network can be told from what is due to the seed or "
+        "the setting. A difference of single runs is an observation; "
+        "for intervals and p-values put repeats, such as seeds, under one label, "
         "LABEL=RUN, as `lca compare` takes them too.",
-        {"compare": made},
+        figures={"compare": chart},
         headings={"compare": "Loss of every run"},
     )
 
 
 def block(first: Panel, runs: Sequence[Panel | None], labelled: Sequence[str] | None, room: Room) -> Block | None:
-    """All runs that have the first panel's loss; `labelled` has the label of each run where repeats have one in common."""
+    """Compare all runs that have the first panel's loss; `labelled` has the label of each run where repeats share one."""
     labels = [panel.run_label if panel is not None else "" for panel in runs] if labelled is None else labelled
     same = [(label, panel) for label, panel in zip(labels, runs, strict=True) if panel is not None]
     if len(same) < 2:
@@ -51,28 +52,28 @@ def block(first: Panel, runs: Sequence[Panel | None], labelled: Sequence[str] | 
         notes.append(f"The loss is drawn for the first {_LINES} of {len(same):,} runs.")
     drawn = same[:_LINES]
     kinds = list(dict.fromkeys(labels))
-    names, xs, ys, tints, said = [], [], [], [], []
+    names, xs, ys, tints, sentences = [], [], [], [], []
     for label, panel in drawn:
-        found, _ = panel.find("curve")
-        if found is None:
+        finding, _ = panel.find("curve")
+        if finding is None:
             continue
-        losses = [panel.of_group(found[name], None).values for name in ("loss_start", "loss")]
-        x, y = over_steps(found["step"].values, found["step_end"].values, *losses)
+        losses = [panel.of_group(finding[name], None).values for name in ("loss_start", "loss")]
+        x, y = over_steps(finding["step"].values, finding["step_end"].values, *losses)
         each_x, each_y = lines(x, y[None], room.points(len(drawn), 0.1))
         xs.append(each_x)
         ys.append(each_y)
         names.append(panel.run_label)
         tints.append(kinds.index(label))
-        said.append(f"{panel.run_label} {plain(float(y[0]))} → {plain(float(y[-1]))}")
-    some = f"{'; '.join(said[:_SAID])}{f'; and {count(len(said) - _SAID)} more, in the table' if len(said) > _SAID else ''}"
-    view: dict[str, Any] = {"xs": {"join": xs}, "ys": {"join": ys}, "name": names, "colour": "@palette"}
+        sentences.append(f"{panel.run_label} {plain(float(y[0]))} → {plain(float(y[-1]))}")
+    some = f"{'; '.join(sentences[:_SAID])}{f'; and {count(len(sentences) - _SAID)} more, in the table' if len(sentences) > _SAID else ''}"
+    view: dict[str, Json] = {"xs": {"join": xs}, "ys": {"join": ys}, "name": names, "colour": "@palette"}
     if labelled is not None:
         view["kind"] = tints
         view["@kinds"] = [clean(kind, 60) for kind in kinds]
     tables, left_out = _tables(same, labelled is not None)
     return Block(
-        {"compare": f"Loss {clean(first.loss, 60)}: {some}."},
-        {"compare": {"|": {"runs": view}}},
+        captions={"compare": f"Loss {clean(first.loss, 60)}: {some}."},
+        views={"compare": {"|": {"runs": view}}},
         tables=tables,
         notes=[*notes, *left_out],
     )
@@ -83,16 +84,16 @@ def _tables(same: Sequence[tuple[str, Panel]], labelled: bool) -> tuple[list[Tab
     for label, panel in same:
         shown.setdefault(label, []).append(panel.results)
     try:
-        found: Any = findings.compare(shown)
+        finding: xr.Dataset = findings.compare(shown)
     except LCAError as error:
         return [], [clean(error, 400)]
-    notes = [clean(found.attrs["left_out"], 400)] if found.attrs.get("left_out") else []
-    notes += [clean(line, 400) for line in found.attrs["notes"].split("\n") if line]
-    repeats = bool((found["runs"] > 1).any())
-    tables = [_runs(found, repeats)]
+    notes = [clean(finding.attrs["left_out"], 400)] if finding.attrs.get("left_out") else []
+    notes += [clean(line, 400) for line in finding.attrs["notes"].split("\n") if line]
+    repeats = bool((finding["runs"] > 1).any())
+    tables = [_runs(finding, repeats)]
     if repeats:
         tables.append(_every(same))
-    tables.append(_layers(found, repeats, notes))
+    tables.append(_layers(finding, repeats, notes))
     if not labelled and len(same) > 2:
         notes.append(
             "Runs that are repeats can share a label, as in LABEL=RUN: layers then have intervals and p-values."
@@ -100,11 +101,11 @@ def _tables(same: Sequence[tuple[str, Panel]], labelled: bool) -> tuple[list[Tab
     return tables, notes
 
 
-def _runs(found: Any, repeats: bool) -> Table:
-    """Each label's headline figures."""
-    rows = []
-    for at, label in enumerate(found["label"].values):
-        of = found.isel(label=at)
+def _runs(finding: xr.Dataset, repeats: bool) -> Table:
+    """Return the headline figures of each label."""
+    rows: list[list[Cell]] = []
+    for position, label in enumerate(finding["label"].values):
+        of = finding.isel(label=position)
         end, share = (_interval(of, name, write) for name, write in (("loss_end", plain), ("helping", percent)))
         p = [int(of["runs"]), *end, float(of["p_loss_end"]), float(of["loss_change"]), *share]
         rows.append(
@@ -117,7 +118,7 @@ def _runs(found: Any, repeats: bool) -> Table:
             Column("loss change", "bar"),
             Column("helping", "share"),
         ]
-        return Table("Runs", columns, rows, open=True)
+        return Table(title="Runs", columns=columns, rows=rows, open=True)
     columns = [
         Column("label", "name"),
         Column("runs", "count"),
@@ -126,20 +127,20 @@ def _runs(found: Any, repeats: bool) -> Table:
         Column("loss change", "bar"),
         Column("helping", "right"),
     ]
-    interval = f"{100 * found.attrs['confidence']:g} %"
-    note = f"In brackets the {interval} t interval of the mean over the runs of a label. p: {_test(found)} against the first label."
-    return Table("Labels", columns, rows, note, open=True)
+    interval = f"{100 * finding.attrs['confidence']:g} %"
+    note = f"In brackets the {interval} t interval of the mean over the runs of a label. p: {_test(finding)} against the first label."
+    return Table(title="Labels", columns=columns, rows=rows, note=note, open=True)
 
 
-def _interval(of: Any, name: str, write: Any) -> list[str]:
+def _interval(of: xr.Dataset, name: str, write: Callable[[float], str]) -> list[str]:
     low, high = (float(of[f"{name}_{end}"]) for end in ("low", "high"))
     text = write(float(of[name]))
     return [text if np.isnan(low) else f"{text} [{write(low)}, {write(high)}]"]
 
 
 def _every(same: Sequence[tuple[str, Panel]]) -> Table:
-    """Each run by itself."""
-    rows = []
+    """Return the headline figures of each run."""
+    rows: list[list[Cell]] = []
     for label, panel in same:
         of = panel.whole
         rows.append([panel.run_label, clean(label, 60), of["loss_end"], of["loss_change"], of["helping"]])
@@ -150,42 +151,56 @@ def _every(same: Sequence[tuple[str, Panel]]) -> Table:
         Column("loss change", "bar"),
         Column("helping", "share"),
     ]
-    return Table("Every run", columns, rows)
+    return Table(title="Every run", columns=columns, rows=rows)
 
 
-def _layers(found: Any, repeats: bool, notes: list[str]) -> Table:
-    """Each layer's sum in each run or label, and how likely such a difference is."""
-    each = {name: found[name].transpose("label", "layer").values for name in _VALUES}
-    mean = each["mean"]
+def _layers(finding: xr.Dataset, repeats: bool, notes: list[str]) -> Table:
+    """Return the sum of each layer in each run or label, of labels with repeats also intervals, differences and p-values."""
+    columns_of = {name: finding[name].transpose("label", "layer").values for name in _VALUES}
+    mean = columns_of["mean"]
     picked = largest(np.nanmax(np.abs(mean), axis=0), MOST_ROWS)
     if len(picked) < mean.shape[1]:
         notes.append(f"{count(mean.shape[1] - len(picked), 'layer')} with smaller sums are not compared.")
     columns = [Column("layer", "name")]
-    for at, label in enumerate(found["label"].values):
+    for position, label in enumerate(finding["label"].values):
         columns.append(Column(str(label), "bar"))
         if repeats:
             columns += [Column("± half the interval", "plain"), Column("p", "plain")]
-            columns += [Column(f"less {found['label'].values[0]}"), Column("p of that", "plain")] if at else []
-    rows = []
+            columns += [Column(f"less {finding['label'].values[0]}"), Column("p of that", "plain")] if position else []
+    rows: list[list[Cell]] = []
     for layer in picked:
-        row: list[Any] = [str(found["layer"].values[layer])]
-        for at in range(len(mean)):
-            row.append(float(mean[at, layer]))
+        row: list[Cell] = [str(finding["layer"].values[layer])]
+        for position in range(len(mean)):
+            row.append(float(mean[position, layer]))
             if repeats:
-                row += [float(each["high"][at, layer] - mean[at, layer]), float(each["p_holm"][at, layer])]
-                row += [float(each[name][at, layer]) for name in ("difference", "p_difference_holm")] if at else []
+                row += [
+                    float(columns_of["high"][position, layer] - mean[position, layer]),
+                    float(columns_of["p_holm"][position, layer]),
+                ]
+                row += (
+                    [float(columns_of[name][position, layer]) for name in ("difference", "p_difference_holm")]
+                    if position
+                    else []
+                )
         rows.append(row)
     note = (
-        f"p of a layer: t-test of its mean against 0; of a difference: {_test(found)}; both corrected by Holm over layers and labels."
+        f"p of a layer: t-test of its mean against 0; of a difference: {_test(finding)}; both corrected by Holm over layers and labels."
         if repeats
         else ""
     )
-    return Table("Σ allocation of each layer, bars on one scale", columns, rows, note, open=True, shared=True)
+    return Table(
+        title="Σ allocation of each layer, bars on one scale",
+        columns=columns,
+        rows=rows,
+        note=note,
+        open=True,
+        shared=True,
+    )
 
 
-def _test(found: Any) -> str:
-    """Which test the differences to the first label were put to."""
-    paired = found["paired"].values[1:]
+def _test(finding: xr.Dataset) -> str:
+    """Return the name of the test of differences to the first label."""
+    paired = finding["paired"].values[1:]
     if not paired.any():
         return "Welch's test"
     return "paired t-test" if paired.all() else "paired t-test where runs come in pairs, else Welch's test"

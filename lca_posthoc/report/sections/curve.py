@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import xarray as xr
 
-from ..content import Block, Section, clean, count, plain, signed
+from ..content import Block, Section, View, clean, count, plain, signed
 from ..figures import ACCENT, INK, MUTED, add_dots, add_level, add_lines, steps_figure
 from ..panels import Panel, Room
 from ..thin import numbers, over_segments, over_steps, thinned
@@ -16,7 +17,7 @@ Numbers = np.ndarray[Any, Any]
 
 
 def section() -> Section:
-    """Two figures: the loss, and what the sum misses on every segment."""
+    """Return two figures: the loss, and what the sum misses on every segment."""
     loss = steps_figure("loss", 320)
     add_lines(
         loss, "predicted", ACCENT, width=6, alpha=0.45, tip=[("step", "@x{0}"), ("start + Σ allocation", "@y{%.5g}")]
@@ -27,39 +28,45 @@ def section() -> Section:
     add_lines(residual, "residual", MUTED, width=1.25)
     add_dots(residual, "worst", [("segment from step", "@x{0}"), ("residual", "@y{%+.3e}"), ("", "@name")], size=6)
     return Section(
-        "curve",
-        "Loss curve",
-        "The dark line is the measured loss; the light band under it is the loss at the start plus everything allocated since. "
+        name="curve",
+        title="Loss curve",
+        reading="The dark line is the measured loss; the light band under it is the loss at the start plus everything allocated since. "
         "Where they lie on each other the allocation explains the whole change; the residual below is what it misses on each segment.",
-        {"curve": loss, "residual": residual},
-        {"curve": [("ink", "loss"), ("accent", "start + Σ allocation")], "residual": [("hurting", "did not converge")]},
-        {"curve": "Loss, measured and added up", "residual": "What the sum misses"},
+        figures={"curve": loss, "residual": residual},
+        legends={
+            "curve": [("ink", "loss"), ("accent", "start + Σ allocation")],
+            "residual": [("hurting", "did not converge")],
+        },
+        headings={"curve": "Loss, measured and added up", "residual": "What the sum misses"},
     )
 
 
-def without_faults(made: Section) -> Section:
-    """The section of a page on which every segment converged."""
-    return replace(made, legends={**made.legends, "residual": []})
+def without_faults(curve: Section) -> Section:
+    """Return the section of a page on which every segment converged."""
+    return replace(curve, legends={**curve.legends, "residual": []})
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """The curve of every group."""
-    found, left_out = panel.find("curve")
-    if found is None:
+    """Return the curve of every group."""
+    finding, left_out = panel.find("curve")
+    if finding is None:
         return Block(notes=[left_out])
-    views: dict[str, dict[str, Any]] = {"curve": {}, "residual": {}}
-    steps, ends = found["step"].values, found["step_end"].values
+    views: dict[str, dict[str, View]] = {"curve": {}, "residual": {}}
+    steps, ends = finding["step"].values, finding["step_end"].values
     most = room.points(3 * len(panel.choices), 0.15)
     captions: dict[str, str] = {}
-    for key, label, at in panel.choices:
-        of = {name: panel.of_group(found[name], at).values for name in ("loss", "loss_start", "predicted", "residual")}
+    for key, label, position in panel.choices:
+        of = {
+            name: panel.of_group(finding[name], position).values
+            for name in ("loss", "loss_start", "predicted", "residual")
+        }
         residual = of["residual"]
         views["curve"][f"{key}|"] = {
             name: thinned(*over_steps(steps, ends, of["loss_start"], of[values]), most)
             for name, values in (("true", "loss"), ("predicted", "predicted"))
         }
         # Only one row says that it converged: all groups of a segment are refined together.
-        bad = np.flatnonzero(~found["converged"].values.reshape(len(steps), -1).all(1))
+        bad = np.flatnonzero(~finding["converged"].values.reshape(len(steps), -1).all(1))
         worst = bad[np.argsort(-abs(residual[bad]))[:200]]
         views["residual"][f"{key}|"] = {
             "residual": thinned(*over_segments(steps, residual, ends), most),
@@ -71,22 +78,22 @@ def block(panel: Panel, room: Room) -> Block:
             },
         }
         if not captions:
-            captions = _captions(panel, found, of, len(bad), label)
-    return Block(captions, views, notes=[left_out] if left_out else [])
+            captions = _captions(panel, finding, of, len(bad), label)
+    return Block(captions=captions, views=views, notes=[left_out] if left_out else [])
 
 
-def _captions(panel: Panel, found: Any, values: dict[str, Numbers], bad: int, label: str) -> dict[str, str]:
+def _captions(panel: Panel, finding: xr.Dataset, values: dict[str, Numbers], bad: int, label: str) -> dict[str, str]:
     residual, start = values["residual"], float(values["loss_start"][0])
     end, predicted = float(values["loss"][-1]), float(values["predicted"][-1])
     worst = int(np.abs(residual).argmax())
-    steps = found["step"].values
+    steps = finding["step"].values
     of, worst_of = f" ({label})" if label else "", ""
     if panel.groups is not None:
-        every = np.abs(found["residual"].transpose("step", "group").values)
-        at, group = np.unravel_index(np.nanargmax(every), every.shape)
+        every = np.abs(finding["residual"].transpose("step", "group").values)
+        position, group = np.unravel_index(np.nanargmax(every), every.shape)
         worst_of = (
-            f"; of one group, {clean(panel.groups[group], 60)}, {plain(float(every[at, group]))} in magnitude, from step "
-            f"{steps[at]:,} on"
+            f"; of one group, {clean(panel.groups[group], 60)}, {plain(float(every[position, group]))} in magnitude, from step "
+            f"{steps[position]:,} on"
         )
     converged = f"{count(bad, 'segment')} did not converge" if bad else "Every segment converged"
     if panel.results.complete:

@@ -1,4 +1,4 @@
-"""How single allocations are distributed."""
+"""The distribution of single allocations."""
 
 from __future__ import annotations
 
@@ -8,60 +8,62 @@ import numpy as np
 import xarray as xr
 from bokeh.models import FixedTicker
 
-from ..content import Block, Column, Section, Table, count, percent, plain, signed
+from ..content import Block, Cell, Column, Section, Table, View, count, percent, plain, signed
 from ..figures import add_boxes, plain_figure
 from ..panels import Panel, Room
-from ..thin import numbers
+from ..thin import Json, numbers
 
 _LEAST = 1e-5  # share of a bar that is drawn
 _CHOICES = ("how many there are", "what they add up to")
 
 
 def section() -> Section:
-    """One figure: sizes on a logarithmic axis, helping above and hurting below the line."""
-    made = plain_figure("size of an allocation, |A|, in units of loss", "share per doubling", 320, x_axis_type="log")
-    made.xaxis.ticker = FixedTicker(ticks=[10.0**power for power in range(-45, 40, 3)])  # a phone has room for these
-    made.tags = ["percent"]
+    """Return one figure: sizes on a logarithmic axis, helping above and hurting below the line."""
+    chart = plain_figure("size of an allocation, |A|, in units of loss", "share per doubling", 320, x_axis_type="log")
+    chart.xaxis.ticker = FixedTicker(ticks=[10.0**power for power in range(-45, 40, 3)])  # a phone has room for these
+    chart.tags = ["percent"]
     tip = [("|A|", "@left{%.2e} to @right{%.2e}"), ("share", "@value{0.00%}")]
     for name in ("helping", "hurting"):
-        add_boxes(made, name, name, tip)
+        add_boxes(chart, name, name, tip)
     return Section(
-        "distribution",
-        "Sizes",
-        "Each bar counts allocations of one size, those that helped above the line and those that hurt below, on an axis of powers of ten. "
-        "Chosen to show what they add up to, the same bars tell how few large allocations carry the change.",
-        {"distribution": made},
-        {"distribution": [("helping", "helped"), ("hurting", "hurt")]},
-        {"distribution": "Allocations by size"},
+        name="distribution",
+        title="Sizes",
+        reading="Each bar counts allocations of one size, those that helped above the line and those that hurt below, on an axis of "
+        "powers of ten. Chosen to show what they add up to, the same bars tell how few large allocations carry the change.",
+        figures={"distribution": chart},
+        legends={"distribution": [("helping", "helped"), ("hurting", "hurt")]},
+        headings={"distribution": "Allocations by size"},
     )
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Both histograms of every group."""
-    found, left_out = panel.find("distribution")
-    if found is None:
+    """Return both histograms of every group."""
+    finding, left_out = panel.find("distribution")
+    if finding is None:
         return Block(notes=[left_out])
-    views: dict[str, dict[str, Any]] = {"distribution": {}}
-    lower, upper = found["lower"].values, found["upper"].values
-    for key, _, at in panel.choices:
-        data = found["count"].astype(float)
-        amount = (data.sum("group") if at is None and "group" in data.dims else panel.of_group(data, at)).values
+    views: dict[str, dict[str, View]] = {"distribution": {}}
+    lower, upper = finding["lower"].values, finding["upper"].values
+    for key, _, position in panel.choices:
+        data = finding["count"].astype(float)
+        amount = (
+            data.sum("group") if position is None and "group" in data.dims else panel.of_group(data, position)
+        ).values
         middle = (np.abs(lower) + np.abs(upper)) / 2
         for place, values in enumerate((amount, amount * middle)):
             views["distribution"][f"{key}|{place}"] = _boxes(lower, upper, values)
     return Block(
-        {"distribution": _sentence(panel, found)},
-        views,
-        "Bars show",
-        _CHOICES,
-        [_table(panel, found)],
-        [*([left_out] if left_out else []), f"Bars with less than {percent(_LEAST)} of the whole are not drawn."],
+        captions={"distribution": _sentence(panel, finding)},
+        views=views,
+        choice="Bars show",
+        choices=_CHOICES,
+        tables=[_table(panel, finding)],
+        notes=[*([left_out] if left_out else []), f"Bars with less than {percent(_LEAST)} of the whole are not drawn."],
     )
 
 
-def _boxes(lower: np.ndarray[Any, Any], upper: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> dict[str, Any]:
+def _boxes(lower: np.ndarray[Any, Any], upper: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> View:
     share = values / values.sum() if values.sum() else values
-    made: dict[str, Any] = {}
+    boxes: dict[str, Json] = {}
     for name, side, sign in (("helping", upper <= 0, 1), ("hurting", lower >= 0, -1)):
         low, high = np.minimum(abs(lower), abs(upper))[side], np.maximum(abs(lower), abs(upper))[side]
         # The outermost bins reach to zero and to infinity; draw them as wide as an octave.
@@ -69,32 +71,32 @@ def _boxes(lower: np.ndarray[Any, Any], upper: np.ndarray[Any, Any], values: np.
         some = np.flatnonzero((share[side] > _LEAST) & (low > 0))
         # Bins are of unequal width on a logarithmic axis; only densities make a smooth outline of them.
         density = share[side][some] / np.log2(high[some] / low[some])
-        made[name] = {
+        boxes[name] = {
             "left": numbers(low[some]),
             "right": numbers(high[some]),
             "top": numbers(sign * density),
             "bottom": {"same": len(some), "v": 0},
             "value": numbers(share[side][some]),
         }
-    return made
+    return boxes
 
 
-def _sentence(panel: Panel, found: xr.Dataset) -> str:
+def _sentence(panel: Panel, finding: xr.Dataset) -> str:
     of = {
-        name: float(panel.of_group(found[name], None))
+        name: float(panel.of_group(finding[name], None))
         for name in ("mean", "standard_deviation", "top_share", "gini")
-        if name in found
+        if name in finding
     }
-    said = f"The mean allocation is {signed(of['mean'])}, against a standard deviation of {plain(of['standard_deviation'])}."
-    if not found.sizes["bin"]:
+    sentence = f"The mean allocation is {signed(of['mean'])}, against a standard deviation of {plain(of['standard_deviation'])}."
+    if not finding.sizes["bin"]:
         return "Every allocation is exactly 0."
     if "top_share" in of:
-        said += f" The largest 1 % of them carry {percent(of['top_share'])} of Σ|A|; their Gini coefficient is {plain(of['gini'])}."
-    return said
+        sentence += f" The largest 1 % of them carry {percent(of['top_share'])} of Σ|A|; their Gini coefficient is {plain(of['gini'])}."
+    return sentence
 
 
-def _table(panel: Panel, found: xr.Dataset) -> Table:
-    rows: list[list[Any]] = []
+def _table(panel: Panel, finding: xr.Dataset) -> Table:
+    rows: list[list[Cell]] = []
     for name, title, kind in (
         ("helping", "share that helped", "share"),
         ("hurting", "share that hurt", "share"),
@@ -107,14 +109,16 @@ def _table(panel: Panel, found: xr.Dataset) -> Table:
         ("weibull_scale", "double Weibull: scale", "plain"),
         ("kurtosis", "kurtosis of the sample", "plain"),
     ):
-        if name in found:
-            value = float(panel.of_group(found[name], None))
+        if name in finding:
+            value = float(panel.of_group(finding[name], None))
             write = {"share": percent, "number": signed, "plain": plain}[kind]
             text = write(value)
-            if f"{name}_low" in found:
-                low, high = (float(panel.of_group(found[f"{name}_{end}"], None)) for end in ("low", "high"))
+            if f"{name}_low" in finding:
+                low, high = (float(panel.of_group(finding[f"{name}_{end}"], None)) for end in ("low", "high"))
                 text += f" ({write(low)} to {write(high)})"
             rows.append([title if panel.groups is None else f"{title}, averaged over groups", text])
-    zero = found["zero"].sum() if "group" in found["zero"].dims else found["zero"]
+    zero = finding["zero"].sum() if "group" in finding["zero"].dims else finding["zero"]
     rows.append(["exactly zero", count(float(zero))])
-    return Table("The distribution in numbers", [Column("what", "text"), Column("value", "right")], rows)
+    return Table(
+        title="The distribution in numbers", columns=[Column("what", "text"), Column("value", "right")], rows=rows
+    )

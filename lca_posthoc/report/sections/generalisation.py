@@ -1,86 +1,97 @@
-"""Two losses over two splits, such as training and validation: what lowered the one and raised the other."""
+"""Two losses over two splits, such as training and validation, and the layers that lowered one and raised the other."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+import xarray as xr
 
 from ...findings.generalisation import two_splits
-from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, listed
+from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, clean, count, listed
 from ..figures import ACCENT, INK, add_level, add_lines, steps_figure
 from ..panels import Panel, Room
-from ..thin import kept, numbers
+from ..thin import Json, kept, numbers
 from .layers import largest
 
 
 def section() -> Section:
-    """One figure: both running sums of a layer."""
-    made = steps_figure("Σ allocation so far", 300)
-    add_level(made, 0)
+    """Return one figure: both running sums of a layer."""
+    chart = steps_figure("Σ allocation so far", 300)
+    add_level(chart, 0)
     tip = [("loss", "@name"), ("step", "@x{0}"), ("Σ so far", "@y{%.5g}")]
-    add_lines(made, "first", INK, tip=tip)
-    add_lines(made, "second", ACCENT, width=2.25, dash="dashed", tip=tip)
+    add_lines(chart, "first", INK, tip=tip)
+    add_lines(chart, "second", ACCENT, width=2.25, dash="dashed", tip=tip)
     return Section(
-        "generalisation",
-        "One split against another",
-        "The same path measured on two splits. A layer that lowers the loss on the examples the network was trained on and raises "
+        name="generalisation",
+        title="One split against another",
+        reading="The same path measured on two splits. A layer that lowers the loss on the examples the network was trained on and raises "
         "it on others may be where the network overfits. Where the lines part, what the layer did to the one loss does not carry "
         "over to the other.",
-        {"generalisation": made},
+        figures={"generalisation": chart},
         headings={"generalisation": "Running sums of one layer on both losses"},
     )
 
 
 def block(panel: Panel, room: Room) -> Block | None:
-    """The layers, and the quadrants their parameters lie in; for the pair of losses of the run."""
+    """Return the layers, and the quadrants their parameters lie in, for the run's pair of losses; None for its other losses."""
     pair = partner(panel)
     if pair is None:
         return None
-    found, left_out = panel.find("generalisation", panel.run[pair[1]]) if pair[0] == panel.loss else (None, "")
-    if found is None:
+    finding, left_out = panel.find("generalisation", panel.run[pair[1]]) if pair[0] == panel.loss else (None, "")
+    if finding is None:
         return Block(notes=[left_out]) if left_out else None
     notes = [left_out] if left_out else []
-    called = [str(found.attrs[which]) for which in ("first", "second")]
-    both = [found[name].values for name in called]
+    called = [str(finding.attrs[which]) for which in ("first", "second")]
+    both = [finding[name].values for name in called]
     shown = largest(both[0], MOST_ROWS)
-    names = [clean(found["layer"].values[at]) for at in shown]
+    names = [clean(finding["layer"].values[position]) for position in shown]
     if len(shown) < len(both[0]):
         notes.append(f"{count(len(both[0]) - len(shown), 'layer')} with smaller sums are not shown.")
-    x = np.append(found["step"].values[:1], found["step_end"].values)
+    x = np.append(finding["step"].values[:1], finding["step_end"].values)
     most = room.points(2 * (len(shown) + 1), 0.2)
-    views: dict[str, Any] = {}
-    for place, at in enumerate([None, *shown]):
+    views: dict[str, dict[str, Json]] = {}
+    for place, position in enumerate([None, *shown]):
         views[f"|{place}"] = {"@legend": [["ink", clean(pair[0], 60)], ["accent", f"{clean(pair[1], 60)} (dashed)"]]}
         for which, name, loss in zip(("first", "second"), called, pair, strict=True):
-            sums = found[f"cumulative_{name}"].transpose("step", "layer").values
-            y = np.append(0.0, sums.sum(1) if at is None else sums[:, at])
+            sums = finding[f"cumulative_{name}"].transpose("step", "layer").values
+            y = np.append(0.0, sums.sum(1) if position is None else sums[:, position])
             few = kept(y, most)
-            of = {"same": len(few), "v": clean(loss, 60)}
+            of: Json = {"same": len(few), "v": clean(loss, 60)}
             views[f"|{place}"][which] = {"x": numbers(x[few]), "y": numbers(y[few]), "name": of}
-    rows = [[name, float(both[0][at]), float(both[1][at])] for name, at in zip(names, shown, strict=True)]
+    rows: list[list[Cell]] = [
+        [name, float(both[0][position]), float(both[1][position])] for name, position in zip(names, shown, strict=True)
+    ]
     columns = [Column("layer", "name"), Column(f"Σ on {pair[0]}", "bar"), Column(f"Σ on {pair[1]}", "bar")]
-    overfit = [name for name, at in zip(names, shown, strict=True) if both[0][at] < 0 < both[1][at]]
-    said = f"Layers that lowered {clean(pair[0], 60)} and raised {clean(pair[1], 60)}: {listed(overfit) if overfit else 'none'}."
-    tables = [Table("Layers on both losses", columns, rows, open=True), *_more(found, pair, called)]
-    return Block({"generalisation": said}, {"generalisation": views}, "Layer", ["all layers", *names], tables, notes)
+    overfit = [name for name, position in zip(names, shown, strict=True) if both[0][position] < 0 < both[1][position]]
+    sentence = f"Layers that lowered {clean(pair[0], 60)} and raised {clean(pair[1], 60)}: {listed(overfit) if overfit else 'none'}."
+    tables = [
+        Table(title="Layers on both losses", columns=columns, rows=rows, open=True),
+        *_more(finding, pair, called),
+    ]
+    return Block(
+        captions={"generalisation": sentence},
+        views={"generalisation": views},
+        choice="Layer",
+        choices=["all layers", *names],
+        tables=tables,
+        notes=notes,
+    )
 
 
 def partner(panel: Panel) -> tuple[str, str] | None:
-    """The two losses of the panel's run over two splits, such as training and validation; those that are complete."""
+    """Return two complete losses of the panel's run over two splits, such as training and validation; None where it has none."""
     return two_splits({name: results for name, results in panel.run.items() if results.complete})
 
 
-def _more(found: Any, pair: tuple[str, str], called: list[str]) -> list[Table]:
+def _more(finding: xr.Dataset, pair: tuple[str, str], called: list[str]) -> list[Table]:
     tables = []
-    if "parameters" in found:
-        rows = [
+    if "parameters" in finding:
+        rows: list[list[Cell]] = [
             [
                 str(name),
-                int(found["parameters"].sel(quadrant=name).sum()),
-                *(float(found[f"allocated_{loss}"].sel(quadrant=name).sum()) for loss in called),
+                int(finding["parameters"].sel(quadrant=name).sum()),
+                *(float(finding[f"allocated_{loss}"].sel(quadrant=name).sum()) for loss in called),
             ]
-            for name in found["quadrant"].values
+            for name in finding["quadrant"].values
         ]
         columns = [
             Column("over all steps", "text"),
@@ -88,14 +99,18 @@ def _more(found: Any, pair: tuple[str, str], called: list[str]) -> list[Table]:
             Column("Σ on " + pair[0], "bar"),
             Column("Σ on " + pair[1], "bar"),
         ]
-        tables.append(Table("Parameters by what they did to both", columns, rows))
-    if "worst_name" in found.coords:
+        tables.append(Table(title="Parameters by what they did to both", columns=columns, rows=rows))
+    if "worst_name" in finding.coords:
         rows = [
-            [str(name), *(float(found[f"worst_{loss}"].values[at]) for loss in called)]
-            for at, name in enumerate(found["worst_name"].values)
+            [str(name), *(float(finding[f"worst_{loss}"].values[position]) for loss in called)]
+            for position, name in enumerate(finding["worst_name"].values)
         ]
         columns = [Column("parameter", "name"), Column("Σ on " + pair[0]), Column("Σ on " + pair[1], "bar")]
         tables.append(
-            Table(f"Parameters that lowered {clean(pair[0], 60)} and raised {clean(pair[1], 60)} most", columns, rows)
+            Table(
+                title=f"Parameters that lowered {clean(pair[0], 60)} and raised {clean(pair[1], 60)} most",
+                columns=columns,
+                rows=rows,
+            )
         )
     return [table for table in tables if table.rows]

@@ -1,4 +1,4 @@
-"""What comes first: what was measured, and what came of it."""
+"""The top of the page: the measurement, and its main figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..panels import Panel
 
 @dataclass(frozen=True)
 class Card:
-    """A figure with its name, what it means, and whether it asks for attention."""
+    """A figure with its name, its meaning, and a mark where it asks for attention."""
 
     title: str
     value: str
@@ -23,7 +23,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Headline:
-    """The first thing said about one loss."""
+    """The main figures of one loss."""
 
     measured: str
     unfinished: str
@@ -31,14 +31,14 @@ class Headline:
 
 
 def headline(panel: Panel) -> Headline:
-    """What was measured, the loss change, the residual, the share helping, the layers that hurt, steps that did not converge."""
-    found, whole, record = panel.summary, panel.whole, panel.results.record
+    """Return the measurement, loss change, residual, share that helped, layers that hurt, and segments that did not converge."""
+    figures, whole, record = panel.summary, panel.whole, panel.results.record
     change, residual = whole["loss_change"], whole["residual"]
     groups = (
         f" The figures are of the mean over {count(len(panel.groups), 'group')}." if panel.groups is not None else ""
     )
-    worst = float(np.max(np.abs(found["max_segment_residual"])))
-    unconverged, segments = found["unconverged"], found["segments"]
+    worst = float(np.max(np.abs(figures["max_segment_residual"])))
+    unconverged, segments = figures["unconverged"], figures["segments"]
     tolerance = panel.run.manifest.settings.get("tolerance")
     total, buffers = _layers(panel), _buffers(panel)
     done = panel.results.progress()
@@ -109,7 +109,7 @@ def _best(total: list[tuple[str, float]], change: float) -> Card:
 
 
 def _measured(panel: Panel, split: str | None) -> str:
-    found, manifest, record = panel.summary, panel.run.manifest, panel.results.record
+    figures, manifest, record = panel.summary, panel.run.manifest, panel.results.record
     over = f"over split {clean(split, 60)}" if split is not None else "of the parameters alone"
     examples = ""
     if split is not None:
@@ -120,14 +120,14 @@ def _measured(panel: Panel, split: str | None) -> str:
     part = (
         ""
         if panel.results.complete
-        else f", {found['segments']:,} of {panel.results.manifest.segments:,} segments so far"
+        else f", {figures['segments']:,} of {panel.results.manifest.segments:,} segments so far"
     )
     rule = clean(manifest.settings.get("rule", "?"), 40)
     precision = clean(manifest.settings["precision"], 40)
     mode = f", {panel.results.norm_stats} statistics in normalisation layers" if panel.results.norm_stats else ""
     return (
-        f"Loss {clean(panel.loss, 60)} {over}{examples}, allocated to {found['parameters']:,} parameters along "
-        f"{count(found['segments'], 'segment')} from step {first:,} to step {last:,}{part}; rule {rule}, {precision}{mode}."
+        f"Loss {clean(panel.loss, 60)} {over}{examples}, allocated to {figures['parameters']:,} parameters along "
+        f"{count(figures['segments'], 'segment')} from step {first:,} to step {last:,}{part}; rule {rule}, {precision}{mode}."
     )
 
 
@@ -140,10 +140,13 @@ def _buffers(panel: Panel) -> float:
 
 
 def _layers(panel: Panel) -> list[tuple[str, float]]:
-    """The layers and their sums, the most negative first; buffers are none."""
-    found, _ = panel.find("layers")
-    if found is None:
+    """Return the layers and their sums, the most negative first, without buffers."""
+    finding, _ = panel.find("layers")
+    if finding is None:
         return []
-    found = found.isel(layer=found["role"].values != "buffer")
-    total = panel.of_group(found["total"], None).values
-    return [(clean(found["layer"].values[at], 60), float(total[at])) for at in np.argsort(total, kind="stable")]
+    finding = finding.isel(layer=finding["role"].values != "buffer")
+    total = panel.of_group(finding["total"], None).values
+    return [
+        (clean(finding["layer"].values[position], 60), float(total[position]))
+        for position in np.argsort(total, kind="stable")
+    ]

@@ -1,4 +1,4 @@
-"""What each layer did, in all and over time."""
+"""The allocation of each layer, in all and over time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, listed, signed
+from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, View, clean, count, listed, signed
 from ..figures import add_level, add_many, steps_figure
 from ..panels import Panel, Room
 from ..thin import lines, over_steps
@@ -16,59 +16,65 @@ _DRAWN = 6  # layers ticked at first
 
 
 def section() -> Section:
-    """One figure: the running sums of the ticked layers."""
-    made = steps_figure("Σ allocation so far", 340)
-    add_level(made, 0)
-    add_many(made, "layers", [("layer", "@name"), ("step", "$snap_x{0}"), ("Σ so far", "$snap_y{%.5g}")])
+    """Return one figure: the running sums of the ticked layers."""
+    chart = steps_figure("Σ allocation so far", 340)
+    add_level(chart, 0)
+    add_many(chart, "layers", [("layer", "@name"), ("step", "$snap_x{0}"), ("Σ so far", "$snap_y{%.5g}")])
     return Section(
-        "layers",
-        "Layers",
-        "A layer whose sum is negative lowered the loss; one whose sum is positive raised it, and it may be worth a try "
+        name="layers",
+        title="Layers",
+        reading="A layer whose sum is negative lowered the loss; one whose sum is positive raised it, and it may be worth a try "
         "not to move it. Sums grow with the number of parameters, so compare layers of different size by the mean.",
-        {"layers": made},
+        figures={"layers": chart},
         headings={"layers": "Running sum of each layer"},
     )
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Table and running sums of the layers with the largest sums."""
-    found, left_out = panel.find("layers")
-    if found is None:
+    """Return the table and the running sums of the layers with the largest sums."""
+    finding, left_out = panel.find("layers")
+    if finding is None:
         return Block(notes=[left_out])
     notes = [left_out] if left_out else []
-    total = panel.of_group(found["total"], None).values
+    total = panel.of_group(finding["total"], None).values
     shown = largest(total, MOST_ROWS)
     if len(shown) < len(total):
         notes.append(f"{count(len(total) - len(shown), 'layer')} with smaller sums are not shown.")
-    names = [clean(found["layer"].values[at]) for at in shown]
-    steps, ends = found["step"].values, found["step_end"].values
+    names = [clean(finding["layer"].values[position]) for position in shown]
+    steps, ends = finding["step"].values, finding["step_end"].values
     most = room.points(len(shown) * len(panel.choices), 0.4)
-    views: dict[str, dict[str, Any]] = {"layers": {}, "@layers": {}}
-    for key, _, at in panel.choices:
-        sums = panel.of_group(found["cumulative"], at).transpose("step", "layer").values[:, shown]
+    views: dict[str, dict[str, View]] = {"layers": {}, "@layers": {}}
+    for key, _, position in panel.choices:
+        sums = panel.of_group(finding["cumulative"], position).transpose("step", "layer").values[:, shown]
         x, ys = over_steps(steps, ends, np.concatenate([np.zeros((1, len(shown))), sums[:-1]]).T, sums.T)
         xs, packed = lines(x, ys, most)
         views["layers"][f"{key}|"] = {"layers": {"xs": xs, "ys": packed, "name": names, "colour": "@palette"}}
-        columns = [panel.of_group(found[name], at).values[shown] for name in ("total", "mean")]
-        columns.append(panel.share_of_group(found["helping"], at).values[shown])
+        columns = [panel.of_group(finding[name], position).values[shown] for name in ("total", "mean")]
+        columns.append(panel.share_of_group(finding["helping"], position).values[shown])
         views["@layers"][f"{key}|"] = {"1": columns[0].tolist(), "2": columns[1].tolist(), "3": columns[2].tolist()}
     if most <= len(steps):
         notes.append(f"Running sums are drawn with {most:,} of {len(steps) + 1:,} points each, extremes kept.")
     return Block(
-        {"layers": sentence(names, total[shown])},
-        views,
-        tables=[_table(panel, found, shown, names)],
+        captions={"layers": sentence(names, total[shown])},
+        views=views,
+        tables=[_table(panel, finding, shown, names)],
         notes=notes,
     )
 
 
-def _table(panel: Panel, found: xr.Dataset, shown: list[int], names: list[str]) -> Table:
-    total, mean = (panel.of_group(found[name], None).values for name in ("total", "mean"))
-    helping = panel.share_of_group(found["helping"], None).values
+def _table(panel: Panel, finding: xr.Dataset, shown: list[int], names: list[str]) -> Table:
+    total, mean = (panel.of_group(finding[name], None).values for name in ("total", "mean"))
+    helping = panel.share_of_group(finding["helping"], None).values
     ticked = set(largest(total[shown], _DRAWN))
-    rows = [
-        [name, float(total[at]), float(mean[at]), float(helping[at]), int(found["elements"].values[at])]
-        for name, at in zip(names, shown, strict=True)
+    rows: list[list[Cell]] = [
+        [
+            name,
+            float(total[position]),
+            float(mean[position]),
+            float(helping[position]),
+            int(finding["elements"].values[position]),
+        ]
+        for name, position in zip(names, shown, strict=True)
     ]
     columns = [
         Column("layer", "name"),  # what a phone shows without scrolling comes first
@@ -78,26 +84,26 @@ def _table(panel: Panel, found: xr.Dataset, shown: list[int], names: list[str]) 
         Column("parameters", "count"),
     ]
     return Table(
-        "Layers, in the model's order: tick the ones to draw",
-        columns,
-        rows,
-        "" if panel.groups is None else "Helping is a share of parameters in one group: pick a group.",
+        title="Layers, in the model's order: tick the ones to draw",
+        columns=columns,
+        rows=rows,
+        note="" if panel.groups is None else "Helping is a share of parameters in one group: pick a group.",
         open=True,
         live="layers",
-        pick=[at in ticked for at in range(len(rows))],
+        pick=[position in ticked for position in range(len(rows))],
     )
 
 
 def sentence(names: list[str], total: np.ndarray[Any, Any]) -> str:
-    """Which layers helped most, and which hurt."""
+    """Say which layers helped most, and which hurt."""
     order = np.argsort(total, kind="stable")
-    helped = [f"{names[at]} ({signed(float(total[at]))})" for at in order[:3] if total[at] < 0]
-    hurt = [f"{names[at]} ({signed(float(total[at]))})" for at in order[::-1] if total[at] > 0]
+    helped = [f"{names[position]} ({signed(float(total[position]))})" for position in order[:3] if total[position] < 0]
+    hurt = [f"{names[position]} ({signed(float(total[position]))})" for position in order[::-1] if total[position] > 0]
     best = f"Most of the loss was taken out by {listed(helped)}." if helped else "No layer lowered the loss."
     return f"{best} {f'Layers that hurt: {listed(hurt, 4)}.' if hurt else 'No layer hurt.'}"
 
 
 def largest(values: np.ndarray[Any, Any], most: int) -> list[int]:
-    """Positions of the largest magnitudes, in their own order."""
+    """Return the positions of the largest magnitudes, in their own order."""
     picked = np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")[:most]
     return sorted(picked.tolist())

@@ -1,12 +1,11 @@
-"""How often parameters turn round, and what a few of them do."""
+"""Mean intervals between turns of parameters, and traces of a few of them."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+import xarray as xr
 
-from ..content import MOST_ROWS, Block, Column, Section, Table, clean, count, plain
+from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, View, clean, count, plain
 from ..figures import INK, MUTED, add_level, add_lines, steps_figure
 from ..panels import Panel, Room
 from ..thin import over_segments, thinned
@@ -16,74 +15,76 @@ _SIGNALS = ("weight", "gradient", "allocation")
 
 
 def section() -> Section:
-    """Three figures under each other: weight, gradient and allocation of one parameter."""
+    """Return three figures under each other: weight, gradient and allocation of one parameter."""
     figures = {}
     for signal in _SIGNALS:
-        made = steps_figure(signal, 170, x="training step" if signal == "allocation" else "")
+        chart = steps_figure(signal, 170, x="training step" if signal == "allocation" else "")
         if signal != "weight":
-            add_level(made, 0)
+            add_level(chart, 0)
         add_lines(
-            made,
+            chart,
             signal,
             MUTED if signal == "gradient" else INK,
             width=1.25,
             tip=[("step", "@x{0}"), (signal, "@y{%+.3e}")],
             mode="vline",
         )
-        figures[f"trace_{signal}"] = made
+        figures[f"trace_{signal}"] = chart
     return Section(
-        "oscillation",
-        "Oscillation",
-        "A weight that turns every few steps swings across the bottom of a valley: it helps on the way down and hurts on the way up. "
-        "Turns of the weight, of the gradient and of the allocation are counted apart; they need not come together.",
-        figures,
+        name="oscillation",
+        title="Oscillation",
+        reading="A weight that turns every few steps swings across the bottom of a valley: it helps on the way down and hurts on the "
+        "way up. Turns of the weight, of the gradient and of the allocation are counted apart; they need not come together.",
+        figures=figures,
         headings={f"trace_{signal}": f"One parameter: {signal}" for signal in _SIGNALS},
     )
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Traces to choose from, and how often each tensor's parameters turn."""
-    found, left_out = panel.find("oscillation")
-    if found is None:
+    """Return traces to choose from, and the mean interval between turns for each tensor."""
+    finding, left_out = panel.find("oscillation")
+    if finding is None:
         return Block(notes=[left_out])
     notes = [left_out] if left_out else []
-    views: dict[str, dict[str, Any]] = {}
+    views: dict[str, dict[str, View]] = {}
     choices: list[str] = []
-    if "trace" in found.dims and found.sizes["trace"]:
+    if "trace" in finding.dims and finding.sizes["trace"]:
         choices = [
             f"{clean(name, 60)} ({why})"
-            for name, why in zip(found["parameter"].values, found["why"].values, strict=True)
+            for name, why in zip(finding["parameter"].values, finding["why"].values, strict=True)
         ]
-        views = _traces(panel, found, room)
+        views = _traces(panel, finding, room)
     captions: dict[str, str] = {}
     if views:
         overall = (
-            {str(name): float(found["overall_interval"].sel(signal=name)) for name in found["signal"].values}
-            if "overall_interval" in found
+            {str(name): float(finding["overall_interval"].sel(signal=name)) for name in finding["signal"].values}
+            if "overall_interval" in finding
             else {}
         )
-        said = ", ".join(f"{name} every {plain(value)}" for name, value in overall.items() if np.isfinite(value))
+        sentence = ", ".join(f"{name} every {plain(value)}" for name, value in overall.items() if np.isfinite(value))
         last = next(name for name in ("trace_allocation", "trace_gradient", "trace_weight") if name in views)
-        captions[last] = f"Mean number of segments between two turns, over all parameters: {said}." if said else ""
+        captions[last] = (
+            f"Mean number of segments between two turns, over all parameters: {sentence}." if sentence else ""
+        )
         weight, gradient = (overall.get(name, np.nan) for name in ("weight", "gradient"))
         if np.isfinite(weight) and np.isfinite(gradient) and weight != gradient:
             captions[last] += (
                 f" The gradient turns more {'rarely' if gradient > weight else 'often'} than the weight does."
             )
-    tables = [_table(found, notes)] if "interval" in found else []
-    return Block(captions, views, "Parameter", choices, tables, notes)
+    tables = [_table(finding, notes)] if "interval" in finding else []
+    return Block(captions=captions, views=views, choice="Parameter", choices=choices, tables=tables, notes=notes)
 
 
-def _traces(panel: Panel, found: Any, room: Room) -> dict[str, dict[str, Any]]:
-    traces = found.sizes["trace"]
+def _traces(panel: Panel, finding: xr.Dataset, room: Room) -> dict[str, dict[str, View]]:
+    traces = finding.sizes["trace"]
     most = room.points(3 * traces * len(panel.choices), 0.12)
-    views: dict[str, dict[str, Any]] = {}
+    views: dict[str, dict[str, View]] = {}
     for signal in _SIGNALS:
-        if signal not in found.data_vars:
+        if signal not in finding.data_vars:
             continue
-        steps, ends = found["step"].values, found["step_end"].values
-        for key, _, at in panel.choices:
-            columns = panel.of_group(found[signal], at).transpose("trace", "step").values
+        steps, ends = finding["step"].values, finding["step_end"].values
+        for key, _, position in panel.choices:
+            columns = panel.of_group(finding[signal], position).transpose("trace", "step").values
             for trace in range(traces):
                 views.setdefault(f"trace_{signal}", {})[f"{key}|{trace}"] = {
                     signal: thinned(*over_segments(steps, columns[trace], ends), most)
@@ -91,19 +92,22 @@ def _traces(panel: Panel, found: Any, room: Room) -> dict[str, dict[str, Any]]:
     return views
 
 
-def _table(found: Any, notes: list[str]) -> Table:
-    signals = [str(name) for name in found["signal"].values]
-    shown = largest(found["elements"].values, MOST_ROWS)
-    if len(shown) < found.sizes["tensor"]:
-        notes.append(f"Turns are listed for the {len(shown)} largest of {count(found.sizes['tensor'], 'tensor')}.")
-    rows = [
-        [str(found["tensor"].values[at]), *(float(found["interval"].sel(signal=name).values[at]) for name in signals)]
-        for at in shown
+def _table(finding: xr.Dataset, notes: list[str]) -> Table:
+    signals = [str(name) for name in finding["signal"].values]
+    shown = largest(finding["elements"].values, MOST_ROWS)
+    if len(shown) < finding.sizes["tensor"]:
+        notes.append(f"Turns are listed for the {len(shown)} largest of {count(finding.sizes['tensor'], 'tensor')}.")
+    rows: list[list[Cell]] = [
+        [
+            str(finding["tensor"].values[position]),
+            *(float(finding["interval"].sel(signal=name).values[position]) for name in signals),
+        ]
+        for position in shown
     ]
     columns = [Column("tensor", "name"), *(Column(name, "plain") for name in signals)]
     return Table(
-        "Mean number of segments between two turns",
-        columns,
-        rows,
-        "A turn is a change of sign; zeros in between do not count.",
+        title="Mean number of segments between two turns",
+        columns=columns,
+        rows=rows,
+        note="A turn is a change of sign; zeros in between do not count.",
     )

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from bokeh.models import FixedTicker, Range1d
 
 from ...findings.names import fitting
 from ...findings.peaks import powerless
-from ..content import Block, Column, Section, Table, clean, count, plain
+from ..content import Block, Cell, Column, Section, Table, View, clean, count, plain
 from ..figures import ACCENT, add_boxes, add_dots, add_level, plain_figure, steps_figure
 from ..panels import Panel, Room
 from ..thin import numbers
@@ -20,51 +21,51 @@ _LETTERS = 22  # of a name beside an axis
 
 
 def section() -> Section:
-    """Two figures: when layers peak, and how many alignments chance would give."""
-    made = steps_figure("", 300, y_range=Range1d(0, 1))
-    made.yaxis.ticker = FixedTicker(ticks=[])
-    add_dots(made, "peaks", [("layer", "@name"), ("group", "@group"), ("segment from step", "@x{0}")], size=5)
-    made.ygrid.grid_line_color = None
+    """Return two figures: when layers peak, and how many alignments chance would give."""
+    chart = steps_figure("", 300, y_range=Range1d(0, 1))
+    chart.yaxis.ticker = FixedTicker(ticks=[])
+    add_dots(chart, "peaks", [("layer", "@name"), ("group", "@group"), ("segment from step", "@x{0}")], size=5)
+    chart.ygrid.grid_line_color = None
     null = plain_figure("segments at which every layer peaks", "draws", 240, x_range=Range1d(0, 1))
     null.xaxis.ticker.min_interval = 1
     add_boxes(null, "draws", ACCENT, [("alignments", "@left{0} to @right{0}"), ("draws", "@top{0}")], 0.5)
     add_level(null, 0, "height", "observed")
     return Section(
-        "peaks",
-        "Peak moments",
-        "A dot is one of a layer's strongest moments of learning, a local minimum of its allocation; "
+        name="peaks",
+        title="Peak moments",
+        reading="A dot is one of a layer's strongest moments of learning, a local minimum of its allocation; "
         "darker ones are segments at which every layer has one. "
         "The bars below say how many such coincidences there would be if the layers were shifted against each other at random, "
         "each within stretches of training.",
-        {"peaks": made, "null": null},
-        {
+        figures={"peaks": chart, "null": null},
+        legends={
             "peaks": [("muted", "one layer"), ("ink", "all layers")],
             "null": [("accent", "shifted at random within stretches"), ("muted", "observed (dashed)")],
         },
-        {"peaks": "When each layer peaks", "null": "Coincidences, against chance"},
+        headings={"peaks": "When each layer peaks", "null": "Coincidences, against chance"},
     )
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Dots of every group together, or of one."""
-    found, left_out = panel.find("peaks")
-    if found is None:
+    """Return the dots of all groups together and of each one."""
+    finding, left_out = panel.find("peaks")
+    if finding is None:
         return Block(notes=[left_out])
     notes = [left_out] if left_out else []
-    names = [clean(name) for name in found["layer"].values]
-    shown = _largest(panel, found["layer"].values)
+    names = [clean(name) for name in finding["layer"].values]
+    shown = _largest(panel, finding["layer"].values)
     if len(shown) < len(names):
         notes.append(
             f"Peaks are drawn for {len(shown)} of {count(len(names), 'layer')}: the first, the last, and those with the largest sums."
         )
-    views: dict[str, dict[str, Any]] = {"peaks": {}, "null": {}}
-    for key, _, at in panel.choices:
-        views["peaks"][f"{key}|"] = _dots(found, names, shown, at)
-    if "local" in found:
-        views["null"]["|"] = _null(found)
-    observed, expected = float(found["observed_total"]), float(found["expected_total"])
+    views: dict[str, dict[str, View]] = {"peaks": {}, "null": {}}
+    for key, _, position in panel.choices:
+        views["peaks"][f"{key}|"] = _dots(finding, names, shown, position)
+    if "local" in finding:
+        views["null"]["|"] = _null(finding)
+    observed, expected = float(finding["observed_total"]), float(finding["expected_total"])
     of = " (all groups together)" if panel.groups is not None else ""
-    usual = powerless(found)
+    usual = powerless(finding)
     power = (
         f" Asking all of {count(len(names), 'layer')} to peak together has no power here: chance alone gives "
         f"{f'{usual:.2f}' if usual >= 0.01 else 'less than 0.01'} such segments."
@@ -74,30 +75,34 @@ def block(panel: Panel, room: Room) -> Block:
     captions = {
         "peaks": f"All of {count(len(names), 'layer')} peak together at {count(observed, 'segment')}{of}.",
         "null": f"Observed: {count(observed)}. Layers shifted within stretches of training, which keeps how often each part of it has "
-        f"peaks, give as many or more with p = {_chance(found, 'local')}: the one to quote. Shifted over the whole of training, as if "
-        f"peaks were as likely late as early, p = {_chance(found, 'shift')}; expected of independent layers: {plain(expected)}.{power}",
+        f"peaks, give as many or more with p = {_chance(finding, 'local')}: the one to quote. Shifted over the whole of training, as if "
+        f"peaks were as likely late as early, p = {_chance(finding, 'shift')}; expected of independent layers: {plain(expected)}.{power}",
     }
     tables = []
-    if panel.groups is not None and "p_shift_group" in found:
-        labels = found["group"].values
-        rows = [
-            [str(labels[at]), int(found["observed"].values[at]), float(found["p_shift_group"].values[at])]
-            for at in range(min(len(labels), 60))
+    if panel.groups is not None and "p_shift_group" in finding:
+        labels = finding["group"].values
+        rows: list[list[Cell]] = [
+            [
+                str(labels[position]),
+                int(finding["observed"].values[position]),
+                float(finding["p_shift_group"].values[position]),
+            ]
+            for position in range(min(len(labels), 60))
         ]
         columns = [Column("group", "name"), Column("aligned segments", "count"), Column("p", "plain")]
-        tables.append(Table("Coincidences in each group", columns, rows))
-    return Block(captions, views, tables=tables, notes=notes)
+        tables.append(Table(title="Coincidences in each group", columns=columns, rows=rows))
+    return Block(captions=captions, views=views, tables=tables, notes=notes)
 
 
-def _chance(found: Any, which: str) -> str:
-    """A p-value, and whether it is the least that so many rotations can give."""
-    p, draws = float(found[f"p_{which}"]), found.sizes["draw"]
+def _chance(finding: xr.Dataset, which: str) -> str:
+    """Write a p-value, and say where it is the least that so many rotations can give."""
+    p, draws = float(finding[f"p_{which}"]), finding.sizes["draw"]
     least = f", the least that {draws:,} rotations can give" if p <= 1 / (draws + 1) else ""
     return plain(p) + least
 
 
 def _largest(panel: Panel, names: np.ndarray[Any, Any]) -> list[int]:
-    """Positions of the layers to draw: those with the largest sums, and always the first and the last."""
+    """Return the positions of the layers to draw: those with the largest sums, and always the first and the last."""
     if len(names) <= _LAYERS:
         return list(range(len(names)))
     layers, _ = panel.find("layers")
@@ -107,16 +112,16 @@ def _largest(panel: Panel, names: np.ndarray[Any, Any]) -> list[int]:
     return sorted(np.argsort(-size, kind="stable")[:_LAYERS].tolist())
 
 
-def _dots(found: Any, every: list[str], shown: list[int], at: int | None) -> dict[str, Any]:
+def _dots(finding: xr.Dataset, every: list[str], shown: list[int], group_position: int | None) -> View:
     names = [every[layer] for layer in shown]
     peak, aligned = (
-        found["peak"].transpose("step", "group", "layer").values,
-        found["aligned"].transpose("step", "group").values,
+        finding["peak"].transpose("step", "group", "layer").values,
+        finding["aligned"].transpose("step", "group").values,
     )
-    steps, labels = found["step"].values, found["group"].values
-    groups = range(peak.shape[1]) if at is None else [at]
+    steps, labels = finding["step"].values, finding["group"].values
+    groups = range(peak.shape[1]) if group_position is None else [group_position]
     where = [(step, group, layer) for group in groups for step, layer in np.argwhere(peak[:, group][:, shown])]
-    where.sort(key=lambda each: (not aligned[each[0], each[1]], each[0]))
+    where.sort(key=lambda dot: (not aligned[dot[0], dot[1]], dot[0]))
     where = where[:_DOTS][::-1]
     return {
         "peaks": {
@@ -130,8 +135,8 @@ def _dots(found: Any, every: list[str], shown: list[int], at: int | None) -> dic
     }
 
 
-def _null(found: Any) -> dict[str, Any]:
-    draws = found["local"].values
+def _null(finding: xr.Dataset) -> View:
+    draws = finding["local"].values
     width = max(1, -(-int(draws.max(initial=0) - draws.min(initial=0) + 1) // 40))
     edges = np.arange(int(draws.min(initial=0)), int(draws.max(initial=0)) + width + 1, width)
     amount, _ = np.histogram(draws, edges)
@@ -142,8 +147,11 @@ def _null(found: Any) -> dict[str, Any]:
             "top": numbers(amount),
             "bottom": {"same": len(amount), "v": 0},
         },
-        "@level": {"observed": float(found["observed_total"])},
+        "@level": {"observed": float(finding["observed_total"])},
         "@range": {
-            "x": [min(edges[0], float(found["observed_total"])) - 1, max(edges[-1], float(found["observed_total"])) + 1]
+            "x": [
+                min(edges[0], float(finding["observed_total"])) - 1,
+                max(edges[-1], float(finding["observed_total"])) + 1,
+            ]
         },
     }

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from bokeh.models import Range1d
 
-from ..content import Block, Column, Section, Table, clean, count, listed, signed
+from ..content import Block, Cell, Column, Section, Table, View, clean, count, listed, signed
 from ..figures import add_picture, steps_figure
 from ..panels import Panel, Room
 from ..thin import gaps, picture
@@ -17,34 +17,34 @@ _ROWS = 256  # units beside each other in a picture
 
 
 def section() -> Section:
-    """One figure: a heat map of units over steps."""
-    made = steps_figure("unit", 360, y_range=Range1d(0, 1))
-    add_picture(made, "units", [("unit", "$y{0}"), ("step", "$x{0}"), ("Σ allocation", "@image{%+.3e}")])
-    made.yaxis.ticker.min_interval = 1
-    made.ygrid.grid_line_color = None
+    """Return one figure: a heat map of units over steps."""
+    chart = steps_figure("unit", 360, y_range=Range1d(0, 1))
+    add_picture(chart, "units", [("unit", "$y{0}"), ("step", "$x{0}"), ("Σ allocation", "@image{%+.3e}")])
+    chart.yaxis.ticker.min_interval = 1
+    chart.ygrid.grid_line_color = None
     return Section(
-        "units",
-        "Neurons and channels",
-        "Each row is a neuron or channel, its incoming weights and its bias together, each column a stretch of training. "
+        name="units",
+        title="Neurons and channels",
+        reading="Each row is a neuron or channel, its incoming weights and its bias together, each column a stretch of training. "
         "Rows that stay pale did little: they may be dead, or not needed.",
-        {"units": made},
-        {"units": [("helping", "helped"), ("hurting", "hurt")]},
-        {"units": "Units over training"},
+        figures={"units": chart},
+        legends={"units": [("helping", "helped"), ("hurting", "hurt")]},
+        headings={"units": "Units over training"},
     )
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Pictures of the layers with the largest sums, for the mean over groups."""
+    """Return pictures of the layers with the largest sums, for the mean over groups."""
     if panel.run.manifest.keep == "tensors":
         return Block(notes=[panel.find("units")[1]])
-    found, left_out = panel.find("units")
-    if found is None:
+    finding, left_out = panel.find("units")
+    if finding is None:
         return Block(notes=[left_out])
     notes = [left_out] if left_out else []
-    data = panel.of_group(found["allocated"], None).transpose("step", "unit").values
-    total = panel.of_group(found["total"], None).values
-    names = found["layer"].values.astype(str)
-    index = found["index"].values
+    data = panel.of_group(finding["allocated"], None).transpose("step", "unit").values
+    total = panel.of_group(finding["total"], None).values
+    names = finding["layer"].values.astype(str)
+    index = finding["index"].values
     order = list(dict.fromkeys(names.tolist()))
     if not order:
         return Block(notes=[*notes, "This model has no units."])
@@ -54,48 +54,46 @@ def block(panel: Panel, room: Room) -> Block:
         notes.append(f"Units are drawn for the {len(shown)} layers that moved most of {len(order):,}.")
     if panel.groups is not None:
         notes.append("Units are drawn for the mean over groups.")
-    steps, ends = found["step"].values, found["step_end"].values
+    steps, ends = finding["step"].values, finding["step_end"].values
     data = _evenly(data, steps, ends)
-    edges = np.append(found["step"].values[:1], found["step_end"].values).astype(float)
+    edges = np.append(finding["step"].values[:1], finding["step_end"].values).astype(float)
     pixels = room.pixels(0.2) // len(shown)
-    views: dict[str, Any] = {}
+    views: dict[str, View] = {}
     for place, name in enumerate(shown):
         picked = np.flatnonzero(names == name)
         views[f"|{place}"] = _view(data[:, picked].T, edges, pixels, notes, clean(name, 60))
     best, worst = int(np.nanargmin(total)), int(np.nanargmax(total))
     return Block(
-        {
+        captions={
             "units": f"{count(len(total), 'unit')} in {listed([clean(name, 60) for name in order])}. Most helpful: "
             f"{clean(names[best], 60)}[{index[best]}] ({signed(float(total[best]))}); least: {clean(names[worst], 60)}"
             f"[{index[worst]}] ({signed(float(total[worst]))})."
         },
-        {"units": views},
-        "Layer",
-        [clean(name, 60) for name in shown],
-        [_table(names, index, total)],
-        notes,
+        views={"units": views},
+        choice="Layer",
+        choices=[clean(name, 60) for name in shown],
+        tables=[_table(names, index, total)],
+        notes=notes,
     )
 
 
 def _evenly(
     data: np.ndarray[Any, Any], steps: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]
 ) -> np.ndarray[Any, Any]:
-    """(step, unit) with empty rows, as many as are missing, so that each row is where its steps are in the picture."""
+    """Return (step, unit) with an empty row for each missing segment, so that each row lies at its steps in the picture."""
     after = gaps(steps, ends)
     width = float(np.median(ends - steps))
     missing = np.round((steps[after + 1] - ends[after]) / width).astype(int)
     return np.insert(data, np.repeat(after + 1, missing), 0.0, axis=0)
 
 
-def _view(
-    rows: np.ndarray[Any, Any], edges: np.ndarray[Any, Any], pixels: int, notes: list[str], name: str
-) -> dict[str, Any]:
-    """A picture of some units; units are summed in blocks, then steps, where there are more than fit."""
-    each = max(1, -(-len(rows) // _ROWS))
+def _view(rows: np.ndarray[Any, Any], edges: np.ndarray[Any, Any], pixels: int, notes: list[str], name: str) -> View:
+    """Return a picture of some units; where there are more than fit, units are summed in blocks, then steps."""
+    units_in_row = max(1, -(-len(rows) // _ROWS))
     units = len(rows)
-    if each > 1:
-        rows = np.add.reduceat(rows, np.arange(0, units, each), axis=0)
-        notes.append(f"{name}: each row is the sum of {each} units.")
+    if units_in_row > 1:
+        rows = np.add.reduceat(rows, np.arange(0, units, units_in_row), axis=0)
+        notes.append(f"{name}: each row is the sum of {units_in_row} units.")
     columns = max(8, pixels // len(rows))
     if columns < rows.shape[1]:
         starts = np.unique(np.linspace(0, rows.shape[1], columns + 1).astype(int)[:-1])
@@ -106,14 +104,20 @@ def _view(
             "x": [float(edges[0])],
             "y": [-0.5],
             "dw": [float(edges[-1] - edges[0])],
-            "dh": [float(len(rows) * each)],
+            "dh": [float(len(rows) * units_in_row)],
         },
-        "@range": {"y": [-0.5, len(rows) * each - 0.5]},
+        "@range": {"y": [-0.5, len(rows) * units_in_row - 0.5]},
     }
 
 
 def _table(names: np.ndarray[Any, Any], index: np.ndarray[Any, Any], total: np.ndarray[Any, Any]) -> Table:
     order = np.argsort(total, kind="stable")
     picked = [*order[:5].tolist(), *order[-5:].tolist()] if len(order) > 10 else order.tolist()
-    rows = [[f"{clean(names[at], 100)}[{index[at]}]", float(total[at])] for at in picked]
-    return Table("Units that helped most and least", [Column("unit", "name"), Column("Σ allocation", "bar")], rows)
+    rows: list[list[Cell]] = [
+        [f"{clean(names[position], 100)}[{index[position]}]", float(total[position])] for position in picked
+    ]
+    return Table(
+        title="Units that helped most and least",
+        columns=[Column("unit", "name"), Column("Σ allocation", "bar")],
+        rows=rows,
+    )
