@@ -158,9 +158,7 @@ def choose(
             label=f"{labels[position]} · {clean(name, 60)}" if len(runs) > 1 else clean(name, 60),
             several=len(runs) > 1,
         )
-        for key, (_, position, name) in enumerate(
-            sorted(shown, key=lambda panel_place: (panel_place[1], panel_place[0]))
-        )
+        for key, (_, position, name) in enumerate(sorted(shown, key=lambda row: (row[1], row[0])))
     ]
     left_out = []
     for position, run in enumerate(runs):
@@ -210,6 +208,6 @@ def run_labels(runs: Sequence[Run], labelled: Sequence[str] | None = None) -> li
 
 
 def _in_order(run: Run) -> list[str]:
-    """Return the losses of a run: those without groups first, and among these, those over data before terms of parameters."""
+    """Return the losses of a run: those without groups first; in either part, those over data before terms of parameters."""
     records = {name: run[name].record for name in run}
     return sorted(run, key=lambda name: (records[name].groups is not None, records[name].on is None))

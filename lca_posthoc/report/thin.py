@@ -13,7 +13,7 @@ MOST_POINTS = 2000
 _EXACT = 2**24  # whole numbers up to here are exact in float32
 
 Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | float | None"
-Packed: TypeAlias = Mapping[str, Json]  # a column, as the page's script reads it
+Packed: TypeAlias = Mapping[str, Json]  # columns or one of them, as the page's script reads them
 
 
 def kept(values: np.ndarray[Any, Any], most: int = MOST_POINTS) -> np.ndarray[Any, Any]:
@@ -79,10 +79,10 @@ def over_steps(
     >>> x.tolist(), y.tolist()
     ([0.0, 1.0, 2.0, nan, 5.0, 6.0], [9.0, 8.0, 7.0, nan, 3.0, 2.0])
     """
-    begin, end, first, last = (np.asarray(x_or_y, dtype=np.float64) for x_or_y in (step, step_end, first, last))
+    begin, end, first, last = (np.asarray(array, dtype=np.float64) for array in (step, step_end, first, last))
     after = gaps(begin, end) + 1
     places = np.repeat(after + 1, 2)
-    x = np.insert(np.concatenate([begin[:1], end]), places, np.ravel([(np.nan, begin[x_or_y]) for x_or_y in after]))
+    x = np.insert(np.concatenate([begin[:1], end]), places, np.ravel([(np.nan, begin[position]) for position in after]))
     new = np.stack([np.full_like(first[..., after], np.nan), first[..., after]], axis=-1)
     y = np.insert(np.concatenate([first[..., :1], last], axis=-1), places, new.reshape(*first.shape[:-1], -1), axis=-1)
     return x, y
