@@ -8,7 +8,7 @@ so that the same bits come out however the trajectory was cut into spans.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypedDict, TypeVar
 
 import numpy as np
 
@@ -154,3 +154,13 @@ class TreeSum(Generic[_Value]):
         while parts:
             total = parts.pop() + total
         return total
+
+
+class RecalibrationRecord(TypedDict):
+    """The settings of a recalibration as a run records them, see `objective.statistics.Recalibration` for those without a comment."""
+
+    loss: str
+    split: str  # the name of that loss's split
+    examples: int  # of the split
+    batch_size: int
+    kept: list[str]

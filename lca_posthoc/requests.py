@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from .cluster import Spec
-from .errors import LCAError, unpack
+from .errors import LCAError, PackedError, unpack
+from .records import RecalibrationRecord
 from .task import Entry
 from .trajectory import Checkpoint, TensorSpec
 
@@ -42,7 +43,7 @@ class RunSettings:
     rule: str
     tolerance: float | str
     allocation_tolerance: float | str
-    statistics: dict[str, Any] | None
+    statistics: RecalibrationRecord | None
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> RunSettings:
@@ -103,7 +104,7 @@ class Question(Generic[A]):
 class Failure:
     """An error that a worker met: as `errors.pack` gives it, and where it was raised."""
 
-    error: dict[str, str | int]
+    error: PackedError
     trace: str
 
     def exception(self) -> LCAError:
@@ -236,7 +237,7 @@ class ProbeAnswer:
     scale: dict[str, float]
     replicates: dict[str, int]
     measured: bool
-    statistics: dict[str, Any] | None
+    statistics: RecalibrationRecord | None
     short_of: str | None
     notes: list[str]
 
@@ -491,6 +492,8 @@ def _types(kind: type) -> dict[str, Any]:
 def _read(kind: Any, plain: object) -> object:
     if is_dataclass(kind):
         return _read_fields(typing.cast("type", kind), plain)
+    if typing.is_typeddict(kind):
+        return _read_items(kind, plain)
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return _read_any_of(inner, plain)
@@ -524,6 +527,25 @@ def _read_fields(kind: type, plain: object) -> object:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return kind(**values)
+
+
+def _read_items(kind: Any, plain: object) -> object:
+    """Read a `TypedDict`, whose entries may be optional."""
+    if not isinstance(plain, dict):
+        raise ValueError(f"expected the entries of {kind.__name__}, not {str(plain)[:100]!r}.")
+    hints = typing.get_type_hints(kind, include_extras=True)
+    unknown = [str(name) for name in plain if name not in hints]
+    if unknown:
+        raise ValueError(f"entries are unknown ({', '.join(unknown)}).")
+    values = {}
+    for name, hint in hints.items():
+        marked = typing.get_origin(hint) in (typing.Required, typing.NotRequired)
+        required = typing.get_origin(hint) is typing.Required if marked else kind.__total__
+        if name in plain:
+            values[name] = _read(typing.get_args(hint)[0] if marked else hint, plain[name])
+        elif required:
+            raise ValueError(f"the entry {name} is missing.")
+    return values
 
 
 def _difference(expected: Mapping[str, object], plain: Mapping[str, object]) -> tuple[list[str], list[str]]:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, ResourceError
+from ..records import RecalibrationRecord
 from ..trajectory import is_statistic
 from .batches import Split, automatic_batch_size
 from .containers import fresh
@@ -62,16 +63,6 @@ def statistics_of(objective: Objective) -> dict[str, tuple[str, str]]:
         for layer in sorted(layers)
         if layer + _VARIANCE in stored
     }
-
-
-class RecalibrationRecord(TypedDict):
-    """The settings of a recalibration as a run records them, see `Recalibration` for those without a comment."""
-
-    loss: str
-    split: str  # the name of that loss's split
-    examples: int  # of the split
-    batch_size: int
-    kept: list[str]
 
 
 class Recalibration:

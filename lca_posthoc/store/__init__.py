@@ -1,5 +1,6 @@
 """The run directory, which only this package knows: create it, write and commit spans, verify, open as labelled arrays."""
 
+from .commits import Marker
 from .lock import Held, hold
 from .manifest import LossRecord, Manifest, StoredTensor
 from .results import LossResults, Run, open_run
@@ -20,6 +21,7 @@ __all__ = [
     "LossRecord",
     "LossResults",
     "Manifest",
+    "Marker",
     "Run",
     "RunWriter",
     "SpanReport",

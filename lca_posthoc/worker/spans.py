@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ..allocation import SegmentAllocation
     from ..objective import Evaluation, Objective
     from ..quadrature import Rule
-    from ..store import RunWriter, SpanReport
+    from ..store import Marker, RunWriter, SpanReport
     from ..trajectory import TensorSpec
 
 SAMPLED = {
@@ -146,7 +146,7 @@ def _ready(request: RunRequest[Any], writer: RunWriter, losses: list[str]) -> Ob
     return objective
 
 
-def _markers(writer: RunWriter, request: SpanRequest) -> dict[str, dict[str, Any]]:
+def _markers(writer: RunWriter, request: SpanRequest) -> dict[str, Marker]:
     """Return the markers of the pending losses of a span that are committed after all."""
     markers = {name: writer.facts(name, request.span) for name in request.pending}
     return {name: marker for name, marker in markers.items() if marker is not None}
