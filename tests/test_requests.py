@@ -44,7 +44,7 @@ from lca_posthoc.trajectory import Checkpoint, TensorSpec
 
 SETTINGS = RunSettings.of({**DEFAULTS, "device": "cpu", "tolerance": "0.1%", "statistics": {"kept": [], "loss": "a"}})
 SETUP = TaskSetup(
-    task={"kind": "file", "path": "/there/task.py", "function": None, "sha256": "0" * 64},
+    task={"kind": "file", "path": "/there/task.py", "function": "task", "sha256": "0" * 64},
     parcel="key",
     settings=SETTINGS,
     losses=["a", "b/c"],

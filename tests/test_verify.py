@@ -289,7 +289,7 @@ def test_verifying_while_a_run_goes_on_finds_nothing(place: Path, run: Path) -> 
         marker(run, "train", 0).unlink()
         patch.setattr("lca_posthoc.replay.replay_span", lambda spec: specs.append(spec) or replay_span(spec))
         replayed(place)
-    delivery.take_in(specs[0]["parcel"], pack(place / "task.py")[1])
+    delivery.take_in(specs[0]["setup"]["parcel"], pack(place / "task.py")[1])
     checking, seen = store.verify(run), 0
     original = type(checking)._not_plain
 

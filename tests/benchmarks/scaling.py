@@ -37,10 +37,10 @@ OFTEN = 1000  # spans between two looks at the memory
 
 def pretend(spec: dict[str, Any]) -> dict[str, Any]:
     """Take as long as the task says and answer as a span does."""
-    pretended = spec["setup"]["task"]
+    pretended = {name: float(text) for name, text in spec["setup"]["digests"].items()}
     time.sleep(pretended["seconds"])
     facts = {
-        "evaluations": 2 * pretended["segments"] + 1,
+        "evaluations": 2 * int(pretended["segments"]) + 1,
         "forward_passes": 0,
         "batch_size": 2048,
         "worst_residual": 1e-4,
@@ -48,7 +48,7 @@ def pretend(spec: dict[str, Any]) -> dict[str, Any]:
     }
     return {
         "losses": {name: {**facts, "unconverged": 0, "silent": [], "hidden": []} for name in spec["pending"]},
-        "segments": pretended["segments"],
+        "segments": int(pretended["segments"]),
         "seconds": pretended["seconds"],
         "peak_bytes": 2**30,
     }
@@ -145,6 +145,7 @@ def drive(address: str, given: argparse.Namespace, scheduler: psutil.Process, pl
     from lca_posthoc.cluster import Where, open_cluster
     from lca_posthoc.progress import Log, Planned, SpanDone
     from lca_posthoc.requests import RunRequest, RunSettings, StoredPoints, TaskSetup, to_plain
+    from lca_posthoc.task import Entry
 
     me, out, stop = psutil.Process(), place / "out.lca", replay._Stop()
     manifest = laid_out(given.spans, given.segments)
@@ -176,8 +177,7 @@ def drive(address: str, given: argparse.Namespace, scheduler: psutil.Process, pl
             telling["times"] += 1
 
     replay.replay_span = pretend  # type: ignore[attr-defined]
-    place_of_task = {"kind": "file", "path": "/somewhere/task.py", "function": "task", "sha256": "0" * 64}
-    entry = {**place_of_task, "seconds": given.seconds, "segments": given.segments}
+    entry: Entry = {"kind": "file", "path": "/somewhere/task.py", "function": "task", "sha256": "0" * 64}
     names = {tensor.spec.name: tensor.source for tensor in manifest.tensors}
     started, begun = time.monotonic(), used()
     with open_cluster(Where(address, given.workers), "cpu", stop.event) as cluster:
@@ -187,7 +187,7 @@ def drive(address: str, given: argparse.Namespace, scheduler: psutil.Process, pl
             settings=RunSettings.of(manifest.settings),
             losses=["train"],
             stored=sorted(names.values()),
-            digests={"train": "0" * 64},
+            digests={"seconds": str(given.seconds), "segments": str(given.segments)},
         )
         common = RunRequest[Any](
             setup=setup,

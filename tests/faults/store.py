@@ -240,7 +240,7 @@ def replay_twice(count: int, place: Path) -> str:
         patch.setattr("lca_posthoc.replay.replay_span", lambda spec: specs.append(spec) or replay_span(spec))
         _resumed(place, out)
     assert [spec["span"] for spec in specs] == list(range(5))
-    delivery.take_in(specs[0]["parcel"], pack(place / "small_task.py")[1])
+    delivery.take_in(specs[0]["setup"]["parcel"], pack(place / "small_task.py")[1])
     context = multiprocessing.get_context("fork")
     cases, together = [specs[at % len(specs)] for at in range(count)], context.Barrier(2, timeout=60)
     both = [context.Process(target=_replay, args=(cases, out, clean, together, first)) for first in (True, False)]
