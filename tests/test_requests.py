@@ -42,7 +42,8 @@ from lca_posthoc.requests import (
 from lca_posthoc.settings import DEFAULTS
 from lca_posthoc.trajectory import Checkpoint, TensorSpec
 
-SETTINGS = RunSettings.of({**DEFAULTS, "device": "cpu", "tolerance": "0.1%", "statistics": {"kept": [], "loss": "a"}})
+STATISTICS = {"loss": "a", "split": "s", "examples": 3, "batch_size": 2, "kept": ["bn"]}
+SETTINGS = RunSettings.of({**DEFAULTS, "device": "cpu", "tolerance": "0.1%", "statistics": STATISTICS})
 SETUP = TaskSetup(
     task={"kind": "file", "path": "/there/task.py", "function": "task", "sha256": "0" * 64},
     parcel="key",
