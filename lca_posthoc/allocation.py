@@ -11,19 +11,18 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import SpanError
-from .objective import Evaluation
+from .objective import Evaluation, Numbers
 from .quadrature import COMPOSITE, Family, Rule
 
 Point = Mapping[str, Tensor]
 Gradient = dict[str, Tensor]
-Numbers = Any  # numpy float64 of shape () or (groups,)
 _BLOCK = 2**17
 
 
@@ -179,8 +178,8 @@ class _Refinement:
         self._measured = False
         self.mean: Gradient = {}
         self.allocation: dict[str, Tensor] = {}
-        self.residual: Numbers = math.nan
-        self._change: Numbers = math.nan
+        self.residual: Numbers = np.float64(math.nan)
+        self._change: Numbers = np.float64(math.nan)
 
     def refine(self) -> None:
         """Go on to the next level, whose fresh nodes are taken in next."""

@@ -156,14 +156,12 @@ def prepare(
         losses={name: _record(name, keys[name], loss, probed) for name, loss in described.losses.items()},
         provenance=_provenance(task, described.task_losses),
     )
-    added = list(trajectory.sources_of(described.added))
     new = {name: record for name, record in manifest.losses.items() if name not in recorded}
-    scales = [note for name, record in new.items() for note in _scale(name, record, settings)]
     notes = [
         *probed.notes,
-        *scales,
+        *(note for name, record in new.items() for note in _scale(name, record, settings)),
         *_frozen(described.frozen),
-        *_added(added),
+        *_added(list(trajectory.sources_of(described.added))),
         *_idle(existing or manifest, workers or cluster.workers),
     ]
     return Preparation(setup=setup, sample=sample, manifest=manifest, notes=notes, short_of=probed.short_of)

@@ -14,7 +14,7 @@ from .probe import (
 )
 from .sources import is_out_of_memory
 from .statistics import in_both_modes, statistics_of
-from .sums import Evaluation
+from .sums import Evaluation, Numbers
 from .tensors import tensor_table
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Draws",
     "Evaluation",
     "Identity",
+    "Numbers",
     "Objective",
     "Split",
     "automatic_batch_size",
