@@ -634,6 +634,7 @@ def test_a_first_signal_is_answered_while_the_main_thread_is_in_one_long_call(pl
 
 
 def test_a_caller_in_python_catches_a_stop_as_a_keyboard_interrupt(place: Path, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
     listened: list[object] = []
 
     def listen(event: object) -> None:
@@ -647,7 +648,7 @@ def test_a_caller_in_python_catches_a_stop_as_a_keyboard_interrupt(place: Path, 
         )
     assert isinstance(caught.value, LCAError)
     assert [event for event in listened if isinstance(event, Stopping)] != []
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     assert signal.set_wakeup_fd(-1) == -1
 
 
