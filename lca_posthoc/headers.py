@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import google_crc32c
 
 from .errors import InputError
-from .places import is_remote, reached
+from .paths import is_remote, reached
 
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_TENSORS = 100_000

@@ -17,13 +17,13 @@ from .cluster import Where, local_workers, open_cluster, visible_device
 from .errors import InputError, amount
 from .headers import read_header
 from .objective import new_model
-from .places import is_remote, located, nearest
-from .preparation import Preparation, prepare, unwrapped
+from .paths import is_remote, located, nearest
+from .prepare import Preparation, prepare, unwrapped
 from .quadrature import RULES
 from .recorder import Recorder
-from .records import KEEP
 from .replay import default_out
 from .requests import CostsRequest, LossCosts, answered, to_plain
+from .schema import KEEP
 from .settings import on_device, resolve
 from .store import estimated_bytes
 from .task import Task, loaded, pack

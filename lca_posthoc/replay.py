@@ -21,11 +21,11 @@ from . import store
 from .cluster import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Waiting, Where, open_cluster
 from .display import duration, listening
 from .errors import InputError, Interrupted, LCAError, NotFiniteError, ResourceError, SpanError, amount, few
-from .places import here, is_remote, located, nearest
-from .preparation import Preparation, ask, muster, prepare, relative
+from .paths import here, is_remote, located, nearest
+from .prepare import Preparation, ask, muster, prepare, relative
 from .progress import Listener, Log, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow, Stage, Stopping
-from .recognition import same_checkpoints, same_loss, same_tensors, same_values
 from .requests import CompressionsRequest, Failure, RunRequest, SpanRequest, answered, from_plain, to_plain
+from .resume_checks import same_checkpoints, same_loss, same_tensors, same_values
 from .settings import Settings, on_device, resolve
 from .store import LossRecord, Manifest, Run, RunWriter
 from .task import Entry, Task, digest, pack

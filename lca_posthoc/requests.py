@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from .cluster import Spec
 from .errors import LCAError, PackedError, unpack
-from .records import RecalibrationRecord
+from .schema import RecalibrationRecord
 from .task import Entry
 from .trajectory import Checkpoint, TensorSpec
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from .errors import InputError
 from .quadrature import RULES
-from .records import KEEP
+from .schema import KEEP
 
 Settings = dict[str, Any]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .errors import few
 from .headers import Header
-from .places import is_remote
+from .paths import is_remote
 
 _CHUNK = 2**20
 _MOST_COMPARED = 2**30

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .allocation import SegmentAllocation, blocks, sums_over
-from .records import (
+from .schema import (
     BINS,
     MAGNITUDES,
     MAY_BE_NAN,

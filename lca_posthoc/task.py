@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Required, TypedDict
 
 import cloudpickle
 
-from . import parcel
+from . import task_bundle
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -475,7 +475,7 @@ def pack(task: str | Path | Task) -> tuple[Entry, bytes]:
                 f"task file {path} does not exist. Give --task FILE, FILE:FUNCTION or pkg.module:FUNCTION."
             )
         try:
-            data = parcel.pack(path.resolve())
+            data = task_bundle.pack(path.resolve())
         except OSError as error:
             raise InputError(
                 f"task file {error.filename} cannot be read: {error.strerror}. Check its permissions."
@@ -602,12 +602,12 @@ def loaded(task: str | Path | Task) -> Task:
 def use(entry: Entry, data: bytes) -> None:
     """Let the code of a task import the modules that came with it, also while it runs."""
     if entry["kind"] == "file":
-        parcel.use(_opened(entry["path"], data))
+        task_bundle.use(_opened(entry["path"], data))
 
 
 @functools.lru_cache(maxsize=4)
-def _opened(path: str, data: bytes) -> parcel.Parcel:
-    return parcel.Parcel(data, Path(path))
+def _opened(path: str, data: bytes) -> task_bundle.Parcel:
+    return task_bundle.Parcel(data, Path(path))
 
 
 def _module(entry: Entry, data: bytes) -> ModuleType:

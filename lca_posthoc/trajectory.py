@@ -32,7 +32,7 @@ from .layouts import (
 )
 from .layouts import step_in_name as step_in_name
 from .leftovers import is_known
-from .places import is_remote, located, reached, read
+from .paths import is_remote, located, reached, read
 from .spacing import StillSegments, every_of, long_segments
 
 if TYPE_CHECKING:

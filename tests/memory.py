@@ -96,12 +96,12 @@ def _all(runs: dict[str, str], cases: list[str], limit: float, block: int | None
 
 def _hold_less(block: int) -> None:
     """Make every finding hold at most so many numbers at a time, so that a small run shows what a large one would."""
-    from lca_posthoc.findings import parts
+    from lca_posthoc.findings import common
 
     for name, module in list(sys.modules.items()):
         if name.startswith("lca_posthoc.findings.") and hasattr(module, "BLOCK"):
             module.BLOCK = block  # type: ignore[attr-defined]
-    parts.blocks.__defaults__ = (1, block)
+    common.blocks.__defaults__ = (1, block)
     for options in [options for name, options, _ in CASES.values() if name == "microscope"]:
         options |= {"frames": 50, "pixels": block // 50}
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from lca_posthoc.allocation import SegmentAllocation
-from lca_posthoc.preparation import _choose_window, choose_span
-from lca_posthoc.records import Totals, join_all
+from lca_posthoc.prepare import _choose_window, choose_span
+from lca_posthoc.schema import Totals, join_all
 from lca_posthoc.settings import resolve
 from lca_posthoc.store import LossRecord, Manifest, RunWriter, StoredTensor, create
 from lca_posthoc.store.files import seal

@@ -18,7 +18,7 @@ import torch
 from lca_posthoc import __version__
 from lca_posthoc.cli import COMMANDS, cli
 from lca_posthoc.quadrature import RULES
-from lca_posthoc.records import KEEP
+from lca_posthoc.schema import KEEP
 from tests.small import (
     STEPS,
     contents,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import lca_posthoc
-from lca_posthoc import findings, open_run, preparation, replay, store
+from lca_posthoc import findings, open_run, prepare, replay, store
 from lca_posthoc.errors import LCAError, SpanError
 from lca_posthoc.progress import Note, Planned
 from lca_posthoc.report import write_report
@@ -98,7 +98,7 @@ def test_a_loss_that_is_not_asked_for_keeps_every_byte_and_catches_up_to_the_sam
     place: Place, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     span, first, additions = GROWTH[name]
-    monkeypatch.setattr(preparation, "_WINDOWS", 4)  # so that windows have several spans
+    monkeypatch.setattr(prepare, "_WINDOWS", 4)  # so that windows have several spans
     place.grow(first)
     place.replay("all", span=span)
     ends = dict.fromkeys(LOSSES, first)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lca_posthoc import Loss, Recorder, Run, Task, run
-from lca_posthoc.cluster import delivery
+from lca_posthoc.cluster import broadcast
 from lca_posthoc.errors import InputError, LCAError
 from lca_posthoc.objective import Objective
 from lca_posthoc.progress import Note
@@ -917,7 +917,7 @@ def answers(task: Task | Path, held: list[str] | None = None) -> list[dict[str, 
     """Return what two processes say of a task: the one that probes it, and one that gets the digests of the first."""
     settings = RunSettings.of({**DEFAULTS, "device": "cpu", "batch_size": BATCH})
     entry, data = pack(task)
-    delivery.take_in("parcel", data)
+    broadcast.take_in("parcel", data)
     setup = TaskSetup(task=entry, parcel="parcel", settings=settings, losses=[], stored=held, digests={})
     state._STATES.clear()
     first = describe(to_plain(DescribeRequest(setup=setup)))

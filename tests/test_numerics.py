@@ -22,7 +22,7 @@ from lca_posthoc.errors import SpanError
 from lca_posthoc.objective import Evaluation, Objective
 from lca_posthoc.progress import Note
 from lca_posthoc.quadrature import COMPOSITE, RULES, Family, Rule
-from lca_posthoc.records import SIGNED, TOTALS, histogram_edges
+from lca_posthoc.schema import SIGNED, TOTALS, histogram_edges
 from lca_posthoc.store import LossResults
 from lca_posthoc.tally import Tally, histogram, unit_sums
 from lca_posthoc.trajectory import TensorSpec

@@ -31,7 +31,7 @@ from torch.optim import optimizer as optimizer_module
 from lca_posthoc import Recorder, open_trajectory
 from lca_posthoc.errors import InputError, LCAError, ResourceError
 from lca_posthoc.objective import tensor_table
-from lca_posthoc.recorder import takeover, writer
+from lca_posthoc.recorder import optimizer_guard, writer
 from lca_posthoc.recorder.staging import CODES
 from lca_posthoc.trajectory import normalise, read_checkpoint
 from tests.recording import become, network
@@ -584,8 +584,8 @@ def test_an_optimiser_is_looked_at_once_and_again_when_it_has_more_groups(
     tmp_path: Path, linear: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[torch.optim.Optimizer] = []
-    trains = takeover.trains
-    monkeypatch.setattr(takeover, "trains", lambda each, model: looked.append(each) or trains(each, model))
+    trains = optimizer_guard.trains
+    monkeypatch.setattr(optimizer_guard, "trains", lambda each, model: looked.append(each) or trains(each, model))
     mine = torch.optim.SGD(linear.parameters(), lr=0.01)
     other = torch.optim.SGD(nn.Linear(3, 1).parameters(), lr=0.01)
     with Recorder(tmp_path, linear).attach(mine):

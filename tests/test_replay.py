@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import lca_posthoc as lca_package
-from lca_posthoc import Recorder, allocation, open_run, preparation, replay, store
+from lca_posthoc import Recorder, allocation, open_run, prepare, replay, store
 from lca_posthoc.errors import InputError, LCAError
 from lca_posthoc.objective import probe
 from lca_posthoc.progress import Planned, SpanDone, Stage
@@ -238,7 +238,7 @@ def test_a_span_of_other_data_is_found_and_computed_again(
     place: Path, tmp_path: Path, reference: dict, monkeypatch: pytest.MonkeyPatch, window: int
 ) -> None:
     """As a machine that erred would have committed it."""
-    monkeypatch.setattr(preparation, "_WINDOWS", 3 if window > 1 else 64)
+    monkeypatch.setattr(prepare, "_WINDOWS", 3 if window > 1 else 64)
     out = tmp_path / "run.lca"
     replayed(place, out, span=4)
     assert store.read_manifest(out).window >= window
@@ -248,7 +248,7 @@ def test_a_span_of_other_data_is_found_and_computed_again(
     damaged = store.Damage(path="", what="", loss="train", span=5, window=5 // store.read_manifest(out).window)
     with monkeypatch.context() as patch:
         patch.setattr(store, "differ", lambda *_: False)
-        patch.setattr(store.seams, "differ", lambda *_: False)
+        patch.setattr(store.boundary_checks, "differ", lambda *_: False)
         patch.setattr(store, "verify", lambda run: iter([damaged]))
         patch.setattr(probe.Identity, "matches", lambda *_: True)
         replay.repair(out, twisted, cluster="inline")
@@ -321,7 +321,7 @@ def long_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(root: Path, out: Path, cluster: str) -> subprocess.Popen[str]:
     """`lca run` in a process of its own; its spans are 4 segments long."""
     code = (
-        "import sys; from lca_posthoc import preparation; preparation._LONGEST_SPAN = 4\n"
+        "import sys; from lca_posthoc import prepare; prepare._LONGEST_SPAN = 4\n"
         "from lca_posthoc.cli import main; main()"
     )
     script = root / "lca_short_spans.py"

@@ -24,9 +24,9 @@ from lca_posthoc.findings import layers, microscope
 from lca_posthoc.report import MOST_BYTES, page, write_report
 from lca_posthoc.report import microscope as scope
 from lca_posthoc.report.content import Column, Table
+from lca_posthoc.report.downsample import kept, lines, numbers, over_segments, over_steps, picture, thinned
 from lca_posthoc.report.panels import choose
 from lca_posthoc.report.sections import candidates
-from lca_posthoc.report.thin import kept, lines, numbers, over_segments, over_steps, picture, thinned
 from tests.browser import CHROMIUM, SIZES, Browser, browser
 from tests.deep import NASTY, deep, hostile
 from tests.found import module

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 import lca_posthoc
 from lca_posthoc import Loss, Recorder, Task, open_run
 from lca_posthoc.errors import InputError, LCAError
-from lca_posthoc.records import TreeSum, half, join_all
+from lca_posthoc.schema import TreeSum, half, join_all
 from lca_posthoc.store import read_manifest, required_bytes
 from lca_posthoc.store.keys import encode_all
 from lca_posthoc.store.layout import plan_arrays

@@ -19,7 +19,7 @@ from lca_posthoc import Loss, Task
 from lca_posthoc.errors import InputError
 from lca_posthoc.plan import plan
 from lca_posthoc.progress import Note
-from lca_posthoc.records import in_units_of_loss
+from lca_posthoc.schema import in_units_of_loss
 from lca_posthoc.settings import DEFAULTS, resolve
 
 from .small import lca, refused, run_lca, write_step, write_task

@@ -20,7 +20,7 @@ import zarr
 
 import lca_posthoc
 from lca_posthoc import open_run, store
-from lca_posthoc.cluster import delivery
+from lca_posthoc.cluster import broadcast
 from lca_posthoc.errors import LCAError, SpanError
 from lca_posthoc.progress import SpanDone
 from lca_posthoc.store import Damage, Leftover, RunWriter, lock, read_manifest, verify
@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("verify")
     record(root / "ck")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lca_posthoc.preparation._WINDOWS", 4)
+        patch.setattr("lca_posthoc.prepare._WINDOWS", 4)
         task = write_task(root / "task.py", *STRINGS)
         lca_posthoc.run(root / "ck", task, losses=["all"], cluster="inline", span=1, out=root / "run.lca")
     return root
@@ -289,7 +289,7 @@ def test_verifying_while_a_run_goes_on_finds_nothing(place: Path, run: Path) -> 
         marker(run, "train", 0).unlink()
         patch.setattr("lca_posthoc.replay.replay_span", lambda spec: specs.append(spec) or replay_span(spec))
         replayed(place)
-    delivery.take_in(specs[0]["setup"]["parcel"], pack(place / "task.py")[1])
+    broadcast.take_in(specs[0]["setup"]["parcel"], pack(place / "task.py")[1])
     checking, seen = store.verify(run), 0
     original = type(checking)._not_plain
 

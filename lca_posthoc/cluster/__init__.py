@@ -13,10 +13,10 @@ import threading
 from collections.abc import Iterator
 
 from ..errors import InputError
-from .delivery import delivered
+from .broadcast import delivered
 from .inline import Inline
 from .local import local_workers, on_this_host, visible_device
-from .outcomes import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting
+from .protocol import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting
 from .remote import at_address
 from .where import Where
 

@@ -8,8 +8,8 @@ import uuid
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
-from . import delivery
-from .outcomes import Cluster, Done, Function, Outcome, Settled, Spec
+from . import broadcast
+from .protocol import Cluster, Done, Function, Outcome, Settled, Spec
 
 
 class Inline:
@@ -34,12 +34,12 @@ class Inline:
             yield cluster
         finally:
             for key in cluster._delivered:
-                delivery.drop(key)
+                broadcast.drop(key)
 
     def deliver(self, data: bytes) -> str:
         """See `Cluster.deliver`."""
         self._delivered.append(uuid.uuid4().hex)
-        delivery.take_in(self._delivered[-1], data)
+        broadcast.take_in(self._delivered[-1], data)
         return self._delivered[-1]
 
     def muster(self, function: Function, spec: Spec) -> dict[str, Any]:

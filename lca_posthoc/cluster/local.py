@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import ResourceError
-from .outcomes import Cluster
+from .protocol import Cluster
 from .where import Where
 from .workers import ANSWER_SECONDS, Workers
 

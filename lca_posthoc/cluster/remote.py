@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import InputError, ResourceError
-from .outcomes import Cluster
+from .protocol import Cluster
 from .where import Where, is_closed, open_to_others
 from .workers import ANSWER_SECONDS, WITHOUT_US, Workers, has_us, shortly
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from .. import __version__
 from ..errors import ResourceError
-from . import delivery
-from .outcomes import Done, Function, Lost, Outcome, Refused, Retried, Settled, Slow, Spec, Waiting
+from . import broadcast
+from .protocol import Done, Function, Lost, Outcome, Refused, Retried, Settled, Slow, Spec, Waiting
 
 ANSWER_SECONDS = 120.0  # for a worker to come up, or to answer a small question
 RESULT_SECONDS = 10.0  # for the few kilobytes of a result
@@ -484,9 +484,9 @@ def _delivery(key: str, data: bytes) -> Any:
         name = key
 
         def setup(self, worker: Any) -> None:
-            delivery.take_in(key, data)
+            broadcast.take_in(key, data)
 
         def teardown(self, worker: Any) -> None:
-            delivery.drop(key)
+            broadcast.drop(key)
 
     return Delivery()

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from ..errors import InputError, ResourceError, amount
 from ..headers import HALF, TensorHeader, read_header
 from ..locks import DirectoryLock
-from ..places import here
+from ..paths import here
 from ..recorder.writer import name_of, step_of
 from ..task import Task
 from ..text import count

@@ -8,8 +8,7 @@ import numpy as np
 import xarray as xr
 
 from ..store import LossResults
-from .layers import layers
-from .parts import (
+from .common import (
     Numbers,
     Variable,
     about,
@@ -21,6 +20,7 @@ from .parts import (
     place_of,
     unfinished,
 )
+from .layers import layers
 
 
 def candidates(results: LossResults, *, by: str | int = "module", most: int = 20) -> xr.Dataset:

@@ -13,8 +13,8 @@ import xarray as xr
 
 from ..errors import InputError
 from ..store import LossResults
+from .common import about, described, label_of, unfinished
 from .design import design_of, differences
-from .parts import about, described, label_of, unfinished
 from .summary import summary
 
 _ROUNDING = 16 * np.finfo(float).eps  # of a mean, relative: repeats that differ by less do not differ

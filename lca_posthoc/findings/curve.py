@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from ..store import LossResults
-from .parts import Numbers, about, described, tables, unfinished
+from .common import Numbers, about, described, tables, unfinished
 
 
 def curve(results: LossResults) -> xr.Dataset:

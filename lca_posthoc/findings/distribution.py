@@ -8,9 +8,9 @@ import numpy as np
 import scipy  # its parts load when they are used
 import xarray as xr
 
-from ..records import histogram_edges
+from ..schema import histogram_edges
 from ..store import LossResults
-from .parts import BLOCK, Numbers, Variable, about, blocks, described, tables, unfinished
+from .common import BLOCK, Numbers, Variable, about, blocks, described, tables, unfinished
 
 _TOP = 0.01
 

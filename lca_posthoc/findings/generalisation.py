@@ -11,8 +11,8 @@ import xarray as xr
 
 from ..errors import InputError
 from ..store import LossResults
+from .common import Variable, about, described, each_total, largest, parameter_name, place_of, unfinished
 from .layers import layers
-from .parts import Variable, about, described, each_total, largest, parameter_name, place_of, unfinished
 
 _SPLIT_WORDS = re.compile(r"train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval(uation)?|held.?out", re.IGNORECASE)
 

@@ -9,7 +9,7 @@ import scipy  # its parts load when they are used
 import xarray as xr
 
 from ..store import LossResults
-from .parts import Numbers, Variable, about, described, each_total, parameter_name, place_of, tables, unfinished
+from .common import Numbers, Variable, about, described, each_total, parameter_name, place_of, tables, unfinished
 
 _BINS = 100
 _FEWEST = 5  # joined bins, however short the run

@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from ..store import LossResults
-from .parts import ROLES, about, described, grouping, label_of, moving_buffers, roles, tables, unfinished
+from .common import ROLES, about, described, grouping, label_of, moving_buffers, roles, tables, unfinished
 
 
 def layers(results: LossResults, *, by: str | int = "module", apart: bool = False) -> xr.Dataset:

@@ -11,7 +11,7 @@ import xarray as xr
 from ..errors import InputError
 from ..store import LossResults
 from ..trajectory import TensorSpec
-from .parts import Numbers, about, blocks, described, stretches, tables, unfinished
+from .common import Numbers, about, blocks, described, stretches, tables, unfinished
 
 _QUANTILE = 0.995
 

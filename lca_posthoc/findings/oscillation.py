@@ -10,11 +10,11 @@ import numpy as np
 import xarray as xr
 
 from ..errors import LCAError
-from ..places import located
-from ..records import SIGNED
+from ..paths import located
+from ..schema import SIGNED
 from ..store import LossResults
 from ..trajectory import read_checkpoint
-from .parts import (
+from .common import (
     Numbers,
     Variable,
     about,

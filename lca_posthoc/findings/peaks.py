@@ -13,7 +13,7 @@ import xarray as xr
 from ..errors import InputError
 from ..store import LossResults
 from ..text import count
-from .parts import about, described, grouping, tables, unfinished
+from .common import about, described, grouping, tables, unfinished
 
 SIGNALS = {"allocation": "allocated", "motion": "motion", "gradient": "gradient"}
 _AT_ONCE = 2**18  # candidates that are in memory at a time

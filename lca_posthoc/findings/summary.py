@@ -11,7 +11,7 @@ import xarray as xr
 
 from ..errors import LCAError
 from ..store import LossResults
-from .parts import label_of, moving_buffers
+from .common import label_of, moving_buffers
 
 
 def summary(results: LossResults) -> dict[str, Any]:

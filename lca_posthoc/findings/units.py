@@ -9,7 +9,7 @@ import xarray as xr
 
 from ..errors import InputError
 from ..store import LossResults
-from .parts import BLOCK, Numbers, about, described, grouping, label_of, moving_buffers, stretches, tables, unfinished
+from .common import BLOCK, Numbers, about, described, grouping, label_of, moving_buffers, stretches, tables, unfinished
 
 
 def units(results: LossResults, *, layer: str | None = None, frames: int = 500) -> xr.Dataset:

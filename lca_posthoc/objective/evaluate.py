@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import InputError, SpanError, few
-from ..records import SAME_LOSS
+from ..schema import SAME_LOSS
 from ..task import Loss, Task, convert, every_name
 from ..trajectory import TensorSpec
 from .autocast import Watch

@@ -22,8 +22,8 @@ from torch.utils.data import (
     default_convert,
 )
 
+from ..available_memory import free_memory
 from ..errors import InputError
-from ..host import free_memory
 from .containers import change_tensors, digest_of, feed, rows, size_of
 from .draws import Draws
 

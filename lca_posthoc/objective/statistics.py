@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ResourceError
-from ..records import RecalibrationRecord
+from ..schema import RecalibrationRecord
 from ..trajectory import is_statistic
 from .batches import Split, automatic_batch_size
 from .containers import fresh

@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from .takeover import Takeover
+from .optimizer_guard import Takeover
 
 _DEPTH = 3  # of wrappers within wrappers that are looked into
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from ..errors import InputError, LCAError, ResourceError, amount, few
 from ..locks import DirectoryLock
-from ..places import here, nearest
+from ..paths import here, nearest
 from ..text import count
 from ..trajectory import reserved
+from .optimizer_guard import Takeover, trains
 from .outermost import Outermost, Told, can_follow
 from .staging import Contents, Layout, Stager, refuse_flattened
-from .takeover import Takeover, trains
 from .writer import Writer, step_of
 
 

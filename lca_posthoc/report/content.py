@@ -11,7 +11,7 @@ from bokeh.plotting import figure
 
 from ..text import count as count
 from ..text import safe_in_page
-from .thin import Json
+from .downsample import Json
 
 _LONGEST = 160  # characters of a name
 MOST_ROWS = 60

@@ -14,8 +14,8 @@ from ..errors import LCAError
 from ..findings.names import fitting
 from ..trajectory import TensorSpec
 from .content import clean, count
+from .downsample import Packed, raw
 from .panels import Panel
-from .thin import Packed, raw
 
 FRAMES = 120
 _FEWEST = 40  # frames, so that each parameter has a cell of its own

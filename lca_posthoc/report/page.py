@@ -23,11 +23,11 @@ from .. import __version__, colours
 from ..errors import InputError, LCAError, amount
 from ..store import Run
 from .content import Block, Section, View, cell, clean, listed
+from .downsample import Json
 from .microscope import BYTES, microscope
 from .panels import MOST_GROUPS, Panel, Room, beside, choose, run_labels
 from .sections import SECTIONS, compare, curve
 from .sections.headline import headline
-from .thin import Json
 
 MOST_BYTES = 8_000_000
 _DATA = 3_000_000  # of the page, for series and pictures; shared by the panels

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..records import BINS, FIELDS, OF_MOTION, PER_GROUP, STEP_FIELDS, TENSOR_FIELDS
+from ..schema import BINS, FIELDS, OF_MOTION, PER_GROUP, STEP_FIELDS, TENSOR_FIELDS
 from .manifest import LossRecord, Manifest, StoredTensor
 
 _CHUNK_BYTES = 2**20

@@ -12,7 +12,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from ..records import FIELDS, histogram_edges
+from ..schema import FIELDS, histogram_edges
 from .layout import ArrayPlan, plan_arrays
 from .manifest import Manifest
 

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from ..errors import LCAError
-from ..records import TOTALS
+from ..schema import TOTALS
 from ..text import count
 from .chunks import CheckedStore
 from .commits import Commits, Marker

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ..errors import InputError, LCAError, amount
-from ..records import KEEP
+from ..schema import KEEP
 from ..trajectory import RESERVED, Checkpoint, TensorSpec
 from .files import read_json, sealed_json, write_whole
 from .manifest import LossRecord, Manifest, StoredTensor

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from ..places import nearest
+from ..paths import nearest
 
 _HEARTBEAT = 10.0
 _STALE = 120.0  # seconds without a heartbeat, of a driver on another host

@@ -10,7 +10,7 @@ import zarr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from ..records import FIELDS, TOTALS, Totals, join_all
+from ..schema import FIELDS, TOTALS, Totals, join_all
 from .chunks import CheckedStore
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..errors import LCAError
+from .boundary_checks import disagreement
 from .commits import DATA, PARTIAL, Commits
 from .layout import ArrayPlan, plan_arrays
 from .lock import is_unreleased
@@ -18,7 +19,6 @@ from .manifest import Manifest
 from .metadata import FILE as ZARR
 from .metadata import fits, group_file, metadata_files
 from .runfile import FILE, load
-from .seams import disagreement
 
 _BLOCK = 2**22
 

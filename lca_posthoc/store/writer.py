@@ -26,7 +26,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from ..errors import InputError, LCAError, ResourceError, SpanError
-from ..records import BINS, FIELDS, Totals, join_all
+from ..schema import BINS, FIELDS, Totals, join_all
 from ..trajectory import Checkpoint
 from .chunks import RowStore
 from .commits import COMMITS, DATA, PARTIAL, Commits, Marker

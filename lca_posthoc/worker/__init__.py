@@ -3,8 +3,8 @@
 Each takes a request as plain data and returns its answer, or the error it met, as plain data; see `requests`.
 """
 
-from .admission import admit, versions
 from .checks import describe, probe, sampled
+from .compatibility import admit, versions
 from .costs import compressions, measure
 from .spans import SAMPLED, looks_back, losses_at, replay_span, settled
 

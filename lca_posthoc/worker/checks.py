@@ -11,7 +11,6 @@ import numpy as np
 
 from ..errors import InputError, SpanError, few
 from ..leftovers import counts, left_out_note, refuted
-from ..records import SAME_LOSS, is_share
 from ..requests import (
     DescribeRequest,
     Description,
@@ -20,6 +19,7 @@ from ..requests import (
     ProbeRequest,
     Sample,
 )
+from ..schema import SAME_LOSS, is_share
 from ..text import count as counted
 from ..trajectory import drop_options, is_statistic, read_checkpoint, read_stored
 from .memory import block_of, short_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from .. import host
+from .. import available_memory
 from ..errors import amount
 from ..requests import SampleRequest
 from ..text import count
@@ -43,7 +43,7 @@ def free_memory(workers: int, device: torch.device) -> float:
 
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    return host.free_memory() / workers
+    return available_memory.free_memory() / workers
 
 
 def needed(request: SampleRequest[Any], objective: Objective, names: list[str], blocks: dict[str, int | None]) -> float:

@@ -16,7 +16,6 @@ import numpy as np
 
 from ..cluster import Spec
 from ..errors import ResourceError, SpanError
-from ..records import in_units_of_loss
 from ..requests import (
     LossesAnswer,
     LossesRequest,
@@ -28,6 +27,7 @@ from ..requests import (
     from_plain,
     to_plain,
 )
+from ..schema import in_units_of_loss
 from ..trajectory import read_stored
 from .state import Point, checkpoint_at, objective_of, point_at, points_of, reported
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from .. import task
 from ..cluster import Spec, delivered
 from ..errors import InputError, LCAError, ResourceError, SpanError, pack
-from ..places import located
+from ..paths import located
 from ..requests import Failure, StoredPoints, TaskRequest, TaskSetup, from_plain, to_plain
 from ..trajectory import Checkpoint, read_checkpoint
 

@@ -15,7 +15,7 @@ import torch
 from click.testing import Result
 from safetensors.torch import load, save
 
-from lca_posthoc import preparation, replay
+from lca_posthoc import prepare, replay
 from tests.small import run_lca, says, step_file
 
 from . import fault, ground
@@ -116,7 +116,7 @@ def _put(file: Path, data: bytes | None) -> None:
 
 
 def _run(place: Path, out: Path) -> Result:
-    with mock.patch.object(preparation, "choose_span", return_value=ground.SPAN):
+    with mock.patch.object(prepare, "choose_span", return_value=ground.SPAN):
         return run_lca(place / "checkpoints", place / "small_task.py", out, "--loss", "all", "--tolerance", "inf")
 
 

@@ -20,11 +20,11 @@ from tests.small import contents, task_namespace, write_task
 
 SPAN = 2  # segments: many spans of little work
 SCRIPT = f"""
-from lca_posthoc import preparation
+from lca_posthoc import prepare
 from lca_posthoc.cli import main
 
 if __name__ == "__main__":
-    preparation.choose_span = lambda *_: {SPAN}
+    prepare.choose_span = lambda *_: {SPAN}
     main()
 """
 

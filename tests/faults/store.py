@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 import lca_posthoc
-from lca_posthoc import open_run, preparation
-from lca_posthoc.cluster import delivery
+from lca_posthoc import open_run, prepare
+from lca_posthoc.cluster import broadcast
 from lca_posthoc.errors import LCAError
 from lca_posthoc.progress import SpanDone
 from lca_posthoc.replay import repair
@@ -41,8 +41,8 @@ Change = Callable[[Path], object]
 def _run(place: Path, out: Path) -> Any:
     """`lca run` over every loss in this process, in spans of two segments."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "choose_span", lambda *_: SPAN)
-        patch.setattr(preparation, "_WINDOWS", 4)
+        patch.setattr(prepare, "choose_span", lambda *_: SPAN)
+        patch.setattr(prepare, "_WINDOWS", 4)
         arguments = (place / "checkpoints", "--task", place / "small_task.py", "--out", out, *OPTIONS)
         return lca("run", *arguments)
 
@@ -240,7 +240,7 @@ def replay_twice(count: int, place: Path) -> str:
         patch.setattr("lca_posthoc.replay.replay_span", lambda spec: specs.append(spec) or replay_span(spec))
         _resumed(place, out)
     assert [spec["span"] for spec in specs] == list(range(5))
-    delivery.take_in(specs[0]["setup"]["parcel"], pack(place / "small_task.py")[1])
+    broadcast.take_in(specs[0]["setup"]["parcel"], pack(place / "small_task.py")[1])
     context = multiprocessing.get_context("fork")
     cases, together = [specs[at % len(specs)] for at in range(count)], context.Barrier(2, timeout=60)
     both = [context.Process(target=_replay, args=(cases, out, clean, together, first)) for first in (True, False)]

@@ -17,7 +17,7 @@ import psutil
 from distributed import Client
 from safetensors.torch import load_file
 
-from lca_posthoc import open_run, preparation
+from lca_posthoc import open_run, prepare
 from tests.small import refused, run_lca, says, write_task
 from tests.standing import standing
 
@@ -108,7 +108,7 @@ def _apart(out: Path, clean: Path) -> float:
 
 
 def _run(place: Path, out: Path, *options: object) -> Any:
-    with mock.patch.object(preparation, "choose_span", return_value=ground.SPAN):
+    with mock.patch.object(prepare, "choose_span", return_value=ground.SPAN):
         given = ("--loss", "all", "--tolerance", "inf", *options)
         return run_lca(place / "checkpoints", place / "small_task.py", out, *given)
 

@@ -11,9 +11,9 @@ from ... import findings
 from ...errors import LCAError
 from ...store import LossResults
 from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, clean, count, percent, plain
+from ..downsample import Json, lines, over_steps
 from ..figures import add_many, steps_figure
 from ..panels import Panel, Room
-from ..thin import Json, lines, over_steps
 from .layers import largest
 
 _SAID = 6  # runs in the sentence

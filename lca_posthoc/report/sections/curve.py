@@ -9,9 +9,9 @@ import numpy as np
 import xarray as xr
 
 from ..content import Block, Section, View, clean, count, plain, signed
+from ..downsample import numbers, over_segments, over_steps, thinned
 from ..figures import ACCENT, INK, MUTED, add_dots, add_level, add_lines, steps_figure
 from ..panels import Panel, Room
-from ..thin import numbers, over_segments, over_steps, thinned
 
 Numbers = np.ndarray[Any, Any]
 

@@ -9,9 +9,9 @@ import xarray as xr
 from bokeh.models import FixedTicker
 
 from ..content import Block, Cell, Column, Section, Table, View, count, percent, plain, signed
+from ..downsample import Json, numbers
 from ..figures import add_boxes, plain_figure
 from ..panels import Panel, Room
-from ..thin import Json, numbers
 
 _LEAST = 1e-5  # share of a bar that is drawn
 _CHOICES = ("how many there are", "what they add up to")

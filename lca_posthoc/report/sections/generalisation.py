@@ -7,9 +7,9 @@ import xarray as xr
 
 from ...findings.generalisation import two_splits
 from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, clean, count, listed
+from ..downsample import Json, kept, numbers
 from ..figures import ACCENT, INK, add_level, add_lines, steps_figure
 from ..panels import Panel, Room
-from ..thin import Json, kept, numbers
 from .layers import largest
 
 

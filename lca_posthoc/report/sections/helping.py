@@ -9,9 +9,9 @@ import xarray as xr
 
 from ...findings.helping import joined_shares
 from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, View, clean, count, percent
+from ..downsample import numbers, over_segments, thinned
 from ..figures import ACCENT, INK, add_boxes, add_level, add_lines, plain_figure, steps_figure
 from ..panels import Panel, Room
-from ..thin import numbers, over_segments, thinned
 from .layers import largest
 
 _ALL = "all parameters"

@@ -8,9 +8,9 @@ import numpy as np
 import xarray as xr
 
 from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, View, clean, count, listed, signed
+from ..downsample import lines, over_steps
 from ..figures import add_level, add_many, steps_figure
 from ..panels import Panel, Room
-from ..thin import lines, over_steps
 
 _DRAWN = 6  # layers ticked at first
 

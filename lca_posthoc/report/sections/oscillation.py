@@ -6,9 +6,9 @@ import numpy as np
 import xarray as xr
 
 from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, View, clean, count, plain
+from ..downsample import over_segments, thinned
 from ..figures import INK, MUTED, add_level, add_lines, steps_figure
 from ..panels import Panel, Room
-from ..thin import over_segments, thinned
 from .layers import largest
 
 _SIGNALS = ("weight", "gradient", "allocation")

@@ -11,9 +11,9 @@ from bokeh.models import FixedTicker, Range1d
 from ...findings.names import fitting
 from ...findings.peaks import powerless
 from ..content import Block, Cell, Column, Section, Table, View, clean, count, plain
+from ..downsample import numbers
 from ..figures import ACCENT, add_boxes, add_dots, add_level, plain_figure, steps_figure
 from ..panels import Panel, Room
-from ..thin import numbers
 
 _LAYERS = 40
 _DOTS = 6000

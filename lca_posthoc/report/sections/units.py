@@ -8,9 +8,9 @@ import numpy as np
 from bokeh.models import Range1d
 
 from ..content import Block, Cell, Column, Section, Table, View, clean, count, listed, signed
+from ..downsample import gaps, picture
 from ..figures import add_picture, steps_figure
 from ..panels import Panel, Room
-from ..thin import gaps, picture
 
 _LAYERS = 12
 _ROWS = 256  # units beside each other in a picture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import LCAError, ResourceError
 from ..headers import read_header
-from ..places import located, reached
+from ..paths import located, reached
 from ..requests import Admission, AdmissionRequest
 from .state import reported
 

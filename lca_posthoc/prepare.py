@@ -14,9 +14,8 @@ from typing import Any, TypeVar
 
 from .cluster import Cluster, Done, Lost, Spec
 from .errors import InputError, Interrupted, ResourceError, SpanError, few
-from .places import absolute, below
+from .paths import absolute, below
 from .quadrature import COMPOSITE, RULES
-from .records import ROUNDING, in_units_of_loss, is_share
 from .requests import (
     Admission,
     AdmissionRequest,
@@ -34,6 +33,7 @@ from .requests import (
     from_plain,
     to_plain,
 )
+from .schema import ROUNDING, in_units_of_loss, is_share
 from .settings import Settings
 from .store import LossRecord, Manifest, StoredTensor
 from .store.keys import encode_all

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from ..errors import LCAError
-from ..records import SAME_LOSS
+from ..schema import SAME_LOSS
 from .commits import Commits
 
 Ends = Mapping[int, list[float]]  # span → the loss at its first and its last checkpoint, groups averaged

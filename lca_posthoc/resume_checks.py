@@ -9,7 +9,7 @@ from typing import Any
 from . import store
 from .cluster import Cluster
 from .errors import InputError
-from .preparation import ask
+from .prepare import ask
 from .requests import LossesRequest, RunRequest
 from .store import LossRecord, RunWriter, StoredTensor
 from .trajectory import Checkpoint

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from ..errors import InputError, LCAError
-from ..records import FIELDS
+from ..schema import FIELDS
 from ..store import LossResults
 from ..text import count
 from ..trajectory import TensorSpec

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from lca_posthoc import host
+from lca_posthoc import available_memory
 
 GB = 10**9
 UNLIMITED = 2**63 - 4096  # what version 1 says where there is no limit
@@ -80,12 +80,12 @@ def test_free_memory_is_what_the_narrowest_limit_leaves(
             cached = f"file 12345\n{names['prefix']}inactive_file {cached}\n"
         if cached is not None:
             (place / "memory.stat").write_bytes(os.fsencode(cached))
-    monkeypatch.setattr(host, "OF_PROCESS", tmp_path / "self")
-    monkeypatch.setattr(host, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(available_memory, "OF_PROCESS", tmp_path / "self")
+    monkeypatch.setattr(available_memory, "GROUPS", tmp_path / "groups")
     memory = psutil.virtual_memory()._replace(available=100 * GB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    assert host.free_memory() == left
+    assert available_memory.free_memory() == left
 
 
 def test_this_process_has_free_memory() -> None:
-    assert 0 < host.free_memory() <= psutil.virtual_memory().total
+    assert 0 < available_memory.free_memory() <= psutil.virtual_memory().total

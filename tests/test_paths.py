@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import save_file
 
 import lca_posthoc
-from lca_posthoc import open_trajectory, places
+from lca_posthoc import open_trajectory, paths
 from lca_posthoc.errors import InputError, ResourceError, SpanError
 from lca_posthoc.trajectory import read_checkpoint
 from tests.small import STEPS, iterates, lca, record, refused, run_lca, step_file, write_task
@@ -222,4 +222,4 @@ def test_a_driver_that_fails_in_its_own_way_is_said(
         InputError, match=r"cannot read checkpoint file memory://ck/step_00000000.safetensors: Odd: no parts"
     ):
         open_trajectory(memory)
-    assert places.is_remote(places.located(memory))
+    assert paths.is_remote(paths.located(memory))
