@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from .cluster import Where, local_workers, open_cluster, visible_device
+from .cluster import ClusterConfig, local_workers, open_cluster, visible_device
 from .errors import InputError, amount
 from .headers import read_header
 from .objective import new_model
@@ -165,7 +165,7 @@ def plan(
     )
     workers = workers or local_workers(settings["device"])
     entry, data = pack(task)
-    with open_cluster(Where("inline"), settings["device"], threading.Event()) as cluster:
+    with open_cluster(ClusterConfig("inline"), settings["device"], threading.Event()) as cluster:
         parcel = cluster.deliver(data)
         tell("building the task, and probing it on a sample")
         ready = prepare(cluster, trajectory, entry, parcel, list(losses), settings, workers=workers)

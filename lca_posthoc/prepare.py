@@ -126,7 +126,7 @@ def prepare(
     sample = Sample(
         points=_sampled_points(trajectory, names, modes),
         ends=segments,
-        workers=workers or cluster.crowd,
+        workers=workers or cluster.max_per_host,
         span=existing.span if existing else span,
     )
     request = ProbeRequest(
@@ -187,7 +187,7 @@ def ask(cluster: Cluster, work: Callable[[Spec], Spec], request: Question[Answer
     raise Interrupted("stopped before the first span.")
 
 
-def muster(cluster: Cluster, trajectory: Trajectory, device: str | None, token: tuple[Path, str]) -> list[str]:
+def check_workers(cluster: Cluster, trajectory: Trajectory, device: str | None, token: tuple[Path, str]) -> list[str]:
     """Ask every worker that somebody else started whether it can take part, and settle on a device.
 
     Args:
@@ -211,7 +211,7 @@ def muster(cluster: Cluster, trajectory: Trajectory, device: str | None, token: 
         root=absolute(trajectory.root),
         checkpoints=[checkpoints[0], checkpoints[-1]],
     )
-    answers = cluster.muster(admit, to_plain(request))
+    answers = cluster.check_workers(admit, to_plain(request))
     refused = [
         f"worker {name} {error['message'] if isinstance(error, dict) else error}"
         for name, answer in answers.items()

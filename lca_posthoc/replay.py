@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from . import store
-from .cluster import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Waiting, Where, open_cluster
+from .cluster import Cluster, ClusterConfig, Done, Lost, Outcome, Refused, Retried, Slow, Waiting, open_cluster
 from .display import duration, listening
 from .errors import InputError, Interrupted, LCAError, NotFiniteError, ResourceError, SpanError, amount, few
 from .paths import here, is_remote, located, nearest
-from .prepare import Preparation, ask, muster, prepare, relative
+from .prepare import Preparation, ask, check_workers, prepare, relative
 from .progress import Listener, Log, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow, Stage, Stopping
 from .requests import CompressionsRequest, Failure, RunRequest, SpanRequest, answered, from_plain, to_plain
 from .resume_checks import same_checkpoints, same_loss, same_tensors, same_values
@@ -131,7 +131,7 @@ def run(
     }
     if span is not None and (span < 1 or span & (span - 1)):
         raise InputError(f"span must be a power of two, got {span}.")
-    where = Where(
+    where = ClusterConfig(
         kind=cluster,
         workers=workers,
         tls_ca=tls_ca,
@@ -205,7 +205,9 @@ def repair(
         SpanError: where damaged spans could not be computed again.
     """
     place, durable = Path(path), _durable(durability)
-    where = Where(kind=cluster, workers=workers, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, insecure=insecure)
+    where = ClusterConfig(
+        kind=cluster, workers=workers, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, insecure=insecure
+    )
     packed = pack(task)
     store.read_manifest(place)
     with store.hold(place):
@@ -370,7 +372,7 @@ class _Job:
         again = "Press Ctrl-C again" if number == signal.SIGINT else "Send SIGTERM again"
         self.tell(Stopping(f"stopping {waits}. {again} to stop now: {lost}."))
 
-    def run(self, where: Where) -> None:
+    def run(self, where: ClusterConfig) -> None:
         where.check()
         with _signals(self._say_stopping) as stop, store.announced(self.path) as self.announcement:
             try:
@@ -386,7 +388,7 @@ class _Job:
                     ) from error
                 raise ResourceError(f"no space left for the result ({error}). Free some and run again.") from error
 
-    def _run(self, where: Where, stop: _Stop) -> None:
+    def _run(self, where: ClusterConfig, stop: _Stop) -> None:
         recorded = store.read_manifest(self.path) if (self.path / "run.json").exists() else None
         settings = resolve(self.asked, recorded.settings if recorded else None)
         self._begin("reading the headers of the checkpoints")
@@ -437,7 +439,7 @@ class _Job:
         if strangers:
             self._begin("asking each worker what it has")
             with store.token(self.path) as token:
-                notes = muster(cluster, trajectory, settings["device"], token)
+                notes = check_workers(cluster, trajectory, settings["device"], token)
             for note in notes:
                 self.tell(Note(note))
         settings = on_device(settings, cluster.device)
@@ -460,7 +462,7 @@ class _Job:
             if lock.unclean:
                 writer.sweep()
             if strangers:  # who comes late is asked about the run directory itself
-                muster(cluster, trajectory, cluster.device, stack.enter_context(store.token(self.path)))
+                check_workers(cluster, trajectory, cluster.device, stack.enter_context(store.token(self.path)))
             self._bring_up(cluster, writer, ready)
             common = RunRequest[Any](
                 setup=ready.setup,

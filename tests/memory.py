@@ -31,7 +31,7 @@ _GROUPED = ("curve", "distribution", "helping", "oscillation", "layers", "units"
 CASES: dict[str, Case] = {
     **{name: (name, {}, ("train",)) for name in (*_PLAIN, "microscope")},
     "generalisation": ("generalisation", {}, ("train", "validation")),
-    "layers, apart": ("layers", {"apart": True}, ("train",)),
+    "layers, by role": ("layers", {"by_role": True}, ("train",)),
     "peaks of the motion": ("peaks", {"signal": "motion"}, ("train",)),
     **{f"{name}, groups": (name, {}, ("per_class",)) for name in _GROUPED},
 }

@@ -79,8 +79,8 @@ def test_without_ffmpeg_it_says_so_and_how_else(here: Path, monkeypatch: pytest.
     "arguments",
     [
         ("layers", "--by", "tensor"),
-        ("layers", "--by", "1", "--show", "total"),
-        ("layers", "--apart", "--show", "mean"),
+        ("layers", "--by", "1", "--quantity", "total"),
+        ("layers", "--by-role", "--quantity", "mean"),
         ("units", "--layer", "hidden"),
         ("peaks", "--signal", "motion"),
         ("oscillation", "--parameter", "hidden.weight[0, 1]"),

@@ -13,7 +13,7 @@ from urllib.request import urlopen
 import psutil
 import pytest
 
-from lca_posthoc.cluster import Cluster, Done, Lost, Retried, Spec, Where, open_cluster
+from lca_posthoc.cluster import Cluster, ClusterConfig, Done, Lost, Retried, Spec, open_cluster
 from lca_posthoc.cluster import local as local_module
 from lca_posthoc.cluster import workers as workers_module
 from lca_posthoc.cluster.local import gpu_environments, local_workers
@@ -54,14 +54,14 @@ def stop_and_wait(spec: Spec) -> str:
 @pytest.fixture(scope="module", params=["inline", "local"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     with open_cluster(
-        Where(request.param, 2 if request.param == "local" else None), "cpu", threading.Event()
+        ClusterConfig(request.param, 2 if request.param == "local" else None), "cpu", threading.Event()
     ) as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
 def local() -> Iterator[Cluster]:
-    with open_cluster(Where("local", 2), "cpu", threading.Event()) as opened:
+    with open_cluster(ClusterConfig("local", 2), "cpu", threading.Event()) as opened:
         yield opened
 
 
@@ -130,7 +130,7 @@ def test_draining_finishes_what_runs_and_starts_nothing_more(tmp_path: Path, mon
     monkeypatch.setattr(workers_module, "_event", Told)
     asking = threading.Thread(target=ask)
     asking.start()
-    with open_cluster(Where("local", 1), "cpu", stop) as opened:
+    with open_cluster(ClusterConfig("local", 1), "cpu", stop) as opened:
         specs = [{"running": str(tmp_path / name), "release": str(release)} for name in names]
         outcomes = list(opened.map(stop_and_wait, specs))
     asking.join()
@@ -183,7 +183,7 @@ def seen(spec: Spec) -> str | None:
 def test_each_local_worker_sees_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a worker is told; what a GPU makes of it is for machines that have one."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,MIG-4d1e")
-    with open_cluster(Where("local"), "cuda", threading.Event()) as opened:
+    with open_cluster(ClusterConfig("local"), "cuda", threading.Event()) as opened:
         assert opened.workers == 2
         opened.settle_on("cuda")
         outcomes = list(opened.map(seen, [{} for _ in range(8)]))
@@ -191,13 +191,13 @@ def test_each_local_worker_sees_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_dashboard_is_on_loopback_and_only_when_asked_for() -> None:
-    with open_cluster(Where("local", 1, dashboard=True), "cpu", threading.Event()) as opened:
+    with open_cluster(ClusterConfig("local", 1, dashboard=True), "cpu", threading.Event()) as opened:
         assert opened.dashboard is not None
         assert urlsplit(opened.dashboard).hostname == "127.0.0.1"
         assert urlopen(opened.dashboard, timeout=30).status == 200
         listening = [each.laddr.ip for each in psutil.Process().net_connections() if each.status == psutil.CONN_LISTEN]
         assert set(listening) <= {"127.0.0.1", "::1"}
-    with open_cluster(Where("local", 1), "cpu", threading.Event()) as opened:
+    with open_cluster(ClusterConfig("local", 1), "cpu", threading.Event()) as opened:
         assert opened.dashboard is None
 
 
@@ -205,7 +205,7 @@ def test_a_worker_whose_nanny_gave_up_is_replaced(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(
         local_module, "_SETTINGS", {**local_module._SETTINGS, "distributed.deploy.lost-worker-timeout": "1s"}
     )
-    with open_cluster(Where("local", 1), "cpu", threading.Event()) as opened:
+    with open_cluster(ClusterConfig("local", 1), "cpu", threading.Event()) as opened:
         (first,) = [done.result for done in opened.map(process, [{}]) if isinstance(done, Done)]
         nanny = next(iter(opened.replace.func.__self__.workers.values()))  # type: ignore[attr-defined]
         nanny.auto_restart = False

@@ -1,4 +1,4 @@
-"""The first minute, as a new user walks it."""
+"""The first minute, as a new user passes it."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def test_layers(replayed: Bowl, by: str | int, expected: dict[str, list[str]], l
 
 
 def test_layers_apart(replayed: Bowl) -> None:
-    found = findings.layers(replayed.run["train"], apart=True)
+    found = findings.layers(replayed.run["train"], by_role=True)
     assert dict(zip(found["layer"].values, found["role"].values, strict=True)) == {
         "first kernel": "kernel",
         "first bias": "bias",

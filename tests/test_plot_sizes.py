@@ -85,7 +85,7 @@ def test_no_label_is_cut_off_or_covers_another(name: str, size: tuple[int, int])
 @pytest.mark.parametrize(("layers", "top"), [(6, None), (41, None), (200, None), (41, 4), (200, 20), (29, 29)])
 def test_the_strongest_layers_have_a_name_and_a_colour_and_the_others_are_grey(layers: int, top: int | None) -> None:
     given = found.large("layers", layers, 30)
-    ax = plots.layers(given, show="cumulative", top=top)
+    ax = plots.layers(given, quantity="cumulative", top=top)
     figure = ax.figure
     figure.canvas.draw()
     last = given["cumulative"].values[-1]
@@ -166,7 +166,7 @@ def test_names_of_groups_do_not_cover_each_other() -> None:
 
 
 def test_means_of_many_layers_say_their_unit_inside_the_page() -> None:
-    ax = plots.layers(found.large("layers", 41, 3), show="mean")
+    ax = plots.layers(found.large("layers", 41, 3), quantity="mean")
     ax.figure.canvas.draw()
     box = ax.xaxis.label.get_window_extent()
     assert "units of loss" in ax.get_xlabel()

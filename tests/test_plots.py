@@ -337,7 +337,7 @@ def test_layers_are_lines_from_zero_with_their_totals_beside_them() -> None:
 def test_layers_are_bars_by_sign(show: str) -> None:
     names = tuple(f"layer{at}" for at in range(15))
     given = found.layers(names=names)
-    ax = draw("layers", given, show=show).axes[0]
+    ax = draw("layers", given, quantity=show).axes[0]
     assert lengths(ax) == list(given[show].values)
     assert [to_hex(patch.get_facecolor()) for patch in ax.patches] == [
         colours.HELPING if value < 0 else colours.HURTING for value in given[show].values
@@ -355,9 +355,9 @@ def test_layers_of_groups_are_a_picture_with_zero_in_the_middle() -> None:
     assert image.norm.vmin == -image.norm.vmax
     assert to_hex(image.cmap(image.norm(0.0))) == colours.NEUTRAL
     with pytest.raises(InputError, match="pick one"):
-        draw("layers", given, show="cumulative")
-    with pytest.raises(InputError, match="show is one of 'cumulative', 'total', 'mean', got 'sum'"):
-        draw("layers", given, show="sum")
+        draw("layers", given, quantity="cumulative")
+    with pytest.raises(InputError, match="quantity is one of 'cumulative', 'total', 'mean', got 'sum'"):
+        draw("layers", given, quantity="sum")
 
 
 def test_units_are_rows_of_one_scale() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lca_posthoc.cluster import Done, Lost, Refused, Retried, Slow, Spec, Waiting, Where, open_cluster
+from lca_posthoc.cluster import ClusterConfig, Done, Lost, Refused, Retried, Slow, Spec, Waiting, open_cluster
 from lca_posthoc.cluster import remote as remote_module
 from lca_posthoc.cluster import workers as workers_module
 from lca_posthoc.errors import InputError, ResourceError
@@ -68,8 +68,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standing]:
         yield made
 
 
-def opened(where: Where | str, stop: threading.Event | None = None) -> Any:
-    where = Where(where, 1) if isinstance(where, str) else where
+def opened(where: ClusterConfig | str, stop: threading.Event | None = None) -> Any:
+    where = ClusterConfig(where, 1) if isinstance(where, str) else where
     return open_cluster(where, "cpu", stop or threading.Event())
 
 
@@ -80,8 +80,8 @@ def results(outcomes: Any) -> list[Any]:
 @pytest.mark.parametrize("by", ["address", "file"])
 def test_work_is_done_on_the_workers_at_an_address(pair: Standing, by: str) -> None:
     kind = pair.address if by == "address" else f"file:{pair.place / 'scheduler.json'}"
-    with opened(Where(kind, 2)) as cluster:
-        assert cluster.workers == cluster.crowd == 2
+    with opened(ClusterConfig(kind, 2)) as cluster:
+        assert cluster.workers == cluster.max_per_host == 2
         assert str(cluster.dashboard).startswith("http://127.0.0.1:")
         pids = set(results(cluster.map(pid, [{} for _ in range(12)])))
     assert len(pids) == 2
@@ -98,10 +98,10 @@ def test_the_scheduler_imports_no_torch_and_nothing_of_the_user(pair: Standing) 
 
 
 def test_what_is_delivered_is_there_and_gone_afterwards(pair: Standing) -> None:
-    with opened(Where(pair.address, 2)) as cluster:
+    with opened(ClusterConfig(pair.address, 2)) as cluster:
         key = cluster.deliver(b"parcel")
         assert set(results(cluster.map(lookup, [{"key": key}] * 4))) == {b"parcel"}
-    with opened(Where(pair.address, 2)) as cluster:
+    with opened(ClusterConfig(pair.address, 2)) as cluster:
         assert set(results(cluster.map(lookup, [{"key": key}] * 4))) == {None}
 
 
@@ -117,7 +117,7 @@ def lookup(spec: Spec) -> bytes | None:
 def test_a_late_worker_takes_part_and_finds_what_was_delivered(tmp_path: Path) -> None:
     with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
         key = cluster.deliver(b"parcel")
-        cluster.muster(pid_answer, {})
+        cluster.check_workers(pid_answer, {})
         meeting = tmp_path / "meeting"
         meeting.mkdir()
         outcomes = cluster.map(meet, [{"place": str(meeting), "expected": 2}] * 6)
@@ -146,7 +146,7 @@ def heard_with_one_more(made: Standing, cluster: Any, tmp_path: Path) -> list[An
 def test_a_late_worker_that_is_unfit_is_named_and_given_nothing(tmp_path: Path) -> None:
     with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
         (only,) = results(cluster.map(pid, [{}]))
-        assert list(cluster.muster(unfit, {"flag": str(tmp_path / "flag")}).values()) == [{"fit": "yes"}]
+        assert list(cluster.check_workers(unfit, {"flag": str(tmp_path / "flag")}).values()) == [{"fit": "yes"}]
         heard = heard_with_one_more(made, cluster, tmp_path)
         assert [type(outcome) for outcome in heard] == [Refused, Done, Done, Done]
         assert heard[0].why == "has nothing to say"
@@ -157,7 +157,7 @@ def test_a_late_worker_that_does_not_answer_is_named_and_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
-        cluster.muster(silent, {"flag": str(tmp_path / "flag"), "over": str(tmp_path / "over")})
+        cluster.check_workers(silent, {"flag": str(tmp_path / "flag"), "over": str(tmp_path / "over")})
         monkeypatch.setattr(workers_module, "ANSWER_SECONDS", 3.0)
         heard = heard_with_one_more(made, cluster, tmp_path)
         (tmp_path / "over").touch()
@@ -168,7 +168,7 @@ def test_a_late_worker_that_does_not_answer_is_named_and_not_waited_for(
 def test_who_joins_while_a_first_question_is_put_is_asked_again_for_the_next(tmp_path: Path) -> None:
     """A worker that came too late for one piece of work is not forgotten for the next."""
     with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
-        cluster.muster(pid_answer, {})
+        cluster.check_workers(pid_answer, {})
         made.hire()
         cluster._client.wait_for_workers(2)
         list(cluster.map(pid, [{}]))
@@ -265,7 +265,7 @@ def test_a_spec_that_takes_far_longer_than_its_peers_is_named_with_what_it_does(
 ) -> None:
     monkeypatch.setattr(workers_module, "SLOW_SECONDS", 1.0)
     release = tmp_path / "release"
-    with opened(Where(pair.address, 2)) as cluster:
+    with opened(ClusterConfig(pair.address, 2)) as cluster:
         list(cluster.map(pid, [{}] * 4))
         spec = {"value": 0, "log": str(tmp_path / "log"), "release": str(release), "done": str(tmp_path / "done")}
         heard = []
@@ -284,30 +284,30 @@ def test_a_spec_that_takes_far_longer_than_its_peers_is_named_with_what_it_does(
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        (Where("tcp://10.1.2.3:8786"), "open to the network without TLS"),
-        (Where("tcp://head:8786"), "open to the network without TLS"),
-        (Where("ucx://10.1.2.3:8786"), "is not known"),
-        (Where("somewhere"), "is not known"),
-        (Where("tcp://"), "not the address of a scheduler"),
-        (Where("tcp://127.0.0.1"), "not the address of a scheduler"),
-        (Where("tls://127.0.0.1:port"), "not the address of a scheduler"),
+        (ClusterConfig("tcp://10.1.2.3:8786"), "open to the network without TLS"),
+        (ClusterConfig("tcp://head:8786"), "open to the network without TLS"),
+        (ClusterConfig("ucx://10.1.2.3:8786"), "is not known"),
+        (ClusterConfig("somewhere"), "is not known"),
+        (ClusterConfig("tcp://"), "not the address of a scheduler"),
+        (ClusterConfig("tcp://127.0.0.1"), "not the address of a scheduler"),
+        (ClusterConfig("tls://127.0.0.1:port"), "not the address of a scheduler"),
         (
-            Where("tls://127.0.0.1:1", 1, __file__, __file__, __file__),
+            ClusterConfig("tls://127.0.0.1:1", 1, __file__, __file__, __file__),
             "are not an authority, a certificate and its key",
         ),
-        (Where("file:/nowhere/scheduler.json"), "cannot be read"),
-        (Where("tls://127.0.0.1:1"), "needs --tls-ca, --tls-cert and --tls-key"),
-        (Where("tls://127.0.0.1:1", tls_ca=__file__), "needs --tls-cert and --tls-key as well"),
-        (Where("tls://127.0.0.1:1", tls_ca="/nowhere.pem"), "--tls-ca /nowhere.pem does not exist"),
-        (Where("tcp://127.0.0.1:1", tls_ca=__file__), "--tls-ca goes with tls://"),
-        (Where("local", insecure=True), "--insecure goes with --cluster ADDRESS only"),
-        (Where("local", tls_ca=__file__), "--tls-ca goes with --cluster ADDRESS only"),
-        (Where("local", 0), "--workers must be 1 or more"),
-        (Where("tcp://127.0.0.1:1", dashboard=True), "--dashboard is for local workers"),
+        (ClusterConfig("file:/nowhere/scheduler.json"), "cannot be read"),
+        (ClusterConfig("tls://127.0.0.1:1"), "needs --tls-ca, --tls-cert and --tls-key"),
+        (ClusterConfig("tls://127.0.0.1:1", tls_ca=__file__), "needs --tls-cert and --tls-key as well"),
+        (ClusterConfig("tls://127.0.0.1:1", tls_ca="/nowhere.pem"), "--tls-ca /nowhere.pem does not exist"),
+        (ClusterConfig("tcp://127.0.0.1:1", tls_ca=__file__), "--tls-ca goes with tls://"),
+        (ClusterConfig("local", insecure=True), "--insecure goes with --cluster ADDRESS only"),
+        (ClusterConfig("local", tls_ca=__file__), "--tls-ca goes with --cluster ADDRESS only"),
+        (ClusterConfig("local", 0), "--workers must be 1 or more"),
+        (ClusterConfig("tcp://127.0.0.1:1", dashboard=True), "--dashboard is for local workers"),
     ],
-    ids=lambda each: each.kind if isinstance(each, Where) else None,
+    ids=lambda each: each.kind if isinstance(each, ClusterConfig) else None,
 )
-def test_what_cannot_be_meant_is_refused_before_anything_is_started(where: Where, message: str) -> None:
+def test_what_cannot_be_meant_is_refused_before_anything_is_started(where: ClusterConfig, message: str) -> None:
     with pytest.raises(InputError) as caught, opened(where):
         pass
     assert message in str(caught.value)
@@ -342,12 +342,12 @@ def test_a_listener_behind_a_closed_address_that_is_open_is_refused_unless_told(
         address = f"tcp://127.0.0.1:{made.address.rpartition(':')[2]}"
         with pytest.raises(InputError, match=r"listens on tcp://.*open to the network"), opened(address):
             pass
-        with opened(Where(address, 1, insecure=True)) as cluster:
+        with opened(ClusterConfig(address, 1, insecure=True)) as cluster:
             assert len(results(cluster.map(pid, [{}]))) == 1
 
 
 def test_a_gpu_that_no_worker_offers_is_said_with_the_command(pair: Standing) -> None:
-    with opened(Where(pair.address, 2)) as cluster, pytest.raises(ResourceError, match="--resources GPU=1"):
+    with opened(ClusterConfig(pair.address, 2)) as cluster, pytest.raises(ResourceError, match="--resources GPU=1"):
         cluster.settle_on("cuda")
 
 
@@ -358,8 +358,8 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standing]:
         yield made
 
 
-def with_tls(made: Standing, files: Any) -> Where:
-    return Where(made.address, 1, *files)
+def with_tls(made: Standing, files: Any) -> ClusterConfig:
+    return ClusterConfig(made.address, 1, *files)
 
 
 def test_the_right_certificate_is_let_in(tls: Standing) -> None:
@@ -377,7 +377,7 @@ def test_everybody_else_is_turned_away(
     where = {
         "no certificate": lambda: with_tls(tls, (tls.tls[0], *certificates(tmp_path, "self-made")[1:])),
         "another authority": lambda: with_tls(tls, certificates(tmp_path, "other")),
-        "a plain client": lambda: Where(tls.address.replace("tls://", "tcp://"), 1),
+        "a plain client": lambda: ClusterConfig(tls.address.replace("tls://", "tcp://"), 1),
     }[who]()
     with pytest.raises(ResourceError, match="no scheduler answers"), opened(where):
         pass

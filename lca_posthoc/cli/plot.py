@@ -29,7 +29,7 @@ FINDINGS = {  # what each takes
     "distribution": ("groups",),
     "generalisation": ("by", "top"),
     "helping": ("groups",),
-    "layers": ("groups", "by", "apart", "show", "top"),
+    "layers": ("groups", "by", "by_role", "quantity", "top"),
     "microscope": ("groups", "tensors", "step", "fps"),
     "oscillation": ("groups", "parameters", "checkpoints", "top"),
     "peaks": ("by", "signal"),
@@ -61,8 +61,8 @@ _PANELS = ("curve", "generalisation", "layers", "units")  # several runs beside 
 @click.option(
     "--by", metavar="WHAT", help="Layers: module, tensor, or how many parts of a module's name.  [default: module]"
 )
-@click.option("--apart", is_flag=True, help="Kernels, biases and normalisation as layers of their own.")
-@click.option("--show", type=click.Choice(("cumulative", "total", "mean")), help="What to draw of each layer.")
+@click.option("--by-role", is_flag=True, help="Kernels, biases and normalisation as layers of their own.")
+@click.option("--quantity", type=click.Choice(("cumulative", "total", "mean")), help="What to draw of each layer.")
 @click.option(
     "--top",
     type=click.IntRange(min=1),
@@ -106,7 +106,7 @@ def command(
 
     \b
     lca plot checkpoints.lca layers
-    lca plot checkpoints.lca layers --show cumulative --top 8 --size 7x4 --title "ResNet-18" --font serif
+    lca plot checkpoints.lca layers --quantity cumulative --top 8 --size 7x4 --title "ResNet-18" --font serif
     lca plot checkpoints.lca generalisation --loss train --loss validation -o overfitting.pdf
     lca plot checkpoints.lca curve --loss per_class --group 3 --group 8
     lca plot checkpoints.lca microscope -o film.mp4
@@ -223,7 +223,9 @@ def _draw(
     mpl.use("agg")  # no window, whatever the machine has
     from .. import plots
 
-    to_plot: dict[str, Any] = {name: options.pop(name) for name in ("show", "step", "fps", "top") if name in options}
+    to_plot: dict[str, Any] = {
+        name: options.pop(name) for name in ("quantity", "step", "fps", "top") if name in options
+    }
     if "layer" in options:
         to_plot["layer"] = options["layer"]
     pairs = _find(finding, named, losses, options)
@@ -343,7 +345,7 @@ def _panels(
     columns = min(3, len(pairs))
     rows = math.ceil(len(pairs) / columns)
     names = max(result.sizes.get("layer", 0) for _, result in pairs)
-    tall = 2.9 if names <= 10 or options.get("show") == "cumulative" else 0.9 + 0.2 * min(names, 60)
+    tall = 2.9 if names <= 10 or options.get("quantity") == "cumulative" else 0.9 + 0.2 * min(names, 60)
     figure, axes = plt.subplots(
         rows, columns, figsize=size or (4.3 * columns, tall * rows), layout="constrained", squeeze=False
     )

@@ -14,14 +14,15 @@ from collections.abc import Iterator
 
 from ..errors import InputError
 from .broadcast import delivered
+from .config import ClusterConfig
 from .inline import Inline
 from .local import local_workers, on_this_host, visible_device
 from .protocol import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting
 from .remote import at_address
-from .where import Where
 
 __all__ = [
     "Cluster",
+    "ClusterConfig",
     "Done",
     "Lost",
     "Outcome",
@@ -30,7 +31,6 @@ __all__ = [
     "Slow",
     "Spec",
     "Waiting",
-    "Where",
     "delivered",
     "local_workers",
     "open_cluster",
@@ -39,7 +39,7 @@ __all__ = [
 
 
 @contextlib.contextmanager
-def open_cluster(where: Where, device: str | None, stop: threading.Event) -> Iterator[Cluster]:
+def open_cluster(where: ClusterConfig, device: str | None, stop: threading.Event) -> Iterator[Cluster]:
     """Start or reach what `where` names and leave it as it was afterwards.
 
     Args:

@@ -16,7 +16,7 @@ class Inline:
     """See `Cluster`."""
 
     workers = 1
-    crowd = 1
+    max_per_host = 1
     several_threads: tuple[str, ...] = ()
     dashboard: str | None = None
 
@@ -42,8 +42,8 @@ class Inline:
         broadcast.take_in(self._delivered[-1], data)
         return self._delivered[-1]
 
-    def muster(self, function: Function, spec: Spec) -> dict[str, Any]:
-        """See `Cluster.muster`."""
+    def check_workers(self, function: Function, spec: Spec) -> dict[str, Any]:
+        """See `Cluster.check_workers`."""
         return {"this process": function(spec)}
 
     def settle_on(self, device: str) -> None:

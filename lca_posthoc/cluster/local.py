@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import ResourceError
+from .config import ClusterConfig
 from .protocol import Cluster
-from .where import Where
 from .workers import ANSWER_SECONDS, Workers
 
 _SETTINGS = {
@@ -41,7 +41,7 @@ _SETTINGS = {
 
 
 @contextlib.contextmanager
-def on_this_host(where: Where, device: str, stop: threading.Event) -> Iterator[Cluster]:
+def on_this_host(where: ClusterConfig, device: str, stop: threading.Event) -> Iterator[Cluster]:
     """Start workers, and end them afterwards."""
     import dask
     from distributed import Client, Nanny, Scheduler, SpecCluster

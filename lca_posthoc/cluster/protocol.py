@@ -79,7 +79,7 @@ class Cluster(Protocol):
         """Count the workers that work now."""
 
     @property
-    def crowd(self) -> int:
+    def max_per_host(self) -> int:
         """The most that share a host."""
 
     @property
@@ -89,7 +89,7 @@ class Cluster(Protocol):
     def deliver(self, data: bytes) -> str:
         """Put bytes where every worker finds them, also one that joins later; returns the key for `delivered`."""
 
-    def muster(self, function: Function, spec: Spec) -> dict[str, Any]:
+    def check_workers(self, function: Function, spec: Spec) -> dict[str, Any]:
         """Return what a callable returns on each worker, before any gets work; late ones are asked the same.
 
         A worker whose answer holds `"error"`, or that gives none, does not take part.

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import InputError, ResourceError
+from .config import ClusterConfig, is_closed, open_to_others
 from .protocol import Cluster
-from .where import Where, is_closed, open_to_others
 from .workers import ANSWER_SECONDS, WITHOUT_US, Workers, has_us, shortly
 
 CONNECT_SECONDS = 30.0
 
 
 @contextlib.contextmanager
-def at_address(where: Where, device: str | None, stop: threading.Event) -> Iterator[Cluster]:
+def at_address(where: ClusterConfig, device: str | None, stop: threading.Event) -> Iterator[Cluster]:
     """Connect, look at who listens, wait for workers."""
     from distributed import Client
     from distributed import TimeoutError as DaskTimeoutError
@@ -82,7 +82,7 @@ def _quiet() -> Iterator[None]:
         asyncio.setLevel(before)
 
 
-def _security(where: Where, address: str) -> Any:
+def _security(where: ClusterConfig, address: str) -> Any:
     from distributed import Security
 
     if not address.startswith("tls://"):

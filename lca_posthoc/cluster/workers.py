@@ -38,7 +38,7 @@ _LEAVES = 4
 
 
 @dataclass
-class _Flight:
+class _InFlight:
     """A spec under way."""
 
     spec: Spec
@@ -47,10 +47,10 @@ class _Flight:
 
 
 @dataclass
-class _Hand:
+class _WorkerSlot:
     """A worker that takes part: its specs by key, the first one running, since when."""
 
-    flights: dict[str, _Flight] = field(default_factory=dict)
+    flights: dict[str, _InFlight] = field(default_factory=dict)
     futures: dict[str, Any] = field(default_factory=dict)
     since: float = 0.0
     told: float = 0.0
@@ -69,7 +69,7 @@ class Workers:
         self._stopping = f"lca-stop-{uuid.uuid4().hex}"
         self._delivered: list[str] = []
         self._question: tuple[str, Spec] | None = None
-        self._crew: dict[str, _Hand] = {}
+        self._slots: dict[str, _WorkerSlot] = {}
         self._known: set[str] = set()
         self._names: dict[str, str] = {}
         self._looked = 0.0
@@ -91,19 +91,19 @@ class Workers:
     @property
     def workers(self) -> int:
         """See `Cluster`."""
-        return len(self._crew)
+        return len(self._slots)
 
     @property
-    def crowd(self) -> int:
+    def max_per_host(self) -> int:
         """See `Cluster`."""
         info = self._ask(self._client.scheduler_info)["workers"]
-        return max(Counter(info[address]["host"] for address in self._crew if address in info).values(), default=1)
+        return max(Counter(info[address]["host"] for address in self._slots if address in info).values(), default=1)
 
     @property
     def several_threads(self) -> Sequence[str]:
         """See `Cluster`."""
         threads = self._ask(self._client.nthreads)
-        return [self._named(address) for address in self._crew if threads.get(address, 1) > 1]
+        return [self._named(address) for address in self._slots if threads.get(address, 1) > 1]
 
     def deliver(self, data: bytes) -> str:
         """See `Cluster.deliver`."""
@@ -117,7 +117,7 @@ class Workers:
         self.device = device
         if device != "cuda":
             return
-        without = self._without_gpu(self._crew)
+        without = self._without_gpu(self._slots)
         if without:
             raise ResourceError(
                 f"worker{'s' if len(without) > 1 else ''} {', '.join(map(self._named, without[:3]))}"
@@ -129,16 +129,16 @@ class Workers:
         info = self._ask(self._client.scheduler_info)["workers"]
         return [address for address in addresses if info.get(address, {}).get("resources", {}).get("GPU", 0) < 1]
 
-    def muster(self, function: Function, spec: Spec) -> dict[str, Any]:
-        """See `Cluster.muster`."""
+    def check_workers(self, function: Function, spec: Spec) -> dict[str, Any]:
+        """See `Cluster.check_workers`."""
         self._question = (_place(function), spec)
         answers = {}
-        for address, answer in self._answers({address: self._is_there(address) for address in self._crew}):
+        for address, answer in self._answers({address: self._is_there(address) for address in self._slots}):
             if answer is not True:
                 answers[address] = answer if answer else {"error": WITHOUT_US}
-        able = [address for address in self._crew if address not in answers]
+        able = [address for address in self._slots if address not in answers]
         answers |= self._answers({address: self._question_to(address) for address in able})
-        self._crew = {address: hand for address, hand in self._crew.items() if "error" not in answers[address]}
+        self._slots = {address: slot for address, slot in self._slots.items() if "error" not in answers[address]}
         return {self._named(address): answer for address, answer in answers.items()}
 
     def _answers(self, futures: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -196,13 +196,13 @@ class Workers:
         self._looked = time.monotonic()
         running = set(self._ask(lambda: self._client.sync(self._client.scheduler.ncores_running)))
         came = [address for address in running if address not in self._known]
-        went = [address for address in self._crew if address not in running]
+        went = [address for address in self._slots if address not in running]
         self._known = (self._known | running) - set(went)
         if came:
             info = self._ask(self._client.scheduler_info)["workers"]
             self._names |= {address: str(info[address]["name"]) for address in came if address in info}
         if self._question is None:
-            self._crew |= {address: _Hand() for address in came}
+            self._slots |= {address: _WorkerSlot() for address in came}
         return came, went
 
     def _ask(self, question: Any, *arguments: Any, **named: Any) -> Any:
@@ -246,9 +246,9 @@ class _Work:
 
     def __init__(self, owner: Workers, place: str, source: Iterator[Spec], settled: Settled | None) -> None:
         self._owner, self._place, self._source, self._settled = owner, place, source, settled
-        self._again: deque[_Flight] = deque()
+        self._again: deque[_InFlight] = deque()
         self._joining: dict[str, tuple[str, float]] = {}
-        self._leaving: list[tuple[float, str, _Flight]] = []
+        self._leaving: list[tuple[float, str, _InFlight]] = []
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._took: deque[float] = deque(maxlen=200)
         self._exhausted = self._told = self._said_alone = False
@@ -261,7 +261,7 @@ class _Work:
                 owner._ask(_event(owner._stopping, owner._client).set)
                 self._told = True
             self._hand_out()
-            if not any(hand.flights for hand in owner._crew.values()) and not self._leaving and self._is_over():
+            if not any(slot.flights for slot in owner._slots.values()) and not self._leaving and self._is_over():
                 return
             future = _next(self._arrived, 0.2)
             if future is not None:
@@ -272,10 +272,10 @@ class _Work:
     def abandon(self) -> None:
         """Cancel what waits; what runs is nobody's any more."""
         self._owner._known -= {address for address, _ in self._joining.values()}  # to be asked again
-        futures = [future for hand in self._owner._crew.values() for future in hand.futures.values()]
-        for hand in self._owner._crew.values():
-            hand.flights.clear()
-            hand.futures.clear()
+        futures = [future for slot in self._owner._slots.values() for future in slot.futures.values()]
+        for slot in self._owner._slots.values():
+            slot.flights.clear()
+            slot.futures.clear()
         with contextlib.suppress(Exception):
             self._owner._client.cancel(futures)
 
@@ -287,51 +287,53 @@ class _Work:
         if self._owner._stop.is_set():
             return
         for most in range(_EACH):
-            for address, hand in self._owner._crew.items():
-                if len(hand.flights) == most:
+            for address, slot in self._owner._slots.items():
+                if len(slot.flights) == most:
                     flight = self._again.popleft() if self._again else self._fresh()
                     if flight is None:
                         return
-                    self._submit(address, hand, flight)
+                    self._submit(address, slot, flight)
 
-    def _fresh(self) -> _Flight | None:
+    def _fresh(self) -> _InFlight | None:
         spec = None if self._exhausted else next(self._source, None)
         self._exhausted = spec is None
-        return None if spec is None else _Flight(spec)
+        return None if spec is None else _InFlight(spec)
 
-    def _submit(self, address: str, hand: _Hand, flight: _Flight) -> None:
+    def _submit(self, address: str, slot: _WorkerSlot, flight: _InFlight) -> None:
         on_gpu = self._owner.device == "cuda"
         future = self._owner._ask(self._owner._submit, self._place, flight.spec, address, on_gpu=on_gpu)
-        if not hand.flights:
-            hand.since = hand.told = time.monotonic()
-        hand.flights[future.key], hand.futures[future.key] = flight, future
+        if not slot.flights:
+            slot.since = slot.told = time.monotonic()
+        slot.flights[future.key], slot.futures[future.key] = flight, future
         future.add_done_callback(self._arrived.put)
 
     def _take(self, future: Any) -> Iterator[Outcome]:
         if future.key in self._joining:
             yield from self._join(self._joining.pop(future.key)[0], future)
             return
-        place = next(((worker, hand) for worker, hand in self._owner._crew.items() if future.key in hand.flights), None)
+        place = next(
+            ((worker, slot) for worker, slot in self._owner._slots.items() if future.key in slot.flights), None
+        )
         if place is None:  # of a worker that is gone; its specs were dealt with
             return
-        address, hand = place
+        address, slot = place
         result = self._result(future)
         if result:
             now = time.monotonic()
-            self._took.append(now - hand.since)
-            hand.since = hand.told = now
-            del hand.futures[future.key]
-            yield Done(hand.flights.pop(future.key).spec, result[0], self._owner._named(address))
+            self._took.append(now - slot.since)
+            slot.since = slot.told = now
+            del slot.futures[future.key]
+            yield Done(slot.flights.pop(future.key).spec, result[0], self._owner._named(address))
         elif future.status == "error" and type(future.exception()).__name__ != "KilledWorker":
-            del hand.futures[future.key]
-            flight = hand.flights.pop(future.key)
+            del slot.futures[future.key]
+            flight = slot.flights.pop(future.key)
             flight.deaths += 1
             yield self._try_again(flight, address, shortly(future.exception()))
         elif self._owner._client.status != "running":
             raise self._owner._gone("the connection is lost")
         else:  # where it runs again under the same address, it comes as a new one
             self._owner._known.discard(address)
-            yield from self._gone(address, self._owner._crew.pop(address))
+            yield from self._gone(address, self._owner._slots.pop(address))
 
     def _result(self, future: Any) -> list[Any]:
         """Return the result of a finished task, if its worker is still there to give it."""
@@ -352,16 +354,16 @@ class _Work:
                 self._joining[future.key] = address, time.monotonic()
                 future.add_done_callback(self._arrived.put)
         for address in went:
-            yield from self._gone(address, owner._crew.pop(address))
+            yield from self._gone(address, owner._slots.pop(address))
         for key, (address, since) in list(self._joining.items()):
             if time.monotonic() - since > ANSWER_SECONDS:
                 del self._joining[key]
                 yield Refused(owner._named(address), SILENT)
-        if owner.replace is not None and len(owner._crew) < owner.full_strength and not owner._stop.is_set():
+        if owner.replace is not None and len(owner._slots) < owner.full_strength and not owner._stop.is_set():
             owner.replace()
         yield from self._leavers()
         yield from self._slow()
-        if owner._crew or self._joining or owner._stop.is_set():
+        if owner._slots or self._joining or owner._stop.is_set():
             self._alone = time.monotonic()
             self._said_alone = False
         elif not self._said_alone and time.monotonic() - self._alone > QUIET_SECONDS:
@@ -381,13 +383,13 @@ class _Work:
         elif self._owner.device == "cuda" and self._owner._without_gpu([address]):
             yield Refused(self._owner._named(address), "offers no GPU: start it with --resources GPU=1")
         else:
-            self._owner._crew[address] = _Hand()
+            self._owner._slots[address] = _WorkerSlot()
 
-    def _gone(self, address: str, hand: _Hand) -> Iterator[Outcome]:
+    def _gone(self, address: str, slot: _WorkerSlot) -> Iterator[Outcome]:
         """Count a death against the spec a worker that is gone was working on; specs that waited there are handed out again."""
         may_finish = self._owner._left(address)
-        for position, (key, flight) in enumerate(hand.flights.items()):
-            self._owner._ask(hand.futures[key].cancel)
+        for position, (key, flight) in enumerate(slot.flights.items()):
+            self._owner._ask(slot.futures[key].cancel)
             if self._owner._stop.is_set():
                 continue
             if position > 0:
@@ -398,7 +400,7 @@ class _Work:
                 flight.deaths += 1
                 yield self._try_again(flight, address, "its worker died or cannot be reached")
 
-    def _try_again(self, flight: _Flight, address: str, why: str) -> Outcome:
+    def _try_again(self, flight: _InFlight, address: str, why: str) -> Outcome:
         if flight.deaths >= _TRIES or flight.leaves >= _LEAVES:
             return Lost(flight.spec, why)
         self._again.append(flight)
@@ -420,11 +422,11 @@ class _Work:
     def _slow(self) -> Iterator[Outcome]:
         usual = 10 * statistics.median(self._took) if self._took else 10 * SLOW_SECONDS
         now = time.monotonic()
-        for address, hand in self._owner._crew.items():
-            if hand.flights and now - hand.told > max(SLOW_SECONDS, usual):
-                hand.told = now
-                key, flight = next(iter(hand.flights.items()))
-                yield Slow(flight.spec, self._owner._named(address), now - hand.since, self._owner._doing(key))
+        for address, slot in self._owner._slots.items():
+            if slot.flights and now - slot.told > max(SLOW_SECONDS, usual):
+                slot.told = now
+                key, flight = next(iter(slot.flights.items()))
+                yield Slow(flight.spec, self._owner._named(address), now - slot.since, self._owner._doing(key))
 
 
 def has_us() -> Any:

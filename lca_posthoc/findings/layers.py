@@ -9,7 +9,7 @@ from ..store import LossResults
 from .common import ROLES, about, described, grouping, label_of, moving_buffers, roles, tables, unfinished
 
 
-def layers(results: LossResults, *, by: str | int = "module", apart: bool = False) -> xr.Dataset:
+def layers(results: LossResults, *, by: str | int = "module", by_role: bool = False) -> xr.Dataset:
     """Return the sum and mean of the allocation of every layer, per segment, cumulative, and over all segments.
 
     A layer that is negative helped: the loss went down because of it (Lan et al. 2019, section 4). Buffers that moved, such as running
@@ -18,7 +18,7 @@ def layers(results: LossResults, *, by: str | int = "module", apart: bool = Fals
     Args:
         results: one loss of a run, at any level of `--keep`.
         by: "module" (a kernel and its bias together), "tensor", or the number of parts of the module's name that name a layer.
-        apart: whether kernels, biases and normalisation of a layer are layers of their own too.
+        by_role: whether kernels, biases and normalisation of a layer are layers of their own too.
 
     Returns:
         `allocated` and `cumulative` (step[, group], layer), `total` and `mean` (layer[, group]; the mean is per parameter and
@@ -33,7 +33,7 @@ def layers(results: LossResults, *, by: str | int = "module", apart: bool = Fals
     names = [str(name) for name in table["tensor"].values]
     role, buffers = roles(results), moving_buffers(table)
     labels = [
-        label_of(name, by, buffers if not apart else ()) + (f" {role[name]}" if apart and by != "tensor" else "")
+        label_of(name, by, buffers if not by_role else ()) + (f" {role[name]}" if by_role and by != "tensor" else "")
         for name in names
     ]
     labels = [label.strip() for label in labels] if by != "tensor" else labels
@@ -42,7 +42,7 @@ def layers(results: LossResults, *, by: str | int = "module", apart: bool = Fals
         index
         for members in grouping(names, by).values()
         for index in sorted(
-            members, key=lambda index: _rank(role, names[index], apart)
+            members, key=lambda index: _rank(role, names[index], by_role)
         )  # buffers come after what they belong to
     ]:
         members_of.setdefault(labels[position], []).append(position)
@@ -80,8 +80,8 @@ def layers(results: LossResults, *, by: str | int = "module", apart: bool = Fals
     return xr.Dataset(variables, coords={**shared, **coords}, attrs=about(results, "layers", left_out))
 
 
-def _rank(role: dict[str, str], name: str, apart: bool) -> int:
-    return ROLES.index(role[name]) if apart else int(role[name] == "buffer")
+def _rank(role: dict[str, str], name: str, by_role: bool) -> int:
+    return ROLES.index(role[name]) if by_role else int(role[name] == "buffer")
 
 
 def _role(role: dict[str, str], names: list[str], members: list[int]) -> str:

@@ -451,13 +451,13 @@ class Objective:
         """Take the batches of a loss in the order of another one's groups; never in `batch` mode."""
         self.joined[name] = None if self.norm_stats == "batch" else along
 
-    def walks(self, losses: Iterable[str]) -> dict[tuple[str | None, int | None], dict[Source, list[str]]]:
+    def passes(self, losses: Iterable[str]) -> dict[tuple[str | None, int | None], dict[Source, list[str]]]:
         """Return losses by the batches they are over, then by the source of their values: each inner list is evaluated at once."""
-        walks: dict[tuple[str | None, int | None], dict[Source, list[str]]] = {}
+        passes: dict[tuple[str | None, int | None], dict[Source, list[str]]] = {}
         first: dict[int, int] = {}  # entries of one dict follow each other, so that nothing is called between them
         for name in sorted(losses, key=lambda name: first.setdefault(self._source(name)[0], len(first))):
-            walks.setdefault(self._walk(name), {}).setdefault(self._source(name), []).append(name)
-        return walks
+            passes.setdefault(self._walk(name), {}).setdefault(self._source(name), []).append(name)
+        return passes
 
     def _source(self, name: str) -> Source:
         whole = self.replicated.get(name, name)
@@ -499,17 +499,17 @@ class Objective:
         for name in losses:
             counts[name] += only is None or only.start == 0
         evaluations: dict[str, Evaluation] = {}
-        for (split, order), sources in self.walks(losses).items():
+        for (split, order), sources in self.passes(losses).items():
             if split is None:
                 for name in (name for names in sources.values() for name in names):
                     evaluations[name] = self.over(partial(self.values, name), [None], gradient=gradient)
             else:
-                evaluations |= self._sweep(
+                evaluations |= self._one_pass(
                     self.splits[split], None if order is None else self._orders[order], sources, only, gradient
                 )
         return {name: evaluations[name] for name in losses}
 
-    def _sweep(
+    def _one_pass(
         self, split: Split, order: Order | None, sources: dict[Source, list[str]], only: range | None, gradient: bool
     ) -> dict[str, Evaluation]:
         """Return losses, given by the source of their values, from one walk through a split."""

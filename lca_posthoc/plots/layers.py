@@ -34,7 +34,7 @@ from .style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_SHOWS = ("cumulative", "total", "mean")
+_QUANTITIES = ("cumulative", "total", "mean")
 _LINES = 10  # more are shown as bars; lines with a name and a colour
 _ROWS = 40
 _WORDS = {
@@ -44,7 +44,7 @@ _WORDS = {
 }
 
 
-def layers(found: xr.Dataset, *, ax: Axes | None = None, show: str | None = None, top: int | None = None) -> Axes:
+def layers(found: xr.Dataset, *, ax: Axes | None = None, quantity: str | None = None, top: int | None = None) -> Axes:
     """Draw the sum of each layer as it grows over training, or in the end.
 
     Of many layers those with the largest sums stand out: as lines with a colour and a name over the grey lines of the others, as
@@ -53,7 +53,8 @@ def layers(found: xr.Dataset, *, ax: Axes | None = None, show: str | None = None
     Args:
         found: of `findings.layers`.
         ax: where to draw; default a new figure.
-        show: "cumulative" draws lines over training, "total" and "mean" (per parameter) bars, or with groups a picture of layer × group.
+        quantity: "cumulative" draws lines over training, "total" and "mean" (per parameter) bars, or with groups a picture of
+            layer × group.
             Default: lines for at most ten layers without groups, else the total.
         top: how many layers stand out; default 10 as lines, 40 as rows.
 
@@ -61,27 +62,27 @@ def layers(found: xr.Dataset, *, ax: Axes | None = None, show: str | None = None
         The axes.
 
     Raises:
-        InputError: for another `show`, lines of a loss with groups, or a `top` below one.
+        InputError: for another `quantity`, lines of a loss with groups, or a `top` below one.
     """
     expect(found, "layers")
     names = [str(name) for name in found["layer"].values]
     groups = "group" in found.dims
-    if show is None:
-        show = "cumulative" if not groups and len(names) <= _LINES else "total"
-    if show not in _SHOWS:
-        raise InputError(f"show is one of {', '.join(map(repr, _SHOWS))}, got {show!r}.")
-    if groups and show == "cumulative":
+    if quantity is None:
+        quantity = "cumulative" if not groups and len(names) <= _LINES else "total"
+    if quantity not in _QUANTITIES:
+        raise InputError(f"quantity is one of {', '.join(map(repr, _QUANTITIES))}, got {quantity!r}.")
+    if groups and quantity == "cumulative":
         raise InputError("lines over training are of one group: pick one: found.sel(group=…) or --group.")
-    label = f"{_WORDS[show]} (units of loss)"
-    lines = show == "cumulative"
-    sums = found["cumulative"].isel(step=-1) if lines else found[show]
+    label = f"{_WORDS[quantity]} (units of loss)"
+    lines = quantity == "cumulative"
+    sums = found["cumulative"].isel(step=-1) if lines else found[quantity]
     sizes = abs(sums).max("group").values if groups else sums.values
     strong, rest = strongest(found, "layer", sizes, top if top is not None else _LINES if lines else _ROWS)
     if not lines:
         found, names = strong, [str(name) for name in strong["layer"].values]
     if groups:
         ax = fresh_axes(ax, 1.8 + 0.32 * found.sizes["group"], 1.2 + 0.24 * len(names))
-        _by_group(ax, found, names, show, label)
+        _by_group(ax, found, names, quantity, label)
     elif lines:
         longest = max((len(name) for name in labels(strong["layer"].values.tolist())), default=0)
         ax = fresh_axes(ax, 4.1 + 0.055 * longest, max(2.7, 0.8 + 0.14 * strong.sizes["layer"]))
@@ -89,7 +90,7 @@ def layers(found: xr.Dataset, *, ax: Axes | None = None, show: str | None = None
         rest = rest.replace("Not shown", "In grey")
     else:
         ax = fresh_axes(ax, 4.4, 0.9 + 0.2 * len(names))
-        _bars(ax, found, names, show, label)
+        _bars(ax, found, names, quantity, label)
     note(ax.figure, found, rest)
     return ax
 
@@ -133,11 +134,11 @@ def _line(finding: xr.Dataset, one: xr.Dataset) -> tuple[Any, Any]:
     return over_gaps(finding, one["cumulative"].values, (one["cumulative"] - one["allocated"]).values)
 
 
-def _bars(ax: Axes, finding: xr.Dataset, names: list[str], show: str, label: str) -> None:
-    values = finding[show].values
+def _bars(ax: Axes, finding: xr.Dataset, names: list[str], quantity: str, label: str) -> None:
+    values = finding[quantity].values
     ax.barh(range(len(names)), values, height=0.72, color=[HELPING if value < 0 else HURTING for value in values])
     zero_line(ax, vertical=True)
-    tidy(ax, x=label.replace(" (", "\n(") if show == "mean" else label, title=heading(finding))
+    tidy(ax, x=label.replace(" (", "\n(") if quantity == "mean" else label, title=heading(finding))
     rows_of_names(ax, names)
     powers(ax, "x")
     helped_hurt(ax)
@@ -153,8 +154,8 @@ def helped_hurt(ax: Axes) -> None:
         word(ax, place, 1.01, " hurt →", HURTING, ha="left", va="bottom")
 
 
-def _by_group(ax: Axes, finding: xr.Dataset, names: list[str], show: str, label: str) -> None:
-    values = finding[show].transpose("layer", "group").values
+def _by_group(ax: Axes, finding: xr.Dataset, names: list[str], quantity: str, label: str) -> None:
+    values = finding[quantity].transpose("layer", "group").values
     groups = [str(group) for group in finding["group"].values]
     shown = ax.imshow(values, cmap=DIVERGE, norm=symmetric(scale=float(np.nanmax(np.abs(values)))), aspect="auto")
     tidy(ax, x="group", title=heading(finding))

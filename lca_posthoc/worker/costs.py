@@ -47,7 +47,7 @@ def measure(request: CostsRequest) -> Costs:
     objective.settle_batch_sizes(first_point(request.sample.points, objective), request.batch_sizes)
     losses = {name: _measured(request, objective, name) for name in objective.losses}
     together = higher = 0.0
-    for sources in objective.walks(objective.losses).values():
+    for sources in objective.passes(objective.losses).values():
         slowest = [max(names, key=lambda name: losses[name].seconds) for names in sources.values()]
         passes: dict[Any, list[float]] = {}
         for (function, _), name in zip(sources, slowest, strict=True):

@@ -93,7 +93,7 @@ def short_of(
     """
     if objective.device.type == "cuda" or not names:
         return None
-    needs, free, crowd = (
+    needs, free, max_per_host = (
         needed(request, objective, names, blocks),
         free_memory(request.sample.workers, objective.device),
         request.sample.workers,
@@ -101,13 +101,13 @@ def short_of(
     if needs <= free:
         return None
     ways = {
-        "fewer --workers": crowd > 1,
+        "fewer --workers": max_per_host > 1,
         "fewer losses at a time (--loss)": len(names) > 1,
         "--keep units": request.setup.settings.keep == "parameters",
     }
     return (
         f"a replay of {count(len(names), 'loss', 'losses')} takes about {amount(needs)} beside model and data, and "
-        f"{amount(free)} are free for each of {count(crowd, 'worker')} here. Try "
+        f"{amount(free)} are free for each of {count(max_per_host, 'worker')} here. Try "
         f"{', '.join([way for way, helps in ways.items() if helps] + ['a machine with more memory'])}."
     )
 

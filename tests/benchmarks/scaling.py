@@ -61,7 +61,7 @@ def present(spec: dict[str, Any]) -> dict[str, Any]:
 # --- the workers ---------------------------------------------------------------------------------------------------------
 
 
-async def crowd(address: str, count: int, place: Path) -> None:
+async def max_per_host(address: str, count: int, place: Path) -> None:
     """Workers that share this process until somebody ends it."""
     import dask
     from distributed import Worker
@@ -142,7 +142,7 @@ def used() -> float:
 def drive(address: str, given: argparse.Namespace, scheduler: psutil.Process, place: Path) -> dict[str, Any]:
     """The loop of `lca run`, timed."""
     from lca_posthoc import replay, store
-    from lca_posthoc.cluster import Where, open_cluster
+    from lca_posthoc.cluster import ClusterConfig, open_cluster
     from lca_posthoc.progress import Log, Planned, SpanDone
     from lca_posthoc.requests import RunRequest, RunSettings, StoredPoints, TaskSetup, to_plain
     from lca_posthoc.task import Entry
@@ -180,7 +180,7 @@ def drive(address: str, given: argparse.Namespace, scheduler: psutil.Process, pl
     entry: Entry = {"kind": "file", "path": "/somewhere/task.py", "function": "task", "sha256": "0" * 64}
     names = {tensor.spec.name: tensor.source for tensor in manifest.tensors}
     started, begun = time.monotonic(), used()
-    with open_cluster(Where(address, given.workers), "cpu", stop.event) as cluster:
+    with open_cluster(ClusterConfig(address, given.workers), "cpu", stop.event) as cluster:
         setup = TaskSetup(
             task=entry,
             parcel=cluster.deliver(b"0" * 20_000),
@@ -195,7 +195,7 @@ def drive(address: str, given: argparse.Namespace, scheduler: psutil.Process, pl
             run=str(out),
             batch_sizes={"train": 2048},
         )
-        cluster.muster(present, {})
+        cluster.check_workers(present, {})
         log = Timed(listen)
         job = replay._Job(
             checkpoints=Path(manifest.root),
@@ -219,7 +219,7 @@ def drive(address: str, given: argparse.Namespace, scheduler: psutil.Process, pl
         "events": {"seconds": telling["seconds"], "times": telling["times"]},
         "cpu": {
             "create the run": made,
-            "connect, deliver, muster": ready - begun,
+            "connect, deliver, check_workers": ready - begun,
             "list what is pending": marks["planned"] - ready,
             "the loop": marks["done"] - marks["planned"],
             "look for totals to join": looped - marks["done"],
@@ -274,7 +274,9 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         scheduler = stack.enter_context(started("-m", "dask", "scheduler", *arguments))
         waited(file, scheduler)
         address = json.loads(file.read_text())["address"]
-        workers = stack.enter_context(started(__file__, "--role", "crowd", address, place, "--workers", given.workers))
+        workers = stack.enter_context(
+            started(__file__, "--role", "max_per_host", address, place, "--workers", given.workers)
+        )
         waited(place / "ready", workers)
         watched = {"scheduler": psutil.Process(scheduler.pid), "workers": psutil.Process(workers.pid)}
         before = {who: spent(process) for who, process in watched.items()}
@@ -342,8 +344,8 @@ def main() -> None:
         show(found)
         if given.json:
             given.json.write_text(json.dumps(found, indent=1))
-    elif given.role[0] == "crowd":
-        asyncio.run(crowd(given.role[1], given.workers, Path(given.role[2])))
+    elif given.role[0] == "max_per_host":
+        asyncio.run(max_per_host(given.role[1], given.workers, Path(given.role[2])))
     else:
         print(json.dumps(drive(given.role[1], given, psutil.Process(given.pid), Path(given.role[2]))))
 

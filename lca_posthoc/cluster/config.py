@@ -14,7 +14,7 @@ SCHEMES = ("tcp", "tls")
 
 
 @dataclass(frozen=True)
-class Where:
+class ClusterConfig:
     """A place where work runs.
 
     Args:
