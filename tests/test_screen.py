@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -119,28 +121,45 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def in_a_pipe(place: Path) -> Callable[[str], str]:
+    """What a command that only reads writes into a pipe."""
+
+    @functools.cache
+    def through(command: str) -> str:
+        return piped(reading(command, place), PYTHONIOENCODING="utf-8").stdout.decode()
+
+    return through
+
+
+def reading(command: str, place: Path) -> list[object]:
+    run = place / "r.lca"
+    return [*LCA, command, run, *([f"two={run}"] if command == "compare" else [])]
+
+
 def numbers(text: str) -> list[str]:
     return sorted(set(NUMBER.findall(re.sub(r"\x1b\[[0-9;]*m", "", text))))
 
 
 @pytest.mark.parametrize("columns", [40, 80, 100, 200])
 @pytest.mark.parametrize("command", ["summary", "status", "compare"])
-def test_a_terminal_of_any_width_shows_the_numbers_of_a_pipe(place: Path, command: str, columns: int) -> None:
-    arguments = [*LCA, command, place / "r.lca", *(["two=" + str(place / "r.lca")] if command == "compare" else [])]
-    code, shown = on_terminal(arguments, columns)
+def test_a_terminal_of_any_width_shows_the_numbers_of_a_pipe(
+    place: Path, in_a_pipe: Callable[[str], str], command: str, columns: int
+) -> None:
+    code, shown = on_terminal(reading(command, place), columns)
     assert code == 0, shown
-    through = piped(arguments).stdout.decode()
+    through = in_a_pipe(command)
     assert set(numbers(through)) <= set(numbers(shown))
     assert "…" not in through
     if command == "summary":
         says(through, *(f"die größte Klasse von allen, Nummer {at}" for at in range(4)))
 
 
-def test_a_dumb_terminal_shows_the_same(place: Path) -> None:
-    code, shown = on_terminal([*LCA, "summary", place / "r.lca"], TERM="dumb")
+def test_a_dumb_terminal_shows_the_same(place: Path, in_a_pipe: Callable[[str], str]) -> None:
+    code, shown = on_terminal(reading("summary", place), TERM="dumb")
     assert code == 0
     assert "\x1b" not in shown
-    assert set(numbers(piped([*LCA, "summary", place / "r.lca"]).stdout.decode())) <= set(numbers(shown))
+    assert set(numbers(in_a_pipe("summary"))) <= set(numbers(shown))
 
 
 # --- streams that cannot show or take everything -------------------------------------------------------------------------
@@ -209,9 +228,9 @@ def test_no_command_fails_for_signs_its_terminal_lacks(place: Path, out: Path, c
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_every_encoding_shows_every_number(place: Path, encoding: str) -> None:
-    known = numbers(piped([*LCA, "summary", place / "r.lca"], PYTHONIOENCODING="utf-8").stdout.decode())
-    done = piped([*LCA, "summary", place / "r.lca"], **ENCODINGS[encoding])
+def test_every_encoding_shows_every_number(place: Path, in_a_pipe: Callable[[str], str], encoding: str) -> None:
+    known = numbers(in_a_pipe("summary"))
+    done = piped(reading("summary", place), **ENCODINGS[encoding])
     assert done.returncode == 0, done.stderr
     shown = done.stdout.decode(ENCODINGS[encoding].get("PYTHONIOENCODING", "utf-8").partition(":")[0])
     assert set(known) <= set(numbers(shown))
