@@ -57,7 +57,7 @@ class LossResults:
 
     @property
     def record(self) -> LossRecord:
-        """The record of the loss: its split, examples, groups, batch size and more."""
+        """The record of the loss, with its split, examples, groups, batch size and more."""
         return self.manifest.losses[self.name]
 
     @property
@@ -83,7 +83,7 @@ class LossResults:
 
     @property
     def norm_stats(self) -> str | None:
-        """The statistics normalisation layers use: "running", "batch" or "recalibrated"; None where there are no such layers."""
+        """The statistics normalisation layers use, "running", "batch" or "recalibrated"; None where there are no such layers."""
         return self.manifest.norm_stats
 
     @cached_property
@@ -160,7 +160,7 @@ class LossResults:
 
     @property
     def allocation(self) -> xr.Dataset:
-        """The allocation: a variable per tensor under its PyTorch name, dims `(step[, group], "NAME:0", …)`, float32, in units of loss."""
+        """The allocation, a variable per tensor under its PyTorch name, dims `(step[, group], "NAME:0", …)`, float32, in units of loss."""
         return self._named("allocation")
 
     @property
@@ -170,7 +170,7 @@ class LossResults:
 
     @property
     def steps(self) -> xr.Dataset:
-        """The segments: `loss_start`, `loss_end`, `residual`, `evaluations`, `level`, `converged`, `error_bound` and
+        """The segments, with `loss_start`, `loss_end`, `residual`, `evaluations`, `level`, `converged`, `error_bound` and
         `precision_error`.
 
         `weight` is Σ of the elements' weights (of each group); `remainder` is the allocation of the tensors that are not stored.
@@ -181,7 +181,7 @@ class LossResults:
 
     @property
     def tensors(self) -> xr.Dataset:
-        """The segments by group and tensor: `allocated`, counts `helping` and `hurting`, `motion` Σ|Δθ|, `gradient` Σ|mean gradient|.
+        """The segments by group and tensor, with `allocated`, counts `helping` and `hurting`, `motion` Σ|Δθ|, `gradient` Σ|mean gradient|.
 
         `replicates` is the allocation of each random part of a random subset, for `standard_error`.
         """
@@ -198,12 +198,12 @@ class LossResults:
 
     @property
     def histogram(self) -> xr.Dataset:
-        """The histogram of each segment: counts of single parameters' allocations between fixed edges (`edge`), exact zeros apart."""
+        """The histogram of each segment, counts of single parameters' allocations between fixed edges (`edge`), exact zeros apart."""
         return self._open("histogram")
 
     @property
     def totals(self) -> xr.Dataset:
-        """The totals per parameter over all segments, lazy, dims `(total, "NAME:0", …)`: allocated, counts of helping and hurting, turns.
+        """The totals per parameter, lazy, over all segments, dims `(total, "NAME:0", …)`, with allocations, counts, turns.
 
         Those of a loss with groups are of its weighted mean over the groups: the loss of the whole split.
 
@@ -223,7 +223,7 @@ class LossResults:
 
     @property
     def markers(self) -> list[Marker]:
-        """The commit markers of the spans: evaluations, forward passes, seconds, worker.
+        """The commit markers of the spans, with evaluations, forward passes, seconds, worker.
 
         Raises:
             LCAError: where a marker is damaged.
