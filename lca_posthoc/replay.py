@@ -448,6 +448,8 @@ class _Job:
         ready = prepare(
             cluster, trajectory, self.task, parcel, self.losses, settings, existing=existing, span=self.span
         )
+        if stop.event.is_set():
+            raise _interrupted(stop.signal)
         for note in ready.notes:
             self.tell(Note(note))
         if ready.short_of:

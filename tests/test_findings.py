@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+import torch
+import torch.nn.functional as F
 import xarray as xr
 
-from lca_posthoc import findings, open_run, run
+from lca_posthoc import Loss, Recorder, Task, findings, open_run, run
 from lca_posthoc.errors import InputError, LCAError
 
 from . import bowl
@@ -445,6 +447,34 @@ def test_candidates(replayed: Bowl) -> None:
         assert list(found["dead_name"].values) == dead
         assert "body.conv[0]" in dead
         assert found["dead_units"].sel(tensor="body.conv.weight") == 1
+
+
+def test_a_dead_unit_is_named_also_where_it_is_the_only_one_of_its_layer(tmp_path: Path) -> None:
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.idle, self.scale = (
+                torch.nn.Linear(2, 2),
+                torch.nn.Linear(2, 1),
+                torch.nn.Parameter(torch.ones(())),
+            )
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.body(inputs).sum(1) + 0 * self.idle(inputs)[:, 0] + 0 * self.scale
+
+    torch.manual_seed(0)
+    model = Two()
+    with Recorder(tmp_path / "ck", model) as recorder:
+        for step in range(3):
+            recorder.save(step)
+            with torch.no_grad():
+                model.body.weight += 0.1
+                model.body.bias += 0.1
+    data = torch.ones(4, 2), torch.zeros(4)
+    replayed = run(
+        tmp_path / "ck", Task(Two, {"train": data}, {"train": Loss(F.mse_loss)}), cluster="inline", out=tmp_path / "run"
+    )
+    assert list(findings.candidates(replayed["train"])["dead_name"].values) == ["idle[0]"]
 
 
 def test_microscope(replayed: Bowl) -> None:

@@ -668,6 +668,7 @@ def test_a_caller_in_python_catches_a_stop_as_a_keyboard_interrupt(place: Path, 
     assert isinstance(caught.value, LCAError)
     assert [event for event in listened if isinstance(event, Stopping)] != []
     assert signal.getsignal(signal.SIGINT) is before
+    assert not (tmp_path / "x.lca").exists()  # it goes no further than the stage it was in
     assert signal.set_wakeup_fd(-1) == -1
 
 

@@ -180,6 +180,16 @@ def test_many_losses_are_a_row_each_and_say_how_to_see_more(run: Run, capsys: py
     assert capsys.readouterr().out.count("(25 more)") == len(found)
 
 
+def test_some_losses_are_a_row_each_above_what_their_modules_did(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = summary(run["train"])
+    print_summary({f"a loss of a long name, {number}": plain for number in range(4)}, run.path)
+    text = capsys.readouterr().out
+    assert [row[0] for row in table_of(text, "loss ")] == [f"a loss of a long name, {number}" for number in range(4)]
+    assert text.count("(6 more)") == 4
+    print_summary({f"loss {number}": plain for number in range(3)}, run.path)
+    assert "allocated, Σ over parameters and segments" in capsys.readouterr().out
+
+
 def test_a_loss_in_dollars_has_no_sixteen_digits(capsys: pytest.CaptureFixture[str]) -> None:
     row = {"parameters": 4, "moved": True, "standard_error": None, "helping": 0.5}
     figures: dict[str, Any] = {

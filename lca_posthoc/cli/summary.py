@@ -19,6 +19,7 @@ from .show import print_json, say, share, stdout, table, units_of_loss
 TOP = 20  # modules below each other
 _BESIDE = 8  # modules beside the groups of a loss
 _LOSSES = 6  # losses whose modules are shown unless they are asked for
+_BESIDE_EACH_OTHER = 3  # losses whose figures and their labels fit beside each other on 80 columns
 
 
 @click.command()
@@ -89,7 +90,9 @@ def print_summary(
         console.print(Text(wrapped(f"\n{way}", console)))
         return
     plain = {name: of_loss for name, of_loss in summaries.items() if of_loss["groups"] is None}
-    if plain:
+    if len(plain) > _BESIDE_EACH_OTHER:
+        _print_losses(plain)
+    elif plain:
         _print_headline(plain)
     unshown = set[int]()
     for position, (name, figures) in enumerate(summaries.items()):

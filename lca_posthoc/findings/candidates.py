@@ -88,10 +88,11 @@ def _by_evidence(data: xr.Dataset) -> xr.Dataset:
 
 
 class _Unit:
-    """Sums over the incoming weights (and the bias) of the units of one module."""
+    """Sums over the incoming weights (and the bias) of the units of one module; a scalar is no unit of a layer."""
 
     def __init__(self, count: int) -> None:
         self.total, self.moved = np.zeros(count), np.zeros(count, bool)
+        self.is_layer = False
 
 
 def _of_parameters(results: LossResults, most: int) -> tuple[dict[str, Variable], dict[str, object]]:
@@ -110,6 +111,7 @@ def _of_parameters(results: LossResults, most: int) -> tuple[dict[str, Variable]
         shared = modules.setdefault((layer_of(spec.name), units), _Unit(units))
         where = slice(0, 1) if spec.unit_axis is None else part[spec.unit_axis]
         others = tuple(axis for axis in range(allocated.ndim) if axis != spec.unit_axis)
+        shared.is_layer |= spec.unit_axis is not None
         for unit in (own, shared):
             unit.total[where] += allocated.sum(others).reshape(-1)
             unit.moved[where] |= ((helping + hurting) > 0).any(others).reshape(-1)
@@ -148,8 +150,8 @@ def _tables(
     units = heapq.nlargest(most, units)
     dead = [
         f"{module}[{index}]"
-        for (module, count), unit in modules.items()
-        if count > 1
+        for (module, _), unit in modules.items()
+        if unit.is_layer
         for index in np.flatnonzero(~unit.moved)[:most]
     ][:most]
     words = {

@@ -58,7 +58,8 @@ def notes_on_modes(request: ProbeRequest, objective: Objective, names: list[str]
         moved: the layers whose statistics moved; without any, both modes are what training did.
 
     Returns:
-        A note for each loss whose change is another one, by more than `SHARE` of the larger one, with both figures and the way out.
+        One note on all losses whose change is another one, by more than `SHARE` of the larger one, with both figures and the way
+        out; or none.
     """
     from ..objective import in_both_modes, is_out_of_memory
 
@@ -76,8 +77,19 @@ def notes_on_modes(request: ProbeRequest, objective: Objective, names: list[str]
                 if not isinstance(error, InputError) and not is_out_of_memory(error):
                     raise
                 continue
-    notes = (_compared(request, name, batches[name][0], pairs) for name, pairs in values.items())
-    return [note for note in notes if note is not None]
+    differing = [
+        (sentence, batches[name][0])
+        for name, pairs in values.items()
+        if (sentence := _compared(request, name, batches[name][0], pairs)) is not None
+    ]
+    if not differing:
+        return []
+    sizes = sorted({count for _, count in differing})
+    return [
+        f"{'; '.join(sentence for sentence, _ in differing)}. What is allocated here is the former: layers may help in the one and hurt in "
+        f"the other. For the other: --norm-stats batch --batch-size {sizes[0]} --out OTHER.lca; for running statistics without the lag: "
+        "--norm-stats recalibrated --out OTHER.lca"
+    ]
 
 
 def _sample(objective: Objective, name: str) -> tuple[int, Any] | None:
@@ -96,6 +108,7 @@ def _sample(objective: Objective, name: str) -> tuple[int, Any] | None:
 
 
 def _compared(request: ProbeRequest, name: str, count: int, pairs: dict[int, tuple[float, float]]) -> str | None:
+    """Return in a clause how a loss goes in both modes, where it goes another way."""
     if len(pairs) < 2:
         return None
     indices = list(pairs)
@@ -115,7 +128,5 @@ def _compared(request: ProbeRequest, name: str, count: int, pairs: dict[int, tup
         f"loss {name!r} goes {running[0]:.4g} → {running[-1]:.4g} with the running statistics of the checkpoints, and "
         f"{batch[0]:.4g} → {batch[-1]:.4g} with those of the batch, as in training (on {count} "
         f"example{'' if count == 1 else 's'}; furthest apart at step "
-        f"{step}: {running[worst]:.4g} and {batch[worst]:.4g}{share}). What is allocated here is the former: layers may help in the one "
-        f"and hurt in the other. For the other: --norm-stats batch --batch-size {count} --out OTHER.lca; for running statistics "
-        "without the lag: --norm-stats recalibrated --out OTHER.lca"
+        f"{step}: {running[worst]:.4g} and {batch[worst]:.4g}{share})"
     )

@@ -54,7 +54,11 @@ def block(panel: Panel, room: Room) -> Block:
         ),
         _tensors(finding, notes),
     ]
-    to_freeze = listed([clean(names[position], 60) for position in freeze]) if freeze else "none, every sum is negative"
+    to_freeze = (
+        listed([clean(names[position], 60) for position in freeze])
+        if freeze
+        else "none, no sum of parameters is above zero"
+    )
     sentence = f"Layers to try freezing: {to_freeze}."
     if "dead_name" in finding.coords:
         sentence += f" Units without any effect: {_dead(panel, finding)}."

@@ -60,7 +60,7 @@ def headline(panel: Panel) -> Headline:
         Card(
             "Layers that hurt",
             f"{len(hurt):,} of {layers:,}" if hurt else f"none of {layers:,}",
-            listed(hurt, 4) if hurt else "every layer's sum is below zero" if layers else "no layers",
+            listed(hurt, 4) if hurt else "no layer's parameters add up to more than zero" if layers else "no layers",
             warning=bool(hurt),
         ),
         Card(
