@@ -211,7 +211,7 @@ def test_many_groups_are_shown_in_part_with_names_told_apart_and_whole_numbers(
 
 def test_what_went_wrong_is_shown_to_its_end(run: Path) -> None:
     """An error that is long because a path in it is."""
-    place = run.parent / "/".join(["a directory with quite a long name"] * 15)
+    place = run.parent / "/".join(["a directory with quite a long name"] * 12)
     place.mkdir(parents=True)
     opened = open_run(run.rename(place / "r.lca"))
     next((opened.path / "commits" / "train").glob("0*.json")).write_text("{")

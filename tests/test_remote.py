@@ -184,7 +184,7 @@ def test_a_worker_that_is_told_to_go_finishes_and_nothing_is_done_twice(tmp_path
             {"value": value, "log": str(log), "release": str(release), "done": str(tmp_path / f"done-{value}")}
             for value in range(4)
         ]
-        (first,) = cluster._crew
+        (first,) = cluster._slots
         over = threading.Event()
 
         def retire() -> None:
