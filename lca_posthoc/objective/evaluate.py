@@ -231,7 +231,7 @@ class Objective:
         names: list[str] = []
         known: dict[str, tuple[str, ...]] = {}
         for name in self.losses:
-            stated, entry = self.task.stated(name) or (name, None)
+            stated, entry = self._origin(name)
             entries = known[stated] if stated in known else self._first_entries(name)
             if entries is not None:
                 known[stated] = entries
@@ -257,7 +257,7 @@ class Objective:
                 returned = self._returned(name, batch).result
         except InputError:  # the probe says what is wrong, with the weights of a checkpoint
             return None
-        stated, entry = self.task.stated(name) or (name, None)
+        stated, entry = self._origin(name)
         if entry is None and not isinstance(returned, Mapping):
             return None
         entries = _entries(stated, returned, entry)
@@ -314,9 +314,13 @@ class Objective:
         if name not in self.functions:
             self.functions[name] = self._stated(name)[0].on_device(self.device, self.dtype)
 
+    def _origin(self, name: str) -> tuple[str, str | None]:
+        """Return the name under which the task states a loss, and the entry it is of what that returns, if any."""
+        return self.task.stated(name) or (name, None)
+
     def _stated(self, name: str) -> tuple[Loss, str | None]:
         """Return the loss of the task that a name belongs to, and the entry of its dict that the name stands for, if any."""
-        stated, entry = self.task.stated(name) or (name, None)
+        stated, entry = self._origin(name)
         return self.task.losses[stated], entry
 
     @property
@@ -366,7 +370,7 @@ class Objective:
     def _groupings(self) -> Iterator[tuple[str, list[Any]]]:
         for name, loss in self.losses.items():
             if loss.group_by is not None and (order := self.order(name)) is not None:
-                stated, _ = self.task.stated(name) or (name, None)
+                stated, _ = self._origin(name)
                 yield stated, [order.labels, order.members]
 
     def _own(self) -> dict[str, Tensor]:
@@ -639,7 +643,7 @@ class Objective:
             InputError: where it returned a dict and the name stands for no entry, or there is no such entry; where its entries changed
                 from one batch to the next.
         """
-        stated, entry = self.task.stated(name) or (name, None)
+        stated, entry = self._origin(name)
         if entry is None and not isinstance(returned, Mapping):
             return returned
         entries = _entries(stated, returned, entry)
