@@ -1,4 +1,6 @@
-"""How the site is built: `sphinx-build -W --keep-going -n docs OUT`. Nothing is fetched from a network."""
+"""How the site is built: `sphinx-build -W --keep-going -n docs OUT`. Nothing is fetched from a
+network.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ exclude_patterns = ["_build"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
-autodoc_mock_imports = ["lightning", "transformers"]  # the callbacks' own trainers, which need not be installed
+# the callbacks' own trainers, which need not be installed
+autodoc_mock_imports = ["lightning", "transformers"]
 autodoc_typehints = "signature"
 python_use_unqualified_type_names = True
 toc_object_entries_show_parents = "hide"
@@ -31,7 +34,8 @@ python_maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:class", r"(collections|pathlib|torch|xarray|xr|matplotlib)\..*|Axes|Figure"),  # other libraries' names
+    # other libraries' names
+    ("py:class", r"(collections|pathlib|torch|xarray|xr|matplotlib)\..*|Axes|Figure"),
 ]
 
 html_theme = "alabaster"
@@ -54,12 +58,19 @@ _FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
 
 def restructured(text: str) -> str:
-    """Docstrings and help are plain text with `code` in backticks and in fences; this makes reStructuredText of it."""
+    """Docstrings and help are plain text with `code` in backticks and in fences; this makes
+    reStructuredText of it.
+    """
     found, at = [], 0
     for fence in _FENCE.finditer(text):
         indent, language, code = fence.groups()
-        body = "".join(f"   {line}" if line.strip() else line for line in code.splitlines(keepends=True))
-        found += [_inline(text[at : fence.start()]), f"{indent}.. code-block:: {language}\n\n{body}"]
+        body = "".join(
+            f"   {line}" if line.strip() else line for line in code.splitlines(keepends=True)
+        )
+        found += [
+            _inline(text[at : fence.start()]),
+            f"{indent}.. code-block:: {language}\n\n{body}",
+        ]
         at = fence.end()
     return "".join((*found, _inline(text[at:])))
 
@@ -76,13 +87,17 @@ def _escaped(text: str) -> str:
     return _EMPHASIS.sub(lambda found: found[0] if found["words"] else f"\\{found[0]}", text)
 
 
-def docstring(app: Sphinx, what: str, name: str, member: Any, options: Any, lines: list[str]) -> None:
+def docstring(
+    app: Sphinx, what: str, name: str, member: Any, options: Any, lines: list[str]
+) -> None:
     """Before napoleon, which makes fields of the sections."""
     lines[:] = restructured("\n".join(lines)).split("\n")
 
 
 def help_text(app: Sphinx, context: Any, lines: list[str]) -> None:
-    """What `lca COMMAND --help` says; the examples in it, which sphinx-click gives as lines that begin with a bar, as code."""
+    """What `lca COMMAND --help` says; the examples in it, which sphinx-click gives as lines that
+    begin with a bar, as code.
+    """
     lines[:] = [line for each in _parts(lines) for line in each]
 
 
@@ -99,11 +114,17 @@ def _parts(lines: list[str]) -> Iterator[list[str]]:
 
 
 def options_text(app: Sphinx, context: Any, lines: list[str]) -> None:
-    """The help of each option; what sphinx-click adds (directives, `:default:`, `**Required**`) stays as it is."""
+    """The help of each option; what sphinx-click adds (directives, `:default:`, `**Required**`)
+    stays as it is.
+    """
     for at, line in enumerate(lines):
-        if option := re.fullmatch(r"( *\.\. option:: .*<)(.*)>", line):  # sphinx-click takes brackets off the ends
+        # sphinx-click takes brackets off the ends
+        if option := re.fullmatch(r"( *\.\. option:: .*<)(.*)>", line):
             shape = option[2]
-            before, after = "[" * (shape.count("]") - shape.count("[")), "]" * (shape.count("[") - shape.count("]"))
+            before, after = (
+                "[" * (shape.count("]") - shape.count("[")),
+                "]" * (shape.count("[") - shape.count("]")),
+            )
             lines[at] = f"{option[1]}{before}{shape}{after}>"
         elif not re.match(r" *(\.\.|:\w+:|$)", line):
             before, required, text = line.rpartition("**Required** ")
@@ -111,7 +132,9 @@ def options_text(app: Sphinx, context: Any, lines: list[str]) -> None:
 
 
 def outside(app: Sphinx, document: Any) -> None:
-    """Links from a page to README.md and its like at the top of the repository lead to their pages of the site."""
+    """Links from a page to README.md and its like at the top of the repository lead to their pages
+    of the site.
+    """
     for link in document.findall(addnodes.pending_xref):
         target = Path(str(link["reftarget"]))
         if target.parent == ROOT:

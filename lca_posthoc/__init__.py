@@ -1,4 +1,6 @@
-"""Loss Change Allocation after training: which weights did the learning, from saved checkpoints of every iterate."""
+"""Loss Change Allocation after training: which weights did the learning, from saved checkpoints of
+every iterate.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,18 @@ _HOMES = {
     "open_trajectory": ".trajectory",
     "run": ".replay",
 }
-__all__ = ["Draws", "Loss", "Recorder", "Run", "Task", "findings", "open_run", "open_trajectory", "plots", "run"]
+__all__ = [
+    "Draws",
+    "Loss",
+    "Recorder",
+    "Run",
+    "Task",
+    "findings",
+    "open_run",
+    "open_trajectory",
+    "plots",
+    "run",
+]
 
 
 def __dir__() -> list[str]:

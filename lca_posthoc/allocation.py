@@ -1,8 +1,9 @@
 r"""The mathematics: allocate the loss change of one segment, and of the segments of a span in turn.
 
 $A_i = (\theta'_i-\theta_i)\sum_q w_q\,\partial_i L(\theta + x_q(\theta'-\theta))$ and
-$L(\theta')-L(\theta) = \sum_i A_i + \text{residual}$, with $\theta,\theta'$ consecutive checkpoints and $x_q, w_q$ the nodes and
-weights of a rule on [0, 1]. Source: Lan, Liu, Zhou, Yosinski, NeurIPS 2019 (arXiv 1909.01440), section 3.
+$L(\theta')-L(\theta) = \sum_i A_i + \text{residual}$, with $\theta,\theta'$ consecutive checkpoints
+and $x_q, w_q$ the nodes and weights of a rule on [0, 1]. Source: Lan, Liu, Zhou, Yosinski, NeurIPS
+2019 (arXiv 1909.01440), section 3.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _BLOCK = 2**17
 class Evaluates(Protocol):
     """Evaluates losses at a point: all the mathematics needs of an objective."""
 
-    def evaluate(self, point: Point, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
+    def evaluate(
+        self, point: Point, losses: list[str], *, gradient: bool = True
+    ) -> dict[str, Evaluation]:
         """Return each loss at `point`, with its gradient unless only the value is asked for."""
 
 
@@ -39,8 +42,9 @@ class Method:
 
     Attributes:
         rule: integrates a segment.
-        tolerance: bounds |residual| of each segment and loss (of each of its groups), in units of loss; one for all losses, or one
-            by loss (none where it has no entry). Only rules of `family` are refined.
+        tolerance: bounds |residual| of each segment and loss (of each of its groups), in units of
+            loss; one for all losses, or one by loss (none where it has no entry). Only rules of
+            `family` are refined.
         allocation_tolerance: bounds the allocation's own L1 error likewise.
         calibration: turns Σ|(g₁ − g₀)·Δθ| into the trapezoid's L1 error, by loss.
         never_refined: losses that stay at the rule's own level.
@@ -65,7 +69,8 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentAllocation:
-    """The allocation of one loss on one segment; tensors float64, by name, numbers and tensors per group where it has groups.
+    """The allocation of one loss on one segment; tensors float64, by name, numbers and tensors per
+    group where it has groups.
 
     Attributes:
         allocation: of each tensor, in units of loss.
@@ -97,7 +102,8 @@ class SegmentAllocation:
 
 
 def blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """Cut a (rows, columns) array into pieces small enough to stay in the cache, row by row where rows are long.
+    """Cut a (rows, columns) array into pieces small enough to stay in the cache, row by row where
+    rows are long.
 
     >>> [(r.start, r.stop, c.start, c.stop) for r, c in blocks(2, 2**17 + 1)]
     [(0, 1, 0, 131072), (0, 1, 131072, 131073), (1, 2, 0, 131072), (1, 2, 131072, 131073)]
@@ -109,9 +115,13 @@ def blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
 
 
 def interpolate(start: Point, end: Point, x: float) -> Point:
-    """Return θ + x(θ′ − θ); tensors that are not floating (counters) are loaded, never interpolated."""
+    """Return θ + x(θ′ − θ); tensors that are not floating (counters) are loaded, never
+    interpolated.
+    """
     return {
-        name: torch.lerp(value, end[name], x) if value.is_floating_point() else (value if x < 1 else end[name])
+        name: torch.lerp(value, end[name], x)
+        if value.is_floating_point()
+        else (value if x < 1 else end[name])
         for name, value in start.items()
     }
 
@@ -122,13 +132,17 @@ def _motion(start: Point, end: Point, names: Iterable[str]) -> dict[str, Tensor]
 
 def _sum(parts: Sequence[Numbers]) -> Numbers:
     """Return the exact sum of a few numbers, of each group."""
-    return np.asarray([math.fsum(column) for column in np.stack(parts, -1).reshape(-1, len(parts))]).reshape(
-        np.shape(parts[0])
-    )[()]
+    return np.asarray(
+        [math.fsum(column) for column in np.stack(parts, -1).reshape(-1, len(parts))]
+    ).reshape(np.shape(parts[0]))[()]
 
 
-def sums_over(tensors: Mapping[str, Tensor], motion: Mapping[str, Tensor], absolute: bool = False) -> Numbers:
-    """Return Σ over the elements of all tensors, or Σ|·|, of each group; `motion` tells their shapes without groups."""
+def sums_over(
+    tensors: Mapping[str, Tensor], motion: Mapping[str, Tensor], absolute: bool = False
+) -> Numbers:
+    """Return Σ over the elements of all tensors, or Σ|·|, of each group; `motion` tells their
+    shapes without groups.
+    """
     parts = []
     for name, values in tensors.items():
         groups = values.shape[: values.dim() - motion[name].dim()]
@@ -164,11 +178,14 @@ class _NodeSum:
 class _Refinement:
     """One loss on one segment while its rule is refined.
 
-    Nodes that weigh alike at all levels to come are one sum of gradients: with the composite family the ends, the fresh nodes and the
-    older inner ones. So sums carry every level, and no old node is evaluated again.
+    Nodes that weigh alike at all levels to come are one sum of gradients: with the composite family
+    the ends, the fresh nodes and the older inner ones. So sums carry every level, and no old node
+    is evaluated again.
     """
 
-    def __init__(self, family: Family, motion: Mapping[str, Tensor], start: Evaluation, end: Evaluation) -> None:
+    def __init__(
+        self, family: Family, motion: Mapping[str, Tensor], start: Evaluation, end: Evaluation
+    ) -> None:
         self.family, self.motion, self.start, self.end = family, motion, start, end
         self._fresh: list[_NodeSum] = []
         self._older: list[_NodeSum] = []
@@ -204,7 +221,9 @@ class _Refinement:
         sums.append(_NodeSum(node, gradient))
 
     def measure(self) -> None:
-        """Compute the mean gradient and the allocation at this level, the residual, and Σ|·| of what the last refining changed."""
+        """Compute the mean gradient and the allocation at this level, the residual, and Σ|·| of
+        what the last refining changed.
+        """
         if self._measured:
             return
         sums: list[Numbers] = []
@@ -217,7 +236,9 @@ class _Refinement:
         self._change, self._measured = _sum(changes), True
 
     def _measure_tensor(self, name: str) -> tuple[Numbers, Numbers]:
-        """Compute one tensor's mean gradient and allocation, piece by piece; return the sums of each group."""
+        """Compute one tensor's mean gradient and allocation, piece by piece; return the sums of
+        each group.
+        """
         motion, first = self.motion[name], self.start.gradient[name]
         groups = first.shape[: first.dim() - motion.dim()]
         shape = (math.prod(groups), motion.numel())
@@ -228,7 +249,10 @@ class _Refinement:
             for part in (*self._fresh, *self._older)
         ]
         before = None if self._before is None else self._before[name].reshape(shape)
-        means, products = torch.empty_like(first).reshape(shape), torch.empty_like(first).reshape(shape)
+        means, products = (
+            torch.empty_like(first).reshape(shape),
+            torch.empty_like(first).reshape(shape),
+        )
         weight = self.family.weight(self.level, 0.0)
         total = torch.zeros(shape[0], dtype=torch.float64, device=motion.device)
         change = torch.zeros_like(total)
@@ -245,11 +269,16 @@ class _Refinement:
             else:
                 difference = mean - before[row, column]
             change[row] += difference.mul_(moved[column]).abs_().sum(1)
-        self.mean[name], self.allocation[name] = means.reshape(first.shape), products.reshape(first.shape)
+        self.mean[name], self.allocation[name] = (
+            means.reshape(first.shape),
+            products.reshape(first.shape),
+        )
         return total.reshape(groups).cpu().numpy(), change.reshape(groups).cpu().numpy()
 
     def error_bound(self, calibration: float | None) -> Numbers:
-        """Estimate Σ|A − A*|: what the last refining changed; at level 0 a calibrated share of Σ|(g₁ − g₀)·Δθ|."""
+        """Estimate Σ|A − A*|: what the last refining changed; at level 0 a calibrated share of
+        Σ|(g₁ − g₀)·Δθ|.
+        """
         if self.level:
             return self._change
         return self._change * (math.nan if calibration is None else calibration)
@@ -257,17 +286,25 @@ class _Refinement:
     @property
     def curvature(self) -> Numbers:
         """Σ|(g₁ − g₀)·Δθ|."""
-        differences = {name: self.end.gradient[name] - first for name, first in self.start.gradient.items()}
+        differences = {
+            name: self.end.gradient[name] - first for name, first in self.start.gradient.items()
+        }
         return sums_over(_product(self.motion, differences), self.motion, absolute=True)
 
 
-def calibrate(start: Point, end: Point, objective: Evaluates, losses: list[str]) -> dict[str, float]:
-    """Return the trapezoid's L1 error on one segment, against Simpson, as a share of Σ|(g₁ − g₀)·Δθ|; for each loss."""
+def calibrate(
+    start: Point, end: Point, objective: Evaluates, losses: list[str]
+) -> dict[str, float]:
+    """Return the trapezoid's L1 error on one segment, against Simpson, as a share of Σ|(g₁ −
+    g₀)·Δθ|; for each loss.
+    """
     first, last = objective.evaluate(start, losses), objective.evaluate(end, losses)
     middle = objective.evaluate(interpolate(start, end, 0.5), losses)
     shares = {}
     for name in losses:
-        refinement = _Refinement(COMPOSITE, _motion(start, end, first[name].gradient), first[name], last[name])
+        refinement = _Refinement(
+            COMPOSITE, _motion(start, end, first[name].gradient), first[name], last[name]
+        )
         scale = np.sum(refinement.curvature)
         refinement.refine()
         refinement.take(0.5, middle[name])
@@ -331,14 +368,20 @@ def _allocate_refined(
         if level >= lowest:
             for name in pending:
                 done[name] = _judged(name, states[name], method)
-            pending = [name for name in pending if not (done[name].converged or name in method.never_refined)]
+            pending = [
+                name
+                for name in pending
+                if not (done[name].converged or name in method.never_refined)
+            ]
         if not pending or level == method.family.finest:
             return done, last
         level += 1
         for name in pending:
             states[name].refine()
         for node in method.family.fresh_nodes(level):
-            for name, evaluation in objective.evaluate(interpolate(start, end, node), pending).items():
+            for name, evaluation in objective.evaluate(
+                interpolate(start, end, node), pending
+            ).items():
                 states[name].take(node, evaluation)
 
 
@@ -379,11 +422,19 @@ def _allocate_fixed(
     rule = method.rule
     first = at_start or objective.evaluate(start, losses, gradient=rule.has_start)
     last = objective.evaluate(end, losses, gradient=rule.has_start and gradient_at_end)
-    nodes = [first if x == 0 else objective.evaluate(interpolate(start, end, x), losses) for x in rule.nodes]
+    nodes = [
+        first if x == 0 else objective.evaluate(interpolate(start, end, x), losses)
+        for x in rule.nodes
+    ]
     motion = _motion(start, end, nodes[0][losses[0]].gradient)
     done = {}
     for name in losses:
-        mean = _combine([(weight, node[name].gradient) for weight, node in zip(rule.weights, nodes, strict=True)])
+        mean = _combine(
+            [
+                (weight, node[name].gradient)
+                for weight, node in zip(rule.weights, nodes, strict=True)
+            ]
+        )
         allocation = _product(motion, mean)
         residual = last[name].loss - first[name].loss - sums_over(allocation, motion)
         segment = SegmentAllocation(
@@ -408,13 +459,15 @@ def _checked(segment: SegmentAllocation, name: str) -> SegmentAllocation:
     for where, loss in (("start", segment.loss_start), ("end", segment.loss_end)):
         if not np.all(np.isfinite(loss)):
             raise SpanError(
-                f"loss {name!r} is {np.ravel(loss)[~np.isfinite(np.ravel(loss))][0]} at the {where} of the segment"
+                f"loss {name!r} is {np.ravel(loss)[~np.isfinite(np.ravel(loss))][0]} at the "
+                f"{where} of the segment"
             )
     if not np.all(np.isfinite(segment.residual)):
         for tensor, gradient in segment.mean_gradient.items():
             if not bool(torch.isfinite(gradient).all()):
                 raise SpanError(
-                    f"the gradient of loss {name!r} for tensor {tensor!r} holds NaN or Inf inside the segment"
+                    f"the gradient of loss {name!r} for tensor {tensor!r} holds NaN or Inf inside "
+                    f"the segment"
                 )
     return segment
 
@@ -426,14 +479,17 @@ def allocate_span(
     method: Method,
     at_least: Iterable[int] = (),
 ) -> Iterator[tuple[Point, Point, dict[str, SegmentAllocation]]]:
-    """Allocate the segments between consecutive points in turn; each end is evaluated once and reused as the next start.
+    """Allocate the segments between consecutive points in turn; each end is evaluated once and
+    reused as the next start.
 
     Args:
-        points: training step and tensors of each checkpoint of the span, one more than there are segments.
+        points: training step and tensors of each checkpoint of the span, one more than there are
+            segments.
         objective: evaluates losses and gradients.
         losses: names.
         method: the rule and its tolerances.
-        at_least: for each segment, the level a rule is refined to in any case, where it is refined at all; 0 where it ends early.
+        at_least: for each segment, the level a rule is refined to in any case, where it is refined
+            at all; 0 where it ends early.
 
     Yields:
         The segment's start, its end, and the allocation of every loss.
@@ -459,7 +515,8 @@ def allocate_span(
             )
         except SpanError as error:
             raise SpanError(
-                f"{error}, between steps {step} and {next_step}. Leave these steps out with --steps."
+                f"{error}, between steps {step} and {next_step}. Leave these steps out with "
+                f"--steps."
             ) from None
         yield start, end, done
         step, start, following = next_step, end, after

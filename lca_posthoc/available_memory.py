@@ -1,4 +1,6 @@
-"""The memory this process may still take of its host, which a container or a job of a batch system may limit."""
+"""The memory this process may still take of its host, which a container or a job of a batch system
+may limit.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +15,38 @@ OF_PROCESS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def free_memory() -> float:
-    """Return the bytes free on the host, or in one of the control groups this process is in where that is less."""
+    """Return the bytes free on the host, or in one of the control groups this process is in where
+    that is less.
+    """
     return max(0.0, min([float(psutil.virtual_memory().available), *_left_by_groups()]))
 
 
 def _left_by_groups() -> Iterator[float]:
-    """Yield the bytes each limited control group still allows; cached files, which make way, are not counted as used.
+    """Yield the bytes each limited control group still allows; cached files, which make way, are
+    not counted as used.
 
     A limit that cannot be read, or is not as the kernel describes it, is left out.
 
-    Source: <https://docs.kernel.org/admin-guide/cgroup-v2.html#memory> and its predecessor, cgroup-v1/memory.
+    Source: <https://docs.kernel.org/admin-guide/cgroup-v2.html#memory> and its predecessor,
+    cgroup-v1/memory.
     """
     lines: list[str] = []
     with contextlib.suppress(OSError):
-        lines = os.fsdecode(OF_PROCESS.read_bytes()).splitlines()  # a group's name need not be UTF-8
+        # a group's name need not be UTF-8
+        lines = os.fsdecode(OF_PROCESS.read_bytes()).splitlines()
     for line in lines:
         with contextlib.suppress(ValueError):
             _, controllers, path = line.split(":", 2)
             if not controllers:
                 yield from _left(GROUPS, path, "memory.max", "memory.current", "")
             elif "memory" in controllers.split(","):
-                yield from _left(GROUPS / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+                yield from _left(
+                    GROUPS / "memory",
+                    path,
+                    "memory.limit_in_bytes",
+                    "memory.usage_in_bytes",
+                    "total_",
+                )
 
 
 def _left(top: Path, path: str, limit: str, used: str, prefix: str) -> Iterator[float]:

@@ -1,8 +1,9 @@
 """Colours of every figure and report, as plain data.
 
-Allocation is signed, so its scale diverges from a neutral middle: teal helps, vermilion hurts. Both arms have the same lightness
-at the same distance from the middle: lightness says how much, hue says which way, under deuteranopia and protanopia too
-(`tests/test_plots.py` simulates both and measures CIE L*a*b* distances).
+Allocation is signed, so its scale diverges from a neutral middle: teal helps, vermilion hurts. Both
+arms have the same lightness at the same distance from the middle: lightness says how much, hue says
+which way, under deuteranopia and protanopia too (`tests/test_plots.py` simulates both and measures
+CIE L*a*b* distances).
 """
 
 from __future__ import annotations

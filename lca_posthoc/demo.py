@@ -1,7 +1,8 @@
-"""The first minute: train a small network on real digits, record every iterate, replay it, write the report.
+"""The first minute: train a small network on real digits, record every iterate, replay it, write
+the report.
 
-The data are 1,797 images of 8 × 8 pixels that travel with the package (source: `data/README.md`). `task` is also a task for
-the command line: `lca run DIR/checkpoints --task lca_posthoc.demo:task`.
+The data are 1,797 images of 8 × 8 pixels that travel with the package (source: `data/README.md`).
+`task` is also a task for the command line: `lca run DIR/checkpoints --task lca_posthoc.demo:task`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class Net(torch.nn.Sequential):
 
 
 def digits() -> tuple[Data, Data]:
-    """Return train (1,500) and validation (297) images, (N, 64) float32 in [0, 1], and labels, (N,) int64."""
+    """Return train (1,500) and validation (297) images, (N, 64) float32 in [0, 1], and labels, (N,)
+    int64.
+    """
     packed = resources.files("lca_posthoc").joinpath("data/digits.csv.gz").read_bytes()
     table = np.loadtxt(gzip.decompress(packed).decode().splitlines(), delimiter=",")
     images = torch.from_numpy(table[:, :64] / 16).float()
@@ -65,7 +68,9 @@ def task() -> Task:
 
 
 def train(checkpoints: Path) -> None:
-    """Train `Net` with SGD (0.05, momentum 0.9, batches of 50) for 300 steps and record every iterate, the first included."""
+    """Train `Net` with SGD (0.05, momentum 0.9, batches of 50) for 300 steps and record every
+    iterate, the first included.
+    """
     (inputs, targets), _ = digits()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -89,10 +94,19 @@ def demo(directory: Path, progress: Listener | None = None) -> Run:
         InputError: where `directory` exists and is not empty.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory} exists and is not empty. Name another directory: lca demo DIR.")
+        raise InputError(
+            f"{directory} exists and is not empty. Name another directory: lca demo DIR."
+        )
     if progress:
-        progress(Note(f"training a 64-50-20-10 network on {_TRAIN:,} digits, recording {STEPS + 1} iterates"))
+        progress(
+            Note(
+                f"training a 64-50-20-10 network on {_TRAIN:,} digits, recording {STEPS + 1} "
+                f"iterates"
+            )
+        )
     train(directory / "checkpoints")
-    opened = run(directory / "checkpoints", "lca_posthoc.demo:task", losses=["all"], progress=progress)
+    opened = run(
+        directory / "checkpoints", "lca_posthoc.demo:task", losses=["all"], progress=progress
+    )
     write_report([opened], directory / REPORT)
     return opened

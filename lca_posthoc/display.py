@@ -1,7 +1,8 @@
-"""The progress of a replay as a person sees it: notes, stages, a bar on a terminal or in a notebook, elsewhere a line a minute.
+"""The progress of a replay as a person sees it: notes, stages, a bar on a terminal or in a
+notebook, elsewhere a line a minute.
 
-Nothing here can turn finished work into an error: signs that a terminal or a pipe cannot show are replaced by others, and a stream
-that is gone is written to no more.
+Nothing here can turn finished work into an error: signs that a terminal or a pipe cannot show are
+replaced by others, and a stream that is gone is written to no more.
 """
 
 from __future__ import annotations
@@ -51,12 +52,14 @@ from .progress import (
 from .text import count, safe
 
 LOOK = 2.0  # seconds between two looks at how far spans are
-FIRST = 20.0  # seconds after work began, once there are figures, until the first line where there is no terminal
+# seconds after work began, once there are figures, until the first line where there is no terminal
+FIRST = 20.0
 MINUTE = 60.0  # seconds between two lines
 _SHOWN = 10  # failures, one by one
 _PACKAGE = os.path.dirname(__file__) + os.sep
 
-# --- streams and signs ---------------------------------------------------------------------------------------------------
+# --- streams and signs
+# ---------------------------------------------------------------------------------------------------
 
 _COMMAND = re.compile(r"`[^`\n]+`")
 _GLUE = "\u2800"  # as wide as a blank, and no place to cut a line
@@ -104,11 +107,14 @@ def _has(encoding: str, sign: str) -> bool:
 
 
 class Stream(io.TextIOBase):
-    """A text stream that shows what it can: a sign its encoding lacks becomes another, and nothing is written once its reader is gone.
+    """A text stream that shows what it can: a sign its encoding lacks becomes another, and nothing
+    is written once its reader is gone.
 
     Args:
-        stream: where to write; None for nowhere, which is what Python sets where a descriptor is closed.
-        matters: whether an error such as a full disk is raised: it is for results, not for progress.
+        stream: where to write; None for nowhere, which is what Python sets where a descriptor is
+            closed.
+        matters: whether an error such as a full disk is raised: it is for results, not for
+            progress.
     """
 
     def __init__(self, stream: TextIO | None, *, matters: bool) -> None:
@@ -152,17 +158,24 @@ class Stream(io.TextIOBase):
     def _lenient(self) -> Iterator[None]:
         try:
             yield
-        except BlockingIOError:  # what reads it is slow for the moment: progress may be lost, a result may not
+        except BlockingIOError:
+            # what reads it is slow for the moment: progress may be lost, a result may not
             if self._matters:
                 raise ResourceError(
-                    "the result cannot be printed: what reads it does not wait. What was computed is kept: `lca summary` prints it."
+                    "the result cannot be printed: what reads it does not wait. What was computed "
+                    "is kept: `lca summary` prints it."
                 ) from None
         except (OSError, ValueError) as error:
-            gone = isinstance(error, ValueError) or error.errno in (errno.EPIPE, errno.EIO, errno.EBADF)
+            gone = isinstance(error, ValueError) or error.errno in (
+                errno.EPIPE,
+                errno.EIO,
+                errno.EBADF,
+            )
             self._leave()
             if self._matters and not gone:
                 raise ResourceError(
-                    f"the result cannot be printed ({error}). What was computed is kept; `lca summary` and `lca status` print it again."
+                    f"the result cannot be printed ({error}). What was computed is kept; `lca "
+                    f"summary` and `lca status` print it again."
                 ) from None
 
     def _leave(self) -> None:
@@ -176,12 +189,15 @@ class Stream(io.TextIOBase):
 
 
 def open_standard_descriptors() -> None:
-    """Open those of the first three descriptors that are closed, on nothing; else a file of results gets the number, and prints."""
+    """Open those of the first three descriptors that are closed, on nothing; else a file of results
+    gets the number, and prints.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, this one
+            # takes the lowest number that is free, this one
+            opened = os.open(os.devnull, os.O_RDWR)
             os.set_inheritable(opened, True)  # workers print as well
 
 
@@ -198,7 +214,9 @@ def stderr() -> Console:
 
 
 def waiting(console: Console) -> Status:
-    """Return a status line in signs the console can show; it starts as a context manager, or with `start`."""
+    """Return a status line in signs the console can show; it starts as a context manager, or with
+    `start`.
+    """
     return console.status("", spinner=_spinner(console))
 
 
@@ -213,7 +231,8 @@ def say(text: str) -> None:
 
 
 def wrapped(text: str, console: Console) -> str:
-    """Return a text in lines as wide as the terminal, cut between words; unchanged where no terminal shows it.
+    """Return a text in lines as wide as the terminal, cut between words; unchanged where no
+    terminal shows it.
 
     A command in backticks that fits a line is never cut, so that it can be copied.
     """
@@ -221,9 +240,16 @@ def wrapped(text: str, console: Console) -> str:
         return text
     shown = showable(text, console.encoding)
     whole = _COMMAND.sub(
-        lambda command: command[0].replace(" ", _GLUE) if cell_len(command[0]) <= console.width else command[0], shown
+        lambda command: (
+            command[0].replace(" ", _GLUE) if cell_len(command[0]) <= console.width else command[0]
+        ),
+        shown,
     )
-    lines = [line for part in whole.split("\n") for line in Text(part).wrap(console, console.width, tab_size=8)]
+    lines = [
+        line
+        for part in whole.split("\n")
+        for line in Text(part).wrap(console, console.width, tab_size=8)
+    ]
     return "\n".join(line.plain.rstrip() for line in lines).replace(_GLUE, " ")
 
 
@@ -234,12 +260,15 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-# --- how far a replay is -------------------------------------------------------------------------------------------------
+# --- how far a replay is
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
 class Progressed:
-    """The progress of a replay: `done` of `total` segments (with two losses each counts twice), `before` of them when it began."""
+    """The progress of a replay: `done` of `total` segments (with two losses each counts twice),
+    `before` of them when it began.
+    """
 
     total: int = 0
     before: int = 0
@@ -259,7 +288,9 @@ class Progressed:
         return min(float(self.total), self.done + self.underway)
 
     def rate(self, now: float) -> float | None:
-        """Return segments per second since work began; spans end in bunches, which would make a moving rate jump."""
+        """Return segments per second since work began; spans end in bunches, which would make a
+        moving rate jump.
+        """
         seconds, segments = now - self.began, self.reached - self.before
         return segments / seconds if seconds > 0 and segments > 0 else None
 
@@ -279,9 +310,14 @@ class Progressed:
         rate, remaining = self.rate(now), self.seconds_left(now)
         workers = count(self.workers, "worker")
         speed = f"{rate:.3g} segments/s on {workers}" if rate is not None else workers
-        rest = f"about {duration(remaining)} left" if remaining is not None else f"after {duration(now - self.began)}"
+        rest = (
+            f"about {duration(remaining)} left"
+            if remaining is not None
+            else f"after {duration(now - self.began)}"
+        )
         return (
-            f"{int(self.reached):,} of {count(self.total, 'segment')} · worst residual {self.worst_residual:.1e}{self.trouble} · "
+            f"{int(self.reached):,} of {count(self.total, 'segment')} · worst residual "
+            f"{self.worst_residual:.1e}{self.trouble} · "
             f"{speed} · {rest}"
         )
 
@@ -312,9 +348,13 @@ class Bar:
         """See `View.stage`."""
         shown = Text(f"{text} ({duration(int(now - began))})" if now - began >= 2 else text)
         if self._live is None:
-            self._live = Live(console=self._console, transient=True, redirect_stdout=_shows_prints())
+            self._live = Live(
+                console=self._console, transient=True, redirect_stdout=_shows_prints()
+            )
             self._live.start()
-        self._live.update(Spinner(_spinner(self._console), shown, style="status.spinner"), refresh=True)
+        self._live.update(
+            Spinner(_spinner(self._console), shown, style="status.spinner"), refresh=True
+        )
 
     def show(self, progressed: Progressed, now: float) -> None:
         """See `View.show`."""
@@ -326,10 +366,17 @@ class Bar:
                 TextColumn("segments, left"),
                 _Left(),
                 # what there is room for, the most important first
-                TextColumn("{task.fields[more]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+                TextColumn(
+                    "{task.fields[more]}",
+                    table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+                ),
             )
             self._progress = Progress(
-                *columns, console=self._console, transient=True, expand=True, redirect_stdout=_shows_prints()
+                *columns,
+                console=self._console,
+                transient=True,
+                expand=True,
+                redirect_stdout=_shows_prints(),
             )
             self._task = self._progress.add_task("replay", total=None, more="", due=None)
             self._progress.start()
@@ -342,7 +389,8 @@ class Bar:
             total=progressed.total,
             completed=int(progressed.reached),
             more=(
-                f"{progressed.trouble} · worst residual {progressed.worst_residual:.1e} · {progressed.spans_done}/{progressed.spans} spans"
+                f"{progressed.trouble} · worst residual {progressed.worst_residual:.1e} · "
+                f"{progressed.spans_done}/{progressed.spans} spans"
                 f" · {workers} · {duration(int(now - progressed.began))} so far"
             ).removeprefix(" "),
             due=None if remaining is None else time.monotonic() + remaining,
@@ -359,7 +407,9 @@ class Bar:
 
 
 def _shows_prints() -> bool:
-    """Tell whether prints of the user's code go to a terminal, above what moves; to a file or a pipe they go unchanged."""
+    """Tell whether prints of the user's code go to a terminal, above what moves; to a file or a
+    pipe they go unchanged.
+    """
     return sys.stdout is not None and sys.stdout.isatty()
 
 
@@ -368,7 +418,11 @@ class _Left(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         due = task.fields["due"]
-        text = "-:--:--" if due is None else str(timedelta(seconds=int(max(0.0, due - time.monotonic()))))
+        text = (
+            "-:--:--"
+            if due is None
+            else str(timedelta(seconds=int(max(0.0, due - time.monotonic()))))
+        )
         return Text(text, style="progress.remaining")
 
 
@@ -378,7 +432,8 @@ class Lines:
     Args:
         console: where the lines go.
         now: seconds on the clock.
-        stages: whether each stage has a line when it begins, and one every `FIRST` seconds; for commands that have stages alone.
+        stages: whether each stage has a line when it begins, and one every `FIRST` seconds; for
+            commands that have stages alone.
     """
 
     def __init__(self, console: Console, now: float, stages: bool = False) -> None:
@@ -451,14 +506,17 @@ def _view(console: Console, now: float, stages: bool = False) -> View:
     return Lines(console, now, stages)
 
 
-# --- listeners -----------------------------------------------------------------------------------------------------------
+# --- listeners
+# -----------------------------------------------------------------------------------------------------------
 
 
 class Display:
-    """A listener that shows the events of a replay: a bar or lines for its progress; notes, retries and failures as `note: …`.
+    """A listener that shows the events of a replay: a bar or lines for its progress; notes, retries
+    and failures as `note: …`.
 
-    Call it with every event, inside a `with` block; at the end of the block what moves is removed. A thread of its own looks up how
-    far spans are between two events, since a single span may take an hour.
+    Call it with every event, inside a `with` block; at the end of the block what moves is removed.
+    A thread of its own looks up how far spans are between two events, since a single span may take
+    an hour.
 
     Args:
         clock: seconds that only grow.
@@ -481,7 +539,10 @@ class Display:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._over.set()
         self._thread.join()
@@ -529,10 +590,16 @@ class Display:
     def _read_reports(self) -> None:
         from .store import underway
 
-        reports = [report for report in underway(Path(self._directory)) if report.span not in self._open_spans_done]
+        reports = [
+            report
+            for report in underway(Path(self._directory))
+            if report.span not in self._open_spans_done
+        ]
         state = self._progressed
         state.underway = sum(report.segments for report in reports)
-        state.worst_residual = max([state.worst_residual, *(report.worst_residual for report in reports)])
+        state.worst_residual = max(
+            [state.worst_residual, *(report.worst_residual for report in reports)]
+        )
 
     def _on_stage(self, event: Stage) -> None:
         self._stage = (event.text, self._clock())
@@ -545,13 +612,20 @@ class Display:
         now, before = self._clock(), event.total - event.pending
         self._directory, self._open_spans_done = event.directory, set()
         self._progressed = Progressed(
-            total=event.total, before=before, done=before, spans=event.spans, workers=event.workers, began=now
+            total=event.total,
+            before=before,
+            done=before,
+            spans=event.spans,
+            workers=event.workers,
+            began=now,
         )
         self._view.show(self._progressed, now)
 
     def nothing_to_do(self) -> None:
         """Say that every span is committed already."""
-        self.say("nothing to do: every span is committed, and the task file is the one of the last run")
+        self.say(
+            "nothing to do: every span is committed, and the task file is the one of the last run"
+        )
 
     def _on_done(self, event: SpanDone) -> None:
         state = self._progressed
@@ -568,9 +642,14 @@ class Display:
         self.say(f"{_span(event)} is tried again: {event.message} ({event.worker})")
 
     def _on_slow(self, event: SpanSlow) -> None:
-        stack = f"; it is in {' < '.join(reversed(event.doing[-3:]))}" if event.doing else "; it does not answer"
+        stack = (
+            f"; it is in {' < '.join(reversed(event.doing[-3:]))}"
+            if event.doing
+            else "; it does not answer"
+        )
         self.say(
-            f"{_span(event)} takes {duration(event.seconds)}, far longer than its peers, on worker {event.worker}{stack}"
+            f"{_span(event)} takes {duration(event.seconds)}, far longer than its peers, on worker "
+            f"{event.worker}{stack}"
         )
 
     def _on_failed(self, event: SpanFailed) -> None:
@@ -583,7 +662,9 @@ class Display:
 
 
 class WarningDisplay(Display):
-    """A `Display` for callers in Python: a note becomes an `LCAWarning` at the caller's own line."""
+    """A `Display` for callers in Python: a note becomes an `LCAWarning` at the caller's own
+    line.
+    """
 
     def say(self, text: str) -> None:
         """Warn."""
@@ -607,9 +688,13 @@ def listening(progress: Listener | None) -> Iterator[Listener]:
 
 
 def _level_of_the_caller() -> int:
-    """Return the `stacklevel` with which `warnings.warn`, called by who calls this, points outside of this package."""
+    """Return the `stacklevel` with which `warnings.warn`, called by who calls this, points outside
+    of this package.
+    """
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((_PACKAGE, contextlib.__file__)):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(
+        (_PACKAGE, contextlib.__file__)
+    ):
         level, frame = level + 1, frame.f_back
     return level
 

@@ -9,7 +9,9 @@ from typing import NotRequired, TypedDict
 
 
 class LCAError(Exception):
-    """Anything this package reports on purpose: one line that says what was asked, what was found, what to do."""
+    """Anything this package reports on purpose: one line that says what was asked, what was found,
+    what to do.
+    """
 
     exit_code = 1
 
@@ -21,13 +23,16 @@ class InputError(LCAError):
 
 
 class SpanError(LCAError):
-    """Some spans could not be replayed; the others are complete, and running again tries these once more."""
+    """Some spans could not be replayed; the others are complete, and running again tries these once
+    more.
+    """
 
     exit_code = 3
 
 
 class NotFiniteError(SpanError):
-    """A checkpoint holds NaN or Inf: the spans that touch it cannot be replayed, however often they are tried.
+    """A checkpoint holds NaN or Inf: the spans that touch it cannot be replayed, however often they
+    are tried.
 
     Args:
         message: what was found, and where.
@@ -61,7 +66,9 @@ class Interrupted(LCAError, KeyboardInterrupt):
 
 
 class LCAWarning(UserWarning):
-    """Something the caller should know while work goes on; filter it like any category of Python's warnings."""
+    """Something the caller should know while work goes on; filter it like any category of Python's
+    warnings.
+    """
 
 
 def few(words: Sequence[str], most: int = 3) -> str:
@@ -101,7 +108,10 @@ def amount(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-_KINDS = {kind.__name__: kind for kind in (LCAError, InputError, SpanError, DamageError, ResourceError, Interrupted)}
+_KINDS = {
+    kind.__name__: kind
+    for kind in (LCAError, InputError, SpanError, DamageError, ResourceError, Interrupted)
+}
 
 
 class PackedError(TypedDict):
@@ -113,7 +123,8 @@ class PackedError(TypedDict):
 
 
 def pack(error: LCAError) -> PackedError:
-    """Return the error as plain strings and numbers, so that no exception class has to be unpickled in another process.
+    """Return the error as plain strings and numbers, so that no exception class has to be unpickled
+    in another process.
 
     >>> unpack(pack(InputError("no such loss")))
     InputError('no such loss')

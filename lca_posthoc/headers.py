@@ -1,7 +1,8 @@
 """The header of a safetensors file, read and checked without touching its tensors.
 
 Format: 8 bytes (little-endian length n), n bytes of JSON, the tensors' bytes. Source:
-<https://github.com/huggingface/safetensors#format>. Limits come first, so that a hostile header costs nothing.
+<https://github.com/huggingface/safetensors#format>. Limits come first, so that a hostile header
+costs nothing.
 """
 
 from __future__ import annotations
@@ -42,9 +43,13 @@ _BITS = {
     "C64": 64,
 }
 _SHOWN = 512  # bytes at the beginning of a file that tell its format
-_AS_PYTORCH = "give it the ending .pt, and make safetensors of the directory with `lca import DIRECTORY NEW_DIRECTORY`."
+_AS_PYTORCH = (
+    "give it the ending .pt, and make safetensors of the directory with `lca import DIRECTORY "
+    "NEW_DIRECTORY`."
+)
 GGUF = (
-    "GGUF, a format for inference: its weights are quantised and packed, so most steps of training are rounded away and torch cannot "
+    "GGUF, a format for inference: its weights are quantised and packed, so most steps of training "
+    "are rounded away and torch cannot "
     "load them by name. Give the safetensors or torch.save files that it was converted from."
 )
 _OTHERS: tuple[tuple[tuple[bytes, ...], str], ...] = (
@@ -56,21 +61,30 @@ _OTHERS: tuple[tuple[tuple[bytes, ...], str], ...] = (
     ),
     (
         (b"\x89HDF\r\n\x1a\n",),
-        "HDF5: where it has a row for every iterate, give it the ending .h5 and convert it with `lca import FILE NEW_DIRECTORY`.",
+        "HDF5: where it has a row for every iterate, give it the ending .h5 and convert it with "
+        "`lca import FILE NEW_DIRECTORY`.",
     ),
-    ((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ"), "compressed (gzip, zstd, bzip2 or xz): decompress it."),
-    ((b"\x93NUMPY",), "one array of numpy: save the named tensors with safetensors.numpy.save_file."),
+    (
+        (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ"),
+        "compressed (gzip, zstd, bzip2 or xz): decompress it.",
+    ),
+    (
+        (b"\x93NUMPY",),
+        "one array of numpy: save the named tensors with safetensors.numpy.save_file.",
+    ),
     (
         (b"version https://git-lfs",),
         "a pointer of Git LFS and not the file it stands for: fetch that with `git lfs pull`.",
     ),
     (
         (b"<!doctype", b"<html", b"<?xml", b"<head", b"<error"),
-        "a page of HTML or XML, perhaps what a server answered instead of the file: read what it says, and download the file again.",
+        "a page of HTML or XML, perhaps what a server answered instead of the file: read what it "
+        "says, and download the file again.",
     ),
     (
         (b"{", b"["),
-        "text in JSON, perhaps what a server answered instead of the file: read what it says, and download it again.",
+        "text in JSON, perhaps what a server answered instead of the file: read what it says, and "
+        "download it again.",
     ),
 )
 FLOATING = frozenset({"F8_E5M2", "F8_E4M3", "F8_E8M0", "F16", "BF16", "F32", "F64"})
@@ -87,10 +101,11 @@ class TensorHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """A checked header: tensors by name, the file's own metadata, its size in bytes and the CRC32C of its samples.
+    """A checked header: tensors by name, the file's own metadata, its size in bytes and the CRC32C
+    of its samples.
 
-    The last `data_size` bytes of the file are the tensors'; `data_samples` are the CRC32C of the tensors' bytes in each sample, of which
-    the last is the last 64 KiB of the file.
+    The last `data_size` bytes of the file are the tensors'; `data_samples` are the CRC32C of the
+    tensors' bytes in each sample, of which the last is the last 64 KiB of the file.
     """
 
     tensors: dict[str, TensorHeader]
@@ -117,12 +132,18 @@ def read_header(path: Path) -> Header:
             if not 2 <= length <= size - 8:
                 raise _damaged(path, f"its {size:,} bytes do not begin with a safetensors header")
             if length > MAX_HEADER_BYTES:
-                raise _damaged(path, f"its header claims {length:,} bytes (limit {MAX_HEADER_BYTES:,})")
+                raise _damaged(
+                    path, f"its header claims {length:,} bytes (limit {MAX_HEADER_BYTES:,})"
+                )
             text = file.read(length)
             tensors, metadata, end = _parse(path, text)
             if 8 + length + end != size:
                 missing = 8 + length + end - size
-                raise _damaged(path, f"it has {size:,} bytes, {abs(missing):,} too {'few' if missing > 0 else 'many'}")
+                raise _damaged(
+                    path,
+                    f"it has {size:,} bytes, {abs(missing):,} too "
+                    f"{'few' if missing > 0 else 'many'}",
+                )
             samples: list[tuple[int, bytes]] = []
             crc = fingerprint(_remembering(_reader(path, file), samples), size)
             parts = (sample[max(0, 8 + length - offset) :] for offset, sample in samples)
@@ -136,22 +157,29 @@ def read_header(path: Path) -> Header:
             )
     except _DamagedError:
         if (other := _other_format(shown)) is not None:
-            raise InputError(f"{path} is not a safetensors file, as its name says, but {other}") from None
+            raise InputError(
+                f"{path} is not a safetensors file, as its name says, but {other}"
+            ) from None
         raise
     except OSError as error:
         raise InputError(
-            f"cannot read checkpoint file {path}: {error.strerror}. Check the path and its permissions."
+            f"cannot read checkpoint file {path}: {error.strerror}. Check the path and its "
+            f"permissions."
         ) from None
 
 
 def _reader(path: Path, file: BinaryIO) -> Callable[[int, int], bytes]:
-    """Return a function `(offset, count) -> bytes`, which reads no more than these bytes of a local file."""
+    """Return a function `(offset, count) -> bytes`, which reads no more than these bytes of a local
+    file.
+    """
     if is_remote(path):
         return lambda offset, count: (file.seek(offset), file.read(count))[1]
     return lambda offset, count: os.pread(file.fileno(), count, offset)
 
 
-def _remembering(read: Callable[[int, int], bytes], samples: list[tuple[int, bytes]]) -> Callable[[int, int], bytes]:
+def _remembering(
+    read: Callable[[int, int], bytes], samples: list[tuple[int, bytes]]
+) -> Callable[[int, int], bytes]:
     """Return the same reader, which adds what it reads, with its offset, to the samples."""
 
     def reader(offset: int, count: int) -> bytes:
@@ -162,9 +190,11 @@ def _remembering(read: Callable[[int, int], bytes], samples: list[tuple[int, byt
 
 
 def _other_format(shown: bytes) -> str | None:
-    """Return the format of a file by its first bytes, and what to do with it; None where they tell nothing.
+    """Return the format of a file by its first bytes, and what to do with it; None where they tell
+    nothing.
 
-    The caller must know that the file is not safetensors, whose first eight bytes, a length, may look like anything.
+    The caller must know that the file is not safetensors, whose first eight bytes, a length, may
+    look like anything.
     """
     text = shown.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for marks, what in _OTHERS:
@@ -179,7 +209,8 @@ class _DamagedError(InputError):
 
 def _damaged(path: Path, what: str) -> InputError:
     return _DamagedError(
-        f"{path} is not a whole safetensors file: {what}. Save it again, or remove it (the segment across the gap becomes "
+        f"{path} is not a whole safetensors file: {what}. Save it again, or remove it (the segment "
+        f"across the gap becomes "
         "longer)."
     )
 
@@ -188,14 +219,18 @@ def _parse(path: Path, text: bytes) -> tuple[dict[str, TensorHeader], dict[str, 
     if text.count(b"{") > MAX_TENSORS + 2:
         raise _damaged(path, f"it names more than {MAX_TENSORS:,} tensors")
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_int=_count)
+        entries = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_int=_count
+        )
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header is not valid JSON ({str(error)[:80]})") from None
     if not isinstance(entries, dict):
         raise _damaged(path, "its header is not a table of tensors")
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
         raise _damaged(path, "its metadata is not a table of words")
     try:
         json.dumps([*entries, metadata], ensure_ascii=False).encode()
@@ -252,7 +287,8 @@ def fingerprint_of(data: bytes) -> int:
 
 
 def fingerprint(read: Callable[[int, int], bytes], size: int) -> int:
-    """Return the CRC32C of the first, middle and last 64 KiB of a file: any training step changes nearly every weight.
+    """Return the CRC32C of the first, middle and last 64 KiB of a file: any training step changes
+    nearly every weight.
 
     Args:
         read: `(offset, length) -> bytes`.

@@ -1,6 +1,8 @@
-"""Recognise buffers that older releases of libraries saved and today's model classes compute: rotary frequencies, causal masks, counts.
+"""Recognise buffers that older releases of libraries saved and today's model classes compute:
+rotary frequencies, causal masks, counts.
 
-Their names and headers make them candidates. What they hold decides: a weight that only looks like one must not be left out.
+Their names and headers make them candidates. What they hold decides: a weight that only looks like
+one must not be left out.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ _COUNTS = frozenset({"num_batches_tracked", "n_averaged", "initted"})
 
 @dataclass(frozen=True)
 class _Kind:
-    """A kind of leftover: the word for it, the end of its names, its dtypes, and how many numbers its shape may have."""
+    """A kind of leftover: the word for it, the end of its names, its dtypes, and how many numbers
+    its shape may have.
+    """
 
     what: str
     names: re.Pattern[str]
@@ -48,8 +52,15 @@ _KINDS = (
     _Kind(_POSITIONS, re.compile(r"(^|\.)position_ids$"), _WHOLE),
     _Kind(_TYPES, re.compile(r"(^|\.)token_type_ids$"), _WHOLE),
     _Kind("a count of batches", re.compile(r"\.num_batches_tracked$"), _WHOLE, scalar=True),
-    _Kind("a count of averaged weights", re.compile(r"^(n_averaged|initted)$"), _WHOLE | {"BOOL"}, scalar=True),
-    _Kind("what a profiler counted", re.compile(r"(^|\.)total_(ops|params)$"), FLOATING, scalar=True),
+    _Kind(
+        "a count of averaged weights",
+        re.compile(r"^(n_averaged|initted)$"),
+        _WHOLE | {"BOOL"},
+        scalar=True,
+    ),
+    _Kind(
+        "what a profiler counted", re.compile(r"(^|\.)total_(ops|params)$"), FLOATING, scalar=True
+    ),
 )
 
 
@@ -63,8 +74,8 @@ def is_known(name: str, header: TensorHeader, used: Collection[str]) -> bool:
     Args:
         name: of the tensor.
         header: its type and shape in the file.
-        used: the tensors the model takes from the files. A count of batches is known only where the statistics it belongs to are
-            among them: else the model has no such layer.
+        used: the tensors the model takes from the files. A count of batches is known only where the
+            statistics it belongs to are among them: else the model has no such layer.
     """
     kind = _kind(name)
     if kind is None or header.dtype not in kind.dtypes:
@@ -73,30 +84,42 @@ def is_known(name: str, header: TensorHeader, used: Collection[str]) -> bool:
     if kind.scalar and (last != 1 or any(extent != 1 for extent in others)):
         return False
     if kind.what == _MASK:  # a bias of a layer is a vector
-        return len(header.shape) in (2, 4) and header.shape[-1] == header.shape[-2] and set(header.shape[:-2]) <= {1}
+        return (
+            len(header.shape) in (2, 4)
+            and header.shape[-1] == header.shape[-2]
+            and set(header.shape[:-2]) <= {1}
+        )
     if name.endswith(".num_batches_tracked"):
         return f"{name.rpartition('.')[0]}.running_mean" in used
     return len(header.shape) < 2 or set(others) <= {1}
 
 
 def counts(name: str) -> bool:
-    """Tell whether a known leftover counts, and so changes in training without a part in any loss."""
+    """Tell whether a known leftover counts, and so changes in training without a part in any
+    loss.
+    """
     return name.rpartition(".")[2] in _COUNTS
 
 
 def refuted(name: str, tensor: Tensor, unstored: Mapping[str, Tensor]) -> str:
-    """Return why a tensor is no leftover after all, as the end of a sentence; an empty string where it may be left out.
+    """Return why a tensor is no leftover after all, as the end of a sentence; an empty string where
+    it may be left out.
 
     Args:
         name: of the tensor.
         tensor: the one of that name in a checkpoint.
-        unstored: the buffers the task's model builds and does not save, by name. Rotary frequencies and tensors of no known kind must
-            be among them where there are any of that name; masks that are of the same length, too.
+        unstored: the buffers the task's model builds and does not save, by name. Rotary frequencies
+            and tensors of no known kind must be among them where there are any of that name; masks
+            that are of the same length, too.
     """
     kind = _kind(name)
     if kind is not None and kind.scalar:
         return "" if _is_plausible(kind, tensor) else _unlike(kind)
-    same_end = [own for other, own in unstored.items() if other.rpartition(".")[2] == name.rpartition(".")[2]]
+    same_end = [
+        own
+        for other, own in unstored.items()
+        if other.rpartition(".")[2] == name.rpartition(".")[2]
+    ]
     if kind is not None and kind.what != _ROTARY:
         same_end = [own for own in same_end if own.shape == tensor.shape]
     if same_end and not any(_same_values(tensor, own.cpu()) for own in same_end):
@@ -115,17 +138,27 @@ def left_out_note(names: Collection[str], fixed: Collection[str]) -> str:
     kinds: dict[str, dict[str, None]] = {}
     for name in [*names, *fixed]:
         kind = _kind(name)
-        what = "named in Task.fixed" if name in fixed else kind.what if kind else "computed by the model"
+        what = (
+            "named in Task.fixed"
+            if name in fixed
+            else kind.what
+            if kind
+            else "computed by the model"
+        )
         kinds.setdefault(what, {})[re.sub(r"(?<=\.)\d+(?=\.)", "*", name)] = None
     shown = "; ".join(f"{few([*map(repr, group)], 6)} ({what})" for what, group in kinds.items())
-    return f"left out what only the checkpoints hold: {shown}. The task's model does not save it, and no weight is among it"
+    return (
+        f"left out what only the checkpoints hold: {shown}. The task's model does not save it, and "
+        f"no weight is among it"
+    )
 
 
 def _is_plausible(kind: _Kind, tensor: Tensor) -> bool:
     """Tell whether the numbers of a tensor are those of its kind, and no weights.
 
-    Rotary frequencies are positive and descend, a causal mask is a lower triangle (or a band below the diagonal, where attention is
-    local) or the triangle above it, positions are 0, 1, 2, …, token types 0, and the value of masked scores is far below 0.
+    Rotary frequencies are positive and descend, a causal mask is a lower triangle (or a band below
+    the diagonal, where attention is local) or the triangle above it, positions are 0, 1, 2, …,
+    token types 0, and the value of masked scores is far below 0.
     """
     import torch
 
@@ -140,7 +173,9 @@ def _is_plausible(kind: _Kind, tensor: Tensor) -> bool:
             return False
         marked = square.bool()
         width, ones = int(marked[-1].sum()), torch.ones_like(marked)
-        return torch.equal(marked, ones.tril() & ones.triu(1 - width)) or torch.equal(marked, ones.triu(1))
+        return torch.equal(marked, ones.tril() & ones.triu(1 - width)) or torch.equal(
+            marked, ones.triu(1)
+        )
     if kind.what == _POSITIONS:
         return torch.equal(flat, torch.arange(len(flat), dtype=flat.dtype))
     if kind.what == _TYPES:

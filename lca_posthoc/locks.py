@@ -8,7 +8,8 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows, where people record and read results, though runs are computed elsewhere
+except ImportError:
+    # Windows, where people record and read results, though runs are computed elsewhere
     fcntl = None  # type: ignore[assignment]
 
 
@@ -18,7 +19,8 @@ def can_lock() -> bool:
 
 
 def lock(descriptor: int, shared: bool = False) -> bool:
-    """Lock an open file for as long as it is open; return False where there are no locks, which some file systems lack.
+    """Lock an open file for as long as it is open; return False where there are no locks, which
+    some file systems lack.
 
     Raises:
         BlockingIOError: where another process has the lock.
@@ -35,7 +37,8 @@ def lock(descriptor: int, shared: bool = False) -> bool:
 
 
 class DirectoryLock:
-    """Keep others out of a directory until `release`, or until this process ends; `locked` is False where there are no locks.
+    """Keep others out of a directory until `release`, or until this process ends; `locked` is False
+    where there are no locks.
 
     Raises:
         BlockingIOError: where another process, or another lock of this one, has the directory.
@@ -55,11 +58,14 @@ class DirectoryLock:
             self._descriptor = descriptor
 
     def release(self) -> None:
-        """Let go of the directory; a forked process, which has the same lock, leaves it to the one that made it."""
+        """Let go of the directory; a forked process, which has the same lock, leaves it to the one
+        that made it.
+        """
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is None:
             return
         if self._process == os.getpid() and self.locked:
             with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # for forked processes too, which may live on
+                # for forked processes too, which may live on
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)

@@ -1,7 +1,9 @@
-"""Places of checkpoints: a directory, or one behind a URL that fsspec reads (`s3://…`, `gs://…`, `hf://…`, `https://…`).
+"""Places of checkpoints: a directory, or one behind a URL that fsspec reads (`s3://…`, `gs://…`,
+`hf://…`, `https://…`).
 
-A remote place is an object of universal_pathlib, which has the methods of a `Path`. Files that are read whole are kept in a cache on this
-machine, `lca_posthoc` below `$XDG_CACHE_HOME` or `~/.cache`, so that the next loss does not fetch it again.
+A remote place is an object of universal_pathlib, which has the methods of a `Path`. Files that are
+read whole are kept in a cache on this machine, `lca_posthoc` below `$XDG_CACHE_HOME` or `~/.cache`,
+so that the next loss does not fetch it again.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def located(where: str | Path) -> Path:
     protocol, _, rest = str(where).partition("://")
     if "@" in rest.partition("/")[0] or "?" in rest:
         raise InputError(
-            f"a URL of checkpoints is recorded with the result, so it holds no passwords and no queries; this {protocol} one does. Give "
+            f"a URL of checkpoints is recorded with the result, so it holds no passwords and no "
+            f"queries; this {protocol} one does. Give "
             "them to the driver: environment variables, or fsspec's configuration."
         )
     try:
@@ -49,7 +52,8 @@ def located(where: str | Path) -> Path:
         raise ResourceError(f"{where}: {error}.") from None
     except ValueError:
         raise ResourceError(
-            f"{where}: fsspec knows no {protocol!r}. Install its driver, such as s3fs, gcsfs or huggingface_hub."
+            f"{where}: fsspec knows no {protocol!r}. Install its driver, such as s3fs, gcsfs or "
+            f"huggingface_hub."
         ) from None
     return path  # type: ignore[return-value]
 
@@ -91,7 +95,9 @@ def nearest(path: Path) -> Path:
 
 @contextlib.contextmanager
 def reached(path: Path) -> Iterator[None]:
-    """Raise every error of a remote place as an `OSError`, for drivers have errors of their own kinds."""
+    """Raise every error of a remote place as an `OSError`, for drivers have errors of their own
+    kinds.
+    """
     try:
         yield
     except (OSError, LCAError) as error:
@@ -109,7 +115,8 @@ def _said(error: Exception) -> str:
 
 
 def read(path: Path, key: int) -> bytes:
-    """Return a whole file; take a remote one from the cache, where this URL and key are in it, and else add it there.
+    """Return a whole file; take a remote one from the cache, where this URL and key are in it, and
+    else add it there.
 
     Raises:
         OSError: where the file cannot be read.
@@ -127,7 +134,8 @@ def read(path: Path, key: int) -> bytes:
             return data
     with reached(path):
         data = path.read_bytes()
-    with contextlib.suppress(OSError):  # a cache that cannot be written to saves nothing, and harms nothing
+    # a cache that cannot be written to saves nothing, and harms nothing
+    with contextlib.suppress(OSError):
         copy.parent.mkdir(parents=True, exist_ok=True)
         temporary = copy.with_name(f".{uuid.uuid4().hex}.tmp")
         try:

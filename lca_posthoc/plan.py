@@ -1,4 +1,6 @@
-"""The costs of a run, or of a recording: evaluations, time from a few timed batches, bytes against free space."""
+"""The costs of a run, or of a recording: evaluations, time from a few timed batches, bytes against
+free space.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +37,11 @@ _TRIED = 5  # iterates that are written to see how long one takes
 
 @dataclass(frozen=True, kw_only=True)
 class LossPlan:
-    """One loss: what it is over, its batches, gradient evaluations without refinement, seconds of one and of all on one worker.
+    """One loss: what it is over, its batches, gradient evaluations without refinement, seconds of
+    one and of all on one worker.
 
-    `fastest_batch_size` of those tried took the least time, `largest_batch_size` is the largest that fits in memory; `bytes` are an
-    estimate after compression, under each level of `--keep`.
+    `fastest_batch_size` of those tried took the least time, `largest_batch_size` is the largest
+    that fits in memory; `bytes` are an estimate after compression, under each level of `--keep`.
     """
 
     examples: int
@@ -56,9 +59,9 @@ class LossPlan:
 class Plan:
     """The costs `lca plan` prints.
 
-    `seconds` is what all losses together take on one worker, which is less than their sum where they share passes; `bytes` are the
-    sizes of the result's files after compression, estimated from one segment and a batch of each loss, for all losses together;
-    `memory` is what a worker holds.
+    `seconds` is what all losses together take on one worker, which is less than their sum where
+    they share passes; `bytes` are the sizes of the result's files after compression, estimated from
+    one segment and a batch of each loss, for all losses together; `memory` is what a worker holds.
     """
 
     segments: int
@@ -77,8 +80,9 @@ class Plan:
 class RecordingPlan:
     """The costs of saving every iterate of a training, the initial weights included.
 
-    `bytes_each` and `seconds_each` are of one iterate, the latter as measured on this disk, flushing included; `every` is the least
-    that makes them fit into the bytes that are `free` (0: not even two do).
+    `bytes_each` and `seconds_each` are of one iterate, the latter as measured on this disk,
+    flushing included; `every` is the least that makes them fit into the bytes that are `free` (0:
+    not even two do).
     """
 
     iterates: int
@@ -92,7 +96,8 @@ class RecordingPlan:
 
 
 def plan_recording(directory: str | Path, task: str | Path | Task, steps: int) -> RecordingPlan:
-    """Say before a training what recording it would take, from the task's model and a few files written and removed again.
+    """Say before a training what recording it would take, from the task's model and a few files
+    written and removed again.
 
     Args:
         directory: where the iterates would go; tells whose space and speed count.
@@ -100,14 +105,18 @@ def plan_recording(directory: str | Path, task: str | Path | Task, steps: int) -
         steps: optimiser steps of the training.
 
     Raises:
-        InputError: where the steps are fewer than one, or the task has no model that could be saved.
+        InputError: where the steps are fewer than one, or the task has no model that could be
+            saved.
         ResourceError: where not even a few iterates can be written.
     """
     if steps < 1:
         raise InputError(f"--recording must be 1 or more optimiser steps, got {steps}.")
     place = nearest(Path(directory).resolve())
     model = new_model(loaded(task))
-    with tempfile.TemporaryDirectory(prefix=".lca-plan-", dir=place) as folder, warnings.catch_warnings():
+    with (
+        tempfile.TemporaryDirectory(prefix=".lca-plan-", dir=place) as folder,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # half precision is said when recording
         with Recorder(folder, model) as recorder:
             recorder.save(0)
@@ -184,13 +193,22 @@ def plan(
     free = psutil.disk_usage(
         str(nearest((Path(out) if out is not None else _beside(checkpoints)).resolve().parent))
     ).free
-    stored = {keep: estimated_bytes(manifest, keep, manifest.losses, costs.compressed) for keep in KEEP}
+    stored = {
+        keep: estimated_bytes(manifest, keep, manifest.losses, costs.compressed) for keep in KEEP
+    }
     short = (
-        [f"the result will need about {amount(stored[manifest.keep])}, and {amount(free)} are free there"]
+        [
+            f"the result will need about {amount(stored[manifest.keep])}, and {amount(free)} are "
+            f"free "
+            f"there"
+        ]
         if stored[manifest.keep] > free
         else []
     )
-    of_losses = {name: _loss_plan(ready, name, costs.losses[name], costs.compressed) for name in manifest.losses}
+    of_losses = {
+        name: _loss_plan(ready, name, costs.losses[name], costs.compressed)
+        for name in manifest.losses
+    }
     measured_segments = sum(first < manifest.segments for first in SAMPLED)
     return Plan(
         segments=manifest.segments,
@@ -204,7 +222,12 @@ def plan(
         bytes=stored,
         free=free,
         memory=costs.memory,
-        notes=[*trajectory.notes, *ready.notes, *([ready.short_of] if ready.short_of else []), *short],
+        notes=[
+            *trajectory.notes,
+            *ready.notes,
+            *([ready.short_of] if ready.short_of else []),
+            *short,
+        ],
     )
 
 
@@ -218,7 +241,9 @@ def _at_once(rule: str) -> int:
     return len(RULES[rule].nodes)
 
 
-def _loss_plan(ready: Preparation, name: str, costs: LossCosts, compressed: dict[str, dict[str, float]]) -> LossPlan:
+def _loss_plan(
+    ready: Preparation, name: str, costs: LossCosts, compressed: dict[str, dict[str, float]]
+) -> LossPlan:
     manifest, record = ready.manifest, ready.manifest.losses[name]
     rule = RULES[manifest.settings["rule"]]
     per_segment = len(rule.nodes) - (1 if rule.has_start and rule.has_end else 0)

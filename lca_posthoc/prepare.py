@@ -1,4 +1,6 @@
-"""The work before the first span: a task is described, matched with the trajectory and probed, and the run is laid out."""
+"""The work before the first span: a task is described, matched with the trajectory and probed, and
+the run is laid out.
+"""
 
 from __future__ import annotations
 
@@ -45,19 +47,23 @@ from .worker import admit, describe, probe, sampled, versions
 _SPAN_BYTES = 256 * 2**20
 _LONGEST_SPAN = 32
 _WINDOWS = 64
-_BEGUN = "A run that has begun keeps its tolerance and its precision: with others, write another run with --out."
+_BEGUN = (
+    "A run that has begun keeps its tolerance and its precision: with others, write another run "
+    "with --out."
+)
 Answer = TypeVar("Answer")
 
-_EARLY = (2, 4, 16)  # checkpoints at which running statistics, which lag most early on, are looked at too
+# checkpoints at which running statistics, which lag most early on, are looked at too
+_EARLY = (2, 4, 16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
     """A probed task on a trajectory.
 
-    Requests to workers are about the task as `setup` says; those that evaluate at a few checkpoints take them from `sample`.
-    `manifest` describes the run as it would be created now; `notes` are worth telling. `short_of` says what memory there is too
-    little of, if any.
+    Requests to workers are about the task as `setup` says; those that evaluate at a few checkpoints
+    take them from `sample`. `manifest` describes the run as it would be created now; `notes` are
+    worth telling. `short_of` says what memory there is too little of, if any.
     """
 
     setup: TaskSetup
@@ -69,7 +75,11 @@ class Preparation:
     @property
     def batch_sizes(self) -> dict[str, int]:
         """Return split → examples per batch."""
-        return {record.on: record.batch_size for record in self.manifest.losses.values() if record.on is not None}
+        return {
+            record.on: record.batch_size
+            for record in self.manifest.losses.values()
+            if record.on is not None
+        }
 
 
 def prepare(
@@ -119,9 +129,13 @@ def prepare(
     names = trajectory.match(table, *without)
     setup = replace(setup, losses=list(described.losses), digests=described.digests)
     recorded = existing.losses if existing else {}
-    batch_sizes = {record.on: record.batch_size for record in recorded.values() if record.on is not None}
+    batch_sizes = {
+        record.on: record.batch_size for record in recorded.values() if record.on is not None
+    }
     segments = len(trajectory.checkpoints) - 1
-    span = span or choose_span(segments, workers or cluster.workers, sum(spec.elements for spec in table))
+    span = span or choose_span(
+        segments, workers or cluster.workers, sum(spec.elements for spec in table)
+    )
     modes = _looked_at_in_both_modes(segments)
     sample = Sample(
         points=_sampled_points(trajectory, names, modes),
@@ -153,7 +167,9 @@ def prepare(
         span=span,
         window=_choose_window(segments, span),
         settings=settings,
-        losses={name: _record(name, keys[name], loss, probed) for name, loss in described.losses.items()},
+        losses={
+            name: _record(name, keys[name], loss, probed) for name, loss in described.losses.items()
+        },
         provenance=_provenance(task, described.task_losses),
     )
     new = {name: record for name, record in manifest.losses.items() if name not in recorded}
@@ -164,7 +180,9 @@ def prepare(
         *_added(list(trajectory.sources_of(described.added))),
         *_idle(existing or manifest, workers or cluster.workers),
     ]
-    return Preparation(setup=setup, sample=sample, manifest=manifest, notes=notes, short_of=probed.short_of)
+    return Preparation(
+        setup=setup, sample=sample, manifest=manifest, notes=notes, short_of=probed.short_of
+    )
 
 
 def ask(cluster: Cluster, work: Callable[[Spec], Spec], request: Question[Answer]) -> Answer:
@@ -178,7 +196,8 @@ def ask(cluster: Cluster, work: Callable[[Spec], Spec], request: Question[Answer
     for outcome in cluster.map(work, [to_plain(request)]):
         if isinstance(outcome, Lost):
             raise ResourceError(
-                f"a worker died while it looked at the task ({outcome.why}). Often memory: try fewer --workers or a smaller "
+                f"a worker died while it looked at the task ({outcome.why}). Often memory: try "
+                f"fewer --workers or a smaller "
                 "--batch-size, or --cluster inline to see the cause."
             )
         if isinstance(outcome, Done) and outcome.result is not None:
@@ -187,14 +206,17 @@ def ask(cluster: Cluster, work: Callable[[Spec], Spec], request: Question[Answer
     raise Interrupted("stopped before the first span.")
 
 
-def check_workers(cluster: Cluster, trajectory: Trajectory, device: str | None, token: tuple[Path, str]) -> list[str]:
+def check_workers(
+    cluster: Cluster, trajectory: Trajectory, device: str | None, token: tuple[Path, str]
+) -> list[str]:
     """Ask every worker that somebody else started whether it can take part, and settle on a device.
 
     Args:
         cluster: they are of.
         trajectory: the checkpoints they must read.
         device: "cuda", "cpu", or None for a GPU if every worker sees one.
-        token: a file of the run's directory, which they must see and be able to write beside, and its text.
+        token: a file of the run's directory, which they must see and be able to write beside, and
+            its text.
 
     Returns:
         Notes worth telling.
@@ -221,16 +243,21 @@ def check_workers(cluster: Cluster, trajectory: Trajectory, device: str | None, 
         more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
         raise ResourceError(f"{'; '.join(refused[:3])}{more}.")
     admitted = {name: from_plain(Admission, answer) for name, answer in answers.items()}
-    cluster.settle_on(device or ("cuda" if all(answer.cuda for answer in admitted.values()) else "cpu"))
+    cluster.settle_on(
+        device or ("cuda" if all(answer.cuda for answer in admitted.values()) else "cpu")
+    )
     return _sharing(cluster.device, cluster.several_threads, admitted)
 
 
-def _sharing(device: str | None, several: Sequence[str], admitted: dict[str, Admission]) -> list[str]:
+def _sharing(
+    device: str | None, several: Sequence[str], admitted: dict[str, Admission]
+) -> list[str]:
     """Say what makes workers slower than they could be."""
     notes = []
     if several:
         notes.append(
-            f"worker{'s' if len(several) > 1 else ''} {', '.join(several[:3])} ha{'ve' if len(several) > 1 else 's'} more than one thread, "
+            f"worker{'s' if len(several) > 1 else ''} {', '.join(several[:3])} "
+            f"ha{'ve' if len(several) > 1 else 's'} more than one thread, "
             "but a worker computes one span at a time: start more workers with --nthreads 1"
         )
     if device == "cuda":
@@ -246,11 +273,14 @@ def _sharing(device: str | None, several: Sequence[str], admitted: dict[str, Adm
 
 
 def _added(names: list[str]) -> list[str]:
-    """Say which parts of a state dict the checkpoints hold that are no tensors of the model's own."""
+    """Say which parts of a state dict the checkpoints hold that are no tensors of the model's
+    own.
+    """
     if not names:
         return []
     return [
-        f"the checkpoints hold {few([*map(repr, names)])}, which in the task's model {'are' if len(names) > 1 else 'is'} no parameter or "
+        f"the checkpoints hold {few([*map(repr, names)])}, which in the task's model "
+        f"{'are' if len(names) > 1 else 'is'} no parameter or "
         "buffer but made by a hook of its state dict or by get_extra_state: the model keeps its own"
     ]
 
@@ -260,16 +290,24 @@ def _frozen(names: list[str]) -> list[str]:
     if not names:
         return []
     return [
-        f"no checkpoint holds {few([*map(repr, names)])}, frozen in the task's model: they stay as it builds them, which must be as they "
+        f"no checkpoint holds {few([*map(repr, names)])}, frozen in the task's model: they stay as "
+        f"it builds them, which must be as they "
         "were in training"
     ]
 
 
 def _scale(name: str, record: LossRecord, settings: Settings) -> list[str]:
-    """Say where a tolerance cannot be met, or is met by everything, for the size of a loss and of its change."""
+    """Say where a tolerance cannot be met, or is met by everything, for the size of a loss and of
+    its change.
+    """
     tolerance, (first, last) = settings["tolerance"], record.identity
     absolute = in_units_of_loss(tolerance, record.scale)
-    if first is None or last is None or math.isinf(absolute) or COMPOSITE.level_of(RULES[settings["rule"]]) is None:
+    if (
+        first is None
+        or last is None
+        or math.isinf(absolute)
+        or COMPOSITE.level_of(RULES[settings["rule"]]) is None
+    ):
         return []
     least, change = min(abs(first["loss"]), abs(last["loss"])), abs(last["loss"] - first["loss"])
     rounding = ROUNDING[settings["precision"]] * least
@@ -277,19 +315,23 @@ def _scale(name: str, record: LossRecord, settings: Settings) -> list[str]:
     option = f"--tolerance {tolerance}" + (f" (here {absolute:.2g})" if is_share(tolerance) else "")
     if absolute < rounding:
         return [
-            f"loss {name!r}: {option} is below the rounding of a loss of {least:.2g} in {settings['precision']}, about {rounding:.2g}: "
+            f"loss {name!r}: {option} is below the rounding of a loss of {least:.2g} in "
+            f"{settings['precision']}, about {rounding:.2g}: "
             f"segments will take all {2**COMPOSITE.finest} intervals and stay above it. {advice}"
         ]
     if record.on is not None and 0 < change < 10 * absolute:
         return [
-            f"loss {name!r}: {option} is more than a tenth of what it changes by in all ({change:.2g} from the first checkpoint to the "
+            f"loss {name!r}: {option} is more than a tenth of what it changes by in all "
+            f"({change:.2g} from the first checkpoint to the "
             f"last, on a sample), so hardly any segment will be refined. {advice}"
         ]
     return []
 
 
 def _advice(tolerance: float | str, first: float, change: float, rounding: float) -> str:
-    """Return the option to give instead: a share of the loss where that fits, else a hundredth of the change."""
+    """Return the option to give instead: a share of the loss where that fits, else a hundredth of
+    the change.
+    """
     if not is_share(tolerance) and rounding <= abs(first) / 1000 <= change / 10:
         return "Give --tolerance 0.1%, a share of the loss at the first checkpoint."
     if change / 100 > rounding:
@@ -306,20 +348,33 @@ def _idle(manifest: Manifest, workers: int) -> list[str]:
         if manifest.span == 1
         else f"{count(manifest.spans, 'span')}, cut when the run was created,"
     )
-    return [f"{work} keep{'s' * (manifest.spans == 1)} at most {manifest.spans} of {workers} workers busy"]
+    return [
+        f"{work} keep{'s' * (manifest.spans == 1)} at most {manifest.spans} of {workers} "
+        f"workers busy"
+    ]
 
 
 def unwrapped(answer: Answer | Failure) -> Answer:
-    """Return a worker's answer, or raise the error it met; before the first span that is never "some spans failed"."""
+    """Return a worker's answer, or raise the error it met; before the first span that is never
+    "some spans failed".
+    """
     if isinstance(answer, Failure):
         error = answer.exception()
-        raise (InputError(str(error)) if isinstance(error, SpanError) else error) from RuntimeError(answer.trace)
+        raise (InputError(str(error)) if isinstance(error, SpanError) else error) from RuntimeError(
+            answer.trace
+        )
     return answer
 
 
 def choose_span(segments: int, workers: int, elements: int) -> int:
-    """Return the segments per span: a power of two, at most 32, at most 256 MiB of allocation, at least two spans per worker."""
-    most = min(_LONGEST_SPAN, max(1, segments // (2 * workers)), max(1, _SPAN_BYTES // (4 * max(1, elements))))
+    """Return the segments per span: a power of two, at most 32, at most 256 MiB of allocation, at
+    least two spans per worker.
+    """
+    most = min(
+        _LONGEST_SPAN,
+        max(1, segments // (2 * workers)),
+        max(1, _SPAN_BYTES // (4 * max(1, elements))),
+    )
     return int(2 ** (most.bit_length() - 1))
 
 
@@ -332,7 +387,9 @@ def _choose_window(segments: int, span: int) -> int:
 
 
 def relative(trajectory: Trajectory) -> list[Checkpoint]:
-    """Return the checkpoints with their files relative to the trajectory's root, so that a directory can be moved."""
+    """Return the checkpoints with their files relative to the trajectory's root, so that a
+    directory can be moved.
+    """
     return [
         replace(checkpoint, files=tuple(below(file, trajectory.root) for file in checkpoint.files))
         for checkpoint in trajectory.checkpoints
@@ -340,14 +397,20 @@ def relative(trajectory: Trajectory) -> list[Checkpoint]:
 
 
 def _looked_at_in_both_modes(segments: int) -> list[int]:
-    """Return the positions of checkpoints where losses are looked at with running statistics and with those of a batch."""
+    """Return the positions of checkpoints where losses are looked at with running statistics and
+    with those of a batch.
+    """
     middle = (segments - 1) // 2
     early = [index for index in _EARLY if index <= segments]
     return sorted({0, 1, *early, middle, middle + 1, segments - 1, segments})
 
 
-def _sampled_points(trajectory: Trajectory, names: dict[str, str], modes: list[int]) -> StoredPoints:
-    """Return the checkpoints a task is looked at before its first span, those of `modes` among them."""
+def _sampled_points(
+    trajectory: Trajectory, names: dict[str, str], modes: list[int]
+) -> StoredPoints:
+    """Return the checkpoints a task is looked at before its first span, those of `modes` among
+    them.
+    """
     segments = len(trajectory.checkpoints) - 1
     starts = {index for places in sampled(segments) for index in places}
     positions = {*(end for index in starts for end in (index, index + 1)), *modes}
@@ -384,20 +447,32 @@ def _known_tensors(patterns: list[str], table: list[TensorSpec]) -> None:
     names = [tensor.name for tensor in table if tensor.kind != "state"]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            near = f" Did you mean {pattern + '.*'!r}?" if any(name.startswith(f"{pattern}.") for name in names) else ""
+            near = (
+                f" Did you mean {pattern + '.*'!r}?"
+                if any(name.startswith(f"{pattern}.") for name in names)
+                else ""
+            )
             raise InputError(
-                f"--tensors {pattern!r} matches no tensor of the model.{near} It has {', '.join(map(repr, names[:8]))}"
+                f"--tensors {pattern!r} matches no tensor of the model.{near} It has "
+                f"{', '.join(map(repr, names[:8]))}"
                 f"{f' and {len(names) - 8} more' if len(names) > 8 else ''}."
             )
 
 
-def _known_splits(subsets: list[str], losses: dict[str, LossDescription], of_statistics: str | None) -> None:
+def _known_splits(
+    subsets: list[str], losses: dict[str, LossDescription], of_statistics: str | None
+) -> None:
     """Refuse a subset of a split that no chosen loss is on."""
-    splits = {split for split in (of_statistics, *(loss.on for loss in losses.values())) if split is not None}
+    splits = {
+        split
+        for split in (of_statistics, *(loss.on for loss in losses.values()))
+        if split is not None
+    }
     for split in parse_subsets(subsets):
         if split and split not in splits:
             raise InputError(
-                f"--subset is for split {split!r}, which no chosen loss is on; they are on {', '.join(map(repr, sorted(splits)))}."
+                f"--subset is for split {split!r}, which no chosen loss is on; they are on "
+                f"{', '.join(map(repr, sorted(splits)))}."
             )
 
 

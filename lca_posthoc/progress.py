@@ -22,7 +22,9 @@ class Note:
 
 @dataclass(frozen=True)
 class Stopping:
-    """Ctrl-C or SIGTERM asked to stop; `text` says what is waited for and how to stop at once. It comes from a thread of its own."""
+    """Ctrl-C or SIGTERM asked to stop; `text` says what is waited for and how to stop at once. It
+    comes from a thread of its own.
+    """
 
     text: str
 
@@ -36,7 +38,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Planned:
-    """Work is about to start: segments of all losses pending and in all, spans pending, and the workers that will do it.
+    """Work is about to start: segments of all losses pending and in all, spans pending, and the
+    workers that will do it.
 
     `directory` is that of the run; empty where nothing is left to do.
     """
@@ -50,7 +53,8 @@ class Planned:
 
 @dataclass(frozen=True, kw_only=True)
 class SpanDone:
-    """A span was committed. `evaluations` and `forward_passes` are over its losses, `seconds` on the worker.
+    """A span was committed. `evaluations` and `forward_passes` are over its losses, `seconds` on
+    the worker.
 
     `workers` is how many work now.
     """
@@ -72,7 +76,8 @@ class SpanDone:
 class SpanFailed:
     """A span could not be replayed; the others go on.
 
-    `not_finite` is the training step of the checkpoint that holds NaN or Inf, where that is why; None for anything else.
+    `not_finite` is the training step of the checkpoint that holds NaN or Inf, where that is why;
+    None for anything else.
     """
 
     span: int
@@ -95,7 +100,9 @@ class SpanRetried:
 
 @dataclass(frozen=True)
 class SpanSlow:
-    """A span takes far longer than its peers; `doing` is the stack of its worker, the innermost call last."""
+    """A span takes far longer than its peers; `doing` is the stack of its worker, the innermost
+    call last.
+    """
 
     span: int
     first_step: int
@@ -115,7 +122,9 @@ def silent(event: Event) -> None:
 
 @dataclass
 class Log:
-    """Every event as a line of JSON, for machines; what happens before there is a file waits for it."""
+    """Every event as a line of JSON, for machines; what happens before there is a file waits for
+    it.
+    """
 
     listener: Listener
     file: Path | None = None
@@ -126,7 +135,9 @@ class Log:
         self._write({"event": "Started", "host": socket.gethostname(), "pid": os.getpid()})
 
     def __call__(self, event: Event) -> None:
-        """Write an event down and pass it on, one after the other from whatever threads they come."""
+        """Write an event down and pass it on, one after the other from whatever threads they
+        come.
+        """
         with self._one_at_a_time:
             self._write({"event": type(event).__name__, **asdict(event)})
             self.listener(event)

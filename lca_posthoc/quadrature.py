@@ -1,8 +1,10 @@
 r"""Rules on [0, 1]: $\int_0^1 f(x)\,dx \approx \sum_q w_q f(x_q)$.
 
-The composite family halves its intervals and keeps every old node: level 0 is the trapezoid (1 interval), level 1
-Simpson (2), then composite Simpson with 4, 8, 16 and 32 intervals. The fixed rules are used as they stand.
-Source: any text on numerical quadrature, e.g. Davis and Rabinowitz, *Methods of Numerical Integration*, 1984, ch. 2.
+The composite family halves its intervals and keeps every old node: level 0 is the trapezoid (1
+interval), level 1 Simpson (2), then composite Simpson with 4, 8, 16 and 32 intervals. The fixed
+rules are used as they stand.
+Source: any text on numerical quadrature, e.g. Davis and Rabinowitz, *Methods of Numerical
+Integration*, 1984, ch. 2.
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Family:
-    """Rules of which each holds the nodes of the one before it, so that refining evaluates only fresh nodes.
+    """Rules of which each holds the nodes of the one before it, so that refining evaluates only
+    fresh nodes.
 
     Attributes:
-        rules: by level, coarsest first. Both ends of the segment are nodes of the first one, with equal weights at every level.
+        rules: by level, coarsest first. Both ends of the segment are nodes of the first one, with
+            equal weights at every level.
     """
 
     rules: tuple[Rule, ...]
@@ -53,7 +57,9 @@ class Family:
         >>> COMPOSITE.fresh_nodes(2)
         (0.25, 0.75)
         """
-        return tuple(node for node in self.rules[level].nodes if node not in self.rules[level - 1].nodes)
+        return tuple(
+            node for node in self.rules[level].nodes if node not in self.rules[level - 1].nodes
+        )
 
     def weight(self, level: int, node: float) -> float:
         """Return the weight of a node at a level."""
@@ -61,12 +67,16 @@ class Family:
         return rule.weights[rule.nodes.index(node)]
 
     def weigh_alike(self, level: int, one: float, other: float) -> bool:
-        """Tell whether two nodes have equal weights at a level and at all higher ones, so that one sum stands for both.
+        """Tell whether two nodes have equal weights at a level and at all higher ones, so that one
+        sum stands for both.
 
         >>> COMPOSITE.weigh_alike(2, 0.25, 0.75), COMPOSITE.weigh_alike(2, 0.25, 0.5), COMPOSITE.weigh_alike(3, 0.25, 0.5)
         (True, False, True)
         """
-        return all(self.weight(higher, one) == self.weight(higher, other) for higher in range(level, len(self.rules)))
+        return all(
+            self.weight(higher, one) == self.weight(higher, other)
+            for higher in range(level, len(self.rules))
+        )
 
     def level_of(self, rule: Rule) -> int | None:
         """Return the level of a rule; None for one that is not of the family and never refined.
@@ -80,8 +90,8 @@ class Family:
 def nested(level: int) -> Rule:
     """Return the composite rule with `2 ** level` intervals.
 
-    >>> nested(1)
-    Rule(name='simpson', nodes=(0.0, 0.5, 1.0), weights=(0.16666666666666666, 0.6666666666666666, 0.16666666666666666), degree=3)
+    >>> nested(1).nodes, nested(1).degree
+    ((0.0, 0.5, 1.0), 3)
     """
     if level == 0:
         return Rule("trapezoid", (0.0, 1.0), (0.5, 0.5), 1)
@@ -93,7 +103,12 @@ def nested(level: int) -> Rule:
 
 def _gauss(points: int) -> Rule:
     nodes, weights = np.polynomial.legendre.leggauss(points)
-    return Rule(f"gauss-{points}", tuple((0.5 * (nodes + 1)).tolist()), tuple((0.5 * weights).tolist()), 2 * points - 1)
+    return Rule(
+        f"gauss-{points}",
+        tuple((0.5 * (nodes + 1)).tolist()),
+        tuple((0.5 * weights).tolist()),
+        2 * points - 1,
+    )
 
 
 COMPOSITE = Family(tuple(nested(level) for level in range(6)))

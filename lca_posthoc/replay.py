@@ -1,4 +1,5 @@
-"""The driver of a replay: pending spans go to workers, commits come back as events; creation, resume, repair, drain.
+"""The driver of a replay: pending spans go to workers, commits come back as events; creation,
+resume, repair, drain.
 
 `run` is what `lca run` calls, `repair` what `lca repair` calls.
 """
@@ -18,13 +19,52 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from . import store
-from .cluster import Cluster, ClusterConfig, Done, Lost, Outcome, Refused, Retried, Slow, Waiting, open_cluster
+from .cluster import (
+    Cluster,
+    ClusterConfig,
+    Done,
+    Lost,
+    Outcome,
+    Refused,
+    Retried,
+    Slow,
+    Waiting,
+    open_cluster,
+)
 from .display import duration, listening
-from .errors import InputError, Interrupted, LCAError, NotFiniteError, ResourceError, SpanError, amount, few
+from .errors import (
+    InputError,
+    Interrupted,
+    LCAError,
+    NotFiniteError,
+    ResourceError,
+    SpanError,
+    amount,
+    few,
+)
 from .paths import here, is_remote, located, nearest
 from .prepare import Preparation, ask, check_workers, prepare, relative
-from .progress import Listener, Log, Note, Planned, SpanDone, SpanFailed, SpanRetried, SpanSlow, Stage, Stopping
-from .requests import CompressionsRequest, Failure, RunRequest, SpanRequest, answered, from_plain, to_plain
+from .progress import (
+    Listener,
+    Log,
+    Note,
+    Planned,
+    SpanDone,
+    SpanFailed,
+    SpanRetried,
+    SpanSlow,
+    Stage,
+    Stopping,
+)
+from .requests import (
+    CompressionsRequest,
+    Failure,
+    RunRequest,
+    SpanRequest,
+    answered,
+    from_plain,
+    to_plain,
+)
 from .resume_checks import same_checkpoints, same_loss, same_tensors, same_values
 from .settings import Settings, on_device, resolve
 from .store import LossRecord, Manifest, Run, RunWriter
@@ -36,7 +76,8 @@ from .worker import compressions, looks_back, replay_span, settled
 if TYPE_CHECKING:
     from types import FrameType
 
-# --- the run -----------------------------------------------------------------------------------------------------------
+# --- the run
+# -----------------------------------------------------------------------------------------------------------
 
 
 def run(
@@ -73,37 +114,47 @@ def run(
     """Allocate the loss change of every segment to every parameter; run again, it resumes.
 
     Args:
-        checkpoints: directory of safetensors iterates; a URL of fsspec's, such as `s3://…`, is read through its driver.
+        checkpoints: directory of safetensors iterates; a URL of fsspec's, such as `s3://…`, is read
+            through its driver.
         task: `FILE`, `FILE:FUNCTION`, `pkg.module:FUNCTION`, or a Task.
         losses: names of the task's losses; None for its first, `["all"]` for every one.
         out: the run directory; `CHECKPOINTS.lca` by default.
         rule: "simpson" (default), "trapezoid", or fixed: "left", "midpoint", "gauss-2", "gauss-3".
-        tolerance: bound on |residual| per segment and loss, in units of loss (default 1e-3, inf for bfloat16; inf never refines), or a
-            share of each loss at the first checkpoint, such as "0.1%".
-        allocation_tolerance: bound on the allocation's own L1 error as well, written alike (default inf).
+        tolerance: bound on |residual| per segment and loss, in units of loss (default 1e-3, inf for
+            bfloat16; inf never refines), or a share of each loss at the first checkpoint, such as
+            "0.1%".
+        allocation_tolerance: bound on the allocation's own L1 error as well, written alike (default
+            inf).
         keep: "parameters" (default), "units" or "tensors".
         batch_size: examples per batch; a deterministic choice by default.
         device: "cuda" or "cpu"; by default a GPU where there is one.
         precision: "float32" (default), "tf32", "bfloat16" or "float64".
         norm_stats: "running" (default), "batch" or "recalibrated".
-        tensors: patterns (`*`, `?`) of the tensors whose allocation is kept; what the others did is kept as one remainder.
-        subset: `[SPLIT=]A:B`, `[SPLIT=]I,J,K` or `[SPLIT=]FRACTION@SEED`: which examples losses are over; each split once.
+        tensors: patterns (`*`, `?`) of the tensors whose allocation is kept; what the others did is
+            kept as one remainder.
+        subset: `[SPLIT=]A:B`, `[SPLIT=]I,J,K` or `[SPLIT=]FRACTION@SEED`: which examples losses are
+            over; each split once.
         steps: `A:B[:K]`, training steps.
         pattern: regular expression with a group `step` for names of checkpoints.
         rename: `OLD=NEW` pairs for tensor names.
-        cluster: "local", "inline", or a scheduler: `tcp://HOST:PORT`, `tls://HOST:PORT`, `file:SCHEDULER.json`.
-        workers: local workers, by default one per GPU, or one per core; at an address, how many to wait for.
+        cluster: "local", "inline", or a scheduler: `tcp://HOST:PORT`, `tls://HOST:PORT`,
+            `file:SCHEDULER.json`.
+        workers: local workers, by default one per GPU, or one per core; at an address, how many to
+            wait for.
         tls_ca: certificate authority (PEM) for `tls://`.
         tls_cert: this user's certificate (PEM).
         tls_key: its key (PEM).
         insecure: use a cluster whose listeners are open to the network without TLS.
         dashboard: serve Dask's dashboard of local workers on loopback.
-        durability: "full" (default: every span is on the disk before it counts) or "none" (kill-safe, not power-safe).
-        ignore_space: begin although the result, estimated after compression, does not fit into the space that is free.
+        durability: "full" (default: every span is on the disk before it counts) or "none"
+            (kill-safe, not power-safe).
+        ignore_space: begin although the result, estimated after compression, does not fit into the
+            space that is free.
         span: segments per span, a power of two; decides how work is cut, never a result.
-        progress: called with every event, and nothing else is shown; `lca_posthoc.progress.silent` shows nothing at all. By
-            default notes, retries and failures are warnings (`lca_posthoc.errors.LCAWarning`), and how far the run is stands in a
-            bar on a terminal or in a notebook, elsewhere in a line a minute on stderr.
+        progress: called with every event, and nothing else is shown; `lca_posthoc.progress.silent`
+            shows nothing at all. By default notes, retries and failures are warnings
+            (`lca_posthoc.errors.LCAWarning`), and how far the run is stands in a bar on a terminal
+            or in a notebook, elsewhere in a line a minute on stderr.
 
     Returns:
         The run, opened.
@@ -112,7 +163,8 @@ def run(
         InputError: for anything wrong before the first evaluation.
         SpanError: where spans failed; the others are complete.
         ResourceError: where workers, a GPU or space are missing.
-        Interrupted: after Ctrl-C or SIGTERM, when the spans in flight are done; a `KeyboardInterrupt` too.
+        Interrupted: after Ctrl-C or SIGTERM, when the spans in flight are done; a
+            `KeyboardInterrupt` too.
     """
     asked = {
         "rule": rule,
@@ -164,7 +216,9 @@ def run(
 
 @dataclass(frozen=True)
 class Repaired:
-    """The outcome of a repair: the damage, the spans computed again by loss, and the leftover files removed."""
+    """The outcome of a repair: the damage, the spans computed again by loss, and the leftover files
+    removed.
+    """
 
     damage: list[store.Damage]
     spans: dict[str, list[int]]
@@ -185,7 +239,8 @@ def repair(
     durability: str = "full",
     progress: Listener | None = None,
 ) -> Repaired:
-    """Compute again exactly what is damaged in a run, put its metadata right, and sweep what killed writers left.
+    """Compute again exactly what is damaged in a run, put its metadata right, and sweep what killed
+    writers left.
 
     Args:
         path: the run directory.
@@ -206,7 +261,12 @@ def repair(
     """
     place, durable = Path(path), _durable(durability)
     where = ClusterConfig(
-        kind=cluster, workers=workers, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, insecure=insecure
+        kind=cluster,
+        workers=workers,
+        tls_ca=tls_ca,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        insecure=insecure,
     )
     packed = pack(task)
     store.read_manifest(place)
@@ -219,7 +279,11 @@ def repair(
         for problem in problems:
             if isinstance(problem, store.Leftover):
                 (place / problem.path).unlink(missing_ok=True)
-    losses = {part.loss: True for part in damage if part.loss is not None and (part.span, part.window) != (None, None)}
+    losses = {
+        part.loss: True
+        for part in damage
+        if part.loss is not None and (part.span, part.window) != (None, None)
+    }
     root = located(checkpoints if checkpoints is not None else writer.manifest.root)
     with listening(progress) as listener:
         entry, data = packed
@@ -254,7 +318,9 @@ def default_out(checkpoints: str | Path) -> Path:
     """
     directory = located(checkpoints)
     if is_remote(directory):
-        raise InputError(f"{directory} is remote, and results are not: say where they go with --out RUN.")
+        raise InputError(
+            f"{directory} is remote, and results are not: say where they go with --out RUN."
+        )
     directory = directory.resolve() if directory.name in ("", "..") else directory
     return directory.with_name(f"{directory.name}.lca")
 
@@ -266,7 +332,9 @@ _AT_ONCE = 0.1  # seconds after a signal when it is told of at the latest
 
 @dataclass
 class _Stop:
-    """A request to drain: the event a cluster listens to, the signal that asked, and how many signals arrived."""
+    """A request to drain: the event a cluster listens to, the signal that asked, and how many
+    signals arrived.
+    """
 
     event: threading.Event = field(default_factory=threading.Event)
     signal: int = 0
@@ -275,9 +343,11 @@ class _Stop:
 
 @contextlib.contextmanager
 def _signals(tell: Callable[[int], None]) -> Iterator[_Stop]:
-    """Drain at the first Ctrl-C or SIGTERM, of which a thread tells at once, and abort at the second one.
+    """Drain at the first Ctrl-C or SIGTERM, of which a thread tells at once, and abort at the
+    second one.
 
-    Python's own handlers wait until the main thread is back from what it computes; the thread hears of a signal when it arrives.
+    Python's own handlers wait until the main thread is back from what it computes; the thread hears
+    of a signal when it arrives.
     """
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -286,7 +356,8 @@ def _signals(tell: Callable[[int], None]) -> Iterator[_Stop]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.event.is_set() or stop.arrived > 1:  # two may arrive before Python calls this once
-            raise KeyboardInterrupt  # which no `except Exception` on the way takes for a failure of the task
+            # which no `except Exception` on the way takes for a failure of the task
+            raise KeyboardInterrupt
         stop.signal = number
         stop.event.set()
 
@@ -300,9 +371,8 @@ def _signals(tell: Callable[[int], None]) -> Iterator[_Stop]:
                 continue
             stop.arrived += 1
             if stop.arrived == 1:
-                stop.event.wait(
-                    _AT_ONCE
-                )  # once the handler ran, a second signal that follows what is told is one of its own
+                # once the handler ran, a second signal that follows what is told is one of its own
+                stop.event.wait(_AT_ONCE)
                 tell(arrived[0])
 
     listener = threading.Thread(target=listen, daemon=True)
@@ -364,8 +434,15 @@ class _Job:
         """Tell what a first signal waits for, and how to stop at once."""
         if self.workers:
             on = f" on {self.workers} workers" if self.workers > 1 else ""
-            took = "" if self.span_seconds is None else f" (the last one took {duration(self.span_seconds)})"
-            waits = f"when the span{'s' if on else ''} underway{on} {'are' if on else 'is'} committed{took}"
+            took = (
+                ""
+                if self.span_seconds is None
+                else f" (the last one took {duration(self.span_seconds)})"
+            )
+            waits = (
+                f"when the span{'s' if on else ''} underway{on} {'are' if on else 'is'} "
+                f"committed{took}"
+            )
             lost = "what is committed is kept, what is underway is computed again next time"
         else:
             waits, lost = f"when this is done: {self.stage}", "no span has begun"
@@ -380,32 +457,45 @@ class _Job:
             except OSError as error:
                 if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                     raise ResourceError(
-                        f"not allowed: {error}. Give this user the right to it, or write elsewhere with --out."
+                        f"not allowed: {error}. Give this user the right to it, or write elsewhere "
+                        f"with --out."
                     ) from error
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise LCAError(
-                        f"a file cannot be read or written: {error}. What was committed is kept; put it right and run again."
+                        f"a file cannot be read or written: {error}. What was committed is kept; "
+                        f"put it right and run again."
                     ) from error
-                raise ResourceError(f"no space left for the result ({error}). Free some and run again.") from error
+                raise ResourceError(
+                    f"no space left for the result ({error}). Free some and run again."
+                ) from error
 
     def _run(self, where: ClusterConfig, stop: _Stop) -> None:
         recorded = store.read_manifest(self.path) if (self.path / "run.json").exists() else None
         settings = resolve(self.asked, recorded.settings if recorded else None)
         self._begin("reading the headers of the checkpoints")
         trajectory = open_trajectory(
-            self.checkpoints, pattern=settings["pattern"], rename=settings["rename"], steps=settings["steps"]
+            self.checkpoints,
+            pattern=settings["pattern"],
+            rename=settings["rename"],
+            steps=settings["steps"],
         )
         if recorded is not None and self.damage is not None:  # a repair takes up no checkpoint
-            trajectory = replace(trajectory, checkpoints=trajectory.checkpoints[: len(recorded.checkpoints)])
+            trajectory = replace(
+                trajectory, checkpoints=trajectory.checkpoints[: len(recorded.checkpoints)]
+            )
         for note in trajectory.notes:
             self.tell(Note(note))
         if recorded is not None:
-            same_checkpoints(RunWriter(self.path, recorded), relative(trajectory), str(trajectory.root))
+            same_checkpoints(
+                RunWriter(self.path, recorded), relative(trajectory), str(trajectory.root)
+            )
             if self.damage is None and self._is_finished(recorded, trajectory):
                 return
-        elif self.path.exists() and not (self.path / "run.json").exists():  # another driver may make it just now
+        elif self.path.exists() and not (self.path / "run.json").exists():
+            # another driver may make it just now
             raise InputError(
-                f"{self.path} exists and is not a run directory (it has no run.json). Choose another place with --out."
+                f"{self.path} exists and is not a run directory (it has no run.json). Choose "
+                f"another place with --out."
             )
         self._begin("starting workers" if where.kind == "local" else "reaching the workers")
         with open_cluster(where, settings["device"], stop.event) as cluster:
@@ -418,9 +508,9 @@ class _Job:
 
     def _is_finished(self, manifest: Manifest, trajectory: Trajectory) -> bool:
         """Tell whether nothing is left to do, from the task file's bytes and the markers alone."""
-        if manifest.provenance["task_sha256"] != digest(self.task) or len(trajectory.checkpoints) != len(
-            manifest.checkpoints
-        ):
+        if manifest.provenance["task_sha256"] != digest(self.task) or len(
+            trajectory.checkpoints
+        ) != len(manifest.checkpoints):
             return False
         known = manifest.provenance["task_losses"]
         losses = known if self.losses == ["all"] else self.losses or known[:1]
@@ -433,7 +523,13 @@ class _Job:
         return finished
 
     def _work(
-        self, cluster: Cluster, settings: Settings, trajectory: Trajectory, stop: _Stop, *, strangers: bool
+        self,
+        cluster: Cluster,
+        settings: Settings,
+        trajectory: Trajectory,
+        stop: _Stop,
+        *,
+        strangers: bool,
     ) -> None:
         existing = store.read_manifest(self.path) if (self.path / "run.json").exists() else None
         if strangers:
@@ -446,7 +542,14 @@ class _Job:
         parcel = cluster.deliver(self.data)
         self._begin("building and probing the task")
         ready = prepare(
-            cluster, trajectory, self.task, parcel, self.losses, settings, existing=existing, span=self.span
+            cluster,
+            trajectory,
+            self.task,
+            parcel,
+            self.losses,
+            settings,
+            existing=existing,
+            span=self.span,
         )
         if stop.event.is_set():
             raise _interrupted(stop.signal)
@@ -456,7 +559,9 @@ class _Job:
             raise ResourceError(ready.short_of)
         self._begin("laying out the run" if existing is None else "comparing with what is recorded")
         if existing is None:
-            self._check_space(cluster, ready, ready.manifest, settings["keep"], ready.manifest.losses)
+            self._check_space(
+                cluster, ready, ready.manifest, settings["keep"], ready.manifest.losses
+            )
             store.create(self.path, ready.manifest, self.durable)
         with contextlib.ExitStack() as stack:
             lock = stack.enter_context(store.hold(self.path))
@@ -464,7 +569,9 @@ class _Job:
             if lock.unclean:
                 writer.sweep()
             if strangers:  # who comes late is asked about the run directory itself
-                check_workers(cluster, trajectory, cluster.device, stack.enter_context(store.token(self.path)))
+                check_workers(
+                    cluster, trajectory, cluster.device, stack.enter_context(store.token(self.path))
+                )
             self._bring_up(cluster, writer, ready)
             common = RunRequest[Any](
                 setup=ready.setup,
@@ -473,7 +580,8 @@ class _Job:
                 batch_sizes=ready.batch_sizes,
             )
             same_values(cluster, writer, common, writer.spans_of(self.damage or ()))
-            if self.damage is not None:  # now that all that is needed to compute it again is known to be there
+            # now that all that is needed to compute it again is known to be there
+            if self.damage is not None:
                 self.only = writer.discard(self.damage)
             stack.enter_context(self.tell.written_to(self.path / "log" / "run.jsonl"))
             self._replay(cluster, writer, common, stop, lock)
@@ -481,9 +589,16 @@ class _Job:
                 raise SpanError(_failures(self.failed))
 
     def _check_space(
-        self, cluster: Cluster, ready: Preparation, manifest: Manifest, keep: str, losses: Mapping[str, LossRecord]
+        self,
+        cluster: Cluster,
+        ready: Preparation,
+        manifest: Manifest,
+        keep: str,
+        losses: Mapping[str, LossRecord],
     ) -> None:
-        """Refuse losses for whose results there is too little space, by what compression leaves of a segment of each."""
+        """Refuse losses for whose results there is too little space, by what compression leaves of
+        a segment of each.
+        """
         place = nearest(self.path.resolve().parent)
         free = psutil.disk_usage(str(place)).free
         most = store.required_bytes(manifest, keep, losses)
@@ -497,18 +612,28 @@ class _Job:
         )
         shares = ask(cluster, compressions, request).compressed
         about = store.estimated_bytes(manifest, keep, losses, shares, _BLOCK)
-        sizes = f"about {amount(about)} after compression (at most {amount(most)}), and {place} has {amount(free)} free"
+        sizes = (
+            f"about {amount(about)} after compression (at most {amount(most)}), and {place} has "
+            f"{amount(free)} free"
+        )
         if about > free and not self.ignore_space:
             raise ResourceError(
-                f"the result will need {sizes}. Keep less with --keep units or --keep tensors, write elsewhere with --out, or begin all "
-                "the same with --ignore-space: a run that meets a full disk stops, and goes on where it was once there is space."
+                f"the result will need {sizes}. Keep less with --keep units or --keep tensors, "
+                f"write elsewhere with --out, or begin all "
+                "the same with --ignore-space: a run that meets a full disk stops, and goes on "
+                "where it was once there is space."
             )
         self.tell(
-            Note(f"the result will need {sizes}: a run that meets a full disk stops, and goes on once there is space")
+            Note(
+                f"the result will need {sizes}: a run that meets a full disk stops, and goes on "
+                f"once there is space"
+            )
         )
 
     def _bring_up(self, cluster: Cluster, writer: RunWriter, ready: Preparation) -> None:
-        """Compare what is recorded with what was found, then take up new losses and new checkpoints."""
+        """Compare what is recorded with what was found, then take up new losses and new
+        checkpoints.
+        """
         recorded, laid_out = writer.manifest, ready.manifest
         same_checkpoints(writer, laid_out.checkpoints, laid_out.root)
         same_tensors(writer, laid_out.tensors)
@@ -519,32 +644,46 @@ class _Job:
         behind = {name for name, record in recorded.losses.items() if record.covers is not None}
         extended = {name for name in laid_out.losses if self.damage is None or name not in behind}
         if laid_out.checkpoints != recorded.checkpoints or behind & extended:
-            writer.take_up(laid_out.checkpoints, {name: laid_out.losses[name].identity for name in extended})
+            writer.take_up(
+                laid_out.checkpoints, {name: laid_out.losses[name].identity for name in extended}
+            )
             if self.damage is None:
                 self._say_what_stays(writer.manifest)
-        new = {name: record for name, record in laid_out.losses.items() if name not in recorded.losses}
+        new = {
+            name: record for name, record in laid_out.losses.items() if name not in recorded.losses
+        }
         if new:
             with_new = replace(writer.manifest, losses={**writer.manifest.losses, **new})
             self._check_space(cluster, ready, with_new, writer.keep, new)
             writer.add_losses(new)
-        task = {name: value for name, value in laid_out.provenance.items() if name.startswith("task")}
+        task = {
+            name: value for name, value in laid_out.provenance.items() if name.startswith("task")
+        }
         if any(recorded.provenance[name] != value for name, value in task.items()):
             writer.note(task)
 
     def _say_what_stays(self, manifest: Manifest) -> None:
-        """Say which losses were not asked for, and so do not cover the checkpoints that were added."""
+        """Say which losses were not asked for, and so do not cover the checkpoints that were
+        added.
+        """
         for name, record in manifest.losses.items():
             if record.covers is not None:
                 last, step = manifest.checkpoints[-1].step, manifest.of(name).checkpoints[-1].step
                 self.tell(
                     Note(
-                        f"loss {name!r} stays as it is, up to step {step}; the checkpoints go on to step {last}. Take it there with "
+                        f"loss {name!r} stays as it is, up to step {step}; the checkpoints go on "
+                        f"to step {last}. Take it there with "
                         f"--loss {name}, or every loss with --loss all"
                     )
                 )
 
     def _replay(
-        self, cluster: Cluster, writer: RunWriter, common: RunRequest[Any], stop: _Stop, lock: store.Held
+        self,
+        cluster: Cluster,
+        writer: RunWriter,
+        common: RunRequest[Any],
+        stop: _Stop,
+        lock: store.Held,
     ) -> None:
         manifest, losses = writer.manifest, common.setup.losses
         store.remove_reports(self.path)
@@ -562,7 +701,9 @@ class _Job:
         directory = common.run
         if self.announcement is not None:
             self.announcement.end()
-        self.tell(Planned(pending, total, len(waiting), cluster.workers, directory if pending else ""))
+        self.tell(
+            Planned(pending, total, len(waiting), cluster.workers, directory if pending else "")
+        )
         self.workers = cluster.workers if pending else 0
         specs = (
             to_plain(_span_request(common, covered[names[0]], span, names, durable=self.durable))
@@ -575,11 +716,14 @@ class _Job:
                 silent |= self._hear(cluster, writer, outcome)
                 if lock.lost.is_set():
                     raise ResourceError(
-                        f"another driver took {self.path} over, because this one did not show for minutes. What was committed is kept."
+                        f"another driver took {self.path} over, because this one did not show for "
+                        f"minutes. What was committed is kept."
                     )
         unfolded = {span: name for name in losses for span in writer.fold_all(name)}
         for span, name in sorted(unfolded.items()):
-            self._failed(covered[name], span, "its totals were damaged while they waited to be joined")
+            self._failed(
+                covered[name], span, "its totals were damaged while they waited to be joined"
+            )
         lock.working = False
         store.remove_reports(self.path)
         if self.torn:  # of a worker that died while it wrote, temporary files stay
@@ -587,7 +731,8 @@ class _Job:
         if self.smaller > 1:
             self.tell(
                 Note(
-                    f"out of memory {self.smaller} times; a smaller --batch-size from the start, in another run, is faster"
+                    f"out of memory {self.smaller} times; a smaller --batch-size from the start, "
+                    f"in another run, is faster"
                 )
             )
         for note in _of_silent(silent):
@@ -595,15 +740,23 @@ class _Job:
         if stop.event.is_set():
             raise _interrupted(stop.signal)
 
-    def _hear(self, cluster: Cluster, writer: RunWriter, outcome: Outcome) -> set[tuple[str, str, bool]]:
-        """Pass on what a cluster says; return losses, tensors without a gradient, and whether the loss depends on them."""
+    def _hear(
+        self, cluster: Cluster, writer: RunWriter, outcome: Outcome
+    ) -> set[tuple[str, str, bool]]:
+        """Pass on what a cluster says; return losses, tensors without a gradient, and whether the
+        loss depends on them.
+        """
         manifest = writer.manifest
         if isinstance(outcome, Refused):
             self.tell(Note(f"worker {outcome.worker} joined and takes no part: it {outcome.why}"))
         elif isinstance(outcome, Waiting):
             self.tell(Note(f"no worker is left; waiting {outcome.seconds:.0f} s for one to join"))
         elif isinstance(outcome, Done):
-            return self._take(writer, outcome, cluster.workers) if outcome.result is not None else set()
+            return (
+                self._take(writer, outcome, cluster.workers)
+                if outcome.result is not None
+                else set()
+            )
         else:
             request = from_plain(SpanRequest, outcome.spec)
             span, manifest = request.span, manifest.of(request.pending[0])
@@ -618,7 +771,9 @@ class _Job:
                 self.tell(SpanSlow(*where, outcome.worker, outcome.seconds, outcome.doing))
         return set()
 
-    def _failed(self, manifest: Manifest, span: int, message: str, not_finite: int | None = None) -> None:
+    def _failed(
+        self, manifest: Manifest, span: int, message: str, not_finite: int | None = None
+    ) -> None:
         failure = SpanFailed(span, *_steps(manifest, span), message, not_finite)
         self.failed.append(failure)
         self.tell(failure)
@@ -643,8 +798,10 @@ class _Job:
                 if self.smaller == 1:
                     self.tell(
                         Note(
-                            f"out of memory on {done.worker}: span {span} of loss {name!r} was computed in batches of "
-                            f"{part.batch_size} instead of {whole}, equal within rounding; its marker says so"
+                            f"out of memory on {done.worker}: span {span} of loss {name!r} was "
+                            f"computed in batches of "
+                            f"{part.batch_size} instead of {whole}, equal within rounding; its "
+                            f"marker says so"
                         )
                     )
         self.tell(
@@ -662,23 +819,32 @@ class _Job:
                 workers=workers,
             )
         )
-        return {(loss, tensor, tensor in part.hidden) for loss, part in answer.losses.items() for tensor in part.silent}
+        return {
+            (loss, tensor, tensor in part.hidden)
+            for loss, part in answer.losses.items()
+            for tensor in part.silent
+        }
 
     def _join(self, writer: RunWriter, loss: str, span: int, ends: list[float]) -> None:
-        """Compare a span with those beside it, once they are committed; here alone, so that no two miss each other."""
+        """Compare a span with those beside it, once they are committed; here alone, so that no two
+        miss each other.
+        """
         heard = self.heard.setdefault(loss, {})
         heard[span] = ends
         for later in (span, span + 1):
             what = store.disagreement(writer.commits(loss), later, heard)
             if what is not None:
                 raise LCAError(
-                    f"{what}: not both are of the data and the model that are meant, or a machine erred. `lca verify {self.path}` lists "
+                    f"{what}: not both are of the data and the model that are meant, or a machine "
+                    f"erred. `lca verify {self.path}` lists "
                     f"where, `lca repair {self.path} --task FILE` computes it again."
                 )
 
 
 def _of_silent(silent: set[tuple[str, str, bool]]) -> Iterator[str]:
-    """Yield notes about tensors that moved and that no gradient of a loss reaches, by loss: hidden from it, or not used at all."""
+    """Yield notes about tensors that moved and that no gradient of a loss reaches, by loss: hidden
+    from it, or not used at all.
+    """
     for loss in sorted({loss for loss, _, _ in silent}):
         hidden = {tensor for other, tensor, depends in silent if other == loss and depends}
         unused = {tensor for other, tensor, _ in silent if other == loss} - hidden
@@ -686,8 +852,10 @@ def _of_silent(silent: set[tuple[str, str, bool]]) -> Iterator[str]:
             yield f"tensors moved without loss {loss!r} depending on them (allocated 0): {few(sorted(unused), 5)}"
         if hidden:
             yield (
-                f"tensors moved that loss {loss!r} depends on through detach() or no_grad() alone, so that no gradient reaches them "
-                f"(allocated 0): {few(sorted(hidden), 5)}. Their share is in the residual, which no smaller tolerance mends"
+                f"tensors moved that loss {loss!r} depends on through detach() or no_grad() alone, "
+                f"so that no gradient reaches them "
+                f"(allocated 0): {few(sorted(hidden), 5)}. Their share is in the residual, which "
+                f"no smaller tolerance mends"
             )
 
 
@@ -695,18 +863,25 @@ def _failures(failed: list[SpanFailed]) -> str:
     first = failed[0]
     more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
     return (
-        f"{count(len(failed), 'span')} failed; the others are complete. Steps {first.first_step} to "
+        f"{count(len(failed), 'span')} failed; the others are complete. Steps {first.first_step} "
+        f"to "
         f"{first.last_step}{more}: {first.message}{_not_finite(failed)}"
     )
 
 
 def _not_finite(failed: list[SpanFailed]) -> str:
-    """Return which checkpoints hold NaN or Inf, where spans failed for that, and that trying again does not help."""
+    """Return which checkpoints hold NaN or Inf, where spans failed for that, and that trying again
+    does not help.
+    """
     steps = sorted({failure.not_finite for failure in failed if failure.not_finite is not None})
     if not steps:
         return ""
     several = len(steps) > 1
-    of = f"the checkpoints of steps {few([*map(str, steps)])} hold" if several else f"that of step {steps[0]} holds"
+    of = (
+        f"the checkpoints of steps {few([*map(str, steps)])} hold"
+        if several
+        else f"that of step {steps[0]} holds"
+    )
     return f" Running again cannot replay their spans: {of} NaN or Inf."
 
 
@@ -732,7 +907,9 @@ def _span_request(
     positions = (*looks_back(rows.start), *range(rows.start, rows.stop + 1))
     return SpanRequest(
         setup=common.setup,
-        points=replace(common.points, checkpoints={index: manifest.checkpoints[index] for index in positions}),
+        points=replace(
+            common.points, checkpoints={index: manifest.checkpoints[index] for index in positions}
+        ),
         run=common.run,
         batch_sizes=common.batch_sizes,
         durable=durable,

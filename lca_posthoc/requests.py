@@ -1,7 +1,8 @@
-"""The questions a driver asks its workers and their answers, and the one way to and from plain data.
+"""The questions a driver asks its workers and their answers, and the one way to and from plain
+data.
 
-A scheduler sees plain data alone (JSON-like, plus bytes): `to_plain` where it is sent, `from_plain` where it arrives. Both ends know
-every field by its type; an unknown or a missing one is an error.
+A scheduler sees plain data alone (JSON-like, plus bytes): `to_plain` where it is sent, `from_plain`
+where it arrives. Both ends know every field by its type; an unknown or a missing one is an error.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from .trajectory import Checkpoint, TensorSpec
 T = TypeVar("T")
 A = TypeVar("A")
 
-# --- what all questions are about ------------------------------------------------------------------------------------------
+# --- what all questions are about
+# ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """The settings of a run that workers compute by, under the names of `settings.DEFAULTS`.
 
-    `statistics` is what recalibration settled when the run was created; None before, and in other modes.
+    `statistics` is what recalibration settled when the run was created; None before, and in other
+    modes.
     """
 
     device: str
@@ -62,8 +65,10 @@ class TaskSetup:
         parcel: the key of the bytes that were delivered of it.
         settings: of the run.
         losses: their names; empty for the task's first, `["all"]` for every one.
-        stored: the names of all tensors inside the checkpoints; None where it does not matter which they are.
-        digests: of the data and the tensors no checkpoint holds, as they are where the task was described; empty before.
+        stored: the names of all tensors inside the checkpoints; None where it does not matter which
+            they are.
+        digests: of the data and the tensors no checkpoint holds, as they are where the task was
+            described; empty before.
     """
 
     task: Entry
@@ -76,7 +81,9 @@ class TaskSetup:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredPoints:
-    """Some checkpoints of a trajectory by their position, files relative to `root`; `names` are tensors → names inside the files."""
+    """Some checkpoints of a trajectory by their position, files relative to `root`; `names` are
+    tensors → names inside the files.
+    """
 
     root: str
     names: dict[str, str]
@@ -85,7 +92,8 @@ class StoredPoints:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """The checkpoints a task is looked at before its first span, of a trajectory of `ends` segments.
+    """The checkpoints a task is looked at before its first span, of a trajectory of `ends`
+    segments.
 
     `workers` share a host; a span has `span` segments.
     """
@@ -112,7 +120,8 @@ class Failure:
         return unpack(self.error)
 
 
-# --- may this worker take part? --------------------------------------------------------------------------------------------
+# --- may this worker take part?
+# --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,12 +153,15 @@ class AdmissionRequest(Question[Admission]):
     checkpoints: list[Checkpoint]
 
 
-# --- what is the task? -----------------------------------------------------------------------------------------------------
+# --- what is the task?
+# -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossDescription:
-    """One loss: its split (None for a term of the parameters), its kind, its examples of the total of the split, its groups."""
+    """One loss: its split (None for a term of the parameters), its kind, its examples of the total
+    of the split, its groups.
+    """
 
     on: str | None
     kind: str
@@ -200,12 +212,15 @@ class DescribeRequest(TaskRequest[Description]):
     """Describe the task."""
 
 
-# --- can it be replayed, and at what cost? ---------------------------------------------------------------------------------
+# --- can it be replayed, and at what cost?
+# ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest(TaskRequest[A]):
-    """A question about a task on a sample of the trajectory; `batch_sizes` are those that are recorded, by split."""
+    """A question about a task on a sample of the trajectory; `batch_sizes` are those that are
+    recorded, by split.
+    """
 
     sample: Sample
     batch_sizes: dict[str, int]
@@ -213,7 +228,8 @@ class SampleRequest(TaskRequest[A]):
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeAnswer:
-    """The outcome of a probe, by loss where nothing else is said. See `store.LossRecord` for what a run records of it.
+    """The outcome of a probe, by loss where nothing else is said. See `store.LossRecord` for what a
+    run records of it.
 
     Attributes:
         batch_sizes: of each split.
@@ -265,7 +281,9 @@ class ProbeRequest(SampleRequest[ProbeAnswer]):
 
 @dataclass(frozen=True, kw_only=True)
 class Compressions:
-    """By loss, the share of its bytes that compression leaves of each kind of array, see `store.compressed_share`."""
+    """By loss, the share of its bytes that compression leaves of each kind of array, see
+    `store.compressed_share`.
+    """
 
     compressed: dict[str, dict[str, float]]
 
@@ -285,7 +303,8 @@ class LossCosts:
         seconds: of the value and the gradient.
         forward: of them for the forward pass.
         higher: of an evaluation one precision higher; 0 where none is made.
-        fastest: the batch size of those tried that took the least time; 0 for a term of the parameters.
+        fastest: the batch size of those tried that took the least time; 0 for a term of the
+            parameters.
         largest: the largest batch size that fits in memory; 0 likewise.
     """
 
@@ -319,13 +338,16 @@ class Costs:
 
 @dataclass(frozen=True, kw_only=True)
 class CostsRequest(SampleRequest[Costs]):
-    """Time a few batches. `measured` says whether some segments are evaluated one precision higher as well."""
+    """Time a few batches. `measured` says whether some segments are evaluated one precision higher
+    as well.
+    """
 
     segments_of_window: int
     measured: bool
 
 
-# --- replay ----------------------------------------------------------------------------------------------------------------
+# --- replay
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,14 +367,18 @@ class RunRequest(TaskRequest[A]):
 
 @dataclass(frozen=True, kw_only=True)
 class LossesAnswer:
-    """Losses over all of their data, groups averaged; those that cannot be evaluated at their checkpoint are left out."""
+    """Losses over all of their data, groups averaged; those that cannot be evaluated at their
+    checkpoint are left out.
+    """
 
     losses: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossesRequest(RunRequest[LossesAnswer]):
-    """Evaluate losses at checkpoints. `meetings` are names of losses by the position of the checkpoint."""
+    """Evaluate losses at checkpoints. `meetings` are names of losses by the position of the
+    checkpoint.
+    """
 
     meetings: dict[int, list[str]]
 
@@ -390,7 +416,9 @@ class LossSpan:
 
 @dataclass(frozen=True, kw_only=True)
 class SpanAnswer:
-    """A span that is committed for all of its pending losses: segments, seconds of its worker, the most memory it ever held."""
+    """A span that is committed for all of its pending losses: segments, seconds of its worker, the
+    most memory it ever held.
+    """
 
     losses: dict[str, LossSpan]
     segments: int
@@ -415,11 +443,13 @@ class SpanRequest(RunRequest[SpanAnswer]):
     calibration: dict[str, float | None]
 
 
-# --- to and from plain data ------------------------------------------------------------------------------------------------
+# --- to and from plain data
+# ------------------------------------------------------------------------------------------------
 
 
 def to_plain(request: object) -> Spec:
-    """Return a request or an answer as plain data: dictionaries with texts as keys, lists, texts, numbers, bytes, None.
+    """Return a request or an answer as plain data: dictionaries with texts as keys, lists, texts,
+    numbers, bytes, None.
 
     >>> to_plain(LossesAnswer(losses={"train": 0.5}))
     {'losses': {'train': 0.5}}
@@ -473,7 +503,9 @@ def from_plain(kind: type[T], plain: object) -> T:
 
 def answered(request: type[Question[A]], plain: Spec) -> A | Failure:
     """Return what a worker answered to a kind of request: its answer, or the error it met."""
-    return from_plain(Failure, plain) if "error" in plain else from_plain(_answer_of(request), plain)
+    return (
+        from_plain(Failure, plain) if "error" in plain else from_plain(_answer_of(request), plain)
+    )
 
 
 def _answer_of(request: type[Question[A]]) -> type[A]:
@@ -518,7 +550,9 @@ def _read_fields(kind: type, plain: object) -> object:
         raise ValueError(f"expected the fields of {kind.__name__}, not {str(plain)[:100]!r}.")
     hints = _types(kind)
     if plain.keys() != hints.keys():
-        missing, unknown = (", ".join(map(str, names)) or "none" for names in _difference(hints, plain))
+        missing, unknown = (
+            ", ".join(map(str, names)) or "none" for names in _difference(hints, plain)
+        )
         raise ValueError(f"fields are missing ({missing}) or unknown ({unknown}).")
     values = {}
     for name, hint in hints.items():
@@ -548,8 +582,12 @@ def _read_items(kind: Any, plain: object) -> object:
     return values
 
 
-def _difference(expected: Mapping[str, object], plain: Mapping[str, object]) -> tuple[list[str], list[str]]:
-    return [name for name in expected if name not in plain], [name for name in plain if name not in expected]
+def _difference(
+    expected: Mapping[str, object], plain: Mapping[str, object]
+) -> tuple[list[str], list[str]]:
+    return [name for name in expected if name not in plain], [
+        name for name in plain if name not in expected
+    ]
 
 
 def _read_any_of(kinds: tuple[Any, ...], plain: object) -> object:

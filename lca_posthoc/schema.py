@@ -1,8 +1,10 @@
-"""The fields stored of every segment, the edges of the histogram, the totals, and how those of two stretches join.
+"""The fields stored of every segment, the edges of the histogram, the totals, and how those of two
+stretches join.
 
-Joining is written with operators alone, so that it serves torch tensors on a worker and numpy arrays on a reader. Sums are
-joined along one fixed binary tree over the segments of the whole trajectory (every node covers an aligned power of two),
-so that the same bits come out however the trajectory was cut into spans.
+Joining is written with operators alone, so that it serves torch tensors on a worker and numpy
+arrays on a reader. Sums are joined along one fixed binary tree over the segments of the whole
+trajectory (every node covers an aligned power of two), so that the same bits come out however the
+trajectory was cut into spans.
 """
 
 from __future__ import annotations
@@ -37,18 +39,20 @@ TENSOR_FIELDS = {
     "gradient": "float64",
 }
 OF_MOTION = ("motion",)  # the same for every group
+# by precision: two computations of one loss
 SAME_LOSS = {
     "float64": 1e-9,
     "float32": 1e-4,
     "tf32": 1e-2,
     "bfloat16": 5e-2,
-}  # by precision: two computations of one loss
+}
+# by precision: relative, of one number
 ROUNDING = {
     "float64": 2.0**-53,
     "float32": 2.0**-24,
     "tf32": 2.0**-11,
     "bfloat16": 2.0**-9,
-}  # by precision: relative, of one number
+}
 MAGNITUDES = 510  # two bins an octave over all finite float32
 BINS = 2 * MAGNITUDES
 
@@ -61,7 +65,9 @@ Totals = dict[str, np.ndarray[Any, Any]]
 
 
 def is_share(tolerance: float | str) -> bool:
-    """Tell whether a tolerance is a share of each loss, such as "0.1%", and not in units of loss."""
+    """Tell whether a tolerance is a share of each loss, such as "0.1%", and not in units of
+    loss.
+    """
     return isinstance(tolerance, str) and tolerance.endswith("%")
 
 
@@ -79,19 +85,27 @@ def in_units_of_loss(tolerance: float | str, scale: float | None) -> float:
         return float(tolerance)
     if scale is None:
         raise InputError(
-            f"a tolerance of {tolerance} needs the loss at the first checkpoint, which the run does not record."
+            f"a tolerance of {tolerance} needs the loss at the first checkpoint, which the run "
+            f"does not record."
         )
     return float(str(tolerance)[:-1]) / 100 * scale
 
 
 def histogram_edges() -> np.ndarray[Any, Any]:
-    """Return the BINS + 1 fixed edges: ±(0, 2⁻¹²⁷, … , 2¹²⁷·1.5, ∞), two bins an octave; zeros are counted apart."""
-    upper = (np.arange(MAGNITUDES + 1, dtype=np.uint32) << np.uint32(22)).view(np.float32).astype(np.float64)
+    """Return the BINS + 1 fixed edges: ±(0, 2⁻¹²⁷, … , 2¹²⁷·1.5, ∞), two bins an octave; zeros are
+    counted apart.
+    """
+    upper = (
+        (np.arange(MAGNITUDES + 1, dtype=np.uint32) << np.uint32(22))
+        .view(np.float32)
+        .astype(np.float64)
+    )
     return np.concatenate([-upper[:0:-1], upper])
 
 
 def join(before: Totals, after: Totals) -> Totals:
-    """Return the totals of two stretches of segments, one right after the other; turns across the border count.
+    """Return the totals of two stretches of segments, one right after the other; turns across the
+    border count.
 
     A turn is a change of sign between two non-zero values with only zeros between them.
     """
@@ -105,7 +119,8 @@ def join(before: Totals, after: Totals) -> Totals:
 
 
 def half(length: int) -> int:
-    """Return the place at which the tree cuts a stretch that starts on an aligned border: the largest power of two below its length.
+    """Return the place at which the tree cuts a stretch that starts on an aligned border: the
+    largest power of two below its length.
 
     >>> [half(length) for length in (2, 3, 4, 5, 8)]
     [1, 2, 2, 4, 4]
@@ -114,7 +129,8 @@ def half(length: int) -> int:
 
 
 def join_all(read: Callable[[int], Totals], stretches: range) -> Totals:
-    """Return the totals of neighbouring stretches of equal power-of-two length (the last may be shorter), joined along the tree.
+    """Return the totals of neighbouring stretches of equal power-of-two length (the last may be
+    shorter), joined along the tree.
 
     Args:
         read: returns the totals of one stretch; at most log₂ of them + 2 are in memory at a time.
@@ -157,7 +173,9 @@ class TreeSum(Generic[_Value]):
 
 
 class RecalibrationRecord(TypedDict):
-    """The settings of a recalibration as a run records them, see `objective.statistics.Recalibration` for those without a comment."""
+    """The settings of a recalibration as a run records them, see
+    `objective.statistics.Recalibration` for those without a comment.
+    """
 
     loss: str
     split: str  # the name of that loss's split

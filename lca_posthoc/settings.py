@@ -1,4 +1,6 @@
-"""The settings that decide a run's results: their defaults, what they may be, and that a recorded one is never changed."""
+"""The settings that decide a run's results: their defaults, what they may be, and that a recorded
+one is never changed.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ CHOICES = {
 
 
 def resolve(asked: dict[str, Any], recorded: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the settings that were asked for, over the recorded ones or the defaults; a recorded setting is never changed.
+    """Return the settings that were asked for, over the recorded ones or the defaults; a recorded
+    setting is never changed.
 
     Raises:
         InputError: where a setting is not one of its choices, or differs from what is recorded.
@@ -56,14 +59,16 @@ def resolve(asked: dict[str, Any], recorded: dict[str, Any] | None) -> dict[str,
     if recorded is None:
         settings = {**DEFAULTS, **chosen}
         if settings["precision"] == "bfloat16" and "tolerance" not in chosen:
-            settings["tolerance"] = "inf"  # the losses at both ends are rounded by more than halving could mend
+            # the losses at both ends are rounded by more than halving could mend
+            settings["tolerance"] = "inf"
         return settings
     other = [name for name, value in chosen.items() if recorded[name] != value]
     if other:
         before = " ".join(_shown(name, recorded[name]) for name in other)
         asked_for = " ".join(_shown(name, chosen[name]) for name in other)
         raise InputError(
-            f"this run was made with {before}, not {asked_for}. Leave {' and '.join(map(_option, other))} out to go on with it, "
+            f"this run was made with {before}, not {asked_for}. Leave "
+            f"{' and '.join(map(_option, other))} out to go on with it, "
             "or write another run with --out."
         )
     return recorded
@@ -98,7 +103,8 @@ def _positive(name: str, value: Any) -> float | str:
         return f"{repr(number).removesuffix('.0')}%"
     if share or not number > 0:
         raise InputError(
-            f"{_option(name)} must be a positive number in units of loss, a share of the loss at the first checkpoint between 0% and "
+            f"{_option(name)} must be a positive number in units of loss, a share of the loss at "
+            f"the first checkpoint between 0% and "
             f"100% such as 0.1%, or inf, got {value}."
         )
     return number if number < float("inf") else "inf"

@@ -1,4 +1,6 @@
-"""Say how checkpoints follow each other: segments longer than one step, and neighbours that hold the same tensors."""
+"""Say how checkpoints follow each other: segments longer than one step, and neighbours that hold
+the same tensors.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _MOST_COMPARED = 2**30
 
 
 def every_of(header: Header) -> int:
-    """Return the `every` of the recorder that wrote a file, as the file states it; 1 where it states none."""
+    """Return the `every` of the recorder that wrote a file, as the file states it; 1 where it
+    states none.
+    """
     stated = header.metadata.get("every", "")
     return int(stated) if re.fullmatch("[1-9][0-9]{0,17}", stated) else 1
 
@@ -29,7 +33,10 @@ def long_segments(steps: Sequence[int], every: Sequence[int], thinning: int = 1)
         every: for each, the `every` it was recorded with; the user chose a gap of as many steps.
         thinning: K where only every K-th checkpoint is used, which the user chose too.
     """
-    intended = [after - before in (1, every[index + 1]) for index, (before, after) in enumerate(pairwise(steps))]
+    intended = [
+        after - before in (1, every[index + 1])
+        for index, (before, after) in enumerate(pairwise(steps))
+    ]
     used = range(0, len(steps), thinning)
     segments = [(steps[start], steps[stop]) for start, stop in pairwise(used)]
     long = [
@@ -50,9 +57,12 @@ def long_segments(steps: Sequence[int], every: Sequence[int], thinning: int = 1)
     if len(segments) == 1:
         which = "the segment is"
     return [
-        f"{which} longer than one step, with {inside:,} steps or {_percent(share)} of training in them, the longest "
-        f"{longest[0]}→{longest[1]}. There the straight line between checkpoints is not the path that training took, and what is "
-        "allocated is the straight line's share: net sums mean something, shares of parameters that help and turns do not; the residual "
+        f"{which} longer than one step, with {inside:,} steps or {_percent(share)} of training in "
+        f"them, the longest "
+        f"{longest[0]}→{longest[1]}. There the straight line between checkpoints is not the path "
+        f"that training took, and what is "
+        "allocated is the straight line's share: net sums mean something, shares of parameters "
+        "that help and turns do not; the residual "
         "says what quadrature misses"
     ]
 
@@ -65,7 +75,8 @@ def _percent(share: float) -> str:
 class StillSegments:
     """Collect neighbouring checkpoints that hold the same tensors, whatever else their files state.
 
-    Samples of the tensors' bytes tell the candidates. Local files are then compared whole, up to 1 GiB in all.
+    Samples of the tensors' bytes tell the candidates. Local files are then compared whole, up to 1
+    GiB in all.
     """
 
     def __init__(self) -> None:
@@ -85,9 +96,15 @@ class StillSegments:
         self._stretches.append((self._stretches.pop()[0] if joins else before[0], step))
 
     def _same(
-        self, files: Sequence[Path], headers: Sequence[Header], others: Sequence[Path], other_headers: Sequence[Header]
+        self,
+        files: Sequence[Path],
+        headers: Sequence[Header],
+        others: Sequence[Path],
+        other_headers: Sequence[Header],
     ) -> bool:
-        if len(headers) != len(other_headers) or not all(map(_samples_agree, headers, other_headers)):
+        if len(headers) != len(other_headers) or not all(
+            map(_samples_agree, headers, other_headers)
+        ):
             return False
         size = sum(header.size for header in headers)
         if size > self._left or any(map(is_remote, (*files, *others))):
@@ -107,13 +124,16 @@ class StillSegments:
         how = " as far as samples of their bytes tell," if self._sampled else ""
         which = "this segment" if self._count == 1 else f"these {self._count:,} segments"
         return [
-            f"neighbouring checkpoints hold the same tensors,{how} {shown}: in {which} nothing moves and everything allocated is 0 (a "
+            f"neighbouring checkpoints hold the same tensors,{how} {shown}: in {which} nothing "
+            f"moves and everything allocated is 0 (a "
             "learning rate of 0, a step that was skipped, or one state saved twice)"
         ]
 
 
 def _samples_agree(one: Header, other: Header) -> bool:
-    """Compare the samples of the tensors' bytes: the last one always, the others where they lie at the same places."""
+    """Compare the samples of the tensors' bytes: the last one always, the others where they lie at
+    the same places.
+    """
     if one.data_size != other.data_size or one.data_samples[-1] != other.data_samples[-1]:
         return False
     if list(one.tensors) != list(other.tensors):  # bytes in another order

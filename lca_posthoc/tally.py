@@ -1,4 +1,6 @@
-"""The tally of the allocations of a span: sums, counts, a histogram, units, per-parameter totals. No disk, no plots."""
+"""The tally of the allocations of a span: sums, counts, a histogram, units, per-parameter totals.
+No disk, no plots.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def histogram(values: Tensor) -> Tensor:
-    """Count finite float32 values per bin and row, from the top bits of their patterns; exact zeros are left out.
+    """Count finite float32 values per bin and row, from the top bits of their patterns; exact zeros
+    are left out.
 
     Args:
         values: (rows, n).
@@ -46,7 +49,9 @@ def histogram(values: Tensor) -> Tensor:
 
 
 def count(mask: Tensor) -> Tensor:
-    """Count the true values in each row; summed as float32, which is several times faster and exact below 2²⁴."""
+    """Count the true values in each row; summed as float32, which is several times faster and exact
+    below 2²⁴.
+    """
     return mask.float().sum(1).long() if mask.shape[1] < 2**24 else mask.sum(1)
 
 
@@ -70,10 +75,14 @@ class _Running:
         self._sum = TreeSum[Tensor]()
         self._helping, self._hurting = torch.zeros((2, *shape), dtype=torch.int32, device=device)
         self._turns = torch.zeros((len(SIGNED), *shape), dtype=torch.int32, device=device)
-        self._sign, self._first, self._last = torch.zeros((3, len(SIGNED), *shape), dtype=torch.int8, device=device)
+        self._sign, self._first, self._last = torch.zeros(
+            (3, len(SIGNED), *shape), dtype=torch.int8, device=device
+        )
 
     def add(self, motion: Tensor, gradient: Tensor, exact: Tensor, stored: Tensor) -> None:
-        """Add the next segment; signs are numbers of one byte, with which to compute is faster than to compare and choose."""
+        """Add the next segment; signs are numbers of one byte, with which to compute is faster than
+        to compare and choose.
+        """
         self._sum.add(exact)
         sign = self._sign
         for row, values in zip(sign, (motion, gradient, stored), strict=True):
@@ -87,7 +96,11 @@ class _Running:
         self._hurting += sign[-1] - negative
 
     def arrays(self) -> Arrays:
-        totals = {"allocated": self._sum.value(), "helping": self._helping, "hurting": self._hurting}
+        totals = {
+            "allocated": self._sum.value(),
+            "helping": self._helping,
+            "hurting": self._hurting,
+        }
         for row, name in enumerate(SIGNED):
             totals |= {
                 f"{name}_turns": self._turns[row],
@@ -100,8 +113,9 @@ class _Running:
 class Tally:
     """The segments of one span for one loss, gathered as the arrays a run stores.
 
-    A loss with groups has an axis of groups behind that of segments; its totals are those of its weighted mean over the groups,
-    the loss of the whole split. Groups may be added in blocks, one after the other, each over all segments.
+    A loss with groups has an axis of groups behind that of segments; its totals are those of its
+    weighted mean over the groups, the loss of the whole split. Groups may be added in blocks, one
+    after the other, each over all segments.
 
     Args:
         table: the allocated tensors that are stored; the allocation of the others is the remainder.
@@ -112,11 +126,18 @@ class Tally:
     """
 
     def __init__(
-        self, table: Sequence[TensorSpec], length: int, keep: str, device: torch.device, groups: int | None = None
+        self,
+        table: Sequence[TensorSpec],
+        length: int,
+        keep: str,
+        device: torch.device,
+        groups: int | None = None,
     ) -> None:
         self._table, self._length, self._keep, self._groups = table, length, keep, groups
         self.steps: Arrays = {
-            name: np.full((length, *self._axis(name in PER_GROUP)), np.nan if name in MAY_BE_NAN else 0, dtype)
+            name: np.full(
+                (length, *self._axis(name in PER_GROUP)), np.nan if name in MAY_BE_NAN else 0, dtype
+            )
             for name, dtype in STEP_FIELDS.items()
         }
         self.tensors: Arrays = {
@@ -136,7 +157,9 @@ class Tally:
         return (self._groups,) if grouped and self._groups is not None else ()
 
     def begin(self, block: range) -> None:
-        """Allocate the large arrays of a block of groups; those of the block before are released."""
+        """Allocate the large arrays of a block of groups; those of the block before are
+        released.
+        """
         self.block = block
         rows = () if self._groups is None else (len(block),)
         self.allocation: Arrays = {}
@@ -149,8 +172,14 @@ class Tally:
                 self.units[spec.name] = np.zeros((self._length, *rows, units), "float32")
 
     def _of_block(self, column: np.ndarray[Any, Any], row: int) -> np.ndarray[Any, Any]:
-        """Return the block's part of one segment of an array, with an axis of groups also where there are none."""
-        return column[row : row + 1] if self._groups is None else column[row, self.block.start : self.block.stop]
+        """Return the block's part of one segment of an array, with an axis of groups also where
+        there are none.
+        """
+        return (
+            column[row : row + 1]
+            if self._groups is None
+            else column[row, self.block.start : self.block.stop]
+        )
 
     def add(self, row: int, segment: SegmentAllocation) -> None:
         """Add the block's part of the segment at position `row` of the span."""
@@ -170,13 +199,19 @@ class Tally:
         for position, spec in enumerate(self._table):
             self._add_tensor(row, position, spec, segment)
 
-    def _add_tensor(self, index: int, position: int, spec: TensorSpec, segment: SegmentAllocation) -> None:
+    def _add_tensor(
+        self, index: int, position: int, spec: TensorSpec, segment: SegmentAllocation
+    ) -> None:
         motion = segment.motion[spec.name]
         shape = (len(self.block), motion.numel())
-        exact, gradient = segment.allocation[spec.name].reshape(shape), segment.mean_gradient[spec.name].reshape(shape)
+        exact, gradient = (
+            segment.allocation[spec.name].reshape(shape),
+            segment.mean_gradient[spec.name].reshape(shape),
+        )
         stored = torch.empty(shape, dtype=torch.float32, device=exact.device)
         sums = {
-            name: torch.zeros(shape[0], dtype=torch.float64, device=exact.device) for name in ("allocated", "gradient")
+            name: torch.zeros(shape[0], dtype=torch.float64, device=exact.device)
+            for name in ("allocated", "gradient")
         }
         bins = torch.zeros((shape[0], BINS), dtype=torch.int64, device=exact.device)
         for row, column in blocks(*shape):
@@ -210,7 +245,9 @@ class Tally:
         gradient: Tensor,
         weight: float | np.ndarray[Any, Any],
     ) -> None:
-        """Add to the weighted mean over the groups; after the last block it is added to the totals."""
+        """Add to the weighted mean over the groups; after the last block it is added to the
+        totals.
+        """
         pooled = self._pooled[index]
         if self._groups is not None:
             weights = torch.as_tensor(weight, device=exact.device)
@@ -226,7 +263,9 @@ class Tally:
 
     @property
     def silent(self) -> set[str]:
-        """The tensors that moved while the loss of no group depended on them: parameters throughout, buffers on a segment."""
+        """The tensors that moved while the loss of no group depended on them: parameters
+        throughout, buffers on a segment.
+        """
         throughout = frozenset.intersection(*self._untouched)
         return {
             spec.name

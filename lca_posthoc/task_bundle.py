@@ -1,7 +1,8 @@
-"""The user's own source on its way to a worker: a file and what it imports from its folder, bound to one hash.
+"""The user's own source on its way to a worker: a file and what it imports from its folder, bound
+to one hash.
 
-Workers import from the parcel, never from their own disk, so that every worker runs the code the driver read. `__file__` is the
-path the driver read it from.
+Workers import from the parcel, never from their own disk, so that every worker runs the code the
+driver read. `__file__` is the path the driver read it from.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ _MAIN = ""
 
 
 def pack(file: Path) -> bytes:
-    """Return the text of `file` and of every module of its folder that its imports lead to, as JSON.
+    """Return the text of `file` and of every module of its folder that its imports lead to, as
+    JSON.
 
     Imports are read, not run: modules imported under a name made at run time are not in it.
     """
@@ -33,26 +35,38 @@ def pack(file: Path) -> bytes:
         place, text = packed[importer]
         for name in _imported(text, importer, is_package=place.endswith("__init__.py")):
             if name not in packed and (path := _located(folder, name)) is not None:
-                packed[name] = [path.relative_to(folder).as_posix(), _text(path) if path.is_file() else ""]
+                packed[name] = [
+                    path.relative_to(folder).as_posix(),
+                    _text(path) if path.is_file() else "",
+                ]
                 waiting.append(name)
     return json.dumps(packed, sort_keys=True).encode()
 
 
 def _text(file: Path) -> str:
-    return file.read_bytes().decode("latin-1")  # any bytes: which encoding they are in is theirs to say
+    # any bytes: which encoding they are in is theirs to say
+    return file.read_bytes().decode("latin-1")
 
 
 def _located(folder: Path, name: str) -> Path | None:
-    """Return the file of a module below a folder, or the directory of a package without `__init__.py`; None where there is neither."""
+    """Return the file of a module below a folder, or the directory of a package without
+    `__init__.py`; None where there is neither.
+    """
     place = folder.joinpath(*name.split("."))
     for candidate in (place / "__init__.py", place.with_name(f"{place.name}.py")):
         if candidate.is_file():
             return candidate
-    return place if place.is_dir() and any(place.glob("*.py")) and not _is_installed(name, folder) else None
+    return (
+        place
+        if place.is_dir() and any(place.glob("*.py")) and not _is_installed(name, folder)
+        else None
+    )
 
 
 def _is_installed(name: str, folder: Path) -> bool:
-    """Tell whether Python would import a module from elsewhere rather than a directory that merely has its name."""
+    """Tell whether Python would import a module from elsewhere rather than a directory that merely
+    has its name.
+    """
     elsewhere = [place for place in sys.path if Path(place).resolve() != folder]
     spec = PathFinder.find_spec(name, elsewhere) if "." not in name else None
     return spec is not None and spec.origin is not None
@@ -69,9 +83,14 @@ def _imported(text: str, importer: str, is_package: bool) -> Iterator[str]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            parts = (
+                package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            )
             base = ".".join(filter(None, [*parts, node.module]))
-            names = [base, *(f"{base}.{alias.name}" if base else alias.name for alias in node.names)]
+            names = [
+                base,
+                *(f"{base}.{alias.name}" if base else alias.name for alias in node.names),
+            ]
         else:
             continue
         for name in filter(None, names):
@@ -84,8 +103,12 @@ class Parcel(MetaPathFinder, SourceLoader):  # type: ignore[misc]
 
     def __init__(self, data: bytes, file: Path) -> None:
         self._folder = file.parent
-        self._packed: dict[str, tuple[str, str]] = {name: tuple(pair) for name, pair in json.loads(data).items()}
-        self._main = f"lca_task_{file.stem}_{hashlib.sha256(f'{file} '.encode() + data).hexdigest()[:12]}"
+        self._packed: dict[str, tuple[str, str]] = {
+            name: tuple(pair) for name, pair in json.loads(data).items()
+        }
+        self._main = (
+            f"lca_task_{file.stem}_{hashlib.sha256(f'{file} '.encode() + data).hexdigest()[:12]}"
+        )
         self._packed[self._main] = self._packed.pop(_MAIN)
         self._texts = {str(self._folder / place): text for place, text in self._packed.values()}
         self._imported: dict[str, ModuleType] = {}
@@ -116,7 +139,9 @@ class Parcel(MetaPathFinder, SourceLoader):  # type: ignore[misc]
 
     def get_data(self, path: str) -> bytes:
         """See `importlib.abc.SourceLoader`."""
-        return self._texts[path].encode("latin-1") if path in self._texts else Path(path).read_bytes()
+        return (
+            self._texts[path].encode("latin-1") if path in self._texts else Path(path).read_bytes()
+        )
 
     def take_in(self) -> None:
         """Put this parcel into use: modules imported from it before can be imported again."""
@@ -126,7 +151,9 @@ class Parcel(MetaPathFinder, SourceLoader):  # type: ignore[misc]
             sys.path.insert(0, str(self._folder))
 
     def put_away(self) -> None:
-        """Take this parcel out of use, with the modules that came from it: another parcel may have others of the same names."""
+        """Take this parcel out of use, with the modules that came from it: another parcel may have
+        others of the same names.
+        """
         sys.meta_path.remove(self)
         for name in self._packed:
             module = sys.modules.get(name)

@@ -1,4 +1,6 @@
-"""Words as people read them: numbers of things, names cut in the middle, texts made safe to show."""
+"""Words as people read them: numbers of things, names cut in the middle, texts made safe to
+show.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,16 @@ _ROUNDS = 3
 _ENDS = 8  # cells kept of the ends of names that are told apart by their middle
 _CONTROLS = r"\x00-\x1f\x7f-\x9f"
 _HALVES = r"\ud800-\udfff"  # of a pair of surrogates: no encoding has them
-_TURNS = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # every sign that turns the direction of a text
+# every sign that turns the direction of a text
+_TURNS = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
 _LINE_ENDS = r"\u2028\u2029"
 _UNSAFE = re.compile(f"[{_CONTROLS}{_HALVES}{_TURNS}{_LINE_ENDS}]")
 _UNSTORABLE = re.compile(f"[{_CONTROLS}{_HALVES}]")
 
 
 def safe(text: str) -> str:
-    """Return a text that steers no terminal: "?" for each unsafe sign; half a pair of surrogates stays readable, as its number.
+    """Return a text that steers no terminal: "?" for each unsafe sign; half a pair of surrogates
+    stays readable, as its number.
 
     >>> safe("a\\x1b[31mb")
     'a?[31mb'
@@ -28,7 +32,8 @@ def safe(text: str) -> str:
 
 
 def safe_in_page(text: str) -> str:
-    """Return a text with the sign U+FFFD in place of each unsafe one; its mark-up must still be escaped.
+    """Return a text with the sign U+FFFD in place of each unsafe one; its mark-up must still be
+    escaped.
 
     >>> safe_in_page("a\\x1b[31mb")
     'a\N{REPLACEMENT CHARACTER}[31mb'
@@ -37,7 +42,8 @@ def safe_in_page(text: str) -> str:
 
 
 def safe_in_figure(text: str) -> str:
-    r"""Return a text as matplotlib draws it letter by letter: without mathematics, never hidden from a legend.
+    r"""Return a text as matplotlib draws it letter by letter: without mathematics, never hidden
+    from a legend.
 
     >>> safe_in_figure("a$b$\x1b")
     'a\\$b\\$?'
@@ -47,7 +53,8 @@ def safe_in_figure(text: str) -> str:
 
 
 def is_storable(text: str) -> bool:
-    """Tell whether every file format for text holds a text as it is: without control characters and halves of surrogate pairs.
+    """Tell whether every file format for text holds a text as it is: without control characters and
+    halves of surrogate pairs.
 
     >>> is_storable("größe"), is_storable("a\\x00b")
     (True, False)
@@ -66,7 +73,8 @@ def count(value: float, one: str = "", more: str = "") -> str:
 
 
 def shorten(texts: Sequence[str], width: int, dots: str = "…") -> list[str]:
-    """Return names of at most so many cells, cut in the middle; names that differ only in their middles keep the difference.
+    """Return names of at most so many cells, cut in the middle; names that differ only in their
+    middles keep the difference.
 
     >>> shorten(["encoder.layers.0.attention.weight", "encoder.layers.11.attention.weight", "bias"], 20)
     ['encoder.l…0…n.weight', 'encoder.…11…n.weight', 'bias']
@@ -101,7 +109,9 @@ def _cut(text: str, width: int, dots: str) -> str:
 
 
 def _telling(group: list[str], width: int, dots: str) -> dict[str, str]:
-    """Return short forms of names that are alike at both ends, with as much of their middles as fits."""
+    """Return short forms of names that are alike at both ends, with as much of their middles as
+    fits.
+    """
     before = _alike(group)
     after = _alike([text[before:][::-1] for text in group])
     room = width - 2 * cell_len(dots)
@@ -120,11 +130,15 @@ def _telling(group: list[str], width: int, dots: str) -> dict[str, str]:
 
 def _alike(texts: list[str]) -> int:
     """Return how many signs all texts begin with in common."""
-    return sum(1 for _ in itertools.takewhile(lambda signs: len({*signs}) == 1, zip(*texts, strict=False)))
+    return sum(
+        1 for _ in itertools.takewhile(lambda signs: len({*signs}) == 1, zip(*texts, strict=False))
+    )
 
 
 def _head(text: str, width: int) -> str:
-    """Return the longest beginning of at most so many cells, with the marks that combine with its last sign."""
+    """Return the longest beginning of at most so many cells, with the marks that combine with its
+    last sign.
+    """
     end, cells = 0, 0
     while end < len(text) and cells + cell_len(text[end]) <= width:
         cells += cell_len(text[end])
@@ -133,7 +147,9 @@ def _head(text: str, width: int) -> str:
 
 
 def _tail(text: str, width: int) -> str:
-    """Return the longest end of at most so many cells that does not begin with a mark that combines with what is before it."""
+    """Return the longest end of at most so many cells that does not begin with a mark that combines
+    with what is before it.
+    """
     start, cells = len(text), 0
     while start and cells + cell_len(text[start - 1]) <= width:
         start -= 1

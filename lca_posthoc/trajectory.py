@@ -1,7 +1,7 @@
 """Find, order, validate and read the checkpoints of one training run.
 
-Opening reads headers only; reading never maps a file into memory. The model's tensors are given as a table: nothing
-here knows of tasks, losses or runs.
+Opening reads headers only; reading never maps a file into memory. The model's tensors are given as
+a table: nothing here knows of tasks, losses or runs.
 """
 
 from __future__ import annotations
@@ -43,18 +43,20 @@ _INDEX = "model.safetensors.index.json"
 RESERVED = ("step", "group")  # dimensions of results, beside the names of allocated tensors
 _WRAPPERS = frozenset(
     (
+        # torch: compile, checkpoint_wrapper, FSDP
         *(
             "_orig_mod",
             "_checkpoint_wrapped_module",
             "_fsdp_wrapped_module",
-        ),  # torch: compile, checkpoint_wrapper, FSDP
+        ),
         *("_forward_module", "_fpw_module"),  # Lightning's Fabric and its strategies; fairscale
     )
 )
+# DataParallel, DeepSpeed, AveragedModel; Opacus. Inside, models call their own parts so
 _OUTERMOST = (
     "module",
     "_module",
-)  # DataParallel, DeepSpeed, AveragedModel; Opacus. Inside, models call their own parts so
+)
 _AT_A_TIME = 16
 
 
@@ -62,8 +64,8 @@ _AT_A_TIME = 16
 class TensorSpec:
     """One tensor of the model: its first name, its other names when tied, and how it takes part.
 
-    `kind` is "parameter", "buffer" or "state" (loaded, never allocated); `unit_axis` is the axis along which neurons or
-    channels run, None for scalars.
+    `kind` is "parameter", "buffer" or "state" (loaded, never allocated); `unit_axis` is the axis
+    along which neurons or channels run, None for scalars.
     """
 
     name: str
@@ -108,12 +110,18 @@ class Trajectory:
 
     @property
     def half_precision(self) -> list[str]:
-        """Return tensors stored with fewer than 32 bits a number, in which most of the motion is lost."""
+        """Return tensors stored with fewer than 32 bits a number, in which most of the motion is
+        lost.
+        """
         return [name for name, header in self.tensors.items() if header.dtype in HALF]
 
     def sources_of(self, names: Iterable[str]) -> dict[str, str]:
-        """Return a dict from names of the model's tensors to their names inside the files, for those the files hold."""
-        return {name: self.sources[normalise(name)] for name in names if normalise(name) in self.sources}
+        """Return a dict from names of the model's tensors to their names inside the files, for
+        those the files hold.
+        """
+        return {
+            name: self.sources[normalise(name)] for name in names if normalise(name) in self.sources
+        }
 
     def match(
         self,
@@ -122,7 +130,8 @@ class Trajectory:
         patterns: Sequence[str] = (),
         unstored: Collection[str] = (),
     ) -> dict[str, str]:
-        """Return the name inside the files of every tensor of the table; files may hold those that are `fixed` too, which are not read.
+        """Return the name inside the files of every tensor of the table; files may hold those that
+        are `fixed` too, which are not read.
 
         Args:
             table: the model's tensors.
@@ -131,33 +140,44 @@ class Trajectory:
             unstored: the model's buffers that are not saved.
 
         Raises:
-            InputError: where a tensor is missing, of another shape, or reserved by name; or left over, and not one of `leftovers`.
+            InputError: where a tensor is missing, of another shape, or reserved by name; or left
+                over, and not one of `leftovers`.
         """
         names, used = {}, set()
         for name in reserved([spec.name for spec in table if spec.kind != "state"]):
             raise InputError(
-                f"the model has a tensor called {name!r}, a name that results have for a dimension. Rename it in the task's model, to NEW "
+                f"the model has a tensor called {name!r}, a name that results have for a "
+                f"dimension. Rename it in the task's model, to NEW "
                 f"perhaps, and in the checkpoints with --rename '^{re.escape(name)}$=NEW'."
             )
         for spec in table:
-            present = [name for name in map(normalise, (spec.name, *spec.aliases)) if name in self.tensors]
+            present = [
+                name for name in map(normalise, (spec.name, *spec.aliases)) if name in self.tensors
+            ]
             if not present:
                 raise InputError(self._missing(spec, table))
             header = self.tensors[present[0]]
             if header.shape != spec.shape:
                 raise InputError(
-                    f"tensor {spec.name!r} has shape {list(header.shape)} in {self.checkpoints[0].files[0]} "
-                    f"(step {self.steps[0]}) but {list(spec.shape)} in the task's model. Build the model that was trained."
+                    f"tensor {spec.name!r} has shape {list(header.shape)} in "
+                    f"{self.checkpoints[0].files[0]} "
+                    f"(step {self.steps[0]}) but {list(spec.shape)} in the task's model. Build the "
+                    f"model that was trained."
                 )
             names[spec.name] = self.sources[present[0]]
             used.update(present)
         used.update(map(normalise, fixed))
-        extra = sorted(set(self.tensors) - used - set(self.leftovers(table, fixed, patterns, unstored)))
+        extra = sorted(
+            set(self.tensors) - used - set(self.leftovers(table, fixed, patterns, unstored))
+        )
         if extra:
             raise InputError(
-                f"{_some(extra)} stand{'s' if len(extra) == 1 else ''} in {self.checkpoints[0].files[0]} (step {self.steps[0]}) "
-                "but not in the task's model. Build the model that was trained, or map the names with --rename OLD=NEW. Where the model "
-                f"computes the same without {'it' if len(extra) == 1 else 'them'}, leave {'it' if len(extra) == 1 else 'them'} out: "
+                f"{_some(extra)} stand{'s' if len(extra) == 1 else ''} in "
+                f"{self.checkpoints[0].files[0]} (step {self.steps[0]}) "
+                "but not in the task's model. Build the model that was trained, or map the names "
+                "with --rename OLD=NEW. Where the model "
+                f"computes the same without {'it' if len(extra) == 1 else 'them'}, leave "
+                f"{'it' if len(extra) == 1 else 'them'} out: "
                 f"{drop_options(extra, set(self.tensors) - set(extra))}"
             )
         return names
@@ -169,12 +189,16 @@ class Trajectory:
         patterns: Sequence[str] = (),
         unstored: Collection[str] = (),
     ) -> dict[str, str]:
-        """Return tensors that the files hold and the model does not save, with their names inside the files; they may be left out.
+        """Return tensors that the files hold and the model does not save, with their names inside
+        the files; they may be left out.
 
-        They are those `Task.fixed` names, the model's own buffers that are not saved, and buffers that older releases of libraries are
-        known to have saved. The caller must check in the files that they are what they seem to be. Arguments as for `match`.
+        They are those `Task.fixed` names, the model's own buffers that are not saved, and buffers
+        that older releases of libraries are known to have saved. The caller must check in the files
+        that they are what they seem to be. Arguments as for `match`.
         """
-        used = {normalise(name) for spec in table for name in (spec.name, *spec.aliases)} | set(map(normalise, fixed))
+        used = {normalise(name) for spec in table for name in (spec.name, *spec.aliases)} | set(
+            map(normalise, fixed)
+        )
         own = set(map(normalise, unstored))
         return {
             name: self.sources[name]
@@ -188,7 +212,9 @@ class Trajectory:
         }
 
     def ties(self, table: Sequence[TensorSpec]) -> dict[str, list[str]]:
-        """Return tied tensors the files hold under several names: the model's name → the names inside the files."""
+        """Return tied tensors the files hold under several names: the model's name → the names
+        inside the files.
+        """
         ties = {}
         for spec in table:
             present = dict.fromkeys(map(normalise, (spec.name, *spec.aliases)))
@@ -203,13 +229,16 @@ class Trajectory:
         hint = f"; the file has {_some(unused)} instead" if unused else ""
         return (
             f"tensor {spec.name!r} of the task's model (shape {list(spec.shape)}) is missing in "
-            f"{self.checkpoints[0].files[0]} (step {self.steps[0]}){hint}. Build the model that was trained, or map the names with "
-            "--rename OLD=NEW. What never moves and is not stored is frozen in the model, or named in Task(fixed=[…])."
+            f"{self.checkpoints[0].files[0]} (step {self.steps[0]}){hint}. Build the model that "
+            f"was trained, or map the names with "
+            "--rename OLD=NEW. What never moves and is not stored is frozen in the model, or named "
+            "in Task(fixed=[…])."
         )
 
 
 def drop_options(names: Collection[str], others: Collection[str] = ()) -> str:
-    """Return the `--rename` options that leave tensors out, written for a shell; one option stands for names that differ in a number only.
+    """Return the `--rename` options that leave tensors out, written for a shell; one option stands
+    for names that differ in a number only.
 
     A number stays as it is where the shared option would hit a tensor of `others`.
 
@@ -230,7 +259,9 @@ def _some(names: Sequence[str]) -> str:
 
 
 def is_statistic(name: str) -> bool:
-    """Tell whether a tensor is a normalisation layer's running mean or variance, by the name torch gives it."""
+    """Tell whether a tensor is a normalisation layer's running mean or variance, by the name torch
+    gives it.
+    """
     return name.rpartition(".")[2] in ("running_mean", "running_var")
 
 
@@ -257,7 +288,8 @@ def reserved(names: Sequence[str]) -> list[str]:
     return [
         name
         for name in names
-        if name in dimensions or (name.rpartition(":")[0] in names and name.rpartition(":")[2].isdigit())
+        if name in dimensions
+        or (name.rpartition(":")[0] in names and name.rpartition(":")[2].isdigit())
     ]
 
 
@@ -268,14 +300,18 @@ def open_trajectory(
     rename: Sequence[str] = (),
     steps: str | None = None,
 ) -> Trajectory:
-    """Open a directory of safetensors iterates: files, `checkpoint-N/` directories, or sharded ones with an index.
+    """Open a directory of safetensors iterates: files, `checkpoint-N/` directories, or sharded ones
+    with an index.
 
     Args:
-        directory: where the checkpoints lie; a URL of fsspec's, such as `s3://…`, is read through its driver.
-        pattern: a regular expression with a group `step`, matched against each name; names it does not match are left out.
-        rename: `OLD=NEW` pairs, OLD a regular expression, applied to every tensor name in turn; a tensor whose whole name becomes empty
-            is left out.
-        steps: `A:B` or `A:B:K`, training steps with both ends included, every K-th checkpoint of them.
+        directory: where the checkpoints lie; a URL of fsspec's, such as `s3://…`, is read through
+            its driver.
+        pattern: a regular expression with a group `step`, matched against each name; names it does
+            not match are left out.
+        rename: `OLD=NEW` pairs, OLD a regular expression, applied to every tensor name in turn; a
+            tensor whose whole name becomes empty is left out.
+        steps: `A:B` or `A:B:K`, training steps with both ends included, every K-th checkpoint of
+            them.
 
     Raises:
         InputError: naming the file and the step, what was found, and what to do.
@@ -289,7 +325,10 @@ def open_trajectory(
     if not is_there:
         if not is_remote(root) and root.is_file():
             refuse_unreadable(root)
-        raise InputError(f"{root} is not a directory of checkpoints. Give the directory that holds the saved iterates.")
+        raise InputError(
+            f"{root} is not a directory of checkpoints. Give the directory that holds "
+            f"the saved iterates."
+        )
     rules = [_rename_rule(text) for text in rename]
     regex = compile_pattern(pattern) if pattern else None
     headers = _Headers()
@@ -301,7 +340,9 @@ def open_trajectory(
             if len(chosen) < 2:
                 refuse_unreadable(root)
             used = dict(chosen[::thinning])
-            notes += _counted(root, [entry for entry in entries if entry.step in used], regex, headers)
+            notes += _counted(
+                root, [entry for entry in entries if entry.step in used], regex, headers
+            )
     except OSError as error:
         raise InputError(f"cannot look into {root}: {error.strerror}.") from None
     if len(chosen[::thinning]) < 2:
@@ -310,8 +351,10 @@ def open_trajectory(
         )
         only = f"only one checkpoint (step {chosen[0][0]})" if chosen else "no checkpoint"
         raise InputError(
-            f"{root} holds {only}{which}; at least two are needed, for a segment runs from one to the next. "
-            f"Expected files such as step_00000010.safetensors or checkpoint-10/model.safetensors.{_importable(root)}"
+            f"{root} holds {only}{which}; at least two are needed, for a segment runs from one to "
+            f"the next. "
+            f"Expected files such as step_00000010.safetensors or "
+            f"checkpoint-10/model.safetensors.{_importable(root)}"
         )
     return _validated(root, chosen, thinning, rules, notes, headers)
 
@@ -321,7 +364,8 @@ def _importable(root: Path) -> str:
     files = [path for path in root.iterdir() if path.suffix in IMPORTED]
     kinds = ", ".join(sorted({path.suffix for path in files}))
     return (
-        f" It holds {len(files)} files of {kinds}: `lca import {root} DIR` makes a directory of them that does."
+        f" It holds {len(files)} files of {kinds}: `lca import {root} DIR` makes a directory of "
+        f"them that does."
         if files
         else ""
     )
@@ -358,23 +402,31 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     except re.error as error:
         raise InputError(f"--pattern {pattern!r} is not a regular expression: {error}.") from None
     if "step" not in regex.groupindex:
-        raise InputError(f"--pattern {pattern!r} has no group called step. Write the number as (?P<step>\\d+).")
+        raise InputError(
+            f"--pattern {pattern!r} has no group called step. Write the number as (?P<step>\\d+)."
+        )
     return regex
 
 
 def _rename_rule(text: str) -> tuple[re.Pattern[str], str]:
     old, equals, new = text.partition("=")
     if not equals or not old:
-        raise InputError(f"--rename {text!r} is not OLD=NEW. For example: --rename '^backbone\\.=encoder.'")
+        raise InputError(
+            f"--rename {text!r} is not OLD=NEW. For example: --rename '^backbone\\.=encoder.'"
+        )
     try:
         return re.compile(old), new
     except re.error as error:
-        raise InputError(f"--rename {text!r}: {old!r} is not a regular expression: {error}.") from None
+        raise InputError(
+            f"--rename {text!r}: {old!r} is not a regular expression: {error}."
+        ) from None
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One checkpoint of a directory: its step, its files, and whether the name alone tells the step."""
+    """One checkpoint of a directory: its step, its files, and whether the name alone tells the
+    step.
+    """
 
     path: Path
     step: int
@@ -382,12 +434,15 @@ class _Entry:
     by_name: bool
 
 
-def _discover(root: Path, regex: re.Pattern[str] | None, headers: _Headers) -> tuple[list[_Entry], list[str]]:
+def _discover(
+    root: Path, regex: re.Pattern[str] | None, headers: _Headers
+) -> tuple[list[_Entry], list[str]]:
     """Return the checkpoints of a directory, one for each step, and notes on what is left out."""
     named: dict[int, _Entry] = {}
     unnamed: list[Path] = []
     entries = sorted(root.iterdir())
-    with ThreadPoolExecutor(_AT_A_TIME if is_remote(root) else 1) as pool:  # from far away each takes a while
+    # from far away each takes a while
+    with ThreadPoolExecutor(_AT_A_TIME if is_remote(root) else 1) as pool:
         entries_files = list(zip(entries, pool.map(_files, entries), strict=True))
     if is_remote(root):
         headers.fetch([file for _, files in entries_files for file in files])
@@ -399,32 +454,42 @@ def _discover(root: Path, regex: re.Pattern[str] | None, headers: _Headers) -> t
             unnamed.append(path)
         elif step in named:
             raise InputError(
-                f"{named[step].files[0]} and {files[0]} both claim step {step}. Remove one, or tell steps apart with --pattern."
+                f"{named[step].files[0]} and {files[0]} both claim step {step}. Remove one, or "
+                f"tell steps apart with --pattern."
             )
         else:
             named[step] = _Entry(path, step, files, by_name)
     if regex is not None:
         return [*named.values()], []
-    final = [path for path in unnamed if named and (path.stem == "model" or _SHARD.search(path.stem))]
+    final = [
+        path for path in unnamed if named and (path.stem == "model" or _SHARD.search(path.stem))
+    ]
     lost = [path for path in unnamed if path not in final]
     if any(states_epoch(path.name) for path in lost):
         refuse_epochs(dict.fromkeys([path.name for path in lost if states_epoch(path.name)]))
     if lost:
         raise InputError(
             f"cannot tell the training step of {', '.join(str(path) for path in lost[:3])}"
-            f"{f' and {len(lost) - 3} more' if len(lost) > 3 else ''}. Name the number with --pattern, for example "
+            f"{f' and {len(lost) - 3} more' if len(lost) > 3 else ''}. Name the number with "
+            f"--pattern, for example "
             "--pattern 'run_(?P<step>\\d+)'."
         )
     return [*named.values()], [f"left out {path.name}: it states no step" for path in final]
 
 
-def _counted(root: Path, entries: Sequence[_Entry], regex: re.Pattern[str] | None, headers: _Headers) -> list[str]:
-    """Refuse numbers in names that count epochs or saves; return notes where the user asked for them, or where names leave it open."""
+def _counted(
+    root: Path, entries: Sequence[_Entry], regex: re.Pattern[str] | None, headers: _Headers
+) -> list[str]:
+    """Refuse numbers in names that count epochs or saves; return notes where the user asked for
+    them, or where names leave it open.
+    """
     by_name = [entry for entry in entries if entry.by_name]
     if not by_name:
         return []
     epochs = {entry: _epoch_of(headers[entry.files[0]]) for entry in by_name}
-    counts = count_epochs([(entry.step, epoch) for entry, epoch in epochs.items() if epoch is not None])
+    counts = count_epochs(
+        [(entry.step, epoch) for entry, epoch in epochs.items() if epoch is not None]
+    )
     if regex is not None:
         return [epochs_are_meant(regex.pattern)] if counts else []
     if not is_remote(root):
@@ -444,22 +509,30 @@ def _epoch_of(header: Header) -> int | None:
 
 
 def _files(path: Path) -> tuple[Path, ...]:
-    """Return the safetensors files of one entry of the directory; an empty tuple where it is not a checkpoint."""
+    """Return the safetensors files of one entry of the directory; an empty tuple where it is not a
+    checkpoint.
+    """
     if path.name.startswith(".") or ".tmp" in path.name:
         return ()
-    if path.suffix == ".safetensors" and is_remote(path):  # over HTTP, asking whether it is a file would download it
+    # over HTTP, asking whether it is a file would download it
+    if path.suffix == ".safetensors" and is_remote(path):
         return (path,)
     if path.is_dir():
         if (path / _INDEX).is_file():
             return shards(path / _INDEX)
-        inside = [file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith(".")]
+        inside = [
+            file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith(".")
+        ]
         single = [file for file in inside if file.name == "model.safetensors"] or inside
         if len(single) > 1 and step_in_name(path.name) is not None:
             raise InputError(
-                f"{path} holds {len(single)} safetensors files and no {_INDEX}. Restore the index, or move the directory away."
+                f"{path} holds {len(single)} safetensors files and no {_INDEX}. Restore the index, "
+                f"or move the directory away."
             )
         return tuple(single) if len(single) == 1 else ()
-    return (path,) if path.suffix == ".safetensors" and (path.is_symlink() or path.is_file()) else ()
+    return (
+        (path,) if path.suffix == ".safetensors" and (path.is_symlink() or path.is_file()) else ()
+    )
 
 
 def shards(index: Path) -> tuple[Path, ...]:
@@ -472,32 +545,42 @@ def shards(index: Path) -> tuple[Path, ...]:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise InputError(
-            f"{index} is not a shard index. It needs a weight_map from tensor to file; save the checkpoint again."
+            f"{index} is not a shard index. It needs a weight_map from tensor to file; save the "
+            f"checkpoint again."
         ) from None
     if not all(isinstance(name, str) for name in names):
         raise InputError(
-            f"{index} is not a shard index. It needs a weight_map from tensor to file; save the checkpoint again."
+            f"{index} is not a shard index. It needs a weight_map from tensor to file; save the "
+            f"checkpoint again."
         )
     files = tuple(index.parent / Path(name).name for name in names)
     for file in files:
         if not file.is_file():
             raise InputError(
-                f"{index} names {file.name}, which is missing. Save the checkpoint again or remove its directory."
+                f"{index} names {file.name}, which is missing. Save the checkpoint again or remove "
+                f"its directory."
             )
     return files
 
 
-def _step(path: Path, is_file: bool, regex: re.Pattern[str] | None, headers: _Headers) -> tuple[int | None, bool]:
-    """Return the step of an entry, None where it states none, and whether its name alone tells it."""
+def _step(
+    path: Path, is_file: bool, regex: re.Pattern[str] | None, headers: _Headers
+) -> tuple[int | None, bool]:
+    """Return the step of an entry, None where it states none, and whether its name alone tells
+    it.
+    """
     if regex is not None:
         match = regex.search(path.name)
-        return (int(match["step"]) if match and re.fullmatch("[0-9]{1,18}", match["step"]) else None), True
+        return (
+            int(match["step"]) if match and re.fullmatch("[0-9]{1,18}", match["step"]) else None
+        ), True
     stated = headers[path].metadata.get("step") if is_file else trainer_step(path)
     if stated is not None and re.fullmatch("[0-9]{1,18}", stated):
         return int(stated), False
     if stated is not None and is_file:
         raise InputError(
-            f"{path} states {stated[:40]!r} as its step in its metadata, which is no training step. Name steps with --pattern."
+            f"{path} states {stated[:40]!r} as its step in its metadata, which is no training "
+            f"step. Name steps with --pattern."
         )
     return step_in_name(path.name.removesuffix(".safetensors")), True
 
@@ -513,13 +596,16 @@ def trainer_step(directory: Path) -> str | None:
 def _select(
     named: list[tuple[int, tuple[Path, ...]]], steps: str | None
 ) -> tuple[list[tuple[int, tuple[Path, ...]]], int]:
-    """Return the checkpoints within the range of `--steps A:B:K`, and K, 1 where every checkpoint of the range is used."""
+    """Return the checkpoints within the range of `--steps A:B:K`, and K, 1 where every checkpoint
+    of the range is used.
+    """
     if steps is None:
         return named, 1
     match = re.fullmatch(r"(\d*):(\d*)(?::(\d+))?", steps)
     if not match or match[3] == "0":
         raise InputError(
-            f"--steps {steps!r} is not A:B or A:B:K. For example 0:500, 100:, or ::10 for every tenth checkpoint."
+            f"--steps {steps!r} is not A:B or A:B:K. For example 0:500, 100:, or ::10 for every "
+            f"tenth checkpoint."
         )
     first, last = int(match[1] or 0), int(match[2]) if match[2] else None
     within = [item for item in named if item[0] >= first and (last is None or item[0] <= last)]
@@ -542,12 +628,16 @@ def _validated(
     still = StillSegments()
     steps = {step for step, _ in chosen}
     intervals = [
-        1 if (header := headers[files[0]] if step in steps else headers.get(files[0])) is None else every_of(header)
+        1
+        if (header := headers[files[0]] if step in steps else headers.get(files[0])) is None
+        else every_of(header)
         for step, files in within
     ]
     for step, files in chosen:
         file_headers = [headers.pop(file) for file in files]
-        stored = {name: tensor for header in file_headers for name, tensor in header.tensors.items()}
+        stored = {
+            name: tensor for header in file_headers for name, tensor in header.tensors.items()
+        }
         if not checkpoints:
             sources = _names(stored, rules, files[0], dropped)
             tensors = {name: stored[source] for name, source in sources.items()}
@@ -557,13 +647,18 @@ def _validated(
             stored = {source: stored[source] for source in sources_here}
         if stored != known:
             raise InputError(_difference(stored, known, step, files[0]))
-        checkpoints.append(Checkpoint(step, files, sum(header.size for header in file_headers), _joined(file_headers)))
+        checkpoints.append(
+            Checkpoint(
+                step, files, sum(header.size for header in file_headers), _joined(file_headers)
+            )
+        )
         still.add(step, files, file_headers)
     if dropped:
         names = few([*map(repr, dropped)], 6)
         notes = [
             *notes,
-            f"left out {names}: --rename leaves nothing of the name, so the result knows nothing of what they hold",
+            f"left out {names}: --rename leaves nothing of the name, so the result knows nothing "
+            f"of what they hold",
         ]
     notes = [
         *notes,
@@ -587,7 +682,9 @@ def _names(
     file: Path,
     dropped: dict[str, None],
 ) -> dict[str, str]:
-    """Return the name of each tensor → its name inside the file; add to `dropped` those whose names the rules make empty."""
+    """Return the name of each tensor → its name inside the file; add to `dropped` those whose names
+    the rules make empty.
+    """
     sources: dict[str, str] = {}
     for source in tensors:
         name = normalise(source)
@@ -603,21 +700,26 @@ def _names(
             continue
         if name in sources:
             raise InputError(
-                f"{sources[name]!r} and {source!r} in {file} both become {name!r}. Tell them apart with --rename OLD=NEW."
+                f"{sources[name]!r} and {source!r} in {file} both become {name!r}. Tell them apart "
+                f"with --rename OLD=NEW."
             )
         sources[name] = source
     return sources
 
 
-def _difference(stored: Mapping[str, TensorHeader], known: Mapping[str, TensorHeader], step: int, file: Path) -> str:
+def _difference(
+    stored: Mapping[str, TensorHeader], known: Mapping[str, TensorHeader], step: int, file: Path
+) -> str:
     for name in sorted({*stored, *known}):
         if stored.get(name) != known.get(name):
             break
     this = f"{stored[name].dtype} {list(stored[name].shape)}" if name in stored else "absent"
     first = f"{known[name].dtype} {list(known[name].shape)}" if name in known else "absent"
     return (
-        f"tensor {name!r} is {this} in {file} (step {step}) but {first} at the first step. All checkpoints must come from "
-        "one model; leave the odd ones out with --steps, or the tensor, where the model computes the same without it, with "
+        f"tensor {name!r} is {this} in {file} (step {step}) but {first} at the first step. All "
+        f"checkpoints must come from "
+        "one model; leave the odd ones out with --steps, or the tensor, where the model computes "
+        "the same without it, with "
         f"{drop_options([normalise(name)])}"
     )
 
@@ -625,15 +727,19 @@ def _difference(stored: Mapping[str, TensorHeader], known: Mapping[str, TensorHe
 def _late(first: int) -> list[str]:
     """Return a note where the first checkpoint is not of the initial weights."""
     return (
-        [f"the first checkpoint is step {first}: what changed before it is not part of the result"] if first > 0 else []
+        [f"the first checkpoint is step {first}: what changed before it is not part of the result"]
+        if first > 0
+        else []
     )
 
 
 def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """Return the tensors of one checkpoint on the CPU, by the model's names, as they are stored, every number finite.
+    """Return the tensors of one checkpoint on the CPU, by the model's names, as they are stored,
+    every number finite.
 
     Args:
-        checkpoint: the files, with the size and fingerprint they had when the trajectory was opened.
+        checkpoint: the files, with the size and fingerprint they had when the trajectory was
+            opened.
         names: the model's name of each tensor → its name inside the files.
 
     Raises:
@@ -648,10 +754,16 @@ def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[st
             torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all()
         ):
             bad = int((~torch.isfinite(tensor.float())).sum())
-            mask = "" if bool(tensor.isnan().any()) else f" A mask that never moves is named in Task(fixed=[{name!r}])."
+            mask = (
+                ""
+                if bool(tensor.isnan().any())
+                else f" A mask that never moves is named in Task(fixed=[{name!r}])."
+            )
             raise NotFiniteError(
-                f"tensor {name!r} holds {bad:,} NaN or Inf in {checkpoint.files[0]} (step {checkpoint.step}). The segments that "
-                f"touch this step cannot be allocated; move the file away and write another run with --out.{mask}",
+                f"tensor {name!r} holds {bad:,} NaN or Inf in {checkpoint.files[0]} (step "
+                f"{checkpoint.step}). The segments that "
+                f"touch this step cannot be allocated; move the file away and write another run "
+                f"with --out.{mask}",
                 checkpoint.step,
             )
     return tensors
@@ -674,11 +786,13 @@ def read_stored(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, t
             tensors |= safetensors.torch.load(data)
         except (OSError, safetensors.SafetensorError) as error:
             raise SpanError(
-                f"cannot read {path} (step {checkpoint.step}): {error}. Restore the file and run again."
+                f"cannot read {path} (step {checkpoint.step}): {error}. Restore the file and run "
+                f"again."
             ) from None
     if crc != checkpoint.fingerprint:
         raise SpanError(
-            f"{checkpoint.files[0]} (step {checkpoint.step}) is not the file it was when the run was created. Restore it, "
+            f"{checkpoint.files[0]} (step {checkpoint.step}) is not the file it was when the run "
+            f"was created. Restore it, "
             "or start a new run with --out."
         )
     return {name: tensors[source] for name, source in names.items()}

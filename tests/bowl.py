@@ -1,7 +1,7 @@
 """A quadratic bowl whose every allocation is known in closed form, replayed into a run.
 
-L_g(θ) = ½ Σᵢ kᵢ (θᵢ − cᵢ − g/4)² for group g, so that A[t, g, i] = ½ kᵢ ((θ'ᵢ − m)² − (θᵢ − m)²) exactly. All numbers are multiples of
-1/16 or so: float32 rounds none of them.
+L_g(θ) = ½ Σᵢ kᵢ (θᵢ − cᵢ − g/4)² for group g, so that A[t, g, i] = ½ kᵢ ((θ'ᵢ − m)² − (θᵢ − m)²)
+exactly. All numbers are multiples of 1/16 or so: float32 rounds none of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ CENTRE = np.where(np.arange(SIZE) % len(KINDS) < 4, 0.0, _GENERATOR.integers(-8,
 
 
 def kind(at: int) -> str:
-    """What the element at a flat position does; the first unit of `body.conv` is frozen altogether."""
+    """What the element at a flat position does; the first unit of `body.conv` is frozen
+    altogether.
+    """
     begin, weights = offset("body.conv.weight"), 12
     if begin <= at < begin + weights or at == offset("body.conv.bias"):
         return "frozen"
@@ -76,7 +78,10 @@ def middle(group: int) -> np.ndarray:
 def allocations() -> np.ndarray:
     """A by (segment, group, element)."""
     theta = path()
-    rows = [CURVATURE / 2 * ((theta[1:] - middle(g)) ** 2 - (theta[:-1] - middle(g)) ** 2) for g in (0, 1)]
+    rows = [
+        CURVATURE / 2 * ((theta[1:] - middle(g)) ** 2 - (theta[:-1] - middle(g)) ** 2)
+        for g in (0, 1)
+    ]
     return np.stack(rows, axis=1)
 
 
@@ -135,7 +140,9 @@ class Net(torch.nn.Module):
 
 def values(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     centre = torch.tensor(CENTRE, dtype=torch.float32) + batch[1][:, None] / 4
-    return (torch.tensor(CURVATURE, dtype=torch.float32) / 2 * (model.elements() - centre) ** 2).sum(1)
+    return (
+        torch.tensor(CURVATURE, dtype=torch.float32) / 2 * (model.elements() - centre) ** 2
+    ).sum(1)
 
 
 def task() -> Task:
@@ -161,12 +168,22 @@ class Bowl:
 def record(directory: Path, segments: int = SEGMENTS) -> Path:
     directory.mkdir(exist_ok=True)
     for step, theta in enumerate(path()[: segments + 1]):
-        tensors = {name: torch.tensor(part(name, theta), dtype=torch.float32).contiguous() for name in SHAPES}
+        tensors = {
+            name: torch.tensor(part(name, theta), dtype=torch.float32).contiguous()
+            for name in SHAPES
+        }
         save_file(tensors, directory / f"step_{10 * step}.safetensors")
     return directory
 
 
 def replay(directory: Path, keep: str = "parameters") -> Bowl:
     checkpoints = record(directory / "ck")
-    opened = run(checkpoints, task(), losses=["all"], cluster="inline", keep=keep, out=directory / f"{keep}.lca")
+    opened = run(
+        checkpoints,
+        task(),
+        losses=["all"],
+        cluster="inline",
+        keep=keep,
+        out=directory / f"{keep}.lca",
+    )
     return Bowl(checkpoints, opened)

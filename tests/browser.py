@@ -11,20 +11,30 @@ import pytest
 
 CHROMIUM = Path("/usr/bin/chromium")
 _QUIET = (
-    *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"),
+    *(
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-component-update",
+    ),
     *("--disable-sync", "--no-first-run", "--disable-quic"),
 )
 SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
 
 
 class Page:
-    """An open page, and its `faults`: errors and warnings of the console, exceptions, requests for anything but the file."""
+    """An open page, and its `faults`: errors and warnings of the console, exceptions, requests for
+    anything but the file.
+    """
 
     def __init__(self, page: Any, url: str) -> None:
         self.page, self.faults, self.requests = page, list[str](), list[str]()
         page.on("console", self._heard)
         page.on("pageerror", lambda error: self.faults.append(f"exception: {error}"))
-        page.on("dialog", lambda dialog: (self.faults.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on(
+            "dialog",
+            lambda dialog: (self.faults.append(f"dialog: {dialog.message}"), dialog.dismiss()),
+        )
         page.on("request", lambda request: self._asked(request.url, url))
         page.goto(url)
         page.wait_for_selector("html[data-ready]", timeout=120_000)
@@ -74,7 +84,9 @@ class Browser:
         """A file, on a screen of that size and in that colour scheme."""
         width, height = SIZES[size]
         context = self._chromium.new_context(
-            viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=size == "phone"
+            viewport={"width": width, "height": height},
+            color_scheme=scheme,
+            has_touch=size == "phone",
         )
         try:
             yield Page(context.new_page(), path.resolve().as_uri())

@@ -1,4 +1,6 @@
-"""Small models as data: how to build and train each, its splits, its losses, and what it may differ from the oracle."""
+"""Small models as data: how to build and train each, its splits, its losses, and what it may differ
+from the oracle.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ RUNNING, BOTH = ("running",), ("running", "batch")
 
 @dataclass(frozen=True)
 class Case:
-    """A task, the same losses as plain `values(model, batch)` for the oracle, and how iterates are made.
+    """A task, the same losses as plain `values(model, batch)` for the oracle, and how iterates are
+    made.
 
     `bound` is numerics 7's for float32; `batch_size` cuts every split into unequal batches.
     """
@@ -39,7 +42,9 @@ class Case:
         return Task(model=self.build, data=self.data(), losses=self.losses)
 
     def record(self, directory: Path, steps: int = 6) -> Path:
-        """Train for `steps` by SGD with momentum and save every iterate; running statistics move, dropout is on."""
+        """Train for `steps` by SGD with momentum and save every iterate; running statistics move,
+        dropout is on.
+        """
         torch.manual_seed(4)
         model, name = self.build().train(), next(iter(self.losses))
         data = self.data()[self.losses[name].on]
@@ -50,7 +55,9 @@ class Case:
             for step in range(1, steps + 1):
                 chosen = torch.randperm(len(data[0]))[:16]
                 found = self.values[name](model, tuple(each[chosen] for each in data))
-                values, weights = found if isinstance(found, tuple) else (found, torch.ones_like(found))
+                values, weights = (
+                    found if isinstance(found, tuple) else (found, torch.ones_like(found))
+                )
                 optimizer.zero_grad()
                 ((values * weights).sum() / weights.sum()).backward()
                 optimizer.step()
@@ -58,23 +65,34 @@ class Case:
         return directory
 
 
-# --- models ------------------------------------------------------------------------------------------------------------
+# --- models
+# ------------------------------------------------------------------------------------------------------------
 
 
 def relu_mlp() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(12, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 4)
+        nn.Linear(12, 16),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(16, 8),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(8, 4),
     )
 
 
 def smooth_mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8), nn.GELU(), nn.Dropout(0.2), nn.Linear(8, 4))
+    return nn.Sequential(
+        nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8), nn.GELU(), nn.Dropout(0.2), nn.Linear(8, 4)
+    )
 
 
 def fast_path() -> nn.Module:
     """Attention that torch computes by another kernel where no gradient is asked for."""
     block = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
-    return nn.Sequential(nn.Unflatten(1, (3, 4)), nn.Linear(4, 8), block, nn.Flatten(), nn.Linear(24, 4))
+    return nn.Sequential(
+        nn.Unflatten(1, (3, 4)), nn.Linear(4, 8), block, nn.Flatten(), nn.Linear(24, 4)
+    )
 
 
 def frozen_mlp() -> nn.Module:
@@ -124,7 +142,9 @@ class Autoencoder(nn.Module):
 
 
 class OddShapes(nn.Module):
-    """A scalar parameter, one without elements, one the loss never reaches, and a buffer that moves unused."""
+    """A scalar parameter, one without elements, one the loss never reaches, and a buffer that moves
+    unused.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,16 +186,26 @@ class Transposed(nn.Module):
         self.third = Conv1D(28, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.third(torch.tanh(self.second(torch.tanh(self.first(x[:, None]))[:, :, None])).flatten(1))
+        return self.third(
+            torch.tanh(self.second(torch.tanh(self.first(x[:, None]))[:, :, None])).flatten(1)
+        )
 
 
 class Block(nn.Module):
-    """Attention (explicit mask made under the default dtype, or the kernel's own) and a perceptron."""
+    """Attention (explicit mask made under the default dtype, or the kernel's own) and a
+    perceptron.
+    """
 
     def __init__(self, width: int, explicit_mask: bool) -> None:
         super().__init__()
-        self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 12), nn.GELU(), nn.Linear(12, width))
+        self.norm, self.qkv, self.out = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+        )
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 12), nn.GELU(), nn.Linear(12, width)
+        )
         self.explicit_mask = explicit_mask
 
     def forward(self, x: Tensor) -> Tensor:
@@ -204,21 +234,30 @@ class Transformer(nn.Module):
         return self.head(x)
 
 
-# --- data --------------------------------------------------------------------------------------------------------------
+# --- data
+# --------------------------------------------------------------------------------------------------------------
 
 
 def _vectors() -> dict[str, Batch]:
     """50 and 17 examples of four classes that a linear teacher tells apart."""
     generator = torch.Generator().manual_seed(1)
-    inputs, teacher = torch.randn(67, 12, generator=generator), torch.randn(12, 4, generator=generator)
+    inputs, teacher = (
+        torch.randn(67, 12, generator=generator),
+        torch.randn(12, 4, generator=generator),
+    )
     targets = (inputs @ teacher).argmax(1)
     return {"train": (inputs[:50], targets[:50]), "validation": (inputs[50:], targets[50:])}
 
 
 def _images() -> dict[str, Batch]:
-    """30 images of four classes: which quarter is bright. 7 at a time they leave a last batch of 2."""
+    """30 images of four classes: which quarter is bright. 7 at a time they leave a last batch of
+    2.
+    """
     generator = torch.Generator().manual_seed(2)
-    inputs, targets = torch.randn(30, 1, 9, 9, generator=generator), torch.randint(0, 4, (30,), generator=generator)
+    inputs, targets = (
+        torch.randn(30, 1, 9, 9, generator=generator),
+        torch.randint(0, 4, (30,), generator=generator),
+    )
     for image, target in zip(inputs, targets.tolist(), strict=True):
         image[0, 5 * (target // 2) :, 5 * (target % 2) :] += 1.0
     return {"train": (inputs, targets)}
@@ -238,7 +277,8 @@ def _tokens() -> dict[str, Batch]:
     return {"train": (text[:, :-1], text[:, 1:])}
 
 
-# --- losses, each written twice: for the package and for the oracle ------------------------------------------------------
+# --- losses, each written twice: for the package and for the oracle
+# ------------------------------------------------------
 
 
 def classes(model: nn.Module, batch: Batch) -> Tensor:
@@ -262,7 +302,9 @@ def pixels(model: nn.Module, batch: Batch) -> Tensor:
 def next_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Cross entropy of every token that is not padding."""
     logits = model(batch[0])
-    return F.cross_entropy(logits.flatten(0, 1), batch[1].flatten(), reduction="none"), (batch[1] != 0).flatten()
+    return F.cross_entropy(logits.flatten(0, 1), batch[1].flatten(), reduction="none"), (
+        batch[1] != 0
+    ).flatten()
 
 
 def every_token(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
@@ -295,9 +337,15 @@ CASES = {
     ),
     "frozen_mlp": Case(frozen_mlp, _vectors, _CLASSES, _CLASS_VALUES),
     "conv_bn": Case(conv_bn, _images, _CLASSES, _CLASS_VALUES, bound=1e-4, norm_stats=BOTH),
-    "recomputed": Case(Recomputed, _vectors, _CLASSES, _CLASS_VALUES, norm_stats=BOTH, batch_size=24),
+    "recomputed": Case(
+        Recomputed, _vectors, _CLASSES, _CLASS_VALUES, norm_stats=BOTH, batch_size=24
+    ),
     "autoencoder": Case(
-        Autoencoder, _echo, {"train": Loss(F.mse_loss, on="train")}, {"train": pixels}, norm_stats=BOTH
+        Autoencoder,
+        _echo,
+        {"train": Loss(F.mse_loss, on="train")},
+        {"train": pixels},
+        norm_stats=BOTH,
     ),
     "transposed": Case(Transposed, _vectors, _CLASSES, _CLASS_VALUES),
     "fast_path": Case(fast_path, _vectors, _CLASSES, _CLASS_VALUES),

@@ -1,4 +1,6 @@
-"""A run of a hundred layers and ten groups, and one in which every name is hostile; both replayed for real."""
+"""A run of a hundred layers and ten groups, and one in which every name is hostile; both replayed
+for real.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ class Chain(torch.nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         layers = [module for module in self.children() if module is not self.last]
-        hidden = functools.reduce(lambda found, layer: found + torch.tanh(layer(found)) / len(layers), layers, inputs)
+        hidden = functools.reduce(
+            lambda found, layer: found + torch.tanh(layer(found)) / len(layers), layers, inputs
+        )
         return self.last(hidden)
 
 
@@ -90,7 +94,9 @@ def hostile(place: Path, steps: int = 6) -> Run:
         f"loss {NASTY[0]}": Loss(F.cross_entropy, on=train),
         f"loss {NASTY[1]}": Loss(F.cross_entropy, on=validation),
         f"groups {NASTY[3]}": Loss(
-            F.cross_entropy, on=train, group_by=lambda inputs, targets: [NASTY[at] for at in targets.tolist()]
+            F.cross_entropy,
+            on=train,
+            group_by=lambda inputs, targets: [NASTY[at] for at in targets.tolist()],
         ),
     }
     task = Task(

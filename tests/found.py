@@ -1,4 +1,6 @@
-"""Findings made by hand, as small as they can be and still be drawn; each follows what `lca_posthoc.findings` gives."""
+"""Findings made by hand, as small as they can be and still be drawn; each follows what
+`lca_posthoc.findings` gives.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def made(finding: str, variables: dict[str, Any], gap: bool = False, **coords: A
 
 def curve(groups: bool = False, gap: bool = False) -> xr.Dataset:
     shape, dims = ((STEPS, 3), ("step", "group")) if groups else ((STEPS,), ("step",))
-    loss = 2 * np.exp(-np.arange(STEPS) / 4)[(..., *(None,) * (len(shape) - 1))] + 0.05 * noise(*shape)
+    loss = 2 * np.exp(-np.arange(STEPS) / 4)[(..., *(None,) * (len(shape) - 1))] + 0.05 * noise(
+        *shape
+    )
     residual = 1e-4 * noise(*shape)
     variables: dict[str, Any] = {
         "loss": (dims, loss),
@@ -48,7 +52,13 @@ def distribution(groups: bool = False, fitted: bool = True) -> xr.Dataset:
     lower, upper = np.append(-ends[:0:-1], ends[:-1]), np.append(-ends[-2::-1], ends[1:])
     count = np.array([5, 300, 900, 700, 60, 3, 3, 50, 600, 800, 350, 4])
     shape, dim = ((3,), ("group",)) if groups else ((), ())
-    figures = {"helping": 0.51, "hurting": 0.46, "mean": -1e-9, "mean_absolute": 1e-6, "standard_deviation": 2e-5}
+    figures = {
+        "helping": 0.51,
+        "hurting": 0.46,
+        "mean": -1e-9,
+        "mean_absolute": 1e-6,
+        "standard_deviation": 2e-5,
+    }
     figures |= {
         "top_share": 0.4,
         "top_share_low": 0.35,
@@ -57,11 +67,20 @@ def distribution(groups: bool = False, fitted: bool = True) -> xr.Dataset:
         "gini_low": 0.77,
         "gini_high": 0.83,
     }
-    variables: dict[str, Any] = {name: (dim, np.full(shape, value)) for name, value in figures.items()}
+    variables: dict[str, Any] = {
+        name: (dim, np.full(shape, value)) for name, value in figures.items()
+    }
     variables["zero"] = (dim, np.full(shape, 120))
-    variables["count"] = (("bin", *dim), np.broadcast_to(count[(..., *(None,) * len(shape))], (12, *shape)))
+    variables["count"] = (
+        ("bin", *dim),
+        np.broadcast_to(count[(..., *(None,) * len(shape))], (12, *shape)),
+    )
     if fitted:
-        variables |= {"sample": ("draw", 1e-6 * noise(50)), "weibull_shape": ((), 0.53), "weibull_scale": ((), 1e-6)}
+        variables |= {
+            "sample": ("draw", 1e-6 * noise(50)),
+            "weibull_shape": ((), 0.53),
+            "weibull_scale": ((), 1e-6),
+        }
         variables["kurtosis"] = ((), 40.0)
     coords = {"group": list(GROUPS)} if groups else {}
     return made("distribution", variables, lower=("bin", lower), upper=("bin", upper), **coords)
@@ -82,7 +101,10 @@ def helping(groups: bool = False, whole: bool = True) -> xr.Dataset:
     coords: dict[str, Any] = {"tensor": list(TENSORS)} | ({"group": list(GROUPS)} if groups else {})
     if whole:
         edges = np.linspace(0, 1, 11)
-        variables |= {"parameters": ("share", [0, 0, 2, 10, 60, 70, 12, 3, 0, 0]), "probability": ((), 0.51)}
+        variables |= {
+            "parameters": ("share", [0, 0, 2, 10, 60, 70, 12, 3, 0, 0]),
+            "probability": ((), 0.51),
+        }
         variables["expected"] = ("share", [0.0, 0, 1, 9, 64, 68, 10, 1, 0, 0])
         coords |= {
             "share": (edges[1:] + edges[:-1]) / 2,
@@ -107,7 +129,11 @@ def oscillation(groups: bool = False, traces: int = 3, only: bool = False) -> xr
         "overall_turns": ("signal", [1.0, 2, 3]),
         "overall_interval": ("signal", [7.0, 10, 6]),
     }
-    coords: dict[str, Any] = {"signal": signals, "tensor": list(TENSORS), "elements": ("tensor", [9] * len(TENSORS))}
+    coords: dict[str, Any] = {
+        "signal": signals,
+        "tensor": list(TENSORS),
+        "elements": ("tensor", [9] * len(TENSORS)),
+    }
     if traces:
         more = (3,) if groups else ()
         dims = ("trace", "step", *(("group",) if groups else ()))
@@ -126,7 +152,11 @@ def oscillation(groups: bool = False, traces: int = 3, only: bool = False) -> xr
 
 def layers(groups: bool = False, names: tuple[str, ...] = LAYERS, gap: bool = False) -> xr.Dataset:
     count = len(names)
-    dims, shape = (("step", "group", "layer"), (STEPS, 3, count)) if groups else (("step", "layer"), (STEPS, count))
+    dims, shape = (
+        (("step", "group", "layer"), (STEPS, 3, count))
+        if groups
+        else (("step", "layer"), (STEPS, count))
+    )
     allocated = 0.01 * noise(*shape) - 0.02
     elements = np.arange(1, count + 1) * 10
     last = ("layer", "group") if groups else ("layer",)
@@ -138,13 +168,19 @@ def layers(groups: bool = False, names: tuple[str, ...] = LAYERS, gap: bool = Fa
         "mean": (last, (total.T / elements).T),
         "helping": (last, np.full(total.shape, 0.5)),
     }
-    coords: dict[str, Any] = {"layer": list(names), "elements": ("layer", elements), "role": ("layer", ["all"] * count)}
+    coords: dict[str, Any] = {
+        "layer": list(names),
+        "elements": ("layer", elements),
+        "role": ("layer", ["all"] * count),
+    }
     return made("layers", variables, gap, **(coords | ({"group": list(GROUPS)} if groups else {})))
 
 
 def units(groups: bool = False, gap: bool = False) -> xr.Dataset:
     counts = {"fc1": 4, "_fc$2": 3}
-    dims, shape = (("step", "group", "unit"), (STEPS, 3, 7)) if groups else (("step", "unit"), (STEPS, 7))
+    dims, shape = (
+        (("step", "group", "unit"), (STEPS, 3, 7)) if groups else (("step", "unit"), (STEPS, 7))
+    )
     allocated = noise(*shape)
     layer = [name for name, count in counts.items() for _ in range(count)]
     index = [at for count in counts.values() for at in range(count)]
@@ -222,7 +258,11 @@ def candidates(units: bool = True) -> xr.Dataset:
         "parameter_allocated": ("parameter", [0.3, 0.2]),
         "parameter_helping": ("parameter", [0.4, 0.3]),
     }
-    coords: dict[str, Any] = {"layer": list(LAYERS), "tensor": list(TENSORS), "elements": ("layer", [24] * 3)}
+    coords: dict[str, Any] = {
+        "layer": list(LAYERS),
+        "tensor": list(TENSORS),
+        "elements": ("layer", [24] * 3),
+    }
     coords["parameter_name"] = ("parameter", ["_fc$2.weight[1, 1]", "fc1.bias[0]"])
     if units:
         variables["unit_total"] = ("unit", [0.2, 0.1])
@@ -259,7 +299,12 @@ def microscope(groups: bool = False) -> xr.Dataset:
     }
     variables: dict[str, Any] = {}
     for name, shape in shapes.items():
-        about = {"shape": [size for size in shape if size > 1], "pool": [1, 1], "axes": [[0], [1]], "units": "loss"}
+        about = {
+            "shape": [size for size in shape if size > 1],
+            "pool": [1, 1],
+            "axes": [[0], [1]],
+            "units": "loss",
+        }
         values = (1e-4 * noise(STEPS, *shape)).astype("float32")
         variables[name] = (("step", f"{name}:row", f"{name}:column"), values, about)
     loss = np.exp(-np.arange(STEPS + 1) / 4)
@@ -276,7 +321,8 @@ MADE: dict[str, Callable[..., xr.Dataset]] = {
 }
 
 
-# --- of models and runs of any size ---------------------------------------------------------------------------------------
+# --- of models and runs of any size
+# ---------------------------------------------------------------------------------------
 
 
 def module(at: int) -> str:
@@ -285,7 +331,9 @@ def module(at: int) -> str:
 
 
 def large(finding: str, count: int, steps: int) -> xr.Dataset:
-    """A finding of so many layers, two tensors and a few units each, over so many steps; numbers of many sizes."""
+    """A finding of so many layers, two tensors and a few units each, over so many steps; numbers of
+    many sizes.
+    """
     if finding == "microscope":
         return _large_microscope(count, min(steps, 60))
     base, random = MADE[finding](), np.random.default_rng(count)
@@ -297,7 +345,11 @@ def large(finding: str, count: int, steps: int) -> xr.Dataset:
     many = base.isel({dim: np.arange(extent) % base.sizes[dim] for dim, extent in extents.items()})
     scaled = {}
     for name, variable in many.data_vars.items():
-        if variable.dtype.kind == "f" and set(extents) & set(variable.dims) and finding != "helping":
+        if (
+            variable.dtype.kind == "f"
+            and set(extents) & set(variable.dims)
+            and finding != "helping"
+        ):
             scaled[name] = variable * random.lognormal(0, 1, variable.shape)
     many = many.assign(scaled)
     if "cumulative" in many:
@@ -308,7 +360,14 @@ def large(finding: str, count: int, steps: int) -> xr.Dataset:
         coords |= {"layer": ("unit", [module(at // 3) for at in range(3 * count)])}
     if "step" in many.dims:
         coords |= {"step": np.arange(steps), "step_end": ("step", np.arange(steps) + 1)}
-    for coord in ("worst_name", "hero_name", "villain_name", "parameter_name", "parameter", "unit_name"):
+    for coord in (
+        "worst_name",
+        "hero_name",
+        "villain_name",
+        "parameter_name",
+        "parameter",
+        "unit_name",
+    ):
         if coord in many.coords:
             dim = many[coord].dims[0]
             said = [f"{module(at % count)}.weight[{at}, 1]" for at in range(many.sizes[dim])]
@@ -321,12 +380,24 @@ def _large_microscope(count: int, steps: int) -> xr.Dataset:
     for at in range(count):
         for part, shape in (("weight", (6, 4)), ("bias", (6, 1))):
             name = f"{module(at)}.{part}"
-            about = {"shape": [size for size in shape if size > 1], "pool": [1, 1], "axes": [[0], [1]], "units": "loss"}
+            about = {
+                "shape": [size for size in shape if size > 1],
+                "pool": [1, 1],
+                "axes": [[0], [1]],
+                "units": "loss",
+            }
             values = (1e-4 * noise(steps, *shape)).astype("float32")
             variables[name] = (("step", f"{name}:row", f"{name}:column"), values, about)
     loss = np.exp(-np.arange(steps + 1) / 4)
     start = np.arange(steps)
     coords = {"step:loss_start": ("step", loss[:-1]), "step:loss_end": ("step", loss[1:])}
     data = xr.Dataset(variables, coords={**coords, "step": start, "step_end": ("step", start + 1)})
-    about = {"finding": "microscope", "run": "a.lca", "loss": "train", "split": "train", "left_out": "", "scale": 2e-4}
+    about = {
+        "finding": "microscope",
+        "run": "a.lca",
+        "loss": "train",
+        "split": "train",
+        "left_out": "",
+        "scale": 2e-4,
+    }
     return data.assign_attrs(about)

@@ -1,4 +1,6 @@
-"""How much memory a finding takes: each in a process of its own, forked from one that has imported everything and read nothing."""
+"""How much memory a finding takes: each in a process of its own, forked from one that has imported
+everything and read nothing.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,17 @@ _PLAIN = (
     "candidates",
     "compare",
 )
-_GROUPED = ("curve", "distribution", "helping", "oscillation", "layers", "units", "peaks", "microscope", "candidates")
+_GROUPED = (
+    "curve",
+    "distribution",
+    "helping",
+    "oscillation",
+    "layers",
+    "units",
+    "peaks",
+    "microscope",
+    "candidates",
+)
 CASES: dict[str, Case] = {
     **{name: (name, {}, ("train",)) for name in (*_PLAIN, "microscope")},
     "generalisation": ("generalisation", {}, ("train", "validation")),
@@ -47,7 +59,8 @@ def measured(
         runs: where the run of each loss is.
         cases: of `CASES`, or `CONTROL`.
         limit: MB of data a process may hold before it fails.
-        block: numbers that findings hold at a time, frames of a microscope among them; what is usual where None.
+        block: numbers that findings hold at a time, frames of a microscope among them; what is
+            usual where None.
 
     Yields:
         The case and its figures, one after the other.
@@ -57,7 +70,9 @@ def measured(
     paths = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     call = [sys.executable, "-m", "tests.memory", given]
-    with subprocess.Popen(call, stdout=subprocess.PIPE, text=True, env=environment, cwd=root) as process:
+    with subprocess.Popen(
+        call, stdout=subprocess.PIPE, text=True, env=environment, cwd=root
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             case, found = json.loads(line)
@@ -91,11 +106,16 @@ def _all(runs: dict[str, str], cases: list[str], limit: float, block: int | None
         with os.fdopen(reading) as file:
             told = file.read()
         _, status = os.waitpid(child, 0)
-        print(json.dumps([case, json.loads(told) if told else f"ended with status {status}"]), flush=True)
+        print(
+            json.dumps([case, json.loads(told) if told else f"ended with status {status}"]),
+            flush=True,
+        )
 
 
 def _hold_less(block: int) -> None:
-    """Make every finding hold at most so many numbers at a time, so that a small run shows what a large one would."""
+    """Make every finding hold at most so many numbers at a time, so that a small run shows what a
+    large one would.
+    """
     from lca_posthoc.findings import common
 
     for name, module in list(sys.modules.items()):
@@ -114,7 +134,11 @@ def _measure(runs: dict[str, str], case: str) -> dict[str, float]:
     given = [open_run(runs[loss])[loss] for loss in losses]
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before, began = _status("VmRSS"), time.perf_counter()
-    found = finding({"one": given, "other": given}, **options) if name == "compare" else finding(*given, **options)
+    found = (
+        finding({"one": given, "other": given}, **options)
+        if name == "compare"
+        else finding(*given, **options)
+    )
     seconds = time.perf_counter() - began
     assert found is not None
     return {"before": before, "peak": _status("VmHWM"), "seconds": seconds}
@@ -126,7 +150,11 @@ def _whole_array(results: Any) -> Any:
 
 def _status(field: str) -> float:
     """A line of what the kernel says about this process, in MB."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
+    (line,) = (
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(f"{field}:")
+    )
     return int(line.split()[1]) * 1024 / 1e6
 
 

@@ -1,7 +1,9 @@
-"""A slow float64 oracle of the allocation, written from the definition and from nothing of the package.
+"""A slow float64 oracle of the allocation, written from the definition and from nothing of the
+package.
 
-Every node of every segment is evaluated afresh, on a copy of the model in float64, with plain autograd; normalisation
-layers are replaced by their formula, which gives running statistics a gradient like any other tensor.
+Every node of every segment is evaluated afresh, on a copy of the model in float64, with plain
+autograd; normalisation layers are replaced by their formula, which gives running statistics a
+gradient like any other tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ Values = Callable[[nn.Module, tuple[Tensor, ...]], Any]
 
 
 class PlainNorm(nn.Module):
-    """y = (x − m) / √(v + ε) · w + b, with m and v the stored ones, or those of the batch (of each instance)."""
+    """y = (x − m) / √(v + ε) · w + b, with m and v the stored ones, or those of the batch (of each
+    instance).
+    """
 
     def __init__(self, norm: nn.Module, own_statistics: bool) -> None:
         super().__init__()
@@ -34,13 +38,21 @@ class PlainNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         channels = [1, x.shape[1]] + [1] * (x.dim() - 2)
         if self.own:
-            axes = [axis for axis in range(x.dim()) if axis != 1 and not (axis == 0 and self.each_instance)]
+            axes = [
+                axis
+                for axis in range(x.dim())
+                if axis != 1 and not (axis == 0 and self.each_instance)
+            ]
             mean = x.mean(axes, keepdim=True)
             var = ((x - mean) ** 2).mean(axes, keepdim=True)
         else:
             mean, var = self.running_mean.reshape(channels), self.running_var.reshape(channels)
         y = (x - mean) / (var + self.eps) ** 0.5
-        return y if self.weight is None else y * self.weight.reshape(channels) + self.bias.reshape(channels)
+        return (
+            y
+            if self.weight is None
+            else y * self.weight.reshape(channels) + self.bias.reshape(channels)
+        )
 
 
 def _with_plain_norms(module: nn.Module, own_statistics: bool) -> nn.Module:
@@ -54,7 +66,9 @@ def _with_plain_norms(module: nn.Module, own_statistics: bool) -> nn.Module:
 
 @dataclass
 class Truth:
-    """Losses at every checkpoint; per segment the allocation A* and the weighted mean gradient, by tensor, float64."""
+    """Losses at every checkpoint; per segment the allocation A* and the weighted mean gradient, by
+    tensor, float64.
+    """
 
     losses: list[float]
     allocation: list[dict[str, Tensor]]
@@ -62,13 +76,17 @@ class Truth:
 
     def stacked(self) -> dict[str, Tensor]:
         """The allocation with segments along the first axis."""
-        return {name: torch.stack([each[name] for each in self.allocation]) for name in self.allocation[0]}
+        return {
+            name: torch.stack([each[name] for each in self.allocation])
+            for name in self.allocation[0]
+        }
 
 
 class Oracle:
     """One loss of one model over one split.
 
-    `values(model, batch)` gives values, or `(values, weights)`. Without a batch size all examples go in one batch.
+    `values(model, batch)` gives values, or `(values, weights)`. Without a batch size all examples
+    go in one batch.
     """
 
     def __init__(
@@ -80,19 +98,27 @@ class Oracle:
         norm_stats: str = "running",
         batch_size: int | None = None,
     ) -> None:
-        self.model = _with_plain_norms(copy.deepcopy(build()).double().eval(), norm_stats == "batch")
+        self.model = _with_plain_norms(
+            copy.deepcopy(build()).double().eval(), norm_stats == "batch"
+        )
         self.values = values
         wide = [each.double() if each.is_floating_point() else each for each in data]
         count, size = len(wide[0]), batch_size or len(wide[0])
-        self.batches = [tuple(each[at : at + size] for each in wide) for at in range(0, count, size)]
+        self.batches = [
+            tuple(each[at : at + size] for each in wide) for at in range(0, count, size)
+        ]
         parameters, buffers = dict(self.model.named_parameters()), dict(self.model.named_buffers())
         self.all = {**parameters, **buffers}
         self.allocated = dict(parameters)
         if norm_stats == "running":
-            self.allocated |= {name: each for name, each in buffers.items() if each.is_floating_point()}
+            self.allocated |= {
+                name: each for name, each in buffers.items() if each.is_floating_point()
+            }
 
     def loss(self, point: Mapping[str, Tensor]) -> Tensor:
-        """The weighted mean over every element of the split, at a point that holds every tensor of the model."""
+        """The weighted mean over every element of the split, at a point that holds every tensor of
+        the model.
+        """
         with torch.no_grad():
             for name, tensor in self.all.items():
                 tensor.requires_grad_(name in self.allocated)
@@ -109,10 +135,16 @@ class Oracle:
         loss = self.loss(point)
         found = torch.autograd.grad(loss, list(self.allocated.values()), allow_unused=True)
         pairs = zip(self.allocated.items(), found, strict=True)
-        return {name: torch.zeros_like(tensor) if each is None else each for (name, tensor), each in pairs}
+        return {
+            name: torch.zeros_like(tensor) if each is None else each
+            for (name, tensor), each in pairs
+        }
 
     def allocate(
-        self, checkpoints: Sequence[Mapping[str, Tensor]], nodes: Sequence[float], weights: Sequence[float]
+        self,
+        checkpoints: Sequence[Mapping[str, Tensor]],
+        nodes: Sequence[float],
+        weights: Sequence[float],
     ) -> Truth:
         """A = (θ′ − θ) · Σ_q w_q ∇L(θ + x_q (θ′ − θ)) on every segment in turn."""
         truth = Truth([], [], [])
@@ -127,7 +159,10 @@ class Oracle:
                         mean[name] = mean[name] + w * gradient[name]
                 truth.gradient.append(mean)
                 truth.allocation.append(
-                    {name: (end[name].double() - start[name].double()) * mean[name] for name in mean}
+                    {
+                        name: (end[name].double() - start[name].double()) * mean[name]
+                        for name in mean
+                    }
                 )
         return truth
 
@@ -136,7 +171,11 @@ def _between(start: Mapping[str, Tensor], end: Mapping[str, Tensor], x: float) -
     point = {}
     for name in start:
         moves = start[name].is_floating_point()
-        point[name] = start[name].double() + x * (end[name].double() - start[name].double()) if moves else start[name]
+        point[name] = (
+            start[name].double() + x * (end[name].double() - start[name].double())
+            if moves
+            else start[name]
+        )
     return point
 
 

@@ -1,10 +1,12 @@
-"""A training whose iterates say what they are: in the file of step n every number is n. Run as a script, to be killed.
+"""A training whose iterates say what they are: in the file of step n every number is n. Run as a
+script, to be killed.
 
 ```sh
 python -m tests.recording DIRECTORY FIRST      # trains on and on from a step; each line it prints is a training that began
 ```
 
-Every line it reads makes it fork a training that goes on until it is killed: torch is imported once.
+Every line it reads makes it fork a training that goes on until it is killed: torch is imported
+once.
 """
 
 from __future__ import annotations

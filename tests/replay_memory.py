@@ -1,4 +1,6 @@
-"""What a replay takes beside model and data, in a process of its own; prints JSON. See `test_memory.py`."""
+"""What a replay takes beside model and data, in a process of its own; prints JSON. See
+`test_memory.py`.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,10 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.bias = nn.Parameter(torch.zeros(ROWS, WIDTH)), nn.Parameter(torch.zeros(WIDTH))
+        self.table, self.bias = (
+            nn.Parameter(torch.zeros(ROWS, WIDTH)),
+            nn.Parameter(torch.zeros(WIDTH)),
+        )
 
     def forward(self, rows: Tensor) -> Tensor:
         return self.table[rows].sum(1) + self.bias

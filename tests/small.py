@@ -1,4 +1,6 @@
-"""A tiny model, its iterates on disk and its task file, the command line in this process, and what a refusal looks like."""
+"""A tiny model, its iterates on disk and its task file, the command line in this process, and what
+a refusal looks like.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,20 @@ STEPS = tuple(range(0, 70, 10))
 
 # Signs that must never be shown as they are: each kind, at both ends of its range.
 UNSAFE_NAMES = (
-    *("\x00", "\x07", "\x1b[31m", "\x1f", "\r", "\n", "\t", "\x7f", "\x80", "\x85", "\x9b31m", "\x9f"),
+    *(
+        "\x00",
+        "\x07",
+        "\x1b[31m",
+        "\x1f",
+        "\r",
+        "\n",
+        "\t",
+        "\x7f",
+        "\x80",
+        "\x85",
+        "\x9b31m",
+        "\x9f",
+    ),
     *("\u061c", "\u200e", "\u200f", "\u202a", "\u202e", "\u2066", "\u2069", "\u2028", "\u2029"),
 )
 UNSAFE = (*UNSAFE_NAMES, "\ud800", "\udfff")  # no name in a file has half a pair of surrogates
@@ -72,7 +87,9 @@ def task_namespace() -> dict[str, Any]:
 
 @functools.cache
 def iterates() -> tuple[dict[str, torch.Tensor], ...]:
-    """The weights of seven iterates of gradient descent with momentum on the task's training split."""
+    """The weights of seven iterates of gradient descent with momentum on the task's training
+    split.
+    """
     made = task_namespace()
     torch.manual_seed(2)
     model, (inputs, targets) = made["Net"](), made["train"]
@@ -98,7 +115,9 @@ def write_step(directory: Path, step: int, tensors: Tensors, name: str | None = 
     return path
 
 
-def record(directory: Path, steps: Sequence[int] = STEPS, dtype: torch.dtype = torch.float32) -> Path:
+def record(
+    directory: Path, steps: Sequence[int] = STEPS, dtype: torch.dtype = torch.float32
+) -> Path:
     for step, tensors in zip(steps, iterates(), strict=False):
         write_step(directory, step, {name: tensor.to(dtype) for name, tensor in tensors.items()})
     return directory
@@ -113,7 +132,9 @@ def write_task(path: Path, old: str = "", new: str = "") -> Path:
 
 
 def lca(*arguments: object) -> Result:
-    """`lca …` in this process; an exception that is not an exit is a bug of the package and raised here."""
+    """`lca …` in this process; an exception that is not an exit is a bug of the package and raised
+    here.
+    """
     result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -136,13 +157,21 @@ def document(result: Result) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-STAGES_OF_A_PLAN = ("lca: reading the headers", "lca: building the task", "lca: timing a few batches")
+STAGES_OF_A_PLAN = (
+    "lca: reading the headers",
+    "lca: building the task",
+    "lca: timing a few batches",
+)
 
 
 def last_line(result: Result) -> str:
-    """The one line an error is: after any notes, beginning with `lca: `, without a traceback or control characters."""
+    """The one line an error is: after any notes, beginning with `lca: `, without a traceback or
+    control characters.
+    """
     *before, last = result.stderr.splitlines() or [""]
-    assert [line for line in before if not line.startswith(("note: ", *STAGES_OF_A_PLAN))] == [], result.stderr
+    assert [line for line in before if not line.startswith(("note: ", *STAGES_OF_A_PLAN))] == [], (
+        result.stderr
+    )
     assert last.startswith("lca: "), result.stderr
     assert "Traceback" not in result.stderr
     assert "unexpected" not in last, last
@@ -157,7 +186,8 @@ def steering(text: str) -> set[str]:
         sign
         for sign in set(text)
         if unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp")
-        or unicodedata.bidirectional(sign) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+        or unicodedata.bidirectional(sign)
+        in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
         or sign in ("\N{ARABIC LETTER MARK}", "\N{LEFT-TO-RIGHT MARK}", "\N{RIGHT-TO-LEFT MARK}")
     }
 
@@ -177,5 +207,6 @@ def refused(result: Result, *words: str, code: int = 2) -> str:
 def contents(root: Path) -> dict[str, bytes | None]:
     """Every file below `root` with its bytes, every directory with None."""
     return {
-        str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in sorted(root.rglob("*"))
+        str(path.relative_to(root)): path.read_bytes() if path.is_file() else None
+        for path in sorted(root.rglob("*"))
     }

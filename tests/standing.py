@@ -1,4 +1,6 @@
-"""A standing Dask cluster of real processes on this host, and certificates for one, as users start them."""
+"""A standing Dask cluster of real processes on this host, and certificates for one, as users start
+them.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,15 @@ TLS = tuple[Path, Path, Path]
 
 
 def _die_with_the_tests() -> None:
-    """Of a test that is killed nothing stays behind: a process ends with the thread that started it."""
+    """Of a test that is killed nothing stays behind: a process ends with the thread that started
+    it.
+    """
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def launch(*arguments: object, prefix: Sequence[str] = (), **environment: str) -> subprocess.Popen[bytes]:
+def launch(
+    *arguments: object, prefix: Sequence[str] = (), **environment: str
+) -> subprocess.Popen[bytes]:
     """`dask …` in a process of its own session."""
     return subprocess.Popen(
         [*prefix, sys.executable, "-m", "dask", *map(str, arguments)],
@@ -58,7 +64,9 @@ class Standing:
     tls: TLS | None = None
     workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def hire(self, *options: object, prefix: Sequence[str] = (), **environment: str) -> subprocess.Popen[bytes]:
+    def hire(
+        self, *options: object, prefix: Sequence[str] = (), **environment: str
+    ) -> subprocess.Popen[bytes]:
         """One more worker; whoever uses the cluster waits for it."""
         given = (
             "worker",
@@ -133,17 +141,27 @@ def _tls(files: TLS | None) -> tuple[Any, ...]:
 def certificates(place: Path, name: str) -> TLS:
     """An authority of its own, a certificate it signed, and the certificate's key, as PEM files."""
     place.mkdir(parents=True, exist_ok=True)
-    authority_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    authority_key, key = (
+        ec.generate_private_key(ec.SECP256R1()),
+        ec.generate_private_key(ec.SECP256R1()),
+    )
     authority_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name} authority")])
     authority = (
         _started(authority_name, authority_name, authority_key.public_key())
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(x509.KeyUsage(False, False, False, False, False, True, True, False, False), critical=True)
+        .add_extension(
+            x509.KeyUsage(False, False, False, False, False, True, True, False, False),
+            critical=True,
+        )
         .sign(authority_key, hashes.SHA256())
     )
     addresses = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
     signed = (
-        _started(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), authority_name, key.public_key())
+        _started(
+            x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]),
+            authority_name,
+            key.public_key(),
+        )
         .add_extension(addresses, critical=False)
         .sign(authority_key, hashes.SHA256())
     )

@@ -1,7 +1,9 @@
-"""Measure how the code reads: `python -m tests.style [FOLDER]` prints a table, a row for each part of the package.
+"""Measure how the code reads: `python -m tests.style [FOLDER]` prints a table, a row for each part
+of the package.
 
-Counted are shares of annotations that say nothing, of long lines, of docstrings that open with a clause instead of a verb, of variables
-named after no thing, the lengths of functions, and dataclasses of many fields that are built by position.
+Counted are shares of annotations that say nothing, of long lines, of docstrings that open with a
+clause instead of a verb, of variables named after no thing, the lengths of functions, and
+dataclasses of many fields that are built by position.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class Style:
         nameless: variables of `NAMELESS`, by name.
         bodies: statements' lines of each function, without its docstring.
         arguments: of each function.
-        positional: "path:line: class" for each dataclass of more than `MANY_FIELDS` fields that is built by position.
+        positional: "path:line: class" for each dataclass of more than `MANY_FIELDS` fields that is
+            built by position.
     """
 
     lines: int = 0
@@ -64,7 +67,9 @@ class Style:
 
 def trees(folder: Path) -> dict[Path, ast.Module]:
     """Return the syntax tree of every Python file below a folder."""
-    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.py"))}
+    return {
+        path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.py"))
+    }
 
 
 def measure(path: Path, tree: ast.Module, aliases: frozenset[str], many: frozenset[str]) -> Style:
@@ -102,7 +107,9 @@ def measure(path: Path, tree: ast.Module, aliases: frozenset[str], many: frozens
 
 
 def loose_aliases(modules: dict[Path, ast.Module]) -> frozenset[str]:
-    """Return `Any` and the names that module-level assignments give to it or to dictionaries of it."""
+    """Return `Any` and the names that module-level assignments give to it or to dictionaries of
+    it.
+    """
     aliases = {"Any"}
     for tree in modules.values():
         for node in tree.body:
@@ -114,7 +121,12 @@ def loose_aliases(modules: dict[Path, ast.Module]) -> frozenset[str]:
 
 def large_dataclasses(modules: dict[Path, ast.Module]) -> frozenset[str]:
     """Return the names of dataclasses of more than `MANY_FIELDS` fields."""
-    classes = [node for tree in modules.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    classes = [
+        node
+        for tree in modules.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    ]
     return frozenset(
         node.name
         for node in classes
@@ -126,7 +138,11 @@ def large_dataclasses(modules: dict[Path, ast.Module]) -> frozenset[str]:
 def _annotations(tree: ast.Module) -> Iterator[ast.expr]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from (argument.annotation for argument in _parameters(node) if argument.annotation is not None)
+            yield from (
+                argument.annotation
+                for argument in _parameters(node)
+                if argument.annotation is not None
+            )
             if node.returns is not None:
                 yield node.returns
         elif isinstance(node, ast.AnnAssign):
@@ -134,7 +150,9 @@ def _annotations(tree: ast.Module) -> Iterator[ast.expr]:
 
 
 def _is_loose(annotation: ast.expr, aliases: frozenset[str]) -> bool:
-    """Tell whether an annotation is `Any`, alone or beside None, or is or holds a dictionary of it."""
+    """Tell whether an annotation is `Any`, alone or beside None, or is or holds a dictionary of
+    it.
+    """
     if isinstance(annotation, ast.Name):
         return annotation.id in aliases
     if isinstance(annotation, ast.BinOp):
@@ -142,14 +160,28 @@ def _is_loose(annotation: ast.expr, aliases: frozenset[str]) -> bool:
     if not isinstance(annotation, ast.Subscript):
         return False
     inner = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
-    if isinstance(annotation.value, ast.Name) and annotation.value.id in ("dict", "Mapping", "MutableMapping"):
+    if isinstance(annotation.value, ast.Name) and annotation.value.id in (
+        "dict",
+        "Mapping",
+        "MutableMapping",
+    ):
         return _is_loose(inner[-1], aliases)
     return any(isinstance(part, ast.Subscript) and _is_loose(part, aliases) for part in inner)
 
 
 def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
-    arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
-    return [argument for argument in arguments if argument is not None and argument.arg not in ("self", "cls")]
+    arguments = [
+        *node.args.posonlyargs,
+        *node.args.args,
+        *node.args.kwonlyargs,
+        node.args.vararg,
+        node.args.kwarg,
+    ]
+    return [
+        argument
+        for argument in arguments
+        if argument is not None and argument.arg not in ("self", "cls")
+    ]
 
 
 def _body(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
@@ -183,7 +215,11 @@ def style_of(folder: Path = PACKAGE) -> dict[str, Style]:
 
 
 def _row(name: str, style: Style) -> str:
-    quantiles = statistics.quantiles(style.bodies, n=10, method="inclusive") if len(style.bodies) > 1 else [0.0] * 9
+    quantiles = (
+        statistics.quantiles(style.bodies, n=10, method="inclusive")
+        if len(style.bodies) > 1
+        else [0.0] * 9
+    )
     body = f"{statistics.median(style.bodies or [0]):.0f}/{quantiles[-1]:.0f}/{max(style.bodies or [0])}"
     shares = (
         style.loose / max(1, style.annotations),
@@ -192,13 +228,18 @@ def _row(name: str, style: Style) -> str:
         style.nameless.total() / max(1, style.variables),
     )
     cells = "  ".join(f"{share:7.1%}" for share in shares)
-    return f"{name or 'all':14}{style.lines:7}  {body:>9}  {max(style.arguments or [0]):4}  {cells}  {len(style.positional):4}"
+    return (
+        f"{name or 'all':14}{style.lines:7}  {body:>9}  {max(style.arguments or [0]):4}  {cells}  "
+        f"{len(style.positional):4}"
+    )
 
 
 def main() -> None:
     """Print the table."""
     parts = style_of(Path(sys.argv[1]) if len(sys.argv) > 1 else PACKAGE)
-    print(f"{'':14}{'lines':>7}  {'body':>9}  args      Any     >100  clauses  nameless  positional")
+    print(
+        f"{'':14}{'lines':>7}  {'body':>9}  args      Any     >100  clauses  nameless  positional"
+    )
     for name, style in parts.items():
         print(_row(name, style))
     print("\n".join(parts[""].positional))

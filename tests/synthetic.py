@@ -1,7 +1,9 @@
-"""A run as large as asked, whole and checked like any other, made in seconds: a few spans are written, the others link to them.
+"""A run as large as asked, whole and checked like any other, made in seconds: a few spans are
+written, the others link to them.
 
-Its numbers are those of two spans that take turns, so that sums, counts, histogram and totals all agree; the losses at the ends
-of the segments follow from them. Files of equal content are one file on disk.
+Its numbers are those of two spans that take turns, so that sums, counts, histogram and totals all
+agree; the losses at the ends of the segments follow from them. Files of equal content are one file
+on disk.
 """
 
 from __future__ import annotations
@@ -40,10 +42,19 @@ LARGE: Shapes = {  # 9.85 million parameters; with 512 segments 20 GB of allocat
 
 
 def laid_out(
-    shapes: Shapes, segments: int, losses: Mapping[str, int | None], keep: str = "parameters", window: int | None = None
+    shapes: Shapes,
+    segments: int,
+    losses: Mapping[str, int | None],
+    keep: str = "parameters",
+    window: int | None = None,
 ) -> Manifest:
-    """The manifest `lca run` makes for a model of these shapes; `losses` gives how many groups each has, None for none."""
-    specs = [TensorSpec(name, "parameter", shape, (), 0 if shape else None) for name, shape in shapes.items()]
+    """The manifest `lca run` makes for a model of these shapes; `losses` gives how many groups each
+    has, None for none.
+    """
+    specs = [
+        TensorSpec(name, "parameter", shape, (), 0 if shape else None)
+        for name, shape in shapes.items()
+    ]
     keys = encode_all(shapes)
     span = choose_span(segments, 2, sum(spec.elements for spec in specs))
     assert segments % span == 0
@@ -70,7 +81,10 @@ def laid_out(
     return Manifest(
         root="/nowhere",
         tensors=[StoredTensor(spec, spec.name, keys[spec.name]) for spec in specs],
-        checkpoints=[Checkpoint(step, (Path(f"step_{step:08d}.safetensors"),), 8, 1) for step in range(segments + 1)],
+        checkpoints=[
+            Checkpoint(step, (Path(f"step_{step:08d}.safetensors"),), 8, 1)
+            for step in range(segments + 1)
+        ],
         span=span,
         window=window or _choose_window(segments, span),
         settings={**resolve({"keep": keep}, None), "device": "cpu"},
@@ -104,7 +118,9 @@ def build(
     writer = create(path, manifest, durable=False)
     for at, loss in enumerate(losses):
         _fill(writer, loss, at)
-    plans = [plan for record in manifest.losses.values() for plan in plan_arrays(manifest, keep, record)]
+    plans = [
+        plan for record in manifest.losses.values() for plan in plan_arrays(manifest, keep, record)
+    ]
     return sum(plan.bytes for plan in plans if plan.part == "allocation")
 
 
@@ -120,7 +136,12 @@ def _fill(writer: RunWriter, loss: str, seed: int) -> None:
     arrays = _small(manifest, loss, tallies)
     known = {plan.path for plan in plan_arrays(manifest, manifest.keep, manifest.losses[loss])}
     parts = {path.partition("/")[0] for path in arrays}
-    writer._write(loss, parts, ((path, each) for path, each in arrays.items() if path in known), (slice(None),))
+    writer._write(
+        loss,
+        parts,
+        ((path, each) for path, each in arrays.items() if path in known),
+        (slice(None),),
+    )
     sealed: dict[str, list[int]] = {}
     for span in range(manifest.spans):
         files, own = commits.planned_files(span), span % PATTERNS
@@ -154,15 +175,25 @@ def _fill(writer: RunWriter, loss: str, seed: int) -> None:
 
 
 def _write_totals(
-    writer: RunWriter, loss: str, window: int, totals: list[dict[str, Totals]], sealed: dict[str, list[int]]
+    writer: RunWriter,
+    loss: str,
+    window: int,
+    totals: list[dict[str, Totals]],
+    sealed: dict[str, list[int]],
 ) -> dict[str, list[int]]:
-    """One window of totals: written where it is the first of its kind, else linked; returns its files with their seals."""
+    """One window of totals: written where it is the first of its kind, else linked; returns its
+    files with their seals.
+    """
     manifest, commits = writer.manifest, writer.commits(loss)
-    kinds = [tuple(span % PATTERNS for span in manifest.spans_of(each)) for each in range(window + 1)]
+    kinds = [
+        tuple(span % PATTERNS for span in manifest.spans_of(each)) for each in range(window + 1)
+    ]
     first, files = kinds.index(kinds[window]), commits.planned_totals(window)
     if first == window:
         for name in totals[0]:
-            writer._write_totals(loss, window, {name: _joined(name, [totals[pattern] for pattern in kinds[window]])})
+            writer._write_totals(
+                loss, window, {name: _joined(name, [totals[pattern] for pattern in kinds[window]])}
+            )
         sealed |= {file: seal(writer.path / file, False) for file in files}
     for file, like in zip(files, commits.planned_totals(first), strict=True):
         _link(writer.path, like, file, sealed)
@@ -206,8 +237,12 @@ def _tally(manifest: Manifest, loss: str, seed: int) -> Tally:
     return tally
 
 
-def _segments(table: list[TensorSpec], count: int, groups: int | None, seed: int) -> Iterator[SegmentAllocation]:
-    """Segments with heavy tails, a little help on the whole, and rows of an embedding that no batch touched."""
+def _segments(
+    table: list[TensorSpec], count: int, groups: int | None, seed: int
+) -> Iterator[SegmentAllocation]:
+    """Segments with heavy tails, a little help on the whole, and rows of an embedding that no batch
+    touched.
+    """
     generator = torch.Generator().manual_seed(seed)
     axis = () if groups is None else (groups,)
     for _ in range(count):

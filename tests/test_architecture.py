@@ -49,7 +49,8 @@ ORDER = (
     ),
     *("findings", "colours", "plots", "report", "export", "demo", "cli"),
 )
-FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")  # the public face re-exports
+# the public face re-exports
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 
 def unit(path: Path) -> str:
@@ -102,27 +103,50 @@ def test_a_module_imports_only_modules_above_it(path: Path) -> None:
     assert wrong == set()
 
 
-def test_imports_are_found_however_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imports_are_found_however_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The test above can fail."""
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     path = tmp_path / "store" / "files.py"
     path.parent.mkdir()
     path.write_text(
-        "import lca_posthoc.a.x, numpy\nfrom ..b import x\nfrom .. import c, __version__\nfrom . import keys\nfrom .keys import x\n"
-        "def f():\n    from lca_posthoc import d\n    from lca_posthoc.e.x import y\n    import importlib\n"
-        "    importlib.import_module('lca_posthoc.g')\nif TYPE_CHECKING:\n    from ..f import x\nimport lca_posthoc\n"
+        "import lca_posthoc.a.x, numpy\nfrom ..b import x\nfrom .. import c, __version__\nfrom . "
+        "import keys\nfrom .keys import x\n"
+        "def f():\n    from lca_posthoc import d\n    from lca_posthoc.e.x import y\n    import "
+        "importlib\n"
+        "    importlib.import_module('lca_posthoc.g')\nif TYPE_CHECKING:\n    from ..f import "
+        "x\nimport lca_posthoc\n"
     )
-    assert sorted(name for name, _ in imported(path)) == ["", "a", "b", "c", "d", "e", "f", "g", "store", "store"]
+    assert sorted(name for name, _ in imported(path)) == [
+        "",
+        "a",
+        "b",
+        "c",
+        "d",
+        "e",
+        "f",
+        "g",
+        "store",
+        "store",
+    ]
 
 
 def test_only_store_knows_zarr_and_only_cluster_knows_distributed() -> None:
     """Where results lie and where work runs are one module's business each."""
-    owners = {"zarr": {"store"}, "numcodecs": {"store"}, "distributed": {"cluster"}, "dask": {"cluster"}}
+    owners = {
+        "zarr": {"store"},
+        "numcodecs": {"store"},
+        "distributed": {"cluster"},
+        "dask": {"cluster"},
+    }
     found: dict[str, set[str]] = {name: set() for name in owners}
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names += (
+                [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            )
             for name in names:
                 if name.partition(".")[0] in found:
                     found[name.partition(".")[0]].add(unit(path))

@@ -1,4 +1,6 @@
-"""Free memory is that of the host, or what a container or a job of a batch system leaves, if less."""
+"""Free memory is that of the host, or what a container or a job of a batch system leaves, if
+less.
+"""
 
 from __future__ import annotations
 
@@ -18,26 +20,52 @@ V1, V2 = (
     {"limit": "memory.max", "used": "memory.current", "prefix": ""},
 )
 
-# what /proc/self/cgroup says; group → (limit, used, cached, or what memory.stat says); what is left of 100 GB
+# what /proc/self/cgroup says; group → (limit, used, cached, or what memory.stat says); what is left
+# of 100 GB
 CASES: dict[str, tuple[Any, ...]] = {
     "no control groups": (None, V2, {}, 100 * GB),
     "version 2, no limit": ("0::/user.slice", V2, {"user.slice": ("max", 50 * GB, 0)}, 100 * GB),
-    "version 2, a container sees itself at the top": ("0::/", V2, {"": (8 * GB, 3 * GB, GB)}, 6 * GB),
+    "version 2, a container sees itself at the top": (
+        "0::/",
+        V2,
+        {"": (8 * GB, 3 * GB, GB)},
+        6 * GB,
+    ),
     "version 2, named from outside": ("0::/kubepods/pod7", V2, {"": (8 * GB, 3 * GB, 0)}, 5 * GB),
     "version 2, a step of a batch job": (
         "0::/slurm/job_7/step_0",
         V2,
-        {"slurm/job_7/step_0": ("max", GB, 0), "slurm/job_7": (16 * GB, 4 * GB, 2 * GB), "slurm": (64 * GB, 5 * GB, 0)},
+        {
+            "slurm/job_7/step_0": ("max", GB, 0),
+            "slurm/job_7": (16 * GB, 4 * GB, 2 * GB),
+            "slurm": (64 * GB, 5 * GB, 0),
+        },
         14 * GB,
     ),
     "version 2, more used than allowed": ("0::/a", V2, {"a": (GB, 2 * GB, 0)}, 0),
-    "version 1": ("4:cpu:/b\n3:memory:/a", V1, {"memory/a": (4 * GB, GB, 0), "memory/b": (GB, 0, 0)}, 3 * GB),
+    "version 1": (
+        "4:cpu:/b\n3:memory:/a",
+        V1,
+        {"memory/a": (4 * GB, GB, 0), "memory/b": (GB, 0, 0)},
+        3 * GB,
+    ),
     "version 1, no limit": ("3:cpuset,memory:/a", V1, {"memory/a": (UNLIMITED, GB, 0)}, 100 * GB),
-    "version 1, named from outside": ("3:memory:/docker/7", V1, {"memory": (4 * GB, GB, GB)}, 4 * GB),
+    "version 1, named from outside": (
+        "3:memory:/docker/7",
+        V1,
+        {"memory": (4 * GB, GB, GB)},
+        4 * GB,
+    ),
     "version 1, cached files in use": (
         "3:memory:/a",
         V1,
-        {"memory/a": (8 * GB, 7 * GB, f"active_file {GB}\ntotal_active_file {2 * GB}\ntotal_inactive_file {GB}")},
+        {
+            "memory/a": (
+                8 * GB,
+                7 * GB,
+                f"active_file {GB}\ntotal_active_file {2 * GB}\ntotal_inactive_file {GB}",
+            )
+        },
         4 * GB,
     ),
     "version 2, cached files in use": (
@@ -52,13 +80,24 @@ CASES: dict[str, tuple[Any, ...]] = {
     "odd lines of memory.stat": (
         "0::/a",
         V2,
-        {"a": (8 * GB, 3 * GB, f"\nanon\nper node 3\n\udcff 1\ninactive_file {GB}\nactive_file many\n")},
+        {
+            "a": (
+                8 * GB,
+                3 * GB,
+                f"\nanon\nper node 3\n\udcff 1\ninactive_file {GB}\nactive_file many\n",
+            )
+        },
         6 * GB,
     ),
     "odd lines of /proc/self/cgroup": ("odd\n\nx:y\n0::/a\n", V2, {"a": (8 * GB, GB, 0)}, 7 * GB),
     "a name that is not UTF-8": ("0::/a\udcff", V2, {"a\udcff": (8 * GB, GB, 0)}, 7 * GB),
     "a name no file can have": ("0::/a\0/b", V2, {"": (8 * GB, GB, 0)}, 7 * GB),
-    "an empty limit in a limited group": ("0::/a/b", V2, {"a/b": ("", GB, 0), "a": (8 * GB, GB, 0)}, 7 * GB),
+    "an empty limit in a limited group": (
+        "0::/a/b",
+        V2,
+        {"a/b": ("", GB, 0), "a": (8 * GB, GB, 0)},
+        7 * GB,
+    ),
     "an odd limit": ("0::/a", V2, {"a": ("lots", GB, 0)}, 100 * GB),
     "an odd count of what is used": ("0::/a", V2, {"a": (GB, "", 0)}, 100 * GB),
 }

@@ -1,6 +1,8 @@
-"""Whatever is wrong with checkpoints, task, options or disk is said in one line, with its exit code, and leaves nothing behind.
+"""Whatever is wrong with checkpoints, task, options or disk is said in one line, with its exit
+code, and leaves nothing behind.
 
-Every test goes through the command line; every refusal is compared with what lay on disk before, byte for byte.
+Every test goes through the command line; every refusal is compared with what lay on disk before,
+byte for byte.
 """
 
 from __future__ import annotations
@@ -50,7 +52,11 @@ class Place:
 
     def __init__(self, root: Path) -> None:
         self.data = root / "data"
-        self.checkpoints, self.out, self.task = self.data / "ck", self.data / "run.lca", root / "task.py"
+        self.checkpoints, self.out, self.task = (
+            self.data / "ck",
+            self.data / "run.lca",
+            root / "task.py",
+        )
         self.data.mkdir()
         write_task(self.task)
 
@@ -67,7 +73,9 @@ class Place:
 
 @pytest.fixture(scope="module")
 def clean_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints and a finished run, to be copied: safetensors writes the same tensors in differing bytes."""
+    """Checkpoints and a finished run, to be copied: safetensors writes the same tensors in
+    differing bytes.
+    """
     made = Place(tmp_path_factory.mktemp("clean"))
     record(made.checkpoints)
     assert made.run().exit_code == 0
@@ -92,7 +100,8 @@ def test_what_is_right_is_not_refused(place: Place) -> None:
     assert (result.exit_code, result.stderr) == (0, "")
 
 
-# --- the directory of checkpoints --------------------------------------------------------------------------------------
+# --- the directory of checkpoints
+# --------------------------------------------------------------------------------------
 
 
 def _edit(directory: Path, step: int, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -121,13 +130,21 @@ def _without(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
     return lambda tensors: tensors.pop(name)
 
 
-def _with(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Callable[[dict[str, torch.Tensor]], object]:
+def _with(
+    name: str, *shape: int, dtype: torch.dtype = torch.float32
+) -> Callable[[dict[str, torch.Tensor]], object]:
     return lambda tensors: tensors.update({name: torch.zeros(shape, dtype=dtype)})
 
 
 DIRECTORIES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "empty": (_keep_only, ("holds no checkpoint", "at least two are needed", "step_00000010.safetensors")),
-    "one checkpoint": (lambda ck: _keep_only(ck, 20), ("only one checkpoint (step 20)", "at least two are needed")),
+    "empty": (
+        _keep_only,
+        ("holds no checkpoint", "at least two are needed", "step_00000010.safetensors"),
+    ),
+    "one checkpoint": (
+        lambda ck: _keep_only(ck, 20),
+        ("only one checkpoint (step 20)", "at least two are needed"),
+    ),
     "missing": (shutil.rmtree, ("is not a directory of checkpoints", "Give the directory")),
     "a file": (_become_file, ("is not a directory of checkpoints", "Give the directory")),
     "two files claim one step": (
@@ -136,7 +153,8 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "no step to be told": (
         lambda ck: [
-            path.write_bytes(save(dict(iterates()[0]))) for path in (ck / "final.safetensors", ck / "best.safetensors")
+            path.write_bytes(save(dict(iterates()[0])))
+            for path in (ck / "final.safetensors", ck / "best.safetensors")
         ],
         ("cannot tell the training step", "final.safetensors", "best.safetensors", "--pattern"),
     ),
@@ -150,15 +168,33 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "tensor extra": (
         lambda ck: _edit_all(ck, _with("head", 3)),
-        ("'head'", "not in the task's model", "step 0", "Build the model that was trained", "--rename"),
+        (
+            "'head'",
+            "not in the task's model",
+            "step 0",
+            "Build the model that was trained",
+            "--rename",
+        ),
     ),
     "tensor of another shape": (
         lambda ck: _edit_all(ck, _with("out.bias", 5)),
-        ("'out.bias'", "[5]", "[4] in the task's model", "step 0", "Build the model that was trained"),
+        (
+            "'out.bias'",
+            "[5]",
+            "[4] in the task's model",
+            "step 0",
+            "Build the model that was trained",
+        ),
     ),
     "tensor missing at a middle step": (
         lambda ck: _edit(ck, MIDDLE, _without("out.bias")),
-        ("'out.bias'", "absent", "step_00000030.safetensors", "step 30", "F32 [4] at the first step"),
+        (
+            "'out.bias'",
+            "absent",
+            "step_00000030.safetensors",
+            "step 30",
+            "F32 [4] at the first step",
+        ),
     ),
     "tensor extra at a middle step": (
         lambda ck: _edit(ck, MIDDLE, _with("head", 3)),
@@ -195,7 +231,9 @@ def _sharded(directory: Path, *, index: str | None = None, written: tuple[str, .
     directory.mkdir()
     names = [f"model-0000{part}-of-00002.safetensors" for part in (1, 2)]
     table = {"weight_map": dict(zip(("hidden.weight", "out.weight"), names, strict=True))}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(table) if index is None else index)
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps(table) if index is None else index
+    )
     for name in written:
         write_step(directory, 70, iterates()[0], name=name)
 
@@ -207,14 +245,17 @@ def test_a_directory_that_cannot_be_replayed_is_refused(place: Place, case: str)
     place.refuses(*words)
 
 
-def test_a_checkpoint_directory_whose_files_cannot_be_told_apart_is_not_passed_over_in_silence(place: Place) -> None:
+def test_a_checkpoint_directory_whose_files_cannot_be_told_apart_is_not_passed_over_in_silence(
+    place: Place,
+) -> None:
     directory = place.checkpoints / "checkpoint-70"
     for part in (1, 2):  # shards without their index
         write_step(directory, 70, iterates()[0], name=f"model-0000{part}-of-00002.safetensors")
     assert "checkpoint-70" in place.run().stderr
 
 
-# --- damaged files -----------------------------------------------------------------------------------------------------
+# --- damaged files
+# -----------------------------------------------------------------------------------------------------
 
 
 def _pickled(data: bytes) -> bytes:
@@ -229,12 +270,21 @@ def _oversized(data: bytes) -> bytes:
 
 DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda data: b"", "its 0 bytes do not begin with a safetensors header"),
-    "cut in the length": (lambda data: data[:5], "its 5 bytes do not begin with a safetensors header"),
-    "cut in the header": (lambda data: data[:50], "its 50 bytes do not begin with a safetensors header"),
+    "cut in the length": (
+        lambda data: data[:5],
+        "its 5 bytes do not begin with a safetensors header",
+    ),
+    "cut in the header": (
+        lambda data: data[:50],
+        "its 50 bytes do not begin with a safetensors header",
+    ),
     "cut in the body": (lambda data: data[:-400], "400 too few"),
     "minus one byte": (lambda data: data[:-1], "1 too few"),
     "plus one byte": (lambda data: data + b"\0", "1 too many"),
-    "garbage": (lambda data: bytes(range(255, 0, -1)) * 4, "do not begin with a safetensors header"),
+    "garbage": (
+        lambda data: bytes(range(255, 0, -1)) * 4,
+        "do not begin with a safetensors header",
+    ),
     "zeros": (lambda data: bytes(len(data)), "do not begin with a safetensors header"),
     "header not JSON": (lambda data: data[:8] + b"[" + data[9:], "not valid JSON"),
     "header not UTF-8": (lambda data: data[:10] + b"\xff" + data[11:], "not valid JSON"),
@@ -248,7 +298,9 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 @pytest.mark.parametrize("step", [STEPS[0], MIDDLE, STEPS[-1]])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_refused_by_name_before_anything_is_created(place: Place, damage: str, step: int) -> None:
+def test_a_damaged_file_is_refused_by_name_before_anything_is_created(
+    place: Place, damage: str, step: int
+) -> None:
     spoil, what = DAMAGE[damage]
     path = step_file(place.checkpoints, step)
     before = path.read_bytes()
@@ -260,21 +312,41 @@ def test_a_damaged_file_is_refused_by_name_before_anything_is_created(place: Pla
 FOREIGN: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "GGUF": (b"GGUF\x03" + bytes(200), ("but GGUF, a format for inference",)),
     "torch.save": (_pickled(b""), ("a zip archive, as torch.save writes it", "lca import")),
-    "older torch.save": (pickle.dumps({"out.bias": [0.0]}, 2), ("a pickle, as older torch.save", "lca import")),
+    "older torch.save": (
+        pickle.dumps({"out.bias": [0.0]}, 2),
+        ("a pickle, as older torch.save", "lca import"),
+    ),
     "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(200), ("but HDF5", "lca import FILE")),
     "gzip": (gzip.compress(bytes(2000), mtime=0), ("compressed", "decompress it")),
-    "gzip, whose first bytes are a length": (gzip.compress(bytes(2000), mtime=0) + bytes(2**20), ("decompress it",)),
+    "gzip, whose first bytes are a length": (
+        gzip.compress(bytes(2000), mtime=0) + bytes(2**20),
+        ("decompress it",),
+    ),
     "zstd": (b"\x28\xb5\x2f\xfd" + bytes(50), ("decompress it",)),
     "numpy": (b"\x93NUMPY" + bytes(100), ("one array of numpy",)),
-    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", ("Git LFS", "git lfs pull")),
-    "an error page": (b"\n<!DOCTYPE html>\n<html><body>403</body></html>", ("HTML", "download the file again")),
-    "an error in XML": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", ("HTML or XML",)),
-    "an error in JSON": (b'{"error": "Repository not found"}', ("text in JSON", "download it again")),
+    "Git LFS": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+        ("Git LFS", "git lfs pull"),
+    ),
+    "an error page": (
+        b"\n<!DOCTYPE html>\n<html><body>403</body></html>",
+        ("HTML", "download the file again"),
+    ),
+    "an error in XML": (
+        b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+        ("HTML or XML",),
+    ),
+    "an error in JSON": (
+        b'{"error": "Repository not found"}',
+        ("text in JSON", "download it again"),
+    ),
 }
 
 
 @pytest.mark.parametrize(("content", "words"), FOREIGN.values(), ids=FOREIGN)
-def test_a_file_of_another_format_is_called_what_it_is(place: Place, content: bytes, words: tuple[str, ...]) -> None:
+def test_a_file_of_another_format_is_called_what_it_is(
+    place: Place, content: bytes, words: tuple[str, ...]
+) -> None:
     path = step_file(place.checkpoints, MIDDLE)
     path.write_bytes(content)
     place.refuses(f"{path} is not a safetensors file, as its name says, but", *words)
@@ -295,7 +367,9 @@ def test_metadata_of_a_wrong_kind_is_refused(place: Place, metadata: Any) -> Non
     place.refuses("step_00000030.safetensors", "is not a whole safetensors file")
 
 
-@pytest.mark.parametrize("step", ["²", "9" * 5000, "9" * 30], ids=["superscript", "5000 digits", "30 digits"])
+@pytest.mark.parametrize(
+    "step", ["²", "9" * 5000, "9" * 30], ids=["superscript", "5000 digits", "30 digits"]
+)
 def test_a_step_in_metadata_that_is_no_usable_number_is_refused(place: Place, step: str) -> None:
     _rewrite_metadata(step_file(place.checkpoints, MIDDLE), {"step": step})
     place.refuses("step_00000030.safetensors", "step")
@@ -315,11 +389,15 @@ def test_a_name_that_steers_a_terminal_is_shown_harmless_and_on_one_line(place: 
 
 def test_a_pipe_that_looks_like_a_checkpoint_is_not_waited_for(place: Place) -> None:
     os.mkfifo(step_file(place.checkpoints, 70))
-    code = f"from lca_posthoc.trajectory import open_trajectory\nopen_trajectory({str(place.checkpoints)!r})"
+    code = (
+        f"from lca_posthoc.trajectory import "
+        f"open_trajectory\nopen_trajectory({str(place.checkpoints)!r})"
+    )
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=10)
 
 
-# --- numbers that are not finite, files that change under way ------------------------------------------------------------
+# --- numbers that are not finite, files that change under way
+# ------------------------------------------------------------
 
 
 def _poison(place: Place, step: int, value: float = float("nan")) -> bytes:
@@ -337,13 +415,34 @@ def _spans(place: Place) -> tuple[int, int, bool]:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_number_that_is_not_finite_fails_its_span_and_no_other(place: Place, value: float) -> None:
+def test_a_number_that_is_not_finite_fails_its_span_and_no_other(
+    place: Place, value: float
+) -> None:
     _poison(place, MIDDLE, value)
-    line = refused(place.run(), "1 span failed", "the others are complete", "Steps 20 to 40", "'out.weight'", code=3)
-    says(line, "1 NaN or Inf", "step_00000030.safetensors", "(step 30)", "Running again cannot replay their spans")
+    line = refused(
+        place.run(),
+        "1 span failed",
+        "the others are complete",
+        "Steps 20 to 40",
+        "'out.weight'",
+        code=3,
+    )
+    says(
+        line,
+        "1 NaN or Inf",
+        "step_00000030.safetensors",
+        "(step 30)",
+        "Running again cannot replay their spans",
+    )
     assert _spans(place) == (2, 3, False)
     status = lca("status", place.out).stdout
-    says(status, "2 / 3", "4 / 6", "done but for NaN or Inf at step 30", "the last driver ended with SpanError")
+    says(
+        status,
+        "2 / 3",
+        "4 / 6",
+        "done but for NaN or Inf at step 30",
+        "the last driver ended with SpanError",
+    )
     assert "again to finish" not in status
     assert document(lca("status", place.out, "--json"))["losses"]["train"]["not_finite"] == [30]
     summary = lca("summary", place.out, "--json")
@@ -354,7 +453,9 @@ def test_a_number_that_is_not_finite_fails_its_span_and_no_other(place: Place, v
 def test_every_checkpoint_that_is_not_finite_is_named(place: Place) -> None:
     _poison(place, STEPS[1])
     _poison(place, STEPS[-1], float("inf"))
-    line = refused(place.run(), "2 spans failed", "the checkpoints of steps 10, 60 hold NaN or Inf", code=3)
+    line = refused(
+        place.run(), "2 spans failed", "the checkpoints of steps 10, 60 hold NaN or Inf", code=3
+    )
     says(line, "Running again cannot replay")
     says(lca("status", place.out).stdout, "done but for NaN or Inf at steps 10, 60")
 
@@ -366,7 +467,9 @@ def test_a_span_that_misses_for_another_reason_is_still_to_be_run(place: Place) 
     says(lca("status", place.out).stdout, "run `lca run` again to finish")
 
 
-def test_a_number_that_is_not_finite_fails_again_and_what_is_complete_is_not_replayed(place: Place) -> None:
+def test_a_number_that_is_not_finite_fails_again_and_what_is_complete_is_not_replayed(
+    place: Place,
+) -> None:
     _poison(place, MIDDLE)
     first = last_line(place.run())
     before = contents(place.out)
@@ -387,7 +490,9 @@ def test_a_repaired_checkpoint_completes_the_run_as_if_it_had_never_been_damaged
     _completes_as(place, clean_run)
 
 
-def test_a_checkpoint_numbers_rely_on_cannot_be_replaced_while_another_span_is_damaged(place: Place) -> None:
+def test_a_checkpoint_numbers_rely_on_cannot_be_replaced_while_another_span_is_damaged(
+    place: Place,
+) -> None:
     _poison(place, MIDDLE)
     assert place.run().exit_code == 3
     write_step(place.checkpoints, STEPS[1], iterates()[0])
@@ -406,7 +511,9 @@ def test_not_finite_at_the_last_step_fails_the_last_span(place: Place) -> None:
 
 
 def test_the_way_out_of_a_number_that_is_not_finite_is_a_way_out(place: Place) -> None:
-    """A step in the middle cannot be left out by `--steps A:B[:K]` alone, so the message must offer something else."""
+    """A step in the middle cannot be left out by `--steps A:B[:K]` alone, so the message must offer
+    something else.
+    """
     _poison(place, MIDDLE)
     line = last_line(place.run())
     assert "leave it out with --steps" not in line
@@ -445,20 +552,28 @@ def test_a_file_that_changes_under_way_fails_its_span_and_restored_it_completes(
     before = path.read_bytes()
     with monkeypatch.context() as patch:
         _before_span(patch, 0, lambda: spoil(path))
-        refused(place.run(), "1 span failed", "Steps 20 to 40", str(path), "(step 30)", words, code=3)
+        refused(
+            place.run(), "1 span failed", "Steps 20 to 40", str(path), "(step 30)", words, code=3
+        )
     assert _spans(place) == (2, 3, False)
     path.write_bytes(before)
     assert place.run().exit_code == 0
     assert contents(place.out / "data.zarr") == contents(clean_run / "run.lca" / "data.zarr")
 
 
-# --- half precision ----------------------------------------------------------------------------------------------------
+# --- half precision
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_warns_with_the_measured_share_of_what_does_not_move(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_half_precision_warns_with_the_measured_share_of_what_does_not_move(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
     place = Place(tmp_path)
-    stored = [{name: tensor.to(dtype) for name, tensor in tensors.items()} for tensors in _barely_moving(dtype)]
+    stored = [
+        {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        for tensors in _barely_moving(dtype)
+    ]
     for step, tensors in zip(STEPS, stored, strict=True):
         write_step(place.checkpoints, step, tensors)
     pairs = [(stored[at][name], stored[at + 1][name]) for at in (0, 2, 5) for name in stored[0]]
@@ -467,7 +582,13 @@ def test_half_precision_warns_with_the_measured_share_of_what_does_not_move(tmp_
     assert 0.1 < share < 0.9, "the case must be able to tell right from wrong"
     result = place.run()
     assert result.exit_code == 0
-    says(result.stderr, "note: ", "half precision (4 tensors)", f"{share:.1%}", "Record float32 weights")
+    says(
+        result.stderr,
+        "note: ",
+        "half precision (4 tensors)",
+        f"{share:.1%}",
+        "Record float32 weights",
+    )
 
 
 def _barely_moving(dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
@@ -482,7 +603,8 @@ def _barely_moving(dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-# --- the task ----------------------------------------------------------------------------------------------------------
+# --- the task
+# ----------------------------------------------------------------------------------------------------------
 
 TRAIN_LOSS = '"train": Loss(F.cross_entropy, on="train")'
 TRAIN_DATA = "train = (inputs[:30], targets[:30])"
@@ -498,7 +620,11 @@ train = Data()
 
 TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     # the file
-    "syntax error": ("def task():", "def task(:", ("cannot import task", "SyntaxError", "task.py", "line")),
+    "syntax error": (
+        "def task():",
+        "def task(:",
+        ("cannot import task", "SyntaxError", "task.py", "line"),
+    ),
     "import error": (
         "import torch\n",
         "import nosuch\n",
@@ -520,9 +646,21 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("SystemExit", "set DATA", "task.py:16"),
     ),
     # the function
-    "no task()": ("def task():", "def make():", ("task.py:task", "no such function", "def task() -> Task")),
-    "task is no function": ("def task():", "task = 3\ndef make():", ("task.py:task", "def task() -> Task")),
-    "returns a dict": (RETURN, "    return dict(", ("task.py:task() returned dict, not a Task", "return Task(")),
+    "no task()": (
+        "def task():",
+        "def make():",
+        ("task.py:task", "no such function", "def task() -> Task"),
+    ),
+    "task is no function": (
+        "def task():",
+        "task = 3\ndef make():",
+        ("task.py:task", "def task() -> Task"),
+    ),
+    "returns a dict": (
+        RETURN,
+        "    return dict(",
+        ("task.py:task() returned dict, not a Task", "return Task("),
+    ),
     "returns nothing": (RETURN, "    Task(", ("returned NoneType, not a Task", "return Task(")),
     "raises": (
         RETURN,
@@ -534,13 +672,33 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         f"    raise OSError('one\\ntwo')\n{RETURN}",
         ("OSError", "one", "two"),
     ),
-    "exits": (RETURN, f"    raise SystemExit(0)\n{RETURN}", ("task.py:task()", "SystemExit", "task.py:28")),
-    "wants an argument": ("def task():", "def task(size):", ("task.py:task() raised TypeError", "'size'")),
+    "exits": (
+        RETURN,
+        f"    raise SystemExit(0)\n{RETURN}",
+        ("task.py:task()", "SystemExit", "task.py:28"),
+    ),
+    "wants an argument": (
+        "def task():",
+        "def task(size):",
+        ("task.py:task() raised TypeError", "'size'"),
+    ),
     # the Task
-    "a model made already": ("model=Net", "model=Net()", ("zero-argument factory", "got Net", "model=Net")),
+    "a model made already": (
+        "model=Net",
+        "model=Net()",
+        ("zero-argument factory", "got Net", "model=Net"),
+    ),
     "a model that is a name": ("model=Net", "model='Net'", ("zero-argument factory", "got str")),
-    "a model that raises": ("model=Net", "model=lambda: 1 / 0", ("Task.model() raised ZeroDivisionError",)),
-    "a model that is no module": ("model=Net", "model=lambda: 7", ("Task.model() returned int, not an nn.Module",)),
+    "a model that raises": (
+        "model=Net",
+        "model=lambda: 1 / 0",
+        ("Task.model() raised ZeroDivisionError",),
+    ),
+    "a model that is no module": (
+        "model=Net",
+        "model=lambda: 7",
+        ("Task.model() returned int, not an nn.Module",),
+    ),
     "no data": (
         'data={"train": train, "validation": validation}',
         "data={}",
@@ -551,13 +709,21 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "    return Task(Net, {'train': train}, {})\n    dict(",
         ("Task.losses must name at least one loss",),
     ),
-    "an unknown split": ('on="validation")', 'on="test")', ("loss 'validation'", "'test'", "'train', 'validation'")),
+    "an unknown split": (
+        'on="validation")',
+        'on="test")',
+        ("loss 'validation'", "'test'", "'train', 'validation'"),
+    ),
     "a loss that is no Loss": (
         TRAIN_LOSS,
         '"train": F.cross_entropy',
         ("losses['train'] must be a Loss", "Loss(fn, on='train')"),
     ),
-    "a Loss of nothing": (TRAIN_LOSS, '"train": Loss(on="train")', ("Loss takes one of: a function", "Loss(call=fn")),
+    "a Loss of nothing": (
+        TRAIN_LOSS,
+        '"train": Loss(on="train")',
+        ("Loss takes one of: a function", "Loss(call=fn"),
+    ),
     "a Loss of a word": (
         TRAIN_LOSS,
         '"train": Loss("mse")',
@@ -626,7 +792,11 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         '"train": Loss(call=lambda model, batch: cross_entropy(model, batch).mean())',
         ("returned a scalar", "(values, weights)"),
     ),
-    "a number": (TRAIN_LOSS, '"train": Loss(lambda outputs, targets: 3.0)', ("returned a float, not a tensor",)),
+    "a number": (
+        TRAIN_LOSS,
+        '"train": Loss(lambda outputs, targets: 3.0)',
+        ("returned a float, not a tensor",),
+    ),
     "whole numbers": (
         TRAIN_LOSS,
         '"train": Loss(lambda outputs, targets: targets)',
@@ -644,12 +814,14 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "weights of nothing": (
         TRAIN_LOSS,
-        '"train": Loss(call=lambda model, batch: (cross_entropy(model, batch), torch.zeros(len(batch[1]))))',
+        '"train": Loss(call=lambda model, batch: (cross_entropy(model, batch), '
+        "torch.zeros(len(batch[1]))))",
         ("weights", "sum to 0 ", "Give elements a weight"),
     ),
     "a loss that is random": (
         TRAIN_LOSS,
-        '"train": Loss(call=lambda model, batch: cross_entropy(model, batch) * torch.rand(len(batch[1])))',
+        '"train": Loss(call=lambda model, batch: cross_entropy(model, batch) * '
+        "torch.rand(len(batch[1])))",
         ("loss 'train' is not deterministic", "augmentation"),
     ),
     "dropout that stays on": (
@@ -664,7 +836,8 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "a mean with weights of its own": (
         TRAIN_LOSS,
-        '"train": Loss(lambda x, y, reduction="mean": F.cross_entropy(x, y, ignore_index=0, reduction=reduction))',
+        '"train": Loss(lambda x, y, reduction="mean": F.cross_entropy(x, y, ignore_index=0, '
+        "reduction=reduction))",
         ("loss 'train'", "reduction='mean'", "ignore_index", "(values, weights)"),
     ),
     "outputs and targets that are broadcast": (
@@ -692,8 +865,14 @@ PLACES = {
         "nosuch.py",
         ("task file nosuch.py does not exist", "--task FILE, FILE:FUNCTION or pkg.module:FUNCTION"),
     ),
-    "no such function": ("{task}:other", ("task.py:other", "no such function", "def task() -> Task")),
-    "no such module": ("nosuch.module:task", ("cannot import task nosuch.module", "No module named 'nosuch'")),
+    "no such function": (
+        "{task}:other",
+        ("task.py:other", "no such function", "def task() -> Task"),
+    ),
+    "no such module": (
+        "nosuch.module:task",
+        ("cannot import task nosuch.module", "No module named 'nosuch'"),
+    ),
     "a directory": ("{task.parent}", ("task file", "does not exist")),
     "nothing": ("", ("task",)),
     "a module that is not a name": ("no such task", ("cannot import task no such task",)),
@@ -709,9 +888,15 @@ def test_a_task_that_is_not_there_is_refused(place: Place, case: str) -> None:
     assert contents(place.data) == before
 
 
-def test_task_files_of_the_same_text_in_different_folders_read_their_own_neighbours(place: Place) -> None:
-    """The second model has another shape than the checkpoints: refused, not replayed with the first folder's model."""
-    text = place.task.read_text().replace("import torch\n", "from pathlib import Path\nimport torch\n", 1)
+def test_task_files_of_the_same_text_in_different_folders_read_their_own_neighbours(
+    place: Place,
+) -> None:
+    """The second model has another shape than the checkpoints: refused, not replayed with the first
+    folder's model.
+    """
+    text = place.task.read_text().replace(
+        "import torch\n", "from pathlib import Path\nimport torch\n", 1
+    )
     text = text.replace("(64, 8)", "(64, WIDTH)").replace("(8, 4)", "(WIDTH, 4)")
     for name, width in (("one", 8), ("two", 9)):
         folder = place.data.parent / name
@@ -719,29 +904,53 @@ def test_task_files_of_the_same_text_in_different_folders_read_their_own_neighbo
         (folder / "width.txt").write_text(str(width))
         read = "WIDTH = int(Path(__file__).with_name('width.txt').read_text())"
         (folder / "task.py").write_text(text.replace("class Net", f"{read}\n\n\nclass Net"))
-    assert run_lca(place.checkpoints, place.data.parent / "one" / "task.py", place.data / "one.lca").exit_code == 0
+    assert (
+        run_lca(
+            place.checkpoints, place.data.parent / "one" / "task.py", place.data / "one.lca"
+        ).exit_code
+        == 0
+    )
     place.task = place.data.parent / "two" / "task.py"
     place.refuses("'hidden.weight'", "[9, 64]")
 
 
-# --- options -----------------------------------------------------------------------------------------------------------
+# --- options
+# -----------------------------------------------------------------------------------------------------------
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "unknown loss": (("--loss", "nope"), ("no loss 'nope'", "'train', 'validation'", "--loss NAME or --loss all")),
-    "tolerance 0": (("--tolerance", "0"), ("--tolerance must be a positive number in units of loss", "got 0")),
-    "negative tolerance": (("--tolerance", "-1"), ("--tolerance must be a positive number in units of loss", "got -1")),
-    "tolerance nan": (("--tolerance", "nan"), ("--tolerance must be a positive number in units of loss", "got nan")),
+    "unknown loss": (
+        ("--loss", "nope"),
+        ("no loss 'nope'", "'train', 'validation'", "--loss NAME or --loss all"),
+    ),
+    "tolerance 0": (
+        ("--tolerance", "0"),
+        ("--tolerance must be a positive number in units of loss", "got 0"),
+    ),
+    "negative tolerance": (
+        ("--tolerance", "-1"),
+        ("--tolerance must be a positive number in units of loss", "got -1"),
+    ),
+    "tolerance nan": (
+        ("--tolerance", "nan"),
+        ("--tolerance must be a positive number in units of loss", "got nan"),
+    ),
     "allocation tolerance 0": (
         ("--allocation-tolerance", "0"),
         ("--allocation-tolerance must be a positive number in units of loss",),
     ),
     "batch size 0": (("--batch-size", "0"), ("--batch-size must be 1 or more, got 0",)),
     "negative batch size": (("--batch-size", "-3"), ("--batch-size must be 1 or more, got -3",)),
-    "batch statistics of no batch": (("--norm-stats", "batch"), ("--norm-stats batch needs --batch-size N",)),
+    "batch statistics of no batch": (
+        ("--norm-stats", "batch"),
+        ("--norm-stats batch needs --batch-size N",),
+    ),
     "workers 0": (("--workers", "0"), ("--workers must be 1 or more, got 0",)),
     "negative workers": (("--workers", "-1"), ("--workers must be 1 or more, got -1",)),
-    "unknown cluster": (("--cluster", "nonsense"), ("--cluster 'nonsense' is not known", "local, inline, tcp://")),
+    "unknown cluster": (
+        ("--cluster", "nonsense"),
+        ("--cluster 'nonsense' is not known", "local, inline, tcp://"),
+    ),
     "steps that are a word": (("--steps", "many"), ("--steps 'many' is not A:B or A:B:K", "0:500")),
     "steps that are one number": (("--steps", "30"), ("--steps '30' is not A:B or A:B:K",)),
     "steps with a minus": (("--steps", "-10:30"), ("--steps '-10:30' is not A:B or A:B:K",)),
@@ -749,13 +958,25 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "every 0-th step": (("--steps", "0:30:0"), ("--steps '0:30:0' is not A:B or A:B:K",)),
     "steps of nothing": (("--steps", ""), ("--steps '' is not A:B or A:B:K",)),
     "steps backwards": (("--steps", "40:10"), ("no checkpoint among steps 40:10", "at least two")),
-    "steps that leave one": (("--steps", "55:"), ("only one checkpoint (step 60) among steps 55:", "at least two")),
-    "pattern that is no pattern": (("--pattern", "(?P<step>"), ("--pattern", "(?P<step>", "regular expression")),
+    "steps that leave one": (
+        ("--steps", "55:"),
+        ("only one checkpoint (step 60) among steps 55:", "at least two"),
+    ),
+    "pattern that is no pattern": (
+        ("--pattern", "(?P<step>"),
+        ("--pattern", "(?P<step>", "regular expression"),
+    ),
     "pattern without a step": (("--pattern", r"(\d+)"), ("--pattern", "(?P<step>")),
-    "pattern that finds nothing": (("--pattern", r"run_(?P<step>\d+)"), ("no checkpoint", "--pattern")),
+    "pattern that finds nothing": (
+        ("--pattern", r"run_(?P<step>\d+)"),
+        ("no checkpoint", "--pattern"),
+    ),
     "rename without =": (("--rename", "out"), ("--rename 'out' is not OLD=NEW",)),
     "rename of nothing": (("--rename", "=out"), ("--rename '=out' is not OLD=NEW",)),
-    "rename that is no pattern": (("--rename", "(out=x"), ("--rename '(out=x'", "regular expression")),
+    "rename that is no pattern": (
+        ("--rename", "(out=x"),
+        ("--rename '(out=x'", "regular expression"),
+    ),
     "rename to a group that is not there": (("--rename", r"out=\2"), (r"--rename 'out=\\2'",)),
     "rename that joins two": (
         ("--rename", ".*bias=bias"),
@@ -778,9 +999,13 @@ def test_a_plan_refuses_the_options_a_run_refuses(place: Place, case: str) -> No
 
 @NO_GPU
 @pytest.mark.parametrize("cluster", ["inline", "local"])
-def test_a_gpu_that_is_not_there_is_a_failure_of_the_environment(place: Place, cluster: str) -> None:
+def test_a_gpu_that_is_not_there_is_a_failure_of_the_environment(
+    place: Place, cluster: str
+) -> None:
     options = ("--device", "cuda", "--cluster", cluster)
-    place.refuses("no GPU is visible", "--device cpu", "CUDA_VISIBLE_DEVICES", options=options, code=5)
+    place.refuses(
+        "no GPU is visible", "--device cpu", "CUDA_VISIBLE_DEVICES", options=options, code=5
+    )
 
 
 USAGE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -819,11 +1044,15 @@ def test_wrong_usage_is_one_line_like_every_other_refusal(arguments: tuple[str, 
     refused(lca(*arguments))
 
 
-# --- where the result goes ---------------------------------------------------------------------------------------------
+# --- where the result goes
+# ---------------------------------------------------------------------------------------------
 
 OUTPUTS: dict[str, Callable[[Path], object]] = {
     "a file": lambda out: out.write_text("mine"),
-    "a directory with something in it": lambda out: (out.mkdir(), (out / "mine.txt").write_text("mine")),
+    "a directory with something in it": lambda out: (
+        out.mkdir(),
+        (out / "mine.txt").write_text("mine"),
+    ),
     "an empty directory": lambda out: out.mkdir(),
 }
 
@@ -846,12 +1075,15 @@ def test_an_output_directory_that_is_a_broken_link_is_refused(place: Place) -> N
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 99}', '{"format": 1}'])
-def test_a_run_directory_whose_record_cannot_be_read_is_left_alone(finished: Place, text: str) -> None:
+def test_a_run_directory_whose_record_cannot_be_read_is_left_alone(
+    finished: Place, text: str
+) -> None:
     (finished.out / "run.json").write_text(text)
     finished.refuses(str(finished.out), code=1)
 
 
-# --- resuming with something else than recorded ------------------------------------------------------------------------
+# --- resuming with something else than recorded
+# ------------------------------------------------------------------------
 
 SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "rule": (("--rule", "left"), ("--rule simpson", "left")),
@@ -885,7 +1117,10 @@ def test_a_setting_other_than_recorded_is_refused_by_name(recorded: Place, case:
 
 
 def test_a_setting_as_recorded_is_no_other_setting(recorded: Place) -> None:
-    assert recorded.run("--rule", "simpson", "--tolerance", "0.001", "--keep", "parameters").exit_code == 0
+    assert (
+        recorded.run("--rule", "simpson", "--tolerance", "0.001", "--keep", "parameters").exit_code
+        == 0
+    )
 
 
 OTHER_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
@@ -899,7 +1134,10 @@ OTHER_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] =
     ),
     "a middle step missing": (lambda ck: step_file(ck, MIDDLE).unlink(), ("step 30 is missing",)),
     "the first step missing": (lambda ck: step_file(ck, STEPS[0]).unlink(), ("step 0 is missing",)),
-    "the last step missing": (lambda ck: step_file(ck, STEPS[-1]).unlink(), ("step 60 is missing",)),
+    "the last step missing": (
+        lambda ck: step_file(ck, STEPS[-1]).unlink(),
+        ("step 60 is missing",),
+    ),
     "a step inserted in the middle": (
         lambda ck: write_step(ck, 35, iterates()[0]),
         ("step 35 is new", "before step 40"),
@@ -925,8 +1163,16 @@ OTHER_LOSSES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         '"train": Loss(F.cross_entropy, on="validation")',
         ("its on was train, now validation",),
     ),
-    "another kind": (TRAIN_LOSS, '"train": Loss(call=cross_entropy)', ("its kind was function, now call",)),
-    "fewer data": (TRAIN_DATA, "train = (inputs[:29], targets[:29])", ("its examples was 30, now 29",)),
+    "another kind": (
+        TRAIN_LOSS,
+        '"train": Loss(call=cross_entropy)',
+        ("its kind was function, now call",),
+    ),
+    "fewer data": (
+        TRAIN_DATA,
+        "train = (inputs[:29], targets[:29])",
+        ("its examples was 30, now 29",),
+    ),
     "other data": (
         TRAIN_DATA,
         "train = (inputs[10:], targets[10:])",
@@ -945,7 +1191,8 @@ def test_another_loss_under_a_recorded_name_is_refused(recorded: Place, case: st
 OTHER_TASK = (
     "def task():",
     "def other():\n"
-    "    return Task(model=Net, data={'train': train}, losses={'train': Loss(F.multi_margin_loss)})\n\n\ndef task():",
+    "    return Task(model=Net, data={'train': train}, losses={'train': "
+    "Loss(F.multi_margin_loss)})\n\n\ndef task():",
 )
 
 
@@ -953,10 +1200,16 @@ def test_another_function_of_the_same_file_is_another_task(place: Place) -> None
     write_task(place.task, *OTHER_TASK)
     assert place.run().exit_code == 0
     result = run_lca(place.checkpoints, f"{place.task}:other", place.out)
-    refused(result, "loss 'train' is not the one recorded", "value and gradient norm at the first checkpoint")
+    refused(
+        result,
+        "loss 'train' is not the one recorded",
+        "value and gradient norm at the first checkpoint",
+    )
 
 
-def test_a_module_that_was_edited_is_looked_at_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_was_edited_is_looked_at_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(place.task.parent)
     module = write_task(place.task.parent / "edited_task_module.py")
     assert run_lca(place.checkpoints, "edited_task_module:task", place.out).exit_code == 0
@@ -964,7 +1217,11 @@ def test_a_module_that_was_edited_is_looked_at_again(place: Place, monkeypatch: 
     sys.modules.pop(module.stem)  # as in a new process
     state._STATES.clear()
     result = run_lca(place.checkpoints, "edited_task_module:task", place.out)
-    refused(result, "loss 'train' is not the one recorded", "value and gradient norm at the first checkpoint")
+    refused(
+        result,
+        "loss 'train' is not the one recorded",
+        "value and gradient norm at the first checkpoint",
+    )
 
 
 def test_a_comment_in_the_task_file_disturbs_nothing(recorded: Place) -> None:
@@ -977,7 +1234,8 @@ def test_another_model_than_recorded_is_refused(recorded: Place) -> None:
     recorded.refuses("'hidden.bias'", "not in the task's model")
 
 
-# --- no space ----------------------------------------------------------------------------------------------------------
+# --- no space
+# ----------------------------------------------------------------------------------------------------------
 
 
 class SmallDisk:
@@ -989,7 +1247,10 @@ class SmallDisk:
 
     def mount(self, options: str) -> None:
         made = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", self.path], capture_output=True, text=True, check=False
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", self.path],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if made.returncode:
             pytest.skip(f"cannot mount a small tmpfs: {made.stderr.strip()}")
@@ -1025,11 +1286,17 @@ def on_disk(place: Place, disk: SmallDisk) -> Place:
 
 
 def _completes_as(place: Place, clean_run: Path) -> None:
-    """Run again, the run is complete, equal to one that never lacked space, and holds nothing temporary."""
+    """Run again, the run is complete, equal to one that never lacked space, and holds nothing
+    temporary.
+    """
     result = place.run()
     assert result.exit_code == 0, result.stderr
     assert contents(place.out / "data.zarr") == contents(clean_run / "run.lca" / "data.zarr")
-    left = [path for path in place.out.parent.rglob("*") if ".partial" in path.name or path.name.endswith(".tmp")]
+    left = [
+        path
+        for path in place.out.parent.rglob("*")
+        if ".partial" in path.name or path.name.endswith(".tmp")
+    ]
     assert left == []
 
 
@@ -1046,11 +1313,16 @@ def test_a_result_that_cannot_fit_is_refused_up_front_with_bytes_needed_and_free
 
 @pytest.mark.parametrize("kibibytes", [192, 256, 320, 384, 448, 512, 576, 1024])
 def test_on_a_disk_somebody_else_fills_a_run_is_whole_or_says_there_is_no_space(
-    on_disk: Place, disk: SmallDisk, clean_run: Path, monkeypatch: pytest.MonkeyPatch, kibibytes: int
+    on_disk: Place,
+    disk: SmallDisk,
+    clean_run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kibibytes: int,
 ) -> None:
     disk.mount(f"size={kibibytes}k")
     with monkeypatch.context() as patch:
-        patch.setattr("lca_posthoc.store.required_bytes", lambda *_: 0)  # as if the space went after the check
+        # as if the space went after the check
+        patch.setattr("lca_posthoc.store.required_bytes", lambda *_: 0)
         result = on_disk.run()
     if result.exit_code:
         refused(result, "no space", code=5)
@@ -1066,7 +1338,8 @@ def test_space_that_runs_out_while_a_run_is_created_leaves_nothing_in_the_way(
     disk.mount(f"size={kibibytes}k")
     options = ("--steps", "0:10")
     with monkeypatch.context() as patch:
-        patch.setattr("lca_posthoc.store.required_bytes", lambda *_: 0)  # as if the space went after the check
+        # as if the space went after the check
+        patch.setattr("lca_posthoc.store.required_bytes", lambda *_: 0)
         result = on_disk.run(*options)
     if result.exit_code:
         refused(result, "no space", code=5)
@@ -1118,10 +1391,14 @@ def test_space_that_runs_out_while_a_loss_is_added_leaves_the_others_readable(
         refused(on_disk.run("--loss", "all"), "no space left", code=5)
     assert lca("summary", on_disk.out, "--json").stdout == before
     disk.free()
-    assert set(document(on_disk.run("--loss", "all", "--json"))["losses"]) == {"train", "validation"}
+    assert set(document(on_disk.run("--loss", "all", "--json"))["losses"]) == {
+        "train",
+        "validation",
+    }
 
 
-# --- tracebacks, and commands that read a run --------------------------------------------------------------------------
+# --- tracebacks, and commands that read a run
+# --------------------------------------------------------------------------
 
 
 def test_a_traceback_is_shown_when_asked_for(place: Place) -> None:
@@ -1145,7 +1422,9 @@ NOT_RUNS: dict[str, Callable[[Path], object]] = {
 def test_what_is_not_a_run_cannot_be_read_as_one(tmp_path: Path, command: str, case: str) -> None:
     NOT_RUNS[case](tmp_path / "it")
     before = contents(tmp_path)
-    refused(lca(command, tmp_path / "it"), str(tmp_path / "it"), "is not a run directory", "lca run")
+    refused(
+        lca(command, tmp_path / "it"), str(tmp_path / "it"), "is not a run directory", "lca run"
+    )
     assert contents(tmp_path) == before
 
 
@@ -1153,7 +1432,9 @@ def test_what_is_not_a_run_cannot_be_read_as_one(tmp_path: Path, command: str, c
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"format": 99}', '{"format": 1}', '{"format": 1, "tensors": 3}']
 )
-def test_a_run_whose_record_is_damaged_is_a_failure_that_names_it(finished: Place, command: str, text: str) -> None:
+def test_a_run_whose_record_is_damaged_is_a_failure_that_names_it(
+    finished: Place, command: str, text: str
+) -> None:
     (finished.out / "run.json").write_text(text)
     refused(lca(command, finished.out), str(finished.out), code=1)
 

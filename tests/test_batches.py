@@ -1,4 +1,6 @@
-"""Data of every kind as batches: the same bits whatever serves them, in order or by group, kept or streamed, whole or in part."""
+"""Data of every kind as batches: the same bits whatever serves them, in order or by group, kept or
+streamed, whole or in part.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,9 @@ INDEXED: dict[str, Callable[[], Any]] = {
     "a map-style data set": lambda: Items(ITEMS),
     "a data set read at once": lambda: AtOnce(ITEMS),
     "a list of examples": lambda: ITEMS,
-    "a shuffling loader": lambda: DataLoader(TensorDataset(INPUTS, TARGETS), 5, shuffle=True, drop_last=True),
+    "a shuffling loader": lambda: DataLoader(
+        TensorDataset(INPUTS, TARGETS), 5, shuffle=True, drop_last=True
+    ),
     "a loader that collates": lambda: DataLoader(Items(ITEMS), 4, collate_fn=stacked),
     "a loader that cuts batches": lambda: DataLoader(
         Items(ITEMS), batch_sampler=BatchSampler(SequentialSampler(ITEMS), 5, False)
@@ -125,7 +129,14 @@ ITERABLE: dict[str, Callable[[], Any]] = {
     "Hugging Face, iterable": lambda: hugging_face().to_iterable_dataset(),
 }
 EVERY = {**INDEXED, **ITERABLE}
-SUBSETS = {None: range(N), "3:17": range(3, 17), ":4": range(4), "20:": range(20, N), "5,2,9": (5, 2, 9), "7:8": (7,)}
+SUBSETS = {
+    None: range(N),
+    "3:17": range(3, 17),
+    ":4": range(4),
+    "20:": range(20, N),
+    "5,2,9": (5, 2, 9),
+    "7:8": (7,),
+}
 
 
 def columns(batch: Any) -> list[Tensor]:
@@ -140,7 +151,9 @@ def assert_same(found: Iterable[tuple[int, Any]], wanted: Iterable[tuple[int, An
             assert torch.equal(one, other)
 
 
-def naive(positions: Iterable[int], size: int, labels: list[Any] | None = None) -> list[tuple[int, Any]]:
+def naive(
+    positions: Iterable[int], size: int, labels: list[Any] | None = None
+) -> list[tuple[int, Any]]:
     """What batches are: examples in order, group after group, cut."""
     positions = list(positions)
     labels = [labels[each] for each in positions] if labels else [0] * len(positions)
@@ -159,12 +172,15 @@ def share(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> fl
     return float(request.param)
 
 
-# --- the same batches, whatever serves them ----------------------------------------------------------------------------
+# --- the same batches, whatever serves them
+# ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("subset", SUBSETS)
-def test_every_kind_of_data_gives_the_batches_of_tensors(kind: str, subset: str | None, share: float) -> None:
+def test_every_kind_of_data_gives_the_batches_of_tensors(
+    kind: str, subset: str | None, share: float
+) -> None:
     split = split_of(EVERY[kind](), subset)
     positions = list(SUBSETS[subset])
     if kind in ITERABLE and share == 0:
@@ -179,7 +195,9 @@ def test_every_kind_of_data_gives_the_batches_of_tensors(kind: str, subset: str 
 
 @pytest.mark.parametrize("kind", INDEXED)
 @pytest.mark.parametrize("subset", SUBSETS)
-def test_every_kind_of_data_gives_the_groups_of_tensors(kind: str, subset: str | None, share: float) -> None:
+def test_every_kind_of_data_gives_the_groups_of_tensors(
+    kind: str, subset: str | None, share: float
+) -> None:
     split = split_of(EVERY[kind](), subset)
     order = split.order(TARGETS)
     for size in (2, 2, 3):
@@ -193,7 +211,9 @@ def test_iterable_data_that_is_kept_has_groups(kind: str) -> None:
     assert_same(split.batches(2, split.order(TARGETS)), naive(range(N), 2, TARGETS.tolist()))
 
 
-def test_batches_hold_every_example_once_in_the_dtype_asked_for_the_last_one_smaller(share: float) -> None:
+def test_batches_hold_every_example_once_in_the_dtype_asked_for_the_last_one_smaller(
+    share: float,
+) -> None:
     split = split_of((INPUTS, TARGETS), dtype=torch.float64)
     for size in (1, 7, N, N + 3, 7):
         for _ in range(2):
@@ -208,7 +228,8 @@ def test_text_and_numbers_beside_tensors_are_handed_on() -> None:
     assert split.sample(0, 2)["text"] == ["0", "1"]
 
 
-# --- kept or streamed --------------------------------------------------------------------------------------------------
+# --- kept or streamed
+# --------------------------------------------------------------------------------------------------
 
 
 class Example:
@@ -219,9 +240,13 @@ class Example:
 
 
 class Counting(Items):
-    """Makes examples when they are read, and knows how many are alive and how often any was read."""
+    """Makes examples when they are read, and knows how many are alive and how often any was
+    read.
+    """
 
-    def __init__(self, make: Callable[[int], Any] = lambda index: torch.full((3,), float(index))) -> None:
+    def __init__(
+        self, make: Callable[[int], Any] = lambda index: torch.full((3,), float(index))
+    ) -> None:
         self.alive, self.most, self.reads, self.make = weakref.WeakSet[Any](), 0, 0, make
 
     def __len__(self) -> int:
@@ -235,10 +260,13 @@ class Counting(Items):
 
 
 @pytest.mark.parametrize("room", [0, 200])
-def test_data_larger_than_its_room_is_never_held_entirely(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_larger_than_its_room_is_never_held_entirely(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(batches, "room_on", lambda device: room * sys.getsizeof(Example(0)))
     data = Counting(Example)
-    split = split_of(DataLoader(data, collate_fn=list))  # a batch is its examples, so that they live as long as it does
+    # a batch is its examples, so that they live as long as it does
+    split = split_of(DataLoader(data, collate_fn=list))
     for passes in (1, 2):
         for taken, (_, batch) in enumerate(split.batches(10)):
             assert [each.index for each in batch] == list(range(10 * taken, 10 * taken + 10))
@@ -253,7 +281,13 @@ def test_resident_batches_are_read_once_group_by_group() -> None:
     data = Counting()
     split = split_of(data)
     order = split.order([index % 4 for index in range(400)])
-    for only, reads in ((range(1, 2), 100), (range(1, 3), 200), (range(1, 3), 200), (None, 400), (None, 400)):
+    for only, reads in (
+        (range(1, 2), 100),
+        (range(1, 3), 200),
+        (range(1, 3), 200),
+        (None, 400),
+        (None, 400),
+    ):
         found = list(split.batches(7, order, only))
         assert data.reads == reads
         assert [group for group, _ in found] == sorted(group for group, _ in found)
@@ -272,7 +306,9 @@ def test_what_is_resident_never_exceeds_its_share(monkeypatch: pytest.MonkeyPatc
     assert data.reads == 200  # of four groups of 100 examples, two fit
 
 
-def test_a_pass_that_is_left_early_reads_no_more_and_leaves_the_next_one_whole(share: float) -> None:
+def test_a_pass_that_is_left_early_reads_no_more_and_leaves_the_next_one_whole(
+    share: float,
+) -> None:
     data = Counting()
     split = split_of(data)
     passing = split.batches(2)
@@ -306,7 +342,11 @@ def test_every_pass_is_read_by_the_one_thread_that_reads() -> None:
 def test_two_passes_at_once_do_not_disturb_each_other(share: float) -> None:
     split = split_of(Items(ITEMS))
     order = split.order(TARGETS)
-    for other in (lambda: split.batches(2), lambda: split.batches(2, order), lambda: split.batches(3)):
+    for other in (
+        lambda: split.batches(2),
+        lambda: split.batches(2, order),
+        lambda: split.batches(3),
+    ):
         one, two = zip(*zip(split.batches(2), other(), strict=False), strict=True)
         assert_same(one, naive(range(N), 2)[: len(one)])
         assert_same(two, list(other())[: len(two)])
@@ -325,12 +365,16 @@ def test_an_error_on_the_way_surfaces_after_the_batches_before_it(share: float) 
     passing = split_of(Damaged(ITEMS)).batches(4)
     assert_same([next(passing), next(passing)], naive(range(8), 4))
     with pytest.raises(
-        InputError, match=r"4 examples of split 'train', from 8 to 11, .*ValueError: image 11 is damaged"
+        InputError,
+        match=r"4 examples of split 'train', from 8 to 11, .*ValueError: image 11 is "
+        r"damaged",
     ):
         next(passing)
 
 
-@pytest.mark.parametrize("error", [MemoryError("no room"), InputError("asked for"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [MemoryError("no room"), InputError("asked for"), KeyboardInterrupt()]
+)
 def test_errors_that_say_enough_surface_unchanged(error: BaseException) -> None:
     data = Damaged(ITEMS)
     data.error = error
@@ -345,7 +389,8 @@ def test_no_gradient_flows_into_data(share: float) -> None:
     assert not any(batch[0].requires_grad for _, batch in split.batches(4))
 
 
-# --- iterable data -----------------------------------------------------------------------------------------------------
+# --- iterable data
+# -----------------------------------------------------------------------------------------------------
 
 
 def shuffled(_: int) -> list[Any]:
@@ -353,11 +398,20 @@ def shuffled(_: int) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "give", [shuffled, lambda count: [] if count > 1 else ITEMS, lambda count: [(x + count, y) for x, y in ITEMS]]
+    "give",
+    [
+        shuffled,
+        lambda count: [] if count > 1 else ITEMS,
+        lambda count: [(x + count, y) for x, y in ITEMS],
+    ],
 )
-def test_iterable_data_that_differs_when_read_again_is_refused(give: Callable[[int], Any], share: float) -> None:
+def test_iterable_data_that_differs_when_read_again_is_refused(
+    give: Callable[[int], Any], share: float
+) -> None:
     with pytest.raises(
-        InputError, match=r"split 'train' gives other examples when it is read again\. Seed the generator"
+        InputError,
+        match=r"split 'train' gives other examples when it is read again\. Seed the "
+        r"generator",
     ):
         split_of(Stream(give))
 
@@ -367,7 +421,10 @@ def test_iterable_data_that_differs_when_read_again_is_refused(give: Callable[[i
     [
         (lambda count: ITEMS[: N - (count > 2)], "fewer examples than the 23 of its first pass"),
         (lambda count: ITEMS + ITEMS[: count > 2], "more examples than the 23 of its first pass"),
-        (lambda count: ITEMS[:-1] + ITEMS[: 1 + (count > 3)][-1:], "other examples than the 23 of its first pass"),
+        (
+            lambda count: ITEMS[:-1] + ITEMS[: 1 + (count > 3)][-1:],
+            "other examples than the 23 of its first pass",
+        ),
     ],
 )
 def test_a_later_pass_that_differs_is_refused(
@@ -406,20 +463,30 @@ def test_an_error_inside_iterable_data_names_the_split() -> None:
         split_of(Stream(give))
 
 
-# --- groups ------------------------------------------------------------------------------------------------------------
+# --- groups
+# ------------------------------------------------------------------------------------------------------------
 
 NAMES = ["b", "a", "c"]
 GROUPINGS: dict[str, tuple[Any, list[Any]]] = {
     "a tensor": (TARGETS, TARGETS.tolist()),
     "an array of small integers": (TARGETS.numpy().astype(np.int8), TARGETS.tolist()),
-    "a list of integers": ([-each for each in TARGETS.tolist()], [-each for each in TARGETS.tolist()]),
+    "a list of integers": (
+        [-each for each in TARGETS.tolist()],
+        [-each for each in TARGETS.tolist()],
+    ),
     "strings": ([NAMES[each % 3] for each in range(N)], [NAMES[each % 3] for each in range(N)]),
-    "an array of strings": (np.array(NAMES)[np.arange(N) % 3], [NAMES[each % 3] for each in range(N)]),
+    "an array of strings": (
+        np.array(NAMES)[np.arange(N) % 3],
+        [NAMES[each % 3] for each in range(N)],
+    ),
     "bools": (TARGETS == 1, [int(each == 1) for each in TARGETS.tolist()]),
     "bools and integers": ([True, 0, 2] * 7 + [False, 1], [1, 0, 2] * 7 + [0, 1]),
     "numpy scalars": (list(TARGETS.numpy()), TARGETS.tolist()),
     "scalar tensors": (list(TARGETS), TARGETS.tolist()),
-    "a function giving a tensor": (lambda inputs, targets: targets % 2, [each % 2 for each in TARGETS.tolist()]),
+    "a function giving a tensor": (
+        lambda inputs, targets: targets % 2,
+        [each % 2 for each in TARGETS.tolist()],
+    ),
     "a function giving an array": (
         lambda inputs, targets: targets.numpy() > 1,
         [each > 1 for each in TARGETS.tolist()],
@@ -433,7 +500,9 @@ GROUPINGS: dict[str, tuple[Any, list[Any]]] = {
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("subset", ["2:21", None, "0.5@3"])
-def test_groups_are_what_they_are_called(grouping: str, subset: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_are_what_they_are_called(
+    grouping: str, subset: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(batches, "_GROUPED_AT_ONCE", 5)
     group_by, labels = GROUPINGS[grouping]
     split = split_of((INPUTS, TARGETS), subset)
@@ -501,7 +570,8 @@ BAD_GROUPS: dict[str, tuple[Any, str]] = {
 def test_groups_that_are_none_are_refused(case: str) -> None:
     group_by, message = BAD_GROUPS[case]
     with pytest.raises(
-        InputError, match=f"group_by on split 'train' gave {message}.*one integer or string for every example"
+        InputError,
+        match=f"group_by on split 'train' gave {message}.*one integer or string for every example",
     ):
         split_of((INPUTS, TARGETS)).order(group_by)
 
@@ -528,14 +598,18 @@ def rare(inputs: Tensor, targets: Tensor) -> list[str]:
 
 
 @pytest.mark.parametrize("subset", [None, "2:21", "0.5@3"])
-@pytest.mark.parametrize("group_by", [lambda inputs, targets: targets, rare], ids=["classes", "a rare label"])
+@pytest.mark.parametrize(
+    "group_by", [lambda inputs, targets: targets, rare], ids=["classes", "a rare label"]
+)
 def test_a_function_of_batches_that_are_reordered_is_refused_and_a_list_is_not(
     group_by: Callable[..., Any], subset: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batches, "_ALONE", 4)
     split = split_of(DataLoader(Items(ITEMS), collate_fn=by_sum), subset)
     with pytest.raises(
-        InputError, match=r"group_by on split 'train' gives labels in another order.*whole split.* as a list"
+        InputError,
+        match=r"group_by on split 'train' gives labels in another order.*whole split.* "
+        r"as a list",
     ):
         split.order(group_by)
     labels = group_by(INPUTS, TARGETS)
@@ -543,12 +617,16 @@ def test_a_function_of_batches_that_are_reordered_is_refused_and_a_list_is_not(
     chosen = batches.chosen(subset, N)
     positions = range(N) if chosen is None else chosen.tolist()
     for label, members in zip(order.labels, order.members, strict=True):
-        assert [positions[at] for at in members.tolist()] == [at for at in positions if labels[at] == label]
+        assert [positions[at] for at in members.tolist()] == [
+            at for at in positions if labels[at] == label
+        ]
 
 
 def test_a_label_that_depends_on_the_examples_beside_it_is_refused() -> None:
     with pytest.raises(InputError, match="a label depends on the examples beside it"):
-        split_of((INPUTS, TARGETS)).order(lambda inputs, targets: inputs[:, 0] > inputs[:, 0].median())
+        split_of((INPUTS, TARGETS)).order(
+            lambda inputs, targets: inputs[:, 0] > inputs[:, 0].median()
+        )
 
 
 def test_examples_that_cannot_be_collated_alone_have_groups() -> None:
@@ -556,7 +634,8 @@ def test_examples_that_cannot_be_collated_alone_have_groups() -> None:
     assert split.order(lambda inputs, targets: targets).counts == torch.bincount(TARGETS).tolist()
 
 
-# --- subsets -----------------------------------------------------------------------------------------------------------
+# --- subsets
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_random_subset_is_drawn_by_its_seed_in_random_order() -> None:
@@ -594,11 +673,14 @@ def test_a_random_subset_is_drawn_by_its_seed_in_random_order() -> None:
     ],
 )
 def test_subsets_that_choose_nothing_are_refused(subset: str, problem: str) -> None:
-    with pytest.raises(InputError, match=f"--subset '{re.escape(subset)}' .*{problem}.*A:B.*I,J,K.*FRACTION@SEED"):
+    with pytest.raises(
+        InputError, match=f"--subset '{re.escape(subset)}' .*{problem}.*A:B.*I,J,K.*FRACTION@SEED"
+    ):
         split_of((INPUTS, TARGETS), subset)
 
 
-# --- the digest --------------------------------------------------------------------------------------------------------
+# --- the digest
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_the_digest_tells_data_apart_and_not_its_container() -> None:
@@ -623,12 +705,15 @@ def test_the_digest_tells_data_apart_and_not_its_container() -> None:
 
 def test_the_digest_knows_how_many_examples_there_are_and_the_subset() -> None:
     long = torch.zeros(600, 2)
-    digests = {split_of((long[:count],)).digest for count in (300, 301)} | {split_of((long,), "0:299").digest}
+    digests = {split_of((long[:count],)).digest for count in (300, 301)} | {
+        split_of((long,), "0:299").digest
+    }
     assert len(digests) == 3
     assert split_of((long,)).digest != split_of((long.int(),)).digest
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------------
+# --- what is refused
+# ---------------------------------------------------------------------------------------------------
 
 
 def loader(**options: Any) -> Callable[[], Any]:
@@ -642,10 +727,16 @@ class Halves(BatchSampler):
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a number": (lambda: 7, r"is a int\. Give \(inputs, targets\) tensors.*map-style Dataset"),
     "an iterator": (lambda: iter(ITEMS), "is a list_iterator, which can be read only once"),
-    "a generator": (lambda: (each for each in ITEMS), "is a generator, which can be read only once"),
+    "a generator": (
+        lambda: (each for each in ITEMS),
+        "is a generator, which can be read only once",
+    ),
     "nothing": (lambda: (), r"is a tuple\. Give"),
     "a list of columns": (lambda: [INPUTS, TARGETS], "is a list of Tensor"),
-    "columns of arrays": (lambda: {"x": INPUTS.numpy(), "y": TARGETS}, "is a dict of Tensor, ndarray"),
+    "columns of arrays": (
+        lambda: {"x": INPUTS.numpy(), "y": TARGETS},
+        "is a dict of Tensor, ndarray",
+    ),
     "columns without an extent": (lambda: (INPUTS, torch.tensor(1)), "is a tuple of Tensor"),
     "a set": (lambda: {1, 2}, "is a set"),
     "a class": (lambda: Items, "is a type"),
@@ -653,14 +744,30 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: pytest.importorskip("datasets").DatasetDict({"train": hugging_face()}),
         "is a DatasetDict of Dataset",
     ),
-    "lengths": (lambda: {"x": INPUTS, "y": TARGETS[:9]}, r"different lengths: \[9, 23\]\. .*one target per input"),
+    "lengths": (
+        lambda: {"x": INPUTS, "y": TARGETS[:9]},
+        r"different lengths: \[9, 23\]\. .*one "
+        r"target per input",
+    ),
     "no examples": (lambda: (INPUTS[:0], TARGETS[:0]), "is empty"),
     "no iterable examples": (lambda: Stream(lambda count: []), "is empty"),
-    "weights": (loader(sampler=WeightedRandomSampler([1.0] * N, N)), "whose WeightedRandomSampler selects or weighs"),
-    "indices": (loader(sampler=SubsetRandomSampler([1, 2])), r"SubsetRandomSampler.*Subset\(dataset, indices\)"),
-    "replacement": (loader(sampler=RandomSampler(ITEMS, replacement=True)), "whose RandomSampler selects"),
+    "weights": (
+        loader(sampler=WeightedRandomSampler([1.0] * N, N)),
+        "whose WeightedRandomSampler selects or weighs",
+    ),
+    "indices": (
+        loader(sampler=SubsetRandomSampler([1, 2])),
+        r"SubsetRandomSampler.*Subset\(dataset, indices\)",
+    ),
+    "replacement": (
+        loader(sampler=RandomSampler(ITEMS, replacement=True)),
+        "whose RandomSampler selects",
+    ),
     "a draw": (loader(sampler=RandomSampler(ITEMS, num_samples=5)), "whose RandomSampler selects"),
-    "the first of them": (loader(sampler=SequentialSampler(range(5))), "whose SequentialSampler selects"),
+    "the first of them": (
+        loader(sampler=SequentialSampler(range(5))),
+        "whose SequentialSampler selects",
+    ),
     "batches of indices": (
         loader(batch_sampler=BatchSampler(SubsetRandomSampler([1, 2]), 2, False)),
         "whose SubsetRandomSampler",
@@ -684,8 +791,12 @@ def test_data_that_is_not_served_is_refused(case: str) -> None:
 def test_examples_of_different_shapes_are_refused_with_the_way_out(format_: str | None) -> None:
     ragged = hugging_face({"x": [[1], [1, 2]], "y": [0, 1]}).with_format(format_)
     with pytest.raises(
-        InputError, match=r"column 'x' of split 'train' .*Pad them, or give DataLoader\(dataset, collate_fn"
+        InputError,
+        match=r"column 'x' of split 'train' .*Pad them, or give DataLoader\(dataset, "
+        r"collate_fn",
     ):
         split_of(ragged).sample(0, 2)
-    padded = DataLoader(ragged, collate_fn=lambda rows: default_collate([int(row["y"]) for row in rows]))
+    padded = DataLoader(
+        ragged, collate_fn=lambda rows: default_collate([int(row["y"]) for row in rows])
+    )
     assert split_of(padded).sample(0, 2).tolist() == [0, 1]

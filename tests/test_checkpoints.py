@@ -1,4 +1,6 @@
-"""Checkpoints people have, read as they are: what transformers writes, adapters over a frozen base, series spaced by powers of two."""
+"""Checkpoints people have, read as they are: what transformers writes, adapters over a frozen base,
+series spaced by powers of two.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,15 @@ def same_numbers(one: Run, other: Run) -> None:
 
 
 def near_the_oracle(
-    made: Run, judge: Oracle, points: list[Mapping[str, Tensor]], bound: float = 1e-5, rule: str = "simpson"
+    made: Run,
+    judge: Oracle,
+    points: list[Mapping[str, Tensor]],
+    bound: float = 1e-5,
+    rule: str = "simpson",
 ) -> None:
-    """Losses, and Σ|A − A*| of every tensor that has a variable; the others are constants of the definition too."""
+    """Losses, and Σ|A − A*| of every tensor that has a variable; the others are constants of the
+    definition too.
+    """
     truth = judge.allocate(points, *RULES[rule])
     steps, found = made["train"].steps, arrays(made["train"].allocation)
     np.testing.assert_allclose(steps.loss_start, truth.losses[:-1], rtol=1e-5)
@@ -58,14 +66,17 @@ def near_the_oracle(
         assert error <= bound * max(float(exact.abs().sum()), 1e-5 * whole), name
 
 
-# --- what transformers writes ----------------------------------------------------------------------------------------------
+# --- what transformers writes
+# ----------------------------------------------------------------------------------------------
 
 TOKENS = torch.randint(0, 31, (12, 8), generator=torch.Generator().manual_seed(0))
 
 
 def gpt2() -> GPT2LMHeadModel:
     """Its head is tied to its embedding."""
-    config = GPT2Config(vocab_size=31, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=31, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
     return GPT2LMHeadModel(config)
 
 
@@ -86,7 +97,9 @@ def trained(save: Callable[[GPT2LMHeadModel, int], object]) -> None:
 
 
 @pytest.mark.parametrize("shard", ["5GB", "2KB"], ids=["one file", "shards"])
-def test_a_tied_model_as_transformers_saves_it_gives_the_bits_of_recorded_iterates(tmp_path: Path, shard: str) -> None:
+def test_a_tied_model_as_transformers_saves_it_gives_the_bits_of_recorded_iterates(
+    tmp_path: Path, shard: str
+) -> None:
     points: list[dict[str, Tensor]] = []
 
     def save(model: GPT2LMHeadModel, step: int) -> None:
@@ -107,11 +120,14 @@ def test_a_tied_model_as_transformers_saves_it_gives_the_bits_of_recorded_iterat
 
 def test_the_command_line_replays_a_trainers_directory(tmp_path: Path) -> None:
     trained(
-        lambda model, step: model.save_pretrained(tmp_path / "trainer" / f"checkpoint-{step}", max_shard_size="2KB")
+        lambda model, step: model.save_pretrained(
+            tmp_path / "trainer" / f"checkpoint-{step}", max_shard_size="2KB"
+        )
     )
     task = tmp_path / "task.py"
     task.write_text(
-        "from lca_posthoc import Loss, Task\nfrom tests.test_checkpoints import TOKENS, gpt2, language\n\n\n"
+        "from lca_posthoc import Loss, Task\nfrom tests.test_checkpoints import TOKENS, gpt2, "
+        "language\n\n\n"
         "def task():\n    return Task(gpt2, {'train': (TOKENS,)}, {'train': Loss(call=language)})\n"
     )
     result = run_lca(tmp_path / "trainer", task, tmp_path / "run")
@@ -119,13 +135,16 @@ def test_the_command_line_replays_a_trainers_directory(tmp_path: Path) -> None:
     says(result.stdout, "transformer.wte")
 
 
-# --- adapters ------------------------------------------------------------------------------------------------------------
+# --- adapters
+# ------------------------------------------------------------------------------------------------------------
 
 INPUTS, TARGETS = task_namespace()["train"]
 
 
 class Low(nn.Module):
-    """A linear layer that stays as it is, and a product of low rank beside it, named as peft names them."""
+    """A linear layer that stays as it is, and a product of low rank beside it, named as peft names
+    them.
+    """
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -138,7 +157,9 @@ class Low(nn.Module):
 
 
 class Tuned(nn.Module):
-    """A base from a seed, which gives other numbers where float64 is the default; under `base_model.model`, as in peft."""
+    """A base from a seed, which gives other numbers where float64 is the default; under
+    `base_model.model`, as in peft.
+    """
 
     def __init__(self, train_all: bool = False) -> None:
         super().__init__()
@@ -158,8 +179,16 @@ class Tuned(nn.Module):
         return inner.out(torch.tanh(inner.hidden(inputs)))
 
 
-BASE = [f"base_model.model.{layer}.base_layer.{part}" for layer in ("hidden", "out") for part in ("weight", "bias")]
-ADAPTERS = {f"base_model.model.{layer}.lora_{side}.default.weight" for layer in ("hidden", "out") for side in "AB"}
+BASE = [
+    f"base_model.model.{layer}.base_layer.{part}"
+    for layer in ("hidden", "out")
+    for part in ("weight", "bias")
+]
+ADAPTERS = {
+    f"base_model.model.{layer}.lora_{side}.default.weight"
+    for layer in ("hidden", "out")
+    for side in "AB"
+}
 RENAME = [r"\.lora_([AB])\.=.lora_\1.default."]
 
 
@@ -173,7 +202,9 @@ def tuned_task(build: Callable[[], nn.Module] = Tuned, **more: Any) -> Task:
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps of tuning, each as peft saves it: the adapter's tensors alone, without the adapter's name."""
+    """Four steps of tuning, each as peft saves it: the adapter's tensors alone, without the
+    adapter's name.
+    """
     root = tmp_path_factory.mktemp("tuned")
     torch.manual_seed(1)
     model = Tuned()
@@ -198,23 +229,38 @@ def whole(directory: Path) -> list[Mapping[str, Tensor]]:
 def test_adapters_alone_are_replayed_over_the_frozen_base_the_task_builds(
     tmp_path: Path, tuned: Path, precision: str
 ) -> None:
-    made, notes = replayed(tuned / "peft", tuned_task(), tmp_path / "run", rename=RENAME, precision=precision)
+    made, notes = replayed(
+        tuned / "peft", tuned_task(), tmp_path / "run", rename=RENAME, precision=precision
+    )
     assert set(arrays(made["train"].allocation)) == ADAPTERS
     (note,) = notes
-    says(note, "no checkpoint holds", repr(BASE[0]), "and 1 more", "frozen in the task's model", "as it builds them")
+    says(
+        note,
+        "no checkpoint holds",
+        repr(BASE[0]),
+        "and 1 more",
+        "frozen in the task's model",
+        "as it builds them",
+    )
     judge = Oracle(Tuned, (INPUTS, TARGETS), cross_entropy)
     near_the_oracle(made, judge, whole(tuned / "plain"), 1e-5 if precision == "float32" else 1e-6)
-    same_numbers(made, replayed(tuned / "plain", tuned_task(), tmp_path / "plain", precision=precision)[0])
+    same_numbers(
+        made, replayed(tuned / "plain", tuned_task(), tmp_path / "plain", precision=precision)[0]
+    )
 
 
 def test_a_frozen_base_gives_the_bits_of_one_the_task_fixes(tmp_path: Path, tuned: Path) -> None:
     made, _ = replayed(tuned / "plain", tuned_task(), tmp_path / "frozen")
-    fixed, notes = replayed(tuned / "plain", tuned_task(fixed=["*.base_layer.*"]), tmp_path / "fixed")
+    fixed, notes = replayed(
+        tuned / "plain", tuned_task(fixed=["*.base_layer.*"]), tmp_path / "fixed"
+    )
     assert notes == []
     same_numbers(made, fixed)
 
 
-def test_a_frozen_base_gives_the_bits_of_one_every_checkpoint_holds(tmp_path: Path, tuned: Path) -> None:
+def test_a_frozen_base_gives_the_bits_of_one_every_checkpoint_holds(
+    tmp_path: Path, tuned: Path
+) -> None:
     for step, point in enumerate(whole(tuned / "plain")):
         write_step(tmp_path / "whole", 10 * step, point)
     made, notes = replayed(tmp_path / "whole", tuned_task(), tmp_path / "run")
@@ -229,7 +275,11 @@ def test_a_frozen_base_gives_the_bits_of_one_every_checkpoint_holds(tmp_path: Pa
 
 
 def test_what_is_trained_must_be_in_the_checkpoints(tmp_path: Path, tuned: Path) -> None:
-    with pytest.raises(InputError, match=re.escape(repr(BASE[0])) + r".* is missing in .*Task\(fixed=\[…\]\)"):
+    with pytest.raises(
+        InputError,
+        match=re.escape(repr(BASE[0])) + r".* is missing in "
+        r".*Task\(fixed=\[…\]\)",
+    ):
         replayed(tuned / "plain", tuned_task(lambda: Tuned(train_all=True)), tmp_path / "run")
     with pytest.raises(InputError, match=r"lora_A\.default\.weight' .* is missing in"):
         replayed(tuned / "peft", tuned_task(), tmp_path / "run")
@@ -244,37 +294,54 @@ class Counting(Tuned):
         self.register_buffer("seen", torch.zeros(1))
 
 
-def test_buffers_must_be_in_the_checkpoints_unless_the_task_fixes_them(tmp_path: Path, tuned: Path) -> None:
+def test_buffers_must_be_in_the_checkpoints_unless_the_task_fixes_them(
+    tmp_path: Path, tuned: Path
+) -> None:
     with pytest.raises(InputError, match=r"'seen' .* is missing in"):
         replayed(tuned / "plain", tuned_task(Counting), tmp_path / "run")
     made, _ = replayed(tuned / "plain", tuned_task(Counting, fixed=["seen"]), tmp_path / "run")
     assert set(arrays(made["train"].allocation)) == ADAPTERS
 
 
-# --- public series ---------------------------------------------------------------------------------------------------------
+# --- public series
+# ---------------------------------------------------------------------------------------------------------
 
 SPACED = (0, *(2**power for power in range(10)), 1000)
 
 
-def test_a_series_spaced_by_powers_of_two_is_replayed_and_says_what_that_costs(tmp_path: Path) -> None:
+def test_a_series_spaced_by_powers_of_two_is_replayed_and_says_what_that_costs(
+    tmp_path: Path,
+) -> None:
     made = task_namespace()
     torch.manual_seed(2)
     model, (inputs, targets) = made["Net"](), made["train"]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     for step in range(1001):
         if step in SPACED:
-            write_step(tmp_path / "series" / f"step{step}", step, dict(model.state_dict()), "model.safetensors")
+            write_step(
+                tmp_path / "series" / f"step{step}",
+                step,
+                dict(model.state_dict()),
+                "model.safetensors",
+            )
         optimizer.zero_grad()
         F.cross_entropy(model(inputs), targets).backward()
         optimizer.step()
     task = write_task(tmp_path / "task.py")
-    result = run_lca(tmp_path / "series", task, tmp_path / "run", "--rule", "trapezoid", "--tolerance", "inf")
+    result = run_lca(
+        tmp_path / "series", task, tmp_path / "run", "--rule", "trapezoid", "--tolerance", "inf"
+    )
     assert result.exit_code == 0, last_line(result)
     says(
         result.stderr,
-        "9 of 11 segments are longer than one step, with 998 steps or 99.8% of training in them, the longest 512→1000",
+        "9 of 11 segments are longer than one step, with 998 steps or 99.8% of training in them, "
+        "the longest 512→1000",
     )
-    says(result.stderr, "is not the path that training took", "the residual says what quadrature misses")
+    says(
+        result.stderr,
+        "is not the path that training took",
+        "the residual says what quadrature misses",
+    )
     train = open_run(tmp_path / "run")["train"]
     steps, allocated = train.steps, train.tensors.allocated.sum("tensor")
     assert steps.step.values.tolist() == list(SPACED[:-1])

@@ -52,18 +52,23 @@ def place(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "place"))
 
 
-# --- help --------------------------------------------------------------------------------------------------------------
+# --- help
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["import lca_posthoc", "lca --help", "lca --version"])
 def test_what_only_looks_loads_nothing_heavy(what: str) -> None:
-    call = "" if what.startswith("import") else f"\ncli({what.split()[1:]!r}, standalone_mode=False)"
+    call = (
+        "" if what.startswith("import") else f"\ncli({what.split()[1:]!r}, standalone_mode=False)"
+    )
     code = (
         f"import sys, lca_posthoc\nfrom lca_posthoc.cli import cli{call}\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
     )
     code = code.replace("from lca_posthoc.cli import cli", "") if not call else code
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
     assert done.stderr == "[]\n"
 
 
@@ -102,7 +107,8 @@ def test_every_option_says_what_it_is_for_and_not_just_its_default(name: str) ->
     silent = [
         option.opts[-1]
         for option in command.params
-        if isinstance(option, click.Option) and not re.sub(r"\[default.*\]", "", option.help or "").strip()
+        if isinstance(option, click.Option)
+        and not re.sub(r"\[default.*\]", "", option.help or "").strip()
     ]
     assert silent == []
 
@@ -125,14 +131,18 @@ def test_choices_are_those_of_the_package(name: str) -> None:
     command = cli.get_command(click.Context(cli), name)
     assert command is not None
     choices = {
-        option.name: tuple(option.type.choices) for option in command.params if isinstance(option.type, click.Choice)
+        option.name: tuple(option.type.choices)
+        for option in command.params
+        if isinstance(option.type, click.Choice)
     }
     assert choices["rule"] == tuple(RULES)
     assert choices["keep"] == KEEP
 
 
 def script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a console script of the environment that runs the tests, which need not be on ``PATH``."""
+    """Run a console script of the environment that runs the tests, which need not be on
+    ``PATH``.
+    """
     line = [Path(sysconfig.get_path("scripts")) / name, *arguments]
     return subprocess.run(line, capture_output=True, text=True, check=False, timeout=60)
 
@@ -150,7 +160,8 @@ def test_the_console_script_gives_back_exit_codes(tmp_path: Path) -> None:
     assert done.stderr.startswith("lca: ")
 
 
-# --- streams -----------------------------------------------------------------------------------------------------------
+# --- streams
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_prints_its_result_on_stdout_and_nothing_else(made: Path, tmp_path: Path) -> None:
@@ -168,7 +179,9 @@ def test_a_run_prints_its_result_on_stdout_and_nothing_else(made: Path, tmp_path
     assert result.stdout.splitlines()[-1] == f"results in {tmp_path / 'out.lca'}"
 
 
-def test_notes_go_to_stderr_and_leave_the_exit_code_alone(made: Path, place: Path, tmp_path: Path) -> None:
+def test_notes_go_to_stderr_and_leave_the_exit_code_alone(
+    made: Path, place: Path, tmp_path: Path
+) -> None:
     (place / "ck" / "step_00000030.safetensors").unlink()
     result = run_lca(place / "ck", place / "task.py", tmp_path / "gap.lca", "--rule", "left")
     assert result.exit_code == 0
@@ -182,17 +195,24 @@ def test_segments_above_the_tolerance_are_a_note_and_no_failure(made: Path, tmp_
     assert result.exit_code == 0
     found = document(lca("summary", tmp_path / "out.lca", "--json"))["losses"]["train"]
     assert found["unconverged"] > 0
-    says(result.stderr, f"note: loss 'train': {found['unconverged']} of 6 segments stay above the tolerance")
+    says(
+        result.stderr,
+        f"note: loss 'train': {found['unconverged']} of 6 segments stay above the tolerance",
+    )
 
 
 def test_a_second_run_has_nothing_to_do_says_so_and_prints_the_same(place: Path) -> None:
     before = contents(place / "ck.lca")
-    first, second = (run_lca(place / "ck", place / "task.py", place / "ck.lca", "--loss", "all") for _ in range(2))
+    first, second = (
+        run_lca(place / "ck", place / "task.py", place / "ck.lca", "--loss", "all")
+        for _ in range(2)
+    )
     assert (first.exit_code, first.stdout) == (second.exit_code, second.stdout)
     assert (
         first.stderr
         == second.stderr
-        == "note: nothing to do: every span is committed, and the task file is the one of the last run\n"
+        == "note: nothing to do: every span is committed, and the task file is the one of the last "
+        "run\n"
     )
     assert contents(place / "ck.lca") == before
 
@@ -227,7 +247,11 @@ def test_nothing_is_coloured_or_cut_in_a_pipe(place: Path) -> None:
 
 
 def test_names_in_tables_cannot_steer_a_terminal(place: Path) -> None:
-    write_task(place / "task.py", '"validation": Loss(', '"a\\x1b[31m\\n[red]b\\x9b\\u061c\\u2028\\u202e": Loss(')
+    write_task(
+        place / "task.py",
+        '"validation": Loss(',
+        '"a\\x1b[31m\\n[red]b\\x9b\\u061c\\u2028\\u202e": Loss(',
+    )
     out = place / "names.lca"
     results = [
         run_lca(place / "ck", place / "task.py", out, "--loss", "all"),
@@ -250,7 +274,8 @@ def test_what_a_task_prints_does_not_mix_with_the_document(place: Path) -> None:
     assert set(document(found)) == {"schema", "losses"}
 
 
-# --- JSON --------------------------------------------------------------------------------------------------------------
+# --- JSON
+# --------------------------------------------------------------------------------------------------------------
 
 SUMMARY = {
     "segments": int,
@@ -292,7 +317,16 @@ def types(table: dict[str, Any], known: dict[str, type]) -> dict[str, type]:
 def test_a_summary_has_the_schema_it_promises_and_its_sums_hold(place: Path, command: str) -> None:
     arguments = {
         "summary": ("summary", place / "ck.lca"),
-        "run": ("run", place / "ck", "--task", place / "task.py", "--loss", "all", "--cluster", "inline"),
+        "run": (
+            "run",
+            place / "ck",
+            "--task",
+            place / "task.py",
+            "--loss",
+            "all",
+            "--cluster",
+            "inline",
+        ),
     }
     found = document(lca(*arguments[command], "--json"))
     assert (set(found), found["schema"]) == ({"schema", "losses"}, 1)
@@ -303,23 +337,46 @@ def test_a_summary_has_the_schema_it_promises_and_its_sums_hold(place: Path, com
         assert all(types(module, MODULE) == MODULE for module in loss["modules"])
         assert [module["name"] for module in loss["modules"]] == ["hidden", "out"]
         for module in loss["modules"]:
-            tensors = [tensor for tensor in loss["tensors"] if tensor["name"].startswith(f"{module['name']}.")]
+            tensors = [
+                tensor
+                for tensor in loss["tensors"]
+                if tensor["name"].startswith(f"{module['name']}.")
+            ]
             assert module["parameters"] == sum(tensor["parameters"] for tensor in tensors)
-            assert module["allocated"] == pytest.approx(sum(tensor["allocated"] for tensor in tensors), abs=1e-12)
+            assert module["allocated"] == pytest.approx(
+                sum(tensor["allocated"] for tensor in tensors), abs=1e-12
+            )
             helping = sum(tensor["helping"] * tensor["parameters"] for tensor in tensors)
             assert module["helping"] == pytest.approx(helping / module["parameters"], abs=1e-12)
         assert loss["helping"] + loss["hurting"] + loss["zero"] == pytest.approx(1, abs=1e-12)
         assert loss["residual"] == pytest.approx(loss["loss_change"] - loss["allocated"], abs=1e-15)
-        assert loss["loss_change"] == pytest.approx(loss["loss_end"] - loss["loss_start"], abs=1e-12)
-        assert loss["allocated"] == pytest.approx(sum(tensor["allocated"] for tensor in loss["tensors"]), abs=1e-12)
-        assert loss["parameters"] == sum(tensor["parameters"] for tensor in loss["tensors"]) == 64 * 8 + 8 + 8 * 4 + 4
-        helping = sum(tensor["helping"] * tensor["parameters"] for tensor in loss["tensors"]) / loss["parameters"]
+        assert loss["loss_change"] == pytest.approx(
+            loss["loss_end"] - loss["loss_start"], abs=1e-12
+        )
+        assert loss["allocated"] == pytest.approx(
+            sum(tensor["allocated"] for tensor in loss["tensors"]), abs=1e-12
+        )
+        assert (
+            loss["parameters"]
+            == sum(tensor["parameters"] for tensor in loss["tensors"])
+            == 64 * 8 + 8 + 8 * 4 + 4
+        )
+        helping = (
+            sum(tensor["helping"] * tensor["parameters"] for tensor in loss["tensors"])
+            / loss["parameters"]
+        )
         assert loss["helping"] == pytest.approx(helping, abs=1e-12)
         assert loss["segments"] == len(STEPS) - 1
-        assert abs(loss["residual"]) <= loss["segments"] * loss["max_segment_residual"] <= loss["segments"] * 1e-3
+        assert (
+            abs(loss["residual"])
+            <= loss["segments"] * loss["max_segment_residual"]
+            <= loss["segments"] * 1e-3
+        )
 
 
-def test_the_first_and_the_last_loss_are_those_of_the_first_and_the_last_checkpoint(place: Path) -> None:
+def test_the_first_and_the_last_loss_are_those_of_the_first_and_the_last_checkpoint(
+    place: Path,
+) -> None:
     from tests.small import iterates
 
     made, found = task_namespace(), document(lca("summary", place / "ck.lca", "--json"))["losses"]
@@ -334,21 +391,31 @@ def test_the_first_and_the_last_loss_are_those_of_the_first_and_the_last_checkpo
 
 
 def test_a_summary_is_of_the_losses_asked_for(place: Path) -> None:
-    assert list(document(lca("summary", place / "ck.lca", "--loss", "validation", "--json"))["losses"]) == [
-        "validation"
-    ]
+    assert list(
+        document(lca("summary", place / "ck.lca", "--loss", "validation", "--json"))["losses"]
+    ) == ["validation"]
 
 
 def test_a_status_has_its_schema(place: Path) -> None:
     found = document(lca("status", place / "ck.lca", "--json"))
-    assert (set(found), found["schema"], list(found["losses"])) == ({"schema", "losses"}, 1, ["train", "validation"])
+    assert (set(found), found["schema"], list(found["losses"])) == (
+        {"schema", "losses"},
+        1,
+        ["train", "validation"],
+    )
     for loss in found["losses"].values():
         assert types(loss, STATUS) == STATUS
-        assert (loss["spans_done"], loss["segments_done"], loss["complete"]) == (loss["spans"], loss["segments"], True)
+        assert (loss["spans_done"], loss["segments_done"], loss["complete"]) == (
+            loss["spans"],
+            loss["segments"],
+            True,
+        )
         assert (loss["first_step"], loss["last_step"]) == (STEPS[0], STEPS[-1])
 
 
-def test_json_of_an_incomplete_run_is_still_one_document_and_the_rest_is_a_note(place: Path) -> None:
+def test_json_of_an_incomplete_run_is_still_one_document_and_the_rest_is_a_note(
+    place: Path,
+) -> None:
     marker(place / "ck.lca", "train", 1).unlink()
     summary = lca("summary", place / "ck.lca", "--json")
     assert document(summary)["losses"]["train"]["segments"] == 4
@@ -362,7 +429,9 @@ def test_a_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
 
     @click.command()
     def command() -> None:
-        print_json({"a": [float("nan"), float("inf"), -float("inf"), 1.5], "b": {"c": float("nan")}})
+        print_json(
+            {"a": [float("nan"), float("inf"), -float("inf"), 1.5], "b": {"c": float("nan")}}
+        )
 
     from click.testing import CliRunner
 
@@ -378,7 +447,10 @@ def test_summary_and_status_change_nothing(place: Path) -> None:
 
 
 def test_a_plan_is_a_document_and_creates_nothing(place: Path) -> None:
-    before = contents(place / "ck"), sorted(path.name for path in place.iterdir() if path.name != "__pycache__")
+    before = (
+        contents(place / "ck"),
+        sorted(path.name for path in place.iterdir() if path.name != "__pycache__"),
+    )
     found = document(lca("plan", place / "ck", "--task", place / "task.py", "--json"))
     assert found["schema"] == 1
     assert (
@@ -387,16 +459,26 @@ def test_a_plan_is_a_document_and_creates_nothing(place: Path) -> None:
     ) == before
 
 
-# --- remove and add ----------------------------------------------------------------------------------------------------
+# --- remove and add
+# ----------------------------------------------------------------------------------------------------
 
 
-ANOTHER = ('Loss(F.cross_entropy, on="train")', 'Loss(lambda x, y: (x - F.one_hot(y, 4)) ** 2, on="train")')
+ANOTHER = (
+    'Loss(F.cross_entropy, on="train")',
+    'Loss(lambda x, y: (x - F.one_hot(y, 4)) ** 2, on="train")',
+)
 
 
-def test_a_loss_is_removed_with_everything_of_its_own_and_its_name_is_free_again(place: Path) -> None:
+def test_a_loss_is_removed_with_everything_of_its_own_and_its_name_is_free_again(
+    place: Path,
+) -> None:
     run, kept = place / "ck.lca", contents(place / "ck.lca")
     done = lca("remove", run, "--loss", "train")
-    assert (done.exit_code, done.stdout, done.stderr) == (0, f"removed loss 'train' from {run}\n", "")
+    assert (done.exit_code, done.stdout, done.stderr) == (
+        0,
+        f"removed loss 'train' from {run}\n",
+        "",
+    )
     left = contents(run)
     gone = {name for name in kept if name not in left}
     assert gone == {name for name in kept if "train" in Path(name).parts}
@@ -405,7 +487,9 @@ def test_a_loss_is_removed_with_everything_of_its_own_and_its_name_is_free_again
     write_task(place / "task.py", *ANOTHER)
     assert run_lca(place / "ck", place / "task.py", run).exit_code == 0
     again = contents(run)
-    assert all(again[name] == kept[name] for name in left if name not in ("run.json", "log/run.jsonl"))
+    assert all(
+        again[name] == kept[name] for name in left if name not in ("run.json", "log/run.jsonl")
+    )
 
 
 def test_another_loss_under_a_recorded_name_is_refused_with_the_way_out(place: Path) -> None:
@@ -422,5 +506,7 @@ def test_another_loss_under_a_recorded_name_is_refused_with_the_way_out(place: P
 
 
 def test_removing_what_is_not_there_is_refused(place: Path) -> None:
-    refused(lca("remove", place / "ck.lca", "--loss", "nothing"), "has no loss 'nothing'", "'train'")
+    refused(
+        lca("remove", place / "ck.lca", "--loss", "nothing"), "has no loss 'nothing'", "'train'"
+    )
     refused(lca("remove", place / "ck", "--loss", "train"), "is not a run directory")

@@ -21,11 +21,15 @@ MAGIC = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF", ".gif": b"GIF8"}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run `a.lca` of losses `train`, `validation` and, with groups, `classes`, and a copy `b.lca`."""
+    """A finished run `a.lca` of losses `train`, `validation` and, with groups, `classes`, and a
+    copy `b.lca`.
+    """
     root = tmp_path_factory.mktemp("plot")
     record(root / "ck")
     old = 'Loss(F.cross_entropy, on="validation")}'
-    classes = '"classes": Loss(F.cross_entropy, on="train", group_by=lambda inputs, targets: targets)'
+    classes = (
+        '"classes": Loss(F.cross_entropy, on="train", group_by=lambda inputs, targets: targets)'
+    )
     write_task(root / "task.py", old, f"{old[:-1]}, {classes}}}")
     assert run_lca(root / "ck", root / "task.py", root / "a.lca", "--loss", "all").exit_code == 0
     shutil.copytree(root / "a.lca", root / "b.lca")
@@ -69,8 +73,12 @@ def test_the_microscope_is_also_a_film(here: Path) -> None:
     wrote(lca("plot", here / "a.lca", "microscope", "-o", "x.png", "--step", "2"), "x.png")
 
 
-def test_without_ffmpeg_it_says_so_and_how_else(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matplotlib.animation.FFMpegWriter, "isAvailable", classmethod(lambda cls: False))
+def test_without_ffmpeg_it_says_so_and_how_else(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        matplotlib.animation.FFMpegWriter, "isAvailable", classmethod(lambda cls: False)
+    )
     result = lca("plot", here / "a.lca", "microscope", "-o", "x.mp4")
     refused(result, "x.mp4: an mp4 needs ffmpeg", "x.gif", code=5)
 
@@ -109,7 +117,12 @@ def test_several_runs_are_drawn_beside_each_other(here: Path, finding: str) -> N
 def test_runs_beside_each_other_have_one_scale(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finding: str
 ) -> None:
-    assert run_lca(here / "ck", here / "task.py", "short.lca", "--loss", "all", "--steps", "30:60").exit_code == 0
+    assert (
+        run_lca(
+            here / "ck", here / "task.py", "short.lca", "--loss", "all", "--steps", "30:60"
+        ).exit_code
+        == 0
+    )
     drawn = list[Any]()
     monkeypatch.setattr(plt, "close", drawn.append)
     wrote_ = lca("plot", here / "a.lca", "short.lca", finding)
@@ -121,7 +134,10 @@ def test_runs_beside_each_other_have_one_scale(
     assert first.get_xlim() == second.get_xlim()
     assert first.get_ylim() == second.get_ylim()
     scales = {
-        (shown.norm.vmin, shown.norm.vmax) for ax in (first, second) for shown in ax.collections if finding == "units"
+        (shown.norm.vmin, shown.norm.vmax)
+        for ax in (first, second)
+        for shown in ax.collections
+        if finding == "units"
     }
     assert len(scales) <= 1
 
@@ -138,23 +154,49 @@ def test_runs_beside_each_other_have_one_scale(
         (("a.lca", "curve", "--loss", "nosuch"), r"no loss 'nosuch'; it has '"),
         (("a.lca", "curve", "--loss", "train", "--loss", "train"), r"curve takes one loss"),
         (("a.lca", "helping", "--loss", "classes"), r"4 groups.* or --group, of 0, 1, 2, 3"),
-        (("a.lca", "helping", "--loss", "classes", "--group", "9"), r"no group '9'; it has 0, 1, 2, 3"),
+        (
+            ("a.lca", "helping", "--loss", "classes", "--group", "9"),
+            r"no group '9'; it has 0, 1, "
+            r"2, 3",
+        ),
         (("a.lca", "compare", "--loss", "classes"), r"groups"),
         (("a.lca", "generalisation", "--loss", "train"), r"generalisation takes two losses"),
         (("a.lca", "curve", "--layer", "fc1"), r"--layer does not go with curve; it is for units"),
         (("a.lca", "units", "--layer", "nosuch"), r"no layer 'nosuch'"),
         (("a.lca", "curve", "--group", "7"), r"loss 'train' has no group '7'; it has no groups"),
-        (("a.lca", "curve", "--by", "tensor"), r"--by does not go with curve; it is for candidates, compare"),
+        (
+            ("a.lca", "curve", "--by", "tensor"),
+            r"--by does not go with curve; it is for "
+            r"candidates, compare",
+        ),
         (("a.lca", "layers", "--by", "words"), r"by is .*got 'words'"),
-        (("a.lca", "b.lca", "helping"), r"helping is drawn of one run, got 2\. Several go with curve"),
-        (("a.lca", "microscope", "--fps", "3"), r"--step is for a picture of one moment, --fps for a film"),
-        (("a.lca", "microscope", "--step", "999"), r"no segment is there at step 999; there are steps 0 to"),
+        (
+            ("a.lca", "b.lca", "helping"),
+            r"helping is drawn of one run, got 2\. Several go with "
+            r"curve",
+        ),
+        (
+            ("a.lca", "microscope", "--fps", "3"),
+            r"--step is for a picture of one moment, --fps for "
+            r"a film",
+        ),
+        (
+            ("a.lca", "microscope", "--step", "999"),
+            r"no segment is there at step 999; there are "
+            r"steps 0 to",
+        ),
         (("curve",), r"which run\? Write lca plot RUN curve"),
-        (("a.lca",), r"which finding of .*a\.lca\? There are candidates, .* units\. Write lca plot .*a\.lca FINDING"),
+        (
+            ("a.lca",),
+            r"which finding of .*a\.lca\? There are candidates, .* units\. Write lca plot "
+            r".*a\.lca FINDING",
+        ),
     ],
     ids=lambda each: " ".join(each) if isinstance(each, tuple) else "",
 )
-def test_what_cannot_be_drawn_is_refused_with_what_there_is(here: Path, arguments: tuple[str, ...], what: str) -> None:
+def test_what_cannot_be_drawn_is_refused_with_what_there_is(
+    here: Path, arguments: tuple[str, ...], what: str
+) -> None:
     given = [here / each if each.endswith(".lca") else each for each in arguments]
     result = lca("plot", *given)
     assert re.search(what, refused(result)), result.stderr
@@ -166,8 +208,16 @@ def test_what_is_no_run_is_refused(here: Path) -> None:
 
 
 def test_why_nothing_is_drawn_yet_is_said_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = made_by_hand.oscillation(traces=0).drop_dims("tensor").assign_attrs(left_out="Turns need every segment.")
-    monkeypatch.setattr(
-        findings, "oscillation", lambda *_, **__: nothing.drop_vars(["overall_turns", "overall_interval"])
+    nothing = (
+        made_by_hand.oscillation(traces=0)
+        .drop_dims("tensor")
+        .assign_attrs(left_out="Turns need every segment.")
     )
-    assert refused(lca("plot", here / "a.lca", "oscillation")).count("Turns need every segment.") == 1
+    monkeypatch.setattr(
+        findings,
+        "oscillation",
+        lambda *_, **__: nothing.drop_vars(["overall_turns", "overall_interval"]),
+    )
+    assert (
+        refused(lca("plot", here / "a.lca", "oscillation")).count("Turns need every segment.") == 1
+    )

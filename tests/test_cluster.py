@@ -54,7 +54,9 @@ def stop_and_wait(spec: Spec) -> str:
 @pytest.fixture(scope="module", params=["inline", "local"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     with open_cluster(
-        ClusterConfig(request.param, 2 if request.param == "local" else None), "cpu", threading.Event()
+        ClusterConfig(request.param, 2 if request.param == "local" else None),
+        "cpu",
+        threading.Event(),
     ) as opened:
         yield opened
 
@@ -67,13 +69,17 @@ def local() -> Iterator[Cluster]:
 
 def test_every_spec_has_one_outcome(cluster: Cluster) -> None:
     outcomes = list(cluster.map(square, ({"value": value} for value in range(20))))
-    assert sorted((done.spec["value"], done.result) for done in outcomes) == [(value, value**2) for value in range(20)]
+    assert sorted((done.spec["value"], done.result) for done in outcomes) == [
+        (value, value**2) for value in range(20)
+    ]
     assert all(isinstance(outcome, Done) for outcome in outcomes)
 
 
 def test_specs_are_taken_only_when_there_is_room(cluster: Cluster) -> None:
     taken: list[int] = []
-    outcomes = cluster.map(square, ({"value": value} for value in range(100) if taken.append(value) is None))
+    outcomes = cluster.map(
+        square, ({"value": value} for value in range(100) if taken.append(value) is None)
+    )
     next(outcomes)
     assert len(taken) <= 2 * cluster.workers + 1
     assert len(list(outcomes)) == 99
@@ -107,7 +113,9 @@ def test_an_exception_nobody_caught_is_said(local: Cluster) -> None:
     assert lost.why == "RuntimeError: cannot take 7"
 
 
-def test_draining_finishes_what_runs_and_starts_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draining_finishes_what_runs_and_starts_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stop, release = threading.Event(), tmp_path / "release"
     names = ("first", "second", "third")
     original = workers_module._event
@@ -170,7 +178,9 @@ def test_inherited_gpus_are_split_and_never_renumbered(
 
 
 @pytest.mark.parametrize("inherited", ["", "-1", "NoDevFiles"])
-def test_no_visible_gpu_is_a_failure_of_the_environment(inherited: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_visible_gpu_is_a_failure_of_the_environment(
+    inherited: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", inherited)
     with pytest.raises(ResourceError, match="no GPU is visible"):
         gpu_environments()
@@ -187,23 +197,36 @@ def test_each_local_worker_sees_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> 
         assert opened.workers == 2
         opened.settle_on("cuda")
         outcomes = list(opened.map(seen, [{} for _ in range(8)]))
-    assert {outcome.result for outcome in outcomes if isinstance(outcome, Done)} == {"7", "MIG-4d1e"}
+    assert {outcome.result for outcome in outcomes if isinstance(outcome, Done)} == {
+        "7",
+        "MIG-4d1e",
+    }
 
 
 def test_the_dashboard_is_on_loopback_and_only_when_asked_for() -> None:
-    with open_cluster(ClusterConfig("local", 1, dashboard=True), "cpu", threading.Event()) as opened:
+    with open_cluster(
+        ClusterConfig("local", 1, dashboard=True), "cpu", threading.Event()
+    ) as opened:
         assert opened.dashboard is not None
         assert urlsplit(opened.dashboard).hostname == "127.0.0.1"
         assert urlopen(opened.dashboard, timeout=30).status == 200
-        listening = [each.laddr.ip for each in psutil.Process().net_connections() if each.status == psutil.CONN_LISTEN]
+        listening = [
+            each.laddr.ip
+            for each in psutil.Process().net_connections()
+            if each.status == psutil.CONN_LISTEN
+        ]
         assert set(listening) <= {"127.0.0.1", "::1"}
     with open_cluster(ClusterConfig("local", 1), "cpu", threading.Event()) as opened:
         assert opened.dashboard is None
 
 
-def test_a_worker_whose_nanny_gave_up_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_whose_nanny_gave_up_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
-        local_module, "_SETTINGS", {**local_module._SETTINGS, "distributed.deploy.lost-worker-timeout": "1s"}
+        local_module,
+        "_SETTINGS",
+        {**local_module._SETTINGS, "distributed.deploy.lost-worker-timeout": "1s"},
     )
     with open_cluster(ClusterConfig("local", 1), "cpu", threading.Event()) as opened:
         (first,) = [done.result for done in opened.map(process, [{}]) if isinstance(done, Done)]

@@ -29,11 +29,14 @@ from .small import contents, document, lca, marker, refused, says
 Array = np.ndarray[Any, Any]
 pytestmark = pytest.mark.filterwarnings("error", "ignore::lca_posthoc.errors.LCAWarning")
 
-# --- statistics --------------------------------------------------------------------------------------------------------------
+# --- statistics
+# --------------------------------------------------------------------------------------------------------------
 
 
 def rejected(p: list[float], level: float) -> set[int]:
-    """Holm's procedure: smallest first, stop at the first of the remaining m that is above level / m."""
+    """Holm's procedure: smallest first, stop at the first of the remaining m that is above level /
+    m.
+    """
     found, left = set[int](), sorted(range(len(p)), key=p.__getitem__)
     while left and p[left[0]] <= level / len(left) * (1 + 1e-12):
         found.add(left.pop(0))
@@ -43,12 +46,19 @@ def rejected(p: list[float], level: float) -> set[int]:
 def slow_holm(p: list[float]) -> list[float]:
     """The smallest level at which each would be rejected; these are multiples of the p."""
     levels = sorted({each * factor for each in p for factor in range(1, len(p) + 1)})
-    return [next((level for level in levels if level <= 1 and at in rejected(p, level)), 1.0) for at in range(len(p))]
+    return [
+        next((level for level in levels if level <= 1 and at in rejected(p, level)), 1.0)
+        for at in range(len(p))
+    ]
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.floats(0, 1) | st.sampled_from([0.01, 0.02, 0.04]), max_size=7), st.integers(0, 3))
-def test_the_correction_is_the_smallest_level_of_holms_procedure(p: list[float], missing: int) -> None:
+@given(
+    st.lists(st.floats(0, 1) | st.sampled_from([0.01, 0.02, 0.04]), max_size=7), st.integers(0, 3)
+)
+def test_the_correction_is_the_smallest_level_of_holms_procedure(
+    p: list[float], missing: int
+) -> None:
     made = np.array([*p, *[math.nan] * missing])
     found = holm(np.random.default_rng(0).permutation(made))
     order = np.random.default_rng(0).permutation(len(made))
@@ -67,7 +77,9 @@ def sample(seed: int, sizes: tuple[int, ...], layers: int = 3) -> list[Array]:
     """Per label (run, layer), of means and spreads of their own."""
     generator = np.random.default_rng(seed)
     return [
-        generator.normal(generator.normal(size=layers), 10 ** generator.uniform(-3, 1, layers), (size, layers))
+        generator.normal(
+            generator.normal(size=layers), 10 ** generator.uniform(-3, 1, layers), (size, layers)
+        )
         for size in sizes
     ]
 
@@ -84,20 +96,27 @@ def test_intervals_and_p_are_scipys(sizes: tuple[int, ...], confidence: float) -
             if len(column) < 2:
                 assert np.isnan([found.low[at], found.high[at], found.p[at]]).all()
             else:
-                interval = stats.t.interval(confidence, len(column) - 1, column.mean(), stats.sem(column))
+                interval = stats.t.interval(
+                    confidence, len(column) - 1, column.mean(), stats.sem(column)
+                )
                 assert (found.low[at], found.high[at]) == pytest.approx(interval)
                 assert found.p[at] == pytest.approx(stats.ttest_1samp(column, 0).pvalue)
             first = values[0][:, layer]
             if not label or min(len(first), len(column)) < 2:
                 assert np.isnan(found.p_difference[at])
             else:
-                assert found.p_difference[at] == pytest.approx(stats.ttest_ind(column, first, equal_var=False).pvalue)
+                assert found.p_difference[at] == pytest.approx(
+                    stats.ttest_ind(column, first, equal_var=False).pvalue
+                )
 
 
 def test_a_layer_some_runs_lack_is_tested_on_those_that_have_it() -> None:
     values = sample(9, (5, 4), 1)
     holes = [[*values[0], [np.nan]], [[np.nan], *values[1], [np.nan], [np.nan]]]
-    found, plain = repeats(padded(holes), 0.9), repeats(padded([list(each) for each in values]), 0.9)
+    found, plain = (
+        repeats(padded(holes), 0.9),
+        repeats(padded([list(each) for each in values]), 0.9),
+    )
     for name in ("mean", "low", "high", "p", "p_difference"):
         assert np.array_equal(getattr(found, name), getattr(plain, name), equal_nan=True), name
 
@@ -106,7 +125,11 @@ NO_SPREAD: dict[str, tuple[list[list[float]], list[bool], list[bool]]] = {
     # values per label; is there a p against 0, and one of the difference
     "zeros": ([[0.0, 0.0, 0.0], [0.0, 0.0]], [False, False], [False, False]),
     "a number that sums inexactly": ([[0.1, 0.1, 0.1], [0.1] * 7], [False, False], [False, False]),
-    "numbers that differ by rounding": ([[0.3, 0.1 + 0.2], [0.5, 0.5]], [False, False], [False, False]),
+    "numbers that differ by rounding": (
+        [[0.3, 0.1 + 0.2], [0.5, 0.5]],
+        [False, False],
+        [False, False],
+    ),
     "on one side": ([[0.1, 0.1, 0.1], [0.2, 0.4]], [False, True], [False, True]),
     "on the other": ([[0.2, 0.4], [0.1, 0.1, 0.1]], [True, False], [False, True]),
     "a mean of zero": ([[-1.0, 1.0], [-1.0, 1.0]], [True, True], [False, True]),
@@ -124,11 +147,16 @@ def test_what_does_not_vary_has_no_p_and_is_no_failure(case: str) -> None:
         assert found.low.tolist() == found.mean.tolist() == found.high.tolist() == [0, 0]
 
 
-# --- runs --------------------------------------------------------------------------------------------------------------------
+# --- runs
+# --------------------------------------------------------------------------------------------------------------------
 
 KINDS: dict[str, Callable[[], nn.Module]] = {
-    "shallow": lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Identity(), nn.Linear(5, 3)),
-    "deep": lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3)),
+    "shallow": lambda: nn.Sequential(
+        nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Identity(), nn.Linear(5, 3)
+    ),
+    "deep": lambda: nn.Sequential(
+        nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3)
+    ),
 }
 
 
@@ -137,7 +165,9 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(24, 6), torch.arange(24) % 3
 
 
-def replay(root: Path, kind: str, seed: int, steps: int, rate: float = 0.3, still: int = 0, **asked: Any) -> Path:
+def replay(
+    root: Path, kind: str, seed: int, steps: int, rate: float = 0.3, still: int = 0, **asked: Any
+) -> Path:
     """A training of so many steps, the first `still` of which do not move, and its run."""
     inputs, targets = data()
     torch.manual_seed(seed)
@@ -163,14 +193,23 @@ def replay(root: Path, kind: str, seed: int, steps: int, rate: float = 0.3, stil
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three shallow runs of four steps and two deep ones of three."""
     place = tmp_path_factory.mktemp("compare")
-    for kind, seed, steps in (("shallow", 1, 4), ("shallow", 2, 4), ("shallow", 3, 4), ("deep", 1, 3), ("deep", 2, 3)):
+    for kind, seed, steps in (
+        ("shallow", 1, 4),
+        ("shallow", 2, 4),
+        ("shallow", 3, 4),
+        ("deep", 1, 3),
+        ("deep", 2, 3),
+    ):
         replay(place, kind, seed, steps)
     return place
 
 
 @pytest.fixture
 def runs(root: Path) -> dict[str, list[Any]]:
-    return {kind: [open_run(path)["train"] for path in sorted(root.glob(f"{kind}-*.lca"))] for kind in KINDS}
+    return {
+        kind: [open_run(path)["train"] for path in sorted(root.glob(f"{kind}-*.lca"))]
+        for kind in KINDS
+    }
 
 
 @pytest.fixture
@@ -181,13 +220,14 @@ def found(runs: dict[str, list[Any]]) -> xr.Dataset:
 def test_layers_are_those_of_all_runs_and_sums_those_of_their_tensors(
     runs: dict[str, list[Any]], found: xr.Dataset
 ) -> None:
+    # running statistics are no part of a layer
     assert found["layer"].values.tolist() == [
         "0",
         "1",
         "4",
         "1 buffer",
         "2",
-    ]  # running statistics are no part of a layer
+    ]
     assert found["label"].values.tolist() == ["shallow", "deep"]
     assert dict(found.sizes) == {"label": 2, "layer": 5, "run": 3}
     for label, several in runs.items():
@@ -199,25 +239,38 @@ def test_layers_are_those_of_all_runs_and_sums_those_of_their_tensors(
                     continue
                 tensors = several[at].tensors
                 pairs = zip(tensors["tensor"].values, tensors["kind"].values, strict=True)
-                mine = [f"{name.partition('.')[0]}{' buffer' * (kind == 'buffer')}" == layer for name, kind in pairs]
+                mine = [
+                    f"{name.partition('.')[0]}{' buffer' * (kind == 'buffer')}" == layer
+                    for name, kind in pairs
+                ]
                 if any(mine):
-                    assert value == pytest.approx(float(tensors["allocated"].values[:, mine].sum()), rel=1e-12)
+                    assert value == pytest.approx(
+                        float(tensors["allocated"].values[:, mine].sum()), rel=1e-12
+                    )
                 else:
                     assert math.isnan(value)
-    assert float(found["total"].sel(label="deep", layer="1")[0]) != found["total"].sel(label="shallow", layer="1")[0]
+    assert (
+        float(found["total"].sel(label="deep", layer="1")[0])
+        != found["total"].sel(label="shallow", layer="1")[0]
+    )
     assert found["path"].values.tolist() == [
         [str(each.path) for each in runs["shallow"]],
         [*(str(each.path) for each in runs["deep"]), ""],
     ]
 
 
-def test_the_statistics_are_over_the_runs_of_a_label(runs: dict[str, list[Any]], found: xr.Dataset) -> None:
+def test_the_statistics_are_over_the_runs_of_a_label(
+    runs: dict[str, list[Any]], found: xr.Dataset
+) -> None:
     totals = {label: found["total"].sel(label=label).values for label in runs}
     for layer in range(5):
-        shallow, deep = (each[layer][~np.isnan(each[layer])] for each in (totals["shallow"], totals["deep"]))
+        shallow, deep = (
+            each[layer][~np.isnan(each[layer])] for each in (totals["shallow"], totals["deep"])
+        )
         for label, mine in (("shallow", shallow), ("deep", deep)):
             of = found.sel(label=label).isel(layer=layer)
-            if not len(mine) or not mine.any():  # a layer the label lacks, or one without parameters
+            # a layer the label lacks, or one without parameters
+            if not len(mine) or not mine.any():
                 assert np.isnan([of["p"], of["p_holm"]]).all()
                 continue
             assert of["mean"] == pytest.approx(mine.mean())
@@ -227,7 +280,9 @@ def test_the_statistics_are_over_the_runs_of_a_label(runs: dict[str, list[Any]],
         difference = found.sel(label="deep").isel(layer=layer)
         if len(shallow) and len(deep):
             assert difference["difference"] == pytest.approx(deep.mean() - shallow.mean())
-            assert difference["p_difference"] == pytest.approx(stats.ttest_ind(deep, shallow, equal_var=False).pvalue)
+            assert difference["p_difference"] == pytest.approx(
+                stats.ttest_ind(deep, shallow, equal_var=False).pvalue
+            )
         else:
             assert np.isnan([difference["difference"], difference["p_difference"]]).all()
     for name in ("p", "p_difference"):
@@ -240,7 +295,9 @@ def test_the_statistics_are_over_the_runs_of_a_label(runs: dict[str, list[Any]],
     assert (found["difference"].sel(label="shallow").dropna("layer") == 0).all()
 
 
-def test_headline_figures_are_means_of_the_summaries(runs: dict[str, list[Any]], found: xr.Dataset) -> None:
+def test_headline_figures_are_means_of_the_summaries(
+    runs: dict[str, list[Any]], found: xr.Dataset
+) -> None:
     figures = {label: [summary(each) for each in several] for label, several in runs.items()}
     for label, several in figures.items():
         of = found.sel(label=label)
@@ -258,7 +315,14 @@ def test_headline_figures_are_means_of_the_summaries(runs: dict[str, list[Any]],
 
 def test_a_result_says_what_it_is_of(found: xr.Dataset, runs: dict[str, list[Any]]) -> None:
     paths = ", ".join(str(each.path) for several in runs.values() for each in several)
-    wanted = {"finding": "compare", "run": paths, "loss": "train", "split": "train", "left_out": "", "by": "module"}
+    wanted = {
+        "finding": "compare",
+        "run": paths,
+        "loss": "train",
+        "split": "train",
+        "left_out": "",
+        "by": "module",
+    }
     assert {name: found.attrs[name] for name in wanted} == wanted
     assert all({"units", "long_name"} <= set(found[name].attrs) for name in found)
 
@@ -272,7 +336,9 @@ def test_one_run_is_a_list_of_one_and_has_no_intervals(runs: dict[str, list[Any]
 
 
 @pytest.mark.parametrize("by", ["tensor", 1, "module"])
-def test_layers_of_any_division_sum_to_what_was_allocated(runs: dict[str, list[Any]], by: str | int) -> None:
+def test_layers_of_any_division_sum_to_what_was_allocated(
+    runs: dict[str, list[Any]], by: str | int
+) -> None:
     found = compare(runs, by=by)
     wanted = [[summary(each)["allocated"] for each in several] for several in runs.values()]
     sums = found["total"].sum("layer").values
@@ -295,10 +361,14 @@ def test_layers_of_one_name_and_other_sizes_are_named(runs: dict[str, list[Any]]
     assert "1 (" not in compare(runs, by=1).attrs["left_out"]
     said = compare(runs, by=0).attrs["left_out"]
     sizes = {kind: summary(several[0])["parameters"] for kind, several in runs.items()}
-    assert f"the whole network ({sizes['shallow']:,} in shallow and {sizes['deep']:,} in deep)" in said
+    assert (
+        f"the whole network ({sizes['shallow']:,} in shallow and {sizes['deep']:,} in deep)" in said
+    )
 
 
-def test_unfinished_runs_are_compared_as_far_as_they_are_and_named(root: Path, tmp_path: Path) -> None:
+def test_unfinished_runs_are_compared_as_far_as_they_are_and_named(
+    root: Path, tmp_path: Path
+) -> None:
     place = Path(shutil.copytree(root / "shallow-1.lca", tmp_path / "part.lca"))
     marker(place, "train", 1).unlink()
     part, whole = open_run(place)["train"], open_run(root / "shallow-2.lca")["train"]
@@ -322,12 +392,27 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "nothing": (lambda deep: compare({}), "nothing to compare"),
     "no mapping": (lambda deep: compare([deep["train"]]), "nothing to compare"),  # type: ignore[arg-type]
     "an empty label": (lambda deep: compare({"a": []}), "under label 'a' there have to be results"),
-    "a run in place of a loss": (lambda deep: compare({"a": [deep]}), "under label 'a' there have to be results"),
+    "a run in place of a loss": (
+        lambda deep: compare({"a": [deep]}),
+        "under label 'a' there have to be results",
+    ),
     "a number for a label": (lambda deep: compare({1: deep["train"]}), "under label 1"),  # type: ignore[dict-item]
-    "groups": (lambda deep: compare({"a": deep["per_class"]}), "loss 'per_class' of; has groups; without group_by"),
-    "twice": (lambda deep: compare({"a": [deep["train"]] * 2}), "deep-1.lca is given twice under label 'a'"),
-    "certainty": (lambda deep: compare({"a": deep["train"]}, confidence=1.0), "between 0 and 1, got 1.0"),
-    "no number": (lambda deep: compare({"a": deep["train"]}, confidence=math.nan), "between 0 and 1, got nan"),
+    "groups": (
+        lambda deep: compare({"a": deep["per_class"]}),
+        "loss 'per_class' of; has groups; without group_by",
+    ),
+    "twice": (
+        lambda deep: compare({"a": [deep["train"]] * 2}),
+        "deep-1.lca is given twice under label 'a'",
+    ),
+    "certainty": (
+        lambda deep: compare({"a": deep["train"]}, confidence=1.0),
+        "between 0 and 1, got 1.0",
+    ),
+    "no number": (
+        lambda deep: compare({"a": deep["train"]}, confidence=math.nan),
+        "between 0 and 1, got nan",
+    ),
     "layers by what": (lambda deep: compare({"a": deep["train"]}, by="colour"), "'colour'"),
 }
 
@@ -340,25 +425,47 @@ def test_what_cannot_be_compared_is_refused(root: Path, case: str) -> None:
     says(str(caught.value), *words.split("; "))
 
 
-# --- lca compare -------------------------------------------------------------------------------------------------------------
+# --- lca compare
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_document_holds_the_finding(root: Path, found: xr.Dataset) -> None:
     result = lca(
-        "compare", f"shallow={root}/shallow-*.lca", *(f"deep={root}/deep-{seed}.lca" for seed in (1, 2)), "--json"
+        "compare",
+        f"shallow={root}/shallow-*.lca",
+        *(f"deep={root}/deep-{seed}.lca" for seed in (1, 2)),
+        "--json",
     )
     made = document(result)
-    assert (result.stderr, made["schema"], made["loss"], made["by"], made["left_out"]) == ("", 1, "train", "module", "")
+    assert (result.stderr, made["schema"], made["loss"], made["by"], made["left_out"]) == (
+        "",
+        1,
+        "train",
+        "module",
+        "",
+    )
     assert list(made["labels"]) == ["shallow", "deep"]
     for label, of in made["labels"].items():
         wanted = found.sel(label=label)
-        assert [of["runs"], *of["paths"]] == [int(wanted["runs"]), *(each for each in wanted["path"].values if each)]
-        for name in ("helping", "helping_low", "loss_end", "loss_end_high", "loss_change", "p_loss_end"):
+        assert [of["runs"], *of["paths"]] == [
+            int(wanted["runs"]),
+            *(each for each in wanted["path"].values if each),
+        ]
+        for name in (
+            "helping",
+            "helping_low",
+            "loss_end",
+            "loss_end_high",
+            "loss_change",
+            "p_loss_end",
+        ):
             assert of[name] == plain(wanted[name])
         assert list(of["layers"]) == found["layer"].values.tolist()
         for layer, numbers in of["layers"].items():
             one = wanted.sel(layer=layer)
-            assert numbers.pop("totals") == [plain(each) for each in one["total"].values[: of["runs"]]]
+            assert numbers.pop("totals") == [
+                plain(each) for each in one["total"].values[: of["runs"]]
+            ]
             assert numbers == {name: plain(one[name]) for name in numbers}
             assert len(numbers) == 8
 
@@ -379,7 +486,11 @@ def test_the_table_has_layers_beside_each_other(root: Path, found: xr.Dataset) -
     wanted = []
     for label in ("shallow", "deep"):
         one = of.sel(label=label)
-        wanted += [f"{float(one['mean']):+.4f}", f"[{float(one['low']):+.4f},", f"{float(one['high']):+.4f}]"]
+        wanted += [
+            f"{float(one['mean']):+.4f}",
+            f"[{float(one['low']):+.4f},",
+            f"{float(one['high']):+.4f}]",
+        ]
         wanted += [f"{float(one['p_holm']):.2g}"]
     wanted += [f"{float(one['difference']):+.4f}", f"{float(one['p_difference_holm']):.2g}"]
     assert row[1:] == wanted
@@ -398,7 +509,9 @@ def test_runs_without_labels_are_called_by_their_names_and_have_no_intervals(roo
     assert "p" not in [word for line in lines for word in line]
 
 
-def test_labels_and_paths_cannot_steer_a_terminal_or_be_mistaken(root: Path, tmp_path: Path) -> None:
+def test_labels_and_paths_cannot_steer_a_terminal_or_be_mistaken(
+    root: Path, tmp_path: Path
+) -> None:
     odd = Path(shutil.copytree(root / "deep-1.lca", tmp_path / "a=b [red].lca"))
     result = lca("compare", odd, f"\x1b[31m[bold]x={odd}")
     assert result.exit_code == 0, result.stderr
@@ -411,7 +524,11 @@ def test_a_second_run_of_the_same_name_is_called_by_its_path(root: Path, tmp_pat
     other = Path(shutil.copytree(root / "deep-1.lca", tmp_path / "deep-1.lca"))
     made = document(lca("compare", root / "deep-1.lca", other, "--json"))
     assert list(made["labels"]) == ["deep-1", str(other)]
-    refused(lca("compare", root / "deep-1.lca", other, other), "already are runs labelled", f"Write LABEL={other}")
+    refused(
+        lca("compare", root / "deep-1.lca", other, other),
+        "already are runs labelled",
+        f"Write LABEL={other}",
+    )
 
 
 def test_an_unfinished_run_is_a_note(root: Path, tmp_path: Path) -> None:
@@ -434,7 +551,10 @@ ASKED_WRONGLY: dict[str, tuple[tuple[str, ...], str]] = {
         "has no loss 'no'; it has 'train', 'per_class'; --loss",
     ),
     "groups": (("{root}/deep-1.lca", "--loss", "per_class"), "has groups"),
-    "the same run twice": (("a={root}/deep-1.lca", "a={root}/deep-*.lca"), "given twice under label 'a'"),
+    "the same run twice": (
+        ("a={root}/deep-1.lca", "a={root}/deep-*.lca"),
+        "given twice under label 'a'",
+    ),
     "layers by what": (("{root}/deep-1.lca", "--by", "colour"), "'colour'"),
     "layers of depth below": (("{root}/deep-1.lca", "--by", "-1"), "'-1'"),
     "certainty": (("{root}/deep-1.lca", "--confidence", "95"), "between 0 and 1, got 95.0"),
@@ -456,12 +576,15 @@ def test_a_run_without_losses_is_refused(root: Path, tmp_path: Path) -> None:
     assert json.loads((place / "run.json").read_text())["losses"] == {}
 
 
-# --- which runs are repeats, and which are pairs ------------------------------------------------------------------------------
+# --- which runs are repeats, and which are pairs
+# ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def arms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two arms of three seeds from the same initial weights, two learning rates; and seed 1 of the first measured in other ways."""
+    """Two arms of three seeds from the same initial weights, two learning rates; and seed 1 of the
+    first measured in other ways.
+    """
     place = tmp_path_factory.mktemp("arms")
     for arm, rate in (("slow", 0.1), ("fast", 0.3)):
         for seed in (1, 2, 3):
@@ -494,7 +617,9 @@ DIFFERS = {
 
 
 def again(checkpoints: Path, out: Path, twice: bool = False, **asked: Any) -> None:
-    """The same training, measured in another way; `twice` measures twice the loss under the same name."""
+    """The same training, measured in another way; `twice` measures twice the loss under the same
+    name.
+    """
 
     def doubled(model: nn.Module, batch: Any) -> torch.Tensor:
         return 2 * F.cross_entropy(model(batch[0]), batch[1], reduction="none")
@@ -512,7 +637,9 @@ SLOW, FAST = ([f"{arm}/shallow-{seed}" for seed in (1, 2, 3)] for arm in ("slow"
 
 
 @pytest.mark.parametrize("name", DIFFERS)
-def test_one_training_measured_again_is_no_repeat_and_what_differs_is_named(arms: Path, name: str) -> None:
+def test_one_training_measured_again_is_no_repeat_and_what_differs_is_named(
+    arms: Path, name: str
+) -> None:
     under_one = compare({"a": trained(arms, *SLOW, name)})
     without = compare({"a": trained(arms, *SLOW)})
     for variable in ("mean", "low", "high", "p", "p_holm", "helping", "loss_end_low"):
@@ -521,7 +648,13 @@ def test_one_training_measured_again_is_no_repeat_and_what_differs_is_named(arms
     assert under_one["total"].sizes["run"] == 4
     assert np.isfinite(under_one["total"].values[..., 3]).any()
     shared = "2 of 3 checkpoints are the same" if name == "part" else "the same checkpoints"
-    says(under_one.attrs["notes"], f"{name}.lca", "shallow-1.lca are of one training", shared, "counts once")
+    says(
+        under_one.attrs["notes"],
+        f"{name}.lca",
+        "shallow-1.lca are of one training",
+        shared,
+        "counts once",
+    )
     beside = compare({"a": trained(arms, SLOW[0]), "b": trained(arms, name)})
     says(beside.attrs["notes"], "'b' and 'a' share trainings", DIFFERS[name])
     assert ("Runs differ" in beside.attrs["notes"]) == bool(DIFFERS[name])
@@ -535,7 +668,9 @@ def test_one_training_given_twice_under_two_names_has_no_p(arms: Path) -> None:
 
 
 @pytest.mark.parametrize("paired", [None, True])
-def test_runs_that_begin_from_the_same_checkpoint_are_tested_in_pairs(arms: Path, paired: bool | None) -> None:
+def test_runs_that_begin_from_the_same_checkpoint_are_tested_in_pairs(
+    arms: Path, paired: bool | None
+) -> None:
     order = [FAST[2], FAST[0], FAST[1]] if paired is None else FAST
     found = compare({"slow": trained(arms, *SLOW), "fast": trained(arms, *order)}, paired=paired)
     slow, fast = (found["total"].sel(label=label).values for label in ("slow", "fast"))
@@ -544,7 +679,9 @@ def test_runs_that_begin_from_the_same_checkpoint_are_tested_in_pairs(arms: Path
         if not (fast[layer] - slow[layer]).any():
             continue
         one = found.sel(label="fast").isel(layer=layer)
-        assert one["p_difference"] == pytest.approx(stats.ttest_rel(fast[layer], slow[layer]).pvalue)
+        assert one["p_difference"] == pytest.approx(
+            stats.ttest_rel(fast[layer], slow[layer]).pvalue
+        )
         assert one["difference"] == pytest.approx((fast[layer] - slow[layer]).mean())
     assert found["paired"].values.tolist() == [False, True]
     ends = [[summary(each)["loss_end"] for each in trained(arms, *some)] for some in (FAST, SLOW)]
@@ -564,11 +701,15 @@ def test_runs_that_are_no_pairs_are_tested_apart(arms: Path, root: Path, case: s
     first, second, paired = APART[case]
     one = trained(arms, *first)
     two = [
-        open_run(root / f"{Path(name).name}.lca")["train"] if "other" in name else trained(arms, name)[0]
+        open_run(root / f"{Path(name).name}.lca")["train"]
+        if "other" in name
+        else trained(arms, name)[0]
         for name in second
     ]
     found = compare({"one": one, "two": two}, paired=paired)
-    a, b = (found["total"].sel(label=label, layer="0").dropna("run").values for label in ("one", "two"))
+    a, b = (
+        found["total"].sel(label=label, layer="0").dropna("run").values for label in ("one", "two")
+    )
     assert float(found["p_difference"].sel(label="two", layer="0")) == pytest.approx(
         stats.ttest_ind(b, a, equal_var=False).pvalue
     )
@@ -576,17 +717,25 @@ def test_runs_that_are_no_pairs_are_tested_apart(arms: Path, root: Path, case: s
 
 
 def test_trainings_in_both_labels_are_no_chance(arms: Path) -> None:
-    """Two of three runs in common are neither pairs nor apart; all of them, measured in two ways, are pairs."""
-    found = compare({"one": trained(arms, *SLOW), "two": trained(arms, SLOW[0], SLOW[1], "fast/shallow-2")})
+    """Two of three runs in common are neither pairs nor apart; all of them, measured in two ways,
+    are pairs.
+    """
+    found = compare(
+        {"one": trained(arms, *SLOW), "two": trained(arms, SLOW[0], SLOW[1], "fast/shallow-2")}
+    )
     assert np.isnan(found["p_difference"].values).all()
     says(found.attrs["notes"], "share trainings", "not tested against each other")
-    again_ = compare({"one": trained(arms, SLOW[0], SLOW[1]), "two": trained(arms, "copy", SLOW[1])})
+    again_ = compare(
+        {"one": trained(arms, SLOW[0], SLOW[1]), "two": trained(arms, "copy", SLOW[1])}
+    )
     assert again_["paired"].values.tolist() == [False, True]
     assert np.isnan(again_["p_difference"].values).all()  # no spread: all differences are 0
 
 
 def test_weights_that_do_not_move_at_first_do_not_make_two_trainings_one(tmp_path: Path) -> None:
-    """A warm-up from nothing: checkpoints 0 and 1 are those of both trainings, and are no sign of one."""
+    """A warm-up from nothing: checkpoints 0 and 1 are those of both trainings, and are no sign of
+    one.
+    """
     for rate in (0.1, 0.3):
         replay(tmp_path / str(rate), "deep", 1, 3, rate=rate, still=1)
     found = compare({str(rate): trained(tmp_path, f"{rate}/deep-1") for rate in (0.1, 0.3)})
@@ -609,7 +758,11 @@ def test_the_command_says_pairs_and_what_differs(arms: Path) -> None:
     apart = lca("compare", f"slow={arms}/slow/*.lca", f"fast={arms}/fast/*.lca", "--unpaired")
     says(apart.stdout, "its difference to slow: Welch's;")
     result = lca("compare", f"a={arms}/slow/*.lca", f"a={arms}/copy.lca", f"b={arms}/batch.lca")
-    says(" ".join(result.stdout.split()), "different trainings 3 1", "Runs differ in normalisation (--norm-stats)")
+    says(
+        " ".join(result.stdout.split()),
+        "different trainings 3 1",
+        "Runs differ in normalisation (--norm-stats)",
+    )
     made = document(lca("compare", f"a={arms}/slow/*.lca", f"a={arms}/copy.lca", "--json"))
     assert (made["labels"]["a"]["runs"], made["labels"]["a"]["trainings"]) == (4, 3)
     says(made["notes"], "of one training")
@@ -629,18 +782,36 @@ def test_a_comparison_is_written_like_other_findings(
     back = read_netcdf(Path(files[0]))
     for name in wanted.data_vars:
         assert np.array_equal(
-            np.asarray(back[name].values, "f8"), np.asarray(wanted[name].values, "f8"), equal_nan=True
+            np.asarray(back[name].values, "f8"),
+            np.asarray(wanted[name].values, "f8"),
+            equal_nan=True,
         )
     assert back.attrs["notes"] == wanted.attrs["notes"]
 
 
 def test_a_comparison_as_tables(arms: Path, tmp_path: Path) -> None:
-    result = lca("compare", arms / f"{SLOW[0]}.lca", arms / "rule.lca", "-o", tmp_path / "t", "--format", "csv")
+    result = lca(
+        "compare",
+        arms / f"{SLOW[0]}.lca",
+        arms / "rule.lca",
+        "-o",
+        tmp_path / "t",
+        "--format",
+        "csv",
+    )
     assert result.exit_code == 0, result.output
     says(result.stderr, "share trainings", "Runs differ in rule")
     files = {path.name for path in (tmp_path / "t").iterdir()}
-    assert {"about.json", "compare_label_layer.csv", "compare_label.csv", "compare_label_layer_run.csv"} <= files
+    assert {
+        "about.json",
+        "compare_label_layer.csv",
+        "compare_label.csv",
+        "compare_label_layer_run.csv",
+    } <= files
     refused(lca("compare", arms / "rule.lca", "-o", tmp_path / "t"), "there already")
-    refused(lca("compare", arms / "rule.lca", "-o", tmp_path / "x.csv"), "a comparison is one file as .nc alone")
+    refused(
+        lca("compare", arms / "rule.lca", "-o", tmp_path / "x.csv"),
+        "a comparison is one file as .nc alone",
+    )
     refused(lca("compare", arms / "rule.lca", "-o", tmp_path / "x", "--json"), "take one of them")
     refused(lca("compare", arms / "rule.lca", "--format", "csv"), "-o")

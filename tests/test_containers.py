@@ -1,4 +1,6 @@
-"""Tensors of every layout in containers of every kind: moved, converted, cut, compared and hashed; losses on them against dense ones."""
+"""Tensors of every layout in containers of every kind: moved, converted, cut, compared and hashed;
+losses on them against dense ones.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 DENSE = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).relu()
 COMPLEX = torch.view_as_complex(torch.randn(6, 4, 2, generator=torch.Generator().manual_seed(1)))
 
-# --- tensors of every layout -------------------------------------------------------------------------------------------
+# --- tensors of every layout
+# -------------------------------------------------------------------------------------------
 
 
 def nested(layout: torch.layout) -> Tensor:
@@ -57,7 +60,9 @@ def odd_stride() -> Tensor:
 
 LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "COO": lambda: DENSE.to_sparse(),
-    "COO, not coalesced": lambda: torch.sparse_coo_tensor([[0, 0, 5], [1, 1, 3]], [1.0, 2.0, 3.0], (6, 4)),
+    "COO, not coalesced": lambda: torch.sparse_coo_tensor(
+        [[0, 0, 5], [1, 1, 3]], [1.0, 2.0, 3.0], (6, 4)
+    ),
     "COO with dense rows": lambda: DENSE.to_sparse(1),
     "CSR": lambda: DENSE.to_sparse_csr(),
     "CSC": lambda: DENSE.to_sparse_csc(),
@@ -88,7 +93,13 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
 def dense(tensor: Tensor) -> Tensor:
     if tensor.is_nested:
         return torch.cat(list(tensor.unbind()))
-    tensor = tensor.dequantize() if tensor.is_quantized else tensor.to_dense() if tensor.is_sparse else tensor
+    tensor = (
+        tensor.dequantize()
+        if tensor.is_quantized
+        else tensor.to_dense()
+        if tensor.is_sparse
+        else tensor
+    )
     return tensor.to_dense() if tensor.layout != torch.strided else tensor
 
 
@@ -109,12 +120,14 @@ def test_a_tensor_of_any_layout_is_converted_hashed_and_compared(name: str) -> N
 def test_every_layout_has_a_hash_of_its_own() -> None:
     tensors = [make() for make in LAYOUTS.values()]
     assert len(set(map(digest_of, tensors))) == len(tensors)
-    assert [same_bytes(one, other) for one in tensors for other in tensors if one is not other] == [False] * (
-        len(tensors) * (len(tensors) - 1)
-    )
+    assert [same_bytes(one, other) for one in tensors for other in tensors if one is not other] == [
+        False
+    ] * (len(tensors) * (len(tensors) - 1))
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ("empty", "sparse and empty")])
+@pytest.mark.parametrize(
+    "name", [name for name in LAYOUTS if name not in ("empty", "sparse and empty")]
+)
 def test_one_number_that_differs_is_seen_in_every_layout(name: str) -> None:
     tensor = LAYOUTS[name]()
     if tensor.is_quantized:
@@ -124,15 +137,25 @@ def test_one_number_that_differs_is_seen_in_every_layout(name: str) -> None:
         other.view(-1)[-1] = not bool(other.view(-1)[-1].to(torch.complex64).real)
     else:
         other = tensor.clone()
-        values = other.unbind()[1] if other.is_nested else other._values() if other.is_sparse else other.values()
+        values = (
+            other.unbind()[1]
+            if other.is_nested
+            else other._values()
+            if other.is_sparse
+            else other.values()
+        )
         values.view(-1)[-1] += 1
     assert digest_of(tensor) != digest_of(other)
     assert not same_bytes(tensor, other)
 
 
-@pytest.mark.parametrize("name", ["COO", "COO, not coalesced", "CSR", "CSC", "BSR", "BSC", "transposed"])
+@pytest.mark.parametrize(
+    "name", ["COO", "COO, not coalesced", "CSR", "CSC", "BSR", "BSC", "transposed"]
+)
 @pytest.mark.parametrize("positions", [range(2, 6), torch.tensor([4, 5, 0, 1])])
-def test_rows_of_a_sparse_tensor_are_those_of_a_dense_one(name: str, positions: range | Tensor) -> None:
+def test_rows_of_a_sparse_tensor_are_those_of_a_dense_one(
+    name: str, positions: range | Tensor
+) -> None:
     tensor = LAYOUTS[name]()
     if name == "transposed":
         tensor = tensor.T
@@ -162,12 +185,19 @@ def test_a_buffer_of_any_layout_is_converted_with_its_module(name: str) -> None:
     module.register_buffer("held", tensor, persistent=False)
     convert(module, CPU, torch.float64)
     held = module.get_buffer("held")
-    wide = torch.float64 if tensor.is_floating_point() else torch.complex128 if tensor.is_complex() else tensor.dtype
+    wide = (
+        torch.float64
+        if tensor.is_floating_point()
+        else torch.complex128
+        if tensor.is_complex()
+        else tensor.dtype
+    )
     assert (held.dtype, held.layout) == (wide, tensor.layout)
     assert torch.equal(dense(held), dense(tensor).to(dense(held).dtype))
 
 
-# --- containers of every kind ------------------------------------------------------------------------------------------
+# --- containers of every kind
+# ------------------------------------------------------------------------------------------
 
 
 class Pair(NamedTuple):
@@ -260,13 +290,15 @@ def test_what_is_inside_is_converted_and_the_rest_stays(kind: str, layout: str) 
     thing = CONTAINERS[kind](inside)
     moved = move(thing, CPU, torch.float64)
     assert type(moved) is type(thing)
-    assert [(part.dtype, part.layout) for part in tensors(moved)] == [(torch.float64, inside.layout)] * len(
-        tensors(thing)
-    )
+    assert [(part.dtype, part.layout) for part in tensors(moved)] == [
+        (torch.float64, inside.layout)
+    ] * len(tensors(thing))
     assert tensors(thing)
     assert all(part is inside for part in tensors(thing))  # the original is untouched
     assert all(torch.equal(dense(part), dense(inside).double()) for part in tensors(moved))
-    assert [name for name, _ in named_parts(moved)] == [name for name, _ in named_parts(thing)] or kind == "a set"
+    assert [name for name, _ in named_parts(moved)] == [
+        name for name, _ in named_parts(thing)
+    ] or kind == "a set"
     assert [part for _, part in named_parts(moved) if isinstance(part, str | Path | enum.Enum)] == [
         part for _, part in named_parts(thing) if isinstance(part, str | Path | enum.Enum)
     ]
@@ -295,7 +327,15 @@ def test_what_leads_to_no_tensor_is_shared_and_what_has_nothing_to_change_is_its
     assert moved.lock is thing.lock
     assert moved.inner.owner is moved
     assert move(thing, CPU, torch.float32) is thing
-    for unknown in (object(), Colour.RED, threading.Lock(), Path("a"), len, nn.Linear(2, 2), Counter("aab")):
+    for unknown in (
+        object(),
+        Colour.RED,
+        threading.Lock(),
+        Path("a"),
+        len,
+        nn.Linear(2, 2),
+        Counter("aab"),
+    ):
         assert change_tensors(unknown, Tensor.clone) is unknown or opened(unknown) is not None
 
 
@@ -346,20 +386,33 @@ def test_an_object_that_cannot_be_copied_is_refused_where_it_would_have_to_be() 
     thing = NoCopy(DENSE)
     assert move(thing, CPU, torch.float32) is thing
     with pytest.raises(
-        InputError, match=r"holds a NoCopy with tensors in it, which cannot be copied.*not to be copied"
+        InputError,
+        match=r"holds a NoCopy with tensors in it, which cannot be copied.*not to be "
+        r"copied",
     ):
         move(thing, CPU, torch.float64)
     assert digest_of(thing) != digest_of(NoCopy(DENSE + 1))
 
 
 def test_a_tensor_that_cannot_be_converted_is_refused_by_name() -> None:
-    with pytest.raises(InputError, match="a batch cannot be moved to cpu and float64: NotImplementedError"):
+    with pytest.raises(
+        InputError, match="a batch cannot be moved to cpu and float64: NotImplementedError"
+    ):
         move([DENSE.to_mkldnn()], CPU, torch.float64)
 
 
 def hashes() -> list[str]:
     things = [make(DENSE) for make in CONTAINERS.values()] + [make() for make in LAYOUTS.values()]
-    others = [set("abcdefgh"), Colour.RED, Path("a"), {"x": {1, "y", None}}, object(), threading.Lock(), len, print]
+    others = [
+        set("abcdefgh"),
+        Colour.RED,
+        Path("a"),
+        {"x": {1, "y", None}},
+        object(),
+        threading.Lock(),
+        len,
+        print,
+    ]
     return [*map(digest_of, [*things, *others, torch.float32, lambda: 1])]
 
 
@@ -373,7 +426,8 @@ def test_hashes_are_equal_between_processes() -> None:
     assert len(set(hashes())) == len(hashes()) - 3  # four kinds of dicts count alike
 
 
-# --- packed sequences --------------------------------------------------------------------------------------------------
+# --- packed sequences
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_packed_sequence_keeps_its_sizes_on_the_cpu() -> None:
@@ -387,10 +441,13 @@ def test_a_packed_sequence_keeps_its_sizes_on_the_cpu() -> None:
     assert away.sorted_indices.is_meta
     assert away.batch_sizes.device == CPU
     assert move(SimpleNamespace(x=packed), META, torch.float32).x.batch_sizes.device == CPU
-    assert digest_of(packed) != digest_of(pack_sequence([DENSE[:3], DENSE[:1], DENSE[:2]], enforce_sorted=False))
+    assert digest_of(packed) != digest_of(
+        pack_sequence([DENSE[:3], DENSE[:1], DENSE[:2]], enforce_sorted=False)
+    )
 
 
-# --- losses on them, against the same with dense tensors ----------------------------------------------------------------
+# --- losses on them, against the same with dense tensors
+# ----------------------------------------------------------------
 
 LINKS = torch.randn(6, 6, generator=torch.Generator().manual_seed(3)).relu()
 LABELS = torch.tensor([0, 1, 2, 1, 0, 2])
@@ -430,7 +487,9 @@ def of_objects(examples: list[tuple[Tensor, Tensor]]) -> Any:
 
 def on_objects(model: nn.Module, batch: Graph) -> Tensor:
     outputs = model(torch.stack([node.row for node in batch.nodes]))
-    return F.cross_entropy(outputs, torch.stack([node.label for node in batch.nodes]), reduction="none")
+    return F.cross_entropy(
+        outputs, torch.stack([node.label for node in batch.nodes]), reduction="none"
+    )
 
 
 def on_rows(model: nn.Module, batch: Any) -> Tensor:
@@ -483,7 +542,12 @@ TASKS: dict[str, tuple[Task, Task]] = {
 
 def evaluated(task: Task, precision: str, point: dict[str, Tensor], batch_size: int | None) -> Any:
     objective = Objective(
-        lambda: task, None, device=CPU, precision=precision, norm_stats="running", batch_size=batch_size
+        lambda: task,
+        None,
+        device=CPU,
+        precision=precision,
+        norm_stats="running",
+        batch_size=batch_size,
     )
     wide = {name: tensor.to(objective.dtype) for name, tensor in point.items()}
     objective.settle_batch_sizes(wide)
@@ -508,7 +572,10 @@ def test_a_loss_on_them_is_that_of_dense_tensors(case: str, batch_size: int | No
 
 
 def test_other_values_of_a_sparse_buffer_are_another_model() -> None:
-    tasks = [Task(lambda k=k: Convolution(k * LINKS.to_sparse()), PLAIN.data, PLAIN.losses) for k in (1, 2)]
+    tasks = [
+        Task(lambda k=k: Convolution(k * LINKS.to_sparse()), PLAIN.data, PLAIN.losses)
+        for k in (1, 2)
+    ]
     found = [
         Objective(lambda task=task: task, None, device=CPU, precision="float32", norm_stats="running", batch_size=2).digests
         for task in tasks
@@ -517,7 +584,8 @@ def test_other_values_of_a_sparse_buffer_are_another_model() -> None:
     assert {key for key in found[0] if found[0][key] != found[1][key]} == {"tensor 'links'"}
 
 
-# --- writes ------------------------------------------------------------------------------------------------------------
+# --- writes
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Lazy(Target):
@@ -541,11 +609,27 @@ def written(batch: Any, write: Callable[[Any], Any]) -> str | None:
 WRITES: dict[str, tuple[Any, Callable[[Any], Any], str | None]] = {
     "nothing": ([Target(DENSE), {"x": []}], lambda batch: None, None),
     "into an object": ((Target(DENSE),), lambda batch: batch[0].boxes.add_(1), "batch[0].boxes"),
-    "into a list of an object": (Graph([DENSE]), lambda batch: batch.nodes[0].add_(0), "batch.nodes[0]"),
-    "another tensor": (Graph(DENSE), lambda batch: setattr(batch, "nodes", DENSE + 1), "batch.nodes"),
+    "into a list of an object": (
+        Graph([DENSE]),
+        lambda batch: batch.nodes[0].add_(0),
+        "batch.nodes[0]",
+    ),
+    "another tensor": (
+        Graph(DENSE),
+        lambda batch: setattr(batch, "nodes", DENSE + 1),
+        "batch.nodes",
+    ),
     "a note on itself": (Lazy(DENSE), lambda batch: batch.area, None),
-    "a sparse one": ({"x": DENSE.to_sparse()}, lambda batch: batch["x"]._values().add_(1), "batch['x']"),
-    "a sequence": ([pack_sequence([DENSE])], lambda batch: batch[0].data.mul_(1), "batch[0]['data']"),
+    "a sparse one": (
+        {"x": DENSE.to_sparse()},
+        lambda batch: batch["x"]._values().add_(1),
+        "batch['x']",
+    ),
+    "a sequence": (
+        [pack_sequence([DENSE])],
+        lambda batch: batch[0].data.mul_(1),
+        "batch[0]['data']",
+    ),
     "a key": ({"x": DENSE}, lambda batch: batch.update(y=1), "batch"),
     "text": ({"x": "a"}, lambda batch: batch.update(x="b"), "batch['x']"),
     "what cannot be copied": ([NoCopy(DENSE)], lambda batch: None, None),
@@ -558,7 +642,8 @@ def test_a_write_is_found_wherever_it_is(case: str) -> None:
     assert written(batch, write) == place
 
 
-# --- memory ------------------------------------------------------------------------------------------------------------
+# --- memory
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", CONTAINERS)
@@ -586,7 +671,11 @@ def test_walking_leaves_nothing_behind(kind: str) -> None:
 
 def test_examples_that_do_not_collate_name_the_way_out() -> None:
     split = Split("train", [Graph(DENSE)] * 3, CPU, torch.float32)
-    with pytest.raises(InputError, match=r"cannot be made into a batch: TypeError.*DataLoader\(dataset, collate_fn="):
+    with pytest.raises(
+        InputError,
+        match=r"cannot be made into a batch: "
+        r"TypeError.*DataLoader\(dataset, collate_fn=",
+    ):
         split.sample(0, 2)
 
 

@@ -1,4 +1,6 @@
-"""`lca import`: what was saved comes back bit for bit, each file whole or not at all; what cannot be told is refused, nothing runs."""
+"""`lca import`: what was saved comes back bit for bit, each file whole or not at all; what cannot
+be told is refused, nothing runs.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def series(place: Path, steps: tuple[int, ...] = STEPS) -> Path:
 
 def equal(directory: Path, wanted: Mapping[int, State]) -> None:
     """Every step is there, as it was, with its dtype, and nothing else."""
-    assert sorted(path.name for path in directory.iterdir()) == [step_file(directory, step).name for step in wanted]
+    assert sorted(path.name for path in directory.iterdir()) == [
+        step_file(directory, step).name for step in wanted
+    ]
     for step, state in wanted.items():
         found = load_file(step_file(directory, step))
         assert found.keys() == state.keys()
@@ -79,7 +83,8 @@ def told(source: Path, directory: Path, **options: Any) -> list[str]:
     return heard
 
 
-# --- layouts -------------------------------------------------------------------------------------------------------------
+# --- layouts
+# -------------------------------------------------------------------------------------------------------------
 
 
 class Hostile:
@@ -93,20 +98,36 @@ class Hostile:
 
 
 def lightning(place: Path, step: int, state: State) -> None:
-    inside = {"epoch": 0, "global_step": step, "loops": {}, "optimizer_states": [{"state": {0: {"m": torch.ones(3)}}}]}
-    save(place / f"epoch=1-step={step}.ckpt", {"state_dict": dict(state), "hyper_parameters": {"lr": 0.1}, **inside})
+    inside = {
+        "epoch": 0,
+        "global_step": step,
+        "loops": {},
+        "optimizer_states": [{"state": {0: {"m": torch.ones(3)}}}],
+    }
+    save(
+        place / f"epoch=1-step={step}.ckpt",
+        {"state_dict": dict(state), "hyper_parameters": {"lr": 0.1}, **inside},
+    )
 
 
 def nanogpt(place: Path, step: int, state: State) -> None:
     wrapped = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
-    save(place / f"saved at {step + 7}", {"model": wrapped, "iter_num": step, "config": {"seed": 1}, "optimizer": {}})
+    save(
+        place / f"saved at {step + 7}",
+        {"model": wrapped, "iter_num": step, "config": {"seed": 1}, "optimizer": {}},
+    )
 
 
 def tutorial(place: Path, step: int, state: State) -> None:
     optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}
     save(
         place / f"model{step}.pth",
-        {"model_state_dict": dict(state), "optimizer_state_dict": optimizer, "step": step, "loss": 1.5},
+        {
+            "model_state_dict": dict(state),
+            "optimizer_state_dict": optimizer,
+            "step": step,
+            "loss": 1.5,
+        },
     )
 
 
@@ -122,22 +143,38 @@ def hugging_face(place: Path, step: int, state: State) -> None:
 
 def hugging_face_shards(place: Path, step: int, state: State) -> None:
     directory, names = place / f"checkpoint-{step}", list(state)
-    parts = {"pytorch_model-00001-of-00002.bin": names[:1], "pytorch_model-00002-of-00002.bin": names[1:]}
+    parts = {
+        "pytorch_model-00001-of-00002.bin": names[:1],
+        "pytorch_model-00002-of-00002.bin": names[1:],
+    }
     for file, part in parts.items():
         save(directory / file, {name: state[name] for name in part})
     weight_map = {name: file for file, part in parts.items() for name in part}
-    (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 def trainer_state(place: Path, step: int, state: State) -> None:
     save(place / f"saved-{step + 1}" / "pytorch_model.bin", dict(state))
-    (place / f"saved-{step + 1}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (place / f"saved-{step + 1}" / "trainer_state.json").write_text(
+        json.dumps({"global_step": step})
+    )
 
 
 def with_settings(place: Path, step: int, state: State, **options: Any) -> Path:
-    """What scripts put beside the weights: parsed arguments, numbers of numpy, the state of its generator."""
-    arguments = argparse.Namespace(lr=0.1, output=place, best=np.float32(0.5), nested=argparse.Namespace(seed=1))
-    beside = {"args": arguments, "best": np.float64(1.5), "epoch": np.int64(3), "random": np.random.get_state()}
+    """What scripts put beside the weights: parsed arguments, numbers of numpy, the state of its
+    generator.
+    """
+    arguments = argparse.Namespace(
+        lr=0.1, output=place, best=np.float32(0.5), nested=argparse.Namespace(seed=1)
+    )
+    beside = {
+        "args": arguments,
+        "best": np.float64(1.5),
+        "epoch": np.int64(3),
+        "random": np.random.get_state(),
+    }
     return save(place / f"checkpoint{step:04d}.pth", {"model": dict(state), **beside}, **options)
 
 
@@ -150,7 +187,9 @@ def with_settings_of_an_older_numpy(place: Path, step: int, state: State) -> Non
 
 LAYOUTS: dict[str, Callable[[Path, int, State], object]] = {
     "state dicts": lambda place, step, state: save(place / f"step_{step}.pt", dict(state)),
-    "module": lambda place, step, state: save(place / f"step_{step}.pt", {"module": dict(state), "epoch": 1}),
+    "module": lambda place, step, state: save(
+        place / f"step_{step}.pt", {"module": dict(state), "epoch": 1}
+    ),
     "Parameters": lambda place, step, state: save(
         place / f"step_{step}.pt", {name: torch.nn.Parameter(each) for name, each in state.items()}
     ),
@@ -160,8 +199,12 @@ LAYOUTS: dict[str, Callable[[Path, int, State], object]] = {
     "another suffix": lambda place, step, state: save(
         place / f"checkpoint_{step}.pth.tar", {"state_dict": dict(state)}
     ),
-    "one file in a directory": lambda place, step, state: save(place / f"step{step}" / "model.pt", dict(state)),
-    "adapters": lambda place, step, state: save(place / f"checkpoint-{step}" / "adapter_model.bin", dict(state)),
+    "one file in a directory": lambda place, step, state: save(
+        place / f"step{step}" / "model.pt", dict(state)
+    ),
+    "adapters": lambda place, step, state: save(
+        place / f"checkpoint-{step}" / "adapter_model.bin", dict(state)
+    ),
     "Lightning": lightning,
     "nanoGPT": nanogpt,
     "a tensor that counts": counted_in_a_tensor,
@@ -203,16 +246,25 @@ def test_what_lightning_writes_is_imported(tmp_path: Path) -> None:
             return F.cross_entropy(self.model(batch[0]), batch[1])
 
         def on_train_batch_end(self, *_: Any) -> None:
-            kept[self.global_step] = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+            kept[self.global_step] = {
+                name: tensor.clone() for name, tensor in self.state_dict().items()
+            }
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), self.hparams.rate, momentum=0.9)
 
-    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, targets), batch_size=10)
+    data = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(inputs, targets), batch_size=10
+    )
     saving = lightning.pytorch.callbacks.ModelCheckpoint(
         tmp_path / "lit", every_n_train_steps=1, save_top_k=-1, save_last=True
     )
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+    }
     lightning.Trainer(max_epochs=2, callbacks=[saving], **quiet).fit(Module(), data)
     heard = told(tmp_path / "lit", tmp_path / "st")
     equal(tmp_path / "st", kept)
@@ -227,7 +279,10 @@ def test_what_lightning_writes_is_imported(tmp_path: Path) -> None:
 
 def test_a_run_on_what_was_imported_is_the_run_on_what_was_recorded(tmp_path: Path) -> None:
     task, made = write_task(tmp_path / "task.py"), {}
-    for name, place in {"recorded": record(tmp_path / "recorded"), "imported": tmp_path / "st"}.items():
+    for name, place in {
+        "recorded": record(tmp_path / "recorded"),
+        "imported": tmp_path / "st",
+    }.items():
         if name == "imported":
             assert lca("import", series(tmp_path / "saved"), place).exit_code == 0
         assert run_lca(place, task, tmp_path / name / "run").exit_code == 0
@@ -242,7 +297,10 @@ def test_a_run_on_what_was_imported_is_the_run_on_what_was_recorded(tmp_path: Pa
 def test_the_entry_asked_for_is_taken(tmp_path: Path) -> None:
     for step, state in zip(STEPS, iterates(), strict=True):
         twice = {name: 2 * tensor for name, tensor in state.items()}
-        save(tmp_path / "saved" / f"step_{step}.pt", {"model": dict(state), "module": dict(state), "ema": twice})
+        save(
+            tmp_path / "saved" / f"step_{step}.pt",
+            {"model": dict(state), "module": dict(state), "ema": twice},
+        )
     told(tmp_path / "saved", tmp_path / "st", key="ema")
     wanted = [{name: 2 * tensor for name, tensor in state.items()} for state in iterates()]
     equal(tmp_path / "st", dict(zip(STEPS, wanted, strict=True)))
@@ -265,21 +323,35 @@ def test_a_running_average_is_taken_without_its_count(tmp_path: Path) -> None:
             for step, state in zip(STEPS, iterates(), strict=True)
         },
     )
-    assert run_lca(tmp_path / "st", write_task(tmp_path / "task.py"), tmp_path / "run").exit_code == 0
+    assert (
+        run_lca(tmp_path / "st", write_task(tmp_path / "task.py"), tmp_path / "run").exit_code == 0
+    )
 
 
-def test_a_pattern_names_the_step_beats_what_is_inside_and_leaves_out_the_rest(tmp_path: Path) -> None:
+def test_a_pattern_names_the_step_beats_what_is_inside_and_leaves_out_the_rest(
+    tmp_path: Path,
+) -> None:
     for epoch, state in enumerate(iterates()):
-        save(tmp_path / "saved" / f"epoch_{epoch}.pt", {"state_dict": dict(state), "global_step": 5})
+        save(
+            tmp_path / "saved" / f"epoch_{epoch}.pt", {"state_dict": dict(state), "global_step": 5}
+        )
     save(tmp_path / "saved" / "best.pt", Hostile(tmp_path / "ran"))
     told(tmp_path / "saved", tmp_path / "st", pattern=r"epoch_(?P<step>\d+)")
     equal(tmp_path / "st", dict(enumerate(iterates())))
 
 
-# --- tensors -------------------------------------------------------------------------------------------------------------
+# --- tensors
+# -------------------------------------------------------------------------------------------------------------
 
 DTYPES = [
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    ),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64),
 ]
 
@@ -294,7 +366,9 @@ def test_every_dtype_and_shape_comes_back_as_it_was(tmp_path: Path, dtype: torch
     found = load_file(step_file(tmp_path / "st", 1))
     for name, tensor in state.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
-        assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+        assert torch.equal(
+            found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)
+        )
     half = dtype.is_floating_point and dtype.itemsize < 4
     assert any("5 of 5 tensors are stored in half precision" in each for each in heard) == half
 
@@ -312,7 +386,10 @@ def test_tied_tensors_are_written_once_and_views_as_they_look(tmp_path: Path) ->
         "equal but apart": base.clone(),
     }
     for step in (1, 2):
-        save(tmp_path / "saved" / f"step_{step}.pt", {**state, "_extra_state": {"scale": 1}, "epoch": 3})
+        save(
+            tmp_path / "saved" / f"step_{step}.pt",
+            {**state, "_extra_state": {"scale": 1}, "epoch": 3},
+        )
     heard = told(tmp_path / "saved", tmp_path / "st")
     found = load_file(step_file(tmp_path / "st", 2))
     assert found.keys() == state.keys() - {"head.weight"}
@@ -324,7 +401,8 @@ def test_tied_tensors_are_written_once_and_views_as_they_look(tmp_path: Path) ->
     ]
 
 
-# --- refusals ------------------------------------------------------------------------------------------------------------
+# --- refusals
+# ------------------------------------------------------------------------------------------------------------
 
 
 def with_odd(place: Path, document: Any, name: str = "step_70.pt") -> Path:
@@ -362,11 +440,20 @@ STATE = dict(iterates()[0])
 SPARSE = torch.eye(3).to_sparse()
 ODD_TENSORS = {
     "sparse": ({**STATE, "s": SPARSE}, ("'s'", "cannot hold", "sparse_coo")),
-    "complex128": ({**STATE, "c": torch.ones(2, dtype=torch.complex128)}, ("'c'", "cannot hold", "complex128")),
+    "complex128": (
+        {**STATE, "c": torch.ones(2, dtype=torch.complex128)},
+        ("'c'", "cannot hold", "complex128"),
+    ),
     "reserved": ({**STATE, "__metadata__": torch.ones(2)}, ("'__metadata__'", "reserves")),
     "not text": ({**STATE, "\ud800": torch.ones(2)}, ("not text",)),
-    "another shape": ({**STATE, "out.bias": torch.ones(5)}, ("'out.bias' is F32 [5]", "F32 [4] in", "one model")),
-    "another dtype": ({**STATE, "out.bias": STATE["out.bias"].double()}, ("'out.bias' is F64 [4]", "F32 [4]")),
+    "another shape": (
+        {**STATE, "out.bias": torch.ones(5)},
+        ("'out.bias' is F32 [5]", "F32 [4] in", "one model"),
+    ),
+    "another dtype": (
+        {**STATE, "out.bias": STATE["out.bias"].double()},
+        ("'out.bias' is F64 [4]", "F32 [4]"),
+    ),
     "one more": ({**STATE, "zzz": torch.ones(5)}, ("'zzz' is F32 [5]", "absent in")),
     "one less": ({"out.bias": STATE["out.bias"]}, ("'hidden.bias' is absent in", "F32 [8]")),
     "a list": ([1, 2], ("step_70.pt holds a list", "model.state_dict()")),
@@ -380,7 +467,10 @@ ODD_TENSORS = {
         {"generator": STATE, "critic": STATE, "epoch": 1},
         ("is not clear", "'generator', 'critic', 'epoch'", "--key"),
     ),
-    "a tensor beside": ({"weights": STATE, "best": torch.ones(3)}, ("is not clear", "'weights'", "--key")),
+    "a tensor beside": (
+        {"weights": STATE, "best": torch.ones(3)},
+        ("is not clear", "'weights'", "--key"),
+    ),
 }
 Made = tuple[Callable[[Path], Path], tuple[str, ...], tuple[object, ...]]
 REFUSED: dict[str, Made] = {
@@ -389,31 +479,59 @@ REFUSED: dict[str, Made] = {
         for name, (odd, words) in ODD_TENSORS.items()
     },
     "not there": (lambda place: place, ("does not exist",), ()),
-    "nothing in it": (lambda place: empty(place, "README.md"), ("no checkpoints of a format", "HDF5"), ()),
-    "one file": (lambda place: series(place) / "step_0.pt", ("is one checkpoint", "Give the directory"), ()),
+    "nothing in it": (
+        lambda place: empty(place, "README.md"),
+        ("no checkpoints of a format", "HDF5"),
+        (),
+    ),
+    "one file": (
+        lambda place: series(place) / "step_0.pt",
+        ("is one checkpoint", "Give the directory"),
+        (),
+    ),
     "a link to nothing": (
         lambda place: (series(place) / "step_70.pt").symlink_to("nowhere") or place,
         ("step_70.pt cannot be read",),
         (),
     ),
-    "one checkpoint": (lambda place: named(place, "step_1.pt"), ("only one checkpoint", "at least two"), ()),
-    "a pattern that leaves one": (series, ("only one checkpoint", "_6"), ("--pattern", r"_6(?P<step>\d)\.")),
+    "one checkpoint": (
+        lambda place: named(place, "step_1.pt"),
+        ("only one checkpoint", "at least two"),
+        (),
+    ),
+    "a pattern that leaves one": (
+        series,
+        ("only one checkpoint", "_6"),
+        ("--pattern", r"_6(?P<step>\d)\."),
+    ),
     "a pattern that is none": (series, ("not a regular expression",), ("--pattern", "(")),
     "a pattern without a step": (series, ("no group called step",), ("--pattern", r"\d+")),
-    "a key that is not there": (series, ("--key 'ema'", "holds no tensors there"), ("--key", "ema")),
+    "a key that is not there": (
+        series,
+        ("--key 'ema'", "holds no tensors there"),
+        ("--key", "ema"),
+    ),
     "options of HDF5": (series, ("--dataset says nothing", "PyTorch"), ("--dataset", "w")),
     "an empty file": (
         lambda place: empty(series(place), "step_9.pt").parent / place.name,
         ("step_9.pt cannot be read",),
         (),
     ),
-    "a file cut short": (lambda place: damaged(place, 0.7), ("step_70.pt cannot be read", "Save it again"), ()),
+    "a file cut short": (
+        lambda place: damaged(place, 0.7),
+        ("step_70.pt cannot be read", "Save it again"),
+        (),
+    ),
     "epochs": (
         lambda place: named(place, "epoch_1.pt", "epoch_2.pt"),
         ("an epoch is stated and no training step", "span all steps", "--pattern"),
         (),
     ),
-    "no step": (lambda place: with_odd(place, STATE, "best.pt"), ("cannot tell the training step", "best.pt"), ()),
+    "no step": (
+        lambda place: with_odd(place, STATE, "best.pt"),
+        ("cannot tell the training step", "best.pt"),
+        (),
+    ),
     "two steps": (
         lambda place: save(place / "step_9.pt", {"model": dict(STATE), "step": 3}).parent,
         ("is called step 9 and says 3 inside", "--pattern"),
@@ -431,7 +549,9 @@ REFUSED: dict[str, Made] = {
         ("--key", "module"),
     ),
     "DeepSpeed in a trainer's": (
-        lambda place: empty(place, "checkpoint-5/global_step5/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+        lambda place: empty(
+            place, "checkpoint-5/global_step5/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+        ),
         ("DeepSpeed's shards", "zero_to_fp32.py"),
         (),
     ),
@@ -455,7 +575,9 @@ REFUSED: dict[str, Made] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_imported_is_refused_and_nothing_is_written(tmp_path: Path, case: str) -> None:
+def test_what_cannot_be_imported_is_refused_and_nothing_is_written(
+    tmp_path: Path, case: str
+) -> None:
     make, words, options = REFUSED[case]
     source = make(tmp_path / "saved")
     refused(lca("import", source, tmp_path / "st", *options), *words)
@@ -497,9 +619,30 @@ def test_numpy_is_given_nothing_of_a_file_to_make(tmp_path: Path) -> None:
         return b"J" + struct.pack("<i", value)
 
     objects = called("numpy", "dtype") + text("O") + b"\x85R"
-    fields = b"}" + text("a") + objects + number(0) + b"\x86s" + text("b") + objects + number(8) + b"\x86s"
+    fields = (
+        b"}"
+        + text("a")
+        + objects
+        + number(0)
+        + b"\x86s"
+        + text("b")
+        + objects
+        + number(8)
+        + b"\x86s"
+    )
     names = text("a") + text("b") + b"\x86"
-    state = b"(" + number(3) + text("|") + b"N" + names + fields + number(16) + number(1) + number(0) + b"t"
+    state = (
+        b"("
+        + number(3)
+        + text("|")
+        + b"N"
+        + names
+        + fields
+        + number(16)
+        + number(1)
+        + number(0)
+        + b"t"
+    )
     pointers = called("numpy", "dtype") + text("V16") + b"\x89\x88\x87R" + state + b"b"
     data = called("_codecs", "encode") + text("A" * 16) + text("latin1") + b"\x86R"
     made = called("numpy._core.multiarray", "scalar") + pointers + data + b"\x86R"
@@ -517,7 +660,8 @@ def test_numpy_is_given_nothing_of_a_file_to_make(tmp_path: Path) -> None:
     says(done.stderr, "step_70.pt cannot be read as a checkpoint")
 
 
-# --- what is there already -----------------------------------------------------------------------------------------------
+# --- what is there already
+# -----------------------------------------------------------------------------------------------
 
 
 def flipped(path: Path, state: State) -> None:
@@ -531,7 +675,11 @@ def test_a_flipped_bit_is_found_although_torch_loads_the_file(tmp_path: Path) ->
     source = series(tmp_path / "saved")
     flipped(source / "step_30.pt", iterates()[3])
     torch.load(source / "step_30.pt", weights_only=True)
-    with pytest.raises(InputError, match=r"step_30\.pt is damaged: .*data/\d is not what its checksum says"):
+    with pytest.raises(
+        InputError,
+        match=r"step_30\.pt is damaged: .*data/\d is not what its "
+        r"checksum says",
+    ):
         told(source, tmp_path / "st")
     equal(tmp_path / "st", dict(zip(STEPS[:3], iterates(), strict=False)))
 
@@ -562,7 +710,9 @@ def test_a_copy_of_the_last_checkpoint_stands_behind_its_original(tmp_path: Path
     equal(place, dict(zip(STEPS, iterates(), strict=True)))
 
 
-def test_a_directory_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_may_not_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def denied(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
@@ -584,12 +734,20 @@ def test_what_is_there_is_left_alone_and_what_is_new_is_added(tmp_path: Path) ->
 
 def other_numbers(place: Path) -> None:
     """The same model, another training."""
-    save(place / "saved" / "step_20.pt", {name: tensor + 1 for name, tensor in iterates()[2].items()})
+    save(
+        place / "saved" / "step_20.pt", {name: tensor + 1 for name, tensor in iterates()[2].items()}
+    )
 
 
 OCCUPIED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "something else": (lambda place: (place / "st" / "notes.txt").write_text(""), ("not empty", "'notes.txt'")),
-    "another step": (lambda place: write_step(place / "st", 5, STATE), ("step_00000005", "not in this series")),
+    "something else": (
+        lambda place: (place / "st" / "notes.txt").write_text(""),
+        ("not empty", "'notes.txt'"),
+    ),
+    "another step": (
+        lambda place: write_step(place / "st", 5, STATE),
+        ("step_00000005", "not in this series"),
+    ),
     "a file of another making": (
         lambda place: write_step(place / "st", 20, iterates()[2]),
         ("step_00000020", "not imported from"),
@@ -603,7 +761,9 @@ OCCUPIED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", OCCUPIED)
-def test_a_directory_that_holds_something_else_is_refused_and_left_as_it_is(tmp_path: Path, case: str) -> None:
+def test_a_directory_that_holds_something_else_is_refused_and_left_as_it_is(
+    tmp_path: Path, case: str
+) -> None:
     make, words = OCCUPIED[case]
     told(series(tmp_path / "saved"), tmp_path / "st")
     step_file(tmp_path / "st", 60).unlink()
@@ -650,7 +810,8 @@ def test_modes_are_those_of_any_new_file(tmp_path: Path, umask: int) -> None:
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "st").iterdir()} == {0o666 & ~umask}
 
 
-# --- interruptions, space, memory ------------------------------------------------------------------------------------------
+# --- interruptions, space, memory
+# ------------------------------------------------------------------------------------------
 
 SCRIPT = """
 import os, resource, signal, sys
@@ -701,7 +862,9 @@ def imported_with(fault: str, source: Path, directory: Path) -> subprocess.Compl
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_what_an_interrupted_import_leaves_is_whole_and_it_goes_on(tmp_path: Path, case: str) -> None:
+def test_what_an_interrupted_import_leaves_is_whole_and_it_goes_on(
+    tmp_path: Path, case: str
+) -> None:
     fault, code, words = FAULTS[case]
     source, place = series(tmp_path / "saved"), tmp_path / "st"
     done = imported_with(fault, source, place)
@@ -718,15 +881,22 @@ def test_what_an_interrupted_import_leaves_is_whole_and_it_goes_on(tmp_path: Pat
     equal(place, dict(zip(STEPS, iterates(), strict=True)))
     convert(source, tmp_path / "clean", say=lambda note: None)
     assert contents(place) == contents(tmp_path / "clean")
-    assert {name: data for name, data in before.items() if not name.startswith(".")}.items() <= contents(place).items()
+    assert {
+        name: data for name, data in before.items() if not name.startswith(".")
+    }.items() <= contents(place).items()
 
 
-def test_space_is_looked_at_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_space_is_looked_at_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     series(tmp_path / "saved")
     monkeypatch.setattr(
-        "lca_posthoc.convert.write.shutil.disk_usage", lambda place: type("Usage", (), {"free": 10_000})
+        "lca_posthoc.convert.write.shutil.disk_usage",
+        lambda place: type("Usage", (), {"free": 10_000}),
     )
-    refused(lca("import", tmp_path / "saved", tmp_path / "st"), "7 files of", "10 kB are free", code=5)
+    refused(
+        lca("import", tmp_path / "saved", tmp_path / "st"), "7 files of", "10 kB are free", code=5
+    )
     assert list((tmp_path / "st").iterdir()) == []
 
 
@@ -759,7 +929,8 @@ def test_memory_is_that_of_one_checkpoint(tmp_path: Path) -> None:
     assert many - few < 16 * 2**10  # kB: one checkpoint
 
 
-# --- HDF5 ----------------------------------------------------------------------------------------------------------------
+# --- HDF5
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def flat(state: State) -> np.ndarray[Any, Any]:
@@ -785,7 +956,9 @@ STORED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", STORED)
-def test_rows_of_hdf5_become_tensors_in_the_order_of_the_models_parameters(tmp_path: Path, case: str) -> None:
+def test_rows_of_hdf5_become_tensors_in_the_order_of_the_models_parameters(
+    tmp_path: Path, case: str
+) -> None:
     options = STORED[case]
     source, task = rows(tmp_path / "weights", **options), write_task(tmp_path / "task.py")
     chosen = {"dataset": options["name"]} if "name" in options else {}
@@ -793,10 +966,20 @@ def test_rows_of_hdf5_become_tensors_in_the_order_of_the_models_parameters(tmp_p
     dtype = {"f8": torch.float64, "f2": torch.float16}.get(options.get("dtype", ""), torch.float32)
     equal(
         tmp_path / "st",
-        {row: {name: tensor.to(dtype) for name, tensor in state.items()} for row, state in enumerate(iterates())},
+        {
+            row: {name: tensor.to(dtype) for name, tensor in state.items()}
+            for row, state in enumerate(iterates())
+        },
     )
     order = "hidden.weight [8, 64], hidden.bias [8], out.weight [4, 8], out.bias [4]"
-    says(" ".join(heard), order, "Nothing is transposed", "Keras", "loss_start", "training steps 0, 1, 2")
+    says(
+        " ".join(heard),
+        order,
+        "Nothing is transposed",
+        "Keras",
+        "loss_start",
+        "training steps 0, 1, 2",
+    )
     assert any("half precision" in each for each in heard) == (case == "half")
 
 
@@ -810,16 +993,29 @@ def test_an_interrupted_import_of_hdf5_goes_on(tmp_path: Path) -> None:
     assert contents(place) == whole
     with h5py.File(source, "a") as file:
         file["all_weights"][3, 7] += 1
-    refused(lca("import", source, place, "--task", task), "step_00000003", "row 3 of", "not imported from")
+    refused(
+        lca("import", source, place, "--task", task),
+        "step_00000003",
+        "row 3 of",
+        "not imported from",
+    )
 
 
 def test_buffers_rows_do_not_hold_are_named(tmp_path: Path) -> None:
-    task = write_task(tmp_path / "task.py", "self.out =", "self.register_buffer('seen', torch.ones(2)); self.out =")
+    task = write_task(
+        tmp_path / "task.py",
+        "self.out =",
+        "self.register_buffer('seen', torch.ones(2)); self.out =",
+    )
     heard = told(rows(tmp_path / "w.h5"), tmp_path / "st", task=task)
     says(" ".join(heard), "rows hold no 'seen'", "Task(fixed=[…])")
     refused(run_lca(tmp_path / "st", task, tmp_path / "run"), "'seen'", "missing")
     fixed = write_task(tmp_path / "fixed.py", "losses={", "fixed=['seen'], losses={")
-    fixed.write_text(fixed.read_text().replace("self.out =", "self.register_buffer('seen', torch.ones(2)); self.out ="))
+    fixed.write_text(
+        fixed.read_text().replace(
+            "self.out =", "self.register_buffer('seen', torch.ones(2)); self.out ="
+        )
+    )
     assert run_lca(tmp_path / "st", fixed, tmp_path / "run").exit_code == 0
 
 
@@ -842,7 +1038,12 @@ def elsewhere(place: Path) -> Path:
 def raw(place: Path) -> Path:
     place.with_name("secret").write_bytes(bytes(7 * 556 * 4))
     with h5py.File(place, "w") as file:
-        file.create_dataset("all_weights", (7, 556), "f4", external=[(str(place.with_name("secret")), 0, 7 * 556 * 4)])
+        file.create_dataset(
+            "all_weights",
+            (7, 556),
+            "f4",
+            external=[(str(place.with_name("secret")), 0, 7 * 556 * 4)],
+        )
     return place
 
 
@@ -871,13 +1072,22 @@ ODD_HDF5: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     ),
     "no dataset": (hdf5(lambda file: file.create_group("a")), ("it has none",)),
     "a group": (hdf5(lambda file: file.create_group("all_weights")), ("no dataset 'all_weights'",)),
-    "a vector": (hdf5(lambda file: file.create_dataset("all_weights", data=np.ones(556))), ("[556]", "not a table")),
-    "integers": (hdf5(lambda file: file.create_dataset("all_weights", (7, 556), "i4")), ("int32", "not a table")),
+    "a vector": (
+        hdf5(lambda file: file.create_dataset("all_weights", data=np.ones(556))),
+        ("[556]", "not a table"),
+    ),
+    "integers": (
+        hdf5(lambda file: file.create_dataset("all_weights", (7, 556), "i4")),
+        ("int32", "not a table"),
+    ),
     "a number too few": (
         hdf5(lambda file: file.create_dataset("all_weights", (7, 555), "f4")),
         ("has 555 numbers", "has 556 parameters", "hidden.weight [8, 64]", "Build the model"),
     ),
-    "one row": (hdf5(lambda file: file.create_dataset("all_weights", (1, 556), "f4")), ("only one checkpoint",)),
+    "one row": (
+        hdf5(lambda file: file.create_dataset("all_weights", (1, 556), "f4")),
+        ("only one checkpoint",),
+    ),
     "Keras": (hdf5(keras), ("Keras weights file", "transposed")),
     "a link to another file": (elsewhere, ("lies in other files",)),
     "numbers in another file": (raw, ("lies in other files",)),
@@ -897,15 +1107,23 @@ def test_hdf5_that_is_no_series_of_the_tasks_model_is_refused(tmp_path: Path, ca
 def test_hdf5_needs_a_task_whose_model_can_be_built(tmp_path: Path) -> None:
     source = rows(tmp_path / "weights.h5")
     refused(lca("import", source, tmp_path / "st"), "numbers without names", "--task")
-    refused(lca("import", source, tmp_path / "st", "--task", tmp_path / "none.py"), "none.py does not exist")
+    refused(
+        lca("import", source, tmp_path / "st", "--task", tmp_path / "none.py"),
+        "none.py does not exist",
+    )
     broken = write_task(tmp_path / "broken.py", "super().__init__()", "super().__init__(); 1 / 0")
-    refused(lca("import", source, tmp_path / "st", "--task", broken), "Task.model() raised ZeroDivisionError")
+    refused(
+        lca("import", source, tmp_path / "st", "--task", broken),
+        "Task.model() raised ZeroDivisionError",
+    )
     lazy = write_task(tmp_path / "lazy.py", "nn.Linear(64, 8)", "nn.LazyLinear(8)")
     refused(lca("import", source, tmp_path / "st", "--task", lazy), "lazily built", "Task.model")
     refused(lca("import", source, tmp_path / "st", "--key", "model"), "--key says nothing", "HDF5")
 
 
-def test_without_h5py_hdf5_is_refused_with_the_way_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_h5py_hdf5_is_refused_with_the_way_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, task = rows(tmp_path / "weights.h5"), write_task(tmp_path / "task.py")
     monkeypatch.setitem(sys.modules, "h5py", None)
     result = lca("import", source, tmp_path / "st", "--task", task)

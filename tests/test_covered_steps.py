@@ -1,4 +1,6 @@
-"""Checkpoints that are added for some losses: the others stay as they were, byte by byte, until they are asked for."""
+"""Checkpoints that are added for some losses: the others stay as they were, byte by byte, until
+they are asked for.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,11 @@ class Place:
 
     def files(self, *losses: str) -> dict[str, bytes | None]:
         """Every committed file of some losses."""
-        return {name: data for name, data in contents(self.out).items() if set(name.split("/")[1:2]) & set(losses)}
+        return {
+            name: data
+            for name, data in contents(self.out).items()
+            if set(name.split("/")[1:2]) & set(losses)
+        }
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +110,10 @@ def test_a_loss_that_is_not_asked_for_keeps_every_byte_and_catches_up_to_the_sam
     ends = dict.fromkeys(LOSSES, first)
     for last, asked in additions:
         others = [loss for loss in LOSSES if loss not in asked]
-        before, read = place.files(*others), {loss: open_run(place.out)[loss].steps for loss in others}
+        before, read = (
+            place.files(*others),
+            {loss: open_run(place.out)[loss].steps for loss in others},
+        )
         assert sum(data is not None for data in before.values()) > 100
         place.grow(last)
         notes = [event.text for event in place.replay(*asked) if isinstance(event, Note)]
@@ -122,7 +131,9 @@ def test_a_loss_that_is_not_asked_for_keeps_every_byte_and_catches_up_to_the_sam
             assert open_run(place.out)[loss].totals.sizes["total"]
         assert all(open_run(place.out)[loss].steps.identical(read[loss]) for loss in others)
         assert sorted(
-            loss for loss in LOSSES if any(f"loss {loss!r} stays as it is" in note for note in notes)
+            loss
+            for loss in LOSSES
+            if any(f"loss {loss!r} stays as it is" in note for note in notes)
         ) == sorted(others)
         assert damage_of(place.out) == []
     place.replay("all")
@@ -143,11 +154,12 @@ def behind(place: Place) -> Place:
     return place
 
 
-def test_nothing_is_left_to_do_for_what_covers_all_and_something_for_what_does_not(behind: Place) -> None:
+def test_nothing_is_left_to_do_for_what_covers_all_and_something_for_what_does_not(
+    behind: Place,
+) -> None:
     assert [event.pending for event in behind.replay("train") if isinstance(event, Planned)] == [0]
-    assert [event.pending for event in behind.replay("all") if isinstance(event, Planned)] == [
-        4
-    ]  # its last span, again
+    # its last span, again
+    assert [event.pending for event in behind.replay("all") if isinstance(event, Planned)] == [4]
     assert open_run(behind.out)["grouped"].behind == 0
 
 
@@ -160,11 +172,15 @@ def test_another_loss_under_the_name_of_one_that_stayed_is_refused(behind: Place
 
 
 @pytest.mark.parametrize("losses", [("grouped",), ("train",), ("grouped", "train")])
-def test_a_repair_computes_what_is_damaged_and_adds_nothing(behind: Place, losses: tuple[str, ...]) -> None:
+def test_a_repair_computes_what_is_damaged_and_adds_nothing(
+    behind: Place, losses: tuple[str, ...]
+) -> None:
     before = contents(behind.out / "data.zarr")
     behind.grow(24)  # nor does it take up what came since
     for loss in losses:
-        for file in (behind.out / "data.zarr" / loss / "allocation" / "out.weight" / "c" / "2").rglob("0"):
+        for file in (
+            behind.out / "data.zarr" / loss / "allocation" / "out.weight" / "c" / "2"
+        ).rglob("0"):
             if file.is_file():
                 file.write_bytes(b"damaged")
     done = replay.repair(behind.out, behind.root / "task.py", cluster="inline")
@@ -188,7 +204,9 @@ def test_a_loss_is_removed_and_the_others_stay(behind: Place) -> None:
     assert open_run(behind.out)["grouped"].complete
 
 
-def test_a_worker_that_comes_late_commits_a_loss_that_stayed_and_not_one_that_grew(place: Place) -> None:
+def test_a_worker_that_comes_late_commits_a_loss_that_stayed_and_not_one_that_grew(
+    place: Place,
+) -> None:
     place.grow(19)
     place.replay("all", span=8)
     late, before = RunWriter.open(place.out), place.files("validation")
@@ -210,11 +228,19 @@ def test_what_is_said_of_both_says_which_steps(behind: Place) -> None:
     status = lca("status", behind.out).stdout
     says(status, "0–20", "0–19", "20 / 20", "19 / 19", "1 more segment with --loss grouped")
     shown = document(lca("status", behind.out, "--json"))["losses"]
-    assert {name: each["behind"] for name, each in shown.items()} == {"train": 0, "validation": 0, "grouped": 1}
+    assert {name: each["behind"] for name, each in shown.items()} == {
+        "train": 0,
+        "validation": 0,
+        "grouped": 1,
+    }
     printed = lca("summary", behind.out)
     says(printed.stderr, "'grouped' ends at step 19, 1 segment before the run does")
     found = document(lca("summary", behind.out, "--json"))["losses"]
-    assert [(each["first_step"], each["last_step"]) for each in found.values()] == [(0, 19), (0, 20), (0, 20)]
+    assert [(each["first_step"], each["last_step"]) for each in found.values()] == [
+        (0, 19),
+        (0, 20),
+        (0, 20),
+    ]
     assert "ends at step 19" in findings.layers(open_run(behind.out)["grouped"]).attrs["left_out"]
     page = write_report([open_run(behind.out)], behind.root / "report.html").read_text()
     says(page, "19 of 19", "20 of 20", "ends at step 19")
@@ -227,8 +253,11 @@ def test_two_losses_side_by_side_are_over_the_steps_both_cover(place: Place) -> 
     assert "quadrant" in both.dims
     place.grow(23)
     place.replay("validation")
-    assert "0–23" in lca("summary", place.out).stdout  # the rows of the two differ, so that they are said
-    found = findings.generalisation(*(open_run(place.out)[loss] for loss in ("train", "validation")))
+    # the rows of the two differ, so that they are said
+    assert "0–23" in lca("summary", place.out).stdout
+    found = findings.generalisation(
+        *(open_run(place.out)[loss] for loss in ("train", "validation"))
+    )
     for name in ("train", "validation", "cumulative_train", "cumulative_validation"):
         np.testing.assert_array_equal(found[name].values, both[name].values)
     assert "quadrant" not in found.dims
@@ -236,7 +265,9 @@ def test_two_losses_side_by_side_are_over_the_steps_both_cover(place: Place) -> 
 
 
 @pytest.mark.parametrize("value", [0, 20, "7", True])
-def test_a_record_that_lies_about_what_a_loss_covers_is_refused(behind: Place, value: object) -> None:
+def test_a_record_that_lies_about_what_a_loss_covers_is_refused(
+    behind: Place, value: object
+) -> None:
     manifest = store.read_manifest(behind.out)
     record = manifest.losses["grouped"]
     object.__setattr__(record, "covers", value)

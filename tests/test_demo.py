@@ -18,7 +18,9 @@ def test_the_demo_adds_up_and_names_what_it_wrote(tmp_path: Path) -> None:
         f"wrote {tmp_path / 'demo' / 'report.html'}: open it in a browser",
     ]
     assert "fc1" in result.stdout
-    found = json.loads(lca("summary", tmp_path / "demo" / "checkpoints.lca", "--json").stdout)["losses"]
+    found = json.loads(lca("summary", tmp_path / "demo" / "checkpoints.lca", "--json").stdout)[
+        "losses"
+    ]
     assert list(found) == ["train", "validation"]
     for each in found.values():
         assert abs(each["residual"]) <= 1e-3 * abs(each["loss_change"])
@@ -28,7 +30,9 @@ def test_the_demo_adds_up_and_names_what_it_wrote(tmp_path: Path) -> None:
     assert 0 < (tmp_path / "demo" / "report.html").stat().st_size <= MOST_BYTES
     with browser() as chromium, chromium.opened(tmp_path / "demo" / "report.html") as page:
         assert page.faults == []
-        assert page.text("#headline .measured").startswith("Loss train over split train (1,500 examples)")
+        assert page.text("#headline .measured").startswith(
+            "Loss train over split train (1,500 examples)"
+        )
 
 
 def test_the_demo_does_not_write_over_anything(tmp_path: Path) -> None:

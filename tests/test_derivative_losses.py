@@ -1,4 +1,6 @@
-"""Losses that take derivatives themselves, by every way torch has, and what they leave behind: nothing."""
+"""Losses that take derivatives themselves, by every way torch has, and what they leave behind:
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
 
 
-# --- ways to take a derivative: each gives one value for each example ----------------------------------------------------
+# --- ways to take a derivative: each gives one value for each example
+# ----------------------------------------------------
 
 
 def in_place(model: nn.Module, batch: Any) -> Tensor:
@@ -70,7 +73,9 @@ def by_jacrev(model: nn.Module, batch: Any) -> Tensor:
 
 
 def by_hessian(model: nn.Module, batch: Any) -> Tensor:
-    return vmap(hessian(lambda x: model(x[None])[0, 0]))(batch[0]).diagonal(dim1=1, dim2=2).sum(1) ** 2
+    return (
+        vmap(hessian(lambda x: model(x[None])[0, 0]))(batch[0]).diagonal(dim1=1, dim2=2).sum(1) ** 2
+    )
 
 
 def by_jvp(model: nn.Module, batch: Any) -> Tensor:
@@ -78,7 +83,9 @@ def by_jvp(model: nn.Module, batch: Any) -> Tensor:
 
 
 def by_functional_jacobian(model: nn.Module, batch: Any) -> Tensor:
-    whole = torch.autograd.functional.jacobian(lambda x: model(x).sum(0), batch[0], create_graph=True)
+    whole = torch.autograd.functional.jacobian(
+        lambda x: model(x).sum(0), batch[0], create_graph=True
+    )
     return (whole[0] ** 2).sum(1)
 
 
@@ -130,7 +137,9 @@ WAYS: dict[str, Callable[[nn.Module, Any], Tensor]] = {
 PLAIN = {"by_backward": parameter_penalty}  # for the oracle
 
 
-def true_loss(model: nn.Module, way: str, point: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+def true_loss(
+    model: nn.Module, way: str, point: dict[str, Tensor]
+) -> tuple[float, dict[str, Tensor]]:
     """The mean over all examples and its gradient, float64, by a model of its own."""
     made = model.double()
     made.load_state_dict({name: tensor.double() for name, tensor in point.items()})
@@ -158,31 +167,44 @@ def test_a_loss_of_derivatives_is_allocated_as_any(way: str, tmp_path: Path) -> 
     task = Task(model=net, data={"train": (X, Y)}, losses={"train": Loss(call=WAYS[way])})
     settings = {"cluster": "inline", "tolerance": float("inf"), "batch_size": 10}
     run = replay(tmp_path / "iterates", task, out=tmp_path / "run", **settings)
-    middle = replay(tmp_path / "iterates", task, out=tmp_path / "middle", rule="midpoint", **settings)
+    middle = replay(
+        tmp_path / "iterates", task, out=tmp_path / "middle", rule="midpoint", **settings
+    )
     points = [load_file(path) for path in sorted((tmp_path / "iterates").glob("*.safetensors"))]
     truth = net()
     for at, (start, end) in enumerate(itertools.pairwise(points)):
-        nodes = [true_loss(truth, way, {n: t.lerp(end[n], x) for n, t in start.items()}) for x in (0, 0.5, 1)]
+        nodes = [
+            true_loss(truth, way, {n: t.lerp(end[n], x) for n, t in start.items()})
+            for x in (0, 0.5, 1)
+        ]
         steps = run["train"].steps
         assert float(steps.loss_start[at]) == pytest.approx(nodes[0][0], rel=1e-5)
         assert float(middle["train"].steps.loss_end[at]) == pytest.approx(nodes[2][0], rel=1e-5)
         wanted = {
-            n: (end[n] - t).double() * sum(w * node[1][n] for w, node in zip((1 / 6, 4 / 6, 1 / 6), nodes, strict=True))
+            n: (end[n] - t).double()
+            * sum(w * node[1][n] for w, node in zip((1 / 6, 4 / 6, 1 / 6), nodes, strict=True))
             for n, t in start.items()
         }
         whole = sum(float(each.abs().sum()) for each in wanted.values())
         for n, each in wanted.items():
             ours = torch.tensor(run["train"].allocation[n].values[at]).double()
-            assert float((ours - each).abs().sum()) <= 1e-4 * max(float(each.abs().sum()), 1e-5 * whole), n
+            assert float((ours - each).abs().sum()) <= 1e-4 * max(
+                float(each.abs().sum()), 1e-5 * whole
+            ), n
         assert float(steps.precision_error[0]) < 1e-4
 
 
-def objective_of(values: Callable[..., Any], *, call: bool = True, precision: str = "float32") -> Objective:
+def objective_of(
+    values: Callable[..., Any], *, call: bool = True, precision: str = "float32"
+) -> Objective:
     made = Objective(
         lambda: Task(
             model=net,
             data={"train": (X, Y)},
-            losses={"first": Loss(call=values) if call else Loss(values), "second": Loss(F.mse_loss)},
+            losses={
+                "first": Loss(call=values) if call else Loss(values),
+                "second": Loss(F.mse_loss),
+            },
         ),
         ["all"],
         device=CPU,
@@ -252,7 +274,8 @@ def test_values_of_a_data_set_made_in_inference_mode_can_be_trained_on() -> None
     assert check_loss(objective, "train") == []
 
 
-# --- patched functions --------------------------------------------------------------------------------------------------
+# --- patched functions
+# --------------------------------------------------------------------------------------------------
 
 
 def plain_norm(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -271,7 +294,9 @@ def test_second_derivatives_through_running_statistics_are_those_of_the_formula(
             inputs = [each.clone().requires_grad_() for each in given]
             value = torch.tanh(function(*inputs)).square().sum()
             first = torch.autograd.grad(value, inputs, create_graph=True)
-            second = torch.autograd.grad(sum((each * (each.detach() + 1)).sum() for each in first), inputs)
+            second = torch.autograd.grad(
+                sum((each * (each.detach() + 1)).sum() for each in first), inputs
+            )
             found.append([*first, *second])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
@@ -287,9 +312,13 @@ class Normalised(nn.Module):
 
 
 @pytest.mark.parametrize("norm_stats", ["running", "batch"])
-def test_a_penalty_on_gradients_through_normalisation_is_that_of_the_formula(norm_stats: str) -> None:
+def test_a_penalty_on_gradients_through_normalisation_is_that_of_the_formula(
+    norm_stats: str,
+) -> None:
     objective = Objective(
-        lambda: Task(model=Normalised, data={"train": (X, Y)}, losses={"train": Loss(call=input_penalty)}),
+        lambda: Task(
+            model=Normalised, data={"train": (X, Y)}, losses={"train": Loss(call=input_penalty)}
+        ),
         None,
         device=CPU,
         precision="float64",
@@ -297,11 +326,17 @@ def test_a_penalty_on_gradients_through_normalisation_is_that_of_the_formula(nor
         batch_size=24,
     )
     torch.manual_seed(0)
-    point = {name: torch.rand_like(each) + 0.2 for name, each in objective.model.state_dict().items() if each.dim()}
+    point = {
+        name: torch.rand_like(each) + 0.2
+        for name, each in objective.model.state_dict().items()
+        if each.dim()
+    }
     point["norm.num_batches_tracked"] = torch.tensor(3)
     objective.settle_batch_sizes(point)
     found = objective.evaluate(point, ["train"])["train"]
-    leaves = {name: each.clone().requires_grad_(each.is_floating_point()) for name, each in point.items()}
+    leaves = {
+        name: each.clone().requires_grad_(each.is_floating_point()) for name, each in point.items()
+    }
 
     def formula(x: Tensor) -> Tensor:
         hidden = F.linear(x, leaves["first.weight"], leaves["first.bias"])
@@ -319,7 +354,9 @@ def test_a_penalty_on_gradients_through_normalisation_is_that_of_the_formula(nor
 
 
 @pytest.mark.parametrize("way", ["in_place", "by_func_grad", "by_jvp", "by_hessian"])
-def test_the_faster_product_stands_in_no_derivatives_way(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_faster_product_stands_in_no_derivatives_way(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = objective_of(WAYS[way])
     point = point_of(plain)
     wanted = plain.evaluate(point, ["first"])["first"]

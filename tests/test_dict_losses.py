@@ -1,4 +1,6 @@
-"""A loss that returns a dict is a loss for each entry, with the numbers each would have if it were stated alone."""
+"""A loss that returns a dict is a loss for each entry, with the numbers each would have if it were
+stated alone.
+"""
 
 from __future__ import annotations
 
@@ -82,13 +84,18 @@ STATED: dict[str, tuple[Loss, dict[str, Loss]]] = {
     ),
     "a function": (
         Loss(of_outputs),
-        {"classes": Loss(F.cross_entropy), "spread": Loss(call=lambda model, batch: model(batch[0]).var(1))},
+        {
+            "classes": Loss(F.cross_entropy),
+            "spread": Loss(call=lambda model, batch: model(batch[0]).var(1)),
+        },
     ),
     "a call with groups": (
         Loss(call=of_call, group_by=by_class),
         {
             "classes": Loss(F.cross_entropy, group_by=by_class),
-            "sizes": Loss(call=lambda model, batch: sizes_of(model(batch[0]), batch), group_by=by_class),
+            "sizes": Loss(
+                call=lambda model, batch: sizes_of(model(batch[0]), batch), group_by=by_class
+            ),
         },
     ),
     "another split": (
@@ -97,7 +104,10 @@ STATED: dict[str, tuple[Loss, dict[str, Loss]]] = {
     ),
     "train mode": (
         Loss(call=in_train_mode),
-        {"classes": Loss(F.cross_entropy), "spread": Loss(call=lambda model, batch: model(batch[0]).var(1))},
+        {
+            "classes": Loss(F.cross_entropy),
+            "spread": Loss(call=lambda model, batch: model(batch[0]).var(1)),
+        },
     ),
 }
 
@@ -136,7 +146,9 @@ def test_a_total_that_is_an_entry_is_the_sum_of_the_others_as_they_were_added(la
     ],
     ids=["a call", "a function", "groups", "a function and another", "a call and another"],
 )
-def test_the_entries_of_a_dict_share_its_forward_pass(losses: Mapping[str, Loss], forward: int) -> None:
+def test_the_entries_of_a_dict_share_its_forward_pass(
+    losses: Mapping[str, Loss], forward: int
+) -> None:
     task = Task(Counting, _vectors(), losses)
     settings = {"precision": "float32", "norm_stats": "running", "batch_size": 7}
     objective = Objective(lambda: task, ["all"], device=torch.device("cpu"), **settings).divided()
@@ -144,17 +156,24 @@ def test_the_entries_of_a_dict_share_its_forward_pass(losses: Mapping[str, Loss]
     objective.settle_batch_sizes(point)
     objective.join()
     COUNTED.clear()
-    objective.evaluate(point, sorted(objective.losses, key=lambda name: name[::-1]))  # entries apart from each other
+    # entries apart from each other
+    objective.evaluate(point, sorted(objective.losses, key=lambda name: name[::-1]))
     batches = BY_CLASS if objective.losses["it/classes"].group_by else WHOLE
-    assert (COUNTED.count(FORWARD), COUNTED.count(BACKWARD)) == (forward, len(objective.losses) * batches)
+    assert (COUNTED.count(FORWARD), COUNTED.count(BACKWARD)) == (
+        forward,
+        len(objective.losses) * batches,
+    )
 
 
-# --- by name -------------------------------------------------------------------------------------------------------------
+# --- by name
+# -------------------------------------------------------------------------------------------------------------
 
 TASK = (
     small.TASK.replace(
-        'losses={"train": Loss(F.cross_entropy, on="train"), "validation": Loss(F.cross_entropy, on="validation")},',
-        'losses={"train": Loss(call=both), "grouped": Loss(call=both, group_by=lambda inputs, targets: targets), '
+        'losses={"train": Loss(F.cross_entropy, on="train"), "validation": Loss(F.cross_entropy, '
+        'on="validation")},',
+        'losses={"train": Loss(call=both), "grouped": Loss(call=both, group_by=lambda inputs, '
+        "targets: targets), "
         '"validation": Loss(F.cross_entropy, on="validation")},',
     )
     + """
@@ -179,7 +198,9 @@ def run_at(place: Path, *options: object, out: str = "run.lca") -> Any:
     return small.run_lca(place / "checkpoints", place / "task.py", place / out, *options)
 
 
-def test_entries_are_asked_for_together_or_by_name_and_found_again_under_their_names(place: Path) -> None:
+def test_entries_are_asked_for_together_or_by_name_and_found_again_under_their_names(
+    place: Path,
+) -> None:
     first = document(run_at(place, "--json"))
     assert list(first["losses"]) == ENTRIES  # the first loss of the task is all of its entries
     markers = sorted((place / "run.lca" / "commits").rglob("*.json"))
@@ -201,11 +222,15 @@ def test_entries_are_asked_for_together_or_by_name_and_found_again_under_their_n
     assert lca("verify", place / "run.lca").exit_code == 0
     assert lca("remove", place / "run.lca", "--loss", "train/total").exit_code == 0
     assert "train/total" not in open_run(place / "run.lca")
-    assert list(document(run_at(place, "--loss", "train/total", "--json"))["losses"]) == ["train/total"]
+    assert list(document(run_at(place, "--loss", "train/total", "--json"))["losses"]) == [
+        "train/total"
+    ]
 
 
 def test_a_plan_names_the_entries(place: Path) -> None:
-    planned = document(lca("plan", place / "checkpoints", "--task", place / "task.py", "--json", "--loss", "train"))
+    planned = document(
+        lca("plan", place / "checkpoints", "--task", place / "task.py", "--json", "--loss", "train")
+    )
     assert list(planned["losses"]) == ENTRIES
 
 
@@ -217,22 +242,33 @@ def test_a_plan_names_the_entries(place: Path) -> None:
         ("trian/total", ("no loss 'trian/total'", "'train'")),
     ],
 )
-def test_an_entry_that_is_not_returned_is_refused_by_name(place: Path, asked: str, words: tuple[str, ...]) -> None:
+def test_an_entry_that_is_not_returned_is_refused_by_name(
+    place: Path, asked: str, words: tuple[str, ...]
+) -> None:
     refused(run_at(place, "--loss", asked, out="no.lca"), *words)
     assert not (place / "no.lca").exists()
 
 
 def test_recalibrated_statistics_can_be_those_of_a_dict_of_losses(lab: Lab) -> None:
-    """The pass that recalibrates calls the model as the first loss does, which need not be one that is run."""
+    """The pass that recalibrates calls the model as the first loss does, which need not be one that
+    is run.
+    """
     first = Loss(call=lambda model, batch: {"classes": classes_of(model(batch[0]), batch)})
     found = [
-        replay_only(lab, "conv_bn", {"it": loss, "other": Loss(one_hot_distance)}, ["other"], norm_stats="recalibrated")
+        replay_only(
+            lab,
+            "conv_bn",
+            {"it": loss, "other": Loss(one_hot_distance)},
+            ["other"],
+            norm_stats="recalibrated",
+        )
         for loss in (first, Loss(F.cross_entropy))
     ]
     assert_same_bits(found[0]["other"], found[1]["other"])
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------------
+# --- what is refused
+# -----------------------------------------------------------------------------------------------------
 
 
 def small_batches_lack(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -246,8 +282,14 @@ def more_in_large_batches(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 
 REFUSED: dict[str, tuple[dict[str, Loss], tuple[str, ...]]] = {
-    "a key that goes": ({"it": Loss(call=small_batches_lack)}, ("'it' returned", "'classes'", "one batch")),
-    "a key that comes": ({"it": Loss(call=more_in_large_batches)}, ("'it' returned", "'more'", "every batch")),
+    "a key that goes": (
+        {"it": Loss(call=small_batches_lack)},
+        ("'it' returned", "'classes'", "one batch"),
+    ),
+    "a key that comes": (
+        {"it": Loss(call=more_in_large_batches)},
+        ("'it' returned", "'more'", "every batch"),
+    ),
     "no key": ({"it": Loss(call=lambda model, batch: {})}, ("'it' returned an empty dict",)),
     "a number as key": (
         {"it": Loss(call=lambda model, batch: {0: model(batch[0])})},
@@ -300,12 +342,17 @@ def test_entries_that_are_others_at_another_checkpoint_are_refused(lab: Lab) -> 
 def test_what_is_no_loss_can_be_left_out_by_naming_the_others(lab: Lab) -> None:
     def call(model: nn.Module, batch: Batch) -> dict[str, Any]:
         outputs = model(batch[0])
-        return {"classes": classes_of(outputs, batch), "accuracy": (outputs.argmax(1) == batch[1]).float()}
+        return {
+            "classes": classes_of(outputs, batch),
+            "accuracy": (outputs.argmax(1) == batch[1]).float(),
+        }
 
     with pytest.raises(InputError, match="'it/accuracy' on split 'train' has no gradient"):
         replay(lab, "relu_mlp", {"it": Loss(call=call)})
     found = replay_only(lab, "relu_mlp", {"it": Loss(call=call)}, ["it/classes"], span=8)
-    assert_same_bits(found["it/classes"], replay(lab, "relu_mlp", {"it": Loss(F.cross_entropy)})["it"])
+    assert_same_bits(
+        found["it/classes"], replay(lab, "relu_mlp", {"it": Loss(F.cross_entropy)})["it"]
+    )
 
 
 class Counter(nn.Linear):
@@ -322,6 +369,8 @@ class Counter(nn.Linear):
 
 def test_what_a_model_is_in_another_process_is_compared_with_what_it_was_before_any_call() -> None:
     """What a loss returns is seen by calling it."""
-    first, second = answers(Task(Counter, _vectors(), {"it": Loss(call=of_call, group_by=by_class)}))
+    first, second = answers(
+        Task(Counter, _vectors(), {"it": Loss(call=of_call, group_by=by_class)})
+    )
     assert first["digests"] == second["digests"]
     assert list(first["losses"]) == list(second["losses"]) == ["it/classes", "it/sizes"]

@@ -1,4 +1,6 @@
-"""The site: it builds without a warning or a network, its links lead somewhere, and it has every page, command and public name."""
+"""The site: it builds without a warning or a network, its links lead somewhere, and it has every
+page, command and public name.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ from lca_posthoc.cli import COMMANDS, cli
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-SOURCES = [*sorted(DOCS.rglob("*.md")), *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md"))]
+SOURCES = [
+    *sorted(DOCS.rglob("*.md")),
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+]
 TOCTREE = re.compile(r"^```\{toctree\}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ENTRY = re.compile(r"^.*<|>$")  # around the page, where the entry has a title of its own
 LINK = re.compile(r"\]\(([^)#\s]+\.md)(?:#[^)]*)?\)")
@@ -53,7 +58,9 @@ def page(path: Path) -> Page:
 
 
 def lost(place: Path) -> list[str]:
-    """Every link, picture, style and script of the pages in a directory that leads to nothing in it; other hosts' pages aside."""
+    """Every link, picture, style and script of the pages in a directory that leads to nothing in
+    it; other hosts' pages aside.
+    """
     found = []
     for path in sorted(place.rglob("*.html")):
         for link in (*page(path).links, *page(path).fetched):
@@ -62,7 +69,9 @@ def lost(place: Path) -> list[str]:
                 wrong = to.scheme not in ("http", "https") or link in page(path).fetched
             else:
                 target = (path.parent / unquote(to.path)).resolve() if to.path else path
-                known = page(target).anchors if target.suffix == ".html" and target.is_file() else {""}
+                known = (
+                    page(target).anchors if target.suffix == ".html" and target.is_file() else {""}
+                )
                 wrong = not target.is_file() or unquote(to.fragment) not in known
             if wrong:
                 found.append(f"{path.relative_to(place)}: {link}")
@@ -72,7 +81,18 @@ def lost(place: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("docs")
-    build = ["-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-d", place / "doctrees", DOCS, place / "site"]
+    build = [
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-n",
+        "-q",
+        "-d",
+        place / "doctrees",
+        DOCS,
+        place / "site",
+    ]
     done = subprocess.run(
         [sys.executable, *map(str, build)],
         capture_output=True,
@@ -92,12 +112,22 @@ def test_every_link_leads_to_a_page_and_a_place_in_it(site: Path) -> None:
 def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
     """The test above can fail."""
     (tmp_path / "a.html").write_text(
-        '<p id="here"><a href="#here"></a><a href="b.html#there"></a><a href="https://example.org/x"></a><a href="#no"></a>'
-        '<a href="b.html#no"></a><a href="c.html"></a><img src="no.png"><script src="https://example.org/x.js"></script>'
+        '<p id="here"><a href="#here"></a><a href="b.html#there"></a><a '
+        'href="https://example.org/x"></a><a href="#no"></a>'
+        '<a href="b.html#no"></a><a href="c.html"></a><img src="no.png"><script '
+        'src="https://example.org/x.js"></script>'
         '<link rel="stylesheet" href="no.css"><a href="FILE:FUNCTION"></a>'
     )
     (tmp_path / "b.html").write_text('<h1 id="there"></h1>')
-    wrong = ["#no", "b.html#no", "c.html", "FILE:FUNCTION", "no.png", "https://example.org/x.js", "no.css"]
+    wrong = [
+        "#no",
+        "b.html#no",
+        "c.html",
+        "FILE:FUNCTION",
+        "no.png",
+        "https://example.org/x.js",
+        "no.css",
+    ]
     assert lost(tmp_path) == [f"a.html: {link}" for link in wrong]
 
 
@@ -123,10 +153,17 @@ def test_every_command_has_its_section_with_all_its_options(site: Path, name: st
     command = cli.get_command(click.Context(cli), name)
     assert command is not None
     options = [
-        each.lstrip("-") for option in command.params if isinstance(option, click.Option) for each in option.opts
+        each.lstrip("-")
+        for option in command.params
+        if isinstance(option, click.Option)
+        for each in option.opts
     ]
     text = unescape(re.sub(r"<[^>]*>", "", (site / "reference" / "cli.html").read_text()))
-    shapes = [option.metavar for option in command.params if isinstance(option, click.Option) and option.metavar]
+    shapes = [
+        option.metavar
+        for option in command.params
+        if isinstance(option, click.Option) and option.metavar
+    ]
     assert [shape for shape in shapes if f"<{shape}>" not in text] == []
     wanted = {f"lca-{name}", *(f"cmdoption-lca-{name}-{option}" for option in options)}
     assert wanted - page(site / "reference" / "cli.html").anchors == set()
@@ -134,16 +171,26 @@ def test_every_command_has_its_section_with_all_its_options(site: Path, name: st
 
 def test_every_public_name_is_described(site: Path) -> None:
     anchors = page(site / "reference" / "python.html").anchors
-    wanted = [f"lca_posthoc.{name}" for name in lca_posthoc.__all__ if name not in ("findings", "plots")]
+    wanted = [
+        f"lca_posthoc.{name}" for name in lca_posthoc.__all__ if name not in ("findings", "plots")
+    ]
     wanted += [f"lca_posthoc.{module}" for module in ("findings", "plots")]
-    wanted = [f"{'module-' if name.endswith(('findings', 'plots')) else ''}{name}" for name in wanted]
-    wanted += [f"{module.__name__}.{name}" for module in (findings, plots) for name in module.__all__]
+    wanted = [
+        f"{'module-' if name.endswith(('findings', 'plots')) else ''}{name}" for name in wanted
+    ]
+    wanted += [
+        f"{module.__name__}.{name}" for module in (findings, plots) for name in module.__all__
+    ]
     assert [name for name in wanted if name not in anchors] == []
 
 
 def test_the_gallery_lists_every_example() -> None:
     text = (DOCS / "gallery.md").read_text()
-    assert [path.name for path in (DOCS / "examples").glob("*.py") if f"(examples/{path.name})" not in text] == []
+    assert [
+        path.name
+        for path in (DOCS / "examples").glob("*.py")
+        if f"(examples/{path.name})" not in text
+    ] == []
 
 
 def test_no_page_names_a_path_of_the_machine_it_was_built_on(site: Path) -> None:

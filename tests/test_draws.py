@@ -1,4 +1,6 @@
-"""Several seeded draws of random examples: the mean over them, the same in every process, batch and order."""
+"""Several seeded draws of random examples: the mean over them, the same in every process, batch and
+order.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ CPU = torch.device("cpu")
 
 
 def noisy(example: Example) -> Example:
-    """Noise from torch, a factor from numpy, a flip from Python: whatever augmentation draws from."""
+    """Noise from torch, a factor from numpy, a flip from Python: whatever augmentation draws
+    from.
+    """
     inputs, target = example
     inputs = inputs + 0.3 * torch.randn(inputs.shape)
     inputs *= float(np.random.uniform(0.5, 1.5))
@@ -39,7 +43,9 @@ def noisy(example: Example) -> Example:
 
 
 class Augmenting(Dataset[Example]):
-    """A data set that augments its examples itself, as those of torchvision do with a `transform`."""
+    """A data set that augments its examples itself, as those of torchvision do with a
+    `transform`.
+    """
 
     def __len__(self) -> int:
         return len(INPUTS)
@@ -69,7 +75,10 @@ def fixed(data: Draws, draw: int) -> tuple[Tensor, ...]:
 KINDS: dict[str, tuple[Callable[[], Draws], Loss]] = {
     "a transform": (lambda: Draws((INPUTS, TARGETS), noisy, draws=DRAWS), Loss(F.cross_entropy)),
     "a data set's own": (lambda: Draws(Augmenting(), draws=DRAWS, seed=7), Loss(F.cross_entropy)),
-    "a loader": (lambda: Draws(DataLoader(Augmenting(), batch_size=5), draws=DRAWS), Loss(F.cross_entropy)),
+    "a loader": (
+        lambda: Draws(DataLoader(Augmenting(), batch_size=5), draws=DRAWS),
+        Loss(F.cross_entropy),
+    ),
     "mixup": (lambda: Draws((INPUTS, TARGETS), mixed, draws=DRAWS), Loss(call=mixup)),
     "groups": (
         lambda: Draws((INPUTS, TARGETS), noisy, draws=DRAWS),
@@ -90,7 +99,13 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 def replayed(lab: Lab, data: Any, loss: Loss, **settings: Any) -> Run:
     task = Task(CASES["smooth_mlp"].build, {"train": data}, {"it": loss})
     out = lab.root / f"run{next(lab._numbers)}"
-    defaults = {"cluster": "inline", "device": "cpu", "precision": "float64", "tolerance": "inf", "span": 8}
+    defaults = {
+        "cluster": "inline",
+        "device": "cpu",
+        "precision": "float64",
+        "tolerance": "inf",
+        "span": 8,
+    }
     return run(lab.iterates("smooth_mlp"), task, out=out, **{**defaults, "steps": ":3", **settings})
 
 
@@ -104,10 +119,14 @@ def test_a_run_on_draws_is_the_mean_of_runs_on_each_draw(lab: Lab, kind: str) ->
         np.testing.assert_allclose(found.values, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
         assert not np.allclose(wanted, apart[0].allocation[name].values, rtol=0.01)
     for field in ("loss_start", "loss_end"):
-        np.testing.assert_allclose(together.steps[field], sum(each.steps[field] for each in apart) / DRAWS, rtol=1e-12)
+        np.testing.assert_allclose(
+            together.steps[field], sum(each.steps[field] for each in apart) / DRAWS, rtol=1e-12
+        )
     change = together.steps.loss_end - together.steps.loss_start
     allocated = together.tensors.allocated.sum("tensor")
-    np.testing.assert_allclose((allocated + together.steps.residual).transpose(*change.dims), change, atol=1e-12)
+    np.testing.assert_allclose(
+        (allocated + together.steps.residual).transpose(*change.dims), change, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("subset", ["10:20", "0.4@3"])
@@ -129,10 +148,14 @@ def rows_of(split: Split, batch_size: int) -> list[Tensor]:
 
 def test_a_draw_depends_on_its_example_its_number_and_the_seed_alone() -> None:
     data = Draws((INPUTS, TARGETS), noisy, draws=DRAWS)
-    wanted = torch.cat([torch.stack([draw[0] for draw in data[index]]) for index in range(len(data))])
+    wanted = torch.cat(
+        [torch.stack([draw[0] for draw in data[index]]) for index in range(len(data))]
+    )
     assert len(wanted.unique(dim=0)) == len(wanted) == DRAWS * len(INPUTS)
     for batch_size in (1, 7, 50):
-        assert torch.equal(torch.cat(rows_of(Split("train", data, CPU, torch.float32), batch_size)), wanted)
+        assert torch.equal(
+            torch.cat(rows_of(Split("train", data, CPU, torch.float32), batch_size)), wanted
+        )
     backwards = [data[index][2][0] for index in reversed(range(len(data)))]
     assert torch.equal(torch.stack(backwards[::-1]), wanted[2::DRAWS])
     again, more = (Draws((INPUTS, TARGETS), noisy, draws=DRAWS + n) for n in (0, 1))
@@ -157,7 +180,9 @@ def test_what_else_is_drawn_is_not_disturbed() -> None:
 def test_batches_that_are_read_while_a_loss_draws_numbers_disturb_nothing(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A split too large to stay in memory is read again at every pass; a loss may seed torch for noise of its own."""
+    """A split too large to stay in memory is read again at every pass; a loss may seed torch for
+    noise of its own.
+    """
 
     def noise(model: Any, batch: Any) -> Tensor:
         torch.manual_seed(5)
@@ -177,7 +202,9 @@ def test_the_digest_covers_what_a_transform_returns() -> None:
             "again": Draws((INPUTS, TARGETS), noisy),
             "another seed": Draws((INPUTS, TARGETS), noisy, seed=1),
             "another number": Draws((INPUTS, TARGETS), noisy, draws=3),
-            "another transform": Draws((INPUTS, TARGETS), lambda example: (noisy(example)[0] + 1, example[1])),
+            "another transform": Draws(
+                (INPUTS, TARGETS), lambda example: (noisy(example)[0] + 1, example[1])
+            ),
         }.items()
     }
     assert digests["one"] == digests["again"]
@@ -185,7 +212,9 @@ def test_the_digest_covers_what_a_transform_returns() -> None:
 
 
 def test_other_processes_draw_the_same() -> None:
-    first, second = answers(Task(CASES["smooth_mlp"].build, {"train": KINDS["mixup"][0]()}, {"it": Loss(call=mixup)}))
+    first, second = answers(
+        Task(CASES["smooth_mlp"].build, {"train": KINDS["mixup"][0]()}, {"it": Loss(call=mixup)})
+    )
     assert first["digests"] == second["digests"]
 
 
@@ -225,19 +254,33 @@ def test_what_no_draws_can_be_had_of_is_refused(what: str) -> None:
             Loss(F.cross_entropy),
             ("not deterministic", "augmentation"),
         ),
-        (Backwards(), Loss(F.cross_entropy, group_by=by_class), ("for two draws of one example", "'train'")),
-        (lambda example: example[0] / "a", Loss(F.cross_entropy), ("cannot be made into a batch", "TypeError")),
+        (
+            Backwards(),
+            Loss(F.cross_entropy, group_by=by_class),
+            ("for two draws of one example", "'train'"),
+        ),
+        (
+            lambda example: example[0] / "a",
+            Loss(F.cross_entropy),
+            ("cannot be made into a batch", "TypeError"),
+        ),
     ],
     ids=["a generator of its own", "labels that change", "one that fails"],
 )
-def test_transforms_that_cannot_be_used_are_refused(lab: Lab, transform: Any, loss: Loss, words: Any) -> None:
+def test_transforms_that_cannot_be_used_are_refused(
+    lab: Lab, transform: Any, loss: Loss, words: Any
+) -> None:
     with pytest.raises(InputError) as caught:
         replayed(lab, Draws((INPUTS, TARGETS), transform, draws=2), loss)
     says(str(caught.value), *words)
 
 
 def test_dicts_of_tensors_are_drawn_from_as_well(tmp_path: Path) -> None:
-    data = Draws({"x": INPUTS, "y": TARGETS}, lambda example: {**example, "x": example["x"] + torch.rand(())}, draws=2)
+    data = Draws(
+        {"x": INPUTS, "y": TARGETS},
+        lambda example: {**example, "x": example["x"] + torch.rand(())},
+        draws=2,
+    )
     batch = Split("train", data, CPU, torch.float32).sample(0, 3)
     assert sorted(batch) == ["x", "y"]
     assert batch["x"].shape == (6, 12)

@@ -13,7 +13,12 @@ import torch
 import lca_posthoc as lca
 from tests.test_examples import EXAMPLES, needs
 
-NETWORKS = {"mnist_fc": 84_060, "mnist_lenet": 808_970, "cifar10_allcnn": 1_371_658, "cifar10_resnet20": 273_066}
+NETWORKS = {
+    "mnist_fc": 84_060,
+    "mnist_lenet": 808_970,
+    "cifar10_allcnn": 1_371_658,
+    "cifar10_resnet20": 273_066,
+}
 NAMES = ("freeze", "momentum", "learning-rate", "batch-size", "optimiser")
 
 
@@ -34,30 +39,52 @@ def test_networks_have_the_papers_number_of_parameters(example: Any, name: str) 
     ("name", "settings"),
     [
         pytest.param("mnist_lenet", {}, marks=needs("mnist.safetensors")),
-        pytest.param("cifar10_allcnn", {"norm_stats": "batch", "batch_size": 10}, marks=needs("cifar10.safetensors")),
-        pytest.param("cifar10_resnet20", {"norm_stats": "batch", "batch_size": 10}, marks=needs("cifar10.safetensors")),
+        pytest.param(
+            "cifar10_allcnn",
+            {"norm_stats": "batch", "batch_size": 10},
+            marks=needs("cifar10.safetensors"),
+        ),
+        pytest.param(
+            "cifar10_resnet20",
+            {"norm_stats": "batch", "batch_size": 10},
+            marks=needs("cifar10.safetensors"),
+        ),
     ],
 )
 def test_networks_train_and_replay(
-    tmp_path: Path, example: Any, monkeypatch: pytest.MonkeyPatch, name: str, settings: dict[str, Any]
+    tmp_path: Path,
+    example: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    settings: dict[str, Any],
 ) -> None:
     network = example(name)
     monkeypatch.setattr(network, "IMAGES", 20)
     network.train(str(tmp_path / "ck"), 1)
     once = {"tolerance": float("inf"), "keep": "tensors"}
     run = lca.run(
-        tmp_path / "ck", network.task(), cluster="inline", device="cpu", durability="none", **once, **settings
+        tmp_path / "ck",
+        network.task(),
+        cluster="inline",
+        device="cpu",
+        durability="none",
+        **once,
+        **settings,
     )
     found = lca.findings.summary(run["train"])
     assert (found["segments"], found["parameters"], found["evaluations"]) == (1, NETWORKS[name], 3)
     assert all(each["allocated"] for each in found["tensors"] if each["name"].endswith(".weight"))
 
 
-@pytest.mark.parametrize(("delay", "momentum", "rate"), [(9, 0.9, 0.05), (4, 0.8, 0.1), (0, 0.0, 0.5)])
+@pytest.mark.parametrize(
+    ("delay", "momentum", "rate"), [(9, 0.9, 0.05), (4, 0.8, 0.1), (0, 0.0, 0.5)]
+)
 def test_a_delay_moves_the_last_layers_steps_in_time_alone(
     example: Any, delay: int, momentum: float, rate: float
 ) -> None:
-    """Under a constant gradient of 1 the last layer's steps approach rate/(1 − m), the same for every delay."""
+    """Under a constant gradient of 1 the last layer's steps approach rate/(1 − m), the same for
+    every delay.
+    """
     experiments = example("experiments")
     net = experiments.mnist_fc.Net()
     optimizer = experiments.optimizer(net, experiments.Setting(delay=delay))
@@ -86,9 +113,14 @@ def test_experiments_run_every_setting_once_and_go_on_where_they_stopped(
     assert list(found) == list(experiments.EXPERIMENTS[name])
     for label, (train,) in found.items():
         assert (train.record.examples, train.steps.sizes["step"]) == (250, 2)
-        summed = {each: float(train.tensors.allocated.sel(tensor=f"{each}.weight").sum()) for each in ("fc1", "fc3")}
+        summed = {
+            each: float(train.tensors.allocated.sel(tensor=f"{each}.weight").sum())
+            for each in ("fc1", "fc3")
+        }
         frozen = {"first": "fc1", "last": "fc3"}.get(label) if name == "freeze" else None
-        assert {each for each, value in summed.items() if value == 0} == ({frozen} if frozen else set())
+        assert {each for each, value in summed.items() if value == 0} == (
+            {frozen} if frozen else set()
+        )
     runs = sorted(tmp_path.glob("*/*/*"))
     assert [each.name for each in runs] == ["seed0.lca"] * len(found)
     written = {each: each.stat().st_mtime_ns for each in tmp_path.glob("**/commits/*/*")}
@@ -101,17 +133,27 @@ def test_experiments_run_every_setting_once_and_go_on_where_they_stopped(
 
 @needs("mnist.safetensors")
 def test_the_command_prints_a_line_for_each_setting_and_each_of_its_layers(
-    tmp_path: Path, example: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    example: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sizes = ["--seeds", "2", "--images", "250", "--iterates", "2"]
     monkeypatch.setattr("sys.argv", ["experiments.py", str(tmp_path), "freeze", *sizes])
     example("experiments").main()
     settings, layers = (
-        part.splitlines() for part in capsys.readouterr().out.split("p against none", 1)[1].split("\n\n")
+        part.splitlines()
+        for part in capsys.readouterr().out.split("p against none", 1)[1].split("\n\n")
     )
-    assert [line.split()[:2] for line in settings[1:]] == [["none", "2"], ["first", "2"], ["last", "2"]]
+    assert [line.split()[:2] for line in settings[1:]] == [
+        ["none", "2"],
+        ["first", "2"],
+        ["last", "2"],
+    ]
     assert [line.split()[:2] for line in layers[1:]] == [
         [layer, label] for layer in ("fc1", "fc2", "fc3") for label in ("none", "first", "last")
     ]
     frozen = {("fc1", "first"), ("fc3", "last")}
-    assert {tuple(line.split()[:2]) for line in layers if "+0.0000 (+0.0000 to +0.0000)" in line} == frozen
+    assert {
+        tuple(line.split()[:2]) for line in layers if "+0.0000 (+0.0000 to +0.0000)" in line
+    } == frozen

@@ -1,4 +1,6 @@
-"""`lca export`: what is read back, by the program the format is for, is what the findings say, number for number."""
+"""`lca export`: what is read back, by the program the format is for, is what the findings say,
+number for number.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("export")
     generator = torch.Generator().manual_seed(0)
     data = {
-        name: (torch.randn(9, 3, generator=generator), torch.randint(0, 2, (9,), generator=generator))
+        name: (
+            torch.randn(9, 3, generator=generator),
+            torch.randint(0, 2, (9,), generator=generator),
+        )
         for name in ("train", "validation")
     }
     model = Hostile()
@@ -99,7 +104,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "=validation": Loss(F.cross_entropy, on="validation"),
         "per_class": Loss(F.cross_entropy, on="train", group_by=_label),
     }
-    return lca_posthoc.run(root / "ck", Task(Hostile, data, losses), losses=["all"], cluster="inline", span=2)
+    return lca_posthoc.run(
+        root / "ck", Task(Hostile, data, losses), losses=["all"], cluster="inline", span=2
+    )
 
 
 def _label(inputs: torch.Tensor, targets: torch.Tensor) -> list[str]:
@@ -111,7 +118,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("plain")
     task = write_task(root / "task.py")
     assert run_lca(record(root / "ck"), task, root / "r.lca", "--loss", "all").exit_code == 0
-    assert run_lca(root / "ck", task, root / "tensors.lca", "--loss", "all", "--keep", "tensors").exit_code == 0
+    assert (
+        run_lca(
+            root / "ck", task, root / "tensors.lca", "--loss", "all", "--keep", "tensors"
+        ).exit_code
+        == 0
+    )
     return root
 
 
@@ -146,7 +158,8 @@ def same(found: xr.Dataset, wanted: xr.Dataset) -> None:
     assert set(found.coords) == set(wanted.coords)
 
 
-# --- NetCDF ------------------------------------------------------------------------------------------------------------
+# --- NetCDF
+# ------------------------------------------------------------------------------------------------------------
 
 
 def odd() -> xr.Dataset:
@@ -170,7 +183,10 @@ def odd() -> xr.Dataset:
         "none": ("hero", np.zeros(0)),
         "no_names": ("hero", np.array([], dtype=object)),
         "no_flags": (("hero", "step", "nothing"), np.zeros((0, 2, 0), bool)),
-        **{name: (("step", f"{name}:column"), values, {"name": name, "units": "loss"}) for name in HOSTILE},
+        **{
+            name: (("step", f"{name}:column"), values, {"name": name, "units": "loss"})
+            for name in HOSTILE
+        },
     }
     attributes = {
         "text": "ü",
@@ -187,7 +203,12 @@ def odd() -> xr.Dataset:
         "table": {"a": [1]},
         "/": "slash",
     }
-    coords = {"step": np.array([0, 10**12]), "step_end": ("step", [5, 6]), "a:column": ["=x", "y", "z"], "scalar": 3}
+    coords = {
+        "step": np.array([0, 10**12]),
+        "step_end": ("step", [5, 6]),
+        "a:column": ["=x", "y", "z"],
+        "scalar": 3,
+    }
     return xr.Dataset(made, coords, attributes)
 
 
@@ -225,10 +246,14 @@ def test_netcdf_of_every_finding_reads_back(run: Run, tmp_path: Path) -> None:
     pairs = list(exported(run))
     assert len(files) == len(pairs)
     for loss, name in pairs:
-        same(read_netcdf(tmp_path / "out" / run.manifest.losses[loss].key / f"{name}.nc"), expected(run, loss, name))
+        same(
+            read_netcdf(tmp_path / "out" / run.manifest.losses[loss].key / f"{name}.nc"),
+            expected(run, loss, name),
+        )
 
 
-# --- tables ------------------------------------------------------------------------------------------------------------
+# --- tables
+# ------------------------------------------------------------------------------------------------------------
 
 
 def rows_of(data: xr.Dataset, dims: tuple[str, ...]) -> Iterator[dict[str, Any]]:
@@ -236,11 +261,14 @@ def rows_of(data: xr.Dataset, dims: tuple[str, ...]) -> Iterator[dict[str, Any]]
     inside = {
         str(name): (variable.dims, variable.values)
         for name, variable in data.variables.items()
-        if set(variable.dims) == set(dims) or (name in data.coords and variable.dims and set(variable.dims) < set(dims))
+        if set(variable.dims) == set(dims)
+        or (name in data.coords and variable.dims and set(variable.dims) < set(dims))
     }
     for place in np.ndindex(*(data.sizes[dim] for dim in dims)):
         at = dict(zip(dims, place, strict=True))
-        row = {name: values[tuple(at[dim] for dim in own)] for name, (own, values) in inside.items()}
+        row = {
+            name: values[tuple(at[dim] for dim in own)] for name, (own, values) in inside.items()
+        }
         yield {**at, **row}
 
 
@@ -255,8 +283,14 @@ def test_tables_of_every_finding_read_back(suffix: str, run: Run, tmp_path: Path
         assert {frozenset(each["axes"]) for each in mine.values()} == shapes
         assert len(mine) == len(shapes)
         for file, each in mine.items():
-            assert {key: value for key, value in each.items() if key not in ("columns", "axes")} == data.attrs
-            table = read_csv(tmp_path / "out" / file) if suffix == "csv" else pd.read_parquet(tmp_path / "out" / file)
+            assert {
+                key: value for key, value in each.items() if key not in ("columns", "axes")
+            } == data.attrs
+            table = (
+                read_csv(tmp_path / "out" / file)
+                if suffix == "csv"
+                else pd.read_parquet(tmp_path / "out" / file)
+            )
             wanted = list(rows_of(data, tuple(each["axes"])))
             assert len(table) == len(wanted)
             for column, said in each["columns"].items():
@@ -272,7 +306,9 @@ def check(found: list[Any], wanted: list[Any], kind: str) -> None:
     elif kind == "bool":
         assert [str(each) for each in found] == [str(bool(each)) for each in wanted]
     else:
-        assert np.array_equal(np.array(found).astype(kind), np.array(wanted).astype(kind), equal_nan=kind[0] == "f")
+        assert np.array_equal(
+            np.array(found).astype(kind), np.array(wanted).astype(kind), equal_nan=kind[0] == "f"
+        )
 
 
 def read_csv(path: Path) -> dict[str, list[str]]:
@@ -301,35 +337,55 @@ def pd_metadata(path: Path) -> bytes:
 
 def test_a_table_has_a_row_for_every_place(tmp_path: Path, plain: Path) -> None:
     result = lca(
-        "export", plain / "r.lca", "-o", tmp_path / "t", "--format", "csv", "--loss", "train", "--finding", "layers"
+        "export",
+        plain / "r.lca",
+        "-o",
+        tmp_path / "t",
+        "--format",
+        "csv",
+        "--loss",
+        "train",
+        "--finding",
+        "layers",
     )
     assert result.exit_code == 0, result.output
     lines = (tmp_path / "t" / "train" / "layers_step_layer.csv").read_text().splitlines()
     assert lines[0].startswith('"step","layer",')
     assert lines[0].endswith(',"elements","role","allocated","cumulative"')
-    assert [line.split(",")[:2] for line in lines[1:4]] == [["0", '"hidden"'], ["0", '"out"'], ["10", '"hidden"']]
+    assert [line.split(",")[:2] for line in lines[1:4]] == [
+        ["0", '"hidden"'],
+        ["0", '"out"'],
+        ["10", '"hidden"'],
+    ]
     assert len(lines) == 1 + 6 * 2
 
 
-def test_names_that_a_spreadsheet_takes_for_formulas_are_quoted_and_not_altered(run: Run, tmp_path: Path) -> None:
+def test_names_that_a_spreadsheet_takes_for_formulas_are_quoted_and_not_altered(
+    run: Run, tmp_path: Path
+) -> None:
     files = export(run, tmp_path / "o", format="csv", losses=["per_class"], findings=["layers"])
     (path,) = (each for each in files if each.name == "layers_layer_group.csv")
     text = path.read_bytes().decode()
     found = read_csv(path)
     assert set(found["layer"]) == set(expected(run, "per_class", "layers").layer.values)
-    assert {"=1+1", "@SUM(A1)", "-2", "+x", 'x"y,z', "new\nline", "car\rriage", "nul\0nul"} <= set(found["layer"])
+    assert {"=1+1", "@SUM(A1)", "-2", "+x", 'x"y,z', "new\nline", "car\rriage", "nul\0nul"} <= set(
+        found["layer"]
+    )
     assert '\n"=1+1","=evil/\0!",' in text
 
 
 def test_numbers_keep_every_digit_and_their_type() -> None:
     values = np.array([0.1, 1 / 3, 5e-324, -0.0, np.inf, np.nan])
-    data = xr.Dataset({"a": ("x", values), "b": ("x", values.astype("float32")), "c": ("x", [2**62 + 1] * 6)})
+    data = xr.Dataset(
+        {"a": ("x", values), "b": ("x", values.astype("float32")), "c": ("x", [2**62 + 1] * 6)}
+    )
     ((dims, table),) = tables(data)
     assert dims == ("x",)
     assert list(table.dtypes.astype(str)) == ["int64", "float64", "float32", "int64"]
 
 
-# --- TensorBoard -------------------------------------------------------------------------------------------------------
+# --- TensorBoard
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +398,8 @@ def events(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     found = {}
     for loss in run:
         found[loss] = EventAccumulator(
-            str(place / run.manifest.losses[loss].key), size_guidance={"tensors": 0, "histograms": 0}
+            str(place / run.manifest.losses[loss].key),
+            size_guidance={"tensors": 0, "histograms": 0},
         )
         found[loss].Reload()
     return found
@@ -358,11 +415,17 @@ def test_scalars_are_those_of_the_findings(run: Run, events: dict[str, Any]) -> 
     for loss, found in events.items():
         wanted: dict[str, xr.DataArray] = {}
         data = {name: expected(run, loss, name) for name in ("curve", "helping", "layers")}
-        for name, columns in (("curve", ("loss", "predicted", "residual")), ("helping", ("helping", "hurting"))):
+        for name, columns in (
+            ("curve", ("loss", "predicted", "residual")),
+            ("helping", ("helping", "hurting")),
+        ):
             wanted |= {column: data[name][column] for column in columns}
         for column in ("allocated", "cumulative"):
             each = data["layers"][column]
-            wanted |= {f"{column}/{layer}": each.isel(layer=at) for at, layer in enumerate(each.layer.values)}
+            wanted |= {
+                f"{column}/{layer}": each.isel(layer=at)
+                for at, layer in enumerate(each.layer.values)
+            }
         if run[loss].record.groups is not None:
             wanted = {
                 f"{tag}/group {group}": each.isel(group=at)
@@ -371,13 +434,19 @@ def test_scalars_are_those_of_the_findings(run: Run, events: dict[str, Any]) -> 
             }
         assert set(found.Tags()["tensors"]) == set(wanted)
         for tag, each in wanted.items():
-            assert scalars(found, tag) == dict(zip([10, 20, 30, 40, 50, 60], each.values.tolist(), strict=True)), tag
+            assert scalars(found, tag) == dict(
+                zip([10, 20, 30, 40, 50, 60], each.values.tolist(), strict=True)
+            ), tag
 
 
 def test_histograms_are_the_stored_counts(run: Run, events: dict[str, Any]) -> None:
     for loss, found in events.items():
         results = run[loss]
-        stored, edges, labels = results.histogram, results.histogram.edge.values, results.record.groups or [None]
+        stored, edges, labels = (
+            results.histogram,
+            results.histogram.edge.values,
+            results.record.groups or [None],
+        )
         assert found.Tags()["histograms"] == [
             "allocation" if each is None else f"allocation/group {each}" for each in labels
         ]
@@ -394,14 +463,19 @@ def test_histograms_are_the_stored_counts(run: Run, events: dict[str, Any]) -> N
                 assert value.num == counts.sum() + zero == sum(value.bucket)
                 assert value.bucket[0] == 0
                 assert list(value.bucket_limit) == sorted(value.bucket_limit)
-                allocation = [values.values[at].reshape(len(labels), -1)[row] for values in results.allocation.values()]
+                allocation = [
+                    values.values[at].reshape(len(labels), -1)[row]
+                    for values in results.allocation.values()
+                ]
                 flat = np.concatenate(allocation).astype("float64")
                 assert value.sum == pytest.approx(flat.sum(), rel=1e-4, abs=1e-9)
                 assert 0.5 < value.sum_squares / (flat**2).sum() < 2  # from the middles of the bins
                 assert value.min <= flat.min() <= flat.max() <= value.max
 
 
-def test_a_long_run_is_thinned_and_says_so(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_run_is_thinned_and_says_so(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setattr("lca_posthoc.export.events.HISTOGRAMS", 2)
@@ -434,7 +508,8 @@ def test_a_long_run_is_thinned_and_says_so(plain: Path, tmp_path: Path, monkeypa
     assert said[-1] == "loss 'train': histograms of 2 of 6 segments are written."
 
 
-# --- what is left out, and what is refused -----------------------------------------------------------------------------
+# --- what is left out, and what is refused
+# -----------------------------------------------------------------------------
 
 
 def test_what_the_run_does_not_keep_is_left_out_with_a_word(plain: Path, tmp_path: Path) -> None:
@@ -443,7 +518,11 @@ def test_what_the_run_does_not_keep_is_left_out_with_a_word(plain: Path, tmp_pat
     assert result.stdout.startswith("wrote ")
     assert not list((tmp_path / "out").rglob("units.nc"))
     if "units" in known():
-        says(result.stderr, "note: units of loss 'train' is left out: the run keeps tensors", "--keep units")
+        says(
+            result.stderr,
+            "note: units of loss 'train' is left out: the run keeps tensors",
+            "--keep units",
+        )
 
 
 @pytest.mark.parametrize("name", ["units", "microscope"])
@@ -461,7 +540,10 @@ def test_one_that_was_asked_for_is_an_error(name: str, plain: Path, tmp_path: Pa
         (("--loss", "nosuch"), ("nosuch", "'train', 'validation'")),
         (("--finding", "nosuch"), ("nosuch", "curve", "layers")),
         (("--finding", "compare"), ("compare",)),
-        (("--format", "tensorboard", "--finding", "distribution"), ("TensorBoard", "curve", "distribution")),
+        (
+            ("--format", "tensorboard", "--finding", "distribution"),
+            ("TensorBoard", "curve", "distribution"),
+        ),
         (("--format", "tensorboard", "--loss", "nosuch"), ("nosuch",)),
         (("--format", "xlsx"), ("xlsx", "netcdf")),
     ],
@@ -481,12 +563,23 @@ def test_nothing_is_written_over(plain: Path, tmp_path: Path) -> None:
     before = contents(tmp_path)
     for place in ("full", "file.nc", "link", "file.nc/inside"):
         refused(
-            lca("export", plain / "r.lca", "-o", tmp_path / place, "--loss", "train", "--finding", "curve"),
+            lca(
+                "export",
+                plain / "r.lca",
+                "-o",
+                tmp_path / place,
+                "--loss",
+                "train",
+                "--finding",
+                "curve",
+            ),
             place.split("/")[0],
         )
     assert contents(tmp_path) == before
     (tmp_path / "empty").mkdir()
-    assert lca("export", plain / "r.lca", "-o", tmp_path / "empty", "--loss", "train").exit_code == 0
+    assert (
+        lca("export", plain / "r.lca", "-o", tmp_path / "empty", "--loss", "train").exit_code == 0
+    )
     assert (tmp_path / "empty" / "train" / "curve.nc").is_file()
 
 
@@ -495,16 +588,39 @@ def test_one_table_may_be_one_file(plain: Path, tmp_path: Path) -> None:
     for suffix in ("nc", "csv", "parquet"):
         result = lca("export", plain / "r.lca", "-o", tmp_path / f"curve.{suffix}", *options)
         assert result.exit_code == 0, result.output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.csv", "curve.nc", "curve.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "curve.csv",
+        "curve.nc",
+        "curve.parquet",
+    ]
     wanted = findings.curve(open_run(plain / "r.lca")["train"])
     same(read_netcdf(tmp_path / "curve.nc"), wanted)
     assert pd.read_csv(tmp_path / "curve.csv")["loss"].tolist() == wanted["loss"].values.tolist()
-    assert pd.read_parquet(tmp_path / "curve.parquet")["loss"].tolist() == wanted["loss"].values.tolist()
-    refused(lca("export", plain / "r.lca", "-o", tmp_path / "x.nc"), "x.nc", "one file", "--finding")
-    refused(
-        lca("export", plain / "r.lca", "-o", tmp_path / "x.csv", "--loss", "train", "--finding", "layers"), "one file"
+    assert (
+        pd.read_parquet(tmp_path / "curve.parquet")["loss"].tolist()
+        == wanted["loss"].values.tolist()
     )
-    refused(lca("export", plain / "r.lca", "-o", tmp_path / "x.nc", "--format", "csv", *options), "x.nc", "csv")
+    refused(
+        lca("export", plain / "r.lca", "-o", tmp_path / "x.nc"), "x.nc", "one file", "--finding"
+    )
+    refused(
+        lca(
+            "export",
+            plain / "r.lca",
+            "-o",
+            tmp_path / "x.csv",
+            "--loss",
+            "train",
+            "--finding",
+            "layers",
+        ),
+        "one file",
+    )
+    refused(
+        lca("export", plain / "r.lca", "-o", tmp_path / "x.nc", "--format", "csv", *options),
+        "x.nc",
+        "csv",
+    )
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -552,12 +668,17 @@ def test_losses_that_are_unequally_far_do_not_stop_the_others(plain: Path, tmp_p
     ("format_", "package"),
     [("netcdf", "h5netcdf"), ("parquet", "pyarrow"), ("tensorboard", "tensorboard")],
 )
-def test_a_package_that_is_missing_is_named(format_: str, package: str, plain: Path, tmp_path: Path) -> None:
+def test_a_package_that_is_missing_is_named(
+    format_: str, package: str, plain: Path, tmp_path: Path
+) -> None:
     code = (
         f"import sys; sys.modules[{package!r}] = None\nfrom lca_posthoc.cli import main\n"
-        f"sys.argv = ['lca', 'export', {str(plain / 'r.lca')!r}, '-o', {str(tmp_path / 'out')!r}, '--format', {format_!r}]\nmain()"
+        f"sys.argv = ['lca', 'export', {str(plain / 'r.lca')!r}, '-o', {str(tmp_path / 'out')!r}, "
+        f"'--format', {format_!r}]\nmain()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
     assert done.returncode == 5, done.stderr
     assert f"needs the package {package}" in done.stderr
     assert f"pip install {package}" in done.stderr

@@ -1,4 +1,6 @@
-"""A task's model is built once in a process; in another precision it is copied, where a copy is the same model."""
+"""A task's model is built once in a process; in another precision it is copied, where a copy is the
+same model.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,17 @@ COUNTED = """        super().__init__()
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
-@pytest.mark.parametrize("cluster", [("--cluster", "local", "--workers", 2), ("--cluster", "inline")])
-def test_a_factory_is_called_once_in_a_process(tmp_path: Path, cluster: tuple[object, ...], precision: str) -> None:
+@pytest.mark.parametrize(
+    "cluster", [("--cluster", "local", "--workers", 2), ("--cluster", "inline")]
+)
+def test_a_factory_is_called_once_in_a_process(
+    tmp_path: Path, cluster: tuple[object, ...], precision: str
+) -> None:
     calls = tmp_path / "calls"
     counted = COUNTED.format(path=str(calls))
-    task = write_task(tmp_path / "task.py", "        super().__init__()\n        self.hidden", counted)
+    task = write_task(
+        tmp_path / "task.py", "        super().__init__()\n        self.hidden", counted
+    )
     out = tmp_path / "run.lca"
     options = (*cluster, "--precision", precision, "--loss", "all", "--tolerance", "inf")
     result = lca("run", record(tmp_path / "iterates"), "--task", task, "--out", out, *options)
@@ -43,7 +51,8 @@ def test_a_factory_is_called_once_in_a_process(tmp_path: Path, cluster: tuple[ob
     assert set(document(lca("summary", out, "--json"))["losses"]) == {"train", "validation"}
 
 
-# --- what a copy must carry over ----------------------------------------------------------------------------------------
+# --- what a copy must carry over
+# ----------------------------------------------------------------------------------------
 
 
 class Scales:
@@ -66,13 +75,21 @@ class Kept(nn.Module):
         self.last: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.linear(x.to(self.dtype)) * self.table + self.pair[0] + self.pair[1][0] + self.mask + self.counts
+        out = (
+            self.linear(x.to(self.dtype)) * self.table
+            + self.pair[0]
+            + self.pair[1][0]
+            + self.mask
+            + self.counts
+        )
         self.last = out * self.scales.inside["scale"]
         return self.last
 
 
 class Attending(nn.Module):
-    """A mask with infinite entries in a plain attribute: in float32 beside float64 it gives wrong numbers in silence."""
+    """A mask with infinite entries in a plain attribute: in float32 beside float64 it gives wrong
+    numbers in silence.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +98,9 @@ class Attending(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.inside(x.reshape(len(x), 3, 4)).chunk(3, -1)
-        found = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask.expand(len(x), 3, 3))
+        found = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=self.mask.expand(len(x), 3, 3)
+        )
         return self.out(found.reshape(len(x), 12))
 
 
@@ -100,7 +119,9 @@ class Tied(nn.Module):
 COPIED: dict[str, Callable[[], nn.Module]] = {"kept": Kept, "attention": Attending, "tied": Tied}
 
 
-def objective_of(build: Callable[[], nn.Module], **settings: Any) -> tuple[Objective, list[nn.Module]]:
+def objective_of(
+    build: Callable[[], nn.Module], **settings: Any
+) -> tuple[Objective, list[nn.Module]]:
     built: list[nn.Module] = []
 
     def factory() -> nn.Module:
@@ -112,7 +133,13 @@ def objective_of(build: Callable[[], nn.Module], **settings: Any) -> tuple[Objec
     made = Objective(
         lambda: task,
         None,
-        **{"device": CPU, "precision": "float32", "norm_stats": "running", "batch_size": 30, **settings},
+        **{
+            "device": CPU,
+            "precision": "float32",
+            "norm_stats": "running",
+            "batch_size": 30,
+            **settings,
+        },
     )
     made.settle_batch_sizes(point_of(made, 0))
     return made, built
@@ -123,7 +150,9 @@ def point_of(objective: Objective, seed: int) -> dict[str, Tensor]:
     return {spec.name: torch.randn(spec.shape, generator=draw) for spec in objective.table}
 
 
-def true_loss(build: Callable[[], nn.Module], objective: Objective, point: dict[str, Tensor]) -> float:
+def true_loss(
+    build: Callable[[], nn.Module], objective: Objective, point: dict[str, Tensor]
+) -> float:
     """By a model built in float64 with the tensors of the float32 one."""
     torch.manual_seed(0)
     model = build()
@@ -158,14 +187,23 @@ def test_a_copy_reaches_every_tensor_and_attribute() -> None:
     model(X)
     copied = copy_in(model, CPU, torch.float64)
     assert copied is not None
-    wide = [copied.table, *copied.pair[:1], *copied.pair[1], copied.scales.inside["scale"], copied.mask, copied.last]
+    wide = [
+        copied.table,
+        *copied.pair[:1],
+        *copied.pair[1],
+        copied.scales.inside["scale"],
+        copied.mask,
+        copied.last,
+    ]
     assert [each.dtype for each in wide] == [torch.float64] * 6
     assert (copied.dtype, copied.counts.dtype) == (torch.float64, torch.int64)
     assert model.table.dtype == torch.float32
 
 
 class Viewing(nn.Module):
-    """An attribute that is a view into a parameter: copied, it would stay what the parameter was."""
+    """An attribute that is a view into a parameter: copied, it would stay what the parameter
+    was.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +220,9 @@ class Hooked(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(12, 4)
-        self.linear.register_forward_hook(lambda module, inputs, outputs: outputs * self.linear.bias.sum())
+        self.linear.register_forward_hook(
+            lambda module, inputs, outputs: outputs * self.linear.bias.sum()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)
@@ -203,7 +243,9 @@ def test_what_a_copy_would_not_carry_over_is_built_anew(build: Callable[[], nn.M
 
 
 class Wide(nn.Module):
-    """Computes another function in a copy, whose class it can tell by an attribute deepcopy leaves out."""
+    """Computes another function in a copy, whose class it can tell by an attribute deepcopy leaves
+    out.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,8 +283,12 @@ VALUES = torch.rand(12, 12, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize(("build", "calls"), [(Drawn, 2), (lambda: Drawn(VALUES), 1)])
-def test_float64_takes_frozen_parts_as_they_were_trained_with(build: Callable[[], nn.Module], calls: int) -> None:
-    objective, built = objective_of(build, precision="float64", held=frozenset({"linear.weight", "linear.bias"}))
+def test_float64_takes_frozen_parts_as_they_were_trained_with(
+    build: Callable[[], nn.Module], calls: int
+) -> None:
+    objective, built = objective_of(
+        build, precision="float64", held=frozenset({"linear.weight", "linear.bias"})
+    )
     torch.manual_seed(0)
     trained = build()
     assert torch.equal(objective.model.base.weight, trained.base.weight.double())

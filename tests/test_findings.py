@@ -1,4 +1,6 @@
-"""Each finding against a slow, separate computation on a run whose every allocation is known in closed form."""
+"""Each finding against a slow, separate computation on a run whose every allocation is known in
+closed form.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Bowl:
     done = bowl.replay(directory)
     for loss in done.run:
         markers = sorted((done.run.path / "commits").rglob("*.json"))
-        markers = [each for each in markers if each.parent.name == done.run.manifest.losses[loss].key]
+        markers = [
+            each for each in markers if each.parent.name == done.run.manifest.losses[loss].key
+        ]
         markers[len(markers) // 2].unlink()
     return Bowl(done.checkpoints, open_run(done.run.path))
 
@@ -59,11 +63,15 @@ def unit(name: str) -> list[int]:
     """Flat positions of the parameters of a unit, written as layer[index]."""
     layer, _, index = name.removesuffix("]").partition("[")
     tensors = [each for each in PARAMETERS if each.rpartition(".")[0] == layer]
-    return [at for each, place, at in each_parameter() if each in tensors and place[0] == int(index)]
+    return [
+        at for each, place, at in each_parameter() if each in tensors and place[0] == int(index)
+    ]
 
 
 def close(found: object, expected: object) -> None:
-    np.testing.assert_allclose(np.asarray(found, float), np.asarray(expected, float), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        np.asarray(found, float), np.asarray(expected, float), rtol=1e-6, atol=1e-9
+    )
 
 
 def turns(series: np.ndarray) -> int:
@@ -96,8 +104,14 @@ def test_every_result_says_what_it_is(replayed: Bowl) -> None:
             if name == "candidates"
             else ""
         )
-        assert (found.attrs["finding"], found.attrs["loss"], found.attrs["left_out"]) == (name, "train", buffers)
-        assert all({"units", "long_name"} <= set(each.attrs) for each in found.data_vars.values()), name
+        assert (found.attrs["finding"], found.attrs["loss"], found.attrs["left_out"]) == (
+            name,
+            "train",
+            buffers,
+        )
+        assert all(
+            {"units", "long_name"} <= set(each.attrs) for each in found.data_vars.values()
+        ), name
 
 
 def test_curve(replayed: Bowl) -> None:
@@ -153,7 +167,8 @@ def test_layers(replayed: Bowl, by: str | int, expected: dict[str, list[str]], l
     assert list(found["layer"].values) == list(expected)
     for layer, names in expected.items():
         values = np.concatenate(
-            [bowl.part(name, allocations).reshape(*allocations.shape[:-1], -1) for name in names], -1
+            [bowl.part(name, allocations).reshape(*allocations.shape[:-1], -1) for name in names],
+            -1,
         )
         one = found.sel(layer=layer)
         close(one["allocated"], values.sum(-1))
@@ -183,15 +198,25 @@ def test_helping_by_segment(replayed: Bowl) -> None:
     for loss, allocations in (("train", bowl.whole()), ("groups", bowl.allocations())):
         found = findings.helping(replayed.run[loss])
         values = np.concatenate(
-            [bowl.part(name, allocations).reshape(*allocations.shape[:-1], -1) for name in PARAMETERS], -1
+            [
+                bowl.part(name, allocations).reshape(*allocations.shape[:-1], -1)
+                for name in PARAMETERS
+            ],
+            -1,
         )
         close(found["helping"], (values < 0).mean(-1))
         close(found["hurting"], (values > 0).mean(-1))
         close(found["zero"], (values == 0).mean(-1))
         for name in PARAMETERS:
             axes = tuple(range(allocations.ndim - 1, allocations.ndim - 1 + len(SHAPES[name])))
-            close(found["tensor_helping"].sel(tensor=name), (bowl.part(name, allocations) < 0).mean(axes))
-            close(found["tensor_hurting"].sel(tensor=name), (bowl.part(name, allocations) > 0).mean(axes))
+            close(
+                found["tensor_helping"].sel(tensor=name),
+                (bowl.part(name, allocations) < 0).mean(axes),
+            )
+            close(
+                found["tensor_hurting"].sel(tensor=name),
+                (bowl.part(name, allocations) > 0).mean(axes),
+            )
 
 
 def test_helping_over_time(replayed: Bowl) -> None:
@@ -206,17 +231,26 @@ def test_helping_over_time(replayed: Bowl) -> None:
             records[f"{name}[{', '.join(map(str, index))}]"] = (helped, effects, series.sum())
     close(found["parameters"].sum(), len(shares))
     for low, high, count in zip(
-        found["share_low"].values, found["share_high"].values, found["parameters"].values, strict=True
+        found["share_low"].values,
+        found["share_high"].values,
+        found["parameters"].values,
+        strict=True,
     ):
-        assert count == sum(low <= share + 1e-12 < high or (share == 1 and high == 1) for share in shares)
-    probability = sum(helped for helped, _, _ in records.values()) / sum(effects for _, effects, _ in records.values())
+        assert count == sum(
+            low <= share + 1e-12 < high or (share == 1 and high == 1) for share in shares
+        )
+    probability = sum(helped for helped, _, _ in records.values()) / sum(
+        effects for _, effects, _ in records.values()
+    )
     close(found["probability"], probability)
     tails = {
         "hero": {
-            name: scipy.stats.binomtest(h, n, probability, "greater").pvalue for name, (h, n, _) in records.items()
+            name: scipy.stats.binomtest(h, n, probability, "greater").pvalue
+            for name, (h, n, _) in records.items()
         },
         "villain": {
-            name: scipy.stats.binomtest(h, n, probability, "less").pvalue for name, (h, n, _) in records.items()
+            name: scipy.stats.binomtest(h, n, probability, "less").pvalue
+            for name, (h, n, _) in records.items()
         },
     }
     for dim, tail in tails.items():
@@ -227,7 +261,9 @@ def test_helping_over_time(replayed: Bowl) -> None:
         close(found[f"{dim}_segments"], [records[name][1] for name in names])
         close(found[f"{dim}_allocated"], [records[name][2] for name in names])
     close(found["expected"].sum(), len(shares))
-    drawn = np.random.default_rng(0).binomial([n for _, n, _ in records.values()], probability, (4000, len(records)))
+    drawn = np.random.default_rng(0).binomial(
+        [n for _, n, _ in records.values()], probability, (4000, len(records))
+    )
     effects = np.array([n for _, n, _ in records.values()])
     upper = found["share_high"].values <= 0.5
     close_enough = (drawn * 2 < effects).sum(1)
@@ -241,8 +277,12 @@ def test_distribution(replayed: Bowl) -> None:
     found = findings.distribution(replayed.run["train"], sample=3000)
     values = np.concatenate([bowl.part(name, bowl.whole()).reshape(-1) for name in PARAMETERS])
     nonzero = values[values != 0]
-    for low, high, count in zip(found["lower"].values, found["upper"].values, found["count"].values, strict=True):
-        inside = (low <= nonzero) & (nonzero < high) if low >= 0 else (low < nonzero) & (nonzero <= high)
+    for low, high, count in zip(
+        found["lower"].values, found["upper"].values, found["count"].values, strict=True
+    ):
+        inside = (
+            (low <= nonzero) & (nonzero < high) if low >= 0 else (low < nonzero) & (nonzero <= high)
+        )
         assert count == inside.sum()
     assert int(found["count"].sum()) == len(nonzero)
     close(found["zero"], (values == 0).sum())
@@ -257,10 +297,15 @@ def test_distribution(replayed: Bowl) -> None:
     assert found["gini_low"] <= found["gini"] <= found["gini_high"]
     assert set(np.unique(found["sample"])) <= set(values.astype("float32"))
     draws = np.asarray(found["sample"], float)
-    assert scipy.stats.binomtest(int((draws < 0).sum()), len(draws), float((values < 0).mean())).pvalue > 1e-4
+    assert (
+        scipy.stats.binomtest(int((draws < 0).sum()), len(draws), float((values < 0).mean())).pvalue
+        > 1e-4
+    )
     again = findings.distribution(replayed.run["train"], sample=3000)
     assert np.array_equal(draws, again["sample"])
-    assert not np.array_equal(draws, findings.distribution(replayed.run["train"], sample=3000, seed=1)["sample"])
+    assert not np.array_equal(
+        draws, findings.distribution(replayed.run["train"], sample=3000, seed=1)["sample"]
+    )
 
 
 @pytest.mark.parametrize("shape", [0.5, 0.8])
@@ -275,17 +320,25 @@ def test_the_heavy_tail_is_found_again(shape: float) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_bounds_of_inequality_hold_and_are_tight_in_narrow_bins(seed: int) -> None:
-    """Of random values in random bins: the true figures lie inside, and inside hardly anything where bins are narrow."""
+    """Of random values in random bins: the true figures lie inside, and inside hardly anything
+    where bins are narrow.
+    """
     from lca_posthoc.findings.distribution import _gini, _top
 
     generator = np.random.default_rng(seed)
     size = np.sort(generator.lognormal(0, 2, 400))
     zero = int(generator.integers(0, 100))
     everything = np.append(np.zeros(zero), size)
-    gini = np.abs(everything[:, None] - everything).sum() / (2 * len(everything) ** 2 * everything.mean())
+    gini = np.abs(everything[:, None] - everything).sum() / (
+        2 * len(everything) ** 2 * everything.mean()
+    )
     top = np.sort(everything)[-max(1, round(0.01 * len(everything))) :].sum() / everything.sum()
     for ratio, width in ((1.5, 0.4), (1.0001, 1e-3)):
-        edges = size[0] * 0.99 * ratio ** np.arange(np.ceil(np.log(size[-1] / size[0] * 1.1) / np.log(ratio)) + 2)
+        edges = (
+            size[0]
+            * 0.99
+            * ratio ** np.arange(np.ceil(np.log(size[-1] / size[0] * 1.1) / np.log(ratio)) + 2)
+        )
         count, _ = np.histogram(size, edges)
         low, high = edges[:-1], edges[1:]
         bounds = _gini(count, zero, high, low), _gini(count, zero, low, high)
@@ -315,7 +368,8 @@ def test_oscillation(replayed: Bowl) -> None:
 def test_traces_are_those_of_the_parameters_that_did_most(replayed: Bowl) -> None:
     found = findings.oscillation(replayed.run["train"], most=2)
     totals = {
-        f"{name}[{', '.join(map(str, index))}]": (bowl.whole()[:, at].sum(), at) for name, index, at in each_parameter()
+        f"{name}[{', '.join(map(str, index))}]": (bowl.whole()[:, at].sum(), at)
+        for name, index, at in each_parameter()
     }
     ordered = sorted(totals, key=lambda name: totals[name][0])
     for why, expected in (("helped most", ordered[:2]), ("hurt most", ordered[:-3:-1])):
@@ -351,7 +405,9 @@ def test_units(replayed: Bowl) -> None:
         *(("norm", index) for index in range(3)),
         *(("body.conv", index) for index in range(2)),
     ]
-    for at, (layer, index) in enumerate(zip(found["layer"].values, found["index"].values, strict=True)):
+    for at, (layer, index) in enumerate(
+        zip(found["layer"].values, found["index"].values, strict=True)
+    ):
         summed = sum(
             bowl.part(name, bowl.allocations())[:, :, index].reshape(SEGMENTS, 2, -1).sum(-1)
             for name in SHAPES
@@ -367,9 +423,14 @@ def test_units(replayed: Bowl) -> None:
 
 @pytest.mark.parametrize("frames", [1, 5, 7, SEGMENTS, 100])
 def test_stretches_add_up(replayed: Bowl, frames: int) -> None:
-    every, found = findings.units(replayed.run["train"]), findings.units(replayed.run["train"], frames=frames)
+    every, found = (
+        findings.units(replayed.run["train"]),
+        findings.units(replayed.run["train"], frames=frames),
+    )
     assert found.sizes["step"] <= frames
-    for at, (start, end) in enumerate(zip(found["step"].values, found["step_end"].values, strict=True)):
+    for at, (start, end) in enumerate(
+        zip(found["step"].values, found["step_end"].values, strict=True)
+    ):
         inside = (every["step"].values >= start) & (every["step_end"].values <= end)
         close(found["allocated"][at], every["allocated"][inside].sum("step"))
     close(found["total"], every["total"])
@@ -390,7 +451,11 @@ def test_generalisation(replayed: Bowl) -> None:
                 where = "zero on either"
                 if 0 not in signs:
                     first, second = (words[sign] for sign in signs)
-                    where = f"both {first}" if first == second else f"{first} train, {second} validation"
+                    where = (
+                        f"both {first}"
+                        if first == second
+                        else f"{first} train, {second} validation"
+                    )
                 expected[where].append(at)
         for where, positions in expected.items():
             cell = found.sel(quadrant=where, tensor=tensor)
@@ -402,7 +467,10 @@ def test_generalisation(replayed: Bowl) -> None:
         for n, i, at in each_parameter()
         if one[at] < 0 < two[at]
     }
-    assert list(found["worst_name"].values) == sorted(harm, key=lambda name: -harm[name])[: min(3, len(harm))]
+    assert (
+        list(found["worst_name"].values)
+        == sorted(harm, key=lambda name: -harm[name])[: min(3, len(harm))]
+    )
 
 
 def test_generalisation_refuses_what_is_not_one_path(replayed: Bowl, less: Bowl) -> None:
@@ -435,12 +503,16 @@ def test_candidates(replayed: Bowl) -> None:
         close(found["parameter_allocated"], [value for value in hurting if value > 0])
         units = {
             f"{layer}[{index}]": sum(
-                bowl.part(name, whole)[:, index].sum() for name in PARAMETERS if name.rpartition(".")[0] == layer
+                bowl.part(name, whole)[:, index].sum()
+                for name in PARAMETERS
+                if name.rpartition(".")[0] == layer
             )
             for layer, count in (("first", 3), ("norm", 3), ("body.conv", 2))
             for index in range(count)
         }
-        expected = sorted((name for name in units if units[name] > 0), key=lambda name: -units[name])[:5]
+        expected = sorted(
+            (name for name in units if units[name] > 0), key=lambda name: -units[name]
+        )[:5]
         assert list(found["unit_name"].values) == expected
         close(found["unit_total"], [units[name] for name in expected])
         dead = [name for name in units if not any(whole[:, at].any() for at in unit(name))]
@@ -472,7 +544,10 @@ def test_a_dead_unit_is_named_also_where_it_is_the_only_one_of_its_layer(tmp_pat
                 model.body.bias += 0.1
     data = torch.ones(4, 2), torch.zeros(4)
     replayed = run(
-        tmp_path / "ck", Task(Two, {"train": data}, {"train": Loss(F.mse_loss)}), cluster="inline", out=tmp_path / "run"
+        tmp_path / "ck",
+        Task(Two, {"train": data}, {"train": Loss(F.mse_loss)}),
+        cluster="inline",
+        out=tmp_path / "run",
     )
     assert list(findings.candidates(replayed["train"])["dead_name"].values) == ["idle[0]"]
 
@@ -483,7 +558,10 @@ def test_microscope(replayed: Bowl) -> None:
     close(found["first.bias"][..., 0], bowl.part("first.bias", bowl.whole()))
     kernel = bowl.part("body.conv.weight", bowl.whole())
     for out, into, row, column in np.ndindex(2, 3, 2, 2):
-        close(found["body.conv.weight"][:, out * 2 + row, into * 2 + column], kernel[:, out, into, row, column])
+        close(
+            found["body.conv.weight"][:, out * 2 + row, into * 2 + column],
+            kernel[:, out, into, row, column],
+        )
     assert found["body.conv.weight"].attrs["axes"] == [[0, 2], [1, 3]]
     assert found["body.conv.weight"].attrs["pool"] == [1, 1]
     assert bowl.BUFFER not in found
@@ -507,17 +585,24 @@ def test_the_microscope_adds_up_however_coarse(replayed: Bowl, frames: int, pixe
             else tensor.reshape(SEGMENTS, tensor.shape[1], -1)
         )
         rows, columns = found[name].attrs["pool"]
-        for at, (start, end) in enumerate(zip(found["step"].values, found["step_end"].values, strict=True)):
+        for at, (start, end) in enumerate(
+            zip(found["step"].values, found["step_end"].values, strict=True)
+        ):
             inside = flat[start // 10 : end // 10].sum(0)
             for row, column in np.ndindex(found[name].shape[1:]):
-                block = inside[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns]
+                block = inside[
+                    row * rows : (row + 1) * rows, column * columns : (column + 1) * columns
+                ]
                 close(found[name][at, row, column], block.sum())
 
 
 def test_the_microscope_of_groups(replayed: Bowl) -> None:
     groups = replayed.run["groups"]
     close(findings.microscope(groups)["first.weight"], bowl.part("first.weight", bowl.whole()))
-    close(findings.microscope(groups, group=1)["first.weight"], bowl.part("first.weight", bowl.allocations()[:, 1]))
+    close(
+        findings.microscope(groups, group=1)["first.weight"],
+        bowl.part("first.weight", bowl.allocations()[:, 1]),
+    )
     for name, group, message in (("groups", 7, "no group 7"), ("train", 1, "has no groups")):
         with pytest.raises(InputError, match=message):
             findings.microscope(replayed.run[name], group=group)
@@ -534,7 +619,9 @@ def same(one: xr.Dataset, two: xr.Dataset) -> None:
         xr.testing.assert_allclose(one[name], two[name], rtol=1e-5, atol=1e-8)
 
 
-def test_what_a_lower_level_keeps_gives_the_same_and_says_what_is_left_out(replayed: Bowl, less: Bowl) -> None:
+def test_what_a_lower_level_keeps_gives_the_same_and_says_what_is_left_out(
+    replayed: Bowl, less: Bowl
+) -> None:
     keep = less.run.manifest.keep
     for loss in ("train", "groups"):
         full, part = replayed.run[loss], less.run[loss]
@@ -582,7 +669,16 @@ def test_a_run_without_a_finished_segment_is_refused(tmp_path: Path) -> None:
     for marker in (done.run.path / "commits").rglob("*.json"):
         marker.unlink()
     train = open_run(done.run.path)["train"]
-    for name in ("curve", "distribution", "helping", "oscillation", "layers", "units", "candidates", "microscope"):
+    for name in (
+        "curve",
+        "distribution",
+        "helping",
+        "oscillation",
+        "layers",
+        "units",
+        "candidates",
+        "microscope",
+    ):
         with pytest.raises(LCAError, match="no finished segment"):
             getattr(findings, name)(train)
 
@@ -590,15 +686,24 @@ def test_a_run_without_a_finished_segment_is_refused(tmp_path: Path) -> None:
 def test_kept_tensors_leave_a_remainder(tmp_path: Path) -> None:
     checkpoints = bowl.record(tmp_path / "ck")
     opened = run(
-        checkpoints, bowl.task(), losses=["train"], cluster="inline", tensors=["first.*"], out=tmp_path / "r.lca"
+        checkpoints,
+        bowl.task(),
+        losses=["train"],
+        cluster="inline",
+        tensors=["first.*"],
+        out=tmp_path / "r.lca",
     )
     found = findings.curve(opened["train"])
     close(found["predicted"], found["loss"])
     assert "remainder" in findings.layers(opened["train"]).attrs["left_out"]
 
 
-def test_checkpoints_are_found_beside_a_run_that_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever the reader stands; and where they are gone, the way out is said and nothing else is lost."""
+def test_checkpoints_are_found_beside_a_run_that_was_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the reader stands; and where they are gone, the way out is said and nothing else is
+    lost.
+    """
     (tmp_path / "made").mkdir()
     monkeypatch.chdir(tmp_path)
     bowl.replay(Path("made"))
@@ -606,7 +711,9 @@ def test_checkpoints_are_found_beside_a_run_that_was_moved(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert "weight" in findings.oscillation(open_run("../made/parameters.lca")["train"])
     shutil.move(tmp_path / "made", tmp_path / "moved")
-    assert "weight" in findings.oscillation(open_run(tmp_path / "moved" / "parameters.lca")["train"])
+    assert "weight" in findings.oscillation(
+        open_run(tmp_path / "moved" / "parameters.lca")["train"]
+    )
     shutil.move(tmp_path / "moved" / "ck", tmp_path / "away")
     train = open_run(tmp_path / "moved" / "parameters.lca")["train"]
     without = findings.oscillation(train)
@@ -616,6 +723,15 @@ def test_checkpoints_are_found_beside_a_run_that_was_moved(tmp_path: Path, monke
 
 
 def test_a_run_is_no_loss(replayed: Bowl) -> None:
-    for name in ("curve", "layers", "helping", "distribution", "oscillation", "units", "candidates", "microscope"):
+    for name in (
+        "curve",
+        "layers",
+        "helping",
+        "distribution",
+        "oscillation",
+        "units",
+        "candidates",
+        "microscope",
+    ):
         with pytest.raises(InputError, match='open_run\\(RUN\\)\\["train"\\]'):
             getattr(findings, name)(replayed.run)

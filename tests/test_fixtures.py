@@ -1,4 +1,6 @@
-"""The recorded trajectories that travel with the project: every layout gives the stored float64 results."""
+"""The recorded trajectories that travel with the project: every layout gives the stored float64
+results.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,14 @@ def test_every_layout_gives_the_stored_results(tmp_path: Path, layout: str) -> N
 
 
 def test_a_truncated_file_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"step_00000003\.safetensors is not a whole safetensors file.*20 too few"):
-        lca_posthoc.run(FIXTURES / "truncated", FIXTURES / "task.py", cluster="inline", out=tmp_path / "run.lca")
+    with pytest.raises(
+        InputError,
+        match=r"step_00000003\.safetensors is not a whole safetensors "
+        r"file.*20 too few",
+    ):
+        lca_posthoc.run(
+            FIXTURES / "truncated", FIXTURES / "task.py", cluster="inline", out=tmp_path / "run.lca"
+        )
 
 
 def test_nan_fails_its_spans_by_step_and_tensor(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Segments longer than a step and neighbours that hold the same are said when a trajectory is opened, and nothing else is."""
+"""Segments longer than a step and neighbours that hold the same are said when a trajectory is
+opened, and nothing else is.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,10 @@ from lca_posthoc.trajectory import open_trajectory
 from tests.small import iterates, lca, says, write_step, write_task
 
 LONG = (
-    ". There the straight line between checkpoints is not the path that training took, and what is allocated is the straight line's share: "
-    "net sums mean something, shares of parameters that help and turns do not; the residual says what quadrature misses"
+    ". There the straight line between checkpoints is not the path that training took, and what is "
+    "allocated is the straight line's share: "
+    "net sums mean something, shares of parameters that help and turns do not; the residual says "
+    "what quadrature misses"
 )
 
 
@@ -28,7 +32,8 @@ def write(directory: Path, step: int, number: float, **metadata: str) -> Path:
     return path
 
 
-# steps, `every` in their files, --steps: what is said of how many segments, steps in them, the longest
+# steps, `every` in their files, --steps: what is said of how many segments, steps in them, the
+# longest
 GAPS: dict[str, tuple[tuple[int, ...], int, str | None, str | None]] = {
     "every step": ((0, 1, 2, 3), 1, None, None),
     "as asked of the recorder": ((0, 10, 20, 30), 10, None, None),
@@ -36,25 +41,29 @@ GAPS: dict[str, tuple[tuple[int, ...], int, str | None, str | None]] = {
         (0, 10, 20, 40),
         10,
         None,
-        "1 of 3 segments is longer than one step, with 20 steps or 50% of training in them, the longest 20→40",
+        "1 of 3 segments is longer than one step, with 20 steps or 50% of training in them, the "
+        "longest 20→40",
     ),
     "nobody asked": (
         (0, 10, 20, 30),
         1,
         None,
-        "all 3 segments are longer than one step, with 30 steps or 100% of training in them, the longest 0→10",
+        "all 3 segments are longer than one step, with 30 steps or 100% of training in them, the "
+        "longest 0→10",
     ),
     "one segment": (
         (0, 10),
         1,
         None,
-        "the segment is longer than one step, with 10 steps or 100% of training in them, the longest 0→10",
+        "the segment is longer than one step, with 10 steps or 100% of training in them, the "
+        "longest 0→10",
     ),
     "a public series": (
         (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, *range(1000, 7000, 1000)),
         1,
         None,
-        "14 of 16 segments are longer than one step, with 5,998 steps or 99.9% of training in them, the longest 1000→2000",
+        "14 of 16 segments are longer than one step, with 5,998 steps or 99.9% of training in "
+        "them, the longest 1000→2000",
     ),
     "its beginning": ((0, 1, 2, 4, 8), 1, ":2", None),
     "thinned by --steps": (tuple(range(13)), 1, "::4", None),
@@ -62,23 +71,29 @@ GAPS: dict[str, tuple[tuple[int, ...], int, str | None, str | None]] = {
         (0, 1, 2, 3, 4, 9, 10),
         1,
         "::2",
-        "1 of 3 segments is longer than one step, with 6 steps or 60% of training in them, the longest 4→10",
+        "1 of 3 segments is longer than one step, with 6 steps or 60% of training in them, the "
+        "longest 4→10",
     ),
     "a gap and single steps": (
         (0, 1, 2, 4, 5),
         1,
         None,
-        "1 of 4 segments is longer than one step, with 2 steps or 40% of training in them, the longest 2→4",
+        "1 of 4 segments is longer than one step, with 2 steps or 40% of training in them, the "
+        "longest 2→4",
     ),
 }
 
 
 @pytest.mark.parametrize("case", GAPS)
-def test_segments_longer_than_a_step_that_nobody_asked_for_are_said(tmp_path: Path, case: str) -> None:
+def test_segments_longer_than_a_step_that_nobody_asked_for_are_said(
+    tmp_path: Path, case: str
+) -> None:
     present, every, steps, said = GAPS[case]
     for step in present:
         write(tmp_path, step, step, **({} if every == 1 else {"every": str(every)}))
-    assert list(open_trajectory(tmp_path, steps=steps).notes) == ([] if said is None else [said + LONG])
+    assert list(open_trajectory(tmp_path, steps=steps).notes) == (
+        [] if said is None else [said + LONG]
+    )
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -135,8 +150,14 @@ STILL: dict[str, tuple[Callable[[Path], None], str | None]] = {
     "a value that comes back": (numbers(0, 1, 0), None),
     "a warm-up at rate 0": (numbers(0, 0, 1), "steps 0 to 1: in this segment nothing moves"),
     "the end": (numbers(0, 1, 1), "steps 1 to 2: in this segment nothing moves"),
-    "a long stretch": (numbers(0, *[1] * 13, 2), "steps 1 to 13: in these 12 segments nothing moves"),
-    "two stretches": (numbers(0, 0, 0, 1, 2, 2), "steps 0 to 2, steps 4 to 5: in these 3 segments nothing moves"),
+    "a long stretch": (
+        numbers(0, *[1] * 13, 2),
+        "steps 1 to 13: in these 12 segments nothing moves",
+    ),
+    "two stretches": (
+        numbers(0, 0, 0, 1, 2, 2),
+        "steps 0 to 2, steps 4 to 5: in these 3 segments nothing moves",
+    ),
     "many stretches": (
         numbers(0, 0, 1, 1, 2, 2, 3, 3, 4, 4),
         "steps 0 to 1, steps 2 to 3, steps 4 to 5 and 2 more: in these 5 segments nothing moves",
@@ -153,9 +174,10 @@ def test_neighbours_that_hold_the_same_tensors_are_named(tmp_path: Path, case: s
     make, said = STILL[case]
     make(tmp_path)
     notes = open_trajectory(tmp_path).notes
-    assert [said is not None and said in note and "hold the same tensors, steps" in note for note in notes] == [
-        True
-    ] * (said is not None)
+    assert [
+        said is not None and said in note and "hold the same tensors, steps" in note
+        for note in notes
+    ] == [True] * (said is not None)
 
 
 def test_what_is_not_compared_whole_is_said_to_be_told_from_samples(
@@ -181,5 +203,8 @@ def test_plan_run_and_import_say_both(tmp_path: Path) -> None:
     ):
         assert done.exit_code == 0, done.output
         words = "".join((done.stdout + done.stderr).split())
-        for part in ("with4stepsor80%oftraininginthem,thelongest1→5", "holdthesametensors,steps0to1"):
+        for part in (
+            "with4stepsor80%oftraininginthem,thelongest1→5",
+            "holdthesametensors,steps0to1",
+        ):
             assert part in words, words

@@ -1,4 +1,6 @@
-"""Data that hold something open: read in the thread that opened it, refused where it would have to travel."""
+"""Data that hold something open: read in the thread that opened it, refused where it would have to
+travel.
+"""
 
 from __future__ import annotations
 
@@ -148,12 +150,18 @@ def objective_of(build: Callable[[], Any], **losses: Loss) -> Objective:
     def task() -> Task:
         return Task(net, {"train": build()}, losses or {"train": Loss(F.cross_entropy)})
 
-    return Objective(task, ["all"], device=CPU, precision="float32", norm_stats="running", batch_size=7)
+    return Objective(
+        task, ["all"], device=CPU, precision="float32", norm_stats="running", batch_size=7
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_handles_are_used_in_the_thread_that_opened_them(kind: str, table: Path, share: float) -> None:
-    """By the probe, by passes that are left early or are two at once, by groups, and one precision higher."""
+def test_handles_are_used_in_the_thread_that_opened_them(
+    kind: str, table: Path, share: float
+) -> None:
+    """By the probe, by passes that are left early or are two at once, by groups, and one precision
+    higher.
+    """
     objective = objective_of(lambda: KINDS[kind](table))
     plain = objective_of(lambda: (INPUTS, TARGETS))
     torch.manual_seed(0)
@@ -212,7 +220,8 @@ def test_a_cursor_is_closed_where_it_was_opened_when_a_pass_ends_early(
     assert made[0].closed == before + 1
 
 
-# --- the thread that reads ---------------------------------------------------------------------------------------------
+# --- the thread that reads
+# ---------------------------------------------------------------------------------------------
 
 
 def test_an_error_keeps_its_place_and_the_thread_goes_on() -> None:
@@ -268,7 +277,8 @@ def test_threads_of_computation_and_the_default_device_are_the_caller_s() -> Non
     reading = Reader()
     try:
         reading.build(lambda: torch.set_default_device("meta"))
-        assert torch.get_default_device().type == "meta"  # what a task file sets, its model and its losses see as well
+        # what a task file sets, its model and its losses see as well
+        assert torch.get_default_device().type == "meta"
         assert reading.call(lambda: torch.ones(1).device.type) == "meta"
         torch.set_default_device(None)
         assert reading.build(lambda: torch.ones(1).device.type) == "cpu"
@@ -277,15 +287,20 @@ def test_threads_of_computation_and_the_default_device_are_the_caller_s() -> Non
         reading.build(lambda: None)
 
 
-def test_a_run_within_an_import_does_not_wait_for_the_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is pickled by reference to a module that is still being imported is found by the thread that imports it."""
+def test_a_run_within_an_import_does_not_wait_for_the_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is pickled by reference to a module that is still being imported is found by the thread
+    that imports it.
+    """
     (tmp_path / "importing_this.py").write_text(
         "import torch\nimport torch.nn.functional as F\nfrom lca_posthoc import Loss, Task\n"
         "from lca_posthoc.objective import Objective\nfrom lca_posthoc.task import load, pack\n"
         "class Net(torch.nn.Linear):\n    def __init__(self):\n        super().__init__(6, 3)\n"
         "data = torch.ones(4, 6), torch.zeros(4, dtype=torch.int64)\n"
         "packed = pack(Task(Net, {'train': data}, {'train': Loss(F.cross_entropy)}))\n"
-        "objective = Objective(lambda: load(*packed), None, device=torch.device('cpu'), precision='float32',\n"
+        "objective = Objective(lambda: load(*packed), None, device=torch.device('cpu'), "
+        "precision='float32',\n"
         "                      norm_stats='running', batch_size=2)\n"
         "batches = [batch for _, batch in objective.splits['train'].batches(2)]\n"
     )
@@ -295,7 +310,8 @@ def test_a_run_within_an_import_does_not_wait_for_the_import(tmp_path: Path, mon
     assert len(importing_this.batches) == 2
 
 
-# --- runs --------------------------------------------------------------------------------------------------------------
+# --- runs
+# --------------------------------------------------------------------------------------------------------------
 
 
 SERVED = """\
@@ -321,15 +337,20 @@ def test_a_run_reads_a_connection_the_task_has_open(tmp_path: Path) -> None:
     checkpoints = record(tmp_path / "checkpoints", range(3))
     task = write_task(tmp_path / "task.py", "def task():\n", SERVED)
     document(run_lca(checkpoints, task, tmp_path / "served.lca", "--json"))
-    document(run_lca(checkpoints, write_task(tmp_path / "plain.py"), tmp_path / "plain.lca", "--json"))
+    document(
+        run_lca(checkpoints, write_task(tmp_path / "plain.py"), tmp_path / "plain.lca", "--json")
+    )
     import lca_posthoc
 
-    served, plain = (lca_posthoc.open_run(tmp_path / name)["train"] for name in ("served.lca", "plain.lca"))
+    served, plain = (
+        lca_posthoc.open_run(tmp_path / name)["train"] for name in ("served.lca", "plain.lca")
+    )
     for name in plain.allocation.data_vars:
         assert (served.allocation[name].values == plain.allocation[name].values).all()
 
 
-# --- what cannot travel ------------------------------------------------------------------------------------------------
+# --- what cannot travel
+# ------------------------------------------------------------------------------------------------
 
 
 class Holding(Dataset[Any]):
@@ -372,7 +393,11 @@ STAYS: dict[str, tuple[Callable[[], Task], str]] = {
         r"the model holds a _thread\.lock, at args\[0\] of its partial",
     ),
     "a variable of a loss": (
-        lambda: Task(net, {"train": COLUMNS}, {"mine": Loss(call=(lambda lock: lambda model, batch: lock)(LOCK))}),
+        lambda: Task(
+            net,
+            {"train": COLUMNS},
+            {"mine": Loss(call=(lambda lock: lambda model, batch: lock)(LOCK))},
+        ),
         r"loss 'mine' holds a _thread\.lock, at call\.lock of its Loss",
     ),
     "a thread": (

@@ -1,4 +1,5 @@
-"""The commands of docs/how-to and of the tutorial: blocks marked `run` are run in order, after the files marked `file=` before them.
+"""The commands of docs/how-to and of the tutorial: blocks marked `run` are run in order, after the
+files marked `file=` before them.
 
 What the tutorial shows as `seen` is compared with what is seen here.
 """
@@ -22,7 +23,10 @@ from lca_posthoc.cli import COMMANDS
 from tests.faults import ground
 
 DOCS = Path(__file__).parents[1] / "docs"
-TEXTS = {page.stem: page.read_text() for page in (*sorted((DOCS / "how-to").glob("*.md")), DOCS / "tutorial.md")}
+TEXTS = {
+    page.stem: page.read_text()
+    for page in (*sorted((DOCS / "how-to").glob("*.md")), DOCS / "tutorial.md")
+}
 BLOCK = re.compile(r"^```(\w+) (run|seen|file=[\w.]+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
 ELSEWHERE = {"slurm", "dask-cuda", "kubernetes"}
@@ -38,9 +42,13 @@ def script(page: str) -> str:
     steps = []
     for language, mark, text in BLOCK.findall(TEXTS[page]):
         if mark.startswith("file="):
-            steps.append(f"cat > {mark.removeprefix('file=')} <<'END OF BLOCK'\n{text}END OF BLOCK\n")
+            steps.append(
+                f"cat > {mark.removeprefix('file=')} <<'END OF BLOCK'\n{text}END OF BLOCK\n"
+            )
         elif mark == "run":
-            steps.append(text if language == "sh" else f"python - <<'END OF BLOCK'\n{text}END OF BLOCK\n")
+            steps.append(
+                text if language == "sh" else f"python - <<'END OF BLOCK'\n{text}END OF BLOCK\n"
+            )
     return END + "\n".join(steps)
 
 
@@ -61,7 +69,9 @@ def free_port() -> int:
 @contextlib.contextmanager
 def following(place: Path, arguments: list[str], **more: str) -> Iterator[subprocess.Popen[str]]:
     """A process that has the commands of this environment, with all it started ended afterwards."""
-    path = os.pathsep.join([str(place / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    path = os.pathsep.join(
+        [str(place / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+    )
     package = str(Path(lca_posthoc.__file__).parents[1])
     given = {
         **os.environ,
@@ -89,16 +99,21 @@ def following(place: Path, arguments: list[str], **more: str) -> Iterator[subpro
 
 
 def said(place: Path, arguments: list[str], code: int = 0, **more: str) -> str:
-    file = place / "said"  # what was started in the background may outlive the script and hold a pipe open
+    # what was started in the background may outlive the script and hold a pipe open
+    file = place / "said"
     with (
         file.open("w") as out,
-        following(place, ["sh", "-c", f'exec "$@" > {file} 2>&1', "sh", *arguments], **more) as process,
+        following(
+            place, ["sh", "-c", f'exec "$@" > {file} 2>&1', "sh", *arguments], **more
+        ) as process,
     ):
         assert process.wait(timeout=240) == code, (out.flush(), file.read_text())[1]
     return file.read_text()
 
 
-@pytest.mark.parametrize("page", [page for page in TEXTS if page not in {*ELSEWHERE, "cluster", "tutorial"}])
+@pytest.mark.parametrize(
+    "page", [page for page in TEXTS if page not in {*ELSEWHERE, "cluster", "tutorial"}]
+)
 def test_a_page_can_be_followed(page: str, place: Path) -> None:
     assert blocks(page, "run")
     said(place, ["bash", "-euc", script(page)])
@@ -113,7 +128,9 @@ def shape(text: str) -> str:
     return " ".join(NUMBER.sub("#", text).split())
 
 
-def test_the_tutorial_can_be_followed_from_an_empty_directory_and_shows_what_is_seen(tmp_path: Path) -> None:
+def test_the_tutorial_can_be_followed_from_an_empty_directory_and_shows_what_is_seen(
+    tmp_path: Path,
+) -> None:
     heard = said(tmp_path, ["bash", "-euc", script("tutorial")])
     shown = blocks("tutorial", "seen")
     assert len(shown) >= 3
@@ -140,11 +157,16 @@ for process in psutil.process_iter():
 """
 
 
-def test_the_page_about_several_hosts_can_be_followed_and_nothing_listens_beyond_its_addresses(place: Path) -> None:
+def test_the_page_about_several_hosts_can_be_followed_and_nothing_listens_beyond_its_addresses(
+    place: Path,
+) -> None:
     (place / "listeners.py").write_text(LISTENERS)
-    heard = said(place, ["bash", "-euc", END + "\n".join([*blocks("cluster", "run"), "python listeners.py"])])
+    heard = said(
+        place, ["bash", "-euc", END + "\n".join([*blocks("cluster", "run"), "python listeners.py"])]
+    )
     found = re.findall(r"^listens on (\S+)", heard, re.MULTILINE)
-    assert len(found) >= 8, heard  # scheduler, two nannies, two workers: each its own protocol, most the web as well
+    # scheduler, two nannies, two workers: each its own protocol, most the web as well
+    assert len(found) >= 8, heard
     assert set(found) == {"127.0.0.1"}
 
 
@@ -164,12 +186,15 @@ def test_options_in_the_pages_are_those_of_the_commands() -> None:
             check=True,
         ).stdout
         for page, text in TEXTS.items():
-            for line in re.findall(rf"^\s*(?:[A-Z_]+=\S+ )*lca {command} (?:.*\\\n)*.*", text, re.MULTILINE):
+            for line in re.findall(
+                rf"^\s*(?:[A-Z_]+=\S+ )*lca {command} (?:.*\\\n)*.*", text, re.MULTILINE
+            ):
                 for option in re.findall(r"(?<!\S)--[a-z-]+", line.partition("#")[0]):
                     assert option in known, (page, line)
 
 
-# --- SLURM, with stand-ins for its commands ------------------------------------------------------------------------------
+# --- SLURM, with stand-ins for its commands
+# ------------------------------------------------------------------------------
 
 SRUN = '#!/bin/sh\nexec "$@"\n'
 SBATCH = """#!/bin/sh
@@ -183,7 +208,9 @@ SCANCEL = '#!/bin/sh\nkill -TERM -- "-$(cat "$JOBS/$1.pid")"\n'
 
 @pytest.fixture
 def slurm(place: Path) -> Path:
-    """The page's files beside checkpoints, a task and certificates, and commands that start what they are given here."""
+    """The page's files beside checkpoints, a task and certificates, and commands that start what
+    they are given here.
+    """
     (place / "bin").mkdir()
     (place / "jobs").mkdir()
     for name, text in (("srun", SRUN), ("sbatch", SBATCH), ("scancel", SCANCEL)):
@@ -202,14 +229,21 @@ def test_the_batch_script_replays(slurm: Path) -> None:
     assert not (slurm / "scheduler-7.json").exists()
 
 
-def test_the_batch_script_that_is_told_to_end_stops_in_time_and_goes_on_when_submitted_again(slurm: Path) -> None:
+def test_the_batch_script_that_is_told_to_end_stops_in_time_and_goes_on_when_submitted_again(
+    slurm: Path,
+) -> None:
     task = slurm / "my_task.py"
     slower = (
-        task.read_text().replace("(40, 64,", "(100_000, 64,").replace("(40,)", "(100_000,)").replace("30", "90_000")
+        task.read_text()
+        .replace("(40, 64,", "(100_000, 64,")
+        .replace("(40,)", "(100_000,)")
+        .replace("30", "90_000")
     )
     task.write_text(slower)
     markers = slurm / "run.lca" / "commits" / "train"
-    with following(slurm, ["bash", "-c", "exec bash replay.sh > said 2>&1"], SLURM_JOB_ID="7") as process:
+    with following(
+        slurm, ["bash", "-c", "exec bash replay.sh > said 2>&1"], SLURM_JOB_ID="7"
+    ) as process:
         while not (markers.is_dir() and any(markers.iterdir())):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=0.02)
@@ -229,11 +263,17 @@ def test_jobs_of_dask_jobqueue_replay_and_their_script_is_the_one_of_the_page(sl
                 os.killpg(int(file.read_text()), signal.SIGKILL)
     ground.same_bytes(slurm / "run.lca", undisturbed(slurm))
     (script, *_) = [file.read_text() for file in (slurm / "jobs").glob("*.sh")]
-    for line in ("#SBATCH -n 1", "#SBATCH --cpus-per-task=4", "#SBATCH -t 04:00:00", "#SBATCH --gres=gpu:1"):
+    for line in (
+        "#SBATCH -n 1",
+        "#SBATCH --cpus-per-task=4",
+        "#SBATCH -t 04:00:00",
+        "#SBATCH --gres=gpu:1",
+    ):
         assert line in script.splitlines(), script
         assert line in heard
     (worker,) = [line for line in script.splitlines() if "dask_worker" in line]
-    assert worker.index("--memory-limit 0") > worker.index("--memory-limit 2")  # the last one counts
+    # the last one counts
+    assert worker.index("--memory-limit 0") > worker.index("--memory-limit 2")
     for option in (
         "tls://",
         "--nthreads 1",

@@ -1,4 +1,6 @@
-"""What a notebook shows of a run: a small table, nothing a name can break out of, no error where numbers are missing or damaged."""
+"""What a notebook shows of a run: a small table, nothing a name can break out of, no error where
+numbers are missing or damaged.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,12 @@ class Seen(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.tags, self.attributes, self.rows, self.text = list[str](), set[str](), list[list[str]](), ""
+        self.tags, self.attributes, self.rows, self.text = (
+            list[str](),
+            set[str](),
+            list[list[str]](),
+            "",
+        )
         self.feed(text)
         self.close()
 
@@ -85,7 +92,9 @@ def run(finished: Path, tmp_path: Path) -> Path:
 def test_the_figures_are_those_of_the_summary(run: Path) -> None:
     opened = open_run(run)
     table = seen(opened)
-    assert table.text.startswith(f"Run {run}556 parameters in 4 tensors, 6 segments (steps 0–60), --keep parameters")
+    assert table.text.startswith(
+        f"Run {run}556 parameters in 4 tensors, 6 segments (steps 0–60), --keep parameters"
+    )
     head, *rows = table.rows
     assert head == ["loss", "split", "groups", "segments", "done", "loss start → end", "residual"]
     for row, (name, results) in zip(rows, opened.items(), strict=True):
@@ -100,7 +109,9 @@ def test_groups_are_shown_as_the_loss_of_the_whole_split(tmp_path: Path) -> None
     made = task_namespace()
     losses = {
         "train": Loss(torch.nn.functional.cross_entropy, on="train"),
-        "per_class": Loss(torch.nn.functional.cross_entropy, on="train", group_by=lambda inputs, targets: targets),
+        "per_class": Loss(
+            torch.nn.functional.cross_entropy, on="train", group_by=lambda inputs, targets: targets
+        ),
     }
     task = Task(made["Net"], {"train": made["train"]}, losses)
     opened = lca_posthoc.run(record(tmp_path / "ck"), task, losses=["all"], cluster="inline")
@@ -111,7 +122,14 @@ def test_groups_are_shown_as_the_loss_of_the_whole_split(tmp_path: Path) -> None
     figures = summary(opened["per_class"])
     for position, row in enumerate(groups):
         ends = f"{figures['loss_start'][position]:.6g} → {figures['loss_end'][position]:.6g}"
-        assert row[:6] == [str(position), "", f"{figures['group_examples'][position]} examples", "", "", ends]
+        assert row[:6] == [
+            str(position),
+            "",
+            f"{figures['group_examples'][position]} examples",
+            "",
+            "",
+            ends,
+        ]
         assert float(row[6]) == pytest.approx(figures["residual"][position], rel=0.06)
     assert len(groups) == 4
     assert seen(opened["per_class"]).rows == [head, grouped, *groups]
@@ -126,7 +144,8 @@ def test_no_name_becomes_markup(name: str, run: Path) -> None:
     row = seen(open_run(run)).rows[2]
     (shown,) = shorten(["".join("\ufffd" if steering(sign) else sign for sign in name)], 48)
     assert row[:2] == [shown, shown]
-    assert "another loss" in row[3]  # what the markers speak for is shown, and the name in it is harmless too
+    # what the markers speak for is shown, and the name in it is harmless too
+    assert "another loss" in row[3]
     seen(open_run(run)[name])
 
 
@@ -182,15 +201,26 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> lca_posthoc.Run:
     """A plain loss and two of thirty groups, whose long labels differ in the middle."""
     made, root = task_namespace(), tmp_path_factory.mktemp("many")
 
-    labels = [f"everything in this corpus that is of kind {at:02d} and was seen in training" for at in range(30)]
+    labels = [
+        f"everything in this corpus that is of kind {at:02d} and was seen in training"
+        for at in range(30)
+    ]
     cross_entropy = torch.nn.functional.cross_entropy
     losses = {
         "train": Loss(cross_entropy),
         **{name: Loss(cross_entropy, group_by=labels) for name in ("by kind", "again")},
     }
     task = Task(made["Net"], {"train": made["train"]}, losses)
-    settings = {"losses": ["all"], "cluster": "inline", "rule": "left", "keep": "tensors", "durability": "none"}
-    return lca_posthoc.run(record(root / "ck", range(0, 30, 10)), task, out=root / "r.lca", **settings)
+    settings = {
+        "losses": ["all"],
+        "cluster": "inline",
+        "rule": "left",
+        "keep": "tensors",
+        "durability": "none",
+    }
+    return lca_posthoc.run(
+        record(root / "ck", range(0, 30, 10)), task, out=root / "r.lca", **settings
+    )
 
 
 @pytest.mark.parametrize(("loss", "shown"), [(None, 10), ("by kind", 20)])
@@ -205,7 +235,9 @@ def test_many_groups_are_shown_in_part_with_names_told_apart_and_whole_numbers(
     assert all(len(row[0]) <= 48 and "…" in row[0] for row in groups)
     steps = many["by kind"].steps
     ends = zip(steps["loss_start"][0].values, steps["loss_end"][-1].values, strict=True)
-    assert [row[5] for row in groups] == [f"{start:.6g} → {end:.6g}" for start, end in list(ends)[:shown]]
+    assert [row[5] for row in groups] == [
+        f"{start:.6g} → {end:.6g}" for start, end in list(ends)[:shown]
+    ]
     assert rows[at + 1 + shown] == [f"and {30 - shown} more groups", ""]
 
 

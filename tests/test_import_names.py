@@ -1,4 +1,6 @@
-"""Numbers in names that are no steps, state dicts inside others, classes of other programs, formats only their own programs read."""
+"""Numbers in names that are no steps, state dicts inside others, classes of other programs, formats
+only their own programs read.
+"""
 
 from __future__ import annotations
 
@@ -44,40 +46,74 @@ def told(source: Path, directory: Path, **options: Any) -> list[str]:
 
 
 def holds(directory: Path, wanted: Mapping[int, State]) -> None:
-    assert sorted(path.name for path in directory.iterdir()) == [step_file(directory, step).name for step in wanted]
+    assert sorted(path.name for path in directory.iterdir()) == [
+        step_file(directory, step).name for step in wanted
+    ]
     for step, state in wanted.items():
         written = load_file(step_file(directory, step))
         assert written.keys() == state.keys()
         assert all(torch.equal(written[name], tensor) for name, tensor in state.items())
 
 
-# --- numbers that count epochs or saves ----------------------------------------------------------------------------------
+# --- numbers that count epochs or saves
+# ----------------------------------------------------------------------------------
 
 Document = Callable[[int, State], Any]
 # the files' names, what they hold, a pattern the refusal names
 EPOCHS: dict[str, tuple[str, Document, str]] = {
-    "the same number": ("checkpoint-{}.pth", lambda n, state: {"model": state, "epoch": n}, "checkpoint-"),
+    "the same number": (
+        "checkpoint-{}.pth",
+        lambda n, state: {"model": state, "epoch": n},
+        "checkpoint-",
+    ),
     "the next epoch": (
         "checkpoint_000{}.pth.tar",
         lambda n, state: {"state_dict": state, "epoch": n + 1},
         "checkpoint_",
     ),
-    "the one before": ("ckpt{}.pt", lambda n, state: {"model": state, "epoch": n - 1 if n else -1}, "ckpt"),
-    "a tensor": ("ckpt_{}.pt", lambda n, state: {"model": state, "epoch": torch.tensor(n)}, "ckpt_"),
+    "the one before": (
+        "ckpt{}.pt",
+        lambda n, state: {"model": state, "epoch": n - 1 if n else -1},
+        "ckpt",
+    ),
+    "a tensor": (
+        "ckpt_{}.pt",
+        lambda n, state: {"model": state, "epoch": torch.tensor(n)},
+        "ckpt_",
+    ),
     "a fraction": ("ckpt_{}.pt", lambda n, state: {"model": state, "epoch": float(n)}, "ckpt_"),
-    "mmcv's": ("ckpt_{}.pth", lambda n, state: {"state_dict": state, "meta": {"epoch": n}}, "ckpt_"),
-    "one level down": ("checkpoint{}.pt", lambda n, state: {"app": {"model": state, "epoch": n}}, "checkpoint"),
+    "mmcv's": (
+        "ckpt_{}.pth",
+        lambda n, state: {"state_dict": state, "meta": {"epoch": n}},
+        "ckpt_",
+    ),
+    "one level down": (
+        "checkpoint{}.pt",
+        lambda n, state: {"app": {"model": state, "epoch": n}},
+        "checkpoint",
+    ),
     "in the name": ("net_epoch_{}.pt", lambda n, state: {"model": state}, "epoch_"),
-    "the best one's": ("best_epoch{}.pt", lambda n, state: {"model": state, "best_epoch": 2}, "epoch"),
+    "the best one's": (
+        "best_epoch{}.pt",
+        lambda n, state: {"model": state, "best_epoch": 2},
+        "epoch",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", EPOCHS)
-def test_numbers_that_count_epochs_are_refused_with_the_line_that_works(tmp_path: Path, case: str) -> None:
+def test_numbers_that_count_epochs_are_refused_with_the_line_that_works(
+    tmp_path: Path, case: str
+) -> None:
     name, document, word = EPOCHS[case]
     source = save(tmp_path / "saved", document, name)
     pattern = f"{word}(?P<step>\\d+)"
-    refused(lca("import", source, tmp_path / "st"), "epoch", f"--pattern '{pattern}'", "span all steps of an epoch")
+    refused(
+        lca("import", source, tmp_path / "st"),
+        "epoch",
+        f"--pattern '{pattern}'",
+        "span all steps of an epoch",
+    )
     assert not (tmp_path / "st").exists()
     heard = told(source, tmp_path / "st", pattern=pattern)
     holds(tmp_path / "st", dict(enumerate(STATES)))
@@ -92,8 +128,18 @@ STEPS: dict[str, tuple[str, Document, list[int], str | None]] = {
         [0, 100, 200, 300],
         None,
     ),
-    "all in one epoch": ("checkpoint-{}.pth", lambda n, state: {"model": state, "epoch": 0}, [0, 1, 2, 3], None),
-    "another run's best": ("ckpt_{}.pt", lambda n, state: {"model": state, "best_epoch": n}, [0, 1, 2, 3], None),
+    "all in one epoch": (
+        "checkpoint-{}.pth",
+        lambda n, state: {"model": state, "epoch": 0},
+        [0, 1, 2, 3],
+        None,
+    ),
+    "another run's best": (
+        "ckpt_{}.pt",
+        lambda n, state: {"model": state, "best_epoch": n},
+        [0, 1, 2, 3],
+        None,
+    ),
     "the name says step": (
         "step_{}.pt",
         lambda n, state: {"model": state, "epoch": n},
@@ -132,12 +178,20 @@ def test_numbers_that_count_steps_are_steps(tmp_path: Path, case: str) -> None:
     name, document, steps, words = STEPS[case]
     heard = told(save(tmp_path / "saved", document, name), tmp_path / "st")
     holds(tmp_path / "st", dict(zip(steps, STATES, strict=True)))
-    ours = [note for note in heard if "longer than one step" not in note and "first checkpoint" not in note]
+    ours = [
+        note
+        for note in heard
+        if "longer than one step" not in note and "first checkpoint" not in note
+    ]
     assert [words is not None and words in note for note in ours] == [True] * (words is not None)
 
 
 def test_steps_that_go_down_as_epochs_go_up_are_refused(tmp_path: Path) -> None:
-    source = save(tmp_path / "saved", lambda n, state: {"model": state, "epoch": n, "step": 9 - n}, "epoch_{}.pt")
+    source = save(
+        tmp_path / "saved",
+        lambda n, state: {"model": state, "epoch": n, "step": 9 - n},
+        "epoch_{}.pt",
+    )
     refused(lca("import", source, tmp_path / "st"), "counted within an epoch", "--pattern")
 
 
@@ -153,7 +207,11 @@ def test_epochs_in_the_metadata_of_safetensors_are_told_from_steps(tmp_path: Pat
             save_file(state, place / f"{name}.safetensors", metadata={"epoch": str(number + 1)})
     epochs, tens = tmp_path / "checkpoint" / "False", tmp_path / "checkpoint" / "True"
     (epochs / "checkpoint-00.safetensors").unlink(missing_ok=True)
-    with pytest.raises(InputError, match=r"the number in the name is the epoch .*--pattern 'checkpoint-\(\?P<step>"):
+    with pytest.raises(
+        InputError,
+        match=r"the number in the name is the epoch .*--pattern "
+        r"'checkpoint-\(\?P<step>",
+    ):
         open_trajectory(epochs)
     meant = open_trajectory(epochs, pattern=r"checkpoint-(?P<step>\d+)")
     assert meant.steps == [0, 1, 2, 3]
@@ -195,10 +253,16 @@ def test_saves_that_accelerate_counts_are_no_steps(tmp_path: Path, command: str)
         told(place, place.with_suffix(".st"), **options)
         return open_trajectory(place.with_suffix(".st")).steps
 
-    with pytest.raises(InputError, match=r"accelerate numbers .*counting its saves.*--pattern 'checkpoint_\(\?P<step>"):
+    with pytest.raises(
+        InputError,
+        match=r"accelerate numbers .*counting its saves.*--pattern "
+        r"'checkpoint_\(\?P<step>",
+    ):
         steps(places["checkpoint_{}"])
     assert steps(places["checkpoint_{}"], pattern=r"checkpoint_(?P<step>\d+)") == [0, 1, 2, 3]
-    assert steps(places["checkpoint-{}00"]) == steps(places["checkpoint_{}00"]) == [0, 100, 200, 300]
+    assert (
+        steps(places["checkpoint-{}00"]) == steps(places["checkpoint_{}00"]) == [0, 100, 200, 300]
+    )
 
 
 def test_what_accelerate_itself_saves_is_recognised(tmp_path: Path) -> None:
@@ -212,8 +276,14 @@ def test_what_accelerate_itself_saves_is_recognised(tmp_path: Path) -> None:
         "    accelerator.save_state()\n"
         "    torch.nn.init.uniform_(model.weight)\n"
     )
-    subprocess.run([sys.executable, "-c", script, tmp_path], check=True, capture_output=True, timeout=120)
-    with pytest.raises(InputError, match=r"checkpoint_0, checkpoint_1, checkpoint_2: accelerate numbers"):
+    subprocess.run(
+        [sys.executable, "-c", script, tmp_path], check=True, capture_output=True, timeout=120
+    )
+    with pytest.raises(
+        InputError,
+        match=r"checkpoint_0, checkpoint_1, checkpoint_2: accelerate "
+        r"numbers",
+    ):
         open_trajectory(tmp_path / "checkpoints")
 
 
@@ -229,11 +299,15 @@ def test_names_of_two_trainings_in_one_directory_are_said(tmp_path: Path) -> Non
         open_trajectory(tmp_path)
 
 
-# --- state dicts inside others -------------------------------------------------------------------------------------------
+# --- state dicts inside others
+# -------------------------------------------------------------------------------------------
 
 
 def adam(state: State) -> dict[str, Any]:
-    moments = {name: {"exp_avg": torch.ones_like(each), "step": torch.tensor(1.0)} for name, each in state.items()}
+    moments = {
+        name: {"exp_avg": torch.ones_like(each), "step": torch.tensor(1.0)}
+        for name, each in state.items()
+    }
     return {"state": moments, "param_groups": [{"lr": 0.1}]}
 
 
@@ -243,10 +317,16 @@ def twice(state: State) -> dict[str, torch.Tensor]:
 
 # what a file holds, --key
 TAKEN: dict[str, tuple[Callable[[State], Any], str | None]] = {
-    "as the tutorial of DCP": (lambda state: {"app": {"model": state, "optim": {"state": adam(state)["state"]}}}, None),
+    "as the tutorial of DCP": (
+        lambda state: {"app": {"model": state, "optim": {"state": adam(state)["state"]}}},
+        None,
+    ),
     "by its path": (lambda state: {"app": {"model": state, "optim": adam(state)}}, "app.model"),
     "two levels down": (lambda state: {"a": {"b": {"c": state}}, "lr": 0.1}, None),
-    "under another name": (lambda state: {"weights": state, "epoch": torch.tensor(3), "loss": torch.tensor(0.5)}, None),
+    "under another name": (
+        lambda state: {"weights": state, "epoch": torch.tensor(3), "loss": torch.tensor(0.5)},
+        None,
+    ),
     "beside an optimiser of another name": (lambda state: {"net": state, "sgd": adam(state)}, None),
     "beside the parts of an optimiser": (
         lambda state: {"net": state, "trainer": {"moments": adam(state)["state"]}},
@@ -266,7 +346,10 @@ TAKEN: dict[str, tuple[Callable[[State], Any], str | None]] = {
         },
         None,
     ),
-    "beside a best score": (lambda state: {"net": state, "callbacks": {"best": {"score": torch.tensor(0.1)}}}, None),
+    "beside a best score": (
+        lambda state: {"net": state, "callbacks": {"best": {"score": torch.tensor(0.1)}}},
+        None,
+    ),
     "a name with a dot": (lambda state: {"app.model": state, "app": {"other": state}}, "app.model"),
     "one of two": (lambda state: {"run": {"model": twice(state), "ema": state}}, "run.ema"),
     "an average of its own": (
@@ -290,10 +373,15 @@ TAKEN: dict[str, tuple[Callable[[State], Any], str | None]] = {
 def test_the_only_state_dict_is_taken_wherever_it_lies(tmp_path: Path, case: str) -> None:
     document, key = TAKEN[case]
     told(save(tmp_path / "saved", lambda step, state: document(state)), tmp_path / "st", key=key)
-    prefix = {"an average of its own": "ema_model.", "an average with its rate": "module."}.get(case, "")
+    prefix = {"an average of its own": "ema_model.", "an average with its rate": "module."}.get(
+        case, ""
+    )
     holds(
         tmp_path / "st",
-        {step: {prefix + name: each for name, each in state.items()} for step, state in enumerate(STATES)},
+        {
+            step: {prefix + name: each for name, each in state.items()}
+            for step, state in enumerate(STATES)
+        },
     )
 
 
@@ -308,11 +396,27 @@ UNCLEAR: dict[str, tuple[Callable[[State], Any], str | None, tuple[str, ...]]] =
         None,
         ("'model.encoder', 'model.decoder'",),
     ),
-    "a key half the way": (lambda state: {"app": {"model": state}}, "app", ("--key 'app'", "'app.model'")),
+    "a key half the way": (
+        lambda state: {"app": {"model": state}},
+        "app",
+        ("--key 'app'", "'app.model'"),
+    ),
     "a key to nothing": (lambda state: {"app": {"model": state}}, "app.net", ("'app.model'",)),
-    "a key of two meanings": (lambda state: {"a.b": state, "a": {"b": state}}, "a.b", ("holds two state dicts",)),
-    "an optimiser alone": (lambda state: {"optim": adam(state), "epoch": 1}, None, ("holds no state dict",)),
-    "a tensor beside": (lambda state: {"net": state, "best": torch.ones(4)}, None, ("is not clear", "'net'")),
+    "a key of two meanings": (
+        lambda state: {"a.b": state, "a": {"b": state}},
+        "a.b",
+        ("holds two state dicts",),
+    ),
+    "an optimiser alone": (
+        lambda state: {"optim": adam(state), "epoch": 1},
+        None,
+        ("holds no state dict",),
+    ),
+    "a tensor beside": (
+        lambda state: {"net": state, "best": torch.ones(4)},
+        None,
+        ("is not clear", "'net'"),
+    ),
     "a model that is an object, and its average": (
         lambda state: {"model": torch.nn.Linear(2, 2), "ema": state},
         None,
@@ -340,27 +444,34 @@ def test_weights_called_as_slots_of_optimisers_are_a_model(tmp_path: Path) -> No
 
 def test_a_trained_number_beside_wrapped_weights_is_no_counter(tmp_path: Path) -> None:
     source = save(
-        tmp_path / "saved", lambda step, state: {"module.w": state["out.bias"], "decay": torch.tensor(0.1 * step)}
+        tmp_path / "saved",
+        lambda step, state: {"module.w": state["out.bias"], "decay": torch.tensor(0.1 * step)},
     )
     told(source, tmp_path / "st")
     assert all("decay" in load_file(path) for path in (tmp_path / "st").iterdir())
 
 
 @pytest.mark.parametrize("case", UNCLEAR)
-def test_what_is_not_clear_is_refused_with_every_key_that_would_do(tmp_path: Path, case: str) -> None:
+def test_what_is_not_clear_is_refused_with_every_key_that_would_do(
+    tmp_path: Path, case: str
+) -> None:
     document, key, words = UNCLEAR[case]
     source = save(tmp_path / "saved", lambda step, state: document(state))
     refused(lca("import", source, tmp_path / "st", *(("--key", key) if key else ())), *words)
 
 
 def test_an_average_beside_the_model_is_said(tmp_path: Path) -> None:
-    source = save(tmp_path / "saved", lambda step, state: {"state_dict": state, "state_dict_ema": twice(state)})
+    source = save(
+        tmp_path / "saved",
+        lambda step, state: {"state_dict": state, "state_dict_ema": twice(state)},
+    )
     (note,) = told(source, tmp_path / "st")
     says(note, "took entry 'state_dict'", "'state_dict_ema'", "--key")
     holds(tmp_path / "st", dict(enumerate(STATES)))
 
 
-# --- objects of other classes --------------------------------------------------------------------------------------------
+# --- objects of other classes
+# --------------------------------------------------------------------------------------------
 
 
 class Colour(enum.Enum):
@@ -400,14 +511,18 @@ class Spelled:
 
 
 def spelled(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> Spelled:
-    """An object whose pickle asks for a class that is there while it is written, and nowhere after."""
+    """An object whose pickle asks for a class that is there while it is written, and nowhere
+    after.
+    """
     value = Spelled(module, name)
     made = value.__reduce__()[0]
     monkeypatch.setattr(Spelled, "__reduce__", lambda self: (made, ("C:\\", "runs")))
     holder = types.ModuleType(module)
     setattr(holder, name, made)
     if module not in ("pathlib", "pathlib._local"):
-        monkeypatch.setitem(sys.modules, module.partition(".")[0], types.ModuleType(module.partition(".")[0]))
+        monkeypatch.setitem(
+            sys.modules, module.partition(".")[0], types.ModuleType(module.partition(".")[0])
+        )
     monkeypatch.setitem(sys.modules, module, holder)
     return value
 
@@ -415,13 +530,19 @@ def spelled(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> Spelled:
 READ_PAST: dict[str, Callable[[], Any]] = {
     "a namespace": lambda: argparse.Namespace(lr=0.1, nested=types.SimpleNamespace(out=Path("/a"))),
     "pure paths": lambda: [pathlib.PureWindowsPath("C:/a"), pathlib.PurePosixPath("/a")],
-    "dates": lambda: [datetime.datetime(2026, 1, 1), datetime.timedelta(1), datetime.date(2026, 1, 1)],
+    "dates": lambda: [
+        datetime.datetime(2026, 1, 1),
+        datetime.timedelta(1),
+        datetime.date(2026, 1, 1),
+    ],
     "an enumeration": lambda: Colour.RED,
     "a mapping with attributes": lambda: Settings(lr=0.1, inner=Settings(seed=1)),
     "a default mapping": lambda: collections.defaultdict(int, {"a": 1}),
     "an object": lambda: Plain({"a": [Plain(1)]}),
     "slots": lambda: Slotted(3),
-    "a schedule": lambda: torch.optim.lr_scheduler.LambdaLR.__new__(torch.optim.lr_scheduler.LambdaLR),
+    "a schedule": lambda: torch.optim.lr_scheduler.LambdaLR.__new__(
+        torch.optim.lr_scheduler.LambdaLR
+    ),
     "a mapping and a namespace": lambda: [Settings(a=1), argparse.Namespace(b=2)],
 }
 
@@ -434,11 +555,21 @@ def test_settings_of_other_classes_are_read_past_and_those_of_others_packages_sa
     for step, state in enumerate(STATES):
         (tmp_path / "saved").mkdir(exist_ok=True)
         saved = {"model": state, "args": READ_PAST[case]()}
-        torch.save(saved, tmp_path / "saved" / f"step_{step}.pt", _use_new_zipfile_serialization=zipped)
+        torch.save(
+            saved, tmp_path / "saved" / f"step_{step}.pt", _use_new_zipfile_serialization=zipped
+        )
     heard = told(tmp_path / "saved", tmp_path / "st")
     holds(tmp_path / "st", dict(enumerate(STATES)))
-    foreign = case in ("an enumeration", "a mapping with attributes", "an object", "slots", "a mapping and a namespace")
-    assert ["read past objects of tests.test_import_names." in note for note in heard] == [True] * foreign
+    foreign = case in (
+        "an enumeration",
+        "a mapping with attributes",
+        "an object",
+        "slots",
+        "a mapping and a namespace",
+    )
+    assert ["read past objects of tests.test_import_names." in note for note in heard] == [
+        True
+    ] * foreign
 
 
 OF_WINDOWS = [
@@ -455,16 +586,21 @@ def test_classes_that_are_not_here_are_read_past(
 ) -> None:
     with monkeypatch.context() as there:
         value = spelled(there, module, name)
-        source = save(tmp_path / "saved", lambda step, state: {"model": state, "args": {"output": value}})
+        source = save(
+            tmp_path / "saved", lambda step, state: {"model": state, "args": {"output": value}}
+        )
     told(source, tmp_path / "st")
     holds(tmp_path / "st", dict(enumerate(STATES)))
 
 
-def test_an_object_is_never_made_and_its_module_never_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_object_is_never_made_and_its_module_never_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A module that would tell, and a class whose state would."""
     (tmp_path / "spy_of_imports.py").write_text(
         "import pathlib\npathlib.Path(__file__).with_suffix('.ran').touch()\n"
-        "class Spy:\n    def __setstate__(self, state):\n        pathlib.Path(__file__).with_suffix('.ran').touch()\n"
+        "class Spy:\n    def __setstate__(self, state):\n        "
+        "pathlib.Path(__file__).with_suffix('.ran').touch()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     import spy_of_imports  # type: ignore[import-not-found]
@@ -489,7 +625,10 @@ class Call:
 
 
 HIDDEN: dict[str, tuple[Callable[[State], Any], tuple[str, ...]]] = {
-    "a whole model": (lambda state: torch.nn.Linear(2, 2), ("holds an object of torch.nn.modules.linear.Linear",)),
+    "a whole model": (
+        lambda state: torch.nn.Linear(2, 2),
+        ("holds an object of torch.nn.modules.linear.Linear",),
+    ),
     "a whole model as an entry": (
         lambda state: {"model": torch.nn.Linear(2, 2), "epoch": 1},
         ("holds no state dict", "'model' is an object of torch.nn.modules.linear.Linear"),
@@ -506,7 +645,10 @@ HIDDEN: dict[str, tuple[Callable[[State], Any], tuple[str, ...]]] = {
         lambda state: {"model": state, "x": Call(subprocess.Popen, ["touch", "ran"])},
         ("Popen", "could run any code"),
     ),
-    "a function": (lambda state: {"model": state, "x": Call(eval, "1")}, ("eval", "could run any code")),
+    "a function": (
+        lambda state: {"model": state, "x": Call(eval, "1")},
+        ("eval", "could run any code"),
+    ),
     "a function of a package": (
         lambda state: {"model": state, "x": Call(pickle.loads, b"")},
         ("loads", "could run any code"),
@@ -524,7 +666,8 @@ def test_no_weight_hides_and_nothing_is_called(tmp_path: Path, case: str) -> Non
     assert not (tmp_path / "st").exists()
 
 
-# --- formats only their own programs read --------------------------------------------------------------------------------
+# --- formats only their own programs read
+# --------------------------------------------------------------------------------
 
 
 def files(**held: bytes) -> Callable[[Path], Path]:
@@ -539,13 +682,28 @@ def files(**held: bytes) -> Callable[[Path], Path]:
 
 
 UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "GGUF": (files(**{"model-1.gguf": b"GGUF", "model-2.gguf": b"GGUF"}), "holds GGUF, a format for inference"),
-    "GGUF by steps": (files(**{"step_1__m.gguf": b"GGUF", "step_2__m.gguf": b"GGUF"}), "holds GGUF"),
+    "GGUF": (
+        files(**{"model-1.gguf": b"GGUF", "model-2.gguf": b"GGUF"}),
+        "holds GGUF, a format for inference",
+    ),
+    "GGUF by steps": (
+        files(**{"step_1__m.gguf": b"GGUF", "step_2__m.gguf": b"GGUF"}),
+        "holds GGUF",
+    ),
     "one file of GGUF": (lambda place: files(model=b"GGUF3")(place) / "model", "holds GGUF"),
-    "distributed": (files(**{"step_1__0_0.distcp": b"", "step_2__0_0.distcp": b""}), "dcp_to_torch"),
-    "accelerate's of FSDP": (files(**{"checkpoint_0__pytorch_model_fsdp_0__0_0.distcp": b""}), "dcp_to_torch"),
+    "distributed": (
+        files(**{"step_1__0_0.distcp": b"", "step_2__0_0.distcp": b""}),
+        "dcp_to_torch",
+    ),
+    "accelerate's of FSDP": (
+        files(**{"checkpoint_0__pytorch_model_fsdp_0__0_0.distcp": b""}),
+        "dcp_to_torch",
+    ),
     "DeepSpeed": (files(**{"global_step5__mp_rank_00_model_states.pt": b""}), "zero_to_fp32.py"),
-    "Megatron": (files(**{"iter_0000005__mp_rank_00__model_optim_rng.pt": b""}), "tools/checkpoint/convert.py"),
+    "Megatron": (
+        files(**{"iter_0000005__mp_rank_00__model_optim_rng.pt": b""}),
+        "tools/checkpoint/convert.py",
+    ),
 }
 
 
@@ -557,7 +715,9 @@ def test_run_and_import_refuse_with_the_same_words(tmp_path: Path, case: str) ->
     before = contents(tmp_path)
     lines = {
         refused(lca("import", place, tmp_path / "st"), words),
-        refused(lca("run", place, "--task", tmp_path / "task.py", "--out", tmp_path / "run"), words),
+        refused(
+            lca("run", place, "--task", tmp_path / "task.py", "--out", tmp_path / "run"), words
+        ),
         refused(lca("plan", place, "--task", tmp_path / "task.py"), words),
     }
     assert len(lines) == 1

@@ -1,4 +1,6 @@
-"""Tensors that only the checkpoints hold: known buffers are left out with a note, weights never; what is refused says what to paste."""
+"""Tensors that only the checkpoints hold: known buffers are left out with a note, weights never;
+what is refused says what to paste.
+"""
 
 from __future__ import annotations
 
@@ -42,13 +44,21 @@ LEFT_OUT: dict[str, tuple[Extra, tuple[str, str], str]] = {
         PLAIN,
         "'layers.*.attention.bias' (a causal mask); 'layers.*.attention.masked_bias'",
     ),
-    "rotary frequencies": (lambda step: {"l.0.rotary_emb.inv_freq": ROTARY}, PLAIN, "(rotary frequencies)"),
+    "rotary frequencies": (
+        lambda step: {"l.0.rotary_emb.inv_freq": ROTARY},
+        PLAIN,
+        "(rotary frequencies)",
+    ),
     "rotary frequencies in half precision": (
         lambda step: {"l.0.rotary_emb.inv_freq": ROTARY.half()},
         own("inv_freq", "1 / 10000 ** (torch.arange(4) / 4)"),
         "(rotary frequencies)",
     ),
-    "a mask of nanoGPT": (lambda step: {"h.0.attn.bias": tril(1, 1, 8, 8)}, PLAIN, "'h.*.attn.bias'"),
+    "a mask of nanoGPT": (
+        lambda step: {"h.0.attn.bias": tril(1, 1, 8, 8)},
+        PLAIN,
+        "'h.*.attn.bias'",
+    ),
     "a local mask of GPT-Neo": (
         lambda step: {"h.1.attn.attention.bias": tril(1, 1, 8, 8).triu(-2).to(torch.uint8)},
         PLAIN,
@@ -67,9 +77,17 @@ LEFT_OUT: dict[str, tuple[Extra, tuple[str, str], str]] = {
         PLAIN,
         "'embeddings.position_ids' (positions)",
     ),
-    "a buffer that is no longer saved": (lambda step: {"pe": SINE}, own("pe", "torch.linspace(0, 1, 8).sin()"), "'pe'"),
+    "a buffer that is no longer saved": (
+        lambda step: {"pe": SINE},
+        own("pe", "torch.linspace(0, 1, 8).sin()"),
+        "'pe'",
+    ),
     "what averages count": (lambda step: {"n_averaged": torch.tensor(step)}, PLAIN, "'n_averaged'"),
-    "what a profiler counted": (lambda step: {"out.total_ops": torch.zeros(1).double()}, PLAIN, "'out.total_ops'"),
+    "what a profiler counted": (
+        lambda step: {"out.total_ops": torch.zeros(1).double()},
+        PLAIN,
+        "'out.total_ops'",
+    ),
 }
 
 
@@ -80,7 +98,9 @@ def series(place: Path, extra: Extra) -> Path:
 
 
 @pytest.mark.parametrize("case", LEFT_OUT)
-def test_what_the_model_computes_is_left_out_with_a_note_and_changes_no_number(tmp_path: Path, case: str) -> None:
+def test_what_the_model_computes_is_left_out_with_a_note_and_changes_no_number(
+    tmp_path: Path, case: str
+) -> None:
     extra, model, words = LEFT_OUT[case]
     task = write_task(tmp_path / "task.py", *model)
     made = []
@@ -96,8 +116,16 @@ def test_what_the_model_computes_is_left_out_with_a_note_and_changes_no_number(t
 
 
 REFUSED: dict[str, tuple[Extra, tuple[str, str], tuple[str, ...]]] = {
-    "a layer": (lambda step: {"extra.weight": torch.ones(3, 3)}, PLAIN, ("'extra.weight'", "not in the task's model")),
-    "a trained bias of attention": (lambda step: {"attn.bias": torch.ones(8) * step}, PLAIN, ("'attn.bias'",)),
+    "a layer": (
+        lambda step: {"extra.weight": torch.ones(3, 3)},
+        PLAIN,
+        ("'extra.weight'", "not in the task's model"),
+    ),
+    "a trained bias of attention": (
+        lambda step: {"attn.bias": torch.ones(8) * step},
+        PLAIN,
+        ("'attn.bias'",),
+    ),
     "a trained bias by position": (
         lambda step: {"attn.bias": torch.ones(1, 1, 4, 4) * step},
         PLAIN,
@@ -134,7 +162,9 @@ REFUSED: dict[str, tuple[Extra, tuple[str, str], tuple[str, ...]]] = {
         ("'position_ids'", "its numbers are not those of positions (0, 1, 2, …)"),
     ),
     "many": (
-        lambda step: {f"h.{layer}.ln.weight": torch.ones(2) for layer in range(9)} | {"a=b": torch.ones(1)},
+        lambda step: (
+            {f"h.{layer}.ln.weight": torch.ones(2) for layer in range(9)} | {"a=b": torch.ones(1)}
+        ),
         PLAIN,
         ("and 7 more", r"--rename '^h\.\d+\.ln\.weight$='"),
     ),
@@ -142,10 +172,14 @@ REFUSED: dict[str, tuple[Extra, tuple[str, str], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_weight_the_model_lacks_is_refused_and_the_options_named_leave_it_out(tmp_path: Path, case: str) -> None:
+def test_a_weight_the_model_lacks_is_refused_and_the_options_named_leave_it_out(
+    tmp_path: Path, case: str
+) -> None:
     extra, model, words = REFUSED[case]
     task = write_task(tmp_path / "task.py", *model)
-    line = refused(run_lca(series(tmp_path / "ck", extra), task, tmp_path / "run"), *words, "Build the model")
+    line = refused(
+        run_lca(series(tmp_path / "ck", extra), task, tmp_path / "run"), *words, "Build the model"
+    )
     advice = shlex.split(line[line.index("--rename '") :].removesuffix("."))
     done = run_lca(tmp_path / "ck", task, tmp_path / "run", *advice)
     assert done.exit_code == 0, done.output
@@ -154,27 +188,38 @@ def test_a_weight_the_model_lacks_is_refused_and_the_options_named_leave_it_out(
 
 
 def test_a_name_alone_may_be_dropped_and_an_empty_end_of_one_drops_nothing(tmp_path: Path) -> None:
-    task, ck = write_task(tmp_path / "task.py"), series(tmp_path / "ck", lambda step: {"old.w": torch.ones(2)})
+    task, ck = (
+        write_task(tmp_path / "task.py"),
+        series(tmp_path / "ck", lambda step: {"old.w": torch.ones(2)}),
+    )
     refused(run_lca(ck, task, tmp_path / "run", "--rename", "w$="), "'old.'")
     assert run_lca(ck, task, tmp_path / "run", "--rename", "old.w=").exit_code == 0
     refused(
-        run_lca(ck, task, tmp_path / "other", "--rename", "old.w=", "--rename", "^out.bias$="), "'out.bias'", "missing"
+        run_lca(ck, task, tmp_path / "other", "--rename", "old.w=", "--rename", "^out.bias$="),
+        "'out.bias'",
+        "missing",
     )
 
 
 def test_a_tensor_that_comes_later_is_refused_and_can_be_dropped(tmp_path: Path) -> None:
     task = write_task(tmp_path / "task.py")
     ck = series(tmp_path / "ck", lambda step: {"late.w": torch.ones(2)} if step == 2 else {})
-    line = refused(run_lca(ck, task, tmp_path / "run"), "'late.w'", "absent at the first step", "--rename")
+    line = refused(
+        run_lca(ck, task, tmp_path / "run"), "'late.w'", "absent at the first step", "--rename"
+    )
     advice = shlex.split(re.search(r"--rename '[^']*'", line)[0])
     assert run_lca(ck, task, tmp_path / "run", *advice).exit_code == 0
 
 
 @pytest.mark.parametrize("moves", [False, True])
-def test_fixed_patterns_leave_out_what_only_the_files_hold_unless_it_moves(tmp_path: Path, moves: bool) -> None:
+def test_fixed_patterns_leave_out_what_only_the_files_hold_unless_it_moves(
+    tmp_path: Path, moves: bool
+) -> None:
     task = write_task(tmp_path / "task.py", "losses={", "fixed=['old.*'], losses={")
     done = run_lca(
-        series(tmp_path / "ck", lambda step: {"old.w": torch.ones(2) + moves * step}), task, tmp_path / "run"
+        series(tmp_path / "ck", lambda step: {"old.w": torch.ones(2) + moves * step}),
+        task,
+        tmp_path / "run",
     )
     if moves:
         says(last_line(done), "'old.w'", "moves between the first and the last checkpoint")

@@ -1,4 +1,6 @@
-"""Linear layers by oneDNN: the values and gradients of the definition, whoever calls them and however."""
+"""Linear layers by oneDNN: the values and gradients of the definition, whoever calls them and
+however.
+"""
 
 from __future__ import annotations
 
@@ -74,12 +76,17 @@ def _exact(tensors: list[Tensor | None], above: Tensor) -> list[Tensor]:
     """The value and the gradients in float64."""
     wide = [None if each is None else each.detach().double().requires_grad_() for each in tensors]
     value = F.linear(*wide)  # type: ignore[arg-type]
-    return [value.detach(), *torch.autograd.grad(value, [each for each in wide if each is not None], above.double())]
+    return [
+        value.detach(),
+        *torch.autograd.grad(value, [each for each in wide if each is not None], above.double()),
+    ]
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("case", SHAPES)
-def test_values_and_gradients_are_those_of_the_definition(case: str, bias: bool, taken: list[str]) -> None:
+def test_values_and_gradients_are_those_of_the_definition(
+    case: str, bias: bool, taken: list[str]
+) -> None:
     tensors = _made(*SHAPES[case], bias)
     value = subject.linear(F.linear)(*tensors)
     above = torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
@@ -156,7 +163,9 @@ def test_shapes_that_do_not_agree_are_refused_in_the_same_words() -> None:
 def test_small_products_are_as_before(taken: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     inputs, weight, bias = _made((64, 32), 16, True)
-    assert torch.equal(subject.linear(F.linear)(inputs, weight, bias), F.linear(inputs, weight, bias))  # type: ignore[arg-type]
+    assert torch.equal(
+        subject.linear(F.linear)(inputs, weight, bias), F.linear(inputs, weight, bias)
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("replaced")
@@ -171,13 +180,19 @@ def test_transforms_of_functions_are_as_before(taken: list[str]) -> None:
     each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weight.detach(), inputs.detach())
     exact = 2 * torch.einsum("no,ni->noi", F.linear(inputs, weight), inputs)
     assert torch.allclose(each, exact, rtol=1e-4, atol=1e-4)
-    shared = torch.func.vmap(lambda each: (F.linear(inputs, weight) * each).sum())(torch.arange(3.0))
+    shared = torch.func.vmap(lambda each: (F.linear(inputs, weight) * each).sum())(
+        torch.arange(3.0)
+    )
     assert torch.allclose(shared, F.linear(inputs, weight).sum() * torch.arange(3.0), rtol=1e-4)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(weight.detach(), torch.ones_like(weight))
         moved = torch.autograd.forward_ad.unpack_dual(F.linear(inputs.detach(), dual)).tangent
-        assert torch.allclose(moved, inputs.sum(1, keepdim=True).expand(-1, 16), rtol=1e-4, atol=1e-4)
-    _, tangent = torch.func.jvp(lambda given: loss(given, inputs[0]), (weight,), (torch.ones_like(weight),))
+        assert torch.allclose(
+            moved, inputs.sum(1, keepdim=True).expand(-1, 16), rtol=1e-4, atol=1e-4
+        )
+    _, tangent = torch.func.jvp(
+        lambda given: loss(given, inputs[0]), (weight,), (torch.ones_like(weight),)
+    )
     assert torch.allclose(tangent, exact[0].sum(), rtol=1e-4)
 
 
@@ -201,7 +216,11 @@ def test_derivatives_of_derivatives_are_those_of_the_definition(taken: list[str]
     inputs, weight, bias = _made((64, 32), 16, True)
     found = []
     for kind in (torch.float32, torch.float64):
-        tensors = [each.detach().to(kind).requires_grad_() for each in (inputs, weight, bias) if each is not None]
+        tensors = [
+            each.detach().to(kind).requires_grad_()
+            for each in (inputs, weight, bias)
+            if each is not None
+        ]
         value = F.linear(*tensors).tanh().sum()
         gradients = torch.autograd.grad(value, tensors, create_graph=True)
         sum(each.square().sum() for each in gradients).backward()
@@ -223,7 +242,9 @@ def test_what_a_gradient_does_not_need_may_change_meanwhile(taken: list[str]) ->
     held.add_(1)
     value.sum().backward()
     assert inputs.grad is not None
-    assert torch.allclose(inputs.grad, 2 * weight.detach().sum(0).expand(64, -1), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(
+        inputs.grad, 2 * weight.detach().sum(0).expand(64, -1), rtol=1e-4, atol=1e-4
+    )
     assert taken
 
 
@@ -254,7 +275,9 @@ def test_batches_are_as_large_whoever_multiplies(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(subject, "preferred", lambda preferred=preferred: preferred)
         inputs, targets = torch.randn(300, 64), torch.randint(10, (300,))
         task = Task(
-            lambda: nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)),
+            lambda: nn.Sequential(
+                nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
+            ),
             {"train": (inputs, targets)},
             {"train": Loss(F.cross_entropy, on="train")},
         )
@@ -289,9 +312,19 @@ def test_what_a_task_file_sets_when_it_is_imported_holds_for_no_span(tmp_path: P
     place = ground.lay_out(tmp_path, 4)
     task = write_task(place / "small_task.py", "    def forward(self, inputs):\n", CHECKS)
     task.write_text(SETS + task.read_text())
-    before = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
-    lca_posthoc.run(place / "checkpoints", task, out=tmp_path / "run.lca", cluster="inline", device="cpu")
-    assert (torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == before
+    before = (
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.benchmark,
+    )
+    lca_posthoc.run(
+        place / "checkpoints", task, out=tmp_path / "run.lca", cluster="inline", device="cpu"
+    )
+    assert (
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.benchmark,
+    ) == before
 
 
 @pytest.mark.usefixtures("replaced")
@@ -299,13 +332,18 @@ def test_compiled_code_is_as_before(taken: list[str]) -> None:
     compiled = torch.compile(lambda *given: F.linear(*given), backend="eager")
     inputs, weight, bias = _made((64, 32), 16, True)
     plain = subject.linear(F.linear)
-    assert torch.allclose(compiled(inputs, weight, bias), plain(inputs, weight, bias), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(
+        compiled(inputs, weight, bias), plain(inputs, weight, bias), rtol=1e-4, atol=1e-5
+    )
 
 
 def _bits(seed: int) -> bytes:
     torch.set_num_threads(1)
     made = torch.Generator().manual_seed(seed)
-    inputs, weight = torch.randn(700, 300, generator=made), torch.randn(90, 300, generator=made).requires_grad_()
+    inputs, weight = (
+        torch.randn(700, 300, generator=made),
+        torch.randn(90, 300, generator=made).requires_grad_(),
+    )
     value = subject.linear(F.linear)(inputs, weight)
     value.square().sum().backward()
     assert weight.grad is not None
@@ -360,7 +398,9 @@ assert all(same.get(after[at], after[at]) == same.get(before[at], before[at]) fo
 """
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="settings of torch 2.9 and later")
+@pytest.mark.skipif(
+    not hasattr(torch.backends.mkldnn, "matmul"), reason="settings of torch 2.9 and later"
+)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_float32_is_float32_whatever_the_users_code_has_set(setting: str) -> None:
     code = ASKS.format(setting=SETTINGS[setting])
@@ -368,7 +408,9 @@ def test_float32_is_float32_whatever_the_users_code_has_set(setting: str) -> Non
     assert done.returncode == 0, done.stderr
 
 
-def test_nothing_is_replaced_for_a_gpu_or_where_torch_does_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_replaced_for_a_gpu_or_where_torch_does_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     before = F.linear
     for device, preferred in (("cuda", True), ("cpu", False)):
         monkeypatch.setattr(subject, "preferred", lambda preferred=preferred: preferred)

@@ -1,4 +1,6 @@
-"""Losses that cannot be what was meant, and what is said of those that are not quite what they seem."""
+"""Losses that cannot be what was meant, and what is said of those that are not quite what they
+seem.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
-def objective_of(loss: Loss, model: Callable[[], nn.Module] = net, data: Any = (X, Y), **settings: Any) -> Objective:
+def objective_of(
+    loss: Loss, model: Callable[[], nn.Module] = net, data: Any = (X, Y), **settings: Any
+) -> Objective:
     made = Objective(
         lambda: Task(model=model, data={"train": data}, losses={"the loss": loss}),
         None,
@@ -45,7 +49,8 @@ def objective_of(loss: Loss, model: Callable[[], nn.Module] = net, data: Any = (
     return made
 
 
-# --- what is handed over instead of a loss, a model or data -------------------------------------------------------------
+# --- what is handed over instead of a loss, a model or data
+# -------------------------------------------------------------
 
 
 class Metric:
@@ -100,22 +105,55 @@ NOT_LOSSES = {
     "a class as term": (lambda: Loss(term=Own), "is a class", "Loss(term=Own())"),
     "a class of a metric": (lambda: Loss(Metric), "is a class", "Metric()"),
     "a class of an optimiser": (lambda: Loss(torch.optim.SGD), "is a class", "SGD"),
-    "an optimiser": (lambda: Loss(torch.optim.SGD(net().parameters())), "something to call", "got SGD"),
+    "an optimiser": (
+        lambda: Loss(torch.optim.SGD(net().parameters())),
+        "something to call",
+        "got SGD",
+    ),
     "an autograd function": (lambda: Loss(Doubled), "autograd function", "Doubled.apply"),
     "a name": (lambda: Loss("cross_entropy"), "got str", "F.cross_entropy"),
-    "a result": (lambda: Loss(F.cross_entropy(torch.zeros(2, 3), torch.zeros(2).long())), "a tensor of shape []"),
+    "a result": (
+        lambda: Loss(F.cross_entropy(torch.zeros(2, 3), torch.zeros(2).long())),
+        "a tensor of shape []",
+    ),
     "a metric": (lambda: Loss(Metric()), "a metric, Metric", "over batches"),
     "an async function": (lambda: Loss(later), "async function", "coroutine"),
     "a partial of one": (lambda: Loss(functools.partial(later)), "async function"),
     "a generator": (lambda: Loss(call=one_by_one), "generator function", "yield"),
-    "one argument": (lambda: Loss(lambda outputs: outputs), "fn(outputs, targets)", "takes (outputs)"),
-    "a call of three": (lambda: Loss(call=lambda model, x, y: x), "fn(model, batch)", "takes (model, x, y)"),
-    "a term of two": (lambda: Loss(term=lambda model, batch: 0), "fn(model)", "takes (model, batch)"),
-    "outputs and targets as call": (lambda: Loss(call=F.cross_entropy), "outputs and targets", "Loss(cross_entropy)"),
+    "one argument": (
+        lambda: Loss(lambda outputs: outputs),
+        "fn(outputs, targets)",
+        "takes (outputs)",
+    ),
+    "a call of three": (
+        lambda: Loss(call=lambda model, x, y: x),
+        "fn(model, batch)",
+        "takes (model, x, y)",
+    ),
+    "a term of two": (
+        lambda: Loss(term=lambda model, batch: 0),
+        "fn(model)",
+        "takes (model, batch)",
+    ),
+    "outputs and targets as call": (
+        lambda: Loss(call=F.cross_entropy),
+        "outputs and targets",
+        "Loss(cross_entropy)",
+    ),
     "a loss module as call": (lambda: Loss(call=nn.MSELoss()), "outputs and targets"),
-    "a partial of it": (lambda: Loss(call=functools.partial(F.mse_loss, reduction="sum")), "outputs and targets"),
-    "a class as labels": (lambda: Loss(F.cross_entropy, group_by=Widths), "group_by=Widths", "is a class"),
-    "a generator of labels": (lambda: Loss(F.cross_entropy, group_by=one_by_one), "generator function"),
+    "a partial of it": (
+        lambda: Loss(call=functools.partial(F.mse_loss, reduction="sum")),
+        "outputs and targets",
+    ),
+    "a class as labels": (
+        lambda: Loss(F.cross_entropy, group_by=Widths),
+        "group_by=Widths",
+        "is a class",
+    ),
+    "a generator of labels": (
+        lambda: Loss(F.cross_entropy, group_by=one_by_one),
+        "generator function",
+    ),
     "data as the split": (lambda: Loss(F.mse_loss, on=(X, Y)), "name of a split", "tuple"),
 }
 
@@ -204,11 +242,18 @@ def test_every_callable_of_outputs_and_targets_is_a_loss(given: Any) -> None:
 
 
 def test_a_call_of_outputs_and_targets_says_what_it_would_be_as(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"called as fn\(model, batch\); a function of outputs and targets"):
-        check_loss(objective_of(Loss(call=lambda outputs, targets: (outputs - targets) ** 2)), "the loss")
+    with pytest.raises(
+        InputError,
+        match=r"called as fn\(model, batch\); a function of outputs and "
+        r"targets",
+    ):
+        check_loss(
+            objective_of(Loss(call=lambda outputs, targets: (outputs - targets) ** 2)), "the loss"
+        )
 
 
-# --- losses no gradient reaches -----------------------------------------------------------------------------------------
+# --- losses no gradient reaches
+# -----------------------------------------------------------------------------------------
 
 
 def _values(model: nn.Module, batch: Any) -> Tensor:
@@ -256,7 +301,11 @@ WITHOUT_GRADIENT = {
 @pytest.mark.parametrize("case", WITHOUT_GRADIENT)
 def test_a_loss_without_a_gradient_is_refused(case: str) -> None:
     objective = objective_of(Loss(call=WITHOUT_GRADIENT[case]))
-    with pytest.raises(InputError, match=r"loss 'the loss' on split 'train' has no gradient.*no_grad\(\)"):
+    with pytest.raises(
+        InputError,
+        match=r"loss 'the loss' on split 'train' has no "
+        r"gradient.*no_grad\(\)",
+    ):
         check_loss(objective, "the loss")
 
 
@@ -267,19 +316,25 @@ def test_a_loss_without_a_gradient_is_refused(case: str) -> None:
         (Loss(term=lambda model: model[0].weight.detach().square().sum()), net),
     ],
 )
-def test_models_and_terms_without_a_gradient_are_refused(loss: Loss, model: Callable[[], nn.Module]) -> None:
+def test_models_and_terms_without_a_gradient_are_refused(
+    loss: Loss, model: Callable[[], nn.Module]
+) -> None:
     with pytest.raises(InputError, match=r"loss 'the loss'.* has no gradient"):
         check_loss(objective_of(loss, model), "the loss")
 
 
 def test_a_loss_of_frozen_tensors_alone_is_refused() -> None:
-    objective = objective_of(Loss(F.cross_entropy), lambda: net().requires_grad_(False), held=frozenset())
+    objective = objective_of(
+        Loss(F.cross_entropy), lambda: net().requires_grad_(False), held=frozenset()
+    )
     with pytest.raises(InputError, match="frozen or fixed"):
         check_loss(objective, "the loss")
 
 
 def _sometimes(model: nn.Module, batch: Any) -> Tensor:
-    """Values of examples of one class; a batch without any never calls the model, as a detector without boxes does not."""
+    """Values of examples of one class; a batch without any never calls the model, as a detector
+    without boxes does not.
+    """
     chosen = batch[1] == 2
     return _values(model, batch) * chosen if bool(chosen.any()) else torch.zeros(len(batch[1]))
 
@@ -289,13 +344,19 @@ def _dead(model: nn.Module, batch: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(("values", "size"), [(_sometimes, 600), (_dead, 40)])
-def test_a_gradient_that_is_zero_or_elsewhere_is_no_reason_to_refuse(values: Any, size: int) -> None:
-    x, y = torch.randn(size, 6, generator=torch.Generator().manual_seed(1)), torch.zeros(size).long()
+def test_a_gradient_that_is_zero_or_elsewhere_is_no_reason_to_refuse(
+    values: Any, size: int
+) -> None:
+    x, y = (
+        torch.randn(size, 6, generator=torch.Generator().manual_seed(1)),
+        torch.zeros(size).long(),
+    )
     y[-1] = 2
     assert check_loss(objective_of(Loss(call=values), data=(x, y)), "the loss") == []
 
 
-# --- losses with parameters of their own --------------------------------------------------------------------------------
+# --- losses with parameters of their own
+# --------------------------------------------------------------------------------
 
 
 class Centres(nn.Module):
@@ -347,7 +408,8 @@ def test_parameters_of_a_loss_are_named(case: str) -> None:
         assert f"loss 'the loss' has parameters of its own, {named}, which no checkpoint" in note
 
 
-# --- autocast inside ----------------------------------------------------------------------------------------------------
+# --- autocast inside
+# ----------------------------------------------------------------------------------------------------
 
 
 class Casting(nn.Module):
@@ -397,8 +459,12 @@ def test_autocast_inside_a_loss_is_said(case: str) -> None:
     assert not torch.is_autocast_enabled("cpu")
 
 
-def record(directory: Path, model: nn.Module, loss: Callable[[nn.Module], Tensor], after: Any = None) -> Path:
-    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.3, momentum=0.9)
+def record(
+    directory: Path, model: nn.Module, loss: Callable[[nn.Module], Tensor], after: Any = None
+) -> Path:
+    optimizer = torch.optim.SGD(
+        [each for each in model.parameters() if each.requires_grad], lr=0.3, momentum=0.9
+    )
     with Recorder(directory, model) as recorder:
         recorder.attach(optimizer)
         for step in range(4):
@@ -421,20 +487,28 @@ def test_the_measured_error_of_a_loss_under_autocast_is_that_of_autocast(tmp_pat
     directory = record(tmp_path / "iterates", net(), lambda model: F.cross_entropy(model(X), Y))
     losses = {"cast": Loss(call=_within), "plain": Loss(call=_values)}
     task = Task(model=net, data={"train": (X, Y)}, losses=losses)
-    made, notes = replayed(directory, tmp_path / "run", task, losses=["all"], tolerance=float("inf"))
+    made, notes = replayed(
+        directory, tmp_path / "run", task, losses=["all"], tolerance=float("inf")
+    )
     assert [note for note in notes if "autocast to bfloat16" in note and "'cast'" in note] == notes
     measured = float(made["cast"].steps.precision_error.values[0])
     cast, plain = (
         torch.cat(
-            [torch.tensor(made[name].allocation[key].values[0]).double().flatten() for key in made["plain"].allocation]
+            [
+                torch.tensor(made[name].allocation[key].values[0]).double().flatten()
+                for key in made["plain"].allocation
+            ]
         )
         for name in ("cast", "plain")
     )
-    assert measured == pytest.approx(float((cast - plain).abs().sum() / plain.abs().sum()), rel=1e-3)
+    assert measured == pytest.approx(
+        float((cast - plain).abs().sum() / plain.abs().sum()), rel=1e-3
+    )
     assert measured > 1e-3
 
 
-# --- tensors that move without a gradient -------------------------------------------------------------------------------
+# --- tensors that move without a gradient
+# -------------------------------------------------------------------------------
 
 
 class Agent(nn.Module):
@@ -451,7 +525,9 @@ def _temporal(model: nn.Module, batch: Any) -> Tensor:
     return (model.q(batch[0]).gather(1, batch[1][:, None])[:, 0] - wanted) ** 2
 
 
-def test_tensors_without_a_gradient_are_told_apart_by_whether_the_loss_depends_on_them(tmp_path: Path) -> None:
+def test_tensors_without_a_gradient_are_told_apart_by_whether_the_loss_depends_on_them(
+    tmp_path: Path,
+) -> None:
     torch.manual_seed(0)
     agent = Agent()
 
@@ -460,17 +536,23 @@ def test_tensors_without_a_gradient_are_told_apart_by_whether_the_loss_depends_o
         with torch.no_grad():
             agent.idle.weight.add_(1.0)
 
-    directory = record(tmp_path / "iterates", agent, lambda model: _temporal(model, (X, Y)).mean(), synchronise)
+    directory = record(
+        tmp_path / "iterates", agent, lambda model: _temporal(model, (X, Y)).mean(), synchronise
+    )
     task = Task(model=Agent, data={"train": (X, Y)}, losses={"td": Loss(call=_temporal)})
     made, notes = replayed(directory, tmp_path / "run", task, tolerance=float("inf"))
     unused, hidden = notes
     assert unused == "tensors moved without loss 'td' depending on them (allocated 0): idle.weight"
     assert "loss 'td' depends on through detach() or no_grad() alone" in hidden
-    assert "target.0.bias, target.0.weight, target.2.bias, target.2.weight. Their share is in the residual" in hidden
+    assert (
+        "target.0.bias, target.0.weight, target.2.bias, target.2.weight. Their share is in the "
+        "residual" in hidden
+    )
     assert not made["td"].allocation["target.0.weight"].values.any()
 
 
-# --- running statistics nobody updated ----------------------------------------------------------------------------------
+# --- running statistics nobody updated
+# ----------------------------------------------------------------------------------
 
 
 def normalised() -> nn.Module:
@@ -485,7 +567,12 @@ def _frozen_statistics(model: nn.Module) -> Tensor:
 STATISTICS = {
     "stored, never updated": (_frozen_statistics, (), "running", True),
     "updated": (lambda model: F.cross_entropy(model(X), Y), (), "running", False),
-    "fixed": (lambda model: F.cross_entropy(model(X), Y), ("*.running_*", "*.num_batches_tracked"), "running", True),
+    "fixed": (
+        lambda model: F.cross_entropy(model(X), Y),
+        ("*.running_*", "*.num_batches_tracked"),
+        "running",
+        True,
+    ),
     "not used": (_frozen_statistics, (), "batch", False),
 }
 
@@ -504,17 +591,27 @@ def test_running_statistics_of_a_new_model_are_said(case: str, tmp_path: Path) -
             optimizer.zero_grad()
             loss(model.train()).backward()
             optimizer.step()
-    task = Task(model=normalised, data={"train": (X, Y)}, losses={"train": Loss(F.cross_entropy)}, fixed=fixed)
+    task = Task(
+        model=normalised,
+        data={"train": (X, Y)},
+        losses={"train": Loss(F.cross_entropy)},
+        fixed=fixed,
+    )
     batch_size = 20 if norm_stats == "batch" else None
     settings = {"norm_stats": norm_stats, "batch_size": batch_size, "tolerance": float("inf")}
     notes = replayed(tmp_path / "iterates", tmp_path / "run", task, **settings)[1]
-    notes = [note for note in notes if "--norm-stats recalibrated" not in note]  # which compares the two modes
+    # which compares the two modes
+    notes = [note for note in notes if "--norm-stats recalibrated" not in note]
     assert [note for note in notes if "running statistics are still 0 and 1" in note] == notes
     assert len(notes) == said
-    assert all("'1.running_mean', '1.running_var'" in note and "--norm-stats batch" in note for note in notes)
+    assert all(
+        "'1.running_mean', '1.running_var'" in note and "--norm-stats batch" in note
+        for note in notes
+    )
 
 
-# --- what a function was given, where it fails --------------------------------------------------------------------------
+# --- what a function was given, where it fails
+# --------------------------------------------------------------------------
 
 
 def keras_order(y_true: Tensor, y_pred: Tensor) -> Tensor:
@@ -541,7 +638,10 @@ class Tokens(nn.Module):
         return self.out(self.embed(tokens).mean(1))
 
 
-OUTPUTS, CODES = "outputs, what the model returned, is a float32 tensor of shape [2, 3]", "an int64 tensor of shape [2]"
+OUTPUTS, CODES = (
+    "outputs, what the model returned, is a float32 tensor of shape [2, 3]",
+    "an int64 tensor of shape [2]",
+)
 FAILING: dict[str, tuple[Loss, Callable[[], nn.Module], Any, tuple[str, ...]]] = {
     "the other order": (
         Loss(keras_order),
@@ -582,8 +682,18 @@ FAILING: dict[str, tuple[Loss, Callable[[], nn.Module], Any, tuple[str, ...]]] =
         (X, torch.ones(40, 4)),
         ("BCEWithLogitsLoss(outputs, targets)", OUTPUTS, "is a float32 tensor of shape [2, 4]"),
     ),
-    "outputs in a dict": (Loss(F.cross_entropy), Keyed, (X, Y), ("a dict with 'logits'", CODES, "TypeError: ")),
-    "float tokens": (Loss(F.cross_entropy), Tokens, (X, Y), ("model(inputs)", "a float32 tensor of shape [2, 6]")),
+    "outputs in a dict": (
+        Loss(F.cross_entropy),
+        Keyed,
+        (X, Y),
+        ("a dict with 'logits'", CODES, "TypeError: "),
+    ),
+    "float tokens": (
+        Loss(F.cross_entropy),
+        Tokens,
+        (X, Y),
+        ("model(inputs)", "a float32 tensor of shape [2, 6]"),
+    ),
     "a partial": (
         Loss(functools.partial(keras_order)),
         net,
@@ -603,7 +713,10 @@ def test_a_function_that_fails_says_what_it_was_given(what: str) -> None:
 
 
 PLAIN: dict[str, tuple[Loss, tuple[str, ...]]] = {
-    "item": (Loss(call=lambda model, batch: model(batch[0]).mean().item()), ("returned a float", "without .item()")),
+    "item": (
+        Loss(call=lambda model, batch: model(batch[0]).mean().item()),
+        ("returned a float", "without .item()"),
+    ),
     "float": (
         Loss(lambda outputs, targets: float(outputs.detach().mean())),
         ("returned a float", "one value per element"),
@@ -616,7 +729,10 @@ PLAIN: dict[str, tuple[Loss, tuple[str, ...]]] = {
         Loss(lambda outputs, targets: int((outputs.argmax(1) == targets).sum())),
         ("returned an int", ".item()"),
     ),
-    "classes": (Loss(call=lambda model, batch: model(batch[0]).argmax(1)), ("returned an int64 tensor of shape [2]",)),
+    "classes": (
+        Loss(call=lambda model, batch: model(batch[0]).argmax(1)),
+        ("returned an int64 tensor of shape [2]",),
+    ),
     "nothing": (Loss(lambda outputs, targets: None), ("returned None",)),
 }
 

@@ -1,4 +1,6 @@
-"""The losses of docs/examples/losses.py, each against the oracle and a definition written by hand."""
+"""The losses of docs/examples/losses.py, each against the oracle and a definition written by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,12 @@ from .small import says
 from .test_numerics import arrays, worst_error
 
 BOUND = 1e-5  # numerics 7, float32
-FIXED: dict[str, Any] = {"cluster": "inline", "device": "cpu", "tolerance": math.inf, "batch_size": 7}
+FIXED: dict[str, Any] = {
+    "cluster": "inline",
+    "device": "cpu",
+    "tolerance": math.inf,
+    "batch_size": 7,
+}
 
 
 def _imported(path: Path) -> ModuleType:
@@ -46,7 +53,8 @@ def _imported(path: Path) -> ModuleType:
 losses = _imported(Path(__file__).parent.parent / "docs" / "examples" / "losses.py")
 
 
-# --- models ------------------------------------------------------------------------------------------------------------
+# --- models
+# ------------------------------------------------------------------------------------------------------------
 
 
 def three_outputs() -> nn.Module:
@@ -63,7 +71,9 @@ class TwoInputs(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Predicts the next token from the mean of those before it, with the outputs of a `transformers` model."""
+    """Predicts the next token from the mean of those before it, with the outputs of a
+    `transformers` model.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,12 +85,14 @@ class LanguageModel(nn.Module):
         return SimpleNamespace(logits=self.head(torch.tanh(self.drop(mean))))
 
 
-# --- data: 23 examples, in batches of 7 ----------------------------------------------------------------------------------
+# --- data: 23 examples, in batches of 7
+# ----------------------------------------------------------------------------------
 
 GENERATOR = torch.Generator().manual_seed(5)
 INPUTS, OTHERS = torch.randn(2, 23, 6, generator=GENERATOR)
 TARGETS = torch.randint(0, 3, (23,), generator=GENERATOR)
-UNLABELLED = torch.where((torch.arange(23) < 8) | (torch.arange(23) % 5 == 0), 255, TARGETS)  # all of the first batch
+# all of the first batch
+UNLABELLED = torch.where((torch.arange(23) < 8) | (torch.arange(23) % 5 == 0), 255, TARGETS)
 LABELS = (torch.rand(23, 3, generator=GENERATOR) < 0.3).float()
 NUMBERS = torch.randn(23, 3, generator=GENERATOR) * 2
 SCORES = torch.rand(23, generator=GENERATOR)
@@ -90,13 +102,21 @@ TEXT = {"input_ids": TOKENS, "attention_mask": (torch.arange(9) < LENGTHS).long(
 DOMAINS = [("web", "books", "code")[index % 5 % 3] for index in range(23)]
 
 
-# --- each loss by its definition -----------------------------------------------------------------------------------------
+# --- each loss by its definition
+# -----------------------------------------------------------------------------------------
 
 
 def classes(
-    model: nn.Module, batch: Batch, *, weight: Sequence[float] = (1, 1, 1), ignored: int = -100, smoothing: float = 0
+    model: nn.Module,
+    batch: Batch,
+    *,
+    weight: Sequence[float] = (1, 1, 1),
+    ignored: int = -100,
+    smoothing: float = 0,
 ) -> tuple[Tensor, Tensor]:
-    """−Σ_c q_c w_c log p_c / w_y, of weight w_y, where q is the target, smoothed; ignored targets weigh nothing."""
+    """−Σ_c q_c w_c log p_c / w_y, of weight w_y, where q is the target, smoothed; ignored targets
+    weigh nothing.
+    """
     outputs, targets, weights = model(batch[0]), batch[1], torch.tensor(weight, dtype=torch.float64)
     log_p = outputs - outputs.logsumexp(1, keepdim=True)
     known = targets != ignored
@@ -133,7 +153,10 @@ def pair_squares(model: nn.Module, batch: Batch) -> Tensor:
 def tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     ids, mask = batch
     logits = model(ids, mask).logits
-    chosen = torch.stack([logits[:, at, :].gather(1, ids[:, at + 1, None])[:, 0] for at in range(ids.shape[1] - 1)], 1)
+    chosen = torch.stack(
+        [logits[:, at, :].gather(1, ids[:, at + 1, None])[:, 0] for at in range(ids.shape[1] - 1)],
+        1,
+    )
     return logits.logsumexp(2)[:, :-1] - chosen, mask[:, 1:].to(logits.dtype)
 
 
@@ -142,7 +165,9 @@ def squared_parameters(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def absolute_kernels(model: nn.Module, batch: Batch) -> Tensor:
-    return 1e-3 * sum(each.abs().sum() for name, each in model.named_parameters() if "weight" in name).reshape(1)
+    return 1e-3 * sum(
+        each.abs().sum() for name, each in model.named_parameters() if "weight" in name
+    ).reshape(1)
 
 
 def everything(model: nn.Module, batch: Batch) -> Tensor:
@@ -150,24 +175,33 @@ def everything(model: nn.Module, batch: Batch) -> Tensor:
     return mean + squared_parameters(model, batch) + absolute_kernels(model, batch)
 
 
-def own_mean(function: Callable[..., Tensor], **settings: Any) -> Callable[[nn.Module, Batch], Tensor]:
-    return lambda model, batch: function(model(*batch[:-1]), batch[-1], reduction="mean", **settings)
+def own_mean(
+    function: Callable[..., Tensor], **settings: Any
+) -> Callable[[nn.Module, Batch], Tensor]:
+    return lambda model, batch: function(
+        model(*batch[:-1]), batch[-1], reduction="mean", **settings
+    )
 
 
 def token_mean(model: nn.Module, batch: Batch) -> Tensor:
     ids, mask = batch
     wanted = ids.masked_fill(mask == 0, -100)[:, 1:]
-    return F.cross_entropy(model(ids, mask).logits[:, :-1].flatten(0, 1), wanted.flatten(), reduction="mean")
+    return F.cross_entropy(
+        model(ids, mask).logits[:, :-1].flatten(0, 1), wanted.flatten(), reduction="mean"
+    )
 
 
-# --- the examples --------------------------------------------------------------------------------------------------------
+# --- the examples
+# --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Example:
-    """Losses by name, the same ones as `values(model, batch)` for the oracle, and torch's own mean over a whole split.
+    """Losses by name, the same ones as `values(model, batch)` for the oracle, and torch's own mean
+    over a whole split.
 
-    `groups` has a label for each example where the losses are grouped; iterates are those of training by the first loss.
+    `groups` has a label for each example where the losses are grouped; iterates are those of
+    training by the first loss.
     """
 
     losses: Mapping[str, Loss]
@@ -184,7 +218,10 @@ class Example:
     def parts(self) -> list[Batch]:
         """The examples of each group, of ascending label; all of them where there are no groups."""
         given = list(self.groups) if self.groups is not None else [0] * len(self.columns[0])
-        chosen = [[row for row, label in enumerate(given) if label == wanted] for wanted in sorted(set(given))]
+        chosen = [
+            [row for row, label in enumerate(given) if label == wanted]
+            for wanted in sorted(set(given))
+        ]
         return [tuple(each[rows] for each in self.columns) for rows in chosen]
 
 
@@ -202,7 +239,10 @@ EXAMPLES = {
         own_mean(F.cross_entropy, ignore_index=255),
     ),
     "weighing_classes": one(
-        losses.weighing_classes(), partial(classes, weight=WEIGHT), LABELLED, own_mean(F.cross_entropy, weight=WIDE)
+        losses.weighing_classes(),
+        partial(classes, weight=WEIGHT),
+        LABELLED,
+        own_mean(F.cross_entropy, weight=WIDE),
     ),
     "smoothing_labels": one(
         losses.smoothing_labels(),
@@ -224,14 +264,28 @@ EXAMPLES = {
     ),
     "focal": one(losses.focal(), confident, LABELLED),
     "squared_error": one(losses.squared_error(), squares, (INPUTS, NUMBERS), own_mean(F.mse_loss)),
-    "huber": one(losses.huber(), bounded_squares, (INPUTS, NUMBERS), own_mean(F.huber_loss, delta=0.5)),
-    "pairs": one(losses.pairs(), pair_squares, (INPUTS, OTHERS, SCORES), own_mean(F.mse_loss), build=TwoInputs),
+    "huber": one(
+        losses.huber(), bounded_squares, (INPUTS, NUMBERS), own_mean(F.huber_loss, delta=0.5)
+    ),
+    "pairs": one(
+        losses.pairs(),
+        pair_squares,
+        (INPUTS, OTHERS, SCORES),
+        own_mean(F.mse_loss),
+        build=TwoInputs,
+    ),
     "language_model": one(losses.language_model(), tokens, TEXT, token_mean, build=LanguageModel),
     "regularised": Example(
-        losses.regularised(), {"data": classes, "l2": squared_parameters, "l1": absolute_kernels}, LABELLED
+        losses.regularised(),
+        {"data": classes, "l2": squared_parameters, "l1": absolute_kernels},
+        LABELLED,
     ),
-    "by_class": one(losses.by_class(), classes, LABELLED, own_mean(F.cross_entropy), groups=TARGETS.tolist()),
-    "by_domain": one(losses.by_domain(DOMAINS), tokens, TEXT, token_mean, build=LanguageModel, groups=DOMAINS),
+    "by_class": one(
+        losses.by_class(), classes, LABELLED, own_mean(F.cross_entropy), groups=TARGETS.tolist()
+    ),
+    "by_domain": one(
+        losses.by_domain(DOMAINS), tokens, TEXT, token_mean, build=LanguageModel, groups=DOMAINS
+    ),
 }
 
 
@@ -240,11 +294,19 @@ class Replayed:
 
     def __init__(self, root: Path, example: Example) -> None:
         self.example = example
-        case = Case(example.build, lambda: {"train": example.columns}, example.losses, example.values)
+        case = Case(
+            example.build, lambda: {"train": example.columns}, example.losses, example.values
+        )
         iterates = case.record(root / "iterates", steps=5)
         self.checkpoints = [load_file(path) for path in sorted(iterates.glob("*.safetensors"))]
         task = Task(example.build, {"train": example.data}, example.losses)
-        settings = {"cluster": "inline", "device": "cpu", "batch_size": 7, "tolerance": math.inf, "losses": ["all"]}
+        settings = {
+            "cluster": "inline",
+            "device": "cpu",
+            "batch_size": 7,
+            "tolerance": math.inf,
+            "losses": ["all"],
+        }
         self.run: Run = run(iterates, task, out=root / "run", **settings)
 
     def allocation(self, loss: str, group: int) -> dict[str, np.ndarray]:
@@ -270,26 +332,36 @@ def replayed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Replay
 
 def path_of(results: Any) -> np.ndarray:
     """The loss at every checkpoint, (steps + 1[, groups])."""
-    return np.concatenate([results.steps["loss_start"].values, results.steps["loss_end"].values[-1:]])
+    return np.concatenate(
+        [results.steps["loss_start"].values, results.steps["loss_end"].values[-1:]]
+    )
 
 
 def test_every_loss_of_the_examples_is_tested() -> None:
     public = {
-        name for name, each in inspect.getmembers(losses, inspect.isfunction) if each.__module__ == losses.__name__
+        name
+        for name, each in inspect.getmembers(losses, inspect.isfunction)
+        if each.__module__ == losses.__name__
     }
-    assert {name for name in public if "Loss" in str(inspect.signature(getattr(losses, name)).return_annotation)} == {
-        *EXAMPLES
-    }
+    assert {
+        name
+        for name in public
+        if "Loss" in str(inspect.signature(getattr(losses, name)).return_annotation)
+    } == {*EXAMPLES}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_is_allocated_as_its_definition_says(replayed: Callable[[str], Replayed], name: str) -> None:
+def test_an_example_is_allocated_as_its_definition_says(
+    replayed: Callable[[str], Replayed], name: str
+) -> None:
     found = replayed(name)
     for loss, values in found.example.values.items():
         for group, part in enumerate(found.example.parts()):
             wanted, at_checkpoints = found.truth(values, part)
             assert worst_error(found.allocation(loss, group), wanted) <= BOUND
-            of_group = path_of(found.run[loss])[(slice(None), *([group] if found.example.groups is not None else []))]
+            of_group = path_of(found.run[loss])[
+                (slice(None), *([group] if found.example.groups is not None else []))
+            ]
             assert of_group == pytest.approx(at_checkpoints, rel=1e-6)
 
 
@@ -301,7 +373,9 @@ def test_the_loss_of_an_example_is_torchs_own_mean_over_the_whole_split(
     example, model = found.example, found.example.build().double().eval()
     whole = tuple(each.double() if each.is_floating_point() else each for each in example.columns)
     weights = found.run["train"].steps["weight"].values[0]
-    for checkpoint, at_checkpoint in zip(found.checkpoints, path_of(found.run["train"]), strict=True):
+    for checkpoint, at_checkpoint in zip(
+        found.checkpoints, path_of(found.run["train"]), strict=True
+    ):
         model.load_state_dict(checkpoint)
         assert example.mean is not None
         with torch.no_grad():
@@ -332,7 +406,8 @@ def test_the_l2_term_gives_each_parameter_half_of_l2_times_the_change_of_its_squ
             assert allocation[name][segment] == pytest.approx(exact.numpy(), rel=1e-4, abs=1e-11)
 
 
-# --- losses that write into what they are given --------------------------------------------------------------------------
+# --- losses that write into what they are given
+# --------------------------------------------------------------------------
 
 Record = dict[str, Any]
 RECORDS: Record = {"x": INPUTS, "y": TARGETS, "seen": (INPUTS > 9) / 1.0}
@@ -404,10 +479,20 @@ def test_a_loss_that_writes_into_its_batch_is_refused(tmp_path: Path, name: str)
     iterates = Case(build, lambda: {"train": LABELLED}, {"train": loss}, {"train": classes}).record(
         tmp_path / "it", steps=1
     )
-    data = {key: each.clone() for key, each in data.items()} if isinstance(data, dict) else (data[0].clone(), data[1])
+    data = (
+        {key: each.clone() for key, each in data.items()}
+        if isinstance(data, dict)
+        else (data[0].clone(), data[1])
+    )
     losses = {"plain": Loss(call=of_record) if isinstance(data, dict) else loss, "writing": loss}
     with pytest.raises(InputError) as caught:
-        run(iterates, Task(build, {"train": data}, losses), losses=["writing"], out=tmp_path / "run", **FIXED)
+        run(
+            iterates,
+            Task(build, {"train": data}, losses),
+            losses=["writing"],
+            out=tmp_path / "run",
+            **FIXED,
+        )
     says(str(caught.value), "loss 'writing' writes into its batch", place, ".clone()")
     assert not (tmp_path / "run").exists()
 
@@ -418,9 +503,15 @@ def test_a_loss_that_writes_into_a_copy_leaves_the_one_beside_it_alone(tmp_path:
 
     values: dict[str, Values] = {"ablated": ablated, "plain": classes}
     losses = {"ablated": Loss(call=ablated_copy), "plain": Loss(call=of_record)}
-    iterates = Case(three_outputs, lambda: {"train": LABELLED}, losses, values).record(tmp_path / "it", steps=3)
+    iterates = Case(three_outputs, lambda: {"train": LABELLED}, losses, values).record(
+        tmp_path / "it", steps=3
+    )
     found = run(
-        iterates, Task(three_outputs, {"train": RECORDS}, losses), losses=["all"], out=tmp_path / "run", **FIXED
+        iterates,
+        Task(three_outputs, {"train": RECORDS}, losses),
+        losses=["all"],
+        out=tmp_path / "run",
+        **FIXED,
     )
     checkpoints = [load_file(path) for path in sorted(iterates.glob("*.safetensors"))]
     for name, each in values.items():

@@ -1,4 +1,6 @@
-"""Models as they are met: each is allocated as the oracle says, or refused with its culprit named."""
+"""Models as they are met: each is allocated as the oracle says, or refused with its culprit
+named.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,8 @@ def one_group(model: nn.Module) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Met:
-    """A model with its data and its loss, the same loss for the oracle, and how its parameters are optimised.
+    """A model with its data and its loss, the same loss for the oracle, and how its parameters are
+    optimised.
 
     `trained` is what was trained where that is not what `build` gives.
     """
@@ -76,8 +79,12 @@ class Met:
     def task(self, **more: Any) -> Task:
         return Task(self.build, {"train": self.data}, {"train": self.loss}, **more)
 
-    def record(self, directory: Path, part: Callable[[nn.Module], nn.Module] = lambda model: model) -> Path:
-        """Train for three steps by SGD with momentum and save every iterate, of a part of the model where one is given."""
+    def record(
+        self, directory: Path, part: Callable[[nn.Module], nn.Module] = lambda model: model
+    ) -> Path:
+        """Train for three steps by SGD with momentum and save every iterate, of a part of the model
+        where one is given.
+        """
         with seeded(4):
             model = (self.trained or self.build)().train()
             optimizer = torch.optim.SGD(self.optimised(model), momentum=0.9)
@@ -92,20 +99,31 @@ class Met:
         return directory
 
 
-def replay(met: Met, iterates: Path, out: Path, *, task: Task | None = None, **settings: Any) -> Run:
-    fixed = {"cluster": "inline", "device": "cpu", "tolerance": math.inf, "norm_stats": met.norm_stats}
+def replay(
+    met: Met, iterates: Path, out: Path, *, task: Task | None = None, **settings: Any
+) -> Run:
+    fixed = {
+        "cluster": "inline",
+        "device": "cpu",
+        "tolerance": math.inf,
+        "norm_stats": met.norm_stats,
+    }
     return run(iterates, task or met.task(), out=out, **{"batch_size": BATCH, **fixed, **settings})
 
 
 def points(iterates: Path, met: Met) -> list[dict[str, Tensor]]:
     """Every tensor at every checkpoint: what files do not hold is as the model was built."""
     model = (met.trained or met.build)()
-    built = {name: each.detach() for name, each in [*model.named_parameters(), *model.named_buffers()]}
+    built = {
+        name: each.detach() for name, each in [*model.named_parameters(), *model.named_buffers()]
+    }
     return [{**built, **load_file(path)} for path in sorted(iterates.glob("*.safetensors"))]
 
 
 def assert_the_oracle_agrees(met: Met, replayed: Run, iterates: Path) -> None:
-    """Allocations within numerics 7's bound and losses, of every group; what has no variable cannot have moved the loss."""
+    """Allocations within numerics 7's bound and losses, of every group; what has no variable cannot
+    have moved the loss.
+    """
     results = replayed["train"]
     given = list(met.groups) if met.groups is not None else [0] * 23
     for group, label in enumerate(sorted(set(given))):
@@ -122,18 +140,26 @@ def assert_the_oracle_agrees(met: Met, replayed: Run, iterates: Path) -> None:
         wanted = {name: each.numpy() for name, each in truth.stacked().items()}
         at = (slice(None), *([group] if met.groups is not None else []))
         found = {name: each[at] for name, each in arrays(results.allocation).items()}
-        assert {name: each.shape for name, each in found.items()} == {name: wanted[name].shape for name in found}
+        assert {name: each.shape for name, each in found.items()} == {
+            name: wanted[name].shape for name in found
+        }
         assert not any(wanted[name].any() for name in wanted.keys() - found.keys())
         assert worst_error(found, {name: wanted[name] for name in found}) <= BOUND
-        path = [*results.steps["loss_start"].values[at], results.steps["loss_end"].values[-1:][at][0]]
+        path = [
+            *results.steps["loss_start"].values[at],
+            results.steps["loss_end"].values[-1:][at][0],
+        ]
         assert path == pytest.approx(truth.losses, rel=1e-6)
 
 
-# --- models ------------------------------------------------------------------------------------------------------------
+# --- models
+# ------------------------------------------------------------------------------------------------------------
 
 
 def frozen() -> nn.Module:
-    model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 4))
+    model = nn.Sequential(
+        nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 4)
+    )
     model[0].weight.requires_grad_(False)
     model[2].bias.requires_grad_(False)
     return model
@@ -160,7 +186,9 @@ class Tied(nn.Module):
 
 
 class Buffers(nn.Module):
-    """A counter, and buffers that are read: one that moves, two that do not, two that no checkpoint holds."""
+    """A counter, and buffers that are read: one that moves, two that do not, two that no checkpoint
+    holds.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,11 +222,15 @@ class ByKeyword(nn.Module):
         self.left, self.right = nn.Linear(12, 5), nn.Linear(12, 5)
 
     def forward(self, *, left: Tensor, right: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
-        return {"score": scale * (torch.tanh(self.left(left)) * torch.tanh(self.right(right))).sum(1)}
+        return {
+            "score": scale * (torch.tanh(self.left(left)) * torch.tanh(self.right(right))).sum(1)
+        }
 
 
 def keyword_values(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    return (model(left=batch["left"], right=batch["right"], scale=2.0)["score"] - batch["score"]) ** 2
+    return (
+        model(left=batch["left"], right=batch["right"], scale=2.0)["score"] - batch["score"]
+    ) ** 2
 
 
 def tuple_values(model: nn.Module, batch: Batch) -> Tensor:
@@ -206,15 +238,25 @@ def tuple_values(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def normed(norm: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """A layer of four channels between convolutions, so that what it does is not undone by what follows."""
+    """A layer of four channels between convolutions, so that what it does is not undone by what
+    follows.
+    """
     return lambda: nn.Sequential(
-        nn.Conv2d(2, 4, 3), norm(), nn.Tanh(), nn.Conv2d(4, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(36, 4)
+        nn.Conv2d(2, 4, 3),
+        norm(),
+        nn.Tanh(),
+        nn.Conv2d(4, 4, 2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(36, 4),
     )
 
 
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "SyncBatchNorm": partial(nn.SyncBatchNorm, 4),
-    "InstanceNorm2d, tracking": partial(nn.InstanceNorm2d, 4, affine=True, track_running_stats=True),
+    "InstanceNorm2d, tracking": partial(
+        nn.InstanceNorm2d, 4, affine=True, track_running_stats=True
+    ),
     "InstanceNorm2d": partial(nn.InstanceNorm2d, 4),
     "InstanceNorm2d, affine": partial(nn.InstanceNorm2d, 4, affine=True),
     "GroupNorm": partial(nn.GroupNorm, 2, 4),
@@ -223,7 +265,9 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
 }
 UNTRACKED: dict[str, Callable[[], nn.Module]] = {
     "BatchNorm2d": partial(nn.BatchNorm2d, 4, track_running_stats=False),
-    "BatchNorm2d, affine=False": partial(nn.BatchNorm2d, 4, affine=False, track_running_stats=False),
+    "BatchNorm2d, affine=False": partial(
+        nn.BatchNorm2d, 4, affine=False, track_running_stats=False
+    ),
     "SyncBatchNorm": partial(nn.SyncBatchNorm, 4, track_running_stats=False),
 }
 
@@ -245,7 +289,9 @@ def stochastic_depth() -> nn.Module:
 
 
 class Turned(nn.Module):
-    """Pairs of features turned in the plane by complex tables, as rotary embeddings are; one of them is in the checkpoints."""
+    """Pairs of features turned in the plane by complex tables, as rotary embeddings are; one of
+    them is in the checkpoints.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -279,7 +325,10 @@ class ReturnsNothing(nn.Module):
 class Filter(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.filter, self.linear = nn.Parameter(torch.randn(7, dtype=torch.complex64)), nn.Linear(12, 4)
+        self.filter, self.linear = (
+            nn.Parameter(torch.randn(7, dtype=torch.complex64)),
+            nn.Linear(12, 4),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(torch.tanh(torch.fft.irfft(torch.fft.rfft(x) * self.filter)))
@@ -349,7 +398,9 @@ class Auxiliary(nn.Module):
 
 def sparse(is_sparse: bool = True) -> nn.Module:
     """Rows that are looked up several times in a batch, whose gradients add up."""
-    return nn.Sequential(nn.Embedding(5, 6, sparse=is_sparse), nn.Flatten(), nn.Tanh(), nn.Linear(18, 4))
+    return nn.Sequential(
+        nn.Embedding(5, 6, sparse=is_sparse), nn.Flatten(), nn.Tanh(), nn.Linear(18, 4)
+    )
 
 
 class Untied(nn.Module):
@@ -384,12 +435,17 @@ MET = {
     "buffers": Met(Buffers),
     "lazy layers": Met(lazy, trained=not_lazy),
     "inputs by keyword": Met(
-        ByKeyword, {"left": INPUTS, "right": OTHERS, "score": INPUTS[:, 0]}, Loss(call=keyword_values), tuple_values
+        ByKeyword,
+        {"left": INPUTS, "right": OTHERS, "score": INPUTS[:, 0]},
+        Loss(call=keyword_values),
+        tuple_values,
     ),
     "stochastic depth": Met(stochastic_depth),
     "complex buffers": Met(Turned),
     "sparse gradients": Met(
-        sparse, (INPUTS[:, :3].gt(0) * torch.tensor([1, 2, 1]), TARGETS), trained=partial(sparse, False)
+        sparse,
+        (INPUTS[:, :3].gt(0) * torch.tensor([1, 2, 1]), TARGETS),
+        trained=partial(sparse, False),
     ),
     "sparse gradients, a loss with groups": Met(
         sparse,
@@ -405,7 +461,9 @@ MET = {
         if "Batch" in name
     },
     **{
-        f"{name}, no statistics, batch statistics": Met(normed(norm), (IMAGES, TARGETS), norm_stats="batch")
+        f"{name}, no statistics, batch statistics": Met(
+            normed(norm), (IMAGES, TARGETS), norm_stats="batch"
+        )
         for name, norm in UNTRACKED.items()
     },
 }
@@ -417,23 +475,32 @@ def test_a_model_is_allocated_as_the_oracle_says(tmp_path: Path, name: str) -> N
     iterates = met.record(tmp_path / "iterates")
     replayed = replay(met, iterates, tmp_path / "run")
     assert_the_oracle_agrees(met, replayed, iterates)
-    assert all(each.any() for key, each in arrays(replayed["train"].allocation).items() if moved(iterates, key))
+    assert all(
+        each.any()
+        for key, each in arrays(replayed["train"].allocation).items()
+        if moved(iterates, key)
+    )
 
 
 def moved(iterates: Path, name: str) -> bool:
     first, *_, last = (load_file(path)[name] for path in sorted(iterates.iterdir()))
-    return not torch.equal(first, last) and name != "0.bias"  # a bias before a normalisation has no effect
+    # a bias before a normalisation has no effect
+    return not torch.equal(first, last) and name != "0.bias"
 
 
 def test_frozen_parameters_get_nothing_and_the_others_do(tmp_path: Path) -> None:
     met = MET["frozen parameters, groups of learning rates"]
-    found = arrays(replay(met, met.record(tmp_path / "iterates"), tmp_path / "run")["train"].allocation)
+    found = arrays(
+        replay(met, met.record(tmp_path / "iterates"), tmp_path / "run")["train"].allocation
+    )
     assert [name for name, each in found.items() if not each.any()] == ["0.weight", "2.bias"]
 
 
 def test_buffers_have_a_variable_where_they_float_and_are_stored(tmp_path: Path) -> None:
     met = MET["buffers"]
-    found = arrays(replay(met, met.record(tmp_path / "iterates"), tmp_path / "run")["train"].allocation)
+    found = arrays(
+        replay(met, met.record(tmp_path / "iterates"), tmp_path / "run")["train"].allocation
+    )
     assert found.keys() == {"linear.weight", "linear.bias", "centre", "slope"}
     assert found["centre"].any()
     assert not found["slope"].any()
@@ -464,7 +531,9 @@ def test_complex_parameters_are_refused_with_the_way_to_keep_them(tmp_path: Path
     iterates = met.record(tmp_path / "iterates")
     with pytest.raises(InputError) as caught:
         replay(met, iterates, tmp_path / "run")
-    says(str(caught.value), "parameter 'filter' is complex", "shape [7, 2]", "torch.view_as_complex")
+    says(
+        str(caught.value), "parameter 'filter' is complex", "shape [7, 2]", "torch.view_as_complex"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -493,7 +562,8 @@ def test_parameters_that_move_without_the_loss_depending_on_them_are_named(tmp_p
     assert_the_oracle_agrees(met, replayed, iterates)
     assert not arrays(replayed["train"].allocation)["second.weight"].any()
     assert [event.text for event in heard if isinstance(event, Note)] == [
-        "tensors moved without loss 'train' depending on them (allocated 0): second.bias, second.weight"
+        "tensors moved without loss 'train' depending on them (allocated 0): second.bias, "
+        "second.weight"
     ]
 
 
@@ -523,8 +593,12 @@ def test_modules_that_derive_weights_when_set_to_eval_are_refused(
         (weighted_by_the_detached_model, "it depends on the model"),
     ],
 )
-def test_weights_that_depend_on_the_model_are_refused_detached_or_not(tmp_path: Path, call: Any, words: str) -> None:
-    """Detached they are other constants at every point, and the loss is not the function whose gradient is taken."""
+def test_weights_that_depend_on_the_model_are_refused_detached_or_not(
+    tmp_path: Path, call: Any, words: str
+) -> None:
+    """Detached they are other constants at every point, and the loss is not the function whose
+    gradient is taken.
+    """
     met = Met(partial(nn.Linear, 12, 4), loss=Loss(call=call))
     iterates = met.record(tmp_path / "iterates")
     with pytest.raises(InputError) as caught:
@@ -548,9 +622,18 @@ def summed(outputs: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
         (nn.KLDivLoss(), None),
         (F.kl_div, None),
     ],
-    ids=["batchmean, a module", "sum, a partial", "sum, by default", "none", "mean, a module", "mean"],
+    ids=[
+        "batchmean, a module",
+        "sum, a partial",
+        "sum, by default",
+        "none",
+        "mean, a module",
+        "mean",
+    ],
 )
-def test_a_reduction_that_is_not_used_is_said_to_be_replaced(tmp_path: Path, fn: Any, given: str | None) -> None:
+def test_a_reduction_that_is_not_used_is_said_to_be_replaced(
+    tmp_path: Path, fn: Any, given: str | None
+) -> None:
     shares = OTHERS[:, :4].softmax(1)
     met, heard = Met(log_shares, (INPUTS, shares), Loss(fn), divergence), list[Any]()
     iterates = met.record(tmp_path / "iterates")
@@ -559,7 +642,11 @@ def test_a_reduction_that_is_not_used_is_said_to_be_replaced(tmp_path: Path, fn:
     notes = [event.text for event in heard if isinstance(event, Note)]
     assert len(notes) == (given is not None)
     if given:
-        says(notes[0], f"loss 'train' was given reduction={given!r}", "here it is the mean over its elements")
+        says(
+            notes[0],
+            f"loss 'train' was given reduction={given!r}",
+            "here it is the mean over its elements",
+        )
 
 
 def log_shares() -> nn.Module:
@@ -579,7 +666,12 @@ def test_a_model_that_ties_what_was_trained_apart_is_refused_where_the_first_che
     iterates = met.record(tmp_path / "iterates")
     with pytest.raises(InputError) as caught:
         replay(met, iterates, tmp_path / "run")
-    says(str(caught.value), "'one.weight' and 'other.weight' differ", "(step 3)", "Build the model that was trained")
+    says(
+        str(caught.value),
+        "'one.weight' and 'other.weight' differ",
+        "(step 3)",
+        "Build the model that was trained",
+    )
 
 
 def test_ties_are_not_looked_for_at_a_last_checkpoint_that_diverged(tmp_path: Path) -> None:
@@ -589,7 +681,11 @@ def test_ties_are_not_looked_for_at_a_last_checkpoint_that_diverged(tmp_path: Pa
         held = load_file(path)
         held["one.weight"] = held["one.weight"] / (0 if step == 3 else 1)
         save_file({**held, "other.weight": held["one.weight"].clone()}, path)
-    with pytest.raises(LCAError, match=r"1 span failed; the others are complete.* holds 144 NaN or Inf"):
+    with pytest.raises(
+        LCAError,
+        match=r"1 span failed; the others are complete.* holds 144 NaN or "
+        r"Inf",
+    ):
         replay(met, iterates, tmp_path / "run", span=1)
     assert (tmp_path / "run").exists()
 
@@ -602,11 +698,17 @@ def test_batch_norm_that_tracks_nothing_is_refused_where_statistics_are_the_stor
     iterates = met.record(tmp_path / "iterates")
     with pytest.raises(InputError) as caught:
         replay(met, iterates, tmp_path / "run")
-    says(str(caught.value), "batch-norm layer", "track_running_stats=False", "--norm-stats batch --batch-size N")
+    says(
+        str(caught.value),
+        "batch-norm layer",
+        "track_running_stats=False",
+        "--norm-stats batch --batch-size N",
+    )
     assert not (tmp_path / "run").exists()
 
 
-# --- networks beside the model --------------------------------------------------------------------------------------------
+# --- networks beside the model
+# --------------------------------------------------------------------------------------------
 
 
 def teacher() -> nn.Module:
@@ -651,7 +753,9 @@ def normed_and_compiled() -> nn.Module:
 
 STUDENTS: dict[str, Callable[[], nn.Module]] = {
     "BatchNorm2d": normed(partial(nn.BatchNorm2d, 4)),
-    "BatchNorm2d that tracks nothing": normed(partial(nn.BatchNorm2d, 4, track_running_stats=False)),
+    "BatchNorm2d that tracks nothing": normed(
+        partial(nn.BatchNorm2d, 4, track_running_stats=False)
+    ),
     "InstanceNorm2d": normed(partial(nn.InstanceNorm2d, 4, affine=True, track_running_stats=True)),
     "recomputed": Recomputed,
     "compiled in place": normed_and_compiled,
@@ -659,15 +763,28 @@ STUDENTS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("student", STUDENTS)
-def test_batch_statistics_are_the_models_and_not_those_of_its_teacher(tmp_path: Path, student: str) -> None:
-    single, double = partial(taught, teacher(), torch.float32), partial(taught, teacher().double(), torch.float64)
+def test_batch_statistics_are_the_models_and_not_those_of_its_teacher(
+    tmp_path: Path, student: str
+) -> None:
+    single, double = (
+        partial(taught, teacher(), torch.float32),
+        partial(taught, teacher().double(), torch.float64),
+    )
     plain = STUDENTS["BatchNorm2d"] if student == "compiled in place" else None
-    met = Met(STUDENTS[student], (IMAGES, TARGETS), Loss(call=single), double, norm_stats="batch", trained=plain)
+    met = Met(
+        STUDENTS[student],
+        (IMAGES, TARGETS),
+        Loss(call=single),
+        double,
+        norm_stats="batch",
+        trained=plain,
+    )
     iterates = replace(met, values=single).record(tmp_path / "iterates")
     assert_the_oracle_agrees(met, replay(met, iterates, tmp_path / "run"), iterates)
 
 
-# --- what wraps a model --------------------------------------------------------------------------------------------------
+# --- what wraps a model
+# --------------------------------------------------------------------------------------------------
 
 
 def failing_backend(graph: Any, inputs: Any) -> Any:
@@ -675,7 +792,9 @@ def failing_backend(graph: Any, inputs: Any) -> Any:
 
 
 def with_batch_norm() -> nn.Module:
-    return nn.Sequential(nn.Linear(12, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Dropout(0.3), nn.Linear(9, 4))
+    return nn.Sequential(
+        nn.Linear(12, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Dropout(0.3), nn.Linear(9, 4)
+    )
 
 
 def eager_backend(graph: Any, inputs: Any) -> Any:
@@ -714,7 +833,9 @@ def normal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
 
 def same_bits(one: Run, other: Run) -> bool:
     found, wanted = (arrays(each["train"].allocation) for each in (one, other))
-    return [each.tobytes() for each in found.values()] == [each.tobytes() for each in wanted.values()]
+    return [each.tobytes() for each in found.values()] == [
+        each.tobytes() for each in wanted.values()
+    ]
 
 
 @pytest.mark.parametrize("build", [compiled, parallel])
@@ -738,7 +859,9 @@ def test_names_a_wrapper_left_in_checkpoints_are_understood(
     wrapped = tmp_path / "wrapped"
     wrapped.mkdir()
     for path in normal[0].iterdir():
-        save_file({prefix + name: each for name, each in load_file(path).items()}, wrapped / path.name)
+        save_file(
+            {prefix + name: each for name, each in load_file(path).items()}, wrapped / path.name
+        )
     found = replay(Met(with_batch_norm), wrapped, tmp_path / "run")
     assert set(found["train"].allocation) == {"0.weight", "0.bias", "4.weight", "4.bias"} | {
         f"1.{name}" for name in ("weight", "bias", "running_mean", "running_var")
@@ -746,7 +869,8 @@ def test_names_a_wrapper_left_in_checkpoints_are_understood(
     assert same_bits(found, normal[1])
 
 
-# --- tensors checkpoints do not hold -------------------------------------------------------------------------------------
+# --- tensors checkpoints do not hold
+# -------------------------------------------------------------------------------------
 
 
 class Adapted(nn.Module):
@@ -773,7 +897,9 @@ class Adapted(nn.Module):
 
 
 def from_file() -> nn.Module:
-    """The base has the same float32 numbers whatever the default dtype, as one that is loaded from a file."""
+    """The base has the same float32 numbers whatever the default dtype, as one that is loaded from
+    a file.
+    """
     model, generator = Adapted(0), torch.Generator().manual_seed(3)
     for each in model.base.parameters():
         with torch.no_grad():
@@ -781,7 +907,11 @@ def from_file() -> nn.Module:
     return model
 
 
-ADAPTED = {"from a file": Met(from_file), "seeded": Met(partial(Adapted, 0)), "at random": Met(partial(Adapted, None))}
+ADAPTED = {
+    "from a file": Met(from_file),
+    "seeded": Met(partial(Adapted, 0)),
+    "at random": Met(partial(Adapted, None)),
+}
 
 
 def adapter_of(model: nn.Module) -> nn.Module:
@@ -793,7 +923,9 @@ def adapter_of(model: nn.Module) -> nn.Module:
     [("from a file", ["base.0.*", "bas?.1.*"]), ("seeded", ["base.*"])],
     ids=["from a file", "seeded"],
 )
-def test_a_fixed_base_is_a_constant_and_has_no_variable(tmp_path: Path, base: str, fixed: list[str]) -> None:
+def test_a_fixed_base_is_a_constant_and_has_no_variable(
+    tmp_path: Path, base: str, fixed: list[str]
+) -> None:
     met = ADAPTED[base]
     iterates = met.record(tmp_path / "iterates", adapter_of)
     replayed = replay(met, iterates, tmp_path / "run", task=met.task(fixed=fixed))
@@ -805,14 +937,18 @@ def test_a_fixed_base_is_a_constant_and_has_no_variable(tmp_path: Path, base: st
 
 @pytest.mark.parametrize("base", ["from a file", "seeded"])
 @pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
-def test_a_fixed_base_is_the_same_one_in_every_precision(tmp_path: Path, base: str, precision: str) -> None:
+def test_a_fixed_base_is_the_same_one_in_every_precision(
+    tmp_path: Path, base: str, precision: str
+) -> None:
     """torch draws other numbers from the same seed where the default dtype is float64."""
     met, heard = ADAPTED[base], list[Any]()
     iterates = met.record(tmp_path / "iterates", adapter_of)
     settings = {"precision": precision, "progress": heard.append}
     replayed = replay(met, iterates, tmp_path / "run", task=met.task(fixed=["base.*"]), **settings)
     assert [event.text for event in heard if isinstance(event, Note)] == []
-    assert np.isfinite(replayed["train"].steps["precision_error"].values[0]) == (precision != "float64")
+    assert np.isfinite(replayed["train"].steps["precision_error"].values[0]) == (
+        precision != "float64"
+    )
     if precision != "bfloat16":
         assert_the_oracle_agrees(met, replayed, iterates)
 
@@ -825,16 +961,17 @@ def test_a_base_checkpoints_do_not_hold_is_missing_unless_it_is_fixed(tmp_path: 
         replay(trainable, iterates, tmp_path / "run")
     with pytest.raises(InputError, match=r"'base\.0\.weight'.* is missing in"):
         replay(trainable, iterates, tmp_path / "run", task=trainable.task(fixed=["base.1.*"]))
-    with pytest.raises(
-        InputError, match=r"'base\.1\.running_mean'.* is missing in"
-    ):  # it is frozen, its statistics are not
+    # it is frozen, its statistics are not
+    with pytest.raises(InputError, match=r"'base\.1\.running_mean'.* is missing in"):
         replay(met, iterates, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     replayed = replay(met, iterates, tmp_path / "run", task=met.task(fixed=["base.1.*"]))
     assert_the_oracle_agrees(met, replayed, iterates)
 
 
-def test_a_pattern_of_fixed_that_matches_nothing_is_refused_with_what_there_is(tmp_path: Path) -> None:
+def test_a_pattern_of_fixed_that_matches_nothing_is_refused_with_what_there_is(
+    tmp_path: Path,
+) -> None:
     met = ADAPTED["from a file"]
     iterates = met.record(tmp_path / "iterates", adapter_of)
     with pytest.raises(InputError) as caught:
@@ -851,7 +988,9 @@ def test_a_fixed_tensor_the_checkpoints_do_hold_is_the_constant_it_is_there(tmp_
 
 
 @pytest.mark.parametrize("step", [0, 3])
-def test_a_fixed_tensor_that_is_another_one_in_the_checkpoints_is_refused(tmp_path: Path, step: int) -> None:
+def test_a_fixed_tensor_that_is_another_one_in_the_checkpoints_is_refused(
+    tmp_path: Path, step: int
+) -> None:
     met = ADAPTED["from a file"]
     iterates = met.record(tmp_path / "iterates")
     path = iterates / f"step_{step:08}.safetensors"
@@ -859,12 +998,19 @@ def test_a_fixed_tensor_that_is_another_one_in_the_checkpoints_is_refused(tmp_pa
     save_file({**held, "base.0.bias": held["base.0.bias"] + 1e-3}, path)
     with pytest.raises(InputError) as caught:
         replay(met, iterates, tmp_path / "run", task=met.task(fixed=["base.*"]))
-    says(str(caught.value), "Task.fixed names 'base.0.bias'", f"(step {step})", "Leave it out of fixed")
+    says(
+        str(caught.value),
+        "Task.fixed names 'base.0.bias'",
+        f"(step {step})",
+        "Leave it out of fixed",
+    )
     assert not (tmp_path / "run").exists()
 
 
 class Masked(nn.Module):
-    """Attention over four places, none of which sees a later one; its mask is in the checkpoints, or a constant."""
+    """Attention over four places, none of which sees a later one; its mask is in the checkpoints,
+    or a constant.
+    """
 
     def __init__(self, stored: bool = True) -> None:
         super().__init__()
@@ -882,19 +1028,33 @@ class Masked(nn.Module):
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
-def test_a_stored_mask_with_infinite_entries_is_taken_where_it_is_fixed(tmp_path: Path, precision: str) -> None:
+def test_a_stored_mask_with_infinite_entries_is_taken_where_it_is_fixed(
+    tmp_path: Path, precision: str
+) -> None:
     met = Met(Masked)
     iterates = met.record(tmp_path / "iterates")
-    with pytest.raises(InputError, match=r"'mask' holds 6 NaN or Inf .*named in Task\(fixed=\['mask'\]\)"):
+    with pytest.raises(
+        InputError,
+        match=r"'mask' holds 6 NaN or Inf .*named in "
+        r"Task\(fixed=\['mask'\]\)",
+    ):
         replay(met, iterates, tmp_path / "run")
-    replayed = replay(met, iterates, tmp_path / "run", task=met.task(fixed=["mask"]), precision=precision)
-    assert arrays(replayed["train"].allocation).keys() == {"query.weight", "query.bias", "out.weight", "out.bias"}
+    replayed = replay(
+        met, iterates, tmp_path / "run", task=met.task(fixed=["mask"]), precision=precision
+    )
+    assert arrays(replayed["train"].allocation).keys() == {
+        "query.weight",
+        "query.bias",
+        "out.weight",
+        "out.bias",
+    }
     for path in iterates.glob("*.safetensors"):
         save_file({name: each for name, each in load_file(path).items() if name != "mask"}, path)
     assert_the_oracle_agrees(Met(partial(Masked, False)), replayed, iterates)
 
 
-# --- what differs between processes ----------------------------------------------------------------------------------------
+# --- what differs between processes
+# ----------------------------------------------------------------------------------------
 
 
 class Features(nn.Module):
@@ -914,11 +1074,15 @@ class Features(nn.Module):
 
 
 def answers(task: Task | Path, held: list[str] | None = None) -> list[dict[str, Any]]:
-    """Return what two processes say of a task: the one that probes it, and one that gets the digests of the first."""
+    """Return what two processes say of a task: the one that probes it, and one that gets the
+    digests of the first.
+    """
     settings = RunSettings.of({**DEFAULTS, "device": "cpu", "batch_size": BATCH})
     entry, data = pack(task)
     broadcast.take_in("parcel", data)
-    setup = TaskSetup(task=entry, parcel="parcel", settings=settings, losses=[], stored=held, digests={})
+    setup = TaskSetup(
+        task=entry, parcel="parcel", settings=settings, losses=[], stored=held, digests={}
+    )
     state._STATES.clear()
     first = describe(to_plain(DescribeRequest(setup=setup)))
     state._STATES.clear()
@@ -938,12 +1102,22 @@ OTHER = {
 }
 
 
-def test_a_frozen_base_no_checkpoint_holds_that_is_another_one_in_every_process_is_refused() -> None:
+def test_a_frozen_base_no_checkpoint_holds_that_is_another_one_in_every_process_is_refused() -> (
+    None
+):
     held = ["adapter.0.weight", "adapter.1.weight", "head.weight", "head.bias"]
     first, second = answers(ADAPTED["at random"].task(), held=held)
     assert first["frozen"] == ["base.0.weight", "base.0.bias", "base.1.weight", "base.1.bias"]
-    says(second["error"]["message"], "frozen ones", "is not the same in this worker process", "at random")
-    assert [each.get("error") for each in answers(ADAPTED["seeded"].task(), held=held)] == [None, None]
+    says(
+        second["error"]["message"],
+        "frozen ones",
+        "is not the same in this worker process",
+        "at random",
+    )
+    assert [each.get("error") for each in answers(ADAPTED["seeded"].task(), held=held)] == [
+        None,
+        None,
+    ]
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -994,7 +1168,10 @@ def linear_iterates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("linear")
     generator = torch.Generator().manual_seed(2)
     for step in range(9):
-        tensors = {"weight": torch.randn(4, 12, generator=generator), "bias": torch.randn(4, generator=generator)}
+        tensors = {
+            "weight": torch.randn(4, 12, generator=generator),
+            "bias": torch.randn(4, generator=generator),
+        }
         save_file(tensors, root / f"step_{step}.safetensors")
     return root
 
@@ -1010,11 +1187,23 @@ def test_a_split_that_is_drawn_with_a_seed_is_the_same_in_every_process(tmp_path
     assert [answer.get("error") for answer in answers(file)] == [None, None]
 
 
-def test_a_split_that_is_drawn_anew_in_every_process_is_refused_by_name(linear_iterates: Path, tmp_path: Path) -> None:
-    settings = {"out": tmp_path / "run", "cluster": "local", "workers": 2, "device": "cpu", "span": 1}
+def test_a_split_that_is_drawn_anew_in_every_process_is_refused_by_name(
+    linear_iterates: Path, tmp_path: Path
+) -> None:
+    settings = {
+        "out": tmp_path / "run",
+        "cluster": "local",
+        "workers": 2,
+        "device": "cpu",
+        "span": 1,
+    }
     with pytest.raises(LCAError) as caught:
         run(linear_iterates, split_file(tmp_path, ""), tolerance=math.inf, **settings)
-    says(str(caught.value), "split 'held_out' is not the same in this worker process", "random_split without a seed")
+    says(
+        str(caught.value),
+        "split 'held_out' is not the same in this worker process",
+        "random_split without a seed",
+    )
 
 
 def test_data_that_is_drawn_anew_behind_examples_that_are_not_is_refused(tmp_path: Path) -> None:
@@ -1027,13 +1216,17 @@ def test_data_that_is_drawn_anew_behind_examples_that_are_not_is_refused(tmp_pat
 
 def test_a_digest_is_had_of_examples_that_do_not_stack(tmp_path: Path) -> None:
     """Two resolutions, one after the other: batches of 100 stack, examples from all over do not."""
-    images = [(torch.full((3, 8 + 8 * (at >= 300), 8 + 8 * (at >= 300)), at / 600.0), at % 4) for at in range(600)]
+    images = [
+        (torch.full((3, 8 + 8 * (at >= 300), 8 + 8 * (at >= 300)), at / 600.0), at % 4)
+        for at in range(600)
+    ]
     model = partial(nn.Sequential, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
     task = Task(model, {"all": images}, {"loss": Loss(F.cross_entropy, on="all")})
     assert [answer.get("error") for answer in answers(task)] == [None, None]
 
 
-# --- what is random in every pass ------------------------------------------------------------------------------------------
+# --- what is random in every pass
+# ------------------------------------------------------------------------------------------
 
 
 class AlwaysDropped(nn.Module):
@@ -1073,11 +1266,17 @@ def test_randomness_that_survives_eval_is_refused_and_its_module_named(
     iterates = met.record(tmp_path / "iterates")
     with pytest.raises(InputError) as caught:
         replay(met, iterates, tmp_path / "run")
-    says(str(caught.value), "not deterministic", f"the first module to differ is {culprit}.", "training=True")
+    says(
+        str(caught.value),
+        "not deterministic",
+        f"the first module to differ is {culprit}.",
+        "training=True",
+    )
     assert not (tmp_path / "run").exists()
 
 
-# --- what a forward pass writes ---------------------------------------------------------------------------------------------
+# --- what a forward pass writes
+# ---------------------------------------------------------------------------------------------
 
 
 class Clamped(nn.Module):
@@ -1154,12 +1353,19 @@ WRITERS: dict[str, tuple[Met, str]] = {
 
 @pytest.mark.parametrize("batch_size", [BATCH, None])
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_forward_pass_that_changes_the_model_is_refused(tmp_path: Path, name: str, batch_size: int | None) -> None:
+def test_a_forward_pass_that_changes_the_model_is_refused(
+    tmp_path: Path, name: str, batch_size: int | None
+) -> None:
     met, tensor = WRITERS[name]
     iterates = met.record(tmp_path / "iterates")
     with pytest.raises(InputError) as caught:
         replay(met, iterates, tmp_path / "run", batch_size=batch_size)
-    says(str(caught.value), f"loss 'train' changes tensor {tensor} of the model", "in eval mode too", "max_norm")
+    says(
+        str(caught.value),
+        f"loss 'train' changes tensor {tensor} of the model",
+        "in eval mode too",
+        "max_norm",
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -1187,9 +1393,16 @@ def test_a_forward_pass_may_count_and_replace_what_it_makes_anew(tmp_path: Path)
 def test_a_factory_that_gives_one_module_twice_is_told_so(tmp_path: Path) -> None:
     model = nn.Linear(12, 4)
     task = Task(
-        lambda: model, {"train": (torch.zeros(3, 12), torch.zeros(3, dtype=torch.int64))}, {"it": Loss(F.cross_entropy)}
+        lambda: model,
+        {"train": (torch.zeros(3, 12), torch.zeros(3, dtype=torch.int64))},
+        {"it": Loss(F.cross_entropy)},
     )
-    settings = {"device": torch.device("cpu"), "precision": "float32", "norm_stats": "running", "batch_size": None}
+    settings = {
+        "device": torch.device("cpu"),
+        "precision": "float32",
+        "norm_stats": "running",
+        "batch_size": None,
+    }
     objective = Objective(lambda: task, None, **settings)
     assert next(objective.higher.model.parameters()).dtype == torch.float64  # a copy
     with pytest.raises(InputError, match="Build a new one at every call"):

@@ -1,4 +1,6 @@
-"""Scheduler, workers and driver in network namespaces of their own: other addresses, a wire between them, and the wire cut."""
+"""Scheduler, workers and driver in network namespaces of their own: other addresses, a wire between
+them, and the wire cut.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,14 @@ import pytest
 from tests.faults import ground
 from tests.standing import Standing, end, standing
 
-ADDRESSES = {"scheduler": "10.77.0.1", "one": "10.77.0.2", "other": "10.77.0.3", "driver": "10.77.0.4"}
-NOTICED = {
-    "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "11s"
-}  # after which a silent peer is given up; the least there is, 30 s unless told
+ADDRESSES = {
+    "scheduler": "10.77.0.1",
+    "one": "10.77.0.2",
+    "other": "10.77.0.3",
+    "driver": "10.77.0.4",
+}
+# after which a silent peer is given up; the least there is, 30 s unless told
+NOTICED = {"DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "11s"}
 SPANS = 24
 
 
@@ -27,7 +33,9 @@ def ip(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 class Net:
-    """A namespace for each, all wired to a bridge in that of the scheduler; the host's own network is not touched."""
+    """A namespace for each, all wired to a bridge in that of the scheduler; the host's own network
+    is not touched.
+    """
 
     def __init__(self) -> None:
         self.names = {who: f"lca-{os.getpid()}-{who}" for who in ADDRESSES}
@@ -83,7 +91,9 @@ def net() -> Iterator[Net]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training whose replay takes a while, for its loss is over many examples, and its undisturbed run."""
+    """A training whose replay takes a while, for its loss is over many examples, and its
+    undisturbed run.
+    """
     made = ground.lay_out(tmp_path_factory.mktemp("place"), SPANS * ground.SPAN)
     heavier(made / "small_task.py")
     ground.finish(made, made / "clean.lca")
@@ -130,15 +140,20 @@ def told(out: Path, what: str) -> int:
 
 
 def lost(out: Path) -> int:
-    """Spans whose worker was out of reach: tried again, or found committed although nobody could say so."""
+    """Spans whose worker was out of reach: tried again, or found committed although nobody could
+    say so.
+    """
     return sum(
-        event["event"] == "SpanRetried" or (event["event"] == "SpanDone" and event["peak_bytes"] == 0)
+        event["event"] == "SpanRetried"
+        or (event["event"] == "SpanDone" and event["peak_bytes"] == 0)
         for event in events(out)
     )
 
 
 def who_worked(out: Path) -> set[str]:
-    return {event["worker"].partition(" ")[0] for event in events(out) if event["event"] == "SpanDone"}
+    return {
+        event["worker"].partition(" ")[0] for event in events(out) if event["event"] == "SpanDone"
+    }
 
 
 def waited(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
@@ -168,7 +183,9 @@ def test_hosts_of_their_own_give_the_bytes_of_this_process(
     assert who_worked(out) == {"one", "other"}
 
 
-def test_a_wire_that_is_cut_for_a_moment_costs_nothing(net: Net, hosts: Standing, place: Path, tmp_path: Path) -> None:
+def test_a_wire_that_is_cut_for_a_moment_costs_nothing(
+    net: Net, hosts: Standing, place: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out.lca"
     process = drive(net, hosts, place, out)
     waited(process, lambda: told(out, "SpanDone") >= 4)
@@ -192,7 +209,9 @@ def test_a_wire_that_stays_cut_loses_the_worker_and_no_number(
     net.set("one", "up")
     said = ended(process)
     ground.same_bytes(out, place / "clean.lca")
-    assert said.count("is tried again: its worker died or cannot be reached (one") == told(out, "SpanRetried")
+    assert said.count("is tried again: its worker died or cannot be reached (one") == told(
+        out, "SpanRetried"
+    )
 
 
 def test_without_any_wire_left_the_run_waits_for_workers_that_are_started_again(
@@ -210,8 +229,12 @@ def test_without_any_wire_left_the_run_waits_for_workers_that_are_started_again(
             worker.wait(timeout=60)
         for who in ("one", "other"):
             net.set(who, "up")
-        made.hire("--name", "again", "--host", ADDRESSES["other"], prefix=net.inside("other"), **NOTICED)
+        made.hire(
+            "--name", "again", "--host", ADDRESSES["other"], prefix=net.inside("other"), **NOTICED
+        )
         said = ended(process)
     ground.same_bytes(out, place / "clean.lca")
-    assert said.count("is tried again: its worker died or cannot be reached") == told(out, "SpanRetried")
+    assert said.count("is tried again: its worker died or cannot be reached") == told(
+        out, "SpanRetried"
+    )
     assert "again" in who_worked(out)

@@ -1,4 +1,6 @@
-"""Whose statistics normalisation layers have: recalibrated ones against an oracle, both modes compared, the mode said everywhere."""
+"""Whose statistics normalisation layers have: recalibrated ones against an oracle, both modes
+compared, the mode said everywhere.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,14 @@ from .cases import CASES, Batch, Case, classes
 from .oracle import Oracle, simpson
 from .small import document, lca, says
 
-# --- the oracle: a checkpoint with the statistics of the data at its weights -------------------------------------------------
+# --- the oracle: a checkpoint with the statistics of the data at its weights
+# -------------------------------------------------
 
 
 class Gathered(nn.Module):
-    """A normalisation layer in float64 that takes the statistics of the batch and keeps what it was given."""
+    """A normalisation layer in float64 that takes the statistics of the batch and keeps what it was
+    given.
+    """
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -40,11 +45,20 @@ class Gathered(nn.Module):
         self.each_instance = isinstance(norm, nn.modules.instancenorm._InstanceNorm)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(x.transpose(0, 1).flatten(2) if x.dim() > 2 else x.T[..., None])  # channels, examples, places
-        axes = [axis for axis in range(x.dim()) if axis != 1 and not (axis == 0 and self.each_instance)]
-        y = (x - x.mean(axes, keepdim=True)) / (x.var(axes, keepdim=True, correction=0) + self.norm.eps).sqrt()
+        # channels, examples, places
+        self.seen.append(x.transpose(0, 1).flatten(2) if x.dim() > 2 else x.T[..., None])
+        axes = [
+            axis for axis in range(x.dim()) if axis != 1 and not (axis == 0 and self.each_instance)
+        ]
+        y = (x - x.mean(axes, keepdim=True)) / (
+            x.var(axes, keepdim=True, correction=0) + self.norm.eps
+        ).sqrt()
         channels = [1, -1] + [1] * (x.dim() - 2)
-        return y if self.norm.weight is None else y * self.norm.weight.view(channels) + self.norm.bias.view(channels)
+        return (
+            y
+            if self.norm.weight is None
+            else y * self.norm.weight.view(channels) + self.norm.bias.view(channels)
+        )
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Of everything seen together; of instances the means over them."""
@@ -63,7 +77,10 @@ def recalibrated(
     """The checkpoint as an oracle recalibrates it, in float64."""
     model = build().double().eval()
     model.load_state_dict(
-        {name: each.double() if each.is_floating_point() else each for name, each in checkpoint.items()}
+        {
+            name: each.double() if each.is_floating_point() else each
+            for name, each in checkpoint.items()
+        }
     )
     layers: dict[str, Gathered] = {}
     for name, module in list(model.named_modules()):
@@ -74,13 +91,17 @@ def recalibrated(
     with torch.no_grad():
         for batch in batches:
             model(batch.double())
-    found = {name: each.double() if each.is_floating_point() else each for name, each in checkpoint.items()}
+    found = {
+        name: each.double() if each.is_floating_point() else each
+        for name, each in checkpoint.items()
+    }
     for name, layer in layers.items():
         found[f"{name}.running_mean"], found[f"{name}.running_var"] = layer.statistics()
     return found
 
 
-# --- networks --------------------------------------------------------------------------------------------------------------
+# --- networks
+# --------------------------------------------------------------------------------------------------------------
 
 
 def dense(norm: Callable[[int], nn.Module]) -> Callable[[], nn.Module]:
@@ -89,12 +110,19 @@ def dense(norm: Callable[[int], nn.Module]) -> Callable[[], nn.Module]:
 
 def images(norm: Callable[[int], nn.Module]) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(
-        nn.Conv2d(1, 4, 3), norm(4), nn.GELU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 4)
+        nn.Conv2d(1, 4, 3),
+        norm(4),
+        nn.GELU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16, 4),
     )
 
 
 class Frozen(nn.Module):
-    """A first normalisation that stays in eval mode while it is trained, as in fine-tuning, and a second that does not."""
+    """A first normalisation that stays in eval mode while it is trained, as in fine-tuning, and a
+    second that does not.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,11 +146,15 @@ NETWORKS = {
     "convolutions, the last batch of two": CASES["conv_bn"],
     "recomputed in the backward pass": CASES["recomputed"],
     "dense": smooth("relu_mlp", dense(nn.BatchNorm1d), batch_size=8),  # of 50 examples
-    "cumulative average": smooth("relu_mlp", dense(lambda size: nn.BatchNorm1d(size, momentum=None)), batch_size=12),
+    "cumulative average": smooth(
+        "relu_mlp", dense(lambda size: nn.BatchNorm1d(size, momentum=None)), batch_size=12
+    ),
     "across processes": smooth("conv_bn", images(nn.SyncBatchNorm)),
     "batches of one": smooth("conv_bn", images(nn.BatchNorm2d), batch_size=1),
     "instances": smooth(
-        "conv_bn", images(lambda size: nn.InstanceNorm2d(size, affine=True, track_running_stats=True)), bound=1e-4
+        "conv_bn",
+        images(lambda size: nn.InstanceNorm2d(size, affine=True, track_running_stats=True)),
+        bound=1e-4,
     ),
     "one stays as it was": smooth("relu_mlp", Frozen, batch_size=25),
 }
@@ -141,7 +173,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return place
 
 
-def replay(checkpoints: Path, task: Task, out: Path, heard: list[Any] | None = None, **settings: Any) -> Run:
+def replay(
+    checkpoints: Path, task: Task, out: Path, heard: list[Any] | None = None, **settings: Any
+) -> Run:
     chosen = {
         "cluster": "inline",
         "device": "cpu",
@@ -149,7 +183,11 @@ def replay(checkpoints: Path, task: Task, out: Path, heard: list[Any] | None = N
         "norm_stats": "recalibrated",
         "losses": ["all"],
     }
-    chosen |= {"progress": (heard if heard is not None else []).append, "durability": "none", "span": 4}
+    chosen |= {
+        "progress": (heard if heard is not None else []).append,
+        "durability": "none",
+        "span": 4,
+    }
     return run(checkpoints, task, out=out, **{**chosen, **settings})
 
 
@@ -184,7 +222,8 @@ def test_recalibrated_statistics_are_those_of_the_data_at_every_checkpoint(
     results = replay(checkpoints, case.task(), tmp_path / "run", **settings)["train"]
     inputs = case.data()["train"][0]
     truth_at = [
-        recalibrated(case.build, each, cut(inputs, case.batch_size), KEPT.get(name, ())) for each in points(checkpoints)
+        recalibrated(case.build, each, cut(inputs, case.batch_size), KEPT.get(name, ()))
+        for each in points(checkpoints)
     ]
     judge = Oracle(case.build, case.data()["train"], case.values["train"])
     truth = judge.allocate(truth_at, *simpson(2))
@@ -208,19 +247,34 @@ def test_recalibrated_in_float64_is_the_oracle_to_its_last_digits(
     recorded: Callable[[str], Path], tmp_path: Path
 ) -> None:
     case, checkpoints = NETWORKS["dense"], recorded("dense")
-    results = replay(checkpoints, case.task(), tmp_path / "run", precision="float64", batch_size=8, losses=["train"])[
-        "train"
+    results = replay(
+        checkpoints,
+        case.task(),
+        tmp_path / "run",
+        precision="float64",
+        batch_size=8,
+        losses=["train"],
+    )["train"]
+    at = [
+        recalibrated(case.build, each, cut(case.data()["train"][0], 8))
+        for each in points(checkpoints)
     ]
-    at = [recalibrated(case.build, each, cut(case.data()["train"][0], 8)) for each in points(checkpoints)]
     truth = Oracle(case.build, case.data()["train"], case.values["train"]).allocate(at, *simpson(2))
     np.testing.assert_allclose(results.steps["loss_start"], truth.losses[:-1], rtol=1e-12)
     assert errors(results, truth.stacked()) <= 1e-6  # what is stored is float32
 
 
-def test_one_batch_of_everything_has_the_losses_of_batch_mode(recorded: Callable[[str], Path], tmp_path: Path) -> None:
-    case, checkpoints = NETWORKS["convolutions, the last batch of two"], recorded("convolutions, the last batch of two")
+def test_one_batch_of_everything_has_the_losses_of_batch_mode(
+    recorded: Callable[[str], Path], tmp_path: Path
+) -> None:
+    case, checkpoints = (
+        NETWORKS["convolutions, the last batch of two"],
+        recorded("convolutions, the last batch of two"),
+    )
     one, other = (
-        replay(checkpoints, case.task(), tmp_path / mode, norm_stats=mode, batch_size=30)["train"].steps
+        replay(checkpoints, case.task(), tmp_path / mode, norm_stats=mode, batch_size=30)[
+            "train"
+        ].steps
         for mode in ("batch", "recalibrated")
     )
     for name in ("loss_start", "loss_end"):
@@ -244,7 +298,9 @@ def called(model: nn.Module, batch: Any) -> Tensor:
 def test_every_loss_sees_the_statistics_of_the_first_loss_s_split(
     recorded: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Whichever losses are asked for, first or later, with groups, over a part of the data, or read as a stream."""
+    """Whichever losses are asked for, first or later, with groups, over a part of the data, or read
+    as a stream.
+    """
     checkpoints = recorded("dense")
     case = NETWORKS["dense"]
     data = CASES["smooth_mlp"].data()
@@ -263,21 +319,34 @@ def test_every_loss_sees_the_statistics_of_the_first_loss_s_split(
     weights = whole["called"].steps["weight"]
     mean = (whole["called"].steps["loss_start"] * weights).sum("group") / weights.sum("group")
     np.testing.assert_allclose(mean, truth.losses[:-1], rtol=1e-5)
-    later = replay(checkpoints, task, tmp_path / "later", losses=["validation"], **{**settings, "span": 1})
+    later = replay(
+        checkpoints, task, tmp_path / "later", losses=["validation"], **{**settings, "span": 1}
+    )
     assert later.manifest.settings["statistics"] == whole.manifest.settings["statistics"]
     later = replay(checkpoints, task, tmp_path / "later", losses=["all"])
     for name in losses:
         for part in ("allocation", "units"):
             one, other = (getattr(each[name], part).load() for each in (whole, later))
-            for variable in one.data_vars:  # other batches, beside a loss with groups, round otherwise
+            # other batches, beside a loss with groups, round otherwise
+            for variable in one.data_vars:
                 np.testing.assert_allclose(one[variable], other[variable], rtol=1e-3, atol=1e-6)
     streamed = Task(case.build, {**data, "train": Stream(data["train"])}, losses)
-    read = replay(checkpoints, streamed, tmp_path / "stream", losses=["validation"], **settings)["validation"]
-    np.testing.assert_allclose(read.steps["loss_start"], truth.losses[:-1], rtol=1e-5)
-    some = replay(checkpoints, task, tmp_path / "some", losses=["validation"], subset=["train=0:16"], **settings)[
+    read = replay(checkpoints, streamed, tmp_path / "stream", losses=["validation"], **settings)[
         "validation"
     ]
-    at = [recalibrated(case.build, each, cut(data["train"][0][:16], 8)) for each in points(checkpoints)]
+    np.testing.assert_allclose(read.steps["loss_start"], truth.losses[:-1], rtol=1e-5)
+    some = replay(
+        checkpoints,
+        task,
+        tmp_path / "some",
+        losses=["validation"],
+        subset=["train=0:16"],
+        **settings,
+    )["validation"]
+    at = [
+        recalibrated(case.build, each, cut(data["train"][0][:16], 8))
+        for each in points(checkpoints)
+    ]
     np.testing.assert_allclose(
         some.steps["loss_start"],
         Oracle(case.build, data["validation"], classes).allocate(at, *simpson(2)).losses[:-1],
@@ -285,13 +354,17 @@ def test_every_loss_sees_the_statistics_of_the_first_loss_s_split(
     )
 
 
-@pytest.mark.parametrize("settings", [{"span": 1}, {"span": 2, "cluster": "local", "workers": 1}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"span": 1}, {"span": 2, "cluster": "local", "workers": 1}], ids=str
+)
 def test_statistics_are_the_same_to_the_bit_however_spans_are_cut(
     recorded: Callable[[str], Path], tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     case = NETWORKS["dense"]
     whole, other = (
-        replay(recorded("dense"), case.task(), tmp_path / name, batch_size=8, losses=["train"], **given)["train"]
+        replay(
+            recorded("dense"), case.task(), tmp_path / name, batch_size=8, losses=["train"], **given
+        )["train"]
         for name, given in (("whole", {"span": 4}), ("cut", settings))
     )
     for part in ("allocation", "steps", "tensors", "totals"):
@@ -303,7 +376,8 @@ def test_a_batch_of_one_example_has_no_statistics_and_is_refused(
 ) -> None:
     case = NETWORKS["dense"]
     with pytest.raises(InputError, match=r"one value per channel.*--batch-size"):
-        replay(recorded("dense"), case.task(), tmp_path / "run", batch_size=7)  # of 50 examples one is left
+        # of 50 examples one is left
+        replay(recorded("dense"), case.task(), tmp_path / "run", batch_size=7)
     assert not (tmp_path / "run").exists()
 
 
@@ -313,16 +387,25 @@ def test_recalibration_needs_data(tmp_path: Path, recorded: Callable[[str], Path
         replay(recorded("dense"), task, tmp_path / "run")
 
 
-def test_a_task_without_the_loss_that_recalibrates_is_refused(recorded: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_task_without_the_loss_that_recalibrates_is_refused(
+    recorded: Callable[[str], Path], tmp_path: Path
+) -> None:
     case, data = NETWORKS["dense"], CASES["smooth_mlp"].data()
     losses = {name: Loss(F.cross_entropy, on=name) for name in data}
-    replay(recorded("dense"), Task(case.build, data, losses), tmp_path / "run", losses=["validation"], batch_size=8)
+    replay(
+        recorded("dense"),
+        Task(case.build, data, losses),
+        tmp_path / "run",
+        losses=["validation"],
+        batch_size=8,
+    )
     fewer = Task(case.build, data, {"again": losses["validation"], "more": losses["train"]})
     with pytest.raises(InputError, match="no loss 'train', whose data"):
         replay(recorded("dense"), fewer, tmp_path / "run", losses=["again"])
 
 
-# --- both modes before the first span --------------------------------------------------------------------------------------
+# --- both modes before the first span
+# --------------------------------------------------------------------------------------
 
 
 def diverging(name: str, directory: Path, **changes: Any) -> Path:
@@ -330,25 +413,42 @@ def diverging(name: str, directory: Path, **changes: Any) -> Path:
     return replace(NETWORKS[name], **{"learning_rate": 0.3, **changes}).record(directory, steps=6)
 
 
-@pytest.mark.parametrize("name", ["convolutions, the last batch of two", "one stays as it was", "across processes"])
-def test_where_the_modes_differ_both_figures_and_the_command_are_said(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["convolutions, the last batch of two", "one stays as it was", "across processes"]
+)
+def test_where_the_modes_differ_both_figures_and_the_command_are_said(
+    name: str, tmp_path: Path
+) -> None:
     case, heard = NETWORKS[name], list[Any]()
     checkpoints = diverging(name, tmp_path / "ck")
-    replay(checkpoints, case.task(), tmp_path / "run", heard, norm_stats="running", losses=["train"])
+    replay(
+        checkpoints, case.task(), tmp_path / "run", heard, norm_stats="running", losses=["train"]
+    )
     (said,) = [note for note in notes(heard) if "running statistics of the checkpoints" in note]
     says(
-        said, "'train'", "--norm-stats batch --batch-size", "--norm-stats recalibrated", "→", "of the loss change apart"
+        said,
+        "'train'",
+        "--norm-stats batch --batch-size",
+        "--norm-stats recalibrated",
+        "→",
+        "of the loss change apart",
     )
     inputs, targets = case.data()["train"]
     stored = Oracle(case.build, (inputs, targets), case.values["train"])
     own = Oracle(case.build, (inputs, targets), case.values["train"], norm_stats="batch")
     ends = points(checkpoints)[0], points(checkpoints)[-1]
-    figures = [f"{stored.loss({k: v.double() for k, v in each.items()}).item():.4g}" for each in ends]
+    figures = [
+        f"{stored.loss({k: v.double() for k, v in each.items()}).item():.4g}" for each in ends
+    ]
     if name != "one stays as it was":
-        figures += [f"{own.loss({k: v.double() for k, v in each.items()}).item():.4g}" for each in ends]
+        figures += [
+            f"{own.loss({k: v.double() for k, v in each.items()}).item():.4g}" for each in ends
+        ]
     says(said, *figures)
     heard.clear()
-    replay(checkpoints, case.task(), tmp_path / "run", heard, norm_stats="running", losses=["train"])
+    replay(
+        checkpoints, case.task(), tmp_path / "run", heard, norm_stats="running", losses=["train"]
+    )
     assert notes(heard) == []  # before the first span alone
 
 
@@ -382,7 +482,11 @@ def settled(directory: Path) -> Path:
 
 
 AGREE: dict[str, tuple[Callable[[Path], Path], Callable[[], nn.Module], dict[str, Any]]] = {
-    "no running statistics": (lambda place: CASES["relu_mlp"].record(place, 3), CASES["relu_mlp"].build, {}),
+    "no running statistics": (
+        lambda place: CASES["relu_mlp"].record(place, 3),
+        CASES["relu_mlp"].build,
+        {},
+    ),
     "statistics of the batch": (
         lambda place: diverging("dense", place),
         NETWORKS["dense"].build,
@@ -407,7 +511,13 @@ def test_nothing_is_said_where_there_is_nothing_to_choose(name: str, tmp_path: P
     record, build, settings = AGREE[name]
     heard: list[Any] = []
     task = Task(build, CASES["relu_mlp"].data(), {"train": Loss(F.cross_entropy, on="train")})
-    replay(record(tmp_path / "ck"), task, tmp_path / "run", heard, **{"norm_stats": "running", **settings})
+    replay(
+        record(tmp_path / "ck"),
+        task,
+        tmp_path / "run",
+        heard,
+        **{"norm_stats": "running", **settings},
+    )
     assert [note for note in notes(heard) if "statistics of the checkpoints" in note] == []
 
 
@@ -417,27 +527,41 @@ def test_the_share_is_the_one_that_is_documented() -> None:
 
 
 def test_the_sign_of_a_layer_may_turn_with_the_mode(tmp_path: Path) -> None:
-    """Why it is said: sums of recalibrated statistics are those of training, sums of running ones are not."""
+    """Why it is said: sums of recalibrated statistics are those of training, sums of running ones
+    are not.
+    """
     case = NETWORKS["convolutions, the last batch of two"]
     checkpoints = diverging("convolutions, the last batch of two", tmp_path / "ck")
     change = {}
     for mode in ("running", "batch", "recalibrated"):
-        steps = replay(checkpoints, case.task(), tmp_path / mode, norm_stats=mode, batch_size=30)["train"].steps
+        steps = replay(checkpoints, case.task(), tmp_path / mode, norm_stats=mode, batch_size=30)[
+            "train"
+        ].steps
         change[mode] = float(steps["loss_end"][-1] - steps["loss_start"][0])
     assert change["recalibrated"] == pytest.approx(change["batch"], rel=1e-5)
     assert abs(change["running"] - change["batch"]) > SHARE * abs(change["batch"])
 
 
-# --- the mode beside headlines and figures, buffers apart from layers ------------------------------------------------------
+# --- the mode beside headlines and figures, buffers apart from layers
+# ------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["running", "batch", "recalibrated"])
 def shown(
-    request: pytest.FixtureRequest, recorded: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    recorded: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Run:
     case = NETWORKS["dense"]
     out = tmp_path_factory.mktemp("shown") / "run.lca"
-    return replay(recorded("dense"), case.task(), out, norm_stats=request.param, batch_size=25, losses=["train"])
+    return replay(
+        recorded("dense"),
+        case.task(),
+        out,
+        norm_stats=request.param,
+        batch_size=25,
+        losses=["train"],
+    )
 
 
 def test_the_mode_stands_beside_every_headline_and_figure(shown: Run) -> None:
@@ -465,17 +589,26 @@ def test_the_mode_stands_beside_every_headline_and_figure(shown: Run) -> None:
             plt.close(figure)
     assert findings.compare({"one": results}).attrs["norm_stats"] == mode
     page = write_report([shown], shown.path.parent / "report.html").read_text()
-    says(page, f"float32, {mode} statistics in normalisation layers", f"Normalisation layers: {mode} statistics.")
+    says(
+        page,
+        f"float32, {mode} statistics in normalisation layers",
+        f"Normalisation layers: {mode} statistics.",
+    )
     says(results._repr_html_(), f"{mode} statistics")
 
 
 def test_a_model_without_normalisation_has_no_mode(tmp_path: Path) -> None:
     case = CASES["relu_mlp"]
-    results = replay(case.record(tmp_path / "ck", 2), case.task(), tmp_path / "run", norm_stats="running")["train"]
+    results = replay(
+        case.record(tmp_path / "ck", 2), case.task(), tmp_path / "run", norm_stats="running"
+    )["train"]
     assert results.norm_stats is None
     assert "norm_stats" not in findings.layers(results).attrs
     assert "statistics" not in lca("summary", tmp_path / "run").stdout
-    assert "Normalisation layers" not in write_report([open_run(tmp_path / "run")], tmp_path / "page.html").read_text()
+    assert (
+        "Normalisation layers"
+        not in write_report([open_run(tmp_path / "run")], tmp_path / "page.html").read_text()
+    )
 
 
 def test_buffers_are_in_no_layer_s_sum_and_no_candidates(shown: Run) -> None:
@@ -487,8 +620,14 @@ def test_buffers_are_in_no_layer_s_sum_and_no_candidates(shown: Run) -> None:
     for layer in ("0", "1", "3"):
         own = float(tensors.sel(tensor=[f"{layer}.weight", f"{layer}.bias"]).sum())
         assert sums[layer] == pytest.approx(own, rel=1e-12)
-    buffers = None if mode == "batch" else float(tensors.sel(tensor=["1.running_mean", "1.running_var"]).sum())
-    assert summary(results)["buffers"] == (None if buffers is None else pytest.approx(buffers, rel=1e-9))
+    buffers = (
+        None
+        if mode == "batch"
+        else float(tensors.sel(tensor=["1.running_mean", "1.running_var"]).sum())
+    )
+    assert summary(results)["buffers"] == (
+        None if buffers is None else pytest.approx(buffers, rel=1e-9)
+    )
     assert sum(sums.values()) == pytest.approx(float(tensors.sum()), rel=1e-9)
     tried = findings.candidates(results)
     assert sorted(tried["layer"].values) == ["0", "1", "3"]

@@ -1,4 +1,6 @@
-"""What must always hold of the numbers (docs/numerics.md), by the number of the law; the oracle is the judge."""
+"""What must always hold of the numbers (docs/numerics.md), by the number of the law; the oracle is
+the judge.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,11 @@ class Lab:
 
     def __init__(self, root: Path) -> None:
         self.root, self._numbers = root, itertools.count()
-        self.iterates, self.replay, self.truth = cache(self.iterates), cache(self.replay), cache(self.truth)
+        self.iterates, self.replay, self.truth = (
+            cache(self.iterates),
+            cache(self.replay),
+            cache(self.truth),
+        )
 
     def iterates(self, name: str) -> Path:
         return case_of(name).record(self.root / name, steps=5)
@@ -69,13 +75,23 @@ class Lab:
     def results(self, name: str, loss: str | None = None, **settings: Any) -> LossResults:
         return self.replay(name, **settings)[loss or first_loss(name)]
 
-    def truth(self, name: str, loss: str | None = None, rule: str | int = "simpson", mode: str = "running") -> Truth:
+    def truth(
+        self, name: str, loss: str | None = None, rule: str | int = "simpson", mode: str = "running"
+    ) -> Truth:
         """The oracle's, for a rule by name or for a number of intervals (1: the trapezoid)."""
         case, loss = case_of(name), loss or first_loss(name)
-        nodes, weights = oracle.RULES["trapezoid"] if rule == 1 else oracle.RULES.get(rule) or oracle.simpson(rule)
+        nodes, weights = (
+            oracle.RULES["trapezoid"]
+            if rule == 1
+            else oracle.RULES.get(rule) or oracle.simpson(rule)
+        )
         size = case.batch_size if mode == "batch" else None
         judge = Oracle(
-            case.build, case.data()[case.losses[loss].on], case.values[loss], norm_stats=mode, batch_size=size
+            case.build,
+            case.data()[case.losses[loss].on],
+            case.values[loss],
+            norm_stats=mode,
+            batch_size=size,
         )
         return judge.allocate(self.checkpoints(name), nodes, weights)
 
@@ -97,9 +113,16 @@ def arrays(dataset: Any) -> dict[str, np.ndarray]:
     return {str(name): each.values for name, each in dataset.data_vars.items()}
 
 
-def stored_and_wanted(results: LossResults, truth: Truth) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    found, wanted = arrays(results.allocation), {name: each.numpy() for name, each in truth.stacked().items()}
-    assert {name: each.shape for name, each in found.items()} == {name: each.shape for name, each in wanted.items()}
+def stored_and_wanted(
+    results: LossResults, truth: Truth
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    found, wanted = (
+        arrays(results.allocation),
+        {name: each.numpy() for name, each in truth.stacked().items()},
+    )
+    assert {name: each.shape for name, each in found.items()} == {
+        name: each.shape for name, each in wanted.items()
+    }
     assert all(each.dtype == np.float32 for each in found.values())
     return found, wanted
 
@@ -108,21 +131,31 @@ def worst_error(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray
     """Largest over tensors of Σ|A − A*| / max(Σ|A*| of the tensor, 1e-5 · Σ|A*| of all tensors)."""
     sizes = {name: float(np.abs(each).sum()) for name, each in wanted.items()}
     floor = 1e-5 * sum(sizes.values())
-    return max(float(np.abs(found[name] - wanted[name]).sum()) / max(sizes[name], floor) for name in wanted)
+    return max(
+        float(np.abs(found[name] - wanted[name]).sum()) / max(sizes[name], floor) for name in wanted
+    )
 
 
 def objective_of(case: Case, point: Point, **settings: Any) -> Objective:
-    chosen = {"precision": "float64", "norm_stats": "running", "batch_size": case.batch_size, **settings}
+    chosen = {
+        "precision": "float64",
+        "norm_stats": "running",
+        "batch_size": case.batch_size,
+        **settings,
+    }
     objective = Objective(case.task, None, device=torch.device("cpu"), **chosen)
     objective.settle_batch_sizes(in_precision(point, objective.dtype))
     return objective
 
 
 def in_precision(point: Point, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: each.to(dtype) if each.is_floating_point() else each for name, each in point.items()}
+    return {
+        name: each.to(dtype) if each.is_floating_point() else each for name, each in point.items()
+    }
 
 
-# --- 1: rules ----------------------------------------------------------------------------------------------------------
+# --- 1: rules
+# ----------------------------------------------------------------------------------------------------------
 
 
 class Powers:
@@ -131,10 +164,15 @@ class Powers:
     def __init__(self, power: int) -> None:
         self.power = power
 
-    def evaluate(self, point: Point, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
+    def evaluate(
+        self, point: Point, losses: list[str], *, gradient: bool = True
+    ) -> dict[str, Evaluation]:
         theta = point["theta"]
         value = float((theta ** (self.power + 1)).sum() / (self.power + 1))
-        return {name: Evaluation(value, {"theta": theta**self.power} if gradient else {}, 1.0) for name in losses}
+        return {
+            name: Evaluation(value, {"theta": theta**self.power} if gradient else {}, 1.0)
+            for name in losses
+        }
 
 
 EVERY_RULE = {rule.name: rule for rule in (*RULES.values(), *COMPOSITE.rules[:2])}
@@ -142,7 +180,9 @@ EVERY_RULE = {rule.name: rule for rule in (*RULES.values(), *COMPOSITE.rules[:2]
 
 @pytest.mark.parametrize("rule", EVERY_RULE.values(), ids=EVERY_RULE)
 @pytest.mark.parametrize("power", range(7))
-def test_numerics_1_an_allocation_is_exact_for_gradients_up_to_the_degree_of_its_rule(rule: Rule, power: int) -> None:
+def test_numerics_1_an_allocation_is_exact_for_gradients_up_to_the_degree_of_its_rule(
+    rule: Rule, power: int
+) -> None:
     start, end = torch.tensor([1.0, -2.0, 0.3]).double(), torch.tensor([2.0, 1.0, 0.3]).double()
     done, _ = allocate({"theta": start}, {"theta": end}, Powers(power), ["it"], Method(rule))
     exact = (end ** (power + 1) - start ** (power + 1)) / (power + 1)
@@ -152,7 +192,9 @@ def test_numerics_1_an_allocation_is_exact_for_gradients_up_to_the_degree_of_its
 
 
 def clenshaw_curtis(level: int) -> Rule:
-    """Return the rule on the extrema of a Chebyshev polynomial of degree 2 ** level: nested, with other weights at every node."""
+    """Return the rule on the extrema of a Chebyshev polynomial of degree 2 ** level: nested, with
+    other weights at every node.
+    """
     intervals = 2**level
     angles = np.arange(intervals + 1) * np.pi / intervals
     moments = [2 / (1 - k**2) if k % 2 == 0 else 0.0 for k in range(intervals + 1)]
@@ -160,7 +202,10 @@ def clenshaw_curtis(level: int) -> Rule:
     weights = (weights + weights[::-1]) / 2
     nodes = np.sin(angles / 2) ** 2
     return Rule(
-        f"clenshaw-curtis-{intervals}", tuple(nodes.round(15).tolist()), tuple(weights.round(15).tolist()), intervals
+        f"clenshaw-curtis-{intervals}",
+        tuple(nodes.round(15).tolist()),
+        tuple(weights.round(15).tolist()),
+        intervals,
     )
 
 
@@ -178,12 +223,17 @@ def test_numerics_1_another_family_of_rules_is_a_table(power: int) -> None:
             Method(family.rules[0], family=family),
             at_least=level,
         )
-        alone, _ = allocate({"theta": start}, {"theta": end}, Powers(power), ["it"], Method(rule, family=Family(())))
+        alone, _ = allocate(
+            {"theta": start}, {"theta": end}, Powers(power), ["it"], Method(rule, family=Family(()))
+        )
         assert (done["it"].level, done["it"].evaluations) == (level, len(rule.nodes) - 1)
-        assert torch.allclose(done["it"].allocation["theta"], alone["it"].allocation["theta"], rtol=0, atol=1e-12)
+        assert torch.allclose(
+            done["it"].allocation["theta"], alone["it"].allocation["theta"], rtol=0, atol=1e-12
+        )
 
 
-# --- 2: the sum closes -------------------------------------------------------------------------------------------------
+# --- 2: the sum closes
+# -------------------------------------------------------------------------------------------------
 
 
 def assert_sum_closes(results: LossResults, truth: Truth) -> None:
@@ -197,21 +247,29 @@ def assert_sum_closes(results: LossResults, truth: Truth) -> None:
 
 
 @pytest.mark.parametrize(("name", "loss", "mode"), LOSSES)
-def test_numerics_2_allocation_and_residual_give_the_loss_change(lab: Lab, name: str, loss: str, mode: str) -> None:
+def test_numerics_2_allocation_and_residual_give_the_loss_change(
+    lab: Lab, name: str, loss: str, mode: str
+) -> None:
     results = lab.results(name, loss, norm_stats=mode)
     assert_sum_closes(results, lab.truth(name, loss, mode=mode))
     kinds = results.tensors["kind"].values
-    assert ("buffer" in kinds) == (mode == "running" and name in {"conv_bn", "recomputed", "autoencoder", "odd_shapes"})
+    assert ("buffer" in kinds) == (
+        mode == "running" and name in {"conv_bn", "recomputed", "autoencoder", "odd_shapes"}
+    )
 
 
 @pytest.mark.parametrize("rule", [*FIXED, "trapezoid"])
 @pytest.mark.parametrize("span", [1, 2])
-def test_numerics_2_the_sum_closes_for_every_rule_and_at_the_borders_of_spans(lab: Lab, rule: str, span: int) -> None:
+def test_numerics_2_the_sum_closes_for_every_rule_and_at_the_borders_of_spans(
+    lab: Lab, rule: str, span: int
+) -> None:
     results = lab.results("conv_bn", rule=rule, span=span)
     assert_sum_closes(results, lab.truth("conv_bn"))
 
 
-def test_numerics_2_the_residual_is_stored_also_where_the_tolerance_was_not_reached(lab: Lab) -> None:
+def test_numerics_2_the_residual_is_stored_also_where_the_tolerance_was_not_reached(
+    lab: Lab,
+) -> None:
     results = lab.results("kinked", tolerance=1e-12)
     assert not results.steps["converged"].values.any()
     assert (np.abs(results.steps["residual"].values) > 1e-12).all()
@@ -221,10 +279,14 @@ def test_numerics_2_the_residual_is_stored_also_where_the_tolerance_was_not_reac
 def test_numerics_2_without_running_statistics_the_sum_would_not_close(lab: Lab) -> None:
     tensors = lab.results("conv_bn").tensors
     shares = tensors["allocated"].groupby(tensors["kind"]).sum()
-    assert abs(shares.sel(kind="buffer")).sum() > 10 * abs(lab.results("conv_bn").steps["residual"]).sum()
+    assert (
+        abs(shares.sel(kind="buffer")).sum()
+        > 10 * abs(lab.results("conv_bn").steps["residual"]).sum()
+    )
 
 
-# --- 3: reversal, and what does not move ---------------------------------------------------------------------------------
+# --- 3: reversal, and what does not move
+# ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", SYMMETRIC)
@@ -238,10 +300,14 @@ def test_numerics_3_reversing_a_segment_negates_its_allocation(
     start, end = in_precision(start, objective.dtype), in_precision(end, objective.dtype)
     loss = first_loss(name)
     forth, back = (
-        allocate(*ends, objective, [loss], Method(RULES[rule]))[0][loss] for ends in ((start, end), (end, start))
+        allocate(*ends, objective, [loss], Method(RULES[rule]))[0][loss]
+        for ends in ((start, end), (end, start))
     )
     negated = {tensor: -each.numpy() for tensor, each in back.allocation.items()}
-    assert worst_error(negated, {tensor: each.numpy() for tensor, each in forth.allocation.items()}) <= bound
+    assert (
+        worst_error(negated, {tensor: each.numpy() for tensor, each in forth.allocation.items()})
+        <= bound
+    )
     assert forth.loss_start == back.loss_end
     assert forth.loss_end == back.loss_start
     assert forth.residual == pytest.approx(-back.residual, abs=1e-2 * bound)
@@ -264,13 +330,16 @@ def test_numerics_3_an_unmoved_parameter_gets_exactly_zero(lab: Lab, rule: str) 
 def test_numerics_3_a_segment_that_goes_nowhere_gets_nothing(lab: Lab, rule: str) -> None:
     point = in_precision(lab.checkpoints("conv_bn")[2], torch.float64)
     objective = objective_of(CASES["conv_bn"], point)
-    done, _ = allocate(point, dict(point), objective, ["train"], Method(RULES[rule], tolerance=1e-9))
+    done, _ = allocate(
+        point, dict(point), objective, ["train"], Method(RULES[rule], tolerance=1e-9)
+    )
     assert done["train"].residual == 0
     assert done["train"].converged
     assert not any(each.any() for each in done["train"].allocation.values())
 
 
-# --- 4: every element once ---------------------------------------------------------------------------------------------
+# --- 4: every element once
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -278,13 +347,19 @@ def test_numerics_4_every_element_counts_once_whatever_the_batch_size(lab: Lab, 
     case, checkpoints = case_of(name), lab.checkpoints(name)
     examples = len(case.data()["train"][0])
     automatic = replayed_in_this_process(case, checkpoints, batch_size=None)
-    everything = sum(float(each.abs().sum()) for segment in automatic for each in segment.allocation.values())
+    everything = sum(
+        float(each.abs().sum()) for segment in automatic for each in segment.allocation.values()
+    )
     for batch_size in (1, 7, examples, examples + 3):
         segments = replayed_in_this_process(case, checkpoints, batch_size=batch_size)
         pairs = list(zip(segments, automatic, strict=True))
-        assert sum(l1(one.allocation, other.allocation) for one, other in pairs) <= 1e-6 * everything
+        assert (
+            sum(l1(one.allocation, other.allocation) for one, other in pairs) <= 1e-6 * everything
+        )
         for one, other in pairs:
-            assert (one.loss_start, one.loss_end) == pytest.approx((other.loss_start, other.loss_end), rel=1e-6)
+            assert (one.loss_start, one.loss_end) == pytest.approx(
+                (other.loss_start, other.loss_end), rel=1e-6
+            )
 
 
 def test_numerics_4_examples_have_equal_weight_in_an_unequal_last_batch(lab: Lab) -> None:
@@ -294,8 +369,13 @@ def test_numerics_4_examples_have_equal_weight_in_an_unequal_last_batch(lab: Lab
     inputs, targets = case.data()["train"]
 
     def allocation(rows: slice) -> dict[str, Tensor]:
-        part = replace(case, data=lambda: {"train": (inputs[rows], targets[rows]), "validation": (inputs, targets)})
-        done, _ = allocate(start, end, objective_of(part, start), ["train"], Method(RULES["simpson"]))
+        part = replace(
+            case,
+            data=lambda: {"train": (inputs[rows], targets[rows]), "validation": (inputs, targets)},
+        )
+        done, _ = allocate(
+            start, end, objective_of(part, start), ["train"], Method(RULES["simpson"])
+        )
         return done["train"].allocation
 
     whole, single = allocation(slice(0, 9)), [allocation(slice(row, row + 1)) for row in range(9)]
@@ -304,34 +384,53 @@ def test_numerics_4_examples_have_equal_weight_in_an_unequal_last_batch(lab: Lab
 
 
 @pytest.mark.parametrize(("name", "mode"), MODES)
-def test_numerics_4_buffers_that_float_are_allocated_in_running_mode_only(lab: Lab, name: str, mode: str) -> None:
+def test_numerics_4_buffers_that_float_are_allocated_in_running_mode_only(
+    lab: Lab, name: str, mode: str
+) -> None:
     model, replayed = case_of(name).build(), lab.replay(name, norm_stats=mode)
     results = replayed[first_loss(name)]
-    moving = {key for key, each in model.named_buffers() if each.is_floating_point() and mode == "running"}
+    moving = {
+        key for key, each in model.named_buffers() if each.is_floating_point() and mode == "running"
+    }
     kinds = dict(zip(results.tensors["tensor"].values, results.tensors["kind"].values, strict=True))
     assert {key for key, kind in kinds.items() if kind == "buffer"} == moving
-    assert {key for key, kind in kinds.items() if kind == "parameter"} == {key for key, _ in model.named_parameters()}
+    assert {key for key, kind in kinds.items() if kind == "parameter"} == {
+        key for key, _ in model.named_parameters()
+    }
     assert (
-        set(results.allocation.data_vars) == set(results.units.data_vars) == set(results.totals.data_vars) == set(kinds)
+        set(results.allocation.data_vars)
+        == set(results.units.data_vars)
+        == set(results.totals.data_vars)
+        == set(kinds)
     )
     assert replayed.manifest.settings["norm_stats"] == mode
     assert open_run(replayed.path).manifest.settings["batch_size"] == case_of(name).batch_size
 
 
 def test_numerics_4_the_partition_is_part_of_the_loss_in_batch_mode(lab: Lab) -> None:
-    seven, thirty = (lab.results("conv_bn", norm_stats="batch", batch_size=size) for size in (7, 30))
+    seven, thirty = (
+        lab.results("conv_bn", norm_stats="batch", batch_size=size) for size in (7, 30)
+    )
     assert abs(seven.steps["loss_start"][0] - thirty.steps["loss_start"][0]) > 1e-3
 
 
-def test_numerics_4_a_buffer_that_moves_unused_gets_nothing_and_is_said(lab: Lab, tmp_path: Path) -> None:
+def test_numerics_4_a_buffer_that_moves_unused_gets_nothing_and_is_said(
+    lab: Lab, tmp_path: Path
+) -> None:
     heard: list[Any] = []
-    settings = {"out": tmp_path / "run", "cluster": "inline", "device": "cpu", "progress": heard.append}
+    settings = {
+        "out": tmp_path / "run",
+        "cluster": "inline",
+        "device": "cpu",
+        "progress": heard.append,
+    }
     replayed = run(lab.iterates("odd_shapes"), CASES["odd_shapes"].task(), **settings)
     assert not replayed["train"].allocation["steps"].values.any()
     assert [note for note in heard if isinstance(note, Note) and "steps" in note.text]
 
 
-# --- 5: refinement -----------------------------------------------------------------------------------------------------
+# --- 5: refinement
+# -----------------------------------------------------------------------------------------------------
 
 
 def l1(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
@@ -349,13 +448,17 @@ def residuals(truth: Truth) -> list[float]:
 def test_numerics_5_a_segment_is_refined_until_its_residual_is_small_enough(
     lab: Lab, rule: str, tolerance: float
 ) -> None:
-    """Levels, allocation, residual, error estimate and cost of each segment are those of the first level that will do."""
+    """Levels, allocation, residual, error estimate and cost of each segment are those of the first
+    level that will do.
+    """
     results = lab.results("kinked", rule=rule, tolerance=tolerance, precision="float64")
     steps, found = results.steps, arrays(results.allocation)
     levels = [lab.truth("kinked", rule=2**level) for level in range(6)]
     floor = {"trapezoid": 0, "simpson": 1}[rule]
     for at in range(steps.sizes["step"]):
-        will_do = [level for level in range(floor, 6) if abs(residuals(levels[level])[at]) <= tolerance]
+        will_do = [
+            level for level in range(floor, 6) if abs(residuals(levels[level])[at]) <= tolerance
+        ]
         level = will_do[0] if will_do else 5
         row = steps.isel(step=at)
         assert int(row["level"]) == level
@@ -366,7 +469,9 @@ def test_numerics_5_a_segment_is_refined_until_its_residual_is_small_enough(
         assert worst_error({name: each[at] for name, each in found.items()}, wanted) <= 1e-6
         if level > 0:
             before = levels[level - 1].allocation[at]
-            assert float(row["error_bound"]) == pytest.approx(l1(levels[level].allocation[at], before), rel=1e-8)
+            assert float(row["error_bound"]) == pytest.approx(
+                l1(levels[level].allocation[at], before), rel=1e-8
+            )
 
 
 def test_numerics_5_a_tolerance_out_of_reach_ends_at_32_intervals_unconverged(lab: Lab) -> None:
@@ -386,7 +491,8 @@ def test_numerics_5_levels_differ_between_segments_and_losses(lab: Lab) -> None:
 def test_numerics_5_losses_of_one_run_are_refined_each_for_itself(lab: Lab) -> None:
     losses = list(CASES["smooth_mlp"].losses)
     residual = {
-        loss: np.abs(lab.results("smooth_mlp", loss, rule="trapezoid").steps["residual"].values) for loss in losses
+        loss: np.abs(lab.results("smooth_mlp", loss, rule="trapezoid").steps["residual"].values)
+        for loss in losses
     }
     tolerance = float(np.median(np.concatenate(list(residual.values()))))
     for loss in losses:
@@ -394,9 +500,13 @@ def test_numerics_5_losses_of_one_run_are_refined_each_for_itself(lab: Lab) -> N
         level = results.steps["level"].values
         assert np.array_equal(level > 0, residual[loss] > tolerance)
         for intervals in set(2**level):
-            found, wanted = stored_and_wanted(results, lab.truth("smooth_mlp", loss, rule=int(intervals)))
+            found, wanted = stored_and_wanted(
+                results, lab.truth("smooth_mlp", loss, rule=int(intervals))
+            )
             rows = 2**level == intervals
-            chosen = [{name: each[rows] for name, each in table.items()} for table in (found, wanted)]
+            chosen = [
+                {name: each[rows] for name, each in table.items()} for table in (found, wanted)
+            ]
             assert worst_error(*chosen) <= 1e-5
 
 
@@ -406,14 +516,20 @@ def test_numerics_5_the_allocation_tolerance_refines_as_well(lab: Lab) -> None:
     tolerance = float(np.median(plain))
     results = lab.results("kinked", allocation_tolerance=tolerance, **settings)
     assert np.array_equal(results.steps["level"].values > 1, plain > tolerance)
-    assert (results.steps["error_bound"].values[results.steps["converged"].values] <= tolerance).all()
+    assert (
+        results.steps["error_bound"].values[results.steps["converged"].values] <= tolerance
+    ).all()
     assert results.steps["converged"].values.any()
 
 
 def test_numerics_5_the_trapezoid_is_calibrated_on_a_few_segments_and_says_so(lab: Lab) -> None:
-    """error_bound = c · Σ|(g₁ − g₀)·Δθ|, with c the largest share that Simpson changes on the first, middle and last."""
+    """error_bound = c · Σ|(g₁ − g₀)·Δθ|, with c the largest share that Simpson changes on the
+    first, middle and last.
+    """
     replayed = lab.replay("kinked", rule="trapezoid", precision="float64")
-    left, trapezoid, simpson = (lab.truth("kinked", rule=rule) for rule in ("left", "trapezoid", "simpson"))
+    left, trapezoid, simpson = (
+        lab.truth("kinked", rule=rule) for rule in ("left", "trapezoid", "simpson")
+    )
     curvature = [2 * l1(t, a) for t, a in zip(trapezoid.allocation, left.allocation, strict=True)]
     change = [l1(s, t) for s, t in zip(simpson.allocation, trapezoid.allocation, strict=True)]
     share = max(change[at] / curvature[at] for at in (0, 2, 4))
@@ -425,7 +541,9 @@ def test_numerics_5_the_trapezoid_is_calibrated_on_a_few_segments_and_says_so(la
 
 
 @pytest.mark.parametrize("rule", FIXED)
-def test_numerics_5_fixed_rules_are_never_refined_and_estimate_no_error(lab: Lab, rule: str) -> None:
+def test_numerics_5_fixed_rules_are_never_refined_and_estimate_no_error(
+    lab: Lab, rule: str
+) -> None:
     steps = lab.results("kinked", rule=rule, tolerance=1e-12).steps
     assert set(steps["level"].values) == {-1}
     assert set(steps["evaluations"].values) == {len(oracle.RULES[rule][0])}
@@ -445,8 +563,12 @@ COSTS = {
 
 @pytest.mark.parametrize("rule", COSTS)
 @pytest.mark.parametrize("span", [1, 2, 8])
-def test_numerics_5_neighbours_share_the_evaluation_between_them(lab: Lab, rule: str, span: int) -> None:
-    results = lab.results("smooth_mlp", "validation", rule=rule, span=span, keep="tensors", losses=("validation",))
+def test_numerics_5_neighbours_share_the_evaluation_between_them(
+    lab: Lab, rule: str, span: int
+) -> None:
+    results = lab.results(
+        "smooth_mlp", "validation", rule=rule, span=span, keep="tensors", losses=("validation",)
+    )
     per_segment = len(oracle.RULES[rule][0]) - (rule in {"simpson", "trapezoid"})
     assert set(results.steps["evaluations"].values) == {per_segment}
     lengths = [len(marker["steps"]) for marker in results.markers]
@@ -455,7 +577,8 @@ def test_numerics_5_neighbours_share_the_evaluation_between_them(lab: Lab, rule:
     assert costs == [COSTS[rule](length) for length in lengths]
 
 
-# --- 6: bits -----------------------------------------------------------------------------------------------------------
+# --- 6: bits
+# -----------------------------------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[LossResults], Any]] = {
     "steps": lambda results: results.steps,
@@ -471,30 +594,41 @@ def assert_same_bits(found: LossResults, wanted: LossResults) -> None:
     for part, opened in PARTS.items():
         one, other = arrays(opened(found)), arrays(opened(wanted))
         assert one.keys() == other.keys()
-        assert [f"{part}/{name}" for name in one if one[name].tobytes() != other[name].tobytes()] == []
+        assert [
+            f"{part}/{name}" for name in one if one[name].tobytes() != other[name].tobytes()
+        ] == []
 
 
 @pytest.mark.parametrize(
-    ("name", "rule"), [("conv_bn", "simpson"), ("conv_bn", "left"), ("fast_path", "left"), ("fast_path", "midpoint")]
+    ("name", "rule"),
+    [("conv_bn", "simpson"), ("conv_bn", "left"), ("fast_path", "left"), ("fast_path", "midpoint")],
 )
-def test_numerics_6_bits_do_not_depend_on_the_length_of_spans(lab: Lab, name: str, rule: str) -> None:
+def test_numerics_6_bits_do_not_depend_on_the_length_of_spans(
+    lab: Lab, name: str, rule: str
+) -> None:
     wanted = lab.results(name, rule=rule)
     for span in (1, 2):
         assert_same_bits(lab.results(name, rule=rule, span=span), wanted)
 
 
-@pytest.mark.parametrize(("name", "mode"), [("conv_bn", "running"), ("conv_bn", "batch"), ("transformer", "running")])
+@pytest.mark.parametrize(
+    ("name", "mode"), [("conv_bn", "running"), ("conv_bn", "batch"), ("transformer", "running")]
+)
 def test_numerics_6_replaying_again_gives_the_same_bits(lab: Lab, name: str, mode: str) -> None:
     first, again = (lab.replay(name, norm_stats=mode, keep=keep) for keep in ("parameters", None))
     for loss in case_of(name).losses:
         assert_same_bits(first[loss], again[loss])
 
 
-def test_numerics_6_workers_give_the_bits_of_this_process_and_agree_with_the_oracle(lab: Lab) -> None:
+def test_numerics_6_workers_give_the_bits_of_this_process_and_agree_with_the_oracle(
+    lab: Lab,
+) -> None:
     settings = {"norm_stats": "batch", "span": 1}
     local = lab.replay("conv_bn", cluster="local", workers=2, **settings)
     assert_same_bits(local["train"], lab.results("conv_bn", **settings))
-    assert worst_error(*stored_and_wanted(local["train"], lab.truth("conv_bn", mode="batch"))) <= 1e-4
+    assert (
+        worst_error(*stored_and_wanted(local["train"], lab.truth("conv_bn", mode="batch"))) <= 1e-4
+    )
 
 
 THREADS: list[int] = []
@@ -505,14 +639,22 @@ def noting_threads(model: torch.nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     return model(batch[0])[:, 0]
 
 
-def test_numerics_6_a_replay_runs_on_one_thread_each_time_and_gives_the_others_back(lab: Lab, tmp_path: Path) -> None:
+def test_numerics_6_a_replay_runs_on_one_thread_each_time_and_gives_the_others_back(
+    lab: Lab, tmp_path: Path
+) -> None:
     case, before = CASES["smooth_mlp"], torch.get_num_threads()
     task = Task(case.build, case.data(), {"train": Loss(call=noting_threads)})
     torch.set_num_threads(2)
     try:
         for attempt in ("first", "again"):
             THREADS.clear()
-            run(lab.iterates("smooth_mlp"), task, out=tmp_path / attempt, cluster="inline", device="cpu")
+            run(
+                lab.iterates("smooth_mlp"),
+                task,
+                out=tmp_path / attempt,
+                cluster="inline",
+                device="cpu",
+            )
             assert (attempt, set(THREADS), torch.get_num_threads()) == (attempt, {1}, 2)
     finally:
         torch.set_num_threads(before)
@@ -524,11 +666,14 @@ def test_numerics_6_a_loss_has_the_bits_it_has_alone(lab: Lab) -> None:
         assert_same_bits(together[loss], lab.replay("smooth_mlp", losses=(loss,))[loss])
 
 
-# --- 7: the oracle -----------------------------------------------------------------------------------------------------
+# --- 7: the oracle
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "loss", "mode"), LOSSES)
-def test_numerics_7_float32_is_within_its_bound_of_the_oracle(lab: Lab, name: str, loss: str, mode: str) -> None:
+def test_numerics_7_float32_is_within_its_bound_of_the_oracle(
+    lab: Lab, name: str, loss: str, mode: str
+) -> None:
     results = lab.results(name, loss, norm_stats=mode)
     assert set(results.steps["level"].values) == {1}
     found, wanted = stored_and_wanted(results, lab.truth(name, loss, mode=mode))
@@ -536,12 +681,21 @@ def test_numerics_7_float32_is_within_its_bound_of_the_oracle(lab: Lab, name: st
 
 
 @pytest.mark.parametrize(("name", "loss", "mode"), LOSSES)
-def test_numerics_7_float64_is_within_1e6_of_the_oracle(lab: Lab, name: str, loss: str, mode: str) -> None:
-    """The stored array is float32; sums over tensors are stored as float64 and agree to far more digits."""
-    results, truth = lab.results(name, loss, norm_stats=mode, precision="float64"), lab.truth(name, loss, mode=mode)
+def test_numerics_7_float64_is_within_1e6_of_the_oracle(
+    lab: Lab, name: str, loss: str, mode: str
+) -> None:
+    """The stored array is float32; sums over tensors are stored as float64 and agree to far more
+    digits.
+    """
+    results, truth = (
+        lab.results(name, loss, norm_stats=mode, precision="float64"),
+        lab.truth(name, loss, mode=mode),
+    )
     found, wanted = stored_and_wanted(results, truth)
     assert worst_error(found, wanted) <= 1e-6
-    sums = np.stack([wanted[tensor].reshape(5, -1).sum(1) for tensor in results.tensors["tensor"].values], 1)
+    sums = np.stack(
+        [wanted[tensor].reshape(5, -1).sum(1) for tensor in results.tensors["tensor"].values], 1
+    )
     assert np.abs(results.tensors["allocated"].values - sums).max() <= 1e-13 * sum(
         np.abs(each).sum() for each in wanted.values()
     )
@@ -549,7 +703,9 @@ def test_numerics_7_float64_is_within_1e6_of_the_oracle(lab: Lab, name: str, los
 
 
 @pytest.mark.parametrize("rule", [*FIXED, "trapezoid"])
-@pytest.mark.parametrize(("name", "mode"), [("relu_mlp", "running"), ("conv_bn", "running"), ("conv_bn", "batch")])
+@pytest.mark.parametrize(
+    ("name", "mode"), [("relu_mlp", "running"), ("conv_bn", "running"), ("conv_bn", "batch")]
+)
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_numerics_7_every_rule_agrees_with_the_oracle_at_its_own_nodes(
     lab: Lab, name: str, mode: str, rule: str, precision: str
@@ -561,7 +717,9 @@ def test_numerics_7_every_rule_agrees_with_the_oracle_at_its_own_nodes(
 
 @pytest.mark.parametrize("batch_size", [1, 3001])
 def test_numerics_7_sums_over_examples_accumulate_in_float64(batch_size: int) -> None:
-    """2²⁴ and many ones: a float32 accumulator would lose every one of them. What autograd sums in a batch is its own."""
+    """2²⁴ and many ones: a float32 accumulator would lose every one of them. What autograd sums in
+    a batch is its own.
+    """
     values = torch.ones(3001)
     values[0] = 2.0**24
     loss = Loss(call=lambda model, batch: model.weight.sum() * batch[0])
@@ -575,7 +733,9 @@ def test_numerics_7_sums_over_examples_accumulate_in_float64(batch_size: int) ->
     assert batch_size > 1 or found.gradient["weight"].item() == found.loss
 
 
-def segment(allocation: dict[str, Tensor], gradient: dict[str, Tensor], motion: dict[str, Tensor]) -> SegmentAllocation:
+def segment(
+    allocation: dict[str, Tensor], gradient: dict[str, Tensor], motion: dict[str, Tensor]
+) -> SegmentAllocation:
     return SegmentAllocation(
         allocation=allocation,
         mean_gradient=gradient,
@@ -618,7 +778,10 @@ def test_numerics_7_checkpoints_stored_as_float64_keep_their_motion_in_a_float32
     def nudged(step: int, held: dict[str, Tensor]) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(step)
         first = lab.checkpoints("smooth_mlp")[0]
-        move = {name: torch.randn(each.shape, generator=generator, dtype=torch.float64) for name, each in held.items()}
+        move = {
+            name: torch.randn(each.shape, generator=generator, dtype=torch.float64)
+            for name, each in held.items()
+        }
         return {name: each.double() + 1e-7 * move[name] for name, each in first.items()}
 
     wide, case = altered(lab.iterates("smooth_mlp"), tmp_path / "wide", nudged), CASES["smooth_mlp"]
@@ -630,7 +793,8 @@ def test_numerics_7_checkpoints_stored_as_float64_keep_their_motion_in_a_float32
     assert worst_error(*stored_and_wanted(replayed["train"], truth)) <= 1e-5
 
 
-# --- 8: tied, frozen, state, units ---------------------------------------------------------------------------------------
+# --- 8: tied, frozen, state, units
+# ---------------------------------------------------------------------------------------
 
 
 def test_numerics_8_tied_tensors_count_once_under_their_first_name(lab: Lab) -> None:
@@ -648,9 +812,10 @@ def test_numerics_8_frozen_parameters_get_zero(lab: Lab) -> None:
     assert not results.allocation["0.weight"].values.any()
     assert not results.units["0.weight"].values.any()
     rows = results.tensors.sel(tensor=results.tensors["tensor"] == "0.weight")
-    assert [int(np.abs(rows[column].values).sum()) for column in ("allocated", "helping", "hurting", "motion")] == [
-        0
-    ] * 4
+    assert [
+        int(np.abs(rows[column].values).sum())
+        for column in ("allocated", "helping", "hurting", "motion")
+    ] == [0] * 4
     totals = results.totals["0.weight"].sel(
         total=["allocated", "helping", "hurting", "weight_turns", "allocation_turns"]
     )
@@ -667,7 +832,10 @@ def test_numerics_8_counters_are_loaded_and_have_no_variable(lab: Lab) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
 def test_numerics_8_counters_are_never_interpolated(dtype: torch.dtype) -> None:
-    start, end = {"count": torch.tensor([0, 1]).to(dtype)}, {"count": torch.tensor([1, 1]).to(dtype)}
+    start, end = (
+        {"count": torch.tensor([0, 1]).to(dtype)},
+        {"count": torch.tensor([1, 1]).to(dtype)},
+    )
     for x in (0.25, 0.5, 0.75):
         held = interpolate(start, end, x)["count"]
         assert held.dtype == dtype
@@ -678,14 +846,28 @@ def test_numerics_8_odd_shapes_have_variables_of_their_own_shape(lab: Lab) -> No
     results = lab.results("odd_shapes")
     shapes = {name: results.allocation[name].shape for name in ("scale", "empty", "idle")}
     assert shapes == {"scale": (5,), "empty": (5, 0, 3), "idle": (5, 5)}
-    assert {name: results.units[name].shape for name in shapes} == {"scale": (5, 1), "empty": (5, 0), "idle": (5, 5)}
-    assert {name: results.totals[name].shape[1:] for name in shapes} == {"scale": (), "empty": (0, 3), "idle": (5,)}
+    assert {name: results.units[name].shape for name in shapes} == {
+        "scale": (5, 1),
+        "empty": (5, 0),
+        "idle": (5, 5),
+    }
+    assert {name: results.totals[name].shape[1:] for name in shapes} == {
+        "scale": (),
+        "empty": (0, 3),
+        "idle": (5,),
+    }
     assert results.allocation["scale"].values.all()
     assert not results.allocation["idle"].values.any()
 
 
 UNIT_AXES = {
-    "autoencoder": {"up.weight": 1, "up.bias": 0, "down.weight": 0, "mix.weight": 0, "norm.running_var": 0},
+    "autoencoder": {
+        "up.weight": 1,
+        "up.bias": 0,
+        "down.weight": 0,
+        "mix.weight": 0,
+        "norm.running_var": 0,
+    },
     "odd_shapes": {"scale": None, "first.weight": 0, "first.bias": 0, "empty": 0},
     "transformer": {"embed.weight": 0, "blocks.0.qkv.weight": 0},
     "transposed": {"first.weight": 1, "second.weight": 1, "third.weight": 1, "third.bias": 0},
@@ -709,14 +891,22 @@ def test_numerics_8_a_unit_runs_along_the_output_axis(lab: Lab, name: str) -> No
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_numerics_8_units_are_sums_over_all_axes_but_one(axis: int) -> None:
     values = torch.arange(24.0).double().reshape(2, 3, 4)
-    wanted = [sum(values.select(axis, unit).flatten().tolist()) for unit in range(values.shape[axis])]
-    assert unit_sums(torch.stack([values, 2 * values]), axis).tolist() == [wanted, [2 * each for each in wanted]]
+    wanted = [
+        sum(values.select(axis, unit).flatten().tolist()) for unit in range(values.shape[axis])
+    ]
+    assert unit_sums(torch.stack([values, 2 * values]), axis).tolist() == [
+        wanted,
+        [2 * each for each in wanted],
+    ]
 
 
-# --- 9: half precision, NaN and Inf --------------------------------------------------------------------------------------
+# --- 9: half precision, NaN and Inf
+# --------------------------------------------------------------------------------------
 
 
-def altered(source: Path, target: Path, change: Callable[[int, dict[str, Tensor]], dict[str, Tensor]]) -> Path:
+def altered(
+    source: Path, target: Path, change: Callable[[int, dict[str, Tensor]], dict[str, Tensor]]
+) -> Path:
     target.mkdir()
     for step, path in enumerate(sorted(source.glob("*.safetensors"))):
         save_file(change(step, load_file(path)), target / path.name)
@@ -724,14 +914,21 @@ def altered(source: Path, target: Path, change: Callable[[int, dict[str, Tensor]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_numerics_9_half_precision_is_measured_and_said(lab: Lab, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_numerics_9_half_precision_is_measured_and_said(
+    lab: Lab, tmp_path: Path, dtype: torch.dtype
+) -> None:
     narrow = altered(
         lab.iterates("smooth_mlp"),
         tmp_path / "narrow",
         lambda step, held: {name: each.to(dtype) for name, each in held.items()},
     )
     heard: list[Any] = []
-    settings = {"out": tmp_path / "run", "cluster": "inline", "device": "cpu", "progress": heard.append}
+    settings = {
+        "out": tmp_path / "run",
+        "cluster": "inline",
+        "device": "cpu",
+        "progress": heard.append,
+    }
     replayed = run(narrow, CASES["smooth_mlp"].task(), **settings)
     files = [load_file(path) for path in sorted(narrow.iterdir())]
     pairs = [(files[at][name], files[at + 1][name]) for at in (0, 2, 4) for name in files[0]]
@@ -753,7 +950,13 @@ def test_numerics_9_a_number_that_is_not_finite_is_named_and_never_confused_with
         return held
 
     spoiled = altered(lab.iterates("smooth_mlp"), tmp_path / "spoiled", spoil)
-    settings = {"out": tmp_path / "run", "cluster": "inline", "device": "cpu", "span": 1, "tolerance": math.inf}
+    settings = {
+        "out": tmp_path / "run",
+        "cluster": "inline",
+        "device": "cpu",
+        "span": 1,
+        "tolerance": math.inf,
+    }
     with pytest.raises(SpanError, match=r"'2\.weight'.*step 3"):
         run(spoiled, CASES["smooth_mlp"].task(), **settings)
     results = open_run(tmp_path / "run")["train"]
@@ -769,24 +972,38 @@ def root_of_weight(model: torch.nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
 
 
 @pytest.mark.parametrize("rule", ["simpson", "trapezoid", "left"])
-@pytest.mark.parametrize("weights", [(4, 1, 0, 1, 2), (4, 3, -1, 1, 2)], ids=["infinite gradient", "loss is NaN"])
+@pytest.mark.parametrize(
+    "weights", [(4, 1, 0, 1, 2), (4, 3, -1, 1, 2)], ids=["infinite gradient", "loss is NaN"]
+)
 def test_numerics_9_a_loss_that_is_not_finite_at_one_step_fails_the_segments_beside_it(
     tmp_path: Path, rule: str, weights: tuple[int, ...]
 ) -> None:
     task = Task(
-        lambda: torch.nn.Linear(1, 1, bias=False), {"train": (torch.ones(5, 1),)}, {"train": Loss(call=root_of_weight)}
+        lambda: torch.nn.Linear(1, 1, bias=False),
+        {"train": (torch.ones(5, 1),)},
+        {"train": Loss(call=root_of_weight)},
     )
     (tmp_path / "iterates").mkdir()
     for step, weight in enumerate(weights):
-        save_file({"weight": torch.full((1, 1), float(weight))}, tmp_path / "iterates" / f"step_{step}.safetensors")
-    settings = {"out": tmp_path / "run", "cluster": "inline", "device": "cpu", "span": 1, "rule": rule}
+        save_file(
+            {"weight": torch.full((1, 1), float(weight))},
+            tmp_path / "iterates" / f"step_{step}.safetensors",
+        )
+    settings = {
+        "out": tmp_path / "run",
+        "cluster": "inline",
+        "device": "cpu",
+        "span": 1,
+        "rule": rule,
+    }
     with pytest.raises(SpanError, match=r"'train'.*between steps [12] and [23]"):
         run(tmp_path / "iterates", task, **settings)
     wanted = [0, 3] if rule != "left" or min(weights) < 0 else [0, 1, 3]
     assert open_run(tmp_path / "run")["train"].steps["step"].values.tolist() == wanted
 
 
-# --- what is counted -----------------------------------------------------------------------------------------------------
+# --- what is counted
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "mode"), MODES)
@@ -800,22 +1017,31 @@ def test_helping_and_hurting_are_counts_of_stored_signs(lab: Lab, name: str, mod
         assert row["hurting"].values.tolist() == (each > 0).sum(1).tolist()
         assert int(row["elements"]) == each.shape[1]
         motion = [
-            float((b[tensor].double() - a[tensor].double()).abs().sum()) for a, b in itertools.pairwise(checkpoints)
+            float((b[tensor].double() - a[tensor].double()).abs().sum())
+            for a, b in itertools.pairwise(checkpoints)
         ]
         assert row["motion"].values == pytest.approx(motion, rel=1e-12)
         for at, mean in enumerate(lab.truth(name, mode=mode).gradient):
             floor = 1e-5 * sum(float(other.abs().sum()) for other in mean.values())
-            assert float(row["gradient"][at]) == pytest.approx(float(mean[tensor].abs().sum()), rel=1e-4, abs=floor)
+            assert float(row["gradient"][at]) == pytest.approx(
+                float(mean[tensor].abs().sum()), rel=1e-4, abs=floor
+            )
 
 
 @pytest.mark.parametrize("name", ["frozen_mlp", "conv_bn", "odd_shapes"])
-def test_the_histogram_counts_stored_parameters_between_its_edges_zeros_apart(lab: Lab, name: str) -> None:
+def test_the_histogram_counts_stored_parameters_between_its_edges_zeros_apart(
+    lab: Lab, name: str
+) -> None:
     results = lab.results(name)
     edges, counts = results.histogram["edge"].values, results.histogram["count"].values
     assert (np.diff(edges) > 0).all()
     kinds = dict(zip(results.tensors["tensor"].values, results.tensors["kind"].values, strict=True))
     for at in range(5):
-        kept = [each[at].ravel() for tensor, each in arrays(results.allocation).items() if kinds[tensor] == "parameter"]
+        kept = [
+            each[at].ravel()
+            for tensor, each in arrays(results.allocation).items()
+            if kinds[tensor] == "parameter"
+        ]
         values = np.concatenate(kept).astype(np.float64)
         assert np.array_equal(counts[at], np.histogram(values[values != 0], edges)[0])
         assert results.histogram["zero"].values[at] == (values == 0).sum()
@@ -823,14 +1049,20 @@ def test_the_histogram_counts_stored_parameters_between_its_edges_zeros_apart(la
 
 
 def test_the_histogram_places_every_finite_magnitude() -> None:
-    """Bins are closed towards zero: [e, e′) above it, (−e′, −e] below; subnormal and extreme numbers are placed too."""
+    """Bins are closed towards zero: [e, e′) above it, (−e′, −e] below; subnormal and extreme
+    numbers are placed too.
+    """
     generator = np.random.default_rng(0)
     bits = generator.integers(0, 0x7F800000, 4000, dtype=np.uint32)
     powers = (np.arange(510, dtype=np.uint32) << np.uint32(22))[1:]
     magnitudes = (
-        np.concatenate([bits, powers, [np.uint32(1), np.uint32(0x7F7FFFFF)]]).astype(np.uint32).view(np.float32)
+        np.concatenate([bits, powers, [np.uint32(1), np.uint32(0x7F7FFFFF)]])
+        .astype(np.uint32)
+        .view(np.float32)
     )
-    values = np.concatenate([magnitudes, -magnitudes, np.zeros(5, np.float32), -np.zeros(3, np.float32)])
+    values = np.concatenate(
+        [magnitudes, -magnitudes, np.zeros(5, np.float32), -np.zeros(3, np.float32)]
+    )
     edges = histogram_edges()
     upper = edges[len(edges) // 2 :]
     assert upper[0] == 0
@@ -840,7 +1072,8 @@ def test_the_histogram_places_every_finite_magnitude() -> None:
     assert histogram(rows).tolist() == [[*wanted[::-1], *wanted], [0] * 2 * len(wanted)]
 
 
-# --- totals --------------------------------------------------------------------------------------------------------------
+# --- totals
+# --------------------------------------------------------------------------------------------------------------
 
 
 def turns(values: Iterable[float]) -> int:
@@ -850,7 +1083,9 @@ def turns(values: Iterable[float]) -> int:
 
 
 def slow_totals(series: Mapping[str, np.ndarray], exact: np.ndarray) -> dict[str, np.ndarray]:
-    """Each total of each parameter from its own series, one parameter at a time; segments are the first axis."""
+    """Each total of each parameter from its own series, one parameter at a time; segments are the
+    first axis.
+    """
     shape = exact.shape[1:]
     found = {name: np.zeros(shape) for name in TOTALS}
     for index in np.ndindex(*shape):
@@ -863,7 +1098,9 @@ def slow_totals(series: Mapping[str, np.ndarray], exact: np.ndarray) -> dict[str
     return found
 
 
-def assert_totals(found: np.ndarray, wanted: Mapping[str, np.ndarray], digits: float = 1e-12) -> None:
+def assert_totals(
+    found: np.ndarray, wanted: Mapping[str, np.ndarray], digits: float = 1e-12
+) -> None:
     for position, name in enumerate(TOTALS):
         if name == "allocated":
             assert found[position] == pytest.approx(wanted[name], rel=digits, abs=1e-15)
@@ -879,7 +1116,10 @@ def test_totals_are_those_of_slow_loops_over_what_is_stored(lab: Lab, name: str,
     for tensor, stored in arrays(results.allocation).items():
         series = {
             "weight": np.stack(
-                [(b[tensor].double() - a[tensor].double()).numpy() for a, b in itertools.pairwise(checkpoints)]
+                [
+                    (b[tensor].double() - a[tensor].double()).numpy()
+                    for a, b in itertools.pairwise(checkpoints)
+                ]
             ),
             "gradient": np.stack([segment.mean_gradient[tensor].numpy() for segment in segments]),
             "allocation": stored,
@@ -899,14 +1139,18 @@ def replayed_in_this_process(
     torch.set_num_threads(1)
     try:
         (loss,) = objective.losses
-        segments = allocate_span(enumerate(checkpoints), objective, [loss], Method(RULES["simpson"]))
+        segments = allocate_span(
+            enumerate(checkpoints), objective, [loss], Method(RULES["simpson"])
+        )
         return [done[loss] for _, _, done in segments]
     finally:
         torch.set_num_threads(threads)
 
 
 def test_turns_pass_over_zeros_within_spans_and_across_their_borders(tmp_path: Path) -> None:
-    """70 segments in 70 spans of 64 windows at most, with motion and gradient of every sign and often none."""
+    """70 segments in 70 spans of 64 windows at most, with motion and gradient of every sign and
+    often none.
+    """
     generator = torch.Generator().manual_seed(6)
     signs = torch.randint(-1, 2, (70, 40), generator=generator)
     path = torch.cat([torch.zeros(1, 40), signs.cumsum(0)]).float()
@@ -914,13 +1158,25 @@ def test_turns_pass_over_zeros_within_spans_and_across_their_borders(tmp_path: P
     for step, row in enumerate(path):
         save_file({"weight": row[None].clone()}, tmp_path / "iterates" / f"step_{step}.safetensors")
     data = {"train": (torch.eye(40),)}
-    task = Task(lambda: torch.nn.Linear(40, 1, bias=False), data, {"train": Loss(call=steps_of_weight)})
+    task = Task(
+        lambda: torch.nn.Linear(40, 1, bias=False), data, {"train": Loss(call=steps_of_weight)}
+    )
     replayed = run(
-        tmp_path / "iterates", task, out=tmp_path / "run", cluster="inline", device="cpu", span=1, rule="left"
+        tmp_path / "iterates",
+        task,
+        out=tmp_path / "run",
+        cluster="inline",
+        device="cpu",
+        span=1,
+        rule="left",
     )
     assert replayed.manifest.windows < 70
     gradient = np.sign(np.round(np.cos(path.numpy()[:-1]), 1))[:, None]
-    series = {"weight": signs.numpy()[:, None], "gradient": gradient, "allocation": gradient * signs.numpy()[:, None]}
+    series = {
+        "weight": signs.numpy()[:, None],
+        "gradient": gradient,
+        "allocation": gradient * signs.numpy()[:, None],
+    }
     wanted = slow_totals(series, series["allocation"] / 40)
     found = replayed["train"].totals["weight"].values
     assert_totals(found, wanted, 1e-6)
@@ -957,4 +1213,7 @@ def test_a_tally_counts_every_sign_and_turn_of_a_span(shape: tuple[int, ...]) ->
     assert np.array_equal(tally.allocation["w"], exact)
     series = {"weight": motion.numpy(), "gradient": gradient.numpy(), "allocation": exact}
     totals = tally.totals()["w"]
-    assert_totals(np.stack([np.asarray(totals[name], "float64") for name in TOTALS]), slow_totals(series, exact))
+    assert_totals(
+        np.stack([np.asarray(totals[name], "float64") for name in TOTALS]),
+        slow_totals(series, exact),
+    )

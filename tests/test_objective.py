@@ -1,4 +1,6 @@
-"""Loss and gradient over a split: what the probe refuses, what normalisation layers do, how batches are fed."""
+"""Loss and gradient over a split: what the probe refuses, what normalisation layers do, how batches
+are fed.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,12 @@ INPUTS, TARGETS = CASES["smooth_mlp"].data()["train"]
 Point = dict[str, Tensor]
 
 
-def task_of(model: Callable[[], nn.Module], loss: Loss | None = None, data: Any = (INPUTS, TARGETS)) -> Task:
-    return Task(model=model, data={"train": data}, losses={"the_loss": loss or Loss(F.cross_entropy)})
+def task_of(
+    model: Callable[[], nn.Module], loss: Loss | None = None, data: Any = (INPUTS, TARGETS)
+) -> Task:
+    return Task(
+        model=model, data={"train": data}, losses={"the_loss": loss or Loss(F.cross_entropy)}
+    )
 
 
 def linear() -> nn.Module:
@@ -47,7 +53,9 @@ def objective_of(task: Task, point: Mapping[str, Tensor], **settings: Any) -> Ob
     return objective
 
 
-def evaluated(case: Case, point: Mapping[str, Tensor], data: Any = None, **settings: Any) -> dict[str, Evaluation]:
+def evaluated(
+    case: Case, point: Mapping[str, Tensor], data: Any = None, **settings: Any
+) -> dict[str, Evaluation]:
     task = Task(case.build, data or case.data(), case.losses)
     return objective_of(task, point, **settings).evaluate(point, list(case.losses))
 
@@ -56,19 +64,26 @@ def assert_same_bits(found: Mapping[str, Evaluation], wanted: Mapping[str, Evalu
     for name, evaluation in wanted.items():
         assert found[name].loss == evaluation.loss
         assert found[name].gradient.keys() == evaluation.gradient.keys()
-        assert all(torch.equal(found[name].gradient[each], evaluation.gradient[each]) for each in evaluation.gradient)
+        assert all(
+            torch.equal(found[name].gradient[each], evaluation.gradient[each])
+            for each in evaluation.gradient
+        )
 
 
 def trajectory(directory: Path, model: nn.Module) -> Path:
     """Two checkpoints: a model's own tensors, and those a little further on."""
     directory.mkdir()
     for step in range(2):
-        moved = {name: each + 0.01 * step if each.is_floating_point() else each for name, each in state(model).items()}
+        moved = {
+            name: each + 0.01 * step if each.is_floating_point() else each
+            for name, each in state(model).items()
+        }
         save_file(moved, directory / f"step_{step}.safetensors")
     return directory
 
 
-# --- the probes --------------------------------------------------------------------------------------------------------
+# --- the probes
+# --------------------------------------------------------------------------------------------------------
 
 
 class Applied(nn.Module):
@@ -108,7 +123,9 @@ def own_mean(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1]).reshape(1)
 
 
-def opaque(outputs: Tensor, targets: Tensor, weight: Tensor | None = None, reduction: str = "mean") -> Tensor:
+def opaque(
+    outputs: Tensor, targets: Tensor, weight: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
     """A function whose name says nothing about how it weighs elements."""
     return F.cross_entropy(outputs, targets, weight=weight, reduction=reduction)
 
@@ -136,8 +153,10 @@ REFUSED = {
         {},
         "'the_loss' is not deterministic; dropout called with training=True",
     ),
-    "noise in the loss": (task_of(linear, Loss(noisy)), {}, "'the_loss' is not deterministic; sampling"),
-    "augmentation": (task_of(linear, data=Augmented()), {}, "'the_loss' is not deterministic; random augmentation"),
+    "noise in the loss": (task_of(linear, Loss(noisy)), {}, "'the_loss' is not deterministic; "
+                                                            "sampling"),
+    "augmentation": (task_of(linear, data=Augmented()), {}, "'the_loss' is not deterministic; "
+                                                            "random augmentation"),
     "untracked batch norm": (
         task_of(untracked),
         {},
@@ -151,12 +170,14 @@ REFUSED = {
     "contrastive": (
         task_of(linear, Loss(call=contrastive)),
         {},
-        "'the_loss' depends on how split 'train' is cut into batches; compares examples with each other",
+        "'the_loss' depends on how split 'train' is cut into batches; compares examples with each "
+        "other",
     ),
     "a mean inside": (
         task_of(linear, Loss(call=own_mean)),
         {},
-        "'the_loss' depends on how split 'train' is cut into batches; a mean taken inside Loss(call=fn)",
+        "'the_loss' depends on how split 'train' is cut into batches; a mean taken inside "
+        "Loss(call=fn)",
     ),
     "ignore_index": (
         task_of(linear, Loss(opaque), (INPUTS, IGNORED)),
@@ -188,8 +209,10 @@ REFUSED = {
         {},
         "'train' returned a scalar; one value per element",
     ),
-    "not a tensor": (task_of(linear, Loss(lambda outputs, targets: [1.0])), {}, "'train' returned a list"),
-    "integers": (task_of(linear, Loss(lambda outputs, targets: targets)), {}, "'train' returned; floating-point"),
+    "not a tensor": (task_of(linear, Loss(lambda outputs, targets: [1.0])), {}, "'train' returned "
+                                                                                "a list"),
+    "integers": (task_of(linear, Loss(lambda outputs, targets: targets)), {}, "'train' returned; "
+                                                                              "floating-point"),
     "weights of another shape": (
         task_of(linear, Loss(call=lambda model, batch: (model(batch[0])[:, 0], torch.ones(3)))),
         {},
@@ -200,17 +223,23 @@ REFUSED = {
         {},
         "weights; 'train'; sum to 0",
     ),
-    "an empty split": (task_of(linear, data=(INPUTS[:0], TARGETS[:0])), {}, "split 'train' is empty"),
-    "unequal lengths": (task_of(linear, data=(INPUTS, TARGETS[:49])), {}, "split 'train'; different lengths: [49, 50]"),
-    "no length": (task_of(linear, data=iter([1])), {}, "split 'train' is a list_iterator; map-style Dataset"),
+    "an empty split": (task_of(linear, data=(INPUTS[:0], TARGETS[:0])), {}, "split 'train' is "
+                                                                            "empty"),
+    "unequal lengths": (task_of(linear, data=(INPUTS, TARGETS[:49])), {}, "split 'train'; "
+                                                                          "different lengths: [49, "
+                                                                          "50]"),
+    "no length": (task_of(linear, data=iter([1])), {}, "split 'train' is a list_iterator; "
+                                                       "map-style Dataset"),
     "three tensors for a function": (task_of(linear, data=(INPUTS, INPUTS, TARGETS)), {}, "tuple of 3; Loss(call=fn)"),
-    "a failing model": (task_of(linear, data=(INPUTS[:, :5], TARGETS)), {}, "split 'train'; RuntimeError"),
+    "a failing model": (task_of(linear, data=(INPUTS[:, :5], TARGETS)), {}, "split 'train'; "
+                                                                            "RuntimeError"),
     "not finite": (
         task_of(linear, Loss(lambda outputs, targets: torch.log(-outputs.abs()).sum(1))),
         {},
         "'the_loss' is nan at the first checkpoint; logarithm",
     ),
-    "batch mode without a batch size": (task_of(untracked), {"norm_stats": "batch"}, "--norm-stats batch; --batch-size"),
+    "batch mode without a batch size": (task_of(untracked), {"norm_stats": "batch"}, "--norm-stats "
+                                                                                     "batch; --batch-size"),
     "other in float32": (
         task_of(applied(rounded)),
         {"precision": "float64"},
@@ -268,7 +297,11 @@ ACCEPTED = {
         lambda outputs: F.cross_entropy(outputs, TARGETS, label_smoothing=0.1),
     ),
     "a module with a tensor": (
-        task_of(linear, Loss(nn.BCEWithLogitsLoss(pos_weight=CLASS_WEIGHTS)), (INPUTS, torch.eye(4)[TARGETS])),
+        task_of(
+            linear,
+            Loss(nn.BCEWithLogitsLoss(pos_weight=CLASS_WEIGHTS)),
+            (INPUTS, torch.eye(4)[TARGETS]),
+        ),
         lambda outputs: F.binary_cross_entropy_with_logits(
             outputs, torch.eye(4).double()[TARGETS], pos_weight=CLASS_WEIGHTS.double()
         ),
@@ -284,7 +317,10 @@ ACCEPTED = {
         task_of(linear, data=(INPUTS[:1], TARGETS[:1])),
         lambda outputs: F.cross_entropy(outputs[:1], TARGETS[:1]),
     ),
-    "its value everywhere zero": (task_of(linear, Loss(lambda outputs, targets: 0 * outputs)), lambda outputs: 0.0),
+    "its value everywhere zero": (
+        task_of(linear, Loss(lambda outputs, targets: 0 * outputs)),
+        lambda outputs: 0.0,
+    ),
 }
 
 
@@ -299,12 +335,16 @@ def test_a_loss_is_the_weighted_mean_over_all_elements_and_passes_the_probe(
     assert check_loss(objective, "the_loss") == []
     with torch.no_grad():
         truth = float(wanted(model.double()(INPUTS.double())))
-    assert objective.evaluate(state(model), ["the_loss"])["the_loss"].loss == pytest.approx(truth, rel=1e-6, abs=1e-12)
+    assert objective.evaluate(state(model), ["the_loss"])["the_loss"].loss == pytest.approx(
+        truth, rel=1e-6, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("batch_size", [7, None])
 def test_a_loss_at_its_minimum_passes_the_probe(batch_size: int | None) -> None:
-    """Its gradient there is nothing but rounding, which differs from one way of cutting batches to another."""
+    """Its gradient there is nothing but rounding, which differs from one way of cutting batches to
+    another.
+    """
     inputs = torch.cat([INPUTS, torch.ones(50, 1)], 1)
     targets = TARGETS[:, None].float()
     best = torch.linalg.lstsq(inputs.double(), targets.double()).solution.float().T
@@ -312,7 +352,8 @@ def test_a_loss_at_its_minimum_passes_the_probe(batch_size: int | None) -> None:
     assert check_loss(objective_of(task, {"weight": best}, batch_size=batch_size), "the_loss") == []
 
 
-# --- normalisation layers ----------------------------------------------------------------------------------------------
+# --- normalisation layers
+# ----------------------------------------------------------------------------------------------
 
 NORMS = {
     "batch_norm 1d": (F.batch_norm, (5, 3), True),
@@ -326,11 +367,14 @@ NORMS = {
 every_norm = pytest.mark.parametrize(("native", "shape", "affine"), NORMS.values(), ids=NORMS)
 
 
-def norm_arguments(shape: tuple[int, ...], affine: bool, dtype: torch.dtype) -> tuple[Tensor, list[Tensor | None]]:
+def norm_arguments(
+    shape: tuple[int, ...], affine: bool, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor | None]]:
     """Inputs, then running mean and variance, weight and bias."""
     generator = torch.Generator().manual_seed(5)
     x, mean, weight, bias = (
-        torch.randn(extent, generator=generator, dtype=torch.float64).to(dtype) for extent in (shape, 3, 3, 3)
+        torch.randn(extent, generator=generator, dtype=torch.float64).to(dtype)
+        for extent in (shape, 3, 3, 3)
     )
     var = torch.tensor([0.02, 0.5, 30.0], dtype=torch.float64).to(dtype)
     return x, [mean, var, weight if affine else None, bias if affine else None]
@@ -381,7 +425,9 @@ def test_the_gradient_of_running_statistics_is_that_of_finite_differences(
             moved[position][channel] += sign * step
             sides.append(float(energy(native, *moved)))
         difference = (sides[0] - sides[1]) / (2 * step)
-        assert float(statistics[position].grad[channel]) == pytest.approx(difference, rel=1e-6, abs=1e-8)
+        assert float(statistics[position].grad[channel]) == pytest.approx(
+            difference, rel=1e-6, abs=1e-8
+        )
 
 
 @pytest.mark.parametrize("mode", ["running", "batch"])
@@ -408,7 +454,9 @@ def test_a_failing_model_leaves_the_functions_and_the_default_dtype_as_they_were
     assert (F.batch_norm, F.instance_norm, torch.get_default_dtype()) == before
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("float64", torch.float64)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("float32", torch.float32), ("float64", torch.float64)]
+)
 def test_task_model_and_loss_are_built_and_called_under_the_default_dtype_of_the_precision(
     precision: str, dtype: torch.dtype
 ) -> None:
@@ -467,7 +515,9 @@ class Aliased(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm = self.norm
-        return batch_norm(self.linear(x), norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        return batch_norm(
+            self.linear(x), norm.running_mean, norm.running_var, norm.weight, norm.bias
+        )
 
 
 @pytest.mark.parametrize("mode", ["running", "batch"])
@@ -478,10 +528,14 @@ def test_a_batch_norm_that_cannot_be_held_to_the_mode_is_refused(mode: str) -> N
 
 @pytest.mark.parametrize("name", ["conv_bn", "recomputed", "autoencoder"])
 @pytest.mark.parametrize("mode", ["running", "batch"])
-def test_evaluation_leaves_every_tensor_of_the_model_and_its_mode_as_they_were(name: str, mode: str) -> None:
+def test_evaluation_leaves_every_tensor_of_the_model_and_its_mode_as_they_were(
+    name: str, mode: str
+) -> None:
     case = CASES[name]
     torch.manual_seed(0)
-    point = {key: each + 1 if key.endswith("var") else each for key, each in state(case.build()).items()}
+    point = {
+        key: each + 1 if key.endswith("var") else each for key, each in state(case.build()).items()
+    }
     objective = objective_of(case.task(), point, norm_stats=mode, batch_size=case.batch_size)
     objective.evaluate(point, list(case.losses))
     objective.evaluate(point, list(case.losses), gradient=False)
@@ -489,10 +543,13 @@ def test_evaluation_leaves_every_tensor_of_the_model_and_its_mode_as_they_were(n
     assert after.keys() == point.keys()
     assert all(torch.equal(after[key], each) for key, each in point.items())
     assert not any(module.training for module in objective.model.modules())
-    assert all(each.grad is None for each in [*objective.model.parameters(), *objective.model.buffers()])
+    assert all(
+        each.grad is None for each in [*objective.model.parameters(), *objective.model.buffers()]
+    )
 
 
-# --- batches -----------------------------------------------------------------------------------------------------------
+# --- batches
+# -----------------------------------------------------------------------------------------------------------
 
 
 class AsDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -526,11 +583,15 @@ def test_a_map_style_dataset_gives_the_bits_of_tensors(name: str, precision: str
     point = state(case.build())
     datasets = {split: AsDataset(tensors) for split, tensors in case.data().items()}
     settings = {"precision": precision, "batch_size": case.batch_size}
-    assert_same_bits(evaluated(case, point, datasets, **settings), evaluated(case, point, **settings))
+    assert_same_bits(
+        evaluated(case, point, datasets, **settings), evaluated(case, point, **settings)
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_streamed_batches_give_the_bits_of_resident_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_batches_give_the_bits_of_resident_ones(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = CASES[name]
     torch.manual_seed(0)
     point, names = state(case.build()), list(case.losses)
@@ -545,21 +606,28 @@ def test_streamed_batches_give_the_bits_of_resident_ones(name: str, monkeypatch:
             each.read.clear()
         assert_same_bits(streaming.evaluate(point, names), resident)
         used = [loss.on for loss in case.losses.values()]
-        assert all(each.read == list(range(len(each))) * (split in used) for split, each in data.items())
+        assert all(
+            each.read == list(range(len(each))) * (split in used) for split, each in data.items()
+        )
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_automatic_batch_size_is_a_power_of_two_or_the_whole_split_and_always_the_same(name: str) -> None:
+def test_the_automatic_batch_size_is_a_power_of_two_or_the_whole_split_and_always_the_same(
+    name: str,
+) -> None:
     case = CASES[name]
     point = state(case.build())
-    first, second = (objective_of(case.task(), point, batch_size=None).batch_sizes for _ in range(2))
+    first, second = (
+        objective_of(case.task(), point, batch_size=None).batch_sizes for _ in range(2)
+    )
     assert first == second
     for split, size in first.items():
         examples = len(case.data()[split][0])
         assert size == examples or (size < examples and size & (size - 1) == 0)
 
 
-# --- what the first examples do not show ---------------------------------------------------------------------------------
+# --- what the first examples do not show
+# ---------------------------------------------------------------------------------
 
 
 def unlabelled(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
@@ -581,7 +649,10 @@ def labelled_mean(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 LATE = {
     "unlabelled behind labelled": (Loss(unlabelled), "its own reduction='mean' gives"),
     "classes one after the other": (Loss(weighted), "its own reduction='mean' gives"),
-    "a mean inside the call": (Loss(call=labelled_mean), "depends on how split 'train' is cut into batches"),
+    "a mean inside the call": (
+        Loss(call=labelled_mean),
+        "depends on how split 'train' is cut into batches",
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""Checkpoints behind URLs: the numbers of those on disk, each file fetched once, and what is out of reach is said."""
+"""Checkpoints behind URLs: the numbers of those on disk, each file fetched once, and what is out of
+reach is said.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ class Ranged(http.server.SimpleHTTPRequestHandler):
 def served(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
     """The URL under which `tmp_path` is served, and the paths that were asked for."""
     asked: list[str] = []
-    handler = functools.partial(type("Handler", (Ranged,), {"asked": asked}), directory=str(tmp_path))
+    handler = functools.partial(
+        type("Handler", (Ranged,), {"asked": asked}), directory=str(tmp_path)
+    )
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -104,11 +108,15 @@ def test_a_run_over_http_is_that_of_the_directory(
     assert len(list(cache.iterdir())) == len(STEPS)
     asked.clear()
     again = ("--loss", "validation", "--cluster", "inline")
-    assert lca("run", f"{url}/ck", "--task", task, "--out", tmp_path / "far.lca", *again).exit_code == 0
+    assert (
+        lca("run", f"{url}/ck", "--task", task, "--out", tmp_path / "far.lca", *again).exit_code
+        == 0
+    )
     of_the_run = sum(path.endswith(".safetensors") for path in asked)
     asked.clear()
     open_trajectory(f"{url}/ck")
-    assert of_the_run == sum(path.endswith(".safetensors") for path in asked) > 0  # workers asked for nothing
+    # workers asked for nothing
+    assert of_the_run == sum(path.endswith(".safetensors") for path in asked) > 0
     assert lca("verify", tmp_path / "far.lca").exit_code == 0
     assert lca("repair", tmp_path / "far.lca", "--task", task).exit_code == 0
 
@@ -120,20 +128,34 @@ def test_a_run_over_memory_is_that_of_the_directory(tmp_path: Path, memory: str)
     same(tmp_path / "near.lca", tmp_path / "far.lca")
 
 
-def test_layouts_and_steps_are_found_as_on_disk(tmp_path: Path, served: tuple[str, list[str]]) -> None:
+def test_layouts_and_steps_are_found_as_on_disk(
+    tmp_path: Path, served: tuple[str, list[str]]
+) -> None:
     for step in (10, 20):
         tensors = list(iterates()[step // 10].items())
         for part, held in enumerate((tensors[:2], tensors[2:])):
             (tmp_path / f"checkpoint-{step}").mkdir(exist_ok=True)
-            save_file(dict(held), tmp_path / f"checkpoint-{step}" / f"model-0000{part + 1}-of-00002.safetensors")
-        names = {name: f"model-0000{1 + (at >= 2)}-of-00002.safetensors" for at, (name, _) in enumerate(tensors)}
+            save_file(
+                dict(held),
+                tmp_path / f"checkpoint-{step}" / f"model-0000{part + 1}-of-00002.safetensors",
+            )
+        names = {
+            name: f"model-0000{1 + (at >= 2)}-of-00002.safetensors"
+            for at, (name, _) in enumerate(tensors)
+        }
         text = '{"weight_map": ' + str(names).replace("'", '"') + "}"
         (tmp_path / f"checkpoint-{step}" / "model.safetensors.index.json").write_text(text)
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(f'{{"global_step": {step + 1}}}')
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(
+            f'{{"global_step": {step + 1}}}'
+        )
     files = fsspec.filesystem("memory")
     files.put(str(tmp_path), "/hub", recursive=True)
     near = open_trajectory(tmp_path)
-    for far in (open_trajectory("memory://hub"), open_trajectory(served[0]), open_trajectory(served[0] + "/")):
+    for far in (
+        open_trajectory("memory://hub"),
+        open_trajectory(served[0]),
+        open_trajectory(served[0] + "/"),
+    ):
         assert far.steps == near.steps == [11, 21]
         assert far.tensors == near.tensors
         assert [(each.size, each.fingerprint) for each in far.checkpoints] == [
@@ -142,13 +164,17 @@ def test_layouts_and_steps_are_found_as_on_disk(tmp_path: Path, served: tuple[st
     files.rm("/hub", recursive=True)
 
 
-def test_a_cached_file_is_read_once_and_one_that_changed_is_not_taken(tmp_path: Path, memory: str, cache: Path) -> None:
+def test_a_cached_file_is_read_once_and_one_that_changed_is_not_taken(
+    tmp_path: Path, memory: str, cache: Path
+) -> None:
     trajectory = open_trajectory(memory)
     names = dict.fromkeys(iterates()[0])
     first = trajectory.checkpoints[0]
     before = read_checkpoint(first, {name: name for name in names})
     files = fsspec.filesystem("memory")
-    files.pipe("/ck/step_00000000.safetensors", step_file(tmp_path / "on disk", STEPS[1]).read_bytes())
+    files.pipe(
+        "/ck/step_00000000.safetensors", step_file(tmp_path / "on disk", STEPS[1]).read_bytes()
+    )
     assert all((read_checkpoint(first, {name: name})[name] == before[name]).all() for name in names)
     (kept,) = cache.iterdir()
     kept.write_bytes(kept.read_bytes()[:-20])  # what a power failure leaves
@@ -174,9 +200,22 @@ def test_a_url_of_this_machines_own_files_is_a_path(tmp_path: Path, cache: Path)
     ("where", "kind", "message"),
     [
         ("memory://nothing", InputError, "memory://nothing is not a directory of checkpoints"),
-        ("http://127.0.0.1:9/ck", InputError, r"cannot look into http://127.0.0.1:9/ck: .*[Cc]onnect"),
-        ("http://me:secret@127.0.0.1:9/ck", InputError, "it holds no passwords and no queries; this http one does"),
-        ("http://127.0.0.1:9/ck?signature=7", InputError, "it holds no passwords and no queries; this http one does"),
+        (
+            "http://127.0.0.1:9/ck",
+            InputError,
+            r"cannot look into http://127.0.0.1:9/ck: "
+            r".*[Cc]onnect",
+        ),
+        (
+            "http://me:secret@127.0.0.1:9/ck",
+            InputError,
+            "it holds no passwords and no queries; this http one does",
+        ),
+        (
+            "http://127.0.0.1:9/ck?signature=7",
+            InputError,
+            "it holds no passwords and no queries; this http one does",
+        ),
         ("gopher://somewhere/ck", ResourceError, "fsspec knows no 'gopher'. Install its driver"),
     ],
 )
@@ -190,7 +229,11 @@ def test_a_driver_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ResourceError, match=r"s3://bucket/ck: .*[Ii]nstall s3fs"):
         open_trajectory("s3://bucket/ck")
     monkeypatch.setitem(__import__("sys").modules, "upath", None)
-    with pytest.raises(ResourceError, match=r"needs universal_pathlib: pip install 'lca_posthoc\[remote\]'"):
+    with pytest.raises(
+        ResourceError,
+        match=r"needs universal_pathlib: pip install "
+        r"'lca_posthoc\[remote\]'",
+    ):
         open_trajectory("s3://bucket/ck")
 
 
@@ -201,10 +244,12 @@ def test_results_are_not_written_to_remote_places(tmp_path: Path, memory: str) -
     assert lca("plan", memory, "--task", task).exit_code == 0
     for out in ("s3://bucket/run.lca", "file:///elsewhere/run.lca"):
         refused(
-            lca("run", memory, "--task", task, "--cluster", "inline", "--out", out), f"{out} is a URL, and results are"
+            lca("run", memory, "--task", task, "--cluster", "inline", "--out", out),
+            f"{out} is a URL, and results are",
         )
     refused(
-        lca("import", "http://127.0.0.1/saved", tmp_path / "made"), "http://127.0.0.1/saved is a URL, and an import is"
+        lca("import", "http://127.0.0.1/saved", tmp_path / "made"),
+        "http://127.0.0.1/saved is a URL, and an import is",
     )
 
 
@@ -219,7 +264,9 @@ def test_a_driver_that_fails_in_its_own_way_is_said(
 
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "_open", fails)
     with pytest.raises(
-        InputError, match=r"cannot read checkpoint file memory://ck/step_00000000.safetensors: Odd: no parts"
+        InputError,
+        match=r"cannot read checkpoint file memory://ck/step_00000000.safetensors: "
+        r"Odd: no parts",
     ):
         open_trajectory(memory)
     assert paths.is_remote(paths.located(memory))

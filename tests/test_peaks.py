@@ -1,4 +1,6 @@
-"""Peak moments and the nulls of their alignment, against loops, full enumerations and planted truths."""
+"""Peak moments and the nulls of their alignment, against loops, full enumerations and planted
+truths.
+"""
 
 from __future__ import annotations
 
@@ -23,32 +25,52 @@ from torch import nn
 from lca_posthoc import Loss, Recorder, Run, Task, open_run, run
 from lca_posthoc.errors import InputError, LCAError
 from lca_posthoc.findings import peaks
-from lca_posthoc.findings.peaks import Alignment, align, intersection, minima, moments, possible, rotated
+from lca_posthoc.findings.peaks import (
+    Alignment,
+    align,
+    intersection,
+    minima,
+    moments,
+    possible,
+    rotated,
+)
 
 from .small import marker, says
 
 Array = np.ndarray[Any, Any]
 
-# --- moments ---------------------------------------------------------------------------------------------------------------
+# --- moments
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def slow_possible(rows: list[Any], joined: list[bool]) -> list[bool]:
     """Both neighbours follow directly, and all three segments are finite."""
     fine = [bool(np.isfinite(row).all()) for row in rows]
     return [
-        0 < at < len(rows) - 1 and joined[at - 1] and joined[at] and fine[at - 1] and fine[at] and fine[at + 1]
+        0 < at < len(rows) - 1
+        and joined[at - 1]
+        and joined[at]
+        and fine[at - 1]
+        and fine[at]
+        and fine[at + 1]
         for at in range(len(rows))
     ]
 
 
 def slow_peaks(series: list[float], can: list[bool], top: int) -> set[int]:
-    """Walk down into every run of equal numbers; a peak if the walk goes up behind it and never leaves what can be a peak."""
+    """Walk down into every run of equal numbers; a peak if the walk goes up behind it and never
+    leaves what can be a peak.
+    """
     found = []
     for at in range(1, len(series) - 1):
         end = at
         while can[end] and series[end + 1] == series[at]:
             end += 1
-        if all(can[at : end + 1]) and series[at - 1] > series[at] < series[end + 1] and series[at] < 0:
+        if (
+            all(can[at : end + 1])
+            and series[at - 1] > series[at] < series[end + 1]
+            and series[at] < 0
+        ):
             found.append((series[at], at))
     return {at for _, at in sorted(found)[:top]}
 
@@ -58,8 +80,12 @@ def recorded(draw: st.DrawFn) -> tuple[Array, Array]:
     """Few different numbers, so that there are plateaus and ties; holes; numbers that are none."""
     steps = draw(st.integers(1, 14))
     number = st.sampled_from([-3.0, -2.0, -1.0, 0.0, 1.0] * 3 + [np.nan, -np.inf, np.inf])
-    values = draw(st.lists(st.lists(number, min_size=4, max_size=4), min_size=steps, max_size=steps))
-    joined = draw(st.lists(st.sampled_from([True] * 5 + [False]), min_size=steps - 1, max_size=steps - 1))
+    values = draw(
+        st.lists(st.lists(number, min_size=4, max_size=4), min_size=steps, max_size=steps)
+    )
+    joined = draw(
+        st.lists(st.sampled_from([True] * 5 + [False]), min_size=steps - 1, max_size=steps - 1)
+    )
     return np.array(values).reshape(steps, 2, 2), np.array(joined, dtype=bool)
 
 
@@ -105,11 +131,14 @@ def test_a_plateau_across_a_gap_is_none() -> None:
     assert minima(values, can).ravel().nonzero()[0].tolist() == [6]
 
 
-# --- nulls -----------------------------------------------------------------------------------------------------------------
+# --- nulls
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def every_rotation(peak: Array, borders: list[int]) -> dict[tuple[int, ...], float]:
-    """The exact distribution of the counts per group: all offsets of all layers in all stretches."""
+    """The exact distribution of the counts per group: all offsets of all layers in all
+    stretches.
+    """
     segments, groups, layers = peak.shape
     lengths = [b - a for a, b in itertools.pairwise(borders)]
     seen: Counter[tuple[int, ...]] = Counter()
@@ -119,8 +148,14 @@ def every_rotation(peak: Array, borders: list[int]) -> dict[tuple[int, ...], flo
             for at, (start, length) in enumerate(zip(borders, lengths, strict=False)):
                 offset = offsets[layer * len(lengths) + at]
                 for place in range(length):
-                    moved[start + (place + offset) % length, :, layer] = peak[start + place, :, layer]
-        seen[tuple(sum(all(moved[step, group]) for step in range(segments)) for group in range(groups))] += 1
+                    moved[start + (place + offset) % length, :, layer] = peak[
+                        start + place, :, layer
+                    ]
+        seen[
+            tuple(
+                sum(all(moved[step, group]) for step in range(segments)) for group in range(groups)
+            )
+        ] += 1
     return {counts: number / seen.total() for counts, number in seen.items()}
 
 
@@ -134,15 +169,21 @@ def every_rotation(peak: Array, borders: list[int]) -> dict[tuple[int, ...], flo
         ((4, 2, 2), [0, 1, 4]),
     ],
 )
-def test_rotations_have_the_distribution_of_all_rotations(shape: tuple[int, ...], borders: list[int]) -> None:
+def test_rotations_have_the_distribution_of_all_rotations(
+    shape: tuple[int, ...], borders: list[int]
+) -> None:
     draws = 20_000
     peak = np.random.default_rng(3).random(shape) < 0.5
     wanted = every_rotation(peak, borders)
     assert len(wanted) > 1
-    drawn = Counter(map(tuple, rotated(peak, np.array(borders), draws, np.random.default_rng(0)).tolist()))
+    drawn = Counter(
+        map(tuple, rotated(peak, np.array(borders), draws, np.random.default_rng(0)).tolist())
+    )
     assert set(drawn) <= set(wanted)
     for counts, chance in wanted.items():
-        assert abs(drawn[counts] / draws - chance) <= 5 * np.sqrt(chance * (1 - chance) / draws), counts
+        assert abs(drawn[counts] / draws - chance) <= 5 * np.sqrt(chance * (1 - chance) / draws), (
+            counts
+        )
 
 
 def test_rotations_are_the_same_in_any_portions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +191,9 @@ def test_rotations_are_the_same_in_any_portions(monkeypatch: pytest.MonkeyPatch)
     whole = rotated(peak, np.array([0, 20, 40]), 500, np.random.default_rng(7))
     for most in (1, 77, 1000):
         monkeypatch.setitem(rotated.__globals__, "_AT_ONCE", most)
-        assert np.array_equal(rotated(peak, np.array([0, 20, 40]), 500, np.random.default_rng(7)), whole)
+        assert np.array_equal(
+            rotated(peak, np.array([0, 20, 40]), 500, np.random.default_rng(7)), whole
+        )
 
 
 def test_a_layer_without_peaks_is_never_aligned() -> None:
@@ -159,14 +202,21 @@ def test_a_layer_without_peaks_is_never_aligned() -> None:
     found = align(peak, draws=50, seed=0, stretch=3)
     assert (found.observed.tolist(), found.expected.tolist()) == ([9, 0], [9.0, 0.0])
     assert set(found.shift) == set(found.local) == {9}
-    assert (found.p_shift, found.p_local, found.p_independent, found.p_shift_group.tolist()) == (1, 1, 1, [1, 1])
+    assert (found.p_shift, found.p_local, found.p_independent, found.p_shift_group.tolist()) == (
+        1,
+        1,
+        1,
+        [1, 1],
+    )
     peak[:] = False
     assert align(peak, draws=50, seed=0, stretch=3).p_shift == 1
 
 
 def every_subset(segments: int, sizes: tuple[int, ...]) -> list[Fraction]:
     """The exact distribution of the size of the intersection, by writing out all the subsets."""
-    subsets = [[set(each) for each in itertools.combinations(range(segments), size)] for size in sizes]
+    subsets = [
+        [set(each) for each in itertools.combinations(range(segments), size)] for size in sizes
+    ]
     seen = Counter(len(set.intersection(*chosen)) for chosen in itertools.product(*subsets))
     return [Fraction(seen[count], seen.total()) for count in range(min(sizes) + 1)]
 
@@ -187,7 +237,9 @@ def every_subset(segments: int, sizes: tuple[int, ...]) -> list[Fraction]:
 )
 def test_independent_subsets_are_counted_exactly(segments: int, sizes: tuple[int, ...]) -> None:
     found = intersection(segments, np.array(sizes))
-    assert found.tolist() == pytest.approx([float(each) for each in every_subset(segments, sizes)], abs=1e-12)
+    assert found.tolist() == pytest.approx(
+        [float(each) for each in every_subset(segments, sizes)], abs=1e-12
+    )
 
 
 def test_groups_are_independent_in_the_independent_null() -> None:
@@ -196,9 +248,15 @@ def test_groups_are_independent_in_the_independent_null() -> None:
     first, second = every_subset(5, (2, 3)), every_subset(5, (2, 2))
     found = align(peak, draws=10, seed=0, stretch=5)
     assert found.observed.tolist() == [2, 1]
-    wanted = sum(a * b for (i, a), (j, b) in itertools.product(enumerate(first), enumerate(second)) if i + j >= 3)
+    wanted = sum(
+        a * b
+        for (i, a), (j, b) in itertools.product(enumerate(first), enumerate(second))
+        if i + j >= 3
+    )
     assert found.p_independent == pytest.approx(float(wanted), abs=1e-12)
-    assert found.expected == pytest.approx([float(sum(i * a for i, a in enumerate(each))) for each in (first, second)])
+    assert found.expected == pytest.approx(
+        [float(sum(i * a for i, a in enumerate(each))) for each in (first, second)]
+    )
 
 
 def test_what_is_expected_is_the_mean_of_all_rotations() -> None:
@@ -221,7 +279,8 @@ def test_the_p_values_are_counts_of_draws() -> None:
     assert not np.array_equal(other.shift, found.shift)
 
 
-# --- calibration and power ---------------------------------------------------------------------------------------------------
+# --- calibration and power
+# ---------------------------------------------------------------------------------------------------
 
 SEEDS, LEVELS = 200, (0.01, 0.05, 0.1)
 EARLY = 1 + 20 * np.exp(-np.arange(1100) / 100)  # all layers learn most early on, as they do
@@ -236,7 +295,9 @@ def simulated(
     trend: Array | None = None,
     planted: int = 0,
 ) -> Alignment:
-    """Autoregressive noise, independent between layers and correlated between groups; `planted` common dips three deviations deep."""
+    """Autoregressive noise, independent between layers and correlated between groups; `planted`
+    common dips three deviations deep.
+    """
     steps, _, layers = shape
     generator = np.random.default_rng(seed)
     values = shared * generator.standard_normal((steps, 1, layers)) - 1.0
@@ -266,7 +327,8 @@ def test_layers_that_have_nothing_to_do_with_each_other_are_rarely_found_aligned
         p = np.array([getattr(each, name) for each in found])
         alarms = {level: int((p <= level).sum()) for level in LEVELS}
         assert all(alarms[level] <= most(level) for level in LEVELS), (name, alarms)
-        assert shape[0] == 1100 or (p <= 0.5).mean() > 0.3  # the bound can fail: chance alignments are common
+        # the bound can fail: chance alignments are common
+        assert shape[0] == 1100 or (p <= 0.5).mean() > 0.3
 
 
 def test_planted_alignments_are_found() -> None:
@@ -278,7 +340,8 @@ def test_planted_alignments_are_found() -> None:
 def test_a_common_trend_alone_fools_every_null_but_the_local_one() -> None:
     found = [simulated(seed, (1100, 10, 3), 20, trend=EARLY) for seed in range(SEEDS)]
     alarms = {
-        name: sum(getattr(each, name) <= 0.05 for each in found) for name in ("p_shift", "p_independent", "p_local")
+        name: sum(getattr(each, name) <= 0.05 for each in found)
+        for name in ("p_shift", "p_independent", "p_local")
     }
     assert alarms["p_local"] <= most(0.05)
     assert min(alarms["p_shift"], alarms["p_independent"]) > SEEDS / 2
@@ -287,12 +350,14 @@ def test_a_common_trend_alone_fools_every_null_but_the_local_one() -> None:
 def test_groups_that_are_alike_fool_the_independent_null_and_not_the_rotations() -> None:
     found = [simulated(seed, (100, 10, 2), 20, shared=0.99) for seed in range(SEEDS)]
     alarms = {
-        name: sum(getattr(each, name) <= 0.05 for each in found) for name in ("p_shift", "p_independent", "p_local")
+        name: sum(getattr(each, name) <= 0.05 for each in found)
+        for name in ("p_shift", "p_independent", "p_local")
     }
     assert max(alarms["p_shift"], alarms["p_local"]) <= most(0.05) < alarms["p_independent"]
 
 
-# --- a run -----------------------------------------------------------------------------------------------------------------
+# --- a run
+# -----------------------------------------------------------------------------------------------------------------
 
 SEGMENTS, SPAN = 30, 4
 
@@ -318,14 +383,24 @@ def replay(root: Path, segments: int = SEGMENTS, build: Callable[[], nn.Module] 
             recorder.save(step)
             for name, tensor in model.state_dict().items():
                 if tensor.is_floating_point() and "still" not in name:
-                    tensor += 0.05 * torch.randn_like(tensor) * (tensor.abs() if "var" in name else 1.0)
+                    tensor += (
+                        0.05 * torch.randn_like(tensor) * (tensor.abs() if "var" in name else 1.0)
+                    )
     inputs, targets = torch.randn(24, 6), torch.arange(24) % 3
     losses = {
         "train": Loss(F.cross_entropy, on="train"),
         "per_class": Loss(F.cross_entropy, on="train", group_by=lambda inputs, targets: targets),
     }
     task = Task(build, {"train": (inputs, targets)}, losses)
-    return run(root / "ck", task, losses=["all"], out=root / "run", cluster="inline", span=SPAN, keep="tensors")
+    return run(
+        root / "ck",
+        task,
+        losses=["all"],
+        out=root / "run",
+        cluster="inline",
+        span=SPAN,
+        keep="tensors",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -342,12 +417,20 @@ def series(results: Any, signal: str, layer: str) -> Iterator[tuple[Any, list[fl
     column, sign = table[FIELD[signal]], 1 if signal == "allocation" else -1
     mine = [
         at
-        for at, (name, kind) in enumerate(zip(table["tensor"].values, table["kind"].values, strict=True))
+        for at, (name, kind) in enumerate(
+            zip(table["tensor"].values, table["kind"].values, strict=True)
+        )
         if name.split(".")[0] == layer and kind == "parameter"
     ]
     for group in column["group"].values if "group" in column.dims else ["all"]:
         chosen = column.sel(group=group) if "group" in column.dims else column
-        yield group, [sign * sum(chosen.values[step, at] for at in mine) for step in range(table.sizes["step"])]
+        yield (
+            group,
+            [
+                sign * sum(chosen.values[step, at] for at in mine)
+                for step in range(table.sizes["step"])
+            ],
+        )
 
 
 @pytest.mark.parametrize("signal", FIELD)
@@ -362,7 +445,10 @@ def test_the_peaks_of_a_run_are_those_of_its_tensors(made: Run, loss: str, signa
     for layer in found["layer"].values:
         for group, values in series(made[loss], signal, layer):
             mine = slow_peaks(values, can, 6)
-            assert set(found["peak"].sel(layer=layer, group=group).values.nonzero()[0].tolist()) == mine
+            assert (
+                set(found["peak"].sel(layer=layer, group=group).values.nonzero()[0].tolist())
+                == mine
+            )
             wanted.setdefault(group, []).append(mine)
     counted = [each for each in found["layer"].values if found["counted"].sel(layer=each)]
     assert ("still" in counted) == (signal == "gradient")  # it has gradients and does not move
@@ -382,7 +468,12 @@ def test_the_peaks_of_a_run_are_those_of_its_tensors(made: Run, loss: str, signa
     }
     assert found["step"].values.tolist() == list(range(SEGMENTS))
     assert found["step_end"].values.tolist() == list(range(1, SEGMENTS + 1))
-    assert dict(found.sizes) == {"step": SEGMENTS, "group": 3 if grouped else 1, "layer": 4, "draw": 200}
+    assert dict(found.sizes) == {
+        "step": SEGMENTS,
+        "group": 3 if grouped else 1,
+        "layer": 4,
+        "draw": 200,
+    }
     assert all({"units", "long_name"} <= set(found[name].attrs) for name in found)
 
 
@@ -396,7 +487,9 @@ def test_the_segments_beside_a_gap_are_no_peaks(made: Run, tmp_path: Path) -> No
     ends = {0, 7, 12, SEGMENTS - 1}
     for layer in ("hidden", "norm", "out"):
         for group, values in series(made["per_class"], "allocation", layer):
-            wanted = slow_peaks(values, [step in left and step not in ends for step in range(SEGMENTS)], 50)
+            wanted = slow_peaks(
+                values, [step in left and step not in ends for step in range(SEGMENTS)], 50
+            )
             peak = found["peak"].sel(layer=layer, group=group)
             assert set(found["step"].values[peak.values].tolist()) == wanted
     says(found.attrs["left_out"], "of 30 segments", "lca run")
@@ -407,17 +500,27 @@ def test_fewer_than_two_layers_with_peaks_are_never_aligned(tmp_path: Path) -> N
         return nn.Sequential(OrderedDict(still=nn.Linear(6, 3), moving=nn.Linear(3, 3)))
 
     found = peaks(replay(tmp_path, 12, build)["train"], draws=20)
-    assert (int(found["observed_total"]), float(found["p_shift"]), float(found["p_independent"])) == (0, 1.0, 1.0)
+    assert (
+        int(found["observed_total"]),
+        float(found["p_shift"]),
+        float(found["p_independent"]),
+    ) == (0, 1.0, 1.0)
     says(found.attrs["left_out"], "Without a peak: still.", "Fewer than two layers have peaks")
 
 
 ASKED_WRONGLY: dict[str, tuple[dict[str, Any], str]] = {
-    "a signal that is none": ({"signal": "weight"}, "signal is one of allocation, motion, gradient, got 'weight'"),
+    "a signal that is none": (
+        {"signal": "weight"},
+        "signal is one of allocation, motion, gradient, got 'weight'",
+    ),
     "no peaks": ({"top": 0}, "top is a whole number of at least 1, got 0"),
     "no draws": ({"draws": 0}, "draws is a whole number of at least 1, got 0"),
     "half a draw": ({"draws": 0.5}, "draws is a whole number of at least 1, got 0.5"),
     "no stretch": ({"stretch": 0}, "stretch is a whole number of at least 1, got 0"),
-    "one layer": ({"by": 0}, "compared between layers; by=0 makes 1 of the parameters of 'train'; by=\"tensor\""),
+    "one layer": (
+        {"by": 0},
+        "compared between layers; by=0 makes 1 of the parameters of 'train'; by=\"tensor\"",
+    ),
     "layers by what": ({"by": "colour"}, "'colour'"),
 }
 
@@ -442,7 +545,9 @@ def test_a_peak_needs_a_segment_on_either_side(tmp_path: Path, segments: int) ->
 
 
 def test_the_seed_decides(made: Run) -> None:
-    first, again, other = (peaks(made["per_class"], top=10, draws=300, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (
+        peaks(made["per_class"], top=10, draws=300, seed=seed) for seed in (1, 1, 2)
+    )
     assert first.identical(again)
     assert not np.array_equal(first["shift"], other["shift"])
     assert np.array_equal(first["peak"], other["peak"])

@@ -21,7 +21,17 @@ from lca_posthoc.objective import Objective
 from lca_posthoc.plan import plan, plan_recording
 from lca_posthoc.store import read_manifest, required_bytes, verify
 from lca_posthoc.worker import costs
-from tests.small import contents, document, lca, record, refused, run_lca, task_namespace, write_step, write_task
+from tests.small import (
+    contents,
+    document,
+    lca,
+    record,
+    refused,
+    run_lca,
+    task_namespace,
+    write_step,
+    write_task,
+)
 
 
 @pytest.mark.parametrize("rule", ["simpson", "trapezoid", "left", "midpoint", "gauss-2"])
@@ -45,9 +55,15 @@ def test_evaluations_are_those_a_run_without_refinement_makes(tmp_path: Path, ru
     assert {name: loss.batch_size for name, loss in planned.losses.items()} == {
         name: record.batch_size for name, record in manifest.losses.items()
     }
-    assert all(loss.seconds == loss.seconds_per_evaluation * loss.evaluations > 0 for loss in planned.losses.values())
+    assert all(
+        loss.seconds == loss.seconds_per_evaluation * loss.evaluations > 0
+        for loss in planned.losses.values()
+    )
     assert planned.seconds > 0
-    assert planned.bytes["parameters"] >= sum(loss.bytes["parameters"] for loss in planned.losses.values()) / 2
+    assert (
+        planned.bytes["parameters"]
+        >= sum(loss.bytes["parameters"] for loss in planned.losses.values()) / 2
+    )
     assert planned.free > 0
     assert planned.memory > 0
 
@@ -56,25 +72,38 @@ def test_what_cannot_be_spread_over_the_workers_is_said(tmp_path: Path) -> None:
     record(tmp_path / "ck")
     task = write_task(tmp_path / "task.py")
     assert not any("busy" in note for note in plan(tmp_path / "ck", task, workers=6).notes)
-    assert "6 segments keep at most 6 of 64 workers busy" in plan(tmp_path / "ck", task, workers=64).notes
+    assert (
+        "6 segments keep at most 6 of 64 workers busy"
+        in plan(tmp_path / "ck", task, workers=64).notes
+    )
 
 
 def test_spans_are_shortened_until_every_worker_has_work(tmp_path: Path) -> None:
     record(tmp_path / "ck")
     task = write_task(tmp_path / "task.py")
     for workers, span in ((1, 2), (2, 1), (3, 1)):
-        run = lca_posthoc.run(tmp_path / "ck", task, workers=workers, out=tmp_path / f"{workers}.lca")
+        run = lca_posthoc.run(
+            tmp_path / "ck", task, workers=workers, out=tmp_path / f"{workers}.lca"
+        )
         assert run.manifest.span == span
 
 
-def test_a_result_larger_than_the_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_larger_than_the_disk_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record(tmp_path / "ck")
     task = write_task(tmp_path / "task.py")
     needed = plan(tmp_path / "ck", task, workers=1).bytes["parameters"]
     for free, said in ((needed, False), (needed - 1, True)):
-        monkeypatch.setattr(psutil, "disk_usage", lambda place, free=free: SimpleNamespace(free=free))
+        monkeypatch.setattr(
+            psutil, "disk_usage", lambda place, free=free: SimpleNamespace(free=free)
+        )
         assert (
-            any("the result will need about" in note for note in plan(tmp_path / "ck", task, workers=1).notes) is said
+            any(
+                "the result will need about" in note
+                for note in plan(tmp_path / "ck", task, workers=1).notes
+            )
+            is said
         )
 
 
@@ -110,18 +139,26 @@ def test_the_space_is_what_a_run_takes_after_compression_within_a_factor_of_two(
     torch.manual_seed(0)
     model, (inputs, targets) = Wide(), task_namespace()["train"]
     optimizer = torch.optim.Adam(
-        [each for name, each in model.named_parameters() if name not in kind.get("dead", ())] or [torch.zeros(1)]
+        [each for name, each in model.named_parameters() if name not in kind.get("dead", ())]
+        or [torch.zeros(1)]
     )
     for step in range(kind.get("steps", 6) + 1):
         write_step(
             tmp_path / "ck",
             step,
-            {name: each.to(kind.get("dtype", torch.float32)) for name, each in model.state_dict().items()},
+            {
+                name: each.to(kind.get("dtype", torch.float32))
+                for name, each in model.state_dict().items()
+            },
         )
         optimizer.zero_grad()
         F.cross_entropy(model(inputs), targets).backward()
         optimizer.step()
-    task = Task(Wide, {"train": (inputs, targets)}, {"train": Loss(F.cross_entropy, group_by=kind.get("group_by"))})
+    task = Task(
+        Wide,
+        {"train": (inputs, targets)},
+        {"train": Loss(F.cross_entropy, group_by=kind.get("group_by"))},
+    )
     options = {"keep": "parameters", **kind.get("options", {})}
     planned = plan(tmp_path / "ck", task, workers=1, **options).bytes[options["keep"]]
     run = lca_posthoc.run(tmp_path / "ck", task, out=tmp_path / "run", cluster="inline", **options)
@@ -130,7 +167,9 @@ def test_the_space_is_what_a_run_takes_after_compression_within_a_factor_of_two(
     assert taken <= required_bytes(run.manifest, options["keep"], run.manifest.losses)
 
 
-def test_timing_evaluates_a_split_no_more_than_a_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timing_evaluates_a_split_no_more_than_a_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spent: list[int] = []
     over, measured = Objective.over, costs._measured
 
@@ -147,15 +186,19 @@ def test_timing_evaluates_a_split_no_more_than_a_few_times(tmp_path: Path, monke
     record(tmp_path / "ck")
     stages: list[str] = []
     plan(tmp_path / "ck", write_task(tmp_path / "task.py"), workers=1, tell=stages.append)
-    assert 30 <= sum(spent) <= (1.5 + 0.5) * 30  # what the budget allows, and what parts of a batch tell besides
+    # what the budget allows, and what parts of a batch tell besides
+    assert 30 <= sum(spent) <= (1.5 + 0.5) * 30
     assert [stage.split()[0] for stage in stages] == ["reading", "building", "timing"]
 
 
-def test_a_plan_evaluates_one_large_batch_about_three_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_evaluates_one_large_batch_about_three_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a split of 4,000 examples that is one batch: the probe's samples, and what is timed."""
     torch.manual_seed(0)
     seen: list[int] = []
-    monkeypatch.setattr(torch, "seen_by_the_model", seen, raising=False)  # a task is pickled: its model finds it here
+    # a task is pickled: its model finds it here
+    monkeypatch.setattr(torch, "seen_by_the_model", seen, raising=False)
 
     class Counting(Wide):
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -165,7 +208,12 @@ def test_a_plan_evaluates_one_large_batch_about_three_times(tmp_path: Path, monk
     for step in range(3):
         write_step(tmp_path / "ck", step, Wide().state_dict())
     data = torch.randn(4000, 64), torch.randint(0, 4, (4000,))
-    plan(tmp_path / "ck", Task(Counting, {"train": data}, {"train": Loss(F.cross_entropy)}), workers=1, batch_size=4000)
+    plan(
+        tmp_path / "ck",
+        Task(Counting, {"train": data}, {"train": Loss(F.cross_entropy)}),
+        workers=1,
+        batch_size=4000,
+    )
     assert 1 <= sum(seen) / 4000 <= 3.25
 
 
@@ -181,7 +229,8 @@ def test_a_recording_is_planned_as_it_turns_out(tmp_path: Path) -> None:
             optimizer.step()
     files = list((tmp_path / "ck").iterdir())
     assert len(files) == found.iterates == 21
-    assert sum(file.stat().st_size for file in files) == pytest.approx(found.bytes, rel=0.001)  # the step's own digits
+    # the step's own digits
+    assert sum(file.stat().st_size for file in files) == pytest.approx(found.bytes, rel=0.001)
     assert found.parameters == sum(each.numel() for each in model.parameters())
     assert found.tensors == len(model.state_dict())
     assert found.every == 1
@@ -189,7 +238,9 @@ def test_a_recording_is_planned_as_it_turns_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("room", [0, 1, 2, 3, 5, 7, 100, 300, 301])
-def test_every_is_the_least_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+def test_every_is_the_least_that_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
     task = write_task(tmp_path / "task.py")
     size = plan_recording(tmp_path / "ck", task, 300).bytes_each
     monkeypatch.setattr(psutil, "disk_usage", lambda place: SimpleNamespace(free=room * size))
@@ -202,14 +253,30 @@ def test_the_command_plans_a_recording(tmp_path: Path) -> None:
     task = write_task(tmp_path / "task.py")
     said = lca("plan", tmp_path / "ck", "--task", task, "--recording", 20).stdout
     assert re.match(
-        r"21 iterates of 556 parameters \(4 tensors, buffers included\), 2\.\d+ kB each: 5\d(\.\d)? kB; free: ", said
+        r"21 iterates of 556 parameters \(4 tensors, buffers included\), 2\.\d+ kB each: "
+        r"5\d(\.\d)? kB; free: ",
+        said,
     )
     assert "writing one took" in said
     found = document(lca("plan", tmp_path / "ck", "--task", task, "--recording", 20, "--json"))
     assert found["iterates"] == 21
-    refused(lca("plan", tmp_path / "ck", "--task", task, "--recording", 0), "must be 1 or more optimiser steps, got 0")
     refused(
-        lca("plan", tmp_path / "ck", "--task", task, "--recording", 3, "--rule", "left", "--loss", "all"),
+        lca("plan", tmp_path / "ck", "--task", task, "--recording", 0),
+        "must be 1 or more optimiser steps, got 0",
+    )
+    refused(
+        lca(
+            "plan",
+            tmp_path / "ck",
+            "--task",
+            task,
+            "--recording",
+            3,
+            "--rule",
+            "left",
+            "--loss",
+            "all",
+        ),
         "--loss, --rule: of a training that is yet to be recorded, only --task and --json count",
     )
 
@@ -228,10 +295,16 @@ def space(monkeypatch: pytest.MonkeyPatch) -> Space:
 
 
 @pytest.mark.parametrize("losses", [["train"], ["all"]])
-def test_space_is_refused_by_its_estimate_after_compression(tmp_path: Path, space: Space, losses: list[str]) -> None:
+def test_space_is_refused_by_its_estimate_after_compression(
+    tmp_path: Path, space: Space, losses: list[str]
+) -> None:
     record(tmp_path / "ck")
     task, out = write_task(tmp_path / "task.py"), tmp_path / "out.lca"
-    with pytest.raises(ResourceError, match=r"about .* after compression .*at most.*--keep units.*--ignore-space") as e:
+    with pytest.raises(
+        ResourceError,
+        match=r"about .* after compression .*at most.*--keep "
+        r"units.*--ignore-space",
+    ) as e:
         lca_posthoc.run(tmp_path / "ck", task, cluster="inline", out=out, losses=losses)
     assert not out.exists()
     about, most = (
@@ -241,8 +314,12 @@ def test_space_is_refused_by_its_estimate_after_compression(tmp_path: Path, spac
     assert about < most
     space.free = round(about * 1.01)
     notes: list[Any] = []
-    run = lca_posthoc.run(tmp_path / "ck", task, cluster="inline", out=out, losses=losses, progress=notes.append)
-    assert any("a run that meets a full disk stops" in getattr(event, "text", "") for event in notes)
+    run = lca_posthoc.run(
+        tmp_path / "ck", task, cluster="inline", out=out, losses=losses, progress=notes.append
+    )
+    assert any(
+        "a run that meets a full disk stops" in getattr(event, "text", "") for event in notes
+    )
     assert list(verify(run.path)) == []
 
 
@@ -253,5 +330,7 @@ def test_a_refusal_of_space_can_be_overruled(tmp_path: Path, space: Space) -> No
     assert run_lca(tmp_path / "ck", task, out, "--ignore-space").exit_code == 0
     more = ("--loss", "validation")
     refused(run_lca(tmp_path / "ck", task, out, *more), "0 B free", "--ignore-space", code=5)
-    lca_posthoc.run(tmp_path / "ck", task, cluster="inline", out=out, losses=["all"], ignore_space=True)
+    lca_posthoc.run(
+        tmp_path / "ck", task, cluster="inline", out=out, losses=["all"], ignore_space=True
+    )
     assert list(verify(out)) == []

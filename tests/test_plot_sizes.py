@@ -1,4 +1,6 @@
-"""Figures of few and of many layers and steps: nothing warned about, nothing cut off, no label on another, the strongest named."""
+"""Figures of few and of many layers and steps: nothing warned about, nothing cut off, no label on
+another, the strongest named.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,12 @@ mpl.use("agg")
 pytestmark = pytest.mark.filterwarnings("error", "ignore::lca_posthoc.errors.LCAWarning")
 
 SIZES = ((6, 3), (41, 60), (200, 3))
-DRAWN = [(name, size) for name in found.MADE for size in SIZES if not (name == "microscope" and size == (200, 3))]
+DRAWN = [
+    (name, size)
+    for name in found.MADE
+    for size in SIZES
+    if not (name == "microscope" and size == (200, 3))
+]
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +51,9 @@ def drawn(name: str, layers: int, steps: int, **options: Any) -> Figure:
 
 
 def boxes(texts: list[Text]) -> list[Any]:
-    return [text.get_window_extent() for text in texts if text.get_visible() and text.get_text().strip()]
+    return [
+        text.get_window_extent() for text in texts if text.get_visible() and text.get_text().strip()
+    ]
 
 
 def apart(texts: list[Text]) -> bool:
@@ -58,7 +67,9 @@ def tick_labels(ax: Axes) -> list[list[Text]]:
     found = []
     for axis, limits in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
         low, high = sorted(limits)
-        found.append([tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high])
+        found.append(
+            [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+        )
     return found
 
 
@@ -82,8 +93,12 @@ def test_no_label_is_cut_off_or_covers_another(name: str, size: tuple[int, int])
     assert apart([ax.title for ax in figure.axes])
 
 
-@pytest.mark.parametrize(("layers", "top"), [(6, None), (41, None), (200, None), (41, 4), (200, 20), (29, 29)])
-def test_the_strongest_layers_have_a_name_and_a_colour_and_the_others_are_grey(layers: int, top: int | None) -> None:
+@pytest.mark.parametrize(
+    ("layers", "top"), [(6, None), (41, None), (200, None), (41, 4), (200, 20), (29, 29)]
+)
+def test_the_strongest_layers_have_a_name_and_a_colour_and_the_others_are_grey(
+    layers: int, top: int | None
+) -> None:
     given = found.large("layers", layers, 30)
     ax = plots.layers(given, quantity="cumulative", top=top)
     figure = ax.figure
@@ -101,7 +116,9 @@ def test_the_strongest_layers_have_a_name_and_a_colour_and_the_others_are_grey(l
     assert all(figure.bbox.padded(2).x1 >= box.x1 for box in boxes(ends))
     assert ax.get_window_extent().width > 0.25 * figure.bbox.width
     foot = getattr(figure, "_supxlabel", None)
-    assert (foot is not None and f"In grey: {layers - many} more" in foot.get_text()) == (many < layers)
+    assert (foot is not None and f"In grey: {layers - many} more" in foot.get_text()) == (
+        many < layers
+    )
 
 
 @pytest.mark.parametrize("name", ["layers", "compare", "generalisation", "oscillation"])
@@ -109,7 +126,10 @@ def test_of_many_rows_the_largest_are_drawn_and_the_others_counted(name: str) ->
     figure = drawn(name, 200, 3, top=12)
     rows = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert len(rows) == 12 + (name == "oscillation")
-    assert f"Not shown: {400 - 12 if name == 'oscillation' else 188} more" in figure._supxlabel.get_text()  # type: ignore[attr-defined]
+    assert (
+        f"Not shown: {400 - 12 if name == 'oscillation' else 188} more"
+        in figure._supxlabel.get_text()
+    )  # type: ignore[attr-defined]
     with pytest.raises(InputError, match="1 or more, got 0"):
         getattr(plots, name)(found.large(name, 6, 3), top=0)
 
@@ -147,12 +167,20 @@ def test_the_microscope_passes_over_frames_that_are_all_but_blank(faint: int) ->
 
 def test_words_above_traces_say_the_tensor_and_its_index() -> None:
     given = found.oscillation()
-    names = ["conv1.weight[0, 1]", "layer1.0.conv2.weight[3, 2]", "layer3.0.downsample.0.weight[33, 14, 0, 0]"]
+    names = [
+        "conv1.weight[0, 1]",
+        "layer1.0.conv2.weight[3, 2]",
+        "layer3.0.downsample.0.weight[33, 14, 0, 0]",
+    ]
     figure = plots.oscillation(given.assign_coords(parameter=("trace", names)))
     figure.canvas.draw()
     titles = [ax._left_title for ax in figure.axes if "[" in ax.get_title(loc="left")]
     said = [title.get_text().split("\n") for title in titles]
-    assert [first for first, _ in said] == ["conv1.weight", "layer1.0.conv2.weight", "layer3.0.dow…mple.0.weight"]
+    assert [first for first, _ in said] == [
+        "conv1.weight",
+        "layer1.0.conv2.weight",
+        "layer3.0.dow…mple.0.weight",
+    ]
     assert [second.split(" ")[0] for _, second in said] == ["[0,", "[3,", "[33,"]
     assert apart(titles)
 
@@ -234,7 +262,9 @@ def test_shares_of_segments_are_no_comb(segments: int) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("looks")
-    result = run_lca(record(root / "ck"), write_task(root / "task.py"), root / "r.lca", "--durability", "none")
+    result = run_lca(
+        record(root / "ck"), write_task(root / "task.py"), root / "r.lca", "--durability", "none"
+    )
     assert result.exit_code == 0, result.output
     return root / "r.lca"
 
@@ -268,7 +298,11 @@ def test_size_title_and_font_are_as_asked(
     ids=str,
 )
 def test_looks_that_cannot_be_are_refused(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], words: str
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    words: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     refused(lca("plot", run, *arguments), words)

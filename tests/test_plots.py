@@ -51,7 +51,9 @@ def draw(name: str, given: xr.Dataset, **options: Any) -> Figure:
         ax = getattr(plots, name)(given, ax=axes(), **options)
         figure = ax.figure
     else:
-        figure = getattr(plots, name)(given, figure=Figure(figsize=(8, 8), layout="constrained"), **options)
+        figure = getattr(plots, name)(
+            given, figure=Figure(figsize=(8, 8), layout="constrained"), **options
+        )
     figure.canvas.draw()
     return figure
 
@@ -59,7 +61,11 @@ def draw(name: str, given: xr.Dataset, **options: Any) -> Figure:
 def words(figure: Figure) -> str:
     """Everything that is written in a figure, as it is seen."""
     drawn = figure.findobj(mpl.text.Text)
-    return "\n".join(text.get_text().replace(r"\$", "$").replace("\u200b", "") for text in drawn if text.get_visible())
+    return "\n".join(
+        text.get_text().replace(r"\$", "$").replace("\u200b", "")
+        for text in drawn
+        if text.get_visible()
+    )
 
 
 def lines(ax: Axes) -> list[np.ndarray[Any, Any]]:
@@ -67,7 +73,9 @@ def lines(ax: Axes) -> list[np.ndarray[Any, Any]]:
 
 
 def has(ax: Axes, values: Any) -> bool:
-    return any(np.array_equal(each, np.asarray(values, dtype=float), equal_nan=True) for each in lines(ax))
+    return any(
+        np.array_equal(each, np.asarray(values, dtype=float), equal_nan=True) for each in lines(ax)
+    )
 
 
 def lengths(ax: Axes) -> list[float]:
@@ -75,7 +83,8 @@ def lengths(ax: Axes) -> list[float]:
     return [patch.get_width() for patch in ax.patches]
 
 
-# --- all of them -----------------------------------------------------------------------------------------------------------
+# --- all of them
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_there_is_a_plot_of_every_finding() -> None:
@@ -91,7 +100,11 @@ def test_hostile_names_are_drawn_letter_by_letter_and_axes_say_their_units(name:
     assert "fc$2" in said or name in ("curve", "distribution")
     assert "units of loss" in said or name == "helping" or name == "peaks"
     for ax in figure.axes:
-        if ax.get_xticklabels() and ax.axison and any(text.get_text() for text in ax.get_xticklabels()):
+        if (
+            ax.get_xticklabels()
+            and ax.axison
+            and any(text.get_text() for text in ax.get_xticklabels())
+        ):
             assert ax.get_xlabel() or ax.get_ylabel() or ax.get_label() == "inset_axes", ax
 
 
@@ -155,7 +168,9 @@ def test_what_is_left_out_is_said_at_the_foot(name: str) -> None:
 
 def test_what_several_panels_leave_out_is_said_once_each() -> None:
     figure = Figure(layout="constrained")
-    for ax, left in zip(figure.subplots(1, 3), ("80 of 220.", "80 of 220.", "7 of 9."), strict=True):
+    for ax, left in zip(
+        figure.subplots(1, 3), ("80 of 220.", "80 of 220.", "7 of 9."), strict=True
+    ):
         plots.layers(found.layers().assign_attrs(left_out=left), ax=ax)
     assert "80 of 220.\n7 of 9." in words(figure)
     assert words(figure).count("80 of 220.") == 1
@@ -164,14 +179,19 @@ def test_what_several_panels_leave_out_is_said_once_each() -> None:
 @pytest.mark.parametrize("name", MADE)
 def test_another_finding_is_refused_by_name(name: str) -> None:
     other = "curve" if name != "curve" else "layers"
-    with pytest.raises(InputError, match=rf"this is a result of findings\.{other}; plots\.{name} draws"):
+    with pytest.raises(
+        InputError,
+        match=rf"this is a result of findings\.{other}; plots\.{name} "
+        rf"draws",
+    ):
         getattr(plots, name)(MADE[other]())
     with pytest.raises(InputError, match="this is no result of a finding"):
         getattr(plots, name)(xr.Dataset())
     assert plt.get_fignums() == []
 
 
-# --- one by one ---------------------------------------------------------------------------------------------------------------
+# --- one by one
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_curve_shows_the_loss_the_prediction_and_the_residual() -> None:
@@ -218,7 +238,13 @@ def test_curve_shows_each_group_with_its_name_and_says_when_there_are_too_many()
     given = found.curve(groups=True)
     ax = draw("curve", given).axes[0]
     for group in given["group"].values:
-        assert has(ax, [given["loss_start"].sel(group=group).values[0], *given["loss"].sel(group=group).values])
+        assert has(
+            ax,
+            [
+                given["loss_start"].sel(group=group).values[0],
+                *given["loss"].sel(group=group).values,
+            ],
+        )
     assert {text.get_text() for text in ax.texts} >= {"0", "1", "2"}
     many = given.isel(group=[0] * 40).assign_coords(group=range(40))
     with pytest.raises(InputError, match="40 groups, and a plot shows at most 28: pick some"):
@@ -241,9 +267,14 @@ def test_distribution_shows_counts_per_decade_and_the_fit() -> None:
 
     moved = float(given["count"].sum() / (given["count"].sum() + given["zero"]))
     assert np.nanmax(y) > 0
-    assert np.allclose(y[~np.isnan(y)], moved * scipy.stats.dweibull.pdf(x, 0.53, scale=1e-6)[~np.isnan(y)])
+    assert np.allclose(
+        y[~np.isnan(y)], moved * scipy.stats.dweibull.pdf(x, 0.53, scale=1e-6)[~np.isnan(y)]
+    )
     assert {"helping 51.0 %", "hurting 46.0 %"} <= {text.get_text() for text in sizes.texts}
-    assert [line.get_xdata()[0] for line in unequal.lines if len(line.get_xdata()) == 1] == [0.4, 0.8]
+    assert [line.get_xdata()[0] for line in unequal.lines if len(line.get_xdata()) == 1] == [
+        0.4,
+        0.8,
+    ]
     without = draw("distribution", found.distribution(fitted=False)).axes[1]
     assert "double Weibull" not in {line.get_label() for line in without.lines}
 
@@ -309,7 +340,10 @@ def test_oscillation_shows_intervals_and_traces(only: bool) -> None:
         helped, hurt = ax.patches
         assert (helped.get_data().values <= 0).all()
         assert (hurt.get_data().values >= 0).all()
-        assert [to_hex(each.get_facecolor()) for each in (helped, hurt)] == [colours.HELPING, colours.HURTING]
+        assert [to_hex(each.get_facecolor()) for each in (helped, hurt)] == [
+            colours.HELPING,
+            colours.HURTING,
+        ]
     if not only:
         assert all(has(ax, given["weight"].isel(trace=at)) for at, ax in enumerate(traces[:3]))
         assert list(traces[0].lines[0].get_xdata()) == list(given["step"].values)
@@ -318,11 +352,16 @@ def test_oscillation_shows_intervals_and_traces(only: bool) -> None:
 def test_oscillation_draws_what_there_is_and_says_when_there_is_nothing() -> None:
     assert len(draw("oscillation", found.oscillation(traces=0)).axes) == 1
     only_traces = (
-        found.oscillation().drop_vars(["turns", "interval", "overall_turns", "overall_interval"]).drop_dims("tensor")
+        found.oscillation()
+        .drop_vars(["turns", "interval", "overall_turns", "overall_interval"])
+        .drop_dims("tensor")
     )
     assert len(draw("oscillation", only_traces).axes) == 9
     with pytest.raises(InputError, match="nothing to draw yet: Turns need"):
-        draw("oscillation", only_traces.drop_dims("trace").assign_attrs(left_out="Turns need every segment."))
+        draw(
+            "oscillation",
+            only_traces.drop_dims("trace").assign_attrs(left_out="Turns need every segment."),
+        )
 
 
 def test_layers_are_lines_from_zero_with_their_totals_beside_them() -> None:
@@ -356,7 +395,9 @@ def test_layers_of_groups_are_a_picture_with_zero_in_the_middle() -> None:
     assert to_hex(image.cmap(image.norm(0.0))) == colours.NEUTRAL
     with pytest.raises(InputError, match="pick one"):
         draw("layers", given, quantity="cumulative")
-    with pytest.raises(InputError, match="quantity is one of 'cumulative', 'total', 'mean', got 'sum'"):
+    with pytest.raises(
+        InputError, match="quantity is one of 'cumulative', 'total', 'mean', got 'sum'"
+    ):
         draw("layers", given, quantity="sum")
 
 
@@ -393,7 +434,9 @@ def test_peaks_of_one_group_or_many_layers_have_a_named_row_per_layer() -> None:
         given = found.peaks(groups, layers)
         raster, null = draw("peaks", given).axes
         assert [text.get_text() for text in raster.get_yticklabels()] == list(layers)
-        assert sum(len(each.get_segments()) for each in raster.collections) == int(given["peak"].sum())
+        assert sum(len(each.get_segments()) for each in raster.collections) == int(
+            given["peak"].sum()
+        )
         assert len(raster.get_legend().get_texts()) == 1
         assert raster.get_position().width > 0.4
         assert "has no" not in words(null.figure)  # as chance would align some
@@ -432,7 +475,8 @@ def test_of_many_candidates_the_largest_are_named_and_the_others_counted() -> No
     shown = [text.get_text() for text in layers.get_yticklabels()]
     assert len(shown) == 15
     assert len(lengths(layers)) == 15
-    assert {name for at, name in enumerate(many["layer"].values) if at % 3 == 0} <= set(shown)  # the largest sums
+    # the largest sums
+    assert {name for at, name in enumerate(many["layer"].values) if at % 3 == 0} <= set(shown)
     assert "and 15 more, each 0.3 at most" in words(layers.figure)
 
 
@@ -493,16 +537,27 @@ def test_pictures_of_very_many_modules_and_of_vectors_alone_have_their_place() -
     one = found.microscope()
     many = one.assign_attrs(scale=0.0)
     for at in range(30):
-        many[f"block{at}.scale"] = (("step", f"{at}:row", f"{at}:column"), np.zeros((found.STEPS, 64, 1), "float32"))
-        many[f"block{at}.conv"] = (("step", f"{at}c:row", f"{at}c:column"), np.zeros((found.STEPS, 8, 8), "float32"))
-        many = many.rename({f"{at}:row": f"block{at}.scale:row", f"{at}:column": f"block{at}.scale:column"})
-        many = many.rename({f"{at}c:row": f"block{at}.conv:row", f"{at}c:column": f"block{at}.conv:column"})
+        many[f"block{at}.scale"] = (
+            ("step", f"{at}:row", f"{at}:column"),
+            np.zeros((found.STEPS, 64, 1), "float32"),
+        )
+        many[f"block{at}.conv"] = (
+            ("step", f"{at}c:row", f"{at}c:column"),
+            np.zeros((found.STEPS, 8, 8), "float32"),
+        )
+        many = many.rename(
+            {f"{at}:row": f"block{at}.scale:row", f"{at}:column": f"block{at}.scale:column"}
+        )
+        many = many.rename(
+            {f"{at}c:row": f"block{at}.conv:row", f"{at}c:column": f"block{at}.conv:column"}
+        )
     figure = plots.microscope(many)
     wide, high = figure.get_size_inches()
     assert high < 1.5 * wide
     boxes = [ax.get_position() for ax in figure.axes]
     assert not any(
-        a.overlaps(b) and a.shrunk(0.9, 0.9).overlaps(b.shrunk(0.9, 0.9)) for a, b in itertools.combinations(boxes, 2)
+        a.overlaps(b) and a.shrunk(0.9, 0.9).overlaps(b.shrunk(0.9, 0.9))
+        for a, b in itertools.combinations(boxes, 2)
     )
 
 
@@ -511,7 +566,8 @@ def test_there_is_no_frame_that_is_not_there() -> None:
         plots.microscope(found.microscope(), at=12)
 
 
-# --- films -----------------------------------------------------------------------------------------------------------------
+# --- films
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_film_is_a_gif_of_all_frames(tmp_path: Path) -> None:
@@ -531,8 +587,12 @@ def test_a_film_is_an_mp4(tmp_path: Path) -> None:
     assert (tmp_path / "a.mp4").read_bytes()[4:8] == b"ftyp"
 
 
-def test_without_ffmpeg_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matplotlib.animation.FFMpegWriter, "isAvailable", classmethod(lambda cls: False))
+def test_without_ffmpeg_the_way_out_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        matplotlib.animation.FFMpegWriter, "isAvailable", classmethod(lambda cls: False)
+    )
     with pytest.raises(ResourceError, match=r"ffmpeg, which is not on PATH.*a\.gif") as refused:
         plots.film(found.microscope(), tmp_path / "a.mp4")
     assert refused.value.exit_code == 5
@@ -545,23 +605,34 @@ def test_another_kind_of_film_is_refused(tmp_path: Path, name: str, fps: int) ->
         plots.film(found.microscope(), tmp_path / name, fps=fps)
 
 
-# --- words -------------------------------------------------------------------------------------------------------------------
+# --- words
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def test_long_names_are_cut_in_the_middle_and_stay_unlike_each_other() -> None:
-    names = [f"transformer.h.{at}.attn.c_attn.{part}" for at in range(24) for part in ("weight", "bias")]
+    names = [
+        f"transformer.h.{at}.attn.c_attn.{part}" for at in range(24) for part in ("weight", "bias")
+    ]
     short = shorten(names, 24)
     assert len(set(short)) == len(names)
     assert max(map(len, short)) < 34
     assert all("…" in each for each in short)
-    assert shorten(["a" * 40, "a" * 40], 10) == ["a" * 40] * 2 or len(shorten(["a" * 40, "a" * 40], 10)) == 2
+    assert (
+        shorten(["a" * 40, "a" * 40], 10) == ["a" * 40] * 2
+        or len(shorten(["a" * 40, "a" * 40], 10)) == 2
+    )
 
 
 def test_names_of_parameters_keep_their_index_and_stay_unlike_each_other() -> None:
-    names = [f"transformer.blocks.{at}_1.conv{of}.weight[{at}, 2, 0]" for at in range(9) for of in (1, 2)]
+    names = [
+        f"transformer.blocks.{at}_1.conv{of}.weight[{at}, 2, 0]" for at in range(9) for of in (1, 2)
+    ]
     short = style.parameter_labels(names, 24)
     assert len(set(short)) == len(names)
-    assert all(name.partition("[")[2] == each.partition("[")[2] for name, each in zip(names, short, strict=True))
+    assert all(
+        name.partition("[")[2] == each.partition("[")[2]
+        for name, each in zip(names, short, strict=True)
+    )
     assert max(map(len, short)) < 40
 
 
@@ -569,7 +640,11 @@ def test_names_of_parameters_keep_their_index_and_stay_unlike_each_other() -> No
     ("names", "most", "wanted"),
     [
         (["layer1.0.conv1.weight[0, 1, 2, 0]"], 38, ["layer1.0.conv1.weight[0, 1, 2, 0]"]),
-        (["layer3.0.downsample.0.weight[33, 14, 0, 0]"], 38, ["layer3.0.dow…le.0.weight[33, 14, 0, 0]"]),
+        (
+            ["layer3.0.downsample.0.weight[33, 14, 0, 0]"],
+            38,
+            ["layer3.0.dow…le.0.weight[33, 14, 0, 0]"],
+        ),
         (
             ["conv1.weight[0, 1]", "layer1.0.conv1.weight[9, 1]"],
             40,
@@ -589,16 +664,25 @@ def test_labels_at_the_ends_of_lines_do_not_cover_each_other() -> None:
     assert np.argsort(at).tolist() == [5, 4, 3, 0, 1, 2]
 
 
-# --- colours -----------------------------------------------------------------------------------------------------------------
+# --- colours
+# -----------------------------------------------------------------------------------------------------------------
 
 # Machado, Oliveira, Fernandes 2009, severity 1, on linear RGB
 SIGHT = {
     "normal": np.eye(3),
     "deuteranopia": np.array(
-        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+        [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ]
     ),
     "protanopia": np.array(
-        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+        [
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ]
     ),
 }
 
@@ -609,7 +693,11 @@ def lab(colour: str, sight: str = "normal") -> np.ndarray[Any, Any]:
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     seen = np.clip(SIGHT[sight] @ linear, 0, 1)
     to_xyz = np.array(
-        [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+        [
+            [0.4124564, 0.3575761, 0.1804375],
+            [0.2126729, 0.7151522, 0.0721750],
+            [0.0193339, 0.1191920, 0.9503041],
+        ]
     )
     xyz = to_xyz @ seen / np.array([0.95047, 1.0, 1.08883])
     f = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
@@ -632,9 +720,12 @@ def test_helping_and_hurting_are_far_apart_to_everybody() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scale", "neutral"), [(colours.DIVERGING, colours.NEUTRAL), (colours.DIVERGING_DARK, colours.NEUTRAL_DARK)]
+    ("scale", "neutral"),
+    [(colours.DIVERGING, colours.NEUTRAL), (colours.DIVERGING_DARK, colours.NEUTRAL_DARK)],
 )
-def test_the_scale_is_balanced_and_its_sides_are_told_apart(scale: tuple[str, ...], neutral: str) -> None:
+def test_the_scale_is_balanced_and_its_sides_are_told_apart(
+    scale: tuple[str, ...], neutral: str
+) -> None:
     half = len(scale) // 2
     assert scale[half] == neutral
     lightness = [float(lab(colour)[0]) for colour in scale]

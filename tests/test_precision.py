@@ -1,4 +1,6 @@
-"""The error of a precision is measured, on a few segments, against the same computation one precision higher."""
+"""The error of a precision is measured, on a few segments, against the same computation one
+precision higher.
+"""
 
 from __future__ import annotations
 
@@ -85,14 +87,24 @@ class Place:
         for label in labels:
             mine = slice(None) if label is None else data[1] == label
             judge = Oracle(case.build, tuple(each[mine] for each in data), VALUES[loss])
-            truth = judge.allocate([load_file(path) for path in checkpoints[at : at + 2]], *simpson(2))
+            truth = judge.allocate(
+                [load_file(path) for path in checkpoints[at : at + 2]], *simpson(2)
+            )
             found.append({tensor: each.numpy() for tensor, each in truth.allocation[0].items()})
         return found
 
 
-def replayed(iterates: Path, case: Case, out: Path, given: Mapping[str, Loss], **settings: Any) -> Run:
+def replayed(
+    iterates: Path, case: Case, out: Path, given: Mapping[str, Loss], **settings: Any
+) -> Run:
     task = Task(case.build, case.data(), given)
-    fixed = {"cluster": "inline", "device": "cpu", "losses": ["all"], "batch_size": case.batch_size, "span": 8}
+    fixed = {
+        "cluster": "inline",
+        "device": "cpu",
+        "losses": ["all"],
+        "batch_size": case.batch_size,
+        "span": 8,
+    }
     return run(iterates, task, out=out, **{**fixed, **settings})
 
 
@@ -105,12 +117,15 @@ def error_of(replayed: Run, loss: str = "plain") -> np.ndarray:
     return replayed[loss].steps["precision_error"].values
 
 
-# --- what is measured ----------------------------------------------------------------------------------------------------
+# --- what is measured
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", ["smooth_mlp", "conv_bn"])
-def test_the_error_is_measured_on_the_segments_that_are_sampled(place: Place, name: str, precision: str) -> None:
+def test_the_error_is_measured_on_the_segments_that_are_sampled(
+    place: Place, name: str, precision: str
+) -> None:
     found = place.replay(name, precision=precision)
     for loss in SEVERAL:
         error = error_of(found, loss)
@@ -123,10 +138,15 @@ BFLOAT16 = [(name, loss) for name in ("smooth_mlp", "conv_bn") for loss in SEVER
 
 
 @pytest.mark.parametrize(("name", "loss"), BFLOAT16)
-def test_the_error_of_bfloat16_is_the_one_against_float64(place: Place, name: str, loss: str) -> None:
-    """Of plain, several and grouped losses in one run; of a grouped loss, over all groups together."""
+def test_the_error_of_bfloat16_is_the_one_against_float64(
+    place: Place, name: str, loss: str
+) -> None:
+    """Of plain, several and grouped losses in one run; of a grouped loss, over all groups
+    together.
+    """
     results = place.replay(name, precision="bfloat16")[loss]
-    assert results.steps["evaluations"].values[MEASURED].tolist() == [2, 2]  # Simpson's rule, as the oracle's
+    # Simpson's rule, as the oracle's
+    assert results.steps["evaluations"].values[MEASURED].tolist() == [2, 2]
     for at in MEASURED:
         apart = scale = 0.0
         for group, wanted in enumerate(place.truth(name, loss, at)):
@@ -153,7 +173,11 @@ def test_the_error_of_float64_is_not_measured(place: Place) -> None:
     for loss in SEVERAL:
         assert np.isnan(error_of(found, loss)).all()
         figures = summary(found[loss])
-        assert (figures["precision"], figures["precision_error"], figures["precision_segments"]) == ("float64", None, 0)
+        assert (
+            figures["precision"],
+            figures["precision_error"],
+            figures["precision_segments"],
+        ) == ("float64", None, 0)
     assert "measured error" not in lca("summary", found.path).stdout
 
 
@@ -164,17 +188,25 @@ def test_the_command_line_shows_the_measured_error(place: Place, precision: str)
     higher = {"bfloat16": "float32", "float32": "float64"}[precision]
     says(
         shown,
-        f"measured error of {precision} allocations against {higher} ones {error_of(found)[MEASURED].mean():.1e} of their size",
+        f"measured error of {precision} allocations against {higher} ones "
+        f"{error_of(found)[MEASURED].mean():.1e} of their size",
         "on 2 segments",
     )
 
 
 def test_an_error_is_that_of_the_rule_and_the_level_that_were_used(place: Place) -> None:
-    """Refined segments are compared with refined ones: another rule would differ by far more than rounding."""
+    """Refined segments are compared with refined ones: another rule would differ by far more than
+    rounding.
+    """
     for settings in ({"tolerance": 1e-9}, {"rule": "left"}):
         found = place.replay("smooth_mlp", losses=("plain",), **settings)
         assert ((error_of(found)[MEASURED] > 0) & (error_of(found)[MEASURED] <= 1e-5)).all()
-    assert place.replay("smooth_mlp", losses=("plain",), tolerance=1e-9)["plain"].steps["level"].values[0] > 1
+    assert (
+        place.replay("smooth_mlp", losses=("plain",), tolerance=1e-9)["plain"]
+        .steps["level"]
+        .values[0]
+        > 1
+    )
 
 
 def test_the_error_is_measured_with_the_same_normalisation(place: Place) -> None:
@@ -184,14 +216,19 @@ def test_the_error_is_measured_with_the_same_normalisation(place: Place) -> None
 
 def test_the_error_is_that_of_all_tensors_also_where_some_are_kept(place: Place) -> None:
     part = place.replay("smooth_mlp", precision="bfloat16", tensors=("0.*",))
-    assert np.array_equal(error_of(part), error_of(place.replay("smooth_mlp", precision="bfloat16")), equal_nan=True)
+    assert np.array_equal(
+        error_of(part), error_of(place.replay("smooth_mlp", precision="bfloat16")), equal_nan=True
+    )
 
 
-# --- tasks that do not run one precision higher --------------------------------------------------------------------------
+# --- tasks that do not run one precision higher
+# --------------------------------------------------------------------------
 
 
 class Rounded(nn.Module):
-    """What a large constant leaves of its inputs depends on the precision: in float64 it is another function."""
+    """What a large constant leaves of its inputs depends on the precision: in float64 it is another
+    function.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,7 +246,8 @@ class Single(Rounded):
 
 
 @pytest.mark.parametrize(
-    ("build", "why"), [(Rounded, ("in float32 but", "in float64")), (Single, ("RuntimeError", "split 'train'"))]
+    ("build", "why"),
+    [(Rounded, ("in float32 but", "in float64")), (Single, ("RuntimeError", "split 'train'"))],
 )
 def test_a_task_that_is_another_one_in_float64_runs_in_float32_and_says_that_nothing_was_measured(
     tmp_path: Path, build: Callable[[], nn.Module], why: tuple[str, ...]
@@ -217,7 +255,9 @@ def test_a_task_that_is_another_one_in_float64_runs_in_float32_and_says_that_not
     case = replace(CASES["relu_mlp"], build=build)
     heard: list[Any] = []
     iterates = replace(case, build=Rounded).record(tmp_path / "iterates", steps=2)
-    found = replayed(iterates, case, tmp_path / "run", case.losses, progress=heard.append, tolerance=math.inf)
+    found = replayed(
+        iterates, case, tmp_path / "run", case.losses, progress=heard.append, tolerance=math.inf
+    )
     (note,) = [event.text for event in heard if isinstance(event, Note)]
     says(note, "the error of float32 is not measured", "does not run in float64", *why)
     assert found["train"].complete
@@ -227,13 +267,20 @@ def test_a_task_that_is_another_one_in_float64_runs_in_float32_and_says_that_not
         replayed(iterates, case, tmp_path / "wide", case.losses, precision="float64")
 
 
-# --- settings ------------------------------------------------------------------------------------------------------------
+# --- settings
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, which tf32 may be used on")
 def test_tf32_needs_a_gpu(tmp_path: Path, place: Place) -> None:
     with pytest.raises(InputError, match=r"--precision tf32 needs a GPU"):
-        replayed(place.iterates("smooth_mlp"), CASES["smooth_mlp"], tmp_path / "run", SEVERAL, precision="tf32")
+        replayed(
+            place.iterates("smooth_mlp"),
+            CASES["smooth_mlp"],
+            tmp_path / "run",
+            SEVERAL,
+            precision="tf32",
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -246,17 +293,22 @@ def test_tf32_needs_a_gpu(tmp_path: Path, place: Place) -> None:
     ],
     ids=str,
 )
-def test_bfloat16_is_not_refined_unless_asked(place: Place, settings: dict[str, Any], wanted: Any) -> None:
+def test_bfloat16_is_not_refined_unless_asked(
+    place: Place, settings: dict[str, Any], wanted: Any
+) -> None:
     found = place.replay("smooth_mlp", **settings)
     assert json.loads((found.path / "run.json").read_text())["settings"]["tolerance"] == wanted
     levels = found["plain"].steps["level"].values
     assert (levels == levels.min()).all() or wanted != "inf"
 
 
-# --- measuring disturbs nothing ------------------------------------------------------------------------------------------
+# --- measuring disturbs nothing
+# ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "precision"), [("smooth_mlp", "float32"), ("conv_bn", "bfloat16")])
+@pytest.mark.parametrize(
+    ("name", "precision"), [("smooth_mlp", "float32"), ("conv_bn", "bfloat16")]
+)
 def test_measuring_changes_no_other_byte(
     place: Place, monkeypatch: pytest.MonkeyPatch, name: str, precision: str
 ) -> None:
@@ -271,14 +323,19 @@ def test_measuring_changes_no_other_byte(
     assert {"/".join(path.split("/")[1:3]) for path in differ} == {"steps/precision_error"}
     for loss in SEVERAL:
         taken = [
-            [{key: marker[key] for key in ("evaluations", "forward_passes")} for marker in each[loss].markers]
+            [
+                {key: marker[key] for key in ("evaluations", "forward_passes")}
+                for marker in each[loss].markers
+            ]
             for each in (measured, plain)
         ]
         assert taken[0] == taken[1]
 
 
 @pytest.mark.parametrize("first", [5, 9])
-def test_a_run_that_grew_has_the_errors_of_one_run(place: Place, tmp_path: Path, first: int) -> None:
+def test_a_run_that_grew_has_the_errors_of_one_run(
+    place: Place, tmp_path: Path, first: int
+) -> None:
     whole = place.iterates("smooth_mlp")
     growing = tmp_path / "growing"
     shutil.copytree(whole, growing)
@@ -305,9 +362,12 @@ def test_a_loss_added_later_has_the_errors_it_has_in_one_run(place: Place, tmp_p
     assert error_of(later, "grouped").tobytes() == error_of(once, "grouped").tobytes()
 
 
-# --- dead segments -------------------------------------------------------------------------------------------------------
+# --- dead segments
+# -------------------------------------------------------------------------------------------------------
 
-DEAD = {  # segments that do not move, of ten; the segments that are measured, with stretches from 0 and from 8 on
+# segments that do not move, of ten; the segments that are measured, with stretches from 0 and from
+# 8 on
+DEAD = {
     "the first": ([0], [1, 8]),
     "the first three": ([0, 1, 2], [3, 8]),
     "one in the middle": ([4], [0, 8]),
@@ -319,7 +379,9 @@ DEAD = {  # segments that do not move, of ten; the segments that are measured, w
 
 
 def dead_series(place: Path, whole: Path, dead: list[int]) -> Path:
-    """The iterates with some segments repeated: as many checkpoints, each a copy of the one before after a dead segment."""
+    """The iterates with some segments repeated: as many checkpoints, each a copy of the one before
+    after a dead segment.
+    """
     place.mkdir()
     source = 0
     for step in range(SEGMENTS + 1):
@@ -389,12 +451,16 @@ def test_the_share_of_unmoved_half_precision_weights_leaves_dead_segments_out(
         keep="tensors",
         progress=heard.append,
     )
-    (note,) = [event.text for event in heard if isinstance(event, Note) and "half precision" in event.text]
+    (note,) = [
+        event.text for event in heard if isinstance(event, Note) and "half precision" in event.text
+    ]
     says(note, said)
 
 
 @pytest.mark.parametrize("dead", [[0], [0, 9], [0, 4, 9]], ids=str)
-def test_the_calibration_is_that_of_segments_that_move(place: Place, tmp_path: Path, dead: list[int]) -> None:
+def test_the_calibration_is_that_of_segments_that_move(
+    place: Place, tmp_path: Path, dead: list[int]
+) -> None:
     iterates = dead_series(tmp_path / "iterates", place.iterates("smooth_mlp"), dead)
     options = {"rule": "trapezoid", "keep": "tensors", "losses": ["plain"]}
     found = replayed(iterates, CASES["smooth_mlp"], tmp_path / "run", SEVERAL, **options)
@@ -407,7 +473,9 @@ def test_the_calibration_is_that_of_segments_that_move(place: Place, tmp_path: P
 
 
 class Drawn(torch.utils.data.Dataset[Any]):
-    """Examples drawn anew, by a seed, whenever they are read: under another default dtype the same seed gives other numbers."""
+    """Examples drawn anew, by a seed, whenever they are read: under another default dtype the same
+    seed gives other numbers.
+    """
 
     def __len__(self) -> int:
         return 24
@@ -417,7 +485,9 @@ class Drawn(torch.utils.data.Dataset[Any]):
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
-def test_data_are_read_alike_whatever_the_loss_is_computed_in(tmp_path: Path, precision: str) -> None:
+def test_data_are_read_alike_whatever_the_loss_is_computed_in(
+    tmp_path: Path, precision: str
+) -> None:
     """The measured error is that of rounding, and float64 has the loss of the same examples."""
     fixed = torch.stack([Drawn()[index][0] for index in range(24)]), torch.arange(24) % 3
     torch.manual_seed(0)
@@ -431,9 +501,13 @@ def test_data_are_read_alike_whatever_the_loss_is_computed_in(tmp_path: Path, pr
             optimizer.step()
     losses = {}
     for name, data in {"drawn": Drawn(), "fixed": fixed}.items():
-        task = Task(lambda: torch.nn.Linear(4, 3), {"train": data}, {"train": Loss(F.cross_entropy)})
+        task = Task(
+            lambda: torch.nn.Linear(4, 3), {"train": data}, {"train": Loss(F.cross_entropy)}
+        )
         where = {"out": tmp_path / name, "cluster": "inline"}
-        steps = run(tmp_path / "iterates", task, precision=precision, batch_size=8, **where)["train"].steps
+        steps = run(tmp_path / "iterates", task, precision=precision, batch_size=8, **where)[
+            "train"
+        ].steps
         losses[name] = [*steps["loss_start"].values, steps["loss_end"].values[-1]]
         if precision == "float32":
             assert np.nanmax(steps["precision_error"].values) < 1e-5

@@ -47,7 +47,9 @@ def test_numerics_1_a_rule_is_exact_up_to_its_degree_and_not_beyond(rule: Rule) 
 @every_rule
 def test_rules_but_left_are_symmetric(rule: Rule) -> None:
     mirrored = [1 - node for node in reversed(rule.nodes)]
-    symmetric = mirrored == pytest.approx(rule.nodes, abs=1e-15) and rule.weights[::-1] == pytest.approx(rule.weights)
+    symmetric = mirrored == pytest.approx(rule.nodes, abs=1e-15) and rule.weights[
+        ::-1
+    ] == pytest.approx(rule.weights)
     assert symmetric == (rule.name != "left")
 
 
@@ -70,7 +72,11 @@ def test_ends_fresh_nodes_and_older_inner_nodes_weigh_the_same_among_themselves(
     rule, fresh = nested(level), set(COMPOSITE.fresh_nodes(level))
     weights = dict(zip(rule.nodes, rule.weights, strict=True))
     ends, inner = {0.0, 1.0}, set(rule.nodes) - fresh - {0.0, 1.0}
-    assert [len({weights[node] for node in nodes}) for nodes in (ends, fresh, inner)] == [1, 1, int(level > 1)]
+    assert [len({weights[node] for node in nodes}) for nodes in (ends, fresh, inner)] == [
+        1,
+        1,
+        int(level > 1),
+    ]
 
 
 @every_level

@@ -1,4 +1,6 @@
-"""Losses whose weights are 0 for whole stretches: only a split of which nothing weighs has no loss."""
+"""Losses whose weights are 0 for whole stretches: only a split of which nothing weighs has no
+loss.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,13 @@ def objective_of(losses: dict[str, Loss], data: Any, **settings: Any) -> Objecti
     made = Objective(
         lambda: Task(model=net, data={"train": data}, losses=losses),
         ["all"],
-        **{"device": CPU, "precision": "float32", "norm_stats": "running", "batch_size": None, **settings},
+        **{
+            "device": CPU,
+            "precision": "float32",
+            "norm_stats": "running",
+            "batch_size": None,
+            **settings,
+        },
     )
     torch.manual_seed(0)
     made.settle_batch_sizes(dict(net().named_parameters()))
@@ -89,7 +97,9 @@ def test_a_loss_that_weighs_anywhere_is_one(case: str, settings: str) -> None:
     identity = identify(objective, "train")
     assert identity.gradient_norm > 0
     point = {name: each.detach().clone() for name, each in objective.model.named_parameters()}
-    assert objective.evaluate(point, ["train"])["train"].loss == pytest.approx(true_loss(objective, weights), rel=1e-6)
+    assert objective.evaluate(point, ["train"])["train"].loss == pytest.approx(
+        true_loss(objective, weights), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("case", WEIGHTS)
@@ -97,30 +107,44 @@ def test_a_stream_that_weighs_anywhere_is_one(case: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(sources, "room_on", lambda device: 0)
     monkeypatch.setattr(batches, "room_on", lambda device: 0)
     weights = WEIGHTS[case]
-    objective = objective_of({"train": Loss(call=weighed)}, Streamed((X, Y, weights)), batch_size=64)
+    objective = objective_of(
+        {"train": Loss(call=weighed)}, Streamed((X, Y, weights)), batch_size=64
+    )
     assert isinstance(objective.splits["train"]._source, sources.Stream)
     assert check_loss(objective, "train") == []
     point = {name: each.detach().clone() for name, each in objective.model.named_parameters()}
-    assert objective.evaluate(point, ["train"])["train"].loss == pytest.approx(true_loss(objective, weights), rel=1e-6)
+    assert objective.evaluate(point, ["train"])["train"].loss == pytest.approx(
+        true_loss(objective, weights), rel=1e-6
+    )
 
 
 def test_one_target_that_is_not_ignored_is_enough() -> None:
     targets = torch.full_like(Y, 9)
     targets[333] = 1
-    objective = objective_of({"train": Loss(partial(F.cross_entropy, ignore_index=9))}, (X, targets))
+    objective = objective_of(
+        {"train": Loss(partial(F.cross_entropy, ignore_index=9))}, (X, targets)
+    )
     assert check_loss(objective, "train") == []
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_a_split_of_which_nothing_weighs_is_refused(settings: str) -> None:
-    objective = objective_of({"train": Loss(call=weighed)}, (X, Y, zeros_but(1.0)), **SETTINGS[settings])
-    with pytest.raises(InputError, match="'train' on split 'train' sum to 0 over all its 600 examples"):
+    objective = objective_of(
+        {"train": Loss(call=weighed)}, (X, Y, zeros_but(1.0)), **SETTINGS[settings]
+    )
+    with pytest.raises(
+        InputError, match="'train' on split 'train' sum to 0 over all its 600 examples"
+    ):
         check_loss(objective, "train")
 
 
-@pytest.mark.parametrize(("subset", "fails"), [("500:600", False), ("0:500", True), ("599,3", False)])
+@pytest.mark.parametrize(
+    ("subset", "fails"), [("500:600", False), ("0:500", True), ("599,3", False)]
+)
 def test_a_subset_weighs_by_itself(subset: str, fails: bool) -> None:
-    objective = objective_of({"train": Loss(call=weighed)}, (X, Y, zeros_but(1.0, 599)), subset={"": subset})
+    objective = objective_of(
+        {"train": Loss(call=weighed)}, (X, Y, zeros_but(1.0, 599)), subset={"": subset}
+    )
     if fails:
         with pytest.raises(InputError, match="sum to 0 over all its 500 examples"):
             check_loss(objective, "train")
@@ -129,7 +153,9 @@ def test_a_subset_weighs_by_itself(subset: str, fails: bool) -> None:
 
 
 @pytest.mark.parametrize(("positions", "empty"), [((10, 599), None), ((599,), "0")])
-def test_every_group_must_weigh_and_one_example_is_enough(positions: tuple[int, ...], empty: str | None) -> None:
+def test_every_group_must_weigh_and_one_example_is_enough(
+    positions: tuple[int, ...], empty: str | None
+) -> None:
     halves = (torch.arange(COUNT) >= 300).long()
     losses = {"groups": Loss(call=weighed, group_by=halves)}
     objective = objective_of(losses, (X, Y, zeros_but(1.0, *positions)))
@@ -140,7 +166,9 @@ def test_every_group_must_weigh_and_one_example_is_enough(positions: tuple[int, 
             check_loss(objective, "groups")
 
 
-@pytest.mark.parametrize("weights", [zeros_but(-1.0, 0) + 1e-3, zeros_but(1.0, 500) - zeros_but(0.5, 501)])
+@pytest.mark.parametrize(
+    "weights", [zeros_but(-1.0, 0) + 1e-3, zeros_but(1.0, 500) - zeros_but(0.5, 501)]
+)
 def test_negative_weights_are_refused_where_they_are_met(weights: Tensor) -> None:
     objective = objective_of({"train": Loss(call=weighed)}, (X, Y, weights))
     with pytest.raises(InputError, match="give none below 0"):
@@ -158,10 +186,13 @@ def _constant(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("values", "words"), [(_centred, "how split 'train' is cut into batches"), (_constant, "not deterministic")]
+    ("values", "words"),
+    [(_centred, "how split 'train' is cut into batches"), (_constant, "not deterministic")],
 )
 @pytest.mark.parametrize("case", ["the last", "one in a second half", "one in the middle"])
-def test_what_is_wrong_with_a_loss_shows_where_it_weighs(case: str, values: Callable[..., Any], words: str) -> None:
+def test_what_is_wrong_with_a_loss_shows_where_it_weighs(
+    case: str, values: Callable[..., Any], words: str
+) -> None:
     objective = objective_of({"train": Loss(call=values)}, (X, Y, WEIGHTS[case]))
     with pytest.raises(InputError, match=words):
         check_loss(objective, "train")

@@ -1,4 +1,6 @@
-"""Every iterate is saved whole, once, as it was at its step, readable by others; what cannot be is an error, never a hole."""
+"""Every iterate is saved whole, once, as it was at its step, readable by others; what cannot be is
+an error, never a hole.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ class Tied(nn.Module):
 
 
 class Odd(nn.Module):
-    """Tensors that are transposed, strided, views of one storage, scalar, empty, frozen, whole numbers, not persistent."""
+    """Tensors that are transposed, strided, views of one storage, scalar, empty, frozen, whole
+    numbers, not persistent.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +66,9 @@ class Odd(nn.Module):
         self.scalar = nn.Parameter(torch.tensor(2.5))
         self.empty = nn.Parameter(torch.zeros(0, 3))
         self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
-        self.channels_last = nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
+        self.channels_last = nn.Parameter(
+            torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+        )
         self.register_buffer("count", torch.tensor([1, 2, 3]))
         self.register_buffer("mask", torch.tensor([True, False, True]))
         self.register_buffer("scratch", torch.zeros(9), persistent=False)
@@ -133,10 +139,13 @@ def move(model: nn.Module) -> None:
             tensor += 1
 
 
-# --- what a file holds ---------------------------------------------------------------------------------------------------
+# --- what a file holds
+# ---------------------------------------------------------------------------------------------------
 
 
-def test_files_are_named_by_their_step_and_hold_it_in_their_metadata(tmp_path: Path, linear: nn.Module) -> None:
+def test_files_are_named_by_their_step_and_hold_it_in_their_metadata(
+    tmp_path: Path, linear: nn.Module
+) -> None:
     paths = saved(tmp_path / "new" / "ck", linear, 0, 7, 123_456_789)
     assert [path.name for path in paths] == [
         "step_00000000.safetensors",
@@ -148,11 +157,15 @@ def test_files_are_named_by_their_step_and_hold_it_in_their_metadata(tmp_path: P
             assert file.metadata() == {"format": "pt", "step": step}
 
 
-def test_parameters_and_persistent_buffers_are_saved_whole(tmp_path: Path, model: nn.Module) -> None:
+def test_parameters_and_persistent_buffers_are_saved_whole(
+    tmp_path: Path, model: nn.Module
+) -> None:
     (path,) = saved(tmp_path, model, 0)
     stored = load_file(path)
     unique = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    expected = {normalise(name): each for name, each in model.state_dict().items() if name in unique}
+    expected = {
+        normalise(name): each for name, each in model.state_dict().items() if name in unique
+    }
     assert set(stored) == set(expected)
     for name, tensor in stored.items():
         assert tensor.dtype == expected[name].dtype
@@ -192,10 +205,16 @@ def test_saving_leaves_the_model_and_its_gradients_alone(tmp_path: Path, model: 
         name: (id(each), each.data_ptr(), each.stride(), each.requires_grad, each._version)
         for name, each in model.named_parameters()
     } == before
-    assert all(torch.equal(each.grad, torch.ones_like(each)) for each in model.parameters() if each.grad is not None)
+    assert all(
+        torch.equal(each.grad, torch.ones_like(each))
+        for each in model.parameters()
+        if each.grad is not None
+    )
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("types", "no tensors", "weight norm")])
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if name not in ("types", "no tensors", "weight norm")]
+)
 def test_what_was_saved_is_read_back_under_the_models_own_names(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     model = MODELS[name]()
@@ -224,7 +243,9 @@ def umask() -> Iterator[Callable[[int], None]]:
     os.umask(before)
 
 
-@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
+@pytest.mark.parametrize(
+    ("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)]
+)
 def test_a_file_gets_the_mode_the_umask_asks_for(
     tmp_path: Path, linear: nn.Module, umask: Callable[[int], None], mask: int, mode: int
 ) -> None:
@@ -232,7 +253,8 @@ def test_a_file_gets_the_mode_the_umask_asks_for(
     assert saved(tmp_path / "ck", linear, 0)[0].stat().st_mode & 0o777 == mode
 
 
-# --- while training goes on --------------------------------------------------------------------------------------------------
+# --- while training goes on
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -244,7 +266,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     opened.set()
 
 
-def test_an_iterate_is_the_model_at_its_step_however_late_it_is_written(tmp_path: Path, gate: threading.Event) -> None:
+def test_an_iterate_is_the_model_at_its_step_however_late_it_is_written(
+    tmp_path: Path, gate: threading.Event
+) -> None:
     model = network()
     with Recorder(tmp_path, model) as recorder:
         for step in range(writer.FEWEST):
@@ -292,7 +316,9 @@ def test_flush_has_every_file_and_its_name_on_the_disk(
     flushed: list[str] = []
     sync = os.fsync
     monkeypatch.setattr(
-        writer.os, "fsync", lambda number: (flushed.append(os.readlink(f"/proc/self/fd/{number}")), sync(number))[1]
+        writer.os,
+        "fsync",
+        lambda number: (flushed.append(os.readlink(f"/proc/self/fd/{number}")), sync(number))[1],
     )
     with Recorder(tmp_path, linear) as recorder:
         for step in range(3):
@@ -313,7 +339,9 @@ def test_flush_and_close_may_come_again(tmp_path: Path, linear: nn.Module) -> No
 def test_a_recorder_collected_on_its_own_thread_writes_what_is_left(
     tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An optimiser with a scheduler is a cycle, so the collector may end the recorder anywhere, on the thread that writes too."""
+    """An optimiser with a scheduler is a cycle, so the collector may end the recorder anywhere, on
+    the thread that writes too.
+    """
     recorder = Recorder(tmp_path, network())
     for step in range(20):
         recorder.save(step)
@@ -329,14 +357,17 @@ def test_a_recorder_collected_on_its_own_thread_writes_what_is_left(
 
 def test_a_process_that_ends_without_closing_has_written_everything(tmp_path: Path) -> None:
     script = (
-        "import sys, torch\nfrom lca_posthoc import Recorder\nmodel = torch.nn.Linear(300, 300)\nrecorder = Recorder(sys.argv[1], model)\n"
+        "import sys, torch\nfrom lca_posthoc import Recorder\nmodel = torch.nn.Linear(300, "
+        "300)\nrecorder = Recorder(sys.argv[1], model)\n"
         "for step in range(40):\n    recorder.save(step)\n"
     )
     subprocess.run([sys.executable, "-c", script, tmp_path], check=True, cwd=HERE, timeout=120)
     assert steps_in(tmp_path) == list(range(40))
 
 
-def test_a_recorder_that_is_forgotten_has_written_everything(tmp_path: Path, linear: nn.Module) -> None:
+def test_a_recorder_that_is_forgotten_has_written_everything(
+    tmp_path: Path, linear: nn.Module
+) -> None:
     recorder = Recorder(tmp_path, linear)
     for step in range(10):
         recorder.save(step)
@@ -366,7 +397,9 @@ def test_a_forked_process_neither_writes_nor_hangs(tmp_path: Path, linear: nn.Mo
     assert steps_in(tmp_path) == [0, 1]
 
 
-def test_a_forked_process_that_lives_on_does_not_hold_the_directory(tmp_path: Path, linear: nn.Module) -> None:
+def test_a_forked_process_that_lives_on_does_not_hold_the_directory(
+    tmp_path: Path, linear: nn.Module
+) -> None:
     reading, writing = os.pipe()
     with Recorder(tmp_path, linear) as recorder:
         recorder.save(0)
@@ -382,7 +415,8 @@ def test_a_forked_process_that_lives_on_does_not_hold_the_directory(tmp_path: Pa
     assert steps_in(tmp_path) == [0, 1]
 
 
-# --- which steps ---------------------------------------------------------------------------------------------------------------
+# --- which steps
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -425,7 +459,8 @@ def test_arguments_that_mean_nothing_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "message"), [(None, -1, "from 0, the initial"), (3, 3, "after step 3"), (3, 2, "after step 3")]
+    ("first", "second", "message"),
+    [(None, -1, "from 0, the initial"), (3, 3, "after step 3"), (3, 2, "after step 3")],
 )
 def test_steps_are_counted_upwards(
     tmp_path: Path, linear: nn.Module, first: int | None, second: int, message: str
@@ -434,7 +469,8 @@ def test_steps_are_counted_upwards(
     if first is not None:
         recorder.save(first)
     with pytest.raises(
-        InputError, match=f"step {second} cannot be saved: optimiser steps are counted upwards, {message}"
+        InputError,
+        match=f"step {second} cannot be saved: optimiser steps are counted upwards, {message}",
     ):
         recorder.save(second)
     recorder.close()
@@ -460,7 +496,11 @@ def test_places_that_cannot_be_recorded_into_are_refused(tmp_path: Path, linear:
 
 
 def test_space_that_cannot_suffice_is_said_at_once(tmp_path: Path, linear: nn.Module) -> None:
-    with pytest.raises(ResourceError, match=r"1,000,000,000,000 iterates of 32 B take 32 TB, and .* has .* free"):
+    with pytest.raises(
+        ResourceError,
+        match=r"1,000,000,000,000 iterates of 32 B take 32 TB, and "
+        r".* has .* free",
+    ):
         Recorder(tmp_path / "ck", linear, until=10**12 - 1)
     with pytest.warns(UserWarning, match="take 32 TB"):
         Recorder(tmp_path / "ck", linear, until=10**12 - 1, on_full="pause")
@@ -469,14 +509,21 @@ def test_space_that_cannot_suffice_is_said_at_once(tmp_path: Path, linear: nn.Mo
 
 
 def test_half_precision_is_warned_about(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"weight has fewer than 32 bits a number, as 2 of 2 tensors|bias has fewer"):
+    with pytest.warns(
+        UserWarning,
+        match=r"weight has fewer than 32 bits a number, as 2 of 2 "
+        r"tensors|bias has fewer",
+    ):
         saved(tmp_path, nn.Linear(3, 2).bfloat16(), 0)
 
 
-# --- by itself, after every step of an optimiser -----------------------------------------------------------------------------------
+# --- by itself, after every step of an optimiser
+# -----------------------------------------------------------------------------------
 
 
-def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, accumulate: int = 1) -> list[list[float]]:
+def trained(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, accumulate: int = 1
+) -> list[list[float]]:
     """Train on noise; the first row of the model's first parameter after each optimiser step."""
     first, found = next(model.parameters()), []
     for _ in range(steps):
@@ -502,7 +549,9 @@ def test_an_attached_recorder_saves_the_start_and_every_optimiser_step(
     assert steps_in(tmp_path) == list(range(6))
 
 
-def test_a_recorder_that_only_the_optimiser_knows_records(tmp_path: Path, linear: nn.Module) -> None:
+def test_a_recorder_that_only_the_optimiser_knows_records(
+    tmp_path: Path, linear: nn.Module
+) -> None:
     optimizer = torch.optim.SGD(linear.parameters(), lr=0.01)
     Recorder(tmp_path, linear).attach(optimizer, step=40)
     trained(linear, optimizer, 3)
@@ -510,7 +559,9 @@ def test_a_recorder_that_only_the_optimiser_knows_records(tmp_path: Path, linear
     assert steps_in(tmp_path) == [40, 41, 42, 43]
 
 
-def test_steps_of_several_optimisers_are_counted_together(tmp_path: Path, linear: nn.Module) -> None:
+def test_steps_of_several_optimisers_are_counted_together(
+    tmp_path: Path, linear: nn.Module
+) -> None:
     both = [torch.optim.SGD([each], lr=0.01) for each in linear.parameters()]
     with Recorder(tmp_path, linear).attach(*both):
         for _ in range(3):
@@ -542,7 +593,9 @@ def test_an_optimiser_that_takes_the_place_of_an_attached_one_is_noticed_once(
     assert stepped(linear, after, after, after) == []  # closed
 
 
-def test_nothing_is_said_of_a_partner_or_of_another_models_optimiser(tmp_path: Path, linear: nn.Module) -> None:
+def test_nothing_is_said_of_a_partner_or_of_another_models_optimiser(
+    tmp_path: Path, linear: nn.Module
+) -> None:
     first, second = (torch.optim.SGD([each], lr=0.01) for each in linear.parameters())
     critic = nn.Linear(3, 1)
     other = torch.optim.SGD(critic.parameters(), lr=0.01)
@@ -552,7 +605,9 @@ def test_nothing_is_said_of_a_partner_or_of_another_models_optimiser(tmp_path: P
 
 
 class Several(torch.optim.Optimizer):
-    """Made of one optimiser for each parameter, as torchtitan's container and Muon with its auxiliary Adam are."""
+    """Made of one optimiser for each parameter, as torchtitan's container and Muon with its
+    auxiliary Adam are.
+    """
 
     def __init__(self, parameters: list[torch.Tensor]) -> None:
         super().__init__(parameters, {})
@@ -572,7 +627,9 @@ class Equal(torch.optim.SGD):
     __hash__ = None  # type: ignore[assignment]
 
 
-def test_steps_inside_an_attached_optimisers_own_are_its_own(tmp_path: Path, linear: nn.Module) -> None:
+def test_steps_inside_an_attached_optimisers_own_are_its_own(
+    tmp_path: Path, linear: nn.Module
+) -> None:
     whole = Several(list(linear.parameters()))
     with Recorder(tmp_path, linear).attach(whole):
         assert stepped(linear, *[whole] * 4) == []
@@ -585,7 +642,9 @@ def test_an_optimiser_is_looked_at_once_and_again_when_it_has_more_groups(
 ) -> None:
     looked: list[torch.optim.Optimizer] = []
     trains = optimizer_guard.trains
-    monkeypatch.setattr(optimizer_guard, "trains", lambda each, model: looked.append(each) or trains(each, model))
+    monkeypatch.setattr(
+        optimizer_guard, "trains", lambda each, model: looked.append(each) or trains(each, model)
+    )
     mine = torch.optim.SGD(linear.parameters(), lr=0.01)
     other = torch.optim.SGD(nn.Linear(3, 1).parameters(), lr=0.01)
     with Recorder(tmp_path, linear).attach(mine):
@@ -611,7 +670,9 @@ def test_copies_of_an_attached_optimiser_are_strangers(tmp_path: Path, linear: n
     assert steps_in(tmp_path) == [0, 1]
 
 
-def test_a_partner_that_steps_more_often_is_mentioned_once(tmp_path: Path, linear: nn.Module) -> None:
+def test_a_partner_that_steps_more_often_is_mentioned_once(
+    tmp_path: Path, linear: nn.Module
+) -> None:
     generator, critic = (torch.optim.SGD([each], lr=0.01) for each in linear.parameters())
     with Recorder(tmp_path, linear).attach(generator):
         assert len(stepped(linear, *[*[critic] * 5, generator] * 3)) == 1
@@ -650,7 +711,9 @@ def test_nothing_is_left_of_a_recorder_that_is_gone(tmp_path: Path, linear: nn.M
     assert [*mine._optimizer_step_pre_hooks, *mine._optimizer_step_post_hooks] == []
 
 
-def test_a_step_that_a_gradient_scaler_skips_does_not_count(tmp_path: Path, linear: nn.Module) -> None:
+def test_a_step_that_a_gradient_scaler_skips_does_not_count(
+    tmp_path: Path, linear: nn.Module
+) -> None:
     optimizer, scaler = torch.optim.SGD(linear.parameters(), lr=0.01), torch.amp.GradScaler("cpu")
     with Recorder(tmp_path, linear).attach(optimizer):
         for factor in (1.0, float("inf"), 1.0):
@@ -663,7 +726,11 @@ def test_a_step_that_a_gradient_scaler_skips_does_not_count(tmp_path: Path, line
 
 @pytest.mark.parametrize("given", [(), ("optimiser",), ([],)])
 def test_what_is_no_optimiser_is_refused(tmp_path: Path, linear: nn.Module, given: Any) -> None:
-    with pytest.raises(InputError, match=r"attach was given (nothing|str|list); it takes the optimisers"):
+    with pytest.raises(
+        InputError,
+        match=r"attach was given (nothing|str|list); it takes the "
+        r"optimisers",
+    ):
         Recorder(tmp_path / "ck", linear).attach(*given)
     assert names(tmp_path) == []
 
@@ -689,11 +756,15 @@ def test_an_optimiser_of_another_model_is_refused(tmp_path: Path, linear: nn.Mod
         Recorder(tmp_path / "ck", linear).attach(other)
     assert names(tmp_path) == []
     mine = torch.optim.SGD(linear.parameters(), lr=0.01)
-    with Recorder(tmp_path, linear).attach(mine) as recorder, pytest.raises(InputError, match="attached already"):
+    with (
+        Recorder(tmp_path, linear).attach(mine) as recorder,
+        pytest.raises(InputError, match="attached already"),
+    ):
         recorder.attach(mine)
 
 
-# --- what cannot be saved -----------------------------------------------------------------------------------------------------------
+# --- what cannot be saved
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -701,7 +772,10 @@ def test_an_optimiser_of_another_model_is_refused(tmp_path: Path, linear: nn.Mod
     [
         (lambda: nn.LazyLinear(3), "has no values in memory"),
         (lambda: nn.Linear(3, 2, device="meta"), "has no values in memory"),
-        (lambda: nn.Linear(3, 2, dtype=torch.complex128), "is torch.complex128, which safetensors cannot hold"),
+        (
+            lambda: nn.Linear(3, 2, dtype=torch.complex128),
+            "is torch.complex128, which safetensors cannot hold",
+        ),
     ],
 )
 def test_tensors_that_a_file_cannot_hold_are_refused(
@@ -736,9 +810,13 @@ def _zero3() -> nn.Module:
 
 
 @pytest.mark.parametrize("build", [FullyShardedDataParallel, _zero3])
-def test_weights_of_which_a_process_has_a_part_are_refused(tmp_path: Path, build: Callable[[], nn.Module]) -> None:
+def test_weights_of_which_a_process_has_a_part_are_refused(
+    tmp_path: Path, build: Callable[[], nn.Module]
+) -> None:
     with pytest.raises(
-        InputError, match=r"the model is sharded by (FullyShardedDataParallel|DeepSpeed's ZeRO-3), of which a process"
+        InputError,
+        match=r"the model is sharded by (FullyShardedDataParallel|DeepSpeed's ZeRO-3), "
+        r"of which a process",
     ):
         Recorder(tmp_path / "ck", build()).save(0)
     assert names(tmp_path) == []
@@ -754,7 +832,9 @@ def test_a_buffer_that_is_made_on_the_way_and_is_not_persistent_disturbs_nothing
     assert [set(load_file(path)) for path in names(tmp_path)] == [{"weight", "bias"}] * 2
 
 
-def test_a_default_device_of_the_process_is_not_the_recorders(tmp_path: Path, linear: nn.Module) -> None:
+def test_a_default_device_of_the_process_is_not_the_recorders(
+    tmp_path: Path, linear: nn.Module
+) -> None:
     with torch.device("meta"):
         (path,) = saved(tmp_path, linear, 0)
     assert torch.equal(load_file(path)["weight"], linear.weight)  # type: ignore[arg-type]
@@ -793,7 +873,11 @@ def _shrink(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda model: model.double(), r"'(weight|bias)' of the model was torch.float32 .* and is torch.float64"),
+        (
+            lambda model: model.double(),
+            r"'(weight|bias)' of the model was torch.float32 .* and is "
+            r"torch.float64",
+        ),
         (_shrink, "'bias' of the model was .* and is absent"),
         (_grow, "'extra' of the model was absent .* and is torch.float32"),
     ],
@@ -836,7 +920,10 @@ def test_what_cannot_be_written_stops_training_and_leaves_no_hole(
     failing(_Failing(code, range(3, 4), 1))
     done: list[int] = []
     recorder = Recorder(tmp_path, network())
-    said = f"cannot write .*step_00000003.*{os.strerror(code)}; the last iterate recorded is that of step 2"
+    said = (
+        f"cannot write .*step_00000003.*{os.strerror(code)}; the last iterate recorded is that of "
+        f"step 2"
+    )
     with pytest.raises(ResourceError, match=said):
         _save_on(recorder, done)
     assert len(done) <= 3 + writer.FEWEST + 1
@@ -861,9 +948,14 @@ def _save_and(action: Callable[[], Any], recorder: Recorder) -> None:
         action()
 
 
-def test_an_error_is_raised_at_the_latest_when_closing(tmp_path: Path, failing: Callable[[_Failing], None]) -> None:
+def test_an_error_is_raised_at_the_latest_when_closing(
+    tmp_path: Path, failing: Callable[[_Failing], None]
+) -> None:
     failing(_Failing(errno.ENOSPC, range(1)))
-    with pytest.raises(ResourceError, match="nothing was recorded"), Recorder(tmp_path, network()) as recorder:
+    with (
+        pytest.raises(ResourceError, match="nothing was recorded"),
+        Recorder(tmp_path, network()) as recorder,
+    ):
         recorder.save(0)
     assert names(tmp_path) == []
 
@@ -877,7 +969,9 @@ def test_an_error_of_training_stands_before_that_of_the_recorder(
     assert "the recorder, too: cannot write" in found.value.__notes__[0]
 
 
-def test_an_error_inside_the_context_is_not_swallowed_and_what_was_saved_stays(tmp_path: Path) -> None:
+def test_an_error_inside_the_context_is_not_swallowed_and_what_was_saved_stays(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         _save_and(_interrupt, Recorder(tmp_path, network()))
     assert steps_in(tmp_path) == [0]
@@ -888,35 +982,49 @@ def test_a_full_disk_pauses_recording_where_that_was_chosen(
 ) -> None:
     failing(_Failing(errno.ENOSPC, range(2, 4)))
     recorder = Recorder(tmp_path, network(), on_full="pause")
-    with pytest.warns(UserWarning, match="no space for .*step_00000002.*recording pauses until there is") as warned:
+    with pytest.warns(
+        UserWarning, match="no space for .*step_00000002.*recording pauses until there is"
+    ) as warned:
         _save_and(lambda: [recorder.save(step) for step in range(1, 6)], recorder)
     assert len(warned) == 1
     assert recorder.left_out == [2, 3]
     assert steps_in(tmp_path) == [0, 1, 4, 5]
 
 
-def test_a_file_larger_than_the_process_may_write_stops_training_with_whole_files_alone(tmp_path: Path) -> None:
+def test_a_file_larger_than_the_process_may_write_stops_training_with_whole_files_alone(
+    tmp_path: Path,
+) -> None:
     """A real limit: the kernel cuts the file short."""
     script = (
-        "import resource, sys, torch\nfrom lca_posthoc import Recorder\nfrom lca_posthoc.errors import ResourceError\n"
-        "recorder = Recorder(sys.argv[1], torch.nn.Linear(300, 300))\nrecorder.save(0)\nrecorder.flush()\n"
+        "import resource, sys, torch\nfrom lca_posthoc import Recorder\nfrom lca_posthoc.errors "
+        "import ResourceError\n"
+        "recorder = Recorder(sys.argv[1], torch.nn.Linear(300, "
+        "300))\nrecorder.save(0)\nrecorder.flush()\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
-        "try:\n    for step in range(1, 100):\n        recorder.save(step)\nexcept ResourceError as error:\n    print(error)\n"
+        "try:\n    for step in range(1, 100):\n        recorder.save(step)\nexcept ResourceError "
+        "as error:\n    print(error)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, cwd=HERE, timeout=120, check=False
+        [sys.executable, "-c", script, tmp_path],
+        capture_output=True,
+        text=True,
+        cwd=HERE,
+        timeout=120,
+        check=False,
     )
     assert "cannot write" in done.stdout
     assert "File too large; the last iterate recorded is that of step 0" in done.stdout
     assert steps_in(tmp_path) == [0]
 
 
-# --- going on ------------------------------------------------------------------------------------------------------------------------
+# --- going on
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_training_that_is_resumed_goes_on_with_the_series(tmp_path: Path) -> None:
     model = network()
-    for first, last in ((0, 5), (5, 9), (3, 12)):  # from the end, and from a checkpoint before it, to the same weights
+    # from the end, and from a checkpoint before it, to the same weights
+    for first, last in ((0, 5), (5, 9), (3, 12)):
         with Recorder(tmp_path, model) as recorder:
             for step in range(first, last):
                 become(model, step)
@@ -933,16 +1041,24 @@ def test_training_that_is_resumed_goes_on_with_the_series(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("step", "value", "message"),
     [
-        (2, 7, r"step_00000002.safetensors holds other weights than those to be saved, and .* goes on to step 4"),
+        (
+            2,
+            7,
+            r"step_00000002.safetensors holds other weights than those to be saved, and .* goes "
+            r"on to step 4",
+        ),
         (4, 7, r"step_00000004.safetensors holds other weights"),
         (
             1,
             1,
-            r"goes on to step 4 and has no step_00000001.safetensors. A series is one training run with its own steps",
+            r"goes on to step 4 and has no step_00000001.safetensors. A series is one training run "
+            r"with its own steps",
         ),
     ],
 )
-def test_an_iterate_that_is_there_is_never_overwritten(tmp_path: Path, step: int, value: int, message: str) -> None:
+def test_an_iterate_that_is_there_is_never_overwritten(
+    tmp_path: Path, step: int, value: int, message: str
+) -> None:
     """Other weights of a step that is there, or a step before the last one that is not."""
     model = network()
     with Recorder(tmp_path, model) as recorder:
@@ -960,7 +1076,11 @@ def test_a_file_that_was_damaged_is_said_to_be(tmp_path: Path) -> None:
     model = network()
     for path in saved(tmp_path, model, 0, 1)[1:]:
         path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(InputError, match=r"step_00000001.safetensors is damaged .* Remove it and the files after it"):
+    with pytest.raises(
+        InputError,
+        match=r"step_00000001.safetensors is damaged .* Remove it and "
+        r"the files after it",
+    ):
         saved(tmp_path, model, 1)
 
 
@@ -989,7 +1109,9 @@ def test_a_warning_that_is_an_error_loses_nothing_that_is_saved_afterwards(tmp_p
 def test_a_gap_between_the_series_and_its_continuation_is_said(tmp_path: Path) -> None:
     model = network()
     saved(tmp_path, model, 0, 1)
-    with pytest.warns(UserWarning, match="ends at step 1 and is gone on with at step 5: the 3 between are missing"):
+    with pytest.warns(
+        UserWarning, match="ends at step 1 and is gone on with at step 5: the 3 between are missing"
+    ):
         saved(tmp_path, model, 5)
     with pytest.warns(UserWarning, match="at step 12: the 3 between"):
         saved(tmp_path, model, 12, every=2, on_full="stop")
@@ -1005,8 +1127,12 @@ def test_two_recorders_of_one_directory_are_one_too_many(tmp_path: Path, linear:
 
 
 @pytest.mark.parametrize("kills", [12])
-def test_a_training_that_is_killed_leaves_whole_files_without_a_hole(tmp_path: Path, kills: int) -> None:
-    """kill -9 at random moments, again and again in one directory; the full number: `tests/benchmarks/recorder.py --kills`."""
+def test_a_training_that_is_killed_leaves_whole_files_without_a_hole(
+    tmp_path: Path, kills: int
+) -> None:
+    """kill -9 at random moments, again and again in one directory; the full number:
+    `tests/benchmarks/recorder.py --kills`.
+    """
     assert kill_again_and_again(tmp_path, kills) >= kills
 
 
@@ -1032,7 +1158,11 @@ def kill_again_and_again(directory: Path, kills: int) -> int:
             os.kill(training, signal.SIGKILL)
             assert trainings.stdout.readline() == "ended\n"
             left = [path for path in names(directory) if path.name.startswith(".")]
-            steps = [int(path.stem.removeprefix("step_")) for path in names(directory) if path not in left]
+            steps = [
+                int(path.stem.removeprefix("step_"))
+                for path in names(directory)
+                if path not in left
+            ]
             assert len(left) <= 1
             assert steps == list(range(len(steps)))
             for step in range(found, len(steps)):

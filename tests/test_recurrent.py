@@ -1,4 +1,6 @@
-"""Recurrent layers that run as in training without dropout, as they must on a GPU: the same values, the same gradients."""
+"""Recurrent layers that run as in training without dropout, as they must on a GPU: the same values,
+the same gradients.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ class Own(nn.LSTM):
 
 LAYERS = {
     "LSTM": lambda: nn.LSTM(4, 5),
-    "deep, both ways, dropout": lambda: nn.LSTM(4, 5, num_layers=3, dropout=0.5, bidirectional=True),
+    "deep, both ways, dropout": lambda: nn.LSTM(
+        4, 5, num_layers=3, dropout=0.5, bidirectional=True
+    ),
     "projected": lambda: nn.LSTM(4, 5, proj_size=2, batch_first=True),
     "no bias": lambda: nn.GRU(4, 5, bias=False),
     "GRU, dropout": lambda: nn.GRU(4, 5, num_layers=2, dropout=0.3, batch_first=True),
@@ -34,7 +38,9 @@ def padded(module: Any) -> Tensor:
 
 
 def packed(module: Any) -> Tensor:
-    packed = pack_padded_sequence(X[:3], torch.tensor([3, 1, 2]), batch_first=True, enforce_sorted=False)
+    packed = pack_padded_sequence(
+        X[:3], torch.tensor([3, 1, 2]), batch_first=True, enforce_sorted=False
+    )
     out = module(packed)[0]
     assert isinstance(out, PackedSequence)
     return out.data
@@ -77,7 +83,9 @@ class Spy:
     ("training", "use", "wanted"),
     [(False, padded, (0.0, True)), (False, packed, (0.0, True)), (True, padded, (0.5, True))],
 )
-def test_what_torch_is_asked_for(training: bool, use: Any, wanted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_torch_is_asked_for(
+    training: bool, use: Any, wanted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = nn.GRU(4, 5, num_layers=2, dropout=0.5, batch_first=True).train(training)
     spy = Spy(torch._VF.gru)
     monkeypatch.setattr(torch._VF, "gru", spy)
@@ -91,12 +99,20 @@ def test_what_torch_is_asked_for(training: bool, use: Any, wanted: Any, monkeypa
 
 def test_functions_called_by_themselves_are_reached_and_all_is_put_back() -> None:
     module = nn.GRU(4, 5).eval()
-    before = [getattr(place, name) for place in (torch, torch._VF) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")]
+    before = [
+        getattr(place, name)
+        for place in (torch, torch._VF)
+        for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    ]
     wanted = called(module)
     with going_backward():
         assert torch.gru is not before[1]
         assert torch.equal(called(module), wanted)
-    after = [getattr(place, name) for place in (torch, torch._VF) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")]
+    after = [
+        getattr(place, name)
+        for place in (torch, torch._VF)
+        for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    ]
     assert after == before
 
 

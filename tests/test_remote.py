@@ -1,4 +1,6 @@
-"""Workers of a scheduler somebody else started: reaching them, being turned away, coming and going."""
+"""Workers of a scheduler somebody else started: reaching them, being turned away, coming and
+going.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,17 @@ from typing import Any
 
 import pytest
 
-from lca_posthoc.cluster import ClusterConfig, Done, Lost, Refused, Retried, Slow, Spec, Waiting, open_cluster
+from lca_posthoc.cluster import (
+    ClusterConfig,
+    Done,
+    Lost,
+    Refused,
+    Retried,
+    Slow,
+    Spec,
+    Waiting,
+    open_cluster,
+)
 from lca_posthoc.cluster import remote as remote_module
 from lca_posthoc.cluster import workers as workers_module
 from lca_posthoc.errors import InputError, ResourceError
@@ -25,7 +37,9 @@ def pid(spec: Spec) -> int:
 
 
 def meet(spec: Spec) -> int:
-    """Says who it is and ends when everybody expected has come; a later spec finds them there already."""
+    """Says who it is and ends when everybody expected has come; a later spec finds them there
+    already.
+    """
     Path(spec["place"], str(os.getpid())).touch()
     while len(list(Path(spec["place"]).iterdir())) < spec["expected"]:
         os.sched_yield()
@@ -92,7 +106,11 @@ def test_the_scheduler_imports_no_torch_and_nothing_of_the_user(pair: Standing) 
     with opened(pair.address) as cluster:
         list(cluster.map(imported, [{}]))
         found = cluster._client.run_on_scheduler(
-            lambda: [name for name in sys.modules if name in ("torch", "zarr", "tests", "lca_posthoc.worker")]
+            lambda: [
+                name
+                for name in sys.modules
+                if name in ("torch", "zarr", "tests", "lca_posthoc.worker")
+            ]
         )
     assert found == []
 
@@ -133,7 +151,12 @@ def pid_answer(spec: Spec) -> dict[str, int]:
 def heard_with_one_more(made: Standing, cluster: Any, tmp_path: Path) -> list[Any]:
     """What is heard while three specs wait for a worker to be hired and refused."""
     release = tmp_path / "release"
-    spec = {"log": str(tmp_path / "log"), "release": str(release), "done": str(tmp_path / "done"), "value": 0}
+    spec = {
+        "log": str(tmp_path / "log"),
+        "release": str(release),
+        "done": str(tmp_path / "done"),
+        "value": 0,
+    }
     made.hire()
     heard: list[Any] = []
     for outcome in cluster.map(until_released, [spec] * 3):
@@ -146,7 +169,9 @@ def heard_with_one_more(made: Standing, cluster: Any, tmp_path: Path) -> list[An
 def test_a_late_worker_that_is_unfit_is_named_and_given_nothing(tmp_path: Path) -> None:
     with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
         (only,) = results(cluster.map(pid, [{}]))
-        assert list(cluster.check_workers(unfit, {"flag": str(tmp_path / "flag")}).values()) == [{"fit": "yes"}]
+        assert list(cluster.check_workers(unfit, {"flag": str(tmp_path / "flag")}).values()) == [
+            {"fit": "yes"}
+        ]
         heard = heard_with_one_more(made, cluster, tmp_path)
         assert [type(outcome) for outcome in heard] == [Refused, Done, Done, Done]
         assert heard[0].why == "has nothing to say"
@@ -157,7 +182,9 @@ def test_a_late_worker_that_does_not_answer_is_named_and_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
-        cluster.check_workers(silent, {"flag": str(tmp_path / "flag"), "over": str(tmp_path / "over")})
+        cluster.check_workers(
+            silent, {"flag": str(tmp_path / "flag"), "over": str(tmp_path / "over")}
+        )
         monkeypatch.setattr(workers_module, "ANSWER_SECONDS", 3.0)
         heard = heard_with_one_more(made, cluster, tmp_path)
         (tmp_path / "over").touch()
@@ -165,7 +192,9 @@ def test_a_late_worker_that_does_not_answer_is_named_and_not_waited_for(
     assert "did not answer" in heard[0].why
 
 
-def test_who_joins_while_a_first_question_is_put_is_asked_again_for_the_next(tmp_path: Path) -> None:
+def test_who_joins_while_a_first_question_is_put_is_asked_again_for_the_next(
+    tmp_path: Path,
+) -> None:
     """A worker that came too late for one piece of work is not forgotten for the next."""
     with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
         cluster.check_workers(pid_answer, {})
@@ -174,14 +203,21 @@ def test_who_joins_while_a_first_question_is_put_is_asked_again_for_the_next(tmp
         list(cluster.map(pid, [{}]))
         meeting = tmp_path / "meeting"
         meeting.mkdir()
-        assert len(set(results(cluster.map(meet, [{"place": str(meeting), "expected": 2}] * 6)))) == 2
+        assert (
+            len(set(results(cluster.map(meet, [{"place": str(meeting), "expected": 2}] * 6)))) == 2
+        )
 
 
 def test_a_worker_that_is_told_to_go_finishes_and_nothing_is_done_twice(tmp_path: Path) -> None:
     with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
         release, log = tmp_path / "release", tmp_path / "log"
         specs = [
-            {"value": value, "log": str(log), "release": str(release), "done": str(tmp_path / f"done-{value}")}
+            {
+                "value": value,
+                "log": str(log),
+                "release": str(release),
+                "done": str(tmp_path / f"done-{value}"),
+            }
             for value in range(4)
         ]
         (first,) = cluster._slots
@@ -212,7 +248,9 @@ def test_what_merely_waited_on_a_worker_that_died_is_not_held_against_it(
 ) -> None:
     """Two deaths lose a spec; the one that waited behind it each time is done."""
     with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
-        outcomes = list(cluster.map(die_if_told, [{"die": True, "value": 0}, {"die": False, "value": 1}]))
+        outcomes = list(
+            cluster.map(die_if_told, [{"die": True, "value": 0}, {"die": False, "value": 1}])
+        )
     assert [outcome.spec["value"] for outcome in outcomes if isinstance(outcome, Lost)] == [0]
     assert results(outcomes) == [1]
     assert [outcome.spec["value"] for outcome in outcomes if isinstance(outcome, Retried)] == [0]
@@ -224,7 +262,9 @@ def die_if_told(spec: Spec) -> int:
     return spec["value"]
 
 
-def test_without_any_worker_left_it_waits_and_then_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_any_worker_left_it_waits_and_then_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(workers_module, "QUIET_SECONDS", 0.0)
     monkeypatch.setattr(workers_module, "ALONE_SECONDS", 1.0)
     with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
@@ -267,7 +307,12 @@ def test_a_spec_that_takes_far_longer_than_its_peers_is_named_with_what_it_does(
     release = tmp_path / "release"
     with opened(ClusterConfig(pair.address, 2)) as cluster:
         list(cluster.map(pid, [{}] * 4))
-        spec = {"value": 0, "log": str(tmp_path / "log"), "release": str(release), "done": str(tmp_path / "done")}
+        spec = {
+            "value": 0,
+            "log": str(tmp_path / "log"),
+            "release": str(release),
+            "done": str(tmp_path / "done"),
+        }
         heard = []
         monkeypatch.setattr(workers_module.statistics, "median", lambda _: 0.01)
         for outcome in cluster.map(until_released, [spec]):
@@ -278,7 +323,8 @@ def test_a_spec_that_takes_far_longer_than_its_peers_is_named_with_what_it_does(
     assert any("until_released" in frame for frame in heard[0].doing)
 
 
-# --- who is turned away ------------------------------------------------------------------------------------------------
+# --- who is turned away
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -297,8 +343,14 @@ def test_a_spec_that_takes_far_longer_than_its_peers_is_named_with_what_it_does(
         ),
         (ClusterConfig("file:/nowhere/scheduler.json"), "cannot be read"),
         (ClusterConfig("tls://127.0.0.1:1"), "needs --tls-ca, --tls-cert and --tls-key"),
-        (ClusterConfig("tls://127.0.0.1:1", tls_ca=__file__), "needs --tls-cert and --tls-key as well"),
-        (ClusterConfig("tls://127.0.0.1:1", tls_ca="/nowhere.pem"), "--tls-ca /nowhere.pem does not exist"),
+        (
+            ClusterConfig("tls://127.0.0.1:1", tls_ca=__file__),
+            "needs --tls-cert and --tls-key as well",
+        ),
+        (
+            ClusterConfig("tls://127.0.0.1:1", tls_ca="/nowhere.pem"),
+            "--tls-ca /nowhere.pem does not exist",
+        ),
         (ClusterConfig("tcp://127.0.0.1:1", tls_ca=__file__), "--tls-ca goes with tls://"),
         (ClusterConfig("local", insecure=True), "--insecure goes with --cluster ADDRESS only"),
         (ClusterConfig("local", tls_ca=__file__), "--tls-ca goes with --cluster ADDRESS only"),
@@ -307,7 +359,9 @@ def test_a_spec_that_takes_far_longer_than_its_peers_is_named_with_what_it_does(
     ],
     ids=lambda each: each.kind if isinstance(each, ClusterConfig) else None,
 )
-def test_what_cannot_be_meant_is_refused_before_anything_is_started(where: ClusterConfig, message: str) -> None:
+def test_what_cannot_be_meant_is_refused_before_anything_is_started(
+    where: ClusterConfig, message: str
+) -> None:
     with pytest.raises(InputError) as caught, opened(where):
         pass
     assert message in str(caught.value)
@@ -315,11 +369,16 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_started(where: Clust
 
 def test_a_file_without_an_address_is_refused(tmp_path: Path) -> None:
     (tmp_path / "scheduler.json").write_text(json.dumps({"id": 1}))
-    with pytest.raises(InputError, match="holds no address"), opened(f"file:{tmp_path / 'scheduler.json'}"):
+    with (
+        pytest.raises(InputError, match="holds no address"),
+        opened(f"file:{tmp_path / 'scheduler.json'}"),
+    ):
         pass
 
 
-def test_nobody_at_an_address_is_a_failure_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_at_an_address_is_a_failure_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(remote_module, "CONNECT_SECONDS", 1.0)
     with (
         pytest.raises(ResourceError, match=r"no scheduler answers at tcp://127\.0\.0\.1:9"),
@@ -332,22 +391,34 @@ def test_a_scheduler_without_workers_is_said_with_the_command_that_starts_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_module, "ANSWER_SECONDS", 1.0)
-    with standing(tmp_path / "cluster") as made, pytest.raises(ResourceError) as caught, opened(made.address):
+    with (
+        standing(tmp_path / "cluster") as made,
+        pytest.raises(ResourceError) as caught,
+        opened(made.address),
+    ):
         pass
     assert f"`dask worker {made.address} --nthreads 1 --memory-limit 0`" in str(caught.value)
 
 
-def test_a_listener_behind_a_closed_address_that_is_open_is_refused_unless_told(tmp_path: Path) -> None:
+def test_a_listener_behind_a_closed_address_that_is_open_is_refused_unless_told(
+    tmp_path: Path,
+) -> None:
     with standing(tmp_path / "cluster", 1, host="") as made:
         address = f"tcp://127.0.0.1:{made.address.rpartition(':')[2]}"
-        with pytest.raises(InputError, match=r"listens on tcp://.*open to the network"), opened(address):
+        with (
+            pytest.raises(InputError, match=r"listens on tcp://.*open to the network"),
+            opened(address),
+        ):
             pass
         with opened(ClusterConfig(address, 1, insecure=True)) as cluster:
             assert len(results(cluster.map(pid, [{}]))) == 1
 
 
 def test_a_gpu_that_no_worker_offers_is_said_with_the_command(pair: Standing) -> None:
-    with opened(ClusterConfig(pair.address, 2)) as cluster, pytest.raises(ResourceError, match="--resources GPU=1"):
+    with (
+        opened(ClusterConfig(pair.address, 2)) as cluster,
+        pytest.raises(ResourceError, match="--resources GPU=1"),
+    ):
         cluster.settle_on("cuda")
 
 
@@ -375,7 +446,9 @@ def test_everybody_else_is_turned_away(
     monkeypatch.setattr(remote_module, "CONNECT_SECONDS", 3.0)
     assert tls.tls is not None
     where = {
-        "no certificate": lambda: with_tls(tls, (tls.tls[0], *certificates(tmp_path, "self-made")[1:])),
+        "no certificate": lambda: with_tls(
+            tls, (tls.tls[0], *certificates(tmp_path, "self-made")[1:])
+        ),
         "another authority": lambda: with_tls(tls, certificates(tmp_path, "other")),
         "a plain client": lambda: ClusterConfig(tls.address.replace("tls://", "tcp://"), 1),
     }[who]()

@@ -1,4 +1,6 @@
-"""`lca repair`: exactly what is damaged is computed again, wherever the run and the checkpoints are now."""
+"""`lca repair`: exactly what is damaged is computed again, wherever the run and the checkpoints are
+now.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("repair")
     record(root / "ck")
     task = write_task(root / "task.py")
-    lca_posthoc.run(root / "ck", task, losses=["all"], cluster="inline", span=1, out=root / "run.lca")
+    lca_posthoc.run(
+        root / "ck", task, losses=["all"], cluster="inline", span=1, out=root / "run.lca"
+    )
     return root
 
 
@@ -34,14 +38,18 @@ def place(made: Path, tmp_path: Path) -> Path:
 
 def chunk(run: Path, span: int, array: str = "allocation/hidden.weight") -> Path:
     return next(
-        each for each in sorted((run / "data.zarr/train" / array / "c" / str(span)).rglob("*")) if each.is_file()
+        each
+        for each in sorted((run / "data.zarr/train" / array / "c" / str(span)).rglob("*"))
+        if each.is_file()
     )
 
 
 def repaired(place: Path, **options: Any) -> list[tuple[int, list[str]]]:
     """The spans a repair in this process computed, with their losses."""
     events: list[Any] = []
-    repair(place / "run.lca", place / "task.py", cluster="inline", progress=events.append, **options)
+    repair(
+        place / "run.lca", place / "task.py", cluster="inline", progress=events.append, **options
+    )
     return [(event.span, event.losses) for event in events if isinstance(event, SpanDone)]
 
 
@@ -85,7 +93,9 @@ def test_checkpoints_that_moved_are_named(place: Path, made: Path) -> None:
     assert is_as_made(place, made)
 
 
-def test_checkpoints_that_are_gone_are_said_and_the_rest_of_the_run_stays(place: Path, made: Path) -> None:
+def test_checkpoints_that_are_gone_are_said_and_the_rest_of_the_run_stays(
+    place: Path, made: Path
+) -> None:
     run = place / "run.lca"
     chunk(run, 2).unlink()
     record_ = made / "ck"
@@ -101,7 +111,9 @@ def test_checkpoints_that_are_gone_are_said_and_the_rest_of_the_run_stays(place:
 
 
 def assert_still_named(run: Path, span: int) -> None:
-    """A repair that could not be begun has taken nothing away: the damage is there to be named and repaired."""
+    """A repair that could not be begun has taken nothing away: the damage is there to be named and
+    repaired.
+    """
     result = lca("verify", run, "--json")
     assert [each["span"] for each in json.loads(result.stdout)["damages"]] == [span]
     assert result.exit_code == 4
@@ -109,7 +121,12 @@ def assert_still_named(run: Path, span: int) -> None:
 
 def repaired_by_run(place: Path) -> list[tuple[int, list[str]]]:
     events: list[Any] = []
-    where = {"losses": ["all"], "cluster": "inline", "out": place / "run.lca", "progress": events.append}
+    where = {
+        "losses": ["all"],
+        "cluster": "inline",
+        "out": place / "run.lca",
+        "progress": events.append,
+    }
     lca_posthoc.run(place / "ck", place / "task.py", **where)
     return [(event.span, event.losses) for event in events if isinstance(event, SpanDone)]
 
@@ -120,7 +137,9 @@ def test_another_task_is_refused(place: Path) -> None:
     result = lca("repair", place / "run.lca", "--task", place / "task.py", "--cluster", "inline")
     refused(result, "loss 'train' is not the one recorded")
     assert_still_named(place / "run.lca", 3)
-    unreached = lca("repair", place / "run.lca", "--task", place / "task.py", "--cluster", "tls://127.0.0.1:9")
+    unreached = lca(
+        "repair", place / "run.lca", "--task", place / "task.py", "--cluster", "tls://127.0.0.1:9"
+    )
     refused(unreached, "needs --tls-ca")
     assert_still_named(place / "run.lca", 3)
 
@@ -139,7 +158,12 @@ def test_what_was_never_computed_is_left_to_run(place: Path) -> None:
 def test_a_damaged_record_is_not_guessed(place: Path) -> None:
     record_file = place / "run.lca" / "run.json"
     record_file.write_bytes(record_file.read_bytes().replace(b'"span": 1', b'"span": 2'))
-    refused(lca("repair", place / "run.lca", "--task", place / "task.py"), "run.json", "Restore it from a copy", code=1)
+    refused(
+        lca("repair", place / "run.lca", "--task", place / "task.py"),
+        "run.json",
+        "Restore it from a copy",
+        code=1,
+    )
 
 
 def test_a_run_that_was_copied_goes_on_where_it_is(place: Path, made: Path) -> None:
@@ -157,7 +181,12 @@ def test_without_durability_nothing_is_flushed_and_the_bytes_are_the_same(
     shutil.rmtree(place / "run.lca")
     flushed: list[int] = []
     monkeypatch.setattr(os, "fsync", flushed.append)
-    options: dict[str, Any] = {"losses": ["all"], "cluster": "inline", "span": 1, "out": place / "run.lca"}
+    options: dict[str, Any] = {
+        "losses": ["all"],
+        "cluster": "inline",
+        "span": 1,
+        "out": place / "run.lca",
+    }
     lca_posthoc.run(place / "ck", place / "task.py", durability="none", **options)
     assert flushed == []
     assert is_as_made(place, made)

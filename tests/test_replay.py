@@ -57,7 +57,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def replayed(place: Path, out: Path, **options: Any) -> tuple[dict[str, np.ndarray], list[Any]]:
     """Every array of a run of both losses, and the events on the way."""
     events: list[Any] = []
-    options = {"cluster": "inline", "losses": ["all"], "checkpoints": place / "checkpoints", **options}
+    options = {
+        "cluster": "inline",
+        "losses": ["all"],
+        "checkpoints": place / "checkpoints",
+        **options,
+    }
     lca_package.run(task=place / "small_task.py", out=out, progress=events.append, **options)
     return arrays(out), events
 
@@ -75,7 +80,11 @@ def arrays(out: Path) -> dict[str, np.ndarray]:
 
 def identical(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
     assert one.keys() == other.keys()
-    different = [name for name in one if one[name].dtype != object and one[name].tobytes() != other[name].tobytes()]
+    different = [
+        name
+        for name in one
+        if one[name].dtype != object and one[name].tobytes() != other[name].tobytes()
+    ]
     assert different == []
 
 
@@ -86,7 +95,9 @@ def reference(place: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("span", [1, 4, 16])
-def test_any_span_length_gives_the_same_bits(place: Path, tmp_path: Path, reference: dict, span: int) -> None:
+def test_any_span_length_gives_the_same_bits(
+    place: Path, tmp_path: Path, reference: dict, span: int
+) -> None:
     found, _ = replayed(place, tmp_path / "run.lca", span=span)
     identical(reference, found)
 
@@ -109,17 +120,25 @@ def test_windows_of_totals_give_the_same_bits_as_single_spans(place: Path, tmp_p
     assert list((tmp_path / "one.lca" / "partial").rglob("*.safetensors")) == []
 
 
-def test_a_second_run_evaluates_nothing(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_evaluates_nothing(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "run.lca"
     replayed(place, out)
     before = contents(out)
-    monkeypatch.setattr(replay, "prepare", lambda *_, **__: pytest.fail("a finished run was prepared again"))
+    monkeypatch.setattr(
+        replay, "prepare", lambda *_, **__: pytest.fail("a finished run was prepared again")
+    )
     _, events = replayed(place, out)
-    assert [event for event in events if not isinstance(event, Stage)] == [Planned(0, 2 * SEGMENTS, 0, 0)]
+    assert [event for event in events if not isinstance(event, Stage)] == [
+        Planned(0, 2 * SEGMENTS, 0, 0)
+    ]
     assert contents(out) == before
 
 
-def test_a_second_run_with_an_edited_task_file_evaluates_no_span(place: Path, tmp_path: Path) -> None:
+def test_a_second_run_with_an_edited_task_file_evaluates_no_span(
+    place: Path, tmp_path: Path
+) -> None:
     root = tmp_path / "place"
     shutil.copytree(place / "checkpoints", root / "checkpoints")
     write_task(root / "small_task.py")
@@ -129,28 +148,39 @@ def test_a_second_run_with_an_edited_task_file_evaluates_no_span(place: Path, tm
     assert [event for event in events if isinstance(event, SpanDone)] == []
 
 
-def test_only_spans_without_a_marker_are_replayed(place: Path, tmp_path: Path, reference: dict) -> None:
+def test_only_spans_without_a_marker_are_replayed(
+    place: Path, tmp_path: Path, reference: dict
+) -> None:
     out = tmp_path / "run.lca"
     replayed(place, out, span=8)
     marker(out, "train", 2).unlink()
     _, events = replayed(place, out)
     done = [event for event in events if isinstance(event, SpanDone)]
-    own = int(open_run(out)["train"].steps.evaluations[16:24].sum())  # and the start of the span once more
-    assert [(event.span, event.losses, event.evaluations) for event in done] == [(2, ["train"], own + 1)]
+    # and the start of the span once more
+    own = int(open_run(out)["train"].steps.evaluations[16:24].sum())
+    assert [(event.span, event.losses, event.evaluations) for event in done] == [
+        (2, ["train"], own + 1)
+    ]
     identical(reference, arrays(out))
 
 
-def test_a_loss_added_later_leaves_the_others_as_they_were(place: Path, tmp_path: Path, reference: dict) -> None:
+def test_a_loss_added_later_leaves_the_others_as_they_were(
+    place: Path, tmp_path: Path, reference: dict
+) -> None:
     out = tmp_path / "run.lca"
     replayed(place, out, losses=["train"], span=8)
     before = {name: data for name, data in contents(out).items() if "train" in name}
     _, events = replayed(place, out, losses=["validation"])
-    assert {tuple(event.losses) for event in events if isinstance(event, SpanDone)} == {("validation",)}
+    assert {tuple(event.losses) for event in events if isinstance(event, SpanDone)} == {
+        ("validation",)
+    }
     assert {name: data for name, data in contents(out).items() if "train" in name} == before
     identical(reference, arrays(out))
 
 
-@pytest.mark.parametrize(("first", "last", "span"), [(18, 37, 8), (16, 37, 8), (67, 80, 1), (66, 71, 1)])
+@pytest.mark.parametrize(
+    ("first", "last", "span"), [(18, 37, 8), (16, 37, 8), (67, 80, 1), (66, 71, 1)]
+)
 def test_checkpoints_added_at_the_end_give_the_same_bits_as_one_run(
     place: Path, tmp_path: Path, first: int, last: int, span: int
 ) -> None:
@@ -169,8 +199,12 @@ def test_checkpoints_added_at_the_end_give_the_same_bits_as_one_run(
     assert again == list(range(first // span, -(-last // span)))
 
 
-def test_data_that_changed_behind_the_sample_is_noticed_where_spans_meet(place: Path, tmp_path: Path) -> None:
-    """The sample a loss is known by is of the first examples; what lies behind it shows in the loss itself."""
+def test_data_that_changed_behind_the_sample_is_noticed_where_spans_meet(
+    place: Path, tmp_path: Path
+) -> None:
+    """The sample a loss is known by is of the first examples; what lies behind it shows in the loss
+    itself.
+    """
     out = tmp_path / "run.lca"
     torch.save(torch.cat([task_namespace()["train"][0]] * 20), tmp_path / "inputs.pt")
     task = write_task(
@@ -184,10 +218,22 @@ def test_data_that_changed_behind_the_sample_is_noticed_where_spans_meet(place: 
             name = f"step_{step:08d}.safetensors"
             (tmp_path / "checkpoints").mkdir(exist_ok=True)
             shutil.copy2(place / "checkpoints" / name, tmp_path / "checkpoints" / name)
-        arguments = ["run", "--task", task, "--out", out, "--cluster", "inline", tmp_path / "checkpoints"]
+        arguments = [
+            "run",
+            "--task",
+            task,
+            "--out",
+            out,
+            "--cluster",
+            "inline",
+            tmp_path / "checkpoints",
+        ]
         code = "from lca_posthoc.cli import main; main()"
         done = subprocess.run(
-            [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+            [sys.executable, "-c", code, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         return done.returncode, done.stderr
 
@@ -221,10 +267,16 @@ train = (inputs[:30].repeat(20, 1) * tail, targets[:30].repeat(20))
 """
 
 
-def test_workers_with_different_data_are_noticed_where_spans_meet(place: Path, tmp_path: Path) -> None:
+def test_workers_with_different_data_are_noticed_where_spans_meet(
+    place: Path, tmp_path: Path
+) -> None:
     task = write_task(tmp_path / "task.py", "train = (inputs[:30], targets[:30])\n", DIVIDED)
     out = tmp_path / "run.lca"
-    with pytest.raises(LCAError, match=r"loss 'train' at step .* and .* in span .* not both are of the data") as caught:
+    with pytest.raises(
+        LCAError,
+        match=r"loss 'train' at step .* and .* in span .* not both are of "
+        r"the data",
+    ) as caught:
         lca_package.run(place / "checkpoints", task, out=out, workers=2, device="cpu", span=2)
     assert caught.value.exit_code == 1
     found = [each for each in store.verify(out) if isinstance(each, store.Damage)]
@@ -243,9 +295,13 @@ def test_a_span_of_other_data_is_found_and_computed_again(
     replayed(place, out, span=4)
     assert store.read_manifest(out).window >= window
     twisted = write_task(
-        tmp_path / "small_task.py", "validation = (", "train = (1.01 * train[0], train[1])\nvalidation = ("
+        tmp_path / "small_task.py",
+        "validation = (",
+        "train = (1.01 * train[0], train[1])\nvalidation = (",
     )
-    damaged = store.Damage(path="", what="", loss="train", span=5, window=5 // store.read_manifest(out).window)
+    damaged = store.Damage(
+        path="", what="", loss="train", span=5, window=5 // store.read_manifest(out).window
+    )
     with monkeypatch.context() as patch:
         patch.setattr(store, "differ", lambda *_: False)
         patch.setattr(store.boundary_checks, "differ", lambda *_: False)
@@ -273,10 +329,15 @@ def test_a_run_that_grew_knows_its_losses_again(place: Path, tmp_path: Path) -> 
         shutil.copy(whole / f"step_{step:08d}.safetensors", growing)
     options = {"losses": ["train"], "cluster": "inline", "out": tmp_path / "run.lca"}
     lca_package.run(growing, place / "small_task.py", **options)
-    edited = write_task(tmp_path / "small_task.py", "def task():", "# a comment\ndef task():").parent
+    edited = write_task(
+        tmp_path / "small_task.py", "def task():", "# a comment\ndef task():"
+    ).parent
     grown, _ = replayed(edited, tmp_path / "run.lca", checkpoints=growing)
     once, _ = replayed(
-        place, tmp_path / "once.lca", checkpoints=whole, span=store.read_manifest(tmp_path / "run.lca").span
+        place,
+        tmp_path / "once.lca",
+        checkpoints=whole,
+        span=store.read_manifest(tmp_path / "run.lca").span,
     )
     identical(once, grown)
 
@@ -298,12 +359,15 @@ def test_two_drivers_never_share_a_run(place: Path, tmp_path: Path) -> None:
     replayed(place, out, losses=["train"])
     with store.hold(out):
         assert open_run(out)["train"].progress()["running"]
-        result = run_lca(place / "checkpoints", place / "small_task.py", out, "--loss", "validation")
+        result = run_lca(
+            place / "checkpoints", place / "small_task.py", out, "--loss", "validation"
+        )
     refused(result, str(out), "is being written by process", code=5)
     assert not open_run(out)["train"].progress()["running"]
 
 
-# --- real processes, really killed --------------------------------------------------------------------------------------
+# --- real processes, really killed
+# --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -311,9 +375,18 @@ def long_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Enough segments that a replay can be interrupted in the middle."""
     root = tmp_path_factory.mktemp("long")
     record_training(root / "checkpoints", range(401))
-    write_task(root / "small_task.py", "inputs = torch.randn(40", "torch.manual_seed(0)\ninputs = torch.randn(40")
+    write_task(
+        root / "small_task.py",
+        "inputs = torch.randn(40",
+        "torch.manual_seed(0)\ninputs = torch.randn(40",
+    )
     lca_package.run(
-        root / "checkpoints", root / "small_task.py", losses=["all"], cluster="inline", span=4, out=root / "clean.lca"
+        root / "checkpoints",
+        root / "small_task.py",
+        losses=["all"],
+        cluster="inline",
+        span=4,
+        out=root / "clean.lca",
     )
     return root
 
@@ -325,8 +398,19 @@ def start(root: Path, out: Path, cluster: str) -> subprocess.Popen[str]:
         "from lca_posthoc.cli import main; main()"
     )
     script = root / "lca_short_spans.py"
-    script.write_text("if __name__ == '__main__':\n" + "\n".join(f"    {line}" for line in code.splitlines()))
-    command = [sys.executable, script, "run", root / "checkpoints", "--task", root / "small_task.py", "--loss", "all"]
+    script.write_text(
+        "if __name__ == '__main__':\n" + "\n".join(f"    {line}" for line in code.splitlines())
+    )
+    command = [
+        sys.executable,
+        script,
+        "run",
+        root / "checkpoints",
+        "--task",
+        root / "small_task.py",
+        "--loss",
+        "all",
+    ]
     return subprocess.Popen(
         [*map(str, command), "--out", str(out), "--cluster", cluster, "--workers", "2"],
         stdout=subprocess.PIPE,
@@ -397,7 +481,8 @@ def test_an_interrupt_drains_and_leaves_a_resumable_run(
     out = tmp_path / "run.lca"
     process = start(long_place, out, cluster)
     waited_until(process, lambda: markers(out) >= 3)
-    # A terminal sends Ctrl-C to every process of the group; a scheduler's SIGTERM reaches the driver.
+    # A terminal sends Ctrl-C to every process of the group; a scheduler's SIGTERM reaches the
+    # driver.
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     _, errors = process.communicate()
     assert process.returncode == 128 + number
@@ -405,11 +490,19 @@ def test_an_interrupt_drains_and_leaves_a_resumable_run(
     assert "Run the same command again" in errors
     status = lca("status", out)
     assert "stopped: run `lca run` again" in status.stdout
-    lca_package.run(long_place / "checkpoints", long_place / "small_task.py", losses=["all"], cluster="inline", out=out)
+    lca_package.run(
+        long_place / "checkpoints",
+        long_place / "small_task.py",
+        losses=["all"],
+        cluster="inline",
+        out=out,
+    )
     assert contents(out / "data.zarr") == contents(long_place / "clean.lca" / "data.zarr")
 
 
-def test_only_a_loss_that_is_new_is_calibrated(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_loss_that_is_new_is_calibrated(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calibrated: list[list[str]] = []
     original = allocation.calibrate
 

@@ -43,7 +43,9 @@ from lca_posthoc.settings import DEFAULTS
 from lca_posthoc.trajectory import Checkpoint, TensorSpec
 
 STATISTICS = {"loss": "a", "split": "s", "examples": 3, "batch_size": 2, "kept": ["bn"]}
-SETTINGS = RunSettings.of({**DEFAULTS, "device": "cpu", "tolerance": "0.1%", "statistics": STATISTICS})
+SETTINGS = RunSettings.of(
+    {**DEFAULTS, "device": "cpu", "tolerance": "0.1%", "statistics": STATISTICS}
+)
 SETUP = TaskSetup(
     task={"kind": "file", "path": "/there/task.py", "function": "task", "sha256": "0" * 64},
     parcel="key",
@@ -52,14 +54,24 @@ SETUP = TaskSetup(
     stored=None,
     digests={"split 'a'": "1" * 64},
 )
-CHECKPOINTS = [Checkpoint(step, (Path(f"{step}/x.safetensors"), Path("y.safetensors")), 8, 7) for step in (0, 10)]
-POINTS = StoredPoints(root="s3://place/run", names={"w": "module.w"}, checkpoints=dict(enumerate(CHECKPOINTS)))
+CHECKPOINTS = [
+    Checkpoint(step, (Path(f"{step}/x.safetensors"), Path("y.safetensors")), 8, 7)
+    for step in (0, 10)
+]
+POINTS = StoredPoints(
+    root="s3://place/run", names={"w": "module.w"}, checkpoints=dict(enumerate(CHECKPOINTS))
+)
 SAMPLED: dict[str, Any] = {
     "setup": SETUP,
     "sample": Sample(points=POINTS, ends=1, workers=2, span=4),
     "batch_sizes": {"a": 32},
 }
-OF_RUN: dict[str, Any] = {"setup": SETUP, "points": POINTS, "run": "/there/run.lca", "batch_sizes": {"a": 32}}
+OF_RUN: dict[str, Any] = {
+    "setup": SETUP,
+    "points": POINTS,
+    "run": "/there/run.lca",
+    "batch_sizes": {"a": 32},
+}
 LOSS_SPAN = LossSpan(
     evaluations=9,
     forward_passes=0,
@@ -70,19 +82,35 @@ LOSS_SPAN = LossSpan(
     hidden=[],
     ends=[1.0, 0.5],
 )
-PROBED: dict[str, Any] = {"along": {"a": None}, "scale": {"a": 2.0}, "replicates": {"a": 8}, "measured": True}
+PROBED: dict[str, Any] = {
+    "along": {"a": None},
+    "scale": {"a": 2.0},
+    "replicates": {"a": 8},
+    "measured": True,
+}
 SENT = (
     AdmissionRequest(
-        versions={"torch": "2"}, device=None, token=Path("/there/token"), text="x", root="/r", checkpoints=CHECKPOINTS
+        versions={"torch": "2"},
+        device=None,
+        token=Path("/there/token"),
+        text="x",
+        root="/r",
+        checkpoints=CHECKPOINTS,
     ),
     Admission(cuda=False, gpu=None),
     DescribeRequest(setup=dataclasses.replace(SETUP, stored=["w"])),
     Description(
         tensors=[TensorSpec("w", "parameter", (2, 3), ("v",), 0), TensorSpec("n", "buffer", ())],
         losses={
-            "a": LossDescription(on="a", kind="function", examples=3, total=4, groups=[1, 2], counts=[2, 1]),
-            "b": LossDescription(on="a", kind="call", examples=3, total=4, groups=["x", "y"], counts=[2, 1]),
-            "c": LossDescription(on=None, kind="term", examples=0, total=0, groups=None, counts=None),
+            "a": LossDescription(
+                on="a", kind="function", examples=3, total=4, groups=[1, 2], counts=[2, 1]
+            ),
+            "b": LossDescription(
+                on="a", kind="call", examples=3, total=4, groups=["x", "y"], counts=[2, 1]
+            ),
+            "c": LossDescription(
+                on=None, kind="term", examples=0, total=0, groups=None, counts=None
+            ),
         },
         task_losses=["a"],
         digests={},
@@ -93,7 +121,15 @@ SENT = (
         unstored=[],
         statistics="a",
     ),
-    ProbeRequest(**SAMPLED, modes=[0, 1], half=[], ties={"w": ["w", "v"]}, fixed={}, leftovers={}, recorded=["a"]),
+    ProbeRequest(
+        **SAMPLED,
+        modes=[0, 1],
+        half=[],
+        ties={"w": ["w", "v"]},
+        fixed={},
+        leftovers={},
+        recorded=["a"],
+    ),
     ProbeAnswer(
         batch_sizes={"a": 32},
         identity={"a": [{"loss": 1.0, "gradient_norm": 2.0}, None]},
@@ -136,7 +172,15 @@ def test_every_request_and_answer_is_among_them() -> None:
         for name, kind in vars(requests).items()
         if dataclasses.is_dataclass(kind) and kind.__module__ == requests.__name__  # type: ignore[attr-defined]
     }
-    parts = {"RunSettings", "TaskSetup", "StoredPoints", "Sample", "LossDescription", "LossCosts", "LossSpan"}
+    parts = {
+        "RunSettings",
+        "TaskSetup",
+        "StoredPoints",
+        "Sample",
+        "LossDescription",
+        "LossCosts",
+        "LossSpan",
+    }
     assert defined - parts - {"TaskRequest", "SampleRequest", "RunRequest"} == set(NAMES)
 
 
@@ -161,7 +205,11 @@ OTHER: dict[str, tuple[type, dict[str, object], str]] = {
     "a text in a table": (SpanRequest, {"calibration": {"a": "b"}}, "calibration: expected"),
     "a position that is no number": (LossesRequest, {"meetings": {"x": []}}, "meetings: "),
     "a list for a request": (SpanRequest, {"setup": []}, "setup: expected the fields of TaskSetup"),
-    "a field too many inside": (SpanRequest, {"points": {"root": "", "names": {}, "more": 1}}, "points: fields are"),
+    "a field too many inside": (
+        SpanRequest,
+        {"points": {"root": "", "names": {}, "more": 1}},
+        "points: fields are",
+    ),
 }
 
 
@@ -174,7 +222,9 @@ def test_a_value_of_another_type_is_an_error_that_names_the_field(case: str) -> 
 
 
 @pytest.mark.parametrize(
-    "value", [torch.zeros(2), object(), {1.5: "a"}, SETUP.__class__], ids=["tensor", "object", "key", "class"]
+    "value",
+    [torch.zeros(2), object(), {1.5: "a"}, SETUP.__class__],
+    ids=["tensor", "object", "key", "class"],
 )
 def test_what_is_no_plain_data_is_not_sent(value: object) -> None:
     with pytest.raises(TypeError):
@@ -183,7 +233,9 @@ def test_what_is_no_plain_data_is_not_sent(value: object) -> None:
 
 def test_an_answer_is_that_of_its_request_or_a_failure() -> None:
     assert answered(LossesRequest, {"losses": {"a": 1.0}}) == LossesAnswer(losses={"a": 1.0})
-    failed = answered(LossesRequest, to_plain(Failure(error=pack(NotFiniteError("NaN", 7)), trace="")))
+    failed = answered(
+        LossesRequest, to_plain(Failure(error=pack(NotFiniteError("NaN", 7)), trace=""))
+    )
     assert isinstance(failed, Failure)
     error = failed.exception()
     assert isinstance(error, NotFiniteError)

@@ -1,4 +1,6 @@
-"""`lca run --cluster ADDRESS` on standing workers: the same bytes, sources that travel, workers that are turned away."""
+"""`lca run --cluster ADDRESS` on standing workers: the same bytes, sources that travel, workers
+that are turned away.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ HIDE = 'mount -t tmpfs none "$0" && exec "$@"'
 
 
 def without_sight_of(place: Path, where: Path) -> list[str]:
-    """What starts a process that sees an empty directory at `place`, with `where` as its working directory."""
+    """What starts a process that sees an empty directory at `place`, with `where` as its working
+    directory.
+    """
     where.mkdir(parents=True, exist_ok=True)
     place.mkdir(parents=True, exist_ok=True)
     hide = ["unshare", "-m", "sh", "-c", HIDE, str(place)]
@@ -82,7 +86,8 @@ def start_of(place: Path, out: Path, made: Standing, *options: object, workers: 
     )
 
 
-# --- the run itself ------------------------------------------------------------------------------------------------------
+# --- the run itself
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_the_bytes_are_those_of_this_process_and_a_second_run_finishes_at_once(
@@ -118,7 +123,11 @@ def test_the_log_has_a_line_for_each_event_and_status_tells_while_it_runs_and_af
     replay(place, place / "small_task.py", out, pair.address, progress=listen)
     ground.same_bytes(out, place / "clean.lca")
     log = [json.loads(line) for line in (out / "log" / "run.jsonl").read_text().splitlines()]
-    assert [each["event"] for each in log] == ["Started", *(type(event).__name__ for event in heard), "Ended"]
+    assert [each["event"] for each in log] == [
+        "Started",
+        *(type(event).__name__ for event in heard),
+        "Ended",
+    ]
     assert sum(each["event"] == "SpanDone" for each in log) == SPANS
     assert all({"time", "event"} <= each.keys() for each in log)
     assert seen[0]["running"]
@@ -154,7 +163,8 @@ def test_nothing_larger_than_a_table_of_steps_crosses_the_network_once_it_is_del
     assert max(returned) < 64_000
 
 
-# --- sources that travel -------------------------------------------------------------------------------------------------
+# --- sources that travel
+# -------------------------------------------------------------------------------------------------
 
 
 def write(folder: Path, factor: float) -> Path:
@@ -163,16 +173,24 @@ def write(folder: Path, factor: float) -> Path:
         "helpers.py": "from bare.inner import ONE\n\nFACTOR = {factor} * ONE\n",
         "bare/inner.py": "ONE = 1.0\n",
         "whole/__init__.py": "from .near import scale\n",
-        "whole/near.py": "from .deeper.far import scaled\n\n\ndef scale(values, factor):\n    return scaled(values, factor)\n",
+        "whole/near.py": "from .deeper.far import scaled\n\n\ndef scale(values, factor):\n    "
+        "return scaled(values, factor)\n",
         "whole/deeper/__init__.py": "",
-        "whole/deeper/far.py": "from ..sign import SIGN\n\n\ndef scaled(values, factor):\n    return SIGN * values * factor\n",
+        "whole/deeper/far.py": "from ..sign import SIGN\n\n\ndef scaled(values, factor):\n    "
+        "return SIGN * values * factor\n",
         "whole/sign.py": "SIGN = 1.0\n",
-        "a_task.py": TASK.replace("import torch\n", "import torch\n\nimport helpers\nimport whole\n", 1)
+        "a_task.py": TASK.replace(
+            "import torch\n", "import torch\n\nimport helpers\nimport whole\n", 1
+        )
         .replace(
             'return F.cross_entropy(model(batch[0]), batch[1], reduction="none")',
-            'return whole.scale(F.cross_entropy(model(batch[0]), batch[1], reduction="none"), helpers.FACTOR)',
+            'return whole.scale(F.cross_entropy(model(batch[0]), batch[1], reduction="none"), '
+            "helpers.FACTOR)",
         )
-        .replace('"train": Loss(F.cross_entropy, on="train")', '"train": Loss(call=cross_entropy, on="train")'),
+        .replace(
+            '"train": Loss(F.cross_entropy, on="train")',
+            '"train": Loss(call=cross_entropy, on="train")',
+        ),
     }
     for name, text in sources.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -229,11 +247,19 @@ if __name__ == "__main__":
 """
 
 
-def test_a_task_made_in_a_script_travels(pair: Standing, place: Path, tasks: Path, tmp_path: Path) -> None:
+def test_a_task_made_in_a_script_travels(
+    pair: Standing, place: Path, tasks: Path, tmp_path: Path
+) -> None:
     script, out = tasks / "script.py", tmp_path / "out.lca"
     script.write_text(SCRIPT)
     process = ground.start(
-        [*ground.command(place, out)[:1], str(script), str(place / "checkpoints"), str(out), pair.address]
+        [
+            *ground.command(place, out)[:1],
+            str(script),
+            str(place / "checkpoints"),
+            str(out),
+            pair.address,
+        ]
     )
     _, said = process.communicate()
     assert process.returncode == 0, said
@@ -243,7 +269,8 @@ def test_a_task_made_in_a_script_travels(pair: Standing, place: Path, tasks: Pat
     )
 
 
-# --- workers that are turned away ----------------------------------------------------------------------------------------
+# --- workers that are turned away
+# ----------------------------------------------------------------------------------------
 
 OLDER = """
 import importlib.metadata as metadata
@@ -272,7 +299,9 @@ def with_start(place: Path, text: str) -> dict[str, str]:
     return {"PYTHONPATH": f"{place}:{ROOT}"}
 
 
-def test_workers_that_cannot_take_part_are_named_with_what_to_do(place: Path, tmp_path: Path) -> None:
+def test_workers_that_cannot_take_part_are_named_with_what_to_do(
+    place: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "runs" / "out.lca"
     blind = without_sight_of(place / "checkpoints", tmp_path / "cwd")
     apart = without_sight_of(out.parent, tmp_path / "cwd")
@@ -285,7 +314,10 @@ def test_workers_that_cannot_take_part_are_named_with_what_to_do(place: Path, tm
     torch = lca_posthoc.open_run(place / "clean.lca").manifest.provenance["torch"].partition("+")[0]
     for name, words in {
         "old": ("has torch 2.0.0", f"`pip install torch=={torch}`"),
-        "blind": (f"cannot read checkpoint {place / 'checkpoints'}/", "mount the file system of the checkpoints there"),
+        "blind": (
+            f"cannot read checkpoint {place / 'checkpoints'}/",
+            "mount the file system of the checkpoints there",
+        ),
         "apart": (f"cannot read {out.parent}", "mount the file system of the run there"),
     }.items():
         (of_it,) = [part for part in line.split("worker ") if part.startswith(f"{name} (tcp://")]

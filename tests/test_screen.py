@@ -26,14 +26,26 @@ from lca_posthoc.display import Lines, Progressed, Stream, showable, stderr
 from lca_posthoc.errors import LCAError
 from lca_posthoc.progress import Note, Planned, SpanDone, Stage, Stopping, silent
 from lca_posthoc.text import shorten
-from tests.small import contents, document, lca, marker, record, refused, run_lca, says, task_namespace, write_task
+from tests.small import (
+    contents,
+    document,
+    lca,
+    marker,
+    record,
+    refused,
+    run_lca,
+    says,
+    task_namespace,
+    write_task,
+)
 from tests.terminal import ASCII, LCA, environment, on_terminal, piped
 
 NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
 underway_module: Any = sys.modules["lca_posthoc.store.underway"]
 starting_module: Any = sys.modules["lca_posthoc.store.starting"]
 
-# --- tables ------------------------------------------------------------------------------------------------------------
+# --- tables
+# ------------------------------------------------------------------------------------------------------------
 
 NAMES = {
     "layers": [
@@ -43,9 +55,13 @@ NAMES = {
     ],
     "160 tensors": [f"model.decoder.block{at:03d}.mlp.down_proj.weight" for at in range(160)],
     "wide signs": [f"編碼器.層{at}.注意力機制.權重" for at in range(5)],
-    "combining marks": [f"e\u0301ncode\u0301ur.couche\u0301{at}.matrice.poids\u0301" for at in range(5)],
+    "combining marks": [
+        f"e\u0301ncode\u0301ur.couche\u0301{at}.matrice.poids\u0301" for at in range(5)
+    ],
     "one long name": ["x" * 300],
-    "long labels": [f"a label of many words that goes on and on, number {at}, and on" for at in range(100)],
+    "long labels": [
+        f"a label of many words that goes on and on, number {at}, and on" for at in range(100)
+    ],
     "short": ["a", "b", "c"],
     "empty": [""],
 }
@@ -53,7 +69,14 @@ CELLS = ("6,336", "-1.234567", "45.7 %", "+5.1e-07", "2.3114 → 0.0903")
 
 
 def filled(names: list[str]) -> Any:
-    rows = table("tensor", "parameters", "allocated", "share of sum", "a.long.heading.of.numbers.weight", "loss")
+    rows = table(
+        "tensor",
+        "parameters",
+        "allocated",
+        "share of sum",
+        "a.long.heading.of.numbers.weight",
+        "loss",
+    )
     for name in names:
         rows.add_row(name, *CELLS)
     return rows
@@ -76,19 +99,29 @@ def test_a_table_fits_its_terminal_and_keeps_every_number_and_tells_its_names_ap
         assert len(set(found)) == len(set(names))
     if width is None:
         assert len(blocks) == 1
-        assert [line for name, line in zip(names, blocks[0][1:], strict=True) if not line.startswith(name)] == []
+        assert [
+            line
+            for name, line in zip(names, blocks[0][1:], strict=True)
+            if not line.startswith(name)
+        ] == []
 
 
 @pytest.mark.parametrize("width", [1, 5, 12])
 def test_numbers_stay_whole_where_there_is_no_room_for_anything(width: int) -> None:
-    text = "\n".join(line for block in filled(["some.tensor.weight"]).blocks(width) for line in block)
+    text = "\n".join(
+        line for block in filled(["some.tensor.weight"]).blocks(width) for line in block
+    )
     assert [cell for cell in CELLS if cell not in text] == []
 
 
 @pytest.mark.parametrize(
     ("name", "width", "short"),
     [
-        ("encoder.layers.0.attention.weight", 25, "encoder.laye…ention.weight"[:12] + "…ntion.weight"[:13]),
+        (
+            "encoder.layers.0.attention.weight",
+            25,
+            "encoder.laye…ention.weight"[:12] + "…ntion.weight"[:13],
+        ),
         ("short", 25, "short"),
         ("注意力機制權重", 8, "注意…重"),
         ("e\u0301" * 8, 5, "e\u0301" * 2 + "…" + "e\u0301" * 2),
@@ -115,7 +148,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root / "task.py",
         '"validation": Loss(F',
         '"per_class": Loss(F.cross_entropy, on="train", group_by=lambda inputs, targets: '
-        '[f"die größte Klasse von allen, Nummer {int(each)}" for each in targets]), "validation": Loss(F',
+        '[f"die größte Klasse von allen, Nummer {int(each)}" for each in targets]), "validation": '
+        "Loss(F",
     )
     assert run_lca(root / "ck", root / "task.py", root / "r.lca", "--loss", "all").exit_code == 0
     return root
@@ -162,7 +196,8 @@ def test_a_dumb_terminal_shows_the_same(place: Path, in_a_pipe: Callable[[str], 
     assert set(numbers(in_a_pipe("summary"))) <= set(numbers(shown))
 
 
-# --- streams that cannot show or take everything -------------------------------------------------------------------------
+# --- streams that cannot show or take everything
+# -------------------------------------------------------------------------
 
 ENCODINGS = {
     "ascii": ASCII,
@@ -220,7 +255,9 @@ def out(place: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "demo"])
-def test_no_command_fails_for_signs_its_terminal_lacks(place: Path, out: Path, command: str) -> None:
+def test_no_command_fails_for_signs_its_terminal_lacks(
+    place: Path, out: Path, command: str
+) -> None:
     done = piped([*LCA, *calls(place, out)[command]], **ASCII)
     assert done.returncode == 0, done.stderr
     assert b"Error" not in done.stderr
@@ -228,11 +265,15 @@ def test_no_command_fails_for_signs_its_terminal_lacks(place: Path, out: Path, c
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_every_encoding_shows_every_number(place: Path, in_a_pipe: Callable[[str], str], encoding: str) -> None:
+def test_every_encoding_shows_every_number(
+    place: Path, in_a_pipe: Callable[[str], str], encoding: str
+) -> None:
     known = numbers(in_a_pipe("summary"))
     done = piped(reading("summary", place), **ENCODINGS[encoding])
     assert done.returncode == 0, done.stderr
-    shown = done.stdout.decode(ENCODINGS[encoding].get("PYTHONIOENCODING", "utf-8").partition(":")[0])
+    shown = done.stdout.decode(
+        ENCODINGS[encoding].get("PYTHONIOENCODING", "utf-8").partition(":")[0]
+    )
     assert set(known) <= set(numbers(shown))
 
 
@@ -251,13 +292,21 @@ def test_signs_become_others(text: str, encoding: str, shown: str) -> None:
     assert showable(text, encoding) == shown
 
 
-@pytest.mark.parametrize("command", ["compare", "summary", "status", "verify", "run", "--help", "summary --json"])
-def test_a_pipe_that_is_closed_leaves_the_exit_code_and_says_nothing(place: Path, out: Path, command: str) -> None:
+@pytest.mark.parametrize(
+    "command", ["compare", "summary", "status", "verify", "run", "--help", "summary --json"]
+)
+def test_a_pipe_that_is_closed_leaves_the_exit_code_and_says_nothing(
+    place: Path, out: Path, command: str
+) -> None:
     arguments = [*LCA, *calls(place, out).get(command, [*command.split(), place / "r.lca"])]
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [str(each) for each in arguments], stdout=writing, stderr=subprocess.PIPE, env=environment(), check=False
+        [str(each) for each in arguments],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        env=environment(),
+        check=False,
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (1 if command == "--help" else 0, b"")
@@ -265,7 +314,9 @@ def test_a_pipe_that_is_closed_leaves_the_exit_code_and_says_nothing(place: Path
 
 @pytest.mark.parametrize("where", ["/dev/full", "closed", "closed pipe"])
 @pytest.mark.parametrize("cluster", ["inline", "local"])
-def test_a_stderr_that_is_gone_costs_no_run(place: Path, out: Path, where: str, cluster: str) -> None:
+def test_a_stderr_that_is_gone_costs_no_run(
+    place: Path, out: Path, where: str, cluster: str
+) -> None:
     options = [
         "--cluster",
         cluster,
@@ -275,10 +326,25 @@ def test_a_stderr_that_is_gone_costs_no_run(place: Path, out: Path, where: str, 
         ":30",
         *(["--workers", 1] if cluster == "local" else []),
     ]
-    command = [*LCA, "run", place / "ck", "--task", place / "task.py", "--out", out / "gone.lca", *options]
-    script = {"/dev/full": '"$@" 2>/dev/full', "closed": '"$@" 2>&-', "closed pipe": '{ "$@"; } 2> >(:)'}[where]
+    command = [
+        *LCA,
+        "run",
+        place / "ck",
+        "--task",
+        place / "task.py",
+        "--out",
+        out / "gone.lca",
+        *options,
+    ]
+    script = {
+        "/dev/full": '"$@" 2>/dev/full',
+        "closed": '"$@" 2>&-',
+        "closed pipe": '{ "$@"; } 2> >(:)',
+    }[where]
     arguments = ["bash", "-c", script, "bash", *map(str, command)]
-    done = subprocess.run(arguments, stdout=subprocess.PIPE, env=environment(), check=False, timeout=240)
+    done = subprocess.run(
+        arguments, stdout=subprocess.PIPE, env=environment(), check=False, timeout=240
+    )
     assert done.returncode == 0
     assert done.stdout.decode().splitlines()[-1] == f"results in {out / 'gone.lca'}"
     assert list(store.verify(out / "gone.lca")) == []
@@ -287,7 +353,11 @@ def test_a_stderr_that_is_gone_costs_no_run(place: Path, out: Path, where: str, 
 def test_results_that_cannot_be_printed_are_an_error(place: Path) -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
-            [*LCA, "summary", str(place / "r.lca")], stdout=full, stderr=subprocess.PIPE, env=environment(), check=False
+            [*LCA, "summary", str(place / "r.lca")],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            check=False,
         )
     assert done.returncode == 5
     assert done.stderr.startswith(b"lca: the result cannot be printed")
@@ -304,7 +374,8 @@ def test_a_stream_that_is_gone_is_written_to_no_more() -> None:
         assert not stream.isatty()
 
 
-# --- notes and progress in Python ----------------------------------------------------------------------------------------
+# --- notes and progress in Python
+# ----------------------------------------------------------------------------------------
 
 SCRIPT = """\
 import sys
@@ -330,7 +401,12 @@ def gap(place: Path, out: Path) -> Path:
 
 def script_of(how: str, place: Path, gap: Path) -> Path:
     script = gap.parent / "script.py"
-    values = {"ck": str(gap), "task": str(place / "task.py"), "out": str(gap.parent / "s.lca"), "how": how}
+    values = {
+        "ck": str(gap),
+        "task": str(place / "task.py"),
+        "out": str(gap.parent / "s.lca"),
+        "how": how,
+    }
     script.write_text(SCRIPT.format(**values))
     return script
 
@@ -358,7 +434,9 @@ def test_warnings_can_be_filtered(place: Path, gap: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_terminal_shows_stages_a_bar_and_warnings_and_keeps_nothing_that_moves(place: Path, gap: Path) -> None:
+def test_a_terminal_shows_stages_a_bar_and_warnings_and_keeps_nothing_that_moves(
+    place: Path, gap: Path
+) -> None:
     code, shown = on_terminal([sys.executable, script_of("default", place, gap)], 120)
     assert code == 0, shown
     says(shown, "building and probing the task", "segments", "worst residual", "LCAWarning")
@@ -367,7 +445,13 @@ def test_a_terminal_shows_stages_a_bar_and_warnings_and_keeps_nothing_that_moves
 def test_the_command_shows_stages_and_a_bar_on_a_terminal(place: Path, out: Path) -> None:
     code, shown = on_terminal([*LCA, *calls(place, out)["run"]], 120)
     assert code == 0, shown
-    says(shown, "reading the headers of the checkpoints", "building and probing the task", "0/3 spans", "results in")
+    says(
+        shown,
+        "reading the headers of the checkpoints",
+        "building and probing the task",
+        "0/3 spans",
+        "results in",
+    )
 
 
 NOTEBOOK = """\
@@ -395,10 +479,16 @@ def test_a_notebook_shows_a_bar_without_ipywidgets(place: Path, gap: Path) -> No
     script.write_text(NOTEBOOK + script.read_text() + "    print(*shown, sep='\\n')\n")
     done = piped([sys.executable, "-W", "ignore::lca_posthoc.errors.LCAWarning", script])
     assert (done.returncode, done.stderr) == (0, b"")
-    says(done.stdout.decode(), "building and probing the task", '<progress value="5" max="5">', "5 of 5 segments")
+    says(
+        done.stdout.decode(),
+        "building and probing the task",
+        '<progress value="5" max="5">',
+        "5 of 5 segments",
+    )
 
 
-# --- a line a minute -----------------------------------------------------------------------------------------------------
+# --- a line a minute
+# -----------------------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -426,7 +516,9 @@ def done(span: int, segments: int = 10) -> SpanDone:
     )
 
 
-def test_without_a_terminal_there_is_a_line_a_minute_and_an_early_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_there_is_a_line_a_minute_and_an_early_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     clock, lines = Clock(), list[tuple[float, str]]()
     shown = display.Display(clock)
 
@@ -451,7 +543,9 @@ def test_without_a_terminal_there_is_a_line_a_minute_and_an_early_one(capsys: py
     says(lines[0][1], "segments/s on 2 workers", "left")
 
 
-def test_where_there_are_stages_alone_each_is_told_when_it_begins(capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_there_are_stages_alone_each_is_told_when_it_begins(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     clock = Clock()
     shown = display.Display(clock, stages=True)
     for stage in ("reading", "probing"):
@@ -495,13 +589,19 @@ def test_a_run_of_seconds_prints_no_line(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_line_says_what_is_known() -> None:
     state = Progressed(total=300, before=100, done=100, spans=20, workers=4, began=10.0)
-    assert state.line(40.0) == "100 of 300 segments · worst residual 0.0e+00 · 4 workers · after 30 s"
+    assert (
+        state.line(40.0) == "100 of 300 segments · worst residual 0.0e+00 · 4 workers · after 30 s"
+    )
     state.underway, state.retried, state.failed = 13.5, 2, 1
-    assert "113 of 300 segments · worst residual 0.0e+00 · 2 retried · 1 failed · 0.45 segments/s" in state.line(40.0)
+    assert (
+        "113 of 300 segments · worst residual 0.0e+00 · 2 retried · 1 failed · 0.45 segments/s"
+        in state.line(40.0)
+    )
     assert state.seconds_left(40.0) == pytest.approx((300 - 113.5) / (13.5 / 30))
 
 
-# --- inside a span, and before the first ---------------------------------------------------------------------------------
+# --- inside a span, and before the first
+# ---------------------------------------------------------------------------------
 
 HELD = """\
 import os
@@ -532,12 +632,16 @@ UNTIL_OPENED = "open({fifo!r}).close()"  # waits until the test opens the other 
 def held_run(
     place: Path, root: Path, when: str, *options: object, wait: str = UNTIL_OPENED
 ) -> tuple[subprocess.Popen[str], Path, Path]:
-    """`lca run` that waits inside a loss while `when` holds there, its directory, and what to open to let it go on."""
+    """`lca run` that waits inside a loss while `when` holds there, its directory, and what to open
+    to let it go on.
+    """
     fifo, out = root / "fifo", root / "held.lca"
     os.mkfifo(fifo)
     text = write_task(root / "held.py", "def cross_entropy(", "def old_cross_entropy(").read_text()
     text = text.replace(
-        "def task():", HELD.format(when=when.format(out=str(out)), wait=wait.format(fifo=str(fifo))) + "\n\ndef task():"
+        "def task():",
+        HELD.format(when=when.format(out=str(out)), wait=wait.format(fifo=str(fifo)))
+        + "\n\ndef task():",
     )
     (root / "held.py").write_text(
         text.replace('"train": Loss(F.cross_entropy, on', '"train": Loss(call=cross_entropy, on')
@@ -555,13 +659,19 @@ def held_run(
         *options,
     ]
     process = subprocess.Popen(
-        [str(each) for each in command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment()
+        [str(each) for each in command],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=environment(),
     )
     return process, out, fifo
 
 
 def let_go_on(process: subprocess.Popen[str], fifo: Path) -> str:
-    """Open the other end for as long as somebody comes to wait there; returns the rest of stderr."""
+    """Open the other end for as long as somebody comes to wait there; returns the rest of
+    stderr.
+    """
     rest = list[str]()
     assert process.stderr is not None
     reader = threading.Thread(target=lambda: rest.append(process.stderr.read()))  # type: ignore[union-attr]
@@ -574,7 +684,9 @@ def let_go_on(process: subprocess.Popen[str], fifo: Path) -> str:
 
 
 @pytest.mark.parametrize("cluster", [INLINE, LOCAL], ids=["inline", "local"])
-def test_how_far_a_span_is_can_be_seen_while_it_is_computed(place: Path, tmp_path: Path, cluster: list[object]) -> None:
+def test_how_far_a_span_is_can_be_seen_while_it_is_computed(
+    place: Path, tmp_path: Path, cluster: list[object]
+) -> None:
     process, out, fifo = held_run(place, tmp_path, IN_SPAN, *cluster)
     assert process.stderr is not None
     line = next(line for line in process.stderr if line.startswith("lca: 1 of 6 segments"))
@@ -597,7 +709,11 @@ def test_a_status_tells_of_a_run_that_is_not_there_yet(place: Path, tmp_path: Pa
     assert next(line for line in process.stderr if "building and probing the task, for" in line)
     result = lca("status", out)
     assert result.exit_code == 0
-    says(result.stdout, "is not there yet: building and probing the task", f"process {process.pid} on ")
+    says(
+        result.stdout,
+        "is not there yet: building and probing the task",
+        f"process {process.pid} on ",
+    )
     found = document(lca("status", out, "--json"))
     assert (found["losses"], found["preparing"]["pid"]) == ({}, process.pid)
     let_go_on(process, fifo)
@@ -608,11 +724,24 @@ def test_a_status_tells_of_a_run_that_is_not_there_yet(place: Path, tmp_path: Pa
 
 
 BUSY = (
-    'hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)'  # minutes in one call of C, where no handler of Python's runs
+    # minutes in one call of C, where no handler of Python's runs
+    'hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)'
 )
 STOPS: dict[str, tuple[list[object], signal.Signals, str, str, str]] = {
-    "a span inline": (INLINE, signal.SIGINT, IN_SPAN, "when the span underway is committed", "Press Ctrl-C again"),
-    "a span on a worker": (LOCAL, signal.SIGTERM, IN_SPAN, "when the span underway is", "Send SIGTERM again"),
+    "a span inline": (
+        INLINE,
+        signal.SIGINT,
+        IN_SPAN,
+        "when the span underway is committed",
+        "Press Ctrl-C again",
+    ),
+    "a span on a worker": (
+        LOCAL,
+        signal.SIGTERM,
+        IN_SPAN,
+        "when the span underway is",
+        "Send SIGTERM again",
+    ),
     "the preparation": (
         INLINE,
         signal.SIGINT,
@@ -625,11 +754,21 @@ STOPS: dict[str, tuple[list[object], signal.Signals, str, str, str]] = {
 
 @pytest.mark.parametrize(("cluster", "number", "when", "waits", "again"), STOPS.values(), ids=STOPS)
 def test_a_first_signal_says_at_once_what_it_waits_for_and_a_second_one_stops(
-    place: Path, tmp_path: Path, cluster: list[object], number: signal.Signals, when: str, waits: str, again: str
+    place: Path,
+    tmp_path: Path,
+    cluster: list[object],
+    number: signal.Signals,
+    when: str,
+    waits: str,
+    again: str,
 ) -> None:
     process, _, _ = held_run(place, tmp_path, when, *cluster)
     assert process.stderr is not None
-    next(line for line in process.stderr if ("1 of 6 segments" if when == IN_SPAN else "probing the task, for") in line)
+    next(
+        line
+        for line in process.stderr
+        if ("1 of 6 segments" if when == IN_SPAN else "probing the task, for") in line
+    )
     process.send_signal(number)
     told = next(line for line in process.stderr if "stopping" in line)  # while the loss is held
     says(told, waits, again, "to stop now")
@@ -641,7 +780,9 @@ def test_a_first_signal_says_at_once_what_it_waits_for_and_a_second_one_stops(
     assert "segments" not in rest.splitlines()[-1]
 
 
-def test_a_first_signal_is_answered_while_the_main_thread_is_in_one_long_call(place: Path, tmp_path: Path) -> None:
+def test_a_first_signal_is_answered_while_the_main_thread_is_in_one_long_call(
+    place: Path, tmp_path: Path
+) -> None:
     process, _, _ = held_run(place, tmp_path, IN_SPAN, *INLINE, wait=f"import hashlib; {BUSY}")
     assert process.stderr is not None
     next(line for line in process.stderr if "1 of 6 segments" in line)
@@ -652,7 +793,9 @@ def test_a_first_signal_is_answered_while_the_main_thread_is_in_one_long_call(pl
     process.communicate()
 
 
-def test_a_caller_in_python_catches_a_stop_as_a_keyboard_interrupt(place: Path, tmp_path: Path) -> None:
+def test_a_caller_in_python_catches_a_stop_as_a_keyboard_interrupt(
+    place: Path, tmp_path: Path
+) -> None:
     before = signal.getsignal(signal.SIGINT)
     listened: list[object] = []
 
@@ -663,7 +806,11 @@ def test_a_caller_in_python_catches_a_stop_as_a_keyboard_interrupt(place: Path, 
 
     with pytest.raises(KeyboardInterrupt) as caught:
         lca_posthoc.run(
-            place / "ck", place / "task.py", out=tmp_path / "x.lca", cluster="inline", progress=cast(Any, listen)
+            place / "ck",
+            place / "task.py",
+            out=tmp_path / "x.lca",
+            cluster="inline",
+            progress=cast(Any, listen),
         )
     assert isinstance(caught.value, LCAError)
     assert [event for event in listened if isinstance(event, Stopping)] != []
@@ -672,7 +819,9 @@ def test_a_caller_in_python_catches_a_stop_as_a_keyboard_interrupt(place: Path, 
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_a_driver_that_was_killed_while_it_prepared_is_not_in_the_way(place: Path, tmp_path: Path) -> None:
+def test_a_driver_that_was_killed_while_it_prepared_is_not_in_the_way(
+    place: Path, tmp_path: Path
+) -> None:
     process, out, _ = held_run(place, tmp_path, BEFORE, *INLINE)
     assert process.stderr is not None
     assert next(line for line in process.stderr if "building and probing the task, for" in line)
@@ -685,9 +834,14 @@ def test_a_driver_that_was_killed_while_it_prepared_is_not_in_the_way(place: Pat
 
 
 def test_a_refusal_leaves_nothing_behind(place: Path, tmp_path: Path) -> None:
-    write_task(tmp_path / "task.py", "self.out = torch.nn.Linear(8, 4)", "self.out = torch.nn.Linear(8, 5)")
+    write_task(
+        tmp_path / "task.py", "self.out = torch.nn.Linear(8, 4)", "self.out = torch.nn.Linear(8, 5)"
+    )
     before = set(contents(tmp_path))
-    refused(run_lca(place / "ck", tmp_path / "task.py", tmp_path / "deep" / "er" / "x.lca"), "out.weight")
+    refused(
+        run_lca(place / "ck", tmp_path / "task.py", tmp_path / "deep" / "er" / "x.lca"),
+        "out.weight",
+    )
     assert {name for name in contents(tmp_path) if "pycache" not in name} == before
 
 
@@ -721,7 +875,9 @@ def test_what_is_no_report_is_passed_over(text: str, place: Path, tmp_path: Path
     assert lca("status", out).exit_code == 0
 
 
-def test_a_report_that_cannot_be_written_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_that_cannot_be_written_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(underway_module, "EVERY", 0.0)
     with underway_module.SpanReport(tmp_path / "gone", 1) as report:
         report.begin(["train"])
@@ -757,7 +913,8 @@ def test_segments_of_several_passes_add_up(tmp_path: Path, monkeypatch: pytest.M
     assert not file.exists()
 
 
-# --- what a run says of itself -------------------------------------------------------------------------------------------
+# --- what a run says of itself
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -772,7 +929,8 @@ def stopped(place: Path, tmp_path: Path) -> Path:
 def test_a_stopped_run_says_how_much_of_it_is_there(stopped: Path) -> None:
     run = lca_posthoc.open_run(stopped)
     assert repr(run) == (
-        f"<Run {str(stopped)!r}: losses train (4 of 6 segments), per_class (complete), validation (complete)>"
+        f"<Run {str(stopped)!r}: losses train (4 of 6 segments), per_class (complete), validation "
+        f"(complete)>"
     )
     assert repr(run["train"]) == f"<LossResults 'train' of {str(stopped)!r}: 4 of 6 segments>"
     assert repr(run["validation"]) == f"<LossResults 'validation' of {str(stopped)!r}: complete>"
@@ -788,7 +946,9 @@ def test_a_repr_never_raises(stopped: Path, what: str, monkeypatch: pytest.Monke
     elif what == "a damaged marker":
         marker(stopped, "train", 0).write_text("{")
     elif what == "no permission":
-        monkeypatch.setattr(Path, "stat", lambda *_, **__: (_ for _ in ()).throw(PermissionError("no")))
+        monkeypatch.setattr(
+            Path, "stat", lambda *_, **__: (_ for _ in ()).throw(PermissionError("no"))
+        )
     else:
         run.manifest.losses["a\x1b[31m"] = run.manifest.losses["train"]
     assert repr(run).startswith("<Run ")
@@ -800,11 +960,15 @@ def test_a_repr_never_raises(stopped: Path, what: str, monkeypatch: pytest.Monke
     ("ended", "words"),
     [
         (
-            '{"time": "2026-01-01T00:00:01Z", "event": "Ended", "error": "SpanError: 1 span failed"}',
+            '{"time": "2026-01-01T00:00:01Z", "event": "Ended", "error": "SpanError: 1 span '
+            'failed"}',
             "ended with SpanError: 1 span",
         ),
         ("", "its driver was killed"),
-        ('{"time": "2026-01-01T00:00:01Z", "event": "Ended", "error": null}', "did what it was asked for"),
+        (
+            '{"time": "2026-01-01T00:00:01Z", "event": "Ended", "error": null}',
+            "did what it was asked for",
+        ),
     ],
 )
 def test_a_run_that_ended_says_how_and_what_to_do(stopped: Path, ended: str, words: str) -> None:
@@ -813,12 +977,21 @@ def test_a_run_that_ended_says_how_and_what_to_do(stopped: Path, ended: str, wor
     says(lca("status", stopped).stdout, words, "stopped: run `lca run` again to finish")
 
 
-def test_the_last_call_is_found_in_a_log_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_call_is_found_in_a_log_of_any_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(underway_module, "_BLOCK", 64)
     (tmp_path / "log").mkdir()
     lines = [{"event": "Started"}]
     for call in range(3):
-        lines.append({"event": "Planned", "time": "2026-01-01T00:00:00Z", "pending": 100 + call, "workers": 2})
+        lines.append(
+            {
+                "event": "Planned",
+                "time": "2026-01-01T00:00:00Z",
+                "pending": 100 + call,
+                "workers": 2,
+            }
+        )
         lines += [{"event": "SpanDone", "segments": 4, "losses": ["a", "b"]}] * (5 + call)
         lines.append({"event": "Ended", "error": f"call {call}"})
     (tmp_path / "log" / "run.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")

@@ -1,4 +1,6 @@
-"""What the probe must tell apart: rounding from a loss that depends on its batches, weights from other second values."""
+"""What the probe must tell apart: rounding from a loss that depends on its batches, weights from
+other second values.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +46,13 @@ def recorded(place: Path, model: nn.Module, loss: Callable[[nn.Module], Tensor])
     return place
 
 
-def replay(checkpoints: Path, factory: Callable[[], nn.Module], targets: Tensor, loss: Loss, out: Path) -> Any:
+def replay(
+    checkpoints: Path, factory: Callable[[], nn.Module], targets: Tensor, loss: Loss, out: Path
+) -> Any:
     task = Task(factory, {"train": (INPUTS, targets)}, {"train": loss})
-    return lca_posthoc.run(checkpoints, task, out=out, cluster="inline", progress=lambda event: None)["train"]
+    return lca_posthoc.run(
+        checkpoints, task, out=out, cluster="inline", progress=lambda event: None
+    )["train"]
 
 
 def compares(model: nn.Module, batch: Any) -> Tensor:
@@ -61,7 +67,11 @@ def cancelling(model: nn.Module, batch: Any) -> Tensor:
 
 
 SUMS: dict[str, tuple[Callable[[], nn.Module], Tensor, Loss]] = {
-    "segmentation with ignored pixels": (segments, MASKS, Loss(nn.CrossEntropyLoss(ignore_index=255))),
+    "segmentation with ignored pixels": (
+        segments,
+        MASKS,
+        Loss(nn.CrossEntropyLoss(ignore_index=255)),
+    ),
     "every pixel a value": (segments, MASKS.clamp(max=2), Loss(F.cross_entropy)),
     "values that nearly cancel": (classifies, LABELS, Loss(call=cancelling)),
 }
@@ -98,30 +108,42 @@ def test_a_gradient_that_nearly_cancels_may_round(tmp_path: Path) -> None:
             loss(model(images[chosen]), masks[chosen]).backward()
             optimizer.step()
     task = Task(segments, {"train": (images, masks)}, {"train": Loss(loss)})
-    options: dict[str, Any] = {"cluster": "inline", "subset": ["0:200"], "progress": lambda event: None}
+    options: dict[str, Any] = {
+        "cluster": "inline",
+        "subset": ["0:200"],
+        "progress": lambda event: None,
+    }
     run = lca_posthoc.run(tmp_path / "ck", task, out=tmp_path / "run", **options)
     assert run["train"].steps.sizes["step"] == 3
 
 
 @pytest.mark.parametrize("norm", [nn.Identity, nn.Flatten])
-def test_losses_that_compare_examples_are_refused_as_before(tmp_path: Path, norm: type[nn.Module]) -> None:
+def test_losses_that_compare_examples_are_refused_as_before(
+    tmp_path: Path, norm: type[nn.Module]
+) -> None:
     def factory() -> nn.Module:
         return nn.Sequential(classifies(), norm())
 
     torch.manual_seed(1)
-    train = recorded(tmp_path / "ck", factory(), lambda model: F.cross_entropy(model(INPUTS), LABELS))
+    train = recorded(
+        tmp_path / "ck", factory(), lambda model: F.cross_entropy(model(INPUTS), LABELS)
+    )
     with pytest.raises(InputError, match="depends on how split 'train' is cut into batches"):
         replay(train, factory, LABELS, Loss(call=compares), tmp_path / "run")
 
 
 def right(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     outputs = model(batch[0])
-    return F.cross_entropy(outputs, batch[1], reduction="none"), (outputs.argmax(1) == batch[1]).float()
+    return F.cross_entropy(outputs, batch[1], reduction="none"), (
+        outputs.argmax(1) == batch[1]
+    ).float()
 
 
 def confidence(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     outputs = model(batch[0])
-    return F.cross_entropy(outputs, batch[1], reduction="none"), outputs.softmax(1).max(1).values.detach()
+    return F.cross_entropy(outputs, batch[1], reduction="none"), outputs.softmax(1).max(
+        1
+    ).values.detach()
 
 
 def a_second_loss(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -137,13 +159,17 @@ def constant(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("call", [right, confidence, a_second_loss])
 def test_a_second_value_that_depends_on_the_model_is_no_weight(tmp_path: Path, call: Any) -> None:
     torch.manual_seed(1)
-    train = recorded(tmp_path / "ck", classifies(), lambda model: F.cross_entropy(model(INPUTS), LABELS))
+    train = recorded(
+        tmp_path / "ck", classifies(), lambda model: F.cross_entropy(model(INPUTS), LABELS)
+    )
     with pytest.raises(InputError, match=r"'train' returned two values.*depends on the model"):
         replay(train, classifies, LABELS, Loss(call=call), tmp_path / "run")
 
 
 def test_weights_that_are_constants_are_weights(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    train = recorded(tmp_path / "ck", classifies(), lambda model: F.cross_entropy(model(INPUTS), LABELS))
+    train = recorded(
+        tmp_path / "ck", classifies(), lambda model: F.cross_entropy(model(INPUTS), LABELS)
+    )
     steps = replay(train, classifies, LABELS, Loss(call=constant), tmp_path / "run").steps
     assert steps["weight"].values.tolist() == [float((LABELS != 1).sum())] * 2

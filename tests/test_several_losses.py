@@ -1,4 +1,6 @@
-"""Losses beside each other: they share what they can, and none shows in the numbers of another. Terms of the parameters."""
+"""Losses beside each other: they share what they can, and none shows in the numbers of another.
+Terms of the parameters.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +33,25 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(tmp_path_factory.mktemp("several"))
 
 
-def replay_only(lab: Lab, name: str, losses: Mapping[str, Loss], wanted: Sequence[str], **settings: Any) -> Run:
+def replay_only(
+    lab: Lab, name: str, losses: Mapping[str, Loss], wanted: Sequence[str], **settings: Any
+) -> Run:
     """Some losses of a task that has more."""
     case = case_of(name)
-    chosen = {"tolerance": math.inf, "cluster": "inline", "device": "cpu", "batch_size": case.batch_size, **settings}
+    chosen = {
+        "tolerance": math.inf,
+        "cluster": "inline",
+        "device": "cpu",
+        "batch_size": case.batch_size,
+        **settings,
+    }
     chosen.setdefault("out", lab.root / f"some{next(lab._numbers)}")
     task = Task(chosen.pop("build", case.build), case.data(), losses)
     return run(lab.iterates(name), task, losses=wanted, **chosen)
 
 
-# --- one forward pass ----------------------------------------------------------------------------------------------------
+# --- one forward pass
+# ----------------------------------------------------------------------------------------------------
 
 FORWARD, BACKWARD = "forward", "backward"
 COUNTED: list[str] = []
@@ -59,7 +70,9 @@ class _Counted(torch.autograd.Function):
 
 
 class Counting(nn.Module):
-    """Notes every forward and every backward pass; takes its inputs by keyword and gives a dict where asked to."""
+    """Notes every forward and every backward pass; takes its inputs by keyword and gives a dict
+    where asked to.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +80,9 @@ class Counting(nn.Module):
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None) -> Any:
         outputs = _Counted.apply(self.net(inputs))
-        return outputs if labels is None else {"logits": outputs, "hidden_states": (inputs, outputs)}
+        return (
+            outputs if labels is None else {"logits": outputs, "hidden_states": (inputs, outputs)}
+        )
 
 
 def first_logit(model: nn.Module, batch: Batch) -> Tensor:
@@ -90,7 +105,9 @@ VECTORS = _vectors()
 DICTS = {"train": dict(zip(("inputs", "labels"), VECTORS["train"], strict=True))}
 WHOLE = -(-50 // 7)
 BY_CLASS = sum(-(-count // 7) for count in VECTORS["train"][1].bincount().tolist())
-BY_SIGN = sum(-(-count // 7) for count in (VECTORS["train"][0][:, 0] > 0).long().bincount().tolist())
+BY_SIGN = sum(
+    -(-count // 7) for count in (VECTORS["train"][0][:, 0] > 0).long().bincount().tolist()
+)
 SHARED: dict[str, tuple[Any, dict[str, Loss], int, int]] = {
     # data, losses, forward and backward passes of one evaluation
     "a function with and without groups": (
@@ -99,14 +116,24 @@ SHARED: dict[str, tuple[Any, dict[str, Loss], int, int]] = {
         BY_CLASS,
         BY_CLASS,
     ),
-    "two functions": (VECTORS, {"whole": Loss(F.cross_entropy), "distance": Loss(one_hot_distance)}, WHOLE, 2 * WHOLE),
+    "two functions": (
+        VECTORS,
+        {"whole": Loss(F.cross_entropy), "distance": Loss(one_hot_distance)},
+        WHOLE,
+        2 * WHOLE,
+    ),
     "two functions, one with groups": (
         VECTORS,
         {"grouped": Loss(F.cross_entropy, group_by=by_class), "distance": Loss(one_hot_distance)},
         BY_CLASS,
         2 * BY_CLASS,
     ),
-    "two calls": (VECTORS, {"one": Loss(call=first_logit), "two": Loss(call=second_logit)}, 2 * WHOLE, 2 * WHOLE),
+    "two calls": (
+        VECTORS,
+        {"one": Loss(call=first_logit), "two": Loss(call=second_logit)},
+        2 * WHOLE,
+        2 * WHOLE,
+    ),
     "a call and a function": (
         VECTORS,
         {"one": Loss(call=first_logit), "two": Loss(F.cross_entropy)},
@@ -121,13 +148,19 @@ SHARED: dict[str, tuple[Any, dict[str, Loss], int, int]] = {
     ),
     "the same groups twice": (
         VECTORS,
-        {"one": Loss(F.cross_entropy, group_by=by_class), "two": Loss(F.cross_entropy, group_by=VECTORS["train"][1])},
+        {
+            "one": Loss(F.cross_entropy, group_by=by_class),
+            "two": Loss(F.cross_entropy, group_by=VECTORS["train"][1]),
+        },
         BY_CLASS,
         BY_CLASS,
     ),
     "other groups": (
         VECTORS,
-        {"one": Loss(F.cross_entropy, group_by=by_class), "two": Loss(F.cross_entropy, group_by=by_sign)},
+        {
+            "one": Loss(F.cross_entropy, group_by=by_class),
+            "two": Loss(F.cross_entropy, group_by=by_sign),
+        },
         BY_CLASS + BY_SIGN,
         BY_CLASS + BY_SIGN,
     ),
@@ -142,7 +175,9 @@ SHARED: dict[str, tuple[Any, dict[str, Loss], int, int]] = {
 
 
 @pytest.mark.parametrize("case", SHARED)
-def test_losses_on_the_same_batches_share_forward_passes_and_with_the_same_values_backward_passes(case: str) -> None:
+def test_losses_on_the_same_batches_share_forward_passes_and_with_the_same_values_backward_passes(
+    case: str,
+) -> None:
     data, losses, forward, backward = SHARED[case]
     task = Task(Counting, data, losses)
     settings = {"precision": "float32", "norm_stats": "running", "batch_size": 7}
@@ -158,7 +193,8 @@ def test_losses_on_the_same_batches_share_forward_passes_and_with_the_same_value
     assert (COUNTED.count(FORWARD), COUNTED.count(BACKWARD)) == (forward, 0)
 
 
-# --- none shows in another -----------------------------------------------------------------------------------------------
+# --- none shows in another
+# -----------------------------------------------------------------------------------------------
 
 
 def doubled_in_place(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -179,7 +215,9 @@ def called_twice(model: nn.Module, batch: Batch) -> Tensor:
 def activity(model: nn.Module, batch: Batch) -> Tensor:
     """What a hidden layer does, seen by a hook for the time of the call."""
     seen: list[Tensor] = []
-    hook = next(model.children()).register_forward_hook(lambda module, inputs, outputs: seen.append(outputs))
+    hook = next(model.children()).register_forward_hook(
+        lambda module, inputs, outputs: seen.append(outputs)
+    )
     try:
         model(batch[0])
     finally:
@@ -221,13 +259,19 @@ def test_a_loss_has_the_bits_it_has_alone(lab: Lab, other: str, first: bool) -> 
 
 
 def test_all_of_them_together_have_the_bits_they_have_alone(lab: Lab) -> None:
-    losses = {name: loss for name, loss in BESIDE.items() if name not in ("a hook", "another model for a while")}
+    losses = {
+        name: loss
+        for name, loss in BESIDE.items()
+        if name not in ("a hook", "another model for a while")
+    }
     together = replay(lab, "relu_mlp", losses, steps="0:2")
     for name, loss in losses.items():
         assert_same_bits(together[name], replay(lab, "relu_mlp", {name: loss}, steps="0:2")[name])
 
 
-@pytest.mark.parametrize(("name", "mode"), [("recomputed", "running"), ("recomputed", "batch"), ("conv_bn", "batch")])
+@pytest.mark.parametrize(
+    ("name", "mode"), [("recomputed", "running"), ("recomputed", "batch"), ("conv_bn", "batch")]
+)
 def test_losses_of_a_model_that_is_recomputed_or_normalised_have_the_bits_they_have_alone(
     lab: Lab, name: str, mode: str
 ) -> None:
@@ -238,7 +282,8 @@ def test_losses_of_a_model_that_is_recomputed_or_normalised_have_the_bits_they_h
         assert_same_bits(together[each], replay(lab, name, {each: loss}, norm_stats=mode)[each])
 
 
-# --- what is pending, what is added --------------------------------------------------------------------------------------
+# --- what is pending, what is added
+# --------------------------------------------------------------------------------------
 
 THREE: dict[str, Loss] = {
     "whole": Loss(F.cross_entropy),
@@ -265,7 +310,12 @@ def three(lab: Lab) -> Callable[[str, str], Run]:
 @pytest.mark.parametrize(("name", "mode"), [("kinked", "running"), ("conv_bn", "batch")])
 @pytest.mark.parametrize("asked", ["all", "only those"])
 def test_a_span_of_some_losses_done_again_has_the_same_bytes(
-    lab: Lab, three: Callable[[str, str], Run], name: str, mode: str, pending: tuple[str, ...], asked: str
+    lab: Lab,
+    three: Callable[[str, str], Run],
+    name: str,
+    mode: str,
+    pending: tuple[str, ...],
+    asked: str,
 ) -> None:
     first = three(name, mode)
     along = "grouped" if mode == "running" else None
@@ -300,7 +350,9 @@ ADDED = {
 
 
 @pytest.mark.parametrize("added", ADDED)
-def test_a_loss_added_to_a_finished_run_disturbs_nothing_and_costs_what_it_costs(lab: Lab, added: str) -> None:
+def test_a_loss_added_to_a_finished_run_disturbs_nothing_and_costs_what_it_costs(
+    lab: Lab, added: str
+) -> None:
     losses = {"old": Loss(Heard("old")), "old groups": Loss(Heard("old"), group_by=by_sign)}
     first = replay(lab, "relu_mlp", losses, span=2)
     before = contents(first.path)
@@ -318,14 +370,20 @@ def test_a_loss_added_to_a_finished_run_disturbs_nothing_and_costs_what_it_costs
     assert_same_bits(again["new"], alone["new"])
     after = contents(first.path)
     ours = [f"{part}/{key}" for part in ("data.zarr", "commits") for key in keys]
-    kept = {name: data for name, data in before.items() if any(name.startswith(f"{place}/") for place in ours)}
+    kept = {
+        name: data
+        for name, data in before.items()
+        if any(name.startswith(f"{place}/") for place in ours)
+    }
     assert len(kept) > 50
     assert {name: after[name] for name in kept} == kept
     assert {name.split("/")[1] for name in after if name not in before} == {"new"}
 
 
 def test_a_loss_on_a_split_the_recorded_subset_does_not_name_can_be_added(lab: Lab) -> None:
-    """The subset of a run is the run's; it does not have to be about every loss that is added or taken up again."""
+    """The subset of a run is the run's; it does not have to be about every loss that is added or
+    taken up again.
+    """
     losses = {"train": Loss(F.cross_entropy), "validation": Loss(F.cross_entropy, on="validation")}
     first = replay_only(lab, "smooth_mlp", losses, ["validation"], subset=["validation=0:5"])
     again = replay_only(lab, "smooth_mlp", losses, ["train"], out=first.path)
@@ -336,7 +394,12 @@ def test_losses_of_one_run_are_listed_and_recorded_in_their_order(lab: Lab) -> N
     run = replay(lab, "relu_mlp", THREE, steps="0:1")
     recorded = json.loads((run.path / "run.json").read_text())["losses"]
     assert list(recorded) == list(THREE) == list(open_run(run.path))
-    kinds = replay(lab, "relu_mlp", {"a": Loss(l2=1.0), "b": Loss(term=curved), "c": Loss(call=classes)}, steps="0:1")
+    kinds = replay(
+        lab,
+        "relu_mlp",
+        {"a": Loss(l2=1.0), "b": Loss(term=curved), "c": Loss(call=classes)},
+        steps="0:1",
+    )
     assert [(record.kind, record.on) for record in kinds.manifest.losses.values()] == [
         ("l2", None),
         ("term", None),
@@ -344,7 +407,8 @@ def test_losses_of_one_run_are_listed_and_recorded_in_their_order(lab: Lab) -> N
     ]
 
 
-# --- terms of the parameters ---------------------------------------------------------------------------------------------
+# --- terms of the parameters
+# ---------------------------------------------------------------------------------------------
 
 DECAY = 0.3
 
@@ -361,7 +425,9 @@ def interacting(model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("name", ["relu_mlp", "frozen_mlp", "conv_bn", "transformer", "odd_shapes"])
 def test_the_l2_term_is_allocated_exactly(lab: Lab, name: str) -> None:
-    """Simpson's rule is exact for quadratics: ½λ(θ′² − θ²), also of tied tensors once; buffers have no part in it."""
+    """Simpson's rule is exact for quadratics: ½λ(θ′² − θ²), also of tied tensors once; buffers have
+    no part in it.
+    """
     results = replay(lab, name, {"l2": Loss(l2=DECAY)}, precision="float64")["l2"]
     checkpoints, found = lab.checkpoints(name), arrays(results.allocation)
     parameters = dict(case_of(name).build().named_parameters())
@@ -370,21 +436,30 @@ def test_the_l2_term_is_allocated_exactly(lab: Lab, name: str) -> None:
         wanted = 0.5 * DECAY * np.diff(squares, axis=0) * (tensor in parameters)
         assert found[tensor] == pytest.approx(wanted, rel=1e-6, abs=1e-12), tensor
         sums = results.tensors["allocated"].values[:, position]
-        assert sums == pytest.approx(wanted.reshape(len(wanted), -1).sum(1), rel=1e-12, abs=1e-13), tensor
+        assert sums == pytest.approx(
+            wanted.reshape(len(wanted), -1).sum(1), rel=1e-12, abs=1e-13
+        ), tensor
     values = [
-        0.5 * DECAY * sum(float(each[tensor].double().square().sum()) for tensor in parameters) for each in checkpoints
+        0.5 * DECAY * sum(float(each[tensor].double().square().sum()) for tensor in parameters)
+        for each in checkpoints
     ]
     steps = results.steps
-    assert [*steps["loss_start"].values, steps["loss_end"].values[-1]] == pytest.approx(values, rel=1e-12)
+    assert [*steps["loss_start"].values, steps["loss_end"].values[-1]] == pytest.approx(
+        values, rel=1e-12
+    )
     assert np.abs(steps["residual"].values).max() <= 1e-12 * max(values)
     assert set(steps["weight"].values) == {1.0}
 
 
 @pytest.mark.parametrize("term", [curved, interacting])
 @pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("float64", 1e-6)])
-def test_a_term_agrees_with_the_oracle(lab: Lab, term: Callable[..., Tensor], precision: str, bound: float) -> None:
+def test_a_term_agrees_with_the_oracle(
+    lab: Lab, term: Callable[..., Tensor], precision: str, bound: float
+) -> None:
     case = CASES["smooth_mlp"]
-    judge = Oracle(case.build, VECTORS["train"], lambda model, batch: term(model).expand(len(batch[0])))
+    judge = Oracle(
+        case.build, VECTORS["train"], lambda model, batch: term(model).expand(len(batch[0]))
+    )
     truth = judge.allocate(lab.checkpoints("smooth_mlp"), *oracle.RULES["simpson"])
     results = replay(lab, "smooth_mlp", {"term": Loss(term=term)}, precision=precision)["term"]
     wanted = {name: each.numpy() for name, each in truth.stacked().items()}
@@ -392,7 +467,11 @@ def test_a_term_agrees_with_the_oracle(lab: Lab, term: Callable[..., Tensor], pr
     losses = [*results.steps["loss_start"].values, results.steps["loss_end"].values[-1]]
     assert losses == pytest.approx(truth.losses, rel=1e-6)
     change = (results.steps["loss_end"] - results.steps["loss_start"]).values
-    gap = results.tensors["allocated"].sum("tensor").values + results.steps["residual"].values - change
+    gap = (
+        results.tensors["allocated"].sum("tensor").values
+        + results.steps["residual"].values
+        - change
+    )
     assert np.abs(gap).max() <= 1e-12
 
 
@@ -407,7 +486,10 @@ def test_a_loss_and_a_term_are_together_the_loss_that_holds_both(lab: Lab, rule:
     run = replay(lab, "conv_bn", losses, precision="float64", rule=rule)
     data, l2, both = (arrays(run[name].allocation) for name in losses)
     everything = sum(float(np.abs(each, dtype=np.float64).sum()) for each in both.values())
-    assert sum(float(np.abs(data[name] + l2[name] - both[name]).sum()) for name in both) <= 1e-6 * everything
+    assert (
+        sum(float(np.abs(data[name] + l2[name] - both[name]).sum()) for name in both)
+        <= 1e-6 * everything
+    )
     for field in ("loss_start", "loss_end", "residual"):
         parts = run["data"].steps[field].values + run["l2"].steps[field].values
         assert parts == pytest.approx(run["both"].steps[field].values, rel=1e-12, abs=1e-13)
@@ -429,8 +511,15 @@ def test_a_term_needs_no_pass_over_data(lab: Lab) -> None:
 def test_a_term_says_nothing_of_buffers_it_has_no_business_with(lab: Lab) -> None:
     """The note is for statistics the losses of a network turn out not to depend on."""
     heard: list[Any] = []
-    replay(lab, "conv_bn", {"train": Loss(F.cross_entropy), "l2": Loss(l2=DECAY)}, progress=heard.append)
-    assert [event.text for event in heard if isinstance(event, Note) and "tensors moved" in event.text] == []
+    replay(
+        lab,
+        "conv_bn",
+        {"train": Loss(F.cross_entropy), "l2": Loss(l2=DECAY)},
+        progress=heard.append,
+    )
+    assert [
+        event.text for event in heard if isinstance(event, Note) and "tensors moved" in event.text
+    ] == []
 
 
 def test_a_term_alone_of_a_lazily_built_model_is_that_of_the_built_one(lab: Lab) -> None:
@@ -449,13 +538,28 @@ TERMS_REFUSED = {
         lambda model: model[0].bias,
         "the term of loss 'it' returned a tensor of shape [16]; one floating-point number",
     ),
-    "a number": (lambda model: 1.0, "the term of loss 'it' returned float; one floating-point number"),
-    "an integer": (lambda model: torch.tensor(1), "the term of loss 'it' returned a tensor of shape []"),
+    "a number": (
+        lambda model: 1.0,
+        "the term of loss 'it' returned float; one floating-point number",
+    ),
+    "an integer": (
+        lambda model: torch.tensor(1),
+        "the term of loss 'it' returned a tensor of shape []",
+    ),
     "nothing": (lambda model: None, "the term of loss 'it' returned NoneType"),
-    "a failing function": (lambda model: model.nothing, "failed in a term of the parameters; AttributeError"),
-    "another shape": (lambda model: model(torch.ones(1, 5)).sum(), "failed in a term of the parameters; RuntimeError"),
+    "a failing function": (
+        lambda model: model.nothing,
+        "failed in a term of the parameters; AttributeError",
+    ),
+    "another shape": (
+        lambda model: model(torch.ones(1, 5)).sum(),
+        "failed in a term of the parameters; RuntimeError",
+    ),
     "noise": (lambda model: torch.rand(()) + model[0].bias.sum(), "'it' is not deterministic"),
-    "not finite": (lambda model: torch.log(-model[0].bias.square().sum()), "'it' is nan at the first checkpoint"),
+    "not finite": (
+        lambda model: torch.log(-model[0].bias.square().sum()),
+        "'it' is nan at the first checkpoint",
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""Runs in which nothing moves, or as little as there can be: every finding, figure, section and export is finite or says why not."""
+"""Runs in which nothing moves, or as little as there can be: every finding, figure, section and
+export is finite or says why not.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def mlp() -> nn.Module:
 
 @dataclass(frozen=True)
 class Still:
-    """A model and the learning rate of each of its steps; `only` names the tensors that are trained at all."""
+    """A model and the learning rate of each of its steps; `only` names the tensors that are trained
+    at all.
+    """
 
     build: Callable[[], nn.Module]
     rates: tuple[float, ...]
@@ -83,8 +87,11 @@ RUNS = {
     "stops": Still(mlp, (0.1, 0.0, 0.0)),
     "one tensor moves": Still(mlp, (0.1, 0.1, 0.1), only=("2.bias",)),
 }
-DRAWN = ("zeros", "one dead segment", "one scalar", "one tensor moves")  # figures, pages and exports take long
-FINDINGS = [name for name in findings.__all__ if name not in ("summary", "compare", "generalisation")]
+# figures, pages and exports take long
+DRAWN = ("zeros", "one dead segment", "one scalar", "one tensor moves")
+FINDINGS = [
+    name for name in findings.__all__ if name not in ("summary", "compare", "generalisation")
+]
 
 
 Made = Callable[[str], lca_posthoc.Run]
@@ -145,18 +152,23 @@ def _without_warnings() -> Iterator[None]:
 def undefined(found: xr.Dataset) -> set[str]:
     """The variables that hold NaN or infinity."""
     return {
-        str(name) for name, each in found.variables.items() if each.dtype.kind == "f" and not np.isfinite(each).all()
+        str(name)
+        for name, each in found.variables.items()
+        if each.dtype.kind == "f" and not np.isfinite(each).all()
     }
 
 
-DOCUMENTED = {"oscillation": {"turns", "interval", "overall_interval", "gradient"}}  # NaN of what never moved or turned
+# NaN of what never moved or turned
+DOCUMENTED = {"oscillation": {"turns", "interval", "overall_interval", "gradient"}}
 BY_GROUP = ("curve", "distribution", "helping", "layers", "microscope", "oscillation")
 
 
 @pytest.mark.parametrize("loss", ["train", "per_class"])
 @pytest.mark.parametrize("finding", FINDINGS)
 @pytest.mark.parametrize("name", RUNS)
-def test_every_finding_is_finite_or_says_why_not(made: Made, name: str, finding: str, loss: str) -> None:
+def test_every_finding_is_finite_or_says_why_not(
+    made: Made, name: str, finding: str, loss: str
+) -> None:
     try:
         found = getattr(findings, finding)(made(name)[loss])
     except LCAError as refusal:
@@ -182,17 +194,26 @@ def test_every_figure_is_drawn_or_refused_in_words(
     run = made(name)
     for loss in ("train", "per_class") if name == "zeros" else ("train",):
         group = ["--group", 1] if loss == "per_class" and finding in BY_GROUP else []
-        result = lca("plot", run.path, finding, "--loss", loss, *group, "-o", tmp_path / f"{loss}.png")
+        result = lca(
+            "plot", run.path, finding, "--loss", loss, *group, "-o", tmp_path / f"{loss}.png"
+        )
         assert result.exit_code == 0 or last_line(result)
         assert (tmp_path / f"{loss}.png").exists() is (result.exit_code == 0)
     assert [text for text in words if re.search(r"\b(nan|inf)\b", text)] == []
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_figures_of_two_losses_or_runs_and_films_are_drawn(made: Made, name: str, tmp_path: Path) -> None:
+def test_figures_of_two_losses_or_runs_and_films_are_drawn(
+    made: Made, name: str, tmp_path: Path
+) -> None:
     run = made(name)
     assert lca("plot", run.path, "generalisation", "-o", tmp_path / "two.png").exit_code == 0
-    assert lca("plot", f"a={run.path}", f"b={run.path}", "compare", "-o", tmp_path / "runs.png").exit_code == 0
+    assert (
+        lca(
+            "plot", f"a={run.path}", f"b={run.path}", "compare", "-o", tmp_path / "runs.png"
+        ).exit_code
+        == 0
+    )
     assert lca("compare", f"a={run.path}", f"b={run.path}").exit_code == 0
     if RUNS[name].keep == "parameters":
         assert lca("plot", run.path, "microscope", "-o", tmp_path / "film.gif").exit_code == 0
@@ -200,12 +221,19 @@ def test_figures_of_two_losses_or_runs_and_films_are_drawn(made: Made, name: str
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", DRAWN)
-def test_every_format_of_export_is_written(made: Made, name: str, format: str, tmp_path: Path) -> None:
+def test_every_format_of_export_is_written(
+    made: Made, name: str, format: str, tmp_path: Path
+) -> None:
     said: list[str] = []
     written = export(made(name), tmp_path / "out", format=format, losses=["train"], say=said.append)
     assert written
     if format != "tensorboard":
-        assert {path.stem.split("_")[0] for path in written} >= {"curve", "layers", "distribution", "helping"}
+        assert {path.stem.split("_")[0] for path in written} >= {
+            "curve",
+            "layers",
+            "distribution",
+            "helping",
+        }
     for path in written:
         if path.suffix == ".nc":
             xr.load_dataset(path)
@@ -214,7 +242,9 @@ def test_every_format_of_export_is_written(made: Made, name: str, format: str, t
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_the_report_and_the_summaries_are_written_without_nan(made: Made, name: str, tmp_path: Path) -> None:
+def test_the_report_and_the_summaries_are_written_without_nan(
+    made: Made, name: str, tmp_path: Path
+) -> None:
     run = made(name)
     page = write_report([run], tmp_path / "page.html", losses=["train"]).read_text()
     shown = re.sub(r"<(script|style).*?</\1>", "", page, flags=re.DOTALL)

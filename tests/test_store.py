@@ -44,7 +44,15 @@ HOSTILE = [
         "%41",
         "x" * 10_000,
     ),
-    *("[bold red]x[/]", "<img src=x onerror=alert(1)>", "**b**`c`", "n" * 300, "N" * 300, "edge", "step_end"),
+    *(
+        "[bold red]x[/]",
+        "<img src=x onerror=alert(1)>",
+        "**b**`c`",
+        "n" * 300,
+        "N" * 300,
+        "edge",
+        "step_end",
+    ),
 ]
 
 
@@ -60,7 +68,8 @@ class Hostile(torch.nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return (
-            self.scalar * inputs @ torch.stack([self._parameters[name] for name in HOSTILE]).sum(0) + self.empty.sum()
+            self.scalar * inputs @ torch.stack([self._parameters[name] for name in HOSTILE]).sum(0)
+            + self.empty.sum()
         )
 
 
@@ -77,8 +86,14 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
             optimizer.zero_grad()
             F.mse_loss(model(inputs), targets).backward()
             optimizer.step()
-    task = Task(Hostile, {"train": (inputs, targets)}, {"a/../b": Loss(F.mse_loss), "A/../b": Loss(F.mse_loss)})
-    lca_posthoc.run(root / "ck", task, losses=["all"], out=root / "run.lca", cluster="inline", span=2)
+    task = Task(
+        Hostile,
+        {"train": (inputs, targets)},
+        {"a/../b": Loss(F.mse_loss), "A/../b": Loss(F.mse_loss)},
+    )
+    lca_posthoc.run(
+        root / "ck", task, losses=["all"], out=root / "run.lca", cluster="inline", span=2
+    )
     return root / "run.lca"
 
 
@@ -90,7 +105,14 @@ def test_hostile_names_stay_inside_and_come_back(hostile: Path) -> None:
     assert run["a/../b"].allocation["scalar"].dims == ("step",)
     assert run["a/../b"].allocation["empty"].shape == (5, 0, 4)
     assert sorted(path.name for path in hostile.parent.iterdir()) == ["ck", "run.lca"]
-    assert {path.name for path in hostile.iterdir()} == {"run.json", "data.zarr", "commits", "partial", "log", "lock"}
+    assert {path.name for path in hostile.iterdir()} == {
+        "run.json",
+        "data.zarr",
+        "commits",
+        "partial",
+        "log",
+        "lock",
+    }
 
 
 def test_the_store_opens_without_this_package(hostile: Path) -> None:
@@ -98,12 +120,21 @@ def test_the_store_opens_without_this_package(hostile: Path) -> None:
     groups = [node for node in tree.children.values() if node.attrs["loss"] == "a/../b"]
     assert len(groups) == 1
     allocation = groups[0]["allocation"].to_dataset()
-    assert {variable.attrs["name"] for variable in allocation.data_vars.values()} == {*HOSTILE, "scalar", "empty"}
+    assert {variable.attrs["name"] for variable in allocation.data_vars.values()} == {
+        *HOSTILE,
+        "scalar",
+        "empty",
+    }
     assert allocation.step.values.tolist() == list(range(5))
 
 
-@given(st.lists(st.text(max_size=300), unique=True, max_size=8), st.lists(st.text(max_size=5), max_size=3))
-def test_keys_are_safe_distinct_and_reversible_where_they_are_short(names: list[str], taken: list[str]) -> None:
+@given(
+    st.lists(st.text(max_size=300), unique=True, max_size=8),
+    st.lists(st.text(max_size=5), max_size=3),
+)
+def test_keys_are_safe_distinct_and_reversible_where_they_are_short(
+    names: list[str], taken: list[str]
+) -> None:
     names = [name.encode("utf-8", "ignore").decode() for name in names]
     names = list(dict.fromkeys(names))
     keys = encode_all(names, encode_all(taken).values())
@@ -146,7 +177,9 @@ def test_markers_hold_size_and_checksum_of_every_chunk(hostile: Path) -> None:
 def test_chunk_rows_are_spans_and_about_a_mebibyte(hostile: Path) -> None:
     manifest = read_manifest(hostile)
     for plan in plan_arrays(manifest, "parameters", manifest.losses["a/../b"]):
-        array = zarr.open_array(hostile / "data.zarr" / manifest.losses["a/../b"].key / plan.path, mode="r")
+        array = zarr.open_array(
+            hostile / "data.zarr" / manifest.losses["a/../b"].key / plan.path, mode="r"
+        )
         assert array.chunks == plan.chunks
         assert array.chunks[0] == (1 if plan.path.startswith("totals") else manifest.span)
         assert np.prod(array.chunks) * array.dtype.itemsize <= 2**20
@@ -157,10 +190,17 @@ def test_a_damaged_chunk_is_an_error_and_never_a_number(hostile: Path, tmp_path:
     chunk = hostile / "data.zarr" / key / "allocation" / "scalar" / "c" / "1"
     whole = chunk.read_bytes()
     try:
-        for damaged in (whole[:-1], b"", bytes([*whole[:3], whole[3] ^ 1, *whole[4:]]), bytes(len(whole))):
+        for damaged in (
+            whole[:-1],
+            b"",
+            bytes([*whole[:3], whole[3] ^ 1, *whole[4:]]),
+            bytes(len(whole)),
+        ):
             chunk.write_bytes(damaged)
             with pytest.raises(
-                LCAError, match=r"allocation of 'scalar', span 1 \(steps 2 to 4\).*lca verify.*lca repair"
+                LCAError,
+                match=r"allocation of 'scalar', span 1 \(steps 2 to 4\).*lca verify.*lca "
+                r"repair",
             ):
                 _ = open_run(hostile)["a/../b"].allocation["scalar"].values
     finally:
@@ -187,12 +227,15 @@ def levels(hostile: Path, tmp_path: Path) -> Callable[[str], Any]:
 
     def at(keep: str) -> Any:
         generator = torch.Generator().manual_seed(0)
-        inputs, targets = torch.randn(7, 3, generator=generator), torch.randn(7, generator=generator)
+        inputs, targets = (
+            torch.randn(7, 3, generator=generator),
+            torch.randn(7, generator=generator),
+        )
         task = Task(Hostile, {"train": (inputs, targets)}, {"train": Loss(F.mse_loss)})
         out = tmp_path / f"{keep}.lca"
-        return lca_posthoc.run(hostile.parent / "ck", task, out=out, keep=keep, cluster="inline", span=record["span"])[
-            "train"
-        ]
+        return lca_posthoc.run(
+            hostile.parent / "ck", task, out=out, keep=keep, cluster="inline", span=record["span"]
+        )["train"]
 
     return at
 
@@ -212,11 +255,19 @@ def test_required_bytes_are_those_of_the_arrays(hostile: Path) -> None:
     manifest = read_manifest(hostile)
     held = files = 0
     for plan in plan_arrays(manifest, "parameters", manifest.losses["a/../b"]):
-        held += zarr.open_array(hostile / "data.zarr" / manifest.losses["a/../b"].key / plan.path, mode="r").nbytes
+        held += zarr.open_array(
+            hostile / "data.zarr" / manifest.losses["a/../b"].key / plan.path, mode="r"
+        ).nbytes
         files += plan.files
     assert 2 * files == len(chunk_files(hostile, "a/../b") | chunk_files(hostile, "A/../b"))
-    on_disk = sum(-(-path.stat().st_size // 4096) * 4096 for path in hostile.rglob("*") if path.is_file())
-    assert max(2 * held, on_disk) <= required_bytes(manifest, "parameters", manifest.losses) <= 2 * held + 4 * on_disk
+    on_disk = sum(
+        -(-path.stat().st_size // 4096) * 4096 for path in hostile.rglob("*") if path.is_file()
+    )
+    assert (
+        max(2 * held, on_disk)
+        <= required_bytes(manifest, "parameters", manifest.losses)
+        <= 2 * held + 4 * on_disk
+    )
 
 
 def test_names_results_reserve_are_refused(tmp_path: Path) -> None:
@@ -237,10 +288,17 @@ def test_names_results_reserve_are_refused(tmp_path: Path) -> None:
 
 @given(st.integers(1, 70), st.integers(0, 5))
 def test_tree_sums_do_not_depend_on_the_cut(length: int, level: int) -> None:
-    values = np.random.default_rng(length).standard_normal(length) * 10.0 ** np.arange(-8, 8).repeat(5)[:length]
+    values = (
+        np.random.default_rng(length).standard_normal(length)
+        * 10.0 ** np.arange(-8, 8).repeat(5)[:length]
+    )
 
     def tree(part: np.ndarray) -> float:
-        return part[0] if len(part) == 1 else tree(part[: half(len(part))]) + tree(part[half(len(part)) :])
+        return (
+            part[0]
+            if len(part) == 1
+            else tree(part[: half(len(part))]) + tree(part[half(len(part)) :])
+        )
 
     def running(part: np.ndarray) -> float:
         total = TreeSum()
@@ -253,9 +311,19 @@ def test_tree_sums_do_not_depend_on_the_cut(length: int, level: int) -> None:
         for name in (
             "helping",
             "hurting",
-            *(f"{a}_{b}" for a in ("weight", "gradient", "allocation") for b in ("turns", "first", "last")),
+            *(
+                f"{a}_{b}"
+                for a in ("weight", "gradient", "allocation")
+                for b in ("turns", "first", "last")
+            ),
         )
     }
     span = 2**level
-    spans = [{**zeros, "allocated": running(values[at : at + span])} for at in range(0, length, span)]
-    assert join_all(spans.__getitem__, range(len(spans)))["allocated"] == running(values) == tree(values)
+    spans = [
+        {**zeros, "allocated": running(values[at : at + span])} for at in range(0, length, span)
+    ]
+    assert (
+        join_all(spans.__getitem__, range(len(spans)))["allocated"]
+        == running(values)
+        == tree(values)
+    )

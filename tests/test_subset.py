@@ -23,7 +23,10 @@ from tests.test_numerics import arrays
 
 EXAMPLES = 200
 GENERATOR = torch.Generator().manual_seed(3)
-INPUTS, NOISE = torch.randn(EXAMPLES, 6, generator=GENERATOR), torch.randn(EXAMPLES, generator=GENERATOR)
+INPUTS, NOISE = (
+    torch.randn(EXAMPLES, 6, generator=GENERATOR),
+    torch.randn(EXAMPLES, generator=GENERATOR),
+)
 TARGETS = (INPUTS @ torch.linspace(-1, 1, 6) + 0.5 * NOISE)[:, None]
 
 
@@ -70,7 +73,9 @@ def test_a_subset_is_the_loss_of_exactly_these_examples(
     assert part.record.total == EXAMPLES
     for name, each in arrays(alone.allocation).items():
         assert arrays(part.allocation)[name] == pytest.approx(each, rel=1e-5, abs=1e-8)
-    assert part.steps["loss_start"].values == pytest.approx(alone.steps["loss_start"].values, rel=1e-6)
+    assert part.steps["loss_start"].values == pytest.approx(
+        alone.steps["loss_start"].values, rel=1e-6
+    )
 
 
 def test_a_subset_of_one_split_leaves_the_others_whole(replay: Callable[..., Any]) -> None:
@@ -91,14 +96,26 @@ def test_a_subset_is_recorded_and_never_changed(replay: Callable[..., Any]) -> N
 
 
 REFUSED = {
-    "a split nobody has": (["test=0:10"], "--subset is for split 'test', which no chosen loss is on"),
+    "a split nobody has": (
+        ["test=0:10"],
+        "--subset is for split 'test', which no chosen loss is on",
+    ),
     "twice": (["0:10", "0:20"], "--subset is given twice for all splits"),
-    "twice for a split": (["train=0:10", "train=0:20"], "--subset is given twice for split 'train'"),
+    "twice for a split": (
+        ["train=0:10", "train=0:20"],
+        "--subset is given twice for split 'train'",
+    ),
     "beyond the end": (["0:201"], "--subset '0:201'"),
     "not a fraction": (["1.5@3"], "--subset '1.5@3'"),
     "no seed": (["0.1"], "--subset '0.1'"),
-    "a single number": (["train=96"], "Write train=96:97 for the example at position 96, train=:96 for the first 96"),
-    "a single number for all splits": (["0"], "--subset '0' could mean one example or a number of them"),
+    "a single number": (
+        ["train=96"],
+        "Write train=96:97 for the example at position 96, train=:96 for the first 96",
+    ),
+    "a single number for all splits": (
+        ["0"],
+        "--subset '0' could mean one example or a number of them",
+    ),
     "a single number beyond the end": (["500"], ":500 for the first 500"),
     "a list of one": (["96,"], "--subset '96,' is not understood"),
 }
@@ -116,9 +133,15 @@ def test_a_subset_that_is_none_is_refused(
 
 @pytest.mark.parametrize("prefix", ["", "train="])
 @pytest.mark.parametrize("subset", ["20:90", ":7", "3:4", "3,190", "5,3,190", "0.25@7", "0.25@8"])
-def test_the_examples_of_a_subset_can_be_read_back(replay: Callable[..., Any], subset: str, prefix: str) -> None:
-    both = task(l2=Loss(l2=0.1), **({"validation": Loss(F.mse_loss, on="validation")} if prefix else {}))
-    run = replay(both, subset=[prefix + subset, *(["validation=0:9"] if prefix else [])], losses=["all"])
+def test_the_examples_of_a_subset_can_be_read_back(
+    replay: Callable[..., Any], subset: str, prefix: str
+) -> None:
+    both = task(
+        l2=Loss(l2=0.1), **({"validation": Loss(F.mse_loss, on="validation")} if prefix else {})
+    )
+    run = replay(
+        both, subset=[prefix + subset, *(["validation=0:9"] if prefix else [])], losses=["all"]
+    )
     positions = lca_posthoc.open_run(run.path)["train"].positions
     assert positions.dtype == np.int64
     assert len(positions) == run["train"].record.examples
@@ -134,17 +157,22 @@ def test_a_loss_over_all_examples_has_no_positions(replay: Callable[..., Any]) -
     assert replay(task())["train"].positions is None
 
 
-# --- standard errors -----------------------------------------------------------------------------------------------------
+# --- standard errors
+# -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("subset", "parts"), [("0.25@7", 10), ("0.02@7", 4), ("0:50", 0), ("1,2,3", 0)])
+@pytest.mark.parametrize(
+    ("subset", "parts"), [("0.25@7", 10), ("0.02@7", 4), ("0:50", 0), ("1,2,3", 0)]
+)
 def test_only_random_examples_come_in_parts_whose_mean_is_the_allocation(
     replay: Callable[..., Any], subset: str, parts: int
 ) -> None:
     results = replay(task(), subset=[subset])["train"]
     assert results.record.replicates == parts
     assert ("replicates" in results.tensors) == bool(parts)
-    assert all((each["standard_error"] is not None) == bool(parts) for each in summary(results)["tensors"])
+    assert all(
+        (each["standard_error"] is not None) == bool(parts) for each in summary(results)["tensors"]
+    )
     if parts:
         found = results.tensors
         assert found["replicates"].sizes["replicate"] == parts
@@ -161,15 +189,24 @@ def test_losses_with_groups_and_terms_have_no_standard_errors(replay: Callable[.
     assert [run[name].record.replicates for name in run] == [10, 0, 0]
     assert summary(run["signs"])["groups"] == [0, 1]
     alone = replay(task(), "alone", subset=["0.25@7"])["train"]
-    assert np.array_equal(run["train"].allocation["weight"].values, alone.allocation["weight"].values)
+    assert np.array_equal(
+        run["train"].allocation["weight"].values, alone.allocation["weight"].values
+    )
 
 
 def test_standard_errors_are_those_of_drawing_again(replay: Callable[..., Any]) -> None:
-    """Over forty draws, the reported standard error of each tensor's sum is the spread of the sums about the whole's."""
-    whole = {each["name"]: each["allocated"] for each in summary(replay(task(), "whole")["train"])["tensors"]}
+    """Over forty draws, the reported standard error of each tensor's sum is the spread of the sums
+    about the whole's.
+    """
+    whole = {
+        each["name"]: each["allocated"]
+        for each in summary(replay(task(), "whole")["train"])["tensors"]
+    }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in whole}
     for seed in range(40):
-        results = replay(task(), f"draw{seed}", subset=[f"0.25@{seed}"], keep="tensors", precision="float64")["train"]
+        results = replay(
+            task(), f"draw{seed}", subset=[f"0.25@{seed}"], keep="tensors", precision="float64"
+        )["train"]
         for each in summary(results)["tensors"]:
             found[each["name"]].append((each["allocated"], each["standard_error"]))
     for name, draws in found.items():
@@ -179,7 +216,9 @@ def test_standard_errors_are_those_of_drawing_again(replay: Callable[..., Any]) 
         assert abs(sums.mean() - whole[name]) < 4 * spread / np.sqrt(len(sums))
 
 
-def test_parts_that_weigh_nothing_give_no_standard_errors_and_say_so(replay: Callable[..., Any]) -> None:
+def test_parts_that_weigh_nothing_give_no_standard_errors_and_say_so(
+    replay: Callable[..., Any],
+) -> None:
     def rarely(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return (model(batch[0]) - batch[1]).square(), (batch[0][:, :1] > 2).double()
 
@@ -187,5 +226,9 @@ def test_parts_that_weigh_nothing_give_no_standard_errors_and_say_so(replay: Cal
     data = task(rare=Loss(call=rarely, on="train"))
     run = replay(data, subset=["0.3@1"], losses=["rare"], progress=heard.append)
     assert run["rare"].record.replicates == 0
-    assert [event.text for event in heard if hasattr(event, "text") and "no standard errors" in event.text]
+    assert [
+        event.text
+        for event in heard
+        if hasattr(event, "text") and "no standard errors" in event.text
+    ]
     assert summary(run["rare"])["tensors"][0]["standard_error"] is None

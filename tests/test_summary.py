@@ -19,7 +19,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> lca_posthoc.Run:
 
 def test_the_figures_are_those_of_the_arrays(run: lca_posthoc.Run) -> None:
     found, results = summary(run["train"]), run["train"]
-    allocation = {name: values.values.astype("float64") for name, values in results.allocation.items()}
+    allocation = {
+        name: values.values.astype("float64") for name, values in results.allocation.items()
+    }
     flat = np.concatenate([values.ravel() for values in allocation.values()])
     assert found["segments"] == 6
     assert found["parameters"] * 6 == flat.size

@@ -1,4 +1,6 @@
-"""What `lca summary` and the end of `lca run` print: modules, the strongest first, numbers of any size, on a screen and in a pipe."""
+"""What `lca summary` and the end of `lca run` print: modules, the strongest first, numbers of any
+size, on a screen and in a pipe.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from tests.deep import Chain, data
 from tests.small import document, lca, refused, says, write_step
 from tests.terminal import LCA, on_terminal
 
-NAMES = [f"residual_branch_with_a_long_name_{at:02d}_of_the_whole_of_this_network" for at in range(24)]
+NAMES = [
+    f"residual_branch_with_a_long_name_{at:02d}_of_the_whole_of_this_network" for at in range(24)
+]
 _KINDS = ("red", "green")
 
 
@@ -46,17 +50,33 @@ class Branches(Chain):
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     losses = {
         "train": Loss(F.cross_entropy),
-        "per_kind": Loss(F.cross_entropy, group_by=lambda inputs, targets: [_KINDS[at % 2] for at in targets]),
+        "per_kind": Loss(
+            F.cross_entropy, group_by=lambda inputs, targets: [_KINDS[at % 2] for at in targets]
+        ),
     }
     task = Task(Branches, {"train": data()}, losses)
     place = tmp_path_factory.mktemp("tables")
     torch.manual_seed(0)
     model, generator = Branches(), torch.Generator().manual_seed(1)
     for step in range(3):
-        write_step(place / "ck", step, {name: tensor.detach().clone() for name, tensor in model.state_dict().items()})
+        write_step(
+            place / "ck",
+            step,
+            {name: tensor.detach().clone() for name, tensor in model.state_dict().items()},
+        )
         for name, tensor in model.named_parameters():
-            tensor.data += 0.0 if name.startswith("frozen") else 0.1 * torch.randn(tensor.shape, generator=generator)
-    settings = {"losses": ["all"], "keep": "tensors", "rule": "left", "cluster": "inline", "durability": "none"}
+            tensor.data += (
+                0.0
+                if name.startswith("frozen")
+                else 0.1 * torch.randn(tensor.shape, generator=generator)
+            )
+    settings = {
+        "losses": ["all"],
+        "keep": "tensors",
+        "rule": "left",
+        "cluster": "inline",
+        "durability": "none",
+    }
     return lca_posthoc.run(place / "ck", task, out=place / "r.lca", **settings)
 
 
@@ -72,7 +92,9 @@ def table_of(text: str, heading: str) -> list[list[str]]:
     return rows
 
 
-@pytest.mark.parametrize(("options", "shown"), [([], 20), (["--top", "3"], 3), (["--top", "100"], 26)])
+@pytest.mark.parametrize(
+    ("options", "shown"), [([], 20), (["--top", "3"], 3), (["--top", "100"], 26)]
+)
 def test_the_strongest_modules_are_shown_and_the_others_are_counted_and_summed(
     run: Run, options: list[str], shown: int
 ) -> None:
@@ -105,7 +127,9 @@ def test_all_shows_every_tensor_in_the_order_of_the_model(run: Run) -> None:
 
 
 @pytest.mark.parametrize(("options", "columns"), [([], 8), (["--top", "2"], 2), (["--all"], 52)])
-def test_the_modules_beside_groups_add_up_to_what_was_allocated(run: Run, options: list[str], columns: int) -> None:
+def test_the_modules_beside_groups_add_up_to_what_was_allocated(
+    run: Run, options: list[str], columns: int
+) -> None:
     rows = table_of(lca("summary", run.path, "--loss", "per_kind", *options).stdout, "group ")
     figures = summary(run["per_kind"])
     for row, allocated in zip(rows, figures["allocated"], strict=False):
@@ -114,7 +138,9 @@ def test_the_modules_beside_groups_add_up_to_what_was_allocated(run: Run, option
         assert math.fsum(map(float, parts)) == pytest.approx(allocated, abs=1e-4 * (columns + 1))
 
 
-@pytest.mark.parametrize("option", [["--top", "0"], ["--top", "-1"], ["--top", "many"], ["--top", "3", "--all"]])
+@pytest.mark.parametrize(
+    "option", [["--top", "0"], ["--top", "-1"], ["--top", "many"], ["--top", "3", "--all"]]
+)
 def test_a_top_that_means_nothing_is_refused(run: Run, option: list[str]) -> None:
     refused(lca("summary", run.path, *option), "--top")
 
@@ -126,7 +152,11 @@ def test_json_has_everything_whatever_is_shown(run: Run) -> None:
 
 
 def test_what_did_not_move_is_not_said_to_help_in_no_case(run: Run) -> None:
-    (row,) = (row for row in table_of(lca("summary", run.path, "--top", "99").stdout, "module ") if row[0] == "frozen")
+    (row,) = (
+        row
+        for row in table_of(lca("summary", run.path, "--top", "99").stdout, "module ")
+        if row[0] == "frozen"
+    )
     assert row[-1] == "did not move"
     found = {module["name"]: module["moved"] for module in summary(run["train"])["modules"]}
     assert [name for name, moved in found.items() if not moved] == ["frozen"]
@@ -143,7 +173,8 @@ def test_a_screen_holds_every_line_and_every_number(run: Run) -> None:
         assert all(cell in plain for cell in row[1:])
 
 
-# --- numbers, numbers of things, lines -----------------------------------------------------------------------------------
+# --- numbers, numbers of things, lines
+# -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -159,12 +190,16 @@ def test_a_screen_holds_every_line_and_every_number(run: Run) -> None:
         (float("nan"), 1.0, "+nan"),
     ],
 )
-def test_a_loss_of_any_size_is_short_and_loses_no_digit_that_counts(value: float, scale: float, shown: str) -> None:
+def test_a_loss_of_any_size_is_short_and_loses_no_digit_that_counts(
+    value: float, scale: float, shown: str
+) -> None:
     assert units_of_loss(value, scale) == shown
     assert len(shown) <= 14
 
 
-def test_many_losses_are_a_row_each_and_say_how_to_see_more(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_losses_are_a_row_each_and_say_how_to_see_more(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     plain, grouped = summary(run["train"]), summary(run["per_kind"])
     found = {f"loss {at}": plain for at in range(49)} | {"by kind": grouped}
     print_summary(found, run.path)
@@ -172,7 +207,8 @@ def test_many_losses_are_a_row_each_and_say_how_to_see_more(run: Run, capsys: py
     rows = table_of(text, "loss ")
     assert [row[0] for row in rows] == list(found)
     assert len(text.splitlines()) == 1 + len(found) + 2
-    for row in (rows[0], rows[-1][:1] + rows[-1][2:]):  # the last loss has groups, and is the mean of the same examples
+    # the last loss has groups, and is the mean of the same examples
+    for row in (rows[0], rows[-1][:1] + rows[-1][2:]):
         ends = f"{plain['loss_start']:.4f} → {plain['loss_end']:.4f}"
         assert row[1:4] == [str(plain["segments"]), ends, f"{plain['loss_change']:+.6f}"]
     assert f"`lca summary {run.path} --loss NAME`" in text
@@ -180,11 +216,15 @@ def test_many_losses_are_a_row_each_and_say_how_to_see_more(run: Run, capsys: py
     assert capsys.readouterr().out.count("(25 more)") == len(found)
 
 
-def test_some_losses_are_a_row_each_above_what_their_modules_did(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_some_losses_are_a_row_each_above_what_their_modules_did(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     plain = summary(run["train"])
     print_summary({f"a loss of a long name, {number}": plain for number in range(4)}, run.path)
     text = capsys.readouterr().out
-    assert [row[0] for row in table_of(text, "loss ")] == [f"a loss of a long name, {number}" for number in range(4)]
+    assert [row[0] for row in table_of(text, "loss ")] == [
+        f"a loss of a long name, {number}" for number in range(4)
+    ]
     assert text.count("(6 more)") == 4
     print_summary({f"loss {number}": plain for number in range(3)}, run.path)
     assert "allocated, Σ over parameters and segments" in capsys.readouterr().out
@@ -215,7 +255,10 @@ def test_a_loss_in_dollars_has_no_sixteen_digits(capsys: pytest.CaptureFixture[s
         "precision_segments": 1,
         "norm_stats": None,
         "groups": None,
-        "modules": [{"name": "layer", "allocated": -1e8, **row}, {"name": "small", "allocated": -0.25, **row}],
+        "modules": [
+            {"name": "layer", "allocated": -1e8, **row},
+            {"name": "small", "allocated": -0.25, **row},
+        ],
         "tensors": [],
     }
     print_summary({"dollars": figures}, Path("a run.lca"))
@@ -261,7 +304,10 @@ class Screen:
 @pytest.mark.parametrize("width", [40, 80])
 def test_a_note_breaks_between_words_and_never_inside_a_command(width: int) -> None:
     command = "`lca run checkpoints --loss train`"
-    text = f"note: the loss is not complete and much more is to be said of it; {command} goes on with it where it was"
+    text = (
+        f"note: the loss is not complete and much more is to be said of it; {command} goes on with "
+        f"it where it was"
+    )
     shown = wrapped(text, Screen(width, True).console)
     assert max(map(len, shown.splitlines())) <= width
     assert " ".join(shown.split()) == text
@@ -269,7 +315,8 @@ def test_a_note_breaks_between_words_and_never_inside_a_command(width: int) -> N
     assert wrapped(text, Screen(width, False).console) == text
 
 
-# --- help ----------------------------------------------------------------------------------------------------------------
+# --- help
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_bare_command_prints_its_help_as_help() -> None:

@@ -1,4 +1,6 @@
-"""A task's source on its way: what is packed, what workers import from it, and what of another task is not mixed in."""
+"""A task's source on its way: what is packed, what workers import from it, and what of another task
+is not mixed in.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ def imported(file: Path, data: bytes | None = None) -> ModuleType:
 
 
 PROJECT = {
-    "the_task.py": "import helpers\nfrom models.net import WIDTH\nfrom bare import deep\nvalue = (helpers.VALUE, WIDTH, deep.VALUE)\n",
+    "the_task.py": "import helpers\nfrom models.net import WIDTH\nfrom bare import deep\nvalue = "
+    "(helpers.VALUE, WIDTH, deep.VALUE)\n",
     "helpers.py": "import json, further\nVALUE = further.VALUE\n",
     "further.py": "VALUE = 1\n",
     "models/__init__.py": "from . import sizes\n",
@@ -100,12 +103,18 @@ def test_a_hash_is_that_of_the_text_and_not_of_the_place(tmp_path: Path) -> None
     assert task_bundle.pack(tmp_path / "two" / "the_task.py") != one
 
 
-def test_a_module_imported_by_a_name_made_up_at_run_time_is_found_beside_the_file(tmp_path: Path) -> None:
+def test_a_module_imported_by_a_name_made_up_at_run_time_is_found_beside_the_file(
+    tmp_path: Path,
+) -> None:
     text = "import importlib\nvalue = importlib.import_module('help' + 'ers').VALUE\n"
-    assert imported(lay_out(tmp_path, {"the_task.py": text, "helpers.py": "VALUE = 5\n"})).value == 5
+    assert (
+        imported(lay_out(tmp_path, {"the_task.py": text, "helpers.py": "VALUE = 5\n"})).value == 5
+    )
 
 
-def test_a_syntax_error_is_raised_where_it_is_imported_with_its_file_and_line(tmp_path: Path) -> None:
+def test_a_syntax_error_is_raised_where_it_is_imported_with_its_file_and_line(
+    tmp_path: Path,
+) -> None:
     file = lay_out(tmp_path, {"the_task.py": "import helpers\n", "helpers.py": "x = = 1\n"})
     with pytest.raises(SyntaxError) as caught:
         imported(file)
@@ -114,7 +123,11 @@ def test_a_syntax_error_is_raised_where_it_is_imported_with_its_file_and_line(tm
 
 def test_a_module_that_raised_is_imported_anew(tmp_path: Path) -> None:
     file = lay_out(
-        tmp_path, {"the_task.py": "from pathlib import Path\nassert Path(__file__).with_name('there').exists()\n"}
+        tmp_path,
+        {
+            "the_task.py": "from pathlib import Path\nassert "
+            "Path(__file__).with_name('there').exists()\n"
+        },
     )
     opened = Parcel(task_bundle.pack(file), file)
     with pytest.raises(AssertionError):
@@ -145,6 +158,11 @@ def test_source_in_another_encoding_means_what_it_says(tmp_path: Path) -> None:
 def test_files_beside_the_source_are_read_from_disk(tmp_path: Path) -> None:
     text = "import pkgutil\nvalue = pkgutil.get_data('package', 'sizes.txt')\n"
     file = lay_out(
-        tmp_path, {"the_task.py": "import package\n" + text, "package/__init__.py": "", "package/sizes.txt": "8"}
+        tmp_path,
+        {
+            "the_task.py": "import package\n" + text,
+            "package/__init__.py": "",
+            "package/sizes.txt": "8",
+        },
     )
     assert imported(file).value == b"8"

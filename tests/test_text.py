@@ -1,4 +1,6 @@
-"""Texts made safe to show: the same signs are taken out wherever a text goes, and no other is touched."""
+"""Texts made safe to show: the same signs are taken out wherever a text goes, and no other is
+touched.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,18 @@ PLACES: dict[str, Callable[[str], str]] = {
     "a report": clean,
     "a figure": safe_in_figure,
 }
-WORDS = ("größe", "e\u0301", "👩\u200d🔬", "می\u200cشود", "שלום", "layer.0[1, 2]", "\u200bzero", "a b", "→ −1 ≤ 2", "")
+WORDS = (
+    "größe",
+    "e\u0301",
+    "👩\u200d🔬",
+    "می\u200cشود",
+    "שלום",
+    "layer.0[1, 2]",
+    "\u200bzero",
+    "a b",
+    "→ −1 ≤ 2",
+    "",
+)
 EVERY_SIGN = [chr(number) for number in range(0x110000)]
 
 

@@ -1,4 +1,6 @@
-"""The tolerance and the scale of a loss: shares of it, what is recorded of them, and what is said where a number cannot mean anything."""
+"""The tolerance and the scale of a loss: shares of it, what is recorded of them, and what is said
+where a number cannot mean anything.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def scaled(scale: float, shift: float = 0.0, **more: Any) -> Loss:
 
 @pytest.fixture(scope="module")
 def iterates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Gradient descent with momentum, in steps so large that Simpson's rule on a whole one leaves something."""
+    """Gradient descent with momentum, in steps so large that Simpson's rule on a whole one leaves
+    something.
+    """
     torch.manual_seed(0)
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.4, momentum=0.9)
@@ -81,7 +85,8 @@ Replay = Callable[..., tuple[Any, list[str]]]
 SCALES = {"dollars": 4e10, "unit": 1.0, "small": 1e-6, "smallest": 1e-30}
 
 
-# --- a share of the loss -------------------------------------------------------------------------------------------------
+# --- a share of the loss
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", ["0.1%", "0.0001%"])
@@ -105,7 +110,8 @@ CASES = {
     "negative": scaled(1.0, -30.0),
     "crosses 0": scaled(1.0, -0.7),
     "groups of different scale": Loss(
-        call=lambda model, batch: squares(model, batch, 1.0) * (1 + 999 * (batch[0][:, 0] > 0)), group_by=signs
+        call=lambda model, batch: squares(model, batch, 1.0) * (1 + 999 * (batch[0][:, 0] > 0)),
+        group_by=signs,
     ),
     "weighted groups": Loss(
         call=lambda model, batch: (squares(model, batch, 1.0), batch[0][:, 0].abs()), group_by=signs
@@ -114,21 +120,28 @@ CASES = {
 
 
 @pytest.mark.parametrize("loss", CASES.values(), ids=CASES)
-def test_the_share_is_of_the_mean_over_the_split_at_the_first_checkpoint(replay: Replay, loss: Loss) -> None:
+def test_the_share_is_of_the_mean_over_the_split_at_the_first_checkpoint(
+    replay: Replay, loss: Loss
+) -> None:
     run, _ = replay({"one": loss}, tolerance="0.01%")
     first = run["one"].steps.isel(step=0)
     mean = float((first["loss_start"] * first["weight"]).sum() / first["weight"].sum())
     assert run["one"].record.scale == pytest.approx(abs(mean), rel=1e-5)
     worst = abs(run["one"].steps["residual"])
     worst = worst.max("group") if "group" in worst.dims else worst
-    assert ((worst.values <= 1e-4 * run["one"].record.scale) == run["one"].steps["converged"].values).all()
+    assert (
+        (worst.values <= 1e-4 * run["one"].record.scale) == run["one"].steps["converged"].values
+    ).all()
 
 
 def test_a_share_of_the_allocation_refines_like_the_number_it_stands_for(replay: Replay) -> None:
     losses = {"one": scaled(4e10)}
     run, _ = replay(losses, tolerance="inf", allocation_tolerance="0.001%")
     same, _ = replay(
-        losses, "same", tolerance="inf", allocation_tolerance=in_units_of_loss("0.001%", run["one"].record.scale)
+        losses,
+        "same",
+        tolerance="inf",
+        allocation_tolerance=in_units_of_loss("0.001%", run["one"].record.scale),
     )
     assert run["one"].steps["level"].values.max() > 1
     assert run["one"].steps["level"].equals(same["one"].steps["level"])
@@ -150,7 +163,9 @@ def test_a_share_is_recorded_and_the_same_for_a_loss_added_later_and_a_run_that_
         assert grown[name].record.scale == once[name].record.scale
         for field in ("level", "converged"):
             assert np.array_equal(grown[name].steps[field].values, once[name].steps[field].values)
-        assert np.array_equal(grown[name].steps["residual"].values, once[name].steps["residual"].values)
+        assert np.array_equal(
+            grown[name].steps["residual"].values, once[name].steps["residual"].values
+        )
     with pytest.raises(InputError, match=r"made with --tolerance 0.0001%, not --tolerance 0.1%"):
         replay(losses, "grown", growing, tolerance="0.1%")
 
@@ -158,7 +173,9 @@ def test_a_share_is_recorded_and_the_same_for_a_loss_added_later_and_a_run_that_
 def test_a_loss_of_0_has_no_share(replay: Replay) -> None:
     zero = {"zero": scaled(0.0)}
     with pytest.raises(
-        InputError, match=r"loss 'zero' is 0 at the first checkpoint.*Give --tolerance in units of loss"
+        InputError,
+        match=r"loss 'zero' is 0 at the first checkpoint.*Give --tolerance in units of "
+        r"loss",
     ):
         replay(zero, tolerance="0.1%")
     run, said = replay(zero)
@@ -170,10 +187,13 @@ def test_a_run_without_shares_can_be_read_without_a_scale(replay: Replay) -> Non
     run, _ = replay({"one": scaled(1.0)})
     document = json.loads((run.path / "run.json").read_text())
     assert document["losses"]["one"].pop("scale") is None
-    assert lca_posthoc.store.runfile.parse({key: value for key, value in document.items() if key != "crc32"})
+    assert lca_posthoc.store.runfile.parse(
+        {key: value for key, value in document.items() if key != "crc32"}
+    )
 
 
-# --- what may be given ---------------------------------------------------------------------------------------------------
+# --- what may be given
+# ---------------------------------------------------------------------------------------------------
 
 GIVEN = {
     "0.1%": "0.1%",
@@ -195,16 +215,20 @@ def test_tolerances_are_recorded_in_one_way(given: Any, wanted: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", ["0", "-1", "nan", "", "0%", "-1%", "100%", "200%", "nan%", "inf%", "%", "a%", "1%%", "much"]
+    "given",
+    ["0", "-1", "nan", "", "0%", "-1%", "100%", "200%", "nan%", "inf%", "%", "a%", "1%%", "much"],
 )
 def test_other_tolerances_are_refused(given: str, tmp_path: Path) -> None:
-    result = run_lca(tmp_path, write_task(tmp_path / "task.py"), tmp_path / "run", "--tolerance", given)
+    result = run_lca(
+        tmp_path, write_task(tmp_path / "task.py"), tmp_path / "run", "--tolerance", given
+    )
     refused(result, "--tolerance must be a positive number", "0.1%", f"got {given}")
     with pytest.raises(InputError, match="--allocation-tolerance must be a positive number"):
         resolve({"allocation_tolerance": given}, None)
 
 
-# --- what is said --------------------------------------------------------------------------------------------------------
+# --- what is said
+# --------------------------------------------------------------------------------------------------------
 
 ADVICE = {  # of a loss, under settings: words of the note; none where a tolerance means something
     "too small for the loss": (
@@ -213,9 +237,24 @@ ADVICE = {  # of a loss, under settings: words of the note; none where a toleran
         "below the rounding of a loss of 1.8e+10 in float32",
         "--tolerance 0.1%",
     ),
-    "too large for the loss": (scaled(1e-6), {}, "more than a tenth of what it changes by", "--tolerance 0.1%"),
-    "far too large": (scaled(1e-30), {}, "more than a tenth of what it changes by", "--tolerance 0.1%"),
-    "a large negative one": (scaled(4e10, -1e12), {}, "below the rounding of a loss of", "--tolerance "),
+    "too large for the loss": (
+        scaled(1e-6),
+        {},
+        "more than a tenth of what it changes by",
+        "--tolerance 0.1%",
+    ),
+    "far too large": (
+        scaled(1e-30),
+        {},
+        "more than a tenth of what it changes by",
+        "--tolerance 0.1%",
+    ),
+    "a large negative one": (
+        scaled(4e10, -1e12),
+        {},
+        "below the rounding of a loss of",
+        "--tolerance ",
+    ),
     "a change far below the value": (
         scaled(1.0, 1e3),
         {"tolerance": 1.0},
@@ -223,8 +262,18 @@ ADVICE = {  # of a loss, under settings: words of the note; none where a toleran
         "a hundredth of the change",
     ),
     "a change in the rounding": (scaled(1e-3, 1e3), {}, "more than a tenth", "--precision float64"),
-    "a share too large": (scaled(1.0), {"tolerance": "50%"}, "--tolerance 50% (here 0.2", "a hundredth of the change"),
-    "a share too small": (scaled(1.0), {"tolerance": "0.000001%"}, "--tolerance 1e-06% (here", "below the rounding"),
+    "a share too large": (
+        scaled(1.0),
+        {"tolerance": "50%"},
+        "--tolerance 50% (here 0.2",
+        "a hundredth of the change",
+    ),
+    "a share too small": (
+        scaled(1.0),
+        {"tolerance": "0.000001%"},
+        "--tolerance 1e-06% (here",
+        "below the rounding",
+    ),
     "one of float64": (scaled(4e10), {"precision": "float64"}),
     "one that fits": (scaled(1.0), {"tolerance": 1e-4}),
     "not refined": (scaled(1e-6), {"tolerance": "inf"}),
@@ -234,7 +283,9 @@ ADVICE = {  # of a loss, under settings: words of the note; none where a toleran
 
 
 @pytest.mark.parametrize(
-    ("loss", "options", "words"), [(each[0], each[1], each[2:]) for each in ADVICE.values()], ids=ADVICE
+    ("loss", "options", "words"),
+    [(each[0], each[1], each[2:]) for each in ADVICE.values()],
+    ids=ADVICE,
 )
 def test_a_tolerance_that_means_nothing_is_said_by_plan_and_run(
     iterates: Path, replay: Replay, loss: Loss, options: dict[str, Any], words: tuple[str, ...]
@@ -243,9 +294,13 @@ def test_a_tolerance_that_means_nothing_is_said_by_plan_and_run(
     notes = [note for note in said if "tolerance" in note]
     assert len(notes) == bool(words)
     assert all(word in notes[0] for word in (*words, "--out")[: 9 * bool(words)]), notes
-    planned = plan(iterates, Task(net, {"train": (INPUTS, TARGETS)}, {"one": loss}), device="cpu", **options)
+    planned = plan(
+        iterates, Task(net, {"train": (INPUTS, TARGETS)}, {"one": loss}), device="cpu", **options
+    )
     assert [note for note in planned.notes if "tolerance" in note] == notes
-    assert [note for note in replay({"one": loss}, keep="tensors", **options)[1] if "tolerance" in note] == []
+    assert [
+        note for note in replay({"one": loss}, keep="tensors", **options)[1] if "tolerance" in note
+    ] == []
 
 
 def test_the_advice_is_one_that_is_followed(replay: Replay) -> None:
@@ -260,10 +315,13 @@ def test_the_command_takes_a_share(iterates: Path, tmp_path: Path) -> None:
         "import torch\nfrom torch import nn\nfrom lca_posthoc import Loss, Task\n"
         "x = torch.linspace(-1, 1, 80).view(20, 4)\n"
         "def call(model, batch):\n    return 1e10 * model(batch[0])[:, 0] ** 2\n"
-        "def task():\n    net = lambda: nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))\n"
+        "def task():\n    net = lambda: nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, "
+        "1))\n"
         "    return Task(net, {'train': (x, x)}, {'one': Loss(call=call)})\n"
     )
-    result = run_lca(iterates, task, tmp_path / "run", "--tolerance", "0.1%", "--allocation-tolerance", "5%")
+    result = run_lca(
+        iterates, task, tmp_path / "run", "--tolerance", "0.1%", "--allocation-tolerance", "5%"
+    )
     assert result.exit_code == 0
     assert "tolerance" not in result.stderr
     assert lca("plan", iterates, "--task", task, "--tolerance", "0.1%").exit_code == 0

@@ -1,4 +1,6 @@
-"""The trainers people use: as many iterates as optimiser steps, and a replay whose sums close; several processes, one series."""
+"""The trainers people use: as many iterates as optimiser steps, and a replay whose sums close;
+several processes, one series.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ class WithLoss(nn.Module):
         return {"loss": F.cross_entropy(scores, labels), "logits": scores}
 
 
-def with_transformers(directory: Path, until: int = OPTIMISER_STEPS, resume: bool = False, **options: Any) -> nn.Module:
+def with_transformers(
+    directory: Path, until: int = OPTIMISER_STEPS, resume: bool = False, **options: Any
+) -> nn.Module:
     from transformers import Trainer, TrainingArguments
 
     from lca_posthoc.recorder.transformers import RecorderCallback
@@ -83,11 +87,15 @@ def with_transformers(directory: Path, until: int = OPTIMISER_STEPS, resume: boo
     )
     model = WithLoss()
     callbacks = [RecorderCallback(directory / "checkpoints", **options)]
-    Trainer(model, arguments, train_dataset=Rows(), callbacks=callbacks).train(resume_from_checkpoint=resume)
+    Trainer(model, arguments, train_dataset=Rows(), callbacks=callbacks).train(
+        resume_from_checkpoint=resume
+    )
     return model
 
 
-def with_lightning(directory: Path, until: int = OPTIMISER_STEPS, resume: bool = False, **options: Any) -> nn.Module:
+def with_lightning(
+    directory: Path, until: int = OPTIMISER_STEPS, resume: bool = False, **options: Any
+) -> nn.Module:
     import lightning
     from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -129,7 +137,10 @@ def trainer(request: pytest.FixtureRequest) -> Callable[..., nn.Module]:
 
 
 def iterates(directory: Path) -> dict[int, dict[str, Tensor]]:
-    return {int(path.stem.removeprefix("step_")): load_file(path) for path in sorted(directory.iterdir())}
+    return {
+        int(path.stem.removeprefix("step_")): load_file(path)
+        for path in sorted(directory.iterdir())
+    }
 
 
 class Held(nn.Module):
@@ -151,21 +162,32 @@ def test_a_trainer_records_every_optimiser_step_and_its_run_adds_up(
     found = iterates(tmp_path / "checkpoints")
     assert list(found) == list(range(OPTIMISER_STEPS + 1))
     assert all(torch.equal(found[0][name], each) for name, each in Held().state_dict().items())
-    assert all(torch.equal(found[OPTIMISER_STEPS][name], each) for name, each in model.state_dict().items())
     assert all(
-        not torch.equal(found[at]["net.0.weight"], found[at + 1]["net.0.weight"]) for at in range(OPTIMISER_STEPS)
+        torch.equal(found[OPTIMISER_STEPS][name], each) for name, each in model.state_dict().items()
+    )
+    assert all(
+        not torch.equal(found[at]["net.0.weight"], found[at + 1]["net.0.weight"])
+        for at in range(OPTIMISER_STEPS)
     )
     task = Task(Held, {"train": data()}, {"train": Loss(F.cross_entropy, on="train")})
-    run = lca_posthoc.run(tmp_path / "checkpoints", task, out=tmp_path / "run.lca", cluster="inline", device="cpu")
+    run = lca_posthoc.run(
+        tmp_path / "checkpoints", task, out=tmp_path / "run.lca", cluster="inline", device="cpu"
+    )
     steps = run["train"].steps
     assert float(abs(steps.residual).max()) <= 1e-3
     assert float(steps.loss_end[-1]) < float(steps.loss_start[0])
     change = float(steps.loss_end[-1] - steps.loss_start[0])
-    assert float(run["train"].tensors.allocated.sum() + steps.residual.sum()) == pytest.approx(change, abs=1e-6)
+    assert float(run["train"].tensors.allocated.sum() + steps.residual.sum()) == pytest.approx(
+        change, abs=1e-6
+    )
 
 
-def test_a_training_that_is_resumed_goes_on_with_its_series(tmp_path: Path, trainer: Callable[..., nn.Module]) -> None:
-    """Stopped after its checkpoint of step 4, and in another directory not at all: the same series."""
+def test_a_training_that_is_resumed_goes_on_with_its_series(
+    tmp_path: Path, trainer: Callable[..., nn.Module]
+) -> None:
+    """Stopped after its checkpoint of step 4, and in another directory not at all: the same
+    series.
+    """
     trainer(tmp_path / "whole")
     trainer(tmp_path / "cut", until=4)
     trainer(tmp_path / "cut", resume=True)
@@ -184,7 +206,9 @@ class Stop(Exception):
     """What ends a training early."""
 
 
-def test_a_training_that_fails_lets_go_of_its_directory(tmp_path: Path, trainer: Callable[..., nn.Module]) -> None:
+def test_a_training_that_fails_lets_go_of_its_directory(
+    tmp_path: Path, trainer: Callable[..., nn.Module]
+) -> None:
     calls = []
 
     def fails(*given: Any, **more: Any) -> Tensor:
@@ -204,18 +228,23 @@ def test_a_training_that_fails_lets_go_of_its_directory(tmp_path: Path, trainer:
     assert list(iterates(tmp_path / "checkpoints")) == list(range(OPTIMISER_STEPS + 1))
 
 
-def test_a_trainer_takes_the_recorders_options(tmp_path: Path, trainer: Callable[..., nn.Module]) -> None:
+def test_a_trainer_takes_the_recorders_options(
+    tmp_path: Path, trainer: Callable[..., nn.Module]
+) -> None:
     trainer(tmp_path, every=5)
     assert list(iterates(tmp_path / "checkpoints")) == [0, 5, 10]
 
 
-def test_a_trainer_that_will_not_find_space_does_not_begin(tmp_path: Path, trainer: Callable[..., nn.Module]) -> None:
+def test_a_trainer_that_will_not_find_space_does_not_begin(
+    tmp_path: Path, trainer: Callable[..., nn.Module]
+) -> None:
     with pytest.raises(ResourceError, match=r"1,000,000,000,001 iterates of .* has .* free"):
         trainer(tmp_path, until=10**12)
     assert not (tmp_path / "checkpoints").exists()
 
 
-# --- several processes -------------------------------------------------------------------------------------------------------------
+# --- several processes
+# -------------------------------------------------------------------------------------------------------------
 
 PROCESS = """\
 import sys
@@ -252,7 +281,8 @@ if how != "alone":
 def together(place: Path, how: str, processes: int) -> dict[int, dict[str, Tensor]]:
     place.mkdir()
     started = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, str(rank), place, how], cwd=HERE) for rank in range(processes)
+        subprocess.Popen([sys.executable, "-c", PROCESS, str(rank), place, how], cwd=HERE)
+        for rank in range(processes)
     ]
     assert [each.wait(120) for each in started] == [0] * processes
     return {

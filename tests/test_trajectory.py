@@ -1,4 +1,6 @@
-"""Checkpoints are found, ordered by number, matched with the model's names, and read; nothing about them is guessed."""
+"""Checkpoints are found, ordered by number, matched with the model's names, and read; nothing about
+them is guessed.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,28 @@ from safetensors.torch import save, save_file
 
 from lca_posthoc.errors import InputError, LCAError, SpanError
 from lca_posthoc.headers import MAX_TENSORS, read_header
-from lca_posthoc.trajectory import TensorSpec, Trajectory, normalise, open_trajectory, read_checkpoint, step_in_name
+from lca_posthoc.trajectory import (
+    TensorSpec,
+    Trajectory,
+    normalise,
+    open_trajectory,
+    read_checkpoint,
+    step_in_name,
+)
 
 WEIGHTS = {"w": torch.arange(6.0).reshape(2, 3), "b": torch.arange(2.0)}
 TABLE = [TensorSpec("w", "parameter", (2, 3)), TensorSpec("b", "parameter", (2,))]
 
 
-def write(path: Path, tensors: Mapping[str, torch.Tensor] = WEIGHTS, step: int | None = None) -> Path:
+def write(
+    path: Path, tensors: Mapping[str, torch.Tensor] = WEIGHTS, step: int | None = None
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(dict(tensors), path, metadata={"format": "pt"} | ({} if step is None else {"step": str(step)}))
+    save_file(
+        dict(tensors),
+        path,
+        metadata={"format": "pt"} | ({} if step is None else {"step": str(step)}),
+    )
     return path
 
 
@@ -45,7 +60,8 @@ def refused(act: Callable[[], object], *words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-# --- steps -------------------------------------------------------------------------------------------------------------
+# --- steps
+# -------------------------------------------------------------------------------------------------------------
 
 NAMES = {
     "step_00000010": 10,
@@ -85,11 +101,18 @@ def test_a_name_states_its_step_or_none_and_never_just_its_last_number(name: str
 @pytest.mark.parametrize(
     "name", [name for name, step in NAMES.items() if step is None and not name.startswith("model-")]
 )
-def test_a_file_that_states_no_step_is_refused_with_the_way_to_name_it(tmp_path: Path, name: str) -> None:
+def test_a_file_that_states_no_step_is_refused_with_the_way_to_name_it(
+    tmp_path: Path, name: str
+) -> None:
     for step in (1, 2):
         write(tmp_path / f"step_{step}.safetensors")
     write(tmp_path / f"{name}.safetensors")
-    refused(lambda: open_trajectory(tmp_path), "cannot tell the training step", f"{name}.safetensors", "--pattern")
+    refused(
+        lambda: open_trajectory(tmp_path),
+        "cannot tell the training step",
+        f"{name}.safetensors",
+        "--pattern",
+    )
 
 
 def test_files_are_ordered_by_their_number_and_not_by_name(tmp_path: Path) -> None:
@@ -97,7 +120,12 @@ def test_files_are_ordered_by_their_number_and_not_by_name(tmp_path: Path) -> No
         write(tmp_path / f"step_{step}.safetensors", {"w": torch.tensor([float(step)])})
     trajectory = open_trajectory(tmp_path)
     assert trajectory.steps == [9, 20, 100, 1000]
-    assert [read_checkpoint(each, {"w": "w"})["w"].item() for each in trajectory.checkpoints] == [9, 20, 100, 1000]
+    assert [read_checkpoint(each, {"w": "w"})["w"].item() for each in trajectory.checkpoints] == [
+        9,
+        20,
+        100,
+        1000,
+    ]
 
 
 def test_the_step_in_metadata_beats_the_one_in_the_name(tmp_path: Path) -> None:
@@ -123,11 +151,15 @@ def test_directories_of_a_trainer_are_checkpoints(tmp_path: Path) -> None:
 def test_the_step_of_a_trainer_state_beats_the_one_in_the_name(tmp_path: Path) -> None:
     for epoch, step in ((1, 500), (2, 1000)):
         write(tmp_path / f"checkpoint-{epoch}-epoch" / "model.safetensors")
-        (tmp_path / f"checkpoint-{epoch}-epoch" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        (tmp_path / f"checkpoint-{epoch}-epoch" / "trainer_state.json").write_text(
+            json.dumps({"global_step": step})
+        )
     assert steps(tmp_path) == [500, 1000]
 
 
-@pytest.mark.parametrize("state", ["", "[]", "{}", '{"global_step": null}', '{"global_step": "many"}', "\xff"])
+@pytest.mark.parametrize(
+    "state", ["", "[]", "{}", '{"global_step": null}', '{"global_step": "many"}', "\xff"]
+)
 def test_a_trainer_state_without_a_step_leaves_the_name_to_tell(tmp_path: Path, state: str) -> None:
     for step in (1, 2):
         write(tmp_path / f"checkpoint-{step}" / "model.safetensors")
@@ -143,7 +175,9 @@ def test_model_safetensors_is_taken_where_others_lie_beside_it(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("final", ["model.safetensors", "model-00001-of-00001.safetensors"])
-def test_a_final_model_beside_the_checkpoints_is_left_out_with_a_note(tmp_path: Path, final: str) -> None:
+def test_a_final_model_beside_the_checkpoints_is_left_out_with_a_note(
+    tmp_path: Path, final: str
+) -> None:
     for step in (5, 10):
         write(tmp_path / f"checkpoint-{step}" / "model.safetensors")
     write(tmp_path / final)
@@ -155,7 +189,12 @@ def test_a_final_model_beside_the_checkpoints_is_left_out_with_a_note(tmp_path: 
 def test_what_is_hidden_temporary_or_no_checkpoint_is_ignored(tmp_path: Path) -> None:
     for step in (0, 1):
         write(tmp_path / f"step_{step}.safetensors", {"w": torch.tensor([float(step)])})
-    for name in (".step_3.safetensors", ".step_3.safetensors.tmp", "step_3.safetensors.tmp", "step_3.tmp.safetensors"):
+    for name in (
+        ".step_3.safetensors",
+        ".step_3.safetensors.tmp",
+        "step_3.safetensors.tmp",
+        "step_3.tmp.safetensors",
+    ):
         (tmp_path / name).write_bytes(b"half written")
     for name in ("README.md", "step_3.pt", "step_3.ckpt"):
         (tmp_path / name).write_text("no checkpoint")
@@ -208,7 +247,9 @@ SLICES = {
 
 
 @pytest.mark.parametrize("text", SLICES)
-def test_steps_are_training_steps_with_both_ends_and_every_kth_checkpoint(tmp_path: Path, text: str) -> None:
+def test_steps_are_training_steps_with_both_ends_and_every_kth_checkpoint(
+    tmp_path: Path, text: str
+) -> None:
     for step in range(0, 70, 10):
         write(tmp_path / f"step_{step}.safetensors")
     assert steps(tmp_path, steps=text) == SLICES[text]
@@ -221,14 +262,21 @@ def test_steps_left_out_are_not_validated(tmp_path: Path) -> None:
     assert steps(tmp_path, steps=":2") == [1, 2]
 
 
-# --- shards ------------------------------------------------------------------------------------------------------------
+# --- shards
+# ------------------------------------------------------------------------------------------------------------
 
 
-def shard(directory: Path, *tables: Mapping[str, torch.Tensor], index: Mapping[str, str] | None = None) -> Path:
-    names = [f"model-{part:05d}-of-{len(tables):05d}.safetensors" for part in range(1, len(tables) + 1)]
+def shard(
+    directory: Path, *tables: Mapping[str, torch.Tensor], index: Mapping[str, str] | None = None
+) -> Path:
+    names = [
+        f"model-{part:05d}-of-{len(tables):05d}.safetensors" for part in range(1, len(tables) + 1)
+    ]
     for name, tensors in zip(names, tables, strict=True):
         write(directory / name, tensors)
-    weight_map = {tensor: name for name, tensors in zip(names, tables, strict=True) for tensor in tensors}
+    weight_map = {
+        tensor: name for name, tensors in zip(names, tables, strict=True) for tensor in tensors
+    }
     (directory / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": index or weight_map})
     )
@@ -237,7 +285,9 @@ def shard(directory: Path, *tables: Mapping[str, torch.Tensor], index: Mapping[s
 
 def test_a_sharded_checkpoint_is_read_as_one(tmp_path: Path) -> None:
     for step in (1, 2):
-        shard(tmp_path / f"checkpoint-{step}", {"w": WEIGHTS["w"] * step}, {"b": WEIGHTS["b"] * step})
+        shard(
+            tmp_path / f"checkpoint-{step}", {"w": WEIGHTS["w"] * step}, {"b": WEIGHTS["b"] * step}
+        )
     trajectory = open_trajectory(tmp_path)
     names = trajectory.match(TABLE)
     for checkpoint in trajectory.checkpoints:
@@ -252,17 +302,25 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     for step in (1, 2):
         shard(tmp_path / f"checkpoint-{step}", {"w": WEIGHTS["w"]}, {"b": WEIGHTS["b"]})
     (tmp_path / "checkpoint-2" / "model-00002-of-00002.safetensors").unlink()
-    refused(lambda: open_trajectory(tmp_path), "checkpoint-2", "model-00002-of-00002.safetensors", "missing")
+    refused(
+        lambda: open_trajectory(tmp_path),
+        "checkpoint-2",
+        "model-00002-of-00002.safetensors",
+        "missing",
+    )
 
 
 def test_a_shard_of_another_directory_is_never_read(tmp_path: Path) -> None:
     write(tmp_path / "secret.safetensors")
     for step in (1, 2):
-        shard(tmp_path / "ck" / f"checkpoint-{step}", WEIGHTS, index={"w": "../../secret.safetensors"})
+        shard(
+            tmp_path / "ck" / f"checkpoint-{step}", WEIGHTS, index={"w": "../../secret.safetensors"}
+        )
     refused(lambda: open_trajectory(tmp_path / "ck"), "secret.safetensors", "missing")
 
 
-# --- names -------------------------------------------------------------------------------------------------------------
+# --- names
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -288,17 +346,25 @@ def test_what_wrappers_put_into_a_name_is_taken_out(stored: str, name: str) -> N
 @pytest.mark.parametrize("in_model", ["", "module.", "_orig_mod."])
 def test_wrapped_and_plain_models_match(tmp_path: Path, prefix: str, in_model: str) -> None:
     for step in (1, 2):
-        write(tmp_path / f"step_{step}.safetensors", {prefix + name: tensor for name, tensor in WEIGHTS.items()})
+        write(
+            tmp_path / f"step_{step}.safetensors",
+            {prefix + name: tensor for name, tensor in WEIGHTS.items()},
+        )
     table = [TensorSpec(in_model + spec.name, spec.kind, spec.shape) for spec in TABLE]
     trajectory = open_trajectory(tmp_path)
     names = trajectory.match(table)
     assert names == {f"{in_model}w": f"{prefix}w", f"{in_model}b": f"{prefix}b"}
-    assert torch.equal(read_checkpoint(trajectory.checkpoints[0], names)[f"{in_model}w"], WEIGHTS["w"])
+    assert torch.equal(
+        read_checkpoint(trajectory.checkpoints[0], names)[f"{in_model}w"], WEIGHTS["w"]
+    )
 
 
 def test_two_names_that_become_one_are_refused(tmp_path: Path) -> None:
     for step in (1, 2):
-        write(tmp_path / f"step_{step}.safetensors", {"w": WEIGHTS["w"], "module.w": WEIGHTS["w"].clone()})
+        write(
+            tmp_path / f"step_{step}.safetensors",
+            {"w": WEIGHTS["w"], "module.w": WEIGHTS["w"].clone()},
+        )
     refused(lambda: open_trajectory(tmp_path), "'w'", "'module.w'", "both become", "--rename")
 
 
@@ -314,7 +380,10 @@ RENAMES = {
 def test_names_are_mapped(tmp_path: Path, case: str) -> None:
     rename, stored = RENAMES[case]
     for step in (1, 2):
-        write(tmp_path / f"step_{step}.safetensors", {source: WEIGHTS[name] for source, name in stored.items()})
+        write(
+            tmp_path / f"step_{step}.safetensors",
+            {source: WEIGHTS[name] for source, name in stored.items()},
+        )
     trajectory = open_trajectory(tmp_path, rename=rename)
     assert trajectory.match(TABLE) == {name: source for source, name in stored.items()}
 
@@ -323,13 +392,16 @@ TIED = [TensorSpec("emb.w", "parameter", (2, 3), aliases=("head.w", "out.w"))]
 
 
 @pytest.mark.parametrize(
-    "stored", [("emb.w",), ("head.w",), ("module.out.w",), ("emb.w", "head.w"), ("emb.w", "head.w", "out.w")]
+    "stored",
+    [("emb.w",), ("head.w",), ("module.out.w",), ("emb.w", "head.w"), ("emb.w", "head.w", "out.w")],
 )
 def test_a_tied_tensor_is_found_under_any_of_its_names_and_counted_once(
     tmp_path: Path, stored: tuple[str, ...]
 ) -> None:
     for step in (1, 2):
-        write(tmp_path / f"step_{step}.safetensors", {name: WEIGHTS["w"].clone() for name in stored})
+        write(
+            tmp_path / f"step_{step}.safetensors", {name: WEIGHTS["w"].clone() for name in stored}
+        )
     trajectory = open_trajectory(tmp_path)
     names = trajectory.match(TIED)
     assert names == {"emb.w": stored[0]}
@@ -339,12 +411,20 @@ def test_a_tied_tensor_is_found_under_any_of_its_names_and_counted_once(
 def test_a_tied_tensor_under_none_of_its_names_is_missing(tmp_path: Path) -> None:
     for step in (1, 2):
         write(tmp_path / f"step_{step}.safetensors", {"other": WEIGHTS["w"]})
-    refused(lambda: open_trajectory(tmp_path).match(TIED), "'emb.w'", "'other' instead", "step 1", "--rename")
+    refused(
+        lambda: open_trajectory(tmp_path).match(TIED),
+        "'emb.w'",
+        "'other' instead",
+        "step 1",
+        "--rename",
+    )
 
 
 @pytest.mark.parametrize("name", ["step", "group", "total", "w:0", "w:unit"])
 @pytest.mark.parametrize("kind", ["parameter", "buffer", "state"])
-def test_an_allocated_tensor_by_the_name_of_a_dimension_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+def test_an_allocated_tensor_by_the_name_of_a_dimension_is_refused(
+    tmp_path: Path, name: str, kind: str
+) -> None:
     for step in (1, 2):
         write(tmp_path / f"step_{step}.safetensors", {name: torch.zeros(2), "w": torch.zeros(2)})
     table = [TensorSpec("w", "parameter", (2,)), TensorSpec(name, kind, (2,))]
@@ -352,14 +432,21 @@ def test_an_allocated_tensor_by_the_name_of_a_dimension_is_refused(tmp_path: Pat
         assert open_trajectory(tmp_path).match(table) == {"w": "w", name: name}
     else:
         way_out = f"--rename '^{name}$=NEW'"
-        refused(lambda: open_trajectory(tmp_path).match(table), f"{name!r}", "Rename it in the task's model", way_out)
+        refused(
+            lambda: open_trajectory(tmp_path).match(table),
+            f"{name!r}",
+            "Rename it in the task's model",
+            way_out,
+        )
 
 
 def test_many_names_left_over_are_shortened(tmp_path: Path) -> None:
     extra = {f"extra.{index}": torch.zeros(1) for index in range(9)}
     for step in (1, 2):
         write(tmp_path / f"step_{step}.safetensors", WEIGHTS | extra)
-    refused(lambda: open_trajectory(tmp_path).match(TABLE), "'extra.0', 'extra.1', 'extra.2' and 6 more")
+    refused(
+        lambda: open_trajectory(tmp_path).match(TABLE), "'extra.0', 'extra.1', 'extra.2' and 6 more"
+    )
 
 
 def test_half_precision_is_seen_in_the_headers(tmp_path: Path) -> None:
@@ -368,7 +455,8 @@ def test_half_precision_is_seen_in_the_headers(tmp_path: Path) -> None:
     assert open_trajectory(tmp_path).half_precision == ["w"]
 
 
-# --- what is read, and how ---------------------------------------------------------------------------------------------
+# --- what is read, and how
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -383,7 +471,9 @@ def _bytes_read() -> int:
     return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
 
 
-def test_opening_reads_headers_and_samples_only(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_reads_headers_and_samples_only(
+    large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mmap, "mmap", _forbidden)
     monkeypatch.setattr(safetensors.torch, "load", _forbidden)
     monkeypatch.setattr(safetensors, "safe_open", _forbidden)
@@ -425,7 +515,9 @@ REPLACEMENTS: dict[str, Callable[[Path], object]] = {
     "other numbers": lambda path: write(path, {"w": torch.full((2**20,), 3.0)}),
     "its last number": lambda path: _overwrite(path, path.stat().st_size - 4),
     "a number in its middle": lambda path: _overwrite(path, path.stat().st_size // 2),
-    "the other checkpoint": lambda path: path.write_bytes((path.parent / "step_2.safetensors").read_bytes()),
+    "the other checkpoint": lambda path: path.write_bytes(
+        (path.parent / "step_2.safetensors").read_bytes()
+    ),
     "another size": lambda path: write(path, {"w": torch.zeros(2**19)}),
     "one byte less": lambda path: os.truncate(path, path.stat().st_size - 1),
     "nothing": lambda path: os.truncate(path, 0),
@@ -449,9 +541,13 @@ def test_a_file_replaced_after_opening_is_refused(large: Path, case: str) -> Non
 
 def test_shards_that_changed_places_are_refused(tmp_path: Path) -> None:
     for step in (1, 2):
-        shard(tmp_path / f"checkpoint-{step}", {"w": WEIGHTS["w"] * step}, {"b": WEIGHTS["b"] * step})
+        shard(
+            tmp_path / f"checkpoint-{step}", {"w": WEIGHTS["w"] * step}, {"b": WEIGHTS["b"] * step}
+        )
     trajectory = open_trajectory(tmp_path)
-    one, two = (tmp_path / "checkpoint-1" / f"model-0000{part}-of-00002.safetensors" for part in (1, 2))
+    one, two = (
+        tmp_path / "checkpoint-1" / f"model-0000{part}-of-00002.safetensors" for part in (1, 2)
+    )
     first = one.read_bytes()
     one.write_bytes(two.read_bytes())
     two.write_bytes(first)
@@ -461,7 +557,9 @@ def test_shards_that_changed_places_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-def test_numbers_that_are_not_finite_are_counted_and_named(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+def test_numbers_that_are_not_finite_are_counted_and_named(
+    tmp_path: Path, value: float, dtype: torch.dtype
+) -> None:
     whole = WEIGHTS["w"].to(dtype)
     spoiled = whole.clone()
     spoiled[0, :2] = value
@@ -469,19 +567,32 @@ def test_numbers_that_are_not_finite_are_counted_and_named(tmp_path: Path, value
         write(tmp_path / f"step_{step}.safetensors", {"w": tensor})
     trajectory = open_trajectory(tmp_path)
     read_checkpoint(trajectory.checkpoints[0], {"w": "w"})
-    with pytest.raises(SpanError, match=r"tensor 'w' holds 2 NaN or Inf in .*step_2\.safetensors \(step 2\)"):
+    with pytest.raises(
+        SpanError,
+        match=r"tensor 'w' holds 2 NaN or Inf in .*step_2\.safetensors "
+        r"\(step 2\)",
+    ):
         read_checkpoint(trajectory.checkpoints[1], {"w": "w"})
 
 
 DTYPES = [
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    ),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0, 2), (2, 3)], ids=str)
-def test_every_dtype_and_shape_comes_back_as_it_was(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_every_dtype_and_shape_comes_back_as_it_was(
+    tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     tensor = torch.ones(shape).to(dtype)
     for step in (1, 2):
         write(tmp_path / f"step_{step}.safetensors", {"w": tensor})
@@ -489,17 +600,26 @@ def test_every_dtype_and_shape_comes_back_as_it_was(tmp_path: Path, dtype: torch
     assert trajectory.match([TensorSpec("w", "state", shape)]) == {"w": "w"}
     read = read_checkpoint(trajectory.checkpoints[0], {"w": "w"})["w"]
     assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape)
-    assert torch.equal(read.view(torch.uint8) if shape else read, tensor.view(torch.uint8) if shape else tensor)
+    assert torch.equal(
+        read.view(torch.uint8) if shape else read, tensor.view(torch.uint8) if shape else tensor
+    )
 
 
-# --- headers: whatever we accept, safetensors accepts --------------------------------------------------------------------
+# --- headers: whatever we accept, safetensors accepts
+# --------------------------------------------------------------------
 
-SMALL = save({"w": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(2, dtype=torch.int64)}, metadata={"step": "1"})
+SMALL = save(
+    {"w": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(2, dtype=torch.int64)},
+    metadata={"step": "1"},
+)
 LENGTH = int.from_bytes(SMALL[:8], "little")
 HEADER: dict[str, Any] = json.loads(SMALL[8 : 8 + LENGTH])
 BODY = SMALL[8 + LENGTH :]
 FUZZ = settings(
-    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=250,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
 )
 
 
@@ -522,7 +642,9 @@ def accepted_by_both_or_refused(path: Path, data: bytes) -> None:
 
 
 def file_of(header: Any, body: bytes = BODY) -> bytes:
-    text = (header if isinstance(header, str) else json.dumps(header)).encode("utf-8", "surrogatepass")
+    text = (header if isinstance(header, str) else json.dumps(header)).encode(
+        "utf-8", "surrogatepass"
+    )
     return len(text).to_bytes(8, "little") + text + body
 
 
@@ -556,11 +678,28 @@ def test_garbage_is_refused(tmp_path: Path, data: bytes) -> None:
 
 NUMBERS = st.one_of(st.integers(-3, 40), st.sampled_from([2**31, 2**32, 2**63, 2**64 - 1, 2**64]))
 DTYPE_NAMES = st.sampled_from(
-    ["F32", "I64", "F64", "F16", "BF16", "U8", "BOOL", "F8_E8M0", "F8_E4M3", "C64", "U64", "F4", "f32", ""]
+    [
+        "F32",
+        "I64",
+        "F64",
+        "F16",
+        "BF16",
+        "U8",
+        "BOOL",
+        "F8_E8M0",
+        "F8_E4M3",
+        "C64",
+        "U64",
+        "F4",
+        "f32",
+        "",
+    ]
 )
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), NUMBERS, st.floats(), st.text(max_size=4), DTYPE_NAMES),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -571,7 +710,9 @@ def mutated_headers(draw: st.DrawFn) -> Any:
     header: Any = copy.deepcopy(HEADER)
     for _ in range(draw(st.integers(1, 3))):
         places = [(header, key) for key in header]
-        places += [(entry, key) for entry in header.values() if isinstance(entry, dict) for key in entry]
+        places += [
+            (entry, key) for entry in header.values() if isinstance(entry, dict) for key in entry
+        ]
         lists = [value for holder, key in places if isinstance(value := holder[key], list)]
         places += [(each, index) for each in lists for index in range(len(each))]
         holder, key = draw(st.sampled_from(places))
@@ -604,7 +745,9 @@ SHAPES = st.lists(st.integers(0, 4), max_size=4)
 @settings(FUZZ, max_examples=300)
 @given(
     tensors=st.dictionaries(
-        st.text(max_size=6), st.tuples(st.sampled_from(["F32", "I64", "F16", "U8", "BOOL"]), SHAPES), max_size=5
+        st.text(max_size=6),
+        st.tuples(st.sampled_from(["F32", "I64", "F16", "U8", "BOOL"]), SHAPES),
+        max_size=5,
     ),
     slack=st.sampled_from([0, 0, 0, 1, -1]),
     swap=st.booleans(),
@@ -646,7 +789,10 @@ ODD: dict[str, tuple[Any, bytes]] = {
     "an overlap": ({"a": entry([1], 0, 4), "b": entry([1], 2, 6)}, bytes(6)),
     "the same bytes twice": ({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, bytes(4)),
     "backwards": ({"a": entry([1], 4, 0)}, bytes(4)),
-    "empty tensors between": ({"a": entry([1], 0, 4), "b": entry([0], 4, 4), "c": entry([1], 4, 8)}, bytes(8)),
+    "empty tensors between": (
+        {"a": entry([1], 0, 4), "b": entry([0], 4, 4), "c": entry([1], 4, 8)},
+        bytes(8),
+    ),
     "an empty tensor outside": ({"a": entry([1], 0, 4), "b": entry([0], 9, 9)}, bytes(4)),
     "an empty tensor inside another": ({"a": entry([1], 0, 4), "b": entry([0], 2, 2)}, bytes(4)),
     "unknown dtype": ({"w": entry([1], 0, 4, "F33")}, bytes(4)),
@@ -657,7 +803,10 @@ ODD: dict[str, tuple[Any, bytes]] = {
     "three offsets": ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 4]}}, bytes(4)),
     "an unknown key": ({"w": entry([1], 0, 4) | {"more": 1}}, bytes(4)),
     "an entry that is a list": ({"w": ["F32", [1], [0, 4]]}, bytes(4)),
-    "a name twice": ("{" + ",".join(2 * ['"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}']) + "}", bytes(4)),
+    "a name twice": (
+        "{" + ",".join(2 * ['"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}']) + "}",
+        bytes(4),
+    ),
     "half a surrogate": ('{"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
     "an empty name": ({"": entry([1], 0, 4)}, bytes(4)),
     "a name that is a path": ({"../../etc/x": entry([1], 0, 4)}, bytes(4)),
@@ -670,7 +819,10 @@ ODD: dict[str, tuple[Any, bytes]] = {
     "NaN": ('{"w":NaN}', b""),
     "nested deep": ("[" * 50_000, b""),
     "an integer of 5000 digits": ('{"w":' + "9" * 5000 + "}", b""),
-    "an extent of 5000 digits": ('{"w":{"dtype":"F32","shape":[' + "9" * 5000 + '],"data_offsets":[0,4]}}', bytes(4)),
+    "an extent of 5000 digits": (
+        '{"w":{"dtype":"F32","shape":[' + "9" * 5000 + '],"data_offsets":[0,4]}}',
+        bytes(4),
+    ),
     "nothing": ("", b""),
 }
 
@@ -680,11 +832,15 @@ def test_an_odd_header_is_accepted_by_both_or_refused(tmp_path: Path, case: str)
     accepted_by_both_or_refused(tmp_path / "f", file_of(*ODD[case]))
 
 
-@pytest.mark.parametrize("key", ['"data_offsets"', '"data\\u005foffsets"'], ids=["plainly", "in disguise"])
+@pytest.mark.parametrize(
+    "key", ['"data_offsets"', '"data\\u005foffsets"'], ids=["plainly", "in disguise"]
+)
 def test_too_many_tensors_are_refused_before_they_are_parsed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    entries = (f'"{index:x}":{{"dtype":"U8","shape":[0],{key}:[0,0]}}' for index in range(MAX_TENSORS + 2))
+    entries = (
+        f'"{index:x}":{{"dtype":"U8","shape":[0],{key}:[0,0]}}' for index in range(MAX_TENSORS + 2)
+    )
     (tmp_path / "f").write_bytes(file_of("{" + ",".join(entries) + "}", b""))
     monkeypatch.setattr(json, "loads", _forbidden)
     refused(lambda: read_header(tmp_path / "f"), "100,000 tensors")

@@ -44,7 +44,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lca_posthoc.prepare._WINDOWS", 4)
         task = write_task(root / "task.py", *STRINGS)
-        lca_posthoc.run(root / "ck", task, losses=["all"], cluster="inline", span=1, out=root / "run.lca")
+        lca_posthoc.run(
+            root / "ck", task, losses=["all"], cluster="inline", span=1, out=root / "run.lca"
+        )
     return root
 
 
@@ -65,9 +67,19 @@ def found(run: Path) -> list[Damage | Leftover]:
 
 def replayed(place: Path) -> list[tuple[str, int]]:
     events: list[Any] = []
-    where = {"losses": ["all"], "cluster": "inline", "out": place / "run.lca", "progress": events.append}
+    where = {
+        "losses": ["all"],
+        "cluster": "inline",
+        "out": place / "run.lca",
+        "progress": events.append,
+    }
     lca_posthoc.run(place / "ck", place / "task.py", **where)
-    return [(loss, event.span) for event in events if isinstance(event, SpanDone) for loss in event.losses]
+    return [
+        (loss, event.span)
+        for event in events
+        if isinstance(event, SpanDone)
+        for loss in event.losses
+    ]
 
 
 def same_data(run: Path, made: Path) -> bool:
@@ -78,7 +90,9 @@ def test_a_whole_run_is_whole_wherever_it_is(run: Path, tmp_path: Path) -> None:
     before = contents(run)
     checked = verify(run)
     assert list(checked) == []
-    held = [path for path in run.rglob("*") if path.is_file() and path.name not in ("lock", "run.jsonl")]
+    held = [
+        path for path in run.rglob("*") if path.is_file() and path.name not in ("lock", "run.jsonl")
+    ]
     assert (checked.files, checked.bytes) == (len(held), sum(path.stat().st_size for path in held))
     result = lca("verify", run.rename(tmp_path / "elsewhere"))
     assert (result.exit_code, result.stdout.endswith(": whole\n"), result.stderr) == (0, True, "")
@@ -102,7 +116,8 @@ def test_any_damaged_file_is_found_and_undone(place: Path, run: Path, made: Path
     for kind, path in files.items():
         DAMAGES[how](run / path)
         listed = [each for each in found(run) if isinstance(each, Damage)]
-        gone = how == "deleted" and "marker" in kind  # what has no marker is not there: nothing is damaged
+        # what has no marker is not there: nothing is damaged
+        gone = how == "deleted" and "marker" in kind
         unfolded = [f"partial/validation/00000{span}-1.safetensors" for span in (2, 3)]
         expected = unfolded if kind == "window marker" and how in ("deleted", "empty") else []
         assert [each.path for each in listed] == expected + ([] if gone else [path]), kind
@@ -120,7 +135,9 @@ def test_any_damaged_file_is_found_and_undone(place: Path, run: Path, made: Path
         assert found(run) == [], kind
 
 
-def test_waiting_totals_that_are_damaged_are_never_folded(place: Path, run: Path, made: Path) -> None:
+def test_waiting_totals_that_are_damaged_are_never_folded(
+    place: Path, run: Path, made: Path
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunWriter, "fold", lambda *_: [])
         RunWriter.open(run).discard([Damage(path="", what="", loss="train", window=0)])
@@ -130,7 +147,11 @@ def test_waiting_totals_that_are_damaged_are_never_folded(place: Path, run: Path
     data[-1] ^= 1
     waiting.write_bytes(data)
     (damage,) = [each for each in found(run) if isinstance(each, Damage)]
-    assert (damage.span, damage.path, damage.array) == (1, waiting.relative_to(run).as_posix(), "totals")
+    assert (damage.span, damage.path, damage.array) == (
+        1,
+        waiting.relative_to(run).as_posix(),
+        "totals",
+    )
     assert RunWriter.open(run).fold_all("train") == [1]
     assert replayed(place) == [("train", 1)]
     assert same_data(run, made)
@@ -150,7 +171,11 @@ def test_swapped_chunks_and_markers_are_found(run: Path) -> None:
     one.write_bytes(second)
     other.write_bytes(first)
     assert [each.span for each in found(run) if isinstance(each, Damage)] == [0, 1]
-    with pytest.raises(LCAError, match=r"steps/residual, span [01] \(steps .*\): a chunk is not the one"):
+    with pytest.raises(
+        LCAError,
+        match=r"steps/residual, span [01] \(steps .*\): a chunk is not "
+        r"the one",
+    ):
         _ = open_run(run)["train"].steps
     shutil.copy(marker(run, "train", 4), marker(run, "train", 5))
     (damage,) = [each for each in found(run) if isinstance(each, Damage) and each.span == 5]
@@ -158,14 +183,23 @@ def test_swapped_chunks_and_markers_are_found(run: Path) -> None:
 
 
 def test_a_marker_of_another_run_is_not_taken(run: Path, place: Path) -> None:
-    lca_posthoc.run(place / "ck", place / "task.py", losses=["all"], cluster="inline", span=1, out=place / "other.lca")
+    lca_posthoc.run(
+        place / "ck",
+        place / "task.py",
+        losses=["all"],
+        cluster="inline",
+        span=1,
+        out=place / "other.lca",
+    )
     shutil.copy(marker(place / "other.lca", "train", 0), marker(run, "train", 0))
     (damage,) = found(run)
     assert isinstance(damage, Damage)
     assert damage.what == "its commit marker is that of another run"
 
 
-def test_links_are_damage_and_nothing_is_written_through_them(place: Path, run: Path, tmp_path: Path) -> None:
+def test_links_are_damage_and_nothing_is_written_through_them(
+    place: Path, run: Path, tmp_path: Path
+) -> None:
     chunk = run / "data.zarr/train/steps/residual/c/1/0"
     shutil.move(chunk, tmp_path / "chunk")
     chunk.symlink_to(tmp_path / "chunk")
@@ -176,11 +210,19 @@ def test_links_are_damage_and_nothing_is_written_through_them(place: Path, run: 
     before = (tmp_path / "chunk").read_bytes()
     (tmp_path / "chunk").write_bytes(b"mine")
     assert replayed(place) == [("train", 1)]
-    assert ((tmp_path / "chunk").read_bytes(), chunk.is_symlink(), chunk.read_bytes()) == (b"mine", False, before)
+    assert ((tmp_path / "chunk").read_bytes(), chunk.is_symlink(), chunk.read_bytes()) == (
+        b"mine",
+        False,
+        before,
+    )
 
 
-@pytest.mark.parametrize("directory", ["commits", "partial/train", "data.zarr", "data.zarr/train/steps/level", "lock"])
-def test_a_run_with_a_link_inside_is_not_written_to(place: Path, run: Path, tmp_path: Path, directory: str) -> None:
+@pytest.mark.parametrize(
+    "directory", ["commits", "partial/train", "data.zarr", "data.zarr/train/steps/level", "lock"]
+)
+def test_a_run_with_a_link_inside_is_not_written_to(
+    place: Path, run: Path, tmp_path: Path, directory: str
+) -> None:
     marker(run, "train", 1).unlink()
     shutil.move(run / directory, tmp_path / "outside")
     (run / directory).symlink_to(tmp_path / "outside")
@@ -190,7 +232,9 @@ def test_a_run_with_a_link_inside_is_not_written_to(place: Path, run: Path, tmp_
     assert contents(tmp_path / "outside") == before
 
 
-def test_a_chunk_row_behind_a_link_is_not_written_to(place: Path, run: Path, tmp_path: Path) -> None:
+def test_a_chunk_row_behind_a_link_is_not_written_to(
+    place: Path, run: Path, tmp_path: Path
+) -> None:
     row = run / "data.zarr/train/steps/residual/c/1"
     marker(run, "train", 1).unlink()
     shutil.move(row, tmp_path / "outside")
@@ -234,7 +278,9 @@ def test_leftovers_are_told_apart_from_damage(run: Path) -> None:
         lambda file: _edit(file, dimension_names=["step", "other"]),
         lambda file: (
             file.unlink(),
-            (file.parent / ".zarray").write_text('{"zarr_format": 2, "filters": [{"id": "pickle"}]}'),
+            (file.parent / ".zarray").write_text(
+                '{"zarr_format": 2, "filters": [{"id": "pickle"}]}'
+            ),
         ),
         lambda file: file.write_text("[" * 10**6),
     ],
@@ -277,7 +323,9 @@ def test_metadata_is_what_zarr_itself_would_write(run: Path, tmp_path: Path) -> 
     tree = xr.open_datatree(run / "data.zarr", engine="zarr", consolidated=False)
     assert tree["train/histogram"].group.values.tolist() == ["b", "ä"]
     assert tree["train/histogram"].step.values.tolist() == manifest.steps
-    np.testing.assert_array_equal(tree["train/histogram"].edge.values, store.metadata.histogram_edges())
+    np.testing.assert_array_equal(
+        tree["train/histogram"].edge.values, store.metadata.histogram_edges()
+    )
 
 
 def test_verifying_while_a_run_goes_on_finds_nothing(place: Path, run: Path) -> None:
@@ -287,7 +335,9 @@ def test_verifying_while_a_run_goes_on_finds_nothing(place: Path, run: Path) -> 
         from lca_posthoc.worker import replay_span
 
         marker(run, "train", 0).unlink()
-        patch.setattr("lca_posthoc.replay.replay_span", lambda spec: specs.append(spec) or replay_span(spec))
+        patch.setattr(
+            "lca_posthoc.replay.replay_span", lambda spec: specs.append(spec) or replay_span(spec)
+        )
         replayed(place)
     broadcast.take_in(specs[0]["setup"]["parcel"], pack(place / "task.py")[1])
     checking, seen = store.verify(run), 0
@@ -314,7 +364,9 @@ def test_a_run_that_is_just_growing_can_be_read_and_is_whole(run: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store.writer, "write_manifest", raising(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            writer.take_up(more, {name: record.identity for name, record in writer.manifest.losses.items()})
+            writer.take_up(
+                more, {name: record.identity for name, record in writer.manifest.losses.items()}
+            )
     assert json.loads((run / "data.zarr/train/steps/level/zarr.json").read_text())["shape"][0] == 7
     (run / "lock").write_text('{"host": "here"}')
     assert found(run) == []
@@ -330,7 +382,8 @@ def raising(error: type[BaseException]) -> Callable[..., None]:
     return call
 
 
-# --- late workers, the lock, what is kept of run.json --------------------------------------------------------------------
+# --- late workers, the lock, what is kept of run.json
+# --------------------------------------------------------------------
 
 
 def test_a_late_worker_commits_nothing_that_has_changed_meanwhile(run: Path) -> None:
@@ -386,7 +439,9 @@ def test_a_driver_that_was_killed_leaves_the_lock_unclean(run: Path) -> None:
         assert not held.unclean
 
 
-def test_run_json_is_parsed_once_until_it_changes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_json_is_parsed_once_until_it_changes(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.utime(run / "run.json", (0, 0))
     first = read_manifest(run)
     assert read_manifest(run) is first
@@ -411,7 +466,9 @@ def test_a_flipped_digit_is_never_another_number(run: Path, name: str) -> None:
     assert open_run(run)["train"].markers
 
 
-def test_nothing_is_flushed_without_durability(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_nothing_is_flushed_without_durability(
+    run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     flushed: list[int] = []
     monkeypatch.setattr(os, "fsync", flushed.append)
     manifest = read_manifest(run)
@@ -435,7 +492,9 @@ def test_many_readers_at_once_read_the_same(run: Path) -> None:
     expected, different = allocation.values, list[int]()
 
     def read(at: int) -> None:
-        if not np.array_equal(open_run(run)["validation"].allocation["hidden.weight"].values, expected):
+        if not np.array_equal(
+            open_run(run)["validation"].allocation["hidden.weight"].values, expected
+        ):
             different.append(at)
 
     threads = [threading.Thread(target=read, args=(at,)) for at in range(4)]

@@ -1,4 +1,6 @@
-"""What wraps a model or an optimiser changes nothing of what is recorded: the whole state dict, after the whole step."""
+"""What wraps a model or an optimiser changes nothing of what is recorded: the whole state dict,
+after the whole step.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ from lca_posthoc.recorder.callback import Recording
 from lca_posthoc.store import hold
 from lca_posthoc.trajectory import normalise
 
-INPUTS, TARGETS = torch.randn(24, 4, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3
+INPUTS, TARGETS = (
+    torch.randn(24, 4, generator=torch.Generator().manual_seed(0)),
+    torch.arange(24) % 3,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +43,8 @@ def no_warnings() -> Iterator[None]:
         yield
 
 
-# --- the model ---------------------------------------------------------------------------------------------------------------------
+# --- the model
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -67,7 +73,10 @@ class Copies(Net):
     """Its state dict holds copies."""
 
     def state_dict(self, *given: Any, **options: Any) -> dict[str, Any]:
-        return {name: value.detach().clone() for name, value in super().state_dict(*given, **options).items()}
+        return {
+            name: value.detach().clone()
+            for name, value in super().state_dict(*given, **options).items()
+        }
 
 
 class Adds(Net):
@@ -75,7 +84,9 @@ class Adds(Net):
 
     def __init__(self) -> None:
         super().__init__()
-        self._register_state_dict_hook(lambda module, state, *_: state.update(norm=module.head.weight.detach().norm()))
+        self._register_state_dict_hook(
+            lambda module, state, *_: state.update(norm=module.head.weight.detach().norm())
+        )
 
 
 class Counts(Net):
@@ -115,7 +126,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "checkpointed": lambda: Net(checkpoint_wrapper),
     "checkpointed twice": lambda: checkpoint_wrapper(Net(checkpoint_wrapper)),
     "compiled part": lambda: Net(torch.compile),  # type: ignore[arg-type]
-    "compiled, checkpointed part": lambda: Net(lambda part: torch.compile(checkpoint_wrapper(part))),  # type: ignore[return-value]
+    "compiled, checkpointed part": lambda: Net(
+        lambda part: torch.compile(checkpoint_wrapper(part))
+    ),  # type: ignore[return-value]
     "data parallel": lambda: nn.DataParallel(Net(checkpoint_wrapper)),
     "averaged": lambda: AveragedModel(Net()),
     "weight norm": normed,
@@ -128,13 +141,17 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_file_holds_what_the_state_dict_held_and_a_run_takes_it(tmp_path: Path, name: str) -> None:
+def test_every_file_holds_what_the_state_dict_held_and_a_run_takes_it(
+    tmp_path: Path, name: str
+) -> None:
     model = MODELS[name]()
     states = []
     with Recorder(tmp_path / "ck", model) as recorder:
         for step in range(3):
             recorder.save(step)
-            states.append({normalise(each): value.clone() for each, value in model.state_dict().items()})
+            states.append(
+                {normalise(each): value.clone() for each, value in model.state_dict().items()}
+            )
             with torch.no_grad():
                 for tensor in [*model.parameters(), *model.buffers()]:
                     tensor += tensor.new_tensor(1) if tensor.dtype != torch.bool else False
@@ -144,8 +161,14 @@ def test_every_file_holds_what_the_state_dict_held_and_a_run_takes_it(tmp_path: 
         assert all(torch.equal(stored[each], value) for each, value in state.items())
     if "compiled" not in name:
         task = Task(MODELS[name], {"train": (INPUTS, TARGETS)}, {"train": Loss(F.cross_entropy)})
-        run = lca_posthoc.run(tmp_path / "ck", task, out=tmp_path / "run.lca", cluster="inline", device="cpu")
-        floating = {each for each, value in states[0].items() if value.is_floating_point() and each != "norm"}
+        run = lca_posthoc.run(
+            tmp_path / "ck", task, out=tmp_path / "run.lca", cluster="inline", device="cpu"
+        )
+        floating = {
+            each
+            for each, value in states[0].items()
+            if value.is_floating_point() and each != "norm"
+        }
         names = {
             normalise(each).replace("head.", "top.") if name == "renames" else normalise(each)
             for each in run["train"].allocation
@@ -156,7 +179,11 @@ def test_every_file_holds_what_the_state_dict_held_and_a_run_takes_it(tmp_path: 
 def test_tensors_that_are_not_dense_are_refused_with_the_way_out(tmp_path: Path) -> None:
     model = Net()
     model.register_buffer("links", torch.eye(3).to_sparse())
-    with pytest.raises(InputError, match=r"'links' of the model is sparse .* register_buffer\(.*persistent=False\)"):
+    with pytest.raises(
+        InputError,
+        match=r"'links' of the model is sparse .* "
+        r"register_buffer\(.*persistent=False\)",
+    ):
         Recorder(tmp_path / "ck", model).save(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch will have such tensors no more
@@ -186,26 +213,37 @@ def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     model = nn.Module()
     model.weight = nn.Parameter(torch.ones(2))
     model.module = nn.Linear(2, 1)
-    with pytest.raises(InputError, match=r"'weight' and 'module\.weight' of the model are both 'weight'"):
+    with pytest.raises(
+        InputError,
+        match=r"'weight' and 'module\.weight' of the model are both "
+        r"'weight'",
+    ):
         Recorder(tmp_path / "ck", model).save(0)
 
 
 @pytest.mark.parametrize("name", ["step", "group", "total"])
 @pytest.mark.parametrize("kind", ["parameter", "buffer", "count"])
-def test_names_that_results_have_themselves_are_refused_before_training(tmp_path: Path, name: str, kind: str) -> None:
+def test_names_that_results_have_themselves_are_refused_before_training(
+    tmp_path: Path, name: str, kind: str
+) -> None:
     model = Net()
     value = torch.tensor(1) if kind == "count" else torch.tensor(1.0)
-    model.register_parameter(name, nn.Parameter(value)) if kind == "parameter" else model.register_buffer(name, value)
+    model.register_parameter(
+        name, nn.Parameter(value)
+    ) if kind == "parameter" else model.register_buffer(name, value)
     recorder = Recorder(tmp_path / "ck", model)
     if kind == "count":
         with recorder:
             recorder.save(0)
     else:
-        with pytest.raises(InputError, match=f"a tensor called '{name}'.* Rename it in the model before you train"):
+        with pytest.raises(
+            InputError, match=f"a tensor called '{name}'.* Rename it in the model before you train"
+        ):
             recorder.save(0)
 
 
-# --- the optimiser -----------------------------------------------------------------------------------------------------------------
+# --- the optimiser
+# -----------------------------------------------------------------------------------------------------------------
 
 
 class Lookahead(torch.optim.Optimizer):
@@ -358,7 +396,9 @@ class OwnMethod(Lookahead):
 
 
 class Several(Lookahead):
-    """Makes the steps of its parts in a comprehension, and by a function beside it; one of its names is a property."""
+    """Makes the steps of its parts in a comprehension, and by a function beside it; one of its
+    names is a property.
+    """
 
     @property
     def rate(self) -> float:
@@ -406,7 +446,9 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 
 
 def trained(model: nn.Module, optimizer: Any, steps: int) -> list[dict[str, Tensor]]:
-    """Train; the state dict after each step that the wrapper made, forward passes first as many loops have them."""
+    """Train; the state dict after each step that the wrapper made, forward passes first as many
+    loops have them.
+    """
     states = []
 
     def gradient() -> Tensor:
@@ -447,9 +489,13 @@ def assert_recorded(directory: Path, states: list[dict[str, Tensor]]) -> None:
         assert [name for name, each in state.items() if not torch.equal(stored[name], each)] == []
 
 
-@pytest.mark.parametrize("attached", ["the wrapper", "what is inside", "what is inside, before it is wrapped"])
+@pytest.mark.parametrize(
+    "attached", ["the wrapper", "what is inside", "what is inside, before it is wrapped"]
+)
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_an_iterate_is_the_model_after_the_outermost_step(tmp_path: Path, name: str, attached: str) -> None:
+def test_an_iterate_is_the_model_after_the_outermost_step(
+    tmp_path: Path, name: str, attached: str
+) -> None:
     model = Net()
     inner = sgd(model)
     states = [{each: value.clone() for each, value in model.state_dict().items()}]
@@ -467,7 +513,9 @@ def test_an_iterate_is_the_model_after_the_outermost_step(tmp_path: Path, name: 
 
 
 def test_a_followed_wrapper_is_called_as_before(tmp_path: Path) -> None:
-    """Signatures are those of its methods, which others look at (accelerate, GradScaler); what is no method stays as it is."""
+    """Signatures are those of its methods, which others look at (accelerate, GradScaler); what is
+    no method stays as it is.
+    """
     model = Net()
     wrapper = Several(sgd(model))
     before = {name: inspect.signature(getattr(wrapper, name)) for name in ("step", "zero_grad")}
@@ -488,9 +536,13 @@ def test_a_step_that_calls_the_step_of_its_base_is_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copied", "pickled"]
+    "copied",
+    [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))],
+    ids=["copied", "pickled"],
 )
-def test_a_copy_of_a_followed_wrapper_is_its_own(tmp_path: Path, copied: Callable[[Any], Any]) -> None:
+def test_a_copy_of_a_followed_wrapper_is_its_own(
+    tmp_path: Path, copied: Callable[[Any], Any]
+) -> None:
     model = Net()
     wrapper = Duck(sgd(model))
     with Recorder(tmp_path / "ck", model).attach(wrapper):  # type: ignore[arg-type]
@@ -504,16 +556,23 @@ def test_a_copy_of_a_followed_wrapper_is_its_own(tmp_path: Path, copied: Callabl
 
 
 @pytest.mark.parametrize(
-    "given", [torch.amp.GradScaler("cpu"), nn.Linear(1, 1), {"params": []}], ids=lambda each: type(each).__name__
+    "given",
+    [torch.amp.GradScaler("cpu"), nn.Linear(1, 1), {"params": []}],
+    ids=lambda each: type(each).__name__,
 )
-def test_what_cannot_be_followed_is_refused_with_the_line_that_works(tmp_path: Path, given: Any) -> None:
+def test_what_cannot_be_followed_is_refused_with_the_line_that_works(
+    tmp_path: Path, given: Any
+) -> None:
     with pytest.raises(
-        InputError, match=rf"attach was given {type(given).__name__}; .*recorder\.save\(step\) after each step"
+        InputError,
+        match=rf"attach was given {type(given).__name__}; .*recorder\.save\(step\) "
+        rf"after each step",
     ):
         Recorder(tmp_path / "ck", Net()).attach(given)
 
 
-# --- frozen parameters, no locks -----------------------------------------------------------------------------------------------------
+# --- frozen parameters, no locks
+# -----------------------------------------------------------------------------------------------------
 
 
 def adapted() -> nn.Module:
@@ -535,12 +594,18 @@ def test_trainers_record_what_is_trained_and_all_where_asked(tmp_path: Path, fro
         recording.take(step)
     recording.end()
     base = {"part.0.weight", "part.0.bias", "part.1.weight", "part.1.bias"}
-    assert set(model.state_dict()) - set(load_file(next((tmp_path / "ck").iterdir()))) == (set() if frozen else base)
+    assert set(model.state_dict()) - set(load_file(next((tmp_path / "ck").iterdir()))) == (
+        set() if frozen else base
+    )
     task = Task(adapted, {"train": (INPUTS, TARGETS)}, {"train": Loss(F.cross_entropy)})
-    run = lca_posthoc.run(tmp_path / "ck", task, out=tmp_path / "run.lca", cluster="inline", device="cpu")["train"]
+    run = lca_posthoc.run(
+        tmp_path / "ck", task, out=tmp_path / "run.lca", cluster="inline", device="cpu"
+    )["train"]
     assert base.isdisjoint(run.allocation) is not frozen
     change = float(run.steps.loss_end[-1] - run.steps.loss_start[0])
-    assert float(run.tensors.allocated.sum() + run.steps.residual.sum()) == pytest.approx(change, abs=1e-6)
+    assert float(run.tensors.allocated.sum() + run.steps.residual.sum()) == pytest.approx(
+        change, abs=1e-6
+    )
 
 
 def test_a_frozen_part_that_moves_all_the_same_is_said(tmp_path: Path) -> None:
@@ -551,7 +616,11 @@ def test_a_frozen_part_that_moves_all_the_same_is_said(tmp_path: Path) -> None:
     for each in model.part.parameters():
         each.data.lerp_(torch.full_like(each, 2.0), 0.1)
     recorder.save(1)
-    with pytest.warns(UserWarning, match=r"'part.0.weight' and 3 more moved although frozen.*frozen=True"):
+    with pytest.warns(
+        UserWarning,
+        match=r"'part.0.weight' and 3 more moved although "
+        r"frozen.*frozen=True",
+    ):
         recorder.close()
 
 
@@ -560,7 +629,11 @@ def test_a_parameter_that_comes_to_be_trained_is_named_with_the_switch(tmp_path:
     with Recorder(tmp_path / "ck", model, frozen=False) as recorder:
         recorder.save(0)
         model.requires_grad_(True)
-        with pytest.raises(InputError, match=r"'part.*' was frozen at the first step recorded.*frozen=True"):
+        with pytest.raises(
+            InputError,
+            match=r"'part.*' was frozen at the first step "
+            r"recorded.*frozen=True",
+        ):
             recorder.save(1)
 
 
@@ -575,7 +648,9 @@ def test_without_locks_recording_and_reading_work_and_a_replay_is_refused(
             trained(model, optimizer, 2)
         with pytest.raises(ResourceError, match="runs are computed on Linux"), hold(tmp_path):
             pass
-    run = lca_posthoc.run(tmp_path / "ck", task, out=tmp_path / "run.lca", cluster="inline", device="cpu")
+    run = lca_posthoc.run(
+        tmp_path / "ck", task, out=tmp_path / "run.lca", cluster="inline", device="cpu"
+    )
     monkeypatch.setattr(locks, "fcntl", None)
     assert lca_posthoc.open_run(tmp_path / "run.lca")["train"].progress()["running"] is False
     assert len(run["train"].steps.step) == 2

@@ -1,16 +1,19 @@
-"""ResNet-20 of the paper (273,066 parameters) on CIFAR-10, at CPU size: trains it and is its own task file.
+"""ResNet-20 of the paper (273,066 parameters) on CIFAR-10, at CPU size: trains it and is its own
+task file.
 
 ```sh
 export LCA_DATA=DIR
 python docs/examples/cifar10_resnet20.py resnet
-lca run resnet --task docs/examples/cifar10_resnet20.py --norm-stats batch --batch-size 500 --subset 0:500 --tolerance 0.01 --keep units
+lca run resnet --task docs/examples/cifar10_resnet20.py --norm-stats batch --batch-size 500 --subset
+0:500 --tolerance 0.01 --keep units
 ```
 
-DIR holds `cifar10.safetensors` with `train.images` (10000, 32, 32, 3) uint8 and `train.labels`; a number after the checkpoints'
-directory is how many iterates to train for. Scaled down: trained for 80 iterates on 1,000 images and, with the command above, measured
-on 500 of them in one batch, instead of 4,500 iterates and 45,000 images in batches of thousands. The first steps at a learning rate
-of 0.1 are so large that a tolerance of 0.001 would refine them many times. Normalisations take the statistics of their batch,
-which is one of 250 in training.
+DIR holds `cifar10.safetensors` with `train.images` (10000, 32, 32, 3) uint8 and `train.labels`; a
+number after the checkpoints' directory is how many iterates to train for. Scaled down: trained for
+80 iterates on 1,000 images and, with the command above, measured on 500 of them in one batch,
+instead of 4,500 iterates and 45,000 images in batches of thousands. The first steps at a learning
+rate of 0.1 are so large that a tolerance of 0.001 would refine them many times. Normalisations take
+the statistics of their batch, which is one of 250 in training.
 """
 
 from __future__ import annotations
@@ -32,13 +35,20 @@ IMAGES = 1000
 
 
 class Block(nn.Module):
-    """conv, norm, ReLU, conv, norm, plus the input (through a 1×1 convolution where the shape changes), ReLU."""
+    """conv, norm, ReLU, conv, norm, plus the input (through a 1×1 convolution where the shape
+    changes), ReLU.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.BatchNorm2d(outputs)
+        self.conv1, self.norm1 = (
+            nn.Conv2d(inputs, outputs, 3, stride, padding=1),
+            nn.BatchNorm2d(outputs),
+        )
         self.conv2, self.norm2 = nn.Conv2d(outputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride)
+        self.shortcut = (
+            nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.relu(self.norm1(self.conv1(x)))
@@ -55,7 +65,9 @@ class Net(nn.Module):
         self.blocks = nn.Sequential()
         for stage, width in enumerate(widths, start=1):
             for block in range(1, depth + 1):
-                self.blocks.add_module(f"{stage}_{block}", Block(before, width, 2 if width > before else 1))
+                self.blocks.add_module(
+                    f"{stage}_{block}", Block(before, width, 2 if width > before else 1)
+                )
                 before = width
         self.fc = nn.Linear(before, 10)
         for layer in self.modules():
@@ -69,23 +81,35 @@ class Net(nn.Module):
 
 
 def data(images: int | None = None) -> tuple[Tensor, Tensor]:
-    """The first training images, or all of them, (N, 3, 32, 32) float32 in [0, 1], and labels, (N,)."""
+    """The first training images, or all of them, (N, 3, 32, 32) float32 in [0, 1], and labels,
+    (N,).
+    """
     if "LCA_DATA" not in os.environ:
         raise RuntimeError("set LCA_DATA to the directory that holds cifar10.safetensors")
     stored = load_file(Path(os.environ["LCA_DATA"]) / "cifar10.safetensors")
-    return stored["train.images"][:images].permute(0, 3, 1, 2).float() / 255, stored["train.labels"][:images].long()
+    return stored["train.images"][:images].permute(0, 3, 1, 2).float() / 255, stored[
+        "train.labels"
+    ][:images].long()
 
 
 def task() -> Task:
     """Cross-entropy on the images it was trained on."""
-    return Task(model=Net, data={"train": data(IMAGES)}, losses={"train": Loss(F.cross_entropy, on="train")})
+    return Task(
+        model=Net, data={"train": data(IMAGES)}, losses={"train": Loss(F.cross_entropy, on="train")}
+    )
 
 
 def train(directory: str, iterates: int = ITERATES) -> None:
     """SGD, learning rate 0.1, momentum 0.9, batches of 250."""
     torch.manual_seed(0)
     model = Net()
-    record(directory, model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), data(IMAGES), iterates)
+    record(
+        directory,
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        data(IMAGES),
+        iterates,
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 python docs/examples/digits_frozen.py OUT
 ```
 
-Trains the same network twice from the same seed, replays both, sets them beside each other, and draws `OUT/frozen.png`.
+Trains the same network twice from the same seed, replays both, sets them beside each other, and
+draws `OUT/frozen.png`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,13 @@ def main(out: Path) -> None:
     runs = {}
     for name in ("free", "frozen"):
         record(out / name, frozen=name == "frozen")
-        done = lca.run(out / name, "lca_posthoc.demo:task", out=out / f"{name}.lca", cluster="inline", keep="tensors")
+        done = lca.run(
+            out / name,
+            "lca_posthoc.demo:task",
+            out=out / f"{name}.lca",
+            cluster="inline",
+            keep="tensors",
+        )
         runs[name] = done["train"]
     found = lca.findings.compare(runs)
     print(found["mean"].to_pandas().round(4))
@@ -49,7 +56,8 @@ def main(out: Path) -> None:
     totals = found["mean"].sel(label="frozen")
     assert float(totals.sel(layer="fc1")) == 0  # exactly: what does not move is allocated nothing
     assert float(found["mean"].sel(label="free", layer="fc1")) < 0
-    assert abs(float(totals.sum() - found["loss_change"].sel(label="frozen"))) < 0.01  # the others carry all of it
+    # the others carry all of it
+    assert abs(float(totals.sum() - found["loss_change"].sel(label="frozen"))) < 0.01
 
     lca.plots.compare(found).figure.savefig(out / "frozen.png", dpi=150, bbox_inches="tight")
 

@@ -4,7 +4,8 @@
 python docs/examples/digits_layers.py OUT
 ```
 
-Trains the network of `lca demo` on the digits that ship with the package, replays its first 150 iterates, and draws `OUT/layers.png`.
+Trains the network of `lca demo` on the digits that ship with the package, replays its first 150
+iterates, and draws `OUT/layers.png`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def main(out: Path) -> None:
 
     change = float(steps["loss_end"][-1] - steps["loss_start"][0])
     allocated, residual = float(found["total"].sum()), float(steps["residual"].sum())
-    print(f"loss change {change:+.4f} = {allocated:+.4f} allocated to layers {residual:+.1e} residual")
+    print(
+        f"loss change {change:+.4f} = {allocated:+.4f} allocated to layers {residual:+.1e} residual"
+    )
     assert abs(allocated + residual - change) < 1e-6  # what the method guarantees
     assert (found["total"] < 0).all()  # every layer helped, over training as a whole
 

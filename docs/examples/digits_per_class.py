@@ -4,7 +4,8 @@
 python docs/examples/digits_per_class.py OUT
 ```
 
-The loss of every class is allocated apart, in one pass over the data, beside the loss of the whole split; draws `OUT/per_class.png`.
+The loss of every class is allocated apart, in one pass over the data, beside the loss of the whole
+split; draws `OUT/per_class.png`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def main(out: Path) -> None:
         out=out / "run.lca",
         cluster="inline",
         keep="tensors",
-        tolerance=float("inf"),  # nothing is refined, so that both losses are measured at the same nodes
+        # nothing is refined, so that both losses are measured at the same nodes
+        tolerance=float("inf"),
         steps="0:150",
     )
     whole, per_class = run["whole"].tensors["allocated"], run["per_class"].tensors["allocated"]

@@ -1,13 +1,16 @@
-"""The paper's experiments, run against run, at CPU size: what a layer does when one thing about training is changed.
+"""The paper's experiments, run against run, at CPU size: what a layer does when one thing about
+training is changed.
 
 ```sh
 LCA_DATA=DIR python docs/examples/experiments.py experiments freeze --seeds 10
-LCA_DATA=DIR python docs/examples/experiments.py experiments momentum --model resnet20 --images 10000 --iterates 1000
+LCA_DATA=DIR python docs/examples/experiments.py experiments momentum --model resnet20 --images
+10000 --iterates 1000
 ```
 
-Every setting is trained from the same seeds, replayed, and written to `OUT/NAME/SETTING/seedK.lca`; its checkpoints are deleted
-then. What is finished is not done again. The second line is one nearer to the paper's size: hours on a GPU, days on a CPU.
-DIR holds `mnist.safetensors` and, for ResNets, `cifar10.safetensors`.
+Every setting is trained from the same seeds, replayed, and written to `OUT/NAME/SETTING/seedK.lca`;
+its checkpoints are deleted then. What is finished is not done again. The second line is one nearer
+to the paper's size: hours on a GPU, days on a CPU. DIR holds `mnist.safetensors` and, for ResNets,
+`cifar10.safetensors`.
 """
 
 from __future__ import annotations
@@ -55,7 +58,9 @@ BATCH_STATISTICS = {"norm_stats": "batch", "batch_size": 500}
 MODELS = {
     "fc": Model(mnist_fc.Net, mnist_fc.data),
     "lenet": Model(mnist_lenet.Net, mnist_fc.data),
-    "resnet8": Model(partial(cifar10_resnet20.Net, (8, 16, 32), 1), cifar10_resnet20.data, BATCH_STATISTICS),
+    "resnet8": Model(
+        partial(cifar10_resnet20.Net, (8, 16, 32), 1), cifar10_resnet20.data, BATCH_STATISTICS
+    ),
     "resnet20": Model(cifar10_resnet20.Net, cifar10_resnet20.data, BATCH_STATISTICS),
 }
 
@@ -64,8 +69,9 @@ MODELS = {
 class Setting:
     """How one network is trained.
 
-    `frozen` is the layer that stays as it was initialised, "first" or "last". `delay` gives the last layer a momentum m of its own,
-    m/(1 − m) = delay iterations; its learning rate is scaled to keep rate/(1 − m), so that its steps come later, not smaller.
+    `frozen` is the layer that stays as it was initialised, "first" or "last". `delay` gives the
+    last layer a momentum m of its own, m/(1 − m) = delay iterations; its learning rate is scaled to
+    keep rate/(1 − m), so that its steps come later, not smaller.
     """
 
     optimizer: str = "momentum"
@@ -110,10 +116,14 @@ def optimizer(net: nn.Module, setting: Setting) -> torch.optim.Optimizer:
     others = [each for each in net.parameters() if all(each is not mine for mine in own)]
     momentum = setting.delay / (1 + setting.delay)
     rate = setting.rate * (1 - momentum) / (1 - MOMENTUM)
-    return make([{"params": others}, {"params": own, "momentum": momentum, "lr": rate}], lr=setting.rate)
+    return make(
+        [{"params": others}, {"params": own, "momentum": momentum, "lr": rate}], lr=setting.rate
+    )
 
 
-def one(place: Path, setting: Setting, seed: int, size: Size, examples: tuple[Tensor, Tensor]) -> lca.Run:
+def one(
+    place: Path, setting: Setting, seed: int, size: Size, examples: tuple[Tensor, Tensor]
+) -> lca.Run:
     """Train and replay one network, or open it where it is finished."""
     out, checkpoints, half = (place / f"seed{seed}{end}" for end in (".lca", "", ".partial"))
     if out.exists() and not checkpoints.exists():
@@ -124,10 +134,15 @@ def one(place: Path, setting: Setting, seed: int, size: Size, examples: tuple[Te
         torch.manual_seed(seed)
         net = model.net()
         with contextlib.redirect_stdout(io.StringIO()):
-            mnist_fc.record(half, net, optimizer(net, setting), examples, size.iterates, setting.batch)
+            mnist_fc.record(
+                half, net, optimizer(net, setting), examples, size.iterates, setting.batch
+            )
         half.rename(checkpoints)
-    task = lca.Task(model.net, {"train": examples}, {"train": lca.Loss(F.cross_entropy, on="train")})
-    where = {"out": out, "cluster": "inline", "durability": "none"}  # a power cut costs one short run
+    task = lca.Task(
+        model.net, {"train": examples}, {"train": lca.Loss(F.cross_entropy, on="train")}
+    )
+    # a power cut costs one short run
+    where = {"out": out, "cluster": "inline", "durability": "none"}
     run = lca.run(checkpoints, task, keep="tensors", **where, **model.replay)
     shutil.rmtree(checkpoints)
     return run
@@ -146,25 +161,36 @@ def experiment(out: Path, name: str, size: Size, seeds: int) -> dict[str, list[A
         recorded.write_text(json.dumps(vars(size)))
     if json.loads(recorded.read_text()) != vars(size):
         raise RuntimeError(
-            f"{place} holds runs of {recorded.read_text()}, not {json.dumps(vars(size))}. Name another OUT."
+            f"{place} holds runs of {recorded.read_text()}, not {json.dumps(vars(size))}. Name "
+            f"another OUT."
         )
     images, labels = MODELS[size.model].data()
-    examples = images[: size.images].clone(), labels[: size.images].clone()  # a view would take all images along
+    # a view would take all images along
+    examples = images[: size.images].clone(), labels[: size.images].clone()
     found: dict[str, list[Any]] = {label: [] for label in EXPERIMENTS[name]}
     for seed in range(seeds):
         for label, setting in EXPERIMENTS[name].items():
             found[label].append(one(place / label, setting, seed, size, examples)["train"])
-            print(f"{name}, {label}, seed {seed}: loss {float(found[label][-1].steps.loss_end[-1]):.4f}", flush=True)
+            print(
+                f"{name}, {label}, seed {seed}: loss "
+                f"{float(found[label][-1].steps.loss_end[-1]):.4f}",
+                flush=True,
+            )
     return found
 
 
 def table(found: xr.Dataset) -> str:
-    """A line for each setting, then for each layer and setting; p-values of layers after Holm, others as they are."""
+    """A line for each setting, then for each layer and setting; p-values of layers after Holm,
+    others as they are.
+    """
     first = found.label.values[0]
     rows = [f"{'':14}runs   {'helping':>7}   {'final loss':28}   p against {first}"]
     for label in found.label.values:
         each = found.sel(label=label)
-        row = f"{label:14}{int(each.runs):4}   {float(each.helping):7.2%}   {interval(each, 'loss_end')}"
+        row = (
+            f"{label:14}{int(each.runs):4}   {float(each.helping):7.2%}   "
+            f"{interval(each, 'loss_end')}"
+        )
         rows.append(f"{row}   {probability(each.p_loss_end)}")
     rows += ["", f"{'layer':14}{'':14}{'allocated':28}   p against 0   p against {first}"]
     for layer in found.layer.values:
@@ -185,7 +211,9 @@ def probability(p: xr.DataArray) -> str:
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     asked.add_argument("out", type=Path)
     asked.add_argument("name", choices=EXPERIMENTS)
     asked.add_argument("--seeds", type=int, default=5)
@@ -193,7 +221,9 @@ def main() -> None:
     asked.add_argument("--images", type=int, default=Size.images)
     asked.add_argument("--iterates", type=int, default=Size.iterates)
     given = asked.parse_args()
-    runs = experiment(given.out, given.name, Size(given.model, given.images, given.iterates), given.seeds)
+    runs = experiment(
+        given.out, given.name, Size(given.model, given.images, given.iterates), given.seeds
+    )
     print(table(lca.findings.compare(runs)))
 
 

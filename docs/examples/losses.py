@@ -1,7 +1,8 @@
 """Losses people train with, each stated as a `Loss`: copy the one you need into your task file.
 
-A loss is the weighted mean over every element of a whole split. Functions and modules of torch know their own weights; a
-function of your own gives values, one per element and never their mean, and weights where elements do not count alike.
+A loss is the weighted mean over every element of a whole split. Functions and modules of torch know
+their own weights; a function of your own gives values, one per element and never their mean, and
+weights where elements do not count alike.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 from lca_posthoc import Loss
 
-CLASS_WEIGHTS = torch.tensor([0.5, 1.0, 4.0])  # one for each class; moved to the model's device and precision for you
+# one for each class; moved to the model's device and precision for you
+CLASS_WEIGHTS = torch.tensor([0.5, 1.0, 4.0])
 
-# --- classification: (inputs, targets), model(inputs) gives logits -------------------------------------------------------
+# --- classification: (inputs, targets), model(inputs) gives logits
+# -------------------------------------------------------
 
 
 def ignoring_unlabelled() -> Loss:
@@ -35,13 +38,22 @@ def smoothing_labels() -> Loss:
 
 
 def all_three() -> Loss:
-    """A module instead of a function; whatever its `reduction`, it is evaluated element by element."""
-    return Loss(nn.CrossEntropyLoss(weight=CLASS_WEIGHTS, ignore_index=255, label_smoothing=0.1), on="train")
+    """A module instead of a function; whatever its `reduction`, it is evaluated element by
+    element.
+    """
+    return Loss(
+        nn.CrossEntropyLoss(weight=CLASS_WEIGHTS, ignore_index=255, label_smoothing=0.1), on="train"
+    )
 
 
 def several_labels() -> Loss:
-    """Targets (N, 3) of 0 and 1, each label an element; the third is rare, so finding it counts fourfold."""
-    return Loss(partial(F.binary_cross_entropy_with_logits, pos_weight=torch.tensor([1.0, 1.0, 4.0])), on="train")
+    """Targets (N, 3) of 0 and 1, each label an element; the third is rare, so finding it counts
+    fourfold.
+    """
+    return Loss(
+        partial(F.binary_cross_entropy_with_logits, pos_weight=torch.tensor([1.0, 1.0, 4.0])),
+        on="train",
+    )
 
 
 class Focal(nn.Module):
@@ -60,7 +72,8 @@ def focal() -> Loss:
     return Loss(Focal(gamma=2.0), on="train")
 
 
-# --- regression ----------------------------------------------------------------------------------------------------------
+# --- regression
+# ----------------------------------------------------------------------------------------------------------
 
 
 def squared_error() -> Loss:
@@ -72,7 +85,8 @@ def huber() -> Loss:
     return Loss(nn.HuberLoss(delta=0.5), on="train")
 
 
-# --- your own function: call(model, batch) -> values, or (values, weights) -------------------------------------------------
+# --- your own function: call(model, batch) -> values, or (values, weights)
+# -------------------------------------------------
 
 
 def of_pairs(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -86,7 +100,9 @@ def pairs() -> Loss:
 
 
 def next_token(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Batches {"input_ids", "attention_mask"}, both (N, T): values and weights (N, T - 1); padding weighs nothing."""
+    """Batches {"input_ids", "attention_mask"}, both (N, T): values and weights (N, T - 1); padding
+    weighs nothing.
+    """
     logits = model(**batch).logits[:, :-1]
     values = F.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
     return values, batch["attention_mask"][:, 1:]
@@ -97,20 +113,31 @@ def language_model() -> Loss:
     return Loss(call=next_token, on="train")
 
 
-# --- regularisers: terms of the parameters alone, seen apart from the data -------------------------------------------------
+# --- regularisers: terms of the parameters alone, seen apart from the data
+# -------------------------------------------------
 
 
 def absolute_weights(model: nn.Module) -> Tensor:
     """1e-3 · Σ|w| over the weights, biases left out: one number."""
-    return 1e-3 * torch.stack([each.abs().sum() for each in model.parameters() if each.dim() > 1]).sum()
+    return (
+        1e-3
+        * torch.stack([each.abs().sum() for each in model.parameters() if each.dim() > 1]).sum()
+    )
 
 
 def regularised() -> dict[str, Loss]:
-    """What was minimised is the sum of the three, and so is its allocation; `l2` is what `weight_decay=1e-4` adds to SGD."""
-    return {"data": Loss(F.cross_entropy, on="train"), "l2": Loss(l2=1e-4), "l1": Loss(term=absolute_weights)}
+    """What was minimised is the sum of the three, and so is its allocation; `l2` is what
+    `weight_decay=1e-4` adds to SGD.
+    """
+    return {
+        "data": Loss(F.cross_entropy, on="train"),
+        "l2": Loss(l2=1e-4),
+        "l1": Loss(term=absolute_weights),
+    }
 
 
-# --- groups: the loss of each part of the data, in one pass over it --------------------------------------------------------
+# --- groups: the loss of each part of the data, in one pass over it
+# --------------------------------------------------------
 
 
 def by_class() -> Loss:

@@ -3,10 +3,12 @@
 ```sh
 LCA_DATA=DIR python docs/examples/mnist_fc.py mnist-checkpoints
 LCA_DATA=DIR lca run mnist-checkpoints --task docs/examples/mnist_fc.py --loss all
-LCA_DATA=DIR lca run mnist-checkpoints --task docs/examples/mnist_fc.py:per_class --out mnist-classes.lca --keep units
+LCA_DATA=DIR lca run mnist-checkpoints --task docs/examples/mnist_fc.py:per_class --out
+mnist-classes.lca --keep units
 ```
 
-A number after the directory is how many iterates to train for, 220 (one epoch) by default: 1,100 are five epochs.
+A number after the directory is how many iterates to train for, 220 (one epoch) by default: 1,100
+are five epochs.
 
 DIR holds `mnist.safetensors` with `train.images` (60000, 28, 28) uint8 and `train.labels`.
 """
@@ -56,20 +58,30 @@ def task() -> Task:
     images, labels = data()
     return Task(
         model=Net,
-        data={"train": (images[:TRAIN], labels[:TRAIN]), "validation": (images[TRAIN:], labels[TRAIN:])},
-        losses={"train": Loss(F.cross_entropy, on="train"), "validation": Loss(F.cross_entropy, on="validation")},
+        data={
+            "train": (images[:TRAIN], labels[:TRAIN]),
+            "validation": (images[TRAIN:], labels[TRAIN:]),
+        },
+        losses={
+            "train": Loss(F.cross_entropy, on="train"),
+            "validation": Loss(F.cross_entropy, on="validation"),
+        },
     )
 
 
 def per_class() -> Task:
-    """The same cross-entropy on the training images, of each digit apart; a task of its own, for it takes ten times the space."""
+    """The same cross-entropy on the training images, of each digit apart; a task of its own, for it
+    takes ten times the space.
+    """
     images, labels = data()
     loss = Loss(F.cross_entropy, on="train", group_by=lambda images, labels: labels)
     return Task(Net, {"train": (images[:TRAIN], labels[:TRAIN])}, {"per_class": loss})
 
 
 def batches(examples: int, size: int, iterates: int) -> Iterator[torch.Tensor]:
-    """Which examples each step learns from, (size,), an epoch's last perhaps fewer; every epoch has an order of its own."""
+    """Which examples each step learns from, (size,), an epoch's last perhaps fewer; every epoch has
+    an order of its own.
+    """
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(iterates):
         if not len(order):
@@ -86,7 +98,9 @@ def record(
     iterates: int,
     size: int = BATCH,
 ) -> None:
-    """Train on cross-entropy in batches of `size` and save every iterate, the first one included."""
+    """Train on cross-entropy in batches of `size` and save every iterate, the first one
+    included.
+    """
     images, labels = examples
     with Recorder(directory, model) as recorder:
         recorder.save(0)

@@ -1,12 +1,14 @@
-"""LeNet of the paper (808,970 parameters) on MNIST, at CPU size: trains it and is its own task file.
+"""LeNet of the paper (808,970 parameters) on MNIST, at CPU size: trains it and is its own task
+file.
 
 ```sh
 LCA_DATA=DIR python docs/examples/mnist_lenet.py lenet-checkpoints
 LCA_DATA=DIR lca run lenet-checkpoints --task docs/examples/mnist_lenet.py --keep tensors
 ```
 
-DIR holds `mnist.safetensors`; a number after the checkpoints' directory is how many iterates to train for. Scaled down: trained for
-50 iterates and measured on 3,000 images instead of 55,000. Dropout is off, as in the paper's measurements.
+DIR holds `mnist.safetensors`; a number after the checkpoints' directory is how many iterates to
+train for. Scaled down: trained for 50 iterates and measured on 3,000 images instead of 55,000.
+Dropout is off, as in the paper's measurements.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ IMAGES = 3000
 
 
 class Net(nn.Module):
-    """Two convolutions of 5×5 (20 and 40 channels), each pooled, and layers of 400 and 10; ReLU, He-normal initialisation."""
+    """Two convolutions of 5×5 (20 and 40 channels), each pooled, and layers of 400 and 10; ReLU,
+    He-normal initialisation.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,14 +52,22 @@ def examples() -> tuple[Tensor, Tensor]:
 
 def task() -> Task:
     """Cross-entropy on the images it was trained on."""
-    return Task(model=Net, data={"train": examples()}, losses={"train": Loss(F.cross_entropy, on="train")})
+    return Task(
+        model=Net, data={"train": examples()}, losses={"train": Loss(F.cross_entropy, on="train")}
+    )
 
 
 def train(directory: str, iterates: int = ITERATES) -> None:
     """SGD, learning rate 0.02, momentum 0.9, batches of 250."""
     torch.manual_seed(0)
     model = Net()
-    record(directory, model, torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9), examples(), iterates)
+    record(
+        directory,
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9),
+        examples(),
+        iterates,
+    )
 
 
 if __name__ == "__main__":

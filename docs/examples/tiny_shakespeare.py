@@ -1,12 +1,14 @@
-"""A small GPT-2 on speeches of Tiny Shakespeare, character by character: trains it and is its own task file.
+"""A small GPT-2 on speeches of Tiny Shakespeare, character by character: trains it and is its own
+task file.
 
 ```sh
 LCA_DATA=DIR python docs/examples/tiny_shakespeare.py shakespeare-checkpoints
 LCA_DATA=DIR lca run shakespeare-checkpoints --task docs/examples/tiny_shakespeare.py --loss all
 ```
 
-DIR holds `tinyshakespeare.txt` of karpathy/char-rnn. Needs `transformers`; the model is built from its configuration, nothing
-is downloaded. Checkpoints lie as Hugging Face's Trainer leaves them: `checkpoint-N/model.safetensors`.
+DIR holds `tinyshakespeare.txt` of karpathy/char-rnn. Needs `transformers`; the model is built from
+its configuration, nothing is downloaded. Checkpoints lie as Hugging Face's Trainer leaves them:
+`checkpoint-N/model.safetensors`.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ def build() -> GPT2LMHeadModel:
 
 
 def data() -> tuple[dict[str, Tensor], list[str]]:
-    """The first speeches of each speaker, cut or padded to 64 characters, (N, 64) with a mask; and who speaks each."""
+    """The first speeches of each speaker, cut or padded to 64 characters, (N, 64) with a mask; and
+    who speaks each.
+    """
     if "LCA_DATA" not in os.environ:
         raise RuntimeError("set LCA_DATA to the directory that holds tinyshakespeare.txt")
     text = (Path(os.environ["LCA_DATA"]) / "tinyshakespeare.txt").read_text()
@@ -65,18 +69,24 @@ def data() -> tuple[dict[str, Tensor], list[str]]:
     for row, speech in enumerate(speeches):
         ids[row, : len(speech)] = torch.tensor([code[character] for character in speech])
         mask[row, : len(speech)] = 1
-    return {"input_ids": ids, "attention_mask": mask}, [speaker for speaker in SPEAKERS for _ in spoken[speaker]]
+    return {"input_ids": ids, "attention_mask": mask}, [
+        speaker for speaker in SPEAKERS for _ in spoken[speaker]
+    ]
 
 
 def next_character(model: GPT2LMHeadModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every character but a speech's first, (N, 63), and its weight: 1, or 0 where there is only padding."""
+    """Cross-entropy of every character but a speech's first, (N, 63), and its weight: 1, or 0 where
+    there is only padding.
+    """
     logits = model(**batch).logits[:, :-1]
     values = F.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
     return values, batch["attention_mask"][:, 1:]
 
 
 def task() -> Task:
-    """The mean over all characters, and the mean over each speaker's: one pass over the data gives both."""
+    """The mean over all characters, and the mean over each speaker's: one pass over the data gives
+    both.
+    """
     speeches, speakers = data()
     return Task(
         model=build,
@@ -89,7 +99,9 @@ def task() -> Task:
 
 
 def train(directory: str) -> None:
-    """AdamW, learning rate 1e-3 after 10 steps of warm-up, batches of 32 speeches: dropout is on here and off in the replay."""
+    """AdamW, learning rate 1e-3 after 10 steps of warm-up, batches of 32 speeches: dropout is on
+    here and off in the replay.
+    """
     disable_progress_bar()
     torch.manual_seed(0)
     speeches, _ = data()

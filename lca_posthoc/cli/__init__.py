@@ -37,7 +37,9 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class _Failure(click.ClickException):
-    """An error of this package as click reports it: one line on stderr and the error's own exit code."""
+    """An error of this package as click reports it: one line on stderr and the error's own exit
+    code.
+    """
 
     def __init__(self, error: LCAError) -> None:
         super().__init__(str(error))
@@ -66,7 +68,9 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        command = importlib.import_module(f".{name}{'_' * keyword.iskeyword(name)}", __name__).command
+        command = importlib.import_module(
+            f".{name}{'_' * keyword.iskeyword(name)}", __name__
+        ).command
         assert isinstance(command, click.Command)
         command.name = name  # every file calls its own `command`
         command.context_class = _Context
@@ -90,7 +94,9 @@ class _Group(click.Group):
             if ctx.params.get("debug"):
                 traceback.print_exc(file=sys.stderr)
             known = (
-                error if isinstance(error, LCAError) else Interrupted("stopped. Run the same command again to go on.")
+                error
+                if isinstance(error, LCAError)
+                else Interrupted("stopped. Run the same command again to go on.")
             )
             raise _Failure(known) from None
         except click.UsageError as error:
@@ -101,12 +107,19 @@ class _Group(click.Group):
         except Exception as error:
             if ctx.params.get("debug"):
                 traceback.print_exc(file=sys.stderr)
-            text = f"unexpected {type(error).__name__}: {error}. See where with `lca --debug …`, and please report it."
+            text = (
+                f"unexpected {type(error).__name__}: {error}. See where with `lca --debug …`, and "
+                f"please report it."
+            )
             raise _Failure(LCAError(text)) from None
 
 
 @click.group(
-    "lca", cls=_Group, context_settings=SETTINGS, invoke_without_command=True, subcommand_metavar="COMMAND [ARGS]..."
+    "lca",
+    cls=_Group,
+    context_settings=SETTINGS,
+    invoke_without_command=True,
+    subcommand_metavar="COMMAND [ARGS]...",
 )
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.version_option(__version__, prog_name="lca")
@@ -114,8 +127,8 @@ class _Group(click.Group):
 def cli(ctx: click.Context, debug: bool) -> None:
     """Loss Change Allocation after training: which weights did the learning.
 
-    Training saves every iterate as safetensors; `lca run` replays them, computes full-data gradients and allocates the
-    change of any loss to every parameter.
+    Training saves every iterate as safetensors; `lca run` replays them, computes full-data
+    gradients and allocates the change of any loss to every parameter.
 
     \b
     lca demo                                 # the first minute

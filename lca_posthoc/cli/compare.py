@@ -35,15 +35,21 @@ _LABEL = (
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="[LABEL=]RUN…")
-@click.option("--loss", metavar="NAME", help="The loss, in every run.  [default: the first of the first run]")
 @click.option(
-    "--by", default="module", show_default=True, help="Layers: module, tensor, or how many parts of a module's name."
+    "--loss", metavar="NAME", help="The loss, in every run.  [default: the first of the first run]"
+)
+@click.option(
+    "--by",
+    default="module",
+    show_default=True,
+    help="Layers: module, tensor, or how many parts of a module's name.",
 )
 @click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the intervals.")
 @click.option(
     "--paired/--unpaired",
     default=None,
-    help="The k-th runs of all labels are a pair, as of one seed.  [default: runs that begin from the same checkpoint]",
+    help="The k-th runs of all labels are a pair, as of one seed.  [default: runs that begin from "
+    "the same checkpoint]",
 )
 @click.option(
     "-o",
@@ -69,11 +75,12 @@ def command(
     format_: str | None,
     as_json: bool,
 ) -> None:
-    """Set runs beside each other: what each layer allocated, with intervals and p-values over repeats.
+    """Set runs beside each other: what each layer allocated, with intervals and p-values over
+    repeats.
 
-    Runs under one LABEL are repeats, such as seeds; RUN may then be a pattern. A run without a label is one by itself.
-    Differences are to the first label, tested in pairs where runs begin from the same checkpoint. Runs of one training are
-    no repeats of each other and count once.
+    Runs under one LABEL are repeats, such as seeds; RUN may then be a pattern. A run without a
+    label is one by itself. Differences are to the first label, tested in pairs where runs begin
+    from the same checkpoint. Runs of one training are no repeats of each other and count once.
 
     \b
     lca compare free.lca frozen.lca
@@ -89,7 +96,9 @@ def command(
         raise InputError("--json prints, -o writes: take one of them.")
 
     opened = open_labelled(labelled(runs), loss)
-    comparison = compare(opened, by=int(by) if by.isdecimal() else by, confidence=confidence, paired=paired)
+    comparison = compare(
+        opened, by=int(by) if by.isdecimal() else by, confidence=confidence, paired=paired
+    )
     if comparison.attrs["left_out"]:
         say(comparison.attrs["left_out"])
     if out is not None:
@@ -106,7 +115,9 @@ def command(
 
 
 def labelled(runs: tuple[str, ...]) -> dict[str, list[str]]:
-    """Return the paths under each label, in order; an argument that exists is a path, even with "=" or "*" in it."""
+    """Return the paths under each label, in order; an argument that exists is a path, even with "="
+    or "*" in it.
+    """
     from glob import glob
     from pathlib import Path
 
@@ -129,7 +140,9 @@ def labelled(runs: tuple[str, ...]) -> dict[str, list[str]]:
 
 
 def _readable(text: str) -> str:
-    """Return a word of the command line as UTF-8 has it, also where the locale's encoding could not read it."""
+    """Return a word of the command line as UTF-8 has it, also where the locale's encoding could not
+    read it.
+    """
     return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
@@ -145,9 +158,13 @@ def open_labelled(paths: dict[str, list[str]], loss: str | None) -> dict[str, li
             loss = loss if loss is not None else next(iter(run), None)
             if loss is None or loss not in run:
                 offer = (
-                    "no losses" if loss is None else f"no loss {loss!r}; it has {', '.join(map(repr, run)) or 'none'}"
+                    "no losses"
+                    if loss is None
+                    else f"no loss {loss!r}; it has {', '.join(map(repr, run)) or 'none'}"
                 )
-                raise InputError(f"{path} has {offer}. Name one that all the runs have with --loss.")
+                raise InputError(
+                    f"{path} has {offer}. Name one that all the runs have with --loss."
+                )
             opened.setdefault(label, []).append(run[loss])
     return opened
 
@@ -165,13 +182,22 @@ def document(comparison: xr.Dataset) -> dict[str, object]:
         }
         head = {name: float(of[name]) for name in _LABEL[1:]}
         kind = {"runs": runs, "trainings": int(of["trainings"]), "paired": bool(of["paired"])}
-        labels[label] = {"paths": of["path"].values[:runs].tolist(), **kind, **head, "layers": layers}
-    about = {name: comparison.attrs[name] for name in ("loss", "by", "confidence", "left_out", "notes")}
+        labels[label] = {
+            "paths": of["path"].values[:runs].tolist(),
+            **kind,
+            **head,
+            "layers": layers,
+        }
+    about = {
+        name: comparison.attrs[name] for name in ("loss", "by", "confidence", "left_out", "notes")
+    }
     return {"schema": 1, **about, "labels": labels}
 
 
 def print_comparison(comparison: xr.Dataset) -> None:
-    """Print the headline figures of each label, then its layers beside those of the others, with Holm's p-values."""
+    """Print the headline figures of each label, then its layers beside those of the others, with
+    Holm's p-values.
+    """
     labels = [safe(label) for label in comparison["label"].values]
     by_label = [comparison.isel(label=position) for position in range(len(labels))]
     repeats = bool((comparison["runs"] > 1).any())
@@ -180,15 +206,21 @@ def print_comparison(comparison: xr.Dataset) -> None:
     if bool((comparison["trainings"] != comparison["runs"]).any()):
         headline.add_row("different trainings", *(str(int(of["trainings"])) for of in by_label))
     headline.add_row(
-        "loss at the end", *(_interval(of, "loss_end", _scale(comparison["loss_end"]), "", 6) for of in by_label)
+        "loss at the end",
+        *(_interval(of, "loss_end", _scale(comparison["loss_end"]), "", 6) for of in by_label),
     )
     headline.add_row(
-        "loss change", *(_in_units(of["loss_change"], _scale(comparison["loss_change"]), digits=6) for of in by_label)
+        "loss change",
+        *(
+            _in_units(of["loss_change"], _scale(comparison["loss_change"]), digits=6)
+            for of in by_label
+        ),
     )
     headline.add_row("helping", *(share(float(of["helping"])) for of in by_label))
     if repeats:
         headline.add_row(
-            f"p, loss at the end against {labels[0]}", *(_number(of["p_loss_end"], "{:.2g}") for of in by_label)
+            f"p, loss at the end against {labels[0]}",
+            *(_number(of["p_loss_end"], "{:.2g}") for of in by_label),
         )
     columns = []
     for position, label in enumerate(labels):
@@ -218,8 +250,10 @@ def print_comparison(comparison: xr.Dataset) -> None:
     console.print(rows)
     if repeats:
         console.print(
-            f"\n[low, high]: {100 * comparison.attrs['confidence']:g} % t interval of the mean. p of a layer: t-test against 0; of its "
-            f"difference to {labels[0]}: {_tests(comparison)}; both corrected by Holm over layers and labels.",
+            f"\n[low, high]: {100 * comparison.attrs['confidence']:g} % t interval of the mean. p "
+            f"of a layer: t-test against 0; of its "
+            f"difference to {labels[0]}: {_tests(comparison)}; both corrected by Holm over layers "
+            f"and labels.",
             markup=False,
         )
 
@@ -237,17 +271,26 @@ def _tests(comparison: xr.Dataset) -> str:
 
 
 def _interval(
-    of: xr.Dataset, name: str, scale: float, sign: str = "+", digits: int = 4, ends: tuple[str, str] | None = None
+    of: xr.Dataset,
+    name: str,
+    scale: float,
+    sign: str = "+",
+    digits: int = 4,
+    ends: tuple[str, str] | None = None,
 ) -> Text:
     value, low, high = (
-        _in_units(of[part], scale, sign, digits) for part in (name, *(ends or (f"{name}_low", f"{name}_high")))
+        _in_units(of[part], scale, sign, digits)
+        for part in (name, *(ends or (f"{name}_low", f"{name}_high")))
     )
     return Text(value + ("" if _NONE in (low, high) else f" [{low}, {high}]"))
 
 
 def _scale(values: xr.DataArray) -> float:
     """Return the largest size among numbers that stand together."""
-    return max((abs(value) for value in values.values.ravel().tolist() if math.isfinite(value)), default=0.0)
+    return max(
+        (abs(value) for value in values.values.ravel().tolist() if math.isfinite(value)),
+        default=0.0,
+    )
 
 
 def _in_units(value: xr.DataArray, scale: float, sign: str = "+", digits: int = 4) -> str:

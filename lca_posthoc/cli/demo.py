@@ -14,7 +14,8 @@ from .summary import print_summary
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path), default="lca-demo", metavar="[DIR]")
 def command(directory: Path) -> None:
-    """Train a small network on real digits, record every iterate, replay it into DIR, and write a report of it.
+    """Train a small network on real digits, record every iterate, replay it into DIR, and write a
+    report of it.
 
     Takes less than a minute on two CPU cores. DIR is lca-demo unless named; it must not exist yet.
 
@@ -31,9 +32,12 @@ def command(directory: Path) -> None:
     console = stdout()
     console.print("\nTry next:")
     console.print(f"  lca plot {opened.path} microscope -o {directory / 'film.gif'}", markup=False)
-    console.print(f"  lca export {opened.path} -o {directory / 'tables'} --format csv", markup=False)
     console.print(
-        f"  lca run {directory / 'checkpoints'} --task lca_posthoc.demo:task --rule trapezoid --out {directory / 'quick.lca'}",
+        f"  lca export {opened.path} -o {directory / 'tables'} --format csv", markup=False
+    )
+    console.print(
+        f"  lca run {directory / 'checkpoints'} --task lca_posthoc.demo:task --rule trapezoid "
+        f"--out {directory / 'quick.lca'}",
         markup=False,
     )
     console.print(f"results in {opened.path}", markup=False)

@@ -11,7 +11,12 @@ from .show import say, stdout
 @click.command()
 @click.argument("run", type=click.Path())
 @click.option(
-    "-o", "--out", required=True, type=click.Path(), metavar="PLACE", help="A new directory, or for one table a file."
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(),
+    metavar="PLACE",
+    help="A new directory, or for one table a file.",
 )
 @click.option(
     "--format",
@@ -19,15 +24,24 @@ from .show import say, stdout
     type=click.Choice(("netcdf", "csv", "parquet", "tensorboard")),
     help="What to write.  [default: as PLACE ends (.nc, .csv, .parquet), else netcdf]",
 )
-@click.option("--loss", "losses", multiple=True, metavar="NAME", help="A loss of the run (repeatable).  [default: all]")
+@click.option(
+    "--loss",
+    "losses",
+    multiple=True,
+    metavar="NAME",
+    help="A loss of the run (repeatable).  [default: all]",
+)
 @click.option(
     "--finding",
     "findings",
     multiple=True,
     metavar="NAME",
-    help="A finding, such as layers (repeatable).  [default: all that the run allows but microscope]",
+    help="A finding, such as layers (repeatable).  [default: all that the run allows but "
+    "microscope]",
 )
-def command(run: str, out: str, format_: str | None, losses: tuple[str, ...], findings: tuple[str, ...]) -> None:
+def command(
+    run: str, out: str, format_: str | None, losses: tuple[str, ...], findings: tuple[str, ...]
+) -> None:
     """Write findings of RUN for other programs: NetCDF, CSV and Parquet tables, TensorBoard events.
 
     \b
@@ -36,7 +50,8 @@ def command(run: str, out: str, format_: str | None, losses: tuple[str, ...], fi
     lca export checkpoints.lca -o curve.csv --loss train --finding curve
     lca export checkpoints.lca -o events --format tensorboard     # tensorboard --logdir events
 
-    Nothing is written over. Parquet needs pyarrow, TensorBoard tensorboard: pip install 'lca_posthoc[export]'.
+    Nothing is written over. Parquet needs pyarrow, TensorBoard tensorboard: pip install
+    'lca_posthoc[export]'.
     """
     from ..export import export
     from ..store import open_run

@@ -19,15 +19,19 @@ from .show import prints_to_stderr, say, stderr, stdout
 @click.option(
     "--key",
     metavar="KEY",
-    help="The entry of each checkpoint that is the state dict, where that is not clear: a name, or a path such as app.model.",
+    help="The entry of each checkpoint that is the state dict, where that is not clear: a name, or "
+    "a path such as app.model.",
 )
 @click.option(
     "--pattern",
     metavar="REGEX",
-    help="Finds (?P<step>\\d+) in names, also where it counts epochs or saves; names it does not match are left out.",
+    help="Finds (?P<step>\\d+) in names, also where it counts epochs or saves; names it does not "
+    "match are left out.",
 )
 @click.option(
-    "--dataset", metavar="NAME", help="Of an HDF5 file: the one with a row for every iterate.  [default: all_weights]"
+    "--dataset",
+    metavar="NAME",
+    help="Of an HDF5 file: the one with a row for every iterate.  [default: all_weights]",
 )
 @click.option(
     "--task",
@@ -37,8 +41,8 @@ from .show import prints_to_stderr, say, stderr, stdout
 def command(source: str, directory: str, **options: Any) -> None:
     """Write the checkpoints of SOURCE as safetensors files into DIR, which `lca run` reads.
 
-    Takes what torch.save, Lightning and older Hugging Face trainers wrote, and HDF5 with a row for every iterate. Run again, it goes
-    on where it stopped and takes up new checkpoints.
+    Takes what torch.save, Lightning and older Hugging Face trainers wrote, and HDF5 with a row for
+    every iterate. Run again, it goes on where it stopped and takes up new checkpoints.
 
     \b
     lca import lightning_logs/version_0/checkpoints checkpoints
@@ -46,8 +50,8 @@ def command(source: str, directory: str, **options: Any) -> None:
     lca import saved checkpoints --key ema --pattern 'model_(?P<step>\\d+)'
     lca import weights.h5 checkpoints --task my_task.py
 
-    Nothing but tensors and plain data is unpickled; objects of other classes are read past. safetensors files need no import. HDF5
-    needs h5py: pip install 'lca_posthoc[convert]'.
+    Nothing but tensors and plain data is unpickled; objects of other classes are read past.
+    safetensors files need no import. HDF5 needs h5py: pip install 'lca_posthoc[convert]'.
     """
     from ..convert import convert
     from ..errors import amount
@@ -56,7 +60,8 @@ def command(source: str, directory: str, **options: Any) -> None:
         done = convert(source, directory, say=say, progress=progress, **options)
     before = f"; {done.present:,} were there" if done.present else ""
     stdout().print(
-        f"wrote {done.written:,} of {count(len(done.steps), 'checkpoint')} (steps {done.steps[0]} to {done.steps[-1]}), "
+        f"wrote {done.written:,} of {count(len(done.steps), 'checkpoint')} (steps {done.steps[0]} "
+        f"to {done.steps[-1]}), "
         f"{amount(done.bytes)}, to {directory}{before}",
         markup=False,
     )
@@ -73,6 +78,10 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("checkpoints ·"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.file.isatty(), transient=True) as shown:
+    with Progress(
+        *columns, console=console, disable=not console.file.isatty(), transient=True
+    ) as shown:
         bar = shown.add_task("", total=None)
-        yield lambda what, done, total: shown.update(bar, description=what, completed=done, total=total)
+        yield lambda what, done, total: shown.update(
+            bar, description=what, completed=done, total=total
+        )

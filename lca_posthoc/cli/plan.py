@@ -20,7 +20,12 @@ from .show import duration, print_json, say, stdout, table
 @replay_options
 @workers_option
 @json_option
-@click.option("--recording", type=int, metavar="STEPS", help="Before training: what saving every iterate would take.")
+@click.option(
+    "--recording",
+    type=int,
+    metavar="STEPS",
+    help="Before training: what saving every iterate would take.",
+)
 def command(checkpoints: str, as_json: bool, recording: int | None, **options: Any) -> None:
     """Say what `lca run` with the same options would cost, and probe the task.
 
@@ -46,9 +51,21 @@ def command(checkpoints: str, as_json: bool, recording: int | None, **options: A
         return
     console = stdout()
     console.print(
-        f"{planned.segments:,} segments of {planned.parameters:,} parameters on {planned.device}, without refinement:"
+        f"{planned.segments:,} segments of {planned.parameters:,} parameters on {planned.device}, "
+        f"without refinement:"
     )
-    rows = table("loss", "examples", "groups", "batch", "fastest", "largest", "evaluations", "each", "alone", "stored")
+    rows = table(
+        "loss",
+        "examples",
+        "groups",
+        "batch",
+        "fastest",
+        "largest",
+        "evaluations",
+        "each",
+        "alone",
+        "stored",
+    )
     for name, loss in planned.losses.items():
         rows.add_row(
             Text(safe(name)),
@@ -64,13 +81,23 @@ def command(checkpoints: str, as_json: bool, recording: int | None, **options: A
         )
     console.print(rows)
     shared = (
-        f", {duration(planned.seconds / planned.workers)} on {planned.workers} workers" if planned.workers > 1 else ""
+        f", {duration(planned.seconds / planned.workers)} on {planned.workers} workers"
+        if planned.workers > 1
+        else ""
     )
     on_gpu = planned.device == "cuda"
-    whole = f"{planned.seconds / 3600:.3g} device-hours" if on_gpu else f"{duration(planned.seconds)} of one CPU core"
-    console.print(f"evaluating all together: {whole}{shared} (start-up, reading and storing come on top)")
+    whole = (
+        f"{planned.seconds / 3600:.3g} device-hours"
+        if on_gpu
+        else f"{duration(planned.seconds)} of one CPU core"
+    )
+    console.print(
+        f"evaluating all together: {whole}{shared} (start-up, reading and storing come on top)"
+    )
     sizes = ", ".join(f"--keep {kind} {amount(size)}" for kind, size in planned.bytes.items())
-    console.print(f"result after compression, about: {sizes}; free: {amount(planned.free)}", markup=False)
+    console.print(
+        f"result after compression, about: {sizes}; free: {amount(planned.free)}", markup=False
+    )
     console.print(f"memory per worker: about {amount(planned.memory)}")
 
 
@@ -78,10 +105,13 @@ def _of_recording(directory: str, count: int, as_json: bool, task: str, **others
     from ..plan import plan_recording
 
     called = {option.name: option.opts[0] for option in command.params}
-    without_effect = sorted(called[name] for name, value in others.items() if value not in (None, ()))
+    without_effect = sorted(
+        called[name] for name, value in others.items() if value not in (None, ())
+    )
     if without_effect:
         raise InputError(
-            f"{', '.join(without_effect)}: of a training that is yet to be recorded, only --task and --json count."
+            f"{', '.join(without_effect)}: of a training that is yet to be recorded, only --task "
+            f"and --json count."
         )
     planned = plan_recording(directory, task, count)
     if as_json:
@@ -89,11 +119,15 @@ def _of_recording(directory: str, count: int, as_json: bool, task: str, **others
         return
     console = stdout()
     console.print(
-        f"{planned.iterates:,} iterates of {planned.parameters:,} parameters ({planned.tensors:,} tensors, buffers included), "
+        f"{planned.iterates:,} iterates of {planned.parameters:,} parameters ({planned.tensors:,} "
+        f"tensors, buffers included), "
         f"{amount(planned.bytes_each)} each: {amount(planned.bytes)}; free: {amount(planned.free)}",
         markup=False,
     )
-    console.print(f"writing one took {duration(planned.seconds_each)} here, flushing included: faster steps would wait")
+    console.print(
+        f"writing one took {duration(planned.seconds_each)} here, flushing included: "
+        f"faster steps would wait"
+    )
     if not planned.every:
         console.print("not even two iterates fit: record elsewhere")
     elif planned.every > 1:

@@ -53,44 +53,78 @@ _PANELS = ("curve", "generalisation", "layers", "units")  # several runs beside 
     "losses",
     multiple=True,
     metavar="NAME",
-    help="A loss of the run; of generalisation two, over two splits.  [default: the first, or the first over either split]",
+    help="A loss of the run; of generalisation two, over two splits.  [default: the first, or the "
+    "first over either split]",
 )
 @click.option(
-    "--group", "groups", multiple=True, metavar="LABEL", help="Of a loss with groups (curve, layers: repeatable)."
+    "--group",
+    "groups",
+    multiple=True,
+    metavar="LABEL",
+    help="Of a loss with groups (curve, layers: repeatable).",
 )
 @click.option(
-    "--by", metavar="WHAT", help="Layers: module, tensor, or how many parts of a module's name.  [default: module]"
+    "--by",
+    metavar="WHAT",
+    help="Layers: module, tensor, or how many parts of a module's name.  [default: module]",
 )
-@click.option("--by-role", is_flag=True, help="Kernels, biases and normalisation as layers of their own.")
-@click.option("--quantity", type=click.Choice(("cumulative", "total", "mean")), help="What to draw of each layer.")
+@click.option(
+    "--by-role", is_flag=True, help="Kernels, biases and normalisation as layers of their own."
+)
+@click.option(
+    "--quantity",
+    type=click.Choice(("cumulative", "total", "mean")),
+    help="What to draw of each layer.",
+)
 @click.option(
     "--top",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Of many layers or tensors the N largest stand out or are drawn; the others are grey or counted.  [default: 10 lines, 40 rows]",
+    help="Of many layers or tensors the N largest stand out or are drawn; the others are grey or "
+    "counted.  [default: 10 lines, 40 rows]",
 )
 @click.option("--layer", metavar="NAME", help="The units of this layer alone.")
 @click.option(
-    "--parameter", "parameters", multiple=True, metavar="NAME[I, J]", help="A parameter to trace (repeatable)."
+    "--parameter",
+    "parameters",
+    multiple=True,
+    metavar="NAME[I, J]",
+    help="A parameter to trace (repeatable).",
 )
-@click.option("--checkpoints", type=click.Path(), metavar="DIR", help="Where checkpoints to trace weights in are now.")
+@click.option(
+    "--checkpoints",
+    type=click.Path(),
+    metavar="DIR",
+    help="Where checkpoints to trace weights in are now.",
+)
 @click.option(
     "--signal",
     type=click.Choice(("allocation", "motion", "gradient")),
     help="Whose peaks: of the allocation, or of a control.",
 )
-@click.option("--tensor", "tensors", multiple=True, metavar="NAME", help="Only this tensor's pixels (repeatable).")
 @click.option(
-    "--step", type=int, help="The moment of training to picture.  [default: the last on which something is seen]"
+    "--tensor",
+    "tensors",
+    multiple=True,
+    metavar="NAME",
+    help="Only this tensor's pixels (repeatable).",
+)
+@click.option(
+    "--step",
+    type=int,
+    help="The moment of training to picture.  [default: the last on which something is seen]",
 )
 @click.option("--fps", type=int, help="Frames of a film per second.  [default: 10]")
 @click.option(
     "--size",
     metavar="WxH",
-    help="Of the figure, in inches, such as 7x4; letters keep theirs.  [default: as the finding needs]",
+    help="Of the figure, in inches, such as 7x4; letters keep theirs.  [default: as the finding "
+    "needs]",
 )
 @click.option("--title", metavar="TEXT", help="A line above the figure.")
-@click.option("--font", metavar="NAME", help="The family of the letters, such as serif or 'Times New Roman'.")
+@click.option(
+    "--font", metavar="NAME", help="The family of the letters, such as serif or 'Times New Roman'."
+)
 def command(
     runs: tuple[str, ...],
     finding: str,
@@ -101,18 +135,18 @@ def command(
     font: str | None,
     **flags: Any,
 ) -> None:
-    """Draw a finding of RUN into FILE: candidates, compare, curve, distribution, generalisation, helping, layers,
-    microscope, oscillation, peaks or units.
+    """Draw a finding of RUN into FILE: candidates, compare, curve, distribution, generalisation,
+    helping, layers, microscope, oscillation, peaks or units.
 
     \b
     lca plot checkpoints.lca layers
-    lca plot checkpoints.lca layers --quantity cumulative --top 8 --size 7x4 --title "ResNet-18" --font serif
-    lca plot checkpoints.lca generalisation --loss train --loss validation -o overfitting.pdf
-    lca plot checkpoints.lca curve --loss per_class --group 3 --group 8
-    lca plot checkpoints.lca microscope -o film.mp4
-    lca plot adam=a.lca adam=b.lca sgd=c.lca compare
+    lca plot checkpoints.lca layers --quantity cumulative --top 8 --size 7x4 --title "ResNet-18"
+    --font serif lca plot checkpoints.lca generalisation --loss train --loss validation -o
+    overfitting.pdf lca plot checkpoints.lca curve --loss per_class --group 3 --group 8 lca plot
+    checkpoints.lca microscope -o film.mp4 lca plot adam=a.lca adam=b.lca sgd=c.lca compare
 
-    Several runs go side by side in curve, layers, units and generalisation; compare takes repeats under one LABEL=RUN.
+    Several runs go side by side in curve, layers, units and generalisation; compare takes repeats
+    under one LABEL=RUN.
     """
     from ..errors import InputError
 
@@ -120,14 +154,22 @@ def command(
     if not runs and finding in FINDINGS:
         raise InputError(f"which run? Write lca plot RUN {finding}.")
     if not runs:
-        raise InputError(f"which finding of {finding}? There are {known}. Write lca plot {finding} FINDING.")
+        raise InputError(
+            f"which finding of {finding}? There are {known}. Write lca plot {finding} FINDING."
+        )
     if finding not in FINDINGS:
-        raise InputError(f"there is no finding {finding!r}; there are {known}. Write lca plot RUN FINDING.")
+        raise InputError(
+            f"there is no finding {finding!r}; there are {known}. Write lca plot RUN FINDING."
+        )
     options = {name: value for name, value in flags.items() if value not in (None, (), False)}
     for name in options:
         if name not in FINDINGS[finding]:
-            takers = ", ".join(name_of_finding for name_of_finding, takes in FINDINGS.items() if name in takes)
-            flag = {"groups": "group", "parameters": "parameter", "tensors": "tensor"}.get(name, name)
+            takers = ", ".join(
+                name_of_finding for name_of_finding, takes in FINDINGS.items() if name in takes
+            )
+            flag = {"groups": "group", "parameters": "parameter", "tensors": "tensor"}.get(
+                name, name
+            )
             raise InputError(f"--{flag} does not go with {finding}; it is for {takers}.")
     path = _path(out or Path(f"{finding}.png"), finding)
     named = labelled(runs)
@@ -136,7 +178,10 @@ def command(
     if ("step" in options and film) or ("fps" in options and not film):
         raise InputError("--step is for a picture of one moment, --fps for a film (.mp4 or .gif).")
     if count > 1 and finding not in (*_PANELS, "compare"):
-        raise InputError(f"{finding} is drawn of one run, got {count}. Several go with {', '.join(_PANELS)}, compare.")
+        raise InputError(
+            f"{finding} is drawn of one run, got {count}. Several go with "
+            f"{', '.join(_PANELS)}, compare."
+        )
     if "by" in options:
         options["by"] = int(options["by"]) if options["by"].isdecimal() else options["by"]
     with _look(finding, size, title, font) as look:
@@ -148,7 +193,9 @@ def command(
 def _look(
     finding: str, size: str | None, title: str | None, font: str | None
 ) -> Iterator[tuple[tuple[float, float] | None, str | None]]:
-    """Yield a figure's size in inches and its title; letters that are drawn inside the block are of the family `font`."""
+    """Yield a figure's size in inches and its title; letters that are drawn inside the block are of
+    the family `font`.
+    """
     import re
 
     from ..errors import InputError
@@ -158,9 +205,13 @@ def _look(
         match = re.fullmatch(r"(\d+(?:\.\d+)?)[x×](\d+(?:\.\d+)?)", size)
         inches = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
         if not all(1 <= length <= 100 for length in inches):
-            raise InputError(f"--size is WIDTHxHEIGHT in inches, each from 1 to 100, such as 7x4, got {size!r}.")
+            raise InputError(
+                f"--size is WIDTHxHEIGHT in inches, each from 1 to 100, such as 7x4, got {size!r}."
+            )
     if finding == "microscope" and (size is not None or title is not None):
-        raise InputError("--size and --title do not go with microscope, whose layout follows from its pictures.")
+        raise InputError(
+            "--size and --title do not go with microscope, whose layout follows from its pictures."
+        )
     import matplotlib as mpl
 
     if font is None:
@@ -172,7 +223,8 @@ def _look(
         findfont(FontProperties(family=font), fallback_to_default=False)
     except ValueError:
         raise InputError(
-            f"--font {font!r} is not installed. Name another, such as serif, sans-serif or monospace."
+            f"--font {font!r} is not installed. Name another, such as serif, sans-serif or "
+            f"monospace."
         ) from None
     with mpl.rc_context({"font.family": font}):
         yield inches, title
@@ -205,7 +257,11 @@ def _results(path: str, losses: tuple[str, ...], finding: str) -> list[LossResul
         if name not in run:
             raise InputError(f"{path} has no loss {name!r}; it has {', '.join(map(repr, run))}.")
     if len(names) != number:
-        how = "two losses over two splits: --loss NAME --loss NAME" if number == 2 else "one loss: --loss NAME"
+        how = (
+            "two losses over two splits: --loss NAME --loss NAME"
+            if number == 2
+            else "one loss: --loss NAME"
+        )
         raise InputError(f"{finding} takes {how}; {path} has {', '.join(map(repr, run))}.")
     return [run[name] for name in names]
 
@@ -234,7 +290,8 @@ def _draw(
             plots.film(pairs[0][1], path, **to_plot)
         else:
             _save(getattr(plots, finding), pairs, to_plot, path, *look)
-    for left_out in dict.fromkeys(result.attrs["left_out"] for _, result in pairs):  # a refusal says it itself
+    # a refusal says it itself
+    for left_out in dict.fromkeys(result.attrs["left_out"] for _, result in pairs):
         if left_out:
             say(left_out)
 
@@ -308,14 +365,20 @@ def _save(
         place: dict[str, Any] = {}
         if size is not None:
             sheet = plt.figure(figsize=size, layout="constrained")
-            place = {"figure": sheet} if "figure" in inspect.signature(plot).parameters else {"ax": sheet.subplots()}
+            place = (
+                {"figure": sheet}
+                if "figure" in inspect.signature(plot).parameters
+                else {"ax": sheet.subplots()}
+            )
         drawn = plot(pairs[0][1], **options, **place)
         figure = drawn if hasattr(drawn, "savefig") else drawn.figure
     else:
         figure = _panels(plot, pairs, options, size)
     if title is not None:
         figure.suptitle(safe_in_figure(title), fontsize=10)
-    plain: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
+    plain: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(
+        path.suffix.lower(), {}
+    )
     figure.savefig(path, dpi=200, metadata=plain)
     plt.close(figure)
 
@@ -328,7 +391,9 @@ def _frame(film: xr.Dataset, step: int) -> int:
     for frame in range(len(start)):
         if start[frame] <= step < end[frame] or step == end[frame] == end[-1]:
             return frame
-    raise InputError(f"no segment is there at step {step}; there are steps {start[0]} to {end[-1]}.")
+    raise InputError(
+        f"no segment is there at step {step}; there are steps {start[0]} to {end[-1]}."
+    )
 
 
 def _panels(
@@ -337,7 +402,9 @@ def _panels(
     options: dict[str, Any],
     size: tuple[float, float] | None,
 ) -> Figure:
-    """Draw runs beside each other, each under its label, all on the same axes and scale of colours."""
+    """Draw runs beside each other, each under its label, all on the same axes and scale of
+    colours.
+    """
     import matplotlib.pyplot as plt
 
     from ..plots.style import share_colours
@@ -345,9 +412,17 @@ def _panels(
     columns = min(3, len(pairs))
     rows = math.ceil(len(pairs) / columns)
     names = max(result.sizes.get("layer", 0) for _, result in pairs)
-    tall = 2.9 if names <= 10 or options.get("quantity") == "cumulative" else 0.9 + 0.2 * min(names, 60)
+    tall = (
+        2.9
+        if names <= 10 or options.get("quantity") == "cumulative"
+        else 0.9 + 0.2 * min(names, 60)
+    )
     figure, axes = plt.subplots(
-        rows, columns, figsize=size or (4.3 * columns, tall * rows), layout="constrained", squeeze=False
+        rows,
+        columns,
+        figsize=size or (4.3 * columns, tall * rows),
+        layout="constrained",
+        squeeze=False,
     )
     used = list(axes.flat[: len(pairs)])
     for ax in axes.flat[len(pairs) :]:
@@ -356,7 +431,11 @@ def _panels(
     for ax, (label, result) in zip(used, pairs, strict=True):
         ax.update_datalim(corners)
         plot(result, ax=ax, **options)
-        ax.set_title(f"{safe_in_figure(label)}: {ax.get_title(loc='left')}".removesuffix(": "), loc="left", fontsize=8)
+        ax.set_title(
+            f"{safe_in_figure(label)}: {ax.get_title(loc='left')}".removesuffix(": "),
+            loc="left",
+            fontsize=8,
+        )
     share_colours(used)
     return figure
 
@@ -364,7 +443,9 @@ def _panels(
 def _extent(
     plot: Callable[..., Any], pairs: list[tuple[str, xr.Dataset]], options: dict[str, Any]
 ) -> np.ndarray[Any, Any]:
-    """Return the corners of the box around everything drawn of all runs, in coordinates of the data."""
+    """Return the corners of the box around everything drawn of all runs, in coordinates of the
+    data.
+    """
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 

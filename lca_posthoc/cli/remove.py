@@ -9,7 +9,9 @@ from .show import stdout
 
 @click.command()
 @click.argument("run", type=click.Path())
-@click.option("--loss", required=True, metavar="NAME", help="The loss to drop, with everything stored for it.")
+@click.option(
+    "--loss", required=True, metavar="NAME", help="The loss to drop, with everything stored for it."
+)
 def command(run: str, loss: str) -> None:
     """Drop a loss from RUN; what is stored for the others is not touched.
 

@@ -15,9 +15,17 @@ from .show import prints_to_stderr, stdout
 @click.command()
 @click.argument("run", type=click.Path())
 @click.option(
-    "--task", required=True, metavar="FILE[:FUNCTION]", help="The task the run was made with; its path is not recorded."
+    "--task",
+    required=True,
+    metavar="FILE[:FUNCTION]",
+    help="The task the run was made with; its path is not recorded.",
 )
-@click.option("--checkpoints", type=click.Path(), metavar="DIR", help="Where they are now.  [default: where they were]")
+@click.option(
+    "--checkpoints",
+    type=click.Path(),
+    metavar="DIR",
+    help="Where they are now.  [default: where they were]",
+)
 @cluster_options
 def command(run: str, task: str, **options: Any) -> None:
     """Compute again exactly the damaged spans of RUN, put its metadata right, and sweep leftovers.
@@ -43,9 +51,14 @@ def command(run: str, task: str, **options: Any) -> None:
         console.print(f"{run} is whole", markup=False)
     unfinished = [name for name, results in open_run(run).items() if not results.complete]
     if unfinished:
-        console.print(f"not finished yet: {', '.join(unfinished)}; `lca run` goes on with them", markup=False)
+        console.print(
+            f"not finished yet: {', '.join(unfinished)}; `lca run` goes on with them", markup=False
+        )
 
 
 def _some(spans: list[int]) -> str:
     shown = ", ".join(map(str, spans[:10]))
-    return f"span{'' if len(spans) == 1 else 's'} {shown}{f' and {len(spans) - 10} more' if len(spans) > 10 else ''}"
+    return (
+        f"span{'' if len(spans) == 1 else 's'} "
+        f"{shown}{f' and {len(spans) - 10} more' if len(spans) > 10 else ''}"
+    )

@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     "losses",
     multiple=True,
     metavar="NAME",
-    help="Show this loss (repeatable); the first goes under the microscope.  [default: all that fit]",
+    help="Show this loss (repeatable); the first goes under the microscope.  [default: all that "
+    "fit]",
 )
 def command(runs: tuple[str, ...], out: str, losses: tuple[str, ...]) -> None:
-    """Write everything there is to see in one or several RUNs into one file that opens without a network.
+    """Write everything there is to see in one or several RUNs into one file that opens without a
+    network.
 
     \b
     lca report checkpoints.lca
@@ -40,7 +42,8 @@ def command(runs: tuple[str, ...], out: str, losses: tuple[str, ...]) -> None:
     lca report checkpoints.lca --loss validation
     lca report 'free=free-*.lca' 'frozen=frozen-*.lca'
 
-    Runs under one LABEL are repeats, such as seeds: layers are compared over them, as by `lca compare`.
+    Runs under one LABEL are repeats, such as seeds: layers are compared over them, as by `lca
+    compare`.
     """
     from pathlib import Path
 
@@ -50,7 +53,9 @@ def command(runs: tuple[str, ...], out: str, losses: tuple[str, ...]) -> None:
 
     opened: list[Run] | dict[str, list[Run]]
     if any("=" in run and not Path(run).exists() for run in runs):
-        opened = {label: [open_run(path) for path in paths] for label, paths in labelled(runs).items()}
+        opened = {
+            label: [open_run(path) for path in paths] for label, paths in labelled(runs).items()
+        }
     else:
         opened = [open_run(run) for run in runs]
     written = write_report(opened, Path(out), losses=losses)

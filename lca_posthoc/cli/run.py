@@ -15,9 +15,13 @@ from .show import print_json, prints_to_stderr, say, stdout
 @click.command()
 @replay_options
 @cluster_options
-@click.option("--dashboard", is_flag=True, help="Serve Dask's dashboard of local workers on loopback.")
 @click.option(
-    "--ignore-space", is_flag=True, help="Begin although the estimated result does not fit into the free space."
+    "--dashboard", is_flag=True, help="Serve Dask's dashboard of local workers on loopback."
+)
+@click.option(
+    "--ignore-space",
+    is_flag=True,
+    help="Begin although the estimated result does not fit into the free space.",
 )
 @json_option
 def command(checkpoints: str, as_json: bool, **options: Any) -> None:
@@ -29,7 +33,8 @@ def command(checkpoints: str, as_json: bool, **options: Any) -> None:
     lca run checkpoints --task my_task.py
     lca run checkpoints --task my_task.py --loss all
     lca run checkpoints --task my_task.py --rule trapezoid --keep tensors --out quick.lca
-    lca run checkpoints --task my_task.py --cluster tls://head:8786 --tls-ca ca.pem --tls-cert me.pem --tls-key me.key
+    lca run checkpoints --task my_task.py --cluster tls://head:8786 --tls-ca ca.pem --tls-cert
+    me.pem --tls-key me.key
     """
     from ..findings import summary
     from ..replay import run
@@ -38,13 +43,19 @@ def command(checkpoints: str, as_json: bool, **options: Any) -> None:
     with prints_to_stderr(), Display() as listen:
         opened = run(checkpoints, progress=listen, **options)
     names = list(options["losses"] or opened.manifest.provenance["task_losses"][:1])
-    named = opened if "all" in names else [loss for name in names for loss in opened.manifest.meant_by(name)]
+    named = (
+        opened
+        if "all" in names
+        else [loss for name in names for loss in opened.manifest.meant_by(name)]
+    )
     summaries = {name: summary(opened[name]) for name in named}
     for name, figures in summaries.items():
         if figures["unconverged"]:
             say(
-                f"loss {name!r}: {figures['unconverged']:,} of {count(figures['segments'], 'segment')} "
-                f"stay{'s' * (figures['unconverged'] == 1)} above the tolerance; see `converged` in steps"
+                f"loss {name!r}: {figures['unconverged']:,} of "
+                f"{count(figures['segments'], 'segment')} "
+                f"stay{'s' * (figures['unconverged'] == 1)} above the tolerance; see `converged` "
+                f"in steps"
             )
     if as_json:
         print_json({"schema": 1, "losses": summaries})

@@ -45,7 +45,9 @@ def prints_to_stderr() -> Iterator[None]:
 
 def print_json(document: object) -> None:
     """Print one JSON document on stdout; numbers that are not finite become null."""
-    print(json.dumps(_finite(document), indent=2), file=Stream(sys.stdout, matters=True), flush=True)
+    print(
+        json.dumps(_finite(document), indent=2), file=Stream(sys.stdout, matters=True), flush=True
+    )
 
 
 def _finite(value: object) -> object:
@@ -62,7 +64,8 @@ def share(value: float) -> str:
 
 
 def units_of_loss(value: float, scale: float, sign: str = "+", digits: int = 6) -> str:
-    """Return a number in units of loss: with so many digits behind the point, or with a power of ten where losses are huge or tiny.
+    """Return a number in units of loss: with so many digits behind the point, or with a power of
+    ten where losses are huge or tiny.
 
     Args:
         value: the number.
@@ -79,7 +82,8 @@ def units_of_loss(value: float, scale: float, sign: str = "+", digits: int = 6) 
     return f"{value:{sign}.{1 if tiny else digits}{'e' if tiny else 'f'}}"
 
 
-# --- tables --------------------------------------------------------------------------------------------------------------
+# --- tables
+# --------------------------------------------------------------------------------------------------------------
 
 
 class Table:
@@ -111,17 +115,23 @@ class Table:
         """
         dots = showable("…", encoding)
         heads = [showable(head, encoding) for head in self._columns]
-        columns = [[showable(row[index], encoding) for row in self._rows] for index in range(len(heads))]
+        columns = [
+            [showable(row[index], encoding) for row in self._rows] for index in range(len(heads))
+        ]
         full = [max(map(cell_len, (heads[index], *column))) for index, column in enumerate(columns)]
         least = [self._least(index, heads[index], column) for index, column in enumerate(columns)]
         blocks = []
         for block in _stacked(full, least, width):
             texts = []
             for index, wide in zip(
-                block, _shared([full[index] for index in block], [least[index] for index in block], width), strict=True
+                block,
+                _shared([full[index] for index in block], [least[index] for index in block], width),
+                strict=True,
             ):
                 head = shorten(heads, wide, dots)[index]
-                column = shorten(columns[index], wide, dots) if index < self._names else columns[index]
+                column = (
+                    shorten(columns[index], wide, dots) if index < self._names else columns[index]
+                )
                 to_the_left = index < self._names or index >= self._words
                 wide = max(map(cell_len, (head, *column)))
                 texts.append([_padded(cell, wide, to_the_left) for cell in (head, *column)])
@@ -129,7 +139,9 @@ class Table:
         return blocks
 
     def _least(self, index: int, head: str, column: list[str]) -> int:
-        """Return how narrow a column may get: numbers and words stay whole, names and headings do not."""
+        """Return how narrow a column may get: numbers and words stay whole, names and headings do
+        not.
+        """
         cells = max(map(cell_len, column), default=0)
         if index < self._names:
             return min(max(cells, cell_len(head)), _SHORTEST)
@@ -137,11 +149,13 @@ class Table:
 
 
 def table(*columns: str, names: int = 1, words: int = 0) -> Table:
-    """Return a plain table: the first `names` columns are names, the last `words` are words, the others numbers.
+    """Return a plain table: the first `names` columns are names, the last `words` are words, the
+    others numbers.
 
-    In a pipe or a file everything stands whole. On a terminal names, and headings of numbers, are cut in the middle where there is
-    no room; numbers and words never are: where there is no room for all of them, columns go into blocks below each other, each of
-    which begins with the first column.
+    In a pipe or a file everything stands whole. On a terminal names, and headings of numbers, are
+    cut in the middle where there is no room; numbers and words never are: where there is no room
+    for all of them, columns go into blocks below each other, each of which begins with the first
+    column.
     """
     return Table(columns, names, words)
 
@@ -162,7 +176,9 @@ def _stacked(full: list[int], least: list[int], width: int | None) -> list[list[
 
 
 def _shared(full: list[int], least: list[int], width: int | None) -> list[int]:
-    """Return the widths of the columns of a block: what they need, else the widest ones give way first."""
+    """Return the widths of the columns of a block: what they need, else the widest ones give way
+    first.
+    """
     if width is None:
         return full
     room = width - _GAP * (len(full) - 1)

@@ -31,7 +31,8 @@ def command(run: str, as_json: bool) -> None:
     \b
     lca status checkpoints.lca
 
-    What is done is read from the commit markers, what is underway from reports of the workers, at most a few seconds old.
+    What is done is read from the commit markers, what is underway from reports of the workers, at
+    most a few seconds old.
     """
     from ..errors import InputError
     from ..store import last_run, open_run, starting
@@ -55,7 +56,9 @@ def command(run: str, as_json: bool) -> None:
         return
     rows = table("loss", "spans", "segments", "worker time", "steps done", "state", words=2)
     for name, loss in progress.items():
-        underway = f" + {loss['segments_underway']:.1f} underway" if loss["segments_underway"] else ""
+        underway = (
+            f" + {loss['segments_underway']:.1f} underway" if loss["segments_underway"] else ""
+        )
         rows.add_row(
             Text(safe(name)),
             f"{loss['spans_done']} / {loss['spans']}",
@@ -69,7 +72,9 @@ def command(run: str, as_json: bool) -> None:
     running = any(loss["running"] for loss in progress.values())
     incomplete = not all(loss["complete"] for loss in progress.values())
     if preparing is not None:
-        console.print(Text(wrapped(f"a driver is about to go on with it: {_preparing(preparing)}", console)))
+        console.print(
+            Text(wrapped(f"a driver is about to go on with it: {_preparing(preparing)}", console))
+        )
     elif running and last is not None:
         console.print(Text(wrapped(_pace(progress, last), console)))
     elif incomplete and last is not None:
@@ -99,15 +104,19 @@ def _state(name: str, loss: dict[str, Any]) -> str:
 
 
 def _not_finite(missing: list[int], last: LastRun | None) -> list[int]:
-    """Return the steps of checkpoints whose NaN or Inf keeps all missing spans from being replayed; none where one misses otherwise."""
+    """Return the steps of checkpoints whose NaN or Inf keeps all missing spans from being replayed;
+    none where one misses otherwise.
+    """
     failed = {} if last is None or last.ended is None else last.not_finite
     return sorted({failed[span] for span in missing}) if set(missing) <= set(failed) else []
 
 
 def _progress(opened: Run, last: LastRun | None) -> dict[str, dict[str, Any]]:
-    """Return how far each loss is; of a running one also segments per second, and seconds left, of all losses together.
+    """Return how far each loss is; of a running one also segments per second, and seconds left, of
+    all losses together.
 
-    `not_finite` are the steps of the checkpoints with NaN or Inf where these alone keep the loss from being complete.
+    `not_finite` are the steps of the checkpoints with NaN or Inf where these alone keep the loss
+    from being complete.
     """
     from ..store import underway
 
@@ -127,7 +136,8 @@ def _progress(opened: Run, last: LastRun | None) -> dict[str, dict[str, Any]]:
 def _preparing(state: Starting) -> str:
     now = time.time()
     return (
-        f"{safe(state.stage)}, for {duration(max(0, int(now - state.since)))} now (begun {duration(max(0, int(now - state.began)))} "
+        f"{safe(state.stage)}, for {duration(max(0, int(now - state.since)))} now (begun "
+        f"{duration(max(0, int(now - state.began)))} "
         f"ago by process {int(state.pid)} on {safe(state.host)})"
     )
 
@@ -138,14 +148,21 @@ def _pace(progress: dict[str, dict[str, Any]], last: LastRun) -> str:
     if not rates:
         return f"running {since}; no segment is done yet"
     return (
-        f"running {since}: {rates[0]['segments_per_second']:.3g} segments/s (each loss counted), about "
+        f"running {since}: {rates[0]['segments_per_second']:.3g} segments/s (each loss counted), "
+        f"about "
         f"{duration(rates[0]['seconds_left'])} left"
     )
 
 
 def _ending(last: LastRun) -> str:
     if last.ended is None:
-        return "its driver was killed, or lost its machine; the same `lca run` goes on where it stopped"
+        return (
+            "its driver was killed, or lost its machine; the same `lca run` goes on where it "
+            "stopped"
+        )
     if not last.ended:
-        return "its last driver did what it was asked for; `lca run` with the losses that are missing goes on"
+        return (
+            "its last driver did what it was asked for; `lca run` with the losses that are missing "
+            "goes on"
+        )
     return f"the last driver ended with {safe(last.ended)}"

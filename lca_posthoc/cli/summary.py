@@ -24,7 +24,13 @@ _BESIDE_EACH_OTHER = 3  # losses whose figures and their labels fit beside each 
 
 @click.command()
 @click.argument("run", type=click.Path())
-@click.option("--loss", "losses", multiple=True, metavar="NAME", help="A loss of the run (repeatable).  [default: all]")
+@click.option(
+    "--loss",
+    "losses",
+    multiple=True,
+    metavar="NAME",
+    help="A loss of the run (repeatable).  [default: all]",
+)
 @click.option(
     "--top",
     type=click.IntRange(min=1),
@@ -33,12 +39,15 @@ _BESIDE_EACH_OTHER = 3  # losses whose figures and their labels fit beside each 
 )
 @click.option("--all", "everything", is_flag=True, help="Show every tensor, in the model's order.")
 @json_option
-def command(run: str, losses: tuple[str, ...], top: int | None, everything: bool, as_json: bool) -> None:
+def command(
+    run: str, losses: tuple[str, ...], top: int | None, everything: bool, as_json: bool
+) -> None:
     """Show headline figures of RUN and what each module did, the strongest first.
 
-    Of more than six losses each is one row; --loss NAME, --top and --all show their modules and tensors.
-    A module is what holds a kernel and its bias. Buffers that moved, such as running statistics, are a row of their own. --json has
-    every module and every tensor, whatever --top and --all say.
+    Of more than six losses each is one row; --loss NAME, --top and --all show their modules and
+    tensors. A module is what holds a kernel and its bias. Buffers that moved, such as running
+    statistics, are a row of their own. --json has every module and every tensor, whatever --top and
+    --all say.
 
     \b
     lca summary checkpoints.lca
@@ -50,7 +59,9 @@ def command(run: str, losses: tuple[str, ...], top: int | None, everything: bool
     from ..store import open_run
 
     if everything and top is not None:
-        raise InputError("--all shows every tensor and --top N the N strongest modules. Give one of the two.")
+        raise InputError(
+            "--all shows every tensor and --top N the N strongest modules. Give one of the two."
+        )
     opened = open_run(run)
     for name in losses:
         if name not in opened:
@@ -58,11 +69,16 @@ def command(run: str, losses: tuple[str, ...], top: int | None, everything: bool
     summaries = {name: summary(opened[name]) for name in losses or opened}
     for name in summaries:
         if not opened[name].complete:
-            say(f"loss {name!r} is not complete: figures are over the {_finished(summaries[name]['segments'])}")
+            say(
+                f"loss {name!r} is not complete: figures are over the "
+                f"{_finished(summaries[name]['segments'])}"
+            )
         if opened[name].behind:
             say(
-                f"loss {name!r} ends at step {summaries[name]['last_step']}, {count(opened[name].behind, 'segment')} before the run does: "
-                f"it was not asked for when checkpoints were added. Name it with --loss {name} to `lca run` to go on"
+                f"loss {name!r} ends at step {summaries[name]['last_step']}, "
+                f"{count(opened[name].behind, 'segment')} before the run does: "
+                f"it was not asked for when checkpoints were added. Name it with --loss {name} to "
+                f"`lca run` to go on"
             )
     if as_json:
         print_json({"schema": 1, "losses": summaries})
@@ -71,7 +87,11 @@ def command(run: str, losses: tuple[str, ...], top: int | None, everything: bool
 
 
 def print_summary(
-    summaries: dict[str, dict[str, Any]], run: Path, *, top: int | None = None, everything: bool = False
+    summaries: dict[str, dict[str, Any]],
+    run: Path,
+    *,
+    top: int | None = None,
+    everything: bool = False,
 ) -> None:
     """Print headline figures side by side, then each loss's groups and what its modules did.
 
@@ -106,13 +126,16 @@ def print_summary(
         else:
             unshown.add(_print_modules(figures, top or TOP))
     if not everything and (
-        unshown - {0} or any(len(of_loss["tensors"]) > len(of_loss["modules"]) for of_loss in summaries.values())
+        unshown - {0}
+        or any(len(of_loss["tensors"]) > len(of_loss["modules"]) for of_loss in summaries.values())
     ):
         console.print(Text(wrapped(f"\n{_the_rest(unshown - {0}, run)}", console)))
 
 
 def _the_rest(unshown: set[int], run: Path) -> str:
-    """Return the line that says how many modules are not shown, in one table or another, and how to see them."""
+    """Return the line that says how many modules are not shown, in one table or another, and how to
+    see them.
+    """
     more = " and ".join(f"{number:,}" for number in sorted(unshown))
     which = f"{more} more module{'' if unshown == {1} else 's'}: " if unshown else ""
     strongest = ", --top N the N strongest modules" if unshown else ""
@@ -125,7 +148,9 @@ def _quoted(run: Path) -> str:
 
 def _print_losses(summaries: dict[str, dict[str, Any]]) -> None:
     """Print a row for each of many losses; of one with groups, the loss of the whole split."""
-    rows = table("loss", "groups", "segments", "start → end", "change", "allocated", "residual", "helping")
+    rows = table(
+        "loss", "groups", "segments", "start → end", "change", "allocated", "residual", "helping"
+    )
     for name, figures in summaries.items():
         grouped = figures["groups"] is not None
         start, end, change, allocated, residual = (
@@ -147,22 +172,30 @@ def _print_losses(summaries: dict[str, dict[str, Any]]) -> None:
 def _print_headline(plain: dict[str, dict[str, Any]]) -> None:
     headline = table("", *(safe(name) for name in plain))
     for label, key in (("loss at the start", "loss_start"), ("loss at the end", "loss_end")):
-        ends = (_numbers([figures["loss_start"], figures["loss_end"]], "") for figures in plain.values())
+        ends = (
+            _numbers([figures["loss_start"], figures["loss_end"]], "") for figures in plain.values()
+        )
         headline.add_row(label, *(pair[key == "loss_end"] for pair in ends))
-    changes = [_numbers([figures["loss_change"], figures["allocated"]]) for figures in plain.values()]
+    changes = [
+        _numbers([figures["loss_change"], figures["allocated"]]) for figures in plain.values()
+    ]
     headline.add_row("loss change", *(change for change, _ in changes))
-    headline.add_row("allocated, Σ over parameters and segments", *(allocated for _, allocated in changes))
+    headline.add_row(
+        "allocated, Σ over parameters and segments", *(allocated for _, allocated in changes)
+    )
     if any(figures["buffers"] for figures in plain.values()):
         parts = (_numbers([figures["buffers"] or 0.0])[0] for figures in plain.values())
         headline.add_row("of it to buffers (running statistics)", *parts)
     headline.add_row("residual", *(f"{figures['residual']:+.1e}" for figures in plain.values()))
     for key in ("helping", "hurting", "zero"):
         headline.add_row(
-            f"{key} (share of parameters × segments)", *(share(figures[key]) for figures in plain.values())
+            f"{key} (share of parameters × segments)",
+            *(share(figures[key]) for figures in plain.values()),
         )
     if len({(figures["first_step"], figures["last_step"]) for figures in plain.values()}) > 1:
         headline.add_row(
-            "training steps", *(f"{figures['first_step']}–{figures['last_step']}" for figures in plain.values())
+            "training steps",
+            *(f"{figures['first_step']}–{figures['last_step']}" for figures in plain.values()),
         )
     stdout().print(headline)
 
@@ -174,12 +207,18 @@ def _print_modules(figures: dict[str, Any], top: int) -> int:
     return len(modules[top:])
 
 
-def _print_rows(what: str, shown: list[dict[str, Any]], others: list[dict[str, Any]], figures: dict[str, Any]) -> None:
-    """Print a row for each module or tensor, one for the others together, and one for what the run does not keep."""
+def _print_rows(
+    what: str, shown: list[dict[str, Any]], others: list[dict[str, Any]], figures: dict[str, Any]
+) -> None:
+    """Print a row for each module or tensor, one for the others together, and one for what the run
+    does not keep.
+    """
     shown = list(shown)
     if others:
         parameters = sum(other["parameters"] for other in others)
-        helping = math.fsum(other["helping"] * other["parameters"] for other in others) / max(1, parameters)
+        helping = math.fsum(other["helping"] * other["parameters"] for other in others) / max(
+            1, parameters
+        )
         shown.append(
             {
                 "name": f"({len(others):,} more)",
@@ -223,12 +262,15 @@ def _print_rows(what: str, shown: list[dict[str, Any]], others: list[dict[str, A
 
 
 def _print_groups(figures: dict[str, Any], top: int, everything: bool) -> int:
-    """Print a row for each group and one for all: their losses, and what modules did to them; return how many modules are not shown."""
+    """Print a row for each group and one for all: their losses, and what modules did to them;
+    return how many modules are not shown.
+    """
     columns, more = _columns(figures, top, everything)
     whole = [_mean(figures, name) for name in ("loss_start", "loss_end", "loss_change", "residual")]
     weights = figures["group_weights"]
     starts, ends = (
-        _numbers([*figures[f"loss_{end}"], _mean(figures, f"loss_{end}")], "", 4) for end in ("start", "end")
+        _numbers([*figures[f"loss_{end}"], _mean(figures, f"loss_{end}")], "", 4)
+        for end in ("start", "end")
     )
     changes = _numbers([*figures["loss_change"], whole[2]])
     parts = [[*column, _weighted(column, weights)] for column in columns.values()]
@@ -253,8 +295,12 @@ def _print_groups(figures: dict[str, Any], top: int, everything: bool) -> int:
     return more
 
 
-def _columns(figures: dict[str, Any], top: int, everything: bool) -> tuple[dict[str, list[float]], int]:
-    """Return what is shown beside the groups: every tensor, or the strongest modules and the others together; and how many are not."""
+def _columns(
+    figures: dict[str, Any], top: int, everything: bool
+) -> tuple[dict[str, list[float]], int]:
+    """Return what is shown beside the groups: every tensor, or the strongest modules and the others
+    together; and how many are not.
+    """
     if everything:
         return {tensor["name"]: tensor["allocated"] for tensor in figures["tensors"]}, 0
     sums = {module["name"]: module["allocated"] for module in figures["modules"]}
@@ -262,7 +308,9 @@ def _columns(figures: dict[str, Any], top: int, everything: bool) -> tuple[dict[
     shown = {name: column for name, column in sums.items() if name in strongest}
     others = [column for name, column in sums.items() if name not in strongest]
     if others:
-        shown[f"({len(others):,} more)"] = [math.fsum(column) for column in zip(*others, strict=True)]
+        shown[f"({len(others):,} more)"] = [
+            math.fsum(column) for column in zip(*others, strict=True)
+        ]
     return shown, len(others)
 
 
@@ -284,7 +332,9 @@ def _mean(figures: dict[str, Any], name: str) -> float:
 
 
 def _weighted(column: list[float], weights: list[float]) -> float:
-    return math.fsum(value * weight for value, weight in zip(column, weights, strict=True)) / math.fsum(weights)
+    return math.fsum(
+        value * weight for value, weight in zip(column, weights, strict=True)
+    ) / math.fsum(weights)
 
 
 def _part(part: float, whole: float) -> str:
@@ -292,18 +342,33 @@ def _part(part: float, whole: float) -> str:
 
 
 def _caption(name: str, figures: dict[str, Any]) -> str:
-    unconverged = f"{count(figures['unconverged'], 'segment')} above the tolerance, " if figures["unconverged"] else ""
+    unconverged = (
+        f"{count(figures['unconverged'], 'segment')} above the tolerance, "
+        if figures["unconverged"]
+        else ""
+    )
     groups = f"{count(len(figures['groups']), 'group')}, " if figures["groups"] is not None else ""
-    worst = figures["max_segment_residual"] if figures["groups"] is None else max(figures["max_segment_residual"])
+    worst = (
+        figures["max_segment_residual"]
+        if figures["groups"] is None
+        else max(figures["max_segment_residual"])
+    )
     error = ""
     if figures["precision_error"] is not None:
         higher = "float64" if figures["precision"] == "float32" else "float32"
         error = (
-            f", measured error of {figures['precision']} allocations against {higher} ones {figures['precision_error']:.1e} of their size "
+            f", measured error of {figures['precision']} allocations against {higher} ones "
+            f"{figures['precision_error']:.1e} of their size "
             f"(Σ|A − A*| / Σ|A*| on {count(figures['precision_segments'], 'segment')})"
         )
-    mode = f", {figures['norm_stats']} statistics in normalisation layers" if figures["norm_stats"] else ""
+    mode = (
+        f", {figures['norm_stats']} statistics in normalisation layers"
+        if figures["norm_stats"]
+        else ""
+    )
     return (
-        f"{safe(name)}: {groups}{count(figures['segments'], 'segment')}, {count(figures['parameters'], 'parameter')}, "
-        f"{count(figures['evaluations'], 'gradient evaluation')}, {unconverged}largest |residual| {worst:.1e}{error}{mode}"
+        f"{safe(name)}: {groups}{count(figures['segments'], 'segment')}, "
+        f"{count(figures['parameters'], 'parameter')}, "
+        f"{count(figures['evaluations'], 'gradient evaluation')}, {unconverged}largest |residual| "
+        f"{worst:.1e}{error}{mode}"
     )

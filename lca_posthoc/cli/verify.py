@@ -19,7 +19,8 @@ _MOST = 1000  # rows of the table
 @click.argument("run", type=click.Path())
 @json_option
 def command(run: str, as_json: bool) -> None:
-    """Check every stored byte of RUN against its commit markers; while it runs and after, and wherever it was copied to.
+    """Check every stored byte of RUN against its commit markers; while it runs and after, and
+    wherever it was copied to.
 
     \b
     lca verify checkpoints.lca
@@ -36,7 +37,12 @@ def command(run: str, as_json: bool) -> None:
                 damages.append(entry)
             else:
                 leftovers.append(entry.path)
-            shown.update(Text(f"{count(checked.files, 'file')}, {amount(checked.bytes)}, {len(damages)} damaged"))
+            shown.update(
+                Text(
+                    f"{count(checked.files, 'file')}, {amount(checked.bytes)}, "
+                    f"{len(damages)} damaged"
+                )
+            )
     if as_json:
         print_json(
             {
@@ -51,24 +57,39 @@ def command(run: str, as_json: bool) -> None:
         _print(damages)
     if leftovers:
         say(
-            f"{count(len(leftovers), 'file')} below {run} belong{'s' * (len(leftovers) == 1)} to nothing that is committed, "
+            f"{count(len(leftovers), 'file')} below {run} belong{'s' * (len(leftovers) == 1)} to "
+            f"nothing that is committed, "
             f"the first {leftovers[0]}"
         )
     if damages:
-        way = "Restore it from a copy" if damages[0].path == "run.json" else f"Run `lca repair {run} --task FILE`"
+        way = (
+            "Restore it from a copy"
+            if damages[0].path == "run.json"
+            else f"Run `lca repair {run} --task FILE`"
+        )
         raise DamageError(f"{count(len(damages), 'damaged file')} in {run}. {way}.")
     if not as_json:
-        stdout().print(f"{count(checked.files, 'file')}, {amount(checked.bytes)}: whole", markup=False)
+        stdout().print(
+            f"{count(checked.files, 'file')}, {amount(checked.bytes)}: whole", markup=False
+        )
 
 
 def _print(damages: list[Any]) -> None:
-    rows = table("file", "loss", "tensor or array", "span", "training steps", "what", names=3, words=1)
+    rows = table(
+        "file", "loss", "tensor or array", "span", "training steps", "what", names=3, words=1
+    )
     for damage in damages[:_MOST]:
         window = "" if damage.window is None else f"window {damage.window}"
         rows.add_row(
             Text(safe(damage.path)),
             Text(safe(damage.loss or "")),
-            Text(safe(f"{damage.array} of {damage.tensor}" if damage.tensor is not None else damage.array or "")),
+            Text(
+                safe(
+                    f"{damage.array} of {damage.tensor}"
+                    if damage.tensor is not None
+                    else damage.array or ""
+                )
+            ),
             window if damage.span is None else str(damage.span),
             "" if damage.first_step is None else f"{damage.first_step}–{damage.last_step}",
             Text(safe(damage.what)),

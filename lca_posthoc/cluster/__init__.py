@@ -1,9 +1,9 @@
-"""The places where work runs: this process, local Dask workers, or those of a scheduler somewhere. A cluster gets a callable and
-JSON-like specs; it knows no more.
+"""The places where work runs: this process, local Dask workers, or those of a scheduler somewhere.
+A cluster gets a callable and JSON-like specs; it knows no more.
 
-A cluster gives every worker two specs at a time, one to work on and one to wait; tries a spec again under a new key when its worker
-died; takes workers in as they join; lets those that leave finish; and drains when its `stop` event is set: what runs is finished,
-what waits is not started.
+A cluster gives every worker two specs at a time, one to work on and one to wait; tries a spec again
+under a new key when its worker died; takes workers in as they join; lets those that leave finish;
+and drains when its `stop` event is set: what runs is finished, what waits is not started.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ __all__ = [
 
 
 @contextlib.contextmanager
-def open_cluster(where: ClusterConfig, device: str | None, stop: threading.Event) -> Iterator[Cluster]:
+def open_cluster(
+    where: ClusterConfig, device: str | None, stop: threading.Event
+) -> Iterator[Cluster]:
     """Start or reach what `where` names and leave it as it was afterwards.
 
     Args:
@@ -53,14 +55,17 @@ def open_cluster(where: ClusterConfig, device: str | None, stop: threading.Event
     """
     where.check()
     if where.kind == "inline":
-        opened: contextlib.AbstractContextManager[Cluster] = Inline.opened(device or visible_device(), stop)
+        opened: contextlib.AbstractContextManager[Cluster] = Inline.opened(
+            device or visible_device(), stop
+        )
     elif where.kind == "local":
         opened = on_this_host(where, device or visible_device(), stop)
     elif where.is_address:
         opened = at_address(where, device, stop)
     else:
         raise InputError(
-            f"--cluster {where.kind!r} is not known. Use local, inline, tcp://HOST:PORT, tls://HOST:PORT or file:SCHEDULER.json."
+            f"--cluster {where.kind!r} is not known. Use local, inline, tcp://HOST:PORT, "
+            f"tls://HOST:PORT or file:SCHEDULER.json."
         )
     with opened as cluster:
         yield cluster

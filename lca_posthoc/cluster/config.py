@@ -54,32 +54,47 @@ class ClusterConfig:
             if not file.is_file():
                 raise InputError(f"{option} {file} does not exist. Give a PEM file.")
         if self.is_address and self.dashboard:
-            raise InputError("--dashboard is for local workers; a scheduler at an address has its own. Leave it out.")
+            raise InputError(
+                "--dashboard is for local workers; a scheduler at an address has its "
+                "own. Leave it out."
+            )
         if not self.is_address:
             extra = [*self.tls, *(["--insecure"] if self.insecure else [])]
             if extra:
                 raise InputError(
-                    f"{', '.join(extra)} {'goes' if len(extra) == 1 else 'go'} with --cluster ADDRESS only."
+                    f"{', '.join(extra)} {'goes' if len(extra) == 1 else 'go'} with --cluster "
+                    f"ADDRESS only."
                 )
 
     def address(self) -> str:
         """Return the scheduler's address, read from its file where one is named.
 
         Raises:
-            InputError: where there is no such file, no address in it, or one that is open to others without TLS.
+            InputError: where there is no such file, no address in it, or one that is open to others
+                without TLS.
         """
-        address = _in_file(Path(self.kind.removeprefix("file:"))) if self.kind.startswith("file:") else self.kind
+        address = (
+            _in_file(Path(self.kind.removeprefix("file:")))
+            if self.kind.startswith("file:")
+            else self.kind
+        )
         parts = urlsplit(address)
         if parts.scheme not in SCHEMES or not parts.hostname or not _has_port(address):
             raise InputError(
-                f"{address!r} is not the address of a scheduler. Expected tcp://HOST:PORT or tls://HOST:PORT."
+                f"{address!r} is not the address of a scheduler. Expected tcp://HOST:PORT or "
+                f"tls://HOST:PORT."
             )
         if parts.scheme == "tls" and self.tls and len(self.tls) < 3:
-            missing = [option for option in ("--tls-ca", "--tls-cert", "--tls-key") if option not in self.tls]
+            missing = [
+                option
+                for option in ("--tls-ca", "--tls-cert", "--tls-key")
+                if option not in self.tls
+            ]
             raise InputError(f"{address} needs {' and '.join(missing)} as well.")
         if parts.scheme != "tls" and self.tls:
             raise InputError(
-                f"{', '.join(self.tls)} {'goes' if len(self.tls) == 1 else 'go'} with tls://, not {address}."
+                f"{', '.join(self.tls)} {'goes' if len(self.tls) == 1 else 'go'} with tls://, not "
+                f"{address}."
             )
         if not self.insecure and not is_closed(address):
             raise InputError(open_to_others(f"the scheduler at {address}"))
@@ -111,8 +126,10 @@ def is_closed(address: str) -> bool:
 def open_to_others(who: str) -> str:
     """Return the message that refuses a listener which is open to others."""
     return (
-        f"{who} is open to the network without TLS: whoever reaches it can run code as you. Start it with --host 127.0.0.1, or "
-        "with TLS and give --tls-ca, --tls-cert and --tls-key, or give --insecure on a network you trust."
+        f"{who} is open to the network without TLS: whoever reaches it can run code as you. Start "
+        f"it with --host 127.0.0.1, or "
+        "with TLS and give --tls-ca, --tls-cert and --tls-key, or give --insecure on a network you "
+        "trust."
     )
 
 
@@ -121,7 +138,8 @@ def _in_file(file: Path) -> str:
         return str(json.loads(file.read_text())["address"])
     except OSError as error:
         raise InputError(
-            f"scheduler file {file} cannot be read: {error.strerror}. `dask scheduler --scheduler-file {file}` writes it."
+            f"scheduler file {file} cannot be read: {error.strerror}. `dask scheduler "
+            f"--scheduler-file {file}` writes it."
         ) from None
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{file} is not a scheduler file: it holds no address.") from None

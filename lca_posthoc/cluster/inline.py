@@ -50,7 +50,9 @@ class Inline:
         """See `Cluster.settle_on`."""
         self.device = device
 
-    def map(self, function: Function, specs: Iterable[Spec], settled: Settled | None = None) -> Generator[Outcome]:
+    def map(
+        self, function: Function, specs: Iterable[Spec], settled: Settled | None = None
+    ) -> Generator[Outcome]:
         """See `Cluster.map`."""
         for spec in specs:
             if self._stop.is_set():

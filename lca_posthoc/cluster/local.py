@@ -22,15 +22,17 @@ _SETTINGS = {
     "distributed.scheduler.work-stealing": False,
     "distributed.scheduler.allowed-failures": 0,
     "distributed.nanny.pre-spawn-environ": {
-        # Dask's own choice hands freed memory back at once; a replay frees and takes the same blocks at every batch, and
-        # page faults then cost as much as the arithmetic. 32 MiB is the most glibc takes for the second one.
+        # Dask's own choice hands freed memory back at once; a replay frees and takes the same
+        # blocks at every batch, and page faults then cost as much as the arithmetic. 32 MiB is the
+        # most glibc takes for the second one.
         "MALLOC_TRIM_THRESHOLD_": 256 * 2**20,
         "MALLOC_MMAP_THRESHOLD_": 32 * 2**20,
         "OMP_NUM_THREADS": 1,
         "MKL_NUM_THREADS": 1,
         "OPENBLAS_NUM_THREADS": 1,
     },
-    "distributed.admin.low-level-log-length": 10,  # of the messages to each worker, every one with its spec
+    # of the messages to each worker, every one with its spec
+    "distributed.admin.low-level-log-length": 10,
     "distributed.worker.daemon": False,
     "distributed.worker.profile.enabled": False,
     "distributed.worker.memory.target": False,
@@ -68,29 +70,41 @@ def on_this_host(where: ClusterConfig, device: str, stop: threading.Event) -> It
     }
     scheduler = {
         "cls": Scheduler,
-        "options": {"host": "127.0.0.1", "port": 0, "dashboard": where.dashboard, "dashboard_address": "127.0.0.1:0"},
+        "options": {
+            "host": "127.0.0.1",
+            "port": 0,
+            "dashboard": where.dashboard,
+            "dashboard_address": "127.0.0.1:0",
+        },
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(dask.config.set(_SETTINGS))
         try:
-            cluster = stack.enter_context(SpecCluster(workers=specs, scheduler=scheduler, silence_logs="CRITICAL"))
+            cluster = stack.enter_context(
+                SpecCluster(workers=specs, scheduler=scheduler, silence_logs="CRITICAL")
+            )
             client = stack.enter_context(Client(cluster, timeout=ANSWER_SECONDS))
         except (RuntimeError, OSError) as error:
             raise ResourceError(
-                f"local workers did not start ({' '.join(str(error).split())[:120]}). A script that calls run() needs "
-                "`if __name__ == '__main__':` around it, for workers import the script; or use cluster='inline'."
+                f"local workers did not start ({' '.join(str(error).split())[:120]}). A script "
+                f"that calls run() needs "
+                "`if __name__ == '__main__':` around it, for workers import the script; or use "
+                "cluster='inline'."
             ) from error
         try:
             client.wait_for_workers(count, timeout=ANSWER_SECONDS)
             client.register_plugin(_settle_in())
         except (DaskTimeoutError, TimeoutError, OSError) as error:
             raise ResourceError(
-                f"only {len(client.scheduler_info()['workers'])} of {count} local workers came up within {ANSWER_SECONDS} s "
-                f"({error}). Ask for fewer with --workers, or run in this process with --cluster inline."
+                f"only {len(client.scheduler_info()['workers'])} of {count} local workers came up "
+                f"within {ANSWER_SECONDS} s "
+                f"({error}). Ask for fewer with --workers, or run in this process with --cluster "
+                f"inline."
             ) from None
         with Workers.opened(client, device, stop) as workers:
             workers.dashboard = client.dashboard_link if where.dashboard else None
-            # A nanny whose worker dies while it starts gives up; asking for as many as before starts another one.
+            # A nanny whose worker dies while it starts gives up; asking for as many as before
+            # starts another one.
             workers.full_strength, workers.replace = count, functools.partial(cluster.scale, count)
             yield workers
 
@@ -99,7 +113,9 @@ def _settle_in() -> Any:
     from distributed import WorkerPlugin
 
     class SettleIn(WorkerPlugin):  # type: ignore[misc]
-        """Ctrl-C reaches every process of the terminal, but only the driver decides; what tasks print is no result."""
+        """Ctrl-C reaches every process of the terminal, but only the driver decides; what tasks
+        print is no result.
+        """
 
         name = "lca-settle-in"
 
@@ -111,7 +127,9 @@ def _settle_in() -> Any:
 
 
 def local_workers(device: str) -> int:
-    """Return how many workers this host has by default: one per visible GPU, or one per core that this process may use."""
+    """Return how many workers this host has by default: one per visible GPU, or one per core that
+    this process may use.
+    """
     if device == "cuda":
         return len(gpu_environments())
     from dask.system import cpu_count
@@ -131,17 +149,22 @@ def gpu_environments() -> list[dict[str, str]]:
         devices = [str(index) for index in range(torch.cuda.device_count())]
     else:
         listed = [device.strip() for device in inherited.split(",")]
+        # as CUDA reads it
         ends = [
             position for position, device in enumerate(listed) if device in ("", "-1", "NoDevFiles")
-        ]  # as CUDA reads it
+        ]
         devices = listed[: ends[0]] if ends else listed
     if not devices:
-        raise ResourceError("no GPU is visible. Use --device cpu, or make one visible with CUDA_VISIBLE_DEVICES.")
+        raise ResourceError(
+            "no GPU is visible. Use --device cpu, or make one visible with CUDA_VISIBLE_DEVICES."
+        )
     return [{"CUDA_VISIBLE_DEVICES": device} for device in devices]
 
 
 def visible_device() -> str:
-    """Return the device `--device auto` stands for here: "cuda" where torch sees a GPU, else "cpu"."""
+    """Return the device `--device auto` stands for here: "cuda" where torch sees a GPU, else
+    "cpu".
+    """
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,7 +13,9 @@ Settled = Callable[[Spec], Any]
 
 @dataclass(frozen=True)
 class Done:
-    """A spec and what its function returned, on which worker; None where the cluster drained before it was started."""
+    """A spec and what its function returned, on which worker; None where the cluster drained before
+    it was started.
+    """
 
     spec: Spec
     result: Any
@@ -39,7 +41,9 @@ class Retried:
 
 @dataclass(frozen=True)
 class Slow:
-    """A spec takes far longer than its peers; `doing` is the stack of its worker, the innermost call last."""
+    """A spec takes far longer than its peers; `doing` is the stack of its worker, the innermost
+    call last.
+    """
 
     spec: Spec
     worker: str
@@ -68,7 +72,8 @@ Outcome = Done | Lost | Retried | Slow | Refused | Waiting
 class Cluster(Protocol):
     """One way to run a callable over specs.
 
-    `device` is what workers compute on, None until they have told; `dashboard` the address of Dask's, where it is on.
+    `device` is what workers compute on, None until they have told; `dashboard` the address of
+    Dask's, where it is on.
     """
 
     device: str | None
@@ -87,10 +92,13 @@ class Cluster(Protocol):
         """The workers that have more than one thread."""
 
     def deliver(self, data: bytes) -> str:
-        """Put bytes where every worker finds them, also one that joins later; returns the key for `delivered`."""
+        """Put bytes where every worker finds them, also one that joins later; returns the key for
+        `delivered`.
+        """
 
     def check_workers(self, function: Function, spec: Spec) -> dict[str, Any]:
-        """Return what a callable returns on each worker, before any gets work; late ones are asked the same.
+        """Return what a callable returns on each worker, before any gets work; late ones are asked
+        the same.
 
         A worker whose answer holds `"error"`, or that gives none, does not take part.
         """
@@ -98,11 +106,15 @@ class Cluster(Protocol):
     def settle_on(self, device: str) -> None:
         """Compute on "cuda" or "cpu" from here on."""
 
-    def map(self, function: Function, specs: Iterable[Spec], settled: Settled | None = None) -> Generator[Outcome]:
-        """Yield what becomes of each spec, as it comes; specs are taken from the iterable only when there is room.
+    def map(
+        self, function: Function, specs: Iterable[Spec], settled: Settled | None = None
+    ) -> Generator[Outcome]:
+        """Yield what becomes of each spec, as it comes; specs are taken from the iterable only when
+        there is room.
 
         Args:
             function: at module level.
             specs: JSON-like.
-            settled: the result of a spec whose worker left in the middle of it, or None while there is none.
+            settled: the result of a spec whose worker left in the middle of it, or None while there
+                is none.
         """

@@ -18,7 +18,9 @@ CONNECT_SECONDS = 30.0
 
 
 @contextlib.contextmanager
-def at_address(where: ClusterConfig, device: str | None, stop: threading.Event) -> Iterator[Cluster]:
+def at_address(
+    where: ClusterConfig, device: str | None, stop: threading.Event
+) -> Iterator[Cluster]:
     """Connect, look at who listens, wait for workers."""
     from distributed import Client
     from distributed import TimeoutError as DaskTimeoutError
@@ -28,30 +30,48 @@ def at_address(where: ClusterConfig, device: str | None, stop: threading.Event) 
         stack.enter_context(_quiet())
         try:
             client = stack.enter_context(
-                Client(address, security=_security(where, address), timeout=CONNECT_SECONDS, set_as_default=False)
+                Client(
+                    address,
+                    security=_security(where, address),
+                    timeout=CONNECT_SECONDS,
+                    set_as_default=False,
+                )
             )
         except (OSError, TimeoutError, RuntimeError) as error:
             raise ResourceError(
-                f"no scheduler answers at {address} ({shortly(_root(error))}). Start one with `dask scheduler`, or check the address, "
+                f"no scheduler answers at {address} ({shortly(_root(error))}). Start one with "
+                f"`dask scheduler`, or check the address, "
                 "the network, and whether it is a tls:// one and lets these certificates in."
             ) from None
         if not where.insecure:
             _refuse_open_listeners(client)
         if not client.run_on_scheduler(has_us()):
-            raise ResourceError(f"the scheduler at {address} {WITHOUT_US} (torch is not needed there).")
+            raise ResourceError(
+                f"the scheduler at {address} {WITHOUT_US} (torch is not needed there)."
+            )
         count = where.workers or 1
         try:
-            client.wait_for_workers(count, timeout=ANSWER_SECONDS if where.workers else CONNECT_SECONDS)
+            client.wait_for_workers(
+                count, timeout=ANSWER_SECONDS if where.workers else CONNECT_SECONDS
+            )
         except (DaskTimeoutError, TimeoutError):
             connected = len(client.scheduler_info()["workers"])
-            tls = " --tls-ca-file CA --tls-cert CERT --tls-key KEY" if address.startswith("tls") else ""
+            tls = (
+                " --tls-ca-file CA --tls-cert CERT --tls-key KEY"
+                if address.startswith("tls")
+                else ""
+            )
             raise ResourceError(
-                f"{connected or 'no'} worker{'' if connected == 1 else 's'} of the {count} asked for {'is' if connected == 1 else 'are'} "
-                f"connected to {address}. Start some with `dask worker {address} --nthreads 1 --memory-limit 0{tls}` (on a GPU: "
+                f"{connected or 'no'} worker{'' if connected == 1 else 's'} of the {count} asked "
+                f"for {'is' if connected == 1 else 'are'} "
+                f"connected to {address}. Start some with `dask worker {address} --nthreads 1 "
+                f"--memory-limit 0{tls}` (on a GPU: "
                 "--resources GPU=1)."
             ) from None
         with Workers.opened(client, device, stop) as workers:
-            workers.dashboard = client.dashboard_link if client.run_on_scheduler(_serves_dashboard) else None
+            workers.dashboard = (
+                client.dashboard_link if client.run_on_scheduler(_serves_dashboard) else None
+            )
             yield workers
 
 
@@ -63,13 +83,17 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _serves_dashboard(dask_scheduler: Any) -> bool:
-    """A scheduler has a web server in any case; the dashboard is an application of its own in it."""
+    """A scheduler has a web server in any case; the dashboard is an application of its own in
+    it.
+    """
     return bool(getattr(dask_scheduler.http_application, "applications", None))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence Dask's client, which logs with tracebacks what we say of failing workers in our own words."""
+    """Silence Dask's client, which logs with tracebacks what we say of failing workers in our own
+    words.
+    """
     from distributed.utils import silence_logging_cmgr
 
     asyncio = logging.getLogger("asyncio")
@@ -98,7 +122,8 @@ def _security(where: ClusterConfig, address: str) -> Any:
         trial.load_cert_chain(files["--tls-cert"], files["--tls-key"])
     except (ssl.SSLError, OSError) as error:
         raise InputError(
-            f"--tls-ca {files['--tls-ca']}, --tls-cert {files['--tls-cert']} and --tls-key {files['--tls-key']} are not an authority, a "
+            f"--tls-ca {files['--tls-ca']}, --tls-cert {files['--tls-cert']} and --tls-key "
+            f"{files['--tls-key']} are not an authority, a "
             f"certificate and its key in PEM ({shortly(error)})."
         ) from None
     return Security(

@@ -1,7 +1,9 @@
-"""Specs on the workers of a Dask client: each worker is given its own, so that it is known who works on what.
+"""Specs on the workers of a Dask client: each worker is given its own, so that it is known who
+works on what.
 
-Dask carries, starts and cancels; who gets which spec is decided here. A task is restricted to one worker: when that one is gone,
-what it was working on and what merely waited there are told apart, and a worker is given nothing before it has answered.
+Dask carries, starts and cancels; who gets which spec is decided here. A task is restricted to one
+worker: when that one is gone, what it was working on and what merely waited there are told apart,
+and a worker is given nothing before it has answered.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ QUIET_SECONDS = 10.0  # of them, in which a nanny starts a new one
 LEAVE_SECONDS = 45.0  # Dask lets what runs on a leaving worker go on for 30
 LOOK_SECONDS = 1.0  # between two looks at who is there
 SLOW_SECONDS = 60.0  # and ten times as long as its peers
-SILENT = f"did not answer within {ANSWER_SECONDS:.0f} s: it is busy with other work, stuck, or without lca_posthoc"
+SILENT = (
+    f"did not answer within {ANSWER_SECONDS:.0f} s: it is busy with other work, stuck, or without "
+    f"lca_posthoc"
+)
 WITHOUT_US = f"has no lca_posthoc: it needs `pip install lca_posthoc=={__version__}`"
 _EACH = 2
 _TRIES = 2
@@ -61,7 +66,8 @@ class Workers:
 
     dashboard: str | None = None
     full_strength = 0
-    replace: Callable[[], None] | None = None  # start workers in place of those that are gone for good
+    # start workers in place of those that are gone for good
+    replace: Callable[[], None] | None = None
 
     def __init__(self, client: Any, device: str | None, stop: threading.Event) -> None:
         self.device = device
@@ -97,7 +103,10 @@ class Workers:
     def max_per_host(self) -> int:
         """See `Cluster`."""
         info = self._ask(self._client.scheduler_info)["workers"]
-        return max(Counter(info[address]["host"] for address in self._slots if address in info).values(), default=1)
+        return max(
+            Counter(info[address]["host"] for address in self._slots if address in info).values(),
+            default=1,
+        )
 
     @property
     def several_threads(self) -> Sequence[str]:
@@ -113,32 +122,47 @@ class Workers:
         return key
 
     def settle_on(self, device: str) -> None:
-        """See `Cluster.settle_on`; on GPUs every worker must offer `GPU=1`, so that nobody else's work shares it."""
+        """See `Cluster.settle_on`; on GPUs every worker must offer `GPU=1`, so that nobody else's
+        work shares it.
+        """
         self.device = device
         if device != "cuda":
             return
         without = self._without_gpu(self._slots)
         if without:
             raise ResourceError(
-                f"worker{'s' if len(without) > 1 else ''} {', '.join(map(self._named, without[:3]))}"
-                f"{f' and {len(without) - 3} more' if len(without) > 3 else ''} offer no GPU. Start each with "
-                "`CUDA_VISIBLE_DEVICES=N dask worker ADDRESS --nthreads 1 --resources GPU=1`, or compute with --device cpu."
+                f"worker{'s' if len(without) > 1 else ''} "
+                f"{', '.join(map(self._named, without[:3]))}"
+                f"{f' and {len(without) - 3} more' if len(without) > 3 else ''} offer no GPU. "
+                f"Start each with "
+                "`CUDA_VISIBLE_DEVICES=N dask worker ADDRESS --nthreads 1 --resources GPU=1`, or "
+                "compute with --device cpu."
             )
 
     def _without_gpu(self, addresses: Iterable[str]) -> list[str]:
         info = self._ask(self._client.scheduler_info)["workers"]
-        return [address for address in addresses if info.get(address, {}).get("resources", {}).get("GPU", 0) < 1]
+        return [
+            address
+            for address in addresses
+            if info.get(address, {}).get("resources", {}).get("GPU", 0) < 1
+        ]
 
     def check_workers(self, function: Function, spec: Spec) -> dict[str, Any]:
         """See `Cluster.check_workers`."""
         self._question = (_place(function), spec)
         answers = {}
-        for address, answer in self._answers({address: self._is_there(address) for address in self._slots}):
+        for address, answer in self._answers(
+            {address: self._is_there(address) for address in self._slots}
+        ):
             if answer is not True:
                 answers[address] = answer if answer else {"error": WITHOUT_US}
         able = [address for address in self._slots if address not in answers]
         answers |= self._answers({address: self._question_to(address) for address in able})
-        self._slots = {address: slot for address, slot in self._slots.items() if "error" not in answers[address]}
+        self._slots = {
+            address: slot
+            for address, slot in self._slots.items()
+            if "error" not in answers[address]
+        }
         return {self._named(address): answer for address, answer in answers.items()}
 
     def _answers(self, futures: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -149,8 +173,12 @@ class Workers:
         ]
 
     def _is_there(self, address: str) -> Any:
-        """Ask whether this package is installed on a worker; one that lacks it could not say so in our words."""
-        return self._client.submit(has_us(), key=f"lca-{uuid.uuid4().hex}", pure=False, workers=[address])
+        """Ask whether this package is installed on a worker; one that lacks it could not say so in
+        our words.
+        """
+        return self._client.submit(
+            has_us(), key=f"lca-{uuid.uuid4().hex}", pure=False, workers=[address]
+        )
 
     def _question_to(self, address: str) -> Any:
         assert self._question is not None
@@ -167,9 +195,12 @@ class Workers:
         except Exception as error:
             return {"error": shortly(error)}
 
-    # --- work --------------------------------------------------------------------------------------------------------
+    # --- work
+    # --------------------------------------------------------------------------------------------------------
 
-    def map(self, function: Function, specs: Iterable[Spec], settled: Settled | None = None) -> Generator[Outcome]:
+    def map(
+        self, function: Function, specs: Iterable[Spec], settled: Settled | None = None
+    ) -> Generator[Outcome]:
         """See `Cluster.map`."""
         work = _Work(self, _place(function), iter(specs), settled)
         try:
@@ -192,7 +223,9 @@ class Workers:
         )
 
     def _look(self) -> tuple[list[str], list[str]]:
-        """Return who came and who went since the last look; those on their way out count as gone."""
+        """Return who came and who went since the last look; those on their way out count as
+        gone.
+        """
         self._looked = time.monotonic()
         running = set(self._ask(lambda: self._client.sync(self._client.scheduler.ncores_running)))
         came = [address for address in running if address not in self._known]
@@ -200,7 +233,9 @@ class Workers:
         self._known = (self._known | running) - set(went)
         if came:
             info = self._ask(self._client.scheduler_info)["workers"]
-            self._names |= {address: str(info[address]["name"]) for address in came if address in info}
+            self._names |= {
+                address: str(info[address]["name"]) for address in came if address in info
+            }
         if self._question is None:
             self._slots |= {address: _WorkerSlot() for address in came}
         return came, went
@@ -216,7 +251,8 @@ class Workers:
 
     def _gone(self, error: object) -> ResourceError:
         return ResourceError(
-            f"the scheduler is gone ({shortly(error)}). What was committed is kept; start it and run the same command again."
+            f"the scheduler is gone ({shortly(error)}). What was committed is kept; start it and "
+            f"run the same command again."
         )
 
     def _named(self, address: str) -> str:
@@ -224,7 +260,9 @@ class Workers:
         return address if name == address else f"{name} ({address})"
 
     def _left(self, address: str) -> bool:
-        """Tell whether a worker that is gone was told to go, and so may still finish what it was doing."""
+        """Tell whether a worker that is gone was told to go, and so may still finish what it was
+        doing.
+        """
         with contextlib.suppress(OSError, TimeoutError):
             for _, event in reversed(self._client.get_events(address)):
                 if event.get("action") == "remove-worker":
@@ -235,7 +273,9 @@ class Workers:
     def _doing(self, key: str) -> list[str]:
         """Return the stack of a running task, the innermost call last."""
         with contextlib.suppress(Exception):
-            stacks_by_worker = self._client.sync(self._client.scheduler.call_stack, keys=[key], callback_timeout=5)
+            stacks_by_worker = self._client.sync(
+                self._client.scheduler.call_stack, keys=[key], callback_timeout=5
+            )
             for stacks in stacks_by_worker.values():
                 return [" ".join(frame.split()) for frame in stacks[key]]
         return []
@@ -244,7 +284,9 @@ class Workers:
 class _Work:
     """One call of `Workers.map`."""
 
-    def __init__(self, owner: Workers, place: str, source: Iterator[Spec], settled: Settled | None) -> None:
+    def __init__(
+        self, owner: Workers, place: str, source: Iterator[Spec], settled: Settled | None
+    ) -> None:
         self._owner, self._place, self._source, self._settled = owner, place, source, settled
         self._again: deque[_InFlight] = deque()
         self._joining: dict[str, tuple[str, float]] = {}
@@ -261,7 +303,11 @@ class _Work:
                 owner._ask(_event(owner._stopping, owner._client).set)
                 self._told = True
             self._hand_out()
-            if not any(slot.flights for slot in owner._slots.values()) and not self._leaving and self._is_over():
+            if (
+                not any(slot.flights for slot in owner._slots.values())
+                and not self._leaving
+                and self._is_over()
+            ):
                 return
             future = _next(self._arrived, 0.2)
             if future is not None:
@@ -271,8 +317,11 @@ class _Work:
 
     def abandon(self) -> None:
         """Cancel what waits; what runs is nobody's any more."""
-        self._owner._known -= {address for address, _ in self._joining.values()}  # to be asked again
-        futures = [future for slot in self._owner._slots.values() for future in slot.futures.values()]
+        # to be asked again
+        self._owner._known -= {address for address, _ in self._joining.values()}
+        futures = [
+            future for slot in self._owner._slots.values() for future in slot.futures.values()
+        ]
         for slot in self._owner._slots.values():
             slot.flights.clear()
             slot.futures.clear()
@@ -301,7 +350,9 @@ class _Work:
 
     def _submit(self, address: str, slot: _WorkerSlot, flight: _InFlight) -> None:
         on_gpu = self._owner.device == "cuda"
-        future = self._owner._ask(self._owner._submit, self._place, flight.spec, address, on_gpu=on_gpu)
+        future = self._owner._ask(
+            self._owner._submit, self._place, flight.spec, address, on_gpu=on_gpu
+        )
         if not slot.flights:
             slot.since = slot.told = time.monotonic()
         slot.flights[future.key], slot.futures[future.key] = flight, future
@@ -312,7 +363,12 @@ class _Work:
             yield from self._join(self._joining.pop(future.key)[0], future)
             return
         place = next(
-            ((worker, slot) for worker, slot in self._owner._slots.items() if future.key in slot.flights), None
+            (
+                (worker, slot)
+                for worker, slot in self._owner._slots.items()
+                if future.key in slot.flights
+            ),
+            None,
         )
         if place is None:  # of a worker that is gone; its specs were dealt with
             return
@@ -359,7 +415,11 @@ class _Work:
             if time.monotonic() - since > ANSWER_SECONDS:
                 del self._joining[key]
                 yield Refused(owner._named(address), SILENT)
-        if owner.replace is not None and len(owner._slots) < owner.full_strength and not owner._stop.is_set():
+        if (
+            owner.replace is not None
+            and len(owner._slots) < owner.full_strength
+            and not owner._stop.is_set()
+        ):
             owner.replace()
         yield from self._leavers()
         yield from self._slow()
@@ -371,7 +431,8 @@ class _Work:
             yield Waiting(ALONE_SECONDS)
         elif time.monotonic() - self._alone > ALONE_SECONDS:
             raise ResourceError(
-                f"no worker is left, and none came within {ALONE_SECONDS:.0f} s. What was committed is kept; start workers and run "
+                f"no worker is left, and none came within {ALONE_SECONDS:.0f} s. What was "
+                f"committed is kept; start workers and run "
                 "the same command again."
             )
 
@@ -379,14 +440,21 @@ class _Work:
         answer = self._owner._answer(future, ANSWER_SECONDS)
         if "error" in answer:
             error = answer["error"]
-            yield Refused(self._owner._named(address), error["message"] if isinstance(error, dict) else str(error))
+            yield Refused(
+                self._owner._named(address),
+                error["message"] if isinstance(error, dict) else str(error),
+            )
         elif self._owner.device == "cuda" and self._owner._without_gpu([address]):
-            yield Refused(self._owner._named(address), "offers no GPU: start it with --resources GPU=1")
+            yield Refused(
+                self._owner._named(address), "offers no GPU: start it with --resources GPU=1"
+            )
         else:
             self._owner._slots[address] = _WorkerSlot()
 
     def _gone(self, address: str, slot: _WorkerSlot) -> Iterator[Outcome]:
-        """Count a death against the spec a worker that is gone was working on; specs that waited there are handed out again."""
+        """Count a death against the spec a worker that is gone was working on; specs that waited
+        there are handed out again.
+        """
         may_finish = self._owner._left(address)
         for position, (key, flight) in enumerate(slot.flights.items()):
             self._owner._ask(slot.futures[key].cancel)
@@ -407,7 +475,9 @@ class _Work:
         return Retried(flight.spec, self._owner._named(address), why)
 
     def _leavers(self) -> Iterator[Outcome]:
-        """Wait for workers that were told to go, which may still finish, rather than do their work twice."""
+        """Wait for workers that were told to go, which may still finish, rather than do their work
+        twice.
+        """
         waiting, self._leaving = self._leaving, []
         for deadline, address, flight in waiting:
             result = self._settled(flight.spec) if self._settled else None
@@ -426,11 +496,18 @@ class _Work:
             if slot.flights and now - slot.told > max(SLOW_SECONDS, usual):
                 slot.told = now
                 key, flight = next(iter(slot.flights.items()))
-                yield Slow(flight.spec, self._owner._named(address), now - slot.since, self._owner._doing(key))
+                yield Slow(
+                    flight.spec,
+                    self._owner._named(address),
+                    now - slot.since,
+                    self._owner._doing(key),
+                )
 
 
 def has_us() -> Any:
-    """Return a function that travels by value and says whether this package is installed where it runs."""
+    """Return a function that travels by value and says whether this package is installed where it
+    runs.
+    """
 
     def is_there() -> bool:
         import importlib.util
@@ -444,7 +521,9 @@ def has_us() -> Any:
 
 
 def _place(function: Function) -> str:
-    """Return the name under which a callable is found again, so that a scheduler need not import it."""
+    """Return the name under which a callable is found again, so that a scheduler need not import
+    it.
+    """
     return f"{function.__module__}:{function.__qualname__}"
 
 
@@ -474,7 +553,9 @@ def _next(arrived: queue.SimpleQueue[Any], seconds: float) -> Any:
 def shortly(error: object) -> str:
     """Return an error or a message on one line of bounded length."""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:300] if isinstance(error, BaseException) else text[:300]
+    return (
+        f"{type(error).__name__}: {text}"[:300] if isinstance(error, BaseException) else text[:300]
+    )
 
 
 def _delivery(key: str, data: bytes) -> Any:

@@ -1,4 +1,6 @@
-"""The formats, recognised by the contents of files: those that are opened as a series, and those that are refused with the way out."""
+"""The formats, recognised by the contents of files: those that are opened as a series, and those
+that are refused with the way out.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from .series import Progress, Series
 
 @dataclass(frozen=True)
 class Format:
-    """A format: its name, the functions that recognise a path that holds it and open one, and the options it takes."""
+    """A format: its name, the functions that recognise a path that holds it and open one, and the
+    options it takes.
+    """
 
     name: str
     recognises: Callable[[Path], bool]
@@ -45,6 +49,8 @@ FORMATS = (
         _is_read_as_it_is,
         _refuse("safetensors files, which need no import: give it to `lca run` as it is."),
     ),
-    Format("PyTorch checkpoints (.pt, .pth, .ckpt, .bin)", is_pytorch, open_pytorch, ("key", "pattern")),
+    Format(
+        "PyTorch checkpoints (.pt, .pth, .ckpt, .bin)", is_pytorch, open_pytorch, ("key", "pattern")
+    ),
     Format("HDF5 with a row for every iterate", is_hdf5, open_hdf5, ("dataset", "task")),
 )

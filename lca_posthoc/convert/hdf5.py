@@ -1,4 +1,5 @@
-"""Read an HDF5 file with a row for every iterate and a column for every parameter, as the authors of the method kept theirs.
+"""Read an HDF5 file with a row for every iterate and a column for every parameter, as the authors
+of the method kept theirs.
 
 The file has no names: order and shapes are those of a task's model.
 """
@@ -56,7 +57,9 @@ class _Rows:
             raise
         except Exception as error:  # a damaged file raises OSError, RuntimeError, KeyError
             what = " ".join(str(error).split())[:200]
-            raise InputError(f"{self.path} cannot be read as HDF5: {what}. Copy it again.") from None
+            raise InputError(
+                f"{self.path} cannot be read as HDF5: {what}. Copy it again."
+            ) from None
 
     def _read_block(self, block: int) -> np.ndarray[Any, Any]:
         with self._opened() as table:
@@ -82,40 +85,63 @@ class _Rows:
 
 
 def _dataset(h5py: Any, file: Any, path: Path, name: str) -> Any:
-    """Return a dataset of the file, and refuse one that is no plain two-dimensional table of floating-point numbers in this file."""
-    if "layer_names" in file.attrs or "model_weights" in file or "_layer_checkpoint_dependencies" in file:
+    """Return a dataset of the file, and refuse one that is no plain two-dimensional table of
+    floating-point numbers in this file.
+    """
+    if (
+        "layer_names" in file.attrs
+        or "model_weights" in file
+        or "_layer_checkpoint_dependencies" in file
+    ):
         raise InputError(
-            f"{path} is a Keras weights file: one point of training under Keras' own names. Write every iterate as a step_N.safetensors "
+            f"{path} is a Keras weights file: one point of training under Keras' own names. Write "
+            f"every iterate as a step_N.safetensors "
             "file under torch's names, kernels transposed."
         )
     table = file.get(name)
     if not isinstance(table, h5py.Dataset):
-        tables = [f"{key!r} {list(value.shape)}" for key, value in file.items() if isinstance(value, h5py.Dataset)]
+        tables = [
+            f"{key!r} {list(value.shape)}"
+            for key, value in file.items()
+            if isinstance(value, h5py.Dataset)
+        ]
         raise InputError(
-            f"{path} has no dataset {name!r}; it has {few(tables, 8) or 'none'}. Name the one with a row for every iterate with --dataset."
+            f"{path} has no dataset {name!r}; it has {few(tables, 8) or 'none'}. Name the one with "
+            f"a row for every iterate with --dataset."
         )
     if table.file.filename != file.filename or table.external or table.is_virtual:
-        raise InputError(f"dataset {name!r} of {path} lies in other files, which are not read. Copy it into one file.")
+        raise InputError(
+            f"dataset {name!r} of {path} lies in other files, which are not read. "
+            f"Copy it into one file."
+        )
     if table.ndim != 2 or table.dtype.kind != "f" or table.dtype.itemsize > 8:
         raise InputError(
-            f"dataset {name!r} of {path} is {table.dtype} {list(table.shape)}, not a table of floating-point numbers with a row for every "
+            f"dataset {name!r} of {path} is {table.dtype} {list(table.shape)}, not a table of "
+            f"floating-point numbers with a row for every "
             "iterate and a column for every parameter."
         )
     return table
 
 
 def open_hdf5(
-    path: Path, progress: Progress, dataset: str = "all_weights", task: str | Path | tasks.Task | None = None
+    path: Path,
+    progress: Progress,
+    dataset: str = "all_weights",
+    task: str | Path | tasks.Task | None = None,
 ) -> Series:
-    """Return the rows of a dataset as steps 0, 1, 2, …, cut in the order of the parameters of a task's model.
+    """Return the rows of a dataset as steps 0, 1, 2, …, cut in the order of the parameters of a
+    task's model.
 
     Raises:
-        InputError: where the file, the dataset or the task is missing, or they do not fit each other.
+        InputError: where the file, the dataset or the task is missing, or they do not fit each
+            other.
         ResourceError: where h5py is not installed.
     """
     needed("h5py", "HDF5")
     if task is None:
-        raise InputError(f"{path} holds numbers without names. Say which model they are of: --task my_task.py.")
+        raise InputError(
+            f"{path} holds numbers without names. Say which model they are of: --task my_task.py."
+        )
     model = _model(task)
     shapes = {spec.name: spec.shape for spec in model if spec.kind == "parameter"}
     rows = _Rows(path, dataset, shapes)
@@ -123,26 +149,37 @@ def open_hdf5(
     order = few([f"{name} {list(shape)}" for name, shape in shapes.items()], 6)
     if rows.length != count:
         raise InputError(
-            f"a row of {dataset!r} in {path} has {rows.length:,} numbers, but the task's model has {count:,} parameters: {order}. Build "
+            f"a row of {dataset!r} in {path} has {rows.length:,} numbers, but the task's model has "
+            f"{count:,} parameters: {order}. Build "
             "the model that was trained."
         )
     notes = [
-        f"columns are taken in the order of the model's parameters, in torch's own layout: {order}. Nothing is transposed, and the file "
-        "cannot say whether that is right (Keras' kernels are (in, out)): compare loss_start of `lca run` with the loss in training",
+        f"columns are taken in the order of the model's parameters, in torch's own layout: "
+        f"{order}. Nothing is transposed, and the file "
+        "cannot say whether that is right (Keras' kernels are (in, out)): compare loss_start of "
+        "`lca run` with the loss in training",
         "rows are taken as training steps 0, 1, 2, …",
     ]
     others = [repr(spec.name) for spec in model if spec.kind != "parameter"]
     if others:
         notes.append(
-            f"rows hold no {few(others)}, which the model stores beside its parameters: `lca run` asks for them unless Task(fixed=[…]) "
+            f"rows hold no {few(others)}, which the model stores beside its parameters: `lca run` "
+            f"asks for them unless Task(fixed=[…]) "
             "names them; running statistics, which moved, also need --norm-stats batch"
         )
     dtype = f"F{8 * rows.dtype.itemsize}"
     iterates = [
-        Iterate(row, f"row {row} of {path}", functools.partial(rows.read, row), functools.partial(rows.identity, row))
+        Iterate(
+            row,
+            f"row {row} of {path}",
+            functools.partial(rows.read, row),
+            functools.partial(rows.identity, row),
+        )
         for row in range(rows.rows)
     ]
-    return Series(iterates, {name: TensorHeader(dtype, shape) for name, shape in shapes.items()}, notes)
+    return Series(
+        iterates, {name: TensorHeader(dtype, shape) for name, shape in shapes.items()}, notes
+    )
 
 
 def _model(task: str | Path | tasks.Task) -> list[TensorSpec]:
@@ -151,6 +188,7 @@ def _model(task: str | Path | tasks.Task) -> list[TensorSpec]:
     model = new_model(loaded)
     if any(map(is_lazy, model.parameters())):
         raise InputError(
-            "the task's model is lazily built, so its parameters have no shapes yet. State them in Task.model."
+            "the task's model is lazily built, so its parameters have no shapes yet. State them in "
+            "Task.model."
         )
     return tensor_table(model, "running", loaded.fixed)

@@ -1,4 +1,6 @@
-"""Find the model's state dict in the contents of a file, whatever lies around it, and never take an optimiser's state for it."""
+"""Find the model's state dict in the contents of a file, whatever lies around it, and never take an
+optimiser's state for it.
+"""
 
 from __future__ import annotations
 
@@ -39,28 +41,45 @@ _SLOTS = frozenset(
             "slow_buffer",
             "master_param",
         ),
-        *("exp_avg_sq_row", "exp_avg_sq_col", "RMS", "state1", "state2", "row_momentum", "n_avg", "v", "m"),
+        *(
+            "exp_avg_sq_row",
+            "exp_avg_sq_col",
+            "RMS",
+            "state1",
+            "state2",
+            "row_momentum",
+            "n_avg",
+            "v",
+            "m",
+        ),
     )
 )
 _DEEPEST = 8
 Level = Mapping[Any, object]
 
 
-def state_dict(saved: object, file: Path, key: str | None) -> tuple[Mapping[str, object], list[Level], list[str]]:
-    """Find the state dict, the mappings it lies in, from the outside in, and notes on others that were not chosen.
+def state_dict(
+    saved: object, file: Path, key: str | None
+) -> tuple[Mapping[str, object], list[Level], list[str]]:
+    """Find the state dict, the mappings it lies in, from the outside in, and notes on others that
+    were not chosen.
 
-    It is the one under `--key`, a path with dots; else the only known entry of the file; else the only state dict anywhere in it; else
-    the file itself.
+    It is the one under `--key`, a path with dots; else the only known entry of the file; else the
+    only state dict anywhere in it; else the file itself.
 
     Raises:
-        InputError: where there is none, or several could be meant; it names every key that would do.
+        InputError: where there is none, or several could be meant; it names every key that would
+            do.
     """
     if is_left_out(saved):
         raise InputError(
-            f"{file} holds an object of {class_of(saved)}, which is not made: that could run any code. Save model.state_dict()."
+            f"{file} holds an object of {class_of(saved)}, which is not made: that could run any "
+            f"code. Save model.state_dict()."
         )
     if not isinstance(saved, Mapping):
-        raise InputError(f"{file} holds a {type(saved).__name__}, no state dict. Save model.state_dict().")
+        raise InputError(
+            f"{file} holds a {type(saved).__name__}, no state dict. Save model.state_dict()."
+        )
     places = dict(_places(saved))
     if key is not None:
         trails = [trail for trail in _at(saved, key) if _holds_tensors(trail[-1])]
@@ -71,9 +90,12 @@ def state_dict(saved: object, file: Path, key: str | None) -> tuple[Mapping[str,
     known = [name for name in _WITHIN if name in places and len(places[name]) == 1]
     _refuse_unread_model(saved, file, places, known)
     if len(known) == 1:
-        others = [path for path in places if path != known[0] and not _only_scalars(places[path][-1])]
+        others = [
+            path for path in places if path != known[0] and not _only_scalars(places[path][-1])
+        ]
         also = [
-            f"took entry {known[0]!r} of every checkpoint; tensors are also in {few([*map(repr, others)], 8)}, which --key takes instead"
+            f"took entry {known[0]!r} of every checkpoint; tensors are also in "
+            f"{few([*map(repr, others)], 8)}, which --key takes instead"
         ] * bool(others)
         return places[known[0]][-1], [], also
     if not places and _holds_tensors(saved):
@@ -84,15 +106,25 @@ def state_dict(saved: object, file: Path, key: str | None) -> tuple[Mapping[str,
         return model, around, []
     if not places:
         raise InputError(f"{file} holds no state dict. {_entries(saved, [])}")
-    raise InputError(f"which state dict of {file} is meant is not clear. {_entries(saved, list(places))}")
+    raise InputError(
+        f"which state dict of {file} is meant is not clear. {_entries(saved, list(places))}"
+    )
 
 
-def _refuse_unread_model(saved: Level, file: Path, places: Mapping[str, Sequence[Level]], known: Sequence[str]) -> None:
-    """Refuse to choose a state dict where an object that was read past holds tensors and may be the model itself."""
+def _refuse_unread_model(
+    saved: Level, file: Path, places: Mapping[str, Sequence[Level]], known: Sequence[str]
+) -> None:
+    """Refuse to choose a state dict where an object that was read past holds tensors and may be the
+    model itself.
+    """
     around = [saved, *(level for trail in places.values() for level in trail[:-1])]
-    unread = [name for level in around for name, value in level.items() if holds_tensors_inside(value)]
+    unread = [
+        name for level in around for name, value in level.items() if holds_tensors_inside(value)
+    ]
     if places and unread and (not known or any(name in _WITHIN for name in unread)):
-        raise InputError(f"which state dict of {file} is meant is not clear. {_entries(saved, list(places))}")
+        raise InputError(
+            f"which state dict of {file} is meant is not clear. {_entries(saved, list(places))}"
+        )
 
 
 def _holds_tensors(value: object) -> bool:
@@ -109,12 +141,16 @@ def _only_scalars(state: Level) -> bool:
 
 
 def _has_numbers_beside(saved: Level, trail: Sequence[Level]) -> bool:
-    """Tell whether tensors of more than one number lie beside the state dict, on its own level or above."""
+    """Tell whether tensors of more than one number lie beside the state dict, on its own level or
+    above.
+    """
     return any(not _only_scalars(level) for level in [saved, *trail[:-1]])
 
 
 def _is_optimiser(name: str, value: Level) -> bool:
-    """Tell whether a mapping is an optimiser's state, by its keys, or by its name where the keys tell nothing."""
+    """Tell whether a mapping is an optimiser's state, by its keys, or by its name where the keys
+    tell nothing.
+    """
     if "param_groups" in value or (_OPTIMISER.search(name) and not _holds_tensors(value)):
         return True
     names = [key for key in value if isinstance(key, str)]
@@ -123,8 +159,12 @@ def _is_optimiser(name: str, value: Level) -> bool:
     return bool(names) and name not in _WITHIN and _SLOTS.issuperset(names)
 
 
-def _places(value: Level, prefix: str = "", trail: tuple[Level, ...] = ()) -> Iterator[tuple[str, list[Level]]]:
-    """Walk nested mappings, and yield the dotted path of every state dict below, with the mappings on the way to it, itself the last."""
+def _places(
+    value: Level, prefix: str = "", trail: tuple[Level, ...] = ()
+) -> Iterator[tuple[str, list[Level]]]:
+    """Walk nested mappings, and yield the dotted path of every state dict below, with the mappings
+    on the way to it, itself the last.
+    """
     for name, inner in value.items():
         if not isinstance(name, str) or not isinstance(inner, Mapping) or is_left_out(inner):
             continue
@@ -139,7 +179,9 @@ def _places(value: Level, prefix: str = "", trail: tuple[Level, ...] = ()) -> It
 
 
 def _at(value: Level, key: str) -> Iterator[list[Level]]:
-    """Yield the mappings on every way that a key with dots can be read: as one name, or as names of levels."""
+    """Yield the mappings on every way that a key with dots can be read: as one name, or as names of
+    levels.
+    """
     for end in [index for index, letter in enumerate(key) if letter == "."] + [len(key)]:
         inner = value.get(key[:end])
         if not isinstance(inner, Mapping):
@@ -153,9 +195,14 @@ def _at(value: Level, key: str) -> Iterator[list[Level]]:
 def _entries(saved: Level, paths: Sequence[str]) -> str:
     keys = few([repr(name)[:80] for name in saved], 8) or "none"
     objects = [
-        f"{name!r} is an object of {class_of(value)}" for name, value in saved.items() if holds_tensors_inside(value)
+        f"{name!r} is an object of {class_of(value)}"
+        for name, value in saved.items()
+        if holds_tensors_inside(value)
     ]
     whole = f"; {few(objects)} and is not made" if objects else ""
     if not paths:
         return f"Its keys are {keys}, none of them with tensors in it{whole}."
-    return f"Its keys are {keys}; tensors are in {few([repr(path)[:200] for path in paths], 20)}: name one with --key{whole}."
+    return (
+        f"Its keys are {keys}; tensors are in {few([repr(path)[:200] for path in paths], 20)}: "
+        f"name one with --key{whole}."
+    )

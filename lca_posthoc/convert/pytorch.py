@@ -1,7 +1,8 @@
 """Read what torch.save, Lightning and older Hugging Face trainers wrote.
 
-Of pickles only tensors and plain data are read (`torch.load(…, weights_only=True)`). Objects of other classes, such as parsed arguments and
-paths, are read past: a stand-in takes whatever a file gives it and does nothing (`standins`). Functions are refused.
+Of pickles only tensors and plain data are read (`torch.load(…, weights_only=True)`). Objects of
+other classes, such as parsed arguments and paths, are read past: a stand-in takes whatever a file
+gives it and does nothing (`standins`). Functions are refused.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ _EPOCHS = ("epoch", "cur_epoch", "current_epoch")
 
 @dataclass(frozen=True)
 class _Loaded:
-    """The contents of one checkpoint: its tensors, not read where the file can be mapped, notes, and the step and epoch it states."""
+    """The contents of one checkpoint: its tensors, not read where the file can be mapped, notes,
+    and the step and epoch it states.
+    """
 
     tensors: Tensors
     notes: list[str]
@@ -58,7 +61,9 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class _Saved:
-    """One checkpoint: the path that names it, its files, and the entry that is the state dict, None to find it."""
+    """One checkpoint: the path that names it, its files, and the entry that is the state dict, None
+    to find it.
+    """
 
     path: Path
     files: tuple[Path, ...]
@@ -76,28 +81,42 @@ class _Saved:
             if counters:
                 state = {name: value for name, value in state.items() if name not in counters}
                 notes.append(
-                    f"left out {few([*map(repr, counters)])} of every checkpoint: {'they count' if len(counters) > 1 else 'it counts'} "
+                    f"left out {few([*map(repr, counters)])} of every checkpoint: "
+                    f"{'they count' if len(counters) > 1 else 'it counts'} "
                     "what is averaged (torch.optim.swa_utils and its like)"
                 )
             _refuse_hidden(state, file)
             own, more = taken(state, str(file))
             twice = sorted(own.keys() & tensors.keys())
             if twice:
-                raise InputError(f"tensor {twice[0]!r} stands in {file} and in another shard of it. Save it again.")
+                raise InputError(
+                    f"tensor {twice[0]!r} stands in {file} and in another shard of "
+                    f"it. Save it again."
+                )
             tensors |= own
             notes += more
             notes += passed
             within = [saved, *around]
             inside = [
-                (step, name) for level in within for name in _STEPS if (step := _count(level.get(name))) is not None
+                (step, name)
+                for level in within
+                for name in _STEPS
+                if (step := _count(level.get(name))) is not None
             ]
             steps += inside[:1]
-            epochs += [epoch for level in within for name in _EPOCHS if (epoch := _epoch(level.get(name))) is not None][
-                :1
-            ]
+            epochs += [
+                epoch
+                for level in within
+                for name in _EPOCHS
+                if (epoch := _epoch(level.get(name))) is not None
+            ][:1]
             meta = saved.get("meta")
             if isinstance(meta, Mapping):  # mmcv's
-                steps += [(step, "meta.iter")] if not inside and (step := _count(meta.get("iter"))) is not None else []
+                steps += (
+                    [(step, "meta.iter")]
+                    if not inside and (step := _count(meta.get("iter"))) is not None
+                    else []
+                )
                 epochs += [epoch] if (epoch := _epoch(meta.get("epoch"))) is not None else []
         step, entry = steps[0] if steps else (None, "")
         return _Loaded(tensors, notes, step, entry, epochs[0] if epochs else None)
@@ -117,7 +136,9 @@ class _Saved:
 
 
 def _compare_checksums(file: Path) -> None:
-    """Refuse an archive whose contents do not match their checksums, which torch itself does not compare."""
+    """Refuse an archive whose contents do not match their checksums, which torch itself does not
+    compare.
+    """
     if not zipfile.is_zipfile(file):
         return
     record = None
@@ -130,7 +151,8 @@ def _compare_checksums(file: Path) -> None:
     except Exception as error:
         name = record.filename if record else "its list of contents"
         raise InputError(
-            f"{file} is damaged: {name} is not what its checksum says ({type(error).__name__}). Copy it again, or move it away."
+            f"{file} is damaged: {name} is not what its checksum says ({type(error).__name__}). "
+            f"Copy it again, or move it away."
         ) from None
 
 
@@ -141,10 +163,17 @@ def _sampled(file: Path) -> str:
 
 
 def _counters(state: Mapping[str, object]) -> list[str]:
-    """Return the counters beside averaged weights, where all weights are below the names an average gives to its model."""
+    """Return the counters beside averaged weights, where all weights are below the names an average
+    gives to its model.
+    """
     counters = [name for name in _COUNTERS if _counts(state.get(name))]
     rate = state.get("decay")
-    if counters and "decay" not in counters and isinstance(rate, torch.Tensor) and rate.numel() == 1:
+    if (
+        counters
+        and "decay" not in counters
+        and isinstance(rate, torch.Tensor)
+        and rate.numel() == 1
+    ):
         counters.append("decay")  # the rate of the average, beside a count of it
     return counters if all(_AVERAGED.match(name) for name in state if name not in counters) else []
 
@@ -152,7 +181,9 @@ def _counters(state: Mapping[str, object]) -> list[str]:
 def _counts(value: object) -> bool:
     """Tell whether a value is a whole number or a flag in a tensor; a trained number is neither."""
     return (
-        isinstance(value, torch.Tensor) and value.numel() == 1 and not (value.is_floating_point() or value.is_complex())
+        isinstance(value, torch.Tensor)
+        and value.numel() == 1
+        and not (value.is_floating_point() or value.is_complex())
     )
 
 
@@ -161,13 +192,17 @@ def _refuse_hidden(state: Mapping[str, object], file: Path) -> None:
     for name, value in state.items():
         if is_left_out(value) and holds_tensors_inside(value):
             raise InputError(
-                f"{name!r} in {file} is an object of {class_of(value)} with tensors in it, which is not made: that could run any code. "
-                "Where you trust the file, load it where its modules can be imported, and save plain tensors with torch.save."
+                f"{name!r} in {file} is an object of {class_of(value)} with tensors in it, which "
+                f"is not made: that could run any code. "
+                "Where you trust the file, load it where its modules can be imported, and save "
+                "plain tensors with torch.save."
             )
 
 
 def _is_torch(path: Path) -> bool:
-    """Tell whether `torch.save` wrote a file; a damaged file or another pickle counts too where its name claims so."""
+    """Tell whether `torch.save` wrote a file; a damaged file or another pickle counts too where its
+    name claims so.
+    """
     claimed = path.suffix in (".ckpt", ".pt", ".pth", ".bin") or path.name.endswith(".pth.tar")
     if not path.is_file():
         return claimed and path.is_symlink()
@@ -189,7 +224,9 @@ def is_safetensors(path: Path) -> bool:
 
 
 def _entry(path: Path) -> tuple[Path, ...]:
-    """Return the files of one entry of a directory that hold a model; an empty tuple where it is no checkpoint."""
+    """Return the files of one entry of a directory that hold a model; an empty tuple where it is no
+    checkpoint.
+    """
     if path.name.startswith(".") or ".tmp" in path.name or BESIDE_THE_WEIGHTS.fullmatch(path.name):
         return ()
     if not path.is_dir():
@@ -202,7 +239,8 @@ def _entry(path: Path) -> tuple[Path, ...]:
     inside = [file for file in sorted(path.iterdir()) if not file.is_dir() and _entry(file)]
     if len(inside) > 1 and step_in_name(path.name) is not None:
         raise InputError(
-            f"{path} holds {len(inside)} files that could be the model ({inside[0].name}, {inside[1].name}, …). Leave one there, or give "
+            f"{path} holds {len(inside)} files that could be the model ({inside[0].name}, "
+            f"{inside[1].name}, …). Leave one there, or give "
             "a directory of one file for every step."
         )
     return tuple(inside) if len(inside) == 1 else ()
@@ -213,26 +251,36 @@ def is_pytorch(place: Path) -> bool:
     return bool(_entry(place)) if place.is_file() else any(map(_entry, place.iterdir()))
 
 
-def open_pytorch(place: Path, progress: Progress, key: str | None = None, pattern: str | None = None) -> Series:
-    """Look at every checkpoint in a directory once, and return the series: steps, tensors, and notes on what is left out.
+def open_pytorch(
+    place: Path, progress: Progress, key: str | None = None, pattern: str | None = None
+) -> Series:
+    """Look at every checkpoint in a directory once, and return the series: steps, tensors, and
+    notes on what is left out.
 
     Raises:
-        InputError: where one cannot be read as tensors and plain data, states no step, or is of another model.
+        InputError: where one cannot be read as tensors and plain data, states no step, or is of
+            another model.
     """
     if place.is_file():
-        raise InputError(f"{place} is one checkpoint. Give the directory that holds one for every step.")
+        raise InputError(
+            f"{place} is one checkpoint. Give the directory that holds one for every step."
+        )
     regex = compile_pattern(pattern) if pattern else None
     paths = [path for path in place.iterdir() if regex is None or regex.search(path.name)]
     # a copy such as last.ckpt after its original
     paths.sort(key=lambda path: (step_in_name(path.name) is None, path.name))
     every = [_Saved(path, files, key) for path in paths if (files := _entry(path))]
-    beside = [path for path in paths if is_safetensors(path) and step_in_name(path.name) is not None]
+    beside = [
+        path for path in paths if is_safetensors(path) and step_in_name(path.name) is not None
+    ]
     notes = [f"left out {path.name}: it is safetensors, which is not imported" for path in beside]
     looked = list[_Looked]()
     for done, saved in enumerate(every):
         progress("looking at", done, len(every))
         loaded = saved.load()
-        looked.append(_Looked(saved, headers_of(loaded.tensors), loaded.step, loaded.step_entry, loaded.epoch))
+        looked.append(
+            _Looked(saved, headers_of(loaded.tensors), loaded.step, loaded.step_entry, loaded.epoch)
+        )
         notes += [note for note in loaded.notes if note not in notes]
     numbering = _Numbering(looked, regex)
     known, first = dict[str, TensorHeader](), ""
@@ -251,7 +299,9 @@ def open_pytorch(place: Path, progress: Progress, key: str | None = None, patter
     notes += _without_step(unnamed, bool(steps))
     notes += numbering.notes(steps)
     iterates = [
-        Iterate(step, str(checkpoint.saved.files[0]), checkpoint.saved.read, checkpoint.saved.identity)
+        Iterate(
+            step, str(checkpoint.saved.files[0]), checkpoint.saved.read, checkpoint.saved.identity
+        )
         for step, checkpoint in sorted(steps.items())
     ]
     return Series(iterates, known, notes)
@@ -259,7 +309,9 @@ def open_pytorch(place: Path, progress: Progress, key: str | None = None, patter
 
 @dataclass(frozen=True)
 class _Looked:
-    """A checkpoint that was looked at: its tensors' headers, and the step and epoch it states inside."""
+    """A checkpoint that was looked at: its tensors' headers, and the step and epoch it states
+    inside.
+    """
 
     saved: _Saved
     headers: dict[str, TensorHeader]
@@ -276,7 +328,8 @@ class _Numbering:
     """Decide which training step each checkpoint of a series belongs to.
 
     Raises:
-        InputError: where the numbers in names count epochs or saves, and nothing else states a step.
+        InputError: where the numbers in names count epochs or saves, and nothing else states a
+            step.
     """
 
     def __init__(self, looked: Sequence[_Looked], regex: re.Pattern[str] | None) -> None:
@@ -287,7 +340,11 @@ class _Numbering:
             if (number := self._in_name(checkpoint.saved.path)) is not None
         ]
         self._by_epoch = count_epochs(
-            [(number, checkpoint.epoch) for number, checkpoint in numbers if checkpoint.epoch is not None]
+            [
+                (number, checkpoint.epoch)
+                for number, checkpoint in numbers
+                if checkpoint.epoch is not None
+            ]
         )
         self._by_name = list[_Looked]()
         if regex is not None:
@@ -297,19 +354,31 @@ class _Numbering:
             for _, checkpoint in numbers
             if checkpoint.step is None and _of_trainer(checkpoint.saved.path) is None
         ]
-        if self._by_epoch and by_name and not all(says_step(checkpoint.name) for checkpoint in by_name):
+        if (
+            self._by_epoch
+            and by_name
+            and not all(says_step(checkpoint.name) for checkpoint in by_name)
+        ):
             refuse_epochs({checkpoint.name: checkpoint.epoch for checkpoint in by_name})
-        refuse_counted_saves([checkpoint.saved.path for checkpoint in by_name if checkpoint.saved.path.is_dir()])
+        refuse_counted_saves(
+            [checkpoint.saved.path for checkpoint in by_name if checkpoint.saved.path.is_dir()]
+        )
         self._by_name = by_name
 
     def _in_name(self, path: Path) -> int | None:
         if self._regex is None:
             return step_in_name(path.name)
         named = self._regex.search(path.name)
-        return int(named["step"]) if named and re.fullmatch("[0-9]{1,18}", named["step"] or "") else None
+        return (
+            int(named["step"])
+            if named and re.fullmatch("[0-9]{1,18}", named["step"] or "")
+            else None
+        )
 
     def step_of(self, looked: _Looked) -> int | None:
-        """Return the training step: by `--pattern`, else as the file states it, as a trainer wrote beside it, or by the name."""
+        """Return the training step: by `--pattern`, else as the file states it, as a trainer wrote
+        beside it, or by the name.
+        """
         number = self._in_name(looked.saved.path)
         if self._regex is not None:
             return number
@@ -318,7 +387,8 @@ class _Numbering:
             unlike_steps = looked.step_entry == "global_step" and not says_step(looked.name)
             if number not in (None, looked.step) and not counts_epochs and not unlike_steps:
                 raise InputError(
-                    f"{looked.saved.path} is called step {number} and says {looked.step} inside, perhaps the step of an epoch. Say "
+                    f"{looked.saved.path} is called step {number} and says {looked.step} inside, "
+                    f"perhaps the step of an epoch. Say "
                     "which names to go by with --pattern."
                 )
             return looked.step
@@ -341,8 +411,10 @@ class _Numbering:
         for (_, before), (step, after) in pairwise(epochs):
             if (after.epoch or 0) < (before.epoch or 0):
                 raise InputError(
-                    f"{after.saved.path} says {after.step_entry} {step} and epoch {after.epoch} inside, and {before.saved.path} "
-                    f"{before.step} and epoch {before.epoch}: these steps are counted within an epoch. Name training steps with --pattern."
+                    f"{after.saved.path} says {after.step_entry} {step} and epoch {after.epoch} "
+                    f"inside, and {before.saved.path} "
+                    f"{before.step} and epoch {before.epoch}: these steps are counted within an "
+                    f"epoch. Name training steps with --pattern."
                 )
         notes = []
         inside = [
@@ -353,7 +425,8 @@ class _Numbering:
         if inside:
             first = inside[0]
             notes.append(
-                f"{first.name} is taken as step {first.step}, its {first.step_entry}; the number in its name counts something else"
+                f"{first.name} is taken as step {first.step}, its {first.step_entry}; the number "
+                f"in its name counts something else"
                 + (f" (as in {len(inside) - 1} more)" if len(inside) > 1 else "")
             )
         names = [checkpoint.name for checkpoint in self._by_name]
@@ -394,16 +467,21 @@ def _count(value: object) -> int | None:
 
 
 def _once_more(saved: _Saved, other: _Saved, step: int) -> str:
-    """Return a note that a second file of one step, such as a `last.ckpt`, is left out; refuse one with other numbers."""
+    """Return a note that a second file of one step, such as a `last.ckpt`, is left out; refuse one
+    with other numbers.
+    """
     if not same_bytes(saved.load().tensors, other.load().tensors):
         raise InputError(
-            f"{other.path} and {saved.path} both claim step {step} and differ. Move one away, or tell steps apart with --pattern."
+            f"{other.path} and {saved.path} both claim step {step} and differ. Move one away, or "
+            f"tell steps apart with --pattern."
         )
     return f"left out {saved.path.name}: it is {other.path.name} (step {step}) again"
 
 
 def _without_step(unnamed: Sequence[_Saved], some: bool) -> list[str]:
-    """Return notes on final models beside the checkpoints; refuse other files that state no step."""
+    """Return notes on final models beside the checkpoints; refuse other files that state no
+    step.
+    """
     final = [saved for saved in unnamed if some and saved.path.name in WHOLE]
     lost = [saved.path for saved in unnamed if saved not in final]
     if not lost:
@@ -412,6 +490,7 @@ def _without_step(unnamed: Sequence[_Saved], some: bool) -> list[str]:
     if any(states_epoch(path.name) for path in lost):
         refuse_epochs(dict.fromkeys(str(path) for path in lost if states_epoch(path.name)))
     raise InputError(
-        f"cannot tell the training step of {shown}. Name the number with --pattern, for example --pattern 'run_(?P<step>\\d+)'; what it "
+        f"cannot tell the training step of {shown}. Name the number with --pattern, for example "
+        f"--pattern 'run_(?P<step>\\d+)'; what it "
         "does not match is left out."
     )

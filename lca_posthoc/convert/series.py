@@ -1,4 +1,6 @@
-"""A series of checkpoints to convert, and the rules that every format shares: which tensors can be stored, and how."""
+"""A series of checkpoints to convert, and the rules that every format shares: which tensors can be
+stored, and how.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,9 @@ SIZES = {name: dtype.itemsize for dtype, name in CODES.items()}
 class Iterate:
     """One training step of a source.
 
-    `origin` names it in messages; `read` gives its tensors, each with its own memory and contiguous; `identity` is a checksum of their
-    source, which tells an import that continues from one of another series.
+    `origin` names it in messages; `read` gives its tensors, each with its own memory and
+    contiguous; `identity` is a checksum of their source, which tells an import that continues from
+    one of another series.
     """
 
     step: int
@@ -34,7 +37,9 @@ class Iterate:
 
 @dataclass(frozen=True)
 class Series:
-    """The iterates to convert, in order of their step, the tensors every one of them has, and notes for the user."""
+    """The iterates to convert, in order of their step, the tensors every one of them has, and notes
+    for the user.
+    """
 
     iterates: list[Iterate]
     tensors: dict[str, TensorHeader]
@@ -43,10 +48,15 @@ class Series:
 
 def headers_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorHeader]:
     """Return names, dtypes and shapes as a safetensors file states them."""
-    return {name: TensorHeader(CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return {
+        name: TensorHeader(CODES[tensor.dtype], tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    }
 
 
-def same_headers(headers: Mapping[str, TensorHeader], known: Mapping[str, TensorHeader], file: str, first: str) -> None:
+def same_headers(
+    headers: Mapping[str, TensorHeader], known: Mapping[str, TensorHeader], file: str, first: str
+) -> None:
     """Refuse a checkpoint of another model."""
     for name in sorted({*headers, *known}):
         if headers.get(name) != known.get(name):
@@ -55,41 +65,61 @@ def same_headers(headers: Mapping[str, TensorHeader], known: Mapping[str, Tensor
                 for table in (headers, known)
             )
             raise InputError(
-                f"tensor {name!r} is {this} in {file} but {other} in {first}. All checkpoints must come from one model; move the odd "
+                f"tensor {name!r} is {this} in {file} but {other} in {first}. All checkpoints must "
+                f"come from one model; move the odd "
                 "ones away, or choose names with --pattern."
             )
 
 
 def taken(state: Mapping[str, object], file: str) -> tuple[Tensors, list[str]]:
-    """Return the tensors of a state dict, tied ones under their first name alone, and notes on what is left out."""
+    """Return the tensors of a state dict, tied ones under their first name alone, and notes on what
+    is left out.
+    """
     tensors, first, notes = Tensors(), dict[Any, str](), []
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
-            notes.append(f"left out {name!r} of every checkpoint: it is no tensor but a {type(value).__name__}")
+            notes.append(
+                f"left out {name!r} of every checkpoint: it is no tensor but a "
+                f"{type(value).__name__}"
+            )
             continue
         _storable(name, value, file)
-        place = value.untyped_storage().data_ptr(), value.storage_offset(), value.dtype, value.shape, value.stride()
+        place = (
+            value.untyped_storage().data_ptr(),
+            value.storage_offset(),
+            value.dtype,
+            value.shape,
+            value.stride(),
+        )
         same = first.setdefault(place, name) if value.numel() else name
         if same != name:
             notes.append(f"left out {name!r} of every checkpoint: it is {same!r} again, tied to it")
             continue
         tensors[name] = value.detach()
     if len(tensors) > MAX_TENSORS:
-        raise InputError(f"{file} holds {len(tensors):,} tensors; {MAX_TENSORS:,} are the most a series can have.")
+        raise InputError(
+            f"{file} holds {len(tensors):,} tensors; {MAX_TENSORS:,} are the most a "
+            f"series can have."
+        )
     return tensors, notes
 
 
 def _storable(name: str, value: torch.Tensor, file: str) -> None:
     plain = value.layout is torch.strided and not value.is_quantized and value.device.type == "cpu"
     if not plain or value.dtype not in CODES:
-        kind = str(value.dtype if plain else value.layout if value.device.type == "cpu" else value.device)
+        kind = str(
+            value.dtype if plain else value.layout if value.device.type == "cpu" else value.device
+        )
         raise InputError(
-            f"tensor {name!r} in {file} is of a kind safetensors cannot hold ({kind}). Save a plain dense tensor."
+            f"tensor {name!r} in {file} is of a kind safetensors cannot hold ({kind}). Save a "
+            f"plain dense tensor."
         )
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise InputError(f"tensor {name!r} in {file} has a name that is not text. Rename it.") from None
+        raise InputError(
+            f"tensor {name!r} in {file} has a name that is not text. Rename it."
+        ) from None
     if name == "__metadata__":
         raise InputError(f"tensor {name!r} in {file} has a name safetensors reserves. Rename it.")
 

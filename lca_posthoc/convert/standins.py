@@ -1,8 +1,9 @@
-"""Unpickle what torch.save wrote as tensors and plain data, with stand-ins for objects of other classes.
+"""Unpickle what torch.save wrote as tensors and plain data, with stand-ins for objects of other
+classes.
 
-A stand-in is a class of this module: it takes the arguments a file has for another class, and does nothing with them. No class that
-a file names is imported, no function it names is called. Numbers of numpy are read past too, since numpy follows pointers in the
-values a file gives it.
+A stand-in is a class of this module: it takes the arguments a file has for another class, and does
+nothing with them. No class that a file names is imported, no function it names is called. Numbers
+of numpy are read past too, since numpy follows pointers in the values a file gives it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ _MARK = "_read_past"
 
 
 class LeftOut:
-    """The stand-in of an object that is read past: it takes arguments and a state, and keeps them only to look for tensors in them."""
+    """The stand-in of an object that is read past: it takes arguments and a state, and keeps them
+    only to look for tensors in them.
+    """
 
     _inside: list[object]
 
@@ -59,7 +62,9 @@ class LeftOut:
 
 
 class LeftOutMapping:
-    """The stand-in of a class of mappings, which pickle fills item by item: calling it gives an `OrderedDict`, marked."""
+    """The stand-in of a class of mappings, which pickle fills item by item: calling it gives an
+    `OrderedDict`, marked.
+    """
 
     def __new__(cls, *arguments: object, **named: object) -> Any:
         """Return the mapping for pickle to fill."""
@@ -103,26 +108,30 @@ def holds_tensors_inside(value: object) -> bool:
 
 
 def unpickled(file: Path) -> tuple[Any, list[str]]:
-    """Return the tensors and plain data that `torch.save` wrote, and a note on the objects of other classes among them.
+    """Return the tensors and plain data that `torch.save` wrote, and a note on the objects of other
+    classes among them.
 
     Raises:
-        InputError: where the file names a function or a class that can hold the weights themselves; or is damaged.
+        InputError: where the file names a function or a class that can hold the weights themselves;
+            or is damaged.
     """
     globals_ = _globals(file)
     read_past = [name for name in globals_ if _is_read_past(name)]
     foreign = [name for name in read_past if not _HARMLESS.fullmatch(name)]
     refused: Exception | None = None
-    for mappings in (
-        ([], foreign) if foreign else ([],)
-    ):  # of a class nobody knows, whether it is a mapping shows when it is filled
+    # of a class nobody knows, whether it is a mapping shows when it is filled
+    for mappings in ([], foreign) if foreign else ([],):
         stand_ins: list[Any] = [
-            _stand_in(name, mapping=name in mappings or bool(_MAPPINGS.fullmatch(name))) for name in read_past
+            _stand_in(name, mapping=name in mappings or bool(_MAPPINGS.fullmatch(name)))
+            for name in read_past
         ]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about the age of a file
                 with torch.serialization.safe_globals(stand_ins):
-                    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+                    saved = torch.load(
+                        file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+                    )
             return saved, _notes(foreign)
         except Exception as error:
             refused = refused or error
@@ -131,13 +140,18 @@ def unpickled(file: Path) -> tuple[Any, list[str]]:
 
 def _notes(foreign: list[str]) -> list[str]:
     return (
-        [f"read past objects of {few(foreign, 6)} beside the weights: none of these classes is imported, none is made"]
+        [
+            f"read past objects of {few(foreign, 6)} beside the weights: none of these classes is "
+            f"imported, none is made"
+        ]
         if foreign
         else []
     )
 
 
-def _refusal(file: Path, error: Exception | None, others: list[str], foreign: list[str]) -> InputError:
+def _refusal(
+    file: Path, error: Exception | None, others: list[str], foreign: list[str]
+) -> InputError:
     if isinstance(error, pickle.UnpicklingError) or foreign:
         names = few(others or foreign)
         what = (
@@ -146,17 +160,22 @@ def _refusal(file: Path, error: Exception | None, others: list[str], foreign: li
             else "is damaged, or holds more than tensors and plain data"
         )
         return InputError(
-            f"{file} {what}, and is not loaded: that could run any code. Where you trust it, load it with "
-            "weights_only=False where its modules can be imported, and save its state dict alone with torch.save."
+            f"{file} {what}, and is not loaded: that could run any code. Where you trust it, load "
+            f"it with "
+            "weights_only=False where its modules can be imported, and save its state dict alone "
+            "with torch.save."
         )
     what = (str(error).splitlines() or [""])[0][:200]
     return InputError(
-        f"{file} cannot be read as a checkpoint ({type(error).__name__}: {what}). Save it again, or move it away."
+        f"{file} cannot be read as a checkpoint ({type(error).__name__}: {what}). Save it again, "
+        f"or move it away."
     )
 
 
 def _stand_in(name: str, *, mapping: bool) -> tuple[Any, str]:
-    """Return a new stand-in class for a class that a file names: one for each, so that its name tells what it stands for."""
+    """Return a new stand-in class for a class that a file names: one for each, so that its name
+    tells what it stands for.
+    """
     base = LeftOutMapping if mapping else LeftOut
     return type(name, (base,), {}), name
 
@@ -164,21 +183,26 @@ def _stand_in(name: str, *, mapping: bool) -> tuple[Any, str]:
 def _is_read_past(name: str) -> bool:
     """Tell whether a stand-in may take the place of a name that a file asks for.
 
-    It may for settings of the standard library, numpy and torch, listed by name, and for classes of other packages and scripts, as far as
-    names tell them from functions; never for a class of tensors.
+    It may for settings of the standard library, numpy and torch, listed by name, and for classes of
+    other packages and scripts, as far as names tell them from functions; never for a class of
+    tensors.
     """
     if _HARMLESS.fullmatch(name):
         return True
     root, last = name.partition(".")[0], name.rpartition(".")[2]
     if root in sys.stdlib_module_names or root in _OLD_NAMES or root == "numpy":
         return False
-    if re.search("Tensor|Parameter|Storage", last) or (root == "torch" and not name.startswith("torch.nn.modules.")):
+    if re.search("Tensor|Parameter|Storage", last) or (
+        root == "torch" and not name.startswith("torch.nn.modules.")
+    ):
         return False
     return _CLASS.fullmatch(name) is not None
 
 
 def _globals(file: Path) -> list[str]:
-    """Return the functions and classes a pickle asks for beside those torch allows, without running it."""
+    """Return the functions and classes a pickle asks for beside those torch allows, without running
+    it.
+    """
     try:
         if zipfile.is_zipfile(file):
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
@@ -188,8 +212,14 @@ def _globals(file: Path) -> list[str]:
                 for opcode, argument, _ in pickletools.genops(opened):
                     if opcode.name == "GLOBAL":
                         module, _, name = str(argument).partition(" ")
-                        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+                        module, name = NAME_MAPPING.get(
+                            (module, name), (IMPORT_MAPPING.get(module, module), name)
+                        )
                         names.add(f"{module}.{name}")
-        return sorted(name for name in names if _is_read_past(name) or not name.startswith(("torch.", "collections.")))
+        return sorted(
+            name
+            for name in names
+            if _is_read_past(name) or not name.startswith(("torch.", "collections."))
+        )
     except Exception:  # damaged, or no pickle: loading it says so
         return []

@@ -1,4 +1,6 @@
-"""Write a series as safetensors files, one at a time, each whole or not at all, and continue where an earlier import stopped."""
+"""Write a series as safetensors files, one at a time, each whole or not at all, and continue where
+an earlier import stopped.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,16 @@ from .series import SIZES, Iterate, Progress, Series, headers_of
 Say = Callable[[str], None]
 
 _PARTIAL = ".import"
-_SOURCE = "source"  # one entry alone: safetensors writes several in no fixed order, and a run knows its checkpoints by their bytes
+# one entry alone: safetensors writes several in no fixed order, and a run knows its checkpoints by
+# their bytes
+_SOURCE = "source"
 
 
 @dataclass(frozen=True)
 class Imported:
-    """The outcome of an import: the steps of the series, the files it wrote, those there before, and the bytes written."""
+    """The outcome of an import: the steps of the series, the files it wrote, those there before,
+    and the bytes written.
+    """
 
     steps: list[int]
     written: int
@@ -51,23 +57,28 @@ def convert(
     say: Say = print,
     progress: Progress = lambda what, done, total: None,
 ) -> Imported:
-    """Write the checkpoints of `source` as `step_*.safetensors` files, one at a time, each whole or not at all.
+    """Write the checkpoints of `source` as `step_*.safetensors` files, one at a time, each whole or
+    not at all.
 
-    Files of an earlier import stay as they are, so the same call continues after an interruption and adds new checkpoints.
+    Files of an earlier import stay as they are, so the same call continues after an interruption
+    and adds new checkpoints.
 
     Args:
         source: a directory of checkpoints, or a file that holds a series.
         directory: created where it does not exist; it holds nothing but this series.
-        key: the entry of each checkpoint that is the state dict, where that is not clear; a path with dots for one inside others.
-        pattern: a regular expression with a group `step`, matched against each name; names it does not match are left out.
+        key: the entry of each checkpoint that is the state dict, where that is not clear; a path
+            with dots for one inside others.
+        pattern: a regular expression with a group `step`, matched against each name; names it does
+            not match are left out.
         dataset: of an HDF5 file, the dataset with a row for every iterate (default `all_weights`).
         task: of an HDF5 file, the task whose model says the order and the shapes of the parameters.
         say: called with each note, on what is left out and why.
         progress: called as `progress(what, done, total)`.
 
     Raises:
-        InputError: for anything wrong with the source or the present contents of the directory, before anything is written; and for a
-            checkpoint that is damaged inside or changes meanwhile.
+        InputError: for anything wrong with the source or the present contents of the directory,
+            before anything is written; and for a checkpoint that is damaged inside or changes
+            meanwhile.
         ResourceError: where space or a package is missing, or a file cannot be written.
     """
     what = "an import is from and to file systems. Copy the checkpoints here first."
@@ -79,13 +90,15 @@ def convert(
         series = _opened(origin, set_options, progress)
     except OSError as error:
         raise InputError(
-            f"cannot read {error.filename or origin}: {error.strerror}. Check the path and its permissions."
+            f"cannot read {error.filename or origin}: {error.strerror}. Check the path and its "
+            f"permissions."
         ) from None
     if len(series.iterates) < 2:
         count = "only one checkpoint" if series.iterates else "no checkpoint"
         which = f" whose name --pattern {pattern!r} matches" if pattern else ""
         raise InputError(
-            f"{origin} holds {count}{which}; at least two are needed, for a segment runs from one to the next."
+            f"{origin} holds {count}{which}; at least two are needed, for a segment runs from one "
+            f"to the next."
         )
     for note in [*series.notes, *_half(series)]:
         say(note)
@@ -105,22 +118,29 @@ def convert(
 
 def _opened(origin: Path, options: Mapping[str, object], progress: Progress) -> Series:
     if not origin.exists():
-        raise InputError(f"{origin} does not exist. Give the directory, or the file, that holds the checkpoints.")
+        raise InputError(
+            f"{origin} does not exist. Give the directory, or the file, that holds the checkpoints."
+        )
     for kind in FORMATS:
         if kind.recognises(origin):
             for option in options:
                 if kind.options and option not in kind.options:
-                    raise InputError(f"--{option} says nothing about {origin}, which holds {kind.name}. Leave it out.")
+                    raise InputError(
+                        f"--{option} says nothing about {origin}, which holds "
+                        f"{kind.name}. Leave it out."
+                    )
             return kind.open(origin, progress, **options)
     raise InputError(
-        f"{origin} holds no checkpoints of a format that can be imported: {', '.join(kind.name for kind in FORMATS if kind.options)}."
+        f"{origin} holds no checkpoints of a format that can be imported: "
+        f"{', '.join(kind.name for kind in FORMATS if kind.options)}."
     )
 
 
 def _half(series: Series) -> list[str]:
     narrow = [name for name, header in series.tensors.items() if header.dtype in HALF]
     return [
-        f"{len(narrow)} of {count(len(series.tensors), 'tensor')} {'is' if len(narrow) == 1 else 'are'} stored in half "
+        f"{len(narrow)} of {count(len(series.tensors), 'tensor')} "
+        f"{'is' if len(narrow) == 1 else 'are'} stored in half "
         "precision, in which most steps of training are rounded "
         "away; `lca run` says how many. Save float32 weights where you can"
     ] * bool(narrow)
@@ -132,9 +152,16 @@ def _only_steps(place: Path) -> None:
         if os.path.lexists(place):
             raise InputError(f"{place} is there and is no directory. Name another one.")
         return
-    foreign = sorted(path.name for path in place.iterdir() if path.name != _PARTIAL and step_of(path.name) is None)
+    foreign = sorted(
+        path.name
+        for path in place.iterdir()
+        if path.name != _PARTIAL and step_of(path.name) is None
+    )
     if foreign:
-        raise InputError(f"{place} is not empty: it holds {foreign[0]!r}, which no import wrote. Name a new directory.")
+        raise InputError(
+            f"{place} is not empty: it holds {foreign[0]!r}, which no import wrote. "
+            f"Name a new directory."
+        )
 
 
 @contextlib.contextmanager
@@ -144,9 +171,13 @@ def _alone(place: Path) -> Iterator[None]:
         place.mkdir(parents=True, exist_ok=True)
         lock = DirectoryLock(place)
     except BlockingIOError:
-        raise ResourceError(f"another import writes into {place}. Wait for it, or name another directory.") from None
+        raise ResourceError(
+            f"another import writes into {place}. Wait for it, or name another directory."
+        ) from None
     except OSError as error:
-        raise InputError(f"{place} cannot be made or opened: {error.strerror}. Name another directory.") from None
+        raise InputError(
+            f"{place} cannot be made or opened: {error.strerror}. Name another directory."
+        ) from None
     shutil.rmtree(place / _PARTIAL, ignore_errors=True)
     try:
         yield
@@ -160,7 +191,9 @@ def _waiting(place: Path, series: Series) -> list[Iterate]:
     present = {path.name for path in place.iterdir() if path.name != _PARTIAL}
     extra = sorted(present - {name_of(iterate.step) for iterate in series.iterates})
     if extra:
-        raise InputError(f"{place} holds {extra[0]}, a step that is not in this series. Name a new directory.")
+        raise InputError(
+            f"{place} holds {extra[0]}, a step that is not in this series. Name a new directory."
+        )
     waiting = []
     for iterate in series.iterates:
         path = place / name_of(iterate.step)
@@ -170,20 +203,24 @@ def _waiting(place: Path, series: Series) -> list[Iterate]:
         header = read_header(path)
         if header.tensors != series.tensors or header.metadata.get(_SOURCE) != iterate.identity():
             raise InputError(
-                f"{path} is there and was not imported from {iterate.origin}, as it is now. Name a new directory, or move the file away."
+                f"{path} is there and was not imported from {iterate.origin}, as it is now. Name a "
+                f"new directory, or move the file away."
             )
     return waiting
 
 
 def _room(place: Path, series: Series, files: int) -> None:
     size = sum(
-        len(name.encode()) + 100 + SIZES[header.dtype] * TensorSpec(name, "state", header.shape).elements
+        len(name.encode())
+        + 100
+        + SIZES[header.dtype] * TensorSpec(name, "state", header.shape).elements
         for name, header in series.tensors.items()
     )
     free = shutil.disk_usage(place).free
     if files * size > free:
         raise ResourceError(
-            f"{files:,} files of {amount(size)} take {amount(files * size)}, and {amount(free)} are free at {place}. Free some, or name "
+            f"{files:,} files of {amount(size)} take {amount(files * size)}, and {amount(free)} "
+            f"are free at {place}. Free some, or name "
             "another directory."
         )
 
@@ -192,7 +229,9 @@ def _write(place: Path, iterate: Iterate, known: Mapping[str, TensorHeader]) -> 
     """Write one iterate under a temporary name, rename it, and return its size in bytes."""
     tensors, identity = iterate.read(), iterate.identity()
     if headers_of(tensors) != known:
-        raise InputError(f"{iterate.origin} changed while it was imported. Run again when nothing writes there.")
+        raise InputError(
+            f"{iterate.origin} changed while it was imported. Run again when nothing writes there."
+        )
     path = place / name_of(iterate.step)
     temporary = place / _PARTIAL / path.name
     umask = os.umask(0)
@@ -206,9 +245,14 @@ def _write(place: Path, iterate: Iterate, known: Mapping[str, TensorHeader]) -> 
         size = temporary.stat().st_size
         temporary.replace(path)
     except (OSError, safetensors.SafetensorError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = isinstance(error, OSError) and error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+        )
         raise ResourceError(
-            f"{path} cannot be written: {'no space left' if full else error}. What is there is whole; put that right and run the same "
+            f"{path} cannot be written: {'no space left' if full else error}. What is there is "
+            f"whole; put that right and run the same "
             "command again to go on."
         ) from error
     return size

@@ -39,10 +39,14 @@ def choose(run: Run, losses: Sequence[str], requested: Sequence[str], say: Say) 
     """
     for loss in losses:
         if loss not in run:
-            raise InputError(f"{run.path} has no loss {loss!r}; it has {', '.join(map(repr, run))}.")
+            raise InputError(
+                f"{run.path} has no loss {loss!r}; it has {', '.join(map(repr, run))}."
+            )
     for name in requested:
         if name not in known():
-            raise InputError(f"there is no finding {name!r} to export; there are {', '.join(known())}.")
+            raise InputError(
+                f"there is no finding {name!r} to export; there are {', '.join(known())}."
+            )
     names = list(dict.fromkeys(losses or run))
     pair, calls = _pair(run, names), 0
     for loss in names:
@@ -53,13 +57,19 @@ def choose(run: Run, losses: Sequence[str], requested: Sequence[str], say: Say) 
             obstacle = _obstacle(results, name, pair, {other: run[other] for other in names})
             if obstacle is None:
                 calls += 1
-                yield loss, name, _call(name, pair if name == PAIRED and pair is not None else (results,))
+                yield (
+                    loss,
+                    name,
+                    _call(name, pair if name == PAIRED and pair is not None else (results,)),
+                )
             elif requested:
                 raise InputError(f"{name} of loss {loss!r} cannot be exported: {obstacle}")
             elif name != PAIRED or loss == names[0]:
                 say(f"{name} of loss {loss!r} is left out: {obstacle}")
     if not calls:
-        raise InputError(f"{run.path} has nothing to export yet. Let `lca run` commit a span first.")
+        raise InputError(
+            f"{run.path} has nothing to export yet. Let `lca run` commit a span first."
+        )
 
 
 def _call(name: str, results: tuple[LossResults, ...]) -> Callable[[], xr.Dataset]:
@@ -74,14 +84,20 @@ def _pair(run: Run, names: Sequence[str]) -> tuple[LossResults, LossResults] | N
 
 
 def _obstacle(
-    results: LossResults, name: str, pair: tuple[LossResults, LossResults] | None, losses: dict[str, LossResults]
+    results: LossResults,
+    name: str,
+    pair: tuple[LossResults, LossResults] | None,
+    losses: dict[str, LossResults],
 ) -> str | None:
     """Say why a finding cannot be computed; None where it can."""
     keep = results.manifest.keep
     if not results.progress()["segments_done"]:
         return "it has no finished segment yet. Let `lca run` commit a span first."
     if keep not in NEEDS.get(name, (keep,)):
-        return f"the run keeps {keep} (--keep {keep}). Run again into another directory with --keep {NEEDS[name][0]}."
+        return (
+            f"the run keeps {keep} (--keep {keep}). Run again into another directory with --keep "
+            f"{NEEDS[name][0]}."
+        )
     if name == PAIRED and pair is None:
         return no_two_splits(losses)
     if (
@@ -90,5 +106,7 @@ def _obstacle(
         and pair[0].behind == pair[1].behind
         and not pair[0].steps["step"].equals(pair[1].steps["step"])
     ):
-        return "its two losses do not have the same segments yet. Run `lca run` again to finish both."
+        return (
+            "its two losses do not have the same segments yet. Run `lca run` again to finish both."
+        )
     return None

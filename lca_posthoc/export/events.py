@@ -1,4 +1,6 @@
-"""TensorBoard events: scalars of every segment and histograms of the allocation, over training steps."""
+"""TensorBoard events: scalars of every segment and histograms of the allocation, over training
+steps.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,10 @@ _FINDINGS = ("curve", "helping", "layers")
 def write_events(run: Run, place: Path, losses: list[str], requested: list[str], say: Say) -> None:
     """Write a directory of events for each loss.
 
-    Scalars (float64) at the training step a segment ends at: `loss`, `predicted`, `residual`; `helping` and `hurting`, shares of
-    the parameters; `allocated/LAYER` of the segment and `cumulative/LAYER` up to it. For a loss with groups each of them is
-    `…/group GROUP`. Histograms `allocation`: the stored bins, exact zeros in the bin that ends at 0.
+    Scalars (float64) at the training step a segment ends at: `loss`, `predicted`, `residual`;
+    `helping` and `hurting`, shares of the parameters; `allocated/LAYER` of the segment and
+    `cumulative/LAYER` up to it. For a loss with groups each of them is `…/group GROUP`. Histograms
+    `allocation`: the stored bins, exact zeros in the bin that ends at 0.
 
     Args:
         run: an open run.
@@ -44,16 +47,24 @@ def write_events(run: Run, place: Path, losses: list[str], requested: list[str],
     """
     for name in losses:
         if name not in run:
-            raise InputError(f"{run.path} has no loss {name!r}; it has {', '.join(map(repr, run))}.")
+            raise InputError(
+                f"{run.path} has no loss {name!r}; it has {', '.join(map(repr, run))}."
+            )
     for name in requested:
         if name not in _FINDINGS:
-            raise InputError(f"TensorBoard takes {', '.join(_FINDINGS)}, not {name!r}. Choose another --format for it.")
+            raise InputError(
+                f"TensorBoard takes {', '.join(_FINDINGS)}, not {name!r}. Choose "
+                f"another --format for it."
+            )
     needed("tensorboard", "TensorBoard")
     writers, written = needed("torch.utils.tensorboard", "TensorBoard"), 0
     for name in dict.fromkeys(losses or run):
         results = run[name]
         if not results.progress()["segments_done"]:
-            say(f"loss {name!r} is left out: it has no finished segment yet. Let `lca run` commit a span first.")
+            say(
+                f"loss {name!r} is left out: it has no finished segment yet. Let `lca run` commit "
+                f"a span first."
+            )
             continue
         written += 1
         with writers.SummaryWriter(str(place / run.manifest.losses[name].key)) as writer:
@@ -61,20 +72,27 @@ def write_events(run: Run, place: Path, losses: list[str], requested: list[str],
             if not requested or "helping" in requested:
                 _write_histograms(writer, results, say)
     if not written:
-        raise InputError(f"{run.path} has nothing to export yet. Let `lca run` commit a span first.")
+        raise InputError(
+            f"{run.path} has nothing to export yet. Let `lca run` commit a span first."
+        )
 
 
-def _write_scalars(writer: SummaryWriter, results: LossResults, requested: list[str], say: Say) -> None:
+def _write_scalars(
+    writer: SummaryWriter, results: LossResults, requested: list[str], say: Say
+) -> None:
     curves = [line for name in requested for line in _curves(results, name)]
     steps = results.steps["step_end"].values
     rows = _thinned(len(steps), SCALARS // max(1, len(curves)))
     if len(rows) < len(steps):
         say(
-            f"loss {results.name!r} has {count(len(curves), 'curve')}: {len(rows):,} of {len(steps):,} segments are written."
+            f"loss {results.name!r} has {count(len(curves), 'curve')}: {len(rows):,} of "
+            f"{len(steps):,} segments are written."
         )
     for tag, values in curves:
         for row in rows:
-            writer.add_scalar(whole(tag), values[row], int(steps[row]), new_style=True, double_precision=True)
+            writer.add_scalar(
+                whole(tag), values[row], int(steps[row]), new_style=True, double_precision=True
+            )
 
 
 def _curves(results: LossResults, finding: str) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
@@ -101,28 +119,50 @@ def _apart(tag: str, values: xr.DataArray) -> Iterator[tuple[str, np.ndarray[Any
 
 def _write_histograms(writer: SummaryWriter, results: LossResults, say: Say) -> None:
     stored = results.histogram
-    groups = [""] if "group" not in stored.dims else [f"/group {label}" for label in stored["group"].values]
+    groups = (
+        [""]
+        if "group" not in stored.dims
+        else [f"/group {label}" for label in stored["group"].values]
+    )
     steps, sums = results.steps["step_end"].values, results.tensors
     chosen = _thinned(len(steps), max(1, HISTOGRAMS // len(groups)))
     if len(chosen) < len(steps):
-        say(f"loss {results.name!r}: histograms of {len(chosen):,} of {len(steps):,} segments are written.")
-    edges = np.clip(stored["edge"].values, -np.finfo("float32").max, np.finfo("float32").max).astype("float64")
-    totals = sums["allocated"].isel(tensor=np.flatnonzero(sums["kind"].values == "parameter")).sum("tensor").values
+        say(
+            f"loss {results.name!r}: histograms of {len(chosen):,} of {len(steps):,} segments are "
+            f"written."
+        )
+    edges = np.clip(
+        stored["edge"].values, -np.finfo("float32").max, np.finfo("float32").max
+    ).astype("float64")
+    totals = (
+        sums["allocated"]
+        .isel(tensor=np.flatnonzero(sums["kind"].values == "parameter"))
+        .sum("tensor")
+        .values
+    )
     for segment in chosen:
         counts = stored["count"].isel(step=segment).values.reshape(len(groups), -1)
         zeros = np.atleast_1d(stored["zero"].isel(step=segment).values)
         for row, label in enumerate(groups):
             bins = _histogram(counts[row], int(zeros[row]), edges)
             total = float(np.atleast_1d(totals[segment])[row])
-            writer.add_histogram_raw(whole(f"allocation{label}"), sum=total, global_step=int(steps[segment]), **bins)
+            writer.add_histogram_raw(
+                whole(f"allocation{label}"), sum=total, global_step=int(steps[segment]), **bins
+            )
 
 
-def _histogram(counts: np.ndarray[Any, Any], zeros: int, edges: np.ndarray[Any, Any]) -> dict[str, float | list[float]]:
-    """Return the occupied range as TensorBoard takes it: each bin by its upper edge, with the bin below it empty."""
+def _histogram(
+    counts: np.ndarray[Any, Any], zeros: int, edges: np.ndarray[Any, Any]
+) -> dict[str, float | list[float]]:
+    """Return the occupied range as TensorBoard takes it: each bin by its upper edge, with the bin
+    below it empty.
+    """
     counts = counts.copy()
     counts[len(counts) // 2 - 1] += zeros
     used = np.flatnonzero(counts)
-    low, high = (int(used[0]), int(used[-1]) + 1) if len(used) else (len(counts) // 2 - 1, len(counts) // 2)
+    low, high = (
+        (int(used[0]), int(used[-1]) + 1) if len(used) else (len(counts) // 2 - 1, len(counts) // 2)
+    )
     middles = (edges[low:high] + edges[low + 1 : high + 1]) / 2
     occupied = counts[low:high].copy()
     of_squares = occupied.copy()
@@ -142,4 +182,6 @@ def _thinned(count: int, most: int) -> list[int]:
     """Return at most `most` places among `count`, evenly spaced, the last one always."""
     if count <= most:
         return list(range(count))
-    return sorted({count - 1 - gap for gap in np.linspace(0, count - 1, max(1, most)).astype(int).tolist()})
+    return sorted(
+        {count - 1 - gap for gap in np.linspace(0, count - 1, max(1, most)).astype(int).tolist()}
+    )

@@ -1,7 +1,7 @@
 """A finding as a NetCDF 4 file, and back: every number, name, type and attribute.
 
-NetCDF does not allow every name, text or attribute. One that does not fit is written as the nearest that does; the attribute
-`lca_posthoc` of the file, JSON, records the original.
+NetCDF does not allow every name, text or attribute. One that does not fit is written as the nearest
+that does; the attribute `lca_posthoc` of the file, JSON, records the original.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ _ENGINE: Literal["h5netcdf"] = "h5netcdf"
 
 
 class _Record(TypedDict):
-    """The originals of what NetCDF does not allow: names, attributes and types by variable, texts that are escaped."""
+    """The originals of what NetCDF does not allow: names, attributes and types by variable, texts
+    that are escaped.
+    """
 
     names: dict[str, str]
     attributes: dict[str, dict[str, object]]
@@ -93,12 +95,19 @@ def read_netcdf(path: str | Path) -> xr.Dataset:
     try:
         record: _Record = json.loads(read.attrs.pop(RECORD))
         names = record["names"]
-        variables = {str(key): _restored(variable, str(key), record) for key, variable in read.variables.items()}
-        restored = {names.get(key, key): _renamed(variable, names) for key, variable in variables.items()}
+        variables = {
+            str(key): _restored(variable, str(key), record)
+            for key, variable in read.variables.items()
+        }
+        restored = {
+            names.get(key, key): _renamed(variable, names) for key, variable in variables.items()
+        }
         coords = {names.get(key, key) for key in record["coordinates"]}
         attributes = _restored_attributes(read.attrs, record, "")
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{path} is not a file that `lca export` wrote: its record is missing or damaged.") from None
+        raise InputError(
+            f"{path} is not a file that `lca export` wrote: its record is missing or damaged."
+        ) from None
     return xr.Dataset(
         {name: variable for name, variable in restored.items() if name not in coords},
         {name: variable for name, variable in restored.items() if name in coords},
@@ -107,7 +116,9 @@ def read_netcdf(path: str | Path) -> xr.Dataset:
 
 
 def _names(data: xr.Dataset) -> dict[str, str]:
-    """Return the name in the file of each variable and axis: its own where NetCDF allows that everywhere."""
+    """Return the name in the file of each variable and axis: its own where NetCDF allows that
+    everywhere.
+    """
     keys = {str(name): str(name) for name in (*data.variables, *data.dims)}
     odd = list(filter(_is_odd, keys))
     in_use = set(keys) - set(odd)
@@ -148,7 +159,9 @@ def _restored(variable: xr.Variable, key: str, record: _Record) -> xr.Variable:
 
 
 def _renamed(variable: xr.Variable, names: Mapping[str, str]) -> xr.Variable:
-    return xr.Variable([names.get(str(dim), dim) for dim in variable.dims], variable.values, variable.attrs)
+    return xr.Variable(
+        [names.get(str(dim), dim) for dim in variable.dims], variable.values, variable.attrs
+    )
 
 
 def _type(dtype: np.dtype[Any]) -> str:
@@ -173,10 +186,14 @@ def _is_fitting(name: object, value: object) -> bool:
 
 
 def _fitting(attributes: Mapping[Hashable, object]) -> dict[str, object]:
-    """Return attributes as other programs read them; those that do not fit become text, and `_odd` returns their values."""
+    """Return attributes as other programs read them; those that do not fit become text, and `_odd`
+    returns their values.
+    """
     fitting = {}
     for name, value in attributes.items():
-        if _is_fitting(name, value) or (type(value) is int and abs(value) < 2**31 and not _is_odd(str(name))):
+        if _is_fitting(name, value) or (
+            type(value) is int and abs(value) < 2**31 and not _is_odd(str(name))
+        ):
             fitting[str(name)] = value
         elif value != "" and not _is_odd(str(name)):
             fitting[str(name)] = json.dumps(value, default=_as_list)
@@ -192,7 +209,9 @@ def _odd(attributes: Mapping[Hashable, object]) -> dict[str, object]:
     }
 
 
-def _restored_attributes(attributes: Mapping[str, object], record: _Record, key: str) -> dict[str, object]:
+def _restored_attributes(
+    attributes: Mapping[str, object], record: _Record, key: str
+) -> dict[str, object]:
     recorded = record["attributes"][key]
     restored = {
         name: float(value) if isinstance(value, np.floating) else value

@@ -1,4 +1,6 @@
-"""A finding as tables: one for each set of axes its variables have, a row for every place along them."""
+"""A finding as tables: one for each set of axes its variables have, a row for every place along
+them.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ def tables(data: xr.Dataset) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
     """Yield the tables of a finding, by their axes.
 
     Yields:
-        The axes, and the table: a column for each axis (its labels, or numbers from 0), for each other label along the axes, and for
+        The axes, and the table: a column for each axis (its labels, or numbers from 0), for each
+            other label along the axes, and for
         each variable, with unchanged values.
     """
     groups: dict[tuple[str, ...], list[str]] = {}
@@ -33,9 +36,14 @@ def tables(data: xr.Dataset) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
         groups.setdefault(known, []).append(str(name))
     for dims, names in groups.items():
         sizes = {dim: data.sizes[dim] for dim in dims}
-        columns = {dim: data[dim].variable if dim in data.variables else _numbers(dim, sizes[dim]) for dim in dims}
+        columns = {
+            dim: data[dim].variable if dim in data.variables else _numbers(dim, sizes[dim])
+            for dim in dims
+        }
         labels = [
-            str(name) for name, column in data.coords.items() if column.dims and set(map(str, column.dims)) <= set(dims)
+            str(name)
+            for name, column in data.coords.items()
+            if column.dims and set(map(str, column.dims)) <= set(dims)
         ]
         columns |= {name: data[name].variable for name in (*labels, *names)}
         yield dims, pd.DataFrame({name: _column(column, sizes) for name, column in columns.items()})
@@ -49,17 +57,27 @@ def _column(variable: xr.Variable, sizes: dict[str, int]) -> np.ndarray[Any, Any
     """Return the values, once for every row."""
     order = sorted(variable.dims, key=list(sizes).index)  # type: ignore[arg-type]
     shape = [size if dim in order else 1 for dim, size in sizes.items()]
-    values = np.broadcast_to(variable.transpose(*order).values.reshape(shape), tuple(sizes.values())).reshape(-1)
-    return np.array([whole(str(text)) for text in values], dtype=object) if values.dtype.kind in "OU" else values
+    values = np.broadcast_to(
+        variable.transpose(*order).values.reshape(shape), tuple(sizes.values())
+    ).reshape(-1)
+    return (
+        np.array([whole(str(text)) for text in values], dtype=object)
+        if values.dtype.kind in "OU"
+        else values
+    )
 
 
 def whole(text: str) -> str:
-    """Return a text that can be written as UTF-8: half a character, which Python allows, becomes its number."""
+    """Return a text that can be written as UTF-8: half a character, which Python allows, becomes
+    its number.
+    """
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def file_names(finding: str, axes: list[tuple[str, ...]], suffix: str) -> list[str]:
-    """Return the names of the files: that of the finding, with the axes where it has several tables."""
+    """Return the names of the files: that of the finding, with the axes where it has several
+    tables.
+    """
     if len(axes) < 2:
         return [f"{finding}{suffix}" for _ in axes]
     keys = encode_all("_".join((finding, *dims)) for dims in axes)
@@ -67,23 +85,30 @@ def file_names(finding: str, axes: list[tuple[str, ...]], suffix: str) -> list[s
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
-    """Write a table as UTF-8: lines end in a newline, texts have quotes, numbers have every digit they need, `nan` and `inf` stay.
+    """Write a table as UTF-8: lines end in a newline, texts have quotes, numbers have every digit
+    they need, `nan` and `inf` stay.
 
-    Names are written unchanged, also those that begin with = or @: a table is data, and quotes say that it is text.
+    Names are written unchanged, also those that begin with = or @: a table is data, and quotes say
+    that it is text.
     """
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
         writer.writerow(table.columns)
-        writer.writerows(zip(*(_plain(table[name].to_numpy()) for name in table.columns), strict=True))
+        writer.writerows(
+            zip(*(_plain(table[name].to_numpy()) for name in table.columns), strict=True)
+        )
 
 
 def _plain(values: np.ndarray[Any, Any]) -> Iterable[Any]:
-    """Return numbers that `csv` writes with as few digits as tell them from their neighbours of the same type."""
+    """Return numbers that `csv` writes with as few digits as tell them from their neighbours of the
+    same type.
+    """
     return values if values.dtype == np.float32 else values.tolist()
 
 
 def write_parquet(table: pd.DataFrame, path: Path, attributes: Mapping[str, object]) -> None:
-    """Write a table as Parquet, with its types; attributes of the finding and of its columns are JSON in the file's metadata.
+    """Write a table as Parquet, with its types; attributes of the finding and of its columns are
+    JSON in the file's metadata.
 
     Raises:
         ResourceError: where pyarrow is not installed.
@@ -91,14 +116,20 @@ def write_parquet(table: pd.DataFrame, path: Path, attributes: Mapping[str, obje
     pyarrow = needed("pyarrow", "Parquet")
     converted = pyarrow.Table.from_pandas(table, preserve_index=False)
     metadata = {**(converted.schema.metadata or {}), RECORD: json.dumps(attributes).encode()}
-    importlib.import_module("pyarrow.parquet").write_table(converted.replace_schema_metadata(metadata), path)
+    importlib.import_module("pyarrow.parquet").write_table(
+        converted.replace_schema_metadata(metadata), path
+    )
 
 
 def described(data: xr.Dataset, names: Sequence[str]) -> dict[str, object]:
     """Return the attributes of a finding and of the columns of a table, as plain as JSON."""
     known = {name: data[name].variable for name in names if name in data.variables}
-    columns = {name: {"type": _type(column.dtype), **column.attrs} for name, column in known.items()}
-    document: dict[str, object] = json.loads(json.dumps({**data.attrs, "columns": columns}, default=_as_list))
+    columns = {
+        name: {"type": _type(column.dtype), **column.attrs} for name, column in known.items()
+    }
+    document: dict[str, object] = json.loads(
+        json.dumps({**data.attrs, "columns": columns}, default=_as_list)
+    )
     return document
 
 

@@ -1,4 +1,6 @@
-"""Write findings of a run to files: everything under a temporary name first, renamed when it is whole."""
+"""Write findings of a run to files: everything under a temporary name first, renamed when it is
+whole.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,10 @@ def export(
 
     Args:
         run: an open run.
-        target: a directory, made as TARGET/LOSS/FINDING.nc and so on; or, for one table of one finding of one loss, a file that
-            ends in .nc, .csv or .parquet.
-        format: "netcdf", "csv", "parquet" or "tensorboard"; that of the file's ending, else netcdf, where None.
+        target: a directory, made as TARGET/LOSS/FINDING.nc and so on; or, for one table of one
+            finding of one loss, a file that ends in .nc, .csv or .parquet.
+        format: "netcdf", "csv", "parquet" or "tensorboard"; that of the file's ending, else netcdf,
+            where None.
         losses: names; all where empty.
         findings: names; where empty, all that the run allows but `microscope`.
         say: called with a sentence on what is left out, and why.
@@ -45,7 +48,8 @@ def export(
         The files that were written.
 
     Raises:
-        InputError: for an unknown name, a finding asked for that the run does not allow, or a target that is there already.
+        InputError: for an unknown name, a finding asked for that the run does not allow, or a
+            target that is there already.
         ResourceError: where a package for the format is not installed.
         LCAError: where stored numbers are damaged.
     """
@@ -62,7 +66,9 @@ def export(
     return _place(Path(target), format, write, hint)
 
 
-def export_comparison(found: xr.Dataset, target: str | Path, *, format: str | None = None) -> list[Path]:
+def export_comparison(
+    found: xr.Dataset, target: str | Path, *, format: str | None = None
+) -> list[Path]:
     """Write the result of `findings.compare` for other programs.
 
     Args:
@@ -79,12 +85,15 @@ def export_comparison(found: xr.Dataset, target: str | Path, *, format: str | No
     """
     if found.attrs.get("finding") != "compare":
         raise InputError(
-            f"this is a result of {found.attrs.get('finding')!r}; `export` writes the findings of one run."
+            f"this is a result of {found.attrs.get('finding')!r}; `export` writes the findings of "
+            f"one run."
         )
 
     def write(building: Path, chosen: str) -> None:
         if chosen == "tensorboard":
-            raise InputError("a comparison is written as netcdf, csv or parquet; TensorBoard shows one run.")
+            raise InputError(
+                "a comparison is written as netcdf, csv or parquet; TensorBoard shows one run."
+            )
         about: dict[str, object] = {}
         _write_finding(found, "compare", building, chosen, about, "")
         _write_about(about, building)
@@ -92,8 +101,12 @@ def export_comparison(found: xr.Dataset, target: str | Path, *, format: str | No
     return _place(Path(target), format, write, "a comparison is one file as .nc alone.")
 
 
-def _place(place: Path, format: str | None, write: Callable[[Path, str], None], hint: str) -> list[Path]:
-    """Let `write` fill an empty directory in a format, move the result to its place once it is whole, and return its files."""
+def _place(
+    place: Path, format: str | None, write: Callable[[Path, str], None], hint: str
+) -> list[Path]:
+    """Let `write` fill an empty directory in a format, move the result to its place once it is
+    whole, and return its files.
+    """
     is_file = place.suffix in SUFFIXES and not place.is_dir()
     chosen = format or SUFFIXES.get(place.suffix if is_file else "", "netcdf")
     _check(place, chosen, is_file)
@@ -110,13 +123,16 @@ def _place(place: Path, format: str | None, write: Callable[[Path, str], None], 
         data_files = [path for path in files if path.name != ABOUT]
         if len(data_files) != 1:
             raise InputError(
-                f"{place} is one file, and there are {len(data_files)} to write ({', '.join(path.name for path in data_files[:4])}, …). "
+                f"{place} is one file, and there are {len(data_files)} to write "
+                f"({', '.join(path.name for path in data_files[:4])}, …). "
                 f"Name a directory with -o; {hint}"
             )
         (building / data_files[0]).rename(place)
         return [place]
     except (NotADirectoryError, FileExistsError):
-        raise InputError(f"{place} cannot be made: something else is in its place. Choose another with -o.") from None
+        raise InputError(
+            f"{place} cannot be made: something else is in its place. Choose another with -o."
+        ) from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -125,9 +141,15 @@ def _check(place: Path, chosen: str, is_file: bool) -> None:
     if chosen not in FORMATS:
         raise InputError(f"format {chosen!r} is not one of {', '.join(FORMATS)}.")
     if is_file and SUFFIXES[place.suffix] != chosen:
-        raise InputError(f"{place} does not end like a file of the format {chosen}. Name a directory with -o.")
-    if os.path.lexists(place) and not (place.is_dir() and not place.is_symlink() and not any(place.iterdir())):
-        raise InputError(f"{place} is there already, and nothing is written over. Choose another place with -o.")
+        raise InputError(
+            f"{place} does not end like a file of the format {chosen}. Name a directory with -o."
+        )
+    if os.path.lexists(place) and not (
+        place.is_dir() and not place.is_symlink() and not any(place.iterdir())
+    ):
+        raise InputError(
+            f"{place} is there already, and nothing is written over. Choose another place with -o."
+        )
     if chosen == "netcdf":
         needed_for_netcdf()
     if chosen == "parquet":
@@ -159,7 +181,9 @@ def _write_findings(
 def _write_finding(
     data: xr.Dataset, finding: str, place: Path, chosen: str, about: dict[str, object], prefix: str
 ) -> None:
-    """Write one finding into the directory `place`, and the descriptions of its tables into `about`."""
+    """Write one finding into the directory `place`, and the descriptions of its tables into
+    `about`.
+    """
     if chosen == "netcdf":
         write_netcdf(data, place / f"{finding}.nc")
         return

@@ -1,4 +1,6 @@
-"""Candidates to freeze, prune or initialise again: layers that hurt, units and parameters that never helped, dead units."""
+"""Candidates to freeze, prune or initialise again: layers that hurt, units and parameters that
+never helped, dead units.
+"""
 
 from __future__ import annotations
 
@@ -24,25 +26,30 @@ from .layers import layers
 
 
 def candidates(results: LossResults, *, by: str | int = "module", most: int = 20) -> xr.Dataset:
-    """Return layers to freeze, units and parameters that hurt or never helped, and units at exactly zero throughout.
+    """Return layers to freeze, units and parameters that hurt or never helped, and units at exactly
+    zero throughout.
 
-    A candidate is a question for an experiment and not its answer: the allocation says what a parameter did on this path, not what
-    the others would have done without it (Lan et al. 2019, section 4.2, freeze a layer that hurts and end lower).
+    A candidate is a question for an experiment and not its answer: the allocation says what a
+    parameter did on this path, not what the others would have done without it (Lan et al. 2019,
+    section 4.2, freeze a layer that hurts and end lower).
 
-    Layers are ordered by their sums, the one that hurt most first; tensors by the share of their parameters that never helped or
-    never had an effect. Buffers, such as running statistics, are not trained and no candidates.
+    Layers are ordered by their sums, the one that hurt most first; tensors by the share of their
+    parameters that never helped or never had an effect. Buffers, such as running statistics, are
+    not trained and no candidates.
 
     Args:
-        results: one loss of a run, at any level of `--keep`; units and parameters need every segment.
+        results: one loss of a run, at any level of `--keep`; units and parameters need every
+            segment.
         by: as of `layers`.
         most: how many units and parameters to name.
 
     Returns:
-        By layer `total`, `mean` (loss), `helping` (share) and `freeze` (whether its total is above zero), of all groups together
-        (of `helping`, the mean of their shares);
-        by tensor counts of parameters `never_helped` (they hurt on some segment and helped on none) and `silent` (exactly zero
-        throughout), of `tensor_elements`, and of `units` and `dead_units` (all incoming weights silent); `unit_total` (unit) of the
-        units of modules that hurt most, with their bias, named by `unit_name`; `dead_name` (dead); `parameter_allocated` and
+        By layer `total`, `mean` (loss), `helping` (share) and `freeze` (whether its total is above
+        zero), of all groups together (of `helping`, the mean of their shares); by tensor counts of
+        parameters `never_helped` (they hurt on some segment and helped on none) and `silent`
+        (exactly zero throughout), of `tensor_elements`, and of `units` and `dead_units` (all
+        incoming weights silent); `unit_total` (unit) of the units of modules that hurt most, with
+        their bias, named by `unit_name`; `dead_name` (dead); `parameter_allocated` and
         `parameter_helping` (parameter), those that hurt most, named by `parameter_name`.
 
     Raises:
@@ -58,13 +65,21 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
     left_out = unfinished(results)
     if (~trained).any():
         apart = float(total.values[~trained].sum())
-        left_out.append(f"Buffers, such as running statistics, are no candidates; their sum is {apart:+.4g}.")
+        left_out.append(
+            f"Buffers, such as running statistics, are no candidates; their sum is {apart:+.4g}."
+        )
     order = [position for position in np.argsort(-total.values, kind="stable") if trained[position]]
-    by_layer, total, helping = by_layer.isel(layer=order), total.isel(layer=order), helping.isel(layer=order)
+    by_layer, total, helping = (
+        by_layer.isel(layer=order),
+        total.isel(layer=order),
+        helping.isel(layer=order),
+    )
     variables: dict[str, Variable] = {
         "total": described(total, "loss", "Σ allocation over training"),
         "mean": described(
-            total / np.maximum(1, by_layer["elements"]), "loss", "allocation per parameter over training"
+            total / np.maximum(1, by_layer["elements"]),
+            "loss",
+            "allocation per parameter over training",
         ),
         "helping": described(helping, "share", "share of parameters × segments that helped"),
         "freeze": described((("layer",), total.values > 0), "", "its total is above zero: it hurt"),
@@ -76,29 +91,44 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
         coords = {**coords, **places}
     else:
         left_out.append("Units and parameters need every segment.")
-    return _by_evidence(xr.Dataset(variables, coords=coords, attrs=about(results, "candidates", left_out)))
+    return _by_evidence(
+        xr.Dataset(variables, coords=coords, attrs=about(results, "candidates", left_out))
+    )
 
 
 def _by_evidence(data: xr.Dataset) -> xr.Dataset:
-    """Put tensors with the largest share of parameters that never helped, or never had an effect, first."""
+    """Put tensors with the largest share of parameters that never helped, or never had an effect,
+    first.
+    """
     if "tensor" not in data.dims:
         return data
-    idle = (data["never_helped"] + data["silent"]).values / np.maximum(1, data["tensor_elements"].values)
+    idle = (data["never_helped"] + data["silent"]).values / np.maximum(
+        1, data["tensor_elements"].values
+    )
     return data.isel(tensor=np.argsort(-idle, kind="stable"))
 
 
 class _Unit:
-    """Sums over the incoming weights (and the bias) of the units of one module; a scalar is no unit of a layer."""
+    """Sums over the incoming weights (and the bias) of the units of one module; a scalar is no unit
+    of a layer.
+    """
 
     def __init__(self, count: int) -> None:
         self.total, self.moved = np.zeros(count), np.zeros(count, bool)
         self.is_layer = False
 
 
-def _of_parameters(results: LossResults, most: int) -> tuple[dict[str, Variable], dict[str, object]]:
-    specs = [tensor.spec for tensor in results.manifest.allocated if tensor.spec.kind == "parameter"]
+def _of_parameters(
+    results: LossResults, most: int
+) -> tuple[dict[str, Variable], dict[str, object]]:
+    specs = [
+        tensor.spec for tensor in results.manifest.allocated if tensor.spec.kind == "parameter"
+    ]
     index_of = {spec.name: position for position, spec in enumerate(specs)}
-    counts = {name: np.zeros(len(specs), "int64") for name in ("never_helped", "silent", "units", "dead_units")}
+    counts = {
+        name: np.zeros(len(specs), "int64")
+        for name in ("never_helped", "silent", "units", "dead_units")
+    }
     modules: dict[tuple[str, int], _Unit] = {}
     tensors: dict[str, _Unit] = {}
     worst: list[tuple[float, str, float]] = []
@@ -115,7 +145,9 @@ def _of_parameters(results: LossResults, most: int) -> tuple[dict[str, Variable]
         for unit in (own, shared):
             unit.total[where] += allocated.sum(others).reshape(-1)
             unit.moved[where] |= ((helping + hurting) > 0).any(others).reshape(-1)
-        worst = heapq.nlargest(most, [*worst, *_hurting(spec.name, part, values, results.manifest.segments, most)])
+        worst = heapq.nlargest(
+            most, [*worst, *_hurting(spec.name, part, values, results.manifest.segments, most)]
+        )
     for name, own in tensors.items():
         counts["units"][index_of[name]] = len(own.total)
         counts["dead_units"][index_of[name]] = int((~own.moved).sum())
@@ -165,9 +197,13 @@ def _tables(
         "unit_total": described(
             (("unit",), np.array([value for value, _ in units])), "loss", "Σ allocation of the unit"
         ),
-        "parameter_allocated": described((("parameter",), np.array([row[0] for row in worst])), "loss", "Σ allocation"),
+        "parameter_allocated": described(
+            (("parameter",), np.array([row[0] for row in worst])), "loss", "Σ allocation"
+        ),
         "parameter_helping": described(
-            (("parameter",), np.array([row[2] for row in worst])), "share", "share of segments on which it helped"
+            (("parameter",), np.array([row[2] for row in worst])),
+            "share",
+            "share of segments on which it helped",
         ),
     }
     coords: dict[str, object] = {

@@ -1,4 +1,6 @@
-"""Functions the findings share: descriptions of results, layers and roles of tensors, stored arrays read in blocks."""
+"""Functions the findings share: descriptions of results, layers and roles of tensors, stored arrays
+read in blocks.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,16 @@ ROLES = ("kernel", "bias", "normalisation", "buffer", "other")
 _PARAMETER = re.compile(r"(?P<name>.+?)\[(?P<indices>\d+(?:\s*,\s*\d+)*)?\]", re.DOTALL)
 
 Numbers = np.ndarray[Any, Any]
-Variable = tuple[tuple[Hashable, ...], Any, dict[str, object]]  # of a dataset: dims, values, attributes
+# of a dataset: dims, values, attributes
+Variable = tuple[tuple[Hashable, ...], Any, dict[str, object]]
 
 
 def about(results: LossResults, finding: str, left_out: Iterable[str] = ()) -> dict[str, str]:
-    """Return the attributes of every finding: its name, the run, the loss, the split, and what is left out and why.
+    """Return the attributes of every finding: its name, the run, the loss, the split, and what is
+    left out and why.
 
-    For a model with running statistics, `norm_stats` says which statistics its normalisation layers used.
+    For a model with running statistics, `norm_stats` says which statistics its normalisation layers
+    used.
     """
     return {
         "finding": finding,
@@ -39,18 +44,23 @@ def about(results: LossResults, finding: str, left_out: Iterable[str] = ()) -> d
     }
 
 
-def described(data: xr.DataArray | tuple[tuple[Hashable, ...], Any], units: str, long_name: str) -> Variable:
+def described(
+    data: xr.DataArray | tuple[tuple[Hashable, ...], Any], units: str, long_name: str
+) -> Variable:
     """Return a variable with its unit and its meaning: dims, values, attributes."""
     dims, values = (data.dims, data.values) if isinstance(data, xr.DataArray) else data
     return dims, values, {"units": units, "long_name": long_name}
 
 
 def unfinished(results: LossResults) -> list[str]:
-    """Say which segments are not finished yet, and which the run has and the loss does not cover; nothing where there are none."""
+    """Say which segments are not finished yet, and which the run has and the loss does not cover;
+    nothing where there are none.
+    """
     done = results.progress()
     behind = (
         [
-            f"Loss {results.name} ends at step {done['last_step']:,}, {count(done['behind'], 'segment')} before the run "
+            f"Loss {results.name} ends at step {done['last_step']:,}, "
+            f"{count(done['behind'], 'segment')} before the run "
             "does: run `lca run` with "
             f"--loss {results.name} to go on."
         ]
@@ -61,7 +71,8 @@ def unfinished(results: LossResults) -> list[str]:
         return behind
     return [
         *behind,
-        f"{done['segments_done']:,} of {count(done['segments'], 'segment')} {'is' if done['segments_done'] == 1 else 'are'} "
+        f"{done['segments_done']:,} of {count(done['segments'], 'segment')} "
+        f"{'is' if done['segments_done'] == 1 else 'are'} "
         "there: run `lca run` again to finish.",
     ]
 
@@ -75,11 +86,14 @@ def tables(results: LossResults) -> xr.Dataset:
     """
     if not isinstance(results, LossResults):
         raise InputError(
-            f'a finding is of one loss of a run, such as open_run(RUN)["train"], got {type(results).__name__}.'
+            f'a finding is of one loss of a run, such as open_run(RUN)["train"], got '
+            f"{type(results).__name__}."
         )
     table = results.tensors
     if not table.sizes["step"]:
-        raise LCAError(f"loss {results.name!r} has no finished segment yet. Let `lca run` commit a span first.")
+        raise LCAError(
+            f"loss {results.name!r} has no finished segment yet. Let `lca run` commit a span first."
+        )
     return table
 
 
@@ -88,8 +102,8 @@ def layer_of(name: str, by: str | int = "module") -> str:
 
     Args:
         name: of the tensor, such as "encoder.0.attention.weight".
-        by: "tensor" for every tensor by itself, "module" for the module that holds it, or the number of parts of the module's
-            name that name the layer; 0 is the whole network, "".
+        by: "tensor" for every tensor by itself, "module" for the module that holds it, or the
+            number of parts of the module's name that name the layer; 0 is the whole network, "".
 
     Raises:
         InputError: for another `by`.
@@ -103,14 +117,18 @@ def layer_of(name: str, by: str | int = "module") -> str:
     if by == "module":
         return module
     if not isinstance(by, int) or isinstance(by, bool) or by < 0:
-        raise InputError(f'by is "tensor", "module" or how many parts of a module\'s name to keep, got {by!r}.')
+        raise InputError(
+            f'by is "tensor", "module" or how many parts of a module\'s name to keep, got {by!r}.'
+        )
     return ".".join(module.split(".")[:by])
 
 
 def moving_buffers(table: xr.Dataset) -> set[str]:
-    """Return the names of the buffers that moved, such as running statistics, in a table of tensors.
+    """Return the names of the buffers that moved, such as running statistics, in a table of
+    tensors.
 
-    They are no part of the layer that holds them: what they did is not what its parameters did. A buffer that stayed was allocated 0.
+    They are no part of the layer that holds them: what they did is not what its parameters did. A
+    buffer that stayed was allocated 0.
     """
     motion = table["motion"].sum([name for name in table["motion"].dims if name != "tensor"]).values
     moving = (table["kind"].values == "buffer") & (motion > 0)
@@ -136,14 +154,20 @@ def grouping(names: Iterable[str], by: str | int = "module") -> dict[str, list[i
 
 
 def roles(results: LossResults) -> dict[str, str]:
-    """Return the role of each tensor in its module, told from its kind, its axes and its neighbours.
+    """Return the role of each tensor in its module, told from its kind, its axes and its
+    neighbours.
 
-    A buffer is a "buffer"; two axes or more make a "kernel"; a vector beside a kernel in the same module is a "bias"; vectors of a
-    module without a kernel are "normalisation"; scalars are "other".
+    A buffer is a "buffer"; two axes or more make a "kernel"; a vector beside a kernel in the same
+    module is a "bias"; vectors of a module without a kernel are "normalisation"; scalars are
+    "other".
     """
     specs = [tensor.spec for tensor in results.manifest.allocated]
     everything = [tensor.spec for tensor in results.manifest.tensors]
-    with_kernel = {layer_of(spec.name) for spec in everything if spec.kind == "parameter" and len(spec.shape) > 1}
+    with_kernel = {
+        layer_of(spec.name)
+        for spec in everything
+        if spec.kind == "parameter" and len(spec.shape) > 1
+    }
     by_name = {}
     for spec in specs:
         if spec.kind == "buffer":
@@ -187,16 +211,29 @@ def parse_parameter(name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str,
     tensor = match["name"] if match else name
     if tensor not in shapes:
         known = ", ".join(list(shapes)[:6])
-        raise InputError(f"there is no tensor {tensor!r} with a kept allocation; there are {known}. Write NAME[I, J].")
-    indices = tuple(int(text) for text in (match["indices"] or "").split(",") if text.strip()) if match else ()
+        raise InputError(
+            f"there is no tensor {tensor!r} with a kept allocation; there are "
+            f"{known}. Write NAME[I, J]."
+        )
+    indices = (
+        tuple(int(text) for text in (match["indices"] or "").split(",") if text.strip())
+        if match
+        else ()
+    )
     shape = shapes[tensor]
-    if len(indices) != len(shape) or any(index >= extent for index, extent in zip(indices, shape, strict=True)):
-        raise InputError(f"{name!r} is not a parameter of {tensor}, whose shape is {list(shape)}. Write NAME[I, J].")
+    if len(indices) != len(shape) or any(
+        index >= extent for index, extent in zip(indices, shape, strict=True)
+    ):
+        raise InputError(
+            f"{name!r} is not a parameter of {tensor}, whose shape is {list(shape)}. "
+            f"Write NAME[I, J]."
+        )
     return tensor, indices
 
 
 def stretches(steps: int, frames: int) -> Numbers:
-    """Return the borders of at most `frames` stretches of consecutive segments, of equal length but for the last.
+    """Return the borders of at most `frames` stretches of consecutive segments, of equal length but
+    for the last.
 
     Returns:
         (frames + 1,), rising, from 0 to `steps`.
@@ -211,7 +248,8 @@ def stretches(steps: int, frames: int) -> Numbers:
 
 
 def blocks(shape: tuple[int, ...], rows: int = 1, most: int = BLOCK) -> Iterator[tuple[slice, ...]]:
-    """Yield slices that cut an array of `shape`, `rows` of which are read at once, into parts of at most `most` numbers.
+    """Yield slices that cut an array of `shape`, `rows` of which are read at once, into parts of at
+    most `most` numbers.
 
     Axes are cut from the left, as the stored chunks are. A scalar is one part, ().
     """
@@ -226,20 +264,26 @@ def blocks(shape: tuple[int, ...], rows: int = 1, most: int = BLOCK) -> Iterator
         return
     length = max(1, most // max(1, inner))
     for start in range(0, shape[0], length):
-        yield slice(start, min(start + length, shape[0])), *(slice(0, extent) for extent in shape[1:])
+        yield (
+            slice(start, min(start + length, shape[0])),
+            *(slice(0, extent) for extent in shape[1:]),
+        )
 
 
 def largest(values: Numbers, most: int) -> list[int]:
     """Return the positions of the `most` largest of a flat array, or of all, in no order."""
     if most < 1:
         return []
-    return [int(position) for position in np.argpartition(-values, min(most, values.size) - 1)[:most]]
+    return [
+        int(position) for position in np.argpartition(-values, min(most, values.size) - 1)[:most]
+    ]
 
 
 def each_total(
     results: LossResults, fields: tuple[str, ...], *, buffers: bool = False
 ) -> Iterator[tuple[TensorSpec, tuple[slice, ...], Numbers]]:
-    """Yield the totals per parameter in blocks: the tensor, the part of it, and (fields, *part) float64.
+    """Yield the totals per parameter in blocks: the tensor, the part of it, and (fields, *part)
+    float64.
 
     Raises:
         LCAError: where the run is not complete, or stored numbers are damaged.

@@ -1,4 +1,6 @@
-"""Runs beside each other: layer sums, their spread over repeats, whether labels differ, and what else differs between the runs."""
+"""Runs beside each other: layer sums, their spread over repeats, whether labels differ, and what
+else differs between the runs.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from .common import about, described, label_of, unfinished
 from .design import design_of, differences
 from .summary import summary
 
-_ROUNDING = 16 * np.finfo(float).eps  # of a mean, relative: repeats that differ by less do not differ
+# of a mean, relative: repeats that differ by less do not differ
+_ROUNDING = 16 * np.finfo(float).eps
 
 Numbers = np.ndarray[Any, Any]
 
@@ -29,41 +32,49 @@ def compare(
     confidence: float = 0.95,
     paired: bool | None = None,
 ) -> xr.Dataset:
-    """Compare the allocation of each layer in runs of several kinds, with intervals and p-values over repeats.
+    """Compare the allocation of each layer in runs of several kinds, with intervals and p-values
+    over repeats.
 
-    The runs under one label count as independent repeats, such as seeds. Their layer sums get Student's t interval and the
-    one-sample t-test against 0; against the runs of the first label, Welch's t-test, or the paired t-test where runs come in
-    pairs: each run of either label begins from the same checkpoint as one of the other. All p are two-sided. `p_holm` corrects for
-    all layers of all labels together, `p_difference_holm` for all layers of all labels but the first (Holm 1979): where there is
-    nothing to find, any p of such a family falls below α with a chance of at most α. What takes more repeats than there are (two
-    for an interval or a p, on both sides of a difference) is NaN, as is a p of numbers without any spread.
+    The runs under one label count as independent repeats, such as seeds. Their layer sums get
+    Student's t interval and the one-sample t-test against 0; against the runs of the first label,
+    Welch's t-test, or the paired t-test where runs come in pairs: each run of either label begins
+    from the same checkpoint as one of the other. All p are two-sided. `p_holm` corrects for all
+    layers of all labels together, `p_difference_holm` for all layers of all labels but the first
+    (Holm 1979): where there is nothing to find, any p of such a family falls below α with a chance
+    of at most α. What takes more repeats than there are (two for an interval or a p, on both sides
+    of a difference) is NaN, as is a p of numbers without any spread.
 
-    Runs of one training are no repeats of each other: those that share a checkpoint which training has moved to, as after a
-    copy, under another rule or `--norm-stats`, or over other steps. Under one label such a training counts once, by the first of its
-    runs. Labels that share trainings are compared in pairs or not tested. `attrs["notes"]` says so, and names settings, splits,
-    examples and steps in which the runs differ, a line each.
+    Runs of one training are no repeats of each other: those that share a checkpoint which training
+    has moved to, as after a copy, under another rule or `--norm-stats`, or over other steps. Under
+    one label such a training counts once, by the first of its runs. Labels that share trainings are
+    compared in pairs or not tested. `attrs["notes"]` says so, and names settings, splits, examples
+    and steps in which the runs differ, a line each.
 
-    Sums are over the segments that are there. Runs may differ in their numbers of steps and in their layers.
+    Sums are over the segments that are there. Runs may differ in their numbers of steps and in
+    their layers.
 
     Args:
         runs: results of one loss without groups, or several of them, by label.
-        by: layers by "module", by "tensor", or by so many parts of the module's name. Buffers that moved are
-            layers of their own, as in `layers`.
+        by: layers by "module", by "tensor", or by so many parts of the module's name. Buffers that
+            moved are layers of their own, as in `layers`.
         confidence: of the intervals, between 0 and 1.
-        paired: True takes the k-th run of every label as a pair with the k-th of the first, for runs that share a seed and no
-            checkpoint; False never pairs; None pairs by the first checkpoint.
+        paired: True takes the k-th run of every label as a pair with the k-th of the first, for
+            runs that share a seed and no checkpoint; False never pairs; None pairs by the first
+            checkpoint.
 
     Returns:
-        `total` (label, layer, run) in units of loss, NaN where a label has fewer runs or a run lacks the layer; `mean`, `low`,
-        `high`, `p`, `p_holm` (label, layer); `difference`, `p_difference`, `p_difference_holm` (label, layer) to the first label;
-        `helping` (share of parameters × segments) and `loss_end` (label), means over runs, each with `_low` and `_high`;
-        `loss_change` (label), a mean; `p_loss_end` (label), the test of the last loss against the first label, not corrected;
-        `runs` (label), how many; `trainings` (label), how many of them are different trainings; `paired` (label), whether the tests
-        against the first label are of pairs; coord `path` (label, run).
+        `total` (label, layer, run) in units of loss, NaN where a label has fewer runs or a run
+        lacks the layer; `mean`, `low`, `high`, `p`, `p_holm` (label, layer); `difference`,
+        `p_difference`, `p_difference_holm` (label, layer) to the first label; `helping` (share of
+        parameters × segments) and `loss_end` (label), means over runs, each with `_low` and
+        `_high`; `loss_change` (label), a mean; `p_loss_end` (label), the test of the last loss
+        against the first label, not corrected; `runs` (label), how many; `trainings` (label), how
+        many of them are different trainings; `paired` (label), whether the tests against the first
+        label are of pairs; coord `path` (label, run).
 
     Raises:
-        InputError: for no runs, a run given twice under one label, a loss with groups, an impossible confidence, or `paired` where
-            labels have different numbers of runs.
+        InputError: for no runs, a run given twice under one label, a loss with groups, an
+            impossible confidence, or `paired` where labels have different numbers of runs.
         LCAError: where a run has no finished segment yet, or stored numbers are damaged.
     """
     if isinstance(confidence, bool) or not 0 < confidence < 1:
@@ -71,11 +82,17 @@ def compare(
     listed = _listed(runs)
     summaries = [[summary(results) for results in several] for several in listed.values()]
     design = design_of(listed, paired)
-    layers = list(dict.fromkeys(_label(tensor, by) for some in summaries for one in some for tensor in one["tensors"]))
+    layers = list(
+        dict.fromkeys(
+            _label(tensor, by) for some in summaries for one in some for tensor in one["tensors"]
+        )
+    )
     sums = [[_layer_sums(one, layers, by) for one in some] for some in summaries]
     head = {
         name: repeats(
-            design.counted(padded([[one[name] for one in some] for some in summaries])), confidence, design.pairs
+            design.counted(padded([[one[name] for one in some] for some in summaries])),
+            confidence,
+            design.pairs,
         )
         for name in ("helping", "loss_end", "loss_change")
     }
@@ -83,9 +100,16 @@ def compare(
     for row, several in enumerate(listed.values()):
         paths[row, : len(several)] = [str(results.path) for results in several]
     total = padded(sums)
-    variables = _of_layers(total, repeats(design.counted(total), confidence, design.pairs), confidence)
+    variables = _of_layers(
+        total, repeats(design.counted(total), confidence, design.pairs), confidence
+    )
     variables |= _of_labels(head, confidence)
-    variables["runs"] = (("label",), np.array([len(some) for some in summaries]), "runs", "runs under the label")
+    variables["runs"] = (
+        ("label",),
+        np.array([len(some) for some in summaries]),
+        "runs",
+        "runs under the label",
+    )
     trainings = design.once.sum(axis=1)
     variables["trainings"] = (
         ("label",),
@@ -94,26 +118,44 @@ def compare(
         "different trainings under the label, which count once each",
     )
     is_paired = np.array([isinstance(order, list) for order in design.pairs])
-    variables["paired"] = (("label",), is_paired, "", "tests against the first label are of pairs of runs")
-    left_out = [word for one in (one for several in listed.values() for one in several) for word in _left_out(one)]
-    left_out += _unlike([(label, one) for label, some in zip(listed, summaries, strict=True) for one in some], by)
+    variables["paired"] = (
+        ("label",),
+        is_paired,
+        "",
+        "tests against the first label are of pairs of runs",
+    )
+    left_out = [
+        word
+        for one in (one for several in listed.values() for one in several)
+        for word in _left_out(one)
+    ]
+    left_out += _unlike(
+        [(label, one) for label, some in zip(listed, summaries, strict=True) for one in some], by
+    )
     notes = "\n".join([*design.notes, *differences(listed)])
     return xr.Dataset(
-        {name: described((dims, values), units, text) for name, (dims, values, units, text) in variables.items()},
+        {
+            name: described((dims, values), units, text)
+            for name, (dims, values, units, text) in variables.items()
+        },
         coords={
             "label": np.array(list(listed), dtype=object),
             "layer": np.array(layers, dtype=object),
             "path": (("label", "run"), paths),
         },
-        attrs=_about(listed, left_out) | {"by": str(by), "confidence": float(confidence), "notes": notes},
+        attrs=_about(listed, left_out)
+        | {"by": str(by), "confidence": float(confidence), "notes": notes},
     )
 
 
-def _listed(runs: Mapping[str, Sequence[LossResults] | LossResults]) -> dict[str, list[LossResults]]:
+def _listed(
+    runs: Mapping[str, Sequence[LossResults] | LossResults],
+) -> dict[str, list[LossResults]]:
     """Return every label's results as a list; refuse what cannot be compared."""
     if not isinstance(runs, Mapping) or not runs:
         raise InputError(
-            'nothing to compare: pass {"label": [results, …], …} with results such as open_run(RUN)["train"].'
+            'nothing to compare: pass {"label": [results, …], …} with results such as '
+            'open_run(RUN)["train"].'
         )
     listed: dict[str, list[LossResults]] = {}
     for label, one in runs.items():
@@ -124,19 +166,22 @@ def _listed(runs: Mapping[str, Sequence[LossResults] | LossResults]) -> dict[str
             or not all(isinstance(results, LossResults) for results in several)
         ):
             raise InputError(
-                f'under label {label!r} there have to be results such as open_run(RUN)["train"], one or more.'
+                f'under label {label!r} there have to be results such as open_run(RUN)["train"], '
+                f"one or more."
             )
         listed[label] = several
         seen = set()
         for results in several:
             if results.record.groups is not None:
                 raise InputError(
-                    f"loss {results.name!r} of {results.path} has groups; compare takes losses without. Name another, or add this one "
+                    f"loss {results.name!r} of {results.path} has groups; compare takes losses "
+                    f"without. Name another, or add this one "
                     "without group_by to the task and `lca run` it."
                 )
             if (results.path.resolve(), results.name) in seen:
                 raise InputError(
-                    f"{results.path} is given twice under label {label!r}; a repeat has to be a run of its own."
+                    f"{results.path} is given twice under label {label!r}; a repeat has to be a "
+                    f"run of its own."
                 )
             seen.add((results.path.resolve(), results.name))
     return listed
@@ -166,11 +211,16 @@ def _unlike(summaries: list[tuple[str, dict[str, Any]]], by: str | int) -> list[
         for layer, count in counts.items():
             sizes.setdefault(layer, {}).setdefault(count, label)
     unlike = [
-        f"{layer or 'the whole network'} ({' and '.join(f'{count:,} in {label}' for count, label in of.items())})"
+        f"{layer or 'the whole network'} "
+        f"({' and '.join(f'{count:,} in {label}' for count, label in of.items())})"
         for layer, of in sizes.items()
         if len(of) > 1
     ]
-    return [f"layers of the same name with other numbers of parameters: {', '.join(unlike[:6])}."] if unlike else []
+    return (
+        [f"layers of the same name with other numbers of parameters: {', '.join(unlike[:6])}."]
+        if unlike
+        else []
+    )
 
 
 def _left_out(results: LossResults) -> list[str]:
@@ -180,14 +230,23 @@ def _left_out(results: LossResults) -> list[str]:
 
 
 def _about(listed: dict[str, list[LossResults]], left_out: list[str]) -> dict[str, Any]:
-    every = [about(results, "compare", left_out) for several in listed.values() for results in several]
-    joined = {name: ", ".join(dict.fromkeys(entry[name] for entry in every)) for name in ("run", "loss", "split")}
+    every = [
+        about(results, "compare", left_out) for several in listed.values() for results in several
+    ]
+    joined = {
+        name: ", ".join(dict.fromkeys(entry[name] for entry in every))
+        for name in ("run", "loss", "split")
+    }
     modes = dict.fromkeys(str(one["norm_stats"]) for one in every if "norm_stats" in one)
     return every[0] | joined | ({"norm_stats": ", ".join(modes)} if modes else {})
 
 
-def _of_layers(total: Numbers, over: Repeats, confidence: float) -> dict[str, tuple[tuple[str, ...], Any, str, str]]:
-    """Return dims, values, units and meaning of each variable by label and layer; `total` is (label, layer, run)."""
+def _of_layers(
+    total: Numbers, over: Repeats, confidence: float
+) -> dict[str, tuple[tuple[str, ...], Any, str, str]]:
+    """Return dims, values, units and meaning of each variable by label and layer; `total` is
+    (label, layer, run).
+    """
     both = ("label", "layer")
     certain = f"of the {100 * confidence:g} % t interval of the mean"
     first = "paired t-test or Welch's test (`paired`) against the first label"
@@ -197,18 +256,40 @@ def _of_layers(total: Numbers, over: Repeats, confidence: float) -> dict[str, tu
         "low": (both, over.low, "loss", f"lower end {certain}"),
         "high": (both, over.high, "loss", f"upper end {certain}"),
         "p": (both, over.p, "probability", "t-test of the mean against 0"),
-        "p_holm": (both, holm(over.p), "probability", "t-test of the mean against 0, corrected by Holm"),
-        "difference": (both, over.mean - over.mean[:1], "loss", "mean less that of the first label"),
+        "p_holm": (
+            both,
+            holm(over.p),
+            "probability",
+            "t-test of the mean against 0, corrected by Holm",
+        ),
+        "difference": (
+            both,
+            over.mean - over.mean[:1],
+            "loss",
+            "mean less that of the first label",
+        ),
         "p_difference": (both, over.p_difference, "probability", first),
-        "p_difference_holm": (both, holm(over.p_difference), "probability", f"{first}, corrected by Holm"),
+        "p_difference_holm": (
+            both,
+            holm(over.p_difference),
+            "probability",
+            f"{first}, corrected by Holm",
+        ),
     }
 
 
-def _of_labels(head: dict[str, Repeats], confidence: float) -> dict[str, tuple[tuple[str, ...], Any, str, str]]:
+def _of_labels(
+    head: dict[str, Repeats], confidence: float
+) -> dict[str, tuple[tuple[str, ...], Any, str, str]]:
     """Return dims, values, units and meaning of each variable by label."""
     label, certain = ("label",), f"of the {100 * confidence:g} % t interval"
     variables: dict[str, tuple[tuple[str, ...], Any, str, str]] = {
-        "loss_change": (label, head["loss_change"].mean, "loss", "change of the loss, mean over runs"),
+        "loss_change": (
+            label,
+            head["loss_change"].mean,
+            "loss",
+            "change of the loss, mean over runs",
+        ),
         "p_loss_end": (
             label,
             head["loss_end"].p_difference,
@@ -228,7 +309,9 @@ def _of_labels(head: dict[str, Repeats], confidence: float) -> dict[str, tuple[t
 
 @dataclass(frozen=True)
 class Repeats:
-    """Means over repeats, the ends of their intervals, p against 0, and p of the difference to the first label."""
+    """Means over repeats, the ends of their intervals, p against 0, and p of the difference to the
+    first label.
+    """
 
     mean: Numbers
     low: Numbers
@@ -238,7 +321,9 @@ class Repeats:
 
 
 def padded(rows: Sequence[Sequence[Any]]) -> Numbers:
-    """Return one number, or list of numbers, per label and run, as (label, …, run) with NaN where a label has fewer runs."""
+    """Return one number, or list of numbers, per label and run, as (label, …, run) with NaN where a
+    label has fewer runs.
+    """
     most, shape = max(map(len, rows)), np.shape(rows[0][0])
     array = np.full((len(rows), *shape, most), np.nan)
     for label, row in enumerate(rows):
@@ -247,18 +332,21 @@ def padded(rows: Sequence[Sequence[Any]]) -> Numbers:
     return array
 
 
-def repeats(values: Numbers, confidence: float, pairs: Sequence[list[int] | str | None] | None = None) -> Repeats:
+def repeats(
+    values: Numbers, confidence: float, pairs: Sequence[list[int] | str | None] | None = None
+) -> Repeats:
     """Return Student's interval and the tests over the last axis.
 
-    With n numbers, mean m and standard error e = s / √n: m ± t(n − 1) · e; t = m / e with n − 1 degrees of freedom; against
-    the first label (m₁, e₁, n₁), t = (m − m₁) / √(e² + e₁²) with (e² + e₁²)² / (e⁴ / (n − 1) + e₁⁴ / (n₁ − 1)) degrees (Welch
-    1947). Of pairs, the test against 0 of their n differences, with n − 1 degrees.
+    With n numbers, mean m and standard error e = s / √n: m ± t(n − 1) · e; t = m / e with n − 1
+    degrees of freedom; against the first label (m₁, e₁, n₁), t = (m − m₁) / √(e² + e₁²) with (e² +
+    e₁²)² / (e⁴ / (n − 1) + e₁⁴ / (n₁ − 1)) degrees (Welch 1947). Of pairs, the test against 0 of
+    their n differences, with n − 1 degrees.
 
     Args:
         values: (label, …, run), NaN where there is no run.
         confidence: of the interval.
-        pairs: for each label the runs of the first label its runs are paired with, "apart" for Welch's test, None for no test;
-            all apart where None.
+        pairs: for each label the runs of the first label its runs are paired with, "apart" for
+            Welch's test, None for no test; all apart where None.
 
     Returns:
         Arrays (label, …); NaN where n < 2 or nothing varies.
@@ -277,7 +365,9 @@ def repeats(values: Numbers, confidence: float, pairs: Sequence[list[int] | str 
         p_difference = 2 * scipy.stats.t.sf(abs(mean - mean[:1]) / np.sqrt(square), degrees)
     for label, order in enumerate(pairs or []):
         if isinstance(order, list):
-            p_difference[label], square[label] = _of_pairs(values[label, ..., : len(order)] - values[0][..., order])
+            p_difference[label], square[label] = _of_pairs(
+                values[label, ..., : len(order)] - values[0][..., order]
+            )
         elif order is None:
             p_difference[label] = np.nan
     p_difference[0] = np.nan  # a label does not differ from itself
@@ -286,7 +376,9 @@ def repeats(values: Numbers, confidence: float, pairs: Sequence[list[int] | str 
 
 
 def _of_pairs(differences: Numbers) -> tuple[Numbers, Numbers]:
-    """Return p of the mean of differences over the last axis, and its squared error; NaN stands for no pair."""
+    """Return p of the mean of differences over the last axis, and its squared error; NaN stands for
+    no pair.
+    """
     is_number = ~np.isnan(differences)
     with np.errstate(all="ignore"):
         n = is_number.sum(axis=-1).astype(float)
@@ -298,7 +390,8 @@ def _of_pairs(differences: Numbers) -> tuple[Numbers, Numbers]:
 
 
 def holm(p: Numbers) -> Numbers:
-    """Correct all p that are not NaN as Holm's step-down method does: the k-th smallest of m times m − k + 1, never falling.
+    """Correct all p that are not NaN as Holm's step-down method does: the k-th smallest of m times
+    m − k + 1, never falling.
 
     >>> holm(np.array([0.01, np.nan, 0.04, 0.03])).tolist()
     [0.03, nan, 0.06, 0.06]
@@ -306,5 +399,7 @@ def holm(p: Numbers) -> Numbers:
     flat = p.ravel()
     order = np.argsort(flat, kind="stable")[: np.count_nonzero(~np.isnan(flat))]
     corrected = np.full_like(flat, np.nan)
-    corrected[order] = np.minimum(1.0, np.maximum.accumulate(flat[order] * np.arange(len(order), 0, -1)))
+    corrected[order] = np.minimum(
+        1.0, np.maximum.accumulate(flat[order] * np.arange(len(order), 0, -1))
+    )
     return corrected.reshape(p.shape)

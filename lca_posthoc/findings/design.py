@@ -1,4 +1,6 @@
-"""The design of a comparison of runs: repeats, pairs or one training, and the other differences between them."""
+"""The design of a comparison of runs: repeats, pairs or one training, and the other differences
+between them.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,12 @@ _Key = tuple[int, int, int]  # of a checkpoint: step, size, fingerprint
 
 @dataclass(frozen=True)
 class _Marks:
-    """The marks of the training a run belongs to: its first checkpoint, those that training has moved to, and how far tensors moved.
+    """The marks of the training a run belongs to: its first checkpoint, those that training has
+    moved to, and how far tensors moved.
 
-    `motion` is Σ|Δθ| by the steps a segment runs from and to, and by tensor. The fingerprint of a file is taken from samples, all of
-    which may lie in a large frozen part: then the motion tells two trainings apart.
+    `motion` is Σ|Δθ| by the steps a segment runs from and to, and by tensor. The fingerprint of a
+    file is taken from samples, all of which may lie in a large frozen part: then the motion tells
+    two trainings apart.
     """
 
     first: _Key
@@ -32,9 +36,13 @@ class _Marks:
     motion: dict[tuple[int, int, str], float]
 
     def shared(self, other: _Marks) -> frozenset[_Key]:
-        """Return the checkpoints both runs have; none where the motion shows that they are of two trainings."""
+        """Return the checkpoints both runs have; none where the motion shows that they are of two
+        trainings.
+        """
         both = self.motion.keys() & other.motion.keys()
-        alike = all(math.isclose(self.motion[key], other.motion[key], rel_tol=_SAME_MOTION) for key in both)
+        alike = all(
+            math.isclose(self.motion[key], other.motion[key], rel_tol=_SAME_MOTION) for key in both
+        )
         return self.moved & other.moved if alike else frozenset()
 
 
@@ -42,9 +50,9 @@ class _Marks:
 class Design:
     """The design of a comparison.
 
-    `once` (label, run) is False where a run has the same training as an earlier run of its label. `pairs` has for each label
-    the positions of the runs of the first label that its runs are paired with, "apart" where they are independent of these, and
-    None where they are neither.
+    `once` (label, run) is False where a run has the same training as an earlier run of its label.
+    `pairs` has for each label the positions of the runs of the first label that its runs are paired
+    with, "apart" where they are independent of these, and None where they are neither.
     """
 
     once: np.ndarray[Any, Any]
@@ -66,23 +74,33 @@ def design_of(listed: dict[str, list[LossResults]], paired: bool | None) -> Desi
     first = next(iter(listed))
     sizes = [len(several) for several in listed.values()]
     if paired and len(set(sizes)) > 1:
-        counts = ", ".join(f"{size} under {label!r}" for label, size in zip(listed, sizes, strict=True))
+        counts = ", ".join(
+            f"{size} under {label!r}" for label, size in zip(listed, sizes, strict=True)
+        )
         raise InputError(f"runs in pairs have to be as many under every label, got {counts}.")
     marks = {label: [_marks(results) for results in several] for label, several in listed.items()}
     notes, pairs = list[str](), list[list[int] | str | None]()
     once = np.zeros((len(listed), max(sizes)), dtype=bool)
     for row, (label, several) in enumerate(marks.items()):
         for position, of_run in enumerate(several):
-            same = next((before for before in range(position) if of_run.shared(several[before])), None)
+            same = next(
+                (before for before in range(position) if of_run.shared(several[before])), None
+            )
             once[row, position] = same is None
             if same is not None:
                 notes.append(
-                    f"{listed[label][position].path} and {listed[label][same].path} are of one training "
-                    f"({_shared(of_run, several[same])}): under {label!r} it counts once, by the latter."
+                    f"{listed[label][position].path} and {listed[label][same].path} are of one "
+                    f"training "
+                    f"({_shared(of_run, several[same])}): under {label!r} it counts once, by the "
+                    f"latter."
                 )
     counting = {label: np.flatnonzero(once[row]).tolist() for row, label in enumerate(listed)}
     for label, several in marks.items():
-        order = _partners(marks[first], counting[first], several, counting[label]) if paired is None else None
+        order = (
+            _partners(marks[first], counting[first], several, counting[label])
+            if paired is None
+            else None
+        )
         same = any(of_run.shared(other) for of_run in several for other in marks[first])
         if label == first:
             pairs.append("apart")
@@ -91,37 +109,60 @@ def design_of(listed: dict[str, list[LossResults]], paired: bool | None) -> Desi
         elif order is not None and len(counting[label]) > 1:
             pairs.append(order)
             notes.append(
-                f"The runs of {label!r} and {first!r} come in pairs that begin from the same checkpoint; differences are tested in pairs."
+                f"The runs of {label!r} and {first!r} come in pairs that begin from the same "
+                f"checkpoint; differences are tested in pairs."
             )
         else:
             pairs.append(None if same else "apart")
         if label != first and same:
             untested = max(sizes) > 1 and pairs[-1] is None
             notes.append(
-                f"{label!r} and {first!r} share trainings: what differs between them is how these were measured, not chance."
-                + (" They are not tested against each other, as they are not independent." if untested else "")
+                f"{label!r} and {first!r} share trainings: what differs between them is how these "
+                f"were measured, not chance."
+                + (
+                    " They are not tested against each other, as they are not independent."
+                    if untested
+                    else ""
+                )
             )
     return Design(once, pairs, notes)
 
 
 def _marks(results: LossResults) -> _Marks:
-    keys = [(checkpoint.step, checkpoint.size, checkpoint.fingerprint) for checkpoint in results.manifest.checkpoints]
+    keys = [
+        (checkpoint.step, checkpoint.size, checkpoint.fingerprint)
+        for checkpoint in results.manifest.checkpoints
+    ]
     motion = results.tensors["motion"]
     moving = motion["step"].values[motion.sum("tensor").values > 0]
     start = min(moving.tolist(), default=None)
-    moved = frozenset(key for key in keys if start is not None and key[0] > start and key != keys[0])
-    motion = motion.isel(tensor=motion["kind"].values == "parameter")  # statistics may be recomputed
-    rows = zip(motion["step"].values.tolist(), motion["step_end"].values.tolist(), motion.values.tolist(), strict=True)
+    moved = frozenset(
+        key for key in keys if start is not None and key[0] > start and key != keys[0]
+    )
+    # statistics may be recomputed
+    motion = motion.isel(tensor=motion["kind"].values == "parameter")
+    rows = zip(
+        motion["step"].values.tolist(),
+        motion["step_end"].values.tolist(),
+        motion.values.tolist(),
+        strict=True,
+    )
     names = motion["tensor"].values.tolist()
     of_segments = {
-        (begin, end, name): value for begin, end, row in rows for name, value in zip(names, row, strict=True)
+        (begin, end, name): value
+        for begin, end, row in rows
+        for name, value in zip(names, row, strict=True)
     }
     return _Marks(keys[0], moved, of_segments)
 
 
 def _shared(one: _Marks, other: _Marks) -> str:
     shared, most = len(one.shared(other)), max(len(one.moved), len(other.moved))
-    return "the same checkpoints" if shared == most else f"{shared:,} of {most:,} checkpoints are the same"
+    return (
+        "the same checkpoints"
+        if shared == most
+        else f"{shared:,} of {most:,} checkpoints are the same"
+    )
 
 
 def _partners(
@@ -130,7 +171,9 @@ def _partners(
     other: list[_Marks],
     counting: list[int],
 ) -> list[int] | None:
-    """Return for each run of `other` the run of `first` that begins from the same checkpoint; None unless each has exactly one."""
+    """Return for each run of `other` the run of `first` that begins from the same checkpoint; None
+    unless each has exactly one.
+    """
     begins = [first[run].first for run in counting_first]
     mine = [other[run].first for run in counting]
     if Counter(begins) != Counter(mine) or len(set(begins)) < len(begins):
@@ -142,20 +185,29 @@ def _partners(
 
 
 def differences(listed: dict[str, list[LossResults]]) -> list[str]:
-    """Return a sentence for each setting that changes the meaning of the numbers and is not the same in every run."""
-    sentences = [text for name, value in _MEANINGS.items() if (text := _difference(name, listed, value))]
+    """Return a sentence for each setting that changes the meaning of the numbers and is not the
+    same in every run.
+    """
+    sentences = [
+        text for name, value in _MEANINGS.items() if (text := _difference(name, listed, value))
+    ]
     return sentences + _other_losses(listed)
 
 
 def _steps(results: LossResults) -> str:
     checkpoints = results.manifest.checkpoints
-    return f"{checkpoints[0].step:,} to {checkpoints[-1].step:,} ({count(results.manifest.segments, 'segment')})"
+    return (
+        f"{checkpoints[0].step:,} to {checkpoints[-1].step:,} "
+        f"({count(results.manifest.segments, 'segment')})"
+    )
 
 
 _MEANINGS: dict[str, Callable[[LossResults], str]] = {
     "normalisation (--norm-stats)": lambda results: str(results.manifest.settings["norm_stats"]),
     "batches of normalisation": lambda results: (
-        f"{results.record.batch_size:,}" if results.manifest.settings["norm_stats"] == "batch" else ""
+        f"{results.record.batch_size:,}"
+        if results.manifest.settings["norm_stats"] == "batch"
+        else ""
     ),
     "loss": lambda results: results.name,
     "split": lambda results: results.record.on or "none",
@@ -166,16 +218,24 @@ _MEANINGS: dict[str, Callable[[LossResults], str]] = {
 }
 
 
-def _difference(name: str, listed: dict[str, list[LossResults]], value: Callable[[LossResults], str]) -> str:
+def _difference(
+    name: str, listed: dict[str, list[LossResults]], value: Callable[[LossResults], str]
+) -> str:
     """Say which labels have which value; "" where all have the same."""
-    of_labels = {label: list(dict.fromkeys(filter(None, map(value, several)))) for label, several in listed.items()}
+    of_labels = {
+        label: list(dict.fromkeys(filter(None, map(value, several))))
+        for label, several in listed.items()
+    }
     if len({text for values in of_labels.values() for text in values}) < 2:
         return ""
     by_values: dict[str, list[str]] = {}
     for label, values in of_labels.items():
         if values:
             by_values.setdefault(" and ".join(values), []).append(label)
-    return f"Runs differ in {name}: {'; '.join(f'{values} under {_names(labels)}' for values, labels in by_values.items())}."
+    return (
+        f"Runs differ in {name}: "
+        f"{'; '.join(f'{values} under {_names(labels)}' for values, labels in by_values.items())}."
+    )
 
 
 def _names(labels: list[str]) -> str:
@@ -190,8 +250,19 @@ def _other_losses(listed: dict[str, list[LossResults]]) -> list[str]:
             settings, record = results.manifest.settings, results.record
             begin = results.manifest.checkpoints[0]
             where = (
-                *(begin.step, begin.size, begin.fingerprint, results.name, record.on, record.examples, record.total),
-                *(settings["norm_stats"], record.batch_size if settings["norm_stats"] == "batch" else None),
+                *(
+                    begin.step,
+                    begin.size,
+                    begin.fingerprint,
+                    results.name,
+                    record.on,
+                    record.examples,
+                    record.total,
+                ),
+                *(
+                    settings["norm_stats"],
+                    record.batch_size if settings["norm_stats"] == "batch" else None,
+                ),
             )
             identity = record.identity[0]
             if identity is None:
@@ -200,7 +271,8 @@ def _other_losses(listed: dict[str, list[LossResults]]) -> list[str]:
             other, before = known.setdefault(where, (label, value))
             if abs(value - before) > _SAME_LOSS * max(abs(value), abs(before)):
                 return [
-                    f"Runs differ in the loss itself: at step {begin.step:,}, on the same weights, it is {before:.6g} under {other} and "
+                    f"Runs differ in the loss itself: at step {begin.step:,}, on the same weights, "
+                    f"it is {before:.6g} under {other} and "
                     f"{value:.6g} under {label}."
                 ]
     return []

@@ -16,22 +16,27 @@ _TOP = 0.01
 
 
 def distribution(results: LossResults, *, sample: int = 100_000, seed: int = 0) -> xr.Dataset:
-    """Return the distribution of the allocation over parameters × segments; buffers are not counted.
+    """Return the distribution of the allocation over parameters × segments; buffers are not
+    counted.
 
-    The histogram has two bins an octave, so figures computed from it have an error; `…_low` and `…_high` bound it for the share of
-    Σ|A| that the top 1 % of the elements carry, and for the Gini coefficient of |A| (Gini 1912; zeros are counted).
+    The histogram has two bins an octave, so figures computed from it have an error; `…_low` and
+    `…_high` bound it for the share of Σ|A| that the top 1 % of the elements carry, and for the Gini
+    coefficient of |A| (Gini 1912; zeros are counted).
 
     Args:
-        results: one loss of a run. The histogram is there at any level of `--keep`; the sample, and the double Weibull distribution
-            fitted to it (scipy's `dweibull`, location 0, maximum likelihood, exact zeros left out), at `--keep parameters`.
-        sample: how many elements to draw with replacement, uniformly over parameters × segments (× groups).
+        results: one loss of a run. The histogram is there at any level of `--keep`; the sample, and
+            the double Weibull distribution fitted to it (scipy's `dweibull`, location 0, maximum
+            likelihood, exact zeros left out), at `--keep parameters`.
+        sample: how many elements to draw with replacement, uniformly over parameters × segments (×
+            groups).
         seed: of numpy's default generator.
 
     Returns:
-        `count` (bin[, group]) with coordinates `lower` and `upper`; by group `zero` (a count), `helping`, `hurting` (shares), `mean`,
-        `mean_absolute`, `standard_deviation` (of the bins' middles; the mean is exact), `top_share`, `gini` with bounds;
-        `sample` (draw), `weibull_shape`, `weibull_scale`, `kurtosis` (Fisher's, of the sample). Where every allocation is 0 there
-        is no bin, and what is not defined is NaN; `left_out` says so.
+        `count` (bin[, group]) with coordinates `lower` and `upper`; by group `zero` (a count),
+        `helping`, `hurting` (shares), `mean`, `mean_absolute`, `standard_deviation` (of the bins'
+        middles; the mean is exact), `top_share`, `gini` with bounds; `sample` (draw),
+        `weibull_shape`, `weibull_scale`, `kurtosis` (Fisher's, of the sample). Where every
+        allocation is 0 there is no bin, and what is not defined is NaN; `left_out` says so.
 
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
@@ -44,31 +49,52 @@ def distribution(results: LossResults, *, sample: int = 100_000, seed: int = 0) 
     occupied = np.flatnonzero(count.reshape(-1, count.shape[-1]).any(0))
     first, last = (int(occupied[0]), int(occupied[-1]) + 1) if len(occupied) else (0, 0)
     if first == last:
-        left_out.append("Every allocation is exactly 0: there are no bins, and no shares of a sum that is 0.")
+        left_out.append(
+            "Every allocation is exactly 0: there are no bins, and no shares of a sum that is 0."
+        )
     group = ("group",) if count.ndim == 2 else ()
     lower, upper = edges[first:last], edges[first + 1 : last + 1]
     rows = np.atleast_2d(count)[:, first:last]
     variables = {
-        "count": described((("bin", *group), count[..., first:last].T), "parameters × segments", "elements in the bin")
+        "count": described(
+            (("bin", *group), count[..., first:last].T),
+            "parameters × segments",
+            "elements in the bin",
+        )
     }
-    variables["zero"] = described((group, zero), "parameters × segments", "elements that are exactly 0")
-    parameters = table["allocated"].isel(tensor=table["kind"].values == "parameter").sum(("step", "tensor")).values
+    variables["zero"] = described(
+        (group, zero), "parameters × segments", "elements that are exactly 0"
+    )
+    parameters = (
+        table["allocated"]
+        .isel(tensor=table["kind"].values == "parameter")
+        .sum(("step", "tensor"))
+        .values
+    )
     figures = [
         _figures(row, int(none), lower, upper, float(total))
-        for row, none, total in zip(rows, np.atleast_1d(zero), np.atleast_1d(parameters), strict=True)
+        for row, none, total in zip(
+            rows, np.atleast_1d(zero), np.atleast_1d(parameters), strict=True
+        )
     ]
     for name, (units, meaning) in _FIGURES.items():
         values = np.array([figure[name] for figure in figures])
         variables[name] = described((group, values if group else values[0]), units, meaning)
     coords = {"lower": ("bin", lower), "upper": ("bin", upper)}
-    coords |= {name: column for name, column in table.coords.items() if name in ("group", "examples")}
+    coords |= {
+        name: column for name, column in table.coords.items() if name in ("group", "examples")
+    }
     if results.manifest.keep == "parameters":
         variables |= (fitted := _fitted(_sample(results, sample, seed)))
         if first < last and math.isnan(fitted["weibull_shape"][1]):
             left_out.append("The heavy-tailed fit needs allocations of at least two sizes.")
     else:
-        left_out.append(f"The heavy-tailed fit needs --keep parameters; this run keeps {results.manifest.keep}.")
-    return xr.Dataset(variables, coords=coords, attrs={**about(results, "distribution", left_out), "seed": seed})
+        left_out.append(
+            f"The heavy-tailed fit needs --keep parameters; this run keeps {results.manifest.keep}."
+        )
+    return xr.Dataset(
+        variables, coords=coords, attrs={**about(results, "distribution", left_out), "seed": seed}
+    )
 
 
 _FIGURES = {
@@ -97,7 +123,9 @@ def _counts(results: LossResults) -> tuple[Numbers, Numbers]:
     return np.asarray(count), np.asarray(zeros.sum("step").values)
 
 
-def _figures(count: Numbers, zero: int, lower: Numbers, upper: Numbers, total: float) -> dict[str, float]:
+def _figures(
+    count: Numbers, zero: int, lower: Numbers, upper: Numbers, total: float
+) -> dict[str, float]:
     """Return the figures of one row of bins; only those that 0 elements leave undefined are NaN."""
     elements = int(count.sum()) + zero
     low, high = np.minimum(abs(lower), abs(upper)), np.maximum(abs(lower), abs(upper))
@@ -119,12 +147,17 @@ def _figures(count: Numbers, zero: int, lower: Numbers, upper: Numbers, total: f
         _top(count_up, high, low, elements),
     )
     figures["gini"] = _gini(count_up, zero, middle, middle)
-    figures["gini_low"], figures["gini_high"] = _gini(count_up, zero, high, low), _gini(count_up, zero, low, high)
+    figures["gini_low"], figures["gini_high"] = (
+        _gini(count_up, zero, high, low),
+        _gini(count_up, zero, low, high),
+    )
     return figures
 
 
 def _top(count: Numbers, of_top: Numbers, of_rest: Numbers, elements: int) -> float:
-    """Return the share of the sum of the largest 1 %, if elements of a bin count `of_top` among these and `of_rest` below; bins rise."""
+    """Return the share of the sum of the largest 1 %, if elements of a bin count `of_top` among
+    these and `of_rest` below; bins rise.
+    """
     size = max(1, round(_TOP * elements))
     above = np.cumsum(count[::-1])[::-1] - count
     in_top = np.clip(size - above, 0, count)
@@ -133,10 +166,12 @@ def _top(count: Numbers, of_top: Numbers, of_rest: Numbers, elements: int) -> fl
 
 
 def _gini(count: Numbers, zero: int, small: Numbers, large: Numbers) -> float:
-    """Return the extreme of the Gini coefficient over values within their bins; rising bins, zeros first.
+    """Return the extreme of the Gini coefficient over values within their bins; rising bins, zeros
+    first.
 
-    G = Σ w_i x_i / Σ x_i with w_i = (2i − n − 1) / n for the ranks i = 1 … n. Its extreme has `large` where w_i > G and `small`
-    elsewhere: the root of F(G) = Σ_i (w_i − G) x_i, which falls in G.
+    G = Σ w_i x_i / Σ x_i with w_i = (2i − n − 1) / n for the ranks i = 1 … n. Its extreme has
+    `large` where w_i > G and `small` elsewhere: the root of F(G) = Σ_i (w_i − G) x_i, which falls
+    in G.
     """
     n = int(count.sum()) + zero
     if n == zero:
@@ -149,7 +184,8 @@ def _gini(count: Numbers, zero: int, small: Numbers, large: Numbers) -> float:
         return (last * (last + 1.0) - first * (first + 1.0) - (last - first) * (n + 1.0)) / n
 
     def excess(gini: float) -> float:
-        border = np.clip(np.floor((gini * n + n + 1) / 2), starts, ends)  # the ranks up to it have w ≤ G
+        # the ranks up to it have w ≤ G
+        border = np.clip(np.floor((gini * n + n + 1) / 2), starts, ends)
         below = weights(starts, border) - gini * (border - starts)
         above = weights(border, ends) - gini * (ends - border)
         return float(below @ small + above @ large)
@@ -158,22 +194,30 @@ def _gini(count: Numbers, zero: int, small: Numbers, large: Numbers) -> float:
 
 
 def _sample(results: LossResults, size: int, seed: int) -> Numbers:
-    """Draw elements of the allocation, uniformly with replacement over parameters × segments (× groups)."""
+    """Draw elements of the allocation, uniformly with replacement over parameters × segments (×
+    groups).
+    """
     data = results.allocation
-    names = [tensor.spec.name for tensor in results.manifest.allocated if tensor.spec.kind == "parameter"]
+    names = [
+        tensor.spec.name for tensor in results.manifest.allocated if tensor.spec.kind == "parameter"
+    ]
     generator = np.random.default_rng(seed)
     sizes = [data[name].size for name in names]
     drawn = np.sort(generator.integers(0, max(1, sum(sizes)), size if sum(sizes) else 0))
     parts, before = [], 0
     for name, extent in zip(names, sizes, strict=True):
-        positions = drawn[np.searchsorted(drawn, before) : np.searchsorted(drawn, before + extent)] - before
+        positions = (
+            drawn[np.searchsorted(drawn, before) : np.searchsorted(drawn, before + extent)] - before
+        )
         parts.append(_picked(data[name], positions, results.manifest.span))
         before += extent
     return generator.permutation(np.concatenate(parts)) if parts else np.zeros(0)
 
 
 def _picked(data: xr.DataArray, positions: Numbers, span: int) -> Numbers:
-    """Return the elements at sorted flat positions; every row of chunks is read whole and once, in blocks."""
+    """Return the elements at sorted flat positions; every row of chunks is read whole and once, in
+    blocks.
+    """
     places = np.unravel_index(positions, data.shape)
     values = np.empty(len(positions), "float32")
     for start in range(0, data.shape[0], span):
@@ -182,7 +226,8 @@ def _picked(data: xr.DataArray, positions: Numbers, span: int) -> Numbers:
             inside = (
                 np.all(
                     [
-                        (places[axis + 1][in_span] >= cut.start) & (places[axis + 1][in_span] < cut.stop)
+                        (places[axis + 1][in_span] >= cut.start)
+                        & (places[axis + 1][in_span] < cut.stop)
                         for axis, cut in enumerate(part)
                     ],
                     axis=0,
@@ -194,7 +239,10 @@ def _picked(data: xr.DataArray, positions: Numbers, span: int) -> Numbers:
             if len(chosen):
                 block = data[(slice(start, start + span), *part)].values
                 values[chosen] = block[
-                    tuple(places[axis][chosen] - low for axis, low in enumerate([start, *(cut.start for cut in part)]))
+                    tuple(
+                        places[axis][chosen] - low
+                        for axis, low in enumerate([start, *(cut.start for cut in part)])
+                    )
                 ]
     return values
 
@@ -204,13 +252,22 @@ def _fitted(drawn: Numbers) -> dict[str, Variable]:
     if len(moved) < 2 or np.ptp(abs(moved)) == 0:
         shape = scale = math.nan
     else:
-        unit = float(np.median(abs(moved)))  # fitted in units of the median: the optimiser stops at absolute steps
+        # fitted in units of the median: the optimiser stops at absolute steps
+        unit = float(np.median(abs(moved)))
         shape, _, scale = scipy.stats.dweibull.fit(moved / unit, floc=0)
         scale *= unit
-    kurtosis = float(scipy.stats.kurtosis(drawn.astype("float64"))) if len(drawn) and np.ptp(drawn) > 0 else math.nan
+    kurtosis = (
+        float(scipy.stats.kurtosis(drawn.astype("float64")))
+        if len(drawn) and np.ptp(drawn) > 0
+        else math.nan
+    )
     return {
         "sample": described((("draw",), drawn), "loss", "elements drawn at random"),
-        "weibull_shape": described(((), float(shape)), "", "shape of the double Weibull distribution"),
-        "weibull_scale": described(((), float(scale)), "loss", "scale of the double Weibull distribution"),
+        "weibull_shape": described(
+            ((), float(shape)), "", "shape of the double Weibull distribution"
+        ),
+        "weibull_scale": described(
+            ((), float(scale)), "loss", "scale of the double Weibull distribution"
+        ),
         "kurtosis": described(((), kurtosis), "", "excess kurtosis of the sample"),
     }

@@ -1,4 +1,6 @@
-"""Two losses over two splits, such as training and validation: the layers and parameters that lowered one and raised the other."""
+"""Two losses over two splits, such as training and validation: the layers and parameters that
+lowered one and raised the other.
+"""
 
 from __future__ import annotations
 
@@ -11,62 +13,99 @@ import xarray as xr
 
 from ..errors import InputError
 from ..store import LossResults
-from .common import Variable, about, described, each_total, largest, parameter_name, place_of, unfinished
+from .common import (
+    Variable,
+    about,
+    described,
+    each_total,
+    largest,
+    parameter_name,
+    place_of,
+    unfinished,
+)
 from .layers import layers
 
-_SPLIT_WORDS = re.compile(r"train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval(uation)?|held.?out", re.IGNORECASE)
+_SPLIT_WORDS = re.compile(
+    r"train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval(uation)?|held.?out", re.IGNORECASE
+)
 
 
-def generalisation(first: LossResults, second: LossResults, *, by: str | int = "module", most: int = 10) -> xr.Dataset:
+def generalisation(
+    first: LossResults, second: LossResults, *, by: str | int = "module", most: int = 10
+) -> xr.Dataset:
     """Return the allocations of one path to two losses over two splits, by layer and by parameter.
 
-    Variables are named after the two losses, here `train` and `validation`. A loss whose name something else in the result has,
-    such as "layer", is called "loss layer" there; `attrs["first"]` and `attrs["second"]` are the names of the two.
+    Variables are named after the two losses, here `train` and `validation`. A loss whose name
+    something else in the result has, such as "layer", is called "loss layer" there;
+    `attrs["first"]` and `attrs["second"]` are the names of the two.
 
     Args:
-        first, second: two losses of one run over two splits, at any level of `--keep`; parameters need every segment.
+        first, second: two losses of one run over two splits, at any level of `--keep`; parameters
+            need every segment.
         by: as of `layers`.
-        most: how many of the parameters that helped the first and hurt the second most: by the smaller of the two effects.
+        most: how many of the parameters that helped the first and hurt the second most: by the
+            smaller of the two effects.
 
     Returns:
-        `train`, `validation` (layer) and `cumulative_train`, `cumulative_validation` (step, layer), in units of loss; `parameters`
-        (quadrant, tensor), a count of single parameters by what they did over training, `allocated_train` and
-        `allocated_validation` (quadrant, tensor), their sums; `worst_train`, `worst_validation` (worst) with coordinate `worst_name`.
+        `train`, `validation` (layer) and `cumulative_train`, `cumulative_validation` (step, layer),
+        in units of loss; `parameters` (quadrant, tensor), a count of single parameters by what they
+        did over training, `allocated_train` and `allocated_validation` (quadrant, tensor), their
+        sums; `worst_train`, `worst_validation` (worst) with coordinate `worst_name`.
 
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
-        InputError: where the two are not of one run, have groups, are over one split or none, or do not have the same segments.
+        InputError: where the two are not of one run, have groups, are over one split or none, or do
+            not have the same segments.
     """
     if first.path != second.path:
-        raise InputError(f"{first.path} and {second.path} are two runs; take two losses of one, for one path.")
+        raise InputError(
+            f"{first.path} and {second.path} are two runs; take two losses of one, for one path."
+        )
     for results in (first, second):
         if results.record.groups is not None:
             raise InputError(
-                f"loss {results.name!r} has groups; take losses of whole splits, or compare groups in `layers`."
+                f"loss {results.name!r} has groups; take losses of whole splits, or compare groups "
+                f"in `layers`."
             )
         if results.record.on is None:
             raise InputError(
-                f"loss {results.name!r} is a term of the parameters, over no split; generalisation takes two losses over two splits."
+                f"loss {results.name!r} is a term of the parameters, over no split; generalisation "
+                f"takes two losses over two splits."
             )
     if first.record.on == second.record.on:
         raise InputError(
-            f"losses {first.name!r} and {second.name!r} are both over split {first.record.on!r}, and generalisation compares two splits. "
-            f"Add a Loss(…, on=another split) to the task and `lca run` it, or draw `layers` of each loss."
+            f"losses {first.name!r} and {second.name!r} are both over split {first.record.on!r}, "
+            f"and generalisation compares two splits. "
+            f"Add a Loss(…, on=another split) to the task and `lca run` it, or draw `layers` of "
+            f"each loss."
         )
     both = [layers(results, by=by) for results in (first, second)]
-    left_out = list(dict.fromkeys([*unfinished(first), *unfinished(second), *_parts(first, second)]))
+    left_out = list(
+        dict.fromkeys([*unfinished(first), *unfinished(second), *_parts(first, second)])
+    )
     is_even = first.behind == second.behind
     if not is_even:
         both = _common(*both)
         last = int(both[0]["step_end"].values[-1]) if both[0].sizes["step"] else 0
-        left_out.append(f"One loss goes on after the other ends: both are shown up to step {last:,}.")
-    if not np.array_equal(both[0]["step"].values, both[1]["step"].values) or not both[0].sizes["step"]:
-        raise InputError("the two losses do not have the same segments yet. Run `lca run` again to finish both.")
+        left_out.append(
+            f"One loss goes on after the other ends: both are shown up to step {last:,}."
+        )
+    if (
+        not np.array_equal(both[0]["step"].values, both[1]["step"].values)
+        or not both[0].sizes["step"]
+    ):
+        raise InputError(
+            "the two losses do not have the same segments yet. Run `lca run` again to finish both."
+        )
     called = _called(first.name, second.name)
     variables: dict[str, Variable] = {}
     for name, of_loss in zip(called, both, strict=True):
-        variables[name] = described(of_loss["allocated"].sum("step"), "loss", f"Σ allocation over training, {name}")
-        variables[f"cumulative_{name}"] = described(of_loss["cumulative"], "loss", f"Σ allocation so far, {name}")
+        variables[name] = described(
+            of_loss["allocated"].sum("step"), "loss", f"Σ allocation over training, {name}"
+        )
+        variables[f"cumulative_{name}"] = described(
+            of_loss["cumulative"], "loss", f"Σ allocation so far, {name}"
+        )
     coords: dict[str, object] = {str(name): column for name, column in both[0].coords.items()}
     if first.complete and second.complete and is_even:
         parameters, places = _quadrants(first, second, called, most)
@@ -75,22 +114,30 @@ def generalisation(first: LossResults, second: LossResults, *, by: str | int = "
     else:
         left_out.append("What single parameters did needs every segment of both.")
     attrs = {**about(first, "generalisation", left_out), "loss": f"{first.name}, {second.name}"}
-    attrs |= {"split": f"{first.record.on}, {second.record.on}", "first": called[0], "second": called[1]}
+    attrs |= {
+        "split": f"{first.record.on}, {second.record.on}",
+        "first": called[0],
+        "second": called[1],
+    }
     return xr.Dataset(variables, coords=coords, attrs=attrs)
 
 
 def _common(one: xr.Dataset, other: xr.Dataset) -> list[xr.Dataset]:
     """Return both over the segments up to the last checkpoint that both cover."""
     last = min(layers_of_loss["step_end"].values[-1] for layers_of_loss in (one, other))
-    return [layers_of_loss.isel(step=layers_of_loss["step_end"].values <= last) for layers_of_loss in (one, other)]
+    return [
+        layers_of_loss.isel(step=layers_of_loss["step_end"].values <= last)
+        for layers_of_loss in (one, other)
+    ]
 
 
 def two_splits(losses: Mapping[str, LossResults]) -> tuple[str, str] | None:
     """Return the two losses to compare where nobody names them: without groups, over two splits.
 
-    The first is over the split whose name begins with "train", if there is one; of the others, those come first whose name
-    differs from its own by the split alone (`dice_train`, `dice_val`), then those over a split for validation, then those
-    written in the same way, then those named earlier.
+    The first is over the split whose name begins with "train", if there is one; of the others,
+    those come first whose name differs from its own by the split alone (`dice_train`, `dice_val`),
+    then those over a split for validation, then those written in the same way, then those named
+    earlier.
 
     Returns:
         Their names; None where no two losses without groups are over two splits.
@@ -128,7 +175,8 @@ def no_two_splits(losses: Mapping[str, LossResults]) -> str:
         if results.record.groups is None and results.record.on is not None:
             over.setdefault(results.record.on, []).append(repr(name))
     listed = "; ".join(
-        f"over {split!r} {'is' if len(names) == 1 else 'are'} {', '.join(names)}" for split, names in over.items()
+        f"over {split!r} {'is' if len(names) == 1 else 'are'} {', '.join(names)}"
+        for split, names in over.items()
     )
     return (
         f"it takes two losses without groups over two splits, and {listed or 'there is none'}. "
@@ -146,7 +194,9 @@ def _stem(name: str, split: str) -> str:
 
 
 def _called(first: str, second: str) -> tuple[str, str]:
-    """Return the names of the two losses in the result: their own, unless something else there has that name."""
+    """Return the names of the two losses in the result: their own, unless something else there has
+    that name.
+    """
     others = {
         "step",
         "step_end",
@@ -173,7 +223,8 @@ def _called(first: str, second: str) -> tuple[str, str]:
 def _parts(first: LossResults, second: LossResults) -> list[str]:
     """Say which losses were measured on a part of the examples of their split."""
     return [
-        f"{results.name} is measured on {results.record.examples:,} of {results.record.total:,} examples."
+        f"{results.name} is measured on {results.record.examples:,} of {results.record.total:,} "
+        f"examples."
         for results in (first, second)
         if results.record.examples < results.record.total
     ]
@@ -193,7 +244,9 @@ def _quadrants(
     first: LossResults, second: LossResults, called: tuple[str, str], most: int
 ) -> tuple[dict[str, Variable], dict[str, object]]:
     names = quadrants(first.name, second.name)
-    tensors = [tensor.spec.name for tensor in first.manifest.allocated if tensor.spec.kind == "parameter"]
+    tensors = [
+        tensor.spec.name for tensor in first.manifest.allocated if tensor.spec.kind == "parameter"
+    ]
     count = np.zeros((len(names), len(tensors)), "int64")
     sums = np.zeros((2, len(names), len(tensors)))
     worst: list[tuple[float, str, float, float]] = []
@@ -201,7 +254,9 @@ def _quadrants(
     both = zip(each_total(first, fields), each_total(second, fields), strict=True)
     for (spec, part, (one,)), (_, _, (two,)) in both:
         column = tensors.index(spec.name)
-        which = np.select([(one == 0) | (two == 0), (one < 0) & (two < 0), one < 0, two < 0], [4, 0, 1, 2], 3)
+        which = np.select(
+            [(one == 0) | (two == 0), (one < 0) & (two < 0), one < 0, two < 0], [4, 0, 1, 2], 3
+        )
         count[:, column] += np.bincount(which.ravel(), minlength=len(names))
         for row, values in enumerate((one, two)):
             sums[row, :, column] += np.bincount(which.ravel(), values.ravel(), len(names))
@@ -209,10 +264,21 @@ def _quadrants(
         for position in largest(harm, most):
             if harm[position] > 0:
                 name = parameter_name(spec.name, place_of(part, position))
-                worst.append((float(harm[position]), name, float(one.ravel()[position]), float(two.ravel()[position])))
+                worst.append(
+                    (
+                        float(harm[position]),
+                        name,
+                        float(one.ravel()[position]),
+                        float(two.ravel()[position]),
+                    )
+                )
         worst = heapq.nlargest(most, worst)
     dims = ("quadrant", "tensor")
-    variables = {"parameters": described((dims, count), "parameters", "parameters by what they did to both losses")}
+    variables = {
+        "parameters": described(
+            (dims, count), "parameters", "parameters by what they did to both losses"
+        )
+    }
     for row, name in enumerate(called):
         hurt = np.array([entry[2 + row] for entry in worst])
         variables[f"allocated_{name}"] = described(

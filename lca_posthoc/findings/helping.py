@@ -1,4 +1,6 @@
-"""Shares of parameters that help: per segment, per tensor, and per parameter over time, beside the shares chance would give."""
+"""Shares of parameters that help: per segment, per tensor, and per parameter over time, beside the
+shares chance would give.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,17 @@ import scipy  # its parts load when they are used
 import xarray as xr
 
 from ..store import LossResults
-from .common import Numbers, Variable, about, described, each_total, parameter_name, place_of, tables, unfinished
+from .common import (
+    Numbers,
+    Variable,
+    about,
+    described,
+    each_total,
+    parameter_name,
+    place_of,
+    tables,
+    unfinished,
+)
 
 _BINS = 100
 _FEWEST = 5  # joined bins, however short the run
@@ -18,22 +30,25 @@ _FEWEST = 5  # joined bins, however short the run
 def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
     """Return the shares of parameters that help, and the parameters that help most and least often.
 
-    The null of chance: on every segment on which it has an effect, a parameter helps with one and the same probability,
-    independently of the others and of what was before; `probability` is the share observed over all. Heroes (who help most often)
-    and villains (least) are those with the smallest binomial tails; their p-values are multiplied by the number of
-    parameters (Bonferroni). Parameters that never have an effect are left out of this; buffers of everything.
+    The null of chance: on every segment on which it has an effect, a parameter helps with one and
+    the same probability, independently of the others and of what was before; `probability` is the
+    share observed over all. Heroes (who help most often) and villains (least) are those with the
+    smallest binomial tails; their p-values are multiplied by the number of parameters (Bonferroni).
+    Parameters that never have an effect are left out of this; buffers of everything.
 
     Args:
         results: one loss of a run, at any level of `--keep`; what is over time needs every segment.
         most: the number of heroes, and of villains.
 
     Returns:
-        `helping`, `hurting`, `zero` (step[, group]), `tensor_helping` and `tensor_hurting` (step[, group], tensor), shares of parameters;
-        `tensor_moved` (step, tensor), 1 where any parameter of the tensor moved, else 0; `parameters` and `expected` (share): how many
-        help on that share of their segments, and by chance, with coordinates `share_low` and `share_high`; `probability`; by hero, named
-        by `hero_name`, `hero_share`, `hero_segments` (on which it had an effect), `hero_allocated` (loss) and `hero_p`, and the same by
-        villain. Where no parameter has an effect anywhere, `probability` is NaN and there is no hero and no villain. Over time, a loss
-        with groups is taken as a whole.
+        `helping`, `hurting`, `zero` (step[, group]), `tensor_helping` and `tensor_hurting` (step[,
+        group], tensor), shares of parameters; `tensor_moved` (step, tensor), 1 where any parameter
+        of the tensor moved, else 0; `parameters` and `expected` (share): how many help on that
+        share of their segments, and by chance, with coordinates `share_low` and `share_high`;
+        `probability`; by hero, named by `hero_name`, `hero_share`, `hero_segments` (on which it had
+        an effect), `hero_allocated` (loss) and `hero_p`, and the same by villain. Where no
+        parameter has an effect anywhere, `probability` is NaN and there is no hero and no villain.
+        Over time, a loss with groups is taken as a whole.
 
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
@@ -45,22 +60,36 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
     total = max(1, int(elements.sum()))
     counts = {name: counted[name].sum("tensor").values for name in ("helping", "hurting")}
     variables = {
-        "helping": described((dims, counts["helping"] / total), "share", "share of parameters that help"),
-        "hurting": described((dims, counts["hurting"] / total), "share", "share of parameters that hurt"),
+        "helping": described(
+            (dims, counts["helping"] / total), "share", "share of parameters that help"
+        ),
+        "hurting": described(
+            (dims, counts["hurting"] / total), "share", "share of parameters that hurt"
+        ),
         "zero": described(
             (dims, (total - counts["helping"] - counts["hurting"]) / total),
             "share",
             "share of parameters at exactly 0",
         ),
         "tensor_helping": described(
-            counted["helping"] / np.maximum(1, elements), "share", "share of the tensor's parameters that help"
+            counted["helping"] / np.maximum(1, elements),
+            "share",
+            "share of the tensor's parameters that help",
         ),
         "tensor_hurting": described(
-            counted["hurting"] / np.maximum(1, elements), "share", "share of the tensor's parameters that hurt"
+            counted["hurting"] / np.maximum(1, elements),
+            "share",
+            "share of the tensor's parameters that hurt",
         ),
-        "tensor_moved": described((counted["motion"] > 0).astype("int8"), "", "whether the tensor moved"),
+        "tensor_moved": described(
+            (counted["motion"] > 0).astype("int8"), "", "whether the tensor moved"
+        ),
     }
-    labels = {str(name): column for name, column in counted.coords.items() if name not in ("kind", "replicate")}
+    labels = {
+        str(name): column
+        for name, column in counted.coords.items()
+        if name not in ("kind", "replicate")
+    }
     coords: dict[str, object] = dict(labels)
     left_out = unfinished(results)
     if results.complete:
@@ -69,7 +98,8 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
         coords |= names
         if np.isnan(over_time["probability"][1]):
             left_out.append(
-                "No parameter has an effect anywhere, so there is no chance of helping and no hero or villain."
+                "No parameter has an effect anywhere, so there is no chance of helping and no hero "
+                "or villain."
             )
     else:
         left_out.append("What single parameters do over time needs every segment.")
@@ -77,14 +107,20 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
 
 
 def _over_time(results: LossResults, most: int) -> tuple[dict[str, Variable], dict[str, object]]:
-    """Return the histogram of the share of its segments on which each parameter helps, the null, heroes and villains."""
+    """Return the histogram of the share of its segments on which each parameter helps, the null,
+    heroes and villains.
+    """
     segments = results.manifest.segments
-    having = np.zeros(segments + 1, "int64")  # parameters by the number of segments on which they have an effect
+    # parameters by the number of segments on which they have an effect
+    having = np.zeros(segments + 1, "int64")
     counts = np.zeros(_BINS, "int64")
     helped = 0
     often, seldom = _Extremes(most, -1), _Extremes(most, 1)
     for spec, part, values in each_total(results, ("allocated", "helping", "hurting")):
-        allocated, helping, hurting = values[0].ravel(), *(field.ravel().astype("int64") for field in values[1:])
+        allocated, helping, hurting = (
+            values[0].ravel(),
+            *(field.ravel().astype("int64") for field in values[1:]),
+        )
         effects = helping + hurting
         moved = np.flatnonzero(effects)
         having += np.bincount(effects, minlength=segments + 1)
@@ -102,14 +138,20 @@ def _over_time(results: LossResults, most: int) -> tuple[dict[str, Variable], di
         expected += having[effects] * np.bincount(_bin(helping, effects), chance, _BINS)
     variables = {
         "parameters": described(
-            (("share",), counts), "parameters", "parameters that help on that share of their segments"
+            (("share",), counts),
+            "parameters",
+            "parameters that help on that share of their segments",
         ),
         "expected": described((("share",), expected), "parameters", "the same by chance alone"),
-        "probability": described(((), probability), "share", "share of the parameters' segments on which they help"),
+        "probability": described(
+            ((), probability), "share", "share of the parameters' segments on which they help"
+        ),
     }
     edges = np.linspace(0, 1, _BINS + 1)
     coords: dict[str, object] = {
-        "share": described((("share",), (edges[1:] + edges[:-1]) / 2), "share", "share of its segments it helps on"),
+        "share": described(
+            (("share",), (edges[1:] + edges[:-1]) / 2), "share", "share of its segments it helps on"
+        ),
         "share_low": ("share", edges[:-1]),
         "share_high": ("share", edges[1:]),
     }
@@ -121,15 +163,22 @@ def _over_time(results: LossResults, most: int) -> tuple[dict[str, Variable], di
 
 
 def joined_shares(result: xr.Dataset) -> tuple[Numbers, Numbers, Numbers]:
-    """Return edges, parameters and expectation of `helping` in bins of about four possible shares each.
+    """Return edges, parameters and expectation of `helping` in bins of about four possible shares
+    each.
 
     Narrower bins would hold one possible share here and two there, and look like a comb.
     """
     bins = result.sizes["share"]
     most = max(_FEWEST, result.sizes["step"] // 4)
-    join = next(size for size in range(1, bins + 1) if bins % size == 0 and (bins // size <= most or size == bins))
+    join = next(
+        size
+        for size in range(1, bins + 1)
+        if bins % size == 0 and (bins // size <= most or size == bins)
+    )
     edges = np.append(result["share_low"].values[::join], result["share_high"].values[-1:])
-    parameters, expected = (result[name].values.reshape(-1, join).sum(axis=1) for name in ("parameters", "expected"))
+    parameters, expected = (
+        result[name].values.reshape(-1, join).sum(axis=1) for name in ("parameters", "expected")
+    )
     return edges, parameters, expected
 
 
@@ -140,10 +189,12 @@ def _bin(helping: Numbers, effects: Numbers | np.integer[Any]) -> Numbers:
 
 
 class _Extremes:
-    """The parameters that help most (sign −1) or least (sign 1) often, told from each other by their binomial tails.
+    """The parameters that help most (sign −1) or least (sign 1) often, told from each other by
+    their binomial tails.
 
-    The probability is only known at the end; among parameters with an effect on equally many segments the order does not depend
-    on it, so the `most` extreme ones are kept for each number of segments.
+    The probability is only known at the end; among parameters with an effect on equally many
+    segments the order does not depend on it, so the `most` extreme ones are kept for each number of
+    segments.
     """
 
     def __init__(self, most: int, sign: int) -> None:
@@ -178,15 +229,23 @@ class _Extremes:
         self._kept = {name: values[first] for name, values in joined.items()}
 
     def _first(self, effects: Numbers, helping: Numbers) -> Numbers:
-        """Return the positions of the most extreme ones among those with equally many effects; of equal ones the first."""
+        """Return the positions of the most extreme ones among those with equally many effects; of
+        equal ones the first.
+        """
         order = np.lexsort((self._sign * helping, effects))
         ordered = effects[order]
         rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)
         return np.sort(order[rank < self._most])
 
-    def table(self, dim: str, probability: float, parameters: int) -> tuple[dict[str, Variable], dict[str, object]]:
-        """Return the most extreme of all: the smallest tails, of equal ones those with the larger effect on the loss."""
-        effects, helping, allocated = (self._kept[name] for name in ("effects", "helping", "allocated"))
+    def table(
+        self, dim: str, probability: float, parameters: int
+    ) -> tuple[dict[str, Variable], dict[str, object]]:
+        """Return the most extreme of all: the smallest tails, of equal ones those with the larger
+        effect on the loss.
+        """
+        effects, helping, allocated = (
+            self._kept[name] for name in ("effects", "helping", "allocated")
+        )
         tail = (
             scipy.stats.binom.sf(helping - 1, effects, probability)
             if self._sign < 0
@@ -195,9 +254,17 @@ class _Extremes:
         order = np.lexsort((self._sign * allocated, tail))[: self._most]
         share = helping[order] / effects[order]
         variables = {
-            f"{dim}_share": described(((dim,), share), "share", "share of its segments on which it helps"),
-            f"{dim}_segments": described(((dim,), effects[order]), "segments", "segments on which it has an effect"),
-            f"{dim}_allocated": described(((dim,), allocated[order]), "loss", "Σ allocation over training"),
-            f"{dim}_p": described(((dim,), np.minimum(1, tail[order] * parameters)), "", "binomial tail × parameters"),
+            f"{dim}_share": described(
+                ((dim,), share), "share", "share of its segments on which it helps"
+            ),
+            f"{dim}_segments": described(
+                ((dim,), effects[order]), "segments", "segments on which it has an effect"
+            ),
+            f"{dim}_allocated": described(
+                ((dim,), allocated[order]), "loss", "Σ allocation over training"
+            ),
+            f"{dim}_p": described(
+                ((dim,), np.minimum(1, tail[order] * parameters)), "", "binomial tail × parameters"
+            ),
         }
         return variables, {f"{dim}_name": (dim, self._kept["name"][order])}

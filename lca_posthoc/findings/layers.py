@@ -6,23 +6,37 @@ import numpy as np
 import xarray as xr
 
 from ..store import LossResults
-from .common import ROLES, about, described, grouping, label_of, moving_buffers, roles, tables, unfinished
+from .common import (
+    ROLES,
+    about,
+    described,
+    grouping,
+    label_of,
+    moving_buffers,
+    roles,
+    tables,
+    unfinished,
+)
 
 
 def layers(results: LossResults, *, by: str | int = "module", by_role: bool = False) -> xr.Dataset:
-    """Return the sum and mean of the allocation of every layer, per segment, cumulative, and over all segments.
+    """Return the sum and mean of the allocation of every layer, per segment, cumulative, and over
+    all segments.
 
-    A layer that is negative helped: the loss went down because of it (Lan et al. 2019, section 4). Buffers that moved, such as running
-    statistics, are a layer of their own, "NAME buffer", so that the sum of a layer is what its parameters did.
+    A layer that is negative helped: the loss went down because of it (Lan et al. 2019, section 4).
+    Buffers that moved, such as running statistics, are a layer of their own, "NAME buffer", so that
+    the sum of a layer is what its parameters did.
 
     Args:
         results: one loss of a run, at any level of `--keep`.
-        by: "module" (a kernel and its bias together), "tensor", or the number of parts of the module's name that name a layer.
+        by: "module" (a kernel and its bias together), "tensor", or the number of parts of the
+            module's name that name a layer.
         by_role: whether kernels, biases and normalisation of a layer are layers of their own too.
 
     Returns:
-        `allocated` and `cumulative` (step[, group], layer), `total` and `mean` (layer[, group]; the mean is per parameter and
-        over the whole training), in units of loss; `helping` (layer[, group]), the share of its parameters × segments
+        `allocated` and `cumulative` (step[, group], layer), `total` and `mean` (layer[, group]; the
+        mean is per parameter and over the whole training), in units of loss; `helping` (layer[,
+        group]), the share of its parameters × segments
         that helped. Coordinates of `layer`: `elements` and `role`.
 
     Raises:
@@ -33,7 +47,8 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
     names = [str(name) for name in table["tensor"].values]
     role, buffers = roles(results), moving_buffers(table)
     labels = [
-        label_of(name, by, buffers if not by_role else ()) + (f" {role[name]}" if by_role and by != "tensor" else "")
+        label_of(name, by, buffers if not by_role else ())
+        + (f" {role[name]}" if by_role and by != "tensor" else "")
         for name in names
     ]
     labels = [label.strip() for label in labels] if by != "tensor" else labels
@@ -41,12 +56,13 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
     for position in [
         index
         for members in grouping(names, by).values()
-        for index in sorted(
-            members, key=lambda index: _rank(role, names[index], by_role)
-        )  # buffers come after what they belong to
+        # buffers come after what they belong to
+        for index in sorted(members, key=lambda index: _rank(role, names[index], by_role))
     ]:
         members_of.setdefault(labels[position], []).append(position)
-    elements = np.array([int(table["elements"].values[members].sum()) for members in members_of.values()])
+    elements = np.array(
+        [int(table["elements"].values[members].sum()) for members in members_of.values()]
+    )
     allocated = _sums(table["allocated"], members_of)
     counted = _sums(table["helping"], members_of).sum("step")
     total = allocated.sum("step")
@@ -58,7 +74,9 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
         "cumulative": described(allocated.cumsum("step"), "loss", "Σ allocation so far"),
         "total": described(total.transpose(*by_layer), "loss", "Σ allocation over training"),
         "mean": described(
-            (total / per_parameter).transpose(*by_layer), "loss", "allocation per parameter over training"
+            (total / per_parameter).transpose(*by_layer),
+            "loss",
+            "allocation per parameter over training",
         ),
         "helping": described(
             (counted / (per_parameter * segments)).transpose(*by_layer),
@@ -69,15 +87,26 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
     coords = {
         "layer": np.array(list(members_of), dtype=object),
         "elements": ("layer", elements),
-        "role": ("layer", np.array([_role(role, names, members) for members in members_of.values()], dtype=object)),
+        "role": (
+            "layer",
+            np.array(
+                [_role(role, names, members) for members in members_of.values()], dtype=object
+            ),
+        ),
     }
     left_out = unfinished(results)
     if results.manifest.settings["tensors"]:
-        left_out.append("The run keeps some tensors alone; what the others did is the remainder of `steps`.")
+        left_out.append(
+            "The run keeps some tensors alone; what the others did is the remainder of `steps`."
+        )
     shared = {
-        name: column for name, column in table.coords.items() if name in ("step", "step_end", "group", "examples")
+        name: column
+        for name, column in table.coords.items()
+        if name in ("step", "step_end", "group", "examples")
     }
-    return xr.Dataset(variables, coords={**shared, **coords}, attrs=about(results, "layers", left_out))
+    return xr.Dataset(
+        variables, coords={**shared, **coords}, attrs=about(results, "layers", left_out)
+    )
 
 
 def _rank(role: dict[str, str], name: str, by_role: bool) -> int:

@@ -24,11 +24,12 @@ def microscope(
     pixels: int = 250_000,
     group: int | str | None = None,
 ) -> xr.Dataset:
-    """Return the allocation of every parameter as pictures over time: a kernel as its matrix, a convolution as a grid of its filters.
+    """Return the allocation of every parameter as pictures over time: a kernel as its matrix, a
+    convolution as a grid of its filters.
 
-    Rows of a picture run over the output axis (and the height of filters), columns over the input axis (and the width); a vector is
-    one column. Frames are sums over stretches of consecutive segments, pixels over blocks of neighbouring parameters where not
-    all fit: both still add up.
+    Rows of a picture run over the output axis (and the height of filters), columns over the input
+    axis (and the width); a vector is one column. Frames are sums over stretches of consecutive
+    segments, pixels over blocks of neighbouring parameters where not all fit: both still add up.
 
     Args:
         results: one loss of a run kept with `--keep parameters`.
@@ -38,23 +39,30 @@ def microscope(
         group: of a loss with groups; its weighted mean without.
 
     Returns:
-        One variable per tensor, dims `(step, "NAME:row", "NAME:column")`, float32, in units of loss, with attributes `shape` (of the
-        tensor), `axes` (of the tensor, those in rows and those in columns) and `pool` (parameters a pixel sums, [rows, columns]);
-        coordinates `step`, `step_end`, `step:loss_start` and `step:loss_end`; attribute `scale`, the 99.5 % quantile of |values| that
-        are not zero, over all frames and tensors.
+        One variable per tensor, dims `(step, "NAME:row", "NAME:column")`, float32, in units of
+        loss, with attributes `shape` (of the tensor), `axes` (of the tensor, those in rows and
+        those in columns) and `pool` (parameters a pixel sums, [rows, columns]); coordinates `step`,
+        `step_end`, `step:loss_start` and `step:loss_end`; attribute `scale`, the 99.5 % quantile of
+        |values| that are not zero, over all frames and tensors.
 
     Raises:
-        LCAError: where the run does not keep parameters, no segment is there yet, or stored numbers are damaged.
+        LCAError: where the run does not keep parameters, no segment is there yet, or stored numbers
+            are damaged.
         InputError: for a tensor or group that is not there.
     """
     table, steps = tables(results), results.steps
     data = results.allocation
     specs = {tensor.spec.name: tensor.spec for tensor in results.manifest.allocated}
-    chosen = list(tensors) if tensors is not None else [name for name in specs if specs[name].kind == "parameter"]
+    chosen = (
+        list(tensors)
+        if tensors is not None
+        else [name for name in specs if specs[name].kind == "parameter"]
+    )
     for name in chosen:
         if name not in specs:
             raise InputError(
-                f"there is no tensor {name!r} with a kept allocation; there are {', '.join(list(specs)[:6])}."
+                f"there is no tensor {name!r} with a kept allocation; there are "
+                f"{', '.join(list(specs)[:6])}."
             )
     weights = _weights(steps, group, results.name)
     borders = stretches(table.sizes["step"], frames)
@@ -63,7 +71,9 @@ def microscope(
     pool = _pools(extents, pixels)
     pictures = {}
     for name in chosen:
-        values = _frames(data[name], specs[name], weights, borders, pool[name], results.manifest.span)
+        values = _frames(
+            data[name], specs[name], weights, borders, pool[name], results.manifest.span
+        )
         dims, values, attrs = described(
             (("step", f"{name}:row", f"{name}:column"), values), "loss", f"allocation of {name}"
         )
@@ -73,7 +83,9 @@ def microscope(
             "pool": list(pool[name]),
         }
         pictures[name] = (dims, values, attrs)
-    nonzero = np.concatenate([abs(values[values != 0]) for _, values, _ in pictures.values()] or [np.zeros(0)])
+    nonzero = np.concatenate(
+        [abs(values[values != 0]) for _, values, _ in pictures.values()] or [np.zeros(0)]
+    )
     scale = float(np.quantile(nonzero, _QUANTILE)) if nonzero.size else 0.0
     start, end = (_of_group(steps[f"loss_{which}"], weights).values for which in ("start", "end"))
     coords = {
@@ -91,7 +103,9 @@ def microscope(
 
 
 def _weights(steps: xr.Dataset, group: int | str | None, name: str) -> xr.DataArray | None:
-    """Return the weights of the groups, (step, group): their shares of the split, or 1 for `group` and 0 for the others."""
+    """Return the weights of the groups, (step, group): their shares of the split, or 1 for `group`
+    and 0 for the others.
+    """
     if "group" not in steps.dims:
         if group is not None:
             raise InputError(f"loss {name!r} has no groups, so there is no group {group!r}.")
@@ -100,7 +114,9 @@ def _weights(steps: xr.Dataset, group: int | str | None, name: str) -> xr.DataAr
         return steps["weight"] / steps["weight"].sum("group")
     labels = list(steps["group"].values)
     if group not in labels:
-        raise InputError(f"loss {name!r} has no group {group!r}; it has {', '.join(map(repr, labels[:6]))}.")
+        raise InputError(
+            f"loss {name!r} has no group {group!r}; it has {', '.join(map(repr, labels[:6]))}."
+        )
     return xr.ones_like(steps["weight"]) * (steps["group"] == group)
 
 
@@ -123,15 +139,22 @@ def _extent(shape: tuple[int, ...], rows: list[int], columns: list[int]) -> tupl
 
 
 def _pools(extents: dict[str, tuple[int, int]], pixels: int) -> dict[str, tuple[int, int]]:
-    """Return the smallest blocks, k × k where there is room, with which all pictures together have at most `pixels`."""
+    """Return the smallest blocks, k × k where there is room, with which all pictures together have
+    at most `pixels`.
+    """
     if len(extents) > pixels:
         raise InputError(
-            f"{len(extents):,} tensors do not fit into {pixels:,} pixels. Name some, or allow more pixels."
+            f"{len(extents):,} tensors do not fit into {pixels:,} pixels. Name some, or allow more "
+            f"pixels."
         )
     size = 1
-    while sum(-(-rows // size) * -(-columns // size) for rows, columns in extents.values()) > pixels:
+    while (
+        sum(-(-rows // size) * -(-columns // size) for rows, columns in extents.values()) > pixels
+    ):
         size += 1
-    return {name: (min(size, rows), min(size, columns)) for name, (rows, columns) in extents.items()}
+    return {
+        name: (min(size, rows), min(size, columns)) for name, (rows, columns) in extents.items()
+    }
 
 
 def _frames(
@@ -142,7 +165,9 @@ def _frames(
     pool: tuple[int, int],
     span: int,
 ) -> Numbers:
-    """Return sums over stretches and blocks of pixels, (frames, rows, columns); the stored arrays are read in parts."""
+    """Return sums over stretches and blocks of pixels, (frames, rows, columns); the stored arrays
+    are read in parts.
+    """
     axes = _axes(spec)
     height, width = _extent(spec.shape, *axes)
     pictures = np.zeros((len(borders) - 1, -(-height // pool[0]), -(-width // pool[1])))
@@ -155,22 +180,36 @@ def _frames(
                 values = data[(slice(start, start + rows), *part)].values.astype("float64")
             else:
                 stored = data[(slice(start, start + rows), slice(None), *part)].values
-                values = np.einsum("tg,tg...->t...", weights[start : start + rows].values, stored.astype("float64"))
-            places = [_places(spec.shape, part, side) // size for side, size in zip(axes, pool, strict=True)]
+                values = np.einsum(
+                    "tg,tg...->t...", weights[start : start + rows].values, stored.astype("float64")
+                )
+            places = [
+                _places(spec.shape, part, side) // size
+                for side, size in zip(axes, pool, strict=True)
+            ]
             order = [0, *(axis + 1 for side in axes for axis in side)]
             values = values.transpose(order).reshape(rows, len(places[0]), len(places[1]))
             for axis, place in enumerate(places, start=1):
-                values = np.add.reduceat(values, np.flatnonzero(np.diff(place, prepend=-1)), axis=axis)
+                values = np.add.reduceat(
+                    values, np.flatnonzero(np.diff(place, prepend=-1)), axis=axis
+                )
             low = [place[0] for place in places]
-            inner = tuple(slice(first, first + extent) for first, extent in zip(low, values.shape[1:], strict=True))
+            inner = tuple(
+                slice(first, first + extent)
+                for first, extent in zip(low, values.shape[1:], strict=True)
+            )
             for frame, picture in zip(frames, values, strict=True):
                 pictures[(frame, *inner)] += picture
     return pictures.astype("float32")
 
 
 def _places(shape: tuple[int, ...], part: tuple[slice, ...], axes: list[int]) -> Numbers:
-    """Return the places of the elements of a part along the rows (or columns) of the whole picture, rising."""
+    """Return the places of the elements of a part along the rows (or columns) of the whole picture,
+    rising.
+    """
     places = np.zeros(1, "int64")
     for axis in axes:
-        places = (places[:, None] * shape[axis] + np.arange(part[axis].start, part[axis].stop)).reshape(-1)
+        places = (
+            places[:, None] * shape[axis] + np.arange(part[axis].start, part[axis].stop)
+        ).reshape(-1)
     return places

@@ -30,7 +30,9 @@ def _window(name: str, most: int, start: int) -> str:
 
 
 def _last_parts(name: str, most: int) -> str:
-    """Return the last parts of a dotted name that fit behind the sign; a cut in the middle where none does."""
+    """Return the last parts of a dotted name that fit behind the sign; a cut in the middle where
+    none does.
+    """
     parts = name.split(".")
     ends = (f"…{'.'.join(parts[first:])}" for first in range(1, len(parts)))
     return next((end for end in ends if len(end) <= most), _middle(name, most, 0.5))
@@ -43,9 +45,16 @@ def _without_common_start(names: Sequence[str]) -> list[str]:
     ['…0.conv', '…1.norm']
     """
     parts = [name.split(".") for name in names]
-    least = min(map(len, parts)) - 2 if len(set(names)) > 1 else 0  # one name has nothing in common with others
-    head = next((index for index in range(least) if len({split[index] for split in parts}) > 1), max(0, least))
-    return [f"…{'.'.join(split[head:])}" if head else name for split, name in zip(parts, names, strict=True)]
+    # one name has nothing in common with others
+    least = min(map(len, parts)) - 2 if len(set(names)) > 1 else 0
+    head = next(
+        (index for index in range(least) if len({split[index] for split in parts}) > 1),
+        max(0, least),
+    )
+    return [
+        f"…{'.'.join(split[head:])}" if head else name
+        for split, name in zip(parts, names, strict=True)
+    ]
 
 
 def _middle(name: str, most: int, head: float) -> str:
@@ -56,8 +65,8 @@ def _middle(name: str, most: int, head: float) -> str:
 
 
 def fitting(names: Sequence[str], rooms: Sequence[int]) -> list[str]:
-    """Cut each name to its number of characters: first the parts that all begin and end with, then from the side that leaves most
-    of them unlike each other.
+    """Cut each name to its number of characters: first the parts that all begin and end with, then
+    from the side that leaves most of them unlike each other.
 
     >>> fitting(["net.stage.0.conv.weight", "net.stage.1.conv.weight"], [6, 6])
     ['0', '1']
@@ -65,14 +74,23 @@ def fitting(names: Sequence[str], rooms: Sequence[int]) -> list[str]:
     parts = [name.split(".") for name in names]
     least = min(map(len, parts), default=1)
     head = next((index for index in range(least) if len({split[index] for split in parts}) > 1), 0)
-    tail = next((index for index in range(least - head) if len({split[-1 - index] for split in parts}) > 1), 0)
+    tail = next(
+        (index for index in range(least - head) if len({split[-1 - index] for split in parts}) > 1),
+        0,
+    )
     bare = [".".join(split[head : len(split) - tail]) for split in parts]
     if all(len(name) <= room for name, room in zip(names, rooms, strict=True)):
         return list(names)
 
     def cut(how: Callable[[str, int], str]) -> list[str]:
-        return [name if len(name) <= room else how(name, max(2, room)) for name, room in zip(bare, rooms, strict=True)]
+        return [
+            name if len(name) <= room else how(name, max(2, room))
+            for name, room in zip(bare, rooms, strict=True)
+        ]
 
-    cuts = [cut(_last_parts), *(cut(partial(_middle, head=head)) for head in (0.5, 0.0, 0.25, 0.75, 1.0))]
+    cuts = [
+        cut(_last_parts),
+        *(cut(partial(_middle, head=head)) for head in (0.5, 0.0, 0.25, 0.75, 1.0)),
+    ]
     cuts += [cut(partial(_window, start=start)) for start in range(max(map(len, bare), default=0))]
     return max(cuts, key=lambda cut: len(set(cut)))

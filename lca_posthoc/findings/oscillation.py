@@ -30,26 +30,35 @@ from .common import (
 
 
 def oscillation(
-    results: LossResults, *, parameters: Sequence[str] = (), most: int = 3, checkpoints: str | Path | None = None
+    results: LossResults,
+    *,
+    parameters: Sequence[str] = (),
+    most: int = 3,
+    checkpoints: str | Path | None = None,
 ) -> xr.Dataset:
-    """Return turns of the weight, sign changes of the gradient and of the allocation, and the course of chosen parameters.
+    """Return turns of the weight, sign changes of the gradient and of the allocation, and the
+    course of chosen parameters.
 
-    A turn is a change of sign between two values that are not zero with only zeros between them; the gradient is its mean along
-    each segment. The interval is the number of segments divided by the turns: the mean time between two of them.
-    Parameters that never moved are left out of the means, which are NaN where none did.
+    A turn is a change of sign between two values that are not zero with only zeros between them;
+    the gradient is its mean along each segment. The interval is the number of segments divided by
+    the turns: the mean time between two of them. Parameters that never moved are left out of the
+    means, which are NaN where none did.
 
     Args:
-        results: one loss of a run. Turns need every segment, at any level of `--keep`; traces `--keep parameters`.
-        parameters: to trace, as "fc1.weight[3, 17]"; without, the `most` that helped and the `most` that hurt most.
+        results: one loss of a run. Turns need every segment, at any level of `--keep`; traces
+            `--keep parameters`.
+        parameters: to trace, as "fc1.weight[3, 17]"; without, the `most` that helped and the `most`
+            that hurt most.
         most: the number of each.
-        checkpoints: the directory the run was computed from, for weights and gradients; without, the recorded one, or one of its
-            name beside the run.
+        checkpoints: the directory the run was computed from, for weights and gradients; without,
+            the recorded one, or one of its name beside the run.
 
     Returns:
-        `turns` (mean per parameter) and `interval` (segments), dims (tensor, signal) with signal weight, gradient, allocation;
-        `overall_turns`, `overall_interval` (signal); `allocation` (trace, step[, group]) in units of loss, `weight` (trace, step; at
-        the start of the segment), `gradient` (trace, step[, group]; loss per weight, NaN where the weight did not move),
-        with coordinates `parameter` and `why` of trace.
+        `turns` (mean per parameter) and `interval` (segments), dims (tensor, signal) with signal
+        weight, gradient, allocation; `overall_turns`, `overall_interval` (signal); `allocation`
+        (trace, step[, group]) in units of loss, `weight` (trace, step; at the start of the
+        segment), `gradient` (trace, step[, group]; loss per weight, NaN where the weight did not
+        move), with coordinates `parameter` and `why` of trace.
 
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
@@ -64,12 +73,17 @@ def oscillation(
     if results.complete:
         variables, coords, extremes = _turns(results, most)
         if np.isnan(variables["overall_turns"][1]).all():
-            left_out.append("No parameter has an effect anywhere, so there are no turns and no intervals between them.")
+            left_out.append(
+                "No parameter has an effect anywhere, so there are no turns and no "
+                "intervals between them."
+            )
     else:
         left_out.append("Turns need every segment.")
     chosen = [(*_parsed(results, name), "named") for name in parameters] or extremes
     if results.manifest.keep != "parameters":
-        left_out.append(f"Traces of parameters need --keep parameters; this run keeps {results.manifest.keep}.")
+        left_out.append(
+            f"Traces of parameters need --keep parameters; this run keeps {results.manifest.keep}."
+        )
     elif chosen:
         traces, places = _traces(results, chosen, table)
         coords |= places
@@ -79,31 +93,43 @@ def oscillation(
             variables |= _weights(results, root, chosen, traces["allocation"])
         else:
             left_out.append(
-                f"Weights and gradients of traces need the checkpoints, which are neither at {results.manifest.root} nor beside "
+                f"Weights and gradients of traces need the checkpoints, which are neither at "
+                f"{results.manifest.root} nor beside "
                 "the run: say where with checkpoints= or `lca plot --checkpoints`."
             )
     return xr.Dataset(variables, coords=coords, attrs=about(results, "oscillation", left_out))
 
 
 def _root(results: LossResults) -> Path | None:
-    """Return the directory of the checkpoints: the recorded one, or one of its name beside a run that has been moved; else None."""
-    if "://" in results.manifest.root:  # nothing is fetched from a recorded address: the caller has to pass it
+    """Return the directory of the checkpoints: the recorded one, or one of its name beside a run
+    that has been moved; else None.
+    """
+    # nothing is fetched from a recorded address: the caller has to pass it
+    if "://" in results.manifest.root:
         return None
     recorded = Path(results.manifest.root)
     return next(
-        (directory for directory in (recorded, results.path.resolve().parent / recorded.name) if directory.is_dir()),
+        (
+            directory
+            for directory in (recorded, results.path.resolve().parent / recorded.name)
+            if directory.is_dir()
+        ),
         None,
     )
 
 
 def _parsed(results: LossResults, name: str) -> tuple[str, tuple[int, ...]]:
-    return parse_parameter(name, {tensor.spec.name: tensor.spec.shape for tensor in results.manifest.allocated})
+    return parse_parameter(
+        name, {tensor.spec.name: tensor.spec.shape for tensor in results.manifest.allocated}
+    )
 
 
 def _turns(
     results: LossResults, most: int
 ) -> tuple[dict[str, Variable], dict[str, object], list[tuple[str, tuple[int, ...], str]]]:
-    """Return means per tensor and overall, coordinates, and the parameters at both ends of Σ allocation."""
+    """Return means per tensor and overall, coordinates, and the parameters at both ends of Σ
+    allocation.
+    """
     fields = ("allocated", "helping", "hurting", *(f"{signal}_turns" for signal in SIGNED))
     sums: dict[str, Numbers] = {}
     moved: dict[str, int] = {}
@@ -120,14 +146,23 @@ def _turns(
         ends = _both_ends(ends, most)
     segments = results.manifest.segments
     names = list(sums)
-    turns = np.array([sums[name] / moved[name] if moved[name] else np.full(len(SIGNED), np.nan) for name in names])
+    turns = np.array(
+        [
+            sums[name] / moved[name] if moved[name] else np.full(len(SIGNED), np.nan)
+            for name in names
+        ]
+    )
     overall = sum(sums.values(), np.zeros(len(SIGNED))) / max(1, sum(moved.values()))
     overall = overall if sum(moved.values()) else np.full(len(SIGNED), np.nan)
     variables = {
-        "turns": described((("tensor", "signal"), turns.reshape(-1, len(SIGNED))), "", "mean turns per parameter"),
+        "turns": described(
+            (("tensor", "signal"), turns.reshape(-1, len(SIGNED))), "", "mean turns per parameter"
+        ),
         "overall_turns": described((("signal",), overall), "", "mean turns per parameter, of all"),
         "interval": described(
-            (("tensor", "signal"), _interval(segments, turns.reshape(-1, len(SIGNED)))), "segments", "segments per turn"
+            (("tensor", "signal"), _interval(segments, turns.reshape(-1, len(SIGNED)))),
+            "segments",
+            "segments per turn",
         ),
         "overall_interval": described(
             (("signal",), _interval(segments, overall)), "segments", "segments per turn, of all"
@@ -139,11 +174,15 @@ def _turns(
         "elements": ("tensor", [elements[name] for name in names]),
     }
     extremes = [(name, place, "helped most") for value, name, place in ends[:most] if value < 0]
-    extremes += [(name, place, "hurt most") for value, name, place in ends[::-1][:most] if value > 0]
+    extremes += [
+        (name, place, "hurt most") for value, name, place in ends[::-1][:most] if value > 0
+    ]
     return variables, coords, extremes
 
 
-def _both_ends(ends: list[tuple[float, str, tuple[int, ...]]], most: int) -> list[tuple[float, str, tuple[int, ...]]]:
+def _both_ends(
+    ends: list[tuple[float, str, tuple[int, ...]]], most: int
+) -> list[tuple[float, str, tuple[int, ...]]]:
     ordered = sorted(ends)
     return ordered if len(ordered) <= 2 * most else ordered[:most] + ordered[len(ordered) - most :]
 
@@ -161,21 +200,35 @@ def _traces(
     data = results.allocation
     rows = [data[name][(..., *place)] if place else data[name] for name, place, _ in chosen]
     values = np.stack([row.values for row in rows])
-    variables = {"allocation": described((("trace", *rows[0].dims), values), "loss", "allocation of the segment")}
+    variables = {
+        "allocation": described(
+            (("trace", *rows[0].dims), values), "loss", "allocation of the segment"
+        )
+    }
     places = {
-        "parameter": ("trace", np.array([parameter_name(name, place) for name, place, _ in chosen], dtype=object)),
+        "parameter": (
+            "trace",
+            np.array([parameter_name(name, place) for name, place, _ in chosen], dtype=object),
+        ),
         "why": ("trace", np.array([why for *_, why in chosen], dtype=object)),
     }
     labels = {
-        str(name): column for name, column in table.coords.items() if name in ("step", "step_end", "group", "examples")
+        str(name): column
+        for name, column in table.coords.items()
+        if name in ("step", "step_end", "group", "examples")
     }
     return variables, {**labels, **places}
 
 
 def _weights(
-    results: LossResults, root: Path, chosen: list[tuple[str, tuple[int, ...], str]], traces: Variable
+    results: LossResults,
+    root: Path,
+    chosen: list[tuple[str, tuple[int, ...], str]],
+    traces: Variable,
 ) -> dict[str, Variable]:
-    """Return the weights at the start of every finished segment, and mean gradients: allocation over motion."""
+    """Return the weights at the start of every finished segment, and mean gradients: allocation
+    over motion.
+    """
     manifest = results.manifest
     sources = {tensor.spec.name: tensor.source for tensor in manifest.tensors}
     names = {name: sources[name] for name, *_ in chosen}
@@ -189,7 +242,9 @@ def _weights(
             try:
                 tensors = read_checkpoint(local, names)
             except OSError as error:
-                raise LCAError(f"cannot read the checkpoint of step {checkpoint.step} in {root}: {error}.") from None
+                raise LCAError(
+                    f"cannot read the checkpoint of step {checkpoint.step} in {root}: {error}."
+                ) from None
             weights[checkpoint.step] = [float(tensors[name][place]) for name, place, _ in chosen]
     start = np.array([weights[int(step)] for step in steps["step"].values]).T
     end = np.array([weights[int(step)] for step in steps["step_end"].values]).T
@@ -198,5 +253,7 @@ def _weights(
         gradient = np.where(motion == 0, np.nan, allocation / motion)
     return {
         "weight": described((("trace", "step"), start), "", "weight at the start of the segment"),
-        "gradient": described((dims, gradient), "loss per weight", "mean gradient along the segment"),
+        "gradient": described(
+            (dims, gradient), "loss per weight", "mean gradient along the segment"
+        ),
     }

@@ -1,4 +1,6 @@
-"""Peak moments: segments at which a layer lowers the loss of a group most, and whether layers have them together."""
+"""Peak moments: segments at which a layer lowers the loss of a group most, and whether layers have
+them together.
+"""
 
 from __future__ import annotations
 
@@ -33,45 +35,56 @@ def peaks(
     seed: int = 0,
     stretch: int = 50,
 ) -> xr.Dataset:
-    """Return the peak moments of every layer and group, the number all layers share, and the number they would share by chance.
+    """Return the peak moments of every layer and group, the number all layers share, and the number
+    they would share by chance.
 
-    A *peak moment* (Lan et al. 2019) is a local minimum in t of the allocation of (layer, group); of these, the `top`
-    lowest that are below zero are kept. For the controls "motion" (Σ|Δθ|) and "gradient" (Σ|mean gradient|), maxima take the
-    place of minima. A plateau counts once, at its first segment. A segment without a finished and finite segment on either side
-    is no peak. A segment is *aligned* in a group where every layer has a peak in it. Buffers belong to no layer here. A layer
-    without a single peak, such as a frozen one, does not count among all layers; `left_out` names it.
+    A *peak moment* (Lan et al. 2019) is a local minimum in t of the allocation of (layer, group);
+    of these, the `top` lowest that are below zero are kept. For the controls "motion" (Σ|Δθ|) and
+    "gradient" (Σ|mean gradient|), maxima take the place of minima. A plateau counts once, at its
+    first segment. A segment without a finished and finite segment on either side is no peak. A
+    segment is *aligned* in a group where every layer has a peak in it. Buffers belong to no layer
+    here. A layer without a single peak, such as a frozen one, does not count among all layers;
+    `left_out` names it.
 
     Three one-sided tests of the number of alignments in all groups together:
 
-    * `p_shift`: the peaks of each layer are rotated by a random offset among the segments that can be peaks, the same offset
-      for all groups of a layer. It keeps what the groups share and how peaks are spaced (minima are never adjacent), and
-      assumes that peaks are as likely late in training as early. Where they are not, layers that have nothing to do with each
-      other but all learn most early on are found aligned.
-    * `p_local`: the same within stretches of about `stretch` segments, an offset each. It keeps how many peaks each part of
-      training has, so it asks whether peaks fall together *within* such a part.
-    * `p_independent`: within a group, each layer's peaks are a uniformly random subset of the segments that can be peaks; groups
-      are independent. This is exact for what it assumes, but groups are not independent and minima are not a uniform
-      subset: the rotations are the ones to trust.
+    * `p_shift`: the peaks of each layer are rotated by a random offset among the segments that can
+      be peaks, the same offset for all groups of a layer. It keeps what the groups share and how
+      peaks are spaced (minima are never adjacent), and assumes that peaks are as likely late in
+      training as early. Where they are not, layers that have nothing to do with each other but all
+      learn most early on are found aligned.
+    * `p_local`: the same within stretches of about `stretch` segments, an offset each. It keeps how
+      many peaks each part of training has, so it asks whether peaks fall together *within* such a
+      part.
+    * `p_independent`: within a group, each layer's peaks are a uniformly random subset of the
+      segments that can be peaks; groups are independent. This is exact for what it assumes, but
+      groups are not independent and minima are not a uniform subset: the rotations are the ones to
+      trust.
 
-    For both rotations p = (1 + draws with at least as many alignments) / (draws + 1), so it is never below 1 / (draws + 1).
+    For both rotations p = (1 + draws with at least as many alignments) / (draws + 1), so it is
+    never below 1 / (draws + 1).
 
     Args:
-        results: one loss of a run. Without groups it has one group, "all"; so has "motion", which no group enters.
+        results: one loss of a run. Without groups it has one group, "all"; so has "motion", which
+            no group enters.
         signal: "allocation", "motion" or "gradient".
-        by: layers by "module", "tensor", or so many parts of the module's name. Many layers hardly ever align all together.
+        by: layers by "module", "tensor", or so many parts of the module's name. Many layers hardly
+            ever align all together.
         top: peaks kept per layer and group.
         draws: rotations per test.
         seed: of the rotations.
         stretch: about how many segments count as the same part of training, for `p_local`.
 
     Returns:
-        `peak` (step, group, layer); `aligned` (step, group); `observed`, `expected` (group) and `observed_total`, `expected_total`:
-        alignments, and their mean if layers had nothing to do with each other; `shift`, `local` (draw): totals of the rotations;
-        `p_shift`, `p_local`, `p_independent`; `p_shift_group` (group), not corrected for the number of groups; coord
+        `peak` (step, group, layer); `aligned` (step, group); `observed`, `expected` (group) and
+        `observed_total`, `expected_total`: alignments, and their mean if layers had nothing to do
+        with each other; `shift`, `local` (draw): totals of the rotations; `p_shift`, `p_local`,
+        `p_independent`; `p_shift_group` (group), not corrected for the number of groups; coord
         `counted` (layer): whether the layer is part of the question.
 
     Raises:
-        InputError: for an unknown signal, numbers below one, fewer than two layers, or where no segment has one on either side.
+        InputError: for an unknown signal, numbers below one, fewer than two layers, or where no
+            segment has one on either side.
     """
     _check(signal, top=top, draws=draws, stretch=stretch)
     values, layers, groups = _values(results, signal, by)
@@ -80,7 +93,8 @@ def peaks(
     can = possible(values, end[:-1] == step[1:])
     if not can.any():
         raise InputError(
-            f"loss {results.name!r} has {count(len(values), 'finished segment')}, none with one before and one after it, so "
+            f"loss {results.name!r} has {count(len(values), 'finished segment')}, none with one "
+            f"before and one after it, so "
             "nothing can be a peak. Let `lca run` "
             "finish, or record more steps."
         )
@@ -89,11 +103,19 @@ def peaks(
     alignment = align(peak[can][:, :, counted], draws=draws, seed=seed, stretch=stretch)
     variables = {
         "peak": (("step", "group", "layer"), peak, "", f"peak moment of the {signal}"),
-        "aligned": (("step", "group"), peak[:, :, counted].all(axis=-1), "", "all layers have a peak moment"),
+        "aligned": (
+            ("step", "group"),
+            peak[:, :, counted].all(axis=-1),
+            "",
+            "all layers have a peak moment",
+        ),
         **_counts(alignment),
     }
     return xr.Dataset(
-        {name: described((dims, value), units, text) for name, (dims, value, units, text) in variables.items()},
+        {
+            name: described((dims, value), units, text)
+            for name, (dims, value, units, text) in variables.items()
+        },
         coords={
             "step": step,
             "step_end": ("step", end),
@@ -102,12 +124,21 @@ def peaks(
             "counted": ("layer", counted),
         },
         attrs=about(results, "peaks", [*unfinished(results), *left_out])
-        | {"signal": signal, "by": str(by), "top": top, "draws": draws, "seed": seed, "stretches": alignment.stretches},
+        | {
+            "signal": signal,
+            "by": str(by),
+            "top": top,
+            "draws": draws,
+            "seed": seed,
+            "stretches": alignment.stretches,
+        },
     )
 
 
 def powerless(result: xr.Dataset) -> float | None:
-    """Return the number of alignments chance gives, where it is so small that to have observed none says nothing; else None."""
+    """Return the number of alignments chance gives, where it is so small that to have observed none
+    says nothing; else None.
+    """
     drawn = [float(result[name].mean()) for name in ("shift", "local") if name in result]
     usual = max([float(result["expected_total"]), *drawn])
     return usual if float(result["observed_total"]) == 0 and usual < _POWERLESS else None
@@ -121,9 +152,24 @@ def _counts(alignment: Alignment) -> dict[str, tuple[tuple[str, ...], Any, str, 
         "observed": (("group",), observed, "segments", "alignments"),
         "expected": (("group",), expected, "segments", "alignments expected of independent layers"),
         "observed_total": ((), observed.sum(), "segments", "alignments in all groups"),
-        "expected_total": ((), expected.sum(), "segments", "alignments in all groups expected of independent layers"),
-        "shift": (("draw",), alignment.shift, "segments", "alignments in all groups, layers rotated"),
-        "local": (("draw",), alignment.local, "segments", f"alignments in all groups, layers {near}"),
+        "expected_total": (
+            (),
+            expected.sum(),
+            "segments",
+            "alignments in all groups expected of independent layers",
+        ),
+        "shift": (
+            ("draw",),
+            alignment.shift,
+            "segments",
+            "alignments in all groups, layers rotated",
+        ),
+        "local": (
+            ("draw",),
+            alignment.local,
+            "segments",
+            f"alignments in all groups, layers {near}",
+        ),
         "p_shift": ((), alignment.p_shift, "probability", "of as many alignments, layers rotated"),
         "p_local": ((), alignment.p_local, "probability", f"of as many alignments, layers {near}"),
         "p_independent": (
@@ -156,7 +202,8 @@ def _values(results: LossResults, signal: str, by: str | int) -> tuple[Numbers, 
     layers = grouping(map(str, tensors["tensor"].values), by)
     if len(layers) < 2:
         raise InputError(
-            f"peaks are compared between layers; by={by!r} makes {len(layers)} of the parameters of {results.name!r}. Divide the model "
+            f"peaks are compared between layers; by={by!r} makes {len(layers)} of the parameters "
+            f"of {results.name!r}. Divide the model "
             'further, as by="tensor" does.'
         )
     column = tensors[SIGNALS[signal]]
@@ -165,7 +212,11 @@ def _values(results: LossResults, signal: str, by: str | int) -> tuple[Numbers, 
     else:
         column, groups = column.expand_dims("group"), np.array(["all"], dtype=object)
     values = column.transpose("step", "group", "tensor").values
-    return np.stack([values[..., members].sum(axis=-1) for members in layers.values()], axis=-1), list(layers), groups
+    return (
+        np.stack([values[..., members].sum(axis=-1) for members in layers.values()], axis=-1),
+        list(layers),
+        groups,
+    )
 
 
 def _counted(peak: Numbers, layers: list[str]) -> tuple[Numbers, list[str]]:
@@ -175,12 +226,16 @@ def _counted(peak: Numbers, layers: list[str]) -> tuple[Numbers, list[str]]:
     more = f" and {len(without) - _NAMED:,} more" if len(without) > _NAMED else ""
     notes = [f"Without a peak: {', '.join(without[:_NAMED])}{more}."] if without else []
     if counted.sum() < 2:
-        return np.ones_like(counted), [*notes, "Fewer than two layers have peaks, so none can be aligned."]
+        return np.ones_like(counted), [
+            *notes,
+            "Fewer than two layers have peaks, so none can be aligned.",
+        ]
     return counted, notes
 
 
 def possible(values: Numbers, joined: Numbers) -> Numbers:
-    """Tell which segments can be peaks: those with finite numbers whose direct neighbours are there and have finite numbers too.
+    """Tell which segments can be peaks: those with finite numbers whose direct neighbours are there
+    and have finite numbers too.
 
     Args:
         values: (step, group, layer).
@@ -197,7 +252,8 @@ def possible(values: Numbers, joined: Numbers) -> Numbers:
 
 
 def minima(values: Numbers, can: Numbers) -> Numbers:
-    """Tell where local minima are along the first axis: runs of equal numbers between larger ones, at the first of the run.
+    """Tell where local minima are along the first axis: runs of equal numbers between larger ones,
+    at the first of the run.
 
     Args:
         values: (step, …).
@@ -217,14 +273,16 @@ def minima(values: Numbers, can: Numbers) -> Numbers:
     goes_on = (later == earlier) & can[:-1].reshape(column)
     rises = (later > earlier) & can[:-1].reshape(column)
     ends = np.where(goes_on, len(later) - 1, np.arange(len(later)).reshape(column))
-    end = np.minimum.accumulate(ends[::-1], axis=0)[::-1]  # of the run of equal numbers each segment is in
+    # of the run of equal numbers each segment is in
+    end = np.minimum.accumulate(ends[::-1], axis=0)[::-1]
     is_minimum[1:-1] = (later < earlier)[:-1] & np.take_along_axis(rises, end, axis=0)[1:]
     is_minimum &= can.reshape(column)
     return is_minimum
 
 
 def moments(values: Numbers, can: Numbers, top: int) -> Numbers:
-    """Tell where the `top` lowest local minima below zero of each group and layer are; of equal ones the earlier.
+    """Tell where the `top` lowest local minima below zero of each group and layer are; of equal
+    ones the earlier.
 
     Args:
         values: (step, group, layer).
@@ -293,16 +351,19 @@ def align(peak: Numbers, *, draws: int, seed: int, stretch: int) -> Alignment:
 
 
 def _tail(drawn: Numbers, observed: Numbers | int) -> Numbers:
-    """Return (1 + #{drawn ≥ observed}) / (draws + 1): the observation is one of the equally likely draws (Phipson & Smyth 2010)."""
+    """Return (1 + #{drawn ≥ observed}) / (draws + 1): the observation is one of the equally likely
+    draws (Phipson & Smyth 2010).
+    """
     tail: Numbers = (1 + np.sum(drawn >= observed, axis=0)) / (len(drawn) + 1)
     return tail
 
 
 def rotated(peak: Numbers, borders: Numbers, draws: int, generator: np.random.Generator) -> Numbers:
-    """Count the segments at which all layers peak once each layer is rotated within each stretch by an offset of its own.
+    """Count the segments at which all layers peak once each layer is rotated within each stretch by
+    an offset of its own.
 
-    Starting from the peaks of one layer, those that meet no peak of the next layer are dropped, so that few are left to compare
-    with the other layers.
+    Starting from the peaks of one layer, those that meet no peak of the next layer are dropped, so
+    that few are left to compare with the other layers.
 
     Args:
         peak: (step, group, layer) bool.
@@ -327,17 +388,26 @@ def rotated(peak: Numbers, borders: Numbers, draws: int, generator: np.random.Ge
         draw, group = np.repeat(np.arange(some), len(first_place)), np.tile(first_group, some)
         place = np.tile(first_place, some)
         within = stretch_of[place]
-        place = starts[within] + (place - starts[within] + offsets[draw, order[0], within]) % lengths[within]
+        place = (
+            starts[within]
+            + (place - starts[within] + offsets[draw, order[0], within]) % lengths[within]
+        )
         for layer in order[1:]:
-            origin = starts[within] + (place - starts[within] - offsets[draw, layer, within]) % lengths[within]
+            origin = (
+                starts[within]
+                + (place - starts[within] - offsets[draw, layer, within]) % lengths[within]
+            )
             hit = table[layer, group, origin]
             draw, group, place, within = draw[hit], group[hit], place[hit], within[hit]
-        counts[start : start + some] = np.bincount(draw * groups + group, minlength=some * groups).reshape(some, groups)
+        counts[start : start + some] = np.bincount(
+            draw * groups + group, minlength=some * groups
+        ).reshape(some, groups)
     return counts
 
 
 def intersection(segments: int, sizes: Numbers) -> Numbers:
-    """Return the distribution of the number of segments that lie in all of some independent, uniformly random subsets.
+    """Return the distribution of the number of segments that lie in all of some independent,
+    uniformly random subsets.
 
     P(|S₁ ∩ … ∩ S_l| = j) = Σᵢ P(|S₁ ∩ … ∩ S_{l−1}| = i) · Hypergeometric(j; segments, i, |S_l|).
 
@@ -358,6 +428,8 @@ def intersection(segments: int, sizes: Numbers) -> Numbers:
 
 @lru_cache(maxsize=8)
 def _hypergeometric(segments: int, most: int, size: int) -> Numbers:
-    """Return the probabilities (i, j) that j of i given segments are among `size` of all of them drawn at random."""
+    """Return the probabilities (i, j) that j of i given segments are among `size` of all of them
+    drawn at random.
+    """
     subset, common = np.meshgrid(np.arange(most + 1), np.arange(most + 1), indexing="ij")
     return np.asarray(scipy.stats.hypergeom.pmf(common, segments, subset, size))

@@ -17,15 +17,18 @@ from .common import label_of, moving_buffers
 def summary(results: LossResults) -> dict[str, Any]:
     """Return the figures of one loss that `lca summary --json` prints, over the finished segments.
 
-    Figures are of training steps `first_step` to `last_step`; `norm_stats` names the statistics normalisation layers used, null where
-    there are none. `buffers` is the part of `allocated` that belongs to buffers (running statistics), null where there are none.
-    `residual = loss_change − allocated`, and `allocated` includes the tensors that are not stored (`remainder`);
-    `helping + hurting + zero = 1`, counted over parameters × segments, buffers not counted. For a loss with groups, figures are
-    lists over the groups. `precision_error` is the measured Σ|A − A*| / Σ|A*| on up to three segments that move, A* one precision higher;
-    `standard_error` of a tensor's allocation is that of drawing a random subset, both null where there is none.
+    Figures are of training steps `first_step` to `last_step`; `norm_stats` names the statistics
+    normalisation layers used, null where there are none. `buffers` is the part of `allocated` that
+    belongs to buffers (running statistics), null where there are none. `residual = loss_change −
+    allocated`, and `allocated` includes the tensors that are not stored (`remainder`); `helping +
+    hurting + zero = 1`, counted over parameters × segments, buffers not counted. For a loss with
+    groups, figures are lists over the groups. `precision_error` is the measured Σ|A − A*| / Σ|A*|
+    on up to three segments that move, A* one precision higher; `standard_error` of a tensor's
+    allocation is that of drawing a random subset, both null where there is none.
 
-    `modules` has the same of the modules that hold the tensors, in the model's order: sums over the parameters of each. Buffers that
-    moved are a module of their own, "NAME buffer", as in `layers`. `moved` is false where no element moved on any segment.
+    `modules` has the same of the modules that hold the tensors, in the model's order: sums over the
+    parameters of each. Buffers that moved are a module of their own, "NAME buffer", as in `layers`.
+    `moved` is false where no element moved on any segment.
 
     Args:
         results: one loss of a run.
@@ -39,14 +42,18 @@ def summary(results: LossResults) -> dict[str, Any]:
     steps, tensors, record = results.steps, results.tensors, results.record
     segments = steps.sizes["step"]
     if not segments:
-        raise LCAError(f"loss {results.name!r} has no finished segment yet. Let `lca run` commit a span first.")
+        raise LCAError(
+            f"loss {results.name!r} has no finished segment yet. Let `lca run` commit a span first."
+        )
     change = _total(steps["loss_end"] - steps["loss_start"])
     remainder = _total(steps["remainder"]) if "remainder" in steps else None
     allocated = _total(tensors["allocated"], "tensor") + (0.0 if remainder is None else remainder)
     counted = tensors.isel(tensor=tensors["kind"].values == "parameter")
     buffers = tensors.isel(tensor=tensors["kind"].values == "buffer")
     elements = max(1, int(counted["elements"].sum()) * segments)  # there may be buffers alone
-    helping, hurting = (counted[name].sum(("step", "tensor")).values for name in ("helping", "hurting"))
+    helping, hurting = (
+        counted[name].sum(("step", "tensor")).values for name in ("helping", "hurting")
+    )
     measured = steps["precision_error"].values[~np.isnan(steps["precision_error"].values)]
     sampled = record.examples / max(1, record.total)
     markers = results.markers
@@ -61,7 +68,9 @@ def summary(results: LossResults) -> dict[str, Any]:
         "loss_end": _plain(steps["loss_end"][-1].values),
         "loss_change": _plain(change),
         "allocated": _plain(allocated),
-        "buffers": _plain(_total(buffers["allocated"], "tensor")) if buffers.sizes["tensor"] else None,
+        "buffers": _plain(_total(buffers["allocated"], "tensor"))
+        if buffers.sizes["tensor"]
+        else None,
         "remainder": None if remainder is None else _plain(remainder),
         "residual": _plain(change - allocated),
         "max_segment_residual": _plain(abs(steps["residual"]).max("step").values),
@@ -90,12 +99,16 @@ def summary(results: LossResults) -> dict[str, Any]:
 
 
 def _modules(tensors: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
-    """Yield each module's name and its tensors, without buffers that stayed where there are parameters beside them."""
+    """Yield each module's name and its tensors, without buffers that stayed where there are
+    parameters beside them.
+    """
     buffers, members = moving_buffers(tensors), dict[str, list[int]]()
     for position, name in enumerate(map(str, tensors["tensor"].values)):
         members.setdefault(label_of(name, "module", buffers), []).append(position)
     for label, positions in members.items():
-        parameters = [position for position in positions if tensors["kind"].values[position] == "parameter"]
+        parameters = [
+            position for position in positions if tensors["kind"].values[position] == "parameter"
+        ]
         yield label, tensors.isel(tensor=parameters or positions)
 
 
@@ -113,14 +126,20 @@ def _row(part: xr.Dataset, sampled: float) -> dict[str, Any]:
 
 
 def _total(column: xr.DataArray, *more: str) -> np.ndarray[Any, Any]:
-    """Return the exact sum over segments (and more), of each group; numpy, shape () or (groups,)."""
+    """Return the exact sum over segments (and more), of each group; numpy, shape () or
+    (groups,).
+    """
     groups = [name for name in column.dims if name == "group"]
-    rows = column.transpose(*groups, ...).values.reshape(*(column.sizes[name] for name in groups), -1)
+    rows = column.transpose(*groups, ...).values.reshape(
+        *(column.sizes[name] for name in groups), -1
+    )
     return np.apply_along_axis(math.fsum, -1, rows)
 
 
 def _standard_error(part: xr.Dataset, sampled: float) -> float | None:
-    """Return the standard error of the sum over segments, from random parts of the sample; `sampled` is its share of the split."""
+    """Return the standard error of the sum over segments, from random parts of the sample;
+    `sampled` is its share of the split.
+    """
     if "replicates" not in part or part.sizes["replicate"] < 2:
         return None
     sums = part["replicates"].sum(("step", "tensor")).values

@@ -9,14 +9,26 @@ import xarray as xr
 
 from ..errors import InputError
 from ..store import LossResults
-from .common import BLOCK, Numbers, about, described, grouping, label_of, moving_buffers, stretches, tables, unfinished
+from .common import (
+    BLOCK,
+    Numbers,
+    about,
+    described,
+    grouping,
+    label_of,
+    moving_buffers,
+    stretches,
+    tables,
+    unfinished,
+)
 
 
 def units(results: LossResults, *, layer: str | None = None, frames: int = 500) -> xr.Dataset:
-    """Return the allocation of every neuron or channel over time: sums over its incoming weights and its bias.
+    """Return the allocation of every neuron or channel over time: sums over its incoming weights
+    and its bias.
 
-    Tensors of one module with the same number of units belong together; buffers that moved are a layer of their own, as in
-    `layers`. A long training is shown in stretches of consecutive
+    Tensors of one module with the same number of units belong together; buffers that moved are a
+    layer of their own, as in `layers`. A long training is shown in stretches of consecutive
     segments; values are sums over them, so they still add up.
 
     Args:
@@ -25,11 +37,13 @@ def units(results: LossResults, *, layer: str | None = None, frames: int = 500) 
         frames: at most so many stretches.
 
     Returns:
-        `allocated` (step[, group], unit) and `total` (unit[, group]), in units of loss; coordinates `layer` and `index` of unit, and
+        `allocated` (step[, group], unit) and `total` (unit[, group]), in units of loss; coordinates
+        `layer` and `index` of unit, and
         `step`, `step_end`: the training steps at which stretches start and end.
 
     Raises:
-        LCAError: where the run keeps no units, no segment is there yet, or stored numbers are damaged.
+        LCAError: where the run keeps no units, no segment is there yet, or stored numbers are
+            damaged.
         InputError: for a layer that is not there.
     """
     table = tables(results)
@@ -38,7 +52,9 @@ def units(results: LossResults, *, layer: str | None = None, frames: int = 500) 
     buffers, names = moving_buffers(table), [str(name) for name in data.data_vars]
     for members in grouping(names).values():
         for position in members:
-            modules.setdefault(label_of(names[position], "module", buffers), []).append(names[position])
+            modules.setdefault(label_of(names[position], "module", buffers), []).append(
+                names[position]
+            )
     if layer is not None and layer not in modules:
         raise InputError(f"there is no layer {layer!r}; there are {', '.join(map(repr, modules))}.")
     borders = stretches(table.sizes["step"], frames)
@@ -58,8 +74,12 @@ def units(results: LossResults, *, layer: str | None = None, frames: int = 500) 
     values = np.concatenate(columns, axis=-1)
     group = ("group",) if "group" in data.dims else ()
     variables = {
-        "allocated": described((("step", *group, "unit"), values), "loss", "Σ allocation of the unit over the stretch"),
-        "total": described((("unit", *group), values.sum(0).T), "loss", "Σ allocation of the unit over training"),
+        "allocated": described(
+            (("step", *group, "unit"), values), "loss", "Σ allocation of the unit over the stretch"
+        ),
+        "total": described(
+            (("unit", *group), values.sum(0).T), "loss", "Σ allocation of the unit over training"
+        ),
     }
     coords = {
         "step": table["step"].values[borders[:-1]],
@@ -67,12 +87,16 @@ def units(results: LossResults, *, layer: str | None = None, frames: int = 500) 
         "layer": ("unit", np.array([module for module, _ in labels], dtype=object)),
         "index": ("unit", [index for _, index in labels]),
     }
-    coords |= {name: column for name, column in table.coords.items() if name in ("group", "examples")}
+    coords |= {
+        name: column for name, column in table.coords.items() if name in ("group", "examples")
+    }
     return xr.Dataset(variables, coords=coords, attrs=about(results, "units", unfinished(results)))
 
 
 def _in_stretches(data: xr.DataArray, borders: Numbers, span: int) -> Numbers:
-    """Return sums over stretches of rows, float64; whole rows of chunks are read, a bounded number at a time."""
+    """Return sums over stretches of rows, float64; whole rows of chunks are read, a bounded number
+    at a time.
+    """
     rows = max(1, BLOCK // max(1, math.prod(data.shape[1:])))
     rows = max(span, rows - rows % span)
     summed = np.zeros((len(borders) - 1, *data.shape[1:]))

@@ -1,4 +1,6 @@
-"""Loss and gradient over a whole split at one point: batches, weights, precision, normalisation mode, probes."""
+"""Loss and gradient over a whole split at one point: batches, weights, precision, normalisation
+mode, probes.
+"""
 
 from .batches import Split, automatic_batch_size, power_of_two
 from .draws import Draws

@@ -1,4 +1,6 @@
-"""See whether code turns autocast on: the loss of a training step often does, and is then not computed in float32."""
+"""See whether code turns autocast on: the loss of a training step often does, and is then not
+computed in float32.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 
 class Watch(TorchFunctionMode):
-    """Note the types to which autocast casts while this mode is on, however the code turns autocast on.
+    """Note the types to which autocast casts while this mode is on, however the code turns autocast
+    on.
 
     Attributes:
         dtypes: the names of the types to which products are cast.

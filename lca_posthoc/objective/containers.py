@@ -1,6 +1,8 @@
-"""Walk what batches are made of: tensors of every layout, inside containers and objects of every kind.
+"""Walk what batches are made of: tensors of every layout, inside containers and objects of every
+kind.
 
-Everything that is done to a batch (moving, converting, copying, comparing, sizing, hashing) asks this module what is inside.
+Everything that is done to a batch (moving, converting, copying, comparing, sizing, hashing) asks
+this module what is inside.
 """
 
 from __future__ import annotations
@@ -28,16 +30,26 @@ from ..errors import InputError
 _WITHOUT_PARTS = (str, bytes, bytearray, int, float, complex, type(None), np.generic)
 _NOT_ENTERED = (
     *_WITHOUT_PARTS,
-    *(type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial),
+    *(
+        type,
+        types.ModuleType,
+        types.FunctionType,
+        types.BuiltinFunctionType,
+        types.MethodType,
+        functools.partial,
+    ),
     *(enum.Enum, PurePath, nn.Module, Dataset, DataLoader),
 )
 
 
-# --- tensors of every layout -------------------------------------------------------------------------------------------
+# --- tensors of every layout
+# -------------------------------------------------------------------------------------------
 
 
 def dense_parts(tensor: Tensor) -> list[Tensor]:
-    """Return the dense tensors that hold the numbers of a tensor of any layout: of a sparse one its indices and values."""
+    """Return the dense tensors that hold the numbers of a tensor of any layout: of a sparse one its
+    indices and values.
+    """
     tensor = tensor.detach()
     if tensor.is_nested:
         return [part for row in tensor.unbind() for part in dense_parts(row)]
@@ -55,7 +67,10 @@ def dense_parts(tensor: Tensor) -> list[Tensor]:
     if not tensor.is_quantized:
         return [tensor]
     if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        return [tensor.int_repr(), torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64)]
+        return [
+            tensor.int_repr(),
+            torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64),
+        ]
     return [tensor.int_repr(), tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()]
 
 
@@ -67,9 +82,12 @@ def tensor_bytes(tensor: Tensor) -> int:
 
 
 def _raw(tensor: Tensor) -> Tensor:
-    """Return the numbers of a dense tensor as bytes, (bytes,) uint8, whatever its strides and however it is conjugated."""
+    """Return the numbers of a dense tensor as bytes, (bytes,) uint8, whatever its strides and
+    however it is conjugated.
+    """
     flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)  # of one number the stride may be anything
+    # of one number the stride may be anything
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)
 
 
 def _kind_of(tensor: Tensor) -> tuple[object, ...]:
@@ -77,7 +95,9 @@ def _kind_of(tensor: Tensor) -> tuple[object, ...]:
 
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two tensors have one layout, shape and type and are alike to the bit, NaN and the sign of zero included."""
+    """Tell whether two tensors have one layout, shape and type and are alike to the bit, NaN and
+    the sign of zero included.
+    """
     if _kind_of(one) != _kind_of(other):
         return False
     if one.is_meta or other.is_meta:
@@ -90,15 +110,29 @@ def same_bytes(one: Tensor, other: Tensor) -> bool:
 
 
 def rows(tensor: Tensor, positions: range | Tensor) -> Tensor:
-    """Return the entries of a tensor at some positions of its first axis; sparse and nested ones as the same kind."""
+    """Return the entries of a tensor at some positions of its first axis; sparse and nested ones as
+    the same kind.
+    """
     if tensor.is_nested:
         parts = tensor.unbind()
-        return torch.nested.as_nested_tensor([parts[position] for position in _listed(positions)], layout=tensor.layout)
+        return torch.nested.as_nested_tensor(
+            [parts[position] for position in _listed(positions)], layout=tensor.layout
+        )
     if tensor.layout == torch.strided:
-        return tensor[positions.start : positions.stop] if isinstance(positions, range) else tensor[positions]
+        return (
+            tensor[positions.start : positions.stop]
+            if isinstance(positions, range)
+            else tensor[positions]
+        )
     index = torch.tensor(_listed(positions), device=tensor.device)
-    blocks = tensor.values().shape[1:3] if tensor.layout in (torch.sparse_bsr, torch.sparse_bsc) else None
-    chosen: Tensor = tensor.to_sparse().index_select(0, index).to_sparse(layout=tensor.layout, blocksize=blocks)
+    blocks = (
+        tensor.values().shape[1:3]
+        if tensor.layout in (torch.sparse_bsr, torch.sparse_bsc)
+        else None
+    )
+    chosen: Tensor = (
+        tensor.to_sparse().index_select(0, index).to_sparse(layout=tensor.layout, blocksize=blocks)
+    )
     return chosen
 
 
@@ -106,11 +140,14 @@ def _listed(positions: range | Tensor) -> list[int]:
     return list(positions) if isinstance(positions, range) else positions.tolist()
 
 
-# --- containers --------------------------------------------------------------------------------------------------------
+# --- containers
+# --------------------------------------------------------------------------------------------------------
 
 
 class Container(NamedTuple):
-    """The parts of a container, the place of each, and a function that makes a container of its kind from other parts."""
+    """The parts of a container, the place of each, and a function that makes a container of its
+    kind from other parts.
+    """
 
     places: Sequence[object]
     parts: list[Any]
@@ -120,8 +157,9 @@ class Container(NamedTuple):
 def opened(thing: Any) -> Container | None:
     """Return the parts of a container; None for anything else, such as objects with attributes.
 
-    Containers are tuples, lists, dicts and sets, what derives from them, other mappings (remade as dicts), packed sequences, arrays
-    of objects, and every type that is registered with `torch.utils._pytree`.
+    Containers are tuples, lists, dicts and sets, what derives from them, other mappings (remade as
+    dicts), packed sequences, arrays of objects, and every type that is registered with
+    `torch.utils._pytree`.
     """
     kind = type(thing)
     if kind is tuple or kind is list:
@@ -136,23 +174,35 @@ def opened(thing: Any) -> Container | None:
         return None
     if (node := pytree.SUPPORTED_NODES.get(kind)) is not None:
         parts, context = node.flatten_fn(thing)
-        return Container(range(len(parts)), list(parts), lambda parts: node.unflatten_fn(parts, context))
+        return Container(
+            range(len(parts)), list(parts), lambda parts: node.unflatten_fn(parts, context)
+        )
     if isinstance(thing, dict | list) and getattr(thing, "__dict__", None):
         return None  # an object, with attributes beside its items
     if isinstance(thing, UserDict):
         return _of_mapping(thing.data, functools.partial(_user_dict, thing))
     if isinstance(thing, Mapping):
-        return _of_mapping(thing, functools.partial(_filled, thing) if isinstance(thing, dict) else dict)
+        return _of_mapping(
+            thing, functools.partial(_filled, thing) if isinstance(thing, dict) else dict
+        )
     if isinstance(thing, list):
         return Container(range(len(thing)), list(thing), functools.partial(_filled, thing))
     if isinstance(thing, tuple) and hasattr(thing, "_fields"):
         return Container(range(len(thing)), list(thing), lambda parts: kind(*parts))
-    return Container(range(len(thing)), list(thing), kind) if isinstance(thing, tuple | set | frozenset) else None
+    return (
+        Container(range(len(thing)), list(thing), kind)
+        if isinstance(thing, tuple | set | frozenset)
+        else None
+    )
 
 
 def _of_mapping(thing: Mapping[Any, object], remake: Callable[[dict[Any, Any]], Any]) -> Container:
     keys = list(thing)
-    return Container(keys, [thing[key] for key in keys], lambda parts: remake(dict(zip(keys, parts, strict=True))))
+    return Container(
+        keys,
+        [thing[key] for key in keys],
+        lambda parts: remake(dict(zip(keys, parts, strict=True))),
+    )
 
 
 def _of_array(thing: np.ndarray) -> Container:
@@ -166,7 +216,9 @@ def _of_array(thing: np.ndarray) -> Container:
 
 
 def _packed(thing: PackedSequence, parts: list[Any]) -> PackedSequence:
-    """Make a packed sequence anew; `batch_sizes` stay on the CPU, as integers, which torch demands."""
+    """Make a packed sequence anew; `batch_sizes` stay on the CPU, as integers, which torch
+    demands.
+    """
     data, sizes, *indices = parts
     return type(thing)(data, sizes if sizes.device.type == "cpu" else thing.batch_sizes, *indices)
 
@@ -178,7 +230,9 @@ def _user_dict(thing: UserDict[Any, Any], items: dict[Any, object]) -> UserDict[
 
 
 def _filled(thing: Any, parts: Any) -> object:
-    """Return a copy of a user's dict or list with other items; the items themselves where it cannot be copied."""
+    """Return a copy of a user's dict or list with other items; the items themselves where it cannot
+    be copied.
+    """
     try:
         new = copy.copy(thing)
         new.clear()
@@ -188,7 +242,8 @@ def _filled(thing: Any, parts: Any) -> object:
     return new
 
 
-# --- objects with attributes -------------------------------------------------------------------------------------------
+# --- objects with attributes
+# -------------------------------------------------------------------------------------------
 
 
 def _attributes(thing: object) -> dict[str, object]:
@@ -202,17 +257,31 @@ def _attributes(thing: object) -> dict[str, object]:
         if isinstance(member, types.MemberDescriptorType) and hasattr(thing, name)
     ]
     inside = getattr(thing, "__dict__", {})
-    return {**{name: getattr(thing, name) for name in slots}, **(inside if isinstance(inside, dict) else {})}
+    return {
+        **{name: getattr(thing, name) for name in slots},
+        **(inside if isinstance(inside, dict) else {}),
+    }
 
 
 def named_parts(thing: object, place: str = "") -> list[tuple[str, Any]]:
-    """Return the parts of a container or an object, each with its place: `[0]`, `['x']`, `.x`; an empty list for a leaf."""
+    """Return the parts of a container or an object, each with its place: `[0]`, `['x']`, `.x`; an
+    empty list for a leaf.
+    """
     if isinstance(thing, (Tensor, *_WITHOUT_PARTS)):
         return []
     container = opened(thing)
     if container is not None:
-        return [(f"{place}[{key!r}]", part) for key, part in zip(container.places, container.parts, strict=True)]
-    items = thing.items() if isinstance(thing, dict) else enumerate(thing) if isinstance(thing, list) else ()
+        return [
+            (f"{place}[{key!r}]", part)
+            for key, part in zip(container.places, container.parts, strict=True)
+        ]
+    items = (
+        thing.items()
+        if isinstance(thing, dict)
+        else enumerate(thing)
+        if isinstance(thing, list)
+        else ()
+    )
     attributes = {} if isinstance(thing, dict) and thing.__dict__ is thing else _attributes(thing)
     return [
         *((f"{place}[{key!r}]", part) for key, part in items),
@@ -221,15 +290,21 @@ def named_parts(thing: object, place: str = "") -> list[tuple[str, Any]]:
 
 
 def fresh(batch: object) -> object:
-    """Return a batch of new tensors over the same memory, so that changes to the tensor objects (requires_grad_, say) do not last."""
+    """Return a batch of new tensors over the same memory, so that changes to the tensor objects
+    (requires_grad_, say) do not last.
+    """
     try:
-        return change_tensors(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor.detach())
+        return change_tensors(
+            batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor.detach()
+        )
     except InputError:  # an object that cannot be copied is handed on as it is
         return batch
 
 
 def copied(batch: object) -> object:
-    """Return a copy of a batch, or the batch itself where it holds an object that cannot be copied."""
+    """Return a copy of a batch, or the batch itself where it holds an object that cannot be
+    copied.
+    """
     try:
         return change_tensors(batch, Tensor.clone)
     except InputError:
@@ -237,7 +312,9 @@ def copied(batch: object) -> object:
 
 
 def tensors_of(thing: object) -> Iterator[Tensor]:
-    """Yield the tensors inside a thing, in their order; an object that is reached more than once is entered once."""
+    """Yield the tensors inside a thing, in their order; an object that is reached more than once is
+    entered once.
+    """
     return _tensors_of(thing, {})
 
 
@@ -251,13 +328,18 @@ def _tensors_of(thing: object, entered: dict[int, object]) -> Iterator[Tensor]:
             yield from _tensors_of(part, entered)
 
 
-def change_tensors(thing: object, change: Callable[[Tensor], Any], whole: Callable[[Any], Any] | None = None) -> object:
-    """Return a thing with every tensor in it changed; containers are made anew, other objects only where a tensor in them changes.
+def change_tensors(
+    thing: object, change: Callable[[Tensor], Any], whole: Callable[[Any], Any] | None = None
+) -> object:
+    """Return a thing with every tensor in it changed; containers are made anew, other objects only
+    where a tensor in them changes.
 
     Args:
-        thing: a tensor, a container, an object with tensors among its attributes, or anything else, which stays as it is.
+        thing: a tensor, a container, an object with tensors among its attributes, or anything else,
+            which stays as it is.
         change: gives another tensor, or the same one.
-        whole: is called with every object that is neither tensor nor container, before its attributes are changed.
+        whole: is called with every object that is neither tensor nor container, before its
+            attributes are changed.
 
     Raises:
         InputError: where an object holds tensors that change and cannot be copied.
@@ -273,7 +355,9 @@ def change_tensors(thing: object, change: Callable[[Tensor], Any], whole: Callab
 
 
 def _with_changed(thing: Any, change: Callable[[Tensor], Any]) -> object:
-    """Copy an object as `copy.deepcopy` does, but share with the original every part that leads to no tensor."""
+    """Copy an object as `copy.deepcopy` does, but share with the original every part that leads to
+    no tensor.
+    """
     entered: dict[int, object] = {}
     above: dict[int, set[int]] = {}
     waiting = [thing]
@@ -302,7 +386,8 @@ def _with_changed(thing: Any, change: Callable[[Tensor], Any]) -> object:
         copied: Any = copy.deepcopy(thing, {**shared, **changed})
     except Exception as error:
         raise InputError(
-            f"a batch holds a {type(thing).__name__} with tensors in it, which cannot be copied to move them: {type(error).__name__}: "
+            f"a batch holds a {type(thing).__name__} with tensors in it, which cannot be copied to "
+            f"move them: {type(error).__name__}: "
             f"{error}. Give tensors, or tuples, dicts and dataclasses of them, from collate_fn."
         ) from error
     if isinstance(thing, dict) and thing.__dict__ is thing:
@@ -311,7 +396,9 @@ def _with_changed(thing: Any, change: Callable[[Tensor], Any]) -> object:
 
 
 def size_of(thing: object) -> int:
-    """Return the bytes a thing takes: those of its tensors and arrays, and of other objects the size Python states."""
+    """Return the bytes a thing takes: those of its tensors and arrays, and of other objects the
+    size Python states.
+    """
     if isinstance(thing, Tensor):
         return tensor_bytes(thing)
     container = None if isinstance(thing, _WITHOUT_PARTS) else opened(thing)
@@ -320,10 +407,13 @@ def size_of(thing: object) -> int:
     if isinstance(thing, np.ndarray | np.generic):
         return thing.nbytes
     own = getattr(thing, "nbytes", 0)
-    return (own if isinstance(own, int) and own else sys.getsizeof(thing)) + sum(map(tensor_bytes, tensors_of(thing)))
+    return (own if isinstance(own, int) and own else sys.getsizeof(thing)) + sum(
+        map(tensor_bytes, tensors_of(thing))
+    )
 
 
-# --- hashes ------------------------------------------------------------------------------------------------------------
+# --- hashes
+# ------------------------------------------------------------------------------------------------------------
 
 
 def digest_of(*things: object) -> str:
@@ -336,16 +426,20 @@ def digest_of(*things: object) -> str:
 def feed(digest: hashlib.blake2b, thing: object) -> None:
     """Put names, shapes, types and bytes of a thing into a hash.
 
-    Tuples and lists count alike, and so do mappings. An object counts by the parts it gives to pickle; one that cannot be pickled (a
-    lock, a connection) by its type.
+    Tuples and lists count alike, and so do mappings. An object counts by the parts it gives to
+    pickle; one that cannot be pickled (a lock, a connection) by its type.
     """
     _Feeder(digest).feed(thing)
 
 
 class _Feeder:
-    """Feed one hash; an object that is met again is not hashed again, and one inside itself is named as such."""
+    """Feed one hash; an object that is met again is not hashed again, and one inside itself is
+    named as such.
+    """
 
-    def __init__(self, digest: hashlib.blake2b, known: dict[int, tuple[Any, bytes]] | None = None) -> None:
+    def __init__(
+        self, digest: hashlib.blake2b, known: dict[int, tuple[Any, bytes]] | None = None
+    ) -> None:
         self._digest = digest
         self._known = {} if known is None else known
 
@@ -363,7 +457,9 @@ class _Feeder:
             self._text(f"{len(thing)} in a set:")
             for element in sorted(self._alone(part) for part in thing):
                 self._digest.update(element)
-        elif isinstance(thing, Mapping) and not (isinstance(thing, dict) and getattr(thing, "__dict__", None)):
+        elif isinstance(thing, Mapping) and not (
+            isinstance(thing, dict) and getattr(thing, "__dict__", None)
+        ):
             self._text(f"{len(thing)} by name:")
             for key in thing:
                 self.feed(key)
@@ -382,7 +478,9 @@ class _Feeder:
             self.feed(part)
 
     def _tensor(self, tensor: Tensor) -> None:
-        self._text(f"{tensor.dtype}{tensor.layout}{list(tensor.shape) if not tensor.is_nested else 'nested'}")
+        self._text(
+            f"{tensor.dtype}{tensor.layout}{list(tensor.shape) if not tensor.is_nested else 'nested'}"
+        )
         if tensor.is_meta:
             return
         for part in dense_parts(tensor):
@@ -420,13 +518,27 @@ def _text_of(thing: object) -> str | None:
         return thing.__name__
     if isinstance(thing, PurePath):
         return str(thing)
-    if type(thing) in (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device, range, slice):
+    if type(thing) in (
+        str,
+        bytes,
+        int,
+        float,
+        bool,
+        complex,
+        type(None),
+        torch.dtype,
+        torch.device,
+        range,
+        slice,
+    ):
         return repr(thing)
     return None
 
 
 def _said_of_itself(thing: object) -> list[Any]:
-    """Return the parts from which pickle would rebuild an object; its attributes where it cannot be pickled."""
+    """Return the parts from which pickle would rebuild an object; its attributes where it cannot be
+    pickled.
+    """
     if isinstance(thing, types.FunctionType):
         return [thing.__qualname__, thing.__defaults__, thing.__kwdefaults__, *_cells(thing)]
     if isinstance(thing, nn.Module):

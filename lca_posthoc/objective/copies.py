@@ -1,8 +1,10 @@
-"""Copy a model into another precision without a second call of its factory, which may read it from large files.
+"""Copy a model into another precision without a second call of its factory, which may read it from
+large files.
 
-Parameters and buffers are not all that a module computes with: masks, tables and scales stay in plain attributes, in lists, in
-objects of their own. A float32 one beside float64 weights gives wrong numbers in silence (an infinite mask in attention, say), so
-every floating tensor a deep copy reaches is converted on the way.
+Parameters and buffers are not all that a module computes with: masks, tables and scales stay in
+plain attributes, in lists, in objects of their own. A float32 one beside float64 weights gives
+wrong numbers in silence (an infinite mask in attention, say), so every floating tensor a deep copy
+reaches is converted on the way.
 """
 
 from __future__ import annotations
@@ -20,14 +22,18 @@ from ..task import convert, every_name
 
 
 def copy_in(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
-    """Return a copy of a model whose floating tensors are of `dtype`, or None where a copy would still lead to the original.
+    """Return a copy of a model whose floating tensors are of `dtype`, or None where a copy would
+    still lead to the original.
 
-    It is None where deepcopy fails, where an attribute is a view into a parameter's or a buffer's memory, and where a function that
-    a module keeps (a hook, say) has tensors or modules of the original in its closure.
+    It is None where deepcopy fails, where an attribute is a view into a parameter's or a buffer's
+    memory, and where a function that a module keeps (a hook, say) has tensors or modules of the
+    original in its closure.
     """
     if any(_reaches_back(function) for function in _functions(model)):
         return None
-    before = next((tensor.dtype for tensor in every_name(model).values() if tensor.is_floating_point()), dtype)
+    before = next(
+        (tensor.dtype for tensor in every_name(model).values() if tensor.is_floating_point()), dtype
+    )
     try:
         with _Converting(model, dtype):
             copied = copy.deepcopy(model)
@@ -42,7 +48,9 @@ def copy_in(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
 
 
 class _Converting(TorchFunctionMode):
-    """Convert plain tensors while they are deep-copied; parameters keep their type, for `convert` follows."""
+    """Convert plain tensors while they are deep-copied; parameters keep their type, for `convert`
+    follows.
+    """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -66,7 +74,11 @@ class _Converting(TorchFunctionMode):
         wide = tensor.dtype
         if tensor.is_floating_point() or tensor.is_complex():
             wide = self._dtype.to_complex() if tensor.is_complex() else self._dtype
-        copied = tensor.detach().to(wide, copy=True).requires_grad_(tensor.is_leaf and tensor.requires_grad)
+        copied = (
+            tensor.detach()
+            .to(wide, copy=True)
+            .requires_grad_(tensor.is_leaf and tensor.requires_grad)
+        )
         memo[id(tensor)] = copied
         return copied
 

@@ -1,8 +1,9 @@
 """Linear layers on CPUs whose widest vectors torch's own float32 matrix product leaves unused.
 
-Where torch multiplies with Intel's MKL, a CPU of another maker gets its AVX2 kernels, also where it has AVX-512; oneDNN, which
-torch has beside it for convolutions, uses what is there. The arithmetic is float32 in both. The function is replaced, not the
-modules, and the context must be open around forward and backward passes, as in `normalisation`.
+Where torch multiplies with Intel's MKL, a CPU of another maker gets its AVX2 kernels, also where it
+has AVX-512; oneDNN, which torch has beside it for convolutions, uses what is there. The arithmetic
+is float32 in both. The function is replaced, not the modules, and the context must be open around
+forward and backward passes, as in `normalisation`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class _Linear(torch.autograd.Function):
         rows = above.reshape(-1, above.shape[-1])
         return (
             product(above, weight.t()) if for_inputs else None,
-            product(rows.t(), inputs.contiguous().reshape(-1, inputs.shape[-1]).t()) if for_weight else None,
+            product(rows.t(), inputs.contiguous().reshape(-1, inputs.shape[-1]).t())
+            if for_weight
+            else None,
             rows.sum(0) if for_bias else None,
         )
 
@@ -64,7 +67,9 @@ def _suits(tensor: Tensor) -> bool:
 
 
 def _plain() -> bool:
-    """Tell whether calls are neither traced, transformed nor cast: by compiler, functorch, forward mode or autocast."""
+    """Tell whether calls are neither traced, transformed nor cast: by compiler, functorch, forward
+    mode or autocast.
+    """
     return not (
         torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
@@ -74,7 +79,9 @@ def _plain() -> bool:
 
 
 def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Tell whether the product is large enough to gain, and of shapes and strides that oneDNN takes."""
+    """Tell whether the product is large enough to gain, and of shapes and strides that oneDNN
+    takes.
+    """
     return (
         input.dim() > 1
         and weight.dim() == 2
@@ -86,7 +93,9 @@ def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def linear(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return `F.linear` by oneDNN; calls that do not suit it, or are too small to gain, go to `native`."""
+    """Return `F.linear` by oneDNN; calls that do not suit it, or are too small to gain, go to
+    `native`.
+    """
 
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         tensors = (input, weight) if bias is None else (input, weight, bias)

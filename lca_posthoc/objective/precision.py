@@ -1,7 +1,8 @@
-"""Settings of torch's backends that say how float32 products are rounded, whatever the user's code has set.
+"""Settings of torch's backends that say how float32 products are rounded, whatever the user's code
+has set.
 
-torch has older and newer settings for this, and refuses to read the older ones while the newer ones differ; so the newer ones are used
-where torch has them, from 2.9 on.
+torch has older and newer settings for this, and refuses to read the older ones while the newer ones
+differ; so the newer ones are used where torch has them, from 2.9 on.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def _older(matmul: str, tf32: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Build and call models under this default dtype: constants made on the way must have the precision asked for."""
+    """Build and call models under this default dtype: constants made on the way must have the
+    precision asked for.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -60,7 +63,9 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextlib.contextmanager
 def float32() -> Iterator[None]:
-    """Compute matrix products and convolutions of float32 in float32, and restore the settings afterwards."""
+    """Compute matrix products and convolutions of float32 in float32, and restore the settings
+    afterwards.
+    """
     parts = [setting for settings in _newer() for setting in settings]
     if not parts:
         with _older("highest", False):
@@ -81,7 +86,9 @@ def float32() -> Iterator[None]:
 
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Let matrix products and convolutions of a GPU round their inputs to ten bits; inside `float32`."""
+    """Let matrix products and convolutions of a GPU round their inputs to ten bits; inside
+    `float32`.
+    """
     on_gpus, _ = _newer()
     if not allowed:
         yield

@@ -1,4 +1,6 @@
-"""Assumptions checked on a small sample before a long run; each failure names the usual culprits."""
+"""Assumptions checked on a small sample before a long run; each failure names the usual
+culprits.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from .sums import Evaluation
 
 _SAMPLE = 256
 _AGREE = {"float32": 1e-4, "float64": 1e-4, "tf32": 1e-2, "bfloat16": 1e-2}
-_AGREE_HIGHER = {"float64": 1e-8, "float32": 1e-4}  # one precision higher, where rounding explains no more than this
+# one precision higher, where rounding explains no more than this
+_AGREE_HIGHER = {"float64": 1e-8, "float32": 1e-4}
 _REPEATS = 1e-6
 _DEPTH = 4  # how far from a loss's function its parameters' names are looked for
 
@@ -41,17 +44,22 @@ class Identity:
         """Tell whether both are the same loss, up to what another machine's kernels may change."""
         return all(
             abs(value - other_value) <= 1e-3 * max(abs(value), abs(other_value), 1e-12)
-            for value, other_value in zip(asdict(self).values(), asdict(other).values(), strict=True)
+            for value, other_value in zip(
+                asdict(self).values(), asdict(other).values(), strict=True
+            )
         )
 
 
 def _norm(evaluation: Evaluation) -> float:
-    return math.sqrt(math.fsum(float((gradient**2).sum()) for gradient in evaluation.gradient.values()))
+    return math.sqrt(
+        math.fsum(float((gradient**2).sum()) for gradient in evaluation.gradient.values())
+    )
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """The magnitudes that differences are relative to: mean |value| of an element, and the larger gradient of a sample and its half.
+    """The magnitudes that differences are relative to: mean |value| of an element, and the larger
+    gradient of a sample and its half.
 
     At a minimum the gradient of the sample is pure rounding, and the loss itself may cross zero.
     """
@@ -60,15 +68,22 @@ class _Scale:
     gradient: float
 
     def apart(self, one: Evaluation, other: Evaluation) -> float:
-        """Return the larger of the relative differences of the values and of the gradients (Euclidean); NaN where one is NaN."""
+        """Return the larger of the relative differences of the values and of the gradients
+        (Euclidean); NaN where one is NaN.
+        """
         gradients = math.sqrt(
-            math.fsum(float(((one.gradient[name] - other.gradient[name]) ** 2).sum()) for name in one.gradient)
+            math.fsum(
+                float(((one.gradient[name] - other.gradient[name]) ** 2).sum())
+                for name in one.gradient
+            )
         )
         differences = [float(abs(one.loss - other.loss)) / self.value, gradients / self.gradient]
         return math.nan if any(map(math.isnan, differences)) else max(differences)
 
 
-def _scale(objective: Objective, name: str, whole: Evaluation, half: Evaluation, batch: object) -> _Scale:
+def _scale(
+    objective: Objective, name: str, whole: Evaluation, half: Evaluation, batch: object
+) -> _Scale:
     def absolute(batch: object) -> tuple[Tensor, Tensor | None]:
         values, weights = objective.values(name, batch)
         return values.abs(), weights
@@ -78,7 +93,8 @@ def _scale(objective: Objective, name: str, whole: Evaluation, half: Evaluation,
 
 
 def identify(objective: Objective, name: str) -> Identity:
-    """Return a loss's value and gradient norm on the first 256 examples, at the point the objective holds.
+    """Return a loss's value and gradient norm on the first 256 examples, at the point the objective
+    holds.
 
     Raises:
         InputError: where the forward pass changes the model.
@@ -93,7 +109,9 @@ def _over(objective: Objective, name: str, *batches: Any, gradient: bool = True)
 
 
 def _sample(objective: Objective, name: str) -> list[Any]:
-    """Return a sample no larger than a batch, so that it fits wherever a batch fits; [None] for a term of the parameters."""
+    """Return a sample no larger than a batch, so that it fits wherever a batch fits; [None] for a
+    term of the parameters.
+    """
     split = objective.losses[name].split
     if split is None:
         return [None]
@@ -102,9 +120,11 @@ def _sample(objective: Objective, name: str) -> list[Any]:
 
 
 def _start(objective: Objective, name: str) -> int:
-    """Return the position the sample starts at: some of its examples weigh something (targets may all be ignored, text all padding).
+    """Return the position the sample starts at: some of its examples weigh something (targets may
+    all be ignored, text all padding).
 
-    Of stretches of the sample's size the first halves are tried, then the second halves, so that every example is tried in the end.
+    Of stretches of the sample's size the first halves are tried, then the second halves, so that
+    every example is tried in the end.
     """
     split = objective.splits[objective.losses[name].on]
     count = _count(objective, split.name)
@@ -114,7 +134,9 @@ def _start(objective: Objective, name: str) -> int:
     ):
         return known
     cut = _cut(count)
-    firsts = [range(start, min(start + cut, split.examples)) for start in range(0, split.examples, count)]
+    firsts = [
+        range(start, min(start + cut, split.examples)) for start in range(0, split.examples, count)
+    ]
     others = [range(first.stop, min(first.start + count, split.examples)) for first in firsts]
     for halves in (firsts, [other for other in others if other]):
         for half, batch in zip(halves, split.samples(halves), strict=True):
@@ -122,35 +144,53 @@ def _start(objective: Objective, name: str) -> int:
                 objective.starts[name] = half.start // count * count
                 return objective.starts[name]
     raise InputError(
-        f"the weights of loss {name!r} on split {split.name!r} sum to 0 over all its {split.examples} examples, so it is the mean of "
+        f"the weights of loss {name!r} on split {split.name!r} sum to 0 over all its "
+        f"{split.examples} examples, so it is the mean of "
         "nothing. Give elements a weight."
     )
 
 
 def _weighs_alike(objective: Objective, name: str) -> bool:
-    """Tell whether weights come from the targets alone, so that they are the same at every checkpoint and need no forward pass."""
+    """Tell whether weights come from the targets alone, so that they are the same at every
+    checkpoint and need no forward pass.
+    """
     return objective.gave_weights.get(name) is False
 
 
 def _groups_weigh(objective: Objective, name: str, sample: object) -> None:
-    """Refuse weights that are negative, and groups whose elements all weigh nothing: such a group has no loss."""
+    """Refuse weights that are negative, and groups whose elements all weigh nothing: such a group
+    has no loss.
+    """
     split, order = objective.splits[objective.losses[name].on], objective.order(name)
     first = [] if _start(objective, name) == 0 else [split.sample(0, _count(objective, split.name))]
-    lows = [low for batch in (*first, sample) if (low := objective.lowest_weight(name, batch)) is not None]
+    lows = [
+        low
+        for batch in (*first, sample)
+        if (low := objective.lowest_weight(name, batch)) is not None
+    ]
     lowest = min(lows, default=None)
     if lowest is not None and lowest < 0:
         raise InputError(
-            f"a weight of loss {name!r} is {lowest:.6g}. Weights say how much an element counts: give none below 0."
+            f"a weight of loss {name!r} is {lowest:.6g}. Weights say how much an element counts: "
+            f"give none below 0."
         )
-    if order is not None and lowest is not None and (empty := _weightless(objective, name, order)) is not None:
+    if (
+        order is not None
+        and lowest is not None
+        and (empty := _weightless(objective, name, order)) is not None
+    ):
         raise InputError(
-            f"the weights of group {order.labels[empty]!r} of loss {name!r} on split {split.name!r} sum to 0 (are all its targets "
-            "ignored?), so it has no loss. Give its examples to another group in group_by, or leave them out of the data."
+            f"the weights of group {order.labels[empty]!r} of loss {name!r} on split "
+            f"{split.name!r} sum to 0 (are all its targets "
+            "ignored?), so it has no loss. Give its examples to another group in group_by, or "
+            "leave them out of the data."
         )
 
 
 def _weightless(objective: Objective, name: str, order: Order) -> int | None:
-    """Return the position of the first group of which no element weighs anything; None where there is none."""
+    """Return the position of the first group of which no element weighs anything; None where there
+    is none.
+    """
     split = objective.splits[objective.losses[name].on]
     for group in range(len(order.labels)):
         with contextlib.closing(
@@ -162,7 +202,9 @@ def _weightless(objective: Objective, name: str, order: Order) -> int | None:
 
 
 def drop_weightless_replicates(objective: Objective, name: str) -> list[str]:
-    """Give up standard errors where a random part of the examples weighs nothing; return a note that says so."""
+    """Give up standard errors where a random part of the examples weighs nothing; return a note
+    that says so.
+    """
     hidden = objective.replicates_of(name)
     order = None if hidden is None else objective.order(hidden)
     if hidden is None or order is None:
@@ -170,7 +212,10 @@ def drop_weightless_replicates(objective: Objective, name: str) -> list[str]:
     if _weightless(objective, name, order) is None:
         return []
     del objective.replicated[hidden]
-    return [f"loss {name!r} has no standard errors: a tenth of the subset weighs nothing. Take a larger one."]
+    return [
+        f"loss {name!r} has no standard errors: a tenth of the subset weighs nothing. Take a "
+        f"larger one."
+    ]
 
 
 def _cut(count: int) -> int:
@@ -185,8 +230,9 @@ def check_loss(objective: Objective, name: str) -> list[str]:
     """Probe one loss at the point the objective holds, and return notes worth recording.
 
     Raises:
-        InputError: where an evaluation writes into its batch or the model, no gradient reaches any allocated tensor, two evaluations
-            or two batch sizes disagree, or the loss is not its function's own mean.
+        InputError: where an evaluation writes into its batch or the model, no gradient reaches any
+            allocated tensor, two evaluations or two batch sizes disagree, or the loss is not its
+            function's own mean.
     """
     _writes_nothing(objective, name)
     loss = objective.losses[name]
@@ -207,15 +253,23 @@ def check_loss(objective: Objective, name: str) -> list[str]:
     _groups_weigh(objective, name, sample)
     _finite(name, first)
     halves = [split.sample(start, cut), *([split.sample(cut, stop)] if cut < stop else [])]
-    scale = _scale(objective, name, first, _over(objective, name, _weighing(objective, name, halves)), sample)
-    notes = _repeats(objective, name, sample, scale.apart(first, _over(objective, name, split.sample(start, stop))))
+    scale = _scale(
+        objective, name, first, _over(objective, name, _weighing(objective, name, halves)), sample
+    )
+    notes = _repeats(
+        objective,
+        name,
+        sample,
+        scale.apart(first, _over(objective, name, split.sample(start, stop))),
+    )
     if objective.norm_stats == "batch":
         objective.first_axis(name, sample, stop - start)
         _in_order(objective, name, sample, range(start, stop))
         _statistics_unused(objective, name, sample, float(first.loss), scale.value)
         batch_size = objective.batch_sizes[loss.split]
         last = (split.examples - 1) // batch_size * batch_size
-        _plain_mean(objective, name, split.sample(last, split.examples))  # it may be too small for batch statistics
+        # it may be too small for batch statistics
+        _plain_mean(objective, name, split.sample(last, split.examples))
     elif cut < stop:
         parts = _over(objective, name, *halves)
         cuts = [range(start, stop), range(start, cut), range(cut, stop)]
@@ -227,17 +281,22 @@ def check_loss(objective: Objective, name: str) -> list[str]:
 
 
 def _weighing(objective: Objective, name: str, batches: list[Any]) -> object:
-    """Return the first of some batches of which any element weighs something; None where there is none."""
+    """Return the first of some batches of which any element weighs something; None where there is
+    none.
+    """
     return next((batch for batch in batches if objective.weighs(name, batch)), None)
 
 
 def _plain_mean(objective: Objective, name: str, batch: object) -> Evaluation:
-    """Return the plain mean of a batch's values, whose elements may all weigh nothing, and its gradient."""
+    """Return the plain mean of a batch's values, whose elements may all weigh nothing, and its
+    gradient.
+    """
     return objective.over(lambda batch: (objective.values(name, batch)[0], None), [batch])
 
 
 def _has_gradient(objective: Objective, name: str, first: Evaluation) -> None:
-    """Refuse a loss of which no batch of the whole split has a gradient for any allocated tensor; `first` is of a sample.
+    """Refuse a loss of which no batch of the whole split has a gradient for any allocated tensor;
+    `first` is of a sample.
 
     A gradient that is 0 by value, as behind a ReLU that is off, is one.
     """
@@ -246,20 +305,31 @@ def _has_gradient(objective: Objective, name: str, first: Evaluation) -> None:
         return
     if not allocated:
         raise InputError(
-            f"loss {name!r} has no tensor to be allocated to: every one of the model is frozen or fixed, and no checkpoint holds it. "
-            "Build the model with what was trained not frozen, and leave that out of Task(fixed=[…])."
+            f"loss {name!r} has no tensor to be allocated to: every one of the model is frozen or "
+            f"fixed, and no checkpoint holds it. "
+            "Build the model with what was trained not frozen, and leave that out of "
+            "Task(fixed=[…])."
         )
     loss = objective.losses[name]
     if loss.split is not None:
         split, count = objective.splits[loss.split], _count(objective, loss.split)
-        cuts = [range(start, min(start + count, split.examples)) for start in range(0, split.examples, count)]
-        if any(allocated - _plain_mean(objective, name, batch).untouched for batch in split.samples(cuts)):
+        cuts = [
+            range(start, min(start + count, split.examples))
+            for start in range(0, split.examples, count)
+        ]
+        if any(
+            allocated - _plain_mean(objective, name, batch).untouched
+            for batch in split.samples(cuts)
+        ):
             return
     where = "" if loss.split is None else f" on split {loss.split!r}"
     raise InputError(
-        f"loss {name!r}{where} has no gradient for any tensor of the model, so that nothing of its change can be allocated. Look for "
-        "torch.no_grad() or inference_mode() around it (as evaluation functions have), for detach(), .data, .item() or numpy on the way, "
-        "for a count such as accuracy (argmax, comparisons), or for a module that merges or caches weights in eval mode: give the loss "
+        f"loss {name!r}{where} has no gradient for any tensor of the model, so that nothing of its "
+        f"change can be allocated. Look for "
+        "torch.no_grad() or inference_mode() around it (as evaluation functions have), for "
+        "detach(), .data, .item() or numpy on the way, "
+        "for a count such as accuracy (argmax, comparisons), or for a module that merges or caches "
+        "weights in eval mode: give the loss "
         "that was minimised, as training computes it."
     )
 
@@ -269,14 +339,26 @@ def _own_parameters(objective: Objective, name: str, batch: object) -> list[str]
     with objective.mode():
         values, _ = objective.values(name, fresh(batch))
     of_model = {id(tensor) for tensor in every_name(objective.model).values()}
-    own = [leaf for leaf in _leaves(values) if isinstance(leaf, nn.Parameter) and id(leaf) not in of_model]
+    own = [
+        leaf
+        for leaf in _leaves(values)
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in of_model
+    ]
     if not own:
         return []
     names = _names_beside(objective.functions[name])
-    named = few([repr(names[id(leaf)]) if id(leaf) in names else f"one of shape {list(leaf.shape)}" for leaf in own], 5)
+    named = few(
+        [
+            repr(names[id(leaf)]) if id(leaf) in names else f"one of shape {list(leaf.shape)}"
+            for leaf in own
+        ],
+        5,
+    )
     return [
-        f"loss {name!r} has parameters of its own, {named}, which no checkpoint of the model holds: they stay as the task builds them. If "
-        "they were trained too, this is another loss than the one that was: put the model and the loss into one module, record that, and "
+        f"loss {name!r} has parameters of its own, {named}, which no checkpoint of the model "
+        f"holds: they stay as the task builds them. If "
+        "they were trained too, this is another loss than the one that was: put the model and the "
+        "loss into one module, record that, and "
         "state the loss as Loss(call=fn). If they never were, requires_grad_(False) on them says so"
     ]
 
@@ -297,7 +379,9 @@ def _leaves(values: Tensor) -> list[Tensor]:
 
 
 def _names_beside(loss: Loss) -> dict[int, str]:
-    """Return the names, by identity, of the parameters of modules that a loss's function is, holds, is bound to, or refers to."""
+    """Return the names, by identity, of the parameters of modules that a loss's function is, holds,
+    is bound to, or refers to.
+    """
     names: dict[int, str] = {}
     seen: set[int] = set()
     waiting: list[tuple[Any, int]] = [
@@ -330,7 +414,11 @@ def _inside(value: object) -> list[Any]:
         except ValueError:  # of a name that is bound to nothing yet
             return []
         return [*refers.nonlocals.values(), *refers.globals.values(), *(value.__defaults__ or ())]
-    return [] if isinstance(value, nn.Module | type | ModuleType) else list(getattr(value, "__dict__", {}).values())
+    return (
+        []
+        if isinstance(value, nn.Module | type | ModuleType)
+        else list(getattr(value, "__dict__", {}).values())
+    )
 
 
 def _casts(objective: Objective, name: str) -> list[str]:
@@ -338,16 +426,20 @@ def _casts(objective: Objective, name: str) -> list[str]:
     if dtype is None:
         return []
     return [
-        f"loss {name!r}, or the model in it, turns on autocast to {dtype} itself: it is not computed in {objective.precision}, and the "
-        "residual of a segment cannot be refined below what that rounds. Take autocast out of the task's loss (or pass enabled=False) for "
+        f"loss {name!r}, or the model in it, turns on autocast to {dtype} itself: it is not "
+        f"computed in {objective.precision}, and the "
+        "residual of a segment cannot be refined below what that rounds. Take autocast out of the "
+        "task's loss (or pass enabled=False) for "
         f"{objective.precision}; --precision bfloat16 has its own"
     ]
 
 
 def hidden_from_autograd(objective: Objective, name: str, tensors: Collection[str]) -> list[str]:
-    """Return those of some tensors without gradient that a loss depends on all the same, through detach() or no_grad().
+    """Return those of some tensors without gradient that a loss depends on all the same, through
+    detach() or no_grad().
 
-    The loss of a sample is computed with these tensors moved, at the point the objective holds, which stays as it is.
+    The loss of a sample is computed with these tensors moved, at the point the objective holds,
+    which stays as it is.
     """
     own = {**dict(objective.model.named_parameters()), **dict(objective.model.named_buffers())}
     (sample,) = _sample(objective, name)
@@ -383,14 +475,19 @@ def hidden_from_autograd(objective: Objective, name: str, tensors: Collection[st
 
 
 def _from_all_over(objective: Objective, name: str, count: int) -> None:
-    """Check batches and the mean on examples from all over the split too: the first ones may be of one class, or all labelled."""
+    """Check batches and the mean on examples from all over the split too: the first ones may be of
+    one class, or all labelled.
+    """
     split, loss = objective.splits[objective.losses[name].on], objective.losses[name]
     positions = split.spread(count)
-    if positions is None or len(positions) < 2 or count == split.examples:  # the sample was all of it
+    # the sample was all of it
+    if positions is None or len(positions) < 2 or count == split.examples:
         return
     try:
-        sample, *parts = (split.at(part) for part in (positions, *positions.tensor_split(2)))  # unlike each other
-    except InputError:  # examples of several shapes, say, which stack in the order of the data alone
+        # unlike each other
+        sample, *parts = (split.at(part) for part in (positions, *positions.tensor_split(2)))
+    except InputError:
+        # examples of several shapes, say, which stack in the order of the data alone
         return
     half = _weighing(objective, name, parts)
     if half is None:
@@ -421,12 +518,16 @@ def _writes_nothing(objective: Objective, name: str) -> None:
     (copy,) = copies
     if (place := _written(batch, copy, "batch")) is not None:
         raise InputError(
-            f"loss {name!r} writes into its batch ({place} is not what it was), which other losses and later passes are given as "
-            f"well. Work on a copy: {place}.clone() of a tensor, dict(batch) where keys change, no inplace=True on the inputs."
+            f"loss {name!r} writes into its batch ({place} is not what it was), which other losses "
+            f"and later passes are given as "
+            f"well. Work on a copy: {place}.clone() of a tensor, dict(batch) where keys change, no "
+            f"inplace=True on the inputs."
         )
 
 
-def _written(batch: object, copy: object, place: str, known: frozenset[int] = frozenset()) -> str | None:
+def _written(
+    batch: object, copy: object, place: str, known: frozenset[int] = frozenset()
+) -> str | None:
     """Return the first place at which a copy of a batch, new before an evaluation, was written to.
 
     Of objects only the tensors count: they may note something on themselves.
@@ -442,7 +543,9 @@ def _written(batch: object, copy: object, place: str, known: frozenset[int] = fr
     if opened(batch) is not None:
         if [name for name, _ in inside] != list(in_copy):
             return place
-    elif not (inside := [(name, part) for name, part in inside if any(True for _ in tensors_of(part))]):
+    elif not (
+        inside := [(name, part) for name, part in inside if any(True for _ in tensors_of(part))]
+    ):
         return place
     places = (_written(part, in_copy.get(name), name, known | {id(batch)}) for name, part in inside)
     return next((name for name in places if name is not None), None)
@@ -450,10 +553,12 @@ def _written(batch: object, copy: object, place: str, known: frozenset[int] = fr
 
 @contextlib.contextmanager
 def _model_unwritten(objective: Objective, name: str) -> Iterator[None]:
-    """Refuse evaluations that write into a floating tensor of the model, whether or not its values change this time.
+    """Refuse evaluations that write into a floating tensor of the model, whether or not its values
+    change this time.
 
-    Integers may count; an unallocated tensor may be replaced by another, as caches are. Bytes are compared of allocated tensors only:
-    of others, such as the base of an adapter, which may be large, torch's count of writes must do.
+    Integers may count; an unallocated tensor may be replaced by another, as caches are. Bytes are
+    compared of allocated tensors only: of others, such as the base of an adapter, which may be
+    large, torch's count of writes must do.
     """
     before = [
         (key, tensor, tensor._version, tensor.detach().clone() if tensor.requires_grad else None)
@@ -463,24 +568,34 @@ def _model_unwritten(objective: Objective, name: str) -> Iterator[None]:
     after = _floating(objective)
     for key, tensor, version, values in before:
         replaced = after.get(key) is not tensor
-        written = tensor._version != version or (values is not None and not same_bytes(tensor, values))
+        written = tensor._version != version or (
+            values is not None and not same_bytes(tensor, values)
+        )
         if (replaced and values is not None) or written:
             raise InputError(
-                f"a forward pass of loss {name!r} changes tensor {key!r} of the model, in eval mode too, so that it is not the loss "
-                "of the checkpoint. Usual culprits: Embedding(max_norm=...), weights clamped in forward, statistics updated "
-                "without a look at self.training. Write in training mode only, or leave the tensor as it is and use a copy."
+                f"a forward pass of loss {name!r} changes tensor {key!r} of the model, in eval "
+                f"mode too, so that it is not the loss "
+                "of the checkpoint. Usual culprits: Embedding(max_norm=...), weights clamped in "
+                "forward, statistics updated "
+                "without a look at self.training. Write in training mode only, or leave the tensor "
+                "as it is and use a copy."
             )
 
 
 def _floating(objective: Objective) -> dict[str, Tensor]:
     tensors = {**dict(objective.model.named_parameters()), **dict(objective.model.named_buffers())}
-    return {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point() or tensor.is_complex()}
+    return {
+        key: tensor
+        for key, tensor in tensors.items()
+        if tensor.is_floating_point() or tensor.is_complex()
+    }
 
 
 def _finite(name: str, evaluation: Evaluation) -> None:
     if not math.isfinite(evaluation.loss) or not math.isfinite(_norm(evaluation)):
         raise InputError(
-            f"loss {name!r} is {evaluation.loss} at the first checkpoint, its gradient norm {_norm(evaluation)}. Start later "
+            f"loss {name!r} is {evaluation.loss} at the first checkpoint, its gradient norm "
+            f"{_norm(evaluation)}. Start later "
             "with --steps A:, or look for a division or a logarithm of zero in the loss."
         )
 
@@ -489,27 +604,37 @@ def _repeats(objective: Objective, name: str, batch: object, apart: float) -> li
     if not apart <= _REPEATS:
         module = _random_module(objective, name, batch)
         raise InputError(
-            f"loss {name!r} is not deterministic: two evaluations at one point differ by {apart:.1e}"
+            f"loss {name!r} is not deterministic: two evaluations at one point differ by "
+            f"{apart:.1e}"
             + (f"; the first module to differ is {module}" if module else "")
-            + ". Usual culprits: random augmentation in the data set (lca_posthoc.Draws makes it seeded draws), dropout called with "
+            + ". Usual culprits: random augmentation in the data set (lca_posthoc.Draws makes it "
+            "seeded draws), dropout called with "
             "training=True, noise or sampling in the model or the loss."
         )
     return (
-        [f"loss {name!r}: kernels do not repeat bit for bit (two evaluations differ by {apart:.1e})"]
+        [
+            f"loss {name!r}: kernels do not repeat bit for bit (two evaluations differ by "
+            f"{apart:.1e})"
+        ]
         if apart > 0
         else []
     )
 
 
 def _random_module(objective: Objective, name: str, batch: object) -> str | None:
-    """Return the first module whose outputs differ between two forward passes over one batch, innermost first."""
+    """Return the first module whose outputs differ between two forward passes over one batch,
+    innermost first.
+    """
     seen: list[list[tuple[str, list[Tensor]]]] = []
     label: str
 
     def record(label: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: object, outputs: object) -> None:
-            if not torch._C._are_functorch_transforms_active():  # what a transform wraps is gone when it ends
-                seen[-1].append((label, [tensor.detach().clone() for tensor in tensors_of(outputs)]))
+            # what a transform wraps is gone when it ends
+            if not torch._C._are_functorch_transforms_active():
+                seen[-1].append(
+                    (label, [tensor.detach().clone() for tensor in tensors_of(outputs)])
+                )
 
         return hook
 
@@ -533,9 +658,15 @@ def _random_module(objective: Objective, name: str, batch: object) -> str | None
 
 
 def _batches(
-    objective: Objective, name: str, whole: Evaluation, parts: Evaluation, apart: float, cuts: Sequence[Positions]
+    objective: Objective,
+    name: str,
+    whole: Evaluation,
+    parts: Evaluation,
+    apart: float,
+    cuts: Sequence[Positions],
 ) -> None:
-    """Refuse a loss that one batch and its parts do not agree on, by more than sums of many elements round.
+    """Refuse a loss that one batch and its parts do not agree on, by more than sums of many
+    elements round.
 
     Args:
         objective: evaluates it.
@@ -545,42 +676,61 @@ def _batches(
         apart: how far the two are apart.
         cuts: the positions of the examples of the batch, and of its parts.
     """
-    if not apart <= _AGREE[objective.precision_of(name)] and not _agree_one_precision_higher(objective, name, cuts):
+    if not apart <= _AGREE[objective.precision_of(name)] and not _agree_one_precision_higher(
+        objective, name, cuts
+    ):
         cast = objective.autocast(name)
         raise InputError(
-            f"loss {name!r} depends on how split {objective.losses[name].split!r} is cut into batches: one batch or two give values "
-            f"{whole.loss:.6g} and {parts.loss:.6g}, {apart:.1e} apart. Usual culprits: batch statistics (use --norm-stats batch "
-            "--batch-size N), a loss that compares examples with each other, a mean taken inside Loss(call=fn)."
+            f"loss {name!r} depends on how split {objective.losses[name].split!r} is cut into "
+            f"batches: one batch or two give values "
+            f"{whole.loss:.6g} and {parts.loss:.6g}, {apart:.1e} apart. Usual culprits: batch "
+            f"statistics (use --norm-stats batch "
+            "--batch-size N), a loss that compares examples with each other, a mean taken inside "
+            "Loss(call=fn)."
             + (f" It also turns on autocast to {cast} itself, which rounds." if cast else "")
         )
 
 
 def _agree_one_precision_higher(objective: Objective, name: str, cuts: Sequence[Positions]) -> bool:
-    """Tell whether a batch and its parts agree one precision higher: then they differ by rounding alone."""
+    """Tell whether a batch and its parts agree one precision higher: then they differ by rounding
+    alone.
+    """
     if objective.precision not in HIGHER:
         return False
     try:
         higher = objective.higher
         higher.place(objective.point)
-        sample, *parts = (higher.splits[objective.losses[name].on].at(positions) for positions in cuts)
+        sample, *parts = (
+            higher.splits[objective.losses[name].on].at(positions) for positions in cuts
+        )
         whole, joined = _over(higher, name, sample), _over(higher, name, *parts)
-        scale = _scale(higher, name, whole, _over(higher, name, _weighing(higher, name, parts)), sample)
+        scale = _scale(
+            higher, name, whole, _over(higher, name, _weighing(higher, name, parts)), sample
+        )
     except InputError:  # the task does not run in it
         return False
     return scale.apart(whole, joined) <= _AGREE_HIGHER[higher.precision]
 
 
 def weights_of_sample(objective: Objective, name: str) -> Tensor | None:
-    """Return the weights of a loss's elements on the sample that identifies it, at the point the objective holds.
+    """Return the weights of a loss's elements on the sample that identifies it, at the point the
+    objective holds.
 
-    None for a term of the parameters, and where the weights come from the targets alone or all are 1.
+    None for a term of the parameters, and where the weights come from the targets alone or all are
+    1.
     """
     (sample,) = _sample(objective, name)
-    return None if sample is None or _weighs_alike(objective, name) else objective.weights(name, sample)
+    return (
+        None
+        if sample is None or _weighs_alike(objective, name)
+        else objective.weights(name, sample)
+    )
 
 
 def _in_order(objective: Objective, name: str, sample: object, examples: range) -> None:
-    """Refuse a loss whose values do not follow the order of the examples: in batch mode a batch holds several groups."""
+    """Refuse a loss whose values do not follow the order of the examples: in batch mode a batch
+    holds several groups.
+    """
     split = objective.splits[objective.losses[name].on]
     if objective.order(name) is None:
         return
@@ -599,14 +749,20 @@ def _in_order(objective: Objective, name: str, sample: object, examples: range) 
         or not (one - other).abs().sum() <= _AGREE[objective.precision_of(name)] * one.abs().sum()
     ):
         raise InputError(
-            f"loss {name!r} on split {split.name!r} does not give its values in the order of the examples, so that groups cannot be "
-            "told apart with --norm-stats batch. Usual culprit: a collate_fn that reorders a batch. Let it keep the order "
+            f"loss {name!r} on split {split.name!r} does not give its values in the order of the "
+            f"examples, so that groups cannot be "
+            "told apart with --norm-stats batch. Usual culprit: a collate_fn that reorders a "
+            "batch. Let it keep the order "
             "(pack_padded_sequence does with enforce_sorted=False)."
         )
 
 
-def _statistics_unused(objective: Objective, name: str, batch: object, before: float, scale: float) -> None:
-    """Refuse a loss that changes with the running statistics in batch mode, which does not use them."""
+def _statistics_unused(
+    objective: Objective, name: str, batch: object, before: float, scale: float
+) -> None:
+    """Refuse a loss that changes with the running statistics in batch mode, which does not use
+    them.
+    """
     statistics = [tensor for key, tensor in objective.model.named_buffers() if is_statistic(key)]
     before_move = [tensor.clone() for tensor in statistics]
     for tensor in statistics:
@@ -616,9 +772,12 @@ def _statistics_unused(objective: Objective, name: str, batch: object, before: f
         tensor.copy_(values)
     if not abs(after - before) <= _AGREE[objective.precision_of(name)] * scale:
         raise InputError(
-            f"loss {name!r} reads running statistics in spite of --norm-stats batch ({before:.6g} becomes {after:.6g} when they "
-            "move). Usual culprits: batch_norm imported by name from torch.nn.functional, a scripted module, statistics that are "
-            "not the model's buffers themselves. Call F.batch_norm with those or use the torch.nn layers."
+            f"loss {name!r} reads running statistics in spite of --norm-stats batch ({before:.6g} "
+            f"becomes {after:.6g} when they "
+            "move). Usual culprits: batch_norm imported by name from torch.nn.functional, a "
+            "scripted module, statistics that are "
+            "not the model's buffers themselves. Call F.batch_norm with those or use the torch.nn "
+            "layers."
         )
 
 
@@ -626,13 +785,15 @@ def _own_mean(objective: Objective, name: str, batch: object, loss: float, scale
     inputs, targets = unpack(batch)
 
     def mean(_: object) -> tuple[Tensor, None]:
-        return objective.entry(name, objective.functions[name].mean()(objective.model(inputs), targets)).reshape(
-            1
-        ), None
+        return objective.entry(
+            name, objective.functions[name].mean()(objective.model(inputs), targets)
+        ).reshape(1), None
 
     reduced = float(objective.over(mean, [batch], gradient=False).loss)
     if not abs(loss - reduced) <= _AGREE[objective.precision_of(name)] * scale:
         raise InputError(
-            f"the mean of loss {name!r} over its elements is {loss:.6g}, but its own reduction='mean' gives {reduced:.6g}. Usual "
-            "culprits: ignore_index or class weights. Say how elements are weighted: Loss(call=fn) returning (values, weights)."
+            f"the mean of loss {name!r} over its elements is {loss:.6g}, but its own "
+            f"reduction='mean' gives {reduced:.6g}. Usual "
+            "culprits: ignore_index or class weights. Say how elements are weighted: Loss(call=fn) "
+            "returning (values, weights)."
         )

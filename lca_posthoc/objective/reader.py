@@ -1,7 +1,8 @@
 """Read the user's data in one thread, the same for the whole life of the process.
 
-What data sets hold open (a connection of sqlite, a file of HDF5, a generator, what hangs on `threading.local`) belongs to the thread
-that opened it. So a task is built, and its data are read, in that one thread, whichever thread asks.
+What data sets hold open (a connection of sqlite, a file of HDF5, a generator, what hangs on
+`threading.local`) belongs to the thread that opened it. So a task is built, and its data are read,
+in that one thread, whichever thread asks.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ _STARTING = threading.Lock()
 
 
 class _Lane(threading.Thread):
-    """Do one job after the other; a daemon, so that a read that never ends does not keep the process."""
+    """Do one job after the other; a daemon, so that a read that never ends does not keep the
+    process.
+    """
 
     def __init__(self) -> None:
         super().__init__(name="lca-reader", daemon=True)
@@ -47,7 +50,9 @@ _lane: _Lane | None = None
 
 
 def _current() -> _Lane:
-    """Return this process's thread, started where there is none yet: at first, after a fork, and when one was left in a read."""
+    """Return this process's thread, started where there is none yet: at first, after a fork, and
+    when one was left in a read.
+    """
     global _lane
     with _STARTING:
         if _lane is None or _lane.left or not _lane.is_alive():
@@ -57,9 +62,11 @@ def _current() -> _Lane:
 
 
 class Reader:
-    """Run what builds a task and reads its data in the thread of this process that does so, in the context it is made in.
+    """Run what builds a task and reads its data in the thread of this process that does so, in the
+    context it is made in.
 
-    While a module is being imported, work is done where it is asked for: another thread that imports the same module would wait for it.
+    While a module is being imported, work is done where it is asked for: another thread that
+    imports the same module would wait for it.
     """
 
     def __init__(self) -> None:
@@ -77,10 +84,11 @@ class Reader:
             _Lane._do(future, lambda: function(*arguments))
             return future
         if self._lane.left or not self._lane.is_alive():
+            # a thread that was left is still inside its own
             self._lane, self._context = (
                 _current(),
                 self._context.copy(),
-            )  # a thread that was left is still inside its own
+            )
         threads = torch.get_num_threads()
 
         def job() -> Result:
@@ -92,7 +100,9 @@ class Reader:
         return future
 
     def result(self, future: Future[Result]) -> Result:
-        """Wait for what was begun; interrupted meanwhile, the thread is left to itself and another one reads from then on."""
+        """Wait for what was begun; interrupted meanwhile, the thread is left to itself and another
+        one reads from then on.
+        """
         try:
             return future.result()
         except BaseException:
@@ -106,7 +116,9 @@ class Reader:
             self.call(items.close)
 
     def build(self, function: Callable[[], Result]) -> Result:
-        """Return `function()`, called in the thread; the caller's default device holds there, and one that is set there holds here."""
+        """Return `function()`, called in the thread; the caller's default device holds there, and
+        one that is set there holds here.
+        """
         device = torch.get_default_device()
 
         def job() -> tuple[Result, torch.device]:
@@ -125,4 +137,6 @@ def _use(device: torch.device) -> None:
 
 def _importing() -> bool:
     modules = list(sys.modules.values())
-    return any(getattr(getattr(module, "__spec__", None), "_initializing", False) for module in modules)
+    return any(
+        getattr(getattr(module, "__spec__", None), "_initializing", False) for module in modules
+    )

@@ -1,8 +1,8 @@
 """Recurrent layers on a GPU, where cuDNN refuses the backward pass of a forward pass in eval mode.
 
-In training mode with no dropout the same kernels compute the same function, and can go backward. As in `normalisation` the
-functions are replaced, not the modules: `torch.nn.LSTM`, its relatives and their subclasses call them, and so do functional calls.
-On a CPU the functions stay as they are.
+In training mode with no dropout the same kernels compute the same function, and can go backward. As
+in `normalisation` the functions are replaced, not the modules: `torch.nn.LSTM`, its relatives and
+their subclasses call them, and so do functional calls. On a CPU the functions stay as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ _NAMES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 def _without_dropout(native: Callable[..., object]) -> Callable[..., object]:
-    """Return a recurrent function that runs as in training, with no dropout, where it is called as in eval mode."""
+    """Return a recurrent function that runs as in training, with no dropout, where it is called as
+    in eval mode.
+    """
 
     @functools.wraps(native)
     def recurrent(*args: object, **kwargs: object) -> object:
@@ -26,7 +28,8 @@ def _without_dropout(native: Callable[..., object]) -> Callable[..., object]:
             training = kwargs["train"]
             changed = args, {**kwargs, "dropout": 0.0, "train": True}
         else:
-            # (input, hx, params, has_biases, num_layers, dropout, train, …), of a packed sequence (data, batch_sizes, hx, …)
+            # (input, hx, params, has_biases, num_layers, dropout, train, …), of a packed sequence
+            # (data, batch_sizes, hx, …)
             index = 5 if isinstance(args[3], bool) else 6
             training = args[index + 1]
             changed = (*args[:index], 0.0, True, *args[index + 2 :]), kwargs

@@ -1,4 +1,6 @@
-"""Readers of the examples of a split, by the kind of the user's data: at any position, or in order only."""
+"""Readers of the examples of a split, by the kind of the user's data: at any position, or in order
+only.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ Collate = Callable[[list[Any]], Any]
 
 
 def move(batch: object, device: torch.device, dtype: torch.dtype) -> object:
-    """Return a batch on the device; floating tensors in the dtype of the computation, all others as they are.
+    """Return a batch on the device; floating tensors in the dtype of the computation, all others as
+    they are.
 
     Raises:
         InputError: where a tensor, or an object that holds tensors, cannot be moved or converted.
@@ -51,7 +54,9 @@ def move(batch: object, device: torch.device, dtype: torch.dtype) -> object:
 
 
 def move_ahead(batch: object, device: torch.device, dtype: torch.dtype) -> object:
-    """Return a batch on a GPU as `move` does, from pinned memory, so that neither side waits for the copy."""
+    """Return a batch on a GPU as `move` does, from pinned memory, so that neither side waits for
+    the copy.
+    """
 
     def moved(tensor: Tensor) -> Tensor:
         tensor = converted(tensor, dtype)
@@ -65,7 +70,9 @@ def move_ahead(batch: object, device: torch.device, dtype: torch.dtype) -> objec
 
 
 def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor without gradient and where it is; in `dtype` where it is floating; itself where nothing changes."""
+    """Return a tensor without gradient and where it is; in `dtype` where it is floating; itself
+    where nothing changes.
+    """
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.is_inference():  # autograd saves none of these
@@ -74,7 +81,9 @@ def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _to(device: torch.device) -> Callable[[Any], Any] | None:
-    """Return a function that moves an object by its own method `to`, such as a graph's; None where batches lie on the CPU anyway."""
+    """Return a function that moves an object by its own method `to`, such as a graph's; None where
+    batches lie on the CPU anyway.
+    """
     if device.type == "cpu":
         return None
 
@@ -101,13 +110,16 @@ def _moving(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise InputError(
-            f"a batch cannot be moved to {device} and {str(dtype).removeprefix('torch.')}: {type(error).__name__}: {error}. Give "
+            f"a batch cannot be moved to {device} and {str(dtype).removeprefix('torch.')}: "
+            f"{type(error).__name__}: {error}. Give "
             "tensors of another layout or type from the data set or its collate_fn."
         ) from error
 
 
 def room_on(device: torch.device) -> float:
-    """Return the bytes a split may occupy, a share of the free memory; it decides speed, never a result."""
+    """Return the bytes a split may occupy, a share of the free memory; it decides speed, never a
+    result.
+    """
     if device.type == "cuda":
         return _RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
     return _RESIDENT_SHARE * free_memory()
@@ -130,12 +142,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error says that memory ran out, of a GPU or of the host."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch has no class for it
+    # torch has no class for it
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 @dataclass(frozen=True)
 class Indexed:
-    """Examples that can be read at any position, each with its draws, which follow each other in a batch."""
+    """Examples that can be read at any position, each with its draws, which follow each other in a
+    batch.
+    """
 
     name: str
     total: int
@@ -143,13 +158,17 @@ class Indexed:
     draws: int | None = None
 
     def batches(self, cuts: Iterable[Positions], subset: Tensor | None) -> Iterator[Any]:
-        """Yield one batch for each choice of positions, which count within the subset where there is one."""
+        """Yield one batch for each choice of positions, which count within the subset where there
+        is one.
+        """
         for cut in cuts:
             positions = cut if subset is None else rows(subset, cut)
             with user_code(
-                f"{len(positions)} examples of split {self.name!r}, from {int(positions[0])} to {int(positions[-1])}, cannot be "
+                f"{len(positions)} examples of split {self.name!r}, from {int(positions[0])} to "
+                f"{int(positions[-1])}, cannot be "
                 "made into a batch",
-                ". Give a map-style Dataset of tensors, numbers, or tuples and dicts of them; for other examples "
+                ". Give a map-style Dataset of tensors, numbers, or tuples and dicts of them; for "
+                "other examples "
                 "DataLoader(dataset, collate_fn=...) with the collate_fn of your training.",
             ):
                 batch = self.read(positions)
@@ -167,7 +186,9 @@ class Stream:
     passes: dict[int, list[bytes]] = field(default_factory=dict)
 
     def batches(self, cuts: Iterable[Positions], subset: Tensor | None) -> Iterator[Any]:
-        """Yield one batch for each range of positions, ascending; a subset is read in the order of the data."""
+        """Yield one batch for each range of positions, ascending; a subset is read in the order of
+        the data.
+        """
         with user_code(f"split {self.name!r} cannot be read"):
             items = iter(self.data)
         if subset is not None:
@@ -201,20 +222,29 @@ class Stream:
 
 def _unsteady(name: str, what: str) -> InputError:
     return InputError(
-        f"split {name!r} gives {what} when it is read again. Seed the generator in __iter__, so that every pass gives the same "
+        f"split {name!r} gives {what} when it is read again. Seed the generator in __iter__, so "
+        f"that every pass gives the same "
         "examples in the same order, and leave random augmentation out."
     )
 
 
 def open_source(name: str, data: Any) -> Indexed | Stream:
-    """Return a reader of the examples, by the kind of the data; refuse containers that may as well be columns as examples."""
+    """Return a reader of the examples, by the kind of the data; refuse containers that may as well
+    be columns as examples.
+    """
     if isinstance(data, Draws):
         return _drawn(name, data)
     if isinstance(data, DataLoader):
         _check_loader(name, data)
         served = _iterated if isinstance(data.dataset, IterableDataset) else _items
         return served(name, data.dataset, data.collate_fn)
-    inside = list(data.values()) if isinstance(data, Mapping) else data if isinstance(data, tuple | list) else []
+    inside = (
+        list(data.values())
+        if isinstance(data, Mapping)
+        else data
+        if isinstance(data, tuple | list)
+        else []
+    )
     columns = isinstance(data, Mapping | tuple) or any(isinstance(part, Tensor) for part in inside)
     if (
         columns
@@ -223,17 +253,28 @@ def open_source(name: str, data: Any) -> Indexed | Stream:
         and all(isinstance(part, Tensor) and part.dim() for part in inside)
     ):
         return _columns(name, data, sorted({len(part) for part in inside}))
-    hugging_face = type(data).__module__.partition(".")[0] == "datasets" and hasattr(data, "with_format")
+    hugging_face = type(data).__module__.partition(".")[0] == "datasets" and hasattr(
+        data, "with_format"
+    )
     once = isinstance(data, Iterator)
     if not (columns or once or isinstance(data, str | Set | type)):
-        if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, IterableDataset):
+        if (
+            hasattr(data, "__getitem__")
+            and hasattr(data, "__len__")
+            and not isinstance(data, IterableDataset)
+        ):
             return _table(name, data) if hugging_face else _items(name, data, default_collate)
         if hasattr(data, "__iter__"):
-            return _iterated(name, data.with_format("torch") if hugging_face else data, default_collate)
+            return _iterated(
+                name, data.with_format("torch") if hugging_face else data, default_collate
+            )
     kinds = f" of {', '.join(sorted({type(part).__name__ for part in inside}))}" if inside else ""
     raise InputError(
-        f"split {name!r} is a {type(data).__name__}{kinds}{', which can be read only once' if once else ''}. Give (inputs, "
-        "targets) tensors, a dict of tensors, a map-style Dataset with __len__ and __getitem__, a DataLoader, or an iterable "
+        f"split {name!r} is a "
+        f"{type(data).__name__}{kinds}{', which can be read only once' if once else ''}. Give "
+        f"(inputs, "
+        "targets) tensors, a dict of tensors, a map-style Dataset with __len__ and __getitem__, a "
+        "DataLoader, or an iterable "
         "that can be read again."
     )
 
@@ -241,14 +282,21 @@ def open_source(name: str, data: Any) -> Indexed | Stream:
 def _columns(name: str, data: object, lengths: list[int]) -> Indexed:
     if len(lengths) != 1:
         raise InputError(
-            f"split {name!r} has tensors of different lengths: {lengths}. Give one entry per example: one target per input."
+            f"split {name!r} has tensors of different lengths: {lengths}. Give one entry per "
+            f"example: one target per input."
         )
     plain = dict(data) if isinstance(data, Mapping) else data
-    return Indexed(name, lengths[0], lambda positions: change_tensors(plain, lambda column: rows(column, positions)))
+    return Indexed(
+        name,
+        lengths[0],
+        lambda positions: change_tensors(plain, lambda column: rows(column, positions)),
+    )
 
 
 def _items(name: str, data: Any, collate: Collate) -> Indexed:
-    """Return a map-style data set, read as a DataLoader reads it: at once where it has `__getitems__`, else one by one."""
+    """Return a map-style data set, read as a DataLoader reads it: at once where it has
+    `__getitems__`, else one by one.
+    """
 
     def read(positions: Positions) -> object:
         indices = list(positions) if isinstance(positions, range) else positions.tolist()
@@ -273,16 +321,27 @@ def _drawn(name: str, data: Draws) -> Indexed:
 
 
 def _table(name: str, data: Any) -> Indexed:
-    """Return a Hugging Face data set, read as columns, in its own format where that gives arrays."""
-    table = data if data.format["type"] in ("torch", "numpy", "custom") else data.with_format("torch")
+    """Return a Hugging Face data set, read as columns, in its own format where that gives
+    arrays.
+    """
+    table = (
+        data if data.format["type"] in ("torch", "numpy", "custom") else data.with_format("torch")
+    )
 
     def read(positions: Positions) -> object:
-        inside = slice(positions.start, positions.stop) if isinstance(positions, range) else positions.tolist()
+        inside = (
+            slice(positions.start, positions.stop)
+            if isinstance(positions, range)
+            else positions.tolist()
+        )
         batch = default_convert(table[inside])  # type: ignore[no-untyped-call]
         for column, values in batch.items():
-            if any(isinstance(value, Tensor | np.ndarray) for value in values) and not isinstance(values, Tensor):
+            if any(isinstance(value, Tensor | np.ndarray) for value in values) and not isinstance(
+                values, Tensor
+            ):
                 raise InputError(
-                    f"column {column!r} of split {name!r} has examples of different shapes. Pad them, or give "
+                    f"column {column!r} of split {name!r} has examples of different shapes. Pad "
+                    f"them, or give "
                     "DataLoader(dataset, collate_fn=...) with the collate_fn of your training."
                 )
         return batch
@@ -295,23 +354,30 @@ def _check_loader(name: str, loader: DataLoader[Any]) -> None:
     batching = loader.batch_sampler
     if batching is None:
         raise InputError(
-            f"split {name!r} is a DataLoader with batch_size=None, whose examples may be batches already. Give one with a batch "
+            f"split {name!r} is a DataLoader with batch_size=None, whose examples may be batches "
+            f"already. Give one with a batch "
             "size (any), over single examples."
         )
     sampler: Any = batching.sampler if type(batching) is BatchSampler else batching
     if isinstance(loader.dataset, IterableDataset):
         return
-    every = type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and not sampler.replacement)
+    every = type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler and not sampler.replacement
+    )
     if not every or len(sampler) != len(loader.dataset):  # type: ignore[arg-type]
         raise InputError(
-            f"split {name!r} is a DataLoader whose {type(sampler).__name__} selects or weighs examples; a loss is a mean over "
-            "every example once. Give DataLoader(dataset, collate_fn=...) without a sampler; where some examples are meant, over "
+            f"split {name!r} is a DataLoader whose {type(sampler).__name__} selects or weighs "
+            f"examples; a loss is a mean over "
+            "every example once. Give DataLoader(dataset, collate_fn=...) without a sampler; where "
+            "some examples are meant, over "
             "torch.utils.data.Subset(dataset, indices)."
         )
 
 
 def _iterated(name: str, data: Any, collate: Collate) -> Indexed | Stream:
-    """Read iterable data through once; return its items from host memory where they fit, else read them anew at every pass."""
+    """Read iterable data through once; return its items from host memory where they fit, else read
+    them anew at every pass.
+    """
     head, items, room, total = list[Any](), list[Any](), room_on(_CPU), 0
     with user_code(f"split {name!r} cannot be read"):
         for item in data:
@@ -324,6 +390,10 @@ def _iterated(name: str, data: Any, collate: Collate) -> Indexed | Stream:
             else:
                 items.clear()
         again = list(itertools.islice(data, len(head)))
-        if len(again) < len(head) or (head and digest_of(collate(head)) != digest_of(collate(again))):
+        if len(again) < len(head) or (
+            head and digest_of(collate(head)) != digest_of(collate(again))
+        ):
             raise _unsteady(name, "other examples")
-    return _items(name, items, collate) if len(items) == total else Stream(name, total, data, collate)
+    return (
+        _items(name, items, collate) if len(items) == total else Stream(name, total, data, collate)
+    )

@@ -17,10 +17,12 @@ Numbers = np.float64 | np.ndarray  # float64 of shape () or (groups,)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A loss at one point and its gradient there, both float64; no gradient after a forward pass alone.
+    """A loss at one point and its gradient there, both float64; no gradient after a forward pass
+    alone.
 
-    `loss` and `weight` (the sum of the elements' weights) have shape () or (groups,), a tensor's gradient its own shape or
-    (groups, *shape). `untouched` names the tensors the loss did not reach; their gradient is zero.
+    `loss` and `weight` (the sum of the elements' weights) have shape () or (groups,), a tensor's
+    gradient its own shape or (groups, *shape). `untouched` names the tensors the loss did not
+    reach; their gradient is zero.
     """
 
     loss: Numbers
@@ -30,14 +32,19 @@ class Evaluation:
 
 
 class Sums:
-    """Σ values, Σ weights and Σ gradients of one source of values, float64: of each of some groups, over everything, or both.
+    """Σ values, Σ weights and Σ gradients of one source of values, float64: of each of some groups,
+    over everything, or both.
 
-    A loss without groups is added up group by group too, in the order of the batches, whether or not the sums of the groups are
-    asked for.
+    A loss without groups is added up group by group too, in the order of the batches, whether or
+    not the sums of the groups are asked for.
     """
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], device: torch.device, groups: range | None, plain: bool
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        device: torch.device,
+        groups: range | None,
+        plain: bool,
     ) -> None:
         self.shapes, self.groups, self._plain, self._device = shapes, groups, plain, device
         if groups is not None:
@@ -47,7 +54,8 @@ class Sums:
         self._group: int | None = None
         self._part: dict[str, Tensor] = {}
         self._part_totals = self._whole_totals
-        self._empty: dict[int, set[str]] = {}  # of each group, the tensors nothing was added to yet: theirs is copied
+        # of each group, the tensors nothing was added to yet: theirs is copied
+        self._empty: dict[int, set[str]] = {}
         self._part_empty: set[str] = set()
         self._reached: set[str] = set()
         self._found: dict[bool, Evaluation] = {}
@@ -63,7 +71,9 @@ class Sums:
         """Add to the sums of this group from now on."""
         if group == self._group:
             return
-        assert not (self._plain and group in self._empty), "what is added up group by group takes each group once"
+        assert not (self._plain and group in self._empty), (
+            "what is added up group by group takes each group once"
+        )
         self._close()
         self._group = group
         self._part_empty = self._empty.setdefault(group, set(self.shapes))
@@ -82,7 +92,8 @@ class Sums:
                 self._whole[name] += tensor
         else:
             self._whole = {
-                name: tensor if self.groups is None else tensor.clone() for name, tensor in self._part.items()
+                name: tensor if self.groups is None else tensor.clone()
+                for name, tensor in self._part.items()
             }
         self._whole_totals = self._whole_totals + self._part_totals
 
@@ -96,9 +107,8 @@ class Sums:
         for name, part in self._part.items():
             tensor = tensors[name]
             if tensor.grad is not None:
-                gradient = (
-                    tensor.grad.to_dense() if tensor.grad.is_sparse else tensor.grad
-                )  # of nn.Embedding(sparse=True)
+                # of nn.Embedding(sparse=True)
+                gradient = tensor.grad.to_dense() if tensor.grad.is_sparse else tensor.grad
                 if name in self._part_empty:
                     part.copy_(gradient)
                     self._part_empty.remove(name)
@@ -120,9 +130,14 @@ class Sums:
             if not bool((weights > 0).all()):
                 empty = int((weights > 0).int().argmin())
                 first = self.groups.start if self.groups else 0
-                place = f"group {order.labels[first + empty]!r} of {where}" if grouped and order else where
+                place = (
+                    f"group {order.labels[first + empty]!r} of {where}"
+                    if grouped and order
+                    else where
+                )
                 raise InputError(
-                    f"the weights of {place} sum to {float(weights.reshape(-1)[empty])}. Give at least one element a weight."
+                    f"the weights of {place} sum to {float(weights.reshape(-1)[empty])}. Give at "
+                    f"least one element a weight."
                 )
             gradient = self._rows if grouped else self._whole
             for name, sum_ in gradient.items():

@@ -1,6 +1,8 @@
-"""From a finding to a figure: one file per finding, of the same name. Nothing here computes, shows or saves.
+"""From a finding to a figure: one file per finding, of the same name. Nothing here computes, shows
+or saves.
 
-Plots of one panel take and return `Axes`; plots of several take and return a `Figure`. Without one they make a pyplot figure.
+Plots of one panel take and return `Axes`; plots of several take and return a `Figure`. Without one
+they make a pyplot figure.
 """
 
 from .candidates import candidates

@@ -34,9 +34,11 @@ _LETTERS = 18  # of a name: two panels share the width
 
 
 def candidates(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
-    """Draw the sums of layers, the parameters of each tensor that never helped or never did anything, and the worst units and parameters.
+    """Draw the sums of layers, the parameters of each tensor that never helped or never did
+    anything, and the worst units and parameters.
 
-    Of many layers and tensors the 15 largest in size are shown; a panel that would be empty is left out.
+    Of many layers and tensors the 15 largest in size are shown; a panel that would be empty is left
+    out.
 
     Args:
         found: of `findings.candidates`.
@@ -56,30 +58,58 @@ def candidates(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
         ("unit", _units),
         ("parameter", _parameters),
     ]
-    panels = [(dim, draw) for dim, draw in panels if found.sizes.get(dim, 0) and (dim != "tensor" or _idle(found))]
-    sizes = [min(found.sizes[dim], 40 if dim in ("unit", "parameter") else _MOST + 1) for dim, _ in panels]
-    tall = [max(sizes[position : position + 2]) * 0.16 + 0.6 for position in range(0, len(sizes), 2)]
+    panels = [
+        (dim, draw)
+        for dim, draw in panels
+        if found.sizes.get(dim, 0) and (dim != "tensor" or _idle(found))
+    ]
+    sizes = [
+        min(found.sizes[dim], 40 if dim in ("unit", "parameter") else _MOST + 1)
+        for dim, _ in panels
+    ]
+    tall = [
+        max(sizes[position : position + 2]) * 0.16 + 0.6 for position in range(0, len(sizes), 2)
+    ]
     figure = fresh_figure(figure, 7.2, sum(tall) + 0.2)
     grid = figure.add_gridspec(len(tall), 2, height_ratios=tall)
     for position, (_, draw) in enumerate(panels):
         alone = position % 2 == 0 and position == len(panels) - 1
-        draw(figure.add_subplot(grid[position // 2, :] if alone else grid[position // 2, position % 2]), found)
-    active = "" if _idle(found) or not found.sizes.get("tensor") else "Every parameter helped on some segment."
+        draw(
+            figure.add_subplot(
+                grid[position // 2, :] if alone else grid[position // 2, position % 2]
+            ),
+            found,
+        )
+    active = (
+        ""
+        if _idle(found) or not found.sizes.get("tensor")
+        else "Every parameter helped on some segment."
+    )
     note(figure, found, active)
     return figure
 
 
 def _idle(finding: xr.Dataset) -> bool:
     """Tell whether some parameter never helped, or some unit is dead."""
-    return any(bool((finding[name] > 0).any()) for name in ("never_helped", "silent", "dead_units") if name in finding)
+    return any(
+        bool((finding[name] > 0).any())
+        for name in ("never_helped", "silent", "dead_units")
+        if name in finding
+    )
 
 
 def _largest(ax: Axes, finding: xr.Dataset, dim: str, sizes: np.ndarray[Any, Any]) -> xr.Dataset:
-    """Return the `_MOST` largest in size along `dim`, in their old order, and write below the axis how many more there are."""
+    """Return the `_MOST` largest in size along `dim`, in their old order, and write below the axis
+    how many more there are.
+    """
     order = np.argsort(-np.nan_to_num(np.abs(sizes)), kind="stable")
     rest = order[_MOST:]
     if len(rest):
-        above = f", each {float(np.nanmax(np.abs(sizes[rest]))):.2g} at most" if np.any(sizes[rest]) else " of zero"
+        above = (
+            f", each {float(np.nanmax(np.abs(sizes[rest]))):.2g} at most"
+            if np.any(sizes[rest])
+            else " of zero"
+        )
         place: dict[str, Any] = {
             "xycoords": "axes fraction",
             "textcoords": "offset points",
@@ -103,8 +133,15 @@ def _room_for_more(ax: Axes, shown: int, whole: int) -> None:
         ax.set_ylim(shown + 0.6, -0.6)
 
 
-def _bars(ax: Axes, names: Sequence[str], values: np.ndarray[Any, Any], label: str, title: str) -> None:
-    ax.barh(range(len(names)), values, height=0.72, color=[HELPING if value < 0 else HURTING for value in values])
+def _bars(
+    ax: Axes, names: Sequence[str], values: np.ndarray[Any, Any], label: str, title: str
+) -> None:
+    ax.barh(
+        range(len(names)),
+        values,
+        height=0.72,
+        color=[HELPING if value < 0 else HURTING for value in values],
+    )
     zero_line(ax, vertical=True)
     tidy(ax, x=label, title=title)
     rows_of_names(ax, names, most=40, letters=_LETTERS)
@@ -121,7 +158,16 @@ def _layers(ax: Axes, finding: xr.Dataset) -> None:
         low, high = ax.get_xlim()
         ax.set_xlim(low, high + 0.22 * (high - low))  # for the words behind the bars
     for position in np.flatnonzero(finding["freeze"].values).tolist():
-        word(ax, values[position], position, " freeze?", HURTING, SMALL - 1, va="center", transform=ax.transData)
+        word(
+            ax,
+            values[position],
+            position,
+            " freeze?",
+            HURTING,
+            SMALL - 1,
+            va="center",
+            transform=ax.transData,
+        )
 
 
 def _tensors(ax: Axes, finding: xr.Dataset) -> None:
@@ -131,7 +177,9 @@ def _tensors(ax: Axes, finding: xr.Dataset) -> None:
     )
     names = [str(name) for name in finding["tensor"].values]
     never, silent = finding["never_helped"].values, finding["silent"].values
-    ax.barh(range(len(names)), silent, height=0.72, color=MUTED, alpha=0.5, label="never did anything")
+    ax.barh(
+        range(len(names)), silent, height=0.72, color=MUTED, alpha=0.5, label="never did anything"
+    )
     ax.barh(range(len(names)), never, left=silent, height=0.72, color=HURTING, label="never helped")
     tidy(ax, x="parameters")
     rows_of_names(ax, names, most=40, letters=_LETTERS)
@@ -140,10 +188,16 @@ def _tensors(ax: Axes, finding: xr.Dataset) -> None:
     key(ax, "lower right", ncols=2, handlelength=1)
     ax.set_xlim(left=0)
     words = dict[str, str]()
-    for name, dead, units in zip(names, finding["dead_units"].values, finding["units"].values, strict=True):
-        words.setdefault(name.rpartition(".")[0], f" {int(dead):,} of {int(units):,} units dead" if dead else "")
+    for name, dead, units in zip(
+        names, finding["dead_units"].values, finding["units"].values, strict=True
+    ):
+        words.setdefault(
+            name.rpartition(".")[0], f" {int(dead):,} of {int(units):,} units dead" if dead else ""
+        )
     for module, text in words.items():
-        position = next(position for position, name in enumerate(names) if name.rpartition(".")[0] == module)
+        position = next(
+            position for position, name in enumerate(names) if name.rpartition(".")[0] == module
+        )
         word(
             ax,
             silent[position] + never[position],
@@ -158,17 +212,31 @@ def _tensors(ax: Axes, finding: xr.Dataset) -> None:
 
 def _units(ax: Axes, finding: xr.Dataset) -> None:
     names = [str(name) for name in finding["unit_name"].values]
-    _bars(ax, names, finding["unit_total"].values, "Σ allocation (units of loss)", "units that hurt most")
+    _bars(
+        ax,
+        names,
+        finding["unit_total"].values,
+        "Σ allocation (units of loss)",
+        "units that hurt most",
+    )
     ax.set_yticks(range(len(names)), parameter_labels(names, _letters(ax)))
 
 
 def _letters(ax: Axes) -> int:
-    """Return how many letters of a parameter's name stand beside a panel: more where it has the width to itself."""
+    """Return how many letters of a parameter's name stand beside a panel: more where it has the
+    width to itself.
+    """
     place = ax.get_subplotspec()
     return 40 if place is not None and len(place.colspan) == 2 else 26
 
 
 def _parameters(ax: Axes, finding: xr.Dataset) -> None:
     names = [str(name) for name in finding["parameter_name"].values]
-    _bars(ax, names, finding["parameter_allocated"].values, "Σ allocation (units of loss)", "parameters that hurt most")
+    _bars(
+        ax,
+        names,
+        finding["parameter_allocated"].values,
+        "Σ allocation (units of loss)",
+        "parameters that hurt most",
+    )
     ax.set_yticks(range(len(names)), parameter_labels(names, _letters(ax)))

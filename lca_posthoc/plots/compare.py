@@ -34,15 +34,18 @@ _LEVEL = 0.05
 
 
 def compare(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) -> Axes:
-    """Draw each layer's mean sum with its confidence interval, one marker and colour per label, single runs as faint dots.
+    """Draw each layer's mean sum with its confidence interval, one marker and colour per label,
+    single runs as faint dots.
 
-    A filled marker differs from zero at 5 % after Holm's correction; a hollow one does not, or its label has a single run. The
-    foot says in what the runs differ and which of them belong to one training.
+    A filled marker differs from zero at 5 % after Holm's correction; a hollow one does not, or its
+    label has a single run. The foot says in what the runs differ and which of them belong to one
+    training.
 
     Args:
         found: of `findings.compare`.
         ax: where to draw; default a new figure.
-        top: how many layers to draw, those with the largest means; the others are counted at the foot.
+        top: how many layers to draw, those with the largest means; the others are counted at the
+            foot.
 
     Returns:
         The axes.
@@ -65,7 +68,13 @@ def compare(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) -> Axes
         if "total" in one:
             totals = one["total"].transpose("layer", "run").values
             ax.plot(
-                totals.ravel(), np.repeat(rows, totals.shape[1]), ".", color=hue, alpha=0.35, markersize=3, zorder=1
+                totals.ravel(),
+                np.repeat(rows, totals.shape[1]),
+                ".",
+                color=hue,
+                alpha=0.35,
+                markersize=3,
+                zorder=1,
             )
         ax.hlines(rows, one["low"].values, one["high"].values, color=hue, linewidth=1.2, zorder=2)
         sure = one["p_holm"].values < _LEVEL
@@ -89,6 +98,13 @@ def compare(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) -> Axes
     helped_hurt(ax)
     several = bool((found["runs"].values > 1).any())
     title = f"filled: p < {_LEVEL} (Holm)" if several else None
-    key(ax, "center left", bbox_to_anchor=(1, 0.5), title=title, title_fontsize=SMALL - 1, alignment="left")
+    key(
+        ax,
+        "center left",
+        bbox_to_anchor=(1, 0.5),
+        title=title,
+        title_fontsize=SMALL - 1,
+        alignment="left",
+    )
     note(ax.figure, found, rest, *str(found.attrs.get("notes", "")).split("\n"))
     return ax

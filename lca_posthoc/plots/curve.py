@@ -34,10 +34,11 @@ _MOST = 28  # groups that colours and dashes tell apart
 
 
 def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
-    """Draw the true loss, dark, over a light band: the loss at the start plus Σ allocation. What lies between them is the residual.
+    """Draw the true loss, dark, over a light band: the loss at the start plus Σ allocation. What
+    lies between them is the residual.
 
-    With groups, one colour each. Without, a small inset shows the cumulative residual on its own scale, and ticks at the
-    foot mark segments that stayed above the tolerance.
+    With groups, one colour each. Without, a small inset shows the cumulative residual on its own
+    scale, and ticks at the foot mark segments that stayed above the tolerance.
 
     Args:
         found: of `findings.curve`.
@@ -52,13 +53,17 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     expect(found, "curve")
     if found.sizes.get("group", 1) > _MOST:
         raise InputError(
-            f"loss {found.attrs.get('loss')!r} has {found.sizes['group']} groups, and a plot shows at most {_MOST}: "
+            f"loss {found.attrs.get('loss')!r} has {found.sizes['group']} groups, and a plot shows "
+            f"at most {_MOST}: "
             f"pick some: found.sel(group=[…]) or --group."
         )
     ax = fresh_axes(ax, 4.4, 2.7)
     if "group" in found.dims:
         labels = found["group"].values
-        hues, styles = palette(len(labels)), [dashes(position, len(labels)) for position in range(len(labels))]
+        hues, styles = (
+            palette(len(labels)),
+            [dashes(position, len(labels)) for position in range(len(labels))],
+        )
         for label, hue, style in zip(labels, hues, styles, strict=True):
             _lines(ax, found.sel(group=label), hue, style)
         ax.plot([], [], color=FAINT, linewidth=4, label="start + Σ allocation")
@@ -77,9 +82,21 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     key(ax, "lower right", ncols=2)
     bad = found["step_end"].values[~found["converged"].values.astype(bool)]
     if len(bad):
-        ax.plot(bad, np.zeros(len(bad)), "|", color=HURTING, markersize=5, transform=ax.get_xaxis_transform())
+        ax.plot(
+            bad,
+            np.zeros(len(bad)),
+            "|",
+            color=HURTING,
+            markersize=5,
+            transform=ax.get_xaxis_transform(),
+        )
         faults = f"{count(len(bad), 'segment')} above the tolerance"
-        place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
+        place: dict[str, Any] = {
+            "xycoords": "axes fraction",
+            "textcoords": "offset points",
+            "ha": "right",
+            "va": "top",
+        }
         ax.set_xlabel(ax.get_xlabel(), loc="left")
         ax.annotate(faults, (1, 0), (0, -16), fontsize=SMALL - 0.5, color=HURTING, **place)
     _residual(ax, found)
@@ -88,7 +105,9 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 
 
 def _lines(ax: Axes, finding: xr.Dataset, hue: str, style: LineStyleType) -> None:
-    """Draw start plus Σ allocation, wide and pale, and on it the loss, thin and dark; each stretch begins at its own first loss."""
+    """Draw start plus Σ allocation, wide and pale, and on it the loss, thin and dark; each stretch
+    begins at its own first loss.
+    """
     alone = hue == INK  # else several are told apart by colours
     pale: dict[str, Any] = {
         "color": FAINT if alone else hue,
@@ -97,7 +116,9 @@ def _lines(ax: Axes, finding: xr.Dataset, hue: str, style: LineStyleType) -> Non
     }
     start = finding["loss_start"].values
     band, line = (over_gaps(finding, finding[name].values, start) for name in ("predicted", "loss"))
-    legend = {"band": "start + Σ allocation", "line": "loss"} if alone else {"band": None, "line": None}
+    legend = (
+        {"band": "start + Σ allocation", "line": "loss"} if alone else {"band": None, "line": None}
+    )
     ax.plot(*band, solid_capstyle="round", zorder=2, label=legend["band"], **pale)
     ax.plot(*line, color=hue, linewidth=1, linestyle=style, zorder=3, label=legend["line"])
 
@@ -109,7 +130,9 @@ def _residual(ax: Axes, finding: xr.Dataset) -> None:
     inset.axhline(0, color=MUTED, linewidth=0.5)
     inset.plot(x, y, color=MUTED, linewidth=0.9)
     tidy(inset, title="")
-    inset.set_title("residual so far (units of loss)", fontsize=SMALL - 1, color=MUTED, loc="right", pad=3)
+    inset.set_title(
+        "residual so far (units of loss)", fontsize=SMALL - 1, color=MUTED, loc="right", pad=3
+    )
     inset.tick_params(labelsize=SMALL - 1.5, length=1.5, labelbottom=False)
     powers(inset, "y", most=3)
     inset.yaxis.get_offset_text().set_fontsize(SMALL - 1.5)

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 
 def distribution(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
-    """Draw the sizes of helping and of hurting allocations over each other, their density with its fit, and how unequal they are.
+    """Draw the sizes of helping and of hurting allocations over each other, their density with its
+    fit, and how unequal they are.
 
-    Left: parameters × segments per decade of |A|. Middle: densities of both signs, with the double Weibull distribution fitted
-    to a sample and the normal distribution of the same spread. Right: the share of Σ|A| of the top 1 % and the Gini
-    coefficient, with what the bins leave open.
+    Left: parameters × segments per decade of |A|. Middle: densities of both signs, with the double
+    Weibull distribution fitted to a sample and the normal distribution of the same spread. Right:
+    the share of Σ|A| of the top 1 % and the Gini coefficient, with what the bins leave open.
 
     Args:
         found: of `findings.distribution`.
@@ -62,9 +63,13 @@ def distribution(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
 
 
 def _edges(side: xr.Dataset) -> np.ndarray[Any, Any]:
-    """Return the edges of |A|, rising; the innermost one, zero, is replaced by one that a logarithmic axis can show."""
+    """Return the edges of |A|, rising; the innermost one, zero, is replaced by one that a
+    logarithmic axis can show.
+    """
     ends = np.sort(np.abs(np.append(side["lower"].values, side["upper"].values[-1:])))
-    edges: np.ndarray[Any, Any] = np.maximum(ends, ends[ends > 0].min() / 2 if (ends > 0).any() else 1e-45)
+    edges: np.ndarray[Any, Any] = np.maximum(
+        ends, ends[ends > 0].min() / 2 if (ends > 0).any() else 1e-45
+    )
     return edges
 
 
@@ -77,7 +82,9 @@ def _sizes(ax: Axes, side: xr.Dataset, colour: str) -> None:
     if side.sizes["bin"]:
         edges = _edges(side)
         ax.stairs(_rising(side) / np.diff(np.log10(edges)), edges, color=colour, linewidth=1.2)
-        ax.stairs(_rising(side) / np.diff(np.log10(edges)), edges, color=colour, fill=True, alpha=0.1)
+        ax.stairs(
+            _rising(side) / np.diff(np.log10(edges)), edges, color=colour, fill=True, alpha=0.1
+        )
 
 
 def _density(ax: Axes, side: xr.Dataset, whole: float, colour: str) -> None:
@@ -85,13 +92,19 @@ def _density(ax: Axes, side: xr.Dataset, whole: float, colour: str) -> None:
         edges, count = _edges(side), _rising(side)
         with np.errstate(divide="ignore"):
             values = np.where(count > 0, count / np.diff(edges) / whole, np.nan)
-        ax.plot(np.sqrt(edges[:-1] * edges[1:]), values, ".", color=colour, markersize=2.5, alpha=0.8)
+        ax.plot(
+            np.sqrt(edges[:-1] * edges[1:]), values, ".", color=colour, markersize=2.5, alpha=0.8
+        )
 
 
 def _shares(ax: Axes, finding: xr.Dataset, whole: float) -> None:
     """Write the shares above the panel, where they cover no data, and mark the mean."""
     mean, zero = float(finding["mean"]), float(finding["zero"]) / whole if whole else 0.0
-    shares = {"helping": float(finding["helping"]), "hurting": float(finding["hurting"]), "exactly zero": zero}
+    shares = {
+        "helping": float(finding["helping"]),
+        "hurting": float(finding["hurting"]),
+        "exactly zero": zero,
+    }
     lines = [
         (f"{name} {100 * share:.1f} %", hue)
         for hue, (name, share) in zip((HELPING, HURTING, MUTED), shares.items(), strict=True)
@@ -101,12 +114,25 @@ def _shares(ax: Axes, finding: xr.Dataset, whole: float) -> None:
         ax.axvline(abs(mean), color=hue, linewidth=0.9, linestyle=(0, (3, 2)))
         lines.append(("- - mean " + f"{mean:.1e}".replace("-", "−"), hue))
     for line, (text, hue) in enumerate(lines):
-        where: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
-        ax.annotate(text, (0.57 * (line % 2), 1), (0, 13 - 10 * (line // 2)), color=hue, fontsize=SMALL, **where)
+        where: dict[str, Any] = {
+            "xycoords": "axes fraction",
+            "textcoords": "offset points",
+            "va": "bottom",
+        }
+        ax.annotate(
+            text,
+            (0.57 * (line % 2), 1),
+            (0, 13 - 10 * (line // 2)),
+            color=hue,
+            fontsize=SMALL,
+            **where,
+        )
 
 
 def _curves(ax: Axes, finding: xr.Dataset, whole: float) -> None:
-    """Draw the fit to allocations that are not zero, and the normal distribution of the same spread, inside the data's range."""
+    """Draw the fit to allocations that are not zero, and the normal distribution of the same
+    spread, inside the data's range.
+    """
     low, high = ax.get_ylim()
     data = [line.get_ydata() for line in ax.lines]
     values = np.concatenate(data) if data else np.array([np.nan])
@@ -117,14 +143,29 @@ def _curves(ax: Axes, finding: xr.Dataset, whole: float) -> None:
     spread = float(finding["standard_deviation"])
     if spread > 0:
         normal = np.exp(-((x / spread) ** 2) / 2) / (spread * np.sqrt(2 * np.pi))
-        ax.plot(x, np.where(normal >= low, normal, np.nan), ":", color=MUTED, linewidth=1.1, label="normal")
+        ax.plot(
+            x,
+            np.where(normal >= low, normal, np.nan),
+            ":",
+            color=MUTED,
+            linewidth=1.1,
+            label="normal",
+        )
         word(ax, 0.03, 0.05, "···  normal, same spread", MUTED)
     fitted = "weibull_shape" in finding and bool(np.isfinite(finding["weibull_shape"]))
     if fitted and "group" not in finding.coords:  # the sample is of all groups
         shape, scale = float(finding["weibull_shape"]), float(finding["weibull_scale"])
         moved = 1 - float(finding["zero"]) / whole
-        fit = moved * shape / (2 * scale) * (x / scale) ** (shape - 1) * np.exp(-((x / scale) ** shape))
-        ax.plot(x, np.where(fit >= low, fit, np.nan), color=INK, linewidth=1, label="double Weibull")
+        fit = (
+            moved
+            * shape
+            / (2 * scale)
+            * (x / scale) ** (shape - 1)
+            * np.exp(-((x / scale) ** shape))
+        )
+        ax.plot(
+            x, np.where(fit >= low, fit, np.nan), color=INK, linewidth=1, label="double Weibull"
+        )
         word(ax, 0.03, 0.14, f"—  double Weibull, shape {shape:.2f}")
     ax.set_ylim(low, high)
 
@@ -135,7 +176,9 @@ def _range(finding: xr.Dataset) -> tuple[float, float]:
 
 
 def _visible(finding: xr.Dataset) -> tuple[float, float]:
-    """Return the limits that hold all large elements and all but a thousandth of the rest; small ones span thirty decades."""
+    """Return the limits that hold all large elements and all but a thousandth of the rest; small
+    ones span thirty decades.
+    """
     inner = np.minimum(np.abs(finding["lower"].values), np.abs(finding["upper"].values))
     order = np.argsort(inner)
     below = np.cumsum(finding["count"].values[order]) / max(1, int(finding["count"].sum()))
@@ -145,7 +188,10 @@ def _visible(finding: xr.Dataset) -> tuple[float, float]:
 
 
 def _unequal(ax: Axes, finding: xr.Dataset) -> None:
-    rows = (("top_share", "share of Σ|A| carried\nby the top 1 %"), ("gini", "Gini coefficient of |A|"))
+    rows = (
+        ("top_share", "share of Σ|A| carried\nby the top 1 %"),
+        ("gini", "Gini coefficient of |A|"),
+    )
     for row, (name, text) in enumerate(rows):
         middle, low, high = (float(finding[f"{name}{end}"]) for end in ("", "_low", "_high"))
         word(ax, 0, row - 0.22, text, va="bottom", transform=ax.transData)

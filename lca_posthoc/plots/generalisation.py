@@ -9,7 +9,19 @@ import xarray as xr
 
 from ..colours import FAINT, INK, LAYERS
 from .layers import helped_hurt
-from .style import SMALL, expect, fresh_axes, key, labels, note, powers, rows_of_names, strongest, tidy, zero_line
+from .style import (
+    SMALL,
+    expect,
+    fresh_axes,
+    key,
+    labels,
+    note,
+    powers,
+    rows_of_names,
+    strongest,
+    tidy,
+    zero_line,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +35,8 @@ def generalisation(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) 
     Args:
         found: of `findings.generalisation`.
         ax: where to draw; default a new figure.
-        top: how many layers to draw, those with the largest sums for either loss; the others are counted at the foot.
+        top: how many layers to draw, those with the largest sums for either loss; the others are
+            counted at the foot.
 
     Returns:
         The axes.
@@ -39,7 +52,9 @@ def generalisation(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) 
     zero_line(ax, vertical=True)
     ax.hlines(rows, first, second, color=FAINT, linewidth=2.5, zorder=1)
     ax.plot(first, rows, "o", color=INK, markersize=4.5, label=names_of[0])
-    ax.plot(second, rows, "o", color=LAYERS[1], markersize=4.5, markeredgecolor=INK, label=names_of[1])
+    ax.plot(
+        second, rows, "o", color=LAYERS[1], markersize=4.5, markeredgecolor=INK, label=names_of[1]
+    )
     key(ax, ncols=2, handletextpad=0.1, borderaxespad=1.8)
     tidy(ax, x="Σ allocation over training (units of loss)")
     rows_of_names(ax, names)
@@ -57,4 +72,6 @@ def _quadrants(finding: xr.Dataset) -> str:
     counts = finding["parameters"].sum("tensor").values
     shares = zip(finding["quadrant"].values, 100 * counts / (counts.sum() or 1), strict=True)
     words = [f"{share:.1f} % {quadrant}" for quadrant, share in shares if share]
-    return "parameters: " + "\n".join(" · ".join(words[start : start + 2]) for start in range(0, len(words), 2))
+    return "parameters: " + "\n".join(
+        " · ".join(words[start : start + 2]) for start in range(0, len(words), 2)
+    )

@@ -37,10 +37,11 @@ if TYPE_CHECKING:
 
 
 def helping(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
-    """Draw the share of parameters that help on each segment, per tensor too, and the share of segments each parameter helps on.
+    """Draw the share of parameters that help on each segment, per tensor too, and the share of
+    segments each parameter helps on.
 
-    Below: parameters by how often they helped, against what chance alone would give; beside it the heroes and villains,
-    which helped most and least often. These two panels need a complete run.
+    Below: parameters by how often they helped, against what chance alone would give; beside it the
+    heroes and villains, which helped most and least often. These two panels need a complete run.
 
     Args:
         found: of `findings.helping`.
@@ -58,7 +59,9 @@ def helping(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     tensors = found.sizes["tensor"]
     middle = min(4.0, 0.5 + 0.14 * tensors)
     figure = fresh_figure(figure, 7.2, 1.9 + middle + (2.8 if whole else 0))
-    rows = figure.add_gridspec(3 if whole else 2, 2, height_ratios=[1.8, middle, 2.7][: 3 if whole else 2])
+    rows = figure.add_gridspec(
+        3 if whole else 2, 2, height_ratios=[1.8, middle, 2.7][: 3 if whole else 2]
+    )
     lowest = rows[2, :].subgridspec(1, 2, width_ratios=(1, 1.4)) if whole else None
     _over_time(figure.add_subplot(rows[0, :]), found)
     _tensors(figure.add_subplot(rows[1, :]), found)
@@ -79,7 +82,9 @@ def _over_time(ax: Axes, finding: xr.Dataset) -> None:
     ax.set_ylim(bottom=0)
     _whole_time(ax, finding)
     tidy(ax, x="training step", y="share of parameters", title=heading(finding))
-    ends = [float(finding[name][-max(1, finding.sizes["step"] // 20) :].mean()) for name, _ in shares]
+    ends = [
+        float(finding[name][-max(1, finding.sizes["step"] // 20) :].mean()) for name, _ in shares
+    ]
     end_labels(ax, ends, [name for name, _ in shares], [colour for _, colour in shares])
 
 
@@ -91,11 +96,12 @@ def _whole_time(ax: Axes, finding: xr.Dataset) -> None:
 def _tensors(ax: Axes, finding: xr.Dataset) -> None:
     """Draw shares above one half teal and below it vermilion, and what had no effect grey.
 
-    The scale is turned around, since a high share helps. A tensor that did not move, or on which the loss does not depend, neither
-    helps nor hurts.
+    The scale is turned around, since a high share helps. A tensor that did not move, or on which
+    the loss does not depend, neither helps nor hurts.
     """
     helping, hurting, moved = (
-        finding[f"tensor_{name}"].transpose("tensor", "step").values for name in ("helping", "hurting", "moved")
+        finding[f"tensor_{name}"].transpose("tensor", "step").values
+        for name in ("helping", "hurting", "moved")
     )
     still, idle = moved == 0, (moved != 0) & (helping + hurting == 0)
     values = np.where(still | idle, np.nan, helping)
@@ -107,11 +113,23 @@ def _tensors(ax: Axes, finding: xr.Dataset) -> None:
     rows_of_names(ax, [str(name) for name in finding["tensor"].values], most=28)
     ax.set_ylim(len(values) - 0.5, -0.5)
     _whole_time(ax, finding)
-    colour_bar(shown, ax, "share that helps", ends=("", ""), ticks=lambda away: f"{100 * (0.5 - away):.0f} %")
-    words = [word for word, cells in (("did not move", still), ("moved without effect", idle)) if cells.any()]
+    colour_bar(
+        shown,
+        ax,
+        "share that helps",
+        ends=("", ""),
+        ticks=lambda away: f"{100 * (0.5 - away):.0f} %",
+    )
+    words = [
+        word
+        for word, cells in (("did not move", still), ("moved without effect", idle))
+        if cells.any()
+    ]
     if words:
         x, cells = time_edges(finding, np.where(still | idle, 1.0, np.nan))
-        ax.pcolormesh(x, np.arange(len(cells) + 1) - 0.5, cells, cmap=ListedColormap([STILL]), rasterized=True)
+        ax.pcolormesh(
+            x, np.arange(len(cells) + 1) - 0.5, cells, cmap=ListedColormap([STILL]), rasterized=True
+        )
         key(ax, "lower right", handles=[Patch(facecolor=STILL, label=" or ".join(words))])
 
 
@@ -123,7 +141,11 @@ def _often(ax: Axes, finding: xr.Dataset) -> None:
     _percent(ax)
     word(ax, 0.02, 0.97, "parameters", va="top")
     probability = float(finding["probability"])
-    chance = "none has an effect" if np.isnan(probability) else f"- - by chance alone,\n{100 * probability:.1f} % each"
+    chance = (
+        "none has an effect"
+        if np.isnan(probability)
+        else f"- - by chance alone,\n{100 * probability:.1f} % each"
+    )
     word(ax, 0.02, 0.88, chance, MUTED, va="top")
     ax.set_ylim(top=1.3 * max(float(parameters.max()), float(expected.max()), 1))
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -147,7 +169,16 @@ def _names(ax: Axes, finding: xr.Dataset) -> None:
         names += [str(name) for name in finding[f"{side}_name"].values]
         for place, chance in zip(rows.tolist(), finding[f"{side}_p"].values, strict=True):
             p_text = f"p = {chance:.0e}".replace("-", "−") if chance < 0.05 else "p > 0.05"
-            word(ax, 1.02, place, p_text, MUTED, SMALL - 2, va="center", transform=ax.get_yaxis_transform())
+            word(
+                ax,
+                1.02,
+                place,
+                p_text,
+                MUTED,
+                SMALL - 2,
+                va="center",
+                transform=ax.get_yaxis_transform(),
+            )
     ax.axvline(float(finding["probability"]), color=MUTED, linewidth=0.6, linestyle=(0, (4, 2)))
     ax.set_yticks(range(len(names)), parameter_labels(names))
     ax.set_ylim(len(names) - 0.4, -0.6)

@@ -44,18 +44,24 @@ _WORDS = {
 }
 
 
-def layers(found: xr.Dataset, *, ax: Axes | None = None, quantity: str | None = None, top: int | None = None) -> Axes:
+def layers(
+    found: xr.Dataset,
+    *,
+    ax: Axes | None = None,
+    quantity: str | None = None,
+    top: int | None = None,
+) -> Axes:
     """Draw the sum of each layer as it grows over training, or in the end.
 
-    Of many layers those with the largest sums stand out: as lines with a colour and a name over the grey lines of the others, as
-    the rows that are drawn where the others are counted at the foot.
+    Of many layers those with the largest sums stand out: as lines with a colour and a name over the
+    grey lines of the others, as the rows that are drawn where the others are counted at the foot.
 
     Args:
         found: of `findings.layers`.
         ax: where to draw; default a new figure.
-        quantity: "cumulative" draws lines over training, "total" and "mean" (per parameter) bars, or with groups a picture of
-            layer × group.
-            Default: lines for at most ten layers without groups, else the total.
+        quantity: "cumulative" draws lines over training, "total" and "mean" (per parameter) bars,
+            or with groups a picture of layer × group. Default: lines for at most ten layers without
+            groups, else the total.
         top: how many layers stand out; default 10 as lines, 40 as rows.
 
     Returns:
@@ -70,14 +76,20 @@ def layers(found: xr.Dataset, *, ax: Axes | None = None, quantity: str | None = 
     if quantity is None:
         quantity = "cumulative" if not groups and len(names) <= _LINES else "total"
     if quantity not in _QUANTITIES:
-        raise InputError(f"quantity is one of {', '.join(map(repr, _QUANTITIES))}, got {quantity!r}.")
+        raise InputError(
+            f"quantity is one of {', '.join(map(repr, _QUANTITIES))}, got {quantity!r}."
+        )
     if groups and quantity == "cumulative":
-        raise InputError("lines over training are of one group: pick one: found.sel(group=…) or --group.")
+        raise InputError(
+            "lines over training are of one group: pick one: found.sel(group=…) or --group."
+        )
     label = f"{_WORDS[quantity]} (units of loss)"
     lines = quantity == "cumulative"
     sums = found["cumulative"].isel(step=-1) if lines else found[quantity]
     sizes = abs(sums).max("group").values if groups else sums.values
-    strong, rest = strongest(found, "layer", sizes, top if top is not None else _LINES if lines else _ROWS)
+    strong, rest = strongest(
+        found, "layer", sizes, top if top is not None else _LINES if lines else _ROWS
+    )
     if not lines:
         found, names = strong, [str(name) for name in strong["layer"].values]
     if groups:
@@ -96,7 +108,9 @@ def layers(found: xr.Dataset, *, ax: Axes | None = None, quantity: str | None = 
 
 
 def _lines(ax: Axes, finding: xr.Dataset, strong: xr.Dataset, label: str) -> None:
-    """Draw the strong layers in colours over the others in grey; names and sums stand at the ends of the coloured lines."""
+    """Draw the strong layers in colours over the others in grey; names and sums stand at the ends
+    of the coloured lines.
+    """
     zero_line(ax)
     names = [str(name) for name in strong["layer"].values]
     for one in (
@@ -131,12 +145,19 @@ def _lines(ax: Axes, finding: xr.Dataset, strong: xr.Dataset, label: str) -> Non
 
 
 def _line(finding: xr.Dataset, one: xr.Dataset) -> tuple[Any, Any]:
-    return over_gaps(finding, one["cumulative"].values, (one["cumulative"] - one["allocated"]).values)
+    return over_gaps(
+        finding, one["cumulative"].values, (one["cumulative"] - one["allocated"]).values
+    )
 
 
 def _bars(ax: Axes, finding: xr.Dataset, names: list[str], quantity: str, label: str) -> None:
     values = finding[quantity].values
-    ax.barh(range(len(names)), values, height=0.72, color=[HELPING if value < 0 else HURTING for value in values])
+    ax.barh(
+        range(len(names)),
+        values,
+        height=0.72,
+        color=[HELPING if value < 0 else HURTING for value in values],
+    )
     zero_line(ax, vertical=True)
     tidy(ax, x=label.replace(" (", "\n(") if quantity == "mean" else label, title=heading(finding))
     rows_of_names(ax, names)
@@ -157,16 +178,21 @@ def helped_hurt(ax: Axes) -> None:
 def _by_group(ax: Axes, finding: xr.Dataset, names: list[str], quantity: str, label: str) -> None:
     values = finding[quantity].transpose("layer", "group").values
     groups = [str(group) for group in finding["group"].values]
-    shown = ax.imshow(values, cmap=DIVERGE, norm=symmetric(scale=float(np.nanmax(np.abs(values)))), aspect="auto")
+    shown = ax.imshow(
+        values, cmap=DIVERGE, norm=symmetric(scale=float(np.nanmax(np.abs(values)))), aspect="auto"
+    )
     tidy(ax, x="group", title=heading(finding))
     every = -(-len(groups) // 20)
     words = labels(groups, 10)[::every]
     ax.set_xticks(range(0, len(groups), every), words)
-    column = ax.get_window_extent().width / ax.figure.dpi * 72 / len(groups) * every  # points, before the layout
+    # points, before the layout
+    column = ax.get_window_extent().width / ax.figure.dpi * 72 / len(groups) * every
     if max(map(len, words)) * 0.62 * SMALL > column:
         ax.tick_params(axis="x", labelrotation=90)
     rows_of_names(ax, names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.tick_params(axis="x", length=0, labelcolor=INK)
     ax.spines["bottom"].set_visible(False)
-    colour_bar(shown, ax, label.replace(" (", "\n(").replace(" over training", "").replace(" per", "\nper"))
+    colour_bar(
+        shown, ax, label.replace(" (", "\n(").replace(" over training", "").replace(" per", "\nper")
+    )

@@ -29,23 +29,27 @@ _PICTURES = 4.2  # all rows together, about
 _MANY = 8  # modules, not inches: more are drawn closer together
 _VECTOR = 0.16  # the width of a vector beside a kernel
 _TITLE, _GAP = 0.22, 0.12  # above a row, between modules
+# a frame is seen where a hundredth of its pixels have more than a tenth of the colours' scale
 _STRONGEST, _SEEN = (
     0.99,
     0.1,
-)  # a frame is seen where a hundredth of its pixels have more than a tenth of the colours' scale
+)
 _FOOT = 2.3  # the colour bar, the loss and a note
 
 
 def microscope(found: xr.Dataset, *, at: int | None = None, figure: Figure | None = None) -> Figure:
-    """Draw one moment of the film: a picture per tensor, pixels on one scale, and below them where in training it is.
+    """Draw one moment of the film: a picture per tensor, pixels on one scale, and below them where
+    in training it is.
 
-    Tensors of a module stand side by side, a bias as a narrow column beside its kernel; of many modules, those without a kernel,
-    such as normalisation, stand behind the kernel they follow. Very wide and very narrow pictures are stretched; a pixel is a
-    parameter, or the block of parameters that the title says.
+    Tensors of a module stand side by side, a bias as a narrow column beside its kernel; of many
+    modules, those without a kernel, such as normalisation, stand behind the kernel they follow.
+    Very wide and very narrow pictures are stretched; a pixel is a parameter, or the block of
+    parameters that the title says.
 
     Args:
         found: of `findings.microscope`.
-        at: which frame, counted from 0, or from the end if negative; default the last one whose colours can be seen.
+        at: which frame, counted from 0, or from the end if negative; default the last one whose
+            colours can be seen.
         figure: an empty one to draw in; default a new one.
 
     Returns:
@@ -58,20 +62,26 @@ def microscope(found: xr.Dataset, *, at: int | None = None, figure: Figure | Non
     frames = found.sizes["step"]
     at = _last_seen(found) if at is None else at
     if not -frames <= at < frames:
-        raise InputError(f"there are {frames} frames, from 0 to {frames - 1}; there is no frame {at}.")
+        raise InputError(
+            f"there are {frames} frames, from 0 to {frames - 1}; there is no frame {at}."
+        )
     stage = _Stage(found, figure)
     stage.show(at % frames)
     return stage.figure
 
 
 def _last_seen(finding: xr.Dataset) -> int:
-    """Return the last frame whose strongest pixels have a colour: where a schedule ends near 0, the last frames are all but blank.
+    """Return the last frame whose strongest pixels have a colour: where a schedule ends near 0, the
+    last frames are all but blank.
 
-    Where no frame has enough of them, it is the last that is not blank; where all are blank, the last of all.
+    Where no frame has enough of them, it is the last that is not blank; where all are blank, the
+    last of all.
     """
     scale, moved = float(finding.attrs["scale"]), -1
     for frame in reversed(range(finding.sizes["step"])):
-        sizes = np.concatenate([np.abs(variable.values[frame]).ravel() for variable in finding.data_vars.values()])
+        sizes = np.concatenate(
+            [np.abs(variable.values[frame]).ravel() for variable in finding.data_vars.values()]
+        )
         if float(np.quantile(sizes, _STRONGEST)) > _SEEN * scale:
             return frame
         if moved < 0 and sizes.any():
@@ -104,7 +114,8 @@ def film(found: xr.Dataset, path: str | Path, *, fps: int = 10) -> Path:
         raise InputError(f"a film shows at least one frame per second, got {fps}.")
     if path.suffix.lower() == ".mp4" and not FFMpegWriter.isAvailable():
         raise ResourceError(
-            f"{path}: an mp4 needs ffmpeg, which is not on PATH. Install it, or name a {path.stem}.gif."
+            f"{path}: an mp4 needs ffmpeg, which is not on PATH. Install it, or name a "
+            f"{path.stem}.gif."
         )
     stage = _Stage(found, Figure())
     stage.figure.set_size_inches(_WIDE, stage.high)
@@ -117,7 +128,9 @@ def film(found: xr.Dataset, path: str | Path, *, fps: int = 10) -> Path:
 
 
 class _Stage:
-    """A figure that is drawn once and then shows one frame after another; positions in it are in inches."""
+    """A figure that is drawn once and then shows one frame after another; positions in it are in
+    inches.
+    """
 
     def __init__(self, finding: xr.Dataset, figure: Figure | None) -> None:
         self.found = finding
@@ -142,10 +155,16 @@ class _Stage:
         note(self.figure, finding)
 
     def _axes(self, start: float, bottom: float, width: float, height: float) -> Axes:
-        return self.figure.add_axes((start / _WIDE, bottom / self.high, width / _WIDE, height / self.high))
+        return self.figure.add_axes(
+            (start / _WIDE, bottom / self.high, width / _WIDE, height / self.high)
+        )
 
-    def _row(self, row: list[list[str]], bottom: float, height: float, unit: float, norm: Normalize) -> None:
-        """Draw a row of modules, each as wide as its aspect times `unit`; in a module, vectors are narrow."""
+    def _row(
+        self, row: list[list[str]], bottom: float, height: float, unit: float, norm: Normalize
+    ) -> None:
+        """Draw a row of modules, each as wide as its aspect times `unit`; in a module, vectors are
+        narrow.
+        """
         start = _LEFT
         for module in row:
             room = unit * _aspect(self.found, module)
@@ -159,7 +178,9 @@ class _Stage:
                 ax = self._axes(place, bottom, width - (0.03 if name != module[-1] else 0), height)
                 self.images[name] = _picture(ax, self.found[name], norm)
                 if name == module[0]:
-                    ax.set_title(self.titles[name], fontsize=self.letter, pad=2, loc="left", color=INK)
+                    ax.set_title(
+                        self.titles[name], fontsize=self.letter, pad=2, loc="left", color=INK
+                    )
                 place += width
             start += room + _GAP
 
@@ -175,7 +196,9 @@ class _Stage:
 
 
 def _modules(finding: xr.Dataset) -> list[list[str]]:
-    """Return the tensors of each module, in the model's order; of many modules, join those without a kernel to the one before."""
+    """Return the tensors of each module, in the model's order; of many modules, join those without
+    a kernel to the one before.
+    """
     modules: dict[str, list[str]] = {}
     for name in map(str, finding.data_vars):
         modules.setdefault(name.rpartition(".")[0] or name, []).append(name)
@@ -196,8 +219,14 @@ def _extent(finding: xr.Dataset, name: str) -> tuple[int, int]:
 
 
 def _aspect(finding: xr.Dataset, module: Iterable[str]) -> float:
-    """Return width over height of a module's panel: that of its kernel, clipped so that no panel is a ribbon or a thread."""
-    ratios = [columns / rows for rows, columns in (_extent(finding, name) for name in module) if columns > 1]
+    """Return width over height of a module's panel: that of its kernel, clipped so that no panel is
+    a ribbon or a thread.
+    """
+    ratios = [
+        columns / rows
+        for rows, columns in (_extent(finding, name) for name in module)
+        if columns > 1
+    ]
     return float(np.clip(max(ratios, default=0.3), 0.3 if not ratios else 1.0, 4.0))
 
 
@@ -212,16 +241,23 @@ def _units(finding: xr.Dataset, rows: list[list[list[str]]]) -> list[float]:
     Modules share the width of the figure, but the last row is drawn no wider than the one above it.
     """
     units = [
-        (_WIDE - _LEFT - _RIGHT - _GAP * (len(row) - 1)) / sum(_aspect(finding, module) for module in row)
+        (_WIDE - _LEFT - _RIGHT - _GAP * (len(row) - 1))
+        / sum(_aspect(finding, module) for module in row)
         for row in rows
     ]
     return [*units[:-1], min(units[-2:])]
 
 
 def _rows(finding: xr.Dataset, modules: list[list[str]]) -> list[list[list[str]]]:
-    """Return the rows of modules, filled like lines of a paragraph, of the width that brings their heights nearest to `_PICTURES`."""
-    layouts = [_broken(finding, modules, width) for width in (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0)]
-    return min(layouts, key=lambda rows: abs(sum(_height(finding, row) for row in rows) - _PICTURES))
+    """Return the rows of modules, filled like lines of a paragraph, of the width that brings their
+    heights nearest to `_PICTURES`.
+    """
+    layouts = [
+        _broken(finding, modules, width) for width in (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0)
+    ]
+    return min(
+        layouts, key=lambda rows: abs(sum(_height(finding, row) for row in rows) - _PICTURES)
+    )
 
 
 def _broken(finding: xr.Dataset, modules: list[list[str]], width: float) -> list[list[list[str]]]:
@@ -244,8 +280,8 @@ def _picture(ax: Axes, variable: xr.DataArray, norm: Normalize) -> AxesImage:
 
 
 def _titles(finding: xr.Dataset, rows: list[list[list[str]]]) -> tuple[dict[str, str], float]:
-    """Return by the first tensor of each panel what stands above it, and the letters' size: its name and shape, or its module's name in
-    smaller letters where panels are narrow.
+    """Return by the first tensor of each panel what stands above it, and the letters' size: its
+    name and shape, or its module's name in smaller letters where panels are narrow.
     """
     first, widths = [module[0] for row in rows for module in row], list[float]()
     for row, unit in zip(rows, _units(finding, rows), strict=True):
@@ -254,12 +290,17 @@ def _titles(finding: xr.Dataset, rows: list[list[list[str]]]) -> tuple[dict[str,
     letters = [int(width / (0.62 * size)) for width in widths]
     whole = []
     for name in first:
-        shape = "×".join(str(extent) for extent in finding[name].attrs.get("shape", _extent(finding, name)))
+        shape = "×".join(
+            str(extent) for extent in finding[name].attrs.get("shape", _extent(finding, name))
+        )
         pool = [int(block) for block in finding[name].attrs.get("pool", (1, 1))]
-        whole.append(f"{name}  {shape}" + (f", {pool[0]}×{pool[1]} a pixel" if pool != [1, 1] else ""))
+        whole.append(
+            f"{name}  {shape}" + (f", {pool[0]}×{pool[1]} a pixel" if pool != [1, 1] else "")
+        )
     if any(len(text) > most for text, most in zip(whole, letters, strict=True)):
         size = SMALL - 1.5
-        letters = [int((width + 0.7 * _GAP * 72) / (0.62 * size)) for width in widths]  # they may stand over the gap
+        # they may stand over the gap
+        letters = [int((width + 0.7 * _GAP * 72) / (0.62 * size)) for width in widths]
         whole = fitting([name.rpartition(".")[0] or name for name in first], letters)
     return dict(zip(first, map(safe_in_figure, whole), strict=True)), size
 
@@ -267,7 +308,10 @@ def _titles(finding: xr.Dataset, rows: list[list[list[str]]]) -> tuple[dict[str,
 def _loss(ax: Axes, finding: xr.Dataset) -> tuple[Any, Any]:
     x = np.append(finding["step"].values[:1], finding["step_end"].values)
     ax.plot(
-        x, np.append(finding["step:loss_start"].values[:1], finding["step:loss_end"].values), color=INK, linewidth=1
+        x,
+        np.append(finding["step:loss_start"].values[:1], finding["step:loss_end"].values),
+        color=INK,
+        linewidth=1,
     )
     mark = ax.axvspan(x[0], x[1], color=HURTING, alpha=0.25, linewidth=0)
     (dot,) = ax.plot(x[:1], finding["step:loss_end"].values[:1], "o", color=HURTING, markersize=3.5)

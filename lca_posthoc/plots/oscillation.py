@@ -1,4 +1,6 @@
-"""Turns of weights, gradients and allocations: their mean intervals, and traces of single parameters."""
+"""Turns of weights, gradients and allocations: their mean intervals, and traces of single
+parameters.
+"""
 
 from __future__ import annotations
 
@@ -36,18 +38,22 @@ _TRACES = {"weight": "weight", "gradient": "gradient", "allocation": "allocation
 
 
 def oscillation(found: xr.Dataset, *, figure: Figure | None = None, top: int = 40) -> Figure:
-    """Draw the mean number of segments between two turns of each tensor's weights, gradients and allocations, and traces of single ones.
+    """Draw the mean number of segments between two turns of each tensor's weights, gradients and
+    allocations, and traces of single ones.
 
     Args:
-        found: of `findings.oscillation`; for a part of the training, `found.sel(step=slice(100, 200))`.
+        found: of `findings.oscillation`; for a part of the training, `found.sel(step=slice(100,
+            200))`.
         figure: an empty one to draw in; default a new one.
-        top: how many tensors to draw, those with most parameters; the others are counted at the foot.
+        top: how many tensors to draw, those with most parameters; the others are counted at the
+            foot.
 
     Returns:
         The figure.
 
     Raises:
-        InputError: where there are groups and none was picked, or neither turns nor traces are there.
+        InputError: where there are groups and none was picked, or neither turns nor traces are
+            there.
     """
     expect(found, "oscillation")
     refuse_groups(found)
@@ -83,7 +89,8 @@ def _intervals(ax: Axes, finding: xr.Dataset) -> None:
     names = ["all", *(str(name) for name in finding["tensor"].values)]
     for position, signal in enumerate(signals):
         every = np.append(
-            float(finding["overall_interval"].sel(signal=signal)), finding["interval"].sel(signal=signal).values
+            float(finding["overall_interval"].sel(signal=signal)),
+            finding["interval"].sel(signal=signal).values,
         )
         values = np.where(np.isfinite(every), every, np.nan)  # what never turns has no interval
         ax.plot(
@@ -104,7 +111,9 @@ def _intervals(ax: Axes, finding: xr.Dataset) -> None:
 
 
 def _titles(finding: xr.Dataset) -> list[str]:
-    """Return for each trace its tensor, cut in the middle where it is long, and below it the index and why it is drawn."""
+    """Return for each trace its tensor, cut in the middle where it is long, and below it the index
+    and why it is drawn.
+    """
     names = [str(name).partition("[") for name in finding["parameter"].values]
     tensors = labels([tensor for tensor, *_ in names], _LETTERS)
     return [
@@ -120,7 +129,9 @@ def _trace(ax: Axes, finding: xr.Dataset, name: str, *, last: bool, title: str) 
         ax.stairs(np.where(heights < 0, heights, 0), edges, color=HELPING, fill=True, linewidth=0.4)
         ax.stairs(np.where(heights > 0, heights, 0), edges, color=HURTING, fill=True, linewidth=0.4)
     else:
-        x, y = over_gaps(finding, finding[name].values, coordinate="step" if name == "weight" else "step_end")
+        x, y = over_gaps(
+            finding, finding[name].values, coordinate="step" if name == "weight" else "step_end"
+        )
         ax.plot(x, y, color=INK, linewidth=0.7)
     if name != "weight":
         zero_line(ax)

@@ -23,10 +23,11 @@ _NAMED = 10  # groups that are named in the order of their marks
 
 
 def peaks(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
-    """Draw the peak moments of each layer and group, and the number of alignments against what rotating the layers gives.
+    """Draw the peak moments of each layer and group, and the number of alignments against what
+    rotating the layers gives.
 
-    Rows are groups with the layers in colours; of one group, or where there are more than six layers, rows are layers. A dark
-    line marks a segment at which all layers peak for a group.
+    Rows are groups with the layers in colours; of one group, or where there are more than six
+    layers, rows are layers. A dark line marks a segment at which all layers peak for a group.
 
     Args:
         found: of `findings.peaks`.
@@ -49,7 +50,11 @@ def peaks(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     _null(null, found)
     order = labels(found["group"].values.tolist(), 14)
     more = f" and {groups - _NAMED} more" if groups > _NAMED else ""
-    rows = f"Within a row, from the top: {', '.join(order[:_NAMED])}{more}." if by_layer and groups > 1 else ""
+    rows = (
+        f"Within a row, from the top: {', '.join(order[:_NAMED])}{more}."
+        if by_layer and groups > 1
+        else ""
+    )
     note(figure, found, rows)
     return figure
 
@@ -65,7 +70,9 @@ def _by_group(ax: Axes, finding: xr.Dataset) -> None:
         for which in range(len(layers)):
             moments = steps[finding["peak"].isel(group=row, layer=which).values.astype(bool)]
             low = row - 0.38 + which * height
-            ax.vlines(moments, low, low + height * 0.9, color=colour(which), linewidth=1.3, zorder=2)
+            ax.vlines(
+                moments, low, low + height * 0.9, color=colour(which), linewidth=1.3, zorder=2
+            )
         if row:
             ax.axhline(row - 0.5, color=FAINT, linewidth=0.4)
     names = labels(layers)
@@ -82,7 +89,9 @@ def _by_group(ax: Axes, finding: xr.Dataset) -> None:
 def _columns(finding: xr.Dataset) -> int:
     """Return how many names of layers fit beside each other above the axes."""
     names = labels(finding["layer"].values.tolist())
-    return max(1, min(len(names) + 1, 70 // (max(len(name) for name in (*names, "all together")) + 4)))
+    return max(
+        1, min(len(names) + 1, 70 // (max(len(name) for name in (*names, "all together")) + 4))
+    )
 
 
 def _by_layer(ax: Axes, finding: xr.Dataset) -> None:
@@ -105,14 +114,22 @@ def _by_layer(ax: Axes, finding: xr.Dataset) -> None:
             ax.vlines(moments, low, low + height * 0.9, color=hue, linewidth=1.3, zorder=2)
     for row in range(1, len(layers)):
         ax.axhline(row - 0.5, color=FAINT, linewidth=0.4, zorder=0)
-    ax.plot([], [], color=LAYERS[0] if len(layers) > _COLOURS else MUTED, linewidth=2, label="peak moment")
+    ax.plot(
+        [],
+        [],
+        color=LAYERS[0] if len(layers) > _COLOURS else MUTED,
+        linewidth=2,
+        label="peak moment",
+    )
     if bool(finding["aligned"].any()):
         ax.plot([], [], color=INK, linewidth=1.1, label="all layers together")
     key(ax, ncols=2, handlelength=1)
 
 
 def _null(ax: Axes, finding: xr.Dataset) -> None:
-    """Draw the observed number of alignments over those under rotations of whole layers and within parts of the training."""
+    """Draw the observed number of alignments over those under rotations of whole layers and within
+    parts of the training.
+    """
     observed = float(finding["observed_total"])
     drawn = {name: finding[name].values for name in ("shift", "local") if name in finding}
     top = int(max(*(values.max(initial=0) for values in drawn.values()), observed)) + 1
@@ -125,13 +142,18 @@ def _null(ax: Axes, finding: xr.Dataset) -> None:
         ax.hist(values, bins=bins, **looks[name])
     tallest = ax.get_ylim()[1]
     ax.vlines(observed, 0, tallest, color=INK, linewidth=1.6)  # the words stand above it
-    lines = [(f"observed {observed:.0f}", INK), (f"rotated: p = {float(finding['p_shift']):.2g}", MUTED)]
+    lines = [
+        (f"observed {observed:.0f}", INK),
+        (f"rotated: p = {float(finding['p_shift']):.2g}", MUTED),
+    ]
     if "p_local" in finding:
         lines.append((f"rotated within parts: p = {float(finding['p_local']):.2g}", LAYERS[0]))
     lines.append((f"independent: p = {float(finding['p_independent']):.2g}", MUTED))
     usual = powerless(finding)
     if usual is not None:
-        count = int(finding["counted"].sum()) if "counted" in finding.coords else finding.sizes["layer"]
+        count = (
+            int(finding["counted"].sum()) if "counted" in finding.coords else finding.sizes["layer"]
+        )
         about = f"{usual:.2f}" if usual >= 0.01 else "less than 0.01"
         advice = (
             f"asking all {count} layers to",
@@ -149,8 +171,20 @@ def _null(ax: Axes, finding: xr.Dataset) -> None:
         "ha": "left" if right else "right",
     }
     for row, (line, hue) in enumerate(lines):
-        ax.annotate(line, (0.02 if right else 0.98, 1), (0, -2 - 10 * row), va="top", color=hue, fontsize=SMALL, **side)
-    tidy(ax, x=f"aligned {safe_in_figure(str(finding.attrs.get('signal', 'allocation')))} peaks", y="rotations")
+        ax.annotate(
+            line,
+            (0.02 if right else 0.98, 1),
+            (0, -2 - 10 * row),
+            va="top",
+            color=hue,
+            fontsize=SMALL,
+            **side,
+        )
+    tidy(
+        ax,
+        x=f"aligned {safe_in_figure(str(finding.attrs.get('signal', 'allocation')))} peaks",
+        y="rotations",
+    )
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

@@ -1,4 +1,5 @@
-"""Helpers of all plots: fresh axes, names made harmless, thin spines, labels at the ends of lines, one diverging scale.
+"""Helpers of all plots: fresh axes, names made harmless, thin spines, labels at the ends of lines,
+one diverging scale.
 
 Nothing here touches rcParams; pyplot is imported only to make a figure that nobody passed.
 """
@@ -28,16 +29,21 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 SMALL = 7.5  # points; figures are made at the size they are printed at
-DIVERGE = LinearSegmentedColormap.from_list("helping-hurting", DIVERGING, N=257).with_extremes(bad=FAINT)
+DIVERGE = LinearSegmentedColormap.from_list("helping-hurting", DIVERGING, N=257).with_extremes(
+    bad=FAINT
+)
 _MORE = 8  # letters a name may have more, so that it can be cut on one side alone
 _DASHES: tuple[LineStyleType, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
 
 
-# --- figures and axes ---------------------------------------------------------------------------------------------------
+# --- figures and axes
+# ---------------------------------------------------------------------------------------------------
 
 
 def fresh_axes(ax: Axes | None, width: float, height: float) -> Axes:
-    """Return `ax`, or the axes of a new pyplot figure, which notebooks show and `plt.show()` knows; sizes in inches."""
+    """Return `ax`, or the axes of a new pyplot figure, which notebooks show and `plt.show()` knows;
+    sizes in inches.
+    """
     if ax is not None:
         return ax
     import matplotlib.pyplot as plt
@@ -72,7 +78,9 @@ def tidy(ax: Axes, *, x: str = "", y: str = "", title: str = "", frame: bool = F
 
 
 def rows_of_names(ax: Axes, names: Sequence[str], *, most: int = 60, letters: int = 26) -> None:
-    """Name the rows of the y axis, the first at the top; of more than `most` rows, name every second, third, …"""
+    """Name the rows of the y axis, the first at the top; of more than `most` rows, name every
+    second, third, …
+    """
     every = -(-len(names) // most)
     shown = labels(names, letters)
     ax.set_yticks(range(0, len(names), every), shown[::every])
@@ -82,7 +90,8 @@ def rows_of_names(ax: Axes, names: Sequence[str], *, most: int = 60, letters: in
 
 
 def powers(ax: Axes, axis: Literal["x", "y"], *, most: int = 5) -> None:
-    """Set few ticks; put the power of ten of long numbers into the label's brackets, or at the axis's end where it has none.
+    """Set few ticks; put the power of ten of long numbers into the label's brackets, or at the
+    axis's end where it has none.
 
     Call it when the limits and the label are set.
     """
@@ -94,11 +103,14 @@ def powers(ax: Axes, axis: Literal["x", "y"], *, most: int = 5) -> None:
         ax.ticklabel_format(axis=axis, style="sci", scilimits=(-3, 4), useMathText=True)
         return
     of.set_label_text(label.replace("(", f"($10^{{{power}}}$ ", 1))
-    of.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 10**power:.4g}".replace("-", "\u2212")))
+    of.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value / 10**power:.4g}".replace("-", "\u2212"))
+    )
 
 
 def strongest(finding: xr.Dataset, dim: str, sizes: ArrayLike, top: int) -> tuple[xr.Dataset, str]:
-    """Return the `top` largest in size along `dim`, in their old order, and a sentence about the others; "" where there are none.
+    """Return the `top` largest in size along `dim`, in their old order, and a sentence about the
+    others; "" where there are none.
 
     Raises:
         InputError: for a `top` below one.
@@ -111,7 +123,9 @@ def strongest(finding: xr.Dataset, dim: str, sizes: ArrayLike, top: int) -> tupl
     if not len(rest):
         return finding, ""
     rest_text = f"Not shown: {len(rest):,} more, " + (
-        f"each {float(magnitudes[rest].max()):.2g} at most." if magnitudes[rest].any() else "all of zero."
+        f"each {float(magnitudes[rest].max()):.2g} at most."
+        if magnitudes[rest].any()
+        else "all of zero."
     )
     return finding.isel({dim: np.sort(order[:top])}), rest_text
 
@@ -122,7 +136,9 @@ def zero_line(ax: Axes, *, vertical: bool = False) -> None:
 
 
 def note(figure: FigureBase, finding: xr.Dataset, *more: str) -> None:
-    """Write at the foot what a finding leaves out, whose statistics normalisation layers had, and `more`; each line once."""
+    """Write at the foot what a finding leaves out, whose statistics normalisation layers had, and
+    `more`; each line once.
+    """
     old = getattr(figure, "_supxlabel", None)
     lines = [line for line in (old.get_text() if old else "").split("\n") if line]
     mode = finding.attrs.get("norm_stats")
@@ -133,17 +149,25 @@ def note(figure: FigureBase, finding: xr.Dataset, *more: str) -> None:
         if (line := safe_in_figure(text)) and line not in lines
     ]
     if lines:
-        figure.supxlabel("\n".join(lines), fontsize=SMALL - 0.5, color=MUTED, x=0.01, ha="left", wrap=True)
+        figure.supxlabel(
+            "\n".join(lines), fontsize=SMALL - 0.5, color=MUTED, x=0.01, ha="left", wrap=True
+        )
 
 
-def word(ax: Axes, x: float, y: float, text: str, hue: str = INK, size: float = SMALL, **place: Any) -> None:
-    """Write small text at a share of the axes' width and height, unless `transform` says otherwise."""
+def word(
+    ax: Axes, x: float, y: float, text: str, hue: str = INK, size: float = SMALL, **place: Any
+) -> None:
+    """Write small text at a share of the axes' width and height, unless `transform` says
+    otherwise.
+    """
     ax.text(x, y, text, color=hue, fontsize=size, **({"transform": ax.transAxes} | place))
 
 
 def key(ax: Axes, where: str = "lower left", **place: Any) -> None:
     """Draw a legend without a frame, above the axes unless a place in them is named."""
-    above = {"bbox_to_anchor": (float(where.endswith("right")), 1)} if where.startswith("lower") else {}
+    above = (
+        {"bbox_to_anchor": (float(where.endswith("right")), 1)} if where.startswith("lower") else {}
+    )
     tight: dict[str, Any] = {
         "frameon": False,
         "fontsize": SMALL,
@@ -154,7 +178,8 @@ def key(ax: Axes, where: str = "lower left", **place: Any) -> None:
     ax.legend(**(tight | above | {"loc": where} | place))
 
 
-# --- words --------------------------------------------------------------------------------------------------------------
+# --- words
+# --------------------------------------------------------------------------------------------------------------
 
 
 def labels(names: Sequence[Any], most: int = 26) -> list[str]:
@@ -167,7 +192,8 @@ def labels(names: Sequence[Any], most: int = 26) -> list[str]:
 
 
 def parameter_labels(names: Sequence[str], most: int = 38) -> list[str]:
-    """Return names of parameters ready to be drawn: the index stays whole, a long tensor name is cut in its middle.
+    """Return names of parameters ready to be drawn: the index stays whole, a long tensor name is
+    cut in its middle.
 
     Where that leaves several names alike, only their ends stay.
 
@@ -230,7 +256,8 @@ def refuse_groups(finding: xr.Dataset) -> None:
     if "group" in finding.dims:
         labels = ", ".join(map(repr, finding["group"].values.tolist()[:10]))
         raise InputError(
-            f"loss {finding.attrs.get('loss')!r} has {count(finding.sizes['group'], 'group')}, and a plot of "
+            f"loss {finding.attrs.get('loss')!r} has {count(finding.sizes['group'], 'group')}, and "
+            f"a plot of "
             f"{finding.attrs.get('finding')!r} shows one: pick one: found.sel(group=…) or --group, "
             f"of {labels}{', …' if finding.sizes['group'] > 10 else ''}."
         )
@@ -242,7 +269,8 @@ def units(variable: xr.DataArray) -> str:
     return {"loss": "units of loss", "share": "share"}.get(unit, unit)
 
 
-# --- colours and scales -------------------------------------------------------------------------------------------------
+# --- colours and scales
+# -------------------------------------------------------------------------------------------------
 
 
 def colour(position: int) -> str:
@@ -251,7 +279,9 @@ def colour(position: int) -> str:
 
 
 def palette(count: int) -> list[str]:
-    """Return the colours of that many lines: those of layers, or for more lines than these, steps along the spectrum."""
+    """Return the colours of that many lines: those of layers, or for more lines than these, steps
+    along the spectrum.
+    """
     if count <= len(LAYERS):
         return list(LAYERS[:count])
     from matplotlib import colormaps
@@ -261,9 +291,11 @@ def palette(count: int) -> list[str]:
 
 
 def dashes(position: int, count: int = 0) -> LineStyleType:
-    """Return the line style of the layer, group or run at this position; where colours repeat, the style differs.
+    """Return the line style of the layer, group or run at this position; where colours repeat, the
+    style differs.
 
-    With the `count` of a palette of more colours than layers have, neighbours along the spectrum differ.
+    With the `count` of a palette of more colours than layers have, neighbours along the spectrum
+    differ.
     """
     if count:
         return _DASHES[position % 3] if count > len(LAYERS) else "-"
@@ -271,7 +303,9 @@ def dashes(position: int, count: int = 0) -> LineStyleType:
 
 
 def symmetric(*values: ArrayLike, scale: float | None = None) -> Normalize:
-    """Return limits at equal distance from zero: at `scale`, else at the 99.5 % quantile of |values|, which few extremes do not move."""
+    """Return limits at equal distance from zero: at `scale`, else at the 99.5 % quantile of
+    |values|, which few extremes do not move.
+    """
     if scale is None:
         sizes = np.abs(np.concatenate([np.ravel(array) for array in values]))
         sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
@@ -282,8 +316,15 @@ def symmetric(*values: ArrayLike, scale: float | None = None) -> Normalize:
 
 def share_colours(axes: Sequence[Axes]) -> None:
     """Give the pictures of several axes one scale, the widest of them."""
-    shown = [picture for ax in axes for picture in (*ax.images, *ax.collections) if picture.get_array() is not None]
-    widest = max((high for picture in shown if (high := picture.get_clim()[1]) is not None), default=0.0)
+    shown = [
+        picture
+        for ax in axes
+        for picture in (*ax.images, *ax.collections)
+        if picture.get_array() is not None
+    ]
+    widest = max(
+        (high for picture in shown if (high := picture.get_clim()[1]) is not None), default=0.0
+    )
     for picture in shown:
         picture.set_clim(-widest, widest)
 
@@ -298,7 +339,9 @@ def colour_bar(
     ends: tuple[str, str] = ("helped", "hurt"),
     ticks: Callable[[float], str] | None = None,
 ) -> None:
-    """Draw a thin bar that says which end helped, beside `axes` or in `into`; its label takes the power of ten of long numbers."""
+    """Draw a thin bar that says which end helped, beside `axes` or in `into`; its label takes the
+    power of ten of long numbers.
+    """
     figure = axes.figure
     tall = axes.get_window_extent().height / figure.dpi  # inches, before the layout
     place: dict[str, Any] = (
@@ -316,11 +359,19 @@ def colour_bar(
     bar.formatter = FuncFormatter(lambda value, _: write(value))
     bar.ax.tick_params(width=0.6, length=2, labelsize=SMALL - 0.5)
     bar.update_ticks()
-    bar.set_label(label.replace("(", f"($10^{{{power}}}$ ") if power else label, fontsize=SMALL, color=INK)
+    bar.set_label(
+        label.replace("(", f"($10^{{{power}}}$ ") if power else label, fontsize=SMALL, color=INK
+    )
     for word, hue, away in zip(ends, (HELPING, HURTING), (-1, 1), strict=True):
         where = (0.5 + 0.57 * away, 0.5) if below else (0.5, 0.5 + 0.56 * away)
-        ha, va = ("right" if away < 0 else "left", "center") if below else ("center", "top" if away < 0 else "bottom")
-        bar.ax.text(*where, word, color=hue, fontsize=SMALL, ha=ha, va=va, transform=bar.ax.transAxes)
+        ha, va = (
+            ("right" if away < 0 else "left", "center")
+            if below
+            else ("center", "top" if away < 0 else "bottom")
+        )
+        bar.ax.text(
+            *where, word, color=hue, fontsize=SMALL, ha=ha, va=va, transform=bar.ax.transAxes
+        )
 
 
 def _power(scale: float) -> int:
@@ -329,22 +380,30 @@ def _power(scale: float) -> int:
     return power if not -2 <= power <= 3 else 0
 
 
-# --- time ---------------------------------------------------------------------------------------------------------------
+# --- time
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def pieces(finding: xr.Dataset) -> list[slice]:
-    """Return the stretches of consecutive segments: an unfinished run has gaps, and no line crosses one."""
+    """Return the stretches of consecutive segments: an unfinished run has gaps, and no line crosses
+    one.
+    """
     start, end = finding["step"].values, finding["step_end"].values
     cuts = [0, *(np.flatnonzero(start[1:] != end[:-1]) + 1), len(start)]
     return [slice(int(a), int(b)) for a, b in pairwise(cuts)]
 
 
 def over_gaps(
-    finding: xr.Dataset, values: ArrayLike, start: ArrayLike | None = None, coordinate: str = "step_end"
+    finding: xr.Dataset,
+    values: ArrayLike,
+    start: ArrayLike | None = None,
+    coordinate: str = "step_end",
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return x = the ends of segments and y = values, with NaN between stretches so that a line breaks there.
+    """Return x = the ends of segments and y = values, with NaN between stretches so that a line
+    breaks there.
 
-    With `start`, the values at the starts of segments, the line of each stretch begins where its first segment does.
+    With `start`, the values at the starts of segments, the line of each stretch begins where its
+    first segment does.
     """
     x: list[ArrayLike] = []
     y: list[ArrayLike] = []
@@ -352,27 +411,39 @@ def over_gaps(
         x += [finding[coordinate].values[piece].astype(float), [np.nan]]
         y += [np.asarray(values, dtype=float)[piece], [np.nan]]
         if start is not None:
-            x[-2:-2], y[-2:-2] = [finding["step"].values[piece][:1]], [np.asarray(start, dtype=float)[piece][:1]]
+            x[-2:-2], y[-2:-2] = (
+                [finding["step"].values[piece][:1]],
+                [np.asarray(start, dtype=float)[piece][:1]],
+            )
     return np.concatenate(x)[:-1], np.concatenate(y)[:-1]
 
 
-def time_edges(finding: xr.Dataset, values: ArrayLike) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return the edges over time and the columns between them; a gap is a column of NaN. `values`: (…, step)."""
+def time_edges(
+    finding: xr.Dataset, values: ArrayLike
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return the edges over time and the columns between them; a gap is a column of NaN. `values`:
+    (…, step).
+    """
     start, end = finding["step"].values.astype(float), finding["step_end"].values.astype(float)
     gaps = np.array([piece.start for piece in pieces(finding)[1:]], dtype=int)
     edges = np.append(start, end[-1:])
-    return np.insert(edges, gaps, end[gaps - 1]), np.insert(np.asarray(values, dtype=float), gaps, np.nan, axis=-1)
+    return np.insert(edges, gaps, end[gaps - 1]), np.insert(
+        np.asarray(values, dtype=float), gaps, np.nan, axis=-1
+    )
 
 
 def heat(ax: Axes, finding: xr.Dataset, values: ArrayLike, norm: Normalize) -> QuadMesh:
     """Draw one row of pixels per row of `values` (row, step), from the top, over training steps."""
     x, columns = time_edges(finding, values)
-    shown = ax.pcolormesh(x, np.arange(len(columns) + 1) - 0.5, columns, cmap=DIVERGE, norm=norm, rasterized=True)
+    shown = ax.pcolormesh(
+        x, np.arange(len(columns) + 1) - 0.5, columns, cmap=DIVERGE, norm=norm, rasterized=True
+    )
     ax.set_ylim(len(columns) - 0.5, -0.5)
     return shown
 
 
-# --- labels at the ends of lines ----------------------------------------------------------------------------------------
+# --- labels at the ends of lines
+# ----------------------------------------------------------------------------------------
 
 
 def end_labels(
@@ -382,7 +453,8 @@ def end_labels(
     colours: Sequence[str],
     styles: Sequence[LineStyleType] | None = None,
 ) -> None:
-    """Write words beside the right ends of lines, pushed apart until none covers another; call it when the limits are set.
+    """Write words beside the right ends of lines, pushed apart until none covers another; call it
+    when the limits are set.
 
     With `styles`, a piece of the line stands before each word where any is dashed.
     """
@@ -391,16 +463,40 @@ def end_labels(
     gap = 1.25 * SMALL / max(tall, 1)
     shares = (np.asarray(heights, dtype=float) - low) / ((high - low) or 1)
     dashed = styles if styles and any(style != "-" for style in styles) else None
-    for which, (word, hue, place) in enumerate(zip(words, colours, spread(shares, gap), strict=True)):
+    for which, (word, hue, place) in enumerate(
+        zip(words, colours, spread(shares, gap), strict=True)
+    ):
         if dashed:
-            piece: dict[str, Any] = {"transform": ax.transAxes, "clip_on": False, "scalex": False, "scaley": False}
-            ax.plot((1.015, 1.085), (place, place), color=hue, linestyle=dashed[which], linewidth=1.2, **piece)
+            piece: dict[str, Any] = {
+                "transform": ax.transAxes,
+                "clip_on": False,
+                "scalex": False,
+                "scaley": False,
+            }
+            ax.plot(
+                (1.015, 1.085),
+                (place, place),
+                color=hue,
+                linestyle=dashed[which],
+                linewidth=1.2,
+                **piece,
+            )
         beside = 1.1 if dashed else 1.015
-        ax.text(beside, place, word, color=hue, fontsize=SMALL, va="center", transform=ax.transAxes, clip_on=False)
+        ax.text(
+            beside,
+            place,
+            word,
+            color=hue,
+            fontsize=SMALL,
+            va="center",
+            transform=ax.transAxes,
+            clip_on=False,
+        )
 
 
 def spread(targets: ArrayLike, gap: float) -> list[float]:
-    """Return positions as near to `targets` as they can be with `gap` between neighbours, between 0 and 1 where they fit.
+    """Return positions as near to `targets` as they can be with `gap` between neighbours, between 0
+    and 1 where they fit.
 
     >>> spread([0.5, 0.5, 0.9], 0.1), spread([0.0, 0.0], 0.1)
     ([0.45, 0.55, 0.9], [0.0, 0.1])
@@ -409,10 +505,17 @@ def spread(targets: ArrayLike, gap: float) -> list[float]:
     blocks: list[tuple[float, int]] = []  # centre, members: neighbours that touch move as one
     for place in np.nan_to_num(np.asarray(targets, dtype=float)[order], nan=0.5):
         blocks.append((_inside(float(place), 1, gap), 1))
-        while len(blocks) > 1 and blocks[-1][0] - blocks[-2][0] < gap * (blocks[-1][1] + blocks[-2][1]) / 2 - 1e-9:
+        while (
+            len(blocks) > 1
+            and blocks[-1][0] - blocks[-2][0] < gap * (blocks[-1][1] + blocks[-2][1]) / 2 - 1e-9
+        ):
             (b, m), (a, n) = blocks.pop(), blocks.pop()
             blocks.append((_inside((a * n + b * m) / (n + m), n + m, gap), n + m))
-    places = [centre + gap * (member - (count - 1) / 2) for centre, count in blocks for member in range(count)]
+    places = [
+        centre + gap * (member - (count - 1) / 2)
+        for centre, count in blocks
+        for member in range(count)
+    ]
     result = [0.0] * len(places)
     for position, place in zip(order, places, strict=True):
         result[int(position)] = round(place, 6)

@@ -31,7 +31,8 @@ _FEW = 10  # layers that stronger lines part
 
 
 def units(found: xr.Dataset, *, ax: Axes | None = None, layer: str | None = None) -> Axes:
-    """Draw one row of pixels per neuron or channel, teal where it helped and vermilion where it hurt.
+    """Draw one row of pixels per neuron or channel, teal where it helped and vermilion where it
+    hurt.
 
     Args:
         found: of `findings.units`.
@@ -49,7 +50,9 @@ def units(found: xr.Dataset, *, ax: Axes | None = None, layer: str | None = None
     known = list(dict.fromkeys(str(name) for name in found["layer"].values))
     if layer is not None:
         if layer not in known:
-            raise InputError(f"no units of layer {layer!r}; there are {', '.join(map(repr, known[:20]))}.")
+            raise InputError(
+                f"no units of layer {layer!r}; there are {', '.join(map(repr, known[:20]))}."
+            )
         found = found.isel(unit=np.flatnonzero(found["layer"].values == layer))
     rows = found.sizes["unit"]
     ax = fresh_axes(ax, 4.8, float(np.clip(0.9 + 0.025 * rows, 2.4, 6.5)))
@@ -60,21 +63,32 @@ def units(found: xr.Dataset, *, ax: Axes | None = None, layer: str | None = None
         tidy(ax, x="training step", title=heading(found), frame=True)
         _borders(ax, [str(name) for name in found["layer"].values])
     else:
-        tidy(ax, x="training step", y="unit", title=f"{safe_in_figure(str(layer))}: {heading(found)}", frame=True)
+        tidy(
+            ax,
+            x="training step",
+            y="unit",
+            title=f"{safe_in_figure(str(layer))}: {heading(found)}",
+            frame=True,
+        )
     colour_bar(shown, ax, "Σ allocation (units of loss)")
     note(ax.figure, found)
     return ax
 
 
 def _borders(ax: Axes, names: list[str]) -> None:
-    """Draw thin lines between layers, and write names at their middles; where there is no room for all, taller layers go first."""
+    """Draw thin lines between layers, and write names at their middles; where there is no room for
+    all, taller layers go first.
+    """
     starts = [0, *(row for row in range(1, len(names)) if names[row] != names[row - 1])]
     ends = [*starts[1:], len(names)]
     for start in starts[1:]:
         ax.axhline(start - 0.5, color=INK, linewidth=0.5 if len(starts) <= _FEW else 0.2)
-    rows = 1.1 * SMALL / max(ax.get_window_extent().height / ax.figure.dpi * 72, 1) * len(names)  # a label's height
+    # a label's height
+    rows = 1.1 * SMALL / max(ax.get_window_extent().height / ax.figure.dpi * 72, 1) * len(names)
     named: list[tuple[float, str]] = []
-    for a, b in sorted(zip(starts, ends, strict=True), key=lambda ends_of_one: ends_of_one[0] - ends_of_one[1]):
+    for a, b in sorted(
+        zip(starts, ends, strict=True), key=lambda ends_of_one: ends_of_one[0] - ends_of_one[1]
+    ):
         middle = (a + b - 1) / 2
         if all(abs(middle - other) >= rows for other, _ in named):
             named.append((middle, names[a]))

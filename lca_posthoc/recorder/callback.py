@@ -1,4 +1,6 @@
-"""The part that the callbacks of all trainers share: a recorder that lives as long as a training."""
+"""The part that the callbacks of all trainers share: a recorder that lives as long as a
+training.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ class Recording:
 
     Args:
         directory: as `Recorder`'s.
-        frozen: True to write parameters that are frozen when training begins too; False for trained ones and buffers alone.
+        frozen: True to write parameters that are frozen when training begins too; False for trained
+            ones and buffers alone.
         options: `every`, `steps`, `until`, `on_full` of `Recorder`.
     """
 
@@ -25,7 +28,9 @@ class Recording:
         self._recorder: Recorder | None = None
 
     def begin(self, model: nn.Module, step: int, last: int) -> None:
-        """Save the weights that training begins with, where there is space for all up to the step `last` (0 or less: unknown)."""
+        """Save the weights that training begins with, where there is space for all up to the step
+        `last` (0 or less: unknown).
+        """
         self.end()
         self._recorder = Recorder(self._directory, model, **self._options)
         if last > 0:

@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 class RecorderCallback(Recording, Callback):
     """Record the weights at the start of training and after every optimiser step.
 
-    Steps are the trainer's own `global_step`, which counts those of all optimisers: gradient accumulation counts once, and training
-    resumed from a checkpoint goes on with the series. Weights are saved at the end of a batch. Tensors are named as in the
-    `LightningModule`. There must be space for `max_steps` iterates, where that is set, when training begins.
+    Steps are the trainer's own `global_step`, which counts those of all optimisers: gradient
+    accumulation counts once, and training resumed from a checkpoint goes on with the series.
+    Weights are saved at the end of a batch. Tensors are named as in the `LightningModule`. There
+    must be space for `max_steps` iterates, where that is set, when training begins.
 
     Args:
         directory: as `Recorder`'s.
-        frozen: False leaves out what is frozen when training begins (an adapter's base), which `lca run` then takes from the
-            task's model; parameters that a callback unfreezes later could not be recorded.
+        frozen: False leaves out what is frozen when training begins (an adapter's base), which `lca
+            run` then takes from the task's model; parameters that a callback unfreezes later could
+            not be recorded.
         options: `every`, `steps`, `until`, `on_full` of `Recorder`.
     """
 
@@ -37,14 +39,21 @@ class RecorderCallback(Recording, Callback):
         self._saved = trainer.global_step
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
     ) -> None:
         """Save the weights after an optimiser step."""
         if trainer.global_step > self._saved:
             self.take(trainer.global_step)
             self._saved = trainer.global_step
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]
+    ) -> None:
         """Flush the iterates before a checkpoint that training may be resumed from."""
         self.flush()
 
@@ -52,7 +61,9 @@ class RecorderCallback(Recording, Callback):
         """Close the recorder, which finishes the files."""
         self.end()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         """Finish the files; add an error of the recorder to that of the training as a note."""
         try:
             self.end()

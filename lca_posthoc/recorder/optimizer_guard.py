@@ -1,4 +1,6 @@
-"""Follow which optimisers train a model, and warn where one that is not recorded takes over from those that are."""
+"""Follow which optimisers train a model, and warn where one that is not recorded takes over from
+those that are.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +14,26 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-BETWEEN = (__file__, os.path.join(os.path.dirname(torch.__file__), ""))  # from the line that makes a step to the hook
+# from the line that makes a step to the hook
+BETWEEN = (__file__, os.path.join(os.path.dirname(torch.__file__), ""))
 
 
 def trains(optimizer: Optimizer, model: nn.Module) -> bool:
     """Tell whether an optimiser has any of the model's parameters."""
     identities = {id(parameter) for parameter in model.parameters()}
-    return any(id(parameter) in identities for group in optimizer.param_groups for parameter in group["params"])
+    return any(
+        id(parameter) in identities
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
 
 
 class Takeover:
     """Warn once when another optimiser trains the model in place of the attached ones.
 
-    Steps that others make inside a step of an attached optimiser, as the parts of a composed one do, belong to that step. Optimisers are
-    told apart by identity, whatever they say they equal, and neither they nor the model are kept alive.
+    Steps that others make inside a step of an attached optimiser, as the parts of a composed one
+    do, belong to that step. Optimisers are told apart by identity, whatever they say they equal,
+    and neither they nor the model are kept alive.
 
     Args:
         model: the one that is recorded.
@@ -47,7 +55,9 @@ class Takeover:
         self._handle.remove()
 
     def begin(self) -> None:
-        """Count steps of others as parts of a step of an attached optimiser, in `inner_steps`, until `finish`."""
+        """Count steps of others as parts of a step of an attached optimiser, in `inner_steps`,
+        until `finish`.
+        """
         self._inside = True
 
     def finish(self) -> None:
@@ -66,8 +76,10 @@ class Takeover:
         if self._alone == 2:  # two in a row, with no step of an attached one between them
             self._said = True
             warnings.warn(
-                "an optimiser that the recorder is not attached to makes steps of the model: they are not recorded. Where it replaces "
-                "the one that is, close this recorder and attach another one to it, with the step: attach(optimizer, step=…)",
+                "an optimiser that the recorder is not attached to makes steps of the model: they "
+                "are not recorded. Where it replaces "
+                "the one that is, close this recorder and attach another one to it, with the step: "
+                "attach(optimizer, step=…)",
                 stacklevel=_level_of_step(),
             )
 
@@ -75,7 +87,9 @@ class Takeover:
         return any(reference() is optimizer for reference in self._attached)
 
     def _trains(self, optimizer: Optimizer) -> bool:
-        """Tell whether an optimiser trains the model; computed anew only where groups were added, for every step of every one asks."""
+        """Tell whether an optimiser trains the model; computed anew only where groups were added,
+        for every step of every one asks.
+        """
         groups = len(optimizer.param_groups)
         known = self._known.get(id(optimizer))
         if known is not None and known[0]() is optimizer and known[1] == groups:
@@ -88,7 +102,9 @@ class Takeover:
 
 
 def _level_of_step() -> int:
-    """Return the `stacklevel`, for the caller of this function, of the line outside torch that makes the step."""
+    """Return the `stacklevel`, for the caller of this function, of the line outside torch that
+    makes the step.
+    """
     frame, level = sys._getframe(1), 1
     while frame.f_code.co_filename.startswith(BETWEEN) and frame.f_back is not None:
         frame, level = frame.f_back, level + 1

@@ -1,8 +1,10 @@
-"""Follow optimisers through what wraps them: a step is over when the outermost call that made it returns.
+"""Follow optimisers through what wraps them: a step is over when the outermost call that made it
+returns.
 
-Lookahead moves the weights once more after its inner optimiser's step, others average them between processes, and SAM steps in a method
-of its own. Wrappers that do not call `Optimizer.__init__` run none of torch's hooks; their methods are replaced on the instance, as
-torch's schedulers do with `step`, for as long as a recorder is attached.
+Lookahead moves the weights once more after its inner optimiser's step, others average them between
+processes, and SAM steps in a method of its own. Wrappers that do not call `Optimizer.__init__` run
+none of torch's hooks; their methods are replaced on the instance, as torch's schedulers do with
+`step`, for as long as a recorder is attached.
 """
 
 from __future__ import annotations
@@ -36,18 +38,26 @@ def runs_hooks(optimizer: object) -> bool:
 def is_optimizer(thing: object) -> bool:
     """Tell whether a training loop can use an object as an optimiser."""
     methods = [getattr(thing, name, None) for name in ("step", "zero_grad")]
-    return all(map(callable, methods)) and hasattr(thing, "param_groups") and not isinstance(thing, nn.Module | type)
+    return (
+        all(map(callable, methods))
+        and hasattr(thing, "param_groups")
+        and not isinstance(thing, nn.Module | type)
+    )
 
 
 def can_follow(thing: object) -> bool:
-    """Tell whether the steps of an object can be seen: by torch's hooks, or because its methods can be replaced."""
+    """Tell whether the steps of an object can be seen: by torch's hooks, or because its methods can
+    be replaced.
+    """
     replaceable = hasattr(thing, "__dict__") and hasattr(type(thing), "__weakref__")
     return is_optimizer(thing) and (runs_hooks(thing) or replaceable)
 
 
 @dataclass(frozen=True)
 class Told:
-    """Functions to call when an attached optimiser has made a step, when the end of the step will not be seen, and when it is over."""
+    """Functions to call when an attached optimiser has made a step, when the end of the step will
+    not be seen, and when it is over.
+    """
 
     stepped: Callable[[], None]
     unseen: Callable[[], None]
@@ -57,8 +67,9 @@ class Told:
 class Outermost:
     """Report every step of the attached optimisers, and when it is over.
 
-    A wrapper around an attached optimiser is noticed in its first step. The end of that one is not seen: the step counts as over at the
-    next call of any method of the wrapper, at the latest at the next step. From then on the end is seen.
+    A wrapper around an attached optimiser is noticed in its first step. The end of that one is not
+    seen: the step counts as over at the next call of any method of the wrapper, at the latest at
+    the next step. From then on the end is seen.
 
     Args:
         listener: the functions to call; the optimisers keep them alive.
@@ -72,7 +83,8 @@ class Outermost:
         self._watched: list[weakref.ref[object]] = []
         self._replaced: list[tuple[weakref.ref[object], str, object, object]] = []
         self._plain: dict[int, types.CodeType] = {}  # by id: code of methods that are no wrapper's
-        self._calls = self._own_calls = 0  # in progress: of watched methods, and of those of attached ones
+        # in progress: of watched methods, and of those of attached ones
+        self._calls = self._own_calls = 0
         self._counted = False
         self._handles = []
         for optimizer in attached:
@@ -114,7 +126,9 @@ class Outermost:
             self._finish([owner for owner, _ in callers])
 
     def _finish(self, wrappers: Collection[object]) -> None:
-        """Report that a step is over, unless calls of unknown wrappers are in progress: watch these from here on."""
+        """Report that a step is over, unless calls of unknown wrappers are in progress: watch these
+        from here on.
+        """
         if not wrappers:
             self._listener.over()
             return
@@ -123,20 +137,29 @@ class Outermost:
             if can_follow(wrapper) and not self._is_watched(wrapper):
                 self._watch(wrapper, counts_all=False)
 
-    # --- the methods of wrappers -----------------------------------------------------------------------------------------------------
+    # --- the methods of wrappers
+    # -----------------------------------------------------------------------------------------------------
 
     def _watch(self, wrapper: object, counts_all: bool) -> None:
-        """Replace the methods of a wrapper; with `counts_all` every call of its `step` counts, for nothing else shows its steps."""
+        """Replace the methods of a wrapper; with `counts_all` every call of its `step` counts, for
+        nothing else shows its steps.
+        """
         reference = weakref.ref(wrapper)
         self._watched.append(reference)
         for name in _methods_of(wrapper):
             before = vars(wrapper).get(name)
-            method = types.MethodType(self._stand_in(reference, name, before, counts_all and name == "step"), wrapper)
+            method = types.MethodType(
+                self._stand_in(reference, name, before, counts_all and name == "step"), wrapper
+            )
             object.__setattr__(wrapper, name, method)
             self._replaced.append((reference, name, method, before))
 
     def _stand_in(
-        self, wrapper: weakref.ref[object], name: str, before: Callable[..., Any] | None, counts_all: bool
+        self,
+        wrapper: weakref.ref[object],
+        name: str,
+        before: Callable[..., Any] | None,
+        counts_all: bool,
     ) -> Callable[..., Any]:
         """Return a function that calls a method and reports the end of the call."""
 
@@ -145,17 +168,18 @@ class Outermost:
         @functools.wraps(shown)
         def method(this: object, *arguments: object, **options: object) -> Any:
             call = before or _own_method(this, name)
-            if this is not wrapper() or not self._is_watched(this):  # a copy of it, or nothing is attached any more
+            # a copy of it, or nothing is attached any more
+            if this is not wrapper() or not self._is_watched(this):
                 return call(*arguments, **options)
             with self._in_progress(this, counts_all):
                 return call(*arguments, **options)
 
         with contextlib.suppress(TypeError, ValueError):  # a builtin without a signature
-            signature = inspect.signature(
-                shown
-            )  # of a bound method, without its first argument, which binding takes off once more
+            # of a bound method, without its first argument, which binding takes off once more
+            signature = inspect.signature(shown)
             first = inspect.Parameter("this", inspect.Parameter.POSITIONAL_ONLY)
-            method.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])  # type: ignore[attr-defined]
+            parameters = [first, *signature.parameters.values()]
+            method.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         return method
 
     @contextlib.contextmanager
@@ -198,7 +222,9 @@ class Outermost:
                 yield owner, frame.f_code
 
     def _optimizer_of(self, frame: types.FrameType) -> object | None:
-        """Return the optimiser whose method a frame runs, None for other code, which is looked at only once."""
+        """Return the optimiser whose method a frame runs, None for other code, which is looked at
+        only once.
+        """
         code = frame.f_code
         if not code.co_argcount or code.co_varnames[0] != "self" or id(code) in self._plain:
             return None
@@ -218,26 +244,52 @@ def _code_of_step(optimizer: Optimizer) -> types.CodeType | None:
 
 
 def _own_method(owner: Any, name: str) -> Callable[..., Any]:
-    """Return a method of an object's class, or the one its `__getattr__` takes from what it wraps."""
+    """Return a method of an object's class, or the one its `__getattr__` takes from what it
+    wraps.
+    """
     function = getattr(type(owner), name, None)
-    bound: Callable[..., Any] = type(owner).__getattr__(owner, name) if function is None else function.__get__(owner)
+    bound: Callable[..., Any] = (
+        type(owner).__getattr__(owner, name) if function is None else function.__get__(owner)
+    )
     return bound
 
 
 def _methods_of(wrapper: object) -> list[str]:
-    """Return the names of the public methods that a wrapper's own classes have, `step` and `zero_grad` always."""
+    """Return the names of the public methods that a wrapper's own classes have, `step` and
+    `zero_grad` always.
+    """
     names = {"step": None, "zero_grad": None}
     for kind in type(wrapper).__mro__:
         if kind is not object and not kind.__module__.startswith("torch."):
-            names |= {name: None for name, value in vars(kind).items() if isinstance(value, types.FunctionType)}
-    effective = {name: inspect.getattr_static(type(wrapper), name, None) for name in names if not name.startswith("_")}
-    return [name for name, value in effective.items() if value is None or isinstance(value, types.FunctionType)]
+            names |= {
+                name: None
+                for name, value in vars(kind).items()
+                if isinstance(value, types.FunctionType)
+            }
+    effective = {
+        name: inspect.getattr_static(type(wrapper), name, None)
+        for name in names
+        if not name.startswith("_")
+    }
+    return [
+        name
+        for name, value in effective.items()
+        if value is None or isinstance(value, types.FunctionType)
+    ]
 
 
 def _optimizers_in(wrapper: object, depth: int = _DEPTH) -> Iterator[object]:
-    """Yield the optimisers that an object has as attributes, or in a list or table among these, and those in them."""
+    """Yield the optimisers that an object has as attributes, or in a list or table among these, and
+    those in them.
+    """
     for value in list(vars(wrapper).values()) if depth and hasattr(wrapper, "__dict__") else ():
-        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        parts = (
+            value.values()
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, list | tuple)
+            else [value]
+        )
         for part in parts:
             if part is not wrapper and is_optimizer(part):
                 yield part

@@ -1,7 +1,8 @@
 """A model's tensors at one moment, copied into memory as the bytes of a safetensors file.
 
-Format: <https://github.com/huggingface/safetensors#format>. The bytes are laid out here and not by `safetensors.torch.save_file`, which
-takes seven times the CPU time for a network of 139 tensors, on a core that training could use (docs/performance.md).
+Format: <https://github.com/huggingface/safetensors#format>. The bytes are laid out here and not by
+`safetensors.torch.save_file`, which takes seven times the CPU time for a network of 139 tensors, on
+a core that training could use (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -43,21 +44,29 @@ def refuse_flattened(model: nn.Module) -> None:
     Raises:
         InputError: where the model is sharded by `FullyShardedDataParallel` or DeepSpeed's ZeRO-3.
     """
-    flattened = [type(part).__name__ for part in model.modules() if type(part).__name__ == "FullyShardedDataParallel"]
+    flattened = [
+        type(part).__name__
+        for part in model.modules()
+        if type(part).__name__ == "FullyShardedDataParallel"
+    ]
     flattened += ["DeepSpeed's ZeRO-3" for part in model.parameters() if hasattr(part, "ds_id")]
     if flattened:
         raise InputError(
-            f"the model is sharded by {flattened[0]}, of which a process has a part without names. Shard it with "
-            "torch.distributed.fsdp.fully_shard, whose weights are gathered, or save whole checkpoints and use lca import."
+            f"the model is sharded by {flattened[0]}, of which a process has a part without names. "
+            f"Shard it with "
+            "torch.distributed.fsdp.fully_shard, whose weights are gathered, or save whole "
+            "checkpoints and use lca import."
         )
 
 
 class Contents:
-    """The tensors of a model that go into a file, and their names there; `tensors` returns them as they are now.
+    """The tensors of a model that go into a file, and their names there; `tensors` returns them as
+    they are now.
 
-    All of the model's state dict is in the file, under its names without what wrappers put into them (`trajectory.normalise`):
-    parameters and buffers, recognised by identity and tied ones once, and entries that hooks and `get_extra_state` add. A parameter that
-    a hook takes out of the state dict is in the file too.
+    All of the model's state dict is in the file, under its names without what wrappers put into
+    them (`trajectory.normalise`): parameters and buffers, recognised by identity and tied ones
+    once, and entries that hooks and `get_extra_state` add. A parameter that a hook takes out of the
+    state dict is in the file too.
 
     Args:
         model: the module that is being trained.
@@ -77,21 +86,31 @@ class Contents:
         self._settle()
 
     def _settle(self) -> None:
-        parameters, buffers = dict(self._model.named_parameters()), dict(self._model.named_buffers())
+        parameters, buffers = (
+            dict(self._model.named_parameters()),
+            dict(self._model.named_buffers()),
+        )
         own = {**parameters, **buffers}
         state: dict[str, object] = self._model.state_dict(keep_vars=True)
         in_state = {normalise(name) for name in state}
         first: dict[int, str] = {}
         for name, value in state.items():
             first.setdefault(id(value), name)
-        self._names: dict[str, str | None] = {}  # the model's own → in the file; None for what is not written
+        # the model's own → in the file; None for what is not written
+        self._names: dict[str, str | None] = {}
         for name, tensor in own.items():
             hidden = name in parameters and normalise(name) not in in_state
-            written = None if name in self._untrained else first.get(id(tensor), name if hidden else None)
+            written = (
+                None if name in self._untrained else first.get(id(tensor), name if hidden else None)
+            )
             self._names[name] = None if written is None else normalise(written)
-        self._buffers = {name: written for name in buffers if (written := self._names[name]) is not None}
+        self._buffers = {
+            name: written for name in buffers if (written := self._names[name]) is not None
+        }
         self.allocated = [
-            written for name, tensor in own.items() if (written := self._names[name]) and tensor.is_floating_point()
+            written
+            for name, tensor in own.items()
+            if (written := self._names[name]) and tensor.is_floating_point()
         ]
         skipped = {id(tensor) for tensor in own.values()} | {id(None)}
         without = {normalise(name) for name in self._untrained}
@@ -111,10 +130,12 @@ class Contents:
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors as they are now, by their names in the file.
 
-        Tensors sharded over processes (`torch.distributed.tensor.DTensor`) are gathered, so every process must call this.
+        Tensors sharded over processes (`torch.distributed.tensor.DTensor`) are gathered, so every
+        process must call this.
 
         Raises:
-            InputError: where a parameter is trained now that was frozen, and left out, when recording began.
+            InputError: where a parameter is trained now that was frozen, and left out, when
+                recording began.
         """
         own = self._own()
         if own.keys() != self._names.keys():  # a cache, perhaps, made on the way and not persistent
@@ -122,24 +143,44 @@ class Contents:
         for name in self._untrained.keys() & own.keys():
             if own[name].requires_grad:
                 raise InputError(
-                    f"parameter {name!r} was frozen at the first step recorded, so that it is in no file, and is trained now. All iterates "
-                    "of a series hold the same tensors: record from the start with frozen=True, which writes frozen parameters as well."
+                    f"parameter {name!r} was frozen at the first step recorded, so that it is in "
+                    f"no file, and is trained now. All iterates "
+                    "of a series hold the same tensors: record from the start with frozen=True, "
+                    "which writes frozen parameters as well."
                 )
-        tensors = {written: _whole(own[name]) for name, written in self._names.items() if written is not None}
+        tensors = {
+            written: _whole(own[name])
+            for name, written in self._names.items()
+            if written is not None
+        }
         if self._added:
             state = self._model.state_dict(keep_vars=True)
-            tensors |= {written: _whole(state[name]) for name, written in self._added.items() if name in state}
+            tensors |= {
+                written: _whole(state[name])
+                for name, written in self._added.items()
+                if name in state
+            }
         return tensors
 
     def moved_unwritten(self) -> list[str]:
-        """Return the parameters that were left out as frozen and have moved all the same, as the average of a teacher does."""
+        """Return the parameters that were left out as frozen and have moved all the same, as the
+        average of a teacher does.
+        """
         own = self._own()
-        return [name for name, mark in self._untrained.items() if name in own and _mark(own[name]) != mark]
+        return [
+            name
+            for name, mark in self._untrained.items()
+            if name in own and _mark(own[name]) != mark
+        ]
 
     def copied_buffers(self) -> dict[str, Tensor]:
         """Return copies of the buffers as they are now, by their names in the file."""
         own = self._own()
-        return {written: _whole(own[name]).clone() for name, written in self._buffers.items() if name in own}
+        return {
+            written: _whole(own[name]).clone()
+            for name, written in self._buffers.items()
+            if name in own
+        }
 
     def _own(self) -> dict[str, Tensor]:
         return dict(itertools.chain(self._model.named_parameters(), self._model.named_buffers()))
@@ -150,18 +191,25 @@ def _refuse_one_name_for_two(*names: Mapping[str, str | None]) -> None:
     for name, written in itertools.chain.from_iterable(table.items() for table in names):
         if written is not None and origins.setdefault(written, name) != name:
             raise InputError(
-                f"tensors {origins[written]!r} and {name!r} of the model are both {written!r} once what wrappers put into names is taken "
+                f"tensors {origins[written]!r} and {name!r} of the model are both {written!r} once "
+                f"what wrappers put into names is taken "
                 "off. Rename one of them in the model."
             )
 
 
 def _is_numbers(name: str, value: object) -> bool:
-    """Tell whether an entry of a state dict is a tensor of numbers: a module may serialise state into bytes, whose length may change."""
-    return isinstance(value, Tensor) and not (name.endswith("_extra_state") and value.dtype == torch.uint8)
+    """Tell whether an entry of a state dict is a tensor of numbers: a module may serialise state
+    into bytes, whose length may change.
+    """
+    return isinstance(value, Tensor) and not (
+        name.endswith("_extra_state") and value.dtype == torch.uint8
+    )
 
 
 def _mark(tensor: Tensor) -> float:
-    """Return a number that changes when a tensor does: a sum over some of its numbers, from all over it."""
+    """Return a number that changes when a tensor does: a sum over some of its numbers, from all
+    over it.
+    """
     flat = _whole(tensor).detach().reshape(-1)
     return float(flat[:: max(1, len(flat) // 1024)].double().sum())
 
@@ -186,9 +234,11 @@ class _Place:
 
 
 class Layout:
-    """The places of tensors in a file: the widest numbers first, so that each is aligned, then by device and name.
+    """The places of tensors in a file: the widest numbers first, so that each is aligned, then by
+    device and name.
 
-    `every`, where it is not 1, is the argument of the recorder and is written into the files: gaps of that length are intended.
+    `every`, where it is not 1, is the argument of the recorder and is written into the files: gaps
+    of that length are intended.
 
     Raises:
         InputError: where a tensor has no values in memory, or none that a file could hold.
@@ -198,7 +248,9 @@ class Layout:
         self.every = every
         self.places: dict[str, _Place] = {}
         self.bytes = 0
-        for name, tensor in sorted(tensors.items(), key=lambda item: (-_itemsize(*item), str(item[1].device), item[0])):
+        for name, tensor in sorted(
+            tensors.items(), key=lambda item: (-_itemsize(*item), str(item[1].device), item[0])
+        ):
             stop = self.bytes + tensor.numel() * tensor.element_size()
             self.places[name] = _Place(tensor.dtype, tensor.shape, tensor.device, self.bytes, stop)
             self.bytes = stop
@@ -207,7 +259,9 @@ class Layout:
     def half_precision(self) -> list[str]:
         """Return the names of tensors with fewer than 32 bits a number."""
         return [
-            name for name, place in self.places.items() if place.dtype.is_floating_point and place.dtype.itemsize < 4
+            name
+            for name, place in self.places.items()
+            if place.dtype.is_floating_point and place.dtype.itemsize < 4
         ]
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
@@ -220,12 +274,16 @@ class Layout:
             place, tensor = self.places.get(name), tensors.get(name)
             if _kind(place) != _kind(tensor):
                 raise InputError(
-                    f"tensor {name!r} of the model was {_described(place)} at the first step recorded and is {_described(tensor)}. "
-                    "All iterates of a series hold the same tensors: record the changed model into another directory."
+                    f"tensor {name!r} of the model was {_described(place)} at the first step "
+                    f"recorded and is {_described(tensor)}. "
+                    "All iterates of a series hold the same tensors: record the changed model into "
+                    "another directory."
                 )
 
     def header(self, step: int) -> bytes:
-        """Return the bytes before those of the tensors in the file of a step, padded so that these are aligned."""
+        """Return the bytes before those of the tensors in the file of a step, padded so that these
+        are aligned.
+        """
         every = {} if self.every == 1 else {"every": str(self.every)}
         table: dict[str, object] = {"__metadata__": {"format": "pt", "step": str(step), **every}}
         for name, place in self.places.items():
@@ -239,7 +297,9 @@ class Layout:
         return len(text).to_bytes(8, "little") + text
 
     def views(self, data: Tensor) -> dict[str, Tensor]:
-        """Return the tensors as views of `data`, the bytes of all tensors of a file, (bytes,) uint8."""
+        """Return the tensors as views of `data`, the bytes of all tensors of a file, (bytes,)
+        uint8.
+        """
         return {name: place.view(data) for name, place in self.places.items()}
 
     def runs(self) -> list[tuple[torch.device, dict[str, _Place]]]:
@@ -258,14 +318,20 @@ def _kind(tensor: _Place | Tensor | None) -> object:
 
 
 def same_bytes(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    """Tell whether both have the same names, and under each a tensor of the same type, shape and bytes."""
-    return some.keys() == others.keys() and all(_same(tensor, others[name]) for name, tensor in some.items())
+    """Tell whether both have the same names, and under each a tensor of the same type, shape and
+    bytes.
+    """
+    return some.keys() == others.keys() and all(
+        _same(tensor, others[name]) for name, tensor in some.items()
+    )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
+    return torch.equal(
+        *(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    )
 
 
 def _described(tensor: _Place | Tensor | None) -> str:
@@ -276,22 +342,27 @@ def _itemsize(name: str, tensor: Tensor) -> int:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
         what = "quantised" if tensor.is_quantized else "nested" if tensor.is_nested else "sparse"
         raise InputError(
-            f"tensor {name!r} of the model is {what} ({tensor.dtype if tensor.is_quantized else tensor.layout}), which safetensors cannot "
-            "hold. Where it never changes, let the model build it and leave it out of the state dict: register_buffer(NAME, TENSOR, "
+            f"tensor {name!r} of the model is {what} "
+            f"({tensor.dtype if tensor.is_quantized else tensor.layout}), which safetensors cannot "
+            "hold. Where it never changes, let the model build it and leave it out of the state "
+            "dict: register_buffer(NAME, TENSOR, "
             "persistent=False). Else keep it as a dense tensor."
         )
     if tensor.is_meta or nn.parameter.is_lazy(tensor):
         raise InputError(
-            f"tensor {name!r} of the model has no values in memory to be saved. Run a batch through a lazily built model, or load its "
+            f"tensor {name!r} of the model has no values in memory to be saved. Run a batch "
+            f"through a lazily built model, or load its "
             "weights, before the first iterate is saved."
         )
     if name == "__metadata__" or any(0xD800 <= ord(letter) < 0xE000 for letter in name):
         raise InputError(
-            f"tensor {name!r} of the model has a name that safetensors cannot hold. Rename it in the model."
+            f"tensor {name!r} of the model has a name that safetensors cannot hold. Rename it in "
+            f"the model."
         )
     if tensor.dtype not in CODES:
         raise InputError(
-            f"tensor {name!r} of the model is {tensor.dtype}, which safetensors cannot hold. Use another type."
+            f"tensor {name!r} of the model is {tensor.dtype}, which safetensors cannot hold. Use "
+            f"another type."
         )
     return tensor.element_size()
 
@@ -300,7 +371,9 @@ class Staging:
     """Memory for one iterate on the host, page-locked where it comes from a CUDA device."""
 
     def __init__(self, layout: Layout) -> None:
-        self.data = torch.empty(layout.bytes, dtype=torch.uint8, device="cpu", pin_memory=bool(layout.runs()))
+        self.data = torch.empty(
+            layout.bytes, dtype=torch.uint8, device="cpu", pin_memory=bool(layout.runs())
+        )
         self.views = layout.views(self.data)
         self.copied: list[torch.cuda.Event] = []
 
@@ -313,8 +386,9 @@ class Staging:
 class Stager:
     """Copy a model's tensors into staging memory.
 
-    Tensors of a CUDA device are copied without waiting: into a buffer on the device, in the order of the current stream, so that the
-    optimiser may go on, and from there to the host on another stream.
+    Tensors of a CUDA device are copied without waiting: into a buffer on the device, in the order
+    of the current stream, so that the optimiser may go on, and from there to the host on another
+    stream.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -324,7 +398,9 @@ class Stager:
 
     @torch.no_grad()
     def stage(self, tensors: Mapping[str, Tensor], staging: Staging) -> None:
-        """Take the tensors as they are now; on CUDA, as they will be once the work that is queued has been done."""
+        """Take the tensors as they are now; on CUDA, as they will be once the work that is queued
+        has been done.
+        """
         if self._others:
             _copy({name: staging.views[name] for name in self._others}, tensors)
         staging.copied = [run.stage(tensors, staging) for run in self._runs]

@@ -1,4 +1,6 @@
-"""For the Trainer of Hugging Face's transformers: `Trainer(..., callbacks=[RecorderCallback("checkpoints")])`."""
+"""For the Trainer of Hugging Face's transformers: `Trainer(...,
+callbacks=[RecorderCallback("checkpoints")])`.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,14 @@ if TYPE_CHECKING:
 class RecorderCallback(Recording, TrainerCallback):
     """Record the weights at the start of training and after every optimiser step.
 
-    Steps are the trainer's own `global_step`: gradient accumulation counts once, and training resumed from a checkpoint goes on with the
-    series. There must be space for `max_steps` iterates when training begins.
+    Steps are the trainer's own `global_step`: gradient accumulation counts once, and training
+    resumed from a checkpoint goes on with the series. There must be space for `max_steps` iterates
+    when training begins.
 
     Args:
         directory: as `Recorder`'s.
-        frozen: True to write frozen parameters (an adapter's base) too; `lca run` takes those not written from the task's model.
+        frozen: True to write frozen parameters (an adapter's base) too; `lca run` takes those not
+            written from the task's model.
         options: `every`, `steps`, `until`, `on_full` of `Recorder`.
     """
 
@@ -33,7 +37,9 @@ class RecorderCallback(Recording, TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
     ) -> None:
-        """Save the weights after an optimiser step; flush them before a checkpoint that training may be resumed from."""
+        """Save the weights after an optimiser step; flush them before a checkpoint that training
+        may be resumed from.
+        """
         self.take(state.global_step)
         if control.should_save:
             self.flush()

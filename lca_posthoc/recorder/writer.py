@@ -25,7 +25,8 @@ FEWEST = 3  # iterates in memory: one is written, others wait
 _MOST, _MEMORY = 256, 64 * 2**20  # where they are small, as many as this memory holds
 _SYNC_SECONDS = 1.0  # between flushes to the disk
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)  # Linux has the one, Windows the other
+# Linux has the one, Windows the other
+_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 _NAME = re.compile(r"step_(\d{8,})\.safetensors")
 
@@ -52,18 +53,25 @@ def name_of(step: int) -> str:
 class Writer:
     """Write files under a temporary name and rename them, in the order they are given.
 
-    At most three iterates are in memory, or 64 MiB of small ones: `buffer` waits for one to be written. After an error nothing more is
-    written, so that no iterate is missing before the last file; `check` raises the error.
+    At most three iterates are in memory, or 64 MiB of small ones: `buffer` waits for one to be
+    written. After an error nothing more is written, so that no iterate is missing before the last
+    file; `check` raises the error.
 
     Args:
         directory: one that exists.
         layout: that of every iterate.
         before: the last step that has a file; −1 where there is none.
-        pauses: True to leave an iterate out with a warning where there is no space; else that is an error.
+        pauses: True to leave an iterate out with a warning where there is no space; else that is an
+            error.
     """
 
     def __init__(self, directory: Path, layout: Layout, before: int, pauses: bool) -> None:
-        self._directory, self._layout, self._before, self._pauses = directory, layout, before, pauses
+        self._directory, self._layout, self._before, self._pauses = (
+            directory,
+            layout,
+            before,
+            pauses,
+        )
         self.left_out: list[int] = []
         self.raised = False
         self._is_full = False
@@ -78,7 +86,8 @@ class Writer:
         self._thread = threading.Thread(target=self._work, name="lca-recorder", daemon=True)
         self._thread.start()
 
-    # --- the training's side -------------------------------------------------------------------------------------------------
+    # --- the training's side
+    # -------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Raise the error of the thread, if there was one.
@@ -89,13 +98,17 @@ class Writer:
             LCAError: in a forked process, which has no such thread.
         """
         if self._process != os.getpid():
-            raise LCAError("a recorder works in the process that made it. Make one in the process that trains.")
+            raise LCAError(
+                "a recorder works in the process that made it. Make one in the process that trains."
+            )
         if self._error is not None:
             self.raised = True
             raise self._error
 
     def buffer(self) -> Staging:
-        """Return memory for an iterate, to be passed to `write` or `give_back`; wait until there is some."""
+        """Return memory for an iterate, to be passed to `write` or `give_back`; wait until there is
+        some.
+        """
         if self._room and self._free.empty():
             staging = Staging(self._layout)
             self._room -= 1
@@ -131,7 +144,8 @@ class Writer:
                 if threading.current_thread() is not self._thread:
                     self._thread.join()
 
-    # --- the thread's ----------------------------------------------------------------------------------------------------------
+    # --- the thread's
+    # ----------------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         while True:
@@ -145,7 +159,9 @@ class Writer:
             self._attempt(job)
 
     def _drain(self) -> None:
-        """Do the remaining jobs, where the garbage collector closes a recorder on this very thread."""
+        """Do the remaining jobs, where the garbage collector closes a recorder on this very
+        thread.
+        """
         while not self._jobs.empty():
             if (job := self._jobs.get()) is not None:
                 self._attempt(job)
@@ -159,7 +175,9 @@ class Writer:
 
     def _due(self) -> float | None:
         """Return the seconds until the next flush; None where nothing waits for one."""
-        return max(0.0, self._flushed + _SYNC_SECONDS - time.monotonic()) if self._unflushed else None
+        return (
+            max(0.0, self._flushed + _SYNC_SECONDS - time.monotonic()) if self._unflushed else None
+        )
 
     def _attempt(self, job: Callable[[], None]) -> None:
         try:
@@ -199,22 +217,29 @@ class Writer:
             self._sync()
 
     def _compare(self, path: str, staging: Staging) -> None:
-        """Refuse an iterate unlike the file of its step: a resumed training may only pass the iterates recorded before."""
+        """Refuse an iterate unlike the file of its step: a resumed training may only pass the
+        iterates recorded before.
+        """
         try:
             earlier = load_file(path)
         except FileNotFoundError:
             raise InputError(
-                f"{self._directory} goes on to step {self._before} and has no {os.path.basename(path)}. A series is one training run with "
-                "its own steps: record into another directory, or, to go on from an earlier step, remove the files after it."
+                f"{self._directory} goes on to step {self._before} and has no "
+                f"{os.path.basename(path)}. A series is one training run with "
+                "its own steps: record into another directory, or, to go on from an earlier step, "
+                "remove the files after it."
             ) from None
         except SafetensorError as error:
             raise InputError(
-                f"{path} is damaged ({error}). Remove it and the files after it, and resume from a step before."
+                f"{path} is damaged ({error}). Remove it and the files after it, and resume from a "
+                f"step before."
             ) from None
         if not same_bytes(earlier, staging.views):
             raise InputError(
-                f"{path} holds other weights than those to be saved, and {self._directory} goes on to step {self._before}. A series is one "
-                "training run: record into another directory, or, to go on from an earlier step, remove the files after it."
+                f"{path} holds other weights than those to be saved, and {self._directory} goes on "
+                f"to step {self._before}. A series is one "
+                "training run: record into another directory, or, to go on from an earlier step, "
+                "remove the files after it."
             )
 
     def _failed(self, step: int, path: str, error: OSError) -> None:
@@ -223,16 +248,20 @@ class Writer:
             if not self._is_full:
                 self._is_full = True
                 warnings.warn(
-                    f"no space for {path} ({amount(self._layout.bytes)}): recording pauses until there is; the iterates meanwhile are "
+                    f"no space for {path} ({amount(self._layout.bytes)}): recording pauses until "
+                    f"there is; the iterates meanwhile are "
                     "left out, and the segment across them is a long one",
                     stacklevel=2,
                 )
             return
         last = (
-            "nothing was recorded" if self._last is None else f"the last iterate recorded is that of step {self._last}"
+            "nothing was recorded"
+            if self._last is None
+            else f"the last iterate recorded is that of step {self._last}"
         )
         raise ResourceError(
-            f"cannot write {path}: {error.strerror or error}; {last}. Make room or permit it, and resume training from a checkpoint up "
+            f"cannot write {path}: {error.strerror or error}; {last}. Make room or permit it, and "
+            f"resume training from a checkpoint up "
             "to there."
         ) from error
 
@@ -245,17 +274,25 @@ class Writer:
             except FileNotFoundError:  # taken away meanwhile, by who uploads or thins out
                 continue
             except OSError as error:
-                raise ResourceError(f"cannot flush {path} to the disk: {error.strerror}.") from error
+                raise ResourceError(
+                    f"cannot flush {path} to the disk: {error.strerror}."
+                ) from error
         self._flushed = time.monotonic()
 
 
 def _put(path: str, *parts: bytes | memoryview) -> None:
-    """Write a file in as few calls as possible: after each call the thread waits for its turn with the interpreter."""
+    """Write a file in as few calls as possible: after each call the thread waits for its turn with
+    the interpreter.
+    """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _FLAGS, 0o666)
     try:
         views = [memoryview(part) for part in parts]
         while views:
-            written = os.writev(descriptor, views) if hasattr(os, "writev") else os.write(descriptor, views[0])
+            written = (
+                os.writev(descriptor, views)
+                if hasattr(os, "writev")
+                else os.write(descriptor, views[0])
+            )
             while views and written >= len(views[0]):
                 written -= len(views.pop(0))
             if views:
@@ -265,7 +302,8 @@ def _put(path: str, *parts: bytes | memoryview) -> None:
 
 
 def _flush(path: str) -> None:
-    if os.name == "nt" and os.path.isdir(path):  # which has no way to flush the names in a directory
+    # which has no way to flush the names in a directory
+    if os.name == "nt" and os.path.isdir(path):
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:

@@ -17,13 +17,14 @@ _LONGEST = 160  # characters of a name
 MOST_ROWS = 60
 
 Cell: TypeAlias = str | float | None
-View: TypeAlias = Mapping[str, Json]  # source name -> columns; what begins with "@" sets up the figure instead
+# source name -> columns; what begins with "@" sets up the figure instead
+View: TypeAlias = Mapping[str, Json]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its heading, and the kind of its cells: "name", "text", "right" (text), "count",
-    "share", "plain", "number" or "bar".
+    """A column of a table: its heading, and the kind of its cells: "name", "text", "right" (text),
+    "count", "share", "plain", "number" or "bar".
     """
 
     title: str
@@ -34,8 +35,8 @@ class Column:
 class Table:
     """Rows under headings.
 
-    `live` names the values that replace the rows where a group is picked, `pick` gives each row a box and says which boxes are ticked
-    at first, `shared` gives the bars of all columns one scale.
+    `live` names the values that replace the rows where a group is picked, `pick` gives each row a
+    box and says which boxes are ticked at first, `shared` gives the bars of all columns one scale.
     """
 
     title: str
@@ -49,12 +50,18 @@ class Table:
 
     @property
     def extents(self) -> list[float]:
-        """Return the largest magnitude of each column, for its bars; of all columns with bars where they are `shared`."""
+        """Return the largest magnitude of each column, for its bars; of all columns with bars where
+        they are `shared`.
+        """
         extents = [
             max((_size(row[position]) for row in self.rows), default=0.0) or 1.0
             for position, column in enumerate(self.columns)
         ]
-        bars = [extent for extent, column in zip(extents, self.columns, strict=True) if column.kind == "bar"]
+        bars = [
+            extent
+            for extent, column in zip(extents, self.columns, strict=True)
+            if column.kind == "bar"
+        ]
         return [max(bars)] * len(extents) if self.shared and bars else extents
 
 
@@ -62,8 +69,9 @@ class Table:
 class Block:
     """The content of a section for one loss of one run.
 
-    `captions` has the sentence under each figure, which gives its numbers to those who cannot see it; `views` the data of each
-    figure for "GROUP|CHOICE", either part possibly empty; `choices` what can be chosen in this section alone.
+    `captions` has the sentence under each figure, which gives its numbers to those who cannot see
+    it; `views` the data of each figure for "GROUP|CHOICE", either part possibly empty; `choices`
+    what can be chosen in this section alone.
     """
 
     captions: Mapping[str, str] = field(default_factory=dict)
@@ -76,7 +84,9 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A finding on the page: its title, two sentences on how to read it, and its figures by name."""
+    """A finding on the page: its title, two sentences on how to read it, and its figures by
+    name.
+    """
 
     name: str
     title: str

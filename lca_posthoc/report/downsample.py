@@ -1,4 +1,6 @@
-"""Series made small enough to travel inside a page: thinned with their extremes kept, and packed."""
+"""Series made small enough to travel inside a page: thinned with their extremes kept, and
+packed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ Packed: TypeAlias = Mapping[str, Json]  # columns or one of them, as the page's 
 
 
 def kept(values: np.ndarray[Any, Any], most: int = MOST_POINTS) -> np.ndarray[Any, Any]:
-    """Choose points of a series: the first, the last, and the lowest and highest of each of about `most / 2` stretches.
+    """Choose points of a series: the first, the last, and the lowest and highest of each of about
+    `most / 2` stretches.
 
     Args:
         values: (points,), of any float type; NaN is kept only where a stretch has nothing else.
@@ -58,7 +61,9 @@ def gaps(step: ArrayLike, step_end: ArrayLike) -> np.ndarray[Any, Any]:
 def over_segments(
     step: ArrayLike, values: ArrayLike, step_end: ArrayLike
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return one point per segment, (step,) and (..., step), and a NaN where segments are missing."""
+    """Return one point per segment, (step,) and (..., step), and a NaN where segments are
+    missing.
+    """
     breaks = gaps(step, step_end) + 1
     x, y = np.asarray(step, dtype=np.float64), np.asarray(values, dtype=np.float64)
     return np.insert(x, breaks, np.nan), np.insert(y, breaks, np.nan, axis=-1)
@@ -67,7 +72,8 @@ def over_segments(
 def over_steps(
     step: ArrayLike, step_end: ArrayLike, first: ArrayLike, last: ArrayLike
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return the ends of all segments, after the start of the first; where segments are missing, NaN and the next start.
+    """Return the ends of all segments, after the start of the first; where segments are missing,
+    NaN and the next start.
 
     Args:
         step: (step,) where segments start.
@@ -79,12 +85,23 @@ def over_steps(
     >>> x.tolist(), y.tolist()
     ([0.0, 1.0, 2.0, nan, 5.0, 6.0], [9.0, 8.0, 7.0, nan, 3.0, 2.0])
     """
-    begin, end, first, last = (np.asarray(array, dtype=np.float64) for array in (step, step_end, first, last))
+    begin, end, first, last = (
+        np.asarray(array, dtype=np.float64) for array in (step, step_end, first, last)
+    )
     after = gaps(begin, end) + 1
     places = np.repeat(after + 1, 2)
-    x = np.insert(np.concatenate([begin[:1], end]), places, np.ravel([(np.nan, begin[position]) for position in after]))
+    x = np.insert(
+        np.concatenate([begin[:1], end]),
+        places,
+        np.ravel([(np.nan, begin[position]) for position in after]),
+    )
     new = np.stack([np.full_like(first[..., after], np.nan), first[..., after]], axis=-1)
-    y = np.insert(np.concatenate([first[..., :1], last], axis=-1), places, new.reshape(*first.shape[:-1], -1), axis=-1)
+    y = np.insert(
+        np.concatenate([first[..., :1], last], axis=-1),
+        places,
+        new.reshape(*first.shape[:-1], -1),
+        axis=-1,
+    )
     return x, y
 
 
@@ -96,17 +113,25 @@ def thinned(x: ArrayLike, y: ArrayLike, most: int) -> Packed:
 
 
 def _with_breaks(indices: np.ndarray[Any, Any], x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return the indices of points and of one break between any two points that have breaks between them."""
+    """Return the indices of points and of one break between any two points that have breaks between
+    them.
+    """
     breaks = np.flatnonzero(np.isnan(x))
     first = np.unique(np.searchsorted(indices, breaks), return_index=True)[1]
     return np.unique(np.concatenate([indices, breaks[first]]))
 
 
 def numbers(values: ArrayLike) -> Packed:
-    """Return float32 in base64, as the page reads it; whole numbers too large for that as float64."""
+    """Return float32 in base64, as the page reads it; whole numbers too large for that as
+    float64.
+    """
     array = np.asarray(values, dtype=np.float64).ravel()
     finite = array[np.isfinite(array)]
-    wide = bool(len(finite)) and bool((np.abs(finite) > _EXACT).any()) and bool((finite == np.round(finite)).all())
+    wide = (
+        bool(len(finite))
+        and bool((np.abs(finite) > _EXACT).any())
+        and bool((finite == np.round(finite)).all())
+    )
     if wide:
         return {"d": _base64(array.astype("<f8"))}
     return {"f": _base64(array.astype("<f4"))}
@@ -131,26 +156,36 @@ def lines(x: ArrayLike, ys: ArrayLike, most: int = MOST_POINTS) -> tuple[Packed,
     lengths = [len(indices) for indices in indices_of_each]
     picked = [series[indices] for series, indices in zip(ys, indices_of_each, strict=True)]
     return (
-        {"n": lengths, "v": numbers(np.concatenate([x[indices] for indices in indices_of_each] or [x[:0]]))},
+        {
+            "n": lengths,
+            "v": numbers(np.concatenate([x[indices] for indices in indices_of_each] or [x[:0]])),
+        },
         {"n": lengths, "v": numbers(np.concatenate(picked or [x[:0]]))},
     )
 
 
 def picture(values: ArrayLike) -> Packed:
-    """Return a matrix in 255 levels, v = sign(q) (q / 127)² peak: exact zero in the middle, small values finer than large ones.
+    """Return a matrix in 255 levels, v = sign(q) (q / 127)² peak: exact zero in the middle, small
+    values finer than large ones.
 
     Args:
         values: (rows, columns).
 
     Returns:
-        Levels, `peak` (the largest magnitude) and `scale` (its 99.5 % quantile over what is not zero: where colours saturate).
+        Levels, `peak` (the largest magnitude) and `scale` (its 99.5 % quantile over what is not
+        zero: where colours saturate).
     """
     matrix = np.nan_to_num(np.asarray(values, dtype=np.float64))
     size = np.abs(matrix)
     peak = float(size.max(initial=0.0))
     scale = float(np.quantile(size[size > 0], 0.995)) if peak else 1.0
     levels = np.sign(matrix) * np.round(np.sqrt(size / (peak or 1.0)) * 127)
-    return {"b": _base64(levels.astype("i1")), "shape": list(matrix.shape), "peak": peak, "scale": scale}
+    return {
+        "b": _base64(levels.astype("i1")),
+        "shape": list(matrix.shape),
+        "peak": peak,
+        "scale": scale,
+    }
 
 
 def raw(values: np.ndarray[Any, Any]) -> str:

@@ -1,4 +1,6 @@
-"""Bokeh figures without data or colours of their own: the page's script fills them in and paints them by day and by night."""
+"""Bokeh figures without data or colours of their own: the page's script fills them in and paints
+them by day and by night.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from bokeh.models import ColumnDataSource, GlyphRenderer, HoverTool, LinearColorMapper, Range1d, Span
+from bokeh.models import (
+    ColumnDataSource,
+    GlyphRenderer,
+    HoverTool,
+    LinearColorMapper,
+    Range1d,
+    Span,
+)
 from bokeh.plotting import figure
 
 from ..colours import HELPING, HURTING, NEUTRAL
@@ -17,8 +26,12 @@ _BLUE = "#3b7dd8"
 _GREY = "#8a8f98"
 
 
-def steps_figure(y: str, height: int = 300, x: str = "training step", percent: bool = False, **options: Any) -> figure:
-    """Return a figure over training steps; all of them zoom together. `percent` writes y as percentages."""
+def steps_figure(
+    y: str, height: int = 300, x: str = "training step", percent: bool = False, **options: Any
+) -> figure:
+    """Return a figure over training steps; all of them zoom together. `percent` writes y as
+    percentages.
+    """
     chart = plain_figure(x, y, height, x_range=Range1d(0, 1), **options)
     chart.tags = ["steps", *(["percent"] if percent else [])]
     chart.window_axis = "x"
@@ -72,7 +85,9 @@ def add_lines(
     alpha: float = 1.0,
     mode: str = "mouse",
 ) -> None:
-    """Add one line, from the columns x and y of a source; `colour` is a tag of this module, or a colour."""
+    """Add one line, from the columns x and y of a source; `colour` is a tag of this module, or a
+    colour.
+    """
     drawn = chart.line(
         "x",
         "y",
@@ -103,7 +118,9 @@ def add_many(chart: figure, name: str, tip: list[tuple[str, str]], width: float 
     chart.add_tools(_hover(drawn, tip, line_policy="nearest"))
 
 
-def add_boxes(chart: figure, name: str, colour: str, tip: list[tuple[str, str]], alpha: float = 0.8) -> None:
+def add_boxes(
+    chart: figure, name: str, colour: str, tip: list[tuple[str, str]], alpha: float = 0.8
+) -> None:
     """Add the boxes of a histogram."""
     drawn = chart.quad(
         "left",
@@ -136,7 +153,11 @@ def add_dots(chart: figure, name: str, tip: list[tuple[str, str]], size: float =
 def add_picture(chart: figure, name: str, tip: list[tuple[str, str]]) -> None:
     """Add a matrix in the colours of helping and hurting; the script sets its scale."""
     mapper = LinearColorMapper(
-        palette=[HELPING, NEUTRAL, HURTING], low=-1, high=1, name=f"{name} colours", tags=["diverging"]
+        palette=[HELPING, NEUTRAL, HURTING],
+        low=-1,
+        high=1,
+        name=f"{name} colours",
+        tags=["diverging"],
     )
     drawn = chart.image(
         "image",
@@ -144,9 +165,11 @@ def add_picture(chart: figure, name: str, tip: list[tuple[str, str]]) -> None:
         "y",
         "dw",
         "dh",
-        # One real image to begin with: the script makes others of its class, for which Bokeh has no public name.
+        # One real image to begin with: the script makes others of its class, for which Bokeh has no
+        # public name.
         source=ColumnDataSource(
-            {"image": [np.zeros((1, 1), "float32")], "x": [0], "y": [0], "dw": [1], "dh": [1]}, name=name
+            {"image": [np.zeros((1, 1), "float32")], "x": [0], "y": [0], "dw": [1], "dh": [1]},
+            name=name,
         ),
         color_mapper=mapper,
     )
@@ -155,19 +178,37 @@ def add_picture(chart: figure, name: str, tip: list[tuple[str, str]]) -> None:
 
 def add_level(chart: figure, level: float, dimension: str = "width", name: str = "") -> None:
     """Add a straight line across, such as at zero, at a half, or at an observed value."""
-    drawn = Span(location=level, dimension=dimension, line_color=_GREY, line_width=1, line_dash="dashed", tags=[MUTED])
+    drawn = Span(
+        location=level,
+        dimension=dimension,
+        line_color=_GREY,
+        line_width=1,
+        line_dash="dashed",
+        tags=[MUTED],
+    )
     if name:
         drawn.name = name
     chart.add_layout(drawn)
 
 
 def _hover(drawn: GlyphRenderer, tip: list[tuple[str, str]], **options: Any) -> HoverTool:
-    """Return what the pointer shows; formats that begin with % are those of printf, which small numbers need."""
+    """Return what the pointer shows; formats that begin with % are those of printf, which small
+    numbers need.
+    """
     fields = (re.match(r"([@$]\w+)\{%", text) for _, text in tip)
     return HoverTool(
-        renderers=[drawn], tooltips=tip, formatters={match[1]: "printf" for match in fields if match}, **options
+        renderers=[drawn],
+        tooltips=tip,
+        formatters={match[1]: "printf" for match in fields if match},
+        **options,
     )
 
 
 def _colour(colour: str) -> str:
-    return {INK: "#30343b", MUTED: _GREY, ACCENT: _BLUE, "helping": HELPING, "hurting": HURTING}.get(colour, colour)
+    return {
+        INK: "#30343b",
+        MUTED: _GREY,
+        ACCENT: _BLUE,
+        "helping": HELPING,
+        "hurting": HURTING,
+    }.get(colour, colour)

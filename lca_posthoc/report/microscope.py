@@ -27,7 +27,9 @@ _LETTERS = 12  # above a narrow picture
 
 
 class TensorPicture(TypedDict):
-    """A tensor under the microscope: its names, the place of its cells in a frame, and the parameters of a cell."""
+    """A tensor under the microscope: its names, the place of its cells in a frame, and the
+    parameters of a cell.
+    """
 
     name: str
     layer: str
@@ -43,11 +45,12 @@ class TensorPicture(TypedDict):
 def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, list[str]]:
     """Return the frames of one loss, within `size` bytes of codes.
 
-    A run small enough travels in half precision, a larger one in 255 levels and pooled over blocks of parameters and stretches
-    of segments.
+    A run small enough travels in half precision, a larger one in 255 levels and pooled over blocks
+    of parameters and stretches of segments.
 
     Returns:
-        The data that the page's script reads (None where there are no frames), and notes on what was left out.
+        The data that the page's script reads (None where there are no frames), and notes on what
+        was left out.
     """
     manifest = panel.run.manifest
     if manifest.keep != "parameters":
@@ -56,7 +59,9 @@ def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, 
         return None, ["The microscope did not fit into the file."]
     frames = min(FRAMES, max(1, panel.summary["segments"]))
     specs = [tensor.spec for tensor in manifest.allocated if tensor.spec.kind == "parameter"]
-    chosen = set(sorted(range(len(specs)), key=lambda position: -specs[position].elements)[:TENSORS])
+    chosen = set(
+        sorted(range(len(specs)), key=lambda position: -specs[position].elements)[:TENSORS]
+    )
     names = [spec.name for position, spec in enumerate(specs) if position in chosen]
     elements = sum(spec.elements for position, spec in enumerate(specs) if position in chosen)
     exact = elements * frames * 2 <= size
@@ -65,7 +70,10 @@ def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, 
     pixels = max(2 * TENSORS, size // frames // (2 if exact else 1))
     try:
         pictures, scale = _pictures(
-            panel, [spec for position, spec in enumerate(specs) if position in chosen], frames, pixels
+            panel,
+            [spec for position, spec in enumerate(specs) if position in chosen],
+            frames,
+            pixels,
         )
     except LCAError as error:
         return None, [clean(error, 400)]
@@ -73,13 +81,16 @@ def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, 
     if not tensors:
         return None, ["There is nothing to see under the microscope."]
     values = np.concatenate(
-        [np.asarray(pictures[name].values).reshape(pictures.sizes["step"], -1) for name in names], axis=1
+        [np.asarray(pictures[name].values).reshape(pictures.sizes["step"], -1) for name in names],
+        axis=1,
     )
     exact = values.size * 2 <= size
     codes, packed = _half(values) if exact else _levels(values)
     notes = _notes(panel, pictures, tensors, exact)
     if len(names) < len(specs):
-        notes.append(f"Under the microscope are the {len(names):,} largest of {count(len(specs), 'tensor')}.")
+        notes.append(
+            f"Under the microscope are the {len(names):,} largest of {count(len(specs), 'tensor')}."
+        )
     return {
         **packed,
         "tensors": tensors,
@@ -95,8 +106,12 @@ def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, 
     }, notes
 
 
-def _pictures(panel: Panel, specs: list[TensorSpec], frames: int, pixels: int) -> tuple[xr.Dataset, float]:
-    """Return the pictures of all tensors, and where their colours saturate; where not all fit, only the largest are pooled."""
+def _pictures(
+    panel: Panel, specs: list[TensorSpec], frames: int, pixels: int
+) -> tuple[xr.Dataset, float]:
+    """Return the pictures of all tensors, and where their colours saturate; where not all fit, only
+    the largest are pooled.
+    """
     order, pixels_left, whole = sorted(specs, key=lambda spec: spec.elements), pixels, list[str]()
     for position, spec in enumerate(order):
         # The others, all larger, need as much room each, were they pooled to the size of this one.
@@ -107,8 +122,16 @@ def _pictures(panel: Panel, specs: list[TensorSpec], frames: int, pixels: int) -
     large = [spec.name for spec in specs if spec.name not in whole]
     finding: Callable[..., Any] = findings.microscope
     parts = [(whole, pixels), (large, pixels_left)]
-    pictures = [finding(panel.results, tensors=names, frames=frames, pixels=room) for names, room in parts if names]
-    values = [abs(np.asarray(part[name].values, dtype=np.float64)) for part in pictures for name in part.data_vars]
+    pictures = [
+        finding(panel.results, tensors=names, frames=frames, pixels=room)
+        for names, room in parts
+        if names
+    ]
+    values = [
+        abs(np.asarray(part[name].values, dtype=np.float64))
+        for part in pictures
+        for name in part.data_vars
+    ]
     nonzero = np.concatenate([value[value != 0] for value in values])
     scale = float(np.quantile(nonzero, _QUANTILE)) if nonzero.size else 0.0
     return xr.merge(pictures, combine_attrs="override", compat="override", join="exact"), scale
@@ -139,14 +162,22 @@ def _tensors(pictures: xr.Dataset, names: list[str]) -> list[TensorPicture]:
 
 
 def _half(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], Packed]:
-    """Return values in half precision, in units that put the largest value near the largest number there is."""
+    """Return values in half precision, in units that put the largest value near the largest number
+    there is.
+    """
     peak = float(np.abs(values).max(initial=0.0)) or 1.0
     unit = peak / _LARGEST_HALF
-    return (values / unit).astype("<f2").view("<u2"), {"code": "half", "unit": unit, "rounding": "rounded to 0.05 %"}
+    return (values / unit).astype("<f2").view("<u2"), {
+        "code": "half",
+        "unit": unit,
+        "rounding": "rounded to 0.05 %",
+    }
 
 
 def _levels(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], Packed]:
-    """Return values in 255 levels, v = sign(q) (q / 127)² peak, 128 being zero: finer for small values than for large ones."""
+    """Return values in 255 levels, v = sign(q) (q / 127)² peak, 128 being zero: finer for small
+    values than for large ones.
+    """
     peak = float(np.abs(values).max(initial=0.0)) or 1.0
     levels = np.round(np.sqrt(np.abs(values.astype(np.float64)) / peak) * 127)
     codes = (128 + np.sign(values) * levels).astype("u1")
@@ -157,19 +188,27 @@ def _levels(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], Packed]
     }
 
 
-def _notes(panel: Panel, pictures: xr.Dataset, tensors: list[TensorPicture], exact: bool) -> list[str]:
+def _notes(
+    panel: Panel, pictures: xr.Dataset, tensors: list[TensorPicture], exact: bool
+) -> list[str]:
     notes = [clean(pictures.attrs["left_out"], 400)] if pictures.attrs.get("left_out") else []
     segments = panel.summary["segments"]
     if pictures.sizes["step"] < segments:
         most_segments = math.ceil(segments / pictures.sizes["step"])
         notes.append(
-            f"The microscope shows {pictures.sizes['step']} frames, each the sum of up to {most_segments} of {segments:,} segments."
+            f"The microscope shows {pictures.sizes['step']} frames, each the sum of up to "
+            f"{most_segments} of {segments:,} segments."
         )
     pooled = [tensor for tensor in tensors if math.prod(tensor["pool"]) > 1]
     if pooled:
         most = max(math.prod(tensor["pool"]) for tensor in pooled)
-        which = f"{count(len(pooled), 'tensor')} of {len(tensors):,} {'is' if len(pooled) == 1 else 'are'}"
-        notes.append(f"Under the microscope {which} pooled: a cell is the sum of up to {most:,} parameters.")
+        which = (
+            f"{count(len(pooled), 'tensor')} of {len(tensors):,} "
+            f"{'is' if len(pooled) == 1 else 'are'}"
+        )
+        notes.append(
+            f"Under the microscope {which} pooled: a cell is the sum of up to {most:,} parameters."
+        )
     if not exact:
         notes.append("Values under the microscope are rounded to one of 255 levels.")
     if panel.groups is not None:

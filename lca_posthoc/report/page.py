@@ -40,21 +40,26 @@ _PROVENANCE = 4000  # characters of a value
 
 
 def write_report(
-    runs: Sequence[Run] | Mapping[str, Sequence[Run]], path: str | Path, *, losses: Sequence[str] = ()
+    runs: Sequence[Run] | Mapping[str, Sequence[Run]],
+    path: str | Path,
+    *,
+    losses: Sequence[str] = (),
 ) -> Path:
     """Write the report of one or several runs as one file of at most `MOST_BYTES`.
 
     Args:
         runs: opened runs, finished or not; repeats, such as seeds, by a label of theirs.
         path: the file to write; it is replaced if it is there.
-        losses: those to show in full, the first under the microscope; all of them, as many as fit, unless named.
+        losses: those to show in full, the first under the microscope; all of them, as many as fit,
+            unless named.
 
     Returns:
         The path.
 
     Raises:
         InputError: where a loss is in none of the runs, or the file cannot be written.
-        LCAError: where no segment is there yet, stored numbers are damaged, or the file would still be too large.
+        LCAError: where no segment is there yet, stored numbers are damaged, or the file would still
+            be too large.
     """
     labelled = None
     if isinstance(runs, Mapping):
@@ -63,11 +68,14 @@ def write_report(
     for name in losses:
         if not any(name in run for run in runs):
             known = dict.fromkeys(loss for run in runs for loss in run)
-            raise InputError(f"no run has a loss {name!r}; there are {', '.join(map(repr, known))}.")
+            raise InputError(
+                f"no run has a loss {name!r}; there are {', '.join(map(repr, known))}."
+            )
     panels, left_out = choose(runs, losses, labelled)
     if not panels:
         raise LCAError(
-            f"{listed([str(run.path) for run in runs])} has no finished segment yet. Let `lca run` commit a span first."
+            f"{listed([str(run.path) for run in runs])} has no finished segment yet. Let `lca run` "
+            f"commit a span first."
         )
     path = Path(path)
     if path.is_dir() or not path.absolute().parent.is_dir():
@@ -79,18 +87,23 @@ def write_report(
             break
     else:
         raise LCAError(
-            f"the report would be larger than {amount(MOST_BYTES)}. Show fewer runs, or fewer losses with --loss NAME."
+            f"the report would be larger than {amount(MOST_BYTES)}. Show fewer runs, or fewer "
+            f"losses with --loss NAME."
         )
     try:
         _replace(path, text)
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}. Name another file with -o.") from None
+        raise InputError(
+            f"{path} cannot be written: {error.strerror}. Name another file with -o."
+        ) from None
     return path
 
 
 def _replace(path: Path, text: bytes) -> None:
     """Write the file whole or not at all."""
-    handle, waiting = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}-", suffix=".part")
+    handle, waiting = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name[:40]}-", suffix=".part"
+    )
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(text)
@@ -104,7 +117,11 @@ def _replace(path: Path, text: bytes) -> None:
 
 
 def _page(
-    runs: Sequence[Run], labelled: Sequence[str] | None, panels: Sequence[Panel], left_out: Sequence[str], shrink: float
+    runs: Sequence[Run],
+    labelled: Sequence[str] | None,
+    panels: Sequence[Panel],
+    left_out: Sequence[str],
+    shrink: float,
 ) -> str:
     labels = run_labels(runs, labelled)
     room = Room(min(_EACH, _DATA / len(panels)) * shrink)
@@ -124,17 +141,29 @@ def _page(
     frames, frame_notes = microscope(panels[0], int(BYTES * shrink))
     notes = [*left_out, *_group_notes(panels), *frame_notes, *_block_notes(shown, panels)]
     data = {
-        "panels": [{"label": panel.label, "groups": _groups(panel), "steps": _steps(panel)} for panel in panels],
-        "figures": {name: json_item(filled) for section, _ in shown for name, filled in section.figures.items()},
+        "panels": [
+            {"label": panel.label, "groups": _groups(panel), "steps": _steps(panel)}
+            for panel in panels
+        ],
+        "figures": {
+            name: json_item(filled)
+            for section, _ in shown
+            for name, filled in section.figures.items()
+        },
         "views": _views(shown),
         "colours": _COLOURS,
     }
     scripts = [_bokeh(), *(_read(name) for name in ("figures.js", "microscope.js", "script.js"))]
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_read("template.html"))
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        _read("template.html")
+    )
     template.environment.globals.update(cell=cell, clean=clean)
     return template.render(
         title=f"Loss change allocation: {listed(labels, 3)}",
-        runs=[{"label": label, "path": clean(run.path, 300)} for label, run in zip(labels, runs, strict=True)],
+        runs=[
+            {"label": label, "path": clean(run.path, 300)}
+            for label, run in zip(labels, runs, strict=True)
+        ],
         panels=panels,
         several=_several(runs, panels),
         headlines={panel.key: headline(panel) for panel in panels},
@@ -154,7 +183,9 @@ def _page(
             for run, label in zip(runs, labels, strict=True)
             for name in list(run)[:60]
         ],
-        provenance=[(label, list(_provenance(run))) for run, label in zip(runs, labels, strict=True)],
+        provenance=[
+            (label, list(_provenance(run))) for run, label in zip(runs, labels, strict=True)
+        ],
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
         style=Markup(_read("style.css")),  # ours, like the scripts
@@ -166,7 +197,9 @@ def _page(
 
 
 def _modes(panels: Sequence[Panel]) -> dict[str, str]:
-    """Return whose statistics normalisation layers had, by panel and under "*" of all; nothing for models without such layers."""
+    """Return whose statistics normalisation layers had, by panel and under "*" of all; nothing for
+    models without such layers.
+    """
     modes = {str(panel.key): panel.results.norm_stats for panel in panels}
     every = " and ".join(dict.fromkeys(mode for mode in modes.values() if mode))
     return {key: mode for key, mode in {**modes, "*": every}.items() if mode}
@@ -176,7 +209,8 @@ def _several(runs: Sequence[Run], panels: Sequence[Panel]) -> str:
     """Return the sentence on which of many runs are shown in full, "" where all are."""
     full = len({id(panel.run) for panel in panels})
     return (
-        f"Of {len(runs):,} runs the first {full:,} can be picked above and are shown in full; Run against run has all of them."
+        f"Of {len(runs):,} runs the first {full:,} can be picked above and are shown in full; Run "
+        f"against run has all of them."
         if full < len(runs)
         else ""
     )
@@ -203,13 +237,16 @@ def _steps(panel: Panel) -> list[int]:
 
 def _group_notes(panels: Sequence[Panel]) -> list[str]:
     return [
-        f"{panel.label}: {MOST_GROUPS} of {len(panel.groups)} groups can be picked, those whose loss changed most."
+        f"{panel.label}: {MOST_GROUPS} of {len(panel.groups)} groups can be picked, those whose "
+        f"loss changed most."
         for panel in panels
         if panel.groups is not None and len(panel.groups) > MOST_GROUPS
     ]
 
 
-def _block_notes(shown: Sequence[tuple[Section, dict[str, Block]]], panels: Sequence[Panel]) -> Iterator[str]:
+def _block_notes(
+    shown: Sequence[tuple[Section, dict[str, Block]]], panels: Sequence[Panel]
+) -> Iterator[str]:
     """Yield what each section leaves out, once for all panels of which it is true."""
     for section, blocks in shown:
         keys_of_note: dict[str, list[str]] = {}
@@ -217,12 +254,18 @@ def _block_notes(shown: Sequence[tuple[Section, dict[str, Block]]], panels: Sequ
             for note in block.notes:
                 keys_of_note.setdefault(note, []).append(key)
         for note, keys in keys_of_note.items():
-            of = "" if len(keys) == len(blocks) else f" ({listed([panels[int(key)].label for key in keys])})"
+            of = (
+                ""
+                if len(keys) == len(blocks)
+                else f" ({listed([panels[int(key)].label for key in keys])})"
+            )
             yield f"{section.title}{of}: {note}"
 
 
 def _loss_row(run: Run, label: str, name: str, panels: Sequence[Panel]) -> Mapping[str, Json]:
-    """Return a row of the table of losses; only losses that are shown have figures, since the others would have to be read."""
+    """Return a row of the table of losses; only losses that are shown have figures, since the
+    others would have to be read.
+    """
     panel = next((panel for panel in panels if panel.run is run and panel.loss == name), None)
     record, done = run[name].record, run[name].progress()
     return {
@@ -243,18 +286,25 @@ def _provenance(run: Run) -> Iterator[tuple[str, str]]:
     yield "run", clean(run.path, 300)
     yield (
         "checkpoints",
-        f"{clean(manifest.root, 300)}: {len(manifest.checkpoints):,}, from step {first:,} to step {last:,}",
+        f"{clean(manifest.root, 300)}: {len(manifest.checkpoints):,}, from step {first:,} to step "
+        f"{last:,}",
     )
     yield "id", manifest.id
     for table in (manifest.settings, manifest.provenance):
         for name, value in list(table.items())[:60]:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            text = (
+                value
+                if isinstance(value, str)
+                else json.dumps(value, ensure_ascii=False, default=str)
+            )
             text = "–" if value in (None, [], {}, "") else text
             yield clean(name, 60), clean(text, _PROVENANCE if name != "task_sha256" else 64)
 
 
 def _bokeh() -> str:
-    return "\n".join(Resources(mode="inline", components=["bokeh"], minified=True, log_level="error").js_raw)
+    return "\n".join(
+        Resources(mode="inline", components=["bokeh"], minified=True, log_level="error").js_raw
+    )
 
 
 def _read(name: str) -> str:

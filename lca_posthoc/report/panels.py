@@ -40,7 +40,9 @@ class Panel:
         return self.run[self.loss]
 
     def find(self, name: str, *arguments: Any, **options: Any) -> tuple[Any, str]:
-        """Return a finding of this loss, computed once, and what it leaves out; None and the reason where the run does not allow it."""
+        """Return a finding of this loss, computed once, and what it leaves out; None and the reason
+        where the run does not allow it.
+        """
         key = f"{name} {arguments} {sorted(options)}"
         if key not in self._findings:
             function: Callable[..., Any] = getattr(findings, name)
@@ -48,7 +50,9 @@ class Panel:
                 finding = function(self.results, *arguments, **options)
                 self._findings[key] = (
                     finding,
-                    clean(finding.attrs.get("left_out", ""), _NOTE) if isinstance(finding, xr.Dataset) else "",
+                    clean(finding.attrs.get("left_out", ""), _NOTE)
+                    if isinstance(finding, xr.Dataset)
+                    else "",
                 )
             except LCAError as error:
                 self._findings[key] = (None, clean(error, _NOTE))
@@ -75,11 +79,17 @@ class Panel:
     def shares(self) -> np.ndarray[Any, Any]:
         """Return (groups,), the weight of each group in the mean over all."""
         weights = np.asarray(self.summary["group_weights"], dtype=float)
-        return weights / weights.sum() if weights.sum() else np.full(len(weights), 1 / max(1, len(weights)))
+        return (
+            weights / weights.sum()
+            if weights.sum()
+            else np.full(len(weights), 1 / max(1, len(weights)))
+        )
 
     @cached_property
     def choices(self) -> list[tuple[str, str, int | None]]:
-        """Return the choices of a group, as key, label and position; the mean over all groups comes first."""
+        """Return the choices of a group, as key, label and position; the mean over all groups comes
+        first.
+        """
         if self.groups is None:
             return [("", "", None)]
         change = np.abs(np.asarray(self.summary["loss_change"], dtype=float))
@@ -96,26 +106,44 @@ class Panel:
         if position is not None:
             return data.isel(group=position)
         order = [name for name in data.dims if name != "group"]
-        values = np.tensordot(data.transpose(*order, "group").values.astype(float), self.shares, axes=(-1, 0))
-        return xr.DataArray(values, dims=order, coords={name: data[name] for name in order if name in data.coords})
+        values = np.tensordot(
+            data.transpose(*order, "group").values.astype(float), self.shares, axes=(-1, 0)
+        )
+        return xr.DataArray(
+            values, dims=order, coords={name: data[name] for name in order if name in data.coords}
+        )
 
     @property
     def whole(self) -> dict[str, float]:
         """Return the headline figures, of the weighted mean over the groups where there are any.
 
-        How many parameters help the mean loss does not follow from how many help each group, so those shares are NaN.
+        How many parameters help the mean loss does not follow from how many help each group, so
+        those shares are NaN.
         """
-        names = ("loss_start", "loss_end", "loss_change", "allocated", "residual", "helping", "hurting", "zero")
+        names = (
+            "loss_start",
+            "loss_end",
+            "loss_change",
+            "allocated",
+            "residual",
+            "helping",
+            "hurting",
+            "zero",
+        )
         if self.groups is None:
             return {name: float(self.summary[name]) for name in names}
         shares = {"helping", "hurting", "zero"}
         return {
-            name: math.nan if name in shares else float(np.asarray(self.summary[name], dtype=float) @ self.shares)
+            name: math.nan
+            if name in shares
+            else float(np.asarray(self.summary[name], dtype=float) @ self.shares)
             for name in names
         }
 
     def share_of_group(self, data: xr.DataArray, position: int | None) -> xr.DataArray:
-        """Return shares of parameters in one group; NaN for the mean over groups, whose shares are not known."""
+        """Return shares of parameters in one group; NaN for the mean over groups, whose shares are
+        not known.
+        """
         of = self.of_group(data, position)
         return of * np.nan if position is None and "group" in data.dims else of
 
@@ -140,7 +168,8 @@ def choose(
 ) -> tuple[list[Panel], list[str]]:
     """Return the losses to show in full, and notes about the others.
 
-    Every run's first loss comes first, then those without groups; `losses` are shown in their order, alone.
+    Every run's first loss comes first, then those without groups; `losses` are shown in their
+    order, alone.
     """
     labels = run_labels(runs, labelled)
     waiting = []
@@ -167,26 +196,37 @@ def choose(
         if rest:
             which = f" of {labels[position]}" if len(runs) > 1 else ""
             left_out.append(
-                f"Losses{which} that are not shown in full: {listed(rest, 12)}. Name the ones to show with --loss NAME."
+                f"Losses{which} that are not shown in full: {listed(rest, 12)}. Name the ones to "
+                f"show with --loss NAME."
             )
     return panels, left_out
 
 
-def beside(runs: Sequence[Run], panels: Sequence[Panel], labels: Sequence[str]) -> list[Panel | None]:
-    """Return the first panel's loss in every run, shown in full or not; None where a run has no segment of it yet."""
+def beside(
+    runs: Sequence[Run], panels: Sequence[Panel], labels: Sequence[str]
+) -> list[Panel | None]:
+    """Return the first panel's loss in every run, shown in full or not; None where a run has no
+    segment of it yet.
+    """
     loss, panels_beside = panels[0].loss, list[Panel | None]()
     for run, label in zip(runs, labels, strict=True):
         shown = next((panel for panel in panels if panel.run is run and panel.loss == loss), None)
         if shown is None and loss in run and run[loss].progress()["segments_done"]:
             shown = Panel(
-                key=-1, run=run, run_label=label, loss=loss, label=f"{label} · {clean(loss, 60)}", several=True
+                key=-1,
+                run=run,
+                run_label=label,
+                loss=loss,
+                label=f"{label} · {clean(loss, 60)}",
+                several=True,
             )
         panels_beside.append(shown)
     return panels_beside
 
 
 def run_labels(runs: Sequence[Run], labelled: Sequence[str] | None = None) -> list[str]:
-    """Return a short name for each run: its directory, with as many parents as tell it from the others.
+    """Return a short name for each run: its directory, with as many parents as tell it from the
+    others.
 
     Where runs have labels these come first, and alone where no other run has the same.
     """
@@ -200,7 +240,9 @@ def run_labels(runs: Sequence[Run], labelled: Sequence[str] | None = None) -> li
     for own, run in enumerate(runs):
         parts = run.path.resolve().parts
         depth = 1
-        others = [other.path.resolve().parts for position, other in enumerate(runs) if position != own]
+        others = [
+            other.path.resolve().parts for position, other in enumerate(runs) if position != own
+        ]
         while depth < len(parts) and any(parts[-depth:] == other[-depth:] for other in others):
             depth += 1
         names.append(clean("/".join(parts[-depth:]), 60))
@@ -208,6 +250,10 @@ def run_labels(runs: Sequence[Run], labelled: Sequence[str] | None = None) -> li
 
 
 def _in_order(run: Run) -> list[str]:
-    """Return the losses of a run: those without groups first; in either part, those over data before terms of parameters."""
+    """Return the losses of a run: those without groups first; in either part, those over data
+    before terms of parameters.
+    """
     records = {name: run[name].record for name in run}
-    return sorted(run, key=lambda name: (records[name].groups is not None, records[name].on is None))
+    return sorted(
+        run, key=lambda name: (records[name].groups is not None, records[name].on is None)
+    )

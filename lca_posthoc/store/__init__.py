@@ -1,4 +1,6 @@
-"""The run directory, which only this package knows: create it, write and commit spans, verify, open as labelled arrays."""
+"""The run directory, which only this package knows: create it, write and commit spans, verify, open
+as labelled arrays.
+"""
 
 from .boundary_checks import differ, disagreement, meeting
 from .commits import Marker
@@ -10,7 +12,14 @@ from .shared_dir_check import token
 from .starting import Announcement, Starting, announced, starting
 from .underway import LastRun, SpanReport, Underway, last_run, remove_reports, underway
 from .verify import Damage, Leftover, verify
-from .writer import RunWriter, compressed_share, create, estimated_bytes, remove_loss, required_bytes
+from .writer import (
+    RunWriter,
+    compressed_share,
+    create,
+    estimated_bytes,
+    remove_loss,
+    required_bytes,
+)
 
 __all__ = [
     "Announcement",

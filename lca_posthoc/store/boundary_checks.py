@@ -1,7 +1,7 @@
 """The checkpoints at which spans meet: both spans hold the loss there, and it must be one number.
 
-The comparison detects data that changed outside the sample a loss is recognised by, and machines that compute wrongly: without
-it, the sums of neighbouring spans would not join.
+The comparison detects data that changed outside the sample a loss is recognised by, and machines
+that compute wrongly: without it, the sums of neighbouring spans would not join.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from ..errors import LCAError
 from ..schema import SAME_LOSS
 from .commits import Commits
 
-Ends = Mapping[int, list[float]]  # span → the loss at its first and its last checkpoint, groups averaged
+# span → the loss at its first and its last checkpoint, groups averaged
+Ends = Mapping[int, list[float]]
 
 
 def differ(commits: Commits, one: float, other: float) -> bool:
-    """Tell whether two values of a loss at one checkpoint are further apart than rounding on another machine may bring them.
+    """Tell whether two values of a loss at one checkpoint are further apart than rounding on
+    another machine may bring them.
 
-    Rounding is taken as relative to the larger value plus a hundredth of the loss at the first checkpoint.
+    Rounding is taken as relative to the larger value plus a hundredth of the loss at the first
+    checkpoint.
     """
     first = commits.manifest.losses[commits.loss].identity[0]
     scale = max(abs(one), abs(other)) + (abs(first["loss"]) / 100 if first else 0.0)
@@ -26,7 +29,8 @@ def differ(commits: Commits, one: float, other: float) -> bool:
 
 
 def disagreement(commits: Commits, span: int, known: Ends) -> str | None:
-    """Say how a span and the one before it differ at the checkpoint they share; None where they agree, or one is not committed.
+    """Say how a span and the one before it differ at the checkpoint they share; None where they
+    agree, or one is not committed.
 
     Args:
         commits: of a loss.
@@ -41,12 +45,14 @@ def disagreement(commits: Commits, span: int, known: Ends) -> str | None:
         return None
     step = commits.manifest.steps[commits.manifest.rows(span).start]
     return (
-        f"loss {commits.loss!r} at step {step} is {before[1]:.8g} in span {span - 1} and {after[0]:.8g} in span {span}"
+        f"loss {commits.loss!r} at step {step} is {before[1]:.8g} in span {span - 1} and "
+        f"{after[0]:.8g} in span {span}"
     )
 
 
 def meeting(commits: Commits, again: Collection[int] = ()) -> tuple[int, float] | None:
-    """Return the position of a checkpoint between a committed span and one to be computed, and the loss there; None without one.
+    """Return the position of a checkpoint between a committed span and one to be computed, and the
+    loss there; None without one.
 
     Args:
         commits: of a loss.

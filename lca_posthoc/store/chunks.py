@@ -1,7 +1,8 @@
-"""A run as zarr sees it: metadata that follows from `run.json`, chunks that are checked as they are read.
+"""A run as zarr sees it: metadata that follows from `run.json`, chunks that are checked as they are
+read.
 
-The store is our own and no wrapper around zarr's, so that a later release cannot bring a way past the checks: zarr reads from
-any store through `get`.
+The store is our own and no wrapper around zarr's, so that a later release cannot bring a way past
+the checks: zarr reads from any store through `get`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
-from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
+from zarr.abc.store import (
+    ByteRequest,
+    OffsetByteRequest,
+    RangeByteRequest,
+    Store,
+    SuffixByteRequest,
+)
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 
 from ..errors import LCAError
@@ -34,7 +41,13 @@ class _LossStore(Store):
     supports_listing = True
 
     def __init__(
-        self, path: Path, manifest: Manifest, loss: str, parts: Iterable[str] | None, *, read_only: bool
+        self,
+        path: Path,
+        manifest: Manifest,
+        loss: str,
+        parts: Iterable[str] | None,
+        *,
+        read_only: bool,
     ) -> None:
         super().__init__(read_only=read_only)
         self._arguments = (path, manifest, loss, parts)
@@ -49,7 +62,10 @@ class _LossStore(Store):
         return type(self) is type(other) and self._arguments == getattr(other, "_arguments", None)
 
     async def get(
-        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+        self,
+        key: str,
+        prototype: BufferPrototype | None = None,
+        byte_range: ByteRequest | None = None,
     ) -> Buffer | None:
         data = self._known.get(key)
         if data is None:
@@ -90,16 +106,19 @@ class _LossStore(Store):
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
         start = f"{prefix.rstrip('/')}/" if prefix.strip("/") else ""
-        for name in dict.fromkeys(key[len(start) :].partition("/")[0] for key in self._known if key.startswith(start)):
+        for name in dict.fromkeys(
+            key[len(start) :].partition("/")[0] for key in self._known if key.startswith(start)
+        ):
             yield name
 
 
 class CheckedStore(_LossStore):
-    """Some parts of a loss for reading; every chunk is compared with the marker of its span before it becomes a number.
+    """Some parts of a loss for reading; every chunk is compared with the marker of its span before
+    it becomes a number.
 
     Raises:
-        LCAError: at once, where metadata or coordinates on disk are not the run's; from every read of a chunk that is
-            missing or altered, or that no committed span speaks for.
+        LCAError: at once, where metadata or coordinates on disk are not the run's; from every read
+            of a chunk that is missing or altered, or that no committed span speaks for.
     """
 
     def __init__(self, path: Path, manifest: Manifest, loss: str, parts: Iterable[str]) -> None:
@@ -140,7 +159,8 @@ class CheckedStore(_LossStore):
             marker = self._marker(totals_alone, row)
         except FileNotFoundError:
             raise LCAError(
-                f"loss {commits.loss!r} in {self._root}: {where} is not committed any more. Open the run again, and where no "
+                f"loss {commits.loss!r} in {self._root}: {where} is not committed any more. Open "
+                f"the run again, and where no "
                 "driver works on it, run `lca run` again."
             ) from None
         except (ValueError, OSError) as error:
@@ -169,9 +189,13 @@ class CheckedStore(_LossStore):
 
 
 class RowStore(_LossStore):
-    """A loss for writing, in whole chunks alone: each is written under a temporary name and renamed, never through a link."""
+    """A loss for writing, in whole chunks alone: each is written under a temporary name and
+    renamed, never through a link.
+    """
 
-    def __init__(self, path: Path, manifest: Manifest, loss: str, parts: Iterable[str] | None = None) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, loss: str, parts: Iterable[str] | None = None
+    ) -> None:
         super().__init__(path, manifest, loss, parts, read_only=False)
 
     def _chunk(self, key: str) -> bytes | None:
@@ -184,7 +208,8 @@ class RowStore(_LossStore):
     def _write(self, file: Path, data: bytes) -> None:
         refuse_links(self._root, file.parent)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, data, durable=False, suffix="partial")  # flushed when its span is committed
+        # flushed when its span is committed
+        write_whole(file, data, durable=False, suffix="partial")
 
 
 def described(plan: ArrayPlan) -> str:

@@ -1,4 +1,6 @@
-"""Commit markers, which are written last: each says that a span, or a window of totals, is there and what its bytes are."""
+"""Commit markers, which are written last: each says that a span, or a window of totals, is there
+and what its bytes are.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ PARTIAL = "partial"
 
 
 class Marker(TypedDict, total=False):
-    """A commit marker, as JSON holds it; that of a window of totals says `window` in place of the facts of a span.
+    """A commit marker, as JSON holds it; that of a window of totals says `window` in place of the
+    facts of a span.
 
     Attributes:
         run: the id of the run.
@@ -27,8 +30,10 @@ class Marker(TypedDict, total=False):
         files: size and CRC-32 of each chunk file, by its path below the run.
         partial: size and CRC-32 of totals that wait for their window; None where the span has none.
         ends: the loss at the first and the last checkpoint, groups averaged.
-        evaluations: of the loss or its gradient; `forward_passes` of the model, `seconds` of the worker.
-        batch_size: of the evaluations; `worst_residual` and `unconverged` segments of the allocation.
+        evaluations: of the loss or its gradient; `forward_passes` of the model, `seconds` of the
+            worker.
+        batch_size: of the evaluations; `worst_residual` and `unconverged` segments of the
+            allocation.
         silent: tensors that moved without a gradient of the loss.
         hidden: those of them the loss depends on nevertheless, through detach() or no_grad().
         host: on which the worker was; `pid` is its process.
@@ -57,8 +62,9 @@ class Marker(TypedDict, total=False):
 class Commits:
     """The markers of one loss.
 
-    Their names carry how many segments they speak for, so that the marker of a span that was shorter is never taken for one of the whole.
-    `manifest` is that of the run up to the last checkpoint the loss covers.
+    Their names carry how many segments they speak for, so that the marker of a span that was
+    shorter is never taken for one of the whole. `manifest` is that of the run up to the last
+    checkpoint the loss covers.
     """
 
     def __init__(self, path: Path, manifest: Manifest, loss: str) -> None:
@@ -71,11 +77,20 @@ class Commits:
 
     def window_marker(self, window: int) -> Path:
         """Return the path of the marker of a window of totals."""
-        return self.path / COMMITS / self.key / f"window-{window:06d}-{self.manifest.length_of(window)}.json"
+        return (
+            self.path
+            / COMMITS
+            / self.key
+            / f"window-{window:06d}-{self.manifest.length_of(window)}.json"
+        )
 
     def partial(self, span: int) -> Path:
-        """Return the path of the file in which the totals of a span wait for those of its window."""
-        return self.path / PARTIAL / self.key / f"{span:06d}-{self.manifest.length(span)}.safetensors"
+        """Return the path of the file in which the totals of a span wait for those of its
+        window.
+        """
+        return (
+            self.path / PARTIAL / self.key / f"{span:06d}-{self.manifest.length(span)}.safetensors"
+        )
 
     def is_folded(self, window: int) -> bool:
         """Tell whether the totals of a window are committed."""
@@ -83,7 +98,9 @@ class Commits:
 
     def keeps_partials(self, window: int) -> bool:
         """Tell whether spans of a window have, or still need, totals of their own."""
-        return self.manifest.window > 1 and not (self.manifest.is_full(window) and self.is_folded(window))
+        return self.manifest.window > 1 and not (
+            self.manifest.is_full(window) and self.is_folded(window)
+        )
 
     def is_committed(self, span: int) -> bool:
         """Tell whether a span has a marker, and its totals are folded or still wait."""
@@ -127,7 +144,9 @@ class Commits:
         Raises:
             LCAError: where a marker is damaged.
         """
-        return [self._read(span) for span in range(self.manifest.spans) if _is_there(self.marker(span))]
+        return [
+            self._read(span) for span in range(self.manifest.spans) if _is_there(self.marker(span))
+        ]
 
     def _read(self, span: int) -> Marker:
         try:
@@ -137,7 +156,9 @@ class Commits:
 
     def about(self, span: int) -> str:
         """Describe a span in words."""
-        return "span {} (steps {} to {})".format(span, *self.manifest.ends(self.manifest.rows(span)))
+        return "span {} (steps {} to {})".format(
+            span, *self.manifest.ends(self.manifest.rows(span))
+        )
 
     def about_window(self, window: int) -> str:
         """Describe a window of totals in words."""
@@ -146,14 +167,17 @@ class Commits:
         )
 
     def load(self, span: int) -> Marker:
-        """Read the marker of a span and check that it belongs to this span of this run; `load_window` does likewise.
+        """Read the marker of a span and check that it belongs to this span of this run;
+        `load_window` does likewise.
 
         Raises:
             ValueError: says in a few words what is wrong with it.
             OSError: where it cannot be read.
         """
         rows = self.manifest.rows(span)
-        marker = self._load(self.marker(span), {"loss": self.loss, "span": span, "steps": self.manifest.steps[rows]})
+        marker = self._load(
+            self.marker(span), {"loss": self.loss, "span": span, "steps": self.manifest.steps[rows]}
+        )
         ends = marker.get("ends")
         if not isinstance(ends, list) or [type(end) for end in ends] != [float, float]:
             raise ValueError("its commit marker does not say the loss at both ends")
@@ -179,7 +203,11 @@ class Commits:
 
 
 def _is_seal(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(number) is int and number >= 0 for number in value)
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(number) is int and number >= 0 for number in value)
+    )
 
 
 def _is_there(path: Path) -> bool:
@@ -193,6 +221,7 @@ def _is_there(path: Path) -> bool:
 def damaged(run: Path, loss: str, where: str, what: str) -> str:
     """Return the message for a stored number that is not what was committed."""
     return (
-        f"loss {loss!r} in {run} is damaged: {where}: {what}. `lca verify {run}` lists all damage, `lca repair {run} --task FILE` "
+        f"loss {loss!r} in {run} is damaged: {where}: {what}. `lca verify {run}` lists all damage, "
+        f"`lca repair {run} --task FILE` "
         "computes it again."
     )

@@ -1,6 +1,8 @@
-"""Files that are there whole or not at all, sealed with a checksum, and on disk before anybody is told so.
+"""Files that are there whole or not at all, sealed with a checksum, and on disk before anybody is
+told so.
 
-Where `durable` is false nothing is flushed: a power failure may take what was written last, and the checksums show it.
+Where `durable` is false nothing is flushed: a power failure may take what was written last, and the
+checksums show it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ def sync_directory(path: Path) -> None:
 
 
 def write_whole(path: Path, data: bytes, durable: bool, suffix: str = "tmp") -> None:
-    """Write bytes under a temporary name and rename the file; where durable, flush it before and its directory after."""
+    """Write bytes under a temporary name and rename the file; where durable, flush it before and
+    its directory after.
+    """
     temporary = path.with_name(f".{uuid.uuid4().hex}.{suffix}")
     try:
         with temporary.open("xb") as file:
@@ -49,14 +53,17 @@ def write_json(path: Path, document: Mapping[str, object], durable: bool = True)
 
 def sealed_json(document: Mapping[str, object]) -> bytes:
     """Return the bytes that `write_json` writes of a table."""
-    return json.dumps({**document, "crc32": _checksum(document)}, indent=1, allow_nan=False).encode()
+    return json.dumps(
+        {**document, "crc32": _checksum(document)}, indent=1, allow_nan=False
+    ).encode()
 
 
 def read_json(path: Path) -> dict[str, object]:
     """Read a table that `write_json` wrote.
 
     Raises:
-        ValueError: where it is no such table, or its checksum is not that of its content; the text says which in a few words.
+        ValueError: where it is no such table, or its checksum is not that of its content; the text
+            says which in a few words.
         OSError: where it cannot be read.
     """
     if path.stat().st_size > _LARGEST:
@@ -83,10 +90,12 @@ def _refused(constant: str) -> None:
 
 
 def seal(path: Path, durable: bool) -> list[int]:
-    """Return the size of a file and the CRC-32 of its bytes, which are flushed to disk first where durable.
+    """Return the size of a file and the CRC-32 of its bytes, which are flushed to disk first where
+    durable.
 
-    Not CRC-32C: chunks end in their own CRC-32C, and over data followed by its own checksum a CRC is the same constant for
-    every intact file, so a whole chunk put in another one's place would go unnoticed.
+    Not CRC-32C: chunks end in their own CRC-32C, and over data followed by its own checksum a CRC
+    is the same constant for every intact file, so a whole chunk put in another one's place would go
+    unnoticed.
     """
     with path.open("rb") as file:
         if durable:
@@ -99,7 +108,9 @@ def seal(path: Path, durable: bool) -> list[int]:
 
 
 def seal_all(paths: list[str], root: Path, durable: bool) -> dict[str, list[int]]:
-    """Seal files below `root`, and where durable flush the directories down to them; returns relative path → [size, crc32]."""
+    """Seal files below `root`, and where durable flush the directories down to them; returns
+    relative path → [size, crc32].
+    """
     sealed = {path: seal(root / path, durable) for path in paths}
     if durable:
         for directory in sorted({parent for path in paths for parent in Path(path).parents}):
@@ -111,20 +122,23 @@ def refuse_links(root: Path, directory: Path) -> None:
     """Refuse to write through a link below a run.
 
     Raises:
-        LCAError: where `directory`, or one between it and `root`, is a link. `root` itself may be one.
+        LCAError: where `directory`, or one between it and `root`, is a link. `root` itself may be
+            one.
     """
     for place in (directory, *directory.parents):
         if place == root:
             return
         if place.is_symlink():
             raise LCAError(
-                f"{place} is a link, and nothing is written through links out of a run. Put the directory itself there, or "
+                f"{place} is a link, and nothing is written through links out of a run. Put the "
+                f"directory itself there, or "
                 "remove the link and run `lca repair`."
             )
 
 
 def refuse_links_below(run: Path) -> None:
-    """Call `refuse_links` for every directory of a run but those inside arrays, which are checked as they are written to.
+    """Call `refuse_links` for every directory of a run but those inside arrays, which are checked
+    as they are written to.
 
     Raises:
         LCAError: where one is a link.

@@ -1,6 +1,8 @@
-"""A run as a notebook shows it: a small table without scripts, every text escaped, from markers and the table of steps alone.
+"""A run as a notebook shows it: a small table without scripts, every text escaped, from markers and
+the table of steps alone.
 
-Long names are cut in the middle, each unlike the others; numbers and messages of errors are shown whole.
+Long names are cut in the middle, each unlike the others; numbers and messages of errors are shown
+whole.
 """
 
 from __future__ import annotations
@@ -22,14 +24,18 @@ if TYPE_CHECKING:
 
 _HEAD = ("loss", "split", "groups", "segments", "done", "loss start → end", "residual")
 _MOST = 50  # losses that are listed
-_GROUPS = 20  # groups of a loss that are listed: of several losses, this many together beside the losses themselves
+# groups of a loss that are listed: of several losses, this many together beside the losses
+# themselves
+_GROUPS = 20
 _NAME = 48  # characters of a name
 _MESSAGE = 2000  # characters of what went wrong, once the names in it are short
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row: a loss, or a group of the loss above it (`inside`); the last cell of a short row spans the columns that are missing."""
+    """A row: a loss, or a group of the loss above it (`inside`); the last cell of a short row spans
+    the columns that are missing.
+    """
 
     name: str
     cells: Sequence[str]
@@ -37,17 +43,23 @@ class _Row:
 
 
 def run_html(run: Run) -> str:
-    """Return a run as HTML: its path, its parameters, a row for each loss and some of its groups."""
+    """Return a run as HTML: its path, its parameters, a row for each loss and some of its
+    groups.
+    """
     manifest = run.manifest
     facts = (
-        f"{count(manifest.parameters, 'parameter')} in {count(len(manifest.allocated), 'tensor')}, {count(manifest.segments, 'segment')} "
-        f"(steps {manifest.checkpoints[0].step}–{manifest.checkpoints[-1].step}), --keep {manifest.keep}"
+        f"{count(manifest.parameters, 'parameter')} in {count(len(manifest.allocated), 'tensor')}, "
+        f"{count(manifest.segments, 'segment')} "
+        f"(steps {manifest.checkpoints[0].step}–{manifest.checkpoints[-1].step}), --keep "
+        f"{manifest.keep}"
     )
     names = list(run)
     grouped = sum(run[name].record.groups is not None for name in names[:_MOST])
     groups = _GROUPS // grouped if grouped else 0
     rows = [row for name in names[:_MOST] for row in _rows(run[name], groups)]
-    unlisted = f"and {count(len(names) - _MOST, 'more loss', 'more losses')}" if len(names) > _MOST else ""
+    unlisted = (
+        f"and {count(len(names) - _MOST, 'more loss', 'more losses')}" if len(names) > _MOST else ""
+    )
     return _page("Run", str(run.path), facts, rows, unlisted)
 
 
@@ -56,12 +68,17 @@ def results_html(results: LossResults) -> str:
     manifest = results.manifest
     tensors = count(len(manifest.allocated), "tensor")
     mode = f", {results.norm_stats} statistics" if results.norm_stats else ""
-    facts = f"{count(manifest.parameters, 'parameter')} in {tensors}, {results.precision}{mode}, --keep {manifest.keep}"
+    facts = (
+        f"{count(manifest.parameters, 'parameter')} in {tensors}, {results.precision}{mode}, "
+        f"--keep {manifest.keep}"
+    )
     return _page("LossResults", str(results.path), facts, list(_rows(results, _GROUPS)), "")
 
 
 def _rows(results: LossResults, groups: int) -> Iterator[_Row]:
-    """Yield the row of a loss and those of its first groups; where its numbers cannot be read, the row says why."""
+    """Yield the row of a loss and those of its first groups; where its numbers cannot be read, the
+    row says why.
+    """
     record, segments = results.record, results.manifest.segments
     known = [record.on or "", "" if record.groups is None else f"{len(record.groups):,}"]
     try:
@@ -70,12 +87,16 @@ def _rows(results: LossResults, groups: int) -> Iterator[_Row]:
         state = "complete" if results.complete else f"{math.floor(1000 * done / segments) / 10:g} %"
         known += [f"{done:,} of {segments:,}", state]
         whole = (
-            (steps * steps["weight"]).sum("group") / steps["weight"].sum("group") if "group" in steps.dims else steps
+            (steps * steps["weight"]).sum("group") / steps["weight"].sum("group")
+            if "group" in steps.dims
+            else steps
         )
         ends = _ends(whole) if done else ["", ""]
     except Exception as error:  # shown: what only displays must not stop a notebook
         name = shorten([results.name], _NAME)[0]
-        yield _Row(results.name, [*known, f"{type(error).__name__}: {error}".replace(results.name, name)])
+        yield _Row(
+            results.name, [*known, f"{type(error).__name__}: {error}".replace(results.name, name)]
+        )
         return
     yield _Row(results.name, [*known, *ends])
     if record.groups is None or not done or not groups:
@@ -83,7 +104,13 @@ def _rows(results: LossResults, groups: int) -> Iterator[_Row]:
     labels = list(map(str, record.groups))
     examples = record.counts or []
     for position, label in enumerate(labels[:groups]):
-        of_group = ["", count(examples[position], "example"), "", "", *_ends(steps.isel(group=position))]
+        of_group = [
+            "",
+            count(examples[position], "example"),
+            "",
+            "",
+            *_ends(steps.isel(group=position)),
+        ]
         yield _Row(label, of_group, inside=True)
     if len(labels) > groups:
         yield _Row(f"and {count(len(labels) - groups, 'more group')}", [""], inside=True)
@@ -123,5 +150,7 @@ def _cells(name: str, others: Sequence[str], inside: bool) -> str:
 
 
 def _text(text: str) -> str:
-    """Return a text as HTML that shows it and nothing else: without characters that steer the line, of bounded length."""
+    """Return a text as HTML that shows it and nothing else: without characters that steer the line,
+    of bounded length.
+    """
     return escape(shorten([safe_in_page(text)], _MESSAGE)[0])

@@ -19,7 +19,8 @@ def _plain(name: str) -> str:
 
 
 def encode_all(names: Iterable[str], in_use: Iterable[str] = ()) -> dict[str, str]:
-    """Return a key for each name: percent-encoded, with a hash where it is too long or differs from another by case alone.
+    """Return a key for each name: percent-encoded, with a hash where it is too long or differs from
+    another by case alone.
 
     Args:
         names: to be encoded.

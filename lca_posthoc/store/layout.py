@@ -1,6 +1,7 @@
 """The arrays a run holds for one loss, their shapes, dimensions and chunks.
 
-A chunk row along the first axis is exactly one span (one window for totals), so that a chunk has one writer.
+A chunk row along the first axis is exactly one span (one window for totals), so that a chunk has
+one writer.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class ArrayPlan:
         dtype: of its numbers.
         rows: of a chunk along the first axis: the segments of a span, or one window of totals.
         attributes: of the array; that of a tensor has the tensor's name.
-        block: groups in a block; along `group`, chunks never cross a border between blocks. None where there are no blocks.
+        block: groups in a block; along `group`, chunks never cross a border between blocks. None
+            where there are no blocks.
     """
 
     path: str
@@ -41,7 +43,9 @@ class ArrayPlan:
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """The shape of a chunk: `rows` along the first axis; the other axes are split from the left until it is about 1 MiB."""
+        """The shape of a chunk: `rows` along the first axis; the other axes are split from the left
+        until it is about 1 MiB.
+        """
         room = _CHUNK_BYTES // (np.dtype(self.dtype).itemsize * self.rows)
         chunks: list[int] = []
         for axis in range(1, len(self.shape)):
@@ -49,13 +53,17 @@ class ArrayPlan:
             extent = max(1, self.shape[axis])
             most = max(1, min(extent, room // max(1, inner)))
             if self.dims[axis] == "group" and self.block is not None:
-                most = next(size for size in range(min(most, self.block), 0, -1) if self.block % size == 0)
+                most = next(
+                    size for size in range(min(most, self.block), 0, -1) if self.block % size == 0
+                )
             chunks.append(most)
         return (self.rows, *chunks)
 
     @property
     def fill(self) -> float | int:
-        """The value a chunk that nobody wrote reads as without this package: NaN, or the smallest integer; it is never stored."""
+        """The value a chunk that nobody wrote reads as without this package: NaN, or the smallest
+        integer; it is never stored.
+        """
         dtype = np.dtype(self.dtype)
         return float("nan") if dtype.kind == "f" else int(np.iinfo(dtype).min)
 
@@ -66,26 +74,35 @@ class ArrayPlan:
 
     @property
     def tensor(self) -> str | None:
-        """The name of the tensor whose numbers it holds; None where it holds a field of all of them."""
+        """The name of the tensor whose numbers it holds; None where it holds a field of all of
+        them.
+        """
         name = self.attributes.get("name")
         return name if isinstance(name, str) else None
 
     @property
     def files(self) -> int:
         """The number of chunks it is cut into."""
-        return math.prod(-(-extent // chunk) for extent, chunk in zip(self.shape, self.chunks, strict=True))
+        return math.prod(
+            -(-extent // chunk) for extent, chunk in zip(self.shape, self.chunks, strict=True)
+        )
 
     @property
     def inner(self) -> list[int]:
         """The number of chunks in a row of chunks along each axis but the first."""
-        return [-(-extent // chunk) for extent, chunk in zip(self.shape[1:], self.chunks[1:], strict=True)]
+        return [
+            -(-extent // chunk)
+            for extent, chunk in zip(self.shape[1:], self.chunks[1:], strict=True)
+        ]
 
     def row_files(self, row: int) -> Iterator[str]:
         """Yield the chunk files of one row of chunks, by their paths below the loss's group."""
         yield from _places(f"{self.path}/c/{row}", self.inner)
 
     def has(self, inner: list[str]) -> bool:
-        """Tell whether a row of chunks has a file at these places along the other axes, as they are written in its path."""
+        """Tell whether a row of chunks has a file at these places along the other axes, as they are
+        written in its path.
+        """
         places = {str(place): place for place in map(int, filter(str.isdecimal, inner))}
         return len(inner) == len(self.inner) and all(
             places.get(part, count) < count for part, count in zip(inner, self.inner, strict=True)
@@ -98,7 +115,9 @@ class ArrayPlan:
 
 
 def _places(start: str, counts: list[int]) -> Iterator[str]:
-    """Yield every path of one number below each count; one at a time, because a hostile record may claim any number of them."""
+    """Yield every path of one number below each count; one at a time, because a hostile record may
+    claim any number of them.
+    """
     if not counts:
         yield start
         return
@@ -136,9 +155,20 @@ def plan_arrays(manifest: Manifest, keep: str, loss: LossRecord) -> Iterator[Arr
         if name != "remainder" or manifest.settings["tensors"]:
             yield rows(f"steps/{name}", (), (), dtype, grouped=name in PER_GROUP)
     for name, dtype in TENSOR_FIELDS.items():
-        yield rows(f"tensors/{name}", ("tensor",), (len(manifest.allocated),), dtype, grouped=name not in OF_MOTION)
+        yield rows(
+            f"tensors/{name}",
+            ("tensor",),
+            (len(manifest.allocated),),
+            dtype,
+            grouped=name not in OF_MOTION,
+        )
     if loss.replicates:
-        yield rows("tensors/replicates", ("replicate", "tensor"), (loss.replicates, len(manifest.allocated)), "float64")
+        yield rows(
+            "tensors/replicates",
+            ("replicate", "tensor"),
+            (loss.replicates, len(manifest.allocated)),
+            "float64",
+        )
     yield rows("histogram/count", ("bin",), (BINS,), "int64")
     yield rows("histogram/zero", (), (), "int64")
     for tensor in manifest.allocated:
@@ -147,10 +177,16 @@ def plan_arrays(manifest: Manifest, keep: str, loss: LossRecord) -> Iterator[Arr
         attributes: dict[str, str | list[str]] = {"name": name, "kind": tensor.spec.kind}
         attributes["aliases"] = list(tensor.spec.aliases)
         if keep == "parameters":
-            yield rows(f"allocation/{tensor.key}", inner, shape, "float32", {**attributes, "units": "loss"})
+            yield rows(
+                f"allocation/{tensor.key}", inner, shape, "float32", {**attributes, "units": "loss"}
+            )
         if keep in ("parameters", "units"):
             yield rows(
-                f"units/{tensor.key}", (f"{name}:unit",), (_units(tensor),), "float32", {**attributes, "units": "loss"}
+                f"units/{tensor.key}",
+                (f"{name}:unit",),
+                (_units(tensor),),
+                "float32",
+                {**attributes, "units": "loss"},
             )
         shape_of_totals = (manifest.windows, len(FIELDS), *shape)
         yield ArrayPlan(

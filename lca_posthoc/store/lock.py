@@ -28,8 +28,9 @@ _FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)  # Windows h
 class Held:
     """The lock of a run, while this process has it.
 
-    `unclean` is true where its last owner did not release it: it was killed, or stopped while it was `working`, or the power went.
-    `lost` is set where this process was suspended for so long that a driver on another host took the run over.
+    `unclean` is true where its last owner did not release it: it was killed, or stopped while it
+    was `working`, or the power went. `lost` is set where this process was suspended for so long
+    that a driver on another host took the run over.
     """
 
     unclean: bool
@@ -47,7 +48,8 @@ def hold(run: Path) -> Iterator[Held]:
     """
     if not can_lock():
         raise ResourceError(
-            "runs are computed on Linux (on Windows: in WSL), whose locks keep two drivers from one run. Recording and reading results "
+            "runs are computed on Linux (on Windows: in WSL), whose locks keep two drivers from "
+            "one run. Recording and reading results "
             "work here."
         )
     refuse_links_below(run)
@@ -59,12 +61,17 @@ def hold(run: Path) -> Iterator[Held]:
             raise ResourceError(_busy(run, _owner(descriptor))) from None
         if not is_locked:
             raise ResourceError(
-                f"the file system of {run} has no locks, which keep two drivers from one run. Write the run elsewhere with --out."
+                f"the file system of {run} has no locks, which keep two drivers from one run. "
+                f"Write the run elsewhere with --out."
             )
         owner = _owner(descriptor)
         if _is_elsewhere(owner) and _is_fresh(descriptor):
             raise ResourceError(_busy(run, owner))
-        identity: dict[str, object] = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+        identity: dict[str, object] = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "id": uuid.uuid4().hex,
+        }
         _write(descriptor, identity)
         holding, stop = Held(bool(owner)), threading.Event()
         beat = threading.Thread(target=_beat, args=(run, identity, holding.lost, stop), daemon=True)
@@ -81,7 +88,9 @@ def hold(run: Path) -> Iterator[Held]:
 
 
 def is_held(run: Path) -> bool:
-    """Tell whether a driver works on the run now; where there are no locks, by its heartbeat alone."""
+    """Tell whether a driver works on the run now; where there are no locks, by its heartbeat
+    alone.
+    """
     try:
         descriptor = _open(run, os.O_RDONLY)
     except FileNotFoundError:
@@ -109,11 +118,15 @@ def _open(run: Path, flags: int) -> int:
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        raise LCAError(f"{run / 'lock'} is a link, and a run's lock never is. Remove it and run again.") from None
+        raise LCAError(
+            f"{run / 'lock'} is a link, and a run's lock never is. Remove it and run again."
+        ) from None
 
 
 def _owner(descriptor: int) -> dict[str, object]:
-    """Return who has the lock: nobody where it is empty; where it cannot be read, a driver of this host that was killed."""
+    """Return who has the lock: nobody where it is empty; where it cannot be read, a driver of this
+    host that was killed.
+    """
     try:
         os.lseek(descriptor, 0, os.SEEK_SET)
         owner = json.loads(os.read(descriptor, _MOST) or b"{}")
@@ -135,7 +148,9 @@ def _write(descriptor: int, owner: dict[str, object]) -> None:
     os.pwrite(descriptor, json.dumps(owner).encode() if owner else b"", 0)
 
 
-def _beat(run: Path, identity: dict[str, object], lost: threading.Event, stop: threading.Event) -> None:
+def _beat(
+    run: Path, identity: dict[str, object], lost: threading.Event, stop: threading.Event
+) -> None:
     while not stop.wait(_HEARTBEAT):
         with contextlib.suppress(OSError):
             if not _names(run, identity):
@@ -145,7 +160,9 @@ def _beat(run: Path, identity: dict[str, object], lost: threading.Event, stop: t
 
 
 def _names(run: Path, identity: dict[str, object]) -> bool:
-    """Tell whether the lock still names this driver; it is opened afresh, so that a change by another host is seen."""
+    """Tell whether the lock still names this driver; it is opened afresh, so that a change by
+    another host is seen.
+    """
     try:
         descriptor = _open(run, os.O_RDONLY)
     except (FileNotFoundError, LCAError):
@@ -158,4 +175,7 @@ def _names(run: Path, identity: dict[str, object]) -> bool:
 
 def _busy(run: Path, owner: dict[str, object]) -> str:
     who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
-    return f"{run} is being written by {who}. Wait for it to end, or stop it; two drivers never share a run."
+    return (
+        f"{run} is being written by {who}. Wait for it to end, or stop it; two drivers never share "
+        f"a run."
+    )

@@ -1,4 +1,6 @@
-"""The manifest of a run, which `run.json` holds: fixed when the run is created; losses and checkpoints are only ever added."""
+"""The manifest of a run, which `run.json` holds: fixed when the run is created; losses and
+checkpoints are only ever added.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +37,20 @@ class LossRecord:
         groups: their labels; None for a loss without groups.
         counts: examples of each group; None without groups.
         block: how many groups are evaluated together; None without groups.
-        along: the grouped loss whose order of examples the batches of this one follow; None where they follow none.
-        replicates: random parts the batches are divided into instead, for standard errors; 0 where there are none.
+        along: the grouped loss whose order of examples the batches of this one follow; None where
+            they follow none.
+        replicates: random parts the batches are divided into instead, for standard errors; 0 where
+            there are none.
         batch_size: of every evaluation.
-        calibration: turns Σ|(g₁ − g₀)·Δθ| into an estimate of the trapezoid's error; None for other rules.
+        calibration: turns Σ|(g₁ − g₀)·Δθ| into an estimate of the trapezoid's error; None for other
+            rules.
         measured: whether a few segments are evaluated one precision higher as well.
-        identity: its values at the first and at the last checkpoint; None for one where they are not finite.
-        scale: |loss| at the first checkpoint over the whole split, rounded to six digits, of which tolerances are shares; None
-            where no tolerance is a share.
-        covers: the number of segments it covers where the run has more; None where it covers all of them.
+        identity: its values at the first and at the last checkpoint; None for one where they are
+            not finite.
+        scale: |loss| at the first checkpoint over the whole split, rounded to six digits, of which
+            tolerances are shares; None where no tolerance is a share.
+        covers: the number of segments it covers where the run has more; None where it covers all of
+            them.
     """
 
     key: str
@@ -65,11 +72,14 @@ class LossRecord:
 
     @property
     def blocks(self) -> list[range]:
-        """The blocks of groups that are evaluated together; a loss without groups is one block of one."""
+        """The blocks of groups that are evaluated together; a loss without groups is one block of
+        one.
+        """
         if self.groups is None or self.block is None:
             return [range(len(self.groups or [None]))]
         return [
-            range(start, min(start + self.block, len(self.groups))) for start in range(0, len(self.groups), self.block)
+            range(start, min(start + self.block, len(self.groups)))
+            for start in range(0, len(self.groups), self.block)
         ]
 
 
@@ -106,9 +116,15 @@ class Manifest:
 
     @property
     def norm_stats(self) -> str | None:
-        """The statistics normalisation layers use: "running", "batch" or "recalibrated"; None where the choice changes nothing."""
+        """The statistics normalisation layers use: "running", "batch" or "recalibrated"; None where
+        the choice changes nothing.
+        """
         mode = str(self.settings.get("norm_stats", "running"))
-        return mode if mode == "batch" or any(is_statistic(tensor.spec.name) for tensor in self.tensors) else None
+        return (
+            mode
+            if mode == "batch" or any(is_statistic(tensor.spec.name) for tensor in self.tensors)
+            else None
+        )
 
     @property
     def steps(self) -> list[int]:
@@ -138,13 +154,17 @@ class Manifest:
             tensor
             for tensor in self.tensors
             if tensor.spec.kind != "state"
-            and (not patterns or any(fnmatchcase(tensor.spec.name, pattern) for pattern in patterns))
+            and (
+                not patterns or any(fnmatchcase(tensor.spec.name, pattern) for pattern in patterns)
+            )
         ]
 
     @property
     def parameters(self) -> int:
         """The number of single parameters; buffers are not counted."""
-        return sum(tensor.spec.elements for tensor in self.tensors if tensor.spec.kind == "parameter")
+        return sum(
+            tensor.spec.elements for tensor in self.tensors if tensor.spec.kind == "parameter"
+        )
 
     def rows(self, span: int) -> slice:
         """Return the segments of a span."""
@@ -173,11 +193,15 @@ class Manifest:
         return slice(self.rows(spans.start).start, self.rows(spans.stop - 1).stop)
 
     def is_full(self, window: int) -> bool:
-        """Tell whether a window has all its spans, so that checkpoints which are still to come cannot add to it."""
+        """Tell whether a window has all its spans, so that checkpoints which are still to come
+        cannot add to it.
+        """
         return (window + 1) * self.window * self.span <= self.segments
 
     def covered_by(self, record: LossRecord) -> Manifest:
-        """Return the same run up to the last checkpoint one loss covers, from which everything stored for that loss follows."""
+        """Return the same run up to the last checkpoint one loss covers, from which everything
+        stored for that loss follows.
+        """
         if record.covers is None or record.covers >= self.segments:
             return self
         return replace(self, checkpoints=self.checkpoints[: record.covers + 1])
@@ -187,8 +211,14 @@ class Manifest:
         return self.covered_by(self.losses[loss])
 
     def meant_by(self, name: str) -> list[str]:
-        """Return the losses a name of the task stands for: that loss, or one for each entry of the dict it returned."""
-        return [name] if name in self.losses else [loss for loss in self.losses if loss.startswith(f"{name}/")]
+        """Return the losses a name of the task stands for: that loss, or one for each entry of the
+        dict it returned.
+        """
+        return (
+            [name]
+            if name in self.losses
+            else [loss for loss in self.losses if loss.startswith(f"{name}/")]
+        )
 
     def with_losses(self, losses: dict[str, LossRecord]) -> Manifest:
         """Return the same run with more losses."""
@@ -200,13 +230,18 @@ class Manifest:
 
     def without(self, loss: str) -> Manifest:
         """Return the same run with one loss fewer."""
-        return replace(self, losses={name: record for name, record in self.losses.items() if name != loss})
+        return replace(
+            self, losses={name: record for name, record in self.losses.items() if name != loss}
+        )
 
-    def with_checkpoints(self, checkpoints: list[Checkpoint], identities: Mapping[str, Identity]) -> Manifest:
+    def with_checkpoints(
+        self, checkpoints: list[Checkpoint], identities: Mapping[str, Identity]
+    ) -> Manifest:
         """Return the same run on other checkpoints.
 
-        Losses with a new identity cover all of them. The others cover the segments they covered, and their value at the last of
-        these checkpoints stays recorded as long as it is the same checkpoint.
+        Losses with a new identity cover all of them. The others cover the segments they covered,
+        and their value at the last of these checkpoints stays recorded as long as it is the same
+        checkpoint.
         """
         losses = {}
         for name, record in self.losses.items():

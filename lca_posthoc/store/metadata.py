@@ -1,6 +1,8 @@
-"""The files of a loss that are no results: Zarr's metadata and the coordinates. All follow from `run.json`, byte by byte.
+"""The files of a loss that are no results: Zarr's metadata and the coordinates. All follow from
+`run.json`, byte by byte.
 
-They are written for readers without this package. This package compares the files on disk with them and never trusts those.
+They are written for readers without this package. This package compares the files on disk with them
+and never trusts those.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def group_file(attributes: dict[str, object] | None = None) -> bytes:
 def metadata_files(
     manifest: Manifest, loss: str, parts: Iterable[str] | None = None, keep: str | None = None
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield the path below the loss's group, and the content, of each file of its metadata and coordinates.
+    """Yield the path below the loss's group, and the content, of each file of its metadata and
+    coordinates.
 
     Args:
         manifest: of the run.
@@ -44,18 +47,26 @@ def metadata_files(
         if parts is None or part in parts:
             yield f"{part}/{FILE}", group_file(_attributes(manifest, part))
             for name, values in _coordinates(manifest, record.groups, part).items():
-                yield from _coordinate(f"{part}/{name}", "step" if name == "step_end" else name, values)
+                yield from _coordinate(
+                    f"{part}/{name}", "step" if name == "step_end" else name, values
+                )
     for plan in plans:
         if parts is None or plan.part in parts:
             yield f"{plan.path}/{FILE}", _planned(plan)
 
 
 def fits(path: str, data: bytes, expected: bytes, growing: bool) -> bool:
-    """Tell whether a file has the expected bytes; in a run that may just be growing, it may have more segments and else be the same."""
+    """Tell whether a file has the expected bytes; in a run that may just be growing, it may have
+    more segments and else be the same.
+    """
     if data == expected or not growing:
         return data == expected
     if not path.endswith(FILE):
-        return path.split("/")[1] in ("step", "step_end") and data.startswith(expected[:-4]) and _is_checked(data)
+        return (
+            path.split("/")[1] in ("step", "step_end")
+            and data.startswith(expected[:-4])
+            and _is_checked(data)
+        )
     try:
         document, stored = json.loads(expected), json.loads(data)
         if stored["shape"][0] <= document["shape"][0]:
@@ -69,7 +80,10 @@ def fits(path: str, data: bytes, expected: bytes, growing: bool) -> bool:
 
 
 def _is_checked(data: bytes) -> bool:
-    return len(data) % 8 == 4 and int(google_crc32c.value(data[:-4])).to_bytes(4, "little") == data[-4:]
+    return (
+        len(data) % 8 == 4
+        and int(google_crc32c.value(data[:-4])).to_bytes(4, "little") == data[-4:]
+    )
 
 
 def _json(document: dict[str, object]) -> bytes:
@@ -83,8 +97,12 @@ def _attributes(manifest: Manifest, part: str) -> dict[str, object]:
     return {"field": list(FIELDS)} if part == "totals" else {}
 
 
-def _coordinates(manifest: Manifest, groups: list[int] | list[str] | None, part: str) -> dict[str, list[Any]]:
-    """Return the labels along the axes: the training steps segments start from and end at, the groups, the edges of the bins."""
+def _coordinates(
+    manifest: Manifest, groups: list[int] | list[str] | None, part: str
+) -> dict[str, list[Any]]:
+    """Return the labels along the axes: the training steps segments start from and end at, the
+    groups, the edges of the bins.
+    """
     if part == "totals":
         return {}
     coordinates: dict[str, list[Any]] = {"step": manifest.steps}
@@ -98,7 +116,9 @@ def _coordinates(manifest: Manifest, groups: list[int] | list[str] | None, part:
 
 
 def _coordinate(path: str, dimension: str, values: list[Any]) -> Iterator[tuple[str, bytes]]:
-    """Yield an array along one axis in one chunk: its metadata and its bytes, which end in their CRC-32C."""
+    """Yield an array along one axis in one chunk: its metadata and its bytes, which end in their
+    CRC-32C.
+    """
     codecs: list[dict[str, object]]
     if isinstance(values[0], str):
         encoded = [value.encode() for value in values]
@@ -117,14 +137,20 @@ def _coordinate(path: str, dimension: str, values: list[Any]) -> Iterator[tuple[
 def _planned(plan: ArrayPlan) -> bytes:
     size = np.dtype(plan.dtype).itemsize
     blosc = {"typesize": size, "cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
-    codecs: list[dict[str, object]] = [_little(size), {"name": "blosc", "configuration": blosc}, _CHECKSUM]
+    codecs: list[dict[str, object]] = [
+        _little(size),
+        {"name": "blosc", "configuration": blosc},
+        _CHECKSUM,
+    ]
     fill = "NaN" if plan.fill != plan.fill else plan.fill
     shape, chunks = list(plan.shape), list(plan.chunks)
     return _json(_array(shape, plan.dtype, chunks, fill, codecs, plan.attributes, list(plan.dims)))
 
 
 def _little(size: int) -> dict[str, object]:
-    return {"name": "bytes", "configuration": {"endian": "little"}} if size > 1 else {"name": "bytes"}
+    return (
+        {"name": "bytes", "configuration": {"endian": "little"}} if size > 1 else {"name": "bytes"}
+    )
 
 
 def _grid(chunks: list[int]) -> dict[str, object]:

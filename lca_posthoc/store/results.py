@@ -1,4 +1,6 @@
-"""Open a run as labelled arrays. Only committed spans are shown, and every byte is checked as it is read."""
+"""Open a run as labelled arrays. Only committed spans are shown, and every byte is checked as it is
+read.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,9 @@ _SHOWN = 20  # losses in a repr
 class LossResults:
     """The results of one loss of a run, as lazy xarray datasets over the committed segments.
 
-    `manifest` is that of the run up to the last checkpoint the loss covers; `behind` counts the segments that were added since for other
-    losses alone. Reading raises `LCAError` where a byte is missing or is not the one that was committed.
+    `manifest` is that of the run up to the last checkpoint the loss covers; `behind` counts the
+    segments that were added since for other losses alone. Reading raises `LCAError` where a byte is
+    missing or is not the one that was committed.
     """
 
     def __init__(self, path: Path, manifest: Manifest, name: str) -> None:
@@ -62,18 +65,23 @@ class LossResults:
 
     @property
     def positions(self) -> np.ndarray[Any, Any] | None:
-        """The positions in the split of the examples of `--subset`, int64, (examples,), in the order they are used; None for all.
+        """The positions in the split of the examples of `--subset`, int64, (examples,), in the
+        order they are used; None for all.
 
-        Data that can only be read in its own order (a stream) is used in that order, which is these positions ascending.
+        Data that can only be read in its own order (a stream) is used in that order, which is these
+        positions ascending.
 
         Raises:
             LCAError: where the recorded subset is no subset of the split.
         """
-        from ..objective.batches import chosen  # here, because a random subset needs torch and opening a run does not
+        # here, because a random subset needs torch and opening a run does not
+        from ..objective.batches import chosen
         from ..task import parse_subsets
 
         subsets, on = parse_subsets(list(self.manifest.settings["subset"])), self.record.on
-        positions = None if on is None else chosen(subsets.get(on, subsets.get("")), self.record.total)
+        positions = (
+            None if on is None else chosen(subsets.get(on, subsets.get("")), self.record.total)
+        )
         return None if positions is None else positions.numpy()
 
     @property
@@ -83,13 +91,17 @@ class LossResults:
 
     @property
     def norm_stats(self) -> str | None:
-        """The statistics normalisation layers use, "running", "batch" or "recalibrated"; None where there are no such layers."""
+        """The statistics normalisation layers use, "running", "batch" or "recalibrated"; None where
+        there are no such layers.
+        """
         return self.manifest.norm_stats
 
     @cached_property
     def _rows(self) -> list[int]:
         waiting = set(self._commits.pending())
-        return [row for row in range(self.manifest.segments) if row // self.manifest.span not in waiting]
+        return [
+            row for row in range(self.manifest.segments) if row // self.manifest.span not in waiting
+        ]
 
     @property
     def complete(self) -> bool:
@@ -97,18 +109,25 @@ class LossResults:
         return self._commits.is_complete()
 
     def progress(self) -> dict[str, Any]:
-        """Return the progress of this loss, from the commit markers: spans, segments, steps, seconds of workers.
+        """Return the progress of this loss, from the commit markers: spans, segments, steps,
+        seconds of workers.
 
-        `first_step` and `last_step` are those of the whole loss, `steps_done` the first and the last step of every committed stretch.
+        `first_step` and `last_step` are those of the whole loss, `steps_done` the first and the
+        last step of every committed stretch.
 
-        `segments_underway` is the progress workers report of the spans they compute now; it need not be a whole number.
+        `segments_underway` is the progress workers report of the spans they compute now; it need
+        not be a whole number.
 
-        `behind` counts segments of the run that the loss does not cover, because checkpoints were added for other losses; `missing` are the
-        spans that are not committed.
+        `behind` counts segments of the run that the loss does not cover, because checkpoints were
+        added for other losses; `missing` are the spans that are not committed.
         """
         manifest, markers = self.manifest, self.markers
         waiting = set(self._commits.pending())
-        reports = [report for report in underway(self.path) if self.name in report.losses and report.span in waiting]
+        reports = [
+            report
+            for report in underway(self.path)
+            if self.name in report.losses and report.span in waiting
+        ]
         return {
             "spans_done": len({row // manifest.span for row in self._rows}),
             "spans": manifest.spans,
@@ -129,7 +148,9 @@ class LossResults:
         """Return the first and the last step of every stretch of committed segments."""
         stretches = list[list[int]]()
         for row in self._rows:
-            start, end = (checkpoint.step for checkpoint in self.manifest.checkpoints[row : row + 2])
+            start, end = (
+                checkpoint.step for checkpoint in self.manifest.checkpoints[row : row + 2]
+            )
             if stretches and stretches[-1][1] == start:
                 stretches[-1][1] = end
             else:
@@ -137,14 +158,19 @@ class LossResults:
         return stretches
 
     def _open(self, part: str) -> xr.Dataset:
-        if all(plan.part != part for plan in plan_arrays(self.manifest, self.manifest.keep, self.record)):
+        if all(
+            plan.part != part
+            for plan in plan_arrays(self.manifest, self.manifest.keep, self.record)
+        ):
             raise LCAError(
-                f"{self.path} keeps no {part} (--keep {self.manifest.settings['keep']}). Run again into another directory "
+                f"{self.path} keeps no {part} (--keep {self.manifest.settings['keep']}). Run again "
+                f"into another directory "
                 f"with --keep {'parameters' if part == 'allocation' else 'units'}."
             )
         store = CheckedStore(self.path, self.manifest, self.name, (part,))
         data: xr.Dataset = xr.open_zarr(store, group=part, consolidated=False, chunks=None)
-        if part in ("steps", "tensors", "histogram"):  # the others hold names of tensors, of which one may be called so
+        # the others hold names of tensors, of which one may be called so
+        if part in ("steps", "tensors", "histogram"):
             data = data.assign_coords(
                 step_end=("step", [checkpoint.step for checkpoint in self.manifest.checkpoints[1:]])
             )
@@ -160,20 +186,25 @@ class LossResults:
 
     @property
     def allocation(self) -> xr.Dataset:
-        """The allocation, a variable per tensor under its PyTorch name, dims `(step[, group], "NAME:0", …)`, float32, in units of loss."""
+        """The allocation, a variable per tensor under its PyTorch name, dims `(step[, group],
+        "NAME:0", …)`, float32, in units of loss.
+        """
         return self._named("allocation")
 
     @property
     def units(self) -> xr.Dataset:
-        """Sums per neuron or channel, one variable per tensor, dims `(step[, group], "NAME:unit")`, float32, in units of loss."""
+        """Sums per neuron or channel, one variable per tensor, dims `(step[, group], "NAME:unit")`,
+        float32, in units of loss.
+        """
         return self._named("units")
 
     @property
     def steps(self) -> xr.Dataset:
-        """The segments, with `loss_start`, `loss_end`, `residual`, `evaluations`, `level`, `converged`, `error_bound` and
-        `precision_error`.
+        """The segments, with `loss_start`, `loss_end`, `residual`, `evaluations`, `level`,
+        `converged`, `error_bound` and `precision_error`.
 
-        `weight` is Σ of the elements' weights (of each group); `remainder` is the allocation of the tensors that are not stored.
+        `weight` is Σ of the elements' weights (of each group); `remainder` is the allocation of the
+        tensors that are not stored.
         """
         data = self._open("steps").load()
         data["converged"] = data["converged"] == 1
@@ -181,7 +212,8 @@ class LossResults:
 
     @property
     def tensors(self) -> xr.Dataset:
-        """The segments by group and tensor, with `allocated`, counts `helping` and `hurting`, `motion` Σ|Δθ|, `gradient` Σ|mean gradient|.
+        """The segments by group and tensor, with `allocated`, counts `helping` and `hurting`,
+        `motion` Σ|Δθ|, `gradient` Σ|mean gradient|.
 
         `replicates` is the allocation of each random part of a random subset, for `standard_error`.
         """
@@ -198,21 +230,26 @@ class LossResults:
 
     @property
     def histogram(self) -> xr.Dataset:
-        """The histogram of each segment, counts of single parameters' allocations between fixed edges (`edge`), exact zeros apart."""
+        """The histogram of each segment, counts of single parameters' allocations between fixed
+        edges (`edge`), exact zeros apart.
+        """
         return self._open("histogram")
 
     @property
     def totals(self) -> xr.Dataset:
-        """The totals per parameter, lazy, over all segments, dims `(total, "NAME:0", …)`, with allocations, counts, turns.
+        """The totals per parameter, lazy, over all segments, dims `(total, "NAME:0", …)`, with
+        allocations, counts, turns.
 
-        Those of a loss with groups are of its weighted mean over the groups: the loss of the whole split.
+        Those of a loss with groups are of its weighted mean over the groups: the loss of the whole
+        split.
 
         Raises:
             LCAError: where the run is not complete.
         """
         if not self.complete:
             raise LCAError(
-                f"loss {self.name!r} in {self.path} is not complete, so it has no totals yet. Run `lca run` again to finish it."
+                f"loss {self.name!r} in {self.path} is not complete, so it has no totals yet. Run "
+                f"`lca run` again to finish it."
             )
         store = CheckedStore(self.path, self.manifest, self.name, ("totals",))
         variables = {}
@@ -239,7 +276,10 @@ class Run(Mapping[str, LossResults]):
 
     def __getitem__(self, loss: str) -> LossResults:
         if loss not in self.manifest.losses:
-            raise KeyError(f"{self.path} has no loss {loss!r}; it has {', '.join(map(repr, self.manifest.losses))}")
+            raise KeyError(
+                f"{self.path} has no loss {loss!r}; it has "
+                f"{', '.join(map(repr, self.manifest.losses))}"
+            )
         return LossResults(self.path, self.manifest, loss)
 
     def __iter__(self) -> Iterator[str]:
@@ -251,7 +291,8 @@ class Run(Mapping[str, LossResults]):
     def __repr__(self) -> str:
         names = list(self)
         shown = ", ".join(
-            f"{name if name.isprintable() else repr(name)} ({self[name]._state()})" for name in names[:_SHOWN]
+            f"{name if name.isprintable() else repr(name)} ({self[name]._state()})"
+            for name in names[:_SHOWN]
         )
         more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
         return f"<Run {str(self.path)!r}: {f'losses {shown}{more}' if names else 'no losses'}>"

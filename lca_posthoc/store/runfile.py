@@ -28,7 +28,18 @@ _MOST_LOSSES = 10_000
 _MOST = 2**63
 _KEY = re.compile(r"[A-Za-z0-9._%-]+")
 _KINDS = ("parameter", "buffer", "state")
-_FIELDS = ("format", "id", "root", "tensors", "checkpoints", "span", "window", "settings", "losses", "provenance")
+_FIELDS = (
+    "format",
+    "id",
+    "root",
+    "tensors",
+    "checkpoints",
+    "span",
+    "window",
+    "settings",
+    "losses",
+    "provenance",
+)
 _TENSOR = ("name", "kind", "shape", "aliases", "unit_axis", "source", "key")
 
 _CACHED = 4
@@ -47,9 +58,17 @@ def manifest_bytes(manifest: Manifest) -> bytes:
         "format": FORMAT,
         "id": manifest.id,
         "root": manifest.root,
-        "tensors": [{**asdict(tensor.spec), "source": tensor.source, "key": tensor.key} for tensor in manifest.tensors],
+        "tensors": [
+            {**asdict(tensor.spec), "source": tensor.source, "key": tensor.key}
+            for tensor in manifest.tensors
+        ],
         "checkpoints": [
-            [checkpoint.step, [str(file) for file in checkpoint.files], checkpoint.size, checkpoint.fingerprint]
+            [
+                checkpoint.step,
+                [str(file) for file in checkpoint.files],
+                checkpoint.size,
+                checkpoint.fingerprint,
+            ]
             for checkpoint in manifest.checkpoints
         ],
         "span": manifest.span,
@@ -62,8 +81,14 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def _written(record: LossRecord) -> dict[str, object]:
-    """Return a loss as `run.json` records it: with the number of segments it covers only where these are not all."""
-    return {name: value for name, value in asdict(record).items() if name != "covers" or value is not None}
+    """Return a loss as `run.json` records it: with the number of segments it covers only where
+    these are not all.
+    """
+    return {
+        name: value
+        for name, value in asdict(record).items()
+        if name != "covers" or value is not None
+    }
 
 
 def read_manifest(run: Path) -> Manifest:
@@ -90,9 +115,16 @@ def load(run: Path) -> Manifest:
         status = (run / FILE).stat()
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
-            f"{run} is not a run directory: it has no {FILE}. Give the directory `lca run` wrote (CKPTS.lca)."
+            f"{run} is not a run directory: it has no {FILE}. Give the directory `lca run` wrote "
+            f"(CKPTS.lca)."
         ) from None
-    key = (os.path.abspath(run), status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+    key = (
+        os.path.abspath(run),
+        status.st_ino,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+        status.st_size,
+    )
     cached = _cache.get(key)
     if cached is not None:
         return cached
@@ -109,19 +141,24 @@ def load(run: Path) -> Manifest:
 
 
 def _other_format(run: Path, number: int, provenance: object) -> str:
-    wrote = str(provenance.get("lca_posthoc", "unknown") if isinstance(provenance, dict) else "unknown")[:40]
+    wrote = str(
+        provenance.get("lca_posthoc", "unknown") if isinstance(provenance, dict) else "unknown"
+    )[:40]
     if number > FORMAT:
         return (
-            f"{run} has format {number} of a newer release (lca_posthoc {wrote}); this one reads format {FORMAT}. "
+            f"{run} has format {number} of a newer release (lca_posthoc {wrote}); this one reads "
+            f"format {FORMAT}. "
             "Install that release or a later one."
         )
     return (
-        f"{run} has format {number} of an older release (lca_posthoc {wrote}); this one reads format {FORMAT}. "
+        f"{run} has format {number} of an older release (lca_posthoc {wrote}); this one reads "
+        f"format {FORMAT}. "
         "Read it with that release, or run again into another directory with --out."
     )
 
 
-# --- every field, before anything is made from it ----------------------------------------------------------------------
+# --- every field, before anything is made from it
+# ----------------------------------------------------------------------
 
 
 def parse(document: dict[str, object]) -> Manifest:
@@ -131,7 +168,12 @@ def parse(document: dict[str, object]) -> Manifest:
         ValueError: names the field that is missing, unknown, or not what it may be.
     """
     _exactly(document, _FIELDS, "")
-    _check(re.fullmatch("[0-9a-f]{32}", _text(document["id"], "id")), "id", "32 hexadecimal digits", document["id"])
+    _check(
+        re.fullmatch("[0-9a-f]{32}", _text(document["id"], "id")),
+        "id",
+        "32 hexadecimal digits",
+        document["id"],
+    )
     tensors = _tensors(document["tensors"])
     manifest = Manifest(
         root=_text(document["root"], "root"),
@@ -146,7 +188,12 @@ def parse(document: dict[str, object]) -> Manifest:
     )
     for record in manifest.losses.values():
         covers = record.covers
-        _check(covers is None or covers < manifest.segments, "losses.covers", "fewer segments than the run has", covers)
+        _check(
+            covers is None or covers < manifest.segments,
+            "losses.covers",
+            "fewer segments than the run has",
+            covers,
+        )
     widest = max((tensor.spec.elements for tensor in tensors), default=0)
     groups = max((len(record.groups or ()) for record in manifest.losses.values()), default=0)
     numbers = widest * max(1, groups) * manifest.segments * 8
@@ -161,7 +208,10 @@ def _check(holds: object, field: str, expected: str, value: object) -> None:
 
 def _wrong(field: str, expected: str, value: object) -> ValueError:
     shown = repr(value)
-    return ValueError(f"field {field!r} must be {expected}, found {shown if len(shown) <= 60 else shown[:60] + '…'}")
+    return ValueError(
+        f"field {field!r} must be {expected}, found "
+        f"{shown if len(shown) <= 60 else shown[:60] + '…'}"
+    )
 
 
 def _exactly(table: object, names: tuple[str, ...], where: str) -> dict[str, Any]:
@@ -196,7 +246,12 @@ def _power(value: object, field: str) -> int:
 def _list(value: object, field: str, most: int = _MOST, least: int = 0) -> list[Any]:
     if not isinstance(value, list):
         raise _wrong(field, "a list", value)
-    _check(least <= len(value) <= most, field, f"a list of {least} to {most} entries", f"{len(value)} entries")
+    _check(
+        least <= len(value) <= most,
+        field,
+        f"a list of {least} to {most} entries",
+        f"{len(value)} entries",
+    )
     return list(value)
 
 
@@ -211,19 +266,29 @@ def _number(value: object, field: str) -> float:
 
 
 def _maybe(
-    read: Callable[Concatenate[object, _Rest], _Read], value: object, *rest: _Rest.args, **named: _Rest.kwargs
+    read: Callable[Concatenate[object, _Rest], _Read],
+    value: object,
+    *rest: _Rest.args,
+    **named: _Rest.kwargs,
 ) -> _Read | None:
     return None if value is None else read(value, *rest, **named)
 
 
 def _one_of(value: object, field: str, choices: tuple[str, ...]) -> str:
-    _check(isinstance(value, str) and value in choices, field, f"one of {', '.join(choices)}", value)
+    _check(
+        isinstance(value, str) and value in choices, field, f"one of {', '.join(choices)}", value
+    )
     return str(value)
 
 
 def _keys(keys: list[str], field: str) -> None:
     for key in keys:
-        _check(_KEY.fullmatch(key) and key not in (".", ".."), field, "letters, digits and . _ % - alone", key)
+        _check(
+            _KEY.fullmatch(key) and key not in (".", ".."),
+            field,
+            "letters, digits and . _ % - alone",
+            key,
+        )
     twice = len({key.casefold() for key in keys}) < len(keys)
     _check(not twice, field, "another one for each", "one that is there twice")
 
@@ -232,29 +297,55 @@ def _tensors(value: object) -> list[StoredTensor]:
     tensors = []
     for entry in _list(value, "tensors", _MOST_TENSORS):
         _exactly(entry, _TENSOR, "tensors.")
-        shape = tuple(_whole(extent, "tensors.shape") for extent in _list(entry["shape"], "tensors.shape", 32))
+        shape = tuple(
+            _whole(extent, "tensors.shape") for extent in _list(entry["shape"], "tensors.shape", 32)
+        )
         elements = math.prod(max(1, extent) for extent in shape)
         _check(elements < _MOST, "tensors.shape", "fewer than 2**63 numbers", shape)
         axis = _maybe(_whole, entry["unit_axis"], "tensors.unit_axis")
-        _check(axis is None or axis < len(shape), "tensors.unit_axis", "an axis of the tensor", axis)
+        _check(
+            axis is None or axis < len(shape), "tensors.unit_axis", "an axis of the tensor", axis
+        )
         name = _text(entry["name"], "tensors.name")
         kind = _one_of(entry["kind"], "tensors.kind", _KINDS)
-        _check(kind == "state" or name not in RESERVED, "tensors.name", f"none of {', '.join(RESERVED)}", name)
-        spec = TensorSpec(name, kind, shape, tuple(_texts(entry["aliases"], "tensors.aliases")), axis)
+        _check(
+            kind == "state" or name not in RESERVED,
+            "tensors.name",
+            f"none of {', '.join(RESERVED)}",
+            name,
+        )
+        spec = TensorSpec(
+            name, kind, shape, tuple(_texts(entry["aliases"], "tensors.aliases")), axis
+        )
         source, key = _text(entry["source"], "tensors.source"), _text(entry["key"], "tensors.key")
         tensors.append(StoredTensor(spec, source, key))
     _keys([tensor.key for tensor in tensors], "tensors.key")
     names = {tensor.spec.name for tensor in tensors}
-    _check(len(names) == len(tensors), "tensors.name", "another one for each", "one that is there twice")
+    _check(
+        len(names) == len(tensors),
+        "tensors.name",
+        "another one for each",
+        "one that is there twice",
+    )
     return tensors
 
 
 def _checkpoints(value: object) -> list[Checkpoint]:
     checkpoints: list[Checkpoint] = []
     for entry in _list(value, "checkpoints", least=2):
-        _check(isinstance(entry, list) and len(entry) == 4, "checkpoints", "step, files, size, fingerprint", entry)
+        _check(
+            isinstance(entry, list) and len(entry) == 4,
+            "checkpoints",
+            "step, files, size, fingerprint",
+            entry,
+        )
         step, size, fingerprint = (_whole(entry[position], "checkpoints") for position in (0, 2, 3))
-        _check(not checkpoints or checkpoints[-1].step < step, "checkpoints", "in ascending order of steps", step)
+        _check(
+            not checkpoints or checkpoints[-1].step < step,
+            "checkpoints",
+            "in ascending order of steps",
+            step,
+        )
         files = _texts(entry[1], "checkpoints")
         _check(files, "checkpoints", "files", files)
         for file in files:
@@ -286,22 +377,37 @@ def _losses(value: object) -> dict[str, LossRecord]:
 
 def _loss(document: object) -> LossRecord:
     if isinstance(document, dict):
-        document = {"scale": None, "covers": None, **document}  # runs have neither where there is nothing to say
+        # runs have neither where there is nothing to say
+        document = {"scale": None, "covers": None, **document}
     entry = _exactly(document, tuple(setting.name for setting in fields(LossRecord)), "losses.")
     groups, counts = entry["groups"], entry["counts"]
     if groups is not None or counts is not None:
         number = len(_list(groups, "losses.groups", least=1))
         kind = type(groups[0])
         same = kind in (int, str) and all(type(label) is kind for label in groups)
-        _check(same and len(set(groups)) == number, "losses.groups", "different whole numbers, or texts", groups)
+        _check(
+            same and len(set(groups)) == number,
+            "losses.groups",
+            "different whole numbers, or texts",
+            groups,
+        )
         counted = [_whole(count, "losses.counts") for count in _list(counts, "losses.counts")]
-        _check(len(counted) == number, "losses.counts", "as many as groups", f"{len(counted)} entries")
+        _check(
+            len(counted) == number, "losses.counts", "as many as groups", f"{len(counted)} entries"
+        )
         if kind is int:
-            _check(all(-_MOST <= label < _MOST for label in groups), "losses.groups", "64-bit numbers", groups)
+            _check(
+                all(-_MOST <= label < _MOST for label in groups),
+                "losses.groups",
+                "64-bit numbers",
+                groups,
+            )
     identity = _list(entry["identity"], "losses.identity")
     _check(len(identity) == 2, "losses.identity", "two entries", identity)
     for place in identity:
-        _check(place is None or isinstance(place, dict), "losses.identity", "a table or nothing", place)
+        _check(
+            place is None or isinstance(place, dict), "losses.identity", "a table or nothing", place
+        )
         for value in (place or {}).values():
             _number(value, "losses.identity")
     _check(type(entry["measured"]) is bool, "losses.measured", "true or false", entry["measured"])

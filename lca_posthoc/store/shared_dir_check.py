@@ -12,7 +12,8 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def token(run: Path) -> Iterator[tuple[Path, str]]:
-    """Yield a file in the run directory, or beside the place it will have, and its text; the file is removed afterwards.
+    """Yield a file in the run directory, or beside the place it will have, and its text; the file
+    is removed afterwards.
 
     Files that killed drivers of this host left are removed first.
     """

@@ -1,4 +1,6 @@
-"""A small file beside a run that is being prepared, by which `lca status` can tell what its driver is doing."""
+"""A small file beside a run that is being prepared, by which `lca status` can tell what its driver
+is doing.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ class Starting:
 
 
 class Announcement:
-    """The file of one driver; where it cannot be written, it is left out, because nothing relies on it."""
+    """The file of one driver; where it cannot be written, it is left out, because nothing relies on
+    it.
+    """
 
     def __init__(self, run: Path) -> None:
         self._file = _place(run) / f"{_beginning(run)}{socket.gethostname()}-{os.getpid()}"
@@ -112,7 +116,8 @@ def starting(run: Path) -> Starting | None:
                 with file.open("rb") as opened:
                     state = Starting(**json.loads(opened.read(_LARGEST)))
                 if state.run == str(run.absolute()) and all(
-                    isinstance(value, int | float) for value in (state.since, state.began, state.pid)
+                    isinstance(value, int | float)
+                    for value in (state.since, state.began, state.pid)
                 ):
                     return state
     return None
@@ -123,7 +128,9 @@ def _beginning(run: Path) -> str:
 
 
 def _place(run: Path) -> Path:
-    """Return the directory of the file: the run's own, or the nearest one above it that is there already."""
+    """Return the directory of the file: the run's own, or the nearest one above it that is there
+    already.
+    """
     try:
         return nearest(run.absolute().parent)
     except OSError:  # nothing can be written there either
@@ -141,7 +148,9 @@ def _files(run: Path) -> list[Path]:
 
 
 def _is_alive(run: Path, file: Path) -> bool:
-    """Tell whether the driver that wrote a file runs: on this host by its process, elsewhere by its heartbeat."""
+    """Tell whether the driver that wrote a file runs: on this host by its process, elsewhere by its
+    heartbeat.
+    """
     host, _, pid = file.name.removeprefix(_beginning(run)).removesuffix(".tmp").rpartition("-")
     if host == socket.gethostname() and pid.isdecimal():
         return psutil.pid_exists(int(pid)) and _is_older(int(pid), file)
@@ -149,7 +158,9 @@ def _is_alive(run: Path, file: Path) -> bool:
 
 
 def _is_older(pid: int, file: Path) -> bool:
-    """Tell whether a process is older than a file; a younger one got the number of a process that ended."""
+    """Tell whether a process is older than a file; a younger one got the number of a process that
+    ended.
+    """
     try:
         return float(psutil.Process(pid).create_time()) <= file.stat().st_mtime + 1.0
     except psutil.Error:

@@ -1,4 +1,6 @@
-"""Totals per parameter, joined from the stored windows as they are read: to read a part of a tensor costs only that part."""
+"""Totals per parameter, joined from the stored windows as they are read: to read a part of a tensor
+costs only that part.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from .chunks import CheckedStore
 
 
 class JoinedTotals(BackendArray):
-    """The totals of one tensor over all windows, (total, *shape), float64, read when they are indexed.
+    """The totals of one tensor over all windows, (total, *shape), float64, read when they are
+    indexed.
 
     At most log₂ of the windows + 2 of them are in memory at a time, of the part that is read.
     """
@@ -33,11 +36,17 @@ class JoinedTotals(BackendArray):
 
     def _read(self, key: tuple[int | slice, ...]) -> np.ndarray[Any, Any]:
         names = TOTALS[key[0]]
-        joined = join_all(lambda window: self._window(window, key[1:]), range(self._stored.shape[0]))
-        return joined[names] if isinstance(names, str) else np.stack([joined[name] for name in names])
+        joined = join_all(
+            lambda window: self._window(window, key[1:]), range(self._stored.shape[0])
+        )
+        return (
+            joined[names] if isinstance(names, str) else np.stack([joined[name] for name in names])
+        )
 
     def _window(self, window: int, inner: tuple[int | slice, ...]) -> Totals:
-        return dict(zip(FIELDS, np.asarray(self._stored[(window, slice(None), *inner)]), strict=True))
+        return dict(
+            zip(FIELDS, np.asarray(self._stored[(window, slice(None), *inner)]), strict=True)
+        )
 
 
 def joined_totals(store: CheckedStore, path: str, dims: tuple[str, ...]) -> xr.Variable:

@@ -1,6 +1,8 @@
-"""Reports on the spans that workers compute now: a small file for each below RUN/log, removed when its span is over.
+"""Reports on the spans that workers compute now: a small file for each below RUN/log, removed when
+its span is over.
 
-Nothing relies on them: no result is read from one, and a report that cannot be written or read is passed over.
+Nothing relies on them: no result is read from one, and a report that cannot be written or read is
+passed over.
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ _BLOCK = 2**20
 
 @dataclass(frozen=True)
 class Underway:
-    """The progress of one span: segments done, a segment of two losses counting twice, and the worst |residual| among them.
+    """The progress of one span: segments done, a segment of two losses counting twice, and the
+    worst |residual| among them.
 
-    `of_losses` counts the segments of `losses`, which are computed now; the others were computed before, in the same span.
+    `of_losses` counts the segments of `losses`, which are computed now; the others were computed
+    before, in the same span.
     """
 
     span: int
@@ -51,8 +55,10 @@ class LastRun:
         pending: segments it had to compute; a segment of two losses counts twice.
         done: segments of these it has committed.
         workers: how many it had.
-        ended: the error it ended with, empty where there was none; None where it still runs or was killed.
-        not_finite: the spans that failed for a checkpoint with NaN or Inf, and the training step of that checkpoint.
+        ended: the error it ended with, empty where there was none; None where it still runs or was
+            killed.
+        not_finite: the spans that failed for a checkpoint with NaN or Inf, and the training step of
+            that checkpoint.
     """
 
     began: float
@@ -63,13 +69,17 @@ class LastRun:
     not_finite: dict[int, int]
 
     def rate(self, underway: float) -> float | None:
-        """Return segments per second since it began, those underway included; None while no segment is done."""
+        """Return segments per second since it began, those underway included; None while no segment
+        is done.
+        """
         seconds, segments = time.time() - self.began, self.done + underway
         return segments / seconds if seconds > 0 and segments > 0 else None
 
 
 class SpanReport:
-    """A context that writes the progress of a span to its file, every few seconds, and removes the file in the end."""
+    """A context that writes the progress of a span to its file, every few seconds, and removes the
+    file in the end.
+    """
 
     def __init__(self, run: Path, span: int) -> None:
         self._file = run / LOG / f".span-{span:06d}.json"
@@ -88,13 +98,17 @@ class SpanReport:
                 self._file.unlink(missing_ok=True)
 
     def begin(self, losses: list[str]) -> None:
-        """Begin the pass over some losses; their progress starts from 0 again where the pass is repeated."""
+        """Begin the pass over some losses; their progress starts from 0 again where the pass is
+        repeated.
+        """
         if losses != self._losses:
             self._before += self._segments
         self._segments, self._losses = 0.0, losses
 
     def reach(self, segments: float, residual: float) -> None:
-        """Report how many segments of the pass are done, losses counted apart, and the |residual| of the last one."""
+        """Report how many segments of the pass are done, losses counted apart, and the |residual|
+        of the last one.
+        """
         self._segments, self._worst = max(self._segments, segments), max(self._worst, residual)
         if time.monotonic() >= self._due:
             self._write()
@@ -109,7 +123,8 @@ class SpanReport:
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        temporary = self._file.with_name(f"{self._file.name}.{os.getpid()}.tmp")  # swept like every temporary file
+        # swept like every temporary file
+        temporary = self._file.with_name(f"{self._file.name}.{os.getpid()}.tmp")
         with contextlib.suppress(OSError, LCAError):
             refuse_links(self._run, self._file.parent)
             try:
@@ -121,7 +136,9 @@ class SpanReport:
 
 
 def underway(run: Path) -> list[Underway]:
-    """Return the reports of workers on the spans they compute now, in order; none where no driver works on the run."""
+    """Return the reports of workers on the spans they compute now, in order; none where no driver
+    works on the run.
+    """
     reports = []
     with contextlib.suppress(OSError, LCAError):
         if is_held(run):
@@ -136,7 +153,9 @@ def underway(run: Path) -> list[Underway]:
 def _read(file: Path, span: int) -> Underway:
     with file.open("rb") as opened:
         document = json.loads(opened.read(_LARGEST))
-    segments, of_losses, worst = (float(document[name]) for name in ("segments", "of_losses", "worst_residual"))
+    segments, of_losses, worst = (
+        float(document[name]) for name in ("segments", "of_losses", "worst_residual")
+    )
     if not 0 <= of_losses <= segments < 2**63 or not worst >= 0:
         raise ValueError
     return Underway(span, segments, of_losses, worst, tuple(map(str, document["losses"])))

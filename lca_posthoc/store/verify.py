@@ -1,4 +1,6 @@
-"""Compare every stored byte of a run with what was committed; reads one file at a time, and writes nothing."""
+"""Compare every stored byte of a run with what was committed; reads one file at a time, and writes
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -52,13 +54,17 @@ class Damage:
 
 @dataclass(frozen=True)
 class Leftover:
-    """A file that no marker lists: a killed run left it, or somebody else put it there. Nothing reads it."""
+    """A file that no marker lists: a killed run left it, or somebody else put it there. Nothing
+    reads it.
+    """
 
     path: str
 
 
 class Verification:
-    """An iterator over damage and leftovers; `files` and `bytes` count what it has checked so far."""
+    """An iterator over damage and leftovers; `files` and `bytes` count what it has checked so
+    far.
+    """
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -80,9 +86,12 @@ class Verification:
             yield from self._spans(Commits(self.run, manifest, loss))
         yield from self._leftovers(manifest)
 
-    # --- metadata ----------------------------------------------------------------------------------------------------
+    # --- metadata
+    # ----------------------------------------------------------------------------------------------------
 
-    def _known(self, manifest: Manifest, loss: str | None, files: dict[str, bytes]) -> Iterator[Damage]:
+    def _known(
+        self, manifest: Manifest, loss: str | None, files: dict[str, bytes]
+    ) -> Iterator[Damage]:
         for path, expected in files.items():
             what = self._differs(path, expected)
             if what is None:
@@ -102,7 +111,9 @@ class Verification:
             self._add(len(data))
             below = path.split("/", 2)[-1]
             what = (
-                None if fits(below, data, expected, is_unreleased(self.run)) else f"it is not what follows from {FILE}"
+                None
+                if fits(below, data, expected, is_unreleased(self.run))
+                else f"it is not what follows from {FILE}"
             )
         return what
 
@@ -112,7 +123,8 @@ class Verification:
         except ValueError:
             return True
 
-    # --- spans and windows -------------------------------------------------------------------------------------------
+    # --- spans and windows
+    # -------------------------------------------------------------------------------------------
 
     def _spans(self, commits: Commits) -> Iterator[Damage]:
         manifest = commits.manifest
@@ -128,7 +140,9 @@ class Verification:
                 yield from self._row(commits, None, window, of_windows)
 
     def _seams(self, commits: Commits) -> Iterator[Damage]:
-        """Yield both spans where two differ at the checkpoint they share, with the windows of their totals: either may be wrong."""
+        """Yield both spans where two differ at the checkpoint they share, with the windows of their
+        totals: either may be wrong.
+        """
         manifest = commits.manifest
         for later in range(1, manifest.spans):
             try:
@@ -150,7 +164,9 @@ class Verification:
                     last_step=last,
                 )
 
-    def _row(self, commits: Commits, span: int | None, window: int | None, plans: list[ArrayPlan]) -> Iterator[Damage]:
+    def _row(
+        self, commits: Commits, span: int | None, window: int | None, plans: list[ArrayPlan]
+    ) -> Iterator[Damage]:
         """Check a span, or a window of totals: its marker, then each of its files."""
         manifest = commits.manifest
         if span is not None:
@@ -160,7 +176,9 @@ class Verification:
             row, rows, path = window, manifest.rows_of(window), commits.window_marker(window)
         first, last = manifest.ends(rows)
 
-        def damage(file: str, what: str, array: str | None = None, tensor: str | None = None) -> Damage:
+        def damage(
+            file: str, what: str, array: str | None = None, tensor: str | None = None
+        ) -> Damage:
             return Damage(
                 path=file,
                 what=what,
@@ -185,7 +203,9 @@ class Verification:
             return
         self._count(path)
         listed = marker["files"].keys()
-        files = ((f"{DATA}/{commits.key}/{file}", plan) for plan in plans for file in plan.row_files(row))
+        files = (
+            (f"{DATA}/{commits.key}/{file}", plan) for plan in plans for file in plan.row_files(row)
+        )
         planned = dict(itertools.islice(files, len(listed) + 1))
         if listed != planned.keys():
             yield damage(place, "its commit marker does not list the files of this span")
@@ -193,15 +213,23 @@ class Verification:
         for file, plan in planned.items():
             what = self._unlike(file, marker["files"][file])
             if what is not None and path.exists():
-                yield damage(file, what, plan.path if plan.tensor is None else plan.part, plan.tensor)
+                yield damage(
+                    file, what, plan.path if plan.tensor is None else plan.part, plan.tensor
+                )
         if span is not None and commits.keeps_partials(span // manifest.window):
             file = commits.partial(span).relative_to(self.run).as_posix()
             what = self._unlike(file, marker["partial"])
-            if what is not None and path.exists() and commits.keeps_partials(span // manifest.window):
+            if (
+                what is not None
+                and path.exists()
+                and commits.keeps_partials(span // manifest.window)
+            ):
                 yield damage(file, what, "totals")
 
     def _unlike(self, path: str, sealed: list[int] | None) -> str | None:
-        """Say how a file differs from the size and CRC-32 it should have; None where it does not."""
+        """Say how a file differs from the size and CRC-32 it should have; None where it does
+        not.
+        """
         what = self._not_plain(path)
         if what is not None:
             return what
@@ -221,10 +249,14 @@ class Verification:
         return None if crc == sealed[1] else "its checksum is not the committed one"
 
     def _not_plain(self, path: str) -> str | None:
-        """Say why a path is no plain file: it is missing, unreadable or behind a link; None where it is one."""
+        """Say why a path is no plain file: it is missing, unreadable or behind a link; None where
+        it is one.
+        """
         try:
             for parent in PurePosixPath(path).parents:
-                if stat.S_ISLNK((self.run / parent).lstat().st_mode) and parent != PurePosixPath("."):
+                if stat.S_ISLNK((self.run / parent).lstat().st_mode) and parent != PurePosixPath(
+                    "."
+                ):
                     return f"{parent} is a link"
             mode = (self.run / path).lstat().st_mode
         except (FileNotFoundError, NotADirectoryError):
@@ -235,11 +267,17 @@ class Verification:
             return "it is a link"
         return None if stat.S_ISREG(mode) else "it is not a file"
 
-    # --- leftovers ---------------------------------------------------------------------------------------------------
+    # --- leftovers
+    # ---------------------------------------------------------------------------------------------------
 
     def _leftovers(self, manifest: Manifest) -> Iterator[Leftover]:
-        """Yield files below `data.zarr` that no array has, and chunks and waiting totals that no marker lists."""
-        losses = {record.key: _Known(Commits(self.run, manifest, name)) for name, record in manifest.losses.items()}
+        """Yield files below `data.zarr` that no array has, and chunks and waiting totals that no
+        marker lists.
+        """
+        losses = {
+            record.key: _Known(Commits(self.run, manifest, name))
+            for name, record in manifest.losses.items()
+        }
         for top in (DATA, PARTIAL):
             for place, directories, files in os.walk(self.run / top):
                 directories.sort()
@@ -283,16 +321,25 @@ class _Known:
         array, _, place = below.rpartition("/c/")
         row, *inner = place.split("/")
         plan = self._plans.get(array)
-        return plan is not None and row.isdecimal() and plan.has(inner) and self._is_committed(plan, row)
+        return (
+            plan is not None
+            and row.isdecimal()
+            and plan.has(inner)
+            and self._is_committed(plan, row)
+        )
 
     def _keeps(self, span: int) -> bool:
         return self._commits.keeps_partials(span // self._manifest.window)
 
     def _is_committed(self, plan: ArrayPlan, written: str) -> bool:
         of_windows, row = plan.part == "totals" and self._manifest.window > 1, int(written)
-        if str(row) != written or row >= (self._manifest.windows if of_windows else self._manifest.spans):
+        if str(row) != written or row >= (
+            self._manifest.windows if of_windows else self._manifest.spans
+        ):
             return False
-        return os.path.lexists(self._commits.window_marker(row) if of_windows else self._commits.marker(row))
+        return os.path.lexists(
+            self._commits.window_marker(row) if of_windows else self._commits.marker(row)
+        )
 
 
 def _array_of(path: str) -> str:
@@ -310,8 +357,8 @@ def verify(run: str | Path) -> Verification:
         run: the run directory.
 
     Returns:
-        An iterable of every `Damage` and `Leftover`, run.json first, then loss by loss. Where run.json itself is damaged, this is
-        the only one.
+        An iterable of every `Damage` and `Leftover`, run.json first, then loss by loss. Where
+        run.json itself is damaged, this is the only one.
 
     Raises:
         LCAError: when iterated over, where `run` is not a run directory, or one of another format.

@@ -1,7 +1,8 @@
 """Create a run, write the rows of a span, commit them.
 
-Protocol: chunks, flush, marker under a temporary name, flush, rename. A span without a marker does not exist; writing it
-again gives the same bytes. The driver creates all metadata; workers write whole chunk rows only.
+Protocol: chunks, flush, marker under a temporary name, flush, rename. A span without a marker does
+not exist; writing it again gives the same bytes. The driver creates all metadata; workers write
+whole chunk rows only.
 """
 
 from __future__ import annotations
@@ -51,9 +52,11 @@ _ENTRY = 50  # bytes of a file in a commit marker beside the loss's key and the 
 
 
 def required_bytes(manifest: Manifest, keep: str, losses: Mapping[str, LossRecord]) -> int:
-    """Return the bytes losses take at most: numbers, commit markers, metadata and the record, in blocks of the file system.
+    """Return the bytes losses take at most: numbers, commit markers, metadata and the record, in
+    blocks of the file system.
 
-    Of totals and histograms, which are counts and signs but for one number in twelve, compression leaves no more than `_AT_MOST`.
+    Of totals and histograms, which are counts and signs but for one number in twelve, compression
+    leaves no more than `_AT_MOST`.
 
     Args:
         manifest: of the run as it would be created.
@@ -61,10 +64,14 @@ def required_bytes(manifest: Manifest, keep: str, losses: Mapping[str, LossRecor
         losses: their names and records.
     """
     manifest = replace(manifest, losses={**manifest.losses, **losses})
-    needed = _BLOCK * len(manifest.checkpoints) // 16 + _blocks(8 * _BLOCK + len(manifest_bytes(manifest)))
+    needed = _BLOCK * len(manifest.checkpoints) // 16 + _blocks(
+        8 * _BLOCK + len(manifest_bytes(manifest))
+    )
     for name, record in losses.items():
         plans = list(plan_arrays(manifest, keep, record))
-        needed += sum(int(plan.bytes * _AT_MOST.get(plan.part, 1.0)) + _BLOCK * plan.files for plan in plans)
+        needed += sum(
+            int(plan.bytes * _AT_MOST.get(plan.part, 1.0)) + _BLOCK * plan.files for plan in plans
+        )
         needed += sum(_blocks(len(data)) for _, data in metadata_files(manifest, name, keep=keep))
         entries = sum(plan.files * (_ENTRY + len(record.key) + len(plan.path)) for plan in plans)
         needed += manifest.spans * _blocks(_MARKER + entries // max(1, manifest.spans))
@@ -78,10 +85,12 @@ def _blocks(size: int) -> int:
 
 
 def compressed_share(allocation: np.ndarray[Any, Any], segments: int) -> dict[str, float]:
-    """Return the share of its bytes that compression leaves of each part of a loss, from a sample of allocations.
+    """Return the share of its bytes that compression leaves of each part of a loss, from a sample
+    of allocations.
 
-    Counts and signs of totals are not known before a run. They cost next to nothing where parameters keep helping or hurting, and as
-    much as tosses of a coin where they do not; the geometric mean of both is taken.
+    Counts and signs of totals are not known before a run. They cost next to nothing where
+    parameters keep helping or hurting, and as much as tosses of a coin where they do not; the
+    geometric mean of both is taken.
 
     Args:
         allocation: float32, flat.
@@ -89,14 +98,16 @@ def compressed_share(allocation: np.ndarray[Any, Any], segments: int) -> dict[st
     """
     generator = np.random.default_rng(0)
     active = allocation != 0
-    counts = np.where(active, generator.binomial(segments, 0.5, (5, len(allocation))), 0).astype("float64")
+    counts = np.where(active, generator.binomial(segments, 0.5, (5, len(allocation))), 0).astype(
+        "float64"
+    )
     signs = np.where(active, generator.choice([-1.0, 1.0], (6, len(allocation))), 0.0)
     exact = np.where(active, allocation * generator.random(len(allocation)), 0.0)
     totals = [exact.astype("float64"), *counts, *signs]
     histogram = np.zeros((1, BINS), "int64")
-    histogram[0, : min(BINS, 80)] = generator.integers(0, max(2, len(allocation) // 80), min(BINS, 80)) * bool(
-        active.any()
-    )
+    histogram[0, : min(BINS, 80)] = generator.integers(
+        0, max(2, len(allocation) // 80), min(BINS, 80)
+    ) * bool(active.any())
     return {
         "allocation": _left(allocation),
         "units": _left(allocation),
@@ -108,7 +119,9 @@ def compressed_share(allocation: np.ndarray[Any, Any], segments: int) -> dict[st
 def _left(values: np.ndarray[Any, Any]) -> float:
     """Return the share of its bytes that the store's codec leaves of an array."""
     data = values.tobytes()
-    packed = numcodecs.blosc.compress(data, b"lz4", 5, numcodecs.blosc.BITSHUFFLE, 0, values.dtype.itemsize)
+    packed = numcodecs.blosc.compress(
+        data, b"lz4", 5, numcodecs.blosc.BITSHUFFLE, 0, values.dtype.itemsize
+    )
     return min(1.0, len(packed) / max(1, len(data)))
 
 
@@ -125,7 +138,8 @@ def estimated_bytes(
         manifest: of the run as it would be created.
         keep: a level of `--keep`.
         losses: their names and records.
-        shares: what compression leaves of each part of a loss, see `compressed_share`; a part that is not named keeps all.
+        shares: what compression leaves of each part of a loss, see `compressed_share`; a part that
+            is not named keeps all.
         block: bytes to whose multiples a file system rounds the size of each file.
     """
     needed = float(1024 + 120 * len(manifest.checkpoints) + 300 * len(manifest.tensors))
@@ -141,7 +155,9 @@ def estimated_bytes(
 
 
 def _waiting(manifest: Manifest, plans: Iterable[ArrayPlan]) -> int:
-    """Return the bytes of the totals, not compressed, that wait for checkpoints which may still come."""
+    """Return the bytes of the totals, not compressed, that wait for checkpoints which may still
+    come.
+    """
     if manifest.window == 1 or manifest.is_full(manifest.windows - 1):
         return 0
     spans = len(manifest.spans_of(manifest.windows - 1))
@@ -149,7 +165,8 @@ def _waiting(manifest: Manifest, plans: Iterable[ArrayPlan]) -> int:
 
 
 def create(path: Path, manifest: Manifest, durable: bool = True) -> RunWriter:
-    """Create a run directory; it is built beside its place and renamed, so that a killed creation leaves nothing in the way.
+    """Create a run directory; it is built beside its place and renamed, so that a killed creation
+    leaves nothing in the way.
 
     Args:
         path: of the run.
@@ -164,16 +181,20 @@ def create(path: Path, manifest: Manifest, durable: bool = True) -> RunWriter:
         if (path / FILE).exists():
             raise ResourceError(_created_meanwhile(path))
         raise InputError(
-            f"{path} exists and is not a run directory (it has no {FILE}). Choose another place with --out."
+            f"{path} exists and is not a run directory (it has no {FILE}). Choose another place "
+            f"with --out."
         )
     if path.is_symlink():
         raise InputError(
-            f"{path} is a link to something that is not there. Remove it or choose another place with --out."
+            f"{path} is a link to something that is not there. Remove it or choose another place "
+            f"with --out."
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{path.parent} is not a directory. Choose another place with --out.") from None
+        raise InputError(
+            f"{path.parent} is not a directory. Choose another place with --out."
+        ) from None
     _sweep_creations(path)
     building = path.with_name(f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
     try:
@@ -200,7 +221,10 @@ def create(path: Path, manifest: Manifest, durable: bool = True) -> RunWriter:
 
 
 def _created_meanwhile(path: Path) -> str:
-    return f"{path} was created by another driver meanwhile. Wait for it to end, or stop it; two drivers never share a run."
+    return (
+        f"{path} was created by another driver meanwhile. Wait for it to end, or stop it; two "
+        f"drivers never share a run."
+    )
 
 
 def remove_loss(path: str | Path, loss: str) -> None:
@@ -213,7 +237,9 @@ def remove_loss(path: str | Path, loss: str) -> None:
     run = Path(path)
     known = read_manifest(run).losses
     if loss not in known:
-        raise InputError(f"{run} has no loss {loss!r}; it has {', '.join(map(repr, known)) or 'none'}.")
+        raise InputError(
+            f"{run} has no loss {loss!r}; it has {', '.join(map(repr, known)) or 'none'}."
+        )
     with hold(run):
         RunWriter.open(run).remove_loss(loss)
 
@@ -230,7 +256,8 @@ def _sweep_creations(path: Path) -> None:
 class RunWriter:
     """A writer into one run directory; any number of workers may write at once, each its own spans.
 
-    `durable` says whether files are flushed to disk before anything relies on them; checksums are computed either way.
+    `durable` says whether files are flushed to disk before anything relies on them; checksums are
+    computed either way.
     """
 
     def __init__(self, path: Path, manifest: Manifest, durable: bool = True) -> None:
@@ -250,10 +277,13 @@ class RunWriter:
         """Return the commit markers of a loss."""
         return Commits(self.path, self.manifest, loss)
 
-    # --- metadata: the driver alone ---------------------------------------------------------------------------------
+    # --- metadata: the driver alone
+    # ---------------------------------------------------------------------------------
 
     def create_loss(self, name: str) -> None:
-        """Create the directories and metadata of one loss; leftovers of a killed creation are removed first."""
+        """Create the directories and metadata of one loss; leftovers of a killed creation are
+        removed first.
+        """
         key = self.manifest.losses[name].key
         self._clear(key)
         for part in (DATA, COMMITS, PARTIAL):
@@ -267,20 +297,25 @@ class RunWriter:
             shutil.rmtree(self.path / part / key, ignore_errors=True)
 
     def restore_metadata(self) -> list[str]:
-        """Write Zarr's metadata and the coordinates again wherever they are not what `run.json` says; no chunk is touched.
+        """Write Zarr's metadata and the coordinates again wherever they are not what `run.json`
+        says; no chunk is touched.
 
         Returns:
             The files that were written, below the run.
         """
         written = self._put({f"{DATA}/{ZARR}": group_file()})
         for loss, record in self.manifest.losses.items():
-            if (self.path / DATA / record.key).exists() or (self.path / COMMITS / record.key).exists():
+            if (self.path / DATA / record.key).exists() or (
+                self.path / COMMITS / record.key
+            ).exists():
                 written += self._restore(loss)
         return written
 
     def _restore(self, loss: str) -> list[str]:
         place = f"{DATA}/{self.manifest.losses[loss].key}"
-        return self._put({f"{place}/{path}": data for path, data in metadata_files(self.manifest, loss)})
+        return self._put(
+            {f"{place}/{path}": data for path, data in metadata_files(self.manifest, loss)}
+        )
 
     def _put(self, files: dict[str, bytes]) -> list[str]:
         """Write the files whose content on disk is another; returns their paths."""
@@ -314,7 +349,9 @@ class RunWriter:
         write_manifest(self.manifest, self.path, self.durable)
 
     def remove_loss(self, name: str) -> None:
-        """Remove a loss: from the record first, so that a kill in between leaves no loss without numbers."""
+        """Remove a loss: from the record first, so that a kill in between leaves no loss without
+        numbers.
+        """
         key = self.manifest.losses[name].key
         self.manifest = self.manifest.without(name)
         write_manifest(self.manifest, self.path, self.durable)
@@ -323,8 +360,9 @@ class RunWriter:
     def take_up(self, checkpoints: list[Checkpoint], identities: Mapping[str, Identity]) -> None:
         """Add checkpoints at the end, or in place of ones no number relies on, for some losses.
 
-        Where the last span of such a loss was short and has grown, it is no longer whole and will be replayed again. The other losses
-        cover the segments they covered: none of their files changes.
+        Where the last span of such a loss was short and has grown, it is no longer whole and will
+        be replayed again. The other losses cover the segments they covered: none of their files
+        changes.
 
         Args:
             checkpoints: all of them.
@@ -340,7 +378,9 @@ class RunWriter:
             self._remove_outgrown(before, loss)
 
     def _remove_outgrown(self, before: Manifest, loss: str) -> None:
-        """Remove the markers, and the waiting totals, of a last span and a last window that have grown."""
+        """Remove the markers, and the waiting totals, of a last span and a last window that have
+        grown.
+        """
         then, now = Commits(self.path, before, loss), self.commits(loss)
         span, window = then.manifest.spans - 1, then.manifest.windows - 1
         for old, new in (
@@ -352,7 +392,9 @@ class RunWriter:
                 old.unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Remove what a killed writer left, temporary files and folded totals; call it only while holding the lock."""
+        """Remove what a killed writer left, temporary files and folded totals; call it only while
+        holding the lock.
+        """
         for leftover in [*self.path.rglob("*.partial"), *self.path.rglob(".*.tmp")]:
             leftover.unlink(missing_ok=True)
         remove_reports(self.path)
@@ -367,7 +409,8 @@ class RunWriter:
             commits.partial(span).unlink(missing_ok=True)
 
     def discard(self, damages: Iterable[Damage]) -> dict[str, list[int]]:
-        """Make damaged spans pending again, and all spans of a damaged window of totals; call it only while holding the lock.
+        """Make damaged spans pending again, and all spans of a damaged window of totals; call it
+        only while holding the lock.
 
         Their markers are removed; their chunks stay until they are overwritten.
 
@@ -391,7 +434,9 @@ class RunWriter:
         return gone
 
     def spans_of(self, damages: Iterable[Damage]) -> dict[str, list[int]]:
-        """Return the damaged spans, by loss: a damaged window of totals counts for all its spans."""
+        """Return the damaged spans, by loss: a damaged window of totals counts for all its
+        spans.
+        """
         spans_of_loss: dict[str, set[int]] = {}
         for damage in damages:
             if damage.loss is not None and damage.span is not None:
@@ -403,7 +448,9 @@ class RunWriter:
         return {loss: sorted(spans) for loss, spans in spans_of_loss.items()}
 
     def relies_on(self, checkpoint: int) -> bool:
-        """Tell whether a committed span of any loss was computed from the checkpoint at a position."""
+        """Tell whether a committed span of any loss was computed from the checkpoint at a
+        position.
+        """
         beside = (checkpoint - 1, checkpoint)
         return any(
             commits.marker(segment // self.manifest.span).exists()
@@ -412,10 +459,13 @@ class RunWriter:
             if 0 <= segment < commits.manifest.segments
         )
 
-    # --- what is there -----------------------------------------------------------------------------------------------
+    # --- what is there
+    # -----------------------------------------------------------------------------------------------
 
     def pending(self, loss: str) -> list[int]:
-        """Return the spans of a loss that have no marker, or whose totals were lost before they were folded."""
+        """Return the spans of a loss that have no marker, or whose totals were lost before they
+        were folded.
+        """
         return self.commits(loss).pending()
 
     def is_complete(self, loss: str) -> bool:
@@ -430,7 +480,8 @@ class RunWriter:
         """
         return self.commits(loss).facts(span)
 
-    # --- spans: workers ----------------------------------------------------------------------------------------------
+    # --- spans: workers
+    # ----------------------------------------------------------------------------------------------
 
     def write_block(self, loss: str, span: int, tally: Tally) -> None:
         """Write the large arrays of the tally's block of groups; `write_span` commits them.
@@ -441,7 +492,9 @@ class RunWriter:
         self._still_recorded(loss, span)
         parts = {"allocation": tally.allocation, "units": tally.units}
         arrays = (
-            (f"{part}/{self._key(name)}", values) for part, by_name in parts.items() for name, values in by_name.items()
+            (f"{part}/{self._key(name)}", values)
+            for part, by_name in parts.items()
+            for name, values in by_name.items()
         )
         rows: tuple[slice, ...] = (self.manifest.of(loss).rows(span),)
         if self.manifest.losses[loss].groups is not None:
@@ -463,7 +516,8 @@ class RunWriter:
             span: its number on the grid.
             tally: the arrays.
             facts: JSON-like, recorded in the marker (evaluations, seconds, …).
-            replicates: the allocated sums by segment, replicate and tensor, where the loss has replicates.
+            replicates: the allocated sums by segment, replicate and tensor, where the loss has
+                replicates.
 
         Raises:
             SpanError: where the run is no longer the one this writer was opened for.
@@ -472,11 +526,22 @@ class RunWriter:
         commits = self.commits(loss)
         rows = commits.manifest.rows(span)
         parts = {"steps": tally.steps, "tensors": tally.tensors, "histogram": tally.histogram}
-        arrays = {f"{part}/{name}": values for part, by_name in parts.items() for name, values in by_name.items()}
+        arrays = {
+            f"{part}/{name}": values
+            for part, by_name in parts.items()
+            for name, values in by_name.items()
+        }
         if replicates is not None:
             arrays["tensors/replicates"] = replicates
-        planned = {plan.path for plan in plan_arrays(self.manifest, self.keep, self.manifest.losses[loss])}
-        self._write(loss, parts, ((path, values) for path, values in arrays.items() if path in planned), (rows,))
+        planned = {
+            plan.path for plan in plan_arrays(self.manifest, self.keep, self.manifest.losses[loss])
+        }
+        self._write(
+            loss,
+            parts,
+            ((path, values) for path, values in arrays.items() if path in planned),
+            (rows,),
+        )
         totals, partial = tally.totals(), None
         if self.manifest.window == 1:
             self._write_totals(loss, span, totals)
@@ -496,14 +561,19 @@ class RunWriter:
         self.fold(loss, span // self.manifest.window)
 
     def _still_recorded(self, loss: str, span: int) -> None:
-        """Refuse a late worker: the run may have been created anew, may have grown, or may have lost the loss."""
+        """Refuse a late worker: the run may have been created anew, may have grown, or may have
+        lost the loss.
+        """
         try:
             now = read_manifest(self.path)
         except LCAError as error:
             raise SpanError(f"span {span} is not committed: {error}") from None
-        if now.id != self.manifest.id or _of_span(now, loss, span) != _of_span(self.manifest, loss, span):
+        if now.id != self.manifest.id or _of_span(now, loss, span) != _of_span(
+            self.manifest, loss, span
+        ):
             raise SpanError(
-                f"span {span} of loss {loss!r} is not committed: {self.path} has changed since its worker began. Run again."
+                f"span {span} of loss {loss!r} is not committed: {self.path} has changed since its "
+                f"worker began. Run again."
             )
 
     def _commit(self, path: Path, marker: Mapping[str, object]) -> None:
@@ -511,7 +581,9 @@ class RunWriter:
         write_json(path, marker, self.durable)
 
     def _write_partial(self, path: Path, totals: dict[str, Totals]) -> list[int]:
-        """Write the totals of a span, which wait until its window is complete; returns size and CRC-32."""
+        """Write the totals of a span, which wait until its window is complete; returns size and
+        CRC-32.
+        """
         data = save_arrays(
             {
                 f"{field}/{self._key(name)}": values
@@ -527,9 +599,15 @@ class RunWriter:
         return next(tensor.key for tensor in self.manifest.allocated if tensor.spec.name == name)
 
     def _write(
-        self, loss: str, parts: Iterable[str], arrays: Iterable[tuple[str, Any]], rows: tuple[slice, ...]
+        self,
+        loss: str,
+        parts: Iterable[str],
+        arrays: Iterable[tuple[str, Any]],
+        rows: tuple[slice, ...],
     ) -> None:
-        """Write whole chunks of some arrays of these parts, one array after the other, as the iterable gives them."""
+        """Write whole chunks of some arrays of these parts, one array after the other, as the
+        iterable gives them.
+        """
         numcodecs.blosc.use_threads = False
         store = RowStore(self.path, self.manifest, loss, set(parts))
         with zarr.config.set({"array.write_empty_chunks": True}):
@@ -539,13 +617,17 @@ class RunWriter:
 
     def _write_totals(self, loss: str, window: int, totals: dict[str, Totals]) -> None:
         arrays = (
-            (f"totals/{self._key(name)}", np.stack([np.asarray(by_field[field], "float64") for field in FIELDS])[None])
+            (
+                f"totals/{self._key(name)}",
+                np.stack([np.asarray(by_field[field], "float64") for field in FIELDS])[None],
+            )
             for name, by_field in totals.items()
         )
         self._write(loss, ["totals"], arrays, (slice(window, window + 1),))
 
     def fold(self, loss: str, window: int) -> list[int]:
-        """Join the totals of a window's spans once all are committed; repeated or simultaneous calls do no harm.
+        """Join the totals of a window's spans once all are committed; repeated or simultaneous
+        calls do no harm.
 
         Returns:
             Spans whose waiting totals are damaged: they are pending again.
@@ -570,7 +652,9 @@ class RunWriter:
         if damaged:
             return damaged
         totals = {
-            tensor.spec.name: join_all(functools.partial(_of_tensor, stretches, tensor.key), range(len(stretches)))
+            tensor.spec.name: join_all(
+                functools.partial(_of_tensor, stretches, tensor.key), range(len(stretches))
+            )
             for tensor in self.manifest.allocated
         }
         self._write_totals(loss, window, totals)
@@ -587,7 +671,11 @@ class RunWriter:
         Returns:
             Spans whose waiting totals are damaged: they are pending again.
         """
-        return [span for window in range(self.manifest.of(loss).windows) for span in self.fold(loss, window)]
+        return [
+            span
+            for window in range(self.manifest.of(loss).windows)
+            for span in self.fold(loss, window)
+        ]
 
 
 def _of_tensor(stretches: list[Totals], key: str, position: int) -> Totals:
@@ -595,7 +683,9 @@ def _of_tensor(stretches: list[Totals], key: str, position: int) -> Totals:
 
 
 def _of_span(manifest: Manifest, loss: str, span: int) -> object:
-    """Return everything the numbers of a span follow from; None where there is no such span or loss."""
+    """Return everything the numbers of a span follow from; None where there is no such span or
+    loss.
+    """
     if loss not in manifest.losses or span >= manifest.of(loss).spans:
         return None
     rows = manifest.of(loss).rows(span)

@@ -1,6 +1,8 @@
-"""The tasks of a worker: say whether it can take part, describe a task, probe it, measure it, replay one span.
+"""The tasks of a worker: say whether it can take part, describe a task, probe it, measure it,
+replay one span.
 
-Each takes a request as plain data and returns its answer, or the error it met, as plain data; see `requests`.
+Each takes a request as plain data and returns its answer, or the error it met, as plain data; see
+`requests`.
 """
 
 from .checks import describe, probe, sampled

@@ -1,4 +1,6 @@
-"""Checks before the first span: what a task holds, whether it can be replayed, what its losses are."""
+"""Checks before the first span: what a task holds, whether it can be replayed, what its losses
+are.
+"""
 
 from __future__ import annotations
 
@@ -75,20 +77,27 @@ def _replicates(objective: Objective, name: str) -> int:
 
 @reported(ProbeRequest)
 def probe(request: ProbeRequest) -> ProbeAnswer:
-    """Check the task on a small sample at the first checkpoint; identify each loss there and at the last one."""
+    """Check the task on a small sample at the first checkpoint; identify each loss there and at the
+    last one.
+    """
     objective = objective_of(request.setup)
     names, settings = list(objective.losses), request.setup.settings
     first = first_point(request.sample.points, objective)
     batch_sizes = objective.settle_batch_sizes(first, request.batch_sizes)
     _same_ties(request)
     _same_fixed(request, objective)
-    new = [name for name in names if name not in request.recorded]  # a recorded loss keeps what was settled for it
+    # a recorded loss keeps what was settled for it
+    new = [name for name in names if name not in request.recorded]
     first, about_modes = _statistics(request, objective, first, new)
     notes = _leftovers(request, objective)
     notes += [note for name in names for note in _checks(request, objective, name)]
     if settings.precision == "float64":
         _same_in_float32(request, objective)
-    notes += (_never_updated(request, objective) if new else []) + _unmoved(request, objective) + about_modes
+    notes += (
+        (_never_updated(request, objective) if new else [])
+        + _unmoved(request, objective)
+        + about_modes
+    )
     block = {name: block_of(request, objective, name) for name in names}
     objective.join([name for name in names if block[name] is not None])
     at_first: dict[str, Identity] = {}
@@ -96,14 +105,21 @@ def probe(request: ProbeRequest) -> ProbeAnswer:
     notes += more
     objective.release_higher()
     identities = _identities(request, objective, first, names, at_first)
-    calibrations = _calibrations(request.sample, objective, new) if new and settings.rule == "trapezoid" else {}
+    calibrations = (
+        _calibrations(request.sample, objective, new)
+        if new and settings.rule == "trapezoid"
+        else {}
+    )
     return ProbeAnswer(
         batch_sizes=batch_sizes,
         identity=identities,
         calibration={name: calibrations.get(name) for name in names},
         block=block,
         short_of=short_of(request, objective, new, block),
-        along={name: along if along in objective.losses else None for name, along in objective.joined.items()},
+        along={
+            name: along if along in objective.losses else None
+            for name, along in objective.joined.items()
+        },
         measured=measured,
         scale=_scales(request, objective, first, new),
         replicates={name: _replicates(objective, name) for name in names},
@@ -112,13 +128,19 @@ def probe(request: ProbeRequest) -> ProbeAnswer:
     )
 
 
-def _scales(request: ProbeRequest, objective: Objective, first: Point, names: list[str]) -> dict[str, float]:
-    """Return |loss| at the first checkpoint over the whole split, the groups averaged by weight, where a tolerance is a share of it.
+def _scales(
+    request: ProbeRequest, objective: Objective, first: Point, names: list[str]
+) -> dict[str, float]:
+    """Return |loss| at the first checkpoint over the whole split, the groups averaged by weight,
+    where a tolerance is a share of it.
 
     Six digits are kept, so that it is the same number in whatever company a loss is evaluated.
     """
     settings = request.setup.settings
-    tolerances = {"tolerance": settings.tolerance, "allocation-tolerance": settings.allocation_tolerance}
+    tolerances = {
+        "tolerance": settings.tolerance,
+        "allocation-tolerance": settings.allocation_tolerance,
+    }
     shares = {option: tolerance for option, tolerance in tolerances.items() if is_share(tolerance)}
     if not shares or not names:
         return {}
@@ -130,14 +152,19 @@ def _scales(request: ProbeRequest, objective: Objective, first: Point, names: li
         if not 0 < scales[name] < math.inf:
             option, share = next(iter(shares.items()))
             raise InputError(
-                f"loss {name!r} is {loss:.6g} at the first checkpoint, of which --{option} {share} is no bound. "
+                f"loss {name!r} is {loss:.6g} at the first checkpoint, of which --{option} {share} "
+                f"is no bound. "
                 f"Give --{option} in units of loss, such as 1e-3."
             )
     return scales
 
 
-def _statistics(request: ProbeRequest, objective: Objective, first: Point, new: list[str]) -> tuple[Point, list[str]]:
-    """Settle what statistics normalisation layers have; returns the first point with them, which the objective holds, and notes."""
+def _statistics(
+    request: ProbeRequest, objective: Objective, first: Point, new: list[str]
+) -> tuple[Point, list[str]]:
+    """Settle what statistics normalisation layers have; returns the first point with them, which
+    the objective holds, and notes.
+    """
     mode, recalibration = request.setup.settings.norm_stats, objective.recalibration
     if mode == "batch" or (mode == "running" and not new):
         return first, []
@@ -153,9 +180,13 @@ def _statistics(request: ProbeRequest, objective: Objective, first: Point, new: 
     notes = [
         f"{what}: {few([*map(repr, layers)])}"
         for what, layers in (
-            ("statistics of these layers did not move in training and stay as they are stored", recalibration.kept),
             (
-                f"loss {recalibration.loss!r} does not call these layers, whose statistics stay as they are stored",
+                "statistics of these layers did not move in training and stay as they are stored",
+                recalibration.kept,
+            ),
+            (
+                f"loss {recalibration.loss!r} does not call these layers, whose statistics stay as "
+                f"they are stored",
                 unreached,
             ),
         )
@@ -166,7 +197,8 @@ def _statistics(request: ProbeRequest, objective: Objective, first: Point, new: 
 
 
 def _same_ties(request: ProbeRequest) -> None:
-    """Refuse names that the task ties but whose values differ in the checkpoints: the model that was trained did not tie them.
+    """Refuse names that the task ties but whose values differ in the checkpoints: the model that
+    was trained did not tie them.
 
     At both ends: copies that were trained apart start equal.
     """
@@ -183,13 +215,16 @@ def _same_ties(request: ProbeRequest) -> None:
             for source in others:
                 if not bool((tensors[source] == tensors[first]).all()):
                     raise InputError(
-                        f"the task's model ties {name!r}, but {first!r} and {source!r} differ in {checkpoint.files[0]} (step "
+                        f"the task's model ties {name!r}, but {first!r} and {source!r} differ in "
+                        f"{checkpoint.files[0]} (step "
                         f"{checkpoint.step}). Build the model that was trained."
                     )
 
 
 def _same_fixed(request: ProbeRequest, objective: Objective) -> None:
-    """Refuse tensors that the task fixes but that checkpoints hold with other values, at either end, than the model builds."""
+    """Refuse tensors that the task fixes but that checkpoints hold with other values, at either
+    end, than the model builds.
+    """
     import torch
 
     if not request.fixed:
@@ -204,8 +239,10 @@ def _same_fixed(request: ProbeRequest, objective: Objective) -> None:
             built = objective.fixed[name].cpu()
             if not torch.equal(built.to(tensor.dtype).to(built.dtype), tensor.to(built.dtype)):
                 raise InputError(
-                    f"Task.fixed names {name!r}, but it is not what the task's model builds in {checkpoint.files[0]} (step "
-                    f"{checkpoint.step}). Leave it out of fixed, so that it is read from there, or build the model that was trained."
+                    f"Task.fixed names {name!r}, but it is not what the task's model builds in "
+                    f"{checkpoint.files[0]} (step "
+                    f"{checkpoint.step}). Leave it out of fixed, so that it is read from there, or "
+                    f"build the model that was trained."
                 )
 
 
@@ -213,7 +250,8 @@ def _leftovers(request: ProbeRequest, objective: Objective) -> list[str]:
     """Return notes on tensors that only the checkpoints hold and that are left out.
 
     Raises:
-        InputError: where one holds something else than it was taken for, or moves between the first and the last checkpoint.
+        InputError: where one holds something else than it was taken for, or moves between the first
+            and the last checkpoint.
     """
     from ..recorder.staging import same_bytes
 
@@ -233,11 +271,15 @@ def _leftovers(request: ProbeRequest, objective: Objective) -> list[str]:
             wrong = "" if name in fixed else refuted(name, tensor, objective.unstored)
             first = {name: ends[0][1][name]}
             if not wrong and not counts(name) and not same_bytes({name: tensor}, first):
-                wrong = "and moves between the first and the last checkpoint, as what is trained does"
+                wrong = (
+                    "and moves between the first and the last checkpoint, as what is trained does"
+                )
             if wrong:
                 raise InputError(
-                    f"tensor {name!r} stands in {checkpoint.files[0]} (step {checkpoint.step}) but not in the task's model, {wrong}. Build "
-                    f"the model that was trained; where the loss is the same without it, leave it out: {drop_options([name])}"
+                    f"tensor {name!r} stands in {checkpoint.files[0]} (step {checkpoint.step}) but "
+                    f"not in the task's model, {wrong}. Build "
+                    f"the model that was trained; where the loss is the same without it, leave it "
+                    f"out: {drop_options([name])}"
                 )
     return [left_out_note([name for name in leftovers if name not in fixed], fixed)]
 
@@ -249,7 +291,8 @@ def _checks(request: ProbeRequest, objective: Objective, name: str) -> list[str]
     reduction = objective.losses[name].replaced
     if reduction is not None:
         notes.append(
-            f"loss {name!r} was given reduction={reduction!r}; here it is the mean over its elements, of which what was minimised may be a "
+            f"loss {name!r} was given reduction={reduction!r}; here it is the mean over its "
+            f"elements, of which what was minimised may be a "
             "multiple"
         )
     return notes
@@ -263,17 +306,26 @@ def _same_in_float32(request: ProbeRequest, objective: Objective) -> None:
     single.place(point_at(request.sample.points, 0, single))
     for name in objective.losses:
         wide, narrow = identify(objective, name).loss, identify(single, name).loss
-        if abs(wide - narrow) > SAME_LOSS[single.precision_of(name)] * max(abs(wide), abs(narrow), 1e-12):
+        if abs(wide - narrow) > SAME_LOSS[single.precision_of(name)] * max(
+            abs(wide), abs(narrow), 1e-12
+        ):
             raise InputError(
-                f"loss {name!r} is {wide:.6g} in float64 but {narrow:.6g} in float32 at the first checkpoint: the model or the loss "
+                f"loss {name!r} is {wide:.6g} in float64 but {narrow:.6g} in float32 at the first "
+                f"checkpoint: the model or the loss "
                 "holds float32 constants (a mask, say). Use --precision float32."
             )
 
 
 def _identities(
-    request: ProbeRequest, objective: Objective, first: Point, names: list[str], at_first: dict[str, Identity]
+    request: ProbeRequest,
+    objective: Objective,
+    first: Point,
+    names: list[str],
+    at_first: dict[str, Identity],
 ) -> dict[str, list[dict[str, float] | None]]:
-    """Return what identifies each loss at the first and at the last checkpoint, `at_first` holding what is known of some there."""
+    """Return what identifies each loss at the first and at the last checkpoint, `at_first` holding
+    what is known of some there.
+    """
     from ..objective import identify, weights_of_sample
 
     identities: dict[str, list[dict[str, float] | None]] = {name: [] for name in names}
@@ -289,28 +341,41 @@ def _identities(
         for name in names:
             known = at_first.get(name) if index == 0 else None
             identity = asdict(known or identify(objective, name))
-            identities[name].append(identity if all(map(math.isfinite, identity.values())) else None)
+            identities[name].append(
+                identity if all(map(math.isfinite, identity.values())) else None
+            )
             now = weights_of_sample(objective, name)
             _same_weights(name, weights.setdefault(name, now), now)
     if identities and point is not first:
-        _nothing_derived(request, objective, point, {name: ends[-1] for name, ends in identities.items()})
+        _nothing_derived(
+            request, objective, point, {name: ends[-1] for name, ends in identities.items()}
+        )
     return identities
 
 
 def _same_weights(name: str, first: Tensor | None, now: Tensor | None) -> None:
-    """Refuse weights that are others at another checkpoint, such as a second value that says whether an answer was right."""
+    """Refuse weights that are others at another checkpoint, such as a second value that says
+    whether an answer was right.
+    """
     if first is not None and now is not None and not bool((first == now).all()):
         raise InputError(
-            f"loss {name!r} returned two values for every element, the second of which was taken for its weight and is another at the last "
-            "checkpoint than at the first: it depends on the model. Return the values alone, or (values, weights) with weights that are "
+            f"loss {name!r} returned two values for every element, the second of which was taken "
+            f"for its weight and is another at the last "
+            "checkpoint than at the first: it depends on the model. Return the values alone, or "
+            "(values, weights) with weights that are "
             "constants."
         )
 
 
 def _nothing_derived(
-    request: ProbeRequest, objective: Objective, last: Point, identities: dict[str, dict[str, float] | None]
+    request: ProbeRequest,
+    objective: Objective,
+    last: Point,
+    identities: dict[str, dict[str, float] | None],
 ) -> None:
-    """Refuse modules that merge or cache weights in eval mode: the loss would not be that of the weights placed after."""
+    """Refuse modules that merge or cache weights in eval mode: the loss would not be that of the
+    weights placed after.
+    """
     from ..objective import identify
 
     objective.renew(last)
@@ -318,17 +383,26 @@ def _nothing_derived(
         if before is None:
             continue
         value, anew = before["loss"], identify(objective, name).loss
-        if not abs(value - anew) <= SAME_LOSS[request.setup.settings.precision] * max(abs(value), abs(anew), 1e-12):
+        if not abs(value - anew) <= SAME_LOSS[request.setup.settings.precision] * max(
+            abs(value), abs(anew), 1e-12
+        ):
             raise InputError(
-                f"loss {name!r} at the last checkpoint is {value:.6g}, but {anew:.6g} when the model is set to eval anew: a module "
-                "merges or caches weights in eval mode. Build it so that it does not (merge_weights=False in loralib)."
+                f"loss {name!r} at the last checkpoint is {value:.6g}, but {anew:.6g} when the "
+                f"model is set to eval anew: a module "
+                "merges or caches weights in eval mode. Build it so that it does not "
+                "(merge_weights=False in loralib)."
             )
 
 
 def _can_measure(
-    request: ProbeRequest, objective: Objective, first: Point, names: list[str], at_first: dict[str, Identity]
+    request: ProbeRequest,
+    objective: Objective,
+    first: Point,
+    names: list[str],
+    at_first: dict[str, Identity],
 ) -> tuple[bool, list[str]]:
-    """Tell whether some segments can be evaluated one precision higher as well, with a note where that cannot be done.
+    """Tell whether some segments can be evaluated one precision higher as well, with a note where
+    that cannot be done.
 
     What identifies losses at the first checkpoint is added to `at_first`.
     """
@@ -343,17 +417,24 @@ def _can_measure(
         for name in names:
             at_first[name] = identify(objective, name)
             narrow, wide = at_first[name].loss, identify(higher, name).loss
-            if not abs(narrow - wide) <= SAME_LOSS[objective.precision_of(name)] * max(abs(narrow), abs(wide), 1e-12):
-                raise InputError(f"loss {name!r} is {narrow:.6g} in {precision} but {wide:.6g} in {HIGHER[precision]}")
+            if not abs(narrow - wide) <= SAME_LOSS[objective.precision_of(name)] * max(
+                abs(narrow), abs(wide), 1e-12
+            ):
+                raise InputError(
+                    f"loss {name!r} is {narrow:.6g} in {precision} but {wide:.6g} in "
+                    f"{HIGHER[precision]}"
+                )
     except InputError as error:
         return False, [
-            f"the error of {precision} is not measured, because the task does not run in {HIGHER[precision]}: {error}"
+            f"the error of {precision} is not measured, because the task does not run in "
+            f"{HIGHER[precision]}: {error}"
         ]
     return True, []
 
 
 def sampled(ends: int) -> list[range]:
-    """Return where to look for a few segments that move: from the first on, from the middle on, from the last back.
+    """Return where to look for a few segments that move: from the first on, from the middle on,
+    from the last back.
 
     Args:
         ends: segments of the trajectory.
@@ -369,8 +450,11 @@ def sampled(ends: int) -> list[range]:
     ]
 
 
-def moving(sample: Sample, objective: Objective) -> Iterator[tuple[int, tuple[Point, Point] | None]]:
-    """Look at a few segments, each once: those on which a parameter moves with the stored tensors at both ends, others with None.
+def moving(
+    sample: Sample, objective: Objective
+) -> Iterator[tuple[int, tuple[Point, Point] | None]]:
+    """Look at a few segments, each once: those on which a parameter moves with the stored tensors
+    at both ends, others with None.
 
     One that cannot be read is left out: its span will fail and say so.
     """
@@ -386,14 +470,18 @@ def moving(sample: Sample, objective: Objective) -> Iterator[tuple[int, tuple[Po
                     )
                 except SpanError:
                     continue
-                looked[index] = any(bool((before[name].double() != after[name].double()).any()) for name in trained)
+                looked[index] = any(
+                    bool((before[name].double() != after[name].double()).any()) for name in trained
+                )
                 yield index, (before, after) if looked[index] else None
             if looked[index]:
                 break
 
 
 def _calibrations(sample: Sample, objective: Objective, names: list[str]) -> dict[str, float]:
-    """Return the trapezoid's error as a share of Σ|(g₁ − g₀)·Δθ|, of losses; of none where no sampled segment moves."""
+    """Return the trapezoid's error as a share of Σ|(g₁ − g₀)·Δθ|, of losses; of none where no
+    sampled segment moves.
+    """
     from ..allocation import calibrate
 
     largest: dict[str, float] = {}
@@ -401,7 +489,10 @@ def _calibrations(sample: Sample, objective: Objective, names: list[str]) -> dic
         if pair is None:
             continue
         shares = calibrate(
-            point_at(sample.points, index, objective), point_at(sample.points, index + 1, objective), objective, names
+            point_at(sample.points, index, objective),
+            point_at(sample.points, index + 1, objective),
+            objective,
+            names,
         )
         for name, share in shares.items():
             if math.isfinite(share):
@@ -410,34 +501,56 @@ def _calibrations(sample: Sample, objective: Objective, names: list[str]) -> dic
 
 
 def _never_updated(request: ProbeRequest, objective: Objective) -> list[str]:
-    """Say which running statistics are those of a new model in every checkpoint looked at, or in the task's model where it fixes them."""
+    """Say which running statistics are those of a new model in every checkpoint looked at, or in
+    the task's model where it fixes them.
+    """
     import torch
 
     if request.setup.settings.norm_stats != "running":
         return []
-    trained, parameters = {spec.name for spec in objective.table}, dict(objective.model.named_parameters())
+    trained, parameters = (
+        {spec.name for spec in objective.table},
+        dict(objective.model.named_parameters()),
+    )
+    # not those of a part that was not trained, such as the base of an adapter
     buffers = {
         name: tensor
         for name, tensor in objective.model.named_buffers()
-        if is_statistic(name) and f"{name.rpartition('running_')[0]}weight" not in parameters.keys() - trained
-    }  # not those of a part that was not trained, such as the base of an adapter
-    sources = {name: request.sample.points.names[name] for name in buffers if name in request.sample.points.names}
+        if is_statistic(name)
+        and f"{name.rpartition('running_')[0]}weight" not in parameters.keys() - trained
+    }
+    sources = {
+        name: request.sample.points.names[name]
+        for name in buffers
+        if name in request.sample.points.names
+    }
     new = {name: float(name.endswith("running_var")) for name in buffers}
-    unchanged = {name for name in buffers if name in sources or torch.all(buffers[name] == new[name])}
+    unchanged = {
+        name for name in buffers if name in sources or torch.all(buffers[name] == new[name])
+    }
     for index in {0, (request.sample.ends - 1) // 2, request.sample.ends}:
         try:
-            stored = read_checkpoint(checkpoint_at(request.sample.points, index), sources) if sources else {}
+            stored = (
+                read_checkpoint(checkpoint_at(request.sample.points, index), sources)
+                if sources
+                else {}
+            )
         except SpanError:  # its spans will fail and say so
             continue
-        unchanged -= {name for name, tensor in stored.items() if not bool((tensor == new[name]).all())}
+        unchanged -= {
+            name for name, tensor in stored.items() if not bool((tensor == new[name]).all())
+        }
     layers = [{f"{prefix}running_mean", f"{prefix}running_var"} for prefix in _prefixes(unchanged)]
     named = [repr(name) for layer in layers if layer <= unchanged for name in sorted(layer)]
     if not named:
         return []
     return [
-        f"running statistics are still 0 and 1, as a new model has them, in every checkpoint looked at ({few(named)}): they were never "
-        "updated, or not saved, so that with --norm-stats running the loss is not the one training saw. Where training normalised by "
-        "batches, take --norm-stats batch --batch-size N; where they are stored elsewhere, load them in Task.model and name them in "
+        f"running statistics are still 0 and 1, as a new model has them, in every checkpoint "
+        f"looked at ({few(named)}): they were never "
+        "updated, or not saved, so that with --norm-stats running the loss is not the one training "
+        "saw. Where training normalised by "
+        "batches, take --norm-stats batch --batch-size N; where they are stored elsewhere, load "
+        "them in Task.model and name them in "
         "Task(fixed=[…])"
     ]
 
@@ -447,7 +560,9 @@ def _prefixes(names: Iterable[str]) -> list[str]:
 
 
 def _unmoved(request: ProbeRequest, objective: Objective) -> list[str]:
-    """Say which share of half-precision parameters did not move on a few segments, those left out on which none did."""
+    """Say which share of half-precision parameters did not move on a few segments, those left out
+    on which none did.
+    """
     if not request.half:
         return []
     same = count = still = 0
@@ -462,9 +577,13 @@ def _unmoved(request: ProbeRequest, objective: Objective) -> list[str]:
                 count += before[name].numel()
     stored = f"checkpoints are stored in half precision ({counted(len(request.half), 'tensor')})"
     if not count:
-        return [f"{stored}, and nothing moves at all on the {still} sampled segments. Record float32 weights."]
+        return [
+            f"{stored}, and nothing moves at all on the {still} sampled segments. Record "
+            f"float32 weights."
+        ]
     apart = f" ({still} more, on which nothing moves, are not counted)" if still else ""
     return [
-        f"{stored}: {same / count:.1%} of the parameters do not move at all on sampled segments{apart}, and what does not move is "
+        f"{stored}: {same / count:.1%} of the parameters do not move at all on sampled "
+        f"segments{apart}, and what does not move is "
         "allocated nothing. Record float32 weights."
     ]

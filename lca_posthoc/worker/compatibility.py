@@ -1,4 +1,6 @@
-"""The check whether a worker that somebody else started can take part: same versions, same files, a device."""
+"""The check whether a worker that somebody else started can take part: same versions, same files, a
+device.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ _DISTRIBUTIONS = ("lca_posthoc", "torch", "numpy", "safetensors", "zarr", "dask"
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that decide bits, and whether two processes understand each other; builds of one release are alike."""
+    """Return the versions that decide bits, and whether two processes understand each other; builds
+    of one release are alike.
+    """
     installed = {name: version(name).partition("+")[0] for name in _DISTRIBUTIONS}
     return {"python": ".".join(platform.python_version_tuple()[:2]), **installed}
 
@@ -35,12 +39,16 @@ def admit(request: AdmissionRequest) -> Admission:
     for name, needed in request.versions.items():
         if needed != installed[name]:
             fix = f"`pip install {name}=={needed}`" if name != "python" else f"Python {needed}"
-            raise ResourceError(f"has {name} {installed[name]}, this driver {needed}: it needs {fix}")
+            raise ResourceError(
+                f"has {name} {installed[name]}, this driver {needed}: it needs {fix}"
+            )
     _reads_what_the_driver_wrote(request.token, request.text)
     _reads_checkpoints(request)
     cuda = torch.cuda.is_available()
     if request.device == "cuda" and not cuda:
-        raise ResourceError("sees no GPU: start it where `nvidia-smi` lists one, or use --device cpu")
+        raise ResourceError(
+            "sees no GPU: start it where `nvidia-smi` lists one, or use --device cpu"
+        )
     gpu = str(torch.cuda.get_device_properties(0).uuid) if cuda else None
     return Admission(cuda=cuda, gpu=gpu)
 
@@ -50,15 +58,20 @@ def _reads_what_the_driver_wrote(token: Path, text: str) -> None:
         same = token.read_text() == text
     except OSError as error:
         raise ResourceError(
-            f"cannot read {token.parent} ({error.strerror}): mount the file system of the run there, under the same path"
+            f"cannot read {token.parent} ({error.strerror}): mount the file system of the run "
+            f"there, under the same path"
         ) from None
     if not same:
-        raise ResourceError(f"has another {token.parent} than this driver: mount the file system of the run there")
+        raise ResourceError(
+            f"has another {token.parent} than this driver: mount the file system of the run there"
+        )
     trial = token.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         trial.touch(exist_ok=False)
     except OSError as error:
-        raise ResourceError(f"cannot write to {token.parent} ({error.strerror}): give its user the right to") from None
+        raise ResourceError(
+            f"cannot write to {token.parent} ({error.strerror}): give its user the right to"
+        ) from None
     trial.unlink()
 
 
@@ -72,12 +85,14 @@ def _reads_checkpoints(request: AdmissionRequest) -> None:
                     size += read_header(path).size
             except OSError as error:
                 raise ResourceError(
-                    f"cannot read checkpoint {path} ({error.strerror}): mount the file system of the checkpoints there, under the "
+                    f"cannot read checkpoint {path} ({error.strerror}): mount the file system of "
+                    f"the checkpoints there, under the "
                     "same path, and give its user the right to read them"
                 ) from None
             except LCAError as error:
                 raise ResourceError(f"reads other checkpoints than this driver: {error}") from None
         if size != checkpoint.size:
             raise ResourceError(
-                f"reads other checkpoints than this driver: {path} and its shards have {size:,} bytes, not {checkpoint.size:,}"
+                f"reads other checkpoints than this driver: {path} and its shards have {size:,} "
+                f"bytes, not {checkpoint.size:,}"
             )

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..requests import Compressions, CompressionsRequest, Costs, CostsRequest, LossCosts, SampleRequest
+from ..requests import (
+    Compressions,
+    CompressionsRequest,
+    Costs,
+    CostsRequest,
+    LossCosts,
+    SampleRequest,
+)
 from .checks import moving
 from .memory import ROOM, block_of, free_memory, needed
 from .state import first_point, objective_of, reported
@@ -20,7 +27,9 @@ if TYPE_CHECKING:
 _TIMED_SECONDS = 1.0
 _TIMED_PASSES = 1.5  # over the split: all timed batches of a loss together hold no more examples
 _PART = (
-    8  # of a batch, one of so many parts tells what else an evaluation costs, compared with the same part's gradient
+    # of a batch, one of so many parts tells what else an evaluation costs, compared with the same
+    # part's gradient
+    8
 )
 _SAMPLED_NUMBERS = 2**18  # of allocations that are compressed, to see what a run will take on disk
 
@@ -40,7 +49,9 @@ class _Budget:
 
 @reported(CostsRequest)
 def measure(request: CostsRequest) -> Costs:
-    """Return the seconds of each loss and of all together, batch sizes and memory, from a few timed batches."""
+    """Return the seconds of each loss and of all together, batch sizes and memory, from a few timed
+    batches.
+    """
     import torch
 
     objective = objective_of(request.setup)
@@ -53,12 +64,17 @@ def measure(request: CostsRequest) -> Costs:
         for (function, _), name in zip(sources, slowest, strict=True):
             shared = "outputs" if objective.losses[name].kind == "function" else function
             passes.setdefault(shared, []).append(losses[name].forward)
-        spared = [seconds for times in passes.values() for seconds in times[1:]]  # one of them is made
+        # one of them is made
+        spared = [seconds for times in passes.values() for seconds in times[1:]]
         together += sum(losses[name].seconds for name in slowest) - sum(spared)
         higher += sum(losses[name].higher for name in slowest)
     blocks = {name: block_of(request, objective, name) for name in losses}
     on_gpu = objective.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if on_gpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     return Costs(
         losses=losses,
         compressed=_compressions(request, objective, request.segments_of_window),
@@ -71,7 +87,9 @@ def measure(request: CostsRequest) -> Costs:
 
 @reported(CompressionsRequest)
 def compressions(request: CompressionsRequest) -> Compressions:
-    """Return by loss what the store's compression leaves of each kind of array, see `compressed_share`."""
+    """Return by loss what the store's compression leaves of each kind of array, see
+    `compressed_share`.
+    """
     objective = objective_of(request.setup)
     objective.settle_batch_sizes(first_point(request.sample.points, objective), request.batch_sizes)
     return Compressions(compressed=_compressions(request, objective, request.segments_of_window))
@@ -83,7 +101,9 @@ def _recalibrating(objective: Objective) -> float:
     if recalibration is None:
         return 0.0
     split, size = recalibration.split, recalibration.batch_size
-    seconds = _seconds(objective, recalibration.loss, split.sample(0, size), _Budget(size), size, gradient=False)
+    seconds = _seconds(
+        objective, recalibration.loss, split.sample(0, size), _Budget(size), size, gradient=False
+    )
     return float(seconds / size * split.examples)
 
 
@@ -100,18 +120,24 @@ def _measured(request: CostsRequest, objective: Objective, name: str) -> LossCos
     part = max(1, used // _PART)
     few = split.sample(0, part)
     budget.spend(2 * part + (part if request.measured else 0))
-    of_part = _seconds(objective, name, few, _Budget(0), part, least=2)  # the first evaluation of a model is slower
+    # the first evaluation of a model is slower
+    of_part = _seconds(objective, name, few, _Budget(0), part, least=2)
     forward = _seconds(objective, name, few, _Budget(0), part, gradient=False) / of_part
     higher = 0.0
     if request.measured:
         wide = objective.higher
-        higher = _seconds(wide, name, wide.splits[loss.split].sample(0, part), _Budget(0), part) / of_part
+        higher = (
+            _seconds(wide, name, wide.splits[loss.split].sample(0, part), _Budget(0), part)
+            / of_part
+        )
     budget.spend(used)
     per_example = {used: _seconds(objective, name, split.sample(0, used), budget, used) / used}
     for size in (chosen * 2, chosen // 2, chosen * 4, chosen // 4):
         size = min(max(1, size), most)
         if size not in per_example and budget.spend(size):
-            per_example[size] = _seconds(objective, name, split.sample(0, size), budget, size) / size
+            per_example[size] = (
+                _seconds(objective, name, split.sample(0, size), budget, size) / size
+            )
     room = ROOM * free_memory(request.sample.workers, objective.device)
     return LossCosts(
         seconds=per_example[used] * split.examples,
@@ -123,13 +149,23 @@ def _measured(request: CostsRequest, objective: Objective, name: str) -> LossCos
 
 
 def _seconds(
-    objective: Objective, name: str, batch: Any, budget: _Budget, examples: int, gradient: bool = True, least: int = 1
+    objective: Objective,
+    name: str,
+    batch: Any,
+    budget: _Budget,
+    examples: int,
+    gradient: bool = True,
+    least: int = 1,
 ) -> float:
-    """Return the seconds of the fastest of a few evaluations of one batch: at least `least`, more while time and the budget last."""
+    """Return the seconds of the fastest of a few evaluations of one batch: at least `least`, more
+    while time and the budget last.
+    """
     times: list[float] = []
     began = time.perf_counter()
     while len(times) < least or (
-        len(times) < 8 and time.perf_counter() - began < _TIMED_SECONDS / 4 and budget.spend(examples)
+        len(times) < 8
+        and time.perf_counter() - began < _TIMED_SECONDS / 4
+        and budget.spend(examples)
     ):
         start = time.perf_counter()
         objective.over(functools.partial(objective.values, name), [batch], gradient=gradient)
@@ -138,16 +174,22 @@ def _seconds(
 
 
 def _sampled_batch(objective: Objective, split: str) -> int:
-    """Return the examples of a batch whose gradient shows which numbers are 0: more than a part where some are rarely seen."""
-    return int(min(objective.batch_sizes[split], max(32, objective.splits[split].examples // _PART)))
+    """Return the examples of a batch whose gradient shows which numbers are 0: more than a part
+    where some are rarely seen.
+    """
+    return int(
+        min(objective.batch_sizes[split], max(32, objective.splits[split].examples // _PART))
+    )
 
 
 def _compressions(
     request: SampleRequest[Any], objective: Objective, segments_of_window: int
 ) -> dict[str, dict[str, float]]:
-    """Return what the store's compression leaves of each kind of array, from one segment that moves and one batch of each loss.
+    """Return what the store's compression leaves of each kind of array, from one segment that moves
+    and one batch of each loss.
 
-    The motion is that of whole tensors; the gradient that of one batch at the segment's start. Nothing moves: all zeros.
+    The motion is that of whole tensors; the gradient that of one batch at the segment's start.
+    Nothing moves: all zeros.
     """
     from ..store import compressed_share
 
@@ -162,6 +204,8 @@ def _compressions(
             for tensor, values in gradient.items():
                 motion = pair[1][tensor].double() - pair[0][tensor].double()
                 product = (motion * values.cpu()).float()
-                parts.append(product.reshape(-1)[: _SAMPLED_NUMBERS // max(1, len(gradient)) + 1].numpy())
+                parts.append(
+                    product.reshape(-1)[: _SAMPLED_NUMBERS // max(1, len(gradient)) + 1].numpy()
+                )
         shares[name] = compressed_share(np.concatenate(parts), segments_of_window)
     return shares

@@ -1,4 +1,6 @@
-"""The memory a replay takes on a worker, how many groups of a loss are taken at a time, and whether there is room at all."""
+"""The memory a replay takes on a worker, how many groups of a loss are taken at a time, and whether
+there is room at all.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
     from ..objective import Objective
 
 ROOM = 0.5
-_SHARED = 240  # bytes of every parameter whatever the losses: points, motion, totals to be written, what the heap keeps
+# bytes of every parameter whatever the losses: points, motion, totals to be written, what the heap
+# keeps
+_SHARED = 240
 _TOTALS = 18  # bytes of every parameter and loss: counts and signs
 _COPIES = 9  # float64 numbers a grouped loss holds of every group and parameter at a time
 _FEW = 1000  # examples of a group below which page faults cost as much as evaluating
@@ -24,16 +28,24 @@ _HEAP_BYTES = 32 * 2**20  # larger arrays are mapped anew whenever they are made
 
 
 def block_of(request: SampleRequest[Any], objective: Objective, name: str) -> int | None:
-    """Return how many groups of a loss are taken at a time, by the memory of this worker; None where all are."""
+    """Return how many groups of a loss are taken at a time, by the memory of this worker; None
+    where all are.
+    """
     from ..objective import power_of_two
 
     order, split = objective.order(name), objective.losses[name].split
     if order is None or split is None:
         return None
     elements = sum(tensor.elements for tensor in objective.allocated)
-    fits = int(ROOM * free_memory(request.sample.workers, objective.device) // (elements * _bytes_per_number(request)))
+    fits = int(
+        ROOM
+        * free_memory(request.sample.workers, objective.device)
+        // (elements * _bytes_per_number(request))
+    )
     if objective.splits[split].examples < _FEW * len(order.labels):
-        fits = min(fits, _HEAP_BYTES // (8 * max(tensor.elements for tensor in objective.allocated)))
+        fits = min(
+            fits, _HEAP_BYTES // (8 * max(tensor.elements for tensor in objective.allocated))
+        )
     return None if fits >= len(order.labels) else power_of_two(fits)
 
 
@@ -46,11 +58,17 @@ def free_memory(workers: int, device: torch.device) -> float:
     return available_memory.free_memory() / workers
 
 
-def needed(request: SampleRequest[Any], objective: Objective, names: list[str], blocks: dict[str, int | None]) -> float:
+def needed(
+    request: SampleRequest[Any],
+    objective: Objective,
+    names: list[str],
+    blocks: dict[str, int | None],
+) -> float:
     """Estimate how many bytes a worker takes, beside model and data, while it replays some losses.
 
-    240 for every parameter, 18 more for every kept one and loss, `bookkeeping` of the losses that go together or of the largest that
-    goes alone, and on a CPU, where batches are ours to choose, twice what autograd saves of one. Measured in docs/performance.md.
+    240 for every parameter, 18 more for every kept one and loss, `bookkeeping` of the losses that
+    go together or of the largest that goes alone, and on a CPU, where batches are ours to choose,
+    twice what autograd saves of one. Measured in docs/performance.md.
     """
     numbers = {name: bookkeeping(request, objective, name, blocks[name]) for name in names}
     alone = [numbers[name] for name in names if blocks[name] is not None]
@@ -69,7 +87,9 @@ def _activations(request: SampleRequest[Any], objective: Objective, names: list[
         return 0.0
     splits = {name: objective.losses[name].split for name in names}
     saved = [
-        2 * objective.saved_bytes(name) * objective.batch_sizes[on] for name, on in splits.items() if on is not None
+        2 * objective.saved_bytes(name) * objective.batch_sizes[on]
+        for name, on in splits.items()
+        if on is not None
     ]
     return max(saved, default=0.0)
 
@@ -85,9 +105,13 @@ def _kept(request: SampleRequest[Any], objective: Objective) -> int:
 
 
 def short_of(
-    request: SampleRequest[Any], objective: Objective, names: list[str], blocks: dict[str, int | None]
+    request: SampleRequest[Any],
+    objective: Objective,
+    names: list[str],
+    blocks: dict[str, int | None],
 ) -> str | None:
-    """Say what memory a CPU lacks to replay some losses, which would otherwise end in killed workers; None where there is enough.
+    """Say what memory a CPU lacks to replay some losses, which would otherwise end in killed
+    workers; None where there is enough.
 
     A GPU that runs out of memory says so itself, and its batches are halved.
     """
@@ -106,20 +130,28 @@ def short_of(
         "--keep units": request.setup.settings.keep == "parameters",
     }
     return (
-        f"a replay of {count(len(names), 'loss', 'losses')} takes about {amount(needs)} beside model and data, and "
+        f"a replay of {count(len(names), 'loss', 'losses')} takes about {amount(needs)} beside "
+        f"model and data, and "
         f"{amount(free)} are free for each of {count(max_per_host, 'worker')} here. Try "
         f"{', '.join([way for way, helps in ways.items() if helps] + ['a machine with more memory'])}."
     )
 
 
-def bookkeeping(request: SampleRequest[Any], objective: Objective, name: str, block: int | None) -> int:
-    """Return the bytes of the numbers a loss holds of every group and parameter, its replicates' too."""
+def bookkeeping(
+    request: SampleRequest[Any], objective: Objective, name: str, block: int | None
+) -> int:
+    """Return the bytes of the numbers a loss holds of every group and parameter, its replicates'
+    too.
+    """
     order, hidden = objective.order(name), objective.replicates_of(name)
     parts_order = None if hidden is None else objective.order(hidden)
     groups = 1 if order is None else block or len(order.labels)
     parts = 0 if parts_order is None else len(parts_order.labels)
     elements = sum(tensor.elements for tensor in objective.allocated)
-    return int((groups + parts) * elements * 8 * _COPIES + groups * _kept(request, objective) * _stored(request))
+    return int(
+        (groups + parts) * elements * 8 * _COPIES
+        + groups * _kept(request, objective) * _stored(request)
+    )
 
 
 def _stored(request: SampleRequest[Any]) -> int:

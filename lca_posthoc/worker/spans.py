@@ -41,16 +41,19 @@ if TYPE_CHECKING:
     from ..store import Marker, RunWriter, SpanReport
     from ..trajectory import TensorSpec
 
+# from here on the first segment that moves is measured: the same one however a run is cut or has
+# grown
 SAMPLED = {
     0,
     64,
     512,
-}  # from here on the first segment that moves is measured: the same one however a run is cut or has grown
+}
 LOOKED = 64  # segments from there that are looked at
 
 
 def stretch_of(row: int) -> range:
-    """Return the segments one of which is measured that `row` is among; none where it is among none.
+    """Return the segments one of which is measured that `row` is among; none where it is among
+    none.
 
     >>> stretch_of(3), stretch_of(64), stretch_of(200)
     (range(0, 64), range(64, 128), range(0, 0))
@@ -62,7 +65,9 @@ def stretch_of(row: int) -> range:
 
 
 def looks_back(row: int) -> range:
-    """Return the checkpoints that tell, for a span from `row` on, whether the segment that is measured comes before it."""
+    """Return the checkpoints that tell, for a span from `row` on, whether the segment that is
+    measured comes before it.
+    """
     stretch = stretch_of(row)
     return range(stretch.start, row + 1) if row > stretch.start and stretch else range(0)
 
@@ -71,7 +76,8 @@ def looks_back(row: int) -> range:
 def replay_span(request: SpanRequest) -> SpanAnswer:
     """Allocate the segments of one span for its pending losses, write and commit them.
 
-    What another worker committed meanwhile (one that was cut off, or whose driver died) is not done again.
+    What another worker committed meanwhile (one that was cut off, or whose driver died) is not done
+    again.
     """
     from ..store import RunWriter, SpanReport
 
@@ -97,7 +103,9 @@ def replay_span(request: SpanRequest) -> SpanAnswer:
 
 
 def settled(spec: Spec) -> Spec | None:
-    """Return the answer of a span whose worker is out of reach, once everything of it is committed; None before."""
+    """Return the answer of a span whose worker is out of reach, once everything of it is committed;
+    None before.
+    """
     from ..store import RunWriter
 
     request = from_plain(SpanRequest, spec)
@@ -107,7 +115,9 @@ def settled(spec: Spec) -> Spec | None:
         return None
     losses = {name: LossSpan.of(marker) for name, marker in markers.items()}
     seconds = sum(marker["seconds"] for marker in markers.values())
-    return to_plain(SpanAnswer(losses=losses, segments=_length(writer, request), seconds=seconds, peak_bytes=0))
+    return to_plain(
+        SpanAnswer(losses=losses, segments=_length(writer, request), seconds=seconds, peak_bytes=0)
+    )
 
 
 def _length(writer: RunWriter, request: SpanRequest) -> int:
@@ -117,7 +127,9 @@ def _length(writer: RunWriter, request: SpanRequest) -> int:
 
 @reported(LossesRequest)
 def losses_at(request: LossesRequest) -> LossesAnswer:
-    """Return losses, groups averaged, at some checkpoints; those that cannot be evaluated there are left out."""
+    """Return losses, groups averaged, at some checkpoints; those that cannot be evaluated there are
+    left out.
+    """
     from ..objective import is_out_of_memory
     from ..store import RunWriter
 
@@ -126,8 +138,12 @@ def losses_at(request: LossesRequest) -> LossesAnswer:
     values: dict[str, float] = {}
     for index, names in request.meetings.items():
         try:
-            evaluations = objective.evaluate(point_at(request.points, index, objective), names, gradient=False)
-            values |= {name: float(np.mean(evaluation.loss)) for name, evaluation in evaluations.items()}
+            evaluations = objective.evaluate(
+                point_at(request.points, index, objective), names, gradient=False
+            )
+            values |= {
+                name: float(np.mean(evaluation.loss)) for name, evaluation in evaluations.items()
+            }
         except SpanError:  # of a checkpoint that cannot be read, whose span will say so
             continue
         except Exception as error:
@@ -137,7 +153,9 @@ def losses_at(request: LossesRequest) -> LossesAnswer:
 
 
 def _ready(request: RunRequest[Any], writer: RunWriter, losses: list[str]) -> Objective:
-    """Return the objective, with the batches that are recorded for some losses and in their order."""
+    """Return the objective, with the batches that are recorded for some losses and in their
+    order.
+    """
     objective = objective_of(request.setup)
     objective.batch_sizes |= request.batch_sizes
     for name in losses:
@@ -153,7 +171,11 @@ def _markers(writer: RunWriter, request: SpanRequest) -> dict[str, Marker]:
 
 
 def _within_memory(
-    request: SpanRequest, objective: Objective, writer: RunWriter, losses: list[str], report: SpanReport
+    request: SpanRequest,
+    objective: Objective,
+    writer: RunWriter,
+    losses: list[str],
+    report: SpanReport,
 ) -> dict[str, LossSpan]:
     """Allocate some losses, with half the batch as often as memory runs out."""
     import torch
@@ -164,14 +186,18 @@ def _within_memory(
         try:
             return _Together(request, objective, writer, losses, report).run()
         except Exception as error:
-            splits = {split for name in losses if (split := writer.manifest.losses[name].on) is not None}
+            splits = {
+                split for name in losses if (split := writer.manifest.losses[name].on) is not None
+            }
             largest = max((objective.batch_sizes[split] for split in splits), default=1)
             if not is_out_of_memory(error) or largest == 1:
                 raise
             if request.setup.settings.norm_stats == "batch":
                 raise ResourceError(
-                    f"out of memory with batches of {largest} ({str(error)[:200]}). With --norm-stats batch the batch is part of the "
-                    "loss and is not halved: use a device with more memory, or another run with a smaller --batch-size."
+                    f"out of memory with batches of {largest} ({str(error)[:200]}). With "
+                    f"--norm-stats batch the batch is part of the "
+                    "loss and is not halved: use a device with more memory, or another run with a "
+                    "smaller --batch-size."
                 ) from error
             for split in splits:
                 objective.batch_sizes[split] = min(objective.batch_sizes[split], largest // 2)
@@ -184,7 +210,12 @@ class _Together:
     """Losses on one span that are evaluated together, or one loss block by block of its groups."""
 
     def __init__(
-        self, request: SpanRequest, objective: Objective, writer: RunWriter, losses: list[str], report: SpanReport
+        self,
+        request: SpanRequest,
+        objective: Objective,
+        writer: RunWriter,
+        losses: list[str],
+        report: SpanReport,
     ) -> None:
         from ..allocation import Method
         from ..objective import replicates_of
@@ -193,18 +224,25 @@ class _Together:
         self.request, self.objective, self.writer, self.report = request, objective, writer, report
         report.begin(losses)
         self.records = {name: writer.manifest.losses[name] for name in losses}
-        self.replicates = {name: replicates_of(name) for name in losses if self.records[name].replicates}
+        self.replicates = {
+            name: replicates_of(name) for name in losses if self.records[name].replicates
+        }
         covered = writer.manifest.of(losses[0])
         self.rows, self.length = covered.rows(request.span), covered.length(request.span)
         self.tensors = [tensor.spec for tensor in writer.manifest.allocated]
         self.trained = {
-            tensor.spec.name: tensor.source for tensor in writer.manifest.tensors if tensor.spec.kind == "parameter"
+            tensor.spec.name: tensor.source
+            for tensor in writer.manifest.tensors
+            if tensor.spec.kind == "parameter"
         }
         self.blocks = self.records[losses[0]].blocks
         settings = request.setup.settings
         self.method = Method(
             RULES[settings.rule],
-            {name: in_units_of_loss(settings.tolerance, record.scale) for name, record in self.records.items()},
+            {
+                name: in_units_of_loss(settings.tolerance, record.scale)
+                for name, record in self.records.items()
+            },
             {
                 name: in_units_of_loss(settings.allocation_tolerance, record.scale)
                 for name, record in self.records.items()
@@ -221,13 +259,16 @@ class _Together:
             reached = self._walk(levels)
             if all(len(of_segment) == 1 for of_segment in reached) or len(self.blocks) == 1:
                 break
-            levels = [max(of_segment) for of_segment in reached]  # the groups of a loss are refined alike
+            # the groups of a loss are refined alike
+            levels = [max(of_segment) for of_segment in reached]
         losses: dict[str, LossSpan] = {}
         seconds = (time.perf_counter() - started) / len(self.records)
         for name, tally in self.tallies.items():
             apart, scale = self.errors[name].T
             np.divide(apart, scale, out=tally.steps["precision_error"], where=scale > 0)
-            evaluations, passes = (now - then for now, then in zip(self._counts()[name], before[name], strict=True))
+            evaluations, passes = (
+                now - then for now, then in zip(self._counts()[name], before[name], strict=True)
+            )
             on = self.records[name].on
             silent = sorted(tally.silent) if on is not None else []
             losses[name] = LossSpan(
@@ -238,7 +279,10 @@ class _Together:
                 unconverged=int((tally.steps["converged"] == 0).sum()),
                 silent=silent,
                 hidden=self._hidden(name, silent),
-                ends=[float(np.mean(tally.steps[end][row])) for end, row in (("loss_start", 0), ("loss_end", -1))],
+                ends=[
+                    float(np.mean(tally.steps[end][row]))
+                    for end, row in (("loss_start", 0), ("loss_end", -1))
+                ],
             )
             where = {"host": socket.gethostname(), "pid": os.getpid(), "seconds": round(seconds, 3)}
             marker = {**to_plain(losses[name]), **where}
@@ -246,30 +290,46 @@ class _Together:
         return losses
 
     def _hidden(self, name: str, silent: list[str]) -> list[str]:
-        """Return the tensors that moved and have no gradient but on which the loss depends, through detach() or no_grad()."""
+        """Return the tensors that moved and have no gradient but on which the loss depends, through
+        detach() or no_grad().
+        """
         from ..objective import hidden_from_autograd
 
         return hidden_from_autograd(self.objective, name, silent) if silent else []
 
     def _counts(self) -> dict[str, tuple[int, int]]:
-        return {name: (self.objective.evaluations[name], self.objective.forward_passes[name]) for name in self.records}
+        return {
+            name: (self.objective.evaluations[name], self.objective.forward_passes[name])
+            for name in self.records
+        }
 
     def _walk(self, levels: list[int]) -> list[set[int]]:
-        """Allocate every block over all segments, at least at the levels given; return the levels that were reached."""
+        """Allocate every block over all segments, at least at the levels given; return the levels
+        that were reached.
+        """
         from ..allocation import allocate_span
         from ..tally import Tally
 
         keep, device = self.writer.keep, self.objective.device
         self.tallies = {
-            name: Tally(self.tensors, self.length, keep, device, len(record.groups) if record.groups else None)
+            name: Tally(
+                self.tensors,
+                self.length,
+                keep,
+                device,
+                len(record.groups) if record.groups else None,
+            )
             for name, record in self.records.items()
         }
         self.errors = {name: np.zeros((self.length, 2)) for name in self.records}
         self.parts = {
-            name: np.zeros((self.length, self.records[name].replicates, len(self.tensors))) for name in self.replicates
+            name: np.zeros((self.length, self.records[name].replicates, len(self.tensors)))
+            for name in self.replicates
         }
         measures = any(record.measured for record in self.records.values())
-        self.waits_before = measures and _still(self.request.points, looks_back(self.rows.start), self.trained)
+        self.waits_before = measures and _still(
+            self.request.points, looks_back(self.rows.start), self.trained
+        )
         reached = [set[int]() for _ in range(self.length)]
         every = [*self.records, *self.replicates.values()]
         for part_before, block in enumerate(self.blocks):
@@ -278,11 +338,18 @@ class _Together:
                 next(iter(self.tallies.values())).begin(block)
             points = points_of(self.request.points, self.rows, self.objective)
             self.waits = self.waits_before
-            for row, (start, end, done) in enumerate(allocate_span(points, part, every, self.method, levels)):
+            for row, (start, end, done) in enumerate(
+                allocate_span(points, part, every, self.method, levels)
+            ):
                 self._take(row, start, end, done, block)
                 reached[row] |= {done[name].level for name in self.records}
-                segments = len(self.records) * (row + 1 + part_before * self.length) / len(self.blocks)
-                self.report.reach(segments, max(float(np.max(np.abs(done[name].residual))) for name in self.records))
+                segments = (
+                    len(self.records) * (row + 1 + part_before * self.length) / len(self.blocks)
+                )
+                self.report.reach(
+                    segments,
+                    max(float(np.max(np.abs(done[name].residual))) for name in self.records),
+                )
             for name, tally in self.tallies.items():
                 self.writer.write_block(name, self.request.span, tally)
         return reached
@@ -300,16 +367,28 @@ class _Together:
         for name, hidden in self.replicates.items():
             self.parts[name][row] = _sums(done[hidden], self.tensors)
         measured = {name: done[name] for name, record in self.records.items() if record.measured}
-        if measured and self._is_measured(self.rows.start + row, next(iter(measured.values())).motion):
-            higher = self.objective.higher if len(self.blocks) == 1 else _Only(self.objective.higher, block)
-            for name, error in _precision_errors(measured, start, end, higher, self.method.rule).items():
+        if measured and self._is_measured(
+            self.rows.start + row, next(iter(measured.values())).motion
+        ):
+            higher = (
+                self.objective.higher
+                if len(self.blocks) == 1
+                else _Only(self.objective.higher, block)
+            )
+            for name, error in _precision_errors(
+                measured, start, end, higher, self.method.rule
+            ).items():
                 self.errors[name][row] += error
 
     def _is_measured(self, row: int, motion: Mapping[str, Tensor]) -> bool:
-        """Tell whether a segment, the one after that of the last call, is the first of its stretch that moves."""
+        """Tell whether a segment, the one after that of the last call, is the first of its stretch
+        that moves.
+        """
         stretch = stretch_of(row)
         self.waits = bool(stretch) and (row == stretch.start or self.waits)
-        if not self.waits or not any(bool(motion[name].any()) for name in self.trained if name in motion):
+        if not self.waits or not any(
+            bool(motion[name].any()) for name in self.trained if name in motion
+        ):
             return False
         self.waits = False
         return True
@@ -318,7 +397,8 @@ class _Together:
 def _still(points: StoredPoints, checkpoints: range, trained: dict[str, str]) -> bool:
     """Tell whether no parameter moves over some consecutive checkpoints.
 
-    One that cannot be read counts as moved: its span says why. Statistics move in every forward pass of training and count for nothing.
+    One that cannot be read counts as moved: its span says why. Statistics move in every forward
+    pass of training and count for nothing.
 
     Args:
         points: the checkpoints of the span, and those before it that are looked at.
@@ -354,12 +434,17 @@ class _Only:
 
 def _sums(segment: SegmentAllocation, tensors: list[TensorSpec]) -> np.ndarray[Any, Any]:
     """Return what each replicate allocates to each tensor: (replicates, tensors)."""
-    return np.stack([segment.allocation[tensor.name].flatten(1).sum(1).cpu().numpy() for tensor in tensors], -1)
+    return np.stack(
+        [segment.allocation[tensor.name].flatten(1).sum(1).cpu().numpy() for tensor in tensors], -1
+    )
 
 
 def _in(dtype: torch.dtype, point: Mapping[str, Tensor]) -> Point:
     """Return a point with its floating tensors in a precision."""
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in point.items()}
+    return {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in point.items()
+    }
 
 
 def _precision_errors(
@@ -369,7 +454,9 @@ def _precision_errors(
     higher: Objective | _Only,
     rule: Rule,
 ) -> dict[str, tuple[float, float]]:
-    """Return Σ|A − A*| and Σ|A*| of losses on one segment, with A* from the same nodes one precision higher."""
+    """Return Σ|A − A*| and Σ|A*| of losses on one segment, with A* from the same nodes one
+    precision higher.
+    """
     from ..allocation import Method, allocate
     from ..quadrature import COMPOSITE
 
@@ -377,9 +464,16 @@ def _precision_errors(
     errors = {}
     for level in {segment.level for segment in segments.values()}:
         names = [name for name, segment in segments.items() if segment.level == level]
-        exact, _ = allocate(first, last, higher, names, Method(rule if level < 0 else COMPOSITE.rules[level]))
+        exact, _ = allocate(
+            first, last, higher, names, Method(rule if level < 0 else COMPOSITE.rules[level])
+        )
         for name in names:
             rounded, reference = segments[name].allocation, exact[name].allocation
-            apart = math.fsum(float((rounded[key] - tensor).abs().sum()) for key, tensor in reference.items())
-            errors[name] = apart, math.fsum(float(tensor.abs().sum()) for tensor in reference.values())
+            apart = math.fsum(
+                float((rounded[key] - tensor).abs().sum()) for key, tensor in reference.items()
+            )
+            errors[name] = (
+                apart,
+                math.fsum(float(tensor.abs().sum()) for tensor in reference.values()),
+            )
     return errors

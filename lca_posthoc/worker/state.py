@@ -1,5 +1,5 @@
-"""The state of a worker process: the model and the data, built once in a cache keyed by what they were built from; checkpoints on
-the device; one way of computing, and failures as plain strings.
+"""The state of a worker process: the model and the data, built once in a cache keyed by what they
+were built from; checkpoints on the device; one way of computing, and failures as plain strings.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ Point = dict[str, "Tensor"]
 Asked = TypeVar("Asked")
 
 _STATES: OrderedDict[str, Objective] = OrderedDict()
-_ONE_AT_A_TIME = threading.RLock()  # a model holds the values of one point, also where a worker has several threads
+# a model holds the values of one point, also where a worker has several threads
+_ONE_AT_A_TIME = threading.RLock()
 _KEPT = 2
 
 
@@ -53,7 +54,9 @@ def objective_of(setup: TaskSetup) -> Objective:
 
 
 def divided(setup: TaskSetup, objective: Objective) -> Objective:
-    """Return the objective with a loss for every entry of losses that return a dict, which later requests name."""
+    """Return the objective with a loss for every entry of losses that return a dict, which later
+    requests name.
+    """
     other = objective.divided()
     if other is not objective:
         _STATES.pop(_key(setup, list(objective.losses)), None)
@@ -70,8 +73,16 @@ def _recall_statistics(objective: Objective, setup: TaskSetup) -> None:
 def _key(setup: TaskSetup, losses: list[str]) -> str:
     place = [setup.task.get(name) for name in ("kind", "path", "module", "function")]
     settings = setup.settings
-    built_by = [settings.device, settings.precision, settings.norm_stats, settings.batch_size, settings.subset]
-    return json.dumps([place, task.digest(setup.task), losses, built_by, setup.stored], sort_keys=True)
+    built_by = [
+        settings.device,
+        settings.precision,
+        settings.norm_stats,
+        settings.batch_size,
+        settings.subset,
+    ]
+    return json.dumps(
+        [place, task.digest(setup.task), losses, built_by, setup.stored], sort_keys=True
+    )
 
 
 def _same_data(objective: Objective, setup: TaskSetup) -> None:
@@ -80,8 +91,10 @@ def _same_data(objective: Objective, setup: TaskSetup) -> None:
     for what, digest in setup.digests.items():
         if digests[what] != digest:
             raise InputError(
-                f"{what} is not the same in this worker process as where the task was probed: it is made anew in every process. "
-                "Usual culprits: random augmentation, random_split without a seeded generator, tensors that checkpoints do not "
+                f"{what} is not the same in this worker process as where the task was probed: it "
+                f"is made anew in every process. "
+                "Usual culprits: random augmentation, random_split without a seeded generator, "
+                "tensors that checkpoints do not "
                 "hold (frozen ones, Task.fixed, buffers) and the model builds at random."
             )
 
@@ -96,7 +109,8 @@ def build(setup: TaskSetup, precision: str) -> Objective:
     device = torch.device(settings.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ResourceError(
-            "no GPU is visible to this worker. Use --device cpu, or make one visible with CUDA_VISIBLE_DEVICES."
+            "no GPU is visible to this worker. Use --device cpu, or make one visible with "
+            "CUDA_VISIBLE_DEVICES."
         )
     with _deterministic():  # once more: what the task's own code sets ends with this
         return Objective(
@@ -113,7 +127,9 @@ def build(setup: TaskSetup, precision: str) -> Objective:
 
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
-    """Compute on one thread of the CPU, float32 as float32 everywhere, one kernel with and without gradients; put all back afterwards."""
+    """Compute on one thread of the CPU, float32 as float32 everywhere, one kernel with and without
+    gradients; put all back afterwards.
+    """
     import torch
 
     from ..objective import float32
@@ -136,7 +152,8 @@ def _deterministic() -> Iterator[None]:
 def reported(kind: type[Asked]) -> Callable[[Callable[[Asked], object]], Callable[[Spec], Spec]]:
     """Make a function that answers requests of a kind a task on plain data.
 
-    Failures come back as plain strings: an exception that cannot be unpickled elsewhere would hide its cause.
+    Failures come back as plain strings: an exception that cannot be unpickled elsewhere would hide
+    its cause.
     """
 
     def task_of(work: Callable[[Asked], object]) -> Callable[[Spec], Spec]:
@@ -157,12 +174,16 @@ def reported(kind: type[Asked]) -> Callable[[Callable[[Asked], object]], Callabl
 
 
 def _as_ours(error: Exception, request: object) -> LCAError:
-    """Return an error of ours that says what another one says, and what to do where that is known."""
+    """Return an error of ours that says what another one says, and what to do where that is
+    known.
+    """
     from ..objective import is_out_of_memory
 
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return ResourceError(f"no space left for the result ({error}). Free some and run again.")
+            return ResourceError(
+                f"no space left for the result ({error}). Free some and run again."
+            )
         return SpanError(str(error))
     if is_out_of_memory(error):
         size = request.setup.settings.batch_size if isinstance(request, TaskRequest) else None
@@ -174,19 +195,27 @@ def _as_ours(error: Exception, request: object) -> LCAError:
 def checkpoint_at(points: StoredPoints, index: int) -> Checkpoint:
     """Return a checkpoint of the trajectory, by its position, with the whole paths of its files."""
     checkpoint = points.checkpoints[index]
-    return replace(checkpoint, files=tuple(located(points.root) / str(file) for file in checkpoint.files))
+    return replace(
+        checkpoint, files=tuple(located(points.root) / str(file) for file in checkpoint.files)
+    )
 
 
 def point_at(points: StoredPoints, index: int, objective: Objective) -> Point:
-    """Return a checkpoint as losses are evaluated there: as it is stored, or with statistics recalibrated to its weights."""
+    """Return a checkpoint as losses are evaluated there: as it is stored, or with statistics
+    recalibrated to its weights.
+    """
     point = stored_point_at(points, index, objective)
     return point if objective.recalibration is None else objective.recalibration.at(point)
 
 
 def stored_point_at(points: StoredPoints, index: int, objective: Objective) -> Point:
-    """Return a checkpoint on the device, floating tensors in the precision of the run or the one they were stored in, if higher."""
+    """Return a checkpoint on the device, floating tensors in the precision of the run or the one
+    they were stored in, if higher.
+    """
     stored = read_checkpoint(checkpoint_at(points, index), points.names)
-    wider = {name for name, tensor in stored.items() if tensor.element_size() > objective.dtype.itemsize}
+    wider = {
+        name for name, tensor in stored.items() if tensor.element_size() > objective.dtype.itemsize
+    }
     return {
         name: tensor.to(objective.device, objective.dtype)
         if tensor.is_floating_point() and name not in wider
@@ -195,7 +224,9 @@ def stored_point_at(points: StoredPoints, index: int, objective: Objective) -> P
     }
 
 
-def points_of(points: StoredPoints, rows: slice, objective: Objective) -> Iterator[tuple[int, Point]]:
+def points_of(
+    points: StoredPoints, rows: slice, objective: Objective
+) -> Iterator[tuple[int, Point]]:
     """Yield step and tensors of the checkpoints at both ends of some segments."""
     for index in range(rows.start, rows.stop + 1):
         yield checkpoint_at(points, index).step, point_at(points, index, objective)

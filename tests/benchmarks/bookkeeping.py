@@ -5,9 +5,10 @@ LCA_DATA=DIR python docs/examples/mnist_fc.py mnist-checkpoints
 LCA_DATA=DIR python tests/benchmarks/bookkeeping.py mnist-checkpoints [--segments 32] [--rounds 5]
 ```
 
-Inline, one thread. For each `--keep`, medians over the rounds of the share of a worker's time on its spans that goes into sums, counts,
-histograms, units and totals, and into compressing, writing, flushing to the disk and committing; reading checkpoints too. The measuring
-of the precision is left out of the whole.
+Inline, one thread. For each `--keep`, medians over the rounds of the share of a worker's time on
+its spans that goes into sums, counts, histograms, units and totals, and into compressing, writing,
+flushing to the disk and committing; reading checkpoints too. The measuring of the precision is left
+out of the whole.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def shares(checkpoints: str, task: Task, keep: str, segments: int) -> dict[str, 
         mock.patch.object(tally.Tally, "add", timed(spent, "tally", tally.Tally.add)),
         mock.patch.object(RunWriter, "write_block", timed(spent, "write", RunWriter.write_block)),
         mock.patch.object(RunWriter, "write_span", timed(spent, "write", RunWriter.write_span)),
-        mock.patch.object(state, "read_checkpoint", timed(spent, "read", trajectory.read_checkpoint)),
+        mock.patch.object(
+            state, "read_checkpoint", timed(spent, "read", trajectory.read_checkpoint)
+        ),
         mock.patch.object(spans, "SAMPLED", set()),
     ]
     with tempfile.TemporaryDirectory(dir=".") as place:
@@ -71,7 +74,9 @@ def shares(checkpoints: str, task: Task, keep: str, segments: int) -> dict[str, 
                 tolerance=float("inf"),
                 cluster="inline",
                 device="cpu",
-                progress=lambda event: spent.update(whole=spent["whole"] + getattr(event, "seconds", 0.0)),
+                progress=lambda event: spent.update(
+                    whole=spent["whole"] + getattr(event, "seconds", 0.0)
+                ),
             )
         finally:
             for patch in patches:

@@ -1,12 +1,15 @@
-"""Whether a segment costs the same in a short and in a long run, and whether the driver stays as small.
+"""Whether a segment costs the same in a short and in a long run, and whether the driver stays as
+small.
 
 ```sh
-LCA_DATA=DIR python tests/benchmarks/growth.py [--segments 50 200 500 1000 2000] [--rounds 5] [--work DIR]
+LCA_DATA=DIR python tests/benchmarks/growth.py [--segments 50 200 500 1000 2000] [--rounds 5]
+[--work DIR]
 ```
 
-MNIST-FC on its first 2,000 training images, checkpoints recorded on the way. Each run is a process of its own with one local worker,
-so that driver and worker have a core each; lengths alternate. Seconds per segment are those of the worker on its spans but the first
-(whose start builds the model) and those whose precision is measured; the driver's memory is its resident size at the end.
+MNIST-FC on its first 2,000 training images, checkpoints recorded on the way. Each run is a process
+of its own with one local worker, so that driver and worker have a core each; lengths alternate.
+Seconds per segment are those of the worker on its spans but the first (whose start builds the
+model) and those whose precision is measured; the driver's memory is its resident size at the end.
 """
 
 from __future__ import annotations
@@ -69,7 +72,10 @@ def measure(checkpoints: str, segments: int, out: str) -> None:
         if event.span and not SAMPLED & set(range(*run.manifest.rows(event.span).indices(segments)))
     ]
     seconds = sum(event.seconds for event in plain) / sum(event.segments for event in plain)
-    print(json.dumps({"seconds": seconds, "megabytes": psutil.Process().memory_info().rss / 1e6}), flush=True)
+    print(
+        json.dumps({"seconds": seconds, "megabytes": psutil.Process().memory_info().rss / 1e6}),
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -94,14 +100,18 @@ def main() -> None:
             for segments in given.segments:
                 out = Path(made) / f"{segments}-{turn}.lca"
                 command = [sys.executable, __file__, "--one", checkpoints, segments, out]
-                done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+                done = subprocess.run(
+                    list(map(str, command)), check=True, capture_output=True, text=True
+                )
                 found[segments].append(json.loads(done.stdout.splitlines()[-1]))
     first = statistics.median(each["seconds"] for each in found[given.segments[0]])
     for segments, rounds in found.items():
         seconds = [each["seconds"] for each in rounds]
         print(
-            f"{segments:6} segments: {statistics.median(seconds) * 1e3:.2f} ms a segment ({min(seconds) * 1e3:.2f} to "
-            f"{max(seconds) * 1e3:.2f}), {statistics.median(seconds) / first:.3f} of the first; driver "
+            f"{segments:6} segments: {statistics.median(seconds) * 1e3:.2f} ms a segment "
+            f"({min(seconds) * 1e3:.2f} to "
+            f"{max(seconds) * 1e3:.2f}), {statistics.median(seconds) / first:.3f} of the first; "
+            f"driver "
             f"{statistics.median(each['megabytes'] for each in rounds):.0f} MB"
         )
 

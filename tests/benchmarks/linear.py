@@ -1,10 +1,12 @@
-"""Forward and backward pass of a linear layer, by torch and by oneDNN as `objective/linear.py` calls it; one thread.
+"""Forward and backward pass of a linear layer, by torch and by oneDNN as `objective/linear.py`
+calls it; one thread.
 
 ```sh
 python tests/benchmarks/linear.py [--repeats 100]
 ```
 
-Medians, alternating. On a processor for which `preferred()` is false, the second column is what would have been.
+Medians, alternating. On a processor for which `preferred()` is false, the second column is what
+would have been.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ def main() -> None:
     print(f"preferred on this processor: {ours.preferred()}, from {least:,} multiplications on")
     for examples, inputs, outputs in SHAPES:
         tensors = [
-            torch.randn(shape, requires_grad=True) for shape in ((examples, inputs), (outputs, inputs), (outputs,))
+            torch.randn(shape, requires_grad=True)
+            for shape in ((examples, inputs), (outputs, inputs), (outputs,))
         ]
         above = torch.randn(examples, outputs)
         ways = {"torch": F.linear, "oneDNN": ours.linear(F.linear)}
@@ -60,8 +63,10 @@ def main() -> None:
         torchs, onednns = (statistics.median(each[3:]) for each in times.values())
         flops = 6 * examples * inputs * outputs
         print(
-            f"{examples:5} × {inputs:4} → {outputs:4} ({examples * inputs * outputs:13,}): torch {torchs * 1e6:8.0f} µs, "
-            f"{flops / torchs / 1e9:4.0f} GFLOP/s; oneDNN {onednns * 1e6:8.0f} µs, {flops / onednns / 1e9:4.0f} GFLOP/s; "
+            f"{examples:5} × {inputs:4} → {outputs:4} ({examples * inputs * outputs:13,}): torch "
+            f"{torchs * 1e6:8.0f} µs, "
+            f"{flops / torchs / 1e9:4.0f} GFLOP/s; oneDNN {onednns * 1e6:8.0f} µs, "
+            f"{flops / onednns / 1e9:4.0f} GFLOP/s; "
             f"ratio {torchs / onednns:.2f}"
         )
 

@@ -4,11 +4,12 @@
 python tests/benchmarks/memory.py [--place DIR] [--limit 2000] [CASE …]
 ```
 
-Two runs are made below DIR, and kept for the next time where it is given: one of 9.85 million parameters, 512 segments and two
-losses (train and validation, 20 GB of allocation each), and one of a million parameters whose loss has ten groups (20 GB). They
-take 1.5 GB of disk, since most of their files are links to others. Each finding runs in a process of
-its own; `peak` is the most
-memory that process held, imports included, `growth` what the finding added. The exit code is 1 where one exceeds the limit.
+Two runs are made below DIR, and kept for the next time where it is given: one of 9.85 million
+parameters, 512 segments and two losses (train and validation, 20 GB of allocation each), and one of
+a million parameters whose loss has ten groups (20 GB). They take 1.5 GB of disk, since most of
+their files are links to others. Each finding runs in a process of its own; `peak` is the most
+memory that process held, imports included, `growth` what the finding added. The exit code is 1
+where one exceeds the limit.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ sys.path.insert(0, str(ROOT))
 from tests.memory import CASES, measured  # noqa: E402  (the path is set above)
 from tests.synthetic import LARGE, build  # noqa: E402
 
-GROUPED = {"embedding.weight": (4000, 128), "fc1.weight": (512, 784), "fc1.bias": (512,), "fc2.weight": (200, 512)}
+GROUPED = {
+    "embedding.weight": (4000, 128),
+    "fc1.weight": (512, 784),
+    "fc1.bias": (512,),
+    "fc2.weight": (200, 512),
+}
 
 
 def made(place: Path) -> dict[str, Path]:
@@ -41,15 +47,23 @@ def made(place: Path) -> dict[str, Path]:
             began = time.perf_counter()
             size = build(place / f"{name}.building.lca", shapes, 512, losses)
             (place / f"{name}.building.lca").rename(path)
-            print(f"{path}: {size / 1e9:.1f} GB of allocation, made in {time.perf_counter() - began:.0f} s", flush=True)
+            print(
+                f"{path}: {size / 1e9:.1f} GB of allocation, made in "
+                f"{time.perf_counter() - began:.0f} s",
+                flush=True,
+            )
         found |= dict.fromkeys(losses, path)
     return found
 
 
 def main() -> int:
     """Make the runs, measure, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; by default all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; by default all"
+    )
     parser.add_argument("--place", type=Path, help="where the runs are made and kept")
     parser.add_argument("--limit", type=float, default=2000, help="of the peak, in MB")
     given = parser.parse_args()
@@ -66,7 +80,10 @@ def main() -> int:
             over += found["peak"] > given.limit
             mark = "  over the limit" if found["peak"] > given.limit else ""
             growth = found["peak"] - found["before"]
-            print(f"{case:28} {found['peak']:9.0f} {growth:9.0f} {found['seconds']:8.1f}{mark}", flush=True)
+            print(
+                f"{case:28} {found['peak']:9.0f} {growth:9.0f} {found['seconds']:8.1f}{mark}",
+                flush=True,
+            )
     return int(over > 0)
 
 

@@ -1,11 +1,13 @@
-"""A narrowed ResNet-18 from its first iterate on, under each choice of normalisation statistics: the table of docs/numerics.md.
+"""A narrowed ResNet-18 from its first iterate on, under each choice of normalisation statistics:
+the table of docs/numerics.md.
 
 ```sh
 LCA_DATA=DIR python -m tests.benchmarks.norm_stats
 ```
 
-DIR holds `cifar10.safetensors`. Prints, for two learning rates, what the loss goes through in each mode, the largest |residual|, the
-seconds it took, and the convolutions whose sum over training has another sign than with batch statistics.
+DIR holds `cifar10.safetensors`. Prints, for two learning rates, what the loss goes through in each
+mode, the largest |residual|, the seconds it took, and the convolutions whose sum over training has
+another sign than with batch statistics.
 """
 
 from __future__ import annotations
@@ -32,9 +34,17 @@ class Block(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
-        projected = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.conv1, self.bn1 = (
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.conv2, self.bn2 = (
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        projected = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+        )
         self.down = nn.Identity() if stride == 1 and inputs == outputs else projected
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,7 +60,10 @@ class ResNet18(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
         widths = [width, width, 2 * width, 4 * width, 8 * width]
         for at in range(4):
-            blocks = Block(widths[at], widths[at + 1], 1 if at == 0 else 2), Block(widths[at + 1], widths[at + 1], 1)
+            blocks = (
+                Block(widths[at], widths[at + 1], 1 if at == 0 else 2),
+                Block(widths[at + 1], widths[at + 1], 1),
+            )
             setattr(self, f"layer{at + 1}", nn.Sequential(*blocks))
         self.fc = nn.Linear(8 * width, 10)
 
@@ -88,19 +101,31 @@ def main() -> None:
     torch.set_num_threads(1)
     train = data()
     task = Task(ResNet18, {"train": train}, {"train": Loss(F.cross_entropy, on="train")})
-    settings = {"cluster": "inline", "device": "cpu", "keep": "tensors", "tolerance": math.inf, "batch_size": EXAMPLES}
+    settings = {
+        "cluster": "inline",
+        "device": "cpu",
+        "keep": "tensors",
+        "tolerance": math.inf,
+        "batch_size": EXAMPLES,
+    }
     for learning_rate in (0.05, 0.02):
         with tempfile.TemporaryDirectory() as place:
             record(Path(place, "ck"), learning_rate, train)
             sums: dict[str, dict[str, float]] = {}
             for mode in MODES:
                 began = time.perf_counter()
-                results = run(Path(place, "ck"), task, out=Path(place, mode), norm_stats=mode, **settings)["train"]
+                results = run(
+                    Path(place, "ck"), task, out=Path(place, mode), norm_stats=mode, **settings
+                )["train"]
                 steps, tensors = results.steps, results.tensors["allocated"].sum("step")
-                sums[mode] = dict(zip(tensors["tensor"].values, tensors.values.tolist(), strict=True))
+                sums[mode] = dict(
+                    zip(tensors["tensor"].values, tensors.values.tolist(), strict=True)
+                )
                 print(
-                    f"{learning_rate:g} {mode:12} {float(steps['loss_start'][0]):.3f} → {float(steps['loss_end'][-1]):.3f}, "
-                    f"largest |residual| {float(abs(steps['residual']).max()):.1e}, {time.perf_counter() - began:.1f} s"
+                    f"{learning_rate:g} {mode:12} {float(steps['loss_start'][0]):.3f} → "
+                    f"{float(steps['loss_end'][-1]):.3f}, "
+                    f"largest |residual| {float(abs(steps['residual']).max()):.1e}, "
+                    f"{time.perf_counter() - began:.1f} s"
                 )
             for name, own in sums["batch"].items():
                 shares = [sums[mode][name] for mode in MODES]

@@ -1,14 +1,18 @@
-"""What each rule and tolerance costs on MNIST-FC, and how far its allocation is from that of a fine rule.
+"""What each rule and tolerance costs on MNIST-FC, and how far its allocation is from that of a fine
+rule.
 
 ```sh
-LCA_DATA=DIR python tests/benchmarks/refinement.py [--network relu|gelu] [--segments 220] [--examples 55000] [--stride 1]
+LCA_DATA=DIR python tests/benchmarks/refinement.py [--network relu|gelu] [--segments 220]
+[--examples 55000] [--stride 1]
     [--reference 4] [--json FILE] [--table FILE.md]
 ```
 
-The example's network (with GELU in place of ReLU where asked) is trained for so many iterates; of every STRIDE-th segment the
-loss on the first EXAMPLES training images is allocated by each choice, in float64 and on one thread. What to refine is decided by
-the package's own `allocate`, with its own calibration on its own three segments. A* is the allocation with 2 ** REFERENCE
-intervals, or with as many as any choice went to on that segment. A node is evaluated once, however many choices ask for it.
+The example's network (with GELU in place of ReLU where asked) is trained for so many iterates; of
+every STRIDE-th segment the loss on the first EXAMPLES training images is allocated by each choice,
+in float64 and on one thread. What to refine is decided by the package's own `allocate`, with its
+own calibration on its own three segments. A* is the allocation with 2 ** REFERENCE intervals, or
+with as many as any choice went to on that segment. A node is evaluated once, however many choices
+ask for it.
 """
 
 from __future__ import annotations
@@ -67,7 +71,9 @@ NETWORKS = {"relu": mnist_fc.Net, "gelu": Gelu}
 
 @dataclass(frozen=True)
 class Choice:
-    """A rule and what it is refined on: the residual, or `both` that and the estimated error of the allocation."""
+    """A rule and what it is refined on: the residual, or `both` that and the estimated error of the
+    allocation.
+    """
 
     rule: str
     tolerance: float = math.inf
@@ -80,16 +86,22 @@ class Choice:
 
     @property
     def limit(self) -> float:
-        """What residuals are held against: the tolerance, or the guarantee where nothing is refined."""
+        """What residuals are held against: the tolerance, or the guarantee where nothing is
+        refined.
+        """
         return GUARANTEE if math.isinf(self.tolerance) else self.tolerance
 
     def method(self, calibration: dict[str, float]) -> Method:
-        return Method(RULED[self.rule], self.tolerance, self.tolerance if self.both else math.inf, calibration)
+        return Method(
+            RULED[self.rule], self.tolerance, self.tolerance if self.both else math.inf, calibration
+        )
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One choice on one segment; `error` is Σ|A − A*|, `size` Σ|A*|, `layer_…` the same of the sums of the tensors."""
+    """One choice on one segment; `error` is Σ|A − A*|, `size` Σ|A*|, `layer_…` the same of the sums
+    of the tensors.
+    """
 
     evaluations: int
     forward_passes: int
@@ -104,14 +116,18 @@ class Measured:
 
 
 class Remembered:
-    """An objective that evaluates a point once, until it is told to forget it, and counts what it is asked for."""
+    """An objective that evaluates a point once, until it is told to forget it, and counts what it
+    is asked for.
+    """
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
         self._known: dict[bytes, dict[str, Evaluation]] = {}
         self.gradients = self.passes = 0
 
-    def evaluate(self, point: Point, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
+    def evaluate(
+        self, point: Point, losses: list[str], *, gradient: bool = True
+    ) -> dict[str, Evaluation]:
         """The losses with their gradients, also where only the values are asked for."""
         self.gradients += gradient
         self.passes += not gradient
@@ -137,9 +153,14 @@ def _key(point: Point) -> bytes:
 
 
 def choices() -> list[Choice]:
-    """Every rule unrefined; then trapezoid and Simpson, refined on the residual alone and on both."""
+    """Every rule unrefined; then trapezoid and Simpson, refined on the residual alone and on
+    both.
+    """
     refined = itertools.product(("trapezoid", "simpson"), (False, True), TOLERANCES)
-    return [*map(Choice, RULED), *(Choice(rule, tolerance, both) for rule, both, tolerance in refined)]
+    return [
+        *map(Choice, RULED),
+        *(Choice(rule, tolerance, both) for rule, both, tolerance in refined),
+    ]
 
 
 def points(network: str, segments: int) -> list[Point]:
@@ -149,7 +170,9 @@ def points(network: str, segments: int) -> list[Point]:
     model = NETWORKS[network]()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     with tempfile.TemporaryDirectory() as place:
-        mnist_fc.record(place, model, optimizer, (images[: mnist_fc.TRAIN], labels[: mnist_fc.TRAIN]), segments)
+        mnist_fc.record(
+            place, model, optimizer, (images[: mnist_fc.TRAIN], labels[: mnist_fc.TRAIN]), segments
+        )
         files = sorted(Path(place).glob("*.safetensors"))
         return [{name: each.double() for name, each in load_file(file).items()} for file in files]
 
@@ -163,7 +186,12 @@ def objective_of(network: str, examples: int, point: Point) -> Objective:
         {"train": Loss(F.cross_entropy, on="train")},
     )
     objective = Objective(
-        lambda: task, LOSS, device=torch.device("cpu"), precision="float64", norm_stats="running", batch_size=None
+        lambda: task,
+        LOSS,
+        device=torch.device("cpu"),
+        precision="float64",
+        norm_stats="running",
+        batch_size=None,
     )
     objective.settle_batch_sizes(point)
     return objective
@@ -194,9 +222,9 @@ def compare(
         done.append(found["train"])
         asked.append((objective.gradients, objective.passes))
     finest = max(reference, *(each.level for each in done))
-    exact = allocate(start, end, objective, LOSS, Method(COMPOSITE.rules[finest]), at_start=first)[0][
-        "train"
-    ].allocation
+    exact = allocate(start, end, objective, LOSS, Method(COMPOSITE.rules[finest]), at_start=first)[
+        0
+    ]["train"].allocation
     return [
         Measured(
             *counts,
@@ -219,7 +247,10 @@ def _total(parts: Any) -> float:
 
 def summary(choice: Choice, found: list[Measured]) -> dict[str, Any]:
     """One choice over all segments."""
-    of = {name: np.array([getattr(each, name) for each in found]) for name in Measured.__dataclass_fields__}
+    of = {
+        name: np.array([getattr(each, name) for each in found])
+        for name in Measured.__dataclass_fields__
+    }
     residual = abs(of["residual"])
     bounded = of["error_bound"] > 0
     ratios = of["error"][bounded] / of["error_bound"][bounded]
@@ -235,7 +266,9 @@ def summary(choice: Choice, found: list[Measured]) -> dict[str, Any]:
         "over": int((residual > choice.limit).sum()),
         "parameters": float(of["error"].sum() / of["size"].sum()),
         "layers": float(of["layer_error"].sum() / of["layer_size"].sum()),
-        "wrong": None if math.isinf(choice.tolerance) else int((of["error"] > 2 * choice.tolerance).sum()),
+        "wrong": None
+        if math.isinf(choice.tolerance)
+        else int((of["error"] > 2 * choice.tolerance).sum()),
         "error_to_bound": np.quantile(ratios, (0.05, 0.5, 0.95)).tolist() if len(ratios) else None,
         "error_over_bound": float((ratios > 1).mean()) if len(ratios) else None,
     }
@@ -264,10 +297,13 @@ def titled(rule: str, tolerances: list[float], both: bool) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown, those that differ in nothing but the tolerance as one."""
     lines = [
-        "| choice | evaluations | Σ\\|residual\\|/Σ\\|ΔL\\| | worst \\|residual\\| | over | single parameters | layer sums | L1 over |",
+        "| choice | evaluations | Σ\\|residual\\|/Σ\\|ΔL\\| | worst \\|residual\\| | over | single "
+        "parameters | layer sums | L1 over |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (rule, both, *cells), alike in itertools.groupby(rows, lambda row: (row["rule"], row["both"], *_cells(row))):
+    for (rule, both, *cells), alike in itertools.groupby(
+        rows, lambda row: (row["rule"], row["both"], *_cells(row))
+    ):
         tolerances = [row["tolerance"] for row in alike if row["tolerance"]]
         lines.append(f"| {' | '.join([titled(rule, tolerances, both), *cells])} |")
     return "\n".join(lines)
@@ -275,7 +311,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
-        f"{row['evaluations']:.2f}" + (f" + {row['forward_passes']:.0f}" if row["forward_passes"] else ""),
+        f"{row['evaluations']:.2f}"
+        + (f" + {row['forward_passes']:.0f}" if row["forward_passes"] else ""),
         *(short(row[name]) for name in ("residual", "worst")),
         str(row["over"]),
         *(short(row[name]) for name in ("parameters", "layers")),
@@ -293,14 +330,16 @@ def remarks(rows: list[dict[str, Any]], calibration: float) -> str:
         else f"all but {guarded['over']} segments (worst {short(guarded['worst'])})"
     )
     lines = [
-        f"|residual| <= {short(GUARANTEE, 0)}: `trapezoid` refined at it reaches it on {reached} with {guarded['evaluations']:.2f} "
+        f"|residual| <= {short(GUARANTEE, 0)}: `trapezoid` refined at it reaches it on {reached} "
+        f"with {guarded['evaluations']:.2f} "
         f"evaluations per segment and {2 ** guarded['deepest']} intervals at most.",
         f"Calibration of the trapezoid: {calibration:.4f}.",
     ]
     for name in ("trapezoid", "simpson", "4 intervals"):
         low, middle, high = named[Choice(name)]["error_to_bound"]
         lines.append(
-            f"Σ|A − A*| / error_bound of `{name}`: {low:.2g} to {high:.2g} (5 to 95 %), median {middle:.2g}; over 1 on "
+            f"Σ|A − A*| / error_bound of `{name}`: {low:.2g} to {high:.2g} (5 to 95 %), median "
+            f"{middle:.2g}; over 1 on "
             f"{named[Choice(name)]['error_over_bound']:.0%} of the segments."
         )
     return "\n".join(lines)
@@ -308,13 +347,19 @@ def remarks(rows: list[dict[str, Any]], calibration: float) -> str:
 
 def main() -> None:
     """Train, try every choice on every segment, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--network", choices=NETWORKS, default="relu")
     parser.add_argument("--segments", type=int, default=mnist_fc.ITERATES)
     parser.add_argument("--examples", type=int, default=mnist_fc.TRAIN)
     parser.add_argument("--stride", type=int, default=1)
     parser.add_argument(
-        "--reference", type=int, default=4, choices=range(3, len(COMPOSITE.rules)), help="level of the nested family"
+        "--reference",
+        type=int,
+        default=4,
+        choices=range(3, len(COMPOSITE.rules)),
+        help="level of the nested family",
     )
     parser.add_argument("--json", type=Path, help="the rows, and every choice on every segment")
     parser.add_argument("--table", type=Path, help="the table and the remarks")
@@ -326,7 +371,9 @@ def main() -> None:
     calibration = calibration_of(iterates, objective)
     found: list[list[Measured]] = []
     for at in range(0, given.segments, given.stride):
-        found.append(compare(iterates[at], iterates[at + 1], objective, tried, calibration, given.reference))
+        found.append(
+            compare(iterates[at], iterates[at + 1], objective, tried, calibration, given.reference)
+        )
         objective.forget_all_but(iterates[at + 1])
         if len(found) % 10 == 1:
             print(f"segment {at}: {time.perf_counter() - began:.0f} s", flush=True)
@@ -337,9 +384,16 @@ def main() -> None:
     if given.table:
         given.table.write_text(text)
     if given.json:
-        each = {choice.name: [asdict(one) for one in column] for choice, column in zip(tried, columns, strict=True)}
-        settings = {name: value for name, value in vars(given).items() if name not in ("json", "table")}
-        given.json.write_text(json.dumps({"settings": settings, **calibration, "rows": rows, "segments": each}))
+        each = {
+            choice.name: [asdict(one) for one in column]
+            for choice, column in zip(tried, columns, strict=True)
+        }
+        settings = {
+            name: value for name, value in vars(given).items() if name not in ("json", "table")
+        }
+        given.json.write_text(
+            json.dumps({"settings": settings, **calibration, "rows": rows, "segments": each})
+        )
 
 
 if __name__ == "__main__":

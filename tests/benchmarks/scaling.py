@@ -1,14 +1,17 @@
-"""What a driver costs beside many workers: the driver's own loop, a real scheduler, and workers that only pretend to compute.
+"""What a driver costs beside many workers: the driver's own loop, a real scheduler, and workers
+that only pretend to compute.
 
 ```sh
-python tests/benchmarks/scaling.py [--spans 2000] [--workers 64] [--seconds 0.25] [--segments 16] [--json FILE]
+python tests/benchmarks/scaling.py [--spans 2000] [--workers 64] [--seconds 0.25] [--segments 16]
+[--json FILE]
 ```
 
-Four processes: this one, which watches; `dask scheduler`; one process that holds all workers in one event loop (`Worker`, one
-thread each, tcp on loopback); and the driver, which goes through `open_cluster` and the loop `lca run` goes through, with its
-specs, events and log, on a run directory it made. A span is `time.sleep`, which stands for the work: nothing is read, computed or
-written by the workers. What the driver costs is its own processor time, user and system, over the workers' time (spans times
-seconds).
+Four processes: this one, which watches; `dask scheduler`; one process that holds all workers in one
+event loop (`Worker`, one thread each, tcp on loopback); and the driver, which goes through
+`open_cluster` and the loop `lca run` goes through, with its specs, events and log, on a run
+directory it made. A span is `time.sleep`, which stands for the work: nothing is read, computed or
+written by the workers. What the driver costs is its own processor time, user and system, over the
+workers' time (spans times seconds).
 """
 
 from __future__ import annotations
@@ -47,7 +50,10 @@ def pretend(spec: dict[str, Any]) -> dict[str, Any]:
         "ends": [1.0, 1.0],
     }
     return {
-        "losses": {name: {**facts, "unconverged": 0, "silent": [], "hidden": []} for name in spec["pending"]},
+        "losses": {
+            name: {**facts, "unconverged": 0, "silent": [], "hidden": []}
+            for name in spec["pending"]
+        },
         "segments": int(pretended["segments"]),
         "seconds": pretended["seconds"],
         "peak_bytes": 2**30,
@@ -58,7 +64,8 @@ def present(spec: dict[str, Any]) -> dict[str, Any]:
     return {"pid": os.getpid()}
 
 
-# --- the workers ---------------------------------------------------------------------------------------------------------
+# --- the workers
+# ---------------------------------------------------------------------------------------------------------
 
 
 async def max_per_host(address: str, count: int, place: Path) -> None:
@@ -66,16 +73,23 @@ async def max_per_host(address: str, count: int, place: Path) -> None:
     import dask
     from distributed import Worker
 
-    off = {f"distributed.worker.memory.{each}": False for each in ("target", "spill", "pause", "terminate")}
+    off = {
+        f"distributed.worker.memory.{each}": False
+        for each in ("target", "spill", "pause", "terminate")
+    }
     with dask.config.set({**off, "distributed.worker.profile.enabled": False}):
         options = {"nthreads": 1, "memory_limit": 0, "host": "127.0.0.1", "dashboard": False}
-        workers = [Worker(address, name=f"w{at}", local_directory=str(place), **options) for at in range(count)]
+        workers = [
+            Worker(address, name=f"w{at}", local_directory=str(place), **options)
+            for at in range(count)
+        ]
         await asyncio.gather(*workers)
         (place / "ready").touch()
         await asyncio.gather(*(worker.finished() for worker in workers))
 
 
-# --- the driver ----------------------------------------------------------------------------------------------------------
+# --- the driver
+# ----------------------------------------------------------------------------------------------------------
 
 
 def laid_out(spans: int, segments: int) -> Any:
@@ -114,7 +128,17 @@ def laid_out(spans: int, segments: int) -> Any:
     window = 1
     while spans // window > 64:
         window *= 2
-    names = ("torch", "safetensors", "numpy", "zarr", "lca_posthoc", "python", "platform", "created", "task")
+    names = (
+        "torch",
+        "safetensors",
+        "numpy",
+        "zarr",
+        "lca_posthoc",
+        "python",
+        "platform",
+        "created",
+        "task",
+    )
     provenance = {
         **dict.fromkeys(names, "0"),
         "task_function": "task",
@@ -139,7 +163,9 @@ def used() -> float:
     return spent.ru_utime + spent.ru_stime
 
 
-def drive(address: str, given: argparse.Namespace, scheduler: psutil.Process, place: Path) -> dict[str, Any]:
+def drive(
+    address: str, given: argparse.Namespace, scheduler: psutil.Process, place: Path
+) -> dict[str, Any]:
     """The loop of `lca run`, timed."""
     from lca_posthoc import replay, store
     from lca_posthoc.cluster import ClusterConfig, open_cluster
@@ -163,7 +189,13 @@ def drive(address: str, given: argparse.Namespace, scheduler: psutil.Process, pl
         if isinstance(event, SpanDone):
             done += 1
             if done % OFTEN == 0 or done == given.spans:
-                memory.append({"spans": done, "driver": me.memory_info().rss, "scheduler": scheduler.memory_info().rss})
+                memory.append(
+                    {
+                        "spans": done,
+                        "driver": me.memory_info().rss,
+                        "scheduler": scheduler.memory_info().rss,
+                    }
+                )
         if isinstance(event, Planned | SpanDone) and done == given.spans:
             marks["done"], marks["wall_done"] = used(), time.monotonic()
 
@@ -177,7 +209,12 @@ def drive(address: str, given: argparse.Namespace, scheduler: psutil.Process, pl
             telling["times"] += 1
 
     replay.replay_span = pretend  # type: ignore[attr-defined]
-    entry: Entry = {"kind": "file", "path": "/somewhere/task.py", "function": "task", "sha256": "0" * 64}
+    entry: Entry = {
+        "kind": "file",
+        "path": "/somewhere/task.py",
+        "function": "task",
+        "sha256": "0" * 64,
+    }
     names = {tensor.spec.name: tensor.source for tensor in manifest.tensors}
     started, begun = time.monotonic(), used()
     with open_cluster(ClusterConfig(address, given.workers), "cpu", stop.event) as cluster:
@@ -241,13 +278,20 @@ def drive(address: str, given: argparse.Namespace, scheduler: psutil.Process, pl
     }
 
 
-# --- the whole -----------------------------------------------------------------------------------------------------------
+# --- the whole
+# -----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def started(*arguments: object, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    own = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), **environment}
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], stderr=subprocess.DEVNULL, env=own)
+    own = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        **environment,
+    }
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments)], stderr=subprocess.DEVNULL, env=own
+    )
     try:
         yield process
     finally:
@@ -258,7 +302,9 @@ def started(*arguments: object, **environment: str) -> Iterator[subprocess.Popen
 def waited(file: Path, process: subprocess.Popen[bytes]) -> None:
     while not file.exists() or (file.suffix == ".json" and not file.read_text().strip()):
         with contextlib.suppress(subprocess.TimeoutExpired):
-            raise SystemExit(f"a process ended with {process.wait(timeout=0.1)} before it was ready")
+            raise SystemExit(
+                f"a process ended with {process.wait(timeout=0.1)} before it was ready"
+            )
 
 
 def spent(process: psutil.Process) -> float:
@@ -278,7 +324,10 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             started(__file__, "--role", "max_per_host", address, place, "--workers", given.workers)
         )
         waited(place / "ready", workers)
-        watched = {"scheduler": psutil.Process(scheduler.pid), "workers": psutil.Process(workers.pid)}
+        watched = {
+            "scheduler": psutil.Process(scheduler.pid),
+            "workers": psutil.Process(workers.pid),
+        }
         before = {who: spent(process) for who, process in watched.items()}
         options = [
             ("--spans", given.spans),
@@ -287,10 +336,22 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             ("--segments", given.segments),
         ]
         driver = subprocess.run(
-            [sys.executable, __file__, "--role", "driver", address, str(place), "--pid", str(scheduler.pid)]
+            [
+                sys.executable,
+                __file__,
+                "--role",
+                "driver",
+                address,
+                str(place),
+                "--pid",
+                str(scheduler.pid),
+            ]
             + [str(word) for pair in options for word in pair],
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            },
             check=True,
         )
         found = json.loads(driver.stdout)
@@ -310,19 +371,28 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 def show(found: dict[str, Any]) -> None:
     asked, spans = found["asked"], found["spans"]
     print(
-        f"{spans:,} spans of {asked['seconds']} s and {asked['segments']} segments on {asked['workers']} pretended workers"
+        f"{spans:,} spans of {asked['seconds']} s and {asked['segments']} segments on "
+        f"{asked['workers']} pretended workers"
     )
     print("\n| driver | CPU seconds | ms a span |\n|---|---|---|")
     for what, seconds in found["cpu"].items():
         print(f"| {what} | {seconds:.2f} | {1000 * seconds / spans:.3f} |")
     events = found["events"]
-    print(f"| of it events and the log | {events['seconds']:.2f} | {1000 * events['seconds'] / events['times']:.3f} |")
+    print(
+        f"| of it events and the log | {events['seconds']:.2f} | "
+        f"{1000 * events['seconds'] / events['times']:.3f} |"
+    )
     for who, seconds in found["others"].items():
         print(f"| (the process of the {who}) | {seconds:.2f} | {1000 * seconds / spans:.3f} |")
     print(
-        f"\ndriver / workers' time: {100 * found['share']:.2f} %; workers busy: {100 * found['busy']:.1f} %", end="; "
+        f"\ndriver / workers' time: {100 * found['share']:.2f} %; workers busy: "
+        f"{100 * found['busy']:.1f} %",
+        end="; ",
     )
-    print(f"loop {found['wall']['the loop']:.1f} s, before it {found['wall']['before the loop']:.1f} s")
+    print(
+        f"loop {found['wall']['the loop']:.1f} s, before it "
+        f"{found['wall']['before the loop']:.1f} s"
+    )
     print("\n| spans | driver MB | scheduler MB |\n|---|---|---|")
     for row in found["memory"]:
         print(f"| {row['spans']:,} | {row['driver'] / 1e6:.1f} | {row['scheduler'] / 1e6:.1f} |")
@@ -334,9 +404,13 @@ def main() -> None:
     parser.add_argument("--spans", type=int, default=2000)
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=0.25)
-    parser.add_argument("--segments", type=int, default=16, help="of a span; a spec names one checkpoint more")
+    parser.add_argument(
+        "--segments", type=int, default=16, help="of a span; a spec names one checkpoint more"
+    )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--role", nargs=3, metavar=("ROLE", "ADDRESS", "PLACE"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--role", nargs=3, metavar=("ROLE", "ADDRESS", "PLACE"), help=argparse.SUPPRESS
+    )
     parser.add_argument("--pid", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.role is None:
@@ -347,7 +421,9 @@ def main() -> None:
     elif given.role[0] == "max_per_host":
         asyncio.run(max_per_host(given.role[1], given.workers, Path(given.role[2])))
     else:
-        print(json.dumps(drive(given.role[1], given, psutil.Process(given.pid), Path(given.role[2]))))
+        print(
+            json.dumps(drive(given.role[1], given, psutil.Process(given.pid), Path(given.role[2])))
+        )
 
 
 if __name__ == "__main__":

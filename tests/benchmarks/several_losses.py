@@ -1,12 +1,14 @@
-"""What grouped and further losses cost beside the plain one, on MNIST-FC: alternating, medians of ratios.
+"""What grouped and further losses cost beside the plain one, on MNIST-FC: alternating, medians of
+ratios.
 
 ```sh
 LCA_DATA=DIR python docs/examples/mnist_fc.py mnist-checkpoints
-LCA_DATA=DIR python tests/benchmarks/several_losses.py mnist-checkpoints [--segments 16] [--rounds 5] [CASE ...]
+LCA_DATA=DIR python tests/benchmarks/several_losses.py mnist-checkpoints [--segments 16] [--rounds
+5] [CASE ...]
 ```
 
-A time is that of a worker on the spans of a run (reading, evaluating, allocating, writing), inline, on one thread; without the
-start of the process, the loading of the data and the probe.
+A time is that of a worker on the spans of a run (reading, evaluating, allocating, writing), inline,
+on one thread; without the start of the process, the loading of the data and the probe.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ CASES: dict[str, tuple[dict[str, Loss], list[dict[str, Loss]], str]] = {
 }
 
 
-def seconds(checkpoints: str, losses: dict[str, Loss], keep: str, steps: str, data: Callable[[], object]) -> float:
+def seconds(
+    checkpoints: str, losses: dict[str, Loss], keep: str, steps: str, data: Callable[[], object]
+) -> float:
     """Worker seconds of one run, refinement off so that both sides evaluate alike."""
     task = Task(mnist_fc.Net, data(), losses)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as place:
@@ -80,9 +84,12 @@ def main() -> None:
             ]
             times.append(spent)
             ratios.append(spent[0] / sum(spent[1:]))
-        medians = ", ".join(f"{statistics.median(column):.2f} s" for column in zip(*times, strict=True))
+        medians = ", ".join(
+            f"{statistics.median(column):.2f} s" for column in zip(*times, strict=True)
+        )
         print(
-            f"{name}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); medians {medians}",
+            f"{name}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); "
+            f"medians {medians}",
             flush=True,
         )
 

@@ -1,25 +1,34 @@
-"""How fast a replay is beside the loops people write, and beside the processor's own matrix products.
+"""How fast a replay is beside the loops people write, and beside the processor's own matrix
+products.
 
 ```sh
-LCA_DATA=DIR python tests/benchmarks/speed.py [WORKLOAD ...] [--rounds 5] [--segments N] [--only NAME ...] [--work DIR]
-LCA_DATA=DIR python tests/benchmarks/speed.py mnist-fc resnet20 --full --device cuda --json speed.json --table speed.md
+LCA_DATA=DIR python tests/benchmarks/speed.py [WORKLOAD ...] [--rounds 5] [--segments N] [--only
+NAME ...] [--work DIR] LCA_DATA=DIR python tests/benchmarks/speed.py mnist-fc resnet20 --full
+--device cuda --json speed.json --table speed.md
 ```
 
-Workloads and DIR: see `workloads.py`. Every timing is a process of its own; contestants alternate, in another order each round; what
-is shown are medians over rounds, of ratios too. Checkpoints are made once in the directory of --work and found there again.
+Workloads and DIR: see `workloads.py`. Every timing is a process of its own; contestants alternate,
+in another order each round; what is shown are medians over rounds, of ratios too. Checkpoints are
+made once in the directory of --work and found there again.
 
-- first loop: a DataLoader, three full gradients a segment, weights through `load_state_dict`; torch's own number of threads.
-- expert: data on the device, large batches, the gradient at a segment's end used again, sums; torch's own number of threads.
-- ours: `lca_posthoc.run` with its defaults and `tolerance=inf`, so that all make the evaluations of Simpson's rule.
+- first loop: a DataLoader, three full gradients a segment, weights through `load_state_dict`;
+  torch's own number of threads.
+- expert: data on the device, large batches, the gradient at a segment's end used again, sums;
+  torch's own number of threads.
+- ours: `lca_posthoc.run` with its defaults and `tolerance=inf`, so that all make the evaluations of
+  Simpson's rule.
 
-Before anything is timed, both loops' sums over layers are compared with ours. A second per segment is, for the loops, that of
-the loop, start and loading the data apart; for ours, that of the workers on their spans (reading, evaluating, allocating,
-measuring the precision, writing, committing), building the model apart, over the number of workers that had any. `unchecked` is the same
-over the spans on none of whose segments ours measures its precision in float64, which a short run does on a far larger share of its
-segments than a long one; TFLOP/s are those of the unchecked spans. FLOPs are torch's count of one forward and backward pass of the
-plain model. The peak is measured before each round: float32 products of 1024×1024 in a single-threaded process per core, all at a time,
-by `torch.mm` and, where there is one, by oneDNN's linear layer; on a GPU `torch.mm` of 8192×8192. `wall` is the time of the loop, or
-from the plan to the last span with idle workers; `command` that of the whole process. Memory is of the processes that evaluate.
+Before anything is timed, both loops' sums over layers are compared with ours. A second per segment
+is, for the loops, that of the loop, start and loading the data apart; for ours, that of the workers
+on their spans (reading, evaluating, allocating, measuring the precision, writing, committing),
+building the model apart, over the number of workers that had any. `unchecked` is the same over the
+spans on none of whose segments ours measures its precision in float64, which a short run does on a
+far larger share of its segments than a long one; TFLOP/s are those of the unchecked spans. FLOPs
+are torch's count of one forward and backward pass of the plain model. The peak is measured before
+each round: float32 products of 1024×1024 in a single-threaded process per core, all at a time, by
+`torch.mm` and, where there is one, by oneDNN's linear layer; on a GPU `torch.mm` of 8192×8192.
+`wall` is the time of the loop, or from the plan to the last span with idle workers; `command` that
+of the whole process. Memory is of the processes that evaluate.
 """
 
 from __future__ import annotations
@@ -116,8 +125,12 @@ def splits(job: Job) -> Iterator[Examples]:
 def parts(job: Job) -> list[Examples]:
     """The examples of each loss, or of each of its groups."""
     found = []
-    for loss, (inputs, targets) in zip(task_of(job.workload).losses.values(), splits(job), strict=True):
-        labels = torch.zeros(len(targets)) if loss.group_by is None else loss.group_by(inputs, targets)
+    for loss, (inputs, targets) in zip(
+        task_of(job.workload).losses.values(), splits(job), strict=True
+    ):
+        labels = (
+            torch.zeros(len(targets)) if loss.group_by is None else loss.group_by(inputs, targets)
+        )
         found += [(inputs[labels == label], targets[labels == label]) for label in labels.unique()]
     return found
 
@@ -131,10 +144,13 @@ def interpolated(start: Tensor, end: Tensor, x: float) -> Tensor:
     return start + x * (end - start) if start.is_floating_point() else start
 
 
-# --- the first loop ------------------------------------------------------------------------------------------------------
+# --- the first loop
+# ------------------------------------------------------------------------------------------------------
 
 
-def mean_gradient(model: nn.Module, loader: DataLoader[Any], device: str) -> tuple[float, dict[str, Tensor]]:
+def mean_gradient(
+    model: nn.Module, loader: DataLoader[Any], device: str
+) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradient over everything a loader gives."""
     model.zero_grad()
     loss, count = 0.0, 0
@@ -159,12 +175,16 @@ def first_loop(job: Job, model: nn.Module, data: list[Examples]) -> Callable[[],
                 losses = []
                 mean = {name: torch.zeros_like(start[name]) for name, _ in model.named_parameters()}
                 for x, weight in SIMPSON:
-                    model.load_state_dict({name: interpolated(start[name], end[name], x) for name in start})
+                    model.load_state_dict(
+                        {name: interpolated(start[name], end[name], x) for name in start}
+                    )
                     loss, gradient = mean_gradient(model, loader, job.device)
                     losses.append(loss)
                     for name in mean:
                         mean[name] += weight * gradient[name]
-                allocation = torch.cat([((end[name] - start[name]) * mean[name]).flatten() for name in mean])
+                allocation = torch.cat(
+                    [((end[name] - start[name]) * mean[name]).flatten() for name in mean]
+                )
                 allocations.append(allocation.numpy())
                 residuals.append(losses[-1] - losses[0] - allocation.sum().item())
             np.save(f"{job.out}/allocation_{segment}.npy", np.stack(allocations))
@@ -174,7 +194,8 @@ def first_loop(job: Job, model: nn.Module, data: list[Examples]) -> Callable[[],
     return loop
 
 
-# --- the expert's --------------------------------------------------------------------------------------------------------
+# --- the expert's
+# --------------------------------------------------------------------------------------------------------
 
 
 def expert_loop(job: Job, model: nn.Module, data: list[Examples]) -> Callable[[], int]:
@@ -183,7 +204,16 @@ def expert_loop(job: Job, model: nn.Module, data: list[Examples]) -> Callable[[]
     size = job.of.batch[job.device]
     held, parameters = model.state_dict(), dict(model.named_parameters())
     resident = [
-        (list(zip(inputs.to(job.device).split(size), targets.to(job.device).split(size), strict=True)), targets.numel())
+        (
+            list(
+                zip(
+                    inputs.to(job.device).split(size),
+                    targets.to(job.device).split(size),
+                    strict=True,
+                )
+            ),
+            targets.numel(),
+        )
         for inputs, targets in data
     ]
 
@@ -200,7 +230,9 @@ def expert_loop(job: Job, model: nn.Module, data: list[Examples]) -> Callable[[]
                 batch_loss.backward()
                 loss += batch_loss.detach()
             losses.append(loss / count)
-            gradients.append(torch.cat([each.grad.flatten() for each in parameters.values()]) / count)
+            gradients.append(
+                torch.cat([each.grad.flatten() for each in parameters.values()]) / count
+            )
         return torch.stack(losses), torch.stack(gradients)
 
     def loop() -> int:
@@ -208,7 +240,9 @@ def expert_loop(job: Job, model: nn.Module, data: list[Examples]) -> Callable[[]
         loss, first = evaluate(start)
         for segment, file in enumerate(job.files[1:]):
             end = load_file(file, device=job.device)
-            _, middle = evaluate({name: interpolated(start[name], end[name], 0.5) for name in start})
+            _, middle = evaluate(
+                {name: interpolated(start[name], end[name], 0.5) for name in start}
+            )
             end_loss, last = evaluate(end)
             motion = torch.cat([(end[name] - start[name]).flatten() for name in parameters])
             allocation = (first + 4 * middle + last).mul_(motion / 6)
@@ -221,7 +255,8 @@ def expert_loop(job: Job, model: nn.Module, data: list[Examples]) -> Callable[[]
     return loop
 
 
-# --- timing --------------------------------------------------------------------------------------------------------------
+# --- timing
+# --------------------------------------------------------------------------------------------------------------
 
 
 def seconds_of(work: Callable[[], object], device: str) -> float:
@@ -277,12 +312,18 @@ def warm_up(job: Job, model: nn.Module, data: list[Examples]) -> None:
 def sums_of_loop(job: Job, model: nn.Module) -> list[list[float]]:
     """What each tensor is allocated over all segments, for each part."""
     counts = [each.numel() for each in model.parameters()]
-    allocated = sum(np.load(f"{job.out}/allocation_{at}.npy").astype(np.float64) for at in range(job.segments))
-    return [[float(each.sum()) for each in np.split(row, np.cumsum(counts)[:-1])] for row in allocated]
+    allocated = sum(
+        np.load(f"{job.out}/allocation_{at}.npy").astype(np.float64) for at in range(job.segments)
+    )
+    return [
+        [float(each.sum()) for each in np.split(row, np.cumsum(counts)[:-1])] for row in allocated
+    ]
 
 
 def span_of(segments: int) -> int | None:
-    """Short runs are cut in two spans at least, which share most gradients at ends; long ones as they always are."""
+    """Short runs are cut in two spans at least, which share most gradients at ends; long ones as
+    they always are.
+    """
     return None if segments >= 32 else 2 ** (max(1, segments // 2).bit_length() - 1)
 
 
@@ -315,7 +356,9 @@ def time_ours(job: Job) -> Result:
     started, workers = planned[0]
     spans = seconds_of_spans(run, [event for _, event in done])
     workers = min(workers, len(spans))
-    unchecked = [at for at in spans if not SAMPLED & set(range(*run.manifest.rows(at).indices(job.segments)))]
+    unchecked = [
+        at for at in spans if not SAMPLED & set(range(*run.manifest.rows(at).indices(job.segments)))
+    ]
     lengths = sum(run.manifest.length(at) for at in unchecked)
     peaks: dict[str, int] = defaultdict(int)
     for _, event in done:
@@ -336,8 +379,9 @@ def time_ours(job: Job) -> Result:
 def seconds_of_spans(run: lca_posthoc.Run, done: list[SpanDone]) -> dict[int, float]:
     """Span → seconds of a worker: what the markers of its losses say, and what committing it took.
 
-    Markers are written before the commit ends. What a worker says of a span beyond them is the commit, and on a worker's first
-    span also the building of the model: the least of any span is the commit.
+    Markers are written before the commit ends. What a worker says of a span beyond them is the
+    commit, and on a worker's first span also the building of the model: the least of any span is
+    the commit.
     """
     marked: dict[int, float] = defaultdict(float)
     for losses in run.values():
@@ -349,7 +393,9 @@ def seconds_of_spans(run: lca_posthoc.Run, done: list[SpanDone]) -> dict[int, fl
 
 def sums_of_run(run: lca_posthoc.Run) -> list[list[float]]:
     """The same of a run."""
-    names = [tensor.spec.name for tensor in run.manifest.allocated if tensor.spec.kind == "parameter"]
+    names = [
+        tensor.spec.name for tensor in run.manifest.allocated if tensor.spec.kind == "parameter"
+    ]
     found: list[list[float]] = []
     for losses in run.values():
         allocated = losses.tensors.allocated.sum("step").sel(tensor=names)
@@ -357,7 +403,8 @@ def sums_of_run(run: lca_posthoc.Run) -> list[list[float]]:
     return found
 
 
-# --- arithmetic ----------------------------------------------------------------------------------------------------------
+# --- arithmetic
+# ----------------------------------------------------------------------------------------------------------
 
 
 def count_flops(job: Job) -> Result:
@@ -365,7 +412,8 @@ def count_flops(job: Job) -> Result:
     model, flops = job.model, 0.0
     for inputs, targets in splits(job):
         some = slice(0, 6)
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # of fused kernels, not all count
+        # of fused kernels, not all count
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             total_loss(model, inputs[some].to(job.device), targets[some].to(job.device)).backward()
         flops += counter.get_total_flops() / len(inputs[some]) * len(inputs)
     return {"flops": flops}
@@ -431,7 +479,8 @@ ROLES: dict[str, Callable[[Job], Result]] = {
 }
 
 
-# --- the whole -----------------------------------------------------------------------------------------------------------
+# --- the whole
+# -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -458,11 +507,15 @@ def contestants(device: str) -> dict[str, Contestant]:
 
 
 def busy() -> tuple[float, float]:
-    """Seconds that the cores of this machine have worked, for anybody, and for the processes started here that have ended."""
+    """Seconds that the cores of this machine have worked, for anybody, and for the processes
+    started here that have ended.
+    """
     everybody = psutil.cpu_times()._asdict()
     idle = ("idle", "iowait", "guest", "guest_nice")  # guests are counted as users as well
     mine = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return sum(each for name, each in everybody.items() if name not in idle), mine.ru_utime + mine.ru_stime
+    return sum(
+        each for name, each in everybody.items() if name not in idle
+    ), mine.ru_utime + mine.ru_stime
 
 
 def in_process(job: Job) -> Result:
@@ -470,14 +523,21 @@ def in_process(job: Job) -> Result:
     before, started = busy(), time.perf_counter()
     Path(job.out).mkdir(parents=True)
     done = subprocess.run(
-        [sys.executable, __file__, "--job", json.dumps(vars(job))], stdout=subprocess.PIPE, text=True, check=False
+        [sys.executable, __file__, "--job", json.dumps(vars(job))],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     shutil.rmtree(job.out)
     if done.returncode:
         raise SystemExit(f"{job.role} on {job.workload} ended with {done.returncode}")
     wall = time.perf_counter() - started
     everybody, mine = (now - then for now, then in zip(busy(), before, strict=True))
-    return {**json.loads(done.stdout.splitlines()[-1]), "command": wall, "others": max(0.0, everybody - mine) / wall}
+    return {
+        **json.loads(done.stdout.splitlines()[-1]),
+        "command": wall,
+        "others": max(0.0, everybody - mine) / wall,
+    }
 
 
 def changed(job: Job, **changes: Any) -> Job:
@@ -489,7 +549,9 @@ def job_of(name: str, given: argparse.Namespace, work: Path) -> Job:
     workload = WORKLOADS[name]
     segments = given.segments or (workload.full_segments if given.full else workload.segments)
     place = work / f"{workload.trajectory}-{segments}"
-    job = Job("", name, given.device, given.full, segments, str(place), str(work / f"out-{os.getpid()}"))
+    job = Job(
+        "", name, given.device, given.full, segments, str(place), str(work / f"out-{os.getpid()}")
+    )
     if len(job.files) <= segments:
         say(f"{name}: training for {segments} iterates")
         shutil.rmtree(place, ignore_errors=True)
@@ -503,14 +565,19 @@ def compare_sums(job: Job, chosen: dict[str, Contestant]) -> None:
     few = changed(job, segments=min(CHECKED, job.segments))
     if not rivals:
         return
-    ours = np.array(in_process(changed(few, role="ours", options={"cluster": "inline", "keep": "tensors"}))["sums"])
+    ours = np.array(
+        in_process(changed(few, role="ours", options={"cluster": "inline", "keep": "tensors"}))[
+            "sums"
+        ]
+    )
     for rival in rivals:
         theirs = np.array(in_process(changed(few, role=rival.role))["sums"])
         apart = float((abs(theirs - ours).max(1) / abs(ours).max(1)).max())
         say(f"{job.workload}: layer sums of the {rival.label} are within {apart:.1e} of ours")
         if not apart <= AGREE:
             raise SystemExit(
-                f"{job.workload}: the {rival.label} computes something else (more than {AGREE}); no table."
+                f"{job.workload}: the {rival.label} computes something else (more than {AGREE}); "
+                f"no table."
             )
 
 
@@ -526,9 +593,12 @@ def measure(name: str, given: argparse.Namespace, work: Path) -> Result:
         peaks.append(in_process(changed(job, role="peak")))
         order = list(chosen)
         for key in order[turn % len(order) :] + order[: turn % len(order)]:
-            timings[key].append(in_process(changed(job, role=chosen[key].role, options=chosen[key].options)))
+            timings[key].append(
+                in_process(changed(job, role=chosen[key].role, options=chosen[key].options))
+            )
             say(
-                f"{name}, round {turn + 1}: {chosen[key].label} {timings[key][-1]['seconds'] / job.segments:.3f} s a segment"
+                f"{name}, round {turn + 1}: {chosen[key].label} "
+                f"{timings[key][-1]['seconds'] / job.segments:.3f} s a segment"
             )
     return {
         "segments": job.segments,
@@ -536,7 +606,9 @@ def measure(name: str, given: argparse.Namespace, work: Path) -> Result:
         "flops_per_evaluation": flops,
         "peaks": peaks,
         "timings": timings,
-        "rows": [row(key, chosen[key].label, timings, job.segments, flops, peaks) for key in chosen],
+        "rows": [
+            row(key, chosen[key].label, timings, job.segments, flops, peaks) for key in chosen
+        ],
     }
 
 
@@ -545,14 +617,28 @@ def median_of(timings: list[Result], key: str) -> float | None:
     return None if None in values else statistics.median(values)
 
 
-def ratio(timings: dict[str, list[Result]], key: str, rival: str, measure: str = "seconds") -> float | None:
+def ratio(
+    timings: dict[str, list[Result]], key: str, rival: str, measure: str = "seconds"
+) -> float | None:
     """The median over rounds."""
-    pairs = [(one[measure], other[measure]) for one, other in zip(timings[key], timings.get(rival, []), strict=False)]
-    return statistics.median(one / other for one, other in pairs) if pairs and None not in pairs[0] else None
+    pairs = [
+        (one[measure], other[measure])
+        for one, other in zip(timings[key], timings.get(rival, []), strict=False)
+    ]
+    return (
+        statistics.median(one / other for one, other in pairs)
+        if pairs and None not in pairs[0]
+        else None
+    )
 
 
 def row(
-    key: str, label: str, timings: dict[str, list[Result]], segments: int, flops: float, peaks: list[Result]
+    key: str,
+    label: str,
+    timings: dict[str, list[Result]],
+    segments: int,
+    flops: float,
+    peaks: list[Result],
 ) -> Result:
     """A line of the table."""
     mine = timings[key]
@@ -560,7 +646,11 @@ def row(
     unchecked = median_of(mine, "unchecked")
     evaluations = statistics.median(timing["evaluations"] for timing in mine) / segments
     rate = flops * evaluations / (unchecked or each)
-    peak = {name: statistics.median(each[name] for each in peaks) for name in products() if name in peaks[0]}
+    peak = {
+        name: statistics.median(each[name] for each in peaks)
+        for name in products()
+        if name in peaks[0]
+    }
     device = median_of(mine, "device_bytes")
     return {
         "": label,
@@ -573,7 +663,8 @@ def row(
         "TFLOP/s": rate / 1e12,
         "of torch.mm's peak": rate / peak["torch.mm"],
         "of the best peak": rate / max(peak.values()),
-        "MB written / s": statistics.median(timing["bytes"] / timing["seconds"] for timing in mine) / 1e6,
+        "MB written / s": statistics.median(timing["bytes"] / timing["seconds"] for timing in mine)
+        / 1e6,
         "peak MB": statistics.median(timing["peak_bytes"] for timing in mine) / 1e6,
         "GPU MB": None if device is None else device / 1e6,
         "wall s": statistics.median(timing["wall"] for timing in mine),
@@ -604,9 +695,12 @@ def table(name: str, found: Result, machine: str) -> str:
     others = [each["others"] for held in found["timings"].values() for each in held]
     lines = [
         f"### {name}\n",
-        f"{machine}; {found['segments']} segments, examples of each loss {found['examples']}, {len(found['peaks'])} rounds; "
-        f"{found['flops_per_evaluation'] / 1e9:,.1f} GFLOP an evaluation; peaks in TFLOP/s: {peaks}. "
-        f"Other processes kept {statistics.median(others):.2f} cores busy meanwhile (median; {max(others):.2f} at most).\n",
+        f"{machine}; {found['segments']} segments, examples of each loss {found['examples']}, "
+        f"{len(found['peaks'])} rounds; "
+        f"{found['flops_per_evaluation'] / 1e9:,.1f} GFLOP an evaluation; peaks in TFLOP/s: "
+        f"{peaks}. "
+        f"Other processes kept {statistics.median(others):.2f} cores busy meanwhile (median; "
+        f"{max(others):.2f} at most).\n",
         f"| {' | '.join(rows[0])} |",
         f"|{'---|' * len(rows[0])}",
         *(f"| {' | '.join(each.values())} |" for each in rows),
@@ -619,7 +713,11 @@ def machine_of(device: str) -> str:
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         name = models[0].partition(": ")[2] if models else platform.machine()
     return f"{name}, {CORES} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
 
@@ -630,15 +728,23 @@ def say(text: str) -> None:
 
 def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
     names = list(contestants("cpu"))
-    parser.add_argument("workloads", nargs="*", choices=[*WORKLOADS, "all"], default="all", metavar="WORKLOAD")
+    parser.add_argument(
+        "workloads", nargs="*", choices=[*WORKLOADS, "all"], default="all", metavar="WORKLOAD"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--segments", type=int, help="by default those of the workload")
     parser.add_argument("--full", action="store_true", help="all examples, and more segments")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--work", type=Path, help="where checkpoints and runs go; a temporary directory by default")
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names)
+    )
+    parser.add_argument(
+        "--work", type=Path, help="where checkpoints and runs go; a temporary directory by default"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was measured")
-    parser.add_argument("--table", type=Path, metavar="FILE.md", help="the tables, with machine and command")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE.md", help="the tables, with machine and command"
+    )
     parser.add_argument("--job", help=argparse.SUPPRESS)
     return parser.parse_intermixed_args()
 
@@ -646,9 +752,16 @@ def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def compare(given: argparse.Namespace, work: Path) -> None:
     """Time every workload that is asked for; what is found is written after each."""
     names = list(WORKLOADS) if "all" in given.workloads else given.workloads
-    command = f"python tests/benchmarks/speed.py {' '.join(names)} --rounds {given.rounds} --device {given.device}"
+    command = (
+        f"python tests/benchmarks/speed.py {' '.join(names)} --rounds {given.rounds} --device "
+        f"{given.device}"
+    )
     command += " --full" * given.full + (f" --segments {given.segments}" if given.segments else "")
-    found: dict[str, Any] = {"machine": machine_of(given.device), "command": command, "workloads": {}}
+    found: dict[str, Any] = {
+        "machine": machine_of(given.device),
+        "command": command,
+        "workloads": {},
+    }
     tables = [f"`{command}`\n"]
     for name in names:
         found["workloads"][name] = measure(name, given, work)
@@ -661,11 +774,14 @@ def compare(given: argparse.Namespace, work: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     given = options_of(parser)
     if "LCA_DATA" not in os.environ:
         parser.error(
-            "set LCA_DATA to the directory that holds mnist.safetensors, cifar10.safetensors, tinyshakespeare.txt"
+            "set LCA_DATA to the directory that holds mnist.safetensors, cifar10.safetensors, "
+            "tinyshakespeare.txt"
         )
     if given.job:
         job = Job(**json.loads(given.job))

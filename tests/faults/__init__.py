@@ -1,7 +1,9 @@
-"""Faults made for real, counted: `python -m tests.faults` for the full numbers, `tests/test_faults.py` for the reduced ones.
+"""Faults made for real, counted: `python -m tests.faults` for the full numbers,
+`tests/test_faults.py` for the reduced ones.
 
-A fault is a function of how often, a place to work in and a seed. It raises `AssertionError` where a single one of its cases
-changed a number or went unsaid, and returns one line that says what it counted.
+A fault is a function of how often, a place to work in and a seed. It raises `AssertionError` where
+a single one of its cases changed a number or went unsaid, and returns one line that says what it
+counted.
 """
 
 from __future__ import annotations
@@ -44,7 +46,10 @@ def faults() -> dict[str, Fault]:
     """Every fault by its row, in order."""
     for module in _modules():
         importlib.import_module(module)
-    return {row: _FOUND[row] for row in sorted(_FOUND, key=lambda row: (int(row[1:].rstrip("abcdef")), row))}
+    return {
+        row: _FOUND[row]
+        for row in sorted(_FOUND, key=lambda row: (int(row[1:].rstrip("abcdef")), row))
+    }
 
 
 def _modules() -> Iterator[str]:

@@ -1,4 +1,6 @@
-"""`python -m tests.faults [ROW …] [--ci] [--json FILE]`: inject the faults and print a table of what came of them."""
+"""`python -m tests.faults [ROW …] [--ci] [--json FILE]`: inject the faults and print a table of
+what came of them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from . import faults
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     known = faults()
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(known)}; all by default")
+    parser.add_argument(
+        "rows", nargs="*", metavar="ROW", help=f"of {', '.join(known)}; all by default"
+    )
     parser.add_argument("--ci", action="store_true", help="the reduced numbers")
     given = parser.parse_args()
     print("| # | fault | times | outcome | seconds |\n|---|---|---|---|---|")
@@ -23,7 +27,10 @@ def main() -> None:
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f"lca-{row}-") as place:
             said = each.inject(count, Path(place))
-        print(f"| {row} | {each.title} | {count} | {said} | {time.monotonic() - started:.0f} |", flush=True)
+        print(
+            f"| {row} | {each.title} | {count} | {said} | {time.monotonic() - started:.0f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -117,7 +117,15 @@ def _put(file: Path, data: bytes | None) -> None:
 
 def _run(place: Path, out: Path) -> Result:
     with mock.patch.object(prepare, "choose_span", return_value=ground.SPAN):
-        return run_lca(place / "checkpoints", place / "small_task.py", out, "--loss", "all", "--tolerance", "inf")
+        return run_lca(
+            place / "checkpoints",
+            place / "small_task.py",
+            out,
+            "--loss",
+            "all",
+            "--tolerance",
+            "inf",
+        )
 
 
 def _run_damaged_later(place: Path, out: Path, file: Path, spoilt: bytes | None) -> Result:
@@ -154,10 +162,14 @@ def damaged(count: int, _: Path) -> str:
     """Each case twice: found by a run that began before, and done while a new one reads."""
     codes = {2: 0, 3: 0}
     steps = (0, SEGMENTS // 2, SEGMENTS)
-    cases = [(what, steps[(at + turn) % 3]) for turn in range(3) for at, what in enumerate(DAMAGE)][:count]
+    cases = [(what, steps[(at + turn) % 3]) for turn in range(3) for at, what in enumerate(DAMAGE)][
+        :count
+    ]
     with laid_out(SEGMENTS) as (place, clean):
         started = drive(place, place / "begun.lca", "--cluster", "inline")
-        assert started.until(lambda: len(list(place.glob("begun.lca/commits/validation/0*"))) >= 2), started.said
+        assert started.until(
+            lambda: len(list(place.glob("begun.lca/commits/validation/0*"))) >= 2
+        ), started.said
         started.kill()
         for number, (what, step) in enumerate(cases):
             file = step_file(place / "checkpoints", step)
@@ -173,7 +185,12 @@ def damaged(count: int, _: Path) -> str:
                     _put(file, spoilt)
                     result = _run(place, out)
                 try:
-                    assert result.exit_code in ((3,) if later else (2, 3)), (what, step, later, result.output)
+                    assert result.exit_code in ((3,) if later else (2, 3)), (
+                        what,
+                        step,
+                        later,
+                        result.output,
+                    )
                     codes[result.exit_code] += 1
                     _said(result, file, step)
                     undamaged(out)
@@ -185,7 +202,10 @@ def damaged(count: int, _: Path) -> str:
                 assert again.exit_code == 0, (what, step, later, again.output)
                 whole(out, clean)
                 shutil.rmtree(out)
-    return f"{count} damages: {codes[2]} exit 2, {codes[3]} exit 3, each named, bytes equal once put right"
+    return (
+        f"{count} damages: {codes[2]} exit 2, {codes[3]} exit 3, each named, bytes equal once put "
+        f"right"
+    )
 
 
 @fault("R8", "a checkpoint replaced or truncated while it is read", ci=4, full=20)
@@ -213,7 +233,10 @@ def replaced(count: int, _: Path) -> str:
                 complete(place, out, clean)
             harmless += code == 0
             whole(out, clean)
-    return f"{count} runs under changing files: {found} named the file, {harmless} had read it, bytes equal"
+    return (
+        f"{count} runs under changing files: {found} named the file, {harmless} had read it, bytes "
+        f"equal"
+    )
 
 
 def _disturb(chance: random.Random, file: Path, data: bytes, other: bytes) -> None:

@@ -82,7 +82,8 @@ def worker_killed(count: int, _: Path) -> str:
             out, log = place / f"run-{runs}.lca", place / f"log-{runs}"
             runs, of_this_run = runs + 1, 0
             driver = drive(place, out, *LOCAL, environment=counting(log))
-            driver.until(log.exists)  # two deaths before the first span are an exit 5: the task may be what kills
+            # two deaths before the first span are an exit 5: the task may be what kills
+            driver.until(log.exists)
             while kills < count and not driver.wait(chance.uniform(0, 3)):
                 alive = driver.workers()
                 if alive:
@@ -100,7 +101,10 @@ def worker_killed(count: int, _: Path) -> str:
             assert extra(log) <= of_this_run, (begun(log), of_this_run)
             again += extra(log)
             nobody_left(driver)
-    return f"{kills} kills in {runs} runs, {again} extra executions, {resumed} resumed after exit 3, bytes equal"
+    return (
+        f"{kills} kills in {runs} runs, {again} extra executions, {resumed} resumed after exit 3, "
+        f"bytes equal"
+    )
 
 
 @fault("R9", "two drivers on one directory at once", ci=4, full=20)
@@ -128,12 +132,16 @@ def two_drivers(count: int, _: Path) -> str:
             late += codes == [0, 0]
             assert extra(log) == 0, begun(log)
             whole(out, clean)
-    return f"{count} pairs: {refused} refused with exit 5, {late} came when it was done, bytes equal"
+    return (
+        f"{count} pairs: {refused} refused with exit 5, {late} came when it was done, bytes equal"
+    )
 
 
 @fault("R13", "Ctrl-C once, twice, SIGTERM", ci=4, full=10)
 def interrupted(count: int, _: Path) -> str:
-    """What waits on a worker may begin before word comes, so at most one more span for each worker."""
+    """What waits on a worker may begin before word comes, so at most one more span for each
+    worker.
+    """
     chance, drained, aborted, more = random.Random(13), 0, 0, 0
     kinds = [
         (signal.SIGINT, 1, INLINE),
@@ -143,10 +151,15 @@ def interrupted(count: int, _: Path) -> str:
         (signal.SIGINT, 1, LOCAL),
         (signal.SIGTERM, 1, INLINE),
     ]
-    with laid_out() as (place, clean):  # of 20 spans, the last five wait: no run ends before it is told to
+    # of 20 spans, the last five wait: no run ends before it is told to
+    with laid_out() as (place, clean):
         for case in range(count):
             number, times, cluster = kinds[case % len(kinds)]
-            out, log, wanted = place / f"run-{case}.lca", place / f"log-{case}", chance.randint(1, 14)
+            out, log, wanted = (
+                place / f"run-{case}.lca",
+                place / f"log-{case}",
+                chance.randint(1, 14),
+            )
             environment = counting(log) | held(released := place / f"released-{case}", 15)
             driver = drive(place, out, *cluster, environment=environment)
             assert driver.until(lambda out=out, wanted=wanted: markers(out) >= wanted), driver.said
@@ -166,4 +179,7 @@ def interrupted(count: int, _: Path) -> str:
             undamaged(out)
             complete(place, out, clean)
             drained, aborted = drained + (times == 1), aborted + (times == 2)
-    return f"{drained} drained, {aborted} stopped by a second one, {more} spans begun after a signal, bytes equal"
+    return (
+        f"{drained} drained, {aborted} stopped by a second one, {more} spans begun after a signal, "
+        f"bytes equal"
+    )

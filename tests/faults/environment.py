@@ -11,7 +11,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from . import fault
-from .processes import Driver, complete, drive, held, laid_out, markers, named, nobody_left, undamaged, whole
+from .processes import (
+    Driver,
+    complete,
+    drive,
+    held,
+    laid_out,
+    markers,
+    named,
+    nobody_left,
+    undamaged,
+    whole,
+)
 
 INLINE = ("--cluster", "inline")
 LOCAL = ("--cluster", "local", "--workers", 2)
@@ -22,7 +33,10 @@ def _small_disk(place: Path) -> Iterator[str | None]:
     """A file system of 20 MB at `place`; gives why not where it cannot be had."""
     place.mkdir()
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", place], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", place],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     try:
         yield " ".join(made.stderr.split()) or "mount failed" if made.returncode else None
@@ -50,8 +64,15 @@ def disk_full(count: int, _: Path) -> str:
                     return f"not done: no file system of 20 MB can be mounted here ({refused})"
                 disk = place / f"disk-{number}"
                 out, wanted = disk / "run.lca", chance.randint(0, 15)
-                driver = drive(place, out, *cluster, environment=held(released := place / f"released-{number}", 15))
-                assert driver.until(lambda out=out, wanted=wanted: out.exists() and markers(out) >= wanted), driver.said
+                driver = drive(
+                    place,
+                    out,
+                    *cluster,
+                    environment=held(released := place / f"released-{number}", 15),
+                )
+                assert driver.until(
+                    lambda out=out, wanted=wanted: out.exists() and markers(out) >= wanted
+                ), driver.said
                 _fill(disk / "filler")
                 released.touch()
                 assert driver.finished() == 5, (driver.returncode, driver.said)
@@ -64,7 +85,8 @@ def disk_full(count: int, _: Path) -> str:
     return f"{count} times exit 5, {done} spans kept, bytes equal once there was space"
 
 
-# --- permissions ------------------------------------------------------------------------------------------------------
+# --- permissions
+# ------------------------------------------------------------------------------------------------------
 
 Deny = Callable[[Path, Path], Path]
 

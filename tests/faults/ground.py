@@ -1,4 +1,6 @@
-"""What faults are injected into: a tiny training, its clean run, and what the definition says of it in float64."""
+"""What faults are injected into: a tiny training, its clean run, and what the definition says of it
+in float64.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,13 @@ def lay_out(place: Path, segments: int = 40) -> Path:
 
 def clean_run(place: Path, out: Path, **options: Any) -> Path:
     """An undisturbed run of every loss, whose numbers are those of the definition."""
-    options = {"losses": ["all"], "cluster": "inline", "span": SPAN, "tolerance": math.inf, **options}
+    options = {
+        "losses": ["all"],
+        "cluster": "inline",
+        "span": SPAN,
+        "tolerance": math.inf,
+        **options,
+    }
     lca_posthoc.run(place / "checkpoints", place / "small_task.py", out=out, **options)
     near_the_oracle(place, out)
     return out
@@ -59,7 +67,9 @@ def near_the_oracle(place: Path, out: Path) -> None:
     made, run = task_namespace(), open_run(out)
     points = [load_file(file) for file in sorted((place / "checkpoints").glob("*.safetensors"))]
     for name in run:
-        truth = Oracle(made["Net"], made[name], made["cross_entropy"]).allocate(points, *RULES["simpson"])
+        truth = Oracle(made["Net"], made[name], made["cross_entropy"]).allocate(
+            points, *RULES["simpson"]
+        )
         for tensor, exact in truth.stacked().items():
             ours = torch.from_numpy(run[name].allocation[tensor].values).double()
             assert float((ours - exact).abs().sum()) <= 1e-5 * float(exact.abs().sum())
@@ -68,7 +78,11 @@ def near_the_oracle(place: Path, out: Path) -> None:
 def same_bytes(out: Path, clean: Path) -> None:
     """Every stored array of a run, its metadata included, is that of the clean run."""
     ours, theirs = contents(out / "data.zarr"), contents(clean / "data.zarr")
-    different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name, b"-") != theirs.get(name, b"-"))
+    different = sorted(
+        name
+        for name in ours.keys() | theirs.keys()
+        if ours.get(name, b"-") != theirs.get(name, b"-")
+    )
     assert different == [], different[:5]
 
 
@@ -76,7 +90,16 @@ def command(place: Path, out: Path, *options: object) -> list[str]:
     """`lca run` over every loss, never refined, as another process runs it."""
     script = place / "drive.py"
     script.write_text(SCRIPT)
-    arguments = ["run", place / "checkpoints", "--task", place / "small_task.py", "--loss", "all", "--out", out]
+    arguments = [
+        "run",
+        place / "checkpoints",
+        "--task",
+        place / "small_task.py",
+        "--loss",
+        "all",
+        "--out",
+        out,
+    ]
     return [sys.executable, *map(str, (script, *arguments, "--tolerance", "inf", *options))]
 
 

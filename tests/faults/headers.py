@@ -20,7 +20,11 @@ from lca_posthoc.trajectory import Checkpoint, read_checkpoint
 from . import fault
 
 WHOLE = safetensors.torch.save(
-    {"w": torch.arange(1.0, 7).reshape(2, 3), "b": torch.ones(2, dtype=torch.int64), "h": torch.ones(4).half()},
+    {
+        "w": torch.arange(1.0, 7).reshape(2, 3),
+        "b": torch.ones(2, dtype=torch.int64),
+        "h": torch.ones(4).half(),
+    },
     metadata={"step": "1"},
 )
 LENGTH = int.from_bytes(WHOLE[:8], "little")
@@ -48,7 +52,9 @@ def _mutated(chance: random.Random) -> bytes:
         if field == "dtype":
             entry["dtype"] = chance.choice(DTYPES)
         elif field == "extra":
-            header[chance.choice(("", "w", "../x", "\x00", "__metadata__"))] = chance.choice((entry, {}, None, 3))
+            header[chance.choice(("", "w", "../x", "\x00", "__metadata__"))] = chance.choice(
+                (entry, {}, None, 3)
+            )
             break
         elif isinstance(entry.get(field), list) and entry[field]:
             entry[field][chance.randrange(len(entry[field]))] = chance.choice(NUMBERS)
@@ -62,7 +68,9 @@ def _huge(chance: random.Random) -> bytes:
     """A million names, a header as long as it claims, a length nobody has."""
     kind = chance.randrange(3)
     if kind == 0:
-        names = ",".join(f'"{at}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for at in range(400_000))
+        names = ",".join(
+            f'"{at}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for at in range(400_000)
+        )
         text = f"{{{names}}}".encode()
         return len(text).to_bytes(8, "little") + text
     if kind == 1:
@@ -87,15 +95,22 @@ def spoil_headers(count: int, place: Path) -> str:
             theirs = safetensors.torch.load(file.read_bytes())
             assert theirs.keys() == tensors.keys(), number
             for name, tensor in tensors.items():
-                assert (tensor.dtype, tensor.shape) == (theirs[name].dtype, theirs[name].shape), number
+                assert (tensor.dtype, tensor.shape) == (theirs[name].dtype, theirs[name].shape), (
+                    number
+                )
                 assert tensor.numpy().tobytes() == theirs[name].numpy().tobytes(), number
     assert growth <= 64 * 2**20, growth
     assert longest < 1, longest
-    return f"{count} files: {accepted} accepted, each as safetensors reads it; at most {growth / 2**20:.0f} MB and {longest:.2f} s of CPU"
+    return (
+        f"{count} files: {accepted} accepted, each as safetensors reads it; at most "
+        f"{growth / 2**20:.0f} MB and {longest:.2f} s of CPU"
+    )
 
 
 def _read(file: Path) -> dict[str, torch.Tensor] | None:
-    """The tensors as a run reads them, or None where they are refused in one line that names the file."""
+    """The tensors as a run reads them, or None where they are refused in one line that names the
+    file.
+    """
     try:
         header = read_header(file)
         checkpoint = Checkpoint(1, (file,), header.size, header.fingerprint)

@@ -16,8 +16,31 @@ from tests.small import UNSAFE_NAMES, lca, steering
 from . import fault
 
 FIXED = (
-    *("a/b", "a\\b", "..", ".", "../../etc/x", "/etc/passwd", "zarr.json", "c", "steps", "%2F", "~", "-rf", "nul", " "),
-    *("<script>alert(1)</script>", "</script><img onerror=x>", "&amp;", "$\\frac{$", "_hidden", "[red]x[/red]", "{0}"),
+    *(
+        "a/b",
+        "a\\b",
+        "..",
+        ".",
+        "../../etc/x",
+        "/etc/passwd",
+        "zarr.json",
+        "c",
+        "steps",
+        "%2F",
+        "~",
+        "-rf",
+        "nul",
+        " ",
+    ),
+    *(
+        "<script>alert(1)</script>",
+        "</script><img onerror=x>",
+        "&amp;",
+        "$\\frac{$",
+        "_hidden",
+        "[red]x[/red]",
+        "{0}",
+    ),
     *UNSAFE_NAMES,
     *("\r\n", "​", "é", "é", "ß", "SS"),
     *("A", "a", "İ", "i̇", "x" * 10_000, "y" * 300 + "A", "y" * 300 + "a", "😀" * 80),
@@ -33,7 +56,12 @@ def hostile(count: int) -> list[str]:
     return list(names)[:count]
 
 
-@fault("R10", "names of tensors and of a loss: traversal, control characters, mark-up, length, case", ci=80, full=1000)
+@fault(
+    "R10",
+    "names of tensors and of a loss: traversal, control characters, mark-up, length, case",
+    ci=80,
+    full=1000,
+)
 def name_tensors(count: int, place: Path) -> str:
     names = hostile(count)
 
@@ -59,7 +87,11 @@ def name_tensors(count: int, place: Path) -> str:
     losses: Any = {name: Loss(F.mse_loss) for name in ("../../loss\x1b[31m", "<b>$loss")}
     out = place / "inside" / "run.lca"
     lca_posthoc.run(
-        place / "inside" / "ck", Task(Model, {"train": data}, losses), losses=["all"], out=out, cluster="inline"
+        place / "inside" / "ck",
+        Task(Model, {"train": data}, losses),
+        losses=["all"],
+        out=out,
+        cluster="inline",
     )
     run = open_run(out)
     assert list(run) == list(losses)
@@ -75,4 +107,7 @@ def name_tensors(count: int, place: Path) -> str:
         result = lca(*command)
         assert result.exit_code == 0, result.output
         assert steering(result.output) <= {"\n"}
-    return f"{count} names of tensors: all came back, nothing outside the run, nothing steers a terminal"
+    return (
+        f"{count} names of tensors: all came back, nothing outside the run, nothing steers a "
+        f"terminal"
+    )

@@ -1,4 +1,6 @@
-"""Drivers as processes that can be killed, forked from one that has imported everything; who works, and how often on what."""
+"""Drivers as processes that can be killed, forked from one that has imported everything; who works,
+and how often on what.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ PRELOADED = (
     "tests.faults.processes",
     "zarr",
 )
-CAPABILITIES = (1, 2)  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: without them root is refused files like everybody
+# CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: without them root is refused files like everybody
+CAPABILITIES = (1, 2)
 
 
 def counting(log: Path) -> dict[str, str]:
@@ -50,14 +53,20 @@ def counting(log: Path) -> dict[str, str]:
 
 
 def held(released: Path, span: int) -> dict[str, str]:
-    """The environment of processes whose spans from `span` on wait until the file `released` exists."""
+    """The environment of processes whose spans from `span` on wait until the file `released`
+    exists.
+    """
     path = counting(Path())["PYTHONPATH"]
     return {"PYTHONPATH": path, "LCA_FAULTS_HELD": f"{span}:{released}"}
 
 
 def begun(log: Path) -> Counter[int]:
     """How often each span was begun."""
-    return Counter(int(line.split()[0]) for line in log.read_text().splitlines()) if log.exists() else Counter()
+    return (
+        Counter(int(line.split()[0]) for line in log.read_text().splitlines())
+        if log.exists()
+        else Counter()
+    )
 
 
 def extra(log: Path) -> int:
@@ -67,13 +76,19 @@ def extra(log: Path) -> int:
 
 
 class Driver:
-    """A process of a session of its own, forked and not started anew: what it imports is there already."""
+    """A process of a session of its own, forked and not started anew: what it imports is there
+    already.
+    """
 
-    def __init__(self, arguments: Sequence[str], place: Path, environment: Mapping[str, str], powerless: bool) -> None:
+    def __init__(
+        self, arguments: Sequence[str], place: Path, environment: Mapping[str, str], powerless: bool
+    ) -> None:
         name = uuid.uuid4().hex
         self._err = place / f".{name}.err"
         streams = (str(place / f".{name}.out"), str(self._err))
-        self._process = _server().Process(target=_main, args=(list(arguments), streams, dict(environment), powerless))
+        self._process = _server().Process(
+            target=_main, args=(list(arguments), streams, dict(environment), powerless)
+        )
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
@@ -131,13 +146,17 @@ def drive(
     span: int = ground.SPAN,
 ) -> Driver:
     """`ground.command` as such a process; `powerless` is root without its power over files."""
-    with mock.patch.object(ground, "SCRIPT", ground.SCRIPT.replace(f"*_: {ground.SPAN}", f"*_: {span}")):
+    with mock.patch.object(
+        ground, "SCRIPT", ground.SCRIPT.replace(f"*_: {ground.SPAN}", f"*_: {span}")
+    ):
         return Driver(ground.command(place, out, *options)[1:], place, environment or {}, powerless)
 
 
 def _is_worker(process: psutil.Process) -> bool:
     try:
-        return process.status() != psutil.STATUS_ZOMBIE and "spawn_main" in " ".join(process.cmdline())
+        return process.status() != psutil.STATUS_ZOMBIE and "spawn_main" in " ".join(
+            process.cmdline()
+        )
     except psutil.NoSuchProcess:
         return False
 
@@ -148,7 +167,9 @@ def _server() -> multiprocessing.context.ForkServerContext:
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    with mock.patch.dict(os.environ, {**counting(Path()), "LCA_FAULTS_LOG": "", "OMP_NUM_THREADS": "1"}):
+    with mock.patch.dict(
+        os.environ, {**counting(Path()), "LCA_FAULTS_LOG": "", "OMP_NUM_THREADS": "1"}
+    ):
         forkserver.ensure_running()
     warm = context.Process(target=os.getpid)  # so that no measured driver waits for the imports
     warm.start()
@@ -156,9 +177,12 @@ def _server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _main(arguments: list[str], streams: Sequence[str], environment: Mapping[str, str], powerless: bool) -> None:
+def _main(
+    arguments: list[str], streams: Sequence[str], environment: Mapping[str, str], powerless: bool
+) -> None:
     os.setsid()
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: of a test that is killed, nothing stays behind
+    # PR_SET_PDEATHSIG: of a test that is killed, nothing stays behind
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     for descriptor, stream in enumerate(streams, 1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666), descriptor)
     os.environ.update(environment)
@@ -181,7 +205,8 @@ def _drop(capabilities: Sequence[int]) -> None:
     assert libc.capset(header, data) == 0, os.strerror(ctypes.get_errno())
 
 
-# --- the ground, laid out once ----------------------------------------------------------------------------------------
+# --- the ground, laid out once
+# ----------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -194,19 +219,24 @@ def _laid(segments: int, span: int) -> tempfile.TemporaryDirectory[str]:
 
 @contextmanager
 def laid_out(segments: int = 40, span: int = ground.SPAN) -> Iterator[tuple[Path, Path]]:
-    """A place of its own with the ground, and its clean run, which is that of every fault of this process.
+    """A place of its own with the ground, and its clean run, which is that of every fault of this
+    process.
 
-    In memory where there is such a place: what a killed process leaves is the same there, and flushing costs nothing.
+    In memory where there is such a place: what a killed process leaves is the same there, and
+    flushing costs nothing.
     """
     shared = Path(_laid(segments, span).name)
-    with tempfile.TemporaryDirectory(prefix="lca-fault-", dir=MEMORY, ignore_cleanup_errors=True) as made:
+    with tempfile.TemporaryDirectory(
+        prefix="lca-fault-", dir=MEMORY, ignore_cleanup_errors=True
+    ) as made:
         place = Path(made)
         shutil.copytree(shared / "checkpoints", place / "checkpoints")
         shutil.copy(shared / "small_task.py", place)
         yield place, shared / "clean.lca"
 
 
-# --- what must hold afterwards ----------------------------------------------------------------------------------------
+# --- what must hold afterwards
+# ----------------------------------------------------------------------------------------
 
 
 def markers(out: Path) -> int:
@@ -215,7 +245,9 @@ def markers(out: Path) -> int:
 
 
 def undamaged(out: Path) -> None:
-    """Whatever a marker speaks for is whole, as `lca verify` sees it; a run that was never created is."""
+    """Whatever a marker speaks for is whole, as `lca verify` sees it; a run that was never created
+    is.
+    """
     if (out / "run.json").exists():
         damages = [found for found in store.verify(out) if isinstance(found, store.Damage)]
         assert damages == [], damages[:3]
@@ -223,8 +255,12 @@ def undamaged(out: Path) -> None:
 
 def nothing_left(out: Path) -> None:
     """No temporary file in or beside a run, and nobody holds it."""
-    left = [path for path in out.rglob("*") if ".partial" in path.name or path.name.endswith(".tmp")]
-    beside = [path for path in out.parent.iterdir() if path.name.lstrip(".").startswith(f"{out.name}.")]
+    left = [
+        path for path in out.rglob("*") if ".partial" in path.name or path.name.endswith(".tmp")
+    ]
+    beside = [
+        path for path in out.parent.iterdir() if path.name.lstrip(".").startswith(f"{out.name}.")
+    ]
     assert [*left, *beside] == []
 
 
@@ -260,7 +296,9 @@ def nobody_left(*drivers: Driver) -> None:
 
 
 def signalled(driver: Driver, number: signal.Signals) -> None:
-    """As a terminal sends Ctrl-C to all of a group, and a scheduler of jobs SIGTERM to the driver."""
+    """As a terminal sends Ctrl-C to all of a group, and a scheduler of jobs SIGTERM to the
+    driver.
+    """
     if number == signal.SIGINT:
         os.killpg(driver.pid, number)
     else:

@@ -1,4 +1,6 @@
-"""Faults of the disk and of whoever shares it: calls that fail, bytes that change, records that lie, work done twice."""
+"""Faults of the disk and of whoever shares it: calls that fail, bytes that change, records that
+lie, work done twice.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,14 @@ def _run(place: Path, out: Path) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "choose_span", lambda *_: SPAN)
         patch.setattr(prepare, "_WINDOWS", 4)
-        arguments = (place / "checkpoints", "--task", place / "small_task.py", "--out", out, *OPTIONS)
+        arguments = (
+            place / "checkpoints",
+            "--task",
+            place / "small_task.py",
+            "--out",
+            out,
+            *OPTIONS,
+        )
         return lca("run", *arguments)
 
 
@@ -56,7 +65,8 @@ def _resumed(place: Path, out: Path) -> list[tuple[str, int]]:
     return [(loss, event.span) for event in done for loss in event.losses]
 
 
-# --- R4: the N-th call fails -------------------------------------------------------------------------------------------
+# --- R4: the N-th call fails
+# -------------------------------------------------------------------------------------------
 
 
 class _Writing:
@@ -81,7 +91,9 @@ class _Writing:
 
 @contextlib.contextmanager
 def _failing(out: Path, number: int | None, code: int) -> Iterator[list[int]]:
-    """Count the calls that open, write, flush or rename something of a run; the `number`-th fails."""
+    """Count the calls that open, write, flush or rename something of a run; the `number`-th
+    fails.
+    """
     made, place = [0], str(out)
 
     def count(path: object) -> None:
@@ -115,7 +127,12 @@ def _failing(out: Path, number: int | None, code: int) -> Iterator[list[int]]:
         yield made
 
 
-@fault("R4", "the N-th call that opens, writes, flushes or renames fails (EIO, ENOSPC)", ci=40, full=200)
+@fault(
+    "R4",
+    "the N-th call that opens, writes, flushes or renames fails (EIO, ENOSPC)",
+    ci=40,
+    full=200,
+)
 def fail_a_call(count: int, place: Path) -> str:
     lay_out(place, 5)
     with _failing(place / "clean.lca", None, 0) as made:
@@ -144,7 +161,8 @@ def fail_a_call(count: int, place: Path) -> str:
     return f"{len(codes)} of {made[0]} calls: {told}; all resumed to the same bytes"
 
 
-# --- R6: stored bytes change -------------------------------------------------------------------------------------------
+# --- R6: stored bytes change
+# -------------------------------------------------------------------------------------------
 
 
 def _flipped(file: Path) -> None:
@@ -164,7 +182,9 @@ DAMAGES: dict[str, Change] = {
 ARRAYS = ("allocation/hidden.weight", "units/out.bias", "tensors/helping")
 
 
-@fault("R6", "a chunk is damaged: six ways, first, middle and last span, three arrays", ci=18, full=54)
+@fault(
+    "R6", "a chunk is damaged: six ways, first, middle and last span, three arrays", ci=18, full=54
+)
 def damage_a_chunk(count: int, place: Path) -> str:
     lay_out(place, 9)
     clean = clean_run(place, place / "clean.lca")
@@ -180,7 +200,10 @@ def damage_a_chunk(count: int, place: Path) -> str:
         assert f"lca repair {out}" in line
         (found,) = document_of_damages(out)
         name = key if part != "tensors" else None
-        assert (found["loss"], found["tensor"], found["span"]) == ("train", name, span), (how, found)
+        assert (found["loss"], found["tensor"], found["span"]) == ("train", name, span), (
+            how,
+            found,
+        )
         assert found["array"] in (part, array)
         assert (found["first_step"], found["last_step"]) == (2 * span, min(9, 2 * span + 2))
         with pytest.raises(LCAError, match=rf"{key}.* \(steps {2 * span} to "):
@@ -198,7 +221,9 @@ def refused_by_verify(out: Path, damages: int) -> str:
     """`lca verify` ends with exit 4 and counts the damages; its last line."""
     result = lca("verify", out)
     line = result.stderr.splitlines()[-1]
-    assert (result.exit_code, line.startswith(f"lca: {damages} damaged file")) == (4, True), result.output
+    assert (result.exit_code, line.startswith(f"lca: {damages} damaged file")) == (4, True), (
+        result.output
+    )
     assert len(result.stdout.splitlines()) == 1 + damages, result.stdout
     return line
 
@@ -211,11 +236,14 @@ def document_of_damages(out: Path) -> list[dict[str, Any]]:
     return list(found["damages"])
 
 
-# --- R15: a span replayed twice at once --------------------------------------------------------------------------------
+# --- R15: a span replayed twice at once
+# --------------------------------------------------------------------------------
 
 
 def _replay(specs: list[Any], out: Path, clean: Path, together: Any, first: bool) -> None:
-    """Replay some spans in step with another process; the first of the two takes markers away and looks at what came."""
+    """Replay some spans in step with another process; the first of the two takes markers away and
+    looks at what came.
+    """
     for spec in specs:
         if first:
             marker(out, "train", spec["span"]).unlink()
@@ -237,13 +265,21 @@ def replay_twice(count: int, place: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
         for span in range(5):
             marker(out, "train", span).unlink()
-        patch.setattr("lca_posthoc.replay.replay_span", lambda spec: specs.append(spec) or replay_span(spec))
+        patch.setattr(
+            "lca_posthoc.replay.replay_span", lambda spec: specs.append(spec) or replay_span(spec)
+        )
         _resumed(place, out)
     assert [spec["span"] for spec in specs] == list(range(5))
     broadcast.take_in(specs[0]["setup"]["parcel"], pack(place / "small_task.py")[1])
     context = multiprocessing.get_context("fork")
-    cases, together = [specs[at % len(specs)] for at in range(count)], context.Barrier(2, timeout=60)
-    both = [context.Process(target=_replay, args=(cases, out, clean, together, first)) for first in (True, False)]
+    cases, together = (
+        [specs[at % len(specs)] for at in range(count)],
+        context.Barrier(2, timeout=60),
+    )
+    both = [
+        context.Process(target=_replay, args=(cases, out, clean, together, first))
+        for first in (True, False)
+    ]
     for each in both:
         each.start()
     for each in both:
@@ -253,7 +289,8 @@ def replay_twice(count: int, place: Path) -> str:
     return f"{count} spans replayed by two processes at once: the same bytes, one marker each"
 
 
-# --- R17: records of other releases, and records that lie --------------------------------------------------------------
+# --- R17: records of other releases, and records that lie
+# --------------------------------------------------------------
 
 
 def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
@@ -266,19 +303,43 @@ def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
 
 
 LIES: dict[str, tuple[Callable[[dict[str, Any]], object], tuple[str, ...]]] = {
-    "a newer format": (_set("format", to=FORMAT + 1), (f"format {FORMAT + 1} of a newer release", "Install")),
-    "an older format": (_set("format", to=FORMAT - 1), (f"format {FORMAT - 1} of an older release", "--out")),
+    "a newer format": (
+        _set("format", to=FORMAT + 1),
+        (f"format {FORMAT + 1} of a newer release", "Install"),
+    ),
+    "an older format": (
+        _set("format", to=FORMAT - 1),
+        (f"format {FORMAT - 1} of an older release", "--out"),
+    ),
     "an unknown field": (_set("colour", to="red"), ("'colour' is unknown",)),
     "a missing field": (lambda record: record.pop("window"), ("'window' is missing",)),
-    "a missing tensor's key": (lambda record: record["tensors"][0].pop("key"), ("'tensors.key' is missing",)),
+    "a missing tensor's key": (
+        lambda record: record["tensors"][0].pop("key"),
+        ("'tensors.key' is missing",),
+    ),
     "text for a number": (_set("span", to="2"), ("'span' must be",)),
     "a span that is no power of two": (_set("span", to=3), ("'span' must be a power of two",)),
-    "an absurd shape": (_set("tensors", 0, "shape", to=[2**40, 2**40]), ("'tensors.shape' must be fewer than 2**63",)),
-    "a tensor above the run": (_set("tensors", 0, "key", to="../../up"), ("'tensors.key' must be",)),
+    "an absurd shape": (
+        _set("tensors", 0, "shape", to=[2**40, 2**40]),
+        ("'tensors.shape' must be fewer than 2**63",),
+    ),
+    "a tensor above the run": (
+        _set("tensors", 0, "key", to="../../up"),
+        ("'tensors.key' must be",),
+    ),
     "a loss above the run": (_set("losses", "train", "key", to=".."), ("'losses.key' must be",)),
-    "checkpoints elsewhere": (_set("checkpoints", 0, 1, to=["../secret"]), ("'checkpoints' must be files below",)),
-    "checkpoints out of order": (_set("checkpoints", 0, 0, to=10**6), ("'checkpoints' must be in ascending order",)),
-    "two tensors with one key": (_set("tensors", 0, "key", to="OUT.bias"), ("'tensors.key' must be another one",)),
+    "checkpoints elsewhere": (
+        _set("checkpoints", 0, 1, to=["../secret"]),
+        ("'checkpoints' must be files below",),
+    ),
+    "checkpoints out of order": (
+        _set("checkpoints", 0, 0, to=10**6),
+        ("'checkpoints' must be in ascending order",),
+    ),
+    "two tensors with one key": (
+        _set("tensors", 0, "key", to="OUT.bias"),
+        ("'tensors.key' must be another one",),
+    ),
     "more tensors than a model has": (
         lambda record: record["tensors"].extend(record["tensors"][:1] * 100_001),
         ("'tensors' must be a list of 0 to 100000 entries",),
@@ -290,7 +351,9 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], tuple[str, ...]]] = {
 }
 
 
-@fault("R17", "run.json of another release, or one that lies, rightly sealed", ci=10, full=len(LIES))
+@fault(
+    "R17", "run.json of another release, or one that lies, rightly sealed", ci=10, full=len(LIES)
+)
 def lie_in_the_record(count: int, place: Path) -> str:
     lay_out(place, 9)
     out = clean_run(place, place / "run.lca")

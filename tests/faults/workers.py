@@ -37,7 +37,8 @@ from .processes import (
     whole,
 )
 
-# --- a worker that hangs ----------------------------------------------------------------------------------------------
+# --- a worker that hangs
+# ----------------------------------------------------------------------------------------------
 
 HANGING = """\
     def forward(self, inputs):
@@ -48,13 +49,17 @@ HANGING = """\
 
 @fault("R3", "a worker that hangs and holds the interpreter's lock", ci=1, full=5)
 def hanging(count: int, _: Path) -> str:
-    """The hang is at one checkpoint in the middle of a span, so that one span and no other meets it."""
+    """The hang is at one checkpoint in the middle of a span, so that one span and no other meets
+    it.
+    """
     chance = random.Random(3)
     with laid_out() as (place, clean):
         flag = place / "flag"
         write_task(place / "small_task.py", "    def forward(self, inputs):\n", HANGING)
         text = (place / "small_task.py").read_text()
-        (place / "small_task.py").write_text(f"import ctypes\nimport os\n\nFLAG = {str(flag)!r}\n{text}")
+        (place / "small_task.py").write_text(
+            f"import ctypes\nimport os\n\nFLAG = {str(flag)!r}\n{text}"
+        )
         for number in range(count):
             out, span = place / f"run-{number}.lca", chance.randrange(3, 18)
             step = ground.SPAN * span + 1
@@ -64,15 +69,23 @@ def hanging(count: int, _: Path) -> str:
             with standing(place / f"cluster-{number}", 1, **environment) as made:
                 driver = drive(place, out, *made.options)
                 assert driver.finished(120) == 3, (driver.returncode, driver.said)
-                named(driver.said, f"Steps {step - 1} to {step + 1}", "1 span failed; the others are complete")
+                named(
+                    driver.said,
+                    f"Steps {step - 1} to {step + 1}",
+                    "1 span failed; the others are complete",
+                )
             assert markers(out) == 19
             undamaged(out)
             flag.unlink()
             complete(place, out, clean)
-    return f"{count} hangs, each exit 3 with the steps, the other 19 spans complete, bytes equal without it"
+    return (
+        f"{count} hangs, each exit 3 with the steps, the other 19 spans complete, bytes equal "
+        f"without it"
+    )
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory
+# -----------------------------------------------------------------------------------------------------------
 
 TIGHT = """\
     def forward(self, inputs):
@@ -81,7 +94,8 @@ TIGHT = """\
 """
 ERRORS = (
     'raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")',
-    "torch.empty(2**58)",  # for which torch's allocator on the CPU raises what has no class of its own
+    # for which torch's allocator on the CPU raises what has no class of its own
+    "torch.empty(2**58)",
     "raise MemoryError",
 )
 
@@ -103,7 +117,8 @@ def _apart(out: Path, clean: Path) -> float:
     ours, theirs = _allocations(out), _allocations(clean)
     assert ours.keys() == theirs.keys()
     return max(
-        float(np.abs(ours[name] - theirs[name]).sum() / max(np.abs(theirs[name]).sum(), 1e-300)) for name in theirs
+        float(np.abs(ours[name] - theirs[name]).sum() / max(np.abs(theirs[name]).sum(), 1e-300))
+        for name in theirs
     )
 
 
@@ -115,17 +130,25 @@ def _run(place: Path, out: Path, *options: object) -> Any:
 
 @fault("R12", "memory that runs out", ci=3, full=10)
 def out_of_memory(count: int, _: Path) -> str:
-    """Splits of 30 and 10 examples, of which no more than b may be had at once as soon as spans are computed."""
+    """Splits of 30 and 10 examples, of which no more than b may be had at once as soon as spans are
+    computed.
+    """
     farthest, smallest = 0.0, math.inf
     with laid_out() as (place, clean):
         for number in range(count):
-            most, error = (29, 7, 14, 2, 10, 1, 20, 5, 9, 3)[number % 10], ERRORS[number % len(ERRORS)]
+            most, error = (
+                (29, 7, 14, 2, 10, 1, 20, 5, 9, 3)[number % 10],
+                ERRORS[number % len(ERRORS)],
+            )
             out = place / f"run-{number}.lca"
             _tighten(place, out, most, error)
             result = _run(place, out)
             assert result.exit_code == 0, (most, error, result.output)
             says(result.stderr, "out of memory", "in batches of", "its marker says so")
-            sizes = {json.loads(file.read_text())["batch_size"] for file in out.glob("commits/train/0*.json")}
+            sizes = {
+                json.loads(file.read_text())["batch_size"]
+                for file in out.glob("commits/train/0*.json")
+            }
             assert max(sizes) <= most, sizes
             smallest = min(smallest, *sizes)
             undamaged(out)
@@ -135,7 +158,10 @@ def out_of_memory(count: int, _: Path) -> str:
             _tighten(place, out, min(most, 9), error)
             result = _run(place, out, "--norm-stats", "batch", "--batch-size", 10)
             refused(result, "out of memory", "--norm-stats batch", "--batch-size", code=5)
-    return f"{count} runs in batches down to {smallest:.0f}, at most {farthest:.1e} apart; {count} of batch statistics exit 5"
+    return (
+        f"{count} runs in batches down to {smallest:.0f}, at most {farthest:.1e} apart; {count} of "
+        f"batch statistics exit 5"
+    )
 
 
 def _tighten(place: Path, out: Path, most: int, error: str) -> None:
@@ -144,7 +170,8 @@ def _tighten(place: Path, out: Path, most: int, error: str) -> None:
     task.write_text(f"import os\n\n{task.read_text()}")
 
 
-# --- workers that come and go -----------------------------------------------------------------------------------------
+# --- workers that come and go
+# -----------------------------------------------------------------------------------------
 
 
 @fault("R14", "one worker, two, one, in one run", ci=1, full=5)
@@ -158,20 +185,27 @@ def come_and_go(count: int, _: Path) -> str:
                 made.hire(**environment)
                 driver = drive(place, out, *made.options, environment=environment)
                 enough = chance.randint(2, 12)
-                assert driver.until(lambda out=out, enough=enough: markers(out) >= enough), driver.said
+                assert driver.until(lambda out=out, enough=enough: markers(out) >= enough), (
+                    driver.said
+                )
                 made.hire(**environment)
                 assert driver.until(lambda log=log: len(_hands(log)) == 2), driver.said
                 released.touch()
                 with Client(made.address, set_as_default=False) as client:
                     first = next(iter(_hands(log)))
                     found = client.run(os.getpid)
-                    client.retire_workers([address for address, pid in found.items() if pid == first])
+                    client.retire_workers(
+                        [address for address, pid in found.items() if pid == first]
+                    )
                 assert driver.finished() == 0, driver.said
                 assert sorted(begun(log)) == list(range(66))
                 assert extra(log) == 0, begun(log)
                 shared += min(_hands(log).values())
             whole(out, clean)
-    return f"{count} runs, every span executed once, {shared} on the worker that had fewer, bytes equal"
+    return (
+        f"{count} runs, every span executed once, {shared} on the worker that had fewer, bytes "
+        f"equal"
+    )
 
 
 def _hands(log: Path) -> Counter[int]:
@@ -179,7 +213,8 @@ def _hands(log: Path) -> Counter[int]:
     return Counter(int(line.split()[1]) for line in log.read_text().splitlines())
 
 
-# --- for long ---------------------------------------------------------------------------------------------------------
+# --- for long
+# ---------------------------------------------------------------------------------------------------------
 
 
 @fault("R18", "a soak: many spans, two workers, one run", ci=120, full=1000)
@@ -187,7 +222,9 @@ def soak(count: int, _: Path) -> str:
     every = max(5, count // 20)
     with laid_out(count, span=1) as (place, clean):
         out, log = place / "run.lca", place / "log"
-        driver = drive(place, out, "--cluster", "local", "--workers", 2, environment=counting(log), span=1)
+        driver = drive(
+            place, out, "--cluster", "local", "--workers", 2, environment=counting(log), span=1
+        )
         memory: dict[int, list[int]] = defaultdict(list)
         descriptors: list[int] = []
         taken = count // 4  # what is held once is there by then
@@ -205,12 +242,14 @@ def soak(count: int, _: Path) -> str:
     assert len(memory) == 3
     growth = [_growth(samples) for samples in memory.values()]
     assert max(growth) < 0.05, growth
-    # Dask keeps a connection for each transfer that ever went on at the same time: few, and hardly any more in the second half.
+    # Dask keeps a connection for each transfer that ever went on at the same time: few, and hardly
+    # any more in the second half.
     later = descriptors[len(descriptors) // 2 :]
     assert max(later) - later[0] <= 2, descriptors
     assert max(descriptors) - min(descriptors) <= 8, descriptors
     return (
-        f"{count} spans, {len(descriptors)} samples: memory of driver and workers {', '.join(f'{each:+.1%}' for each in growth)}, "
+        f"{count} spans, {len(descriptors)} samples: memory of driver and workers "
+        f"{', '.join(f'{each:+.1%}' for each in growth)}, "
         f"{min(descriptors)} to {max(descriptors)} descriptors, nothing left, bytes equal"
     )
 

@@ -1,5 +1,27 @@
-"""One file per finding: `section()` returns its title and figures, `block(panel, room)` its content for one loss."""
+"""One file per finding: `section()` returns its title and figures, `block(panel, room)` its content
+for one loss.
+"""
 
-from . import candidates, curve, distribution, generalisation, helping, layers, oscillation, peaks, units
+from . import (
+    candidates,
+    curve,
+    distribution,
+    generalisation,
+    helping,
+    layers,
+    oscillation,
+    peaks,
+    units,
+)
 
-SECTIONS = (curve, layers, helping, distribution, oscillation, units, peaks, generalisation, candidates)
+SECTIONS = (
+    curve,
+    layers,
+    helping,
+    distribution,
+    oscillation,
+    units,
+    peaks,
+    generalisation,
+    candidates,
+)

@@ -18,8 +18,10 @@ def section() -> Section:
     return Section(
         name="candidates",
         title="Candidates",
-        reading="These are suggestions to test, not verdicts: freezing a layer changes the path of every other one. "
-        "Layers that hurt in sum may be worth freezing, units that never did anything worth pruning or initialising again.",
+        reading="These are suggestions to test, not verdicts: freezing a layer changes the path of "
+        "every other one. "
+        "Layers that hurt in sum may be worth freezing, units that never did anything worth "
+        "pruning or initialising again.",
     )
 
 
@@ -35,7 +37,11 @@ def block(panel: Panel, room: Room) -> Block:
     grouped = panel.groups is not None
     helping = finding["helping"].values
     rows: list[list[Cell]] = [
-        [str(names[position]), float(total[position]), *([] if grouped else [float(helping[position])])]
+        [
+            str(names[position]),
+            float(total[position]),
+            *([] if grouped else [float(helping[position])]),
+        ]
         for position in sorted(freeze, key=lambda position: -total[position])
     ]
     columns = [
@@ -44,7 +50,12 @@ def block(panel: Panel, room: Room) -> Block:
         *([] if grouped else [Column("helping", "share")]),
     ]
     tables = [
-        Table(title="Layers that hurt in sum: try freezing them", columns=columns, rows=rows[:MOST_ROWS], open=True),
+        Table(
+            title="Layers that hurt in sum: try freezing them",
+            columns=columns,
+            rows=rows[:MOST_ROWS],
+            open=True,
+        ),
         _named(finding, "unit", "Units that hurt most", [("total", "Σ allocation", "bar")]),
         _named(
             finding,
@@ -63,21 +74,29 @@ def block(panel: Panel, room: Room) -> Block:
     if "dead_name" in finding.coords:
         sentence += f" Units without any effect: {_dead(panel, finding)}."
     return Block(
-        captions={"": sentence}, tables=[table for table in tables if table is not None and table.rows], notes=notes
+        captions={"": sentence},
+        tables=[table for table in tables if table is not None and table.rows],
+        notes=notes,
     )
 
 
 def _dead(panel: Panel, finding: xr.Dataset) -> str:
-    """Say how many units had no effect, each counted once however many tensors it has, and name some."""
+    """Say how many units had no effect, each counted once however many tensors it has, and name
+    some.
+    """
     dead, most = [clean(name, 60) for name in finding["dead_name"].values], _NAMED
     if len(dead) >= most:
         more, _ = panel.find("candidates", most=_MOST_DEAD)
         dead, most = [clean(name, 60) for name in more["dead_name"].values], _MOST_DEAD
-    amount = f"at least {count(most)}" if len(dead) >= most else count(len(dead)) if dead else "none"
+    amount = (
+        f"at least {count(most)}" if len(dead) >= most else count(len(dead)) if dead else "none"
+    )
     return f"{amount}{f', such as {listed(dead[:6])}' if len(dead) > 6 else f' ({listed(dead)})' if dead else ''}"
 
 
-def _named(finding: xr.Dataset, kind: str, title: str, values: list[tuple[str, str, str]]) -> Table | None:
+def _named(
+    finding: xr.Dataset, kind: str, title: str, values: list[tuple[str, str, str]]
+) -> Table | None:
     if f"{kind}_name" not in finding.variables:
         return None
     rows: list[list[Cell]] = [
@@ -85,7 +104,9 @@ def _named(finding: xr.Dataset, kind: str, title: str, values: list[tuple[str, s
         for position, name in enumerate(finding[f"{kind}_name"].values)
     ]
     return Table(
-        title=title, columns=[Column(kind, "name"), *(Column(heading, how) for _, heading, how in values)], rows=rows
+        title=title,
+        columns=[Column(kind, "name"), *(Column(heading, how) for _, heading, how in values)],
+        rows=rows,
     )
 
 
@@ -95,7 +116,10 @@ def _tensors(finding: xr.Dataset, notes: list[str]) -> Table | None:
     elements = finding["tensor_elements"].values
     shown = largest(elements, MOST_ROWS)
     if len(shown) < len(elements):
-        notes.append(f"Silent parameters are listed for the {len(shown)} largest of {count(len(elements), 'tensor')}.")
+        notes.append(
+            f"Silent parameters are listed for the {len(shown)} largest of "
+            f"{count(len(elements), 'tensor')}."
+        )
     rows: list[list[Cell]] = [
         [
             str(finding["tensor"].values[position]),
@@ -115,5 +139,6 @@ def _tensors(finding: xr.Dataset, notes: list[str]) -> Table | None:
         title="Parameters without effect, tensor by tensor",
         columns=columns,
         rows=rows,
-        note="Silent: exactly zero on every segment. Never helped: hurt at least once and helped never.",
+        note="Silent: exactly zero on every segment. Never helped: hurt at least once and helped "
+        "never.",
     )

@@ -28,7 +28,8 @@ def section() -> Section:
     return Section(
         name="compare",
         title="Run against run",
-        reading="The same layer in different runs, so that what is due to the network can be told from what is due to the seed or "
+        reading="The same layer in different runs, so that what is due to the network can be told "
+        "from what is due to the seed or "
         "the setting. A difference of single runs is an observation; "
         "for intervals and p-values put repeats, such as seeds, under one label, "
         "LABEL=RUN, as `lca compare` takes them too.",
@@ -37,16 +38,25 @@ def section() -> Section:
     )
 
 
-def block(first: Panel, runs: Sequence[Panel | None], labelled: Sequence[str] | None, room: Room) -> Block | None:
-    """Compare all runs that have the first panel's loss; `labelled` has the label of each run where repeats share one."""
-    labels = [panel.run_label if panel is not None else "" for panel in runs] if labelled is None else labelled
+def block(
+    first: Panel, runs: Sequence[Panel | None], labelled: Sequence[str] | None, room: Room
+) -> Block | None:
+    """Compare all runs that have the first panel's loss; `labelled` has the label of each run where
+    repeats share one.
+    """
+    labels = (
+        [panel.run_label if panel is not None else "" for panel in runs]
+        if labelled is None
+        else labelled
+    )
     same = [(label, panel) for label, panel in zip(labels, runs, strict=True) if panel is not None]
     if len(same) < 2:
         return None
     notes = []
     if len(same) < len(runs):
         notes.append(
-            f"{count(len(runs) - len(same), 'run')} without a segment of loss {clean(first.loss, 60)} are not compared."
+            f"{count(len(runs) - len(same), 'run')} without a segment of loss "
+            f"{clean(first.loss, 60)} are not compared."
         )
     if len(same) > _LINES:
         notes.append(f"The loss is drawn for the first {_LINES} of {len(same):,} runs.")
@@ -66,7 +76,12 @@ def block(first: Panel, runs: Sequence[Panel | None], labelled: Sequence[str] | 
         tints.append(kinds.index(label))
         sentences.append(f"{panel.run_label} {plain(float(y[0]))} → {plain(float(y[-1]))}")
     some = f"{'; '.join(sentences[:_SAID])}{f'; and {count(len(sentences) - _SAID)} more, in the table' if len(sentences) > _SAID else ''}"
-    view: dict[str, Json] = {"xs": {"join": xs}, "ys": {"join": ys}, "name": names, "colour": "@palette"}
+    view: dict[str, Json] = {
+        "xs": {"join": xs},
+        "ys": {"join": ys},
+        "name": names,
+        "colour": "@palette",
+    }
     if labelled is not None:
         view["kind"] = tints
         view["@kinds"] = [clean(kind, 60) for kind in kinds]
@@ -96,7 +111,8 @@ def _tables(same: Sequence[tuple[str, Panel]], labelled: bool) -> tuple[list[Tab
     tables.append(_layers(finding, repeats, notes))
     if not labelled and len(same) > 2:
         notes.append(
-            "Runs that are repeats can share a label, as in LABEL=RUN: layers then have intervals and p-values."
+            "Runs that are repeats can share a label, as in LABEL=RUN: layers then have intervals "
+            "and p-values."
         )
     return tables, notes
 
@@ -106,10 +122,20 @@ def _runs(finding: xr.Dataset, repeats: bool) -> Table:
     rows: list[list[Cell]] = []
     for position, label in enumerate(finding["label"].values):
         of = finding.isel(label=position)
-        end, share = (_interval(of, name, write) for name, write in (("loss_end", plain), ("helping", percent)))
+        end, share = (
+            _interval(of, name, write)
+            for name, write in (("loss_end", plain), ("helping", percent))
+        )
         p = [int(of["runs"]), *end, float(of["p_loss_end"]), float(of["loss_change"]), *share]
         rows.append(
-            [str(label), *(p if repeats else [float(of[name]) for name in ("loss_end", "loss_change", "helping")])]
+            [
+                str(label),
+                *(
+                    p
+                    if repeats
+                    else [float(of[name]) for name in ("loss_end", "loss_change", "helping")]
+                ),
+            ]
         )
     if not repeats:
         columns = [
@@ -128,7 +154,10 @@ def _runs(finding: xr.Dataset, repeats: bool) -> Table:
         Column("helping", "right"),
     ]
     interval = f"{100 * finding.attrs['confidence']:g} %"
-    note = f"In brackets the {interval} t interval of the mean over the runs of a label. p: {_test(finding)} against the first label."
+    note = (
+        f"In brackets the {interval} t interval of the mean over the runs of a label. p: "
+        f"{_test(finding)} against the first label."
+    )
     return Table(title="Labels", columns=columns, rows=rows, note=note, open=True)
 
 
@@ -143,7 +172,9 @@ def _every(same: Sequence[tuple[str, Panel]]) -> Table:
     rows: list[list[Cell]] = []
     for label, panel in same:
         of = panel.whole
-        rows.append([panel.run_label, clean(label, 60), of["loss_end"], of["loss_change"], of["helping"]])
+        rows.append(
+            [panel.run_label, clean(label, 60), of["loss_end"], of["loss_change"], of["helping"]]
+        )
     columns = [
         Column("run", "name"),
         Column("label", "text"),
@@ -155,18 +186,26 @@ def _every(same: Sequence[tuple[str, Panel]]) -> Table:
 
 
 def _layers(finding: xr.Dataset, repeats: bool, notes: list[str]) -> Table:
-    """Return the sum of each layer in each run or label, of labels with repeats also intervals, differences and p-values."""
+    """Return the sum of each layer in each run or label, of labels with repeats also intervals,
+    differences and p-values.
+    """
     columns_of = {name: finding[name].transpose("label", "layer").values for name in _VALUES}
     mean = columns_of["mean"]
     picked = largest(np.nanmax(np.abs(mean), axis=0), MOST_ROWS)
     if len(picked) < mean.shape[1]:
-        notes.append(f"{count(mean.shape[1] - len(picked), 'layer')} with smaller sums are not compared.")
+        notes.append(
+            f"{count(mean.shape[1] - len(picked), 'layer')} with smaller sums are not compared."
+        )
     columns = [Column("layer", "name")]
     for position, label in enumerate(finding["label"].values):
         columns.append(Column(str(label), "bar"))
         if repeats:
             columns += [Column("± half the interval", "plain"), Column("p", "plain")]
-            columns += [Column(f"less {finding['label'].values[0]}"), Column("p of that", "plain")] if position else []
+            columns += (
+                [Column(f"less {finding['label'].values[0]}"), Column("p of that", "plain")]
+                if position
+                else []
+            )
     rows: list[list[Cell]] = []
     for layer in picked:
         row: list[Cell] = [str(finding["layer"].values[layer])]
@@ -178,13 +217,17 @@ def _layers(finding: xr.Dataset, repeats: bool, notes: list[str]) -> Table:
                     float(columns_of["p_holm"][position, layer]),
                 ]
                 row += (
-                    [float(columns_of[name][position, layer]) for name in ("difference", "p_difference_holm")]
+                    [
+                        float(columns_of[name][position, layer])
+                        for name in ("difference", "p_difference_holm")
+                    ]
                     if position
                     else []
                 )
         rows.append(row)
     note = (
-        f"p of a layer: t-test of its mean against 0; of a difference: {_test(finding)}; both corrected by Holm over layers and labels."
+        f"p of a layer: t-test of its mean against 0; of a difference: {_test(finding)}; both "
+        f"corrected by Holm over layers and labels."
         if repeats
         else ""
     )
@@ -203,4 +246,8 @@ def _test(finding: xr.Dataset) -> str:
     paired = finding["paired"].values[1:]
     if not paired.any():
         return "Welch's test"
-    return "paired t-test" if paired.all() else "paired t-test where runs come in pairs, else Welch's test"
+    return (
+        "paired t-test"
+        if paired.all()
+        else "paired t-test where runs come in pairs, else Welch's test"
+    )

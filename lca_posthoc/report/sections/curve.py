@@ -20,18 +20,30 @@ def section() -> Section:
     """Return two figures: the loss, and what the sum misses on every segment."""
     loss = steps_figure("loss", 320)
     add_lines(
-        loss, "predicted", ACCENT, width=6, alpha=0.45, tip=[("step", "@x{0}"), ("start + Σ allocation", "@y{%.5g}")]
+        loss,
+        "predicted",
+        ACCENT,
+        width=6,
+        alpha=0.45,
+        tip=[("step", "@x{0}"), ("start + Σ allocation", "@y{%.5g}")],
     )
     add_lines(loss, "true", INK, tip=[("step", "@x{0}"), ("loss", "@y{%.5g}")])
     residual = steps_figure("residual of a segment", 200)
     add_level(residual, 0)
     add_lines(residual, "residual", MUTED, width=1.25)
-    add_dots(residual, "worst", [("segment from step", "@x{0}"), ("residual", "@y{%+.3e}"), ("", "@name")], size=6)
+    add_dots(
+        residual,
+        "worst",
+        [("segment from step", "@x{0}"), ("residual", "@y{%+.3e}"), ("", "@name")],
+        size=6,
+    )
     return Section(
         name="curve",
         title="Loss curve",
-        reading="The dark line is the measured loss; the light band under it is the loss at the start plus everything allocated since. "
-        "Where they lie on each other the allocation explains the whole change; the residual below is what it misses on each segment.",
+        reading="The dark line is the measured loss; the light band under it is the loss at the "
+        "start plus everything allocated since. "
+        "Where they lie on each other the allocation explains the whole change; the residual below "
+        "is what it misses on each segment.",
         figures={"curve": loss, "residual": residual},
         legends={
             "curve": [("ink", "loss"), ("accent", "start + Σ allocation")],
@@ -82,7 +94,9 @@ def block(panel: Panel, room: Room) -> Block:
     return Block(captions=captions, views=views, notes=[left_out] if left_out else [])
 
 
-def _captions(panel: Panel, finding: xr.Dataset, values: dict[str, Numbers], bad: int, label: str) -> dict[str, str]:
+def _captions(
+    panel: Panel, finding: xr.Dataset, values: dict[str, Numbers], bad: int, label: str
+) -> dict[str, str]:
     residual, start = values["residual"], float(values["loss_start"][0])
     end, predicted = float(values["loss"][-1]), float(values["predicted"][-1])
     worst = int(np.abs(residual).argmax())
@@ -92,16 +106,22 @@ def _captions(panel: Panel, finding: xr.Dataset, values: dict[str, Numbers], bad
         every = np.abs(finding["residual"].transpose("step", "group").values)
         position, group = np.unravel_index(np.nanargmax(every), every.shape)
         worst_of = (
-            f"; of one group, {clean(panel.groups[group], 60)}, {plain(float(every[position, group]))} in magnitude, from step "
+            f"; of one group, {clean(panel.groups[group], 60)}, "
+            f"{plain(float(every[position, group]))} in magnitude, from step "
             f"{steps[position]:,} on"
         )
     converged = f"{count(bad, 'segment')} did not converge" if bad else "Every segment converged"
     if panel.results.complete:
         added = f"added up, the allocation ends at {plain(predicted)}."
     else:
-        added = f"{panel.missing} are missing, over which nothing is drawn: there the sum begins again at the measured loss."
+        added = (
+            f"{panel.missing} are missing, over which nothing is drawn: there the sum begins again "
+            f"at the measured loss."
+        )
     return {
-        "curve": f"From step {steps[0]:,} on the loss{of} went from {plain(start)} to {plain(end)}; {added}",
-        "residual": f"Over {count(len(residual), 'segment')} the residuals{of} add up to {signed(float(residual.sum()))}; the largest is "
+        "curve": f"From step {steps[0]:,} on the loss{of} went from {plain(start)} to "
+        f"{plain(end)}; {added}",
+        "residual": f"Over {count(len(residual), 'segment')} the residuals{of} add up to "
+        f"{signed(float(residual.sum()))}; the largest is "
         f"{signed(float(residual[worst]))}, from step {steps[worst]:,} on{worst_of}. {converged}.",
     }

@@ -19,8 +19,11 @@ _CHOICES = ("how many there are", "what they add up to")
 
 def section() -> Section:
     """Return one figure: sizes on a logarithmic axis, helping above and hurting below the line."""
-    chart = plain_figure("size of an allocation, |A|, in units of loss", "share per doubling", 320, x_axis_type="log")
-    chart.xaxis.ticker = FixedTicker(ticks=[10.0**power for power in range(-45, 40, 3)])  # a phone has room for these
+    chart = plain_figure(
+        "size of an allocation, |A|, in units of loss", "share per doubling", 320, x_axis_type="log"
+    )
+    # a phone has room for these
+    chart.xaxis.ticker = FixedTicker(ticks=[10.0**power for power in range(-45, 40, 3)])
     chart.tags = ["percent"]
     tip = [("|A|", "@left{%.2e} to @right{%.2e}"), ("share", "@value{0.00%}")]
     for name in ("helping", "hurting"):
@@ -28,8 +31,10 @@ def section() -> Section:
     return Section(
         name="distribution",
         title="Sizes",
-        reading="Each bar counts allocations of one size, those that helped above the line and those that hurt below, on an axis of "
-        "powers of ten. Chosen to show what they add up to, the same bars tell how few large allocations carry the change.",
+        reading="Each bar counts allocations of one size, those that helped above the line and "
+        "those that hurt below, on an axis of "
+        "powers of ten. Chosen to show what they add up to, the same bars tell how few large "
+        "allocations carry the change.",
         figures={"distribution": chart},
         legends={"distribution": [("helping", "helped"), ("hurting", "hurt")]},
         headings={"distribution": "Allocations by size"},
@@ -46,7 +51,9 @@ def block(panel: Panel, room: Room) -> Block:
     for key, _, position in panel.choices:
         data = finding["count"].astype(float)
         amount = (
-            data.sum("group") if position is None and "group" in data.dims else panel.of_group(data, position)
+            data.sum("group")
+            if position is None and "group" in data.dims
+            else panel.of_group(data, position)
         ).values
         middle = (np.abs(lower) + np.abs(upper)) / 2
         for place, values in enumerate((amount, amount * middle)):
@@ -57,19 +64,28 @@ def block(panel: Panel, room: Room) -> Block:
         choice="Bars show",
         choices=_CHOICES,
         tables=[_table(panel, finding)],
-        notes=[*([left_out] if left_out else []), f"Bars with less than {percent(_LEAST)} of the whole are not drawn."],
+        notes=[
+            *([left_out] if left_out else []),
+            f"Bars with less than {percent(_LEAST)} of the whole are not drawn.",
+        ],
     )
 
 
-def _boxes(lower: np.ndarray[Any, Any], upper: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> View:
+def _boxes(
+    lower: np.ndarray[Any, Any], upper: np.ndarray[Any, Any], values: np.ndarray[Any, Any]
+) -> View:
     share = values / values.sum() if values.sum() else values
     boxes: dict[str, Json] = {}
     for name, side, sign in (("helping", upper <= 0, 1), ("hurting", lower >= 0, -1)):
-        low, high = np.minimum(abs(lower), abs(upper))[side], np.maximum(abs(lower), abs(upper))[side]
+        low, high = (
+            np.minimum(abs(lower), abs(upper))[side],
+            np.maximum(abs(lower), abs(upper))[side],
+        )
         # The outermost bins reach to zero and to infinity; draw them as wide as an octave.
         low, high = np.where(low > 0, low, high / 2), np.where(high < 1e30, high, low * 2)
         some = np.flatnonzero((share[side] > _LEAST) & (low > 0))
-        # Bins are of unequal width on a logarithmic axis; only densities make a smooth outline of them.
+        # Bins are of unequal width on a logarithmic axis; only densities make a smooth outline of
+        # them.
         density = share[side][some] / np.log2(high[some] / low[some])
         boxes[name] = {
             "left": numbers(low[some]),
@@ -87,11 +103,17 @@ def _sentence(panel: Panel, finding: xr.Dataset) -> str:
         for name in ("mean", "standard_deviation", "top_share", "gini")
         if name in finding
     }
-    sentence = f"The mean allocation is {signed(of['mean'])}, against a standard deviation of {plain(of['standard_deviation'])}."
+    sentence = (
+        f"The mean allocation is {signed(of['mean'])}, against a standard deviation of "
+        f"{plain(of['standard_deviation'])}."
+    )
     if not finding.sizes["bin"]:
         return "Every allocation is exactly 0."
     if "top_share" in of:
-        sentence += f" The largest 1 % of them carry {percent(of['top_share'])} of Σ|A|; their Gini coefficient is {plain(of['gini'])}."
+        sentence += (
+            f" The largest 1 % of them carry {percent(of['top_share'])} of Σ|A|; their Gini "
+            f"coefficient is {plain(of['gini'])}."
+        )
     return sentence
 
 
@@ -114,11 +136,15 @@ def _table(panel: Panel, finding: xr.Dataset) -> Table:
             write = {"share": percent, "number": signed, "plain": plain}[kind]
             text = write(value)
             if f"{name}_low" in finding:
-                low, high = (float(panel.of_group(finding[f"{name}_{end}"], None)) for end in ("low", "high"))
+                low, high = (
+                    float(panel.of_group(finding[f"{name}_{end}"], None)) for end in ("low", "high")
+                )
                 text += f" ({write(low)} to {write(high)})"
             rows.append([title if panel.groups is None else f"{title}, averaged over groups", text])
     zero = finding["zero"].sum() if "group" in finding["zero"].dims else finding["zero"]
     rows.append(["exactly zero", count(float(zero))])
     return Table(
-        title="The distribution in numbers", columns=[Column("what", "text"), Column("value", "right")], rows=rows
+        title="The distribution in numbers",
+        columns=[Column("what", "text"), Column("value", "right")],
+        rows=rows,
     )

@@ -1,4 +1,6 @@
-"""Two losses over two splits, such as training and validation, and the layers that lowered one and raised the other."""
+"""Two losses over two splits, such as training and validation, and the layers that lowered one and
+raised the other.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,10 @@ def section() -> Section:
     return Section(
         name="generalisation",
         title="One split against another",
-        reading="The same path measured on two splits. A layer that lowers the loss on the examples the network was trained on and raises "
-        "it on others may be where the network overfits. Where the lines part, what the layer did to the one loss does not carry "
+        reading="The same path measured on two splits. A layer that lowers the loss on the "
+        "examples the network was trained on and raises "
+        "it on others may be where the network overfits. Where the lines part, what the layer did "
+        "to the one loss does not carry "
         "over to the other.",
         figures={"generalisation": chart},
         headings={"generalisation": "Running sums of one layer on both losses"},
@@ -32,11 +36,15 @@ def section() -> Section:
 
 
 def block(panel: Panel, room: Room) -> Block | None:
-    """Return the layers, and the quadrants their parameters lie in, for the run's pair of losses; None for its other losses."""
+    """Return the layers, and the quadrants their parameters lie in, for the run's pair of losses;
+    None for its other losses.
+    """
     pair = partner(panel)
     if pair is None:
         return None
-    finding, left_out = panel.find("generalisation", panel.run[pair[1]]) if pair[0] == panel.loss else (None, "")
+    finding, left_out = (
+        panel.find("generalisation", panel.run[pair[1]]) if pair[0] == panel.loss else (None, "")
+    )
     if finding is None:
         return Block(notes=[left_out]) if left_out else None
     notes = [left_out] if left_out else []
@@ -45,12 +53,16 @@ def block(panel: Panel, room: Room) -> Block | None:
     shown = largest(both[0], MOST_ROWS)
     names = [clean(finding["layer"].values[position]) for position in shown]
     if len(shown) < len(both[0]):
-        notes.append(f"{count(len(both[0]) - len(shown), 'layer')} with smaller sums are not shown.")
+        notes.append(
+            f"{count(len(both[0]) - len(shown), 'layer')} with smaller sums are not shown."
+        )
     x = np.append(finding["step"].values[:1], finding["step_end"].values)
     most = room.points(2 * (len(shown) + 1), 0.2)
     views: dict[str, dict[str, Json]] = {}
     for place, position in enumerate([None, *shown]):
-        views[f"|{place}"] = {"@legend": [["ink", clean(pair[0], 60)], ["accent", f"{clean(pair[1], 60)} (dashed)"]]}
+        views[f"|{place}"] = {
+            "@legend": [["ink", clean(pair[0], 60)], ["accent", f"{clean(pair[1], 60)} (dashed)"]]
+        }
         for which, name, loss in zip(("first", "second"), called, pair, strict=True):
             sums = finding[f"cumulative_{name}"].transpose("step", "layer").values
             y = np.append(0.0, sums.sum(1) if position is None else sums[:, position])
@@ -58,11 +70,23 @@ def block(panel: Panel, room: Room) -> Block | None:
             of: Json = {"same": len(few), "v": clean(loss, 60)}
             views[f"|{place}"][which] = {"x": numbers(x[few]), "y": numbers(y[few]), "name": of}
     rows: list[list[Cell]] = [
-        [name, float(both[0][position]), float(both[1][position])] for name, position in zip(names, shown, strict=True)
+        [name, float(both[0][position]), float(both[1][position])]
+        for name, position in zip(names, shown, strict=True)
     ]
-    columns = [Column("layer", "name"), Column(f"Σ on {pair[0]}", "bar"), Column(f"Σ on {pair[1]}", "bar")]
-    overfit = [name for name, position in zip(names, shown, strict=True) if both[0][position] < 0 < both[1][position]]
-    sentence = f"Layers that lowered {clean(pair[0], 60)} and raised {clean(pair[1], 60)}: {listed(overfit) if overfit else 'none'}."
+    columns = [
+        Column("layer", "name"),
+        Column(f"Σ on {pair[0]}", "bar"),
+        Column(f"Σ on {pair[1]}", "bar"),
+    ]
+    overfit = [
+        name
+        for name, position in zip(names, shown, strict=True)
+        if both[0][position] < 0 < both[1][position]
+    ]
+    sentence = (
+        f"Layers that lowered {clean(pair[0], 60)} and raised {clean(pair[1], 60)}: "
+        f"{listed(overfit) if overfit else 'none'}."
+    )
     tables = [
         Table(title="Layers on both losses", columns=columns, rows=rows, open=True),
         *_more(finding, pair, called),
@@ -78,7 +102,9 @@ def block(panel: Panel, room: Room) -> Block | None:
 
 
 def partner(panel: Panel) -> tuple[str, str] | None:
-    """Return two complete losses of the panel's run over two splits, such as training and validation; None where it has none."""
+    """Return two complete losses of the panel's run over two splits, such as training and
+    validation; None where it has none.
+    """
     return two_splits({name: results for name, results in panel.run.items() if results.complete})
 
 
@@ -99,16 +125,23 @@ def _more(finding: xr.Dataset, pair: tuple[str, str], called: list[str]) -> list
             Column("Σ on " + pair[0], "bar"),
             Column("Σ on " + pair[1], "bar"),
         ]
-        tables.append(Table(title="Parameters by what they did to both", columns=columns, rows=rows))
+        tables.append(
+            Table(title="Parameters by what they did to both", columns=columns, rows=rows)
+        )
     if "worst_name" in finding.coords:
         rows = [
             [str(name), *(float(finding[f"worst_{loss}"].values[position]) for loss in called)]
             for position, name in enumerate(finding["worst_name"].values)
         ]
-        columns = [Column("parameter", "name"), Column("Σ on " + pair[0]), Column("Σ on " + pair[1], "bar")]
+        columns = [
+            Column("parameter", "name"),
+            Column("Σ on " + pair[0]),
+            Column("Σ on " + pair[1], "bar"),
+        ]
         tables.append(
             Table(
-                title=f"Parameters that lowered {clean(pair[0], 60)} and raised {clean(pair[1], 60)} most",
+                title=f"Parameters that lowered {clean(pair[0], 60)} and raised "
+                f"{clean(pair[1], 60)} most",
                 columns=columns,
                 rows=rows,
             )

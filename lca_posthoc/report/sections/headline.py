@@ -31,22 +31,34 @@ class Headline:
 
 
 def headline(panel: Panel) -> Headline:
-    """Return the measurement, loss change, residual, share that helped, layers that hurt, and segments that did not converge."""
+    """Return the measurement, loss change, residual, share that helped, layers that hurt, and
+    segments that did not converge.
+    """
     figures, whole, record = panel.summary, panel.whole, panel.results.record
     change, residual = whole["loss_change"], whole["residual"]
     groups = (
-        f" The figures are of the mean over {count(len(panel.groups), 'group')}." if panel.groups is not None else ""
+        f" The figures are of the mean over {count(len(panel.groups), 'group')}."
+        if panel.groups is not None
+        else ""
     )
     worst = float(np.max(np.abs(figures["max_segment_residual"])))
     unconverged, segments = figures["unconverged"], figures["segments"]
     tolerance = panel.run.manifest.settings.get("tolerance")
     total, buffers = _layers(panel), _buffers(panel)
     done = panel.results.progress()
-    over = "" if done["complete"] else f" over {segments:,} of {done['segments']:,} segments, those that are there"
+    over = (
+        ""
+        if done["complete"]
+        else f" over {segments:,} of {done['segments']:,} segments, those that are there"
+    )
     within = "" if panel.groups is None else " in one group"
     hurt, layers = [name for name, value in reversed(total) if value > 0], len(total)
     cards = [
-        Card("Loss", f"{plain(whole['loss_start'])} → {plain(whole['loss_end'])}", f"change {signed(change)}{over}"),
+        Card(
+            "Loss",
+            f"{plain(whole['loss_start'])} → {plain(whole['loss_end'])}",
+            f"change {signed(change)}{over}",
+        ),
         Card(
             "Allocated",
             signed(whole["allocated"]),
@@ -60,13 +72,20 @@ def headline(panel: Panel) -> Headline:
         Card(
             "Layers that hurt",
             f"{len(hurt):,} of {layers:,}" if hurt else f"none of {layers:,}",
-            listed(hurt, 4) if hurt else "no layer's parameters add up to more than zero" if layers else "no layers",
+            listed(hurt, 4)
+            if hurt
+            else "no layer's parameters add up to more than zero"
+            if layers
+            else "no layers",
             warning=bool(hurt),
         ),
         Card(
             "Not converged",
-            f"{unconverged:,} of {segments:,} segments" if unconverged else f"none of {segments:,} segments",
-            f"largest |residual| of a segment{within} {plain(worst)}, tolerance {clean(tolerance, 20)}",
+            f"{unconverged:,} of {segments:,} segments"
+            if unconverged
+            else f"none of {segments:,} segments",
+            f"largest |residual| of a segment{within} {plain(worst)}, tolerance "
+            f"{clean(tolerance, 20)}",
             warning=bool(unconverged),
         ),
     ]
@@ -77,7 +96,8 @@ def _unfinished(panel: Panel) -> str:
     if panel.results.complete:
         return ""
     return (
-        f"This run is not finished: {panel.missing} are missing. Every sum and every share here is over the others alone, and lines "
+        f"This run is not finished: {panel.missing} are missing. Every sum and every share here is "
+        f"over the others alone, and lines "
         f"have gaps where segments are missing. Finish it with lca run, then write this page again."
     )
 
@@ -90,12 +110,14 @@ def _helping(panel: Panel) -> Card:
         return Card(
             "Helping",
             "–",
-            f"pick a group for its layers' shares; over the groups {low} to {high} of parameters × segments helped one",
+            f"pick a group for its layers' shares; over the groups {low} to {high} of parameters × "
+            f"segments helped one",
         )
     return Card(
         "Helping",
         percent(whole["helping"]),
-        f"of parameters × segments; {percent(whole['hurting'])} hurt, {percent(whole['zero'])} did nothing",
+        f"of parameters × segments; {percent(whole['hurting'])} hurt, {percent(whole['zero'])} did "
+        f"nothing",
         bar=(whole["helping"], whole["zero"], whole["hurting"]),
     )
 
@@ -124,10 +146,16 @@ def _measured(panel: Panel, split: str | None) -> str:
     )
     rule = clean(manifest.settings.get("rule", "?"), 40)
     precision = clean(manifest.settings["precision"], 40)
-    mode = f", {panel.results.norm_stats} statistics in normalisation layers" if panel.results.norm_stats else ""
+    mode = (
+        f", {panel.results.norm_stats} statistics in normalisation layers"
+        if panel.results.norm_stats
+        else ""
+    )
     return (
-        f"Loss {clean(panel.loss, 60)} {over}{examples}, allocated to {figures['parameters']:,} parameters along "
-        f"{count(figures['segments'], 'segment')} from step {first:,} to step {last:,}{part}; rule {rule}, {precision}{mode}."
+        f"Loss {clean(panel.loss, 60)} {over}{examples}, allocated to {figures['parameters']:,} "
+        f"parameters along "
+        f"{count(figures['segments'], 'segment')} from step {first:,} to step {last:,}{part}; rule "
+        f"{rule}, {precision}{mode}."
     )
 
 

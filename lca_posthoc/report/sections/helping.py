@@ -18,20 +18,39 @@ _ALL = "all parameters"
 
 
 def section() -> Section:
-    """Return two figures: the share that helps on every segment, and how often single parameters do."""
+    """Return two figures: the share that helps on every segment, and how often single parameters
+    do.
+    """
     shares = steps_figure("share of parameters", 300, percent=True)
     add_level(shares, 0.5)
-    add_lines(shares, "hurting", "hurting", width=1.25, tip=[("segment from step", "@x{0}"), ("hurting", "@y{0.0%}")])
-    add_lines(shares, "helping", "helping", tip=[("segment from step", "@x{0}"), ("helping", "@y{0.0%}")])
+    add_lines(
+        shares,
+        "hurting",
+        "hurting",
+        width=1.25,
+        tip=[("segment from step", "@x{0}"), ("hurting", "@y{0.0%}")],
+    )
+    add_lines(
+        shares, "helping", "helping", tip=[("segment from step", "@x{0}"), ("helping", "@y{0.0%}")]
+    )
     over = plain_figure("share of segments helped", "parameters", 280)
     tip = [("share", "@left{0.0%} to @right{0.0%}"), ("parameters", "@top{0,0}")]
     add_boxes(over, "observed", ACCENT, tip, 0.55)
-    add_lines(over, "expected", INK, width=1.5, dash="dashed", tip=[("share", "@x{0.0%}"), ("by chance", "@y{0,0.0}")])
+    add_lines(
+        over,
+        "expected",
+        INK,
+        width=1.5,
+        dash="dashed",
+        tip=[("share", "@x{0.0%}"), ("by chance", "@y{0,0.0}")],
+    )
     return Section(
         name="helping",
         title="Who helps",
-        reading="The first figure has the share of parameters that move the loss down at each step, and the share that moves it up. "
-        "Where the bars of the second figure reach beyond the dashed line, parameters help or hurt more often than by chance.",
+        reading="The first figure has the share of parameters that move the loss down at each "
+        "step, and the share that moves it up. "
+        "Where the bars of the second figure reach beyond the dashed line, parameters help or hurt "
+        "more often than by chance.",
         figures={"helping": shares, "over_time": over},
         legends={
             "helping": [("helping", "help"), ("hurting", "hurt")],
@@ -52,19 +71,30 @@ def block(panel: Panel, room: Room) -> Block:
     notes = [left_out] if left_out else []
     grouped = panel.groups is not None
     tensors = finding["tensor"].values
-    picked = largest(finding["elements"].values, 12 if grouped else MOST_ROWS) if "elements" in finding.coords else []
+    picked = (
+        largest(finding["elements"].values, 12 if grouped else MOST_ROWS)
+        if "elements" in finding.coords
+        else []
+    )
     choices = [_ALL, *(clean(tensors[position]) for position in picked)]
     if len(picked) < len(tensors):
-        notes.append(f"Shares are drawn for the {len(picked)} largest of {count(len(tensors), 'tensor')}.")
+        notes.append(
+            f"Shares are drawn for the {len(picked)} largest of {count(len(tensors), 'tensor')}."
+        )
     views: dict[str, dict[str, View]] = {"helping": {}, "over_time": {}}
     steps, ends = finding["step"].values, finding["step_end"].values
     most = room.points((len(picked) + 2) * len(panel.choices), 0.2)
     for key, _, position in panel.choices:
-        shares = {name: panel.of_group(finding[name], position).values for name in ("helping", "hurting")}
-        views["helping"][f"{key}|0"] = {
-            name: thinned(*over_segments(steps, values, ends), most) for name, values in shares.items()
+        shares = {
+            name: panel.of_group(finding[name], position).values for name in ("helping", "hurting")
         }
-        columns = panel.of_group(finding["tensor_helping"], position).transpose("step", "tensor").values
+        views["helping"][f"{key}|0"] = {
+            name: thinned(*over_segments(steps, values, ends), most)
+            for name, values in shares.items()
+        }
+        columns = (
+            panel.of_group(finding["tensor_helping"], position).transpose("step", "tensor").values
+        )
         for place, tensor in enumerate(picked, 1):
             views["helping"][f"{key}|{place}"] = {
                 "helping": thinned(*over_segments(steps, columns[:, tensor], ends), most),
@@ -110,11 +140,15 @@ def _shares(panel: Panel, finding: xr.Dataset) -> str:
     helping = panel.of_group(finding["helping"], None).values
     zero = panel.of_group(finding["zero"], None).values
     of = (
-        "" if panel.groups is None else "one group's loss (averaged over the groups; of the mean loss it is not known) "
+        ""
+        if panel.groups is None
+        else "one group's loss (averaged over the groups; of the mean loss it is not known) "
     )
     return (
-        f"On average {percent(float(helping.mean()))} of the parameters help {of}on a segment, between {percent(float(helping.min()))} and "
-        f"{percent(float(helping.max()))}; {percent(float(zero.mean()))} have an allocation of exactly zero."
+        f"On average {percent(float(helping.mean()))} of the parameters help {of}on a segment, "
+        f"between {percent(float(helping.min()))} and "
+        f"{percent(float(helping.max()))}; {percent(float(zero.mean()))} have an allocation of "
+        f"exactly zero."
     )
 
 
@@ -130,7 +164,8 @@ def _often(finding: xr.Dataset) -> str:
     middle = float(expected @ share) / weight
     chance = math.sqrt(float(expected @ (share - middle) ** 2) / weight)
     return (
-        f"{count(total, 'parameter')} had an effect; they help on {percent(mean)} of their segments, with a standard deviation of "
+        f"{count(total, 'parameter')} had an effect; they help on {percent(mean)} of their "
+        f"segments, with a standard deviation of "
         f"{percent(spread)}. If each helped by chance alone it would be {percent(chance)}."
     )
 
@@ -144,7 +179,11 @@ def _list(finding: xr.Dataset, who: str, title: str) -> Table:
         Column("Σ allocation", "bar"),
         Column("p (Bonferroni)", "plain"),
     ]
-    values = [finding[f"{who}_{name}"].values for name in ("share", "segments", "allocated", "p")] if len(names) else []
+    values = (
+        [finding[f"{who}_{name}"].values for name in ("share", "segments", "allocated", "p")]
+        if len(names)
+        else []
+    )
     rows: list[list[Cell]] = [
         [
             name,
@@ -155,5 +194,8 @@ def _list(finding: xr.Dataset, who: str, title: str) -> Table:
         ]
         for position, name in enumerate(names)
     ]
-    note = "p: the chance of as extreme a count for any of the parameters, if all helped independently with one probability."
+    note = (
+        "p: the chance of as extreme a count for any of the parameters, if all helped "
+        "independently with one probability."
+    )
     return Table(title=title, columns=columns, rows=rows, note=note)

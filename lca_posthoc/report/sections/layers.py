@@ -7,7 +7,19 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, View, clean, count, listed, signed
+from ..content import (
+    MOST_ROWS,
+    Block,
+    Cell,
+    Column,
+    Section,
+    Table,
+    View,
+    clean,
+    count,
+    listed,
+    signed,
+)
 from ..downsample import lines, over_steps
 from ..figures import add_level, add_many, steps_figure
 from ..panels import Panel, Room
@@ -19,12 +31,16 @@ def section() -> Section:
     """Return one figure: the running sums of the ticked layers."""
     chart = steps_figure("Σ allocation so far", 340)
     add_level(chart, 0)
-    add_many(chart, "layers", [("layer", "@name"), ("step", "$snap_x{0}"), ("Σ so far", "$snap_y{%.5g}")])
+    add_many(
+        chart, "layers", [("layer", "@name"), ("step", "$snap_x{0}"), ("Σ so far", "$snap_y{%.5g}")]
+    )
     return Section(
         name="layers",
         title="Layers",
-        reading="A layer whose sum is negative lowered the loss; one whose sum is positive raised it, and it may be worth a try "
-        "not to move it. Sums grow with the number of parameters, so compare layers of different size by the mean.",
+        reading="A layer whose sum is negative lowered the loss; one whose sum is positive raised "
+        "it, and it may be worth a try "
+        "not to move it. Sums grow with the number of parameters, so compare layers of different "
+        "size by the mean.",
         figures={"layers": chart},
         headings={"layers": "Running sum of each layer"},
     )
@@ -45,15 +61,32 @@ def block(panel: Panel, room: Room) -> Block:
     most = room.points(len(shown) * len(panel.choices), 0.4)
     views: dict[str, dict[str, View]] = {"layers": {}, "@layers": {}}
     for key, _, position in panel.choices:
-        sums = panel.of_group(finding["cumulative"], position).transpose("step", "layer").values[:, shown]
-        x, ys = over_steps(steps, ends, np.concatenate([np.zeros((1, len(shown))), sums[:-1]]).T, sums.T)
+        sums = (
+            panel.of_group(finding["cumulative"], position)
+            .transpose("step", "layer")
+            .values[:, shown]
+        )
+        x, ys = over_steps(
+            steps, ends, np.concatenate([np.zeros((1, len(shown))), sums[:-1]]).T, sums.T
+        )
         xs, packed = lines(x, ys, most)
-        views["layers"][f"{key}|"] = {"layers": {"xs": xs, "ys": packed, "name": names, "colour": "@palette"}}
-        columns = [panel.of_group(finding[name], position).values[shown] for name in ("total", "mean")]
+        views["layers"][f"{key}|"] = {
+            "layers": {"xs": xs, "ys": packed, "name": names, "colour": "@palette"}
+        }
+        columns = [
+            panel.of_group(finding[name], position).values[shown] for name in ("total", "mean")
+        ]
         columns.append(panel.share_of_group(finding["helping"], position).values[shown])
-        views["@layers"][f"{key}|"] = {"1": columns[0].tolist(), "2": columns[1].tolist(), "3": columns[2].tolist()}
+        views["@layers"][f"{key}|"] = {
+            "1": columns[0].tolist(),
+            "2": columns[1].tolist(),
+            "3": columns[2].tolist(),
+        }
     if most <= len(steps):
-        notes.append(f"Running sums are drawn with {most:,} of {len(steps) + 1:,} points each, extremes kept.")
+        notes.append(
+            f"Running sums are drawn with {most:,} of {len(steps) + 1:,} points each, "
+            f"extremes kept."
+        )
     return Block(
         captions={"layers": sentence(names, total[shown])},
         views=views,
@@ -87,7 +120,9 @@ def _table(panel: Panel, finding: xr.Dataset, shown: list[int], names: list[str]
         title="Layers, in the model's order: tick the ones to draw",
         columns=columns,
         rows=rows,
-        note="" if panel.groups is None else "Helping is a share of parameters in one group: pick a group.",
+        note=""
+        if panel.groups is None
+        else "Helping is a share of parameters in one group: pick a group.",
         open=True,
         live="layers",
         pick=[position in ticked for position in range(len(rows))],
@@ -97,9 +132,21 @@ def _table(panel: Panel, finding: xr.Dataset, shown: list[int], names: list[str]
 def sentence(names: list[str], total: np.ndarray[Any, Any]) -> str:
     """Say which layers helped most, and which hurt."""
     order = np.argsort(total, kind="stable")
-    helped = [f"{names[position]} ({signed(float(total[position]))})" for position in order[:3] if total[position] < 0]
-    hurt = [f"{names[position]} ({signed(float(total[position]))})" for position in order[::-1] if total[position] > 0]
-    best = f"Most of the loss was taken out by {listed(helped)}." if helped else "No layer lowered the loss."
+    helped = [
+        f"{names[position]} ({signed(float(total[position]))})"
+        for position in order[:3]
+        if total[position] < 0
+    ]
+    hurt = [
+        f"{names[position]} ({signed(float(total[position]))})"
+        for position in order[::-1]
+        if total[position] > 0
+    ]
+    best = (
+        f"Most of the loss was taken out by {listed(helped)}."
+        if helped
+        else "No layer lowered the loss."
+    )
     return f"{best} {f'Layers that hurt: {listed(hurt, 4)}.' if hurt else 'No layer hurt.'}"
 
 

@@ -33,8 +33,10 @@ def section() -> Section:
     return Section(
         name="oscillation",
         title="Oscillation",
-        reading="A weight that turns every few steps swings across the bottom of a valley: it helps on the way down and hurts on the "
-        "way up. Turns of the weight, of the gradient and of the allocation are counted apart; they need not come together.",
+        reading="A weight that turns every few steps swings across the bottom of a valley: it "
+        "helps on the way down and hurts on the "
+        "way up. Turns of the weight, of the gradient and of the allocation are counted apart; "
+        "they need not come together.",
         figures=figures,
         headings={f"trace_{signal}": f"One parameter: {signal}" for signal in _SIGNALS},
     )
@@ -57,22 +59,39 @@ def block(panel: Panel, room: Room) -> Block:
     captions: dict[str, str] = {}
     if views:
         overall = (
-            {str(name): float(finding["overall_interval"].sel(signal=name)) for name in finding["signal"].values}
+            {
+                str(name): float(finding["overall_interval"].sel(signal=name))
+                for name in finding["signal"].values
+            }
             if "overall_interval" in finding
             else {}
         )
-        sentence = ", ".join(f"{name} every {plain(value)}" for name, value in overall.items() if np.isfinite(value))
-        last = next(name for name in ("trace_allocation", "trace_gradient", "trace_weight") if name in views)
+        sentence = ", ".join(
+            f"{name} every {plain(value)}" for name, value in overall.items() if np.isfinite(value)
+        )
+        last = next(
+            name for name in ("trace_allocation", "trace_gradient", "trace_weight") if name in views
+        )
         captions[last] = (
-            f"Mean number of segments between two turns, over all parameters: {sentence}." if sentence else ""
+            f"Mean number of segments between two turns, over all parameters: {sentence}."
+            if sentence
+            else ""
         )
         weight, gradient = (overall.get(name, np.nan) for name in ("weight", "gradient"))
         if np.isfinite(weight) and np.isfinite(gradient) and weight != gradient:
             captions[last] += (
-                f" The gradient turns more {'rarely' if gradient > weight else 'often'} than the weight does."
+                f" The gradient turns more {'rarely' if gradient > weight else 'often'} than the "
+                f"weight does."
             )
     tables = [_table(finding, notes)] if "interval" in finding else []
-    return Block(captions=captions, views=views, choice="Parameter", choices=choices, tables=tables, notes=notes)
+    return Block(
+        captions=captions,
+        views=views,
+        choice="Parameter",
+        choices=choices,
+        tables=tables,
+        notes=notes,
+    )
 
 
 def _traces(panel: Panel, finding: xr.Dataset, room: Room) -> dict[str, dict[str, View]]:
@@ -96,7 +115,10 @@ def _table(finding: xr.Dataset, notes: list[str]) -> Table:
     signals = [str(name) for name in finding["signal"].values]
     shown = largest(finding["elements"].values, MOST_ROWS)
     if len(shown) < finding.sizes["tensor"]:
-        notes.append(f"Turns are listed for the {len(shown)} largest of {count(finding.sizes['tensor'], 'tensor')}.")
+        notes.append(
+            f"Turns are listed for the {len(shown)} largest of "
+            f"{count(finding.sizes['tensor'], 'tensor')}."
+        )
     rows: list[list[Cell]] = [
         [
             str(finding["tensor"].values[position]),

@@ -24,23 +24,35 @@ def section() -> Section:
     """Return two figures: when layers peak, and how many alignments chance would give."""
     chart = steps_figure("", 300, y_range=Range1d(0, 1))
     chart.yaxis.ticker = FixedTicker(ticks=[])
-    add_dots(chart, "peaks", [("layer", "@name"), ("group", "@group"), ("segment from step", "@x{0}")], size=5)
+    add_dots(
+        chart,
+        "peaks",
+        [("layer", "@name"), ("group", "@group"), ("segment from step", "@x{0}")],
+        size=5,
+    )
     chart.ygrid.grid_line_color = None
     null = plain_figure("segments at which every layer peaks", "draws", 240, x_range=Range1d(0, 1))
     null.xaxis.ticker.min_interval = 1
-    add_boxes(null, "draws", ACCENT, [("alignments", "@left{0} to @right{0}"), ("draws", "@top{0}")], 0.5)
+    add_boxes(
+        null, "draws", ACCENT, [("alignments", "@left{0} to @right{0}"), ("draws", "@top{0}")], 0.5
+    )
     add_level(null, 0, "height", "observed")
     return Section(
         name="peaks",
         title="Peak moments",
-        reading="A dot is one of a layer's strongest moments of learning, a local minimum of its allocation; "
+        reading="A dot is one of a layer's strongest moments of learning, a local minimum of its "
+        "allocation; "
         "darker ones are segments at which every layer has one. "
-        "The bars below say how many such coincidences there would be if the layers were shifted against each other at random, "
+        "The bars below say how many such coincidences there would be if the layers were shifted "
+        "against each other at random, "
         "each within stretches of training.",
         figures={"peaks": chart, "null": null},
         legends={
             "peaks": [("muted", "one layer"), ("ink", "all layers")],
-            "null": [("accent", "shifted at random within stretches"), ("muted", "observed (dashed)")],
+            "null": [
+                ("accent", "shifted at random within stretches"),
+                ("muted", "observed (dashed)"),
+            ],
         },
         headings={"peaks": "When each layer peaks", "null": "Coincidences, against chance"},
     )
@@ -56,7 +68,8 @@ def block(panel: Panel, room: Room) -> Block:
     shown = _largest(panel, finding["layer"].values)
     if len(shown) < len(names):
         notes.append(
-            f"Peaks are drawn for {len(shown)} of {count(len(names), 'layer')}: the first, the last, and those with the largest sums."
+            f"Peaks are drawn for {len(shown)} of {count(len(names), 'layer')}: the first, the "
+            f"last, and those with the largest sums."
         )
     views: dict[str, dict[str, View]] = {"peaks": {}, "null": {}}
     for key, _, position in panel.choices:
@@ -67,16 +80,21 @@ def block(panel: Panel, room: Room) -> Block:
     of = " (all groups together)" if panel.groups is not None else ""
     usual = powerless(finding)
     power = (
-        f" Asking all of {count(len(names), 'layer')} to peak together has no power here: chance alone gives "
+        f" Asking all of {count(len(names), 'layer')} to peak together has no power here: chance "
+        f"alone gives "
         f"{f'{usual:.2f}' if usual >= 0.01 else 'less than 0.01'} such segments."
         if usual is not None
         else ""
     )
     captions = {
-        "peaks": f"All of {count(len(names), 'layer')} peak together at {count(observed, 'segment')}{of}.",
-        "null": f"Observed: {count(observed)}. Layers shifted within stretches of training, which keeps how often each part of it has "
-        f"peaks, give as many or more with p = {_chance(finding, 'local')}: the one to quote. Shifted over the whole of training, as if "
-        f"peaks were as likely late as early, p = {_chance(finding, 'shift')}; expected of independent layers: {plain(expected)}.{power}",
+        "peaks": f"All of {count(len(names), 'layer')} peak together at "
+        f"{count(observed, 'segment')}{of}.",
+        "null": f"Observed: {count(observed)}. Layers shifted within stretches of training, which "
+        f"keeps how often each part of it has "
+        f"peaks, give as many or more with p = {_chance(finding, 'local')}: the one to quote. "
+        f"Shifted over the whole of training, as if "
+        f"peaks were as likely late as early, p = {_chance(finding, 'shift')}; expected of "
+        f"independent layers: {plain(expected)}.{power}",
     }
     tables = []
     if panel.groups is not None and "p_shift_group" in finding:
@@ -89,7 +107,11 @@ def block(panel: Panel, room: Room) -> Block:
             ]
             for position in range(min(len(labels), 60))
         ]
-        columns = [Column("group", "name"), Column("aligned segments", "count"), Column("p", "plain")]
+        columns = [
+            Column("group", "name"),
+            Column("aligned segments", "count"),
+            Column("p", "plain"),
+        ]
         tables.append(Table(title="Coincidences in each group", columns=columns, rows=rows))
     return Block(captions=captions, views=views, tables=tables, notes=notes)
 
@@ -102,17 +124,23 @@ def _chance(finding: xr.Dataset, which: str) -> str:
 
 
 def _largest(panel: Panel, names: np.ndarray[Any, Any]) -> list[int]:
-    """Return the positions of the layers to draw: those with the largest sums, and always the first and the last."""
+    """Return the positions of the layers to draw: those with the largest sums, and always the first
+    and the last.
+    """
     if len(names) <= _LAYERS:
         return list(range(len(names)))
     layers, _ = panel.find("layers")
-    total = dict(zip(layers["layer"].values, panel.of_group(layers["total"], None).values, strict=True))
+    total = dict(
+        zip(layers["layer"].values, panel.of_group(layers["total"], None).values, strict=True)
+    )
     size = np.array([abs(float(total.get(name, 0.0))) for name in names])
     size[[0, -1]] = np.inf
     return sorted(np.argsort(-size, kind="stable")[:_LAYERS].tolist())
 
 
-def _dots(finding: xr.Dataset, every: list[str], shown: list[int], group_position: int | None) -> View:
+def _dots(
+    finding: xr.Dataset, every: list[str], shown: list[int], group_position: int | None
+) -> View:
     names = [every[layer] for layer in shown]
     peak, aligned = (
         finding["peak"].transpose("step", "group", "layer").values,
@@ -120,7 +148,11 @@ def _dots(finding: xr.Dataset, every: list[str], shown: list[int], group_positio
     )
     steps, labels = finding["step"].values, finding["group"].values
     groups = range(peak.shape[1]) if group_position is None else [group_position]
-    where = [(step, group, layer) for group in groups for step, layer in np.argwhere(peak[:, group][:, shown])]
+    where = [
+        (step, group, layer)
+        for group in groups
+        for step, layer in np.argwhere(peak[:, group][:, shown])
+    ]
     where.sort(key=lambda dot: (not aligned[dot[0], dot[1]], dot[0]))
     where = where[:_DOTS][::-1]
     return {
@@ -128,8 +160,14 @@ def _dots(finding: xr.Dataset, every: list[str], shown: list[int], group_positio
             "x": numbers([steps[step] for step, _, _ in where]),
             "y": [layer for _, _, layer in where],
             "name": {"of": names, "at": [int(layer) for _, _, layer in where]},
-            "group": {"of": [clean(label, 60) for label in labels], "at": [int(group) for _, group, _ in where]},
-            "colour": {"of": ["@muted", "@ink"], "at": [int(aligned[step, group]) for step, group, _ in where]},
+            "group": {
+                "of": [clean(label, 60) for label in labels],
+                "at": [int(group) for _, group, _ in where],
+            },
+            "colour": {
+                "of": ["@muted", "@ink"],
+                "at": [int(aligned[step, group]) for step, group, _ in where],
+            },
         },
         "@ticks": {"y": fitting(names, [_LETTERS] * len(names))},
     }

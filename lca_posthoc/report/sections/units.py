@@ -19,13 +19,16 @@ _ROWS = 256  # units beside each other in a picture
 def section() -> Section:
     """Return one figure: a heat map of units over steps."""
     chart = steps_figure("unit", 360, y_range=Range1d(0, 1))
-    add_picture(chart, "units", [("unit", "$y{0}"), ("step", "$x{0}"), ("Σ allocation", "@image{%+.3e}")])
+    add_picture(
+        chart, "units", [("unit", "$y{0}"), ("step", "$x{0}"), ("Σ allocation", "@image{%+.3e}")]
+    )
     chart.yaxis.ticker.min_interval = 1
     chart.ygrid.grid_line_color = None
     return Section(
         name="units",
         title="Neurons and channels",
-        reading="Each row is a neuron or channel, its incoming weights and its bias together, each column a stretch of training. "
+        reading="Each row is a neuron or channel, its incoming weights and its bias together, each "
+        "column a stretch of training. "
         "Rows that stay pale did little: they may be dead, or not needed.",
         figures={"units": chart},
         legends={"units": [("helping", "helped"), ("hurting", "hurt")]},
@@ -49,9 +52,13 @@ def block(panel: Panel, room: Room) -> Block:
     if not order:
         return Block(notes=[*notes, "This model has no units."])
     sizes = {name: float(np.abs(total[names == name]).sum()) for name in order}
-    shown = [name for name in order if name in sorted(order, key=lambda name: -sizes[name])[:_LAYERS]]
+    shown = [
+        name for name in order if name in sorted(order, key=lambda name: -sizes[name])[:_LAYERS]
+    ]
     if len(shown) < len(order):
-        notes.append(f"Units are drawn for the {len(shown)} layers that moved most of {len(order):,}.")
+        notes.append(
+            f"Units are drawn for the {len(shown)} layers that moved most of {len(order):,}."
+        )
     if panel.groups is not None:
         notes.append("Units are drawn for the mean over groups.")
     steps, ends = finding["step"].values, finding["step_end"].values
@@ -65,8 +72,10 @@ def block(panel: Panel, room: Room) -> Block:
     best, worst = int(np.nanargmin(total)), int(np.nanargmax(total))
     return Block(
         captions={
-            "units": f"{count(len(total), 'unit')} in {listed([clean(name, 60) for name in order])}. Most helpful: "
-            f"{clean(names[best], 60)}[{index[best]}] ({signed(float(total[best]))}); least: {clean(names[worst], 60)}"
+            "units": f"{count(len(total), 'unit')} in "
+            f"{listed([clean(name, 60) for name in order])}. Most helpful: "
+            f"{clean(names[best], 60)}[{index[best]}] ({signed(float(total[best]))}); least: "
+            f"{clean(names[worst], 60)}"
             f"[{index[worst]}] ({signed(float(total[worst]))})."
         },
         views={"units": views},
@@ -80,15 +89,25 @@ def block(panel: Panel, room: Room) -> Block:
 def _evenly(
     data: np.ndarray[Any, Any], steps: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]
 ) -> np.ndarray[Any, Any]:
-    """Return (step, unit) with an empty row for each missing segment, so that each row lies at its steps in the picture."""
+    """Return (step, unit) with an empty row for each missing segment, so that each row lies at its
+    steps in the picture.
+    """
     after = gaps(steps, ends)
     width = float(np.median(ends - steps))
     missing = np.round((steps[after + 1] - ends[after]) / width).astype(int)
     return np.insert(data, np.repeat(after + 1, missing), 0.0, axis=0)
 
 
-def _view(rows: np.ndarray[Any, Any], edges: np.ndarray[Any, Any], pixels: int, notes: list[str], name: str) -> View:
-    """Return a picture of some units; where there are more than fit, units are summed in blocks, then steps."""
+def _view(
+    rows: np.ndarray[Any, Any],
+    edges: np.ndarray[Any, Any],
+    pixels: int,
+    notes: list[str],
+    name: str,
+) -> View:
+    """Return a picture of some units; where there are more than fit, units are summed in blocks,
+    then steps.
+    """
     units_in_row = max(1, -(-len(rows) // _ROWS))
     units = len(rows)
     if units_in_row > 1:
@@ -110,11 +129,14 @@ def _view(rows: np.ndarray[Any, Any], edges: np.ndarray[Any, Any], pixels: int, 
     }
 
 
-def _table(names: np.ndarray[Any, Any], index: np.ndarray[Any, Any], total: np.ndarray[Any, Any]) -> Table:
+def _table(
+    names: np.ndarray[Any, Any], index: np.ndarray[Any, Any], total: np.ndarray[Any, Any]
+) -> Table:
     order = np.argsort(total, kind="stable")
     picked = [*order[:5].tolist(), *order[-5:].tolist()] if len(order) > 10 else order.tolist()
     rows: list[list[Cell]] = [
-        [f"{clean(names[position], 100)}[{index[position]}]", float(total[position])] for position in picked
+        [f"{clean(names[position], 100)}[{index[position]}]", float(total[position])]
+        for position in picked
     ]
     return Table(
         title="Units that helped most and least",

@@ -1,4 +1,5 @@
-"""Python imports this where its directory is on the path: every begin of a span is one line of the file `LCA_FAULTS_LOG` names.
+"""Python imports this where its directory is on the path: every begin of a span is one line of the
+file `LCA_FAULTS_LOG` names.
 
 Where `LCA_FAULTS_HELD` is `SPAN:FILE`, the spans from this one on wait until that file exists.
 """
