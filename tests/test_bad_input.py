@@ -27,7 +27,7 @@ from safetensors.torch import save
 from lca_posthoc import replay
 from lca_posthoc.headers import read_header
 from lca_posthoc.worker import state
-from tests.small import (
+from tests.helpers.cli import (
     STEPS,
     contents,
     document,

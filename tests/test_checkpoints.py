@@ -21,8 +21,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lca_posthoc import Loss, Run, Task, open_run, open_trajectory, run
 from lca_posthoc.errors import InputError
 from lca_posthoc.progress import Note
-from tests.oracle import RULES, Oracle
-from tests.small import last_line, run_lca, says, task_namespace, write_step, write_task
+from tests.helpers.cli import last_line, run_lca, says, task_namespace, write_step, write_task
+from tests.helpers.oracle import RULES, Oracle
 from tests.test_numerics import arrays
 
 SETTINGS: dict[str, Any] = {"cluster": "inline", "device": "cpu", "tolerance": math.inf}

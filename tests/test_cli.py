@@ -19,7 +19,7 @@ from lca_posthoc import __version__
 from lca_posthoc.cli import COMMANDS, cli
 from lca_posthoc.quadrature import RULES
 from lca_posthoc.schema import KEEP
-from tests.small import (
+from tests.helpers.cli import (
     STEPS,
     contents,
     document,
@@ -377,7 +377,7 @@ def test_a_summary_has_the_schema_it_promises_and_its_sums_hold(place: Path, com
 def test_the_first_and_the_last_loss_are_those_of_the_first_and_the_last_checkpoint(
     place: Path,
 ) -> None:
-    from tests.small import iterates
+    from tests.helpers.cli import iterates
 
     made, found = task_namespace(), document(lca("summary", place / "ck.lca", "--json"))["losses"]
     for split, loss in found.items():

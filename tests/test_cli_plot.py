@@ -13,8 +13,8 @@ import pytest
 
 from lca_posthoc import findings
 from lca_posthoc.cli.plot import FINDINGS
-from tests import found as made_by_hand
-from tests.small import lca, record, refused, run_lca, write_task
+from tests.helpers import sample_findings as made_by_hand
+from tests.helpers.cli import lca, record, refused, run_lca, write_task
 
 MAGIC = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF", ".gif": b"GIF8"}
 

@@ -24,7 +24,7 @@ from lca_posthoc.errors import InputError, LCAError
 from lca_posthoc.findings import compare, summary
 from lca_posthoc.findings.compare import holm, padded, repeats
 
-from .small import contents, document, lca, marker, refused, says
+from .helpers.cli import contents, document, lca, marker, refused, says
 
 Array = np.ndarray[Any, Any]
 pytestmark = pytest.mark.filterwarnings("error", "ignore::lca_posthoc.errors.LCAWarning")

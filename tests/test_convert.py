@@ -29,7 +29,7 @@ import lca_posthoc
 from lca_posthoc.convert import convert
 from lca_posthoc.errors import InputError, ResourceError
 from lca_posthoc.trajectory import open_trajectory
-from tests.small import (
+from tests.helpers.cli import (
     STEPS,
     contents,
     iterates,

@@ -19,7 +19,7 @@ from lca_posthoc.errors import LCAError, SpanError
 from lca_posthoc.progress import Note, Planned
 from lca_posthoc.report import write_report
 from lca_posthoc.store import RunWriter
-from tests.small import contents, document, lca, marker, says, write_task
+from tests.helpers.cli import contents, document, lca, marker, says, write_task
 from tests.test_replay import arrays, identical, record_training
 
 LOSSES = ("train", "validation", "grouped")

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from lca_posthoc.report import MOST_BYTES
-from tests.browser import browser
-from tests.small import lca, refused
+from tests.helpers.browser import browser
+from tests.helpers.cli import lca, refused
 
 
 def test_the_demo_adds_up_and_names_what_it_wrote(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from lca_posthoc import Loss, Task, open_run
 from lca_posthoc.errors import InputError
 from lca_posthoc.objective import Objective
 
-from . import small
-from .cases import Batch, _vectors, one_hot_distance
-from .small import document, lca, refused, says
+from .helpers import cli
+from .helpers.cli import document, lca, refused, says
+from .helpers.model_cases import Batch, _vectors, one_hot_distance
 from .test_groups import by_class, replay
 from .test_models import answers
 from .test_numerics import Lab, assert_same_bits
@@ -169,7 +169,7 @@ def test_the_entries_of_a_dict_share_its_forward_pass(
 # -------------------------------------------------------------------------------------------------------------
 
 TASK = (
-    small.TASK.replace(
+    cli.TASK.replace(
         'losses={"train": Loss(F.cross_entropy, on="train"), "validation": Loss(F.cross_entropy, '
         'on="validation")},',
         'losses={"train": Loss(call=both), "grouped": Loss(call=both, group_by=lambda inputs, '
@@ -189,13 +189,13 @@ ENTRIES = ["train/total", "train/spread"]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("named")
-    small.record(place / "checkpoints", small.STEPS[:3])
+    cli.record(place / "checkpoints", cli.STEPS[:3])
     (place / "task.py").write_text(TASK)
     return place
 
 
 def run_at(place: Path, *options: object, out: str = "run.lca") -> Any:
-    return small.run_lca(place / "checkpoints", place / "task.py", place / out, *options)
+    return cli.run_lca(place / "checkpoints", place / "task.py", place / out, *options)
 
 
 def test_entries_are_asked_for_together_or_by_name_and_found_again_under_their_names(

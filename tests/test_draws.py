@@ -20,8 +20,8 @@ from lca_posthoc import Draws, Loss, Run, Task, run
 from lca_posthoc.errors import InputError
 from lca_posthoc.objective import Split
 
-from .cases import CASES, _vectors
-from .small import says
+from .helpers.cli import says
+from .helpers.model_cases import CASES, _vectors
 from .test_groups import by_class
 from .test_models import answers
 from .test_numerics import Lab, assert_same_bits

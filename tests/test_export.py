@@ -28,7 +28,7 @@ from lca_posthoc.export import export, read_netcdf
 from lca_posthoc.export.choose import known
 from lca_posthoc.export.netcdf import write_netcdf
 from lca_posthoc.export.tables import tables
-from tests.small import contents, lca, record, refused, run_lca, says, write_task
+from tests.helpers.cli import contents, lca, record, refused, run_lca, says, write_task
 
 HOSTILE = (
     *(

@@ -18,7 +18,7 @@ from lca_posthoc import Loss, Task
 from lca_posthoc.objective import Objective
 from lca_posthoc.objective.copies import copy_in
 
-from .small import document, lca, record, write_task
+from .helpers.cli import document, lca, record, write_task
 
 CPU = torch.device("cpu")
 X, Y = torch.randn(30, 12, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 4

@@ -1,4 +1,4 @@
-"""Every fault of `tests.faults`, as often as minutes allow."""
+"""Every fault of `tests.helpers.faults`, as often as minutes allow."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import faults
+from tests.helpers.faults import faults
 
 FAULTS = faults()
 

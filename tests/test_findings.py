@@ -19,28 +19,28 @@ import xarray as xr
 from lca_posthoc import Loss, Recorder, Task, findings, open_run, run
 from lca_posthoc.errors import InputError, LCAError
 
-from . import bowl
-from .bowl import SEGMENTS, SHAPES, Bowl
+from .helpers import quadratic_bowl
+from .helpers.quadratic_bowl import SEGMENTS, SHAPES, Bowl
 
-PARAMETERS = [name for name in SHAPES if name != bowl.BUFFER]
+PARAMETERS = [name for name in SHAPES if name != quadratic_bowl.BUFFER]
 LAYERS = ["first", "norm", "body.conv"]
 
 
 @pytest.fixture(scope="module")
 def replayed(tmp_path_factory: pytest.TempPathFactory) -> Bowl:
-    return bowl.replay(tmp_path_factory.mktemp("bowl"))
+    return quadratic_bowl.replay(tmp_path_factory.mktemp("bowl"))
 
 
 @pytest.fixture(scope="module", params=["units", "tensors"])
 def less(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bowl:
-    return bowl.replay(tmp_path_factory.mktemp(request.param), request.param)
+    return quadratic_bowl.replay(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture(scope="module")
 def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Bowl:
     """Without the spans in the middle."""
     directory = tmp_path_factory.mktemp("unfinished")
-    done = bowl.replay(directory)
+    done = quadratic_bowl.replay(directory)
     for loss in done.run:
         markers = sorted((done.run.path / "commits").rglob("*.json"))
         markers = [
@@ -53,7 +53,7 @@ def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Bowl:
 def each_parameter() -> list[tuple[str, tuple[int, ...], int]]:
     """Tensor, indices and flat position of every parameter that is no buffer."""
     return [
-        (name, index, bowl.offset(name) + at)
+        (name, index, quadratic_bowl.offset(name) + at)
         for name in PARAMETERS
         for at, index in enumerate(np.ndindex(*SHAPES[name]))
     ]
@@ -82,7 +82,7 @@ def turns(series: np.ndarray) -> int:
 def test_the_bowl_is_what_it_says(replayed: Bowl) -> None:
     stored = replayed.run["train"].allocation
     for name in SHAPES:
-        close(stored[name], bowl.part(name, bowl.whole()))
+        close(stored[name], quadratic_bowl.part(name, quadratic_bowl.whole()))
 
 
 def test_every_result_says_what_it_is(replayed: Bowl) -> None:
@@ -116,11 +116,11 @@ def test_every_result_says_what_it_is(replayed: Bowl) -> None:
 
 def test_curve(replayed: Bowl) -> None:
     found = findings.curve(replayed.run["groups"])
-    losses = bowl.losses()
+    losses = quadratic_bowl.losses()
     close(found["loss_start"], losses[:-1])
     close(found["loss"], losses[1:])
     added = losses[0].copy()
-    for at, row in enumerate(bowl.allocations().sum(-1)):
+    for at, row in enumerate(quadratic_bowl.allocations().sum(-1)):
         added += row
         close(found["predicted"][at], added)
         close(found["residual_total"][at], losses[at + 1] - added)
@@ -147,7 +147,7 @@ def test_curve_starts_again_after_a_gap(unfinished: Bowl) -> None:
                 "body.conv": ["body.conv.weight", "body.conv.bias"],
             },
         ),
-        ("tensor", {name: [name] for name in [*PARAMETERS, bowl.BUFFER]}),
+        ("tensor", {name: [name] for name in [*PARAMETERS, quadratic_bowl.BUFFER]}),
         (
             1,
             {
@@ -157,17 +157,20 @@ def test_curve_starts_again_after_a_gap(unfinished: Bowl) -> None:
                 "body": ["body.conv.weight", "body.conv.bias"],
             },
         ),
-        (0, {"": PARAMETERS, "buffer": [bowl.BUFFER]}),
+        (0, {"": PARAMETERS, "buffer": [quadratic_bowl.BUFFER]}),
     ],
 )
 @pytest.mark.parametrize("loss", ["train", "groups"])
 def test_layers(replayed: Bowl, by: str | int, expected: dict[str, list[str]], loss: str) -> None:
     found = findings.layers(replayed.run[loss], by=by)
-    allocations = bowl.allocations() if loss == "groups" else bowl.whole()
+    allocations = quadratic_bowl.allocations() if loss == "groups" else quadratic_bowl.whole()
     assert list(found["layer"].values) == list(expected)
     for layer, names in expected.items():
         values = np.concatenate(
-            [bowl.part(name, allocations).reshape(*allocations.shape[:-1], -1) for name in names],
+            [
+                quadratic_bowl.part(name, allocations).reshape(*allocations.shape[:-1], -1)
+                for name in names
+            ],
             -1,
         )
         one = found.sel(layer=layer)
@@ -189,17 +192,20 @@ def test_layers_apart(replayed: Bowl) -> None:
         "body.conv kernel": "kernel",
         "body.conv bias": "bias",
     }
-    close(found["total"].sum(), bowl.whole().sum())
+    close(found["total"].sum(), quadratic_bowl.whole().sum())
     with pytest.raises(InputError, match="by is"):
         findings.layers(replayed.run["train"], by="colour")
 
 
 def test_helping_by_segment(replayed: Bowl) -> None:
-    for loss, allocations in (("train", bowl.whole()), ("groups", bowl.allocations())):
+    for loss, allocations in (
+        ("train", quadratic_bowl.whole()),
+        ("groups", quadratic_bowl.allocations()),
+    ):
         found = findings.helping(replayed.run[loss])
         values = np.concatenate(
             [
-                bowl.part(name, allocations).reshape(*allocations.shape[:-1], -1)
+                quadratic_bowl.part(name, allocations).reshape(*allocations.shape[:-1], -1)
                 for name in PARAMETERS
             ],
             -1,
@@ -211,11 +217,11 @@ def test_helping_by_segment(replayed: Bowl) -> None:
             axes = tuple(range(allocations.ndim - 1, allocations.ndim - 1 + len(SHAPES[name])))
             close(
                 found["tensor_helping"].sel(tensor=name),
-                (bowl.part(name, allocations) < 0).mean(axes),
+                (quadratic_bowl.part(name, allocations) < 0).mean(axes),
             )
             close(
                 found["tensor_hurting"].sel(tensor=name),
-                (bowl.part(name, allocations) > 0).mean(axes),
+                (quadratic_bowl.part(name, allocations) > 0).mean(axes),
             )
 
 
@@ -224,7 +230,7 @@ def test_helping_over_time(replayed: Bowl) -> None:
     found = findings.helping(replayed.run["train"], most=most)
     shares, records = [], {}
     for name, index, at in each_parameter():
-        series = bowl.whole()[:, at]
+        series = quadratic_bowl.whole()[:, at]
         helped, effects = int((series < 0).sum()), int((series != 0).sum())
         if effects:
             shares.append(helped / effects)
@@ -275,7 +281,9 @@ def test_helping_over_time(replayed: Bowl) -> None:
 
 def test_distribution(replayed: Bowl) -> None:
     found = findings.distribution(replayed.run["train"], sample=3000)
-    values = np.concatenate([bowl.part(name, bowl.whole()).reshape(-1) for name in PARAMETERS])
+    values = np.concatenate(
+        [quadratic_bowl.part(name, quadratic_bowl.whole()).reshape(-1) for name in PARAMETERS]
+    )
     nonzero = values[values != 0]
     for low, high, count in zip(
         found["lower"].values, found["upper"].values, found["count"].values, strict=True
@@ -351,11 +359,11 @@ def test_bounds_of_inequality_hold_and_are_tight_in_narrow_bins(seed: int) -> No
 
 def test_oscillation(replayed: Bowl) -> None:
     found = findings.oscillation(replayed.run["train"], most=2)
-    motion, allocation = np.diff(bowl.path(), axis=0), bowl.whole()
+    motion, allocation = np.diff(quadratic_bowl.path(), axis=0), quadratic_bowl.whole()
     pooled: list[list[int]] = []
     for name in PARAMETERS:
         rows = [
-            [turns(series[:, at]) for series in (motion, bowl.gradients(), allocation)]
+            [turns(series[:, at]) for series in (motion, quadratic_bowl.gradients(), allocation)]
             for each, _, at in each_parameter()
             if each == name and (allocation[:, at] != 0).any()
         ]
@@ -368,7 +376,7 @@ def test_oscillation(replayed: Bowl) -> None:
 def test_traces_are_those_of_the_parameters_that_did_most(replayed: Bowl) -> None:
     found = findings.oscillation(replayed.run["train"], most=2)
     totals = {
-        f"{name}[{', '.join(map(str, index))}]": (bowl.whole()[:, at].sum(), at)
+        f"{name}[{', '.join(map(str, index))}]": (quadratic_bowl.whole()[:, at].sum(), at)
         for name, index, at in each_parameter()
     }
     ordered = sorted(totals, key=lambda name: totals[name][0])
@@ -377,19 +385,24 @@ def test_traces_are_those_of_the_parameters_that_did_most(replayed: Bowl) -> Non
         close([totals[name][0] for name in names], [totals[name][0] for name in expected])
     for row, name in enumerate(found["parameter"].values):
         at = totals[name][1]
-        close(found["allocation"][row], bowl.whole()[:, at])
-        close(found["weight"][row], bowl.path()[:-1, at])
-        moved = np.diff(bowl.path()[:, at]) != 0
-        close(found["gradient"][row][moved], bowl.gradients()[moved, at])
+        close(found["allocation"][row], quadratic_bowl.whole()[:, at])
+        close(found["weight"][row], quadratic_bowl.path()[:-1, at])
+        moved = np.diff(quadratic_bowl.path()[:, at]) != 0
+        close(found["gradient"][row][moved], quadratic_bowl.gradients()[moved, at])
         assert np.isnan(found["gradient"][row][~moved]).all()
 
 
 def test_traces_of_named_parameters(replayed: Bowl, tmp_path: Path) -> None:
     names = ["body.conv.weight[1, 2, 0, 1]", "first.shift[2]"]
     found = findings.oscillation(replayed.run["groups"], parameters=names)
-    at = bowl.offset("body.conv.weight") + int(np.ravel_multi_index((1, 2, 0, 1), (2, 3, 2, 2)))
-    close(found["allocation"].transpose("trace", "step", "group")[0], bowl.allocations()[:, :, at])
-    close(found["weight"][1], bowl.path()[:-1, bowl.offset("first.shift") + 2])
+    at = quadratic_bowl.offset("body.conv.weight") + int(
+        np.ravel_multi_index((1, 2, 0, 1), (2, 3, 2, 2))
+    )
+    close(
+        found["allocation"].transpose("trace", "step", "group")[0],
+        quadratic_bowl.allocations()[:, :, at],
+    )
+    close(found["weight"][1], quadratic_bowl.path()[:-1, quadratic_bowl.offset("first.shift") + 2])
     for wrong in ("nothing[1]", "first.weight[1]", "first.weight[3, 0]", "first.weight[0,"):
         with pytest.raises(InputError, match=r"NAME\[I, J\]"):
             findings.oscillation(replayed.run["train"], parameters=[wrong])
@@ -409,9 +422,11 @@ def test_units(replayed: Bowl) -> None:
         zip(found["layer"].values, found["index"].values, strict=True)
     ):
         summed = sum(
-            bowl.part(name, bowl.allocations())[:, :, index].reshape(SEGMENTS, 2, -1).sum(-1)
+            quadratic_bowl.part(name, quadratic_bowl.allocations())[:, :, index]
+            .reshape(SEGMENTS, 2, -1)
+            .sum(-1)
             for name in SHAPES
-            if name.rpartition(".")[0] + " buffer" * (name == bowl.BUFFER) == layer
+            if name.rpartition(".")[0] + " buffer" * (name == quadratic_bowl.BUFFER) == layer
         )
         close(found["allocated"][..., at], summed)
         close(found["total"][at], summed.sum(0))
@@ -439,7 +454,7 @@ def test_stretches_add_up(replayed: Bowl, frames: int) -> None:
 def test_generalisation(replayed: Bowl) -> None:
     train, validation = replayed.run["train"], replayed.run["validation"]
     found = findings.generalisation(train, validation, most=3)
-    one, two = bowl.whole().sum(0), bowl.allocations()[:, 1].sum(0)
+    one, two = quadratic_bowl.whole().sum(0), quadratic_bowl.allocations()[:, 1].sum(0)
     close(found["train"], findings.layers(train)["total"])
     close(found["cumulative_validation"], findings.layers(validation)["cumulative"])
     for tensor in PARAMETERS:
@@ -483,10 +498,10 @@ def test_generalisation_refuses_what_is_not_one_path(replayed: Bowl, less: Bowl)
 def test_candidates(replayed: Bowl) -> None:
     for loss in ("train", "groups"):
         found = findings.candidates(replayed.run[loss], most=5)
-        whole = bowl.whole()
+        whole = quadratic_bowl.whole()
         for layer in LAYERS:
             members = [name for name in PARAMETERS if name.rpartition(".")[0] == layer]
-            total = sum(bowl.part(name, whole).sum() for name in members)
+            total = sum(quadratic_bowl.part(name, whole).sum() for name in members)
             close(found["total"].sel(layer=layer), total)
             assert bool(found["freeze"].sel(layer=layer)) == (total > 0)
         assert sorted(found["layer"].values) == sorted(LAYERS)  # no buffer among them
@@ -503,7 +518,7 @@ def test_candidates(replayed: Bowl) -> None:
         close(found["parameter_allocated"], [value for value in hurting if value > 0])
         units = {
             f"{layer}[{index}]": sum(
-                bowl.part(name, whole)[:, index].sum()
+                quadratic_bowl.part(name, whole)[:, index].sum()
                 for name in PARAMETERS
                 if name.rpartition(".")[0] == layer
             )
@@ -554,9 +569,9 @@ def test_a_dead_unit_is_named_also_where_it_is_the_only_one_of_its_layer(tmp_pat
 
 def test_microscope(replayed: Bowl) -> None:
     found = findings.microscope(replayed.run["train"], frames=100)
-    close(found["first.weight"], bowl.part("first.weight", bowl.whole()))
-    close(found["first.bias"][..., 0], bowl.part("first.bias", bowl.whole()))
-    kernel = bowl.part("body.conv.weight", bowl.whole())
+    close(found["first.weight"], quadratic_bowl.part("first.weight", quadratic_bowl.whole()))
+    close(found["first.bias"][..., 0], quadratic_bowl.part("first.bias", quadratic_bowl.whole()))
+    kernel = quadratic_bowl.part("body.conv.weight", quadratic_bowl.whole())
     for out, into, row, column in np.ndindex(2, 3, 2, 2):
         close(
             found["body.conv.weight"][:, out * 2 + row, into * 2 + column],
@@ -564,8 +579,8 @@ def test_microscope(replayed: Bowl) -> None:
         )
     assert found["body.conv.weight"].attrs["axes"] == [[0, 2], [1, 3]]
     assert found["body.conv.weight"].attrs["pool"] == [1, 1]
-    assert bowl.BUFFER not in found
-    losses = np.average(bowl.losses(), axis=1, weights=bowl.COUNTS)
+    assert quadratic_bowl.BUFFER not in found
+    losses = np.average(quadratic_bowl.losses(), axis=1, weights=quadratic_bowl.COUNTS)
     close(found["step:loss_start"], losses[:-1])
     close(found["step:loss_end"], losses[1:])
     values = np.abs(np.concatenate([found[name].values.ravel() for name in PARAMETERS]))
@@ -577,7 +592,7 @@ def test_the_microscope_adds_up_however_coarse(replayed: Bowl, frames: int, pixe
     found = findings.microscope(replayed.run["train"], frames=frames, pixels=pixels)
     assert sum(found[name][0].size for name in PARAMETERS) <= pixels
     for name in PARAMETERS:
-        tensor = bowl.part(name, bowl.whole())
+        tensor = quadratic_bowl.part(name, quadratic_bowl.whole())
         close(found[name].sum(), tensor.sum())
         flat = (
             tensor.transpose(0, 1, 3, 2, 4).reshape(SEGMENTS, 4, 6)
@@ -598,10 +613,13 @@ def test_the_microscope_adds_up_however_coarse(replayed: Bowl, frames: int, pixe
 
 def test_the_microscope_of_groups(replayed: Bowl) -> None:
     groups = replayed.run["groups"]
-    close(findings.microscope(groups)["first.weight"], bowl.part("first.weight", bowl.whole()))
+    close(
+        findings.microscope(groups)["first.weight"],
+        quadratic_bowl.part("first.weight", quadratic_bowl.whole()),
+    )
     close(
         findings.microscope(groups, group=1)["first.weight"],
-        bowl.part("first.weight", bowl.allocations()[:, 1]),
+        quadratic_bowl.part("first.weight", quadratic_bowl.allocations()[:, 1]),
     )
     for name, group, message in (("groups", 7, "no group 7"), ("train", 1, "has no groups")):
         with pytest.raises(InputError, match=message):
@@ -659,13 +677,16 @@ def test_what_needs_every_segment_says_so(unfinished: Bowl) -> None:
         assert missing not in found[name]
         assert "every segment" in found[name].attrs["left_out"]
     rows = [int(step) // 10 for step in found["layers"]["step"].values]
-    close(found["layers"]["total"].sum(), bowl.whole()[rows].sum())
-    close(found["microscope"]["first.weight"], bowl.part("first.weight", bowl.whole())[rows])
-    close(found["units"]["total"].sum(), bowl.whole()[rows].sum())
+    close(found["layers"]["total"].sum(), quadratic_bowl.whole()[rows].sum())
+    close(
+        found["microscope"]["first.weight"],
+        quadratic_bowl.part("first.weight", quadratic_bowl.whole())[rows],
+    )
+    close(found["units"]["total"].sum(), quadratic_bowl.whole()[rows].sum())
 
 
 def test_a_run_without_a_finished_segment_is_refused(tmp_path: Path) -> None:
-    done = bowl.replay(tmp_path)
+    done = quadratic_bowl.replay(tmp_path)
     for marker in (done.run.path / "commits").rglob("*.json"):
         marker.unlink()
     train = open_run(done.run.path)["train"]
@@ -684,10 +705,10 @@ def test_a_run_without_a_finished_segment_is_refused(tmp_path: Path) -> None:
 
 
 def test_kept_tensors_leave_a_remainder(tmp_path: Path) -> None:
-    checkpoints = bowl.record(tmp_path / "ck")
+    checkpoints = quadratic_bowl.record(tmp_path / "ck")
     opened = run(
         checkpoints,
-        bowl.task(),
+        quadratic_bowl.task(),
         losses=["train"],
         cluster="inline",
         tensors=["first.*"],
@@ -706,7 +727,7 @@ def test_checkpoints_are_found_beside_a_run_that_was_moved(
     """
     (tmp_path / "made").mkdir()
     monkeypatch.chdir(tmp_path)
-    bowl.replay(Path("made"))
+    quadratic_bowl.replay(Path("made"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert "weight" in findings.oscillation(open_run("../made/parameters.lca")["train"])

@@ -14,7 +14,7 @@ from torch import nn
 
 from lca_posthoc import Recorder, spacing
 from lca_posthoc.trajectory import open_trajectory
-from tests.small import iterates, lca, says, write_step, write_task
+from tests.helpers.cli import iterates, lca, says, write_step, write_task
 
 LONG = (
     ". There the straight line between checkpoints is not the path that training took, and what is "

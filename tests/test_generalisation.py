@@ -14,7 +14,7 @@ from lca_posthoc import findings, open_run, plots
 from lca_posthoc.errors import InputError
 from lca_posthoc.findings.generalisation import two_splits
 from lca_posthoc.report import write_report
-from tests.small import lca, record, refused, run_lca, says, write_task
+from tests.helpers.cli import lca, record, refused, run_lca, says, write_task
 
 ONE = 'losses={"train": Loss(F.cross_entropy, on="train"), "validation": Loss(F.cross_entropy, on="validation")}'
 MANY = """losses={

@@ -29,10 +29,10 @@ from lca_posthoc.progress import Note
 from lca_posthoc.store import LossResults
 from lca_posthoc.worker import checks, memory
 
-from . import oracle
-from .cases import CASES, Batch, Case, _vectors, classes
-from .oracle import Oracle, Truth
-from .small import contents, marker, says
+from .helpers import oracle
+from .helpers.cli import contents, marker, says
+from .helpers.model_cases import CASES, Batch, Case, _vectors, classes
+from .helpers.oracle import Oracle, Truth
 from .test_numerics import (
     Lab,
     arrays,

@@ -26,7 +26,7 @@ from lca_posthoc.objective import Objective, Split, reader, sources
 from lca_posthoc.objective.reader import Reader
 from lca_posthoc.task import pack
 
-from .small import document, record, run_lca, task_namespace, write_task
+from .helpers.cli import document, record, run_lca, task_namespace, write_task
 
 N = 40
 CPU = torch.device("cpu")

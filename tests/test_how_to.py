@@ -20,7 +20,7 @@ import pytest
 
 import lca_posthoc
 from lca_posthoc.cli import COMMANDS
-from tests.faults import ground
+from tests.helpers.faults import clean_runs
 
 DOCS = Path(__file__).parents[1] / "docs"
 TEXTS = {
@@ -55,7 +55,7 @@ def script(page: str) -> str:
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """Where a page is followed: checkpoints, and a task file under the name the pages give it."""
-    ground.lay_out(tmp_path, 24)
+    clean_runs.lay_out(tmp_path, 24)
     (tmp_path / "small_task.py").rename(tmp_path / "my_task.py")
     return tmp_path
 
@@ -225,7 +225,7 @@ def slurm(place: Path) -> Path:
 
 def test_the_batch_script_replays(slurm: Path) -> None:
     said(slurm, ["bash", "replay.sh"], SLURM_JOB_ID="7")
-    ground.same_bytes(slurm / "run.lca", undisturbed(slurm))
+    clean_runs.same_bytes(slurm / "run.lca", undisturbed(slurm))
     assert not (slurm / "scheduler-7.json").exists()
 
 
@@ -251,7 +251,7 @@ def test_the_batch_script_that_is_told_to_end_stops_in_time_and_goes_on_when_sub
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 143, (slurm / "said").read_text()
     said(slurm, ["bash", "replay.sh"], SLURM_JOB_ID="8")
-    ground.same_bytes(slurm / "run.lca", undisturbed(slurm))
+    clean_runs.same_bytes(slurm / "run.lca", undisturbed(slurm))
 
 
 def test_jobs_of_dask_jobqueue_replay_and_their_script_is_the_one_of_the_page(slurm: Path) -> None:
@@ -261,7 +261,7 @@ def test_jobs_of_dask_jobqueue_replay_and_their_script_is_the_one_of_the_page(sl
         for file in (slurm / "jobs").glob("*.pid"):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(int(file.read_text()), signal.SIGKILL)
-    ground.same_bytes(slurm / "run.lca", undisturbed(slurm))
+    clean_runs.same_bytes(slurm / "run.lca", undisturbed(slurm))
     (script, *_) = [file.read_text() for file in (slurm / "jobs").glob("*.sh")]
     for line in (
         "#SBATCH -n 1",

@@ -17,7 +17,7 @@ from lca_posthoc.findings import summary
 from lca_posthoc.store import read_manifest
 from lca_posthoc.store.files import read_json, write_json
 from lca_posthoc.text import shorten
-from tests.small import UNSAFE, record, run_lca, steering, task_namespace, write_task
+from tests.helpers.cli import UNSAFE, record, run_lca, steering, task_namespace, write_task
 
 HOSTILE = (
     *(

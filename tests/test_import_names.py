@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from lca_posthoc.convert import convert
 from lca_posthoc.errors import InputError
 from lca_posthoc.trajectory import open_trajectory
-from tests.small import contents, iterates, lca, refused, says, step_file
+from tests.helpers.cli import contents, iterates, lca, refused, says, step_file
 
 State = Mapping[str, torch.Tensor]
 STATES = [dict(state) for state in iterates()[:4]]

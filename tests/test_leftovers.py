@@ -13,7 +13,16 @@ import pytest
 import torch
 
 import lca_posthoc
-from tests.small import Tensors, iterates, last_line, refused, run_lca, says, write_step, write_task
+from tests.helpers.cli import (
+    Tensors,
+    iterates,
+    last_line,
+    refused,
+    run_lca,
+    says,
+    write_step,
+    write_task,
+)
 from tests.test_numerics import arrays
 
 Extra = Callable[[int], Tensors]

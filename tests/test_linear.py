@@ -21,8 +21,8 @@ import lca_posthoc
 from lca_posthoc import Loss, Task
 from lca_posthoc.objective import Objective
 from lca_posthoc.objective import linear as subject
-from tests.faults import ground
-from tests.small import write_task
+from tests.helpers.cli import write_task
+from tests.helpers.faults import clean_runs
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN product"
@@ -309,7 +309,7 @@ CHECKS = """\
 
 
 def test_what_a_task_file_sets_when_it_is_imported_holds_for_no_span(tmp_path: Path) -> None:
-    place = ground.lay_out(tmp_path, 4)
+    place = clean_runs.lay_out(tmp_path, 4)
     task = write_task(place / "small_task.py", "    def forward(self, inputs):\n", CHECKS)
     task.write_text(SETS + task.read_text())
     before = (

@@ -20,7 +20,7 @@ from lca_posthoc.errors import InputError
 from lca_posthoc.objective import Objective, check_loss
 from lca_posthoc.progress import Note
 
-from .small import says
+from .helpers.cli import says
 
 DRAW = torch.Generator().manual_seed(0)
 X, Y = torch.randn(40, 6, generator=DRAW), torch.randint(3, (40,), generator=DRAW)

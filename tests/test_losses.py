@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from lca_posthoc import Loss, Run, Task, run
 from lca_posthoc.errors import InputError
 
-from .cases import Batch, Case, Values
-from .oracle import Oracle, simpson
-from .small import says
+from .helpers.cli import says
+from .helpers.model_cases import Batch, Case, Values
+from .helpers.oracle import Oracle, simpson
 from .test_numerics import arrays, worst_error
 
 BOUND = 1e-5  # numerics 7, float32

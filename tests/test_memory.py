@@ -23,9 +23,9 @@ from lca_posthoc.findings import summary
 from lca_posthoc.plan import plan
 from lca_posthoc.store import open_run, verify
 from lca_posthoc.worker import memory
-from tests.faults import ground
-from tests.memory import CASES, CONTROL, Measured, measured
-from tests.synthetic import build
+from tests.helpers.faults import clean_runs
+from tests.helpers.finding_memory import CASES, CONTROL, Measured, measured
+from tests.helpers.synthetic_runs import build
 
 SHAPES = {"embedding.weight": (4000, 100), "fc.weight": (200, 480), "fc.bias": (200,), "scale": ()}
 BLOCK = 2**18
@@ -125,7 +125,7 @@ def test_a_replay_holds_two_thirds_of_what_was_foretold_and_leaves_the_heap_the_
     command = [
         sys.executable,
         "-m",
-        "tests.replay_memory",
+        "tests.helpers.replay_memory",
         tmp_path,
         losses,
         span,
@@ -147,7 +147,7 @@ def test_a_replay_holds_two_thirds_of_what_was_foretold_and_leaves_the_heap_the_
 def test_without_room_a_run_is_refused_before_it_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = ground.lay_out(tmp_path, 4)
+    place = clean_runs.lay_out(tmp_path, 4)
     monkeypatch.setattr(memory, "free_memory", lambda workers, device: 1000.0)
     with pytest.raises(
         ResourceError,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lca_posthoc import Loss, Run, Task, run
 from lca_posthoc.worker import spans
-from tests.oracle import Oracle, simpson
+from tests.helpers.oracle import Oracle, simpson
 from tests.test_examples import EXAMPLES, needs
 from tests.test_numerics import arrays, worst_error
 

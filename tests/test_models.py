@@ -30,9 +30,9 @@ from lca_posthoc.settings import DEFAULTS
 from lca_posthoc.task import pack
 from lca_posthoc.worker import describe, state
 
-from .cases import Batch, Values, classes
-from .oracle import Oracle, simpson
-from .small import says
+from .helpers.cli import says
+from .helpers.model_cases import Batch, Values, classes
+from .helpers.oracle import Oracle, simpson
 from .test_numerics import arrays, worst_error
 
 BOUND, BATCH = 1e-5, 7  # numerics 7, float32

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.faults import ground
-from tests.standing import Standing, end, standing
+from tests.helpers.dask_cluster import Standing, end, standing
+from tests.helpers.faults import clean_runs
 
 ADDRESSES = {
     "scheduler": "10.77.0.1",
@@ -94,9 +94,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training whose replay takes a while, for its loss is over many examples, and its
     undisturbed run.
     """
-    made = ground.lay_out(tmp_path_factory.mktemp("place"), SPANS * ground.SPAN)
+    made = clean_runs.lay_out(tmp_path_factory.mktemp("place"), SPANS * clean_runs.SPAN)
     heavier(made / "small_task.py")
-    ground.finish(made, made / "clean.lca")
+    clean_runs.finish(made, made / "clean.lca")
     return made
 
 
@@ -126,7 +126,9 @@ def hosts(net: Net, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standi
 
 def drive(net: Net, made: Standing, place: Path, out: Path) -> subprocess.Popen[str]:
     options = (*made.options, "--insecure", "--workers", 2)
-    return ground.start([*net.inside("driver"), *ground.command(place, out, *options)], **NOTICED)
+    return clean_runs.start(
+        [*net.inside("driver"), *clean_runs.command(place, out, *options)], **NOTICED
+    )
 
 
 def events(out: Path) -> list[dict[str, Any]]:
@@ -179,7 +181,7 @@ def test_hosts_of_their_own_give_the_bytes_of_this_process(
     out = tmp_path / "out.lca"
     assert hosts.address.startswith(f"tcp://{ADDRESSES['scheduler']}:")
     ended(drive(net, hosts, place, out))
-    ground.same_bytes(out, place / "clean.lca")
+    clean_runs.same_bytes(out, place / "clean.lca")
     assert who_worked(out) == {"one", "other"}
 
 
@@ -194,7 +196,7 @@ def test_a_wire_that_is_cut_for_a_moment_costs_nothing(
     waited(process, lambda: told(out, "SpanDone") >= before + 2)
     net.set("one", "up")
     ended(process)
-    ground.same_bytes(out, place / "clean.lca")
+    clean_runs.same_bytes(out, place / "clean.lca")
     assert told(out, "SpanRetried") == told(out, "SpanFailed") == 0
 
 
@@ -208,7 +210,7 @@ def test_a_wire_that_stays_cut_loses_the_worker_and_no_number(
     waited(process, lambda: lost(out) == 1)
     net.set("one", "up")
     said = ended(process)
-    ground.same_bytes(out, place / "clean.lca")
+    clean_runs.same_bytes(out, place / "clean.lca")
     assert said.count("is tried again: its worker died or cannot be reached (one") == told(
         out, "SpanRetried"
     )
@@ -233,7 +235,7 @@ def test_without_any_wire_left_the_run_waits_for_workers_that_are_started_again(
             "--name", "again", "--host", ADDRESSES["other"], prefix=net.inside("other"), **NOTICED
         )
         said = ended(process)
-    ground.same_bytes(out, place / "clean.lca")
+    clean_runs.same_bytes(out, place / "clean.lca")
     assert said.count("is tried again: its worker died or cannot be reached") == told(
         out, "SpanRetried"
     )

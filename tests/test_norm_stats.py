@@ -26,9 +26,9 @@ from lca_posthoc.progress import Note
 from lca_posthoc.report import write_report
 from lca_posthoc.worker.modes import SHARE
 
-from .cases import CASES, Batch, Case, classes
-from .oracle import Oracle, simpson
-from .small import document, lca, says
+from .helpers.cli import document, lca, says
+from .helpers.model_cases import CASES, Batch, Case, classes
+from .helpers.oracle import Oracle, simpson
 
 # --- the oracle: a checkpoint with the statistics of the data at its weights
 # -------------------------------------------------

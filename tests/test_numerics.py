@@ -29,9 +29,9 @@ from lca_posthoc.store import LossResults
 from lca_posthoc.tally import Tally, histogram, unit_sums
 from lca_posthoc.trajectory import TensorSpec
 
-from . import oracle
-from .cases import CASES, Case
-from .oracle import Oracle, Truth
+from .helpers import oracle
+from .helpers.model_cases import CASES, Case
+from .helpers.oracle import Oracle, Truth
 
 MODES = [(name, mode) for name, case in CASES.items() for mode in case.norm_stats]
 LOSSES = [(name, loss, mode) for name, mode in MODES for loss in CASES[name].losses]

@@ -23,7 +23,7 @@ from lca_posthoc.errors import InputError
 from lca_posthoc.objective import Evaluation, Objective, check_loss, sources
 from lca_posthoc.objective.normalisation import normalising
 
-from .cases import CASES, Case
+from .helpers.model_cases import CASES, Case
 
 INPUTS, TARGETS = CASES["smooth_mlp"].data()["train"]
 Point = dict[str, Tensor]

@@ -23,8 +23,8 @@ from lca_posthoc.errors import InputError
 from lca_posthoc.findings import summary
 from lca_posthoc.store import LossResults
 
-from .cases import CASES
-from .small import document, last_line, lca, record, refused, run_lca, says, write_task
+from .helpers.cli import document, last_line, lca, record, refused, run_lca, says, write_task
+from .helpers.model_cases import CASES
 from .test_numerics import arrays
 
 TOLERANCE = 3e-4

@@ -20,7 +20,7 @@ import lca_posthoc
 from lca_posthoc import open_trajectory, paths
 from lca_posthoc.errors import InputError, ResourceError, SpanError
 from lca_posthoc.trajectory import read_checkpoint
-from tests.small import STEPS, iterates, lca, record, refused, run_lca, step_file, write_task
+from tests.helpers.cli import STEPS, iterates, lca, record, refused, run_lca, step_file, write_task
 
 
 @pytest.fixture(autouse=True)

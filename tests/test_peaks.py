@@ -35,7 +35,7 @@ from lca_posthoc.findings.peaks import (
     rotated,
 )
 
-from .small import marker, says
+from .helpers.cli import marker, says
 
 Array = np.ndarray[Any, Any]
 

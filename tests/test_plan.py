@@ -21,7 +21,7 @@ from lca_posthoc.objective import Objective
 from lca_posthoc.plan import plan, plan_recording
 from lca_posthoc.store import read_manifest, required_bytes, verify
 from lca_posthoc.worker import costs
-from tests.small import (
+from tests.helpers.cli import (
     contents,
     document,
     lca,

@@ -22,8 +22,8 @@ from lca_posthoc.errors import InputError
 from lca_posthoc.findings.helping import joined_shares
 from lca_posthoc.findings.names import fitting
 from lca_posthoc.plots import style
-from tests import found
-from tests.small import lca, record, refused, run_lca, write_task
+from tests.helpers import sample_findings
+from tests.helpers.cli import lca, record, refused, run_lca, write_task
 
 mpl.use("agg")
 pytestmark = pytest.mark.filterwarnings("error", "ignore::lca_posthoc.errors.LCAWarning")
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("error", "ignore::lca_posthoc.errors.LCA
 SIZES = ((6, 3), (41, 60), (200, 3))
 DRAWN = [
     (name, size)
-    for name in found.MADE
+    for name in sample_findings.MADE
     for size in SIZES
     if not (name == "microscope" and size == (200, 3))
 ]
@@ -44,7 +44,7 @@ def closed() -> Iterator[None]:
 
 
 def drawn(name: str, layers: int, steps: int, **options: Any) -> Figure:
-    made = getattr(plots, name)(found.large(name, layers, steps), **options)
+    made = getattr(plots, name)(sample_findings.large(name, layers, steps), **options)
     figure: Figure = made if isinstance(made, Figure) else made.figure
     figure.canvas.draw()
     return figure
@@ -99,7 +99,7 @@ def test_no_label_is_cut_off_or_covers_another(name: str, size: tuple[int, int])
 def test_the_strongest_layers_have_a_name_and_a_colour_and_the_others_are_grey(
     layers: int, top: int | None
 ) -> None:
-    given = found.large("layers", layers, 30)
+    given = sample_findings.large("layers", layers, 30)
     ax = plots.layers(given, quantity="cumulative", top=top)
     figure = ax.figure
     figure.canvas.draw()
@@ -131,7 +131,7 @@ def test_of_many_rows_the_largest_are_drawn_and_the_others_counted(name: str) ->
         in figure._supxlabel.get_text()
     )  # type: ignore[attr-defined]
     with pytest.raises(InputError, match="1 or more, got 0"):
-        getattr(plots, name)(found.large(name, 6, 3), top=0)
+        getattr(plots, name)(sample_findings.large(name, 6, 3), top=0)
 
 
 @pytest.mark.parametrize("steps", [3, 60, 4500])
@@ -144,7 +144,7 @@ def test_long_runs_keep_whole_steps_on_their_axis(steps: int) -> None:
 
 @pytest.mark.parametrize("blank", [0, 1, 3])
 def test_the_microscope_shows_the_last_moment_on_which_anything_moved(blank: int) -> None:
-    given = found.large("microscope", 6, 8)
+    given = sample_findings.large("microscope", 6, 8)
     for name in given.data_vars:
         given[name].values[8 - blank :] = 0
     figure = plots.microscope(given)
@@ -158,7 +158,7 @@ def test_the_microscope_shows_the_last_moment_on_which_anything_moved(blank: int
 
 @pytest.mark.parametrize("faint", [1, 3])
 def test_the_microscope_passes_over_frames_that_are_all_but_blank(faint: int) -> None:
-    given = found.large("microscope", 6, 8)
+    given = sample_findings.large("microscope", 6, 8)
     for name in given.data_vars:
         given[name].values[8 - faint :] *= 1e-3
     said = "\n".join(text.get_text() for text in plots.microscope(given).findobj(Text))
@@ -166,7 +166,7 @@ def test_the_microscope_passes_over_frames_that_are_all_but_blank(faint: int) ->
 
 
 def test_words_above_traces_say_the_tensor_and_its_index() -> None:
-    given = found.oscillation()
+    given = sample_findings.oscillation()
     names = [
         "conv1.weight[0, 1]",
         "layer1.0.conv2.weight[3, 2]",
@@ -187,14 +187,14 @@ def test_words_above_traces_say_the_tensor_and_its_index() -> None:
 
 def test_names_of_groups_do_not_cover_each_other() -> None:
     classes = ["airplane", "automobile", "bird"]
-    ax = plots.layers(found.layers(groups=True).assign_coords(group=classes))
+    ax = plots.layers(sample_findings.layers(groups=True).assign_coords(group=classes))
     ax.figure.canvas.draw()
     assert [text.get_text() for text in ax.get_xticklabels()] == classes
     assert apart(list(ax.get_xticklabels()))
 
 
 def test_means_of_many_layers_say_their_unit_inside_the_page() -> None:
-    ax = plots.layers(found.large("layers", 41, 3), quantity="mean")
+    ax = plots.layers(sample_findings.large("layers", 41, 3), quantity="mean")
     ax.figure.canvas.draw()
     box = ax.xaxis.label.get_window_extent()
     assert "units of loss" in ax.get_xlabel()
@@ -203,7 +203,7 @@ def test_means_of_many_layers_say_their_unit_inside_the_page() -> None:
 
 
 def test_the_words_of_a_distribution_cover_no_data() -> None:
-    sizes = plots.distribution(found.distribution()).axes[0]
+    sizes = plots.distribution(sample_findings.distribution()).axes[0]
     sizes.figure.canvas.draw()
     top = sizes.get_window_extent().y1
     assert len(sizes.texts) == 4
@@ -214,7 +214,7 @@ def test_the_words_of_a_distribution_cover_no_data() -> None:
 @pytest.mark.parametrize("groups", [2, 12])
 def test_marks_of_groups_within_a_row_are_explained(groups: int) -> None:
     names = tuple(f"class {at}" for at in range(groups))
-    figure = plots.peaks(found.peaks(names, layers=tuple(f"fc{at}" for at in range(9))))
+    figure = plots.peaks(sample_findings.peaks(names, layers=tuple(f"fc{at}" for at in range(9))))
     said = figure._supxlabel.get_text()  # type: ignore[attr-defined]
     assert "Within a row, from the top: class 0, class 1" in said
     assert ("and 2 more" in said) == (groups == 12)
@@ -229,7 +229,7 @@ def test_names_under_the_microscope_differ(count: int) -> None:
 
 
 CUT = {
-    "in the middle": ([found.module(at) for at in range(30)], 5),
+    "in the middle": ([sample_findings.module(at) for at in range(30)], 5),
     "behind": ([f"blocks.0.{part}.{at}" for part in ("attention", "mlp") for at in range(9)], 9),
     "before": ([f"layer{at}.conv.weight" for at in range(12)], 7),
     "with a stranger": (["stem", *(f"stage.{at}.block" for at in range(12))], 8),
@@ -250,7 +250,7 @@ def test_shares_of_segments_are_no_comb(segments: int) -> None:
     helped = np.random.default_rng(segments).binomial(segments, 0.5, 20_000)
     counts = np.bincount(np.minimum(99, helped * 100 // segments), minlength=100)
     edges = np.linspace(0, 1, 101)
-    given = found.helping().drop_dims("share").isel(step=np.zeros(segments, int))
+    given = sample_findings.helping().drop_dims("share").isel(step=np.zeros(segments, int))
     given = given.assign(parameters=("share", counts), expected=("share", counts.astype(float)))
     given = given.assign_coords(share_low=("share", edges[:-1]), share_high=("share", edges[1:]))
     _, parameters, expected = joined_shares(given)

@@ -23,9 +23,9 @@ from lca_posthoc import colours, findings, plots
 from lca_posthoc.errors import InputError, ResourceError
 from lca_posthoc.findings.names import shorten
 from lca_posthoc.plots import style
-from tests import found
-from tests.found import MADE
-from tests.small import UNSAFE, steering
+from tests.helpers import sample_findings
+from tests.helpers.cli import UNSAFE, steering
+from tests.helpers.sample_findings import MADE
 
 mpl.use("agg")
 SINGLE = ("compare", "curve", "generalisation", "layers", "units")
@@ -111,7 +111,9 @@ def test_hostile_names_are_drawn_letter_by_letter_and_axes_say_their_units(name:
 @pytest.mark.parametrize("name", ["layers", "curve"])
 def test_no_sign_of_a_name_steers_a_figure(name: str) -> None:
     hostile = f"fc{''.join(UNSAFE)}"
-    finding = found.layers(names=("fc1", hostile, "fc3")) if name == "layers" else MADE[name]()
+    finding = (
+        sample_findings.layers(names=("fc1", hostile, "fc3")) if name == "layers" else MADE[name]()
+    )
     finding.attrs |= {"loss": hostile, "left_out": hostile}
     shown = words(draw(name, finding))
     assert "fc???" in shown
@@ -171,7 +173,7 @@ def test_what_several_panels_leave_out_is_said_once_each() -> None:
     for ax, left in zip(
         figure.subplots(1, 3), ("80 of 220.", "80 of 220.", "7 of 9."), strict=True
     ):
-        plots.layers(found.layers().assign_attrs(left_out=left), ax=ax)
+        plots.layers(sample_findings.layers().assign_attrs(left_out=left), ax=ax)
     assert "80 of 220.\n7 of 9." in words(figure)
     assert words(figure).count("80 of 220.") == 1
 
@@ -195,7 +197,7 @@ def test_another_finding_is_refused_by_name(name: str) -> None:
 
 
 def test_curve_shows_the_loss_the_prediction_and_the_residual() -> None:
-    given = found.curve()
+    given = sample_findings.curve()
     ax = draw("curve", given).axes[0]
     start = given["loss_start"].values[:1]
     assert has(ax, [*start, *given["loss"].values])
@@ -209,13 +211,15 @@ def test_curve_shows_the_loss_the_prediction_and_the_residual() -> None:
 
 
 def test_curve_is_a_dark_loss_over_a_light_band_and_many_groups_are_told_apart() -> None:
-    given = found.curve()
+    given = sample_findings.curve()
     band, line = draw("curve", given).axes[0].lines[:2]
     assert (line.get_label(), band.get_label()) == ("loss", "start + Σ allocation")
     assert list(line.get_ydata()[1:]) == list(given["loss"].values)
     assert lab(to_hex(line.get_color()))[0] < 30 < 80 < lab(to_hex(band.get_color()))[0]
     assert band.get_linewidth() > line.get_linewidth()
-    many = found.curve(groups=True).isel(group=[0, 1, 2] * 4).assign_coords(group=range(12))
+    many = (
+        sample_findings.curve(groups=True).isel(group=[0, 1, 2] * 4).assign_coords(group=range(12))
+    )
     ax = draw("curve", many).axes[0]
     looks = {(text.get_text(), text.get_color()) for text in ax.texts}
     assert len({hue for _, hue in looks}) == 12
@@ -225,17 +229,17 @@ def test_curve_is_a_dark_loss_over_a_light_band_and_many_groups_are_told_apart()
 
 
 def test_a_line_does_not_cross_a_gap() -> None:
-    given = found.curve(gap=True)
+    given = sample_findings.curve(gap=True)
     ax = draw("curve", given).axes[0]
     start, loss = given["loss_start"].values, given["loss"].values
     assert has(ax, [start[0], *loss[:6], np.nan, start[6], *loss[6:]])
-    mesh = draw("units", found.units(gap=True)).axes[0].collections[0]
+    mesh = draw("units", sample_findings.units(gap=True)).axes[0].collections[0]
     assert mesh.get_array().shape == (7, 13)
     assert np.ma.getmaskarray(np.ma.masked_invalid(mesh.get_array()))[:, 6].all()
 
 
 def test_curve_shows_each_group_with_its_name_and_says_when_there_are_too_many() -> None:
-    given = found.curve(groups=True)
+    given = sample_findings.curve(groups=True)
     ax = draw("curve", given).axes[0]
     for group in given["group"].values:
         assert has(
@@ -252,7 +256,7 @@ def test_curve_shows_each_group_with_its_name_and_says_when_there_are_too_many()
 
 
 def test_distribution_shows_counts_per_decade_and_the_fit() -> None:
-    given = found.distribution()
+    given = sample_findings.distribution()
     sizes, densities, unequal = draw("distribution", given).axes
     steps = [patch.get_data() for patch in sizes.patches]
     for side in (given["upper"].values <= 0, given["lower"].values >= 0):
@@ -275,12 +279,12 @@ def test_distribution_shows_counts_per_decade_and_the_fit() -> None:
         0.4,
         0.8,
     ]
-    without = draw("distribution", found.distribution(fitted=False)).axes[1]
+    without = draw("distribution", sample_findings.distribution(fitted=False)).axes[1]
     assert "double Weibull" not in {line.get_label() for line in without.lines}
 
 
 def test_helping_shows_shares_over_time_per_tensor_and_per_parameter() -> None:
-    given = found.helping()
+    given = sample_findings.helping()
     time, tensors, _bar, often, names = draw("helping", given).axes
     for share in ("helping", "hurting", "zero"):
         assert has(time, given[share])
@@ -294,7 +298,7 @@ def test_helping_shows_shares_over_time_per_tensor_and_per_parameter() -> None:
     assert often.get_xlim() == names.get_xlim()
     dots = np.concatenate([line.get_xdata() for line in names.lines if line.get_marker() == "o"])
     assert np.array_equal(dots, [*given["hero_share"].values, *given["villain_share"].values])
-    assert len(draw("helping", found.helping(whole=False)).axes) == 3
+    assert len(draw("helping", sample_findings.helping(whole=False)).axes) == 3
 
 
 @pytest.mark.parametrize(
@@ -303,13 +307,13 @@ def test_helping_shows_shares_over_time_per_tensor_and_per_parameter() -> None:
         ((1,), (), "did not move"),
         ((), (0, 2), "moved without effect"),
         ((0,), (1,), "did not move or moved without effect"),
-        (tuple(range(len(found.TENSORS))), (), "did not move"),
+        (tuple(range(len(sample_findings.TENSORS))), (), "did not move"),
     ],
 )
 def test_what_has_no_effect_is_not_drawn_as_what_hurts_most(
     still: tuple[int, ...], idle: tuple[int, ...], said: str
 ) -> None:
-    given = found.helping()
+    given = sample_findings.helping()
     for name in ("tensor_helping", "tensor_hurting"):
         given[name].loc[{"tensor": given["tensor"][[*still, *idle]]}] = 0.0
     given["tensor_moved"].loc[{"tensor": given["tensor"][list(still)]}] = 0
@@ -324,7 +328,7 @@ def test_what_has_no_effect_is_not_drawn_as_what_hurts_most(
 
 @pytest.mark.parametrize("only", [False, True])
 def test_oscillation_shows_intervals_and_traces(only: bool) -> None:
-    given = found.oscillation(only=only)
+    given = sample_findings.oscillation(only=only)
     first, *traces = draw("oscillation", given).axes
     for signal in given["signal"].values:
         line = next(line for line in first.lines if line.get_label() == signal)
@@ -350,9 +354,9 @@ def test_oscillation_shows_intervals_and_traces(only: bool) -> None:
 
 
 def test_oscillation_draws_what_there_is_and_says_when_there_is_nothing() -> None:
-    assert len(draw("oscillation", found.oscillation(traces=0)).axes) == 1
+    assert len(draw("oscillation", sample_findings.oscillation(traces=0)).axes) == 1
     only_traces = (
-        found.oscillation()
+        sample_findings.oscillation()
         .drop_vars(["turns", "interval", "overall_turns", "overall_interval"])
         .drop_dims("tensor")
     )
@@ -365,7 +369,7 @@ def test_oscillation_draws_what_there_is_and_says_when_there_is_nothing() -> Non
 
 
 def test_layers_are_lines_from_zero_with_their_totals_beside_them() -> None:
-    given = found.layers()
+    given = sample_findings.layers()
     ax = draw("layers", given).axes[0]
     for layer in given["layer"].values:
         assert has(ax, [0, *given["cumulative"].sel(layer=layer).values])
@@ -375,7 +379,7 @@ def test_layers_are_lines_from_zero_with_their_totals_beside_them() -> None:
 @pytest.mark.parametrize("show", ["total", "mean"])
 def test_layers_are_bars_by_sign(show: str) -> None:
     names = tuple(f"layer{at}" for at in range(15))
-    given = found.layers(names=names)
+    given = sample_findings.layers(names=names)
     ax = draw("layers", given, quantity=show).axes[0]
     assert lengths(ax) == list(given[show].values)
     assert [to_hex(patch.get_facecolor()) for patch in ax.patches] == [
@@ -387,7 +391,7 @@ def test_layers_are_bars_by_sign(show: str) -> None:
 
 
 def test_layers_of_groups_are_a_picture_with_zero_in_the_middle() -> None:
-    given = found.layers(groups=True)
+    given = sample_findings.layers(groups=True)
     ax, _ = draw("layers", given).axes
     (image,) = ax.images
     assert np.array_equal(image.get_array(), given["total"].values)
@@ -402,7 +406,7 @@ def test_layers_of_groups_are_a_picture_with_zero_in_the_middle() -> None:
 
 
 def test_units_are_rows_of_one_scale() -> None:
-    given = found.units()
+    given = sample_findings.units()
     ax = draw("units", given).axes[0]
     (mesh,) = (each for each in ax.collections if isinstance(each, QuadMesh))
     assert np.array_equal(mesh.get_array(), given["allocated"].values.T)
@@ -416,7 +420,7 @@ def test_units_are_rows_of_one_scale() -> None:
 
 @pytest.mark.parametrize("groups", [(0, 1, 2), ("all",), ("$a$", "_b")])
 def test_peaks_are_marks_per_group_and_layer_beside_their_null(groups: tuple[Any, ...]) -> None:
-    given = found.peaks(groups)
+    given = sample_findings.peaks(groups)
     raster, null = draw("peaks", given).axes
     marks = sum(len(each.get_segments()) for each in raster.collections)
     assert marks == int(given["peak"].sum() + given["aligned"].sum())
@@ -427,11 +431,13 @@ def test_peaks_are_marks_per_group_and_layer_beside_their_null(groups: tuple[Any
 
 
 def test_peaks_of_one_group_or_many_layers_have_a_named_row_per_layer() -> None:
-    few, _ = draw("peaks", found.peaks(("all",))).axes
-    assert [text.get_text() for text in few.get_yticklabels()] == style.labels(found.LAYERS)
+    few, _ = draw("peaks", sample_findings.peaks(("all",))).axes
+    assert [text.get_text() for text in few.get_yticklabels()] == style.labels(
+        sample_findings.LAYERS
+    )
     layers = tuple(f"block.{at}" for at in range(41))
     for groups in (("all",), (0, 1)):
-        given = found.peaks(groups, layers)
+        given = sample_findings.peaks(groups, layers)
         raster, null = draw("peaks", given).axes
         assert [text.get_text() for text in raster.get_yticklabels()] == list(layers)
         assert sum(len(each.get_segments()) for each in raster.collections) == int(
@@ -445,7 +451,11 @@ def test_peaks_of_one_group_or_many_layers_have_a_named_row_per_layer() -> None:
 
 
 def test_generalisation_joins_train_and_validation() -> None:
-    given = found.generalisation().rename(validation="held$out").assign_attrs(second="held$out")
+    given = (
+        sample_findings.generalisation()
+        .rename(validation="held$out")
+        .assign_attrs(second="held$out")
+    )
     ax = draw("generalisation", given).axes[0]
     for name, label in (("train", "train"), ("held$out", r"held\$out")):
         line = next(line for line in ax.lines if line.get_label() == label)
@@ -457,7 +467,7 @@ def test_generalisation_joins_train_and_validation() -> None:
 
 
 def test_candidates_are_bars() -> None:
-    given = found.candidates()
+    given = sample_findings.candidates()
     layers, tensors, units, parameters = draw("candidates", given).axes
     assert lengths(layers) == list(given["total"].values)
     assert [text.get_text() for text in layers.texts] == [" freeze?"]
@@ -465,11 +475,11 @@ def test_candidates_are_bars() -> None:
     assert " 1 of 5 units dead" in [text.get_text() for text in tensors.texts]
     assert lengths(units) == list(given["unit_total"].values)
     assert lengths(parameters) == list(given["parameter_allocated"].values)
-    assert len(draw("candidates", found.candidates(units=False)).axes) == 3
+    assert len(draw("candidates", sample_findings.candidates(units=False)).axes) == 3
 
 
 def test_of_many_candidates_the_largest_are_named_and_the_others_counted() -> None:
-    given = found.candidates()
+    given = sample_findings.candidates()
     many = given.isel(layer=[0, 1, 2] * 10).assign_coords(layer=[f"block.{at}" for at in range(30)])
     layers = draw("candidates", many).axes[0]
     shown = [text.get_text() for text in layers.get_yticklabels()]
@@ -481,7 +491,7 @@ def test_of_many_candidates_the_largest_are_named_and_the_others_counted() -> No
 
 
 def test_a_panel_without_candidates_is_left_out() -> None:
-    given = found.candidates()
+    given = sample_findings.candidates()
     none = {name: 0 * given[name] for name in ("never_helped", "silent", "dead_units")}
     figure = draw("candidates", given.assign(none))
     assert len(figure.axes) == 3
@@ -489,7 +499,7 @@ def test_a_panel_without_candidates_is_left_out() -> None:
 
 
 def test_labels_of_many_layers_of_units_do_not_cover_each_other() -> None:
-    given = found.units().isel(unit=[0, 4] * 100)
+    given = sample_findings.units().isel(unit=[0, 4] * 100)
     sizes = {f"l{at}": 1 if at % 3 else 4 for at in range(100)}
     names = [name for name, count in sizes.items() for _ in range(count)][:200]
     ax = draw("units", given.assign_coords(layer=("unit", names))).axes[0]
@@ -499,7 +509,7 @@ def test_labels_of_many_layers_of_units_do_not_cover_each_other() -> None:
 
 
 def test_compare_shows_means_intervals_and_single_runs() -> None:
-    given = found.compare()
+    given = sample_findings.compare()
     ax = draw("compare", given).axes[0]
     for at, label in enumerate(["adam (3 runs)", "\u200b_sgd\\$ (1 run)"]):
         line = next(line for line in ax.lines if line.get_label() == label)
@@ -518,7 +528,7 @@ def test_compare_shows_means_intervals_and_single_runs() -> None:
 
 @pytest.mark.parametrize("at", [0, 5, -1])
 def test_the_microscope_shows_a_frame_of_every_tensor_on_one_scale(at: int) -> None:
-    given = found.microscope()
+    given = sample_findings.microscope()
     figure = draw("microscope", given, at=at)
     images = [image for ax in figure.axes for image in ax.images]
     assert len(images) == len(given.data_vars)
@@ -534,16 +544,16 @@ def test_the_microscope_shows_a_frame_of_every_tensor_on_one_scale(at: int) -> N
 
 
 def test_pictures_of_very_many_modules_and_of_vectors_alone_have_their_place() -> None:
-    one = found.microscope()
+    one = sample_findings.microscope()
     many = one.assign_attrs(scale=0.0)
     for at in range(30):
         many[f"block{at}.scale"] = (
             ("step", f"{at}:row", f"{at}:column"),
-            np.zeros((found.STEPS, 64, 1), "float32"),
+            np.zeros((sample_findings.STEPS, 64, 1), "float32"),
         )
         many[f"block{at}.conv"] = (
             ("step", f"{at}c:row", f"{at}c:column"),
-            np.zeros((found.STEPS, 8, 8), "float32"),
+            np.zeros((sample_findings.STEPS, 8, 8), "float32"),
         )
         many = many.rename(
             {f"{at}:row": f"block{at}.scale:row", f"{at}:column": f"block{at}.scale:column"}
@@ -563,7 +573,7 @@ def test_pictures_of_very_many_modules_and_of_vectors_alone_have_their_place() -
 
 def test_there_is_no_frame_that_is_not_there() -> None:
     with pytest.raises(InputError, match="there are 12 frames, from 0 to 11; there is no frame 12"):
-        plots.microscope(found.microscope(), at=12)
+        plots.microscope(sample_findings.microscope(), at=12)
 
 
 # --- films
@@ -574,7 +584,7 @@ def test_a_film_is_a_gif_of_all_frames(tmp_path: Path) -> None:
     from PIL import Image
 
     before = plt.get_fignums()
-    given = found.microscope().isel(step=slice(4))
+    given = sample_findings.microscope().isel(step=slice(4))
     assert plots.film(given, tmp_path / "a.gif", fps=20) == tmp_path / "a.gif"
     with Image.open(tmp_path / "a.gif") as film:
         assert film.n_frames == 4
@@ -583,7 +593,7 @@ def test_a_film_is_a_gif_of_all_frames(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
 def test_a_film_is_an_mp4(tmp_path: Path) -> None:
-    plots.film(found.microscope().isel(step=slice(3)), tmp_path / "a.mp4")
+    plots.film(sample_findings.microscope().isel(step=slice(3)), tmp_path / "a.mp4")
     assert (tmp_path / "a.mp4").read_bytes()[4:8] == b"ftyp"
 
 
@@ -594,7 +604,7 @@ def test_without_ffmpeg_the_way_out_is_named(
         matplotlib.animation.FFMpegWriter, "isAvailable", classmethod(lambda cls: False)
     )
     with pytest.raises(ResourceError, match=r"ffmpeg, which is not on PATH.*a\.gif") as refused:
-        plots.film(found.microscope(), tmp_path / "a.mp4")
+        plots.film(sample_findings.microscope(), tmp_path / "a.mp4")
     assert refused.value.exit_code == 5
     assert not (tmp_path / "a.mp4").exists()
 
@@ -602,7 +612,7 @@ def test_without_ffmpeg_the_way_out_is_named(
 @pytest.mark.parametrize(("name", "fps"), [("a.png", 10), ("a", 10), ("a.gif", 0)])
 def test_another_kind_of_film_is_refused(tmp_path: Path, name: str, fps: int) -> None:
     with pytest.raises(InputError):
-        plots.film(found.microscope(), tmp_path / name, fps=fps)
+        plots.film(sample_findings.microscope(), tmp_path / name, fps=fps)
 
 
 # --- words

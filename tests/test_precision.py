@@ -27,9 +27,9 @@ from lca_posthoc.findings import summary
 from lca_posthoc.progress import Note
 from lca_posthoc.worker import spans
 
-from .cases import CASES, Batch, Case, classes
-from .oracle import Oracle, simpson
-from .small import contents, lca, says, write_step
+from .helpers.cli import contents, lca, says, write_step
+from .helpers.model_cases import CASES, Batch, Case, classes
+from .helpers.oracle import Oracle, simpson
 from .test_numerics import arrays
 
 SEGMENTS, MEASURED = 10, [0, 8]

@@ -36,7 +36,7 @@ from lca_posthoc.objective import tensor_table
 from lca_posthoc.recorder import optimizer_guard, writer
 from lca_posthoc.recorder.staging import CODES
 from lca_posthoc.trajectory import normalise, read_checkpoint
-from tests.recording import become, network
+from tests.helpers.numbered_training import become, network
 
 HERE = Path(__file__).parents[1]
 
@@ -1140,7 +1140,7 @@ def kill_again_and_again(directory: Path, kills: int) -> int:
     """Kill trainings that go on with one series; returns how many iterates there are in the end."""
     chance, found = random.Random(7), 0
     trainings = subprocess.Popen(
-        [sys.executable, "-m", "tests.recording", directory],
+        [sys.executable, "-m", "tests.helpers.numbered_training", directory],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -29,7 +29,7 @@ from lca_posthoc.cluster import (
 from lca_posthoc.cluster import remote as remote_module
 from lca_posthoc.cluster import workers as workers_module
 from lca_posthoc.errors import InputError, ResourceError
-from tests.standing import Standing, certificates, end, standing
+from tests.helpers.dask_cluster import Standing, certificates, end, standing
 
 
 def pid(spec: Spec) -> int:

@@ -16,7 +16,7 @@ import lca_posthoc
 from lca_posthoc import open_run
 from lca_posthoc.progress import SpanDone
 from lca_posthoc.replay import repair
-from tests.small import contents, lca, marker, record, refused, write_task
+from tests.helpers.cli import contents, lca, marker, record, refused, write_task
 
 
 @pytest.fixture(scope="module")

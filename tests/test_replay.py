@@ -23,7 +23,16 @@ from lca_posthoc import Recorder, allocation, open_run, prepare, replay, store
 from lca_posthoc.errors import InputError, LCAError
 from lca_posthoc.objective import probe
 from lca_posthoc.progress import Planned, SpanDone, Stage
-from tests.small import contents, lca, marker, refused, run_lca, says, task_namespace, write_task
+from tests.helpers.cli import (
+    contents,
+    lca,
+    marker,
+    refused,
+    run_lca,
+    says,
+    task_namespace,
+    write_task,
+)
 
 SEGMENTS = 37
 

@@ -37,11 +37,11 @@ from lca_posthoc.report.downsample import (
 )
 from lca_posthoc.report.panels import choose
 from lca_posthoc.report.sections import candidates
-from tests.browser import CHROMIUM, SIZES, Browser, browser
-from tests.deep import NASTY, deep, hostile
-from tests.found import module
-from tests.small import lca, record, refused, run_lca, says, steering, write_task
-from tests.synthetic import build
+from tests.helpers.browser import CHROMIUM, SIZES, Browser, browser
+from tests.helpers.cli import lca, record, refused, run_lca, says, steering, write_task
+from tests.helpers.large_runs import NASTY, deep, hostile
+from tests.helpers.sample_findings import module
+from tests.helpers.synthetic_runs import build
 
 GROUPS = (
     '"validation": Loss(F.cross_entropy, on="validation")}',

@@ -18,9 +18,9 @@ import lca_posthoc
 from lca_posthoc.cluster import Done
 from lca_posthoc.cluster import workers as workers_module
 from lca_posthoc.progress import SpanDone
-from tests.faults import ground
-from tests.small import TASK, document, lca, refused, says
-from tests.standing import Standing, standing
+from tests.helpers.cli import TASK, document, lca, refused, says
+from tests.helpers.dask_cluster import Standing, standing
+from tests.helpers.faults import clean_runs
 
 ROOT = str(Path(lca_posthoc.__file__).parents[1])
 SEGMENTS, SPAN, SPANS = 12, 2, 6
@@ -43,7 +43,7 @@ def without_sight_of(place: Path, where: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints, and the undisturbed run of the plain task."""
-    made = ground.lay_out(tmp_path_factory.mktemp("place"), SEGMENTS)
+    made = clean_runs.lay_out(tmp_path_factory.mktemp("place"), SEGMENTS)
     replay(made, made / "small_task.py", made / "clean.lca", "inline")
     return made
 
@@ -97,7 +97,7 @@ def test_the_bytes_are_those_of_this_process_and_a_second_run_finishes_at_once(
     for _ in range(2):
         result = start_of(place, out, pair, "--loss", "all", "--tolerance", "inf")
         assert result.exit_code == 0, result.output
-        ground.same_bytes(out, rerun_span(place, out))
+        clean_runs.same_bytes(out, rerun_span(place, out))
     assert "nothing to do: every span is committed" in result.stderr
 
 
@@ -121,7 +121,7 @@ def test_the_log_has_a_line_for_each_event_and_status_tells_while_it_runs_and_af
             seen.append(document(lca("status", out, "--json"))["losses"]["train"])
 
     replay(place, place / "small_task.py", out, pair.address, progress=listen)
-    ground.same_bytes(out, place / "clean.lca")
+    clean_runs.same_bytes(out, place / "clean.lca")
     log = [json.loads(line) for line in (out / "log" / "run.jsonl").read_text().splitlines()]
     assert [each["event"] for each in log] == [
         "Started",
@@ -212,7 +212,7 @@ def test_local_imports_travel_and_an_edit_takes_effect_on_the_same_workers(
         out, clean = tmp_path / f"{factor}.lca", tmp_path / f"{factor}-clean.lca"
         replay(place, task, out, pair.address)
         replay(place, task, clean, "inline")
-        ground.same_bytes(out, clean)
+        clean_runs.same_bytes(out, clean)
         assert change(lca_posthoc.open_run(out)) == pytest.approx(factor * plain, rel=1e-5)
 
 
@@ -252,9 +252,9 @@ def test_a_task_made_in_a_script_travels(
 ) -> None:
     script, out = tasks / "script.py", tmp_path / "out.lca"
     script.write_text(SCRIPT)
-    process = ground.start(
+    process = clean_runs.start(
         [
-            *ground.command(place, out)[:1],
+            *clean_runs.command(place, out)[:1],
             str(script),
             str(place / "checkpoints"),
             str(out),
@@ -263,7 +263,7 @@ def test_a_task_made_in_a_script_travels(
     )
     _, said = process.communicate()
     assert process.returncode == 0, said
-    ground.same_bytes(out, tmp_path / "out.lca-clean")
+    clean_runs.same_bytes(out, tmp_path / "out.lca-clean")
     assert change(lca_posthoc.open_run(out)) != pytest.approx(
         change(lca_posthoc.open_run(place / "clean.lca")), rel=1e-3
     )

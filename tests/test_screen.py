@@ -26,7 +26,7 @@ from lca_posthoc.display import Lines, Progressed, Stream, showable, stderr
 from lca_posthoc.errors import LCAError
 from lca_posthoc.progress import Note, Planned, SpanDone, Stage, Stopping, silent
 from lca_posthoc.text import shorten
-from tests.small import (
+from tests.helpers.cli import (
     contents,
     document,
     lca,
@@ -38,7 +38,7 @@ from tests.small import (
     task_namespace,
     write_task,
 )
-from tests.terminal import ASCII, LCA, environment, on_terminal, piped
+from tests.helpers.terminal import ASCII, LCA, environment, on_terminal, piped
 
 NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
 underway_module: Any = sys.modules["lca_posthoc.store.underway"]

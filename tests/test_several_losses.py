@@ -20,10 +20,10 @@ from lca_posthoc.errors import InputError
 from lca_posthoc.objective import Objective
 from lca_posthoc.progress import Note, SpanDone
 
-from . import oracle
-from .cases import CASES, Batch, _vectors, classes, one_hot_distance
-from .oracle import Oracle
-from .small import contents, marker, says
+from .helpers import oracle
+from .helpers.cli import contents, marker, says
+from .helpers.model_cases import CASES, Batch, _vectors, classes, one_hot_distance
+from .helpers.oracle import Oracle
 from .test_groups import by_class, by_sign, raised, replay
 from .test_numerics import Lab, arrays, assert_same_bits, case_of, worst_error
 

@@ -29,7 +29,7 @@ from lca_posthoc.export.write import FORMATS
 from lca_posthoc.findings import summary
 from lca_posthoc.report import write_report
 
-from .small import document, last_line, lca, write_step
+from .helpers.cli import document, last_line, lca, write_step
 
 GENERATOR = torch.Generator().manual_seed(5)
 INPUTS = torch.randn(24, 5, generator=GENERATOR)

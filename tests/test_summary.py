@@ -7,7 +7,7 @@ import pytest
 
 import lca_posthoc
 from lca_posthoc.findings import summary
-from tests.small import record, write_task
+from tests.helpers.cli import record, write_task
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from lca_posthoc.cli.summary import print_summary
 from lca_posthoc.display import wrapped
 from lca_posthoc.findings import layers, summary
 from lca_posthoc.text import count
-from tests.deep import Chain, data
-from tests.small import document, lca, refused, says, write_step
-from tests.terminal import LCA, on_terminal
+from tests.helpers.cli import document, lca, refused, says, write_step
+from tests.helpers.large_runs import Chain, data
+from tests.helpers.terminal import LCA, on_terminal
 
 NAMES = [
     f"residual_branch_with_a_long_name_{at:02d}_of_the_whole_of_this_network" for at in range(24)

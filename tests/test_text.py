@@ -11,7 +11,7 @@ import pytest
 
 from lca_posthoc.report.content import clean
 from lca_posthoc.text import is_storable, safe, safe_in_figure, safe_in_page
-from tests.small import UNSAFE, steering
+from tests.helpers.cli import UNSAFE, steering
 
 PLACES: dict[str, Callable[[str], str]] = {
     "a terminal": safe,

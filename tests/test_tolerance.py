@@ -24,7 +24,7 @@ from lca_posthoc.progress import Note
 from lca_posthoc.schema import in_units_of_loss
 from lca_posthoc.settings import DEFAULTS, resolve
 
-from .small import lca, refused, run_lca, write_step, write_task
+from .helpers.cli import lca, refused, run_lca, write_step, write_task
 
 STEPS = 5
 GENERATOR = torch.Generator().manual_seed(7)

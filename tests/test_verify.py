@@ -27,8 +27,8 @@ from lca_posthoc.store import Damage, Leftover, RunWriter, lock, read_manifest, 
 from lca_posthoc.store.layout import plan_arrays
 from lca_posthoc.store.metadata import metadata_files
 from lca_posthoc.task import pack
-from tests.faults.store import DAMAGES
-from tests.small import contents, document, lca, marker, record, refused, run_lca, write_task
+from tests.helpers.cli import contents, document, lca, marker, record, refused, run_lca, write_task
+from tests.helpers.faults.store import DAMAGES
 
 STRINGS = (
     'Loss(F.cross_entropy, on="train")',

@@ -24,8 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.memory import CASES, measured  # noqa: E402  (the path is set above)
-from tests.synthetic import LARGE, build  # noqa: E402
+from tests.helpers.finding_memory import CASES, measured  # noqa: E402  (the path is set above)
+from tests.helpers.synthetic_runs import LARGE, build  # noqa: E402
 
 GROUPED = {
     "embedding.weight": (4000, 128),

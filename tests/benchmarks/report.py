@@ -28,9 +28,9 @@ sys.path.insert(0, str(ROOT))
 from lca_posthoc import open_run  # noqa: E402  (the path is set above)
 from lca_posthoc.demo import demo  # noqa: E402
 from lca_posthoc.report import MOST_BYTES, write_report  # noqa: E402
-from tests.browser import SIZES, browser  # noqa: E402
-from tests.deep import deep, hostile  # noqa: E402
-from tests.synthetic import build  # noqa: E402
+from tests.helpers.browser import SIZES, browser  # noqa: E402
+from tests.helpers.large_runs import deep, hostile  # noqa: E402
+from tests.helpers.synthetic_runs import build  # noqa: E402
 
 SECONDS = 3.0
 LONG = {"fc1.weight": (50, 64), "fc1.bias": (50,), "fc2.weight": (10, 50), "fc2.bias": (10,)}

@@ -66,10 +66,10 @@ def measured(
         The case and its figures, one after the other.
     """
     given = json.dumps([{loss: str(run) for loss, run in runs.items()}, list(cases), limit, block])
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     paths = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    call = [sys.executable, "-m", "tests.memory", given]
+    call = [sys.executable, "-m", "tests.helpers.finding_memory", given]
     with subprocess.Popen(
         call, stdout=subprocess.PIPE, text=True, env=environment, cwd=root
     ) as process:

@@ -2,7 +2,7 @@
 script, to be killed.
 
 ```sh
-python -m tests.recording DIRECTORY FIRST      # trains on and on from a step; each line it prints is a training that began
+python -m tests.helpers.numbered_training DIRECTORY FIRST      # trains on and on from a step; each line it prints is a training that began
 ```
 
 Every line it reads makes it fork a training that goes on until it is killed: torch is imported

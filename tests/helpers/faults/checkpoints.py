@@ -16,9 +16,9 @@ from click.testing import Result
 from safetensors.torch import load, save
 
 from lca_posthoc import prepare, replay
-from tests.small import run_lca, says, step_file
+from tests.helpers.cli import run_lca, says, step_file
 
-from . import fault, ground
+from . import clean_runs, fault
 from .processes import complete, drive, laid_out, named, undamaged, whole
 
 SEGMENTS = 12
@@ -116,7 +116,7 @@ def _put(file: Path, data: bytes | None) -> None:
 
 
 def _run(place: Path, out: Path) -> Result:
-    with mock.patch.object(prepare, "choose_span", return_value=ground.SPAN):
+    with mock.patch.object(prepare, "choose_span", return_value=clean_runs.SPAN):
         return run_lca(
             place / "checkpoints",
             place / "small_task.py",
@@ -151,10 +151,12 @@ def _said(result: Result, file: Path, step: int) -> None:
 
 def _others_complete(out: Path, index: int) -> None:
     """All spans are committed but those that a checkpoint is an end or the middle of."""
-    touched = {segment // ground.SPAN for segment in (index - 1, index) if 0 <= segment < SEGMENTS}
+    touched = {
+        segment // clean_runs.SPAN for segment in (index - 1, index) if 0 <= segment < SEGMENTS
+    }
     for loss in ("train", "validation"):
         done = {int(file.name[:6]) for file in out.glob(f"commits/{loss}/0*.json")}
-        assert done == set(range(SEGMENTS // ground.SPAN)) - touched, (done, touched)
+        assert done == set(range(SEGMENTS // clean_runs.SPAN)) - touched, (done, touched)
 
 
 @fault("R7", "damaged checkpoints", ci=20, full=60)

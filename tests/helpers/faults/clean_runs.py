@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 import lca_posthoc
 from lca_posthoc import Recorder, open_run
-from tests.oracle import RULES, Oracle
-from tests.small import contents, task_namespace, write_task
+from tests.helpers.cli import contents, task_namespace, write_task
+from tests.helpers.oracle import RULES, Oracle
 
 SPAN = 2  # segments: many spans of little work
 SCRIPT = f"""

@@ -1,4 +1,4 @@
-"""Faults made for real, counted: `python -m tests.faults` for the full numbers,
+"""Faults made for real, counted: `python -m tests.helpers.faults` for the full numbers,
 `tests/test_faults.py` for the reduced ones.
 
 A fault is a function of how often, a place to work in and a seed. It raises `AssertionError` where

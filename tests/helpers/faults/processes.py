@@ -27,7 +27,7 @@ import psutil
 
 from lca_posthoc import store
 
-from . import ground
+from . import clean_runs
 
 SITE = Path(__file__).with_name("site")
 HANGS = 120.0  # seconds after which a process is taken to hang
@@ -39,7 +39,7 @@ PRELOADED = (
     "lca_posthoc.cli.summary",
     "lca_posthoc.objective",
     "lca_posthoc.worker.spans",
-    "tests.faults.processes",
+    "tests.helpers.faults.processes",
     "zarr",
 )
 # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: without them root is refused files like everybody
@@ -143,13 +143,15 @@ def drive(
     *options: object,
     environment: Mapping[str, str] | None = None,
     powerless: bool = False,
-    span: int = ground.SPAN,
+    span: int = clean_runs.SPAN,
 ) -> Driver:
-    """`ground.command` as such a process; `powerless` is root without its power over files."""
+    """`clean_runs.command` as such a process; `powerless` is root without its power over files."""
     with mock.patch.object(
-        ground, "SCRIPT", ground.SCRIPT.replace(f"*_: {ground.SPAN}", f"*_: {span}")
+        clean_runs, "SCRIPT", clean_runs.SCRIPT.replace(f"*_: {clean_runs.SPAN}", f"*_: {span}")
     ):
-        return Driver(ground.command(place, out, *options)[1:], place, environment or {}, powerless)
+        return Driver(
+            clean_runs.command(place, out, *options)[1:], place, environment or {}, powerless
+        )
 
 
 def _is_worker(process: psutil.Process) -> bool:
@@ -205,22 +207,22 @@ def _drop(capabilities: Sequence[int]) -> None:
     assert libc.capset(header, data) == 0, os.strerror(ctypes.get_errno())
 
 
-# --- the ground, laid out once
+# --- a place with its clean run, laid out once
 # ----------------------------------------------------------------------------------------
 
 
 @functools.cache
 def _laid(segments: int, span: int) -> tempfile.TemporaryDirectory[str]:
-    made = tempfile.TemporaryDirectory(prefix="lca-ground-", dir=MEMORY)
-    place = ground.lay_out(Path(made.name), segments)
-    ground.clean_run(place, place / "clean.lca", span=span)
+    made = tempfile.TemporaryDirectory(prefix="lca-clean-", dir=MEMORY)
+    place = clean_runs.lay_out(Path(made.name), segments)
+    clean_runs.clean_run(place, place / "clean.lca", span=span)
     return made
 
 
 @contextmanager
-def laid_out(segments: int = 40, span: int = ground.SPAN) -> Iterator[tuple[Path, Path]]:
-    """A place of its own with the ground, and its clean run, which is that of every fault of this
-    process.
+def laid_out(segments: int = 40, span: int = clean_runs.SPAN) -> Iterator[tuple[Path, Path]]:
+    """A place of its own with checkpoints and a task, and their clean run, which is that of every
+    fault of this process.
 
     In memory where there is such a place: what a killed process leaves is the same there, and
     flushing costs nothing.
@@ -273,7 +275,7 @@ def complete(place: Path, out: Path, clean: Path, **environment: str) -> None:
 
 def whole(out: Path, clean: Path) -> None:
     """A run that is done is the clean run, undamaged, with nothing temporary."""
-    ground.same_bytes(out, clean)
+    clean_runs.same_bytes(out, clean)
     undamaged(out)
     nothing_left(out)
 

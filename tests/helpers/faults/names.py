@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import lca_posthoc
 from lca_posthoc import Loss, Recorder, Task, open_run
-from tests.small import UNSAFE_NAMES, lca, steering
+from tests.helpers.cli import UNSAFE_NAMES, lca, steering
 
 from . import fault
 

@@ -18,10 +18,10 @@ from distributed import Client
 from safetensors.torch import load_file
 
 from lca_posthoc import open_run, prepare
-from tests.small import refused, run_lca, says, write_task
-from tests.standing import standing
+from tests.helpers.cli import refused, run_lca, says, write_task
+from tests.helpers.dask_cluster import standing
 
-from . import fault, ground
+from . import clean_runs, fault
 from .processes import (
     begun,
     complete,
@@ -62,7 +62,7 @@ def hanging(count: int, _: Path) -> str:
         )
         for number in range(count):
             out, span = place / f"run-{number}.lca", chance.randrange(3, 18)
-            step = ground.SPAN * span + 1
+            step = clean_runs.SPAN * span + 1
             weights = load_file(place / "checkpoints" / f"step_{step:08d}.safetensors")
             flag.write_text(repr(float(weights["out.bias"][0])))
             environment = {"DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "5s"}
@@ -123,7 +123,7 @@ def _apart(out: Path, clean: Path) -> float:
 
 
 def _run(place: Path, out: Path, *options: object) -> Any:
-    with mock.patch.object(prepare, "choose_span", return_value=ground.SPAN):
+    with mock.patch.object(prepare, "choose_span", return_value=clean_runs.SPAN):
         given = ("--loss", "all", "--tolerance", "inf", *options)
         return run_lca(place / "checkpoints", place / "small_task.py", out, *given)
 

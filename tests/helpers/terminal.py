@@ -14,7 +14,7 @@ import sys
 import termios
 from pathlib import Path
 
-PACKAGE = str(Path(__file__).parents[1])
+PACKAGE = str(Path(__file__).parents[2])
 LCA = (sys.executable, "-c", "from lca_posthoc.cli import main\nif __name__ == '__main__': main()")
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
 

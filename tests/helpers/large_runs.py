@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import lca_posthoc
 from lca_posthoc import Loss, Recorder, Run, Task
-from tests.small import UNSAFE_NAMES
+from tests.helpers.cli import UNSAFE_NAMES
 
 NASTY = (
     "</script><img src=x onerror=alert(1)>",

@@ -30,10 +30,10 @@ from lca_posthoc.store.files import write_json
 from lca_posthoc.store.runfile import FORMAT
 from lca_posthoc.task import pack
 from lca_posthoc.worker import replay_span
-from tests.small import contents, lca, marker, refused
+from tests.helpers.cli import contents, lca, marker, refused
 
 from . import fault
-from .ground import SPAN, clean_run, lay_out, near_the_oracle, same_bytes
+from .clean_runs import SPAN, clean_run, lay_out, near_the_oracle, same_bytes
 
 OPTIONS = ("--cluster", "inline", "--tolerance", "inf", "--loss", "all")
 

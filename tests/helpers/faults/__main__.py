@@ -1,4 +1,4 @@
-"""`python -m tests.faults [ROW …] [--ci] [--json FILE]`: inject the faults and print a table of
+"""`python -m tests.helpers.faults [ROW …] [--ci] [--json FILE]`: inject the faults and print a table of
 what came of them.
 """
 

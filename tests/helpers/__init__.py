@@ -1,0 +1,1 @@
+"""What tests share: runs and models to test on, judges of their numbers, processes and pages."""
