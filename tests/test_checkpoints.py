@@ -23,7 +23,7 @@ from lca_posthoc.errors import InputError
 from lca_posthoc.progress import Note
 from tests.helpers.cli import last_line, run_lca, says, task_namespace, write_step, write_task
 from tests.helpers.oracle import RULES, Oracle
-from tests.test_numerics import arrays
+from tests.helpers.replayed_cases import arrays
 
 SETTINGS: dict[str, Any] = {"cluster": "inline", "device": "cpu", "tolerance": math.inf}
 

@@ -21,9 +21,9 @@ from lca_posthoc.objective import Objective
 from .helpers import cli
 from .helpers.cli import document, lca, refused, says
 from .helpers.model_cases import Batch, _vectors, one_hot_distance
+from .helpers.replayed_cases import Lab, assert_same_bits
+from .helpers.user_models import answers
 from .test_groups import by_class, replay
-from .test_models import answers
-from .test_numerics import Lab, assert_same_bits
 from .test_several_losses import BACKWARD, BY_CLASS, COUNTED, FORWARD, WHOLE, Counting, replay_only
 
 WEIGHTS = (0.5, 2.0)

@@ -22,9 +22,9 @@ from lca_posthoc.objective import Split
 
 from .helpers.cli import says
 from .helpers.model_cases import CASES, _vectors
+from .helpers.replayed_cases import Lab, assert_same_bits
+from .helpers.user_models import answers
 from .test_groups import by_class
-from .test_models import answers
-from .test_numerics import Lab, assert_same_bits
 
 Example = tuple[Tensor, Tensor]
 INPUTS, TARGETS = _vectors()["train"]

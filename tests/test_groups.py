@@ -33,7 +33,7 @@ from .helpers import oracle
 from .helpers.cli import contents, marker, says
 from .helpers.model_cases import CASES, Batch, Case, _vectors, classes
 from .helpers.oracle import Oracle, Truth
-from .test_numerics import (
+from .helpers.replayed_cases import (
     Lab,
     arrays,
     assert_totals,

@@ -23,7 +23,7 @@ from tests.helpers.cli import (
     write_step,
     write_task,
 )
-from tests.test_numerics import arrays
+from tests.helpers.replayed_cases import arrays
 
 Extra = Callable[[int], Tensors]
 

@@ -29,7 +29,7 @@ from lca_posthoc.errors import InputError
 from .helpers.cli import says
 from .helpers.model_cases import Batch, Case, Values
 from .helpers.oracle import Oracle, simpson
-from .test_numerics import arrays, worst_error
+from .helpers.replayed_cases import arrays, worst_error
 
 BOUND = 1e-5  # numerics 7, float32
 FIXED: dict[str, Any] = {

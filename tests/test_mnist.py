@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from lca_posthoc import Loss, Run, Task, run
 from lca_posthoc.worker import spans
 from tests.helpers.oracle import Oracle, simpson
+from tests.helpers.replayed_cases import arrays, worst_error
 from tests.test_examples import EXAMPLES, needs
-from tests.test_numerics import arrays, worst_error
 
 pytestmark = needs("mnist.safetensors")
 STEPS = 9

@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,82 +17,41 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lca_posthoc import Loss, Run, Task, open_run, run
-from lca_posthoc.allocation import Method, SegmentAllocation, allocate, allocate_span, interpolate
+from lca_posthoc import Loss, Task, open_run, run
+from lca_posthoc.allocation import Method, SegmentAllocation, allocate, interpolate
 from lca_posthoc.errors import SpanError
 from lca_posthoc.objective import Evaluation, Objective
 from lca_posthoc.progress import Note
 from lca_posthoc.quadrature import COMPOSITE, RULES, Family, Rule
-from lca_posthoc.schema import SIGNED, TOTALS, histogram_edges
+from lca_posthoc.schema import TOTALS, histogram_edges
 from lca_posthoc.store import LossResults
 from lca_posthoc.tally import Tally, histogram, unit_sums
 from lca_posthoc.trajectory import TensorSpec
 
 from .helpers import oracle
-from .helpers.model_cases import CASES, Case
+from .helpers.model_cases import CASES
 from .helpers.oracle import Oracle, Truth
+from .helpers.replayed_cases import (
+    Lab,
+    Point,
+    arrays,
+    assert_same_bits,
+    assert_totals,
+    case_of,
+    first_loss,
+    in_precision,
+    objective_of,
+    replayed_in_this_process,
+    residuals,
+    slow_totals,
+    stored_and_wanted,
+    worst_error,
+)
 
 MODES = [(name, mode) for name, case in CASES.items() for mode in case.norm_stats]
 LOSSES = [(name, loss, mode) for name, mode in MODES for loss in CASES[name].losses]
 FIXED = ("left", "midpoint", "gauss-2", "gauss-3")
 SYMMETRIC = ("simpson", "trapezoid", "midpoint", "gauss-2", "gauss-3")
-KINKED = replace(CASES["relu_mlp"], learning_rate=0.5)
-Point = Mapping[str, Tensor]
-
-
-class Lab:
-    """Iterates, runs and oracles of the cases, each made once."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self._numbers = root, itertools.count()
-        self.iterates, self.replay, self.truth = (
-            cache(self.iterates),
-            cache(self.replay),
-            cache(self.truth),
-        )
-
-    def iterates(self, name: str) -> Path:
-        return case_of(name).record(self.root / name, steps=5)
-
-    def checkpoints(self, name: str) -> list[dict[str, Tensor]]:
-        return [load_file(path) for path in sorted(self.iterates(name).glob("*.safetensors"))]
-
-    def replay(self, name: str, **settings: Any) -> Run:
-        """Every loss of a case, in one span, never refined unless a tolerance is given."""
-        chosen = {
-            "tolerance": math.inf,
-            "cluster": "inline",
-            "device": "cpu",
-            "losses": ("all",),
-            "span": 8,
-            **settings,
-        }
-        chosen.setdefault("batch_size", case_of(name).batch_size)
-        out = self.root / f"run{next(self._numbers)}"
-        return run(self.iterates(name), case_of(name).task(), out=out, **chosen)
-
-    def results(self, name: str, loss: str | None = None, **settings: Any) -> LossResults:
-        return self.replay(name, **settings)[loss or first_loss(name)]
-
-    def truth(
-        self, name: str, loss: str | None = None, rule: str | int = "simpson", mode: str = "running"
-    ) -> Truth:
-        """The oracle's, for a rule by name or for a number of intervals (1: the trapezoid)."""
-        case, loss = case_of(name), loss or first_loss(name)
-        nodes, weights = (
-            oracle.RULES["trapezoid"]
-            if rule == 1
-            else oracle.RULES.get(rule) or oracle.simpson(rule)
-        )
-        size = case.batch_size if mode == "batch" else None
-        judge = Oracle(
-            case.build,
-            case.data()[case.losses[loss].on],
-            case.values[loss],
-            norm_stats=mode,
-            batch_size=size,
-        )
-        return judge.allocate(self.checkpoints(name), nodes, weights)
 
 
 @pytest.fixture(scope="module")
@@ -101,61 +59,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(tmp_path_factory.mktemp("lab"))
 
 
-def case_of(name: str) -> Case:
-    return KINKED if name == "kinked" else CASES[name]
-
-
-def first_loss(name: str) -> str:
-    return next(iter(case_of(name).losses))
-
-
-def arrays(dataset: Any) -> dict[str, np.ndarray]:
-    return {str(name): each.values for name, each in dataset.data_vars.items()}
-
-
-def stored_and_wanted(
-    results: LossResults, truth: Truth
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    found, wanted = (
-        arrays(results.allocation),
-        {name: each.numpy() for name, each in truth.stacked().items()},
-    )
-    assert {name: each.shape for name, each in found.items()} == {
-        name: each.shape for name, each in wanted.items()
-    }
-    assert all(each.dtype == np.float32 for each in found.values())
-    return found, wanted
-
-
-def worst_error(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> float:
-    """Largest over tensors of Σ|A − A*| / max(Σ|A*| of the tensor, 1e-5 · Σ|A*| of all tensors)."""
-    sizes = {name: float(np.abs(each).sum()) for name, each in wanted.items()}
-    floor = 1e-5 * sum(sizes.values())
-    return max(
-        float(np.abs(found[name] - wanted[name]).sum()) / max(sizes[name], floor) for name in wanted
-    )
-
-
-def objective_of(case: Case, point: Point, **settings: Any) -> Objective:
-    chosen = {
-        "precision": "float64",
-        "norm_stats": "running",
-        "batch_size": case.batch_size,
-        **settings,
-    }
-    objective = Objective(case.task, None, device=torch.device("cpu"), **chosen)
-    objective.settle_batch_sizes(in_precision(point, objective.dtype))
-    return objective
-
-
-def in_precision(point: Point, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {
-        name: each.to(dtype) if each.is_floating_point() else each for name, each in point.items()
-    }
-
-
-# --- 1: rules
-# ----------------------------------------------------------------------------------------------------------
+# --- 1: rules -------------------------------------------------------------------------------------
 
 
 class Powers:
@@ -232,8 +136,7 @@ def test_numerics_1_another_family_of_rules_is_a_table(power: int) -> None:
         )
 
 
-# --- 2: the sum closes
-# -------------------------------------------------------------------------------------------------
+# --- 2: the sum closes ----------------------------------------------------------------------------
 
 
 def assert_sum_closes(results: LossResults, truth: Truth) -> None:
@@ -285,8 +188,7 @@ def test_numerics_2_without_running_statistics_the_sum_would_not_close(lab: Lab)
     )
 
 
-# --- 3: reversal, and what does not move
-# ---------------------------------------------------------------------------------
+# --- 3: reversal, and what does not move ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", SYMMETRIC)
@@ -338,8 +240,7 @@ def test_numerics_3_a_segment_that_goes_nowhere_gets_nothing(lab: Lab, rule: str
     assert not any(each.any() for each in done["train"].allocation.values())
 
 
-# --- 4: every element once
-# ---------------------------------------------------------------------------------------------
+# --- 4: every element once ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -429,18 +330,11 @@ def test_numerics_4_a_buffer_that_moves_unused_gets_nothing_and_is_said(
     assert [note for note in heard if isinstance(note, Note) and "steps" in note.text]
 
 
-# --- 5: refinement
-# -----------------------------------------------------------------------------------------------------
+# --- 5: refinement --------------------------------------------------------------------------------
 
 
 def l1(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     return sum(float((one[name] - other[name]).abs().sum()) for name in one)
-
-
-def residuals(truth: Truth) -> list[float]:
-    changes = [after - before for before, after in itertools.pairwise(truth.losses)]
-    sums = [sum(float(each.sum()) for each in segment.values()) for segment in truth.allocation]
-    return [change - allocated for change, allocated in zip(changes, sums, strict=True)]
 
 
 @pytest.mark.parametrize("rule", ["simpson", "trapezoid"])
@@ -577,26 +471,7 @@ def test_numerics_5_neighbours_share_the_evaluation_between_them(
     assert costs == [COSTS[rule](length) for length in lengths]
 
 
-# --- 6: bits
-# -----------------------------------------------------------------------------------------------------------
-
-PARTS: dict[str, Callable[[LossResults], Any]] = {
-    "steps": lambda results: results.steps,
-    "tensors": lambda results: results.tensors,
-    "allocation": lambda results: results.allocation,
-    "units": lambda results: results.units,
-    "histogram": lambda results: results.histogram,
-    "totals": lambda results: results.totals,
-}
-
-
-def assert_same_bits(found: LossResults, wanted: LossResults) -> None:
-    for part, opened in PARTS.items():
-        one, other = arrays(opened(found)), arrays(opened(wanted))
-        assert one.keys() == other.keys()
-        assert [
-            f"{part}/{name}" for name in one if one[name].tobytes() != other[name].tobytes()
-        ] == []
+# --- 6: bits --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -666,8 +541,7 @@ def test_numerics_6_a_loss_has_the_bits_it_has_alone(lab: Lab) -> None:
         assert_same_bits(together[loss], lab.replay("smooth_mlp", losses=(loss,))[loss])
 
 
-# --- 7: the oracle
-# -----------------------------------------------------------------------------------------------------
+# --- 7: the oracle --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "loss", "mode"), LOSSES)
@@ -793,8 +667,7 @@ def test_numerics_7_checkpoints_stored_as_float64_keep_their_motion_in_a_float32
     assert worst_error(*stored_and_wanted(replayed["train"], truth)) <= 1e-5
 
 
-# --- 8: tied, frozen, state, units
-# ---------------------------------------------------------------------------------------
+# --- 8: tied, frozen, state, units ----------------------------------------------------------------
 
 
 def test_numerics_8_tied_tensors_count_once_under_their_first_name(lab: Lab) -> None:
@@ -900,8 +773,7 @@ def test_numerics_8_units_are_sums_over_all_axes_but_one(axis: int) -> None:
     ]
 
 
-# --- 9: half precision, NaN and Inf
-# --------------------------------------------------------------------------------------
+# --- 9: half precision, NaN and Inf ---------------------------------------------------------------
 
 
 def altered(
@@ -1002,8 +874,7 @@ def test_numerics_9_a_loss_that_is_not_finite_at_one_step_fails_the_segments_bes
     assert open_run(tmp_path / "run")["train"].steps["step"].values.tolist() == wanted
 
 
-# --- what is counted
-# -----------------------------------------------------------------------------------------------------
+# --- what is counted ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "mode"), MODES)
@@ -1072,40 +943,7 @@ def test_the_histogram_places_every_finite_magnitude() -> None:
     assert histogram(rows).tolist() == [[*wanted[::-1], *wanted], [0] * 2 * len(wanted)]
 
 
-# --- totals
-# --------------------------------------------------------------------------------------------------------------
-
-
-def turns(values: Iterable[float]) -> int:
-    """Changes of sign between non-zero values, however many zeros lie between them."""
-    signs = [math.copysign(1, each) for each in values if each != 0]
-    return sum(before != after for before, after in itertools.pairwise(signs))
-
-
-def slow_totals(series: Mapping[str, np.ndarray], exact: np.ndarray) -> dict[str, np.ndarray]:
-    """Each total of each parameter from its own series, one parameter at a time; segments are the
-    first axis.
-    """
-    shape = exact.shape[1:]
-    found = {name: np.zeros(shape) for name in TOTALS}
-    for index in np.ndindex(*shape):
-        at = (slice(None), *index)
-        found["allocated"][index] = math.fsum(exact[at])
-        found["helping"][index] = sum(value < 0 for value in series["allocation"][at])
-        found["hurting"][index] = sum(value > 0 for value in series["allocation"][at])
-        for name in SIGNED:
-            found[f"{name}_turns"][index] = turns(series[name][at])
-    return found
-
-
-def assert_totals(
-    found: np.ndarray, wanted: Mapping[str, np.ndarray], digits: float = 1e-12
-) -> None:
-    for position, name in enumerate(TOTALS):
-        if name == "allocated":
-            assert found[position] == pytest.approx(wanted[name], rel=digits, abs=1e-15)
-        else:
-            assert np.array_equal(found[position], wanted[name]), name
+# --- totals ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("span", [1, 2, 8])
@@ -1128,23 +966,6 @@ def test_totals_are_those_of_slow_loops_over_what_is_stored(lab: Lab, name: str,
         assert np.array_equal(exact.astype(np.float32), stored)
         assert results.totals[tensor].coords["total"].values.tolist() == list(TOTALS)
         assert_totals(results.totals[tensor].values, slow_totals(series, exact))
-
-
-def replayed_in_this_process(
-    case: Case, checkpoints: list[dict[str, Tensor]], **settings: Any
-) -> list[SegmentAllocation]:
-    """The first loss by Simpson's rule in float32, as a span gives it."""
-    objective = objective_of(case, checkpoints[0], precision="float32", **settings)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        (loss,) = objective.losses
-        segments = allocate_span(
-            enumerate(checkpoints), objective, [loss], Method(RULES["simpson"])
-        )
-        return [done[loss] for _, _, done in segments]
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_turns_pass_over_zeros_within_spans_and_across_their_borders(tmp_path: Path) -> None:

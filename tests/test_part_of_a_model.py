@@ -25,7 +25,7 @@ from lca_posthoc.store import LossResults
 
 from .helpers.cli import document, last_line, lca, record, refused, run_lca, says, write_task
 from .helpers.model_cases import CASES
-from .test_numerics import arrays
+from .helpers.replayed_cases import arrays
 
 TOLERANCE = 3e-4
 FROM_ALL = (

@@ -30,7 +30,7 @@ from lca_posthoc.worker import spans
 from .helpers.cli import contents, lca, says, write_step
 from .helpers.model_cases import CASES, Batch, Case, classes
 from .helpers.oracle import Oracle, simpson
-from .test_numerics import arrays
+from .helpers.replayed_cases import arrays
 
 SEGMENTS, MEASURED = 10, [0, 8]
 

@@ -24,8 +24,8 @@ from .helpers import oracle
 from .helpers.cli import contents, marker, says
 from .helpers.model_cases import CASES, Batch, _vectors, classes, one_hot_distance
 from .helpers.oracle import Oracle
+from .helpers.replayed_cases import Lab, arrays, assert_same_bits, case_of, worst_error
 from .test_groups import by_class, by_sign, raised, replay
-from .test_numerics import Lab, arrays, assert_same_bits, case_of, worst_error
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from lca_posthoc.errors import InputError
 from lca_posthoc.findings import summary
 from lca_posthoc.objective.batches import chosen
 from lca_posthoc.store import read_manifest
-from tests.test_numerics import arrays
+from tests.helpers.replayed_cases import arrays
 
 EXAMPLES = 200
 GENERATOR = torch.Generator().manual_seed(3)

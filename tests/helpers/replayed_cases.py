@@ -1,0 +1,215 @@
+"""Iterates, runs and oracles of the cases, each made once, and how results are held against each
+other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lca_posthoc import Run, run
+from lca_posthoc.allocation import Method, SegmentAllocation, allocate_span
+from lca_posthoc.objective import Objective
+from lca_posthoc.quadrature import RULES
+from lca_posthoc.schema import SIGNED, TOTALS
+from lca_posthoc.store import LossResults
+
+from . import oracle
+from .model_cases import CASES, Case
+from .oracle import Oracle, Truth
+
+KINKED = replace(CASES["relu_mlp"], learning_rate=0.5)
+Point = Mapping[str, Tensor]
+
+
+class Lab:
+    """Iterates, runs and oracles of the cases, each made once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self._numbers = root, itertools.count()
+        self.iterates, self.replay, self.truth = (
+            cache(self.iterates),
+            cache(self.replay),
+            cache(self.truth),
+        )
+
+    def iterates(self, name: str) -> Path:
+        return case_of(name).record(self.root / name, steps=5)
+
+    def checkpoints(self, name: str) -> list[dict[str, Tensor]]:
+        return [load_file(path) for path in sorted(self.iterates(name).glob("*.safetensors"))]
+
+    def replay(self, name: str, **settings: Any) -> Run:
+        """Every loss of a case, in one span, never refined unless a tolerance is given."""
+        chosen = {
+            "tolerance": math.inf,
+            "cluster": "inline",
+            "device": "cpu",
+            "losses": ("all",),
+            "span": 8,
+            **settings,
+        }
+        chosen.setdefault("batch_size", case_of(name).batch_size)
+        out = self.root / f"run{next(self._numbers)}"
+        return run(self.iterates(name), case_of(name).task(), out=out, **chosen)
+
+    def results(self, name: str, loss: str | None = None, **settings: Any) -> LossResults:
+        return self.replay(name, **settings)[loss or first_loss(name)]
+
+    def truth(
+        self, name: str, loss: str | None = None, rule: str | int = "simpson", mode: str = "running"
+    ) -> Truth:
+        """The oracle's, for a rule by name or for a number of intervals (1: the trapezoid)."""
+        case, loss = case_of(name), loss or first_loss(name)
+        nodes, weights = (
+            oracle.RULES["trapezoid"]
+            if rule == 1
+            else oracle.RULES.get(rule) or oracle.simpson(rule)
+        )
+        size = case.batch_size if mode == "batch" else None
+        judge = Oracle(
+            case.build,
+            case.data()[case.losses[loss].on],
+            case.values[loss],
+            norm_stats=mode,
+            batch_size=size,
+        )
+        return judge.allocate(self.checkpoints(name), nodes, weights)
+
+
+def case_of(name: str) -> Case:
+    return KINKED if name == "kinked" else CASES[name]
+
+
+def first_loss(name: str) -> str:
+    return next(iter(case_of(name).losses))
+
+
+def arrays(dataset: Any) -> dict[str, np.ndarray]:
+    return {str(name): each.values for name, each in dataset.data_vars.items()}
+
+
+def stored_and_wanted(
+    results: LossResults, truth: Truth
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    found, wanted = (
+        arrays(results.allocation),
+        {name: each.numpy() for name, each in truth.stacked().items()},
+    )
+    assert {name: each.shape for name, each in found.items()} == {
+        name: each.shape for name, each in wanted.items()
+    }
+    assert all(each.dtype == np.float32 for each in found.values())
+    return found, wanted
+
+
+def worst_error(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> float:
+    """Largest over tensors of Σ|A − A*| / max(Σ|A*| of the tensor, 1e-5 · Σ|A*| of all tensors)."""
+    sizes = {name: float(np.abs(each).sum()) for name, each in wanted.items()}
+    floor = 1e-5 * sum(sizes.values())
+    return max(
+        float(np.abs(found[name] - wanted[name]).sum()) / max(sizes[name], floor) for name in wanted
+    )
+
+
+def objective_of(case: Case, point: Point, **settings: Any) -> Objective:
+    chosen = {
+        "precision": "float64",
+        "norm_stats": "running",
+        "batch_size": case.batch_size,
+        **settings,
+    }
+    objective = Objective(case.task, None, device=torch.device("cpu"), **chosen)
+    objective.settle_batch_sizes(in_precision(point, objective.dtype))
+    return objective
+
+
+def in_precision(point: Point, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        name: each.to(dtype) if each.is_floating_point() else each for name, each in point.items()
+    }
+
+
+def residuals(truth: Truth) -> list[float]:
+    changes = [after - before for before, after in itertools.pairwise(truth.losses)]
+    sums = [sum(float(each.sum()) for each in segment.values()) for segment in truth.allocation]
+    return [change - allocated for change, allocated in zip(changes, sums, strict=True)]
+
+
+PARTS: dict[str, Callable[[LossResults], Any]] = {
+    "steps": lambda results: results.steps,
+    "tensors": lambda results: results.tensors,
+    "allocation": lambda results: results.allocation,
+    "units": lambda results: results.units,
+    "histogram": lambda results: results.histogram,
+    "totals": lambda results: results.totals,
+}
+
+
+def assert_same_bits(found: LossResults, wanted: LossResults) -> None:
+    for part, opened in PARTS.items():
+        one, other = arrays(opened(found)), arrays(opened(wanted))
+        assert one.keys() == other.keys()
+        assert [
+            f"{part}/{name}" for name in one if one[name].tobytes() != other[name].tobytes()
+        ] == []
+
+
+def turns(values: Iterable[float]) -> int:
+    """Changes of sign between non-zero values, however many zeros lie between them."""
+    signs = [math.copysign(1, each) for each in values if each != 0]
+    return sum(before != after for before, after in itertools.pairwise(signs))
+
+
+def slow_totals(series: Mapping[str, np.ndarray], exact: np.ndarray) -> dict[str, np.ndarray]:
+    """Each total of each parameter from its own series, one parameter at a time; segments are the
+    first axis.
+    """
+    shape = exact.shape[1:]
+    found = {name: np.zeros(shape) for name in TOTALS}
+    for index in np.ndindex(*shape):
+        at = (slice(None), *index)
+        found["allocated"][index] = math.fsum(exact[at])
+        found["helping"][index] = sum(value < 0 for value in series["allocation"][at])
+        found["hurting"][index] = sum(value > 0 for value in series["allocation"][at])
+        for name in SIGNED:
+            found[f"{name}_turns"][index] = turns(series[name][at])
+    return found
+
+
+def assert_totals(
+    found: np.ndarray, wanted: Mapping[str, np.ndarray], digits: float = 1e-12
+) -> None:
+    for position, name in enumerate(TOTALS):
+        if name == "allocated":
+            assert found[position] == pytest.approx(wanted[name], rel=digits, abs=1e-15)
+        else:
+            assert np.array_equal(found[position], wanted[name]), name
+
+
+def replayed_in_this_process(
+    case: Case, checkpoints: list[dict[str, Tensor]], **settings: Any
+) -> list[SegmentAllocation]:
+    """The first loss by Simpson's rule in float32, as a span gives it."""
+    objective = objective_of(case, checkpoints[0], precision="float32", **settings)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        (loss,) = objective.losses
+        segments = allocate_span(
+            enumerate(checkpoints), objective, [loss], Method(RULES["simpson"])
+        )
+        return [done[loss] for _, _, done in segments]
+    finally:
+        torch.set_num_threads(threads)
