@@ -658,7 +658,9 @@ class Display:
         if state.failed <= _SHOWN:
             self.say(f"{_span(event)} failed: {event.message}")
         elif state.failed == _SHOWN + 1:
-            self.say("more spans failed; log/run.jsonl in the run directory has them all")
+            from .store import EVENTS
+
+            self.say(f"more spans failed; {EVENTS} in the run directory has them all")
 
 
 class WarningDisplay(Display):

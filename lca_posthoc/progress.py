@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class Log:
     """
 
     listener: Listener
-    file: Path | None = None
+    append: Callable[[str], None] | None = None
     waiting: list[str] = field(default_factory=list)
     _one_at_a_time: threading.RLock = field(default_factory=threading.RLock)
 
@@ -143,9 +142,13 @@ class Log:
             self.listener(event)
 
     @contextlib.contextmanager
-    def written_to(self, file: Path) -> Iterator[None]:
-        """Append every event to a file from here on, and at the end how it ended."""
-        self.file = file
+    def written_to(self, append: Callable[[str], None]) -> Iterator[None]:
+        """Write every event down from here on, and at the end how it ended.
+
+        Args:
+            append: writes whole lines at the end of a file.
+        """
+        self.append = append
         try:
             yield
         except BaseException as error:
@@ -157,7 +160,6 @@ class Log:
     def _write(self, entry: dict[str, object]) -> None:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.waiting.append(json.dumps({"time": stamp, **entry}, default=str))
-        if self.file is not None:
-            with self.file.open("a") as file:
-                file.write("\n".join(self.waiting) + "\n")
+        if self.append is not None:
+            self.append("\n".join(self.waiting) + "\n")
             self.waiting.clear()

@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -276,9 +277,9 @@ def repair(
         damage = [problem for problem in problems if isinstance(problem, store.Damage)]
         writer.restore_metadata()
         writer.sweep()
-        for problem in problems:
-            if isinstance(problem, store.Leftover):
-                (place / problem.path).unlink(missing_ok=True)
+        writer.remove_leftovers(
+            problem for problem in problems if isinstance(problem, store.Leftover)
+        )
     losses = {
         part.loss: True
         for part in damage
@@ -470,7 +471,7 @@ class _Job:
                 ) from error
 
     def _run(self, where: ClusterConfig, stop: _Stop) -> None:
-        recorded = store.read_manifest(self.path) if (self.path / "run.json").exists() else None
+        recorded = store.read_manifest(self.path) if store.exists(self.path) else None
         settings = resolve(self.asked, recorded.settings if recorded else None)
         self._begin("reading the headers of the checkpoints")
         trajectory = open_trajectory(
@@ -491,12 +492,8 @@ class _Job:
             )
             if self.damage is None and self._is_finished(recorded, trajectory):
                 return
-        elif self.path.exists() and not (self.path / "run.json").exists():
-            # another driver may make it just now
-            raise InputError(
-                f"{self.path} exists and is not a run directory (it has no run.json). Choose "
-                f"another place with --out."
-            )
+        else:
+            store.refuse_other(self.path)
         self._begin("starting workers" if where.kind == "local" else "reaching the workers")
         with open_cluster(where, settings["device"], stop.event) as cluster:
             if cluster.dashboard:
@@ -531,7 +528,7 @@ class _Job:
         *,
         strangers: bool,
     ) -> None:
-        existing = store.read_manifest(self.path) if (self.path / "run.json").exists() else None
+        existing = store.read_manifest(self.path) if store.exists(self.path) else None
         if strangers:
             self._begin("asking each worker what it has")
             with store.token(self.path) as token:
@@ -583,7 +580,7 @@ class _Job:
             # now that all that is needed to compute it again is known to be there
             if self.damage is not None:
                 self.only = writer.discard(self.damage)
-            stack.enter_context(self.tell.written_to(self.path / "log" / "run.jsonl"))
+            stack.enter_context(self.tell.written_to(partial(store.append_events, self.path)))
             self._replay(cluster, writer, common, stop, lock)
             if self.failed:
                 raise SpanError(_failures(self.failed))

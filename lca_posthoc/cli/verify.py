@@ -64,7 +64,7 @@ def command(run: str, as_json: bool) -> None:
     if damages:
         way = (
             "Restore it from a copy"
-            if damages[0].path == "run.json"
+            if damages[0].is_of_the_record
             else f"Run `lca repair {run} --task FILE`"
         )
         raise DamageError(f"{count(len(damages), 'damaged file')} in {run}. {way}.")

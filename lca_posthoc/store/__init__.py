@@ -7,10 +7,19 @@ from .commits import Marker
 from .lock import Held, hold
 from .manifest import LossRecord, Manifest, StoredTensor
 from .results import LossResults, Run, open_run
-from .runfile import read_manifest
+from .runfile import exists, read_manifest, refuse_other
 from .shared_dir_check import token
 from .starting import Announcement, Starting, announced, starting
-from .underway import LastRun, SpanReport, Underway, last_run, remove_reports, underway
+from .underway import (
+    EVENTS,
+    LastRun,
+    SpanReport,
+    Underway,
+    append_events,
+    last_run,
+    remove_reports,
+    underway,
+)
 from .verify import Damage, Leftover, verify
 from .writer import (
     RunWriter,
@@ -22,6 +31,7 @@ from .writer import (
 )
 
 __all__ = [
+    "EVENTS",
     "Announcement",
     "Damage",
     "Held",
@@ -38,16 +48,19 @@ __all__ = [
     "StoredTensor",
     "Underway",
     "announced",
+    "append_events",
     "compressed_share",
     "create",
     "differ",
     "disagreement",
     "estimated_bytes",
+    "exists",
     "hold",
     "last_run",
     "meeting",
     "open_run",
     "read_manifest",
+    "refuse_other",
     "remove_loss",
     "remove_reports",
     "required_bytes",

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
+from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import (
     ByteRequest,
     OffsetByteRequest,
@@ -21,16 +22,18 @@ from zarr.abc.store import (
     Store,
     SuffixByteRequest,
 )
-from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+from zarr.buffer import default_buffer_prototype
 
 from ..errors import LCAError
+from . import disk
 from .commits import DATA, Commits, Marker, damaged
-from .files import refuse_links, write_whole
+from .files import refuse_links
 from .layout import ArrayPlan, plan_arrays
 from .lock import is_unreleased
 from .manifest import Manifest
 from .metadata import fits, metadata_files
 
+CHUNK_SUFFIX = "partial"  # of the temporary names of chunks
 _MARKERS = 256  # that stay in memory while chunks are read
 
 
@@ -83,7 +86,10 @@ class _LossStore(Store):
         return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
 
     async def exists(self, key: str) -> bool:
-        return key in self._known or (self._place / key).is_file()
+        return key in self._known or self._is_stored(key)
+
+    def _is_stored(self, key: str) -> bool:
+        return disk.kind(self._place / key, follow_links=True) == "file"
 
     @property
     def supports_writes(self) -> bool:
@@ -136,7 +142,7 @@ class CheckedStore(_LossStore):
 
     def _compare(self, key: str, expected: bytes) -> None:
         try:
-            data = (self._place / key).read_bytes()
+            data = disk.read(self._place / key)
         except OSError as error:
             raise self._damage(key, f"it cannot be read ({error.strerror})") from None
         if not fits(key, data, expected, is_unreleased(self._root)):
@@ -168,7 +174,7 @@ class CheckedStore(_LossStore):
         file = self._place / key
         recorded = marker["files"].get(file.relative_to(self._root).as_posix())
         try:
-            data = file.read_bytes()
+            data = disk.read(file)
         except FileNotFoundError:
             raise self._damage(where, "a chunk is missing") from None
         except OSError as error:
@@ -207,9 +213,9 @@ class RowStore(_LossStore):
 
     def _write(self, file: Path, data: bytes) -> None:
         refuse_links(self._root, file.parent)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        disk.ensure_directory(file.parent)
         # flushed when its span is committed
-        write_whole(file, data, durable=False, suffix="partial")
+        disk.write_whole(file, data, durable=False, suffix=CHUNK_SUFFIX)
 
 
 def described(plan: ArrayPlan) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from ..errors import LCAError
+from . import disk
 from .files import read_json
 from .layout import plan_arrays
 from .manifest import Manifest
@@ -213,7 +214,7 @@ def _is_seal(value: object) -> bool:
 def _is_there(path: Path) -> bool:
     """Tell whether a file is there and not empty; a power failure can take the content of one."""
     try:
-        return path.stat().st_size > 0
+        return disk.state(path).size > 0
     except FileNotFoundError:
         return False
 

@@ -1,54 +1,23 @@
-"""Files that are there whole or not at all, sealed with a checksum, and on disk before anybody is
-told so.
-
-Where `durable` is false nothing is flushed: a power failure may take what was written last, and the
-checksums show it.
+"""Tables with a checksum over themselves, seals of files, and links, through which nothing is
+written.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..errors import LCAError
+from . import disk
 
 _LARGEST = 2**30  # bytes of a JSON file
 
 
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(path: Path, data: bytes, durable: bool, suffix: str = "tmp") -> None:
-    """Write bytes under a temporary name and rename the file; where durable, flush it before and
-    its directory after.
-    """
-    temporary = path.with_name(f".{uuid.uuid4().hex}.{suffix}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if durable:
-        sync_directory(path.parent)
-
-
 def write_json(path: Path, document: Mapping[str, object], durable: bool = True) -> None:
     """Write a table with a checksum over itself as its field `crc32`."""
-    write_whole(path, sealed_json(document), durable)
+    disk.write_whole(path, sealed_json(document), durable)
 
 
 def sealed_json(document: Mapping[str, object]) -> bytes:
@@ -66,10 +35,10 @@ def read_json(path: Path) -> dict[str, object]:
             says which in a few words.
         OSError: where it cannot be read.
     """
-    if path.stat().st_size > _LARGEST:
+    if disk.state(path).size > _LARGEST:
         raise ValueError(f"it is larger than {_LARGEST} bytes")
     try:
-        document = json.loads(path.read_bytes(), parse_constant=_refused)
+        document = json.loads(disk.read(path), parse_constant=_refused)
     except (ValueError, RecursionError):
         raise ValueError("it is not JSON") from None
     if not isinstance(document, dict):
@@ -97,14 +66,16 @@ def seal(path: Path, durable: bool) -> list[int]:
     is the same constant for every intact file, so a whole chunk put in another one's place would go
     unnoticed.
     """
-    with path.open("rb") as file:
-        if durable:
-            os.fsync(file.fileno())
-        size, crc = 0, 0
-        while block := file.read(2**22):
-            size += len(block)
-            crc = zlib.crc32(block, crc)
-    return [size, crc]
+    return list(checksum(disk.blocks(path, flush=durable)))
+
+
+def checksum(blocks: Iterable[bytes]) -> tuple[int, int]:
+    """Return the size of all blocks together, and the CRC-32 of their bytes."""
+    size, crc = 0, 0
+    for block in blocks:
+        size += len(block)
+        crc = zlib.crc32(block, crc)
+    return size, crc
 
 
 def seal_all(paths: list[str], root: Path, durable: bool) -> dict[str, list[int]]:
@@ -114,7 +85,7 @@ def seal_all(paths: list[str], root: Path, durable: bool) -> dict[str, list[int]
     sealed = {path: seal(root / path, durable) for path in paths}
     if durable:
         for directory in sorted({parent for path in paths for parent in Path(path).parents}):
-            sync_directory(root / directory)
+            disk.flush_names(root / directory)
     return sealed
 
 
@@ -128,7 +99,7 @@ def refuse_links(root: Path, directory: Path) -> None:
     for place in (directory, *directory.parents):
         if place == root:
             return
-        if place.is_symlink():
+        if disk.kind(place) == "link":
             raise LCAError(
                 f"{place} is a link, and nothing is written through links out of a run. Put the "
                 f"directory itself there, or "
@@ -143,8 +114,8 @@ def refuse_links_below(run: Path) -> None:
     Raises:
         LCAError: where one is a link.
     """
-    for place, directories, _ in os.walk(run):
+    for place, directories, _ in disk.walk(run):
         for name in directories:
-            refuse_links(run, Path(place, name))
+            refuse_links(run, place / name)
         if "c" in directories:
             directories.remove("c")

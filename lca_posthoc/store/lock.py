@@ -8,20 +8,20 @@ import json
 import os
 import socket
 import threading
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import LCAError, ResourceError
-from ..locks import can_lock, lock
+from ..locks import can_lock
+from . import disk
 from .files import refuse_links_below
 
 _HEARTBEAT = 10.0
 _STALE = 120.0
 _MOST = 4096  # bytes of a lock that are read
-_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)  # Windows has neither
+_FILE = "lock"
 
 
 @dataclass
@@ -53,38 +53,21 @@ def hold(run: Path) -> Iterator[Held]:
             "work here."
         )
     refuse_links_below(run)
-    descriptor = _open(run, os.O_RDWR | os.O_CREAT)
-    try:
-        try:
-            is_locked = lock(descriptor)
-        except BlockingIOError:
-            raise ResourceError(_busy(run, _owner(descriptor))) from None
-        if not is_locked:
-            raise ResourceError(
-                f"the file system of {run} has no locks, which keep two drivers from one run. "
-                f"Write the run elsewhere with --out."
-            )
-        owner = _owner(descriptor)
-        if _is_elsewhere(owner) and _is_fresh(descriptor):
-            raise ResourceError(_busy(run, owner))
+    with _open(run, create=True) as file:
+        owner = _acquire(run, file)
         identity: dict[str, object] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "id": uuid.uuid4().hex,
         }
-        _write(descriptor, identity)
-        holding, stop = Held(bool(owner)), threading.Event()
-        beat = threading.Thread(target=_beat, args=(run, identity, holding.lost, stop), daemon=True)
-        beat.start()
+        _write(file, identity)
+        holding = Held(bool(owner))
         try:
-            yield holding
+            with _beating(run, identity, holding.lost):
+                yield holding
         finally:
-            stop.set()
-            beat.join()
-            if _owner(descriptor) == identity:
-                _write(descriptor, {"unclean": True} if holding.working else {})
-    finally:
-        os.close(descriptor)
+            if _owner(file) == identity:
+                _write(file, {"unclean": True} if holding.working else {})
 
 
 def is_held(run: Path) -> bool:
@@ -92,44 +75,63 @@ def is_held(run: Path) -> bool:
     alone.
     """
     try:
-        descriptor = _open(run, os.O_RDONLY)
+        file = _open(run)
     except FileNotFoundError:
         return False
-    try:
-        is_locked, owner = lock(descriptor, shared=True), _owner(descriptor)
-        return (_is_elsewhere(owner) or (bool(owner) and not is_locked)) and _is_fresh(descriptor)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
+    with file:
+        try:
+            is_locked, owner = file.acquire(shared=True), _owner(file)
+        except BlockingIOError:
+            return True
+        return (_is_elsewhere(owner) or (bool(owner) and not is_locked)) and _is_fresh(file)
 
 
 def is_unreleased(run: Path) -> bool:
     """Tell whether a driver works on the run, or was killed while it did."""
     try:
-        return (run / "lock").lstat().st_size > 0
+        return disk.state(run / _FILE, follow_links=False).size > 0
     except FileNotFoundError:
         return False
 
 
-def _open(run: Path, flags: int) -> int:
+def _open(run: Path, *, create: bool = False) -> disk.LockFile:
     try:
-        return os.open(run / "lock", flags | _FLAGS, 0o666)
+        return disk.LockFile(run / _FILE, create=create)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
         raise LCAError(
-            f"{run / 'lock'} is a link, and a run's lock never is. Remove it and run again."
+            f"{run / _FILE} is a link, and a run's lock never is. Remove it and run again."
         ) from None
 
 
-def _owner(descriptor: int) -> dict[str, object]:
+def _acquire(run: Path, file: disk.LockFile) -> dict[str, object]:
+    """Take the lock, and return who had it and did not release it.
+
+    Raises:
+        ResourceError: where another driver has it, or the file system has no locks.
+    """
+    try:
+        is_locked = file.acquire()
+    except BlockingIOError:
+        raise ResourceError(_busy(run, _owner(file))) from None
+    if not is_locked:
+        raise ResourceError(
+            f"the file system of {run} has no locks, which keep two drivers from one run. "
+            f"Write the run elsewhere with --out."
+        )
+    owner = _owner(file)
+    if _is_elsewhere(owner) and _is_fresh(file):
+        raise ResourceError(_busy(run, owner))
+    return owner
+
+
+def _owner(file: disk.LockFile) -> dict[str, object]:
     """Return who has the lock: nobody where it is empty; where it cannot be read, a driver of this
     host that was killed.
     """
     try:
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        owner = json.loads(os.read(descriptor, _MOST) or b"{}")
+        owner = json.loads(file.read(_MOST) or b"{}")
     except ValueError:
         return {"host": socket.gethostname()}
     return owner if isinstance(owner, dict) else {"host": socket.gethostname()}
@@ -139,13 +141,25 @@ def _is_elsewhere(owner: dict[str, object]) -> bool:
     return owner.get("host") not in (None, socket.gethostname())
 
 
-def _is_fresh(descriptor: int) -> bool:
-    return time.time() - os.fstat(descriptor).st_mtime < _STALE
+def _is_fresh(file: disk.LockFile) -> bool:
+    return file.age() < _STALE
 
 
-def _write(descriptor: int, owner: dict[str, object]) -> None:
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(owner).encode() if owner else b"", 0)
+def _write(file: disk.LockFile, owner: dict[str, object]) -> None:
+    file.write(json.dumps(owner).encode() if owner else b"")
+
+
+@contextlib.contextmanager
+def _beating(run: Path, identity: dict[str, object], lost: threading.Event) -> Iterator[None]:
+    """Give signs of life for the length of the context, from a thread of its own."""
+    stop = threading.Event()
+    beat = threading.Thread(target=_beat, args=(run, identity, lost, stop), daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        beat.join()
 
 
 def _beat(
@@ -156,7 +170,7 @@ def _beat(
             if not _names(run, identity):
                 lost.set()
                 return
-            os.utime(run / "lock")
+            disk.beat(run / _FILE)
 
 
 def _names(run: Path, identity: dict[str, object]) -> bool:
@@ -164,13 +178,11 @@ def _names(run: Path, identity: dict[str, object]) -> bool:
     another host is seen.
     """
     try:
-        descriptor = _open(run, os.O_RDONLY)
+        file = _open(run)
     except (FileNotFoundError, LCAError):
         return False
-    try:
-        return _owner(descriptor) == identity
-    finally:
-        os.close(descriptor)
+    with file:
+        return _owner(file) == identity
 
 
 def _busy(run: Path, owner: dict[str, object]) -> str:

@@ -15,7 +15,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from ..errors import InputError, LCAError, amount
 from ..schema import KEEP
 from ..trajectory import RESERVED, Checkpoint, TensorSpec
-from .files import read_json, sealed_json, write_whole
+from . import disk
+from .files import read_json, sealed_json
 from .manifest import LossRecord, Manifest, StoredTensor
 
 _Rest = ParamSpec("_Rest")
@@ -44,12 +45,12 @@ _TENSOR = ("name", "kind", "shape", "aliases", "unit_axis", "source", "key")
 
 _CACHED = 4
 _SETTLED = 0.5  # seconds after which a file that is changed gets another time of change
-_cache: OrderedDict[tuple[str, int, int, int, int], Manifest] = OrderedDict()
+_cache: OrderedDict[tuple[str, tuple[int, ...]], Manifest] = OrderedDict()
 
 
 def write_manifest(manifest: Manifest, run: Path, durable: bool = True) -> None:
     """Write `run.json`."""
-    write_whole(run / FILE, manifest_bytes(manifest), durable)
+    disk.write_whole(run / FILE, manifest_bytes(manifest), durable)
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
@@ -91,6 +92,25 @@ def _written(record: LossRecord) -> dict[str, object]:
     }
 
 
+def exists(run: Path) -> bool:
+    """Tell whether a directory is that of a run, readable or not."""
+    return disk.exists(run / FILE)
+
+
+def refuse_other(run: Path) -> None:
+    """Refuse to compute a run where something else is.
+
+    Raises:
+        InputError: where something is there that is not a run.
+    """
+    # in this order: another driver may create the run just now
+    if disk.exists(run) and not exists(run):
+        raise InputError(
+            f"{run} exists and is not a run directory (it has no {FILE}). Choose another place "
+            f"with --out."
+        )
+
+
 def read_manifest(run: Path) -> Manifest:
     """Read `run.json`; the result stays in memory until the file changes.
 
@@ -112,19 +132,13 @@ def load(run: Path) -> Manifest:
         ValueError: says in a few words what is wrong with the file.
     """
     try:
-        status = (run / FILE).stat()
+        state = disk.state(run / FILE)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{run} is not a run directory: it has no {FILE}. Give the directory `lca run` wrote "
             f"(CKPTS.lca)."
         ) from None
-    key = (
-        os.path.abspath(run),
-        status.st_ino,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-        status.st_size,
-    )
+    key = (os.path.abspath(run), state.version)
     cached = _cache.get(key)
     if cached is not None:
         return cached
@@ -133,7 +147,7 @@ def load(run: Path) -> Manifest:
     if isinstance(number, int) and number != FORMAT:
         raise LCAError(_other_format(run, number, document.get("provenance")))
     manifest = parse(document)
-    if time.time() - status.st_mtime > _SETTLED:
+    if time.time() - state.changed > _SETTLED:
         _cache[key] = manifest
         while len(_cache) > _CACHED:
             _cache.popitem(last=False)

@@ -9,6 +9,11 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from . import disk
+from .underway import LOG
+
+_TEMPORARY = ".tmp"  # end of the name of such a file while it is written
+
 
 @contextlib.contextmanager
 def token(run: Path) -> Iterator[tuple[Path, str]]:
@@ -18,16 +23,17 @@ def token(run: Path) -> Iterator[tuple[Path, str]]:
     Files that killed drivers of this host left are removed first.
     """
     run = run.resolve()  # a worker may be elsewhere in the file system
-    place = run / "log" if (run / "log").is_dir() else run.parent
-    place.mkdir(parents=True, exist_ok=True)
+    inside = disk.kind(run / LOG, follow_links=True) == "directory"
+    place = run / LOG if inside else run.parent
+    disk.ensure_directory(place)
     begin = f".{run.name}.token-{socket.gethostname()}-"
-    for leftover in place.glob(f"{begin}*"):
-        pid = leftover.name.removeprefix(begin)
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            leftover.unlink(missing_ok=True)
+    for name in disk.names(place):
+        pid = name.removeprefix(begin).removesuffix(_TEMPORARY)
+        if name.startswith(begin) and pid.isdigit() and not disk.exists(Path("/proc", pid)):
+            disk.remove(place / name)
     file, text = place / f"{begin}{os.getpid()}", uuid.uuid4().hex
-    file.write_text(text)
+    disk.write_whole(file, text.encode(), durable=False, temporary=f"{file.name}{_TEMPORARY}")
     try:
         yield file, text
     finally:
-        file.unlink(missing_ok=True)
+        disk.remove(file)

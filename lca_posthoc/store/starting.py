@@ -17,9 +17,11 @@ from pathlib import Path
 import psutil
 
 from ..paths import nearest
+from . import disk
 
 _HEARTBEAT = 10.0
 _STALE = 120.0  # seconds without a heartbeat, of a driver on another host
+_TEMPORARY = ".tmp"  # end of the name of such a file while it is written
 _LARGEST = 16384  # bytes of such a file
 
 
@@ -71,23 +73,21 @@ class Announcement:
         """Remove the file; stages that follow are not written."""
         with self._lock, contextlib.suppress(OSError):
             self._over.set()
-            self._file.unlink(missing_ok=True)
+            disk.remove(self._file)
 
     def _write(self) -> None:
-        temporary = self._file.with_name(f"{self._file.name}.tmp")
+        data = json.dumps(asdict(self._state)).encode()
         with self._lock, contextlib.suppress(OSError):
-            if self._over.is_set():
-                return
-            try:
-                temporary.write_text(json.dumps(asdict(self._state)), encoding="utf-8")
-                temporary.replace(self._file)
-            finally:
-                temporary.unlink(missing_ok=True)
+            if not self._over.is_set():
+                # under a name by which others tell whose it is, as they do of the file itself
+                disk.write_whole(
+                    self._file, data, durable=False, temporary=f"{self._file.name}{_TEMPORARY}"
+                )
 
     def _beat(self) -> None:
         while not self._over.wait(_HEARTBEAT):
             with contextlib.suppress(OSError):
-                os.utime(self._file)
+                disk.beat(self._file)
 
 
 @contextlib.contextmanager
@@ -113,8 +113,7 @@ def starting(run: Path) -> Starting | None:
     for file in _files(run):
         with contextlib.suppress(OSError, ValueError, TypeError):
             if _is_alive(run, file):
-                with file.open("rb") as opened:
-                    state = Starting(**json.loads(opened.read(_LARGEST)))
+                state = Starting(**json.loads(disk.read(file, _LARGEST)))
                 if state.run == str(run.absolute()) and all(
                     isinstance(value, int | float)
                     for value in (state.since, state.began, state.pid)
@@ -138,12 +137,13 @@ def _place(run: Path) -> Path:
 
 
 def _files(run: Path) -> list[Path]:
-    with contextlib.suppress(OSError), os.scandir(_place(run)) as entries:
-        return sorted(
-            Path(entry.path)
-            for entry in entries
-            if entry.name.startswith(_beginning(run)) and entry.is_file(follow_symlinks=False)
-        )
+    place, beginning = _place(run), _beginning(run)
+    with contextlib.suppress(OSError):
+        return [
+            place / name
+            for name in disk.names(place)
+            if name.startswith(beginning) and disk.kind(place / name) == "file"
+        ]
     return []
 
 
@@ -151,10 +151,10 @@ def _is_alive(run: Path, file: Path) -> bool:
     """Tell whether the driver that wrote a file runs: on this host by its process, elsewhere by its
     heartbeat.
     """
-    host, _, pid = file.name.removeprefix(_beginning(run)).removesuffix(".tmp").rpartition("-")
+    host, _, pid = file.name.removeprefix(_beginning(run)).removesuffix(_TEMPORARY).rpartition("-")
     if host == socket.gethostname() and pid.isdecimal():
         return psutil.pid_exists(int(pid)) and _is_older(int(pid), file)
-    return time.time() - file.stat().st_mtime < _STALE
+    return time.time() - disk.state(file).changed < _STALE
 
 
 def _is_older(pid: int, file: Path) -> bool:
@@ -162,7 +162,7 @@ def _is_older(pid: int, file: Path) -> bool:
     ended.
     """
     try:
-        return float(psutil.Process(pid).create_time()) <= file.stat().st_mtime + 1.0
+        return float(psutil.Process(pid).create_time()) <= disk.state(file).changed + 1.0
     except psutil.Error:
         return False
 
@@ -171,4 +171,4 @@ def _remove_stale(run: Path) -> None:
     for file in _files(run):
         with contextlib.suppress(OSError):
             if not _is_alive(run, file):
-                file.unlink(missing_ok=True)
+                disk.remove(file)

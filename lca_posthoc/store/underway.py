@@ -19,15 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import LCAError
+from . import disk
 from .files import refuse_links
 from .lock import is_held
 
 EVERY = 3.0  # seconds between two writings of a report; a shorter span never writes one
 LOG = "log"
-EVENTS = "run.jsonl"
+EVENTS = f"{LOG}/run.jsonl"
 _NAME = re.compile(r"\.span-(\d{6,})\.json")
 _LARGEST = 4096  # bytes of a report
-_BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class SpanReport:
     def __exit__(self, *_: object) -> None:
         if self._written:
             with contextlib.suppress(OSError):
-                self._file.unlink(missing_ok=True)
+                disk.remove(self._file)
 
     def begin(self, losses: list[str]) -> None:
         """Begin the pass over some losses; their progress starts from 0 again where the pass is
@@ -123,16 +123,10 @@ class SpanReport:
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        # swept like every temporary file
-        temporary = self._file.with_name(f"{self._file.name}.{os.getpid()}.tmp")
         with contextlib.suppress(OSError, LCAError):
             refuse_links(self._run, self._file.parent)
-            try:
-                temporary.write_text(json.dumps(document), encoding="utf-8")
-                temporary.replace(self._file)
-                self._written = True
-            finally:
-                temporary.unlink(missing_ok=True)
+            disk.write_whole(self._file, json.dumps(document).encode(), durable=False)
+            self._written = True
 
 
 def underway(run: Path) -> list[Underway]:
@@ -142,17 +136,23 @@ def underway(run: Path) -> list[Underway]:
     reports = []
     with contextlib.suppress(OSError, LCAError):
         if is_held(run):
-            for entry in sorted(os.scandir(run / LOG), key=lambda entry: entry.name):
-                name = _NAME.fullmatch(entry.name)
-                if name and entry.is_file(follow_symlinks=False):
-                    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                        reports.append(_read(Path(entry.path), int(name[1])))
+            for file, span in _reports(run):
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                    if disk.kind(file) == "file":
+                        reports.append(_read(file, span))
     return reports
 
 
+def _reports(run: Path) -> Iterator[tuple[Path, int]]:
+    """Yield the file of each report, and its span."""
+    for name in disk.names(run / LOG):
+        report = _NAME.fullmatch(name)
+        if report:
+            yield run / LOG / name, int(report[1])
+
+
 def _read(file: Path, span: int) -> Underway:
-    with file.open("rb") as opened:
-        document = json.loads(opened.read(_LARGEST))
+    document = json.loads(disk.read(file, _LARGEST))
     segments, of_losses, worst = (
         float(document[name]) for name in ("segments", "of_losses", "worst_residual")
     )
@@ -164,15 +164,23 @@ def _read(file: Path, span: int) -> Underway:
 def remove_reports(run: Path) -> None:
     """Remove reports of workers that were killed; only while holding the lock."""
     with contextlib.suppress(OSError):
-        for entry in os.scandir(run / LOG):
-            if _NAME.fullmatch(entry.name):
-                Path(entry.path).unlink(missing_ok=True)
+        for file, _ in _reports(run):
+            disk.remove(file)
+
+
+def append_events(run: Path, lines: str) -> None:
+    """Append lines to the log of a run.
+
+    Raises:
+        OSError: where this cannot be done.
+    """
+    disk.append(run / EVENTS, lines)
 
 
 def last_run(run: Path) -> LastRun | None:
     """Return the last call that had spans to replay, from the log; None where there was none."""
     done, ended, not_finite = 0, None, dict[int, int]()
-    for line in _lines_from_the_end(run / LOG / EVENTS):
+    for line in _lines_from_the_end(run / EVENTS):
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             event = json.loads(line)
             kind = event["event"]
@@ -197,12 +205,5 @@ def last_run(run: Path) -> LastRun | None:
 
 def _lines_from_the_end(file: Path) -> Iterator[bytes]:
     """Yield the lines of a file, the last one first; none where it cannot be read."""
-    with contextlib.suppress(OSError), file.open("rb") as opened:
-        end, rest = opened.seek(0, os.SEEK_END), b""
-        while end:
-            start = max(0, end - _BLOCK)
-            opened.seek(start)
-            rest, *lines = (opened.read(end - start) + rest).split(b"\n")
-            yield from reversed(lines)
-            end = start
-        yield rest
+    with contextlib.suppress(OSError):
+        yield from disk.lines_from_the_end(file)

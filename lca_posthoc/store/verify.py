@@ -4,25 +4,23 @@ nothing.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import os
-import stat
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..errors import LCAError
+from . import disk
 from .boundary_checks import disagreement
 from .commits import DATA, PARTIAL, Commits
+from .files import checksum
 from .layout import ArrayPlan, plan_arrays
 from .lock import is_unreleased
 from .manifest import Manifest
 from .metadata import FILE as ZARR
 from .metadata import fits, group_file, metadata_files
 from .runfile import FILE, load
-
-_BLOCK = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +48,11 @@ class Damage:
     window: int | None = None
     first_step: int | None = None
     last_step: int | None = None
+
+    @property
+    def is_of_the_record(self) -> bool:
+        """True for `run.json`, which follows from nothing else and cannot be computed again."""
+        return self.path == FILE
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Verification:
         what = self._not_plain(path)
         if what is None:
             try:
-                data = (self.run / path).read_bytes()
+                data = disk.read(self.run / path)
             except OSError as error:
                 return f"it cannot be read ({error.strerror})"
             self._add(len(data))
@@ -132,11 +135,11 @@ class Verification:
         of_spans = [plan for plan in plans if plan.part != "totals" or manifest.window == 1]
         of_windows = [plan for plan in plans if plan.part == "totals" and manifest.window > 1]
         for span in range(manifest.spans):
-            if os.path.lexists(commits.marker(span)):
+            if _lies(commits.marker(span)):
                 yield from self._row(commits, span, None, of_spans)
         yield from self._seams(commits)
         for window in range(manifest.windows):
-            if of_windows and os.path.lexists(commits.window_marker(window)):
+            if of_windows and _lies(commits.window_marker(window)):
                 yield from self._row(commits, None, window, of_windows)
 
     def _seams(self, commits: Commits) -> Iterator[Damage]:
@@ -195,7 +198,7 @@ class Verification:
         try:
             marker = commits.load(span) if span is not None else commits.load_window(row)
         except FileNotFoundError:  # replaced meanwhile by the run that goes on
-            if path.is_symlink():
+            if disk.kind(path) == "link":
                 yield damage(place, "it is a link")
             return
         except (ValueError, OSError) as error:
@@ -212,7 +215,7 @@ class Verification:
             return
         for file, plan in planned.items():
             what = self._unlike(file, marker["files"][file])
-            if what is not None and path.exists():
+            if what is not None and disk.exists(path):
                 yield damage(
                     file, what, plan.path if plan.tensor is None else plan.part, plan.tensor
                 )
@@ -221,7 +224,7 @@ class Verification:
             what = self._unlike(file, marker["partial"])
             if (
                 what is not None
-                and path.exists()
+                and disk.exists(path)
                 and commits.keeps_partials(span // manifest.window)
             ):
                 yield damage(file, what, "totals")
@@ -233,12 +236,8 @@ class Verification:
         what = self._not_plain(path)
         if what is not None:
             return what
-        size, crc = 0, 0
         try:
-            with (self.run / path).open("rb") as file:
-                while block := file.read(_BLOCK):
-                    size += len(block)
-                    crc = zlib.crc32(block, crc)
+            size, crc = checksum(disk.blocks(self.run / path))
         except OSError as error:
             return f"it cannot be read ({error.strerror})"
         self._add(size)
@@ -254,18 +253,19 @@ class Verification:
         """
         try:
             for parent in PurePosixPath(path).parents:
-                if stat.S_ISLNK((self.run / parent).lstat().st_mode) and parent != PurePosixPath(
-                    "."
-                ):
+                if parent != PurePosixPath(".") and self._kind(parent) == "link":
                     return f"{parent} is a link"
-            mode = (self.run / path).lstat().st_mode
+            kind = self._kind(path)
         except (FileNotFoundError, NotADirectoryError):
             return "it is missing"
         except OSError as error:
             return f"it cannot be read ({error.strerror})"
-        if stat.S_ISLNK(mode):
+        if kind == "link":
             return "it is a link"
-        return None if stat.S_ISREG(mode) else "it is not a file"
+        return None if kind == "file" else "it is not a file"
+
+    def _kind(self, path: str | PurePosixPath) -> disk.Kind:
+        return disk.state(self.run / path, follow_links=False).kind
 
     # --- leftovers
     # ---------------------------------------------------------------------------------------------------
@@ -279,11 +279,11 @@ class Verification:
             for name, record in manifest.losses.items()
         }
         for top in (DATA, PARTIAL):
-            for place, directories, files in os.walk(self.run / top):
+            for place, directories, files in disk.walk(self.run / top):
                 directories.sort()
-                links = [name for name in directories if Path(place, name).is_symlink()]
+                links = [name for name in directories if disk.kind(place / name) == "link"]
                 for name in sorted([*files, *links]):
-                    path = Path(place, name).relative_to(self.run).as_posix()
+                    path = (place / name).relative_to(self.run).as_posix()
                     if path == f"{DATA}/{ZARR}":
                         continue
                     known = losses.get(path.split("/")[1])
@@ -291,7 +291,7 @@ class Verification:
                         yield Leftover(path)
 
     def _count(self, path: Path) -> None:
-        self._add(path.stat().st_size)
+        self._add(disk.state(path).size)
 
     def _add(self, size: int) -> None:
         self.files += 1
@@ -315,7 +315,7 @@ class _Known:
             if not span.isdecimal() or int(span) >= self._manifest.spans:
                 return False
             same = self._commits.partial(int(span)).name == below
-            return same and self._commits.marker(int(span)).exists() and self._keeps(int(span))
+            return same and disk.exists(self._commits.marker(int(span))) and self._keeps(int(span))
         if below in self._metadata:
             return True
         array, _, place = below.rpartition("/c/")
@@ -337,9 +337,14 @@ class _Known:
             self._manifest.windows if of_windows else self._manifest.spans
         ):
             return False
-        return os.path.lexists(
-            self._commits.window_marker(row) if of_windows else self._commits.marker(row)
-        )
+        return _lies(self._commits.window_marker(row) if of_windows else self._commits.marker(row))
+
+
+def _lies(path: Path) -> bool:
+    """Tell whether something is at a path, be it a link that leads nowhere."""
+    with contextlib.suppress(OSError):
+        return disk.kind(path) is not None
+    return False
 
 
 def _array_of(path: str) -> str:

@@ -8,11 +8,9 @@ whole chunk rows only.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import math
 import os
-import shutil
 import socket
 import zlib
 from collections.abc import Iterable, Mapping
@@ -29,20 +27,21 @@ from safetensors.numpy import save as save_arrays
 from ..errors import InputError, LCAError, ResourceError, SpanError
 from ..schema import BINS, FIELDS, Totals, join_all
 from ..trajectory import Checkpoint
-from .chunks import RowStore
+from . import disk
+from .chunks import CHUNK_SUFFIX, RowStore
 from .commits import COMMITS, DATA, PARTIAL, Commits, Marker
-from .files import refuse_links, seal_all, sync_directory, write_json, write_whole
+from .files import refuse_links, seal_all, write_json
 from .layout import ArrayPlan, plan_arrays
 from .lock import hold
 from .manifest import Identity, LossRecord, Manifest
 from .metadata import FILE as ZARR
 from .metadata import group_file, metadata_files
-from .runfile import FILE, manifest_bytes, read_manifest, write_manifest
+from .runfile import exists, manifest_bytes, read_manifest, refuse_other, write_manifest
 from .underway import LOG, remove_reports
 
 if TYPE_CHECKING:
     from ..tally import Tally
-    from .verify import Damage
+    from .verify import Damage, Leftover
 
 _BLOCK = 4096
 _AT_MOST = {"totals": 0.4, "histogram": 0.5}
@@ -177,47 +176,53 @@ def create(path: Path, manifest: Manifest, durable: bool = True) -> RunWriter:
         InputError: where `path` is something else.
         ResourceError: where another driver created it meanwhile.
     """
-    if path.exists():
-        if (path / FILE).exists():
-            raise ResourceError(_created_meanwhile(path))
-        raise InputError(
-            f"{path} exists and is not a run directory (it has no {FILE}). Choose another place "
-            f"with --out."
-        )
-    if path.is_symlink():
+    if exists(path):
+        raise ResourceError(_created_meanwhile(path))
+    _make_room(path)
+    building = path.with_name(f"{_creations_of(path)}{os.getpid()}")
+    try:
+        _build(building, manifest, durable)
+        try:
+            disk.publish(building, path, durable)
+        except FileExistsError:
+            raise ResourceError(_created_meanwhile(path)) from None
+    except BaseException:
+        disk.remove_tree(building)
+        raise
+    return RunWriter(path, manifest, durable)
+
+
+def _make_room(path: Path) -> None:
+    """Refuse what is in the place of a run, and make the directory it will be in.
+
+    Raises:
+        InputError: where a run cannot be created there.
+    """
+    refuse_other(path)
+    if disk.kind(path) == "link":
         raise InputError(
             f"{path} is a link to something that is not there. Remove it or choose another place "
             f"with --out."
         )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        disk.ensure_directory(path.parent)
     except (FileExistsError, NotADirectoryError):
         raise InputError(
             f"{path.parent} is not a directory. Choose another place with --out."
         ) from None
     _sweep_creations(path)
-    building = path.with_name(f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
-    try:
-        building.mkdir()
-        for name in (DATA, COMMITS, PARTIAL, LOG):
-            (building / name).mkdir()
-        writer = RunWriter(building, manifest, durable)
-        writer.restore_metadata()
-        for name in manifest.losses:
-            writer.create_loss(name)
-        write_manifest(manifest, building, durable)
-        try:
-            building.rename(path)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            raise ResourceError(_created_meanwhile(path)) from None
-        if durable:
-            sync_directory(path.parent)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    return RunWriter(path, manifest, durable)
+
+
+def _build(place: Path, manifest: Manifest, durable: bool) -> None:
+    """Write everything a run has before its first span; `run.json` comes last."""
+    disk.create_directory(place)
+    for name in (DATA, COMMITS, PARTIAL, LOG):
+        disk.create_directory(place / name)
+    writer = RunWriter(place, manifest, durable)
+    writer.restore_metadata()
+    for name in manifest.losses:
+        writer.create_loss(name)
+    write_manifest(manifest, place, durable)
 
 
 def _created_meanwhile(path: Path) -> str:
@@ -246,11 +251,18 @@ def remove_loss(path: str | Path, loss: str) -> None:
 
 def _sweep_creations(path: Path) -> None:
     """Remove the directories that killed creations on this host left."""
-    prefix = f"{path.name}.partial-{socket.gethostname()}-"
-    for leftover in path.parent.glob(f"{path.name}.partial-*"):
-        pid = leftover.name.removeprefix(prefix)
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(leftover, ignore_errors=True)
+    prefix = _creations_of(path)
+    for name in disk.names(path.parent):
+        pid = name.removeprefix(prefix)
+        if name.startswith(prefix) and pid.isdigit() and not disk.exists(Path("/proc", pid)):
+            disk.remove_tree(path.parent / name)
+
+
+def _creations_of(path: Path) -> str:
+    """Return the beginning of the names under which this host builds a run; the rest is that of
+    the process.
+    """
+    return f"{path.name}.partial-{socket.gethostname()}-"
 
 
 class RunWriter:
@@ -287,14 +299,14 @@ class RunWriter:
         key = self.manifest.losses[name].key
         self._clear(key)
         for part in (DATA, COMMITS, PARTIAL):
-            (self.path / part / key).mkdir()
+            disk.create_directory(self.path / part / key)
             if self.durable:
-                sync_directory(self.path / part)
+                disk.flush_names(self.path / part)
         self._restore(name)
 
     def _clear(self, key: str) -> None:
         for part in (DATA, COMMITS, PARTIAL):
-            shutil.rmtree(self.path / part / key, ignore_errors=True)
+            disk.remove_tree(self.path / part / key)
 
     def restore_metadata(self) -> list[str]:
         """Write Zarr's metadata and the coordinates again wherever they are not what `run.json`
@@ -305,9 +317,7 @@ class RunWriter:
         """
         written = self._put({f"{DATA}/{ZARR}": group_file()})
         for loss, record in self.manifest.losses.items():
-            if (self.path / DATA / record.key).exists() or (
-                self.path / COMMITS / record.key
-            ).exists():
+            if any(disk.exists(self.path / part / record.key) for part in (DATA, COMMITS)):
                 written += self._restore(loss)
         return written
 
@@ -322,15 +332,15 @@ class RunWriter:
         written = []
         for path, data in files.items():
             file = self.path / path
-            if file.is_file() and not file.is_symlink():
+            if disk.kind(file) == "file":
                 with contextlib.suppress(OSError):  # what cannot be read is written again
-                    if file.read_bytes() == data:
+                    if disk.read(file) == data:
                         continue
             refuse_links(self.path, file.parent)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if file.is_dir() and not file.is_symlink():
-                shutil.rmtree(file)
-            write_whole(file, data, durable=False)
+            disk.ensure_directory(file.parent)
+            if disk.kind(file) == "directory":
+                disk.remove_tree(file, strict=True)
+            disk.write_whole(file, data, durable=False)
             written.append(path)
         if self.durable:
             seal_all(written, self.path, durable=True)
@@ -389,14 +399,15 @@ class RunWriter:
             (then.window_marker(window), now.window_marker(window)),
         ):
             if old != new:
-                old.unlink(missing_ok=True)
+                disk.remove(old)
 
     def sweep(self) -> None:
         """Remove what a killed writer left, temporary files and folded totals; call it only while
         holding the lock.
         """
-        for leftover in [*self.path.rglob("*.partial"), *self.path.rglob(".*.tmp")]:
-            leftover.unlink(missing_ok=True)
+        for place, _, names in disk.walk(self.path):
+            for name in filter(_is_temporary, names):
+                disk.remove(place / name)
         remove_reports(self.path)
         for loss in self.manifest.losses:
             commits = self.commits(loss)
@@ -404,9 +415,14 @@ class RunWriter:
                 if not commits.keeps_partials(window):
                     self._remove_partials(commits, window)
 
+    def remove_leftovers(self, leftovers: Iterable[Leftover]) -> None:
+        """Remove files that `verify` named as leftovers; call it only while holding the lock."""
+        for leftover in leftovers:
+            disk.remove(self.path / leftover.path)
+
     def _remove_partials(self, commits: Commits, window: int) -> None:
         for span in commits.manifest.spans_of(window):
-            commits.partial(span).unlink(missing_ok=True)
+            disk.remove(commits.partial(span))
 
     def discard(self, damages: Iterable[Damage]) -> dict[str, list[int]]:
         """Make damaged spans pending again, and all spans of a damaged window of totals; call it
@@ -424,13 +440,13 @@ class RunWriter:
         gone = self.spans_of(damages)
         for damage in damages:
             if damage.loss is not None and damage.window is not None:
-                self.commits(damage.loss).window_marker(damage.window).unlink(missing_ok=True)
+                disk.remove(self.commits(damage.loss).window_marker(damage.window))
         for loss, spans in gone.items():
             commits = self.commits(loss)
             for span in spans:
-                commits.marker(span).unlink(missing_ok=True)
+                disk.remove(commits.marker(span))
             if self.durable:
-                sync_directory(self.path / COMMITS / commits.key)
+                disk.flush_names(self.path / COMMITS / commits.key)
         return gone
 
     def spans_of(self, damages: Iterable[Damage]) -> dict[str, list[int]]:
@@ -453,7 +469,7 @@ class RunWriter:
         """
         beside = (checkpoint - 1, checkpoint)
         return any(
-            commits.marker(segment // self.manifest.span).exists()
+            disk.exists(commits.marker(segment // self.manifest.span))
             for commits in map(self.commits, self.manifest.losses)
             for segment in beside
             if 0 <= segment < commits.manifest.segments
@@ -592,7 +608,7 @@ class RunWriter:
             }
         )
         refuse_links(self.path, path.parent)
-        write_whole(path, data, self.durable)
+        disk.write_whole(path, data, self.durable)
         return [len(data), zlib.crc32(data)]
 
     def _key(self, name: str) -> str:
@@ -639,7 +655,7 @@ class RunWriter:
         stretches, damaged = [], []
         for span in spans:
             try:
-                data, recorded = commits.partial(span).read_bytes(), commits.load(span)["partial"]
+                data, recorded = disk.read(commits.partial(span)), commits.load(span)["partial"]
             except FileNotFoundError:  # another worker folded this window meanwhile
                 return []
             except ValueError:
@@ -648,7 +664,7 @@ class RunWriter:
                 stretches.append(load_arrays(data))
             else:
                 damaged.append(span)
-                commits.marker(span).unlink(missing_ok=True)
+                disk.remove(commits.marker(span))
         if damaged:
             return damaged
         totals = {
@@ -676,6 +692,11 @@ class RunWriter:
             for window in range(self.manifest.of(loss).windows)
             for span in self.fold(loss, window)
         ]
+
+
+def _is_temporary(name: str) -> bool:
+    """Tell whether a file is one that was being written, of a writer that may have been killed."""
+    return name.endswith(f".{CHUNK_SUFFIX}") or (name.startswith(".") and name.endswith(".tmp"))
 
 
 def _of_tensor(stretches: list[Totals], key: str, position: int) -> Totals:

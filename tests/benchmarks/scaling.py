@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +247,7 @@ def drive(
             tell=log,
         )
         ready, ready_wall = used(), time.monotonic()
-        with store.hold(out) as held, log.written_to(out / "log" / "run.jsonl"):
+        with store.hold(out) as held, log.written_to(partial(store.append_events, out)):
             job._replay(cluster, store.RunWriter(out, manifest, False), common, stop, held)
         looped = used()
     ended, wall = used(), time.monotonic() - started
