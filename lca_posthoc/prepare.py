@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from .cluster import Cluster, Done, Lost, Spec
 from .errors import InputError, Interrupted, ResourceError, SpanError, few
 from .paths import absolute, below
+from .precisions import PRECISIONS
 from .quadrature import COMPOSITE, RULES
 from .requests import (
     Admission,
@@ -35,7 +36,7 @@ from .requests import (
     from_plain,
     to_plain,
 )
-from .schema import ROUNDING, in_units_of_loss, is_share
+from .schema import in_units_of_loss, is_share
 from .settings import Settings
 from .store import LossRecord, Manifest, StoredTensor
 from .store.keys import encode_all
@@ -310,7 +311,7 @@ def _scale(name: str, record: LossRecord, settings: Settings) -> list[str]:
     ):
         return []
     least, change = min(abs(first["loss"]), abs(last["loss"])), abs(last["loss"] - first["loss"])
-    rounding = ROUNDING[settings["precision"]] * least
+    rounding = PRECISIONS[settings["precision"]].rounding * least
     advice = f"{_advice(tolerance, first['loss'], change, rounding)} {_BEGUN}"
     option = f"--tolerance {tolerance}" + (f" (here {absolute:.2g})" if is_share(tolerance) else "")
     if absolute < rounding:

@@ -12,6 +12,7 @@ import click
 from rich.text import Text
 
 from ..display import wrapped
+from ..precisions import PRECISIONS
 from ..text import count, safe
 from .options import json_option
 from .show import print_json, say, share, stdout, table, units_of_loss
@@ -354,10 +355,10 @@ def _caption(name: str, figures: dict[str, Any]) -> str:
         else max(figures["max_segment_residual"])
     )
     error = ""
-    if figures["precision_error"] is not None:
-        higher = "float64" if figures["precision"] == "float32" else "float32"
+    reference = PRECISIONS[figures["precision"]].reference
+    if figures["precision_error"] is not None and reference is not None:
         error = (
-            f", measured error of {figures['precision']} allocations against {higher} ones "
+            f", measured error of {figures['precision']} allocations against {reference.precision} ones "
             f"{figures['precision_error']:.1e} of their size "
             f"(Σ|A − A*| / Σ|A*| on {count(figures['precision_segments'], 'segment')})"
         )

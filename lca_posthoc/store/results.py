@@ -78,7 +78,7 @@ class LossResults:
         from ..objective.batches import chosen
         from ..task import parse_subsets
 
-        subsets, on = parse_subsets(list(self.manifest.settings["subset"])), self.record.on
+        subsets, on = parse_subsets(self.manifest.settings["subset"]), self.record.on
         positions = (
             None if on is None else chosen(subsets.get(on, subsets.get("")), self.record.total)
         )
@@ -87,7 +87,7 @@ class LossResults:
     @property
     def precision(self) -> str:
         """The precision the gradients were computed in."""
-        return str(self.manifest.settings["precision"])
+        return self.manifest.settings["precision"]
 
     @property
     def norm_stats(self) -> str | None:
