@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -24,13 +24,16 @@ from .prepare import Preparation, prepare, unwrapped
 from .quadrature import RULES
 from .recorder import Recorder
 from .replay import default_out
-from .requests import CostsRequest, LossCosts, answered, to_plain
+from .requests import Costs, CostsRequest, answered, to_plain
 from .schema import KEEP
-from .settings import on_device, resolve
-from .store import estimated_bytes
+from .settings import Settings, on_device, resolve
+from .store import LossRecord, Manifest, estimated_bytes
 from .task import Task, loaded, pack
-from .trajectory import open_trajectory
+from .trajectory import Trajectory, open_trajectory
 from .worker import SAMPLED, measure
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _TRIED = 5  # iterates that are written to see how long one takes
 
@@ -118,14 +121,7 @@ def plan_recording(directory: str | Path, task: str | Path | Task, steps: int) -
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # half precision is said when recording
-        with Recorder(folder, model) as recorder:
-            recorder.save(0)
-            recorder.flush()
-            started = time.perf_counter()
-            for step in range(1, _TRIED + 1):
-                recorder.save(step)
-            recorder.flush()
-        seconds = (time.perf_counter() - started) / _TRIED
+        seconds = _record_a_few(Path(folder), model)
         size, *_ = {file.stat().st_size for file in Path(folder).iterdir()}
         header = read_header(next(Path(folder).iterdir()))
     free = psutil.disk_usage(str(place)).free
@@ -142,6 +138,18 @@ def plan_recording(directory: str | Path, task: str | Path | Task, steps: int) -
     )
 
 
+def _record_a_few(folder: Path, model: nn.Module) -> float:
+    """Return the seconds one iterate takes, from a few that are written into a folder."""
+    with Recorder(folder, model) as recorder:
+        recorder.save(0)
+        recorder.flush()
+        started = time.perf_counter()
+        for step in range(1, _TRIED + 1):
+            recorder.save(step)
+        recorder.flush()
+    return (time.perf_counter() - started) / _TRIED
+
+
 def plan(
     checkpoints: str | Path,
     task: str | Path | Task,
@@ -150,7 +158,7 @@ def plan(
     out: str | Path | None = None,
     workers: int | None = None,
     tell: Callable[[str], None] = lambda stage: None,
-    **asked: Any,
+    **asked: object,
 ) -> Plan:
     """Probe the task in this process and say what `run` with the same arguments would cost.
 
@@ -167,17 +175,50 @@ def plan(
         InputError: for anything `run` would refuse before its first evaluation.
     """
     settings = resolve(asked, None)
-    settings = on_device(settings, settings["device"] or visible_device())
+    device = settings["device"] or visible_device()
+    settings = on_device(settings, device)
     tell("reading the headers of the checkpoints")
     trajectory = open_trajectory(
         checkpoints, pattern=settings["pattern"], rename=settings["rename"], steps=settings["steps"]
     )
-    workers = workers or local_workers(settings["device"])
+    workers = workers or local_workers(device)
+    ready, costs = _measured(trajectory, task, list(losses), settings, workers, tell)
+    manifest, free = ready.manifest, _free(out, checkpoints)
+    stored = _stored(manifest, manifest.losses, costs)
+    of_losses = {name: _loss_plan(ready, name, costs) for name in manifest.losses}
+    return Plan(
+        segments=manifest.segments,
+        parameters=manifest.parameters,
+        device=device,
+        workers=workers,
+        losses=of_losses,
+        seconds=_seconds(manifest, costs, max(loss.evaluations for loss in of_losses.values())),
+        bytes=stored,
+        free=free,
+        memory=costs.memory,
+        notes=[
+            *trajectory.notes,
+            *ready.notes,
+            *([ready.short_of] if ready.short_of else []),
+            *_short_of_space(stored[manifest.keep], free),
+        ],
+    )
+
+
+def _measured(
+    trajectory: Trajectory,
+    task: str | Path | Task,
+    losses: list[str],
+    settings: Settings,
+    workers: int,
+    tell: Callable[[str], None],
+) -> tuple[Preparation, Costs]:
+    """Probe a task in this process, and time a few batches of it."""
     entry, data = pack(task)
     with open_cluster(ClusterConfig("inline"), settings["device"], threading.Event()) as cluster:
         parcel = cluster.deliver(data)
         tell("building the task, and probing it on a sample")
-        ready = prepare(cluster, trajectory, entry, parcel, list(losses), settings, workers=workers)
+        ready = prepare(cluster, trajectory, entry, parcel, losses, settings, workers=workers)
         any_measured = next(iter(ready.manifest.losses.values())).measured
         request = CostsRequest(
             setup=ready.setup,
@@ -188,47 +229,43 @@ def plan(
         )
         tell("timing a few batches")
         answer = answered(CostsRequest, measure(to_plain(request)))
-        costs = unwrapped(answer)
-    manifest = ready.manifest
-    free = psutil.disk_usage(
-        str(nearest((Path(out) if out is not None else _beside(checkpoints)).resolve().parent))
-    ).free
-    stored = {
-        keep: estimated_bytes(manifest, keep, manifest.losses, costs.compressed) for keep in KEEP
-    }
-    short = (
-        [
-            f"the result will need about {amount(stored[manifest.keep])}, and {amount(free)} are "
-            f"free "
-            f"there"
-        ]
-        if stored[manifest.keep] > free
-        else []
-    )
-    of_losses = {
-        name: _loss_plan(ready, name, costs.losses[name], costs.compressed)
-        for name in manifest.losses
-    }
+        return ready, unwrapped(answer)
+
+
+def _stored(manifest: Manifest, losses: dict[str, LossRecord], costs: Costs) -> dict[str, int]:
+    """Return the bytes of some losses after compression under each level of `--keep`."""
+    return {keep: estimated_bytes(manifest, keep, losses, costs.compressed) for keep in KEEP}
+
+
+def _seconds(manifest: Manifest, costs: Costs, evaluations: int) -> float:
+    """Return what all losses together take on one worker.
+
+    Args:
+        manifest: of the run.
+        costs: as measured.
+        evaluations: of the loss that has the most.
+    """
     measured_segments = sum(first < manifest.segments for first in SAMPLED)
-    return Plan(
-        segments=manifest.segments,
-        parameters=manifest.parameters,
-        device=manifest.settings["device"],
-        workers=workers,
-        losses=of_losses,
-        seconds=costs.together * max(loss.evaluations for loss in of_losses.values())
+    evaluations_at_once = len(RULES[manifest.settings["rule"]].nodes)
+    return (
+        costs.together * evaluations
         + costs.recalibrating * (manifest.segments + manifest.spans)
-        + costs.higher * _at_once(settings["rule"]) * measured_segments,
-        bytes=stored,
-        free=free,
-        memory=costs.memory,
-        notes=[
-            *trajectory.notes,
-            *ready.notes,
-            *([ready.short_of] if ready.short_of else []),
-            *short,
-        ],
+        + costs.higher * evaluations_at_once * measured_segments
     )
+
+
+def _free(out: str | Path | None, checkpoints: str | Path) -> int:
+    """Return the bytes that are free where the result would go."""
+    place = Path(out) if out is not None else _beside(checkpoints)
+    free: int = psutil.disk_usage(str(nearest(place.resolve().parent))).free
+    return free
+
+
+def _short_of_space(needed: float, free: int) -> list[str]:
+    """Say that the result would not fit."""
+    if needed <= free:
+        return []
+    return [f"the result will need about {amount(needed)}, and {amount(free)} are free there"]
 
 
 def _beside(checkpoints: str | Path) -> Path:
@@ -236,15 +273,8 @@ def _beside(checkpoints: str | Path) -> Path:
     return Path("run.lca") if is_remote(located(checkpoints)) else default_out(checkpoints)
 
 
-def _at_once(rule: str) -> int:
-    """Return the evaluations of one segment on its own."""
-    return len(RULES[rule].nodes)
-
-
-def _loss_plan(
-    ready: Preparation, name: str, costs: LossCosts, compressed: dict[str, dict[str, float]]
-) -> LossPlan:
-    manifest, record = ready.manifest, ready.manifest.losses[name]
+def _loss_plan(ready: Preparation, name: str, costs: Costs) -> LossPlan:
+    manifest, record, measured = ready.manifest, ready.manifest.losses[name], costs.losses[name]
     rule = RULES[manifest.settings["rule"]]
     per_segment = len(rule.nodes) - (1 if rule.has_start and rule.has_end else 0)
     evaluations = per_segment * manifest.segments + (manifest.spans if rule.has_end else 0)
@@ -252,10 +282,10 @@ def _loss_plan(
         examples=record.examples,
         groups=len(record.groups or []),
         batch_size=record.batch_size,
-        fastest_batch_size=costs.fastest,
-        largest_batch_size=costs.largest,
+        fastest_batch_size=measured.fastest,
+        largest_batch_size=measured.largest,
         evaluations=evaluations,
-        seconds_per_evaluation=costs.seconds,
-        seconds=evaluations * costs.seconds,
-        bytes={keep: estimated_bytes(manifest, keep, {name: record}, compressed) for keep in KEEP},
+        seconds_per_evaluation=measured.seconds,
+        seconds=evaluations * measured.seconds,
+        bytes=_stored(manifest, {name: record}, costs),
     )

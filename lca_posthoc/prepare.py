@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -17,11 +17,13 @@ from typing import Any, TypeVar
 from .cluster import Cluster, Done, Lost, Spec
 from .errors import InputError, Interrupted, ResourceError, SpanError, few
 from .paths import absolute, below
+from .precisions import PRECISIONS
 from .quadrature import COMPOSITE, RULES
 from .requests import (
     Admission,
     AdmissionRequest,
     DescribeRequest,
+    Description,
     Failure,
     LossDescription,
     ProbeAnswer,
@@ -35,7 +37,7 @@ from .requests import (
     from_plain,
     to_plain,
 )
-from .schema import ROUNDING, in_units_of_loss, is_share
+from .schema import in_units_of_loss, is_share
 from .settings import Settings
 from .store import LossRecord, Manifest, StoredTensor
 from .store.keys import encode_all
@@ -121,68 +123,124 @@ def prepare(
         digests={},
     )
     described = ask(cluster, describe, DescribeRequest(setup=setup))
-    table = described.tensors
-    _known_tensors(settings["tensors"], table)
+    _known_tensors(settings["tensors"], described.tensors)
     if existing is None:
-        _known_splits(settings["subset"], described.losses, described.statistics)
-    without = ([*described.fixed, *described.added], described.patterns, described.unstored)
-    names = trajectory.match(table, *without)
+        _known_splits(settings["subset"], described)
+    matched = _match(trajectory, described)
     setup = replace(setup, losses=list(described.losses), digests=described.digests)
-    recorded = existing.losses if existing else {}
-    batch_sizes = {
-        record.on: record.batch_size for record in recorded.values() if record.on is not None
-    }
-    segments = len(trajectory.checkpoints) - 1
-    span = span or choose_span(
-        segments, workers or cluster.workers, sum(spec.elements for spec in table)
-    )
-    modes = _looked_at_in_both_modes(segments)
+    span = span or choose_span(matched.segments, workers or cluster.workers, matched.elements)
     sample = Sample(
-        points=_sampled_points(trajectory, names, modes),
-        ends=segments,
+        points=_sampled_points(
+            trajectory, matched.names, _looked_at_in_both_modes(matched.segments)
+        ),
+        ends=matched.segments,
         workers=workers or cluster.max_per_host,
         span=existing.span if existing else span,
     )
-    request = ProbeRequest(
-        setup=setup,
-        sample=sample,
-        batch_sizes=batch_sizes,
-        modes=modes,
-        half=trajectory.half_precision,
-        ties=trajectory.ties(table),
-        fixed=trajectory.sources_of(described.fixed),
-        leftovers=trajectory.leftovers(table, *without),
-        recorded=list(recorded),
-    )
-    probed = ask(cluster, probe, request)
+    recorded = existing.losses if existing else {}
+    probed = ask(cluster, probe, _probe_request(setup, sample, matched, recorded))
     if probed.statistics is not None:
         settings = {**settings, "statistics": probed.statistics}
         setup = replace(setup, settings=RunSettings.of(settings))
-    keys = encode_all(described.losses, [record.key for record in recorded.values()])
-    tensor_keys = encode_all(spec.name for spec in table)
     manifest = Manifest(
         root=absolute(trajectory.root),
-        tensors=[StoredTensor(spec, names[spec.name], tensor_keys[spec.name]) for spec in table],
+        tensors=_stored_tensors(matched),
         checkpoints=relative(trajectory),
         span=span,
-        window=_choose_window(segments, span),
+        window=_choose_window(matched.segments, span),
         settings=settings,
-        losses={
-            name: _record(name, keys[name], loss, probed) for name, loss in described.losses.items()
-        },
+        losses=_records(described, probed, recorded),
         provenance=_provenance(task, described.task_losses),
     )
-    new = {name: record for name, record in manifest.losses.items() if name not in recorded}
     notes = [
         *probed.notes,
-        *(note for name, record in new.items() for note in _scale(name, record, settings)),
-        *_frozen(described.frozen),
-        *_added(list(trajectory.sources_of(described.added))),
+        *_about(matched, manifest, recorded),
         *_idle(existing or manifest, workers or cluster.workers),
     ]
     return Preparation(
         setup=setup, sample=sample, manifest=manifest, notes=notes, short_of=probed.short_of
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Match:
+    """A described task on the trajectory it fits; `names` are tensors → names inside the files."""
+
+    trajectory: Trajectory
+    described: Description
+    names: dict[str, str]
+    leftovers: dict[str, str]
+
+    @property
+    def segments(self) -> int:
+        """The number of segments of the trajectory."""
+        return len(self.trajectory.checkpoints) - 1
+
+    @property
+    def elements(self) -> int:
+        """The number of elements of all tensors."""
+        return sum(spec.elements for spec in self.described.tensors)
+
+
+def _match(trajectory: Trajectory, described: Description) -> _Match:
+    """Match a described task with a trajectory.
+
+    Raises:
+        InputError: where they do not fit.
+    """
+    without = ([*described.fixed, *described.added], described.patterns, described.unstored)
+    return _Match(
+        trajectory=trajectory,
+        described=described,
+        names=trajectory.match(described.tensors, *without),
+        leftovers=trajectory.leftovers(described.tensors, *without),
+    )
+
+
+def _probe_request(
+    setup: TaskSetup, sample: Sample, matched: _Match, recorded: dict[str, LossRecord]
+) -> ProbeRequest:
+    trajectory, described = matched.trajectory, matched.described
+    return ProbeRequest(
+        setup=setup,
+        sample=sample,
+        batch_sizes={
+            record.on: record.batch_size for record in recorded.values() if record.on is not None
+        },
+        modes=_looked_at_in_both_modes(matched.segments),
+        half=trajectory.half_precision,
+        ties=trajectory.ties(described.tensors),
+        fixed=trajectory.sources_of(described.fixed),
+        leftovers=matched.leftovers,
+        recorded=list(recorded),
+    )
+
+
+def _stored_tensors(matched: _Match) -> list[StoredTensor]:
+    """Return the tensors with their names inside the files and their keys in the store."""
+    tensors = matched.described.tensors
+    keys = encode_all(spec.name for spec in tensors)
+    return [StoredTensor(spec, matched.names[spec.name], keys[spec.name]) for spec in tensors]
+
+
+def _records(
+    described: Description, probed: ProbeAnswer, recorded: dict[str, LossRecord]
+) -> dict[str, LossRecord]:
+    """Return what a run records of the chosen losses; new keys differ from those that are there."""
+    keys = encode_all(described.losses, [record.key for record in recorded.values()])
+    return {
+        name: _record(name, keys[name], loss, probed) for name, loss in described.losses.items()
+    }
+
+
+def _about(matched: _Match, manifest: Manifest, recorded: dict[str, LossRecord]) -> Iterator[str]:
+    """Say what is worth knowing of new losses, and of tensors that stay as the model builds them."""
+    for name, record in manifest.losses.items():
+        if name not in recorded:
+            yield from _scale(name, record, manifest.settings)
+    described = matched.described
+    yield from _frozen(described.frozen)
+    yield from _added(list(matched.trajectory.sources_of(described.added)))
 
 
 def ask(cluster: Cluster, work: Callable[[Spec], Spec], request: Question[Answer]) -> Answer:
@@ -234,6 +292,16 @@ def check_workers(
         checkpoints=[checkpoints[0], checkpoints[-1]],
     )
     answers = cluster.check_workers(admit, to_plain(request))
+    _refuse_workers(answers)
+    admitted = {name: from_plain(Admission, answer) for name, answer in answers.items()}
+    cluster.settle_on(
+        device or ("cuda" if all(answer.cuda for answer in admitted.values()) else "cpu")
+    )
+    return _sharing(cluster.device, cluster.several_threads, admitted)
+
+
+def _refuse_workers(answers: Mapping[str, Spec]) -> None:
+    """Refuse a cluster some of whose workers cannot take part, and name these."""
     refused = [
         f"worker {name} {error['message'] if isinstance(error, dict) else error}"
         for name, answer in answers.items()
@@ -242,11 +310,6 @@ def check_workers(
     if refused:
         more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
         raise ResourceError(f"{'; '.join(refused[:3])}{more}.")
-    admitted = {name: from_plain(Admission, answer) for name, answer in answers.items()}
-    cluster.settle_on(
-        device or ("cuda" if all(answer.cuda for answer in admitted.values()) else "cpu")
-    )
-    return _sharing(cluster.device, cluster.several_threads, admitted)
 
 
 def _sharing(
@@ -310,7 +373,7 @@ def _scale(name: str, record: LossRecord, settings: Settings) -> list[str]:
     ):
         return []
     least, change = min(abs(first["loss"]), abs(last["loss"])), abs(last["loss"] - first["loss"])
-    rounding = ROUNDING[settings["precision"]] * least
+    rounding = PRECISIONS[settings["precision"]].rounding * least
     advice = f"{_advice(tolerance, first['loss'], change, rounding)} {_BEGUN}"
     option = f"--tolerance {tolerance}" + (f" (here {absolute:.2g})" if is_share(tolerance) else "")
     if absolute < rounding:
@@ -459,15 +522,10 @@ def _known_tensors(patterns: list[str], table: list[TensorSpec]) -> None:
             )
 
 
-def _known_splits(
-    subsets: list[str], losses: dict[str, LossDescription], of_statistics: str | None
-) -> None:
+def _known_splits(subsets: list[str], described: Description) -> None:
     """Refuse a subset of a split that no chosen loss is on."""
-    splits = {
-        split
-        for split in (of_statistics, *(loss.on for loss in losses.values()))
-        if split is not None
-    }
+    named = (described.statistics, *(loss.on for loss in described.losses.values()))
+    splits = {split for split in named if split is not None}
     for split in parse_subsets(subsets):
         if split and split not in splits:
             raise InputError(

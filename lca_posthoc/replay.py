@@ -167,7 +167,7 @@ def run(
         Interrupted: after Ctrl-C or SIGTERM, when the spans in flight are done; a
             `KeyboardInterrupt` too.
     """
-    asked = {
+    asked: dict[str, object] = {
         "rule": rule,
         "tolerance": tolerance,
         "allocation_tolerance": allocation_tolerance,
@@ -176,11 +176,11 @@ def run(
         "device": device,
         "precision": precision,
         "norm_stats": norm_stats,
-        "tensors": list(tensors),
-        "subset": list(subset),
+        "tensors": tensors,
+        "subset": subset,
         "steps": steps,
         "pattern": pattern,
-        "rename": list(rename),
+        "rename": rename,
     }
     if span is not None and (span < 1 or span & (span - 1)):
         raise InputError(f"span must be a power of two, got {span}.")
@@ -408,7 +408,7 @@ class _Job:
     data: bytes
     losses: list[str]
     path: Path
-    asked: dict[str, Any]
+    asked: dict[str, object]
     span: int | None
     durable: bool
     tell: Log

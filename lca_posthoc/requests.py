@@ -30,7 +30,7 @@ A = TypeVar("A")
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """The settings of a run that workers compute by, under the names of `settings.DEFAULTS`.
+    """The settings of a run that workers compute by, under the names of `settings.Settings`.
 
     `statistics` is what recalibration settled when the run was created; None before, and in other
     modes.
@@ -49,7 +49,7 @@ class RunSettings:
     statistics: RecalibrationRecord | None
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> RunSettings:
+    def of(cls, settings: Mapping[str, object]) -> RunSettings:
         """Pick them out of the settings of a run."""
         names = [field.name for field in fields(cls) if field.name != "statistics"]
         plain = {name: settings[name] for name in names}

@@ -39,20 +39,6 @@ TENSOR_FIELDS = {
     "gradient": "float64",
 }
 OF_MOTION = ("motion",)  # the same for every group
-# by precision: two computations of one loss
-SAME_LOSS = {
-    "float64": 1e-9,
-    "float32": 1e-4,
-    "tf32": 1e-2,
-    "bfloat16": 5e-2,
-}
-# by precision: relative, of one number
-ROUNDING = {
-    "float64": 2.0**-53,
-    "float32": 2.0**-24,
-    "tf32": 2.0**-11,
-    "bfloat16": 2.0**-9,
-}
 MAGNITUDES = 510  # two bins an octave over all finite float32
 BINS = 2 * MAGNITUDES
 

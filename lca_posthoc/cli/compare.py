@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..text import count, safe
 from .options import json_option
-from .show import print_json, say, share, stdout, table, units_of_loss
+from .show import Table, print_json, say, share, stdout, table, units_of_loss
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -199,29 +199,50 @@ def print_comparison(comparison: xr.Dataset) -> None:
     Holm's p-values.
     """
     labels = [safe(label) for label in comparison["label"].values]
-    by_label = [comparison.isel(label=position) for position in range(len(labels))]
     repeats = bool((comparison["runs"] > 1).any())
-    headline = table("", *labels)
-    headline.add_row("runs", *(str(int(of["runs"])) for of in by_label))
-    if bool((comparison["trainings"] != comparison["runs"]).any()):
-        headline.add_row("different trainings", *(str(int(of["trainings"])) for of in by_label))
-    headline.add_row(
-        "loss at the end",
-        *(_interval(of, "loss_end", _scale(comparison["loss_end"]), "", 6) for of in by_label),
-    )
-    headline.add_row(
-        "loss change",
-        *(
-            _in_units(of["loss_change"], _scale(comparison["loss_change"]), digits=6)
-            for of in by_label
-        ),
-    )
-    headline.add_row("helping", *(share(float(of["helping"])) for of in by_label))
+    console = stdout()
+    console.print(_headline(comparison, labels, repeats))
+    for line in comparison.attrs["notes"].split("\n"):
+        if line:
+            console.print(safe(line), markup=False)
+    console.print()
+    console.print(_layers(comparison, labels, repeats))
     if repeats:
-        headline.add_row(
+        console.print(
+            f"\n[low, high]: {100 * comparison.attrs['confidence']:g} % t interval of the mean. p "
+            f"of a layer: t-test against 0; of its "
+            f"difference to {labels[0]}: {_tests(comparison)}; both corrected by Holm over layers "
+            f"and labels.",
+            markup=False,
+        )
+
+
+def _by_label(comparison: xr.Dataset) -> list[xr.Dataset]:
+    return [comparison.isel(label=position) for position in range(comparison.sizes["label"])]
+
+
+def _headline(comparison: xr.Dataset, labels: list[str], repeats: bool) -> Table:
+    """Return the figures of each label side by side."""
+    by_label = _by_label(comparison)
+    rows = table("", *labels)
+    rows.add_row("runs", *(str(int(of["runs"])) for of in by_label))
+    if bool((comparison["trainings"] != comparison["runs"]).any()):
+        rows.add_row("different trainings", *(str(int(of["trainings"])) for of in by_label))
+    scale = _scale(comparison["loss_end"])
+    rows.add_row("loss at the end", *(_interval(of, "loss_end", scale, "", 6) for of in by_label))
+    scale = _scale(comparison["loss_change"])
+    rows.add_row("loss change", *(_in_units(of["loss_change"], scale, digits=6) for of in by_label))
+    rows.add_row("helping", *(share(float(of["helping"])) for of in by_label))
+    if repeats:
+        rows.add_row(
             f"p, loss at the end against {labels[0]}",
             *(_number(of["p_loss_end"], "{:.2g}") for of in by_label),
         )
+    return rows
+
+
+def _layers(comparison: xr.Dataset, labels: list[str], repeats: bool) -> Table:
+    """Return a row for each layer, with the columns of every label beside each other."""
     columns = []
     for position, label in enumerate(labels):
         columns += [
@@ -231,7 +252,7 @@ def print_comparison(comparison: xr.Dataset) -> None:
             *(["p"] if position and repeats else []),
         ]
     rows = table("layer", *columns)
-    scale = _scale(comparison["mean"])
+    scale, by_label = _scale(comparison["mean"]), _by_label(comparison)
     for position, layer in enumerate(comparison["layer"].values):
         cells = list[Text | str]()
         for which, of in enumerate(by_label):
@@ -241,21 +262,7 @@ def print_comparison(comparison: xr.Dataset) -> None:
             cells += [_in_units(one["difference"], scale)] if which else []
             cells += [_number(one["p_difference_holm"], "{:.2g}")] if which and repeats else []
         rows.add_row(Text(safe(layer)), *cells)
-    console = stdout()
-    console.print(headline)
-    for line in comparison.attrs["notes"].split("\n"):
-        if line:
-            console.print(safe(line), markup=False)
-    console.print()
-    console.print(rows)
-    if repeats:
-        console.print(
-            f"\n[low, high]: {100 * comparison.attrs['confidence']:g} % t interval of the mean. p "
-            f"of a layer: t-test against 0; of its "
-            f"difference to {labels[0]}: {_tests(comparison)}; both corrected by Holm over layers "
-            f"and labels.",
-            markup=False,
-        )
+    return rows
 
 
 def _tests(comparison: xr.Dataset) -> str:

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import click
 
-F = TypeVar("F", bound=Callable[..., Any])
+from ..settings import SETTINGS, Setting, option_of
 
-_RULES = ("simpson", "trapezoid", "left", "midpoint", "gauss-2", "gauss-3")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _chain(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
@@ -19,6 +19,19 @@ def _chain(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
         return function
 
     return decorate
+
+
+def _option_of_setting(name: str, setting: Setting) -> Callable[[F], F]:
+    """Return the option of a setting; None, or no values at all, where it is not given."""
+    choices = (*(["auto"] if setting.automatic else []), *setting.choices)
+    shown = f"  [default: {setting.shown_default}]" if setting.shown_default else ""
+    return click.option(
+        option_of(name),
+        type=click.Choice(choices) if choices else setting.type,
+        multiple=setting.repeatable,
+        metavar=setting.metavar,
+        help=setting.help + shown,
+    )
 
 
 replay_options = _chain(
@@ -39,75 +52,7 @@ replay_options = _chain(
     click.option(
         "--out", type=click.Path(), metavar="RUN", help="Run directory.  [default: CHECKPOINTS.lca]"
     ),
-    click.option(
-        "--rule",
-        type=click.Choice(_RULES),
-        help="Quadrature; simpson and trapezoid are refined.  [default: simpson]",
-    ),
-    click.option(
-        "--tolerance",
-        metavar="NUMBER|SHARE%",
-        help="Bound on |residual| per segment and loss, in units of loss, or such as 0.1%, of the "
-        "loss at the first checkpoint; inf "
-        "never refines.  [default: 1e-3; inf for bfloat16]",
-    ),
-    click.option(
-        "--allocation-tolerance",
-        metavar="NUMBER|SHARE%",
-        help="Bound on the allocation's own error, Σ|A − A*|, given alike.  [default: inf]",
-    ),
-    click.option(
-        "--keep",
-        type=click.Choice(("parameters", "units", "tensors")),
-        help="What to store.  [default: parameters]",
-    ),
-    click.option(
-        "--batch-size", type=int, help="Examples per batch.  [default: chosen from shapes]"
-    ),
-    click.option(
-        "--device",
-        type=click.Choice(("auto", "cuda", "cpu")),
-        help="Where to compute.  [default: auto: cuda, else cpu]",
-    ),
-    click.option(
-        "--precision",
-        type=click.Choice(("float32", "tf32", "bfloat16", "float64")),
-        help="Of forward and backward passes; its error is measured.  [default: float32]",
-    ),
-    click.option(
-        "--norm-stats",
-        type=click.Choice(("running", "batch", "recalibrated")),
-        help="Statistics of normalisation layers: stored, of each batch, or recomputed at each "
-        "checkpoint.  [default: running]",
-    ),
-    click.option(
-        "--tensors",
-        multiple=True,
-        metavar="PATTERN",
-        help="Keep only tensors that match, such as 'fc1.*' (repeatable); the others become one "
-        "remainder.",
-    ),
-    click.option(
-        "--subset",
-        multiple=True,
-        metavar="[SPLIT=]WHICH",
-        help="Use only some examples: A:B, I,J,K, or FRACTION@SEED drawn at random (repeatable).",
-    ),
-    click.option(
-        "--steps",
-        metavar="A:B[:K]",
-        help="Training steps, both ends included; every K-th checkpoint.",
-    ),
-    click.option(
-        "--pattern", metavar="REGEX", help="Finds (?P<step>\\d+) in names of checkpoints."
-    ),
-    click.option(
-        "--rename",
-        multiple=True,
-        metavar="OLD=NEW",
-        help="Map tensor names; OLD is a regular expression; what is left without a name is left "
-        "out (repeatable).",
-    ),
+    *(_option_of_setting(name, setting) for name, setting in SETTINGS.items()),
 )
 
 workers_option = click.option(

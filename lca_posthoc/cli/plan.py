@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.text import Text
@@ -11,9 +11,18 @@ from rich.text import Text
 from ..display import Display
 from ..errors import InputError, amount
 from ..progress import Stage
+from ..settings import resolve
 from ..text import safe
 from .options import json_option, replay_options, workers_option
-from .show import duration, print_json, say, stdout, table
+from .show import Table, duration, print_json, say, stdout, table
+
+if TYPE_CHECKING:
+    from ..plan import Plan, RecordingPlan
+
+_COLUMNS = (
+    *("loss", "examples", "groups", "batch", "fastest", "largest"),
+    *("evaluations", "each", "alone", "stored"),
+)
 
 
 @click.command()
@@ -41,31 +50,42 @@ def command(checkpoints: str, as_json: bool, recording: int | None, **options: A
 
     if options["workers"] is not None and options["workers"] < 1:
         raise InputError(f"--workers must be 1 or more, got {options['workers']}.")
-    keep = options["keep"] or "parameters"
     with Display(stages=True) as listen:
         planned = plan(checkpoints, tell=lambda stage: listen(Stage(stage)), **options)
     for note in planned.notes:
         say(note)
     if as_json:
         print_json({"schema": 1, **asdict(planned)})
-        return
+    else:
+        _print(planned, resolve({"keep": options["keep"]}, None)["keep"])
+
+
+def _print(planned: Plan, keep: str) -> None:
+    """Print a row for each loss, and what all of them together take."""
     console = stdout()
     console.print(
         f"{planned.segments:,} segments of {planned.parameters:,} parameters on {planned.device}, "
         f"without refinement:"
     )
-    rows = table(
-        "loss",
-        "examples",
-        "groups",
-        "batch",
-        "fastest",
-        "largest",
-        "evaluations",
-        "each",
-        "alone",
-        "stored",
+    console.print(_table(planned, keep))
+    shared = (
+        f", {duration(planned.seconds / planned.workers)} on {planned.workers} workers"
+        if planned.workers > 1
+        else ""
     )
+    console.print(
+        f"evaluating all together: {_whole(planned)}{shared} (start-up, reading and storing come "
+        f"on top)"
+    )
+    sizes = ", ".join(f"--keep {kind} {amount(size)}" for kind, size in planned.bytes.items())
+    console.print(
+        f"result after compression, about: {sizes}; free: {amount(planned.free)}", markup=False
+    )
+    console.print(f"memory per worker: about {amount(planned.memory)}")
+
+
+def _table(planned: Plan, keep: str) -> Table:
+    rows = table(*_COLUMNS)
     for name, loss in planned.losses.items():
         rows.add_row(
             Text(safe(name)),
@@ -79,26 +99,14 @@ def command(checkpoints: str, as_json: bool, recording: int | None, **options: A
             duration(loss.seconds),
             amount(loss.bytes[keep]),
         )
-    console.print(rows)
-    shared = (
-        f", {duration(planned.seconds / planned.workers)} on {planned.workers} workers"
-        if planned.workers > 1
-        else ""
-    )
-    on_gpu = planned.device == "cuda"
-    whole = (
-        f"{planned.seconds / 3600:.3g} device-hours"
-        if on_gpu
-        else f"{duration(planned.seconds)} of one CPU core"
-    )
-    console.print(
-        f"evaluating all together: {whole}{shared} (start-up, reading and storing come on top)"
-    )
-    sizes = ", ".join(f"--keep {kind} {amount(size)}" for kind, size in planned.bytes.items())
-    console.print(
-        f"result after compression, about: {sizes}; free: {amount(planned.free)}", markup=False
-    )
-    console.print(f"memory per worker: about {amount(planned.memory)}")
+    return rows
+
+
+def _whole(planned: Plan) -> str:
+    """Return what evaluating all losses takes on one worker."""
+    if planned.device == "cuda":
+        return f"{planned.seconds / 3600:.3g} device-hours"
+    return f"{duration(planned.seconds)} of one CPU core"
 
 
 def _of_recording(directory: str, count: int, as_json: bool, task: str, **others: Any) -> None:
@@ -116,7 +124,12 @@ def _of_recording(directory: str, count: int, as_json: bool, task: str, **others
     planned = plan_recording(directory, task, count)
     if as_json:
         print_json({"schema": 1, **asdict(planned)})
-        return
+    else:
+        _print_recording(planned)
+
+
+def _print_recording(planned: RecordingPlan) -> None:
+    """Print what saving every iterate takes."""
     console = stdout()
     console.print(
         f"{planned.iterates:,} iterates of {planned.parameters:,} parameters ({planned.tensors:,} "

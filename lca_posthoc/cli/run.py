@@ -49,6 +49,16 @@ def command(checkpoints: str, as_json: bool, **options: Any) -> None:
         else [loss for name in names for loss in opened.manifest.meant_by(name)]
     )
     summaries = {name: summary(opened[name]) for name in named}
+    _say_unconverged(summaries)
+    if as_json:
+        print_json({"schema": 1, "losses": summaries})
+        return
+    print_summary(summaries, opened.path)
+    stdout().print(f"\nresults in {opened.path}", markup=False)
+
+
+def _say_unconverged(summaries: dict[str, dict[str, Any]]) -> None:
+    """Say how many segments of each loss stay above the tolerance."""
     for name, figures in summaries.items():
         if figures["unconverged"]:
             say(
@@ -57,8 +67,3 @@ def command(checkpoints: str, as_json: bool, **options: Any) -> None:
                 f"stay{'s' * (figures['unconverged'] == 1)} above the tolerance; see `converged` "
                 f"in steps"
             )
-    if as_json:
-        print_json({"schema": 1, "losses": summaries})
-        return
-    print_summary(summaries, opened.path)
-    stdout().print(f"\nresults in {opened.path}", markup=False)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.text import Text
@@ -14,10 +14,11 @@ from ..display import wrapped
 from ..errors import few
 from ..text import count, safe
 from .options import json_option
-from .show import duration, print_json, stdout, table
+from .show import Table, duration, print_json, stdout, table
 
 if TYPE_CHECKING:
     from ..store import LastRun, Run, Starting
+    from ..store.results import Progress
 
 _STOPPED = "stopped: run `lca run` again to finish"
 
@@ -38,24 +39,44 @@ def command(run: str, as_json: bool) -> None:
     from ..store import last_run, open_run, starting
 
     preparing = starting(Path(run))
+    more = {} if preparing is None else {"preparing": asdict(preparing)}
     try:
         opened = open_run(run)
     except InputError:
         if preparing is None:
             raise
         if as_json:
-            print_json({"schema": 1, "losses": {}, "preparing": asdict(preparing)})
+            print_json({"schema": 1, "losses": {}, **more})
         else:
             stdout().print(f"{safe(run)} is not there yet: {_preparing(preparing)}")
         return
     last = last_run(opened.path)
-    progress = _progress(opened, last)
+    by_loss = _status(opened, last)
     if as_json:
-        more = {} if preparing is None else {"preparing": asdict(preparing)}
-        print_json({"schema": 1, "losses": progress, **more})
-        return
+        losses = {name: status.document() for name, status in by_loss.items()}
+        print_json({"schema": 1, "losses": losses, **more})
+    else:
+        _print(by_loss, last, preparing)
+
+
+def _print(by_loss: dict[str, _Status], last: LastRun | None, preparing: Starting | None) -> None:
+    """Print a row for each loss, and a line on the driver."""
+    console = stdout()
+    console.print(_table(by_loss))
+    if preparing is not None:
+        console.print(
+            Text(wrapped(f"a driver is about to go on with it: {_preparing(preparing)}", console))
+        )
+    elif last is not None and any(status.progress["running"] for status in by_loss.values()):
+        console.print(Text(wrapped(_pace(by_loss, last), console)))
+    elif last is not None and not all(status.progress["complete"] for status in by_loss.values()):
+        console.print(Text(wrapped(_ending(last), console)))
+
+
+def _table(by_loss: dict[str, _Status]) -> Table:
     rows = table("loss", "spans", "segments", "worker time", "steps done", "state", words=2)
-    for name, loss in progress.items():
+    for name, status in by_loss.items():
+        loss = status.progress
         underway = (
             f" + {loss['segments_underway']:.1f} underway" if loss["segments_underway"] else ""
         )
@@ -65,30 +86,20 @@ def command(run: str, as_json: bool) -> None:
             f"{loss['segments_done']} / {loss['segments']}{underway}",
             duration(loss["seconds"]),
             _steps(loss),
-            _state(name, loss),
+            _state(name, status),
         )
-    console = stdout()
-    console.print(rows)
-    running = any(loss["running"] for loss in progress.values())
-    incomplete = not all(loss["complete"] for loss in progress.values())
-    if preparing is not None:
-        console.print(
-            Text(wrapped(f"a driver is about to go on with it: {_preparing(preparing)}", console))
-        )
-    elif running and last is not None:
-        console.print(Text(wrapped(_pace(progress, last), console)))
-    elif incomplete and last is not None:
-        console.print(Text(wrapped(_ending(last), console)))
+    return rows
 
 
-def _steps(loss: dict[str, Any]) -> str:
+def _steps(loss: Progress) -> str:
     """Return which steps are done, and of which."""
     stretches = [f"{first}–{last}" for first, last in loss["steps_done"]]
     whole = f"{loss['first_step']}–{loss['last_step']}"
     return whole if stretches == [whole] else f"{few(stretches) or 'none'} of {whole}"
 
 
-def _state(name: str, loss: dict[str, Any]) -> str:
+def _state(name: str, status: _Status) -> str:
+    loss = status.progress
     if loss["complete"]:
         return (
             f"complete so far; {count(loss['behind'], 'more segment')} with --loss {safe(name)}"
@@ -97,7 +108,7 @@ def _state(name: str, loss: dict[str, Any]) -> str:
         )
     if loss["running"]:
         return "running"
-    if steps := loss["not_finite"]:
+    if steps := status.not_finite:
         where = f"steps {few([*map(str, steps)])}" if len(steps) > 1 else f"step {steps[0]}"
         return f"done but for NaN or Inf at {where}"
     return _STOPPED
@@ -111,26 +122,49 @@ def _not_finite(missing: list[int], last: LastRun | None) -> list[int]:
     return sorted({failed[span] for span in missing}) if set(missing) <= set(failed) else []
 
 
-def _progress(opened: Run, last: LastRun | None) -> dict[str, dict[str, Any]]:
-    """Return how far each loss is; of a running one also segments per second, and seconds left, of
-    all losses together.
+@dataclass(frozen=True, kw_only=True)
+class _Status:
+    """How far a loss is, and how fast.
 
-    `not_finite` are the steps of the checkpoints with NaN or Inf where these alone keep the loss
-    from being complete.
+    Attributes:
+        progress: from the commit markers.
+        not_finite: the steps of the checkpoints with NaN or Inf, where these alone keep the loss
+            from being complete.
+        segments_per_second: of all losses together; None where it does not run.
+        seconds_left: of all losses together; None where it does not run.
     """
+
+    progress: Progress
+    not_finite: list[int]
+    segments_per_second: float | None = None
+    seconds_left: float | None = None
+
+    def document(self) -> dict[str, object]:
+        """Return what `lca status --json` prints of the loss."""
+        return {
+            **{name: value for name, value in self.progress.items() if name != "missing"},
+            "segments_per_second": self.segments_per_second,
+            "seconds_left": self.seconds_left,
+            "not_finite": self.not_finite,
+        }
+
+
+def _status(opened: Run, last: LastRun | None) -> dict[str, _Status]:
+    """Return how far each loss of a run is."""
     from ..store import underway
 
-    progress = {name: results.progress() for name, results in opened.items()}
     computing = sum(report.segments for report in underway(opened.path))
-    for loss in progress.values():
-        loss["segments_per_second"] = loss["seconds_left"] = None
-        loss["not_finite"] = _not_finite(loss.pop("missing"), last)
-        if loss["running"] and not loss["complete"] and last is not None and last.ended is None:
-            rate = last.rate(computing)
-            if rate is not None:
-                loss["segments_per_second"] = rate
-                loss["seconds_left"] = max(0.0, last.pending - last.done - computing) / rate
-    return progress
+    rate = None if last is None or last.ended is not None else last.rate(computing)
+    by_loss = {}
+    for name, results in opened.items():
+        progress = results.progress()
+        status = _Status(progress=progress, not_finite=_not_finite(progress["missing"], last))
+        working = progress["running"] and not progress["complete"]
+        if last is not None and rate is not None and working:
+            left = max(0.0, last.pending - last.done - computing) / rate
+            status = replace(status, segments_per_second=rate, seconds_left=left)
+        by_loss[name] = status
+    return by_loss
 
 
 def _preparing(state: Starting) -> str:
@@ -142,16 +176,15 @@ def _preparing(state: Starting) -> str:
     )
 
 
-def _pace(progress: dict[str, dict[str, Any]], last: LastRun) -> str:
-    rates = [loss for loss in progress.values() if loss["segments_per_second"] is not None]
+def _pace(by_loss: dict[str, _Status], last: LastRun) -> str:
     since = f"for {duration(max(0, int(time.time() - last.began)))} now"
-    if not rates:
-        return f"running {since}; no segment is done yet"
-    return (
-        f"running {since}: {rates[0]['segments_per_second']:.3g} segments/s (each loss counted), "
-        f"about "
-        f"{duration(rates[0]['seconds_left'])} left"
-    )
+    for status in by_loss.values():
+        if status.segments_per_second is not None and status.seconds_left is not None:
+            return (
+                f"running {since}: {status.segments_per_second:.3g} segments/s (each loss "
+                f"counted), about {duration(status.seconds_left)} left"
+            )
+    return f"running {since}; no segment is done yet"
 
 
 def _ending(last: LastRun) -> str:

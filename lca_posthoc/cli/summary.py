@@ -6,15 +6,19 @@ import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.text import Text
 
 from ..display import wrapped
+from ..precisions import PRECISIONS
 from ..text import count, safe
 from .options import json_option
 from .show import print_json, say, share, stdout, table, units_of_loss
+
+if TYPE_CHECKING:
+    from ..store import LossResults
 
 TOP = 20  # modules below each other
 _BESIDE = 8  # modules beside the groups of a loss
@@ -67,23 +71,28 @@ def command(
         if name not in opened:
             raise InputError(f"{run} has no loss {name!r}; it has {', '.join(map(repr, opened))}.")
     summaries = {name: summary(opened[name]) for name in losses or opened}
-    for name in summaries:
-        if not opened[name].complete:
-            say(
-                f"loss {name!r} is not complete: figures are over the "
-                f"{_finished(summaries[name]['segments'])}"
-            )
-        if opened[name].behind:
-            say(
-                f"loss {name!r} ends at step {summaries[name]['last_step']}, "
-                f"{count(opened[name].behind, 'segment')} before the run does: "
-                f"it was not asked for when checkpoints were added. Name it with --loss {name} to "
-                f"`lca run` to go on"
-            )
+    for name, figures in summaries.items():
+        _say_what_is_missing(opened[name], figures)
     if as_json:
         print_json({"schema": 1, "losses": summaries})
     else:
         print_summary(summaries, opened.path, top=top, everything=everything)
+
+
+def _say_what_is_missing(results: LossResults, figures: dict[str, Any]) -> None:
+    """Say which segments figures are not over."""
+    if not results.complete:
+        say(
+            f"loss {results.name!r} is not complete: figures are over the "
+            f"{_finished(figures['segments'])}"
+        )
+    if results.behind:
+        say(
+            f"loss {results.name!r} ends at step {figures['last_step']}, "
+            f"{count(results.behind, 'segment')} before the run does: "
+            f"it was not asked for when checkpoints were added. Name it with --loss {results.name} "
+            f"to `lca run` to go on"
+        )
 
 
 def print_summary(
@@ -96,7 +105,7 @@ def print_summary(
     """Print headline figures side by side, then each loss's groups and what its modules did.
 
     Args:
-        found: the `summary` of each loss.
+        summaries: the `summary` of each loss.
         run: where the results are, for the line that says how to see more.
         top: how many modules are shown; None for as many as fit a screen.
         everything: whether every tensor is shown instead.
@@ -171,14 +180,10 @@ def _print_losses(summaries: dict[str, dict[str, Any]]) -> None:
 
 def _print_headline(plain: dict[str, dict[str, Any]]) -> None:
     headline = table("", *(safe(name) for name in plain))
-    for label, key in (("loss at the start", "loss_start"), ("loss at the end", "loss_end")):
-        ends = (
-            _numbers([figures["loss_start"], figures["loss_end"]], "") for figures in plain.values()
-        )
-        headline.add_row(label, *(pair[key == "loss_end"] for pair in ends))
-    changes = [
-        _numbers([figures["loss_change"], figures["allocated"]]) for figures in plain.values()
-    ]
+    ends = [_numbers([of["loss_start"], of["loss_end"]], "") for of in plain.values()]
+    headline.add_row("loss at the start", *(start for start, _ in ends))
+    headline.add_row("loss at the end", *(end for _, end in ends))
+    changes = [_numbers([of["loss_change"], of["allocated"]]) for of in plain.values()]
     headline.add_row("loss change", *(change for change, _ in changes))
     headline.add_row(
         "allocated, Σ over parameters and segments", *(allocated for _, allocated in changes)
@@ -213,22 +218,7 @@ def _print_rows(
     """Print a row for each module or tensor, one for the others together, and one for what the run
     does not keep.
     """
-    shown = list(shown)
-    if others:
-        parameters = sum(other["parameters"] for other in others)
-        helping = math.fsum(other["helping"] * other["parameters"] for other in others) / max(
-            1, parameters
-        )
-        shown.append(
-            {
-                "name": f"({len(others):,} more)",
-                "parameters": parameters,
-                "moved": any(other["moved"] for other in others),
-                "allocated": math.fsum(other["allocated"] for other in others),
-                "standard_error": None,
-                "helping": helping,
-            }
-        )
+    shown = [*shown, *([_together(others)] if others else [])]
     sampled = any(row["standard_error"] is not None for row in shown)
     kinds = what == "tensor"
     rows = table(
@@ -259,6 +249,20 @@ def _print_rows(
         part = _part(figures["remainder"], figures["allocated"])
         rows.add_row("(tensors not kept)", *blanks, number, *([""] if sampled else []), part, "")
     stdout().print(rows)
+
+
+def _together(others: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures of some modules as one row."""
+    parameters = sum(other["parameters"] for other in others)
+    helping = math.fsum(other["helping"] * other["parameters"] for other in others)
+    return {
+        "name": f"({len(others):,} more)",
+        "parameters": parameters,
+        "moved": any(other["moved"] for other in others),
+        "allocated": math.fsum(other["allocated"] for other in others),
+        "standard_error": None,
+        "helping": helping / max(1, parameters),
+    }
 
 
 def _print_groups(figures: dict[str, Any], top: int, everything: bool) -> int:
@@ -353,14 +357,6 @@ def _caption(name: str, figures: dict[str, Any]) -> str:
         if figures["groups"] is None
         else max(figures["max_segment_residual"])
     )
-    error = ""
-    if figures["precision_error"] is not None:
-        higher = "float64" if figures["precision"] == "float32" else "float32"
-        error = (
-            f", measured error of {figures['precision']} allocations against {higher} ones "
-            f"{figures['precision_error']:.1e} of their size "
-            f"(Σ|A − A*| / Σ|A*| on {count(figures['precision_segments'], 'segment')})"
-        )
     mode = (
         f", {figures['norm_stats']} statistics in normalisation layers"
         if figures["norm_stats"]
@@ -370,5 +366,17 @@ def _caption(name: str, figures: dict[str, Any]) -> str:
         f"{safe(name)}: {groups}{count(figures['segments'], 'segment')}, "
         f"{count(figures['parameters'], 'parameter')}, "
         f"{count(figures['evaluations'], 'gradient evaluation')}, {unconverged}largest |residual| "
-        f"{worst:.1e}{error}{mode}"
+        f"{worst:.1e}{_error(figures)}{mode}"
+    )
+
+
+def _error(figures: dict[str, Any]) -> str:
+    """Return the measured error of a precision, in words; nothing where it was not measured."""
+    reference = PRECISIONS[figures["precision"]].reference
+    if figures["precision_error"] is None or reference is None:
+        return ""
+    return (
+        f", measured error of {figures['precision']} allocations against {reference.precision} "
+        f"ones {figures['precision_error']:.1e} of their size "
+        f"(Σ|A − A*| / Σ|A*| on {count(figures['precision_segments'], 'segment')})"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.text import Text
@@ -11,6 +11,10 @@ from rich.text import Text
 from ..text import count, safe
 from .options import json_option
 from .show import print_json, say, stderr, stdout, table, waiting
+
+if TYPE_CHECKING:
+    from ..store import Damage
+    from ..store.verify import Verification
 
 _MOST = 1000  # rows of the table
 
@@ -28,21 +32,10 @@ def command(run: str, as_json: bool) -> None:
     The exit code is 4 where something is damaged. Files of a run that was killed are no damage.
     """
     from ..errors import DamageError, amount
-    from ..store import Damage, verify
+    from ..store import verify
 
-    checked, damages, leftovers = verify(run), list[Damage](), list[str]()
-    with waiting(stderr()) as shown:
-        for entry in checked:
-            if isinstance(entry, Damage):
-                damages.append(entry)
-            else:
-                leftovers.append(entry.path)
-            shown.update(
-                Text(
-                    f"{count(checked.files, 'file')}, {amount(checked.bytes)}, "
-                    f"{len(damages)} damaged"
-                )
-            )
+    checked = verify(run)
+    damages, leftovers = _checked(checked)
     if as_json:
         print_json(
             {
@@ -62,34 +55,52 @@ def command(run: str, as_json: bool) -> None:
             f"the first {leftovers[0]}"
         )
     if damages:
-        way = (
-            "Restore it from a copy"
-            if damages[0].is_of_the_record
-            else f"Run `lca repair {run} --task FILE`"
-        )
-        raise DamageError(f"{count(len(damages), 'damaged file')} in {run}. {way}.")
+        raise DamageError(f"{count(len(damages), 'damaged file')} in {run}. {_way(run, damages)}.")
     if not as_json:
         stdout().print(
             f"{count(checked.files, 'file')}, {amount(checked.bytes)}: whole", markup=False
         )
 
 
-def _print(damages: list[Any]) -> None:
+def _checked(checked: Verification) -> tuple[list[Damage], list[str]]:
+    """Return what is damaged and which files belong to nothing, and show how far the check is."""
+    from ..errors import amount
+    from ..store import Damage
+
+    damages, leftovers = list[Damage](), list[str]()
+    with waiting(stderr()) as shown:
+        for entry in checked:
+            if isinstance(entry, Damage):
+                damages.append(entry)
+            else:
+                leftovers.append(entry.path)
+            shown.update(
+                Text(
+                    f"{count(checked.files, 'file')}, {amount(checked.bytes)}, "
+                    f"{len(damages)} damaged"
+                )
+            )
+    return damages, leftovers
+
+
+def _way(run: str, damages: list[Damage]) -> str:
+    """Return what puts damage right."""
+    if damages[0].is_of_the_record:
+        return "Restore it from a copy"
+    return f"Run `lca repair {run} --task FILE`"
+
+
+def _print(damages: list[Damage]) -> None:
     rows = table(
         "file", "loss", "tensor or array", "span", "training steps", "what", names=3, words=1
     )
     for damage in damages[:_MOST]:
         window = "" if damage.window is None else f"window {damage.window}"
+        array = damage.array or ""
         rows.add_row(
             Text(safe(damage.path)),
             Text(safe(damage.loss or "")),
-            Text(
-                safe(
-                    f"{damage.array} of {damage.tensor}"
-                    if damage.tensor is not None
-                    else damage.array or ""
-                )
-            ),
+            Text(safe(array if damage.tensor is None else f"{damage.array} of {damage.tensor}")),
             window if damage.span is None else str(damage.span),
             "" if damage.first_step is None else f"{damage.first_step}–{damage.last_step}",
             Text(safe(damage.what)),

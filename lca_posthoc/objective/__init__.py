@@ -4,7 +4,7 @@ mode, probes.
 
 from .batches import Split, automatic_batch_size, power_of_two
 from .draws import Draws
-from .evaluate import HIGHER, Objective, new_model, replicates_of
+from .evaluate import Objective, new_model, replicates_of
 from .precision import float32
 from .probe import (
     Identity,
@@ -20,7 +20,6 @@ from .sums import Evaluation, Numbers
 from .tensors import tensor_table
 
 __all__ = [
-    "HIGHER",
     "Draws",
     "Evaluation",
     "Identity",

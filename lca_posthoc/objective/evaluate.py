@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import InputError, SpanError, few
-from ..schema import SAME_LOSS
+from ..precisions import PRECISIONS
 from ..task import Loss, Task, convert, every_name
 from ..trajectory import TensorSpec
 from .autocast import Watch
@@ -33,7 +33,7 @@ from .containers import copied, dense_parts, digest_of, fresh
 from .copies import copy_in
 from .linear import multiplying
 from .normalisation import normalising
-from .precision import default_dtype, tf32
+from .precision import default_dtype, dtype_of, tf32
 from .reader import Reader
 from .recurrent import recurring
 from .sharing import Returned, SharedOutputs
@@ -42,14 +42,7 @@ from .statistics import Recalibration
 from .sums import Evaluation, Sums
 from .tensors import added_entries, is_fixed, tensor_table, unstored
 
-PRECISIONS = {
-    "float32": torch.float32,
-    "tf32": torch.float32,
-    "bfloat16": torch.float32,
-    "float64": torch.float64,
-}
 _BUILT: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # by the factories of tasks in this process
-HIGHER = {"bfloat16": "float32", "tf32": "float32", "float32": "float64"}
 REPLICATES = 10
 Values = Callable[[Any], tuple[Tensor, Tensor | None]]
 # of a loss's values: which function's, and which entry of what it returns
@@ -103,7 +96,7 @@ class Objective:
         model: nn.Module | None = None,
         reader: Reader | None = None,
     ) -> None:
-        self.device, self.dtype, self.norm_stats = device, PRECISIONS[precision], norm_stats
+        self.device, self.dtype, self.norm_stats = device, dtype_of(precision), norm_stats
         self.precision = precision
         if norm_stats == "batch" and batch_size is None:
             raise InputError(
@@ -179,7 +172,9 @@ class Objective:
         Its model is a copy of this one's, so that the task's factory is called once; where no copy
         agrees, the factory builds another.
         """
-        other = self.in_precision(HIGHER[self.precision])
+        reference = PRECISIONS[self.precision].reference
+        assert reference is not None, f"{self.precision} is the highest precision"
+        other = self.in_precision(reference.precision)
         other.joined = self.joined
         other._orders, other._order_of = self._orders, self._order_of
         return other
@@ -188,7 +183,7 @@ class Objective:
         """Return the same task in another precision, with batches of the same size and the tensors
         that checkpoints do not hold.
         """
-        copied = copy_in(self.model, self.device, PRECISIONS[precision])
+        copied = copy_in(self.model, self.device, dtype_of(precision))
         if copied is not None:
             other = self._beside(precision, copied)
             if self._agrees(other):
@@ -253,7 +248,7 @@ class Objective:
             if own.shape != others.shape:
                 return False
             tolerance = 10 * max(
-                SAME_LOSS[objective.precision_of(name)] for objective in (self, other)
+                PRECISIONS[objective.precision_of(name)].same_loss for objective in (self, other)
             )
             if not (own - others).abs().sum() <= tolerance * own.abs().sum():
                 return False

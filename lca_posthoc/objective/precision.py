@@ -13,6 +13,14 @@ from typing import Any
 
 import torch
 
+from ..precisions import PRECISIONS
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Return the type of the parameters and of the data in a precision."""
+    dtype: torch.dtype = getattr(torch, PRECISIONS[precision].dtype)
+    return dtype
+
 
 def _newer() -> tuple[list[Any], list[Any]]:
     """Return the settings of GPUs and those of CPUs; empty lists before torch 2.9."""

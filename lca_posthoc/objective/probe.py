@@ -17,18 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, few
+from ..precisions import PRECISIONS
 from ..task import Loss, every_name
 from ..trajectory import is_statistic
 from .batches import Order
 from .containers import copied, fresh, named_parts, opened, same_bytes, tensors_of
-from .evaluate import HIGHER, Objective, unpack
+from .evaluate import Objective, unpack
 from .sources import Positions
 from .sums import Evaluation
 
 _SAMPLE = 256
-_AGREE = {"float32": 1e-4, "float64": 1e-4, "tf32": 1e-2, "bfloat16": 1e-2}
-# one precision higher, where rounding explains no more than this
-_AGREE_HIGHER = {"float64": 1e-8, "float32": 1e-4}
 _REPEATS = 1e-6
 _DEPTH = 4  # how far from a loss's function its parameters' names are looked for
 
@@ -676,9 +674,9 @@ def _batches(
         apart: how far the two are apart.
         cuts: the positions of the examples of the batch, and of its parts.
     """
-    if not apart <= _AGREE[objective.precision_of(name)] and not _agree_one_precision_higher(
-        objective, name, cuts
-    ):
+    if not apart <= PRECISIONS[
+        objective.precision_of(name)
+    ].agree and not _agree_one_precision_higher(objective, name, cuts):
         cast = objective.autocast(name)
         raise InputError(
             f"loss {name!r} depends on how split {objective.losses[name].split!r} is cut into "
@@ -695,7 +693,8 @@ def _agree_one_precision_higher(objective: Objective, name: str, cuts: Sequence[
     """Tell whether a batch and its parts agree one precision higher: then they differ by rounding
     alone.
     """
-    if objective.precision not in HIGHER:
+    reference = PRECISIONS[objective.precision].reference
+    if reference is None:
         return False
     try:
         higher = objective.higher
@@ -709,7 +708,7 @@ def _agree_one_precision_higher(objective: Objective, name: str, cuts: Sequence[
         )
     except InputError:  # the task does not run in it
         return False
-    return scale.apart(whole, joined) <= _AGREE_HIGHER[higher.precision]
+    return scale.apart(whole, joined) <= reference.agree
 
 
 def weights_of_sample(objective: Objective, name: str) -> Tensor | None:
@@ -746,7 +745,8 @@ def _in_order(objective: Objective, name: str, sample: object, examples: range) 
     one, other = results[0], results[1].flip(0)
     if (
         one.shape != other.shape
-        or not (one - other).abs().sum() <= _AGREE[objective.precision_of(name)] * one.abs().sum()
+        or not (one - other).abs().sum()
+        <= PRECISIONS[objective.precision_of(name)].agree * one.abs().sum()
     ):
         raise InputError(
             f"loss {name!r} on split {split.name!r} does not give its values in the order of the "
@@ -770,7 +770,7 @@ def _statistics_unused(
     after = float(_over(objective, name, batch, gradient=False).loss)
     for tensor, values in zip(statistics, before_move, strict=True):
         tensor.copy_(values)
-    if not abs(after - before) <= _AGREE[objective.precision_of(name)] * scale:
+    if not abs(after - before) <= PRECISIONS[objective.precision_of(name)].agree * scale:
         raise InputError(
             f"loss {name!r} reads running statistics in spite of --norm-stats batch ({before:.6g} "
             f"becomes {after:.6g} when they "
@@ -790,7 +790,7 @@ def _own_mean(objective: Objective, name: str, batch: object, loss: float, scale
         ).reshape(1), None
 
     reduced = float(objective.over(mean, [batch], gradient=False).loss)
-    if not abs(loss - reduced) <= _AGREE[objective.precision_of(name)] * scale:
+    if not abs(loss - reduced) <= PRECISIONS[objective.precision_of(name)].agree * scale:
         raise InputError(
             f"the mean of loss {name!r} over its elements is {loss:.6g}, but its own "
             f"reduction='mean' gives {reduced:.6g}. Usual "

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from ..errors import LCAError
-from ..schema import SAME_LOSS
+from ..precisions import PRECISIONS
 from .commits import Commits
 
 # span → the loss at its first and its last checkpoint, groups averaged
@@ -25,7 +25,9 @@ def differ(commits: Commits, one: float, other: float) -> bool:
     """
     first = commits.manifest.losses[commits.loss].identity[0]
     scale = max(abs(one), abs(other)) + (abs(first["loss"]) / 100 if first else 0.0)
-    return not abs(one - other) <= SAME_LOSS[commits.manifest.settings["precision"]] * scale
+    return (
+        not abs(one - other) <= PRECISIONS[commits.manifest.settings["precision"]].same_loss * scale
+    )
 
 
 def disagreement(commits: Commits, span: int, known: Ends) -> str | None:

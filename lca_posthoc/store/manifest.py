@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from ..settings import Settings
 from ..trajectory import Checkpoint, TensorSpec, is_statistic
 
 Identity = list[dict[str, float] | None]
@@ -104,7 +105,7 @@ class Manifest:
     checkpoints: list[Checkpoint]
     span: int
     window: int
-    settings: dict[str, Any]
+    settings: Settings
     losses: dict[str, LossRecord]
     provenance: dict[str, Any] = field(default_factory=dict)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -112,14 +113,14 @@ class Manifest:
     @property
     def keep(self) -> str:
         """The level of `--keep`: "parameters", "units" or "tensors"."""
-        return str(self.settings["keep"])
+        return self.settings["keep"]
 
     @property
     def norm_stats(self) -> str | None:
         """The statistics normalisation layers use: "running", "batch" or "recalibrated"; None where
         the choice changes nothing.
         """
-        mode = str(self.settings.get("norm_stats", "running"))
+        mode = self.settings.get("norm_stats", "running")
         return (
             mode
             if mode == "batch" or any(is_statistic(tensor.spec.name) for tensor in self.tensors)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import xarray as xr
@@ -26,6 +26,34 @@ from .totals import joined_totals
 from .underway import underway
 
 _SHOWN = 20  # losses in a repr
+
+
+class Progress(TypedDict):
+    """The progress of a loss: spans, segments, steps, seconds of workers.
+
+    `first_step` and `last_step` are those of the whole loss, `steps_done` the first and the last
+    step of every committed stretch.
+
+    `segments_underway` is the progress workers report of the spans they compute now; it need not be
+    a whole number.
+
+    `behind` counts segments of the run that the loss does not cover, because checkpoints were added
+    for other losses; `missing` are the spans that are not committed.
+    """
+
+    spans_done: int
+    spans: int
+    segments_done: int
+    segments: int
+    segments_underway: float
+    first_step: int
+    last_step: int
+    steps_done: list[list[int]]
+    seconds: float
+    complete: bool
+    behind: int
+    missing: list[int]
+    running: bool
 
 
 class LossResults:
@@ -78,7 +106,7 @@ class LossResults:
         from ..objective.batches import chosen
         from ..task import parse_subsets
 
-        subsets, on = parse_subsets(list(self.manifest.settings["subset"])), self.record.on
+        subsets, on = parse_subsets(self.manifest.settings["subset"]), self.record.on
         positions = (
             None if on is None else chosen(subsets.get(on, subsets.get("")), self.record.total)
         )
@@ -87,7 +115,7 @@ class LossResults:
     @property
     def precision(self) -> str:
         """The precision the gradients were computed in."""
-        return str(self.manifest.settings["precision"])
+        return self.manifest.settings["precision"]
 
     @property
     def norm_stats(self) -> str | None:
@@ -108,19 +136,8 @@ class LossResults:
         """True where every segment the loss covers is committed."""
         return self._commits.is_complete()
 
-    def progress(self) -> dict[str, Any]:
-        """Return the progress of this loss, from the commit markers: spans, segments, steps,
-        seconds of workers.
-
-        `first_step` and `last_step` are those of the whole loss, `steps_done` the first and the
-        last step of every committed stretch.
-
-        `segments_underway` is the progress workers report of the spans they compute now; it need
-        not be a whole number.
-
-        `behind` counts segments of the run that the loss does not cover, because checkpoints were
-        added for other losses; `missing` are the spans that are not committed.
-        """
+    def progress(self) -> Progress:
+        """Return the progress of this loss, from the commit markers."""
         manifest, markers = self.manifest, self.markers
         waiting = set(self._commits.pending())
         reports = [

@@ -10,10 +10,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path, PurePosixPath
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from ..errors import InputError, LCAError, amount
 from ..schema import KEEP
+from ..settings import Settings
 from ..trajectory import RESERVED, Checkpoint, TensorSpec
 from . import disk
 from .files import read_json, sealed_json
@@ -370,14 +371,14 @@ def _checkpoints(value: object) -> list[Checkpoint]:
     return checkpoints
 
 
-def _settings(value: object) -> dict[str, Any]:
+def _settings(value: object) -> Settings:
     if not isinstance(value, dict):
         raise _wrong("settings", "a table", value)
     for name, read in (("keep", _text), ("precision", _text), ("tensors", _texts)):
         _check(name in value, f"settings.{name}", "there", "nothing")
         read(value[name], f"settings.{name}")
     _one_of(value["keep"], "settings.keep", KEEP)
-    return dict(value)
+    return cast("Settings", dict(value))
 
 
 def _losses(value: object) -> dict[str, LossRecord]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import InputError, SpanError, few
 from ..leftovers import counts, left_out_note, refuted
+from ..precisions import PRECISIONS
 from ..requests import (
     DescribeRequest,
     Description,
@@ -21,7 +22,7 @@ from ..requests import (
     ProbeRequest,
     Sample,
 )
-from ..schema import SAME_LOSS, is_share
+from ..schema import is_share
 from ..text import count as counted
 from ..trajectory import drop_options, is_statistic, read_checkpoint, read_stored
 from .memory import block_of, short_of
@@ -306,7 +307,7 @@ def _same_in_float32(request: ProbeRequest, objective: Objective) -> None:
     single.place(point_at(request.sample.points, 0, single))
     for name in objective.losses:
         wide, narrow = identify(objective, name).loss, identify(single, name).loss
-        if abs(wide - narrow) > SAME_LOSS[single.precision_of(name)] * max(
+        if abs(wide - narrow) > PRECISIONS[single.precision_of(name)].same_loss * max(
             abs(wide), abs(narrow), 1e-12
         ):
             raise InputError(
@@ -383,7 +384,7 @@ def _nothing_derived(
         if before is None:
             continue
         value, anew = before["loss"], identify(objective, name).loss
-        if not abs(value - anew) <= SAME_LOSS[request.setup.settings.precision] * max(
+        if not abs(value - anew) <= PRECISIONS[request.setup.settings.precision].same_loss * max(
             abs(value), abs(anew), 1e-12
         ):
             raise InputError(
@@ -406,10 +407,11 @@ def _can_measure(
 
     What identifies losses at the first checkpoint is added to `at_first`.
     """
-    from ..objective import HIGHER, identify
+    from ..objective import identify
 
     precision = request.setup.settings.precision
-    if precision not in HIGHER or not names:
+    reference = PRECISIONS[precision].reference
+    if reference is None or not names:
         return False, []
     try:
         higher = objective.higher
@@ -417,17 +419,17 @@ def _can_measure(
         for name in names:
             at_first[name] = identify(objective, name)
             narrow, wide = at_first[name].loss, identify(higher, name).loss
-            if not abs(narrow - wide) <= SAME_LOSS[objective.precision_of(name)] * max(
+            if not abs(narrow - wide) <= PRECISIONS[objective.precision_of(name)].same_loss * max(
                 abs(narrow), abs(wide), 1e-12
             ):
                 raise InputError(
                     f"loss {name!r} is {narrow:.6g} in {precision} but {wide:.6g} in "
-                    f"{HIGHER[precision]}"
+                    f"{reference.precision}"
                 )
     except InputError as error:
         return False, [
             f"the error of {precision} is not measured, because the task does not run in "
-            f"{HIGHER[precision]}: {error}"
+            f"{reference.precision}: {error}"
         ]
     return True, []
 
