@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from lca_posthoc.declarations import declared_findings
+
 STEPS = 12
 LAYERS = ("fc1", "_fc$2", "fc3")
 TENSORS = tuple(f"{layer}.{part}" for layer in LAYERS for part in ("weight", "bias"))
@@ -312,13 +314,8 @@ def microscope(groups: bool = False) -> xr.Dataset:
     return made("microscope", variables, **coords).assign_attrs(scale=2e-4)
 
 
-MADE: dict[str, Callable[..., xr.Dataset]] = {
-    each.__name__: each
-    for each in (
-        *(candidates, compare, curve, distribution, generalisation, helping),
-        *(layers, microscope, oscillation, peaks, units),
-    )
-}
+# of every finding, by its name
+MADE: dict[str, Callable[..., xr.Dataset]] = {name: globals()[name] for name in declared_findings()}
 
 
 # --- of models and runs of any size
