@@ -1,4 +1,4 @@
-"""What a finding says of itself, in its own file: `FINDING = Finding(…)` in `findings/NAME.py`.
+"""Declarations of findings, each in its own file: `FINDING = Finding(…)` in `findings/NAME.py`.
 
 From these declarations follow the options of `lca plot`, the sections of the report and their
 order, what `lca export` writes of which run, and the table in `docs/findings.md`. They are read

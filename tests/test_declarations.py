@@ -1,4 +1,4 @@
-"""What a finding declares in its own file is what every list of findings says."""
+"""Every list of findings says what each finding declares in its own file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from lca_posthoc import findings, plots
 from lca_posthoc.declarations import declared_findings
 from lca_posthoc.report import sections
+from tests.found import computed, layers
 from tests.small import lca
 
 FINDINGS = declared_findings()
@@ -76,3 +77,13 @@ def test_the_command_offers_every_option() -> None:
     for name, finding in FINDINGS.items():
         assert name in shown
         assert all(f"{option.flag} " in shown for option in finding.options)
+
+
+def test_a_finding_without_an_example_has_one_that_is_computed() -> None:
+    for groups in (False, True):
+        by_hand, of_run = layers(groups), computed("layers", groups)
+        assert of_run.attrs["finding"] == by_hand.attrs["finding"]
+        assert {name: variable.dims for name, variable in by_hand.data_vars.items()} == {
+            name: of_run[name].dims for name in by_hand.data_vars
+        }
+        assert "_fc$2" in of_run["layer"].values

@@ -14,7 +14,7 @@ from ..panels import Panel, Room
 
 
 class SectionModule(Protocol):
-    """What the file of a section has."""
+    """A file of this folder."""
 
     def section(self) -> Section:
         """Return the section with its figures, empty as yet."""
