@@ -48,7 +48,7 @@ ORDER = (
         "plan",
         "convert",
     ),
-    *("findings", "colours", "plots", "report", "export", "demo", "cli"),
+    *("declarations", "findings", "colours", "plots", "report", "export", "demo", "cli"),
 )
 # the public face re-exports
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

@@ -56,7 +56,9 @@ def place(made: Path, tmp_path: Path) -> Path:
 # --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["import lca_posthoc", "lca --help", "lca --version"])
+@pytest.mark.parametrize(
+    "what", ["import lca_posthoc", "lca --help", "lca plot --help", "lca --version"]
+)
 def test_what_only_looks_loads_nothing_heavy(what: str) -> None:
     call = (
         "" if what.startswith("import") else f"\ncli({what.split()[1:]!r}, standalone_mode=False)"

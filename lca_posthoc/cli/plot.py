@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
+from ..declarations import Option, declared_findings
 from ..text import safe_in_figure
 from .compare import labelled, open_labelled
 from .show import say, stdout
@@ -17,28 +19,96 @@ from .show import say, stdout
 if TYPE_CHECKING:
     import numpy as np
     import xarray as xr
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from ..store import LossResults
 
+Callback = TypeVar("Callback", bound=Callable[..., object])
+Value: TypeAlias = "str | int | tuple[str, ...]"
+Options: TypeAlias = dict[str, Value]  # of the command line, those that were given
+Inches: TypeAlias = tuple[float, float]
+Drawn: TypeAlias = "tuple[str, xr.Dataset]"  # the label of a run, and its finding
+Plot: TypeAlias = "Callable[..., Axes | Figure]"
 PICTURES, FILMS = (".png", ".svg", ".pdf"), (".mp4", ".gif")
-FINDINGS = {  # what each takes
-    "candidates": ("by",),
-    "compare": ("by", "top"),
-    "curve": ("groups",),
-    "distribution": ("groups",),
-    "generalisation": ("by", "top"),
-    "helping": ("groups",),
-    "layers": ("groups", "by", "by_role", "quantity", "top"),
-    "microscope": ("groups", "tensors", "step", "fps"),
-    "oscillation": ("groups", "parameters", "checkpoints", "top"),
-    "peaks": ("by", "signal"),
-    "units": ("groups", "layer"),
-}
-_PANELS = ("curve", "generalisation", "layers", "units")  # several runs beside each other
+
+_HELP = """Draw a finding of RUN into FILE: {findings}.
+
+\b
+lca plot checkpoints.lca layers
+lca plot checkpoints.lca layers --quantity cumulative --top 8 --size 7x4 --title "ResNet-18" \
+--font serif
+lca plot checkpoints.lca generalisation --loss train --loss validation -o overfitting.pdf
+lca plot checkpoints.lca curve --loss per_class --group 3 --group 8
+lca plot checkpoints.lca microscope -o film.mp4
+lca plot adam=a.lca adam=b.lca sgd=c.lca compare
+
+Several runs go side by side in {beside}; {compared} takes repeats under one LABEL=RUN.
+"""
 
 
-@click.command()
+def findings_drawn(runs: str | None = None) -> list[str]:
+    """Return the names of the findings that can be drawn, in the order of the alphabet: all, or
+    those of "one", "beside" or "compared" runs.
+    """
+    return sorted(
+        name for name, finding in declared_findings().items() if runs in (None, finding.runs)
+    )
+
+
+def _listed(names: Sequence[str], last: str) -> str:
+    """Return names as a part of a sentence.
+
+    >>> _listed(["a", "b", "c"], "or")
+    'a, b or c'
+    """
+    return f" {last} ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _help() -> str:
+    """Return the text of `lca plot --help`, with the names of the findings."""
+    beside = [name for name, finding in declared_findings().items() if finding.runs == "beside"]
+    return _HELP.format(
+        findings=_listed(findings_drawn(), "or"),
+        beside=_listed(beside, "and"),
+        compared=_listed(findings_drawn("compared"), "and"),
+    )
+
+
+def _declared_options() -> dict[str, Option]:
+    """Return every option that a finding declares, by its parameter, in the order of findings."""
+    return {
+        option.name: option
+        for finding in declared_findings().values()
+        for option in finding.options
+    }
+
+
+def _takes_declared_options(function: Callback) -> Callback:
+    """Give a command the options that the findings declare."""
+    for option in reversed(_declared_options().values()):
+        function = click.option(
+            option.flag,
+            option.name,
+            type=_type_of(option),
+            is_flag=option.kind is bool,
+            multiple=option.repeatable,
+            metavar=option.metavar,
+            help=option.help,
+        )(function)
+    return function
+
+
+def _type_of(option: Option) -> click.ParamType[Any] | type:
+    """Return the type of an option's values as click knows it."""
+    if isinstance(option.kind, tuple):
+        return click.Choice(option.kind)
+    if option.kind == "count":
+        return click.IntRange(min=1)
+    return click.Path() if option.kind == "path" else option.kind
+
+
+@click.command(help=_help())
 @click.argument("runs", nargs=-1, metavar="[LABEL=]RUN…")
 @click.argument("finding", metavar="FINDING")
 @click.option(
@@ -56,65 +126,7 @@ _PANELS = ("curve", "generalisation", "layers", "units")  # several runs beside 
     help="A loss of the run; of generalisation two, over two splits.  [default: the first, or the "
     "first over either split]",
 )
-@click.option(
-    "--group",
-    "groups",
-    multiple=True,
-    metavar="LABEL",
-    help="Of a loss with groups (curve, layers: repeatable).",
-)
-@click.option(
-    "--by",
-    metavar="WHAT",
-    help="Layers: module, tensor, or how many parts of a module's name.  [default: module]",
-)
-@click.option(
-    "--by-role", is_flag=True, help="Kernels, biases and normalisation as layers of their own."
-)
-@click.option(
-    "--quantity",
-    type=click.Choice(("cumulative", "total", "mean")),
-    help="What to draw of each layer.",
-)
-@click.option(
-    "--top",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Of many layers or tensors the N largest stand out or are drawn; the others are grey or "
-    "counted.  [default: 10 lines, 40 rows]",
-)
-@click.option("--layer", metavar="NAME", help="The units of this layer alone.")
-@click.option(
-    "--parameter",
-    "parameters",
-    multiple=True,
-    metavar="NAME[I, J]",
-    help="A parameter to trace (repeatable).",
-)
-@click.option(
-    "--checkpoints",
-    type=click.Path(),
-    metavar="DIR",
-    help="Where checkpoints to trace weights in are now.",
-)
-@click.option(
-    "--signal",
-    type=click.Choice(("allocation", "motion", "gradient")),
-    help="Whose peaks: of the allocation, or of a control.",
-)
-@click.option(
-    "--tensor",
-    "tensors",
-    multiple=True,
-    metavar="NAME",
-    help="Only this tensor's pixels (repeatable).",
-)
-@click.option(
-    "--step",
-    type=int,
-    help="The moment of training to picture.  [default: the last on which something is seen]",
-)
-@click.option("--fps", type=int, help="Frames of a film per second.  [default: 10]")
+@_takes_declared_options
 @click.option(
     "--size",
     metavar="WxH",
@@ -133,66 +145,84 @@ def command(
     size: str | None,
     title: str | None,
     font: str | None,
-    **flags: Any,
+    **flags: Value | None,
 ) -> None:
-    """Draw a finding of RUN into FILE: candidates, compare, curve, distribution, generalisation,
-    helping, layers, microscope, oscillation, peaks or units.
-
-    \b
-    lca plot checkpoints.lca layers
-    lca plot checkpoints.lca layers --quantity cumulative --top 8 --size 7x4 --title "ResNet-18"
-    --font serif lca plot checkpoints.lca generalisation --loss train --loss validation -o
-    overfitting.pdf lca plot checkpoints.lca curve --loss per_class --group 3 --group 8 lca plot
-    checkpoints.lca microscope -o film.mp4 lca plot adam=a.lca adam=b.lca sgd=c.lca compare
-
-    Several runs go side by side in curve, layers, units and generalisation; compare takes repeats
-    under one LABEL=RUN.
-    """
-    from ..errors import InputError
-
-    known = ", ".join(FINDINGS)
-    if not runs and finding in FINDINGS:
-        raise InputError(f"which run? Write lca plot RUN {finding}.")
-    if not runs:
-        raise InputError(
-            f"which finding of {finding}? There are {known}. Write lca plot {finding} FINDING."
-        )
-    if finding not in FINDINGS:
-        raise InputError(
-            f"there is no finding {finding!r}; there are {known}. Write lca plot RUN FINDING."
-        )
-    options = {name: value for name, value in flags.items() if value not in (None, (), False)}
-    for name in options:
-        if name not in FINDINGS[finding]:
-            takers = ", ".join(
-                name_of_finding for name_of_finding, takes in FINDINGS.items() if name in takes
-            )
-            flag = {"groups": "group", "parameters": "parameter", "tensors": "tensor"}.get(
-                name, name
-            )
-            raise InputError(f"--{flag} does not go with {finding}; it is for {takers}.")
+    """Draw a finding of runs into a file."""
+    _check_finding(runs, finding)
+    options = {
+        name: value
+        for name, value in flags.items()
+        if value is not None and value not in ((), False)
+    }
+    _check_options(finding, options)
     path = _path(out or Path(f"{finding}.png"), finding)
     named = labelled(runs)
-    count = sum(map(len, named.values()))
-    film = path.suffix.lower() in FILMS
-    if ("step" in options and film) or ("fps" in options and not film):
-        raise InputError("--step is for a picture of one moment, --fps for a film (.mp4 or .gif).")
-    if count > 1 and finding not in (*_PANELS, "compare"):
-        raise InputError(
-            f"{finding} is drawn of one run, got {count}. Several go with "
-            f"{', '.join(_PANELS)}, compare."
-        )
-    if "by" in options:
-        options["by"] = int(options["by"]) if options["by"].isdecimal() else options["by"]
+    _check_moment(path, options)
+    _check_runs(finding, sum(map(len, named.values())))
+    by = options.get("by")
+    if isinstance(by, str) and by.isdecimal():
+        options["by"] = int(by)
     with _look(finding, size, title, font) as look:
         _draw(finding, named, losses, options, path, look)
     stdout().print(f"wrote {path}", markup=False)
 
 
+def _check_finding(runs: tuple[str, ...], finding: str) -> None:
+    """Refuse an unknown finding, and one of no run."""
+    from ..errors import InputError
+
+    known = ", ".join(findings_drawn())
+    if not runs and finding in declared_findings():
+        raise InputError(f"which run? Write lca plot RUN {finding}.")
+    if not runs:
+        raise InputError(
+            f"which finding of {finding}? There are {known}. Write lca plot {finding} FINDING."
+        )
+    if finding not in declared_findings():
+        raise InputError(
+            f"there is no finding {finding!r}; there are {known}. Write lca plot RUN FINDING."
+        )
+
+
+def _check_options(finding: str, options: Options) -> None:
+    """Refuse an option that the finding does not declare."""
+    from ..errors import InputError
+
+    for name in options:
+        takers = [
+            taker
+            for taker in findings_drawn()
+            if name in {option.name for option in declared_findings()[taker].options}
+        ]
+        if finding not in takers:
+            flag = _declared_options()[name].flag
+            raise InputError(f"{flag} does not go with {finding}; it is for {', '.join(takers)}.")
+
+
+def _check_moment(path: Path, options: Options) -> None:
+    """Refuse a step of a film, and frames per second of a picture."""
+    from ..errors import InputError
+
+    film = path.suffix.lower() in FILMS
+    if ("step" in options and film) or ("fps" in options and not film):
+        raise InputError("--step is for a picture of one moment, --fps for a film (.mp4 or .gif).")
+
+
+def _check_runs(finding: str, count: int) -> None:
+    """Refuse several runs for a finding that is drawn of one."""
+    from ..errors import InputError
+
+    if count > 1 and declared_findings()[finding].runs == "one":
+        several = (*findings_drawn("beside"), *findings_drawn("compared"))
+        raise InputError(
+            f"{finding} is drawn of one run, got {count}. Several go with {', '.join(several)}."
+        )
+
+
 @contextmanager
 def _look(
     finding: str, size: str | None, title: str | None, font: str | None
-) -> Iterator[tuple[tuple[float, float] | None, str | None]]:
+) -> Iterator[tuple[Inches | None, str | None]]:
     """Yield a figure's size in inches and its title; letters that are drawn inside the block are of
     the family `font`.
     """
@@ -242,16 +272,15 @@ def _path(path: Path, finding: str) -> Path:
 
 
 def _results(path: str, losses: tuple[str, ...], finding: str) -> list[LossResults]:
-    """Return the losses of a run that a finding needs: two for generalisation, else one."""
+    """Return the losses of a run that a finding is of: two over two splits, or one."""
     from ..errors import InputError
     from ..findings.generalisation import no_two_splits, two_splits
     from ..store import open_run
 
-    run = open_run(path)
-    number = 2 if finding == "generalisation" else 1
+    run, number = open_run(path), declared_findings()[finding].losses
     pair = two_splits(run) if number == 2 and not losses else None
     if number == 2 and not losses and pair is None:
-        raise InputError(f"generalisation of {path} cannot be drawn: {no_two_splits(run)}")
+        raise InputError(f"{finding} of {path} cannot be drawn: {no_two_splits(run)}")
     names = losses or pair or tuple(run)[:1]
     for name in names:
         if name not in run:
@@ -270,62 +299,89 @@ def _draw(
     finding: str,
     named: dict[str, list[str]],
     losses: tuple[str, ...],
-    options: dict[str, Any],
+    options: Options,
     path: Path,
-    look: tuple[tuple[float, float] | None, str | None],
+    look: tuple[Inches | None, str | None],
 ) -> None:
     import matplotlib as mpl
 
     mpl.use("agg")  # no window, whatever the machine has
-    from .. import plots
+    from .. import findings, plots
 
-    to_plot: dict[str, Any] = {
-        name: options.pop(name) for name in ("quantity", "step", "fps", "top") if name in options
-    }
-    if "layer" in options:
-        to_plot["layer"] = options["layer"]
-    pairs = _find(finding, named, losses, options)
+    plot: Plot = getattr(plots, finding)
+    film = path.suffix.lower() in FILMS
+    to_find = _taken(getattr(findings, finding), options)
+    to_file: Callable[..., Path] = plots.film
+    to_plot = _taken(to_file if film else plot, options)
+    groups, step = options.get("groups", ()), options.get("step")
+    assert isinstance(groups, tuple)
+    pairs = _find(finding, named, losses, groups, to_find)
+    if isinstance(step, int):
+        to_plot["at"] = _frame(pairs[0][1], step)
     with _writing(path):
-        if path.suffix.lower() in FILMS:
-            plots.film(pairs[0][1], path, **to_plot)
+        if film:
+            to_file(pairs[0][1], path, **to_plot)
         else:
-            _save(getattr(plots, finding), pairs, to_plot, path, *look)
+            _save(plot, pairs, to_plot, path, *look)
     # a refusal says it itself
     for left_out in dict.fromkeys(result.attrs["left_out"] for _, result in pairs):
         if left_out:
             say(left_out)
 
 
+def _taken(function: Callable[..., object], options: Options) -> Options:
+    """Return the options that a finding, or a figure, has a parameter for."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in options.items() if name in parameters}
+
+
 def _find(
-    finding: str, named: dict[str, list[str]], losses: tuple[str, ...], options: dict[str, Any]
-) -> list[tuple[str, xr.Dataset]]:
-    """Compute the finding of each run, under its label; compare has one for all runs."""
+    finding: str,
+    named: dict[str, list[str]],
+    losses: tuple[str, ...],
+    groups: Sequence[str],
+    options: Options,
+) -> list[Drawn]:
+    """Compute the finding of each run, under its label; of compared runs there is one for all."""
     from .. import findings
     from ..errors import InputError
 
-    find: Callable[..., Any] = getattr(findings, finding)
-    if finding == "compare":
+    if declared_findings()[finding].runs == "compared":
         if len(losses) > 1:
-            raise InputError(f"compare takes one loss, got {len(losses)}.")
-        return [("", find(open_labelled(named, losses[0] if losses else None), **options))]
-    groups = options.pop("groups", ())
-    pairs = []
-    for label, paths in named.items():
-        for path in paths:
-            results = _results(path, losses, finding)
-            picked = [_group(results[0], label_of_group) for label_of_group in groups]
-            if finding == "microscope" and len(picked) > 1:
-                raise InputError(f"the microscope shows one group, got {len(picked)}.")
-            if finding == "microscope" and picked:
-                options["group"] = picked[0]
-            one = find(*results, **options)
-            if picked and "group" in one.dims:  # a finding may have nothing of single groups
-                one = one.sel(group=picked[0] if len(picked) == 1 else picked)
-            pairs.append((label if len(paths) == 1 else f"{label} {Path(path).name}", one))
-    return pairs
+            raise InputError(f"{finding} takes one loss, got {len(losses)}.")
+        compared = open_labelled(named, losses[0] if losses else None)
+        return [("", getattr(findings, finding)(compared, **options))]
+    return [
+        (
+            label if len(paths) == 1 else f"{label} {Path(path).name}",
+            _of_groups(finding, _results(path, losses, finding), groups, options),
+        )
+        for label, paths in named.items()
+        for path in paths
+    ]
 
 
-def _group(results: LossResults, label: str) -> Any:
+def _of_groups(
+    finding: str, results: list[LossResults], labels: Sequence[str], options: Options
+) -> xr.Dataset:
+    """Compute the finding of one run, of the groups that are named alone."""
+    from .. import findings
+    from ..errors import InputError
+
+    find: Callable[..., xr.Dataset] = getattr(findings, finding)
+    picked = [_group(results[0], label) for label in labels]
+    by_itself = "group" in inspect.signature(find).parameters
+    if by_itself and len(picked) > 1:
+        raise InputError(f"the {finding} shows one group, got {len(picked)}.")
+    if by_itself and picked:
+        return find(*results, **options, group=picked[0])
+    of_run = find(*results, **options)
+    if picked and "group" in of_run.dims:  # a finding may have nothing of single groups
+        return of_run.sel(group=picked[0] if len(picked) == 1 else picked)
+    return of_run
+
+
+def _group(results: LossResults, label: str) -> str | int:
     """Return the group that a word names; labels are numbers or words."""
     from ..errors import InputError
 
@@ -348,39 +404,43 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _save(
-    plot: Callable[..., Any],
-    pairs: list[tuple[str, xr.Dataset]],
-    options: dict[str, Any],
+    plot: Plot,
+    pairs: list[Drawn],
+    options: Options,
     path: Path,
-    size: tuple[float, float] | None,
+    size: Inches | None,
     title: str | None,
 ) -> None:
-    import inspect
-
     import matplotlib.pyplot as plt
 
-    if "step" in options:
-        options["at"] = _frame(pairs[0][1], options.pop("step"))
-    if len(pairs) == 1:
-        place: dict[str, Any] = {}
-        if size is not None:
-            sheet = plt.figure(figsize=size, layout="constrained")
-            place = (
-                {"figure": sheet}
-                if "figure" in inspect.signature(plot).parameters
-                else {"ax": sheet.subplots()}
-            )
-        drawn = plot(pairs[0][1], **options, **place)
-        figure = drawn if hasattr(drawn, "savefig") else drawn.figure
-    else:
-        figure = _panels(plot, pairs, options, size)
-    if title is not None:
-        figure.suptitle(safe_in_figure(title), fontsize=10)
-    plain: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(
-        path.suffix.lower(), {}
+    drawn = (
+        _alone(plot, pairs[0][1], options, size)
+        if len(pairs) == 1
+        else _panels(plot, pairs, options, size)
     )
-    figure.savefig(path, dpi=200, metadata=plain)
-    plt.close(figure)
+    if title is not None:
+        drawn.suptitle(safe_in_figure(title), fontsize=10)
+    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+    drawn.savefig(path, dpi=200, metadata=undated.get(path.suffix.lower(), {}))
+    plt.close(drawn)
+
+
+def _alone(plot: Plot, result: xr.Dataset, options: Options, size: Inches | None) -> Figure:
+    """Draw one run into a figure of its own, of the size it needs or of `size`."""
+    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+
+    place: dict[str, Figure | Axes] = {}
+    if size is not None:
+        sheet = plt.figure(figsize=size, layout="constrained")
+        whole = "figure" in inspect.signature(plot).parameters
+        place = {"figure": sheet} if whole else {"ax": sheet.subplots()}
+    drawn = plot(result, **options, **place)
+    if isinstance(drawn, Figure):
+        return drawn
+    figure = drawn.get_figure(root=True)
+    assert figure is not None
+    return figure
 
 
 def _frame(film: xr.Dataset, step: int) -> int:
@@ -396,37 +456,13 @@ def _frame(film: xr.Dataset, step: int) -> int:
     )
 
 
-def _panels(
-    plot: Callable[..., Any],
-    pairs: list[tuple[str, xr.Dataset]],
-    options: dict[str, Any],
-    size: tuple[float, float] | None,
-) -> Figure:
+def _panels(plot: Plot, pairs: list[Drawn], options: Options, size: Inches | None) -> Figure:
     """Draw runs beside each other, each under its label, all on the same axes and scale of
     colours.
     """
-    import matplotlib.pyplot as plt
-
     from ..plots.style import share_colours
 
-    columns = min(3, len(pairs))
-    rows = math.ceil(len(pairs) / columns)
-    names = max(result.sizes.get("layer", 0) for _, result in pairs)
-    tall = (
-        2.9
-        if names <= 10 or options.get("quantity") == "cumulative"
-        else 0.9 + 0.2 * min(names, 60)
-    )
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=size or (4.3 * columns, tall * rows),
-        layout="constrained",
-        squeeze=False,
-    )
-    used = list(axes.flat[: len(pairs)])
-    for ax in axes.flat[len(pairs) :]:
-        ax.remove()
+    figure, used = _grid(pairs, options, size)
     corners = _extent(plot, pairs, options)
     for ax, (label, result) in zip(used, pairs, strict=True):
         ax.update_datalim(corners)
@@ -440,9 +476,28 @@ def _panels(
     return figure
 
 
-def _extent(
-    plot: Callable[..., Any], pairs: list[tuple[str, xr.Dataset]], options: dict[str, Any]
-) -> np.ndarray[Any, Any]:
+def _grid(pairs: list[Drawn], options: Options, size: Inches | None) -> tuple[Figure, list[Axes]]:
+    """Make a figure with a panel for each run, in rows of three, as tall as their layers need."""
+    import matplotlib.pyplot as plt
+
+    columns = min(3, len(pairs))
+    rows = math.ceil(len(pairs) / columns)
+    names = max(result.sizes.get("layer", 0) for _, result in pairs)
+    few = names <= 10 or options.get("quantity") == "cumulative"
+    tall = 2.9 if few else 0.9 + 0.2 * min(names, 60)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=size or (4.3 * columns, tall * rows),
+        layout="constrained",
+        squeeze=False,
+    )
+    for ax in axes.flat[len(pairs) :]:
+        ax.remove()
+    return figure, list(axes.flat[: len(pairs)])
+
+
+def _extent(plot: Plot, pairs: list[Drawn], options: Options) -> np.ndarray[Any, Any]:
     """Return the corners of the box around everything drawn of all runs, in coordinates of the
     data.
     """

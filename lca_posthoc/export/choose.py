@@ -7,22 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 import xarray as xr
 
 from .. import findings
+from ..declarations import declared_findings
 from ..errors import InputError
 from ..findings.generalisation import no_two_splits, two_splits
 from ..store import LossResults, Run
-
-NEEDS = {"units": ("units", "parameters"), "microscope": ("parameters",)}
-PAIRED = "generalisation"  # of two losses
-_NOT_TABLES = ("summary", "compare")  # `lca summary --json`; of several runs
-_LARGE = ("microscope",)  # exported only on request
 
 Say = Callable[[str], None]
 Chosen = tuple[str, str, Callable[[], xr.Dataset]]
 
 
 def known() -> list[str]:
-    """Return the findings that can be exported."""
-    return [name for name in findings.__all__ if name not in _NOT_TABLES]
+    """Return the findings that can be exported, all but those of several runs."""
+    return sorted(
+        name for name, finding in declared_findings().items() if finding.runs != "compared"
+    )
 
 
 def choose(run: Run, losses: Sequence[str], requested: Sequence[str], say: Say) -> Iterator[Chosen]:
@@ -37,6 +35,31 @@ def choose(run: Run, losses: Sequence[str], requested: Sequence[str], say: Say) 
     Raises:
         InputError: for an unknown name, or a finding asked for that the run does not allow.
     """
+    _check_names(run, losses, requested)
+    names = list(dict.fromkeys(losses or run))
+    pair, opened, calls = _pair(run, names), {name: run[name] for name in names}, 0
+    for loss in names:
+        for name in dict.fromkeys(requested or _unasked()):
+            paired = declared_findings()[name].losses == 2
+            if paired and pair is not None and loss != pair[0].name:
+                continue
+            obstacle = _obstacle(run[loss], name, pair, opened)
+            if obstacle is None:
+                calls += 1
+                of = pair if paired and pair is not None else (run[loss],)
+                yield loss, name, _call(name, of)
+            elif requested:
+                raise InputError(f"{name} of loss {loss!r} cannot be exported: {obstacle}")
+            elif not paired or loss == names[0]:
+                say(f"{name} of loss {loss!r} is left out: {obstacle}")
+    if not calls:
+        raise InputError(
+            f"{run.path} has nothing to export yet. Let `lca run` commit a span first."
+        )
+
+
+def _check_names(run: Run, losses: Sequence[str], requested: Sequence[str]) -> None:
+    """Refuse a loss that the run does not have, and an unknown finding."""
     for loss in losses:
         if loss not in run:
             raise InputError(
@@ -47,29 +70,11 @@ def choose(run: Run, losses: Sequence[str], requested: Sequence[str], say: Say) 
             raise InputError(
                 f"there is no finding {name!r} to export; there are {', '.join(known())}."
             )
-    names = list(dict.fromkeys(losses or run))
-    pair, calls = _pair(run, names), 0
-    for loss in names:
-        results = run[loss]
-        for name in dict.fromkeys(requested or (name for name in known() if name not in _LARGE)):
-            if name == PAIRED and pair is not None and loss != pair[0].name:
-                continue
-            obstacle = _obstacle(results, name, pair, {other: run[other] for other in names})
-            if obstacle is None:
-                calls += 1
-                yield (
-                    loss,
-                    name,
-                    _call(name, pair if name == PAIRED and pair is not None else (results,)),
-                )
-            elif requested:
-                raise InputError(f"{name} of loss {loss!r} cannot be exported: {obstacle}")
-            elif name != PAIRED or loss == names[0]:
-                say(f"{name} of loss {loss!r} is left out: {obstacle}")
-    if not calls:
-        raise InputError(
-            f"{run.path} has nothing to export yet. Let `lca run` commit a span first."
-        )
+
+
+def _unasked() -> list[str]:
+    """Return the findings that are exported where none is named."""
+    return [name for name in known() if not declared_findings()[name].on_request]
 
 
 def _call(name: str, results: tuple[LossResults, ...]) -> Callable[[], xr.Dataset]:
@@ -90,22 +95,20 @@ def _obstacle(
     losses: dict[str, LossResults],
 ) -> str | None:
     """Say why a finding cannot be computed; None where it can."""
-    keep = results.manifest.keep
+    keep, declared = results.manifest.keep, declared_findings()[name]
     if not results.progress()["segments_done"]:
         return "it has no finished segment yet. Let `lca run` commit a span first."
-    if keep not in NEEDS.get(name, (keep,)):
+    if keep not in declared.keep:
         return (
             f"the run keeps {keep} (--keep {keep}). Run again into another directory with --keep "
-            f"{NEEDS[name][0]}."
+            f"{declared.keep[0]}."
         )
-    if name == PAIRED and pair is None:
+    if declared.losses != 2:
+        return None
+    if pair is None:
         return no_two_splits(losses)
-    if (
-        name == PAIRED
-        and pair is not None
-        and pair[0].behind == pair[1].behind
-        and not pair[0].steps["step"].equals(pair[1].steps["step"])
-    ):
+    first, second = pair
+    if first.behind == second.behind and not first.steps["step"].equals(second.steps["step"]):
         return (
             "its two losses do not have the same segments yet. Run `lca run` again to finish both."
         )

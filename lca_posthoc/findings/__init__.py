@@ -1,29 +1,17 @@
 """From a run to small labelled results: one file per analysis."""
 
-from .candidates import candidates
-from .compare import compare
-from .curve import curve
-from .distribution import distribution
-from .generalisation import generalisation
-from .helping import helping
-from .layers import layers
-from .microscope import microscope
-from .oscillation import oscillation
-from .peaks import peaks
-from .summary import summary
-from .units import units
+from ..declarations import declared_findings
+from .candidates import candidates as candidates
+from .compare import compare as compare
+from .curve import curve as curve
+from .distribution import distribution as distribution
+from .generalisation import generalisation as generalisation
+from .helping import helping as helping
+from .layers import layers as layers
+from .microscope import microscope as microscope
+from .oscillation import oscillation as oscillation
+from .peaks import peaks as peaks
+from .summary import summary as summary
+from .units import units as units
 
-__all__ = [
-    "candidates",
-    "compare",
-    "curve",
-    "distribution",
-    "generalisation",
-    "helping",
-    "layers",
-    "microscope",
-    "oscillation",
-    "peaks",
-    "summary",
-    "units",
-]
+__all__ = sorted([*declared_findings(), "summary"])

@@ -9,6 +9,7 @@ import heapq
 import numpy as np
 import xarray as xr
 
+from ..declarations import BY, Finding
 from ..store import LossResults
 from .common import (
     Numbers,
@@ -23,6 +24,13 @@ from .common import (
     unfinished,
 )
 from .layers import layers
+
+FINDING = Finding(
+    question="What might be frozen, pruned, initialised again",
+    needs="any run",
+    place=90,
+    options=(BY,),
+)
 
 
 def candidates(results: LossResults, *, by: str | int = "module", most: int = 20) -> xr.Dataset:

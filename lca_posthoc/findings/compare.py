@@ -13,11 +13,20 @@ import numpy as np
 import scipy  # its parts load when they are used
 import xarray as xr
 
+from ..declarations import BY, TOP, Finding
 from ..errors import InputError
 from ..store import LossResults
 from .common import about, described, label_of, unfinished
 from .design import design_of, differences
 from .summary import summary
+
+FINDING = Finding(
+    question="Do settings differ, over repeats",
+    needs="several runs",
+    place=110,
+    runs="compared",
+    options=(BY, TOP),
+)
 
 # of a mean, relative: repeats that differ by less do not differ
 _ROUNDING = 16 * np.finfo(float).eps

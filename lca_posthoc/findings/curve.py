@@ -7,8 +7,17 @@ import itertools
 import numpy as np
 import xarray as xr
 
+from ..declarations import GROUPS, Finding
 from ..store import LossResults
 from .common import Numbers, about, described, tables, unfinished
+
+FINDING = Finding(
+    question="Does it add up? True loss against start + Σ allocation, residuals",
+    needs="any run",
+    place=10,
+    runs="beside",
+    options=(GROUPS,),
+)
 
 
 def curve(results: LossResults) -> xr.Dataset:

@@ -8,9 +8,17 @@ import numpy as np
 import scipy  # its parts load when they are used
 import xarray as xr
 
+from ..declarations import GROUPS, Finding
 from ..schema import histogram_edges
 from ..store import LossResults
 from .common import BLOCK, Numbers, Variable, about, blocks, described, tables, unfinished
+
+FINDING = Finding(
+    question="How are single allocations distributed; how unequal; a heavy-tailed fit",
+    needs="any run; the fit `--keep parameters`",
+    place=40,
+    options=(GROUPS,),
+)
 
 _TOP = 0.01
 

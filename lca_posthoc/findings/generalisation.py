@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 import xarray as xr
 
+from ..declarations import BY, TOP, Finding
 from ..errors import InputError
 from ..store import LossResults
 from .common import (
@@ -24,6 +25,16 @@ from .common import (
     unfinished,
 )
 from .layers import layers
+
+FINDING = Finding(
+    question="Who lowered one loss, such as that of training, and raised another, such as that of "
+    "validation",
+    needs="two losses of a run over two splits",
+    place=80,
+    losses=2,
+    runs="beside",
+    options=(BY, TOP),
+)
 
 _SPLIT_WORDS = re.compile(
     r"train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval(uation)?|held.?out", re.IGNORECASE

@@ -10,6 +10,7 @@ import numpy as np
 import scipy  # its parts load when they are used
 import xarray as xr
 
+from ..declarations import GROUPS, Finding
 from ..store import LossResults
 from .common import (
     Numbers,
@@ -21,6 +22,13 @@ from .common import (
     place_of,
     tables,
     unfinished,
+)
+
+FINDING = Finding(
+    question="How many parameters help, by segment; who helps more often than chance",
+    needs="any run",
+    place=30,
+    options=(GROUPS,),
 )
 
 _BINS = 100

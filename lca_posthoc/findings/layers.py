@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+from ..declarations import BY, GROUPS, TOP, Finding, Option
 from ..store import LossResults
 from .common import (
     ROLES,
@@ -16,6 +17,31 @@ from .common import (
     roles,
     tables,
     unfinished,
+)
+
+FINDING = Finding(
+    question="Which layers learned? Sums and means by module, tensor or depth; kernels, biases, "
+    "normalisation apart",
+    needs="any run",
+    place=20,
+    runs="beside",
+    options=(
+        GROUPS,
+        BY,
+        Option(
+            name="by_role",
+            flag="--by-role",
+            kind=bool,
+            help="Kernels, biases and normalisation as layers of their own.",
+        ),
+        Option(
+            name="quantity",
+            flag="--quantity",
+            kind=("cumulative", "total", "mean"),
+            help="What to draw of each layer.",
+        ),
+        TOP,
+    ),
 )
 
 

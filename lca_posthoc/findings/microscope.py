@@ -8,10 +8,42 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
+from ..declarations import GROUPS, Finding, Option
 from ..errors import InputError
 from ..store import LossResults
 from ..trajectory import TensorSpec
 from .common import Numbers, about, blocks, described, stretches, tables, unfinished
+
+FINDING = Finding(
+    question="What did every parameter do, frame by frame",
+    needs="`--keep parameters`",
+    place=100,
+    keep=("parameters",),
+    on_request=True,
+    options=(
+        GROUPS,
+        Option(
+            name="tensors",
+            flag="--tensor",
+            metavar="NAME",
+            repeatable=True,
+            help="Only this tensor's pixels (repeatable).",
+        ),
+        Option(
+            name="step",
+            flag="--step",
+            kind=int,
+            help="The moment of training to picture.  [default: the last on which something is "
+            "seen]",
+        ),
+        Option(
+            name="fps",
+            flag="--fps",
+            kind=int,
+            help="Frames of a film per second.  [default: 10]",
+        ),
+    ),
+)
 
 _QUANTILE = 0.995
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from ..declarations import GROUPS, TOP, Finding, Option
 from ..errors import LCAError
 from ..paths import located
 from ..schema import SIGNED
@@ -26,6 +27,30 @@ from .common import (
     place_of,
     tables,
     unfinished,
+)
+
+FINDING = Finding(
+    question="How often do weights, gradients, allocations turn; traces of single parameters",
+    needs="any run; traces `--keep parameters`",
+    place=50,
+    options=(
+        GROUPS,
+        Option(
+            name="parameters",
+            flag="--parameter",
+            metavar="NAME[I, J]",
+            repeatable=True,
+            help="A parameter to trace (repeatable).",
+        ),
+        Option(
+            name="checkpoints",
+            flag="--checkpoints",
+            kind="path",
+            metavar="DIR",
+            help="Where checkpoints to trace weights in are now.",
+        ),
+        TOP,
+    ),
 )
 
 

@@ -12,10 +12,26 @@ import numpy as np
 import scipy  # its parts load when they are used
 import xarray as xr
 
+from ..declarations import BY, Finding, Option
 from ..errors import InputError
 from ..store import LossResults
 from ..text import count
 from .common import about, described, grouping, tables, unfinished
+
+FINDING = Finding(
+    question="Do layers learn at the same moments, more than chance",
+    needs="any run, best a loss by class",
+    place=70,
+    options=(
+        BY,
+        Option(
+            name="signal",
+            flag="--signal",
+            kind=("allocation", "motion", "gradient"),
+            help="Whose peaks: of the allocation, or of a control.",
+        ),
+    ),
+)
 
 SIGNALS = {"allocation": "allocated", "motion": "motion", "gradient": "gradient"}
 _AT_ONCE = 2**18  # candidates that are in memory at a time

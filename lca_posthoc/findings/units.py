@@ -7,6 +7,7 @@ import math
 import numpy as np
 import xarray as xr
 
+from ..declarations import GROUPS, Finding, Option
 from ..errors import InputError
 from ..store import LossResults
 from .common import (
@@ -20,6 +21,23 @@ from .common import (
     stretches,
     tables,
     unfinished,
+)
+
+FINDING = Finding(
+    question="What did each neuron or channel do over time",
+    needs="`--keep units`",
+    place=60,
+    keep=("units", "parameters"),
+    runs="beside",
+    options=(
+        GROUPS,
+        Option(
+            name="layer",
+            flag="--layer",
+            metavar="NAME",
+            help="The units of this layer alone.",
+        ),
+    ),
 )
 
 

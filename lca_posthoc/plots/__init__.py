@@ -5,29 +5,18 @@ Plots of one panel take and return `Axes`; plots of several take and return a `F
 they make a pyplot figure.
 """
 
-from .candidates import candidates
-from .compare import compare
-from .curve import curve
-from .distribution import distribution
-from .generalisation import generalisation
-from .helping import helping
-from .layers import layers
-from .microscope import film, microscope
-from .oscillation import oscillation
-from .peaks import peaks
-from .units import units
+from ..declarations import declared_findings
+from .candidates import candidates as candidates
+from .compare import compare as compare
+from .curve import curve as curve
+from .distribution import distribution as distribution
+from .generalisation import generalisation as generalisation
+from .helping import helping as helping
+from .layers import layers as layers
+from .microscope import film as film
+from .microscope import microscope as microscope
+from .oscillation import oscillation as oscillation
+from .peaks import peaks as peaks
+from .units import units as units
 
-__all__ = [
-    "candidates",
-    "compare",
-    "curve",
-    "distribution",
-    "film",
-    "generalisation",
-    "helping",
-    "layers",
-    "microscope",
-    "oscillation",
-    "peaks",
-    "units",
-]
+__all__ = sorted([*declared_findings(), "film"])

@@ -26,7 +26,7 @@ from .content import Block, Section, View, cell, clean, listed
 from .downsample import Json
 from .microscope import BYTES, microscope
 from .panels import MOST_GROUPS, Panel, Room, beside, choose, run_labels
-from .sections import SECTIONS, compare, curve
+from .sections import compare, curve, section_modules
 from .sections.headline import headline
 
 MOST_BYTES = 8_000_000
@@ -130,12 +130,12 @@ def _page(
         block = compare.block(panels[0], beside(runs, panels, labels), labelled, room)
         if block is not None:
             shown.append((compare.section(), {"*": block}))
-    for module in SECTIONS:
+    for name, module in section_modules().items():
         blocks = {str(panel.key): module.block(panel, room) for panel in panels}
         some = {key: block for key, block in blocks.items() if block is not None}
         if some:
             filled = module.section()
-            if module is curve and not any(panel.summary["unconverged"] for panel in panels):
+            if name == "curve" and not any(panel.summary["unconverged"] for panel in panels):
                 filled = curve.without_faults(filled)
             shown.append((filled, some))
     frames, frame_notes = microscope(panels[0], int(BYTES * shrink))

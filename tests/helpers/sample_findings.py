@@ -4,11 +4,21 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
+import warnings
 from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
+
+from lca_posthoc import Run, findings
+from lca_posthoc.declarations import declared_findings
+from lca_posthoc.errors import LCAWarning
 
 STEPS = 12
 LAYERS = ("fc1", "_fc$2", "fc3")
@@ -312,12 +322,31 @@ def microscope(groups: bool = False) -> xr.Dataset:
     return made("microscope", variables, **coords).assign_attrs(scale=2e-4)
 
 
+def computed(finding: str, groups: bool = False) -> xr.Dataset:
+    """A finding that has no function above: of the run of `bowl`, one layer under a hostile name."""
+    result: xr.Dataset = getattr(findings, finding)(_run()["groups" if groups else "train"])
+    hostile = {
+        name: (coord.dims, [str(value).replace("first", "_fc$2") for value in coord.values])
+        for name, coord in result.coords.items()
+        if coord.dtype.kind in "OU"
+    }
+    return result.assign_coords(hostile).assign_attrs(loss="tr$ain")
+
+
+@cache
+def _run() -> Run:
+    from . import bowl
+
+    directory = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, directory)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LCAWarning)  # that its checkpoints are ten steps apart
+        return bowl.replay(directory).run
+
+
+# of every finding, by its name
 MADE: dict[str, Callable[..., xr.Dataset]] = {
-    each.__name__: each
-    for each in (
-        *(candidates, compare, curve, distribution, generalisation, helping),
-        *(layers, microscope, oscillation, peaks, units),
-    )
+    name: globals().get(name) or partial(computed, name) for name in declared_findings()
 }
 
 
