@@ -12,8 +12,8 @@ import pytest
 from lca_posthoc import findings, plots
 from lca_posthoc.declarations import declared_findings
 from lca_posthoc.report import sections
-from tests.found import computed, layers
-from tests.small import lca
+from tests.helpers.cli import lca
+from tests.helpers.sample_findings import computed, layers
 
 FINDINGS = declared_findings()
 TABLE = Path(__file__).parent.parent / "docs" / "findings.md"

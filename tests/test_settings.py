@@ -22,7 +22,7 @@ from lca_posthoc.plan import plan
 from lca_posthoc.precisions import PRECISIONS
 from lca_posthoc.progress import silent
 from lca_posthoc.settings import SETTINGS, Setting, Settings, on_device, option_of, resolve
-from tests.small import record, write_task
+from tests.helpers.cli import record, write_task
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "cli.md"
 NOT_ASKED: dict[str, Callable[[Setting], Any]] = {
