@@ -4,18 +4,71 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from .helpers import second_run
+
 if TYPE_CHECKING:
+    from .helpers.replayed_cases import Lab
     from .helpers.wrong_input import Place
 
 # Before torch is imported, and for the processes tests start: with as many test processes as cores,
 # threads of one wait for those of another, and small products take ten times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Those that take longest, in this order: two processes take a file each, and whatever is long must
+# not be left to the end, when one of them has nothing to do.
+FIRST = (
+    *("test_replay.py", "test_faults.py", "test_how_to.py", "test_screen.py", "test_memory.py"),
+    *("test_report.py", "test_numerics.py", "test_precision.py", "test_remote.py"),
+    *("test_several_losses.py", "test_groups.py", "test_covered_steps.py", "test_export.py"),
+    *("test_still_runs.py", "test_models.py", "test_plan.py"),
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add options that say where and how precisely the numbers are computed, and what runs twice."""
+    second_run.add_option(parser)
+    group = parser.getgroup("numbers", "where the numbers under test are computed")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="cpu by default")
+    group.addoption(
+        "--dtype", choices=("float32", "float64"), default="float32", help="float32 by default"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse a device that is not there; see to second runs."""
+    second_run.register(config)
+    if config.getoption("--device") == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda: torch finds no CUDA device on this machine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order tests by their files: the longest first, the others as they were."""
+    ranks = {name: rank for rank, name in enumerate(FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(FIRST)))
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> str:
+    """The device the numbers are computed on: `--device`."""
+    return str(pytestconfig.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def lab(pytestconfig: pytest.Config, device: str, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """The cases, replayed on `--device` in `--dtype`, once for every file of this process."""
+    from .helpers.replayed_cases import Lab
+
+    return Lab(tmp_path_factory.mktemp("lab"), device, pytestconfig.getoption("--dtype"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,3 +113,12 @@ def finished(place: Place, clean_run: Path) -> Place:
     """The same with its run, finished."""
     shutil.copytree(clean_run / "run.lca", place.out)
     return place
+
+
+@pytest.fixture
+def no_warnings() -> Iterator[None]:
+    """Make every warning an error: where one is due, the test expects it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*fewer than 32 bits", category=UserWarning)
+        yield

@@ -89,6 +89,7 @@ def test_no_specs_give_no_outcomes(cluster: Cluster) -> None:
     assert list(cluster.map(square, [])) == []
 
 
+@pytest.mark.moment
 def test_a_worker_that_dies_once_costs_a_second_try(local: Cluster, tmp_path: Path) -> None:
     retried, done = local.map(die_once, [{"flag": str(tmp_path / "flag")}])
     assert isinstance(retried, Retried)
@@ -97,6 +98,7 @@ def test_a_worker_that_dies_once_costs_a_second_try(local: Cluster, tmp_path: Pa
     assert done.result == "survived"
 
 
+@pytest.mark.moment
 def test_a_spec_that_kills_its_workers_is_lost_after_two_tries_and_the_rest_goes_on(
     local: Cluster, tmp_path: Path
 ) -> None:
@@ -113,6 +115,7 @@ def test_an_exception_nobody_caught_is_said(local: Cluster) -> None:
     assert lost.why == "RuntimeError: cannot take 7"
 
 
+@pytest.mark.moment
 def test_draining_finishes_what_runs_and_starts_nothing_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +223,7 @@ def test_the_dashboard_is_on_loopback_and_only_when_asked_for() -> None:
         assert opened.dashboard is None
 
 
+@pytest.mark.moment
 def test_a_worker_whose_nanny_gave_up_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -870,6 +870,7 @@ for source in sys.argv[1:]:
 """
 
 
+@pytest.mark.moment
 def test_memory_is_that_of_one_checkpoint(tmp_path: Path) -> None:
     """Sixteen of them take no more than two."""
     weight, places = torch.zeros(4 * 2**20), [tmp_path / "few", tmp_path / "many"]

@@ -29,11 +29,6 @@ from .test_several_losses import BACKWARD, BY_CLASS, COUNTED, FORWARD, WHOLE, Co
 WEIGHTS = (0.5, 2.0)
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("dict"))
-
-
 def classes_of(outputs: Tensor, batch: Batch) -> Tensor:
     return F.cross_entropy(outputs, batch[1], reduction="none")
 

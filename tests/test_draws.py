@@ -91,17 +91,12 @@ KINDS: dict[str, tuple[Callable[[], Draws], Loss]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("draws"))
-
-
 def replayed(lab: Lab, data: Any, loss: Loss, **settings: Any) -> Run:
     task = Task(CASES["smooth_mlp"].build, {"train": data}, {"it": loss})
-    out = lab.root / f"run{next(lab._numbers)}"
+    out = lab.new_place()
     defaults = {
         "cluster": "inline",
-        "device": "cpu",
+        "device": lab.device,
         "precision": "float64",
         "tolerance": "inf",
         "span": 8,

@@ -11,6 +11,7 @@ from tests.helpers.faults import faults
 FAULTS = faults()
 
 
+@pytest.mark.moment
 @pytest.mark.parametrize("row", FAULTS)
 def test_a_fault_changes_no_number_or_is_named(row: str, tmp_path: Path) -> None:
     assert FAULTS[row].inject(FAULTS[row].ci, tmp_path)

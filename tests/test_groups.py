@@ -48,11 +48,6 @@ from .helpers.replayed_cases import (
 SEGMENTS = 5
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("groups"))
-
-
 def replay(lab: Lab, name: str, losses: Mapping[str, Loss], **settings: Any) -> Run:
     """Losses on the model, the data and the iterates of a case, in one span, never refined unless a
     tolerance is given.
@@ -66,21 +61,14 @@ def replay(lab: Lab, name: str, losses: Mapping[str, Loss], **settings: Any) -> 
         losses,
         settings.pop("fixed", ()),
     )
-    defaults = {
-        "tolerance": math.inf,
-        "cluster": "inline",
-        "device": "cpu",
-        "losses": ("all",),
-        "span": 8,
-        "batch_size": case.batch_size,
-    }
-    chosen = {**defaults, "out": lab.root / f"run{next(lab._numbers)}", **settings}
+    defaults = {"batch_size": case.batch_size, "out": lab.new_place()}
+    chosen = lab.settings(**{**defaults, **settings})
     return run(settings.pop("checkpoints", lab.iterates(name)), task, **chosen)
 
 
 def raised(lab: Lab, name: str, losses: Mapping[str, Loss], **settings: Any) -> str:
     """The message a replay is refused with, before anything is written."""
-    out = lab.root / f"refused{next(lab._numbers)}"
+    out = lab.new_place("refused")
     with pytest.raises(InputError) as caught:
         replay(lab, name, losses, out=out, **settings)
     assert not out.exists()
@@ -312,11 +300,11 @@ def test_totals_of_a_grouped_loss_are_those_of_slow_loops_over_its_weighted_mean
     losses, checkpoints = grouped(loss_of(name), by_class), lab.checkpoints(name)
     results = replay(lab, name, losses, norm_stats=mode, span=2)["grouped"]
     segments = replayed_in_this_process(
-        replace(case_of(name), losses=losses), checkpoints, norm_stats=mode
+        lab, replace(case_of(name), losses=losses), checkpoints, norm_stats=mode
     )
 
     def mean(held: Tensor, weight: np.ndarray) -> np.ndarray:
-        return np.tensordot(weight, held.numpy(), 1) / weight.sum()
+        return np.tensordot(weight, held.cpu().numpy(), 1) / weight.sum()
 
     for tensor in results.totals.data_vars:
         exact = np.stack([mean(each.allocation[tensor], each.weight) for each in segments])

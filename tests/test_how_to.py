@@ -229,6 +229,7 @@ def test_the_batch_script_replays(slurm: Path) -> None:
     assert not (slurm / "scheduler-7.json").exists()
 
 
+@pytest.mark.moment
 def test_the_batch_script_that_is_told_to_end_stops_in_time_and_goes_on_when_submitted_again(
     slurm: Path,
 ) -> None:

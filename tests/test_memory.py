@@ -63,6 +63,7 @@ def found(run: Path) -> dict[str, Measured]:
     )
 
 
+@pytest.mark.moment
 @pytest.mark.parametrize("case", TOLD)
 def test_a_finding_takes_a_part_of_the_run_at_a_time(case: str, found: dict[str, Measured]) -> None:
     figures = found[case]
@@ -70,6 +71,7 @@ def test_a_finding_takes_a_part_of_the_run_at_a_time(case: str, found: dict[str,
     assert figures["peak"] - figures["before"] < MOST, figures
 
 
+@pytest.mark.moment
 def test_one_that_did_would_be_noticed(found: dict[str, Measured]) -> None:
     figures = found[CONTROL]
     assert isinstance(figures, dict), figures
@@ -100,6 +102,7 @@ def test_a_synthetic_run_is_whole_and_agrees_with_itself(tmp_path: Path) -> None
                 assert (loss.totals[name].sel(total="helping").values == helping.sum(0)).all()
 
 
+@pytest.mark.moment
 @pytest.mark.parametrize(
     ("losses", "span", "options"),
     [

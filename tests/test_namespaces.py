@@ -175,6 +175,7 @@ def ended(process: subprocess.Popen[str]) -> str:
     return said
 
 
+@pytest.mark.moment
 def test_hosts_of_their_own_give_the_bytes_of_this_process(
     net: Net, hosts: Standing, place: Path, tmp_path: Path
 ) -> None:
@@ -185,6 +186,7 @@ def test_hosts_of_their_own_give_the_bytes_of_this_process(
     assert who_worked(out) == {"one", "other"}
 
 
+@pytest.mark.moment
 def test_a_wire_that_is_cut_for_a_moment_costs_nothing(
     net: Net, hosts: Standing, place: Path, tmp_path: Path
 ) -> None:
@@ -200,6 +202,7 @@ def test_a_wire_that_is_cut_for_a_moment_costs_nothing(
     assert told(out, "SpanRetried") == told(out, "SpanFailed") == 0
 
 
+@pytest.mark.moment
 def test_a_wire_that_stays_cut_loses_the_worker_and_no_number(
     net: Net, hosts: Standing, place: Path, tmp_path: Path
 ) -> None:
@@ -216,6 +219,7 @@ def test_a_wire_that_stays_cut_loses_the_worker_and_no_number(
     )
 
 
+@pytest.mark.moment
 def test_without_any_wire_left_the_run_waits_for_workers_that_are_started_again(
     net: Net, place: Path, tmp_path: Path
 ) -> None:

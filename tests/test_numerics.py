@@ -54,11 +54,6 @@ FIXED = ("left", "midpoint", "gauss-2", "gauss-3")
 SYMMETRIC = ("simpson", "trapezoid", "midpoint", "gauss-2", "gauss-3")
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("lab"))
-
-
 # --- 1: rules -------------------------------------------------------------------------------------
 
 
@@ -198,16 +193,18 @@ def test_numerics_3_reversing_a_segment_negates_its_allocation(
     lab: Lab, name: str, precision: str, bound: float, rule: str
 ) -> None:
     _, start, end, *_ = lab.checkpoints(name)
-    objective = objective_of(case_of(name), start, precision=precision)
-    start, end = in_precision(start, objective.dtype), in_precision(end, objective.dtype)
+    objective = objective_of(case_of(name), start, lab.device, precision=precision)
+    start, end = (in_precision(each, objective.dtype, lab.device) for each in (start, end))
     loss = first_loss(name)
     forth, back = (
         allocate(*ends, objective, [loss], Method(RULES[rule]))[0][loss]
         for ends in ((start, end), (end, start))
     )
-    negated = {tensor: -each.numpy() for tensor, each in back.allocation.items()}
+    negated = {tensor: -each.cpu().numpy() for tensor, each in back.allocation.items()}
     assert (
-        worst_error(negated, {tensor: each.numpy() for tensor, each in forth.allocation.items()})
+        worst_error(
+            negated, {tensor: each.cpu().numpy() for tensor, each in forth.allocation.items()}
+        )
         <= bound
     )
     assert forth.loss_start == back.loss_end
@@ -217,10 +214,12 @@ def test_numerics_3_reversing_a_segment_negates_its_allocation(
 
 @pytest.mark.parametrize("rule", RULES)
 def test_numerics_3_an_unmoved_parameter_gets_exactly_zero(lab: Lab, rule: str) -> None:
-    start, end = (in_precision(each, torch.float64) for each in lab.checkpoints("relu_mlp")[1:3])
+    start, end = (
+        in_precision(each, torch.float64, lab.device) for each in lab.checkpoints("relu_mlp")[1:3]
+    )
     end["3.weight"] = start["3.weight"]
     end["6.bias"] = torch.cat([start["6.bias"][:2], end["6.bias"][2:]])
-    objective = objective_of(CASES["relu_mlp"], start)
+    objective = objective_of(CASES["relu_mlp"], start, lab.device)
     done, _ = allocate(start, end, objective, ["train"], Method(RULES[rule]))
     allocation = done["train"].allocation
     assert done["train"].mean_gradient["3.weight"].abs().max() > 0
@@ -230,8 +229,8 @@ def test_numerics_3_an_unmoved_parameter_gets_exactly_zero(lab: Lab, rule: str) 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_numerics_3_a_segment_that_goes_nowhere_gets_nothing(lab: Lab, rule: str) -> None:
-    point = in_precision(lab.checkpoints("conv_bn")[2], torch.float64)
-    objective = objective_of(CASES["conv_bn"], point)
+    point = in_precision(lab.checkpoints("conv_bn")[2], torch.float64, lab.device)
+    objective = objective_of(CASES["conv_bn"], point, lab.device)
     done, _ = allocate(
         point, dict(point), objective, ["train"], Method(RULES[rule], tolerance=1e-9)
     )
@@ -247,12 +246,12 @@ def test_numerics_3_a_segment_that_goes_nowhere_gets_nothing(lab: Lab, rule: str
 def test_numerics_4_every_element_counts_once_whatever_the_batch_size(lab: Lab, name: str) -> None:
     case, checkpoints = case_of(name), lab.checkpoints(name)
     examples = len(case.data()["train"][0])
-    automatic = replayed_in_this_process(case, checkpoints, batch_size=None)
+    automatic = replayed_in_this_process(lab, case, checkpoints, batch_size=None)
     everything = sum(
         float(each.abs().sum()) for segment in automatic for each in segment.allocation.values()
     )
     for batch_size in (1, 7, examples, examples + 3):
-        segments = replayed_in_this_process(case, checkpoints, batch_size=batch_size)
+        segments = replayed_in_this_process(lab, case, checkpoints, batch_size=batch_size)
         pairs = list(zip(segments, automatic, strict=True))
         assert (
             sum(l1(one.allocation, other.allocation) for one, other in pairs) <= 1e-6 * everything
@@ -266,7 +265,9 @@ def test_numerics_4_every_element_counts_once_whatever_the_batch_size(lab: Lab, 
 def test_numerics_4_examples_have_equal_weight_in_an_unequal_last_batch(lab: Lab) -> None:
     """The allocation of a split is that of its examples one by one, averaged."""
     case = CASES["smooth_mlp"]
-    start, end = (in_precision(each, torch.float64) for each in lab.checkpoints("smooth_mlp")[:2])
+    start, end = (
+        in_precision(each, torch.float64, lab.device) for each in lab.checkpoints("smooth_mlp")[:2]
+    )
     inputs, targets = case.data()["train"]
 
     def allocation(rows: slice) -> dict[str, Tensor]:
@@ -275,7 +276,7 @@ def test_numerics_4_examples_have_equal_weight_in_an_unequal_last_batch(lab: Lab
             data=lambda: {"train": (inputs[rows], targets[rows]), "validation": (inputs, targets)},
         )
         done, _ = allocate(
-            start, end, objective_of(part, start), ["train"], Method(RULES["simpson"])
+            start, end, objective_of(part, start, lab.device), ["train"], Method(RULES["simpson"])
         )
         return done["train"].allocation
 
@@ -322,7 +323,7 @@ def test_numerics_4_a_buffer_that_moves_unused_gets_nothing_and_is_said(
     settings = {
         "out": tmp_path / "run",
         "cluster": "inline",
-        "device": "cpu",
+        "device": lab.device,
         "progress": heard.append,
     }
     replayed = run(lab.iterates("odd_shapes"), CASES["odd_shapes"].task(), **settings)
@@ -528,7 +529,7 @@ def test_numerics_6_a_replay_runs_on_one_thread_each_time_and_gives_the_others_b
                 task,
                 out=tmp_path / attempt,
                 cluster="inline",
-                device="cpu",
+                device=lab.device,
             )
             assert (attempt, set(THREADS), torch.get_num_threads()) == (attempt, {1}, 2)
     finally:
@@ -548,7 +549,7 @@ def test_numerics_6_a_loss_has_the_bits_it_has_alone(lab: Lab) -> None:
 def test_numerics_7_float32_is_within_its_bound_of_the_oracle(
     lab: Lab, name: str, loss: str, mode: str
 ) -> None:
-    results = lab.results(name, loss, norm_stats=mode)
+    results = lab.results(name, loss, norm_stats=mode, precision="float32")
     assert set(results.steps["level"].values) == {1}
     found, wanted = stored_and_wanted(results, lab.truth(name, loss, mode=mode))
     assert worst_error(found, wanted) <= CASES[name].bound
@@ -590,7 +591,7 @@ def test_numerics_7_every_rule_agrees_with_the_oracle_at_its_own_nodes(
 
 
 @pytest.mark.parametrize("batch_size", [1, 3001])
-def test_numerics_7_sums_over_examples_accumulate_in_float64(batch_size: int) -> None:
+def test_numerics_7_sums_over_examples_accumulate_in_float64(batch_size: int, device: str) -> None:
     """2²⁴ and many ones: a float32 accumulator would lose every one of them. What autograd sums in
     a batch is its own.
     """
@@ -599,8 +600,8 @@ def test_numerics_7_sums_over_examples_accumulate_in_float64(batch_size: int) ->
     loss = Loss(call=lambda model, batch: model.weight.sum() * batch[0])
     task = Task(lambda: torch.nn.Linear(1, 1, bias=False), {"train": (values,)}, {"train": loss})
     settings = {"precision": "float32", "norm_stats": "running", "batch_size": batch_size}
-    objective = Objective(lambda: task, None, device=torch.device("cpu"), **settings)
-    point = {"weight": torch.ones(1, 1)}
+    objective = Objective(lambda: task, None, device=torch.device(device), **settings)
+    point = {"weight": torch.ones(1, 1, device=device)}
     objective.settle_batch_sizes(point)
     found = objective.evaluate(point, ["train"])["train"]
     assert found.loss == (2.0**24 + 3000) / 3001
@@ -626,12 +627,13 @@ def segment(
     )
 
 
-def test_numerics_7_sums_over_parameters_accumulate_in_float64() -> None:
+def test_numerics_7_sums_over_parameters_accumulate_in_float64(device: str) -> None:
     spec = TensorSpec("w", "parameter", (2, 3), unit_axis=0)
     exact = torch.tensor([[1.0, 1e-9, -1.0], [1e-9, 3.0, -3.0]]).double()
     exact[:, 1] += 1e-12
-    tally = Tally([spec], 1, "units", torch.device("cpu"))
-    tally.add(0, segment({"w": exact}, {"w": exact}, {"w": torch.ones(2, 3).double()}))
+    tally = Tally([spec], 1, "units", torch.device(device))
+    there = exact.to(device)
+    tally.add(0, segment({"w": there}, {"w": there}, {"w": torch.ones_like(there)}))
     sums = [math.fsum(row) for row in exact.tolist()]
     assert tally.units["w"][0] == pytest.approx(sums, rel=1e-6)
     assert float(tally.tensors["allocated"][0, 0]) == pytest.approx(math.fsum(sums), rel=1e-6)
@@ -659,7 +661,8 @@ def test_numerics_7_checkpoints_stored_as_float64_keep_their_motion_in_a_float32
         return {name: each.double() + 1e-7 * move[name] for name, each in first.items()}
 
     wide, case = altered(lab.iterates("smooth_mlp"), tmp_path / "wide", nudged), CASES["smooth_mlp"]
-    replayed = run(wide, case.task(), out=tmp_path / "run", cluster="inline", device="cpu")
+    settings = {"cluster": "inline", "device": lab.device, "precision": "float32"}
+    replayed = run(wide, case.task(), out=tmp_path / "run", **settings)
     checkpoints = [load_file(path) for path in sorted(wide.iterdir())]
     truth = Oracle(case.build, case.data()["train"], case.values["train"]).allocate(
         checkpoints, *oracle.RULES["simpson"]
@@ -798,7 +801,7 @@ def test_numerics_9_half_precision_is_measured_and_said(
     settings = {
         "out": tmp_path / "run",
         "cluster": "inline",
-        "device": "cpu",
+        "device": lab.device,
         "progress": heard.append,
     }
     replayed = run(narrow, CASES["smooth_mlp"].task(), **settings)
@@ -825,7 +828,8 @@ def test_numerics_9_a_number_that_is_not_finite_is_named_and_never_confused_with
     settings = {
         "out": tmp_path / "run",
         "cluster": "inline",
-        "device": "cpu",
+        "device": lab.device,
+        "precision": lab.precision,
         "span": 1,
         "tolerance": math.inf,
     }
@@ -848,7 +852,7 @@ def root_of_weight(model: torch.nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     "weights", [(4, 1, 0, 1, 2), (4, 3, -1, 1, 2)], ids=["infinite gradient", "loss is NaN"]
 )
 def test_numerics_9_a_loss_that_is_not_finite_at_one_step_fails_the_segments_beside_it(
-    tmp_path: Path, rule: str, weights: tuple[int, ...]
+    tmp_path: Path, rule: str, weights: tuple[int, ...], device: str
 ) -> None:
     task = Task(
         lambda: torch.nn.Linear(1, 1, bias=False),
@@ -864,7 +868,7 @@ def test_numerics_9_a_loss_that_is_not_finite_at_one_step_fails_the_segments_bes
     settings = {
         "out": tmp_path / "run",
         "cluster": "inline",
-        "device": "cpu",
+        "device": device,
         "span": 1,
         "rule": rule,
     }
@@ -950,7 +954,7 @@ def test_the_histogram_places_every_finite_magnitude() -> None:
 @pytest.mark.parametrize("name", ["frozen_mlp", "conv_bn", "odd_shapes"])
 def test_totals_are_those_of_slow_loops_over_what_is_stored(lab: Lab, name: str, span: int) -> None:
     results, checkpoints = lab.results(name, span=span), lab.checkpoints(name)
-    segments = replayed_in_this_process(case_of(name), checkpoints)
+    segments = replayed_in_this_process(lab, case_of(name), checkpoints)
     for tensor, stored in arrays(results.allocation).items():
         series = {
             "weight": np.stack(
@@ -959,16 +963,20 @@ def test_totals_are_those_of_slow_loops_over_what_is_stored(lab: Lab, name: str,
                     for a, b in itertools.pairwise(checkpoints)
                 ]
             ),
-            "gradient": np.stack([segment.mean_gradient[tensor].numpy() for segment in segments]),
+            "gradient": np.stack(
+                [segment.mean_gradient[tensor].cpu().numpy() for segment in segments]
+            ),
             "allocation": stored,
         }
-        exact = np.stack([segment.allocation[tensor].numpy() for segment in segments])
+        exact = np.stack([segment.allocation[tensor].cpu().numpy() for segment in segments])
         assert np.array_equal(exact.astype(np.float32), stored)
         assert results.totals[tensor].coords["total"].values.tolist() == list(TOTALS)
         assert_totals(results.totals[tensor].values, slow_totals(series, exact))
 
 
-def test_turns_pass_over_zeros_within_spans_and_across_their_borders(tmp_path: Path) -> None:
+def test_turns_pass_over_zeros_within_spans_and_across_their_borders(
+    tmp_path: Path, device: str
+) -> None:
     """70 segments in 70 spans of 64 windows at most, with motion and gradient of every sign and
     often none.
     """
@@ -987,7 +995,7 @@ def test_turns_pass_over_zeros_within_spans_and_across_their_borders(tmp_path: P
         task,
         out=tmp_path / "run",
         cluster="inline",
-        device="cpu",
+        device=device,
         span=1,
         rule="left",
     )
@@ -1023,12 +1031,13 @@ def steps_of_weight(model: torch.nn.Module, batch: tuple[Tensor, ...]) -> Tensor
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0, 3)])
-def test_a_tally_counts_every_sign_and_turn_of_a_span(shape: tuple[int, ...]) -> None:
+def test_a_tally_counts_every_sign_and_turn_of_a_span(shape: tuple[int, ...], device: str) -> None:
     length, spec = 9, TensorSpec("w", "parameter", shape, unit_axis=0 if shape else None)
     generator = torch.Generator().manual_seed(7)
     motion, gradient = torch.randint(-1, 2, (2, length, *shape), generator=generator).double()
-    tally = Tally([spec], length, "parameters", torch.device("cpu"))
+    tally = Tally([spec], length, "parameters", torch.device(device))
     for at, (step, gone) in enumerate(zip(motion, gradient, strict=True)):
+        step, gone = step.to(device), gone.to(device)
         tally.add(at, segment({"w": step * gone}, {"w": gone}, {"w": step}))
     exact = (motion * gradient).numpy()
     assert np.array_equal(tally.allocation["w"], exact)

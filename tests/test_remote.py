@@ -132,6 +132,7 @@ def lookup(spec: Spec) -> bytes | None:
         return None
 
 
+@pytest.mark.moment
 def test_a_late_worker_takes_part_and_finds_what_was_delivered(tmp_path: Path) -> None:
     with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
         key = cluster.deliver(b"parcel")
@@ -178,6 +179,7 @@ def test_a_late_worker_that_is_unfit_is_named_and_given_nothing(tmp_path: Path) 
         assert set(results(cluster.map(pid, [{}] * 4))) == {only}
 
 
+@pytest.mark.moment
 def test_a_late_worker_that_does_not_answer_is_named_and_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +194,7 @@ def test_a_late_worker_that_does_not_answer_is_named_and_not_waited_for(
     assert "did not answer" in heard[0].why
 
 
+@pytest.mark.moment
 def test_who_joins_while_a_first_question_is_put_is_asked_again_for_the_next(
     tmp_path: Path,
 ) -> None:
@@ -208,6 +211,7 @@ def test_who_joins_while_a_first_question_is_put_is_asked_again_for_the_next(
         )
 
 
+@pytest.mark.moment
 def test_a_worker_that_is_told_to_go_finishes_and_nothing_is_done_twice(tmp_path: Path) -> None:
     with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
         release, log = tmp_path / "release", tmp_path / "log"
@@ -243,6 +247,7 @@ def test_a_worker_that_is_told_to_go_finishes_and_nothing_is_done_twice(tmp_path
     assert sorted(log.read_text().split()) == ["0", "1", "2", "3"]
 
 
+@pytest.mark.moment
 def test_what_merely_waited_on_a_worker_that_died_is_not_held_against_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +267,7 @@ def die_if_told(spec: Spec) -> int:
     return spec["value"]
 
 
+@pytest.mark.moment
 def test_without_any_worker_left_it_waits_and_then_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +292,7 @@ def _wait_for(file: Path) -> None:
         os.sched_yield()
 
 
+@pytest.mark.moment
 def test_a_scheduler_that_goes_is_said_to_be_gone(tmp_path: Path) -> None:
     with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
         cluster.deliver(b"parcel")
@@ -300,6 +307,7 @@ def test_a_scheduler_that_goes_is_said_to_be_gone(tmp_path: Path) -> None:
             list(cluster.map(until_released, [spec]))
 
 
+@pytest.mark.moment
 def test_a_spec_that_takes_far_longer_than_its_peers_is_named_with_what_it_does(
     pair: Standing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

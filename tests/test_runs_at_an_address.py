@@ -110,6 +110,7 @@ def rerun_span(place: Path, out: Path) -> Path:
     return clean
 
 
+@pytest.mark.moment
 def test_the_log_has_a_line_for_each_event_and_status_tells_while_it_runs_and_after(
     pair: Standing, place: Path, tmp_path: Path
 ) -> None:

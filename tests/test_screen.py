@@ -292,6 +292,7 @@ def test_signs_become_others(text: str, encoding: str, shown: str) -> None:
     assert showable(text, encoding) == shown
 
 
+@pytest.mark.moment
 @pytest.mark.parametrize(
     "command", ["compare", "summary", "status", "verify", "run", "--help", "summary --json"]
 )
@@ -312,6 +313,7 @@ def test_a_pipe_that_is_closed_leaves_the_exit_code_and_says_nothing(
     assert (done.returncode, done.stderr) == (1 if command == "--help" else 0, b"")
 
 
+@pytest.mark.moment
 @pytest.mark.parametrize("where", ["/dev/full", "closed", "closed pipe"])
 @pytest.mark.parametrize("cluster", ["inline", "local"])
 def test_a_stderr_that_is_gone_costs_no_run(
@@ -683,6 +685,7 @@ def let_go_on(process: subprocess.Popen[str], fifo: Path) -> str:
     return rest[0]
 
 
+@pytest.mark.moment
 @pytest.mark.parametrize("cluster", [INLINE, LOCAL], ids=["inline", "local"])
 def test_how_far_a_span_is_can_be_seen_while_it_is_computed(
     place: Path, tmp_path: Path, cluster: list[object]
@@ -703,6 +706,7 @@ def test_how_far_a_span_is_can_be_seen_while_it_is_computed(
     assert list(store.verify(out)) == []
 
 
+@pytest.mark.moment
 def test_a_status_tells_of_a_run_that_is_not_there_yet(place: Path, tmp_path: Path) -> None:
     process, out, fifo = held_run(place, tmp_path, BEFORE, *INLINE)
     assert process.stderr is not None
@@ -752,6 +756,7 @@ STOPS: dict[str, tuple[list[object], signal.Signals, str, str, str]] = {
 }
 
 
+@pytest.mark.moment
 @pytest.mark.parametrize(("cluster", "number", "when", "waits", "again"), STOPS.values(), ids=STOPS)
 def test_a_first_signal_says_at_once_what_it_waits_for_and_a_second_one_stops(
     place: Path,
@@ -780,6 +785,7 @@ def test_a_first_signal_says_at_once_what_it_waits_for_and_a_second_one_stops(
     assert "segments" not in rest.splitlines()[-1]
 
 
+@pytest.mark.moment
 def test_a_first_signal_is_answered_while_the_main_thread_is_in_one_long_call(
     place: Path, tmp_path: Path
 ) -> None:
@@ -793,6 +799,7 @@ def test_a_first_signal_is_answered_while_the_main_thread_is_in_one_long_call(
     process.communicate()
 
 
+@pytest.mark.moment
 def test_a_caller_in_python_catches_a_stop_as_a_keyboard_interrupt(
     place: Path, tmp_path: Path
 ) -> None:
@@ -819,6 +826,7 @@ def test_a_caller_in_python_catches_a_stop_as_a_keyboard_interrupt(
     assert signal.set_wakeup_fd(-1) == -1
 
 
+@pytest.mark.moment
 def test_a_driver_that_was_killed_while_it_prepared_is_not_in_the_way(
     place: Path, tmp_path: Path
 ) -> None:

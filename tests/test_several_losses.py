@@ -28,11 +28,6 @@ from .helpers.replayed_cases import Lab, arrays, assert_same_bits, case_of, wors
 from .test_groups import by_class, by_sign, raised, replay
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("several"))
-
-
 def replay_only(
     lab: Lab, name: str, losses: Mapping[str, Loss], wanted: Sequence[str], **settings: Any
 ) -> Run:
@@ -41,11 +36,12 @@ def replay_only(
     chosen = {
         "tolerance": math.inf,
         "cluster": "inline",
-        "device": "cpu",
+        "device": lab.device,
+        "precision": lab.precision,
         "batch_size": case.batch_size,
         **settings,
     }
-    chosen.setdefault("out", lab.root / f"some{next(lab._numbers)}")
+    chosen.setdefault("out", lab.new_place("some"))
     task = Task(chosen.pop("build", case.build), case.data(), losses)
     return run(lab.iterates(name), task, losses=wanted, **chosen)
 

@@ -34,13 +34,18 @@ Point = Mapping[str, Tensor]
 
 
 class Lab:
-    """Iterates, runs and oracles of the cases, each made once."""
+    """Iterates, runs and oracles of the cases, each made once.
 
-    def __init__(self, root: Path) -> None:
+    Runs are computed on `device` in `precision` unless a test says otherwise; the oracle judges
+    them on the CPU in float64.
+    """
+
+    def __init__(self, root: Path, device: str = "cpu", precision: str = "float32") -> None:
         self.root, self._numbers = root, itertools.count()
-        self.iterates, self.replay, self.truth = (
+        self.device, self.precision = device, precision
+        self.iterates, self._replay, self.truth = (
             cache(self.iterates),
-            cache(self.replay),
+            cache(self._replay),
             cache(self.truth),
         )
 
@@ -50,19 +55,31 @@ class Lab:
     def checkpoints(self, name: str) -> list[dict[str, Tensor]]:
         return [load_file(path) for path in sorted(self.iterates(name).glob("*.safetensors"))]
 
-    def replay(self, name: str, **settings: Any) -> Run:
-        """Every loss of a case, in one span, never refined unless a tolerance is given."""
-        chosen = {
+    def settings(self, **settings: Any) -> dict[str, Any]:
+        """Settings of a run of every loss in one span in this process, never refined, with those
+        that are given in their place.
+        """
+        return {
             "tolerance": math.inf,
             "cluster": "inline",
-            "device": "cpu",
+            "device": self.device,
+            "precision": self.precision,
             "losses": ("all",),
             "span": 8,
             **settings,
         }
-        chosen.setdefault("batch_size", case_of(name).batch_size)
-        out = self.root / f"run{next(self._numbers)}"
-        return run(self.iterates(name), case_of(name).task(), out=out, **chosen)
+
+    def new_place(self, kind: str = "run") -> Path:
+        """A path below the lab's directory at which nothing is yet."""
+        return self.root / f"{kind}{next(self._numbers)}"
+
+    def replay(self, name: str, **settings: Any) -> Run:
+        """A run of a case, made at the first call with these settings."""
+        return self._replay(name, **{"precision": self.precision, **settings})
+
+    def _replay(self, name: str, **settings: Any) -> Run:
+        chosen = self.settings(**{"batch_size": case_of(name).batch_size, **settings})
+        return run(self.iterates(name), case_of(name).task(), out=self.new_place(), **chosen)
 
     def results(self, name: str, loss: str | None = None, **settings: Any) -> LossResults:
         return self.replay(name, **settings)[loss or first_loss(name)]
@@ -123,21 +140,22 @@ def worst_error(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray
     )
 
 
-def objective_of(case: Case, point: Point, **settings: Any) -> Objective:
+def objective_of(case: Case, point: Point, device: str = "cpu", **settings: Any) -> Objective:
     chosen = {
         "precision": "float64",
         "norm_stats": "running",
         "batch_size": case.batch_size,
         **settings,
     }
-    objective = Objective(case.task, None, device=torch.device("cpu"), **chosen)
-    objective.settle_batch_sizes(in_precision(point, objective.dtype))
+    objective = Objective(case.task, None, device=torch.device(device), **chosen)
+    objective.settle_batch_sizes(in_precision(point, objective.dtype, device))
     return objective
 
 
-def in_precision(point: Point, dtype: torch.dtype) -> dict[str, Tensor]:
+def in_precision(point: Point, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
     return {
-        name: each.to(dtype) if each.is_floating_point() else each for name, each in point.items()
+        name: each.to(device, dtype) if each.is_floating_point() else each.to(device)
+        for name, each in point.items()
     }
 
 
@@ -199,10 +217,11 @@ def assert_totals(
 
 
 def replayed_in_this_process(
-    case: Case, checkpoints: list[dict[str, Tensor]], **settings: Any
+    lab: Lab, case: Case, checkpoints: list[dict[str, Tensor]], **settings: Any
 ) -> list[SegmentAllocation]:
-    """The first loss by Simpson's rule in float32, as a span gives it."""
-    objective = objective_of(case, checkpoints[0], precision="float32", **settings)
+    """The first loss by Simpson's rule in the precision of the lab, as a span gives it."""
+    chosen = {"precision": lab.precision, **settings}
+    objective = objective_of(case, checkpoints[0], lab.device, **chosen)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
