@@ -8,12 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,8 +32,10 @@ from tests.helpers.cli import (
     task_namespace,
     write_task,
 )
+from tests.helpers.faults.processes import Driver
 
 SEGMENTS = 37
+LONG = 600.0  # seconds after which a process is taken to hang, on a busy machine too
 
 
 def record_training(directory: Path, steps: range) -> Path:
@@ -400,49 +401,32 @@ def long_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def start(root: Path, out: Path, cluster: str) -> subprocess.Popen[str]:
+def start(root: Path, out: Path, cluster: str) -> Driver:
     """`lca run` in a process of its own; its spans are 4 segments long."""
-    code = (
-        "import sys; from lca_posthoc import prepare; prepare._LONGEST_SPAN = 4\n"
-        "from lca_posthoc.cli import main; main()"
-    )
     script = root / "lca_short_spans.py"
     script.write_text(
-        "if __name__ == '__main__':\n" + "\n".join(f"    {line}" for line in code.splitlines())
+        "from lca_posthoc import prepare\n"
+        "from lca_posthoc.cli import main\n\n"
+        "if __name__ == '__main__':\n"
+        "    prepare._LONGEST_SPAN = 4\n"
+        "    main()\n"
     )
-    command = [
-        sys.executable,
-        script,
-        "run",
-        root / "checkpoints",
-        "--task",
-        root / "small_task.py",
-        "--loss",
-        "all",
-    ]
-    return subprocess.Popen(
-        [*map(str, command), "--out", str(out), "--cluster", cluster, "--workers", "2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    options = ["--loss", "all", "--out", out, "--cluster", cluster, "--workers", "2"]
+    arguments = ["run", root / "checkpoints", "--task", root / "small_task.py", *options]
+    return Driver([str(script), *map(str, arguments)], root, {}, powerless=False)
 
 
-def waited_until(process: subprocess.Popen[str], ready: Any) -> None:
-    """Returns as soon as `ready()` holds; fails if the process ends before."""
-    while not ready():
-        try:
-            process.wait(timeout=0.02)
-        except subprocess.TimeoutExpired:
-            continue
-        pytest.fail(f"ended before it could be interrupted: {process.communicate()}")
+def wait_until(driver: Driver, ready: Callable[[], object]) -> None:
+    """Return as soon as `ready()` holds; fail if the process ends before."""
+    if not driver.until(ready):
+        pytest.fail(f"ended before it could be interrupted: {driver.returncode}, {driver.said}")
 
 
 def markers(out: Path) -> int:
     return len(list(out.glob("commits/train/0*.json")))
 
 
+@pytest.mark.moment
 def test_killed_at_random_moments_and_run_again_gives_the_bytes_of_an_undisturbed_run(
     long_place: Path, tmp_path: Path
 ) -> None:
@@ -456,32 +440,27 @@ def test_killed_at_random_moments_and_run_again_gives_the_bytes_of_an_undisturbe
     )
     for ready in moments:
         process = start(long_place, out, "inline")
-        waited_until(process, ready)
+        wait_until(process, ready)
         process.kill()
-        process.communicate()
     process = start(long_place, out, "inline")
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    assert process.finished(LONG) == 0, process.said
     assert contents(out / "data.zarr") == contents(long_place / "clean.lca" / "data.zarr")
     assert [path.name for path in tmp_path.iterdir()] == ["run.lca"]
 
 
+@pytest.mark.moment
 def test_a_killed_worker_costs_time_and_changes_nothing(long_place: Path, tmp_path: Path) -> None:
     out = tmp_path / "run.lca"
     process = start(long_place, out, "local")
-    waited_until(process, lambda: markers(out) >= 3)
-    workers = [
-        each
-        for each in psutil.Process(process.pid).children(recursive=True)
-        if "spawn_main" in " ".join(each.cmdline())
-    ]
+    wait_until(process, lambda: markers(out) >= 3)
+    workers = process.workers()
     assert workers
     workers[0].kill()
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    assert process.finished(LONG) == 0, process.said
     assert contents(out / "data.zarr") == contents(long_place / "clean.lca" / "data.zarr")
 
 
+@pytest.mark.moment
 @pytest.mark.parametrize("cluster", ["inline", "local"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_drains_and_leaves_a_resumable_run(
@@ -489,12 +468,12 @@ def test_an_interrupt_drains_and_leaves_a_resumable_run(
 ) -> None:
     out = tmp_path / "run.lca"
     process = start(long_place, out, cluster)
-    waited_until(process, lambda: markers(out) >= 3)
+    wait_until(process, lambda: markers(out) >= 3)
     # A terminal sends Ctrl-C to every process of the group; a scheduler's SIGTERM reaches the
     # driver.
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-    _, errors = process.communicate()
-    assert process.returncode == 128 + number
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    assert process.finished(LONG) == 128 + number
+    errors = process.said
     assert len(errors.splitlines()) <= 5, errors
     assert "Run the same command again" in errors
     status = lca("status", out)
