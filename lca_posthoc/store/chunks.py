@@ -56,7 +56,6 @@ class _LossStore(Store):
         self._arguments = (path, manifest, loss, parts)
         self._root, self._place = path, path / DATA / manifest.losses[loss].key
         self._known = dict(metadata_files(manifest, loss, parts))
-        self._is_open = True
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return type(self), self._arguments
@@ -96,9 +95,11 @@ class _LossStore(Store):
         return not self.read_only
 
     async def set(self, key: str, value: Buffer) -> None:
+        self._check_writable()
         raise NotImplementedError
 
     async def delete(self, key: str) -> None:
+        self._check_writable()
         raise NotImplementedError
 
     async def list(self) -> AsyncIterator[str]:
@@ -234,5 +235,7 @@ def _part(data: bytes, byte_range: ByteRequest | None) -> bytes:
         case OffsetByteRequest(offset):
             return data[offset:]
         case SuffixByteRequest(suffix):
-            return data[-suffix:]
-    return data
+            return data[max(0, len(data) - suffix) :]
+        case None:
+            return data
+    raise ValueError(f"Unexpected byte_range, got {byte_range}.")
