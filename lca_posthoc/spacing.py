@@ -33,29 +33,15 @@ def long_segments(steps: Sequence[int], every: Sequence[int], thinning: int = 1)
         every: for each, the `every` it was recorded with; the user chose a gap of as many steps.
         thinning: K where only every K-th checkpoint is used, which the user chose too.
     """
-    intended = [
-        after - before in (1, every[index + 1])
-        for index, (before, after) in enumerate(pairwise(steps))
-    ]
     used = range(0, len(steps), thinning)
     segments = [(steps[start], steps[stop]) for start, stop in pairwise(used)]
-    long = [
-        segment
-        for segment, (start, stop) in zip(segments, pairwise(used), strict=True)
-        if not all(intended[start:stop]) and segment[1] - segment[0] > 1
-    ]
+    long = _unintended(segments, steps, every, used)
     if not long:
         return []
     inside = sum(stop - start for start, stop in long)
     share = inside / (segments[-1][1] - segments[0][0])
     longest = max(long, key=lambda segment: segment[1] - segment[0])
-    which = (
-        f"all {len(long)} segments are"
-        if len(long) == len(segments)
-        else f"{len(long)} of {len(segments)} segments {'is' if len(long) == 1 else 'are'}"
-    )
-    if len(segments) == 1:
-        which = "the segment is"
+    which = _which(len(long), len(segments))
     return [
         f"{which} longer than one step, with {inside:,} steps or {_percent(share)} of training in "
         f"them, the longest "
@@ -65,6 +51,30 @@ def long_segments(steps: Sequence[int], every: Sequence[int], thinning: int = 1)
         "that help and turns do not; the residual "
         "says what quadrature misses"
     ]
+
+
+def _unintended(
+    segments: Sequence[tuple[int, int]], steps: Sequence[int], every: Sequence[int], used: range
+) -> list[tuple[int, int]]:
+    """Return the segments of more than one step with a gap in them that the user did not choose."""
+    intended = [
+        after - before in (1, every[index + 1])
+        for index, (before, after) in enumerate(pairwise(steps))
+    ]
+    return [
+        segment
+        for segment, (start, stop) in zip(segments, pairwise(used), strict=True)
+        if not all(intended[start:stop]) and segment[1] - segment[0] > 1
+    ]
+
+
+def _which(long: int, segments: int) -> str:
+    """Return the beginning of a sentence about some of the segments, with its verb."""
+    if segments == 1:
+        return "the segment is"
+    if long == segments:
+        return f"all {long} segments are"
+    return f"{long} of {segments} segments {'is' if long == 1 else 'are'}"
 
 
 def _percent(share: float) -> str:

@@ -152,3 +152,141 @@ def test_only_store_knows_zarr_and_only_cluster_knows_distributed() -> None:
                 if name.partition(".")[0] in found:
                     found[name.partition(".")[0]].add(unit(path))
     assert found == owners
+
+
+# --- the files of a run
+# -------------------------------------------------------------------------------------
+
+FILE_CALLS = frozenset(
+    (
+        *("open", "fdopen", "fsync", "truncate", "ftruncate", "pwrite", "utime", "flock", "chmod"),
+        *("rename", "unlink", "rmdir", "rmtree", "removedirs", "copytree", "copyfile", "move"),
+        *("mkdir", "makedirs", "touch", "symlink", "symlink_to", "hardlink_to", "mkstemp"),
+        *("listdir", "scandir", "iterdir", "glob", "rglob", "walk", "stat", "lstat", "fstat"),
+        *("exists", "lexists", "is_file", "is_dir", "is_symlink", "isfile", "isdir", "islink"),
+        *("read_bytes", "read_text", "write_bytes", "write_text", "getsize", "getmtime"),
+    )
+)
+RUN_FILES = re.compile(
+    r"run\.jsonl?\b|\bdata\.zarr\b|\bzarr\.json\b|^lock$|(^|/)(commits(/|$)|partial/)|\.partial-"
+)
+
+
+def file_calls(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Each call that opens, looks up, renames or removes a file, but for verbs of `disk` and
+    constructors of classes, with its line.
+    """
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        owner, _, name = called.rpartition(".")
+        if owner == "disk" or (re.fullmatch(r"[A-Z]\w*", owner) and owner != "Path"):
+            continue
+        # that of a text has two arguments, and that of dataclasses no owner
+        replaces = name == "replace" and bool(owner) and len(node.args) == 1
+        removes = called in ("os.remove", "os.replace")
+        of_a_path = name in FILE_CALLS and (bool(owner) or name == "open")
+        if of_a_path or replaces or removes:
+            yield node.lineno, called
+
+
+def texts(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Each text of a file that is no docstring, with its line."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if is_text and id(node) not in docstrings:
+            yield node.lineno, node.value
+
+
+def test_in_store_only_disk_touches_a_file() -> None:
+    """Another home of runs is another module with the verbs of `disk`."""
+    calls = {
+        f"{path.name}:{line}: {called}"
+        for path in FILES
+        if unit(path) == "store" and path.name != "disk.py"
+        for line, called in file_calls(ast.parse(path.read_text()))
+    }
+    assert calls == set()
+
+
+def test_outside_store_nothing_names_a_file_of_a_run() -> None:
+    named = {
+        (path.relative_to(ROOT).as_posix(), text)
+        for path in FILES
+        if unit(path) != "store"
+        for _, text in texts(ast.parse(path.read_text()))
+        if RUN_FILES.search(text)
+    }
+    # a table being exported has a name of its own until it is whole; it is no run
+    assert named - {("export/write.py", ".partial-")} == set()
+
+
+def test_nothing_is_imported_from_what_zarr_keeps_to_itself() -> None:
+    private = re.compile(r"^\s*(from|import) zarr\.(core|_)", re.MULTILINE)
+    assert [path.name for path in FILES if private.search(path.read_text())] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "open(path)",
+        "path.open('rb')",
+        "io.open(path)",
+        "os.replace(a, b)",
+        "temporary.replace(path)",
+        "os.rename(a, b)",
+        "path.rename(b)",
+        "shutil.rmtree(a)",
+        "(run / 'x').exists()",
+        "os.path.lexists(a)",
+        "os.remove(a)",
+        "a.unlink(missing_ok=True)",
+        "Path(a).mkdir()",
+        "Path.stat(a)",
+        "fcntl.flock(a, 1)",
+        "os.fsync(a)",
+    ],
+)
+def test_every_way_to_touch_a_file_is_noticed(line: str) -> None:
+    """The test above can fail."""
+    assert [line for line, _ in file_calls(ast.parse(f"def f():\n    {line}\n"))] == [2]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "disk.read(path)",
+        "replace(state, stage=text)",
+        "text.replace('a', 'b')",
+        "RunWriter.open(run)",
+        "exists(run)",
+        "names.remove('c')",
+    ],
+)
+def test_what_touches_no_file_is_not_noticed(line: str) -> None:
+    assert [*file_calls(ast.parse(line))] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "number"),
+    [
+        ("run / 'run.json'", 1),
+        ("run / 'log' / 'run.jsonl'", 1),
+        ("f'{run}/data.zarr/x'", 1),
+        ("run / 'lock'", 1),
+        ("run / 'commits' / key", 1),
+        ("f'{name}.partial-{pid}'", 1),
+        ("'a lock that two hold'", 0),
+        ("'''What `run.json` holds.'''", 0),
+    ],
+)
+def test_every_name_of_a_file_of_a_run_is_noticed(line: str, number: int) -> None:
+    """The test above can fail."""
+    assert sum(bool(RUN_FILES.search(text)) for _, text in texts(ast.parse(line))) == number

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import socket
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +25,7 @@ import lca_posthoc
 from lca_posthoc import Loss, Recorder, Task, open_run
 from lca_posthoc.errors import InputError, LCAError
 from lca_posthoc.schema import TreeSum, half, join_all
-from lca_posthoc.store import read_manifest, required_bytes
+from lca_posthoc.store import RunWriter, create, read_manifest, required_bytes
 from lca_posthoc.store.keys import encode_all
 from lca_posthoc.store.layout import plan_arrays
 from lca_posthoc.store.metadata import metadata_files
@@ -326,4 +328,33 @@ def test_tree_sums_do_not_depend_on_the_cut(length: int, level: int) -> None:
         join_all(spans.__getitem__, range(len(spans)))["allocated"]
         == running(values)
         == tree(values)
+    )
+
+
+def test_a_sweep_removes_what_was_being_written_and_no_loss_of_such_a_name(
+    hostile: Path, tmp_path: Path
+) -> None:
+    """A loss or tensor may end like a temporary file does; only files are swept."""
+    run = tmp_path / "run.lca"
+    shutil.copytree(hostile, run)
+    for place in ("data.zarr", "commits", "partial"):
+        (run / place / "w.partial").mkdir()
+        (run / place / "w.partial" / ".0123.partial").write_bytes(b"")
+        (run / place / ".4567.tmp").write_bytes(b"")
+    RunWriter.open(run).sweep()
+    assert {path.name for path in run.rglob("*.partial")} == {"w.partial"}
+    assert [*run.rglob(".*.tmp")] == []
+
+
+@pytest.mark.parametrize("name", ["run.lca", "run[1].lca", "*.lca"])
+def test_a_creation_removes_what_killed_ones_of_this_host_left(
+    hostile: Path, tmp_path: Path, name: str
+) -> None:
+    """Also where the name of the run would be a pattern."""
+    begun = f"{name}.partial-{socket.gethostname()}-"
+    for left in (f"{begun}4000000", f"{begun}1", f"{begun}x", f"{name}.partial-elsewhere-4000000"):
+        (tmp_path / left / "commits").mkdir(parents=True)
+    create(tmp_path / name, read_manifest(hostile), durable=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [name, f"{begun}1", f"{begun}x", f"{name}.partial-elsewhere-4000000"]
     )

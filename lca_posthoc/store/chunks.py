@@ -56,7 +56,6 @@ class _LossStore(Store):
         self._arguments = (path, manifest, loss, parts)
         self._root, self._place = path, path / DATA / manifest.losses[loss].key
         self._known = dict(metadata_files(manifest, loss, parts))
-        self._is_open = True
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return type(self), self._arguments
@@ -96,9 +95,11 @@ class _LossStore(Store):
         return not self.read_only
 
     async def set(self, key: str, value: Buffer) -> None:
+        self._check_writable()
         raise NotImplementedError
 
     async def delete(self, key: str) -> None:
+        self._check_writable()
         raise NotImplementedError
 
     async def list(self) -> AsyncIterator[str]:
@@ -157,12 +158,26 @@ class CheckedStore(_LossStore):
         if plan is None:
             return None
         row, of_totals = int(place.partition("/")[0]), plan.part == "totals"
-        commits = self._commits
-        totals_alone = of_totals and commits.manifest.window > 1
-        about = commits.about_window(row) if of_totals else commits.about(row)
+        about = self._commits.about_window(row) if of_totals else self._commits.about(row)
         where = f"{described(plan)}, {about}"
+        recorded = self._recorded(key, where, of_totals, row)
         try:
-            marker = self._marker(totals_alone, row)
+            data = disk.read(self._place / key)
+        except FileNotFoundError:
+            raise self._damage(where, "a chunk is missing") from None
+        except OSError as error:
+            raise self._damage(where, f"a chunk cannot be read ({error.strerror})") from None
+        if recorded != [len(data), zlib.crc32(data)]:
+            raise self._damage(where, "a chunk is not the one that was committed")
+        return data
+
+    def _recorded(self, key: str, where: str, of_totals: bool, row: int) -> list[int] | None:
+        """Return the size and CRC-32 of a chunk as its marker says them; `where` names the chunk in
+        messages.
+        """
+        commits = self._commits
+        try:
+            marker = self._marker(of_totals and commits.manifest.window > 1, row)
         except FileNotFoundError:
             raise LCAError(
                 f"loss {commits.loss!r} in {self._root}: {where} is not committed any more. Open "
@@ -171,17 +186,7 @@ class CheckedStore(_LossStore):
             ) from None
         except (ValueError, OSError) as error:
             raise self._damage(where, str(error)) from None
-        file = self._place / key
-        recorded = marker["files"].get(file.relative_to(self._root).as_posix())
-        try:
-            data = disk.read(file)
-        except FileNotFoundError:
-            raise self._damage(where, "a chunk is missing") from None
-        except OSError as error:
-            raise self._damage(where, f"a chunk cannot be read ({error.strerror})") from None
-        if recorded != [len(data), zlib.crc32(data)]:
-            raise self._damage(where, "a chunk is not the one that was committed")
-        return data
+        return marker["files"].get((self._place / key).relative_to(self._root).as_posix())
 
     def _marker(self, of_window: bool, row: int) -> Marker:
         with self._lock:
@@ -234,5 +239,7 @@ def _part(data: bytes, byte_range: ByteRequest | None) -> bytes:
         case OffsetByteRequest(offset):
             return data[offset:]
         case SuffixByteRequest(suffix):
-            return data[-suffix:]
-    return data
+            return data[max(0, len(data) - suffix) :]
+        case None:
+            return data
+    raise ValueError(f"Unexpected byte_range, got {byte_range}.")

@@ -20,6 +20,7 @@ from ..text import count, safe_in_page, shorten
 if TYPE_CHECKING:
     import xarray as xr
 
+    from .manifest import LossRecord
     from .results import LossResults, Run
 
 _HEAD = ("loss", "split", "groups", "segments", "done", "loss start → end", "residual")
@@ -86,12 +87,7 @@ def _rows(results: LossResults, groups: int) -> Iterator[_Row]:
         done = steps.sizes["step"]
         state = "complete" if results.complete else f"{math.floor(1000 * done / segments) / 10:g} %"
         known += [f"{done:,} of {segments:,}", state]
-        whole = (
-            (steps * steps["weight"]).sum("group") / steps["weight"].sum("group")
-            if "group" in steps.dims
-            else steps
-        )
-        ends = _ends(whole) if done else ["", ""]
+        ends = _ends(_over_groups(steps)) if done else ["", ""]
     except Exception as error:  # shown: what only displays must not stop a notebook
         name = shorten([results.name], _NAME)[0]
         yield _Row(
@@ -99,9 +95,20 @@ def _rows(results: LossResults, groups: int) -> Iterator[_Row]:
         )
         return
     yield _Row(results.name, [*known, *ends])
-    if record.groups is None or not done or not groups:
-        return
-    labels = list(map(str, record.groups))
+    if done and groups:
+        yield from _group_rows(record, steps, groups)
+
+
+def _over_groups(steps: xr.Dataset) -> xr.Dataset:
+    """Return the table of steps of the weighted mean over the groups, where there are any."""
+    if "group" not in steps.dims:
+        return steps
+    return (steps * steps["weight"]).sum("group") / steps["weight"].sum("group")
+
+
+def _group_rows(record: LossRecord, steps: xr.Dataset, groups: int) -> Iterator[_Row]:
+    """Yield the rows of a loss's first groups, if it has any."""
+    labels = list(map(str, record.groups or ()))
     examples = record.counts or []
     for position, label in enumerate(labels[:groups]):
         of_group = [

@@ -128,75 +128,91 @@ def _places(start: str, counts: list[int]) -> Iterator[str]:
 def plan_arrays(manifest: Manifest, keep: str, loss: LossRecord) -> Iterator[ArrayPlan]:
     """Yield every array the workers write for one loss at a level of `--keep`."""
     manifest = manifest.covered_by(loss)
-    segments, span = manifest.segments, manifest.span
-    dims, groups = (("group",), (len(loss.groups),)) if loss.groups is not None else ((), ())
+    plans = _Plans(manifest, loss)
+    yield from plans.of_steps()
+    yield from plans.of_tensors()
+    yield from plans.of_histogram()
+    for tensor in manifest.allocated:
+        attributes: dict[str, str | list[str]] = {"name": tensor.spec.name}
+        attributes |= {"kind": tensor.spec.kind, "aliases": list(tensor.spec.aliases)}
+        if keep == "parameters":
+            yield plans.of_parameters(tensor, {**attributes, "units": "loss"})
+        if keep in ("parameters", "units"):
+            yield plans.of_units(tensor, {**attributes, "units": "loss"})
+        yield plans.of_totals(tensor, attributes)
 
-    def rows(
+
+class _Plans:
+    """The arrays of one loss, part by part; `manifest` is that of what the loss covers."""
+
+    def __init__(self, manifest: Manifest, loss: LossRecord) -> None:
+        self._manifest, self._loss = manifest, loss
+
+    def _rows(
+        self,
         path: str,
-        inner: tuple[str, ...],
-        shape: tuple[int, ...],
+        inner: dict[str, int],
         dtype: str,
         attributes: dict[str, str | list[str]] | None = None,
         grouped: bool = True,
     ) -> ArrayPlan:
-        all_dims = ("step", *(dims if grouped else ()), *inner)
-        extents = (segments, *(groups if grouped else ()), *shape)
+        """Return an array with a row for each segment; `inner` are its axes but the first and that
+        of the groups, and their extents.
+        """
+        groups = self._loss.groups if grouped else None
+        axes = {"step": self._manifest.segments}
+        axes |= {} if groups is None else {"group": len(groups)}
         return ArrayPlan(
             path=path,
-            dims=all_dims,
-            shape=extents,
+            dims=(*axes, *inner),
+            shape=(*axes.values(), *inner.values()),
             dtype=dtype,
-            rows=span,
+            rows=self._manifest.span,
             attributes=attributes or {},
-            block=loss.block,
+            block=self._loss.block,
         )
 
-    for name, dtype in STEP_FIELDS.items():
-        if name != "remainder" or manifest.settings["tensors"]:
-            yield rows(f"steps/{name}", (), (), dtype, grouped=name in PER_GROUP)
-    for name, dtype in TENSOR_FIELDS.items():
-        yield rows(
-            f"tensors/{name}",
-            ("tensor",),
-            (len(manifest.allocated),),
-            dtype,
-            grouped=name not in OF_MOTION,
-        )
-    if loss.replicates:
-        yield rows(
-            "tensors/replicates",
-            ("replicate", "tensor"),
-            (loss.replicates, len(manifest.allocated)),
-            "float64",
-        )
-    yield rows("histogram/count", ("bin",), (BINS,), "int64")
-    yield rows("histogram/zero", (), (), "int64")
-    for tensor in manifest.allocated:
-        name, shape = tensor.spec.name, tensor.spec.shape
-        inner = tuple(f"{name}:{axis}" for axis in range(len(shape)))
-        attributes: dict[str, str | list[str]] = {"name": name, "kind": tensor.spec.kind}
-        attributes["aliases"] = list(tensor.spec.aliases)
-        if keep == "parameters":
-            yield rows(
-                f"allocation/{tensor.key}", inner, shape, "float32", {**attributes, "units": "loss"}
-            )
-        if keep in ("parameters", "units"):
-            yield rows(
-                f"units/{tensor.key}",
-                (f"{name}:unit",),
-                (_units(tensor),),
-                "float32",
-                {**attributes, "units": "loss"},
-            )
-        shape_of_totals = (manifest.windows, len(FIELDS), *shape)
-        yield ArrayPlan(
+    def of_steps(self) -> Iterator[ArrayPlan]:
+        for name, dtype in STEP_FIELDS.items():
+            if name != "remainder" or self._manifest.settings["tensors"]:
+                yield self._rows(f"steps/{name}", {}, dtype, grouped=name in PER_GROUP)
+
+    def of_tensors(self) -> Iterator[ArrayPlan]:
+        inner = {"tensor": len(self._manifest.allocated)}
+        for name, dtype in TENSOR_FIELDS.items():
+            yield self._rows(f"tensors/{name}", inner, dtype, grouped=name not in OF_MOTION)
+        if self._loss.replicates:
+            inner = {"replicate": self._loss.replicates, **inner}
+            yield self._rows("tensors/replicates", inner, "float64")
+
+    def of_histogram(self) -> Iterator[ArrayPlan]:
+        yield self._rows("histogram/count", {"bin": BINS}, "int64")
+        yield self._rows("histogram/zero", {}, "int64")
+
+    def of_parameters(
+        self, tensor: StoredTensor, attributes: dict[str, str | list[str]]
+    ) -> ArrayPlan:
+        return self._rows(f"allocation/{tensor.key}", _axes(tensor), "float32", attributes)
+
+    def of_units(self, tensor: StoredTensor, attributes: dict[str, str | list[str]]) -> ArrayPlan:
+        inner = {f"{tensor.spec.name}:unit": _units(tensor)}
+        return self._rows(f"units/{tensor.key}", inner, "float32", attributes)
+
+    def of_totals(self, tensor: StoredTensor, attributes: dict[str, str | list[str]]) -> ArrayPlan:
+        inner = _axes(tensor)
+        return ArrayPlan(
             path=f"totals/{tensor.key}",
             dims=("window", "field", *inner),
-            shape=shape_of_totals,
+            shape=(self._manifest.windows, len(FIELDS), *inner.values()),
             dtype="float64",
             rows=1,
             attributes=attributes,
         )
+
+
+def _axes(tensor: StoredTensor) -> dict[str, int]:
+    """Return the axes of a tensor, named after it, and their extents."""
+    return {f"{tensor.spec.name}:{axis}": extent for axis, extent in enumerate(tensor.spec.shape)}
 
 
 def _units(tensor: StoredTensor) -> int:

@@ -55,11 +55,7 @@ def hold(run: Path) -> Iterator[Held]:
     refuse_links_below(run)
     with _open(run, create=True) as file:
         owner = _acquire(run, file)
-        identity: dict[str, object] = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "id": uuid.uuid4().hex,
-        }
+        identity = _identity()
         _write(file, identity)
         holding = Held(bool(owner))
         try:
@@ -124,6 +120,10 @@ def _acquire(run: Path, file: disk.LockFile) -> dict[str, object]:
     if _is_elsewhere(owner) and _is_fresh(file):
         raise ResourceError(_busy(run, owner))
     return owner
+
+
+def _identity() -> dict[str, object]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
 
 
 def _owner(file: disk.LockFile) -> dict[str, object]:

@@ -4,7 +4,7 @@ read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
@@ -140,17 +140,12 @@ class LossResults:
         """Return the progress of this loss, from the commit markers."""
         manifest, markers = self.manifest, self.markers
         waiting = set(self._commits.pending())
-        reports = [
-            report
-            for report in underway(self.path)
-            if self.name in report.losses and report.span in waiting
-        ]
         return {
             "spans_done": len({row // manifest.span for row in self._rows}),
             "spans": manifest.spans,
             "segments_done": len(self._rows),
             "segments": manifest.segments,
-            "segments_underway": sum(report.of_losses / len(report.losses) for report in reports),
+            "segments_underway": self._underway(waiting),
             "first_step": manifest.checkpoints[0].step,
             "last_step": manifest.checkpoints[-1].step,
             "steps_done": self._stretches(),
@@ -160,6 +155,14 @@ class LossResults:
             "missing": sorted(waiting),
             "running": is_held(self.path),
         }
+
+    def _underway(self, waiting: Collection[int]) -> float:
+        """Return the segments that workers report as done in spans which are not committed."""
+        return sum(
+            report.of_losses / len(report.losses)
+            for report in underway(self.path)
+            if self.name in report.losses and report.span in waiting
+        )
 
     def _stretches(self) -> list[list[int]]:
         """Return the first and the last step of every stretch of committed segments."""

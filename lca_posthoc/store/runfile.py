@@ -18,7 +18,7 @@ from ..settings import Settings
 from ..trajectory import RESERVED, Checkpoint, TensorSpec
 from . import disk
 from .files import read_json, sealed_json
-from .manifest import LossRecord, Manifest, StoredTensor
+from .manifest import Identity, LossRecord, Manifest, StoredTensor
 
 _Rest = ParamSpec("_Rest")
 _Read = TypeVar("_Read")
@@ -143,16 +143,20 @@ def load(run: Path) -> Manifest:
     cached = _cache.get(key)
     if cached is not None:
         return cached
-    document = read_json(run / FILE)
-    number = document.get("format")
-    if isinstance(number, int) and number != FORMAT:
-        raise LCAError(_other_format(run, number, document.get("provenance")))
-    manifest = parse(document)
+    manifest = _parse_file(run)
     if time.time() - state.changed > _SETTLED:
         _cache[key] = manifest
         while len(_cache) > _CACHED:
             _cache.popitem(last=False)
     return manifest
+
+
+def _parse_file(run: Path) -> Manifest:
+    document = read_json(run / FILE)
+    number = document.get("format")
+    if isinstance(number, int) and number != FORMAT:
+        raise LCAError(_other_format(run, number, document.get("provenance")))
+    return parse(document)
 
 
 def _other_format(run: Path, number: int, provenance: object) -> str:
@@ -189,10 +193,9 @@ def parse(document: dict[str, object]) -> Manifest:
         "32 hexadecimal digits",
         document["id"],
     )
-    tensors = _tensors(document["tensors"])
     manifest = Manifest(
         root=_text(document["root"], "root"),
-        tensors=tensors,
+        tensors=_tensors(document["tensors"]),
         checkpoints=_checkpoints(document["checkpoints"]),
         span=_power(document["span"], "span"),
         window=_power(document["window"], "window"),
@@ -201,6 +204,12 @@ def parse(document: dict[str, object]) -> Manifest:
         provenance=_provenance(document["provenance"]),
         id=_text(document["id"], "id"),
     )
+    _fits_together(manifest)
+    return manifest
+
+
+def _fits_together(manifest: Manifest) -> None:
+    """Check what one field alone does not tell."""
     for record in manifest.losses.values():
         covers = record.covers
         _check(
@@ -209,11 +218,10 @@ def parse(document: dict[str, object]) -> Manifest:
             "fewer segments than the run has",
             covers,
         )
-    widest = max((tensor.spec.elements for tensor in tensors), default=0)
+    widest = max((tensor.spec.elements for tensor in manifest.tensors), default=0)
     groups = max((len(record.groups or ()) for record in manifest.losses.values()), default=0)
     numbers = widest * max(1, groups) * manifest.segments * 8
     _check(numbers < _MOST, "tensors", "fewer than 2**63 bytes an array", amount(float(numbers)))
-    return manifest
 
 
 def _check(holds: object, field: str, expected: str, value: object) -> None:
@@ -309,31 +317,7 @@ def _keys(keys: list[str], field: str) -> None:
 
 
 def _tensors(value: object) -> list[StoredTensor]:
-    tensors = []
-    for entry in _list(value, "tensors", _MOST_TENSORS):
-        _exactly(entry, _TENSOR, "tensors.")
-        shape = tuple(
-            _whole(extent, "tensors.shape") for extent in _list(entry["shape"], "tensors.shape", 32)
-        )
-        elements = math.prod(max(1, extent) for extent in shape)
-        _check(elements < _MOST, "tensors.shape", "fewer than 2**63 numbers", shape)
-        axis = _maybe(_whole, entry["unit_axis"], "tensors.unit_axis")
-        _check(
-            axis is None or axis < len(shape), "tensors.unit_axis", "an axis of the tensor", axis
-        )
-        name = _text(entry["name"], "tensors.name")
-        kind = _one_of(entry["kind"], "tensors.kind", _KINDS)
-        _check(
-            kind == "state" or name not in RESERVED,
-            "tensors.name",
-            f"none of {', '.join(RESERVED)}",
-            name,
-        )
-        spec = TensorSpec(
-            name, kind, shape, tuple(_texts(entry["aliases"], "tensors.aliases")), axis
-        )
-        source, key = _text(entry["source"], "tensors.source"), _text(entry["key"], "tensors.key")
-        tensors.append(StoredTensor(spec, source, key))
+    tensors = [_tensor(entry) for entry in _list(value, "tensors", _MOST_TENSORS)]
     _keys([tensor.key for tensor in tensors], "tensors.key")
     names = {tensor.spec.name for tensor in tensors}
     _check(
@@ -345,30 +329,59 @@ def _tensors(value: object) -> list[StoredTensor]:
     return tensors
 
 
+def _tensor(value: object) -> StoredTensor:
+    entry = _exactly(value, _TENSOR, "tensors.")
+    shape = _shape(entry["shape"])
+    axis = _maybe(_whole, entry["unit_axis"], "tensors.unit_axis")
+    _check(axis is None or axis < len(shape), "tensors.unit_axis", "an axis of the tensor", axis)
+    name = _text(entry["name"], "tensors.name")
+    kind = _one_of(entry["kind"], "tensors.kind", _KINDS)
+    _check(
+        kind == "state" or name not in RESERVED,
+        "tensors.name",
+        f"none of {', '.join(RESERVED)}",
+        name,
+    )
+    aliases = tuple(_texts(entry["aliases"], "tensors.aliases"))
+    return StoredTensor(
+        TensorSpec(name, kind, shape, aliases, axis),
+        source=_text(entry["source"], "tensors.source"),
+        key=_text(entry["key"], "tensors.key"),
+    )
+
+
+def _shape(value: object) -> tuple[int, ...]:
+    shape = tuple(_whole(extent, "tensors.shape") for extent in _list(value, "tensors.shape", 32))
+    elements = math.prod(max(1, extent) for extent in shape)
+    _check(elements < _MOST, "tensors.shape", "fewer than 2**63 numbers", shape)
+    return shape
+
+
 def _checkpoints(value: object) -> list[Checkpoint]:
     checkpoints: list[Checkpoint] = []
     for entry in _list(value, "checkpoints", least=2):
+        checkpoint = _checkpoint(entry)
         _check(
-            isinstance(entry, list) and len(entry) == 4,
-            "checkpoints",
-            "step, files, size, fingerprint",
-            entry,
-        )
-        step, size, fingerprint = (_whole(entry[position], "checkpoints") for position in (0, 2, 3))
-        _check(
-            not checkpoints or checkpoints[-1].step < step,
+            not checkpoints or checkpoints[-1].step < checkpoint.step,
             "checkpoints",
             "in ascending order of steps",
-            step,
+            checkpoint.step,
         )
-        files = _texts(entry[1], "checkpoints")
-        _check(files, "checkpoints", "files", files)
-        for file in files:
-            parts = PurePosixPath(file).parts
-            inside = parts and ".." not in parts and not file.startswith("/") and "\0" not in file
-            _check(inside, "checkpoints", "files below the directory of checkpoints", file)
-        checkpoints.append(Checkpoint(step, tuple(map(Path, files)), size, fingerprint))
+        checkpoints.append(checkpoint)
     return checkpoints
+
+
+def _checkpoint(value: object) -> Checkpoint:
+    if not isinstance(value, list) or len(value) != 4:
+        raise _wrong("checkpoints", "step, files, size, fingerprint", value)
+    step, size, fingerprint = (_whole(value[position], "checkpoints") for position in (0, 2, 3))
+    files = _texts(value[1], "checkpoints")
+    _check(files, "checkpoints", "files", files)
+    for file in files:
+        parts = PurePosixPath(file).parts
+        inside = parts and ".." not in parts and not file.startswith("/") and "\0" not in file
+        _check(inside, "checkpoints", "files below the directory of checkpoints", file)
+    return Checkpoint(step, tuple(map(Path, files)), size, fingerprint)
 
 
 def _settings(value: object) -> Settings:
@@ -397,34 +410,8 @@ def _loss(document: object) -> LossRecord:
     entry = _exactly(document, tuple(setting.name for setting in fields(LossRecord)), "losses.")
     groups, counts = entry["groups"], entry["counts"]
     if groups is not None or counts is not None:
-        number = len(_list(groups, "losses.groups", least=1))
-        kind = type(groups[0])
-        same = kind in (int, str) and all(type(label) is kind for label in groups)
-        _check(
-            same and len(set(groups)) == number,
-            "losses.groups",
-            "different whole numbers, or texts",
-            groups,
-        )
-        counted = [_whole(count, "losses.counts") for count in _list(counts, "losses.counts")]
-        _check(
-            len(counted) == number, "losses.counts", "as many as groups", f"{len(counted)} entries"
-        )
-        if kind is int:
-            _check(
-                all(-_MOST <= label < _MOST for label in groups),
-                "losses.groups",
-                "64-bit numbers",
-                groups,
-            )
-    identity = _list(entry["identity"], "losses.identity")
-    _check(len(identity) == 2, "losses.identity", "two entries", identity)
-    for place in identity:
-        _check(
-            place is None or isinstance(place, dict), "losses.identity", "a table or nothing", place
-        )
-        for value in (place or {}).values():
-            _number(value, "losses.identity")
+        _check_groups(groups, counts)
+    identity = _identity(entry["identity"])
     _check(type(entry["measured"]) is bool, "losses.measured", "true or false", entry["measured"])
     return LossRecord(
         key=_text(entry["key"], "losses.key"),
@@ -444,6 +431,39 @@ def _loss(document: object) -> LossRecord:
         scale=_maybe(_number, entry["scale"], "losses.scale"),
         covers=_maybe(_whole, entry["covers"], "losses.covers", 1),
     )
+
+
+def _check_groups(groups: Any, counts: object) -> None:
+    number = len(_list(groups, "losses.groups", least=1))
+    kind = type(groups[0])
+    same = kind in (int, str) and all(type(label) is kind for label in groups)
+    _check(
+        same and len(set(groups)) == number,
+        "losses.groups",
+        "different whole numbers, or texts",
+        groups,
+    )
+    counted = [_whole(count, "losses.counts") for count in _list(counts, "losses.counts")]
+    _check(len(counted) == number, "losses.counts", "as many as groups", f"{len(counted)} entries")
+    if kind is int:
+        _check(
+            all(-_MOST <= label < _MOST for label in groups),
+            "losses.groups",
+            "64-bit numbers",
+            groups,
+        )
+
+
+def _identity(value: object) -> Identity:
+    identity = _list(value, "losses.identity")
+    _check(len(identity) == 2, "losses.identity", "two entries", identity)
+    for place in identity:
+        _check(
+            place is None or isinstance(place, dict), "losses.identity", "a table or nothing", place
+        )
+        for number in (place or {}).values():
+            _number(number, "losses.identity")
+    return identity
 
 
 def _provenance(value: object) -> dict[str, Any]:

@@ -191,9 +191,8 @@ def last_run(run: Path) -> LastRun | None:
             elif kind == "SpanFailed" and event.get("not_finite") is not None:
                 not_finite[int(event["span"])] = int(event["not_finite"])
             elif kind == "Planned":
-                began = calendar.timegm(time.strptime(event["time"], "%Y-%m-%dT%H:%M:%SZ"))
                 return LastRun(
-                    began=float(began),
+                    began=_seconds(event["time"]),
                     pending=int(event["pending"]),
                     done=done,
                     workers=int(event["workers"]),
@@ -201,6 +200,10 @@ def last_run(run: Path) -> LastRun | None:
                     not_finite=not_finite,
                 )
     return None
+
+
+def _seconds(stamp: str) -> float:
+    return float(calendar.timegm(time.strptime(stamp, "%Y-%m-%dT%H:%M:%SZ")))
 
 
 def _lines_from_the_end(file: Path) -> Iterator[bytes]:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from ..errors import LCAError
 from . import disk
 from .boundary_checks import disagreement
-from .commits import DATA, PARTIAL, Commits
+from .commits import DATA, PARTIAL, Commits, Marker
 from .files import checksum
 from .layout import ArrayPlan, plan_arrays
 from .lock import is_unreleased
@@ -136,11 +136,11 @@ class Verification:
         of_windows = [plan for plan in plans if plan.part == "totals" and manifest.window > 1]
         for span in range(manifest.spans):
             if _lies(commits.marker(span)):
-                yield from self._row(commits, span, None, of_spans)
+                yield from self._row(_Row(commits, span=span), of_spans)
         yield from self._seams(commits)
         for window in range(manifest.windows):
             if of_windows and _lies(commits.window_marker(window)):
-                yield from self._row(commits, None, window, of_windows)
+                yield from self._row(_Row(commits, window=window), of_windows)
 
     def _seams(self, commits: Commits) -> Iterator[Damage]:
         """Yield both spans where two differ at the checkpoint they share, with the windows of their
@@ -167,67 +167,38 @@ class Verification:
                     last_step=last,
                 )
 
-    def _row(
-        self, commits: Commits, span: int | None, window: int | None, plans: list[ArrayPlan]
-    ) -> Iterator[Damage]:
+    def _row(self, row: _Row, plans: list[ArrayPlan]) -> Iterator[Damage]:
         """Check a span, or a window of totals: its marker, then each of its files."""
-        manifest = commits.manifest
-        if span is not None:
-            row, rows, path = span, manifest.rows(span), commits.marker(span)
-        else:
-            assert window is not None
-            row, rows, path = window, manifest.rows_of(window), commits.window_marker(window)
-        first, last = manifest.ends(rows)
-
-        def damage(
-            file: str, what: str, array: str | None = None, tensor: str | None = None
-        ) -> Damage:
-            return Damage(
-                path=file,
-                what=what,
-                loss=commits.loss,
-                array=array,
-                tensor=tensor,
-                span=span,
-                window=window,
-                first_step=first,
-                last_step=last,
-            )
-
-        place = path.relative_to(self.run).as_posix()
+        place = row.place.relative_to(self.run).as_posix()
         try:
-            marker = commits.load(span) if span is not None else commits.load_window(row)
+            marker = row.load()
         except FileNotFoundError:  # replaced meanwhile by the run that goes on
-            if disk.kind(path) == "link":
-                yield damage(place, "it is a link")
+            if disk.kind(row.place) == "link":
+                yield row.damage(place, "it is a link")
             return
         except (ValueError, OSError) as error:
-            yield damage(place, str(error))
+            yield row.damage(place, str(error))
             return
-        self._count(path)
-        listed = marker["files"].keys()
-        files = (
-            (f"{DATA}/{commits.key}/{file}", plan) for plan in plans for file in plan.row_files(row)
-        )
-        planned = dict(itertools.islice(files, len(listed) + 1))
-        if listed != planned.keys():
-            yield damage(place, "its commit marker does not list the files of this span")
+        self._count(row.place)
+        planned = row.planned(plans, len(marker["files"]) + 1)
+        if marker["files"].keys() != planned.keys():
+            yield row.damage(place, "its commit marker does not list the files of this span")
             return
         for file, plan in planned.items():
             what = self._unlike(file, marker["files"][file])
-            if what is not None and disk.exists(path):
-                yield damage(
-                    file, what, plan.path if plan.tensor is None else plan.part, plan.tensor
-                )
-        if span is not None and commits.keeps_partials(span // manifest.window):
-            file = commits.partial(span).relative_to(self.run).as_posix()
-            what = self._unlike(file, marker["partial"])
-            if (
-                what is not None
-                and disk.exists(path)
-                and commits.keeps_partials(span // manifest.window)
-            ):
-                yield damage(file, what, "totals")
+            if what is not None and disk.exists(row.place):
+                array = plan.path if plan.tensor is None else plan.part
+                yield row.damage(file, what, array, plan.tensor)
+        yield from self._waiting(row, marker)
+
+    def _waiting(self, row: _Row, marker: Marker) -> Iterator[Damage]:
+        """Check the totals of a span that wait for those of its window, where it has any."""
+        if row.span is None or not row.keeps_partial():
+            return
+        file = row.commits.partial(row.span).relative_to(self.run).as_posix()
+        what = self._unlike(file, marker["partial"])
+        if what is not None and disk.exists(row.place) and row.keeps_partial():
+            yield row.damage(file, what, "totals")
 
     def _unlike(self, path: str, sealed: list[int] | None) -> str | None:
         """Say how a file differs from the size and CRC-32 it should have; None where it does
@@ -296,6 +267,66 @@ class Verification:
     def _add(self, size: int) -> None:
         self.files += 1
         self.bytes += size
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A span or a window of totals, of which the other is None."""
+
+    commits: Commits
+    span: int | None = None
+    window: int | None = None
+
+    @property
+    def number(self) -> int:
+        """The row of chunks in the arrays it is in."""
+        number = self.window if self.span is None else self.span
+        assert number is not None
+        return number
+
+    @property
+    def place(self) -> Path:
+        """The path of its marker."""
+        marker = self.commits.window_marker if self.span is None else self.commits.marker
+        return marker(self.number)
+
+    def load(self) -> Marker:
+        """Read its marker; raises as `Commits.load`."""
+        return (self.commits.load_window if self.span is None else self.commits.load)(self.number)
+
+    def planned(self, plans: list[ArrayPlan], most: int) -> dict[str, ArrayPlan]:
+        """Return its chunk files, by their paths below the run, with the array of each; no more
+        than `most`.
+        """
+        files = (
+            (f"{DATA}/{self.commits.key}/{file}", plan)
+            for plan in plans
+            for file in plan.row_files(self.number)
+        )
+        return dict(itertools.islice(files, most))
+
+    def keeps_partial(self) -> bool:
+        """Tell whether a span has, or still needs, totals of its own."""
+        return self.commits.keeps_partials(self.number // self.commits.manifest.window)
+
+    def damage(
+        self, path: str, what: str, array: str | None = None, tensor: str | None = None
+    ) -> Damage:
+        """Return a damage of one of its files."""
+        manifest = self.commits.manifest
+        rows = manifest.rows_of if self.span is None else manifest.rows
+        first, last = manifest.ends(rows(self.number))
+        return Damage(
+            path=path,
+            what=what,
+            loss=self.commits.loss,
+            array=array,
+            tensor=tensor,
+            span=self.span,
+            window=self.window,
+            first_step=first,
+            last_step=last,
+        )
 
 
 class _Known:

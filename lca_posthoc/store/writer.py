@@ -539,8 +539,25 @@ class RunWriter:
             SpanError: where the run is no longer the one this writer was opened for.
         """
         self._still_recorded(loss, span)
+        self._write_small(loss, span, tally, replicates)
         commits = self.commits(loss)
-        rows = commits.manifest.rows(span)
+        marker: dict[str, object] = {
+            **facts,
+            "run": self.manifest.id,
+            "loss": loss,
+            "span": span,
+            "steps": self.manifest.steps[commits.manifest.rows(span)],
+            "partial": self._write_span_totals(commits, span, tally.totals()),
+            "files": seal_all(commits.planned_files(span), self.path, self.durable),
+        }
+        self._still_recorded(loss, span)
+        self._commit(commits.marker(span), marker)
+        self.fold(loss, span // self.manifest.window)
+
+    def _write_small(
+        self, loss: str, span: int, tally: Tally, replicates: np.ndarray[Any, Any] | None
+    ) -> None:
+        """Write the arrays of a span that have no axis of single parameters or units."""
         parts = {"steps": tally.steps, "tensors": tally.tensors, "histogram": tally.histogram}
         arrays = {
             f"{part}/{name}": values
@@ -556,25 +573,20 @@ class RunWriter:
             loss,
             parts,
             ((path, values) for path, values in arrays.items() if path in planned),
-            (rows,),
+            (self.manifest.of(loss).rows(span),),
         )
-        totals, partial = tally.totals(), None
+
+    def _write_span_totals(
+        self, commits: Commits, span: int, totals: dict[str, Totals]
+    ) -> list[int] | None:
+        """Write the totals of a span where its window is one span, or let them wait for the others
+        of the window; returns size and CRC-32 of what waits.
+        """
         if self.manifest.window == 1:
-            self._write_totals(loss, span, totals)
+            self._write_totals(commits.loss, span, totals)
         elif commits.keeps_partials(span // self.manifest.window):
-            partial = self._write_partial(commits.partial(span), totals)
-        marker: dict[str, object] = {
-            **facts,
-            "run": self.manifest.id,
-            "loss": loss,
-            "span": span,
-            "steps": self.manifest.steps[rows],
-            "partial": partial,
-            "files": seal_all(commits.planned_files(span), self.path, self.durable),
-        }
-        self._still_recorded(loss, span)
-        self._commit(commits.marker(span), marker)
-        self.fold(loss, span // self.manifest.window)
+            return self._write_partial(commits.partial(span), totals)
+        return None
 
     def _still_recorded(self, loss: str, span: int) -> None:
         """Refuse a late worker: the run may have been created anew, may have grown, or may have
@@ -652,34 +664,45 @@ class RunWriter:
         spans = commits.manifest.spans_of(window)
         if commits.is_folded(window) or not all(map(commits.is_committed, reversed(spans))):
             return []
-        stretches, damaged = [], []
-        for span in spans:
-            try:
-                data, recorded = disk.read(commits.partial(span)), commits.load(span)["partial"]
-            except FileNotFoundError:  # another worker folded this window meanwhile
-                return []
-            except ValueError:
-                data, recorded = b"", None
-            if recorded == [len(data), zlib.crc32(data)]:
-                stretches.append(load_arrays(data))
-            else:
-                damaged.append(span)
-                disk.remove(commits.marker(span))
+        try:
+            waiting = {span: self._read_partial(commits, span) for span in spans}
+        except FileNotFoundError:  # another worker folded this window meanwhile
+            return []
+        damaged = [span for span, totals in waiting.items() if totals is None]
+        for span in damaged:
+            disk.remove(commits.marker(span))
         if damaged:
             return damaged
-        totals = {
-            tensor.spec.name: join_all(
-                functools.partial(_of_tensor, stretches, tensor.key), range(len(stretches))
-            )
-            for tensor in self.manifest.allocated
-        }
-        self._write_totals(loss, window, totals)
+        stretches = [totals for totals in waiting.values() if totals is not None]
+        self._write_totals(loss, window, self._joined(stretches))
         files = seal_all(commits.planned_totals(window), self.path, self.durable)
         marker = {"run": self.manifest.id, "loss": loss, "window": window, "files": files}
         self._commit(commits.window_marker(window), marker)
         if commits.manifest.is_full(window):
             self._remove_partials(commits, window)
         return []
+
+    def _joined(self, stretches: list[Totals]) -> dict[str, Totals]:
+        """Return the totals of each tensor over neighbouring stretches, each of all tensors."""
+        return {
+            tensor.spec.name: join_all(
+                functools.partial(_of_tensor, stretches, tensor.key), range(len(stretches))
+            )
+            for tensor in self.manifest.allocated
+        }
+
+    def _read_partial(self, commits: Commits, span: int) -> Totals | None:
+        """Return the totals of a span that wait for its window; None where they are damaged.
+
+        Raises:
+            FileNotFoundError: where they, or the span's marker, are gone.
+        """
+        data = disk.read(commits.partial(span))
+        try:
+            recorded = commits.load(span)["partial"]
+        except ValueError:
+            return None
+        return load_arrays(data) if recorded == [len(data), zlib.crc32(data)] else None
 
     def fold_all(self, loss: str) -> list[int]:
         """Fold every window that is ready and was not folded because a worker died.
