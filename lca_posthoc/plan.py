@@ -158,7 +158,7 @@ def plan(
     out: str | Path | None = None,
     workers: int | None = None,
     tell: Callable[[str], None] = lambda stage: None,
-    **asked: object,
+    **requested: object,
 ) -> Plan:
     """Probe the task in this process and say what `run` with the same arguments would cost.
 
@@ -169,12 +169,12 @@ def plan(
         out: where the run would go; tells whose free space counts.
         workers: how many would share the work; by default as for `run`.
         tell: called with a few words when a stage begins.
-        asked: settings as for `run`.
+        requested: settings as for `run`.
 
     Raises:
         InputError: for anything `run` would refuse before its first evaluation.
     """
-    settings = resolve(asked, None)
+    settings = resolve(requested, None)
     device = settings["device"] or visible_device()
     settings = on_device(settings, device)
     tell("reading the headers of the checkpoints")
