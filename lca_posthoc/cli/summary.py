@@ -125,10 +125,7 @@ def print_summary(
         console.print(Text(wrapped(f"\n{way}", console)))
         return
     plain = {name: of_loss for name, of_loss in summaries.items() if is_plain(of_loss)}
-    if len(plain) > _BESIDE_EACH_OTHER:
-        _print_losses(plain)
-    elif plain:
-        _print_headline(plain)
+    _print_plain(plain)
     unshown = set[int]()
     for position, (name, figures) in enumerate(summaries.items()):
         if plain or position:
@@ -138,11 +135,14 @@ def print_summary(
             unshown.add(_print_groups(figures, top or _BESIDE, everything))
         elif is_plain(figures):
             unshown.add(_print_parts(figures, top or TOP, everything))
-    if not everything and (
-        unshown - {0}
-        or any(len(of_loss["tensors"]) > len(of_loss["modules"]) for of_loss in summaries.values())
-    ):
-        console.print(Text(wrapped(f"\n{_the_rest(unshown - {0}, run)}", console)))
+    unshown -= {0}
+    if not everything and (unshown or _have_more_tensors(summaries)):
+        console.print(Text(wrapped(f"\n{_the_rest(unshown, run)}", console)))
+
+
+def _have_more_tensors(summaries: dict[str, Summary]) -> bool:
+    """Tell whether modules stand for more than one tensor each."""
+    return any(len(of_loss["tensors"]) > len(of_loss["modules"]) for of_loss in summaries.values())
 
 
 def _the_rest(unshown: set[int], run: Path) -> str:
@@ -176,6 +176,16 @@ def _print_losses(summaries: Mapping[str, Summary]) -> None:
             share(figures["helping"]) if isinstance(figures["helping"], float) else "",
         )
     stdout().print(rows)
+
+
+def _print_plain(plain: dict[str, Figures[float]]) -> None:
+    """Print the figures of losses without groups: beside each other, or as rows where they are
+    many.
+    """
+    if len(plain) > _BESIDE_EACH_OTHER:
+        _print_losses(plain)
+    elif plain:
+        _print_headline(plain)
 
 
 def _print_headline(plain: dict[str, Figures[float]]) -> None:
@@ -226,15 +236,10 @@ def _print_rows(
     shown = [*shown, *([_together(others)] if others else [])]
     sampled = any(row["standard_error"] is not None for row in shown)
     kinds = what == "tensor"
+    names = [what, *(["kind"] if kinds else [])]
+    errors = ["± standard error"] if sampled else []
     rows = table(
-        what,
-        *(["kind"] if kinds else []),
-        "parameters",
-        "allocated",
-        *(["± standard error"] if sampled else []),
-        "share of sum",
-        "helping",
-        names=1 + kinds,
+        *names, "parameters", "allocated", *errors, "share of sum", "helping", names=len(names)
     )
     allocated = _numbers([row["allocated"] for row in shown])
     for row, number in zip(shown, allocated, strict=True):
@@ -249,9 +254,9 @@ def _print_rows(
             share(row["helping"]) if row["moved"] else "did not move",
         )
     if figures["remainder"] is not None:
-        blanks = [""] * (kinds + 1)
-        number = _numbers([figures["remainder"]])[0]
+        (number,) = _numbers([figures["remainder"]])
         part = _part(figures["remainder"], figures["allocated"])
+        blanks = [""] * len(names)
         rows.add_row("(tensors not kept)", *blanks, number, *([""] if sampled else []), part, "")
     stdout().print(rows)
 
