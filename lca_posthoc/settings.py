@@ -149,7 +149,7 @@ class Settings(TypedDict):
         Setting(
             help="Where to compute.",
             shown_default="auto: cuda, else cpu",
-            choices=("cpu", "cuda"),
+            choices=("cuda", "cpu"),
             automatic=True,
         ),
     ]
