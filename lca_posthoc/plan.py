@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -158,7 +158,7 @@ def plan(
     out: str | Path | None = None,
     workers: int | None = None,
     tell: Callable[[str], None] = lambda stage: None,
-    **asked: object,
+    **requested: object,
 ) -> Plan:
     """Probe the task in this process and say what `run` with the same arguments would cost.
 
@@ -169,12 +169,12 @@ def plan(
         out: where the run would go; tells whose free space counts.
         workers: how many would share the work; by default as for `run`.
         tell: called with a few words when a stage begins.
-        asked: settings as for `run`.
+        requested: settings as for `run`.
 
     Raises:
         InputError: for anything `run` would refuse before its first evaluation.
     """
-    settings = resolve(asked, None)
+    settings = resolve(requested, None)
     device = settings["device"] or visible_device()
     settings = on_device(settings, device)
     tell("reading the headers of the checkpoints")
@@ -196,12 +196,7 @@ def plan(
         bytes=stored,
         free=free,
         memory=costs.memory,
-        notes=[
-            *trajectory.notes,
-            *ready.notes,
-            *([ready.short_of] if ready.short_of else []),
-            *_short_of_space(stored[manifest.keep], free),
-        ],
+        notes=[*trajectory.notes, *ready.notes, *_shortages(ready, stored[manifest.keep], free)],
     )
 
 
@@ -261,11 +256,12 @@ def _free(out: str | Path | None, checkpoints: str | Path) -> int:
     return free
 
 
-def _short_of_space(needed: float, free: int) -> list[str]:
-    """Say that the result would not fit."""
-    if needed <= free:
-        return []
-    return [f"the result will need about {amount(needed)}, and {amount(free)} are free there"]
+def _shortages(ready: Preparation, needed: float, free: int) -> Iterator[str]:
+    """Say which memory and space a run would lack."""
+    if ready.short_of:
+        yield ready.short_of
+    if needed > free:
+        yield f"the result will need about {amount(needed)}, and {amount(free)} are free there"
 
 
 def _beside(checkpoints: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""The precisions of forward and backward passes, and how far values computed in them may be apart."""
+"""The precisions of forward and backward passes, and how far values in them may be apart."""
 
 from __future__ import annotations
 

@@ -234,7 +234,7 @@ def _records(
 
 
 def _about(matched: _Match, manifest: Manifest, recorded: dict[str, LossRecord]) -> Iterator[str]:
-    """Say what is worth knowing of new losses, and of tensors that stay as the model builds them."""
+    """Say what is worth knowing of new losses, and of tensors that stay as they are built."""
     for name, record in manifest.losses.items():
         if name not in recorded:
             yield from _scale(name, record, manifest.settings)

@@ -63,7 +63,7 @@ def _as_it_is(name: str, value: object) -> Value:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a setting may be, and what `--help` says of it.
+    """The values a setting may have, and what `--help` says of it.
 
     Attributes:
         help: what it is, in a sentence.
@@ -149,7 +149,7 @@ class Settings(TypedDict):
         Setting(
             help="Where to compute.",
             shown_default="auto: cuda, else cpu",
-            choices=("cpu", "cuda"),
+            choices=("cuda", "cpu"),
             automatic=True,
         ),
     ]
@@ -225,18 +225,18 @@ SETTINGS: dict[str, Setting] = {
 DEFAULTS: dict[str, Value] = {name: setting.default for name, setting in SETTINGS.items()}
 
 
-def resolve(asked: Mapping[str, object], recorded: Settings | None) -> Settings:
+def resolve(requested: Mapping[str, object], recorded: Settings | None) -> Settings:
     """Return the settings that were asked for, over the recorded ones or the defaults; a recorded
     setting is never changed.
 
     Args:
-        asked: by name; None, "auto" or no values at all ask for nothing.
+        requested: by name; None, "auto" or no values at all ask for nothing.
         recorded: those of the run that is there already; None where there is none.
 
     Raises:
         InputError: where a setting is not one of its choices, or differs from what is recorded.
     """
-    chosen = {name: _checked(name, value) for name, value in asked.items() if _is_asked(value)}
+    chosen = {name: _checked(name, value) for name, value in requested.items() if _is_asked(value)}
     if recorded is not None:
         _refuse_another(chosen, recorded)
         return recorded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,6 +10,9 @@ from ..display import Display
 from ..text import count
 from .options import cluster_options, json_option, replay_options
 from .show import print_json, prints_to_stderr, say, stdout
+
+if TYPE_CHECKING:
+    from ..findings.summary import Summary
 
 
 @click.command()
@@ -57,7 +60,7 @@ def command(checkpoints: str, as_json: bool, **options: Any) -> None:
     stdout().print(f"\nresults in {opened.path}", markup=False)
 
 
-def _say_unconverged(summaries: dict[str, dict[str, Any]]) -> None:
+def _say_unconverged(summaries: dict[str, Summary]) -> None:
     """Say how many segments of each loss stay above the tolerance."""
     for name, figures in summaries.items():
         if figures["unconverged"]:

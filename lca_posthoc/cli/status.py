@@ -124,7 +124,7 @@ def _not_finite(missing: list[int], last: LastRun | None) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Status:
-    """How far a loss is, and how fast.
+    """The progress of a loss, and its pace.
 
     Attributes:
         progress: from the commit markers.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import click
 from rich.text import Text
@@ -18,12 +18,16 @@ from .options import json_option
 from .show import print_json, say, share, stdout, table, units_of_loss
 
 if TYPE_CHECKING:
+    from ..findings.summary import Figures, Part, Summary
     from ..store import LossResults
 
 TOP = 20  # modules below each other
 _BESIDE = 8  # modules beside the groups of a loss
 _LOSSES = 6  # losses whose modules are shown unless they are asked for
 _BESIDE_EACH_OTHER = 3  # losses whose figures and their labels fit beside each other on 80 columns
+_Overall = Literal["loss_start", "loss_end", "loss_change", "allocated", "residual"]
+_SHARES: tuple[Literal["helping", "hurting", "zero"], ...] = ("helping", "hurting", "zero")
+_OVERALL: tuple[_Overall, ...] = get_args(_Overall)
 
 
 @click.command()
@@ -79,7 +83,7 @@ def command(
         print_summary(summaries, opened.path, top=top, everything=everything)
 
 
-def _say_what_is_missing(results: LossResults, figures: dict[str, Any]) -> None:
+def _say_what_is_missing(results: LossResults, figures: Summary) -> None:
     """Say which segments figures are not over."""
     if not results.complete:
         say(
@@ -96,7 +100,7 @@ def _say_what_is_missing(results: LossResults, figures: dict[str, Any]) -> None:
 
 
 def print_summary(
-    summaries: dict[str, dict[str, Any]],
+    summaries: dict[str, Summary],
     run: Path,
     *,
     top: int | None = None,
@@ -110,6 +114,8 @@ def print_summary(
         top: how many modules are shown; None for as many as fit a screen.
         everything: whether every tensor is shown instead.
     """
+    from ..findings.summary import is_grouped, is_plain
+
     console = stdout()
     if not summaries:
         console.print("no losses")
@@ -118,27 +124,25 @@ def print_summary(
         way = f"`lca summary {_quoted(run)} --loss NAME` shows what the modules did to a loss"
         console.print(Text(wrapped(f"\n{way}", console)))
         return
-    plain = {name: of_loss for name, of_loss in summaries.items() if of_loss["groups"] is None}
-    if len(plain) > _BESIDE_EACH_OTHER:
-        _print_losses(plain)
-    elif plain:
-        _print_headline(plain)
+    plain = {name: of_loss for name, of_loss in summaries.items() if is_plain(of_loss)}
+    _print_plain(plain)
     unshown = set[int]()
     for position, (name, figures) in enumerate(summaries.items()):
         if plain or position:
             console.print()
         console.print(Text(wrapped(_caption(name, figures), console)))
-        if figures["groups"] is not None:
+        if is_grouped(figures):
             unshown.add(_print_groups(figures, top or _BESIDE, everything))
-        elif everything:
-            _print_rows("tensor", figures["tensors"], [], figures)
-        else:
-            unshown.add(_print_modules(figures, top or TOP))
-    if not everything and (
-        unshown - {0}
-        or any(len(of_loss["tensors"]) > len(of_loss["modules"]) for of_loss in summaries.values())
-    ):
-        console.print(Text(wrapped(f"\n{_the_rest(unshown - {0}, run)}", console)))
+        elif is_plain(figures):
+            unshown.add(_print_parts(figures, top or TOP, everything))
+    unshown -= {0}
+    if not everything and (unshown or _have_more_tensors(summaries)):
+        console.print(Text(wrapped(f"\n{_the_rest(unshown, run)}", console)))
+
+
+def _have_more_tensors(summaries: dict[str, Summary]) -> bool:
+    """Tell whether modules stand for more than one tensor each."""
+    return any(len(of_loss["tensors"]) > len(of_loss["modules"]) for of_loss in summaries.values())
 
 
 def _the_rest(unshown: set[int], run: Path) -> str:
@@ -155,30 +159,36 @@ def _quoted(run: Path) -> str:
     return safe(shlex.quote(str(run)))
 
 
-def _print_losses(summaries: dict[str, dict[str, Any]]) -> None:
+def _print_losses(summaries: Mapping[str, Summary]) -> None:
     """Print a row for each of many losses; of one with groups, the loss of the whole split."""
     rows = table(
         "loss", "groups", "segments", "start → end", "change", "allocated", "residual", "helping"
     )
     for name, figures in summaries.items():
-        grouped = figures["groups"] is not None
-        start, end, change, allocated, residual = (
-            _mean(figures, key) if grouped else figures[key]
-            for key in ("loss_start", "loss_end", "loss_change", "allocated", "residual")
-        )
+        start, end, change, allocated, residual = (_overall(figures, key) for key in _OVERALL)
         rows.add_row(
             Text(safe(name)),
-            f"{len(figures['groups']):,}" if grouped else "",
+            "" if figures["groups"] is None else f"{len(figures['groups']):,}",
             f"{figures['segments']:,}",
             " → ".join(_numbers([start, end], "", 4)),
             *_numbers([change, allocated]),
             f"{residual:+.1e}",
-            "" if grouped else share(figures["helping"]),
+            share(figures["helping"]) if isinstance(figures["helping"], float) else "",
         )
     stdout().print(rows)
 
 
-def _print_headline(plain: dict[str, dict[str, Any]]) -> None:
+def _print_plain(plain: dict[str, Figures[float]]) -> None:
+    """Print the figures of losses without groups: beside each other, or as rows where they are
+    many.
+    """
+    if len(plain) > _BESIDE_EACH_OTHER:
+        _print_losses(plain)
+    elif plain:
+        _print_headline(plain)
+
+
+def _print_headline(plain: dict[str, Figures[float]]) -> None:
     headline = table("", *(safe(name) for name in plain))
     ends = [_numbers([of["loss_start"], of["loss_end"]], "") for of in plain.values()]
     headline.add_row("loss at the start", *(start for start, _ in ends))
@@ -192,7 +202,7 @@ def _print_headline(plain: dict[str, dict[str, Any]]) -> None:
         parts = (_numbers([figures["buffers"] or 0.0])[0] for figures in plain.values())
         headline.add_row("of it to buffers (running statistics)", *parts)
     headline.add_row("residual", *(f"{figures['residual']:+.1e}" for figures in plain.values()))
-    for key in ("helping", "hurting", "zero"):
+    for key in _SHARES:
         headline.add_row(
             f"{key} (share of parameters × segments)",
             *(share(figures[key]) for figures in plain.values()),
@@ -205,15 +215,20 @@ def _print_headline(plain: dict[str, dict[str, Any]]) -> None:
     stdout().print(headline)
 
 
-def _print_modules(figures: dict[str, Any], top: int) -> int:
-    """Print the strongest modules and a row for the others; return how many these are."""
+def _print_parts(figures: Figures[float], top: int, everything: bool) -> int:
+    """Print every tensor, or the strongest modules and a row for the others; return how many these
+    are.
+    """
+    if everything:
+        _print_rows("tensor", figures["tensors"], [], figures)
+        return 0
     modules = sorted(figures["modules"], key=lambda module: -abs(module["allocated"]))
     _print_rows("module", modules[:top], modules[top:], figures)
     return len(modules[top:])
 
 
 def _print_rows(
-    what: str, shown: list[dict[str, Any]], others: list[dict[str, Any]], figures: dict[str, Any]
+    what: str, shown: list[Part[float]], others: list[Part[float]], figures: Figures[float]
 ) -> None:
     """Print a row for each module or tensor, one for the others together, and one for what the run
     does not keep.
@@ -221,15 +236,10 @@ def _print_rows(
     shown = [*shown, *([_together(others)] if others else [])]
     sampled = any(row["standard_error"] is not None for row in shown)
     kinds = what == "tensor"
+    names = [what, *(["kind"] if kinds else [])]
+    errors = ["± standard error"] if sampled else []
     rows = table(
-        what,
-        *(["kind"] if kinds else []),
-        "parameters",
-        "allocated",
-        *(["± standard error"] if sampled else []),
-        "share of sum",
-        "helping",
-        names=1 + kinds,
+        *names, "parameters", "allocated", *errors, "share of sum", "helping", names=len(names)
     )
     allocated = _numbers([row["allocated"] for row in shown])
     for row, number in zip(shown, allocated, strict=True):
@@ -244,14 +254,14 @@ def _print_rows(
             share(row["helping"]) if row["moved"] else "did not move",
         )
     if figures["remainder"] is not None:
-        blanks = [""] * (kinds + 1)
-        number = _numbers([figures["remainder"]])[0]
+        (number,) = _numbers([figures["remainder"]])
         part = _part(figures["remainder"], figures["allocated"])
+        blanks = [""] * len(names)
         rows.add_row("(tensors not kept)", *blanks, number, *([""] if sampled else []), part, "")
     stdout().print(rows)
 
 
-def _together(others: list[dict[str, Any]]) -> dict[str, Any]:
+def _together(others: list[Part[float]]) -> Part[float]:
     """Return the figures of some modules as one row."""
     parameters = sum(other["parameters"] for other in others)
     helping = math.fsum(other["helping"] * other["parameters"] for other in others)
@@ -265,24 +275,22 @@ def _together(others: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _print_groups(figures: dict[str, Any], top: int, everything: bool) -> int:
+def _print_groups(figures: Figures[list[float]], top: int, everything: bool) -> int:
     """Print a row for each group and one for all: their losses, and what modules did to them;
     return how many modules are not shown.
     """
     columns, more = _columns(figures, top, everything)
-    whole = [_mean(figures, name) for name in ("loss_start", "loss_end", "loss_change", "residual")]
-    weights = figures["group_weights"]
-    starts, ends = (
-        _numbers([*figures[f"loss_{end}"], _mean(figures, f"loss_{end}")], "", 4)
-        for end in ("start", "end")
-    )
-    changes = _numbers([*figures["loss_change"], whole[2]])
+    start, end, change, _, residual = (_overall(figures, name) for name in _OVERALL)
+    counts, weights = figures["group_examples"] or [], figures["group_weights"] or []
+    starts = _numbers([*figures["loss_start"], start], "", 4)
+    ends = _numbers([*figures["loss_end"], end], "", 4)
+    changes = _numbers([*figures["loss_change"], change])
     parts = [[*column, _weighted(column, weights)] for column in columns.values()]
     scale = _scale([part for column in parts for part in column])
     cells = [[units_of_loss(part, scale, digits=4) for part in column] for column in parts]
-    labels = [*map(str, figures["groups"]), "(all)"]
-    examples = [*figures["group_examples"], sum(figures["group_examples"])]
-    residuals = [*figures["residual"], whole[3]]
+    labels = [*map(str, figures["groups"] or []), "(all)"]
+    examples = [*counts, sum(counts)]
+    residuals = [*figures["residual"], residual]
     helping = [*map(share, figures["helping"]), ""]
     rows = table("group", "examples", "loss", "change", "residual", "helping", *map(safe, columns))
     for position, label in enumerate(labels):
@@ -300,7 +308,7 @@ def _print_groups(figures: dict[str, Any], top: int, everything: bool) -> int:
 
 
 def _columns(
-    figures: dict[str, Any], top: int, everything: bool
+    figures: Figures[list[float]], top: int, everything: bool
 ) -> tuple[dict[str, list[float]], int]:
     """Return what is shown beside the groups: every tensor, or the strongest modules and the others
     together; and how many are not.
@@ -331,8 +339,12 @@ def _finished(segments: int) -> str:
     return "one segment that is" if segments == 1 else f"{segments:,} segments that are"
 
 
-def _mean(figures: dict[str, Any], name: str) -> float:
-    return _weighted(figures[name], figures["group_weights"])
+def _overall(figures: Summary, name: _Overall) -> float:
+    """Return a figure of a loss; of one with groups, that of the whole split."""
+    figure, weights = figures[name], figures["group_weights"]
+    if isinstance(figure, float) or weights is None:
+        return cast("float", figure)
+    return _weighted(figure, weights)
 
 
 def _weighted(column: list[float], weights: list[float]) -> float:
@@ -345,18 +357,15 @@ def _part(part: float, whole: float) -> str:
     return share(part / whole + 0.0) if whole and abs(part / whole) >= 5e-4 else "0.0 %"
 
 
-def _caption(name: str, figures: dict[str, Any]) -> str:
+def _caption(name: str, figures: Summary) -> str:
     unconverged = (
         f"{count(figures['unconverged'], 'segment')} above the tolerance, "
         if figures["unconverged"]
         else ""
     )
     groups = f"{count(len(figures['groups']), 'group')}, " if figures["groups"] is not None else ""
-    worst = (
-        figures["max_segment_residual"]
-        if figures["groups"] is None
-        else max(figures["max_segment_residual"])
-    )
+    residual = figures["max_segment_residual"]
+    worst = residual if isinstance(residual, float) else max(residual)
     mode = (
         f", {figures['norm_stats']} statistics in normalisation layers"
         if figures["norm_stats"]
@@ -370,7 +379,7 @@ def _caption(name: str, figures: dict[str, Any]) -> str:
     )
 
 
-def _error(figures: dict[str, Any]) -> str:
+def _error(figures: Summary) -> str:
     """Return the measured error of a precision, in words; nothing where it was not measured."""
     reference = PRECISIONS[figures["precision"]].reference
     if figures["precision_error"] is None or reference is None:

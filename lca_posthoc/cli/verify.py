@@ -38,13 +38,8 @@ def command(run: str, as_json: bool) -> None:
     damages, leftovers = _checked(checked)
     if as_json:
         print_json(
-            {
-                "schema": 1,
-                "files": checked.files,
-                "bytes": checked.bytes,
-                "damages": [asdict(damage) for damage in damages],
-                "leftovers": leftovers,
-            }
+            {"schema": 1, "files": checked.files, "bytes": checked.bytes}
+            | {"damages": [asdict(damage) for damage in damages], "leftovers": leftovers}
         )
     elif damages:
         _print(damages)

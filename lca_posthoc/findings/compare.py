@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import scipy  # its parts load when they are used
@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..store import LossResults
 from .common import about, described, label_of, unfinished
 from .design import design_of, differences
-from .summary import summary
+from .summary import Figures, Part, summary
 
 FINDING = Finding(
     question="Do settings differ, over repeats",
@@ -89,7 +89,11 @@ def compare(
     if isinstance(confidence, bool) or not 0 < confidence < 1:
         raise InputError(f"confidence is a number between 0 and 1, got {confidence!r}.")
     listed = _listed(runs)
-    summaries = [[summary(results) for results in several] for several in listed.values()]
+    # losses without groups alone are listed
+    summaries = [
+        [cast("Figures[float]", summary(results)) for results in several]
+        for several in listed.values()
+    ]
     design = design_of(listed, paired)
     layers = list(
         dict.fromkeys(
@@ -196,20 +200,20 @@ def _listed(
     return listed
 
 
-def _label(tensor: dict[str, Any], by: str | int) -> str:
+def _label(tensor: Part[float], by: str | int) -> str:
     """Return the layer of a row of a summary."""
     moved = tensor["kind"] == "buffer" and tensor["allocated"] != 0
     return label_of(tensor["name"], by, [tensor["name"]] if moved else ())
 
 
-def _layer_sums(one: dict[str, Any], layers: list[str], by: str | int) -> list[float]:
+def _layer_sums(one: Figures[float], layers: list[str], by: str | int) -> list[float]:
     parts: dict[str, list[float]] = {}
     for tensor in one["tensors"]:
         parts.setdefault(_label(tensor, by), []).append(tensor["allocated"])
     return [math.fsum(parts[layer]) if layer in parts else math.nan for layer in layers]
 
 
-def _unlike(summaries: list[tuple[str, dict[str, Any]]], by: str | int) -> list[str]:
+def _unlike(summaries: list[tuple[str, Figures[float]]], by: str | int) -> list[str]:
     """Say which layers of one name do not have the same number of parameters in every run."""
     sizes: dict[str, dict[int, str]] = {}
     for label, one in summaries:

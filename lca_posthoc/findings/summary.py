@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Generic, NotRequired, TypedDict, TypeGuard, TypeVar, cast
 
 import numpy as np
 import xarray as xr
@@ -13,8 +13,68 @@ from ..errors import LCAError
 from ..store import LossResults
 from .common import label_of, moving_buffers
 
+F = TypeVar("F", float, list[float])  # a figure of a loss, or of each of its groups
 
-def summary(results: LossResults) -> dict[str, Any]:
+
+class Part(TypedDict, Generic[F]):
+    """The figures of a tensor, or of a module; tensors have a kind."""
+
+    name: str
+    kind: NotRequired[str]
+    parameters: int
+    moved: bool
+    allocated: F
+    standard_error: float | None
+    helping: F
+
+
+class Figures(TypedDict, Generic[F]):
+    """The figures of one loss, see `summary`."""
+
+    segments: int
+    first_step: int
+    last_step: int
+    norm_stats: str | None
+    examples: int
+    parameters: int
+    loss_start: F
+    loss_end: F
+    loss_change: F
+    allocated: F
+    buffers: F | None
+    remainder: F | None
+    residual: F
+    max_segment_residual: F
+    unconverged: int
+    evaluations: int
+    forward_passes: int
+    helping: F
+    hurting: F
+    zero: F
+    precision: str
+    precision_error: float | None
+    precision_segments: int
+    groups: list[int] | list[str] | None
+    group_examples: list[int] | None
+    group_weights: list[float] | None
+    tensors: list[Part[F]]
+    modules: list[Part[F]]
+
+
+Summary = Figures[float] | Figures[list[float]]
+
+
+def is_plain(figures: Summary) -> TypeGuard[Figures[float]]:
+    """Tell whether figures are of a loss without groups."""
+    return figures["groups"] is None
+
+
+def is_grouped(figures: Summary) -> TypeGuard[Figures[list[float]]]:
+    """Tell whether figures are of a loss with groups."""
+    return figures["groups"] is not None
+
+
+def summary(results: LossResults) -> Summary:
     """Return the figures of one loss that `lca summary --json` prints, over the finished segments.
 
     Figures are of training steps `first_step` to `last_step`; `norm_stats` names the statistics
@@ -57,7 +117,7 @@ def summary(results: LossResults) -> dict[str, Any]:
     measured = steps["precision_error"].values[~np.isnan(steps["precision_error"].values)]
     sampled = record.examples / max(1, record.total)
     markers = results.markers
-    return {
+    figures = {
         "segments": segments,
         "first_step": int(steps["step"].values[0]),
         "last_step": int(steps["step_end"].values[-1]),
@@ -96,6 +156,7 @@ def summary(results: LossResults) -> dict[str, Any]:
         ],
         "modules": [{"name": name, **_row(part, sampled)} for name, part in _modules(tensors)],
     }
+    return cast("Summary", figures)
 
 
 def _modules(tensors: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
@@ -112,7 +173,7 @@ def _modules(tensors: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
         yield label, tensors.isel(tensor=parameters or positions)
 
 
-def _row(part: xr.Dataset, sampled: float) -> dict[str, Any]:
+def _row(part: xr.Dataset, sampled: float) -> dict[str, object]:
     """Return the figures of some tensors together."""
     elements = int(part["elements"].sum())
     counted = max(1, elements * part.sizes["step"])
