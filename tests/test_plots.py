@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import shutil
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from tests.helpers.cli import UNSAFE, steering
 from tests.helpers.sample_findings import MADE
 
 mpl.use("agg")
-SINGLE = ("compare", "curve", "generalisation", "layers", "units")
+SINGLE = tuple(name for name in MADE if "ax" in inspect.signature(getattr(plots, name)).parameters)
 SEVERAL = tuple(name for name in MADE if name not in SINGLE)
 ONE_GROUP = ("distribution", "helping", "oscillation", "units")
 

@@ -226,18 +226,9 @@ def _look(
     """Yield a figure's size in inches and its title; letters that are drawn inside the block are of
     the family `font`.
     """
-    import re
-
     from ..errors import InputError
 
-    inches = None
-    if size is not None:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)[x×](\d+(?:\.\d+)?)", size)
-        inches = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
-        if not all(1 <= length <= 100 for length in inches):
-            raise InputError(
-                f"--size is WIDTHxHEIGHT in inches, each from 1 to 100, such as 7x4, got {size!r}."
-            )
+    inches = None if size is None else _inches(size)
     if finding == "microscope" and (size is not None or title is not None):
         raise InputError(
             "--size and --title do not go with microscope, whose layout follows from its pictures."
@@ -258,6 +249,21 @@ def _look(
         ) from None
     with mpl.rc_context({"font.family": font}):
         yield inches, title
+
+
+def _inches(size: str) -> Inches:
+    """Return the width and height that `--size` gives."""
+    import re
+
+    from ..errors import InputError
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)[x×](\d+(?:\.\d+)?)", size)
+    inches = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
+    if not all(1 <= length <= 100 for length in inches):
+        raise InputError(
+            f"--size is WIDTHxHEIGHT in inches, each from 1 to 100, such as 7x4, got {size!r}."
+        )
+    return inches
 
 
 def _path(path: Path, finding: str) -> Path:

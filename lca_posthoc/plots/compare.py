@@ -62,32 +62,8 @@ def compare(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) -> Axes
     zero_line(ax, vertical=True)
     gap = 0.7 / len(label_texts)
     for position, word in enumerate(label_texts):
-        one = found.isel(label=position)
         rows = np.arange(len(names)) + (position - (len(label_texts) - 1) / 2) * gap
-        mean, hue = one["mean"].values, colour(position)
-        if "total" in one:
-            totals = one["total"].transpose("layer", "run").values
-            ax.plot(
-                totals.ravel(),
-                np.repeat(rows, totals.shape[1]),
-                ".",
-                color=hue,
-                alpha=0.35,
-                markersize=3,
-                zorder=1,
-            )
-        ax.hlines(rows, one["low"].values, one["high"].values, color=hue, linewidth=1.2, zorder=2)
-        sure = one["p_holm"].values < _LEVEL
-        marker: dict[str, Any] = {
-            "marker": _MARKERS[position % len(_MARKERS)],
-            "linestyle": "",
-            "color": hue,
-            "markersize": 4,
-            "zorder": 3,
-        }
-        label = f"{word} ({count(int(one['runs']), 'run')})"
-        ax.plot(mean, rows, markerfacecolor="white", label=label, **marker)
-        ax.plot(np.where(sure, mean, np.nan), rows, **marker)
+        _one_label(ax, found.isel(label=position), word, rows, position)
     for row in range(len(names) - 1):
         ax.axhline(row + 0.5, color=FAINT, linewidth=0.4, zorder=0)
     tidy(ax, x="Σ allocation over training (units of loss)")
@@ -96,15 +72,47 @@ def compare(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) -> Axes
     ax.margins(x=0.05)
     powers(ax, "x")
     helped_hurt(ax)
-    several = bool((found["runs"].values > 1).any())
-    title = f"filled: p < {_LEVEL} (Holm)" if several else None
+    _key_of_labels(ax, several=bool((found["runs"].values > 1).any()))
+    note(ax.figure, found, rest, *str(found.attrs.get("notes", "")).split("\n"))
+    return ax
+
+
+def _one_label(
+    ax: Axes, one: xr.Dataset, word: str, rows: np.ndarray[Any, Any], position: int
+) -> None:
+    """Draw the runs, the interval and the mean of one label, at its `rows`."""
+    mean, hue = one["mean"].values, colour(position)
+    if "total" in one:
+        totals = one["total"].transpose("layer", "run").values
+        ax.plot(
+            totals.ravel(),
+            np.repeat(rows, totals.shape[1]),
+            ".",
+            color=hue,
+            alpha=0.35,
+            markersize=3,
+            zorder=1,
+        )
+    ax.hlines(rows, one["low"].values, one["high"].values, color=hue, linewidth=1.2, zorder=2)
+    marker: dict[str, Any] = {
+        "marker": _MARKERS[position % len(_MARKERS)],
+        "linestyle": "",
+        "color": hue,
+        "markersize": 4,
+        "zorder": 3,
+    }
+    label = f"{word} ({count(int(one['runs']), 'run')})"
+    ax.plot(mean, rows, markerfacecolor="white", label=label, **marker)
+    ax.plot(np.where(one["p_holm"].values < _LEVEL, mean, np.nan), rows, **marker)
+
+
+def _key_of_labels(ax: Axes, *, several: bool) -> None:
+    """Draw the key beside the axes; what a filled marker means where a label has several runs."""
     key(
         ax,
         "center left",
         bbox_to_anchor=(1, 0.5),
-        title=title,
+        title=f"filled: p < {_LEVEL} (Holm)" if several else None,
         title_fontsize=SMALL - 1,
         alignment="left",
     )
-    note(ax.figure, found, rest, *str(found.attrs.get("notes", "")).split("\n"))
-    return ax

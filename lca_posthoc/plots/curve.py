@@ -59,21 +59,7 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
         )
     ax = fresh_axes(ax, 4.4, 2.7)
     if "group" in found.dims:
-        labels = found["group"].values
-        hues, styles = (
-            palette(len(labels)),
-            [dashes(position, len(labels)) for position in range(len(labels))],
-        )
-        for label, hue, style in zip(labels, hues, styles, strict=True):
-            _lines(ax, found.sel(group=label), hue, style)
-        ax.plot([], [], color=FAINT, linewidth=4, label="start + Σ allocation")
-        ax.plot([], [], color=INK, linewidth=1, label="loss")
-        key(ax, "lower right", ncols=2)
-        tidy(ax, x="training step", y="loss", title=heading(found))
-        ax.margins(x=0.01)
-        ends = found["loss"].isel(step=-1).values
-        words = [safe_in_figure(label) for label in shorten([str(label) for label in labels])]
-        end_labels(ax, ends, words, hues, styles)
+        _groups(ax, found)
         note(ax.figure, found)
         return ax
     _lines(ax, found, INK, "-")
@@ -82,26 +68,48 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     key(ax, "lower right", ncols=2)
     bad = found["step_end"].values[~found["converged"].values.astype(bool)]
     if len(bad):
-        ax.plot(
-            bad,
-            np.zeros(len(bad)),
-            "|",
-            color=HURTING,
-            markersize=5,
-            transform=ax.get_xaxis_transform(),
-        )
-        faults = f"{count(len(bad), 'segment')} above the tolerance"
-        place: dict[str, Any] = {
-            "xycoords": "axes fraction",
-            "textcoords": "offset points",
-            "ha": "right",
-            "va": "top",
-        }
-        ax.set_xlabel(ax.get_xlabel(), loc="left")
-        ax.annotate(faults, (1, 0), (0, -16), fontsize=SMALL - 0.5, color=HURTING, **place)
+        _mark(ax, bad)
     _residual(ax, found)
     note(ax.figure, found)
     return ax
+
+
+def _groups(ax: Axes, finding: xr.Dataset) -> None:
+    """Draw the lines of every group in its colour, with its name at their end."""
+    groups = finding["group"].values
+    hues = palette(len(groups))
+    styles = [dashes(position, len(groups)) for position in range(len(groups))]
+    for group, hue, style in zip(groups, hues, styles, strict=True):
+        _lines(ax, finding.sel(group=group), hue, style)
+    ax.plot([], [], color=FAINT, linewidth=4, label="start + Σ allocation")
+    ax.plot([], [], color=INK, linewidth=1, label="loss")
+    key(ax, "lower right", ncols=2)
+    tidy(ax, x="training step", y="loss", title=heading(finding))
+    ax.margins(x=0.01)
+    ends = finding["loss"].isel(step=-1).values
+    words = [safe_in_figure(name) for name in shorten([str(group) for group in groups])]
+    end_labels(ax, ends, words, hues, styles)
+
+
+def _mark(ax: Axes, bad: np.ndarray[Any, Any]) -> None:
+    """Draw ticks at the foot where segments stayed above the tolerance, and say how many."""
+    ax.plot(
+        bad,
+        np.zeros(len(bad)),
+        "|",
+        color=HURTING,
+        markersize=5,
+        transform=ax.get_xaxis_transform(),
+    )
+    faults = f"{count(len(bad), 'segment')} above the tolerance"
+    place: dict[str, Any] = {
+        "xycoords": "axes fraction",
+        "textcoords": "offset points",
+        "ha": "right",
+        "va": "top",
+    }
+    ax.set_xlabel(ax.get_xlabel(), loc="left")
+    ax.annotate(faults, (1, 0), (0, -16), fontsize=SMALL - 0.5, color=HURTING, **place)
 
 
 def _lines(ax: Axes, finding: xr.Dataset, hue: str, style: LineStyleType) -> None:

@@ -142,6 +142,24 @@ def _null(ax: Axes, finding: xr.Dataset) -> None:
         ax.hist(values, bins=bins, **looks[name])
     tallest = ax.get_ylim()[1]
     ax.vlines(observed, 0, tallest, color=INK, linewidth=1.6)  # the words stand above it
+    lines = _said(finding, observed)
+    tall = ax.get_window_extent().height / ax.figure.dpi * 72  # points, before the layout
+    ax.set_ylim(0, tallest / (1 - min((10 * len(lines) + 8) / tall, 0.7)))
+    _write_lines(ax, lines, right=observed > top / 2 or top == 1)
+    tidy(
+        ax,
+        x=f"aligned {safe_in_figure(str(finding.attrs.get('signal', 'allocation')))} peaks",
+        y="rotations",
+    )
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
+def _said(finding: xr.Dataset, observed: float) -> list[tuple[str, str]]:
+    """Return what is written above the bars, each line with its colour: how many alignments there
+    are, their p-values, and what to do where the test has no power.
+    """
     lines = [
         (f"observed {observed:.0f}", INK),
         (f"rotated: p = {float(finding['p_shift']):.2g}", MUTED),
@@ -162,9 +180,13 @@ def _null(ax: Axes, finding: xr.Dataset) -> None:
             f"{about}. Try fewer (by).",
         )
         lines += [(text, INK) for text in advice]
-    tall = ax.get_window_extent().height / ax.figure.dpi * 72  # points, before the layout
-    ax.set_ylim(0, tallest / (1 - min((10 * len(lines) + 8) / tall, 0.7)))
-    right = observed > top / 2 or top == 1
+    return lines
+
+
+def _write_lines(ax: Axes, lines: list[tuple[str, str]], *, right: bool) -> None:
+    """Write lines below each other, from the top, on the side where there are no bars: the left one
+    where the `right` one is taken.
+    """
     side: dict[str, Any] = {
         "xycoords": "axes fraction",
         "textcoords": "offset points",
@@ -180,11 +202,3 @@ def _null(ax: Axes, finding: xr.Dataset) -> None:
             fontsize=SMALL,
             **side,
         )
-    tidy(
-        ax,
-        x=f"aligned {safe_in_figure(str(finding.attrs.get('signal', 'allocation')))} peaks",
-        y="rotations",
-    )
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
