@@ -9,20 +9,14 @@ from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 from . import broadcast
-from .protocol import Cluster, Done, Function, Outcome, Settled, Spec
+from .protocol import Cluster, Committed, Crew, Done, Function, Outcome, Spec
 
 
 class Inline:
     """See `Cluster`."""
 
-    workers = 1
-    max_per_host = 1
-    several_threads: tuple[str, ...] = ()
-    dashboard: str | None = None
-
     def __init__(self, device: str, stop: threading.Event) -> None:
-        self.device: str | None = device
-        self._stop = stop
+        self._device, self._stop = device, stop
         self._delivered: list[str] = []
 
     @classmethod
@@ -36,6 +30,10 @@ class Inline:
             for key in cluster._delivered:
                 broadcast.drop(key)
 
+    def crew(self) -> Crew:
+        """See `Cluster.crew`."""
+        return Crew(workers=1, device=self._device)
+
     def deliver(self, data: bytes) -> str:
         """See `Cluster.deliver`."""
         self._delivered.append(uuid.uuid4().hex)
@@ -48,10 +46,10 @@ class Inline:
 
     def settle_on(self, device: str) -> None:
         """See `Cluster.settle_on`."""
-        self.device = device
+        self._device = device
 
     def map(
-        self, function: Function, specs: Iterable[Spec], settled: Settled | None = None
+        self, function: Function, specs: Iterable[Spec], committed: Committed | None = None
     ) -> Generator[Outcome]:
         """See `Cluster.map`."""
         for spec in specs:
