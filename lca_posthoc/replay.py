@@ -270,25 +270,16 @@ def repair(
         tls_key=tls_key,
         insecure=insecure,
     )
-    packed = pack(task)
-    store.read_manifest(place)
-    with store.hold(place):
-        writer = RunWriter.open(place, durable)
-        problems = list(store.verify(place))
-        damage = [problem for problem in problems if isinstance(problem, store.Damage)]
-        writer.restore_metadata()
-        writer.sweep()
-        writer.remove_leftovers(
-            problem for problem in problems if isinstance(problem, store.Leftover)
-        )
+    entry, data = pack(task)
+    manifest = store.read_manifest(place)
+    damage, leftovers = _cleaned(place, durable)
     losses = {
         part.loss: True
         for part in damage
         if part.loss is not None and (part.span, part.window) != (None, None)
     }
-    root = located(checkpoints if checkpoints is not None else writer.manifest.root)
+    root = located(checkpoints if checkpoints is not None else manifest.root)
     with listening(progress) as listener:
-        entry, data = packed
         job = _Job(
             checkpoints=root,
             task=entry,
@@ -303,7 +294,22 @@ def repair(
         driver = _Driver(job, Log(listener))
         if losses:
             driver.run(where)
-    return Repaired(damage, driver.repair_spans or {}, len(problems) - len(damage))
+    return Repaired(damage, driver.repair_spans or {}, leftovers)
+
+
+def _cleaned(path: Path, durable: bool) -> tuple[list[store.Damage], int]:
+    """Put a run's metadata right and remove what killed writers left; return its damage, and how
+    many files were removed.
+    """
+    with store.hold(path):
+        writer = RunWriter.open(path, durable)
+        problems = list(store.verify(path))
+        writer.restore_metadata()
+        writer.sweep()
+        leftovers = [problem for problem in problems if isinstance(problem, store.Leftover)]
+        writer.remove_leftovers(leftovers)
+    damage = [problem for problem in problems if isinstance(problem, store.Damage)]
+    return damage, len(leftovers)
 
 
 def _durable(durability: str) -> bool:

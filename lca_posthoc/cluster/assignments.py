@@ -1,4 +1,4 @@
-"""Which worker is given which spec, and what becomes of it: a state machine that knows no engine.
+"""Decide which worker is given which spec, and what becomes of it, without knowing an engine.
 
 `Assignments` is told what happened: a worker came, answered or is gone, a spec is finished, so late
 it is. It answers with what is to be done: hand a spec to a worker, cancel it, ask a newcomer, or
@@ -21,7 +21,6 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from .protocol import Done, Lost, Outcome, Refused, Retried, Spec, Waiting
 
@@ -229,7 +228,7 @@ class Assignments:
                     submitted.append(self._hand(worker, slot, flight, now))
         return submitted
 
-    def finished(self, attempt: int, result: Any, now: float) -> list[Action]:
+    def finished(self, attempt: int, result: object, now: float) -> list[Action]:
         """Report what a spec returned."""
         leaver = self._leavers.pop(attempt, None)
         if leaver is not None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ResourceError
 from . import assignments
 from .assignments import Abandoned, Action, Ask, Assignments, Cancel, Overdue, Submit
-from .protocol import Committed, Crew, Function, Outcome, Slow, Spec
+from .protocol import Committed, Crew, Function, Outcome, Question, Slow, Spec
 from .scheduler import WITHOUT_US, Scheduler, answer_of, place_of, result_of, shortly
 
 if TYPE_CHECKING:
@@ -126,10 +126,10 @@ class Workers:
                 "compute with --device cpu."
             )
 
-    def check_workers(self, function: Function, spec: Spec) -> dict[str, Any]:
+    def check_workers(self, question: Question, spec: Spec) -> dict[str, Spec]:
         """See `Cluster.check_workers`."""
         scheduler, able = self._scheduler, self._members.able
-        question = self._members.question = place_of(function), spec
+        of_newcomers = self._members.question = place_of(question), spec
         answers = {
             address: answer or {"error": WITHOUT_US}
             for address, answer in _answers(able, scheduler.ask_for_us).items()
@@ -137,7 +137,7 @@ class Workers:
         }
         answers |= _answers(
             [address for address in able if address not in answers],
-            lambda address: scheduler.submit(*question, address, on_gpu=False),
+            lambda address: scheduler.submit(*of_newcomers, address, on_gpu=False),
         )
         self._members.able = [address for address in able if "error" not in answers[address]]
         return {scheduler.named(address): answer for address, answer in answers.items()}
@@ -259,7 +259,7 @@ class _Work:
             self._members.able.append(address)
         return self._carry_out(self._assigned.answered(attempt, refusal))
 
-    def _refusal(self, address: str, answer: dict[str, Any]) -> str | None:
+    def _refusal(self, address: str, answer: dict[str, Spec]) -> str | None:
         if "error" in answer:
             error = answer["error"]
             return str(error["message"]) if isinstance(error, dict) else str(error)

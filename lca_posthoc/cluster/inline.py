@@ -6,10 +6,9 @@ import contextlib
 import threading
 import uuid
 from collections.abc import Generator, Iterable, Iterator
-from typing import Any
 
 from . import broadcast
-from .protocol import Cluster, Committed, Crew, Done, Function, Outcome, Spec
+from .protocol import Cluster, Committed, Crew, Done, Function, Outcome, Question, Spec
 
 
 class Inline:
@@ -40,9 +39,9 @@ class Inline:
         broadcast.take_in(self._delivered[-1], data)
         return self._delivered[-1]
 
-    def check_workers(self, function: Function, spec: Spec) -> dict[str, Any]:
+    def check_workers(self, question: Question, spec: Spec) -> dict[str, Spec]:
         """See `Cluster.check_workers`."""
-        return {"this process": function(spec)}
+        return {"this process": question(spec)}
 
     def settle_on(self, device: str) -> None:
         """See `Cluster.settle_on`."""

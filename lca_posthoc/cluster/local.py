@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ResourceError
 from .assignments import ANSWER_SECONDS
@@ -67,7 +67,7 @@ def on_this_host(where: ClusterConfig, device: str, stop: threading.Event) -> It
             yield workers
 
 
-def _worker_specs(device: str, count: int) -> dict[int, dict[str, Any]]:
+def _worker_specs(device: str, count: int) -> dict[int, dict[str, object]]:
     """Return workers as a `SpecCluster` starts them."""
     from distributed import Nanny
 
@@ -103,7 +103,7 @@ def _scheduler_spec(*, dashboard: bool) -> dict[str, object]:
 
 
 def _start(
-    stack: contextlib.ExitStack, specs: dict[int, dict[str, Any]], *, dashboard: bool
+    stack: contextlib.ExitStack, specs: dict[int, dict[str, object]], *, dashboard: bool
 ) -> tuple[SpecCluster, Client]:
     """Start a scheduler with its workers, and a client of it; `stack` ends them."""
     from distributed import Client, SpecCluster

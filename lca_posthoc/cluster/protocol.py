@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-Spec = dict[str, Any]
-Function = Callable[[Spec], Any]
-Committed = Callable[[Spec], Any]
+Spec = dict[str, object]
+Function = Callable[[Spec], object]
+Question = Callable[[Spec], Spec]
+Committed = Callable[[Spec], object]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Done:
     """
 
     spec: Spec
-    result: Any
+    result: object
     worker: str = "this process"
     workers: int = 1
 
@@ -105,8 +106,8 @@ class Cluster(Protocol):
         `delivered`.
         """
 
-    def check_workers(self, function: Function, spec: Spec) -> dict[str, Any]:
-        """Return what a callable returns on each worker, before any gets work; late ones are asked
+    def check_workers(self, question: Question, spec: Spec) -> dict[str, Spec]:
+        """Return what a question returns on each worker, before any gets work; late ones are asked
         the same.
 
         A worker whose answer holds `"error"`, or that gives none, does not take part.

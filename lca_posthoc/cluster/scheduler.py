@@ -180,7 +180,7 @@ def answer_of(future: Future, seconds: float) -> Any:
         return {"error": shortly(error)}
 
 
-def result_of(future: Future) -> list[Any]:
+def result_of(future: Future) -> list[object]:
     """Return the result of a finished task as the only item, none if its worker is not there to
     give it.
     """
@@ -223,7 +223,7 @@ def shortly(error: object) -> str:
     )
 
 
-def _work(place: str, spec: Spec, stop: str) -> Any:
+def _work(place: str, spec: Spec, stop: str) -> object:
     """Run a spec on a worker unless the driver is draining."""
     from distributed import get_client
 

@@ -1,4 +1,4 @@
-"""How far a replay is, shown: a bar on a terminal or in a notebook, elsewhere a line a minute."""
+"""Show how far a replay is: a bar on a terminal or in a notebook, elsewhere a line a minute."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import time
 from datetime import timedelta
 from html import escape
+from types import ModuleType
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -185,7 +186,7 @@ class Lines:
 class Notebook:
     """A bar in a notebook, by HTML alone; it stays as it was at the end."""
 
-    def __init__(self, shell_display: Any) -> None:
+    def __init__(self, shell_display: ModuleType) -> None:
         self._display = shell_display
         self._handle: Any = None
 
