@@ -124,37 +124,8 @@ def read_header(path: Path) -> Header:
     """
     try:
         with reached(path), path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
             shown = file.read(_SHOWN)
-            file.seek(0)
-            length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
-            if not 2 <= length <= size - 8:
-                raise _damaged(path, f"its {size:,} bytes do not begin with a safetensors header")
-            if length > MAX_HEADER_BYTES:
-                raise _damaged(
-                    path, f"its header claims {length:,} bytes (limit {MAX_HEADER_BYTES:,})"
-                )
-            text = file.read(length)
-            tensors, metadata, end = _parse(path, text)
-            if 8 + length + end != size:
-                missing = 8 + length + end - size
-                raise _damaged(
-                    path,
-                    f"it has {size:,} bytes, {abs(missing):,} too "
-                    f"{'few' if missing > 0 else 'many'}",
-                )
-            samples: list[tuple[int, bytes]] = []
-            crc = fingerprint(_remembering(_reader(path, file), samples), size)
-            parts = (sample[max(0, 8 + length - offset) :] for offset, sample in samples)
-            return Header(
-                tensors=tensors,
-                metadata=metadata,
-                size=size,
-                fingerprint=crc,
-                data_size=end,
-                data_samples=tuple(map(google_crc32c.value, parts)),
-            )
+            return _checked_header(path, file)
     except _DamagedError:
         if (other := _other_format(shown)) is not None:
             raise InputError(
@@ -166,6 +137,41 @@ def read_header(path: Path) -> Header:
             f"cannot read checkpoint file {path}: {error.strerror}. Check the path and its "
             f"permissions."
         ) from None
+
+
+def _checked_header(path: Path, file: BinaryIO) -> Header:
+    size = file.seek(0, os.SEEK_END)
+    text = _header_text(path, file, size)
+    tensors, metadata, data_size = _parse(path, text)
+    start = 8 + len(text)
+    if start + data_size != size:
+        missing = start + data_size - size
+        raise _damaged(
+            path,
+            f"it has {size:,} bytes, {abs(missing):,} too {'few' if missing > 0 else 'many'}",
+        )
+    samples: list[tuple[int, bytes]] = []
+    crc = fingerprint(_remembering(_reader(path, file), samples), size)
+    parts = (sample[max(0, start - offset) :] for offset, sample in samples)
+    return Header(
+        tensors=tensors,
+        metadata=metadata,
+        size=size,
+        fingerprint=crc,
+        data_size=data_size,
+        data_samples=tuple(map(google_crc32c.value, parts)),
+    )
+
+
+def _header_text(path: Path, file: BinaryIO, size: int) -> bytes:
+    """Return the JSON of the header, after its length was checked."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
+    if not 2 <= length <= size - 8:
+        raise _damaged(path, f"its {size:,} bytes do not begin with a safetensors header")
+    if length > MAX_HEADER_BYTES:
+        raise _damaged(path, f"its header claims {length:,} bytes (limit {MAX_HEADER_BYTES:,})")
+    return file.read(length)
 
 
 def _reader(path: Path, file: BinaryIO) -> Callable[[int, int], bytes]:

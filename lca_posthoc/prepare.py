@@ -7,14 +7,14 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .cluster import Cluster, Done, Lost, Spec
+from .cluster import Cluster, Crew, Done, Lost, Spec
 from .errors import InputError, Interrupted, ResourceError, SpanError, few
 from .paths import absolute, below
 from .precisions import PRECISIONS
@@ -128,13 +128,14 @@ def prepare(
         _known_splits(settings["subset"], described)
     matched = _match(trajectory, described)
     setup = replace(setup, losses=list(described.losses), digests=described.digests)
-    span = span or choose_span(matched.segments, workers or cluster.workers, matched.elements)
+    crew = cluster.crew()
+    span = span or choose_span(matched.segments, workers or crew.workers, matched.elements)
     sample = Sample(
         points=_sampled_points(
             trajectory, matched.names, _looked_at_in_both_modes(matched.segments)
         ),
         ends=matched.segments,
-        workers=workers or cluster.max_per_host,
+        workers=workers or crew.max_per_host,
         span=existing.span if existing else span,
     )
     recorded = existing.losses if existing else {}
@@ -155,7 +156,7 @@ def prepare(
     notes = [
         *probed.notes,
         *_about(matched, manifest, recorded),
-        *_idle(existing or manifest, workers or cluster.workers),
+        *_idle(existing or manifest, workers or crew.workers),
     ]
     return Preparation(
         setup=setup, sample=sample, manifest=manifest, notes=notes, short_of=probed.short_of
@@ -297,7 +298,7 @@ def check_workers(
     cluster.settle_on(
         device or ("cuda" if all(answer.cuda for answer in admitted.values()) else "cpu")
     )
-    return _sharing(cluster.device, cluster.several_threads, admitted)
+    return _sharing(cluster.crew(), admitted)
 
 
 def _refuse_workers(answers: Mapping[str, Spec]) -> None:
@@ -312,18 +313,16 @@ def _refuse_workers(answers: Mapping[str, Spec]) -> None:
         raise ResourceError(f"{'; '.join(refused[:3])}{more}.")
 
 
-def _sharing(
-    device: str | None, several: Sequence[str], admitted: dict[str, Admission]
-) -> list[str]:
+def _sharing(crew: Crew, admitted: dict[str, Admission]) -> list[str]:
     """Say what makes workers slower than they could be."""
-    notes = []
+    notes, several = [], crew.several_threads
     if several:
         notes.append(
             f"worker{'s' if len(several) > 1 else ''} {', '.join(several[:3])} "
             f"ha{'ve' if len(several) > 1 else 's'} more than one thread, "
             "but a worker computes one span at a time: start more workers with --nthreads 1"
         )
-    if device == "cuda":
+    if crew.device == "cuda":
         sharing: dict[str | None, list[str]] = {}
         for name, answer in admitted.items():
             sharing.setdefault(answer.gpu, []).append(name)

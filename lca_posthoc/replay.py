@@ -11,11 +11,11 @@ import errno
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
@@ -60,7 +60,9 @@ from .progress import (
 from .requests import (
     CompressionsRequest,
     Failure,
+    LossSpan,
     RunRequest,
+    SpanAnswer,
     SpanRequest,
     answered,
     from_plain,
@@ -78,7 +80,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 # --- the run
-# -----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def run(
@@ -208,10 +210,9 @@ def run(
             asked=asked,
             span=span,
             durable=durable,
-            tell=log,
             ignore_space=ignore_space,
         )
-        job.run(where)
+        _Driver(job, log).run(where)
     return store.open_run(path)
 
 
@@ -269,25 +270,16 @@ def repair(
         tls_key=tls_key,
         insecure=insecure,
     )
-    packed = pack(task)
-    store.read_manifest(place)
-    with store.hold(place):
-        writer = RunWriter.open(place, durable)
-        problems = list(store.verify(place))
-        damage = [problem for problem in problems if isinstance(problem, store.Damage)]
-        writer.restore_metadata()
-        writer.sweep()
-        writer.remove_leftovers(
-            problem for problem in problems if isinstance(problem, store.Leftover)
-        )
+    entry, data = pack(task)
+    manifest = store.read_manifest(place)
+    damage, leftovers = _cleaned(place, durable)
     losses = {
         part.loss: True
         for part in damage
         if part.loss is not None and (part.span, part.window) != (None, None)
     }
-    root = located(checkpoints if checkpoints is not None else writer.manifest.root)
+    root = located(checkpoints if checkpoints is not None else manifest.root)
     with listening(progress) as listener:
-        entry, data = packed
         job = _Job(
             checkpoints=root,
             task=entry,
@@ -297,12 +289,27 @@ def repair(
             asked={},
             span=None,
             durable=durable,
-            tell=Log(listener),
             damage=damage,
         )
+        driver = _Driver(job, Log(listener))
         if losses:
-            job.run(where)
-    return Repaired(damage, job.only or {}, len(problems) - len(damage))
+            driver.run(where)
+    return Repaired(damage, driver.repair_spans or {}, leftovers)
+
+
+def _cleaned(path: Path, durable: bool) -> tuple[list[store.Damage], int]:
+    """Put a run's metadata right and remove what killed writers left; return its damage, and how
+    many files were removed.
+    """
+    with store.hold(path):
+        writer = RunWriter.open(path, durable)
+        problems = list(store.verify(path))
+        writer.restore_metadata()
+        writer.sweep()
+        leftovers = [problem for problem in problems if isinstance(problem, store.Leftover)]
+        writer.remove_leftovers(leftovers)
+    damage = [problem for problem in problems if isinstance(problem, store.Damage)]
+    return damage, len(leftovers)
 
 
 def _durable(durability: str) -> bool:
@@ -329,6 +336,15 @@ def default_out(checkpoints: str | Path) -> Path:
 DURABILITY = ("full", "none")
 _BLOCK = 4096  # bytes to whose multiples most file systems round the size of a file
 _AT_ONCE = 0.1  # seconds after a signal when it is told of at the latest
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_MORE_SPACE = (
+    "Keep less with --keep units or --keep tensors, write elsewhere with --out, or begin all the "
+    "same with --ignore-space: a run that meets a full disk stops, and goes on where it was once "
+    "there is space."
+)
+
+# --- signals
+# ------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -362,35 +378,50 @@ def _signals(tell: Callable[[int], None]) -> Iterator[_Stop]:
         stop.signal = number
         stop.event.set()
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    with _told_at_once(stop, tell), _handled(handle):
+        try:
+            yield stop
+        except KeyboardInterrupt:
+            raise _interrupted(stop.signal or signal.SIGINT) from None
+
+
+@contextlib.contextmanager
+def _told_at_once(stop: _Stop, tell: Callable[[int], None]) -> Iterator[None]:
+    """Count signals as they arrive, in a thread, which tells of the first."""
     arrives, leaves = socket.socketpair()
     leaves.setblocking(False)  # as `set_wakeup_fd` has it
-
-    def listen() -> None:
-        while arrived := arrives.recv(1):  # nothing when the other end is closed
-            if arrived[0] not in numbers:
-                continue
-            stop.arrived += 1
-            if stop.arrived == 1:
-                # once the handler ran, a second signal that follows what is told is one of its own
-                stop.event.wait(_AT_ONCE)
-                tell(arrived[0])
-
-    listener = threading.Thread(target=listen, daemon=True)
+    listener = threading.Thread(target=_listen, args=(arrives, stop, tell), daemon=True)
     listener.start()
     earlier = signal.set_wakeup_fd(leaves.fileno(), warn_on_full_buffer=False)
-    before = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield stop
-    except KeyboardInterrupt:
-        raise _interrupted(stop.signal or signal.SIGINT) from None
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         signal.set_wakeup_fd(earlier)
         leaves.close()
         listener.join()
         arrives.close()
+
+
+def _listen(arrives: socket.socket, stop: _Stop, tell: Callable[[int], None]) -> None:
+    while arrived := arrives.recv(1):  # nothing when the other end is closed
+        if arrived[0] not in _SIGNALS:
+            continue
+        stop.arrived += 1
+        if stop.arrived == 1:
+            # once the handler ran, a second signal that follows what is told is one of its own
+            stop.event.wait(_AT_ONCE)
+            tell(arrived[0])
+
+
+@contextlib.contextmanager
+def _handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle both signals, and put back what handled them before."""
+    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _interrupted(number: int) -> Interrupted:
@@ -399,9 +430,26 @@ def _interrupted(number: int) -> Interrupted:
     return error
 
 
-@dataclass(kw_only=True)
+# --- one call
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Job:
-    """One call of `run`: from a trajectory and a task to a complete run directory."""
+    """The work that `run` or `repair` was asked to do.
+
+    Attributes:
+        checkpoints: their directory.
+        task: where the task is.
+        data: its source, for workers.
+        losses: their names; empty for the first, `["all"]` for every one.
+        path: of the run.
+        asked: settings by name, as the caller gave them.
+        span: segments per span; None to choose.
+        durable: whether a span is on the disk before it counts.
+        damage: to be computed again; None where it is no repair.
+        ignore_space: whether to begin with too little space.
+    """
 
     checkpoints: Path
     task: Entry
@@ -411,112 +459,148 @@ class _Job:
     asked: dict[str, object]
     span: int | None
     durable: bool
-    tell: Log
     damage: list[store.Damage] | None = None
-    only: dict[str, list[int]] | None = None
-    failed: list[SpanFailed] = field(default_factory=list)
-    smaller: int = 0
-    torn: bool = False
-    heard: dict[str, dict[int, list[float]]] = field(default_factory=dict)
-    announcement: store.Announcement | None = None
-    stage: str = ""
-    workers: int = 0  # that replay spans; 0 before the first span
     ignore_space: bool = False
-    span_seconds: float | None = None  # that the last span took
 
-    def _begin(self, stage: str) -> None:
-        """Tell the listener, and whoever asks `lca status`, what is done now."""
-        self.stage = stage
+    def recorded(self) -> Manifest | None:
+        """Return what is recorded of the run; None where there is none yet."""
+        return store.read_manifest(self.path) if store.exists(self.path) else None
+
+
+class _Status:
+    """The state of a job as its listener, and whoever asks `lca status`, is told.
+
+    Attributes:
+        tell: passes an event on.
+        announcement: the file beside the run, while it is prepared.
+        workers: that replay spans; 0 before the first span.
+        span_seconds: that the last span took.
+    """
+
+    def __init__(self, tell: Log) -> None:
+        self.tell = tell
+        self.announcement: store.Announcement | None = None
+        self.workers = 0
+        self.span_seconds: float | None = None
+        self._stage = ""
+
+    def begin(self, stage: str) -> None:
+        """Tell what is done now."""
+        self._stage = stage
         self.tell(Stage(stage))
         if self.announcement is not None:
             self.announcement.stage(stage)
 
-    def _say_stopping(self, number: int) -> None:
+    def note(self, notes: Iterable[str]) -> None:
+        """Tell what the user should know."""
+        for text in notes:
+            self.tell(Note(text))
+
+    def plan(self, planned: Planned) -> None:
+        """Tell that the spans begin, or that there are none."""
+        if self.announcement is not None:
+            self.announcement.end()
+        self.tell(planned)
+        self.workers = planned.workers if planned.pending else 0
+
+    def say_stopping(self, number: int) -> None:
         """Tell what a first signal waits for, and how to stop at once."""
-        if self.workers:
-            on = f" on {self.workers} workers" if self.workers > 1 else ""
-            took = (
-                ""
-                if self.span_seconds is None
-                else f" (the last one took {duration(self.span_seconds)})"
+        waits, lost = (
+            (
+                self._span_ends(),
+                "what is committed is kept, what is underway is computed again next time",
             )
-            waits = (
-                f"when the span{'s' if on else ''} underway{on} {'are' if on else 'is'} "
-                f"committed{took}"
-            )
-            lost = "what is committed is kept, what is underway is computed again next time"
-        else:
-            waits, lost = f"when this is done: {self.stage}", "no span has begun"
+            if self.workers
+            else (f"when this is done: {self._stage}", "no span has begun")
+        )
         again = "Press Ctrl-C again" if number == signal.SIGINT else "Send SIGTERM again"
         self.tell(Stopping(f"stopping {waits}. {again} to stop now: {lost}."))
 
+    def _span_ends(self) -> str:
+        on = f" on {self.workers} workers" if self.workers > 1 else ""
+        took = (
+            ""
+            if self.span_seconds is None
+            else f" (the last one took {duration(self.span_seconds)})"
+        )
+        return (
+            f"when the span{'s' if on else ''} underway{on} {'are' if on else 'is'} committed{took}"
+        )
+
+
+class _Driver:
+    """One call of `run` or `repair`: from a trajectory and a task to a complete run directory.
+
+    Attributes:
+        repair_spans: in a repair, the spans that are computed again, by loss.
+    """
+
+    def __init__(self, job: _Job, tell: Log) -> None:
+        self._job, self._status = job, _Status(tell)
+        self.repair_spans: dict[str, list[int]] | None = None
+
     def run(self, where: ClusterConfig) -> None:
+        """Do the job on a cluster."""
         where.check()
-        with _signals(self._say_stopping) as stop, store.announced(self.path) as self.announcement:
-            try:
-                self._run(where, stop)
-            except OSError as error:
-                if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                    raise ResourceError(
-                        f"not allowed: {error}. Give this user the right to it, or write elsewhere "
-                        f"with --out."
-                    ) from error
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise LCAError(
-                        f"a file cannot be read or written: {error}. What was committed is kept; "
-                        f"put it right and run again."
-                    ) from error
-                raise ResourceError(
-                    f"no space left for the result ({error}). Free some and run again."
-                ) from error
+        status = self._status
+        with (
+            _signals(status.say_stopping) as stop,
+            store.announced(self._job.path) as status.announcement,
+            _named_disk_errors(),
+        ):
+            self._run(where, stop)
 
     def _run(self, where: ClusterConfig, stop: _Stop) -> None:
-        recorded = store.read_manifest(self.path) if store.exists(self.path) else None
-        settings = resolve(self.asked, recorded.settings if recorded else None)
-        self._begin("reading the headers of the checkpoints")
-        trajectory = open_trajectory(
-            self.checkpoints,
-            pattern=settings["pattern"],
-            rename=settings["rename"],
-            steps=settings["steps"],
-        )
-        if recorded is not None and self.damage is not None:  # a repair takes up no checkpoint
-            trajectory = replace(
-                trajectory, checkpoints=trajectory.checkpoints[: len(recorded.checkpoints)]
-            )
-        for note in trajectory.notes:
-            self.tell(Note(note))
+        job, status, recorded = self._job, self._status, self._job.recorded()
+        settings = resolve(job.asked, recorded.settings if recorded else None)
+        status.begin("reading the headers of the checkpoints")
+        trajectory = self._trajectory(settings, recorded)
+        status.note(trajectory.notes)
         if recorded is not None:
             same_checkpoints(
-                RunWriter(self.path, recorded), relative(trajectory), str(trajectory.root)
+                RunWriter(job.path, recorded), relative(trajectory), str(trajectory.root)
             )
-            if self.damage is None and self._is_finished(recorded, trajectory):
+            if job.damage is None and self._is_finished(recorded, trajectory):
                 return
         else:
-            store.refuse_other(self.path)
-        self._begin("starting workers" if where.kind == "local" else "reaching the workers")
+            store.refuse_other(job.path)
+        status.begin("starting workers" if where.kind == "local" else "reaching the workers")
         with open_cluster(where, settings["device"], stop.event) as cluster:
-            if cluster.dashboard:
-                self.tell(Note(f"the dashboard of the workers is at {cluster.dashboard}"))
+            dashboard = cluster.crew().dashboard
+            if dashboard:
+                status.note([f"the dashboard of the workers is at {dashboard}"])
             try:
                 self._work(cluster, settings, trajectory, stop, strangers=where.is_address)
             except Interrupted:
                 raise _interrupted(stop.signal) from None
 
+    def _trajectory(self, settings: Settings, recorded: Manifest | None) -> Trajectory:
+        trajectory = open_trajectory(
+            self._job.checkpoints,
+            pattern=settings["pattern"],
+            rename=settings["rename"],
+            steps=settings["steps"],
+        )
+        if recorded is None or self._job.damage is None:
+            return trajectory
+        known = trajectory.checkpoints[: len(recorded.checkpoints)]
+        return replace(trajectory, checkpoints=known)  # a repair takes up no checkpoint
+
     def _is_finished(self, manifest: Manifest, trajectory: Trajectory) -> bool:
         """Tell whether nothing is left to do, from the task file's bytes and the markers alone."""
-        if manifest.provenance["task_sha256"] != digest(self.task) or len(
+        job = self._job
+        if manifest.provenance["task_sha256"] != digest(job.task) or len(
             trajectory.checkpoints
         ) != len(manifest.checkpoints):
             return False
         known = manifest.provenance["task_losses"]
-        losses = known if self.losses == ["all"] else self.losses or known[:1]
-        writer = RunWriter(self.path, manifest)
+        losses = known if job.losses == ["all"] else job.losses or known[:1]
+        writer = RunWriter(job.path, manifest)
         finished = set(losses) <= set(manifest.losses) and all(
             manifest.losses[name].covers is None and writer.is_complete(name) for name in losses
         )
         if finished:
-            self.tell(Planned(0, manifest.segments * len(losses), 0, 0))
+            self._status.tell(Planned(0, manifest.segments * len(losses), 0, 0))
         return finished
 
     def _work(
@@ -528,62 +612,82 @@ class _Job:
         *,
         strangers: bool,
     ) -> None:
-        existing = store.read_manifest(self.path) if store.exists(self.path) else None
+        existing = self._job.recorded()
         if strangers:
-            self._begin("asking each worker what it has")
-            with store.token(self.path) as token:
-                notes = check_workers(cluster, trajectory, settings["device"], token)
-            for note in notes:
-                self.tell(Note(note))
-        settings = on_device(settings, cluster.device)
-        parcel = cluster.deliver(self.data)
-        self._begin("building and probing the task")
-        ready = prepare(
-            cluster,
-            trajectory,
-            self.task,
-            parcel,
-            self.losses,
-            settings,
-            existing=existing,
-            span=self.span,
-        )
+            self._status.begin("asking each worker what it has")
+            with store.token(self._job.path) as token:
+                self._status.note(check_workers(cluster, trajectory, settings["device"], token))
+        ready = self._prepare(cluster, settings, trajectory, existing)
         if stop.event.is_set():
             raise _interrupted(stop.signal)
-        for note in ready.notes:
-            self.tell(Note(note))
+        self._status.note(ready.notes)
         if ready.short_of:
             raise ResourceError(ready.short_of)
-        self._begin("laying out the run" if existing is None else "comparing with what is recorded")
+        self._status.begin(
+            "laying out the run" if existing is None else "comparing with what is recorded"
+        )
         if existing is None:
-            self._check_space(
-                cluster, ready, ready.manifest, settings["keep"], ready.manifest.losses
-            )
-            store.create(self.path, ready.manifest, self.durable)
+            manifest = ready.manifest
+            self._check_space(cluster, ready, manifest, settings["keep"], manifest.losses)
+            store.create(self._job.path, manifest, self._job.durable)
+        self._replay(cluster, trajectory if strangers else None, ready, stop)
+
+    def _prepare(
+        self,
+        cluster: Cluster,
+        settings: Settings,
+        trajectory: Trajectory,
+        existing: Manifest | None,
+    ) -> Preparation:
+        job = self._job
+        settings = on_device(settings, cluster.crew().device)
+        parcel = cluster.deliver(job.data)
+        self._status.begin("building and probing the task")
+        return prepare(
+            cluster,
+            trajectory,
+            job.task,
+            parcel,
+            job.losses,
+            settings,
+            existing=existing,
+            span=job.span,
+        )
+
+    def _replay(
+        self, cluster: Cluster, seen_by: Trajectory | None, ready: Preparation, stop: _Stop
+    ) -> None:
+        """Replay what is pending, while the run is locked.
+
+        Args:
+            cluster: where.
+            seen_by: the checkpoints that late workers must see; None for those of this host.
+            ready: the probed task.
+            stop: the request to drain.
+        """
+        job = self._job
         with contextlib.ExitStack() as stack:
-            lock = stack.enter_context(store.hold(self.path))
-            writer = RunWriter.open(self.path, self.durable)
+            lock = stack.enter_context(store.hold(job.path))
+            writer = RunWriter.open(job.path, job.durable)
             if lock.unclean:
                 writer.sweep()
-            if strangers:  # who comes late is asked about the run directory itself
-                check_workers(
-                    cluster, trajectory, cluster.device, stack.enter_context(store.token(self.path))
-                )
+            if seen_by is not None:  # who comes late is asked about the run directory itself
+                token = stack.enter_context(store.token(job.path))
+                check_workers(cluster, seen_by, cluster.crew().device, token)
             self._bring_up(cluster, writer, ready)
-            common = RunRequest[Any](
-                setup=ready.setup,
-                points=replace(ready.sample.points, checkpoints={}),
-                run=str(self.path.resolve()),
-                batch_sizes=ready.batch_sizes,
-            )
-            same_values(cluster, writer, common, writer.spans_of(self.damage or ()))
+            common = _common(ready, job.path)
+            same_values(cluster, writer, common, writer.spans_of(job.damage or ()))
             # now that all that is needed to compute it again is known to be there
-            if self.damage is not None:
-                self.only = writer.discard(self.damage)
-            stack.enter_context(self.tell.written_to(partial(store.append_events, self.path)))
-            self._replay(cluster, writer, common, stop, lock)
-            if self.failed:
-                raise SpanError(_failures(self.failed))
+            if job.damage is not None:
+                self.repair_spans = writer.discard(job.damage)
+            log = partial(store.append_events, job.path)
+            stack.enter_context(self._status.tell.written_to(log))
+            spans = _Spans(writer, common, self._status, durable=job.durable)
+            spans.replay(cluster, lock, self.repair_spans)
+            if stop.event.is_set():
+                raise _interrupted(stop.signal)
+            if spans.failed:
+                raise SpanError(_failures(spans.failed))
 
     def _check_space(
         self,
@@ -596,56 +700,37 @@ class _Job:
         """Refuse losses for whose results there is too little space, by what compression leaves of
         a segment of each.
         """
-        place = nearest(self.path.resolve().parent)
+        place = nearest(self._job.path.resolve().parent)
         free = psutil.disk_usage(str(place)).free
         most = store.required_bytes(manifest, keep, losses)
         if most <= free:
             return
-        request = CompressionsRequest(
-            setup=ready.setup,
-            sample=ready.sample,
-            batch_sizes=ready.batch_sizes,
-            segments_of_window=manifest.length_of(0),
-        )
-        shares = ask(cluster, compressions, request).compressed
+        shares = _compressed(cluster, ready, manifest)
         about = store.estimated_bytes(manifest, keep, losses, shares, _BLOCK)
-        sizes = (
-            f"about {amount(about)} after compression (at most {amount(most)}), and {place} has "
-            f"{amount(free)} free"
+        will_need = (
+            f"the result will need about {amount(about)} after compression (at most "
+            f"{amount(most)}), and {place} has {amount(free)} free"
         )
-        if about > free and not self.ignore_space:
-            raise ResourceError(
-                f"the result will need {sizes}. Keep less with --keep units or --keep tensors, "
-                f"write elsewhere with --out, or begin all "
-                "the same with --ignore-space: a run that meets a full disk stops, and goes on "
-                "where it was once there is space."
-            )
-        self.tell(
-            Note(
-                f"the result will need {sizes}: a run that meets a full disk stops, and goes on "
-                f"once there is space"
-            )
-        )
+        if about > free and not self._job.ignore_space:
+            raise ResourceError(f"{will_need}. {_MORE_SPACE}")
+        full = "a run that meets a full disk stops, and goes on once there is space"
+        self._status.note([f"{will_need}: {full}"])
 
     def _bring_up(self, cluster: Cluster, writer: RunWriter, ready: Preparation) -> None:
         """Compare what is recorded with what was found, then take up new losses and new
         checkpoints.
         """
         recorded, laid_out = writer.manifest, ready.manifest
-        same_checkpoints(writer, laid_out.checkpoints, laid_out.root)
-        same_tensors(writer, laid_out.tensors)
-        for name, record in laid_out.losses.items():
-            if name in recorded.losses:
-                same_end = len(laid_out.checkpoints) == len(recorded.of(name).checkpoints)
-                same_loss(name, recorded.losses[name], record, same_end)
+        _refuse_others(writer, laid_out)
         behind = {name for name, record in recorded.losses.items() if record.covers is not None}
-        extended = {name for name in laid_out.losses if self.damage is None or name not in behind}
+        in_repair = self._job.damage is not None
+        extended = {name for name in laid_out.losses if not in_repair or name not in behind}
         if laid_out.checkpoints != recorded.checkpoints or behind & extended:
             writer.take_up(
                 laid_out.checkpoints, {name: laid_out.losses[name].identity for name in extended}
             )
-            if self.damage is None:
-                self._say_what_stays(writer.manifest)
+            if not in_repair:
+                self._status.note(_of_losses_left_behind(writer.manifest))
         new = {
             name: record for name, record in laid_out.losses.items() if name not in recorded.losses
         }
@@ -653,200 +738,318 @@ class _Job:
             with_new = replace(writer.manifest, losses={**writer.manifest.losses, **new})
             self._check_space(cluster, ready, with_new, writer.keep, new)
             writer.add_losses(new)
-        task = {
-            name: value for name, value in laid_out.provenance.items() if name.startswith("task")
-        }
-        if any(recorded.provenance[name] != value for name, value in task.items()):
-            writer.note(task)
+        _note_task(writer, laid_out)
 
-    def _say_what_stays(self, manifest: Manifest) -> None:
-        """Say which losses were not asked for, and so do not cover the checkpoints that were
-        added.
-        """
-        for name, record in manifest.losses.items():
-            if record.covers is not None:
-                last, step = manifest.checkpoints[-1].step, manifest.of(name).checkpoints[-1].step
-                self.tell(
-                    Note(
-                        f"loss {name!r} stays as it is, up to step {step}; the checkpoints go on "
-                        f"to step {last}. Take it there with "
-                        f"--loss {name}, or every loss with --loss all"
-                    )
-                )
 
-    def _replay(
-        self,
-        cluster: Cluster,
-        writer: RunWriter,
-        common: RunRequest[Any],
-        stop: _Stop,
-        lock: store.Held,
+@contextlib.contextmanager
+def _named_disk_errors() -> Iterator[None]:
+    """Say of an error of the file system what is to be done about it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ResourceError(
+                f"not allowed: {error}. Give this user the right to it, or write elsewhere "
+                f"with --out."
+            ) from error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise LCAError(
+                f"a file cannot be read or written: {error}. What was committed is kept; "
+                f"put it right and run again."
+            ) from error
+        raise ResourceError(
+            f"no space left for the result ({error}). Free some and run again."
+        ) from error
+
+
+def _compressed(
+    cluster: Cluster, ready: Preparation, manifest: Manifest
+) -> dict[str, dict[str, float]]:
+    """Return what compression leaves of a segment of each loss, by a trial; see `Compressions`."""
+    request = CompressionsRequest(
+        setup=ready.setup,
+        sample=ready.sample,
+        batch_sizes=ready.batch_sizes,
+        segments_of_window=manifest.length_of(0),
+    )
+    return ask(cluster, compressions, request).compressed
+
+
+def _refuse_others(writer: RunWriter, laid_out: Manifest) -> None:
+    """Refuse checkpoints, tensors and losses that are not those the run was made with."""
+    recorded = writer.manifest
+    same_checkpoints(writer, laid_out.checkpoints, laid_out.root)
+    same_tensors(writer, laid_out.tensors)
+    for name, record in laid_out.losses.items():
+        if name in recorded.losses:
+            same_end = len(laid_out.checkpoints) == len(recorded.of(name).checkpoints)
+            same_loss(name, recorded.losses[name], record, same_end)
+
+
+def _note_task(writer: RunWriter, laid_out: Manifest) -> None:
+    """Record where the task is now, if that changed."""
+    task = {name: value for name, value in laid_out.provenance.items() if name.startswith("task")}
+    recorded = writer.manifest.provenance
+    if any(recorded[name] != value for name, value in task.items()):
+        writer.note(task)
+
+
+def _of_losses_left_behind(manifest: Manifest) -> Iterator[str]:
+    """Yield which losses were not asked for, and so do not cover the checkpoints that were
+    added.
+    """
+    for name, record in manifest.losses.items():
+        if record.covers is not None:
+            last, step = manifest.checkpoints[-1].step, manifest.of(name).checkpoints[-1].step
+            yield (
+                f"loss {name!r} stays as it is, up to step {step}; the checkpoints go on "
+                f"to step {last}. Take it there with "
+                f"--loss {name}, or every loss with --loss all"
+            )
+
+
+def _common(ready: Preparation, path: Path) -> RunRequest[Any]:
+    """Return what requests of spans have in common."""
+    return RunRequest[Any](
+        setup=ready.setup,
+        points=replace(ready.sample.points, checkpoints={}),
+        run=str(path.resolve()),
+        batch_sizes=ready.batch_sizes,
+    )
+
+
+# --- the spans
+# ------------------------------------------------------------------------------------------------
+
+
+class _Unreached(NamedTuple):
+    """A tensor that moved and that no gradient of a loss reaches; whether the loss depends on
+    it.
+    """
+
+    loss: str
+    tensor: str
+    depends: bool
+
+
+class _Spans:
+    """The pending spans of a run, and what was reported of them.
+
+    Attributes:
+        failed: the spans that could not be replayed.
+    """
+
+    def __init__(
+        self, writer: RunWriter, common: RunRequest[Any], status: _Status, *, durable: bool
     ) -> None:
-        manifest, losses = writer.manifest, common.setup.losses
-        store.remove_reports(self.path)
-        covered = {name: manifest.of(name) for name in losses}
-        waiting: dict[
-            tuple[int, int], list[str]
-        ] = {}  # by span and its segments: in a repair losses may end at different ones
-        for name in losses:
-            writer.fold_all(name)
-            for span in writer.pending(name):
-                if self.only is None or span in self.only[name]:
-                    waiting.setdefault((span, covered[name].length(span)), []).append(name)
-        pending = sum(len(names) * length for (_, length), names in waiting.items())
-        total = sum(of_loss.segments for of_loss in covered.values())
-        directory = common.run
-        if self.announcement is not None:
-            self.announcement.end()
-        self.tell(
-            Planned(pending, total, len(waiting), cluster.workers, directory if pending else "")
-        )
-        self.workers = cluster.workers if pending else 0
-        specs = (
-            to_plain(_span_request(common, covered[names[0]], span, names, durable=self.durable))
-            for (span, _), names in sorted(waiting.items())
-        )
-        silent: set[tuple[str, str, bool]] = set()
+        self._writer, self._common, self._status, self._durable = writer, common, status, durable
+        self._covered = {name: writer.manifest.of(name) for name in common.setup.losses}
+        self.failed: list[SpanFailed] = []
+        self._oom_retries = 0
+        self._left_partials = False
+        self._reported_ends: dict[str, dict[int, list[float]]] = {}
+        self._unreached: set[_Unreached] = set()
+
+    def replay(
+        self, cluster: Cluster, lock: store.Held, repair_spans: dict[str, list[int]] | None
+    ) -> None:
+        """Replay them on a cluster, and join their totals.
+
+        Args:
+            cluster: where.
+            lock: of the run.
+            repair_spans: the spans to replay, by loss; None for all that are pending.
+        """
+        path = self._writer.path
+        store.remove_reports(path)
+        pending = self._pending(repair_spans)
+        self._plan(pending, cluster.crew().workers)
         lock.working = True  # until its end, workers may leave temporary files
+        specs = map(to_plain, self._requests(pending))
         with contextlib.closing(cluster.map(replay_span, specs, settled)) as outcomes:
             for outcome in outcomes:
-                silent |= self._hear(cluster, writer, outcome)
+                self._hear(outcome)
                 if lock.lost.is_set():
                     raise ResourceError(
-                        f"another driver took {self.path} over, because this one did not show for "
+                        f"another driver took {path} over, because this one did not show for "
                         f"minutes. What was committed is kept."
                     )
-        unfolded = {span: name for name in losses for span in writer.fold_all(name)}
-        for span, name in sorted(unfolded.items()):
-            self._failed(
-                covered[name], span, "its totals were damaged while they waited to be joined"
-            )
+        self._fold()
         lock.working = False
-        store.remove_reports(self.path)
-        if self.torn:  # of a worker that died while it wrote, temporary files stay
-            writer.sweep()
-        if self.smaller > 1:
-            self.tell(
-                Note(
-                    f"out of memory {self.smaller} times; a smaller --batch-size from the start, "
-                    f"in another run, is faster"
-                )
-            )
-        for note in _of_silent(silent):
-            self.tell(Note(note))
-        if stop.event.is_set():
-            raise _interrupted(stop.signal)
+        store.remove_reports(path)
+        if self._left_partials:  # of a worker that died while it wrote, temporary files stay
+            self._writer.sweep()
+        self._status.note(self._notes())
 
-    def _hear(
-        self, cluster: Cluster, writer: RunWriter, outcome: Outcome
-    ) -> set[tuple[str, str, bool]]:
-        """Pass on what a cluster says; return losses, tensors without a gradient, and whether the
-        loss depends on them.
+    # --- before
+
+    def _pending(
+        self, repair_spans: dict[str, list[int]] | None
+    ) -> dict[tuple[int, int], list[str]]:
+        """Return the losses that wait for a span, by the span and its segments: in a repair losses
+        may end at different ones.
         """
-        manifest = writer.manifest
-        if isinstance(outcome, Refused):
-            self.tell(Note(f"worker {outcome.worker} joined and takes no part: it {outcome.why}"))
-        elif isinstance(outcome, Waiting):
-            self.tell(Note(f"no worker is left; waiting {outcome.seconds:.0f} s for one to join"))
-        elif isinstance(outcome, Done):
-            return (
-                self._take(writer, outcome, cluster.workers)
-                if outcome.result is not None
-                else set()
-            )
-        else:
-            request = from_plain(SpanRequest, outcome.spec)
-            span, manifest = request.span, manifest.of(request.pending[0])
-            where = (span, *_steps(manifest, span))
-            if isinstance(outcome, Lost):
-                self.torn = True
-                self._failed(manifest, span, f"no worker could finish it ({outcome.why})")
-            elif isinstance(outcome, Retried):
-                self.torn = True
-                self.tell(SpanRetried(*where, outcome.worker, outcome.why))
-            elif isinstance(outcome, Slow):
-                self.tell(SpanSlow(*where, outcome.worker, outcome.seconds, outcome.doing))
-        return set()
+        waiting: dict[tuple[int, int], list[str]] = {}
+        for name, manifest in self._covered.items():
+            self._writer.fold_all(name)
+            for span in self._writer.pending(name):
+                if repair_spans is None or span in repair_spans[name]:
+                    waiting.setdefault((span, manifest.length(span)), []).append(name)
+        return waiting
 
-    def _failed(
+    def _plan(self, waiting: dict[tuple[int, int], list[str]], workers: int) -> None:
+        pending = sum(len(names) * length for (_, length), names in waiting.items())
+        total = sum(manifest.segments for manifest in self._covered.values())
+        directory = self._common.run if pending else ""
+        self._status.plan(Planned(pending, total, len(waiting), workers, directory))
+
+    def _requests(self, waiting: dict[tuple[int, int], list[str]]) -> Iterator[SpanRequest]:
+        for (span, _), names in sorted(waiting.items()):
+            manifest = self._covered[names[0]]
+            yield _span_request(self._common, manifest, span, names, durable=self._durable)
+
+    # --- while they are replayed
+
+    def _hear(self, outcome: Outcome) -> None:
+        """Pass on what a cluster says."""
+        if isinstance(outcome, Refused):
+            self._status.note(
+                [f"worker {outcome.worker} joined and takes no part: it {outcome.why}"]
+            )
+        elif isinstance(outcome, Waiting):
+            self._status.note(
+                [f"no worker is left; waiting {outcome.seconds:.0f} s for one to join"]
+            )
+        elif isinstance(outcome, Done):
+            if outcome.result is not None:
+                self._take(outcome)
+        else:
+            self._hear_trouble(outcome)
+
+    def _hear_trouble(self, outcome: Lost | Retried | Slow) -> None:
+        request = from_plain(SpanRequest, outcome.spec)
+        span, manifest = request.span, self._manifest_of(request)
+        where = (span, *_steps(manifest, span))
+        self._left_partials |= not isinstance(outcome, Slow)
+        if isinstance(outcome, Lost):
+            self._fail(manifest, span, f"no worker could finish it ({outcome.why})")
+        elif isinstance(outcome, Retried):
+            self._status.tell(SpanRetried(*where, outcome.worker, outcome.why))
+        else:
+            self._status.tell(SpanSlow(*where, outcome.worker, outcome.seconds, outcome.doing))
+
+    def _manifest_of(self, request: SpanRequest) -> Manifest:
+        return self._writer.manifest.of(request.pending[0])
+
+    def _fail(
         self, manifest: Manifest, span: int, message: str, not_finite: int | None = None
     ) -> None:
         failure = SpanFailed(span, *_steps(manifest, span), message, not_finite)
         self.failed.append(failure)
-        self.tell(failure)
+        self._status.tell(failure)
 
-    def _take(self, writer: RunWriter, done: Done, workers: int) -> set[tuple[str, str, bool]]:
+    def _take(self, done: Done) -> None:
         request, answer = from_plain(SpanRequest, done.spec), answered(SpanRequest, done.result)
-        manifest, span = writer.manifest, request.span
         if isinstance(answer, Failure):
-            error = answer.exception()
-            if isinstance(error, ResourceError):
-                raise error
-            step = error.step if isinstance(error, NotFiniteError) else None
-            self._failed(manifest.of(request.pending[0]), span, str(error), step)
-            return set()
-        self.span_seconds, self.workers = answer.seconds, workers
-        parts = answer.losses.values()
+            self._take_failure(request, answer.exception())
+            return
+        self._status.span_seconds, self._status.workers = answer.seconds, done.workers
         for name, part in answer.losses.items():
-            self._join(writer, name, span, part.ends)
-            whole = manifest.losses[name].batch_size
-            if part.batch_size < whole:
-                self.smaller += 1
-                if self.smaller == 1:
-                    self.tell(
-                        Note(
-                            f"out of memory on {done.worker}: span {span} of loss {name!r} was "
-                            f"computed in batches of "
-                            f"{part.batch_size} instead of {whole}, equal within rounding; its "
-                            f"marker says so"
-                        )
-                    )
-        self.tell(
-            SpanDone(
-                span=span,
-                losses=list(answer.losses),
-                segments=answer.segments,
-                worst_residual=max(part.worst_residual for part in parts),
-                unconverged=sum(part.unconverged for part in parts),
-                evaluations=sum(part.evaluations for part in parts),
-                forward_passes=sum(part.forward_passes for part in parts),
-                seconds=answer.seconds,
-                peak_bytes=answer.peak_bytes,
-                worker=done.worker,
-                workers=workers,
-            )
-        )
-        return {
-            (loss, tensor, tensor in part.hidden)
-            for loss, part in answer.losses.items()
-            for tensor in part.silent
-        }
+            self._compare_ends(name, request.span, part.ends)
+            self._mind_memory(name, request.span, part, done.worker)
+            self._unreached |= {
+                _Unreached(name, tensor, tensor in part.hidden) for tensor in part.silent
+            }
+        self._status.tell(_span_done(request.span, answer, done))
 
-    def _join(self, writer: RunWriter, loss: str, span: int, ends: list[float]) -> None:
+    def _take_failure(self, request: SpanRequest, error: Exception) -> None:
+        if isinstance(error, ResourceError):
+            raise error
+        step = error.step if isinstance(error, NotFiniteError) else None
+        self._fail(self._manifest_of(request), request.span, str(error), step)
+
+    def _mind_memory(self, name: str, span: int, part: LossSpan, worker: str) -> None:
+        """Tell once that memory ran out, and a span was computed in smaller batches."""
+        whole = self._writer.manifest.losses[name].batch_size
+        if part.batch_size >= whole:
+            return
+        self._oom_retries += 1
+        if self._oom_retries == 1:
+            self._status.note(
+                [
+                    f"out of memory on {worker}: span {span} of loss {name!r} was "
+                    f"computed in batches of "
+                    f"{part.batch_size} instead of {whole}, equal within rounding; its "
+                    f"marker says so"
+                ]
+            )
+
+    def _compare_ends(self, loss: str, span: int, ends: list[float]) -> None:
         """Compare a span with those beside it, once they are committed; here alone, so that no two
         miss each other.
         """
-        heard = self.heard.setdefault(loss, {})
-        heard[span] = ends
+        reported = self._reported_ends.setdefault(loss, {})
+        reported[span] = ends
         for later in (span, span + 1):
-            what = store.disagreement(writer.commits(loss), later, heard)
+            what = store.disagreement(self._writer.commits(loss), later, reported)
             if what is not None:
                 raise LCAError(
                     f"{what}: not both are of the data and the model that are meant, or a machine "
-                    f"erred. `lca verify {self.path}` lists "
-                    f"where, `lca repair {self.path} --task FILE` computes it again."
+                    f"erred. `lca verify {self._writer.path}` lists "
+                    f"where, `lca repair {self._writer.path} --task FILE` computes it again."
                 )
 
+    # --- afterwards
 
-def _of_silent(silent: set[tuple[str, str, bool]]) -> Iterator[str]:
+    def _fold(self) -> None:
+        """Join the totals of windows; spans whose totals were damaged meanwhile have failed."""
+        unfolded = {
+            span: manifest
+            for name, manifest in self._covered.items()
+            for span in self._writer.fold_all(name)
+        }
+        for span, manifest in sorted(unfolded.items(), key=lambda item: item[0]):
+            self._fail(manifest, span, "its totals were damaged while they waited to be joined")
+
+    def _notes(self) -> Iterator[str]:
+        if self._oom_retries > 1:
+            yield (
+                f"out of memory {self._oom_retries} times; a smaller --batch-size from the start, "
+                f"in another run, is faster"
+            )
+        yield from _of_unreached(self._unreached)
+
+
+def _span_done(span: int, answer: SpanAnswer, done: Done) -> SpanDone:
+    parts = answer.losses.values()
+    return SpanDone(
+        span=span,
+        losses=list(answer.losses),
+        segments=answer.segments,
+        worst_residual=max(part.worst_residual for part in parts),
+        unconverged=sum(part.unconverged for part in parts),
+        evaluations=sum(part.evaluations for part in parts),
+        forward_passes=sum(part.forward_passes for part in parts),
+        seconds=answer.seconds,
+        peak_bytes=answer.peak_bytes,
+        worker=done.worker,
+        workers=done.workers,
+    )
+
+
+def _of_unreached(unreached: set[_Unreached]) -> Iterator[str]:
     """Yield notes about tensors that moved and that no gradient of a loss reaches, by loss: hidden
     from it, or not used at all.
     """
-    for loss in sorted({loss for loss, _, _ in silent}):
-        hidden = {tensor for other, tensor, depends in silent if other == loss and depends}
-        unused = {tensor for other, tensor, _ in silent if other == loss} - hidden
+    for loss in sorted({entry.loss for entry in unreached}):
+        tensors = {entry.tensor for entry in unreached if entry.loss == loss}
+        hidden = {entry.tensor for entry in unreached if entry.loss == loss and entry.depends}
+        unused = tensors - hidden
         if unused:
-            yield f"tensors moved without loss {loss!r} depending on them (allocated 0): {few(sorted(unused), 5)}"
+            yield (
+                f"tensors moved without loss {loss!r} depending on them (allocated 0): "
+                f"{few(sorted(unused), 5)}"
+            )
         if hidden:
             yield (
                 f"tensors moved that loss {loss!r} depends on through detach() or no_grad() alone, "

@@ -501,11 +501,11 @@ def from_plain(kind: type[T], plain: object) -> T:
         raise ValueError(f"{kind.__name__}: {error}") from None
 
 
-def answered(request: type[Question[A]], plain: Spec) -> A | Failure:
+def answered(request: type[Question[A]], plain: object) -> A | Failure:
     """Return what a worker answered to a kind of request: its answer, or the error it met."""
-    return (
-        from_plain(Failure, plain) if "error" in plain else from_plain(_answer_of(request), plain)
-    )
+    if isinstance(plain, dict) and "error" in plain:
+        return from_plain(Failure, plain)
+    return from_plain(_answer_of(request), plain)
 
 
 def _answer_of(request: type[Question[A]]) -> type[A]:
@@ -515,7 +515,7 @@ def _answer_of(request: type[Question[A]]) -> type[A]:
 
 
 @functools.cache
-def _types(kind: type) -> dict[str, Any]:
+def _types(kind: type) -> dict[str, object]:
     """Return the types of a dataclass's fields."""
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind)}

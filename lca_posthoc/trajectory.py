@@ -143,13 +143,8 @@ class Trajectory:
             InputError: where a tensor is missing, of another shape, or reserved by name; or left
                 over, and not one of `leftovers`.
         """
+        _refuse_reserved([spec.name for spec in table if spec.kind != "state"])
         names, used = {}, set()
-        for name in reserved([spec.name for spec in table if spec.kind != "state"]):
-            raise InputError(
-                f"the model has a tensor called {name!r}, a name that results have for a "
-                f"dimension. Rename it in the task's model, to NEW "
-                f"perhaps, and in the checkpoints with --rename '^{re.escape(name)}$=NEW'."
-            )
         for spec in table:
             present = [
                 name for name in map(normalise, (spec.name, *spec.aliases)) if name in self.tensors
@@ -171,16 +166,20 @@ class Trajectory:
             set(self.tensors) - used - set(self.leftovers(table, fixed, patterns, unstored))
         )
         if extra:
-            raise InputError(
-                f"{_some(extra)} stand{'s' if len(extra) == 1 else ''} in "
-                f"{self.checkpoints[0].files[0]} (step {self.steps[0]}) "
-                "but not in the task's model. Build the model that was trained, or map the names "
-                "with --rename OLD=NEW. Where the model "
-                f"computes the same without {'it' if len(extra) == 1 else 'them'}, leave "
-                f"{'it' if len(extra) == 1 else 'them'} out: "
-                f"{drop_options(extra, set(self.tensors) - set(extra))}"
-            )
+            raise InputError(self._left_over(extra))
         return names
+
+    def _left_over(self, extra: list[str]) -> str:
+        """Return the message that refuses tensors the task's model does not have."""
+        pronoun = "it" if len(extra) == 1 else "them"
+        return (
+            f"{_some(extra)} stand{'s' if len(extra) == 1 else ''} in "
+            f"{self.checkpoints[0].files[0]} (step {self.steps[0]}) "
+            "but not in the task's model. Build the model that was trained, or map the names "
+            "with --rename OLD=NEW. Where the model "
+            f"computes the same without {pronoun}, leave {pronoun} out: "
+            f"{drop_options(extra, set(self.tensors) - set(extra))}"
+        )
 
     def leftovers(
         self,
@@ -317,18 +316,7 @@ def open_trajectory(
         InputError: naming the file and the step, what was found, and what to do.
     """
     root = located(directory)
-    try:
-        with reached(root):
-            is_there = root.is_dir()
-    except OSError as error:
-        raise InputError(f"cannot look into {root}: {error.strerror}.") from None
-    if not is_there:
-        if not is_remote(root) and root.is_file():
-            refuse_unreadable(root)
-        raise InputError(
-            f"{root} is not a directory of checkpoints. Give the directory that holds "
-            f"the saved iterates."
-        )
+    _require_directory(root)
     rules = [_rename_rule(text) for text in rename]
     regex = compile_pattern(pattern) if pattern else None
     headers = _Headers()
@@ -349,14 +337,34 @@ def open_trajectory(
         which = (f" among steps {steps}" if steps else "") + (
             f" whose name --pattern {pattern!r} matches" if pattern else ""
         )
-        only = f"only one checkpoint (step {chosen[0][0]})" if chosen else "no checkpoint"
-        raise InputError(
-            f"{root} holds {only}{which}; at least two are needed, for a segment runs from one to "
-            f"the next. "
-            f"Expected files such as step_00000010.safetensors or "
-            f"checkpoint-10/model.safetensors.{_importable(root)}"
-        )
+        raise _too_few(root, [step for step, _ in chosen], which)
     return _validated(root, chosen, thinning, rules, notes, headers)
+
+
+def _require_directory(root: Path) -> None:
+    try:
+        with reached(root):
+            is_there = root.is_dir()
+    except OSError as error:
+        raise InputError(f"cannot look into {root}: {error.strerror}.") from None
+    if not is_there:
+        if not is_remote(root) and root.is_file():
+            refuse_unreadable(root)
+        raise InputError(
+            f"{root} is not a directory of checkpoints. Give the directory that holds "
+            f"the saved iterates."
+        )
+
+
+def _too_few(root: Path, steps: list[int], which: str) -> InputError:
+    """Return the error for fewer than two checkpoints, of those that `which` tells."""
+    only = f"only one checkpoint (step {steps[0]})" if steps else "no checkpoint"
+    return InputError(
+        f"{root} holds {only}{which}; at least two are needed, for a segment runs from one to "
+        f"the next. "
+        f"Expected files such as step_00000010.safetensors or "
+        f"checkpoint-10/model.safetensors.{_importable(root)}"
+    )
 
 
 def _importable(root: Path) -> str:
@@ -408,6 +416,16 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     return regex
 
 
+def _refuse_reserved(names: list[str]) -> None:
+    """Refuse names that results have for a dimension."""
+    for name in reserved(names):
+        raise InputError(
+            f"the model has a tensor called {name!r}, a name that results have for a "
+            f"dimension. Rename it in the task's model, to NEW "
+            f"perhaps, and in the checkpoints with --rename '^{re.escape(name)}$=NEW'."
+        )
+
+
 def _rename_rule(text: str) -> tuple[re.Pattern[str], str]:
     old, equals, new = text.partition("=")
     if not equals or not old:
@@ -440,13 +458,7 @@ def _discover(
     """Return the checkpoints of a directory, one for each step, and notes on what is left out."""
     named: dict[int, _Entry] = {}
     unnamed: list[Path] = []
-    entries = sorted(root.iterdir())
-    # from far away each takes a while
-    with ThreadPoolExecutor(_AT_A_TIME if is_remote(root) else 1) as pool:
-        entries_files = list(zip(entries, pool.map(_files, entries), strict=True))
-    if is_remote(root):
-        headers.fetch([file for _, files in entries_files for file in files])
-    for path, files in entries_files:
+    for path, files in _listed(root, headers):
         if not files:
             continue
         step, by_name = _step(path, files == (path,), regex, headers)
@@ -464,7 +476,23 @@ def _discover(
     final = [
         path for path in unnamed if named and (path.stem == "model" or _SHARD.search(path.stem))
     ]
-    lost = [path for path in unnamed if path not in final]
+    _refuse_without_step([path for path in unnamed if path not in final])
+    return [*named.values()], [f"left out {path.name}: it states no step" for path in final]
+
+
+def _listed(root: Path, headers: _Headers) -> list[tuple[Path, tuple[Path, ...]]]:
+    """Return the entries of a directory in order, each with its safetensors files."""
+    entries = sorted(root.iterdir())
+    # from far away each takes a while
+    with ThreadPoolExecutor(_AT_A_TIME if is_remote(root) else 1) as pool:
+        entries_files = list(zip(entries, pool.map(_files, entries), strict=True))
+    if is_remote(root):
+        headers.fetch([file for _, files in entries_files for file in files])
+    return entries_files
+
+
+def _refuse_without_step(lost: list[Path]) -> None:
+    """Refuse checkpoints whose step nothing tells."""
     if any(states_epoch(path.name) for path in lost):
         refuse_epochs(dict.fromkeys([path.name for path in lost if states_epoch(path.name)]))
     if lost:
@@ -474,7 +502,6 @@ def _discover(
             f"--pattern, for example "
             "--pattern 'run_(?P<step>\\d+)'."
         )
-    return [*named.values()], [f"left out {path.name}: it states no step" for path in final]
 
 
 def _counted(

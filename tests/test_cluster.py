@@ -15,7 +15,7 @@ import pytest
 
 from lca_posthoc.cluster import Cluster, ClusterConfig, Done, Lost, Retried, Spec, open_cluster
 from lca_posthoc.cluster import local as local_module
-from lca_posthoc.cluster import workers as workers_module
+from lca_posthoc.cluster import scheduler as scheduler_module
 from lca_posthoc.cluster.local import gpu_environments, local_workers
 from lca_posthoc.errors import ResourceError
 
@@ -81,7 +81,7 @@ def test_specs_are_taken_only_when_there_is_room(cluster: Cluster) -> None:
         square, ({"value": value} for value in range(100) if taken.append(value) is None)
     )
     next(outcomes)
-    assert len(taken) <= 2 * cluster.workers + 1
+    assert len(taken) <= 2 * cluster.crew().workers + 1
     assert len(list(outcomes)) == 99
 
 
@@ -121,7 +121,7 @@ def test_draining_finishes_what_runs_and_starts_nothing_more(
 ) -> None:
     stop, release = threading.Event(), tmp_path / "release"
     names = ("first", "second", "third")
-    original = workers_module._event
+    original = scheduler_module._event
 
     class Told:
         """Lets the first spec end only when every worker can know that the driver drains."""
@@ -138,7 +138,7 @@ def test_draining_finishes_what_runs_and_starts_nothing_more(
             os.sched_yield()
         stop.set()
 
-    monkeypatch.setattr(workers_module, "_event", Told)
+    monkeypatch.setattr(scheduler_module, "_event", Told)
     asking = threading.Thread(target=ask)
     asking.start()
     with open_cluster(ClusterConfig("local", 1), "cpu", stop) as opened:
@@ -197,7 +197,7 @@ def test_each_local_worker_sees_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     """What a worker is told; what a GPU makes of it is for machines that have one."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,MIG-4d1e")
     with open_cluster(ClusterConfig("local"), "cuda", threading.Event()) as opened:
-        assert opened.workers == 2
+        assert opened.crew().workers == 2
         opened.settle_on("cuda")
         outcomes = list(opened.map(seen, [{} for _ in range(8)]))
     assert {outcome.result for outcome in outcomes if isinstance(outcome, Done)} == {
@@ -210,9 +210,10 @@ def test_the_dashboard_is_on_loopback_and_only_when_asked_for() -> None:
     with open_cluster(
         ClusterConfig("local", 1, dashboard=True), "cpu", threading.Event()
     ) as opened:
-        assert opened.dashboard is not None
-        assert urlsplit(opened.dashboard).hostname == "127.0.0.1"
-        assert urlopen(opened.dashboard, timeout=30).status == 200
+        dashboard = opened.crew().dashboard
+        assert dashboard is not None
+        assert urlsplit(dashboard).hostname == "127.0.0.1"
+        assert urlopen(dashboard, timeout=30).status == 200
         listening = [
             each.laddr.ip
             for each in psutil.Process().net_connections()
@@ -220,7 +221,7 @@ def test_the_dashboard_is_on_loopback_and_only_when_asked_for() -> None:
         ]
         assert set(listening) <= {"127.0.0.1", "::1"}
     with open_cluster(ClusterConfig("local", 1), "cpu", threading.Event()) as opened:
-        assert opened.dashboard is None
+        assert opened.crew().dashboard is None
 
 
 @pytest.mark.moment

@@ -155,7 +155,7 @@ def test_space_that_runs_out_while_a_loss_is_added_leaves_the_others_readable(
     assert on_disk.run().exit_code == 0
     before = lca("summary", on_disk.out, "--json").stdout
     with monkeypatch.context() as patch:
-        patch.setattr(replay._Job, "_check_space", lambda *_: disk.fill())
+        patch.setattr(replay._Driver, "_check_space", lambda *_: disk.fill())
         refused(on_disk.run("--loss", "all"), "no space left", code=5)
     assert lca("summary", on_disk.out, "--json").stdout == before
     disk.free()

@@ -24,10 +24,10 @@ from lca_posthoc.cluster import (
     Slow,
     Spec,
     Waiting,
+    assignments,
     open_cluster,
 )
 from lca_posthoc.cluster import remote as remote_module
-from lca_posthoc.cluster import workers as workers_module
 from lca_posthoc.errors import InputError, ResourceError
 from tests.helpers.dask_cluster import Standing, certificates, end, standing
 
@@ -95,8 +95,9 @@ def results(outcomes: Any) -> list[Any]:
 def test_work_is_done_on_the_workers_at_an_address(pair: Standing, by: str) -> None:
     kind = pair.address if by == "address" else f"file:{pair.place / 'scheduler.json'}"
     with opened(ClusterConfig(kind, 2)) as cluster:
-        assert cluster.workers == cluster.max_per_host == 2
-        assert str(cluster.dashboard).startswith("http://127.0.0.1:")
+        crew = cluster.crew()
+        assert crew.workers == crew.max_per_host == 2
+        assert str(crew.dashboard).startswith("http://127.0.0.1:")
         pids = set(results(cluster.map(pid, [{} for _ in range(12)])))
     assert len(pids) == 2
     assert os.getpid() not in pids
@@ -105,7 +106,7 @@ def test_work_is_done_on_the_workers_at_an_address(pair: Standing, by: str) -> N
 def test_the_scheduler_imports_no_torch_and_nothing_of_the_user(pair: Standing) -> None:
     with opened(pair.address) as cluster:
         list(cluster.map(imported, [{}]))
-        found = cluster._client.run_on_scheduler(
+        found = cluster._scheduler.client.run_on_scheduler(
             lambda: [
                 name
                 for name in sys.modules
@@ -187,7 +188,7 @@ def test_a_late_worker_that_does_not_answer_is_named_and_not_waited_for(
         cluster.check_workers(
             silent, {"flag": str(tmp_path / "flag"), "over": str(tmp_path / "over")}
         )
-        monkeypatch.setattr(workers_module, "ANSWER_SECONDS", 3.0)
+        monkeypatch.setattr(assignments, "ANSWER_SECONDS", 3.0)
         heard = heard_with_one_more(made, cluster, tmp_path)
         (tmp_path / "over").touch()
     assert [type(outcome) for outcome in heard] == [Refused, Done, Done, Done]
@@ -202,7 +203,7 @@ def test_who_joins_while_a_first_question_is_put_is_asked_again_for_the_next(
     with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
         cluster.check_workers(pid_answer, {})
         made.hire()
-        cluster._client.wait_for_workers(2)
+        cluster._scheduler.client.wait_for_workers(2)
         list(cluster.map(pid, [{}]))
         meeting = tmp_path / "meeting"
         meeting.mkdir()
@@ -224,15 +225,15 @@ def test_a_worker_that_is_told_to_go_finishes_and_nothing_is_done_twice(tmp_path
             }
             for value in range(4)
         ]
-        (first,) = cluster._slots
+        (first,) = cluster._members.able
         over = threading.Event()
 
         def retire() -> None:
             while not log.exists():
                 os.sched_yield()
             made.hire()
-            cluster._client.wait_for_workers(2)
-            cluster._client.retire_workers([first])
+            cluster._scheduler.client.wait_for_workers(2)
+            cluster._scheduler.client.retire_workers([first])
             release.touch()
             over.wait()  # a process ends with the thread that started it
 
@@ -271,8 +272,8 @@ def die_if_told(spec: Spec) -> int:
 def test_without_any_worker_left_it_waits_and_then_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers_module, "QUIET_SECONDS", 0.0)
-    monkeypatch.setattr(workers_module, "ALONE_SECONDS", 1.0)
+    monkeypatch.setattr(assignments, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(assignments, "ALONE_SECONDS", 1.0)
     with standing(tmp_path / "cluster", 1) as made, opened(made.address) as cluster:
         spec = {
             "value": 0,
@@ -311,7 +312,7 @@ def test_a_scheduler_that_goes_is_said_to_be_gone(tmp_path: Path) -> None:
 def test_a_spec_that_takes_far_longer_than_its_peers_is_named_with_what_it_does(
     pair: Standing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers_module, "SLOW_SECONDS", 1.0)
+    monkeypatch.setattr(assignments, "SLOW_SECONDS", 1.0)
     release = tmp_path / "release"
     with opened(ClusterConfig(pair.address, 2)) as cluster:
         list(cluster.map(pid, [{}] * 4))
@@ -322,7 +323,7 @@ def test_a_spec_that_takes_far_longer_than_its_peers_is_named_with_what_it_does(
             "done": str(tmp_path / "done"),
         }
         heard = []
-        monkeypatch.setattr(workers_module.statistics, "median", lambda _: 0.01)
+        monkeypatch.setattr(assignments.statistics, "median", lambda _: 0.01)
         for outcome in cluster.map(until_released, [spec]):
             heard.append(outcome)
             release.touch()

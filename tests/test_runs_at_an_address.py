@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 import lca_posthoc
-from lca_posthoc.cluster import Done
-from lca_posthoc.cluster import workers as workers_module
+from lca_posthoc.cluster import Done, assignments
+from lca_posthoc.cluster.dask import Workers
+from lca_posthoc.cluster.scheduler import Scheduler
 from lca_posthoc.progress import SpanDone
 from tests.helpers.cli import TASK, document, lca, refused, says
 from tests.helpers.dask_cluster import Standing, standing
@@ -142,20 +143,20 @@ def test_nothing_larger_than_a_table_of_steps_crosses_the_network_once_it_is_del
     pair: Standing, place: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent, returned = list[tuple[str, int]](), list[int]()
-    submit, run = workers_module.Workers._submit, workers_module._Work.run
+    submit, map_specs = Scheduler.submit, Workers.map
 
     def weighed(self: Any, function: str, spec: Any, address: str, *, on_gpu: bool) -> Any:
         sent.append((function, len(pickle.dumps(spec))))
         return submit(self, function, spec, address, on_gpu=on_gpu)
 
-    def listened(self: Any) -> Iterator[Any]:
-        for outcome in run(self):
+    def listened(self: Any, *arguments: Any) -> Iterator[Any]:
+        for outcome in map_specs(self, *arguments):
             if isinstance(outcome, Done):
                 returned.append(len(pickle.dumps(outcome.result)))
             yield outcome
 
-    monkeypatch.setattr(workers_module.Workers, "_submit", weighed)
-    monkeypatch.setattr(workers_module._Work, "run", listened)
+    monkeypatch.setattr(Scheduler, "submit", weighed)
+    monkeypatch.setattr(Workers, "map", listened)
     task = tasks / "large_task.py"  # its source alone is larger than what may cross
     task.write_text(f"{TASK}\n\nPADDING = {'x' * 100_000!r}\n")
     replay(place, task, tmp_path / "out.lca", pair.address)
@@ -331,7 +332,7 @@ def test_workers_that_cannot_take_part_are_named_with_what_to_do(
 def test_an_environment_without_the_package_is_named(
     place: Path, tmp_path: Path, who: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers_module, "ANSWER_SECONDS", 15.0)
+    monkeypatch.setattr(assignments, "ANSWER_SECONDS", 15.0)
     environment = {each: {"PYTHONPATH": ROOT} for each in ("worker", "scheduler")}
     environment[who] = with_start(tmp_path / "absent", ABSENT)
     with standing(tmp_path / "cluster", **environment["scheduler"]) as made:
@@ -344,6 +345,6 @@ def test_an_environment_without_the_package_is_named(
 def test_gpus_are_not_expected_of_workers_that_offer_none(
     pair: Standing, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers_module, "ANSWER_SECONDS", 15.0)
+    monkeypatch.setattr(assignments, "ANSWER_SECONDS", 15.0)
     line = refused(start_of(place, tmp_path / "out.lca", pair, "--device", "cuda"), code=5)
     says(line, "worker one (tcp://", "--device cpu")

@@ -22,7 +22,7 @@ import lca_posthoc
 from lca_posthoc import display, store
 from lca_posthoc.cli import COMMANDS
 from lca_posthoc.cli.show import table
-from lca_posthoc.display import Lines, Progressed, Stream, showable, stderr
+from lca_posthoc.display import Lines, Progressed, Stream, showable, stderr, views
 from lca_posthoc.errors import LCAError
 from lca_posthoc.progress import Note, Planned, SpanDone, Stage, Stopping, silent
 from lca_posthoc.text import shorten
@@ -616,9 +616,10 @@ def cross_entropy(model, batch):
 """
 DRIVE = """\
 import sys
-from lca_posthoc import display, store
+from lca_posthoc import store
+from lca_posthoc.display import listener, views
 sys.modules["lca_posthoc.store.underway"].EVERY = 0.0
-display.LOOK, display.FIRST, display.MINUTE = 0.02, 0.0, 0.02
+listener.LOOK, views.FIRST, views.MINUTE = 0.02, 0.0, 0.02
 from lca_posthoc.cli import main
 if __name__ == "__main__":
     main()
@@ -1011,4 +1012,4 @@ def test_the_last_call_is_found_in_a_log_of_any_length(
 def test_silence_is_a_listener() -> None:
     assert silent(Note("nobody reads this")) is None
     assert stderr().file is not None
-    assert isinstance(display._view(stderr(), 0.0), Lines)
+    assert isinstance(views.view_for(stderr(), 0.0), Lines)

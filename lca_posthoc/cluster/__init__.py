@@ -1,9 +1,10 @@
 """The places where work runs: this process, local Dask workers, or those of a scheduler somewhere.
 A cluster gets a callable and JSON-like specs; it knows no more.
 
-A cluster gives every worker two specs at a time, one to work on and one to wait; tries a spec again
-under a new key when its worker died; takes workers in as they join; lets those that leave finish;
-and drains when its `stop` event is set: what runs is finished, what waits is not started.
+`protocol` is what an engine offers; `assignments` decides who gets which spec and what a death
+costs, for engines whose workers come and go; `dask` carries that out on a Dask `scheduler`, started
+by `local` or reached by `remote`; `inline` needs none of it. A cluster drains when its `stop` event
+is set: what runs is finished, what waits is not started.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from .broadcast import delivered
 from .config import ClusterConfig
 from .inline import Inline
 from .local import local_workers, on_this_host, visible_device
-from .protocol import Cluster, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting
+from .protocol import Cluster, Crew, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting
 from .remote import at_address
 
 __all__ = [
     "Cluster",
     "ClusterConfig",
+    "Crew",
     "Done",
     "Lost",
     "Outcome",

@@ -6,23 +6,16 @@ import contextlib
 import threading
 import uuid
 from collections.abc import Generator, Iterable, Iterator
-from typing import Any
 
 from . import broadcast
-from .protocol import Cluster, Done, Function, Outcome, Settled, Spec
+from .protocol import Cluster, Committed, Crew, Done, Function, Outcome, Question, Spec
 
 
 class Inline:
     """See `Cluster`."""
 
-    workers = 1
-    max_per_host = 1
-    several_threads: tuple[str, ...] = ()
-    dashboard: str | None = None
-
     def __init__(self, device: str, stop: threading.Event) -> None:
-        self.device: str | None = device
-        self._stop = stop
+        self._device, self._stop = device, stop
         self._delivered: list[str] = []
 
     @classmethod
@@ -36,22 +29,26 @@ class Inline:
             for key in cluster._delivered:
                 broadcast.drop(key)
 
+    def crew(self) -> Crew:
+        """See `Cluster.crew`."""
+        return Crew(workers=1, device=self._device)
+
     def deliver(self, data: bytes) -> str:
         """See `Cluster.deliver`."""
         self._delivered.append(uuid.uuid4().hex)
         broadcast.take_in(self._delivered[-1], data)
         return self._delivered[-1]
 
-    def check_workers(self, function: Function, spec: Spec) -> dict[str, Any]:
+    def check_workers(self, question: Question, spec: Spec) -> dict[str, Spec]:
         """See `Cluster.check_workers`."""
-        return {"this process": function(spec)}
+        return {"this process": question(spec)}
 
     def settle_on(self, device: str) -> None:
         """See `Cluster.settle_on`."""
-        self.device = device
+        self._device = device
 
     def map(
-        self, function: Function, specs: Iterable[Spec], settled: Settled | None = None
+        self, function: Function, specs: Iterable[Spec], committed: Committed | None = None
     ) -> Generator[Outcome]:
         """See `Cluster.map`."""
         for spec in specs:

@@ -10,12 +10,16 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import ResourceError
+from .assignments import ANSWER_SECONDS
 from .config import ClusterConfig
+from .dask import Workers
 from .protocol import Cluster
-from .workers import ANSWER_SECONDS, Workers
+
+if TYPE_CHECKING:
+    from distributed import Client, SpecCluster, Worker, WorkerPlugin
 
 _SETTINGS = {
     "distributed.scheduler.worker-ttl": "30 minutes",
@@ -46,14 +50,29 @@ _SETTINGS = {
 def on_this_host(where: ClusterConfig, device: str, stop: threading.Event) -> Iterator[Cluster]:
     """Start workers, and end them afterwards."""
     import dask
-    from distributed import Client, Nanny, Scheduler, SpecCluster
-    from distributed import TimeoutError as DaskTimeoutError
 
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         sys.exit(1)  # a worker importing a script without a `__main__` guard; the driver says so
+    specs = _worker_specs(device, where.workers or local_workers(device))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(dask.config.set(_SETTINGS))
+        cluster, client = _start(stack, specs, dashboard=where.dashboard)
+        _wait_for(client, len(specs))
+        with Workers.opened(client, device, stop) as workers:
+            workers.dashboard = client.dashboard_link if where.dashboard else None
+            # A nanny whose worker dies while it starts gives up; asking for as many as before
+            # starts another one.
+            workers.full_strength = len(specs)
+            workers.replace = functools.partial(cluster.scale, len(specs))
+            yield workers
+
+
+def _worker_specs(device: str, count: int) -> dict[int, dict[str, object]]:
+    """Return workers as a `SpecCluster` starts them."""
+    from distributed import Nanny
+
     environments = gpu_environments() if device == "cuda" else [{}]
-    count = where.workers or local_workers(device)
-    specs = {
+    return {
         index: {
             "cls": Nanny,
             "options": {
@@ -68,48 +87,59 @@ def on_this_host(where: ClusterConfig, device: str, stop: threading.Event) -> It
         }
         for index in range(count)
     }
-    scheduler = {
-        "cls": Scheduler,
-        "options": {
-            "host": "127.0.0.1",
-            "port": 0,
-            "dashboard": where.dashboard,
-            "dashboard_address": "127.0.0.1:0",
-        },
+
+
+def _scheduler_spec(*, dashboard: bool) -> dict[str, object]:
+    """Return a scheduler as a `SpecCluster` starts it."""
+    from distributed import Scheduler
+
+    options = {
+        "host": "127.0.0.1",
+        "port": 0,
+        "dashboard": dashboard,
+        "dashboard_address": "127.0.0.1:0",
     }
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(dask.config.set(_SETTINGS))
-        try:
-            cluster = stack.enter_context(
-                SpecCluster(workers=specs, scheduler=scheduler, silence_logs="CRITICAL")
-            )
-            client = stack.enter_context(Client(cluster, timeout=ANSWER_SECONDS))
-        except (RuntimeError, OSError) as error:
-            raise ResourceError(
-                f"local workers did not start ({' '.join(str(error).split())[:120]}). A script "
-                f"that calls run() needs "
-                "`if __name__ == '__main__':` around it, for workers import the script; or use "
-                "cluster='inline'."
-            ) from error
-        try:
-            client.wait_for_workers(count, timeout=ANSWER_SECONDS)
-            client.register_plugin(_settle_in())
-        except (DaskTimeoutError, TimeoutError, OSError) as error:
-            raise ResourceError(
-                f"only {len(client.scheduler_info()['workers'])} of {count} local workers came up "
-                f"within {ANSWER_SECONDS} s "
-                f"({error}). Ask for fewer with --workers, or run in this process with --cluster "
-                f"inline."
-            ) from None
-        with Workers.opened(client, device, stop) as workers:
-            workers.dashboard = client.dashboard_link if where.dashboard else None
-            # A nanny whose worker dies while it starts gives up; asking for as many as before
-            # starts another one.
-            workers.full_strength, workers.replace = count, functools.partial(cluster.scale, count)
-            yield workers
+    return {"cls": Scheduler, "options": options}
 
 
-def _settle_in() -> Any:
+def _start(
+    stack: contextlib.ExitStack, specs: dict[int, dict[str, object]], *, dashboard: bool
+) -> tuple[SpecCluster, Client]:
+    """Start a scheduler with its workers, and a client of it; `stack` ends them."""
+    from distributed import Client, SpecCluster
+
+    scheduler = _scheduler_spec(dashboard=dashboard)
+    try:
+        cluster = stack.enter_context(
+            SpecCluster(workers=specs, scheduler=scheduler, silence_logs="CRITICAL")
+        )
+        return cluster, stack.enter_context(Client(cluster, timeout=ANSWER_SECONDS))
+    except (RuntimeError, OSError) as error:
+        raise ResourceError(
+            f"local workers did not start ({' '.join(str(error).split())[:120]}). A script "
+            f"that calls run() needs "
+            "`if __name__ == '__main__':` around it, for workers import the script; or use "
+            "cluster='inline'."
+        ) from error
+
+
+def _wait_for(client: Client, count: int) -> None:
+    """Wait until all workers are there, and prepare their processes."""
+    from distributed import TimeoutError as DaskTimeoutError
+
+    try:
+        client.wait_for_workers(count, timeout=ANSWER_SECONDS)
+        client.register_plugin(_settle_in())
+    except (DaskTimeoutError, TimeoutError, OSError) as error:
+        raise ResourceError(
+            f"only {len(client.scheduler_info()['workers'])} of {count} local workers came up "
+            f"within {ANSWER_SECONDS} s "
+            f"({error}). Ask for fewer with --workers, or run in this process with --cluster "
+            f"inline."
+        ) from None
+
+
+def _settle_in() -> WorkerPlugin:
     from distributed import WorkerPlugin
 
     class SettleIn(WorkerPlugin):  # type: ignore[misc]
@@ -119,7 +149,7 @@ def _settle_in() -> Any:
 
         name = "lca-settle-in"
 
-        def setup(self, worker: Any) -> None:
+        def setup(self, worker: Worker) -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             os.dup2(2, 1)
 

@@ -1,25 +1,32 @@
-"""The contract of a cluster: what becomes of specs, and how it is asked."""
+"""The contract of an engine: five methods of `Cluster`, and what `Cluster.map` tells of each spec.
+
+Another engine is one new file that offers these five, and its line in `open_cluster`. It decides
+neither who gets which spec nor what a worker's death costs: `assignments` does, for any engine
+whose workers may die, join and leave.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-Spec = dict[str, Any]
-Function = Callable[[Spec], Any]
-Settled = Callable[[Spec], Any]
+Spec = dict[str, object]
+Function = Callable[[Spec], object]
+Question = Callable[[Spec], Spec]
+Committed = Callable[[Spec], object]
 
 
 @dataclass(frozen=True)
 class Done:
     """A spec and what its function returned, on which worker; None where the cluster drained before
-    it was started.
+    it was started. `workers` is how many work now.
     """
 
     spec: Spec
-    result: Any
+    result: object
     worker: str = "this process"
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -69,45 +76,52 @@ class Waiting:
 Outcome = Done | Lost | Retried | Slow | Refused | Waiting
 
 
-class Cluster(Protocol):
-    """One way to run a callable over specs.
+@dataclass(frozen=True, kw_only=True)
+class Crew:
+    """The workers that take part now.
 
-    `device` is what workers compute on, None until they have told; `dashboard` the address of
-    Dask's, where it is on.
+    Attributes:
+        workers: how many.
+        device: "cuda" or "cpu", on which they compute; None until `Cluster.settle_on`.
+        max_per_host: the most that share a host.
+        several_threads: names of those that have more than one thread.
+        dashboard: the address of the engine's own page, where it has one.
     """
 
+    workers: int
     device: str | None
-    dashboard: str | None
+    max_per_host: int = 1
+    several_threads: tuple[str, ...] = ()
+    dashboard: str | None = None
 
-    @property
-    def workers(self) -> int:
-        """Count the workers that work now."""
 
-    @property
-    def max_per_host(self) -> int:
-        """The most that share a host."""
+class Cluster(Protocol):
+    """One way to run a callable over specs."""
 
-    @property
-    def several_threads(self) -> Sequence[str]:
-        """The workers that have more than one thread."""
+    def crew(self) -> Crew:
+        """Return who takes part now."""
 
     def deliver(self, data: bytes) -> str:
         """Put bytes where every worker finds them, also one that joins later; returns the key for
         `delivered`.
         """
 
-    def check_workers(self, function: Function, spec: Spec) -> dict[str, Any]:
-        """Return what a callable returns on each worker, before any gets work; late ones are asked
+    def check_workers(self, question: Question, spec: Spec) -> dict[str, Spec]:
+        """Return what a question returns on each worker, before any gets work; late ones are asked
         the same.
 
         A worker whose answer holds `"error"`, or that gives none, does not take part.
         """
 
     def settle_on(self, device: str) -> None:
-        """Compute on "cuda" or "cpu" from here on."""
+        """Compute on "cuda" or "cpu" from here on.
+
+        Raises:
+            ResourceError: naming the workers that cannot.
+        """
 
     def map(
-        self, function: Function, specs: Iterable[Spec], settled: Settled | None = None
+        self, function: Function, specs: Iterable[Spec], committed: Committed | None = None
     ) -> Generator[Outcome]:
         """Yield what becomes of each spec, as it comes; specs are taken from the iterable only when
         there is room.
@@ -115,6 +129,6 @@ class Cluster(Protocol):
         Args:
             function: at module level.
             specs: JSON-like.
-            settled: the result of a spec whose worker left in the middle of it, or None while there
-                is none.
+            committed: the result of a spec whose worker left in the middle of it, or None while
+                there is none.
         """

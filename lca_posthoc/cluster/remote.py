@@ -7,12 +7,17 @@ import logging
 import ssl
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import InputError, ResourceError
+from .assignments import ANSWER_SECONDS
 from .config import ClusterConfig, is_closed, open_to_others
+from .dask import Workers
 from .protocol import Cluster
-from .workers import ANSWER_SECONDS, WITHOUT_US, Workers, has_us, shortly
+from .scheduler import WITHOUT_US, has_us, shortly
+
+if TYPE_CHECKING:
+    from distributed import Client, Scheduler, Security
 
 CONNECT_SECONDS = 30.0
 
@@ -22,57 +27,58 @@ def at_address(
     where: ClusterConfig, device: str | None, stop: threading.Event
 ) -> Iterator[Cluster]:
     """Connect, look at who listens, wait for workers."""
-    from distributed import Client
-    from distributed import TimeoutError as DaskTimeoutError
-
     address = where.address()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_quiet())
-        try:
-            client = stack.enter_context(
-                Client(
-                    address,
-                    security=_security(where, address),
-                    timeout=CONNECT_SECONDS,
-                    set_as_default=False,
-                )
-            )
-        except (OSError, TimeoutError, RuntimeError) as error:
-            raise ResourceError(
-                f"no scheduler answers at {address} ({shortly(_root(error))}). Start one with "
-                f"`dask scheduler`, or check the address, "
-                "the network, and whether it is a tls:// one and lets these certificates in."
-            ) from None
+    with _quiet(), _connected(where, address) as client:
         if not where.insecure:
             _refuse_open_listeners(client)
         if not client.run_on_scheduler(has_us()):
             raise ResourceError(
                 f"the scheduler at {address} {WITHOUT_US} (torch is not needed there)."
             )
-        count = where.workers or 1
-        try:
-            client.wait_for_workers(
-                count, timeout=ANSWER_SECONDS if where.workers else CONNECT_SECONDS
-            )
-        except (DaskTimeoutError, TimeoutError):
-            connected = len(client.scheduler_info()["workers"])
-            tls = (
-                " --tls-ca-file CA --tls-cert CERT --tls-key KEY"
-                if address.startswith("tls")
-                else ""
-            )
-            raise ResourceError(
-                f"{connected or 'no'} worker{'' if connected == 1 else 's'} of the {count} asked "
-                f"for {'is' if connected == 1 else 'are'} "
-                f"connected to {address}. Start some with `dask worker {address} --nthreads 1 "
-                f"--memory-limit 0{tls}` (on a GPU: "
-                "--resources GPU=1)."
-            ) from None
+        _wait_for(client, where.workers, address)
         with Workers.opened(client, device, stop) as workers:
             workers.dashboard = (
                 client.dashboard_link if client.run_on_scheduler(_serves_dashboard) else None
             )
             yield workers
+
+
+def _connected(where: ClusterConfig, address: str) -> Client:
+    """Return a client of the scheduler, to be closed."""
+    from distributed import Client
+
+    try:
+        return Client(
+            address,
+            security=_security(where, address),
+            timeout=CONNECT_SECONDS,
+            set_as_default=False,
+        )
+    except (OSError, TimeoutError, RuntimeError) as error:
+        raise ResourceError(
+            f"no scheduler answers at {address} ({shortly(_root(error))}). Start one with "
+            f"`dask scheduler`, or check the address, "
+            "the network, and whether it is a tls:// one and lets these certificates in."
+        ) from None
+
+
+def _wait_for(client: Client, asked_for: int | None, address: str) -> None:
+    """Wait until as many workers are there as were asked for, or one."""
+    from distributed import TimeoutError as DaskTimeoutError
+
+    count = asked_for or 1
+    try:
+        client.wait_for_workers(count, timeout=ANSWER_SECONDS if asked_for else CONNECT_SECONDS)
+    except (DaskTimeoutError, TimeoutError):
+        connected = len(client.scheduler_info()["workers"])
+        tls = " --tls-ca-file CA --tls-cert CERT --tls-key KEY" if address.startswith("tls") else ""
+        raise ResourceError(
+            f"{connected or 'no'} worker{'' if connected == 1 else 's'} of the {count} asked "
+            f"for {'is' if connected == 1 else 'are'} "
+            f"connected to {address}. Start some with `dask worker {address} --nthreads 1 "
+            f"--memory-limit 0{tls}` (on a GPU: "
+            "--resources GPU=1)."
+        ) from None
 
 
 def _root(error: BaseException) -> BaseException:
@@ -82,7 +88,7 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
-def _serves_dashboard(dask_scheduler: Any) -> bool:
+def _serves_dashboard(dask_scheduler: Scheduler) -> bool:
     """A scheduler has a web server in any case; the dashboard is an application of its own in
     it.
     """
@@ -106,7 +112,7 @@ def _quiet() -> Iterator[None]:
         asyncio.setLevel(before)
 
 
-def _security(where: ClusterConfig, address: str) -> Any:
+def _security(where: ClusterConfig, address: str) -> Security | None:
     from distributed import Security
 
     if not address.startswith("tls://"):
@@ -134,10 +140,10 @@ def _security(where: ClusterConfig, address: str) -> Any:
     )
 
 
-def _refuse_open_listeners(client: Any) -> None:
+def _refuse_open_listeners(client: Client) -> None:
     """An address may be closed and the listener behind it open; so may those of the workers be."""
 
-    def listeners(dask_scheduler: Any) -> list[str]:
+    def listeners(dask_scheduler: Scheduler) -> list[str]:
         return [str(listener.listen_address) for listener in dask_scheduler.listeners]
 
     for address in client.run_on_scheduler(listeners):

@@ -153,20 +153,7 @@ def open_hdf5(
             f"{count:,} parameters: {order}. Build "
             "the model that was trained."
         )
-    notes = [
-        f"columns are taken in the order of the model's parameters, in torch's own layout: "
-        f"{order}. Nothing is transposed, and the file "
-        "cannot say whether that is right (Keras' kernels are (in, out)): compare loss_start of "
-        "`lca run` with the loss in training",
-        "rows are taken as training steps 0, 1, 2, …",
-    ]
     others = [repr(spec.name) for spec in model if spec.kind != "parameter"]
-    if others:
-        notes.append(
-            f"rows hold no {few(others)}, which the model stores beside its parameters: `lca run` "
-            f"asks for them unless Task(fixed=[…]) "
-            "names them; running statistics, which moved, also need --norm-stats batch"
-        )
     dtype = f"F{8 * rows.dtype.itemsize}"
     iterates = [
         Iterate(
@@ -177,9 +164,26 @@ def open_hdf5(
         )
         for row in range(rows.rows)
     ]
-    return Series(
-        iterates, {name: TensorHeader(dtype, shape) for name, shape in shapes.items()}, notes
-    )
+    headers = {name: TensorHeader(dtype, shape) for name, shape in shapes.items()}
+    return Series(iterates, headers, _notes(order, others))
+
+
+def _notes(order: str, others: list[str]) -> list[str]:
+    """Say how columns were taken for parameters, and which tensors rows do not hold."""
+    notes = [
+        f"columns are taken in the order of the model's parameters, in torch's own layout: "
+        f"{order}. Nothing is transposed, and the file "
+        "cannot say whether that is right (Keras' kernels are (in, out)): compare loss_start of "
+        "`lca run` with the loss in training",
+        "rows are taken as training steps 0, 1, 2, …",
+    ]
+    if others:
+        notes.append(
+            f"rows hold no {few(others)}, which the model stores beside its parameters: `lca run` "
+            f"asks for them unless Task(fixed=[…]) "
+            "names them; running statistics, which moved, also need --norm-stats batch"
+        )
+    return notes
 
 
 def _model(task: str | Path | tasks.Task) -> list[TensorSpec]:

@@ -96,28 +96,8 @@ class _Saved:
             tensors |= own
             notes += more
             notes += passed
-            within = [saved, *around]
-            inside = [
-                (step, name)
-                for level in within
-                for name in _STEPS
-                if (step := _count(level.get(name))) is not None
-            ]
-            steps += inside[:1]
-            epochs += [
-                epoch
-                for level in within
-                for name in _EPOCHS
-                if (epoch := _epoch(level.get(name))) is not None
-            ][:1]
-            meta = saved.get("meta")
-            if isinstance(meta, Mapping):  # mmcv's
-                steps += (
-                    [(step, "meta.iter")]
-                    if not inside and (step := _count(meta.get("iter"))) is not None
-                    else []
-                )
-                epochs += [epoch] if (epoch := _epoch(meta.get("epoch"))) is not None else []
+            steps += _stated_steps(saved, around)
+            epochs += _stated_epochs(saved, around)
         step, entry = steps[0] if steps else (None, "")
         return _Loaded(tensors, notes, step, entry, epochs[0] if epochs else None)
 
@@ -443,6 +423,40 @@ def _plain(name: str) -> str:
 def _of_trainer(path: Path) -> int | None:
     stated = trainer_step(path) if path.is_dir() else None
     return int(stated) if stated is not None and re.fullmatch("[0-9]{1,18}", stated) else None
+
+
+def _stated_steps(
+    saved: Mapping[str, object], around: Sequence[Mapping[str, object]]
+) -> list[tuple[int, str]]:
+    """Return the step a file states, with the name of the entry; an empty list where it states
+    none.
+    """
+    inside = [
+        (step, name)
+        for level in (saved, *around)
+        for name in _STEPS
+        if (step := _count(level.get(name))) is not None
+    ]
+    meta = saved.get("meta")
+    if not inside and isinstance(meta, Mapping):  # mmcv's
+        step = _count(meta.get("iter"))
+        return [] if step is None else [(step, "meta.iter")]
+    return inside[:1]
+
+
+def _stated_epochs(
+    saved: Mapping[str, object], around: Sequence[Mapping[str, object]]
+) -> list[int]:
+    """Return the epochs a file states, what its own entries say first."""
+    inside = [
+        epoch
+        for level in (saved, *around)
+        for name in _EPOCHS
+        if (epoch := _epoch(level.get(name))) is not None
+    ]
+    meta = saved.get("meta")
+    of_mmcv = _epoch(meta.get("epoch")) if isinstance(meta, Mapping) else None
+    return [*inside[:1], *([] if of_mmcv is None else [of_mmcv])]
 
 
 def _epoch(value: object) -> int | None:

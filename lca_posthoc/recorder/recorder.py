@@ -77,25 +77,13 @@ class Recorder:
         frozen: bool = True,
         on_full: Literal["stop", "pause"] = "stop",
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise InputError(f"the model is a {type(model).__name__}, not an nn.Module.")
-        if not _is_step(every) or every < 1:
-            raise InputError(f"every={every}: record every step (1), every second (2), and so on.")
-        if steps is not None and not (isinstance(steps, Collection) and all(map(_is_step, steps))):
-            raise InputError(f"steps={steps!r}: name optimiser steps, whole numbers from 0.")
-        if until is not None and not _is_step(until):
-            raise InputError(f"until={until!r}: name an optimiser step, a whole number from 0.")
-        if on_full not in ("stop", "pause"):
-            raise InputError(f"on_full={on_full!r}: choose 'stop' or 'pause'.")
+        _refuse_arguments(model, every, steps, until, on_full)
         self.directory = here(
             directory, "iterates are written to this machine's file systems. Name a directory."
         ).expanduser()
         self._model = model
-        self._every, self._steps, self._until = (
-            every,
-            None if steps is None else frozenset(steps),
-            until,
-        )
+        self._every, self._until = every, until
+        self._steps = None if steps is None else frozenset(steps)
         self._frozen = bool(frozen)
         self._pauses = on_full == "pause"
         self._last = -1
@@ -148,6 +136,21 @@ class Recorder:
             InputError: where an optimiser does not train the model, or one is attached already;
                 further as `save`.
         """
+        self._refuse_optimizers(optimizers)
+        self.save(step)
+        self._step = step
+        takeover = Takeover(self._model, optimizers)
+        outermost = Outermost(
+            Told(self._made_step, self._hold_buffers, self._save_step), takeover, optimizers
+        )
+        self._attached = [
+            weakref.finalize(self, takeover.end),
+            # the optimisers keep it alive, and it keeps this recorder alive
+            functools.partial(_end, weakref.ref(outermost)),
+        ]
+        return self
+
+    def _refuse_optimizers(self, optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
         if not optimizers or not all(map(can_follow, optimizers)):
             names = ", ".join(type(optimizer).__name__ for optimizer in optimizers) or "nothing"
             raise InputError(
@@ -167,18 +170,6 @@ class Recorder:
                 "model that is trained, and attach once "
                 "model and optimiser are made."
             )
-        self.save(step)
-        self._step = step
-        takeover = Takeover(self._model, optimizers)
-        outermost = Outermost(
-            Told(self._made_step, self._hold_buffers, self._save_step), takeover, optimizers
-        )
-        self._attached = [
-            weakref.finalize(self, takeover.end),
-            # the optimisers keep it alive, and it keeps this recorder alive
-            functools.partial(_end, weakref.ref(outermost)),
-        ]
-        return self
 
     def _made_step(self) -> None:
         # whatever happens to this one, an interrupt perhaps, the next has its own number
@@ -301,6 +292,46 @@ class Recorder:
         )
 
 
+def _refuse_arguments(
+    model: nn.Module, every: int, steps: Collection[int] | None, until: int | None, on_full: str
+) -> None:
+    """Refuse arguments of a recorder that are not as described."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model is a {type(model).__name__}, not an nn.Module.")
+    if not _is_step(every) or every < 1:
+        raise InputError(f"every={every}: record every step (1), every second (2), and so on.")
+    if steps is not None and not (isinstance(steps, Collection) and all(map(_is_step, steps))):
+        raise InputError(f"steps={steps!r}: name optimiser steps, whole numbers from 0.")
+    if until is not None and not _is_step(until):
+        raise InputError(f"until={until!r}: name an optimiser step, a whole number from 0.")
+    if on_full not in ("stop", "pause"):
+        raise InputError(f"on_full={on_full!r}: choose 'stop' or 'pause'.")
+
+
+def _locked(directory: Path) -> DirectoryLock:
+    """Make a directory that no other recorder writes into, and remove what a killed process left
+    there.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(
+            f"{directory} cannot be made a directory: {error.strerror}. Record elsewhere."
+        ) from error
+    try:
+        lock = DirectoryLock(directory)
+    except BlockingIOError:
+        raise ResourceError(
+            f"another recorder writes into {directory}. Close it, or record into another "
+            f"directory; where several processes train "
+            "together, make the recorder after torch.distributed.init_process_group."
+        ) from None
+    # of a process that was killed
+    for path in directory.glob(".step_*.safetensors.*.tmp") if lock.locked else ():
+        path.unlink()
+    return lock
+
+
 class _Series:
     """The files of one directory, from the first iterate on; a process that does not write only
     helps to gather the tensors.
@@ -318,13 +349,24 @@ class _Series:
         tensors = self._contents.tensors()
         if not _writes():
             return
+        self._refuse_reserved()
+        self._layout = Layout(tensors, every)
+        self._warn_of_contents(len(tensors))
+        self._stager = Stager(self._layout)
+        self._lock = _locked(directory)
+        self._before = _highest(directory)
+        self._writer = Writer(directory, self._layout, self._before, pauses)
+
+    def _refuse_reserved(self) -> None:
         for name in reserved(self._contents.allocated):
             raise InputError(
                 f"the model has a tensor called {name!r}, a name that results have for a "
                 f"dimension: `lca run` could not allocate to it. "
                 "Rename it in the model before you train; a count may keep the name as an integer."
             )
-        self._layout = Layout(tensors, every)
+
+    def _warn_of_contents(self, tensors: int) -> None:
+        """Warn of what is not recorded, and of weights in which little of the motion shows."""
         if self._contents.unwritten:
             entries = ", ".join(
                 f"{name!r} (a {kind})" for name, kind in self._contents.unwritten.items()
@@ -333,38 +375,18 @@ class _Series:
                 f"the model's state dict holds {entries}: no tensor of numbers, so that it is not "
                 f"recorded. A "
                 "replay has it as the task's model builds it.",
-                stacklevel=5,
+                stacklevel=6,
             )
         if self._layout.half_precision:
             warnings.warn(
                 f"{self._layout.half_precision[0]} has fewer than 32 bits a number, as "
                 f"{len(self._layout.half_precision)} of "
-                f"{count(len(tensors), 'tensor')}: a step smaller than its spacing is lost, and "
+                f"{count(tensors, 'tensor')}: a step smaller than its spacing is lost, and "
                 f"most of them are. Keep the "
                 "weights in float32 and "
                 "train under torch.autocast.",
-                stacklevel=5,
+                stacklevel=6,
             )
-        self._stager = Stager(self._layout)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ResourceError(
-                f"{directory} cannot be made a directory: {error.strerror}. Record elsewhere."
-            ) from error
-        try:
-            self._lock = DirectoryLock(directory)
-        except BlockingIOError:
-            raise ResourceError(
-                f"another recorder writes into {directory}. Close it, or record into another "
-                f"directory; where several processes train "
-                "together, make the recorder after torch.distributed.init_process_group."
-            ) from None
-        # of a process that was killed
-        for path in directory.glob(".step_*.safetensors.*.tmp") if self._lock.locked else ():
-            path.unlink()
-        self._before = _highest(directory)
-        self._writer = Writer(directory, self._layout, self._before, pauses)
 
     def warn_of_gap(self, step: int, is_wanted: Callable[[int], bool]) -> None:
         """Warn where iterates are missing between those of the directory and the first one now."""

@@ -235,20 +235,10 @@ def drive(
         )
         cluster.check_workers(present, {})
         log = Timed(listen)
-        job = replay._Job(
-            checkpoints=Path(manifest.root),
-            task=entry,
-            data=b"",
-            losses=[],
-            path=out,
-            asked={},
-            span=None,
-            durable=False,
-            tell=log,
-        )
         ready, ready_wall = used(), time.monotonic()
         with store.hold(out) as held, log.written_to(partial(store.append_events, out)):
-            job._replay(cluster, store.RunWriter(out, manifest, False), common, stop, held)
+            writer, status = store.RunWriter(out, manifest, False), replay._Status(log)
+            replay._Spans(writer, common, status, durable=False).replay(cluster, held, None)
         looped = used()
     ended, wall = used(), time.monotonic() - started
     spec = to_plain(replay._span_request(common, manifest, 0, ["train"], durable=False))

@@ -1,0 +1,366 @@
+"""Specs on the workers of a Dask scheduler: `Assignments` decides, `Scheduler` carries.
+
+Here are the two brought together: what arrives from Dask becomes an event of `Assignments`, and
+each of its actions a task of Dask or an outcome for the driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ResourceError
+from . import assignments
+from .assignments import Abandoned, Action, Ask, Assignments, Cancel, Overdue, Submit
+from .protocol import Committed, Crew, Function, Outcome, Question, Slow, Spec
+from .scheduler import WITHOUT_US, Scheduler, answer_of, place_of, result_of, shortly
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
+LOOK_SECONDS = 1.0  # between two looks at who is there
+_ARRIVAL_SECONDS = 0.2  # of waiting for an answer, after which signals are handled
+NO_GPU = "offers no GPU: start it with --resources GPU=1"
+
+
+class Members:
+    """The workers that take part, and those already seen.
+
+    Attributes:
+        able: addresses of those that take part, in the order they came.
+        question: a function's place and a spec, by which newcomers are asked; None to ask nothing.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.able: list[str] = []
+        self.question: tuple[str, Spec] | None = None
+        self._scheduler = scheduler
+        self._seen: set[str] = set()
+        self._looked = 0.0
+        self.able, _ = self.look()
+
+    @property
+    def is_look_due(self) -> bool:
+        """Tell whether the last look is long ago."""
+        return time.monotonic() - self._looked > LOOK_SECONDS
+
+    def look(self) -> tuple[list[str], list[str]]:
+        """Return who came since the last look, and who of those that take part went."""
+        self._looked = time.monotonic()
+        running = self._scheduler.running()
+        came = [address for address in running if address not in self._seen]
+        went = [address for address in self.able if address not in running]
+        self._seen = (self._seen | running) - set(went)
+        if came:
+            self._scheduler.learn_names(came)
+        return came, went
+
+    def forget(self, addresses: Iterable[str]) -> None:
+        """Take workers for newcomers when they are seen the next time."""
+        self._seen -= set(addresses)
+
+
+class Workers:
+    """The workers of a scheduler; see `Cluster`.
+
+    Attributes:
+        dashboard: the address of Dask's own page, where it is served.
+        full_strength: how many workers there ought to be, if `replace` can start others.
+        replace: starts workers in place of those that are gone for good.
+    """
+
+    dashboard: str | None = None
+    full_strength = 0
+    replace: Callable[[], None] | None = None
+
+    def __init__(self, scheduler: Scheduler, device: str | None, stop: threading.Event) -> None:
+        self._scheduler, self._device, self._stop = scheduler, device, stop
+        self._members = Members(scheduler)
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, client: Client, device: str | None, stop: threading.Event) -> Iterator[Workers]:
+        """Open them, and leave nothing behind on the workers afterwards."""
+        with Scheduler.opened(client) as scheduler:
+            yield cls(scheduler, device, stop)
+
+    def crew(self) -> Crew:
+        """See `Cluster.crew`."""
+        able, info, threads = self._members.able, self._scheduler.info(), self._scheduler.threads()
+        hosts = Counter(info[address]["host"] for address in able if address in info)
+        several = [address for address in able if threads.get(address, 1) > 1]
+        return Crew(
+            workers=len(able),
+            device=self._device,
+            max_per_host=max(hosts.values(), default=1),
+            several_threads=tuple(map(self._scheduler.named, several)),
+            dashboard=self.dashboard,
+        )
+
+    def deliver(self, data: bytes) -> str:
+        """See `Cluster.deliver`."""
+        return self._scheduler.deliver(data)
+
+    def settle_on(self, device: str) -> None:
+        """See `Cluster.settle_on`; on GPUs every worker must offer `GPU=1`, so that nobody else's
+        work shares it.
+        """
+        self._device = device
+        if device == "cuda":
+            self._refuse_without_gpu()
+
+    def _refuse_without_gpu(self) -> None:
+        without = self._scheduler.without_gpu(self._members.able)
+        if without:
+            raise ResourceError(
+                f"worker{'s' if len(without) > 1 else ''} "
+                f"{', '.join(map(self._scheduler.named, without[:3]))}"
+                f"{f' and {len(without) - 3} more' if len(without) > 3 else ''} offer no GPU. "
+                f"Start each with "
+                "`CUDA_VISIBLE_DEVICES=N dask worker ADDRESS --nthreads 1 --resources GPU=1`, or "
+                "compute with --device cpu."
+            )
+
+    def check_workers(self, question: Question, spec: Spec) -> dict[str, Spec]:
+        """See `Cluster.check_workers`."""
+        scheduler, able = self._scheduler, self._members.able
+        of_newcomers = self._members.question = place_of(question), spec
+        answers = {
+            address: answer or {"error": WITHOUT_US}
+            for address, answer in _answers(able, scheduler.ask_for_us).items()
+            if answer is not True
+        }
+        answers |= _answers(
+            [address for address in able if address not in answers],
+            lambda address: scheduler.submit(*of_newcomers, address, on_gpu=False),
+        )
+        self._members.able = [address for address in able if "error" not in answers[address]]
+        return {scheduler.named(address): answer for address, answer in answers.items()}
+
+    def map(
+        self, function: Function, specs: Iterable[Spec], committed: Committed | None = None
+    ) -> Generator[Outcome]:
+        """See `Cluster.map`."""
+        leave_seconds = assignments.LEAVE_SECONDS if committed else 0.0
+        work = _Work(
+            place_of(function),
+            Assignments(specs, time.monotonic(), leave_seconds),
+            self._scheduler,
+            self._members,
+            on_gpu=self._device == "cuda",
+        )
+        try:
+            yield from self._outcomes(work, committed)
+        finally:
+            work.abandon()
+
+    def _outcomes(self, work: _Work, committed: Committed | None) -> Iterator[Outcome]:
+        while True:
+            self._pass_on_stop(work)
+            yield from work.hand_out()
+            if work.is_over:
+                return
+            arrived = work.next_arrived()
+            self._pass_on_stop(work)
+            if arrived is not None:
+                yield from work.take(*arrived)
+            if self._members.is_look_due:
+                yield from self._look(work, committed)
+
+    def _pass_on_stop(self, work: _Work) -> None:
+        if self._stop.is_set():
+            work.drain()
+
+    def _look(self, work: _Work, committed: Committed | None) -> Iterator[Outcome]:
+        yield from work.look()
+        short = len(self._members.able) < self.full_strength
+        if self.replace is not None and short and not self._stop.is_set():
+            self.replace()
+        if committed is not None:
+            yield from work.take_committed(committed)
+        yield from work.tick()
+
+
+class _Work:
+    """One call of `Workers.map`: events in, actions carried out.
+
+    Args:
+        place: of the function.
+        assigned: who gets what.
+        scheduler: that carries it.
+        members: who takes part; those that come and go meanwhile are noted there.
+        on_gpu: whether each spec needs a GPU of its own.
+    """
+
+    def __init__(
+        self,
+        place: str,
+        assigned: Assignments,
+        scheduler: Scheduler,
+        members: Members,
+        *,
+        on_gpu: bool,
+    ) -> None:
+        self._place, self._on_gpu = place, on_gpu
+        self._assigned, self._scheduler, self._members = assigned, scheduler, members
+        self._futures: dict[int, tuple[str, Future]] = {}  # by attempt, with the worker's address
+        self._questions: dict[int, tuple[str, Future]] = {}  # likewise
+        self._arrived: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
+        self._drained = False
+        for address in members.able:
+            assigned.take_in(address, scheduler.named(address))
+
+    @property
+    def is_over(self) -> bool:
+        """Tell whether nothing is under way and nothing will be."""
+        return self._assigned.is_over
+
+    def drain(self) -> None:
+        """Begin nothing more, here and on the workers."""
+        if not self._drained:
+            self._drained = True
+            self._scheduler.stop()
+            self._assigned.drain()
+
+    def abandon(self) -> None:
+        """Cancel what waits; what runs is nobody's any more."""
+        self._members.forget(self._assigned.newcomers.values())  # to be asked again
+        with contextlib.suppress(Exception):
+            self._scheduler.client.cancel([future for _, future in self._futures.values()])
+
+    # --- events
+
+    def hand_out(self) -> Iterator[Outcome]:
+        """Hand out what there is room for."""
+        return self._carry_out(self._assigned.assign(time.monotonic()))
+
+    def next_arrived(self) -> tuple[int, Future] | None:
+        """Return the next answer, waking up now and then so that signals are handled."""
+        with contextlib.suppress(queue.Empty):
+            return self._arrived.get(timeout=_ARRIVAL_SECONDS)
+        return None
+
+    def take(self, attempt: int, future: Future) -> Iterator[Outcome]:
+        """Take an answer of a worker, to a question or with the result of a spec."""
+        if attempt in self._questions:
+            address, _ = self._questions.pop(attempt)
+            yield from self._take_answer(attempt, address, future)
+        elif attempt in self._futures:  # else its worker is gone; its specs were dealt with
+            yield from self._take_result(attempt, future)
+
+    def _take_answer(self, attempt: int, address: str, future: Future) -> Iterator[Outcome]:
+        refusal = self._refusal(address, answer_of(future, assignments.ANSWER_SECONDS))
+        if refusal is None:
+            self._members.able.append(address)
+        return self._carry_out(self._assigned.answered(attempt, refusal))
+
+    def _refusal(self, address: str, answer: dict[str, Spec]) -> str | None:
+        if "error" in answer:
+            error = answer["error"]
+            return str(error["message"]) if isinstance(error, dict) else str(error)
+        if self._on_gpu and self._scheduler.without_gpu([address]):
+            return NO_GPU
+        return None
+
+    def _take_result(self, attempt: int, future: Future) -> Iterator[Outcome]:
+        result = result_of(future)
+        if result:
+            del self._futures[attempt]
+            return self._carry_out(self._assigned.finished(attempt, result[0], time.monotonic()))
+        if future.status == "error" and type(future.exception()).__name__ != "KilledWorker":
+            del self._futures[attempt]
+            return self._carry_out(self._assigned.failed(attempt, shortly(future.exception())))
+        if self._scheduler.client.status != "running":
+            raise self._scheduler.gone("the connection is lost")
+        address, _ = self._futures[attempt]
+        self._members.forget([address])  # where it runs again under the same address, it is new
+        return self._worker_gone(address)
+
+    def look(self) -> Iterator[Outcome]:
+        """Take in who came, deal with who went."""
+        came, went = self._members.look()
+        for address in came:
+            name = self._scheduler.named(address)
+            if self._members.question is None:
+                self._members.able.append(address)
+                self._assigned.take_in(address, name)
+            else:
+                yield from self._carry_out(self._assigned.came(address, name, time.monotonic()))
+        for address in went:
+            yield from self._worker_gone(address)
+
+    def _worker_gone(self, address: str) -> Iterator[Outcome]:
+        self._members.able.remove(address)
+        may_finish = self._scheduler.told_to_leave(address)
+        return self._carry_out(
+            self._assigned.gone(address, time.monotonic(), may_finish=may_finish)
+        )
+
+    def take_committed(self, committed: Committed) -> Iterator[Outcome]:
+        """Take what workers that were told to go have finished, rather than do it twice."""
+        for attempt, spec in self._assigned.leaving.items():
+            result = committed(spec)
+            if result is not None:
+                yield from self._carry_out(
+                    self._assigned.finished(attempt, result, time.monotonic())
+                )
+
+    def tick(self) -> Iterator[Outcome]:
+        """Mind the time."""
+        yield from self._carry_out(self._assigned.tick(time.monotonic()))
+        for attempt in self._questions.keys() - self._assigned.newcomers.keys():
+            del self._questions[attempt]
+
+    # --- actions
+
+    def _carry_out(self, actions: Sequence[Action]) -> Iterator[Outcome]:
+        for action in actions:
+            match action:
+                case Submit(attempt, address, spec):
+                    future = self._submit(self._place, spec, address, on_gpu=self._on_gpu)
+                    self._await(self._futures, attempt, address, future)
+                case Ask(attempt, address):
+                    assert self._members.question is not None  # else nobody is asked
+                    place, spec = self._members.question
+                    future = self._submit(place, spec, address, on_gpu=False)
+                    self._await(self._questions, attempt, address, future)
+                case Cancel(attempt):
+                    self._scheduler.ask(self._futures.pop(attempt)[1].cancel)
+                case Overdue(attempt, spec, name, seconds):
+                    stack = self._scheduler.stack(self._futures[attempt][1].key)
+                    yield Slow(spec, name, seconds, stack)
+                case Abandoned(seconds):
+                    raise _nobody_left(seconds)
+                case _:
+                    yield action
+
+    def _submit(self, place: str, spec: Spec, address: str, *, on_gpu: bool) -> Future:
+        return self._scheduler.ask(self._scheduler.submit, place, spec, address, on_gpu=on_gpu)
+
+    def _await(
+        self, awaited: dict[int, tuple[str, Future]], attempt: int, address: str, future: Future
+    ) -> None:
+        awaited[attempt] = address, future
+        future.add_done_callback(lambda finished: self._arrived.put((attempt, finished)))
+
+
+def _answers(addresses: Iterable[str], ask: Callable[[str], Future]) -> dict[str, Any]:
+    """Ask workers, all at once, and return their answers by address."""
+    futures = {address: ask(address) for address in addresses}
+    deadline = time.monotonic() + assignments.ANSWER_SECONDS
+    return {
+        address: answer_of(future, max(1.0, deadline - time.monotonic()))
+        for address, future in futures.items()
+    }
+
+
+def _nobody_left(seconds: float) -> ResourceError:
+    return ResourceError(
+        f"no worker is left, and none came within {seconds:.0f} s. What was committed is kept; "
+        f"start workers and run the same command again."
+    )

@@ -1,0 +1,256 @@
+"""A Dask scheduler as this package uses it: who runs there, one task for one worker, its answer.
+
+Dask carries, starts and cancels; it decides nothing. A task is restricted to one worker and is
+never tried again by Dask itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..errors import ResourceError
+from . import broadcast
+from .assignments import SILENT
+from .protocol import Function, Spec
+
+if TYPE_CHECKING:
+    from distributed import Client, Event, Future, Worker, WorkerPlugin
+
+RESULT_SECONDS = 10.0  # for the few kilobytes of a result
+WITHOUT_US = f"has no lca_posthoc: it needs `pip install lca_posthoc=={__version__}`"
+
+
+class Scheduler:
+    """The scheduler behind a Dask client.
+
+    Args:
+        client: connected to it.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self._stopping = f"lca-stop-{uuid.uuid4().hex}"
+        self._delivered: list[str] = []
+        self._names: dict[str, str] = {}
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, client: Client) -> Iterator[Scheduler]:
+        """Use it, and leave nothing behind on the workers afterwards."""
+        scheduler = cls(client)
+        try:
+            yield scheduler
+        finally:
+            if client.status == "running":  # else there is nobody to tell
+                with contextlib.suppress(OSError, TimeoutError):
+                    for key in scheduler._delivered:
+                        client.unregister_worker_plugin(key)
+
+    # --- who is there
+
+    def running(self) -> set[str]:
+        """Return the addresses of the workers, without those on their way out."""
+        client = self.client
+        return set(self.ask(lambda: client.sync(client.scheduler.ncores_running)))
+
+    def info(self) -> dict[str, dict[str, Any]]:
+        """Return what the scheduler tells of each worker, by address."""
+        workers: dict[str, dict[str, Any]] = self.ask(self.client.scheduler_info)["workers"]
+        return workers
+
+    def threads(self) -> dict[str, int]:
+        """Return how many threads each worker has, by address."""
+        threads: dict[str, int] = self.ask(self.client.nthreads)
+        return threads
+
+    def without_gpu(self, addresses: Iterable[str]) -> list[str]:
+        """Return those of the workers that do not offer `GPU=1`."""
+        info = self.info()
+        return [
+            address
+            for address in addresses
+            if info.get(address, {}).get("resources", {}).get("GPU", 0) < 1
+        ]
+
+    def learn_names(self, addresses: Iterable[str]) -> None:
+        """Remember what workers are called, also for when they are gone."""
+        info = self.info()
+        self._names |= {
+            address: str(info[address]["name"]) for address in addresses if address in info
+        }
+
+    def named(self, address: str) -> str:
+        """Return a worker's name and address, as people know it."""
+        name = self._names.get(address, address)
+        return address if name == address else f"{name} ({address})"
+
+    def told_to_leave(self, address: str) -> bool:
+        """Tell whether a worker that is gone was told to go, and so may still finish what it was
+        doing.
+        """
+        with contextlib.suppress(OSError, TimeoutError):
+            for _, event in reversed(self.client.get_events(address)):
+                if event.get("action") == "remove-worker":
+                    return bool(event.get("expected"))
+            return address in self.info()
+        return False
+
+    # --- tasks
+
+    def submit(self, place: str, spec: Spec, address: str, *, on_gpu: bool) -> Future:
+        """Give a worker a spec for the function that `place_of` named."""
+        return self.client.submit(
+            _work,
+            place,
+            spec,
+            self._stopping,
+            key=f"lca-{uuid.uuid4().hex}",
+            pure=False,
+            retries=0,
+            workers=[address],
+            allow_other_workers=False,
+            resources={"GPU": 1} if on_gpu else None,
+        )
+
+    def ask_for_us(self, address: str) -> Future:
+        """Ask whether this package is installed on a worker; one that lacks it could not say so in
+        our words.
+        """
+        return self.client.submit(
+            has_us(), key=f"lca-{uuid.uuid4().hex}", pure=False, workers=[address]
+        )
+
+    def stack(self, key: str) -> list[str]:
+        """Return the stack of a running task, the innermost call last."""
+        with contextlib.suppress(Exception):
+            stacks_by_worker = self.client.sync(
+                self.client.scheduler.call_stack, keys=[key], callback_timeout=5
+            )
+            for stacks in stacks_by_worker.values():
+                return [" ".join(frame.split()) for frame in stacks[key]]
+        return []
+
+    def stop(self) -> None:
+        """Let the workers begin nothing of what waits there."""
+        self.ask(_event(self._stopping, self.client).set)
+
+    # --- bytes
+
+    def deliver(self, data: bytes) -> str:
+        """Put bytes into every worker process, also one that starts later; returns their key."""
+        key = f"lca-{uuid.uuid4().hex}"
+        self.ask(self.client.register_plugin, _delivery(key, data), name=key)
+        self._delivered.append(key)
+        return key
+
+    # --- a scheduler that is gone
+
+    def ask(self, question: Callable[..., Any], *arguments: object, **named: object) -> Any:
+        """Ask the scheduler; one that is gone is an error that says so."""
+        from distributed.client import ClosedClientError
+
+        try:
+            return question(*arguments, **named)
+        except (OSError, TimeoutError, ClosedClientError) as error:
+            raise self.gone(error) from None
+
+    def gone(self, error: object) -> ResourceError:
+        """Return the error for a scheduler that is gone."""
+        return ResourceError(
+            f"the scheduler is gone ({shortly(error)}). What was committed is kept; start it and "
+            f"run the same command again."
+        )
+
+
+def answer_of(future: Future, seconds: float) -> Any:
+    """Return the answer to a question, or why there is none under `"error"`."""
+    from distributed import TimeoutError as DaskTimeoutError
+
+    try:
+        return future.result(timeout=seconds)
+    except (DaskTimeoutError, TimeoutError):
+        future.cancel()
+        return {"error": SILENT}
+    except Exception as error:
+        return {"error": shortly(error)}
+
+
+def result_of(future: Future) -> list[object]:
+    """Return the result of a finished task as the only item, none if its worker is not there to
+    give it.
+    """
+    from distributed import TimeoutError as DaskTimeoutError
+
+    if future.status == "finished":
+        with contextlib.suppress(DaskTimeoutError, TimeoutError):
+            return [future.result(timeout=RESULT_SECONDS)]
+    return []
+
+
+def has_us() -> Callable[[], bool]:
+    """Return a function that travels by value and says whether this package is installed where it
+    runs.
+    """
+
+    def is_there() -> bool:
+        import importlib.util
+
+        try:
+            return importlib.util.find_spec("lca_posthoc") is not None
+        except ImportError:
+            return False
+
+    return is_there
+
+
+def place_of(function: Function) -> str:
+    """Return the name under which a callable is found again, so that a scheduler need not import
+    it.
+    """
+    return f"{function.__module__}:{function.__qualname__}"
+
+
+def shortly(error: object) -> str:
+    """Return an error or a message on one line of bounded length."""
+    text = " ".join(str(error).split())
+    return (
+        f"{type(error).__name__}: {text}"[:300] if isinstance(error, BaseException) else text[:300]
+    )
+
+
+def _work(place: str, spec: Spec, stop: str) -> object:
+    """Run a spec on a worker unless the driver is draining."""
+    from distributed import get_client
+
+    if _event(stop, get_client()).is_set():
+        return None
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)(spec)
+
+
+def _event(name: str, client: Client) -> Event:
+    from distributed import Event
+
+    return Event(name, client=client)
+
+
+def _delivery(key: str, data: bytes) -> WorkerPlugin:
+    from distributed import WorkerPlugin
+
+    class Delivery(WorkerPlugin):  # type: ignore[misc]
+        """Puts bytes into every worker process, also one that starts later."""
+
+        name = key
+
+        def setup(self, worker: Worker) -> None:
+            broadcast.take_in(key, data)
+
+        def teardown(self, worker: Worker) -> None:
+            broadcast.drop(key)
+
+    return Delivery()
