@@ -30,7 +30,7 @@ from lca_posthoc.store.chunks import CheckedStore, RowStore
 from lca_posthoc.store.commits import Commits
 from lca_posthoc.store.files import read_json, seal, write_json
 from lca_posthoc.store.metadata import metadata_files
-from tests.small import marker, record, write_task
+from tests.helpers.cli import marker, record, write_task
 
 PARTS = ("steps", "tensors")
 CHUNKS = ("steps/residual/c/0", "steps/residual/c/2", "tensors/helping/c/1/0")
