@@ -8,7 +8,7 @@ import linecache
 import pickle
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,13 @@ from lca_posthoc.recorder import optimizer_guard, writer
 
 from .helpers.recorded_series import interrupt_now, names, steps_in
 
+pytestmark = pytest.mark.usefixtures("no_warnings")
+
 
 @pytest.fixture
 def linear() -> nn.Module:
     torch.manual_seed(0)
     return nn.Linear(3, 2)
-
-
-@pytest.fixture(autouse=True)
-def no_warnings() -> Iterator[None]:
-    """A warning is part of what is promised: where one is due it is expected."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", message=".*fewer than 32 bits", category=UserWarning)
-        yield
 
 
 def trained(

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,8 @@ from tests.helpers.numbered_training import become, network
 
 from .helpers.recorded_series import HERE, MODELS, Odd, Tied, names, saved, steps_in
 
+pytestmark = pytest.mark.usefixtures("no_warnings")
+
 
 @pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest) -> nn.Module:
@@ -38,15 +39,6 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 def linear() -> nn.Module:
     torch.manual_seed(0)
     return nn.Linear(3, 2)
-
-
-@pytest.fixture(autouse=True)
-def no_warnings() -> Iterator[None]:
-    """A warning is part of what is promised: where one is due it is expected."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", message=".*fewer than 32 bits", category=UserWarning)
-        yield
 
 
 def move(model: nn.Module) -> None:

@@ -6,8 +6,7 @@ import errno
 import os
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,13 @@ from tests.helpers.numbered_training import network
 
 from .helpers.recorded_series import HERE, interrupt_now, names, saved, steps_in
 
+pytestmark = pytest.mark.usefixtures("no_warnings")
+
 
 @pytest.fixture
 def linear() -> nn.Module:
     torch.manual_seed(0)
     return nn.Linear(3, 2)
-
-
-@pytest.fixture(autouse=True)
-def no_warnings() -> Iterator[None]:
-    """A warning is part of what is promised: where one is due it is expected."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", message=".*fewer than 32 bits", category=UserWarning)
-        yield
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,20 +24,13 @@ from tests.helpers.numbered_training import become, network
 
 from .helpers.recorded_series import HERE, names, saved, steps_in
 
+pytestmark = pytest.mark.usefixtures("no_warnings")
+
 
 @pytest.fixture
 def linear() -> nn.Module:
     torch.manual_seed(0)
     return nn.Linear(3, 2)
-
-
-@pytest.fixture(autouse=True)
-def no_warnings() -> Iterator[None]:
-    """A warning is part of what is promised: where one is due it is expected."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", message=".*fewer than 32 bits", category=UserWarning)
-        yield
 
 
 @pytest.fixture
@@ -155,6 +147,7 @@ def test_two_recorders_of_one_directory_are_one_too_many(tmp_path: Path, linear:
     saved(tmp_path, linear, 1)
 
 
+@pytest.mark.moment
 @pytest.mark.parametrize("kills", [12])
 def test_a_training_that_is_killed_leaves_whole_files_without_a_hole(
     tmp_path: Path, kills: int
