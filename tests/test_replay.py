@@ -380,11 +380,9 @@ def test_two_drivers_never_share_a_run(place: Path, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def long_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Enough segments that a replay can be interrupted in the middle."""
-    root = tmp_path_factory.mktemp("long")
-    record_training(root / "checkpoints", range(401))
+def whole(root: Path, segments: int) -> Path:
+    """Checkpoints, a task and `clean.lca`, an undisturbed run of it in spans of 4 segments."""
+    record_training(root / "checkpoints", range(segments + 1))
     write_task(
         root / "small_task.py",
         "inputs = torch.randn(40",
@@ -399,6 +397,18 @@ def long_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         out=root / "clean.lca",
     )
     return root
+
+
+@pytest.fixture(scope="module")
+def long_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough segments that a replay can be interrupted many times."""
+    return whole(tmp_path_factory.mktemp("long"), 400)
+
+
+@pytest.fixture(scope="module")
+def middle_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough segments that a replay can be interrupted in the middle."""
+    return whole(tmp_path_factory.mktemp("middle"), 120)
 
 
 def start(root: Path, out: Path, cluster: str) -> Driver:
@@ -449,25 +459,25 @@ def test_killed_at_random_moments_and_run_again_gives_the_bytes_of_an_undisturbe
 
 
 @pytest.mark.moment
-def test_a_killed_worker_costs_time_and_changes_nothing(long_place: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_costs_time_and_changes_nothing(middle_place: Path, tmp_path: Path) -> None:
     out = tmp_path / "run.lca"
-    process = start(long_place, out, "local")
+    process = start(middle_place, out, "local")
     wait_until(process, lambda: markers(out) >= 3)
     workers = process.workers()
     assert workers
     workers[0].kill()
     assert process.finished(LONG) == 0, process.said
-    assert contents(out / "data.zarr") == contents(long_place / "clean.lca" / "data.zarr")
+    assert contents(out / "data.zarr") == contents(middle_place / "clean.lca" / "data.zarr")
 
 
 @pytest.mark.moment
 @pytest.mark.parametrize("cluster", ["inline", "local"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_drains_and_leaves_a_resumable_run(
-    long_place: Path, tmp_path: Path, cluster: str, number: signal.Signals
+    middle_place: Path, tmp_path: Path, cluster: str, number: signal.Signals
 ) -> None:
     out = tmp_path / "run.lca"
-    process = start(long_place, out, cluster)
+    process = start(middle_place, out, cluster)
     wait_until(process, lambda: markers(out) >= 3)
     # A terminal sends Ctrl-C to every process of the group; a scheduler's SIGTERM reaches the
     # driver.
@@ -479,13 +489,13 @@ def test_an_interrupt_drains_and_leaves_a_resumable_run(
     status = lca("status", out)
     assert "stopped: run `lca run` again" in status.stdout
     lca_package.run(
-        long_place / "checkpoints",
-        long_place / "small_task.py",
+        middle_place / "checkpoints",
+        middle_place / "small_task.py",
         losses=["all"],
         cluster="inline",
         out=out,
     )
-    assert contents(out / "data.zarr") == contents(long_place / "clean.lca" / "data.zarr")
+    assert contents(out / "data.zarr") == contents(middle_place / "clean.lca" / "data.zarr")
 
 
 def test_only_a_loss_that_is_new_is_calibrated(
