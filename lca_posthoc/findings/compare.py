@@ -89,11 +89,7 @@ def compare(
     if isinstance(confidence, bool) or not 0 < confidence < 1:
         raise InputError(f"confidence is a number between 0 and 1, got {confidence!r}.")
     listed = _listed(runs)
-    # losses without groups alone are listed
-    summaries = [
-        [cast("Figures[float]", summary(results)) for results in several]
-        for several in listed.values()
-    ]
+    summaries = [[_figures(results) for results in several] for several in listed.values()]
     design = design_of(listed, paired)
     layers = list(
         dict.fromkeys(
@@ -198,6 +194,11 @@ def _listed(
                 )
             seen.add((results.path.resolve(), results.name))
     return listed
+
+
+def _figures(results: LossResults) -> Figures[float]:
+    """Return the summary of a loss, which has no groups."""
+    return cast("Figures[float]", summary(results))
 
 
 def _label(tensor: Part[float], by: str | int) -> str:
