@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lca_posthoc.store import disk
@@ -102,6 +102,7 @@ def test_what_is_gone_already_is_removed(tmp_path: Path) -> None:
         disk.remove_tree(tmp_path / "x", strict=True)
 
 
+@settings(deadline=None)  # it writes files
 @given(data=st.binary(max_size=60) | st.text("ab\n", max_size=60).map(str.encode))
 @pytest.mark.parametrize("block", [1, 7, 1000])
 def test_lines_from_the_end_are_the_lines_backwards(
