@@ -17,7 +17,7 @@ from ..declarations import BY, TOP, Finding
 from ..errors import InputError
 from ..store import LossResults
 from .common import about, described, label_of, unfinished
-from .design import design_of, differences
+from .design import Design, design_of, differences
 from .summary import Figures, Part, summary
 
 FINDING = Finding(
@@ -96,7 +96,7 @@ def compare(
             _label(tensor, by) for some in summaries for one in some for tensor in one["tensors"]
         )
     )
-    sums = [[_layer_sums(one, layers, by) for one in some] for some in summaries]
+    total = padded([[_layer_sums(one, layers, by) for one in some] for some in summaries])
     head = {
         name: repeats(
             design.counted(padded([[one[name] for one in some] for some in summaries])),
@@ -105,39 +105,11 @@ def compare(
         )
         for name in ("helping", "loss_end", "loss_change")
     }
-    paths = np.full((len(listed), max(map(len, summaries))), "", dtype=object)
-    for row, several in enumerate(listed.values()):
-        paths[row, : len(several)] = [str(results.path) for results in several]
-    total = padded(sums)
     variables = _of_layers(
         total, repeats(design.counted(total), confidence, design.pairs), confidence
     )
-    variables |= _of_labels(head, confidence)
-    variables["runs"] = (
-        ("label",),
-        np.array([len(some) for some in summaries]),
-        "runs",
-        "runs under the label",
-    )
-    trainings = design.once.sum(axis=1)
-    variables["trainings"] = (
-        ("label",),
-        trainings,
-        "trainings",
-        "different trainings under the label, which count once each",
-    )
-    is_paired = np.array([isinstance(order, list) for order in design.pairs])
-    variables["paired"] = (
-        ("label",),
-        is_paired,
-        "",
-        "tests against the first label are of pairs of runs",
-    )
-    left_out = [
-        word
-        for one in (one for several in listed.values() for one in several)
-        for word in _left_out(one)
-    ]
+    variables |= _of_labels(head, confidence) | _of_design(design, listed)
+    left_out = [word for several in listed.values() for one in several for word in _left_out(one)]
     left_out += _unlike(
         [(label, one) for label, some in zip(listed, summaries, strict=True) for one in some], by
     )
@@ -150,11 +122,45 @@ def compare(
         coords={
             "label": np.array(list(listed), dtype=object),
             "layer": np.array(layers, dtype=object),
-            "path": (("label", "run"), paths),
+            "path": (("label", "run"), _paths(listed)),
         },
         attrs=_about(listed, left_out)
         | {"by": str(by), "confidence": float(confidence), "notes": notes},
     )
+
+
+def _paths(listed: dict[str, list[LossResults]]) -> Numbers:
+    """Return (label, run), the paths of the runs, "" where a label has fewer."""
+    paths = np.full((len(listed), max(map(len, listed.values()))), "", dtype=object)
+    for row, several in enumerate(listed.values()):
+        paths[row, : len(several)] = [str(results.path) for results in several]
+    return paths
+
+
+def _of_design(
+    design: Design, listed: dict[str, list[LossResults]]
+) -> dict[str, tuple[tuple[str, ...], Any, str, str]]:
+    """Return how many runs and trainings stand under each label, and whether they come in pairs."""
+    return {
+        "runs": (
+            ("label",),
+            np.array([len(several) for several in listed.values()]),
+            "runs",
+            "runs under the label",
+        ),
+        "trainings": (
+            ("label",),
+            design.once.sum(axis=1),
+            "trainings",
+            "different trainings under the label, which count once each",
+        ),
+        "paired": (
+            ("label",),
+            np.array([isinstance(order, list) for order in design.pairs]),
+            "",
+            "tests against the first label are of pairs of runs",
+        ),
+    }
 
 
 def _listed(

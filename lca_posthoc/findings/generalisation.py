@@ -68,6 +68,39 @@ def generalisation(
         InputError: where the two are not of one run, have groups, are over one split or none, or do
             not have the same segments.
     """
+    _check_pair(first, second)
+    both = [layers(results, by=by) for results in (first, second)]
+    left_out = list(
+        dict.fromkeys([*unfinished(first), *unfinished(second), *_parts(first, second)])
+    )
+    is_even = first.behind == second.behind
+    if not is_even:
+        both = _common(*both)
+        last = int(both[0]["step_end"].values[-1]) if both[0].sizes["step"] else 0
+        left_out.append(
+            f"One loss goes on after the other ends: both are shown up to step {last:,}."
+        )
+    _check_segments(*both)
+    called = _called(first.name, second.name)
+    variables = _of_layers(called, both)
+    coords: dict[str, object] = {str(name): column for name, column in both[0].coords.items()}
+    if first.complete and second.complete and is_even:
+        parameters, places = _quadrants(first, second, called, most)
+        variables |= parameters
+        coords |= places
+    else:
+        left_out.append("What single parameters did needs every segment of both.")
+    attrs = {**about(first, "generalisation", left_out), "loss": f"{first.name}, {second.name}"}
+    attrs |= {
+        "split": f"{first.record.on}, {second.record.on}",
+        "first": called[0],
+        "second": called[1],
+    }
+    return xr.Dataset(variables, coords=coords, attrs=attrs)
+
+
+def _check_pair(first: LossResults, second: LossResults) -> None:
+    """Refuse losses that are not of one run, over two splits and without groups."""
     if first.path != second.path:
         raise InputError(
             f"{first.path} and {second.path} are two runs; take two losses of one, for one path."
@@ -90,25 +123,18 @@ def generalisation(
             f"Add a Loss(…, on=another split) to the task and `lca run` it, or draw `layers` of "
             f"each loss."
         )
-    both = [layers(results, by=by) for results in (first, second)]
-    left_out = list(
-        dict.fromkeys([*unfinished(first), *unfinished(second), *_parts(first, second)])
-    )
-    is_even = first.behind == second.behind
-    if not is_even:
-        both = _common(*both)
-        last = int(both[0]["step_end"].values[-1]) if both[0].sizes["step"] else 0
-        left_out.append(
-            f"One loss goes on after the other ends: both are shown up to step {last:,}."
-        )
-    if (
-        not np.array_equal(both[0]["step"].values, both[1]["step"].values)
-        or not both[0].sizes["step"]
-    ):
+
+
+def _check_segments(one: xr.Dataset, other: xr.Dataset) -> None:
+    """Refuse layers of two losses that are of different segments, or of none."""
+    if not np.array_equal(one["step"].values, other["step"].values) or not one.sizes["step"]:
         raise InputError(
             "the two losses do not have the same segments yet. Run `lca run` again to finish both."
         )
-    called = _called(first.name, second.name)
+
+
+def _of_layers(called: tuple[str, str], both: list[xr.Dataset]) -> dict[str, Variable]:
+    """Return the allocations of layers to either loss, over training and so far."""
     variables: dict[str, Variable] = {}
     for name, of_loss in zip(called, both, strict=True):
         variables[name] = described(
@@ -117,20 +143,7 @@ def generalisation(
         variables[f"cumulative_{name}"] = described(
             of_loss["cumulative"], "loss", f"Σ allocation so far, {name}"
         )
-    coords: dict[str, object] = {str(name): column for name, column in both[0].coords.items()}
-    if first.complete and second.complete and is_even:
-        parameters, places = _quadrants(first, second, called, most)
-        variables |= parameters
-        coords |= places
-    else:
-        left_out.append("What single parameters did needs every segment of both.")
-    attrs = {**about(first, "generalisation", left_out), "loss": f"{first.name}, {second.name}"}
-    attrs |= {
-        "split": f"{first.record.on}, {second.record.on}",
-        "first": called[0],
-        "second": called[1],
-    }
-    return xr.Dataset(variables, coords=coords, attrs=attrs)
+    return variables
 
 
 def _common(one: xr.Dataset, other: xr.Dataset) -> list[xr.Dataset]:

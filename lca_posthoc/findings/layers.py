@@ -9,6 +9,8 @@ from ..declarations import BY, GROUPS, TOP, Finding, Option
 from ..store import LossResults
 from .common import (
     ROLES,
+    Numbers,
+    Variable,
     about,
     described,
     grouping,
@@ -69,33 +71,62 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
         LCAError: where no segment is there yet, or stored numbers are damaged.
         InputError: for another `by`.
     """
-    table = tables(results)
-    names = [str(name) for name in table["tensor"].values]
-    role, buffers = roles(results), moving_buffers(table)
-    labels = [
-        label_of(name, by, buffers if not by_role else ())
-        + (f" {role[name]}" if by_role and by != "tensor" else "")
-        for name in names
-    ]
-    labels = [label.strip() for label in labels] if by != "tensor" else labels
-    members_of: dict[str, list[int]] = {}
-    for position in [
-        index
-        for members in grouping(names, by).values()
-        # buffers come after what they belong to
-        for index in sorted(members, key=lambda index: _rank(role, names[index], by_role))
-    ]:
-        members_of.setdefault(labels[position], []).append(position)
+    table, role = tables(results), roles(results)
+    members_of = _members(table, role, by, by_role)
     elements = np.array(
         [int(table["elements"].values[members].sum()) for members in members_of.values()]
     )
+    names = [str(name) for name in table["tensor"].values]
+    among = [_role(role, names, members) for members in members_of.values()]
+    coords = {
+        "layer": np.array(list(members_of), dtype=object),
+        "elements": ("layer", elements),
+        "role": ("layer", np.array(among, dtype=object)),
+    }
+    left_out = unfinished(results)
+    if results.manifest.settings["tensors"]:
+        left_out.append(
+            "The run keeps some tensors alone; what the others did is the remainder of `steps`."
+        )
+    shared = {
+        name: column
+        for name, column in table.coords.items()
+        if name in ("step", "step_end", "group", "examples")
+    }
+    return xr.Dataset(
+        _variables(table, members_of, elements),
+        coords={**shared, **coords},
+        attrs=about(results, "layers", left_out),
+    )
+
+
+def _members(
+    table: xr.Dataset, role: dict[str, str], by: str | int, by_role: bool
+) -> dict[str, list[int]]:
+    """Return the positions of the tensors of every layer; buffers come after what they belong to."""
+    names, buffers = [str(name) for name in table["tensor"].values], moving_buffers(table)
+    members_of: dict[str, list[int]] = {}
+    for members in grouping(names, by).values():
+        for position in sorted(members, key=lambda index: _rank(role, names[index], by_role)):
+            name = names[position]
+            label = label_of(name, by, buffers if not by_role else ())
+            if by != "tensor":
+                label = f"{label} {role[name]}".strip() if by_role else label.strip()
+            members_of.setdefault(label, []).append(position)
+    return members_of
+
+
+def _variables(
+    table: xr.Dataset, members_of: dict[str, list[int]], elements: Numbers
+) -> dict[str, Variable]:
+    """Return the sums and means of the layers, and their shares that helped."""
     allocated = _sums(table["allocated"], members_of)
     counted = _sums(table["helping"], members_of).sum("step")
     total = allocated.sum("step")
     segments = table.sizes["step"]
     per_parameter = xr.DataArray(np.maximum(1, elements), dims="layer")
     by_layer = ("layer", *(name for name in total.dims if name != "layer"))
-    variables = {
+    return {
         "allocated": described(allocated, "loss", "Σ allocation of the segment"),
         "cumulative": described(allocated.cumsum("step"), "loss", "Σ allocation so far"),
         "total": described(total.transpose(*by_layer), "loss", "Σ allocation over training"),
@@ -110,29 +141,6 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
             "share of parameters × segments that helped",
         ),
     }
-    coords = {
-        "layer": np.array(list(members_of), dtype=object),
-        "elements": ("layer", elements),
-        "role": (
-            "layer",
-            np.array(
-                [_role(role, names, members) for members in members_of.values()], dtype=object
-            ),
-        ),
-    }
-    left_out = unfinished(results)
-    if results.manifest.settings["tensors"]:
-        left_out.append(
-            "The run keeps some tensors alone; what the others did is the remainder of `steps`."
-        )
-    shared = {
-        name: column
-        for name, column in table.coords.items()
-        if name in ("step", "step_end", "group", "examples")
-    }
-    return xr.Dataset(
-        variables, coords={**shared, **coords}, attrs=about(results, "layers", left_out)
-    )
 
 
 def _rank(role: dict[str, str], name: str, by_role: bool) -> int:

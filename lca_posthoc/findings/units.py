@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import xarray as xr
@@ -66,29 +67,17 @@ def units(results: LossResults, *, layer: str | None = None, frames: int = 500) 
     """
     table = tables(results)
     data = results.units
-    modules: dict[str, list[str]] = {}
-    buffers, names = moving_buffers(table), [str(name) for name in data.data_vars]
-    for members in grouping(names).values():
-        for position in members:
-            modules.setdefault(label_of(names[position], "module", buffers), []).append(
-                names[position]
-            )
+    modules = _modules(data, moving_buffers(table))
     if layer is not None and layer not in modules:
         raise InputError(f"there is no layer {layer!r}; there are {', '.join(map(repr, modules))}.")
     borders = stretches(table.sizes["step"], frames)
     columns: list[Numbers] = []
     labels: list[tuple[str, int]] = []
     for module, names in modules.items():
-        if layer not in (None, module):
-            continue
-        by_count: dict[int, Numbers] = {}
-        for name in names:
-            summed = _in_stretches(data[name], borders, results.manifest.span)
-            count = summed.shape[-1]
-            by_count[count] = by_count[count] + summed if count in by_count else summed
-        for count, summed in by_count.items():
-            columns.append(summed)
-            labels += [(module, index) for index in range(count)]
+        if layer in (None, module):
+            for summed in _by_count(data, names, borders, results.manifest.span):
+                columns.append(summed)
+                labels += [(module, index) for index in range(summed.shape[-1])]
     values = np.concatenate(columns, axis=-1)
     group = ("group",) if "group" in data.dims else ()
     variables = {
@@ -109,6 +98,29 @@ def units(results: LossResults, *, layer: str | None = None, frames: int = 500) 
         name: column for name, column in table.coords.items() if name in ("group", "examples")
     }
     return xr.Dataset(variables, coords=coords, attrs=about(results, "units", unfinished(results)))
+
+
+def _modules(data: xr.Dataset, buffers: set[str]) -> dict[str, list[str]]:
+    """Return the names of the tensors of every layer that has units."""
+    modules: dict[str, list[str]] = {}
+    names = [str(name) for name in data.data_vars]
+    for members in grouping(names).values():
+        for position in members:
+            label = label_of(names[position], "module", buffers)
+            modules.setdefault(label, []).append(names[position])
+    return modules
+
+
+def _by_count(data: xr.Dataset, names: list[str], borders: Numbers, span: int) -> Iterable[Numbers]:
+    """Return (stretch[, group], unit) for each number of units that tensors of a layer have, summed
+    over those that have as many.
+    """
+    by_count: dict[int, Numbers] = {}
+    for name in names:
+        summed = _in_stretches(data[name], borders, span)
+        count = summed.shape[-1]
+        by_count[count] = by_count[count] + summed if count in by_count else summed
+    return by_count.values()
 
 
 def _in_stretches(data: xr.DataArray, borders: Numbers, span: int) -> Numbers:

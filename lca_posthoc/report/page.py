@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 from bokeh.embed import json_item
 from bokeh.resources import Resources
-from jinja2 import Environment
+from jinja2 import Environment, Template
 from markupsafe import Markup
 
 from .. import __version__, colours
@@ -37,6 +38,8 @@ _COLOURS = {
     "dark": {"diverging": colours.DIVERGING_DARK, "layers": colours.LAYERS_DARK},
 }
 _PROVENANCE = 4000  # characters of a value
+
+Shown: TypeAlias = tuple[Section, dict[str, Block]]  # with its content by panel, "*" for all
 
 
 def write_report(
@@ -123,42 +126,14 @@ def _page(
     left_out: Sequence[str],
     shrink: float,
 ) -> str:
+    """Return the page, its data `shrink` times as large as they may be at most."""
     labels = run_labels(runs, labelled)
     room = Room(min(_EACH, _DATA / len(panels)) * shrink)
-    shown: list[tuple[Section, dict[str, Block]]] = []
-    if len(runs) > 1:
-        block = compare.block(panels[0], beside(runs, panels, labels), labelled, room)
-        if block is not None:
-            shown.append((compare.section(), {"*": block}))
-    for name, module in section_modules().items():
-        blocks = {str(panel.key): module.block(panel, room) for panel in panels}
-        some = {key: block for key, block in blocks.items() if block is not None}
-        if some:
-            filled = module.section()
-            if name == "curve" and not any(panel.summary["unconverged"] for panel in panels):
-                filled = curve.without_faults(filled)
-            shown.append((filled, some))
+    shown = _sections(runs, labelled, panels, room)
     frames, frame_notes = microscope(panels[0], int(BYTES * shrink))
     notes = [*left_out, *_group_notes(panels), *frame_notes, *_block_notes(shown, panels)]
-    data = {
-        "panels": [
-            {"label": panel.label, "groups": _groups(panel), "steps": _steps(panel)}
-            for panel in panels
-        ],
-        "figures": {
-            name: json_item(filled)
-            for section, _ in shown
-            for name, filled in section.figures.items()
-        },
-        "views": _views(shown),
-        "colours": _COLOURS,
-    }
     scripts = [_bokeh(), *(_read(name) for name in ("figures.js", "microscope.js", "script.js"))]
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        _read("template.html")
-    )
-    template.environment.globals.update(cell=cell, clean=clean)
-    return template.render(
+    return _template().render(
         title=f"Loss change allocation: {listed(labels, 3)}",
         runs=[
             {"label": label, "path": clean(run.path, 300)}
@@ -169,13 +144,7 @@ def _page(
         headlines={panel.key: headline(panel) for panel in panels},
         sections=shown,
         modes=_modes(panels),
-        frames=None
-        if frames is None
-        else {
-            "panel": panels[0].label,
-            "layers": list(dict.fromkeys(tensor["layer"] for tensor in frames["tensors"])),
-            **{name: frames[name] for name in ("frames", "segments", "rounding", "pooled")},
-        },
+        frames=None if frames is None else _about_frames(frames, panels[0].label),
         frame_notes=frame_notes,
         notes=notes,
         losses=[
@@ -191,9 +160,62 @@ def _page(
         style=Markup(_read("style.css")),  # ours, like the scripts
         scripts=[Markup(script) for script in scripts],
         hashes=" ".join(_hash(script) for script in scripts),
-        data=Markup(_json(data)),
+        data=Markup(_json(_data(shown, panels))),
         frames_data=Markup(_json(frames)),
     )
+
+
+def _sections(
+    runs: Sequence[Run], labelled: Sequence[str] | None, panels: Sequence[Panel], room: Room
+) -> list[Shown]:
+    """Return the sections that have something to show, those of several runs first."""
+    shown: list[Shown] = []
+    if len(runs) > 1:
+        panels_beside = beside(runs, panels, run_labels(runs, labelled))
+        block = compare.block(panels[0], panels_beside, labelled, room)
+        if block is not None:
+            shown.append((compare.section(), {"*": block}))
+    for name, module in section_modules().items():
+        blocks = {str(panel.key): module.block(panel, room) for panel in panels}
+        some = {key: block for key, block in blocks.items() if block is not None}
+        if some:
+            filled = module.section()
+            if name == "curve" and not any(panel.summary["unconverged"] for panel in panels):
+                filled = curve.without_faults(filled)
+            shown.append((filled, some))
+    return shown
+
+
+def _data(shown: Sequence[Shown], panels: Sequence[Panel]) -> Mapping[str, object]:
+    """Return what the page's scripts draw: panels, figures and the data of their sources."""
+    return {
+        "panels": [
+            {"label": panel.label, "groups": _groups(panel), "steps": _steps(panel)}
+            for panel in panels
+        ],
+        "figures": {
+            name: json_item(filled)
+            for section, _ in shown
+            for name, filled in section.figures.items()
+        },
+        "views": _views(shown),
+        "colours": _COLOURS,
+    }
+
+
+def _template() -> Template:
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.globals.update(cell=cell, clean=clean)
+    return environment.from_string(_read("template.html"))
+
+
+def _about_frames(frames: Mapping[str, Any], label: str) -> dict[str, object]:
+    """Return what the page says of the microscope's frames."""
+    return {
+        "panel": label,
+        "layers": list(dict.fromkeys(tensor["layer"] for tensor in frames["tensors"])),
+        **{name: frames[name] for name in ("frames", "segments", "rounding", "pooled")},
+    }
 
 
 def _modes(panels: Sequence[Panel]) -> dict[str, str]:
@@ -216,7 +238,7 @@ def _several(runs: Sequence[Run], panels: Sequence[Panel]) -> str:
     )
 
 
-def _views(shown: Sequence[tuple[Section, dict[str, Block]]]) -> Json:
+def _views(shown: Sequence[Shown]) -> Json:
     """Return what the sources of each figure hold, by figure, panel and "GROUP|CHOICE"."""
     views: dict[str, dict[str, Mapping[str, View]]] = {}
     for _, blocks in shown:
@@ -244,9 +266,7 @@ def _group_notes(panels: Sequence[Panel]) -> list[str]:
     ]
 
 
-def _block_notes(
-    shown: Sequence[tuple[Section, dict[str, Block]]], panels: Sequence[Panel]
-) -> Iterator[str]:
+def _block_notes(shown: Sequence[Shown], panels: Sequence[Panel]) -> Iterator[str]:
     """Yield what each section leaves out, once for all panels of which it is true."""
     for section, blocks in shown:
         keys_of_note: dict[str, list[str]] = {}

@@ -323,7 +323,7 @@ def microscope(groups: bool = False) -> xr.Dataset:
 
 
 def computed(finding: str, groups: bool = False) -> xr.Dataset:
-    """A finding that has no function above: of the run of `bowl`, one layer under a hostile name."""
+    """A finding that has no function above: of `quadratic_bowl`, one layer under a hostile name."""
     result: xr.Dataset = getattr(findings, finding)(_run()["groups" if groups else "train"])
     hostile = {
         name: (coord.dims, [str(value).replace("first", "_fc$2") for value in coord.values])
@@ -335,13 +335,13 @@ def computed(finding: str, groups: bool = False) -> xr.Dataset:
 
 @cache
 def _run() -> Run:
-    from . import bowl
+    from . import quadratic_bowl
 
     directory = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, directory)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LCAWarning)  # that its checkpoints are ten steps apart
-        return bowl.replay(directory).run
+        return quadratic_bowl.replay(directory).run
 
 
 # of every finding, by its name

@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+from ...findings.common import Numbers
 from ...findings.generalisation import two_splits
 from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, clean, count, listed
 from ..downsample import Json, kept, numbers
@@ -56,8 +57,31 @@ def block(panel: Panel, room: Room) -> Block | None:
         notes.append(
             f"{count(len(both[0]) - len(shown), 'layer')} with smaller sums are not shown."
         )
-    x = np.append(finding["step"].values[:1], finding["step_end"].values)
+    overfit = [
+        name
+        for name, position in zip(names, shown, strict=True)
+        if both[0][position] < 0 < both[1][position]
+    ]
+    sentence = (
+        f"Layers that lowered {clean(pair[0], 60)} and raised {clean(pair[1], 60)}: "
+        f"{listed(overfit) if overfit else 'none'}."
+    )
     most = room.points(2 * (len(shown) + 1), 0.2)
+    return Block(
+        captions={"generalisation": sentence},
+        views={"generalisation": _views(finding, pair, called, shown, most)},
+        choice="Layer",
+        choices=["all layers", *names],
+        tables=[_layers(pair, names, both, shown), *_more(finding, pair, called)],
+        notes=notes,
+    )
+
+
+def _views(
+    finding: xr.Dataset, pair: tuple[str, str], called: list[str], shown: list[int], most: int
+) -> dict[str, dict[str, Json]]:
+    """Return the running sums of all layers together, and of each that is shown, on both losses."""
+    x = np.append(finding["step"].values[:1], finding["step_end"].values)
     views: dict[str, dict[str, Json]] = {}
     for place, position in enumerate([None, *shown]):
         views[f"|{place}"] = {
@@ -69,6 +93,12 @@ def block(panel: Panel, room: Room) -> Block | None:
             few = kept(y, most)
             of: Json = {"same": len(few), "v": clean(loss, 60)}
             views[f"|{place}"][which] = {"x": numbers(x[few]), "y": numbers(y[few]), "name": of}
+    return views
+
+
+def _layers(
+    pair: tuple[str, str], names: list[str], both: list[Numbers], shown: list[int]
+) -> Table:
     rows: list[list[Cell]] = [
         [name, float(both[0][position]), float(both[1][position])]
         for name, position in zip(names, shown, strict=True)
@@ -78,27 +108,7 @@ def block(panel: Panel, room: Room) -> Block | None:
         Column(f"Σ on {pair[0]}", "bar"),
         Column(f"Σ on {pair[1]}", "bar"),
     ]
-    overfit = [
-        name
-        for name, position in zip(names, shown, strict=True)
-        if both[0][position] < 0 < both[1][position]
-    ]
-    sentence = (
-        f"Layers that lowered {clean(pair[0], 60)} and raised {clean(pair[1], 60)}: "
-        f"{listed(overfit) if overfit else 'none'}."
-    )
-    tables = [
-        Table(title="Layers on both losses", columns=columns, rows=rows, open=True),
-        *_more(finding, pair, called),
-    ]
-    return Block(
-        captions={"generalisation": sentence},
-        views={"generalisation": views},
-        choice="Layer",
-        choices=["all layers", *names],
-        tables=tables,
-        notes=notes,
-    )
+    return Table(title="Layers on both losses", columns=columns, rows=rows, open=True)
 
 
 def partner(panel: Panel) -> tuple[str, str] | None:

@@ -41,18 +41,13 @@ def headline(panel: Panel) -> Headline:
         if panel.groups is not None
         else ""
     )
-    worst = float(np.max(np.abs(figures["max_segment_residual"])))
-    unconverged, segments = figures["unconverged"], figures["segments"]
-    tolerance = panel.run.manifest.settings.get("tolerance")
-    total, buffers = _layers(panel), _buffers(panel)
+    segments, total, buffers = figures["segments"], _layers(panel), _buffers(panel)
     done = panel.results.progress()
     over = (
         ""
         if done["complete"]
         else f" over {segments:,} of {done['segments']:,} segments, those that are there"
     )
-    within = "" if panel.groups is None else " in one group"
-    hurt, layers = [name for name, value in reversed(total) if value > 0], len(total)
     cards = [
         Card(
             "Loss",
@@ -69,27 +64,38 @@ def headline(panel: Panel) -> Headline:
         ),
         _helping(panel),
         _best(total, change),
-        Card(
-            "Layers that hurt",
-            f"{len(hurt):,} of {layers:,}" if hurt else f"none of {layers:,}",
-            listed(hurt, 4)
-            if hurt
-            else "no layer's parameters add up to more than zero"
-            if layers
-            else "no layers",
-            warning=bool(hurt),
-        ),
-        Card(
-            "Not converged",
-            f"{unconverged:,} of {segments:,} segments"
-            if unconverged
-            else f"none of {segments:,} segments",
-            f"largest |residual| of a segment{within} {plain(worst)}, tolerance "
-            f"{clean(tolerance, 20)}",
-            warning=bool(unconverged),
-        ),
+        _hurting(total),
+        _unconverged(panel),
     ]
     return Headline(_measured(panel, record.on) + groups, _unfinished(panel), cards)
+
+
+def _hurting(total: list[tuple[str, float]]) -> Card:
+    """Return how many layers raised the loss, and which did most."""
+    hurt, layers = [name for name, value in reversed(total) if value > 0], len(total)
+    nothing = "no layer's parameters add up to more than zero" if layers else "no layers"
+    return Card(
+        "Layers that hurt",
+        f"{len(hurt):,} of {layers:,}" if hurt else f"none of {layers:,}",
+        listed(hurt, 4) if hurt else nothing,
+        warning=bool(hurt),
+    )
+
+
+def _unconverged(panel: Panel) -> Card:
+    """Return how many segments did not converge, and the largest residual of one."""
+    worst = float(np.max(np.abs(panel.summary["max_segment_residual"])))
+    unconverged, segments = panel.summary["unconverged"], panel.summary["segments"]
+    tolerance = panel.run.manifest.settings.get("tolerance")
+    within = "" if panel.groups is None else " in one group"
+    return Card(
+        "Not converged",
+        f"{unconverged:,} of {segments:,} segments"
+        if unconverged
+        else f"none of {segments:,} segments",
+        f"largest |residual| of a segment{within} {plain(worst)}, tolerance {clean(tolerance, 20)}",
+        warning=bool(unconverged),
+    )
 
 
 def _unfinished(panel: Panel) -> str:

@@ -57,8 +57,26 @@ def block(panel: Panel, room: Room) -> Block:
     if len(shown) < len(total):
         notes.append(f"{count(len(total) - len(shown), 'layer')} with smaller sums are not shown.")
     names = [clean(finding["layer"].values[position]) for position in shown]
-    steps, ends = finding["step"].values, finding["step_end"].values
+    steps = finding["step"].values
     most = room.points(len(shown) * len(panel.choices), 0.4)
+    if most <= len(steps):
+        notes.append(
+            f"Running sums are drawn with {most:,} of {len(steps) + 1:,} points each, "
+            f"extremes kept."
+        )
+    return Block(
+        captions={"layers": sentence(names, total[shown])},
+        views=_views(panel, finding, shown, names, most),
+        tables=[_table(panel, finding, shown, names)],
+        notes=notes,
+    )
+
+
+def _views(
+    panel: Panel, finding: xr.Dataset, shown: list[int], names: list[str], most: int
+) -> dict[str, dict[str, View]]:
+    """Return the running sums and the cells of the table, for each group that can be picked."""
+    steps, ends = finding["step"].values, finding["step_end"].values
     views: dict[str, dict[str, View]] = {"layers": {}, "@layers": {}}
     for key, _, position in panel.choices:
         sums = (
@@ -82,17 +100,7 @@ def block(panel: Panel, room: Room) -> Block:
             "2": columns[1].tolist(),
             "3": columns[2].tolist(),
         }
-    if most <= len(steps):
-        notes.append(
-            f"Running sums are drawn with {most:,} of {len(steps) + 1:,} points each, "
-            f"extremes kept."
-        )
-    return Block(
-        captions={"layers": sentence(names, total[shown])},
-        views=views,
-        tables=[_table(panel, finding, shown, names)],
-        notes=notes,
-    )
+    return views
 
 
 def _table(panel: Panel, finding: xr.Dataset, shown: list[int], names: list[str]) -> Table:
