@@ -20,7 +20,7 @@ from torch import Tensor
 from lca_posthoc import Loss, Task, open_run, run
 from lca_posthoc.allocation import Method, SegmentAllocation, allocate, interpolate
 from lca_posthoc.errors import SpanError
-from lca_posthoc.objective import Evaluation, Objective
+from lca_posthoc.objective import Evaluation, ObjectiveSettings, build_objective
 from lca_posthoc.progress import Note
 from lca_posthoc.quadrature import COMPOSITE, RULES, Family, Rule
 from lca_posthoc.schema import TOTALS, histogram_edges
@@ -599,7 +599,9 @@ def test_numerics_7_sums_over_examples_accumulate_in_float64(batch_size: int) ->
     loss = Loss(call=lambda model, batch: model.weight.sum() * batch[0])
     task = Task(lambda: torch.nn.Linear(1, 1, bias=False), {"train": (values,)}, {"train": loss})
     settings = {"precision": "float32", "norm_stats": "running", "batch_size": batch_size}
-    objective = Objective(lambda: task, None, device=torch.device("cpu"), **settings)
+    objective = build_objective(
+        lambda: task, None, ObjectiveSettings(device=torch.device("cpu"), **settings)
+    )
     point = {"weight": torch.ones(1, 1)}
     objective.settle_batch_sizes(point)
     found = objective.evaluate(point, ["train"])["train"]
@@ -622,7 +624,7 @@ def segment(
         level=1,
         converged=True,
         error_bound=0.0,
-        untouched=frozenset(),
+        unreached=frozenset(),
     )
 
 

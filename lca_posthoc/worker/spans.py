@@ -93,7 +93,7 @@ def replay_span(request: SpanRequest) -> SpanAnswer:
             for names in [together, *([name] for name in records if name not in together)]:
                 if names:
                     losses |= _within_memory(request, objective, writer, names, report)
-        objective.release_higher()
+        objective.release_reference()
     return SpanAnswer(
         losses=losses,
         segments=_length(writer, request),
@@ -157,10 +157,11 @@ def _ready(request: RunRequest[Any], writer: RunWriter, losses: list[str]) -> Ob
     order.
     """
     objective = objective_of(request.setup)
-    objective.batch_sizes |= request.batch_sizes
+    objective.batch_sizes.update(request.batch_sizes)
     for name in losses:
         record = writer.manifest.losses[name]
-        objective.follow(name, objective.replicates_of(name) if record.replicates else record.along)
+        grouped = objective.replicates_of(name) if record.replicates else record.along
+        objective.data.set_batch_order(name, grouped)
     return objective
 
 
@@ -270,7 +271,7 @@ class _Together:
                 now - then for now, then in zip(self._counts()[name], before[name], strict=True)
             )
             on = self.records[name].on
-            silent = sorted(tally.silent) if on is not None else []
+            silent = sorted(tally.moved_unused) if on is not None else []
             losses[name] = LossSpan(
                 evaluations=evaluations,
                 forward_passes=passes,
@@ -370,13 +371,13 @@ class _Together:
         if measured and self._is_measured(
             self.rows.start + row, next(iter(measured.values())).motion
         ):
-            higher = (
-                self.objective.higher
+            reference = (
+                self.objective.reference
                 if len(self.blocks) == 1
-                else _Only(self.objective.higher, block)
+                else _Only(self.objective.reference, block)
             )
             for name, error in _precision_errors(
-                measured, start, end, higher, self.method.rule
+                measured, start, end, reference, self.method.rule
             ).items():
                 self.errors[name][row] += error
 
@@ -451,7 +452,7 @@ def _precision_errors(
     segments: dict[str, SegmentAllocation],
     start: Mapping[str, Tensor],
     end: Mapping[str, Tensor],
-    higher: Objective | _Only,
+    reference: Objective | _Only,
     rule: Rule,
 ) -> dict[str, tuple[float, float]]:
     """Return Σ|A − A*| and Σ|A*| of losses on one segment, with A* from the same nodes one
@@ -460,20 +461,20 @@ def _precision_errors(
     from ..allocation import Method, allocate
     from ..quadrature import COMPOSITE
 
-    first, last = _in(higher.dtype, start), _in(higher.dtype, end)
+    first, last = _in(reference.dtype, start), _in(reference.dtype, end)
     errors = {}
     for level in {segment.level for segment in segments.values()}:
         names = [name for name, segment in segments.items() if segment.level == level]
         exact, _ = allocate(
-            first, last, higher, names, Method(rule if level < 0 else COMPOSITE.rules[level])
+            first, last, reference, names, Method(rule if level < 0 else COMPOSITE.rules[level])
         )
         for name in names:
-            rounded, reference = segments[name].allocation, exact[name].allocation
+            rounded, precise = segments[name].allocation, exact[name].allocation
             apart = math.fsum(
-                float((rounded[key] - tensor).abs().sum()) for key, tensor in reference.items()
+                float((rounded[key] - tensor).abs().sum()) for key, tensor in precise.items()
             )
             errors[name] = (
                 apart,
-                math.fsum(float(tensor.abs().sum()) for tensor in reference.values()),
+                math.fsum(float(tensor.abs().sum()) for tensor in precise.values()),
             )
     return errors

@@ -271,6 +271,6 @@ def _segments(
             evaluations=2,
             level=1,
             converged=True,
-            untouched=frozenset(),
+            unreached=frozenset(),
             **numbers,
         )  # type: ignore[arg-type]
