@@ -72,7 +72,7 @@ from .store import LossRecord, Manifest, Run, RunWriter
 from .task import Entry, Task, digest, pack
 from .text import count
 from .trajectory import Trajectory, open_trajectory
-from .worker import compressions, looks_back, replay_span, settled
+from .worker import committed_result, compressions, looks_back, replay_span
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -708,7 +708,7 @@ class _Job:
         )
         silent: set[tuple[str, str, bool]] = set()
         lock.working = True  # until its end, workers may leave temporary files
-        with contextlib.closing(cluster.map(replay_span, specs, settled)) as outcomes:
+        with contextlib.closing(cluster.map(replay_span, specs, committed_result)) as outcomes:
             for outcome in outcomes:
                 silent |= self._hear(cluster, writer, outcome)
                 if lock.lost.is_set():

@@ -24,8 +24,8 @@ from lca_posthoc.objective import Evaluation, ObjectiveSettings, build_objective
 from lca_posthoc.progress import Note
 from lca_posthoc.quadrature import COMPOSITE, RULES, Family, Rule
 from lca_posthoc.schema import TOTALS, histogram_edges
+from lca_posthoc.statistics import SpanStatistics, histogram, unit_sums
 from lca_posthoc.store import LossResults
-from lca_posthoc.tally import Tally, histogram, unit_sums
 from lca_posthoc.trajectory import TensorSpec
 
 from .helpers import oracle
@@ -632,11 +632,11 @@ def test_numerics_7_sums_over_parameters_accumulate_in_float64() -> None:
     spec = TensorSpec("w", "parameter", (2, 3), unit_axis=0)
     exact = torch.tensor([[1.0, 1e-9, -1.0], [1e-9, 3.0, -3.0]]).double()
     exact[:, 1] += 1e-12
-    tally = Tally([spec], 1, "units", torch.device("cpu"))
-    tally.add(0, segment({"w": exact}, {"w": exact}, {"w": torch.ones(2, 3).double()}))
+    statistics = SpanStatistics([spec], 1, "units", torch.device("cpu"))
+    statistics.add(0, segment({"w": exact}, {"w": exact}, {"w": torch.ones(2, 3).double()}))
     sums = [math.fsum(row) for row in exact.tolist()]
-    assert tally.units["w"][0] == pytest.approx(sums, rel=1e-6)
-    assert float(tally.tensors["allocated"][0, 0]) == pytest.approx(math.fsum(sums), rel=1e-6)
+    assert statistics.units["w"][0] == pytest.approx(sums, rel=1e-6)
+    assert float(statistics.tensors["allocated"][0, 0]) == pytest.approx(math.fsum(sums), rel=1e-6)
 
 
 def test_numerics_7_motion_is_taken_in_float64() -> None:
@@ -1029,13 +1029,13 @@ def test_a_tally_counts_every_sign_and_turn_of_a_span(shape: tuple[int, ...]) ->
     length, spec = 9, TensorSpec("w", "parameter", shape, unit_axis=0 if shape else None)
     generator = torch.Generator().manual_seed(7)
     motion, gradient = torch.randint(-1, 2, (2, length, *shape), generator=generator).double()
-    tally = Tally([spec], length, "parameters", torch.device("cpu"))
+    statistics = SpanStatistics([spec], length, "parameters", torch.device("cpu"))
     for at, (step, gone) in enumerate(zip(motion, gradient, strict=True)):
-        tally.add(at, segment({"w": step * gone}, {"w": gone}, {"w": step}))
+        statistics.add(at, segment({"w": step * gone}, {"w": gone}, {"w": step}))
     exact = (motion * gradient).numpy()
-    assert np.array_equal(tally.allocation["w"], exact)
+    assert np.array_equal(statistics.allocation["w"], exact)
     series = {"weight": motion.numpy(), "gradient": gradient.numpy(), "allocation": exact}
-    totals = tally.totals()["w"]
+    totals = statistics.totals()["w"]
     assert_totals(
         np.stack([np.asarray(totals[name], "float64") for name in TOTALS]),
         slow_totals(series, exact),

@@ -409,10 +409,10 @@ def test_a_marker_of_a_shorter_span_is_not_one_of_the_whole(run: Path) -> None:
     whole = marker(run, "train", 5)
     whole.rename(whole.with_name("000005-0.json"))
     assert RunWriter.open(run).pending("train") == [5]
-    assert RunWriter.open(run).facts("train", 5) is None
-    facts = RunWriter.open(run).facts("train", 4)
-    assert facts is not None
-    assert facts["steps"] == [40]
+    assert RunWriter.open(run).span_summary("train", 5) is None
+    summary = RunWriter.open(run).span_summary("train", 4)
+    assert summary is not None
+    assert summary["steps"] == [40]
 
 
 @pytest.fixture

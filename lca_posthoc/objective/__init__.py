@@ -16,9 +16,9 @@ from .probe import (
     identify,
     weights_of_sample,
 )
+from .recalibration import in_both_modes, statistics_of
 from .settings import ObjectiveSettings
 from .sources import is_out_of_memory
-from .statistics import in_both_modes, statistics_of
 from .sums import Evaluation, Numbers
 from .tensors import tensor_table
 

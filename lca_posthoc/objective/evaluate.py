@@ -34,9 +34,9 @@ from .model import ModelTensors, bind_tensors, new_model
 from .passes import Accumulator, GroupValues, batches_across_groups, batches_by_group, run_pass
 from .precision import default_dtype, dtype_of
 from .reader import Reader
+from .recalibration import Recalibration
 from .returned import entries_of
 from .settings import ObjectiveSettings
-from .statistics import Recalibration
 from .sums import Evaluation, Sums
 from .values import LossValues, Values
 

@@ -1,4 +1,4 @@
-"""The tally of the allocations of a span: sums, counts, a histogram, units, per-parameter totals.
+"""Statistics of the allocations of a span: sums, counts, a histogram, units, per-parameter totals.
 No disk, no plots.
 """
 
@@ -110,7 +110,7 @@ class _Running:
         return {name: values.cpu().numpy() for name, values in totals.items()}
 
 
-class Tally:
+class SpanStatistics:
     """The segments of one span for one loss, gathered as the arrays a run stores.
 
     A loss with groups has an axis of groups behind that of segments; its totals are those of its
