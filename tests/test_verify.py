@@ -388,7 +388,7 @@ def raising(error: type[BaseException]) -> Callable[..., None]:
 
 def test_a_late_worker_commits_nothing_that_has_changed_meanwhile(run: Path) -> None:
     before, late = contents(run), RunWriter.open(run)
-    tally: Any = None
+    statistics: Any = None
     changes: list[Callable[[Any], Any]] = [
         lambda now: now.with_checkpoints(
             now.checkpoints[:-1], {name: each.identity for name, each in now.losses.items()}
@@ -400,7 +400,7 @@ def test_a_late_worker_commits_nothing_that_has_changed_meanwhile(run: Path) -> 
         store.writer.write_manifest(change(late.manifest), run)
         for write in (late.write_block, lambda *given: late.write_span(*given, {})):
             with pytest.raises(SpanError, match=r"span 5 .*is not committed"):
-                write("train", 5, tally)
+                write("train", 5, statistics)
         store.writer.write_manifest(late.manifest, run)
     assert contents(run) == before
 
