@@ -84,7 +84,7 @@ class SegmentAllocation:
         level: of the family of rules; −1 for fixed rules.
         converged: whether the tolerances were reached.
         error_bound: estimates Σ|A − A*|; NaN for fixed rules.
-        untouched: tensors the loss reached at no node.
+        unreached: tensors the loss reached at no node.
     """
 
     allocation: dict[str, Tensor]
@@ -98,7 +98,7 @@ class SegmentAllocation:
     level: int
     converged: bool
     error_bound: Numbers
-    untouched: frozenset[str]
+    unreached: frozenset[str]
 
 
 def blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
@@ -189,7 +189,7 @@ class _Refinement:
         self.family, self.motion, self.start, self.end = family, motion, start, end
         self._fresh: list[_NodeSum] = []
         self._older: list[_NodeSum] = []
-        self.untouched = start.untouched & end.untouched
+        self.unreached = start.unreached & end.unreached
         self.level = 0
         self._before: Gradient | None = None
         self._measured = False
@@ -210,7 +210,7 @@ class _Refinement:
 
     def take(self, node: float, evaluation: Evaluation) -> None:
         """Take in the gradient at a fresh node."""
-        self.untouched &= evaluation.untouched
+        self.unreached &= evaluation.unreached
         self._add(self._fresh, node, evaluation.gradient)
 
     def _add(self, sums: list[_NodeSum], node: float, gradient: Gradient) -> None:
@@ -403,7 +403,7 @@ def _judged(name: str, state: _Refinement, method: Method) -> SegmentAllocation:
             level=state.level,
             converged=bool(np.all(np.abs(state.residual) <= tolerance)) and accurate,
             error_bound=bound,
-            untouched=state.untouched,
+            unreached=state.unreached,
         ),
         name,
     )
@@ -449,7 +449,7 @@ def _allocate_fixed(
             level=-1,
             converged=bool(np.all(np.abs(residual) <= method.bounds(name)[0])),
             error_bound=np.full_like(residual, np.nan)[()],
-            untouched=frozenset.intersection(*(node[name].untouched for node in nodes)),
+            unreached=frozenset.intersection(*(node[name].unreached for node in nodes)),
         )
         done[name] = _checked(segment, name)
     return done, last

@@ -74,7 +74,7 @@ from .store import LossRecord, Manifest, Run, RunWriter
 from .task import Entry, Task, digest, pack
 from .text import count
 from .trajectory import Trajectory, open_trajectory
-from .worker import compressions, looks_back, replay_span, settled
+from .worker import committed_result, compressions, looks_back, replay_span
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -866,7 +866,7 @@ class _Spans:
         self._plan(pending, cluster.crew().workers)
         lock.working = True  # until its end, workers may leave temporary files
         specs = map(to_plain, self._requests(pending))
-        with contextlib.closing(cluster.map(replay_span, specs, settled)) as outcomes:
+        with contextlib.closing(cluster.map(replay_span, specs, committed_result)) as outcomes:
             for outcome in outcomes:
                 self._hear(outcome)
                 if lock.lost.is_set():

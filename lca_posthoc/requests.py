@@ -410,8 +410,8 @@ class LossSpan:
     @classmethod
     def of(cls, marker: Mapping[str, Any]) -> LossSpan:
         """Pick them out of a marker; older ones do not tell what is hidden."""
-        facts = {"hidden": [], **marker}
-        return from_plain(cls, {field.name: facts[field.name] for field in fields(cls)})
+        summary = {"hidden": [], **marker}
+        return from_plain(cls, {field.name: summary[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True)

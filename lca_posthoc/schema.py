@@ -160,7 +160,7 @@ class TreeSum(Generic[_Value]):
 
 class RecalibrationRecord(TypedDict):
     """The settings of a recalibration as a run records them, see
-    `objective.statistics.Recalibration` for those without a comment.
+    `objective.recalibration.Recalibration` for those without a comment.
     """
 
     loss: str

@@ -33,7 +33,7 @@ ORDER = (
         "task",
         "objective",
         "allocation",
-        "tally",
+        "statistics",
     ),
     *(
         "store",

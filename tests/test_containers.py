@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from lca_posthoc import Loss, Task
 from lca_posthoc.errors import InputError
-from lca_posthoc.objective import Objective, Split, check_loss
+from lca_posthoc.objective import ObjectiveSettings, Split, build_objective, check_loss
 from lca_posthoc.objective.containers import (
     change_tensors,
     copied,
@@ -541,13 +541,12 @@ TASKS: dict[str, tuple[Task, Task]] = {
 
 
 def evaluated(task: Task, precision: str, point: dict[str, Tensor], batch_size: int | None) -> Any:
-    objective = Objective(
+    objective = build_objective(
         lambda: task,
         None,
-        device=CPU,
-        precision=precision,
-        norm_stats="running",
-        batch_size=batch_size,
+        ObjectiveSettings(
+            device=CPU, precision=precision, norm_stats="running", batch_size=batch_size
+        ),
     )
     wide = {name: tensor.to(objective.dtype) for name, tensor in point.items()}
     objective.settle_batch_sizes(wide)
@@ -576,10 +575,10 @@ def test_other_values_of_a_sparse_buffer_are_another_model() -> None:
         Task(lambda k=k: Convolution(k * LINKS.to_sparse()), PLAIN.data, PLAIN.losses)
         for k in (1, 2)
     ]
-    found = [
-        Objective(lambda task=task: task, None, device=CPU, precision="float32", norm_stats="running", batch_size=2).digests
-        for task in tasks
-    ]  # fmt: skip
+    settings = ObjectiveSettings(
+        device=CPU, precision="float32", norm_stats="running", batch_size=2
+    )
+    found = [build_objective(lambda task=task: task, None, settings).digests for task in tasks]
     assert found[0].keys() == found[1].keys()
     assert {key for key in found[0] if found[0][key] != found[1][key]} == {"tensor 'links'"}
 

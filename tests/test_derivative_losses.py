@@ -18,8 +18,8 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
 from lca_posthoc import Loss, Recorder, Task
 from lca_posthoc import run as replay
-from lca_posthoc.objective import Objective, check_loss, linear
-from lca_posthoc.objective import evaluate as evaluate_module
+from lca_posthoc.objective import Objective, ObjectiveSettings, build_objective, check_loss, linear
+from lca_posthoc.objective import values as values_module
 from lca_posthoc.objective.normalisation import normalising
 
 CPU = torch.device("cpu")
@@ -197,7 +197,7 @@ def test_a_loss_of_derivatives_is_allocated_as_any(way: str, tmp_path: Path) -> 
 def objective_of(
     values: Callable[..., Any], *, call: bool = True, precision: str = "float32"
 ) -> Objective:
-    made = Objective(
+    made = build_objective(
         lambda: Task(
             model=net,
             data={"train": (X, Y)},
@@ -207,10 +207,7 @@ def objective_of(
             },
         ),
         ["all"],
-        device=CPU,
-        precision=precision,
-        norm_stats="running",
-        batch_size=10,
+        ObjectiveSettings(device=CPU, precision=precision, norm_stats="running", batch_size=10),
     )
     made.settle_batch_sizes(dict(made.model.named_parameters()))
     return made
@@ -249,8 +246,8 @@ def test_what_a_loss_makes_of_who_has_a_gradient_ends_with_it() -> None:
 
     objective = objective_of(freezing)
     found = objective.evaluate(point_of(objective), ["first", "second"])
-    assert found["first"].untouched == {"0.weight", "0.bias"}
-    assert found["second"].untouched == frozenset()
+    assert found["first"].unreached == {"0.weight", "0.bias"}
+    assert found["second"].unreached == frozenset()
 
 
 def test_the_bytes_of_a_loss_that_allows_no_saved_tensor_hooks_are_counted_otherwise() -> None:
@@ -262,13 +259,10 @@ def test_the_bytes_of_a_loss_that_allows_no_saved_tensor_hooks_are_counted_other
 def test_values_of_a_data_set_made_in_inference_mode_can_be_trained_on() -> None:
     with torch.inference_mode():
         made = X * 1.0, Y * 1.0
-    objective = Objective(
+    objective = build_objective(
         lambda: Task(model=net, data={"train": made}, losses={"train": Loss(F.mse_loss)}),
         None,
-        device=CPU,
-        precision="float32",
-        norm_stats="running",
-        batch_size=None,
+        ObjectiveSettings(device=CPU, precision="float32", norm_stats="running", batch_size=None),
     )
     objective.settle_batch_sizes(dict(objective.model.named_parameters()))
     assert check_loss(objective, "train") == []
@@ -315,15 +309,12 @@ class Normalised(nn.Module):
 def test_a_penalty_on_gradients_through_normalisation_is_that_of_the_formula(
     norm_stats: str,
 ) -> None:
-    objective = Objective(
+    objective = build_objective(
         lambda: Task(
             model=Normalised, data={"train": (X, Y)}, losses={"train": Loss(call=input_penalty)}
         ),
         None,
-        device=CPU,
-        precision="float64",
-        norm_stats=norm_stats,
-        batch_size=24,
+        ObjectiveSettings(device=CPU, precision="float64", norm_stats=norm_stats, batch_size=24),
     )
     torch.manual_seed(0)
     point = {
@@ -362,7 +353,7 @@ def test_the_faster_product_stands_in_no_derivatives_way(
     wanted = plain.evaluate(point, ["first"])["first"]
     monkeypatch.setattr(linear, "_LEAST", 1)
     monkeypatch.setattr(linear, "preferred", lambda: hasattr(torch.ops.mkldnn, "_linear_pointwise"))
-    monkeypatch.setattr(evaluate_module, "multiplying", linear.multiplying)
+    monkeypatch.setattr(values_module, "multiplying", linear.multiplying)
     found = objective_of(WAYS[way]).evaluate(point, ["first"])["first"]
     assert found.loss == pytest.approx(wanted.loss, rel=1e-5)
     for name, gradient in wanted.gradient.items():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lca_posthoc import Loss, Task, open_run
 from lca_posthoc.errors import InputError
-from lca_posthoc.objective import Objective
+from lca_posthoc.objective import ObjectiveSettings, build_objective
 
 from .helpers import cli
 from .helpers.cli import document, lca, refused, says
@@ -146,10 +146,12 @@ def test_the_entries_of_a_dict_share_its_forward_pass(
 ) -> None:
     task = Task(Counting, _vectors(), losses)
     settings = {"precision": "float32", "norm_stats": "running", "batch_size": 7}
-    objective = Objective(lambda: task, ["all"], device=torch.device("cpu"), **settings).divided()
+    objective = build_objective(
+        lambda: task, ["all"], ObjectiveSettings(device=torch.device("cpu"), **settings)
+    ).divided()
     point = {name: each.detach().clone() for name, each in Counting().state_dict().items()}
     objective.settle_batch_sizes(point)
-    objective.join()
+    objective.data.share_batches()
     COUNTED.clear()
     # entries apart from each other
     objective.evaluate(point, sorted(objective.losses, key=lambda name: name[::-1]))

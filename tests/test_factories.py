@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lca_posthoc import Loss, Task
-from lca_posthoc.objective import Objective
+from lca_posthoc.objective import Objective, ObjectiveSettings, build_objective
 from lca_posthoc.objective.copies import copy_in
 
 from .helpers.cli import document, lca, record, write_task
@@ -130,16 +130,18 @@ def objective_of(
         return built[-1]
 
     task = Task(factory, {"train": (X, Y)}, {"train": Loss(F.cross_entropy)})
-    made = Objective(
+    made = build_objective(
         lambda: task,
         None,
-        **{
-            "device": CPU,
-            "precision": "float32",
-            "norm_stats": "running",
-            "batch_size": 30,
-            **settings,
-        },
+        ObjectiveSettings(
+            **{
+                "device": CPU,
+                "precision": "float32",
+                "norm_stats": "running",
+                "batch_size": 30,
+                **settings,
+            }
+        ),
     )
     made.settle_batch_sizes(point_of(made, 0))
     return made, built
@@ -169,12 +171,12 @@ def true_loss(
 @pytest.mark.parametrize("case", COPIED)
 def test_a_copy_in_another_precision_is_the_model(case: str) -> None:
     objective, built = objective_of(COPIED[case])
-    higher = objective.higher
+    reference = objective.reference
     assert len(built) == 1
     for seed in (0, 1):  # what was placed in one must not show in the other
         point = point_of(objective, seed)
         wide = {name: tensor.double() for name, tensor in point.items()}
-        found = higher.evaluate(wide, ["train"])["train"]
+        found = reference.evaluate(wide, ["train"])["train"]
         other = objective.evaluate(point_of(objective, seed + 5), ["train"])["train"]
         assert found.loss == pytest.approx(true_loss(COPIED[case], objective, point), rel=1e-12)
         assert other.loss != found.loss
@@ -238,7 +240,7 @@ class Uncopied(nn.Linear):
 def test_what_a_copy_would_not_carry_over_is_built_anew(build: Callable[[], nn.Module]) -> None:
     assert copy_in(build(), CPU, torch.float64) is None
     objective, built = objective_of(build)
-    assert {each.dtype for each in objective.higher.model.parameters()} == {torch.float64}
+    assert {each.dtype for each in objective.reference.model.parameters()} == {torch.float64}
     assert len(built) == 2
 
 
@@ -262,7 +264,7 @@ class Wide(nn.Module):
 
 def test_a_copy_that_disagrees_is_built_anew() -> None:
     objective, built = objective_of(Wide)
-    assert objective.higher.model.built
+    assert objective.reference.model.built
     assert len(built) == 2
 
 
@@ -287,7 +289,7 @@ def test_float64_takes_frozen_parts_as_they_were_trained_with(
     build: Callable[[], nn.Module], calls: int
 ) -> None:
     objective, built = objective_of(
-        build, precision="float64", held=frozenset({"linear.weight", "linear.bias"})
+        build, precision="float64", stored=frozenset({"linear.weight", "linear.bias"})
     )
     torch.manual_seed(0)
     trained = build()

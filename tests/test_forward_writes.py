@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lca_posthoc import Loss, Task
 from lca_posthoc.errors import InputError
-from lca_posthoc.objective import Objective
+from lca_posthoc.objective import ObjectiveSettings, build_objective
 
 from .helpers.cli import says
 from .helpers.user_models import BATCH, Met, assert_the_oracle_agrees, replay
@@ -142,8 +142,8 @@ def test_a_factory_that_gives_one_module_twice_is_told_so(tmp_path: Path) -> Non
         "norm_stats": "running",
         "batch_size": None,
     }
-    objective = Objective(lambda: task, None, **settings)
-    assert next(objective.higher.model.parameters()).dtype == torch.float64  # a copy
+    objective = build_objective(lambda: task, None, ObjectiveSettings(**settings))
+    assert next(objective.reference.model.parameters()).dtype == torch.float64  # a copy
     with pytest.raises(InputError, match="Build a new one at every call"):
-        Objective(lambda: task, None, **settings)
+        build_objective(lambda: task, None, ObjectiveSettings(**settings))
     assert next(model.parameters()).dtype == torch.float32

@@ -22,7 +22,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lca_posthoc import Loss, Task, run
 from lca_posthoc.errors import InputError
-from lca_posthoc.objective import Objective, Split, reader, sources
+from lca_posthoc.objective import (
+    Objective,
+    ObjectiveSettings,
+    Split,
+    build_objective,
+    reader,
+    sources,
+)
 from lca_posthoc.objective.reader import Reader
 from lca_posthoc.task import pack
 
@@ -150,8 +157,10 @@ def objective_of(build: Callable[[], Any], **losses: Loss) -> Objective:
     def task() -> Task:
         return Task(net, {"train": build()}, losses or {"train": Loss(F.cross_entropy)})
 
-    return Objective(
-        task, ["all"], device=CPU, precision="float32", norm_stats="running", batch_size=7
+    return build_objective(
+        task,
+        ["all"],
+        ObjectiveSettings(device=CPU, precision="float32", norm_stats="running", batch_size=7),
     )
 
 
@@ -182,7 +191,7 @@ def test_handles_are_used_in_the_thread_that_opened_them(
     assert ours.loss == truth.loss
     assert all(torch.equal(ours.gradient[name], truth.gradient[name]) for name in truth.gradient)
     wide = {name: tensor.double() for name, tensor in point.items()}
-    higher = [each.higher.evaluate(wide, ["train"])["train"].loss for each in (objective, plain)]
+    higher = [each.reference.evaluate(wide, ["train"])["train"].loss for each in (objective, plain)]
     assert higher[0] == higher[1]
 
 
@@ -295,13 +304,14 @@ def test_a_run_within_an_import_does_not_wait_for_the_import(
     """
     (tmp_path / "importing_this.py").write_text(
         "import torch\nimport torch.nn.functional as F\nfrom lca_posthoc import Loss, Task\n"
-        "from lca_posthoc.objective import Objective\nfrom lca_posthoc.task import load, pack\n"
+        "from lca_posthoc.objective import ObjectiveSettings, build_objective\n"
+        "from lca_posthoc.task import load, pack\n"
         "class Net(torch.nn.Linear):\n    def __init__(self):\n        super().__init__(6, 3)\n"
         "data = torch.ones(4, 6), torch.zeros(4, dtype=torch.int64)\n"
         "packed = pack(Task(Net, {'train': data}, {'train': Loss(F.cross_entropy)}))\n"
-        "objective = Objective(lambda: load(*packed), None, device=torch.device('cpu'), "
-        "precision='float32',\n"
-        "                      norm_stats='running', batch_size=2)\n"
+        "settings = ObjectiveSettings(device=torch.device('cpu'), precision='float32',\n"
+        "                             norm_stats='running', batch_size=2)\n"
+        "objective = build_objective(lambda: load(*packed), None, settings)\n"
         "batches = [batch for _, batch in objective.splits['train'].batches(2)]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

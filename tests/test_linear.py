@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lca_posthoc
 from lca_posthoc import Loss, Task
-from lca_posthoc.objective import Objective
+from lca_posthoc.objective import ObjectiveSettings, build_objective
 from lca_posthoc.objective import linear as subject
 from tests.helpers.cli import write_task
 from tests.helpers.faults import clean_runs
@@ -281,13 +281,15 @@ def test_batches_are_as_large_whoever_multiplies(monkeypatch: pytest.MonkeyPatch
             {"train": (inputs, targets)},
             {"train": Loss(F.cross_entropy, on="train")},
         )
-        objective = Objective(
+        objective = build_objective(
             lambda task=task: task,
             None,
-            device=torch.device("cpu"),
-            precision="float32",
-            norm_stats="running",
-            batch_size=None,
+            ObjectiveSettings(
+                device=torch.device("cpu"),
+                precision="float32",
+                norm_stats="running",
+                batch_size=None,
+            ),
         )
         found.append(objective.saved_bytes("train"))
     assert found[0] == pytest.approx(found[1], rel=0.1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lca_posthoc import Loss, Recorder, Task
 from lca_posthoc import run as replay
 from lca_posthoc.errors import InputError
-from lca_posthoc.objective import Objective, check_loss
+from lca_posthoc.objective import Objective, ObjectiveSettings, build_objective, check_loss
 from lca_posthoc.progress import Note
 
 from .helpers.cli import says
@@ -34,14 +34,12 @@ def net() -> nn.Module:
 def objective_of(
     loss: Loss, model: Callable[[], nn.Module] = net, data: Any = (X, Y), **settings: Any
 ) -> Objective:
-    made = Objective(
+    made = build_objective(
         lambda: Task(model=model, data={"train": data}, losses={"the loss": loss}),
         None,
-        device=CPU,
-        precision="float32",
-        norm_stats="running",
-        batch_size=None,
-        **settings,
+        ObjectiveSettings(
+            device=CPU, precision="float32", norm_stats="running", batch_size=None, **settings
+        ),
     )
     torch.manual_seed(0)
     start = model()
@@ -325,7 +323,7 @@ def test_models_and_terms_without_a_gradient_are_refused(
 
 def test_a_loss_of_frozen_tensors_alone_is_refused() -> None:
     objective = objective_of(
-        Loss(F.cross_entropy), lambda: net().requires_grad_(False), held=frozenset()
+        Loss(F.cross_entropy), lambda: net().requires_grad_(False), stored=frozenset()
     )
     with pytest.raises(InputError, match="frozen or fixed"):
         check_loss(objective, "the loss")

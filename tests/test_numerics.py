@@ -20,12 +20,12 @@ from torch import Tensor
 from lca_posthoc import Loss, Task, open_run, run
 from lca_posthoc.allocation import Method, SegmentAllocation, allocate, interpolate
 from lca_posthoc.errors import SpanError
-from lca_posthoc.objective import Evaluation, Objective
+from lca_posthoc.objective import Evaluation, ObjectiveSettings, build_objective
 from lca_posthoc.progress import Note
 from lca_posthoc.quadrature import COMPOSITE, RULES, Family, Rule
 from lca_posthoc.schema import TOTALS, histogram_edges
+from lca_posthoc.statistics import SpanStatistics, histogram, unit_sums
 from lca_posthoc.store import LossResults
-from lca_posthoc.tally import Tally, histogram, unit_sums
 from lca_posthoc.trajectory import TensorSpec
 
 from .helpers import oracle
@@ -600,7 +600,9 @@ def test_numerics_7_sums_over_examples_accumulate_in_float64(batch_size: int, de
     loss = Loss(call=lambda model, batch: model.weight.sum() * batch[0])
     task = Task(lambda: torch.nn.Linear(1, 1, bias=False), {"train": (values,)}, {"train": loss})
     settings = {"precision": "float32", "norm_stats": "running", "batch_size": batch_size}
-    objective = Objective(lambda: task, None, device=torch.device(device), **settings)
+    objective = build_objective(
+        lambda: task, None, ObjectiveSettings(device=torch.device(device), **settings)
+    )
     point = {"weight": torch.ones(1, 1, device=device)}
     objective.settle_batch_sizes(point)
     found = objective.evaluate(point, ["train"])["train"]
@@ -623,7 +625,7 @@ def segment(
         level=1,
         converged=True,
         error_bound=0.0,
-        untouched=frozenset(),
+        unreached=frozenset(),
     )
 
 
@@ -631,12 +633,12 @@ def test_numerics_7_sums_over_parameters_accumulate_in_float64(device: str) -> N
     spec = TensorSpec("w", "parameter", (2, 3), unit_axis=0)
     exact = torch.tensor([[1.0, 1e-9, -1.0], [1e-9, 3.0, -3.0]]).double()
     exact[:, 1] += 1e-12
-    tally = Tally([spec], 1, "units", torch.device(device))
+    statistics = SpanStatistics([spec], 1, "units", torch.device(device))
     there = exact.to(device)
-    tally.add(0, segment({"w": there}, {"w": there}, {"w": torch.ones_like(there)}))
+    statistics.add(0, segment({"w": there}, {"w": there}, {"w": torch.ones_like(there)}))
     sums = [math.fsum(row) for row in exact.tolist()]
-    assert tally.units["w"][0] == pytest.approx(sums, rel=1e-6)
-    assert float(tally.tensors["allocated"][0, 0]) == pytest.approx(math.fsum(sums), rel=1e-6)
+    assert statistics.units["w"][0] == pytest.approx(sums, rel=1e-6)
+    assert float(statistics.tensors["allocated"][0, 0]) == pytest.approx(math.fsum(sums), rel=1e-6)
 
 
 def test_numerics_7_motion_is_taken_in_float64() -> None:
@@ -1035,14 +1037,14 @@ def test_a_tally_counts_every_sign_and_turn_of_a_span(shape: tuple[int, ...], de
     length, spec = 9, TensorSpec("w", "parameter", shape, unit_axis=0 if shape else None)
     generator = torch.Generator().manual_seed(7)
     motion, gradient = torch.randint(-1, 2, (2, length, *shape), generator=generator).double()
-    tally = Tally([spec], length, "parameters", torch.device(device))
+    statistics = SpanStatistics([spec], length, "parameters", torch.device(device))
     for at, (step, gone) in enumerate(zip(motion, gradient, strict=True)):
         step, gone = step.to(device), gone.to(device)
-        tally.add(at, segment({"w": step * gone}, {"w": gone}, {"w": step}))
+        statistics.add(at, segment({"w": step * gone}, {"w": gone}, {"w": step}))
     exact = (motion * gradient).numpy()
-    assert np.array_equal(tally.allocation["w"], exact)
+    assert np.array_equal(statistics.allocation["w"], exact)
     series = {"weight": motion.numpy(), "gradient": gradient.numpy(), "allocation": exact}
-    totals = tally.totals()["w"]
+    totals = statistics.totals()["w"]
     assert_totals(
         np.stack([np.asarray(totals[name], "float64") for name in TOTALS]),
         slow_totals(series, exact),

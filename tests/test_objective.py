@@ -20,7 +20,14 @@ from torch.utils.data import Dataset
 
 from lca_posthoc import Loss, Task, run
 from lca_posthoc.errors import InputError
-from lca_posthoc.objective import Evaluation, Objective, check_loss, sources
+from lca_posthoc.objective import (
+    Evaluation,
+    Objective,
+    ObjectiveSettings,
+    build_objective,
+    check_loss,
+    sources,
+)
 from lca_posthoc.objective.normalisation import normalising
 
 from .helpers.model_cases import CASES, Case
@@ -48,7 +55,9 @@ def state(model: nn.Module) -> Point:
 def objective_of(task: Task, point: Mapping[str, Tensor], **settings: Any) -> Objective:
     """An objective with all losses of a task, at `point`."""
     chosen = {"precision": "float32", "norm_stats": "running", "batch_size": 7, **settings}
-    objective = Objective(lambda: task, ["all"], device=torch.device("cpu"), **chosen)
+    objective = build_objective(
+        lambda: task, ["all"], ObjectiveSettings(device=torch.device("cpu"), **chosen)
+    )
     objective.settle_batch_sizes(point)
     return objective
 
@@ -481,7 +490,9 @@ def test_task_model_and_loss_are_built_and_called_under_the_default_dtype_of_the
         return task_of(Constants, Loss(lambda outputs, targets: (outputs - constant()).sum(1)))
 
     settings = {"precision": precision, "norm_stats": "running", "batch_size": 50}
-    objective = Objective(build, None, device=torch.device("cpu"), **settings)
+    objective = build_objective(
+        build, None, ObjectiveSettings(device=torch.device("cpu"), **settings)
+    )
     point = {name: each.to(dtype) for name, each in state(linear()).items()}
     point = {f"linear.{name}": each for name, each in point.items()}
     objective.settle_batch_sizes(point)

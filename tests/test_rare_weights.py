@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from lca_posthoc import Loss, Task
 from lca_posthoc.errors import InputError
-from lca_posthoc.objective import Objective, batches, check_loss, identify, sources
+from lca_posthoc.objective import (
+    Objective,
+    ObjectiveSettings,
+    batches,
+    build_objective,
+    check_loss,
+    identify,
+    sources,
+)
 
 DRAW = torch.Generator().manual_seed(0)
 COUNT = 600
@@ -48,16 +56,18 @@ class Streamed:
 
 
 def objective_of(losses: dict[str, Loss], data: Any, **settings: Any) -> Objective:
-    made = Objective(
+    made = build_objective(
         lambda: Task(model=net, data={"train": data}, losses=losses),
         ["all"],
-        **{
-            "device": CPU,
-            "precision": "float32",
-            "norm_stats": "running",
-            "batch_size": None,
-            **settings,
-        },
+        ObjectiveSettings(
+            **{
+                "device": CPU,
+                "precision": "float32",
+                "norm_stats": "running",
+                "batch_size": None,
+                **settings,
+            }
+        ),
     )
     torch.manual_seed(0)
     made.settle_batch_sizes(dict(net().named_parameters()))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lca_posthoc import Loss, Run, Task, open_run, run
 from lca_posthoc.errors import InputError
-from lca_posthoc.objective import Objective
+from lca_posthoc.objective import ObjectiveSettings, build_objective
 from lca_posthoc.progress import Note, SpanDone
 
 from .helpers import oracle
@@ -177,10 +177,12 @@ def test_losses_on_the_same_batches_share_forward_passes_and_with_the_same_value
     data, losses, forward, backward = SHARED[case]
     task = Task(Counting, data, losses)
     settings = {"precision": "float32", "norm_stats": "running", "batch_size": 7}
-    objective = Objective(lambda: task, ["all"], device=torch.device("cpu"), **settings)
+    objective = build_objective(
+        lambda: task, ["all"], ObjectiveSettings(device=torch.device("cpu"), **settings)
+    )
     point = {name: each.detach().clone() for name, each in Counting().state_dict().items()}
     objective.settle_batch_sizes(point)
-    objective.join()
+    objective.data.share_batches()
     COUNTED.clear()
     objective.evaluate(point, list(losses))
     assert (COUNTED.count(FORWARD), COUNTED.count(BACKWARD)) == (forward, backward)

@@ -388,7 +388,7 @@ def raising(error: type[BaseException]) -> Callable[..., None]:
 
 def test_a_late_worker_commits_nothing_that_has_changed_meanwhile(run: Path) -> None:
     before, late = contents(run), RunWriter.open(run)
-    tally: Any = None
+    statistics: Any = None
     changes: list[Callable[[Any], Any]] = [
         lambda now: now.with_checkpoints(
             now.checkpoints[:-1], {name: each.identity for name, each in now.losses.items()}
@@ -400,7 +400,7 @@ def test_a_late_worker_commits_nothing_that_has_changed_meanwhile(run: Path) -> 
         store.writer.write_manifest(change(late.manifest), run)
         for write in (late.write_block, lambda *given: late.write_span(*given, {})):
             with pytest.raises(SpanError, match=r"span 5 .*is not committed"):
-                write("train", 5, tally)
+                write("train", 5, statistics)
         store.writer.write_manifest(late.manifest, run)
     assert contents(run) == before
 
@@ -409,10 +409,10 @@ def test_a_marker_of_a_shorter_span_is_not_one_of_the_whole(run: Path) -> None:
     whole = marker(run, "train", 5)
     whole.rename(whole.with_name("000005-0.json"))
     assert RunWriter.open(run).pending("train") == [5]
-    assert RunWriter.open(run).facts("train", 5) is None
-    facts = RunWriter.open(run).facts("train", 4)
-    assert facts is not None
-    assert facts["steps"] == [40]
+    assert RunWriter.open(run).span_summary("train", 5) is None
+    summary = RunWriter.open(run).span_summary("train", 4)
+    assert summary is not None
+    assert summary["steps"] == [40]
 
 
 @pytest.fixture

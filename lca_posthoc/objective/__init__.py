@@ -3,8 +3,10 @@ mode, probes.
 """
 
 from .batches import Split, automatic_batch_size, power_of_two
+from .data import replicates_of
 from .draws import Draws
-from .evaluate import Objective, new_model, replicates_of
+from .evaluate import Objective, build_objective
+from .model import new_model
 from .precision import float32
 from .probe import (
     Identity,
@@ -14,8 +16,9 @@ from .probe import (
     identify,
     weights_of_sample,
 )
+from .recalibration import in_both_modes, statistics_of
+from .settings import ObjectiveSettings
 from .sources import is_out_of_memory
-from .statistics import in_both_modes, statistics_of
 from .sums import Evaluation, Numbers
 from .tensors import tensor_table
 
@@ -25,8 +28,10 @@ __all__ = [
     "Identity",
     "Numbers",
     "Objective",
+    "ObjectiveSettings",
     "Split",
     "automatic_batch_size",
+    "build_objective",
     "check_loss",
     "drop_weightless_replicates",
     "float32",

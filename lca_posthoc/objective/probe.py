@@ -22,7 +22,8 @@ from ..task import Loss, every_name
 from ..trajectory import is_statistic
 from .batches import Order
 from .containers import copied, fresh, named_parts, opened, same_bytes, tensors_of
-from .evaluate import Objective, unpack
+from .evaluate import Objective
+from .returned import unpack
 from .sources import Positions
 from .sums import Evaluation
 
@@ -126,9 +127,10 @@ def _start(objective: Objective, name: str) -> int:
     """
     split = objective.splits[objective.losses[name].on]
     count = _count(objective, split.name)
-    known = objective.starts.get(name)
+    known = objective.data.starts.get(name)
     if known is not None and (
-        _weighs_alike(objective, name) or objective.weighs(name, split.sample(known, known + count))
+        _weighs_alike(objective, name)
+        or objective.loss_values.weighs(name, split.sample(known, known + count))
     ):
         return known
     cut = _cut(count)
@@ -138,9 +140,9 @@ def _start(objective: Objective, name: str) -> int:
     others = [range(first.stop, min(first.start + count, split.examples)) for first in firsts]
     for halves in (firsts, [other for other in others if other]):
         for half, batch in zip(halves, split.samples(halves), strict=True):
-            if objective.weighs(name, batch):
-                objective.starts[name] = half.start // count * count
-                return objective.starts[name]
+            if objective.loss_values.weighs(name, batch):
+                objective.data.starts[name] = half.start // count * count
+                return objective.data.starts[name]
     raise InputError(
         f"the weights of loss {name!r} on split {split.name!r} sum to 0 over all its "
         f"{split.examples} examples, so it is the mean of "
@@ -152,7 +154,7 @@ def _weighs_alike(objective: Objective, name: str) -> bool:
     """Tell whether weights come from the targets alone, so that they are the same at every
     checkpoint and need no forward pass.
     """
-    return objective.gave_weights.get(name) is False
+    return objective.loss_values.gave_weights.get(name) is False
 
 
 def _groups_weigh(objective: Objective, name: str, sample: object) -> None:
@@ -164,7 +166,7 @@ def _groups_weigh(objective: Objective, name: str, sample: object) -> None:
     lows = [
         low
         for batch in (*first, sample)
-        if (low := objective.lowest_weight(name, batch)) is not None
+        if (low := objective.loss_values.lowest_weight(name, batch)) is not None
     ]
     lowest = min(lows, default=None)
     if lowest is not None and lowest < 0:
@@ -194,7 +196,7 @@ def _weightless(objective: Objective, name: str, order: Order) -> int | None:
         with contextlib.closing(
             split.batches(objective.batch_sizes[split.name], order, range(group, group + 1))
         ) as batches:
-            if not any(objective.weighs(name, batch) for _, batch in batches):
+            if not any(objective.loss_values.weighs(name, batch) for _, batch in batches):
                 return group
     return None
 
@@ -209,7 +211,7 @@ def drop_weightless_replicates(objective: Objective, name: str) -> list[str]:
         return []
     if _weightless(objective, name, order) is None:
         return []
-    del objective.replicated[hidden]
+    del objective.data.replicated[hidden]
     return [
         f"loss {name!r} has no standard errors: a tenth of the subset weighs nothing. Take a "
         f"larger one."
@@ -261,7 +263,7 @@ def check_loss(objective: Objective, name: str) -> list[str]:
         scale.apart(first, _over(objective, name, split.sample(start, stop))),
     )
     if objective.norm_stats == "batch":
-        objective.first_axis(name, sample, stop - start)
+        _runs_over_examples(objective, name, sample, stop - start)
         _in_order(objective, name, sample, range(start, stop))
         _statistics_unused(objective, name, sample, float(first.loss), scale.value)
         batch_size = objective.batch_sizes[loss.split]
@@ -282,7 +284,7 @@ def _weighing(objective: Objective, name: str, batches: list[Any]) -> object:
     """Return the first of some batches of which any element weighs something; None where there is
     none.
     """
-    return next((batch for batch in batches if objective.weighs(name, batch)), None)
+    return next((batch for batch in batches if objective.loss_values.weighs(name, batch)), None)
 
 
 def _plain_mean(objective: Objective, name: str, batch: object) -> Evaluation:
@@ -299,7 +301,7 @@ def _has_gradient(objective: Objective, name: str, first: Evaluation) -> None:
     A gradient that is 0 by value, as behind a ReLU that is off, is one.
     """
     allocated = {spec.name for spec in objective.allocated}
-    if allocated - first.untouched:
+    if allocated - first.unreached:
         return
     if not allocated:
         raise InputError(
@@ -316,7 +318,7 @@ def _has_gradient(objective: Objective, name: str, first: Evaluation) -> None:
             for start in range(0, split.examples, count)
         ]
         if any(
-            allocated - _plain_mean(objective, name, batch).untouched
+            allocated - _plain_mean(objective, name, batch).unreached
             for batch in split.samples(cuts)
         ):
             return
@@ -344,7 +346,7 @@ def _own_parameters(objective: Objective, name: str, batch: object) -> list[str]
     ]
     if not own:
         return []
-    names = _names_beside(objective.functions[name])
+    names = _names_beside(objective.loss_values.functions[name])
     named = few(
         [
             repr(names[id(leaf)]) if id(leaf) in names else f"one of shape {list(leaf.shape)}"
@@ -693,22 +695,26 @@ def _agree_one_precision_higher(objective: Objective, name: str, cuts: Sequence[
     """Tell whether a batch and its parts agree one precision higher: then they differ by rounding
     alone.
     """
-    reference = PRECISIONS[objective.precision].reference
-    if reference is None:
+    finer = PRECISIONS[objective.precision].reference
+    if finer is None:
         return False
     try:
-        higher = objective.higher
-        higher.place(objective.point)
+        reference = objective.reference
+        reference.place(objective.point)
         sample, *parts = (
-            higher.splits[objective.losses[name].on].at(positions) for positions in cuts
+            reference.splits[objective.losses[name].on].at(positions) for positions in cuts
         )
-        whole, joined = _over(higher, name, sample), _over(higher, name, *parts)
+        whole, joined = _over(reference, name, sample), _over(reference, name, *parts)
         scale = _scale(
-            higher, name, whole, _over(higher, name, _weighing(higher, name, parts)), sample
+            reference,
+            name,
+            whole,
+            _over(reference, name, _weighing(reference, name, parts)),
+            sample,
         )
     except InputError:  # the task does not run in it
         return False
-    return scale.apart(whole, joined) <= reference.agree
+    return scale.apart(whole, joined) <= finer.agree
 
 
 def weights_of_sample(objective: Objective, name: str) -> Tensor | None:
@@ -722,8 +728,24 @@ def weights_of_sample(objective: Objective, name: str) -> Tensor | None:
     return (
         None
         if sample is None or _weighs_alike(objective, name)
-        else objective.weights(name, sample)
+        else objective.loss_values.weights(name, sample)
     )
+
+
+def _runs_over_examples(objective: Objective, name: str, batch: object, examples: int) -> None:
+    """Refuse a grouped loss whose values do not run over the examples, where a batch holds
+    several groups.
+    """
+    if objective.order(name) is None:
+        return
+    with objective.mode():
+        values = objective.values(name, fresh(batch))[0]
+    if values.shape[0] != examples:
+        raise InputError(
+            f"loss {name!r} gives values of shape {list(values.shape)} for a batch of "
+            f"{examples} examples; with --norm-stats batch the "
+            "first axis must run over the examples, so that their groups can be told apart."
+        )
 
 
 def _in_order(objective: Objective, name: str, sample: object, examples: range) -> None:
@@ -785,8 +807,8 @@ def _own_mean(objective: Objective, name: str, batch: object, loss: float, scale
     inputs, targets = unpack(batch)
 
     def mean(_: object) -> tuple[Tensor, None]:
-        return objective.entry(
-            name, objective.functions[name].mean()(objective.model(inputs), targets)
+        return objective.loss_values.entry(
+            name, objective.loss_values.functions[name].mean()(objective.model(inputs), targets)
         ).reshape(1), None
 
     reduced = float(objective.over(mean, [batch], gradient=False).loss)

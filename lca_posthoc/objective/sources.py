@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -228,58 +228,9 @@ def _unsteady(name: str, what: str) -> InputError:
     )
 
 
-def open_source(name: str, data: Any) -> Indexed | Stream:
-    """Return a reader of the examples, by the kind of the data; refuse containers that may as well
-    be columns as examples.
-    """
-    if isinstance(data, Draws):
-        return _drawn(name, data)
-    if isinstance(data, DataLoader):
-        _check_loader(name, data)
-        served = _iterated if isinstance(data.dataset, IterableDataset) else _items
-        return served(name, data.dataset, data.collate_fn)
-    inside = (
-        list(data.values())
-        if isinstance(data, Mapping)
-        else data
-        if isinstance(data, tuple | list)
-        else []
-    )
-    columns = isinstance(data, Mapping | tuple) or any(isinstance(part, Tensor) for part in inside)
-    if (
-        columns
-        and inside
-        and not isinstance(data, list)
-        and all(isinstance(part, Tensor) and part.dim() for part in inside)
-    ):
-        return _columns(name, data, sorted({len(part) for part in inside}))
-    hugging_face = type(data).__module__.partition(".")[0] == "datasets" and hasattr(
-        data, "with_format"
-    )
-    once = isinstance(data, Iterator)
-    if not (columns or once or isinstance(data, str | Set | type)):
-        if (
-            hasattr(data, "__getitem__")
-            and hasattr(data, "__len__")
-            and not isinstance(data, IterableDataset)
-        ):
-            return _table(name, data) if hugging_face else _items(name, data, default_collate)
-        if hasattr(data, "__iter__"):
-            return _iterated(
-                name, data.with_format("torch") if hugging_face else data, default_collate
-            )
-    kinds = f" of {', '.join(sorted({type(part).__name__ for part in inside}))}" if inside else ""
-    raise InputError(
-        f"split {name!r} is a "
-        f"{type(data).__name__}{kinds}{', which can be read only once' if once else ''}. Give "
-        f"(inputs, "
-        "targets) tensors, a dict of tensors, a map-style Dataset with __len__ and __getitem__, a "
-        "DataLoader, or an iterable "
-        "that can be read again."
-    )
-
-
-def _columns(name: str, data: object, lengths: list[int]) -> Indexed:
+def _columns(name: str, data: object) -> Indexed:
+    """Return examples whose parts are tensors, one for each part."""
+    lengths = sorted({len(part) for part in _inside(data)})
     if len(lengths) != 1:
         raise InputError(
             f"split {name!r} has tensors of different lengths: {lengths}. Give one entry per "
@@ -293,7 +244,7 @@ def _columns(name: str, data: object, lengths: list[int]) -> Indexed:
     )
 
 
-def _items(name: str, data: Any, collate: Collate) -> Indexed:
+def _items(name: str, data: Any, collate: Collate = default_collate) -> Indexed:
     """Return a map-style data set, read as a DataLoader reads it: at once where it has
     `__getitems__`, else one by one.
     """
@@ -349,6 +300,18 @@ def _table(name: str, data: Any) -> Indexed:
     return Indexed(name, len(data), read)
 
 
+def _streamed_table(name: str, data: Any) -> Indexed | Stream:
+    """Return a Hugging Face data set that can only be read in order."""
+    return _iterated(name, data.with_format("torch"))
+
+
+def _loaded(name: str, loader: DataLoader[Any]) -> Indexed | Stream:
+    """Return the examples of a DataLoader, whose order, batch size and workers are ours."""
+    _check_loader(name, loader)
+    by_position = not isinstance(loader.dataset, IterableDataset)
+    return (_items if by_position else _iterated)(name, loader.dataset, loader.collate_fn)
+
+
 def _check_loader(name: str, loader: DataLoader[Any]) -> None:
     """Refuse a loader that gives something else than every example once."""
     batching = loader.batch_sampler
@@ -374,7 +337,7 @@ def _check_loader(name: str, loader: DataLoader[Any]) -> None:
         )
 
 
-def _iterated(name: str, data: Any, collate: Collate) -> Indexed | Stream:
+def _iterated(name: str, data: Any, collate: Collate = default_collate) -> Indexed | Stream:
     """Read iterable data through once; return its items from host memory where they fit, else read
     them anew at every pass.
     """
@@ -396,4 +359,93 @@ def _iterated(name: str, data: Any, collate: Collate) -> Indexed | Stream:
             raise _unsteady(name, "other examples")
     return (
         _items(name, items, collate) if len(items) == total else Stream(name, total, data, collate)
+    )
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of data that splits may be.
+
+    Attributes:
+        recognises: tells whether data are of this kind.
+        open: returns a reader of the examples of a split, by its name and data; None where this
+            kind is refused.
+    """
+
+    recognises: Callable[[Any], bool]
+    open: Callable[[str, Any], Indexed | Stream] | None
+
+
+def _is_columns(data: object) -> bool:
+    """Tell whether data are tensors of several columns, each with an entry per example."""
+    return (
+        isinstance(data, tuple | Mapping)
+        and bool(parts := _inside(data))
+        and all(isinstance(part, Tensor) and part.dim() for part in parts)
+    )
+
+
+def _may_be_columns(data: object) -> bool:
+    """Tell whether data may as well be columns as examples."""
+    return isinstance(data, Mapping | tuple) or any(
+        isinstance(part, Tensor) for part in _inside(data)
+    )
+
+
+def _inside(data: object) -> Sequence[Any]:
+    """Return the parts of a container of the language's own; none of other data."""
+    if isinstance(data, Mapping):
+        return list(data.values())
+    return data if isinstance(data, tuple | list) else []
+
+
+def _is_of_hugging_face(data: object) -> bool:
+    return type(data).__module__.partition(".")[0] == "datasets" and hasattr(data, "with_format")
+
+
+def _has_positions(data: object) -> bool:
+    """Tell whether examples can be had by position."""
+    return (
+        hasattr(data, "__getitem__")
+        and hasattr(data, "__len__")
+        and not isinstance(data, IterableDataset)
+    )
+
+
+# the first that recognises the data says how they are read
+_KINDS = (
+    _Kind(lambda data: isinstance(data, Draws), _drawn),
+    _Kind(lambda data: isinstance(data, DataLoader), _loaded),
+    _Kind(_is_columns, _columns),
+    _Kind(_may_be_columns, None),
+    _Kind(lambda data: isinstance(data, Iterator | str | Set | type), None),
+    _Kind(lambda data: _has_positions(data) and _is_of_hugging_face(data), _table),
+    _Kind(_has_positions, _items),
+    _Kind(lambda data: hasattr(data, "__iter__") and _is_of_hugging_face(data), _streamed_table),
+    _Kind(lambda data: hasattr(data, "__iter__"), _iterated),
+)
+
+
+def open_source(name: str, data: object) -> Indexed | Stream:
+    """Return a reader of the examples, by the kind of the data.
+
+    Raises:
+        InputError: for data of no kind that can be read, and for containers that may as well be
+            columns as examples.
+    """
+    opener = next((kind.open for kind in _KINDS if kind.recognises(data)), None)
+    if opener is None:
+        raise _refused(name, data)
+    return opener(name, data)
+
+
+def _refused(name: str, data: object) -> InputError:
+    parts = _inside(data)
+    kinds = f" of {', '.join(sorted({type(part).__name__ for part in parts}))}" if parts else ""
+    once = ", which can be read only once" if isinstance(data, Iterator) else ""
+    return InputError(
+        f"split {name!r} is a {type(data).__name__}{kinds}{once}. Give (inputs, "
+        "targets) tensors, a dict of tensors, a map-style Dataset with __len__ and __getitem__, a "
+        "DataLoader, or an iterable "
+        "that can be read again."
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .batches import Order
+from .passes import GroupValues
 
 Numbers = np.float64 | np.ndarray  # float64 of shape () or (groups,)
 
@@ -21,14 +22,14 @@ class Evaluation:
     alone.
 
     `loss` and `weight` (the sum of the elements' weights) have shape () or (groups,), a tensor's
-    gradient its own shape or (groups, *shape). `untouched` names the tensors the loss did not
+    gradient its own shape or (groups, *shape). `unreached` names the tensors the loss did not
     reach; their gradient is zero.
     """
 
     loss: Numbers
     gradient: dict[str, Tensor]
     weight: Numbers
-    untouched: frozenset[str] = frozenset()
+    unreached: frozenset[str] = frozenset()
 
 
 class Sums:
@@ -37,16 +38,22 @@ class Sums:
 
     A loss without groups is added up group by group too, in the order of the batches, whether or
     not the sums of the groups are asked for.
+
+    Args:
+        tensors: those the gradient is taken with respect to; none for values alone.
+        device: where the sums are.
+        groups: those that are kept apart; None for none.
+        plain: whether the sums over everything are kept.
     """
 
     def __init__(
         self,
-        shapes: Mapping[str, tuple[int, ...]],
+        tensors: Mapping[str, Tensor],
         device: torch.device,
         groups: range | None,
         plain: bool,
     ) -> None:
-        self.shapes, self.groups, self._plain, self._device = shapes, groups, plain, device
+        self._tensors, self._groups, self._plain, self._device = tensors, groups, plain, device
         if groups is not None:
             self._rows, self._row_totals = self._zeros((len(groups),))
         self._whole: dict[str, Tensor] = {}
@@ -58,16 +65,31 @@ class Sums:
         self._empty: dict[int, set[str]] = {}
         self._part_empty: set[str] = set()
         self._reached: set[str] = set()
-        self._found: dict[bool, Evaluation] = {}
+        self._means: dict[bool, Evaluation] = {}
 
     def _zeros(self, groups: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor]:
         zeros = {
-            name: torch.zeros((*groups, *shape), dtype=torch.float64, device=self._device)
-            for name, shape in self.shapes.items()
+            name: torch.zeros((*groups, *tensor.shape), dtype=torch.float64, device=self._device)
+            for name, tensor in self._tensors.items()
         }
         return zeros, torch.zeros((*groups, 2), dtype=torch.float64, device=self._device)
 
-    def begin(self, group: int) -> None:
+    @property
+    def needs_graph(self) -> bool:
+        """Tell whether gradients are summed too."""
+        return bool(self._tensors)
+
+    def take(self, part: GroupValues) -> None:
+        """Add Σ values, Σ weights and Σ gradients of one group in a batch."""
+        self._begin(part.group)
+        total = part.values.double().sum()
+        if self._tensors and total.requires_grad:
+            total.backward(retain_graph=part.more_to_come)  # type: ignore[no-untyped-call]
+            self._collect()
+        self._part_totals[0] += total.detach()
+        self._part_totals[1] += part.values.numel() if part.weights is None else part.weights.sum()
+
+    def _begin(self, group: int) -> None:
         """Add to the sums of this group from now on."""
         if group == self._group:
             return
@@ -76,11 +98,11 @@ class Sums:
         )
         self._close()
         self._group = group
-        self._part_empty = self._empty.setdefault(group, set(self.shapes))
-        if self.groups is None:
+        self._part_empty = self._empty.setdefault(group, set(self._tensors))
+        if self._groups is None:
             self._part, self._part_totals = self._zeros(())
         else:
-            row = group - self.groups.start
+            row = group - self._groups.start
             self._part = {name: tensor[row] for name, tensor in self._rows.items()}
             self._part_totals = self._row_totals[row]
 
@@ -92,20 +114,15 @@ class Sums:
                 self._whole[name] += tensor
         else:
             self._whole = {
-                name: tensor if self.groups is None else tensor.clone()
+                name: tensor if self._groups is None else tensor.clone()
                 for name, tensor in self._part.items()
             }
         self._whole_totals = self._whole_totals + self._part_totals
 
-    def add(self, total: Tensor, weight: Tensor | int) -> None:
-        """Add Σ values and Σ weights of a batch."""
-        self._part_totals[0] += total
-        self._part_totals[1] += weight
-
-    def collect(self, tensors: Mapping[str, Tensor]) -> None:
+    def _collect(self) -> None:
         """Move the gradients autograd left on the module's tensors into the sums."""
         for name, part in self._part.items():
-            tensor = tensors[name]
+            tensor = self._tensors[name]
             if tensor.grad is not None:
                 # of nn.Embedding(sparse=True)
                 gradient = tensor.grad.to_dense() if tensor.grad.is_sparse else tensor.grad
@@ -118,34 +135,39 @@ class Sums:
                 self._reached.add(name)
 
     def evaluation(self, grouped: bool, where: str, order: Order | None) -> Evaluation:
-        """Return the mean over all elements, or over those of each group.
+        """Return the mean over all elements, or over those of each group; the same one each time.
+
+        Args:
+            grouped: whether of each group.
+            where: names the loss and its split.
+            order: the groups.
 
         Raises:
             InputError: where the weights of a group, or of everything, sum to 0.
         """
-        if grouped not in self._found:
+        if grouped not in self._means:
             self._close()
             self._group = None
             totals, weights = (self._row_totals if grouped else self._whole_totals).unbind(-1)
-            if not bool((weights > 0).all()):
-                empty = int((weights > 0).int().argmin())
-                first = self.groups.start if self.groups else 0
-                place = (
-                    f"group {order.labels[first + empty]!r} of {where}"
-                    if grouped and order
-                    else where
-                )
-                raise InputError(
-                    f"the weights of {place} sum to {float(weights.reshape(-1)[empty])}. Give at "
-                    f"least one element a weight."
-                )
+            self._refuse_weightless(weights, where, order if grouped else None)
             gradient = self._rows if grouped else self._whole
             for name, sum_ in gradient.items():
-                sum_ /= weights.reshape(weights.shape + (1,) * len(self.shapes[name]))
-            self._found[grouped] = Evaluation(
+                sum_ /= weights.reshape(weights.shape + (1,) * self._tensors[name].dim())
+            self._means[grouped] = Evaluation(
                 (totals / weights).cpu().numpy()[()],
                 gradient,
                 weights.cpu().numpy()[()],
-                frozenset(set(self.shapes) - self._reached),
+                frozenset(set(self._tensors) - self._reached),
             )
-        return self._found[grouped]
+        return self._means[grouped]
+
+    def _refuse_weightless(self, weights: Tensor, where: str, order: Order | None) -> None:
+        if bool((weights > 0).all()):
+            return
+        empty = int((weights > 0).int().argmin())
+        first = self._groups.start if self._groups else 0
+        place = f"group {order.labels[first + empty]!r} of {where}" if order else where
+        raise InputError(
+            f"the weights of {place} sum to {float(weights.reshape(-1)[empty])}. Give at "
+            f"least one element a weight."
+        )

@@ -78,6 +78,6 @@ def meeting(commits: Commits, again: Collection[int] = ()) -> tuple[int, float] 
 def _ends(commits: Commits, span: int, known: Ends) -> list[float] | None:
     if not 0 <= span < commits.manifest.spans:
         return None
-    facts = None if span in known else commits.facts(span)
-    ends: list[float] | None = known.get(span) if facts is None else facts["ends"]
+    summary = None if span in known else commits.span_summary(span)
+    ends: list[float] | None = known.get(span) if summary is None else summary["ends"]
     return ends

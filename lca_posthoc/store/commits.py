@@ -131,7 +131,7 @@ class Commits:
             for file in plan.row_files(row):
                 yield plan.part, f"{DATA}/{self.key}/{file}"
 
-    def facts(self, span: int) -> Marker | None:
+    def span_summary(self, span: int) -> Marker | None:
         """Return the marker of a span; None where the span is not committed.
 
         Raises:

@@ -40,7 +40,7 @@ from .runfile import exists, manifest_bytes, read_manifest, refuse_other, write_
 from .underway import LOG, remove_reports
 
 if TYPE_CHECKING:
-    from ..tally import Tally
+    from ..statistics import SpanStatistics
     from .verify import Damage, Leftover
 
 _BLOCK = 4096
@@ -488,25 +488,26 @@ class RunWriter:
         """Tell whether every span is committed and every window of totals folded."""
         return self.commits(loss).is_complete()
 
-    def facts(self, loss: str, span: int) -> Marker | None:
+    def span_summary(self, loss: str, span: int) -> Marker | None:
         """Return the marker of a span; None where the span is not committed.
 
         Raises:
             LCAError: where the marker is damaged.
         """
-        return self.commits(loss).facts(span)
+        return self.commits(loss).span_summary(span)
 
     # --- spans: workers
     # ----------------------------------------------------------------------------------------------
 
-    def write_block(self, loss: str, span: int, tally: Tally) -> None:
-        """Write the large arrays of the tally's block of groups; `write_span` commits them.
+    def write_block(self, loss: str, span: int, statistics: SpanStatistics) -> None:
+        """Write the large arrays of the block of groups that `statistics` holds; `write_span`
+        commits them.
 
         Raises:
             SpanError: where the run is no longer the one this writer was opened for.
         """
         self._still_recorded(loss, span)
-        parts = {"allocation": tally.allocation, "units": tally.units}
+        parts = {"allocation": statistics.allocation, "units": statistics.units}
         arrays = (
             (f"{part}/{self._key(name)}", values)
             for part, by_name in parts.items()
@@ -514,15 +515,15 @@ class RunWriter:
         )
         rows: tuple[slice, ...] = (self.manifest.of(loss).rows(span),)
         if self.manifest.losses[loss].groups is not None:
-            rows = (*rows, slice(tally.block.start, tally.block.stop))
+            rows = (*rows, slice(statistics.block.start, statistics.block.stop))
         self._write(loss, parts, arrays, rows)
 
     def write_span(
         self,
         loss: str,
         span: int,
-        tally: Tally,
-        facts: Mapping[str, object],
+        statistics: SpanStatistics,
+        summary: Mapping[str, object],
         replicates: np.ndarray[Any, Any] | None = None,
     ) -> None:
         """Write the remaining arrays of one span of one loss, and commit the span.
@@ -530,8 +531,8 @@ class RunWriter:
         Args:
             loss: its name.
             span: its number on the grid.
-            tally: the arrays.
-            facts: JSON-like, recorded in the marker (evaluations, seconds, …).
+            statistics: the arrays.
+            summary: JSON-like, recorded in the marker (evaluations, seconds, …).
             replicates: the allocated sums by segment, replicate and tensor, where the loss has
                 replicates.
 
@@ -539,15 +540,15 @@ class RunWriter:
             SpanError: where the run is no longer the one this writer was opened for.
         """
         self._still_recorded(loss, span)
-        self._write_small(loss, span, tally, replicates)
+        self._write_small(loss, span, statistics, replicates)
         commits = self.commits(loss)
         marker: dict[str, object] = {
-            **facts,
+            **summary,
             "run": self.manifest.id,
             "loss": loss,
             "span": span,
             "steps": self.manifest.steps[commits.manifest.rows(span)],
-            "partial": self._write_span_totals(commits, span, tally.totals()),
+            "partial": self._write_span_totals(commits, span, statistics.totals()),
             "files": seal_all(commits.planned_files(span), self.path, self.durable),
         }
         self._still_recorded(loss, span)
@@ -555,10 +556,18 @@ class RunWriter:
         self.fold(loss, span // self.manifest.window)
 
     def _write_small(
-        self, loss: str, span: int, tally: Tally, replicates: np.ndarray[Any, Any] | None
+        self,
+        loss: str,
+        span: int,
+        statistics: SpanStatistics,
+        replicates: np.ndarray[Any, Any] | None,
     ) -> None:
         """Write the arrays of a span that have no axis of single parameters or units."""
-        parts = {"steps": tally.steps, "tensors": tally.tensors, "histogram": tally.histogram}
+        parts = {
+            "steps": statistics.steps,
+            "tensors": statistics.tensors,
+            "histogram": statistics.histogram,
+        }
         arrays = {
             f"{part}/{name}": values
             for part, by_name in parts.items()

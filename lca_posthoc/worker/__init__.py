@@ -8,11 +8,12 @@ Each takes a request as plain data and returns its answer, or the error it met, 
 from .checks import describe, probe, sampled
 from .compatibility import admit, versions
 from .costs import compressions, measure
-from .spans import SAMPLED, looks_back, losses_at, replay_span, settled
+from .spans import SAMPLED, committed_result, looks_back, losses_at, replay_span
 
 __all__ = [
     "SAMPLED",
     "admit",
+    "committed_result",
     "compressions",
     "describe",
     "looks_back",
@@ -21,6 +22,5 @@ __all__ = [
     "probe",
     "replay_span",
     "sampled",
-    "settled",
     "versions",
 ]

@@ -48,11 +48,11 @@ def describe(request: DescribeRequest) -> Description:
         losses={name: _described(objective, name) for name in objective.losses},
         task_losses=list(objective.task.losses),
         digests=digests,
-        frozen=objective.frozen,
-        fixed=list(objective.fixed),
-        added=objective.added,
+        frozen=objective.tensors.frozen,
+        fixed=list(objective.tensors.fixed),
+        added=objective.tensors.added,
         patterns=list(objective.task.fixed),
-        unstored=list(objective.unstored),
+        unstored=list(objective.tensors.unstored),
         statistics=None if objective.recalibration is None else objective.recalibration.split.name,
     )
 
@@ -100,11 +100,11 @@ def probe(request: ProbeRequest) -> ProbeAnswer:
         + about_modes
     )
     block = {name: block_of(request, objective, name) for name in names}
-    objective.join([name for name in names if block[name] is not None])
+    objective.data.share_batches([name for name in names if block[name] is not None])
     at_first: dict[str, Identity] = {}
     measured, more = _can_measure(request, objective, first, new, at_first)
     notes += more
-    objective.release_higher()
+    objective.release_reference()
     identities = _identities(request, objective, first, names, at_first)
     calibrations = (
         _calibrations(request.sample, objective, new)
@@ -119,7 +119,7 @@ def probe(request: ProbeRequest) -> ProbeAnswer:
         short_of=short_of(request, objective, new, block),
         along={
             name: along if along in objective.losses else None
-            for name, along in objective.joined.items()
+            for name, along in objective.data.batch_order_of.items()
         },
         measured=measured,
         scale=_scales(request, objective, first, new),
@@ -237,7 +237,7 @@ def _same_fixed(request: ProbeRequest, objective: Objective) -> None:
         except SpanError:  # its spans will fail and say so
             continue
         for name, tensor in tensors.items():
-            built = objective.fixed[name].cpu()
+            built = objective.tensors.fixed[name].cpu()
             if not torch.equal(built.to(tensor.dtype).to(built.dtype), tensor.to(built.dtype)):
                 raise InputError(
                     f"Task.fixed names {name!r}, but it is not what the task's model builds in "
@@ -259,7 +259,7 @@ def _leftovers(request: ProbeRequest, objective: Objective) -> list[str]:
     leftovers = request.leftovers
     if not leftovers:
         return []
-    fixed = objective.fixed_of(leftovers)
+    fixed = objective.tensors.fixed_of(leftovers)
     ends = []
     for index in (0, request.sample.ends):
         checkpoint = checkpoint_at(request.sample.points, index)
@@ -269,7 +269,7 @@ def _leftovers(request: ProbeRequest, objective: Objective) -> list[str]:
             continue
     for checkpoint, tensors in ends:
         for name, tensor in tensors.items():
-            wrong = "" if name in fixed else refuted(name, tensor, objective.unstored)
+            wrong = "" if name in fixed else refuted(name, tensor, objective.tensors.unstored)
             first = {name: ends[0][1][name]}
             if not wrong and not counts(name) and not same_bytes({name: tensor}, first):
                 wrong = (
@@ -379,7 +379,7 @@ def _nothing_derived(
     """
     from ..objective import identify
 
-    objective.renew(last)
+    objective.tensors.renew(last)
     for name, before in identities.items():
         if before is None:
             continue
@@ -410,26 +410,26 @@ def _can_measure(
     from ..objective import identify
 
     precision = request.setup.settings.precision
-    reference = PRECISIONS[precision].reference
-    if reference is None or not names:
+    finer = PRECISIONS[precision].reference
+    if finer is None or not names:
         return False, []
     try:
-        higher = objective.higher
-        higher.place(first)
+        reference = objective.reference
+        reference.place(first)
         for name in names:
             at_first[name] = identify(objective, name)
-            narrow, wide = at_first[name].loss, identify(higher, name).loss
+            narrow, wide = at_first[name].loss, identify(reference, name).loss
             if not abs(narrow - wide) <= PRECISIONS[objective.precision_of(name)].same_loss * max(
                 abs(narrow), abs(wide), 1e-12
             ):
                 raise InputError(
                     f"loss {name!r} is {narrow:.6g} in {precision} but {wide:.6g} in "
-                    f"{reference.precision}"
+                    f"{finer.precision}"
                 )
     except InputError as error:
         return False, [
             f"the error of {precision} is not measured, because the task does not run in "
-            f"{reference.precision}: {error}"
+            f"{finer.precision}: {error}"
         ]
     return True, []
 

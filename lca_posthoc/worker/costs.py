@@ -58,7 +58,7 @@ def measure(request: CostsRequest) -> Costs:
     objective.settle_batch_sizes(first_point(request.sample.points, objective), request.batch_sizes)
     losses = {name: _measured(request, objective, name) for name in objective.losses}
     together = higher = 0.0
-    for sources in objective.passes(objective.losses).values():
+    for sources in objective.data.passes(objective.losses).values():
         slowest = [max(names, key=lambda name: losses[name].seconds) for names in sources.values()]
         passes: dict[Any, list[float]] = {}
         for (function, _), name in zip(sources, slowest, strict=True):
@@ -125,7 +125,7 @@ def _measured(request: CostsRequest, objective: Objective, name: str) -> LossCos
     forward = _seconds(objective, name, few, _Budget(0), part, gradient=False) / of_part
     higher = 0.0
     if request.measured:
-        wide = objective.higher
+        wide = objective.reference
         higher = (
             _seconds(wide, name, wide.splits[loss.split].sample(0, part), _Budget(0), part)
             / of_part

@@ -93,7 +93,7 @@ def replay_span(request: SpanRequest) -> SpanAnswer:
             for names in [together, *([name] for name in records if name not in together)]:
                 if names:
                     losses |= _within_memory(request, objective, writer, names, report)
-        objective.release_higher()
+        objective.release_reference()
     return SpanAnswer(
         losses=losses,
         segments=_length(writer, request),
@@ -102,7 +102,7 @@ def replay_span(request: SpanRequest) -> SpanAnswer:
     )
 
 
-def settled(spec: Spec) -> Spec | None:
+def committed_result(spec: Spec) -> Spec | None:
     """Return the answer of a span whose worker is out of reach, once everything of it is committed;
     None before.
     """
@@ -157,16 +157,17 @@ def _ready(request: RunRequest[Any], writer: RunWriter, losses: list[str]) -> Ob
     order.
     """
     objective = objective_of(request.setup)
-    objective.batch_sizes |= request.batch_sizes
+    objective.batch_sizes.update(request.batch_sizes)
     for name in losses:
         record = writer.manifest.losses[name]
-        objective.follow(name, objective.replicates_of(name) if record.replicates else record.along)
+        grouped = objective.replicates_of(name) if record.replicates else record.along
+        objective.data.set_batch_order(name, grouped)
     return objective
 
 
 def _markers(writer: RunWriter, request: SpanRequest) -> dict[str, Marker]:
     """Return the markers of the pending losses of a span that are committed after all."""
-    markers = {name: writer.facts(name, request.span) for name in request.pending}
+    markers = {name: writer.span_summary(name, request.span) for name in request.pending}
     return {name: marker for name, marker in markers.items() if marker is not None}
 
 
@@ -263,30 +264,32 @@ class _Together:
             levels = [max(of_segment) for of_segment in reached]
         losses: dict[str, LossSpan] = {}
         seconds = (time.perf_counter() - started) / len(self.records)
-        for name, tally in self.tallies.items():
+        for name, statistics in self.statistics.items():
             apart, scale = self.errors[name].T
-            np.divide(apart, scale, out=tally.steps["precision_error"], where=scale > 0)
+            np.divide(apart, scale, out=statistics.steps["precision_error"], where=scale > 0)
             evaluations, passes = (
                 now - then for now, then in zip(self._counts()[name], before[name], strict=True)
             )
             on = self.records[name].on
-            silent = sorted(tally.silent) if on is not None else []
+            silent = sorted(statistics.moved_unused) if on is not None else []
             losses[name] = LossSpan(
                 evaluations=evaluations,
                 forward_passes=passes,
                 batch_size=0 if on is None else self.objective.batch_sizes[on],
-                worst_residual=float(abs(tally.steps["residual"]).max()),
-                unconverged=int((tally.steps["converged"] == 0).sum()),
+                worst_residual=float(abs(statistics.steps["residual"]).max()),
+                unconverged=int((statistics.steps["converged"] == 0).sum()),
                 silent=silent,
                 hidden=self._hidden(name, silent),
                 ends=[
-                    float(np.mean(tally.steps[end][row]))
+                    float(np.mean(statistics.steps[end][row]))
                     for end, row in (("loss_start", 0), ("loss_end", -1))
                 ],
             )
             where = {"host": socket.gethostname(), "pid": os.getpid(), "seconds": round(seconds, 3)}
             marker = {**to_plain(losses[name]), **where}
-            self.writer.write_span(name, self.request.span, tally, marker, self.parts.get(name))
+            self.writer.write_span(
+                name, self.request.span, statistics, marker, self.parts.get(name)
+            )
         return losses
 
     def _hidden(self, name: str, silent: list[str]) -> list[str]:
@@ -308,11 +311,11 @@ class _Together:
         that were reached.
         """
         from ..allocation import allocate_span
-        from ..tally import Tally
+        from ..statistics import SpanStatistics
 
         keep, device = self.writer.keep, self.objective.device
-        self.tallies = {
-            name: Tally(
+        self.statistics = {
+            name: SpanStatistics(
                 self.tensors,
                 self.length,
                 keep,
@@ -335,7 +338,7 @@ class _Together:
         for part_before, block in enumerate(self.blocks):
             part = self.objective if len(self.blocks) == 1 else _Only(self.objective, block)
             if len(self.blocks) > 1:
-                next(iter(self.tallies.values())).begin(block)
+                next(iter(self.statistics.values())).begin(block)
             points = points_of(self.request.points, self.rows, self.objective)
             self.waits = self.waits_before
             for row, (start, end, done) in enumerate(
@@ -350,8 +353,8 @@ class _Together:
                     segments,
                     max(float(np.max(np.abs(done[name].residual))) for name in self.records),
                 )
-            for name, tally in self.tallies.items():
-                self.writer.write_block(name, self.request.span, tally)
+            for name, statistics in self.statistics.items():
+                self.writer.write_block(name, self.request.span, statistics)
         return reached
 
     def _take(
@@ -362,21 +365,21 @@ class _Together:
         done: dict[str, SegmentAllocation],
         block: range,
     ) -> None:
-        for name, tally in self.tallies.items():
-            tally.add(row, done[name])
+        for name, statistics in self.statistics.items():
+            statistics.add(row, done[name])
         for name, hidden in self.replicates.items():
             self.parts[name][row] = _sums(done[hidden], self.tensors)
         measured = {name: done[name] for name, record in self.records.items() if record.measured}
         if measured and self._is_measured(
             self.rows.start + row, next(iter(measured.values())).motion
         ):
-            higher = (
-                self.objective.higher
+            reference = (
+                self.objective.reference
                 if len(self.blocks) == 1
-                else _Only(self.objective.higher, block)
+                else _Only(self.objective.reference, block)
             )
             for name, error in _precision_errors(
-                measured, start, end, higher, self.method.rule
+                measured, start, end, reference, self.method.rule
             ).items():
                 self.errors[name][row] += error
 
@@ -451,7 +454,7 @@ def _precision_errors(
     segments: dict[str, SegmentAllocation],
     start: Mapping[str, Tensor],
     end: Mapping[str, Tensor],
-    higher: Objective | _Only,
+    reference: Objective | _Only,
     rule: Rule,
 ) -> dict[str, tuple[float, float]]:
     """Return Σ|A − A*| and Σ|A*| of losses on one segment, with A* from the same nodes one
@@ -460,20 +463,20 @@ def _precision_errors(
     from ..allocation import Method, allocate
     from ..quadrature import COMPOSITE
 
-    first, last = _in(higher.dtype, start), _in(higher.dtype, end)
+    first, last = _in(reference.dtype, start), _in(reference.dtype, end)
     errors = {}
     for level in {segment.level for segment in segments.values()}:
         names = [name for name, segment in segments.items() if segment.level == level]
         exact, _ = allocate(
-            first, last, higher, names, Method(rule if level < 0 else COMPOSITE.rules[level])
+            first, last, reference, names, Method(rule if level < 0 else COMPOSITE.rules[level])
         )
         for name in names:
-            rounded, reference = segments[name].allocation, exact[name].allocation
+            rounded, precise = segments[name].allocation, exact[name].allocation
             apart = math.fsum(
-                float((rounded[key] - tensor).abs().sum()) for key, tensor in reference.items()
+                float((rounded[key] - tensor).abs().sum()) for key, tensor in precise.items()
             )
             errors[name] = (
                 apart,
-                math.fsum(float(tensor.abs().sum()) for tensor in reference.values()),
+                math.fsum(float(tensor.abs().sum()) for tensor in precise.values()),
             )
     return errors

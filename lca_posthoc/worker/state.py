@@ -103,7 +103,7 @@ def build(setup: TaskSetup, precision: str) -> Objective:
     """Build the objective of a task in a precision, anew."""
     import torch
 
-    from ..objective import Objective
+    from ..objective import ObjectiveSettings, build_objective
 
     settings = setup.settings
     device = torch.device(settings.device)
@@ -113,15 +113,17 @@ def build(setup: TaskSetup, precision: str) -> Objective:
             "CUDA_VISIBLE_DEVICES."
         )
     with _deterministic():  # once more: what the task's own code sets ends with this
-        return Objective(
+        return build_objective(
             lambda: task.load(setup.task, delivered(setup.parcel)),
             setup.losses,
-            device=device,
-            precision=precision,
-            norm_stats=settings.norm_stats,
-            batch_size=settings.batch_size,
-            subset=task.parse_subsets(settings.subset),
-            held=None if setup.stored is None else frozenset(setup.stored),
+            ObjectiveSettings(
+                device=device,
+                precision=precision,
+                norm_stats=settings.norm_stats,
+                batch_size=settings.batch_size,
+                subset=task.parse_subsets(settings.subset),
+                stored=None if setup.stored is None else frozenset(setup.stored),
+            ),
         )
 
 

@@ -26,7 +26,8 @@ from typing import Any
 from unittest import mock
 
 import lca_posthoc
-from lca_posthoc import Task, tally, trajectory
+from lca_posthoc import Task, trajectory
+from lca_posthoc.statistics import SpanStatistics
 from lca_posthoc.store import RunWriter
 from lca_posthoc.worker import spans, state
 
@@ -52,7 +53,7 @@ def shares(checkpoints: str, task: Task, keep: str, segments: int) -> dict[str, 
     """Shares of one run."""
     spent: dict[str, float] = defaultdict(float)
     patches = [
-        mock.patch.object(tally.Tally, "add", timed(spent, "tally", tally.Tally.add)),
+        mock.patch.object(SpanStatistics, "add", timed(spent, "statistics", SpanStatistics.add)),
         mock.patch.object(RunWriter, "write_block", timed(spent, "write", RunWriter.write_block)),
         mock.patch.object(RunWriter, "write_span", timed(spent, "write", RunWriter.write_span)),
         mock.patch.object(
@@ -99,7 +100,7 @@ def main() -> None:
             found[keep].append(shares(given.checkpoints, task, keep, given.segments))
     for keep, rounds in found.items():
         parts = {what: statistics.median(each[what] for each in rounds) for what in rounds[0]}
-        total = statistics.median(each["tally"] + each["write"] for each in rounds)
+        total = statistics.median(each["statistics"] + each["write"] for each in rounds)
         listed = ", ".join(f"{what} {share:.2%}" for what, share in parts.items())
         print(f"--keep {keep:10} {total:.2%} of the time ({listed})")
 

@@ -37,7 +37,7 @@ from torch import nn
 
 from lca_posthoc import Loss, Task
 from lca_posthoc.allocation import Method, Point, allocate, calibrate
-from lca_posthoc.objective import Evaluation, Objective
+from lca_posthoc.objective import Evaluation, Objective, ObjectiveSettings, build_objective
 from lca_posthoc.quadrature import COMPOSITE, RULES
 from lca_posthoc.worker.checks import sampled
 
@@ -185,13 +185,12 @@ def objective_of(network: str, examples: int, point: Point) -> Objective:
         {"train": (images[:examples], labels[:examples])},
         {"train": Loss(F.cross_entropy, on="train")},
     )
-    objective = Objective(
+    objective = build_objective(
         lambda: task,
         LOSS,
-        device=torch.device("cpu"),
-        precision="float64",
-        norm_stats="running",
-        batch_size=None,
+        ObjectiveSettings(
+            device=torch.device("cpu"), precision="float64", norm_stats="running", batch_size=None
+        ),
     )
     objective.settle_batch_sizes(point)
     return objective

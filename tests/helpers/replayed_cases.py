@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lca_posthoc import Run, run
 from lca_posthoc.allocation import Method, SegmentAllocation, allocate_span
-from lca_posthoc.objective import Objective
+from lca_posthoc.objective import Objective, ObjectiveSettings, build_objective
 from lca_posthoc.quadrature import RULES
 from lca_posthoc.schema import SIGNED, TOTALS
 from lca_posthoc.store import LossResults
@@ -147,7 +147,9 @@ def objective_of(case: Case, point: Point, device: str = "cpu", **settings: Any)
         "batch_size": case.batch_size,
         **settings,
     }
-    objective = Objective(case.task, None, device=torch.device(device), **chosen)
+    objective = build_objective(
+        case.task, None, ObjectiveSettings(device=torch.device(device), **chosen)
+    )
     objective.settle_batch_sizes(in_precision(point, objective.dtype, device))
     return objective
 

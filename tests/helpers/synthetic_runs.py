@@ -20,11 +20,11 @@ from lca_posthoc.allocation import SegmentAllocation
 from lca_posthoc.prepare import _choose_window, choose_span
 from lca_posthoc.schema import Totals, join_all
 from lca_posthoc.settings import resolve
+from lca_posthoc.statistics import SpanStatistics
 from lca_posthoc.store import LossRecord, Manifest, RunWriter, StoredTensor, create
 from lca_posthoc.store.files import seal
 from lca_posthoc.store.keys import encode_all
 from lca_posthoc.store.layout import plan_arrays
-from lca_posthoc.tally import Tally
 from lca_posthoc.trajectory import Checkpoint, TensorSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -126,14 +126,14 @@ def build(
 
 def _fill(writer: RunWriter, loss: str, seed: int) -> None:
     manifest, commits = writer.manifest, writer.commits(loss)
-    tallies, totals = [], []
+    statistics_of_patterns, totals = [], []
     for pattern in range(min(PATTERNS, manifest.spans)):
-        tally = _tally(manifest, loss, PATTERNS * seed + pattern)
-        writer.write_block(loss, pattern, tally)
-        totals.append(tally.totals())
-        tally.begin(range(0))  # gives up the large arrays
-        tallies.append(tally)
-    arrays = _small(manifest, loss, tallies)
+        statistics = _statistics(manifest, loss, PATTERNS * seed + pattern)
+        writer.write_block(loss, pattern, statistics)
+        totals.append(statistics.totals())
+        statistics.begin(range(0))  # gives up the large arrays
+        statistics_of_patterns.append(statistics)
+    arrays = _small(manifest, loss, statistics_of_patterns)
     known = {plan.path for plan in plan_arrays(manifest, manifest.keep, manifest.losses[loss])}
     parts = {path.partition("/")[0] for path in arrays}
     writer._write(
@@ -213,12 +213,17 @@ def _link(run: Path, like: str, file: str, sealed: dict[str, list[int]]) -> None
         sealed[file] = sealed[like]
 
 
-def _small(manifest: Manifest, loss: str, tallies: list[Tally]) -> dict[str, np.ndarray[Any, Any]]:
+def _small(
+    manifest: Manifest, loss: str, statistics_of_patterns: list[SpanStatistics]
+) -> dict[str, np.ndarray[Any, Any]]:
     """The arrays of all segments that have no axis of parameters."""
     arrays = {}
     for part in ("steps", "tensors", "histogram"):
-        for name in getattr(tallies[0], part):
-            held = [getattr(tallies[span % PATTERNS], part)[name] for span in range(manifest.spans)]
+        for name in getattr(statistics_of_patterns[0], part):
+            held = [
+                getattr(statistics_of_patterns[span % PATTERNS], part)[name]
+                for span in range(manifest.spans)
+            ]
             arrays[f"{part}/{name}"] = np.concatenate(held)
     change = arrays["steps/loss_end"] - arrays["steps/loss_start"]
     arrays["steps/loss_end"] = 2.3 + np.cumsum(change, axis=0)
@@ -226,15 +231,15 @@ def _small(manifest: Manifest, loss: str, tallies: list[Tally]) -> dict[str, np.
     return arrays
 
 
-def _tally(manifest: Manifest, loss: str, seed: int) -> Tally:
+def _statistics(manifest: Manifest, loss: str, seed: int) -> SpanStatistics:
     """One span, as a worker gathers it."""
     record = manifest.losses[loss]
     groups = None if record.groups is None else len(record.groups)
     table = [tensor.spec for tensor in manifest.allocated]
-    tally = Tally(table, manifest.span, manifest.keep, torch.device("cpu"), groups)
+    statistics = SpanStatistics(table, manifest.span, manifest.keep, torch.device("cpu"), groups)
     for at, segment in enumerate(_segments(table, manifest.span, groups, seed)):
-        tally.add(at, segment)
-    return tally
+        statistics.add(at, segment)
+    return statistics
 
 
 def _segments(
@@ -271,6 +276,6 @@ def _segments(
             evaluations=2,
             level=1,
             converged=True,
-            untouched=frozenset(),
+            unreached=frozenset(),
             **numbers,
         )  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The tally of the allocations of a span: sums, counts, a histogram, units, per-parameter totals.
+"""Statistics of the allocations of a span: sums, counts, a histogram, units, per-parameter totals.
 No disk, no plots.
 """
 
@@ -110,7 +110,7 @@ class _Running:
         return {name: values.cpu().numpy() for name, values in totals.items()}
 
 
-class Tally:
+class SpanStatistics:
     """The segments of one span for one loss, gathered as the arrays a run stores.
 
     A loss with groups has an axis of groups behind that of segments; its totals are those of its
@@ -148,7 +148,7 @@ class Tally:
             "count": np.zeros((length, *self._axis(), BINS), "int64"),
             "zero": np.zeros((length, *self._axis()), "int64"),
         }
-        self._untouched: list[frozenset[str]] = [frozenset(spec.name for spec in table)] * length
+        self._unreached: list[frozenset[str]] = [frozenset(spec.name for spec in table)] * length
         self._running = {spec.name: _Running(spec.shape, device) for spec in table}
         self._pooled: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(length)]
         self.begin(range(groups or 1))
@@ -195,7 +195,7 @@ class Tally:
                 column[row] = getattr(segment, name)
         if self.block.start:  # a segment has converged where it has in every block
             self.steps["converged"][row] &= before
-        self._untouched[row] &= segment.untouched
+        self._unreached[row] &= segment.unreached
         for position, spec in enumerate(self._table):
             self._add_tensor(row, position, spec, segment)
 
@@ -262,16 +262,16 @@ class Tally:
         self._running[spec.name].add(motion, gradient, exact, exact.float())
 
     @property
-    def silent(self) -> set[str]:
+    def moved_unused(self) -> set[str]:
         """The tensors that moved while the loss of no group depended on them: parameters
         throughout, buffers on a segment.
         """
-        throughout = frozenset.intersection(*self._untouched)
+        throughout = frozenset.intersection(*self._unreached)
         return {
             spec.name
             for position, spec in enumerate(self._table)
-            for row, untouched in enumerate(self._untouched)
-            if spec.name in (untouched if spec.kind == "buffer" else throughout)
+            for row, unreached in enumerate(self._unreached)
+            if spec.name in (unreached if spec.kind == "buffer" else throughout)
             and self.tensors["motion"][row, position] > 0
         }
 

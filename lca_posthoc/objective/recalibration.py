@@ -111,11 +111,11 @@ class Recalibration:
             raise InputError(
                 f"--norm-stats recalibrated: statistics cannot be recomputed, for {what}."
             )
-        self._objective.add_function(self.loss)
+        self._objective.loss_values.add_function(self.loss)
         if loss.split in self._objective.splits:
             return self._objective.splits[loss.split]
         if loss.split not in self._opened:
-            self._opened[loss.split] = self._objective.open_split(loss.split)
+            self._opened[loss.split] = self._objective.data.open_split(loss.split)
         return self._opened[loss.split]
 
     def recall(self, recorded: RecalibrationRecord | None) -> None:

@@ -1,0 +1,165 @@
+"""One pass over the batches of a split: compute the values of losses batch by batch, and hand them
+to accumulators.
+
+What is kept of a batch is an accumulator's business: `Sums` keeps the loss and its gradient. Which
+groups the examples of a batch belong to is that of a `Membership`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .batches import Order, Split
+from .data import ValueSource
+from .values import LossValues, Values
+
+
+@dataclass(frozen=True)
+class GroupValues:
+    """The values of a loss for the elements of one group in a batch.
+
+    Attributes:
+        group: its position in the order of groups; 0 where there are none.
+        values: one per element, multiplied by its weight; autograd knows what they are made of,
+            where the accumulator needs that.
+        weights: of the elements, float64; None where all are 1.
+        more_to_come: whether the same graph is needed again, for another group or loss.
+    """
+
+    group: int
+    values: Tensor
+    weights: Tensor | None
+    more_to_come: bool = False
+
+
+class Accumulator(Protocol):
+    """Takes in the values of one source over the batches of a pass."""
+
+    @property
+    def needs_graph(self) -> bool:
+        """Tell whether values come with the graph a backward pass needs."""
+
+    def take(self, part: GroupValues) -> None:
+        """Take in the values of one group in a batch; run a backward pass, if any, now."""
+
+
+class Membership(Protocol):
+    """Tells which groups the examples of a batch belong to."""
+
+    def divide(self, values: Values, more_to_come: bool) -> Iterator[GroupValues]:
+        """Yield values of the batch group by group, the graph of all of them used in turn."""
+
+
+@dataclass(frozen=True)
+class OneGroup:
+    """The examples of a batch belong to one group, or there are no groups."""
+
+    group: int
+
+    def divide(self, values: Values, more_to_come: bool) -> Iterator[GroupValues]:
+        """Yield the values as they are."""
+        yield GroupValues(self.group, *values, more_to_come)
+
+
+@dataclass(frozen=True)
+class SeveralGroups:
+    """The examples of a batch belong to several groups; its statistics are those of the whole
+    batch.
+
+    Attributes:
+        codes: the position of its group for each example, (examples,) int64.
+        groups: those that are asked for.
+    """
+
+    codes: Tensor
+    groups: range
+
+    def divide(self, values: Values, more_to_come: bool) -> Iterator[GroupValues]:
+        """Yield the values of each group that is asked for; their first axis runs over the
+        examples.
+        """
+        results, weights = values
+        present = [code for code in torch.unique(self.codes).tolist() if code in self.groups]
+        for code in present:
+            members = (self.codes == code).to(results.device)
+            yield GroupValues(
+                code,
+                results[members],
+                None if weights is None else weights[members],
+                more_to_come or code != present[-1],
+            )
+
+
+Batches = Generator[tuple[Membership, Any], None, None]
+
+
+def batches_by_group(
+    split: Split, batch_size: int, order: Order | None, only: range | None
+) -> Batches:
+    """Yield batches of one group each, the groups in turn.
+
+    Args:
+        split: the examples.
+        batch_size: the most examples of a batch.
+        order: the groups; None for batches in the order of the data.
+        only: some of the groups; None for all.
+    """
+    with contextlib.closing(split.batches(batch_size, order, only)) as batches:
+        for group, batch in batches:
+            yield OneGroup(group), batch
+
+
+def batches_across_groups(
+    split: Split, batch_size: int, order: Order, only: range | None
+) -> Batches:
+    """Yield batches in the order of the data, which may hold examples of several groups.
+
+    Args:
+        split: the examples.
+        batch_size: examples of a batch.
+        order: the groups.
+        only: those that are asked for; None for all.
+    """
+    codes = torch.split(_codes(split.examples, order), batch_size)
+    groups = range(len(order.labels)) if only is None else only
+    with contextlib.closing(split.batches(batch_size, None, None)) as batches:
+        for index, (_, batch) in enumerate(batches):
+            yield SeveralGroups(codes[index], groups), batch
+
+
+def run_pass(
+    loss_values: LossValues,
+    batches: Batches,
+    names: Mapping[ValueSource, str],
+    accumulators: Mapping[ValueSource, Accumulator],
+) -> None:
+    """Compute the values of some sources on every batch, and hand them to the accumulator of each.
+
+    Args:
+        loss_values: computes them, at the point the model holds.
+        batches: closed at the end.
+        names: a loss of each source; sources of one dict follow each other.
+        accumulators: by source.
+    """
+    last = list(names)[-1]
+    with loss_values.mode(), contextlib.closing(batches):
+        for membership, batch in batches:
+            for source, (values, weights) in loss_values.values_of_sources(names, batch):
+                accumulator = accumulators[source]
+                values = values if accumulator.needs_graph else values.detach()
+                for part in membership.divide((values, weights), source != last):
+                    accumulator.take(part)
+
+
+def _codes(examples: int, order: Order) -> Tensor:
+    """Return the position of its group for each example of a split, (examples,) int64."""
+    codes = torch.zeros(examples, dtype=torch.int64)
+    for code, members in enumerate(order.members):
+        codes[members] = code
+    return codes
