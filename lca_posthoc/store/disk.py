@@ -36,7 +36,7 @@ _LOCK_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)  # Wind
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """What a path stands for at one moment.
+    """The state of a path at one moment.
 
     Attributes:
         kind: a file, a directory, a link (where links are not followed), or something else.
