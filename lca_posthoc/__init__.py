@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import findings as findings
     from . import plots as plots
-    from .objective import Draws as Draws
-    from .recorder import Recorder as Recorder
-    from .replay import run as run
-    from .store import Run as Run
-    from .store import open_run as open_run
-    from .task import Loss as Loss
-    from .task import Task as Task
-    from .trajectory import open_trajectory as open_trajectory
+    from .checkpoints.trajectory import open_trajectory as open_trajectory
+    from .numerics.objective import Draws as Draws
+    from .recording import Recorder as Recorder
+    from .replay.run import run as run
+    from .results import Run as Run
+    from .results import open_run as open_run
+    from .tasks.task import Loss as Loss
+    from .tasks.task import Task as Task
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Draws": ".objective",
-    "Loss": ".task",
-    "Recorder": ".recorder",
-    "Run": ".store",
-    "Task": ".task",
-    "open_run": ".store",
-    "open_trajectory": ".trajectory",
-    "run": ".replay",
+    "Draws": ".numerics.objective",
+    "Loss": ".tasks.task",
+    "Recorder": ".recording",
+    "Run": ".results",
+    "Task": ".tasks.task",
+    "open_run": ".results",
+    "open_trajectory": ".checkpoints.trajectory",
+    "run": ".replay.run",
 }
 __all__ = [
     "Draws",

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from .errors import InputError
-from .progress import Listener, Note
-from .recorder import Recorder
-from .replay import run
+from .recording import Recorder
+from .replay.events import Listener, Note
+from .replay.run import run
 from .report import write_report
-from .store import Run
-from .task import Loss, Task
+from .results import Run
+from .tasks.task import Loss, Task
 
 STEPS = 300
 REPORT = "report.html"

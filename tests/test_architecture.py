@@ -1,4 +1,6 @@
-"""Each module imports only modules above it, and every module has its place."""
+"""Each room imports only rooms above it, no file imports in a circle, and every file has its
+room.
+"""
 
 from __future__ import annotations
 
@@ -13,56 +15,34 @@ import lca_posthoc
 
 ROOT = Path(lca_posthoc.__file__).parent
 ORDER = (
-    *(
-        "errors",
-        "text",
-        "locks",
-        "available_memory",
-        "quadrature",
-        "precisions",
-        "paths",
-        "headers",
-        "layouts",
-        "leftovers",
-        "spacing",
-        "trajectory",
-        "recorder",
-        "schema",
-        "settings",
-        "task_bundle",
-        "task",
-        "objective",
-        "allocation",
-        "statistics",
-    ),
-    *(
-        "store",
-        "cluster",
-        "requests",
-        "worker",
-        "prepare",
-        "resume_checks",
-        "progress",
-        "display",
-        "replay",
-        "plan",
-        "convert",
-    ),
-    *("declarations", "findings", "colours", "plots", "report", "export", "demo", "cli"),
+    *("errors", "base", "checkpoints", "recording", "tasks", "numerics", "results", "cluster"),
+    *("replay", "convert", "findings", "plots", "report", "export", "demo", "cli"),
 )
 # the public face re-exports
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 
 def unit(path: Path) -> str:
-    """The module or subpackage of the top level a file belongs to."""
+    """The room, a module or package of the top level, that a file belongs to."""
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-def imported(path: Path) -> Iterator[tuple[str, int]]:
-    """Each of the package's own units a file imports, anywhere in it, with the line."""
+def imported_names(path: Path, *, for_types: bool = True) -> Iterator[tuple[str, int]]:
+    """Each of the package's own names a file imports, anywhere in it, with the line; those for
+    annotations alone only on request.
+    """
     package = ("lca_posthoc", *path.relative_to(ROOT).parent.parts)
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    guarded = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if id(node) in guarded and not for_types:
+            continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -81,10 +61,31 @@ def imported(path: Path) -> Iterator[tuple[str, int]]:
         for name in names:
             first, _, rest = name.partition(".")
             if first == "lca_posthoc" and rest != "__version__":
-                yield rest.partition(".")[0], node.lineno
+                yield rest, node.lineno
 
 
-def test_every_module_has_its_place_in_the_order() -> None:
+def imported(path: Path) -> Iterator[tuple[str, int]]:
+    """Each room a file imports from, with the line."""
+    for name, line in imported_names(path):
+        yield name.partition(".")[0], line
+
+
+def module_of(path: Path) -> str:
+    """The dotted name of a file, below the package."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def circles(imports: dict[str, set[str]]) -> list[str]:
+    """The modules that import themselves by way of others."""
+    behind = {module: set(others) for module, others in imports.items()}
+    for middle in behind:
+        for others in behind.values():
+            if middle in others:
+                others |= behind[middle]
+    return sorted(module for module, others in behind.items() if module in others)
+
+
+def test_every_file_has_its_room() -> None:
     assert {unit(path) for path in FILES} - set(ORDER) == set()
 
 
@@ -94,7 +95,7 @@ def test_the_page_on_the_design_shows_the_order() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_imports_only_modules_above_it(path: Path) -> None:
+def test_a_file_imports_only_from_rooms_above_it(path: Path) -> None:
     above = ORDER[: ORDER.index(unit(path))]
     wrong = {
         f"line {line}: {name or 'the package itself'}"
@@ -102,6 +103,22 @@ def test_a_module_imports_only_modules_above_it(path: Path) -> None:
         if name not in (*above, unit(path))
     }
     assert wrong == set()
+
+
+def test_no_file_imports_in_a_circle() -> None:
+    modules = {module_of(path) for path in FILES}
+    imports: dict[str, set[str]] = {}
+    for path in FILES:
+        names = [name for name, _ in imported_names(path, for_types=False)]
+        # a name is a module, or something of the module before its last dot
+        targets = {name if name in modules else name.rpartition(".")[0] for name in names}
+        imports[module_of(path)] = targets & modules
+    assert circles(imports) == []
+
+
+def test_circles_are_noticed() -> None:
+    """The test above can fail."""
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c"]
 
 
 def test_imports_are_found_however_they_are_written(
@@ -133,11 +150,11 @@ def test_imports_are_found_however_they_are_written(
     ]
 
 
-def test_only_store_knows_zarr_and_only_cluster_knows_distributed() -> None:
-    """Where results lie and where work runs are one module's business each."""
+def test_only_results_knows_zarr_and_only_cluster_knows_distributed() -> None:
+    """Where results lie and where work runs are one room's business each."""
     owners = {
-        "zarr": {"store"},
-        "numcodecs": {"store"},
+        "zarr": {"results"},
+        "numcodecs": {"results"},
         "distributed": {"cluster"},
         "dask": {"cluster"},
     }
@@ -205,22 +222,22 @@ def texts(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.value
 
 
-def test_in_store_only_disk_touches_a_file() -> None:
+def test_in_results_only_disk_touches_a_file() -> None:
     """Another home of runs is another module with the verbs of `disk`."""
     calls = {
         f"{path.name}:{line}: {called}"
         for path in FILES
-        if unit(path) == "store" and path.name != "disk.py"
+        if unit(path) == "results" and path.name != "disk.py"
         for line, called in file_calls(ast.parse(path.read_text()))
     }
     assert calls == set()
 
 
-def test_outside_store_nothing_names_a_file_of_a_run() -> None:
+def test_outside_results_nothing_names_a_file_of_a_run() -> None:
     named = {
         (path.relative_to(ROOT).as_posix(), text)
         for path in FILES
-        if unit(path) != "store"
+        if unit(path) != "results"
         for _, text in texts(ast.parse(path.read_text()))
         if RUN_FILES.search(text)
     }

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from lca_posthoc import available_memory
+from lca_posthoc.base import available_memory
 
 GB = 10**9
 UNLIMITED = 2**63 - 4096  # what version 1 says where there is no limit

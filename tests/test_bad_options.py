@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lca_posthoc.worker import state
+from lca_posthoc.replay.worker import state
 from tests.helpers.cli import (
     STEPS,
     contents,

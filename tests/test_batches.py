@@ -33,7 +33,7 @@ from torch.utils.data import (
 )
 
 from lca_posthoc.errors import InputError
-from lca_posthoc.objective import Split, batches, sources
+from lca_posthoc.numerics.objective import Split, batches, sources
 
 N = 23
 INPUTS, TARGETS = torch.randn(N, 3, generator=torch.Generator().manual_seed(0)), torch.arange(N) % 4

@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lca_posthoc import Loss, Run, Task, open_run, open_trajectory, run
 from lca_posthoc.errors import InputError
-from lca_posthoc.progress import Note
+from lca_posthoc.replay.events import Note
 from tests.helpers.cli import last_line, run_lca, says, task_namespace, write_step, write_task
 from tests.helpers.oracle import RULES, Oracle
 from tests.helpers.replayed_cases import arrays

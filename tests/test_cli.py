@@ -17,8 +17,8 @@ import torch
 
 from lca_posthoc import __version__
 from lca_posthoc.cli import COMMANDS, cli
-from lca_posthoc.quadrature import RULES
-from lca_posthoc.schema import KEEP
+from lca_posthoc.numerics.quadrature import RULES
+from lca_posthoc.numerics.schema import KEEP
 from tests.helpers.cli import (
     STEPS,
     contents,

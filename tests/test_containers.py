@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader
 
 from lca_posthoc import Loss, Task
 from lca_posthoc.errors import InputError
-from lca_posthoc.objective import ObjectiveSettings, Split, build_objective, check_loss
-from lca_posthoc.objective.containers import (
+from lca_posthoc.numerics.objective import ObjectiveSettings, Split, build_objective, check_loss
+from lca_posthoc.numerics.objective.containers import (
     change_tensors,
     copied,
     digest_of,
@@ -39,8 +39,8 @@ from lca_posthoc.objective.containers import (
     size_of,
     tensors_of,
 )
-from lca_posthoc.objective.sources import move
-from lca_posthoc.task import convert
+from lca_posthoc.numerics.objective.sources import move
+from lca_posthoc.tasks.task import convert
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 DENSE = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).relu()
@@ -598,7 +598,7 @@ class Lazy(Target):
 
 
 def written(batch: Any, write: Callable[[Any], Any]) -> str | None:
-    from lca_posthoc.objective.probe import _written
+    from lca_posthoc.numerics.objective.probe import _written
 
     copy = copied(batch)
     write(copy)

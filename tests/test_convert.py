@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import lca_posthoc
+from lca_posthoc.checkpoints.trajectory import open_trajectory
 from lca_posthoc.convert import convert
 from lca_posthoc.errors import InputError, ResourceError
-from lca_posthoc.trajectory import open_trajectory
 from tests.helpers.cli import (
     STEPS,
     contents,

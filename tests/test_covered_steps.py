@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 
 import lca_posthoc
-from lca_posthoc import findings, open_run, prepare, replay, store
+from lca_posthoc import findings, open_run, results
 from lca_posthoc.errors import LCAError, SpanError
-from lca_posthoc.progress import Note, Planned
+from lca_posthoc.replay import prepare
+from lca_posthoc.replay import run as replay
+from lca_posthoc.replay.events import Note, Planned
 from lca_posthoc.report import write_report
-from lca_posthoc.store import RunWriter
+from lca_posthoc.results import RunWriter
 from tests.helpers.cli import contents, document, lca, marker, says, write_task
 from tests.test_replay import arrays, identical, record_training
 
@@ -83,7 +85,7 @@ def place(tmp_path: Path, whole: Path) -> Place:
 
 
 def damage_of(out: Path) -> list[Any]:
-    return list(store.verify(out))
+    return list(results.verify(out))
 
 
 GROWTH = {
@@ -194,13 +196,13 @@ def test_a_repair_computes_what_is_damaged_and_adds_nothing(
 
 def test_a_loss_is_removed_and_the_others_stay(behind: Place) -> None:
     kept = behind.files("train", "validation")
-    store.remove_loss(behind.out, "grouped")
+    results.remove_loss(behind.out, "grouped")
     assert behind.files("train", "validation") == kept
     assert behind.files("grouped") == {}
     behind.replay("grouped")
     assert open_run(behind.out)["grouped"].progress()["segments_done"] == 20
-    store.remove_loss(behind.out, "train")
-    store.remove_loss(behind.out, "validation")
+    results.remove_loss(behind.out, "train")
+    results.remove_loss(behind.out, "validation")
     assert open_run(behind.out)["grouped"].complete
 
 
@@ -268,10 +270,10 @@ def test_two_losses_side_by_side_are_over_the_steps_both_cover(place: Place) -> 
 def test_a_record_that_lies_about_what_a_loss_covers_is_refused(
     behind: Place, value: object
 ) -> None:
-    manifest = store.read_manifest(behind.out)
+    manifest = results.read_manifest(behind.out)
     record = manifest.losses["grouped"]
     object.__setattr__(record, "covers", value)
-    store.writer.write_manifest(manifest, behind.out)
+    results.writer.write_manifest(manifest, behind.out)
     with pytest.raises(LCAError, match=r"losses\.covers"):
         open_run(behind.out)
     assert json.loads((behind.out / "run.json").read_text())["losses"]["grouped"]["covers"] == value

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lca_posthoc import findings, plots
-from lca_posthoc.declarations import declared_findings
+from lca_posthoc.base.declarations import declared_findings
 from lca_posthoc.report import sections
 from tests.helpers.cli import lca
 from tests.helpers.sample_findings import computed, layers

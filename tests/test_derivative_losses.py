@@ -18,9 +18,15 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
 from lca_posthoc import Loss, Recorder, Task
 from lca_posthoc import run as replay
-from lca_posthoc.objective import Objective, ObjectiveSettings, build_objective, check_loss, linear
-from lca_posthoc.objective import values as values_module
-from lca_posthoc.objective.normalisation import normalising
+from lca_posthoc.numerics.objective import (
+    Objective,
+    ObjectiveSettings,
+    build_objective,
+    check_loss,
+    linear,
+)
+from lca_posthoc.numerics.objective import values as values_module
+from lca_posthoc.numerics.objective.normalisation import normalising
 
 CPU = torch.device("cpu")
 X = torch.linspace(-1, 1, 24)[:, None].repeat(1, 2) * torch.tensor([1.0, -0.5])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lca_posthoc import Loss, Task, open_run
 from lca_posthoc.errors import InputError
-from lca_posthoc.objective import ObjectiveSettings, build_objective
+from lca_posthoc.numerics.objective import ObjectiveSettings, build_objective
 
 from .helpers import cli
 from .helpers.cli import document, lca, refused, says

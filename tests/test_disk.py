@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lca_posthoc.store import disk
+from lca_posthoc.results import disk
 
 KINDS: dict[str, tuple[Callable[[Path], object], str | None, str | None]] = {
     # what is made, its kind, and the kind of what it leads to

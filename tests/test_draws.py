@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lca_posthoc import Draws, Loss, Run, Task, run
 from lca_posthoc.errors import InputError
-from lca_posthoc.objective import Split
+from lca_posthoc.numerics.objective import Split
 
 from .helpers.cli import says
 from .helpers.model_cases import CASES, _vectors
@@ -185,7 +185,7 @@ def test_batches_that_are_read_while_a_loss_draws_numbers_disturb_nothing(
 
     data = Draws((INPUTS, TARGETS), noisy, draws=2)
     resident = replayed(lab, data, Loss(call=noise), batch_size=4)["it"]
-    monkeypatch.setattr("lca_posthoc.objective.batches.room_on", lambda device: 0.0)
+    monkeypatch.setattr("lca_posthoc.numerics.objective.batches.room_on", lambda device: 0.0)
     assert_same_bits(resident, replayed(lab, data, Loss(call=noise), batch_size=4)["it"])
 
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lca_posthoc import Loss, Task
-from lca_posthoc.objective import Objective, ObjectiveSettings, build_objective
-from lca_posthoc.objective.copies import copy_in
+from lca_posthoc.numerics.objective import Objective, ObjectiveSettings, build_objective
+from lca_posthoc.numerics.objective.copies import copy_in
 
 from .helpers.cli import document, lca, record, write_task
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lca_posthoc.errors import InputError
-from lca_posthoc.progress import Note
+from lca_posthoc.replay.events import Note
 
 from .helpers.cli import says
 from .helpers.replayed_cases import arrays

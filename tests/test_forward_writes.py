@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lca_posthoc import Loss, Task
 from lca_posthoc.errors import InputError
-from lca_posthoc.objective import ObjectiveSettings, build_objective
+from lca_posthoc.numerics.objective import ObjectiveSettings, build_objective
 
 from .helpers.cli import says
 from .helpers.user_models import BATCH, Met, assert_the_oracle_agrees, replay

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lca_posthoc import Recorder, spacing
-from lca_posthoc.trajectory import open_trajectory
+from lca_posthoc import Recorder
+from lca_posthoc.checkpoints import spacing
+from lca_posthoc.checkpoints.trajectory import open_trajectory
 from tests.helpers.cli import iterates, lca, says, write_step, write_task
 
 LONG = (

@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lca_posthoc import Loss, Run, Task, open_run, run
 from lca_posthoc.errors import InputError
-from lca_posthoc.progress import Note
-from lca_posthoc.store import LossResults
-from lca_posthoc.worker import checks, memory
+from lca_posthoc.replay.events import Note
+from lca_posthoc.replay.worker import checks, memory
+from lca_posthoc.results import LossResults
 
 from .helpers import oracle
 from .helpers.cli import contents, marker, says

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lca_posthoc import Loss, Task, run
 from lca_posthoc.errors import InputError
-from lca_posthoc.objective import (
+from lca_posthoc.numerics.objective import (
     Objective,
     ObjectiveSettings,
     Split,
@@ -30,8 +30,8 @@ from lca_posthoc.objective import (
     reader,
     sources,
 )
-from lca_posthoc.objective.reader import Reader
-from lca_posthoc.task import pack
+from lca_posthoc.numerics.objective.reader import Reader
+from lca_posthoc.tasks.task import pack
 
 from .helpers.cli import document, record, run_lca, task_namespace, write_task
 
@@ -304,8 +304,8 @@ def test_a_run_within_an_import_does_not_wait_for_the_import(
     """
     (tmp_path / "importing_this.py").write_text(
         "import torch\nimport torch.nn.functional as F\nfrom lca_posthoc import Loss, Task\n"
-        "from lca_posthoc.objective import ObjectiveSettings, build_objective\n"
-        "from lca_posthoc.task import load, pack\n"
+        "from lca_posthoc.numerics.objective import ObjectiveSettings, build_objective\n"
+        "from lca_posthoc.tasks.task import load, pack\n"
         "class Net(torch.nn.Linear):\n    def __init__(self):\n        super().__init__(6, 3)\n"
         "data = torch.ones(4, 6), torch.zeros(4, dtype=torch.int64)\n"
         "packed = pack(Task(Net, {'train': data}, {'train': Loss(F.cross_entropy)}))\n"

@@ -13,10 +13,10 @@ import torch
 
 import lca_posthoc
 from lca_posthoc import Loss, Task, open_run
+from lca_posthoc.base.text import shorten
 from lca_posthoc.findings import summary
-from lca_posthoc.store import read_manifest
-from lca_posthoc.store.files import read_json, write_json
-from lca_posthoc.text import shorten
+from lca_posthoc.results import read_manifest
+from lca_posthoc.results.files import read_json, write_json
 from tests.helpers.cli import UNSAFE, record, run_lca, steering, task_namespace, write_task
 
 HOSTILE = (

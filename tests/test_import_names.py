@@ -21,9 +21,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lca_posthoc.checkpoints.trajectory import open_trajectory
 from lca_posthoc.convert import convert
 from lca_posthoc.errors import InputError
-from lca_posthoc.trajectory import open_trajectory
 from tests.helpers.cli import contents, iterates, lca, refused, says, step_file
 
 State = Mapping[str, torch.Tensor]

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lca_posthoc
 from lca_posthoc import Loss, Task
-from lca_posthoc.objective import ObjectiveSettings, build_objective
-from lca_posthoc.objective import linear as subject
+from lca_posthoc.numerics.objective import ObjectiveSettings, build_objective
+from lca_posthoc.numerics.objective import linear as subject
 from tests.helpers.cli import write_task
 from tests.helpers.faults import clean_runs
 
@@ -371,8 +371,8 @@ SETTINGS = {
 ASKS = """
 import dataclasses
 import torch
-from lca_posthoc.objective.precision import tf32
-from lca_posthoc.worker import state
+from lca_posthoc.numerics.objective.precision import tf32
+from lca_posthoc.replay.worker import state
 
 {setting}
 backends = torch.backends

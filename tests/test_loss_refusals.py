@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lca_posthoc import Loss, Recorder, Task
 from lca_posthoc import run as replay
 from lca_posthoc.errors import InputError
-from lca_posthoc.objective import Objective, ObjectiveSettings, build_objective, check_loss
-from lca_posthoc.progress import Note
+from lca_posthoc.numerics.objective import Objective, ObjectiveSettings, build_objective, check_loss
+from lca_posthoc.replay.events import Note
 
 from .helpers.cli import says
 

@@ -20,9 +20,9 @@ import pytest
 import lca_posthoc
 from lca_posthoc.errors import ResourceError
 from lca_posthoc.findings import summary
-from lca_posthoc.plan import plan
-from lca_posthoc.store import open_run, verify
-from lca_posthoc.worker import memory
+from lca_posthoc.replay.plan import plan
+from lca_posthoc.replay.worker import memory
+from lca_posthoc.results import open_run, verify
 from tests.helpers.faults import clean_runs
 from tests.helpers.finding_memory import CASES, CONTROL, Measured, measured
 from tests.helpers.synthetic_runs import build

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lca_posthoc import Loss, Run, Task, run
-from lca_posthoc.worker import spans
+from lca_posthoc.replay.worker import spans
 from tests.helpers.oracle import Oracle, simpson
 from tests.helpers.replayed_cases import arrays, worst_error
 from tests.test_examples import EXAMPLES, needs

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lca_posthoc import Loss, Recorder
 from lca_posthoc.errors import InputError, LCAError
-from lca_posthoc.progress import Note
+from lca_posthoc.replay.events import Note
 
 from .helpers.cli import says
 from .helpers.model_cases import Batch

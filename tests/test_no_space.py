@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lca_posthoc import replay
+from lca_posthoc.replay import run as replay
 from tests.helpers.cli import (
     document,
     lca,
@@ -90,7 +90,7 @@ def test_on_a_disk_somebody_else_fills_a_run_is_whole_or_says_there_is_no_space(
     disk.mount(f"size={kibibytes}k")
     with monkeypatch.context() as patch:
         # as if the space went after the check
-        patch.setattr("lca_posthoc.store.required_bytes", lambda *_: 0)
+        patch.setattr("lca_posthoc.results.required_bytes", lambda *_: 0)
         result = on_disk.run()
     if result.exit_code:
         refused(result, "no space", code=5)
@@ -107,7 +107,7 @@ def test_space_that_runs_out_while_a_run_is_created_leaves_nothing_in_the_way(
     options = ("--steps", "0:10")
     with monkeypatch.context() as patch:
         # as if the space went after the check
-        patch.setattr("lca_posthoc.store.required_bytes", lambda *_: 0)
+        patch.setattr("lca_posthoc.results.required_bytes", lambda *_: 0)
         result = on_disk.run(*options)
     if result.exit_code:
         refused(result, "no space", code=5)
@@ -134,7 +134,7 @@ def test_space_that_runs_out_before_the_first_span_is_said_and_freed_the_run_com
     on_disk: Place, disk: SmallDisk, clean_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk.mount("size=8m")
-    create = replay.store.create
+    create = replay.results.create
 
     def create_and_fill(*arguments: Any) -> Any:
         made = create(*arguments)
@@ -142,7 +142,7 @@ def test_space_that_runs_out_before_the_first_span_is_said_and_freed_the_run_com
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(replay.store, "create", create_and_fill)
+        patch.setattr(replay.results, "create", create_and_fill)
         refused(on_disk.run(), "no space left", "run again", code=5)
     disk.free()
     completes_as(on_disk, clean_run)

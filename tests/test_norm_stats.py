@@ -22,9 +22,9 @@ from torch.utils.data import IterableDataset
 from lca_posthoc import Loss, Recorder, Run, Task, findings, open_run, plots, run
 from lca_posthoc.errors import InputError
 from lca_posthoc.findings import summary
-from lca_posthoc.progress import Note
+from lca_posthoc.replay.events import Note
+from lca_posthoc.replay.worker.modes import SHARE
 from lca_posthoc.report import write_report
-from lca_posthoc.worker.modes import SHARE
 
 from .helpers.cli import document, lca, says
 from .helpers.model_cases import CASES, Batch, Case, classes

@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lca_posthoc import Loss, Task, open_run, run
-from lca_posthoc.allocation import Method, SegmentAllocation, allocate, interpolate
+from lca_posthoc.checkpoints.trajectory import TensorSpec
 from lca_posthoc.errors import SpanError
-from lca_posthoc.objective import Evaluation, ObjectiveSettings, build_objective
-from lca_posthoc.progress import Note
-from lca_posthoc.quadrature import COMPOSITE, RULES, Family, Rule
-from lca_posthoc.schema import TOTALS, histogram_edges
-from lca_posthoc.statistics import SpanStatistics, histogram, unit_sums
-from lca_posthoc.store import LossResults
-from lca_posthoc.trajectory import TensorSpec
+from lca_posthoc.numerics.allocation import Method, SegmentAllocation, allocate, interpolate
+from lca_posthoc.numerics.objective import Evaluation, ObjectiveSettings, build_objective
+from lca_posthoc.numerics.quadrature import COMPOSITE, RULES, Family, Rule
+from lca_posthoc.numerics.schema import TOTALS, histogram_edges
+from lca_posthoc.numerics.statistics import SpanStatistics, histogram, unit_sums
+from lca_posthoc.replay.events import Note
+from lca_posthoc.results import LossResults
 
 from .helpers import oracle
 from .helpers.model_cases import CASES

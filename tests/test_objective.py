@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from lca_posthoc import Loss, Task, run
 from lca_posthoc.errors import InputError
-from lca_posthoc.objective import (
+from lca_posthoc.numerics.objective import (
     Evaluation,
     Objective,
     ObjectiveSettings,
@@ -28,7 +28,7 @@ from lca_posthoc.objective import (
     check_loss,
     sources,
 )
-from lca_posthoc.objective.normalisation import normalising
+from lca_posthoc.numerics.objective.normalisation import normalising
 
 from .helpers.model_cases import CASES, Case
 

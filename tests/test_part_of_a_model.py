@@ -21,7 +21,7 @@ from torch import Tensor
 from lca_posthoc import Loss, Run, Task, run
 from lca_posthoc.errors import InputError
 from lca_posthoc.findings import summary
-from lca_posthoc.store import LossResults
+from lca_posthoc.results import LossResults
 
 from .helpers.cli import document, last_line, lca, record, refused, run_lca, says, write_task
 from .helpers.model_cases import CASES

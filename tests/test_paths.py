@@ -17,9 +17,10 @@ import pytest
 from safetensors.torch import save_file
 
 import lca_posthoc
-from lca_posthoc import open_trajectory, paths
+from lca_posthoc import open_trajectory
+from lca_posthoc.checkpoints import paths
+from lca_posthoc.checkpoints.trajectory import read_checkpoint
 from lca_posthoc.errors import InputError, ResourceError, SpanError
-from lca_posthoc.trajectory import read_checkpoint
 from tests.helpers.cli import STEPS, iterates, lca, record, refused, run_lca, step_file, write_task
 
 

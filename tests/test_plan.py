@@ -17,10 +17,10 @@ import lca_posthoc
 from lca_posthoc import Loss, Recorder, Task
 from lca_posthoc.errors import ResourceError
 from lca_posthoc.findings import summary
-from lca_posthoc.objective import Objective
-from lca_posthoc.plan import plan, plan_recording
-from lca_posthoc.store import read_manifest, required_bytes, verify
-from lca_posthoc.worker import costs
+from lca_posthoc.numerics.objective import Objective
+from lca_posthoc.replay.plan import plan, plan_recording
+from lca_posthoc.replay.worker import costs
+from lca_posthoc.results import read_manifest, required_bytes, verify
 from tests.helpers.cli import (
     contents,
     document,

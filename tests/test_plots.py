@@ -20,7 +20,8 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from lca_posthoc import colours, findings, plots
+from lca_posthoc import findings, plots
+from lca_posthoc.base import colours
 from lca_posthoc.errors import InputError, ResourceError
 from lca_posthoc.findings.names import shorten
 from lca_posthoc.plots import style

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from lca_posthoc import Loss, Recorder, Run, Task, run
 from lca_posthoc.errors import InputError
 from lca_posthoc.findings import summary
-from lca_posthoc.progress import Note
-from lca_posthoc.worker import spans
+from lca_posthoc.replay.events import Note
+from lca_posthoc.replay.worker import spans
 
 from .helpers.cli import contents, lca, says, write_step
 from .helpers.model_cases import CASES, Batch, Case, classes

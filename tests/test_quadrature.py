@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lca_posthoc.quadrature import COMPOSITE, RULES, Rule, nested
+from lca_posthoc.numerics.quadrature import COMPOSITE, RULES, Rule, nested
 
 EVERY = {rule.name: rule for rule in (*RULES.values(), *COMPOSITE.rules)}
 DEGREES = {"left": 0, "midpoint": 1, "trapezoid": 1, "simpson": 3, "gauss-2": 3, "gauss-3": 5} | {

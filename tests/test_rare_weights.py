@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lca_posthoc import Loss, Task
 from lca_posthoc.errors import InputError
-from lca_posthoc.objective import (
+from lca_posthoc.numerics.objective import (
     Objective,
     ObjectiveSettings,
     batches,

@@ -20,7 +20,7 @@ from torch.optim import optimizer as optimizer_module
 
 from lca_posthoc import Recorder
 from lca_posthoc.errors import InputError
-from lca_posthoc.recorder import optimizer_guard, writer
+from lca_posthoc.recording import optimizer_guard, writer
 
 from .helpers.recorded_series import interrupt_now, names, steps_in
 

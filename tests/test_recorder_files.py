@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lca_posthoc import Recorder, open_trajectory
+from lca_posthoc.checkpoints.trajectory import normalise, read_checkpoint
 from lca_posthoc.errors import InputError, LCAError, ResourceError
-from lca_posthoc.objective import tensor_table
-from lca_posthoc.recorder import writer
-from lca_posthoc.trajectory import normalise, read_checkpoint
+from lca_posthoc.numerics.objective import tensor_table
+from lca_posthoc.recording import writer
 from tests.helpers.numbered_training import become, network
 
 from .helpers.recorded_series import HERE, MODELS, Odd, Tied, names, saved, steps_in

@@ -17,7 +17,7 @@ from torch import nn
 
 from lca_posthoc import Recorder
 from lca_posthoc.errors import InputError, ResourceError
-from lca_posthoc.recorder import writer
+from lca_posthoc.recording import writer
 from tests.helpers.numbered_training import network
 
 from .helpers.recorded_series import HERE, interrupt_now, names, saved, steps_in
@@ -113,12 +113,12 @@ def test_failing_to_copy_neither_holds_the_directory_nor_the_memory(
     monkeypatch.setattr(writer, "_MEMORY", 0)
     with Recorder(tmp_path, linear) as recorder:
         with monkeypatch.context() as patch:
-            patch.setattr("lca_posthoc.recorder.recorder.Stager", fails)
+            patch.setattr("lca_posthoc.recording.recorder.Stager", fails)
             with pytest.raises(MemoryError):
                 recorder.save(0)
         recorder.save(0)
         with monkeypatch.context() as patch:
-            patch.setattr("lca_posthoc.recorder.recorder.Stager.stage", fails)
+            patch.setattr("lca_posthoc.recording.recorder.Stager.stage", fails)
             for _ in range(2 * writer.FEWEST):
                 with pytest.raises(MemoryError):
                     recorder.save(1)

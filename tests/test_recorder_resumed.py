@@ -19,7 +19,7 @@ from torch import nn
 
 from lca_posthoc import Recorder
 from lca_posthoc.errors import InputError, ResourceError
-from lca_posthoc.recorder import writer
+from lca_posthoc.recording import writer
 from tests.helpers.numbered_training import become, network
 
 from .helpers.recorded_series import HERE, names, saved, steps_in

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lca_posthoc.objective.recurrent import going_backward, recurring
+from lca_posthoc.numerics.objective.recurrent import going_backward, recurring
 
 
 class Own(nn.LSTM):

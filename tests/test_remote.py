@@ -110,7 +110,7 @@ def test_the_scheduler_imports_no_torch_and_nothing_of_the_user(pair: Standing) 
             lambda: [
                 name
                 for name in sys.modules
-                if name in ("torch", "zarr", "tests", "lca_posthoc.worker")
+                if name in ("torch", "zarr", "tests", "lca_posthoc.replay.worker")
             ]
         )
     assert found == []

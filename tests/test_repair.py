@@ -14,8 +14,8 @@ import pytest
 
 import lca_posthoc
 from lca_posthoc import open_run
-from lca_posthoc.progress import SpanDone
-from lca_posthoc.replay import repair
+from lca_posthoc.replay.events import SpanDone
+from lca_posthoc.replay.run import repair
 from tests.helpers.cli import contents, lca, marker, record, refused, write_task
 
 

@@ -18,10 +18,13 @@ import torch
 import torch.nn.functional as F
 
 import lca_posthoc as lca_package
-from lca_posthoc import Recorder, allocation, open_run, prepare, replay, store
+from lca_posthoc import Recorder, open_run, results
 from lca_posthoc.errors import InputError, LCAError
-from lca_posthoc.objective import probe
-from lca_posthoc.progress import Planned, SpanDone, Stage
+from lca_posthoc.numerics import allocation
+from lca_posthoc.numerics.objective import probe
+from lca_posthoc.replay import prepare
+from lca_posthoc.replay import run as replay
+from lca_posthoc.replay.events import Planned, SpanDone, Stage
 from tests.helpers.cli import (
     contents,
     lca,
@@ -126,7 +129,7 @@ def test_windows_of_totals_give_the_same_bits_as_single_spans(place: Path, tmp_p
     one, _ = replayed(place, tmp_path / "one.lca", checkpoints=checkpoints, span=1)
     sixteen, _ = replayed(place, tmp_path / "sixteen.lca", checkpoints=checkpoints, span=16)
     identical(one, sixteen)
-    assert store.read_manifest(tmp_path / "one.lca").window == 2
+    assert results.read_manifest(tmp_path / "one.lca").window == 2
     assert list((tmp_path / "one.lca" / "partial").rglob("*.safetensors")) == []
 
 
@@ -260,7 +263,7 @@ def test_data_that_changed_behind_the_sample_is_noticed_where_spans_meet(
     torch.save(changed, tmp_path / "inputs.pt")
     assert go_on(16)[0] == 0
     assert [fact["span"] for fact in open_run(out)["train"].markers] == [0, 1, 2, 3]
-    assert list(store.verify(out)) == []
+    assert list(results.verify(out)) == []
 
 
 DIVIDED = """\
@@ -289,7 +292,7 @@ def test_workers_with_different_data_are_noticed_where_spans_meet(
     ) as caught:
         lca_package.run(place / "checkpoints", task, out=out, workers=2, device="cpu", span=2)
     assert caught.value.exit_code == 1
-    found = [each for each in store.verify(out) if isinstance(each, store.Damage)]
+    found = [each for each in results.verify(out) if isinstance(each, results.Damage)]
     assert {each.loss for each in found} == {"train"}
     assert {(each.span or 0) % 2 for each in found} == {0, 1}
     assert all("at step" in each.what for each in found)
@@ -303,29 +306,29 @@ def test_a_span_of_other_data_is_found_and_computed_again(
     monkeypatch.setattr(prepare, "_WINDOWS", 3 if window > 1 else 64)
     out = tmp_path / "run.lca"
     replayed(place, out, span=4)
-    assert store.read_manifest(out).window >= window
+    assert results.read_manifest(out).window >= window
     twisted = write_task(
         tmp_path / "small_task.py",
         "validation = (",
         "train = (1.01 * train[0], train[1])\nvalidation = (",
     )
-    damaged = store.Damage(
-        path="", what="", loss="train", span=5, window=5 // store.read_manifest(out).window
+    damaged = results.Damage(
+        path="", what="", loss="train", span=5, window=5 // results.read_manifest(out).window
     )
     with monkeypatch.context() as patch:
-        patch.setattr(store, "differ", lambda *_: False)
-        patch.setattr(store.boundary_checks, "differ", lambda *_: False)
-        patch.setattr(store, "verify", lambda run: iter([damaged]))
+        patch.setattr(results, "differ", lambda *_: False)
+        patch.setattr(results.boundary_checks, "differ", lambda *_: False)
+        patch.setattr(results, "verify", lambda run: iter([damaged]))
         patch.setattr(probe.Identity, "matches", lambda *_: True)
         replay.repair(out, twisted, cluster="inline")
-    found = [each for each in store.verify(out) if isinstance(each, store.Damage)]
+    found = [each for each in results.verify(out) if isinstance(each, results.Damage)]
     assert {each.span for each in found} >= ({4, 5, 6} if window == 1 else {3, 4, 7, 8})
     assert all("loss 'train' at step" in each.what for each in found)
     with pytest.raises(InputError, match="its value"):
         replay.repair(out, twisted, cluster="inline")
     done = replay.repair(out, place / "small_task.py", cluster="inline")
     assert {*done.spans["train"]} >= {each.span for each in found}
-    assert list(store.verify(out)) == []
+    assert list(results.verify(out)) == []
     identical(arrays(out), reference)
 
 
@@ -347,7 +350,7 @@ def test_a_run_that_grew_knows_its_losses_again(place: Path, tmp_path: Path) -> 
         place,
         tmp_path / "once.lca",
         checkpoints=whole,
-        span=store.read_manifest(tmp_path / "run.lca").span,
+        span=results.read_manifest(tmp_path / "run.lca").span,
     )
     identical(once, grown)
 
@@ -367,7 +370,7 @@ def test_an_unfinished_run_shows_committed_segments_only(place: Path, tmp_path: 
 def test_two_drivers_never_share_a_run(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "run.lca"
     replayed(place, out, losses=["train"])
-    with store.hold(out):
+    with results.hold(out):
         assert open_run(out)["train"].progress()["running"]
         result = run_lca(
             place / "checkpoints", place / "small_task.py", out, "--loss", "validation"

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from lca_posthoc import requests
+from lca_posthoc.checkpoints.trajectory import Checkpoint, TensorSpec
 from lca_posthoc.errors import InputError, NotFiniteError, pack
-from lca_posthoc.requests import (
+from lca_posthoc.numerics.settings import DEFAULTS
+from lca_posthoc.replay import requests
+from lca_posthoc.replay.requests import (
     Admission,
     AdmissionRequest,
     Compressions,
@@ -39,8 +41,6 @@ from lca_posthoc.requests import (
     from_plain,
     to_plain,
 )
-from lca_posthoc.settings import DEFAULTS
-from lca_posthoc.trajectory import Checkpoint, TensorSpec
 
 STATISTICS = {"loss": "a", "split": "s", "examples": 3, "batch_size": 2, "kept": ["bn"]}
 SETTINGS = RunSettings.of(

@@ -18,7 +18,7 @@ import lca_posthoc
 from lca_posthoc.cluster import Done, assignments
 from lca_posthoc.cluster.dask import Workers
 from lca_posthoc.cluster.scheduler import Scheduler
-from lca_posthoc.progress import SpanDone
+from lca_posthoc.replay.events import SpanDone
 from tests.helpers.cli import TASK, document, lca, refused, says
 from tests.helpers.dask_cluster import Standing, standing
 from tests.helpers.faults import clean_runs

@@ -19,13 +19,14 @@ import pytest
 from rich.cells import cell_len
 
 import lca_posthoc
-from lca_posthoc import display, store
+from lca_posthoc import results
+from lca_posthoc.base.text import shorten
 from lca_posthoc.cli import COMMANDS
 from lca_posthoc.cli.show import table
-from lca_posthoc.display import Lines, Progressed, Stream, showable, stderr, views
 from lca_posthoc.errors import LCAError
-from lca_posthoc.progress import Note, Planned, SpanDone, Stage, Stopping, silent
-from lca_posthoc.text import shorten
+from lca_posthoc.replay import display
+from lca_posthoc.replay.display import Lines, Progressed, Stream, showable, stderr, views
+from lca_posthoc.replay.events import Note, Planned, SpanDone, Stage, Stopping, silent
 from tests.helpers.cli import (
     contents,
     document,
@@ -41,8 +42,8 @@ from tests.helpers.cli import (
 from tests.helpers.terminal import ASCII, LCA, environment, on_terminal, piped
 
 NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
-underway_module: Any = sys.modules["lca_posthoc.store.underway"]
-starting_module: Any = sys.modules["lca_posthoc.store.starting"]
+underway_module: Any = sys.modules["lca_posthoc.results.underway"]
+starting_module: Any = sys.modules["lca_posthoc.results.starting"]
 
 # --- tables
 # ------------------------------------------------------------------------------------------------------------
@@ -349,7 +350,7 @@ def test_a_stderr_that_is_gone_costs_no_run(
     )
     assert done.returncode == 0
     assert done.stdout.decode().splitlines()[-1] == f"results in {out / 'gone.lca'}"
-    assert list(store.verify(out / "gone.lca")) == []
+    assert list(results.verify(out / "gone.lca")) == []
 
 
 def test_results_that_cannot_be_printed_are_an_error(place: Path) -> None:
@@ -617,8 +618,8 @@ def cross_entropy(model, batch):
 DRIVE = """\
 import sys
 from lca_posthoc import store
-from lca_posthoc.display import listener, views
-sys.modules["lca_posthoc.store.underway"].EVERY = 0.0
+from lca_posthoc.replay.display import listener, views
+sys.modules["lca_posthoc.results.underway"].EVERY = 0.0
 listener.LOOK, views.FIRST, views.MINUTE = 0.02, 0.0, 0.02
 from lca_posthoc.cli import main
 if __name__ == "__main__":
@@ -700,11 +701,11 @@ def test_how_far_a_span_is_can_be_seen_while_it_is_computed(
     says(lca("status", out).stdout, "0 / 6 + 1.0 underway", "running", "segments/s", "left")
     assert found["segments_per_second"] > 0
     assert found["seconds_left"] >= 0
-    assert repr(store.open_run(out)) == f"<Run {str(out)!r}: losses train (0 of 6 segments)>"
+    assert repr(results.open_run(out)) == f"<Run {str(out)!r}: losses train (0 of 6 segments)>"
     let_go_on(process, fifo)
     assert process.returncode == 0
     assert [path.name for path in (out / "log").iterdir()] == ["run.jsonl"]
-    assert list(store.verify(out)) == []
+    assert list(results.verify(out)) == []
 
 
 @pytest.mark.moment
@@ -856,17 +857,17 @@ def test_a_refusal_leaves_nothing_behind(place: Path, tmp_path: Path) -> None:
 
 def test_a_driver_elsewhere_is_believed_while_its_heart_beats(tmp_path: Path) -> None:
     out = tmp_path / "x.lca"
-    with store.announced(out) as announcement:
+    with results.announced(out) as announcement:
         announcement.stage("probing")
         file = next(tmp_path.iterdir())
         elsewhere = file.with_name(".x.lca.starting-another-host-77")
         elsewhere.write_bytes(file.read_bytes())
-    found = store.starting(out)
+    found = results.starting(out)
     assert found is not None
     assert found.stage == "probing"
     os.utime(elsewhere, (time.time() - 1000,) * 2)
-    assert store.starting(out) is None
-    with store.announced(out):
+    assert results.starting(out) is None
+    with results.announced(out):
         assert not elsewhere.exists()
 
 
@@ -879,7 +880,7 @@ def test_what_is_no_report_is_passed_over(text: str, place: Path, tmp_path: Path
     (out / "log" / ".span-000001.json").write_text(text)
     (tmp_path / ".x.lca.starting-another-host-1").write_text(text)
     (out / "log" / "run.jsonl").write_text(text)
-    with store.hold(out):
+    with results.hold(out):
         assert document(lca("status", out, "--json"))["losses"]["train"]["segments_underway"] == 0
     assert lca("status", out).exit_code == 0
 
@@ -989,7 +990,7 @@ def test_a_run_that_ended_says_how_and_what_to_do(stopped: Path, ended: str, wor
 def test_the_last_call_is_found_in_a_log_of_any_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store.disk, "_BLOCK_FROM_THE_END", 64)
+    monkeypatch.setattr(results.disk, "_BLOCK_FROM_THE_END", 64)
     (tmp_path / "log").mkdir()
     lines = [{"event": "Started"}]
     for call in range(3):
@@ -1004,7 +1005,7 @@ def test_the_last_call_is_found_in_a_log_of_any_length(
         lines += [{"event": "SpanDone", "segments": 4, "losses": ["a", "b"]}] * (5 + call)
         lines.append({"event": "Ended", "error": f"call {call}"})
     (tmp_path / "log" / "run.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    last = store.last_run(tmp_path)
+    last = results.last_run(tmp_path)
     assert last is not None
     assert (last.pending, last.done, last.ended) == (102, 56, "call 2")
 

@@ -15,13 +15,20 @@ import click
 import pytest
 
 import lca_posthoc
-from lca_posthoc import replay
 from lca_posthoc.cli import cli
 from lca_posthoc.errors import InputError
-from lca_posthoc.plan import plan
-from lca_posthoc.precisions import PRECISIONS
-from lca_posthoc.progress import silent
-from lca_posthoc.settings import SETTINGS, Setting, Settings, on_device, option_of, resolve
+from lca_posthoc.numerics.precisions import PRECISIONS
+from lca_posthoc.numerics.settings import (
+    SETTINGS,
+    Setting,
+    Settings,
+    on_device,
+    option_of,
+    resolve,
+)
+from lca_posthoc.replay import run as replay
+from lca_posthoc.replay.events import silent
+from lca_posthoc.replay.plan import plan
 from tests.helpers.cli import record, write_task
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "cli.md"

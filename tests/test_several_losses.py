@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lca_posthoc import Loss, Run, Task, open_run, run
 from lca_posthoc.errors import InputError
-from lca_posthoc.objective import ObjectiveSettings, build_objective
-from lca_posthoc.progress import Note, SpanDone
+from lca_posthoc.numerics.objective import ObjectiveSettings, build_objective
+from lca_posthoc.replay.events import Note, SpanDone
 
 from .helpers import oracle
 from .helpers.cli import contents, marker, says

@@ -24,11 +24,11 @@ from safetensors.torch import save_file
 import lca_posthoc
 from lca_posthoc import Loss, Recorder, Task, open_run
 from lca_posthoc.errors import InputError, LCAError
-from lca_posthoc.schema import TreeSum, half, join_all
-from lca_posthoc.store import RunWriter, create, read_manifest, required_bytes
-from lca_posthoc.store.keys import encode_all
-from lca_posthoc.store.layout import plan_arrays
-from lca_posthoc.store.metadata import metadata_files
+from lca_posthoc.numerics.schema import TreeSum, half, join_all
+from lca_posthoc.results import RunWriter, create, read_manifest, required_bytes
+from lca_posthoc.results.keys import encode_all
+from lca_posthoc.results.layout import plan_arrays
+from lca_posthoc.results.metadata import metadata_files
 
 HOSTILE = [
     *(

@@ -25,11 +25,11 @@ from zarr.testing.store import StoreTests
 
 import lca_posthoc
 from lca_posthoc.errors import LCAError
-from lca_posthoc.store import read_manifest
-from lca_posthoc.store.chunks import CheckedStore, RowStore
-from lca_posthoc.store.commits import Commits
-from lca_posthoc.store.files import read_json, seal, write_json
-from lca_posthoc.store.metadata import metadata_files
+from lca_posthoc.results import read_manifest
+from lca_posthoc.results.chunks import CheckedStore, RowStore
+from lca_posthoc.results.commits import Commits
+from lca_posthoc.results.files import read_json, seal, write_json
+from lca_posthoc.results.metadata import metadata_files
 from tests.helpers.cli import marker, record, write_task
 
 PARTS = ("steps", "tensors")
@@ -408,4 +408,4 @@ class TestRowStore(Contract):
 def test_both_are_stores_of_zarr_and_no_wrappers_of_one() -> None:
     for store in (CheckedStore, RowStore):
         assert issubclass(store, Store)
-        assert store.__module__ == "lca_posthoc.store.chunks"
+        assert store.__module__ == "lca_posthoc.results.chunks"

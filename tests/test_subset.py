@@ -17,8 +17,8 @@ import lca_posthoc
 from lca_posthoc import Loss, Recorder, Task
 from lca_posthoc.errors import InputError
 from lca_posthoc.findings import summary
-from lca_posthoc.objective.batches import chosen
-from lca_posthoc.store import read_manifest
+from lca_posthoc.numerics.objective.batches import chosen
+from lca_posthoc.results import read_manifest
 from tests.helpers.replayed_cases import arrays
 
 EXAMPLES = 200

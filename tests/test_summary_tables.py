@@ -16,12 +16,12 @@ from click.testing import CliRunner
 
 import lca_posthoc
 from lca_posthoc import Loss, Run, Task
+from lca_posthoc.base.text import count
 from lca_posthoc.cli import cli
 from lca_posthoc.cli.show import units_of_loss
 from lca_posthoc.cli.summary import print_summary
-from lca_posthoc.display import wrapped
 from lca_posthoc.findings import layers, summary
-from lca_posthoc.text import count
+from lca_posthoc.replay.display import wrapped
 from tests.helpers.cli import document, lca, refused, says, write_step
 from tests.helpers.large_runs import Chain, data
 from tests.helpers.terminal import LCA, on_terminal

@@ -13,8 +13,8 @@ from types import ModuleType
 
 import pytest
 
-from lca_posthoc import task_bundle
-from lca_posthoc.task_bundle import Parcel
+from lca_posthoc.tasks import task_bundle
+from lca_posthoc.tasks.task_bundle import Parcel
 
 
 def lay_out(folder: Path, files: Mapping[str, str]) -> Path:

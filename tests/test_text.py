@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
+from lca_posthoc.base.text import is_storable, safe, safe_in_figure, safe_in_page
 from lca_posthoc.report.content import clean
-from lca_posthoc.text import is_storable, safe, safe_in_figure, safe_in_page
 from tests.helpers.cli import UNSAFE, steering
 
 PLACES: dict[str, Callable[[str], str]] = {

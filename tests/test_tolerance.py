@@ -19,10 +19,10 @@ from torch import Tensor, nn
 import lca_posthoc
 from lca_posthoc import Loss, Task
 from lca_posthoc.errors import InputError
-from lca_posthoc.plan import plan
-from lca_posthoc.progress import Note
-from lca_posthoc.schema import in_units_of_loss
-from lca_posthoc.settings import DEFAULTS, resolve
+from lca_posthoc.numerics.schema import in_units_of_loss
+from lca_posthoc.numerics.settings import DEFAULTS, resolve
+from lca_posthoc.replay.events import Note
+from lca_posthoc.replay.plan import plan
 
 from .helpers.cli import lca, refused, run_lca, write_step, write_task
 
@@ -187,7 +187,7 @@ def test_a_run_without_shares_can_be_read_without_a_scale(replay: Replay) -> Non
     run, _ = replay({"one": scaled(1.0)})
     document = json.loads((run.path / "run.json").read_text())
     assert document["losses"]["one"].pop("scale") is None
-    assert lca_posthoc.store.runfile.parse(
+    assert lca_posthoc.results.runfile.parse(
         {key: value for key, value in document.items() if key != "crc32"}
     )
 

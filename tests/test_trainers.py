@@ -68,7 +68,7 @@ def with_transformers(
 ) -> nn.Module:
     from transformers import Trainer, TrainingArguments
 
-    from lca_posthoc.recorder.transformers import RecorderCallback
+    from lca_posthoc.recording.transformers import RecorderCallback
 
     arguments = TrainingArguments(
         output_dir=str(directory / "out"),
@@ -99,7 +99,7 @@ def with_lightning(
     import lightning
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    from lca_posthoc.recorder.lightning import RecorderCallback
+    from lca_posthoc.recording.lightning import RecorderCallback
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:

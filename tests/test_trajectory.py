@@ -22,9 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from lca_posthoc.errors import InputError, LCAError, SpanError
-from lca_posthoc.headers import MAX_TENSORS, read_header
-from lca_posthoc.trajectory import (
+from lca_posthoc.checkpoints.headers import MAX_TENSORS, read_header
+from lca_posthoc.checkpoints.trajectory import (
     TensorSpec,
     Trajectory,
     normalise,
@@ -32,6 +31,7 @@ from lca_posthoc.trajectory import (
     read_checkpoint,
     step_in_name,
 )
+from lca_posthoc.errors import InputError, LCAError, SpanError
 
 WEIGHTS = {"w": torch.arange(6.0).reshape(2, 3), "b": torch.arange(2.0)}
 TABLE = [TensorSpec("w", "parameter", (2, 3)), TensorSpec("b", "parameter", (2,))]

@@ -19,14 +19,14 @@ import xarray as xr
 import zarr
 
 import lca_posthoc
-from lca_posthoc import open_run, store
+from lca_posthoc import open_run, results
 from lca_posthoc.cluster import broadcast
 from lca_posthoc.errors import LCAError, SpanError
-from lca_posthoc.progress import SpanDone
-from lca_posthoc.store import Damage, Leftover, RunWriter, lock, read_manifest, verify
-from lca_posthoc.store.layout import plan_arrays
-from lca_posthoc.store.metadata import metadata_files
-from lca_posthoc.task import pack
+from lca_posthoc.replay.events import SpanDone
+from lca_posthoc.results import Damage, Leftover, RunWriter, lock, read_manifest, verify
+from lca_posthoc.results.layout import plan_arrays
+from lca_posthoc.results.metadata import metadata_files
+from lca_posthoc.tasks.task import pack
 from tests.helpers.cli import contents, document, lca, marker, record, refused, run_lca, write_task
 from tests.helpers.faults.store import DAMAGES
 
@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("verify")
     record(root / "ck")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lca_posthoc.prepare._WINDOWS", 4)
+        patch.setattr("lca_posthoc.replay.prepare._WINDOWS", 4)
         task = write_task(root / "task.py", *STRINGS)
         lca_posthoc.run(
             root / "ck", task, losses=["all"], cluster="inline", span=1, out=root / "run.lca"
@@ -324,7 +324,7 @@ def test_metadata_is_what_zarr_itself_would_write(run: Path, tmp_path: Path) -> 
     assert tree["train/histogram"].group.values.tolist() == ["b", "ä"]
     assert tree["train/histogram"].step.values.tolist() == manifest.steps
     np.testing.assert_array_equal(
-        tree["train/histogram"].edge.values, store.metadata.histogram_edges()
+        tree["train/histogram"].edge.values, results.metadata.histogram_edges()
     )
 
 
@@ -332,15 +332,16 @@ def test_verifying_while_a_run_goes_on_finds_nothing(place: Path, run: Path) -> 
     """Between any two files that are looked at a span is taken back and committed again."""
     specs: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        from lca_posthoc.worker import replay_span
+        from lca_posthoc.replay.worker import replay_span
 
         marker(run, "train", 0).unlink()
         patch.setattr(
-            "lca_posthoc.replay.replay_span", lambda spec: specs.append(spec) or replay_span(spec)
+            "lca_posthoc.replay.run.replay_span",
+            lambda spec: specs.append(spec) or replay_span(spec),
         )
         replayed(place)
     broadcast.take_in(specs[0]["setup"]["parcel"], pack(place / "task.py")[1])
-    checking, seen = store.verify(run), 0
+    checking, seen = results.verify(run), 0
     original = type(checking)._not_plain
 
     def meanwhile(self: Any, path: str) -> str | None:
@@ -362,7 +363,7 @@ def test_a_run_that_is_just_growing_can_be_read_and_is_whole(run: Path) -> None:
     before, writer = open_run(run)["train"].steps, RunWriter.open(run)
     more = [*writer.manifest.checkpoints, replace(writer.manifest.checkpoints[-1], step=70)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store.writer, "write_manifest", raising(KeyboardInterrupt))
+        patch.setattr(results.writer, "write_manifest", raising(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             writer.take_up(
                 more, {name: record.identity for name, record in writer.manifest.losses.items()}
@@ -394,14 +395,14 @@ def test_a_late_worker_commits_nothing_that_has_changed_meanwhile(run: Path) -> 
             now.checkpoints[:-1], {name: each.identity for name, each in now.losses.items()}
         ),
         lambda now: now.without("train"),
-        lambda now: store.Manifest(**{**now.__dict__, "id": "0" * 32}),
+        lambda now: results.Manifest(**{**now.__dict__, "id": "0" * 32}),
     ]
     for change in changes:
-        store.writer.write_manifest(change(late.manifest), run)
+        results.writer.write_manifest(change(late.manifest), run)
         for write in (late.write_block, lambda *given: late.write_span(*given, {})):
             with pytest.raises(SpanError, match=r"span 5 .*is not committed"):
                 write("train", 5, statistics)
-        store.writer.write_manifest(late.manifest, run)
+        results.writer.write_manifest(late.manifest, run)
     assert contents(run) == before
 
 
@@ -423,7 +424,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quick")
 def test_a_driver_whose_lock_was_taken_over_is_told_and_leaves_it_alone(run: Path) -> None:
     theirs = '{"host": "elsewhere", "pid": 1}'
-    with store.hold(run) as held:
+    with results.hold(run) as held:
         assert not held.unclean
         assert not held.lost.is_set()
         (run / "lock").write_text(theirs)
@@ -433,9 +434,9 @@ def test_a_driver_whose_lock_was_taken_over_is_told_and_leaves_it_alone(run: Pat
 
 def test_a_driver_that_was_killed_leaves_the_lock_unclean(run: Path) -> None:
     (run / "lock").write_text(json.dumps({"host": os.uname().nodename, "pid": 1}))
-    with store.hold(run) as held:
+    with results.hold(run) as held:
         assert held.unclean
-    with store.hold(run) as held:
+    with results.hold(run) as held:
         assert not held.unclean
 
 
@@ -472,9 +473,9 @@ def test_nothing_is_flushed_without_durability(
     flushed: list[int] = []
     monkeypatch.setattr(os, "fsync", flushed.append)
     manifest = read_manifest(run)
-    store.create(tmp_path / "not.lca", manifest, durable=False)
+    results.create(tmp_path / "not.lca", manifest, durable=False)
     assert flushed == []
-    store.create(tmp_path / "durable.lca", manifest)
+    results.create(tmp_path / "durable.lca", manifest)
     assert len(flushed) > 100
     for name in ("not.lca", "durable.lca"):
         assert list(verify(tmp_path / name)) == []

@@ -22,11 +22,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim.swa_utils import AveragedModel
 
 import lca_posthoc
-from lca_posthoc import Loss, Recorder, Task, locks
+from lca_posthoc import Loss, Recorder, Task
+from lca_posthoc.base import locks
+from lca_posthoc.checkpoints.trajectory import normalise
 from lca_posthoc.errors import InputError, LCAWarning, ResourceError
-from lca_posthoc.recorder.callback import Recording
-from lca_posthoc.store import hold
-from lca_posthoc.trajectory import normalise
+from lca_posthoc.recording.callback import Recording
+from lca_posthoc.results import hold
 
 INPUTS, TARGETS = (
     torch.randn(24, 4, generator=torch.Generator().manual_seed(0)),

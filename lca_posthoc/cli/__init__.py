@@ -14,9 +14,9 @@ from typing import IO, Any
 import click
 
 from .. import __version__
-from ..display import Stream, open_standard_descriptors, showable, stderr, wrapped
+from ..base.text import safe
 from ..errors import InputError, Interrupted, LCAError
-from ..text import safe
+from ..replay.display import Stream, open_standard_descriptors, showable, stderr, wrapped
 
 COMMANDS = {
     "compare": "Set runs beside each other: layer sums, intervals, p-values.",

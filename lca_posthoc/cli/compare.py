@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import click
 from rich.text import Text
 
-from ..text import count, safe
+from ..base.text import count, safe
 from .options import json_option
 from .show import Table, print_json, say, share, stdout, table, units_of_loss
 
 if TYPE_CHECKING:
     import xarray as xr
 
-    from ..store import LossResults
+    from ..results import LossResults
 
 _NONE = "–"
 _LAYER = ("mean", "low", "high", "p", "p_holm", "difference", "p_difference", "p_difference_holm")
@@ -149,7 +149,7 @@ def _readable(text: str) -> str:
 def open_labelled(paths: dict[str, list[str]], loss: str | None) -> dict[str, list[LossResults]]:
     """Open the loss of every run, by label; without a name, the first loss of the first run."""
     from ..errors import InputError
-    from ..store import open_run
+    from ..results import open_run
 
     opened: dict[str, list[LossResults]] = {}
     for label, several in paths.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ..display import Display
+from ..replay.display import Display
 from .show import stdout
 from .summary import print_summary
 

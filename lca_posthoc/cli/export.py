@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..text import count
+from ..base.text import count
 from .show import say, stdout
 
 
@@ -54,7 +54,7 @@ def command(
     'lca_posthoc[export]'.
     """
     from ..export import export
-    from ..store import open_run
+    from ..results import open_run
 
     written = export(open_run(run), out, format=format_, losses=losses, findings=findings, say=say)
     stdout().print(f"wrote {count(len(written), 'file')} to {out}", markup=False)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..text import count
+from ..base.text import count
 from .show import prints_to_stderr, say, stderr, stdout
 
 

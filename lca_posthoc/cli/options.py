@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ..settings import SETTINGS, Setting, option_of
+from ..numerics.settings import SETTINGS, Setting, option_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 

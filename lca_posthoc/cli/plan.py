@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.text import Text
 
-from ..display import Display
+from ..base.text import safe
 from ..errors import InputError, amount
-from ..progress import Stage
-from ..settings import resolve
-from ..text import safe
+from ..numerics.settings import resolve
+from ..replay.display import Display
+from ..replay.events import Stage
 from .options import json_option, replay_options, workers_option
 from .show import Table, duration, print_json, say, stdout, table
 
 if TYPE_CHECKING:
-    from ..plan import Plan, RecordingPlan
+    from ..replay.plan import Plan, RecordingPlan
 
 _COLUMNS = (
     *("loss", "examples", "groups", "batch", "fastest", "largest"),
@@ -46,7 +46,7 @@ def command(checkpoints: str, as_json: bool, recording: int | None, **options: A
     if recording is not None:
         _of_recording(checkpoints, recording, as_json, **options)
         return
-    from ..plan import plan
+    from ..replay.plan import plan
 
     if options["workers"] is not None and options["workers"] < 1:
         raise InputError(f"--workers must be 1 or more, got {options['workers']}.")
@@ -110,7 +110,7 @@ def _whole(planned: Plan) -> str:
 
 
 def _of_recording(directory: str, count: int, as_json: bool, task: str, **others: Any) -> None:
-    from ..plan import plan_recording
+    from ..replay.plan import plan_recording
 
     called = {option.name: option.opts[0] for option in command.params}
     without_effect = sorted(

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
-from ..declarations import Option, declared_findings
-from ..text import safe_in_figure
+from ..base.declarations import Option, declared_findings
+from ..base.text import safe_in_figure
 from .compare import labelled, open_labelled
 from .show import say, stdout
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..store import LossResults
+    from ..results import LossResults
 
 Callback = TypeVar("Callback", bound=Callable[..., object])
 Value: TypeAlias = "str | int | tuple[str, ...]"
@@ -281,7 +281,7 @@ def _results(path: str, losses: tuple[str, ...], finding: str) -> list[LossResul
     """Return the losses of a run that a finding is of: two over two splits, or one."""
     from ..errors import InputError
     from ..findings.generalisation import no_two_splits, two_splits
-    from ..store import open_run
+    from ..results import open_run
 
     run, number = open_run(path), declared_findings()[finding].losses
     pair = two_splits(run) if number == 2 and not losses else None

@@ -18,7 +18,7 @@ def command(run: str, loss: str) -> None:
     \b
     lca remove checkpoints.lca --loss per_class
     """
-    from ..store import remove_loss
+    from ..results import remove_loss
 
     remove_loss(run, loss)
     stdout().print(f"removed loss {loss!r} from {run}", markup=False)

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from ..display import Display
-from ..text import count
+from ..base.text import count
+from ..replay.display import Display
 from .options import cluster_options
 from .show import prints_to_stderr, stdout
 
@@ -34,8 +34,8 @@ def command(run: str, task: str, **options: Any) -> None:
     lca verify checkpoints.lca
     lca repair checkpoints.lca --task my_task.py
     """
-    from ..replay import repair
-    from ..store import open_run
+    from ..replay.run import repair
+    from ..results import open_run
 
     with prints_to_stderr(), Display() as listen:
         done = repair(run, task, progress=listen, **options)

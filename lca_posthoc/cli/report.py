@@ -10,7 +10,7 @@ from .compare import labelled
 from .show import stdout
 
 if TYPE_CHECKING:
-    from ..store import Run
+    from ..results import Run
 
 
 @click.command()
@@ -49,7 +49,7 @@ def command(runs: tuple[str, ...], out: str, losses: tuple[str, ...]) -> None:
 
     from ..errors import amount
     from ..report import write_report
-    from ..store import open_run
+    from ..results import open_run
 
     opened: list[Run] | dict[str, list[Run]]
     if any("=" in run and not Path(run).exists() for run in runs):

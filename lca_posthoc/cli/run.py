@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..display import Display
-from ..text import count
+from ..base.text import count
+from ..replay.display import Display
 from .options import cluster_options, json_option, replay_options
 from .show import print_json, prints_to_stderr, say, stdout
 
@@ -40,7 +40,7 @@ def command(checkpoints: str, as_json: bool, **options: Any) -> None:
     me.pem --tls-key me.key
     """
     from ..findings import summary
-    from ..replay import run
+    from ..replay.run import run
     from .summary import print_summary
 
     with prints_to_stderr(), Display() as listen:

@@ -11,12 +11,12 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
-from ..display import Stream, showable
-from ..display import duration as duration
-from ..display import say as say
-from ..display import stderr as stderr
-from ..display import waiting as waiting
-from ..text import shorten
+from ..base.text import shorten
+from ..replay.display import Stream, showable
+from ..replay.display import duration as duration
+from ..replay.display import say as say
+from ..replay.display import stderr as stderr
+from ..replay.display import waiting as waiting
 
 _GAP = 2  # cells between two columns
 _SHORTEST = 20  # cells to which a name is cut before columns go below each other

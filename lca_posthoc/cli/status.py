@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 import click
 from rich.text import Text
 
-from ..display import wrapped
+from ..base.text import count, safe
 from ..errors import few
-from ..text import count, safe
+from ..replay.display import wrapped
 from .options import json_option
 from .show import Table, duration, print_json, stdout, table
 
 if TYPE_CHECKING:
-    from ..store import LastRun, Run, Starting
-    from ..store.results import Progress
+    from ..results import LastRun, Run, Starting
+    from ..results.run import Progress
 
 _STOPPED = "stopped: run `lca run` again to finish"
 
@@ -36,7 +36,7 @@ def command(run: str, as_json: bool) -> None:
     most a few seconds old.
     """
     from ..errors import InputError
-    from ..store import last_run, open_run, starting
+    from ..results import last_run, open_run, starting
 
     preparing = starting(Path(run))
     more = {} if preparing is None else {"preparing": asdict(preparing)}
@@ -151,7 +151,7 @@ class _Status:
 
 def _status(opened: Run, last: LastRun | None) -> dict[str, _Status]:
     """Return how far each loss of a run is."""
-    from ..store import underway
+    from ..results import underway
 
     computing = sum(report.segments for report in underway(opened.path))
     rate = None if last is None or last.ended is not None else last.rate(computing)

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 import click
 from rich.text import Text
 
-from ..display import wrapped
-from ..precisions import PRECISIONS
-from ..text import count, safe
+from ..base.text import count, safe
+from ..numerics.precisions import PRECISIONS
+from ..replay.display import wrapped
 from .options import json_option
 from .show import print_json, say, share, stdout, table, units_of_loss
 
 if TYPE_CHECKING:
     from ..findings.summary import Figures, Part, Summary
-    from ..store import LossResults
+    from ..results import LossResults
 
 TOP = 20  # modules below each other
 _BESIDE = 8  # modules beside the groups of a loss
@@ -64,7 +64,7 @@ def command(
     """
     from ..errors import InputError
     from ..findings import summary
-    from ..store import open_run
+    from ..results import open_run
 
     if everything and top is not None:
         raise InputError(

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import click
 from rich.text import Text
 
-from ..text import count, safe
+from ..base.text import count, safe
 from .options import json_option
 from .show import print_json, say, stderr, stdout, table, waiting
 
 if TYPE_CHECKING:
-    from ..store import Damage
-    from ..store.verify import Verification
+    from ..results import Damage
+    from ..results.verify import Verification
 
 _MOST = 1000  # rows of the table
 
@@ -32,7 +32,7 @@ def command(run: str, as_json: bool) -> None:
     The exit code is 4 where something is damaged. Files of a run that was killed are no damage.
     """
     from ..errors import DamageError, amount
-    from ..store import verify
+    from ..results import verify
 
     checked = verify(run)
     damages, leftovers = _checked(checked)
@@ -60,7 +60,7 @@ def command(run: str, as_json: bool) -> None:
 def _checked(checked: Verification) -> tuple[list[Damage], list[str]]:
     """Return what is damaged and which files belong to nothing, and show how far the check is."""
     from ..errors import amount
-    from ..store import Damage
+    from ..results import Damage
 
     damages, leftovers = list[Damage](), list[str]()
     with waiting(stderr()) as shown:

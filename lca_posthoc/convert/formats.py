@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoints.layouts import UNREADABLE, Unreadable
 from ..errors import InputError
-from ..layouts import UNREADABLE, Unreadable
 from .hdf5 import is_hdf5, open_hdf5
 from .pytorch import is_pytorch, is_safetensors, open_pytorch
 from .series import Progress, Series

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from .. import task as tasks
+from ..checkpoints.headers import TensorHeader
+from ..checkpoints.trajectory import TensorSpec
 from ..errors import InputError, LCAError, few, needed
-from ..headers import TensorHeader
-from ..objective import new_model, tensor_table
-from ..trajectory import TensorSpec
+from ..numerics.objective import new_model, tensor_table
+from ..tasks.task import Task
+from ..tasks.task import loaded as loaded_task
 from .series import Iterate, Progress, Series, Tensors, separate
 
 _BLOCK = 256 * 2**20
@@ -127,7 +128,7 @@ def open_hdf5(
     path: Path,
     progress: Progress,
     dataset: str = "all_weights",
-    task: str | Path | tasks.Task | None = None,
+    task: str | Path | Task | None = None,
 ) -> Series:
     """Return the rows of a dataset as steps 0, 1, 2, …, cut in the order of the parameters of a
     task's model.
@@ -186,9 +187,9 @@ def _notes(order: str, others: list[str]) -> list[str]:
     return notes
 
 
-def _model(task: str | Path | tasks.Task) -> list[TensorSpec]:
+def _model(task: str | Path | Task) -> list[TensorSpec]:
     """Return the tensors of a task's model, in its order, without those the task fixes."""
-    loaded = tasks.loaded(task)
+    loaded = loaded_task(task)
     model = new_model(loaded)
     if any(map(is_lazy, model.parameters())):
         raise InputError(

@@ -18,9 +18,8 @@ from pathlib import Path
 import google_crc32c
 import torch
 
-from ..errors import InputError, few
-from ..headers import TensorHeader, fingerprint
-from ..layouts import (
+from ..checkpoints.headers import TensorHeader, fingerprint
+from ..checkpoints.layouts import (
     BESIDE_THE_WEIGHTS,
     SAFETENSORS,
     WHOLE,
@@ -34,8 +33,9 @@ from ..layouts import (
     states_epoch,
     step_in_name,
 )
-from ..recorder.staging import same_bytes
-from ..trajectory import compile_pattern, shards, trainer_step
+from ..checkpoints.trajectory import compile_pattern, shards, trainer_step
+from ..errors import InputError, few
+from ..recording.staging import same_bytes
 from .nested import state_dict
 from .series import Iterate, Progress, Series, Tensors, headers_of, same_headers, separate, taken
 from .standins import class_of, holds_tensors_inside, is_left_out, unpickled

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.headers import MAX_TENSORS, TensorHeader
 from ..errors import InputError
-from ..headers import MAX_TENSORS, TensorHeader
-from ..recorder.staging import CODES
+from ..recording.staging import CODES
 
 Tensors = dict[str, torch.Tensor]
 Progress = Callable[[str, int, int], None]

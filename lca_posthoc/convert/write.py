@@ -15,14 +15,14 @@ from pathlib import Path
 import safetensors
 from safetensors.torch import save_file
 
+from ..base.locks import DirectoryLock
+from ..base.text import count
+from ..checkpoints.headers import HALF, TensorHeader, read_header
+from ..checkpoints.paths import here
+from ..checkpoints.trajectory import TensorSpec, open_trajectory
 from ..errors import InputError, ResourceError, amount
-from ..headers import HALF, TensorHeader, read_header
-from ..locks import DirectoryLock
-from ..paths import here
-from ..recorder.writer import name_of, step_of
-from ..task import Task
-from ..text import count
-from ..trajectory import TensorSpec, open_trajectory
+from ..recording.writer import name_of, step_of
+from ..tasks.task import Task
 from .formats import FORMATS
 from .series import SIZES, Iterate, Progress, Series, headers_of
 

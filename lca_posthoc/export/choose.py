@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 import xarray as xr
 
 from .. import findings
-from ..declarations import declared_findings
+from ..base.declarations import declared_findings
 from ..errors import InputError
 from ..findings.generalisation import no_two_splits, two_splits
-from ..store import LossResults, Run
+from ..results import LossResults, Run
 
 Say = Callable[[str], None]
 Chosen = tuple[str, str, Callable[[], xr.Dataset]]

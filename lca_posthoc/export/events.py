@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
+from ..base.text import count
 from ..errors import InputError, needed
 from ..findings import curve, helping, layers
-from ..store import LossResults, Run
-from ..text import count
+from ..results import LossResults, Run
 from .choose import Say
 from .tables import whole
 

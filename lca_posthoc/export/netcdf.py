@@ -15,9 +15,9 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import xarray as xr
 
+from ..base.text import is_storable
 from ..errors import InputError, needed
-from ..store.keys import encode_all
-from ..text import is_storable
+from ..results.keys import encode_all
 
 RECORD = "lca_posthoc"
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")

@@ -16,7 +16,7 @@ import pandas as pd
 import xarray as xr
 
 from ..errors import needed
-from ..store.keys import encode_all
+from ..results.keys import encode_all
 
 RECORD = b"lca_posthoc"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import xarray as xr
 
 from ..errors import InputError, needed
-from ..store import Run
+from ..results import Run
 from .choose import Say, choose
 from .netcdf import needed_for_netcdf, write_netcdf
 from .tables import described, file_names, tables, write_csv, write_parquet

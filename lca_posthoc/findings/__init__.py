@@ -1,6 +1,6 @@
 """From a run to small labelled results: one file per analysis."""
 
-from ..declarations import declared_findings
+from ..base.declarations import declared_findings
 from .candidates import candidates as candidates
 from .compare import compare as compare
 from .curve import curve as curve

@@ -9,8 +9,8 @@ import heapq
 import numpy as np
 import xarray as xr
 
-from ..declarations import BY, Finding
-from ..store import LossResults
+from ..base.declarations import BY, Finding
+from ..results import LossResults
 from .common import (
     Numbers,
     Variable,

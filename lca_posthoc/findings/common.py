@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from ..base.text import count
+from ..checkpoints.trajectory import TensorSpec
 from ..errors import InputError, LCAError
-from ..schema import FIELDS
-from ..store import LossResults
-from ..text import count
-from ..trajectory import TensorSpec
+from ..numerics.schema import FIELDS
+from ..results import LossResults
 
 BLOCK = 2**22  # numbers that are in memory at a time
 ROLES = ("kernel", "bias", "normalisation", "buffer", "other")

@@ -13,9 +13,9 @@ import numpy as np
 import scipy  # its parts load when they are used
 import xarray as xr
 
-from ..declarations import BY, TOP, Finding
+from ..base.declarations import BY, TOP, Finding
 from ..errors import InputError
-from ..store import LossResults
+from ..results import LossResults
 from .common import about, described, label_of, unfinished
 from .design import Design, design_of, differences
 from .summary import Figures, Part, summary

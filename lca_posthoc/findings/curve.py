@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import xarray as xr
 
-from ..declarations import GROUPS, Finding
-from ..store import LossResults
+from ..base.declarations import GROUPS, Finding
+from ..results import LossResults
 from .common import Numbers, about, described, tables, unfinished
 
 FINDING = Finding(

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from ..base.text import count
 from ..errors import InputError
-from ..store import LossResults
-from ..text import count
+from ..results import LossResults
 
 _SAME_LOSS = 1e-2  # relative: precisions differ by less
 _SAME_MOTION = 1e-2  # likewise

@@ -8,9 +8,9 @@ import numpy as np
 import scipy  # its parts load when they are used
 import xarray as xr
 
-from ..declarations import GROUPS, Finding
-from ..schema import histogram_edges
-from ..store import LossResults
+from ..base.declarations import GROUPS, Finding
+from ..numerics.schema import histogram_edges
+from ..results import LossResults
 from .common import BLOCK, Numbers, Variable, about, blocks, described, tables, unfinished
 
 FINDING = Finding(

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import numpy as np
 import xarray as xr
 
-from ..declarations import BY, TOP, Finding
+from ..base.declarations import BY, TOP, Finding
 from ..errors import InputError
-from ..store import LossResults
+from ..results import LossResults
 from .common import (
     Variable,
     about,

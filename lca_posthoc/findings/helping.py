@@ -10,8 +10,8 @@ import numpy as np
 import scipy  # its parts load when they are used
 import xarray as xr
 
-from ..declarations import GROUPS, Finding
-from ..store import LossResults
+from ..base.declarations import GROUPS, Finding
+from ..results import LossResults
 from .common import (
     Numbers,
     Variable,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from ..declarations import BY, GROUPS, TOP, Finding, Option
-from ..store import LossResults
+from ..base.declarations import BY, GROUPS, TOP, Finding, Option
+from ..results import LossResults
 from .common import (
     ROLES,
     Numbers,

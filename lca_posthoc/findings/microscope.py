@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
-from ..declarations import GROUPS, Finding, Option
+from ..base.declarations import GROUPS, Finding, Option
+from ..checkpoints.trajectory import TensorSpec
 from ..errors import InputError
-from ..store import LossResults
-from ..trajectory import TensorSpec
+from ..results import LossResults
 from .common import Numbers, about, blocks, described, stretches, tables, unfinished
 
 FINDING = Finding(

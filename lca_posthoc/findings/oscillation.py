@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from ..declarations import GROUPS, TOP, Finding, Option
+from ..base.declarations import GROUPS, TOP, Finding, Option
+from ..checkpoints.paths import located
+from ..checkpoints.trajectory import read_checkpoint
 from ..errors import LCAError
-from ..paths import located
-from ..schema import SIGNED
-from ..store import LossResults
-from ..trajectory import read_checkpoint
+from ..numerics.schema import SIGNED
+from ..results import LossResults
 from .common import (
     Numbers,
     Variable,

@@ -12,10 +12,10 @@ import numpy as np
 import scipy  # its parts load when they are used
 import xarray as xr
 
-from ..declarations import BY, Finding, Option
+from ..base.declarations import BY, Finding, Option
+from ..base.text import count
 from ..errors import InputError
-from ..store import LossResults
-from ..text import count
+from ..results import LossResults
 from .common import about, described, grouping, tables, unfinished
 
 FINDING = Finding(

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from ..errors import LCAError
-from ..store import LossResults
+from ..results import LossResults
 from .common import label_of, moving_buffers
 
 F = TypeVar("F", float, list[float])  # a figure of a loss, or of each of its groups

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import numpy as np
 import xarray as xr
 
-from ..declarations import GROUPS, Finding, Option
+from ..base.declarations import GROUPS, Finding, Option
 from ..errors import InputError
-from ..store import LossResults
+from ..results import LossResults
 from .common import (
     BLOCK,
     Numbers,

@@ -5,7 +5,7 @@ Plots of one panel take and return `Axes`; plots of several take and return a `F
 they make a pyplot figure.
 """
 
-from ..declarations import declared_findings
+from ..base.declarations import declared_findings
 from .candidates import candidates as candidates
 from .compare import compare as compare
 from .curve import curve as curve

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from ..colours import HELPING, HURTING, MUTED
+from ..base.colours import HELPING, HURTING, MUTED
 from .style import (
     SMALL,
     expect,

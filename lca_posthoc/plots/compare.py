@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from ..colours import FAINT
-from ..text import count
+from ..base.colours import FAINT
+from ..base.text import count
 from .layers import helped_hurt
 from .style import (
     SMALL,

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from ..colours import FAINT, HURTING, INK, MUTED
+from ..base.colours import FAINT, HURTING, INK, MUTED
+from ..base.text import count, safe_in_figure
 from ..errors import InputError
 from ..findings.names import shorten
-from ..text import count, safe_in_figure
 from .style import (
     SMALL,
     dashes,

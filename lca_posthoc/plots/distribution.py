@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from ..colours import HELPING, HURTING, INK, MUTED
+from ..base.colours import HELPING, HURTING, INK, MUTED
 from .style import SMALL, expect, fresh_figure, heading, note, powers, refuse_groups, tidy, word
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
-from ..colours import FAINT, INK, LAYERS
+from ..base.colours import FAINT, INK, LAYERS
 from .layers import helped_hurt
 from .style import (
     SMALL,

@@ -10,7 +10,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
-from ..colours import FAINT, HELPING, HURTING, INK, MUTED, STILL
+from ..base.colours import FAINT, HELPING, HURTING, INK, MUTED, STILL
 from ..findings.helping import joined_shares
 from .style import (
     SMALL,

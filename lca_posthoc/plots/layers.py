@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from ..colours import FAINT, HELPING, HURTING, INK, LAYERS
+from ..base.colours import FAINT, HELPING, HURTING, INK, LAYERS
 from ..errors import InputError
 from .style import (
     DIVERGE,

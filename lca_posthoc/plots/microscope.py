@@ -11,10 +11,10 @@ import xarray as xr
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from ..colours import FAINT, HURTING, INK, MUTED
+from ..base.colours import FAINT, HURTING, INK, MUTED
+from ..base.text import safe_in_figure
 from ..errors import InputError, ResourceError
 from ..findings.names import fitting
-from ..text import safe_in_figure
 from .style import DIVERGE, SMALL, colour_bar, expect, fresh_figure, heading, note, symmetric, tidy
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ import numpy as np
 import xarray as xr
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from ..colours import FAINT, INK, LAYERS, MUTED
+from ..base.colours import FAINT, INK, LAYERS, MUTED
+from ..base.text import safe_in_figure
 from ..findings.peaks import powerless
-from ..text import safe_in_figure
 from .style import SMALL, colour, expect, fresh_figure, key, labels, note, rows_of_names, tidy
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ import xarray as xr
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ..colours import DIVERGING, FAINT, HELPING, HURTING, INK, LAYERS, MUTED
+from ..base.colours import DIVERGING, FAINT, HELPING, HURTING, INK, LAYERS, MUTED
+from ..base.text import count, safe_in_figure
 from ..errors import InputError
 from ..findings.names import shorten
-from ..text import count, safe_in_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

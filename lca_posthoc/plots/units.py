@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
-from ..colours import INK
+from ..base.colours import INK
+from ..base.text import safe_in_figure
 from ..errors import InputError
-from ..text import safe_in_figure
 from .style import (
     SMALL,
     colour_bar,

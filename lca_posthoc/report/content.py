@@ -9,8 +9,8 @@ from typing import TypeAlias
 
 from bokeh.plotting import figure
 
-from ..text import count as count
-from ..text import safe_in_page
+from ..base.text import count as count
+from ..base.text import safe_in_page
 from .downsample import Json
 
 _LONGEST = 160  # characters of a name

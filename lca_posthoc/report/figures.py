@@ -19,7 +19,7 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure
 
-from ..colours import HELPING, HURTING, NEUTRAL
+from ..base.colours import HELPING, HURTING, NEUTRAL
 
 INK, MUTED, ACCENT = "ink", "muted", "accent"  # tags: the script gives these their colour
 _BLUE = "#3b7dd8"

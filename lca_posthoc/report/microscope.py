@@ -10,9 +10,9 @@ import numpy as np
 import xarray as xr
 
 from .. import findings
+from ..checkpoints.trajectory import TensorSpec
 from ..errors import LCAError
 from ..findings.names import fitting
-from ..trajectory import TensorSpec
 from .content import clean, count
 from .downsample import Packed, raw
 from .panels import Panel

@@ -20,9 +20,10 @@ from bokeh.resources import Resources
 from jinja2 import Environment, Template
 from markupsafe import Markup
 
-from .. import __version__, colours
+from .. import __version__
+from ..base import colours
 from ..errors import InputError, LCAError, amount
-from ..store import Run
+from ..results import Run
 from .content import Block, Section, View, cell, clean, listed
 from .downsample import Json
 from .microscope import BYTES, microscope

@@ -13,7 +13,7 @@ import xarray as xr
 
 from .. import findings
 from ..errors import LCAError
-from ..store import LossResults, Run
+from ..results import LossResults, Run
 from .content import clean, listed
 
 MOST_PANELS = 6

@@ -26,10 +26,11 @@ from typing import Any
 from unittest import mock
 
 import lca_posthoc
-from lca_posthoc import Task, trajectory
-from lca_posthoc.statistics import SpanStatistics
-from lca_posthoc.store import RunWriter
-from lca_posthoc.worker import spans, state
+from lca_posthoc import Task
+from lca_posthoc.checkpoints import trajectory
+from lca_posthoc.numerics.statistics import SpanStatistics
+from lca_posthoc.replay.worker import spans, state
+from lca_posthoc.results import RunWriter
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "examples"))
 import mnist_fc

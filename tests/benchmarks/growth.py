@@ -29,8 +29,8 @@ import torch.nn.functional as F
 
 import lca_posthoc
 from lca_posthoc import Recorder
-from lca_posthoc.progress import SpanDone
-from lca_posthoc.worker import SAMPLED
+from lca_posthoc.replay.events import SpanDone
+from lca_posthoc.replay.worker import SAMPLED
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "examples"))
 import mnist_fc

@@ -1,4 +1,4 @@
-"""Forward and backward pass of a linear layer, by torch and by oneDNN as `objective/linear.py`
+"""Forward and backward pass of a linear layer, by torch and by oneDNN as `numerics/objective/linear.py`
 calls it; one thread.
 
 ```sh
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lca_posthoc.objective import linear as ours
+from lca_posthoc.numerics.objective import linear as ours
 
 SHAPES = [  # examples, inputs, outputs
     (100, 64, 32),

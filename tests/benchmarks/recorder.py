@@ -40,7 +40,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lca_posthoc import Recorder, demo
-from lca_posthoc.recorder import recorder as recording
+from lca_posthoc.recording import recorder as recording
 
 sys.path[:0] = [
     str(Path(__file__).parents[2]),

@@ -36,10 +36,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lca_posthoc import Loss, Task
-from lca_posthoc.allocation import Method, Point, allocate, calibrate
-from lca_posthoc.objective import Evaluation, Objective, ObjectiveSettings, build_objective
-from lca_posthoc.quadrature import COMPOSITE, RULES
-from lca_posthoc.worker.checks import sampled
+from lca_posthoc.numerics.allocation import Method, Point, allocate, calibrate
+from lca_posthoc.numerics.objective import Evaluation, Objective, ObjectiveSettings, build_objective
+from lca_posthoc.numerics.quadrature import COMPOSITE, RULES
+from lca_posthoc.replay.worker.checks import sampled
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "examples"))
 import mnist_fc

@@ -95,9 +95,9 @@ async def max_per_host(address: str, count: int, place: Path) -> None:
 
 def laid_out(spans: int, segments: int) -> Any:
     """A manifest as long as asked: what a run of that size records."""
-    from lca_posthoc.settings import resolve
-    from lca_posthoc.store import LossRecord, Manifest, StoredTensor
-    from lca_posthoc.trajectory import Checkpoint, TensorSpec
+    from lca_posthoc.checkpoints.trajectory import Checkpoint, TensorSpec
+    from lca_posthoc.numerics.settings import resolve
+    from lca_posthoc.results import LossRecord, Manifest, StoredTensor
 
     tensors = []
     for layer in range(LAYERS):
@@ -168,16 +168,23 @@ def drive(
     address: str, given: argparse.Namespace, scheduler: psutil.Process, place: Path
 ) -> dict[str, Any]:
     """The loop of `lca run`, timed."""
-    from lca_posthoc import replay, store
+    from lca_posthoc import results
     from lca_posthoc.cluster import ClusterConfig, open_cluster
-    from lca_posthoc.progress import Log, Planned, SpanDone
-    from lca_posthoc.requests import RunRequest, RunSettings, StoredPoints, TaskSetup, to_plain
-    from lca_posthoc.task import Entry
+    from lca_posthoc.replay import run as replay
+    from lca_posthoc.replay.events import Log, Planned, SpanDone
+    from lca_posthoc.replay.requests import (
+        RunRequest,
+        RunSettings,
+        StoredPoints,
+        TaskSetup,
+        to_plain,
+    )
+    from lca_posthoc.tasks.task import Entry
 
     me, out, stop = psutil.Process(), place / "out.lca", replay._Stop()
     manifest = laid_out(given.spans, given.segments)
     made = used()
-    store.create(out, manifest, durable=False)
+    results.create(out, manifest, durable=False)
     made = used() - made
     memory: list[dict[str, float]] = []
     marks: dict[str, float] = {}
@@ -236,8 +243,8 @@ def drive(
         cluster.check_workers(present, {})
         log = Timed(listen)
         ready, ready_wall = used(), time.monotonic()
-        with store.hold(out) as held, log.written_to(partial(store.append_events, out)):
-            writer, status = store.RunWriter(out, manifest, False), replay._Status(log)
+        with results.hold(out) as held, log.written_to(partial(results.append_events, out)):
+            writer, status = results.RunWriter(out, manifest, False), replay._Status(log)
             replay._Spans(writer, common, status, durable=False).replay(cluster, held, None)
         looped = used()
     ended, wall = used(), time.monotonic() - started

@@ -66,8 +66,8 @@ from workloads import WORKLOADS, Workload, train
 
 import lca_posthoc
 from lca_posthoc import Task
-from lca_posthoc.progress import Planned, SpanDone
-from lca_posthoc.worker import SAMPLED
+from lca_posthoc.replay.events import Planned, SpanDone
+from lca_posthoc.replay.worker import SAMPLED
 
 CORES = len(os.sched_getaffinity(0))
 SIMPSON = ((0.0, 1 / 6), (0.5, 4 / 6), (1.0, 1 / 6))

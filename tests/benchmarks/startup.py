@@ -27,7 +27,7 @@ STARTED = """
 import json, sys, time
 import psutil
 import lca_posthoc
-from lca_posthoc.progress import Planned
+from lca_posthoc.replay.events import Planned
 
 
 def listen(event):

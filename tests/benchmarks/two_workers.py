@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import lca_posthoc
-from lca_posthoc.progress import Planned, SpanDone
+from lca_posthoc.replay.events import Planned, SpanDone
 
 TASK = Path(__file__).parents[2] / "docs" / "examples" / "mnist_fc.py"
 

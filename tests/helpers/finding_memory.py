@@ -85,7 +85,7 @@ def _all(runs: dict[str, str], cases: list[str], limit: float, block: int | None
     import xarray  # noqa: F401
 
     import lca_posthoc.findings
-    import lca_posthoc.store  # noqa: F401
+    import lca_posthoc.results  # noqa: F401
 
     if block is not None:
         _hold_less(block)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lca_posthoc import Recorder
-from lca_posthoc.recorder.staging import CODES
+from lca_posthoc.recording.staging import CODES
 
 HERE = Path(__file__).parents[2]
 

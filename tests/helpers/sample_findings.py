@@ -17,7 +17,7 @@ import numpy as np
 import xarray as xr
 
 from lca_posthoc import Run, findings
-from lca_posthoc.declarations import declared_findings
+from lca_posthoc.base.declarations import declared_findings
 from lca_posthoc.errors import LCAWarning
 
 STEPS = 12

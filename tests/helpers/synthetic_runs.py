@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from lca_posthoc.allocation import SegmentAllocation
-from lca_posthoc.prepare import _choose_window, choose_span
-from lca_posthoc.schema import Totals, join_all
-from lca_posthoc.settings import resolve
-from lca_posthoc.statistics import SpanStatistics
-from lca_posthoc.store import LossRecord, Manifest, RunWriter, StoredTensor, create
-from lca_posthoc.store.files import seal
-from lca_posthoc.store.keys import encode_all
-from lca_posthoc.store.layout import plan_arrays
-from lca_posthoc.trajectory import Checkpoint, TensorSpec
+from lca_posthoc.checkpoints.trajectory import Checkpoint, TensorSpec
+from lca_posthoc.numerics.allocation import SegmentAllocation
+from lca_posthoc.numerics.schema import Totals, join_all
+from lca_posthoc.numerics.settings import resolve
+from lca_posthoc.numerics.statistics import SpanStatistics
+from lca_posthoc.replay.prepare import _choose_window, choose_span
+from lca_posthoc.results import LossRecord, Manifest, RunWriter, StoredTensor, create
+from lca_posthoc.results.files import seal
+from lca_posthoc.results.keys import encode_all
+from lca_posthoc.results.layout import plan_arrays
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from lca_posthoc import Loss, Recorder, Run, Task, run
 from lca_posthoc.cluster import broadcast
-from lca_posthoc.requests import DescribeRequest, RunSettings, TaskSetup, to_plain
-from lca_posthoc.settings import DEFAULTS
-from lca_posthoc.task import pack
-from lca_posthoc.worker import describe, state
+from lca_posthoc.numerics.settings import DEFAULTS
+from lca_posthoc.replay.requests import DescribeRequest, RunSettings, TaskSetup, to_plain
+from lca_posthoc.replay.worker import describe, state
+from lca_posthoc.tasks.task import pack
 
 from .model_cases import Batch, Values, classes
 from .oracle import Oracle, simpson

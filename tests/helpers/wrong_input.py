@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lca_posthoc import replay
+from lca_posthoc.replay import run as replay
 
 from .cli import (
     contents,

@@ -8,7 +8,7 @@ import importlib
 import pkgutil
 from typing import Protocol, cast
 
-from ...declarations import declared_findings
+from ...base.declarations import declared_findings
 from ..content import Block, Section
 from ..panels import Panel, Room
 

@@ -9,7 +9,7 @@ import xarray as xr
 
 from ... import findings
 from ...errors import LCAError
-from ...store import LossResults
+from ...results import LossResults
 from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, clean, count, percent, plain
 from ..downsample import Json, lines, over_steps
 from ..figures import add_many, steps_figure

@@ -15,7 +15,8 @@ import torch
 from click.testing import Result
 from safetensors.torch import load, save
 
-from lca_posthoc import prepare, replay
+from lca_posthoc.replay import prepare
+from lca_posthoc.replay import run as replay
 from tests.helpers.cli import run_lca, says, step_file
 
 from . import clean_runs, fault

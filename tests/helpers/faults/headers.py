@@ -13,9 +13,9 @@ import psutil
 import safetensors.torch
 import torch
 
+from lca_posthoc.checkpoints.headers import read_header
+from lca_posthoc.checkpoints.trajectory import Checkpoint, read_checkpoint
 from lca_posthoc.errors import LCAError
-from lca_posthoc.headers import read_header
-from lca_posthoc.trajectory import Checkpoint, read_checkpoint
 
 from . import fault
 

@@ -25,7 +25,7 @@ from unittest import mock
 
 import psutil
 
-from lca_posthoc import store
+from lca_posthoc import results
 
 from . import clean_runs
 
@@ -34,11 +34,11 @@ HANGS = 120.0  # seconds after which a process is taken to hang
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 PRELOADED = (
     "distributed",
-    "lca_posthoc.allocation",
+    "lca_posthoc.numerics.allocation",
     "lca_posthoc.cli.run",
     "lca_posthoc.cli.summary",
-    "lca_posthoc.objective",
-    "lca_posthoc.worker.spans",
+    "lca_posthoc.numerics.objective",
+    "lca_posthoc.replay.worker.spans",
     "tests.helpers.faults.processes",
     "zarr",
 )
@@ -251,7 +251,7 @@ def undamaged(out: Path) -> None:
     is.
     """
     if (out / "run.json").exists():
-        damages = [found for found in store.verify(out) if isinstance(found, store.Damage)]
+        damages = [found for found in results.verify(out) if isinstance(found, results.Damage)]
         assert damages == [], damages[:3]
 
 

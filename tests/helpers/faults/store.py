@@ -20,16 +20,17 @@ from typing import Any
 import pytest
 
 import lca_posthoc
-from lca_posthoc import open_run, prepare
+from lca_posthoc import open_run
 from lca_posthoc.cluster import broadcast
 from lca_posthoc.errors import LCAError
-from lca_posthoc.progress import SpanDone
-from lca_posthoc.replay import repair
-from lca_posthoc.store import Damage, verify
-from lca_posthoc.store.files import write_json
-from lca_posthoc.store.runfile import FORMAT
-from lca_posthoc.task import pack
-from lca_posthoc.worker import replay_span
+from lca_posthoc.replay import prepare
+from lca_posthoc.replay.events import SpanDone
+from lca_posthoc.replay.run import repair
+from lca_posthoc.replay.worker import replay_span
+from lca_posthoc.results import Damage, verify
+from lca_posthoc.results.files import write_json
+from lca_posthoc.results.runfile import FORMAT
+from lca_posthoc.tasks.task import pack
 from tests.helpers.cli import contents, lca, marker, refused
 
 from . import fault
@@ -266,7 +267,8 @@ def replay_twice(count: int, place: Path) -> str:
         for span in range(5):
             marker(out, "train", span).unlink()
         patch.setattr(
-            "lca_posthoc.replay.replay_span", lambda spec: specs.append(spec) or replay_span(spec)
+            "lca_posthoc.replay.run.replay_span",
+            lambda spec: specs.append(spec) or replay_span(spec),
         )
         _resumed(place, out)
     assert [spec["span"] for spec in specs] == list(range(5))

@@ -17,7 +17,8 @@ import psutil
 from distributed import Client
 from safetensors.torch import load_file
 
-from lca_posthoc import open_run, prepare
+from lca_posthoc import open_run
+from lca_posthoc.replay import prepare
 from tests.helpers.cli import refused, run_lca, says, write_task
 from tests.helpers.dask_cluster import standing
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-NAME = "lca_posthoc.worker.spans"
+NAME = "lca_posthoc.replay.worker.spans"
 
 
 class _Counting(importlib.abc.MetaPathFinder):

@@ -1,0 +1,1 @@
+"""Tools of every room: words as people read them, locks, free memory, colours."""

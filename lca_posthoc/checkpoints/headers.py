@@ -1,0 +1,306 @@
+"""The header of a safetensors file, read and checked without touching its tensors.
+
+Format: 8 bytes (little-endian length n), n bytes of JSON, the tensors' bytes. Source:
+<https://github.com/huggingface/safetensors#format>. Limits come first, so that a hostile header
+costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import google_crc32c
+
+from ..errors import InputError
+from .paths import is_remote, reached
+
+MAX_HEADER_BYTES = 32 * 2**20
+MAX_TENSORS = 100_000
+_SAMPLE = 64 * 2**10
+_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+}
+_SHOWN = 512  # bytes at the beginning of a file that tell its format
+_AS_PYTORCH = (
+    "give it the ending .pt, and make safetensors of the directory with `lca import DIRECTORY "
+    "NEW_DIRECTORY`."
+)
+GGUF = (
+    "GGUF, a format for inference: its weights are quantised and packed, so most steps of training "
+    "are rounded away and torch cannot "
+    "load them by name. Give the safetensors or torch.save files that it was converted from."
+)
+_OTHERS: tuple[tuple[tuple[bytes, ...], str], ...] = (
+    ((b"GGUF",), GGUF),
+    ((b"PK\x03\x04", b"PK\x05\x06"), f"a zip archive, as torch.save writes it: {_AS_PYTORCH}"),
+    (
+        tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6)),
+        f"a pickle, as older torch.save wrote it: {_AS_PYTORCH}",
+    ),
+    (
+        (b"\x89HDF\r\n\x1a\n",),
+        "HDF5: where it has a row for every iterate, give it the ending .h5 and convert it with "
+        "`lca import FILE NEW_DIRECTORY`.",
+    ),
+    (
+        (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ"),
+        "compressed (gzip, zstd, bzip2 or xz): decompress it.",
+    ),
+    (
+        (b"\x93NUMPY",),
+        "one array of numpy: save the named tensors with safetensors.numpy.save_file.",
+    ),
+    (
+        (b"version https://git-lfs",),
+        "a pointer of Git LFS and not the file it stands for: fetch that with `git lfs pull`.",
+    ),
+    (
+        (b"<!doctype", b"<html", b"<?xml", b"<head", b"<error"),
+        "a page of HTML or XML, perhaps what a server answered instead of the file: read what it "
+        "says, and download the file again.",
+    ),
+    (
+        (b"{", b"["),
+        "text in JSON, perhaps what a server answered instead of the file: read what it says, and "
+        "download it again.",
+    ),
+)
+FLOATING = frozenset({"F8_E5M2", "F8_E4M3", "F8_E8M0", "F16", "BF16", "F32", "F64"})
+HALF = FLOATING - {"F32", "F64"}
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """The type and shape of one tensor, as the header of its file states them."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """A checked header: tensors by name, the file's own metadata, its size in bytes and the CRC32C
+    of its samples.
+
+    The last `data_size` bytes of the file are the tensors'; `data_samples` are the CRC32C of the
+    tensors' bytes in each sample, of which the last is the last 64 KiB of the file.
+    """
+
+    tensors: dict[str, TensorHeader]
+    metadata: dict[str, str]
+    size: int
+    fingerprint: int
+    data_size: int
+    data_samples: tuple[int, ...]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of `path`.
+
+    Raises:
+        InputError: naming the file, what is wrong with it and what to do.
+    """
+    try:
+        with reached(path), path.open("rb") as file:
+            shown = file.read(_SHOWN)
+            return _checked_header(path, file)
+    except _DamagedError:
+        if (other := _other_format(shown)) is not None:
+            raise InputError(
+                f"{path} is not a safetensors file, as its name says, but {other}"
+            ) from None
+        raise
+    except OSError as error:
+        raise InputError(
+            f"cannot read checkpoint file {path}: {error.strerror}. Check the path and its "
+            f"permissions."
+        ) from None
+
+
+def _checked_header(path: Path, file: BinaryIO) -> Header:
+    size = file.seek(0, os.SEEK_END)
+    text = _header_text(path, file, size)
+    tensors, metadata, data_size = _parse(path, text)
+    start = 8 + len(text)
+    if start + data_size != size:
+        missing = start + data_size - size
+        raise _damaged(
+            path,
+            f"it has {size:,} bytes, {abs(missing):,} too {'few' if missing > 0 else 'many'}",
+        )
+    samples: list[tuple[int, bytes]] = []
+    crc = fingerprint(_remembering(_reader(path, file), samples), size)
+    parts = (sample[max(0, start - offset) :] for offset, sample in samples)
+    return Header(
+        tensors=tensors,
+        metadata=metadata,
+        size=size,
+        fingerprint=crc,
+        data_size=data_size,
+        data_samples=tuple(map(google_crc32c.value, parts)),
+    )
+
+
+def _header_text(path: Path, file: BinaryIO, size: int) -> bytes:
+    """Return the JSON of the header, after its length was checked."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
+    if not 2 <= length <= size - 8:
+        raise _damaged(path, f"its {size:,} bytes do not begin with a safetensors header")
+    if length > MAX_HEADER_BYTES:
+        raise _damaged(path, f"its header claims {length:,} bytes (limit {MAX_HEADER_BYTES:,})")
+    return file.read(length)
+
+
+def _reader(path: Path, file: BinaryIO) -> Callable[[int, int], bytes]:
+    """Return a function `(offset, count) -> bytes`, which reads no more than these bytes of a local
+    file.
+    """
+    if is_remote(path):
+        return lambda offset, count: (file.seek(offset), file.read(count))[1]
+    return lambda offset, count: os.pread(file.fileno(), count, offset)
+
+
+def _remembering(
+    read: Callable[[int, int], bytes], samples: list[tuple[int, bytes]]
+) -> Callable[[int, int], bytes]:
+    """Return the same reader, which adds what it reads, with its offset, to the samples."""
+
+    def reader(offset: int, count: int) -> bytes:
+        samples.append((offset, read(offset, count)))
+        return samples[-1][1]
+
+    return reader
+
+
+def _other_format(shown: bytes) -> str | None:
+    """Return the format of a file by its first bytes, and what to do with it; None where they tell
+    nothing.
+
+    The caller must know that the file is not safetensors, whose first eight bytes, a length, may
+    look like anything.
+    """
+    text = shown.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for marks, what in _OTHERS:
+        if shown.startswith(marks) or (marks[0][:1] in b"<{v" and text.startswith(marks)):
+            return what
+    return None
+
+
+class _DamagedError(InputError):
+    """A file that is not a whole safetensors file."""
+
+
+def _damaged(path: Path, what: str) -> InputError:
+    return _DamagedError(
+        f"{path} is not a whole safetensors file: {what}. Save it again, or remove it (the segment "
+        f"across the gap becomes "
+        "longer)."
+    )
+
+
+def _parse(path: Path, text: bytes) -> tuple[dict[str, TensorHeader], dict[str, str], int]:
+    if text.count(b"{") > MAX_TENSORS + 2:
+        raise _damaged(path, f"it names more than {MAX_TENSORS:,} tensors")
+    try:
+        entries = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_int=_count
+        )
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header is not valid JSON ({str(error)[:80]})") from None
+    if not isinstance(entries, dict):
+        raise _damaged(path, "its header is not a table of tensors")
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        raise _damaged(path, "its metadata is not a table of words")
+    try:
+        json.dumps([*entries, metadata], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise _damaged(path, "its header holds half a surrogate pair") from None
+    ranges, tensors = [], {}
+    for name, entry in entries.items():
+        tensors[name], begin, end = _entry(path, name, entry)
+        ranges.append((begin, end))
+    position = 0
+    for begin, end in sorted(ranges):
+        if begin != position:
+            raise _damaged(path, f"its tensors overlap or leave a hole at byte {position:,}")
+        position = end
+    return tensors, metadata, position
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name stands twice")
+    return table
+
+
+def _count(text: str) -> int:
+    """Return a size as safetensors reads it: at most 64 bits, no sign."""
+    if len(text) > 19 or text.startswith("-"):
+        raise ValueError("a number out of range")
+    return int(text)
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[TensorHeader, int, int]:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        whole = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
+        elements = 1
+        for extent in shape:
+            elements *= extent
+        fits = (
+            whole
+            and math.prod(extent or 1 for extent in shape) * _BITS[dtype] < 2**63
+            and (end - begin) * 8 == elements * _BITS[dtype]
+        )
+    except (TypeError, KeyError, ValueError):
+        fits = False
+    if not fits:
+        raise _damaged(path, f"its entry for tensor {name[:80]!r} does not hold together")
+    return TensorHeader(dtype, tuple(shape)), begin, end
+
+
+def fingerprint_of(data: bytes) -> int:
+    """Return the fingerprint of a file that was read whole."""
+    return fingerprint(lambda offset, count: data[offset : offset + count], len(data))
+
+
+def fingerprint(read: Callable[[int, int], bytes], size: int) -> int:
+    """Return the CRC32C of the first, middle and last 64 KiB of a file: any training step changes
+    nearly every weight.
+
+    Args:
+        read: `(offset, length) -> bytes`.
+        size: of the file, in bytes.
+    """
+    crc = 0
+    for offset in sorted({0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)}):
+        crc = google_crc32c.extend(crc, read(offset, _SAMPLE))
+    return crc

@@ -1,0 +1,156 @@
+"""Places of checkpoints: a directory, or one behind a URL that fsspec reads (`s3://…`, `gs://…`,
+`hf://…`, `https://…`).
+
+A remote place is an object of universal_pathlib, which has the methods of a `Path`. Files that are
+read whole are kept in a cache on this machine, `lca_posthoc` below `$XDG_CACHE_HOME` or `~/.cache`,
+so that the next loss does not fetch it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+import google_crc32c
+
+from ..errors import InputError, LCAError, ResourceError
+
+
+def located(where: str | Path) -> Path:
+    """Return the path of a directory or a URL.
+
+    Raises:
+        ResourceError: where a URL's driver is not installed.
+    """
+    if isinstance(where, Path) or "://" not in str(where):
+        return Path(where)
+    if str(where).startswith("file:///"):
+        return Path(unquote(str(where).removeprefix("file://")))
+    try:
+        from upath import UPath
+    except ImportError:
+        raise ResourceError(
+            f"{where} is remote, which needs universal_pathlib: pip install 'lca_posthoc[remote]'."
+        ) from None
+    protocol, _, rest = str(where).partition("://")
+    if "@" in rest.partition("/")[0] or "?" in rest:
+        raise InputError(
+            f"a URL of checkpoints is recorded with the result, so it holds no passwords and no "
+            f"queries; this {protocol} one does. Give "
+            "them to the driver: environment variables, or fsspec's configuration."
+        )
+    try:
+        path = UPath(str(where))
+        _ = path.fs
+    except ImportError as error:
+        raise ResourceError(f"{where}: {error}.") from None
+    except ValueError:
+        raise ResourceError(
+            f"{where}: fsspec knows no {protocol!r}. Install its driver, such as s3fs, gcsfs or "
+            f"huggingface_hub."
+        ) from None
+    return path  # type: ignore[return-value]
+
+
+def here(where: str | Path, what: str) -> Path:
+    """Return a path that must lie on a file system.
+
+    Raises:
+        InputError: where it is a URL; `what` says why a URL will not do, and what to do.
+    """
+    if "://" in str(where):
+        raise InputError(f"{where} is a URL, and {what}")
+    return Path(where)
+
+
+def is_remote(path: Path) -> bool:
+    """Tell whether a path is behind a URL."""
+    return not isinstance(path, Path)
+
+
+def absolute(path: Path) -> str:
+    """Return a path as results record it: from the root of the file system, or as a URL."""
+    return str(path) if is_remote(path) else str(path.resolve())
+
+
+def below(path: Path, root: Path) -> Path:
+    """Return the path of something in a directory, relative to that directory."""
+    if is_remote(path):
+        if not str(path).startswith(str(root)):
+            raise ValueError(f"{path} is not in {root}")
+        return Path(str(path).removeprefix(str(root)).lstrip("/"))
+    return path.relative_to(root)
+
+
+def nearest(path: Path) -> Path:
+    """Return an absolute path, or the nearest directory above it that exists."""
+    return next(candidate for candidate in (path, *path.parents) if candidate.exists())
+
+
+@contextlib.contextmanager
+def reached(path: Path) -> Iterator[None]:
+    """Raise every error of a remote place as an `OSError`, for drivers have errors of their own
+    kinds.
+    """
+    try:
+        yield
+    except (OSError, LCAError) as error:
+        if isinstance(error, OSError) and error.strerror is None:
+            raise OSError(error.errno or errno.EIO, _said(error)) from error
+        raise
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        raise OSError(errno.EIO, _said(error)) from error
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300] if str(error) else type(error).__name__
+
+
+def read(path: Path, key: int) -> bytes:
+    """Return a whole file; take a remote one from the cache, where this URL and key are in it, and
+    else add it there.
+
+    Raises:
+        OSError: where the file cannot be read.
+    """
+    if not is_remote(path):
+        return path.read_bytes()
+    cache = _cache()
+    if cache is None:
+        with reached(path):
+            return path.read_bytes()
+    copy = cache / hashlib.sha256(f"{path}\0{key}".encode()).hexdigest()
+    with contextlib.suppress(OSError):  # not there yet
+        data, seal = (stored := copy.read_bytes())[:-4], stored[-4:]
+        if google_crc32c.value(data).to_bytes(4, "big") == seal:
+            return data
+    with reached(path):
+        data = path.read_bytes()
+    # a cache that cannot be written to saves nothing, and harms nothing
+    with contextlib.suppress(OSError):
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        temporary = copy.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            temporary.write_bytes(data + google_crc32c.value(data).to_bytes(4, "big"))
+            temporary.replace(copy)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return data
+
+
+def _cache() -> Path | None:
+    """Return the folder of the cache; None where no home directory is known."""
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "lca_posthoc"
+    try:
+        return Path("~/.cache").expanduser() / "lca_posthoc"
+    except RuntimeError:
+        return None

@@ -1,0 +1,162 @@
+"""Say how checkpoints follow each other: segments longer than one step, and neighbours that hold
+the same tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from ..errors import few
+from .headers import Header
+from .paths import is_remote
+
+_CHUNK = 2**20
+_MOST_COMPARED = 2**30
+
+
+def every_of(header: Header) -> int:
+    """Return the `every` of the recorder that wrote a file, as the file states it; 1 where it
+    states none.
+    """
+    stated = header.metadata.get("every", "")
+    return int(stated) if re.fullmatch("[1-9][0-9]{0,17}", stated) else 1
+
+
+def long_segments(steps: Sequence[int], every: Sequence[int], thinning: int = 1) -> list[str]:
+    """Return a note on segments longer than one step that the user did not choose.
+
+    Args:
+        steps: of all checkpoints, ascending.
+        every: for each, the `every` it was recorded with; the user chose a gap of as many steps.
+        thinning: K where only every K-th checkpoint is used, which the user chose too.
+    """
+    used = range(0, len(steps), thinning)
+    segments = [(steps[start], steps[stop]) for start, stop in pairwise(used)]
+    long = _unintended(segments, steps, every, used)
+    if not long:
+        return []
+    inside = sum(stop - start for start, stop in long)
+    share = inside / (segments[-1][1] - segments[0][0])
+    longest = max(long, key=lambda segment: segment[1] - segment[0])
+    which = _which(len(long), len(segments))
+    return [
+        f"{which} longer than one step, with {inside:,} steps or {_percent(share)} of training in "
+        f"them, the longest "
+        f"{longest[0]}→{longest[1]}. There the straight line between checkpoints is not the path "
+        f"that training took, and what is "
+        "allocated is the straight line's share: net sums mean something, shares of parameters "
+        "that help and turns do not; the residual "
+        "says what quadrature misses"
+    ]
+
+
+def _unintended(
+    segments: Sequence[tuple[int, int]], steps: Sequence[int], every: Sequence[int], used: range
+) -> list[tuple[int, int]]:
+    """Return the segments of more than one step with a gap in them that the user did not choose."""
+    intended = [
+        after - before in (1, every[index + 1])
+        for index, (before, after) in enumerate(pairwise(steps))
+    ]
+    return [
+        segment
+        for segment, (start, stop) in zip(segments, pairwise(used), strict=True)
+        if not all(intended[start:stop]) and segment[1] - segment[0] > 1
+    ]
+
+
+def _which(long: int, segments: int) -> str:
+    """Return the beginning of a sentence about some of the segments, with its verb."""
+    if segments == 1:
+        return "the segment is"
+    if long == segments:
+        return f"all {long} segments are"
+    return f"{long} of {segments} segments {'is' if long == 1 else 'are'}"
+
+
+def _percent(share: float) -> str:
+    """Return a share in per cent, never as 100 where it is less."""
+    return "100%" if share == 1 else f"{min(share, 0.999):.1%}" if share >= 0.99 else f"{share:.0%}"
+
+
+class StillSegments:
+    """Collect neighbouring checkpoints that hold the same tensors, whatever else their files state.
+
+    Samples of the tensors' bytes tell the candidates. Local files are then compared whole, up to 1
+    GiB in all.
+    """
+
+    def __init__(self) -> None:
+        self._before: tuple[int, Sequence[Path], Sequence[Header]] | None = None
+        self._stretches: list[tuple[int, int]] = []
+        self._count = 0
+        self._sampled = False
+        self._left = _MOST_COMPARED
+
+    def add(self, step: int, files: Sequence[Path], headers: Sequence[Header]) -> None:
+        """Compare the next checkpoint with the one before."""
+        before, self._before = self._before, (step, files, headers)
+        if before is None or not self._same(before[1], before[2], files, headers):
+            return
+        self._count += 1
+        joins = self._stretches and self._stretches[-1][1] == before[0]
+        self._stretches.append((self._stretches.pop()[0] if joins else before[0], step))
+
+    def _same(
+        self,
+        files: Sequence[Path],
+        headers: Sequence[Header],
+        others: Sequence[Path],
+        other_headers: Sequence[Header],
+    ) -> bool:
+        if len(headers) != len(other_headers) or not all(
+            map(_samples_agree, headers, other_headers)
+        ):
+            return False
+        size = sum(header.size for header in headers)
+        if size > self._left or any(map(is_remote, (*files, *others))):
+            self._sampled = True
+            return True
+        self._left -= size
+        try:
+            return all(map(_same_data, files, headers, others, other_headers))
+        except OSError:  # reading it for the run will say so
+            return False
+
+    def notes(self) -> list[str]:
+        """Return a note on them, if there are any."""
+        if not self._count:
+            return []
+        shown = few([f"steps {start} to {stop}" for start, stop in self._stretches])
+        how = " as far as samples of their bytes tell," if self._sampled else ""
+        which = "this segment" if self._count == 1 else f"these {self._count:,} segments"
+        return [
+            f"neighbouring checkpoints hold the same tensors,{how} {shown}: in {which} nothing "
+            f"moves and everything allocated is 0 (a "
+            "learning rate of 0, a step that was skipped, or one state saved twice)"
+        ]
+
+
+def _samples_agree(one: Header, other: Header) -> bool:
+    """Compare the samples of the tensors' bytes: the last one always, the others where they lie at
+    the same places.
+    """
+    if one.data_size != other.data_size or one.data_samples[-1] != other.data_samples[-1]:
+        return False
+    if list(one.tensors) != list(other.tensors):  # bytes in another order
+        return False
+    return one.size != other.size or one.data_samples == other.data_samples
+
+
+def _same_data(one: Path, header: Header, other: Path, other_header: Header) -> bool:
+    """Compare the tensors' bytes of two files."""
+    with one.open("rb") as first, other.open("rb") as second:
+        first.seek(header.size - header.data_size)
+        second.seek(other_header.size - other_header.data_size)
+        while part := first.read(_CHUNK):
+            if part != second.read(_CHUNK):
+                return False
+    return True

@@ -1,0 +1,520 @@
+"""A split as batches, whole or group by group: resident on the device when they fit, streamed ahead
+of use when they do not.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import itertools
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ...errors import InputError
+from .containers import change_tensors, dense_parts, digest_of, size_of
+from .precision import default_dtype
+from .reader import Reader
+from .sources import (
+    DIGESTED,
+    END,
+    Indexed,
+    Positions,
+    Stream,
+    move,
+    move_ahead,
+    open_source,
+    room_on,
+    user_code,
+)
+
+_CPU_SAVED_BYTES = 64 * 2**20
+_CUDA_SAVED_BYTES = 2 * 2**30
+_AHEAD = 2
+_GROUPED_AT_ONCE = 1024
+_ALONE = 32
+
+
+def chosen(subset: str | None, total: int) -> Tensor | None:
+    """Return the positions a subset stands for, in their order; None for every one.
+
+    Args:
+        subset: `"A:B"` (either may be left out), `"I,J,K"` (two or more), or `"FRACTION@SEED"`, a
+            random sample in the order it is drawn.
+        total: number of examples of the split.
+
+    Raises:
+        InputError: where the subset is malformed, is a single number, repeats a position, or is out
+            of range.
+
+    >>> chosen("2:5", 10)
+    tensor([2, 3, 4])
+    >>> chosen("7,0", 10)
+    tensor([7, 0])
+    >>> len(chosen("0.25@7", 12))
+    3
+    """
+    if subset is None:
+        return None
+    problem = "is not understood"
+    if match := re.fullmatch(r"(\d*):(\d*)", subset):
+        start, stop = int(match[1] or 0), int(match[2] or total)
+        if start < stop <= total:
+            return torch.arange(start, stop)
+        problem = f"is empty or goes beyond the {total} examples"
+    elif re.fullmatch(r"\d+(,\d+)+", subset):
+        positions = [int(part) for part in subset.split(",")]
+        if len(set(positions)) == len(positions) and max(positions) < total:
+            return torch.tensor(positions)
+        problem = f"repeats a position or goes beyond the {total} examples"
+    elif match := re.fullmatch(r"(\d*\.?\d+(?:e-?\d+)?)@(\d{1,18})", subset):
+        count = round(float(match[1]) * total)
+        if 0 < float(match[1]) < 1 and count:
+            return torch.randperm(total, generator=torch.Generator().manual_seed(int(match[2])))[
+                :count
+            ]
+        problem = f"is not a fraction between 0 and 1 that gives at least one of {total} examples"
+    raise InputError(
+        f"--subset {subset!r} {problem}. Give positions A:B (from A up to, not including, B; "
+        f"either may be left out), a list "
+        "I,J,K of positions, or FRACTION@SEED, such as 0.1@7, for a random sample."
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """The examples of a split by group.
+
+    Attributes:
+        labels: ascending.
+        members: positions of each label's examples, ascending; int64.
+    """
+
+    labels: list[int] | list[str]
+    members: list[Tensor]
+
+    @property
+    def counts(self) -> list[int]:
+        """Return the number of examples of each group."""
+        return [len(positions) for positions in self.members]
+
+
+def _labels(name: str, answer: Any, count: int) -> list[Any]:
+    """Return the `count` labels of an answer, a list, array or tensor, as a list of plain
+    objects.
+    """
+    if len(getattr(answer, "shape", ())) > 1:
+        raise _no_labels(name, f"labels of shape {list(answer.shape)}")
+    values = answer.tolist() if hasattr(answer, "tolist") else answer
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+        raise _no_labels(name, f"a {type(answer).__name__}, not a list of labels")
+    if len(values) != count:
+        raise _no_labels(name, f"{len(values)} labels for {count} examples")
+    return [label.item() if getattr(label, "ndim", None) == 0 else label for label in values]
+
+
+def _no_labels(name: str, what: str) -> InputError:
+    return InputError(
+        f"group_by on split {name!r} gave {what}. Give one integer or string for every example: a "
+        f"1-d tensor, array or list of "
+        "the whole split, or a function of a batch that returns one for the batch."
+    )
+
+
+@dataclass
+class _Resident:
+    """The batches of one order that stay on the device, by group; none for a group that does not
+    fit.
+    """
+
+    room: float
+    groups: dict[int, list[Any]] = field(default_factory=dict)
+
+    def keeping(self, group: int, batches: Iterable[Any]) -> Iterator[Any]:
+        stored, room, fits = list[Any](), self.room, group not in self.groups
+        for batch in batches:
+            if fits:
+                stored.append(batch)
+                room -= size_of(batch)
+                fits = room >= 0
+            if not fits:
+                stored.clear()
+            yield batch
+        self.groups[group] = stored
+        self.room = room if fits else self.room
+
+
+class Split:
+    """The examples of one split, as batches.
+
+    Args:
+        name: for messages.
+        data: tensors with the same first extent, as a tuple `(inputs, targets)` or a dict; a
+            map-style Dataset; a Hugging Face `Dataset`; a DataLoader, of which the data set and the
+            `collate_fn` are used, while order, batch size and workers are ours; or an iterable that
+            gives the same examples whenever it is read: kept in memory if it fits, else read anew
+            at every pass.
+        device: on which batches are returned.
+        dtype: of floating tensors.
+        subset: which examples, see `chosen`; an iterable that is read anew gives them in its own
+            order.
+        reader: whose thread and context read the data, which should be those the task was built in;
+            None for a new one.
+
+    Raises:
+        InputError: where the data is none of these, is empty, selects examples, or is different
+            when it is read again.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        data: object,
+        device: torch.device,
+        dtype: torch.dtype,
+        subset: str | None = None,
+        reader: Reader | None = None,
+    ) -> None:
+        self.name = name
+        self._device, self._dtype = device, dtype
+        self._reader = reader or Reader()
+        # under which data are read, whatever the loss is computed in
+        self._default = torch.get_default_dtype()
+        self._source = self._reader.call(torch.no_grad()(open_source), name, data)
+        self.total = self._source.total
+        draws = self._source.draws if isinstance(self._source, Indexed) else None
+        self._draws, self._seeded = draws or 1, draws is not None
+        if self.total == 0:
+            raise InputError(f"split {name!r} is empty. A loss needs at least one example.")
+        self._subset = chosen(subset, self.total)
+        self.examples = self.total if self._subset is None else len(self._subset)
+        self.random = subset is not None and "@" in subset and isinstance(self._source, Indexed)
+        self._resident: dict[Order | None, _Resident] = {}
+        self._resident_batch_size = 0
+
+    @torch.no_grad()
+    def _read(self, cuts: Iterable[Positions]) -> Generator[Any, None, None]:
+        """Yield batches as the data gives them."""
+        yield from self._source.batches(cuts, self._subset)
+
+    def sample(self, start: int, stop: int) -> object:
+        """Return examples `start` to `stop` as one batch on the device."""
+        return self.at(range(start, min(stop, self.examples)))
+
+    def spread(self, count: int) -> Tensor | None:
+        """Return positions of some examples from all over the split; None where examples can only
+        be read in order.
+        """
+        if isinstance(self._source, Stream):
+            return None
+        count = min(count, self.examples)
+        return torch.arange(count) * (self.examples - 1) // max(1, count - 1)
+
+    def at(self, positions: Positions) -> object:
+        """Return the examples at some positions as one batch on the device.
+
+        Raises:
+            InputError: where they cannot be made into a batch.
+        """
+        return move(
+            self._reader.call(lambda: next(self._read([positions]))), self._device, self._dtype
+        )
+
+    def samples(self, cuts: Sequence[range]) -> Iterator[Any]:
+        """Yield the examples at some ranges of positions, ascending, each range as one batch on the
+        device.
+        """
+        items = self._read(cuts)
+        try:
+            for _ in cuts:  # a stream that is not asked for its end is not compared
+                yield move(self._reader.call(next, items), self._device, self._dtype)
+        finally:
+            self._reader.close(items)
+
+    @property
+    def digest(self) -> str:
+        """Return a hash of 256 examples, spread evenly or the first of a stream, and of the number
+        of all examples.
+        """
+        spread, head = self.spread(DIGESTED), range(min(DIGESTED, self.examples))
+        # they need not stack
+        cuts: list[Positions] = [head] if spread is None else list(torch.split(spread, 1))
+        return self._reader.call(
+            lambda: digest_of(*itertools.islice(self._read(cuts), len(cuts)), self.examples)
+        )
+
+    def batches(
+        self, batch_size: int, order: Order | None = None, only: range | None = None
+    ) -> Generator[tuple[int, Any], None, None]:
+        """Yield every example once, as `(group, batch)`: groups ascending, each in data-set order
+        and cut into its own batches.
+
+        A thread makes the batches that do not stay on the device, ahead of use, and reads torch's
+        default dtype: do not change that between two batches.
+
+        Args:
+            batch_size: examples of a batch; the last of a group may be smaller.
+            order: the groups; None for one, 0, of every example.
+            only: the groups to yield; None for all of them.
+        """
+        if batch_size != self._resident_batch_size:
+            self._resident, self._resident_batch_size = {}, batch_size
+        if order not in self._resident:
+            self._resident[order] = _Resident(room_on(self._device))
+        resident = self._resident[order]
+        groups = range(len(order.members) if order else 1) if only is None else only
+        ready = {group: resident.groups.get(group) for group in groups}
+        cuts = {group: self._cut(batch_size, order, group) for group in groups if not ready[group]}
+        with contextlib.closing(self._ahead(list(itertools.chain(*cuts.values())))) as coming:
+            for group in groups:
+                items = ready[group] or resident.keeping(
+                    group, itertools.islice(coming, len(cuts[group]))
+                )
+                for batch in items:
+                    yield group, batch
+            if cuts:
+                next(coming, None)  # iterable data says at its end whether it was the same again
+
+    def _cut(self, batch_size: int, order: Order | None, group: int) -> list[Positions]:
+        if order is not None:
+            return list(torch.split(order.members[group], batch_size))
+        return [
+            range(start, min(start + batch_size, self.examples))
+            for start in range(0, self.examples, batch_size)
+        ]
+
+    def _ahead(self, cuts: Sequence[Positions]) -> Generator[Any, None, None]:
+        """Yield batches on the device, which the reader makes up to two ahead of use; its errors
+        are raised here.
+
+        Reading ends when this generator is closed.
+        """
+        if not cuts:
+            return
+        items = self._carried(cuts)
+        if torch.get_default_dtype() != self._default or self._seeded:
+            yield from self._in_turn(items)
+            return
+        pending = collections.deque(self._reader.submit(next, items, END) for _ in range(_AHEAD))
+        try:
+            while (item := self._reader.result(pending.popleft())) is not END:
+                pending.append(self._reader.submit(next, items, END))
+                yield item
+        finally:
+            for waiting in pending:
+                waiting.cancel()
+            self._reader.close(items)
+
+    def _in_turn(self, items: Generator[Any, None, None]) -> Generator[Any, None, None]:
+        """Yield items that are read only when they are asked for, under the default dtype that data
+        are read under.
+
+        All threads share one default dtype, and the generators that `Draws` seeds, from which a
+        loss may draw as well.
+        """
+        try:
+            while True:
+                with default_dtype(self._default):
+                    item = self._reader.call(next, items, END)
+                if item is END:
+                    return
+                yield item
+        finally:
+            self._reader.close(items)
+
+    def _carried(self, cuts: Iterable[Positions]) -> Generator[Any, None, None]:
+        carry = move_ahead if self._device.type == "cuda" else move
+        yield from map(
+            functools.partial(carry, device=self._device, dtype=self._dtype), self._read(cuts)
+        )
+
+    def order(self, group_by: Callable[..., Any] | Tensor | np.ndarray | Sequence[Any]) -> Order:
+        """Return the examples by group.
+
+        Args:
+            group_by: one integer or string for every example of the whole split, before the subset;
+                or a function that gives one for every example of a batch on the CPU, called as
+                `group_by(*batch)` where the batch is a tuple or list.
+
+        Raises:
+            InputError: where `group_by` gives something else, or the data cannot be read by
+                position.
+        """
+        return self._reader.call(self._order, group_by)
+
+    def _order(self, group_by: Callable[..., Any] | Tensor | np.ndarray | Sequence[Any]) -> Order:
+        if isinstance(self._source, Stream):
+            raise InputError(
+                f"split {self.name!r} is an iterable too large to keep in memory, so its examples "
+                f"cannot be had by group. Give "
+                "a map-style Dataset, or a machine with more memory."
+            )
+        if callable(group_by):
+            labels = list(itertools.chain.from_iterable(self._called(group_by)))
+        else:
+            labels = _labels(self.name, group_by, self.total)
+            labels = (
+                labels
+                if self._subset is None
+                else [labels[index] for index in self._subset.tolist()]
+            )
+        kinds = {int if isinstance(label, bool) else type(label) for label in labels}
+        if kinds not in ({int}, {str}):
+            raise _no_labels(
+                self.name, f"labels of type {' and '.join(sorted(kind.__name__ for kind in kinds))}"
+            )
+        members: dict[Any, list[int]] = {}
+        for position, label in enumerate(labels):
+            members.setdefault(label if isinstance(label, str) else int(label), []).append(position)
+        return Order(sorted(members), [torch.tensor(members[label]) for label in sorted(members)])
+
+    def _called(self, group_by: Callable[..., Any]) -> Iterator[list[Any]]:
+        cuts = self._cut(_GROUPED_AT_ONCE, None, 0)
+        for cut, batch in zip(cuts, self._read(cuts), strict=True):
+            answers = [self._labelled(group_by, batch, len(cut)) for _ in range(2)]
+            if answers[0] != answers[1]:
+                raise InputError(
+                    f"group_by on split {self.name!r} gave other labels for the same examples. "
+                    f"Seed what is random in it."
+                )
+            if cut is cuts[0]:
+                self._same_alone(group_by, answers[0])
+            yield answers[0]
+
+    def _labelled(self, group_by: Callable[..., Any], batch: object, count: int) -> list[Any]:
+        batch = change_tensors(batch, Tensor.cpu)
+        with user_code(f"group_by on split {self.name!r} failed"):
+            answer = group_by(*batch) if isinstance(batch, tuple | list) else group_by(batch)
+            labels = _labels(self.name, answer, count * self._draws)
+        of_examples = labels[:: self._draws]
+        for draw in range(1, self._draws):
+            differs = next(
+                (
+                    index
+                    for index, label in enumerate(labels[draw :: self._draws])
+                    if label != of_examples[index]
+                ),
+                None,
+            )
+            if differs is not None:
+                raise _no_labels(
+                    self.name,
+                    f"{of_examples[differs]!r} and {labels[differs * self._draws + draw]!r} for "
+                    f"two draws of one example, which have one "
+                    "label",
+                )
+        return of_examples
+
+    def _same_alone(self, group_by: Callable[..., Any], labels: list[Any]) -> None:
+        """Refuse labels of the first batch that differ from those its examples get alone, tried on
+        examples of the rarest labels.
+        """
+        counts = collections.Counter(labels)
+        for index in sorted(range(len(labels)), key=lambda index: counts[labels[index]])[:_ALONE]:
+            try:
+                alone = self._labelled(group_by, next(self._read([range(index, index + 1)])), 1)
+            except InputError:
+                return  # it takes no single example, which says nothing of their order
+            if alone != [labels[index]]:
+                raise InputError(
+                    f"group_by on split {self.name!r} gives labels in another order than the "
+                    f"examples ({labels[index]!r} for example "
+                    f"{index}, {alone[0]!r} where it is alone): the collate_fn reorders a batch, "
+                    f"or a label depends on the examples "
+                    "beside it. Give the labels of the whole split instead, as a list."
+                )
+
+
+def saved_bytes(split: Split, forward: Callable[[Any], Any]) -> float:
+    """Return the bytes autograd saves for one example, counted on one forward pass over two."""
+    count = min(2, split.examples)
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        own = tensor if tensor._base is None else tensor._base
+        # a weight, or its transpose, is saved once, whatever the batch
+        if own.is_leaf and own.requires_grad:
+            return tensor
+        for part in dense_parts(tensor):
+            saved[part.data_ptr()] = max(
+                saved.get(part.data_ptr(), 0), part.numel() * part.element_size()
+            )
+        return tensor
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = forward(split.sample(0, count))
+        del result
+    except InputError:
+        # transforms of torch.func refuse to run under such hooks; what else went wrong does again
+        written = _Written()
+        with written:
+            forward(split.sample(0, count))
+        return max(1, written.bytes) / count
+    return max(1, sum(saved.values())) / count
+
+
+class _Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Count the bytes of every result that operations write into new memory, which include those
+    saved for backward passes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self,
+        function: Callable[..., object],
+        types: Iterable[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        results = function(*args, **(kwargs or {}))
+        known = {
+            tensor.untyped_storage()._cdata
+            for tensor in tree_leaves((args, kwargs))
+            if _is_dense(tensor)
+        }
+        for tensor in tree_leaves(results):
+            if _is_dense(tensor) and tensor.untyped_storage()._cdata not in known:
+                self.bytes += tensor.numel() * tensor.element_size()
+        return results
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided
+
+
+def automatic_batch_size(saved: float, device: torch.device) -> int:
+    """Return a power of two chosen from shapes alone, so that the same model and data always get
+    the same batches.
+
+    A batch saves at most 64 MiB on a CPU (for MNIST-FC, MNIST-LeNet and ResNet-20 within 8 % of the
+    fastest that was tried) and 2 GiB on a GPU.
+
+    Args:
+        saved: bytes autograd saves for one example.
+        device: where batches are computed.
+    """
+    budget, most = (
+        (_CUDA_SAVED_BYTES, 2**16) if device.type == "cuda" else (_CPU_SAVED_BYTES, 2**11)
+    )
+    return power_of_two(min(most, budget / saved))
+
+
+def power_of_two(most: float) -> int:
+    """Return the largest power of two that is at most `most`; 1 where `most` is less.
+
+    >>> [power_of_two(most) for most in (0.3, 1, 7, 8)]
+    [1, 1, 4, 8]
+    """
+    return int(2 ** (max(1, int(most)).bit_length() - 1))

@@ -1,0 +1,51 @@
+"""The settings an objective is built under."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ...errors import InputError
+from .precision import dtype_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings:
+    """The device, the precision and the batches an objective computes with.
+
+    Attributes:
+        device: where the model and the data live.
+        precision: "float32", "float64", and on devices that have them "tf32" and "bfloat16"
+            (autocast), whose tensors and sums are those of float32.
+        norm_stats: "running", "recalibrated" or "batch".
+        batch_size: None for a deterministic choice from shapes, one for each split.
+        subset: split → the choice of its examples, see `batches.chosen`; `""` stands for every
+            split.
+        stored: normalised names of the tensors in the checkpoints; frozen parameters whose names
+            are not among them stay as the task's model builds them. None where the checkpoints hold
+            every tensor.
+
+    Raises:
+        InputError: for batch statistics without a batch size.
+    """
+
+    device: torch.device
+    precision: str
+    norm_stats: str
+    batch_size: int | None
+    subset: Mapping[str, str] = field(default_factory=dict)
+    stored: Collection[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.norm_stats == "batch" and self.batch_size is None:
+            raise InputError(
+                "--norm-stats batch needs --batch-size N: the partition into batches "
+                "is part of the loss."
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the type of floating tensors."""
+        return dtype_of(self.precision)

@@ -1,0 +1,173 @@
+"""Sums of a loss, its weights and its gradient over many batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+from .batches import Order
+from .passes import GroupValues
+
+Numbers = np.float64 | np.ndarray  # float64 of shape () or (groups,)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A loss at one point and its gradient there, both float64; no gradient after a forward pass
+    alone.
+
+    `loss` and `weight` (the sum of the elements' weights) have shape () or (groups,), a tensor's
+    gradient its own shape or (groups, *shape). `unreached` names the tensors the loss did not
+    reach; their gradient is zero.
+    """
+
+    loss: Numbers
+    gradient: dict[str, Tensor]
+    weight: Numbers
+    unreached: frozenset[str] = frozenset()
+
+
+class Sums:
+    """Σ values, Σ weights and Σ gradients of one source of values, float64: of each of some groups,
+    over everything, or both.
+
+    A loss without groups is added up group by group too, in the order of the batches, whether or
+    not the sums of the groups are asked for.
+
+    Args:
+        tensors: those the gradient is taken with respect to; none for values alone.
+        device: where the sums are.
+        groups: those that are kept apart; None for none.
+        plain: whether the sums over everything are kept.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        device: torch.device,
+        groups: range | None,
+        plain: bool,
+    ) -> None:
+        self._tensors, self._groups, self._plain, self._device = tensors, groups, plain, device
+        if groups is not None:
+            self._rows, self._row_totals = self._zeros((len(groups),))
+        self._whole: dict[str, Tensor] = {}
+        self._whole_totals = torch.zeros(2, dtype=torch.float64, device=device)
+        self._group: int | None = None
+        self._part: dict[str, Tensor] = {}
+        self._part_totals = self._whole_totals
+        # of each group, the tensors nothing was added to yet: theirs is copied
+        self._empty: dict[int, set[str]] = {}
+        self._part_empty: set[str] = set()
+        self._reached: set[str] = set()
+        self._means: dict[bool, Evaluation] = {}
+
+    def _zeros(self, groups: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor]:
+        zeros = {
+            name: torch.zeros((*groups, *tensor.shape), dtype=torch.float64, device=self._device)
+            for name, tensor in self._tensors.items()
+        }
+        return zeros, torch.zeros((*groups, 2), dtype=torch.float64, device=self._device)
+
+    @property
+    def needs_graph(self) -> bool:
+        """Tell whether gradients are summed too."""
+        return bool(self._tensors)
+
+    def take(self, part: GroupValues) -> None:
+        """Add Σ values, Σ weights and Σ gradients of one group in a batch."""
+        self._begin(part.group)
+        total = part.values.double().sum()
+        if self._tensors and total.requires_grad:
+            total.backward(retain_graph=part.more_to_come)  # type: ignore[no-untyped-call]
+            self._collect()
+        self._part_totals[0] += total.detach()
+        self._part_totals[1] += part.values.numel() if part.weights is None else part.weights.sum()
+
+    def _begin(self, group: int) -> None:
+        """Add to the sums of this group from now on."""
+        if group == self._group:
+            return
+        assert not (self._plain and group in self._empty), (
+            "what is added up group by group takes each group once"
+        )
+        self._close()
+        self._group = group
+        self._part_empty = self._empty.setdefault(group, set(self._tensors))
+        if self._groups is None:
+            self._part, self._part_totals = self._zeros(())
+        else:
+            row = group - self._groups.start
+            self._part = {name: tensor[row] for name, tensor in self._rows.items()}
+            self._part_totals = self._row_totals[row]
+
+    def _close(self) -> None:
+        if self._group is None or not self._plain:
+            return
+        if self._whole:
+            for name, tensor in self._part.items():
+                self._whole[name] += tensor
+        else:
+            self._whole = {
+                name: tensor if self._groups is None else tensor.clone()
+                for name, tensor in self._part.items()
+            }
+        self._whole_totals = self._whole_totals + self._part_totals
+
+    def _collect(self) -> None:
+        """Move the gradients autograd left on the module's tensors into the sums."""
+        for name, part in self._part.items():
+            tensor = self._tensors[name]
+            if tensor.grad is not None:
+                # of nn.Embedding(sparse=True)
+                gradient = tensor.grad.to_dense() if tensor.grad.is_sparse else tensor.grad
+                if name in self._part_empty:
+                    part.copy_(gradient)
+                    self._part_empty.remove(name)
+                else:
+                    part += gradient
+                tensor.grad = None
+                self._reached.add(name)
+
+    def evaluation(self, grouped: bool, where: str, order: Order | None) -> Evaluation:
+        """Return the mean over all elements, or over those of each group; the same one each time.
+
+        Args:
+            grouped: whether of each group.
+            where: names the loss and its split.
+            order: the groups.
+
+        Raises:
+            InputError: where the weights of a group, or of everything, sum to 0.
+        """
+        if grouped not in self._means:
+            self._close()
+            self._group = None
+            totals, weights = (self._row_totals if grouped else self._whole_totals).unbind(-1)
+            self._refuse_weightless(weights, where, order if grouped else None)
+            gradient = self._rows if grouped else self._whole
+            for name, sum_ in gradient.items():
+                sum_ /= weights.reshape(weights.shape + (1,) * self._tensors[name].dim())
+            self._means[grouped] = Evaluation(
+                (totals / weights).cpu().numpy()[()],
+                gradient,
+                weights.cpu().numpy()[()],
+                frozenset(set(self._tensors) - self._reached),
+            )
+        return self._means[grouped]
+
+    def _refuse_weightless(self, weights: Tensor, where: str, order: Order | None) -> None:
+        if bool((weights > 0).all()):
+            return
+        empty = int((weights > 0).int().argmin())
+        first = self._groups.start if self._groups else 0
+        place = f"group {order.labels[first + empty]!r} of {where}" if order else where
+        raise InputError(
+            f"the weights of {place} sum to {float(weights.reshape(-1)[empty])}. Give at "
+            f"least one element a weight."
+        )

@@ -1,0 +1,293 @@
+"""The settings that decide a run's results, in one table: what each may be, its default, and what
+`--help` says of it; and that a recorded one is never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, NotRequired, TypedDict, cast, get_args, get_type_hints
+
+from ..errors import InputError
+from .precisions import PRECISIONS
+from .quadrature import RULES
+from .schema import KEEP, RecalibrationRecord
+
+Value = str | int | float | list[str] | None
+
+
+def option_of(name: str) -> str:
+    """Return the option of the command line for a setting.
+
+    >>> option_of("batch_size")
+    '--batch-size'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def _as_tolerance(name: str, value: object) -> Value:
+    """Return a tolerance as it is recorded: a number, "inf", or a share such as "0.1%"."""
+    text = str(value).strip()
+    share = text.endswith("%")
+    try:
+        number = float(text[:-1] if share else text)
+    except ValueError:
+        number = float("nan")
+    if share and 0 < number < 100:
+        return f"{repr(number).removesuffix('.0')}%"
+    if share or not number > 0:
+        raise InputError(
+            f"{option_of(name)} must be a positive number in units of loss, a share of the loss at "
+            f"the first checkpoint between 0% and "
+            f"100% such as 0.1%, or inf, got {value}."
+        )
+    return number if number < float("inf") else "inf"
+
+
+def _as_batch_size(name: str, value: object) -> Value:
+    """Return the examples of a batch."""
+    size = cast("int", value)
+    if size < 1:
+        raise InputError(f"{option_of(name)} must be 1 or more, got {size}.")
+    return size
+
+
+def _as_list(name: str, value: object) -> Value:
+    """Return the values of a setting that may be repeated."""
+    return list(cast("list[str]", value))
+
+
+def _as_it_is(name: str, value: object) -> Value:
+    return cast("Value", value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """The values a setting may have, and what `--help` says of it.
+
+    Attributes:
+        help: what it is, in a sentence.
+        default: what is recorded where nothing is asked for; None where that is chosen later, or
+            where there is nothing to record.
+        shown_default: how `--help` says the default; empty for none.
+        choices: all it may be; empty where they cannot be listed.
+        automatic: whether the command line has the word "auto" for the default.
+        metavar: the form of its value in `--help`; None where choices or the type show it.
+        type: the type the command line reads it as.
+        normalise: refuses a value it may not have, and returns it as it is recorded.
+    """
+
+    help: str
+    default: Value = None
+    shown_default: str = ""
+    choices: tuple[str, ...] = ()
+    automatic: bool = False
+    metavar: str | None = None
+    type: type[int] | type[str] = str
+    normalise: Callable[[str, object], Value] = _as_it_is
+
+    @property
+    def repeatable(self) -> bool:
+        """Tell whether it has any number of values."""
+        return isinstance(self.default, list)
+
+
+class Settings(TypedDict):
+    """The settings a run records, in their order; `SETTINGS` reads the table off this class.
+
+    `statistics` is what recalibration settled when the run was created; runs in other modes have
+    none.
+    """
+
+    rule: Annotated[
+        str,
+        Setting(
+            help="Quadrature; simpson and trapezoid are refined.",
+            default="simpson",
+            shown_default="simpson",
+            choices=tuple(RULES),
+        ),
+    ]
+    tolerance: Annotated[
+        float | str,
+        Setting(
+            help="Bound on |residual| per segment and loss, in units of loss, or such as 0.1%, of "
+            "the loss at the first checkpoint; inf never refines.",
+            default=1e-3,
+            shown_default="1e-3; inf for bfloat16",
+            metavar="NUMBER|SHARE%",
+            normalise=_as_tolerance,
+        ),
+    ]
+    allocation_tolerance: Annotated[
+        float | str,
+        Setting(
+            help="Bound on the allocation's own error, Σ|A − A*|, given alike.",
+            default="inf",
+            shown_default="inf",
+            metavar="NUMBER|SHARE%",
+            normalise=_as_tolerance,
+        ),
+    ]
+    keep: Annotated[
+        str,
+        Setting(
+            help="What to store.", default="parameters", shown_default="parameters", choices=KEEP
+        ),
+    ]
+    batch_size: Annotated[
+        int | None,
+        Setting(
+            help="Examples per batch.",
+            shown_default="chosen from shapes",
+            type=int,
+            normalise=_as_batch_size,
+        ),
+    ]
+    device: Annotated[
+        str | None,
+        Setting(
+            help="Where to compute.",
+            shown_default="auto: cuda, else cpu",
+            choices=("cuda", "cpu"),
+            automatic=True,
+        ),
+    ]
+    precision: Annotated[
+        str,
+        Setting(
+            help="Of forward and backward passes; its error is measured.",
+            default="float32",
+            shown_default="float32",
+            choices=tuple(PRECISIONS),
+        ),
+    ]
+    norm_stats: Annotated[
+        str,
+        Setting(
+            help="Statistics of normalisation layers: stored, of each batch, or recomputed at each "
+            "checkpoint.",
+            default="running",
+            shown_default="running",
+            choices=("running", "batch", "recalibrated"),
+        ),
+    ]
+    tensors: Annotated[
+        list[str],
+        Setting(
+            help="Keep only tensors that match, such as 'fc1.*' (repeatable); the others become "
+            "one remainder.",
+            default=[],
+            metavar="PATTERN",
+            normalise=_as_list,
+        ),
+    ]
+    subset: Annotated[
+        list[str],
+        Setting(
+            help="Use only some examples: A:B, I,J,K, or FRACTION@SEED drawn at random "
+            "(repeatable).",
+            default=[],
+            metavar="[SPLIT=]WHICH",
+            normalise=_as_list,
+        ),
+    ]
+    steps: Annotated[
+        str | None,
+        Setting(
+            help="Training steps, both ends included; every K-th checkpoint.",
+            metavar="A:B[:K]",
+        ),
+    ]
+    pattern: Annotated[
+        str | None,
+        Setting(help=r"Finds (?P<step>\d+) in names of checkpoints.", metavar="REGEX"),
+    ]
+    rename: Annotated[
+        list[str],
+        Setting(
+            help="Map tensor names; OLD is a regular expression; what is left without a name is "
+            "left out (repeatable).",
+            default=[],
+            metavar="OLD=NEW",
+            normalise=_as_list,
+        ),
+    ]
+    statistics: NotRequired[RecalibrationRecord]
+
+
+SETTINGS: dict[str, Setting] = {
+    name: entry
+    for name, hint in get_type_hints(Settings, include_extras=True).items()
+    for entry in get_args(hint)
+    if isinstance(entry, Setting)
+}
+DEFAULTS: dict[str, Value] = {name: setting.default for name, setting in SETTINGS.items()}
+
+
+def resolve(requested: Mapping[str, object], recorded: Settings | None) -> Settings:
+    """Return the settings that were asked for, over the recorded ones or the defaults; a recorded
+    setting is never changed.
+
+    Args:
+        requested: by name; None, "auto" or no values at all ask for nothing.
+        recorded: those of the run that is there already; None where there is none.
+
+    Raises:
+        InputError: where a setting is not one of its choices, or differs from what is recorded.
+    """
+    chosen = {name: _checked(name, value) for name, value in requested.items() if _is_asked(value)}
+    if recorded is not None:
+        _refuse_another(chosen, recorded)
+        return recorded
+    settings = cast("Settings", {**DEFAULTS, **chosen})
+    if "tolerance" not in chosen and not PRECISIONS[settings["precision"]].refined:
+        settings["tolerance"] = "inf"
+    return settings
+
+
+def on_device(settings: Settings, device: str | None) -> Settings:
+    """Return settings with the device they are for, once it is known.
+
+    Raises:
+        InputError: where the precision needs another device.
+    """
+    precision = settings["precision"]
+    if PRECISIONS[precision].needs_gpu and device != "cuda":
+        raise InputError(f"--precision {precision} needs a GPU. Use float32, or bfloat16.")
+    return {**settings, "device": device}
+
+
+def _is_asked(value: object) -> bool:
+    """Tell whether a value asks for something, and not for the default."""
+    return not (value is None or value == "auto" or (isinstance(value, list | tuple) and not value))
+
+
+def _checked(name: str, value: object) -> Value:
+    """Return what was asked for of a setting as it is recorded."""
+    if name not in SETTINGS:
+        raise InputError(f"{name} is not a setting of a run. Those are {', '.join(SETTINGS)}.")
+    setting = SETTINGS[name]
+    if setting.choices and value not in setting.choices:
+        raise InputError(f"{option_of(name)} {value!r} is not one of {', '.join(setting.choices)}.")
+    return setting.normalise(name, value)
+
+
+def _refuse_another(chosen: Mapping[str, Value], recorded: Mapping[str, object]) -> None:
+    """Refuse settings that differ from those a run was made with."""
+    other = [name for name, value in chosen.items() if recorded[name] != value]
+    if other:
+        before = " ".join(_shown(name, recorded[name]) for name in other)
+        asked_for = " ".join(_shown(name, chosen[name]) for name in other)
+        raise InputError(
+            f"this run was made with {before}, not {asked_for}. Leave "
+            f"{' and '.join(map(option_of, other))} out to go on with it, "
+            "or write another run with --out."
+        )
+
+
+def _shown(name: str, value: object) -> str:
+    option = option_of(name)
+    if isinstance(value, list):
+        return " ".join(f"{option} {item}" for item in value) or f"no {option}"
+    return f"no {option}" if value is None else f"{option} {value}"

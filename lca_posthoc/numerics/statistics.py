@@ -1,0 +1,280 @@
+"""Statistics of the allocations of a span: sums, counts, a histogram, units, per-parameter totals.
+No disk, no plots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoints.trajectory import TensorSpec
+from .allocation import SegmentAllocation, blocks, sums_over
+from .schema import (
+    BINS,
+    MAGNITUDES,
+    MAY_BE_NAN,
+    OF_MOTION,
+    PER_GROUP,
+    SIGNED,
+    STEP_FIELDS,
+    TENSOR_FIELDS,
+    TreeSum,
+)
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def histogram(values: Tensor) -> Tensor:
+    """Count finite float32 values per bin and row, from the top bits of their patterns; exact zeros
+    are left out.
+
+    Args:
+        values: (rows, n).
+
+    Returns:
+        (rows, BINS), int64.
+    """
+    rows, pattern = values.shape[0], values.view(torch.int32)
+    top = (pattern >> 22) & 0x3FF
+    top += 1024 * torch.arange(rows, dtype=torch.int32, device=values.device)[:, None]
+    counts = torch.bincount(top.reshape(-1), minlength=1024 * rows).reshape(rows, 1024)
+    positive, negative = counts[:, :MAGNITUDES], counts[:, 512 : 512 + MAGNITUDES]
+    positive[:, 0] -= count(pattern == 0)
+    negative[:, 0] -= count(pattern == -(2**31))
+    return torch.cat([negative.flip(1), positive], 1)
+
+
+def count(mask: Tensor) -> Tensor:
+    """Count the true values in each row; summed as float32, which is several times faster and exact
+    below 2²⁴.
+    """
+    return mask.float().sum(1).long() if mask.shape[1] < 2**24 else mask.sum(1)
+
+
+def unit_sums(values: Tensor, axis: int | None) -> Tensor:
+    """Sum over all axes but those of groups and units; a scalar is one unit.
+
+    Args:
+        values: (groups, *shape).
+        axis: of the units, within the shape; None for a scalar.
+    """
+    if axis is None:
+        return values.reshape(-1, 1)
+    others = [dim for dim in range(1, values.dim()) if dim != axis + 1]
+    return values.sum(dim=others) if others else values
+
+
+class _Running:
+    """Per-parameter totals of one tensor, segment by segment."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self._sum = TreeSum[Tensor]()
+        self._helping, self._hurting = torch.zeros((2, *shape), dtype=torch.int32, device=device)
+        self._turns = torch.zeros((len(SIGNED), *shape), dtype=torch.int32, device=device)
+        self._sign, self._first, self._last = torch.zeros(
+            (3, len(SIGNED), *shape), dtype=torch.int8, device=device
+        )
+
+    def add(self, motion: Tensor, gradient: Tensor, exact: Tensor, stored: Tensor) -> None:
+        """Add the next segment; signs are numbers of one byte, with which to compute is faster than
+        to compare and choose.
+        """
+        self._sum.add(exact)
+        sign = self._sign
+        for row, values in zip(sign, (motion, gradient, stored), strict=True):
+            row.copy_(values.sign())
+        moved = sign * sign
+        self._turns -= (self._last * sign) >> 7  # −1 where it is negative
+        self._first += sign * (1 - self._first * self._first)
+        self._last += sign - self._last * moved
+        negative = sign[-1] >> 7
+        self._helping -= negative
+        self._hurting += sign[-1] - negative
+
+    def arrays(self) -> Arrays:
+        totals = {
+            "allocated": self._sum.value(),
+            "helping": self._helping,
+            "hurting": self._hurting,
+        }
+        for row, name in enumerate(SIGNED):
+            totals |= {
+                f"{name}_turns": self._turns[row],
+                f"{name}_first": self._first[row],
+                f"{name}_last": self._last[row],
+            }
+        return {name: values.cpu().numpy() for name, values in totals.items()}
+
+
+class SpanStatistics:
+    """The segments of one span for one loss, gathered as the arrays a run stores.
+
+    A loss with groups has an axis of groups behind that of segments; its totals are those of its
+    weighted mean over the groups, the loss of the whole split. Groups may be added in blocks, one
+    after the other, each over all segments.
+
+    Args:
+        table: the allocated tensors that are stored; the allocation of the others is the remainder.
+        length: segments in the span.
+        keep: "parameters", "units" or "tensors".
+        device: where allocations are.
+        groups: their number; None for a loss without groups.
+    """
+
+    def __init__(
+        self,
+        table: Sequence[TensorSpec],
+        length: int,
+        keep: str,
+        device: torch.device,
+        groups: int | None = None,
+    ) -> None:
+        self._table, self._length, self._keep, self._groups = table, length, keep, groups
+        self.steps: Arrays = {
+            name: np.full(
+                (length, *self._axis(name in PER_GROUP)), np.nan if name in MAY_BE_NAN else 0, dtype
+            )
+            for name, dtype in STEP_FIELDS.items()
+        }
+        self.tensors: Arrays = {
+            name: np.zeros((length, *self._axis(name not in OF_MOTION), len(table)), dtype)
+            for name, dtype in TENSOR_FIELDS.items()
+        }
+        self.histogram: Arrays = {
+            "count": np.zeros((length, *self._axis(), BINS), "int64"),
+            "zero": np.zeros((length, *self._axis()), "int64"),
+        }
+        self._unreached: list[frozenset[str]] = [frozenset(spec.name for spec in table)] * length
+        self._running = {spec.name: _Running(spec.shape, device) for spec in table}
+        self._pooled: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(length)]
+        self.begin(range(groups or 1))
+
+    def _axis(self, grouped: bool = True) -> tuple[int, ...]:
+        return (self._groups,) if grouped and self._groups is not None else ()
+
+    def begin(self, block: range) -> None:
+        """Allocate the large arrays of a block of groups; those of the block before are
+        released.
+        """
+        self.block = block
+        rows = () if self._groups is None else (len(block),)
+        self.allocation: Arrays = {}
+        self.units: Arrays = {}
+        for spec in self._table:
+            if self._keep == "parameters":
+                self.allocation[spec.name] = np.zeros((self._length, *rows, *spec.shape), "float32")
+            if self._keep in ("parameters", "units"):
+                units = 1 if spec.unit_axis is None else spec.shape[spec.unit_axis]
+                self.units[spec.name] = np.zeros((self._length, *rows, units), "float32")
+
+    def _of_block(self, column: np.ndarray[Any, Any], row: int) -> np.ndarray[Any, Any]:
+        """Return the block's part of one segment of an array, with an axis of groups also where
+        there are none.
+        """
+        return (
+            column[row : row + 1]
+            if self._groups is None
+            else column[row, self.block.start : self.block.stop]
+        )
+
+    def add(self, row: int, segment: SegmentAllocation) -> None:
+        """Add the block's part of the segment at position `row` of the span."""
+        names = {spec.name for spec in self._table}
+        others = {name: values for name, values in segment.allocation.items() if name not in names}
+        remainder = sums_over(others, segment.motion) if others else 0.0
+        before = self.steps["converged"][row]
+        for name, column in self.steps.items():
+            if name in PER_GROUP:
+                value = remainder if name == "remainder" else getattr(segment, name)
+                self._of_block(column, row)[:] = value
+            elif name not in MAY_BE_NAN:
+                column[row] = getattr(segment, name)
+        if self.block.start:  # a segment has converged where it has in every block
+            self.steps["converged"][row] &= before
+        self._unreached[row] &= segment.unreached
+        for position, spec in enumerate(self._table):
+            self._add_tensor(row, position, spec, segment)
+
+    def _add_tensor(
+        self, index: int, position: int, spec: TensorSpec, segment: SegmentAllocation
+    ) -> None:
+        motion = segment.motion[spec.name]
+        shape = (len(self.block), motion.numel())
+        exact, gradient = (
+            segment.allocation[spec.name].reshape(shape),
+            segment.mean_gradient[spec.name].reshape(shape),
+        )
+        stored = torch.empty(shape, dtype=torch.float32, device=exact.device)
+        sums = {
+            name: torch.zeros(shape[0], dtype=torch.float64, device=exact.device)
+            for name in ("allocated", "gradient")
+        }
+        bins = torch.zeros((shape[0], BINS), dtype=torch.int64, device=exact.device)
+        for row, column in blocks(*shape):
+            part = stored[row, column].copy_(exact[row, column])
+            sums["allocated"][row] += exact[row, column].sum(1)
+            sums["gradient"][row] += gradient[row, column].abs().sum(1)
+            bins[row] += histogram(part)
+        counts = {"helping": bins[:, : BINS // 2].sum(1), "hurting": bins[:, BINS // 2 :].sum(1)}
+        for name, values in {**sums, **counts}.items():
+            self._of_block(self.tensors[name], index)[:, position] = values.cpu().numpy()
+        self.tensors["motion"][index, position] = motion.abs().sum().item()
+        if spec.kind == "parameter":
+            self._of_block(self.histogram["count"], index)[:] += bins.cpu().numpy()
+            zero = shape[1] - counts["helping"] - counts["hurting"]
+            self._of_block(self.histogram["zero"], index)[:] += zero.cpu().numpy()
+        if spec.name in self.allocation:
+            place = self.allocation[spec.name]
+            place[index] = stored.reshape(place.shape[1:]).cpu().numpy()
+        if spec.name in self.units:
+            place = self.units[spec.name]
+            units = unit_sums(exact.reshape(len(self.block), *spec.shape), spec.unit_axis)
+            place[index] = units.float().reshape(place.shape[1:]).cpu().numpy()
+        self._pool(index, spec, motion, exact, gradient, segment.weight)
+
+    def _pool(
+        self,
+        index: int,
+        spec: TensorSpec,
+        motion: Tensor,
+        exact: Tensor,
+        gradient: Tensor,
+        weight: float | np.ndarray[Any, Any],
+    ) -> None:
+        """Add to the weighted mean over the groups; after the last block it is added to the
+        totals.
+        """
+        pooled = self._pooled[index]
+        if self._groups is not None:
+            weights = torch.as_tensor(weight, device=exact.device)
+            before = pooled.pop(spec.name, (0.0, 0.0))
+            exact, gradient = weights @ exact + before[0], weights @ gradient + before[1]
+            if self.block.stop < self._groups:
+                pooled[spec.name] = (exact, gradient)
+                return
+            whole = float(self.steps["weight"][index].sum())
+            exact, gradient = exact / whole, gradient / whole
+        exact, gradient = exact.reshape(spec.shape), gradient.reshape(spec.shape)
+        self._running[spec.name].add(motion, gradient, exact, exact.float())
+
+    @property
+    def moved_unused(self) -> set[str]:
+        """The tensors that moved while the loss of no group depended on them: parameters
+        throughout, buffers on a segment.
+        """
+        throughout = frozenset.intersection(*self._unreached)
+        return {
+            spec.name
+            for position, spec in enumerate(self._table)
+            for row, unreached in enumerate(self._unreached)
+            if spec.name in (unreached if spec.kind == "buffer" else throughout)
+            and self.tensors["motion"][row, position] > 0
+        }
+
+    def totals(self) -> dict[str, Arrays]:
+        """Return the per-parameter totals over the span, by tensor."""
+        return {name: running.arrays() for name, running in self._running.items()}

@@ -1,0 +1,488 @@
+"""Save every iterate of a training run, while it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+import warnings
+import weakref
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..base.locks import DirectoryLock
+from ..base.text import count
+from ..checkpoints.paths import here, nearest
+from ..checkpoints.trajectory import reserved
+from ..errors import InputError, LCAError, ResourceError, amount, few
+from .optimizer_guard import Takeover, trains
+from .outermost import Outermost, Told, can_follow
+from .staging import Contents, Layout, Stager, refuse_flattened
+from .writer import Writer, step_of
+
+
+class Recorder:
+    """Save a model's parameters and persistent buffers, one safetensors file per optimiser step.
+
+    `save` copies them into memory and returns; a thread writes them under a temporary name and
+    renames, so that a file that is there is whole, also when training is killed. At most three
+    iterates, or 64 MiB, wait in memory; a disk that is slower than training slows it down, and
+    nothing is left out. Once a second, and at `flush` and `close`, files are flushed to the disk: a
+    power failure may damage those of the last second. What cannot be written is an error of the
+    next `save`, `flush` or `close`.
+
+    Where several processes train together (`torch.distributed`), all make a recorder and the first
+    one writes.
+
+    Args:
+        directory: created with the first iterate; gets `step_00000000.safetensors` and so on. A
+            directory that holds iterates is continued: a step it has already must have the same
+            weights, and its file stays as it is.
+        model: the module that is being trained; tied tensors are written once, under their first
+            name. Keep it in float32 (under `torch.autocast` it is): most of the motion is lost in
+            fewer bits.
+        every: only steps that are multiples of it.
+        steps: only these.
+        until: only steps up to this one.
+        frozen: True to write parameters that have no gradient when recording begins too. Buffers
+            are always written.
+        on_full: "stop" raises an error where the disk is full; "pause" lets training go on and
+            leaves iterates out, with a warning, until there is space.
+
+    Raises:
+        InputError: where an argument is not as described.
+        ResourceError: where `steps` or `until` tell how many iterates will come and there is no
+            space for them.
+
+    ```python
+    with Recorder("checkpoints", model) as recorder:
+        recorder.attach(optimizer)             # the initial weights, and every step from here on
+        train()
+    ```
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        model: nn.Module,
+        *,
+        every: int = 1,
+        steps: Collection[int] | None = None,
+        until: int | None = None,
+        frozen: bool = True,
+        on_full: Literal["stop", "pause"] = "stop",
+    ) -> None:
+        _refuse_arguments(model, every, steps, until, on_full)
+        self.directory = here(
+            directory, "iterates are written to this machine's file systems. Name a directory."
+        ).expanduser()
+        self._model = model
+        self._every, self._until = every, until
+        self._steps = None if steps is None else frozenset(steps)
+        self._frozen = bool(frozen)
+        self._pauses = on_full == "pause"
+        self._last = -1
+        self._attached: list[Callable[[], object]] = []  # what detaches
+        self._series: _Series | None = None
+        self._closed = False
+        # of the attached optimisers; whether the last one is to be saved yet
+        self._step, self._is_due = 0, False
+        self._buffers: dict[str, Tensor] = {}  # of a step that is over at a time which is not seen
+        if until is not None or self._steps is not None:
+            self.require_space(until if until is not None else max(self._steps or (), default=0))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except Exception as error:
+            if value is None:
+                raise
+            if error is not value:
+                value.add_note(f"the recorder, too: {error}")
+
+    @property
+    def left_out(self) -> list[int]:
+        """Return the steps that were left out for lack of space, under `on_full="pause"`."""
+        return [] if self._series is None else self._series.left_out
+
+    def attach(self, *optimizers: torch.optim.Optimizer, step: int = 0) -> Self:
+        """Save the model as it is now, and from here on after every step of the optimisers, in any
+        loop.
+
+        Gradient accumulation counts once; a step that `torch.amp.GradScaler` skips does not count.
+        Steps of several optimisers are counted together. Where something wraps an optimiser
+        (Lookahead, SAM, accelerate's), give the wrapper or the optimiser inside: the model is saved
+        once the outermost of them is done with the step.
+
+        Args:
+            optimizers: those that train the model; a wrapper has `step`, `zero_grad` and
+                `param_groups`.
+            step: the number of optimiser steps before this call, where training is resumed.
+
+        Raises:
+            InputError: where an optimiser does not train the model, or one is attached already;
+                further as `save`.
+        """
+        self._refuse_optimizers(optimizers)
+        self.save(step)
+        self._step = step
+        takeover = Takeover(self._model, optimizers)
+        outermost = Outermost(
+            Told(self._made_step, self._hold_buffers, self._save_step), takeover, optimizers
+        )
+        self._attached = [
+            weakref.finalize(self, takeover.end),
+            # the optimisers keep it alive, and it keeps this recorder alive
+            functools.partial(_end, weakref.ref(outermost)),
+        ]
+        return self
+
+    def _refuse_optimizers(self, optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
+        if not optimizers or not all(map(can_follow, optimizers)):
+            names = ", ".join(type(optimizer).__name__ for optimizer in optimizers) or "nothing"
+            raise InputError(
+                f"attach was given {names}; it takes the optimisers, as attach(first, second), or "
+                f"what wraps them and has step, zero_grad "
+                "and param_groups. For anything else save by hand: recorder.save(0), then "
+                "recorder.save(step) after each step."
+            )
+        if self._attached:
+            raise InputError(
+                "this recorder is attached already. Give all optimisers at once: "
+                "attach(first, second)."
+            )
+        if not all(trains(optimizer, self._model) for optimizer in optimizers):
+            raise InputError(
+                "the optimiser has none of the model's parameters. Give the recorder the very "
+                "model that is trained, and attach once "
+                "model and optimiser are made."
+            )
+
+    def _made_step(self) -> None:
+        # whatever happens to this one, an interrupt perhaps, the next has its own number
+        self._step += 1
+        self._is_due = True
+
+    def _hold_buffers(self) -> None:
+        """Copy the buffers now, before a forward pass moves them; the weights follow once the step
+        is over.
+        """
+        if self._is_due and self._series is not None and self._is_wanted(self._step):
+            self._buffers = self._series.copied_buffers()
+
+    def _save_step(self) -> None:
+        """Save the step that is not saved yet, if there is one."""
+        if self._is_due:
+            self._is_due = False
+            buffers, self._buffers = self._buffers, {}
+            self._save(self._step, buffers)
+
+    def save(self, step: int) -> None:
+        """Save the model as it is now as the iterate of `step`, where it is one of those to be
+        recorded.
+
+        Raises:
+            InputError: where the step does not come after the one before, the model's tensors have
+                changed, or the directory holds another iterate of an earlier step.
+            ResourceError: where an earlier iterate could not be written, or another process records
+                into the directory.
+        """
+        if self._closed:
+            raise InputError(
+                "this recorder is closed. Make another one, which goes on with the directory."
+            )
+        self._save_step()
+        self._save(step, {})
+
+    def _save(self, step: int, buffers: dict[str, Tensor]) -> None:
+        if not _is_step(step) or step <= self._last:
+            before = (
+                f"after step {self._last}" if self._last >= 0 else "from 0, the initial weights"
+            )
+            by_itself = "; an attached recorder saves by itself" if self._attached else ""
+            raise InputError(
+                f"step {step!r} cannot be saved: optimiser steps are counted upwards, "
+                f"{before}{by_itself}."
+            )
+        if self._is_wanted(step):
+            if self._series is None:
+                self._series = _Series(
+                    self.directory, self._model, self._frozen, self._pauses, self._every
+                )
+                weakref.finalize(self, self._series.finish)
+                self._series.warn_of_gap(step, self._is_wanted)
+            self._series.save(step, buffers)
+        elif self._series is not None:
+            self._series.check()
+        self._last = step
+
+    def flush(self) -> None:
+        """Wait until every iterate saved so far is on the disk: before a checkpoint that training
+        may be resumed from.
+
+        Raises:
+            ResourceError, InputError: as `save`.
+        """
+        self._save_step()
+        if self._series is not None:
+            self._series.flush()
+
+    def close(self) -> None:
+        """Detach from the optimisers, then `flush`; the end of a `with` block does so, and at the
+        latest the exit of Python.
+
+        Raises:
+            ResourceError, InputError: as `save`.
+        """
+        for detach in self._attached:
+            detach()
+        self._attached = []
+        self._closed = True
+        try:
+            self._save_step()
+        finally:
+            if self._series is not None:
+                self._series.close()
+
+    def require_space(self, until: int) -> None:
+        """Refuse to record up to a step for which there is no space; where recording pauses on a
+        full disk, warn.
+
+        Raises:
+            ResourceError: with the space needed and the space free.
+        """
+        size = Layout(Contents(self._model, self._frozen).tensors()).bytes
+        place = nearest(self.directory.absolute())
+        first = 1 + max(self._last, _highest(self.directory) if self.directory.exists() else -1)
+        last = until if self._until is None else min(until, self._until)
+        if self._steps is None:
+            iterates = max(0, last // self._every - (first - 1) // self._every)
+        else:
+            iterates = sum(first <= step <= last and self._is_wanted(step) for step in self._steps)
+        needed, free = iterates * size, shutil.disk_usage(place).free
+        if needed > free and _writes():
+            text = (
+                f"{count(iterates, 'iterate')} of {amount(size)} take{'s' * (iterates == 1)} "
+                f"{amount(needed)}, and {place} "
+                f"has {amount(free)} free. Record fewer "
+                "(every=, steps=, until=) or elsewhere."
+            )
+            if not self._pauses:
+                raise ResourceError(text)
+            warnings.warn(text, stacklevel=2)
+
+    def _is_wanted(self, step: int) -> bool:
+        return (
+            step % self._every == 0
+            and (self._steps is None or step in self._steps)
+            and (self._until is None or step <= self._until)
+        )
+
+
+def _refuse_arguments(
+    model: nn.Module, every: int, steps: Collection[int] | None, until: int | None, on_full: str
+) -> None:
+    """Refuse arguments of a recorder that are not as described."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model is a {type(model).__name__}, not an nn.Module.")
+    if not _is_step(every) or every < 1:
+        raise InputError(f"every={every}: record every step (1), every second (2), and so on.")
+    if steps is not None and not (isinstance(steps, Collection) and all(map(_is_step, steps))):
+        raise InputError(f"steps={steps!r}: name optimiser steps, whole numbers from 0.")
+    if until is not None and not _is_step(until):
+        raise InputError(f"until={until!r}: name an optimiser step, a whole number from 0.")
+    if on_full not in ("stop", "pause"):
+        raise InputError(f"on_full={on_full!r}: choose 'stop' or 'pause'.")
+
+
+def _locked(directory: Path) -> DirectoryLock:
+    """Make a directory that no other recorder writes into, and remove what a killed process left
+    there.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(
+            f"{directory} cannot be made a directory: {error.strerror}. Record elsewhere."
+        ) from error
+    try:
+        lock = DirectoryLock(directory)
+    except BlockingIOError:
+        raise ResourceError(
+            f"another recorder writes into {directory}. Close it, or record into another "
+            f"directory; where several processes train "
+            "together, make the recorder after torch.distributed.init_process_group."
+        ) from None
+    # of a process that was killed
+    for path in directory.glob(".step_*.safetensors.*.tmp") if lock.locked else ():
+        path.unlink()
+    return lock
+
+
+class _Series:
+    """The files of one directory, from the first iterate on; a process that does not write only
+    helps to gather the tensors.
+    """
+
+    def __init__(
+        self, directory: Path, model: nn.Module, frozen: bool, pauses: bool, every: int
+    ) -> None:
+        refuse_flattened(model)
+        self._contents = Contents(model, frozen)
+        self._said_moved = False
+        self._writer: Writer | None = None
+        self._lock: DirectoryLock | None = None
+        self._before = -1
+        tensors = self._contents.tensors()
+        if not _writes():
+            return
+        self._refuse_reserved()
+        self._layout = Layout(tensors, every)
+        self._warn_of_contents(len(tensors))
+        self._stager = Stager(self._layout)
+        self._lock = _locked(directory)
+        self._before = _highest(directory)
+        self._writer = Writer(directory, self._layout, self._before, pauses)
+
+    def _refuse_reserved(self) -> None:
+        for name in reserved(self._contents.allocated):
+            raise InputError(
+                f"the model has a tensor called {name!r}, a name that results have for a "
+                f"dimension: `lca run` could not allocate to it. "
+                "Rename it in the model before you train; a count may keep the name as an integer."
+            )
+
+    def _warn_of_contents(self, tensors: int) -> None:
+        """Warn of what is not recorded, and of weights in which little of the motion shows."""
+        if self._contents.unwritten:
+            entries = ", ".join(
+                f"{name!r} (a {kind})" for name, kind in self._contents.unwritten.items()
+            )
+            warnings.warn(
+                f"the model's state dict holds {entries}: no tensor of numbers, so that it is not "
+                f"recorded. A "
+                "replay has it as the task's model builds it.",
+                stacklevel=6,
+            )
+        if self._layout.half_precision:
+            warnings.warn(
+                f"{self._layout.half_precision[0]} has fewer than 32 bits a number, as "
+                f"{len(self._layout.half_precision)} of "
+                f"{count(tensors, 'tensor')}: a step smaller than its spacing is lost, and "
+                f"most of them are. Keep the "
+                "weights in float32 and "
+                "train under torch.autocast.",
+                stacklevel=6,
+            )
+
+    def warn_of_gap(self, step: int, is_wanted: Callable[[int], bool]) -> None:
+        """Warn where iterates are missing between those of the directory and the first one now."""
+        if self._before < 0:
+            return
+        missing = [number for number in range(self._before + 1, step) if is_wanted(number)]
+        if missing:
+            warnings.warn(
+                f"the directory ends at step {self._before} and is gone on with at step {step}: "
+                f"the {len(missing)} between are missing, "
+                "and the segment across them is a long one",
+                stacklevel=5,
+            )
+
+    @property
+    def left_out(self) -> list[int]:
+        return [] if self._writer is None else list(self._writer.left_out)
+
+    def copied_buffers(self) -> dict[str, Tensor]:
+        return self._contents.copied_buffers()
+
+    def save(self, step: int, buffers: Mapping[str, Tensor]) -> None:
+        self.check()
+        tensors = {**self._contents.tensors(), **buffers}
+        if self._writer is not None:
+            self._layout.check(tensors)
+            staging = self._writer.buffer()
+            try:
+                self._stager.stage(tensors, staging)
+            except BaseException:
+                self._writer.give_back(staging)
+                raise
+            self._writer.write(step, staging)
+
+    def check(self) -> None:
+        if self._writer is not None:
+            self._writer.check()
+
+    def flush(self) -> None:
+        self._warn_of_moved()
+        if self._writer is not None:
+            self._writer.flush()
+
+    def _warn_of_moved(self) -> None:
+        """Warn once of parameters that move without a gradient and are in no file."""
+        moved = [] if self._writer is None or self._said_moved else self._contents.moved_unwritten()
+        if moved:
+            self._said_moved = True
+            warnings.warn(
+                f"parameter {few([*map(repr, moved)], 1)} moved although frozen (as the average of a "
+                "teacher does), and is in no file, since frozen=False leaves frozen parameters "
+                "out: a replay would not see it move. "
+                "Record again with frozen=True.",
+                stacklevel=4,
+            )
+
+    def finish(self) -> None:
+        """Close where the user did not, without raising an error a second time."""
+        if self._writer is not None and self._writer.raised:
+            with contextlib.suppress(LCAError):
+                self.close()
+        else:
+            self.close()
+
+    def close(self) -> None:
+        lock, self._lock = self._lock, None
+        if self._writer is not None and lock is not None:
+            self._warn_of_moved()
+            try:
+                self._writer.close()
+            finally:
+                lock.release()
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _writes() -> bool:
+    """Tell whether this process is the one that writes."""
+    distributed = torch.distributed
+    return (
+        not (distributed.is_available() and distributed.is_initialized())
+        or distributed.get_rank() == 0
+    )
+
+
+def _end(outermost: weakref.ref[Outermost]) -> None:
+    """Stop following the optimisers, where they still exist."""
+    if (following := outermost()) is not None:
+        following.end()
+
+
+def _highest(directory: Path) -> int:
+    """Return the last step that has a file; −1 where there is none."""
+    return max(
+        (step for path in directory.iterdir() if (step := step_of(path.name)) is not None),
+        default=-1,
+    )

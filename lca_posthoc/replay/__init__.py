@@ -1,0 +1,1 @@
+"""The main job: preparation, requests to workers, resume, events, plan."""

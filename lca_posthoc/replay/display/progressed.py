@@ -1,0 +1,72 @@
+"""The progress of a replay in numbers, and in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...base.text import count
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people read them."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+@dataclass(kw_only=True)
+class Progressed:
+    """The progress of a replay: `done` of `total` segments (with two losses each counts twice),
+    `before` of them when it began.
+    """
+
+    total: int = 0
+    before: int = 0
+    done: int = 0
+    underway: float = 0.0
+    spans: int = 0
+    spans_done: int = 0
+    workers: int = 0
+    worst_residual: float = 0.0
+    began: float = 0.0
+    retried: int = 0
+    failed: int = 0
+
+    @property
+    def reached(self) -> float:
+        """Return the segments done, with those that spans underway report."""
+        return min(float(self.total), self.done + self.underway)
+
+    def rate(self, now: float) -> float | None:
+        """Return segments per second since work began; spans end in bunches, which would make a
+        moving rate jump.
+        """
+        seconds, segments = now - self.began, self.reached - self.before
+        return segments / seconds if seconds > 0 and segments > 0 else None
+
+    def seconds_left(self, now: float) -> float | None:
+        """Return the time left at that rate."""
+        rate = self.rate(now)
+        return None if rate is None else (self.total - self.reached) / rate
+
+    @property
+    def trouble(self) -> str:
+        """Return how many spans were tried again or failed, in words."""
+        counts = (("retried", self.retried), ("failed", self.failed))
+        return "".join(f" · {count} {what}" for what, count in counts if count)
+
+    def line(self, now: float) -> str:
+        """Return all of it in one line."""
+        rate, remaining = self.rate(now), self.seconds_left(now)
+        workers = count(self.workers, "worker")
+        speed = f"{rate:.3g} segments/s on {workers}" if rate is not None else workers
+        rest = (
+            f"about {duration(remaining)} left"
+            if remaining is not None
+            else f"after {duration(now - self.began)}"
+        )
+        return (
+            f"{int(self.reached):,} of {count(self.total, 'segment')} · worst residual "
+            f"{self.worst_residual:.1e}{self.trouble} · "
+            f"{speed} · {rest}"
+        )

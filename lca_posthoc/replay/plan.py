@@ -1,0 +1,287 @@
+"""The costs of a run, or of a recording: evaluations, time from a few timed batches, bytes against
+free space.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from ..checkpoints.headers import read_header
+from ..checkpoints.paths import is_remote, located, nearest
+from ..checkpoints.trajectory import Trajectory, open_trajectory
+from ..cluster import ClusterConfig, local_workers, open_cluster, visible_device
+from ..errors import InputError, amount
+from ..numerics.objective import new_model
+from ..numerics.quadrature import RULES
+from ..numerics.schema import KEEP
+from ..numerics.settings import Settings, on_device, resolve
+from ..recording import Recorder
+from ..results import LossRecord, Manifest, estimated_bytes
+from ..tasks.task import Task, loaded, pack
+from .prepare import Preparation, prepare, unwrapped
+from .requests import Costs, CostsRequest, answered, to_plain
+from .run import default_out
+from .worker import SAMPLED, measure
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_TRIED = 5  # iterates that are written to see how long one takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossPlan:
+    """One loss: what it is over, its batches, gradient evaluations without refinement, seconds of
+    one and of all on one worker.
+
+    `fastest_batch_size` of those tried took the least time, `largest_batch_size` is the largest
+    that fits in memory; `bytes` are an estimate after compression, under each level of `--keep`.
+    """
+
+    examples: int
+    groups: int
+    batch_size: int
+    fastest_batch_size: int
+    largest_batch_size: int
+    evaluations: int
+    seconds_per_evaluation: float
+    seconds: float
+    bytes: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The costs `lca plan` prints.
+
+    `seconds` is what all losses together take on one worker, which is less than their sum where
+    they share passes; `bytes` are the sizes of the result's files after compression, estimated from
+    one segment and a batch of each loss, for all losses together; `memory` is what a worker holds.
+    """
+
+    segments: int
+    parameters: int
+    device: str
+    workers: int
+    losses: dict[str, LossPlan]
+    seconds: float
+    bytes: dict[str, int]
+    free: int
+    memory: float
+    notes: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordingPlan:
+    """The costs of saving every iterate of a training, the initial weights included.
+
+    `bytes_each` and `seconds_each` are of one iterate, the latter as measured on this disk,
+    flushing included; `every` is the least that makes them fit into the bytes that are `free` (0:
+    not even two do).
+    """
+
+    iterates: int
+    parameters: int
+    tensors: int
+    bytes_each: int
+    bytes: int
+    free: int
+    every: int
+    seconds_each: float
+
+
+def plan_recording(directory: str | Path, task: str | Path | Task, steps: int) -> RecordingPlan:
+    """Say before a training what recording it would take, from the task's model and a few files
+    written and removed again.
+
+    Args:
+        directory: where the iterates would go; tells whose space and speed count.
+        task: as for `run`.
+        steps: optimiser steps of the training.
+
+    Raises:
+        InputError: where the steps are fewer than one, or the task has no model that could be
+            saved.
+        ResourceError: where not even a few iterates can be written.
+    """
+    if steps < 1:
+        raise InputError(f"--recording must be 1 or more optimiser steps, got {steps}.")
+    place = nearest(Path(directory).resolve())
+    model = new_model(loaded(task))
+    with (
+        tempfile.TemporaryDirectory(prefix=".lca-plan-", dir=place) as folder,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # half precision is said when recording
+        seconds = _record_a_few(Path(folder), model)
+        size, *_ = {file.stat().st_size for file in Path(folder).iterdir()}
+        header = read_header(next(Path(folder).iterdir()))
+    free = psutil.disk_usage(str(place)).free
+    room = free // size
+    return RecordingPlan(
+        iterates=steps + 1,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        tensors=len(header.tensors),
+        bytes_each=size,
+        bytes=(steps + 1) * size,
+        free=free,
+        every=steps // room + 1 if room >= 2 else 0,
+        seconds_each=seconds,
+    )
+
+
+def _record_a_few(folder: Path, model: nn.Module) -> float:
+    """Return the seconds one iterate takes, from a few that are written into a folder."""
+    with Recorder(folder, model) as recorder:
+        recorder.save(0)
+        recorder.flush()
+        started = time.perf_counter()
+        for step in range(1, _TRIED + 1):
+            recorder.save(step)
+        recorder.flush()
+    return (time.perf_counter() - started) / _TRIED
+
+
+def plan(
+    checkpoints: str | Path,
+    task: str | Path | Task,
+    *,
+    losses: Sequence[str] = (),
+    out: str | Path | None = None,
+    workers: int | None = None,
+    tell: Callable[[str], None] = lambda stage: None,
+    **requested: object,
+) -> Plan:
+    """Probe the task in this process and say what `run` with the same arguments would cost.
+
+    Args:
+        checkpoints: directory of safetensors iterates.
+        task: as for `run`.
+        losses: as for `run`.
+        out: where the run would go; tells whose free space counts.
+        workers: how many would share the work; by default as for `run`.
+        tell: called with a few words when a stage begins.
+        requested: settings as for `run`.
+
+    Raises:
+        InputError: for anything `run` would refuse before its first evaluation.
+    """
+    settings = resolve(requested, None)
+    device = settings["device"] or visible_device()
+    settings = on_device(settings, device)
+    tell("reading the headers of the checkpoints")
+    trajectory = open_trajectory(
+        checkpoints, pattern=settings["pattern"], rename=settings["rename"], steps=settings["steps"]
+    )
+    workers = workers or local_workers(device)
+    ready, costs = _measured(trajectory, task, list(losses), settings, workers, tell)
+    manifest, free = ready.manifest, _free(out, checkpoints)
+    stored = _stored(manifest, manifest.losses, costs)
+    of_losses = {name: _loss_plan(ready, name, costs) for name in manifest.losses}
+    return Plan(
+        segments=manifest.segments,
+        parameters=manifest.parameters,
+        device=device,
+        workers=workers,
+        losses=of_losses,
+        seconds=_seconds(manifest, costs, max(loss.evaluations for loss in of_losses.values())),
+        bytes=stored,
+        free=free,
+        memory=costs.memory,
+        notes=[*trajectory.notes, *ready.notes, *_shortages(ready, stored[manifest.keep], free)],
+    )
+
+
+def _measured(
+    trajectory: Trajectory,
+    task: str | Path | Task,
+    losses: list[str],
+    settings: Settings,
+    workers: int,
+    tell: Callable[[str], None],
+) -> tuple[Preparation, Costs]:
+    """Probe a task in this process, and time a few batches of it."""
+    entry, data = pack(task)
+    with open_cluster(ClusterConfig("inline"), settings["device"], threading.Event()) as cluster:
+        parcel = cluster.deliver(data)
+        tell("building the task, and probing it on a sample")
+        ready = prepare(cluster, trajectory, entry, parcel, losses, settings, workers=workers)
+        any_measured = next(iter(ready.manifest.losses.values())).measured
+        request = CostsRequest(
+            setup=ready.setup,
+            sample=ready.sample,
+            batch_sizes=ready.batch_sizes,
+            segments_of_window=ready.manifest.length_of(0),
+            measured=any_measured,
+        )
+        tell("timing a few batches")
+        answer = answered(CostsRequest, measure(to_plain(request)))
+        return ready, unwrapped(answer)
+
+
+def _stored(manifest: Manifest, losses: dict[str, LossRecord], costs: Costs) -> dict[str, int]:
+    """Return the bytes of some losses after compression under each level of `--keep`."""
+    return {keep: estimated_bytes(manifest, keep, losses, costs.compressed) for keep in KEEP}
+
+
+def _seconds(manifest: Manifest, costs: Costs, evaluations: int) -> float:
+    """Return what all losses together take on one worker.
+
+    Args:
+        manifest: of the run.
+        costs: as measured.
+        evaluations: of the loss that has the most.
+    """
+    measured_segments = sum(first < manifest.segments for first in SAMPLED)
+    evaluations_at_once = len(RULES[manifest.settings["rule"]].nodes)
+    return (
+        costs.together * evaluations
+        + costs.recalibrating * (manifest.segments + manifest.spans)
+        + costs.higher * evaluations_at_once * measured_segments
+    )
+
+
+def _free(out: str | Path | None, checkpoints: str | Path) -> int:
+    """Return the bytes that are free where the result would go."""
+    place = Path(out) if out is not None else _beside(checkpoints)
+    free: int = psutil.disk_usage(str(nearest(place.resolve().parent))).free
+    return free
+
+
+def _shortages(ready: Preparation, needed: float, free: int) -> Iterator[str]:
+    """Say which memory and space a run would lack."""
+    if ready.short_of:
+        yield ready.short_of
+    if needed > free:
+        yield f"the result will need about {amount(needed)}, and {amount(free)} are free there"
+
+
+def _beside(checkpoints: str | Path) -> Path:
+    """Return where the result would go; for remote checkpoints a directory here."""
+    return Path("run.lca") if is_remote(located(checkpoints)) else default_out(checkpoints)
+
+
+def _loss_plan(ready: Preparation, name: str, costs: Costs) -> LossPlan:
+    manifest, record, measured = ready.manifest, ready.manifest.losses[name], costs.losses[name]
+    rule = RULES[manifest.settings["rule"]]
+    per_segment = len(rule.nodes) - (1 if rule.has_start and rule.has_end else 0)
+    evaluations = per_segment * manifest.segments + (manifest.spans if rule.has_end else 0)
+    return LossPlan(
+        examples=record.examples,
+        groups=len(record.groups or []),
+        batch_size=record.batch_size,
+        fastest_batch_size=measured.fastest,
+        largest_batch_size=measured.largest,
+        evaluations=evaluations,
+        seconds_per_evaluation=measured.seconds,
+        seconds=evaluations * measured.seconds,
+        bytes=_stored(manifest, {name: record}, costs),
+    )

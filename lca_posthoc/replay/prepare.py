@@ -1,0 +1,547 @@
+"""The work before the first span: a task is described, matched with the trajectory and probed, and
+the run is laid out.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..base.text import count
+from ..checkpoints.paths import absolute, below
+from ..checkpoints.trajectory import Checkpoint, TensorSpec, Trajectory
+from ..cluster import Cluster, Crew, Done, Lost, Spec
+from ..errors import InputError, Interrupted, ResourceError, SpanError, few
+from ..numerics.precisions import PRECISIONS
+from ..numerics.quadrature import COMPOSITE, RULES
+from ..numerics.schema import in_units_of_loss, is_share
+from ..numerics.settings import Settings
+from ..results import LossRecord, Manifest, StoredTensor
+from ..results.keys import encode_all
+from ..tasks.task import Entry, digest, parse_subsets
+from .requests import (
+    Admission,
+    AdmissionRequest,
+    DescribeRequest,
+    Description,
+    Failure,
+    LossDescription,
+    ProbeAnswer,
+    ProbeRequest,
+    Question,
+    RunSettings,
+    Sample,
+    StoredPoints,
+    TaskSetup,
+    answered,
+    from_plain,
+    to_plain,
+)
+from .worker import admit, describe, probe, sampled, versions
+
+_SPAN_BYTES = 256 * 2**20
+_LONGEST_SPAN = 32
+_WINDOWS = 64
+_BEGUN = (
+    "A run that has begun keeps its tolerance and its precision: with others, write another run "
+    "with --out."
+)
+Answer = TypeVar("Answer")
+
+# checkpoints at which running statistics, which lag most early on, are looked at too
+_EARLY = (2, 4, 16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """A probed task on a trajectory.
+
+    Requests to workers are about the task as `setup` says; those that evaluate at a few checkpoints
+    take them from `sample`. `manifest` describes the run as it would be created now; `notes` are
+    worth telling. `short_of` says what memory there is too little of, if any.
+    """
+
+    setup: TaskSetup
+    sample: Sample
+    manifest: Manifest
+    notes: list[str]
+    short_of: str | None
+
+    @property
+    def batch_sizes(self) -> dict[str, int]:
+        """Return split → examples per batch."""
+        return {
+            record.on: record.batch_size
+            for record in self.manifest.losses.values()
+            if record.on is not None
+        }
+
+
+def prepare(
+    cluster: Cluster,
+    trajectory: Trajectory,
+    task: Entry,
+    parcel: str,
+    losses: list[str],
+    settings: Settings,
+    *,
+    existing: Manifest | None = None,
+    span: int | None = None,
+    workers: int | None = None,
+) -> Preparation:
+    """Describe and probe a task on one worker of the cluster, and lay out the run.
+
+    Args:
+        cluster: where to ask.
+        trajectory: the checkpoints.
+        task: where the task is.
+        parcel: the key of what was delivered of it.
+        losses: their names; empty for the first, `["all"]` for every one.
+        settings: complete.
+        existing: the run that is there already, whose batch sizes and keys hold.
+        span: segments per span; chosen where None.
+        workers: how many of this host will share the work; those of the cluster where None.
+
+    Raises:
+        InputError: for anything wrong with the task or its fit to the checkpoints.
+        ResourceError: where the worker died.
+        Interrupted: where the cluster drains.
+    """
+    setup = TaskSetup(
+        task=task,
+        parcel=parcel,
+        settings=RunSettings.of(settings),
+        losses=losses,
+        stored=sorted(trajectory.tensors),
+        digests={},
+    )
+    described = ask(cluster, describe, DescribeRequest(setup=setup))
+    _known_tensors(settings["tensors"], described.tensors)
+    if existing is None:
+        _known_splits(settings["subset"], described)
+    matched = _match(trajectory, described)
+    setup = replace(setup, losses=list(described.losses), digests=described.digests)
+    crew = cluster.crew()
+    span = span or choose_span(matched.segments, workers or crew.workers, matched.elements)
+    sample = Sample(
+        points=_sampled_points(
+            trajectory, matched.names, _looked_at_in_both_modes(matched.segments)
+        ),
+        ends=matched.segments,
+        workers=workers or crew.max_per_host,
+        span=existing.span if existing else span,
+    )
+    recorded = existing.losses if existing else {}
+    probed = ask(cluster, probe, _probe_request(setup, sample, matched, recorded))
+    if probed.statistics is not None:
+        settings = {**settings, "statistics": probed.statistics}
+        setup = replace(setup, settings=RunSettings.of(settings))
+    manifest = Manifest(
+        root=absolute(trajectory.root),
+        tensors=_stored_tensors(matched),
+        checkpoints=relative(trajectory),
+        span=span,
+        window=_choose_window(matched.segments, span),
+        settings=settings,
+        losses=_records(described, probed, recorded),
+        provenance=_provenance(task, described.task_losses),
+    )
+    notes = [
+        *probed.notes,
+        *_about(matched, manifest, recorded),
+        *_idle(existing or manifest, workers or crew.workers),
+    ]
+    return Preparation(
+        setup=setup, sample=sample, manifest=manifest, notes=notes, short_of=probed.short_of
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Match:
+    """A described task on the trajectory it fits; `names` are tensors → names inside the files."""
+
+    trajectory: Trajectory
+    described: Description
+    names: dict[str, str]
+    leftovers: dict[str, str]
+
+    @property
+    def segments(self) -> int:
+        """The number of segments of the trajectory."""
+        return len(self.trajectory.checkpoints) - 1
+
+    @property
+    def elements(self) -> int:
+        """The number of elements of all tensors."""
+        return sum(spec.elements for spec in self.described.tensors)
+
+
+def _match(trajectory: Trajectory, described: Description) -> _Match:
+    """Match a described task with a trajectory.
+
+    Raises:
+        InputError: where they do not fit.
+    """
+    without = ([*described.fixed, *described.added], described.patterns, described.unstored)
+    return _Match(
+        trajectory=trajectory,
+        described=described,
+        names=trajectory.match(described.tensors, *without),
+        leftovers=trajectory.leftovers(described.tensors, *without),
+    )
+
+
+def _probe_request(
+    setup: TaskSetup, sample: Sample, matched: _Match, recorded: dict[str, LossRecord]
+) -> ProbeRequest:
+    trajectory, described = matched.trajectory, matched.described
+    return ProbeRequest(
+        setup=setup,
+        sample=sample,
+        batch_sizes={
+            record.on: record.batch_size for record in recorded.values() if record.on is not None
+        },
+        modes=_looked_at_in_both_modes(matched.segments),
+        half=trajectory.half_precision,
+        ties=trajectory.ties(described.tensors),
+        fixed=trajectory.sources_of(described.fixed),
+        leftovers=matched.leftovers,
+        recorded=list(recorded),
+    )
+
+
+def _stored_tensors(matched: _Match) -> list[StoredTensor]:
+    """Return the tensors with their names inside the files and their keys in the store."""
+    tensors = matched.described.tensors
+    keys = encode_all(spec.name for spec in tensors)
+    return [StoredTensor(spec, matched.names[spec.name], keys[spec.name]) for spec in tensors]
+
+
+def _records(
+    described: Description, probed: ProbeAnswer, recorded: dict[str, LossRecord]
+) -> dict[str, LossRecord]:
+    """Return what a run records of the chosen losses; new keys differ from those that are there."""
+    keys = encode_all(described.losses, [record.key for record in recorded.values()])
+    return {
+        name: _record(name, keys[name], loss, probed) for name, loss in described.losses.items()
+    }
+
+
+def _about(matched: _Match, manifest: Manifest, recorded: dict[str, LossRecord]) -> Iterator[str]:
+    """Say what is worth knowing of new losses, and of tensors that stay as they are built."""
+    for name, record in manifest.losses.items():
+        if name not in recorded:
+            yield from _scale(name, record, manifest.settings)
+    described = matched.described
+    yield from _frozen(described.frozen)
+    yield from _added(list(matched.trajectory.sources_of(described.added)))
+
+
+def ask(cluster: Cluster, work: Callable[[Spec], Spec], request: Question[Answer]) -> Answer:
+    """Return the answer of one worker to a request.
+
+    Raises:
+        LCAError: the one the worker met; a SpanError as InputError.
+        ResourceError: where the worker died.
+        Interrupted: where the cluster drains.
+    """
+    for outcome in cluster.map(work, [to_plain(request)]):
+        if isinstance(outcome, Lost):
+            raise ResourceError(
+                f"a worker died while it looked at the task ({outcome.why}). Often memory: try "
+                f"fewer --workers or a smaller "
+                "--batch-size, or --cluster inline to see the cause."
+            )
+        if isinstance(outcome, Done) and outcome.result is not None:
+            answer = answered(type(request), outcome.result)
+            return unwrapped(answer)
+    raise Interrupted("stopped before the first span.")
+
+
+def check_workers(
+    cluster: Cluster, trajectory: Trajectory, device: str | None, token: tuple[Path, str]
+) -> list[str]:
+    """Ask every worker that somebody else started whether it can take part, and settle on a device.
+
+    Args:
+        cluster: they are of.
+        trajectory: the checkpoints they must read.
+        device: "cuda", "cpu", or None for a GPU if every worker sees one.
+        token: a file of the run's directory, which they must see and be able to write beside, and
+            its text.
+
+    Returns:
+        Notes worth telling.
+
+    Raises:
+        ResourceError: naming the workers that cannot, why, and what to do.
+    """
+    checkpoints = relative(trajectory)
+    request = AdmissionRequest(
+        versions=versions(),
+        device=device,
+        token=token[0],
+        text=token[1],
+        root=absolute(trajectory.root),
+        checkpoints=[checkpoints[0], checkpoints[-1]],
+    )
+    answers = cluster.check_workers(admit, to_plain(request))
+    _refuse_workers(answers)
+    admitted = {name: from_plain(Admission, answer) for name, answer in answers.items()}
+    cluster.settle_on(
+        device or ("cuda" if all(answer.cuda for answer in admitted.values()) else "cpu")
+    )
+    return _sharing(cluster.crew(), admitted)
+
+
+def _refuse_workers(answers: Mapping[str, Spec]) -> None:
+    """Refuse a cluster some of whose workers cannot take part, and name these."""
+    refused = [
+        f"worker {name} {error['message'] if isinstance(error, dict) else error}"
+        for name, answer in answers.items()
+        if (error := answer.get("error")) is not None
+    ]
+    if refused:
+        more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
+        raise ResourceError(f"{'; '.join(refused[:3])}{more}.")
+
+
+def _sharing(crew: Crew, admitted: dict[str, Admission]) -> list[str]:
+    """Say what makes workers slower than they could be."""
+    notes, several = [], crew.several_threads
+    if several:
+        notes.append(
+            f"worker{'s' if len(several) > 1 else ''} {', '.join(several[:3])} "
+            f"ha{'ve' if len(several) > 1 else 's'} more than one thread, "
+            "but a worker computes one span at a time: start more workers with --nthreads 1"
+        )
+    if crew.device == "cuda":
+        sharing: dict[str | None, list[str]] = {}
+        for name, answer in admitted.items():
+            sharing.setdefault(answer.gpu, []).append(name)
+        notes += [
+            f"workers {', '.join(names)} share one GPU: give each its own with CUDA_VISIBLE_DEVICES"
+            for names in sharing.values()
+            if len(names) > 1
+        ]
+    return notes
+
+
+def _added(names: list[str]) -> list[str]:
+    """Say which parts of a state dict the checkpoints hold that are no tensors of the model's
+    own.
+    """
+    if not names:
+        return []
+    return [
+        f"the checkpoints hold {few([*map(repr, names)])}, which in the task's model "
+        f"{'are' if len(names) > 1 else 'is'} no parameter or "
+        "buffer but made by a hook of its state dict or by get_extra_state: the model keeps its own"
+    ]
+
+
+def _frozen(names: list[str]) -> list[str]:
+    """Say which frozen parameters stay as the task's model builds them."""
+    if not names:
+        return []
+    return [
+        f"no checkpoint holds {few([*map(repr, names)])}, frozen in the task's model: they stay as "
+        f"it builds them, which must be as they "
+        "were in training"
+    ]
+
+
+def _scale(name: str, record: LossRecord, settings: Settings) -> list[str]:
+    """Say where a tolerance cannot be met, or is met by everything, for the size of a loss and of
+    its change.
+    """
+    tolerance, (first, last) = settings["tolerance"], record.identity
+    absolute = in_units_of_loss(tolerance, record.scale)
+    if (
+        first is None
+        or last is None
+        or math.isinf(absolute)
+        or COMPOSITE.level_of(RULES[settings["rule"]]) is None
+    ):
+        return []
+    least, change = min(abs(first["loss"]), abs(last["loss"])), abs(last["loss"] - first["loss"])
+    rounding = PRECISIONS[settings["precision"]].rounding * least
+    advice = f"{_advice(tolerance, first['loss'], change, rounding)} {_BEGUN}"
+    option = f"--tolerance {tolerance}" + (f" (here {absolute:.2g})" if is_share(tolerance) else "")
+    if absolute < rounding:
+        return [
+            f"loss {name!r}: {option} is below the rounding of a loss of {least:.2g} in "
+            f"{settings['precision']}, about {rounding:.2g}: "
+            f"segments will take all {2**COMPOSITE.finest} intervals and stay above it. {advice}"
+        ]
+    if record.on is not None and 0 < change < 10 * absolute:
+        return [
+            f"loss {name!r}: {option} is more than a tenth of what it changes by in all "
+            f"({change:.2g} from the first checkpoint to the "
+            f"last, on a sample), so hardly any segment will be refined. {advice}"
+        ]
+    return []
+
+
+def _advice(tolerance: float | str, first: float, change: float, rounding: float) -> str:
+    """Return the option to give instead: a share of the loss where that fits, else a hundredth of
+    the change.
+    """
+    if not is_share(tolerance) and rounding <= abs(first) / 1000 <= change / 10:
+        return "Give --tolerance 0.1%, a share of the loss at the first checkpoint."
+    if change / 100 > rounding:
+        return f"Give --tolerance {change / 100:.1g}, a hundredth of the change."
+    return "What it changes by is near its rounding: give --precision float64, or --tolerance inf."
+
+
+def _idle(manifest: Manifest, workers: int) -> list[str]:
+    """Say what cannot be spread over the workers of the cluster."""
+    if manifest.spans >= workers:
+        return []
+    work = (
+        count(manifest.segments, "segment")
+        if manifest.span == 1
+        else f"{count(manifest.spans, 'span')}, cut when the run was created,"
+    )
+    return [
+        f"{work} keep{'s' * (manifest.spans == 1)} at most {manifest.spans} of {workers} "
+        f"workers busy"
+    ]
+
+
+def unwrapped(answer: Answer | Failure) -> Answer:
+    """Return a worker's answer, or raise the error it met; before the first span that is never
+    "some spans failed".
+    """
+    if isinstance(answer, Failure):
+        error = answer.exception()
+        raise (InputError(str(error)) if isinstance(error, SpanError) else error) from RuntimeError(
+            answer.trace
+        )
+    return answer
+
+
+def choose_span(segments: int, workers: int, elements: int) -> int:
+    """Return the segments per span: a power of two, at most 32, at most 256 MiB of allocation, at
+    least two spans per worker.
+    """
+    most = min(
+        _LONGEST_SPAN,
+        max(1, segments // (2 * workers)),
+        max(1, _SPAN_BYTES // (4 * max(1, elements))),
+    )
+    return int(2 ** (most.bit_length() - 1))
+
+
+def _choose_window(segments: int, span: int) -> int:
+    """Return the spans per window of totals: a power of two that gives at most 64 windows."""
+    window = 1
+    while -(-segments // (span * window)) > _WINDOWS:
+        window *= 2
+    return window
+
+
+def relative(trajectory: Trajectory) -> list[Checkpoint]:
+    """Return the checkpoints with their files relative to the trajectory's root, so that a
+    directory can be moved.
+    """
+    return [
+        replace(checkpoint, files=tuple(below(file, trajectory.root) for file in checkpoint.files))
+        for checkpoint in trajectory.checkpoints
+    ]
+
+
+def _looked_at_in_both_modes(segments: int) -> list[int]:
+    """Return the positions of checkpoints where losses are looked at with running statistics and
+    with those of a batch.
+    """
+    middle = (segments - 1) // 2
+    early = [index for index in _EARLY if index <= segments]
+    return sorted({0, 1, *early, middle, middle + 1, segments - 1, segments})
+
+
+def _sampled_points(
+    trajectory: Trajectory, names: dict[str, str], modes: list[int]
+) -> StoredPoints:
+    """Return the checkpoints a task is looked at before its first span, those of `modes` among
+    them.
+    """
+    segments = len(trajectory.checkpoints) - 1
+    starts = {index for places in sampled(segments) for index in places}
+    positions = {*(end for index in starts for end in (index, index + 1)), *modes}
+    checkpoints = relative(trajectory)
+    return StoredPoints(
+        root=absolute(trajectory.root),
+        names=names,
+        checkpoints={index: checkpoints[index] for index in sorted(positions)},
+    )
+
+
+def _record(name: str, key: str, loss: LossDescription, probed: ProbeAnswer) -> LossRecord:
+    return LossRecord(
+        key=key,
+        on=loss.on,
+        kind=loss.kind,
+        examples=loss.examples,
+        total=loss.total,
+        groups=loss.groups,
+        counts=loss.counts,
+        block=probed.block[name],
+        along=probed.along[name],
+        replicates=probed.replicates[name],
+        batch_size=0 if loss.on is None else probed.batch_sizes.get(loss.on, 0),
+        calibration=probed.calibration[name],
+        measured=probed.measured,
+        identity=probed.identity[name],
+        scale=probed.scale.get(name),
+    )
+
+
+def _known_tensors(patterns: list[str], table: list[TensorSpec]) -> None:
+    """Refuse a pattern of `--tensors` that matches no tensor with an allocation."""
+    names = [tensor.name for tensor in table if tensor.kind != "state"]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = (
+                f" Did you mean {pattern + '.*'!r}?"
+                if any(name.startswith(f"{pattern}.") for name in names)
+                else ""
+            )
+            raise InputError(
+                f"--tensors {pattern!r} matches no tensor of the model.{near} It has "
+                f"{', '.join(map(repr, names[:8]))}"
+                f"{f' and {len(names) - 8} more' if len(names) > 8 else ''}."
+            )
+
+
+def _known_splits(subsets: list[str], described: Description) -> None:
+    """Refuse a subset of a split that no chosen loss is on."""
+    named = (described.statistics, *(loss.on for loss in described.losses.values()))
+    splits = {split for split in named if split is not None}
+    for split in parse_subsets(subsets):
+        if split and split not in splits:
+            raise InputError(
+                f"--subset is for split {split!r}, which no chosen loss is on; they are on "
+                f"{', '.join(map(repr, sorted(splits)))}."
+            )
+
+
+def _provenance(task: Entry, task_losses: list[str]) -> dict[str, Any]:
+    return {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "task": task.get("path") or task.get("module") or "an object",
+        "task_function": task.get("function"),
+        "task_sha256": digest(task),
+        "task_losses": task_losses,
+        "lca_posthoc": version("lca_posthoc"),
+        **{name: version(name) for name in ("torch", "safetensors", "numpy", "zarr")},
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }

@@ -1,0 +1,601 @@
+"""The questions a driver asks its workers and their answers, and the one way to and from plain
+data.
+
+A scheduler sees plain data alone (JSON-like, plus bytes): `to_plain` where it is sent, `from_plain`
+where it arrives. Both ends know every field by its type; an unknown or a missing one is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from ..checkpoints.trajectory import Checkpoint, TensorSpec
+from ..cluster import Spec
+from ..errors import LCAError, PackedError, unpack
+from ..numerics.schema import RecalibrationRecord
+from ..tasks.task import Entry
+
+T = TypeVar("T")
+A = TypeVar("A")
+
+# --- what all questions are about
+# ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The settings of a run that workers compute by, under the names of `settings.Settings`.
+
+    `statistics` is what recalibration settled when the run was created; None before, and in other
+    modes.
+    """
+
+    device: str
+    precision: str
+    norm_stats: str
+    batch_size: int | None
+    subset: list[str]
+    tensors: list[str]
+    keep: str
+    rule: str
+    tolerance: float | str
+    allocation_tolerance: float | str
+    statistics: RecalibrationRecord | None
+
+    @classmethod
+    def of(cls, settings: Mapping[str, object]) -> RunSettings:
+        """Pick them out of the settings of a run."""
+        names = [field.name for field in fields(cls) if field.name != "statistics"]
+        plain = {name: settings[name] for name in names}
+        return from_plain(cls, {**plain, "statistics": settings.get("statistics")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSetup:
+    """The task a worker builds, and how.
+
+    Attributes:
+        task: where it is, see `task.pack`.
+        parcel: the key of the bytes that were delivered of it.
+        settings: of the run.
+        losses: their names; empty for the task's first, `["all"]` for every one.
+        stored: the names of all tensors inside the checkpoints; None where it does not matter which
+            they are.
+        digests: of the data and the tensors no checkpoint holds, as they are where the task was
+            described; empty before.
+    """
+
+    task: Entry
+    parcel: str
+    settings: RunSettings
+    losses: list[str]
+    stored: list[str] | None
+    digests: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredPoints:
+    """Some checkpoints of a trajectory by their position, files relative to `root`; `names` are
+    tensors → names inside the files.
+    """
+
+    root: str
+    names: dict[str, str]
+    checkpoints: dict[int, Checkpoint]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The checkpoints a task is looked at before its first span, of a trajectory of `ends`
+    segments.
+
+    `workers` share a host; a span has `span` segments.
+    """
+
+    points: StoredPoints
+    ends: int
+    workers: int
+    span: int
+
+
+class Question(Generic[A]):
+    """A request whose answer is an `A`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """An error that a worker met: as `errors.pack` gives it, and where it was raised."""
+
+    error: PackedError
+    trace: str
+
+    def exception(self) -> LCAError:
+        """Return the error itself."""
+        return unpack(self.error)
+
+
+# --- may this worker take part?
+# --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admission:
+    """A worker that can take part: whether it sees a GPU, and the identifier of the first one."""
+
+    cuda: bool
+    gpu: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmissionRequest(Question[Admission]):
+    """A driver's account of itself to a worker that somebody else started.
+
+    Attributes:
+        versions: of Python and of the packages that decide bits.
+        device: "cuda" or "cpu"; None where the workers decide.
+        token: a file of the run's directory, which the worker must see and be able to write beside.
+        text: of that file.
+        root: of the checkpoints.
+        checkpoints: some that the worker must be able to read, files relative to `root`.
+    """
+
+    versions: dict[str, str]
+    device: str | None
+    token: Path
+    text: str
+    root: str
+    checkpoints: list[Checkpoint]
+
+
+# --- what is the task?
+# -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossDescription:
+    """One loss: its split (None for a term of the parameters), its kind, its examples of the total
+    of the split, its groups.
+    """
+
+    on: str | None
+    kind: str
+    examples: int
+    total: int
+    groups: list[int] | list[str] | None
+    counts: list[int] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """The contents of a task.
+
+    Attributes:
+        tensors: of the model, those that checkpoints hold.
+        losses: the chosen ones; a loss that returns a dict is one for every entry.
+        task_losses: the names of all of the task's losses.
+        digests: see `TaskSetup`.
+        frozen: parameters that no checkpoint holds.
+        fixed: tensors that stay as the task's model builds them.
+        added: names that hooks add to the model's state dict.
+        patterns: of tensors the task fixes.
+        unstored: buffers that are no part of the state dict.
+        statistics: the split statistics are recalibrated on; None in other modes.
+    """
+
+    tensors: list[TensorSpec]
+    losses: dict[str, LossDescription]
+    task_losses: list[str]
+    digests: dict[str, str]
+    frozen: list[str]
+    fixed: list[str]
+    added: list[str]
+    patterns: list[str]
+    unstored: list[str]
+    statistics: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRequest(Question[A]):
+    """A question about a task; every question but that of admission is one."""
+
+    setup: TaskSetup
+
+
+@dataclass(frozen=True, kw_only=True)
+class DescribeRequest(TaskRequest[Description]):
+    """Describe the task."""
+
+
+# --- can it be replayed, and at what cost?
+# ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest(TaskRequest[A]):
+    """A question about a task on a sample of the trajectory; `batch_sizes` are those that are
+    recorded, by split.
+    """
+
+    sample: Sample
+    batch_sizes: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeAnswer:
+    """The outcome of a probe, by loss where nothing else is said. See `store.LossRecord` for what a
+    run records of it.
+
+    Attributes:
+        batch_sizes: of each split.
+        identity: at the first and the last checkpoint; None where not finite.
+        calibration: of the trapezoid's error; None for other rules.
+        block: groups that are taken at a time; None where all are.
+        along: the grouped loss in whose order the batches are taken.
+        scale: |loss| at the first checkpoint, where a tolerance is a share of it.
+        replicates: random parts, for standard errors.
+        measured: whether a few segments can be evaluated one precision higher as well.
+        statistics: what recalibration settled; None in other modes.
+        short_of: says what memory there is too little of, if any.
+        notes: worth telling.
+    """
+
+    batch_sizes: dict[str, int]
+    identity: dict[str, list[dict[str, float] | None]]
+    calibration: dict[str, float | None]
+    block: dict[str, int | None]
+    along: dict[str, str | None]
+    scale: dict[str, float]
+    replicates: dict[str, int]
+    measured: bool
+    statistics: RecalibrationRecord | None
+    short_of: str | None
+    notes: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeRequest(SampleRequest[ProbeAnswer]):
+    """Check that the task can be replayed on these checkpoints, and identify its losses.
+
+    Attributes:
+        modes: positions of checkpoints where running statistics are looked at.
+        half: tensors stored with fewer than 32 bits a number.
+        ties: a tensor → the names inside the files that must hold one value.
+        fixed: a tensor the task fixes → its name inside the files.
+        leftovers: a tensor that only the checkpoints hold → its name inside the files.
+        recorded: the losses the run has already.
+    """
+
+    modes: list[int]
+    half: list[str]
+    ties: dict[str, list[str]]
+    fixed: dict[str, str]
+    leftovers: dict[str, str]
+    recorded: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressions:
+    """By loss, the share of its bytes that compression leaves of each kind of array, see
+    `store.compressed_share`.
+    """
+
+    compressed: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionsRequest(SampleRequest[Compressions]):
+    """Compress a sample of allocations, in a window of totals over `segments_of_window`."""
+
+    segments_of_window: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossCosts:
+    """The costs of one evaluation of a loss.
+
+    Attributes:
+        seconds: of the value and the gradient.
+        forward: of them for the forward pass.
+        higher: of an evaluation one precision higher; 0 where none is made.
+        fastest: the batch size of those tried that took the least time; 0 for a term of the
+            parameters.
+        largest: the largest batch size that fits in memory; 0 likewise.
+    """
+
+    seconds: float
+    forward: float
+    higher: float
+    fastest: int
+    largest: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """The costs of evaluating, in seconds and bytes.
+
+    Attributes:
+        losses: each on its own.
+        compressed: see `Compressions`.
+        together: seconds of one evaluation of all of them, passes shared.
+        higher: of it one precision higher.
+        recalibrating: seconds of a pass that recalibrates statistics; 0 in other modes.
+        memory: bytes a worker holds.
+    """
+
+    losses: dict[str, LossCosts]
+    compressed: dict[str, dict[str, float]]
+    together: float
+    higher: float
+    recalibrating: float
+    memory: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostsRequest(SampleRequest[Costs]):
+    """Time a few batches. `measured` says whether some segments are evaluated one precision higher
+    as well.
+    """
+
+    segments_of_window: int
+    measured: bool
+
+
+# --- replay
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest(TaskRequest[A]):
+    """A question about a run that is laid out.
+
+    Attributes:
+        points: the checkpoints it takes.
+        run: the directory.
+        batch_sizes: of each split.
+    """
+
+    points: StoredPoints
+    run: str
+    batch_sizes: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossesAnswer:
+    """Losses over all of their data, groups averaged; those that cannot be evaluated at their
+    checkpoint are left out.
+    """
+
+    losses: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossesRequest(RunRequest[LossesAnswer]):
+    """Evaluate losses at checkpoints. `meetings` are names of losses by the position of the
+    checkpoint.
+    """
+
+    meetings: dict[int, list[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpan:
+    """One loss on one span; its marker records all of it.
+
+    Attributes:
+        evaluations: of gradients.
+        forward_passes: beside them.
+        batch_size: 0 for a term of the parameters.
+        worst_residual: the largest |residual| of a segment.
+        unconverged: segments that did not reach their tolerances.
+        silent: tensors that moved and that no gradient reached.
+        hidden: those of them the loss depends on all the same.
+        ends: the loss at the first and the last checkpoint, groups averaged.
+    """
+
+    evaluations: int
+    forward_passes: int
+    batch_size: int
+    worst_residual: float
+    unconverged: int
+    silent: list[str]
+    hidden: list[str]
+    ends: list[float]
+
+    @classmethod
+    def of(cls, marker: Mapping[str, Any]) -> LossSpan:
+        """Pick them out of a marker; older ones do not tell what is hidden."""
+        summary = {"hidden": [], **marker}
+        return from_plain(cls, {field.name: summary[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanAnswer:
+    """A span that is committed for all of its pending losses: segments, seconds of its worker, the
+    most memory it ever held.
+    """
+
+    losses: dict[str, LossSpan]
+    segments: int
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanRequest(RunRequest[SpanAnswer]):
+    """Replay one span.
+
+    Attributes:
+        durable: whether it is on the disk before it counts.
+        span: its number.
+        pending: the losses it is replayed for.
+        calibration: of the trapezoid's error, by loss; None for other rules.
+    """
+
+    durable: bool
+    span: int
+    pending: list[str]
+    calibration: dict[str, float | None]
+
+
+# --- to and from plain data
+# ------------------------------------------------------------------------------------------------
+
+
+def to_plain(request: object) -> Spec:
+    """Return a request or an answer as plain data: dictionaries with texts as keys, lists, texts,
+    numbers, bytes, None.
+
+    >>> to_plain(LossesAnswer(losses={"train": 0.5}))
+    {'losses': {'train': 0.5}}
+
+    Raises:
+        TypeError: where it holds anything else, such as a tensor.
+    """
+    plain = _plain(request)
+    if not isinstance(plain, dict):
+        raise TypeError(f"a request or an answer is a dataclass, not {type(request).__name__}.")
+    return plain
+
+
+def _plain(value: object) -> object:
+    if value is None or isinstance(value, str | int | float | bytes):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {_plain_key(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Path):
+        return str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    raise TypeError(f"{type(value).__name__} is no plain data and is not sent between processes.")
+
+
+def _plain_key(key: object) -> str:
+    if not isinstance(key, str | int):
+        raise TypeError(f"a key is a text or a whole number, not {type(key).__name__}.")
+    return str(key)
+
+
+def from_plain(kind: type[T], plain: object) -> T:
+    """Return the request or the answer that plain data stands for, the inverse of `to_plain`.
+
+    >>> from_plain(LossesAnswer, {"losses": {"train": 0.5}})
+    LossesAnswer(losses={'train': 0.5})
+    >>> from_plain(LossesAnswer, {"loss": {}})
+    Traceback (most recent call last):
+    ValueError: LossesAnswer: fields are missing (losses) or unknown (loss).
+
+    Raises:
+        ValueError: names the field that is missing, unknown, or of another type.
+    """
+    try:
+        return typing.cast("T", _read(kind, plain))
+    except ValueError as error:
+        raise ValueError(f"{kind.__name__}: {error}") from None
+
+
+def answered(request: type[Question[A]], plain: object) -> A | Failure:
+    """Return what a worker answered to a kind of request: its answer, or the error it met."""
+    if isinstance(plain, dict) and "error" in plain:
+        return from_plain(Failure, plain)
+    return from_plain(_answer_of(request), plain)
+
+
+def _answer_of(request: type[Question[A]]) -> type[A]:
+    """Return the type in the brackets of a request's base class."""
+    (base,) = vars(request)["__orig_bases__"]
+    return typing.cast("type[A]", typing.get_args(base)[0])
+
+
+@functools.cache
+def _types(kind: type) -> dict[str, object]:
+    """Return the types of a dataclass's fields."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def _read(kind: Any, plain: object) -> object:
+    if is_dataclass(kind):
+        return _read_fields(typing.cast("type", kind), plain)
+    if typing.is_typeddict(kind):
+        return _read_items(kind, plain)
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return _read_any_of(inner, plain)
+    if origin in (list, tuple) and isinstance(plain, list | tuple):
+        return origin(_read(inner[0], item) for item in plain)
+    if origin is dict and isinstance(plain, dict):
+        key_of = int if inner[0] is int else str
+        return {key_of(key): _read(inner[1], item) for key, item in plain.items()}
+    if kind is Any or (kind is types.NoneType and plain is None):
+        return plain
+    if kind is Path and isinstance(plain, str):
+        return Path(plain)
+    if kind in (str, bytes, bool) and isinstance(plain, kind):
+        return plain
+    if kind in (int, float) and isinstance(plain, int | kind) and not isinstance(plain, bool):
+        return plain
+    raise ValueError(f"expected {getattr(kind, '__name__', kind)}, not {str(plain)[:100]!r}.")
+
+
+def _read_fields(kind: type, plain: object) -> object:
+    if not isinstance(plain, dict):
+        raise ValueError(f"expected the fields of {kind.__name__}, not {str(plain)[:100]!r}.")
+    hints = _types(kind)
+    if plain.keys() != hints.keys():
+        missing, unknown = (
+            ", ".join(map(str, names)) or "none" for names in _difference(hints, plain)
+        )
+        raise ValueError(f"fields are missing ({missing}) or unknown ({unknown}).")
+    values = {}
+    for name, hint in hints.items():
+        try:
+            values[name] = _read(hint, plain[name])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return kind(**values)
+
+
+def _read_items(kind: Any, plain: object) -> object:
+    """Read a `TypedDict`, whose entries may be optional."""
+    if not isinstance(plain, dict):
+        raise ValueError(f"expected the entries of {kind.__name__}, not {str(plain)[:100]!r}.")
+    hints = typing.get_type_hints(kind, include_extras=True)
+    unknown = [str(name) for name in plain if name not in hints]
+    if unknown:
+        raise ValueError(f"entries are unknown ({', '.join(unknown)}).")
+    values = {}
+    for name, hint in hints.items():
+        marked = typing.get_origin(hint) in (typing.Required, typing.NotRequired)
+        required = typing.get_origin(hint) is typing.Required if marked else kind.__total__
+        if name in plain:
+            values[name] = _read(typing.get_args(hint)[0] if marked else hint, plain[name])
+        elif required:
+            raise ValueError(f"the entry {name} is missing.")
+    return values
+
+
+def _difference(
+    expected: Mapping[str, object], plain: Mapping[str, object]
+) -> tuple[list[str], list[str]]:
+    return [name for name in expected if name not in plain], [
+        name for name in plain if name not in expected
+    ]
+
+
+def _read_any_of(kinds: tuple[Any, ...], plain: object) -> object:
+    if plain is None and types.NoneType in kinds:
+        return None
+    for kind in kinds:
+        try:
+            return _read(kind, plain)
+        except ValueError as error:
+            problem = error
+    raise problem

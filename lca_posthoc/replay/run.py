@@ -1,0 +1,1119 @@
+"""The driver of a replay: pending spans go to workers, commits come back as events; creation,
+resume, repair, drain.
+
+`run` is what `lca run` calls, `repair` what `lca repair` calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import psutil
+
+from .. import results
+from ..base.text import count
+from ..checkpoints.paths import here, is_remote, located, nearest
+from ..checkpoints.trajectory import Trajectory, open_trajectory
+from ..cluster import (
+    Cluster,
+    ClusterConfig,
+    Done,
+    Lost,
+    Outcome,
+    Refused,
+    Retried,
+    Slow,
+    Waiting,
+    open_cluster,
+)
+from ..errors import (
+    InputError,
+    Interrupted,
+    LCAError,
+    NotFiniteError,
+    ResourceError,
+    SpanError,
+    amount,
+    few,
+)
+from ..numerics.settings import Settings, on_device, resolve
+from ..results import LossRecord, Manifest, Run, RunWriter
+from ..tasks.task import Entry, Task, digest, pack
+from .display import duration, listening
+from .events import (
+    Listener,
+    Log,
+    Note,
+    Planned,
+    SpanDone,
+    SpanFailed,
+    SpanRetried,
+    SpanSlow,
+    Stage,
+    Stopping,
+)
+from .prepare import Preparation, ask, check_workers, prepare, relative
+from .requests import (
+    CompressionsRequest,
+    Failure,
+    LossSpan,
+    RunRequest,
+    SpanAnswer,
+    SpanRequest,
+    answered,
+    from_plain,
+    to_plain,
+)
+from .resume_checks import same_checkpoints, same_loss, same_tensors, same_values
+from .worker import committed_result, compressions, looks_back, replay_span
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+# --- the run
+# ------------------------------------------------------------------------------------------------
+
+
+def run(
+    checkpoints: str | Path,
+    task: str | Path | Task,
+    *,
+    losses: Sequence[str] | None = None,
+    out: str | Path | None = None,
+    rule: str | None = None,
+    tolerance: float | str | None = None,
+    allocation_tolerance: float | str | None = None,
+    keep: str | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+    norm_stats: str | None = None,
+    tensors: Sequence[str] = (),
+    subset: Sequence[str] = (),
+    steps: str | None = None,
+    pattern: str | None = None,
+    rename: Sequence[str] = (),
+    cluster: str = "local",
+    workers: int | None = None,
+    tls_ca: str | Path | None = None,
+    tls_cert: str | Path | None = None,
+    tls_key: str | Path | None = None,
+    insecure: bool = False,
+    dashboard: bool = False,
+    durability: str = "full",
+    ignore_space: bool = False,
+    span: int | None = None,
+    progress: Listener | None = None,
+) -> Run:
+    """Allocate the loss change of every segment to every parameter; run again, it resumes.
+
+    Args:
+        checkpoints: directory of safetensors iterates; a URL of fsspec's, such as `s3://…`, is read
+            through its driver.
+        task: `FILE`, `FILE:FUNCTION`, `pkg.module:FUNCTION`, or a Task.
+        losses: names of the task's losses; None for its first, `["all"]` for every one.
+        out: the run directory; `CHECKPOINTS.lca` by default.
+        rule: "simpson" (default), "trapezoid", or fixed: "left", "midpoint", "gauss-2", "gauss-3".
+        tolerance: bound on |residual| per segment and loss, in units of loss (default 1e-3, inf for
+            bfloat16; inf never refines), or a share of each loss at the first checkpoint, such as
+            "0.1%".
+        allocation_tolerance: bound on the allocation's own L1 error as well, written alike (default
+            inf).
+        keep: "parameters" (default), "units" or "tensors".
+        batch_size: examples per batch; a deterministic choice by default.
+        device: "cuda" or "cpu"; by default a GPU where there is one.
+        precision: "float32" (default), "tf32", "bfloat16" or "float64".
+        norm_stats: "running" (default), "batch" or "recalibrated".
+        tensors: patterns (`*`, `?`) of the tensors whose allocation is kept; what the others did is
+            kept as one remainder.
+        subset: `[SPLIT=]A:B`, `[SPLIT=]I,J,K` or `[SPLIT=]FRACTION@SEED`: which examples losses are
+            over; each split once.
+        steps: `A:B[:K]`, training steps.
+        pattern: regular expression with a group `step` for names of checkpoints.
+        rename: `OLD=NEW` pairs for tensor names.
+        cluster: "local", "inline", or a scheduler: `tcp://HOST:PORT`, `tls://HOST:PORT`,
+            `file:SCHEDULER.json`.
+        workers: local workers, by default one per GPU, or one per core; at an address, how many to
+            wait for.
+        tls_ca: certificate authority (PEM) for `tls://`.
+        tls_cert: this user's certificate (PEM).
+        tls_key: its key (PEM).
+        insecure: use a cluster whose listeners are open to the network without TLS.
+        dashboard: serve Dask's dashboard of local workers on loopback.
+        durability: "full" (default: every span is on the disk before it counts) or "none"
+            (kill-safe, not power-safe).
+        ignore_space: begin although the result, estimated after compression, does not fit into the
+            space that is free.
+        span: segments per span, a power of two; decides how work is cut, never a result.
+        progress: called with every event, and nothing else is shown; `lca_posthoc.replay.events.silent`
+            shows nothing at all. By default notes, retries and failures are warnings
+            (`lca_posthoc.errors.LCAWarning`), and how far the run is stands in a bar on a terminal
+            or in a notebook, elsewhere in a line a minute on stderr.
+
+    Returns:
+        The run, opened.
+
+    Raises:
+        InputError: for anything wrong before the first evaluation.
+        SpanError: where spans failed; the others are complete.
+        ResourceError: where workers, a GPU or space are missing.
+        Interrupted: after Ctrl-C or SIGTERM, when the spans in flight are done; a
+            `KeyboardInterrupt` too.
+    """
+    asked: dict[str, object] = {
+        "rule": rule,
+        "tolerance": tolerance,
+        "allocation_tolerance": allocation_tolerance,
+        "keep": keep,
+        "batch_size": batch_size,
+        "device": device,
+        "precision": precision,
+        "norm_stats": norm_stats,
+        "tensors": tensors,
+        "subset": subset,
+        "steps": steps,
+        "pattern": pattern,
+        "rename": rename,
+    }
+    if span is not None and (span < 1 or span & (span - 1)):
+        raise InputError(f"span must be a power of two, got {span}.")
+    where = ClusterConfig(
+        kind=cluster,
+        workers=workers,
+        tls_ca=tls_ca,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        insecure=insecure,
+        dashboard=dashboard,
+    )
+    what = "results are written to file systems. Give --out a directory."
+    path = here(out, what) if out is not None else default_out(checkpoints)
+    durable = _durable(durability)
+    with listening(progress) as listener:
+        log = Log(listener)
+        entry, data = pack(task)
+        job = _Job(
+            checkpoints=located(checkpoints),
+            task=entry,
+            data=data,
+            losses=list(losses or []),
+            path=path,
+            asked=asked,
+            span=span,
+            durable=durable,
+            ignore_space=ignore_space,
+        )
+        _Driver(job, log).run(where)
+    return results.open_run(path)
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """The outcome of a repair: the damage, the spans computed again by loss, and the leftover files
+    removed.
+    """
+
+    damage: list[results.Damage]
+    spans: dict[str, list[int]]
+    leftovers: int
+
+
+def repair(
+    path: str | Path,
+    task: str | Path | Task,
+    *,
+    checkpoints: str | Path | None = None,
+    cluster: str = "local",
+    workers: int | None = None,
+    tls_ca: str | Path | None = None,
+    tls_cert: str | Path | None = None,
+    tls_key: str | Path | None = None,
+    insecure: bool = False,
+    durability: str = "full",
+    progress: Listener | None = None,
+) -> Repaired:
+    """Compute again exactly what is damaged in a run, put its metadata right, and sweep what killed
+    writers left.
+
+    Args:
+        path: the run directory.
+        task: as for `run`; its losses must be those of the run.
+        checkpoints: where the checkpoints are now; by default where they were.
+        cluster: as for `run`, with the options that go with it.
+        workers: see `cluster`.
+        tls_ca: see `cluster`.
+        tls_cert: see `cluster`.
+        tls_key: see `cluster`.
+        insecure: see `cluster`.
+        durability: as for `run`.
+        progress: as for `run`.
+
+    Raises:
+        InputError: where `path` is no run, or the task or the checkpoints are not those of the run.
+        SpanError: where damaged spans could not be computed again.
+    """
+    place, durable = Path(path), _durable(durability)
+    where = ClusterConfig(
+        kind=cluster,
+        workers=workers,
+        tls_ca=tls_ca,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        insecure=insecure,
+    )
+    entry, data = pack(task)
+    manifest = results.read_manifest(place)
+    damage, leftovers = _cleaned(place, durable)
+    losses = {
+        part.loss: True
+        for part in damage
+        if part.loss is not None and (part.span, part.window) != (None, None)
+    }
+    root = located(checkpoints if checkpoints is not None else manifest.root)
+    with listening(progress) as listener:
+        job = _Job(
+            checkpoints=root,
+            task=entry,
+            data=data,
+            losses=list(losses),
+            path=place,
+            asked={},
+            span=None,
+            durable=durable,
+            damage=damage,
+        )
+        driver = _Driver(job, Log(listener))
+        if losses:
+            driver.run(where)
+    return Repaired(damage, driver.repair_spans or {}, leftovers)
+
+
+def _cleaned(path: Path, durable: bool) -> tuple[list[results.Damage], int]:
+    """Put a run's metadata right and remove what killed writers left; return its damage, and how
+    many files were removed.
+    """
+    with results.hold(path):
+        writer = RunWriter.open(path, durable)
+        problems = list(results.verify(path))
+        writer.restore_metadata()
+        writer.sweep()
+        leftovers = [problem for problem in problems if isinstance(problem, results.Leftover)]
+        writer.remove_leftovers(leftovers)
+    damage = [problem for problem in problems if isinstance(problem, results.Damage)]
+    return damage, len(leftovers)
+
+
+def _durable(durability: str) -> bool:
+    if durability not in DURABILITY:
+        raise InputError(f"--durability {durability!r} is not one of {', '.join(DURABILITY)}.")
+    return durability == "full"
+
+
+def default_out(checkpoints: str | Path) -> Path:
+    """Return where a run goes by default: beside the checkpoints, with `.lca` added.
+
+    Raises:
+        InputError: where the checkpoints are remote, which results cannot be.
+    """
+    directory = located(checkpoints)
+    if is_remote(directory):
+        raise InputError(
+            f"{directory} is remote, and results are not: say where they go with --out RUN."
+        )
+    directory = directory.resolve() if directory.name in ("", "..") else directory
+    return directory.with_name(f"{directory.name}.lca")
+
+
+DURABILITY = ("full", "none")
+_BLOCK = 4096  # bytes to whose multiples most file systems round the size of a file
+_AT_ONCE = 0.1  # seconds after a signal when it is told of at the latest
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_MORE_SPACE = (
+    "Keep less with --keep units or --keep tensors, write elsewhere with --out, or begin all the "
+    "same with --ignore-space: a run that meets a full disk stops, and goes on where it was once "
+    "there is space."
+)
+
+# --- signals
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Stop:
+    """A request to drain: the event a cluster listens to, the signal that asked, and how many
+    signals arrived.
+    """
+
+    event: threading.Event = field(default_factory=threading.Event)
+    signal: int = 0
+    arrived: int = 0
+
+
+@contextlib.contextmanager
+def _signals(tell: Callable[[int], None]) -> Iterator[_Stop]:
+    """Drain at the first Ctrl-C or SIGTERM, of which a thread tells at once, and abort at the
+    second one.
+
+    Python's own handlers wait until the main thread is back from what it computes; the thread hears
+    of a signal when it arrives.
+    """
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.event.is_set() or stop.arrived > 1:  # two may arrive before Python calls this once
+            # which no `except Exception` on the way takes for a failure of the task
+            raise KeyboardInterrupt
+        stop.signal = number
+        stop.event.set()
+
+    with _told_at_once(stop, tell), _handled(handle):
+        try:
+            yield stop
+        except KeyboardInterrupt:
+            raise _interrupted(stop.signal or signal.SIGINT) from None
+
+
+@contextlib.contextmanager
+def _told_at_once(stop: _Stop, tell: Callable[[int], None]) -> Iterator[None]:
+    """Count signals as they arrive, in a thread, which tells of the first."""
+    arrives, leaves = socket.socketpair()
+    leaves.setblocking(False)  # as `set_wakeup_fd` has it
+    listener = threading.Thread(target=_listen, args=(arrives, stop, tell), daemon=True)
+    listener.start()
+    earlier = signal.set_wakeup_fd(leaves.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(earlier)
+        leaves.close()
+        listener.join()
+        arrives.close()
+
+
+def _listen(arrives: socket.socket, stop: _Stop, tell: Callable[[int], None]) -> None:
+    while arrived := arrives.recv(1):  # nothing when the other end is closed
+        if arrived[0] not in _SIGNALS:
+            continue
+        stop.arrived += 1
+        if stop.arrived == 1:
+            # once the handler ran, a second signal that follows what is told is one of its own
+            stop.event.wait(_AT_ONCE)
+            tell(arrived[0])
+
+
+@contextlib.contextmanager
+def _handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle both signals, and put back what handled them before."""
+    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupted(number: int) -> Interrupted:
+    error = Interrupted("stopped; what was committed is kept. Run the same command again to go on.")
+    error.exit_code = 128 + number
+    return error
+
+
+# --- one call
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """The work that `run` or `repair` was asked to do.
+
+    Attributes:
+        checkpoints: their directory.
+        task: where the task is.
+        data: its source, for workers.
+        losses: their names; empty for the first, `["all"]` for every one.
+        path: of the run.
+        asked: settings by name, as the caller gave them.
+        span: segments per span; None to choose.
+        durable: whether a span is on the disk before it counts.
+        damage: to be computed again; None where it is no repair.
+        ignore_space: whether to begin with too little space.
+    """
+
+    checkpoints: Path
+    task: Entry
+    data: bytes
+    losses: list[str]
+    path: Path
+    asked: dict[str, object]
+    span: int | None
+    durable: bool
+    damage: list[results.Damage] | None = None
+    ignore_space: bool = False
+
+    def recorded(self) -> Manifest | None:
+        """Return what is recorded of the run; None where there is none yet."""
+        return results.read_manifest(self.path) if results.exists(self.path) else None
+
+
+class _Status:
+    """The state of a job as its listener, and whoever asks `lca status`, is told.
+
+    Attributes:
+        tell: passes an event on.
+        announcement: the file beside the run, while it is prepared.
+        workers: that replay spans; 0 before the first span.
+        span_seconds: that the last span took.
+    """
+
+    def __init__(self, tell: Log) -> None:
+        self.tell = tell
+        self.announcement: results.Announcement | None = None
+        self.workers = 0
+        self.span_seconds: float | None = None
+        self._stage = ""
+
+    def begin(self, stage: str) -> None:
+        """Tell what is done now."""
+        self._stage = stage
+        self.tell(Stage(stage))
+        if self.announcement is not None:
+            self.announcement.stage(stage)
+
+    def note(self, notes: Iterable[str]) -> None:
+        """Tell what the user should know."""
+        for text in notes:
+            self.tell(Note(text))
+
+    def plan(self, planned: Planned) -> None:
+        """Tell that the spans begin, or that there are none."""
+        if self.announcement is not None:
+            self.announcement.end()
+        self.tell(planned)
+        self.workers = planned.workers if planned.pending else 0
+
+    def say_stopping(self, number: int) -> None:
+        """Tell what a first signal waits for, and how to stop at once."""
+        waits, lost = (
+            (
+                self._span_ends(),
+                "what is committed is kept, what is underway is computed again next time",
+            )
+            if self.workers
+            else (f"when this is done: {self._stage}", "no span has begun")
+        )
+        again = "Press Ctrl-C again" if number == signal.SIGINT else "Send SIGTERM again"
+        self.tell(Stopping(f"stopping {waits}. {again} to stop now: {lost}."))
+
+    def _span_ends(self) -> str:
+        on = f" on {self.workers} workers" if self.workers > 1 else ""
+        took = (
+            ""
+            if self.span_seconds is None
+            else f" (the last one took {duration(self.span_seconds)})"
+        )
+        return (
+            f"when the span{'s' if on else ''} underway{on} {'are' if on else 'is'} committed{took}"
+        )
+
+
+class _Driver:
+    """One call of `run` or `repair`: from a trajectory and a task to a complete run directory.
+
+    Attributes:
+        repair_spans: in a repair, the spans that are computed again, by loss.
+    """
+
+    def __init__(self, job: _Job, tell: Log) -> None:
+        self._job, self._status = job, _Status(tell)
+        self.repair_spans: dict[str, list[int]] | None = None
+
+    def run(self, where: ClusterConfig) -> None:
+        """Do the job on a cluster."""
+        where.check()
+        status = self._status
+        with (
+            _signals(status.say_stopping) as stop,
+            results.announced(self._job.path) as status.announcement,
+            _named_disk_errors(),
+        ):
+            self._run(where, stop)
+
+    def _run(self, where: ClusterConfig, stop: _Stop) -> None:
+        job, status, recorded = self._job, self._status, self._job.recorded()
+        settings = resolve(job.asked, recorded.settings if recorded else None)
+        status.begin("reading the headers of the checkpoints")
+        trajectory = self._trajectory(settings, recorded)
+        status.note(trajectory.notes)
+        if recorded is not None:
+            same_checkpoints(
+                RunWriter(job.path, recorded), relative(trajectory), str(trajectory.root)
+            )
+            if job.damage is None and self._is_finished(recorded, trajectory):
+                return
+        else:
+            results.refuse_other(job.path)
+        status.begin("starting workers" if where.kind == "local" else "reaching the workers")
+        with open_cluster(where, settings["device"], stop.event) as cluster:
+            dashboard = cluster.crew().dashboard
+            if dashboard:
+                status.note([f"the dashboard of the workers is at {dashboard}"])
+            try:
+                self._work(cluster, settings, trajectory, stop, strangers=where.is_address)
+            except Interrupted:
+                raise _interrupted(stop.signal) from None
+
+    def _trajectory(self, settings: Settings, recorded: Manifest | None) -> Trajectory:
+        trajectory = open_trajectory(
+            self._job.checkpoints,
+            pattern=settings["pattern"],
+            rename=settings["rename"],
+            steps=settings["steps"],
+        )
+        if recorded is None or self._job.damage is None:
+            return trajectory
+        known = trajectory.checkpoints[: len(recorded.checkpoints)]
+        return replace(trajectory, checkpoints=known)  # a repair takes up no checkpoint
+
+    def _is_finished(self, manifest: Manifest, trajectory: Trajectory) -> bool:
+        """Tell whether nothing is left to do, from the task file's bytes and the markers alone."""
+        job = self._job
+        if manifest.provenance["task_sha256"] != digest(job.task) or len(
+            trajectory.checkpoints
+        ) != len(manifest.checkpoints):
+            return False
+        known = manifest.provenance["task_losses"]
+        losses = known if job.losses == ["all"] else job.losses or known[:1]
+        writer = RunWriter(job.path, manifest)
+        finished = set(losses) <= set(manifest.losses) and all(
+            manifest.losses[name].covers is None and writer.is_complete(name) for name in losses
+        )
+        if finished:
+            self._status.tell(Planned(0, manifest.segments * len(losses), 0, 0))
+        return finished
+
+    def _work(
+        self,
+        cluster: Cluster,
+        settings: Settings,
+        trajectory: Trajectory,
+        stop: _Stop,
+        *,
+        strangers: bool,
+    ) -> None:
+        existing = self._job.recorded()
+        if strangers:
+            self._status.begin("asking each worker what it has")
+            with results.token(self._job.path) as token:
+                self._status.note(check_workers(cluster, trajectory, settings["device"], token))
+        ready = self._prepare(cluster, settings, trajectory, existing)
+        if stop.event.is_set():
+            raise _interrupted(stop.signal)
+        self._status.note(ready.notes)
+        if ready.short_of:
+            raise ResourceError(ready.short_of)
+        self._status.begin(
+            "laying out the run" if existing is None else "comparing with what is recorded"
+        )
+        if existing is None:
+            manifest = ready.manifest
+            self._check_space(cluster, ready, manifest, settings["keep"], manifest.losses)
+            results.create(self._job.path, manifest, self._job.durable)
+        self._replay(cluster, trajectory if strangers else None, ready, stop)
+
+    def _prepare(
+        self,
+        cluster: Cluster,
+        settings: Settings,
+        trajectory: Trajectory,
+        existing: Manifest | None,
+    ) -> Preparation:
+        job = self._job
+        settings = on_device(settings, cluster.crew().device)
+        parcel = cluster.deliver(job.data)
+        self._status.begin("building and probing the task")
+        return prepare(
+            cluster,
+            trajectory,
+            job.task,
+            parcel,
+            job.losses,
+            settings,
+            existing=existing,
+            span=job.span,
+        )
+
+    def _replay(
+        self, cluster: Cluster, seen_by: Trajectory | None, ready: Preparation, stop: _Stop
+    ) -> None:
+        """Replay what is pending, while the run is locked.
+
+        Args:
+            cluster: where.
+            seen_by: the checkpoints that late workers must see; None for those of this host.
+            ready: the probed task.
+            stop: the request to drain.
+        """
+        job = self._job
+        with contextlib.ExitStack() as stack:
+            lock = stack.enter_context(results.hold(job.path))
+            writer = RunWriter.open(job.path, job.durable)
+            if lock.unclean:
+                writer.sweep()
+            if seen_by is not None:  # who comes late is asked about the run directory itself
+                token = stack.enter_context(results.token(job.path))
+                check_workers(cluster, seen_by, cluster.crew().device, token)
+            self._bring_up(cluster, writer, ready)
+            common = _common(ready, job.path)
+            same_values(cluster, writer, common, writer.spans_of(job.damage or ()))
+            # now that all that is needed to compute it again is known to be there
+            if job.damage is not None:
+                self.repair_spans = writer.discard(job.damage)
+            log = partial(results.append_events, job.path)
+            stack.enter_context(self._status.tell.written_to(log))
+            spans = _Spans(writer, common, self._status, durable=job.durable)
+            spans.replay(cluster, lock, self.repair_spans)
+            if stop.event.is_set():
+                raise _interrupted(stop.signal)
+            if spans.failed:
+                raise SpanError(_failures(spans.failed))
+
+    def _check_space(
+        self,
+        cluster: Cluster,
+        ready: Preparation,
+        manifest: Manifest,
+        keep: str,
+        losses: Mapping[str, LossRecord],
+    ) -> None:
+        """Refuse losses for whose results there is too little space, by what compression leaves of
+        a segment of each.
+        """
+        place = nearest(self._job.path.resolve().parent)
+        free = psutil.disk_usage(str(place)).free
+        most = results.required_bytes(manifest, keep, losses)
+        if most <= free:
+            return
+        shares = _compressed(cluster, ready, manifest)
+        about = results.estimated_bytes(manifest, keep, losses, shares, _BLOCK)
+        will_need = (
+            f"the result will need about {amount(about)} after compression (at most "
+            f"{amount(most)}), and {place} has {amount(free)} free"
+        )
+        if about > free and not self._job.ignore_space:
+            raise ResourceError(f"{will_need}. {_MORE_SPACE}")
+        full = "a run that meets a full disk stops, and goes on once there is space"
+        self._status.note([f"{will_need}: {full}"])
+
+    def _bring_up(self, cluster: Cluster, writer: RunWriter, ready: Preparation) -> None:
+        """Compare what is recorded with what was found, then take up new losses and new
+        checkpoints.
+        """
+        recorded, laid_out = writer.manifest, ready.manifest
+        _refuse_others(writer, laid_out)
+        behind = {name for name, record in recorded.losses.items() if record.covers is not None}
+        in_repair = self._job.damage is not None
+        extended = {name for name in laid_out.losses if not in_repair or name not in behind}
+        if laid_out.checkpoints != recorded.checkpoints or behind & extended:
+            writer.take_up(
+                laid_out.checkpoints, {name: laid_out.losses[name].identity for name in extended}
+            )
+            if not in_repair:
+                self._status.note(_of_losses_left_behind(writer.manifest))
+        new = {
+            name: record for name, record in laid_out.losses.items() if name not in recorded.losses
+        }
+        if new:
+            with_new = replace(writer.manifest, losses={**writer.manifest.losses, **new})
+            self._check_space(cluster, ready, with_new, writer.keep, new)
+            writer.add_losses(new)
+        _note_task(writer, laid_out)
+
+
+@contextlib.contextmanager
+def _named_disk_errors() -> Iterator[None]:
+    """Say of an error of the file system what is to be done about it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ResourceError(
+                f"not allowed: {error}. Give this user the right to it, or write elsewhere "
+                f"with --out."
+            ) from error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise LCAError(
+                f"a file cannot be read or written: {error}. What was committed is kept; "
+                f"put it right and run again."
+            ) from error
+        raise ResourceError(
+            f"no space left for the result ({error}). Free some and run again."
+        ) from error
+
+
+def _compressed(
+    cluster: Cluster, ready: Preparation, manifest: Manifest
+) -> dict[str, dict[str, float]]:
+    """Return what compression leaves of a segment of each loss, by a trial; see `Compressions`."""
+    request = CompressionsRequest(
+        setup=ready.setup,
+        sample=ready.sample,
+        batch_sizes=ready.batch_sizes,
+        segments_of_window=manifest.length_of(0),
+    )
+    return ask(cluster, compressions, request).compressed
+
+
+def _refuse_others(writer: RunWriter, laid_out: Manifest) -> None:
+    """Refuse checkpoints, tensors and losses that are not those the run was made with."""
+    recorded = writer.manifest
+    same_checkpoints(writer, laid_out.checkpoints, laid_out.root)
+    same_tensors(writer, laid_out.tensors)
+    for name, record in laid_out.losses.items():
+        if name in recorded.losses:
+            same_end = len(laid_out.checkpoints) == len(recorded.of(name).checkpoints)
+            same_loss(name, recorded.losses[name], record, same_end)
+
+
+def _note_task(writer: RunWriter, laid_out: Manifest) -> None:
+    """Record where the task is now, if that changed."""
+    task = {name: value for name, value in laid_out.provenance.items() if name.startswith("task")}
+    recorded = writer.manifest.provenance
+    if any(recorded[name] != value for name, value in task.items()):
+        writer.note(task)
+
+
+def _of_losses_left_behind(manifest: Manifest) -> Iterator[str]:
+    """Yield which losses were not asked for, and so do not cover the checkpoints that were
+    added.
+    """
+    for name, record in manifest.losses.items():
+        if record.covers is not None:
+            last, step = manifest.checkpoints[-1].step, manifest.of(name).checkpoints[-1].step
+            yield (
+                f"loss {name!r} stays as it is, up to step {step}; the checkpoints go on "
+                f"to step {last}. Take it there with "
+                f"--loss {name}, or every loss with --loss all"
+            )
+
+
+def _common(ready: Preparation, path: Path) -> RunRequest[Any]:
+    """Return what requests of spans have in common."""
+    return RunRequest[Any](
+        setup=ready.setup,
+        points=replace(ready.sample.points, checkpoints={}),
+        run=str(path.resolve()),
+        batch_sizes=ready.batch_sizes,
+    )
+
+
+# --- the spans
+# ------------------------------------------------------------------------------------------------
+
+
+class _Unreached(NamedTuple):
+    """A tensor that moved and that no gradient of a loss reaches; whether the loss depends on
+    it.
+    """
+
+    loss: str
+    tensor: str
+    depends: bool
+
+
+class _Spans:
+    """The pending spans of a run, and what was reported of them.
+
+    Attributes:
+        failed: the spans that could not be replayed.
+    """
+
+    def __init__(
+        self, writer: RunWriter, common: RunRequest[Any], status: _Status, *, durable: bool
+    ) -> None:
+        self._writer, self._common, self._status, self._durable = writer, common, status, durable
+        self._covered = {name: writer.manifest.of(name) for name in common.setup.losses}
+        self.failed: list[SpanFailed] = []
+        self._oom_retries = 0
+        self._left_partials = False
+        self._reported_ends: dict[str, dict[int, list[float]]] = {}
+        self._unreached: set[_Unreached] = set()
+
+    def replay(
+        self, cluster: Cluster, lock: results.Held, repair_spans: dict[str, list[int]] | None
+    ) -> None:
+        """Replay them on a cluster, and join their totals.
+
+        Args:
+            cluster: where.
+            lock: of the run.
+            repair_spans: the spans to replay, by loss; None for all that are pending.
+        """
+        path = self._writer.path
+        results.remove_reports(path)
+        pending = self._pending(repair_spans)
+        self._plan(pending, cluster.crew().workers)
+        lock.working = True  # until its end, workers may leave temporary files
+        specs = map(to_plain, self._requests(pending))
+        with contextlib.closing(cluster.map(replay_span, specs, committed_result)) as outcomes:
+            for outcome in outcomes:
+                self._hear(outcome)
+                if lock.lost.is_set():
+                    raise ResourceError(
+                        f"another driver took {path} over, because this one did not show for "
+                        f"minutes. What was committed is kept."
+                    )
+        self._fold()
+        lock.working = False
+        results.remove_reports(path)
+        if self._left_partials:  # of a worker that died while it wrote, temporary files stay
+            self._writer.sweep()
+        self._status.note(self._notes())
+
+    # --- before
+
+    def _pending(
+        self, repair_spans: dict[str, list[int]] | None
+    ) -> dict[tuple[int, int], list[str]]:
+        """Return the losses that wait for a span, by the span and its segments: in a repair losses
+        may end at different ones.
+        """
+        waiting: dict[tuple[int, int], list[str]] = {}
+        for name, manifest in self._covered.items():
+            self._writer.fold_all(name)
+            for span in self._writer.pending(name):
+                if repair_spans is None or span in repair_spans[name]:
+                    waiting.setdefault((span, manifest.length(span)), []).append(name)
+        return waiting
+
+    def _plan(self, waiting: dict[tuple[int, int], list[str]], workers: int) -> None:
+        pending = sum(len(names) * length for (_, length), names in waiting.items())
+        total = sum(manifest.segments for manifest in self._covered.values())
+        directory = self._common.run if pending else ""
+        self._status.plan(Planned(pending, total, len(waiting), workers, directory))
+
+    def _requests(self, waiting: dict[tuple[int, int], list[str]]) -> Iterator[SpanRequest]:
+        for (span, _), names in sorted(waiting.items()):
+            manifest = self._covered[names[0]]
+            yield _span_request(self._common, manifest, span, names, durable=self._durable)
+
+    # --- while they are replayed
+
+    def _hear(self, outcome: Outcome) -> None:
+        """Pass on what a cluster says."""
+        if isinstance(outcome, Refused):
+            self._status.note(
+                [f"worker {outcome.worker} joined and takes no part: it {outcome.why}"]
+            )
+        elif isinstance(outcome, Waiting):
+            self._status.note(
+                [f"no worker is left; waiting {outcome.seconds:.0f} s for one to join"]
+            )
+        elif isinstance(outcome, Done):
+            if outcome.result is not None:
+                self._take(outcome)
+        else:
+            self._hear_trouble(outcome)
+
+    def _hear_trouble(self, outcome: Lost | Retried | Slow) -> None:
+        request = from_plain(SpanRequest, outcome.spec)
+        span, manifest = request.span, self._manifest_of(request)
+        where = (span, *_steps(manifest, span))
+        self._left_partials |= not isinstance(outcome, Slow)
+        if isinstance(outcome, Lost):
+            self._fail(manifest, span, f"no worker could finish it ({outcome.why})")
+        elif isinstance(outcome, Retried):
+            self._status.tell(SpanRetried(*where, outcome.worker, outcome.why))
+        else:
+            self._status.tell(SpanSlow(*where, outcome.worker, outcome.seconds, outcome.doing))
+
+    def _manifest_of(self, request: SpanRequest) -> Manifest:
+        return self._writer.manifest.of(request.pending[0])
+
+    def _fail(
+        self, manifest: Manifest, span: int, message: str, not_finite: int | None = None
+    ) -> None:
+        failure = SpanFailed(span, *_steps(manifest, span), message, not_finite)
+        self.failed.append(failure)
+        self._status.tell(failure)
+
+    def _take(self, done: Done) -> None:
+        request, answer = from_plain(SpanRequest, done.spec), answered(SpanRequest, done.result)
+        if isinstance(answer, Failure):
+            self._take_failure(request, answer.exception())
+            return
+        self._status.span_seconds, self._status.workers = answer.seconds, done.workers
+        for name, part in answer.losses.items():
+            self._compare_ends(name, request.span, part.ends)
+            self._mind_memory(name, request.span, part, done.worker)
+            self._unreached |= {
+                _Unreached(name, tensor, tensor in part.hidden) for tensor in part.silent
+            }
+        self._status.tell(_span_done(request.span, answer, done))
+
+    def _take_failure(self, request: SpanRequest, error: Exception) -> None:
+        if isinstance(error, ResourceError):
+            raise error
+        step = error.step if isinstance(error, NotFiniteError) else None
+        self._fail(self._manifest_of(request), request.span, str(error), step)
+
+    def _mind_memory(self, name: str, span: int, part: LossSpan, worker: str) -> None:
+        """Tell once that memory ran out, and a span was computed in smaller batches."""
+        whole = self._writer.manifest.losses[name].batch_size
+        if part.batch_size >= whole:
+            return
+        self._oom_retries += 1
+        if self._oom_retries == 1:
+            self._status.note(
+                [
+                    f"out of memory on {worker}: span {span} of loss {name!r} was "
+                    f"computed in batches of "
+                    f"{part.batch_size} instead of {whole}, equal within rounding; its "
+                    f"marker says so"
+                ]
+            )
+
+    def _compare_ends(self, loss: str, span: int, ends: list[float]) -> None:
+        """Compare a span with those beside it, once they are committed; here alone, so that no two
+        miss each other.
+        """
+        reported = self._reported_ends.setdefault(loss, {})
+        reported[span] = ends
+        for later in (span, span + 1):
+            what = results.disagreement(self._writer.commits(loss), later, reported)
+            if what is not None:
+                raise LCAError(
+                    f"{what}: not both are of the data and the model that are meant, or a machine "
+                    f"erred. `lca verify {self._writer.path}` lists "
+                    f"where, `lca repair {self._writer.path} --task FILE` computes it again."
+                )
+
+    # --- afterwards
+
+    def _fold(self) -> None:
+        """Join the totals of windows; spans whose totals were damaged meanwhile have failed."""
+        unfolded = {
+            span: manifest
+            for name, manifest in self._covered.items()
+            for span in self._writer.fold_all(name)
+        }
+        for span, manifest in sorted(unfolded.items(), key=lambda item: item[0]):
+            self._fail(manifest, span, "its totals were damaged while they waited to be joined")
+
+    def _notes(self) -> Iterator[str]:
+        if self._oom_retries > 1:
+            yield (
+                f"out of memory {self._oom_retries} times; a smaller --batch-size from the start, "
+                f"in another run, is faster"
+            )
+        yield from _of_unreached(self._unreached)
+
+
+def _span_done(span: int, answer: SpanAnswer, done: Done) -> SpanDone:
+    parts = answer.losses.values()
+    return SpanDone(
+        span=span,
+        losses=list(answer.losses),
+        segments=answer.segments,
+        worst_residual=max(part.worst_residual for part in parts),
+        unconverged=sum(part.unconverged for part in parts),
+        evaluations=sum(part.evaluations for part in parts),
+        forward_passes=sum(part.forward_passes for part in parts),
+        seconds=answer.seconds,
+        peak_bytes=answer.peak_bytes,
+        worker=done.worker,
+        workers=done.workers,
+    )
+
+
+def _of_unreached(unreached: set[_Unreached]) -> Iterator[str]:
+    """Yield notes about tensors that moved and that no gradient of a loss reaches, by loss: hidden
+    from it, or not used at all.
+    """
+    for loss in sorted({entry.loss for entry in unreached}):
+        tensors = {entry.tensor for entry in unreached if entry.loss == loss}
+        hidden = {entry.tensor for entry in unreached if entry.loss == loss and entry.depends}
+        unused = tensors - hidden
+        if unused:
+            yield (
+                f"tensors moved without loss {loss!r} depending on them (allocated 0): "
+                f"{few(sorted(unused), 5)}"
+            )
+        if hidden:
+            yield (
+                f"tensors moved that loss {loss!r} depends on through detach() or no_grad() alone, "
+                f"so that no gradient reaches them "
+                f"(allocated 0): {few(sorted(hidden), 5)}. Their share is in the residual, which "
+                f"no smaller tolerance mends"
+            )
+
+
+def _failures(failed: list[SpanFailed]) -> str:
+    first = failed[0]
+    more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+    return (
+        f"{count(len(failed), 'span')} failed; the others are complete. Steps {first.first_step} "
+        f"to "
+        f"{first.last_step}{more}: {first.message}{_not_finite(failed)}"
+    )
+
+
+def _not_finite(failed: list[SpanFailed]) -> str:
+    """Return which checkpoints hold NaN or Inf, where spans failed for that, and that trying again
+    does not help.
+    """
+    steps = sorted({failure.not_finite for failure in failed if failure.not_finite is not None})
+    if not steps:
+        return ""
+    several = len(steps) > 1
+    of = (
+        f"the checkpoints of steps {few([*map(str, steps)])} hold"
+        if several
+        else f"that of step {steps[0]} holds"
+    )
+    return f" Running again cannot replay their spans: {of} NaN or Inf."
+
+
+def _steps(manifest: Manifest, span: int) -> tuple[int, int]:
+    """Return the training steps a span runs from and to."""
+    rows = manifest.rows(span)
+    return manifest.checkpoints[rows.start].step, manifest.checkpoints[rows.stop].step
+
+
+def _span_request(
+    common: RunRequest[Any], manifest: Manifest, span: int, pending: list[str], *, durable: bool
+) -> SpanRequest:
+    """Return the request to replay one span for its pending losses, with the checkpoints it reads.
+
+    Args:
+        common: to all spans.
+        manifest: of the run up to where the pending losses end.
+        span: its number.
+        pending: the losses.
+        durable: whether it is on the disk before it counts.
+    """
+    rows = manifest.rows(span)
+    positions = (*looks_back(rows.start), *range(rows.start, rows.stop + 1))
+    return SpanRequest(
+        setup=common.setup,
+        points=replace(
+            common.points, checkpoints={index: manifest.checkpoints[index] for index in positions}
+        ),
+        run=common.run,
+        batch_sizes=common.batch_sizes,
+        durable=durable,
+        span=span,
+        pending=pending,
+        calibration={name: record.calibration for name, record in manifest.losses.items()},
+    )

@@ -1,0 +1,591 @@
+"""Checks before the first span: what a task holds, whether it can be replayed, what its losses
+are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...base.text import count as counted
+from ...checkpoints.leftovers import counts, left_out_note, refuted
+from ...checkpoints.trajectory import drop_options, is_statistic, read_checkpoint, read_stored
+from ...errors import InputError, SpanError, few
+from ...numerics.precisions import PRECISIONS
+from ...numerics.schema import is_share
+from ..requests import (
+    DescribeRequest,
+    Description,
+    LossDescription,
+    ProbeAnswer,
+    ProbeRequest,
+    Sample,
+)
+from .memory import block_of, short_of
+from .modes import moved_layers, notes_on_modes
+from .state import Point, checkpoint_at, divided, first_point, objective_of, point_at, reported
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...numerics.objective import Identity, Objective
+
+_NEAR = 16  # segments among which one that moves is looked for
+
+
+@reported(DescribeRequest)
+def describe(request: DescribeRequest) -> Description:
+    """Return what the task holds: the model's tensors, and of each loss its split and its kind."""
+    objective = objective_of(request.setup)
+    digests = objective.digests  # before anything is called: a model may fill what it keeps
+    objective = divided(request.setup, objective)
+    return Description(
+        tensors=objective.table,
+        losses={name: _described(objective, name) for name in objective.losses},
+        task_losses=list(objective.task.losses),
+        digests=digests,
+        frozen=objective.tensors.frozen,
+        fixed=list(objective.tensors.fixed),
+        added=objective.tensors.added,
+        patterns=list(objective.task.fixed),
+        unstored=list(objective.tensors.unstored),
+        statistics=None if objective.recalibration is None else objective.recalibration.split.name,
+    )
+
+
+def _described(objective: Objective, name: str) -> LossDescription:
+    loss, order = objective.losses[name], objective.order(name)
+    split = None if loss.split is None else objective.splits[loss.split]
+    return LossDescription(
+        on=loss.split,
+        kind=loss.kind,
+        examples=split.examples if split else 0,
+        total=split.total if split else 0,
+        groups=order.labels if order else None,
+        counts=order.counts if order else None,
+    )
+
+
+def _replicates(objective: Objective, name: str) -> int:
+    hidden = objective.replicates_of(name)
+    order = None if hidden is None else objective.order(hidden)
+    return 0 if order is None else len(order.labels)
+
+
+@reported(ProbeRequest)
+def probe(request: ProbeRequest) -> ProbeAnswer:
+    """Check the task on a small sample at the first checkpoint; identify each loss there and at the
+    last one.
+    """
+    objective = objective_of(request.setup)
+    names, settings = list(objective.losses), request.setup.settings
+    first = first_point(request.sample.points, objective)
+    batch_sizes = objective.settle_batch_sizes(first, request.batch_sizes)
+    _same_ties(request)
+    _same_fixed(request, objective)
+    # a recorded loss keeps what was settled for it
+    new = [name for name in names if name not in request.recorded]
+    first, about_modes = _statistics(request, objective, first, new)
+    notes = _leftovers(request, objective)
+    notes += [note for name in names for note in _checks(request, objective, name)]
+    if settings.precision == "float64":
+        _same_in_float32(request, objective)
+    notes += (
+        (_never_updated(request, objective) if new else [])
+        + _unmoved(request, objective)
+        + about_modes
+    )
+    block = {name: block_of(request, objective, name) for name in names}
+    objective.data.share_batches([name for name in names if block[name] is not None])
+    at_first: dict[str, Identity] = {}
+    measured, more = _can_measure(request, objective, first, new, at_first)
+    notes += more
+    objective.release_reference()
+    identities = _identities(request, objective, first, names, at_first)
+    calibrations = (
+        _calibrations(request.sample, objective, new)
+        if new and settings.rule == "trapezoid"
+        else {}
+    )
+    return ProbeAnswer(
+        batch_sizes=batch_sizes,
+        identity=identities,
+        calibration={name: calibrations.get(name) for name in names},
+        block=block,
+        short_of=short_of(request, objective, new, block),
+        along={
+            name: along if along in objective.losses else None
+            for name, along in objective.data.batch_order_of.items()
+        },
+        measured=measured,
+        scale=_scales(request, objective, first, new),
+        replicates={name: _replicates(objective, name) for name in names},
+        statistics=None if objective.recalibration is None else objective.recalibration.recorded,
+        notes=notes,
+    )
+
+
+def _scales(
+    request: ProbeRequest, objective: Objective, first: Point, names: list[str]
+) -> dict[str, float]:
+    """Return |loss| at the first checkpoint over the whole split, the groups averaged by weight,
+    where a tolerance is a share of it.
+
+    Six digits are kept, so that it is the same number in whatever company a loss is evaluated.
+    """
+    settings = request.setup.settings
+    tolerances = {
+        "tolerance": settings.tolerance,
+        "allocation-tolerance": settings.allocation_tolerance,
+    }
+    shares = {option: tolerance for option, tolerance in tolerances.items() if is_share(tolerance)}
+    if not shares or not names:
+        return {}
+    scales = {}
+    for name, evaluation in objective.evaluate(first, names, gradient=False).items():
+        weight = np.atleast_1d(evaluation.weight)
+        loss = np.atleast_1d(evaluation.loss)[weight > 0] @ weight[weight > 0] / weight.sum()
+        scales[name] = abs(float(f"{loss:.6g}"))
+        if not 0 < scales[name] < math.inf:
+            option, share = next(iter(shares.items()))
+            raise InputError(
+                f"loss {name!r} is {loss:.6g} at the first checkpoint, of which --{option} {share} "
+                f"is no bound. "
+                f"Give --{option} in units of loss, such as 1e-3."
+            )
+    return scales
+
+
+def _statistics(
+    request: ProbeRequest, objective: Objective, first: Point, new: list[str]
+) -> tuple[Point, list[str]]:
+    """Settle what statistics normalisation layers have; returns the first point with them, which
+    the objective holds, and notes.
+    """
+    mode, recalibration = request.setup.settings.norm_stats, objective.recalibration
+    if mode == "batch" or (mode == "running" and not new):
+        return first, []
+    if recalibration is None:
+        notes = notes_on_modes(request, objective, new, moved_layers(request, objective))
+        objective.place(first)
+        return first, notes
+    if request.setup.settings.statistics is None:
+        asked_size = request.setup.settings.batch_size
+        known = objective.batch_sizes.get(recalibration.split.name, asked_size)
+        recalibration.settle(known, moved_layers(request, objective))
+    point, unreached = recalibration.at(first), recalibration.unreached(first) if new else []
+    notes = [
+        f"{what}: {few([*map(repr, layers)])}"
+        for what, layers in (
+            (
+                "statistics of these layers did not move in training and stay as they are stored",
+                recalibration.kept,
+            ),
+            (
+                f"loss {recalibration.loss!r} does not call these layers, whose statistics stay as "
+                f"they are stored",
+                unreached,
+            ),
+        )
+        if layers and new
+    ]
+    objective.place(point)
+    return point, notes
+
+
+def _same_ties(request: ProbeRequest) -> None:
+    """Refuse names that the task ties but whose values differ in the checkpoints: the model that
+    was trained did not tie them.
+
+    At both ends: copies that were trained apart start equal.
+    """
+    if not request.ties:
+        return
+    sources_by_name = {source: source for sources in request.ties.values() for source in sources}
+    for index in (0, request.sample.ends):
+        checkpoint = checkpoint_at(request.sample.points, index)
+        try:
+            tensors = read_checkpoint(checkpoint, sources_by_name)
+        except SpanError:  # a run that diverged: its last spans will fail and say so
+            continue
+        for name, (first, *others) in request.ties.items():
+            for source in others:
+                if not bool((tensors[source] == tensors[first]).all()):
+                    raise InputError(
+                        f"the task's model ties {name!r}, but {first!r} and {source!r} differ in "
+                        f"{checkpoint.files[0]} (step "
+                        f"{checkpoint.step}). Build the model that was trained."
+                    )
+
+
+def _same_fixed(request: ProbeRequest, objective: Objective) -> None:
+    """Refuse tensors that the task fixes but that checkpoints hold with other values, at either
+    end, than the model builds.
+    """
+    import torch
+
+    if not request.fixed:
+        return
+    for index in (0, request.sample.ends):
+        checkpoint = checkpoint_at(request.sample.points, index)
+        try:
+            tensors = read_stored(checkpoint, request.fixed)
+        except SpanError:  # its spans will fail and say so
+            continue
+        for name, tensor in tensors.items():
+            built = objective.tensors.fixed[name].cpu()
+            if not torch.equal(built.to(tensor.dtype).to(built.dtype), tensor.to(built.dtype)):
+                raise InputError(
+                    f"Task.fixed names {name!r}, but it is not what the task's model builds in "
+                    f"{checkpoint.files[0]} (step "
+                    f"{checkpoint.step}). Leave it out of fixed, so that it is read from there, or "
+                    f"build the model that was trained."
+                )
+
+
+def _leftovers(request: ProbeRequest, objective: Objective) -> list[str]:
+    """Return notes on tensors that only the checkpoints hold and that are left out.
+
+    Raises:
+        InputError: where one holds something else than it was taken for, or moves between the first
+            and the last checkpoint.
+    """
+    from ...recording.staging import same_bytes
+
+    leftovers = request.leftovers
+    if not leftovers:
+        return []
+    fixed = objective.tensors.fixed_of(leftovers)
+    ends = []
+    for index in (0, request.sample.ends):
+        checkpoint = checkpoint_at(request.sample.points, index)
+        try:
+            ends.append((checkpoint, read_stored(checkpoint, leftovers)))
+        except SpanError:  # its spans will fail and say so
+            continue
+    for checkpoint, tensors in ends:
+        for name, tensor in tensors.items():
+            wrong = "" if name in fixed else refuted(name, tensor, objective.tensors.unstored)
+            first = {name: ends[0][1][name]}
+            if not wrong and not counts(name) and not same_bytes({name: tensor}, first):
+                wrong = (
+                    "and moves between the first and the last checkpoint, as what is trained does"
+                )
+            if wrong:
+                raise InputError(
+                    f"tensor {name!r} stands in {checkpoint.files[0]} (step {checkpoint.step}) but "
+                    f"not in the task's model, {wrong}. Build "
+                    f"the model that was trained; where the loss is the same without it, leave it "
+                    f"out: {drop_options([name])}"
+                )
+    return [left_out_note([name for name in leftovers if name not in fixed], fixed)]
+
+
+def _checks(request: ProbeRequest, objective: Objective, name: str) -> list[str]:
+    from ...numerics.objective import check_loss, drop_weightless_replicates
+
+    notes: list[str] = check_loss(objective, name) + drop_weightless_replicates(objective, name)
+    reduction = objective.losses[name].replaced
+    if reduction is not None:
+        notes.append(
+            f"loss {name!r} was given reduction={reduction!r}; here it is the mean over its "
+            f"elements, of which what was minimised may be a "
+            "multiple"
+        )
+    return notes
+
+
+def _same_in_float32(request: ProbeRequest, objective: Objective) -> None:
+    """Refuse float64 where code with float32 constants makes it another function."""
+    from ...numerics.objective import identify
+
+    single = objective.in_precision("float32")
+    single.place(point_at(request.sample.points, 0, single))
+    for name in objective.losses:
+        wide, narrow = identify(objective, name).loss, identify(single, name).loss
+        if abs(wide - narrow) > PRECISIONS[single.precision_of(name)].same_loss * max(
+            abs(wide), abs(narrow), 1e-12
+        ):
+            raise InputError(
+                f"loss {name!r} is {wide:.6g} in float64 but {narrow:.6g} in float32 at the first "
+                f"checkpoint: the model or the loss "
+                "holds float32 constants (a mask, say). Use --precision float32."
+            )
+
+
+def _identities(
+    request: ProbeRequest,
+    objective: Objective,
+    first: Point,
+    names: list[str],
+    at_first: dict[str, Identity],
+) -> dict[str, list[dict[str, float] | None]]:
+    """Return what identifies each loss at the first and at the last checkpoint, `at_first` holding
+    what is known of some there.
+    """
+    from ...numerics.objective import identify, weights_of_sample
+
+    identities: dict[str, list[dict[str, float] | None]] = {name: [] for name in names}
+    weights: dict[str, Tensor | None] = {}
+    for index in (0, request.sample.ends):
+        try:
+            point = first if index == 0 else point_at(request.sample.points, index, objective)
+        except SpanError:  # a run that diverged: its last spans will fail and say so
+            for name in names:
+                identities[name].append(None)
+            continue
+        objective.place(point)
+        for name in names:
+            known = at_first.get(name) if index == 0 else None
+            identity = asdict(known or identify(objective, name))
+            identities[name].append(
+                identity if all(map(math.isfinite, identity.values())) else None
+            )
+            now = weights_of_sample(objective, name)
+            _same_weights(name, weights.setdefault(name, now), now)
+    if identities and point is not first:
+        _nothing_derived(
+            request, objective, point, {name: ends[-1] for name, ends in identities.items()}
+        )
+    return identities
+
+
+def _same_weights(name: str, first: Tensor | None, now: Tensor | None) -> None:
+    """Refuse weights that are others at another checkpoint, such as a second value that says
+    whether an answer was right.
+    """
+    if first is not None and now is not None and not bool((first == now).all()):
+        raise InputError(
+            f"loss {name!r} returned two values for every element, the second of which was taken "
+            f"for its weight and is another at the last "
+            "checkpoint than at the first: it depends on the model. Return the values alone, or "
+            "(values, weights) with weights that are "
+            "constants."
+        )
+
+
+def _nothing_derived(
+    request: ProbeRequest,
+    objective: Objective,
+    last: Point,
+    identities: dict[str, dict[str, float] | None],
+) -> None:
+    """Refuse modules that merge or cache weights in eval mode: the loss would not be that of the
+    weights placed after.
+    """
+    from ...numerics.objective import identify
+
+    objective.tensors.renew(last)
+    for name, before in identities.items():
+        if before is None:
+            continue
+        value, anew = before["loss"], identify(objective, name).loss
+        if not abs(value - anew) <= PRECISIONS[request.setup.settings.precision].same_loss * max(
+            abs(value), abs(anew), 1e-12
+        ):
+            raise InputError(
+                f"loss {name!r} at the last checkpoint is {value:.6g}, but {anew:.6g} when the "
+                f"model is set to eval anew: a module "
+                "merges or caches weights in eval mode. Build it so that it does not "
+                "(merge_weights=False in loralib)."
+            )
+
+
+def _can_measure(
+    request: ProbeRequest,
+    objective: Objective,
+    first: Point,
+    names: list[str],
+    at_first: dict[str, Identity],
+) -> tuple[bool, list[str]]:
+    """Tell whether some segments can be evaluated one precision higher as well, with a note where
+    that cannot be done.
+
+    What identifies losses at the first checkpoint is added to `at_first`.
+    """
+    from ...numerics.objective import identify
+
+    precision = request.setup.settings.precision
+    finer = PRECISIONS[precision].reference
+    if finer is None or not names:
+        return False, []
+    try:
+        reference = objective.reference
+        reference.place(first)
+        for name in names:
+            at_first[name] = identify(objective, name)
+            narrow, wide = at_first[name].loss, identify(reference, name).loss
+            if not abs(narrow - wide) <= PRECISIONS[objective.precision_of(name)].same_loss * max(
+                abs(narrow), abs(wide), 1e-12
+            ):
+                raise InputError(
+                    f"loss {name!r} is {narrow:.6g} in {precision} but {wide:.6g} in "
+                    f"{finer.precision}"
+                )
+    except InputError as error:
+        return False, [
+            f"the error of {precision} is not measured, because the task does not run in "
+            f"{finer.precision}: {error}"
+        ]
+    return True, []
+
+
+def sampled(ends: int) -> list[range]:
+    """Return where to look for a few segments that move: from the first on, from the middle on,
+    from the last back.
+
+    Args:
+        ends: segments of the trajectory.
+
+    >>> sampled(3), [(each[0], each[-1]) for each in sampled(1000)]
+    ([range(0, 3), range(1, 3), range(2, -1, -1)], [(0, 15), (499, 514), (999, 984)])
+    """
+    middle, last = (ends - 1) // 2, ends - 1
+    return [
+        range(min(_NEAR, ends)),
+        range(middle, min(middle + _NEAR, ends)),
+        range(last, max(-1, last - _NEAR), -1),
+    ]
+
+
+def moving(
+    sample: Sample, objective: Objective
+) -> Iterator[tuple[int, tuple[Point, Point] | None]]:
+    """Look at a few segments, each once: those on which a parameter moves with the stored tensors
+    at both ends, others with None.
+
+    One that cannot be read is left out: its span will fail and say so.
+    """
+    trained = [tensor.name for tensor in objective.table if tensor.kind == "parameter"]
+    looked: dict[int, bool] = {}
+    for places in sampled(sample.ends):
+        for index in places:
+            if index not in looked:
+                try:
+                    before, after = (
+                        read_checkpoint(checkpoint_at(sample.points, end), sample.points.names)
+                        for end in (index, index + 1)
+                    )
+                except SpanError:
+                    continue
+                looked[index] = any(
+                    bool((before[name].double() != after[name].double()).any()) for name in trained
+                )
+                yield index, (before, after) if looked[index] else None
+            if looked[index]:
+                break
+
+
+def _calibrations(sample: Sample, objective: Objective, names: list[str]) -> dict[str, float]:
+    """Return the trapezoid's error as a share of Σ|(g₁ − g₀)·Δθ|, of losses; of none where no
+    sampled segment moves.
+    """
+    from ...numerics.allocation import calibrate
+
+    largest: dict[str, float] = {}
+    for index, pair in moving(sample, objective):
+        if pair is None:
+            continue
+        shares = calibrate(
+            point_at(sample.points, index, objective),
+            point_at(sample.points, index + 1, objective),
+            objective,
+            names,
+        )
+        for name, share in shares.items():
+            if math.isfinite(share):
+                largest[name] = max(largest.get(name, 0.0), share)
+    return largest
+
+
+def _never_updated(request: ProbeRequest, objective: Objective) -> list[str]:
+    """Say which running statistics are those of a new model in every checkpoint looked at, or in
+    the task's model where it fixes them.
+    """
+    import torch
+
+    if request.setup.settings.norm_stats != "running":
+        return []
+    trained, parameters = (
+        {spec.name for spec in objective.table},
+        dict(objective.model.named_parameters()),
+    )
+    # not those of a part that was not trained, such as the base of an adapter
+    buffers = {
+        name: tensor
+        for name, tensor in objective.model.named_buffers()
+        if is_statistic(name)
+        and f"{name.rpartition('running_')[0]}weight" not in parameters.keys() - trained
+    }
+    sources = {
+        name: request.sample.points.names[name]
+        for name in buffers
+        if name in request.sample.points.names
+    }
+    new = {name: float(name.endswith("running_var")) for name in buffers}
+    unchanged = {
+        name for name in buffers if name in sources or torch.all(buffers[name] == new[name])
+    }
+    for index in {0, (request.sample.ends - 1) // 2, request.sample.ends}:
+        try:
+            stored = (
+                read_checkpoint(checkpoint_at(request.sample.points, index), sources)
+                if sources
+                else {}
+            )
+        except SpanError:  # its spans will fail and say so
+            continue
+        unchanged -= {
+            name for name, tensor in stored.items() if not bool((tensor == new[name]).all())
+        }
+    layers = [{f"{prefix}running_mean", f"{prefix}running_var"} for prefix in _prefixes(unchanged)]
+    named = [repr(name) for layer in layers if layer <= unchanged for name in sorted(layer)]
+    if not named:
+        return []
+    return [
+        f"running statistics are still 0 and 1, as a new model has them, in every checkpoint "
+        f"looked at ({few(named)}): they were never "
+        "updated, or not saved, so that with --norm-stats running the loss is not the one training "
+        "saw. Where training normalised by "
+        "batches, take --norm-stats batch --batch-size N; where they are stored elsewhere, load "
+        "them in Task.model and name them in "
+        "Task(fixed=[…])"
+    ]
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    return sorted({name.removesuffix("running_mean").removesuffix("running_var") for name in names})
+
+
+def _unmoved(request: ProbeRequest, objective: Objective) -> list[str]:
+    """Say which share of half-precision parameters did not move on a few segments, those left out
+    on which none did.
+    """
+    if not request.half:
+        return []
+    same = count = still = 0
+    for _, pair in moving(request.sample, objective):
+        if pair is None:
+            still += 1
+            continue
+        before, after = pair
+        for name in before:
+            if before[name].is_floating_point():
+                same += int((before[name].float() == after[name].float()).sum())
+                count += before[name].numel()
+    stored = f"checkpoints are stored in half precision ({counted(len(request.half), 'tensor')})"
+    if not count:
+        return [
+            f"{stored}, and nothing moves at all on the {still} sampled segments. Record "
+            f"float32 weights."
+        ]
+    apart = f" ({still} more, on which nothing moves, are not counted)" if still else ""
+    return [
+        f"{stored}: {same / count:.1%} of the parameters do not move at all on sampled "
+        f"segments{apart}, and what does not move is "
+        "allocated nothing. Record float32 weights."
+    ]

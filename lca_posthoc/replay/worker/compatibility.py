@@ -1,0 +1,98 @@
+"""The check whether a worker that somebody else started can take part: same versions, same files, a
+device.
+"""
+
+from __future__ import annotations
+
+import platform
+import uuid
+from importlib.metadata import version
+from pathlib import Path
+
+from ...checkpoints.headers import read_header
+from ...checkpoints.paths import located, reached
+from ...errors import LCAError, ResourceError
+from ..requests import Admission, AdmissionRequest
+from .state import reported
+
+_DISTRIBUTIONS = ("lca_posthoc", "torch", "numpy", "safetensors", "zarr", "dask", "distributed")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide bits, and whether two processes understand each other; builds
+    of one release are alike.
+    """
+    installed = {name: version(name).partition("+")[0] for name in _DISTRIBUTIONS}
+    return {"python": ".".join(platform.python_version_tuple()[:2]), **installed}
+
+
+@reported(AdmissionRequest)
+def admit(request: AdmissionRequest) -> Admission:
+    """Check this process against what the driver says of itself; return what GPU it sees.
+
+    Raises:
+        ResourceError: which says what is wrong here and what to do.
+    """
+    import torch
+
+    installed = versions()
+    for name, needed in request.versions.items():
+        if needed != installed[name]:
+            fix = f"`pip install {name}=={needed}`" if name != "python" else f"Python {needed}"
+            raise ResourceError(
+                f"has {name} {installed[name]}, this driver {needed}: it needs {fix}"
+            )
+    _reads_what_the_driver_wrote(request.token, request.text)
+    _reads_checkpoints(request)
+    cuda = torch.cuda.is_available()
+    if request.device == "cuda" and not cuda:
+        raise ResourceError(
+            "sees no GPU: start it where `nvidia-smi` lists one, or use --device cpu"
+        )
+    gpu = str(torch.cuda.get_device_properties(0).uuid) if cuda else None
+    return Admission(cuda=cuda, gpu=gpu)
+
+
+def _reads_what_the_driver_wrote(token: Path, text: str) -> None:
+    try:
+        same = token.read_text() == text
+    except OSError as error:
+        raise ResourceError(
+            f"cannot read {token.parent} ({error.strerror}): mount the file system of the run "
+            f"there, under the same path"
+        ) from None
+    if not same:
+        raise ResourceError(
+            f"has another {token.parent} than this driver: mount the file system of the run there"
+        )
+    trial = token.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        trial.touch(exist_ok=False)
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write to {token.parent} ({error.strerror}): give its user the right to"
+        ) from None
+    trial.unlink()
+
+
+def _reads_checkpoints(request: AdmissionRequest) -> None:
+    for checkpoint in request.checkpoints:
+        size = 0
+        for file in checkpoint.files:
+            path = located(request.root) / str(file)
+            try:
+                with reached(path), path.open("rb"):
+                    size += read_header(path).size
+            except OSError as error:
+                raise ResourceError(
+                    f"cannot read checkpoint {path} ({error.strerror}): mount the file system of "
+                    f"the checkpoints there, under the "
+                    "same path, and give its user the right to read them"
+                ) from None
+            except LCAError as error:
+                raise ResourceError(f"reads other checkpoints than this driver: {error}") from None
+        if size != checkpoint.size:
+            raise ResourceError(
+                f"reads other checkpoints than this driver: {path} and its shards have {size:,} "
+                f"bytes, not {checkpoint.size:,}"
+            )

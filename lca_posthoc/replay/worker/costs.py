@@ -1,0 +1,211 @@
+"""The costs of evaluating: seconds and memory, from a few timed batches."""
+
+from __future__ import annotations
+
+import functools
+import resource
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..requests import (
+    Compressions,
+    CompressionsRequest,
+    Costs,
+    CostsRequest,
+    LossCosts,
+    SampleRequest,
+)
+from .checks import moving
+from .memory import ROOM, block_of, free_memory, needed
+from .state import first_point, objective_of, reported
+
+if TYPE_CHECKING:
+    from ...numerics.objective import Objective
+
+_TIMED_SECONDS = 1.0
+_TIMED_PASSES = 1.5  # over the split: all timed batches of a loss together hold no more examples
+_PART = (
+    # of a batch, one of so many parts tells what else an evaluation costs, compared with the same
+    # part's gradient
+    8
+)
+_SAMPLED_NUMBERS = 2**18  # of allocations that are compressed, to see what a run will take on disk
+
+
+class _Budget:
+    """The examples that may still be evaluated to time a loss."""
+
+    def __init__(self, examples: float) -> None:
+        self.examples = examples
+
+    def spend(self, examples: int) -> bool:
+        """Tell whether so many more fit, and count them."""
+        fits = examples <= self.examples
+        self.examples -= examples if fits else 0
+        return fits
+
+
+@reported(CostsRequest)
+def measure(request: CostsRequest) -> Costs:
+    """Return the seconds of each loss and of all together, batch sizes and memory, from a few timed
+    batches.
+    """
+    import torch
+
+    objective = objective_of(request.setup)
+    objective.settle_batch_sizes(first_point(request.sample.points, objective), request.batch_sizes)
+    losses = {name: _measured(request, objective, name) for name in objective.losses}
+    together = higher = 0.0
+    for sources in objective.data.passes(objective.losses).values():
+        slowest = [max(names, key=lambda name: losses[name].seconds) for names in sources.values()]
+        passes: dict[Any, list[float]] = {}
+        for (function, _), name in zip(sources, slowest, strict=True):
+            shared = "outputs" if objective.losses[name].kind == "function" else function
+            passes.setdefault(shared, []).append(losses[name].forward)
+        # one of them is made
+        spared = [seconds for times in passes.values() for seconds in times[1:]]
+        together += sum(losses[name].seconds for name in slowest) - sum(spared)
+        higher += sum(losses[name].higher for name in slowest)
+    blocks = {name: block_of(request, objective, name) for name in losses}
+    on_gpu = objective.device.type == "cuda"
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if on_gpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    return Costs(
+        losses=losses,
+        compressed=_compressions(request, objective, request.segments_of_window),
+        together=together,
+        higher=higher,
+        recalibrating=_recalibrating(objective),
+        memory=peak + needed(request, objective, list(losses), blocks),
+    )
+
+
+@reported(CompressionsRequest)
+def compressions(request: CompressionsRequest) -> Compressions:
+    """Return by loss what the store's compression leaves of each kind of array, see
+    `compressed_share`.
+    """
+    objective = objective_of(request.setup)
+    objective.settle_batch_sizes(first_point(request.sample.points, objective), request.batch_sizes)
+    return Compressions(compressed=_compressions(request, objective, request.segments_of_window))
+
+
+def _recalibrating(objective: Objective) -> float:
+    """Return the seconds of one pass that recalibrates statistics; 0 in other modes."""
+    recalibration = objective.recalibration
+    if recalibration is None:
+        return 0.0
+    split, size = recalibration.split, recalibration.batch_size
+    seconds = _seconds(
+        objective, recalibration.loss, split.sample(0, size), _Budget(size), size, gradient=False
+    )
+    return float(seconds / size * split.examples)
+
+
+def _measured(request: CostsRequest, objective: Objective, name: str) -> LossCosts:
+    from ...numerics.objective import power_of_two
+
+    loss, order = objective.losses[name], objective.order(name)
+    if loss.split is None:
+        alone = _seconds(objective, name, None, _Budget(8), 1)
+        return LossCosts(seconds=alone, forward=0.0, higher=0.0, fastest=0, largest=0)
+    split, chosen = objective.splits[loss.split], objective.batch_sizes[loss.split]
+    most = split.examples if order is None else max(1, split.examples // len(order.labels))
+    used, budget = min(chosen, most), _Budget(_TIMED_PASSES * split.examples)
+    part = max(1, used // _PART)
+    few = split.sample(0, part)
+    budget.spend(2 * part + (part if request.measured else 0))
+    # the first evaluation of a model is slower
+    of_part = _seconds(objective, name, few, _Budget(0), part, least=2)
+    forward = _seconds(objective, name, few, _Budget(0), part, gradient=False) / of_part
+    higher = 0.0
+    if request.measured:
+        wide = objective.reference
+        higher = (
+            _seconds(wide, name, wide.splits[loss.split].sample(0, part), _Budget(0), part)
+            / of_part
+        )
+    budget.spend(used)
+    per_example = {used: _seconds(objective, name, split.sample(0, used), budget, used) / used}
+    for size in (chosen * 2, chosen // 2, chosen * 4, chosen // 4):
+        size = min(max(1, size), most)
+        if size not in per_example and budget.spend(size):
+            per_example[size] = (
+                _seconds(objective, name, split.sample(0, size), budget, size) / size
+            )
+    room = ROOM * free_memory(request.sample.workers, objective.device)
+    return LossCosts(
+        seconds=per_example[used] * split.examples,
+        forward=forward * per_example[used] * split.examples,
+        higher=higher * per_example[used] * split.examples,
+        fastest=min(per_example, key=lambda size: per_example[size]),
+        largest=min(power_of_two(room / objective.saved_bytes(name)), split.examples),
+    )
+
+
+def _seconds(
+    objective: Objective,
+    name: str,
+    batch: Any,
+    budget: _Budget,
+    examples: int,
+    gradient: bool = True,
+    least: int = 1,
+) -> float:
+    """Return the seconds of the fastest of a few evaluations of one batch: at least `least`, more
+    while time and the budget last.
+    """
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < least or (
+        len(times) < 8
+        and time.perf_counter() - began < _TIMED_SECONDS / 4
+        and budget.spend(examples)
+    ):
+        start = time.perf_counter()
+        objective.over(functools.partial(objective.values, name), [batch], gradient=gradient)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _sampled_batch(objective: Objective, split: str) -> int:
+    """Return the examples of a batch whose gradient shows which numbers are 0: more than a part
+    where some are rarely seen.
+    """
+    return int(
+        min(objective.batch_sizes[split], max(32, objective.splits[split].examples // _PART))
+    )
+
+
+def _compressions(
+    request: SampleRequest[Any], objective: Objective, segments_of_window: int
+) -> dict[str, dict[str, float]]:
+    """Return what the store's compression leaves of each kind of array, from one segment that moves
+    and one batch of each loss.
+
+    The motion is that of whole tensors; the gradient that of one batch at the segment's start.
+    Nothing moves: all zeros.
+    """
+    from ...results import compressed_share
+
+    pair = next((pair for _, pair in moving(request.sample, objective) if pair is not None), None)
+    shares: dict[str, dict[str, float]] = {}
+    for name, loss in objective.losses.items():
+        parts = [] if pair is not None else [np.zeros(_SAMPLED_NUMBERS, "float32")]
+        if pair is not None:
+            size = 0 if loss.split is None else _sampled_batch(objective, loss.split)
+            batch = None if loss.split is None else objective.splits[loss.split].sample(0, size)
+            gradient = objective.over(functools.partial(objective.values, name), [batch]).gradient
+            for tensor, values in gradient.items():
+                motion = pair[1][tensor].double() - pair[0][tensor].double()
+                product = (motion * values.cpu()).float()
+                parts.append(
+                    product.reshape(-1)[: _SAMPLED_NUMBERS // max(1, len(gradient)) + 1].numpy()
+                )
+        shares[name] = compressed_share(np.concatenate(parts), segments_of_window)
+    return shares

@@ -1,0 +1,482 @@
+"""The replay of one span: allocate its segments for the pending losses, write and commit them."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import resource
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...checkpoints.trajectory import read_stored
+from ...cluster import Spec
+from ...errors import ResourceError, SpanError
+from ...numerics.schema import in_units_of_loss
+from ..requests import (
+    LossesAnswer,
+    LossesRequest,
+    LossSpan,
+    RunRequest,
+    SpanAnswer,
+    SpanRequest,
+    StoredPoints,
+    from_plain,
+    to_plain,
+)
+from .state import Point, checkpoint_at, objective_of, point_at, points_of, reported
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ...checkpoints.trajectory import TensorSpec
+    from ...numerics.allocation import SegmentAllocation
+    from ...numerics.objective import Evaluation, Objective
+    from ...numerics.quadrature import Rule
+    from ...results import Marker, RunWriter, SpanReport
+
+# from here on the first segment that moves is measured: the same one however a run is cut or has
+# grown
+SAMPLED = {
+    0,
+    64,
+    512,
+}
+LOOKED = 64  # segments from there that are looked at
+
+
+def stretch_of(row: int) -> range:
+    """Return the segments one of which is measured that `row` is among; none where it is among
+    none.
+
+    >>> stretch_of(3), stretch_of(64), stretch_of(200)
+    (range(0, 64), range(64, 128), range(0, 0))
+    """
+    first = max((start for start in SAMPLED if start <= row), default=row + 1)
+    last = min((start for start in SAMPLED if start > first), default=first + LOOKED)
+    stretch = range(first, min(last, first + LOOKED))
+    return stretch if row in stretch else range(0)
+
+
+def looks_back(row: int) -> range:
+    """Return the checkpoints that tell, for a span from `row` on, whether the segment that is
+    measured comes before it.
+    """
+    stretch = stretch_of(row)
+    return range(stretch.start, row + 1) if row > stretch.start and stretch else range(0)
+
+
+@reported(SpanRequest)
+def replay_span(request: SpanRequest) -> SpanAnswer:
+    """Allocate the segments of one span for its pending losses, write and commit them.
+
+    What another worker committed meanwhile (one that was cut off, or whose driver died) is not done
+    again.
+    """
+    from ...results import RunWriter, SpanReport
+
+    started = time.perf_counter()
+    writer = RunWriter.open(Path(request.run), durable=request.durable)
+    losses = {name: LossSpan.of(marker) for name, marker in _markers(writer, request).items()}
+    pending = [name for name in request.pending if name not in losses]
+    if pending:
+        objective = _ready(request, writer, pending)
+        records = {name: writer.manifest.losses[name] for name in pending}
+        together = [name for name, record in records.items() if len(record.blocks) == 1]
+        with SpanReport(writer.path, request.span) as report:
+            for names in [together, *([name] for name in records if name not in together)]:
+                if names:
+                    losses |= _within_memory(request, objective, writer, names, report)
+        objective.release_reference()
+    return SpanAnswer(
+        losses=losses,
+        segments=_length(writer, request),
+        seconds=time.perf_counter() - started,
+        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def committed_result(spec: Spec) -> Spec | None:
+    """Return the answer of a span whose worker is out of reach, once everything of it is committed;
+    None before.
+    """
+    from ...results import RunWriter
+
+    request = from_plain(SpanRequest, spec)
+    writer = RunWriter.open(Path(request.run))
+    markers = _markers(writer, request)
+    if len(markers) < len(request.pending):
+        return None
+    losses = {name: LossSpan.of(marker) for name, marker in markers.items()}
+    seconds = sum(marker["seconds"] for marker in markers.values())
+    return to_plain(
+        SpanAnswer(losses=losses, segments=_length(writer, request), seconds=seconds, peak_bytes=0)
+    )
+
+
+def _length(writer: RunWriter, request: SpanRequest) -> int:
+    """Return how many segments a span has, for any of its losses alike."""
+    return int(writer.manifest.of(request.pending[0]).length(request.span))
+
+
+@reported(LossesRequest)
+def losses_at(request: LossesRequest) -> LossesAnswer:
+    """Return losses, groups averaged, at some checkpoints; those that cannot be evaluated there are
+    left out.
+    """
+    from ...numerics.objective import is_out_of_memory
+    from ...results import RunWriter
+
+    losses = [name for names in request.meetings.values() for name in names]
+    objective = _ready(request, RunWriter.open(Path(request.run)), losses)
+    values: dict[str, float] = {}
+    for index, names in request.meetings.items():
+        try:
+            evaluations = objective.evaluate(
+                point_at(request.points, index, objective), names, gradient=False
+            )
+            values |= {
+                name: float(np.mean(evaluation.loss)) for name, evaluation in evaluations.items()
+            }
+        except SpanError:  # of a checkpoint that cannot be read, whose span will say so
+            continue
+        except Exception as error:
+            if not is_out_of_memory(error):  # spans go on with smaller batches
+                raise
+    return LossesAnswer(losses=values)
+
+
+def _ready(request: RunRequest[Any], writer: RunWriter, losses: list[str]) -> Objective:
+    """Return the objective, with the batches that are recorded for some losses and in their
+    order.
+    """
+    objective = objective_of(request.setup)
+    objective.batch_sizes.update(request.batch_sizes)
+    for name in losses:
+        record = writer.manifest.losses[name]
+        grouped = objective.replicates_of(name) if record.replicates else record.along
+        objective.data.set_batch_order(name, grouped)
+    return objective
+
+
+def _markers(writer: RunWriter, request: SpanRequest) -> dict[str, Marker]:
+    """Return the markers of the pending losses of a span that are committed after all."""
+    markers = {name: writer.span_summary(name, request.span) for name in request.pending}
+    return {name: marker for name, marker in markers.items() if marker is not None}
+
+
+def _within_memory(
+    request: SpanRequest,
+    objective: Objective,
+    writer: RunWriter,
+    losses: list[str],
+    report: SpanReport,
+) -> dict[str, LossSpan]:
+    """Allocate some losses, with half the batch as often as memory runs out."""
+    import torch
+
+    from ...numerics.objective import is_out_of_memory
+
+    while True:
+        try:
+            return _Together(request, objective, writer, losses, report).run()
+        except Exception as error:
+            splits = {
+                split for name in losses if (split := writer.manifest.losses[name].on) is not None
+            }
+            largest = max((objective.batch_sizes[split] for split in splits), default=1)
+            if not is_out_of_memory(error) or largest == 1:
+                raise
+            if request.setup.settings.norm_stats == "batch":
+                raise ResourceError(
+                    f"out of memory with batches of {largest} ({str(error)[:200]}). With "
+                    f"--norm-stats batch the batch is part of the "
+                    "loss and is not halved: use a device with more memory, or another run with a "
+                    "smaller --batch-size."
+                ) from error
+            for split in splits:
+                objective.batch_sizes[split] = min(objective.batch_sizes[split], largest // 2)
+        gc.collect()  # the failed pass's tensors, which its traceback held
+        if objective.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class _Together:
+    """Losses on one span that are evaluated together, or one loss block by block of its groups."""
+
+    def __init__(
+        self,
+        request: SpanRequest,
+        objective: Objective,
+        writer: RunWriter,
+        losses: list[str],
+        report: SpanReport,
+    ) -> None:
+        from ...numerics.allocation import Method
+        from ...numerics.objective import replicates_of
+        from ...numerics.quadrature import RULES
+
+        self.request, self.objective, self.writer, self.report = request, objective, writer, report
+        report.begin(losses)
+        self.records = {name: writer.manifest.losses[name] for name in losses}
+        self.replicates = {
+            name: replicates_of(name) for name in losses if self.records[name].replicates
+        }
+        covered = writer.manifest.of(losses[0])
+        self.rows, self.length = covered.rows(request.span), covered.length(request.span)
+        self.tensors = [tensor.spec for tensor in writer.manifest.allocated]
+        self.trained = {
+            tensor.spec.name: tensor.source
+            for tensor in writer.manifest.tensors
+            if tensor.spec.kind == "parameter"
+        }
+        self.blocks = self.records[losses[0]].blocks
+        settings = request.setup.settings
+        self.method = Method(
+            RULES[settings.rule],
+            {
+                name: in_units_of_loss(settings.tolerance, record.scale)
+                for name, record in self.records.items()
+            },
+            {
+                name: in_units_of_loss(settings.allocation_tolerance, record.scale)
+                for name, record in self.records.items()
+            },
+            {name: share for name, share in request.calibration.items() if share is not None},
+            frozenset(self.replicates.values()),
+        )
+
+    def run(self) -> dict[str, LossSpan]:
+        """Allocate, write, commit; return what each loss took."""
+        started, before = time.perf_counter(), self._counts()
+        levels = [0] * self.length
+        while True:
+            reached = self._walk(levels)
+            if all(len(of_segment) == 1 for of_segment in reached) or len(self.blocks) == 1:
+                break
+            # the groups of a loss are refined alike
+            levels = [max(of_segment) for of_segment in reached]
+        losses: dict[str, LossSpan] = {}
+        seconds = (time.perf_counter() - started) / len(self.records)
+        for name, statistics in self.statistics.items():
+            apart, scale = self.errors[name].T
+            np.divide(apart, scale, out=statistics.steps["precision_error"], where=scale > 0)
+            evaluations, passes = (
+                now - then for now, then in zip(self._counts()[name], before[name], strict=True)
+            )
+            on = self.records[name].on
+            silent = sorted(statistics.moved_unused) if on is not None else []
+            losses[name] = LossSpan(
+                evaluations=evaluations,
+                forward_passes=passes,
+                batch_size=0 if on is None else self.objective.batch_sizes[on],
+                worst_residual=float(abs(statistics.steps["residual"]).max()),
+                unconverged=int((statistics.steps["converged"] == 0).sum()),
+                silent=silent,
+                hidden=self._hidden(name, silent),
+                ends=[
+                    float(np.mean(statistics.steps[end][row]))
+                    for end, row in (("loss_start", 0), ("loss_end", -1))
+                ],
+            )
+            where = {"host": socket.gethostname(), "pid": os.getpid(), "seconds": round(seconds, 3)}
+            marker = {**to_plain(losses[name]), **where}
+            self.writer.write_span(
+                name, self.request.span, statistics, marker, self.parts.get(name)
+            )
+        return losses
+
+    def _hidden(self, name: str, silent: list[str]) -> list[str]:
+        """Return the tensors that moved and have no gradient but on which the loss depends, through
+        detach() or no_grad().
+        """
+        from ...numerics.objective import hidden_from_autograd
+
+        return hidden_from_autograd(self.objective, name, silent) if silent else []
+
+    def _counts(self) -> dict[str, tuple[int, int]]:
+        return {
+            name: (self.objective.evaluations[name], self.objective.forward_passes[name])
+            for name in self.records
+        }
+
+    def _walk(self, levels: list[int]) -> list[set[int]]:
+        """Allocate every block over all segments, at least at the levels given; return the levels
+        that were reached.
+        """
+        from ...numerics.allocation import allocate_span
+        from ...numerics.statistics import SpanStatistics
+
+        keep, device = self.writer.keep, self.objective.device
+        self.statistics = {
+            name: SpanStatistics(
+                self.tensors,
+                self.length,
+                keep,
+                device,
+                len(record.groups) if record.groups else None,
+            )
+            for name, record in self.records.items()
+        }
+        self.errors = {name: np.zeros((self.length, 2)) for name in self.records}
+        self.parts = {
+            name: np.zeros((self.length, self.records[name].replicates, len(self.tensors)))
+            for name in self.replicates
+        }
+        measures = any(record.measured for record in self.records.values())
+        self.waits_before = measures and _still(
+            self.request.points, looks_back(self.rows.start), self.trained
+        )
+        reached = [set[int]() for _ in range(self.length)]
+        every = [*self.records, *self.replicates.values()]
+        for part_before, block in enumerate(self.blocks):
+            part = self.objective if len(self.blocks) == 1 else _Only(self.objective, block)
+            if len(self.blocks) > 1:
+                next(iter(self.statistics.values())).begin(block)
+            points = points_of(self.request.points, self.rows, self.objective)
+            self.waits = self.waits_before
+            for row, (start, end, done) in enumerate(
+                allocate_span(points, part, every, self.method, levels)
+            ):
+                self._take(row, start, end, done, block)
+                reached[row] |= {done[name].level for name in self.records}
+                segments = (
+                    len(self.records) * (row + 1 + part_before * self.length) / len(self.blocks)
+                )
+                self.report.reach(
+                    segments,
+                    max(float(np.max(np.abs(done[name].residual))) for name in self.records),
+                )
+            for name, statistics in self.statistics.items():
+                self.writer.write_block(name, self.request.span, statistics)
+        return reached
+
+    def _take(
+        self,
+        row: int,
+        start: Mapping[str, Tensor],
+        end: Mapping[str, Tensor],
+        done: dict[str, SegmentAllocation],
+        block: range,
+    ) -> None:
+        for name, statistics in self.statistics.items():
+            statistics.add(row, done[name])
+        for name, hidden in self.replicates.items():
+            self.parts[name][row] = _sums(done[hidden], self.tensors)
+        measured = {name: done[name] for name, record in self.records.items() if record.measured}
+        if measured and self._is_measured(
+            self.rows.start + row, next(iter(measured.values())).motion
+        ):
+            reference = (
+                self.objective.reference
+                if len(self.blocks) == 1
+                else _Only(self.objective.reference, block)
+            )
+            for name, error in _precision_errors(
+                measured, start, end, reference, self.method.rule
+            ).items():
+                self.errors[name][row] += error
+
+    def _is_measured(self, row: int, motion: Mapping[str, Tensor]) -> bool:
+        """Tell whether a segment, the one after that of the last call, is the first of its stretch
+        that moves.
+        """
+        stretch = stretch_of(row)
+        self.waits = bool(stretch) and (row == stretch.start or self.waits)
+        if not self.waits or not any(
+            bool(motion[name].any()) for name in self.trained if name in motion
+        ):
+            return False
+        self.waits = False
+        return True
+
+
+def _still(points: StoredPoints, checkpoints: range, trained: dict[str, str]) -> bool:
+    """Tell whether no parameter moves over some consecutive checkpoints.
+
+    One that cannot be read counts as moved: its span says why. Statistics move in every forward
+    pass of training and count for nothing.
+
+    Args:
+        points: the checkpoints of the span, and those before it that are looked at.
+        checkpoints: the positions of those that are compared.
+        trained: the parameters' names, and those inside the files.
+    """
+    if not checkpoints:
+        return False
+    try:
+        before = read_stored(checkpoint_at(points, checkpoints.start), trained)
+        for index in checkpoints[1:]:
+            after = read_stored(checkpoint_at(points, index), trained)
+            if any(bool((after[name].double() != before[name].double()).any()) for name in after):
+                return False
+            before = after
+    except SpanError:
+        return False
+    return True
+
+
+class _Only:
+    """An objective over some of the groups of its losses."""
+
+    def __init__(self, objective: Objective, groups: range) -> None:
+        self._objective, self._groups = objective, groups
+        self.dtype = objective.dtype
+
+    def evaluate(
+        self, point: Mapping[str, Tensor], losses: list[str], *, gradient: bool = True
+    ) -> dict[str, Evaluation]:
+        return self._objective.evaluate(point, losses, gradient=gradient, only=self._groups)
+
+
+def _sums(segment: SegmentAllocation, tensors: list[TensorSpec]) -> np.ndarray[Any, Any]:
+    """Return what each replicate allocates to each tensor: (replicates, tensors)."""
+    return np.stack(
+        [segment.allocation[tensor.name].flatten(1).sum(1).cpu().numpy() for tensor in tensors], -1
+    )
+
+
+def _in(dtype: torch.dtype, point: Mapping[str, Tensor]) -> Point:
+    """Return a point with its floating tensors in a precision."""
+    return {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in point.items()
+    }
+
+
+def _precision_errors(
+    segments: dict[str, SegmentAllocation],
+    start: Mapping[str, Tensor],
+    end: Mapping[str, Tensor],
+    reference: Objective | _Only,
+    rule: Rule,
+) -> dict[str, tuple[float, float]]:
+    """Return Σ|A − A*| and Σ|A*| of losses on one segment, with A* from the same nodes one
+    precision higher.
+    """
+    from ...numerics.allocation import Method, allocate
+    from ...numerics.quadrature import COMPOSITE
+
+    first, last = _in(reference.dtype, start), _in(reference.dtype, end)
+    errors = {}
+    for level in {segment.level for segment in segments.values()}:
+        names = [name for name, segment in segments.items() if segment.level == level]
+        exact, _ = allocate(
+            first, last, reference, names, Method(rule if level < 0 else COMPOSITE.rules[level])
+        )
+        for name in names:
+            rounded, precise = segments[name].allocation, exact[name].allocation
+            apart = math.fsum(
+                float((rounded[key] - tensor).abs().sum()) for key, tensor in precise.items()
+            )
+            errors[name] = (
+                apart,
+                math.fsum(float(tensor.abs().sum()) for tensor in precise.values()),
+            )
+    return errors

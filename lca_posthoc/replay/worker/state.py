@@ -1,0 +1,242 @@
+"""The state of a worker process: the model and the data, built once in a cache keyed by what they
+were built from; checkpoints on the device; one way of computing, and failures as plain strings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import threading
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+from ...checkpoints.paths import located
+from ...checkpoints.trajectory import Checkpoint, read_checkpoint
+from ...cluster import Spec, delivered
+from ...errors import InputError, LCAError, ResourceError, SpanError, pack
+from ...tasks import task
+from ..requests import Failure, StoredPoints, TaskRequest, TaskSetup, from_plain, to_plain
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...numerics.objective import Objective
+
+Point = dict[str, "Tensor"]
+Asked = TypeVar("Asked")
+
+_STATES: OrderedDict[str, Objective] = OrderedDict()
+# a model holds the values of one point, also where a worker has several threads
+_ONE_AT_A_TIME = threading.RLock()
+_KEPT = 2
+
+
+def objective_of(setup: TaskSetup) -> Objective:
+    """Return the objective of a task, built once per process."""
+    task.use(setup.task, delivered(setup.parcel))
+    key = _key(setup, setup.losses)
+    if key not in _STATES:
+        while len(_STATES) >= _KEPT:
+            _STATES.popitem(last=False)
+        built = build(setup, setup.settings.precision)
+        _recall_statistics(built, setup)  # they are of data that must be the same too
+        _same_data(built, setup)
+        key = _key(setup, list(built.losses))  # by name, however they were asked for
+        _STATES[key] = built
+    _STATES.move_to_end(key)
+    _recall_statistics(_STATES[key], setup)
+    return _STATES[key]
+
+
+def divided(setup: TaskSetup, objective: Objective) -> Objective:
+    """Return the objective with a loss for every entry of losses that return a dict, which later
+    requests name.
+    """
+    other = objective.divided()
+    if other is not objective:
+        _STATES.pop(_key(setup, list(objective.losses)), None)
+        _STATES[_key(setup, list(other.losses))] = other
+    return other
+
+
+def _recall_statistics(objective: Objective, setup: TaskSetup) -> None:
+    """Recalibrate as was settled when the run was created, if it was yet."""
+    if objective.recalibration is not None:
+        objective.recalibration.recall(setup.settings.statistics)
+
+
+def _key(setup: TaskSetup, losses: list[str]) -> str:
+    place = [setup.task.get(name) for name in ("kind", "path", "module", "function")]
+    settings = setup.settings
+    built_by = [
+        settings.device,
+        settings.precision,
+        settings.norm_stats,
+        settings.batch_size,
+        settings.subset,
+    ]
+    return json.dumps(
+        [place, task.digest(setup.task), losses, built_by, setup.stored], sort_keys=True
+    )
+
+
+def _same_data(objective: Objective, setup: TaskSetup) -> None:
+    """Refuse a task that builds other data here than it did where it was probed."""
+    digests = objective.digests if setup.digests else {}
+    for what, digest in setup.digests.items():
+        if digests[what] != digest:
+            raise InputError(
+                f"{what} is not the same in this worker process as where the task was probed: it "
+                f"is made anew in every process. "
+                "Usual culprits: random augmentation, random_split without a seeded generator, "
+                "tensors that checkpoints do not "
+                "hold (frozen ones, Task.fixed, buffers) and the model builds at random."
+            )
+
+
+def build(setup: TaskSetup, precision: str) -> Objective:
+    """Build the objective of a task in a precision, anew."""
+    import torch
+
+    from ...numerics.objective import ObjectiveSettings, build_objective
+
+    settings = setup.settings
+    device = torch.device(settings.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ResourceError(
+            "no GPU is visible to this worker. Use --device cpu, or make one visible with "
+            "CUDA_VISIBLE_DEVICES."
+        )
+    with _deterministic():  # once more: what the task's own code sets ends with this
+        return build_objective(
+            lambda: task.load(setup.task, delivered(setup.parcel)),
+            setup.losses,
+            ObjectiveSettings(
+                device=device,
+                precision=precision,
+                norm_stats=settings.norm_stats,
+                batch_size=settings.batch_size,
+                subset=task.parse_subsets(settings.subset),
+                stored=None if setup.stored is None else frozenset(setup.stored),
+            ),
+        )
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """Compute on one thread of the CPU, float32 as float32 everywhere, one kernel with and without
+    gradients; put all back afterwards.
+    """
+    import torch
+
+    from ...numerics.objective import float32
+
+    cudnn = torch.backends.cudnn
+    threads, fast = torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled()
+    kernels = cudnn.benchmark, cudnn.deterministic
+    torch.set_num_threads(1)
+    torch.backends.mha.set_fastpath_enabled(False)
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        with float32():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.mha.set_fastpath_enabled(fast)
+        cudnn.benchmark, cudnn.deterministic = kernels
+
+
+def reported(kind: type[Asked]) -> Callable[[Callable[[Asked], object]], Callable[[Spec], Spec]]:
+    """Make a function that answers requests of a kind a task on plain data.
+
+    Failures come back as plain strings: an exception that cannot be unpickled elsewhere would hide
+    its cause.
+    """
+
+    def task_of(work: Callable[[Asked], object]) -> Callable[[Spec], Spec]:
+        @functools.wraps(work)
+        def reported(spec: Spec) -> Spec:
+            request: Asked | None = None
+            try:
+                request = from_plain(kind, spec)
+                with _ONE_AT_A_TIME, _deterministic():
+                    return to_plain(work(request))
+            except Exception as error:
+                problem = error if isinstance(error, LCAError) else _as_ours(error, request)
+                return to_plain(Failure(error=pack(problem), trace=traceback.format_exc()))
+
+        return reported
+
+    return task_of
+
+
+def _as_ours(error: Exception, request: object) -> LCAError:
+    """Return an error of ours that says what another one says, and what to do where that is
+    known.
+    """
+    from ...numerics.objective import is_out_of_memory
+
+    if isinstance(error, OSError):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return ResourceError(
+                f"no space left for the result ({error}). Free some and run again."
+            )
+        return SpanError(str(error))
+    if is_out_of_memory(error):
+        size = request.setup.settings.batch_size if isinstance(request, TaskRequest) else None
+        hint = "Give a smaller --batch-size" + ("" if size is None else f" than {size}")
+        return ResourceError(f"out of memory ({str(error)[:200]}). {hint}.")
+    return SpanError(f"{type(error).__name__}: {error}")
+
+
+def checkpoint_at(points: StoredPoints, index: int) -> Checkpoint:
+    """Return a checkpoint of the trajectory, by its position, with the whole paths of its files."""
+    checkpoint = points.checkpoints[index]
+    return replace(
+        checkpoint, files=tuple(located(points.root) / str(file) for file in checkpoint.files)
+    )
+
+
+def point_at(points: StoredPoints, index: int, objective: Objective) -> Point:
+    """Return a checkpoint as losses are evaluated there: as it is stored, or with statistics
+    recalibrated to its weights.
+    """
+    point = stored_point_at(points, index, objective)
+    return point if objective.recalibration is None else objective.recalibration.at(point)
+
+
+def stored_point_at(points: StoredPoints, index: int, objective: Objective) -> Point:
+    """Return a checkpoint on the device, floating tensors in the precision of the run or the one
+    they were stored in, if higher.
+    """
+    stored = read_checkpoint(checkpoint_at(points, index), points.names)
+    wider = {
+        name for name, tensor in stored.items() if tensor.element_size() > objective.dtype.itemsize
+    }
+    return {
+        name: tensor.to(objective.device, objective.dtype)
+        if tensor.is_floating_point() and name not in wider
+        else tensor.to(objective.device)
+        for name, tensor in stored.items()
+    }
+
+
+def points_of(
+    points: StoredPoints, rows: slice, objective: Objective
+) -> Iterator[tuple[int, Point]]:
+    """Yield step and tensors of the checkpoints at both ends of some segments."""
+    for index in range(rows.start, rows.stop + 1):
+        yield checkpoint_at(points, index).step, point_at(points, index, objective)
+
+
+def first_point(points: StoredPoints, objective: Objective) -> Point:
+    """Return the first checkpoint as it is stored; what is wrong with it is wrong input."""
+    try:
+        return stored_point_at(points, 0, objective)
+    except SpanError as error:
+        raise InputError(str(error)) from None

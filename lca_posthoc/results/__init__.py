@@ -1,0 +1,71 @@
+"""The run directory, which only this package knows: create it, write and commit spans, verify, open
+as labelled arrays.
+"""
+
+from .boundary_checks import differ, disagreement, meeting
+from .commits import Marker
+from .lock import Held, hold
+from .manifest import LossRecord, Manifest, StoredTensor
+from .run import LossResults, Run, open_run
+from .runfile import exists, read_manifest, refuse_other
+from .shared_dir_check import token
+from .starting import Announcement, Starting, announced, starting
+from .underway import (
+    EVENTS,
+    LastRun,
+    SpanReport,
+    Underway,
+    append_events,
+    last_run,
+    remove_reports,
+    underway,
+)
+from .verify import Damage, Leftover, verify
+from .writer import (
+    RunWriter,
+    compressed_share,
+    create,
+    estimated_bytes,
+    remove_loss,
+    required_bytes,
+)
+
+__all__ = [
+    "EVENTS",
+    "Announcement",
+    "Damage",
+    "Held",
+    "LastRun",
+    "Leftover",
+    "LossRecord",
+    "LossResults",
+    "Manifest",
+    "Marker",
+    "Run",
+    "RunWriter",
+    "SpanReport",
+    "Starting",
+    "StoredTensor",
+    "Underway",
+    "announced",
+    "append_events",
+    "compressed_share",
+    "create",
+    "differ",
+    "disagreement",
+    "estimated_bytes",
+    "exists",
+    "hold",
+    "last_run",
+    "meeting",
+    "open_run",
+    "read_manifest",
+    "refuse_other",
+    "remove_loss",
+    "remove_reports",
+    "required_bytes",
+    "starting",
+    "token",
+    "underway",
+    "verify",
+]

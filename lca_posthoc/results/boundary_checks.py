@@ -1,0 +1,83 @@
+"""The checkpoints at which spans meet: both spans hold the loss there, and it must be one number.
+
+The comparison detects data that changed outside the sample a loss is recognised by, and machines
+that compute wrongly: without it, the sums of neighbouring spans would not join.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from ..errors import LCAError
+from ..numerics.precisions import PRECISIONS
+from .commits import Commits
+
+# span → the loss at its first and its last checkpoint, groups averaged
+Ends = Mapping[int, list[float]]
+
+
+def differ(commits: Commits, one: float, other: float) -> bool:
+    """Tell whether two values of a loss at one checkpoint are further apart than rounding on
+    another machine may bring them.
+
+    Rounding is taken as relative to the larger value plus a hundredth of the loss at the first
+    checkpoint.
+    """
+    first = commits.manifest.losses[commits.loss].identity[0]
+    scale = max(abs(one), abs(other)) + (abs(first["loss"]) / 100 if first else 0.0)
+    return (
+        not abs(one - other) <= PRECISIONS[commits.manifest.settings["precision"]].same_loss * scale
+    )
+
+
+def disagreement(commits: Commits, span: int, known: Ends) -> str | None:
+    """Say how a span and the one before it differ at the checkpoint they share; None where they
+    agree, or one is not committed.
+
+    Args:
+        commits: of a loss.
+        span: the later one.
+        known: ends that are known; the others are read from markers.
+
+    Raises:
+        LCAError: where a marker is damaged.
+    """
+    before, after = (_ends(commits, index, known) for index in (span - 1, span))
+    if before is None or after is None or not differ(commits, before[1], after[0]):
+        return None
+    step = commits.manifest.steps[commits.manifest.rows(span).start]
+    return (
+        f"loss {commits.loss!r} at step {step} is {before[1]:.8g} in span {span - 1} and "
+        f"{after[0]:.8g} in span {span}"
+    )
+
+
+def meeting(commits: Commits, again: Collection[int] = ()) -> tuple[int, float] | None:
+    """Return the position of a checkpoint between a committed span and one to be computed, and the
+    loss there; None without one.
+
+    Args:
+        commits: of a loss.
+        again: spans that are committed and will be computed again.
+    """
+    pending = {*commits.pending(), *again}
+    for span in sorted(pending):
+        for beside, end in ((span - 1, 1), (span + 1, 0)):
+            if beside in pending:
+                continue
+            try:
+                ends = _ends(commits, beside, {})
+            except LCAError:  # its marker is damaged, which is reported elsewhere
+                continue
+            if ends is not None:
+                rows = commits.manifest.rows(beside)
+                return (rows.stop if end else rows.start), ends[end]
+    return None
+
+
+def _ends(commits: Commits, span: int, known: Ends) -> list[float] | None:
+    if not 0 <= span < commits.manifest.spans:
+        return None
+    summary = None if span in known else commits.span_summary(span)
+    ends: list[float] | None = known.get(span) if summary is None else summary["ends"]
+    return ends

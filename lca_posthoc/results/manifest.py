@@ -1,0 +1,259 @@
+"""The manifest of a run, which `run.json` holds: fixed when the run is created; losses and
+checkpoints are only ever added.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ..checkpoints.trajectory import Checkpoint, TensorSpec, is_statistic
+from ..numerics.settings import Settings
+
+Identity = list[dict[str, float] | None]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the model, its name inside the checkpoint files, and its key in the store."""
+
+    spec: TensorSpec
+    source: str
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossRecord:
+    """The settings that identify a loss, and its values at the first and last checkpoint.
+
+    Attributes:
+        key: its name in the store.
+        on: its split; None for a term of the parameters.
+        kind: of the loss, as the task declares it.
+        examples: of the split that are in the subset.
+        total: examples of the split.
+        groups: their labels; None for a loss without groups.
+        counts: examples of each group; None without groups.
+        block: how many groups are evaluated together; None without groups.
+        along: the grouped loss whose order of examples the batches of this one follow; None where
+            they follow none.
+        replicates: random parts the batches are divided into instead, for standard errors; 0 where
+            there are none.
+        batch_size: of every evaluation.
+        calibration: turns Σ|(g₁ − g₀)·Δθ| into an estimate of the trapezoid's error; None for other
+            rules.
+        measured: whether a few segments are evaluated one precision higher as well.
+        identity: its values at the first and at the last checkpoint; None for one where they are
+            not finite.
+        scale: |loss| at the first checkpoint over the whole split, rounded to six digits, of which
+            tolerances are shares; None where no tolerance is a share.
+        covers: the number of segments it covers where the run has more; None where it covers all of
+            them.
+    """
+
+    key: str
+    on: str | None
+    kind: str
+    examples: int
+    total: int
+    groups: list[int] | list[str] | None
+    counts: list[int] | None
+    block: int | None
+    along: str | None
+    replicates: int
+    batch_size: int
+    calibration: float | None
+    measured: bool
+    identity: Identity
+    scale: float | None = None
+    covers: int | None = None
+
+    @property
+    def blocks(self) -> list[range]:
+        """The blocks of groups that are evaluated together; a loss without groups is one block of
+        one.
+        """
+        if self.groups is None or self.block is None:
+            return [range(len(self.groups or [None]))]
+        return [
+            range(start, min(start + self.block, len(self.groups)))
+            for start in range(0, len(self.groups), self.block)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about a run but its numbers.
+
+    Attributes:
+        root: the directory of the checkpoints.
+        tensors: of the model.
+        checkpoints: of the trajectory, in ascending order of steps.
+        span: segments in a span.
+        window: spans in a window of the totals.
+        settings: those that decide results.
+        losses: by name.
+        provenance: recorded and never compared.
+        id: tells the run from every other one.
+    """
+
+    root: str
+    tensors: list[StoredTensor]
+    checkpoints: list[Checkpoint]
+    span: int
+    window: int
+    settings: Settings
+    losses: dict[str, LossRecord]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def keep(self) -> str:
+        """The level of `--keep`: "parameters", "units" or "tensors"."""
+        return self.settings["keep"]
+
+    @property
+    def norm_stats(self) -> str | None:
+        """The statistics normalisation layers use: "running", "batch" or "recalibrated"; None where
+        the choice changes nothing.
+        """
+        mode = self.settings.get("norm_stats", "running")
+        return (
+            mode
+            if mode == "batch" or any(is_statistic(tensor.spec.name) for tensor in self.tensors)
+            else None
+        )
+
+    @property
+    def steps(self) -> list[int]:
+        """The training step each segment starts from."""
+        return [checkpoint.step for checkpoint in self.checkpoints[:-1]]
+
+    @property
+    def segments(self) -> int:
+        """The number of segments of the trajectory."""
+        return len(self.checkpoints) - 1
+
+    @property
+    def spans(self) -> int:
+        """The number of spans the segments are cut into; the last may be shorter."""
+        return -(-self.segments // self.span)
+
+    @property
+    def windows(self) -> int:
+        """The number of windows of spans the totals have."""
+        return -(-self.spans // self.window)
+
+    @property
+    def allocated(self) -> list[StoredTensor]:
+        """The tensors whose allocation is stored."""
+        patterns = self.settings["tensors"]
+        return [
+            tensor
+            for tensor in self.tensors
+            if tensor.spec.kind != "state"
+            and (
+                not patterns or any(fnmatchcase(tensor.spec.name, pattern) for pattern in patterns)
+            )
+        ]
+
+    @property
+    def parameters(self) -> int:
+        """The number of single parameters; buffers are not counted."""
+        return sum(
+            tensor.spec.elements for tensor in self.tensors if tensor.spec.kind == "parameter"
+        )
+
+    def rows(self, span: int) -> slice:
+        """Return the segments of a span."""
+        return slice(span * self.span, span * self.span + self.length(span))
+
+    def length(self, span: int) -> int:
+        """Return the number of segments of a span."""
+        return min(self.span, self.segments - span * self.span)
+
+    def length_of(self, window: int) -> int:
+        """Return the number of segments of a window."""
+        rows = self.rows_of(window)
+        return int(rows.stop - rows.start)
+
+    def ends(self, rows: slice) -> tuple[int, int]:
+        """Return the training steps of the checkpoints at both ends of some segments."""
+        return self.checkpoints[rows.start].step, self.checkpoints[rows.stop].step
+
+    def spans_of(self, window: int) -> range:
+        """Return the spans of a window."""
+        return range(window * self.window, min((window + 1) * self.window, self.spans))
+
+    def rows_of(self, window: int) -> slice:
+        """Return the segments of a window."""
+        spans = self.spans_of(window)
+        return slice(self.rows(spans.start).start, self.rows(spans.stop - 1).stop)
+
+    def is_full(self, window: int) -> bool:
+        """Tell whether a window has all its spans, so that checkpoints which are still to come
+        cannot add to it.
+        """
+        return (window + 1) * self.window * self.span <= self.segments
+
+    def covered_by(self, record: LossRecord) -> Manifest:
+        """Return the same run up to the last checkpoint one loss covers, from which everything
+        stored for that loss follows.
+        """
+        if record.covers is None or record.covers >= self.segments:
+            return self
+        return replace(self, checkpoints=self.checkpoints[: record.covers + 1])
+
+    def of(self, loss: str) -> Manifest:
+        """Return `covered_by` of a loss, by its name."""
+        return self.covered_by(self.losses[loss])
+
+    def meant_by(self, name: str) -> list[str]:
+        """Return the losses a name of the task stands for: that loss, or one for each entry of the
+        dict it returned.
+        """
+        return (
+            [name]
+            if name in self.losses
+            else [loss for loss in self.losses if loss.startswith(f"{name}/")]
+        )
+
+    def with_losses(self, losses: dict[str, LossRecord]) -> Manifest:
+        """Return the same run with more losses."""
+        return replace(self, losses={**self.losses, **losses})
+
+    def with_provenance(self, provenance: Mapping[str, object]) -> Manifest:
+        """Return the same run with some of its provenance brought up to date."""
+        return replace(self, provenance={**self.provenance, **provenance})
+
+    def without(self, loss: str) -> Manifest:
+        """Return the same run with one loss fewer."""
+        return replace(
+            self, losses={name: record for name, record in self.losses.items() if name != loss}
+        )
+
+    def with_checkpoints(
+        self, checkpoints: list[Checkpoint], identities: Mapping[str, Identity]
+    ) -> Manifest:
+        """Return the same run on other checkpoints.
+
+        Losses with a new identity cover all of them. The others cover the segments they covered,
+        and their value at the last of these checkpoints stays recorded as long as it is the same
+        checkpoint.
+        """
+        losses = {}
+        for name, record in self.losses.items():
+            if name in identities:
+                losses[name] = replace(record, identity=identities[name], covers=None)
+                continue
+            covers = self.of(name).segments
+            same = checkpoints[covers] == self.checkpoints[covers]
+            losses[name] = replace(
+                record,
+                identity=record.identity if same else [record.identity[0], None],
+                covers=covers if covers < len(checkpoints) - 1 else None,
+            )
+        return replace(self, checkpoints=checkpoints, losses=losses)

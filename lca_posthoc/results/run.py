@@ -1,0 +1,330 @@
+"""Open a run as labelled arrays. Only committed spans are shown, and every byte is checked as it is
+read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import xarray as xr
+
+from ..base.text import count
+from ..errors import LCAError
+from ..numerics.schema import TOTALS
+from .chunks import CheckedStore
+from .commits import Commits, Marker
+from .html import results_html, run_html
+from .layout import plan_arrays
+from .lock import is_held
+from .manifest import LossRecord, Manifest
+from .runfile import read_manifest
+from .totals import joined_totals
+from .underway import underway
+
+_SHOWN = 20  # losses in a repr
+
+
+class Progress(TypedDict):
+    """The progress of a loss: spans, segments, steps, seconds of workers.
+
+    `first_step` and `last_step` are those of the whole loss, `steps_done` the first and the last
+    step of every committed stretch.
+
+    `segments_underway` is the progress workers report of the spans they compute now; it need not be
+    a whole number.
+
+    `behind` counts segments of the run that the loss does not cover, because checkpoints were added
+    for other losses; `missing` are the spans that are not committed.
+    """
+
+    spans_done: int
+    spans: int
+    segments_done: int
+    segments: int
+    segments_underway: float
+    first_step: int
+    last_step: int
+    steps_done: list[list[int]]
+    seconds: float
+    complete: bool
+    behind: int
+    missing: list[int]
+    running: bool
+
+
+class LossResults:
+    """The results of one loss of a run, as lazy xarray datasets over the committed segments.
+
+    `manifest` is that of the run up to the last checkpoint the loss covers; `behind` counts the
+    segments that were added since for other losses alone. Reading raises `LCAError` where a byte is
+    missing or is not the one that was committed.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, name: str) -> None:
+        self.name = name
+        self.path, self.manifest = path, manifest.of(name)
+        self.behind = manifest.segments - self.manifest.segments
+        self._commits = Commits(path, manifest, name)
+
+    def __repr__(self) -> str:
+        return f"<LossResults {self.name!r} of {str(self.path)!r}: {self._state()}>"
+
+    def _repr_html_(self) -> str:
+        return results_html(self)
+
+    def _state(self) -> str:
+        """Say in a few words how much is committed, from the markers alone; a repr never raises."""
+        try:
+            if self._commits.is_complete():
+                return "complete"
+            waiting = sum(self.manifest.length(span) for span in self._commits.pending())
+        except Exception as error:
+            return f"cannot be read: {type(error).__name__}"
+        return f"{self.manifest.segments - waiting:,} of {count(self.manifest.segments, 'segment')}"
+
+    @property
+    def record(self) -> LossRecord:
+        """The record of the loss, with its split, examples, groups, batch size and more."""
+        return self.manifest.losses[self.name]
+
+    @property
+    def positions(self) -> np.ndarray[Any, Any] | None:
+        """The positions in the split of the examples of `--subset`, int64, (examples,), in the
+        order they are used; None for all.
+
+        Data that can only be read in its own order (a stream) is used in that order, which is these
+        positions ascending.
+
+        Raises:
+            LCAError: where the recorded subset is no subset of the split.
+        """
+        # here, because a random subset needs torch and opening a run does not
+        from ..numerics.objective.batches import chosen
+        from ..tasks.task import parse_subsets
+
+        subsets, on = parse_subsets(self.manifest.settings["subset"]), self.record.on
+        positions = (
+            None if on is None else chosen(subsets.get(on, subsets.get("")), self.record.total)
+        )
+        return None if positions is None else positions.numpy()
+
+    @property
+    def precision(self) -> str:
+        """The precision the gradients were computed in."""
+        return self.manifest.settings["precision"]
+
+    @property
+    def norm_stats(self) -> str | None:
+        """The statistics normalisation layers use, "running", "batch" or "recalibrated"; None where
+        there are no such layers.
+        """
+        return self.manifest.norm_stats
+
+    @cached_property
+    def _rows(self) -> list[int]:
+        waiting = set(self._commits.pending())
+        return [
+            row for row in range(self.manifest.segments) if row // self.manifest.span not in waiting
+        ]
+
+    @property
+    def complete(self) -> bool:
+        """True where every segment the loss covers is committed."""
+        return self._commits.is_complete()
+
+    def progress(self) -> Progress:
+        """Return the progress of this loss, from the commit markers."""
+        manifest, markers = self.manifest, self.markers
+        waiting = set(self._commits.pending())
+        return {
+            "spans_done": len({row // manifest.span for row in self._rows}),
+            "spans": manifest.spans,
+            "segments_done": len(self._rows),
+            "segments": manifest.segments,
+            "segments_underway": self._underway(waiting),
+            "first_step": manifest.checkpoints[0].step,
+            "last_step": manifest.checkpoints[-1].step,
+            "steps_done": self._stretches(),
+            "seconds": round(sum(marker["seconds"] for marker in markers), 3),
+            "complete": self.complete,
+            "behind": self.behind,
+            "missing": sorted(waiting),
+            "running": is_held(self.path),
+        }
+
+    def _underway(self, waiting: Collection[int]) -> float:
+        """Return the segments that workers report as done in spans which are not committed."""
+        return sum(
+            report.of_losses / len(report.losses)
+            for report in underway(self.path)
+            if self.name in report.losses and report.span in waiting
+        )
+
+    def _stretches(self) -> list[list[int]]:
+        """Return the first and the last step of every stretch of committed segments."""
+        stretches = list[list[int]]()
+        for row in self._rows:
+            start, end = (
+                checkpoint.step for checkpoint in self.manifest.checkpoints[row : row + 2]
+            )
+            if stretches and stretches[-1][1] == start:
+                stretches[-1][1] = end
+            else:
+                stretches.append([start, end])
+        return stretches
+
+    def _open(self, part: str) -> xr.Dataset:
+        if all(
+            plan.part != part
+            for plan in plan_arrays(self.manifest, self.manifest.keep, self.record)
+        ):
+            raise LCAError(
+                f"{self.path} keeps no {part} (--keep {self.manifest.settings['keep']}). Run again "
+                f"into another directory "
+                f"with --keep {'parameters' if part == 'allocation' else 'units'}."
+            )
+        store = CheckedStore(self.path, self.manifest, self.name, (part,))
+        data: xr.Dataset = xr.open_zarr(store, group=part, consolidated=False, chunks=None)
+        # the others hold names of tensors, of which one may be called so
+        if part in ("steps", "tensors", "histogram"):
+            data = data.assign_coords(
+                step_end=("step", [checkpoint.step for checkpoint in self.manifest.checkpoints[1:]])
+            )
+        if self.record.groups is not None:
+            data = data.assign_coords(group=("group", np.array(self.record.groups)))
+            if part in ("steps", "tensors", "histogram"):
+                data = data.assign_coords(examples=("group", np.array(self.record.counts)))
+        return data if len(self._rows) == self.manifest.segments else data.isel(step=self._rows)
+
+    def _named(self, part: str) -> xr.Dataset:
+        names = {tensor.key: tensor.spec.name for tensor in self.manifest.allocated}
+        return self._open(part).rename_vars(names)[list(names.values())]
+
+    @property
+    def allocation(self) -> xr.Dataset:
+        """The allocation, a variable per tensor under its PyTorch name, dims `(step[, group],
+        "NAME:0", …)`, float32, in units of loss.
+        """
+        return self._named("allocation")
+
+    @property
+    def units(self) -> xr.Dataset:
+        """Sums per neuron or channel, one variable per tensor, dims `(step[, group], "NAME:unit")`,
+        float32, in units of loss.
+        """
+        return self._named("units")
+
+    @property
+    def steps(self) -> xr.Dataset:
+        """The segments, with `loss_start`, `loss_end`, `residual`, `evaluations`, `level`,
+        `converged`, `error_bound` and `precision_error`.
+
+        `weight` is Σ of the elements' weights (of each group); `remainder` is the allocation of the
+        tensors that are not stored.
+        """
+        data = self._open("steps").load()
+        data["converged"] = data["converged"] == 1
+        return data
+
+    @property
+    def tensors(self) -> xr.Dataset:
+        """The segments by group and tensor, with `allocated`, counts `helping` and `hurting`,
+        `motion` Σ|Δθ|, `gradient` Σ|mean gradient|.
+
+        `replicates` is the allocation of each random part of a random subset, for `standard_error`.
+        """
+        specs = [tensor.spec for tensor in self.manifest.allocated]
+        return (
+            self._open("tensors")
+            .load()
+            .assign_coords(
+                tensor=("tensor", np.array([spec.name for spec in specs], dtype=object)),
+                kind=("tensor", np.array([spec.kind for spec in specs], dtype=object)),
+                elements=("tensor", [spec.elements for spec in specs]),
+            )
+        )
+
+    @property
+    def histogram(self) -> xr.Dataset:
+        """The histogram of each segment, counts of single parameters' allocations between fixed
+        edges (`edge`), exact zeros apart.
+        """
+        return self._open("histogram")
+
+    @property
+    def totals(self) -> xr.Dataset:
+        """The totals per parameter, lazy, over all segments, dims `(total, "NAME:0", …)`, with
+        allocations, counts, turns.
+
+        Those of a loss with groups are of its weighted mean over the groups: the loss of the whole
+        split.
+
+        Raises:
+            LCAError: where the run is not complete.
+        """
+        if not self.complete:
+            raise LCAError(
+                f"loss {self.name!r} in {self.path} is not complete, so it has no totals yet. Run "
+                f"`lca run` again to finish it."
+            )
+        store = CheckedStore(self.path, self.manifest, self.name, ("totals",))
+        variables = {}
+        for tensor in self.manifest.allocated:
+            inner = tuple(f"{tensor.spec.name}:{axis}" for axis in range(len(tensor.spec.shape)))
+            variables[tensor.spec.name] = joined_totals(store, f"totals/{tensor.key}", inner)
+        return xr.Dataset(variables, coords={"total": list(TOTALS)})
+
+    @property
+    def markers(self) -> list[Marker]:
+        """The commit markers of the spans, with evaluations, forward passes, seconds, worker.
+
+        Raises:
+            LCAError: where a marker is damaged.
+        """
+        return self._commits.all_facts()
+
+
+class Run(Mapping[str, LossResults]):
+    """A run directory: its losses by name."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+
+    def __getitem__(self, loss: str) -> LossResults:
+        if loss not in self.manifest.losses:
+            raise KeyError(
+                f"{self.path} has no loss {loss!r}; it has "
+                f"{', '.join(map(repr, self.manifest.losses))}"
+            )
+        return LossResults(self.path, self.manifest, loss)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.manifest.losses)
+
+    def __len__(self) -> int:
+        return len(self.manifest.losses)
+
+    def __repr__(self) -> str:
+        names = list(self)
+        shown = ", ".join(
+            f"{name if name.isprintable() else repr(name)} ({self[name]._state()})"
+            for name in names[:_SHOWN]
+        )
+        more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+        return f"<Run {str(self.path)!r}: {f'losses {shown}{more}' if names else 'no losses'}>"
+
+    def _repr_html_(self) -> str:
+        return run_html(self)
+
+
+def open_run(path: str | Path) -> Run:
+    """Open a run directory that `lca run` wrote, finished or not.
+
+    Raises:
+        LCAError: where `path` is not a run directory.
+    """
+    return Run(Path(path), read_manifest(Path(path)))

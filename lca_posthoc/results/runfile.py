@@ -1,0 +1,475 @@
+"""`run.json`: written whole and sealed; read as if somebody hostile had written it."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path, PurePosixPath
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+
+from ..checkpoints.trajectory import RESERVED, Checkpoint, TensorSpec
+from ..errors import InputError, LCAError, amount
+from ..numerics.schema import KEEP
+from ..numerics.settings import Settings
+from . import disk
+from .files import read_json, sealed_json
+from .manifest import Identity, LossRecord, Manifest, StoredTensor
+
+_Rest = ParamSpec("_Rest")
+_Read = TypeVar("_Read")
+
+FORMAT = 2
+FILE = "run.json"
+_MOST_TENSORS = 100_000
+_MOST_LOSSES = 10_000
+_MOST = 2**63
+_KEY = re.compile(r"[A-Za-z0-9._%-]+")
+_KINDS = ("parameter", "buffer", "state")
+_FIELDS = (
+    "format",
+    "id",
+    "root",
+    "tensors",
+    "checkpoints",
+    "span",
+    "window",
+    "settings",
+    "losses",
+    "provenance",
+)
+_TENSOR = ("name", "kind", "shape", "aliases", "unit_axis", "source", "key")
+
+_CACHED = 4
+_SETTLED = 0.5  # seconds after which a file that is changed gets another time of change
+_cache: OrderedDict[tuple[str, tuple[int, ...]], Manifest] = OrderedDict()
+
+
+def write_manifest(manifest: Manifest, run: Path, durable: bool = True) -> None:
+    """Write `run.json`."""
+    disk.write_whole(run / FILE, manifest_bytes(manifest), durable)
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """Return what `run.json` holds of a manifest."""
+    document = {
+        "format": FORMAT,
+        "id": manifest.id,
+        "root": manifest.root,
+        "tensors": [
+            {**asdict(tensor.spec), "source": tensor.source, "key": tensor.key}
+            for tensor in manifest.tensors
+        ],
+        "checkpoints": [
+            [
+                checkpoint.step,
+                [str(file) for file in checkpoint.files],
+                checkpoint.size,
+                checkpoint.fingerprint,
+            ]
+            for checkpoint in manifest.checkpoints
+        ],
+        "span": manifest.span,
+        "window": manifest.window,
+        "settings": manifest.settings,
+        "losses": {name: _written(record) for name, record in manifest.losses.items()},
+        "provenance": manifest.provenance,
+    }
+    return sealed_json(document)
+
+
+def _written(record: LossRecord) -> dict[str, object]:
+    """Return a loss as `run.json` records it: with the number of segments it covers only where
+    these are not all.
+    """
+    return {
+        name: value
+        for name, value in asdict(record).items()
+        if name != "covers" or value is not None
+    }
+
+
+def exists(run: Path) -> bool:
+    """Tell whether a directory is that of a run, readable or not."""
+    return disk.exists(run / FILE)
+
+
+def refuse_other(run: Path) -> None:
+    """Refuse to compute a run where something else is.
+
+    Raises:
+        InputError: where something is there that is not a run.
+    """
+    # in this order: another driver may create the run just now
+    if disk.exists(run) and not exists(run):
+        raise InputError(
+            f"{run} exists and is not a run directory (it has no {FILE}). Choose another place "
+            f"with --out."
+        )
+
+
+def read_manifest(run: Path) -> Manifest:
+    """Read `run.json`; the result stays in memory until the file changes.
+
+    Raises:
+        InputError: where `run` is not a run directory.
+        LCAError: where its format is another one, or `run.json` is damaged.
+    """
+    try:
+        return load(run)
+    except (ValueError, OSError) as error:
+        raise LCAError(f"{run / FILE} cannot be read: {error}. Restore it from a copy.") from None
+
+
+def load(run: Path) -> Manifest:
+    """Read `run.json` as `read_manifest` does, for callers that tell damage from other failures.
+
+    Raises:
+        InputError, LCAError: as `read_manifest`, but for damage.
+        ValueError: says in a few words what is wrong with the file.
+    """
+    try:
+        state = disk.state(run / FILE)
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"{run} is not a run directory: it has no {FILE}. Give the directory `lca run` wrote "
+            f"(CKPTS.lca)."
+        ) from None
+    key = (os.path.abspath(run), state.version)
+    cached = _cache.get(key)
+    if cached is not None:
+        return cached
+    manifest = _parse_file(run)
+    if time.time() - state.changed > _SETTLED:
+        _cache[key] = manifest
+        while len(_cache) > _CACHED:
+            _cache.popitem(last=False)
+    return manifest
+
+
+def _parse_file(run: Path) -> Manifest:
+    document = read_json(run / FILE)
+    number = document.get("format")
+    if isinstance(number, int) and number != FORMAT:
+        raise LCAError(_other_format(run, number, document.get("provenance")))
+    return parse(document)
+
+
+def _other_format(run: Path, number: int, provenance: object) -> str:
+    wrote = str(
+        provenance.get("lca_posthoc", "unknown") if isinstance(provenance, dict) else "unknown"
+    )[:40]
+    if number > FORMAT:
+        return (
+            f"{run} has format {number} of a newer release (lca_posthoc {wrote}); this one reads "
+            f"format {FORMAT}. "
+            "Install that release or a later one."
+        )
+    return (
+        f"{run} has format {number} of an older release (lca_posthoc {wrote}); this one reads "
+        f"format {FORMAT}. "
+        "Read it with that release, or run again into another directory with --out."
+    )
+
+
+# --- every field, before anything is made from it
+# ----------------------------------------------------------------------
+
+
+def parse(document: dict[str, object]) -> Manifest:
+    """Return the manifest of a document, with every field checked.
+
+    Raises:
+        ValueError: names the field that is missing, unknown, or not what it may be.
+    """
+    _exactly(document, _FIELDS, "")
+    _check(
+        re.fullmatch("[0-9a-f]{32}", _text(document["id"], "id")),
+        "id",
+        "32 hexadecimal digits",
+        document["id"],
+    )
+    manifest = Manifest(
+        root=_text(document["root"], "root"),
+        tensors=_tensors(document["tensors"]),
+        checkpoints=_checkpoints(document["checkpoints"]),
+        span=_power(document["span"], "span"),
+        window=_power(document["window"], "window"),
+        settings=_settings(document["settings"]),
+        losses=_losses(document["losses"]),
+        provenance=_provenance(document["provenance"]),
+        id=_text(document["id"], "id"),
+    )
+    _fits_together(manifest)
+    return manifest
+
+
+def _fits_together(manifest: Manifest) -> None:
+    """Check what one field alone does not tell."""
+    for record in manifest.losses.values():
+        covers = record.covers
+        _check(
+            covers is None or covers < manifest.segments,
+            "losses.covers",
+            "fewer segments than the run has",
+            covers,
+        )
+    widest = max((tensor.spec.elements for tensor in manifest.tensors), default=0)
+    groups = max((len(record.groups or ()) for record in manifest.losses.values()), default=0)
+    numbers = widest * max(1, groups) * manifest.segments * 8
+    _check(numbers < _MOST, "tensors", "fewer than 2**63 bytes an array", amount(float(numbers)))
+
+
+def _check(holds: object, field: str, expected: str, value: object) -> None:
+    if not holds:
+        raise _wrong(field, expected, value)
+
+
+def _wrong(field: str, expected: str, value: object) -> ValueError:
+    shown = repr(value)
+    return ValueError(
+        f"field {field!r} must be {expected}, found "
+        f"{shown if len(shown) <= 60 else shown[:60] + '…'}"
+    )
+
+
+def _exactly(table: object, names: tuple[str, ...], where: str) -> dict[str, Any]:
+    if not isinstance(table, dict):
+        raise _wrong(where or FILE, "a table", table)
+    for name in names:
+        if name not in table:
+            raise ValueError(f"field {where + name!r} is missing")
+    for name in table:
+        if name not in names:
+            raise ValueError(f"field {(where + name)[:60]!r} is unknown")
+    return table
+
+
+def _text(value: object, field: str) -> str:
+    _check(isinstance(value, str), field, "text", value)
+    return str(value)
+
+
+def _whole(value: object, field: str, least: int = 0) -> int:
+    if type(value) is not int or not least <= value < _MOST:
+        raise _wrong(field, f"a whole number from {least} on", value)
+    return value
+
+
+def _power(value: object, field: str) -> int:
+    number = _whole(value, field, 1)
+    _check(number.bit_count() == 1, field, "a power of two", value)
+    return number
+
+
+def _list(value: object, field: str, most: int = _MOST, least: int = 0) -> list[Any]:
+    if not isinstance(value, list):
+        raise _wrong(field, "a list", value)
+    _check(
+        least <= len(value) <= most,
+        field,
+        f"a list of {least} to {most} entries",
+        f"{len(value)} entries",
+    )
+    return list(value)
+
+
+def _texts(value: object, field: str) -> list[str]:
+    return [_text(entry, field) for entry in _list(value, field)]
+
+
+def _number(value: object, field: str) -> float:
+    if type(value) is not int and type(value) is not float:
+        raise _wrong(field, "a number", value)
+    return float(value)
+
+
+def _maybe(
+    read: Callable[Concatenate[object, _Rest], _Read],
+    value: object,
+    *rest: _Rest.args,
+    **named: _Rest.kwargs,
+) -> _Read | None:
+    return None if value is None else read(value, *rest, **named)
+
+
+def _one_of(value: object, field: str, choices: tuple[str, ...]) -> str:
+    _check(
+        isinstance(value, str) and value in choices, field, f"one of {', '.join(choices)}", value
+    )
+    return str(value)
+
+
+def _keys(keys: list[str], field: str) -> None:
+    for key in keys:
+        _check(
+            _KEY.fullmatch(key) and key not in (".", ".."),
+            field,
+            "letters, digits and . _ % - alone",
+            key,
+        )
+    twice = len({key.casefold() for key in keys}) < len(keys)
+    _check(not twice, field, "another one for each", "one that is there twice")
+
+
+def _tensors(value: object) -> list[StoredTensor]:
+    tensors = [_tensor(entry) for entry in _list(value, "tensors", _MOST_TENSORS)]
+    _keys([tensor.key for tensor in tensors], "tensors.key")
+    names = {tensor.spec.name for tensor in tensors}
+    _check(
+        len(names) == len(tensors),
+        "tensors.name",
+        "another one for each",
+        "one that is there twice",
+    )
+    return tensors
+
+
+def _tensor(value: object) -> StoredTensor:
+    entry = _exactly(value, _TENSOR, "tensors.")
+    shape = _shape(entry["shape"])
+    axis = _maybe(_whole, entry["unit_axis"], "tensors.unit_axis")
+    _check(axis is None or axis < len(shape), "tensors.unit_axis", "an axis of the tensor", axis)
+    name = _text(entry["name"], "tensors.name")
+    kind = _one_of(entry["kind"], "tensors.kind", _KINDS)
+    _check(
+        kind == "state" or name not in RESERVED,
+        "tensors.name",
+        f"none of {', '.join(RESERVED)}",
+        name,
+    )
+    aliases = tuple(_texts(entry["aliases"], "tensors.aliases"))
+    return StoredTensor(
+        TensorSpec(name, kind, shape, aliases, axis),
+        source=_text(entry["source"], "tensors.source"),
+        key=_text(entry["key"], "tensors.key"),
+    )
+
+
+def _shape(value: object) -> tuple[int, ...]:
+    shape = tuple(_whole(extent, "tensors.shape") for extent in _list(value, "tensors.shape", 32))
+    elements = math.prod(max(1, extent) for extent in shape)
+    _check(elements < _MOST, "tensors.shape", "fewer than 2**63 numbers", shape)
+    return shape
+
+
+def _checkpoints(value: object) -> list[Checkpoint]:
+    checkpoints: list[Checkpoint] = []
+    for entry in _list(value, "checkpoints", least=2):
+        checkpoint = _checkpoint(entry)
+        _check(
+            not checkpoints or checkpoints[-1].step < checkpoint.step,
+            "checkpoints",
+            "in ascending order of steps",
+            checkpoint.step,
+        )
+        checkpoints.append(checkpoint)
+    return checkpoints
+
+
+def _checkpoint(value: object) -> Checkpoint:
+    if not isinstance(value, list) or len(value) != 4:
+        raise _wrong("checkpoints", "step, files, size, fingerprint", value)
+    step, size, fingerprint = (_whole(value[position], "checkpoints") for position in (0, 2, 3))
+    files = _texts(value[1], "checkpoints")
+    _check(files, "checkpoints", "files", files)
+    for file in files:
+        parts = PurePosixPath(file).parts
+        inside = parts and ".." not in parts and not file.startswith("/") and "\0" not in file
+        _check(inside, "checkpoints", "files below the directory of checkpoints", file)
+    return Checkpoint(step, tuple(map(Path, files)), size, fingerprint)
+
+
+def _settings(value: object) -> Settings:
+    if not isinstance(value, dict):
+        raise _wrong("settings", "a table", value)
+    for name, read in (("keep", _text), ("precision", _text), ("tensors", _texts)):
+        _check(name in value, f"settings.{name}", "there", "nothing")
+        read(value[name], f"settings.{name}")
+    _one_of(value["keep"], "settings.keep", KEEP)
+    return cast("Settings", dict(value))
+
+
+def _losses(value: object) -> dict[str, LossRecord]:
+    if not isinstance(value, dict):
+        raise _wrong("losses", "a table", value)
+    _check(len(value) <= _MOST_LOSSES, "losses", f"at most {_MOST_LOSSES}", len(value))
+    losses = {name: _loss(entry) for name, entry in value.items()}
+    _keys([record.key for record in losses.values()], "losses.key")
+    return losses
+
+
+def _loss(document: object) -> LossRecord:
+    if isinstance(document, dict):
+        # runs have neither where there is nothing to say
+        document = {"scale": None, "covers": None, **document}
+    entry = _exactly(document, tuple(setting.name for setting in fields(LossRecord)), "losses.")
+    groups, counts = entry["groups"], entry["counts"]
+    if groups is not None or counts is not None:
+        _check_groups(groups, counts)
+    identity = _identity(entry["identity"])
+    _check(type(entry["measured"]) is bool, "losses.measured", "true or false", entry["measured"])
+    return LossRecord(
+        key=_text(entry["key"], "losses.key"),
+        on=_maybe(_text, entry["on"], "losses.on"),
+        kind=_text(entry["kind"], "losses.kind"),
+        examples=_whole(entry["examples"], "losses.examples"),
+        total=_whole(entry["total"], "losses.total"),
+        groups=groups,
+        counts=counts,
+        block=_maybe(_whole, entry["block"], "losses.block", 1),
+        along=_maybe(_text, entry["along"], "losses.along"),
+        replicates=_whole(entry["replicates"], "losses.replicates"),
+        batch_size=_whole(entry["batch_size"], "losses.batch_size"),
+        calibration=_maybe(_number, entry["calibration"], "losses.calibration"),
+        measured=entry["measured"],
+        identity=identity,
+        scale=_maybe(_number, entry["scale"], "losses.scale"),
+        covers=_maybe(_whole, entry["covers"], "losses.covers", 1),
+    )
+
+
+def _check_groups(groups: Any, counts: object) -> None:
+    number = len(_list(groups, "losses.groups", least=1))
+    kind = type(groups[0])
+    same = kind in (int, str) and all(type(label) is kind for label in groups)
+    _check(
+        same and len(set(groups)) == number,
+        "losses.groups",
+        "different whole numbers, or texts",
+        groups,
+    )
+    counted = [_whole(count, "losses.counts") for count in _list(counts, "losses.counts")]
+    _check(len(counted) == number, "losses.counts", "as many as groups", f"{len(counted)} entries")
+    if kind is int:
+        _check(
+            all(-_MOST <= label < _MOST for label in groups),
+            "losses.groups",
+            "64-bit numbers",
+            groups,
+        )
+
+
+def _identity(value: object) -> Identity:
+    identity = _list(value, "losses.identity")
+    _check(len(identity) == 2, "losses.identity", "two entries", identity)
+    for place in identity:
+        _check(
+            place is None or isinstance(place, dict), "losses.identity", "a table or nothing", place
+        )
+        for number in (place or {}).values():
+            _number(number, "losses.identity")
+    return identity
+
+
+def _provenance(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _wrong("provenance", "a table", value)
+    for name, read in (("task_sha256", _text), ("task_losses", _texts)):
+        _check(name in value, f"provenance.{name}", "there", "nothing")
+        read(value[name], f"provenance.{name}")
+    return dict(value)

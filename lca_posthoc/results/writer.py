@@ -1,0 +1,746 @@
+"""Create a run, write the rows of a span, commit them.
+
+Protocol: chunks, flush, marker under a temporary name, flush, rename. A span without a marker does
+not exist; writing it again gives the same bytes. The driver creates all metadata; workers write
+whole chunk rows only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import socket
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numcodecs.blosc
+import numpy as np
+import zarr
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+
+from ..checkpoints.trajectory import Checkpoint
+from ..errors import InputError, LCAError, ResourceError, SpanError
+from ..numerics.schema import BINS, FIELDS, Totals, join_all
+from . import disk
+from .chunks import CHUNK_SUFFIX, RowStore
+from .commits import COMMITS, DATA, PARTIAL, Commits, Marker
+from .files import refuse_links, seal_all, write_json
+from .layout import ArrayPlan, plan_arrays
+from .lock import hold
+from .manifest import Identity, LossRecord, Manifest
+from .metadata import FILE as ZARR
+from .metadata import group_file, metadata_files
+from .runfile import exists, manifest_bytes, read_manifest, refuse_other, write_manifest
+from .underway import LOG, remove_reports
+
+if TYPE_CHECKING:
+    from ..numerics.statistics import SpanStatistics
+    from .verify import Damage, Leftover
+
+_BLOCK = 4096
+_AT_MOST = {"totals": 0.4, "histogram": 0.5}
+_CHUNK_HEAD = 20  # bytes of a chunk beside its numbers: blosc's header and the checksum
+_MARKER, _MARKED = 600, 80  # bytes of a commit marker, and of each file in it
+_ENTRY = 50  # bytes of a file in a commit marker beside the loss's key and the path of its array
+
+
+def required_bytes(manifest: Manifest, keep: str, losses: Mapping[str, LossRecord]) -> int:
+    """Return the bytes losses take at most: numbers, commit markers, metadata and the record, in
+    blocks of the file system.
+
+    Of totals and histograms, which are counts and signs but for one number in twelve, compression
+    leaves no more than `_AT_MOST`.
+
+    Args:
+        manifest: of the run as it would be created.
+        keep: a level of `--keep`.
+        losses: their names and records.
+    """
+    manifest = replace(manifest, losses={**manifest.losses, **losses})
+    needed = _BLOCK * len(manifest.checkpoints) // 16 + _blocks(
+        8 * _BLOCK + len(manifest_bytes(manifest))
+    )
+    for name, record in losses.items():
+        plans = list(plan_arrays(manifest, keep, record))
+        needed += sum(
+            int(plan.bytes * _AT_MOST.get(plan.part, 1.0)) + _BLOCK * plan.files for plan in plans
+        )
+        needed += sum(_blocks(len(data)) for _, data in metadata_files(manifest, name, keep=keep))
+        entries = sum(plan.files * (_ENTRY + len(record.key) + len(plan.path)) for plan in plans)
+        needed += manifest.spans * _blocks(_MARKER + entries // max(1, manifest.spans))
+        needed += _waiting(manifest, plans)
+    return needed
+
+
+def _blocks(size: int) -> int:
+    """Return the bytes a file of `size` bytes takes on a file system."""
+    return -(-size // _BLOCK) * _BLOCK
+
+
+def compressed_share(allocation: np.ndarray[Any, Any], segments: int) -> dict[str, float]:
+    """Return the share of its bytes that compression leaves of each part of a loss, from a sample
+    of allocations.
+
+    Counts and signs of totals are not known before a run. They cost next to nothing where
+    parameters keep helping or hurting, and as much as tosses of a coin where they do not; the
+    geometric mean of both is taken.
+
+    Args:
+        allocation: float32, flat.
+        segments: of a window of totals.
+    """
+    generator = np.random.default_rng(0)
+    active = allocation != 0
+    counts = np.where(active, generator.binomial(segments, 0.5, (5, len(allocation))), 0).astype(
+        "float64"
+    )
+    signs = np.where(active, generator.choice([-1.0, 1.0], (6, len(allocation))), 0.0)
+    exact = np.where(active, allocation * generator.random(len(allocation)), 0.0)
+    totals = [exact.astype("float64"), *counts, *signs]
+    histogram = np.zeros((1, BINS), "int64")
+    histogram[0, : min(BINS, 80)] = generator.integers(
+        0, max(2, len(allocation) // 80), min(BINS, 80)
+    ) * bool(active.any())
+    return {
+        "allocation": _left(allocation),
+        "units": _left(allocation),
+        "totals": math.sqrt(_left(totals[0]) * sum(map(_left, totals))) / len(totals),
+        "histogram": _left(histogram),
+    }
+
+
+def _left(values: np.ndarray[Any, Any]) -> float:
+    """Return the share of its bytes that the store's codec leaves of an array."""
+    data = values.tobytes()
+    packed = numcodecs.blosc.compress(
+        data, b"lz4", 5, numcodecs.blosc.BITSHUFFLE, 0, values.dtype.itemsize
+    )
+    return min(1.0, len(packed) / max(1, len(data)))
+
+
+def estimated_bytes(
+    manifest: Manifest,
+    keep: str,
+    losses: Mapping[str, LossRecord],
+    shares: Mapping[str, Mapping[str, float]],
+    block: int = 1,
+) -> int:
+    """Return the bytes losses will take after compression, as the sum of the sizes of files.
+
+    Args:
+        manifest: of the run as it would be created.
+        keep: a level of `--keep`.
+        losses: their names and records.
+        shares: what compression leaves of each part of a loss, see `compressed_share`; a part that
+            is not named keeps all.
+        block: bytes to whose multiples a file system rounds the size of each file.
+    """
+    needed = float(1024 + 120 * len(manifest.checkpoints) + 300 * len(manifest.tensors))
+    for name, record in losses.items():
+        plans = list(plan_arrays(manifest, keep, record))
+        needed += sum(len(data) for path, data in metadata_files(manifest, name, keep=keep))
+        for plan in plans:
+            size = plan.bytes * shares[name].get(plan.part, 1.0) / max(1, plan.files) + _CHUNK_HEAD
+            needed += plan.files * (size if block == 1 else block * math.ceil(size / block))
+        needed += manifest.spans * _MARKER + sum(plan.files for plan in plans) * _MARKED
+        needed += _waiting(manifest, plans)
+    return round(needed)
+
+
+def _waiting(manifest: Manifest, plans: Iterable[ArrayPlan]) -> int:
+    """Return the bytes of the totals, not compressed, that wait for checkpoints which may still
+    come.
+    """
+    if manifest.window == 1 or manifest.is_full(manifest.windows - 1):
+        return 0
+    spans = len(manifest.spans_of(manifest.windows - 1))
+    return spans * sum(plan.bytes // plan.shape[0] for plan in plans if plan.part == "totals")
+
+
+def create(path: Path, manifest: Manifest, durable: bool = True) -> RunWriter:
+    """Create a run directory; it is built beside its place and renamed, so that a killed creation
+    leaves nothing in the way.
+
+    Args:
+        path: of the run.
+        manifest: of the run.
+        durable: whether what is written is flushed to disk before anything relies on it.
+
+    Raises:
+        InputError: where `path` is something else.
+        ResourceError: where another driver created it meanwhile.
+    """
+    if exists(path):
+        raise ResourceError(_created_meanwhile(path))
+    _make_room(path)
+    building = path.with_name(f"{_creations_of(path)}{os.getpid()}")
+    try:
+        _build(building, manifest, durable)
+        try:
+            disk.publish(building, path, durable)
+        except FileExistsError:
+            raise ResourceError(_created_meanwhile(path)) from None
+    except BaseException:
+        disk.remove_tree(building)
+        raise
+    return RunWriter(path, manifest, durable)
+
+
+def _make_room(path: Path) -> None:
+    """Refuse what is in the place of a run, and make the directory it will be in.
+
+    Raises:
+        InputError: where a run cannot be created there.
+    """
+    refuse_other(path)
+    if disk.kind(path) == "link":
+        raise InputError(
+            f"{path} is a link to something that is not there. Remove it or choose another place "
+            f"with --out."
+        )
+    try:
+        disk.ensure_directory(path.parent)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(
+            f"{path.parent} is not a directory. Choose another place with --out."
+        ) from None
+    _sweep_creations(path)
+
+
+def _build(place: Path, manifest: Manifest, durable: bool) -> None:
+    """Write everything a run has before its first span; `run.json` comes last."""
+    disk.create_directory(place)
+    for name in (DATA, COMMITS, PARTIAL, LOG):
+        disk.create_directory(place / name)
+    writer = RunWriter(place, manifest, durable)
+    writer.restore_metadata()
+    for name in manifest.losses:
+        writer.create_loss(name)
+    write_manifest(manifest, place, durable)
+
+
+def _created_meanwhile(path: Path) -> str:
+    return (
+        f"{path} was created by another driver meanwhile. Wait for it to end, or stop it; two "
+        f"drivers never share a run."
+    )
+
+
+def remove_loss(path: str | Path, loss: str) -> None:
+    """Remove a loss and everything stored for it; nothing of the other losses changes.
+
+    Raises:
+        InputError: where `path` is no run or holds no such loss.
+        ResourceError: where a driver works on the run.
+    """
+    run = Path(path)
+    known = read_manifest(run).losses
+    if loss not in known:
+        raise InputError(
+            f"{run} has no loss {loss!r}; it has {', '.join(map(repr, known)) or 'none'}."
+        )
+    with hold(run):
+        RunWriter.open(run).remove_loss(loss)
+
+
+def _sweep_creations(path: Path) -> None:
+    """Remove the directories that killed creations on this host left."""
+    prefix = _creations_of(path)
+    for name in disk.names(path.parent):
+        pid = name.removeprefix(prefix)
+        if name.startswith(prefix) and pid.isdigit() and not disk.exists(Path("/proc", pid)):
+            disk.remove_tree(path.parent / name)
+
+
+def _creations_of(path: Path) -> str:
+    """Return the beginning of the names under which this host builds a run; the rest is that of
+    the process.
+    """
+    return f"{path.name}.partial-{socket.gethostname()}-"
+
+
+class RunWriter:
+    """A writer into one run directory; any number of workers may write at once, each its own spans.
+
+    `durable` says whether files are flushed to disk before anything relies on them; checksums are
+    computed either way.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, durable: bool = True) -> None:
+        self.path, self.manifest, self.durable = path, manifest, durable
+
+    @classmethod
+    def open(cls, path: Path, durable: bool = True) -> RunWriter:
+        """Open an existing run for writing."""
+        return cls(path, read_manifest(path), durable)
+
+    @property
+    def keep(self) -> str:
+        """The level of `--keep`: "parameters", "units" or "tensors"."""
+        return self.manifest.keep
+
+    def commits(self, loss: str) -> Commits:
+        """Return the commit markers of a loss."""
+        return Commits(self.path, self.manifest, loss)
+
+    # --- metadata: the driver alone
+    # ---------------------------------------------------------------------------------
+
+    def create_loss(self, name: str) -> None:
+        """Create the directories and metadata of one loss; leftovers of a killed creation are
+        removed first.
+        """
+        key = self.manifest.losses[name].key
+        self._clear(key)
+        for part in (DATA, COMMITS, PARTIAL):
+            disk.create_directory(self.path / part / key)
+            if self.durable:
+                disk.flush_names(self.path / part)
+        self._restore(name)
+
+    def _clear(self, key: str) -> None:
+        for part in (DATA, COMMITS, PARTIAL):
+            disk.remove_tree(self.path / part / key)
+
+    def restore_metadata(self) -> list[str]:
+        """Write Zarr's metadata and the coordinates again wherever they are not what `run.json`
+        says; no chunk is touched.
+
+        Returns:
+            The files that were written, below the run.
+        """
+        written = self._put({f"{DATA}/{ZARR}": group_file()})
+        for loss, record in self.manifest.losses.items():
+            if any(disk.exists(self.path / part / record.key) for part in (DATA, COMMITS)):
+                written += self._restore(loss)
+        return written
+
+    def _restore(self, loss: str) -> list[str]:
+        place = f"{DATA}/{self.manifest.losses[loss].key}"
+        return self._put(
+            {f"{place}/{path}": data for path, data in metadata_files(self.manifest, loss)}
+        )
+
+    def _put(self, files: dict[str, bytes]) -> list[str]:
+        """Write the files whose content on disk is another; returns their paths."""
+        written = []
+        for path, data in files.items():
+            file = self.path / path
+            if disk.kind(file) == "file":
+                with contextlib.suppress(OSError):  # what cannot be read is written again
+                    if disk.read(file) == data:
+                        continue
+            refuse_links(self.path, file.parent)
+            disk.ensure_directory(file.parent)
+            if disk.kind(file) == "directory":
+                disk.remove_tree(file, strict=True)
+            disk.write_whole(file, data, durable=False)
+            written.append(path)
+        if self.durable:
+            seal_all(written, self.path, durable=True)
+        return written
+
+    def add_losses(self, losses: dict[str, LossRecord]) -> None:
+        """Add losses; nothing committed of the others changes."""
+        self.manifest = self.manifest.with_losses(losses)
+        for name in losses:
+            self.create_loss(name)
+        write_manifest(self.manifest, self.path, self.durable)
+
+    def note(self, provenance: Mapping[str, object]) -> None:
+        """Record the current provenance: the task file as it is, with the losses it has."""
+        self.manifest = self.manifest.with_provenance(provenance)
+        write_manifest(self.manifest, self.path, self.durable)
+
+    def remove_loss(self, name: str) -> None:
+        """Remove a loss: from the record first, so that a kill in between leaves no loss without
+        numbers.
+        """
+        key = self.manifest.losses[name].key
+        self.manifest = self.manifest.without(name)
+        write_manifest(self.manifest, self.path, self.durable)
+        self._clear(key)
+
+    def take_up(self, checkpoints: list[Checkpoint], identities: Mapping[str, Identity]) -> None:
+        """Add checkpoints at the end, or in place of ones no number relies on, for some losses.
+
+        Where the last span of such a loss was short and has grown, it is no longer whole and will
+        be replayed again. The other losses cover the segments they covered: none of their files
+        changes.
+
+        Args:
+            checkpoints: all of them.
+            identities: of the losses the checkpoints are added for, which were probed on them.
+        """
+        before = self.manifest
+        self.manifest = before.with_checkpoints(checkpoints, identities)
+        growing = [loss for loss in before.losses if loss in identities]
+        for loss in growing:
+            self._restore(loss)
+        write_manifest(self.manifest, self.path, self.durable)
+        for loss in growing:
+            self._remove_outgrown(before, loss)
+
+    def _remove_outgrown(self, before: Manifest, loss: str) -> None:
+        """Remove the markers, and the waiting totals, of a last span and a last window that have
+        grown.
+        """
+        then, now = Commits(self.path, before, loss), self.commits(loss)
+        span, window = then.manifest.spans - 1, then.manifest.windows - 1
+        for old, new in (
+            (then.marker(span), now.marker(span)),
+            (then.partial(span), now.partial(span)),
+            (then.window_marker(window), now.window_marker(window)),
+        ):
+            if old != new:
+                disk.remove(old)
+
+    def sweep(self) -> None:
+        """Remove what a killed writer left, temporary files and folded totals; call it only while
+        holding the lock.
+        """
+        for place, _, names in disk.walk(self.path):
+            for name in filter(_is_temporary, names):
+                disk.remove(place / name)
+        remove_reports(self.path)
+        for loss in self.manifest.losses:
+            commits = self.commits(loss)
+            for window in range(commits.manifest.windows):
+                if not commits.keeps_partials(window):
+                    self._remove_partials(commits, window)
+
+    def remove_leftovers(self, leftovers: Iterable[Leftover]) -> None:
+        """Remove files that `verify` named as leftovers; call it only while holding the lock."""
+        for leftover in leftovers:
+            disk.remove(self.path / leftover.path)
+
+    def _remove_partials(self, commits: Commits, window: int) -> None:
+        for span in commits.manifest.spans_of(window):
+            disk.remove(commits.partial(span))
+
+    def discard(self, damages: Iterable[Damage]) -> dict[str, list[int]]:
+        """Make damaged spans pending again, and all spans of a damaged window of totals; call it
+        only while holding the lock.
+
+        Their markers are removed; their chunks stay until they are overwritten.
+
+        Args:
+            damages: found by `verify`; metadata is for `restore_metadata`.
+
+        Returns:
+            The spans that are pending now, by loss.
+        """
+        damages = list(damages)
+        gone = self.spans_of(damages)
+        for damage in damages:
+            if damage.loss is not None and damage.window is not None:
+                disk.remove(self.commits(damage.loss).window_marker(damage.window))
+        for loss, spans in gone.items():
+            commits = self.commits(loss)
+            for span in spans:
+                disk.remove(commits.marker(span))
+            if self.durable:
+                disk.flush_names(self.path / COMMITS / commits.key)
+        return gone
+
+    def spans_of(self, damages: Iterable[Damage]) -> dict[str, list[int]]:
+        """Return the damaged spans, by loss: a damaged window of totals counts for all its
+        spans.
+        """
+        spans_of_loss: dict[str, set[int]] = {}
+        for damage in damages:
+            if damage.loss is not None and damage.span is not None:
+                spans_of_loss.setdefault(damage.loss, set()).add(damage.span)
+            if damage.loss is not None and damage.window is not None:
+                spans_of_loss.setdefault(damage.loss, set()).update(
+                    self.manifest.of(damage.loss).spans_of(damage.window)
+                )
+        return {loss: sorted(spans) for loss, spans in spans_of_loss.items()}
+
+    def relies_on(self, checkpoint: int) -> bool:
+        """Tell whether a committed span of any loss was computed from the checkpoint at a
+        position.
+        """
+        beside = (checkpoint - 1, checkpoint)
+        return any(
+            disk.exists(commits.marker(segment // self.manifest.span))
+            for commits in map(self.commits, self.manifest.losses)
+            for segment in beside
+            if 0 <= segment < commits.manifest.segments
+        )
+
+    # --- what is there
+    # -----------------------------------------------------------------------------------------------
+
+    def pending(self, loss: str) -> list[int]:
+        """Return the spans of a loss that have no marker, or whose totals were lost before they
+        were folded.
+        """
+        return self.commits(loss).pending()
+
+    def is_complete(self, loss: str) -> bool:
+        """Tell whether every span is committed and every window of totals folded."""
+        return self.commits(loss).is_complete()
+
+    def span_summary(self, loss: str, span: int) -> Marker | None:
+        """Return the marker of a span; None where the span is not committed.
+
+        Raises:
+            LCAError: where the marker is damaged.
+        """
+        return self.commits(loss).span_summary(span)
+
+    # --- spans: workers
+    # ----------------------------------------------------------------------------------------------
+
+    def write_block(self, loss: str, span: int, statistics: SpanStatistics) -> None:
+        """Write the large arrays of the block of groups that `statistics` holds; `write_span`
+        commits them.
+
+        Raises:
+            SpanError: where the run is no longer the one this writer was opened for.
+        """
+        self._still_recorded(loss, span)
+        parts = {"allocation": statistics.allocation, "units": statistics.units}
+        arrays = (
+            (f"{part}/{self._key(name)}", values)
+            for part, by_name in parts.items()
+            for name, values in by_name.items()
+        )
+        rows: tuple[slice, ...] = (self.manifest.of(loss).rows(span),)
+        if self.manifest.losses[loss].groups is not None:
+            rows = (*rows, slice(statistics.block.start, statistics.block.stop))
+        self._write(loss, parts, arrays, rows)
+
+    def write_span(
+        self,
+        loss: str,
+        span: int,
+        statistics: SpanStatistics,
+        summary: Mapping[str, object],
+        replicates: np.ndarray[Any, Any] | None = None,
+    ) -> None:
+        """Write the remaining arrays of one span of one loss, and commit the span.
+
+        Args:
+            loss: its name.
+            span: its number on the grid.
+            statistics: the arrays.
+            summary: JSON-like, recorded in the marker (evaluations, seconds, …).
+            replicates: the allocated sums by segment, replicate and tensor, where the loss has
+                replicates.
+
+        Raises:
+            SpanError: where the run is no longer the one this writer was opened for.
+        """
+        self._still_recorded(loss, span)
+        self._write_small(loss, span, statistics, replicates)
+        commits = self.commits(loss)
+        marker: dict[str, object] = {
+            **summary,
+            "run": self.manifest.id,
+            "loss": loss,
+            "span": span,
+            "steps": self.manifest.steps[commits.manifest.rows(span)],
+            "partial": self._write_span_totals(commits, span, statistics.totals()),
+            "files": seal_all(commits.planned_files(span), self.path, self.durable),
+        }
+        self._still_recorded(loss, span)
+        self._commit(commits.marker(span), marker)
+        self.fold(loss, span // self.manifest.window)
+
+    def _write_small(
+        self,
+        loss: str,
+        span: int,
+        statistics: SpanStatistics,
+        replicates: np.ndarray[Any, Any] | None,
+    ) -> None:
+        """Write the arrays of a span that have no axis of single parameters or units."""
+        parts = {
+            "steps": statistics.steps,
+            "tensors": statistics.tensors,
+            "histogram": statistics.histogram,
+        }
+        arrays = {
+            f"{part}/{name}": values
+            for part, by_name in parts.items()
+            for name, values in by_name.items()
+        }
+        if replicates is not None:
+            arrays["tensors/replicates"] = replicates
+        planned = {
+            plan.path for plan in plan_arrays(self.manifest, self.keep, self.manifest.losses[loss])
+        }
+        self._write(
+            loss,
+            parts,
+            ((path, values) for path, values in arrays.items() if path in planned),
+            (self.manifest.of(loss).rows(span),),
+        )
+
+    def _write_span_totals(
+        self, commits: Commits, span: int, totals: dict[str, Totals]
+    ) -> list[int] | None:
+        """Write the totals of a span where its window is one span, or let them wait for the others
+        of the window; returns size and CRC-32 of what waits.
+        """
+        if self.manifest.window == 1:
+            self._write_totals(commits.loss, span, totals)
+        elif commits.keeps_partials(span // self.manifest.window):
+            return self._write_partial(commits.partial(span), totals)
+        return None
+
+    def _still_recorded(self, loss: str, span: int) -> None:
+        """Refuse a late worker: the run may have been created anew, may have grown, or may have
+        lost the loss.
+        """
+        try:
+            now = read_manifest(self.path)
+        except LCAError as error:
+            raise SpanError(f"span {span} is not committed: {error}") from None
+        if now.id != self.manifest.id or _of_span(now, loss, span) != _of_span(
+            self.manifest, loss, span
+        ):
+            raise SpanError(
+                f"span {span} of loss {loss!r} is not committed: {self.path} has changed since its "
+                f"worker began. Run again."
+            )
+
+    def _commit(self, path: Path, marker: Mapping[str, object]) -> None:
+        refuse_links(self.path, path.parent)
+        write_json(path, marker, self.durable)
+
+    def _write_partial(self, path: Path, totals: dict[str, Totals]) -> list[int]:
+        """Write the totals of a span, which wait until its window is complete; returns size and
+        CRC-32.
+        """
+        data = save_arrays(
+            {
+                f"{field}/{self._key(name)}": values
+                for name, by_field in totals.items()
+                for field, values in by_field.items()
+            }
+        )
+        refuse_links(self.path, path.parent)
+        disk.write_whole(path, data, self.durable)
+        return [len(data), zlib.crc32(data)]
+
+    def _key(self, name: str) -> str:
+        return next(tensor.key for tensor in self.manifest.allocated if tensor.spec.name == name)
+
+    def _write(
+        self,
+        loss: str,
+        parts: Iterable[str],
+        arrays: Iterable[tuple[str, Any]],
+        rows: tuple[slice, ...],
+    ) -> None:
+        """Write whole chunks of some arrays of these parts, one array after the other, as the
+        iterable gives them.
+        """
+        numcodecs.blosc.use_threads = False
+        store = RowStore(self.path, self.manifest, loss, set(parts))
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            for path, values in arrays:
+                if values.size:
+                    zarr.open_array(store, path=path, mode="r+", zarr_format=3)[rows] = values
+
+    def _write_totals(self, loss: str, window: int, totals: dict[str, Totals]) -> None:
+        arrays = (
+            (
+                f"totals/{self._key(name)}",
+                np.stack([np.asarray(by_field[field], "float64") for field in FIELDS])[None],
+            )
+            for name, by_field in totals.items()
+        )
+        self._write(loss, ["totals"], arrays, (slice(window, window + 1),))
+
+    def fold(self, loss: str, window: int) -> list[int]:
+        """Join the totals of a window's spans once all are committed; repeated or simultaneous
+        calls do no harm.
+
+        Returns:
+            Spans whose waiting totals are damaged: they are pending again.
+        """
+        commits = self.commits(loss)
+        spans = commits.manifest.spans_of(window)
+        if commits.is_folded(window) or not all(map(commits.is_committed, reversed(spans))):
+            return []
+        try:
+            waiting = {span: self._read_partial(commits, span) for span in spans}
+        except FileNotFoundError:  # another worker folded this window meanwhile
+            return []
+        damaged = [span for span, totals in waiting.items() if totals is None]
+        for span in damaged:
+            disk.remove(commits.marker(span))
+        if damaged:
+            return damaged
+        stretches = [totals for totals in waiting.values() if totals is not None]
+        self._write_totals(loss, window, self._joined(stretches))
+        files = seal_all(commits.planned_totals(window), self.path, self.durable)
+        marker = {"run": self.manifest.id, "loss": loss, "window": window, "files": files}
+        self._commit(commits.window_marker(window), marker)
+        if commits.manifest.is_full(window):
+            self._remove_partials(commits, window)
+        return []
+
+    def _joined(self, stretches: list[Totals]) -> dict[str, Totals]:
+        """Return the totals of each tensor over neighbouring stretches, each of all tensors."""
+        return {
+            tensor.spec.name: join_all(
+                functools.partial(_of_tensor, stretches, tensor.key), range(len(stretches))
+            )
+            for tensor in self.manifest.allocated
+        }
+
+    def _read_partial(self, commits: Commits, span: int) -> Totals | None:
+        """Return the totals of a span that wait for its window; None where they are damaged.
+
+        Raises:
+            FileNotFoundError: where they, or the span's marker, are gone.
+        """
+        data = disk.read(commits.partial(span))
+        try:
+            recorded = commits.load(span)["partial"]
+        except ValueError:
+            return None
+        return load_arrays(data) if recorded == [len(data), zlib.crc32(data)] else None
+
+    def fold_all(self, loss: str) -> list[int]:
+        """Fold every window that is ready and was not folded because a worker died.
+
+        Returns:
+            Spans whose waiting totals are damaged: they are pending again.
+        """
+        return [
+            span
+            for window in range(self.manifest.of(loss).windows)
+            for span in self.fold(loss, window)
+        ]
+
+
+def _is_temporary(name: str) -> bool:
+    """Tell whether a file is one that was being written, of a writer that may have been killed."""
+    return name.endswith(f".{CHUNK_SUFFIX}") or (name.startswith(".") and name.endswith(".tmp"))
+
+
+def _of_tensor(stretches: list[Totals], key: str, position: int) -> Totals:
+    return {field: stretches[position][f"{field}/{key}"] for field in FIELDS}
+
+
+def _of_span(manifest: Manifest, loss: str, span: int) -> object:
+    """Return everything the numbers of a span follow from; None where there is no such span or
+    loss.
+    """
+    if loss not in manifest.losses or span >= manifest.of(loss).spans:
+        return None
+    rows = manifest.of(loss).rows(span)
+    record = replace(manifest.losses[loss], identity=[], covers=None)
+    return record, manifest.checkpoints[rows.start : rows.stop + 1]

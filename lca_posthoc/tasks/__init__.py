@@ -1,0 +1,1 @@
+"""The user's part: `Task` and `Loss`, loaded from a file and bundled for workers."""
