@@ -282,7 +282,7 @@ class ProbeRequest(SampleRequest[ProbeAnswer]):
 @dataclass(frozen=True, kw_only=True)
 class Compressions:
     """By loss, the share of its bytes that compression leaves of each kind of array, see
-    `store.compressed_share`.
+    `results.compressed_share`.
     """
 
     compressed: dict[str, dict[str, float]]
