@@ -101,7 +101,7 @@ def demo(directory: Path, progress: Listener | None = None) -> Run:
         progress(
             Note(
                 f"training a 64-50-20-10 network on {_TRAIN:,} digits, recording {STEPS + 1} "
-                f"iterates"
+                "iterates"
             )
         )
     train(directory / "checkpoints")

@@ -329,7 +329,7 @@ def test_a_name_that_steers_a_terminal_is_shown_harmless_and_on_one_line(place: 
 def test_a_pipe_that_looks_like_a_checkpoint_is_not_waited_for(place: Place) -> None:
     os.mkfifo(step_file(place.checkpoints, 70))
     code = (
-        f"from lca_posthoc.checkpoints.trajectory import "
+        "from lca_posthoc.checkpoints.trajectory import "
         f"open_trajectory\nopen_trajectory({str(place.checkpoints)!r})"
     )
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=10)

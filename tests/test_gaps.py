@@ -19,9 +19,8 @@ from tests.helpers.cli import iterates, lca, says, write_step, write_task
 
 LONG = (
     ". There the straight line between checkpoints is not the path that training took, and what is "
-    "allocated is the straight line's share: "
-    "net sums mean something, shares of parameters that help and turns do not; the residual says "
-    "what quadrature misses"
+    "allocated is the straight line's share: net sums mean something, shares of parameters that "
+    "help and turns do not; the residual says what quadrature misses"
 )
 
 

@@ -186,7 +186,7 @@ def test_what_cannot_be_written_stops_training_and_leaves_no_hole(
     recorder = Recorder(tmp_path, network())
     said = (
         f"cannot write .*step_00000003.*{os.strerror(code)}; the last iterate recorded is that of "
-        f"step 2"
+        "step 2"
     )
     with pytest.raises(ResourceError, match=said):
         _save_on(recorder, done)

@@ -940,7 +940,7 @@ def test_a_stopped_run_says_how_much_of_it_is_there(stopped: Path) -> None:
     run = lca_posthoc.open_run(stopped)
     assert repr(run) == (
         f"<Run {str(stopped)!r}: losses train (4 of 6 segments), per_class (complete), validation "
-        f"(complete)>"
+        "(complete)>"
     )
     assert repr(run["train"]) == f"<LossResults 'train' of {str(stopped)!r}: 4 of 6 segments>"
     assert repr(run["validation"]) == f"<LossResults 'validation' of {str(stopped)!r}: complete>"

@@ -306,7 +306,7 @@ def test_a_note_breaks_between_words_and_never_inside_a_command(width: int) -> N
     command = "`lca run checkpoints --loss train`"
     text = (
         f"note: the loss is not complete and much more is to be said of it; {command} goes on with "
-        f"it where it was"
+        "it where it was"
     )
     shown = wrapped(text, Screen(width, True).console)
     assert max(map(len, shown.splitlines())) <= width

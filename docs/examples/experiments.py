@@ -162,7 +162,7 @@ def experiment(out: Path, name: str, size: Size, seeds: int) -> dict[str, list[A
     if json.loads(recorded.read_text()) != vars(size):
         raise RuntimeError(
             f"{place} holds runs of {recorded.read_text()}, not {json.dumps(vars(size))}. Name "
-            f"another OUT."
+            "another OUT."
         )
     images, labels = MODELS[size.model].data()
     # a view would take all images along

@@ -49,8 +49,8 @@ _AS_PYTORCH = (
 )
 GGUF = (
     "GGUF, a format for inference: its weights are quantised and packed, so most steps of training "
-    "are rounded away and torch cannot "
-    "load them by name. Give the safetensors or torch.save files that it was converted from."
+    "are rounded away and torch cannot load them by name. Give the safetensors or torch.save files "
+    "that it was converted from."
 )
 _OTHERS: tuple[tuple[tuple[bytes, ...], str], ...] = (
     ((b"GGUF",), GGUF),
@@ -135,7 +135,7 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise InputError(
             f"cannot read checkpoint file {path}: {error.strerror}. Check the path and its "
-            f"permissions."
+            "permissions."
         ) from None
 
 
@@ -216,8 +216,7 @@ class _DamagedError(InputError):
 def _damaged(path: Path, what: str) -> InputError:
     return _DamagedError(
         f"{path} is not a whole safetensors file: {what}. Save it again, or remove it (the segment "
-        f"across the gap becomes "
-        "longer)."
+        "across the gap becomes longer)."
     )
 
 

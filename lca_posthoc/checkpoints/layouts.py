@@ -81,8 +81,7 @@ UNREADABLE = (
         "DeepSpeed shards",
         _sharded("*mp_rank_*_model_states.pt", "*zero_pp_rank_*_optim_states.pt"),
         "DeepSpeed's shards, which only DeepSpeed puts together: run the zero_to_fp32.py that lies "
-        "beside them for every step, into "
-        "checkpoint-N directories, and import those.",
+        "beside them for every step, into checkpoint-N directories, and import those.",
     ),
     Unreadable(
         "Megatron shards",
@@ -90,15 +89,14 @@ UNREADABLE = (
             "mp_rank_*/model_optim_rng.pt", "mp_rank_*/model_rng.pt", "mp_rank_*/distrib_optim.pt"
         ),
         "Megatron's shards, which only Megatron puts together: convert every iteration with its "
-        "tools/checkpoint/convert.py, and "
-        "import or read the result.",
+        "tools/checkpoint/convert.py, and import or read the result.",
     ),
     Unreadable(
         "torch.distributed.checkpoint shards",
         _sharded("*.distcp"),
         "shards of torch.distributed.checkpoint: put every step together with python -m "
-        "torch.distributed.checkpoint.format_utils "
-        "dcp_to_torch SHARDS step_N.pt, and import those files.",
+        "torch.distributed.checkpoint.format_utils dcp_to_torch SHARDS step_N.pt, and import those "
+        "files.",
     ),
     Unreadable(
         "GGUF",
@@ -191,16 +189,15 @@ def refuse_epochs(names: Mapping[str, int | None]) -> None:
     numbered = [name for name in names if step_in_name(name) is not None or states_epoch(name)]
     what = (
         f"cannot tell the training step of {few([*names])}: an epoch is stated and no training "
-        f"step, and one segment would span all steps "
-        "of an epoch"
+        "step, and one segment would span all steps of an epoch"
         if step_in_name(numbered[0]) is None
         else f"{few([*names])}: the number in the name is the epoch{in_files} and not a training "
         f"step, and one segment would span all "
         "steps of an epoch"
     )
     raise InputError(
-        f"{what}. Where that is meant, name the number with --pattern "
-        f"'{pattern_of(numbered[0])}'; what it does not match is left out."
+        f"{what}. Where that is meant, name the number with --pattern '{pattern_of(numbered[0])}'; "
+        "what it does not match is left out."
     )
 
 
@@ -208,8 +205,8 @@ def epochs_are_meant(pattern: str) -> str:
     """Return the note for numbers that `--pattern` names although they count epochs."""
     return (
         f"the numbers --pattern '{pattern}' names are the epochs the files hold: every segment "
-        f"spans all steps of an epoch or more, and "
-        "the straight line between its ends is not the path that training took"
+        "spans all steps of an epoch or more, and the straight line between its ends is not the "
+        "path that training took"
     )
 
 
@@ -219,8 +216,7 @@ def both_count(names: Sequence[str]) -> str:
     """
     return (
         f"{few(names)}: the number is taken as the training step, as the name says, and the files "
-        f"hold it as their epoch too. Where an "
-        "epoch has several steps, a segment spans all of them"
+        "hold it as their epoch too. Where an epoch has several steps, a segment spans all of them"
     )
 
 
@@ -243,11 +239,10 @@ def refuse_counted_saves(entries: Sequence[Path]) -> None:
     if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
         raise InputError(
             f"{few([entry.name for entry in of_accelerate])}: accelerate numbers what save_state "
-            f"writes by counting its saves, so the "
-            "number is no training step, and one segment would span all steps between two saves. "
-            "Where that is meant, name the number "
-            "with --pattern 'checkpoint_(?P<step>\\d+)'; else rename the directories to step_N, N "
-            "the step of the optimiser."
+            "writes by counting its saves, so the number is no training step, and one segment "
+            "would span all steps between two saves. Where that is meant, name the number with "
+            "--pattern 'checkpoint_(?P<step>\\d+)'; else rename the directories to step_N, N the "
+            "step of the optimiser."
         )
 
 
@@ -266,6 +261,5 @@ def several_namings(names: Sequence[str]) -> list[str]:
     shown = few([f"{kind!r} ({count})" for kind, count in kinds.items()])
     return [
         f"names are of {len(kinds)} kinds: {shown}. They are taken as checkpoints of one training; "
-        f"where they are of several, choose one "
-        "with --pattern"
+        "where they are of several, choose one with --pattern"
     ]

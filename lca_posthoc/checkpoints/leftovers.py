@@ -149,7 +149,7 @@ def left_out_note(names: Collection[str], fixed: Collection[str]) -> str:
     shown = "; ".join(f"{few([*map(repr, group)], 6)} ({what})" for what, group in kinds.items())
     return (
         f"left out what only the checkpoints hold: {shown}. The task's model does not save it, and "
-        f"no weight is among it"
+        "no weight is among it"
     )
 
 

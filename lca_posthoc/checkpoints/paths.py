@@ -41,9 +41,9 @@ def located(where: str | Path) -> Path:
     protocol, _, rest = str(where).partition("://")
     if "@" in rest.partition("/")[0] or "?" in rest:
         raise InputError(
-            f"a URL of checkpoints is recorded with the result, so it holds no passwords and no "
-            f"queries; this {protocol} one does. Give "
-            "them to the driver: environment variables, or fsspec's configuration."
+            "a URL of checkpoints is recorded with the result, so it holds no passwords and no "
+            f"queries; this {protocol} one does. Give them to the driver: environment variables, "
+            "or fsspec's configuration."
         )
     try:
         path = UPath(str(where))
@@ -53,7 +53,7 @@ def located(where: str | Path) -> Path:
     except ValueError:
         raise ResourceError(
             f"{where}: fsspec knows no {protocol!r}. Install its driver, such as s3fs, gcsfs or "
-            f"huggingface_hub."
+            "huggingface_hub."
         ) from None
     return path  # type: ignore[return-value]
 

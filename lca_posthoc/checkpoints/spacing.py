@@ -44,11 +44,9 @@ def long_segments(steps: Sequence[int], every: Sequence[int], thinning: int = 1)
     which = _which(len(long), len(segments))
     return [
         f"{which} longer than one step, with {inside:,} steps or {_percent(share)} of training in "
-        f"them, the longest "
-        f"{longest[0]}→{longest[1]}. There the straight line between checkpoints is not the path "
-        f"that training took, and what is "
-        "allocated is the straight line's share: net sums mean something, shares of parameters "
-        "that help and turns do not; the residual "
+        f"them, the longest {longest[0]}→{longest[1]}. There the straight line between checkpoints "
+        "is not the path that training took, and what is allocated is the straight line's share: "
+        "net sums mean something, shares of parameters that help and turns do not; the residual "
         "says what quadrature misses"
     ]
 
@@ -135,8 +133,8 @@ class StillSegments:
         which = "this segment" if self._count == 1 else f"these {self._count:,} segments"
         return [
             f"neighbouring checkpoints hold the same tensors,{how} {shown}: in {which} nothing "
-            f"moves and everything allocated is 0 (a "
-            "learning rate of 0, a step that was skipped, or one state saved twice)"
+            "moves and everything allocated is 0 (a learning rate of 0, a step that was skipped, "
+            "or one state saved twice)"
         ]
 
 

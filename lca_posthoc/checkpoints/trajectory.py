@@ -155,9 +155,8 @@ class Trajectory:
             if header.shape != spec.shape:
                 raise InputError(
                     f"tensor {spec.name!r} has shape {list(header.shape)} in "
-                    f"{self.checkpoints[0].files[0]} "
-                    f"(step {self.steps[0]}) but {list(spec.shape)} in the task's model. Build the "
-                    f"model that was trained."
+                    f"{self.checkpoints[0].files[0]} (step {self.steps[0]}) but {list(spec.shape)} "
+                    "in the task's model. Build the model that was trained."
                 )
             names[spec.name] = self.sources[present[0]]
             used.update(present)
@@ -174,10 +173,9 @@ class Trajectory:
         pronoun = "it" if len(extra) == 1 else "them"
         return (
             f"{_some(extra)} stand{'s' if len(extra) == 1 else ''} in "
-            f"{self.checkpoints[0].files[0]} (step {self.steps[0]}) "
-            "but not in the task's model. Build the model that was trained, or map the names "
-            "with --rename OLD=NEW. Where the model "
-            f"computes the same without {pronoun}, leave {pronoun} out: "
+            f"{self.checkpoints[0].files[0]} (step {self.steps[0]}) but not in the task's model. "
+            "Build the model that was trained, or map the names with --rename OLD=NEW. Where the "
+            f"model computes the same without {pronoun}, leave {pronoun} out: "
             f"{drop_options(extra, set(self.tensors) - set(extra))}"
         )
 
@@ -229,9 +227,8 @@ class Trajectory:
         return (
             f"tensor {spec.name!r} of the task's model (shape {list(spec.shape)}) is missing in "
             f"{self.checkpoints[0].files[0]} (step {self.steps[0]}){hint}. Build the model that "
-            f"was trained, or map the names with "
-            "--rename OLD=NEW. What never moves and is not stored is frozen in the model, or named "
-            "in Task(fixed=[…])."
+            "was trained, or map the names with --rename OLD=NEW. What never moves and is not "
+            "stored is frozen in the model, or named in Task(fixed=[…])."
         )
 
 
@@ -351,8 +348,8 @@ def _require_directory(root: Path) -> None:
         if not is_remote(root) and root.is_file():
             refuse_unreadable(root)
         raise InputError(
-            f"{root} is not a directory of checkpoints. Give the directory that holds "
-            f"the saved iterates."
+            f"{root} is not a directory of checkpoints. Give the directory that holds the saved "
+            "iterates."
         )
 
 
@@ -360,9 +357,8 @@ def _too_few(root: Path, steps: list[int], which: str) -> InputError:
     """Return the error for fewer than two checkpoints, of those that `which` tells."""
     only = f"only one checkpoint (step {steps[0]})" if steps else "no checkpoint"
     return InputError(
-        f"{root} holds {only}{which}; at least two are needed, for a segment runs from one to "
-        f"the next. "
-        f"Expected files such as step_00000010.safetensors or "
+        f"{root} holds {only}{which}; at least two are needed, for a segment runs from one to the "
+        "next. Expected files such as step_00000010.safetensors or "
         f"checkpoint-10/model.safetensors.{_importable(root)}"
     )
 
@@ -373,7 +369,7 @@ def _importable(root: Path) -> str:
     kinds = ", ".join(sorted({path.suffix for path in files}))
     return (
         f" It holds {len(files)} files of {kinds}: `lca import {root} DIR` makes a directory of "
-        f"them that does."
+        "them that does."
         if files
         else ""
     )
@@ -420,9 +416,9 @@ def _refuse_reserved(names: list[str]) -> None:
     """Refuse names that results have for a dimension."""
     for name in reserved(names):
         raise InputError(
-            f"the model has a tensor called {name!r}, a name that results have for a "
-            f"dimension. Rename it in the task's model, to NEW "
-            f"perhaps, and in the checkpoints with --rename '^{re.escape(name)}$=NEW'."
+            f"the model has a tensor called {name!r}, a name that results have for a dimension. "
+            "Rename it in the task's model, to NEW perhaps, and in the checkpoints with --rename "
+            f"'^{re.escape(name)}$=NEW'."
         )
 
 
@@ -467,7 +463,7 @@ def _discover(
         elif step in named:
             raise InputError(
                 f"{named[step].files[0]} and {files[0]} both claim step {step}. Remove one, or "
-                f"tell steps apart with --pattern."
+                "tell steps apart with --pattern."
             )
         else:
             named[step] = _Entry(path, step, files, by_name)
@@ -497,10 +493,9 @@ def _refuse_without_step(lost: list[Path]) -> None:
         refuse_epochs(dict.fromkeys([path.name for path in lost if states_epoch(path.name)]))
     if lost:
         raise InputError(
-            f"cannot tell the training step of {', '.join(str(path) for path in lost[:3])}"
-            f"{f' and {len(lost) - 3} more' if len(lost) > 3 else ''}. Name the number with "
-            f"--pattern, for example "
-            "--pattern 'run_(?P<step>\\d+)'."
+            "cannot tell the training step of "
+            f"{', '.join(str(path) for path in lost[:3])}{f' and {len(lost) - 3} more' if len(lost) > 3 else ''}. "
+            "Name the number with --pattern, for example --pattern 'run_(?P<step>\\d+)'."
         )
 
 
@@ -554,7 +549,7 @@ def _files(path: Path) -> tuple[Path, ...]:
         if len(single) > 1 and step_in_name(path.name) is not None:
             raise InputError(
                 f"{path} holds {len(single)} safetensors files and no {_INDEX}. Restore the index, "
-                f"or move the directory away."
+                "or move the directory away."
             )
         return tuple(single) if len(single) == 1 else ()
     return (
@@ -573,19 +568,19 @@ def shards(index: Path) -> tuple[Path, ...]:
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise InputError(
             f"{index} is not a shard index. It needs a weight_map from tensor to file; save the "
-            f"checkpoint again."
+            "checkpoint again."
         ) from None
     if not all(isinstance(name, str) for name in names):
         raise InputError(
             f"{index} is not a shard index. It needs a weight_map from tensor to file; save the "
-            f"checkpoint again."
+            "checkpoint again."
         )
     files = tuple(index.parent / Path(name).name for name in names)
     for file in files:
         if not file.is_file():
             raise InputError(
                 f"{index} names {file.name}, which is missing. Save the checkpoint again or remove "
-                f"its directory."
+                "its directory."
             )
     return files
 
@@ -607,7 +602,7 @@ def _step(
     if stated is not None and is_file:
         raise InputError(
             f"{path} states {stated[:40]!r} as its step in its metadata, which is no training "
-            f"step. Name steps with --pattern."
+            "step. Name steps with --pattern."
         )
     return step_in_name(path.name.removesuffix(".safetensors")), True
 
@@ -632,7 +627,7 @@ def _select(
     if not match or match[3] == "0":
         raise InputError(
             f"--steps {steps!r} is not A:B or A:B:K. For example 0:500, 100:, or ::10 for every "
-            f"tenth checkpoint."
+            "tenth checkpoint."
         )
     first, last = int(match[1] or 0), int(match[2]) if match[2] else None
     within = [item for item in named if item[0] >= first and (last is None or item[0] <= last)]
@@ -685,7 +680,7 @@ def _validated(
         notes = [
             *notes,
             f"left out {names}: --rename leaves nothing of the name, so the result knows nothing "
-            f"of what they hold",
+            "of what they hold",
         ]
     notes = [
         *notes,
@@ -728,7 +723,7 @@ def _names(
         if name in sources:
             raise InputError(
                 f"{sources[name]!r} and {source!r} in {file} both become {name!r}. Tell them apart "
-                f"with --rename OLD=NEW."
+                "with --rename OLD=NEW."
             )
         sources[name] = source
     return sources
@@ -744,10 +739,8 @@ def _difference(
     first = f"{known[name].dtype} {list(known[name].shape)}" if name in known else "absent"
     return (
         f"tensor {name!r} is {this} in {file} (step {step}) but {first} at the first step. All "
-        f"checkpoints must come from "
-        "one model; leave the odd ones out with --steps, or the tensor, where the model computes "
-        "the same without it, with "
-        f"{drop_options([normalise(name)])}"
+        "checkpoints must come from one model; leave the odd ones out with --steps, or the tensor, "
+        f"where the model computes the same without it, with {drop_options([normalise(name)])}"
     )
 
 
@@ -788,9 +781,8 @@ def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[st
             )
             raise NotFiniteError(
                 f"tensor {name!r} holds {bad:,} NaN or Inf in {checkpoint.files[0]} (step "
-                f"{checkpoint.step}). The segments that "
-                f"touch this step cannot be allocated; move the file away and write another run "
-                f"with --out.{mask}",
+                f"{checkpoint.step}). The segments that touch this step cannot be allocated; move "
+                f"the file away and write another run with --out.{mask}",
                 checkpoint.step,
             )
     return tensors
@@ -814,12 +806,11 @@ def read_stored(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, t
         except (OSError, safetensors.SafetensorError) as error:
             raise SpanError(
                 f"cannot read {path} (step {checkpoint.step}): {error}. Restore the file and run "
-                f"again."
+                "again."
             ) from None
     if crc != checkpoint.fingerprint:
         raise SpanError(
             f"{checkpoint.files[0]} (step {checkpoint.step}) is not the file it was when the run "
-            f"was created. Restore it, "
-            "or start a new run with --out."
+            "was created. Restore it, or start a new run with --out."
         )
     return {name: tensors[source] for name, source in names.items()}

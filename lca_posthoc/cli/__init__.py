@@ -109,7 +109,7 @@ class _Group(click.Group):
                 traceback.print_exc(file=sys.stderr)
             text = (
                 f"unexpected {type(error).__name__}: {error}. See where with `lca --debug …`, and "
-                f"please report it."
+                "please report it."
             )
             raise _Failure(LCAError(text)) from None
 

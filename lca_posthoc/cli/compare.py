@@ -210,9 +210,8 @@ def print_comparison(comparison: xr.Dataset) -> None:
     if repeats:
         console.print(
             f"\n[low, high]: {100 * comparison.attrs['confidence']:g} % t interval of the mean. p "
-            f"of a layer: t-test against 0; of its "
-            f"difference to {labels[0]}: {_tests(comparison)}; both corrected by Holm over layers "
-            f"and labels.",
+            f"of a layer: t-test against 0; of its difference to {labels[0]}: "
+            f"{_tests(comparison)}; both corrected by Holm over layers and labels.",
             markup=False,
         )
 

@@ -61,8 +61,7 @@ def command(source: str, directory: str, **options: Any) -> None:
     before = f"; {done.present:,} were there" if done.present else ""
     stdout().print(
         f"wrote {done.written:,} of {count(len(done.steps), 'checkpoint')} (steps {done.steps[0]} "
-        f"to {done.steps[-1]}), "
-        f"{amount(done.bytes)}, to {directory}{before}",
+        f"to {done.steps[-1]}), {amount(done.bytes)}, to {directory}{before}",
         markup=False,
     )
 

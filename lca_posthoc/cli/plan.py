@@ -65,7 +65,7 @@ def _print(planned: Plan, keep: str) -> None:
     console = stdout()
     console.print(
         f"{planned.segments:,} segments of {planned.parameters:,} parameters on {planned.device}, "
-        f"without refinement:"
+        "without refinement:"
     )
     console.print(_table(planned, keep))
     shared = (
@@ -75,7 +75,7 @@ def _print(planned: Plan, keep: str) -> None:
     )
     console.print(
         f"evaluating all together: {_whole(planned)}{shared} (start-up, reading and storing come "
-        f"on top)"
+        "on top)"
     )
     sizes = ", ".join(f"--keep {kind} {amount(size)}" for kind, size in planned.bytes.items())
     console.print(
@@ -119,7 +119,7 @@ def _of_recording(directory: str, count: int, as_json: bool, task: str, **others
     if without_effect:
         raise InputError(
             f"{', '.join(without_effect)}: of a training that is yet to be recorded, only --task "
-            f"and --json count."
+            "and --json count."
         )
     planned = plan_recording(directory, task, count)
     if as_json:
@@ -133,13 +133,13 @@ def _print_recording(planned: RecordingPlan) -> None:
     console = stdout()
     console.print(
         f"{planned.iterates:,} iterates of {planned.parameters:,} parameters ({planned.tensors:,} "
-        f"tensors, buffers included), "
-        f"{amount(planned.bytes_each)} each: {amount(planned.bytes)}; free: {amount(planned.free)}",
+        f"tensors, buffers included), {amount(planned.bytes_each)} each: {amount(planned.bytes)}; "
+        f"free: {amount(planned.free)}",
         markup=False,
     )
     console.print(
-        f"writing one took {duration(planned.seconds_each)} here, flushing included: "
-        f"faster steps would wait"
+        f"writing one took {duration(planned.seconds_each)} here, flushing included: faster steps "
+        "would wait"
     )
     if not planned.every:
         console.print("not even two iterates fit: record elsewhere")

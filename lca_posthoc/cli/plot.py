@@ -245,7 +245,7 @@ def _look(
     except ValueError:
         raise InputError(
             f"--font {font!r} is not installed. Name another, such as serif, sans-serif or "
-            f"monospace."
+            "monospace."
         ) from None
     with mpl.rc_context({"font.family": font}):
         yield inches, title

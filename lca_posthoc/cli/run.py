@@ -68,5 +68,5 @@ def _say_unconverged(summaries: dict[str, Summary]) -> None:
                 f"loss {name!r}: {figures['unconverged']:,} of "
                 f"{count(figures['segments'], 'segment')} "
                 f"stay{'s' * (figures['unconverged'] == 1)} above the tolerance; see `converged` "
-                f"in steps"
+                "in steps"
             )

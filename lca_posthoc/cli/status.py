@@ -171,8 +171,8 @@ def _preparing(state: Starting) -> str:
     now = time.time()
     return (
         f"{safe(state.stage)}, for {duration(max(0, int(now - state.since)))} now (begun "
-        f"{duration(max(0, int(now - state.began)))} "
-        f"ago by process {int(state.pid)} on {safe(state.host)})"
+        f"{duration(max(0, int(now - state.began)))} ago by process {int(state.pid)} on "
+        f"{safe(state.host)})"
     )
 
 

@@ -93,9 +93,8 @@ def _say_what_is_missing(results: LossResults, figures: Summary) -> None:
     if results.behind:
         say(
             f"loss {results.name!r} ends at step {figures['last_step']}, "
-            f"{count(results.behind, 'segment')} before the run does: "
-            f"it was not asked for when checkpoints were added. Name it with --loss {results.name} "
-            f"to `lca run` to go on"
+            f"{count(results.behind, 'segment')} before the run does: it was not asked for when "
+            f"checkpoints were added. Name it with --loss {results.name} to `lca run` to go on"
         )
 
 
@@ -386,6 +385,6 @@ def _error(figures: Summary) -> str:
         return ""
     return (
         f", measured error of {figures['precision']} allocations against {reference.precision} "
-        f"ones {figures['precision_error']:.1e} of their size "
-        f"(Σ|A − A*| / Σ|A*| on {count(figures['precision_segments'], 'segment')})"
+        f"ones {figures['precision_error']:.1e} of their size (Σ|A − A*| / Σ|A*| on "
+        f"{count(figures['precision_segments'], 'segment')})"
     )

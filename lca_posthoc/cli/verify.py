@@ -46,8 +46,7 @@ def command(run: str, as_json: bool) -> None:
     if leftovers:
         say(
             f"{count(len(leftovers), 'file')} below {run} belong{'s' * (len(leftovers) == 1)} to "
-            f"nothing that is committed, "
-            f"the first {leftovers[0]}"
+            f"nothing that is committed, the first {leftovers[0]}"
         )
     if damages:
         raise DamageError(f"{count(len(damages), 'damaged file')} in {run}. {_way(run, damages)}.")
@@ -71,8 +70,8 @@ def _checked(checked: Verification) -> tuple[list[Damage], list[str]]:
                 leftovers.append(entry.path)
             shown.update(
                 Text(
-                    f"{count(checked.files, 'file')}, {amount(checked.bytes)}, "
-                    f"{len(damages)} damaged"
+                    f"{count(checked.files, 'file')}, {amount(checked.bytes)}, {len(damages)} "
+                    "damaged"
                 )
             )
     return damages, leftovers

@@ -67,7 +67,7 @@ def open_cluster(
     else:
         raise InputError(
             f"--cluster {where.kind!r} is not known. Use local, inline, tcp://HOST:PORT, "
-            f"tls://HOST:PORT or file:SCHEDULER.json."
+            "tls://HOST:PORT or file:SCHEDULER.json."
         )
     with opened as cluster:
         yield cluster

@@ -34,7 +34,7 @@ LEAVE_SECONDS = 45.0  # Dask lets what runs on a leaving worker go on for 30
 SLOW_SECONDS = 60.0  # and ten times as long as its peers
 SILENT = (
     f"did not answer within {ANSWER_SECONDS:.0f} s: it is busy with other work, stuck, or without "
-    f"lca_posthoc"
+    "lca_posthoc"
 )
 DIED = "its worker died or cannot be reached"
 LEFT = "its worker left before it was done"

@@ -55,15 +55,15 @@ class ClusterConfig:
                 raise InputError(f"{option} {file} does not exist. Give a PEM file.")
         if self.is_address and self.dashboard:
             raise InputError(
-                "--dashboard is for local workers; a scheduler at an address has its "
-                "own. Leave it out."
+                "--dashboard is for local workers; a scheduler at an address has its own. Leave it "
+                "out."
             )
         if not self.is_address:
             extra = [*self.tls, *(["--insecure"] if self.insecure else [])]
             if extra:
                 raise InputError(
                     f"{', '.join(extra)} {'goes' if len(extra) == 1 else 'go'} with --cluster "
-                    f"ADDRESS only."
+                    "ADDRESS only."
                 )
 
     def address(self) -> str:
@@ -82,7 +82,7 @@ class ClusterConfig:
         if parts.scheme not in SCHEMES or not parts.hostname or not _has_port(address):
             raise InputError(
                 f"{address!r} is not the address of a scheduler. Expected tcp://HOST:PORT or "
-                f"tls://HOST:PORT."
+                "tls://HOST:PORT."
             )
         if parts.scheme == "tls" and self.tls and len(self.tls) < 3:
             missing = [
@@ -127,9 +127,8 @@ def open_to_others(who: str) -> str:
     """Return the message that refuses a listener which is open to others."""
     return (
         f"{who} is open to the network without TLS: whoever reaches it can run code as you. Start "
-        f"it with --host 127.0.0.1, or "
-        "with TLS and give --tls-ca, --tls-cert and --tls-key, or give --insecure on a network you "
-        "trust."
+        "it with --host 127.0.0.1, or with TLS and give --tls-ca, --tls-cert and --tls-key, or "
+        "give --insecure on a network you trust."
     )
 
 

@@ -119,11 +119,9 @@ class Workers:
         if without:
             raise ResourceError(
                 f"worker{'s' if len(without) > 1 else ''} "
-                f"{', '.join(map(self._scheduler.named, without[:3]))}"
-                f"{f' and {len(without) - 3} more' if len(without) > 3 else ''} offer no GPU. "
-                f"Start each with "
-                "`CUDA_VISIBLE_DEVICES=N dask worker ADDRESS --nthreads 1 --resources GPU=1`, or "
-                "compute with --device cpu."
+                f"{', '.join(map(self._scheduler.named, without[:3]))}{f' and {len(without) - 3} more' if len(without) > 3 else ''} "
+                "offer no GPU. Start each with `CUDA_VISIBLE_DEVICES=N dask worker ADDRESS "
+                "--nthreads 1 --resources GPU=1`, or compute with --device cpu."
             )
 
     def check_workers(self, question: Question, spec: Spec) -> dict[str, Spec]:
@@ -362,5 +360,5 @@ def _answers(addresses: Iterable[str], ask: Callable[[str], Future]) -> dict[str
 def _nobody_left(seconds: float) -> ResourceError:
     return ResourceError(
         f"no worker is left, and none came within {seconds:.0f} s. What was committed is kept; "
-        f"start workers and run the same command again."
+        "start workers and run the same command again."
     )

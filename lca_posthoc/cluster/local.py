@@ -116,10 +116,9 @@ def _start(
         return cluster, stack.enter_context(Client(cluster, timeout=ANSWER_SECONDS))
     except (RuntimeError, OSError) as error:
         raise ResourceError(
-            f"local workers did not start ({' '.join(str(error).split())[:120]}). A script "
-            f"that calls run() needs "
-            "`if __name__ == '__main__':` around it, for workers import the script; or use "
-            "cluster='inline'."
+            f"local workers did not start ({' '.join(str(error).split())[:120]}). A script that "
+            "calls run() needs `if __name__ == '__main__':` around it, for workers import the "
+            "script; or use cluster='inline'."
         ) from error
 
 
@@ -133,9 +132,8 @@ def _wait_for(client: Client, count: int) -> None:
     except (DaskTimeoutError, TimeoutError, OSError) as error:
         raise ResourceError(
             f"only {len(client.scheduler_info()['workers'])} of {count} local workers came up "
-            f"within {ANSWER_SECONDS} s "
-            f"({error}). Ask for fewer with --workers, or run in this process with --cluster "
-            f"inline."
+            f"within {ANSWER_SECONDS} s ({error}). Ask for fewer with --workers, or run in this "
+            "process with --cluster inline."
         ) from None
 
 

@@ -56,9 +56,9 @@ def _connected(where: ClusterConfig, address: str) -> Client:
         )
     except (OSError, TimeoutError, RuntimeError) as error:
         raise ResourceError(
-            f"no scheduler answers at {address} ({shortly(_root(error))}). Start one with "
-            f"`dask scheduler`, or check the address, "
-            "the network, and whether it is a tls:// one and lets these certificates in."
+            f"no scheduler answers at {address} ({shortly(_root(error))}). Start one with `dask "
+            "scheduler`, or check the address, the network, and whether it is a tls:// one and "
+            "lets these certificates in."
         ) from None
 
 
@@ -73,11 +73,9 @@ def _wait_for(client: Client, asked_for: int | None, address: str) -> None:
         connected = len(client.scheduler_info()["workers"])
         tls = " --tls-ca-file CA --tls-cert CERT --tls-key KEY" if address.startswith("tls") else ""
         raise ResourceError(
-            f"{connected or 'no'} worker{'' if connected == 1 else 's'} of the {count} asked "
-            f"for {'is' if connected == 1 else 'are'} "
-            f"connected to {address}. Start some with `dask worker {address} --nthreads 1 "
-            f"--memory-limit 0{tls}` (on a GPU: "
-            "--resources GPU=1)."
+            f"{connected or 'no'} worker{'' if connected == 1 else 's'} of the {count} asked for "
+            f"{'is' if connected == 1 else 'are'} connected to {address}. Start some with `dask "
+            f"worker {address} --nthreads 1 --memory-limit 0{tls}` (on a GPU: --resources GPU=1)."
         ) from None
 
 
@@ -129,8 +127,8 @@ def _security(where: ClusterConfig, address: str) -> Security | None:
     except (ssl.SSLError, OSError) as error:
         raise InputError(
             f"--tls-ca {files['--tls-ca']}, --tls-cert {files['--tls-cert']} and --tls-key "
-            f"{files['--tls-key']} are not an authority, a "
-            f"certificate and its key in PEM ({shortly(error)})."
+            f"{files['--tls-key']} are not an authority, a certificate and its key in PEM "
+            f"({shortly(error)})."
         ) from None
     return Security(
         tls_ca_file=str(files["--tls-ca"]),

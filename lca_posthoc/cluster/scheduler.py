@@ -163,7 +163,7 @@ class Scheduler:
         """Return the error for a scheduler that is gone."""
         return ResourceError(
             f"the scheduler is gone ({shortly(error)}). What was committed is kept; start it and "
-            f"run the same command again."
+            "run the same command again."
         )
 
 

@@ -96,8 +96,7 @@ def _dataset(h5py: Any, file: Any, path: Path, name: str) -> Any:
     ):
         raise InputError(
             f"{path} is a Keras weights file: one point of training under Keras' own names. Write "
-            f"every iterate as a step_N.safetensors "
-            "file under torch's names, kernels transposed."
+            "every iterate as a step_N.safetensors file under torch's names, kernels transposed."
         )
     table = file.get(name)
     if not isinstance(table, h5py.Dataset):
@@ -108,18 +107,17 @@ def _dataset(h5py: Any, file: Any, path: Path, name: str) -> Any:
         ]
         raise InputError(
             f"{path} has no dataset {name!r}; it has {few(tables, 8) or 'none'}. Name the one with "
-            f"a row for every iterate with --dataset."
+            "a row for every iterate with --dataset."
         )
     if table.file.filename != file.filename or table.external or table.is_virtual:
         raise InputError(
-            f"dataset {name!r} of {path} lies in other files, which are not read. "
-            f"Copy it into one file."
+            f"dataset {name!r} of {path} lies in other files, which are not read. Copy it into one "
+            "file."
         )
     if table.ndim != 2 or table.dtype.kind != "f" or table.dtype.itemsize > 8:
         raise InputError(
             f"dataset {name!r} of {path} is {table.dtype} {list(table.shape)}, not a table of "
-            f"floating-point numbers with a row for every "
-            "iterate and a column for every parameter."
+            "floating-point numbers with a row for every iterate and a column for every parameter."
         )
     return table
 
@@ -151,8 +149,7 @@ def open_hdf5(
     if rows.length != count:
         raise InputError(
             f"a row of {dataset!r} in {path} has {rows.length:,} numbers, but the task's model has "
-            f"{count:,} parameters: {order}. Build "
-            "the model that was trained."
+            f"{count:,} parameters: {order}. Build the model that was trained."
         )
     others = [repr(spec.name) for spec in model if spec.kind != "parameter"]
     dtype = f"F{8 * rows.dtype.itemsize}"
@@ -172,17 +169,16 @@ def open_hdf5(
 def _notes(order: str, others: list[str]) -> list[str]:
     """Say how columns were taken for parameters, and which tensors rows do not hold."""
     notes = [
-        f"columns are taken in the order of the model's parameters, in torch's own layout: "
-        f"{order}. Nothing is transposed, and the file "
-        "cannot say whether that is right (Keras' kernels are (in, out)): compare loss_start of "
-        "`lca run` with the loss in training",
+        "columns are taken in the order of the model's parameters, in torch's own layout: "
+        f"{order}. Nothing is transposed, and the file cannot say whether that is right (Keras' "
+        "kernels are (in, out)): compare loss_start of `lca run` with the loss in training",
         "rows are taken as training steps 0, 1, 2, …",
     ]
     if others:
         notes.append(
             f"rows hold no {few(others)}, which the model stores beside its parameters: `lca run` "
-            f"asks for them unless Task(fixed=[…]) "
-            "names them; running statistics, which moved, also need --norm-stats batch"
+            "asks for them unless Task(fixed=[…]) names them; running statistics, which moved, "
+            "also need --norm-stats batch"
         )
     return notes
 

@@ -74,7 +74,7 @@ def state_dict(
     if is_left_out(saved):
         raise InputError(
             f"{file} holds an object of {class_of(saved)}, which is not made: that could run any "
-            f"code. Save model.state_dict()."
+            "code. Save model.state_dict()."
         )
     if not isinstance(saved, Mapping):
         raise InputError(

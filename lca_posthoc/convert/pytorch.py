@@ -82,16 +82,16 @@ class _Saved:
                 state = {name: value for name, value in state.items() if name not in counters}
                 notes.append(
                     f"left out {few([*map(repr, counters)])} of every checkpoint: "
-                    f"{'they count' if len(counters) > 1 else 'it counts'} "
-                    "what is averaged (torch.optim.swa_utils and its like)"
+                    f"{'they count' if len(counters) > 1 else 'it counts'} what is averaged "
+                    "(torch.optim.swa_utils and its like)"
                 )
             _refuse_hidden(state, file)
             own, more = taken(state, str(file))
             twice = sorted(own.keys() & tensors.keys())
             if twice:
                 raise InputError(
-                    f"tensor {twice[0]!r} stands in {file} and in another shard of "
-                    f"it. Save it again."
+                    f"tensor {twice[0]!r} stands in {file} and in another shard of it. Save it "
+                    "again."
                 )
             tensors |= own
             notes += more
@@ -132,7 +132,7 @@ def _compare_checksums(file: Path) -> None:
         name = record.filename if record else "its list of contents"
         raise InputError(
             f"{file} is damaged: {name} is not what its checksum says ({type(error).__name__}). "
-            f"Copy it again, or move it away."
+            "Copy it again, or move it away."
         ) from None
 
 
@@ -173,9 +173,8 @@ def _refuse_hidden(state: Mapping[str, object], file: Path) -> None:
         if is_left_out(value) and holds_tensors_inside(value):
             raise InputError(
                 f"{name!r} in {file} is an object of {class_of(value)} with tensors in it, which "
-                f"is not made: that could run any code. "
-                "Where you trust the file, load it where its modules can be imported, and save "
-                "plain tensors with torch.save."
+                "is not made: that could run any code. Where you trust the file, load it where its "
+                "modules can be imported, and save plain tensors with torch.save."
             )
 
 
@@ -220,8 +219,8 @@ def _entry(path: Path) -> tuple[Path, ...]:
     if len(inside) > 1 and step_in_name(path.name) is not None:
         raise InputError(
             f"{path} holds {len(inside)} files that could be the model ({inside[0].name}, "
-            f"{inside[1].name}, …). Leave one there, or give "
-            "a directory of one file for every step."
+            f"{inside[1].name}, …). Leave one there, or give a directory of one file for every "
+            "step."
         )
     return tuple(inside) if len(inside) == 1 else ()
 
@@ -368,8 +367,7 @@ class _Numbering:
             if number not in (None, looked.step) and not counts_epochs and not unlike_steps:
                 raise InputError(
                     f"{looked.saved.path} is called step {number} and says {looked.step} inside, "
-                    f"perhaps the step of an epoch. Say "
-                    "which names to go by with --pattern."
+                    "perhaps the step of an epoch. Say which names to go by with --pattern."
                 )
             return looked.step
         stated = _of_trainer(looked.saved.path)
@@ -392,9 +390,8 @@ class _Numbering:
             if (after.epoch or 0) < (before.epoch or 0):
                 raise InputError(
                     f"{after.saved.path} says {after.step_entry} {step} and epoch {after.epoch} "
-                    f"inside, and {before.saved.path} "
-                    f"{before.step} and epoch {before.epoch}: these steps are counted within an "
-                    f"epoch. Name training steps with --pattern."
+                    f"inside, and {before.saved.path} {before.step} and epoch {before.epoch}: "
+                    "these steps are counted within an epoch. Name training steps with --pattern."
                 )
         notes = []
         inside = [
@@ -406,7 +403,7 @@ class _Numbering:
             first = inside[0]
             notes.append(
                 f"{first.name} is taken as step {first.step}, its {first.step_entry}; the number "
-                f"in its name counts something else"
+                "in its name counts something else"
                 + (f" (as in {len(inside) - 1} more)" if len(inside) > 1 else "")
             )
         names = [checkpoint.name for checkpoint in self._by_name]
@@ -487,7 +484,7 @@ def _once_more(saved: _Saved, other: _Saved, step: int) -> str:
     if not same_bytes(saved.load().tensors, other.load().tensors):
         raise InputError(
             f"{other.path} and {saved.path} both claim step {step} and differ. Move one away, or "
-            f"tell steps apart with --pattern."
+            "tell steps apart with --pattern."
         )
     return f"left out {saved.path.name}: it is {other.path.name} (step {step}) again"
 
@@ -505,6 +502,5 @@ def _without_step(unnamed: Sequence[_Saved], some: bool) -> list[str]:
         refuse_epochs(dict.fromkeys(str(path) for path in lost if states_epoch(path.name)))
     raise InputError(
         f"cannot tell the training step of {shown}. Name the number with --pattern, for example "
-        f"--pattern 'run_(?P<step>\\d+)'; what it "
-        "does not match is left out."
+        "--pattern 'run_(?P<step>\\d+)'; what it does not match is left out."
     )

@@ -66,8 +66,7 @@ def same_headers(
             )
             raise InputError(
                 f"tensor {name!r} is {this} in {file} but {other} in {first}. All checkpoints must "
-                f"come from one model; move the odd "
-                "ones away, or choose names with --pattern."
+                "come from one model; move the odd ones away, or choose names with --pattern."
             )
 
 
@@ -98,8 +97,8 @@ def taken(state: Mapping[str, object], file: str) -> tuple[Tensors, list[str]]:
         tensors[name] = value.detach()
     if len(tensors) > MAX_TENSORS:
         raise InputError(
-            f"{file} holds {len(tensors):,} tensors; {MAX_TENSORS:,} are the most a "
-            f"series can have."
+            f"{file} holds {len(tensors):,} tensors; {MAX_TENSORS:,} are the most a series can "
+            "have."
         )
     return tensors, notes
 
@@ -112,7 +111,7 @@ def _storable(name: str, value: torch.Tensor, file: str) -> None:
         )
         raise InputError(
             f"tensor {name!r} in {file} is of a kind safetensors cannot hold ({kind}). Save a "
-            f"plain dense tensor."
+            "plain dense tensor."
         )
     try:
         name.encode()

@@ -142,7 +142,7 @@ def _notes(foreign: list[str]) -> list[str]:
     return (
         [
             f"read past objects of {few(foreign, 6)} beside the weights: none of these classes is "
-            f"imported, none is made"
+            "imported, none is made"
         ]
         if foreign
         else []
@@ -161,14 +161,13 @@ def _refusal(
         )
         return InputError(
             f"{file} {what}, and is not loaded: that could run any code. Where you trust it, load "
-            f"it with "
-            "weights_only=False where its modules can be imported, and save its state dict alone "
-            "with torch.save."
+            "it with weights_only=False where its modules can be imported, and save its state dict "
+            "alone with torch.save."
         )
     what = (str(error).splitlines() or [""])[0][:200]
     return InputError(
         f"{file} cannot be read as a checkpoint ({type(error).__name__}: {what}). Save it again, "
-        f"or move it away."
+        "or move it away."
     )
 
 

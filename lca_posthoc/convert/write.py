@@ -91,14 +91,14 @@ def convert(
     except OSError as error:
         raise InputError(
             f"cannot read {error.filename or origin}: {error.strerror}. Check the path and its "
-            f"permissions."
+            "permissions."
         ) from None
     if len(series.iterates) < 2:
         count = "only one checkpoint" if series.iterates else "no checkpoint"
         which = f" whose name --pattern {pattern!r} matches" if pattern else ""
         raise InputError(
             f"{origin} holds {count}{which}; at least two are needed, for a segment runs from one "
-            f"to the next."
+            "to the next."
         )
     for note in [*series.notes, *_half(series)]:
         say(note)
@@ -126,8 +126,8 @@ def _opened(origin: Path, options: Mapping[str, object], progress: Progress) -> 
             for option in options:
                 if kind.options and option not in kind.options:
                     raise InputError(
-                        f"--{option} says nothing about {origin}, which holds "
-                        f"{kind.name}. Leave it out."
+                        f"--{option} says nothing about {origin}, which holds {kind.name}. Leave "
+                        "it out."
                     )
             return kind.open(origin, progress, **options)
     raise InputError(
@@ -140,9 +140,8 @@ def _half(series: Series) -> list[str]:
     narrow = [name for name, header in series.tensors.items() if header.dtype in HALF]
     return [
         f"{len(narrow)} of {count(len(series.tensors), 'tensor')} "
-        f"{'is' if len(narrow) == 1 else 'are'} stored in half "
-        "precision, in which most steps of training are rounded "
-        "away; `lca run` says how many. Save float32 weights where you can"
+        f"{'is' if len(narrow) == 1 else 'are'} stored in half precision, in which most steps of "
+        "training are rounded away; `lca run` says how many. Save float32 weights where you can"
     ] * bool(narrow)
 
 
@@ -159,8 +158,8 @@ def _only_steps(place: Path) -> None:
     )
     if foreign:
         raise InputError(
-            f"{place} is not empty: it holds {foreign[0]!r}, which no import wrote. "
-            f"Name a new directory."
+            f"{place} is not empty: it holds {foreign[0]!r}, which no import wrote. Name a new "
+            "directory."
         )
 
 
@@ -204,7 +203,7 @@ def _waiting(place: Path, series: Series) -> list[Iterate]:
         if header.tensors != series.tensors or header.metadata.get(_SOURCE) != iterate.identity():
             raise InputError(
                 f"{path} is there and was not imported from {iterate.origin}, as it is now. Name a "
-                f"new directory, or move the file away."
+                "new directory, or move the file away."
             )
     return waiting
 
@@ -220,8 +219,7 @@ def _room(place: Path, series: Series, files: int) -> None:
     if files * size > free:
         raise ResourceError(
             f"{files:,} files of {amount(size)} take {amount(files * size)}, and {amount(free)} "
-            f"are free at {place}. Free some, or name "
-            "another directory."
+            f"are free at {place}. Free some, or name another directory."
         )
 
 
@@ -252,7 +250,6 @@ def _write(place: Path, iterate: Iterate, known: Mapping[str, TensorHeader]) -> 
         )
         raise ResourceError(
             f"{path} cannot be written: {'no space left' if full else error}. What is there is "
-            f"whole; put that right and run the same "
-            "command again to go on."
+            "whole; put that right and run the same command again to go on."
         ) from error
     return size

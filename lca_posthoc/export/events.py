@@ -53,8 +53,8 @@ def write_events(run: Run, place: Path, losses: list[str], requested: list[str],
     for name in requested:
         if name not in _FINDINGS:
             raise InputError(
-                f"TensorBoard takes {', '.join(_FINDINGS)}, not {name!r}. Choose "
-                f"another --format for it."
+                f"TensorBoard takes {', '.join(_FINDINGS)}, not {name!r}. Choose another --format "
+                "for it."
             )
     needed("tensorboard", "TensorBoard")
     writers, written = needed("torch.utils.tensorboard", "TensorBoard"), 0
@@ -63,7 +63,7 @@ def write_events(run: Run, place: Path, losses: list[str], requested: list[str],
         if not results.progress()["segments_done"]:
             say(
                 f"loss {name!r} is left out: it has no finished segment yet. Let `lca run` commit "
-                f"a span first."
+                "a span first."
             )
             continue
         written += 1
@@ -129,7 +129,7 @@ def _write_histograms(writer: SummaryWriter, results: LossResults, say: Say) -> 
     if len(chosen) < len(steps):
         say(
             f"loss {results.name!r}: histograms of {len(chosen):,} of {len(steps):,} segments are "
-            f"written."
+            "written."
         )
     edges = np.clip(
         stored["edge"].values, -np.finfo("float32").max, np.finfo("float32").max

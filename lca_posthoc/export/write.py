@@ -86,7 +86,7 @@ def export_comparison(
     if found.attrs.get("finding") != "compare":
         raise InputError(
             f"this is a result of {found.attrs.get('finding')!r}; `export` writes the findings of "
-            f"one run."
+            "one run."
         )
 
     def write(building: Path, chosen: str) -> None:
@@ -124,8 +124,8 @@ def _place(
         if len(data_files) != 1:
             raise InputError(
                 f"{place} is one file, and there are {len(data_files)} to write "
-                f"({', '.join(path.name for path in data_files[:4])}, …). "
-                f"Name a directory with -o; {hint}"
+                f"({', '.join(path.name for path in data_files[:4])}, …). Name a directory with "
+                f"-o; {hint}"
             )
         (building / data_files[0]).rename(place)
         return [place]

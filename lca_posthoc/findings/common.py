@@ -60,9 +60,8 @@ def unfinished(results: LossResults) -> list[str]:
     behind = (
         [
             f"Loss {results.name} ends at step {done['last_step']:,}, "
-            f"{count(done['behind'], 'segment')} before the run "
-            "does: run `lca run` with "
-            f"--loss {results.name} to go on."
+            f"{count(done['behind'], 'segment')} before the run does: run `lca run` with --loss "
+            f"{results.name} to go on."
         ]
         if done["behind"]
         else []
@@ -72,8 +71,7 @@ def unfinished(results: LossResults) -> list[str]:
     return [
         *behind,
         f"{done['segments_done']:,} of {count(done['segments'], 'segment')} "
-        f"{'is' if done['segments_done'] == 1 else 'are'} "
-        "there: run `lca run` again to finish.",
+        f"{'is' if done['segments_done'] == 1 else 'are'} there: run `lca run` again to finish.",
     ]
 
 
@@ -212,8 +210,8 @@ def parse_parameter(name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str,
     if tensor not in shapes:
         known = ", ".join(list(shapes)[:6])
         raise InputError(
-            f"there is no tensor {tensor!r} with a kept allocation; there are "
-            f"{known}. Write NAME[I, J]."
+            f"there is no tensor {tensor!r} with a kept allocation; there are {known}. Write "
+            "NAME[I, J]."
         )
     indices = (
         tuple(int(text) for text in (match["indices"] or "").split(",") if text.strip())
@@ -225,8 +223,8 @@ def parse_parameter(name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str,
         index >= extent for index, extent in zip(indices, shape, strict=True)
     ):
         raise InputError(
-            f"{name!r} is not a parameter of {tensor}, whose shape is {list(shape)}. "
-            f"Write NAME[I, J]."
+            f"{name!r} is not a parameter of {tensor}, whose shape is {list(shape)}. Write NAME[I, "
+            "J]."
         )
     return tensor, indices
 

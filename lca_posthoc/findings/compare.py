@@ -190,13 +190,13 @@ def _listed(
             if results.record.groups is not None:
                 raise InputError(
                     f"loss {results.name!r} of {results.path} has groups; compare takes losses "
-                    f"without. Name another, or add this one "
-                    "without group_by to the task and `lca run` it."
+                    "without. Name another, or add this one without group_by to the task and `lca "
+                    "run` it."
                 )
             if (results.path.resolve(), results.name) in seen:
                 raise InputError(
                     f"{results.path} is given twice under label {label!r}; a repeat has to be a "
-                    f"run of its own."
+                    "run of its own."
                 )
             seen.add((results.path.resolve(), results.name))
     return listed

@@ -90,9 +90,8 @@ def design_of(listed: dict[str, list[LossResults]], paired: bool | None) -> Desi
             if same is not None:
                 notes.append(
                     f"{listed[label][position].path} and {listed[label][same].path} are of one "
-                    f"training "
-                    f"({_shared(of_run, several[same])}): under {label!r} it counts once, by the "
-                    f"latter."
+                    f"training ({_shared(of_run, several[same])}): under {label!r} it counts once, "
+                    "by the latter."
                 )
     counting = {label: np.flatnonzero(once[row]).tolist() for row, label in enumerate(listed)}
     for label, several in marks.items():
@@ -110,7 +109,7 @@ def design_of(listed: dict[str, list[LossResults]], paired: bool | None) -> Desi
             pairs.append(order)
             notes.append(
                 f"The runs of {label!r} and {first!r} come in pairs that begin from the same "
-                f"checkpoint; differences are tested in pairs."
+                "checkpoint; differences are tested in pairs."
             )
         else:
             pairs.append(None if same else "apart")
@@ -118,7 +117,7 @@ def design_of(listed: dict[str, list[LossResults]], paired: bool | None) -> Desi
             untested = max(sizes) > 1 and pairs[-1] is None
             notes.append(
                 f"{label!r} and {first!r} share trainings: what differs between them is how these "
-                f"were measured, not chance."
+                "were measured, not chance."
                 + (
                     " They are not tested against each other, as they are not independent."
                     if untested
@@ -272,7 +271,6 @@ def _other_losses(listed: dict[str, list[LossResults]]) -> list[str]:
             if abs(value - before) > _SAME_LOSS * max(abs(value), abs(before)):
                 return [
                     f"Runs differ in the loss itself: at step {begin.step:,}, on the same weights, "
-                    f"it is {before:.6g} under {other} and "
-                    f"{value:.6g} under {label}."
+                    f"it is {before:.6g} under {other} and {value:.6g} under {label}."
                 ]
     return []

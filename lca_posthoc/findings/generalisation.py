@@ -109,19 +109,18 @@ def _check_pair(first: LossResults, second: LossResults) -> None:
         if results.record.groups is not None:
             raise InputError(
                 f"loss {results.name!r} has groups; take losses of whole splits, or compare groups "
-                f"in `layers`."
+                "in `layers`."
             )
         if results.record.on is None:
             raise InputError(
                 f"loss {results.name!r} is a term of the parameters, over no split; generalisation "
-                f"takes two losses over two splits."
+                "takes two losses over two splits."
             )
     if first.record.on == second.record.on:
         raise InputError(
             f"losses {first.name!r} and {second.name!r} are both over split {first.record.on!r}, "
-            f"and generalisation compares two splits. "
-            f"Add a Loss(…, on=another split) to the task and `lca run` it, or draw `layers` of "
-            f"each loss."
+            "and generalisation compares two splits. Add a Loss(…, on=another split) to the task "
+            "and `lca run` it, or draw `layers` of each loss."
         )
 
 
@@ -203,8 +202,8 @@ def no_two_splits(losses: Mapping[str, LossResults]) -> str:
         for split, names in over.items()
     )
     return (
-        f"it takes two losses without groups over two splits, and {listed or 'there is none'}. "
-        "Add a Loss(…, on=another split) to the task and `lca run` it."
+        f"it takes two losses without groups over two splits, and {listed or 'there is none'}. Add "
+        "a Loss(…, on=another split) to the task and `lca run` it."
     )
 
 
@@ -248,7 +247,7 @@ def _parts(first: LossResults, second: LossResults) -> list[str]:
     """Say which losses were measured on a part of the examples of their split."""
     return [
         f"{results.name} is measured on {results.record.examples:,} of {results.record.total:,} "
-        f"examples."
+        "examples."
         for results in (first, second)
         if results.record.examples < results.record.total
     ]

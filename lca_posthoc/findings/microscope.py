@@ -177,7 +177,7 @@ def _pools(extents: dict[str, tuple[int, int]], pixels: int) -> dict[str, tuple[
     if len(extents) > pixels:
         raise InputError(
             f"{len(extents):,} tensors do not fit into {pixels:,} pixels. Name some, or allow more "
-            f"pixels."
+            "pixels."
         )
     size = 1
     while (

@@ -99,8 +99,8 @@ def oscillation(
         variables, coords, extremes = _turns(results, most)
         if np.isnan(variables["overall_turns"][1]).all():
             left_out.append(
-                "No parameter has an effect anywhere, so there are no turns and no "
-                "intervals between them."
+                "No parameter has an effect anywhere, so there are no turns and no intervals "
+                "between them."
             )
     else:
         left_out.append("Turns need every segment.")
@@ -118,9 +118,9 @@ def oscillation(
             variables |= _weights(results, root, chosen, traces["allocation"])
         else:
             left_out.append(
-                f"Weights and gradients of traces need the checkpoints, which are neither at "
-                f"{results.manifest.root} nor beside "
-                "the run: say where with checkpoints= or `lca plot --checkpoints`."
+                "Weights and gradients of traces need the checkpoints, which are neither at "
+                f"{results.manifest.root} nor beside the run: say where with checkpoints= or `lca "
+                "plot --checkpoints`."
             )
     return xr.Dataset(variables, coords=coords, attrs=about(results, "oscillation", left_out))
 

@@ -110,9 +110,8 @@ def peaks(
     if not can.any():
         raise InputError(
             f"loss {results.name!r} has {count(len(values), 'finished segment')}, none with one "
-            f"before and one after it, so "
-            "nothing can be a peak. Let `lca run` "
-            "finish, or record more steps."
+            "before and one after it, so nothing can be a peak. Let `lca run` finish, or record "
+            "more steps."
         )
     peak = moments(values if signal == "allocation" else -values, can, top)
     counted, left_out = _counted(peak, layers)

@@ -467,7 +467,7 @@ def _checked(segment: SegmentAllocation, name: str) -> SegmentAllocation:
             if not bool(torch.isfinite(gradient).all()):
                 raise SpanError(
                     f"the gradient of loss {name!r} for tensor {tensor!r} holds NaN or Inf inside "
-                    f"the segment"
+                    "the segment"
                 )
     return segment
 
@@ -516,7 +516,7 @@ def allocate_span(
         except SpanError as error:
             raise SpanError(
                 f"{error}, between steps {step} and {next_step}. Leave these steps out with "
-                f"--steps."
+                "--steps."
             ) from None
         yield start, end, done
         step, start, following = next_step, end, after

@@ -72,7 +72,7 @@ def in_units_of_loss(tolerance: float | str, scale: float | None) -> float:
     if scale is None:
         raise InputError(
             f"a tolerance of {tolerance} needs the loss at the first checkpoint, which the run "
-            f"does not record."
+            "does not record."
         )
     return float(str(tolerance)[:-1]) / 100 * scale
 

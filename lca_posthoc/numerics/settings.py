@@ -38,8 +38,7 @@ def _as_tolerance(name: str, value: object) -> Value:
     if share or not number > 0:
         raise InputError(
             f"{option_of(name)} must be a positive number in units of loss, a share of the loss at "
-            f"the first checkpoint between 0% and "
-            f"100% such as 0.1%, or inf, got {value}."
+            f"the first checkpoint between 0% and 100% such as 0.1%, or inf, got {value}."
         )
     return number if number < float("inf") else "inf"
 
@@ -281,8 +280,8 @@ def _refuse_another(chosen: Mapping[str, Value], recorded: Mapping[str, object])
         asked_for = " ".join(_shown(name, chosen[name]) for name in other)
         raise InputError(
             f"this run was made with {before}, not {asked_for}. Leave "
-            f"{' and '.join(map(option_of, other))} out to go on with it, "
-            "or write another run with --out."
+            f"{' and '.join(map(option_of, other))} out to go on with it, or write another run "
+            "with --out."
         )
 
 

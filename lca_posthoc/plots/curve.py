@@ -54,8 +54,7 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     if found.sizes.get("group", 1) > _MOST:
         raise InputError(
             f"loss {found.attrs.get('loss')!r} has {found.sizes['group']} groups, and a plot shows "
-            f"at most {_MOST}: "
-            f"pick some: found.sel(group=[…]) or --group."
+            f"at most {_MOST}: pick some: found.sel(group=[…]) or --group."
         )
     ax = fresh_axes(ax, 4.4, 2.7)
     if "group" in found.dims:

@@ -257,9 +257,8 @@ def refuse_groups(finding: xr.Dataset) -> None:
         labels = ", ".join(map(repr, finding["group"].values.tolist()[:10]))
         raise InputError(
             f"loss {finding.attrs.get('loss')!r} has {count(finding.sizes['group'], 'group')}, and "
-            f"a plot of "
-            f"{finding.attrs.get('finding')!r} shows one: pick one: found.sel(group=…) or --group, "
-            f"of {labels}{', …' if finding.sizes['group'] > 10 else ''}."
+            f"a plot of {finding.attrs.get('finding')!r} shows one: pick one: found.sel(group=…) "
+            f"or --group, of {labels}{', …' if finding.sizes['group'] > 10 else ''}."
         )
 
 

@@ -77,9 +77,8 @@ class Takeover:
             self._said = True
             warnings.warn(
                 "an optimiser that the recorder is not attached to makes steps of the model: they "
-                "are not recorded. Where it replaces "
-                "the one that is, close this recorder and attach another one to it, with the step: "
-                "attach(optimizer, step=…)",
+                "are not recorded. Where it replaces the one that is, close this recorder and "
+                "attach another one to it, with the step: attach(optimizer, step=…)",
                 stacklevel=_level_of_step(),
             )
 

@@ -155,20 +155,18 @@ class Recorder:
             names = ", ".join(type(optimizer).__name__ for optimizer in optimizers) or "nothing"
             raise InputError(
                 f"attach was given {names}; it takes the optimisers, as attach(first, second), or "
-                f"what wraps them and has step, zero_grad "
-                "and param_groups. For anything else save by hand: recorder.save(0), then "
-                "recorder.save(step) after each step."
+                "what wraps them and has step, zero_grad and param_groups. For anything else save "
+                "by hand: recorder.save(0), then recorder.save(step) after each step."
             )
         if self._attached:
             raise InputError(
-                "this recorder is attached already. Give all optimisers at once: "
-                "attach(first, second)."
+                "this recorder is attached already. Give all optimisers at once: attach(first, "
+                "second)."
             )
         if not all(trains(optimizer, self._model) for optimizer in optimizers):
             raise InputError(
                 "the optimiser has none of the model's parameters. Give the recorder the very "
-                "model that is trained, and attach once "
-                "model and optimiser are made."
+                "model that is trained, and attach once model and optimiser are made."
             )
 
     def _made_step(self) -> None:
@@ -276,9 +274,8 @@ class Recorder:
         if needed > free and _writes():
             text = (
                 f"{count(iterates, 'iterate')} of {amount(size)} take{'s' * (iterates == 1)} "
-                f"{amount(needed)}, and {place} "
-                f"has {amount(free)} free. Record fewer "
-                "(every=, steps=, until=) or elsewhere."
+                f"{amount(needed)}, and {place} has {amount(free)} free. Record fewer (every=, "
+                "steps=, until=) or elsewhere."
             )
             if not self._pauses:
                 raise ResourceError(text)
@@ -323,8 +320,8 @@ def _locked(directory: Path) -> DirectoryLock:
     except BlockingIOError:
         raise ResourceError(
             f"another recorder writes into {directory}. Close it, or record into another "
-            f"directory; where several processes train "
-            "together, make the recorder after torch.distributed.init_process_group."
+            "directory; where several processes train together, make the recorder after "
+            "torch.distributed.init_process_group."
         ) from None
     # of a process that was killed
     for path in directory.glob(".step_*.safetensors.*.tmp") if lock.locked else ():
@@ -361,8 +358,8 @@ class _Series:
         for name in reserved(self._contents.allocated):
             raise InputError(
                 f"the model has a tensor called {name!r}, a name that results have for a "
-                f"dimension: `lca run` could not allocate to it. "
-                "Rename it in the model before you train; a count may keep the name as an integer."
+                "dimension: `lca run` could not allocate to it. Rename it in the model before you "
+                "train; a count may keep the name as an integer."
             )
 
     def _warn_of_contents(self, tensors: int) -> None:
@@ -373,17 +370,14 @@ class _Series:
             )
             warnings.warn(
                 f"the model's state dict holds {entries}: no tensor of numbers, so that it is not "
-                f"recorded. A "
-                "replay has it as the task's model builds it.",
+                "recorded. A replay has it as the task's model builds it.",
                 stacklevel=6,
             )
         if self._layout.half_precision:
             warnings.warn(
                 f"{self._layout.half_precision[0]} has fewer than 32 bits a number, as "
-                f"{len(self._layout.half_precision)} of "
-                f"{count(tensors, 'tensor')}: a step smaller than its spacing is lost, and "
-                f"most of them are. Keep the "
-                "weights in float32 and "
+                f"{len(self._layout.half_precision)} of {count(tensors, 'tensor')}: a step smaller "
+                "than its spacing is lost, and most of them are. Keep the weights in float32 and "
                 "train under torch.autocast.",
                 stacklevel=6,
             )
@@ -396,8 +390,8 @@ class _Series:
         if missing:
             warnings.warn(
                 f"the directory ends at step {self._before} and is gone on with at step {step}: "
-                f"the {len(missing)} between are missing, "
-                "and the segment across them is a long one",
+                f"the {len(missing)} between are missing, and the segment across them is a long "
+                "one",
                 stacklevel=5,
             )
 
@@ -436,10 +430,9 @@ class _Series:
         if moved:
             self._said_moved = True
             warnings.warn(
-                f"parameter {few([*map(repr, moved)], 1)} moved although frozen (as the average of a "
-                "teacher does), and is in no file, since frozen=False leaves frozen parameters "
-                "out: a replay would not see it move. "
-                "Record again with frozen=True.",
+                f"parameter {few([*map(repr, moved)], 1)} moved although frozen (as the average of "
+                "a teacher does), and is in no file, since frozen=False leaves frozen parameters "
+                "out: a replay would not see it move. Record again with frozen=True.",
                 stacklevel=4,
             )
 

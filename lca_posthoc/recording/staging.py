@@ -53,9 +53,8 @@ def refuse_flattened(model: nn.Module) -> None:
     if flattened:
         raise InputError(
             f"the model is sharded by {flattened[0]}, of which a process has a part without names. "
-            f"Shard it with "
-            "torch.distributed.fsdp.fully_shard, whose weights are gathered, or save whole "
-            "checkpoints and use lca import."
+            "Shard it with torch.distributed.fsdp.fully_shard, whose weights are gathered, or save "
+            "whole checkpoints and use lca import."
         )
 
 
@@ -144,9 +143,9 @@ class Contents:
             if own[name].requires_grad:
                 raise InputError(
                     f"parameter {name!r} was frozen at the first step recorded, so that it is in "
-                    f"no file, and is trained now. All iterates "
-                    "of a series hold the same tensors: record from the start with frozen=True, "
-                    "which writes frozen parameters as well."
+                    "no file, and is trained now. All iterates of a series hold the same tensors: "
+                    "record from the start with frozen=True, which writes frozen parameters as "
+                    "well."
                 )
         tensors = {
             written: _whole(own[name])
@@ -192,8 +191,7 @@ def _refuse_one_name_for_two(*names: Mapping[str, str | None]) -> None:
         if written is not None and origins.setdefault(written, name) != name:
             raise InputError(
                 f"tensors {origins[written]!r} and {name!r} of the model are both {written!r} once "
-                f"what wrappers put into names is taken "
-                "off. Rename one of them in the model."
+                "what wrappers put into names is taken off. Rename one of them in the model."
             )
 
 
@@ -275,9 +273,8 @@ class Layout:
             if _kind(place) != _kind(tensor):
                 raise InputError(
                     f"tensor {name!r} of the model was {_described(place)} at the first step "
-                    f"recorded and is {_described(tensor)}. "
-                    "All iterates of a series hold the same tensors: record the changed model into "
-                    "another directory."
+                    f"recorded and is {_described(tensor)}. All iterates of a series hold the same "
+                    "tensors: record the changed model into another directory."
                 )
 
     def header(self, step: int) -> bytes:
@@ -345,24 +342,22 @@ def _itemsize(name: str, tensor: Tensor) -> int:
             f"tensor {name!r} of the model is {what} "
             f"({tensor.dtype if tensor.is_quantized else tensor.layout}), which safetensors cannot "
             "hold. Where it never changes, let the model build it and leave it out of the state "
-            "dict: register_buffer(NAME, TENSOR, "
-            "persistent=False). Else keep it as a dense tensor."
+            "dict: register_buffer(NAME, TENSOR, persistent=False). Else keep it as a dense tensor."
         )
     if tensor.is_meta or nn.parameter.is_lazy(tensor):
         raise InputError(
             f"tensor {name!r} of the model has no values in memory to be saved. Run a batch "
-            f"through a lazily built model, or load its "
-            "weights, before the first iterate is saved."
+            "through a lazily built model, or load its weights, before the first iterate is saved."
         )
     if name == "__metadata__" or any(0xD800 <= ord(letter) < 0xE000 for letter in name):
         raise InputError(
             f"tensor {name!r} of the model has a name that safetensors cannot hold. Rename it in "
-            f"the model."
+            "the model."
         )
     if tensor.dtype not in CODES:
         raise InputError(
             f"tensor {name!r} of the model is {tensor.dtype}, which safetensors cannot hold. Use "
-            f"another type."
+            "another type."
         )
     return tensor.element_size()
 

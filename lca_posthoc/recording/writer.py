@@ -225,21 +225,20 @@ class Writer:
         except FileNotFoundError:
             raise InputError(
                 f"{self._directory} goes on to step {self._before} and has no "
-                f"{os.path.basename(path)}. A series is one training run with "
-                "its own steps: record into another directory, or, to go on from an earlier step, "
-                "remove the files after it."
+                f"{os.path.basename(path)}. A series is one training run with its own steps: "
+                "record into another directory, or, to go on from an earlier step, remove the "
+                "files after it."
             ) from None
         except SafetensorError as error:
             raise InputError(
                 f"{path} is damaged ({error}). Remove it and the files after it, and resume from a "
-                f"step before."
+                "step before."
             ) from None
         if not same_bytes(earlier, staging.views):
             raise InputError(
                 f"{path} holds other weights than those to be saved, and {self._directory} goes on "
-                f"to step {self._before}. A series is one "
-                "training run: record into another directory, or, to go on from an earlier step, "
-                "remove the files after it."
+                f"to step {self._before}. A series is one training run: record into another "
+                "directory, or, to go on from an earlier step, remove the files after it."
             )
 
     def _failed(self, step: int, path: str, error: OSError) -> None:
@@ -249,8 +248,8 @@ class Writer:
                 self._is_full = True
                 warnings.warn(
                     f"no space for {path} ({amount(self._layout.bytes)}): recording pauses until "
-                    f"there is; the iterates meanwhile are "
-                    "left out, and the segment across them is a long one",
+                    "there is; the iterates meanwhile are left out, and the segment across them is "
+                    "a long one",
                     stacklevel=2,
                 )
             return
@@ -261,8 +260,7 @@ class Writer:
         )
         raise ResourceError(
             f"cannot write {path}: {error.strerror or error}; {last}. Make room or permit it, and "
-            f"resume training from a checkpoint up "
-            "to there."
+            "resume training from a checkpoint up to there."
         ) from error
 
     def _sync(self) -> None:

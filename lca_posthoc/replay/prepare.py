@@ -256,8 +256,7 @@ def ask(cluster: Cluster, work: Callable[[Spec], Spec], request: Question[Answer
         if isinstance(outcome, Lost):
             raise ResourceError(
                 f"a worker died while it looked at the task ({outcome.why}). Often memory: try "
-                f"fewer --workers or a smaller "
-                "--batch-size, or --cluster inline to see the cause."
+                "fewer --workers or a smaller --batch-size, or --cluster inline to see the cause."
             )
         if isinstance(outcome, Done) and outcome.result is not None:
             answer = answered(type(request), outcome.result)
@@ -319,8 +318,8 @@ def _sharing(crew: Crew, admitted: dict[str, Admission]) -> list[str]:
     if several:
         notes.append(
             f"worker{'s' if len(several) > 1 else ''} {', '.join(several[:3])} "
-            f"ha{'ve' if len(several) > 1 else 's'} more than one thread, "
-            "but a worker computes one span at a time: start more workers with --nthreads 1"
+            f"ha{'ve' if len(several) > 1 else 's'} more than one thread, but a worker computes "
+            "one span at a time: start more workers with --nthreads 1"
         )
     if crew.device == "cuda":
         sharing: dict[str | None, list[str]] = {}
@@ -342,8 +341,8 @@ def _added(names: list[str]) -> list[str]:
         return []
     return [
         f"the checkpoints hold {few([*map(repr, names)])}, which in the task's model "
-        f"{'are' if len(names) > 1 else 'is'} no parameter or "
-        "buffer but made by a hook of its state dict or by get_extra_state: the model keeps its own"
+        f"{'are' if len(names) > 1 else 'is'} no parameter or buffer but made by a hook of its "
+        "state dict or by get_extra_state: the model keeps its own"
     ]
 
 
@@ -353,8 +352,7 @@ def _frozen(names: list[str]) -> list[str]:
         return []
     return [
         f"no checkpoint holds {few([*map(repr, names)])}, frozen in the task's model: they stay as "
-        f"it builds them, which must be as they "
-        "were in training"
+        "it builds them, which must be as they were in training"
     ]
 
 
@@ -378,14 +376,14 @@ def _scale(name: str, record: LossRecord, settings: Settings) -> list[str]:
     if absolute < rounding:
         return [
             f"loss {name!r}: {option} is below the rounding of a loss of {least:.2g} in "
-            f"{settings['precision']}, about {rounding:.2g}: "
-            f"segments will take all {2**COMPOSITE.finest} intervals and stay above it. {advice}"
+            f"{settings['precision']}, about {rounding:.2g}: segments will take all "
+            f"{2**COMPOSITE.finest} intervals and stay above it. {advice}"
         ]
     if record.on is not None and 0 < change < 10 * absolute:
         return [
             f"loss {name!r}: {option} is more than a tenth of what it changes by in all "
-            f"({change:.2g} from the first checkpoint to the "
-            f"last, on a sample), so hardly any segment will be refined. {advice}"
+            f"({change:.2g} from the first checkpoint to the last, on a sample), so hardly any "
+            f"segment will be refined. {advice}"
         ]
     return []
 
@@ -411,8 +409,8 @@ def _idle(manifest: Manifest, workers: int) -> list[str]:
         else f"{count(manifest.spans, 'span')}, cut when the run was created,"
     )
     return [
-        f"{work} keep{'s' * (manifest.spans == 1)} at most {manifest.spans} of {workers} "
-        f"workers busy"
+        f"{work} keep{'s' * (manifest.spans == 1)} at most {manifest.spans} of {workers} workers "
+        "busy"
     ]
 
 
@@ -516,8 +514,7 @@ def _known_tensors(patterns: list[str], table: list[TensorSpec]) -> None:
             )
             raise InputError(
                 f"--tensors {pattern!r} matches no tensor of the model.{near} It has "
-                f"{', '.join(map(repr, names[:8]))}"
-                f"{f' and {len(names) - 8} more' if len(names) > 8 else ''}."
+                f"{', '.join(map(repr, names[:8]))}{f' and {len(names) - 8} more' if len(names) > 8 else ''}."
             )
 
 

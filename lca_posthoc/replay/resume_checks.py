@@ -36,7 +36,7 @@ def same_checkpoints(writer: RunWriter, checkpoints: list[Checkpoint], root: str
             continue
         raise InputError(
             f"{root} holds other checkpoints than {writer.path} was made from: {what}. Restore "
-            f"them, or write another run with --out."
+            "them, or write another run with --out."
         )
 
 
@@ -50,8 +50,7 @@ def same_tensors(writer: RunWriter, tensors: list[StoredTensor]) -> None:
         name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
         raise InputError(
             f"the task's model has other tensors than {writer.path} was made with: {name!r} "
-            f"differs. Build the model that was trained, "
-            "or write another run with --out."
+            "differs. Build the model that was trained, or write another run with --out."
         )
 
 
@@ -129,7 +128,6 @@ def _shortly(value: object) -> str:
 def _other_loss(name: str, field: str, before: object, now: object) -> str:
     return (
         f"loss {name!r} is not the one recorded under that name: its {field} was "
-        f"{_shortly(before)}, now {_shortly(now)}. Give the "
-        f"new loss another name, drop the old one with `lca remove RUN --loss {name}`, or write "
-        f"another run with --out."
+        f"{_shortly(before)}, now {_shortly(now)}. Give the new loss another name, drop the old "
+        f"one with `lca remove RUN --loss {name}`, or write another run with --out."
     )

@@ -749,13 +749,13 @@ def _named_disk_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise ResourceError(
-                f"not allowed: {error}. Give this user the right to it, or write elsewhere "
-                f"with --out."
+                f"not allowed: {error}. Give this user the right to it, or write elsewhere with "
+                "--out."
             ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise LCAError(
-                f"a file cannot be read or written: {error}. What was committed is kept; "
-                f"put it right and run again."
+                f"a file cannot be read or written: {error}. What was committed is kept; put it "
+                "right and run again."
             ) from error
         raise ResourceError(
             f"no space left for the result ({error}). Free some and run again."
@@ -802,9 +802,8 @@ def _of_losses_left_behind(manifest: Manifest) -> Iterator[str]:
         if record.covers is not None:
             last, step = manifest.checkpoints[-1].step, manifest.of(name).checkpoints[-1].step
             yield (
-                f"loss {name!r} stays as it is, up to step {step}; the checkpoints go on "
-                f"to step {last}. Take it there with "
-                f"--loss {name}, or every loss with --loss all"
+                f"loss {name!r} stays as it is, up to step {step}; the checkpoints go on to step "
+                f"{last}. Take it there with --loss {name}, or every loss with --loss all"
             )
 
 
@@ -872,7 +871,7 @@ class _Spans:
                 if lock.lost.is_set():
                     raise ResourceError(
                         f"another driver took {path} over, because this one did not show for "
-                        f"minutes. What was committed is kept."
+                        "minutes. What was committed is kept."
                     )
         self._fold()
         lock.working = False
@@ -977,10 +976,9 @@ class _Spans:
         if self._oom_retries == 1:
             self._status.note(
                 [
-                    f"out of memory on {worker}: span {span} of loss {name!r} was "
-                    f"computed in batches of "
-                    f"{part.batch_size} instead of {whole}, equal within rounding; its "
-                    f"marker says so"
+                    f"out of memory on {worker}: span {span} of loss {name!r} was computed in "
+                    f"batches of {part.batch_size} instead of {whole}, equal within rounding; its "
+                    "marker says so"
                 ]
             )
 
@@ -995,8 +993,8 @@ class _Spans:
             if what is not None:
                 raise LCAError(
                     f"{what}: not both are of the data and the model that are meant, or a machine "
-                    f"erred. `lca verify {self._writer.path}` lists "
-                    f"where, `lca repair {self._writer.path} --task FILE` computes it again."
+                    f"erred. `lca verify {self._writer.path}` lists where, `lca repair "
+                    f"{self._writer.path} --task FILE` computes it again."
                 )
 
     # --- afterwards
@@ -1015,7 +1013,7 @@ class _Spans:
         if self._oom_retries > 1:
             yield (
                 f"out of memory {self._oom_retries} times; a smaller --batch-size from the start, "
-                f"in another run, is faster"
+                "in another run, is faster"
             )
         yield from _of_unreached(self._unreached)
 
@@ -1053,9 +1051,8 @@ def _of_unreached(unreached: set[_Unreached]) -> Iterator[str]:
         if hidden:
             yield (
                 f"tensors moved that loss {loss!r} depends on through detach() or no_grad() alone, "
-                f"so that no gradient reaches them "
-                f"(allocated 0): {few(sorted(hidden), 5)}. Their share is in the residual, which "
-                f"no smaller tolerance mends"
+                f"so that no gradient reaches them (allocated 0): {few(sorted(hidden), 5)}. Their "
+                "share is in the residual, which no smaller tolerance mends"
             )
 
 
@@ -1064,8 +1061,7 @@ def _failures(failed: list[SpanFailed]) -> str:
     more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
     return (
         f"{count(len(failed), 'span')} failed; the others are complete. Steps {first.first_step} "
-        f"to "
-        f"{first.last_step}{more}: {first.message}{_not_finite(failed)}"
+        f"to {first.last_step}{more}: {first.message}{_not_finite(failed)}"
     )
 
 

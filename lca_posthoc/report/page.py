@@ -79,7 +79,7 @@ def write_report(
     if not panels:
         raise LCAError(
             f"{listed([str(run.path) for run in runs])} has no finished segment yet. Let `lca run` "
-            f"commit a span first."
+            "commit a span first."
         )
     path = Path(path)
     if path.is_dir() or not path.absolute().parent.is_dir():
@@ -92,7 +92,7 @@ def write_report(
     else:
         raise LCAError(
             f"the report would be larger than {amount(MOST_BYTES)}. Show fewer runs, or fewer "
-            f"losses with --loss NAME."
+            "losses with --loss NAME."
         )
     try:
         _replace(path, text)
@@ -233,7 +233,7 @@ def _several(runs: Sequence[Run], panels: Sequence[Panel]) -> str:
     full = len({id(panel.run) for panel in panels})
     return (
         f"Of {len(runs):,} runs the first {full:,} can be picked above and are shown in full; Run "
-        f"against run has all of them."
+        "against run has all of them."
         if full < len(runs)
         else ""
     )
@@ -261,7 +261,7 @@ def _steps(panel: Panel) -> list[int]:
 def _group_notes(panels: Sequence[Panel]) -> list[str]:
     return [
         f"{panel.label}: {MOST_GROUPS} of {len(panel.groups)} groups can be picked, those whose "
-        f"loss changed most."
+        "loss changed most."
         for panel in panels
         if panel.groups is not None and len(panel.groups) > MOST_GROUPS
     ]

@@ -197,7 +197,7 @@ def choose(
             which = f" of {labels[position]}" if len(runs) > 1 else ""
             left_out.append(
                 f"Losses{which} that are not shown in full: {listed(rest, 12)}. Name the ones to "
-                f"show with --loss NAME."
+                "show with --loss NAME."
             )
     return panels, left_out
 

@@ -181,8 +181,7 @@ class CheckedStore(_LossStore):
         except FileNotFoundError:
             raise LCAError(
                 f"loss {commits.loss!r} in {self._root}: {where} is not committed any more. Open "
-                f"the run again, and where no "
-                "driver works on it, run `lca run` again."
+                "the run again, and where no driver works on it, run `lca run` again."
             ) from None
         except (ValueError, OSError) as error:
             raise self._damage(where, str(error)) from None

@@ -223,6 +223,5 @@ def damaged(run: Path, loss: str, where: str, what: str) -> str:
     """Return the message for a stored number that is not what was committed."""
     return (
         f"loss {loss!r} in {run} is damaged: {where}: {what}. `lca verify {run}` lists all damage, "
-        f"`lca repair {run} --task FILE` "
-        "computes it again."
+        f"`lca repair {run} --task FILE` computes it again."
     )

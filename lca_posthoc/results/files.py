@@ -102,8 +102,7 @@ def refuse_links(root: Path, directory: Path) -> None:
         if disk.kind(place) == "link":
             raise LCAError(
                 f"{place} is a link, and nothing is written through links out of a run. Put the "
-                f"directory itself there, or "
-                "remove the link and run `lca repair`."
+                "directory itself there, or remove the link and run `lca repair`."
             )
 
 

@@ -50,9 +50,8 @@ def run_html(run: Run) -> str:
     manifest = run.manifest
     facts = (
         f"{count(manifest.parameters, 'parameter')} in {count(len(manifest.allocated), 'tensor')}, "
-        f"{count(manifest.segments, 'segment')} "
-        f"(steps {manifest.checkpoints[0].step}–{manifest.checkpoints[-1].step}), --keep "
-        f"{manifest.keep}"
+        f"{count(manifest.segments, 'segment')} (steps "
+        f"{manifest.checkpoints[0].step}–{manifest.checkpoints[-1].step}), --keep {manifest.keep}"
     )
     names = list(run)
     grouped = sum(run[name].record.groups is not None for name in names[:_MOST])
@@ -138,8 +137,8 @@ def _page(what: str, path: str, facts: str, rows: Sequence[_Row], unlisted: str)
     )
     more = f"<div>{escape(unlisted)}</div>" if unlisted else ""
     return (
-        f"<div><div><b>{what}</b> <code>{_text(path)}</code></div><div>{_text(facts)}</div>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}</div>"
+        f"<div><div><b>{what}</b> "
+        f"<code>{_text(path)}</code></div><div>{_text(facts)}</div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}</div>"
     )
 
 

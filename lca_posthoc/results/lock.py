@@ -49,8 +49,7 @@ def hold(run: Path) -> Iterator[Held]:
     if not can_lock():
         raise ResourceError(
             "runs are computed on Linux (on Windows: in WSL), whose locks keep two drivers from "
-            "one run. Recording and reading results "
-            "work here."
+            "one run. Recording and reading results work here."
         )
     refuse_links_below(run)
     with _open(run, create=True) as file:
@@ -113,8 +112,8 @@ def _acquire(run: Path, file: disk.LockFile) -> dict[str, object]:
         raise ResourceError(_busy(run, _owner(file))) from None
     if not is_locked:
         raise ResourceError(
-            f"the file system of {run} has no locks, which keep two drivers from one run. "
-            f"Write the run elsewhere with --out."
+            f"the file system of {run} has no locks, which keep two drivers from one run. Write "
+            "the run elsewhere with --out."
         )
     owner = _owner(file)
     if _is_elsewhere(owner) and _is_fresh(file):
@@ -189,5 +188,5 @@ def _busy(run: Path, owner: dict[str, object]) -> str:
     who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
     return (
         f"{run} is being written by {who}. Wait for it to end, or stop it; two drivers never share "
-        f"a run."
+        "a run."
     )

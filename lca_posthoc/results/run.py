@@ -184,8 +184,8 @@ class LossResults:
         ):
             raise LCAError(
                 f"{self.path} keeps no {part} (--keep {self.manifest.settings['keep']}). Run again "
-                f"into another directory "
-                f"with --keep {'parameters' if part == 'allocation' else 'units'}."
+                "into another directory with --keep "
+                f"{'parameters' if part == 'allocation' else 'units'}."
             )
         store = CheckedStore(self.path, self.manifest, self.name, (part,))
         data: xr.Dataset = xr.open_zarr(store, group=part, consolidated=False, chunks=None)
@@ -269,7 +269,7 @@ class LossResults:
         if not self.complete:
             raise LCAError(
                 f"loss {self.name!r} in {self.path} is not complete, so it has no totals yet. Run "
-                f"`lca run` again to finish it."
+                "`lca run` again to finish it."
             )
         store = CheckedStore(self.path, self.manifest, self.name, ("totals",))
         variables = {}

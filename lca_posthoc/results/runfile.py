@@ -108,7 +108,7 @@ def refuse_other(run: Path) -> None:
     if disk.exists(run) and not exists(run):
         raise InputError(
             f"{run} exists and is not a run directory (it has no {FILE}). Choose another place "
-            f"with --out."
+            "with --out."
         )
 
 
@@ -137,7 +137,7 @@ def load(run: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{run} is not a run directory: it has no {FILE}. Give the directory `lca run` wrote "
-            f"(CKPTS.lca)."
+            "(CKPTS.lca)."
         ) from None
     key = (os.path.abspath(run), state.version)
     cached = _cache.get(key)
@@ -166,13 +166,12 @@ def _other_format(run: Path, number: int, provenance: object) -> str:
     if number > FORMAT:
         return (
             f"{run} has format {number} of a newer release (lca_posthoc {wrote}); this one reads "
-            f"format {FORMAT}. "
-            "Install that release or a later one."
+            f"format {FORMAT}. Install that release or a later one."
         )
     return (
         f"{run} has format {number} of an older release (lca_posthoc {wrote}); this one reads "
-        f"format {FORMAT}. "
-        "Read it with that release, or run again into another directory with --out."
+        f"format {FORMAT}. Read it with that release, or run again into another directory with "
+        "--out."
     )
 
 

@@ -202,7 +202,7 @@ def _make_room(path: Path) -> None:
     if disk.kind(path) == "link":
         raise InputError(
             f"{path} is a link to something that is not there. Remove it or choose another place "
-            f"with --out."
+            "with --out."
         )
     try:
         disk.ensure_directory(path.parent)
@@ -228,7 +228,7 @@ def _build(place: Path, manifest: Manifest, durable: bool) -> None:
 def _created_meanwhile(path: Path) -> str:
     return (
         f"{path} was created by another driver meanwhile. Wait for it to end, or stop it; two "
-        f"drivers never share a run."
+        "drivers never share a run."
     )
 
 
@@ -610,7 +610,7 @@ class RunWriter:
         ):
             raise SpanError(
                 f"span {span} of loss {loss!r} is not committed: {self.path} has changed since its "
-                f"worker began. Run again."
+                "worker began. Run again."
             )
 
     def _commit(self, path: Path, marker: Mapping[str, object]) -> None:

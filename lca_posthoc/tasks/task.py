@@ -95,8 +95,8 @@ class Loss:
         if isinstance(self.group_by, type) and self.group_by not in (int, str):
             raise InputError(
                 f"Loss(group_by={self.group_by.__name__}) is a class. Give labels, or a function "
-                f"of a batch that returns one for every "
-                "example: group_by=lambda inputs, targets: targets."
+                "of a batch that returns one for every example: group_by=lambda inputs, targets: "
+                "targets."
             )
         if callable(self.group_by):
             _returns_at_once(f"Loss(group_by={_name_of(self.group_by)})", self.group_by)
@@ -274,9 +274,8 @@ def _callable_as_stated(kind: str, function: object) -> None:
     if isinstance(function, torch.Tensor):
         raise InputError(
             f"{form.format('…')} was given a tensor of shape {list(function.shape)}, which is what "
-            f"a loss comes to. Give the function "
-            f"itself, which is called as {called}: Loss(F.cross_entropy), not "
-            f"Loss(F.cross_entropy(outputs, targets))."
+            f"a loss comes to. Give the function itself, which is called as {called}: "
+            "Loss(F.cross_entropy), not Loss(F.cross_entropy(outputs, targets))."
         )
     if isinstance(function, type) and not _is_used_as_function(function):
         if issubclass(function, torch.autograd.Function):
@@ -295,8 +294,8 @@ def _callable_as_stated(kind: str, function: object) -> None:
     if all(callable(getattr(function, method, None)) for method in ("update", "compute", "reset")):
         raise InputError(
             f"{form.format('…')} was given a metric, {type(function).__name__}, which gathers a "
-            f"figure over batches. Give the function "
-            "that training minimises, which gives one value for every element."
+            "figure over batches. Give the function that training minimises, which gives one value "
+            "for every element."
         )
     _returns_at_once(stated, function)
     if kind == "call" and _is_of_outputs(function):
@@ -337,13 +336,13 @@ def _returns_at_once(stated: str, thing: object) -> None:
     ):
         if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
             raise InputError(
-                f"{stated} is an async function, which gives a coroutine. Give a "
-                f"plain function (def)."
+                f"{stated} is an async function, which gives a coroutine. Give a plain function "
+                "(def)."
             )
         if inspect.isgeneratorfunction(function):
             raise InputError(
                 f"{stated} is a generator function (it has a yield in it). Give one that returns "
-                f"what it computes."
+                "what it computes."
             )
 
 
@@ -410,9 +409,9 @@ class Task:
     def __post_init__(self) -> None:
         if _is_module(self.model) or not callable(self.model):
             raise InputError(
-                f"Task.model must be a zero-argument factory of a module, got "
-                f"{type(self.model).__name__}. "
-                "Pass the class or a lambda: model=Net, or model=lambda: Net(hidden=100)."
+                "Task.model must be a zero-argument factory of a module, got "
+                f"{type(self.model).__name__}. Pass the class or a lambda: model=Net, or "
+                "model=lambda: Net(hidden=100)."
             )
         _builds_a_model(self.model)
         if not isinstance(self.data, Mapping) or not self.data:
@@ -432,7 +431,7 @@ class Task:
             if not isinstance(loss, Loss):
                 raise InputError(
                     f"Task.losses[{name!r}] must be a Loss, got {type(loss).__name__}. Write "
-                    f"Loss(fn, on='train')."
+                    "Loss(fn, on='train')."
                 )
             if loss.split is not None and loss.split not in self.data:
                 raise InputError(
@@ -452,7 +451,7 @@ class Task:
             if self.stated(name) is None:
                 raise InputError(
                     f"there is no loss {name!r} in the task; it has {_names(self.losses)}. Use "
-                    f"--loss NAME or --loss all."
+                    "--loss NAME or --loss all."
                 )
         return list(dict.fromkeys(names))
 
@@ -482,7 +481,7 @@ def _builds_a_model(factory: Callable[..., object]) -> None:
     ):
         raise InputError(
             f"Task(model={name}) is a class that is no nn.Module. Give the class of the model, or "
-            f"a function that builds it."
+            "a function that builds it."
         )
     _returns_at_once(f"Task(model={name})", factory)
     problem = (
@@ -493,8 +492,7 @@ def _builds_a_model(factory: Callable[..., object]) -> None:
     if problem is not None:
         raise InputError(
             f"Task(model={name}) is called without arguments, but {problem}. Write model=lambda: "
-            f"{name}(…) with the arguments of the "
-            "model that was trained."
+            f"{name}(…) with the arguments of the model that was trained."
         )
 
 
@@ -525,9 +523,9 @@ def parse_subsets(options: list[str]) -> dict[str, str]:
             number, prefix = int(what), f"{split}=" if split else ""
             raise InputError(
                 f"--subset {option!r} could mean one example or a number of them. Write "
-                f"{prefix}{number}:{number + 1} for the example at "
-                f"position {number}, {prefix}:{number} for the first {number}, or {prefix}0.1@7 "
-                f"for a tenth drawn at random with seed 7."
+                f"{prefix}{number}:{number + 1} for the example at position {number}, "
+                f"{prefix}:{number} for the first {number}, or {prefix}0.1@7 for a tenth drawn at "
+                "random with seed 7."
             )
         subsets[split] = what
     return subsets
@@ -567,14 +565,14 @@ def pack(task: str | Path | Task) -> tuple[Entry, bytes]:
         if not path.is_file():
             raise InputError(
                 f"task file {path} does not exist. Give --task FILE, FILE:FUNCTION or "
-                f"pkg.module:FUNCTION."
+                "pkg.module:FUNCTION."
             )
         try:
             data = task_bundle.pack(path.resolve())
         except OSError as error:
             raise InputError(
                 f"task file {error.filename} cannot be read: {error.strerror}. Check its "
-                f"permissions."
+                "permissions."
             ) from None
         sha256 = hashlib.sha256(data).hexdigest()
         return {
@@ -613,12 +611,10 @@ def _cannot_travel(task: Task, error: Exception) -> InputError:
     )
     return InputError(
         f"the Task given cannot travel to the processes that compute: {place} holds a "
-        f"{type(what).__module__}."
-        f"{type(what).__qualname__}{inner} ({type(problem).__name__}: {problem}). Open "
-        f"connections, files, locks and generators where "
-        "an example is first read (in __getitem__), and not before; or put the task into a task "
-        "file, which every process runs "
-        "for itself."
+        f"{type(what).__module__}.{type(what).__qualname__}{inner} ({type(problem).__name__}: "
+        f"{problem}). Open connections, files, locks and generators where an example is first read "
+        "(in __getitem__), and not before; or put the task into a task file, which every process "
+        "runs for itself."
     )
 
 
@@ -695,8 +691,8 @@ def load(entry: Entry, data: bytes) -> Task:
         except Exception as error:
             raise InputError(
                 f"cannot build the Task given in a worker: {type(error).__name__}: {error}. Put it "
-                f"into a task file, whose "
-                "imports from its folder travel with it, or install there what it imports."
+                "into a task file, whose imports from its folder travel with it, or install there "
+                "what it imports."
             ) from error
     else:
         place = f"{entry.get('path') or entry['module']}:{entry['function']}"
@@ -716,7 +712,7 @@ def load(entry: Entry, data: bytes) -> Task:
     if not isinstance(task, Task):
         raise InputError(
             f"{place}() returned {type(task).__name__}, not a Task. End it with `return "
-            f"Task(model=…, data=…, losses=…)`."
+            "Task(model=…, data=…, losses=…)`."
         )
     return task
 
@@ -749,8 +745,7 @@ def _module(entry: Entry, data: bytes) -> ModuleType:
         if entry["sha256"] and _module_sha256(entry["module"]) not in ("", entry["sha256"]):
             raise InputError(
                 f"module {place} is not the same file in this worker's environment as where the "
-                f"run was started. Install one and "
-                "the same version of it everywhere."
+                "run was started. Install one and the same version of it everywhere."
             )
         return importlib.import_module(entry["module"])
     except InputError:

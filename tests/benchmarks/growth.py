@@ -109,9 +109,8 @@ def main() -> None:
         seconds = [each["seconds"] for each in rounds]
         print(
             f"{segments:6} segments: {statistics.median(seconds) * 1e3:.2f} ms a segment "
-            f"({min(seconds) * 1e3:.2f} to "
-            f"{max(seconds) * 1e3:.2f}), {statistics.median(seconds) / first:.3f} of the first; "
-            f"driver "
+            f"({min(seconds) * 1e3:.2f} to {max(seconds) * 1e3:.2f}), "
+            f"{statistics.median(seconds) / first:.3f} of the first; driver "
             f"{statistics.median(each['megabytes'] for each in rounds):.0f} MB"
         )
 

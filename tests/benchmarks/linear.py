@@ -64,10 +64,9 @@ def main() -> None:
         flops = 6 * examples * inputs * outputs
         print(
             f"{examples:5} × {inputs:4} → {outputs:4} ({examples * inputs * outputs:13,}): torch "
-            f"{torchs * 1e6:8.0f} µs, "
-            f"{flops / torchs / 1e9:4.0f} GFLOP/s; oneDNN {onednns * 1e6:8.0f} µs, "
-            f"{flops / onednns / 1e9:4.0f} GFLOP/s; "
-            f"ratio {torchs / onednns:.2f}"
+            f"{torchs * 1e6:8.0f} µs, {flops / torchs / 1e9:4.0f} GFLOP/s; oneDNN "
+            f"{onednns * 1e6:8.0f} µs, {flops / onednns / 1e9:4.0f} GFLOP/s; ratio "
+            f"{torchs / onednns:.2f}"
         )
 
 

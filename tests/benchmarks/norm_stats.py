@@ -123,9 +123,9 @@ def main() -> None:
                 )
                 print(
                     f"{learning_rate:g} {mode:12} {float(steps['loss_start'][0]):.3f} → "
-                    f"{float(steps['loss_end'][-1]):.3f}, "
-                    f"largest |residual| {float(abs(steps['residual']).max()):.1e}, "
-                    f"{time.perf_counter() - began:.1f} s"
+                    f"{float(steps['loss_end'][-1]):.3f}, largest |residual| "
+                    f"{float(abs(steps['residual']).max()):.1e}, {time.perf_counter() - began:.1f} "
+                    "s"
                 )
             for name, own in sums["batch"].items():
                 shares = [sums[mode][name] for mode in MODES]

@@ -330,16 +330,16 @@ def remarks(rows: list[dict[str, Any]], calibration: float) -> str:
     )
     lines = [
         f"|residual| <= {short(GUARANTEE, 0)}: `trapezoid` refined at it reaches it on {reached} "
-        f"with {guarded['evaluations']:.2f} "
-        f"evaluations per segment and {2 ** guarded['deepest']} intervals at most.",
+        f"with {guarded['evaluations']:.2f} evaluations per segment and {2 ** guarded['deepest']} "
+        "intervals at most.",
         f"Calibration of the trapezoid: {calibration:.4f}.",
     ]
     for name in ("trapezoid", "simpson", "4 intervals"):
         low, middle, high = named[Choice(name)]["error_to_bound"]
         lines.append(
             f"Σ|A − A*| / error_bound of `{name}`: {low:.2g} to {high:.2g} (5 to 95 %), median "
-            f"{middle:.2g}; over 1 on "
-            f"{named[Choice(name)]['error_over_bound']:.0%} of the segments."
+            f"{middle:.2g}; over 1 on {named[Choice(name)]['error_over_bound']:.0%} of the "
+            "segments."
         )
     return "\n".join(lines)
 

@@ -388,8 +388,8 @@ def show(found: dict[str, Any]) -> None:
         end="; ",
     )
     print(
-        f"loop {found['wall']['the loop']:.1f} s, before it "
-        f"{found['wall']['before the loop']:.1f} s"
+        f"loop {found['wall']['the loop']:.1f} s, before it {found['wall']['before the loop']:.1f} "
+        "s"
     )
     print("\n| spans | driver MB | scheduler MB |\n|---|---|---|")
     for row in found["memory"]:

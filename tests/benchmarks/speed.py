@@ -577,7 +577,7 @@ def compare_sums(job: Job, chosen: dict[str, Contestant]) -> None:
         if not apart <= AGREE:
             raise SystemExit(
                 f"{job.workload}: the {rival.label} computes something else (more than {AGREE}); "
-                f"no table."
+                "no table."
             )
 
 
@@ -696,11 +696,10 @@ def table(name: str, found: Result, machine: str) -> str:
     lines = [
         f"### {name}\n",
         f"{machine}; {found['segments']} segments, examples of each loss {found['examples']}, "
-        f"{len(found['peaks'])} rounds; "
-        f"{found['flops_per_evaluation'] / 1e9:,.1f} GFLOP an evaluation; peaks in TFLOP/s: "
-        f"{peaks}. "
-        f"Other processes kept {statistics.median(others):.2f} cores busy meanwhile (median; "
-        f"{max(others):.2f} at most).\n",
+        f"{len(found['peaks'])} rounds; {found['flops_per_evaluation'] / 1e9:,.1f} GFLOP an "
+        f"evaluation; peaks in TFLOP/s: {peaks}. Other processes kept "
+        f"{statistics.median(others):.2f} cores busy meanwhile (median; {max(others):.2f} at "
+        "most).\n",
         f"| {' | '.join(rows[0])} |",
         f"|{'---|' * len(rows[0])}",
         *(f"| {' | '.join(each.values())} |" for each in rows),

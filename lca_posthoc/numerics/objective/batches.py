@@ -84,8 +84,8 @@ def chosen(subset: str | None, total: int) -> Tensor | None:
         problem = f"is not a fraction between 0 and 1 that gives at least one of {total} examples"
     raise InputError(
         f"--subset {subset!r} {problem}. Give positions A:B (from A up to, not including, B; "
-        f"either may be left out), a list "
-        "I,J,K of positions, or FRACTION@SEED, such as 0.1@7, for a random sample."
+        "either may be left out), a list I,J,K of positions, or FRACTION@SEED, such as 0.1@7, for "
+        "a random sample."
     )
 
 
@@ -124,8 +124,8 @@ def _labels(name: str, answer: Any, count: int) -> list[Any]:
 def _no_labels(name: str, what: str) -> InputError:
     return InputError(
         f"group_by on split {name!r} gave {what}. Give one integer or string for every example: a "
-        f"1-d tensor, array or list of "
-        "the whole split, or a function of a batch that returns one for the batch."
+        "1-d tensor, array or list of the whole split, or a function of a batch that returns one "
+        "for the batch."
     )
 
 
@@ -354,8 +354,7 @@ class Split:
         if isinstance(self._source, Stream):
             raise InputError(
                 f"split {self.name!r} is an iterable too large to keep in memory, so its examples "
-                f"cannot be had by group. Give "
-                "a map-style Dataset, or a machine with more memory."
+                "cannot be had by group. Give a map-style Dataset, or a machine with more memory."
             )
         if callable(group_by):
             labels = list(itertools.chain.from_iterable(self._called(group_by)))
@@ -383,7 +382,7 @@ class Split:
             if answers[0] != answers[1]:
                 raise InputError(
                     f"group_by on split {self.name!r} gave other labels for the same examples. "
-                    f"Seed what is random in it."
+                    "Seed what is random in it."
                 )
             if cut is cuts[0]:
                 self._same_alone(group_by, answers[0])
@@ -408,8 +407,7 @@ class Split:
                 raise _no_labels(
                     self.name,
                     f"{of_examples[differs]!r} and {labels[differs * self._draws + draw]!r} for "
-                    f"two draws of one example, which have one "
-                    "label",
+                    "two draws of one example, which have one label",
                 )
         return of_examples
 
@@ -426,9 +424,8 @@ class Split:
             if alone != [labels[index]]:
                 raise InputError(
                     f"group_by on split {self.name!r} gives labels in another order than the "
-                    f"examples ({labels[index]!r} for example "
-                    f"{index}, {alone[0]!r} where it is alone): the collate_fn reorders a batch, "
-                    f"or a label depends on the examples "
+                    f"examples ({labels[index]!r} for example {index}, {alone[0]!r} where it is "
+                    "alone): the collate_fn reorders a batch, or a label depends on the examples "
                     "beside it. Give the labels of the whole split instead, as a list."
                 )
 

@@ -387,8 +387,8 @@ def _with_changed(thing: Any, change: Callable[[Tensor], Any]) -> object:
     except Exception as error:
         raise InputError(
             f"a batch holds a {type(thing).__name__} with tensors in it, which cannot be copied to "
-            f"move them: {type(error).__name__}: "
-            f"{error}. Give tensors, or tuples, dicts and dataclasses of them, from collate_fn."
+            f"move them: {type(error).__name__}: {error}. Give tensors, or tuples, dicts and "
+            "dataclasses of them, from collate_fn."
         ) from error
     if isinstance(thing, dict) and thing.__dict__ is thing:
         copied.__dict__ = copied  # its items are its attributes

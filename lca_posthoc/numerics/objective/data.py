@@ -135,7 +135,7 @@ class LossData:
         if self._task.stated(whole) is None:
             raise InputError(
                 f"the batches of this run are in the order of the groups of loss {name!r}, which "
-                f"the task no longer has."
+                "the task no longer has."
             )
         loss = stated_loss(self._task, whole)
         if loss.split is None or (loss.group_by is None and name not in self.replicated):

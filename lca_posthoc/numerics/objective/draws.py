@@ -58,7 +58,7 @@ class Draws(Dataset[list[Any]]):
                 )
         if transform is not None and not callable(transform):
             raise InputError(
-                f"Draws(transform=…) is called as transform(example) for each draw, got "
+                "Draws(transform=…) is called as transform(example) for each draw, got "
                 f"{type(transform).__name__}."
             )
         examples: Any = data.dataset if isinstance(data, DataLoader) else data
@@ -67,8 +67,7 @@ class Draws(Dataset[list[Any]]):
         if isinstance(examples, IterableDataset | str) or not by_position:
             raise InputError(
                 f"Draws(…) needs examples that are had by position, got {type(examples).__name__}. "
-                f"Give tensors, or a map-style Dataset "
-                "with __len__ and __getitem__."
+                "Give tensors, or a map-style Dataset with __len__ and __getitem__."
             )
         self.data, self.transform, self.draws, self.seed = data, transform, draws, seed
         self._examples = examples
@@ -109,7 +108,7 @@ def _columns(data: object) -> list[Tensor]:
         return []
     if len({len(column) for column in inside}) > 1:
         raise InputError(
-            f"Draws(…) was given tensors of different lengths: "
+            "Draws(…) was given tensors of different lengths: "
             f"{sorted({len(column) for column in inside})}. Give one entry per example."
         )
     return inside

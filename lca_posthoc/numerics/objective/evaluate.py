@@ -445,8 +445,7 @@ class Objective:
             if self.task.stated(f"{stated}/{key}") != (stated, key):
                 raise InputError(
                     f"loss {stated!r} returns an entry {key!r}, and another loss of the task is "
-                    f"called {stated + '/' + key!r}. Give one "
-                    "of them another name."
+                    f"called {stated + '/' + key!r}. Give one of them another name."
                 )
         return entries
 

@@ -193,8 +193,8 @@ def bind_tensors(
     for pattern in patterns:
         if not any(is_fixed(name, [pattern]) for name in [*bound, *(settings.stored or ())]):
             raise InputError(
-                f"Task.fixed names {pattern!r}, which no tensor of the model matches. Its "
-                f"tensors: {few([*map(repr, bound)], 5)}."
+                f"Task.fixed names {pattern!r}, which no tensor of the model matches. Its tensors: "
+                f"{few([*map(repr, bound)], 5)}."
             )
     frozen = [spec.name for spec in whole if spec.name not in stored]
     return ModelTensors(module, patterns, table, frozen)

@@ -106,9 +106,8 @@ def running(call: NormalisationCall) -> Tensor:
         if call.over_batch:
             raise InputError(
                 "a batch-norm layer uses batch statistics although the model is in eval mode "
-                "(track_running_stats=False, or "
-                "training=True in a functional call), so the loss depends on the batches. Use "
-                "--norm-stats batch --batch-size N."
+                "(track_running_stats=False, or training=True in a functional call), so the loss "
+                "depends on the batches. Use --norm-stats batch --batch-size N."
             )
         return call.with_input_statistics()
     return call.with_running_statistics(call.mean, call.variance)

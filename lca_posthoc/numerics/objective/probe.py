@@ -145,8 +145,7 @@ def _start(objective: Objective, name: str) -> int:
                 return objective.data.starts[name]
     raise InputError(
         f"the weights of loss {name!r} on split {split.name!r} sum to 0 over all its "
-        f"{split.examples} examples, so it is the mean of "
-        "nothing. Give elements a weight."
+        f"{split.examples} examples, so it is the mean of nothing. Give elements a weight."
     )
 
 
@@ -172,7 +171,7 @@ def _groups_weigh(objective: Objective, name: str, sample: object) -> None:
     if lowest is not None and lowest < 0:
         raise InputError(
             f"a weight of loss {name!r} is {lowest:.6g}. Weights say how much an element counts: "
-            f"give none below 0."
+            "give none below 0."
         )
     if (
         order is not None
@@ -181,9 +180,8 @@ def _groups_weigh(objective: Objective, name: str, sample: object) -> None:
     ):
         raise InputError(
             f"the weights of group {order.labels[empty]!r} of loss {name!r} on split "
-            f"{split.name!r} sum to 0 (are all its targets "
-            "ignored?), so it has no loss. Give its examples to another group in group_by, or "
-            "leave them out of the data."
+            f"{split.name!r} sum to 0 (are all its targets ignored?), so it has no loss. Give its "
+            "examples to another group in group_by, or leave them out of the data."
         )
 
 
@@ -214,7 +212,7 @@ def drop_weightless_replicates(objective: Objective, name: str) -> list[str]:
     del objective.data.replicated[hidden]
     return [
         f"loss {name!r} has no standard errors: a tenth of the subset weighs nothing. Take a "
-        f"larger one."
+        "larger one."
     ]
 
 
@@ -306,9 +304,8 @@ def _has_gradient(objective: Objective, name: str, first: Evaluation) -> None:
     if not allocated:
         raise InputError(
             f"loss {name!r} has no tensor to be allocated to: every one of the model is frozen or "
-            f"fixed, and no checkpoint holds it. "
-            "Build the model with what was trained not frozen, and leave that out of "
-            "Task(fixed=[…])."
+            "fixed, and no checkpoint holds it. Build the model with what was trained not frozen, "
+            "and leave that out of Task(fixed=[…])."
         )
     loss = objective.losses[name]
     if loss.split is not None:
@@ -325,12 +322,10 @@ def _has_gradient(objective: Objective, name: str, first: Evaluation) -> None:
     where = "" if loss.split is None else f" on split {loss.split!r}"
     raise InputError(
         f"loss {name!r}{where} has no gradient for any tensor of the model, so that nothing of its "
-        f"change can be allocated. Look for "
-        "torch.no_grad() or inference_mode() around it (as evaluation functions have), for "
-        "detach(), .data, .item() or numpy on the way, "
-        "for a count such as accuracy (argmax, comparisons), or for a module that merges or caches "
-        "weights in eval mode: give the loss "
-        "that was minimised, as training computes it."
+        "change can be allocated. Look for torch.no_grad() or inference_mode() around it (as "
+        "evaluation functions have), for detach(), .data, .item() or numpy on the way, for a count "
+        "such as accuracy (argmax, comparisons), or for a module that merges or caches weights in "
+        "eval mode: give the loss that was minimised, as training computes it."
     )
 
 
@@ -356,10 +351,9 @@ def _own_parameters(objective: Objective, name: str, batch: object) -> list[str]
     )
     return [
         f"loss {name!r} has parameters of its own, {named}, which no checkpoint of the model "
-        f"holds: they stay as the task builds them. If "
-        "they were trained too, this is another loss than the one that was: put the model and the "
-        "loss into one module, record that, and "
-        "state the loss as Loss(call=fn). If they never were, requires_grad_(False) on them says so"
+        "holds: they stay as the task builds them. If they were trained too, this is another loss "
+        "than the one that was: put the model and the loss into one module, record that, and state "
+        "the loss as Loss(call=fn). If they never were, requires_grad_(False) on them says so"
     ]
 
 
@@ -427,9 +421,8 @@ def _casts(objective: Objective, name: str) -> list[str]:
         return []
     return [
         f"loss {name!r}, or the model in it, turns on autocast to {dtype} itself: it is not "
-        f"computed in {objective.precision}, and the "
-        "residual of a segment cannot be refined below what that rounds. Take autocast out of the "
-        "task's loss (or pass enabled=False) for "
+        f"computed in {objective.precision}, and the residual of a segment cannot be refined below "
+        "what that rounds. Take autocast out of the task's loss (or pass enabled=False) for "
         f"{objective.precision}; --precision bfloat16 has its own"
     ]
 
@@ -519,9 +512,8 @@ def _writes_nothing(objective: Objective, name: str) -> None:
     if (place := _written(batch, copy, "batch")) is not None:
         raise InputError(
             f"loss {name!r} writes into its batch ({place} is not what it was), which other losses "
-            f"and later passes are given as "
-            f"well. Work on a copy: {place}.clone() of a tensor, dict(batch) where keys change, no "
-            f"inplace=True on the inputs."
+            f"and later passes are given as well. Work on a copy: {place}.clone() of a tensor, "
+            "dict(batch) where keys change, no inplace=True on the inputs."
         )
 
 
@@ -574,11 +566,10 @@ def _model_unwritten(objective: Objective, name: str) -> Iterator[None]:
         if (replaced and values is not None) or written:
             raise InputError(
                 f"a forward pass of loss {name!r} changes tensor {key!r} of the model, in eval "
-                f"mode too, so that it is not the loss "
-                "of the checkpoint. Usual culprits: Embedding(max_norm=...), weights clamped in "
-                "forward, statistics updated "
-                "without a look at self.training. Write in training mode only, or leave the tensor "
-                "as it is and use a copy."
+                "mode too, so that it is not the loss of the checkpoint. Usual culprits: "
+                "Embedding(max_norm=...), weights clamped in forward, statistics updated without a "
+                "look at self.training. Write in training mode only, or leave the tensor as it is "
+                "and use a copy."
             )
 
 
@@ -595,8 +586,8 @@ def _finite(name: str, evaluation: Evaluation) -> None:
     if not math.isfinite(evaluation.loss) or not math.isfinite(_norm(evaluation)):
         raise InputError(
             f"loss {name!r} is {evaluation.loss} at the first checkpoint, its gradient norm "
-            f"{_norm(evaluation)}. Start later "
-            "with --steps A:, or look for a division or a logarithm of zero in the loss."
+            f"{_norm(evaluation)}. Start later with --steps A:, or look for a division or a "
+            "logarithm of zero in the loss."
         )
 
 
@@ -682,9 +673,8 @@ def _batches(
         cast = objective.autocast(name)
         raise InputError(
             f"loss {name!r} depends on how split {objective.losses[name].split!r} is cut into "
-            f"batches: one batch or two give values "
-            f"{whole.loss:.6g} and {parts.loss:.6g}, {apart:.1e} apart. Usual culprits: batch "
-            f"statistics (use --norm-stats batch "
+            f"batches: one batch or two give values {whole.loss:.6g} and {parts.loss:.6g}, "
+            f"{apart:.1e} apart. Usual culprits: batch statistics (use --norm-stats batch "
             "--batch-size N), a loss that compares examples with each other, a mean taken inside "
             "Loss(call=fn)."
             + (f" It also turns on autocast to {cast} itself, which rounds." if cast else "")
@@ -742,9 +732,9 @@ def _runs_over_examples(objective: Objective, name: str, batch: object, examples
         values = objective.values(name, fresh(batch))[0]
     if values.shape[0] != examples:
         raise InputError(
-            f"loss {name!r} gives values of shape {list(values.shape)} for a batch of "
-            f"{examples} examples; with --norm-stats batch the "
-            "first axis must run over the examples, so that their groups can be told apart."
+            f"loss {name!r} gives values of shape {list(values.shape)} for a batch of {examples} "
+            "examples; with --norm-stats batch the first axis must run over the examples, so that "
+            "their groups can be told apart."
         )
 
 
@@ -772,10 +762,9 @@ def _in_order(objective: Objective, name: str, sample: object, examples: range) 
     ):
         raise InputError(
             f"loss {name!r} on split {split.name!r} does not give its values in the order of the "
-            f"examples, so that groups cannot be "
-            "told apart with --norm-stats batch. Usual culprit: a collate_fn that reorders a "
-            "batch. Let it keep the order "
-            "(pack_padded_sequence does with enforce_sorted=False)."
+            "examples, so that groups cannot be told apart with --norm-stats batch. Usual culprit: "
+            "a collate_fn that reorders a batch. Let it keep the order (pack_padded_sequence does "
+            "with enforce_sorted=False)."
         )
 
 
@@ -795,11 +784,9 @@ def _statistics_unused(
     if not abs(after - before) <= PRECISIONS[objective.precision_of(name)].agree * scale:
         raise InputError(
             f"loss {name!r} reads running statistics in spite of --norm-stats batch ({before:.6g} "
-            f"becomes {after:.6g} when they "
-            "move). Usual culprits: batch_norm imported by name from torch.nn.functional, a "
-            "scripted module, statistics that are "
-            "not the model's buffers themselves. Call F.batch_norm with those or use the torch.nn "
-            "layers."
+            f"becomes {after:.6g} when they move). Usual culprits: batch_norm imported by name "
+            "from torch.nn.functional, a scripted module, statistics that are not the model's "
+            "buffers themselves. Call F.batch_norm with those or use the torch.nn layers."
         )
 
 
@@ -815,7 +802,6 @@ def _own_mean(objective: Objective, name: str, batch: object, loss: float, scale
     if not abs(loss - reduced) <= PRECISIONS[objective.precision_of(name)].agree * scale:
         raise InputError(
             f"the mean of loss {name!r} over its elements is {loss:.6g}, but its own "
-            f"reduction='mean' gives {reduced:.6g}. Usual "
-            "culprits: ignore_index or class weights. Say how elements are weighted: Loss(call=fn) "
-            "returning (values, weights)."
+            f"reduction='mean' gives {reduced:.6g}. Usual culprits: ignore_index or class weights. "
+            "Say how elements are weighted: Loss(call=fn) returning (values, weights)."
         )

@@ -203,9 +203,8 @@ class Recalibration:
                 raise
             raise ResourceError(
                 f"out of memory while statistics are recalibrated in batches of {self.batch_size} "
-                f"({str(error)[:200]}). The batch is "
-                "part of the loss and is not halved: use a device with more memory, or another run "
-                "with a smaller --batch-size."
+                f"({str(error)[:200]}). The batch is part of the loss and is not halved: use a "
+                "device with more memory, or another run with a smaller --batch-size."
             ) from error
         return pools
 
@@ -225,9 +224,8 @@ def pooling(pools: Mapping[int, _Pool]) -> Iterator[None]:
         if call.over_batch and count == 1:
             raise InputError(
                 "--norm-stats recalibrated: a batch has one value per channel of a batch-norm "
-                "layer, which has no statistics (a batch "
-                "of one example, perhaps the last). Give a --batch-size that leaves no batch of "
-                "one."
+                "layer, which has no statistics (a batch of one example, perhaps the last). Give a "
+                "--batch-size that leaves no batch of one."
             )
         output = call.with_input_statistics(mean, variance)
         if call.over_batch:

@@ -23,8 +23,8 @@ def unpack(batch: object) -> tuple[Any, Any]:
         else type(batch).__name__
     )
     raise InputError(
-        f"a batch is a {kind}, not (inputs, targets). Use Loss(call=fn), called as "
-        f"fn(model, batch)."
+        f"a batch is a {kind}, not (inputs, targets). Use Loss(call=fn), called as fn(model, "
+        "batch)."
     )
 
 
@@ -80,14 +80,13 @@ def checked_values(where: str, values: object) -> Tensor:
     """
     if not isinstance(values, Tensor) or not values.is_floating_point():
         raise InputError(
-            f"{where} returned {shown(values)}, not a tensor of "
-            f"floating-point values." + _as_a_tensor(values)
+            f"{where} returned {shown(values)}, not a tensor of floating-point "
+            "values." + _as_a_tensor(values)
         )
     if values.dim() == 0:
         raise InputError(
-            f"{where} returned a scalar; one value per element is "
-            f"needed, so that every example counts "
-            "once. Leave the mean out (reduction='none'), or use Loss(call=fn) and return "
+            f"{where} returned a scalar; one value per element is needed, so that every example "
+            "counts once. Leave the mean out (reduction='none'), or use Loss(call=fn) and return "
             "(values, weights)."
         )
     return values
@@ -98,14 +97,14 @@ def checked_weights(where: str, values: Tensor, weights: object) -> Tensor:
     if not isinstance(weights, Tensor) or weights.shape != values.shape:
         shape = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise InputError(
-            f"{where} returned values of shape {list(values.shape)} "
-            f"and weights {shape}; they must agree."
+            f"{where} returned values of shape {list(values.shape)} and weights {shape}; they must "
+            "agree."
         )
     if weights.requires_grad:
         raise InputError(
-            f"{where} returned weights that depend on the model, "
-            f"through which no gradient is taken. "
-            "Compute them from the batch alone, or return values that are multiplied by them."
+            f"{where} returned weights that depend on the model, through which no gradient is "
+            "taken. Compute them from the batch alone, or return values that are multiplied by "
+            "them."
         )
     return weights
 
@@ -117,9 +116,8 @@ def refuse_broadcast(name: str, values: Tensor, outputs: object, targets: object
     if values.numel() > max(outputs.numel(), targets.numel()):
         raise InputError(
             f"loss {name!r} gives values of shape {list(values.shape)} for outputs "
-            f"{list(outputs.shape)} and targets "
-            f"{list(targets.shape)}: they were broadcast against each other. Make their shapes "
-            f"agree."
+            f"{list(outputs.shape)} and targets {list(targets.shape)}: they were broadcast against "
+            "each other. Make their shapes agree."
         )
 
 
@@ -156,18 +154,16 @@ def way_out(loss: Loss, error: Exception, called: Mapping[str, object]) -> str:
         name = "fn" if name in ("partial", "<lambda>") else name
         return (
             f". It was called as {name}(outputs, targets), where outputs, what the model returned, "
-            f"is {shown(called['outputs'])}, and "
-            f"targets, the second part of a batch, is {shown(called['targets'])}. A function that "
-            f"takes them in another order or form is "
+            f"is {shown(called['outputs'])}, and targets, the second part of a batch, is "
+            f"{shown(called['targets'])}. A function that takes them in another order or form is "
             f"stated as Loss(lambda outputs, targets: {name}(targets, outputs)), one that takes "
-            f"other arguments as Loss(call=fn), called "
-            "as fn(model, batch)."
+            "other arguments as Loss(call=fn), called as fn(model, batch)."
         )
     if "inputs" in called:
         return (
-            f". The model was called as model(inputs), where inputs, the first part of a batch, is "
-            f"{shown(called['inputs'])}. A model that "
-            "takes other arguments is called in Loss(call=fn), fn(model, batch)."
+            ". The model was called as model(inputs), where inputs, the first part of a batch, is "
+            f"{shown(called['inputs'])}. A model that takes other arguments is called in "
+            "Loss(call=fn), fn(model, batch)."
         )
     if loss.fn is not None and isinstance(error, TypeError):
         return (

@@ -41,8 +41,8 @@ class ObjectiveSettings:
     def __post_init__(self) -> None:
         if self.norm_stats == "batch" and self.batch_size is None:
             raise InputError(
-                "--norm-stats batch needs --batch-size N: the partition into batches "
-                "is part of the loss."
+                "--norm-stats batch needs --batch-size N: the partition into batches is part of "
+                "the loss."
             )
 
     @property

@@ -111,8 +111,8 @@ def _moving(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
             raise
         raise InputError(
             f"a batch cannot be moved to {device} and {str(dtype).removeprefix('torch.')}: "
-            f"{type(error).__name__}: {error}. Give "
-            "tensors of another layout or type from the data set or its collate_fn."
+            f"{type(error).__name__}: {error}. Give tensors of another layout or type from the "
+            "data set or its collate_fn."
         ) from error
 
 
@@ -165,11 +165,10 @@ class Indexed:
             positions = cut if subset is None else rows(subset, cut)
             with user_code(
                 f"{len(positions)} examples of split {self.name!r}, from {int(positions[0])} to "
-                f"{int(positions[-1])}, cannot be "
-                "made into a batch",
+                f"{int(positions[-1])}, cannot be made into a batch",
                 ". Give a map-style Dataset of tensors, numbers, or tuples and dicts of them; for "
-                "other examples "
-                "DataLoader(dataset, collate_fn=...) with the collate_fn of your training.",
+                "other examples DataLoader(dataset, collate_fn=...) with the collate_fn of your "
+                "training.",
             ):
                 batch = self.read(positions)
             yield batch
@@ -223,8 +222,8 @@ class Stream:
 def _unsteady(name: str, what: str) -> InputError:
     return InputError(
         f"split {name!r} gives {what} when it is read again. Seed the generator in __iter__, so "
-        f"that every pass gives the same "
-        "examples in the same order, and leave random augmentation out."
+        "that every pass gives the same examples in the same order, and leave random augmentation "
+        "out."
     )
 
 
@@ -234,7 +233,7 @@ def _columns(name: str, data: object) -> Indexed:
     if len(lengths) != 1:
         raise InputError(
             f"split {name!r} has tensors of different lengths: {lengths}. Give one entry per "
-            f"example: one target per input."
+            "example: one target per input."
         )
     plain = dict(data) if isinstance(data, Mapping) else data
     return Indexed(
@@ -292,8 +291,8 @@ def _table(name: str, data: Any) -> Indexed:
             ):
                 raise InputError(
                     f"column {column!r} of split {name!r} has examples of different shapes. Pad "
-                    f"them, or give "
-                    "DataLoader(dataset, collate_fn=...) with the collate_fn of your training."
+                    "them, or give DataLoader(dataset, collate_fn=...) with the collate_fn of your "
+                    "training."
                 )
         return batch
 
@@ -318,8 +317,7 @@ def _check_loader(name: str, loader: DataLoader[Any]) -> None:
     if batching is None:
         raise InputError(
             f"split {name!r} is a DataLoader with batch_size=None, whose examples may be batches "
-            f"already. Give one with a batch "
-            "size (any), over single examples."
+            "already. Give one with a batch size (any), over single examples."
         )
     sampler: Any = batching.sampler if type(batching) is BatchSampler else batching
     if isinstance(loader.dataset, IterableDataset):
@@ -330,9 +328,8 @@ def _check_loader(name: str, loader: DataLoader[Any]) -> None:
     if not every or len(sampler) != len(loader.dataset):  # type: ignore[arg-type]
         raise InputError(
             f"split {name!r} is a DataLoader whose {type(sampler).__name__} selects or weighs "
-            f"examples; a loss is a mean over "
-            "every example once. Give DataLoader(dataset, collate_fn=...) without a sampler; where "
-            "some examples are meant, over "
+            "examples; a loss is a mean over every example once. Give DataLoader(dataset, "
+            "collate_fn=...) without a sampler; where some examples are meant, over "
             "torch.utils.data.Subset(dataset, indices)."
         )
 
@@ -444,8 +441,7 @@ def _refused(name: str, data: object) -> InputError:
     kinds = f" of {', '.join(sorted({type(part).__name__ for part in parts}))}" if parts else ""
     once = ", which can be read only once" if isinstance(data, Iterator) else ""
     return InputError(
-        f"split {name!r} is a {type(data).__name__}{kinds}{once}. Give (inputs, "
-        "targets) tensors, a dict of tensors, a map-style Dataset with __len__ and __getitem__, a "
-        "DataLoader, or an iterable "
-        "that can be read again."
+        f"split {name!r} is a {type(data).__name__}{kinds}{once}. Give (inputs, targets) tensors, "
+        "a dict of tensors, a map-style Dataset with __len__ and __getitem__, a DataLoader, or an "
+        "iterable that can be read again."
     )

@@ -168,6 +168,6 @@ class Sums:
         first = self._groups.start if self._groups else 0
         place = f"group {order.labels[first + empty]!r} of {where}" if order else where
         raise InputError(
-            f"the weights of {place} sum to {float(weights.reshape(-1)[empty])}. Give at "
-            f"least one element a weight."
+            f"the weights of {place} sum to {float(weights.reshape(-1)[empty])}. Give at least one "
+            "element a weight."
         )

@@ -59,9 +59,8 @@ def tensor_table(
         if name in parameters and tensor.is_complex():
             raise InputError(
                 f"parameter {name!r} is complex, and a loss's change is allocated to real numbers. "
-                f"Keep it as a real tensor of shape "
-                f"{[*tensor.shape, 2]} (torch.view_as_real) and call torch.view_as_complex in "
-                f"forward; or freeze it by Task(fixed=[…])."
+                f"Keep it as a real tensor of shape {[*tensor.shape, 2]} (torch.view_as_real) and "
+                "call torch.view_as_complex in forward; or freeze it by Task(fixed=[…])."
             )
         kind = "parameter" if name in parameters else "buffer"
         if not tensor.is_floating_point() or (norm_stats == "batch" and is_statistic(name)):

@@ -159,8 +159,8 @@ class LossValues:
             other = min(set(first) ^ set(entries))
             raise InputError(
                 f"loss {stated!r} returned an entry {other!r} for one batch and not for another. "
-                f"Return every entry for every batch; where "
-                "one says nothing of an element, give the element a weight of 0: (values, weights)."
+                "Return every entry for every batch; where one says nothing of an element, give "
+                "the element a weight of 0: (values, weights)."
             )
         # it is only called to see what the model does
         if entry is None and name not in self.losses:

@@ -67,6 +67,5 @@ class Progressed:
         )
         return (
             f"{int(self.reached):,} of {count(self.total, 'segment')} · worst residual "
-            f"{self.worst_residual:.1e}{self.trouble} · "
-            f"{speed} · {rest}"
+            f"{self.worst_residual:.1e}{self.trouble} · {speed} · {rest}"
         )

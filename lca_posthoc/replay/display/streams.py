@@ -137,7 +137,7 @@ class Stream(io.TextIOBase):
             if self._matters and not gone:
                 raise ResourceError(
                     f"the result cannot be printed ({error}). What was computed is kept; `lca "
-                    f"summary` and `lca status` print it again."
+                    "summary` and `lca status` print it again."
                 ) from None
 
     def _leave(self) -> None:

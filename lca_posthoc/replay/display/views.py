@@ -84,8 +84,8 @@ class Bar:
             completed=int(progressed.reached),
             more=(
                 f"{progressed.trouble} · worst residual {progressed.worst_residual:.1e} · "
-                f"{progressed.spans_done}/{progressed.spans} spans"
-                f" · {workers} · {duration(int(now - progressed.began))} so far"
+                f"{progressed.spans_done}/{progressed.spans} spans · {workers} · "
+                f"{duration(int(now - progressed.began))} so far"
             ).removeprefix(" "),
             due=None if remaining is None else time.monotonic() + remaining,
             refresh=True,

@@ -154,8 +154,7 @@ def _scales(
             option, share = next(iter(shares.items()))
             raise InputError(
                 f"loss {name!r} is {loss:.6g} at the first checkpoint, of which --{option} {share} "
-                f"is no bound. "
-                f"Give --{option} in units of loss, such as 1e-3."
+                f"is no bound. Give --{option} in units of loss, such as 1e-3."
             )
     return scales
 
@@ -187,7 +186,7 @@ def _statistics(
             ),
             (
                 f"loss {recalibration.loss!r} does not call these layers, whose statistics stay as "
-                f"they are stored",
+                "they are stored",
                 unreached,
             ),
         )
@@ -217,8 +216,8 @@ def _same_ties(request: ProbeRequest) -> None:
                 if not bool((tensors[source] == tensors[first]).all()):
                     raise InputError(
                         f"the task's model ties {name!r}, but {first!r} and {source!r} differ in "
-                        f"{checkpoint.files[0]} (step "
-                        f"{checkpoint.step}). Build the model that was trained."
+                        f"{checkpoint.files[0]} (step {checkpoint.step}). Build the model that was "
+                        "trained."
                     )
 
 
@@ -241,9 +240,8 @@ def _same_fixed(request: ProbeRequest, objective: Objective) -> None:
             if not torch.equal(built.to(tensor.dtype).to(built.dtype), tensor.to(built.dtype)):
                 raise InputError(
                     f"Task.fixed names {name!r}, but it is not what the task's model builds in "
-                    f"{checkpoint.files[0]} (step "
-                    f"{checkpoint.step}). Leave it out of fixed, so that it is read from there, or "
-                    f"build the model that was trained."
+                    f"{checkpoint.files[0]} (step {checkpoint.step}). Leave it out of fixed, so "
+                    "that it is read from there, or build the model that was trained."
                 )
 
 
@@ -278,9 +276,8 @@ def _leftovers(request: ProbeRequest, objective: Objective) -> list[str]:
             if wrong:
                 raise InputError(
                     f"tensor {name!r} stands in {checkpoint.files[0]} (step {checkpoint.step}) but "
-                    f"not in the task's model, {wrong}. Build "
-                    f"the model that was trained; where the loss is the same without it, leave it "
-                    f"out: {drop_options([name])}"
+                    f"not in the task's model, {wrong}. Build the model that was trained; where "
+                    f"the loss is the same without it, leave it out: {drop_options([name])}"
                 )
     return [left_out_note([name for name in leftovers if name not in fixed], fixed)]
 
@@ -293,8 +290,7 @@ def _checks(request: ProbeRequest, objective: Objective, name: str) -> list[str]
     if reduction is not None:
         notes.append(
             f"loss {name!r} was given reduction={reduction!r}; here it is the mean over its "
-            f"elements, of which what was minimised may be a "
-            "multiple"
+            "elements, of which what was minimised may be a multiple"
         )
     return notes
 
@@ -312,8 +308,8 @@ def _same_in_float32(request: ProbeRequest, objective: Objective) -> None:
         ):
             raise InputError(
                 f"loss {name!r} is {wide:.6g} in float64 but {narrow:.6g} in float32 at the first "
-                f"checkpoint: the model or the loss "
-                "holds float32 constants (a mask, say). Use --precision float32."
+                "checkpoint: the model or the loss holds float32 constants (a mask, say). Use "
+                "--precision float32."
             )
 
 
@@ -361,9 +357,8 @@ def _same_weights(name: str, first: Tensor | None, now: Tensor | None) -> None:
     if first is not None and now is not None and not bool((first == now).all()):
         raise InputError(
             f"loss {name!r} returned two values for every element, the second of which was taken "
-            f"for its weight and is another at the last "
-            "checkpoint than at the first: it depends on the model. Return the values alone, or "
-            "(values, weights) with weights that are "
+            "for its weight and is another at the last checkpoint than at the first: it depends on "
+            "the model. Return the values alone, or (values, weights) with weights that are "
             "constants."
         )
 
@@ -389,9 +384,8 @@ def _nothing_derived(
         ):
             raise InputError(
                 f"loss {name!r} at the last checkpoint is {value:.6g}, but {anew:.6g} when the "
-                f"model is set to eval anew: a module "
-                "merges or caches weights in eval mode. Build it so that it does not "
-                "(merge_weights=False in loralib)."
+                "model is set to eval anew: a module merges or caches weights in eval mode. Build "
+                "it so that it does not (merge_weights=False in loralib)."
             )
 
 
@@ -547,13 +541,11 @@ def _never_updated(request: ProbeRequest, objective: Objective) -> list[str]:
     if not named:
         return []
     return [
-        f"running statistics are still 0 and 1, as a new model has them, in every checkpoint "
-        f"looked at ({few(named)}): they were never "
-        "updated, or not saved, so that with --norm-stats running the loss is not the one training "
-        "saw. Where training normalised by "
-        "batches, take --norm-stats batch --batch-size N; where they are stored elsewhere, load "
-        "them in Task.model and name them in "
-        "Task(fixed=[…])"
+        "running statistics are still 0 and 1, as a new model has them, in every checkpoint looked "
+        f"at ({few(named)}): they were never updated, or not saved, so that with --norm-stats "
+        "running the loss is not the one training saw. Where training normalised by batches, take "
+        "--norm-stats batch --batch-size N; where they are stored elsewhere, load them in "
+        "Task.model and name them in Task(fixed=[…])"
     ]
 
 
@@ -580,12 +572,11 @@ def _unmoved(request: ProbeRequest, objective: Objective) -> list[str]:
     stored = f"checkpoints are stored in half precision ({counted(len(request.half), 'tensor')})"
     if not count:
         return [
-            f"{stored}, and nothing moves at all on the {still} sampled segments. Record "
-            f"float32 weights."
+            f"{stored}, and nothing moves at all on the {still} sampled segments. Record float32 "
+            "weights."
         ]
     apart = f" ({still} more, on which nothing moves, are not counted)" if still else ""
     return [
         f"{stored}: {same / count:.1%} of the parameters do not move at all on sampled "
-        f"segments{apart}, and what does not move is "
-        "allocated nothing. Record float32 weights."
+        f"segments{apart}, and what does not move is allocated nothing. Record float32 weights."
     ]

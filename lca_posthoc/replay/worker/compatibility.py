@@ -59,7 +59,7 @@ def _reads_what_the_driver_wrote(token: Path, text: str) -> None:
     except OSError as error:
         raise ResourceError(
             f"cannot read {token.parent} ({error.strerror}): mount the file system of the run "
-            f"there, under the same path"
+            "there, under the same path"
         ) from None
     if not same:
         raise ResourceError(
@@ -86,8 +86,8 @@ def _reads_checkpoints(request: AdmissionRequest) -> None:
             except OSError as error:
                 raise ResourceError(
                     f"cannot read checkpoint {path} ({error.strerror}): mount the file system of "
-                    f"the checkpoints there, under the "
-                    "same path, and give its user the right to read them"
+                    "the checkpoints there, under the same path, and give its user the right to "
+                    "read them"
                 ) from None
             except LCAError as error:
                 raise ResourceError(f"reads other checkpoints than this driver: {error}") from None

@@ -131,8 +131,8 @@ def short_of(
     }
     return (
         f"a replay of {count(len(names), 'loss', 'losses')} takes about {amount(needs)} beside "
-        f"model and data, and "
-        f"{amount(free)} are free for each of {count(max_per_host, 'worker')} here. Try "
+        f"model and data, and {amount(free)} are free for each of {count(max_per_host, 'worker')} "
+        "here. Try "
         f"{', '.join([way for way, helps in ways.items() if helps] + ['a machine with more memory'])}."
     )
 

@@ -100,9 +100,8 @@ def notes_on_modes(
     sizes = sorted({count for _, count in differing})
     return [
         f"{'; '.join(sentence for sentence, _ in differing)}. What is allocated here is the "
-        f"former: layers may help in the one and hurt in "
-        f"the other. For the other: --norm-stats batch --batch-size {sizes[0]} --out OTHER.lca; "
-        f"for running statistics without the lag: "
+        "former: layers may help in the one and hurt in the other. For the other: --norm-stats "
+        f"batch --batch-size {sizes[0]} --out OTHER.lca; for running statistics without the lag: "
         "--norm-stats recalibrated --out OTHER.lca"
     ]
 
@@ -163,8 +162,7 @@ def _compared(
     share = "" if strange else f", {apart[worst] / change:.0%} of the loss change apart"
     return (
         f"loss {name!r} goes {running[0]:.4g} → {running[-1]:.4g} with the running statistics of "
-        f"the checkpoints, and "
-        f"{batch[0]:.4g} → {batch[-1]:.4g} with those of the batch, as in training (on {count} "
-        f"example{'' if count == 1 else 's'}; furthest apart at step "
-        f"{step}: {running[worst]:.4g} and {batch[worst]:.4g}{share})"
+        f"the checkpoints, and {batch[0]:.4g} → {batch[-1]:.4g} with those of the batch, as in "
+        f"training (on {count} example{'' if count == 1 else 's'}; furthest apart at step {step}: "
+        f"{running[worst]:.4g} and {batch[worst]:.4g}{share})"
     )

@@ -196,9 +196,8 @@ def _within_memory(
             if request.setup.settings.norm_stats == "batch":
                 raise ResourceError(
                     f"out of memory with batches of {largest} ({str(error)[:200]}). With "
-                    f"--norm-stats batch the batch is part of the "
-                    "loss and is not halved: use a device with more memory, or another run with a "
-                    "smaller --batch-size."
+                    "--norm-stats batch the batch is part of the loss and is not halved: use a "
+                    "device with more memory, or another run with a smaller --batch-size."
                 ) from error
             for split in splits:
                 objective.batch_sizes[split] = min(objective.batch_sizes[split], largest // 2)

@@ -92,10 +92,9 @@ def _same_data(objective: Objective, setup: TaskSetup) -> None:
         if digests[what] != digest:
             raise InputError(
                 f"{what} is not the same in this worker process as where the task was probed: it "
-                f"is made anew in every process. "
-                "Usual culprits: random augmentation, random_split without a seeded generator, "
-                "tensors that checkpoints do not "
-                "hold (frozen ones, Task.fixed, buffers) and the model builds at random."
+                "is made anew in every process. Usual culprits: random augmentation, random_split "
+                "without a seeded generator, tensors that checkpoints do not hold (frozen ones, "
+                "Task.fixed, buffers) and the model builds at random."
             )
 
 

@@ -227,7 +227,7 @@ def _layers(finding: xr.Dataset, repeats: bool, notes: list[str]) -> Table:
         rows.append(row)
     note = (
         f"p of a layer: t-test of its mean against 0; of a difference: {_test(finding)}; both "
-        f"corrected by Holm over layers and labels."
+        "corrected by Holm over layers and labels."
         if repeats
         else ""
     )

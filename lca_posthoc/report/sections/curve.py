@@ -107,8 +107,7 @@ def _captions(
         position, group = np.unravel_index(np.nanargmax(every), every.shape)
         worst_of = (
             f"; of one group, {clean(panel.groups[group], 60)}, "
-            f"{plain(float(every[position, group]))} in magnitude, from step "
-            f"{steps[position]:,} on"
+            f"{plain(float(every[position, group]))} in magnitude, from step {steps[position]:,} on"
         )
     converged = f"{count(bad, 'segment')} did not converge" if bad else "Every segment converged"
     if panel.results.complete:
@@ -116,7 +115,7 @@ def _captions(
     else:
         added = (
             f"{panel.missing} are missing, over which nothing is drawn: there the sum begins again "
-            f"at the measured loss."
+            "at the measured loss."
         )
     return {
         "curve": f"From step {steps[0]:,} on the loss{of} went from {plain(start)} to "

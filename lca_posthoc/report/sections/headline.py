@@ -103,8 +103,8 @@ def _unfinished(panel: Panel) -> str:
         return ""
     return (
         f"This run is not finished: {panel.missing} are missing. Every sum and every share here is "
-        f"over the others alone, and lines "
-        f"have gaps where segments are missing. Finish it with lca run, then write this page again."
+        "over the others alone, and lines have gaps where segments are missing. Finish it with lca "
+        "run, then write this page again."
     )
 
 
@@ -117,13 +117,13 @@ def _helping(panel: Panel) -> Card:
             "Helping",
             "–",
             f"pick a group for its layers' shares; over the groups {low} to {high} of parameters × "
-            f"segments helped one",
+            "segments helped one",
         )
     return Card(
         "Helping",
         percent(whole["helping"]),
         f"of parameters × segments; {percent(whole['hurting'])} hurt, {percent(whole['zero'])} did "
-        f"nothing",
+        "nothing",
         bar=(whole["helping"], whole["zero"], whole["hurting"]),
     )
 
@@ -159,9 +159,8 @@ def _measured(panel: Panel, split: str | None) -> str:
     )
     return (
         f"Loss {clean(panel.loss, 60)} {over}{examples}, allocated to {figures['parameters']:,} "
-        f"parameters along "
-        f"{count(figures['segments'], 'segment')} from step {first:,} to step {last:,}{part}; rule "
-        f"{rule}, {precision}{mode}."
+        f"parameters along {count(figures['segments'], 'segment')} from step {first:,} to step "
+        f"{last:,}{part}; rule {rule}, {precision}{mode}."
     )
 
 

@@ -146,9 +146,8 @@ def _shares(panel: Panel, finding: xr.Dataset) -> str:
     )
     return (
         f"On average {percent(float(helping.mean()))} of the parameters help {of}on a segment, "
-        f"between {percent(float(helping.min()))} and "
-        f"{percent(float(helping.max()))}; {percent(float(zero.mean()))} have an allocation of "
-        f"exactly zero."
+        f"between {percent(float(helping.min()))} and {percent(float(helping.max()))}; "
+        f"{percent(float(zero.mean()))} have an allocation of exactly zero."
     )
 
 
@@ -165,8 +164,8 @@ def _often(finding: xr.Dataset) -> str:
     chance = math.sqrt(float(expected @ (share - middle) ** 2) / weight)
     return (
         f"{count(total, 'parameter')} had an effect; they help on {percent(mean)} of their "
-        f"segments, with a standard deviation of "
-        f"{percent(spread)}. If each helped by chance alone it would be {percent(chance)}."
+        f"segments, with a standard deviation of {percent(spread)}. If each helped by chance alone "
+        f"it would be {percent(chance)}."
     )
 
 

@@ -61,8 +61,8 @@ def block(panel: Panel, room: Room) -> Block:
     most = room.points(len(shown) * len(panel.choices), 0.4)
     if most <= len(steps):
         notes.append(
-            f"Running sums are drawn with {most:,} of {len(steps) + 1:,} points each, "
-            f"extremes kept."
+            f"Running sums are drawn with {most:,} of {len(steps) + 1:,} points each, extremes "
+            "kept."
         )
     return Block(
         captions={"layers": sentence(names, total[shown])},

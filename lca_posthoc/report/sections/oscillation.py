@@ -81,7 +81,7 @@ def block(panel: Panel, room: Room) -> Block:
         if np.isfinite(weight) and np.isfinite(gradient) and weight != gradient:
             captions[last] += (
                 f" The gradient turns more {'rarely' if gradient > weight else 'often'} than the "
-                f"weight does."
+                "weight does."
             )
     tables = [_table(finding, notes)] if "interval" in finding else []
     return Block(

@@ -69,7 +69,7 @@ def block(panel: Panel, room: Room) -> Block:
     if len(shown) < len(names):
         notes.append(
             f"Peaks are drawn for {len(shown)} of {count(len(names), 'layer')}: the first, the "
-            f"last, and those with the largest sums."
+            "last, and those with the largest sums."
         )
     views: dict[str, dict[str, View]] = {"peaks": {}, "null": {}}
     for key, _, position in panel.choices:
@@ -81,8 +81,7 @@ def block(panel: Panel, room: Room) -> Block:
     usual = powerless(finding)
     power = (
         f" Asking all of {count(len(names), 'layer')} to peak together has no power here: chance "
-        f"alone gives "
-        f"{f'{usual:.2f}' if usual >= 0.01 else 'less than 0.01'} such segments."
+        f"alone gives {f'{usual:.2f}' if usual >= 0.01 else 'less than 0.01'} such segments."
         if usual is not None
         else ""
     )

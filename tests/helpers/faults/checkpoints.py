@@ -207,7 +207,7 @@ def damaged(count: int, _: Path) -> str:
                 shutil.rmtree(out)
     return (
         f"{count} damages: {codes[2]} exit 2, {codes[3]} exit 3, each named, bytes equal once put "
-        f"right"
+        "right"
     )
 
 
@@ -238,7 +238,7 @@ def replaced(count: int, _: Path) -> str:
             whole(out, clean)
     return (
         f"{count} runs under changing files: {found} named the file, {harmless} had read it, bytes "
-        f"equal"
+        "equal"
     )
 
 

@@ -103,7 +103,7 @@ def worker_killed(count: int, _: Path) -> str:
             nobody_left(driver)
     return (
         f"{kills} kills in {runs} runs, {again} extra executions, {resumed} resumed after exit 3, "
-        f"bytes equal"
+        "bytes equal"
     )
 
 
@@ -181,5 +181,5 @@ def interrupted(count: int, _: Path) -> str:
             drained, aborted = drained + (times == 1), aborted + (times == 2)
     return (
         f"{drained} drained, {aborted} stopped by a second one, {more} spans begun after a signal, "
-        f"bytes equal"
+        "bytes equal"
     )

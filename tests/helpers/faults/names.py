@@ -109,5 +109,5 @@ def name_tensors(count: int, place: Path) -> str:
         assert steering(result.output) <= {"\n"}
     return (
         f"{count} names of tensors: all came back, nothing outside the run, nothing steers a "
-        f"terminal"
+        "terminal"
     )

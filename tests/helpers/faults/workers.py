@@ -81,7 +81,7 @@ def hanging(count: int, _: Path) -> str:
             complete(place, out, clean)
     return (
         f"{count} hangs, each exit 3 with the steps, the other 19 spans complete, bytes equal "
-        f"without it"
+        "without it"
     )
 
 
@@ -161,7 +161,7 @@ def out_of_memory(count: int, _: Path) -> str:
             refused(result, "out of memory", "--norm-stats batch", "--batch-size", code=5)
     return (
         f"{count} runs in batches down to {smallest:.0f}, at most {farthest:.1e} apart; {count} of "
-        f"batch statistics exit 5"
+        "batch statistics exit 5"
     )
 
 
@@ -205,7 +205,7 @@ def come_and_go(count: int, _: Path) -> str:
             whole(out, clean)
     return (
         f"{count} runs, every span executed once, {shared} on the worker that had fewer, bytes "
-        f"equal"
+        "equal"
     )
 
 
@@ -250,8 +250,8 @@ def soak(count: int, _: Path) -> str:
     assert max(descriptors) - min(descriptors) <= 8, descriptors
     return (
         f"{count} spans, {len(descriptors)} samples: memory of driver and workers "
-        f"{', '.join(f'{each:+.1%}' for each in growth)}, "
-        f"{min(descriptors)} to {max(descriptors)} descriptors, nothing left, bytes equal"
+        f"{', '.join(f'{each:+.1%}' for each in growth)}, {min(descriptors)} to {max(descriptors)} "
+        "descriptors, nothing left, bytes equal"
     )
 
 
