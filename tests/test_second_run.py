@@ -153,6 +153,6 @@ def test_a_suite_that_stops_at_the_first_failure_has_no_second_runs(tmp_path: Pa
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_a_device_that_is_not_there_is_wrong_usage() -> None:
-    status, said = pytest_in(HERE, "-n0", "--device", "cuda", "tests/test_text.py")
+    status, said = pytest_in(HERE, "-n0", "--device", "cuda", "tests/base/test_text.py")
     assert status == pytest.ExitCode.USAGE_ERROR
     assert "--device cuda: torch finds no CUDA device on this machine" in said

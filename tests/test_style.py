@@ -32,13 +32,14 @@ def test_dataclasses_of_many_fields_are_built_by_name(whole: Style) -> None:
 
 
 def test_annotations_say_something(whole: Style) -> None:
-    assert whole.loose <= 0.03 * whole.annotations
+    assert whole.loose <= 0.02 * whole.annotations
 
 
 def test_functions_stay_short(whole: Style) -> None:
+    # lines of 100 characters: at 120, the median is 5
     assert statistics.median(whole.bodies) <= 6
-    assert statistics.quantiles(whole.bodies, n=10, method="inclusive")[-1] <= 26
-    assert max(whole.bodies) <= 71
+    assert statistics.quantiles(whole.bodies, n=10, method="inclusive")[-1] <= 21
+    assert max(whole.bodies) <= 63
 
 
 def test_lines_fit_beside_each_other(whole: Style) -> None:

@@ -2,7 +2,7 @@
 
 Allocation is signed, so its scale diverges from a neutral middle: teal helps, vermilion hurts. Both
 arms have the same lightness at the same distance from the middle: lightness says how much, hue says
-which way, under deuteranopia and protanopia too (`tests/test_plots.py` simulates both and measures
+which way, under deuteranopia and protanopia too (`tests/plots/test_plots.py` simulates both and measures
 CIE L*a*b* distances).
 """
 

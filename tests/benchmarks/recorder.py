@@ -218,7 +218,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=".") as made:
         if given.kills:
-            from tests.test_recorder_resumed import kill_again_and_again
+            from tests.recording.test_recorder_resumed import kill_again_and_again
 
             whole = kill_again_and_again(Path(made).resolve() / "killed", given.kills)
             print(f"{given.kills} kills: {whole} files, each whole, without a hole")

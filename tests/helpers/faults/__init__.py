@@ -1,5 +1,5 @@
 """Faults made for real, counted: `python -m tests.helpers.faults` for the full numbers,
-`tests/test_faults.py` for the reduced ones.
+`tests/replay/test_faults.py` for the reduced ones.
 
 A fault is a function of how often, a place to work in and a seed. It raises `AssertionError` where
 a single one of its cases changed a number or went unsaid, and returns one line that says what it
