@@ -1,10 +1,10 @@
-"""All-CNN with batch normalisation (1,371,658 parameters) on CIFAR-10, at CPU size: trains it and
+r"""All-CNN with batch normalisation (1,371,658 parameters) on CIFAR-10, at CPU size: trains it and
 is its own task file.
 
 ```sh
 LCA_DATA=DIR python docs/examples/cifar10_allcnn.py allcnn-checkpoints
-LCA_DATA=DIR lca run allcnn-checkpoints --task docs/examples/cifar10_allcnn.py --keep tensors
---norm-stats batch --batch-size 250
+LCA_DATA=DIR lca run allcnn-checkpoints --task docs/examples/cifar10_allcnn.py --keep tensors \
+    --norm-stats batch --batch-size 250
 ```
 
 DIR holds `cifar10.safetensors`; a number after the checkpoints' directory is how many iterates to

@@ -1,11 +1,11 @@
-"""ResNet-20 of the paper (273,066 parameters) on CIFAR-10, at CPU size: trains it and is its own
+r"""ResNet-20 of the paper (273,066 parameters) on CIFAR-10, at CPU size: trains it and is its own
 task file.
 
 ```sh
 export LCA_DATA=DIR
 python docs/examples/cifar10_resnet20.py resnet
-lca run resnet --task docs/examples/cifar10_resnet20.py --norm-stats batch --batch-size 500 --subset
-0:500 --tolerance 0.01 --keep units
+lca run resnet --task docs/examples/cifar10_resnet20.py --norm-stats batch --batch-size 500 \
+    --subset 0:500 --tolerance 0.01 --keep units
 ```
 
 DIR holds `cifar10.safetensors` with `train.images` (10000, 32, 32, 3) uint8 and `train.labels`; a

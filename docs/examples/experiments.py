@@ -1,10 +1,10 @@
-"""The paper's experiments, run against run, at CPU size: what a layer does when one thing about
+r"""The paper's experiments, run against run, at CPU size: what a layer does when one thing about
 training is changed.
 
 ```sh
 LCA_DATA=DIR python docs/examples/experiments.py experiments freeze --seeds 10
-LCA_DATA=DIR python docs/examples/experiments.py experiments momentum --model resnet20 --images
-10000 --iterates 1000
+LCA_DATA=DIR python docs/examples/experiments.py experiments momentum \
+    --model resnet20 --images 10000 --iterates 1000
 ```
 
 Every setting is trained from the same seeds, replayed, and written to `OUT/NAME/SETTING/seedK.lca`;

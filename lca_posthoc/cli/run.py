@@ -36,8 +36,8 @@ def command(checkpoints: str, as_json: bool, **options: Any) -> None:
     lca run checkpoints --task my_task.py
     lca run checkpoints --task my_task.py --loss all
     lca run checkpoints --task my_task.py --rule trapezoid --keep tensors --out quick.lca
-    lca run checkpoints --task my_task.py --cluster tls://head:8786 --tls-ca ca.pem --tls-cert
-    me.pem --tls-key me.key
+    lca run checkpoints --task my_task.py --cluster tls://head:8786 \\
+        --tls-ca ca.pem --tls-cert me.pem --tls-key me.key
     """
     from ..findings import summary
     from ..replay.run import run

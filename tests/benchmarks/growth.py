@@ -3,7 +3,7 @@ small.
 
 ```sh
 LCA_DATA=DIR python tests/benchmarks/growth.py [--segments 50 200 500 1000 2000] [--rounds 5]
-[--work DIR]
+    [--work DIR]
 ```
 
 MNIST-FC on its first 2,000 training images, checkpoints recorded on the way. Each run is a process

@@ -3,8 +3,7 @@ rule.
 
 ```sh
 LCA_DATA=DIR python tests/benchmarks/refinement.py [--network relu|gelu] [--segments 220]
-[--examples 55000] [--stride 1]
-    [--reference 4] [--json FILE] [--table FILE.md]
+    [--examples 55000] [--stride 1] [--reference 4] [--json FILE] [--table FILE.md]
 ```
 
 The example's network (with GELU in place of ReLU where asked) is trained for so many iterates; of

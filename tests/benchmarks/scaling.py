@@ -3,7 +3,7 @@ that only pretend to compute.
 
 ```sh
 python tests/benchmarks/scaling.py [--spans 2000] [--workers 64] [--seconds 0.25] [--segments 16]
-[--json FILE]
+    [--json FILE]
 ```
 
 Four processes: this one, which watches; `dask scheduler`; one process that holds all workers in one

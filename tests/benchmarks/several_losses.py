@@ -3,8 +3,8 @@ ratios.
 
 ```sh
 LCA_DATA=DIR python docs/examples/mnist_fc.py mnist-checkpoints
-LCA_DATA=DIR python tests/benchmarks/several_losses.py mnist-checkpoints [--segments 16] [--rounds
-5] [CASE ...]
+LCA_DATA=DIR python tests/benchmarks/several_losses.py mnist-checkpoints [--segments 16]
+    [--rounds 5] [CASE ...]
 ```
 
 A time is that of a worker on the spans of a run (reading, evaluating, allocating, writing), inline,

@@ -2,9 +2,10 @@
 products.
 
 ```sh
-LCA_DATA=DIR python tests/benchmarks/speed.py [WORKLOAD ...] [--rounds 5] [--segments N] [--only
-NAME ...] [--work DIR] LCA_DATA=DIR python tests/benchmarks/speed.py mnist-fc resnet20 --full
---device cuda --json speed.json --table speed.md
+LCA_DATA=DIR python tests/benchmarks/speed.py [WORKLOAD ...] [--rounds 5] [--segments N]
+    [--only NAME ...] [--work DIR]
+LCA_DATA=DIR python tests/benchmarks/speed.py mnist-fc resnet20 --full
+    --device cuda --json speed.json --table speed.md
 ```
 
 Workloads and DIR: see `workloads.py`. Every timing is a process of its own; contestants alternate,

@@ -3,8 +3,8 @@ finished.
 
 ```sh
 LCA_DATA=DIR python docs/examples/mnist_fc.py mnist-checkpoints
-LCA_DATA=DIR python tests/benchmarks/startup.py mnist-checkpoints [--rounds 5] [--task
-docs/examples/mnist_fc.py]
+LCA_DATA=DIR python tests/benchmarks/startup.py mnist-checkpoints [--rounds 5]
+    [--task docs/examples/mnist_fc.py]
 ```
 
 A time runs from the start of the process, as the system tells it, to the event that says which

@@ -2,7 +2,8 @@
 script, to be killed.
 
 ```sh
-python -m tests.helpers.numbered_training DIRECTORY FIRST      # trains on and on from a step; each line it prints is a training that began
+# trains on and on from a step; each line it prints is a training that began
+python -m tests.helpers.numbered_training DIRECTORY FIRST
 ```
 
 Every line it reads makes it fork a training that goes on until it is killed: torch is imported
