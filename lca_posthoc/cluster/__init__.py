@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from ..errors import InputError
 from .broadcast import delivered
 from .config import ClusterConfig
+from .dask_local import local_workers, on_this_host, visible_device
+from .dask_remote import at_address
 from .inline import Inline
-from .local import local_workers, on_this_host, visible_device
 from .protocol import Cluster, Crew, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting
-from .remote import at_address
 
 __all__ = [
     "Cluster",

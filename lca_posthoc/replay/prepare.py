@@ -134,9 +134,9 @@ def prepare(
         points=_sampled_points(
             trajectory, matched.names, _looked_at_in_both_modes(matched.segments)
         ),
-        ends=matched.segments,
-        workers=workers or crew.max_per_host,
-        span=existing.span if existing else span,
+        segments=matched.segments,
+        workers_per_host=workers or crew.max_per_host,
+        span_length=existing.span if existing else span,
     )
     recorded = existing.losses if existing else {}
     probed = ask(cluster, probe, _probe_request(setup, sample, matched, recorded))

@@ -92,16 +92,19 @@ class StoredPoints:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """The checkpoints a task is looked at before its first span, of a trajectory of `ends`
-    segments.
+    """The checkpoints at which a task is looked at before its first span, and sizes of the run.
 
-    `workers` share a host; a span has `span` segments.
+    Attributes:
+        points: these checkpoints.
+        segments: of the whole trajectory.
+        workers_per_host: how many share the memory of a host.
+        span_length: segments of a span.
     """
 
     points: StoredPoints
-    ends: int
-    workers: int
-    span: int
+    segments: int
+    workers_per_host: int
+    span_length: int
 
 
 class Question(Generic[A]):

@@ -615,7 +615,7 @@ class _Driver:
         existing = self._job.recorded()
         if strangers:
             self._status.begin("asking each worker what it has")
-            with results.token(self._job.path) as token:
+            with results.shared_directory_token(self._job.path) as token:
                 self._status.note(check_workers(cluster, trajectory, settings["device"], token))
         ready = self._prepare(cluster, settings, trajectory, existing)
         if stop.event.is_set():
@@ -672,7 +672,7 @@ class _Driver:
             if lock.unclean:
                 writer.sweep()
             if seen_by is not None:  # who comes late is asked about the run directory itself
-                token = stack.enter_context(results.token(job.path))
+                token = stack.enter_context(results.shared_directory_token(job.path))
                 check_workers(cluster, seen_by, cluster.crew().device, token)
             self._bring_up(cluster, writer, ready)
             common = _common(ready, job.path)

@@ -8,7 +8,7 @@ from .lock import Held, hold
 from .manifest import LossRecord, Manifest, StoredTensor
 from .run import LossResults, Run, open_run
 from .runfile import exists, read_manifest, refuse_other
-from .shared_dir_check import token
+from .shared_dir_check import check_shared_directory, shared_directory_token
 from .starting import Announcement, Starting, announced, starting
 from .underway import (
     EVENTS,
@@ -49,6 +49,7 @@ __all__ = [
     "Underway",
     "announced",
     "append_events",
+    "check_shared_directory",
     "compressed_share",
     "create",
     "differ",
@@ -64,8 +65,8 @@ __all__ = [
     "remove_loss",
     "remove_reports",
     "required_bytes",
+    "shared_directory_token",
     "starting",
-    "token",
     "underway",
     "verify",
 ]

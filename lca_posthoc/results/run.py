@@ -103,12 +103,14 @@ class LossResults:
             LCAError: where the recorded subset is no subset of the split.
         """
         # here, because a random subset needs torch and opening a run does not
-        from ..numerics.objective.batches import chosen
+        from ..numerics.objective.batches import positions_of_subset
         from ..tasks.task import parse_subsets
 
         subsets, on = parse_subsets(self.manifest.settings["subset"]), self.record.on
         positions = (
-            None if on is None else chosen(subsets.get(on, subsets.get("")), self.record.total)
+            None
+            if on is None
+            else positions_of_subset(subsets.get(on, subsets.get("")), self.record.total)
         )
         return None if positions is None else positions.numpy()
 

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..errors import ResourceError
 from . import disk
 from .underway import LOG
 
@@ -16,7 +17,7 @@ _TEMPORARY = ".tmp"  # end of the name of such a file while it is written
 
 
 @contextlib.contextmanager
-def token(run: Path) -> Iterator[tuple[Path, str]]:
+def shared_directory_token(run: Path) -> Iterator[tuple[Path, str]]:
     """Yield a file in the run directory, or beside the place it will have, and its text; the file
     is removed afterwards.
 
@@ -37,3 +38,30 @@ def token(run: Path) -> Iterator[tuple[Path, str]]:
         yield file, text
     finally:
         disk.remove(file)
+
+
+def check_shared_directory(token: Path, text: str) -> None:
+    """Check that this process sees the file another one wrote, and can write beside it.
+
+    Raises:
+        ResourceError: which says what is wrong with its directory and what to do.
+    """
+    try:
+        same = disk.read(token) == text.encode()
+    except OSError as error:
+        raise ResourceError(
+            f"cannot read {token.parent} ({error.strerror}): mount the file system of the run "
+            "there, under the same path"
+        ) from None
+    if not same:
+        raise ResourceError(
+            f"has another {token.parent} than this driver: mount the file system of the run there"
+        )
+    trial = token.with_name(f".{uuid.uuid4().hex}{_TEMPORARY}")
+    try:
+        disk.write_whole(trial, b"", durable=False)
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write to {token.parent} ({error.strerror}): give its user the right to"
+        ) from None
+    disk.remove(trial)

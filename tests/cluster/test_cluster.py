@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from lca_posthoc.cluster import Cluster, ClusterConfig, Done, Lost, Retried, Spec, open_cluster
-from lca_posthoc.cluster import local as local_module
-from lca_posthoc.cluster import scheduler as scheduler_module
-from lca_posthoc.cluster.local import gpu_environments, local_workers
+from lca_posthoc.cluster import dask_client as scheduler_module
+from lca_posthoc.cluster import dask_local as local_module
+from lca_posthoc.cluster.dask_local import gpu_environments, local_workers
 from lca_posthoc.errors import ResourceError
 
 

@@ -27,7 +27,7 @@ from lca_posthoc.cluster import (
     assignments,
     open_cluster,
 )
-from lca_posthoc.cluster import remote as remote_module
+from lca_posthoc.cluster import dask_remote as remote_module
 from lca_posthoc.errors import InputError, ResourceError
 from tests.helpers.dask_cluster import Standing, certificates, end, standing
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import lca_posthoc
 from lca_posthoc import Loss, Recorder, Task
 from lca_posthoc.replay.events import Planned
-from lca_posthoc.replay.worker import checks, memory
+from lca_posthoc.replay.worker import checks
+from lca_posthoc.replay.worker import memory_estimate as memory
 
 ROWS, WIDTH = 2000, 1000
 

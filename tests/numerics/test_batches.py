@@ -447,7 +447,7 @@ def test_a_random_sample_of_streamed_data_is_the_one_of_kept_data_in_its_own_ord
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kept = split_of(Stream(same), "0.4@1")
-    positions = batches.chosen("0.4@1", N)
+    positions = batches.positions_of_subset("0.4@1", N)
     assert positions is not None
     assert_same(kept.batches(4), naive(positions.tolist(), 4))
     monkeypatch.setattr(sources, "_RESIDENT_SHARE", 0)
@@ -507,7 +507,7 @@ def test_groups_are_what_they_are_called(
     group_by, labels = GROUPINGS[grouping]
     split = split_of((INPUTS, TARGETS), subset)
     order = split.order(group_by)
-    chosen = batches.chosen(subset, N)
+    chosen = batches.positions_of_subset(subset, N)
     positions = range(N) if chosen is None else chosen.tolist()
     assert order.labels == sorted({labels[each] for each in positions})
     assert {type(each) for each in order.labels} <= {int, str}
@@ -614,7 +614,7 @@ def test_a_function_of_batches_that_are_reordered_is_refused_and_a_list_is_not(
         split.order(group_by)
     labels = group_by(INPUTS, TARGETS)
     order = split.order(labels)
-    chosen = batches.chosen(subset, N)
+    chosen = batches.positions_of_subset(subset, N)
     positions = range(N) if chosen is None else chosen.tolist()
     for label, members in zip(order.labels, order.members, strict=True):
         assert [positions[at] for at in members.tolist()] == [
@@ -639,7 +639,9 @@ def test_examples_that_cannot_be_collated_alone_have_groups() -> None:
 
 
 def test_a_random_subset_is_drawn_by_its_seed_in_random_order() -> None:
-    one, again, other = (batches.chosen(text, 1000) for text in ("0.1@7", "0.1@7", "1e-1@8"))
+    one, again, other = (
+        batches.positions_of_subset(text, 1000) for text in ("0.1@7", "0.1@7", "1e-1@8")
+    )
     assert one is not None
     assert again is not None
     assert other is not None

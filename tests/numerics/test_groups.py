@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lca_posthoc import Loss, Run, Task, open_run, run
 from lca_posthoc.errors import InputError
 from lca_posthoc.replay.events import Note
-from lca_posthoc.replay.worker import checks, memory
+from lca_posthoc.replay.worker import checks
+from lca_posthoc.replay.worker import memory_estimate as memory
 from lca_posthoc.results import LossResults
 
 from ..helpers import oracle

@@ -21,7 +21,7 @@ import lca_posthoc
 from lca_posthoc.errors import ResourceError
 from lca_posthoc.findings import summary
 from lca_posthoc.replay.plan import plan
-from lca_posthoc.replay.worker import memory
+from lca_posthoc.replay.worker import memory_estimate as memory
 from lca_posthoc.results import open_run, verify
 from tests.helpers.faults import clean_runs
 from tests.helpers.finding_memory import CASES, CONTROL, Measured, measured

@@ -17,7 +17,7 @@ import lca_posthoc
 from lca_posthoc import Loss, Recorder, Task
 from lca_posthoc.errors import InputError
 from lca_posthoc.findings import summary
-from lca_posthoc.numerics.objective.batches import chosen
+from lca_posthoc.numerics.objective.batches import positions_of_subset
 from lca_posthoc.results import read_manifest
 from tests.helpers.replayed_cases import arrays
 
@@ -64,7 +64,7 @@ def replay(iterates: Path, tmp_path: Path) -> Callable[..., Any]:
 def test_a_subset_is_the_loss_of_exactly_these_examples(
     replay: Callable[..., Any], subset: str, norm_stats: str
 ) -> None:
-    positions = chosen(subset, EXAMPLES)
+    positions = positions_of_subset(subset, EXAMPLES)
     assert positions is not None
     settings = {"batch_size": 16, "norm_stats": norm_stats}
     part = replay(task(), subset=[subset], **settings)["train"]

@@ -171,7 +171,7 @@ def test_timing_evaluates_a_split_no_more_than_a_few_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spent: list[int] = []
-    over, measured = Objective.over, costs._measured
+    over, measured = Objective.evaluate_on_batches, costs._measured
 
     def counted(objective: Objective, values: Any, batches: Any, **options: Any) -> Any:
         spent.append(sum(len(batch[1]) for batch in batches))
@@ -179,7 +179,7 @@ def test_timing_evaluates_a_split_no_more_than_a_few_times(
 
     def counting(*given: Any) -> Any:
         with monkeypatch.context() as patched:
-            patched.setattr(Objective, "over", counted)
+            patched.setattr(Objective, "evaluate_on_batches", counted)
             return measured(*given)
 
     monkeypatch.setattr(costs, "_measured", counting)

@@ -16,8 +16,8 @@ import pytest
 
 import lca_posthoc
 from lca_posthoc.cluster import Done, assignments
-from lca_posthoc.cluster.dask import Workers
-from lca_posthoc.cluster.scheduler import Scheduler
+from lca_posthoc.cluster.dask_client import DaskClient
+from lca_posthoc.cluster.dask_workers import Workers
 from lca_posthoc.replay.events import SpanDone
 from tests.helpers.cli import TASK, document, lca, refused, says
 from tests.helpers.dask_cluster import Standing, standing
@@ -143,7 +143,7 @@ def test_nothing_larger_than_a_table_of_steps_crosses_the_network_once_it_is_del
     pair: Standing, place: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent, returned = list[tuple[str, int]](), list[int]()
-    submit, map_specs = Scheduler.submit, Workers.map
+    submit, map_specs = DaskClient.submit, Workers.map
 
     def weighed(self: Any, function: str, spec: Any, address: str, *, on_gpu: bool) -> Any:
         sent.append((function, len(pickle.dumps(spec))))
@@ -155,7 +155,7 @@ def test_nothing_larger_than_a_table_of_steps_crosses_the_network_once_it_is_del
                 returned.append(len(pickle.dumps(outcome.result)))
             yield outcome
 
-    monkeypatch.setattr(Scheduler, "submit", weighed)
+    monkeypatch.setattr(DaskClient, "submit", weighed)
     monkeypatch.setattr(Workers, "map", listened)
     task = tasks / "large_task.py"  # its source alone is larger than what may cross
     task.write_text(f"{TASK}\n\nPADDING = {'x' * 100_000!r}\n")

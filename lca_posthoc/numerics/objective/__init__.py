@@ -7,6 +7,7 @@ from .data import replicates_of
 from .draws import Draws
 from .evaluate import Objective, build_objective
 from .model import new_model
+from .out_of_memory import is_out_of_memory
 from .precision import float32
 from .probe import (
     Identity,
@@ -18,7 +19,6 @@ from .probe import (
 )
 from .recalibration import in_both_modes, statistics_of
 from .settings import ObjectiveSettings
-from .sources import is_out_of_memory
 from .sums import Evaluation, Numbers
 from .tensors import tensor_table
 

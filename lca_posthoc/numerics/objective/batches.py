@@ -43,7 +43,7 @@ _GROUPED_AT_ONCE = 1024
 _ALONE = 32
 
 
-def chosen(subset: str | None, total: int) -> Tensor | None:
+def positions_of_subset(subset: str | None, total: int) -> Tensor | None:
     """Return the positions a subset stands for, in their order; None for every one.
 
     Args:
@@ -55,11 +55,11 @@ def chosen(subset: str | None, total: int) -> Tensor | None:
         InputError: where the subset is malformed, is a single number, repeats a position, or is out
             of range.
 
-    >>> chosen("2:5", 10)
+    >>> positions_of_subset("2:5", 10)
     tensor([2, 3, 4])
-    >>> chosen("7,0", 10)
+    >>> positions_of_subset("7,0", 10)
     tensor([7, 0])
-    >>> len(chosen("0.25@7", 12))
+    >>> len(positions_of_subset("0.25@7", 12))
     3
     """
     if subset is None:
@@ -164,7 +164,7 @@ class Split:
             at every pass.
         device: on which batches are returned.
         dtype: of floating tensors.
-        subset: which examples, see `chosen`; an iterable that is read anew gives them in its own
+        subset: which examples, see `positions_of_subset`; an iterable that is read anew gives them in its own
             order.
         reader: whose thread and context read the data, which should be those the task was built in;
             None for a new one.
@@ -194,7 +194,7 @@ class Split:
         self._draws, self._seeded = draws or 1, draws is not None
         if self.total == 0:
             raise InputError(f"split {name!r} is empty. A loss needs at least one example.")
-        self._subset = chosen(subset, self.total)
+        self._subset = positions_of_subset(subset, self.total)
         self.examples = self.total if self._subset is None else len(self._subset)
         self.random = subset is not None and "@" in subset and isinstance(self._source, Indexed)
         self._resident: dict[Order | None, _Resident] = {}

@@ -226,7 +226,9 @@ class Objective:
                 evaluations |= self._one_pass(key, sources, only, gradient)
                 continue
             for name in (name for names in sources.values() for name in names):
-                evaluations[name] = self.over(partial(self.values, name), [None], gradient=gradient)
+                evaluations[name] = self.evaluate_on_batches(
+                    partial(self.values, name), [None], gradient=gradient
+                )
         return {name: evaluations[name] for name in losses}
 
     def _one_pass(
@@ -286,7 +288,7 @@ class Objective:
         }
         run_pass(self.loss_values, batches, names, accumulators)
 
-    def over(
+    def evaluate_on_batches(
         self,
         values: Callable[[Any], Values],
         batches: Iterable[object],

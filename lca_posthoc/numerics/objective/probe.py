@@ -87,7 +87,7 @@ def _scale(
         values, weights = objective.values(name, batch)
         return values.abs(), weights
 
-    value = max(float(objective.over(absolute, [batch], gradient=False).loss), 1e-12)
+    value = max(float(objective.evaluate_on_batches(absolute, [batch], gradient=False).loss), 1e-12)
     return _Scale(value, max(_norm(whole), _norm(half), 1e-12 * value))
 
 
@@ -104,7 +104,9 @@ def identify(objective: Objective, name: str) -> Identity:
 
 
 def _over(objective: Objective, name: str, *batches: Any, gradient: bool = True) -> Evaluation:
-    return objective.over(partial(objective.values, name), batches, gradient=gradient)
+    return objective.evaluate_on_batches(
+        partial(objective.values, name), batches, gradient=gradient
+    )
 
 
 def _sample(objective: Objective, name: str) -> list[Any]:
@@ -289,7 +291,9 @@ def _plain_mean(objective: Objective, name: str, batch: object) -> Evaluation:
     """Return the plain mean of a batch's values, whose elements may all weigh nothing, and its
     gradient.
     """
-    return objective.over(lambda batch: (objective.values(name, batch)[0], None), [batch])
+    return objective.evaluate_on_batches(
+        lambda batch: (objective.values(name, batch)[0], None), [batch]
+    )
 
 
 def _has_gradient(objective: Objective, name: str, first: Evaluation) -> None:
@@ -507,7 +511,9 @@ def _writes_nothing(objective: Objective, name: str) -> None:
         return objective.values(name, copy)[0], None  # elements may all weigh nothing here
 
     with _model_unwritten(objective, name):
-        objective.over(values, [copied(batch)])  # of a clone, no write is counted yet
+        objective.evaluate_on_batches(
+            values, [copied(batch)]
+        )  # of a clone, no write is counted yet
     (copy,) = copies
     if (place := _written(batch, copy, "batch")) is not None:
         raise InputError(
@@ -753,7 +759,7 @@ def _in_order(objective: Objective, name: str, sample: object, examples: range) 
         return results[-1], None
 
     with contextlib.closing(split.batches(objective.batch_sizes[split.name], reverse)) as batches:
-        objective.over(values, [sample, next(batches)[1]], gradient=False)
+        objective.evaluate_on_batches(values, [sample, next(batches)[1]], gradient=False)
     one, other = results[0], results[1].flip(0)
     if (
         one.shape != other.shape
@@ -798,7 +804,7 @@ def _own_mean(objective: Objective, name: str, batch: object, loss: float, scale
             name, objective.loss_values.functions[name].mean()(objective.model(inputs), targets)
         ).reshape(1), None
 
-    reduced = float(objective.over(mean, [batch], gradient=False).loss)
+    reduced = float(objective.evaluate_on_batches(mean, [batch], gradient=False).loss)
     if not abs(loss - reduced) <= PRECISIONS[objective.precision_of(name)].agree * scale:
         raise InputError(
             f"the mean of loss {name!r} over its elements is {loss:.6g}, but its own "

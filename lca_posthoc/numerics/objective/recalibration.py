@@ -28,7 +28,7 @@ from ..schema import RecalibrationRecord
 from .batches import Split, automatic_batch_size
 from .containers import fresh
 from .normalisation import NormalisationCall, normalising, replacing, running
-from .sources import is_out_of_memory
+from .out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from .evaluate import Objective

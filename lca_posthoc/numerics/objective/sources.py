@@ -28,6 +28,7 @@ from ...base.available_memory import free_memory
 from ...errors import InputError
 from .containers import change_tensors, digest_of, feed, rows, size_of
 from .draws import Draws
+from .out_of_memory import is_out_of_memory
 
 _RESIDENT_SHARE = 0.25
 DIGESTED = 256
@@ -136,14 +137,6 @@ def user_code(doing: str, advice: str = "") -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise InputError(f"{doing}: {type(error).__name__}: {error}{advice}") from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out, of a GPU or of the host."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    # torch has no class for it
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 @dataclass(frozen=True)

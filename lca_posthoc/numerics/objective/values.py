@@ -18,6 +18,7 @@ from .containers import fresh
 from .data import ValueSource, origin, stated_loss
 from .linear import multiplying
 from .normalisation import normalising
+from .out_of_memory import is_out_of_memory
 from .precision import default_dtype, tf32
 from .recurrent import recurring
 from .returned import (
@@ -31,7 +32,6 @@ from .returned import (
 )
 from .settings import ObjectiveSettings
 from .sharing import Returned, SharedOutputs
-from .sources import is_out_of_memory
 
 # one value per element, multiplied by its weight, and the weights (float64); None where all weigh 1
 Values = tuple[Tensor, Tensor | None]

@@ -25,7 +25,7 @@ from ..requests import (
     ProbeRequest,
     Sample,
 )
-from .memory import block_of, short_of
+from .memory_estimate import block_of, short_of
 from .modes import moved_layers, notes_on_modes
 from .state import Point, checkpoint_at, divided, first_point, objective_of, point_at, reported
 
@@ -205,7 +205,7 @@ def _same_ties(request: ProbeRequest) -> None:
     if not request.ties:
         return
     sources_by_name = {source: source for sources in request.ties.values() for source in sources}
-    for index in (0, request.sample.ends):
+    for index in (0, request.sample.segments):
         checkpoint = checkpoint_at(request.sample.points, index)
         try:
             tensors = read_checkpoint(checkpoint, sources_by_name)
@@ -229,7 +229,7 @@ def _same_fixed(request: ProbeRequest, objective: Objective) -> None:
 
     if not request.fixed:
         return
-    for index in (0, request.sample.ends):
+    for index in (0, request.sample.segments):
         checkpoint = checkpoint_at(request.sample.points, index)
         try:
             tensors = read_stored(checkpoint, request.fixed)
@@ -259,7 +259,7 @@ def _leftovers(request: ProbeRequest, objective: Objective) -> list[str]:
         return []
     fixed = objective.tensors.fixed_of(leftovers)
     ends = []
-    for index in (0, request.sample.ends):
+    for index in (0, request.sample.segments):
         checkpoint = checkpoint_at(request.sample.points, index)
         try:
             ends.append((checkpoint, read_stored(checkpoint, leftovers)))
@@ -327,7 +327,7 @@ def _identities(
 
     identities: dict[str, list[dict[str, float] | None]] = {name: [] for name in names}
     weights: dict[str, Tensor | None] = {}
-    for index in (0, request.sample.ends):
+    for index in (0, request.sample.segments):
         try:
             point = first if index == 0 else point_at(request.sample.points, index, objective)
         except SpanError:  # a run that diverged: its last spans will fail and say so
@@ -456,7 +456,7 @@ def moving(
     """
     trained = [tensor.name for tensor in objective.table if tensor.kind == "parameter"]
     looked: dict[int, bool] = {}
-    for places in sampled(sample.ends):
+    for places in sampled(sample.segments):
         for index in places:
             if index not in looked:
                 try:
@@ -524,7 +524,7 @@ def _never_updated(request: ProbeRequest, objective: Objective) -> list[str]:
     unchanged = {
         name for name in buffers if name in sources or torch.all(buffers[name] == new[name])
     }
-    for index in {0, (request.sample.ends - 1) // 2, request.sample.ends}:
+    for index in {0, (request.sample.segments - 1) // 2, request.sample.segments}:
         try:
             stored = (
                 read_checkpoint(checkpoint_at(request.sample.points, index), sources)

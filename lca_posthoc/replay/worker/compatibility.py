@@ -5,9 +5,7 @@ device.
 from __future__ import annotations
 
 import platform
-import uuid
 from importlib.metadata import version
-from pathlib import Path
 
 from ...checkpoints.headers import read_header
 from ...checkpoints.paths import located, reached
@@ -35,6 +33,8 @@ def admit(request: AdmissionRequest) -> Admission:
     """
     import torch
 
+    from ...results import check_shared_directory
+
     installed = versions()
     for name, needed in request.versions.items():
         if needed != installed[name]:
@@ -42,7 +42,7 @@ def admit(request: AdmissionRequest) -> Admission:
             raise ResourceError(
                 f"has {name} {installed[name]}, this driver {needed}: it needs {fix}"
             )
-    _reads_what_the_driver_wrote(request.token, request.text)
+    check_shared_directory(request.token, request.text)
     _reads_checkpoints(request)
     cuda = torch.cuda.is_available()
     if request.device == "cuda" and not cuda:
@@ -51,28 +51,6 @@ def admit(request: AdmissionRequest) -> Admission:
         )
     gpu = str(torch.cuda.get_device_properties(0).uuid) if cuda else None
     return Admission(cuda=cuda, gpu=gpu)
-
-
-def _reads_what_the_driver_wrote(token: Path, text: str) -> None:
-    try:
-        same = token.read_text() == text
-    except OSError as error:
-        raise ResourceError(
-            f"cannot read {token.parent} ({error.strerror}): mount the file system of the run "
-            "there, under the same path"
-        ) from None
-    if not same:
-        raise ResourceError(
-            f"has another {token.parent} than this driver: mount the file system of the run there"
-        )
-    trial = token.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        trial.touch(exist_ok=False)
-    except OSError as error:
-        raise ResourceError(
-            f"cannot write to {token.parent} ({error.strerror}): give its user the right to"
-        ) from None
-    trial.unlink()
 
 
 def _reads_checkpoints(request: AdmissionRequest) -> None:

@@ -18,7 +18,7 @@ from ..requests import (
     SampleRequest,
 )
 from .checks import moving
-from .memory import ROOM, block_of, free_memory, needed
+from .memory_estimate import ROOM, block_of, free_memory, needed
 from .state import first_point, objective_of, reported
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _measured(request: CostsRequest, objective: Objective, name: str) -> LossCos
             per_example[size] = (
                 _seconds(objective, name, split.sample(0, size), budget, size) / size
             )
-    room = ROOM * free_memory(request.sample.workers, objective.device)
+    room = ROOM * free_memory(request.sample.workers_per_host, objective.device)
     return LossCosts(
         seconds=per_example[used] * split.examples,
         forward=forward * per_example[used] * split.examples,
@@ -168,7 +168,9 @@ def _seconds(
         and budget.spend(examples)
     ):
         start = time.perf_counter()
-        objective.over(functools.partial(objective.values, name), [batch], gradient=gradient)
+        objective.evaluate_on_batches(
+            functools.partial(objective.values, name), [batch], gradient=gradient
+        )
         times.append(time.perf_counter() - start)
     return min(times)
 
@@ -200,7 +202,9 @@ def _compressions(
         if pair is not None:
             size = 0 if loss.split is None else _sampled_batch(objective, loss.split)
             batch = None if loss.split is None else objective.splits[loss.split].sample(0, size)
-            gradient = objective.over(functools.partial(objective.values, name), [batch]).gradient
+            gradient = objective.evaluate_on_batches(
+                functools.partial(objective.values, name), [batch]
+            ).gradient
             for tensor, values in gradient.items():
                 motion = pair[1][tensor].double() - pair[0][tensor].double()
                 product = (motion * values.cpu()).float()

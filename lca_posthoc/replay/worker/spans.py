@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import resource
@@ -16,7 +15,7 @@ import numpy as np
 
 from ...checkpoints.trajectory import read_stored
 from ...cluster import Spec
-from ...errors import ResourceError, SpanError
+from ...errors import SpanError
 from ...numerics.schema import in_units_of_loss
 from ..requests import (
     LossesAnswer,
@@ -29,6 +28,7 @@ from ..requests import (
     from_plain,
     to_plain,
 )
+from .out_of_memory import with_smaller_batches
 from .state import Point, checkpoint_at, objective_of, point_at, points_of, reported
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ LOOKED = 64  # segments from there that are looked at
 
 
 def stretch_of(row: int) -> range:
-    """Return the segments one of which is measured that `row` is among; none where it is among
-    none.
+    """Return the stretch of segments that holds `row`, of which one segment is measured; an empty
+    one where no stretch holds it.
 
     >>> stretch_of(3), stretch_of(64), stretch_of(200)
     (range(0, 64), range(64, 128), range(0, 0))
@@ -92,7 +92,7 @@ def replay_span(request: SpanRequest) -> SpanAnswer:
         with SpanReport(writer.path, request.span) as report:
             for names in [together, *([name] for name in records if name not in together)]:
                 if names:
-                    losses |= _within_memory(request, objective, writer, names, report)
+                    losses |= _replay_together(request, objective, writer, names, report)
         objective.release_reference()
     return SpanAnswer(
         losses=losses,
@@ -171,43 +171,27 @@ def _markers(writer: RunWriter, request: SpanRequest) -> dict[str, Marker]:
     return {name: marker for name, marker in markers.items() if marker is not None}
 
 
-def _within_memory(
+def _replay_together(
     request: SpanRequest,
     objective: Objective,
     writer: RunWriter,
     losses: list[str],
     report: SpanReport,
 ) -> dict[str, LossSpan]:
-    """Allocate some losses, with half the batch as often as memory runs out."""
-    import torch
-
-    from ...numerics.objective import is_out_of_memory
-
-    while True:
-        try:
-            return _Together(request, objective, writer, losses, report).run()
-        except Exception as error:
-            splits = {
-                split for name in losses if (split := writer.manifest.losses[name].on) is not None
-            }
-            largest = max((objective.batch_sizes[split] for split in splits), default=1)
-            if not is_out_of_memory(error) or largest == 1:
-                raise
-            if request.setup.settings.norm_stats == "batch":
-                raise ResourceError(
-                    f"out of memory with batches of {largest} ({str(error)[:200]}). With "
-                    "--norm-stats batch the batch is part of the loss and is not halved: use a "
-                    "device with more memory, or another run with a smaller --batch-size."
-                ) from error
-            for split in splits:
-                objective.batch_sizes[split] = min(objective.batch_sizes[split], largest // 2)
-        gc.collect()  # the failed pass's tensors, which its traceback held
-        if objective.device.type == "cuda":
-            torch.cuda.empty_cache()
+    """Allocate some losses together, with smaller batches where memory runs out."""
+    splits = {split for name in losses if (split := writer.manifest.losses[name].on) is not None}
+    return with_smaller_batches(
+        lambda: _SpanReplay(request, objective, writer, losses, report).run(),
+        objective,
+        splits,
+        request.setup.settings.norm_stats,
+    )
 
 
-class _Together:
-    """Losses on one span that are evaluated together, or one loss block by block of its groups."""
+class _SpanReplay:
+    """The replay of one span: of several losses at once, or of one loss, block by block of its
+    groups.
+    """
 
     def __init__(
         self,

@@ -39,7 +39,7 @@ def block_of(request: SampleRequest[Any], objective: Objective, name: str) -> in
     elements = sum(tensor.elements for tensor in objective.allocated)
     fits = int(
         ROOM
-        * free_memory(request.sample.workers, objective.device)
+        * free_memory(request.sample.workers_per_host, objective.device)
         // (elements * _bytes_per_number(request))
     )
     if objective.splits[split].examples < _FEW * len(order.labels):
@@ -119,8 +119,8 @@ def short_of(
         return None
     needs, free, max_per_host = (
         needed(request, objective, names, blocks),
-        free_memory(request.sample.workers, objective.device),
-        request.sample.workers,
+        free_memory(request.sample.workers_per_host, objective.device),
+        request.sample.workers_per_host,
     )
     if needs <= free:
         return None
@@ -156,7 +156,7 @@ def bookkeeping(
 
 def _stored(request: SampleRequest[Any]) -> int:
     """Return the bytes of one parameter's allocation on the segments of a span."""
-    return 4 * request.sample.span if request.setup.settings.keep == "parameters" else 0
+    return 4 * request.sample.span_length if request.setup.settings.keep == "parameters" else 0
 
 
 def _bytes_per_number(request: SampleRequest[Any]) -> int:

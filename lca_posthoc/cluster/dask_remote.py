@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from ..errors import InputError, ResourceError
 from .assignments import ANSWER_SECONDS
 from .config import ClusterConfig, is_closed, open_to_others
-from .dask import Workers
+from .dask_client import WITHOUT_US, has_us, shortly
+from .dask_workers import Workers
 from .protocol import Cluster
-from .scheduler import WITHOUT_US, has_us, shortly
 
 if TYPE_CHECKING:
     from distributed import Client, Scheduler, Security

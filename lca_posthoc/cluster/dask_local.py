@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..errors import ResourceError
 from .assignments import ANSWER_SECONDS
 from .config import ClusterConfig
-from .dask import Workers
+from .dask_workers import Workers
 from .protocol import Cluster
 
 if TYPE_CHECKING:

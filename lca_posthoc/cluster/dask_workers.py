@@ -1,4 +1,4 @@
-"""Specs on the workers of a Dask scheduler: `Assignments` decides, `Scheduler` carries.
+"""Specs on the workers of a Dask scheduler: `Assignments` decides, `DaskClient` carries.
 
 Here are the two brought together: what arrives from Dask becomes an event of `Assignments`, and
 each of its actions a task of Dask or an outcome for the driver.
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ResourceError
 from . import assignments
 from .assignments import Abandoned, Action, Ask, Assignments, Cancel, Overdue, Submit
+from .dask_client import WITHOUT_US, DaskClient, answer_of, place_of, result_of, shortly
 from .protocol import Committed, Crew, Function, Outcome, Question, Slow, Spec
-from .scheduler import WITHOUT_US, Scheduler, answer_of, place_of, result_of, shortly
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -36,7 +36,7 @@ class Members:
         question: a function's place and a spec, by which newcomers are asked; None to ask nothing.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: DaskClient) -> None:
         self.able: list[str] = []
         self.question: tuple[str, Spec] | None = None
         self._scheduler = scheduler
@@ -78,7 +78,7 @@ class Workers:
     full_strength = 0
     replace: Callable[[], None] | None = None
 
-    def __init__(self, scheduler: Scheduler, device: str | None, stop: threading.Event) -> None:
+    def __init__(self, scheduler: DaskClient, device: str | None, stop: threading.Event) -> None:
         self._scheduler, self._device, self._stop = scheduler, device, stop
         self._members = Members(scheduler)
 
@@ -86,7 +86,7 @@ class Workers:
     @contextlib.contextmanager
     def opened(cls, client: Client, device: str | None, stop: threading.Event) -> Iterator[Workers]:
         """Open them, and leave nothing behind on the workers afterwards."""
-        with Scheduler.opened(client) as scheduler:
+        with DaskClient.opened(client) as scheduler:
             yield cls(scheduler, device, stop)
 
     def crew(self) -> Crew:
@@ -199,7 +199,7 @@ class _Work:
         self,
         place: str,
         assigned: Assignments,
-        scheduler: Scheduler,
+        scheduler: DaskClient,
         members: Members,
         *,
         on_gpu: bool,

@@ -25,7 +25,7 @@ RESULT_SECONDS = 10.0  # for the few kilobytes of a result
 WITHOUT_US = f"has no lca_posthoc: it needs `pip install lca_posthoc=={__version__}`"
 
 
-class Scheduler:
+class DaskClient:
     """The scheduler behind a Dask client.
 
     Args:
@@ -40,7 +40,7 @@ class Scheduler:
 
     @classmethod
     @contextlib.contextmanager
-    def opened(cls, client: Client) -> Iterator[Scheduler]:
+    def opened(cls, client: Client) -> Iterator[DaskClient]:
         """Use it, and leave nothing behind on the workers afterwards."""
         scheduler = cls(client)
         try:
