@@ -418,7 +418,7 @@ def start(root: Path, out: Path, cluster: str) -> Driver:
     """`lca run` in a process of its own; its spans are 4 segments long."""
     script = root / "lca_short_spans.py"
     script.write_text(
-        "from lca_posthoc import prepare\n"
+        "from lca_posthoc.replay import prepare\n"
         "from lca_posthoc.cli import main\n\n"
         "if __name__ == '__main__':\n"
         "    prepare._LONGEST_SPAN = 4\n"

@@ -383,12 +383,12 @@ def test_a_stream_that_is_gone_is_written_to_no_more() -> None:
 SCRIPT = """\
 import sys
 import lca_posthoc
-from lca_posthoc import progress
+from lca_posthoc.replay import events
 if __name__ == "__main__":
     seen = []
-    listen = {{"default": None, "silent": progress.silent, "callable": seen.append}}[{how!r}]
+    listen = {{"default": None, "silent": events.silent, "callable": seen.append}}[{how!r}]
     lca_posthoc.run({ck!r}, {task!r}, out={out!r}, cluster="inline", progress=listen)  # the user's line
-    print([type(event).__name__ for event in seen if isinstance(event, progress.Note)])
+    print([type(event).__name__ for event in seen if isinstance(event, events.Note)])
 """
 
 
@@ -617,7 +617,7 @@ def cross_entropy(model, batch):
 """
 DRIVE = """\
 import sys
-from lca_posthoc import store
+from lca_posthoc import results
 from lca_posthoc.replay.display import listener, views
 sys.modules["lca_posthoc.results.underway"].EVERY = 0.0
 listener.LOOK, views.FIRST, views.MINUTE = 0.02, 0.0, 0.02

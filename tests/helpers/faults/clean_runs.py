@@ -22,7 +22,7 @@ from tests.helpers.oracle import RULES, Oracle
 
 SPAN = 2  # segments: many spans of little work
 SCRIPT = f"""
-from lca_posthoc import prepare
+from lca_posthoc.replay import prepare
 from lca_posthoc.cli import main
 
 if __name__ == "__main__":
