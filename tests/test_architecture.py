@@ -171,8 +171,7 @@ def test_only_results_knows_zarr_and_only_cluster_knows_distributed() -> None:
     assert found == owners
 
 
-# --- the files of a run
-# -------------------------------------------------------------------------------------
+# --- the files of a run ---------------------------------------------------------------------------
 
 FILE_CALLS = frozenset(
     (

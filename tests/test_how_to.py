@@ -193,8 +193,7 @@ def test_options_in_the_pages_are_those_of_the_commands() -> None:
                     assert option in known, (page, line)
 
 
-# --- SLURM, with stand-ins for its commands
-# ------------------------------------------------------------------------------
+# --- SLURM, with stand-ins for its commands -------------------------------------------------------
 
 SRUN = '#!/bin/sh\nexec "$@"\n'
 SBATCH = """#!/bin/sh

@@ -19,8 +19,7 @@ from lca_posthoc import Loss
 # one for each class; moved to the model's device and precision for you
 CLASS_WEIGHTS = torch.tensor([0.5, 1.0, 4.0])
 
-# --- classification: (inputs, targets), model(inputs) gives logits
-# -------------------------------------------------------
+# --- classification: (inputs, targets), model(inputs) gives logits --------------------------------
 
 
 def ignoring_unlabelled() -> Loss:
@@ -72,8 +71,7 @@ def focal() -> Loss:
     return Loss(Focal(gamma=2.0), on="train")
 
 
-# --- regression
-# ----------------------------------------------------------------------------------------------------------
+# --- regression -----------------------------------------------------------------------------------
 
 
 def squared_error() -> Loss:
@@ -85,8 +83,7 @@ def huber() -> Loss:
     return Loss(nn.HuberLoss(delta=0.5), on="train")
 
 
-# --- your own function: call(model, batch) -> values, or (values, weights)
-# -------------------------------------------------
+# --- your own function: call(model, batch) -> values, or (values, weights) ------------------------
 
 
 def of_pairs(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -113,8 +110,7 @@ def language_model() -> Loss:
     return Loss(call=next_token, on="train")
 
 
-# --- regularisers: terms of the parameters alone, seen apart from the data
-# -------------------------------------------------
+# --- regularisers: terms of the parameters alone, seen apart from the data ------------------------
 
 
 def absolute_weights(model: nn.Module) -> Tensor:
@@ -136,8 +132,7 @@ def regularised() -> dict[str, Loss]:
     }
 
 
-# --- groups: the loss of each part of the data, in one pass over it
-# --------------------------------------------------------
+# --- groups: the loss of each part of the data, in one pass over it -------------------------------
 
 
 def by_class() -> Loss:

@@ -117,8 +117,7 @@ def refuse_unreadable(place: Path) -> None:
             raise InputError(f"{place} holds {layout.words}")
 
 
-# --- numbers in names
-# ------------------------------------------------------------------------------------------------------
+# --- numbers in names -----------------------------------------------------------------------------
 
 
 def step_in_name(name: str) -> int | None:

@@ -82,8 +82,7 @@ def units_of_loss(value: float, scale: float, sign: str = "+", digits: int = 6) 
     return f"{value:{sign}.{1 if tiny else digits}{'e' if tiny else 'f'}}"
 
 
-# --- tables
-# --------------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
 class Table:

@@ -36,8 +36,7 @@ _MORE = 8  # letters a name may have more, so that it can be cut on one side alo
 _DASHES: tuple[LineStyleType, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
 
 
-# --- figures and axes
-# ---------------------------------------------------------------------------------------------------
+# --- figures and axes -----------------------------------------------------------------------------
 
 
 def fresh_axes(ax: Axes | None, width: float, height: float) -> Axes:
@@ -178,8 +177,7 @@ def key(ax: Axes, where: str = "lower left", **place: Any) -> None:
     ax.legend(**(tight | above | {"loc": where} | place))
 
 
-# --- words
-# --------------------------------------------------------------------------------------------------------------
+# --- words ----------------------------------------------------------------------------------------
 
 
 def labels(names: Sequence[Any], most: int = 26) -> list[str]:
@@ -268,8 +266,7 @@ def units(variable: xr.DataArray) -> str:
     return {"loss": "units of loss", "share": "share"}.get(unit, unit)
 
 
-# --- colours and scales
-# -------------------------------------------------------------------------------------------------
+# --- colours and scales ---------------------------------------------------------------------------
 
 
 def colour(position: int) -> str:
@@ -379,8 +376,7 @@ def _power(scale: float) -> int:
     return power if not -2 <= power <= 3 else 0
 
 
-# --- time
-# ---------------------------------------------------------------------------------------------------------------
+# --- time -----------------------------------------------------------------------------------------
 
 
 def pieces(finding: xr.Dataset) -> list[slice]:
@@ -441,8 +437,7 @@ def heat(ax: Axes, finding: xr.Dataset, values: ArrayLike, norm: Normalize) -> Q
     return shown
 
 
-# --- labels at the ends of lines
-# ----------------------------------------------------------------------------------------
+# --- labels at the ends of lines ------------------------------------------------------------------
 
 
 def end_labels(

@@ -137,8 +137,7 @@ class Outermost:
             if can_follow(wrapper) and not self._is_watched(wrapper):
                 self._watch(wrapper, counts_all=False)
 
-    # --- the methods of wrappers
-    # -----------------------------------------------------------------------------------------------------
+    # --- the methods of wrappers ------------------------------------------------------------------
 
     def _watch(self, wrapper: object, counts_all: bool) -> None:
         """Replace the methods of a wrapper; with `counts_all` every call of its `step` counts, for

@@ -86,8 +86,7 @@ class Writer:
         self._thread = threading.Thread(target=self._work, name="lca-recorder", daemon=True)
         self._thread.start()
 
-    # --- the training's side
-    # -------------------------------------------------------------------------------------------------
+    # --- the training's side ----------------------------------------------------------------------
 
     def check(self) -> None:
         """Raise the error of the thread, if there was one.
@@ -144,8 +143,7 @@ class Writer:
                 if threading.current_thread() is not self._thread:
                     self._thread.join()
 
-    # --- the thread's
-    # ----------------------------------------------------------------------------------------------------------
+    # --- the thread's -----------------------------------------------------------------------------
 
     def _work(self) -> None:
         while True:

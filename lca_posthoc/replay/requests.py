@@ -24,8 +24,7 @@ from ..tasks.task import Entry
 T = TypeVar("T")
 A = TypeVar("A")
 
-# --- what all questions are about
-# ------------------------------------------------------------------------------------------
+# --- what all questions are about -----------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +122,7 @@ class Failure:
         return unpack(self.error)
 
 
-# --- may this worker take part?
-# --------------------------------------------------------------------------------------------
+# --- may this worker take part? -------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +154,7 @@ class AdmissionRequest(Question[Admission]):
     checkpoints: list[Checkpoint]
 
 
-# --- what is the task?
-# -----------------------------------------------------------------------------------------------------
+# --- what is the task? ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +212,7 @@ class DescribeRequest(TaskRequest[Description]):
     """Describe the task."""
 
 
-# --- can it be replayed, and at what cost?
-# ---------------------------------------------------------------------------------
+# --- can it be replayed, and at what cost? --------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,8 +345,7 @@ class CostsRequest(SampleRequest[Costs]):
     measured: bool
 
 
-# --- replay
-# ----------------------------------------------------------------------------------------------------------------
+# --- replay ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -446,8 +441,7 @@ class SpanRequest(RunRequest[SpanAnswer]):
     calibration: dict[str, float | None]
 
 
-# --- to and from plain data
-# ------------------------------------------------------------------------------------------------
+# --- to and from plain data -----------------------------------------------------------------------
 
 
 def to_plain(request: object) -> Spec:

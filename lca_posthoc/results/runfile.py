@@ -175,8 +175,7 @@ def _other_format(run: Path, number: int, provenance: object) -> str:
     )
 
 
-# --- every field, before anything is made from it
-# ----------------------------------------------------------------------
+# --- every field, before anything is made from it -------------------------------------------------
 
 
 def parse(document: dict[str, object]) -> Manifest:

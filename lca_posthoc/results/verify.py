@@ -89,8 +89,7 @@ class Verification:
             yield from self._spans(Commits(self.run, manifest, loss))
         yield from self._leftovers(manifest)
 
-    # --- metadata
-    # ----------------------------------------------------------------------------------------------------
+    # --- metadata ---------------------------------------------------------------------------------
 
     def _known(
         self, manifest: Manifest, loss: str | None, files: dict[str, bytes]
@@ -126,8 +125,7 @@ class Verification:
         except ValueError:
             return True
 
-    # --- spans and windows
-    # -------------------------------------------------------------------------------------------
+    # --- spans and windows ------------------------------------------------------------------------
 
     def _spans(self, commits: Commits) -> Iterator[Damage]:
         manifest = commits.manifest
@@ -238,8 +236,7 @@ class Verification:
     def _kind(self, path: str | PurePosixPath) -> disk.Kind:
         return disk.state(self.run / path, follow_links=False).kind
 
-    # --- leftovers
-    # ---------------------------------------------------------------------------------------------------
+    # --- leftovers --------------------------------------------------------------------------------
 
     def _leftovers(self, manifest: Manifest) -> Iterator[Leftover]:
         """Yield files below `data.zarr` that no array has, and chunks and waiting totals that no

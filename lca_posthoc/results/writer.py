@@ -289,8 +289,7 @@ class RunWriter:
         """Return the commit markers of a loss."""
         return Commits(self.path, self.manifest, loss)
 
-    # --- metadata: the driver alone
-    # ---------------------------------------------------------------------------------
+    # --- metadata: the driver alone ---------------------------------------------------------------
 
     def create_loss(self, name: str) -> None:
         """Create the directories and metadata of one loss; leftovers of a killed creation are
@@ -475,8 +474,7 @@ class RunWriter:
             if 0 <= segment < commits.manifest.segments
         )
 
-    # --- what is there
-    # -----------------------------------------------------------------------------------------------
+    # --- what is there ----------------------------------------------------------------------------
 
     def pending(self, loss: str) -> list[int]:
         """Return the spans of a loss that have no marker, or whose totals were lost before they
@@ -496,8 +494,7 @@ class RunWriter:
         """
         return self.commits(loss).span_summary(span)
 
-    # --- spans: workers
-    # ----------------------------------------------------------------------------------------------
+    # --- spans: workers ---------------------------------------------------------------------------
 
     def write_block(self, loss: str, span: int, statistics: SpanStatistics) -> None:
         """Write the large arrays of the block of groups that `statistics` holds; `write_span`

@@ -65,8 +65,7 @@ def present(spec: dict[str, Any]) -> dict[str, Any]:
     return {"pid": os.getpid()}
 
 
-# --- the workers
-# ---------------------------------------------------------------------------------------------------------
+# --- the workers ----------------------------------------------------------------------------------
 
 
 async def max_per_host(address: str, count: int, place: Path) -> None:
@@ -89,8 +88,7 @@ async def max_per_host(address: str, count: int, place: Path) -> None:
         await asyncio.gather(*(worker.finished() for worker in workers))
 
 
-# --- the driver
-# ----------------------------------------------------------------------------------------------------------
+# --- the driver -----------------------------------------------------------------------------------
 
 
 def laid_out(spans: int, segments: int) -> Any:
@@ -276,8 +274,7 @@ def drive(
     }
 
 
-# --- the whole
-# -----------------------------------------------------------------------------------------------------------
+# --- the whole ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -145,8 +145,7 @@ def interpolated(start: Tensor, end: Tensor, x: float) -> Tensor:
     return start + x * (end - start) if start.is_floating_point() else start
 
 
-# --- the first loop
-# ------------------------------------------------------------------------------------------------------
+# --- the first loop -------------------------------------------------------------------------------
 
 
 def mean_gradient(
@@ -195,8 +194,7 @@ def first_loop(job: Job, model: nn.Module, data: list[Examples]) -> Callable[[],
     return loop
 
 
-# --- the expert's
-# --------------------------------------------------------------------------------------------------------
+# --- the expert's ---------------------------------------------------------------------------------
 
 
 def expert_loop(job: Job, model: nn.Module, data: list[Examples]) -> Callable[[], int]:
@@ -256,8 +254,7 @@ def expert_loop(job: Job, model: nn.Module, data: list[Examples]) -> Callable[[]
     return loop
 
 
-# --- timing
-# --------------------------------------------------------------------------------------------------------------
+# --- timing ---------------------------------------------------------------------------------------
 
 
 def seconds_of(work: Callable[[], object], device: str) -> float:
@@ -404,8 +401,7 @@ def sums_of_run(run: lca_posthoc.Run) -> list[list[float]]:
     return found
 
 
-# --- arithmetic
-# ----------------------------------------------------------------------------------------------------------
+# --- arithmetic -----------------------------------------------------------------------------------
 
 
 def count_flops(job: Job) -> Result:
@@ -480,8 +476,7 @@ ROLES: dict[str, Callable[[Job], Result]] = {
 }
 
 
-# --- the whole
-# -----------------------------------------------------------------------------------------------------------
+# --- the whole ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,7 @@ def near_the_oracle(
         assert error <= bound * max(float(exact.abs().sum()), 1e-5 * whole), name
 
 
-# --- what transformers writes
-# ----------------------------------------------------------------------------------------------
+# --- what transformers writes ---------------------------------------------------------------------
 
 TOKENS = torch.randint(0, 31, (12, 8), generator=torch.Generator().manual_seed(0))
 
@@ -135,8 +134,7 @@ def test_the_command_line_replays_a_trainers_directory(tmp_path: Path) -> None:
     says(result.stdout, "transformer.wte")
 
 
-# --- adapters
-# ------------------------------------------------------------------------------------------------------------
+# --- adapters -------------------------------------------------------------------------------------
 
 INPUTS, TARGETS = task_namespace()["train"]
 
@@ -303,8 +301,7 @@ def test_buffers_must_be_in_the_checkpoints_unless_the_task_fixes_them(
     assert set(arrays(made["train"].allocation)) == ADAPTERS
 
 
-# --- public series
-# ---------------------------------------------------------------------------------------------------------
+# --- public series --------------------------------------------------------------------------------
 
 SPACED = (0, *(2**power for power in range(10)), 1000)
 

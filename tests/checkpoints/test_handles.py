@@ -229,8 +229,7 @@ def test_a_cursor_is_closed_where_it_was_opened_when_a_pass_ends_early(
     assert made[0].closed == before + 1
 
 
-# --- the thread that reads
-# ---------------------------------------------------------------------------------------------
+# --- the thread that reads ------------------------------------------------------------------------
 
 
 def test_an_error_keeps_its_place_and_the_thread_goes_on() -> None:
@@ -320,8 +319,7 @@ def test_a_run_within_an_import_does_not_wait_for_the_import(
     assert len(importing_this.batches) == 2
 
 
-# --- runs
-# --------------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 SERVED = """\
@@ -359,8 +357,7 @@ def test_a_run_reads_a_connection_the_task_has_open(tmp_path: Path) -> None:
         assert (served.allocation[name].values == plain.allocation[name].values).all()
 
 
-# --- what cannot travel
-# ------------------------------------------------------------------------------------------------
+# --- what cannot travel ---------------------------------------------------------------------------
 
 
 class Holding(Dataset[Any]):

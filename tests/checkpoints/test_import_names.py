@@ -55,8 +55,7 @@ def holds(directory: Path, wanted: Mapping[int, State]) -> None:
         assert all(torch.equal(written[name], tensor) for name, tensor in state.items())
 
 
-# --- numbers that count epochs or saves
-# ----------------------------------------------------------------------------------
+# --- numbers that count epochs or saves -----------------------------------------------------------
 
 Document = Callable[[int, State], Any]
 # the files' names, what they hold, a pattern the refusal names
@@ -299,8 +298,7 @@ def test_names_of_two_trainings_in_one_directory_are_said(tmp_path: Path) -> Non
         open_trajectory(tmp_path)
 
 
-# --- state dicts inside others
-# -------------------------------------------------------------------------------------------
+# --- state dicts inside others --------------------------------------------------------------------
 
 
 def adam(state: State) -> dict[str, Any]:
@@ -470,8 +468,7 @@ def test_an_average_beside_the_model_is_said(tmp_path: Path) -> None:
     holds(tmp_path / "st", dict(enumerate(STATES)))
 
 
-# --- objects of other classes
-# --------------------------------------------------------------------------------------------
+# --- objects of other classes ---------------------------------------------------------------------
 
 
 class Colour(enum.Enum):
@@ -666,8 +663,7 @@ def test_no_weight_hides_and_nothing_is_called(tmp_path: Path, case: str) -> Non
     assert not (tmp_path / "st").exists()
 
 
-# --- formats only their own programs read
-# --------------------------------------------------------------------------------
+# --- formats only their own programs read ---------------------------------------------------------
 
 
 def files(**held: bytes) -> Callable[[Path], Path]:

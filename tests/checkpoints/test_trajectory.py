@@ -60,8 +60,7 @@ def refused(act: Callable[[], object], *words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-# --- steps
-# -------------------------------------------------------------------------------------------------------------
+# --- steps ----------------------------------------------------------------------------------------
 
 NAMES = {
     "step_00000010": 10,
@@ -262,8 +261,7 @@ def test_steps_left_out_are_not_validated(tmp_path: Path) -> None:
     assert steps(tmp_path, steps=":2") == [1, 2]
 
 
-# --- shards
-# ------------------------------------------------------------------------------------------------------------
+# --- shards ---------------------------------------------------------------------------------------
 
 
 def shard(
@@ -319,8 +317,7 @@ def test_a_shard_of_another_directory_is_never_read(tmp_path: Path) -> None:
     refused(lambda: open_trajectory(tmp_path / "ck"), "secret.safetensors", "missing")
 
 
-# --- names
-# -------------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -455,8 +452,7 @@ def test_half_precision_is_seen_in_the_headers(tmp_path: Path) -> None:
     assert open_trajectory(tmp_path).half_precision == ["w"]
 
 
-# --- what is read, and how
-# ---------------------------------------------------------------------------------------------
+# --- what is read, and how ------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -605,8 +601,7 @@ def test_every_dtype_and_shape_comes_back_as_it_was(
     )
 
 
-# --- headers: whatever we accept, safetensors accepts
-# --------------------------------------------------------------------
+# --- headers: whatever we accept, safetensors accepts ---------------------------------------------
 
 SMALL = save(
     {"w": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(2, dtype=torch.int64)},

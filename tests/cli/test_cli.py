@@ -52,8 +52,7 @@ def place(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "place"))
 
 
-# --- help
-# --------------------------------------------------------------------------------------------------------------
+# --- help -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -162,8 +161,7 @@ def test_the_console_script_gives_back_exit_codes(tmp_path: Path) -> None:
     assert done.stderr.startswith("lca: ")
 
 
-# --- streams
-# -----------------------------------------------------------------------------------------------------------
+# --- streams --------------------------------------------------------------------------------------
 
 
 def test_a_run_prints_its_result_on_stdout_and_nothing_else(made: Path, tmp_path: Path) -> None:
@@ -276,8 +274,7 @@ def test_what_a_task_prints_does_not_mix_with_the_document(place: Path) -> None:
     assert set(document(found)) == {"schema", "losses"}
 
 
-# --- JSON
-# --------------------------------------------------------------------------------------------------------------
+# --- JSON -----------------------------------------------------------------------------------------
 
 SUMMARY = {
     "segments": int,
@@ -461,8 +458,7 @@ def test_a_plan_is_a_document_and_creates_nothing(place: Path) -> None:
     ) == before
 
 
-# --- remove and add
-# ----------------------------------------------------------------------------------------------------
+# --- remove and add -------------------------------------------------------------------------------
 
 
 ANOTHER = (

@@ -173,8 +173,7 @@ def test_a_screen_holds_every_line_and_every_number(run: Run) -> None:
         assert all(cell in plain for cell in row[1:])
 
 
-# --- numbers, numbers of things, lines
-# -----------------------------------------------------------------------------------
+# --- numbers, numbers of things, lines ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -315,8 +314,7 @@ def test_a_note_breaks_between_words_and_never_inside_a_command(width: int) -> N
     assert wrapped(text, Screen(width, False).console) == text
 
 
-# --- help
-# ----------------------------------------------------------------------------------------------------------------
+# --- help -----------------------------------------------------------------------------------------
 
 
 def test_the_bare_command_prints_its_help_as_help() -> None:

@@ -332,8 +332,7 @@ def test_a_spec_that_takes_far_longer_than_its_peers_is_named_with_what_it_does(
     assert any("until_released" in frame for frame in heard[0].doing)
 
 
-# --- who is turned away
-# ------------------------------------------------------------------------------------------------
+# --- who is turned away ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

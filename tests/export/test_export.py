@@ -158,8 +158,7 @@ def same(found: xr.Dataset, wanted: xr.Dataset) -> None:
     assert set(found.coords) == set(wanted.coords)
 
 
-# --- NetCDF
-# ------------------------------------------------------------------------------------------------------------
+# --- NetCDF ---------------------------------------------------------------------------------------
 
 
 def odd() -> xr.Dataset:
@@ -252,8 +251,7 @@ def test_netcdf_of_every_finding_reads_back(run: Run, tmp_path: Path) -> None:
         )
 
 
-# --- tables
-# ------------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
 def rows_of(data: xr.Dataset, dims: tuple[str, ...]) -> Iterator[dict[str, Any]]:
@@ -384,8 +382,7 @@ def test_numbers_keep_every_digit_and_their_type() -> None:
     assert list(table.dtypes.astype(str)) == ["int64", "float64", "float32", "int64"]
 
 
-# --- TensorBoard
-# -------------------------------------------------------------------------------------------------------
+# --- TensorBoard ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -508,8 +505,7 @@ def test_a_long_run_is_thinned_and_says_so(
     assert said[-1] == "loss 'train': histograms of 2 of 6 segments are written."
 
 
-# --- what is left out, and what is refused
-# -----------------------------------------------------------------------------
+# --- what is left out, and what is refused --------------------------------------------------------
 
 
 def test_what_the_run_does_not_keep_is_left_out_with_a_word(plain: Path, tmp_path: Path) -> None:

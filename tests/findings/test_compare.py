@@ -29,8 +29,7 @@ from ..helpers.cli import contents, document, lca, marker, refused, says
 Array = np.ndarray[Any, Any]
 pytestmark = pytest.mark.filterwarnings("error", "ignore::lca_posthoc.errors.LCAWarning")
 
-# --- statistics
-# --------------------------------------------------------------------------------------------------------------
+# --- statistics -----------------------------------------------------------------------------------
 
 
 def rejected(p: list[float], level: float) -> set[int]:
@@ -147,8 +146,7 @@ def test_what_does_not_vary_has_no_p_and_is_no_failure(case: str) -> None:
         assert found.low.tolist() == found.mean.tolist() == found.high.tolist() == [0, 0]
 
 
-# --- runs
-# --------------------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "shallow": lambda: nn.Sequential(
@@ -425,8 +423,7 @@ def test_what_cannot_be_compared_is_refused(root: Path, case: str) -> None:
     says(str(caught.value), *words.split("; "))
 
 
-# --- lca compare
-# -------------------------------------------------------------------------------------------------------------
+# --- lca compare ----------------------------------------------------------------------------------
 
 
 def test_the_document_holds_the_finding(root: Path, found: xr.Dataset) -> None:
@@ -576,8 +573,7 @@ def test_a_run_without_losses_is_refused(root: Path, tmp_path: Path) -> None:
     assert json.loads((place / "run.json").read_text())["losses"] == {}
 
 
-# --- which runs are repeats, and which are pairs
-# ------------------------------------------------------------------------------
+# --- which runs are repeats, and which are pairs --------------------------------------------------
 
 
 @pytest.fixture(scope="module")

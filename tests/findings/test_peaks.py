@@ -39,8 +39,7 @@ from ..helpers.cli import marker, says
 
 Array = np.ndarray[Any, Any]
 
-# --- moments
-# ---------------------------------------------------------------------------------------------------------------
+# --- moments --------------------------------------------------------------------------------------
 
 
 def slow_possible(rows: list[Any], joined: list[bool]) -> list[bool]:
@@ -131,8 +130,7 @@ def test_a_plateau_across_a_gap_is_none() -> None:
     assert minima(values, can).ravel().nonzero()[0].tolist() == [6]
 
 
-# --- nulls
-# -----------------------------------------------------------------------------------------------------------------
+# --- nulls ----------------------------------------------------------------------------------------
 
 
 def every_rotation(peak: Array, borders: list[int]) -> dict[tuple[int, ...], float]:
@@ -279,8 +277,7 @@ def test_the_p_values_are_counts_of_draws() -> None:
     assert not np.array_equal(other.shift, found.shift)
 
 
-# --- calibration and power
-# ---------------------------------------------------------------------------------------------------
+# --- calibration and power ------------------------------------------------------------------------
 
 SEEDS, LEVELS = 200, (0.01, 0.05, 0.1)
 EARLY = 1 + 20 * np.exp(-np.arange(1100) / 100)  # all layers learn most early on, as they do
@@ -356,8 +353,7 @@ def test_groups_that_are_alike_fool_the_independent_null_and_not_the_rotations()
     assert max(alarms["p_shift"], alarms["p_local"]) <= most(0.05) < alarms["p_independent"]
 
 
-# --- a run
-# -----------------------------------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 SEGMENTS, SPAN = 30, 4
 

@@ -65,8 +65,7 @@ class Case:
         return directory
 
 
-# --- models
-# ------------------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 
 def relu_mlp() -> nn.Module:
@@ -234,8 +233,7 @@ class Transformer(nn.Module):
         return self.head(x)
 
 
-# --- data
-# --------------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 def _vectors() -> dict[str, Batch]:
@@ -277,8 +275,7 @@ def _tokens() -> dict[str, Batch]:
     return {"train": (text[:, :-1], text[:, 1:])}
 
 
-# --- losses, each written twice: for the package and for the oracle
-# ------------------------------------------------------
+# --- losses, each written twice: for the package and for the oracle -------------------------------
 
 
 def classes(model: nn.Module, batch: Batch) -> Tensor:

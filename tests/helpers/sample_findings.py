@@ -350,8 +350,7 @@ MADE: dict[str, Callable[..., xr.Dataset]] = {
 }
 
 
-# --- of models and runs of any size
-# ---------------------------------------------------------------------------------------
+# --- of models and runs of any size ---------------------------------------------------------------
 
 
 def module(at: int) -> str:

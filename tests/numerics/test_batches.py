@@ -172,8 +172,7 @@ def share(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> fl
     return float(request.param)
 
 
-# --- the same batches, whatever serves them
-# ----------------------------------------------------------------------------
+# --- the same batches, whatever serves them -------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", EVERY)
@@ -228,8 +227,7 @@ def test_text_and_numbers_beside_tensors_are_handed_on() -> None:
     assert split.sample(0, 2)["text"] == ["0", "1"]
 
 
-# --- kept or streamed
-# --------------------------------------------------------------------------------------------------
+# --- kept or streamed -----------------------------------------------------------------------------
 
 
 class Example:
@@ -389,8 +387,7 @@ def test_no_gradient_flows_into_data(share: float) -> None:
     assert not any(batch[0].requires_grad for _, batch in split.batches(4))
 
 
-# --- iterable data
-# -----------------------------------------------------------------------------------------------------
+# --- iterable data --------------------------------------------------------------------------------
 
 
 def shuffled(_: int) -> list[Any]:
@@ -463,8 +460,7 @@ def test_an_error_inside_iterable_data_names_the_split() -> None:
         split_of(Stream(give))
 
 
-# --- groups
-# ------------------------------------------------------------------------------------------------------------
+# --- groups ---------------------------------------------------------------------------------------
 
 NAMES = ["b", "a", "c"]
 GROUPINGS: dict[str, tuple[Any, list[Any]]] = {
@@ -634,8 +630,7 @@ def test_examples_that_cannot_be_collated_alone_have_groups() -> None:
     assert split.order(lambda inputs, targets: targets).counts == torch.bincount(TARGETS).tolist()
 
 
-# --- subsets
-# -----------------------------------------------------------------------------------------------------------
+# --- subsets --------------------------------------------------------------------------------------
 
 
 def test_a_random_subset_is_drawn_by_its_seed_in_random_order() -> None:
@@ -681,8 +676,7 @@ def test_subsets_that_choose_nothing_are_refused(subset: str, problem: str) -> N
         split_of((INPUTS, TARGETS), subset)
 
 
-# --- the digest
-# --------------------------------------------------------------------------------------------------------
+# --- the digest -----------------------------------------------------------------------------------
 
 
 def test_the_digest_tells_data_apart_and_not_its_container() -> None:
@@ -714,8 +708,7 @@ def test_the_digest_knows_how_many_examples_there_are_and_the_subset() -> None:
     assert split_of((long,)).digest != split_of((long.int(),)).digest
 
 
-# --- what is refused
-# ---------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def loader(**options: Any) -> Callable[[], Any]:

@@ -46,8 +46,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 DENSE = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).relu()
 COMPLEX = torch.view_as_complex(torch.randn(6, 4, 2, generator=torch.Generator().manual_seed(1)))
 
-# --- tensors of every layout
-# -------------------------------------------------------------------------------------------
+# --- tensors of every layout ----------------------------------------------------------------------
 
 
 def nested(layout: torch.layout) -> Tensor:
@@ -196,8 +195,7 @@ def test_a_buffer_of_any_layout_is_converted_with_its_module(name: str) -> None:
     assert torch.equal(dense(held), dense(tensor).to(dense(held).dtype))
 
 
-# --- containers of every kind
-# ------------------------------------------------------------------------------------------
+# --- containers of every kind ---------------------------------------------------------------------
 
 
 class Pair(NamedTuple):
@@ -426,8 +424,7 @@ def test_hashes_are_equal_between_processes() -> None:
     assert len(set(hashes())) == len(hashes()) - 3  # four kinds of dicts count alike
 
 
-# --- packed sequences
-# --------------------------------------------------------------------------------------------------
+# --- packed sequences -----------------------------------------------------------------------------
 
 
 def test_a_packed_sequence_keeps_its_sizes_on_the_cpu() -> None:
@@ -446,8 +443,7 @@ def test_a_packed_sequence_keeps_its_sizes_on_the_cpu() -> None:
     )
 
 
-# --- losses on them, against the same with dense tensors
-# ----------------------------------------------------------------
+# --- losses on them, against the same with dense tensors ------------------------------------------
 
 LINKS = torch.randn(6, 6, generator=torch.Generator().manual_seed(3)).relu()
 LABELS = torch.tensor([0, 1, 2, 1, 0, 2])
@@ -583,8 +579,7 @@ def test_other_values_of_a_sparse_buffer_are_another_model() -> None:
     assert {key for key in found[0] if found[0][key] != found[1][key]} == {"tensor 'links'"}
 
 
-# --- writes
-# ------------------------------------------------------------------------------------------------------------
+# --- writes ---------------------------------------------------------------------------------------
 
 
 class Lazy(Target):
@@ -641,8 +636,7 @@ def test_a_write_is_found_wherever_it_is(case: str) -> None:
     assert written(batch, write) == place
 
 
-# --- memory
-# ------------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", CONTAINERS)

@@ -38,8 +38,7 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
 
 
-# --- ways to take a derivative: each gives one value for each example
-# ----------------------------------------------------
+# --- ways to take a derivative: each gives one value for each example -----------------------------
 
 
 def in_place(model: nn.Module, batch: Any) -> Tensor:
@@ -274,8 +273,7 @@ def test_values_of_a_data_set_made_in_inference_mode_can_be_trained_on() -> None
     assert check_loss(objective, "train") == []
 
 
-# --- patched functions
-# --------------------------------------------------------------------------------------------------
+# --- patched functions ----------------------------------------------------------------------------
 
 
 def plain_norm(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -162,8 +162,7 @@ def test_the_entries_of_a_dict_share_its_forward_pass(
     )
 
 
-# --- by name
-# -------------------------------------------------------------------------------------------------------------
+# --- by name --------------------------------------------------------------------------------------
 
 TASK = (
     cli.TASK.replace(
@@ -264,8 +263,7 @@ def test_recalibrated_statistics_can_be_those_of_a_dict_of_losses(lab: Lab) -> N
     assert_same_bits(found[0]["other"], found[1]["other"])
 
 
-# --- what is refused
-# -----------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def small_batches_lack(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -76,8 +76,7 @@ def raised(lab: Lab, name: str, losses: Mapping[str, Loss], **settings: Any) -> 
     return str(caught.value)
 
 
-# --- how examples are grouped
-# --------------------------------------------------------------------------------------------
+# --- how examples are grouped ---------------------------------------------------------------------
 
 
 def by_class(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -141,8 +140,7 @@ def group_truth(
     return judge.allocate(lab.checkpoints(name), *oracle.simpson(intervals))
 
 
-# --- each group
-# ----------------------------------------------------------------------------------------------------------
+# --- each group -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "mode"), MODES)
@@ -204,8 +202,7 @@ def test_counts_and_the_histogram_are_those_of_each_groups_stored_numbers(lab: L
         assert results.histogram["zero"].values[at, group] == (values == 0).sum()
 
 
-# --- all groups together
-# -------------------------------------------------------------------------------------------------
+# --- all groups together --------------------------------------------------------------------------
 
 CLASS_WEIGHTS = torch.tensor([0.5, 1.0, 2.0, 3.0])
 MEANS: dict[str, tuple[str, str, Loss, Callable[..., Any]]] = {
@@ -326,8 +323,7 @@ def test_totals_of_a_grouped_loss_are_those_of_slow_loops_over_its_weighted_mean
         assert np.array_equal(counts, np.round(counts))
 
 
-# --- labels
-# --------------------------------------------------------------------------------------------------------------
+# --- labels ---------------------------------------------------------------------------------------
 
 TARGETS = _vectors()["train"][1]
 NAMES = ["wolf", "ape", "Zebra", "émeu"]
@@ -472,8 +468,7 @@ def test_other_groups_under_a_recorded_name_are_refused(lab: Lab) -> None:
         replay(lab, "relu_mlp", grouped(Loss(F.cross_entropy), moved), out=first.path, steps="0:2")
 
 
-# --- refinement
-# ----------------------------------------------------------------------------------------------------------
+# --- refinement -----------------------------------------------------------------------------------
 
 
 @cache
@@ -535,8 +530,7 @@ def test_a_grouped_loss_is_refined_where_its_mean_would_not_be(lab: Lab) -> None
     assert int(replayed["grouped"].steps["level"][at]) > 1
 
 
-# --- blocks
-# --------------------------------------------------------------------------------------------------------------
+# --- blocks ---------------------------------------------------------------------------------------
 
 
 def in_blocks_of(monkeypatch: pytest.MonkeyPatch, block: int) -> None:

@@ -47,8 +47,7 @@ def objective_of(
     return made
 
 
-# --- what is handed over instead of a loss, a model or data
-# -------------------------------------------------------------
+# --- what is handed over instead of a loss, a model or data ---------------------------------------
 
 
 class Metric:
@@ -250,8 +249,7 @@ def test_a_call_of_outputs_and_targets_says_what_it_would_be_as(tmp_path: Path) 
         )
 
 
-# --- losses no gradient reaches
-# -----------------------------------------------------------------------------------------
+# --- losses no gradient reaches -------------------------------------------------------------------
 
 
 def _values(model: nn.Module, batch: Any) -> Tensor:
@@ -353,8 +351,7 @@ def test_a_gradient_that_is_zero_or_elsewhere_is_no_reason_to_refuse(
     assert check_loss(objective_of(Loss(call=values), data=(x, y)), "the loss") == []
 
 
-# --- losses with parameters of their own
-# --------------------------------------------------------------------------------
+# --- losses with parameters of their own ----------------------------------------------------------
 
 
 class Centres(nn.Module):
@@ -406,8 +403,7 @@ def test_parameters_of_a_loss_are_named(case: str) -> None:
         assert f"loss 'the loss' has parameters of its own, {named}, which no checkpoint" in note
 
 
-# --- autocast inside
-# ----------------------------------------------------------------------------------------------------
+# --- autocast inside ------------------------------------------------------------------------------
 
 
 class Casting(nn.Module):
@@ -505,8 +501,7 @@ def test_the_measured_error_of_a_loss_under_autocast_is_that_of_autocast(tmp_pat
     assert measured > 1e-3
 
 
-# --- tensors that move without a gradient
-# -------------------------------------------------------------------------------
+# --- tensors that move without a gradient ---------------------------------------------------------
 
 
 class Agent(nn.Module):
@@ -549,8 +544,7 @@ def test_tensors_without_a_gradient_are_told_apart_by_whether_the_loss_depends_o
     assert not made["td"].allocation["target.0.weight"].values.any()
 
 
-# --- running statistics nobody updated
-# ----------------------------------------------------------------------------------
+# --- running statistics nobody updated ------------------------------------------------------------
 
 
 def normalised() -> nn.Module:
@@ -608,8 +602,7 @@ def test_running_statistics_of_a_new_model_are_said(case: str, tmp_path: Path) -
     )
 
 
-# --- what a function was given, where it fails
-# --------------------------------------------------------------------------
+# --- what a function was given, where it fails ----------------------------------------------------
 
 
 def keras_order(y_true: Tensor, y_pred: Tensor) -> Tensor:

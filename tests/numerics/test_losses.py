@@ -53,8 +53,7 @@ def _imported(path: Path) -> ModuleType:
 losses = _imported(Path(__file__).parent.parent.parent / "docs" / "examples" / "losses.py")
 
 
-# --- models
-# ------------------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 
 def three_outputs() -> nn.Module:
@@ -85,8 +84,7 @@ class LanguageModel(nn.Module):
         return SimpleNamespace(logits=self.head(torch.tanh(self.drop(mean))))
 
 
-# --- data: 23 examples, in batches of 7
-# ----------------------------------------------------------------------------------
+# --- data: 23 examples, in batches of 7 -----------------------------------------------------------
 
 GENERATOR = torch.Generator().manual_seed(5)
 INPUTS, OTHERS = torch.randn(2, 23, 6, generator=GENERATOR)
@@ -102,8 +100,7 @@ TEXT = {"input_ids": TOKENS, "attention_mask": (torch.arange(9) < LENGTHS).long(
 DOMAINS = [("web", "books", "code")[index % 5 % 3] for index in range(23)]
 
 
-# --- each loss by its definition
-# -----------------------------------------------------------------------------------------
+# --- each loss by its definition ------------------------------------------------------------------
 
 
 def classes(
@@ -191,8 +188,7 @@ def token_mean(model: nn.Module, batch: Batch) -> Tensor:
     )
 
 
-# --- the examples
-# --------------------------------------------------------------------------------------------------------
+# --- the examples ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -406,8 +402,7 @@ def test_the_l2_term_gives_each_parameter_half_of_l2_times_the_change_of_its_squ
             assert allocation[name][segment] == pytest.approx(exact.numpy(), rel=1e-4, abs=1e-11)
 
 
-# --- losses that write into what they are given
-# --------------------------------------------------------------------------
+# --- losses that write into what they are given ---------------------------------------------------
 
 Record = dict[str, Any]
 RECORDS: Record = {"x": INPUTS, "y": TARGETS, "seen": (INPUTS > 9) / 1.0}

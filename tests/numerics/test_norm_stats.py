@@ -30,8 +30,7 @@ from ..helpers.cli import document, lca, says
 from ..helpers.model_cases import CASES, Batch, Case, classes
 from ..helpers.oracle import Oracle, simpson
 
-# --- the oracle: a checkpoint with the statistics of the data at its weights
-# -------------------------------------------------
+# --- the oracle: a checkpoint with the statistics of the data at its weights ----------------------
 
 
 class Gathered(nn.Module):
@@ -100,8 +99,7 @@ def recalibrated(
     return found
 
 
-# --- networks
-# --------------------------------------------------------------------------------------------------------------
+# --- networks -------------------------------------------------------------------------------------
 
 
 def dense(norm: Callable[[int], nn.Module]) -> Callable[[], nn.Module]:
@@ -404,8 +402,7 @@ def test_a_task_without_the_loss_that_recalibrates_is_refused(
         replay(recorded("dense"), fewer, tmp_path / "run", losses=["again"])
 
 
-# --- both modes before the first span
-# --------------------------------------------------------------------------------------
+# --- both modes before the first span -------------------------------------------------------------
 
 
 def diverging(name: str, directory: Path, **changes: Any) -> Path:
@@ -542,8 +539,7 @@ def test_the_sign_of_a_layer_may_turn_with_the_mode(tmp_path: Path) -> None:
     assert abs(change["running"] - change["batch"]) > SHARE * abs(change["batch"])
 
 
-# --- the mode beside headlines and figures, buffers apart from layers
-# ------------------------------------------------------
+# --- the mode beside headlines and figures, buffers apart from layers -----------------------------
 
 
 @pytest.fixture(scope="module", params=["running", "batch", "recalibrated"])

@@ -91,8 +91,7 @@ def trajectory(directory: Path, model: nn.Module) -> Path:
     return directory
 
 
-# --- the probes
-# --------------------------------------------------------------------------------------------------------
+# --- the probes -----------------------------------------------------------------------------------
 
 
 class Applied(nn.Module):
@@ -361,8 +360,7 @@ def test_a_loss_at_its_minimum_passes_the_probe(batch_size: int | None) -> None:
     assert check_loss(objective_of(task, {"weight": best}, batch_size=batch_size), "the_loss") == []
 
 
-# --- normalisation layers
-# ----------------------------------------------------------------------------------------------
+# --- normalisation layers -------------------------------------------------------------------------
 
 NORMS = {
     "batch_norm 1d": (F.batch_norm, (5, 3), True),
@@ -559,8 +557,7 @@ def test_evaluation_leaves_every_tensor_of_the_model_and_its_mode_as_they_were(
     )
 
 
-# --- batches
-# -----------------------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
 
 
 class AsDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -637,8 +634,7 @@ def test_the_automatic_batch_size_is_a_power_of_two_or_the_whole_split_and_alway
         assert size == examples or (size < examples and size & (size - 1) == 0)
 
 
-# --- what the first examples do not show
-# ---------------------------------------------------------------------------------
+# --- what the first examples do not show ----------------------------------------------------------
 
 
 def unlabelled(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

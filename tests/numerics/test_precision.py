@@ -117,8 +117,7 @@ def error_of(replayed: Run, loss: str = "plain") -> np.ndarray:
     return replayed[loss].steps["precision_error"].values
 
 
-# --- what is measured
-# ----------------------------------------------------------------------------------------------------
+# --- what is measured -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
@@ -221,8 +220,7 @@ def test_the_error_is_that_of_all_tensors_also_where_some_are_kept(place: Place)
     )
 
 
-# --- tasks that do not run one precision higher
-# --------------------------------------------------------------------------
+# --- tasks that do not run one precision higher ---------------------------------------------------
 
 
 class Rounded(nn.Module):
@@ -267,8 +265,7 @@ def test_a_task_that_is_another_one_in_float64_runs_in_float32_and_says_that_not
         replayed(iterates, case, tmp_path / "wide", case.losses, precision="float64")
 
 
-# --- settings
-# ------------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, which tf32 may be used on")
@@ -302,8 +299,7 @@ def test_bfloat16_is_not_refined_unless_asked(
     assert (levels == levels.min()).all() or wanted != "inf"
 
 
-# --- measuring disturbs nothing
-# ------------------------------------------------------------------------------------------
+# --- measuring disturbs nothing -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -362,8 +358,7 @@ def test_a_loss_added_later_has_the_errors_it_has_in_one_run(place: Place, tmp_p
     assert error_of(later, "grouped").tobytes() == error_of(once, "grouped").tobytes()
 
 
-# --- dead segments
-# -------------------------------------------------------------------------------------------------------
+# --- dead segments --------------------------------------------------------------------------------
 
 # segments that do not move, of ten; the segments that are measured, with stretches from 0 and from
 # 8 on

@@ -80,8 +80,7 @@ def test_every_setting_has_its_cases_here() -> None:
     assert list(ASKED) == list(SETTINGS)
 
 
-# --- who offers them
-# -----------------------------------------------------------------------------------------------------
+# --- who offers them ------------------------------------------------------------------------------
 
 
 def test_run_takes_every_setting_in_the_order_of_the_table() -> None:
@@ -132,8 +131,7 @@ def test_the_reference_page_has_the_table() -> None:
     assert [line for line in lines if line.startswith("| `--")] == rows
 
 
-# --- what is asked for and what is recorded
-# --------------------------------------------------------------------------------------------------
+# --- what is asked for and what is recorded -------------------------------------------------------
 
 
 @pytest.mark.parametrize("nothing", NOT_ASKED.values(), ids=NOT_ASKED)
@@ -232,8 +230,7 @@ def test_every_setting_a_caller_gives_reaches_the_record(
     assert settled == [{name: cases[0][1] for name, cases in ASKED.items()}]
 
 
-# --- precisions
-# -------------------------------------------------------------------------------------------------------------
+# --- precisions -----------------------------------------------------------------------------------
 
 
 def test_a_reference_is_a_precision_that_rounds_less() -> None:

@@ -46,8 +46,7 @@ def replay_only(
     return run(lab.iterates(name), task, losses=wanted, **chosen)
 
 
-# --- one forward pass
-# ----------------------------------------------------------------------------------------------------
+# --- one forward pass -----------------------------------------------------------------------------
 
 FORWARD, BACKWARD = "forward", "backward"
 COUNTED: list[str] = []
@@ -191,8 +190,7 @@ def test_losses_on_the_same_batches_share_forward_passes_and_with_the_same_value
     assert (COUNTED.count(FORWARD), COUNTED.count(BACKWARD)) == (forward, 0)
 
 
-# --- none shows in another
-# -----------------------------------------------------------------------------------------------
+# --- none shows in another ------------------------------------------------------------------------
 
 
 def doubled_in_place(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -280,8 +278,7 @@ def test_losses_of_a_model_that_is_recomputed_or_normalised_have_the_bits_they_h
         assert_same_bits(together[each], replay(lab, name, {each: loss}, norm_stats=mode)[each])
 
 
-# --- what is pending, what is added
-# --------------------------------------------------------------------------------------
+# --- what is pending, what is added ---------------------------------------------------------------
 
 THREE: dict[str, Loss] = {
     "whole": Loss(F.cross_entropy),
@@ -405,8 +402,7 @@ def test_losses_of_one_run_are_listed_and_recorded_in_their_order(lab: Lab) -> N
     ]
 
 
-# --- terms of the parameters
-# ---------------------------------------------------------------------------------------------
+# --- terms of the parameters ----------------------------------------------------------------------
 
 DECAY = 0.3
 

@@ -157,8 +157,7 @@ def test_a_loss_over_all_examples_has_no_positions(replay: Callable[..., Any]) -
     assert replay(task())["train"].positions is None
 
 
-# --- standard errors
-# -----------------------------------------------------------------------------------------------------
+# --- standard errors ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -85,8 +85,7 @@ Replay = Callable[..., tuple[Any, list[str]]]
 SCALES = {"dollars": 4e10, "unit": 1.0, "small": 1e-6, "smallest": 1e-30}
 
 
-# --- a share of the loss
-# -------------------------------------------------------------------------------------------------
+# --- a share of the loss --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", ["0.1%", "0.0001%"])
@@ -192,8 +191,7 @@ def test_a_run_without_shares_can_be_read_without_a_scale(replay: Replay) -> Non
     )
 
 
-# --- what may be given
-# ---------------------------------------------------------------------------------------------------
+# --- what may be given ----------------------------------------------------------------------------
 
 GIVEN = {
     "0.1%": "0.1%",
@@ -227,8 +225,7 @@ def test_other_tolerances_are_refused(given: str, tmp_path: Path) -> None:
         resolve({"allocation_tolerance": given}, None)
 
 
-# --- what is said
-# --------------------------------------------------------------------------------------------------------
+# --- what is said ---------------------------------------------------------------------------------
 
 ADVICE = {  # of a loss, under settings: words of the note; none where a tolerance means something
     "too small for the loss": (

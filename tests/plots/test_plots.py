@@ -85,8 +85,7 @@ def lengths(ax: Axes) -> list[float]:
     return [patch.get_width() for patch in ax.patches]
 
 
-# --- all of them
-# -----------------------------------------------------------------------------------------------------------
+# --- all of them ----------------------------------------------------------------------------------
 
 
 def test_there_is_a_plot_of_every_finding() -> None:
@@ -194,8 +193,7 @@ def test_another_finding_is_refused_by_name(name: str) -> None:
     assert plt.get_fignums() == []
 
 
-# --- one by one
-# ---------------------------------------------------------------------------------------------------------------
+# --- one by one -----------------------------------------------------------------------------------
 
 
 def test_curve_shows_the_loss_the_prediction_and_the_residual() -> None:
@@ -578,8 +576,7 @@ def test_there_is_no_frame_that_is_not_there() -> None:
         plots.microscope(sample_findings.microscope(), at=12)
 
 
-# --- films
-# -----------------------------------------------------------------------------------------------------------------
+# --- films ----------------------------------------------------------------------------------------
 
 
 def test_a_film_is_a_gif_of_all_frames(tmp_path: Path) -> None:
@@ -617,8 +614,7 @@ def test_another_kind_of_film_is_refused(tmp_path: Path, name: str, fps: int) ->
         plots.film(sample_findings.microscope(), tmp_path / name, fps=fps)
 
 
-# --- words
-# -------------------------------------------------------------------------------------------------------------------
+# --- words ----------------------------------------------------------------------------------------
 
 
 def test_long_names_are_cut_in_the_middle_and_stay_unlike_each_other() -> None:
@@ -676,8 +672,7 @@ def test_labels_at_the_ends_of_lines_do_not_cover_each_other() -> None:
     assert np.argsort(at).tolist() == [5, 4, 3, 0, 1, 2]
 
 
-# --- colours
-# -----------------------------------------------------------------------------------------------------------------
+# --- colours --------------------------------------------------------------------------------------
 
 # Machado, Oliveira, Fernandes 2009, severity 1, on linear RGB
 SIGHT = {

@@ -243,8 +243,7 @@ def test_a_trainer_that_will_not_find_space_does_not_begin(
     assert not (tmp_path / "checkpoints").exists()
 
 
-# --- several processes
-# -------------------------------------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 
 PROCESS = """\
 import sys

@@ -44,8 +44,7 @@ def no_warnings() -> Iterator[None]:
         yield
 
 
-# --- the model
-# ---------------------------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -243,8 +242,7 @@ def test_names_that_results_have_themselves_are_refused_before_training(
             recorder.save(0)
 
 
-# --- the optimiser
-# -----------------------------------------------------------------------------------------------------------------
+# --- the optimiser --------------------------------------------------------------------------------
 
 
 class Lookahead(torch.optim.Optimizer):
@@ -572,8 +570,7 @@ def test_what_cannot_be_followed_is_refused_with_the_line_that_works(
         Recorder(tmp_path / "ck", Net()).attach(given)
 
 
-# --- frozen parameters, no locks
-# -----------------------------------------------------------------------------------------------------
+# --- frozen parameters, no locks ------------------------------------------------------------------
 
 
 def adapted() -> nn.Module:

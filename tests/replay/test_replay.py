@@ -379,8 +379,7 @@ def test_two_drivers_never_share_a_run(place: Path, tmp_path: Path) -> None:
     assert not open_run(out)["train"].progress()["running"]
 
 
-# --- real processes, really killed
-# --------------------------------------------------------------------------------------
+# --- real processes, really killed ----------------------------------------------------------------
 
 
 def whole(root: Path, segments: int) -> Path:

@@ -45,8 +45,7 @@ NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
 underway_module: Any = sys.modules["lca_posthoc.results.underway"]
 starting_module: Any = sys.modules["lca_posthoc.results.starting"]
 
-# --- tables
-# ------------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 NAMES = {
     "layers": [
@@ -197,8 +196,7 @@ def test_a_dumb_terminal_shows_the_same(place: Path, in_a_pipe: Callable[[str], 
     assert set(numbers(in_a_pipe("summary"))) <= set(numbers(shown))
 
 
-# --- streams that cannot show or take everything
-# -------------------------------------------------------------------------
+# --- streams that cannot show or take everything --------------------------------------------------
 
 ENCODINGS = {
     "ascii": ASCII,
@@ -377,8 +375,7 @@ def test_a_stream_that_is_gone_is_written_to_no_more() -> None:
         assert not stream.isatty()
 
 
-# --- notes and progress in Python
-# ----------------------------------------------------------------------------------------
+# --- notes and progress in Python -----------------------------------------------------------------
 
 SCRIPT = """\
 import sys
@@ -490,8 +487,7 @@ def test_a_notebook_shows_a_bar_without_ipywidgets(place: Path, gap: Path) -> No
     )
 
 
-# --- a line a minute
-# -----------------------------------------------------------------------------------------------------
+# --- a line a minute ------------------------------------------------------------------------------
 
 
 class Clock:
@@ -603,8 +599,7 @@ def test_a_line_says_what_is_known() -> None:
     assert state.seconds_left(40.0) == pytest.approx((300 - 113.5) / (13.5 / 30))
 
 
-# --- inside a span, and before the first
-# ---------------------------------------------------------------------------------
+# --- inside a span, and before the first ----------------------------------------------------------
 
 HELD = """\
 import os
@@ -923,8 +918,7 @@ def test_segments_of_several_passes_add_up(tmp_path: Path, monkeypatch: pytest.M
     assert not file.exists()
 
 
-# --- what a run says of itself
-# -------------------------------------------------------------------------------------------
+# --- what a run says of itself --------------------------------------------------------------------
 
 
 @pytest.fixture

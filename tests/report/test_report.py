@@ -120,8 +120,7 @@ def part(text: str, name: str) -> Any:
     return json.loads(found[1])
 
 
-# --- series
-# ----------------------------------------------------------------------------------------------------------------
+# --- series ---------------------------------------------------------------------------------------
 
 SERIES = some.lists(some.floats(-1e6, 1e6) | some.just(float("nan")), min_size=1, max_size=300)
 
@@ -190,8 +189,7 @@ def test_a_picture_keeps_signs_zeros_and_values_to_a_level(values: list[float]) 
     assert (found[matrix == 0] == 0).all()
 
 
-# --- the file
-# --------------------------------------------------------------------------------------------------------------
+# --- the file -------------------------------------------------------------------------------------
 
 
 def test_the_command_writes_one_file_and_says_where(small: Path, tmp_path: Path) -> None:
@@ -370,8 +368,7 @@ def test_a_dead_unit_counts_once(dead: int, said: str) -> None:
     assert candidates._dead(panel, panel.find("candidates")[0]) == said
 
 
-# --- in a browser
-# ----------------------------------------------------------------------------------------------------------
+# --- in a browser ---------------------------------------------------------------------------------
 
 
 def test_a_hostile_run_stays_harmless_in_a_browser(chromium: Browser, hostile_page: Path) -> None:

@@ -87,8 +87,7 @@ def start_of(place: Path, out: Path, made: Standing, *options: object, workers: 
     )
 
 
-# --- the run itself
-# ------------------------------------------------------------------------------------------------------
+# --- the run itself -------------------------------------------------------------------------------
 
 
 def test_the_bytes_are_those_of_this_process_and_a_second_run_finishes_at_once(
@@ -165,8 +164,7 @@ def test_nothing_larger_than_a_table_of_steps_crosses_the_network_once_it_is_del
     assert max(returned) < 64_000
 
 
-# --- sources that travel
-# -------------------------------------------------------------------------------------------------
+# --- sources that travel --------------------------------------------------------------------------
 
 
 def write(folder: Path, factor: float) -> Path:
@@ -271,8 +269,7 @@ def test_a_task_made_in_a_script_travels(
     )
 
 
-# --- workers that are turned away
-# ----------------------------------------------------------------------------------------
+# --- workers that are turned away -----------------------------------------------------------------
 
 OLDER = """
 import importlib.metadata as metadata

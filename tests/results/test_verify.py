@@ -383,8 +383,7 @@ def raising(error: type[BaseException]) -> Callable[..., None]:
     return call
 
 
-# --- late workers, the lock, what is kept of run.json
-# --------------------------------------------------------------------
+# --- late workers, the lock, what is kept of run.json ---------------------------------------------
 
 
 def test_a_late_worker_commits_nothing_that_has_changed_meanwhile(run: Path) -> None:

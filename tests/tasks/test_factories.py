@@ -51,8 +51,7 @@ def test_a_factory_is_called_once_in_a_process(
     assert set(document(lca("summary", out, "--json"))["losses"]) == {"train", "validation"}
 
 
-# --- what a copy must carry over
-# ----------------------------------------------------------------------------------------
+# --- what a copy must carry over ------------------------------------------------------------------
 
 
 class Scales:

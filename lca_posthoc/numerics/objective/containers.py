@@ -42,8 +42,7 @@ _NOT_ENTERED = (
 )
 
 
-# --- tensors of every layout
-# -------------------------------------------------------------------------------------------
+# --- tensors of every layout ----------------------------------------------------------------------
 
 
 def dense_parts(tensor: Tensor) -> list[Tensor]:
@@ -140,8 +139,7 @@ def _listed(positions: range | Tensor) -> list[int]:
     return list(positions) if isinstance(positions, range) else positions.tolist()
 
 
-# --- containers
-# --------------------------------------------------------------------------------------------------------
+# --- containers -----------------------------------------------------------------------------------
 
 
 class Container(NamedTuple):
@@ -242,8 +240,7 @@ def _filled(thing: Any, parts: Any) -> object:
     return new
 
 
-# --- objects with attributes
-# -------------------------------------------------------------------------------------------
+# --- objects with attributes ----------------------------------------------------------------------
 
 
 def _attributes(thing: object) -> dict[str, object]:
@@ -412,8 +409,7 @@ def size_of(thing: object) -> int:
     )
 
 
-# --- hashes
-# ------------------------------------------------------------------------------------------------------------
+# --- hashes ---------------------------------------------------------------------------------------
 
 
 def digest_of(*things: object) -> str:

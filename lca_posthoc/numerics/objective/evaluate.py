@@ -77,8 +77,7 @@ class Objective:
         self.forward_passes = dict(self.evaluations)
         self._autocast_of: dict[str, str | None] = {}
 
-    # --- what it is made of
-    # ------------------------------------------------------------------------------------
+    # --- what it is made of -----------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -154,8 +153,7 @@ class Objective:
             **self.data.group_digests(),
         }
 
-    # --- batches
-    # ------------------------------------------------------------------------------------
+    # --- batches ----------------------------------------------------------------------------------
 
     def settle_batch_sizes(
         self, point: Mapping[str, Tensor], recorded: Mapping[str, int] | None = None
@@ -186,8 +184,7 @@ class Objective:
             return self.recalibration.split
         return self.splits[name]
 
-    # --- evaluation
-    # -------------------------------------------------------------------------------------------------
+    # --- evaluation -------------------------------------------------------------------------------
 
     def mode(
         self, layers: contextlib.AbstractContextManager[None] | None = None
@@ -305,8 +302,7 @@ class Objective:
                 sums.take(GroupValues(0, results if gradient else results.detach(), weights))
         return sums.evaluation(False, "a loss", None)
 
-    # --- precision
-    # -------------------------------------------------------------------------------------------------
+    # --- precision --------------------------------------------------------------------------------
 
     def precision_of(self, name: str) -> str:
         """Return the precision a loss is computed in: that of the run, or the coarser one of an
@@ -398,8 +394,7 @@ class Objective:
         )
         return bool((values - others).abs().sum() <= tolerance * values.abs().sum())
 
-    # --- losses that return dicts
-    # -------------------------------------------------------------------------------------------------
+    # --- losses that return dicts -----------------------------------------------------------------
 
     def divided(self) -> Objective:
         """Return the same with a loss for every entry of a loss that returns a dict, as its call on

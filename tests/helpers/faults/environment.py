@@ -85,8 +85,7 @@ def disk_full(count: int, _: Path) -> str:
     return f"{count} times exit 5, {done} spans kept, bytes equal once there was space"
 
 
-# --- permissions
-# ------------------------------------------------------------------------------------------------------
+# --- permissions ----------------------------------------------------------------------------------
 
 Deny = Callable[[Path, Path], Path]
 

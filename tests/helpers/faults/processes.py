@@ -207,8 +207,7 @@ def _drop(capabilities: Sequence[int]) -> None:
     assert libc.capset(header, data) == 0, os.strerror(ctypes.get_errno())
 
 
-# --- a place with its clean run, laid out once
-# ----------------------------------------------------------------------------------------
+# --- a place with its clean run, laid out once ----------------------------------------------------
 
 
 @functools.cache
@@ -237,8 +236,7 @@ def laid_out(segments: int = 40, span: int = clean_runs.SPAN) -> Iterator[tuple[
         yield place, shared / "clean.lca"
 
 
-# --- what must hold afterwards
-# ----------------------------------------------------------------------------------------
+# --- what must hold afterwards --------------------------------------------------------------------
 
 
 def markers(out: Path) -> int:

@@ -66,8 +66,7 @@ def _resumed(place: Path, out: Path) -> list[tuple[str, int]]:
     return [(loss, event.span) for event in done for loss in event.losses]
 
 
-# --- R4: the N-th call fails
-# -------------------------------------------------------------------------------------------
+# --- R4: the N-th call fails ----------------------------------------------------------------------
 
 
 class _Writing:
@@ -162,8 +161,7 @@ def fail_a_call(count: int, place: Path) -> str:
     return f"{len(codes)} of {made[0]} calls: {told}; all resumed to the same bytes"
 
 
-# --- R6: stored bytes change
-# -------------------------------------------------------------------------------------------
+# --- R6: stored bytes change ----------------------------------------------------------------------
 
 
 def _flipped(file: Path) -> None:
@@ -237,8 +235,7 @@ def document_of_damages(out: Path) -> list[dict[str, Any]]:
     return list(found["damages"])
 
 
-# --- R15: a span replayed twice at once
-# --------------------------------------------------------------------------------
+# --- R15: a span replayed twice at once -----------------------------------------------------------
 
 
 def _replay(specs: list[Any], out: Path, clean: Path, together: Any, first: bool) -> None:
@@ -291,8 +288,7 @@ def replay_twice(count: int, place: Path) -> str:
     return f"{count} spans replayed by two processes at once: the same bytes, one marker each"
 
 
-# --- R17: records of other releases, and records that lie
-# --------------------------------------------------------------
+# --- R17: records of other releases, and records that lie -----------------------------------------
 
 
 def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:

@@ -38,8 +38,7 @@ from .processes import (
     whole,
 )
 
-# --- a worker that hangs
-# ----------------------------------------------------------------------------------------------
+# --- a worker that hangs --------------------------------------------------------------------------
 
 HANGING = """\
     def forward(self, inputs):
@@ -85,8 +84,7 @@ def hanging(count: int, _: Path) -> str:
     )
 
 
-# --- memory
-# -----------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 TIGHT = """\
     def forward(self, inputs):
@@ -171,8 +169,7 @@ def _tighten(place: Path, out: Path, most: int, error: str) -> None:
     task.write_text(f"import os\n\n{task.read_text()}")
 
 
-# --- workers that come and go
-# -----------------------------------------------------------------------------------------
+# --- workers that come and go ---------------------------------------------------------------------
 
 
 @fault("R14", "one worker, two, one, in one run", ci=1, full=5)
@@ -214,8 +211,7 @@ def _hands(log: Path) -> Counter[int]:
     return Counter(int(line.split()[1]) for line in log.read_text().splitlines())
 
 
-# --- for long
-# ---------------------------------------------------------------------------------------------------------
+# --- for long -------------------------------------------------------------------------------------
 
 
 @fault("R18", "a soak: many spans, two workers, one run", ci=120, full=1000)
