@@ -25,6 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # not be left to the end, when one of them has nothing to do.
 FIRST = (
     *("test_replay.py", "test_faults.py", "test_how_to.py", "test_screen.py", "test_memory.py"),
+    *("test_terminal.py",),
     *("test_report.py", "test_numerics.py", "test_precision.py", "test_remote.py"),
     *("test_several_losses.py", "test_groups.py", "test_covered_steps.py", "test_export.py"),
     *("test_still_runs.py", "test_models.py", "test_plan.py"),
