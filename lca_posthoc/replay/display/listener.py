@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import resources
 from pathlib import Path
 from types import TracebackType
 
@@ -34,7 +35,7 @@ from .views import view_for
 
 LOOK = 2.0  # seconds between two looks at how far spans are
 _SHOWN = 10  # failures, one by one
-_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_PACKAGE = os.path.join(str(resources.files("lca_posthoc")), "")
 
 
 class Display:
