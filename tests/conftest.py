@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 # threads of one wait for those of another, and small products take ten times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# Those that take longest, in this order: two processes take a file each, and whatever is long must
-# not be left to the end, when one of them has nothing to do.
+# Those that take longest, in this order: three processes take a file each, and whatever is long must
+# not be left to the end, when the others have nothing to do. Three on two cores, because tests of
+# faults and of other processes mostly wait.
 FIRST = (
     *("test_replay.py", "test_faults.py", "test_how_to.py", "test_screen.py", "test_memory.py"),
     *("test_terminal.py",),
