@@ -80,7 +80,7 @@ def few(words: Sequence[str], most: int = 3) -> str:
     return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
-def needed(package: str, what: str) -> ModuleType:
+def optional_package(package: str, what: str) -> ModuleType:
     """Return a package that is not installed with this one; `what` says in the error what needs it.
 
     Raises:
@@ -115,18 +115,18 @@ _KINDS = {
 
 
 class PackedError(TypedDict):
-    """An error as plain strings and numbers, see `pack`."""
+    """An error as plain strings and numbers, see `pack_error`."""
 
     kind: str
     message: str
     step: NotRequired[int]
 
 
-def pack(error: LCAError) -> PackedError:
+def pack_error(error: LCAError) -> PackedError:
     """Return the error as plain strings and numbers, so that no exception class has to be unpickled
     in another process.
 
-    >>> unpack(pack(InputError("no such loss")))
+    >>> unpack_error(pack_error(InputError("no such loss")))
     InputError('no such loss')
     """
     packed: PackedError = {"kind": type(error).__name__, "message": str(error)}
@@ -135,8 +135,8 @@ def pack(error: LCAError) -> PackedError:
     return packed
 
 
-def unpack(packed: PackedError) -> LCAError:
-    """Return the error that `pack` packed."""
+def unpack_error(packed: PackedError) -> LCAError:
+    """Return the error that `pack_error` packed."""
     if "step" in packed:
         return NotFiniteError(packed["message"], packed["step"])
     return _KINDS[packed["kind"]](packed["message"])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..results import Damage
     from ..results.verify import Verification
 
-_MOST = 1000  # rows of the table
+_MOST_ROWS = 1000  # rows of the table
 
 
 @click.command()
@@ -88,7 +88,7 @@ def _print(damages: list[Damage]) -> None:
     rows = table(
         "file", "loss", "tensor or array", "span", "training steps", "what", names=3, words=1
     )
-    for damage in damages[:_MOST]:
+    for damage in damages[:_MOST_ROWS]:
         window = "" if damage.window is None else f"window {damage.window}"
         array = damage.array or ""
         rows.add_row(
@@ -100,5 +100,5 @@ def _print(damages: list[Damage]) -> None:
             Text(safe(damage.what)),
         )
     stdout().print(rows)
-    if len(damages) > _MOST:
-        stdout().print(f"and {len(damages) - _MOST:,} more: see `lca verify --json`")
+    if len(damages) > _MOST_ROWS:
+        stdout().print(f"and {len(damages) - _MOST_ROWS:,} more: see `lca verify --json`")

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from ..checkpoints.headers import TensorHeader
 from ..checkpoints.trajectory import TensorSpec
-from ..errors import InputError, LCAError, few, needed
+from ..errors import InputError, LCAError, few, optional_package
 from ..numerics.objective import new_model, tensor_table
 from ..tasks.task import Task
 from ..tasks.task import loaded as loaded_task
@@ -50,7 +50,7 @@ class _Rows:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Any]:
-        h5py = needed("h5py", "HDF5")
+        h5py = optional_package("h5py", "HDF5")
         try:
             with h5py.File(self.path, "r") as file:
                 yield _dataset(h5py, file, self.path, self.dataset)
@@ -136,7 +136,7 @@ def open_hdf5(
             other.
         ResourceError: where h5py is not installed.
     """
-    needed("h5py", "HDF5")
+    optional_package("h5py", "HDF5")
     if task is None:
         raise InputError(
             f"{path} holds numbers without names. Say which model they are of: --task my_task.py."

@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from ..base.text import count
-from ..errors import InputError, needed
+from ..errors import InputError, optional_package
 from ..findings import curve, helping, layers
 from ..results import LossResults, Run
 from .choose import Say
@@ -56,8 +56,8 @@ def write_events(run: Run, place: Path, losses: list[str], requested: list[str],
                 f"TensorBoard takes {', '.join(_FINDINGS)}, not {name!r}. Choose another --format "
                 "for it."
             )
-    needed("tensorboard", "TensorBoard")
-    writers, written = needed("torch.utils.tensorboard", "TensorBoard"), 0
+    optional_package("tensorboard", "TensorBoard")
+    writers, written = optional_package("torch.utils.tensorboard", "TensorBoard"), 0
     for name in dict.fromkeys(losses or run):
         results = run[name]
         if not results.progress()["segments_done"]:

@@ -16,7 +16,7 @@ import numpy as np
 import xarray as xr
 
 from ..base.text import is_storable
-from ..errors import InputError, needed
+from ..errors import InputError, optional_package
 from ..results.keys import encode_all
 
 RECORD = "lca_posthoc"
@@ -44,7 +44,7 @@ def needed_for_netcdf() -> None:
         ResourceError: where one is not installed.
     """
     for package in ("h5netcdf", "h5py"):
-        needed(package, "NetCDF")
+        optional_package(package, "NetCDF")
 
 
 def write_netcdf(data: xr.Dataset, path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ..errors import needed
+from ..errors import optional_package
 from ..results.keys import encode_all
 
 RECORD = b"lca_posthoc"
@@ -113,7 +113,7 @@ def write_parquet(table: pd.DataFrame, path: Path, attributes: Mapping[str, obje
     Raises:
         ResourceError: where pyarrow is not installed.
     """
-    pyarrow = needed("pyarrow", "Parquet")
+    pyarrow = optional_package("pyarrow", "Parquet")
     converted = pyarrow.Table.from_pandas(table, preserve_index=False)
     metadata = {**(converted.schema.metadata or {}), RECORD: json.dumps(attributes).encode()}
     importlib.import_module("pyarrow.parquet").write_table(
@@ -121,7 +121,7 @@ def write_parquet(table: pd.DataFrame, path: Path, attributes: Mapping[str, obje
     )
 
 
-def described(data: xr.Dataset, names: Sequence[str]) -> dict[str, object]:
+def column_descriptions(data: xr.Dataset, names: Sequence[str]) -> dict[str, object]:
     """Return the attributes of a finding and of the columns of a table, as plain as JSON."""
     known = {name: data[name].variable for name in names if name in data.variables}
     columns = {

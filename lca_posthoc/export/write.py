@@ -12,11 +12,11 @@ from pathlib import Path
 
 import xarray as xr
 
-from ..errors import InputError, needed
+from ..errors import InputError, optional_package
 from ..results import Run
 from .choose import Say, choose
 from .netcdf import needed_for_netcdf, write_netcdf
-from .tables import described, file_names, tables, write_csv, write_parquet
+from .tables import column_descriptions, file_names, tables, write_csv, write_parquet
 
 FORMATS = ("netcdf", "csv", "parquet", "tensorboard")
 SUFFIXES = {".nc": "netcdf", ".csv": "csv", ".parquet": "parquet"}
@@ -153,9 +153,9 @@ def _check(place: Path, chosen: str, is_file: bool) -> None:
     if chosen == "netcdf":
         needed_for_netcdf()
     if chosen == "parquet":
-        needed("pyarrow", "Parquet")
+        optional_package("pyarrow", "Parquet")
     if chosen == "tensorboard":
-        needed("tensorboard", "TensorBoard")
+        optional_package("tensorboard", "TensorBoard")
 
 
 def _write_findings(
@@ -190,7 +190,7 @@ def _write_finding(
     listed = list(tables(data))
     names = file_names(finding, [dims for dims, _ in listed], f".{chosen}")
     for name, (dims, table) in zip(names, listed, strict=True):
-        description = {**described(data, [*map(str, table.columns)]), "axes": list(dims)}
+        description = {**column_descriptions(data, [*map(str, table.columns)]), "axes": list(dims)}
         about[f"{prefix}{name}"] = description
         if chosen == "csv":
             write_csv(table, place / name)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MOST = 15  # layers, and tensors
+_MOST_ROWS = 15  # layers, and tensors
 _LETTERS = 18  # of a name: two panels share the width
 
 
@@ -64,7 +64,7 @@ def candidates(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
         if found.sizes.get(dim, 0) and (dim != "tensor" or _idle(found))
     ]
     sizes = [
-        min(found.sizes[dim], 40 if dim in ("unit", "parameter") else _MOST + 1)
+        min(found.sizes[dim], 40 if dim in ("unit", "parameter") else _MOST_ROWS + 1)
         for dim, _ in panels
     ]
     tall = [
@@ -99,11 +99,11 @@ def _idle(finding: xr.Dataset) -> bool:
 
 
 def _largest(ax: Axes, finding: xr.Dataset, dim: str, sizes: np.ndarray[Any, Any]) -> xr.Dataset:
-    """Return the `_MOST` largest in size along `dim`, in their old order, and write below the axis
+    """Return the `_MOST_ROWS` largest in size along `dim`, in their old order, and write below the axis
     how many more there are.
     """
     order = np.argsort(-np.nan_to_num(np.abs(sizes)), kind="stable")
-    rest = order[_MOST:]
+    rest = order[_MOST_ROWS:]
     if len(rest):
         above = (
             f", each {float(np.nanmax(np.abs(sizes[rest]))):.2g} at most"
@@ -124,7 +124,7 @@ def _largest(ax: Axes, finding: xr.Dataset, dim: str, sizes: np.ndarray[Any, Any
             color=MUTED,
             **place,
         )
-    return finding.isel({dim: np.sort(order[:_MOST])})
+    return finding.isel({dim: np.sort(order[:_MOST_ROWS])})
 
 
 def _room_for_more(ax: Axes, shown: int, whole: int) -> None:

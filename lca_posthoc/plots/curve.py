@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.typing import LineStyleType
 
-_MOST = 28  # groups that colours and dashes tell apart
+_MOST_GROUPS = 28  # groups that colours and dashes tell apart
 
 
 def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
@@ -51,10 +51,10 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
         InputError: where there are more groups than can be told apart.
     """
     expect(found, "curve")
-    if found.sizes.get("group", 1) > _MOST:
+    if found.sizes.get("group", 1) > _MOST_GROUPS:
         raise InputError(
             f"loss {found.attrs.get('loss')!r} has {found.sizes['group']} groups, and a plot shows "
-            f"at most {_MOST}: pick some: found.sel(group=[…]) or --group."
+            f"at most {_MOST_GROUPS}: pick some: found.sel(group=[…]) or --group."
         )
     ax = fresh_axes(ax, 4.4, 2.7)
     if "group" in found.dims:

@@ -260,12 +260,6 @@ def refuse_groups(finding: xr.Dataset) -> None:
         )
 
 
-def units(variable: xr.DataArray) -> str:
-    """Return what a variable is measured in, in the words of an axis."""
-    unit = str(variable.attrs.get("units", ""))
-    return {"loss": "units of loss", "share": "share"}.get(unit, unit)
-
-
 # --- colours and scales ---------------------------------------------------------------------------
 
 

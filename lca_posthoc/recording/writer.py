@@ -22,7 +22,7 @@ from ..errors import InputError, LCAError, ResourceError, amount
 from .staging import Layout, Staging, same_bytes
 
 FEWEST = 3  # iterates in memory: one is written, others wait
-_MOST, _MEMORY = 256, 64 * 2**20  # where they are small, as many as this memory holds
+_MOST_ITERATES, _MEMORY = 256, 64 * 2**20  # where they are small, as many as this memory holds
 _SYNC_SECONDS = 1.0  # between flushes to the disk
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # Linux has the one, Windows the other
@@ -78,7 +78,7 @@ class Writer:
         self._last: int | None = None
         self._error: BaseException | None = None
         self._free: queue.SimpleQueue[Staging] = queue.SimpleQueue()
-        self._room = max(FEWEST, min(_MOST, _MEMORY // max(1, layout.bytes)))
+        self._room = max(FEWEST, min(_MOST_ITERATES, _MEMORY // max(1, layout.bytes)))
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._unflushed: list[str] = []
         self._flushed = time.monotonic()

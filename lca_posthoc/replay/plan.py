@@ -26,7 +26,7 @@ from ..numerics.schema import KEEP
 from ..numerics.settings import Settings, on_device, resolve
 from ..recording import Recorder
 from ..results import LossRecord, Manifest, estimated_bytes
-from ..tasks.task import Task, loaded, pack
+from ..tasks.task import Task, loaded, pack_task
 from .prepare import Preparation, prepare, unwrapped
 from .requests import Costs, CostsRequest, answered, to_plain
 from .run import default_out
@@ -209,7 +209,7 @@ def _measured(
     tell: Callable[[str], None],
 ) -> tuple[Preparation, Costs]:
     """Probe a task in this process, and time a few batches of it."""
-    entry, data = pack(task)
+    entry, data = pack_task(task)
     with open_cluster(ClusterConfig("inline"), settings["device"], threading.Event()) as cluster:
         parcel = cluster.deliver(data)
         tell("building the task, and probing it on a sample")

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from ..checkpoints.trajectory import Checkpoint, TensorSpec
 from ..cluster import Spec
-from ..errors import LCAError, PackedError, unpack
+from ..errors import LCAError, PackedError, unpack_error
 from ..numerics.schema import RecalibrationRecord
 from ..tasks.task import Entry
 
@@ -60,7 +60,7 @@ class TaskSetup:
     """The task a worker builds, and how.
 
     Attributes:
-        task: where it is, see `task.pack`.
+        task: where it is, see `task.pack_task`.
         parcel: the key of the bytes that were delivered of it.
         settings: of the run.
         losses: their names; empty for the task's first, `["all"]` for every one.
@@ -112,14 +112,14 @@ class Question(Generic[A]):
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """An error that a worker met: as `errors.pack` gives it, and where it was raised."""
+    """An error that a worker met: as `errors.pack_error` gives it, and where it was raised."""
 
     error: PackedError
     trace: str
 
     def exception(self) -> LCAError:
         """Return the error itself."""
-        return unpack(self.error)
+        return unpack_error(self.error)
 
 
 # --- may this worker take part? -------------------------------------------------------------------

@@ -47,7 +47,7 @@ from ..errors import (
 )
 from ..numerics.settings import Settings, on_device, resolve
 from ..results import LossRecord, Manifest, Run, RunWriter
-from ..tasks.task import Entry, Task, digest, pack
+from ..tasks.task import Entry, Task, digest, pack_task
 from .display import duration, listening
 from .events import (
     Listener,
@@ -199,7 +199,7 @@ def run(
     durable = _durable(durability)
     with listening(progress) as listener:
         log = Log(listener)
-        entry, data = pack(task)
+        entry, data = pack_task(task)
         job = _Job(
             checkpoints=located(checkpoints),
             task=entry,
@@ -269,7 +269,7 @@ def repair(
         tls_key=tls_key,
         insecure=insecure,
     )
-    entry, data = pack(task)
+    entry, data = pack_task(task)
     manifest = results.read_manifest(place)
     damage, leftovers = _cleaned(place, durable)
     losses = {

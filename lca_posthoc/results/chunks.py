@@ -159,7 +159,7 @@ class CheckedStore(_LossStore):
             return None
         row, of_totals = int(place.partition("/")[0]), plan.part == "totals"
         about = self._commits.about_window(row) if of_totals else self._commits.about(row)
-        where = f"{described(plan)}, {about}"
+        where = f"{name_of(plan)}, {about}"
         recorded = self._recorded(key, where, of_totals, row)
         try:
             data = disk.read(self._place / key)
@@ -222,8 +222,8 @@ class RowStore(_LossStore):
         disk.write_whole(file, data, durable=False, suffix=CHUNK_SUFFIX)
 
 
-def described(plan: ArrayPlan) -> str:
-    """Describe an array in words: its part, and the tensor by its real name or the field.
+def name_of(plan: ArrayPlan) -> str:
+    """Return the name of an array in words: its part, and the tensor by its real name or the field.
 
     Returns:
         For instance "allocation of 'fc1.weight'", or "steps/residual".

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .run import LossResults, Run
 
 _HEAD = ("loss", "split", "groups", "segments", "done", "loss start → end", "residual")
-_MOST = 50  # losses that are listed
+_MOST_LOSSES = 50  # losses that are listed
 # groups of a loss that are listed: of several losses, this many together beside the losses
 # themselves
 _GROUPS = 20
@@ -54,11 +54,13 @@ def run_html(run: Run) -> str:
         f"{manifest.checkpoints[0].step}–{manifest.checkpoints[-1].step}), --keep {manifest.keep}"
     )
     names = list(run)
-    grouped = sum(run[name].record.groups is not None for name in names[:_MOST])
+    grouped = sum(run[name].record.groups is not None for name in names[:_MOST_LOSSES])
     groups = _GROUPS // grouped if grouped else 0
-    rows = [row for name in names[:_MOST] for row in _rows(run[name], groups)]
+    rows = [row for name in names[:_MOST_LOSSES] for row in _rows(run[name], groups)]
     unlisted = (
-        f"and {count(len(names) - _MOST, 'more loss', 'more losses')}" if len(names) > _MOST else ""
+        f"and {count(len(names) - _MOST_LOSSES, 'more loss', 'more losses')}"
+        if len(names) > _MOST_LOSSES
+        else ""
     )
     return _page("Run", str(run.path), facts, rows, unlisted)
 

@@ -20,7 +20,7 @@ from .files import refuse_links_below
 
 _HEARTBEAT = 10.0
 _STALE = 120.0
-_MOST = 4096  # bytes of a lock that are read
+_LOCK_BYTES = 4096  # bytes of a lock that are read
 _FILE = "lock"
 
 
@@ -130,7 +130,7 @@ def _owner(file: disk.LockFile) -> dict[str, object]:
     host that was killed.
     """
     try:
-        owner = json.loads(file.read(_MOST) or b"{}")
+        owner = json.loads(file.read(_LOCK_BYTES) or b"{}")
     except ValueError:
         return {"host": socket.gethostname()}
     return owner if isinstance(owner, dict) else {"host": socket.gethostname()}

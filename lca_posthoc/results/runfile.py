@@ -27,7 +27,7 @@ FORMAT = 2
 FILE = "run.json"
 _MOST_TENSORS = 100_000
 _MOST_LOSSES = 10_000
-_MOST = 2**63
+_LARGEST_INTEGER = 2**63
 _KEY = re.compile(r"[A-Za-z0-9._%-]+")
 _KINDS = ("parameter", "buffer", "state")
 _FIELDS = (
@@ -219,7 +219,12 @@ def _fits_together(manifest: Manifest) -> None:
     widest = max((tensor.spec.elements for tensor in manifest.tensors), default=0)
     groups = max((len(record.groups or ()) for record in manifest.losses.values()), default=0)
     numbers = widest * max(1, groups) * manifest.segments * 8
-    _check(numbers < _MOST, "tensors", "fewer than 2**63 bytes an array", amount(float(numbers)))
+    _check(
+        numbers < _LARGEST_INTEGER,
+        "tensors",
+        "fewer than 2**63 bytes an array",
+        amount(float(numbers)),
+    )
 
 
 def _check(holds: object, field: str, expected: str, value: object) -> None:
@@ -253,7 +258,7 @@ def _text(value: object, field: str) -> str:
 
 
 def _whole(value: object, field: str, least: int = 0) -> int:
-    if type(value) is not int or not least <= value < _MOST:
+    if type(value) is not int or not least <= value < _LARGEST_INTEGER:
         raise _wrong(field, f"a whole number from {least} on", value)
     return value
 
@@ -264,7 +269,7 @@ def _power(value: object, field: str) -> int:
     return number
 
 
-def _list(value: object, field: str, most: int = _MOST, least: int = 0) -> list[Any]:
+def _list(value: object, field: str, most: int = _LARGEST_INTEGER, least: int = 0) -> list[Any]:
     if not isinstance(value, list):
         raise _wrong(field, "a list", value)
     _check(
@@ -351,7 +356,7 @@ def _tensor(value: object) -> StoredTensor:
 def _shape(value: object) -> tuple[int, ...]:
     shape = tuple(_whole(extent, "tensors.shape") for extent in _list(value, "tensors.shape", 32))
     elements = math.prod(max(1, extent) for extent in shape)
-    _check(elements < _MOST, "tensors.shape", "fewer than 2**63 numbers", shape)
+    _check(elements < _LARGEST_INTEGER, "tensors.shape", "fewer than 2**63 numbers", shape)
     return shape
 
 
@@ -445,7 +450,7 @@ def _check_groups(groups: Any, counts: object) -> None:
     _check(len(counted) == number, "losses.counts", "as many as groups", f"{len(counted)} entries")
     if kind is int:
         _check(
-            all(-_MOST <= label < _MOST for label in groups),
+            all(-_LARGEST_INTEGER <= label < _LARGEST_INTEGER for label in groups),
             "losses.groups",
             "64-bit numbers",
             groups,

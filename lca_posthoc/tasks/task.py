@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Entry(TypedDict, total=False):
-    """The way to a task as `pack` returns it: `kind` is "object", "file" (`path`, `function`) or
+    """The way to a task as `pack_task` returns it: `kind` is "object", "file" (`path`, `function`) or
     "module" (`module`, `function`).
     """
 
@@ -167,7 +167,7 @@ class Loss:
 
         if isinstance(self.fn, torch.nn.Module):
             moved = copy.deepcopy(self.fn)
-            convert(moved, device, dtype)
+            convert_module(moved, device, dtype)
             return replace(self, fn=moved)
         if isinstance(self.fn, functools.partial):
             keywords = {
@@ -226,7 +226,7 @@ class Loss:
         return torch.where(counted, weight.double()[torch.where(counted, targets, 0)], 0.0)
 
 
-def convert(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def convert_module(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Move a module: floating tensors in `dtype`, complex ones, which `Module.to` makes real, in
     the complex type as precise.
     """
@@ -535,7 +535,7 @@ def _names(table: Mapping[str, object]) -> str:
     return ", ".join(repr(str(name)) for name in table) or "none"
 
 
-def pack(task: str | Path | Task) -> tuple[Entry, bytes]:
+def pack_task(task: str | Path | Task) -> tuple[Entry, bytes]:
     """Return an entry by which another process finds a task again, and the bytes it needs for that:
     the source, or the task itself.
 
@@ -568,7 +568,7 @@ def pack(task: str | Path | Task) -> tuple[Entry, bytes]:
                 "pkg.module:FUNCTION."
             )
         try:
-            data = task_bundle.pack(path.resolve())
+            data = task_bundle.pack_files(path.resolve())
         except OSError as error:
             raise InputError(
                 f"task file {error.filename} cannot be read: {error.strerror}. Check its "
@@ -719,9 +719,9 @@ def load(entry: Entry, data: bytes) -> Task:
 
 def loaded(task: str | Path | Task) -> Task:
     """Build a task in this process, and let its code import its own modules while it runs; raise as
-    `pack` and `load` do.
+    `pack_task` and `load` do.
     """
-    entry, data = pack(task)
+    entry, data = pack_task(task)
     use(entry, data)
     return load(entry, data)
 

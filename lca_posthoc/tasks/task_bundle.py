@@ -21,7 +21,7 @@ from types import ModuleType
 _MAIN = ""
 
 
-def pack(file: Path) -> bytes:
+def pack_files(file: Path) -> bytes:
     """Return the text of `file` and of every module of its folder that its imports lead to, as
     JSON.
 

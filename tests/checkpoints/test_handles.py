@@ -31,7 +31,7 @@ from lca_posthoc.numerics.objective import (
     sources,
 )
 from lca_posthoc.numerics.objective.reader import Reader
-from lca_posthoc.tasks.task import pack
+from lca_posthoc.tasks.task import pack_task
 
 from ..helpers.cli import document, record, run_lca, task_namespace, write_task
 
@@ -304,10 +304,10 @@ def test_a_run_within_an_import_does_not_wait_for_the_import(
     (tmp_path / "importing_this.py").write_text(
         "import torch\nimport torch.nn.functional as F\nfrom lca_posthoc import Loss, Task\n"
         "from lca_posthoc.numerics.objective import ObjectiveSettings, build_objective\n"
-        "from lca_posthoc.tasks.task import load, pack\n"
+        "from lca_posthoc.tasks.task import load, pack_task\n"
         "class Net(torch.nn.Linear):\n    def __init__(self):\n        super().__init__(6, 3)\n"
         "data = torch.ones(4, 6), torch.zeros(4, dtype=torch.int64)\n"
-        "packed = pack(Task(Net, {'train': data}, {'train': Loss(F.cross_entropy)}))\n"
+        "packed = pack_task(Task(Net, {'train': data}, {'train': Loss(F.cross_entropy)}))\n"
         "settings = ObjectiveSettings(device=torch.device('cpu'), precision='float32',\n"
         "                             norm_stats='running', batch_size=2)\n"
         "objective = build_objective(lambda: load(*packed), None, settings)\n"
@@ -418,7 +418,7 @@ STAYS: dict[str, tuple[Callable[[], Task], str]] = {
 def test_a_task_that_cannot_travel_is_refused_by_what_it_holds_and_where(case: str) -> None:
     make, message = STAYS[case]
     with pytest.raises(InputError, match=message + ".*in __getitem__.*task file") as caught:
-        pack(make())
+        pack_task(make())
     assert "pickle" in str(caught.value)
 
 

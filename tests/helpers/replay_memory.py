@@ -65,7 +65,7 @@ def main(place: Path, losses: int, span: int, options: dict[str, float | str]) -
     watcher = threading.Thread(target=watch)
 
     def noted(spec: Any, *rest: Any) -> None:
-        foretold.append(memory.needed(spec, *rest))
+        foretold.append(memory.bytes_needed(spec, *rest))
 
     checks.short_of = noted
 

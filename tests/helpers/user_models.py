@@ -21,7 +21,7 @@ from lca_posthoc.cluster import broadcast
 from lca_posthoc.numerics.settings import DEFAULTS
 from lca_posthoc.replay.requests import DescribeRequest, RunSettings, TaskSetup, to_plain
 from lca_posthoc.replay.worker import describe, state
-from lca_posthoc.tasks.task import pack
+from lca_posthoc.tasks.task import pack_task
 
 from .model_cases import Batch, Values, classes
 from .oracle import Oracle, simpson
@@ -507,7 +507,7 @@ def answers(task: Task | Path, held: list[str] | None = None) -> list[dict[str, 
     digests of the first.
     """
     settings = RunSettings.of({**DEFAULTS, "device": "cpu", "batch_size": BATCH})
-    entry, data = pack(task)
+    entry, data = pack_task(task)
     broadcast.take_in("parcel", data)
     setup = TaskSetup(
         task=entry, parcel="parcel", settings=settings, losses=[], stored=held, digests={}

@@ -40,7 +40,7 @@ from lca_posthoc.numerics.objective.containers import (
     tensors_of,
 )
 from lca_posthoc.numerics.objective.sources import move
-from lca_posthoc.tasks.task import convert
+from lca_posthoc.tasks.task import convert_module
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 DENSE = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).relu()
@@ -182,7 +182,7 @@ def test_data_made_in_inference_mode_can_be_trained_on() -> None:
 def test_a_buffer_of_any_layout_is_converted_with_its_module(name: str) -> None:
     module, tensor = nn.Module(), LAYOUTS[name]()
     module.register_buffer("held", tensor, persistent=False)
-    convert(module, CPU, torch.float64)
+    convert_module(module, CPU, torch.float64)
     held = module.get_buffer("held")
     wide = (
         torch.float64

@@ -151,7 +151,7 @@ def test_without_room_a_run_is_refused_before_it_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = clean_runs.lay_out(tmp_path, 4)
-    monkeypatch.setattr(memory, "free_memory", lambda workers, device: 1000.0)
+    monkeypatch.setattr(memory, "free_memory_each", lambda workers, device: 1000.0)
     with pytest.raises(
         ResourceError,
         match=r"takes about .* beside model and data, and 1 kB are free for each of 1 worker here. "

@@ -26,7 +26,7 @@ from lca_posthoc.replay.events import SpanDone
 from lca_posthoc.results import Damage, Leftover, RunWriter, lock, read_manifest, verify
 from lca_posthoc.results.layout import plan_arrays
 from lca_posthoc.results.metadata import metadata_files
-from lca_posthoc.tasks.task import pack
+from lca_posthoc.tasks.task import pack_task
 from tests.helpers.cli import contents, document, lca, marker, record, refused, run_lca, write_task
 from tests.helpers.faults.store import DAMAGES
 
@@ -340,7 +340,7 @@ def test_verifying_while_a_run_goes_on_finds_nothing(place: Path, run: Path) -> 
             lambda spec: specs.append(spec) or replay_span(spec),
         )
         replayed(place)
-    broadcast.take_in(specs[0]["setup"]["parcel"], pack(place / "task.py")[1])
+    broadcast.take_in(specs[0]["setup"]["parcel"], pack_task(place / "task.py")[1])
     checking, seen = results.verify(run), 0
     original = type(checking)._not_plain
 

@@ -26,7 +26,7 @@ def lay_out(folder: Path, files: Mapping[str, str]) -> Path:
 
 
 def imported(file: Path, data: bytes | None = None) -> ModuleType:
-    return Parcel(task_bundle.pack(file) if data is None else data, file).main()
+    return Parcel(task_bundle.pack_files(file) if data is None else data, file).main()
 
 
 PROJECT = {
@@ -59,7 +59,7 @@ def _as_before() -> object:
 
 
 def test_what_imports_lead_to_is_packed_and_nothing_else(tmp_path: Path) -> None:
-    packed = json.loads(task_bundle.pack(lay_out(tmp_path, PROJECT)))
+    packed = json.loads(task_bundle.pack_files(lay_out(tmp_path, PROJECT)))
     assert {place for place, _ in packed.values()} == {
         *(name for name in PROJECT if name != "unrelated.py"),
         "bare",
@@ -68,7 +68,7 @@ def test_what_imports_lead_to_is_packed_and_nothing_else(tmp_path: Path) -> None
 
 def test_modules_come_from_the_parcel_where_the_folder_is_gone(tmp_path: Path) -> None:
     file = lay_out(tmp_path / "project", PROJECT)
-    data = task_bundle.pack(file)
+    data = task_bundle.pack_files(file)
     shutil.rmtree(tmp_path / "project")
     module = imported(file, data)
     assert module.value == (1, 2, 3)
@@ -77,7 +77,7 @@ def test_modules_come_from_the_parcel_where_the_folder_is_gone(tmp_path: Path) -
 
 def test_modules_come_from_the_parcel_where_the_folder_has_changed(tmp_path: Path) -> None:
     file = lay_out(tmp_path, PROJECT)
-    data = task_bundle.pack(file)
+    data = task_bundle.pack_files(file)
     (tmp_path / "further.py").write_text("VALUE = 10\n")
     assert imported(file, data).value == (1, 2, 3)
     assert imported(file).value == (10, 2, 3)
@@ -89,7 +89,7 @@ def test_tasks_with_modules_of_the_same_names_do_not_mix(tmp_path: Path) -> None
     opened = {}
     for name in ("one", "two"):
         file = lay_out(tmp_path / name, {"the_task.py": late, "helpers.py": f"VALUE = {name!r}\n"})
-        opened[name] = Parcel(task_bundle.pack(file), file)
+        opened[name] = Parcel(task_bundle.pack_files(file), file)
         opened[name].main()
     for name in ("one", "two", "one"):
         assert opened[name].main().value() == name
@@ -97,10 +97,12 @@ def test_tasks_with_modules_of_the_same_names_do_not_mix(tmp_path: Path) -> None
 
 
 def test_a_hash_is_that_of_the_text_and_not_of_the_place(tmp_path: Path) -> None:
-    one, two = (task_bundle.pack(lay_out(tmp_path / name, PROJECT)) for name in ("one", "two"))
+    one, two = (
+        task_bundle.pack_files(lay_out(tmp_path / name, PROJECT)) for name in ("one", "two")
+    )
     assert one == two
     (tmp_path / "two" / "models" / "inner" / "most.py").write_text("WIDTH = 3\n")
-    assert task_bundle.pack(tmp_path / "two" / "the_task.py") != one
+    assert task_bundle.pack_files(tmp_path / "two" / "the_task.py") != one
 
 
 def test_a_module_imported_by_a_name_made_up_at_run_time_is_found_beside_the_file(
@@ -129,7 +131,7 @@ def test_a_module_that_raised_is_imported_anew(tmp_path: Path) -> None:
             "Path(__file__).with_name('there').exists()\n"
         },
     )
-    opened = Parcel(task_bundle.pack(file), file)
+    opened = Parcel(task_bundle.pack_files(file), file)
     with pytest.raises(AssertionError):
         opened.main()
     (tmp_path / "there").touch()
@@ -143,7 +145,9 @@ def test_a_directory_never_goes_before_an_installed_package_of_its_name(tmp_path
         "other/x.py": "",
     }
     file = lay_out(tmp_path, files)
-    assert {place for place, _ in json.loads(task_bundle.pack(file)).values()} == {"the_task.py"}
+    assert {place for place, _ in json.loads(task_bundle.pack_files(file)).values()} == {
+        "the_task.py"
+    }
     assert imported(file).value.__module__ == "hypothesis.core"
 
 

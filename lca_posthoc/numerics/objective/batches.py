@@ -435,7 +435,7 @@ def saved_bytes(split: Split, forward: Callable[[Any], Any]) -> float:
     count = min(2, split.examples)
     saved: dict[int, int] = {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def add_up(tensor: torch.Tensor) -> torch.Tensor:
         own = tensor if tensor._base is None else tensor._base
         # a weight, or its transpose, is saved once, whatever the batch
         if own.is_leaf and own.requires_grad:
@@ -447,7 +447,7 @@ def saved_bytes(split: Split, forward: Callable[[Any], Any]) -> float:
         return tensor
 
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(add_up, lambda tensor: tensor):
             result = forward(split.sample(0, count))
         del result
     except InputError:

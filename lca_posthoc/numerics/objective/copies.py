@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ...tasks.task import convert, every_name
+from ...tasks.task import convert_module, every_name
 
 
 def copy_in(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
@@ -43,12 +43,12 @@ def copy_in(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
         for name, value in vars(module).items():
             if isinstance(value, torch.dtype) and value == before:
                 vars(module)[name] = dtype
-    convert(copied, device, dtype)
+    convert_module(copied, device, dtype)
     return copied
 
 
 class _Converting(TorchFunctionMode):
-    """Convert plain tensors while they are deep-copied; parameters keep their type, for `convert`
+    """Convert plain tensors while they are deep-copied; parameters keep their type, for `convert_module`
     follows.
     """
 

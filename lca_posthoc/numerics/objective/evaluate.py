@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 
 from ...checkpoints.trajectory import TensorSpec
 from ...errors import InputError
-from ...tasks.task import Task, convert
+from ...tasks.task import Task, convert_module
 from ..precisions import PRECISIONS
 from .batches import Order, Split, automatic_batch_size, saved_bytes
 from .containers import copied, fresh
@@ -477,7 +477,7 @@ def _compose(
         task = reader.build(build)
         chosen = {name: stated_loss(task, name) for name in task.choose(losses)}
         module = new_model(task) if model is None else model
-        convert(module, settings.device, settings.dtype)
+        convert_module(module, settings.device, settings.dtype)
         module.eval()  # a statement: a model's own train() or eval() may return nothing
     data = open_data(task, chosen, settings, reader)
     loss_values = LossValues(task, chosen, module, settings)

@@ -23,7 +23,7 @@ from ..precisions import PRECISIONS
 from .batches import Order
 from .containers import copied, fresh, named_parts, opened, same_bytes, tensors_of
 from .evaluate import Objective
-from .returned import unpack
+from .returned import inputs_and_targets
 from .sources import Positions
 from .sums import Evaluation
 
@@ -797,7 +797,7 @@ def _statistics_unused(
 
 
 def _own_mean(objective: Objective, name: str, batch: object, loss: float, scale: float) -> None:
-    inputs, targets = unpack(batch)
+    inputs, targets = inputs_and_targets(batch)
 
     def mean(_: object) -> tuple[Tensor, None]:
         return objective.loss_values.entry(

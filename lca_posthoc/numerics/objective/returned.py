@@ -13,7 +13,7 @@ from ...errors import InputError, few
 from ...tasks.task import Loss
 
 
-def unpack(batch: object) -> tuple[Any, Any]:
+def inputs_and_targets(batch: object) -> tuple[Any, Any]:
     """Return the inputs and targets of a batch, for losses that are plain functions."""
     if isinstance(batch, tuple | list) and len(batch) == 2:
         return batch[0], batch[1]

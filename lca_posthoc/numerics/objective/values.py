@@ -25,8 +25,8 @@ from .returned import (
     checked_values,
     checked_weights,
     entries_of,
+    inputs_and_targets,
     refuse_broadcast,
-    unpack,
     value_of_term,
     way_out,
 )
@@ -132,7 +132,7 @@ class LossValues:
             if loss.call is not None:
                 returned = Returned(loss.call(self.model, batch))
             else:
-                inputs, targets = unpack(batch)
+                inputs, targets = inputs_and_targets(batch)
                 called["inputs"] = inputs
                 outputs = self.model(inputs) if shared is None else shared.of(self.model, inputs)
                 called.update(outputs=outputs, targets=targets)

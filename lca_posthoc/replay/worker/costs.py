@@ -18,7 +18,7 @@ from ..requests import (
     SampleRequest,
 )
 from .checks import moving
-from .memory_estimate import ROOM, block_of, free_memory, needed
+from .memory_estimate import ROOM, block_of, bytes_needed, free_memory_each
 from .state import first_point, objective_of, reported
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def measure(request: CostsRequest) -> Costs:
         together=together,
         higher=higher,
         recalibrating=_recalibrating(objective),
-        memory=peak + needed(request, objective, list(losses), blocks),
+        memory=peak + bytes_needed(request, objective, list(losses), blocks),
     )
 
 
@@ -138,7 +138,7 @@ def _measured(request: CostsRequest, objective: Objective, name: str) -> LossCos
             per_example[size] = (
                 _seconds(objective, name, split.sample(0, size), budget, size) / size
             )
-    room = ROOM * free_memory(request.sample.workers_per_host, objective.device)
+    room = ROOM * free_memory_each(request.sample.workers_per_host, objective.device)
     return LossCosts(
         seconds=per_example[used] * split.examples,
         forward=forward * per_example[used] * split.examples,

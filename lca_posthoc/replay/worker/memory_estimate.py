@@ -39,7 +39,7 @@ def block_of(request: SampleRequest[Any], objective: Objective, name: str) -> in
     elements = sum(tensor.elements for tensor in objective.allocated)
     fits = int(
         ROOM
-        * free_memory(request.sample.workers_per_host, objective.device)
+        * free_memory_each(request.sample.workers_per_host, objective.device)
         // (elements * _bytes_per_number(request))
     )
     if objective.splits[split].examples < _FEW * len(order.labels):
@@ -49,7 +49,7 @@ def block_of(request: SampleRequest[Any], objective: Objective, name: str) -> in
     return None if fits >= len(order.labels) else power_of_two(fits)
 
 
-def free_memory(workers: int, device: torch.device) -> float:
+def free_memory_each(workers: int, device: torch.device) -> float:
     """Return the bytes that are free for one of the workers of a host, or on the GPU."""
     import torch
 
@@ -58,7 +58,7 @@ def free_memory(workers: int, device: torch.device) -> float:
     return available_memory.free_memory() / workers
 
 
-def needed(
+def bytes_needed(
     request: SampleRequest[Any],
     objective: Objective,
     names: list[str],
@@ -118,8 +118,8 @@ def short_of(
     if objective.device.type == "cuda" or not names:
         return None
     needs, free, max_per_host = (
-        needed(request, objective, names, blocks),
-        free_memory(request.sample.workers_per_host, objective.device),
+        bytes_needed(request, objective, names, blocks),
+        free_memory_each(request.sample.workers_per_host, objective.device),
         request.sample.workers_per_host,
     )
     if needs <= free:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ...checkpoints.paths import located
 from ...checkpoints.trajectory import Checkpoint, read_checkpoint
 from ...cluster import Spec, delivered
-from ...errors import InputError, LCAError, ResourceError, SpanError, pack
+from ...errors import InputError, LCAError, ResourceError, SpanError, pack_error
 from ...tasks import task
 from ..requests import Failure, StoredPoints, TaskRequest, TaskSetup, from_plain, to_plain
 
@@ -167,7 +167,7 @@ def reported(kind: type[Asked]) -> Callable[[Callable[[Asked], object]], Callabl
                     return to_plain(work(request))
             except Exception as error:
                 problem = error if isinstance(error, LCAError) else _as_ours(error, request)
-                return to_plain(Failure(error=pack(problem), trace=traceback.format_exc()))
+                return to_plain(Failure(error=pack_error(problem), trace=traceback.format_exc()))
 
         return reported
 

@@ -31,7 +31,7 @@ from lca_posthoc.replay.worker import replay_span
 from lca_posthoc.results import Damage, verify
 from lca_posthoc.results.files import write_json
 from lca_posthoc.results.runfile import FORMAT
-from lca_posthoc.tasks.task import pack
+from lca_posthoc.tasks.task import pack_task
 from tests.helpers.cli import contents, lca, marker, refused
 
 from . import fault
@@ -272,7 +272,7 @@ def replay_twice(count: int, place: Path) -> str:
         )
         _resumed(place, out)
     assert [spec["span"] for spec in specs] == list(range(5))
-    broadcast.take_in(specs[0]["setup"]["parcel"], pack(place / "small_task.py")[1])
+    broadcast.take_in(specs[0]["setup"]["parcel"], pack_task(place / "small_task.py")[1])
     context = multiprocessing.get_context("fork")
     cases, together = (
         [specs[at % len(specs)] for at in range(count)],
