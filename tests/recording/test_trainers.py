@@ -22,6 +22,9 @@ import lca_posthoc
 from lca_posthoc import Loss, Task
 from lca_posthoc.errors import ResourceError
 
+# trainers warn of what is not ours: a directory that is not empty, data that cannot be resumed
+pytestmark = pytest.mark.filterwarnings("default::UserWarning")
+
 HERE = Path(__file__).parents[2]
 EXAMPLES, BATCH, ACCUMULATE, EPOCHS = 96, 4, 4, 2
 OPTIMISER_STEPS = EXAMPLES // (BATCH * ACCUMULATE) * EPOCHS

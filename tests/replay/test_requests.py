@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lca_posthoc.checkpoints.trajectory import Checkpoint, TensorSpec
-from lca_posthoc.errors import InputError, NotFiniteError, pack
+from lca_posthoc.errors import InputError, NotFiniteError, pack_error
 from lca_posthoc.numerics.settings import DEFAULTS
 from lca_posthoc.replay import requests
 from lca_posthoc.replay.requests import (
@@ -155,7 +155,7 @@ SENT = (
     LossesAnswer(losses={"a": 0.5}),
     SpanRequest(**OF_RUN, durable=True, span=3, pending=["a"], calibration={"a": None}),
     SpanAnswer(losses={"a": LOSS_SPAN}, segments=4, seconds=1.5, peak_bytes=2**30),
-    Failure(error=pack(InputError("no such loss")), trace="line 1"),
+    Failure(error=pack_error(InputError("no such loss")), trace="line 1"),
 )
 NAMES = [type(sent).__name__ for sent in SENT]
 
@@ -234,7 +234,7 @@ def test_what_is_no_plain_data_is_not_sent(value: object) -> None:
 def test_an_answer_is_that_of_its_request_or_a_failure() -> None:
     assert answered(LossesRequest, {"losses": {"a": 1.0}}) == LossesAnswer(losses={"a": 1.0})
     failed = answered(
-        LossesRequest, to_plain(Failure(error=pack(NotFiniteError("NaN", 7)), trace=""))
+        LossesRequest, to_plain(Failure(error=pack_error(NotFiniteError("NaN", 7)), trace=""))
     )
     assert isinstance(failed, Failure)
     error = failed.exception()
