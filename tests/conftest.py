@@ -25,11 +25,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # not be left to the end, when the others have nothing to do. Three on two cores, because tests of
 # faults and of other processes mostly wait.
 FIRST = (
-    *("test_replay.py", "test_faults.py", "test_how_to.py", "test_screen.py", "test_memory.py"),
-    *("test_terminal.py",),
-    *("test_report.py", "test_numerics.py", "test_precision.py", "test_remote.py"),
-    *("test_several_losses.py", "test_groups.py", "test_covered_steps.py", "test_export.py"),
-    *("test_still_runs.py", "test_models.py", "test_plan.py"),
+    *("test_replay.py", "test_faults.py", "test_how_to.py", "test_examples.py"),
+    *("test_terminal.py", "test_numerics.py", "test_report.py", "test_memory.py"),
+    *("test_screen.py", "test_precision.py", "test_namespaces.py", "test_verify.py"),
+    *("test_several_losses.py", "test_covered_steps.py", "test_still_runs.py", "test_groups.py"),
+    *("test_remote.py", "test_export.py", "test_runs_at_an_address.py", "test_models.py"),
 )
 
 
