@@ -25,7 +25,7 @@ from ..numerics.quadrature import RULES
 from ..numerics.schema import KEEP
 from ..numerics.settings import Settings, on_device, resolve
 from ..recording import Recorder
-from ..results import LossRecord, Manifest, estimated_bytes
+from ..results import LossRecord, Manifest, estimated_bytes, free_space
 from ..tasks.task import Task, loaded, pack_task
 from .prepare import Preparation, prepare, unwrapped
 from .requests import Costs, CostsRequest, answered, to_plain
@@ -183,7 +183,8 @@ def plan(
     )
     workers = workers or local_workers(device)
     ready, costs = _measured(trajectory, task, list(losses), settings, workers, tell)
-    manifest, free = ready.manifest, _free(out, checkpoints)
+    manifest = ready.manifest
+    _, free = free_space(Path(out) if out is not None else _beside(checkpoints))
     stored = _stored(manifest, manifest.losses, costs)
     of_losses = {name: _loss_plan(ready, name, costs) for name in manifest.losses}
     return Plan(
@@ -247,13 +248,6 @@ def _seconds(manifest: Manifest, costs: Costs, evaluations: int) -> float:
         + costs.recalibrating * (manifest.segments + manifest.spans)
         + costs.higher * evaluations_at_once * measured_segments
     )
-
-
-def _free(out: str | Path | None, checkpoints: str | Path) -> int:
-    """Return the bytes that are free where the result would go."""
-    place = Path(out) if out is not None else _beside(checkpoints)
-    free: int = psutil.disk_usage(str(nearest(place.resolve().parent))).free
-    return free
 
 
 def _shortages(ready: Preparation, needed: float, free: int) -> Iterator[str]:

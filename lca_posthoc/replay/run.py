@@ -17,11 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import psutil
-
 from .. import results
 from ..base.text import count
-from ..checkpoints.paths import here, is_remote, located, nearest
+from ..checkpoints.paths import here, is_remote, located
 from ..checkpoints.trajectory import Trajectory, open_trajectory
 from ..cluster import (
     Cluster,
@@ -697,8 +695,7 @@ class _Driver:
         """Refuse losses for whose results there is too little space, by what compression leaves of
         a segment of each.
         """
-        place = nearest(self._job.path.resolve().parent)
-        free = psutil.disk_usage(str(place)).free
+        place, free = results.free_space(self._job.path)
         most = results.required_bytes(manifest, keep, losses)
         if most <= free:
             return

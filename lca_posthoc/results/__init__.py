@@ -4,6 +4,7 @@ as labelled arrays.
 
 from .boundary_checks import differ, disagreement, meeting
 from .commits import Marker
+from .disk import free_space
 from .lock import Held, hold
 from .manifest import LossRecord, Manifest, StoredTensor
 from .run import LossResults, Run, open_run
@@ -56,6 +57,7 @@ __all__ = [
     "disagreement",
     "estimated_bytes",
     "exists",
+    "free_space",
     "hold",
     "last_run",
     "meeting",

@@ -21,7 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
+import psutil
+
 from ..base.locks import lock
+from ..checkpoints.paths import nearest
 
 Kind = Literal["file", "directory", "link", "other"]
 
@@ -103,6 +106,12 @@ def names(directory: Path) -> list[str]:
         return sorted(os.listdir(directory))
     except OSError:
         return []
+
+
+def free_space(path: Path) -> tuple[Path, int]:
+    """Return the nearest directory above a path that exists, and the bytes that are free there."""
+    place = nearest(path.resolve().parent)
+    return place, psutil.disk_usage(str(place)).free
 
 
 def walk(directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]:

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 import lca_posthoc
 from lca_posthoc import Loss, Recorder, Task
 from lca_posthoc.replay.events import Planned
-from lca_posthoc.replay.worker import checks
-from lca_posthoc.replay.worker import memory_estimate as memory
+from lca_posthoc.replay.worker import checks, memory_estimate
 
 ROWS, WIDTH = 2000, 1000
 
@@ -65,7 +64,7 @@ def main(place: Path, losses: int, span: int, options: dict[str, float | str]) -
     watcher = threading.Thread(target=watch)
 
     def noted(spec: Any, *rest: Any) -> None:
-        foretold.append(memory.bytes_needed(spec, *rest))
+        foretold.append(memory_estimate.bytes_needed(spec, *rest))
 
     checks.short_of = noted
 

@@ -26,8 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lca_posthoc import Loss, Run, Task, open_run, run
 from lca_posthoc.errors import InputError
 from lca_posthoc.replay.events import Note
-from lca_posthoc.replay.worker import checks
-from lca_posthoc.replay.worker import memory_estimate as memory
+from lca_posthoc.replay.worker import checks, memory_estimate
 from lca_posthoc.results import LossResults
 
 from ..helpers import oracle
@@ -536,7 +535,7 @@ def test_a_grouped_loss_is_refined_where_its_mean_would_not_be(lab: Lab) -> None
 def in_blocks_of(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """Blocks of one group are what almost no memory gives; larger ones are asked for."""
     if block == 1:
-        monkeypatch.setattr(memory, "ROOM", 1e-15)
+        monkeypatch.setattr(memory_estimate, "ROOM", 1e-15)
     else:
         monkeypatch.setattr(
             checks,

@@ -21,7 +21,7 @@ import lca_posthoc
 from lca_posthoc.errors import ResourceError
 from lca_posthoc.findings import summary
 from lca_posthoc.replay.plan import plan
-from lca_posthoc.replay.worker import memory_estimate as memory
+from lca_posthoc.replay.worker import memory_estimate
 from lca_posthoc.results import open_run, verify
 from tests.helpers.faults import clean_runs
 from tests.helpers.finding_memory import CASES, CONTROL, Measured, measured
@@ -151,7 +151,7 @@ def test_without_room_a_run_is_refused_before_it_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = clean_runs.lay_out(tmp_path, 4)
-    monkeypatch.setattr(memory, "free_memory_each", lambda workers, device: 1000.0)
+    monkeypatch.setattr(memory_estimate, "free_memory_each", lambda workers, device: 1000.0)
     with pytest.raises(
         ResourceError,
         match=r"takes about .* beside model and data, and 1 kB are free for each of 1 worker here. "

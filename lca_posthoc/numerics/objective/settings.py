@@ -21,8 +21,8 @@ class ObjectiveSettings:
             (autocast), whose tensors and sums are those of float32.
         norm_stats: "running", "recalibrated" or "batch".
         batch_size: None for a deterministic choice from shapes, one for each split.
-        subset: split → the choice of its examples, see `batches.positions_of_subset`; `""` stands for every
-            split.
+        subset: split → the choice of its examples, see `batches.positions_of_subset`; `""` stands
+            for every split.
         stored: normalised names of the tensors in the checkpoints; frozen parameters whose names
             are not among them stay as the task's model builds them. None where the checkpoints hold
             every tensor.
