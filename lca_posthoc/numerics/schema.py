@@ -16,7 +16,8 @@ import numpy as np
 
 from ..errors import InputError
 
-KEEP = ("parameters", "units", "tensors")
+# the levels of `--keep`, each of which holds what those before it hold
+KEEP = ("tensors", "units", "statistics", "parameters")
 STEP_FIELDS = {
     "loss_start": "float64",
     "loss_end": "float64",
@@ -31,12 +32,13 @@ STEP_FIELDS = {
 }
 PER_GROUP = ("loss_start", "loss_end", "weight", "residual", "remainder", "error_bound")
 MAY_BE_NAN = ("error_bound", "precision_error")
+# what a tensor's parameters come to on a segment, and the level from which on it is kept
 TENSOR_FIELDS = {
-    "allocated": "float64",
-    "helping": "int64",
-    "hurting": "int64",
-    "motion": "float64",
-    "gradient": "float64",
+    "allocated": ("float64", "tensors"),
+    "motion": ("float64", "tensors"),
+    "helping": ("int64", "statistics"),
+    "hurting": ("int64", "statistics"),
+    "gradient": ("float64", "statistics"),
 }
 OF_MOTION = ("motion",)  # the same for every group
 MAGNITUDES = 510  # two bins an octave over all finite float32
@@ -48,6 +50,22 @@ SIGNS = tuple(f"{signal}_{end}" for signal in SIGNED for end in ("first", "last"
 FIELDS = (*TOTALS, *SIGNS)
 
 Totals = dict[str, np.ndarray[Any, Any]]
+
+
+def holds(keep: str, level: str) -> bool:
+    """Tell whether a level of `--keep` holds what another one does.
+
+    >>> holds("statistics", "units"), holds("tensors", "units")
+    (True, False)
+    """
+    return KEEP.index(keep) >= KEEP.index(level)
+
+
+def tensor_fields(keep: str) -> dict[str, str]:
+    """Return the types of the numbers a level of `--keep` holds of every tensor and segment, by
+    name.
+    """
+    return {name: dtype for name, (dtype, level) in TENSOR_FIELDS.items() if holds(keep, level)}
 
 
 def is_share(tolerance: float | str) -> bool:

@@ -21,8 +21,9 @@ from .schema import (
     PER_GROUP,
     SIGNED,
     STEP_FIELDS,
-    TENSOR_FIELDS,
     TreeSum,
+    holds,
+    tensor_fields,
 )
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -120,7 +121,7 @@ class SpanStatistics:
     Args:
         table: the allocated tensors that are stored; the allocation of the others is the remainder.
         length: segments in the span.
-        keep: "parameters", "units" or "tensors".
+        keep: a level of `--keep`.
         device: where allocations are.
         groups: their number; None for a loss without groups.
     """
@@ -142,14 +143,19 @@ class SpanStatistics:
         }
         self.tensors: Arrays = {
             name: np.zeros((length, *self._axis(name not in OF_MOTION), len(table)), dtype)
-            for name, dtype in TENSOR_FIELDS.items()
+            for name, dtype in tensor_fields(keep).items()
         }
-        self.histogram: Arrays = {
-            "count": np.zeros((length, *self._axis(), BINS), "int64"),
-            "zero": np.zeros((length, *self._axis()), "int64"),
-        }
+        self._counts = holds(keep, "statistics")
+        self.histogram: Arrays = {}
+        if self._counts:
+            self.histogram = {
+                "count": np.zeros((length, *self._axis(), BINS), "int64"),
+                "zero": np.zeros((length, *self._axis()), "int64"),
+            }
         self._unreached: list[frozenset[str]] = [frozenset(spec.name for spec in table)] * length
-        self._running = {spec.name: _Running(spec.shape, device) for spec in table}
+        self._running = {
+            spec.name: _Running(spec.shape, device) for spec in table if self._counts
+        }
         self._pooled: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(length)]
         self.begin(range(groups or 1))
 
@@ -165,9 +171,9 @@ class SpanStatistics:
         self.allocation: Arrays = {}
         self.units: Arrays = {}
         for spec in self._table:
-            if self._keep == "parameters":
+            if holds(self._keep, "parameters"):
                 self.allocation[spec.name] = np.zeros((self._length, *rows, *spec.shape), "float32")
-            if self._keep in ("parameters", "units"):
+            if holds(self._keep, "units"):
                 units = 1 if spec.unit_axis is None else spec.shape[spec.unit_axis]
                 self.units[spec.name] = np.zeros((self._length, *rows, units), "float32")
 
@@ -221,9 +227,11 @@ class SpanStatistics:
             bins[row] += histogram(part)
         counts = {"helping": bins[:, : BINS // 2].sum(1), "hurting": bins[:, BINS // 2 :].sum(1)}
         for name, values in {**sums, **counts}.items():
+            if name not in self.tensors:
+                continue
             self._of_block(self.tensors[name], index)[:, position] = values.cpu().numpy()
         self.tensors["motion"][index, position] = motion.abs().sum().item()
-        if spec.kind == "parameter":
+        if spec.kind == "parameter" and self._counts:
             self._of_block(self.histogram["count"], index)[:] += bins.cpu().numpy()
             zero = shape[1] - counts["helping"] - counts["hurting"]
             self._of_block(self.histogram["zero"], index)[:] += zero.cpu().numpy()
@@ -234,7 +242,8 @@ class SpanStatistics:
             place = self.units[spec.name]
             units = unit_sums(exact.reshape(len(self.block), *spec.shape), spec.unit_axis)
             place[index] = units.float().reshape(place.shape[1:]).cpu().numpy()
-        self._pool(index, spec, motion, exact, gradient, segment.weight)
+        if self._counts:
+            self._pool(index, spec, motion, exact, gradient, segment.weight)
 
     def _pool(
         self,

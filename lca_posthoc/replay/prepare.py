@@ -21,7 +21,7 @@ from ..cluster import Cluster, Crew, Done, Lost, Spec
 from ..errors import InputError, Interrupted, ResourceError, SpanError, few
 from ..numerics.precisions import PRECISIONS
 from ..numerics.quadrature import COMPOSITE, RULES
-from ..numerics.schema import in_units_of_loss, is_share
+from ..numerics.schema import holds, in_units_of_loss, is_share
 from ..numerics.settings import Settings
 from ..results import LossRecord, Manifest, StoredTensor
 from ..results.keys import encode_all
@@ -148,7 +148,7 @@ def prepare(
         tensors=_stored_tensors(matched),
         checkpoints=relative(trajectory),
         span=span,
-        window=_choose_window(matched.segments, span),
+        window=_choose_window(matched.segments, span, settings["keep"]),
         settings=settings,
         losses=_records(described, probed, recorded),
         provenance=_provenance(task, described.task_losses),
@@ -438,10 +438,12 @@ def choose_span(segments: int, workers: int, elements: int) -> int:
     return int(2 ** (most.bit_length() - 1))
 
 
-def _choose_window(segments: int, span: int) -> int:
-    """Return the spans per window of totals: a power of two that gives at most 64 windows."""
+def _choose_window(segments: int, span: int, keep: str) -> int:
+    """Return the spans per window of totals: a power of two that gives at most 64 windows; 1 where
+    no totals are kept.
+    """
     window = 1
-    while -(-segments // (span * window)) > _WINDOWS:
+    while holds(keep, "statistics") and -(-segments // (span * window)) > _WINDOWS:
         window *= 2
     return window
 

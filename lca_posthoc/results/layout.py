@@ -12,7 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..numerics.schema import BINS, FIELDS, OF_MOTION, PER_GROUP, STEP_FIELDS, TENSOR_FIELDS
+from ..numerics.schema import (
+    BINS,
+    FIELDS,
+    OF_MOTION,
+    PER_GROUP,
+    STEP_FIELDS,
+    holds,
+    tensor_fields,
+)
 from .manifest import LossRecord, Manifest, StoredTensor
 
 _CHUNK_BYTES = 2**20
@@ -130,16 +138,18 @@ def plan_arrays(manifest: Manifest, keep: str, loss: LossRecord) -> Iterator[Arr
     manifest = manifest.covered_by(loss)
     plans = _Plans(manifest, loss)
     yield from plans.of_steps()
-    yield from plans.of_tensors()
-    yield from plans.of_histogram()
+    yield from plans.of_tensors(keep)
+    if holds(keep, "statistics"):
+        yield from plans.of_histogram()
     for tensor in manifest.allocated:
         attributes: dict[str, str | list[str]] = {"name": tensor.spec.name}
         attributes |= {"kind": tensor.spec.kind, "aliases": list(tensor.spec.aliases)}
-        if keep == "parameters":
+        if holds(keep, "parameters"):
             yield plans.of_parameters(tensor, {**attributes, "units": "loss"})
-        if keep in ("parameters", "units"):
+        if holds(keep, "units"):
             yield plans.of_units(tensor, {**attributes, "units": "loss"})
-        yield plans.of_totals(tensor, attributes)
+        if holds(keep, "statistics"):
+            yield plans.of_totals(tensor, attributes)
 
 
 class _Plans:
@@ -177,9 +187,9 @@ class _Plans:
             if name != "remainder" or self._manifest.settings["tensors"]:
                 yield self._rows(f"steps/{name}", {}, dtype, grouped=name in PER_GROUP)
 
-    def of_tensors(self) -> Iterator[ArrayPlan]:
+    def of_tensors(self, keep: str) -> Iterator[ArrayPlan]:
         inner = {"tensor": len(self._manifest.allocated)}
-        for name, dtype in TENSOR_FIELDS.items():
+        for name, dtype in tensor_fields(keep).items():
             yield self._rows(f"tensors/{name}", inner, dtype, grouped=name not in OF_MOTION)
         if self._loss.replicates:
             inner = {"replicate": self._loss.replicates, **inner}

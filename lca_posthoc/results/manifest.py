@@ -112,7 +112,7 @@ class Manifest:
 
     @property
     def keep(self) -> str:
-        """The level of `--keep`: "parameters", "units" or "tensors"."""
+        """The level of `--keep`: one of `KEEP`."""
         return self.settings["keep"]
 
     @property

@@ -14,11 +14,10 @@ import xarray as xr
 
 from ..base.text import count
 from ..errors import LCAError
-from ..numerics.schema import TOTALS
+from ..numerics.schema import TOTALS, holds
 from .chunks import CheckedStore
 from .commits import Commits, Marker
 from .html import results_html, run_html
-from .layout import plan_arrays
 from .lock import is_held
 from .manifest import LossRecord, Manifest
 from .runfile import read_manifest
@@ -26,6 +25,9 @@ from .totals import joined_totals
 from .underway import underway
 
 _SHOWN = 20  # losses in a repr
+# the level of `--keep` from which on a part of the results is kept
+_LEVELS = {"units": "units", "histogram": "statistics", "totals": "statistics"}
+_LEVELS |= {"allocation": "parameters"}
 
 
 class Progress(TypedDict):
@@ -179,16 +181,28 @@ class LossResults:
                 stretches.append([start, end])
         return stretches
 
-    def _open(self, part: str) -> xr.Dataset:
-        if all(
-            plan.part != part
-            for plan in plan_arrays(self.manifest, self.manifest.keep, self.record)
-        ):
+    def holds(self, level: str) -> bool:
+        """Tell whether the run keeps what a level of `--keep` keeps."""
+        return holds(self.manifest.keep, level)
+
+    def require(self, level: str, what: str) -> None:
+        """Refuse what the run does not keep enough for.
+
+        Args:
+            level: of `--keep`, from which on there is enough.
+            what: is asked for, such as "shares of parameters that help".
+
+        Raises:
+            LCAError: where the run keeps less; it names the level, and the way out.
+        """
+        if not self.holds(level):
             raise LCAError(
-                f"{self.path} keeps no {part} (--keep {self.manifest.settings['keep']}). Run again "
-                "into another directory with --keep "
-                f"{'parameters' if part == 'allocation' else 'units'}."
+                f"{self.path} was made with --keep {self.manifest.keep}, and {what} need --keep "
+                f"{level}. Run again into another directory: --keep {level} --out OTHER.lca."
             )
+
+    def _open(self, part: str) -> xr.Dataset:
+        self.require(_LEVELS.get(part, "tensors"), part)
         store = CheckedStore(self.path, self.manifest, self.name, (part,))
         data: xr.Dataset = xr.open_zarr(store, group=part, consolidated=False, chunks=None)
         # the others hold names of tensors, of which one may be called so
@@ -234,8 +248,8 @@ class LossResults:
 
     @property
     def tensors(self) -> xr.Dataset:
-        """The segments by group and tensor, with `allocated`, counts `helping` and `hurting`,
-        `motion` Σ|Δθ|, `gradient` Σ|mean gradient|.
+        """The segments by group and tensor, with `allocated` and `motion` Σ|Δθ|; from `--keep
+        statistics` on also the counts `helping` and `hurting`, and `gradient` Σ|mean gradient|.
 
         `replicates` is the allocation of each random part of a random subset, for `standard_error`.
         """
@@ -266,8 +280,9 @@ class LossResults:
         split.
 
         Raises:
-            LCAError: where the run is not complete.
+            LCAError: where the run is not complete, or keeps no totals.
         """
+        self.require("statistics", "totals over time")
         if not self.complete:
             raise LCAError(
                 f"loss {self.name!r} in {self.path} is not complete, so it has no totals yet. Run "

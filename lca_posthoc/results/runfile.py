@@ -23,7 +23,7 @@ from .manifest import Identity, LossRecord, Manifest, StoredTensor
 _Rest = ParamSpec("_Rest")
 _Read = TypeVar("_Read")
 
-FORMAT = 2
+FORMAT = 3
 FILE = "run.json"
 _MOST_TENSORS = 100_000
 _MOST_LOSSES = 10_000

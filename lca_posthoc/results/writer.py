@@ -282,7 +282,7 @@ class RunWriter:
 
     @property
     def keep(self) -> str:
-        """The level of `--keep`: "parameters", "units" or "tensors"."""
+        """The level of `--keep`: one of `KEEP`."""
         return self.manifest.keep
 
     def commits(self, loss: str) -> Commits:
@@ -588,6 +588,8 @@ class RunWriter:
         """Write the totals of a span where its window is one span, or let them wait for the others
         of the window; returns size and CRC-32 of what waits.
         """
+        if not totals:
+            return None
         if self.manifest.window == 1:
             self._write_totals(commits.loss, span, totals)
         elif commits.keeps_partials(span // self.manifest.window):
