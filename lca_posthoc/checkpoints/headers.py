@@ -142,7 +142,8 @@ def read_header(path: Path) -> Header:
 def _checked_header(path: Path, file: BinaryIO) -> Header:
     size = file.seek(0, os.SEEK_END)
     text = _header_text(path, file, size)
-    tensors, metadata, data_size = _parse(path, text)
+    tensors, metadata, places = _parse(path, text)
+    data_size = max((end for _, end in places.values()), default=0)
     start = 8 + len(text)
     if start + data_size != size:
         missing = start + data_size - size
@@ -161,6 +162,22 @@ def _checked_header(path: Path, file: BinaryIO) -> Header:
         data_size=data_size,
         data_samples=tuple(map(google_crc32c.value, parts)),
     )
+
+
+def tensor_places(path: Path, file: BinaryIO) -> dict[str, tuple[TensorHeader, range]]:
+    """Return the type and shape of every tensor of an open file, and the bytes of the file that
+    hold it.
+
+    Raises:
+        InputError: where the file is not whole.
+    """
+    text = _header_text(path, file, file.seek(0, os.SEEK_END))
+    tensors, _, places = _parse(path, text)
+    start = 8 + len(text)
+    return {
+        name: (tensors[name], range(start + begin, start + end))
+        for name, (begin, end) in places.items()
+    }
 
 
 def _header_text(path: Path, file: BinaryIO, size: int) -> bytes:
@@ -220,7 +237,12 @@ def _damaged(path: Path, what: str) -> InputError:
     )
 
 
-def _parse(path: Path, text: bytes) -> tuple[dict[str, TensorHeader], dict[str, str], int]:
+def _parse(
+    path: Path, text: bytes
+) -> tuple[dict[str, TensorHeader], dict[str, str], dict[str, tuple[int, int]]]:
+    """Return the tensors of a header, its metadata, and where each tensor's bytes begin and end
+    after it.
+    """
     if text.count(b"{") > MAX_TENSORS + 2:
         raise _damaged(path, f"it names more than {MAX_TENSORS:,} tensors")
     try:
@@ -241,16 +263,16 @@ def _parse(path: Path, text: bytes) -> tuple[dict[str, TensorHeader], dict[str, 
         json.dumps([*entries, metadata], ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise _damaged(path, "its header holds half a surrogate pair") from None
-    ranges, tensors = [], {}
+    places, tensors = {}, {}
     for name, entry in entries.items():
-        tensors[name], begin, end = _entry(path, name, entry)
-        ranges.append((begin, end))
+        tensors[name], *ends = _entry(path, name, entry)
+        places[name] = (ends[0], ends[1])
     position = 0
-    for begin, end in sorted(ranges):
+    for begin, end in sorted(places.values()):
         if begin != position:
             raise _damaged(path, f"its tensors overlap or leave a hole at byte {position:,}")
         position = end
-    return tensors, metadata, position
+    return tensors, metadata, places
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, NotFiniteError, SpanError, few
-from .headers import HALF, Header, TensorHeader, fingerprint_of, read_header
+from .headers import HALF, Header, TensorHeader, read_header
 from .layouts import (
     IMPORTED,
     both_count,
@@ -32,7 +32,7 @@ from .layouts import (
 )
 from .layouts import step_in_name as step_in_name
 from .leftovers import is_known
-from .paths import is_remote, located, reached, read
+from .paths import is_remote, located, reached
 from .spacing import StillSegments, every_of, long_segments
 
 if TYPE_CHECKING:
@@ -791,23 +791,27 @@ def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[st
 def read_stored(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
     """Return the tensors of one checkpoint as `read_checkpoint` does, whatever numbers they hold.
 
+    Only the bytes of these tensors are read, each once and into the memory the tensor keeps.
+
     Raises:
         SpanError: where a file changed since the trajectory was opened, or cannot be read.
     """
-    import safetensors.torch
+    from safetensors import SafetensorError
+
+    from .reading import fingerprint_and_tensors
 
     tensors: dict[str, torch.Tensor] = {}
     crc = 0
     for path in checkpoint.files:
         try:
-            data = read(path, checkpoint.fingerprint)
-            crc = (crc * 31 + fingerprint_of(data)) % 2**32
-            tensors |= safetensors.torch.load(data)
-        except (OSError, safetensors.SafetensorError) as error:
+            own, part = fingerprint_and_tensors(path, checkpoint.fingerprint, set(names.values()))
+        except (OSError, InputError, SafetensorError) as error:
             raise SpanError(
                 f"cannot read {path} (step {checkpoint.step}): {error}. Restore the file and run "
                 "again."
             ) from None
+        crc = (crc * 31 + own) % 2**32
+        tensors |= part
     if crc != checkpoint.fingerprint:
         raise SpanError(
             f"{checkpoint.files[0]} (step {checkpoint.step}) is not the file it was when the run "

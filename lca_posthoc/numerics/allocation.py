@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,21 +19,23 @@ import torch
 from torch import Tensor
 
 from ..errors import SpanError
-from .objective import Evaluation, Numbers
+from .objective import Along, Evaluation, Motion, Numbers, blocks, distances, units_of
 from .quadrature import COMPOSITE, Family, Rule
 
 Point = Mapping[str, Tensor]
 Gradient = dict[str, Tensor]
-_BLOCK = 2**17
+Axes = Mapping[str, int | None]
 
 
 class Evaluates(Protocol):
     """Evaluates losses at a point: all the mathematics needs of an objective."""
 
     def evaluate(
-        self, point: Point, losses: list[str], *, gradient: bool = True
+        self, point: Point, losses: list[str], *, gradient: bool = True, along: Along | None = None
     ) -> dict[str, Evaluation]:
-        """Return each loss at `point`, with its gradient unless only the value is asked for."""
+        """Return each loss at `point`, with its gradient, or sums of it along directions, unless
+        only the value is asked for.
+        """
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,14 @@ class SegmentAllocation:
     """The allocation of one loss on one segment; tensors float64, by name, numbers and tensors per
     group where it has groups.
 
+    Where sums are taken, a tensor stands for its units: the allocation of a unit is the sum over
+    its parameters, the gradient is that along the motion, and the motion is 1.
+
     Attributes:
         allocation: of each tensor, in units of loss.
         mean_gradient: the weighted mean of the gradients at the nodes.
         motion: θ′ − θ.
+        distance: Σ|θ′ − θ| of each tensor.
         loss_start: at the first checkpoint.
         loss_end: at the next one.
         weight: the sum of the elements' weights at the start.
@@ -90,6 +96,7 @@ class SegmentAllocation:
     allocation: dict[str, Tensor]
     mean_gradient: Gradient
     motion: Mapping[str, Tensor]
+    distance: Mapping[str, float]
     loss_start: Numbers
     loss_end: Numbers
     weight: Numbers
@@ -101,33 +108,171 @@ class SegmentAllocation:
     unreached: frozenset[str]
 
 
-def blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """Cut a (rows, columns) array into pieces small enough to stay in the cache, row by row where
-    rows are long.
-
-    >>> [(r.start, r.stop, c.start, c.stop) for r, c in blocks(2, 2**17 + 1)]
-    [(0, 1, 0, 131072), (0, 1, 131072, 131073), (1, 2, 0, 131072), (1, 2, 131072, 131073)]
+class Between(Mapping[str, Tensor]):
+    """The point θ + x(θ′ − θ), each tensor computed when it is asked for; tensors that are not
+    floating (counters) are loaded, never interpolated.
     """
-    many = max(1, _BLOCK // max(1, columns))
-    for row in range(0, rows, many):
-        for column in range(0, columns, _BLOCK):
-            yield slice(row, min(row + many, rows)), slice(column, min(column + _BLOCK, columns))
+
+    def __init__(self, start: Point, end: Point, x: float) -> None:
+        self._start, self._end, self._x = start, end, x
+
+    def __getitem__(self, name: str) -> Tensor:
+        start, end = self._start[name], self._end[name]
+        if start.is_floating_point():
+            return torch.lerp(start, end, self._x)
+        return start if self._x < 1 else end
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._start)
+
+    def __len__(self) -> int:
+        return len(self._start)
 
 
-def interpolate(start: Point, end: Point, x: float) -> Point:
-    """Return θ + x(θ′ − θ); tensors that are not floating (counters) are loaded, never
-    interpolated.
+class _Segment(Protocol):
+    """One segment as the rules see it: evaluations at its nodes, and the motion by which their
+    gradients are multiplied.
     """
-    return {
-        name: torch.lerp(value, end[name], x)
-        if value.is_floating_point()
-        else (value if x < 1 else end[name])
-        for name, value in start.items()
-    }
+
+    def motion(self, names: Iterable[str]) -> Mapping[str, Tensor]:
+        """Return θ′ − θ of some tensors, float64; 1 where gradients are sums along it."""
+
+    def distance(self, names: Iterable[str]) -> Mapping[str, float]:
+        """Return Σ|θ′ − θ| of some tensors."""
+
+    def at(self, x: float, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
+        """Evaluate losses at θ + x(θ′ − θ), x < 1."""
+
+    def at_end(
+        self, losses: list[str], *, here: bool, following: bool
+    ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
+        """Evaluate losses at θ′, for this segment and for the one that follows.
+
+        Args:
+            losses: names.
+            here: whether this segment wants the gradient there.
+            following: whether the one that follows wants it, if one does.
+        """
 
 
-def _motion(start: Point, end: Point, names: Iterable[str]) -> dict[str, Tensor]:
-    return {name: end[name].double() - start[name].double() for name in names}
+class _Parameters:
+    """A segment on which every parameter has a gradient of its own.
+
+    Args:
+        start: every tensor of the model at the first checkpoint.
+        end: the same at the next one.
+        objective: evaluates losses.
+        following: returns the checkpoint after that; None where there is none.
+    """
+
+    def __init__(
+        self, start: Point, end: Point, objective: Evaluates, following: Callable[[], Point | None]
+    ) -> None:
+        self._start, self._end, self._objective = start, end, objective
+        self._following = following
+        self._motion: dict[str, Tensor] = {}
+
+    def motion(self, names: Iterable[str]) -> Mapping[str, Tensor]:
+        if not self._motion:
+            self._motion = {
+                name: self._end[name].double() - self._start[name].double() for name in names
+            }
+        return self._motion
+
+    def distance(self, names: Iterable[str]) -> Mapping[str, float]:
+        return {name: values.abs().sum().item() for name, values in self.motion(names).items()}
+
+    def at(self, x: float, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
+        point = self._start if x == 0 else Between(self._start, self._end, x)
+        return self._objective.evaluate(point, losses, gradient=gradient)
+
+    def at_end(
+        self, losses: list[str], *, here: bool, following: bool
+    ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
+        gradient = here or (following and self._following() is not None)
+        last = self._objective.evaluate(self._end, losses, gradient=gradient)
+        return last, last
+
+
+class _Units:
+    """A segment on which gradients are summed along the motion, over units, and never held.
+
+    Args:
+        axes: of the units, by tensor; None where a tensor is one unit.
+        start: every tensor of the model at the first checkpoint.
+        end: the same at the next one.
+        objective: evaluates losses.
+        following: returns the checkpoint after that; None where there is none. It is not asked for
+            before the gradients between `start` and `end` are done, for which it is not needed.
+    """
+
+    def __init__(
+        self,
+        axes: Axes,
+        start: Point,
+        end: Point,
+        objective: Evaluates,
+        following: Callable[[], Point | None],
+    ) -> None:
+        self._axes, self._objective, self._following = axes, objective, following
+        self._own = Motion(start, end)
+
+    def motion(self, names: Iterable[str]) -> Mapping[str, Tensor]:
+        start = self._own.start
+        return {
+            name: torch.ones(
+                units_of(start[name], self._axes[name]),
+                dtype=torch.float64,
+                device=start[name].device,
+            )
+            for name in names
+        }
+
+    def distance(self, names: Iterable[str]) -> Mapping[str, float]:
+        return distances(self._own, names)
+
+    def at(self, x: float, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
+        start, end = self._own.start, self._own.end
+        evaluations = self._along(
+            start if x == 0 else Between(start, end, x), losses, [self._own] if gradient else []
+        )
+        return _of_direction(evaluations, 0) if gradient else evaluations
+
+    def at_end(
+        self, losses: list[str], *, here: bool, following: bool
+    ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
+        motions = [self._own] if here else []
+        next_point = self._following() if following else None
+        if next_point is not None:
+            motions.append(Motion(self._own.end, next_point))
+        last = self._along(self._own.end, losses, motions)
+        if not motions:
+            return last, last
+        return _of_direction(last, 0), _of_direction(last, -1)
+
+    def _along(
+        self, point: Point, losses: list[str], motions: list[Motion]
+    ) -> dict[str, Evaluation]:
+        if not motions:
+            return self._objective.evaluate(point, losses, gradient=False)
+        return self._objective.evaluate(point, losses, along=Along(self._axes, motions))
+
+
+def _of_direction(evaluations: Mapping[str, Evaluation], position: int) -> dict[str, Evaluation]:
+    return {name: evaluation.along(position) for name, evaluation in evaluations.items()}
+
+
+def _segment(
+    start: Point,
+    end: Point,
+    objective: Evaluates,
+    axes: Axes | None,
+    following: Callable[[], Point | None],
+) -> _Segment:
+    """Return a segment on which parameters have gradients of their own, or units sums of them."""
+    if axes is None:
+        return _Parameters(start, end, objective, following)
+    return _Units(axes, start, end, objective, following)
 
 
 def _sum(parts: Sequence[Numbers]) -> Numbers:
@@ -293,17 +438,25 @@ class _Refinement:
 
 
 def calibrate(
-    start: Point, end: Point, objective: Evaluates, losses: list[str]
+    start: Point, end: Point, objective: Evaluates, losses: list[str], axes: Axes | None = None
 ) -> dict[str, float]:
     """Return the trapezoid's L1 error on one segment, against Simpson, as a share of Σ|(g₁ −
     g₀)·Δθ|; for each loss.
+
+    Args:
+        start: every tensor of the model at the first checkpoint.
+        end: the same at the next one.
+        objective: evaluates losses and gradients.
+        losses: names.
+        axes: of the units where sums over them are taken, see `allocate`.
     """
-    first, last = objective.evaluate(start, losses), objective.evaluate(end, losses)
-    middle = objective.evaluate(interpolate(start, end, 0.5), losses)
+    segment = _segment(start, end, objective, axes, lambda: None)
+    first, middle = segment.at(0.0, losses), segment.at(0.5, losses)
+    last, _ = segment.at_end(losses, here=True, following=False)
     shares = {}
     for name in losses:
         refinement = _Refinement(
-            COMPOSITE, _motion(start, end, first[name].gradient), first[name], last[name]
+            COMPOSITE, segment.motion(first[name].gradient), first[name], last[name]
         )
         scale = np.sum(refinement.curvature)
         refinement.refine()
@@ -320,8 +473,9 @@ def allocate(
     losses: list[str],
     method: Method,
     *,
+    axes: Axes | None = None,
     at_start: Mapping[str, Evaluation] | None = None,
-    gradient_at_end: bool = True,
+    following: Callable[[], Point | None] = lambda: None,
     at_least: int = 0,
 ) -> tuple[dict[str, SegmentAllocation], dict[str, Evaluation]]:
     """Allocate every loss on the segment from `start` to `end`.
@@ -332,8 +486,11 @@ def allocate(
         objective: evaluates losses and gradients.
         losses: names.
         method: the rule and its tolerances.
+        axes: for sums over units, for which no gradient is ever held: the axis of the units of
+            each tensor, None where a tensor is one unit. None: every parameter's allocation.
         at_start: evaluations at `start` where the segment before has made them.
-        gradient_at_end: whether the segment after will want the gradient at `end`.
+        following: returns the checkpoint after `end`, whose segment will want evaluations at
+            `end`; None where there is none.
         at_least: the level a rule is refined to in any case, where it is refined at all.
 
     Returns:
@@ -342,24 +499,28 @@ def allocate(
     Raises:
         SpanError: where a loss or a gradient is not finite.
     """
+    segment = _segment(start, end, objective, axes, following)
     level = method.family.level_of(method.rule)
     if level is None:
-        return _allocate_fixed(start, end, objective, losses, method, at_start, gradient_at_end)
-    return _allocate_refined(start, end, objective, losses, method, at_start, max(at_least, level))
+        return _allocate_fixed(segment, losses, method, at_start)
+    return _allocate_refined(segment, losses, method, at_start, max(at_least, level))
 
 
 def _allocate_refined(
-    start: Point,
-    end: Point,
-    objective: Evaluates,
+    segment: _Segment,
     losses: list[str],
     method: Method,
     at_start: Mapping[str, Evaluation] | None,
     lowest: int,
 ) -> tuple[dict[str, SegmentAllocation], dict[str, Evaluation]]:
-    first = at_start or objective.evaluate(start, losses)
-    last = objective.evaluate(end, losses)
-    motion = _motion(start, end, first[losses[0]].gradient)
+    first = at_start or segment.at(0.0, losses)
+    # those every loss will need, before the end, which may need the checkpoint after it as well
+    early = [
+        (node, segment.at(node, losses))
+        for node in (method.family.fresh_nodes(1) if lowest >= 1 else ())
+    ]
+    last, known = segment.at_end(losses, here=True, following=True)
+    motion = segment.motion(first[losses[0]].gradient)
     states = {name: _Refinement(method.family, motion, first[name], last[name]) for name in losses}
     done: dict[str, SegmentAllocation] = {}
     level = 0
@@ -367,25 +528,28 @@ def _allocate_refined(
     while True:
         if level >= lowest:
             for name in pending:
-                done[name] = _judged(name, states[name], method)
+                done[name] = _judged(name, states[name], method, segment)
             pending = [
                 name
                 for name in pending
                 if not (done[name].converged or name in method.never_refined)
             ]
         if not pending or level == method.family.finest:
-            return done, last
+            return done, known
         level += 1
         for name in pending:
             states[name].refine()
-        for node in method.family.fresh_nodes(level):
-            for name, evaluation in objective.evaluate(
-                interpolate(start, end, node), pending
-            ).items():
-                states[name].take(node, evaluation)
+        nodes: Iterable[tuple[float, dict[str, Evaluation]]] = early if level == 1 else ()
+        nodes = nodes or (
+            (node, segment.at(node, pending)) for node in method.family.fresh_nodes(level)
+        )
+        for node, evaluations in nodes:
+            for name in pending:
+                states[name].take(node, evaluations[name])
+        early = []
 
 
-def _judged(name: str, state: _Refinement, method: Method) -> SegmentAllocation:
+def _judged(name: str, state: _Refinement, method: Method, segment: _Segment) -> SegmentAllocation:
     state.measure()
     bound = state.error_bound((method.calibration or {}).get(name))
     tolerance, allocation_tolerance = method.bounds(name)
@@ -395,6 +559,7 @@ def _judged(name: str, state: _Refinement, method: Method) -> SegmentAllocation:
             allocation=state.allocation,
             mean_gradient=state.mean,
             motion=state.motion,
+            distance=segment.distance(state.motion),
             loss_start=state.start.loss,
             loss_end=state.end.loss,
             weight=state.start.weight,
@@ -410,23 +575,18 @@ def _judged(name: str, state: _Refinement, method: Method) -> SegmentAllocation:
 
 
 def _allocate_fixed(
-    start: Point,
-    end: Point,
-    objective: Evaluates,
+    segment: _Segment,
     losses: list[str],
     method: Method,
     at_start: Mapping[str, Evaluation] | None,
-    gradient_at_end: bool,
 ) -> tuple[dict[str, SegmentAllocation], dict[str, Evaluation]]:
     """Use a rule as it stands; end losses that no node gives come from forward passes."""
     rule = method.rule
-    first = at_start or objective.evaluate(start, losses, gradient=rule.has_start)
-    last = objective.evaluate(end, losses, gradient=rule.has_start and gradient_at_end)
-    nodes = [
-        first if x == 0 else objective.evaluate(interpolate(start, end, x), losses)
-        for x in rule.nodes
-    ]
-    motion = _motion(start, end, nodes[0][losses[0]].gradient)
+    first = at_start or segment.at(0.0, losses, gradient=rule.has_start)
+    nodes = [first if x == 0 else segment.at(x, losses) for x in rule.nodes]
+    last, known = segment.at_end(losses, here=False, following=rule.has_start)
+    motion = segment.motion(nodes[0][losses[0]].gradient)
+    distance = segment.distance(motion)
     done = {}
     for name in losses:
         mean = _combine(
@@ -437,10 +597,11 @@ def _allocate_fixed(
         )
         allocation = _product(motion, mean)
         residual = last[name].loss - first[name].loss - sums_over(allocation, motion)
-        segment = SegmentAllocation(
+        allocated = SegmentAllocation(
             allocation=allocation,
             mean_gradient=mean,
             motion=motion,
+            distance=distance,
             loss_start=first[name].loss,
             loss_end=last[name].loss,
             weight=first[name].weight,
@@ -451,8 +612,8 @@ def _allocate_fixed(
             error_bound=np.full_like(residual, np.nan)[()],
             unreached=frozenset.intersection(*(node[name].unreached for node in nodes)),
         )
-        done[name] = _checked(segment, name)
-    return done, last
+        done[name] = _checked(allocated, name)
+    return done, known
 
 
 def _checked(segment: SegmentAllocation, name: str) -> SegmentAllocation:
@@ -472,36 +633,70 @@ def _checked(segment: SegmentAllocation, name: str) -> SegmentAllocation:
     return segment
 
 
+class _Ahead:
+    """The next of the points of a span, read when it is first asked for.
+
+    Attributes:
+        failure: why it could not be read; None where it could, or was not asked for.
+    """
+
+    def __init__(self, walk: Iterator[tuple[int, Point]]) -> None:
+        self._walk = walk
+        self._items: list[tuple[int, Point] | None] = []
+        self.failure: Exception | None = None
+
+    def item(self) -> tuple[int, Point] | None:
+        """Return its training step and its tensors; None where there is none."""
+        if not self._items:
+            try:
+                self._items.append(next(self._walk, None))
+            except Exception as error:
+                self.failure = error
+                raise
+        return self._items[0]
+
+    def point(self) -> Point | None:
+        """Return its tensors; None where there is none."""
+        item = self.item()
+        return None if item is None else item[1]
+
+
 def allocate_span(
     points: Iterable[tuple[int, Point]],
     objective: Evaluates,
     losses: list[str],
     method: Method,
+    *,
+    axes: Axes | None = None,
     at_least: Iterable[int] = (),
-) -> Iterator[tuple[Point, Point, dict[str, SegmentAllocation]]]:
+    begin: Callable[[Point, Point], None] = lambda start, end: None,
+) -> Iterator[dict[str, SegmentAllocation]]:
     """Allocate the segments between consecutive points in turn; each end is evaluated once and
     reused as the next start.
 
     Args:
         points: training step and tensors of each checkpoint of the span, one more than there are
-            segments.
+            segments. A point is read when it is needed, and none stays longer than that.
         objective: evaluates losses and gradients.
         losses: names.
         method: the rule and its tolerances.
+        axes: of the units where sums over them are taken, see `allocate`.
         at_least: for each segment, the level a rule is refined to in any case, where it is refined
             at all; 0 where it ends early.
+        begin: called with both ends of each segment before it is allocated.
 
     Yields:
-        The segment's start, its end, and the allocation of every loss.
+        The allocation of every loss on one segment.
 
     Raises:
         SpanError: where a loss or a gradient is not finite, naming the segment.
     """
     walk, lowest = iter(points), itertools.chain(at_least, itertools.repeat(0))
-    (step, start), following = next(walk), next(walk, None)
+    (step, start), upcoming = next(walk), next(walk, None)
     known: Mapping[str, Evaluation] | None = None
-    while following is not None:
-        (next_step, end), after = following, next(walk, None)
+    while upcoming is not None:
+        (next_step, end), ahead = upcoming, _Ahead(walk)
+        begin(start, end)
         try:
             done, known = allocate(
                 start,
@@ -509,14 +704,18 @@ def allocate_span(
                 objective,
                 losses,
                 method,
+                axes=axes,
                 at_start=known,
-                gradient_at_end=after is not None,
+                following=ahead.point,
                 at_least=next(lowest),
             )
         except SpanError as error:
+            if error is ahead.failure:
+                raise
             raise SpanError(
                 f"{error}, between steps {step} and {next_step}. Leave these steps out with "
                 "--steps."
             ) from None
-        yield start, end, done
-        step, start, following = next_step, end, after
+        step, start = next_step, end
+        yield done
+        upcoming = ahead.item()

@@ -161,6 +161,16 @@ class Settings(TypedDict):
             choices=tuple(PRECISIONS),
         ),
     ]
+    precision_check: Annotated[
+        str,
+        Setting(
+            help="Examples on which the error of the precision is measured, on a few segments: a "
+            "sample, or all of them.",
+            default="sample",
+            shown_default="sample",
+            choices=("sample", "full"),
+        ),
+    ]
     norm_stats: Annotated[
         str,
         Setting(

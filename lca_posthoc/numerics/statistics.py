@@ -4,7 +4,7 @@ No disk, no plots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.trajectory import TensorSpec
-from .allocation import SegmentAllocation, blocks, sums_over
+from .allocation import Axes, SegmentAllocation, sums_over
+from .objective import blocks
 from .schema import (
     BINS,
     MAGNITUDES,
@@ -111,12 +112,29 @@ class _Running:
         return {name: values.cpu().numpy() for name, values in totals.items()}
 
 
-class SpanStatistics:
-    """The segments of one span for one loss, gathered as the arrays a run stores.
+def unit_axes(
+    allocated: Iterable[TensorSpec], table: Collection[TensorSpec], keep: str
+) -> Axes | None:
+    """Return the axes over whose units a level of `--keep` needs sums of allocations, and no more;
+    None where it needs more.
 
-    A loss with groups has an axis of groups behind that of segments; its totals are those of its
-    weighted mean over the groups, the loss of the whole split. Groups may be added in blocks, one
-    after the other, each over all segments.
+    Args:
+        allocated: every tensor that takes part in the allocation.
+        table: those that are stored; each of the others is one unit.
+        keep: a level of `--keep`.
+    """
+    if holds(keep, "statistics"):
+        return None
+    stored = {spec.name for spec in table} if holds(keep, "units") else set[str]()
+    return {spec.name: spec.unit_axis if spec.name in stored else None for spec in allocated}
+
+
+class SpanSums:
+    """The segments of one span for one loss, gathered as the arrays a run stores: losses, and sums
+    over tensors and units.
+
+    A loss with groups has an axis of groups behind that of segments. Groups may be added in blocks,
+    one after the other, each over all segments.
 
     Args:
         table: the allocated tensors that are stored; the allocation of the others is the remainder.
@@ -145,18 +163,8 @@ class SpanStatistics:
             name: np.zeros((length, *self._axis(name not in OF_MOTION), len(table)), dtype)
             for name, dtype in tensor_fields(keep).items()
         }
-        self._counts = holds(keep, "statistics")
         self.histogram: Arrays = {}
-        if self._counts:
-            self.histogram = {
-                "count": np.zeros((length, *self._axis(), BINS), "int64"),
-                "zero": np.zeros((length, *self._axis()), "int64"),
-            }
         self._unreached: list[frozenset[str]] = [frozenset(spec.name for spec in table)] * length
-        self._running = {
-            spec.name: _Running(spec.shape, device) for spec in table if self._counts
-        }
-        self._pooled: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(length)]
         self.begin(range(groups or 1))
 
     def _axis(self, grouped: bool = True) -> tuple[int, ...]:
@@ -167,15 +175,15 @@ class SpanStatistics:
         released.
         """
         self.block = block
-        rows = () if self._groups is None else (len(block),)
         self.allocation: Arrays = {}
         self.units: Arrays = {}
-        for spec in self._table:
-            if holds(self._keep, "parameters"):
-                self.allocation[spec.name] = np.zeros((self._length, *rows, *spec.shape), "float32")
-            if holds(self._keep, "units"):
-                units = 1 if spec.unit_axis is None else spec.shape[spec.unit_axis]
-                self.units[spec.name] = np.zeros((self._length, *rows, units), "float32")
+        for spec in self._table if holds(self._keep, "units") else ():
+            units = 1 if spec.unit_axis is None else spec.shape[spec.unit_axis]
+            self.units[spec.name] = np.zeros((self._length, *self._rows, units), "float32")
+
+    @property
+    def _rows(self) -> tuple[int, ...]:
+        return () if self._groups is None else (len(self.block),)
 
     def _of_block(self, column: np.ndarray[Any, Any], row: int) -> np.ndarray[Any, Any]:
         """Return the block's part of one segment of an array, with an axis of groups also where
@@ -203,7 +211,72 @@ class SpanStatistics:
             self.steps["converged"][row] &= before
         self._unreached[row] &= segment.unreached
         for position, spec in enumerate(self._table):
+            self.tensors["motion"][row, position] = segment.distance[spec.name]
             self._add_tensor(row, position, spec, segment)
+
+    def _add_tensor(
+        self, index: int, position: int, spec: TensorSpec, segment: SegmentAllocation
+    ) -> None:
+        """Add one tensor of a segment, whose allocation is that of its units."""
+        exact = segment.allocation[spec.name].reshape(len(self.block), -1)
+        allocated = self._of_block(self.tensors["allocated"], index)
+        allocated[:, position] = exact.sum(1).cpu().numpy()
+        if spec.name in self.units:
+            self._add_units(index, spec, exact)
+
+    def _add_units(self, index: int, spec: TensorSpec, sums: Tensor) -> None:
+        place = self.units[spec.name]
+        place[index] = sums.float().reshape(place.shape[1:]).cpu().numpy()
+
+    @property
+    def moved_unused(self) -> set[str]:
+        """The tensors that moved while the loss of no group depended on them: parameters
+        throughout, buffers on a segment.
+        """
+        throughout = frozenset.intersection(*self._unreached)
+        return {
+            spec.name
+            for position, spec in enumerate(self._table)
+            for row, unreached in enumerate(self._unreached)
+            if spec.name in (unreached if spec.kind == "buffer" else throughout)
+            and self.tensors["motion"][row, position] > 0
+        }
+
+    def totals(self) -> dict[str, Arrays]:
+        """Return the per-parameter totals over the span, by tensor: none of sums."""
+        return {}
+
+
+class SpanStatistics(SpanSums):
+    """The same with what is kept of every parameter over time, and where asked for, with every
+    parameter's allocation.
+
+    The totals of a loss with groups are those of its weighted mean over the groups, the loss of the
+    whole split.
+    """
+
+    def __init__(
+        self,
+        table: Sequence[TensorSpec],
+        length: int,
+        keep: str,
+        device: torch.device,
+        groups: int | None = None,
+    ) -> None:
+        super().__init__(table, length, keep, device, groups)
+        self.histogram = {
+            "count": np.zeros((length, *self._axis(), BINS), "int64"),
+            "zero": np.zeros((length, *self._axis()), "int64"),
+        }
+        self._running = {spec.name: _Running(spec.shape, device) for spec in table}
+        self._pooled: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(length)]
+
+    def begin(self, block: range) -> None:
+        """Allocate the large arrays of a block of groups, as `SpanSums` does."""
+        super().begin(block)
+        for spec in self._table if holds(self._keep, "parameters") else ():
+            shape = (self._length, *self._rows, *spec.shape)
+            self.allocation[spec.name] = np.zeros(shape, "float32")
 
     def _add_tensor(
         self, index: int, position: int, spec: TensorSpec, segment: SegmentAllocation
@@ -227,11 +300,8 @@ class SpanStatistics:
             bins[row] += histogram(part)
         counts = {"helping": bins[:, : BINS // 2].sum(1), "hurting": bins[:, BINS // 2 :].sum(1)}
         for name, values in {**sums, **counts}.items():
-            if name not in self.tensors:
-                continue
             self._of_block(self.tensors[name], index)[:, position] = values.cpu().numpy()
-        self.tensors["motion"][index, position] = motion.abs().sum().item()
-        if spec.kind == "parameter" and self._counts:
+        if spec.kind == "parameter":
             self._of_block(self.histogram["count"], index)[:] += bins.cpu().numpy()
             zero = shape[1] - counts["helping"] - counts["hurting"]
             self._of_block(self.histogram["zero"], index)[:] += zero.cpu().numpy()
@@ -239,11 +309,9 @@ class SpanStatistics:
             place = self.allocation[spec.name]
             place[index] = stored.reshape(place.shape[1:]).cpu().numpy()
         if spec.name in self.units:
-            place = self.units[spec.name]
-            units = unit_sums(exact.reshape(len(self.block), *spec.shape), spec.unit_axis)
-            place[index] = units.float().reshape(place.shape[1:]).cpu().numpy()
-        if self._counts:
-            self._pool(index, spec, motion, exact, gradient, segment.weight)
+            shaped = exact.reshape(len(self.block), *spec.shape)
+            self._add_units(index, spec, unit_sums(shaped, spec.unit_axis))
+        self._pool(index, spec, motion, exact, gradient, segment.weight)
 
     def _pool(
         self,
@@ -269,20 +337,6 @@ class SpanStatistics:
             exact, gradient = exact / whole, gradient / whole
         exact, gradient = exact.reshape(spec.shape), gradient.reshape(spec.shape)
         self._running[spec.name].add(motion, gradient, exact, exact.float())
-
-    @property
-    def moved_unused(self) -> set[str]:
-        """The tensors that moved while the loss of no group depended on them: parameters
-        throughout, buffers on a segment.
-        """
-        throughout = frozenset.intersection(*self._unreached)
-        return {
-            spec.name
-            for position, spec in enumerate(self._table)
-            for row, unreached in enumerate(self._unreached)
-            if spec.name in (unreached if spec.kind == "buffer" else throughout)
-            and self.tensors["motion"][row, position] > 0
-        }
 
     def totals(self) -> dict[str, Arrays]:
         """Return the per-parameter totals over the span, by tensor."""

@@ -37,6 +37,7 @@ class RunSettings:
 
     device: str
     precision: str
+    precision_check: str
     norm_stats: str
     batch_size: int | None
     subset: list[str]

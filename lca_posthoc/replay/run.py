@@ -93,6 +93,7 @@ def run(
     batch_size: int | None = None,
     device: str | None = None,
     precision: str | None = None,
+    precision_check: str | None = None,
     norm_stats: str | None = None,
     tensors: Sequence[str] = (),
     subset: Sequence[str] = (),
@@ -129,6 +130,7 @@ def run(
         batch_size: examples per batch; a deterministic choice by default.
         device: "cuda" or "cpu"; by default a GPU where there is one.
         precision: "float32" (default), "tf32", "bfloat16" or "float64".
+        precision_check: on which examples its error is measured: "sample" (default) or "full".
         norm_stats: "running" (default), "batch" or "recalibrated".
         tensors: patterns (`*`, `?`) of the tensors whose allocation is kept; what the others did is
             kept as one remainder.
@@ -174,6 +176,7 @@ def run(
         "batch_size": batch_size,
         "device": device,
         "precision": precision,
+        "precision_check": precision_check,
         "norm_stats": norm_stats,
         "tensors": tensors,
         "subset": subset,

@@ -390,7 +390,12 @@ def _checkpoint(value: object) -> Checkpoint:
 def _settings(value: object) -> Settings:
     if not isinstance(value, dict):
         raise _wrong("settings", "a table", value)
-    for name, read in (("keep", _text), ("precision", _text), ("tensors", _texts)):
+    for name, read in (
+        ("keep", _text),
+        ("precision", _text),
+        ("precision_check", _text),
+        ("tensors", _texts),
+    ):
         _check(name in value, f"settings.{name}", "there", "nothing")
         read(value[name], f"settings.{name}")
     _one_of(value["keep"], "settings.keep", KEEP)

@@ -40,7 +40,7 @@ from .runfile import exists, manifest_bytes, read_manifest, refuse_other, write_
 from .underway import LOG, remove_reports
 
 if TYPE_CHECKING:
-    from ..numerics.statistics import SpanStatistics
+    from ..numerics.statistics import SpanSums
     from .verify import Damage, Leftover
 
 _BLOCK = 4096
@@ -496,7 +496,7 @@ class RunWriter:
 
     # --- spans: workers ---------------------------------------------------------------------------
 
-    def write_block(self, loss: str, span: int, statistics: SpanStatistics) -> None:
+    def write_block(self, loss: str, span: int, statistics: SpanSums) -> None:
         """Write the large arrays of the block of groups that `statistics` holds; `write_span`
         commits them.
 
@@ -519,7 +519,7 @@ class RunWriter:
         self,
         loss: str,
         span: int,
-        statistics: SpanStatistics,
+        statistics: SpanSums,
         summary: Mapping[str, object],
         replicates: np.ndarray[Any, Any] | None = None,
     ) -> None:
@@ -556,7 +556,7 @@ class RunWriter:
         self,
         loss: str,
         span: int,
-        statistics: SpanStatistics,
+        statistics: SpanSums,
         replicates: np.ndarray[Any, Any] | None,
     ) -> None:
         """Write the arrays of a span that have no axis of single parameters or units."""

@@ -4,6 +4,15 @@ mode, probes.
 
 from .batches import Split, automatic_batch_size, power_of_two
 from .data import replicates_of
+from .directions import (
+    Along,
+    Motion,
+    NoGradients,
+    WholeGradients,
+    blocks,
+    distances,
+    units_of,
+)
 from .draws import Draws
 from .evaluate import Objective, build_objective
 from .model import new_model
@@ -18,21 +27,28 @@ from .probe import (
     weights_of_sample,
 )
 from .recalibration import in_both_modes, statistics_of
+from .rounding import rounding_errors, sampled_examples
 from .settings import ObjectiveSettings
 from .sums import Evaluation, Numbers
 from .tensors import tensor_table
 
 __all__ = [
+    "Along",
     "Draws",
     "Evaluation",
     "Identity",
+    "Motion",
+    "NoGradients",
     "Numbers",
     "Objective",
     "ObjectiveSettings",
     "Split",
+    "WholeGradients",
     "automatic_batch_size",
+    "blocks",
     "build_objective",
     "check_loss",
+    "distances",
     "drop_weightless_replicates",
     "float32",
     "hidden_from_autograd",
@@ -42,7 +58,10 @@ __all__ = [
     "new_model",
     "power_of_two",
     "replicates_of",
+    "rounding_errors",
+    "sampled_examples",
     "statistics_of",
     "tensor_table",
+    "units_of",
     "weights_of_sample",
 ]

@@ -30,6 +30,7 @@ from .batches import Order, Split, automatic_batch_size, saved_bytes
 from .containers import copied, fresh
 from .copies import copy_in
 from .data import LossData, PassKey, ValueSource, open_data, origin, stated_loss
+from .directions import Along, Gradients, NoGradients, SumsAlong, WholeGradients
 from .model import ModelTensors, bind_tensors, new_model
 from .passes import Accumulator, GroupValues, batches_across_groups, batches_by_group, run_pass
 from .precision import default_dtype, dtype_of
@@ -202,6 +203,7 @@ class Objective:
         losses: list[str],
         *,
         gradient: bool = True,
+        along: Along | None = None,
         only: range | None = None,
     ) -> dict[str, Evaluation]:
         """Return each loss over its whole split at `point`, with its gradient unless only the value
@@ -211,20 +213,22 @@ class Objective:
             point: every tensor of the table, on the device.
             losses: names.
             gradient: False for a forward pass alone.
+            along: directions, for sums of the gradient along them instead of the gradient.
             only: some of the groups, where the losses have the same ones.
         """
         self.place(point)
+        gradients = self._gradients(gradient, along)
         counts = self.evaluations if gradient else self.forward_passes
         for name in losses:
             counts[name] += only is None or only.start == 0
         evaluations: dict[str, Evaluation] = {}
         for key, sources in self.data.passes(losses).items():
             if key[0] is not None:
-                evaluations |= self._one_pass(key, sources, only, gradient)
+                evaluations |= self._one_pass(key, sources, only, gradients)
                 continue
             for name in (name for names in sources.values() for name in names):
                 evaluations[name] = self.evaluate_on_batches(
-                    partial(self.values, name), [None], gradient=gradient
+                    partial(self.values, name), [None], gradients
                 )
         return {name: evaluations[name] for name in losses}
 
@@ -233,12 +237,12 @@ class Objective:
         key: PassKey,
         sources: Mapping[ValueSource, list[str]],
         only: range | None,
-        gradient: bool,
+        gradients: Gradients,
     ) -> dict[str, Evaluation]:
         """Return losses, given by the source of their values, from one pass over a split."""
         order = self.data.order_at(key[1])
         groups = range(len(order.labels)) if order and only is None else only
-        sums = {source: self._sums(names, groups, gradient) for source, names in sources.items()}
+        sums = {source: self._sums(names, groups, gradients) for source, names in sources.items()}
         self.accumulate(key, sources, sums, only)
         return {
             name: sums[source].evaluation(
@@ -248,14 +252,16 @@ class Objective:
             for name in names
         }
 
-    def _sums(self, names: list[str], groups: range | None, gradient: bool) -> Sums:
+    def _sums(self, names: list[str], groups: range | None, gradients: Gradients) -> Sums:
         grouped = [self.order(name) is not None for name in names]
-        return Sums(
-            self.tensors.differentiable if gradient else {},
-            self.device,
-            groups if any(grouped) else None,
-            not all(grouped),
-        )
+        return Sums(gradients, self.device, groups if any(grouped) else None, not all(grouped))
+
+    def _gradients(self, gradient: bool, along: Along | None = None) -> Gradients:
+        """Return what is taken in of gradients: nothing, all, or their sums along directions."""
+        if not gradient:
+            return NoGradients()
+        tensors = self.tensors.differentiable
+        return WholeGradients(tensors) if along is None else SumsAlong(tensors, along)
 
     def accumulate(
         self,
@@ -289,17 +295,21 @@ class Objective:
         self,
         values: Callable[[Any], Values],
         batches: Iterable[object],
-        *,
-        gradient: bool = True,
+        gradients: Gradients,
     ) -> Evaluation:
-        """Return a loss over some batches, at the point the module holds; `values` gives a batch's
-        values and weights.
+        """Return a loss over some batches, at the point the module holds.
+
+        Args:
+            values: returns a batch's values and weights.
+            batches: in order.
+            gradients: what is taken in of the gradient.
         """
-        sums = Sums(self.tensors.differentiable if gradient else {}, self.device, None, True)
+        sums = Sums(gradients, self.device, None, True)
         with self.mode():
             for batch in batches:
                 results, weights = values(fresh(batch))
-                sums.take(GroupValues(0, results if gradient else results.detach(), weights))
+                results = results if sums.needs_graph else results.detach()
+                sums.take(GroupValues(0, results, weights))
         return sums.evaluation(False, "a loss", None)
 
     # --- precision --------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from ...tasks.task import Loss, every_name
 from ..precisions import PRECISIONS
 from .batches import Order
 from .containers import copied, fresh, named_parts, opened, same_bytes, tensors_of
+from .directions import NoGradients, SquaredNorms, WholeGradients, blocks
 from .evaluate import Objective
 from .returned import inputs_and_targets
 from .sources import Positions
@@ -50,9 +51,21 @@ class Identity:
 
 
 def _norm(evaluation: Evaluation) -> float:
-    return math.sqrt(
-        math.fsum(float((gradient**2).sum()) for gradient in evaluation.gradient.values())
-    )
+    """Return the Euclidean norm of a gradient."""
+    return _distance(evaluation, None)
+
+
+def _distance(one: Evaluation, other: Evaluation | None) -> float:
+    """Return the Euclidean distance of two gradients; of one from 0 where there is no other."""
+    parts = []
+    for name, gradient in one.gradient.items():
+        flat = gradient.reshape(1, -1)
+        beside = None if other is None else other.gradient[name].reshape(1, -1)
+        for place in blocks(*flat.shape):
+            piece = flat[place].double()
+            piece = piece if beside is None else piece - beside[place]
+            parts.append(float((piece**2).sum()))
+    return math.sqrt(math.fsum(parts))
 
 
 @dataclass(frozen=True)
@@ -70,13 +83,8 @@ class _Scale:
         """Return the larger of the relative differences of the values and of the gradients
         (Euclidean); NaN where one is NaN.
         """
-        gradients = math.sqrt(
-            math.fsum(
-                float(((one.gradient[name] - other.gradient[name]) ** 2).sum())
-                for name in one.gradient
-            )
-        )
-        differences = [float(abs(one.loss - other.loss)) / self.value, gradients / self.gradient]
+        gradients = _distance(one, other) / self.gradient
+        differences = [float(abs(one.loss - other.loss)) / self.value, gradients]
         return math.nan if any(map(math.isnan, differences)) else max(differences)
 
 
@@ -87,7 +95,7 @@ def _scale(
         values, weights = objective.values(name, batch)
         return values.abs(), weights
 
-    value = max(float(objective.evaluate_on_batches(absolute, [batch], gradient=False).loss), 1e-12)
+    value = max(float(objective.evaluate_on_batches(absolute, [batch], NoGradients()).loss), 1e-12)
     return _Scale(value, max(_norm(whole), _norm(half), 1e-12 * value))
 
 
@@ -99,17 +107,28 @@ def identify(objective: Objective, name: str) -> Identity:
         InputError: where the forward pass changes the model.
     """
     with _model_unwritten(objective, name):
-        evaluation = _over(objective, name, *_sample(objective, name))
-    return Identity(float(evaluation.loss), _norm(evaluation))
+        squared = objective.evaluate_on_batches(
+            partial(objective.values, name),
+            sample_of(objective, name),
+            SquaredNorms(objective.tensors.differentiable),
+        )
+    squares = math.fsum(float(part) for part in squared.gradient.values())
+    return Identity(float(squared.loss), math.sqrt(squares / float(squared.weight)))
 
 
-def _over(objective: Objective, name: str, *batches: Any, gradient: bool = True) -> Evaluation:
-    return objective.evaluate_on_batches(
-        partial(objective.values, name), batches, gradient=gradient
-    )
+def _over(objective: Objective, name: str, *batches: Any) -> Evaluation:
+    """Return a loss on some batches with its gradient, in the type of the computation."""
+    gradients = WholeGradients(objective.tensors.differentiable, objective.dtype)
+    return objective.evaluate_on_batches(partial(objective.values, name), batches, gradients)
 
 
-def _sample(objective: Objective, name: str) -> list[Any]:
+def _loss_over(objective: Objective, name: str, *batches: Any) -> float:
+    """Return a loss on some batches."""
+    values = partial(objective.values, name)
+    return float(objective.evaluate_on_batches(values, batches, NoGradients()).loss)
+
+
+def sample_of(objective: Objective, name: str) -> list[Any]:
     """Return a sample no larger than a batch, so that it fits wherever a batch fits; [None] for a
     term of the parameters.
     """
@@ -292,7 +311,9 @@ def _plain_mean(objective: Objective, name: str, batch: object) -> Evaluation:
     gradient.
     """
     return objective.evaluate_on_batches(
-        lambda batch: (objective.values(name, batch)[0], None), [batch]
+        lambda batch: (objective.values(name, batch)[0], None),
+        [batch],
+        SquaredNorms(objective.tensors.differentiable),
     )
 
 
@@ -439,10 +460,10 @@ def hidden_from_autograd(objective: Objective, name: str, tensors: Collection[st
     which stays as it is.
     """
     own = {**dict(objective.model.named_parameters()), **dict(objective.model.named_buffers())}
-    (sample,) = _sample(objective, name)
+    (sample,) = sample_of(objective, name)
 
     def value() -> float:
-        return float(_over(objective, name, sample, gradient=False).loss)
+        return _loss_over(objective, name, sample)
 
     before = value()
 
@@ -512,7 +533,7 @@ def _writes_nothing(objective: Objective, name: str) -> None:
 
     with _model_unwritten(objective, name):
         objective.evaluate_on_batches(
-            values, [copied(batch)]
+            values, [copied(batch)], SquaredNorms(objective.tensors.differentiable)
         )  # of a clone, no write is counted yet
     (copy,) = copies
     if (place := _written(batch, copy, "batch")) is not None:
@@ -644,7 +665,7 @@ def _random_module(objective: Objective, name: str, batch: object) -> str | None
     try:
         for _ in range(2):
             seen.append([])
-            _over(objective, name, batch, gradient=False)
+            _loss_over(objective, name, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -720,7 +741,7 @@ def weights_of_sample(objective: Objective, name: str) -> Tensor | None:
     None for a term of the parameters, and where the weights come from the targets alone or all are
     1.
     """
-    (sample,) = _sample(objective, name)
+    (sample,) = sample_of(objective, name)
     return (
         None
         if sample is None or _weighs_alike(objective, name)
@@ -759,7 +780,7 @@ def _in_order(objective: Objective, name: str, sample: object, examples: range) 
         return results[-1], None
 
     with contextlib.closing(split.batches(objective.batch_sizes[split.name], reverse)) as batches:
-        objective.evaluate_on_batches(values, [sample, next(batches)[1]], gradient=False)
+        objective.evaluate_on_batches(values, [sample, next(batches)[1]], NoGradients())
     one, other = results[0], results[1].flip(0)
     if (
         one.shape != other.shape
@@ -784,7 +805,7 @@ def _statistics_unused(
     before_move = [tensor.clone() for tensor in statistics]
     for tensor in statistics:
         tensor.mul_(1.5).add_(0.5)
-    after = float(_over(objective, name, batch, gradient=False).loss)
+    after = _loss_over(objective, name, batch)
     for tensor, values in zip(statistics, before_move, strict=True):
         tensor.copy_(values)
     if not abs(after - before) <= PRECISIONS[objective.precision_of(name)].agree * scale:
@@ -804,7 +825,7 @@ def _own_mean(objective: Objective, name: str, batch: object, loss: float, scale
             name, objective.loss_values.functions[name].mean()(objective.model(inputs), targets)
         ).reshape(1), None
 
-    reduced = float(objective.evaluate_on_batches(mean, [batch], gradient=False).loss)
+    reduced = float(objective.evaluate_on_batches(mean, [batch], NoGradients()).loss)
     if not abs(loss - reduced) <= PRECISIONS[objective.precision_of(name)].agree * scale:
         raise InputError(
             f"the mean of loss {name!r} over its elements is {loss:.6g}, but its own "

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from .batches import Order
+from .directions import Gradients
 from .passes import GroupValues
 
 Numbers = np.float64 | np.ndarray  # float64 of shape () or (groups,)
@@ -22,14 +22,20 @@ class Evaluation:
     alone.
 
     `loss` and `weight` (the sum of the elements' weights) have shape () or (groups,), a tensor's
-    gradient its own shape or (groups, *shape). `unreached` names the tensors the loss did not
-    reach; their gradient is zero.
+    gradient its own shape or (groups, *shape); sums of it along directions have shape
+    ([groups, ]directions, units). `unreached` names the tensors the loss did not reach; their
+    gradient is zero.
     """
 
     loss: Numbers
     gradient: dict[str, Tensor]
     weight: Numbers
     unreached: frozenset[str] = frozenset()
+
+    def along(self, direction: int) -> Evaluation:
+        """Return the same with the sums along one of its directions, ([groups, ]units)."""
+        chosen = {name: values.select(-2, direction) for name, values in self.gradient.items()}
+        return replace(self, gradient=chosen)
 
 
 class Sums:
@@ -40,7 +46,7 @@ class Sums:
     not the sums of the groups are asked for.
 
     Args:
-        tensors: those the gradient is taken with respect to; none for values alone.
+        gradients: runs backward passes, and says what is taken in of their gradients.
         device: where the sums are.
         groups: those that are kept apart; None for none.
         plain: whether the sums over everything are kept.
@@ -48,12 +54,13 @@ class Sums:
 
     def __init__(
         self,
-        tensors: Mapping[str, Tensor],
+        gradients: Gradients,
         device: torch.device,
         groups: range | None,
         plain: bool,
     ) -> None:
-        self._tensors, self._groups, self._plain, self._device = tensors, groups, plain, device
+        self._gradients, self._groups, self._plain = gradients, groups, plain
+        self._device = device
         if groups is not None:
             self._rows, self._row_totals = self._zeros((len(groups),))
         self._whole: dict[str, Tensor] = {}
@@ -69,23 +76,22 @@ class Sums:
 
     def _zeros(self, groups: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor]:
         zeros = {
-            name: torch.zeros((*groups, *tensor.shape), dtype=torch.float64, device=self._device)
-            for name, tensor in self._tensors.items()
+            name: torch.zeros((*groups, *shape), dtype=self._gradients.dtype, device=self._device)
+            for name, shape in self._gradients.shapes.items()
         }
         return zeros, torch.zeros((*groups, 2), dtype=torch.float64, device=self._device)
 
     @property
     def needs_graph(self) -> bool:
         """Tell whether gradients are summed too."""
-        return bool(self._tensors)
+        return bool(self._gradients.shapes)
 
     def take(self, part: GroupValues) -> None:
         """Add Σ values, Σ weights and Σ gradients of one group in a batch."""
         self._begin(part.group)
         total = part.values.double().sum()
-        if self._tensors and total.requires_grad:
-            total.backward(retain_graph=part.more_to_come)  # type: ignore[no-untyped-call]
-            self._collect()
+        if self.needs_graph and total.requires_grad:
+            self._gradients.backward(total, part.more_to_come, self._add)
         self._part_totals[0] += total.detach()
         self._part_totals[1] += part.values.numel() if part.weights is None else part.weights.sum()
 
@@ -98,7 +104,7 @@ class Sums:
         )
         self._close()
         self._group = group
-        self._part_empty = self._empty.setdefault(group, set(self._tensors))
+        self._part_empty = self._empty.setdefault(group, set(self._gradients.shapes))
         if self._groups is None:
             self._part, self._part_totals = self._zeros(())
         else:
@@ -119,20 +125,14 @@ class Sums:
             }
         self._whole_totals = self._whole_totals + self._part_totals
 
-    def _collect(self) -> None:
-        """Move the gradients autograd left on the module's tensors into the sums."""
-        for name, part in self._part.items():
-            tensor = self._tensors[name]
-            if tensor.grad is not None:
-                # of nn.Embedding(sparse=True)
-                gradient = tensor.grad.to_dense() if tensor.grad.is_sparse else tensor.grad
-                if name in self._part_empty:
-                    part.copy_(gradient)
-                    self._part_empty.remove(name)
-                else:
-                    part += gradient
-                tensor.grad = None
-                self._reached.add(name)
+    def _add(self, name: str, values: Tensor) -> None:
+        """Add what the gradient of one tensor comes to in a batch."""
+        if name in self._part_empty:
+            self._part[name].copy_(values)
+            self._part_empty.remove(name)
+        else:
+            self._part[name] += values
+        self._reached.add(name)
 
     def evaluation(self, grouped: bool, where: str, order: Order | None) -> Evaluation:
         """Return the mean over all elements, or over those of each group; the same one each time.
@@ -152,12 +152,12 @@ class Sums:
             self._refuse_weightless(weights, where, order if grouped else None)
             gradient = self._rows if grouped else self._whole
             for name, sum_ in gradient.items():
-                sum_ /= weights.reshape(weights.shape + (1,) * self._tensors[name].dim())
+                sum_ /= weights.reshape(weights.shape + (1,) * len(self._gradients.shapes[name]))
             self._means[grouped] = Evaluation(
                 (totals / weights).cpu().numpy()[()],
                 gradient,
                 weights.cpu().numpy()[()],
-                frozenset(set(self._tensors) - self._reached),
+                frozenset(set(self._gradients.shapes) - self._reached),
             )
         return self._means[grouped]
 

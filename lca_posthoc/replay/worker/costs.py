@@ -160,6 +160,10 @@ def _seconds(
     """Return the seconds of the fastest of a few evaluations of one batch: at least `least`, more
     while time and the budget last.
     """
+    from ...numerics.objective import NoGradients, WholeGradients
+
+    tensors = objective.tensors.differentiable
+    taken = WholeGradients(tensors, objective.dtype) if gradient else NoGradients()
     times: list[float] = []
     began = time.perf_counter()
     while len(times) < least or (
@@ -168,9 +172,7 @@ def _seconds(
         and budget.spend(examples)
     ):
         start = time.perf_counter()
-        objective.evaluate_on_batches(
-            functools.partial(objective.values, name), [batch], gradient=gradient
-        )
+        objective.evaluate_on_batches(functools.partial(objective.values, name), [batch], taken)
         times.append(time.perf_counter() - start)
     return min(times)
 
@@ -193,6 +195,7 @@ def _compressions(
     The motion is that of whole tensors; the gradient that of one batch at the segment's start.
     Nothing moves: all zeros.
     """
+    from ...numerics.objective import WholeGradients
     from ...results import compressed_share
 
     pair = next((pair for _, pair in moving(request.sample, objective) if pair is not None), None)
@@ -203,7 +206,9 @@ def _compressions(
             size = 0 if loss.split is None else _sampled_batch(objective, loss.split)
             batch = None if loss.split is None else objective.splits[loss.split].sample(0, size)
             gradient = objective.evaluate_on_batches(
-                functools.partial(objective.values, name), [batch]
+                functools.partial(objective.values, name),
+                [batch],
+                WholeGradients(objective.tensors.differentiable, objective.dtype),
             ).gradient
             for tensor, values in gradient.items():
                 motion = pair[1][tensor].double() - pair[0][tensor].double()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import os
 import resource
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...checkpoints.trajectory import read_stored
 from ...cluster import Spec
 from ...errors import SpanError
 from ...numerics.schema import in_units_of_loss
@@ -24,21 +23,26 @@ from ..requests import (
     RunRequest,
     SpanAnswer,
     SpanRequest,
-    StoredPoints,
     from_plain,
     to_plain,
 )
 from .out_of_memory import with_smaller_batches
-from .state import Point, checkpoint_at, objective_of, point_at, points_of, reported
+from .state import (
+    StoredPoint,
+    differ,
+    objective_of,
+    point_at,
+    point_read_twice,
+    points_of,
+    reported,
+)
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from ...checkpoints.trajectory import TensorSpec
     from ...numerics.allocation import SegmentAllocation
-    from ...numerics.objective import Evaluation, Objective
-    from ...numerics.quadrature import Rule
+    from ...numerics.objective import Along, Evaluation, Objective
     from ...results import Marker, RunWriter, SpanReport
 
 # from here on the first segment that moves is measured: the same one however a run is cut or has
@@ -204,6 +208,7 @@ class _SpanReplay:
         from ...numerics.allocation import Method
         from ...numerics.objective import replicates_of
         from ...numerics.quadrature import RULES
+        from ...numerics.statistics import unit_axes
 
         self.request, self.objective, self.writer, self.report = request, objective, writer, report
         report.begin(losses)
@@ -220,6 +225,7 @@ class _SpanReplay:
             if tensor.spec.kind == "parameter"
         }
         self.blocks = self.records[losses[0]].blocks
+        self.axes = unit_axes(objective.allocated, self.tensors, writer.keep)
         settings = request.setup.settings
         self.method = Method(
             RULES[settings.rule],
@@ -238,6 +244,7 @@ class _SpanReplay:
     def run(self) -> dict[str, LossSpan]:
         """Allocate, write, commit; return what each loss took."""
         started, before = time.perf_counter(), self._counts()
+        errors = self._rounding()
         levels = [0] * self.length
         while True:
             reached = self._walk(levels)
@@ -248,7 +255,7 @@ class _SpanReplay:
         losses: dict[str, LossSpan] = {}
         seconds = (time.perf_counter() - started) / len(self.records)
         for name, statistics in self.statistics.items():
-            apart, scale = self.errors[name].T
+            apart, scale = errors[name].T
             np.divide(apart, scale, out=statistics.steps["precision_error"], where=scale > 0)
             evaluations, passes = (
                 now - then for now, then in zip(self._counts()[name], before[name], strict=True)
@@ -294,11 +301,12 @@ class _SpanReplay:
         that were reached.
         """
         from ...numerics.allocation import allocate_span
-        from ...numerics.statistics import SpanStatistics
+        from ...numerics.statistics import SpanStatistics, SpanSums
 
         keep, device = self.writer.keep, self.objective.device
+        gathering = SpanStatistics if self.axes is None else SpanSums
         self.statistics = {
-            name: SpanStatistics(
+            name: gathering(
                 self.tensors,
                 self.length,
                 keep,
@@ -307,15 +315,10 @@ class _SpanReplay:
             )
             for name, record in self.records.items()
         }
-        self.errors = {name: np.zeros((self.length, 2)) for name in self.records}
         self.parts = {
             name: np.zeros((self.length, self.records[name].replicates, len(self.tensors)))
             for name in self.replicates
         }
-        measures = any(record.measured for record in self.records.values())
-        self.waits_before = measures and _still(
-            self.request.points, looks_back(self.rows.start), self.trained
-        )
         reached = [set[int]() for _ in range(self.length)]
         every = [*self.records, *self.replicates.values()]
         for part_before, block in enumerate(self.blocks):
@@ -323,86 +326,82 @@ class _SpanReplay:
             if len(self.blocks) > 1:
                 next(iter(self.statistics.values())).begin(block)
             points = points_of(self.request.points, self.rows, self.objective)
-            self.waits = self.waits_before
-            for row, (start, end, done) in enumerate(
-                allocate_span(points, part, every, self.method, levels)
-            ):
-                self._take(row, start, end, done, block)
+            segments = allocate_span(
+                points, part, every, self.method, axes=self.axes, at_least=levels
+            )
+            for row, done in enumerate(segments):
+                self._take(row, done)
                 reached[row] |= {done[name].level for name in self.records}
-                segments = (
+                reached_segments = (
                     len(self.records) * (row + 1 + part_before * self.length) / len(self.blocks)
                 )
                 self.report.reach(
-                    segments,
+                    reached_segments,
                     max(float(np.max(np.abs(done[name].residual))) for name in self.records),
                 )
             for name, statistics in self.statistics.items():
                 self.writer.write_block(name, self.request.span, statistics)
         return reached
 
-    def _take(
-        self,
-        row: int,
-        start: Mapping[str, Tensor],
-        end: Mapping[str, Tensor],
-        done: dict[str, SegmentAllocation],
-        block: range,
-    ) -> None:
+    def _take(self, row: int, done: dict[str, SegmentAllocation]) -> None:
         for name, statistics in self.statistics.items():
             statistics.add(row, done[name])
         for name, hidden in self.replicates.items():
             self.parts[name][row] = _sums(done[hidden], self.tensors)
-        measured = {name: done[name] for name, record in self.records.items() if record.measured}
-        if measured and self._is_measured(
-            self.rows.start + row, next(iter(measured.values())).motion
-        ):
-            reference = (
-                self.objective.reference
-                if len(self.blocks) == 1
-                else _Only(self.objective.reference, block)
-            )
-            for name, error in _precision_errors(
-                measured, start, end, reference, self.method.rule
-            ).items():
-                self.errors[name][row] += error
 
-    def _is_measured(self, row: int, motion: Mapping[str, Tensor]) -> bool:
-        """Tell whether a segment, the one after that of the last call, is the first of its stretch
-        that moves.
+    def _rounding(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Measure what the precision rounds on the segments of the span that are chosen for it;
+        return Σ|A − A*| and Σ|A*| of each loss, (segments, 2), zeros on the others.
         """
-        stretch = stretch_of(row)
-        self.waits = bool(stretch) and (row == stretch.start or self.waits)
-        if not self.waits or not any(
-            bool(motion[name].any()) for name in self.trained if name in motion
-        ):
+        from ...numerics.allocation import Between
+        from ...numerics.objective import Motion, rounding_errors
+
+        errors = {name: np.zeros((self.length, 2)) for name in self.records}
+        names = [name for name, record in self.records.items() if record.measured]
+        for row in self._measured_rows() if names else ():
+            start, end = (
+                point_read_twice(self.request.points, index, self.objective)
+                for index in (row, row + 1)
+            )
+            for name, error in rounding_errors(
+                self.objective,
+                names,
+                Motion(start, end),
+                Between(start, end, 0.5),
+                self.axes,
+                every=self.request.setup.settings.precision_check == "full",
+            ).items():
+                errors[name][row - self.rows.start] = error
+        self.objective.release_reference()
+        return errors
+
+    def _measured_rows(self) -> Iterator[int]:
+        """Yield the segments of the span that are the first of their stretch to move."""
+        waits = self._still(looks_back(self.rows.start))
+        for row in range(self.rows.start, self.rows.stop):
+            stretch = stretch_of(row)
+            waits = bool(stretch) and (row == stretch.start or waits)
+            if waits and not self._still(range(row, row + 2)):
+                waits = False
+                yield row
+
+    def _still(self, checkpoints: range) -> bool:
+        """Tell whether no parameter moves over some consecutive checkpoints; where there are none,
+        something may have moved.
+
+        One that cannot be read counts as moved: its span says why. Statistics move in every forward
+        pass of training and count for nothing.
+        """
+        along = [
+            StoredPoint(self.request.points, index, self.objective, self.trained)
+            for index in checkpoints
+        ]
+        try:
+            return bool(along) and not any(
+                differ(before, after) for before, after in itertools.pairwise(along)
+            )
+        except SpanError:
             return False
-        self.waits = False
-        return True
-
-
-def _still(points: StoredPoints, checkpoints: range, trained: dict[str, str]) -> bool:
-    """Tell whether no parameter moves over some consecutive checkpoints.
-
-    One that cannot be read counts as moved: its span says why. Statistics move in every forward
-    pass of training and count for nothing.
-
-    Args:
-        points: the checkpoints of the span, and those before it that are looked at.
-        checkpoints: the positions of those that are compared.
-        trained: the parameters' names, and those inside the files.
-    """
-    if not checkpoints:
-        return False
-    try:
-        before = read_stored(checkpoint_at(points, checkpoints.start), trained)
-        for index in checkpoints[1:]:
-            after = read_stored(checkpoint_at(points, index), trained)
-            if any(bool((after[name].double() != before[name].double()).any()) for name in after):
-                return False
-            before = after
-    except SpanError:
-        return False
-    return True
 
 
 class _Only:
@@ -410,12 +409,18 @@ class _Only:
 
     def __init__(self, objective: Objective, groups: range) -> None:
         self._objective, self._groups = objective, groups
-        self.dtype = objective.dtype
 
     def evaluate(
-        self, point: Mapping[str, Tensor], losses: list[str], *, gradient: bool = True
+        self,
+        point: Mapping[str, Tensor],
+        losses: list[str],
+        *,
+        gradient: bool = True,
+        along: Along | None = None,
     ) -> dict[str, Evaluation]:
-        return self._objective.evaluate(point, losses, gradient=gradient, only=self._groups)
+        return self._objective.evaluate(
+            point, losses, gradient=gradient, along=along, only=self._groups
+        )
 
 
 def _sums(segment: SegmentAllocation, tensors: list[TensorSpec]) -> np.ndarray[Any, Any]:
@@ -423,43 +428,3 @@ def _sums(segment: SegmentAllocation, tensors: list[TensorSpec]) -> np.ndarray[A
     return np.stack(
         [segment.allocation[tensor.name].flatten(1).sum(1).cpu().numpy() for tensor in tensors], -1
     )
-
-
-def _in(dtype: torch.dtype, point: Mapping[str, Tensor]) -> Point:
-    """Return a point with its floating tensors in a precision."""
-    return {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in point.items()
-    }
-
-
-def _precision_errors(
-    segments: dict[str, SegmentAllocation],
-    start: Mapping[str, Tensor],
-    end: Mapping[str, Tensor],
-    reference: Objective | _Only,
-    rule: Rule,
-) -> dict[str, tuple[float, float]]:
-    """Return Σ|A − A*| and Σ|A*| of losses on one segment, with A* from the same nodes one
-    precision higher.
-    """
-    from ...numerics.allocation import Method, allocate
-    from ...numerics.quadrature import COMPOSITE
-
-    first, last = _in(reference.dtype, start), _in(reference.dtype, end)
-    errors = {}
-    for level in {segment.level for segment in segments.values()}:
-        names = [name for name, segment in segments.items() if segment.level == level]
-        exact, _ = allocate(
-            first, last, reference, names, Method(rule if level < 0 else COMPOSITE.rules[level])
-        )
-        for name in names:
-            rounded, precise = segments[name].allocation, exact[name].allocation
-            apart = math.fsum(
-                float((rounded[key] - tensor).abs().sum()) for key, tensor in precise.items()
-            )
-            errors[name] = (
-                apart,
-                math.fsum(float(tensor.abs().sum()) for tensor in precise.values()),
-            )
-    return errors

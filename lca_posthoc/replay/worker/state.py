@@ -11,7 +11,7 @@ import json
 import threading
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -214,15 +214,60 @@ def stored_point_at(points: StoredPoints, index: int, objective: Objective) -> P
     they were stored in, if higher.
     """
     stored = read_checkpoint(checkpoint_at(points, index), points.names)
-    wider = {
-        name for name, tensor in stored.items() if tensor.element_size() > objective.dtype.itemsize
-    }
-    return {
-        name: tensor.to(objective.device, objective.dtype)
-        if tensor.is_floating_point() and name not in wider
-        else tensor.to(objective.device)
-        for name, tensor in stored.items()
-    }
+    return {name: _placed(tensor, objective) for name, tensor in stored.items()}
+
+
+def _placed(tensor: Tensor, objective: Objective) -> Tensor:
+    if tensor.is_floating_point() and tensor.element_size() <= objective.dtype.itemsize:
+        return tensor.to(objective.device, objective.dtype)
+    return tensor.to(objective.device)
+
+
+class StoredPoint(Mapping[str, "Tensor"]):
+    """A checkpoint each of whose tensors is read when it is asked for, and not kept.
+
+    Args:
+        points: the checkpoints.
+        index: position of this one.
+        objective: whose device and precision the tensors are in.
+        names: the tensors, and what they are called in the files; those of `points` by default.
+    """
+
+    def __init__(
+        self,
+        points: StoredPoints,
+        index: int,
+        objective: Objective,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        self._checkpoint, self._objective = checkpoint_at(points, index), objective
+        self._names = points.names if names is None else names
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = read_checkpoint(self._checkpoint, {name: self._names[name]})
+        return _placed(stored[name], self._objective)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def differ(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
+    """Tell whether any tensor of two points is another one; those after the first are not read."""
+    return any(bool((before[name] != after[name]).any()) for name in before)
+
+
+def point_read_twice(
+    points: StoredPoints, index: int, objective: Objective
+) -> Mapping[str, Tensor]:
+    """Return a checkpoint as losses are evaluated there, whose tensors are read whenever they are
+    needed, where that is all there is to do.
+    """
+    if objective.recalibration is not None:
+        return point_at(points, index, objective)
+    return StoredPoint(points, index, objective)
 
 
 def points_of(

@@ -1,0 +1,79 @@
+"""Read some tensors of a safetensors file, each straight into its own memory.
+
+The file is never mapped into memory: one that is cut short meanwhile would end the process. Nor is
+it read whole, which would take twice the memory of its tensors while they are made of it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .headers import TensorHeader, fingerprint, fingerprint_of, tensor_places
+from .paths import is_remote, read
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+
+def fingerprint_and_tensors(
+    path: Path, key: int, names: Collection[str]
+) -> tuple[int, dict[str, Tensor]]:
+    """Return the fingerprint of a file, and those of some tensors that it holds, on the CPU.
+
+    Args:
+        path: of the file; a remote one is read whole, and kept in the cache.
+        key: under which the cache has it.
+        names: of the tensors, as the file has them.
+
+    Raises:
+        OSError: where the file cannot be read, or ends early.
+        InputError: where it is no whole safetensors file.
+    """
+    if is_remote(path) or sys.byteorder == "big":
+        data = read(path, key)
+        tensors = safetensors.torch.load(data)
+        return fingerprint_of(data), {name: tensors[name] for name in names if name in tensors}
+    with path.open("rb") as file:
+        tensors = {
+            name: _read(file, header, place)
+            for name, (header, place) in tensor_places(path, file).items()
+            if name in names
+        }
+        descriptor, size = file.fileno(), os.fstat(file.fileno()).st_size
+        # after the tensors were read: it is that of the file they are from
+        own = fingerprint(lambda offset, count: os.pread(descriptor, count, offset), size)
+    return own, tensors
+
+
+def _read(file: BinaryIO, header: TensorHeader, place: range) -> Tensor:
+    file.seek(place.start)
+    data = np.fromfile(file, "uint8", len(place))
+    if len(data) < len(place):
+        raise OSError(f"it ends {len(place) - len(data):,} bytes early")
+    return torch.from_numpy(data).view(_DTYPES[header.dtype]).reshape(header.shape)

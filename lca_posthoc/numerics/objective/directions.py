@@ -1,0 +1,241 @@
+"""Gradients of a batch, and what is taken in of them: the whole of each, or sums along directions.
+
+A sum over some parameters of the gradient times a direction is linear in the gradient, so it is
+the sum over batches of the same sum of each batch's gradient. As soon as the gradient of a tensor
+is complete for a batch it is multiplied by the direction, summed, and freed: no gradient is ever
+held but the one at hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_BLOCK = 2**17  # numbers that stay in the cache
+
+Point = Mapping[str, Tensor]
+Take = Callable[[str, Tensor], None]
+
+
+def blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    """Cut a (rows, columns) array into pieces small enough to stay in the cache, row by row where
+    rows are long.
+
+    >>> [(r.start, r.stop, c.start, c.stop) for r, c in blocks(2, 2**17 + 1)]
+    [(0, 1, 0, 131072), (0, 1, 131072, 131073), (1, 2, 0, 131072), (1, 2, 131072, 131073)]
+    """
+    many = max(1, _BLOCK // max(1, columns))
+    for row in range(0, rows, many):
+        for column in range(0, columns, _BLOCK):
+            yield slice(row, min(row + many, rows)), slice(column, min(column + _BLOCK, columns))
+
+
+@dataclass(frozen=True)
+class Motion:
+    """The direction from one point to another, of which only the points are held."""
+
+    start: Point
+    end: Point
+
+
+@dataclass(frozen=True)
+class Along:
+    """Directions, and what gradients along them are summed over.
+
+    Attributes:
+        axes: of each tensor, the axis along which its units are told apart; None where all of it
+            is one unit.
+        motions: the directions.
+    """
+
+    axes: Mapping[str, int | None]
+    motions: Sequence[Motion]
+
+
+class Gradients(Protocol):
+    """Runs backward passes, and says what is taken in of their gradients.
+
+    `shapes` are those of what is taken in, by tensor; no tensor: the loss alone. `dtype` is the
+    type sums over batches have.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
+
+    def backward(self, total: Tensor, retain_graph: bool, take: Take) -> None:
+        """Run a backward pass from `total`; call `take(name, values)` for what each tensor it
+        reaches comes to, which may change those values."""
+
+
+class NoGradients:
+    """Takes in nothing: the loss alone is wanted."""
+
+    shapes: Mapping[str, tuple[int, ...]] = {}
+    dtype = torch.float64
+
+    def backward(self, total: Tensor, retain_graph: bool, take: Take) -> None:
+        """Do nothing."""
+
+
+class _Backward:
+    """Runs backward passes that hand over each gradient as soon as it is complete, and free it.
+
+    Args:
+        tensors: leaves of autograd's, by name.
+    """
+
+    dtype = torch.float64
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self.shapes: Mapping[str, tuple[int, ...]] = {}
+
+    def backward(self, total: Tensor, retain_graph: bool, take: Take) -> None:
+        """Run a backward pass from `total`; call `take(name, values)` for each tensor."""
+
+        def watch(name: str) -> Callable[[Tensor], None]:
+            def complete(tensor: Tensor) -> None:
+                assert tensor.grad is not None
+                gradient, tensor.grad = _dense(tensor.grad), None
+                take(name, self._taken(name, gradient))
+
+            return complete
+
+        hooks = [
+            tensor.register_post_accumulate_grad_hook(watch(name))  # type: ignore[no-untyped-call]
+            for name, tensor in self._tensors.items()
+        ]
+        try:
+            total.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _taken(self, name: str, gradient: Tensor) -> Tensor:
+        """Return what is taken in of a tensor's gradient."""
+        raise NotImplementedError
+
+
+class WholeGradients(_Backward):
+    """Takes in the gradients of some tensors as they are.
+
+    Args:
+        tensors: leaves of autograd's, by name.
+        dtype: in which they are summed over batches.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float64) -> None:
+        super().__init__(tensors)
+        self.dtype = dtype
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    def _taken(self, name: str, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class SquaredNorms(_Backward):
+    """Takes in Σ g² of each tensor's gradient of a batch, which no sum over batches has a use for.
+
+    Args:
+        tensors: leaves of autograd's, by name.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.shapes = dict.fromkeys(tensors, ())
+
+    def _taken(self, name: str, gradient: Tensor) -> Tensor:
+        flat = gradient.reshape(1, -1)
+        parts = [flat[place].double().square_().sum() for place in blocks(*flat.shape)]
+        return torch.stack(parts).sum() if parts else flat.new_zeros((), dtype=torch.float64)
+
+
+class SumsAlong(_Backward):
+    """Takes in the sums of gradients along directions, (directions, units) float64 of each tensor.
+
+    Args:
+        tensors: leaves of autograd's, by name.
+        along: the directions and units.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], along: Along) -> None:
+        super().__init__(tensors)
+        self._along = along
+        self.shapes = {
+            name: (len(along.motions), units_of(tensor, along.axes[name]))
+            for name, tensor in tensors.items()
+        }
+
+    def _taken(self, name: str, gradient: Tensor) -> Tensor:
+        axis = self._along.axes[name]
+        return torch.stack(
+            [
+                unit_sums(gradient, motion.start[name], motion.end[name], axis)
+                for motion in self._along.motions
+            ]
+        )
+
+
+def units_of(tensor: Tensor, axis: int | None) -> int:
+    """Return the number of a tensor's units: its extent along their axis; 1 without one."""
+    return 1 if axis is None else tensor.shape[axis]
+
+
+@torch.no_grad()
+def unit_sums(gradient: Tensor, start: Tensor, end: Tensor, axis: int | None) -> Tensor:
+    """Return Σ gradient · (end − start) over each unit, (units,) float64.
+
+    Differences and products are of the gradient's type (of two numbers within a factor of two the
+    difference is exact), sums are float64.
+
+    Args:
+        gradient: of any shape.
+        start: of the same.
+        end: of the same.
+        axis: of the units; None where all is one.
+    """
+    units = units_of(gradient, axis)
+    total = torch.zeros(units, dtype=torch.float64, device=gradient.device)
+    if not axis:  # each unit is a row
+        views = [tensor.reshape(units, -1) for tensor in (gradient, start, end)]
+        for rows, columns in blocks(*views[0].shape):
+            pieces = [view[rows, columns] for view in views]
+            total[rows] += _product(*pieces).sum(1, dtype=torch.float64)
+        return total
+    before = math.prod(gradient.shape[:axis])
+    views = [tensor.reshape(before, units, -1) for tensor in (gradient, start, end)]
+    many = max(1, _BLOCK // (units * views[0].shape[2]))
+    for first in range(0, before, many):
+        pieces = [view[first : first + many] for view in views]
+        total += _product(*pieces).sum((0, 2), dtype=torch.float64)
+    return total
+
+
+def _product(gradient: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    difference = torch.sub(end, start)
+    if difference.dtype != gradient.dtype:  # of a checkpoint stored in a higher precision
+        difference = difference.to(gradient.dtype)
+    return difference.mul_(gradient)
+
+
+def distances(motion: Motion, names: Iterable[str]) -> dict[str, float]:
+    """Return Σ|end − start| of some tensors, summed in float64."""
+    total = {}
+    for name in names:
+        start, end = motion.start[name].reshape(1, -1), motion.end[name].reshape(1, -1)
+        pieces = [
+            torch.sub(end[rows, columns], start[rows, columns]).abs_().sum(dtype=torch.float64)
+            for rows, columns in blocks(*start.shape)
+        ]
+        total[name] = math.fsum(float(piece) for piece in pieces)
+    return total
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Return a gradient as an ordinary tensor; that of `nn.Embedding(sparse=True)` is none."""
+    return gradient.to_dense() if gradient.is_sparse else gradient

@@ -1,0 +1,120 @@
+"""Measure what a precision rounds: gradients along the motion on a sample of the examples, compared
+with those one precision higher.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+from .directions import Along, Gradients, Motion, SumsAlong, WholeGradients, blocks
+from .evaluate import Objective
+from .probe import sample_of
+from .sums import Evaluation
+
+_MOST, _SHARE = 256, 64  # examples of a sample: a 64th of all, at most 256
+
+
+def sampled_examples(examples: int, *, every: bool = False) -> int:
+    """Return on how many examples of a split rounding is measured: few enough that it takes less
+    than a hundredth of a run of nine segments.
+
+    >>> [sampled_examples(examples) for examples in (50, 640, 60_000)]
+    [1, 10, 256]
+    """
+    return examples if every else min(_MOST, max(1, examples // _SHARE))
+
+
+def rounding_errors(
+    objective: Objective,
+    losses: Iterable[str],
+    motion: Motion,
+    point: Mapping[str, Tensor],
+    axes: Mapping[str, int | None] | None,
+    *,
+    every: bool,
+) -> dict[str, tuple[float, float]]:
+    """Return Σ|A − A*| and Σ|A*| of losses, where A is the motion times the gradient at a point,
+    on a sample of the examples, and A* the same one precision higher.
+
+    Args:
+        objective: evaluates losses; its reference is one precision higher.
+        losses: names.
+        motion: the direction.
+        point: where gradients are taken.
+        axes: of the units where A is summed over units, by tensor; None: every parameter's.
+        every: take all examples instead of a sample.
+    """
+    errors = {}
+    for name in losses:
+        ours = _at(objective, name, motion, point, axes, every)
+        exact = _at(objective.reference, name, motion, point, axes, every)
+        errors[name] = _apart(ours, exact, motion, axes)
+    return errors
+
+
+def _at(
+    objective: Objective,
+    name: str,
+    motion: Motion,
+    point: Mapping[str, Tensor],
+    axes: Mapping[str, int | None] | None,
+    every: bool,
+) -> Evaluation:
+    tensors = objective.tensors.differentiable
+    gradients: Gradients = (
+        WholeGradients(tensors) if axes is None else SumsAlong(tensors, Along(axes, [motion]))
+    )
+    objective.place(point)
+    values = partial(objective.values, name)
+    return objective.evaluate_on_batches(values, _batches(objective, name, every), gradients)
+
+
+def _batches(objective: Objective, name: str, every: bool) -> Iterator[Any]:
+    """Yield the sample as batches, which weigh something; [None] for a term of the parameters."""
+    on = objective.losses[name].split
+    if on is None:
+        yield None
+        return
+    split, size = objective.splits[on], objective.batch_sizes[on]
+    if every or objective.norm_stats == "batch":  # there, a batch is part of the loss
+        batches = (batch for _, batch in split.batches(size))
+        yield from batches if every else itertools.islice(batches, 1)
+        return
+    count = sampled_examples(split.examples)
+    positions = split.spread(count)
+    whole = torch.arange(count) if positions is None else positions
+    # in the higher precision, a batch takes twice the memory
+    parts = torch.split(whole, max(1, size // 2))
+    try:
+        sample = [split.at(part) for part in parts]
+    except InputError:  # examples of several shapes stack in the order of the data alone
+        sample = []
+    if any(objective.loss_values.weighs(name, batch) for batch in sample):
+        yield from sample
+    else:
+        yield from sample_of(objective, name)
+
+
+def _apart(
+    ours: Evaluation, exact: Evaluation, motion: Motion, axes: Mapping[str, int | None] | None
+) -> tuple[float, float]:
+    parts = []
+    for name, values in exact.gradient.items():
+        own, true = ours.gradient[name].reshape(1, -1), values.reshape(1, -1)
+        for rows, columns in blocks(*true.shape):
+            right, wrong = true[rows, columns], own[rows, columns] - true[rows, columns]
+            if axes is None:
+                ends = (motion.end[name], motion.start[name])
+                end, start = (tensor.reshape(1, -1)[rows, columns].double() for tensor in ends)
+                right, wrong = right * (end - start), wrong * (end - start)
+            parts.append((float(wrong.abs().sum()), float(right.abs().sum())))
+    apart, scale = zip(*parts, strict=True) if parts else ((), ())
+    return math.fsum(apart), math.fsum(scale)
