@@ -5,6 +5,8 @@ may limit.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,15 @@ from pathlib import Path
 import psutil
 
 OF_PROCESS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def give_back() -> None:
+    """Give memory that this process has freed back to the system, where its C library can: it
+    keeps what is freed in small pieces for itself.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # of another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_memory() -> float:

@@ -231,6 +231,6 @@ def replayed_in_this_process(
         segments = allocate_span(
             enumerate(checkpoints), objective, [loss], Method(RULES["simpson"])
         )
-        return [done[loss] for _, _, done in segments]
+        return [done[loss] for done in segments]
     finally:
         torch.set_num_threads(threads)

@@ -20,7 +20,7 @@ from torch import Tensor
 from lca_posthoc import Loss, Task, open_run, run
 from lca_posthoc.checkpoints.trajectory import TensorSpec
 from lca_posthoc.errors import SpanError
-from lca_posthoc.numerics.allocation import Method, SegmentAllocation, allocate, interpolate
+from lca_posthoc.numerics.allocation import Between, Method, SegmentAllocation, allocate
 from lca_posthoc.numerics.objective import Evaluation, ObjectiveSettings, build_objective
 from lca_posthoc.numerics.quadrature import COMPOSITE, RULES, Family, Rule
 from lca_posthoc.numerics.schema import TOTALS, histogram_edges
@@ -715,7 +715,7 @@ def test_numerics_8_counters_are_never_interpolated(dtype: torch.dtype) -> None:
         {"count": torch.tensor([1, 1]).to(dtype)},
     )
     for x in (0.25, 0.5, 0.75):
-        held = interpolate(start, end, x)["count"]
+        held = Between(start, end, x)["count"]
         assert held.dtype == dtype
         assert torch.equal(held, start["count"])
 

@@ -71,7 +71,7 @@ def _distance(one: Evaluation, other: Evaluation | None) -> float:
 @dataclass(frozen=True)
 class _Scale:
     """The magnitudes that differences are relative to: mean |value| of an element, and the larger
-    gradient of a sample and its half.
+    norm of the gradients of a sample and its half.
 
     At a minimum the gradient of the sample is pure rounding, and the loss itself may cross zero.
     """
@@ -89,14 +89,14 @@ class _Scale:
 
 
 def _scale(
-    objective: Objective, name: str, whole: Evaluation, half: Evaluation, batch: object
+    objective: Objective, name: str, whole: Evaluation, half: object, batch: object
 ) -> _Scale:
     def absolute(batch: object) -> tuple[Tensor, Tensor | None]:
         values, weights = objective.values(name, batch)
         return values.abs(), weights
 
     value = max(float(objective.evaluate_on_batches(absolute, [batch], NoGradients()).loss), 1e-12)
-    return _Scale(value, max(_norm(whole), _norm(half), 1e-12 * value))
+    return _Scale(value, max(_norm(whole), _norm_over(objective, name, half)[1], 1e-12 * value))
 
 
 def identify(objective: Objective, name: str) -> Identity:
@@ -107,13 +107,15 @@ def identify(objective: Objective, name: str) -> Identity:
         InputError: where the forward pass changes the model.
     """
     with _model_unwritten(objective, name):
-        squared = objective.evaluate_on_batches(
-            partial(objective.values, name),
-            sample_of(objective, name),
-            SquaredNorms(objective.tensors.differentiable),
-        )
+        return Identity(*_norm_over(objective, name, *sample_of(objective, name)))
+
+
+def _norm_over(objective: Objective, name: str, batch: object) -> tuple[float, float]:
+    """Return a loss on one batch and the Euclidean norm of its gradient, which is not held."""
+    gradients = SquaredNorms(objective.tensors.differentiable)
+    squared = objective.evaluate_on_batches(partial(objective.values, name), [batch], gradients)
     squares = math.fsum(float(part) for part in squared.gradient.values())
-    return Identity(float(squared.loss), math.sqrt(squares / float(squared.weight)))
+    return float(squared.loss), math.sqrt(squares / float(squared.weight))
 
 
 def _over(objective: Objective, name: str, *batches: Any) -> Evaluation:
@@ -272,9 +274,7 @@ def check_loss(objective: Objective, name: str) -> list[str]:
     _groups_weigh(objective, name, sample)
     _finite(name, first)
     halves = [split.sample(start, cut), *([split.sample(cut, stop)] if cut < stop else [])]
-    scale = _scale(
-        objective, name, first, _over(objective, name, _weighing(objective, name, halves)), sample
-    )
+    scale = _scale(objective, name, first, _weighing(objective, name, halves), sample)
     notes = _repeats(
         objective,
         name,
@@ -511,7 +511,7 @@ def _from_all_over(objective: Objective, name: str, count: int) -> None:
     if half is None:
         return
     whole, apart = _over(objective, name, sample), _over(objective, name, *parts)
-    scale = _scale(objective, name, whole, _over(objective, name, half), sample)
+    scale = _scale(objective, name, whole, half, sample)
     cuts = [positions, *positions.tensor_split(2)]
     _batches(objective, name, whole, apart, scale.apart(whole, apart), cuts)
     if loss.reduces:
@@ -575,22 +575,22 @@ def _model_unwritten(objective: Objective, name: str) -> Iterator[None]:
     """Refuse evaluations that write into a floating tensor of the model, whether or not its values
     change this time.
 
-    Integers may count; an unallocated tensor may be replaced by another, as caches are. Bytes are
-    compared of allocated tensors only: of others, such as the base of an adapter, which may be
-    large, torch's count of writes must do.
+    Integers may count; an unallocated tensor may be replaced by another, as caches are. Sums of
+    bytes are compared of allocated tensors only: of others, such as the base of an adapter, which
+    may be large, torch's count of writes must do.
     """
     before = [
-        (key, tensor, tensor._version, tensor.detach().clone() if tensor.requires_grad else None)
+        (key, tensor, tensor._version, _bit_sums(tensor) if tensor.requires_grad else None)
         for key, tensor in _floating(objective).items()
     ]
     yield
     after = _floating(objective)
-    for key, tensor, version, values in before:
+    for key, tensor, version, sums in before:
         replaced = after.get(key) is not tensor
         written = tensor._version != version or (
-            values is not None and not same_bytes(tensor, values)
+            sums is not None and not torch.equal(_bit_sums(tensor), sums)
         )
-        if (replaced and values is not None) or written:
+        if (replaced and sums is not None) or written:
             raise InputError(
                 f"a forward pass of loss {name!r} changes tensor {key!r} of the model, in eval "
                 "mode too, so that it is not the loss of the checkpoint. Usual culprits: "
@@ -598,6 +598,18 @@ def _model_unwritten(objective: Objective, name: str) -> Iterator[None]:
                 "look at self.training. Write in training mode only, or leave the tensor as it is "
                 "and use a copy."
             )
+
+
+def _bit_sums(tensor: Tensor) -> Tensor:
+    """Return what the bits of each 1,024 numbers add up to as integers: a write changes it, and it
+    takes a hundredth of the tensor's memory.
+    """
+    flat = tensor.detach().contiguous().reshape(-1)
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+    bits = flat.view(integers.get(flat.element_size(), torch.int64))
+    rows = bits[: len(bits) // 1024 * 1024].view(-1, 1024)
+    sums = [rows[place].sum(1, dtype=torch.int64) for place in blocks(*rows.shape)]
+    return torch.cat([*sums, bits[rows.numel() :].sum(dtype=torch.int64)[None]])
 
 
 def _floating(objective: Objective) -> dict[str, Tensor]:

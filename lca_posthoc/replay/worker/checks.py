@@ -5,12 +5,13 @@ are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...base.available_memory import give_back
 from ...base.text import count as counted
 from ...checkpoints.leftovers import counts, left_out_note, refuted
 from ...checkpoints.trajectory import drop_options, is_statistic, read_checkpoint, read_stored
@@ -27,7 +28,17 @@ from ..requests import (
 )
 from .memory_estimate import block_of, short_of
 from .modes import moved_layers, notes_on_modes
-from .state import Point, checkpoint_at, divided, first_point, objective_of, point_at, reported
+from .state import (
+    StoredPoint,
+    checkpoint_at,
+    differ,
+    divided,
+    first_point,
+    objective_of,
+    point_at,
+    point_read_twice,
+    reported,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,6 +116,7 @@ def probe(request: ProbeRequest) -> ProbeAnswer:
     measured, more = _can_measure(request, objective, first, new, at_first)
     notes += more
     objective.release_reference()
+    give_back()
     identities = _identities(request, objective, first, names, at_first)
     calibrations = (
         _calibrations(request.sample, objective, new)
@@ -130,7 +142,7 @@ def probe(request: ProbeRequest) -> ProbeAnswer:
 
 
 def _scales(
-    request: ProbeRequest, objective: Objective, first: Point, names: list[str]
+    request: ProbeRequest, objective: Objective, first: Mapping[str, Tensor], names: list[str]
 ) -> dict[str, float]:
     """Return |loss| at the first checkpoint over the whole split, the groups averaged by weight,
     where a tolerance is a share of it.
@@ -160,8 +172,8 @@ def _scales(
 
 
 def _statistics(
-    request: ProbeRequest, objective: Objective, first: Point, new: list[str]
-) -> tuple[Point, list[str]]:
+    request: ProbeRequest, objective: Objective, first: Mapping[str, Tensor], new: list[str]
+) -> tuple[Mapping[str, Tensor], list[str]]:
     """Settle what statistics normalisation layers have; returns the first point with them, which
     the objective holds, and notes.
     """
@@ -316,7 +328,7 @@ def _same_in_float32(request: ProbeRequest, objective: Objective) -> None:
 def _identities(
     request: ProbeRequest,
     objective: Objective,
-    first: Point,
+    first: Mapping[str, Tensor],
     names: list[str],
     at_first: dict[str, Identity],
 ) -> dict[str, list[dict[str, float] | None]]:
@@ -329,12 +341,14 @@ def _identities(
     weights: dict[str, Tensor | None] = {}
     for index in (0, request.sample.segments):
         try:
-            point = first if index == 0 else point_at(request.sample.points, index, objective)
+            point = (
+                first if index == 0 else point_read_twice(request.sample.points, index, objective)
+            )
+            objective.place(point)
         except SpanError:  # a run that diverged: its last spans will fail and say so
             for name in names:
                 identities[name].append(None)
             continue
-        objective.place(point)
         for name in names:
             known = at_first.get(name) if index == 0 else None
             identity = asdict(known or identify(objective, name))
@@ -366,7 +380,7 @@ def _same_weights(name: str, first: Tensor | None, now: Tensor | None) -> None:
 def _nothing_derived(
     request: ProbeRequest,
     objective: Objective,
-    last: Point,
+    last: Mapping[str, Tensor],
     identities: dict[str, dict[str, float] | None],
 ) -> None:
     """Refuse modules that merge or cache weights in eval mode: the loss would not be that of the
@@ -392,7 +406,7 @@ def _nothing_derived(
 def _can_measure(
     request: ProbeRequest,
     objective: Objective,
-    first: Point,
+    first: Mapping[str, Tensor],
     names: list[str],
     at_first: dict[str, Identity],
 ) -> tuple[bool, list[str]]:
@@ -448,9 +462,9 @@ def sampled(ends: int) -> list[range]:
 
 def moving(
     sample: Sample, objective: Objective
-) -> Iterator[tuple[int, tuple[Point, Point] | None]]:
-    """Look at a few segments, each once: those on which a parameter moves with the stored tensors
-    at both ends, others with None.
+) -> Iterator[tuple[int, tuple[StoredPoint, StoredPoint] | None]]:
+    """Look at a few segments, each once: those on which a parameter moves with both ends, others
+    with None.
 
     One that cannot be read is left out: its span will fail and say so.
     """
@@ -459,16 +473,13 @@ def moving(
     for places in sampled(sample.segments):
         for index in places:
             if index not in looked:
+                before, after = (
+                    StoredPoint(sample.points, end, objective) for end in (index, index + 1)
+                )
                 try:
-                    before, after = (
-                        read_checkpoint(checkpoint_at(sample.points, end), sample.points.names)
-                        for end in (index, index + 1)
-                    )
+                    looked[index] = differ(before, after, trained)
                 except SpanError:
                     continue
-                looked[index] = any(
-                    bool((before[name].double() != after[name].double()).any()) for name in trained
-                )
                 yield index, (before, after) if looked[index] else None
             if looked[index]:
                 break
@@ -484,12 +495,10 @@ def _calibrations(sample: Sample, objective: Objective, names: list[str]) -> dic
     for index, pair in moving(sample, objective):
         if pair is None:
             continue
-        shares = calibrate(
-            point_at(sample.points, index, objective),
-            point_at(sample.points, index + 1, objective),
-            objective,
-            names,
+        start, end = (
+            point_read_twice(sample.points, place, objective) for place in (index, index + 1)
         )
+        shares = calibrate(start, end, objective, names)
         for name, share in shares.items():
             if math.isfinite(share):
                 largest[name] = max(largest.get(name, 0.0), share)
@@ -565,10 +574,10 @@ def _unmoved(request: ProbeRequest, objective: Objective) -> list[str]:
             still += 1
             continue
         before, after = pair
-        for name in before:
-            if before[name].is_floating_point():
-                same += int((before[name].float() == after[name].float()).sum())
-                count += before[name].numel()
+        for name, values in before.items():
+            if values.is_floating_point():
+                same += int((values == after[name]).sum())
+                count += values.numel()
     stored = f"checkpoints are stored in half precision ({counted(len(request.half), 'tensor')})"
     if not count:
         return [

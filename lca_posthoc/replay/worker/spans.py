@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...base.available_memory import give_back
 from ...cluster import Spec
 from ...errors import SpanError
 from ...numerics.schema import in_units_of_loss
@@ -372,7 +373,8 @@ class _SpanReplay:
                 every=self.request.setup.settings.precision_check == "full",
             ).items():
                 errors[name][row - self.rows.start] = error
-        self.objective.release_reference()
+            self.objective.release_reference()
+            give_back()
         return errors
 
     def _measured_rows(self) -> Iterator[int]:
@@ -398,7 +400,7 @@ class _SpanReplay:
         ]
         try:
             return bool(along) and not any(
-                differ(before, after) for before, after in itertools.pairwise(along)
+                differ(before, after, self.trained) for before, after in itertools.pairwise(along)
             )
         except SpanError:
             return False

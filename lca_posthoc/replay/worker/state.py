@@ -11,7 +11,7 @@ import json
 import threading
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -254,9 +254,11 @@ class StoredPoint(Mapping[str, "Tensor"]):
         return len(self._names)
 
 
-def differ(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
-    """Tell whether any tensor of two points is another one; those after the first are not read."""
-    return any(bool((before[name] != after[name]).any()) for name in before)
+def differ(before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Iterable[str]) -> bool:
+    """Tell whether any of some tensors is another one at two points; those after the first that is
+    are not looked at.
+    """
+    return any(bool((before[name] != after[name]).any()) for name in names)
 
 
 def point_read_twice(
@@ -278,9 +280,14 @@ def points_of(
         yield checkpoint_at(points, index).step, point_at(points, index, objective)
 
 
-def first_point(points: StoredPoints, objective: Objective) -> Point:
-    """Return the first checkpoint as it is stored; what is wrong with it is wrong input."""
+def first_point(points: StoredPoints, objective: Objective) -> Mapping[str, Tensor]:
+    """Return the first checkpoint as it is stored, read where it is needed; what is wrong with it
+    is wrong input.
+    """
+    point = StoredPoint(points, 0, objective)
     try:
-        return stored_point_at(points, 0, objective)
+        for name in point:
+            point[name]
     except SpanError as error:
         raise InputError(str(error)) from None
+    return point

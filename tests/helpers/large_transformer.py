@@ -1,0 +1,136 @@
+"""A causal transformer of any size, built at random and trained for a few steps: as a task of
+`lca run`, whose shape comes from the environment.
+
+LCA_SHAPE is WIDTH,LAYERS,VOCABULARY,SEQUENCES; a sequence has 128 tokens. They are characters of
+Tiny Shakespeare where LCA_DATA says where that is, and else random ones.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lca_posthoc import Loss, Recorder, Task
+
+LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a model, and how many sequences its loss is over."""
+
+    width: int
+    layers: int
+    vocabulary: int
+    sequences: int
+
+    @classmethod
+    def of_environment(cls) -> Shape:
+        return cls(*map(int, os.environ["LCA_SHAPE"].split(",")))
+
+    def __str__(self) -> str:
+        return f"{self.width},{self.layers},{self.vocabulary},{self.sequences}"
+
+
+class Block(nn.Module):
+    """Attention to what came before, then a perceptron of four times the width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention, self.joined = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.heads = width // 64
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.attention(self.norm1(x)).unflatten(-1, (3, self.heads, 64))
+        attended = F.scaled_dot_product_attention(*parts.permute(2, 0, 3, 1, 4), is_causal=True)
+        x = x + self.joined(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """A decoder like GPT-2, whose last layer is its embedding."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(shape.vocabulary, shape.width)
+        self.places = nn.Embedding(LENGTH, shape.width)
+        self.layers = nn.Sequential(*(Block(shape.width) for _ in range(shape.layers)))
+        self.norm = nn.LayerNorm(shape.width)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.places.weight[: ids.shape[1]]
+        return self.norm(self.layers(x)) @ self.tokens.weight.T
+
+
+def data(shape: Shape) -> tuple[Tensor, Tensor]:
+    """Sequences of tokens, (sequences, 128), and the token after each of theirs."""
+    wanted = shape.sequences * LENGTH + 1
+    if "LCA_DATA" in os.environ:
+        text = (Path(os.environ["LCA_DATA"]) / "tinyshakespeare.txt").read_bytes()[:wanted]
+        ids = torch.tensor(list(text)) % shape.vocabulary
+    else:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, shape.vocabulary, (wanted,), generator=generator)
+    return ids[:-1].view(-1, LENGTH), ids[1:].view(-1, LENGTH)
+
+
+def next_token(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """One value per token."""
+    ids, targets = batch
+    return F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="none").view_as(
+        targets
+    )
+
+
+def task() -> Task:
+    shape = Shape.of_environment()
+    return Task(
+        lambda: Transformer(shape),
+        {"train": data(shape)},
+        {"train": Loss(call=next_token, on="train")},
+    )
+
+
+def train(directory: Path, steps: int) -> None:
+    """Record some steps of SGD, each on one sequence."""
+    torch.manual_seed(0)
+    shape = Shape.of_environment()
+    model, (inputs, targets) = Transformer(shape), data(shape)
+    with Recorder(directory, model) as recorder:
+        recorder.save(0)
+        for step in range(1, steps + 1):
+            row = slice(step % shape.sequences, step % shape.sequences + 1)
+            model.zero_grad()
+            next_token(model, (inputs[row], targets[row])).mean().backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    assert parameter.grad is not None
+                    parameter -= 0.05 * parameter.grad
+            recorder.save(step)
+
+
+def parameters() -> int:
+    with torch.device("meta"):
+        model = Transformer(Shape.of_environment())
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def peak() -> int:
+    """The most memory this process ever held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), int(sys.argv[2]))
