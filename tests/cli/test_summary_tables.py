@@ -72,7 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             )
     settings = {
         "losses": ["all"],
-        "keep": "tensors",
+        "keep": "statistics",
         "rule": "left",
         "cluster": "inline",
         "durability": "none",

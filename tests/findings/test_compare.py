@@ -184,7 +184,8 @@ def replay(
         "per_class": Loss(F.cross_entropy, on="train", group_by=lambda inputs, targets: targets),
     }
     task = Task(KINDS[kind], {"train": (inputs, targets)}, losses)
-    return run(place, task, losses=["all"], cluster="inline", span=2, keep="tensors", **asked).path
+    asked = {"keep": "statistics", **asked}
+    return run(place, task, losses=["all"], cluster="inline", span=2, **asked).path
 
 
 @pytest.fixture(scope="module")
@@ -593,7 +594,7 @@ def arms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 MEASURED: dict[str, dict[str, Any]] = {
     "rule": {"rule": "trapezoid"},
-    "units": {"keep": "units"},
+    "parameters": {"keep": "parameters"},
     "batch": {"norm_stats": "batch", "batch_size": 12},
     "precise": {"precision": "float64"},
     "part": {"steps": "0:2"},
@@ -602,7 +603,7 @@ MEASURED: dict[str, dict[str, Any]] = {
 }
 DIFFERS = {
     "rule": "Runs differ in rule: simpson under a; trapezoid under b",
-    "units": "",
+    "parameters": "",
     "copy": "",
     "batch": "Runs differ in normalisation (--norm-stats): running under a; batch under b",
     "precise": "Runs differ in precision: float32 under a; float64 under b",
@@ -622,7 +623,7 @@ def again(checkpoints: Path, out: Path, twice: bool = False, **asked: Any) -> No
 
     loss = Loss(call=doubled, on="train") if twice else Loss(F.cross_entropy, on="train")
     task = Task(KINDS["shallow"], {"train": data()}, {"train": loss})
-    run(checkpoints, task, out=out, cluster="inline", span=2, **{"keep": "tensors", **asked})
+    run(checkpoints, task, out=out, cluster="inline", span=2, **{"keep": "statistics", **asked})
 
 
 def trained(arms: Path, *names: str) -> list[Any]:
