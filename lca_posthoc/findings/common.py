@@ -60,6 +60,12 @@ def beyond_keep(results: LossResults, level: str, what: str) -> list[str]:
     return [f"{what} need --keep {level}; this run keeps {results.manifest.keep}."]
 
 
+def left_out_of(finding: xr.Dataset) -> str:
+    """Return what a finding leaves out for other reasons than the run's `--keep`."""
+    left_out = str(finding.attrs.get("left_out", ""))
+    return left_out.removesuffix(str(finding.attrs.get("beyond_keep", ""))).strip()
+
+
 def findings_beyond(keep: str) -> dict[str, list[str]]:
     """Return the findings that need more than a level of `--keep`, by the level they need.
 

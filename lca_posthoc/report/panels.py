@@ -14,6 +14,7 @@ import xarray as xr
 from .. import findings
 from ..base.declarations import declared_findings
 from ..errors import LCAError
+from ..findings.common import left_out_of
 from ..results import LossResults, Run
 from .content import clean, listed
 
@@ -215,12 +216,6 @@ def beside(
             )
         panels_beside.append(shown)
     return panels_beside
-
-
-def left_out_of(finding: xr.Dataset) -> str:
-    """Return what a finding leaves out for other reasons than the run's `--keep`."""
-    left_out = str(finding.attrs.get("left_out", ""))
-    return left_out.removesuffix(str(finding.attrs.get("beyond_keep", ""))).strip()
 
 
 def run_labels(runs: Sequence[Run], labelled: Sequence[str] | None = None) -> list[str]:

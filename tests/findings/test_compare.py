@@ -595,6 +595,7 @@ def arms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 MEASURED: dict[str, dict[str, Any]] = {
     "rule": {"rule": "trapezoid"},
     "parameters": {"keep": "parameters"},
+    "sums": {"keep": "tensors"},
     "batch": {"norm_stats": "batch", "batch_size": 12},
     "precise": {"precision": "float64"},
     "part": {"steps": "0:2"},
@@ -628,6 +629,34 @@ def again(checkpoints: Path, out: Path, twice: bool = False, **asked: Any) -> No
 
 def trained(arms: Path, *names: str) -> list[Any]:
     return [open_run(arms / f"{name}.lca")["train"] for name in names]
+
+
+@pytest.mark.parametrize("beside", ["nothing", "parameters", "slow/shallow-2"])
+def test_shares_that_not_every_run_keeps_are_left_out(arms: Path, beside: str) -> None:
+    """Of several runs only a mixture says so: where none keeps them nobody misses them."""
+    labels = {"sums": trained(arms, "sums")}
+    if beside != "nothing":
+        labels[beside] = trained(arms, beside)
+    paths = [str(results.path) for several in labels.values() for results in several]
+    found = compare(labels)
+    assert not [name for name in found.variables if str(name).startswith("helping")]
+    assert {"mean", "loss_end", "loss_end_low", "loss_change", "p_loss_end"} <= set(found.data_vars)
+    mixed = beside != "nothing"
+    assert ("need --keep statistics in every run; " in found.attrs["left_out"]) == mixed
+    assert ("sums.lca keeps less." in found.attrs["left_out"]) == mixed
+    if beside == "parameters":
+        full = compare({"sums": trained(arms, "slow/shallow-1"), beside: labels[beside]})
+        assert set(full.data_vars) - set(found.data_vars) == {
+            *("helping", "helping_low", "helping_high")
+        }
+        xr.testing.assert_allclose(found["mean"], full["mean"], rtol=1e-5)
+    printed = lca("compare", *paths)
+    assert printed.exit_code == 0, printed.output
+    assert "helping" not in printed.stdout
+    assert "nan" not in printed.stdout
+    for of in document(lca("compare", *paths, "--json"))["labels"].values():
+        assert not [name for name in of if name.startswith("helping")]
+        assert math.isfinite(of["loss_end"])
 
 
 SLOW, FAST = ([f"{arm}/shallow-{seed}" for seed in (1, 2, 3)] for arm in ("slow", "fast"))

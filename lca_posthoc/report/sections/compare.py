@@ -9,11 +9,12 @@ import xarray as xr
 
 from ... import findings
 from ...errors import LCAError
+from ...findings.common import left_out_of
 from ...results import LossResults
 from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, clean, count, percent, plain
 from ..downsample import Json, lines, over_steps
 from ..figures import add_many, steps_figure
-from ..panels import Panel, Room, left_out_of
+from ..panels import Panel, Room
 from .layers import largest
 
 _SAID = 6  # runs in the sentence
