@@ -275,17 +275,20 @@ def _steps(panel: Panel) -> list[int]:
 
 
 def _keep_notes(runs: Sequence[Run], labels: Sequence[str]) -> Iterator[str]:
-    """Yield, of each run, which parts of the page higher levels of `--keep` would add."""
+    """Yield, of the runs of each level of `--keep`, which parts of the page others would add."""
     titles = {name: module.section().title for name, module in section_modules().items()}
-    for run, label in zip(runs, labels, strict=True):
-        keep = run.manifest.keep
+    for keep in dict.fromkeys(run.manifest.keep for run in runs):
         more = [
             f"--keep {level} ({', '.join(titles.get(name, name.capitalize()) for name in names)})"
             for level, names in findings_beyond(keep).items()
         ]
         if more:
-            subject = label if len(runs) > 1 else "This run"
-            yield f"{subject} was made with --keep {keep}; more is there with {', '.join(more)}."
+            of = [
+                label for run, label in zip(runs, labels, strict=True) if run.manifest.keep == keep
+            ]
+            subject = listed(of) if len(runs) > 1 else "This run"
+            verb = "was" if len(of) == 1 else "were"
+            yield f"{subject} {verb} made with --keep {keep}; more is there with {', '.join(more)}."
 
 
 def _group_notes(panels: Sequence[Panel]) -> list[str]:

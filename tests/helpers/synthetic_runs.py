@@ -273,6 +273,7 @@ def _segments(
             allocation=allocation,
             mean_gradient=gradient,
             motion=motion,
+            distance={name: float(moved.abs().sum()) for name, moved in motion.items()},
             evaluations=2,
             level=1,
             converged=True,
