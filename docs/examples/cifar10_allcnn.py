@@ -3,7 +3,7 @@ is its own task file.
 
 ```sh
 LCA_DATA=DIR python docs/examples/cifar10_allcnn.py allcnn-checkpoints
-LCA_DATA=DIR lca run allcnn-checkpoints --task docs/examples/cifar10_allcnn.py --keep tensors \
+LCA_DATA=DIR lca run allcnn-checkpoints --task docs/examples/cifar10_allcnn.py --keep statistics \
     --norm-stats batch --batch-size 250
 ```
 

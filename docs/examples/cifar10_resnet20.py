@@ -5,7 +5,7 @@ task file.
 export LCA_DATA=DIR
 python docs/examples/cifar10_resnet20.py resnet
 lca run resnet --task docs/examples/cifar10_resnet20.py --norm-stats batch --batch-size 500 \
-    --subset 0:500 --tolerance 0.01 --keep units
+    --subset 0:500 --tolerance 0.01 --keep statistics
 ```
 
 DIR holds `cifar10.safetensors` with `train.images` (10000, 32, 32, 3) uint8 and `train.labels`; a

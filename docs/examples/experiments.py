@@ -143,7 +143,7 @@ def one(
     )
     # a power cut costs one short run
     where = {"out": out, "cluster": "inline", "durability": "none"}
-    run = lca.run(checkpoints, task, keep="tensors", **where, **model.replay)
+    run = lca.run(checkpoints, task, keep="statistics", **where, **model.replay)
     shutil.rmtree(checkpoints)
     return run
 

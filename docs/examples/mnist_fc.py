@@ -4,7 +4,7 @@ r"""MNIST-FC of the paper (784-100-50-10, 84,060 parameters): trains it and is i
 LCA_DATA=DIR python docs/examples/mnist_fc.py mnist-checkpoints
 LCA_DATA=DIR lca run mnist-checkpoints --task docs/examples/mnist_fc.py --loss all
 LCA_DATA=DIR lca run mnist-checkpoints --task docs/examples/mnist_fc.py:per_class \
-    --out mnist-classes.lca --keep units
+    --out mnist-classes.lca --keep statistics
 ```
 
 A number after the directory is how many iterates to train for, 220 (one epoch) by default: 1,100

@@ -3,7 +3,7 @@ file.
 
 ```sh
 LCA_DATA=DIR python docs/examples/mnist_lenet.py lenet-checkpoints
-LCA_DATA=DIR lca run lenet-checkpoints --task docs/examples/mnist_lenet.py --keep tensors
+LCA_DATA=DIR lca run lenet-checkpoints --task docs/examples/mnist_lenet.py --keep statistics
 ```
 
 DIR holds `mnist.safetensors`; a number after the checkpoints' directory is how many iterates to

@@ -43,7 +43,7 @@ class Finding:
     Attributes:
         question: it answers, and `needs`: of which runs, as `docs/findings.md` says them.
         place: findings are listed and reported by rising places.
-        keep: the levels of `--keep` that allow it, the one to recommend first.
+        level: the least level of `--keep` that allows it.
         losses: how many losses of a run it is of.
         runs: "one", several drawn "beside" each other, or several "compared" in one result.
         options: of `lca plot`.
@@ -53,7 +53,7 @@ class Finding:
     question: str
     needs: str
     place: int
-    keep: tuple[str, ...] = ("tensors", "units", "parameters")
+    level: str = "tensors"
     losses: int = 1
     runs: Literal["one", "beside", "compared"] = "one"
     options: tuple[Option, ...] = ()

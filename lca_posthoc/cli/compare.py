@@ -180,7 +180,7 @@ def document(comparison: xr.Dataset) -> dict[str, object]:
             | {"totals": of["total"].values[position, :runs].tolist()}
             for position, layer in enumerate(comparison["layer"].values)
         }
-        head = {name: float(of[name]) for name in _LABEL[1:]}
+        head = {name: float(of[name]) for name in _LABEL[1:] if name in of}
         kind = {"runs": runs, "trainings": int(of["trainings"]), "paired": bool(of["paired"])}
         labels[label] = {
             "paths": of["path"].values[:runs].tolist(),
@@ -231,7 +231,8 @@ def _headline(comparison: xr.Dataset, labels: list[str], repeats: bool) -> Table
     rows.add_row("loss at the end", *(_interval(of, "loss_end", scale, "", 6) for of in by_label))
     scale = _scale(comparison["loss_change"])
     rows.add_row("loss change", *(_in_units(of["loss_change"], scale, digits=6) for of in by_label))
-    rows.add_row("helping", *(share(float(of["helping"])) for of in by_label))
+    if "helping" in comparison:
+        rows.add_row("helping", *(share(float(of["helping"])) for of in by_label))
     if repeats:
         rows.add_row(
             f"p, loss at the end against {labels[0]}",

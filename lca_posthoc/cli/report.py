@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     "losses",
     multiple=True,
     metavar="NAME",
-    help="Show this loss (repeatable); the first goes under the microscope.  [default: all that "
-    "fit]",
+    help="Show this loss (repeatable); the first of a run made with --keep parameters goes under "
+    "the microscope.  [default: all that fit]",
 )
 def command(runs: tuple[str, ...], out: str, losses: tuple[str, ...]) -> None:
     """Write everything there is to see in one or several RUNs into one file that opens without a

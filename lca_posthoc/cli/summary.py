@@ -160,8 +160,9 @@ def _quoted(run: Path) -> str:
 
 def _print_losses(summaries: Mapping[str, Summary]) -> None:
     """Print a row for each of many losses; of one with groups, the loss of the whole split."""
+    helping = ["helping"] if any("helping" in of_loss for of_loss in summaries.values()) else []
     rows = table(
-        "loss", "groups", "segments", "start → end", "change", "allocated", "residual", "helping"
+        "loss", "groups", "segments", "start → end", "change", "allocated", "residual", *helping
     )
     for name, figures in summaries.items():
         start, end, change, allocated, residual = (_overall(figures, key) for key in _OVERALL)
@@ -172,9 +173,15 @@ def _print_losses(summaries: Mapping[str, Summary]) -> None:
             " → ".join(_numbers([start, end], "", 4)),
             *_numbers([change, allocated]),
             f"{residual:+.1e}",
-            share(figures["helping"]) if isinstance(figures["helping"], float) else "",
+            *([_one_share(figures)] if helping else []),
         )
     stdout().print(rows)
+
+
+def _one_share(figures: Summary) -> str:
+    """Return the share of parameters that helped a loss without groups; "" of any other."""
+    helping = figures.get("helping")
+    return share(helping) if isinstance(helping, float) else ""
 
 
 def _print_plain(plain: dict[str, Figures[float]]) -> None:
@@ -202,10 +209,11 @@ def _print_headline(plain: dict[str, Figures[float]]) -> None:
         headline.add_row("of it to buffers (running statistics)", *parts)
     headline.add_row("residual", *(f"{figures['residual']:+.1e}" for figures in plain.values()))
     for key in _SHARES:
-        headline.add_row(
-            f"{key} (share of parameters × segments)",
-            *(share(figures[key]) for figures in plain.values()),
-        )
+        if all(key in figures for figures in plain.values()):
+            headline.add_row(
+                f"{key} (share of parameters × segments)",
+                *(share(figures[key]) for figures in plain.values()),
+            )
     if len({(figures["first_step"], figures["last_step"]) for figures in plain.values()}) > 1:
         headline.add_row(
             "training steps",
@@ -237,11 +245,12 @@ def _print_rows(
     kinds = what == "tensor"
     names = [what, *(["kind"] if kinds else [])]
     errors = ["± standard error"] if sampled else []
+    last, cells = _last_column(shown)
     rows = table(
-        *names, "parameters", "allocated", *errors, "share of sum", "helping", names=len(names)
+        *names, "parameters", "allocated", *errors, "share of sum", *last, names=len(names)
     )
     allocated = _numbers([row["allocated"] for row in shown])
-    for row, number in zip(shown, allocated, strict=True):
+    for row, number, cell in zip(shown, allocated, cells, strict=True):
         error = "" if row["standard_error"] is None else f"{row['standard_error']:.1e}"
         rows.add_row(
             Text(safe(row["name"])),
@@ -250,28 +259,41 @@ def _print_rows(
             number,
             *([error] if sampled else []),
             _part(row["allocated"], figures["allocated"]),
-            share(row["helping"]) if row["moved"] else "did not move",
+            *([cell] if last else []),
         )
     if figures["remainder"] is not None:
         (number,) = _numbers([figures["remainder"]])
         part = _part(figures["remainder"], figures["allocated"])
-        blanks = [""] * len(names)
-        rows.add_row("(tensors not kept)", *blanks, number, *([""] if sampled else []), part, "")
+        blanks, end = [""] * len(names), [""] * len(last)
+        rows.add_row("(tensors not kept)", *blanks, number, *([""] if sampled else []), part, *end)
     stdout().print(rows)
+
+
+def _last_column(shown: list[Part[float]]) -> tuple[list[str], list[str]]:
+    """Return the heading of the last column and its cells: shares that helped, and what did not
+    move. Where no shares were counted and everything moved there is no heading.
+    """
+    if all("helping" in row for row in shown):
+        shares = [share(row["helping"]) if row["moved"] else "did not move" for row in shown]
+        return ["helping"], shares
+    moved = all(row["moved"] for row in shown)
+    return [] if moved else ["moved"], ["yes" if row["moved"] else "no" for row in shown]
 
 
 def _together(others: list[Part[float]]) -> Part[float]:
     """Return the figures of some modules as one row."""
     parameters = sum(other["parameters"] for other in others)
-    helping = math.fsum(other["helping"] * other["parameters"] for other in others)
-    return {
+    together: Part[float] = {
         "name": f"({len(others):,} more)",
         "parameters": parameters,
         "moved": any(other["moved"] for other in others),
         "allocated": math.fsum(other["allocated"] for other in others),
         "standard_error": None,
-        "helping": helping / max(1, parameters),
     }
+    if all("helping" in other for other in others):
+        helping = math.fsum(other["helping"] * other["parameters"] for other in others)
+        together["helping"] = helping / max(1, parameters)
+    return together
 
 
 def _print_groups(figures: Figures[list[float]], top: int, everything: bool) -> int:
@@ -290,8 +312,9 @@ def _print_groups(figures: Figures[list[float]], top: int, everything: bool) -> 
     labels = [*map(str, figures["groups"] or []), "(all)"]
     examples = [*counts, sum(counts)]
     residuals = [*figures["residual"], residual]
-    helping = [*map(share, figures["helping"]), ""]
-    rows = table("group", "examples", "loss", "change", "residual", "helping", *map(safe, columns))
+    shares = [[*map(share, figures["helping"]), ""]] if "helping" in figures else []
+    heading = ["helping"] if shares else []
+    rows = table("group", "examples", "loss", "change", "residual", *heading, *map(safe, columns))
     for position, label in enumerate(labels):
         rows.add_row(
             Text(safe(label)),
@@ -299,8 +322,7 @@ def _print_groups(figures: Figures[list[float]], top: int, everything: bool) -> 
             f"{starts[position]} → {ends[position]}",
             changes[position],
             f"{residuals[position]:+.1e}",
-            helping[position],
-            *(column[position] for column in cells),
+            *(column[position] for column in (*shares, *cells)),
         )
     stdout().print(rows)
     return more

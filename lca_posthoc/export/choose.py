@@ -9,6 +9,7 @@ import xarray as xr
 from .. import findings
 from ..base.declarations import declared_findings
 from ..errors import InputError
+from ..findings.common import findings_beyond
 from ..findings.generalisation import no_two_splits, two_splits
 from ..results import LossResults, Run
 
@@ -36,10 +37,14 @@ def choose(run: Run, losses: Sequence[str], requested: Sequence[str], say: Say) 
         InputError: for an unknown name, or a finding asked for that the run does not allow.
     """
     _check_names(run, losses, requested)
-    names = list(dict.fromkeys(losses or run))
+    names, wanted = list(dict.fromkeys(losses or run)), list(dict.fromkeys(requested))
+    if not requested:
+        beyond = findings_beyond(run.manifest.keep)
+        wanted = [name for name in _unasked() if all(name not in more for more in beyond.values())]
+        _say_beyond(run.manifest.keep, beyond, say)
     pair, opened, calls = _pair(run, names), {name: run[name] for name in names}, 0
     for loss in names:
-        for name in dict.fromkeys(requested or _unasked()):
+        for name in wanted:
             paired = declared_findings()[name].losses == 2
             if paired and pair is not None and loss != pair[0].name:
                 continue
@@ -77,6 +82,29 @@ def _unasked() -> list[str]:
     return [name for name in known() if not declared_findings()[name].on_request]
 
 
+def _say_beyond(keep: str, beyond: dict[str, list[str]], say: Say) -> None:
+    """Say which findings that nobody named need more than the run's level of `--keep`."""
+    unasked = set(_unasked())
+    parts = [
+        f"{', '.join(more)} (--keep {level})"
+        for level, names in beyond.items()
+        if (more := [name for name in names if name in unasked])
+    ]
+    if parts:
+        say(f"the run keeps {keep}, so {' and '.join(parts)} are left out.")
+
+
+def too_little_kept(results: LossResults, name: str) -> str | None:
+    """Say why a run does not keep enough for a finding, and the way out; None where it does."""
+    level = declared_findings()[name].level
+    if results.holds(level):
+        return None
+    return (
+        f"the run keeps {results.manifest.keep}, and it needs --keep {level}. Run again into "
+        f"another directory: --keep {level} --out OTHER.lca."
+    )
+
+
 def _call(name: str, results: tuple[LossResults, ...]) -> Callable[[], xr.Dataset]:
     finding: Callable[..., xr.Dataset] = getattr(findings, name)
     return lambda: finding(*results)
@@ -95,15 +123,11 @@ def _obstacle(
     losses: dict[str, LossResults],
 ) -> str | None:
     """Say why a finding cannot be computed; None where it can."""
-    keep, declared = results.manifest.keep, declared_findings()[name]
+    if (too_little := too_little_kept(results, name)) is not None:
+        return too_little
     if not results.progress()["segments_done"]:
         return "it has no finished segment yet. Let `lca run` commit a span first."
-    if keep not in declared.keep:
-        return (
-            f"the run keeps {keep} (--keep {keep}). Run again into another directory with --keep "
-            f"{declared.keep[0]}."
-        )
-    if declared.losses != 2:
+    if declared_findings()[name].losses != 2:
         return None
     if pair is None:
         return no_two_splits(losses)

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
+from ..base.declarations import declared_findings
 from ..base.text import count
 from ..errors import InputError, optional_package
 from ..findings import curve, helping, layers
+from ..numerics.schema import holds
 from ..results import LossResults, Run
-from .choose import Say
+from .choose import Say, too_little_kept
 from .tables import whole
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ def write_events(run: Run, place: Path, losses: list[str], requested: list[str],
     Scalars (float64) at the training step a segment ends at: `loss`, `predicted`, `residual`;
     `helping` and `hurting`, shares of the parameters; `allocated/LAYER` of the segment and
     `cumulative/LAYER` up to it. For a loss with groups each of them is `…/group GROUP`. Histograms
-    `allocation`: the stored bins, exact zeros in the bin that ends at 0.
+    `allocation`: the stored bins, exact zeros in the bin that ends at 0. A run made with `--keep
+    tensors` or `units` has neither shares nor histograms.
 
     Args:
         run: an open run.
@@ -42,7 +45,8 @@ def write_events(run: Run, place: Path, losses: list[str], requested: list[str],
         say: called with a sentence on what is left out or thinned.
 
     Raises:
-        InputError: for an unknown name, or a finding that is no curve over training.
+        InputError: for an unknown name, a finding that is no curve over training, or one that the
+            run does not allow.
         ResourceError: where tensorboard is not installed.
     """
     for name in losses:
@@ -56,6 +60,7 @@ def write_events(run: Run, place: Path, losses: list[str], requested: list[str],
                 f"TensorBoard takes {', '.join(_FINDINGS)}, not {name!r}. Choose another --format "
                 "for it."
             )
+    chosen = requested or _kept(run.manifest.keep, say)
     optional_package("tensorboard", "TensorBoard")
     writers, written = optional_package("torch.utils.tensorboard", "TensorBoard"), 0
     for name in dict.fromkeys(losses or run):
@@ -66,15 +71,31 @@ def write_events(run: Run, place: Path, losses: list[str], requested: list[str],
                 "a span first."
             )
             continue
+        for name_of_finding in requested:
+            if (obstacle := too_little_kept(results, name_of_finding)) is not None:
+                raise InputError(
+                    f"{name_of_finding} of loss {name!r} cannot be exported: {obstacle}"
+                )
         written += 1
         with writers.SummaryWriter(str(place / run.manifest.losses[name].key)) as writer:
-            _write_scalars(writer, results, requested or list(_FINDINGS), say)
-            if not requested or "helping" in requested:
+            _write_scalars(writer, results, chosen, say)
+            if "helping" in chosen:
                 _write_histograms(writer, results, say)
     if not written:
         raise InputError(
             f"{run.path} has nothing to export yet. Let `lca run` commit a span first."
         )
+
+
+def _kept(keep: str, say: Say) -> list[str]:
+    """Return the findings that a level of `--keep` allows, and say what it does not."""
+    allowed = [name for name in _FINDINGS if holds(keep, declared_findings()[name].level)]
+    if "helping" not in allowed:
+        say(
+            f"the run keeps {keep}, so shares of parameters that help and histograms (--keep "
+            "statistics) are left out."
+        )
+    return allowed
 
 
 def _write_scalars(

@@ -13,6 +13,7 @@ from pathlib import Path
 import xarray as xr
 
 from ..errors import InputError, optional_package
+from ..findings.common import left_out_of
 from ..results import Run
 from .choose import Say, choose
 from .netcdf import needed_for_netcdf, write_netcdf
@@ -162,6 +163,7 @@ def _write_findings(
     run: Run, building: Path, chosen: str, losses: Sequence[str], findings: Sequence[str], say: Say
 ) -> None:
     about: dict[str, object] = {}
+    said = set[str]()  # of which findings what `--keep` leaves out, the same of every loss
     for loss, finding, call in choose(run, losses, findings, say):
         try:
             data: xr.Dataset = call()
@@ -170,8 +172,12 @@ def _write_findings(
                 raise
             say(f"{finding} of loss {loss!r} is left out: {error}")
             continue
-        if data.attrs.get("left_out"):
-            say(f"{finding} of loss {loss!r}: {data.attrs['left_out']}")
+        beyond = str(data.attrs.get("beyond_keep", ""))
+        if beyond and finding not in said:
+            say(f"{finding}: {beyond}")
+            said.add(finding)
+        if left_out := left_out_of(data):
+            say(f"{finding} of loss {loss!r}: {left_out}")
         place = building / run.manifest.losses[loss].key
         place.mkdir(exist_ok=True)
         _write_finding(data, finding, place, chosen, about, f"{place.name}/")

@@ -15,6 +15,7 @@ from .common import (
     Numbers,
     Variable,
     about,
+    beyond_keep,
     described,
     each_total,
     largest,
@@ -27,7 +28,7 @@ from .layers import layers
 
 FINDING = Finding(
     question="What might be frozen, pruned, initialised again",
-    needs="any run",
+    needs="any run; units and parameters `--keep statistics`",
     place=90,
     options=(BY,),
 )
@@ -46,14 +47,15 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
     not trained and no candidates.
 
     Args:
-        results: one loss of a run, at any level of `--keep`; units and parameters need every
-            segment.
+        results: one loss of a run, at any level of `--keep`; units and parameters need `--keep
+            statistics` and every segment.
         by: as of `layers`.
         most: how many units and parameters to name.
 
     Returns:
-        By layer `total`, `mean` (loss), `helping` (share) and `freeze` (whether its total is above
-        zero), of all groups together (of `helping`, the mean of their shares); by tensor counts of
+        By layer `total`, `mean` (loss), `helping` (share, from `--keep statistics` on) and `freeze`
+        (whether its total is above zero), of all groups together (of `helping`, the mean of their
+        shares); by tensor counts of
         parameters `never_helped` (they hurt on some segment and helped on none) and `silent`
         (exactly zero throughout), of `tensor_elements`, and of `units` and `dead_units` (all
         incoming weights silent); `unit_total` (unit) of the units of modules that hurt most, with
@@ -64,11 +66,10 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
         LCAError: where no segment is there yet, or stored numbers are damaged.
     """
     by_layer = layers(results, by=by)
-    total, helping = by_layer["total"], by_layer["helping"]
+    total = by_layer["total"]
     if "group" in by_layer.dims:
         weight = results.steps["weight"]
         total = (by_layer["allocated"] * weight / weight.sum("group")).sum(("step", "group"))
-        helping = helping.mean("group")
     trained = by_layer["role"].values != "buffer"
     left_out = unfinished(results)
     if (~trained).any():
@@ -77,11 +78,7 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
             f"Buffers, such as running statistics, are no candidates; their sum is {apart:+.4g}."
         )
     order = [position for position in np.argsort(-total.values, kind="stable") if trained[position]]
-    by_layer, total, helping = (
-        by_layer.isel(layer=order),
-        total.isel(layer=order),
-        helping.isel(layer=order),
-    )
+    by_layer, total = by_layer.isel(layer=order), total.isel(layer=order)
     variables: dict[str, Variable] = {
         "total": described(total, "loss", "Σ allocation over training"),
         "mean": described(
@@ -89,19 +86,25 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
             "loss",
             "allocation per parameter over training",
         ),
-        "helping": described(helping, "share", "share of parameters × segments that helped"),
-        "freeze": described((("layer",), total.values > 0), "", "its total is above zero: it hurt"),
     }
+    if "helping" in by_layer:
+        share = by_layer["helping"]
+        share = share.mean("group") if "group" in share.dims else share
+        variables["helping"] = described(
+            share, "share", "share of parameters × segments that helped"
+        )
+    hurt = total.values > 0
+    variables["freeze"] = described((("layer",), hurt), "", "its total is above zero: it hurt")
     coords: dict[str, object] = {name: by_layer[name] for name in ("layer", "elements", "role")}
-    if results.complete:
+    beyond = beyond_keep(results, "statistics", "Units and parameters")
+    if results.complete and not beyond:
         of_parameters, places = _of_parameters(results, most)
         variables |= of_parameters
         coords = {**coords, **places}
-    else:
+    elif not beyond:
         left_out.append("Units and parameters need every segment.")
-    return _by_evidence(
-        xr.Dataset(variables, coords=coords, attrs=about(results, "candidates", left_out))
-    )
+    attrs = about(results, "candidates", left_out, beyond)
+    return _by_evidence(xr.Dataset(variables, coords=coords, attrs=attrs))
 
 
 def _by_evidence(data: xr.Dataset) -> xr.Dataset:

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from ..base.declarations import declared_findings
 from ..base.text import count
 from ..checkpoints.trajectory import TensorSpec
 from ..errors import InputError, LCAError
-from ..numerics.schema import FIELDS
+from ..numerics.schema import FIELDS, KEEP, holds
 from ..results import LossResults
 
 BLOCK = 2**22  # numbers that are in memory at a time
@@ -27,21 +28,56 @@ Numbers = np.ndarray[Any, Any]
 Variable = tuple[tuple[Hashable, ...], Any, dict[str, object]]
 
 
-def about(results: LossResults, finding: str, left_out: Iterable[str] = ()) -> dict[str, str]:
+def about(
+    results: LossResults,
+    finding: str,
+    left_out: Iterable[str] = (),
+    beyond_keep: Iterable[str] = (),
+) -> dict[str, str]:
     """Return the attributes of every finding: its name, the run, the loss, the split, and what is
     left out and why.
 
+    What the run's `--keep` leaves out stands last in `left_out`, and once more in `beyond_keep`.
     For a model with running statistics, `norm_stats` says which statistics its normalisation layers
     used.
     """
+    beyond = " ".join(beyond_keep)
     return {
         "finding": finding,
         "run": str(results.path),
         "loss": results.name,
         "split": results.record.on or "",
-        "left_out": " ".join(left_out),
+        "left_out": " ".join([*left_out, *([beyond] if beyond else [])]),
+        **({"beyond_keep": beyond} if beyond else {}),
         **({"norm_stats": results.norm_stats} if results.norm_stats else {}),
     }
+
+
+def beyond_keep(results: LossResults, level: str, what: str) -> list[str]:
+    """Say that a run keeps too little for `what`; nothing where it keeps enough."""
+    if results.holds(level):
+        return []
+    return [f"{what} need --keep {level}; this run keeps {results.manifest.keep}."]
+
+
+def left_out_of(finding: xr.Dataset) -> str:
+    """Return what a finding leaves out for other reasons than the run's `--keep`."""
+    left_out = str(finding.attrs.get("left_out", ""))
+    return left_out.removesuffix(str(finding.attrs.get("beyond_keep", ""))).strip()
+
+
+def findings_beyond(keep: str) -> dict[str, list[str]]:
+    """Return the findings that need more than a level of `--keep`, by the level they need.
+
+    >>> findings_beyond("statistics")
+    {'parameters': ['microscope']}
+    """
+    beyond: dict[str, list[str]] = {}
+    for level in KEEP:
+        for name, finding in declared_findings().items():
+            if finding.level == level and not holds(keep, level):
+                beyond.setdefault(level, []).append(name)
+    return beyond
 
 
 def described(
@@ -75,11 +111,16 @@ def unfinished(results: LossResults) -> list[str]:
     ]
 
 
-def tables(results: LossResults) -> xr.Dataset:
-    """Return the table of tensors, over the finished segments.
+def tables(results: LossResults, level: str = "tensors", what: str = "findings") -> xr.Dataset:
+    """Return the table of tensors, over the finished segments, of a run that keeps enough.
+
+    Args:
+        results: one loss of a run.
+        level: of `--keep`, that is needed.
+        what: needs it, in the plural.
 
     Raises:
-        LCAError: where no segment is there yet.
+        LCAError: where the run keeps less, or no segment is there yet.
         InputError: for anything but a loss of a run.
     """
     if not isinstance(results, LossResults):
@@ -87,6 +128,7 @@ def tables(results: LossResults) -> xr.Dataset:
             f'a finding is of one loss of a run, such as open_run(RUN)["train"], got '
             f"{type(results).__name__}."
         )
+    results.require(level, what)
     table = results.tensors
     if not table.sizes["step"]:
         raise LCAError(

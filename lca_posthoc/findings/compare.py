@@ -7,14 +7,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import scipy  # its parts load when they are used
 import xarray as xr
 
 from ..base.declarations import BY, TOP, Finding
-from ..errors import InputError
+from ..errors import InputError, few
 from ..results import LossResults
 from .common import about, described, label_of, unfinished
 from .design import Design, design_of, differences
@@ -28,6 +28,11 @@ FINDING = Finding(
     options=(BY, TOP),
 )
 
+_HEAD: tuple[Literal["helping", "loss_end", "loss_change"], ...] = (
+    "helping",
+    "loss_end",
+    "loss_change",
+)
 # of a mean, relative: repeats that differ by less do not differ
 _ROUNDING = 16 * np.finfo(float).eps
 
@@ -74,12 +79,13 @@ def compare(
     Returns:
         `total` (label, layer, run) in units of loss, NaN where a label has fewer runs or a run
         lacks the layer; `mean`, `low`, `high`, `p`, `p_holm` (label, layer); `difference`,
-        `p_difference`, `p_difference_holm` (label, layer) to the first label; `helping` (share of
-        parameters × segments) and `loss_end` (label), means over runs, each with `_low` and
-        `_high`; `loss_change` (label), a mean; `p_loss_end` (label), the test of the last loss
-        against the first label, not corrected; `runs` (label), how many; `trainings` (label), how
-        many of them are different trainings; `paired` (label), whether the tests against the first
-        label are of pairs; coord `path` (label, run).
+        `p_difference`, `p_difference_holm` (label, layer) to the first label; `loss_end` (label)
+        and, where every run was made with `--keep statistics` or more, `helping` (label; share of
+        parameters × segments), means over runs, each with `_low` and `_high`; `loss_change`
+        (label), a mean; `p_loss_end` (label), the test of the last loss against the first label,
+        not corrected; `runs` (label), how many; `trainings` (label), how many of them are different
+        trainings; `paired` (label), whether the tests against the first label are of pairs; coord
+        `path` (label, run).
 
     Raises:
         InputError: for no runs, a run given twice under one label, a loss with groups, an
@@ -97,13 +103,14 @@ def compare(
         )
     )
     total = padded([[_layer_sums(one, layers, by) for one in some] for some in summaries])
-    head = {
+    head: dict[str, Repeats] = {
         name: repeats(
             design.counted(padded([[one[name] for one in some] for some in summaries])),
             confidence,
             design.pairs,
         )
-        for name in ("helping", "loss_end", "loss_change")
+        for name in _HEAD
+        if all(name in one for some in summaries for one in some)
     }
     variables = _of_layers(
         total, repeats(design.counted(total), confidence, design.pairs), confidence
@@ -124,7 +131,7 @@ def compare(
             "layer": np.array(layers, dtype=object),
             "path": (("label", "run"), _paths(listed)),
         },
-        attrs=_about(listed, left_out)
+        attrs=_about(listed, left_out, _without_shares(listed))
         | {"by": str(by), "confidence": float(confidence), "notes": notes},
     )
 
@@ -249,9 +256,25 @@ def _left_out(results: LossResults) -> list[str]:
     return [f"{results.path}: {word}" for word in [*unfinished(results), *rest]]
 
 
-def _about(listed: dict[str, list[LossResults]], left_out: list[str]) -> dict[str, Any]:
+def _without_shares(listed: dict[str, list[LossResults]]) -> list[str]:
+    """Say which runs do not keep how many parameters help; nothing where all or none of them do."""
+    every = [results for several in listed.values() for results in several]
+    without = [str(results.path) for results in every if not results.holds("statistics")]
+    if len(without) in (0, len(every)):
+        return []
+    return [
+        f"Shares of parameters that help need --keep statistics in every run; {few(without)} "
+        f"{'keeps' if len(without) == 1 else 'keep'} less."
+    ]
+
+
+def _about(
+    listed: dict[str, list[LossResults]], left_out: list[str], beyond: list[str]
+) -> dict[str, Any]:
     every = [
-        about(results, "compare", left_out) for several in listed.values() for results in several
+        about(results, "compare", left_out, beyond)
+        for several in listed.values()
+        for results in several
     ]
     joined = {
         name: ", ".join(dict.fromkeys(entry[name] for entry in every))
@@ -321,6 +344,8 @@ def _of_labels(
         ("helping", "share", "parameters × segments that helped"),
         ("loss_end", "loss", "last loss"),
     ):
+        if name not in head:
+            continue
         variables[name] = (label, head[name].mean, units, f"{text}, mean over runs")
         variables[f"{name}_low"] = (label, head[name].low, units, f"{text}, lower end {certain}")
         variables[f"{name}_high"] = (label, head[name].high, units, f"{text}, upper end {certain}")

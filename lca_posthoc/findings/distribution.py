@@ -11,12 +11,23 @@ import xarray as xr
 from ..base.declarations import GROUPS, Finding
 from ..numerics.schema import histogram_edges
 from ..results import LossResults
-from .common import BLOCK, Numbers, Variable, about, blocks, described, tables, unfinished
+from .common import (
+    BLOCK,
+    Numbers,
+    Variable,
+    about,
+    beyond_keep,
+    blocks,
+    described,
+    tables,
+    unfinished,
+)
 
 FINDING = Finding(
     question="How are single allocations distributed; how unequal; a heavy-tailed fit",
-    needs="any run; the fit `--keep parameters`",
+    needs="`--keep statistics`; the fit `--keep parameters`",
     place=40,
+    level="statistics",
     options=(GROUPS,),
 )
 
@@ -32,9 +43,9 @@ def distribution(results: LossResults, *, sample: int = 100_000, seed: int = 0) 
     coefficient of |A| (Gini 1912; zeros are counted).
 
     Args:
-        results: one loss of a run. The histogram is there at any level of `--keep`; the sample, and
-            the double Weibull distribution fitted to it (scipy's `dweibull`, location 0, maximum
-            likelihood, exact zeros left out), at `--keep parameters`.
+        results: one loss of a run. The histogram is there from `--keep statistics` on; the sample,
+            and the double Weibull distribution fitted to it (scipy's `dweibull`, location 0,
+            maximum likelihood, exact zeros left out), at `--keep parameters`.
         sample: how many elements to draw with replacement, uniformly over parameters × segments (×
             groups).
         seed: of numpy's default generator.
@@ -47,9 +58,10 @@ def distribution(results: LossResults, *, sample: int = 100_000, seed: int = 0) 
         allocation is 0 there is no bin, and what is not defined is NaN; `left_out` says so.
 
     Raises:
-        LCAError: where no segment is there yet, or stored numbers are damaged.
+        LCAError: where the run keeps sums alone, no segment is there yet, or stored numbers are
+            damaged.
     """
-    table = tables(results)
+    table = tables(results, FINDING.level, "sizes of single allocations")
     left_out = unfinished(results)
     count, zero = _counts(results)
     edges = histogram_edges()
@@ -92,16 +104,15 @@ def distribution(results: LossResults, *, sample: int = 100_000, seed: int = 0) 
     coords |= {
         name: column for name, column in table.coords.items() if name in ("group", "examples")
     }
-    if results.manifest.keep == "parameters":
+    if results.holds("parameters"):
         variables |= (fitted := _fitted(_sample(results, sample, seed)))
         if first < last and math.isnan(fitted["weibull_shape"][1]):
             left_out.append("The heavy-tailed fit needs allocations of at least two sizes.")
-    else:
-        left_out.append(
-            f"The heavy-tailed fit needs --keep parameters; this run keeps {results.manifest.keep}."
-        )
+    beyond = beyond_keep(results, "parameters", "A sample and its heavy-tailed fit")
     return xr.Dataset(
-        variables, coords=coords, attrs={**about(results, "distribution", left_out), "seed": seed}
+        variables,
+        coords=coords,
+        attrs={**about(results, "distribution", left_out, beyond), "seed": seed},
     )
 
 

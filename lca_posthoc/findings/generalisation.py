@@ -17,6 +17,7 @@ from ..results import LossResults
 from .common import (
     Variable,
     about,
+    beyond_keep,
     described,
     each_total,
     largest,
@@ -29,7 +30,7 @@ from .layers import layers
 FINDING = Finding(
     question="Who lowered one loss, such as that of training, and raised another, such as that of "
     "validation",
-    needs="two losses of a run over two splits",
+    needs="two losses of a run over two splits; parameters `--keep statistics`",
     place=80,
     losses=2,
     runs="beside",
@@ -52,7 +53,7 @@ def generalisation(
 
     Args:
         first, second: two losses of one run over two splits, at any level of `--keep`; parameters
-            need every segment.
+            need `--keep statistics` and every segment.
         by: as of `layers`.
         most: how many of the parameters that helped the first and hurt the second most: by the
             smaller of the two effects.
@@ -84,13 +85,17 @@ def generalisation(
     called = _called(first.name, second.name)
     variables = _of_layers(called, both)
     coords: dict[str, object] = {str(name): column for name, column in both[0].coords.items()}
-    if first.complete and second.complete and is_even:
+    beyond = beyond_keep(first, "statistics", "Counts of parameters by what they did to both")
+    if first.complete and second.complete and is_even and not beyond:
         parameters, places = _quadrants(first, second, called, most)
         variables |= parameters
         coords |= places
-    else:
+    elif not beyond:
         left_out.append("What single parameters did needs every segment of both.")
-    attrs = {**about(first, "generalisation", left_out), "loss": f"{first.name}, {second.name}"}
+    attrs = {
+        **about(first, "generalisation", left_out, beyond),
+        "loss": f"{first.name}, {second.name}",
+    }
     attrs |= {
         "split": f"{first.record.on}, {second.record.on}",
         "first": called[0],

@@ -26,8 +26,9 @@ from .common import (
 
 FINDING = Finding(
     question="How many parameters help, by segment; who helps more often than chance",
-    needs="any run",
+    needs="`--keep statistics`",
     place=30,
+    level="statistics",
     options=(GROUPS,),
 )
 
@@ -45,7 +46,8 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
     Parameters that never have an effect are left out of this; buffers of everything.
 
     Args:
-        results: one loss of a run, at any level of `--keep`; what is over time needs every segment.
+        results: one loss of a run made with `--keep statistics` or more; what is over time needs
+            every segment.
         most: the number of heroes, and of villains.
 
     Returns:
@@ -59,9 +61,10 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
         Over time, a loss with groups is taken as a whole.
 
     Raises:
-        LCAError: where no segment is there yet, or stored numbers are damaged.
+        LCAError: where the run keeps sums alone, no segment is there yet, or stored numbers are
+            damaged.
     """
-    table = tables(results)
+    table = tables(results, FINDING.level, "shares of parameters that help")
     counted = table.isel(tensor=table["kind"].values == "parameter")
     elements = counted["elements"]
     dims = tuple(name for name in counted["helping"].dims if name != "tensor")

@@ -24,7 +24,7 @@ from .common import (
 FINDING = Finding(
     question="Which layers learned? Sums and means by module, tensor or depth; kernels, biases, "
     "normalisation apart",
-    needs="any run",
+    needs="any run; shares that help `--keep statistics`",
     place=20,
     runs="beside",
     options=(
@@ -63,9 +63,9 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
 
     Returns:
         `allocated` and `cumulative` (step[, group], layer), `total` and `mean` (layer[, group]; the
-        mean is per parameter and over the whole training), in units of loss; `helping` (layer[,
-        group]), the share of its parameters × segments
-        that helped. Coordinates of `layer`: `elements` and `role`.
+        mean is per parameter and over the whole training), in units of loss; from `--keep
+        statistics` on, `helping` (layer[, group]), the share of its parameters × segments that
+        helped. Coordinates of `layer`: `elements` and `role`.
 
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
@@ -119,14 +119,15 @@ def _members(
 def _variables(
     table: xr.Dataset, members_of: dict[str, list[int]], elements: Numbers
 ) -> dict[str, Variable]:
-    """Return the sums and means of the layers, and their shares that helped."""
+    """Return the sums and means of the layers, and their shares that helped where these were
+    counted.
+    """
     allocated = _sums(table["allocated"], members_of)
-    counted = _sums(table["helping"], members_of).sum("step")
     total = allocated.sum("step")
     segments = table.sizes["step"]
     per_parameter = xr.DataArray(np.maximum(1, elements), dims="layer")
     by_layer = ("layer", *(name for name in total.dims if name != "layer"))
-    return {
+    variables = {
         "allocated": described(allocated, "loss", "Σ allocation of the segment"),
         "cumulative": described(allocated.cumsum("step"), "loss", "Σ allocation so far"),
         "total": described(total.transpose(*by_layer), "loss", "Σ allocation over training"),
@@ -135,12 +136,15 @@ def _variables(
             "loss",
             "allocation per parameter over training",
         ),
-        "helping": described(
+    }
+    if "helping" in table:
+        counted = _sums(table["helping"], members_of).sum("step")
+        variables["helping"] = described(
             (counted / (per_parameter * segments)).transpose(*by_layer),
             "share",
             "share of parameters × segments that helped",
-        ),
-    }
+        )
+    return variables
 
 
 def _rank(role: dict[str, str], name: str, by_role: bool) -> int:

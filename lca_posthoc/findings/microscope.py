@@ -18,7 +18,7 @@ FINDING = Finding(
     question="What did every parameter do, frame by frame",
     needs="`--keep parameters`",
     place=100,
-    keep=("parameters",),
+    level="parameters",
     on_request=True,
     options=(
         GROUPS,
@@ -82,8 +82,8 @@ def microscope(
             are damaged.
         InputError: for a tensor or group that is not there.
     """
-    table, steps = tables(results), results.steps
-    data = results.allocation
+    table = tables(results, FINDING.level, "allocations of single parameters")
+    steps, data = results.steps, results.allocation
     specs = {tensor.spec.name: tensor.spec for tensor in results.manifest.allocated}
     chosen = (
         list(tensors)

@@ -19,6 +19,7 @@ from .common import (
     Numbers,
     Variable,
     about,
+    beyond_keep,
     described,
     each_total,
     largest,
@@ -31,8 +32,9 @@ from .common import (
 
 FINDING = Finding(
     question="How often do weights, gradients, allocations turn; traces of single parameters",
-    needs="any run; traces `--keep parameters`",
+    needs="`--keep statistics`; traces `--keep parameters`",
     place=50,
+    level="statistics",
     options=(
         GROUPS,
         Option(
@@ -70,8 +72,8 @@ def oscillation(
     means, which are NaN where none did.
 
     Args:
-        results: one loss of a run. Turns need every segment, at any level of `--keep`; traces
-            `--keep parameters`.
+        results: one loss of a run. Turns need every segment and `--keep statistics`; traces `--keep
+            parameters`.
         parameters: to trace, as "fc1.weight[3, 17]"; without, the `most` that helped and the `most`
             that hurt most.
         most: the number of each.
@@ -86,11 +88,12 @@ def oscillation(
         move), with coordinates `parameter` and `why` of trace.
 
     Raises:
-        LCAError: where no segment is there yet, or stored numbers are damaged.
+        LCAError: where the run keeps sums alone, no segment is there yet, or stored numbers are
+            damaged.
         InputError: for a parameter that is not there.
         SpanError: where a checkpoint is not the one the run was made from.
     """
-    table = tables(results)
+    table = tables(results, FINDING.level, "turns of parameters")
     left_out = unfinished(results)
     variables: dict[str, Variable] = {}
     coords: dict[str, object] = {}
@@ -105,11 +108,7 @@ def oscillation(
     else:
         left_out.append("Turns need every segment.")
     chosen = [(*_parsed(results, name), "named") for name in parameters] or extremes
-    if results.manifest.keep != "parameters":
-        left_out.append(
-            f"Traces of parameters need --keep parameters; this run keeps {results.manifest.keep}."
-        )
-    elif chosen:
+    if chosen and results.holds("parameters"):
         traces, places = _traces(results, chosen, table)
         coords |= places
         variables |= traces
@@ -122,7 +121,10 @@ def oscillation(
                 f"{results.manifest.root} nor beside the run: say where with checkpoints= or `lca "
                 "plot --checkpoints`."
             )
-    return xr.Dataset(variables, coords=coords, attrs=about(results, "oscillation", left_out))
+    beyond = beyond_keep(results, "parameters", "Traces of parameters")
+    return xr.Dataset(
+        variables, coords=coords, attrs=about(results, "oscillation", left_out, beyond)
+    )
 
 
 def _root(results: LossResults) -> Path | None:

@@ -15,12 +15,13 @@ import xarray as xr
 from ..base.declarations import BY, Finding, Option
 from ..base.text import count
 from ..errors import InputError
+from ..numerics.schema import TENSOR_FIELDS
 from ..results import LossResults
 from .common import about, described, grouping, tables, unfinished
 
 FINDING = Finding(
     question="Do layers learn at the same moments, more than chance",
-    needs="any run, best a loss by class",
+    needs="any run, best a loss by class; the control `gradient` `--keep statistics`",
     place=70,
     options=(
         BY,
@@ -83,7 +84,8 @@ def peaks(
     Args:
         results: one loss of a run. Without groups it has one group, "all"; so has "motion", which
             no group enters.
-        signal: "allocation", "motion" or "gradient".
+        signal: "allocation", "motion" or, of a run made with `--keep statistics` or more,
+            "gradient".
         by: layers by "module", "tensor", or so many parts of the module's name. Many layers hardly
             ever align all together.
         top: peaks kept per layer and group.
@@ -101,6 +103,7 @@ def peaks(
     Raises:
         InputError: for an unknown signal, numbers below one, fewer than two layers, or where no
             segment has one on either side.
+        LCAError: where the run does not keep the signal, or stored numbers are damaged.
     """
     _check(signal, top=top, draws=draws, stretch=stretch)
     values, layers, groups = _values(results, signal, by)
@@ -212,7 +215,8 @@ def _check(signal: str, **numbers: int) -> None:
 
 def _values(results: LossResults, signal: str, by: str | int) -> tuple[Numbers, list[str], Numbers]:
     """Return the signal (step, group, layer), the layers' names and the groups' labels."""
-    tensors = tables(results)
+    level = TENSOR_FIELDS[SIGNALS[signal]][1]
+    tensors = tables(results, level, f"peaks of the {signal}")
     tensors = tensors.isel(tensor=tensors["kind"].values == "parameter")
     layers = grouping(map(str, tensors["tensor"].values), by)
     if len(layers) < 2:

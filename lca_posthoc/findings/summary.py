@@ -17,7 +17,9 @@ F = TypeVar("F", float, list[float])  # a figure of a loss, or of each of its gr
 
 
 class Part(TypedDict, Generic[F]):
-    """The figures of a tensor, or of a module; tensors have a kind."""
+    """The figures of a tensor, or of a module; tensors have a kind, and a share that helped where
+    the run keeps statistics.
+    """
 
     name: str
     kind: NotRequired[str]
@@ -25,11 +27,11 @@ class Part(TypedDict, Generic[F]):
     moved: bool
     allocated: F
     standard_error: float | None
-    helping: F
+    helping: NotRequired[F]
 
 
 class Figures(TypedDict, Generic[F]):
-    """The figures of one loss, see `summary`."""
+    """The figures of one loss, see `summary`; shares where the run keeps statistics."""
 
     segments: int
     first_step: int
@@ -48,9 +50,9 @@ class Figures(TypedDict, Generic[F]):
     unconverged: int
     evaluations: int
     forward_passes: int
-    helping: F
-    hurting: F
-    zero: F
+    helping: NotRequired[F]
+    hurting: NotRequired[F]
+    zero: NotRequired[F]
     precision: str
     precision_error: float | None
     precision_segments: int
@@ -80,11 +82,13 @@ def summary(results: LossResults) -> Summary:
     Figures are of training steps `first_step` to `last_step`; `norm_stats` names the statistics
     normalisation layers used, null where there are none. `buffers` is the part of `allocated` that
     belongs to buffers (running statistics), null where there are none. `residual = loss_change −
-    allocated`, and `allocated` includes the tensors that are not stored (`remainder`); `helping +
-    hurting + zero = 1`, counted over parameters × segments, buffers not counted. For a loss with
-    groups, figures are lists over the groups. `precision_error` is the measured Σ|A − A*| / Σ|A*|
-    on up to three segments that move, A* one precision higher; `standard_error` of a tensor's
-    allocation is that of drawing a random subset, both null where there is none.
+    allocated`, and `allocated` includes the tensors that are not stored (`remainder`). `helping +
+    hurting + zero = 1`, counted over parameters × segments, buffers not counted; a run made with
+    `--keep tensors` or `units` counts none, and these keys, also those of tensors and modules, are
+    left out. For a loss with groups, figures are lists over the groups. `precision_error` is the
+    measured Σ|A − A*| / Σ|A*| on up to three segments that move, A* one precision higher;
+    `standard_error` of a tensor's allocation is that of drawing a random subset, both null where
+    there is none.
 
     `modules` has the same of the modules that hold the tensors, in the model's order: sums over the
     parameters of each. Buffers that moved are a module of their own, "NAME buffer", as in `layers`.
@@ -110,10 +114,6 @@ def summary(results: LossResults) -> Summary:
     allocated = _total(tensors["allocated"], "tensor") + (0.0 if remainder is None else remainder)
     counted = tensors.isel(tensor=tensors["kind"].values == "parameter")
     buffers = tensors.isel(tensor=tensors["kind"].values == "buffer")
-    elements = max(1, int(counted["elements"].sum()) * segments)  # there may be buffers alone
-    helping, hurting = (
-        counted[name].sum(("step", "tensor")).values for name in ("helping", "hurting")
-    )
     measured = steps["precision_error"].values[~np.isnan(steps["precision_error"].values)]
     sampled = record.examples / max(1, record.total)
     markers = results.markers
@@ -137,9 +137,7 @@ def summary(results: LossResults) -> Summary:
         "unconverged": int((~steps["converged"]).sum()),
         "evaluations": sum(marker["evaluations"] for marker in markers),
         "forward_passes": sum(marker["forward_passes"] for marker in markers),
-        "helping": _plain(helping / elements),
-        "hurting": _plain(hurting / elements),
-        "zero": _plain((elements - helping - hurting) / elements),
+        **_shares(counted),
         "precision": results.precision,
         "precision_error": float(measured.mean()) if len(measured) else None,
         "precision_segments": len(measured),
@@ -159,6 +157,24 @@ def summary(results: LossResults) -> Summary:
     return cast("Summary", figures)
 
 
+def _shares(counted: xr.Dataset) -> dict[str, float | list[float]]:
+    """Return the shares of parameters × segments that helped, hurt and did nothing; none where
+    they were not counted.
+    """
+    if "helping" not in counted:
+        return {}
+    # there may be buffers alone
+    elements = max(1, int(counted["elements"].sum()) * counted.sizes["step"])
+    helping, hurting = (
+        counted[name].sum(("step", "tensor")).values for name in ("helping", "hurting")
+    )
+    return {
+        "helping": _plain(helping / elements),
+        "hurting": _plain(hurting / elements),
+        "zero": _plain((elements - helping - hurting) / elements),
+    }
+
+
 def _modules(tensors: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
     """Yield each module's name and its tensors, without buffers that stayed where there are
     parameters beside them.
@@ -175,14 +191,13 @@ def _modules(tensors: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
 
 def _row(part: xr.Dataset, sampled: float) -> dict[str, object]:
     """Return the figures of some tensors together."""
-    elements = int(part["elements"].sum())
-    counted = max(1, elements * part.sizes["step"])
+    shares = _shares(part)
     return {
-        "parameters": elements,
+        "parameters": int(part["elements"].sum()),
         "moved": bool(part["motion"].values.any()),
         "allocated": _plain(_total(part["allocated"], "tensor")),
         "standard_error": _standard_error(part, sampled),
-        "helping": _plain(part["helping"].sum(("step", "tensor")).values / counted),
+        **({"helping": shares["helping"]} if shares else {}),
     }
 
 

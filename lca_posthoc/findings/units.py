@@ -28,7 +28,7 @@ FINDING = Finding(
     question="What did each neuron or channel do over time",
     needs="`--keep units`",
     place=60,
-    keep=("units", "parameters"),
+    level="units",
     runs="beside",
     options=(
         GROUPS,
@@ -51,7 +51,7 @@ def units(results: LossResults, *, layer: str | None = None, frames: int = 500) 
     segments; values are sums over them, so they still add up.
 
     Args:
-        results: one loss of a run kept with `--keep units` or `parameters`.
+        results: one loss of a run made with `--keep units` or more.
         layer: a module, by name; all of them without.
         frames: at most so many stretches.
 
@@ -65,7 +65,7 @@ def units(results: LossResults, *, layer: str | None = None, frames: int = 500) 
             damaged.
         InputError: for a layer that is not there.
     """
-    table = tables(results)
+    table = tables(results, FINDING.level, "sums of units")
     data = results.units
     modules = _modules(data, moving_buffers(table))
     if layer is not None and layer not in modules:

@@ -49,12 +49,12 @@ def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, 
     of parameters and stretches of segments.
 
     Returns:
-        The data that the page's script reads (None where there are no frames), and notes on what
-        was left out.
+        The data that the page's script reads (None where there are no frames, as of a run that does
+        not keep every parameter's allocation), and notes on what was left out.
     """
     manifest = panel.run.manifest
-    if manifest.keep != "parameters":
-        return None, [f"The microscope needs --keep parameters; this run keeps {manifest.keep}."]
+    if not panel.allows("microscope"):
+        return None, []
     if not size:
         return None, ["The microscope did not fit into the file."]
     frames = min(FRAMES, max(1, panel.summary["segments"]))

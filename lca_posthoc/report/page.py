@@ -23,12 +23,13 @@ from markupsafe import Markup
 from .. import __version__
 from ..base import colours
 from ..errors import InputError, LCAError, amount
+from ..findings.common import findings_beyond
 from ..results import Run
 from .content import Block, Section, View, cell, clean, listed
 from .downsample import Json
 from .microscope import BYTES, microscope
 from .panels import MOST_GROUPS, Panel, Room, beside, choose, run_labels
-from .sections import compare, curve, section_modules
+from .sections import candidates, compare, curve, section_modules
 from .sections.headline import headline
 
 MOST_BYTES = 8_000_000
@@ -54,8 +55,8 @@ def write_report(
     Args:
         runs: opened runs, finished or not; repeats, such as seeds, by a label of theirs.
         path: the file to write; it is replaced if it is there.
-        losses: those to show in full, the first under the microscope; all of them, as many as fit,
-            unless named.
+        losses: those to show in full, the first of a run made with `--keep parameters` under the
+            microscope; all of them, as many as fit, unless named.
 
     Returns:
         The path.
@@ -131,8 +132,15 @@ def _page(
     labels = run_labels(runs, labelled)
     room = Room(min(_EACH, _DATA / len(panels)) * shrink)
     shown = _sections(runs, labelled, panels, room)
-    frames, frame_notes = microscope(panels[0], int(BYTES * shrink))
-    notes = [*left_out, *_group_notes(panels), *frame_notes, *_block_notes(shown, panels)]
+    watched = next((panel for panel in panels if panel.allows("microscope")), panels[0])
+    frames, frame_notes = microscope(watched, int(BYTES * shrink))
+    notes = [
+        *_keep_notes(runs, labels),
+        *left_out,
+        *_group_notes(panels),
+        *frame_notes,
+        *_block_notes(shown, panels),
+    ]
     scripts = [_bokeh(), *(_read(name) for name in ("figures.js", "microscope.js", "script.js"))]
     return _template().render(
         title=f"Loss change allocation: {listed(labels, 3)}",
@@ -145,7 +153,8 @@ def _page(
         headlines={panel.key: headline(panel) for panel in panels},
         sections=shown,
         modes=_modes(panels),
-        frames=None if frames is None else _about_frames(frames, panels[0].label),
+        frames=None if frames is None else _about_frames(frames, watched),
+        shares=any(panel.allows("helping") for panel in panels),
         frame_notes=frame_notes,
         notes=notes,
         losses=[
@@ -177,12 +186,18 @@ def _sections(
         if block is not None:
             shown.append((compare.section(), {"*": block}))
     for name, module in section_modules().items():
-        blocks = {str(panel.key): module.block(panel, room) for panel in panels}
+        blocks = {
+            str(panel.key): module.block(panel, room) for panel in panels if panel.allows(name)
+        }
         some = {key: block for key, block in blocks.items() if block is not None}
         if some:
             filled = module.section()
             if name == "curve" and not any(panel.summary["unconverged"] for panel in panels):
                 filled = curve.without_faults(filled)
+            if name == "candidates" and not any(
+                panel.results.holds("statistics") for panel in panels
+            ):
+                filled = candidates.of_layers_alone(filled)
             shown.append((filled, some))
     return shown
 
@@ -210,10 +225,11 @@ def _template() -> Template:
     return environment.from_string(_read("template.html"))
 
 
-def _about_frames(frames: Mapping[str, Any], label: str) -> dict[str, object]:
+def _about_frames(frames: Mapping[str, Any], panel: Panel) -> dict[str, object]:
     """Return what the page says of the microscope's frames."""
     return {
-        "panel": label,
+        "panel": panel.label,
+        "key": str(panel.key),
         "layers": list(dict.fromkeys(tensor["layer"] for tensor in frames["tensors"])),
         **{name: frames[name] for name in ("frames", "segments", "rounding", "pooled")},
     }
@@ -256,6 +272,23 @@ def _groups(panel: Panel) -> list[list[str]]:
 def _steps(panel: Panel) -> list[int]:
     steps = panel.results.steps
     return [int(steps["step"].values[0]), int(steps["step_end"].values[-1])]
+
+
+def _keep_notes(runs: Sequence[Run], labels: Sequence[str]) -> Iterator[str]:
+    """Yield, of the runs of each level of `--keep`, which parts of the page others would add."""
+    titles = {name: module.section().title for name, module in section_modules().items()}
+    for keep in dict.fromkeys(run.manifest.keep for run in runs):
+        more = [
+            f"--keep {level} ({', '.join(titles.get(name, name.capitalize()) for name in names)})"
+            for level, names in findings_beyond(keep).items()
+        ]
+        if more:
+            of = [
+                label for run, label in zip(runs, labels, strict=True) if run.manifest.keep == keep
+            ]
+            subject = listed(of) if len(runs) > 1 else "This run"
+            verb = "was" if len(of) == 1 else "were"
+            yield f"{subject} {verb} made with --keep {keep}; more is there with {', '.join(more)}."
 
 
 def _group_notes(panels: Sequence[Panel]) -> list[str]:

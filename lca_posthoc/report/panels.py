@@ -12,7 +12,9 @@ import numpy as np
 import xarray as xr
 
 from .. import findings
+from ..base.declarations import declared_findings
 from ..errors import LCAError
+from ..findings.common import left_out_of
 from ..results import LossResults, Run
 from .content import clean, listed
 
@@ -39,21 +41,22 @@ class Panel:
         """Return the opened loss."""
         return self.run[self.loss]
 
+    def allows(self, name: str) -> bool:
+        """Tell whether the run keeps enough for a finding."""
+        return self.results.holds(declared_findings()[name].level)
+
     def find(self, name: str, *arguments: Any, **options: Any) -> tuple[Any, str]:
         """Return a finding of this loss, computed once, and what it leaves out; None and the reason
         where the run does not allow it.
+
+        The page says once what `--keep` leaves out, so this is not said again of each finding.
         """
         key = f"{name} {arguments} {sorted(options)}"
         if key not in self._findings:
             function: Callable[..., Any] = getattr(findings, name)
             try:
                 finding = function(self.results, *arguments, **options)
-                self._findings[key] = (
-                    finding,
-                    clean(finding.attrs.get("left_out", ""), _NOTE)
-                    if isinstance(finding, xr.Dataset)
-                    else "",
-                )
+                self._findings[key] = (finding, clean(left_out_of(finding), _NOTE))
             except LCAError as error:
                 self._findings[key] = (None, clean(error, _NOTE))
         answer: tuple[Any, str] = self._findings[key]
@@ -118,21 +121,12 @@ class Panel:
         """Return the headline figures, of the weighted mean over the groups where there are any.
 
         How many parameters help the mean loss does not follow from how many help each group, so
-        those shares are NaN.
+        those shares are NaN; of a run that does not count them they are left out.
         """
-        names = (
-            "loss_start",
-            "loss_end",
-            "loss_change",
-            "allocated",
-            "residual",
-            "helping",
-            "hurting",
-            "zero",
-        )
+        shares = ["helping", "hurting", "zero"] if self.allows("helping") else []
+        names = ("loss_start", "loss_end", "loss_change", "allocated", "residual", *shares)
         if self.groups is None:
             return {name: float(self.summary[name]) for name in names}
-        shares = {"helping", "hurting", "zero"}
         return {
             name: math.nan
             if name in shares

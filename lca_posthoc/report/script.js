@@ -38,6 +38,7 @@
     pick.replaceChildren(...groups.map(([group, label]) => new Option(label, group, false, group === state.group)));
     pick.parentElement.hidden = !groups.length;
     for (const element of document.querySelectorAll(".of[data-panel]")) element.hidden = element.dataset.panel !== key && element.dataset.panel !== "*";
+    for (const element of document.querySelectorAll("[data-panels]")) element.hidden = !element.dataset.panels.split(" ").some((one) => one === key || one === "*");
     const [low, high] = page.panels[key].steps;
     for (const id of ["from", "to"]) Object.assign(find(id), { min: low, max: high });
     steps();

@@ -46,15 +46,18 @@ class Branches(Chain):
         return self.last(hidden) + 0 * self.frozen(inputs).sum()
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def task() -> Task:
     losses = {
         "train": Loss(F.cross_entropy),
         "per_kind": Loss(
             F.cross_entropy, group_by=lambda inputs, targets: [_KINDS[at % 2] for at in targets]
         ),
     }
-    task = Task(Branches, {"train": data()}, losses)
+    return Task(Branches, {"train": data()}, losses)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     place = tmp_path_factory.mktemp("tables")
     torch.manual_seed(0)
     model, generator = Branches(), torch.Generator().manual_seed(1)
@@ -70,14 +73,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
                 if name.startswith("frozen")
                 else 0.1 * torch.randn(tensor.shape, generator=generator)
             )
-    settings = {
-        "losses": ["all"],
-        "keep": "tensors",
-        "rule": "left",
-        "cluster": "inline",
-        "durability": "none",
-    }
-    return lca_posthoc.run(place / "ck", task, out=place / "r.lca", **settings)
+    return replay(place / "ck", "statistics")
+
+
+@pytest.fixture(scope="module")
+def sums(run: Run) -> Run:
+    """The same with sums of tensors alone."""
+    return replay(run.path.parent / "ck", "tensors")
+
+
+def replay(checkpoints: Path, keep: str) -> Run:
+    settings: dict[str, Any] = {"losses": ["all"], "rule": "left", "cluster": "inline"}
+    settings |= {"durability": "none", "keep": keep}
+    return lca_posthoc.run(checkpoints, task(), out=checkpoints.parent / f"{keep}.lca", **settings)
 
 
 def table_of(text: str, heading: str) -> list[list[str]]:
@@ -160,6 +168,37 @@ def test_what_did_not_move_is_not_said_to_help_in_no_case(run: Run) -> None:
     assert row[-1] == "did not move"
     found = {module["name"]: module["moved"] for module in summary(run["train"])["modules"]}
     assert [name for name, moved in found.items() if not moved] == ["frozen"]
+
+
+@pytest.mark.parametrize("options", [[], ["--top", "3"], ["--all"]])
+@pytest.mark.parametrize(("loss", "heading"), [("train", ""), ("per_kind", "group ")])
+def test_of_sums_the_tables_are_the_same_but_for_the_shares(
+    run: Run, sums: Run, loss: str, heading: str, options: list[str]
+) -> None:
+    heading = heading or ("tensor " if "--all" in options else "module ")
+    with_shares, without = (
+        lca("summary", opened.path, "--loss", loss, *options).stdout for opened in (run, sums)
+    )
+    assert "helping" in with_shares
+    assert not re.search("helping|hurting|zero|did not move|nan", without)
+    for one, two in zip(table_of(with_shares, heading), table_of(without, heading), strict=True):
+        share = 5 if heading == "group " and one[0] != "(all)" else None
+        if share is None and heading != "group ":
+            share, moved = len(one) - 1, two.pop() if len(two) == len(one) else "yes"
+            assert moved == ("no" if one[-1] == "did not move" else "yes")
+        assert two == [cell for at, cell in enumerate(one) if at != share]
+
+
+def test_many_losses_of_sums_are_rows_without_shares(
+    sums: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, grouped = summary(sums["train"]), summary(sums["per_kind"])
+    print_summary({f"loss {at}": plain for at in range(8)} | {"by kind": grouped}, sums.path)
+    text = capsys.readouterr().out
+    assert "helping" not in text
+    assert {len(row) for row in table_of(text, "loss ")[:8]} == {6}
+    print_summary({"one": plain, "two": plain}, sums.path)
+    assert not re.search("helping|hurting|zero", capsys.readouterr().out)
 
 
 def test_a_screen_holds_every_line_and_every_number(run: Run) -> None:

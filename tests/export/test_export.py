@@ -509,19 +509,46 @@ def test_a_long_run_is_thinned_and_says_so(
 
 
 def test_what_the_run_does_not_keep_is_left_out_with_a_word(plain: Path, tmp_path: Path) -> None:
-    result = lca("export", plain / "tensors.lca", "-o", tmp_path / "out")
+    result = lca("export", plain / "tensors.lca", "-o", tmp_path / "out", "--format", "csv")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("wrote ")
-    assert not list((tmp_path / "out").rglob("units.nc"))
-    if "units" in known():
-        says(
-            result.stderr,
-            "note: units of loss 'train' is left out: the run keeps tensors",
-            "--keep units",
-        )
+    files = sorted(path.name for path in (tmp_path / "out" / "train").iterdir())
+    allowed = ("candidates", "curve", "generalisation", "layers", "peaks")
+    assert {name for name in files if not name.startswith(allowed)} == set()
+    assert all(any(name.startswith(finding) for name in files) for finding in allowed)
+    says(
+        result.stderr,
+        "note: the run keeps tensors, so units (--keep units) and helping, distribution, "
+        "oscillation (--keep statistics) are left out.",
+    )
+    assert result.stderr.count("are left out") == 1, "said once, not of every loss"
+    needs = "candidates: Units and parameters need --keep statistics; this run keeps tensors."
+    assert result.stderr.count(needs) == result.stderr.count("candidates") == 1
+    columns = pd.read_csv(tmp_path / "out" / "train" / "candidates.csv").columns
+    assert list(columns) == ["layer", "elements", "role", "total", "mean", "freeze"]
 
 
-@pytest.mark.parametrize("name", ["units", "microscope"])
+def test_events_of_sums_have_curves_and_layers_alone(plain: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    place = tmp_path / "out"
+    result = lca("export", plain / "tensors.lca", "-o", place, "--format", "tensorboard")
+    assert result.exit_code == 0, result.output
+    says(result.stderr, "the run keeps tensors", "histograms (--keep statistics) are left out")
+    for loss in ("train", "validation"):
+        found = EventAccumulator(str(place / loss))
+        found.Reload()
+        assert {tag.partition("/")[0] for tag in found.Tags()["tensors"]} == {
+            *("loss", "predicted", "residual", "allocated", "cumulative")
+        }
+        assert found.Tags()["histograms"] == []
+    asked = ("--format", "tensorboard", "--finding", "helping")
+    result = lca("export", plain / "tensors.lca", "-o", tmp_path / "asked", *asked)
+    refused(result, "helping", "train", "the run keeps tensors", "needs --keep statistics")
+    assert not (tmp_path / "asked").exists()
+
+
+@pytest.mark.parametrize("name", ["units", "helping", "distribution", "oscillation", "microscope"])
 def test_one_that_was_asked_for_is_an_error(name: str, plain: Path, tmp_path: Path) -> None:
     if name not in known():
         pytest.skip("not there yet")

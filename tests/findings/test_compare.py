@@ -184,7 +184,8 @@ def replay(
         "per_class": Loss(F.cross_entropy, on="train", group_by=lambda inputs, targets: targets),
     }
     task = Task(KINDS[kind], {"train": (inputs, targets)}, losses)
-    return run(place, task, losses=["all"], cluster="inline", span=2, keep="tensors", **asked).path
+    asked = {"keep": "statistics", **asked}
+    return run(place, task, losses=["all"], cluster="inline", span=2, **asked).path
 
 
 @pytest.fixture(scope="module")
@@ -593,7 +594,8 @@ def arms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 MEASURED: dict[str, dict[str, Any]] = {
     "rule": {"rule": "trapezoid"},
-    "units": {"keep": "units"},
+    "parameters": {"keep": "parameters"},
+    "sums": {"keep": "tensors"},
     "batch": {"norm_stats": "batch", "batch_size": 12},
     "precise": {"precision": "float64"},
     "part": {"steps": "0:2"},
@@ -602,7 +604,7 @@ MEASURED: dict[str, dict[str, Any]] = {
 }
 DIFFERS = {
     "rule": "Runs differ in rule: simpson under a; trapezoid under b",
-    "units": "",
+    "parameters": "",
     "copy": "",
     "batch": "Runs differ in normalisation (--norm-stats): running under a; batch under b",
     "precise": "Runs differ in precision: float32 under a; float64 under b",
@@ -622,11 +624,39 @@ def again(checkpoints: Path, out: Path, twice: bool = False, **asked: Any) -> No
 
     loss = Loss(call=doubled, on="train") if twice else Loss(F.cross_entropy, on="train")
     task = Task(KINDS["shallow"], {"train": data()}, {"train": loss})
-    run(checkpoints, task, out=out, cluster="inline", span=2, **{"keep": "tensors", **asked})
+    run(checkpoints, task, out=out, cluster="inline", span=2, **{"keep": "statistics", **asked})
 
 
 def trained(arms: Path, *names: str) -> list[Any]:
     return [open_run(arms / f"{name}.lca")["train"] for name in names]
+
+
+@pytest.mark.parametrize("beside", ["nothing", "parameters", "slow/shallow-2"])
+def test_shares_that_not_every_run_keeps_are_left_out(arms: Path, beside: str) -> None:
+    """Of several runs only a mixture says so: where none keeps them nobody misses them."""
+    labels = {"sums": trained(arms, "sums")}
+    if beside != "nothing":
+        labels[beside] = trained(arms, beside)
+    paths = [str(results.path) for several in labels.values() for results in several]
+    found = compare(labels)
+    assert not [name for name in found.variables if str(name).startswith("helping")]
+    assert {"mean", "loss_end", "loss_end_low", "loss_change", "p_loss_end"} <= set(found.data_vars)
+    mixed = beside != "nothing"
+    assert ("need --keep statistics in every run; " in found.attrs["left_out"]) == mixed
+    assert ("sums.lca keeps less." in found.attrs["left_out"]) == mixed
+    if beside == "parameters":
+        full = compare({"sums": trained(arms, "slow/shallow-1"), beside: labels[beside]})
+        assert set(full.data_vars) - set(found.data_vars) == {
+            *("helping", "helping_low", "helping_high")
+        }
+        xr.testing.assert_allclose(found["mean"], full["mean"], rtol=1e-5)
+    printed = lca("compare", *paths)
+    assert printed.exit_code == 0, printed.output
+    assert "helping" not in printed.stdout
+    assert "nan" not in printed.stdout
+    for of in document(lca("compare", *paths, "--json"))["labels"].values():
+        assert not [name for name in of if name.startswith("helping")]
+        assert math.isfinite(of["loss_end"])
 
 
 SLOW, FAST = ([f"{arm}/shallow-{seed}" for seed in (1, 2, 3)] for arm in ("slow", "fast"))

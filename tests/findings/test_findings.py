@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 import xarray as xr
 
-from lca_posthoc import Loss, Recorder, Task, findings, open_run, run
+from lca_posthoc import Loss, Recorder, Run, Task, findings, open_run, run
+from lca_posthoc.base.declarations import declared_findings
 from lca_posthoc.errors import InputError, LCAError
+from lca_posthoc.numerics.schema import KEEP, holds
 
 from ..helpers import quadratic_bowl
 from ..helpers.quadratic_bowl import SEGMENTS, SHAPES, Bowl
@@ -31,7 +33,7 @@ def replayed(tmp_path_factory: pytest.TempPathFactory) -> Bowl:
     return quadratic_bowl.replay(tmp_path_factory.mktemp("bowl"))
 
 
-@pytest.fixture(scope="module", params=["units", "tensors"])
+@pytest.fixture(scope="module", params=KEEP[:-1])
 def less(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bowl:
     return quadratic_bowl.replay(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -632,33 +634,82 @@ def test_the_microscope_of_groups(replayed: Bowl) -> None:
         findings.microscope(groups, frames=0)
 
 
-def same(one: xr.Dataset, two: xr.Dataset) -> None:
-    for name in two.data_vars:
-        xr.testing.assert_allclose(one[name], two[name], rtol=1e-5, atol=1e-8)
+# below a level of `--keep`, variables that a finding goes without, and whether it says so
+WITHOUT = {
+    "layers": ("statistics", {"helping"}, False),
+    "candidates": (
+        "statistics",
+        {"helping", "never_helped", "silent", "units", "dead_units", "unit_total"}
+        | {"parameter_allocated", "parameter_helping"},
+        True,
+    ),
+    "generalisation": (
+        "statistics",
+        {"parameters", "worst_train", "worst_validation"}
+        | {"allocated_train", "allocated_validation"},
+        True,
+    ),
+    "distribution": (
+        "parameters",
+        {"sample", "weibull_shape", "weibull_scale", "kurtosis"},
+        True,
+    ),
+    "oscillation": ("parameters", {"allocation", "weight", "gradient"}, True),
+}
+LEVELS = {"units": "units", "microscope": "parameters"} | dict.fromkeys(
+    ("helping", "distribution", "oscillation"), "statistics"
+)
 
 
-def test_what_a_lower_level_keeps_gives_the_same_and_says_what_is_left_out(
-    replayed: Bowl, less: Bowl
+def found_of(run: Run, name: str, loss: str) -> xr.Dataset:
+    """The finding of a loss; one of two losses takes the validation loss too."""
+    two = declared_findings()[name].losses == 2
+    found: xr.Dataset = getattr(findings, name)(run[loss], *([run["validation"]] if two else []))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        (name, loss)
+        for name, finding in declared_findings().items()
+        if finding.runs != "compared"
+        for loss in ("train", "groups")[: 3 - finding.losses]  # of two losses neither has groups
+    ],
+)
+def test_a_lower_level_gives_the_same_or_says_which_it_takes(
+    replayed: Bowl, less: Bowl, name: str, loss: str
 ) -> None:
-    keep = less.run.manifest.keep
-    for loss in ("train", "groups"):
-        full, part = replayed.run[loss], less.run[loss]
-        for name in ("curve", "helping", "layers", "candidates"):
-            found = getattr(findings, name)(part)
-            assert set(found.data_vars) == set(getattr(findings, name)(full).data_vars)
-            same(getattr(findings, name)(full), found)
-        for name, missing in (("distribution", "sample"), ("oscillation", "allocation")):
-            found = getattr(findings, name)(part)
-            assert missing not in found
-            assert "--keep parameters" in found.attrs["left_out"]
-            same(getattr(findings, name)(full), found)
-        if keep == "units":
-            same(findings.units(full), findings.units(part))
-        else:
-            with pytest.raises(LCAError, match="--keep units"):
-                findings.units(part)
-        with pytest.raises(LCAError, match="--keep parameters"):
-            findings.microscope(part)
+    """And what it leaves out of a result is not there at all, neither as NaN nor as 0."""
+    keep, level = less.run.manifest.keep, LEVELS.get(name, "tensors")
+    if not holds(keep, level):
+        with pytest.raises(LCAError, match=f"need --keep {level}") as refusal:
+            found_of(less.run, name, loss)
+        assert f"was made with --keep {keep}" in str(refusal.value)
+        assert f"--keep {level} --out" in str(refusal.value)
+        return
+    full, found = found_of(replayed.run, name, loss), found_of(less.run, name, loss)
+    needed, without, is_said = WITHOUT.get(name, ("tensors", set(), False))
+    lacks = not holds(keep, needed)
+    assert set(full.data_vars) - set(found.data_vars) == (without if lacks else set())
+    assert set(found.data_vars) <= set(full.data_vars)
+    for variable in found.data_vars:
+        xr.testing.assert_allclose(
+            full[variable], found[variable], rtol=1e-5, atol=1e-8, check_dim_order=True
+        )
+    assert (f"need --keep {needed}; this run keeps {keep}." in found.attrs["left_out"]) == (
+        lacks and is_said
+    )
+
+
+def test_the_control_of_peaks_that_a_level_lacks_is_refused(less: Bowl) -> None:
+    for signal in ("allocation", "motion"):
+        findings.peaks(less.run["train"], signal=signal, draws=5)
+    if less.run["train"].holds("statistics"):
+        findings.peaks(less.run["train"], signal="gradient", draws=5)
+    else:
+        with pytest.raises(LCAError, match="peaks of the gradient need --keep statistics"):
+            findings.peaks(less.run["train"], signal="gradient", draws=5)
 
 
 def test_what_needs_every_segment_says_so(unfinished: Bowl) -> None:

@@ -395,7 +395,7 @@ def replay(root: Path, segments: int = SEGMENTS, build: Callable[[], nn.Module] 
         out=root / "run",
         cluster="inline",
         span=SPAN,
-        keep="tensors",
+        keep="statistics",
     )
 
 

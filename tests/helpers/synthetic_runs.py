@@ -86,7 +86,7 @@ def laid_out(
             for step in range(segments + 1)
         ],
         span=span,
-        window=window or _choose_window(segments, span),
+        window=window or _choose_window(segments, span, keep),
         settings={**resolve({"keep": keep}, None), "device": "cpu"},
         losses=records,
         provenance={"task_sha256": "0" * 64, "task_losses": list(losses)},
@@ -108,7 +108,7 @@ def build(
         shapes: of its tensors, by name.
         segments: how many; a multiple of the length of a span.
         losses: how many groups each loss has; None for a loss without.
-        keep: "parameters", "units" or "tensors".
+        keep: a level of `--keep`.
         window: spans per window of totals; as `lca run` chooses where None.
 
     Returns:
@@ -273,6 +273,7 @@ def _segments(
             allocation=allocation,
             mean_gradient=gradient,
             motion=motion,
+            distance={name: float(moved.abs().sum()) for name, moved in motion.items()},
             evaluations=2,
             level=1,
             converged=True,

@@ -271,16 +271,49 @@ def test_of_a_mean_over_groups_no_share_is_claimed(small: Path, tmp_path: Path) 
     )
 
 
-@pytest.mark.parametrize("keep", ["units", "tensors"])
-def test_what_is_not_kept_is_left_out_and_said(keep: str, tmp_path: Path) -> None:
-    run_lca(
-        record(tmp_path / "c"), write_task(tmp_path / "t.py"), tmp_path / "r.lca", "--keep", keep
-    )
-    write_report([open_run(tmp_path / "r.lca")], tmp_path / "it.html")
-    text = (tmp_path / "it.html").read_text()
-    says(Tags(text).text, f"The microscope needs --keep parameters; this run keeps {keep}.")
+SUMS = ["curve", "layers", "peaks", "generalisation", "candidates"]
+SECTIONS = {
+    "tensors": SUMS,
+    "units": ["units", *SUMS],
+    "statistics": ["helping", "distribution", "oscillation", "units", *SUMS],
+}
+MORE = {
+    "tensors": "--keep units (Neurons and channels), --keep statistics (Who helps, Sizes, "
+    "Oscillation), --keep parameters (Microscope).",
+    "units": "--keep statistics (Who helps, Sizes, Oscillation), --keep parameters (Microscope).",
+    "statistics": "--keep parameters (Microscope).",
+}
+
+
+@pytest.fixture(scope="module")
+def levels(small: Path) -> dict[str, Path]:
+    """The small run at every level of `--keep`."""
+    place = small.parent
+    for keep in SECTIONS:
+        asked = ("--loss", "all", "--durability", "none", "--keep", keep)
+        result = run_lca(place / "checkpoints", place / "task.py", place / f"{keep}.lca", *asked)
+        assert result.exit_code == 0, result.output
+    return {keep: place / f"{keep}.lca" for keep in SECTIONS} | {"parameters": small}
+
+
+@pytest.mark.parametrize("keep", SECTIONS)
+def test_a_page_has_what_its_level_keeps_and_says_once_what_others_would_add(
+    levels: dict[str, Path], keep: str, tmp_path: Path
+) -> None:
+    text = write_report([open_run(levels[keep])], tmp_path / "it.html").read_text()
     assert part(text, "frames") is None
-    assert ("units" in part(text, "data")["views"]) == (keep == "units")
+    shown = re.findall('<section id="([a-z]+)" data-panels', text)
+    assert sorted(shown) == sorted(SECTIONS[keep])
+    assert re.findall('<a href="#([a-z]+)">', text) == ["headline", *shown, "provenance"]
+    words = re.sub(r"\s+", " ", Tags(text).text)
+    said = f"This run was made with --keep {keep}; more is there with {MORE[keep]}"
+    assert words.count(said) == 1
+    assert "--keep" not in words.replace(said, "")
+    counted = keep == "statistics"
+    assert (">helping</th>" in text) == counted
+    assert ("of parameters × segments" in words) == counted
+    assert (set(part(text, "data")["views"]["@layers"]["0"]["|"]) == {"1", "2", "3"}) == counted
+    assert not re.search(r"\bnan\b", words, re.IGNORECASE)
 
 
 def test_a_page_that_would_be_too_large_is_made_smaller(
@@ -486,6 +519,60 @@ def test_losses_steps_layers_and_colours_can_be_picked(
         opened.page.locator("#theme").click()
         assert opened.js(background) != light
         assert opened.js(axis) != was
+        assert opened.faults == []
+
+
+# sections that can be seen, with nothing to see under their title and how to read them
+EMPTY = """[...document.querySelectorAll('main > section')].filter((each) => each.offsetParent
+    && ![...each.querySelectorAll('figure, table, summary, dl, ul, p:not(.how), canvas')].some((one) => one.offsetParent))
+    .map((each) => each.id)"""
+SEEN = """[...document.querySelectorAll('main > section[data-panels]')].filter((each) => each.offsetParent).map((each) => each.id)"""
+LINKED = """[...document.querySelectorAll('nav li[data-panels] a')].filter((each) => each.offsetParent).map((each) => each.hash.slice(1))"""
+
+
+@pytest.mark.parametrize("keep", ["tensors", "units"])
+def test_a_page_of_sums_is_whole_in_a_browser(
+    chromium: Browser, levels: dict[str, Path], keep: str, tmp_path: Path
+) -> None:
+    path = write_report([open_run(levels[keep])], tmp_path / "it.html")
+    with chromium.opened(path) as opened:
+        for panel in ("1", "2", "0"):
+            opened.page.select_option("#panel", panel)
+            assert opened.js(EMPTY) == []
+            assert opened.js(SEEN) == opened.js(LINKED)
+            seen = opened.text("main")
+            assert not re.search(r"\bhelping\b|shares? of parameters|\bNaN\b", seen, re.IGNORECASE)
+        opened.page.select_option("#panel", "2")
+        opened.page.select_option("#group", "1")
+        assert not re.search(r"NaN|undefined", opened.text("main"))
+        assert opened.faults == []
+
+
+def test_runs_of_two_levels_stand_beside_each_other_each_with_what_it_has(
+    chromium: Browser, levels: dict[str, Path], tmp_path: Path
+) -> None:
+    runs = [open_run(levels[keep]) for keep in ("tensors", "parameters")]
+    path = write_report(runs, tmp_path / "it.html", losses=["train"])
+    text = path.read_text()
+    says(Tags(text).text, "tensors.lca was made with --keep tensors; more is there with")
+    assert part(text, "frames") is not None
+    table = text.split("<caption>Losses and runs</caption>")[1].split("</table>")[0]
+    assert table.count(">helping</th>") == 1
+    compared = text.split('<section id="compare"')[1].split("</section>")[0]
+    assert "helping</th>" not in compared
+    with chromium.opened(path) as opened:
+        assert opened.text("#microscope p.small").startswith("Loss small.lca · train.")
+        few = opened.js(SEEN)
+        assert not {"helping", "distribution", "oscillation", "units"} & set(few)
+        assert opened.js(EMPTY) == []
+        opened.page.select_option("#panel", "1")
+        assert set(opened.js(SEEN)) - set(few) == {
+            *("helping", "distribution", "oscillation", "units")
+        }
+        assert opened.js(SEEN) == opened.js(LINKED)
+        assert opened.js(EMPTY) == []
+        opened.page.wait_for_function("lcaFigures.one('helping')")
+        assert opened.js("document.getElementById('f-helping').clientHeight") > 150
         assert opened.faults == []
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import xarray as xr
 
@@ -25,6 +27,15 @@ def section() -> Section:
     )
 
 
+def of_layers_alone(candidates: Section) -> Section:
+    """Return the section of a page of runs that keep sums, which name layers alone."""
+    reading = (
+        "These are suggestions to test, not verdicts: freezing a layer changes the path of every "
+        "other one. Layers that hurt in sum may be worth freezing."
+    )
+    return replace(candidates, reading=reading)
+
+
 def block(panel: Panel, room: Room) -> Block:
     """Return layers above zero, dead units, and the parameters that hurt most."""
     finding, left_out = panel.find("candidates")
@@ -35,19 +46,19 @@ def block(panel: Panel, room: Room) -> Block:
     freeze = [position for position in range(len(total)) if total[position] > 0]
     names = finding["layer"].values
     grouped = panel.groups is not None
-    helping = finding["helping"].values
+    shares = [] if grouped or "helping" not in finding else [finding["helping"].values]
     rows: list[list[Cell]] = [
         [
             str(names[position]),
             float(total[position]),
-            *([] if grouped else [float(helping[position])]),
+            *(float(share[position]) for share in shares),
         ]
         for position in sorted(freeze, key=lambda position: -total[position])
     ]
     columns = [
         Column("layer", "name"),
         Column("Σ allocation", "bar"),
-        *([] if grouped else [Column("helping", "share")]),
+        *(Column("helping", "share") for _ in shares),
     ]
     tables = [
         Table(

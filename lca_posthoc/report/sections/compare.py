@@ -9,6 +9,7 @@ import xarray as xr
 
 from ... import findings
 from ...errors import LCAError
+from ...findings.common import left_out_of
 from ...results import LossResults
 from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, clean, count, percent, plain
 from ..downsample import Json, lines, over_steps
@@ -102,7 +103,8 @@ def _tables(same: Sequence[tuple[str, Panel]], labelled: bool) -> tuple[list[Tab
         finding: xr.Dataset = findings.compare(shown)
     except LCAError as error:
         return [], [clean(error, 400)]
-    notes = [clean(finding.attrs["left_out"], 400)] if finding.attrs.get("left_out") else []
+    left_out = left_out_of(finding)
+    notes = [clean(left_out, 400)] if left_out else []
     notes += [clean(line, 400) for line in finding.attrs["notes"].split("\n") if line]
     repeats = bool((finding["runs"] > 1).any())
     tables = [_runs(finding, repeats)]
@@ -120,29 +122,20 @@ def _tables(same: Sequence[tuple[str, Panel]], labelled: bool) -> tuple[list[Tab
 def _runs(finding: xr.Dataset, repeats: bool) -> Table:
     """Return the headline figures of each label."""
     rows: list[list[Cell]] = []
+    counted = "helping" in finding
     for position, label in enumerate(finding["label"].values):
         of = finding.isel(label=position)
-        end, share = (
-            _interval(of, name, write)
-            for name, write in (("loss_end", plain), ("helping", percent))
-        )
+        end = _interval(of, "loss_end", plain)
+        share = _interval(of, "helping", percent) if counted else []
         p = [int(of["runs"]), *end, float(of["p_loss_end"]), float(of["loss_change"]), *share]
-        rows.append(
-            [
-                str(label),
-                *(
-                    p
-                    if repeats
-                    else [float(of[name]) for name in ("loss_end", "loss_change", "helping")]
-                ),
-            ]
-        )
+        names = ("loss_end", "loss_change", *(["helping"] if counted else []))
+        rows.append([str(label), *(p if repeats else [float(of[name]) for name in names])])
     if not repeats:
         columns = [
             Column("run", "name"),
             Column("loss at the end", "plain"),
             Column("loss change", "bar"),
-            Column("helping", "share"),
+            *([Column("helping", "share")] if counted else []),
         ]
         return Table(title="Runs", columns=columns, rows=rows, open=True)
     columns = [
@@ -151,7 +144,7 @@ def _runs(finding: xr.Dataset, repeats: bool) -> Table:
         Column("loss at the end", "right"),
         Column("p: as the first label", "plain"),
         Column("loss change", "bar"),
-        Column("helping", "right"),
+        *([Column("helping", "right")] if counted else []),
     ]
     interval = f"{100 * finding.attrs['confidence']:g} %"
     note = (
@@ -169,18 +162,18 @@ def _interval(of: xr.Dataset, name: str, write: Callable[[float], str]) -> list[
 
 def _every(same: Sequence[tuple[str, Panel]]) -> Table:
     """Return the headline figures of each run."""
+    counted = any("helping" in panel.whole for _, panel in same)
     rows: list[list[Cell]] = []
     for label, panel in same:
         of = panel.whole
-        rows.append(
-            [panel.run_label, clean(label, 60), of["loss_end"], of["loss_change"], of["helping"]]
-        )
+        shares = [of.get("helping")] if counted else []
+        rows.append([panel.run_label, clean(label, 60), of["loss_end"], of["loss_change"], *shares])
     columns = [
         Column("run", "name"),
         Column("label", "text"),
         Column("loss at the end", "plain"),
         Column("loss change", "bar"),
-        Column("helping", "share"),
+        *([Column("helping", "share")] if counted else []),
     ]
     return Table(title="Every run", columns=columns, rows=rows)
 

@@ -31,8 +31,8 @@ class Headline:
 
 
 def headline(panel: Panel) -> Headline:
-    """Return the measurement, loss change, residual, share that helped, layers that hurt, and
-    segments that did not converge.
+    """Return the measurement, loss change, residual, share that helped where it was counted, layers
+    that hurt, and segments that did not converge.
     """
     figures, whole, record = panel.summary, panel.whole, panel.results.record
     change, residual = whole["loss_change"], whole["residual"]
@@ -62,7 +62,7 @@ def headline(panel: Panel) -> Headline:
             + (f"; to buffers (running statistics) {signed(buffers)}" if buffers else ""),
             warning=bool(change) and abs(residual / change) > 0.05,
         ),
-        _helping(panel),
+        *([_helping(panel)] if panel.allows("helping") else []),
         _best(total, change),
         _hurting(total),
         _unconverged(panel),

@@ -94,25 +94,25 @@ def _views(
         columns = [
             panel.of_group(finding[name], position).values[shown] for name in ("total", "mean")
         ]
-        columns.append(panel.share_of_group(finding["helping"], position).values[shown])
+        if "helping" in finding:
+            columns.append(panel.share_of_group(finding["helping"], position).values[shown])
         views["@layers"][f"{key}|"] = {
-            "1": columns[0].tolist(),
-            "2": columns[1].tolist(),
-            "3": columns[2].tolist(),
+            str(place): column.tolist() for place, column in enumerate(columns, 1)
         }
     return views
 
 
 def _table(panel: Panel, finding: xr.Dataset, shown: list[int], names: list[str]) -> Table:
     total, mean = (panel.of_group(finding[name], None).values for name in ("total", "mean"))
-    helping = panel.share_of_group(finding["helping"], None).values
+    counted = "helping" in finding
+    helping = panel.share_of_group(finding["helping"], None).values if counted else None
     ticked = set(largest(total[shown], _DRAWN))
     rows: list[list[Cell]] = [
         [
             name,
             float(total[position]),
             float(mean[position]),
-            float(helping[position]),
+            *([] if helping is None else [float(helping[position])]),
             int(finding["elements"].values[position]),
         ]
         for name, position in zip(names, shown, strict=True)
@@ -121,7 +121,7 @@ def _table(panel: Panel, finding: xr.Dataset, shown: list[int], names: list[str]
         Column("layer", "name"),  # what a phone shows without scrolling comes first
         Column("Σ allocation", "bar"),
         Column("mean", "number"),
-        Column("helping", "share"),
+        *([Column("helping", "share")] if counted else []),
         Column("parameters", "count"),
     ]
     return Table(
@@ -129,7 +129,7 @@ def _table(panel: Panel, finding: xr.Dataset, shown: list[int], names: list[str]
         columns=columns,
         rows=rows,
         note=""
-        if panel.groups is None
+        if panel.groups is None or not counted
         else "Helping is a share of parameters in one group: pick a group.",
         open=True,
         live="layers",

@@ -56,42 +56,43 @@ def block(panel: Panel, room: Room) -> Block:
             for name, why in zip(finding["parameter"].values, finding["why"].values, strict=True)
         ]
         views = _traces(panel, finding, room)
-    captions: dict[str, str] = {}
-    if views:
-        overall = (
-            {
-                str(name): float(finding["overall_interval"].sel(signal=name))
-                for name in finding["signal"].values
-            }
-            if "overall_interval" in finding
-            else {}
-        )
-        sentence = ", ".join(
-            f"{name} every {plain(value)}" for name, value in overall.items() if np.isfinite(value)
-        )
-        last = next(
-            name for name in ("trace_allocation", "trace_gradient", "trace_weight") if name in views
-        )
-        captions[last] = (
-            f"Mean number of segments between two turns, over all parameters: {sentence}."
-            if sentence
-            else ""
-        )
-        weight, gradient = (overall.get(name, np.nan) for name in ("weight", "gradient"))
-        if np.isfinite(weight) and np.isfinite(gradient) and weight != gradient:
-            captions[last] += (
-                f" The gradient turns more {'rarely' if gradient > weight else 'often'} than the "
-                "weight does."
-            )
-    tables = [_table(finding, notes)] if "interval" in finding else []
+    tables = [_table(finding, notes, is_open=not views)] if "interval" in finding else []
+    last = next((f"trace_{name}" for name in _SIGNALS[::-1] if f"trace_{name}" in views), "")
     return Block(
-        captions=captions,
+        captions={last: sentence} if (sentence := _intervals(finding)) else {},
         views=views,
         choice="Parameter",
         choices=choices,
         tables=tables,
         notes=notes,
     )
+
+
+def _intervals(finding: xr.Dataset) -> str:
+    """Say how often weights, gradients and allocations turn, over all parameters; "" where that is
+    not known.
+    """
+    if "overall_interval" not in finding:
+        return ""
+    overall = {
+        str(name): float(finding["overall_interval"].sel(signal=name))
+        for name in finding["signal"].values
+    }
+    parts = [
+        f"{name} every {plain(value)}" for name, value in overall.items() if np.isfinite(value)
+    ]
+    if not parts:
+        return ""
+    sentence = (
+        f"Mean number of segments between two turns, over all parameters: {', '.join(parts)}."
+    )
+    weight, gradient = overall["weight"], overall["gradient"]
+    if np.isfinite(weight) and np.isfinite(gradient) and weight != gradient:
+        sentence += (
+            f" The gradient turns more {'rarely' if gradient > weight else 'often'} than the "
+            "weight does."
+        )
+    return sentence
 
 
 def _traces(panel: Panel, finding: xr.Dataset, room: Room) -> dict[str, dict[str, View]]:
@@ -111,7 +112,7 @@ def _traces(panel: Panel, finding: xr.Dataset, room: Room) -> dict[str, dict[str
     return views
 
 
-def _table(finding: xr.Dataset, notes: list[str]) -> Table:
+def _table(finding: xr.Dataset, notes: list[str], *, is_open: bool) -> Table:
     signals = [str(name) for name in finding["signal"].values]
     shown = largest(finding["elements"].values, MOST_ROWS)
     if len(shown) < finding.sizes["tensor"]:
@@ -132,4 +133,5 @@ def _table(finding: xr.Dataset, notes: list[str]) -> Table:
         columns=columns,
         rows=rows,
         note="A turn is a change of sign; zeros in between do not count.",
+        open=is_open,
     )

@@ -38,8 +38,6 @@ def section() -> Section:
 
 def block(panel: Panel, room: Room) -> Block:
     """Return pictures of the layers with the largest sums, for the mean over groups."""
-    if panel.run.manifest.keep == "tensors":
-        return Block(notes=[panel.find("units")[1]])
     finding, left_out = panel.find("units")
     if finding is None:
         return Block(notes=[left_out])
