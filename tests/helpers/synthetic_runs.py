@@ -56,7 +56,7 @@ def laid_out(
         for name, shape in shapes.items()
     ]
     keys = encode_all(shapes)
-    span = choose_span(segments, 2, sum(spec.elements for spec in specs))
+    span = choose_span(segments, 2, sum(spec.elements for spec in specs), keep)
     assert segments % span == 0
     known = {"loss": 2.3, "gradient_norm": 1.0}
     records = {
@@ -86,7 +86,7 @@ def laid_out(
             for step in range(segments + 1)
         ],
         span=span,
-        window=window or _choose_window(segments, span),
+        window=window or _choose_window(segments, span, keep),
         settings={**resolve({"keep": keep}, None), "device": "cpu"},
         losses=records,
         provenance={"task_sha256": "0" * 64, "task_losses": list(losses)},
