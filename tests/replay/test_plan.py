@@ -19,6 +19,7 @@ from lca_posthoc.errors import ResourceError
 from lca_posthoc.findings import summary
 from lca_posthoc.numerics.objective import Objective
 from lca_posthoc.numerics.schema import KEEP
+from lca_posthoc.replay import prepare
 from lca_posthoc.replay.plan import plan, plan_recording
 from lca_posthoc.replay.prepare import choose_span
 from lca_posthoc.replay.worker import costs
@@ -83,7 +84,10 @@ def test_what_cannot_be_spread_over_the_workers_is_said(tmp_path: Path) -> None:
     )
 
 
-def test_spans_are_shortened_until_every_worker_has_work(tmp_path: Path) -> None:
+def test_spans_are_shortened_until_every_worker_has_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "choose_span", choose_span)
     record(tmp_path / "ck")
     task = write_task(tmp_path / "task.py")
     for workers, span in ((1, 4), (2, 1), (3, 1)):
