@@ -204,9 +204,9 @@ def test_timing_evaluates_a_split_no_more_than_a_few_times(
     spent: list[int] = []
     over, measured = Objective.evaluate_on_batches, costs._measured
 
-    def counted(objective: Objective, values: Any, batches: Any, **options: Any) -> Any:
+    def counted(objective: Objective, values: Any, batches: Any, *others: Any) -> Any:
         spent.append(sum(len(batch[1]) for batch in batches))
-        return over(objective, values, batches, **options)
+        return over(objective, values, batches, *others)
 
     def counting(*given: Any) -> Any:
         with monkeypatch.context() as patched:
