@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -83,6 +83,25 @@ def unflushed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         # as an error for a descriptor that is closed stays one
         patch.setattr(os, "fsync", os.fstat)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_spans() -> Iterator[None]:
+    """Cut the runs of one worker into two spans and more, so that short trajectories show what
+    happens between spans; how a run is cut decides no number.
+
+    Processes that tests start cut as always.
+    """
+    from lca_posthoc.replay import prepare
+
+    rule = prepare.choose_span
+
+    def shorter(segments: int, workers: int, *others: Any) -> int:
+        return rule(max(1, segments // 2) if workers == 1 else segments, workers, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "choose_span", shorter)
         yield
 
 

@@ -82,6 +82,11 @@ class TensorSpec:
             count *= extent
         return count
 
+    @property
+    def units(self) -> int:
+        """Return how many neurons or channels the tensor has."""
+        return 1 if self.unit_axis is None else self.shape[self.unit_axis]
+
 
 @dataclass(frozen=True)
 class Checkpoint:

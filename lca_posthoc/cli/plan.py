@@ -10,7 +10,6 @@ from rich.text import Text
 
 from ..base.text import safe
 from ..errors import InputError, amount
-from ..numerics.settings import resolve
 from ..replay.display import Display
 from ..replay.events import Stage
 from .options import json_option, replay_options, workers_option
@@ -57,34 +56,52 @@ def command(checkpoints: str, as_json: bool, recording: int | None, **options: A
     if as_json:
         print_json({"schema": 1, **asdict(planned)})
     else:
-        _print(planned, resolve({"keep": options["keep"]}, None)["keep"])
+        _print(planned, asked=options["keep"] not in (None, "auto"))
 
 
-def _print(planned: Plan, keep: str) -> None:
-    """Print a row for each loss, and what all of them together take."""
+def _print(planned: Plan, *, asked: bool) -> None:
+    """Print a row for each loss, and one for each level of `--keep` with what all losses take.
+
+    Args:
+        planned: what a run costs.
+        asked: whether a level is asked for.
+    """
     console = stdout()
     console.print(
         f"{planned.segments:,} segments of {planned.parameters:,} parameters on {planned.device}, "
         "without refinement:"
     )
-    console.print(_table(planned, keep))
-    shared = (
-        f", {duration(planned.seconds / planned.workers)} on {planned.workers} workers"
-        if planned.workers > 1
-        else ""
+    console.print(_losses(planned))
+    console.print()
+    console.print(_levels(planned, asked=asked))
+    console.print(
+        f"free: {amount(planned.free_memory)} of memory for each worker, beside what it holds now, "
+        f"and {amount(planned.free)} on disk"
     )
     console.print(
-        f"evaluating all together: {_whole(planned)}{shared} (start-up, reading and storing come "
-        "on top)"
+        "Memory and disk are estimates, disk after compression. Time is that of evaluations alone, "
+        f"of all losses together, on one {'GPU' if planned.device == 'cuda' else 'CPU core'}; "
+        "start-up, reading, bookkeeping and storing come on top and are not timed here."
     )
-    sizes = ", ".join(f"--keep {kind} {amount(size)}" for kind, size in planned.bytes.items())
-    console.print(
-        f"result after compression, about: {sizes}; free: {amount(planned.free)}", markup=False
-    )
-    console.print(f"memory per worker: about {amount(planned.memory)}")
 
 
-def _table(planned: Plan, keep: str) -> Table:
+def _levels(planned: Plan, *, asked: bool) -> Table:
+    several = planned.workers > 1
+    shared = [f"on {planned.workers} workers"] if several else []
+    rows = table("--keep", "memory a worker", "disk", "time", *shared, "", words=1)
+    for keep, seconds in planned.seconds.items():
+        rows.add_row(
+            keep,
+            amount(planned.memory[keep]),
+            amount(planned.bytes[keep]),
+            _whole(seconds, planned.device),
+            *([duration(seconds / planned.workers)] if several else []),
+            ("asked for" if asked else "auto takes this") if keep == planned.keep else "",
+        )
+    return rows
+
+
+def _losses(planned: Plan) -> Table:
     rows = table(*_COLUMNS)
     for name, loss in planned.losses.items():
         rows.add_row(
@@ -97,16 +114,14 @@ def _table(planned: Plan, keep: str) -> Table:
             f"{loss.evaluations:,}",
             duration(loss.seconds_per_evaluation),
             duration(loss.seconds),
-            amount(loss.bytes[keep]),
+            amount(loss.bytes[planned.keep]),
         )
     return rows
 
 
-def _whole(planned: Plan) -> str:
+def _whole(seconds: float, device: str) -> str:
     """Return what evaluating all losses takes on one worker."""
-    if planned.device == "cuda":
-        return f"{planned.seconds / 3600:.3g} device-hours"
-    return f"{duration(planned.seconds)} of one CPU core"
+    return f"{seconds / 3600:.3g} device-hours" if device == "cuda" else duration(seconds)
 
 
 def _of_recording(directory: str, count: int, as_json: bool, task: str, **others: Any) -> None:

@@ -129,9 +129,12 @@ class Settings(TypedDict):
         ),
     ]
     keep: Annotated[
-        str,
+        str | None,
         Setting(
-            help="What to store.", default="parameters", shown_default="parameters", choices=KEEP
+            help="What to store; each level holds those before it.",
+            shown_default="auto: the highest level that fits",
+            choices=KEEP,
+            automatic=True,
         ),
     ]
     batch_size: Annotated[

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from .. import results
 from ..checkpoints.headers import read_header
 from ..checkpoints.paths import is_remote, located, nearest
 from ..checkpoints.trajectory import Trajectory, open_trajectory
@@ -25,9 +26,9 @@ from ..numerics.quadrature import RULES
 from ..numerics.schema import KEEP
 from ..numerics.settings import Settings, on_device, resolve
 from ..recording import Recorder
-from ..results import LossRecord, Manifest, estimated_bytes, free_space
+from ..results import Manifest
 from ..tasks.task import Task, loaded, pack_task
-from .prepare import Preparation, prepare, unwrapped
+from .prepare import Destination, Preparation, prepare, unwrapped
 from .requests import Costs, CostsRequest, answered, to_plain
 from .run import default_out
 from .worker import SAMPLED, measure
@@ -62,9 +63,21 @@ class LossPlan:
 class Plan:
     """The costs `lca plan` prints.
 
-    `seconds` is what all losses together take on one worker, which is less than their sum where
-    they share passes; `bytes` are the sizes of the result's files after compression, estimated from
-    one segment and a batch of each loss, for all losses together; `memory` is what a worker holds.
+    Attributes:
+        segments: of the trajectory.
+        parameters: of the model.
+        device: "cuda" or "cpu".
+        workers: that would share the work.
+        losses: by name.
+        keep: the level of `--keep` that is asked for, or the one a run would choose.
+        seconds: by level, what evaluating all losses together takes on one worker, which is less
+            than their sum where they share passes.
+        bytes: by level, the sizes of the result's files after compression, estimated from one
+            segment and a batch of each loss, for all losses together.
+        memory: by level, the bytes a worker holds.
+        free: bytes of the space where the run would go.
+        free_memory: bytes that are free for each worker beside model and data.
+        notes: worth telling.
     """
 
     segments: int
@@ -72,10 +85,12 @@ class Plan:
     device: str
     workers: int
     losses: dict[str, LossPlan]
-    seconds: float
+    keep: str
+    seconds: dict[str, float]
     bytes: dict[str, int]
+    memory: dict[str, float]
     free: int
-    memory: float
+    free_memory: float
     notes: list[str]
 
 
@@ -182,21 +197,25 @@ def plan(
         checkpoints, pattern=settings["pattern"], rename=settings["rename"], steps=settings["steps"]
     )
     workers = workers or local_workers(device)
-    ready, costs = _measured(trajectory, task, list(losses), settings, workers, tell)
+    path = Path(out) if out is not None else _beside(checkpoints)
+    destination = Destination(path=path, workers=workers)
+    ready, costs = _measured(trajectory, task, list(losses), settings, destination, tell)
     manifest = ready.manifest
-    _, free = free_space(Path(out) if out is not None else _beside(checkpoints))
-    stored = _stored(manifest, manifest.losses, costs)
-    of_losses = {name: _loss_plan(ready, name, costs) for name in manifest.losses}
+    _, free = results.free_space(path)
+    levels = {keep: ready.draft.at(keep) for keep in KEEP}
+    stored = _stored(levels, list(manifest.losses), costs)
     return Plan(
         segments=manifest.segments,
         parameters=manifest.parameters,
         device=device,
         workers=workers,
-        losses=of_losses,
-        seconds=_seconds(manifest, costs, max(loss.evaluations for loss in of_losses.values())),
+        losses={name: _loss_plan(ready, levels, name, costs) for name in manifest.losses},
+        keep=manifest.keep,
+        seconds={keep: _seconds(level, costs) for keep, level in levels.items()},
         bytes=stored,
-        free=free,
         memory=costs.memory,
+        free=free,
+        free_memory=ready.memory.free,
         notes=[*trajectory.notes, *ready.notes, *_shortages(ready, stored[manifest.keep], free)],
     )
 
@@ -206,7 +225,7 @@ def _measured(
     task: str | Path | Task,
     losses: list[str],
     settings: Settings,
-    workers: int,
+    destination: Destination,
     tell: Callable[[str], None],
 ) -> tuple[Preparation, Costs]:
     """Probe a task in this process, and time a few batches of it."""
@@ -214,7 +233,7 @@ def _measured(
     with open_cluster(ClusterConfig("inline"), settings["device"], threading.Event()) as cluster:
         parcel = cluster.deliver(data)
         tell("building the task, and probing it on a sample")
-        ready = prepare(cluster, trajectory, entry, parcel, losses, settings, workers=workers)
+        ready = prepare(cluster, trajectory, entry, parcel, losses, settings, destination)
         any_measured = next(iter(ready.manifest.losses.values())).measured
         request = CostsRequest(
             setup=ready.setup,
@@ -228,23 +247,29 @@ def _measured(
         return ready, unwrapped(answer)
 
 
-def _stored(manifest: Manifest, losses: dict[str, LossRecord], costs: Costs) -> dict[str, int]:
+def _stored(levels: dict[str, Manifest], losses: list[str], costs: Costs) -> dict[str, int]:
     """Return the bytes of some losses after compression under each level of `--keep`."""
-    return {keep: estimated_bytes(manifest, keep, losses, costs.compressed) for keep in KEEP}
+    return {
+        keep: results.estimated_bytes(
+            manifest, keep, {name: manifest.losses[name] for name in losses}, costs.compressed
+        )
+        for keep, manifest in levels.items()
+    }
 
 
-def _seconds(manifest: Manifest, costs: Costs, evaluations: int) -> float:
-    """Return what all losses together take on one worker.
+def _evaluations(manifest: Manifest) -> int:
+    """Return how many gradients of a loss a run takes without refinement."""
+    rule = RULES[manifest.settings["rule"]]
+    per_segment = len(rule.nodes) - (1 if rule.has_start and rule.has_end else 0)
+    return per_segment * manifest.segments + (manifest.spans if rule.has_end else 0)
 
-    Args:
-        manifest: of the run.
-        costs: as measured.
-        evaluations: of the loss that has the most.
-    """
+
+def _seconds(manifest: Manifest, costs: Costs) -> float:
+    """Return what evaluating all losses together takes on one worker."""
     measured_segments = sum(first < manifest.segments for first in SAMPLED)
     evaluations_at_once = len(RULES[manifest.settings["rule"]].nodes)
     return (
-        costs.together * evaluations
+        costs.together * _evaluations(manifest)
         + costs.recalibrating * (manifest.segments + manifest.spans)
         + costs.higher * evaluations_at_once * measured_segments
     )
@@ -263,11 +288,11 @@ def _beside(checkpoints: str | Path) -> Path:
     return Path("run.lca") if is_remote(located(checkpoints)) else default_out(checkpoints)
 
 
-def _loss_plan(ready: Preparation, name: str, costs: Costs) -> LossPlan:
+def _loss_plan(
+    ready: Preparation, levels: dict[str, Manifest], name: str, costs: Costs
+) -> LossPlan:
     manifest, record, measured = ready.manifest, ready.manifest.losses[name], costs.losses[name]
-    rule = RULES[manifest.settings["rule"]]
-    per_segment = len(rule.nodes) - (1 if rule.has_start and rule.has_end else 0)
-    evaluations = per_segment * manifest.segments + (manifest.spans if rule.has_end else 0)
+    evaluations = _evaluations(manifest)
     return LossPlan(
         examples=record.examples,
         groups=len(record.groups or []),
@@ -277,5 +302,5 @@ def _loss_plan(ready: Preparation, name: str, costs: Costs) -> LossPlan:
         evaluations=evaluations,
         seconds_per_evaluation=measured.seconds,
         seconds=evaluations * measured.seconds,
-        bytes=_stored(manifest, {name: record}, costs),
+        bytes=_stored(levels, [name], costs),
     )

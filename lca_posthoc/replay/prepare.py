@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .. import results
 from ..base.text import count
 from ..checkpoints.paths import absolute, below
 from ..checkpoints.trajectory import Checkpoint, TensorSpec, Trajectory
@@ -21,17 +22,19 @@ from ..cluster import Cluster, Crew, Done, Lost, Spec
 from ..errors import InputError, Interrupted, ResourceError, SpanError, few
 from ..numerics.precisions import PRECISIONS
 from ..numerics.quadrature import COMPOSITE, RULES
-from ..numerics.schema import holds, in_units_of_loss, is_share
+from ..numerics.schema import KEEP, holds, in_units_of_loss, is_share
 from ..numerics.settings import Settings
 from ..results import LossRecord, Manifest, StoredTensor
 from ..results.keys import encode_all
 from ..tasks.task import Entry, digest, parse_subsets
+from .levels import MemoryOfLevels, highest_that_fits
 from .requests import (
     Admission,
     AdmissionRequest,
     DescribeRequest,
     Description,
     Failure,
+    LevelMemory,
     LossDescription,
     ProbeAnswer,
     ProbeRequest,
@@ -60,17 +63,80 @@ _EARLY = (2, 4, 16)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Destination:
+    """Where a run goes, and how it is cut.
+
+    Attributes:
+        path: its directory.
+        existing: the run that is there already, whose batch sizes and keys hold.
+        span: segments per span; chosen where None.
+        workers: how many of this host will share the work; those of the cluster where None.
+    """
+
+    path: Path
+    existing: Manifest | None = None
+    span: int | None = None
+    workers: int | None = None
+
+    def span_of(self, matched: _Match, workers: int, keep: str) -> int:
+        """Return the segments per span at a level of `--keep`, where so many share the work."""
+        return self.span or choose_span(matched.segments, workers, matched.elements, keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A run as it would be created now, but for its level of `--keep`.
+
+    Attributes:
+        matched: the task on its trajectory.
+        checkpoints: of the trajectory, files relative to its root.
+        destination: of the run.
+        workers: how many will share the work.
+        settings: with or without a level.
+        probed: what a worker says of the task.
+        provenance: of the run.
+    """
+
+    matched: _Match
+    checkpoints: list[Checkpoint]
+    destination: Destination
+    workers: int
+    settings: Settings
+    probed: ProbeAnswer
+    provenance: dict[str, Any]
+
+    def at(self, keep: str) -> Manifest:
+        """Describe the run at a level of `--keep`."""
+        matched, existing = self.matched, self.destination.existing
+        span = self.destination.span_of(matched, self.workers, keep)
+        recorded = existing.losses if existing else {}
+        return Manifest(
+            root=absolute(matched.trajectory.root),
+            tensors=_stored_tensors(matched),
+            checkpoints=self.checkpoints,
+            span=span,
+            window=_choose_window(matched.segments, span, keep),
+            settings={**self.settings, "keep": keep},
+            losses=_records(matched.described, self.probed, recorded, keep),
+            provenance=self.provenance,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preparation:
     """A probed task on a trajectory.
 
     Requests to workers are about the task as `setup` says; those that evaluate at a few checkpoints
-    take them from `sample`. `manifest` describes the run as it would be created now; `notes` are
-    worth telling. `short_of` says what memory there is too little of, if any.
+    take them from `sample`. `manifest` describes the run as it would be created now, and `draft`
+    at any level of `--keep`; `memory` is that of a worker. `notes` are worth telling. `short_of`
+    says what memory there is too little of, if any.
     """
 
     setup: TaskSetup
     sample: Sample
+    draft: Draft
     manifest: Manifest
+    memory: MemoryOfLevels
     notes: list[str]
     short_of: str | None
 
@@ -91,10 +157,7 @@ def prepare(
     parcel: str,
     losses: list[str],
     settings: Settings,
-    *,
-    existing: Manifest | None = None,
-    span: int | None = None,
-    workers: int | None = None,
+    destination: Destination,
 ) -> Preparation:
     """Describe and probe a task on one worker of the cluster, and lay out the run.
 
@@ -104,16 +167,15 @@ def prepare(
         task: where the task is.
         parcel: the key of what was delivered of it.
         losses: their names; empty for the first, `["all"]` for every one.
-        settings: complete.
-        existing: the run that is there already, whose batch sizes and keys hold.
-        span: segments per span; chosen where None.
-        workers: how many of this host will share the work; those of the cluster where None.
+        settings: complete but for the level of `--keep`, which is chosen where it is None.
+        destination: of the run.
 
     Raises:
         InputError: for anything wrong with the task or its fit to the checkpoints.
         ResourceError: where the worker died.
         Interrupted: where the cluster drains.
     """
+    existing = destination.existing
     setup = TaskSetup(
         task=task,
         parcel=parcel,
@@ -129,38 +191,80 @@ def prepare(
     matched = _match(trajectory, described)
     setup = replace(setup, losses=list(described.losses), digests=described.digests)
     crew = cluster.crew()
-    span = span or choose_span(matched.segments, workers or crew.workers, matched.elements)
+    workers = destination.workers or crew.workers
     sample = Sample(
         points=_sampled_points(
             trajectory, matched.names, _looked_at_in_both_modes(matched.segments)
         ),
         segments=matched.segments,
-        workers_per_host=workers or crew.max_per_host,
-        span_length=existing.span if existing else span,
+        workers_per_host=destination.workers or crew.max_per_host,
+        span_length=(
+            existing.span if existing else destination.span_of(matched, workers, "parameters")
+        ),
     )
     recorded = existing.losses if existing else {}
     probed = ask(cluster, probe, _probe_request(setup, sample, matched, recorded))
     if probed.statistics is not None:
         settings = {**settings, "statistics": probed.statistics}
         setup = replace(setup, settings=RunSettings.of(settings))
-    manifest = Manifest(
-        root=absolute(trajectory.root),
-        tensors=_stored_tensors(matched),
+    draft = Draft(
+        matched=matched,
         checkpoints=relative(trajectory),
-        span=span,
-        window=_choose_window(matched.segments, span, settings["keep"]),
+        destination=destination,
+        workers=workers,
         settings=settings,
-        losses=_records(described, probed, recorded),
+        probed=probed,
         provenance=_provenance(task, described.task_losses),
     )
+    memory = MemoryOfLevels(
+        levels=probed.levels,
+        free=probed.free_memory,
+        workers=sample.workers_per_host,
+        losses=len(described.losses.keys() - recorded.keys()),
+    )
+    keep, about_keep = _level(draft, memory)
+    manifest = draft.at(keep)
     notes = [
         *probed.notes,
+        *about_keep,
         *_about(matched, manifest, recorded),
-        *_idle(existing or manifest, workers or crew.workers),
+        *_idle(existing or manifest, workers),
     ]
     return Preparation(
-        setup=setup, sample=sample, manifest=manifest, notes=notes, short_of=probed.short_of
+        setup=setup,
+        sample=sample,
+        draft=draft,
+        manifest=manifest,
+        memory=memory,
+        notes=notes,
+        short_of=_short_of(draft, memory, keep),
     )
+
+
+def _level(draft: Draft, memory: MemoryOfLevels) -> tuple[str, list[str]]:
+    """Return the level of `--keep`, the one that is asked for or recorded, or else the highest that
+    fits, and notes on it.
+    """
+    keep = draft.settings["keep"]
+    if keep is not None:
+        return keep, []
+
+    def stored(level: str) -> int:
+        manifest = draft.at(level)
+        return results.required_bytes(manifest, level, manifest.losses)
+
+    return highest_that_fits(memory, stored, draft.destination.path)
+
+
+def _short_of(draft: Draft, memory: MemoryOfLevels, keep: str) -> str | None:
+    """Say what memory a replay lacks on a CPU; None where there is enough.
+
+    A GPU that runs out of memory says so itself, and its batches are halved.
+    """
+    if draft.settings["device"] == "cuda":
+        return None
+    lower = KEEP[: KEEP.index(keep)] if draft.destination.existing is None else ()
+    return memory.short_of(keep, lower=lower)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,12 +329,15 @@ def _stored_tensors(matched: _Match) -> list[StoredTensor]:
 
 
 def _records(
-    described: Description, probed: ProbeAnswer, recorded: dict[str, LossRecord]
+    described: Description, probed: ProbeAnswer, recorded: dict[str, LossRecord], keep: str
 ) -> dict[str, LossRecord]:
-    """Return what a run records of the chosen losses; new keys differ from those that are there."""
+    """Return what a run records of the chosen losses at a level of `--keep`; new keys differ from
+    those that are there.
+    """
     keys = encode_all(described.losses, [record.key for record in recorded.values()])
     return {
-        name: _record(name, keys[name], loss, probed) for name, loss in described.losses.items()
+        name: _record(name, keys[name], loss, probed, probed.levels[keep])
+        for name, loss in described.losses.items()
     }
 
 
@@ -426,15 +533,13 @@ def unwrapped(answer: Answer | Failure) -> Answer:
     return answer
 
 
-def choose_span(segments: int, workers: int, elements: int) -> int:
-    """Return the segments per span: a power of two, at most 32, at most 256 MiB of allocation, at
-    least two spans per worker.
+def choose_span(segments: int, workers: int, elements: int, keep: str) -> int:
+    """Return the segments per span: a power of two, at most 32, at least two spans for each of
+    several workers, and at most 256 MiB of allocation where that is kept.
     """
-    most = min(
-        _LONGEST_SPAN,
-        max(1, segments // (2 * workers)),
-        max(1, _SPAN_BYTES // (4 * max(1, elements))),
-    )
+    most = min(_LONGEST_SPAN, max(1, segments if workers == 1 else segments // (2 * workers)))
+    if holds(keep, "parameters"):
+        most = min(most, max(1, _SPAN_BYTES // (4 * max(1, elements))))
     return int(2 ** (most.bit_length() - 1))
 
 
@@ -484,7 +589,9 @@ def _sampled_points(
     )
 
 
-def _record(name: str, key: str, loss: LossDescription, probed: ProbeAnswer) -> LossRecord:
+def _record(
+    name: str, key: str, loss: LossDescription, probed: ProbeAnswer, level: LevelMemory
+) -> LossRecord:
     return LossRecord(
         key=key,
         on=loss.on,
@@ -493,8 +600,8 @@ def _record(name: str, key: str, loss: LossDescription, probed: ProbeAnswer) -> 
         total=loss.total,
         groups=loss.groups,
         counts=loss.counts,
-        block=probed.block[name],
-        along=probed.along[name],
+        block=level.block[name],
+        along=level.along[name],
         replicates=probed.replicates[name],
         batch_size=0 if loss.on is None else probed.batch_sizes.get(loss.on, 0),
         calibration=probed.calibration[name],

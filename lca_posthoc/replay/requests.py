@@ -42,7 +42,6 @@ class RunSettings:
     batch_size: int | None
     subset: list[str]
     tensors: list[str]
-    keep: str
     rule: str
     tolerance: float | str
     allocation_tolerance: float | str
@@ -227,6 +226,21 @@ class SampleRequest(TaskRequest[A]):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LevelMemory:
+    """The memory a replay takes at one level of `--keep`.
+
+    Attributes:
+        needs: bytes a worker takes beside model and data while it replays all new losses.
+        block: by loss, groups that are taken at a time; None where all are.
+        along: by loss, the grouped loss in whose order the batches are taken.
+    """
+
+    needs: float
+    block: dict[str, int | None]
+    along: dict[str, str | None]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProbeAnswer:
     """The outcome of a probe, by loss where nothing else is said. See `store.LossRecord` for what a
     run records of it.
@@ -235,26 +249,24 @@ class ProbeAnswer:
         batch_sizes: of each split.
         identity: at the first and the last checkpoint; None where not finite.
         calibration: of the trapezoid's error; None for other rules.
-        block: groups that are taken at a time; None where all are.
-        along: the grouped loss in whose order the batches are taken.
+        levels: the memory a replay takes, by the level of `--keep`.
+        free_memory: bytes that are free for each worker beside model and data.
         scale: |loss| at the first checkpoint, where a tolerance is a share of it.
         replicates: random parts, for standard errors.
         measured: whether a few segments can be evaluated one precision higher as well.
         statistics: what recalibration settled; None in other modes.
-        short_of: says what memory there is too little of, if any.
         notes: worth telling.
     """
 
     batch_sizes: dict[str, int]
     identity: dict[str, list[dict[str, float] | None]]
     calibration: dict[str, float | None]
-    block: dict[str, int | None]
-    along: dict[str, str | None]
+    levels: dict[str, LevelMemory]
+    free_memory: float
     scale: dict[str, float]
     replicates: dict[str, int]
     measured: bool
     statistics: RecalibrationRecord | None
-    short_of: str | None
     notes: list[str]
 
 
@@ -325,7 +337,7 @@ class Costs:
         together: seconds of one evaluation of all of them, passes shared.
         higher: of it one precision higher.
         recalibrating: seconds of a pass that recalibrates statistics; 0 in other modes.
-        memory: bytes a worker holds.
+        memory: bytes a worker holds, by the level of `--keep`.
     """
 
     losses: dict[str, LossCosts]
@@ -333,7 +345,7 @@ class Costs:
     together: float
     higher: float
     recalibrating: float
-    memory: float
+    memory: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)

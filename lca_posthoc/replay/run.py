@@ -43,6 +43,7 @@ from ..errors import (
     amount,
     few,
 )
+from ..numerics.schema import KEEP
 from ..numerics.settings import Settings, on_device, resolve
 from ..results import LossRecord, Manifest, Run, RunWriter
 from ..tasks.task import Entry, Task, digest, pack_task
@@ -59,7 +60,7 @@ from .events import (
     Stage,
     Stopping,
 )
-from .prepare import Preparation, ask, check_workers, prepare, relative
+from .prepare import Destination, Preparation, ask, check_workers, prepare, relative
 from .requests import (
     CompressionsRequest,
     Failure,
@@ -126,7 +127,8 @@ def run(
             "0.1%".
         allocation_tolerance: bound on the allocation's own L1 error as well, written alike (default
             inf).
-        keep: "parameters" (default), "units" or "tensors".
+        keep: "tensors", "units", "statistics" or "parameters", each of which holds those before it;
+            by default the highest that fits the memory of a worker and half of the free space.
         batch_size: examples per batch; a deterministic choice by default.
         device: "cuda" or "cpu"; by default a GPU where there is one.
         precision: "float32" (default), "tf32", "bfloat16" or "float64".
@@ -337,11 +339,6 @@ DURABILITY = ("full", "none")
 _BLOCK = 4096  # bytes to whose multiples most file systems round the size of a file
 _AT_ONCE = 0.1  # seconds after a signal when it is told of at the latest
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_MORE_SPACE = (
-    "Keep less with --keep units or --keep tensors, write elsewhere with --out, or begin all the "
-    "same with --ignore-space: a run that meets a full disk stops, and goes on where it was once "
-    "there is space."
-)
 
 # --- signals --------------------------------------------------------------------------------------
 
@@ -626,7 +623,7 @@ class _Driver:
         )
         if existing is None:
             manifest = ready.manifest
-            self._check_space(cluster, ready, manifest, settings["keep"], manifest.losses)
+            self._check_space(cluster, ready, manifest, manifest.keep, manifest.losses)
             results.create(self._job.path, manifest, self._job.durable)
         self._replay(cluster, trajectory if strangers else None, ready, stop)
 
@@ -648,8 +645,7 @@ class _Driver:
             parcel,
             job.losses,
             settings,
-            existing=existing,
-            span=job.span,
+            Destination(path=job.path, existing=existing, span=job.span),
         )
 
     def _replay(
@@ -709,7 +705,7 @@ class _Driver:
             f"{amount(most)}), and {place} has {amount(free)} free"
         )
         if about > free and not self._job.ignore_space:
-            raise ResourceError(f"{will_need}. {_MORE_SPACE}")
+            raise ResourceError(f"{will_need}. {_less_space(keep)}")
         full = "a run that meets a full disk stops, and goes on once there is space"
         self._status.note([f"{will_need}: {full}"])
 
@@ -757,6 +753,19 @@ def _named_disk_errors() -> Iterator[None]:
         raise ResourceError(
             f"no space left for the result ({error}). Free some and run again."
         ) from error
+
+
+def _less_space(keep: str) -> str:
+    """Return what to do where the results of a level of `--keep` need more space than is free."""
+    lower = [f"--keep {level}" for level in reversed(KEEP[: KEEP.index(keep)])]
+    ways = [
+        *([f"keep less with {' or '.join(lower)}"] if lower else []),
+        "write elsewhere with --out",
+        "or begin all the same with --ignore-space: a run that meets a full disk stops, and goes "
+        "on where it was once there is space",
+    ]
+    text = ", ".join(ways)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _compressed(

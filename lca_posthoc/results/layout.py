@@ -205,7 +205,7 @@ class _Plans:
         return self._rows(f"allocation/{tensor.key}", _axes(tensor), "float32", attributes)
 
     def of_units(self, tensor: StoredTensor, attributes: dict[str, str | list[str]]) -> ArrayPlan:
-        inner = {f"{tensor.spec.name}:unit": _units(tensor)}
+        inner = {f"{tensor.spec.name}:unit": tensor.spec.units}
         return self._rows(f"units/{tensor.key}", inner, "float32", attributes)
 
     def of_totals(self, tensor: StoredTensor, attributes: dict[str, str | list[str]]) -> ArrayPlan:
@@ -223,8 +223,3 @@ class _Plans:
 def _axes(tensor: StoredTensor) -> dict[str, int]:
     """Return the axes of a tensor, named after it, and their extents."""
     return {f"{tensor.spec.name}:{axis}": extent for axis, extent in enumerate(tensor.spec.shape)}
-
-
-def _units(tensor: StoredTensor) -> int:
-    axis = tensor.spec.unit_axis
-    return 1 if axis is None else tensor.spec.shape[axis]

@@ -113,7 +113,9 @@ class Manifest:
     @property
     def keep(self) -> str:
         """The level of `--keep`: one of `KEEP`."""
-        return self.settings["keep"]
+        keep = self.settings["keep"]
+        assert keep is not None, "a run is laid out once its level is chosen"
+        return keep
 
     @property
     def norm_stats(self) -> str | None:

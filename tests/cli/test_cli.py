@@ -137,7 +137,7 @@ def test_choices_are_those_of_the_package(name: str) -> None:
         if isinstance(option.type, click.Choice)
     }
     assert choices["rule"] == tuple(RULES)
-    assert choices["keep"] == KEEP
+    assert choices["keep"] == ("auto", *KEEP)
 
 
 def script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

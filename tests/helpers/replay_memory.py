@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import lca_posthoc
 from lca_posthoc import Loss, Recorder, Task
 from lca_posthoc.replay.events import Planned
-from lca_posthoc.replay.worker import checks, memory_estimate
+from lca_posthoc.replay.worker import checks
 
 ROWS, WIDTH = 2000, 1000
 
@@ -55,7 +55,8 @@ def main(place: Path, losses: int, span: int, options: dict[str, float | str]) -
     )
     process, over = psutil.Process(), threading.Event()
     seen: list[int] = []
-    foretold: list[float] = []
+    foretold: dict[str, float] = {}
+    needed = checks.bytes_needed
 
     def watch() -> None:
         while not over.wait(0.002):
@@ -63,17 +64,18 @@ def main(place: Path, losses: int, span: int, options: dict[str, float | str]) -
 
     watcher = threading.Thread(target=watch)
 
-    def noted(spec: Any, *rest: Any) -> None:
-        foretold.append(memory_estimate.bytes_needed(spec, *rest))
+    def noted(*arguments: Any) -> float:
+        foretold[arguments[-1]] = needed(*arguments)
+        return foretold[arguments[-1]]
 
-    checks.short_of = noted
+    checks.bytes_needed = noted
 
     def listen(event: object) -> None:
         if isinstance(event, Planned):
             seen.append(process.memory_info().rss)
             watcher.start()
 
-    lca_posthoc.run(
+    run = lca_posthoc.run(
         trained,
         task,
         losses=["all"],
@@ -85,7 +87,10 @@ def main(place: Path, losses: int, span: int, options: dict[str, float | str]) -
     )
     over.set()
     watcher.join()
-    print(json.dumps({"taken": max(seen) - seen[0], "foretold": foretold[0]}), flush=True)
+    print(
+        json.dumps({"taken": max(seen) - seen[0], "foretold": foretold[run.manifest.keep]}),
+        flush=True,
+    )
     os._exit(0)
 
 

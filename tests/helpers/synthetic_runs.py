@@ -56,7 +56,7 @@ def laid_out(
         for name, shape in shapes.items()
     ]
     keys = encode_all(shapes)
-    span = choose_span(segments, 2, sum(spec.elements for spec in specs))
+    span = choose_span(segments, 2, sum(spec.elements for spec in specs), keep)
     assert segments % span == 0
     known = {"loss": 2.3, "gradient_norm": 1.0}
     records = {

@@ -540,7 +540,9 @@ def in_blocks_of(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
         monkeypatch.setattr(
             checks,
             "block_of",
-            lambda spec, objective, name: block if objective.order(name) is not None else None,
+            lambda spec, objective, name, keep: (
+                block if objective.order(name) is not None else None
+            ),
         )
 
 

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 import lca_posthoc
+from lca_posthoc.base import available_memory
 from lca_posthoc.errors import ResourceError
 from lca_posthoc.findings import summary
 from lca_posthoc.replay.plan import plan
-from lca_posthoc.replay.worker import memory_estimate
 from lca_posthoc.results import open_run, verify
 from tests.helpers.faults import clean_runs
 from tests.helpers.finding_memory import CASES, CONTROL, Measured, measured
@@ -108,7 +108,7 @@ def test_a_synthetic_run_is_whole_and_agrees_with_itself(tmp_path: Path) -> None
     [
         (1, 4, {}),
         (3, 4, {}),
-        (1, 4, {"keep": "tensors"}),
+        (1, 4, {"keep": "statistics"}),
         (1, 2, {"tolerance": 1e-15}),
         (2, 4, {"rule": "gauss-3"}),
         (1, 4, {"subset": ["0.9@7"]}),
@@ -116,7 +116,7 @@ def test_a_synthetic_run_is_whole_and_agrees_with_itself(tmp_path: Path) -> None
     ids=[
         "one loss",
         "three losses",
-        "tensors kept",
+        "statistics kept",
         "refined to the end",
         "a fixed rule",
         "a random subset",
@@ -147,22 +147,32 @@ def test_a_replay_holds_two_thirds_of_what_was_foretold_and_leaves_the_heap_the_
     assert 0.55 * found["foretold"] <= found["taken"] <= 0.8 * found["foretold"], found
 
 
+@pytest.mark.parametrize(
+    ("keep", "kept", "ways"),
+    [
+        ("auto", "tensors", ""),
+        ("tensors", "tensors", ""),
+        ("units", "units", "--keep tensors, "),
+        ("parameters", "parameters", "--keep tensors, "),
+    ],
+)
 def test_without_room_a_run_is_refused_before_it_begins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: str, kept: str, ways: str
 ) -> None:
     place = clean_runs.lay_out(tmp_path, 4)
-    monkeypatch.setattr(memory_estimate, "free_memory_each", lambda workers, device: 1000.0)
+    monkeypatch.setattr(available_memory, "free_memory", lambda: 10.0)
     with pytest.raises(
         ResourceError,
-        match=r"takes about .* beside model and data, and 1 kB are free for each of 1 worker here. "
-        r"Try --keep units, a machine",
+        match=rf"with --keep {kept} takes about .* beside model and data, and 10 B are free for "
+        rf"each of 1 worker here. Try {ways}a machine",
     ):
         lca_posthoc.run(
             place / "checkpoints",
             place / "small_task.py",
             out=tmp_path / "run.lca",
             cluster="inline",
+            keep=keep,
         )
     assert not (tmp_path / "run.lca").exists()
-    planned = plan(place / "checkpoints", place / "small_task.py")
+    planned = plan(place / "checkpoints", place / "small_task.py", keep=keep)
     assert any("beside model and data" in note for note in planned.notes)

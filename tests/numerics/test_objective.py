@@ -24,6 +24,7 @@ from lca_posthoc.numerics.objective import (
     Evaluation,
     Objective,
     ObjectiveSettings,
+    automatic_batch_size,
     build_objective,
     check_loss,
     sources,
@@ -632,6 +633,53 @@ def test_the_automatic_batch_size_is_a_power_of_two_or_the_whole_split_and_alway
     for split, size in first.items():
         examples = len(case.data()[split][0])
         assert size == examples or (size < examples and size & (size - 1) == 0)
+
+
+MIB = 2**20
+# bytes that autograd saves of an example, parameters in float32, device, examples of a batch
+BATCHES = {
+    "many small examples": (3786, 84_060, "cpu", 2048),
+    "64 MiB": (MIB, 0, "cpu", 64),
+    "a power of two": (MIB + 1, 0, "cpu", 32),
+    "at least one": (2**30, 0, "cpu", 1),
+    "parameters of 32 MiB change nothing": (MIB, 8 * MIB, "cpu", 64),
+    "larger ones do": (MIB, 16 * MIB, "cpu", 128),
+    "a transformer of 3 million parameters": (8.3 * MIB, 3_225_665, "cpu", 4),
+    "of 11 million": (36.9 * MIB, 10_795_841, "cpu", 2),
+    "of 25 million": (32.6 * MIB, 25_352_257, "cpu", 4),
+    "of 57 million": (48.8 * MIB, 56_902_721, "cpu", 8),
+    "never more than so many": (100.0, 10**9, "cpu", 2048),
+    "2 GiB on a GPU": (MIB, 0, "cuda", 2048),
+    "a large model on a GPU": (2**30, 10**9, "cuda", 4),
+}
+
+
+@pytest.mark.parametrize(("saved", "parameters", "device", "size"), BATCHES.values(), ids=BATCHES)
+def test_a_batch_saves_so_much_or_twice_what_the_parameters_take(
+    saved: float, parameters: int, device: str, size: int
+) -> None:
+    chosen = automatic_batch_size(saved, 4 * parameters, torch.device(device))
+    assert chosen == size
+    floor = {"cpu": 64 * MIB, "cuda": 2**31}[device]
+    # counted twice, it is at most what points take where sums alone are kept
+    assert chosen == 1 or 2 * chosen * saved <= max(2 * floor, 16 * parameters)
+
+
+def test_every_parameter_of_the_model_counts_once_whether_it_is_trained_or_not() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.last.weight = self.first.weight
+            self.first.bias.requires_grad_(False)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.last(self.first(inputs))
+
+    data = torch.randn(4, 6), torch.randint(6, (4,))
+    task = Task(Tied, {"train": data}, {"train": Loss(F.cross_entropy)})
+    objective = objective_of(task, state(Tied()), batch_size=None)
+    assert objective.parameter_bytes == 4 * (36 + 6 + 6)
 
 
 # --- what the first examples do not show ----------------------------------------------------------

@@ -72,7 +72,9 @@ def test_a_result_that_cannot_fit_is_refused_up_front_with_bytes_needed_and_free
     on_disk: Place, disk: SmallDisk
 ) -> None:
     disk.mount("size=64k")
-    line = refused(on_disk.run(), str(disk.path), "--keep tensors", "--out", code=5)
+    line = refused(
+        on_disk.run("--keep", "parameters"), str(disk.path), "--keep tensors", "--out", code=5
+    )
     assert list(disk.path.iterdir()) == []
     amounts = re.findall(r"(\d[\d.,]*)\s?([kMG]?B)\b", line)
     assert len(amounts) == 3, line  # expected, at most, and free

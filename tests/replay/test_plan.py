@@ -18,7 +18,10 @@ from lca_posthoc import Loss, Recorder, Task
 from lca_posthoc.errors import ResourceError
 from lca_posthoc.findings import summary
 from lca_posthoc.numerics.objective import Objective
+from lca_posthoc.numerics.schema import KEEP
+from lca_posthoc.replay import prepare
 from lca_posthoc.replay.plan import plan, plan_recording
+from lca_posthoc.replay.prepare import choose_span
 from lca_posthoc.replay.worker import costs
 from lca_posthoc.results import read_manifest, required_bytes, verify
 from tests.helpers.cli import (
@@ -59,13 +62,16 @@ def test_evaluations_are_those_a_run_without_refinement_makes(tmp_path: Path, ru
         loss.seconds == loss.seconds_per_evaluation * loss.evaluations > 0
         for loss in planned.losses.values()
     )
-    assert planned.seconds > 0
+    assert planned.keep == manifest.keep == "parameters"
+    assert list(planned.seconds) == list(planned.bytes) == list(planned.memory) == list(KEEP)
+    assert min(planned.seconds.values()) > 0
     assert (
         planned.bytes["parameters"]
         >= sum(loss.bytes["parameters"] for loss in planned.losses.values()) / 2
     )
     assert planned.free > 0
-    assert planned.memory > 0
+    assert planned.free_memory > 0
+    assert 0 < planned.memory["tensors"] < planned.memory["units"] < planned.memory["parameters"]
 
 
 def test_what_cannot_be_spread_over_the_workers_is_said(tmp_path: Path) -> None:
@@ -78,14 +84,38 @@ def test_what_cannot_be_spread_over_the_workers_is_said(tmp_path: Path) -> None:
     )
 
 
-def test_spans_are_shortened_until_every_worker_has_work(tmp_path: Path) -> None:
+def test_spans_are_shortened_until_every_worker_has_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "choose_span", choose_span)
     record(tmp_path / "ck")
     task = write_task(tmp_path / "task.py")
-    for workers, span in ((1, 2), (2, 1), (3, 1)):
+    for workers, span in ((1, 4), (2, 1), (3, 1)):
         run = lca_posthoc.run(
             tmp_path / "ck", task, workers=workers, out=tmp_path / f"{workers}.lca"
         )
         assert run.manifest.span == span
+
+
+@pytest.mark.parametrize(
+    ("segments", "workers", "elements", "keep", "span"),
+    [
+        (40, 1, 10, "parameters", 32),  # never longer
+        (40, 2, 10, "parameters", 8),  # two spans for each of several workers
+        (7, 1, 10, "parameters", 4),  # one worker has nobody to share with
+        (1, 1, 10, "parameters", 1),
+        (1, 8, 10, "parameters", 1),
+        (32, 1, 2**24, "parameters", 4),  # 256 MiB of allocations
+        (32, 1, 2**28, "parameters", 1),
+        (32, 1, 2**28, "statistics", 32),  # no allocation is kept
+        (32, 1, 2**28, "units", 32),
+        (32, 4, 2**28, "tensors", 4),
+    ],
+)
+def test_the_length_of_a_span_follows_from_what_is_shared_and_kept(
+    segments: int, workers: int, elements: int, keep: str, span: int
+) -> None:
+    assert choose_span(segments, workers, elements, keep) == span
 
 
 def test_a_result_larger_than_the_disk_is_said(
@@ -93,7 +123,8 @@ def test_a_result_larger_than_the_disk_is_said(
 ) -> None:
     record(tmp_path / "ck")
     task = write_task(tmp_path / "task.py")
-    needed = plan(tmp_path / "ck", task, workers=1).bytes["parameters"]
+    options: dict[str, Any] = {"workers": 1, "keep": "parameters"}
+    needed = plan(tmp_path / "ck", task, **options).bytes["parameters"]
     for free, said in ((needed, False), (needed - 1, True)):
         monkeypatch.setattr(
             psutil, "disk_usage", lambda place, free=free: SimpleNamespace(free=free)
@@ -101,7 +132,7 @@ def test_a_result_larger_than_the_disk_is_said(
         assert (
             any(
                 "the result will need about" in note
-                for note in plan(tmp_path / "ck", task, workers=1).notes
+                for note in plan(tmp_path / "ck", task, **options).notes
             )
             is said
         )
@@ -173,9 +204,9 @@ def test_timing_evaluates_a_split_no_more_than_a_few_times(
     spent: list[int] = []
     over, measured = Objective.evaluate_on_batches, costs._measured
 
-    def counted(objective: Objective, values: Any, batches: Any, **options: Any) -> Any:
+    def counted(objective: Objective, values: Any, batches: Any, *others: Any) -> Any:
         spent.append(sum(len(batch[1]) for batch in batches))
-        return over(objective, values, batches, **options)
+        return over(objective, values, batches, *others)
 
     def counting(*given: Any) -> Any:
         with monkeypatch.context() as patched:
@@ -300,12 +331,13 @@ def test_space_is_refused_by_its_estimate_after_compression(
 ) -> None:
     record(tmp_path / "ck")
     task, out = write_task(tmp_path / "task.py"), tmp_path / "out.lca"
+    options: dict[str, Any] = {"cluster": "inline", "keep": "parameters"}
     with pytest.raises(
         ResourceError,
         match=r"about .* after compression .*at most.*--keep "
-        r"units.*--ignore-space",
+        r"statistics or --keep units or --keep tensors.*--ignore-space",
     ) as e:
-        lca_posthoc.run(tmp_path / "ck", task, cluster="inline", out=out, losses=losses)
+        lca_posthoc.run(tmp_path / "ck", task, out=out, losses=losses, **options)
     assert not out.exists()
     about, most = (
         float(number) * {"kB": 1e3, "MB": 1e6}[unit]
@@ -315,7 +347,7 @@ def test_space_is_refused_by_its_estimate_after_compression(
     space.free = round(about * 1.01)
     notes: list[Any] = []
     run = lca_posthoc.run(
-        tmp_path / "ck", task, cluster="inline", out=out, losses=losses, progress=notes.append
+        tmp_path / "ck", task, out=out, losses=losses, progress=notes.append, **options
     )
     assert any(
         "a run that meets a full disk stops" in getattr(event, "text", "") for event in notes
@@ -326,8 +358,9 @@ def test_space_is_refused_by_its_estimate_after_compression(
 def test_a_refusal_of_space_can_be_overruled(tmp_path: Path, space: Space) -> None:
     record(tmp_path / "ck")
     task, out = write_task(tmp_path / "task.py"), tmp_path / "out.lca"
-    refused(run_lca(tmp_path / "ck", task, out), "0 B free", "--ignore-space", code=5)
-    assert run_lca(tmp_path / "ck", task, out, "--ignore-space").exit_code == 0
+    whole = ("--keep", "parameters")
+    refused(run_lca(tmp_path / "ck", task, out, *whole), "0 B free", "--ignore-space", code=5)
+    assert run_lca(tmp_path / "ck", task, out, *whole, "--ignore-space").exit_code == 0
     more = ("--loss", "validation")
     refused(run_lca(tmp_path / "ck", task, out, *more), "0 B free", "--ignore-space", code=5)
     lca_posthoc.run(

@@ -24,6 +24,7 @@ from lca_posthoc.replay.requests import (
     DescribeRequest,
     Description,
     Failure,
+    LevelMemory,
     LossCosts,
     LossDescription,
     LossesAnswer,
@@ -83,7 +84,7 @@ LOSS_SPAN = LossSpan(
     ends=[1.0, 0.5],
 )
 PROBED: dict[str, Any] = {
-    "along": {"a": None},
+    "free_memory": 2e9,
     "scale": {"a": 2.0},
     "replicates": {"a": 8},
     "measured": True,
@@ -134,9 +135,12 @@ SENT = (
         batch_sizes={"a": 32},
         identity={"a": [{"loss": 1.0, "gradient_norm": 2.0}, None]},
         calibration={"a": None, "b": 0.25},
-        block={"a": None, "b": 4},
+        levels={
+            "tensors": LevelMemory(
+                needs=1e6, block={"a": None, "b": 4}, along={"a": "b", "b": None}
+            )
+        },
         statistics=None,
-        short_of=None,
         notes=["one"],
         **PROBED,
     ),
@@ -149,7 +153,7 @@ SENT = (
         together=1.0,
         higher=0.0,
         recalibrating=0.0,
-        memory=1e9,
+        memory={"tensors": 1e9},
     ),
     LossesRequest(**OF_RUN, meetings={3: ["a"], 12: ["b"]}),
     LossesAnswer(losses={"a": 0.5}),
@@ -178,6 +182,7 @@ def test_every_request_and_answer_is_among_them() -> None:
         "StoredPoints",
         "Sample",
         "LossDescription",
+        "LevelMemory",
         "LossCosts",
         "LossSpan",
     }

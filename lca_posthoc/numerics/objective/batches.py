@@ -38,6 +38,9 @@ from .sources import (
 
 _CPU_SAVED_BYTES = 64 * 2**20
 _CUDA_SAVED_BYTES = 2 * 2**30
+# of a batch for each byte of the parameters: twice as much is counted where memory is estimated,
+# which then is what points and gradients take where sums alone are kept
+_SAVED_PER_PARAMETER = 2
 _AHEAD = 2
 _GROUPED_AT_ONCE = 1024
 _ALONE = 32
@@ -434,28 +437,32 @@ def saved_bytes(split: Split, forward: Callable[[Any], Any]) -> float:
     """Return the bytes autograd saves for one example, counted on one forward pass over two."""
     count = min(2, split.examples)
     saved: dict[int, int] = {}
+    packed: list[torch.Tensor] = []
 
-    def add_up(tensor: torch.Tensor) -> torch.Tensor:
+    def add_up(tensor: torch.Tensor) -> int:
+        # by its place in a list: a graph that held its own results would never be freed
+        packed.append(tensor)
         own = tensor if tensor._base is None else tensor._base
         # a weight, or its transpose, is saved once, whatever the batch
         if own.is_leaf and own.requires_grad:
-            return tensor
+            return len(packed) - 1
         for part in dense_parts(tensor):
             saved[part.data_ptr()] = max(
                 saved.get(part.data_ptr(), 0), part.numel() * part.element_size()
             )
-        return tensor
+        return len(packed) - 1
 
     try:
-        with torch.autograd.graph.saved_tensors_hooks(add_up, lambda tensor: tensor):
-            result = forward(split.sample(0, count))
-        del result
+        with torch.autograd.graph.saved_tensors_hooks(add_up, packed.__getitem__):
+            forward(split.sample(0, count))
     except InputError:
         # transforms of torch.func refuse to run under such hooks; what else went wrong does again
         written = _Written()
         with written:
             forward(split.sample(0, count))
         return max(1, written.bytes) / count
+    finally:
+        packed.clear()
     return max(1, sum(saved.values())) / count
 
 
@@ -491,21 +498,24 @@ def _is_dense(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided
 
 
-def automatic_batch_size(saved: float, device: torch.device) -> int:
+def automatic_batch_size(saved: float, parameters: int, device: torch.device) -> int:
     """Return a power of two chosen from shapes alone, so that the same model and data always get
     the same batches.
 
     A batch saves at most 64 MiB on a CPU (for MNIST-FC, MNIST-LeNet and ResNet-20 within 8 % of the
-    fastest that was tried) and 2 GiB on a GPU.
+    fastest that was tried) and 2 GiB on a GPU, or twice the bytes of the parameters where that is
+    more: every batch reads all of them and writes all of their gradients, which small batches of a
+    large model spend most of their time on.
 
     Args:
         saved: bytes autograd saves for one example.
+        parameters: bytes of the model's parameters.
         device: where batches are computed.
     """
     budget, most = (
         (_CUDA_SAVED_BYTES, 2**16) if device.type == "cuda" else (_CPU_SAVED_BYTES, 2**11)
     )
-    return power_of_two(min(most, budget / saved))
+    return power_of_two(min(most, max(budget, _SAVED_PER_PARAMETER * parameters) / saved))
 
 
 def power_of_two(most: float) -> int:

@@ -171,7 +171,16 @@ class Objective:
     def _automatic(self, split: Split) -> Iterator[int]:
         for name, loss in self.losses.items():
             if loss.split == split.name:
-                yield automatic_batch_size(self.saved_bytes(name), self.device)
+                yield automatic_batch_size(
+                    self.saved_bytes(name), self.parameter_bytes, self.device
+                )
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Return the bytes of the model's parameters, of which every batch reads all."""
+        return sum(
+            parameter.numel() * parameter.element_size() for parameter in self.model.parameters()
+        )
 
     def saved_bytes(self, name: str) -> float:
         """Return the bytes autograd saves of a loss for one example."""

@@ -139,7 +139,9 @@ class Recalibration:
         self.kept = [layer for layer in statistics_of(self._objective) if layer not in moved]
         if batch_size is None:
             saved = self._objective.saved_bytes(self.loss)
-            batch_size = automatic_batch_size(saved, self._objective.device)
+            batch_size = automatic_batch_size(
+                saved, self._objective.parameter_bytes, self._objective.device
+            )
         self.batch_size = min(batch_size, self.split.examples)
 
     @property

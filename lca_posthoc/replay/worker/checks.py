@@ -17,16 +17,17 @@ from ...checkpoints.leftovers import counts, left_out_note, refuted
 from ...checkpoints.trajectory import drop_options, is_statistic, read_checkpoint, read_stored
 from ...errors import InputError, SpanError, few
 from ...numerics.precisions import PRECISIONS
-from ...numerics.schema import is_share
+from ...numerics.schema import KEEP, is_share
 from ..requests import (
     DescribeRequest,
     Description,
+    LevelMemory,
     LossDescription,
     ProbeAnswer,
     ProbeRequest,
     Sample,
 )
-from .memory_estimate import block_of, short_of
+from .memory_estimate import block_of, bytes_needed, free_memory_each
 from .modes import moved_layers, notes_on_modes
 from .state import (
     StoredPoint,
@@ -110,8 +111,7 @@ def probe(request: ProbeRequest) -> ProbeAnswer:
         + _unmoved(request, objective)
         + about_modes
     )
-    block = {name: block_of(request, objective, name) for name in names}
-    objective.data.share_batches([name for name in names if block[name] is not None])
+    levels = {keep: _level_memory(request, objective, new, keep) for keep in KEEP}
     at_first: dict[str, Identity] = {}
     measured, more = _can_measure(request, objective, first, new, at_first)
     notes += more
@@ -127,17 +127,28 @@ def probe(request: ProbeRequest) -> ProbeAnswer:
         batch_sizes=batch_sizes,
         identity=identities,
         calibration={name: calibrations.get(name) for name in names},
-        block=block,
-        short_of=short_of(request, objective, new, block),
-        along={
-            name: along if along in objective.losses else None
-            for name, along in objective.data.batch_order_of.items()
-        },
+        levels=levels,
+        free_memory=free_memory_each(request.sample.workers_per_host, objective.device),
         measured=measured,
         scale=_scales(request, objective, first, new),
         replicates={name: _replicates(objective, name) for name in names},
         statistics=None if objective.recalibration is None else objective.recalibration.recorded,
         notes=notes,
+    )
+
+
+def _level_memory(
+    request: ProbeRequest, objective: Objective, new: list[str], keep: str
+) -> LevelMemory:
+    """Return the memory a replay of new losses takes at a level of `--keep`; the objective takes
+    its batches from then on in the order of that level.
+    """
+    block = {name: block_of(request, objective, name, keep) for name in objective.losses}
+    along = objective.data.share_batches([name for name in block if block[name] is not None])
+    return LevelMemory(
+        needs=bytes_needed(request, objective, new, block, keep),
+        block=block,
+        along={name: other if other in objective.losses else None for name, other in along.items()},
     )
 
 

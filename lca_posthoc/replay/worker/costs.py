@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...numerics.schema import KEEP
 from ..requests import (
     Compressions,
     CompressionsRequest,
@@ -68,7 +69,6 @@ def measure(request: CostsRequest) -> Costs:
         spared = [seconds for times in passes.values() for seconds in times[1:]]
         together += sum(losses[name].seconds for name in slowest) - sum(spared)
         higher += sum(losses[name].higher for name in slowest)
-    blocks = {name: block_of(request, objective, name) for name in losses}
     on_gpu = objective.device.type == "cuda"
     peak = (
         torch.cuda.max_memory_allocated()
@@ -81,7 +81,7 @@ def measure(request: CostsRequest) -> Costs:
         together=together,
         higher=higher,
         recalibrating=_recalibrating(objective),
-        memory=peak + bytes_needed(request, objective, list(losses), blocks),
+        memory={keep: peak + _needed(request, objective, keep) for keep in KEEP},
     )
 
 
@@ -93,6 +93,12 @@ def compressions(request: CompressionsRequest) -> Compressions:
     objective = objective_of(request.setup)
     objective.settle_batch_sizes(first_point(request.sample.points, objective), request.batch_sizes)
     return Compressions(compressed=_compressions(request, objective, request.segments_of_window))
+
+
+def _needed(request: CostsRequest, objective: Objective, keep: str) -> float:
+    """Return the bytes a replay of all losses takes at a level of `--keep`."""
+    blocks = {name: block_of(request, objective, name, keep) for name in objective.losses}
+    return bytes_needed(request, objective, list(blocks), blocks, keep)
 
 
 def _recalibrating(objective: Objective) -> float:

@@ -1,5 +1,5 @@
-"""The memory a replay takes on a worker, how many groups of a loss are taken at a time, and whether
-there is room at all.
+"""The memory a replay takes on a worker at each level of `--keep`, and how many groups of a loss are
+taken at a time.
 """
 
 from __future__ import annotations
@@ -8,16 +8,25 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from ...base import available_memory
-from ...base.text import count
-from ...errors import amount
+from ...numerics.schema import holds
 from ..requests import SampleRequest
 
 if TYPE_CHECKING:
     import torch
 
+    from ...checkpoints.trajectory import TensorSpec
     from ...numerics.objective import Objective
 
 ROOM = 0.5
+
+# --- levels of sums -------------------------------------------------------------------------------
+
+_POINTS = 4  # numbers of every parameter: the model, the start, the end and the next checkpoint
+_GRADIENTS = 1  # of the largest tensor, which are there at a time
+_SUMS = 8  # float64 numbers of every sum and group: those of two nodes, of a level, of a segment
+
+# --- levels with numbers of every parameter -------------------------------------------------------
+
 # bytes of every parameter whatever the losses: points, motion, totals to be written, what the heap
 # keeps
 _SHARED = 240
@@ -27,22 +36,19 @@ _FEW = 1000  # examples of a group below which page faults cost as much as evalu
 _HEAP_BYTES = 32 * 2**20  # larger arrays are mapped anew whenever they are made
 
 
-def block_of(request: SampleRequest[Any], objective: Objective, name: str) -> int | None:
-    """Return how many groups of a loss are taken at a time, by the memory of this worker; None
-    where all are.
+def block_of(request: SampleRequest[Any], objective: Objective, name: str, keep: str) -> int | None:
+    """Return how many groups of a loss are taken at a time at a level of `--keep`, by the memory of
+    this worker; None where all are.
     """
     from ...numerics.objective import power_of_two
 
     order, split = objective.order(name), objective.losses[name].split
     if order is None or split is None:
         return None
-    elements = sum(tensor.elements for tensor in objective.allocated)
-    fits = int(
-        ROOM
-        * free_memory_each(request.sample.workers_per_host, objective.device)
-        // (elements * _bytes_per_number(request))
-    )
-    if objective.splits[split].examples < _FEW * len(order.labels):
+    free = free_memory_each(request.sample.workers_per_host, objective.device)
+    fits = int(ROOM * free // _bytes_of_group(request, objective, keep))
+    few = objective.splits[split].examples < _FEW * len(order.labels)
+    if few and holds(keep, "statistics"):
         fits = min(
             fits, _HEAP_BYTES // (8 * max(tensor.elements for tensor in objective.allocated))
         )
@@ -63,23 +69,62 @@ def bytes_needed(
     objective: Objective,
     names: list[str],
     blocks: dict[str, int | None],
+    keep: str,
 ) -> float:
-    """Estimate how many bytes a worker takes, beside model and data, while it replays some losses.
+    """Estimate how many bytes a worker takes, beside model and data, while it replays some losses
+    at a level of `--keep`; 0 where there are none.
 
-    240 for every parameter, 18 more for every kept one and loss, `bookkeeping` of the losses that
-    go together or of the largest that goes alone, and on a CPU, where batches are ours to choose,
-    twice what autograd saves of one. Measured in docs/performance.md.
+    At levels of sums four numbers for every parameter and a gradient of the largest tensor; at the
+    others 240 bytes for every parameter and 18 more for every kept one and loss. To that come
+    `bookkeeping` of the losses that go together or of the largest that goes alone, and on a CPU,
+    where batches are ours to choose, twice what autograd saves of one. Measured in
+    docs/performance.md.
     """
-    numbers = {name: bookkeeping(request, objective, name, blocks[name]) for name in names}
+    if not names:
+        return 0.0
+    numbers = {name: bookkeeping(request, objective, name, blocks[name], keep) for name in names}
     alone = [numbers[name] for name in names if blocks[name] is not None]
     most = max([sum(numbers.values()) - sum(alone), *alone])
-    elements = sum(tensor.elements for tensor in objective.allocated)
-    return float(
-        elements * _SHARED
-        + _kept(request, objective) * _TOTALS * len(names)
-        + most
-        + _activations(request, objective, names)
+    parameters = (
+        _elements(objective.allocated) * _SHARED
+        + _elements(_kept(request, objective)) * _TOTALS * len(names)
+        if holds(keep, "statistics")
+        else _bytes_of_points(objective)
     )
+    return float(parameters + most + _activations(request, objective, names))
+
+
+def bookkeeping(
+    request: SampleRequest[Any], objective: Objective, name: str, block: int | None, keep: str
+) -> int:
+    """Return the bytes of the numbers a loss holds of every group, and of its replicates, at a
+    level of `--keep`.
+    """
+    order, hidden = objective.order(name), objective.replicates_of(name)
+    parts_order = None if hidden is None else objective.order(hidden)
+    groups = 1 if order is None else block or len(order.labels)
+    parts = 0 if parts_order is None else len(parts_order.labels)
+    if not holds(keep, "statistics"):
+        return (groups + parts) * _bytes_of_group(request, objective, keep)
+    return int(
+        (groups + parts) * _elements(objective.allocated) * 8 * _COPIES
+        + groups * _elements(_kept(request, objective)) * _stored(request, keep)
+    )
+
+
+def _bytes_of_group(request: SampleRequest[Any], objective: Objective, keep: str) -> int:
+    """Return the bytes of the numbers a loss holds of one group."""
+    if holds(keep, "statistics"):
+        return _elements(objective.allocated) * (8 * _COPIES + _stored(request, keep))
+    sums = [tensor.units if holds(keep, "units") else 1 for tensor in objective.allocated]
+    return 8 * _SUMS * sum(sums)
+
+
+def _bytes_of_points(objective: Objective) -> int:
+    """Return the bytes a replay holds of checkpoints and gradients where it keeps sums alone."""
+    largest = max((tensor.elements for tensor in objective.allocated), default=0)
+    numbers = _POINTS * _elements(objective.allocated) + _GRADIENTS * largest
+    return int(objective.dtype.itemsize * numbers)
 
 
 def _activations(request: SampleRequest[Any], objective: Objective, names: list[str]) -> float:
@@ -94,70 +139,20 @@ def _activations(request: SampleRequest[Any], objective: Objective, names: list[
     return max(saved, default=0.0)
 
 
-def _kept(request: SampleRequest[Any], objective: Objective) -> int:
-    """Count the elements of the tensors whose allocation is kept."""
+def _kept(request: SampleRequest[Any], objective: Objective) -> list[TensorSpec]:
+    """Return the tensors whose allocation is kept."""
     patterns = request.setup.settings.tensors or ["*"]
-    return sum(
-        tensor.elements
+    return [
+        tensor
         for tensor in objective.allocated
         if any(fnmatchcase(tensor.name, pattern) for pattern in patterns)
-    )
+    ]
 
 
-def short_of(
-    request: SampleRequest[Any],
-    objective: Objective,
-    names: list[str],
-    blocks: dict[str, int | None],
-) -> str | None:
-    """Say what memory a CPU lacks to replay some losses, which would otherwise end in killed
-    workers; None where there is enough.
-
-    A GPU that runs out of memory says so itself, and its batches are halved.
-    """
-    if objective.device.type == "cuda" or not names:
-        return None
-    needs, free, max_per_host = (
-        bytes_needed(request, objective, names, blocks),
-        free_memory_each(request.sample.workers_per_host, objective.device),
-        request.sample.workers_per_host,
-    )
-    if needs <= free:
-        return None
-    ways = {
-        "fewer --workers": max_per_host > 1,
-        "fewer losses at a time (--loss)": len(names) > 1,
-        "--keep units": request.setup.settings.keep == "parameters",
-    }
-    return (
-        f"a replay of {count(len(names), 'loss', 'losses')} takes about {amount(needs)} beside "
-        f"model and data, and {amount(free)} are free for each of {count(max_per_host, 'worker')} "
-        "here. Try "
-        f"{', '.join([way for way, helps in ways.items() if helps] + ['a machine with more memory'])}."
-    )
+def _elements(tensors: list[TensorSpec]) -> int:
+    return sum(tensor.elements for tensor in tensors)
 
 
-def bookkeeping(
-    request: SampleRequest[Any], objective: Objective, name: str, block: int | None
-) -> int:
-    """Return the bytes of the numbers a loss holds of every group and parameter, its replicates'
-    too.
-    """
-    order, hidden = objective.order(name), objective.replicates_of(name)
-    parts_order = None if hidden is None else objective.order(hidden)
-    groups = 1 if order is None else block or len(order.labels)
-    parts = 0 if parts_order is None else len(parts_order.labels)
-    elements = sum(tensor.elements for tensor in objective.allocated)
-    return int(
-        (groups + parts) * elements * 8 * _COPIES
-        + groups * _kept(request, objective) * _stored(request)
-    )
-
-
-def _stored(request: SampleRequest[Any]) -> int:
+def _stored(request: SampleRequest[Any], keep: str) -> int:
     """Return the bytes of one parameter's allocation on the segments of a span."""
-    return 4 * request.sample.span_length if request.setup.settings.keep == "parameters" else 0
-
-
-def _bytes_per_number(request: SampleRequest[Any]) -> int:
-    return 8 * _COPIES + _stored(request)
+    return 4 * request.sample.span_length if holds(keep, "parameters") else 0
