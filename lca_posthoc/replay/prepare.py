@@ -222,13 +222,21 @@ def prepare(
         workers=sample.workers_per_host,
         losses=len(described.losses.keys() - recorded.keys()),
     )
+    return _laid_out(setup, sample, draft, memory)
+
+
+def _laid_out(
+    setup: TaskSetup, sample: Sample, draft: Draft, memory: MemoryOfLevels
+) -> Preparation:
+    """Lay out a probed run at its level of `--keep`."""
+    existing = draft.destination.existing
     keep, about_keep = _level(draft, memory)
     manifest = draft.at(keep)
     notes = [
-        *probed.notes,
+        *draft.probed.notes,
         *about_keep,
-        *_about(matched, manifest, recorded),
-        *_idle(existing or manifest, workers),
+        *_about(draft.matched, manifest, existing.losses if existing else {}),
+        *_idle(existing or manifest, draft.workers),
     ]
     return Preparation(
         setup=setup,
