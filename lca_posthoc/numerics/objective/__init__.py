@@ -24,6 +24,7 @@ from .probe import (
     drop_weightless_replicates,
     hidden_from_autograd,
     identify,
+    loss_of_sample,
     weights_of_sample,
 )
 from .recalibration import in_both_modes, statistics_of
@@ -55,6 +56,7 @@ __all__ = [
     "identify",
     "in_both_modes",
     "is_out_of_memory",
+    "loss_of_sample",
     "new_model",
     "power_of_two",
     "replicates_of",

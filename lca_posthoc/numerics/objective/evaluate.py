@@ -399,7 +399,9 @@ class Objective:
         """Tell whether values agree within ten times what two precisions may differ by on a larger
         sample: single values may be small.
         """
-        few_examples = min(32, self.batch_sizes.get(self.losses[name].on, 2))
+        # half a batch, which takes as much memory in a precision of twice the bytes
+        batch_size = self.batch_sizes.get(self.losses[name].on, 2)
+        few_examples = min(32, max(min(2, batch_size), batch_size // 2))
         pair = []
         for objective in (self, other):
             batch = objective._first(name, few_examples)

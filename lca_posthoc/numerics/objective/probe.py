@@ -110,6 +110,20 @@ def identify(objective: Objective, name: str) -> Identity:
         return Identity(*_norm_over(objective, name, *sample_of(objective, name)))
 
 
+def loss_of_sample(objective: Objective, name: str) -> float:
+    """Return a loss on the sample `identify` takes, at the point the objective holds; in halves,
+    where the loss does not depend on how it is cut: they take half the memory.
+    """
+    split = objective.losses[name].split
+    if split is None or objective.norm_stats == "batch":
+        return _loss_over(objective, name, *sample_of(objective, name))
+    start = _start(objective, name)
+    stop = min(start + _count(objective, split), objective.splits[split].examples)
+    cut = min(start + _cut(stop - start), stop)
+    cuts = [range(start, cut), *([range(cut, stop)] if cut < stop else [])]
+    return _loss_over(objective, name, *objective.splits[split].samples(cuts))
+
+
 def _norm_over(objective: Objective, name: str, batch: object) -> tuple[float, float]:
     """Return a loss on one batch and the Euclidean norm of its gradient, which is not held."""
     gradients = SquaredNorms(objective.tensors.differentiable)

@@ -426,7 +426,7 @@ def _can_measure(
 
     What identifies losses at the first checkpoint is added to `at_first`.
     """
-    from ...numerics.objective import identify
+    from ...numerics.objective import identify, loss_of_sample
 
     precision = request.setup.settings.precision
     finer = PRECISIONS[precision].reference
@@ -437,7 +437,7 @@ def _can_measure(
         reference.place(first)
         for name in names:
             at_first[name] = identify(objective, name)
-            narrow, wide = at_first[name].loss, identify(reference, name).loss
+            narrow, wide = at_first[name].loss, loss_of_sample(reference, name)
             if not abs(narrow - wide) <= PRECISIONS[objective.precision_of(name)].same_loss * max(
                 abs(narrow), abs(wide), 1e-12
             ):
