@@ -1,5 +1,8 @@
 """Open a run as labelled arrays. Only committed spans are shown, and every byte is checked as it is
 read.
+
+xarray, which takes 80 MB with what it imports, is imported where something is read: a worker that
+only writes does without.
 """
 
 from __future__ import annotations
@@ -7,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
-import xarray as xr
 
 from ..base.text import count
 from ..errors import LCAError
@@ -21,8 +23,10 @@ from .html import results_html, run_html
 from .lock import is_held
 from .manifest import LossRecord, Manifest
 from .runfile import read_manifest
-from .totals import joined_totals
 from .underway import underway
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 _SHOWN = 20  # losses in a repr
 # the level of `--keep` from which on a part of the results is kept
@@ -202,6 +206,8 @@ class LossResults:
             )
 
     def _open(self, part: str) -> xr.Dataset:
+        import xarray as xr
+
         self.require(_LEVELS.get(part, "tensors"), part)
         store = CheckedStore(self.path, self.manifest, self.name, (part,))
         data: xr.Dataset = xr.open_zarr(store, group=part, consolidated=False, chunks=None)
@@ -282,6 +288,10 @@ class LossResults:
         Raises:
             LCAError: where the run is not complete, or keeps no totals.
         """
+        import xarray as xr
+
+        from .totals import joined_totals
+
         self.require("statistics", "totals over time")
         if not self.complete:
             raise LCAError(
