@@ -172,13 +172,8 @@ class SumsAlong(_Backward):
         }
 
     def _taken(self, name: str, gradient: Tensor) -> Tensor:
-        axis = self._along.axes[name]
-        return torch.stack(
-            [
-                unit_sums(gradient, motion.start[name], motion.end[name], axis)
-                for motion in self._along.motions
-            ]
-        )
+        ends = [(motion.start[name], motion.end[name]) for motion in self._along.motions]
+        return unit_sums(gradient, ends, self._along.axes[name])
 
 
 def units_of(tensor: Tensor, axis: int | None) -> int:
@@ -187,33 +182,44 @@ def units_of(tensor: Tensor, axis: int | None) -> int:
 
 
 @torch.no_grad()
-def unit_sums(gradient: Tensor, start: Tensor, end: Tensor, axis: int | None) -> Tensor:
-    """Return Σ gradient · (end − start) over each unit, (units,) float64.
+def unit_sums(gradient: Tensor, ends: Sequence[tuple[Tensor, Tensor]], axis: int | None) -> Tensor:
+    """Return Σ gradient · (end − start) over each unit, (directions, units) float64.
 
     Differences and products are of the gradient's type (of two numbers within a factor of two the
-    difference is exact), sums are float64.
+    difference is exact), sums are float64. Piece by piece, so that what directions have in common
+    is read once.
 
     Args:
         gradient: of any shape.
-        start: of the same.
-        end: of the same.
+        ends: start and end of each direction, of the same shape.
         axis: of the units; None where all is one.
     """
     units = units_of(gradient, axis)
-    total = torch.zeros(units, dtype=torch.float64, device=gradient.device)
-    if not axis:  # each unit is a row
-        views = [tensor.reshape(units, -1) for tensor in (gradient, start, end)]
-        for rows, columns in blocks(*views[0].shape):
-            pieces = [view[rows, columns] for view in views]
-            total[rows] += _product(*pieces).sum(1, dtype=torch.float64)
-        return total
-    before = math.prod(gradient.shape[:axis])
-    views = [tensor.reshape(before, units, -1) for tensor in (gradient, start, end)]
-    many = max(1, _BLOCK // (units * views[0].shape[2]))
-    for first in range(0, before, many):
-        pieces = [view[first : first + many] for view in views]
-        total += _product(*pieces).sum((0, 2), dtype=torch.float64)
+    before = 1 if axis is None else math.prod(gradient.shape[:axis])
+    total = torch.zeros((len(ends), units), dtype=torch.float64, device=gradient.device)
+    # (before, units, after), but each unit a row where they come first
+    shape = (before, units, -1) if axis else (units, -1)
+    views = [
+        tuple(tensor.reshape(shape) for tensor in (gradient, start, end)) for start, end in ends
+    ]
+    for place in _pieces(views[0][0]):
+        for row, tensors in zip(total, views, strict=True):
+            product = _product(*(tensor[place] for tensor in tensors))
+            if axis:
+                row += product.sum((0, 2), dtype=torch.float64)
+            else:
+                row[place[0]] += product.sum(1, dtype=torch.float64)
     return total
+
+
+def _pieces(view: Tensor) -> Iterator[tuple[slice, ...]]:
+    """Cut an array of rows, or of rows of units, into pieces small enough to stay in the cache."""
+    if view.dim() == 2:
+        yield from blocks(*view.shape)
+        return
+    many = max(1, _BLOCK // max(1, view.shape[1] * view.shape[2]))
+    for first in range(0, view.shape[0], many):
+        yield (slice(first, first + many),)
 
 
 def _product(gradient: Tensor, start: Tensor, end: Tensor) -> Tensor:

@@ -77,6 +77,8 @@ class Objective:
         self.evaluations = dict.fromkeys([*self.losses, *data.replicated], 0)
         self.forward_passes = dict(self.evaluations)
         self._autocast_of: dict[str, str | None] = {}
+        # by precision, whether a copy of the model gives the losses of this one
+        self._copies_agree: dict[str, bool] = {}
 
     # --- what it is made of -----------------------------------------------------------------------
 
@@ -369,11 +371,14 @@ class Objective:
         """Return the same task in another precision, with batches of the same size and the tensors
         that checkpoints do not hold.
         """
-        copied_model = copy_in(self.model, self.device, dtype_of(precision))
-        if copied_model is not None:
-            other = self._beside(precision, copied_model)
-            if self._agrees(other):
-                return other
+        if self._copies_agree.get(precision, True):
+            copied_model = copy_in(self.model, self.device, dtype_of(precision))
+            if copied_model is not None:
+                other = self._beside(precision, copied_model)
+                if precision not in self._copies_agree:
+                    self._copies_agree[precision] = self._agrees(other)
+                if self._copies_agree[precision]:
+                    return other
         return self._beside(precision, None)
 
     def _beside(self, precision: str, model: nn.Module | None) -> Objective:

@@ -1,5 +1,5 @@
-"""Measure what a precision rounds: gradients along the motion on a sample of the examples, compared
-with those one precision higher.
+"""Measure what a precision rounds: gradients along the motion at the start of a segment, on a sample
+of the examples, compared with those one precision higher.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...errors import InputError
 from .directions import Along, Gradients, Motion, SumsAlong, WholeGradients, blocks
@@ -36,35 +35,32 @@ def rounding_errors(
     objective: Objective,
     losses: Iterable[str],
     motion: Motion,
-    point: Mapping[str, Tensor],
     axes: Mapping[str, int | None] | None,
     *,
     every: bool,
 ) -> dict[str, tuple[float, float]]:
-    """Return Σ|A − A*| and Σ|A*| of losses, where A is the motion times the gradient at a point,
+    """Return Σ|A − A*| and Σ|A*| of losses, where A is the motion times the gradient at its start,
     on a sample of the examples, and A* the same one precision higher.
 
     Args:
         objective: evaluates losses; its reference is one precision higher.
         losses: names.
         motion: the direction.
-        point: where gradients are taken.
         axes: of the units where A is summed over units, by tensor; None: every parameter's.
         every: take all examples instead of a sample.
     """
     errors = {}
     for name in losses:
-        ours = _at(objective, name, motion, point, axes, every)
-        exact = _at(objective.reference, name, motion, point, axes, every)
+        ours = _at_start(objective, name, motion, axes, every)
+        exact = _at_start(objective.reference, name, motion, axes, every)
         errors[name] = _apart(ours, exact, motion, axes)
     return errors
 
 
-def _at(
+def _at_start(
     objective: Objective,
     name: str,
     motion: Motion,
-    point: Mapping[str, Tensor],
     axes: Mapping[str, int | None] | None,
     every: bool,
 ) -> Evaluation:
@@ -72,7 +68,7 @@ def _at(
     gradients: Gradients = (
         WholeGradients(tensors) if axes is None else SumsAlong(tensors, Along(axes, [motion]))
     )
-    objective.place(point)
+    objective.place(motion.start)
     values = partial(objective.values, name)
     return objective.evaluate_on_batches(values, _batches(objective, name, every), gradients)
 
@@ -103,6 +99,7 @@ def _batches(objective: Objective, name: str, every: bool) -> Iterator[Any]:
         yield from sample_of(objective, name)
 
 
+@torch.no_grad()
 def _apart(
     ours: Evaluation, exact: Evaluation, motion: Motion, axes: Mapping[str, int | None] | None
 ) -> tuple[float, float]:

@@ -354,21 +354,19 @@ class _SpanReplay:
         """Measure what the precision rounds on the segments of the span that are chosen for it;
         return Σ|A − A*| and Σ|A*| of each loss, (segments, 2), zeros on the others.
         """
-        from ...numerics.allocation import Between
         from ...numerics.objective import Motion, rounding_errors
 
         errors = {name: np.zeros((self.length, 2)) for name in self.records}
         names = [name for name, record in self.records.items() if record.measured]
         for row in self._measured_rows() if names else ():
-            start, end = (
-                point_read_twice(self.request.points, index, self.objective)
-                for index in (row, row + 1)
-            )
+            self.objective.place(point_read_twice(self.request.points, row, self.objective))
+            # the start is what the model holds: with its copy in a higher precision and the end,
+            # that is all the memory that is taken
+            end = point_at(self.request.points, row + 1, self.objective)
             for name, error in rounding_errors(
                 self.objective,
                 names,
-                Motion(start, end),
-                Between(start, end, 0.5),
+                Motion(self.objective.point, end),
                 self.axes,
                 every=self.request.setup.settings.precision_check == "full",
             ).items():
