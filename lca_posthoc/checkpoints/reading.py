@@ -76,4 +76,7 @@ def _read(file: BinaryIO, header: TensorHeader, place: range) -> Tensor:
     data = np.fromfile(file, "uint8", len(place))
     if len(data) < len(place):
         raise OSError(f"it ends {len(place) - len(data):,} bytes early")
-    return torch.from_numpy(data).view(_DTYPES[header.dtype]).reshape(header.shape)
+    dtype = _DTYPES[header.dtype]
+    if not len(data):  # whose bytes cannot be taken as numbers of another size
+        return torch.empty(header.shape, dtype=dtype)
+    return torch.from_numpy(data).view(dtype).reshape(header.shape)

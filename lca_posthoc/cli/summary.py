@@ -405,8 +405,11 @@ def _error(figures: Summary) -> str:
     reference = PRECISIONS[figures["precision"]].reference
     if figures["precision_error"] is None or reference is None:
         return ""
+    examples, of_examples = figures["precision_examples"], ""
+    if examples:
+        of_examples = f", on {count(examples, 'example')} of {figures['examples']:,}"
     return (
         f", measured error of {figures['precision']} allocations against {reference.precision} "
         f"ones {figures['precision_error']:.1e} of their size (Σ|A − A*| / Σ|A*| on "
-        f"{count(figures['precision_segments'], 'segment')})"
+        f"{count(figures['precision_segments'], 'segment')}{of_examples})"
     )

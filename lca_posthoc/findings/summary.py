@@ -56,6 +56,7 @@ class Figures(TypedDict, Generic[F]):
     precision: str
     precision_error: float | None
     precision_segments: int
+    precision_examples: int
     groups: list[int] | list[str] | None
     group_examples: list[int] | None
     group_weights: list[float] | None
@@ -86,7 +87,9 @@ def summary(results: LossResults) -> Summary:
     hurting + zero = 1`, counted over parameters × segments, buffers not counted; a run made with
     `--keep tensors` or `units` counts none, and these keys, also those of tensors and modules, are
     left out. For a loss with groups, figures are lists over the groups. `precision_error` is the
-    measured Σ|A − A*| / Σ|A*| on up to three segments that move, A* one precision higher;
+    measured Σ|A − A*| / Σ|A*| on up to three segments that move, of the gradient in their middle,
+    A* one precision higher, on at most `precision_examples` examples (0: on none, or of a loss
+    without a split);
     `standard_error` of a tensor's allocation is that of drawing a random subset, both null where
     there is none.
 
@@ -141,6 +144,7 @@ def summary(results: LossResults) -> Summary:
         "precision": results.precision,
         "precision_error": float(measured.mean()) if len(measured) else None,
         "precision_segments": len(measured),
+        "precision_examples": results.precision_examples if len(measured) else 0,
         "groups": record.groups,
         "group_examples": record.counts,
         "group_weights": None if record.groups is None else _plain(steps["weight"][0].values),

@@ -43,6 +43,8 @@ TENSOR_FIELDS = {
 OF_MOTION = ("motion",)  # the same for every group
 MAGNITUDES = 510  # two bins an octave over all finite float32
 BINS = 2 * MAGNITUDES
+# examples on which the error of a precision is measured: a 64th of all, at most 256
+_SHARE_SAMPLED, _MOST_SAMPLED = 64, 256
 
 SIGNED = ("weight", "gradient", "allocation")
 TOTALS = ("allocated", "helping", "hurting", *(f"{signal}_turns" for signal in SIGNED))
@@ -66,6 +68,16 @@ def tensor_fields(keep: str) -> dict[str, str]:
     name.
     """
     return {name: dtype for name, (dtype, level) in TENSOR_FIELDS.items() if holds(keep, level)}
+
+
+def sampled_examples(examples: int) -> int:
+    """Return on how many examples of a split, at most, the error of a precision is measured: few
+    enough that it takes less than a hundredth of a run of nine segments.
+
+    >>> [sampled_examples(examples) for examples in (50, 640, 60_000)]
+    [1, 10, 256]
+    """
+    return min(_MOST_SAMPLED, max(1, examples // _SHARE_SAMPLED))
 
 
 def is_share(tolerance: float | str) -> bool:

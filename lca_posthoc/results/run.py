@@ -16,7 +16,7 @@ import numpy as np
 
 from ..base.text import count
 from ..errors import LCAError
-from ..numerics.schema import TOTALS, holds
+from ..numerics.schema import TOTALS, holds, sampled_examples
 from .chunks import CheckedStore
 from .commits import Commits, Marker
 from .html import results_html, run_html
@@ -124,6 +124,20 @@ class LossResults:
     def precision(self) -> str:
         """The precision the gradients were computed in."""
         return self.manifest.settings["precision"]
+
+    @property
+    def precision_examples(self) -> int:
+        """On how many examples, at most, the error of the precision is measured; 0 for a term of
+        the parameters.
+        """
+        settings, record = self.manifest.settings, self.record
+        if record.on is None:
+            return 0
+        if settings["precision_check"] == "full":
+            return record.examples
+        if settings.get("norm_stats") == "batch":
+            return min(record.batch_size, record.examples)
+        return sampled_examples(record.examples)
 
     @property
     def norm_stats(self) -> str | None:

@@ -291,6 +291,8 @@ def test_a_loss_in_dollars_has_no_sixteen_digits(capsys: pytest.CaptureFixture[s
         "precision": "float32",
         "precision_error": 4.2e-3,
         "precision_segments": 1,
+        "precision_examples": 10,
+        "examples": 640,
         "norm_stats": None,
         "groups": None,
         "modules": [
@@ -308,7 +310,7 @@ def test_a_loss_in_dollars_has_no_sixteen_digits(capsys: pytest.CaptureFixture[s
         "-2.500000e-01",
         "1 segment,",
         "1 segment above the tolerance",
-        "on 1 segment)",
+        "on 1 segment, on 10 examples of 640)",
     )
     says(text, "measured error of float32 allocations against float64 ones 4.2e-03 of their size")
     assert re.search(r"\d{8}", text) is None

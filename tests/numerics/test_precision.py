@@ -1,5 +1,5 @@
-"""The error of a precision is measured, on a few segments, against the same computation one
-precision higher.
+"""The error of a precision is measured at the middle of a few segments, on a sample of the examples,
+against the same computation one precision higher.
 """
 
 from __future__ import annotations
@@ -7,8 +7,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ from torch import Tensor, nn
 from lca_posthoc import Loss, Recorder, Run, Task, run
 from lca_posthoc.errors import InputError
 from lca_posthoc.findings import summary
+from lca_posthoc.numerics.schema import KEEP
 from lca_posthoc.replay.events import Note
 from lca_posthoc.replay.worker import spans
 
 from ..helpers.cli import contents, lca, says, write_step
 from ..helpers.model_cases import CASES, Batch, Case, classes
-from ..helpers.oracle import Oracle, simpson
+from ..helpers.oracle import RULES, Oracle
 from ..helpers.replayed_cases import arrays
 
 SEGMENTS, MEASURED = 10, [0, 8]
@@ -61,6 +63,20 @@ SEVERAL = {
 VALUES = {"plain": classes, "squares": square_values, "grouped": classes}
 
 
+def many(name: str, examples: int) -> Case:
+    """A case with as many examples, noisy copies of its own."""
+    inputs, targets = CASES[name].data()["train"]
+    chosen = torch.arange(examples) % len(inputs)
+    noise = torch.randn((examples, *inputs.shape[1:]), generator=torch.Generator().manual_seed(6))
+    data = {"train": (inputs[chosen] + noise / 2, targets[chosen])}
+    return replace(CASES[name], data=lambda: data, batch_size=64)
+
+
+# the examples that are sampled, from the first to the last
+EXAMPLES, SAMPLE = 321, torch.tensor([0, 80, 160, 240, 320])
+CASE_OF = {**CASES, "many_mlp": many("smooth_mlp", EXAMPLES), "many_bn": many("conv_bn", EXAMPLES)}
+
+
 class Place:
     """Iterates of cases, and runs over them."""
 
@@ -69,29 +85,28 @@ class Place:
         self.iterates, self.replay = cache(self.iterates), cache(self.replay)
 
     def iterates(self, name: str) -> Path:
-        return CASES[name].record(self.root / name, steps=SEGMENTS)
+        return CASE_OF[name].record(self.root / name, steps=SEGMENTS)
 
     def new(self) -> Path:
         return self.root / f"run{len(list(self.root.iterdir()))}"
 
     def replay(self, name: str, **settings: Any) -> Run:
         """The losses of `SEVERAL` on a case's model and data."""
-        return replayed(self.iterates(name), CASES[name], self.new(), SEVERAL, **settings)
+        return replayed(self.iterates(name), CASE_OF[name], self.new(), SEVERAL, **settings)
 
-    def truth(self, name: str, loss: str, at: int) -> list[dict[str, np.ndarray]]:
-        """The oracle's allocation of one segment, for each group."""
-        case, checkpoints = CASES[name], sorted(self.iterates(name).glob("*.safetensors"))
+    def truth(
+        self, name: str, loss: str, at: int, positions: Tensor | None
+    ) -> dict[str, np.ndarray]:
+        """The oracle's motion of one segment times the gradient in its middle, over some examples
+        of the case, or all.
+        """
+        case, checkpoints = CASE_OF[name], sorted(self.iterates(name).glob("*.safetensors"))
         data = case.data()["train"]
-        labels = data[1].unique().tolist() if loss == "grouped" else [None]
-        found = []
-        for label in labels:
-            mine = slice(None) if label is None else data[1] == label
-            judge = Oracle(case.build, tuple(each[mine] for each in data), VALUES[loss])
-            truth = judge.allocate(
-                [load_file(path) for path in checkpoints[at : at + 2]], *simpson(2)
-            )
-            found.append({tensor: each.numpy() for tensor, each in truth.allocation[0].items()})
-        return found
+        mine = data if positions is None else tuple(part[positions] for part in data)
+        truth = Oracle(case.build, mine, VALUES[loss]).allocate(
+            [load_file(path) for path in checkpoints[at : at + 2]], *RULES["midpoint"]
+        )
+        return {tensor: values.numpy() for tensor, values in truth.allocation[0].items()}
 
 
 def replayed(
@@ -133,28 +148,43 @@ def test_the_error_is_measured_on_the_segments_that_are_sampled(
         assert np.isfinite(error[MEASURED]).all()
 
 
-BFLOAT16 = [(name, loss) for name in ("smooth_mlp", "conv_bn") for loss in SEVERAL]
+MANY = [(name, loss) for name in ("many_mlp", "many_bn") for loss in SEVERAL]
+SAMPLED = ",".join(map(str, SAMPLE.tolist()))
 
 
-@pytest.mark.parametrize(("name", "loss"), BFLOAT16)
-def test_the_error_of_bfloat16_is_the_one_against_float64(
-    place: Place, name: str, loss: str
+def over_units(values: np.ndarray, axis: int | None, keep: str) -> np.ndarray:
+    """The sums a level of `--keep` holds of a tensor's allocation."""
+    if keep == "tensors" or axis is None:
+        return values.sum()
+    others = tuple(dim for dim in range(values.ndim) if dim != axis)
+    return values.sum(others) if keep == "units" else values
+
+
+@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize("check", ["sample", "full"])
+@pytest.mark.parametrize(("name", "loss"), MANY)
+def test_the_error_of_bfloat16_is_that_of_the_gradient_in_the_middle_against_float64(
+    place: Place, name: str, loss: str, check: str, keep: str
 ) -> None:
-    """Of plain, several and grouped losses in one run; of a grouped loss, over all groups
-    together.
+    """Of plain, several and grouped losses in one run, over exactly the examples that are sampled,
+    or over all; A is what the midpoint rule allocates in bfloat16 on these examples.
     """
-    results = place.replay(name, precision="bfloat16")[loss]
-    # Simpson's rule, as the oracle's
-    assert results.steps["evaluations"].values[MEASURED].tolist() == [2, 2]
-    for at in MEASURED:
-        apart = scale = 0.0
-        for group, wanted in enumerate(place.truth(name, loss, at)):
-            for tensor, stored in arrays(results.allocation).items():
-                mine = stored[at, group] if loss == "grouped" else stored[at]
-                apart += np.abs(mine.astype(np.float64) - wanted[tensor]).sum()
-                scale += np.abs(wanted[tensor]).sum()
-        assert apart / scale > 1e-4  # it is bfloat16's, not float32's
-        assert 1 / 1.5 <= results.steps["precision_error"].values[at] / (apart / scale) <= 1.5
+    positions, subset = (SAMPLE, (SAMPLED,)) if check == "sample" else (None, ())
+    settings = {"precision": "bfloat16", "rule": "midpoint", "steps": "0:1"}
+    alike = "plain" if loss == "grouped" else loss
+    ours = place.replay(name, losses=(alike,), subset=subset, keep="parameters", **settings)[alike]
+    error = error_of(place.replay(name, precision_check=check, keep=keep, **settings), loss)
+    axes = {tensor.spec.name: tensor.spec.unit_axis for tensor in ours.manifest.tensors}
+    wanted, apart, scale = place.truth(name, loss, 0, positions), 0.0, 0.0
+    for tensor, stored in arrays(ours.allocation).items():
+        mine, right = (
+            over_units(values, axes[tensor], keep)
+            for values in (stored[0].astype(np.float64), wanted[tensor])
+        )
+        apart += np.abs(mine - right).sum()
+        scale += np.abs(right).sum()
+    assert apart / scale > 1e-4  # it is bfloat16's, not float32's
+    assert error[0] == pytest.approx(apart / scale, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["smooth_mlp", "conv_bn"])
@@ -189,23 +219,110 @@ def test_the_command_line_shows_the_measured_error(place: Place, precision: str)
         shown,
         f"measured error of {precision} allocations against {higher} ones "
         f"{error_of(found)[MEASURED].mean():.1e} of their size",
-        "on 2 segments",
+        "on 2 segments, on 1 example of 50)",
     )
 
 
-def test_an_error_is_that_of_the_rule_and_the_level_that_were_used(place: Place) -> None:
-    """Refined segments are compared with refined ones: another rule would differ by far more than
-    rounding.
+@pytest.mark.parametrize(
+    ("name", "settings", "examples"),
+    [
+        ("many_mlp", {}, 5),
+        ("many_mlp", {"precision_check": "full"}, EXAMPLES),
+        ("many_mlp", {"subset": ("0:130",)}, 2),
+        ("many_bn", {"norm_stats": "batch"}, 64),
+        ("many_bn", {"norm_stats": "batch", "precision_check": "full"}, EXAMPLES),
+    ],
+    ids=str,
+)
+def test_a_measured_error_says_on_how_many_examples(
+    place: Place, name: str, settings: dict[str, Any], examples: int
+) -> None:
+    figures = summary(place.replay(name, losses=("plain",), steps="0:1", **settings)["plain"])
+    assert (figures["precision_examples"], figures["precision_segments"]) == (examples, 1)
+    beside = extra_of_the_check(place, name, 1, **settings)
+    assert beside.backward["float64"] == beside.backward["float32"] == examples
+
+
+@dataclass
+class Counts:
+    """Examples a loss was called with, and those whose gradient was computed, by the type of the
+    model's outputs.
     """
-    for settings in ({"tolerance": 1e-9}, {"rule": "left"}):
-        found = place.replay("smooth_mlp", losses=("plain",), **settings)
-        assert ((error_of(found)[MEASURED] > 0) & (error_of(found)[MEASURED] <= 1e-5)).all()
-    assert (
-        place.replay("smooth_mlp", losses=("plain",), tolerance=1e-9)["plain"]
-        .steps["level"]
-        .values[0]
-        > 1
-    )
+
+    forward: Counter[str] = field(default_factory=Counter)
+    backward: Counter[str] = field(default_factory=Counter)
+
+    def less(self, other: Counts) -> Counts:
+        """Return what is more here than there."""
+        own, others = (self.forward, self.backward), (other.forward, other.backward)
+        for counter, counted_there in zip(own, others, strict=True):
+            counter.subtract(counted_there)
+        return self
+
+    def cost(self) -> int:
+        """Return examples × bytes of the precision; a backward pass counts as two forward ones."""
+        wide = {"float32": 4, "float64": 8}
+        return sum((self.forward[kind] + 2 * self.backward[kind]) * wide[kind] for kind in wide)
+
+
+COUNTS = [Counts()]  # of the run at hand: a task and its losses are copied
+
+
+def counted(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Return the cross entropy, and count."""
+    kind, counts = str(outputs.dtype).removeprefix("torch."), COUNTS[0]
+    counts.forward[kind] += len(targets)
+    if outputs.requires_grad:
+        outputs.register_hook(lambda _: counts.backward.update({kind: len(targets)}))
+    return F.cross_entropy(outputs, targets, reduction=reduction)
+
+
+def counts_of(
+    place: Place, name: str, segments: int, measured: set[int], **settings: Any
+) -> Counts:
+    """Return what a run of as many segments computes of a loss, of which some are measured."""
+    COUNTS[0] = Counts()
+    with mock.patch.object(spans, "SAMPLED", measured):
+        replayed(
+            place.iterates(name),
+            CASE_OF[name],
+            place.new(),
+            {"plain": Loss(counted)},
+            **{"steps": f"0:{segments}", "tolerance": math.inf, **settings},
+        )
+    return COUNTS[0]
+
+
+def extra_of_the_check(place: Place, name: str, segments: int, **settings: Any) -> Counts:
+    """Return what a run computes more where it measures the error of its precision."""
+    plain = counts_of(place, name, segments, set(), **settings)
+    return counts_of(place, name, segments, {0}, **settings).less(plain)
+
+
+@pytest.mark.parametrize("keep", ["units", "parameters"])
+@pytest.mark.parametrize("rule", ["simpson", "trapezoid"])
+def test_the_check_costs_at_most_one_evaluation_and_a_hundredth_of_nine_segments(
+    place: Place, rule: str, keep: str
+) -> None:
+    """Counted in examples × bytes of the precision, on a split of a few hundred examples."""
+    evaluation = 3 * 4 * EXAMPLES  # forward and backward in float32
+    settings = {"rule": rule, "keep": keep}
+    extra = extra_of_the_check(place, "many_mlp", 1, **settings)
+    assert 0 < extra.cost() <= evaluation
+    extra = extra_of_the_check(place, "many_mlp", 9, **settings)
+    whole = {"simpson": 19, "trapezoid": 10}[rule] * evaluation
+    assert 0 < extra.cost() <= whole / 100
+
+
+@pytest.mark.parametrize("settings", [{"tolerance": 1e-9}, {"rule": "left"}, {"span": 1}], ids=str)
+def test_an_error_does_not_depend_on_the_rule_or_the_level(
+    place: Place, settings: dict[str, Any]
+) -> None:
+    once = place.replay("smooth_mlp", losses=("plain",))
+    other = place.replay("smooth_mlp", losses=("plain",), **settings)
+    assert error_of(other).tobytes() == error_of(once).tobytes()
+    levels = other["plain"].steps["level"].values
+    assert (levels[0] > 1) == ("tolerance" in settings)
 
 
 def test_the_error_is_measured_with_the_same_normalisation(place: Place) -> None:
@@ -328,9 +445,10 @@ def test_measuring_changes_no_other_byte(
         assert taken[0] == taken[1]
 
 
+@pytest.mark.parametrize("keep", KEEP)
 @pytest.mark.parametrize("first", [5, 9])
 def test_a_run_that_grew_has_the_errors_of_one_run(
-    place: Place, tmp_path: Path, first: int
+    place: Place, tmp_path: Path, first: int, keep: str
 ) -> None:
     whole = place.iterates("smooth_mlp")
     growing = tmp_path / "growing"
@@ -338,12 +456,12 @@ def test_a_run_that_grew_has_the_errors_of_one_run(
     later = [growing / f"step_{step:08d}.safetensors" for step in range(first + 1, SEGMENTS + 1)]
     for path in later:
         path.unlink()
-    settings = {"precision": "bfloat16", "keep": "tensors"}
+    settings = {"precision": "bfloat16", "keep": keep}
     replayed(growing, CASES["smooth_mlp"], tmp_path / "run", SEVERAL, **settings)
     for path in later:
         shutil.copy(whole / path.name, path)
     grown = replayed(growing, CASES["smooth_mlp"], tmp_path / "run", SEVERAL, **settings)
-    once = place.replay("smooth_mlp", precision="bfloat16")
+    once = place.replay("smooth_mlp", **settings)
     for loss in SEVERAL:
         assert grown[loss].complete
         assert error_of(grown, loss).tobytes() == error_of(once, loss).tobytes()
@@ -354,7 +472,7 @@ def test_a_loss_added_later_has_the_errors_it_has_in_one_run(place: Place, tmp_p
     iterates, case = place.iterates("smooth_mlp"), CASES["smooth_mlp"]
     replayed(iterates, case, tmp_path / "run", SEVERAL, losses=["squares"], **settings)
     later = replayed(iterates, case, tmp_path / "run", SEVERAL, losses=["grouped"], **settings)
-    once = place.replay("smooth_mlp", precision="bfloat16")
+    once = place.replay("smooth_mlp", **settings)
     assert error_of(later, "grouped").tobytes() == error_of(once, "grouped").tobytes()
 
 

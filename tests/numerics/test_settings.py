@@ -47,6 +47,7 @@ ASKED: dict[str, list[tuple[Any, Any]]] = {
     "batch_size": [(7, 7), (8, 8)],
     "device": [("cpu", "cpu"), ("cuda", "cuda")],
     "precision": [("float64", "float64"), ("tf32", "tf32")],
+    "precision_check": [("full", "full"), ("sample", "sample")],
     "norm_stats": [("batch", "batch"), ("recalibrated", "recalibrated")],
     "tensors": [(("fc1.*", "b"), ["fc1.*", "b"]), (["c"], ["c"])],
     "subset": [(("train=0:9",), ["train=0:9"]), (["0.5@1"], ["0.5@1"])],

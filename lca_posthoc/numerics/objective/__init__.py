@@ -28,7 +28,7 @@ from .probe import (
     weights_of_sample,
 )
 from .recalibration import in_both_modes, statistics_of
-from .rounding import rounding_errors, sampled_examples
+from .rounding import rounding_errors
 from .settings import ObjectiveSettings
 from .sums import Evaluation, Numbers
 from .tensors import tensor_table
@@ -61,7 +61,6 @@ __all__ = [
     "power_of_two",
     "replicates_of",
     "rounding_errors",
-    "sampled_examples",
     "statistics_of",
     "tensor_table",
     "units_of",

@@ -197,6 +197,8 @@ def unit_sums(gradient: Tensor, ends: Sequence[tuple[Tensor, Tensor]], axis: int
     units = units_of(gradient, axis)
     before = 1 if axis is None else math.prod(gradient.shape[:axis])
     total = torch.zeros((len(ends), units), dtype=torch.float64, device=gradient.device)
+    if not gradient.numel():
+        return total
     # (before, units, after), but each unit a row where they come first
     shape = (before, units, -1) if axis else (units, -1)
     views = [

@@ -155,6 +155,23 @@ def sample_of(objective: Objective, name: str) -> list[Any]:
     return [objective.splits[split].sample(start, start + _count(objective, split))]
 
 
+def weighty_part(objective: Objective, name: str, most: int) -> object:
+    """Return a few neighbouring examples of a loss's split, some of which weigh something.
+
+    Args:
+        objective: evaluates the loss.
+        name: of the loss, which has a split.
+        most: examples.
+    """
+    split = objective.splits[objective.losses[name].on]
+    start = _start(objective, name)
+    parts = (
+        split.sample(first, min(first + most, split.examples))
+        for first in range(start, start + _count(objective, split.name), most)
+    )
+    return next(part for part in parts if objective.loss_values.weighs(name, part))
+
+
 def _start(objective: Objective, name: str) -> int:
     """Return the position the sample starts at: some of its examples weigh something (targets may
     all be ignored, text all padding).

@@ -13,22 +13,11 @@ from typing import Any
 import torch
 
 from ...errors import InputError
+from ..schema import sampled_examples
 from .directions import Along, Gradients, Motion, SumsAlong, WholeGradients, blocks
 from .evaluate import Objective
-from .probe import sample_of
+from .probe import weighty_part
 from .sums import Evaluation
-
-_MOST, _SHARE = 256, 64  # examples of a sample: a 64th of all, at most 256
-
-
-def sampled_examples(examples: int, *, every: bool = False) -> int:
-    """Return on how many examples of a split rounding is measured: few enough that it takes less
-    than a hundredth of a run of nine segments.
-
-    >>> [sampled_examples(examples) for examples in (50, 640, 60_000)]
-    [1, 10, 256]
-    """
-    return examples if every else min(_MOST, max(1, examples // _SHARE))
 
 
 def rounding_errors(
@@ -87,8 +76,8 @@ def _batches(objective: Objective, name: str, every: bool) -> Iterator[Any]:
     count = sampled_examples(split.examples)
     positions = split.spread(count)
     whole = torch.arange(count) if positions is None else positions
-    # in the higher precision, a batch takes twice the memory
-    parts = torch.split(whole, max(1, size // 2))
+    most = max(1, size // 2)  # in the higher precision, a batch takes twice the memory
+    parts = torch.split(whole, most)
     try:
         sample = [split.at(part) for part in parts]
     except InputError:  # examples of several shapes stack in the order of the data alone
@@ -96,7 +85,7 @@ def _batches(objective: Objective, name: str, every: bool) -> Iterator[Any]:
     if any(objective.loss_values.weighs(name, batch) for batch in sample):
         yield from sample
     else:
-        yield from sample_of(objective, name)
+        yield weighty_part(objective, name, min(count, most))
 
 
 @torch.no_grad()
