@@ -16,8 +16,8 @@ gradient at a segment's end for the next segment; it makes one batch of all sequ
 `lca_posthoc.run` with `cluster="inline"`, `tolerance=inf` and the rest by default: Simpson's rule,
 the same evaluations. Every timing is a process of its own; contestants alternate. Seconds are those
 from the first segment's beginning to the last one's commit, the measuring of the precision
-included; `peak` is the most memory of the process, `a parameter` what of it is above 400 MB and
-above what autograd saves of a batch. Shown are medians over rounds, of ratios too.
+included; `peak` is the most memory of the process, `a parameter` what of it is above 400 MB and,
+for ours, above what autograd saves of a batch. Shown are medians over rounds, of ratios too.
 """
 
 from __future__ import annotations
@@ -43,10 +43,15 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.helpers import large_transformer  # noqa: E402  (the path is set above)
-from tests.helpers.large_transformer import Shape, Transformer, next_token, peak  # noqa: E402
+from tests.helpers.large_transformer import (  # noqa: E402
+    Figures,
+    Shape,
+    Transformer,
+    next_token,
+    peak,
+)
 
 BASE = 400e6
-Figures = dict[str, float]
 
 
 def plain_loop(checkpoints: Path, segments: int) -> Figures:
@@ -85,51 +90,6 @@ def plain_loop(checkpoints: Path, segments: int) -> Figures:
     return {"seconds": seconds, "residual": residual, "peak": peak(), "disk": 0.0}
 
 
-def replay(checkpoints: Path, segments: int, keep: str) -> Figures:
-    """Ours."""
-    import lca_posthoc
-    from lca_posthoc.replay.events import Planned, SpanDone
-
-    began, ended = [0.0], [0.0]
-
-    def listen(event: object) -> None:
-        if isinstance(event, Planned):
-            began[0] = time.perf_counter()
-        if isinstance(event, SpanDone):
-            ended[0] = time.perf_counter()
-
-    with tempfile.TemporaryDirectory(dir=checkpoints.parent) as folder:
-        run = lca_posthoc.run(
-            checkpoints,
-            ROOT / "tests/helpers/large_transformer.py",
-            out=Path(folder) / "run.lca",
-            keep=keep,
-            tolerance="inf",
-            cluster="inline",
-            steps=f"0:{segments}",
-            progress=listen,
-        )
-        highest = peak()
-        files = (file for file in Path(folder).rglob("*") if file.is_file())
-        return {
-            "seconds": (ended[0] - began[0]) / segments,
-            "residual": float(abs(run["train"].steps["residual"]).max()),
-            "peak": highest,
-            "disk": sum(file.stat().st_size for file in files),
-            "batch": run["train"].record.batch_size,
-        }
-
-
-def saved_bytes() -> float:
-    """What autograd saves of one sequence."""
-    from lca_posthoc.numerics.objective import ObjectiveSettings, build_objective
-
-    settings = ObjectiveSettings(
-        device=torch.device("cpu"), precision="float32", norm_stats="running", batch_size=None
-    )
-    return build_objective(large_transformer.task, None, settings).saved_bytes("train")
-
-
 def alone(role: str, checkpoints: Path, segments: int, threads: int) -> Figures:
     """Do something in a process of its own."""
     command = [sys.executable, __file__, "--role", role, str(checkpoints), str(segments)]
@@ -145,14 +105,12 @@ def in_this_process(role: str, checkpoints: Path, segments: int) -> Figures:
     if role == "record":
         large_transformer.train(checkpoints, segments)
         return {}
-    if role == "saved":
-        return {"saved": saved_bytes()}
     if role == "loop":
         return plain_loop(checkpoints, segments)
-    return replay(checkpoints, segments, role)
+    return large_transformer.replay(checkpoints, segments, role)
 
 
-def show(rounds: dict[str, list[Figures]], parameters: int, saved: float) -> None:
+def show(rounds: dict[str, list[Figures]], parameters: int) -> None:
     head = ("", "s a segment", "of the loop's", "peak MB", "a parameter", "disk kB", "|residual|")
     print("{:>11} {:>12} {:>22} {:>8} {:>12} {:>9} {:>10}".format(*head))
     for role, figures in rounds.items():
@@ -166,7 +124,7 @@ def show(rounds: dict[str, list[Figures]], parameters: int, saved: float) -> Non
             else "not measured"
         )
         most = max(each["peak"] for each in figures)
-        above = most - BASE - saved * figures[0].get("batch", Shape.of_environment().sequences)
+        above = most - BASE - figures[0].get("activations", 0.0)
         print(
             f"{role:>11} {statistics.median(each['seconds'] for each in figures):>12.2f} "
             f"{ratio:>22} {most / 1e6:>8.0f} {above / parameters:>12.1f} "
@@ -201,13 +159,12 @@ def main() -> None:
         for number, role in itertools.product(range(options.rounds), roles):
             ordered = roles[(roles.index(role) + number) % len(roles)]
             rounds[ordered].append(alone(ordered, place, options.segments, options.threads))
-        saved = alone("saved", place, 0, options.threads)["saved"]
     parameters = large_transformer.parameters()
     print(
         f"{parameters:,} parameters, {options.segments} segments, {options.rounds} rounds, "
-        f"{options.threads} threads; autograd saves {saved / 1e6:.1f} MB of a sequence"
+        f"{options.threads} threads"
     )
-    show(rounds, parameters, saved)
+    show(rounds, parameters)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,12 @@ Tiny Shakespeare where LCA_DATA says where that is, and else random ones.
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,8 @@ from torch import Tensor, nn
 from lca_posthoc import Loss, Recorder, Task
 
 LENGTH = 128
+
+Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -132,5 +137,55 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def replay(checkpoints: Path, segments: int, keep: str) -> Figures:
+    """Replay some segments inline, and say what it took."""
+    import lca_posthoc
+    from lca_posthoc.replay.events import Planned, SpanDone
+
+    began, ended = [0.0], [0.0]
+
+    def listen(event: object) -> None:
+        if isinstance(event, Planned):
+            began[0] = time.perf_counter()
+        if isinstance(event, SpanDone):
+            ended[0] = time.perf_counter()
+
+    with tempfile.TemporaryDirectory(dir=checkpoints.parent) as folder:
+        run = lca_posthoc.run(
+            checkpoints,
+            Path(__file__),
+            out=Path(folder) / "run.lca",
+            keep=keep,
+            tolerance="inf",
+            cluster="inline",
+            steps=f"0:{segments}",
+            progress=listen,
+        )
+        highest = peak()
+        files = (file for file in Path(folder).rglob("*") if file.is_file())
+        return {
+            "seconds": (ended[0] - began[0]) / segments,
+            "residual": float(abs(run["train"].steps["residual"]).max()),
+            "peak": highest,
+            "parameters": run.manifest.parameters,
+            "disk": sum(file.stat().st_size for file in files),
+            "activations": run["train"].record.batch_size * saved_bytes(),
+        }
+
+
+def saved_bytes() -> float:
+    """What autograd saves of one sequence."""
+    from lca_posthoc.numerics.objective import ObjectiveSettings, build_objective
+
+    settings = ObjectiveSettings(
+        device=torch.device("cpu"), precision="float32", norm_stats="running", batch_size=None
+    )
+    return build_objective(task, None, settings).saved_bytes("train")
+
+
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), int(sys.argv[2]))
+    role, place, segments = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    if role == "record":
+        train(place, segments)
+    else:
+        print(json.dumps(replay(place, segments, role)))

@@ -103,6 +103,29 @@ def test_a_synthetic_run_is_whole_and_agrees_with_itself(tmp_path: Path) -> None
 
 
 @pytest.mark.moment
+@pytest.mark.parametrize("keep", ["tensors", "units"])
+@pytest.mark.parametrize("shape", ["256,4,2048,2", "512,9,4096,2"], ids=["4 M", "30 M"])
+def test_sums_take_sixteen_bytes_a_parameter(shape: str, keep: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "LCA_SHAPE": shape, "OMP_NUM_THREADS": "1"}
+    helper = [sys.executable, "-m", "tests.helpers.large_transformer"]
+    place, root = str(tmp_path / "checkpoints"), Path(__file__).parents[2]
+    subprocess.run([*helper, "record", place, "2"], env=environment, cwd=root, check=True)
+    done = subprocess.run(
+        [*helper, keep, place, "2"],
+        env=environment,
+        cwd=root,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    figures = json.loads(done.stdout.splitlines()[-1])
+    width, layers, vocabulary, _ = map(int, shape.split(","))
+    parameters = width * (vocabulary + 128 + layers * (12 * width + 13) + 2)
+    assert figures["parameters"] == parameters
+    assert figures["peak"] <= 400e6 + 16 * parameters + figures["activations"], figures
+
+
+@pytest.mark.moment
 @pytest.mark.parametrize(
     ("losses", "span", "options"),
     [
