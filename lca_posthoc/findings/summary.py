@@ -87,7 +87,7 @@ def summary(results: LossResults) -> Summary:
     hurting + zero = 1`, counted over parameters × segments, buffers not counted; a run made with
     `--keep tensors` or `units` counts none, and these keys, also those of tensors and modules, are
     left out. For a loss with groups, figures are lists over the groups. `precision_error` is the
-    measured Σ|A − A*| / Σ|A*| on up to three segments that move, of the gradient in their middle,
+    measured Σ|A − A*| / Σ|A*| on up to three segments that move, of the gradient at their start,
     A* one precision higher, on at most `precision_examples` examples (0: on none, or of a loss
     without a split);
     `standard_error` of a tensor's allocation is that of drawing a random subset, both null where

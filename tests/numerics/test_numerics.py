@@ -617,6 +617,7 @@ def segment(
         allocation=allocation,
         mean_gradient=gradient,
         motion=motion,
+        distance={name: values.abs().sum().item() for name, values in motion.items()},
         loss_start=0.0,
         loss_end=0.0,
         weight=1.0,

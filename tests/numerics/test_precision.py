@@ -1,4 +1,4 @@
-"""The error of a precision is measured at the middle of a few segments, on a sample of the examples,
+"""The error of a precision is measured at the start of a few segments, on a sample of the examples,
 against the same computation one precision higher.
 """
 
@@ -97,14 +97,14 @@ class Place:
     def truth(
         self, name: str, loss: str, at: int, positions: Tensor | None
     ) -> dict[str, np.ndarray]:
-        """The oracle's motion of one segment times the gradient in its middle, over some examples
+        """The oracle's motion of one segment times the gradient at its start, over some examples
         of the case, or all.
         """
         case, checkpoints = CASE_OF[name], sorted(self.iterates(name).glob("*.safetensors"))
         data = case.data()["train"]
         mine = data if positions is None else tuple(part[positions] for part in data)
         truth = Oracle(case.build, mine, VALUES[loss]).allocate(
-            [load_file(path) for path in checkpoints[at : at + 2]], *RULES["midpoint"]
+            [load_file(path) for path in checkpoints[at : at + 2]], *RULES["left"]
         )
         return {tensor: values.numpy() for tensor, values in truth.allocation[0].items()}
 
@@ -163,14 +163,14 @@ def over_units(values: np.ndarray, axis: int | None, keep: str) -> np.ndarray:
 @pytest.mark.parametrize("keep", KEEP)
 @pytest.mark.parametrize("check", ["sample", "full"])
 @pytest.mark.parametrize(("name", "loss"), MANY)
-def test_the_error_of_bfloat16_is_that_of_the_gradient_in_the_middle_against_float64(
+def test_the_error_of_bfloat16_is_that_of_the_gradient_at_the_start_against_float64(
     place: Place, name: str, loss: str, check: str, keep: str
 ) -> None:
     """Of plain, several and grouped losses in one run, over exactly the examples that are sampled,
-    or over all; A is what the midpoint rule allocates in bfloat16 on these examples.
+    or over all; A is what the left rule allocates in bfloat16 on these examples.
     """
     positions, subset = (SAMPLE, (SAMPLED,)) if check == "sample" else (None, ())
-    settings = {"precision": "bfloat16", "rule": "midpoint", "steps": "0:1"}
+    settings = {"precision": "bfloat16", "rule": "left", "steps": "0:1"}
     alike = "plain" if loss == "grouped" else loss
     ours = place.replay(name, losses=(alike,), subset=subset, keep="parameters", **settings)[alike]
     error = error_of(place.replay(name, precision_check=check, keep=keep, **settings), loss)
