@@ -634,7 +634,7 @@ def test_numerics_7_sums_over_parameters_accumulate_in_float64(device: str) -> N
     spec = TensorSpec("w", "parameter", (2, 3), unit_axis=0)
     exact = torch.tensor([[1.0, 1e-9, -1.0], [1e-9, 3.0, -3.0]]).double()
     exact[:, 1] += 1e-12
-    statistics = SpanStatistics([spec], 1, "units", torch.device(device))
+    statistics = SpanStatistics([spec], 1, "statistics", torch.device(device))
     there = exact.to(device)
     statistics.add(0, segment({"w": there}, {"w": there}, {"w": torch.ones_like(there)}))
     sums = [math.fsum(row) for row in exact.tolist()]
