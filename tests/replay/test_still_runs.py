@@ -264,5 +264,6 @@ def test_what_does_not_move_is_allocated_exactly_nothing(made: Made, name: str) 
     for results in made(name).values():
         assert (results.tensors["allocated"].values == 0).all()
         assert (results.steps["residual"].values == 0).all()
-        assert int(findings.distribution(results)["zero"].sum()) > 0
-        assert findings.distribution(results).sizes["bin"] == 0
+        if results.holds("statistics"):
+            assert int(findings.distribution(results)["zero"].sum()) > 0
+            assert findings.distribution(results).sizes["bin"] == 0

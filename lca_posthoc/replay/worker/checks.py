@@ -352,14 +352,15 @@ def _identities(
     weights: dict[str, Tensor | None] = {}
     for index in (0, request.sample.segments):
         try:
-            point = (
+            there = (
                 first if index == 0 else point_read_twice(request.sample.points, index, objective)
             )
-            objective.place(point)
+            objective.place(there)
         except SpanError:  # a run that diverged: its last spans will fail and say so
             for name in names:
                 identities[name].append(None)
             continue
+        point = there
         for name in names:
             known = at_first.get(name) if index == 0 else None
             identity = asdict(known or identify(objective, name))
