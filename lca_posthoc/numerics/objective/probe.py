@@ -765,13 +765,7 @@ def _agree_one_precision_higher(objective: Objective, name: str, cuts: Sequence[
             reference.splits[objective.losses[name].on].at(positions) for positions in cuts
         )
         whole, joined = _over(reference, name, sample), _over(reference, name, *parts)
-        scale = _scale(
-            reference,
-            name,
-            whole,
-            _over(reference, name, _weighing(reference, name, parts)),
-            sample,
-        )
+        scale = _scale(reference, name, whole, _weighing(reference, name, parts), sample)
     except InputError:  # the task does not run in it
         return False
     return scale.apart(whole, joined) <= finer.agree
