@@ -64,7 +64,7 @@ _EARLY = (2, 4, 16)
 
 @dataclass(frozen=True, kw_only=True)
 class Destination:
-    """Where a run goes, and how it is cut.
+    """The place of a run, and how it is cut.
 
     Attributes:
         path: its directory.

@@ -89,7 +89,11 @@ def test_the_error_bfloat16_reports_is_the_one_against_float64(
 ) -> None:
     monkeypatch.setattr(spans, "SAMPLED", {0, 8})
     opened = replay(
-        mnist, "bfloat16.lca", {"train": Loss(F.cross_entropy, on="train")}, precision="bfloat16"
+        mnist,
+        "bfloat16.lca",
+        {"train": Loss(F.cross_entropy, on="train")},
+        precision="bfloat16",
+        precision_check="full",
     )
     reported = opened["train"].steps["precision_error"].values
     assert np.flatnonzero(~np.isnan(reported)).tolist() == [0, 8]

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 import lca_posthoc
 from lca_posthoc import Loss, Recorder, Task, open_run
 from lca_posthoc.errors import InputError, LCAError
-from lca_posthoc.numerics.schema import TreeSum, half, join_all
+from lca_posthoc.numerics.schema import KEEP, TreeSum, half, join_all
 from lca_posthoc.results import RunWriter, create, read_manifest, required_bytes
 from lca_posthoc.results.keys import encode_all
 from lca_posthoc.results.layout import plan_arrays
@@ -243,14 +243,19 @@ def levels(hostile: Path, tmp_path: Path) -> Callable[[str], Any]:
 
 
 def test_each_level_keeps_what_it_says(levels: Callable[[str], Any]) -> None:
-    whole, units, tensors = (levels(keep) for keep in ("parameters", "units", "tensors"))
-    for part in ("tensors", "steps", "histogram", "totals"):
-        for other in (units, tensors):
-            xr.testing.assert_identical(getattr(whole, part).load(), getattr(other, part).load())
-    xr.testing.assert_identical(whole.units.load(), units.units.load())
-    for results, part in ((units, "allocation"), (tensors, "allocation"), (tensors, "units")):
-        with pytest.raises(LCAError, match=f"keeps no {part}"):
-            getattr(results, part)
+    whole, statistics, units, tensors = (levels(keep) for keep in reversed(KEEP))
+    for part in ("tensors", "steps", "histogram", "totals", "units"):
+        xr.testing.assert_identical(getattr(whole, part).load(), getattr(statistics, part).load())
+    for sums in (units, tensors):
+        assert {*sums.tensors.data_vars} == {"allocated", "motion"}
+        assert {*sums.steps.data_vars} == {*whole.steps.data_vars}
+    assert {*units.units.data_vars} == {*whole.units.data_vars}
+    beyond = {"units": "units", "histogram": "statistics", "totals": "statistics"}
+    for part, level in {**beyond, "allocation": "parameters"}.items():
+        for results, keep in ((tensors, "tensors"), (units, "units"), (statistics, "statistics")):
+            if KEEP.index(keep) < KEEP.index(level):
+                with pytest.raises(LCAError, match=f"--keep {keep}, and .* need --keep {level}"):
+                    getattr(results, part)
 
 
 def test_required_bytes_are_those_of_the_arrays(hostile: Path) -> None:
