@@ -8,9 +8,10 @@ and $x_q, w_q$ the nodes and weights of a rule on [0, 1]. Source: Lan, Liu, Zhou
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,6 +36,13 @@ class Evaluates(Protocol):
     ) -> dict[str, Evaluation]:
         """Return each loss at `point`, with its gradient, or sums of it along directions, unless
         only the value is asked for.
+        """
+
+    def holding(
+        self, point: MutableMapping[str, Tensor]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Hold a point in the model instead of beside it: inside the context, the point's tensors
+        are the model's own where these hold the same numbers.
         """
 
 
@@ -241,14 +249,23 @@ class _Units:
     def at_end(
         self, losses: list[str], *, here: bool, following: bool
     ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
-        motions = [self._own] if here else []
-        next_point = self._following() if following else None
-        if next_point is not None:
-            motions.append(Motion(self._own.end, next_point))
-        last = self._along(self._own.end, losses, motions)
+        with self._held_once() if following else contextlib.nullcontext():
+            motions = [self._own] if here else []
+            if following and (next_point := self._following()) is not None:
+                motions.append(Motion(self._own.end, next_point))
+            last = self._along(self._own.end, losses, motions)
         if not motions:
             return last, last
         return _of_direction(last, 0), _of_direction(last, -1)
+
+    def _held_once(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the end in the model alone, while the point after it is in memory as well; one that
+        is read where it is needed takes none.
+        """
+        end = self._own.end
+        if isinstance(end, MutableMapping):
+            return self._objective.holding(end)
+        return contextlib.nullcontext()
 
     def _along(
         self, point: Point, losses: list[str], motions: list[Motion]
@@ -669,7 +686,6 @@ def allocate_span(
     *,
     axes: Axes | None = None,
     at_least: Iterable[int] = (),
-    begin: Callable[[Point, Point], None] = lambda start, end: None,
 ) -> Iterator[dict[str, SegmentAllocation]]:
     """Allocate the segments between consecutive points in turn; each end is evaluated once and
     reused as the next start.
@@ -683,7 +699,6 @@ def allocate_span(
         axes: of the units where sums over them are taken, see `allocate`.
         at_least: for each segment, the level a rule is refined to in any case, where it is refined
             at all; 0 where it ends early.
-        begin: called with both ends of each segment before it is allocated.
 
     Yields:
         The allocation of every loss on one segment.
@@ -696,7 +711,6 @@ def allocate_span(
     known: Mapping[str, Evaluation] | None = None
     while upcoming is not None:
         (next_step, end), ahead = upcoming, _Ahead(walk)
-        begin(start, end)
         try:
             done, known = allocate(
                 start,

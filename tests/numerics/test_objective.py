@@ -724,3 +724,25 @@ def test_a_loss_is_checked_on_examples_from_all_over_the_split(case: str) -> Non
     with pytest.raises(InputError) as caught:
         check_loss(objective, "train")
     assert words in str(caught.value)
+
+
+# --- a point that is in memory once ---------------------------------------------------------------
+
+
+def test_a_point_that_the_model_holds_takes_no_memory_of_its_own_and_is_whole_again_afterwards() -> (
+    None
+):
+    objective = objective_of(task_of(linear), state(linear()))
+    given = state(linear())
+    wide = given["bias"].double() + 1e-12  # which the model cannot hold
+    point = {"weight": given["weight"].clone(), "bias": wide}
+    with objective.holding(point):
+        assert point["weight"].data_ptr() == objective.point["weight"].data_ptr()
+        assert not point["weight"].requires_grad
+        held = objective.evaluate(point, ["the_loss"])
+        assert torch.equal(point["weight"], given["weight"])
+        assert point["bias"] is wide
+    objective.place(dict.fromkeys(point, torch.zeros(())))
+    assert torch.equal(point["weight"], given["weight"])
+    assert torch.equal(point["bias"], wide)
+    assert_same_bits(held, objective.evaluate(point, ["the_loss"]))

@@ -13,7 +13,7 @@ which others are evaluated beside it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -125,6 +125,12 @@ class Objective:
     def place(self, point: Mapping[str, Tensor]) -> None:
         """Copy values into the module's own tensors, in place, see `ModelTensors.place`."""
         self.tensors.place(point)
+
+    def holding(
+        self, point: MutableMapping[str, Tensor]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Hold a point in the module instead of beside it, see `ModelTensors.holding`."""
+        return self.tensors.holding(point)
 
     @property
     def splits(self) -> dict[str, Split]:

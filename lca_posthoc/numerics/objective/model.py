@@ -4,8 +4,9 @@ the model builds them.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -144,6 +145,21 @@ class ModelTensors:
         with torch.no_grad():
             for name, tensor in self._by_name.items():
                 tensor.copy_(point[name])
+
+    @contextlib.contextmanager
+    def holding(self, point: MutableMapping[str, Tensor]) -> Iterator[None]:
+        """Copy values in, and free the tensors they came from: inside the context, those of `point`
+        are the module's own, where these are of the same type; afterwards they are copies again.
+        """
+        self.place(point)
+        same = [name for name, own in self._by_name.items() if point[name].dtype == own.dtype]
+        for name in same:
+            point[name] = self._by_name[name].detach()
+        try:
+            yield
+        finally:
+            for name in same:
+                point[name] = point[name].clone(memory_format=torch.contiguous_format)
 
     def renew(self, point: Mapping[str, Tensor]) -> None:
         """Copy values in and set the model to eval anew: what modules derive from their weights

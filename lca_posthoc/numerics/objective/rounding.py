@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ...base.available_memory import give_back
 from ...errors import InputError
 from ..schema import sampled_examples
 from .directions import Along, Gradients, Motion, SumsAlong, WholeGradients, blocks
@@ -23,7 +25,7 @@ from .sums import Evaluation
 def rounding_errors(
     objective: Objective,
     losses: Iterable[str],
-    motion: Motion,
+    end: MutableMapping[str, Tensor],
     axes: Mapping[str, int | None] | None,
     *,
     every: bool,
@@ -31,35 +33,35 @@ def rounding_errors(
     """Return Σ|A − A*| and Σ|A*| of losses, where A is the motion times the gradient at its start,
     on a sample of the examples, and A* the same one precision higher.
 
+    At most the start in both precisions and the end are in memory.
+
     Args:
-        objective: evaluates losses; its reference is one precision higher.
+        objective: holds the start, and afterwards the end; its reference is one precision higher.
         losses: names.
-        motion: the direction.
+        end: of the motion; its tensors may be replaced by others that hold the same.
         axes: of the units where A is summed over units, by tensor; None: every parameter's.
         every: take all examples instead of a sample.
     """
-    errors = {}
-    for name in losses:
-        ours = _at_start(objective, name, motion, axes, every)
-        exact = _at_start(objective.reference, name, motion, axes, every)
-        errors[name] = _apart(ours, exact, motion, axes)
-    return errors
 
+    def evaluated(side: Objective, name: str, motion: Motion) -> Evaluation:
+        tensors = side.tensors.differentiable
+        gradients: Gradients = (
+            WholeGradients(tensors) if axes is None else SumsAlong(tensors, Along(axes, [motion]))
+        )
+        values = partial(side.values, name)
+        return side.evaluate_on_batches(values, _batches(side, name, every), gradients)
 
-def _at_start(
-    objective: Objective,
-    name: str,
-    motion: Motion,
-    axes: Mapping[str, int | None] | None,
-    every: bool,
-) -> Evaluation:
-    tensors = objective.tensors.differentiable
-    gradients: Gradients = (
-        WholeGradients(tensors) if axes is None else SumsAlong(tensors, Along(axes, [motion]))
-    )
-    objective.place(motion.start)
-    values = partial(objective.values, name)
-    return objective.evaluate_on_batches(values, _batches(objective, name, every), gradients)
+    motion = Motion(objective.point, end)
+    ours = {name: evaluated(objective, name, motion) for name in losses}
+    finer = objective.reference
+    finer.place(objective.point)
+    motion = Motion(finer.point, end)
+    with objective.holding(end):
+        give_back()
+        return {
+            name: _apart(evaluation, evaluated(finer, name, motion), motion, axes)
+            for name, evaluation in ours.items()
+        }
 
 
 def _batches(objective: Objective, name: str, every: bool) -> Iterator[Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import resource
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -354,19 +355,17 @@ class _SpanReplay:
         """Measure what the precision rounds on the segments of the span that are chosen for it;
         return Σ|A − A*| and Σ|A*| of each loss, (segments, 2), zeros on the others.
         """
-        from ...numerics.objective import Motion, rounding_errors
+        from ...numerics.objective import rounding_errors
 
         errors = {name: np.zeros((self.length, 2)) for name in self.records}
         names = [name for name, record in self.records.items() if record.measured]
         for row in self._measured_rows() if names else ():
             self.objective.place(point_read_twice(self.request.points, row, self.objective))
-            # the start is what the model holds: with its copy in a higher precision and the end,
-            # that is all the memory that is taken
             end = point_at(self.request.points, row + 1, self.objective)
             for name, error in rounding_errors(
                 self.objective,
                 names,
-                Motion(self.objective.point, end),
+                end,
                 self.axes,
                 every=self.request.setup.settings.precision_check == "full",
             ).items():
@@ -421,6 +420,11 @@ class _Only:
         return self._objective.evaluate(
             point, losses, gradient=gradient, along=along, only=self._groups
         )
+
+    def holding(
+        self, point: MutableMapping[str, Tensor]
+    ) -> contextlib.AbstractContextManager[None]:
+        return self._objective.holding(point)
 
 
 def _sums(segment: SegmentAllocation, tensors: list[TensorSpec]) -> np.ndarray[Any, Any]:
