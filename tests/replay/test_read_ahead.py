@@ -151,7 +151,7 @@ def test_three_checkpoints_are_in_memory_at_most(
 ) -> None:
     tensors_of, alive = dict[int, list[weakref.ref[Tensor]]](), list[list[int]]()
 
-    def read(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, Tensor]:
+    def begins(points: StoredPoints, index: int) -> Checkpoint:
         alive.append(
             [
                 step
@@ -159,13 +159,17 @@ def test_three_checkpoints_are_in_memory_at_most(
                 if any(tensor() is not None for tensor in tensors)
             ]
         )
+        return located(points, index)
+
+    def read(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, Tensor]:
         stored = original(checkpoint, names)
         tensors_of[checkpoint.step] = [weakref.ref(tensor) for tensor in stored.values()]
         return stored
 
-    original = _read_as(monkeypatch, read)
+    original, located = _read_as(monkeypatch, read), read_ahead.checkpoint_at
+    monkeypatch.setattr(read_ahead, "checkpoint_at", begins)
     replay(place, keep=keep, **options)
-    # those before it, while each was read
+    # those before it, when each begins to be read
     assert alive == [list(STEPS[max(0, index - 2) : index]) for index in range(len(STEPS))]
 
 
