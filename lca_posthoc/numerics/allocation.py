@@ -686,6 +686,7 @@ def allocate_span(
     *,
     axes: Axes | None = None,
     at_least: Iterable[int] = (),
+    begin: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, SegmentAllocation]]:
     """Allocate the segments between consecutive points in turn; each end is evaluated once and
     reused as the next start.
@@ -699,6 +700,8 @@ def allocate_span(
         axes: of the units where sums over them are taken, see `allocate`.
         at_least: for each segment, the level a rule is refined to in any case, where it is refined
             at all; 0 where it ends early.
+        begin: called before each segment is allocated, when of the points only its ends are in
+            memory.
 
     Yields:
         The allocation of every loss on one segment.
@@ -711,6 +714,7 @@ def allocate_span(
     known: Mapping[str, Evaluation] | None = None
     while upcoming is not None:
         (next_step, end), ahead = upcoming, _Ahead(walk)
+        begin()
         try:
             done, known = allocate(
                 start,

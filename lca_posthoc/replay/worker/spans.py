@@ -29,13 +29,13 @@ from ..requests import (
     to_plain,
 )
 from .out_of_memory import with_smaller_batches
+from .read_ahead import PointsAhead
 from .state import (
     StoredPoint,
     differ,
     objective_of,
     point_at,
     point_read_twice,
-    points_of,
     reported,
 )
 
@@ -327,20 +327,28 @@ class _SpanReplay:
             part = self.objective if len(self.blocks) == 1 else _Only(self.objective, block)
             if len(self.blocks) > 1:
                 next(iter(self.statistics.values())).begin(block)
-            points = points_of(self.request.points, self.rows, self.objective)
-            segments = allocate_span(
-                points, part, every, self.method, axes=self.axes, at_least=levels
-            )
-            for row, done in enumerate(segments):
-                self._take(row, done)
-                reached[row] |= {done[name].level for name in self.records}
-                reached_segments = (
-                    len(self.records) * (row + 1 + part_before * self.length) / len(self.blocks)
+            with PointsAhead(self.request.points, self.rows, self.objective) as points:
+                segments = allocate_span(
+                    points,
+                    part,
+                    every,
+                    self.method,
+                    axes=self.axes,
+                    at_least=levels,
+                    # two are in memory then: with the third, as many as where sums are taken at
+                    # the end of a segment along both of its motions
+                    begin=points.begin_next,
                 )
-                self.report.reach(
-                    reached_segments,
-                    max(float(np.max(np.abs(done[name].residual))) for name in self.records),
-                )
+                for row, done in enumerate(segments):
+                    self._take(row, done)
+                    reached[row] |= {done[name].level for name in self.records}
+                    reached_segments = (
+                        len(self.records) * (row + 1 + part_before * self.length) / len(self.blocks)
+                    )
+                    self.report.reach(
+                        reached_segments,
+                        max(float(np.max(np.abs(done[name].residual))) for name in self.records),
+                    )
             for name, statistics in self.statistics.items():
                 self.writer.write_block(name, self.request.span, statistics)
         return reached

@@ -202,10 +202,15 @@ def checkpoint_at(points: StoredPoints, index: int) -> Checkpoint:
 
 
 def point_at(points: StoredPoints, index: int, objective: Objective) -> Point:
-    """Return a checkpoint as losses are evaluated there: as it is stored, or with statistics
-    recalibrated to its weights.
+    """Return a checkpoint as losses are evaluated there, see `point_of`."""
+    return point_of(_read(points, index), objective)
+
+
+def point_of(stored: Mapping[str, Tensor], objective: Objective) -> Point:
+    """Return a checkpoint that was read as losses are evaluated there: on the device as it is
+    stored, or with statistics recalibrated to its weights.
     """
-    point = stored_point_at(points, index, objective)
+    point = _all_placed(stored, objective)
     return point if objective.recalibration is None else objective.recalibration.at(point)
 
 
@@ -213,7 +218,14 @@ def stored_point_at(points: StoredPoints, index: int, objective: Objective) -> P
     """Return a checkpoint on the device, floating tensors in the precision of the run or the one
     they were stored in, if higher.
     """
-    stored = read_checkpoint(checkpoint_at(points, index), points.names)
+    return _all_placed(_read(points, index), objective)
+
+
+def _read(points: StoredPoints, index: int) -> Point:
+    return read_checkpoint(checkpoint_at(points, index), points.names)
+
+
+def _all_placed(stored: Mapping[str, Tensor], objective: Objective) -> Point:
     return {name: _placed(tensor, objective) for name, tensor in stored.items()}
 
 
@@ -270,14 +282,6 @@ def point_read_twice(
     if objective.recalibration is not None:
         return point_at(points, index, objective)
     return StoredPoint(points, index, objective)
-
-
-def points_of(
-    points: StoredPoints, rows: slice, objective: Objective
-) -> Iterator[tuple[int, Point]]:
-    """Yield step and tensors of the checkpoints at both ends of some segments."""
-    for index in range(rows.start, rows.stop + 1):
-        yield checkpoint_at(points, index).step, point_at(points, index, objective)
 
 
 def first_point(points: StoredPoints, objective: Objective) -> Mapping[str, Tensor]:
