@@ -11,7 +11,7 @@ from typing import TypedDict, cast
 from ..errors import LCAError
 from . import disk
 from .files import read_json
-from .layout import plan_arrays
+from .layout import ArrayPlan, plan_arrays
 from .manifest import Manifest
 
 DATA = "data.zarr"
@@ -120,16 +120,16 @@ class Commits:
     def planned_files(self, span: int) -> list[str]:
         """Return the chunk files of a span, by their paths below the run."""
         totals = self.manifest.window == 1
-        return [file for part, file in self._files(span) if totals or part != "totals"]
+        return [file for plan, file in self._files(span) if totals or not plan.of_windows]
 
     def planned_totals(self, window: int) -> list[str]:
         """Return the chunk files of a window of totals, by their paths below the run."""
-        return [file for part, file in self._files(window) if part == "totals"]
+        return [file for plan, file in self._files(window) if plan.of_windows]
 
-    def _files(self, row: int) -> Iterator[tuple[str, str]]:
+    def _files(self, row: int) -> Iterator[tuple[ArrayPlan, str]]:
         for plan in plan_arrays(self.manifest, self.manifest.keep, self.manifest.losses[self.loss]):
             for file in plan.row_files(row):
-                yield plan.part, f"{DATA}/{self.key}/{file}"
+                yield plan, f"{DATA}/{self.key}/{file}"
 
     def span_summary(self, span: int) -> Marker | None:
         """Return the marker of a span; None where the span is not committed.

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import psutil
+from safetensors import safe_open
 
 from ..base.locks import lock
 from ..checkpoints.paths import nearest
@@ -135,6 +136,16 @@ def read(path: Path, most: int = -1) -> bytes:
     """
     with path.open("rb") as file:
         return file.read(most)
+
+
+def arrays(path: Path) -> safe_open:
+    """Open a safetensors file, whose arrays are read as they are asked for, `get_tensor(name)`; to
+    be closed as a context manager.
+
+    Raises:
+        FileNotFoundError: where nothing is there.
+    """
+    return safe_open(path, "numpy")
 
 
 def blocks(path: Path, *, flush: bool = False) -> Iterator[bytes]:

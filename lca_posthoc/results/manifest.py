@@ -48,6 +48,8 @@ class LossRecord:
         measured: whether a few segments are evaluated one precision higher as well.
         identity: its values at the first and at the last checkpoint; None for one where they are
             not finite.
+        unit: of sums over time of what single parameters are allocated, in units of loss, see
+            `schema.unit_of_totals`.
         scale: |loss| at the first checkpoint over the whole split, rounded to six digits, of which
             tolerances are shares; None where no tolerance is a share.
         covers: the number of segments it covers where the run has more; None where it covers all of
@@ -68,6 +70,7 @@ class LossRecord:
     calibration: float | None
     measured: bool
     identity: Identity
+    unit: float
     scale: float | None = None
     covers: int | None = None
 

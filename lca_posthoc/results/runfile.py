@@ -196,7 +196,7 @@ def parse(document: dict[str, object]) -> Manifest:
         tensors=_tensors(document["tensors"]),
         checkpoints=_checkpoints(document["checkpoints"]),
         span=_power(document["span"], "span"),
-        window=_power(document["window"], "window"),
+        window=_whole(document["window"], "window", 1),
         settings=_settings(document["settings"]),
         losses=_losses(document["losses"]),
         provenance=_provenance(document["provenance"]),
@@ -436,9 +436,16 @@ def _loss(document: object) -> LossRecord:
         calibration=_maybe(_number, entry["calibration"], "losses.calibration"),
         measured=entry["measured"],
         identity=identity,
+        unit=_power_of_two(entry["unit"], "losses.unit"),
         scale=_maybe(_number, entry["scale"], "losses.scale"),
         covers=_maybe(_whole, entry["covers"], "losses.covers", 1),
     )
+
+
+def _power_of_two(value: object, field: str) -> float:
+    number = _number(value, field)
+    _check(number > 0 and math.frexp(number)[0] == 0.5, field, "a power of two", value)
+    return number
 
 
 def _check_groups(groups: Any, counts: object) -> None:

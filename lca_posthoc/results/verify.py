@@ -130,8 +130,8 @@ class Verification:
     def _spans(self, commits: Commits) -> Iterator[Damage]:
         manifest = commits.manifest
         plans = list(plan_arrays(manifest, manifest.keep, manifest.losses[commits.loss]))
-        of_spans = [plan for plan in plans if plan.part != "totals" or manifest.window == 1]
-        of_windows = [plan for plan in plans if plan.part == "totals" and manifest.window > 1]
+        of_spans = [plan for plan in plans if not plan.of_windows or manifest.window == 1]
+        of_windows = [plan for plan in plans if plan.of_windows and manifest.window > 1]
         for span in range(manifest.spans):
             if _lies(commits.marker(span)):
                 yield from self._row(_Row(commits, span=span), of_spans)
@@ -360,7 +360,7 @@ class _Known:
         return self._commits.keeps_partials(span // self._manifest.window)
 
     def _is_committed(self, plan: ArrayPlan, written: str) -> bool:
-        of_windows, row = plan.part == "totals" and self._manifest.window > 1, int(written)
+        of_windows, row = plan.of_windows and self._manifest.window > 1, int(written)
         if str(row) != written or row >= (
             self._manifest.windows if of_windows else self._manifest.spans
         ):

@@ -8,12 +8,11 @@ whole chunk rows only.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 import socket
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 import numcodecs.blosc
 import numpy as np
 import zarr
-from safetensors.numpy import load as load_arrays
+from safetensors import safe_open
 from safetensors.numpy import save as save_arrays
 
 from ..checkpoints.trajectory import Checkpoint
 from ..errors import InputError, LCAError, ResourceError, SpanError
-from ..numerics.schema import BINS, FIELDS, Totals, join_all
+from ..numerics.schema import BINS, TOTAL_FIELDS, Totals, join_all
 from . import disk
 from .chunks import CHUNK_SUFFIX, RowStore
 from .commits import COMMITS, DATA, PARTIAL, Commits, Marker
-from .files import refuse_links, seal_all, write_json
+from .files import refuse_links, seal, seal_all, write_json
 from .layout import ArrayPlan, plan_arrays
 from .lock import hold
 from .manifest import Identity, LossRecord, Manifest
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     from .verify import Damage, Leftover
 
 _BLOCK = 4096
-_AT_MOST = {"totals": 0.4, "histogram": 0.5}
+_AT_MOST = {"counts": 0.9, "signs": 0.5, "histogram": 0.5}
 _CHUNK_HEAD = 20  # bytes of a chunk beside its numbers: blosc's header and the checksum
 _MARKER, _MARKED = 600, 80  # bytes of a commit marker, and of each file in it
 _ENTRY = 50  # bytes of a file in a commit marker beside the loss's key and the path of its array
@@ -54,8 +53,7 @@ def required_bytes(manifest: Manifest, keep: str, losses: Mapping[str, LossRecor
     """Return the bytes losses take at most: numbers, commit markers, metadata and the record, in
     blocks of the file system.
 
-    Of totals and histograms, which are counts and signs but for one number in twelve, compression
-    leaves no more than `_AT_MOST`.
+    Of counts and signs compression leaves no more than `_AT_MOST`.
 
     Args:
         manifest: of the run as it would be created.
@@ -88,8 +86,8 @@ def compressed_share(allocation: np.ndarray[Any, Any], segments: int) -> dict[st
     of allocations.
 
     Counts and signs of totals are not known before a run. They cost next to nothing where
-    parameters keep helping or hurting, and as much as tosses of a coin where they do not; the
-    geometric mean of both is taken.
+    parameters keep helping or hurting, and as much as tosses of a coin where they do not; half of
+    that is taken.
 
     Args:
         allocation: float32, flat.
@@ -97,12 +95,10 @@ def compressed_share(allocation: np.ndarray[Any, Any], segments: int) -> dict[st
     """
     generator = np.random.default_rng(0)
     active = allocation != 0
-    counts = np.where(active, generator.binomial(segments, 0.5, (5, len(allocation))), 0).astype(
-        "float64"
-    )
-    signs = np.where(active, generator.choice([-1.0, 1.0], (6, len(allocation))), 0.0)
-    exact = np.where(active, allocation * generator.random(len(allocation)), 0.0)
-    totals = [exact.astype("float64"), *counts, *signs]
+    # as finely as the largest of them is told from its neighbours in float64
+    unit = float(np.abs(allocation).max(initial=0.0)) * 2.0**-52 or 1.0
+    counts = [np.where(active, generator.binomial(segments, 0.5, len(active)), 0) for _ in range(5)]
+    signs = [np.where(active, generator.choice([-1, 1], len(active)), 0) for _ in range(6)]
     histogram = np.zeros((1, BINS), "int64")
     histogram[0, : min(BINS, 80)] = generator.integers(
         0, max(2, len(allocation) // 80), min(BINS, 80)
@@ -110,7 +106,9 @@ def compressed_share(allocation: np.ndarray[Any, Any], segments: int) -> dict[st
     return {
         "allocation": _left(allocation),
         "units": _left(allocation),
-        "totals": math.sqrt(_left(totals[0]) * sum(map(_left, totals))) / len(totals),
+        "totals": _left(np.rint(allocation / unit).astype("int64")),
+        "counts": _left(np.stack(counts).astype("int32")) / 2,
+        "signs": _left(np.stack(signs).astype("int8")) / 2,
         "histogram": _left(histogram),
     }
 
@@ -160,7 +158,7 @@ def _waiting(manifest: Manifest, plans: Iterable[ArrayPlan]) -> int:
     if manifest.window == 1 or manifest.is_full(manifest.windows - 1):
         return 0
     spans = len(manifest.spans_of(manifest.windows - 1))
-    return spans * sum(plan.bytes // plan.shape[0] for plan in plans if plan.part == "totals")
+    return spans * sum(plan.bytes // plan.shape[0] for plan in plans if plan.of_windows)
 
 
 def create(path: Path, manifest: Manifest, durable: bool = True) -> RunWriter:
@@ -591,7 +589,7 @@ class RunWriter:
         if not totals:
             return None
         if self.manifest.window == 1:
-            self._write_totals(commits.loss, span, totals)
+            self._write_totals(commits.loss, span, totals.items())
         elif commits.keeps_partials(span // self.manifest.window):
             return self._write_partial(commits.partial(span), totals)
         return None
@@ -651,15 +649,19 @@ class RunWriter:
                 if values.size:
                     zarr.open_array(store, path=path, mode="r+", zarr_format=3)[rows] = values
 
-    def _write_totals(self, loss: str, window: int, totals: dict[str, Totals]) -> None:
+    def _write_totals(
+        self, loss: str, window: int, totals: Iterable[tuple[str, Totals]]
+    ) -> None:
+        """Write the totals of a window, tensor by tensor."""
         arrays = (
             (
-                f"totals/{self._key(name)}",
-                np.stack([np.asarray(by_field[field], "float64") for field in FIELDS])[None],
+                f"{part}/{self._key(name)}",
+                np.stack([np.asarray(by_field[field], dtype) for field in fields])[None],
             )
-            for name, by_field in totals.items()
+            for name, by_field in totals
+            for part, (fields, dtype) in TOTAL_FIELDS.items()
         )
-        self._write(loss, ["totals"], arrays, (slice(window, window + 1),))
+        self._write(loss, TOTAL_FIELDS, arrays, (slice(window, window + 1),))
 
     def fold(self, loss: str, window: int) -> list[int]:
         """Join the totals of a window's spans once all are committed; repeated or simultaneous
@@ -673,44 +675,46 @@ class RunWriter:
         if commits.is_folded(window) or not all(map(commits.is_committed, reversed(spans))):
             return []
         try:
-            waiting = {span: self._read_partial(commits, span) for span in spans}
+            damaged = [span for span in spans if not self._waits_whole(commits, span)]
+            if not damaged:
+                with contextlib.ExitStack() as stack:
+                    files = map(disk.arrays, map(commits.partial, spans))
+                    waiting = [stack.enter_context(file) for file in files]
+                    self._write_totals(loss, window, self._joined(waiting))
         except FileNotFoundError:  # another worker folded this window meanwhile
             return []
-        damaged = [span for span, totals in waiting.items() if totals is None]
         for span in damaged:
             disk.remove(commits.marker(span))
         if damaged:
             return damaged
-        stretches = [totals for totals in waiting.values() if totals is not None]
-        self._write_totals(loss, window, self._joined(stretches))
-        files = seal_all(commits.planned_totals(window), self.path, self.durable)
-        marker = {"run": self.manifest.id, "loss": loss, "window": window, "files": files}
+        sealed = seal_all(commits.planned_totals(window), self.path, self.durable)
+        marker = {"run": self.manifest.id, "loss": loss, "window": window, "files": sealed}
         self._commit(commits.window_marker(window), marker)
         if commits.manifest.is_full(window):
             self._remove_partials(commits, window)
         return []
 
-    def _joined(self, stretches: list[Totals]) -> dict[str, Totals]:
-        """Return the totals of each tensor over neighbouring stretches, each of all tensors."""
-        return {
-            tensor.spec.name: join_all(
-                functools.partial(_of_tensor, stretches, tensor.key), range(len(stretches))
+    def _joined(self, waiting: Sequence[safe_open]) -> Iterator[tuple[str, Totals]]:
+        """Yield each tensor's totals over neighbouring spans, whose own are in open files."""
+        names = [name for fields, _ in TOTAL_FIELDS.values() for name in fields]
+        for tensor in self.manifest.allocated:
+            spans = (
+                {name: file.get_tensor(f"{name}/{tensor.key}") for name in names}
+                for file in waiting
             )
-            for tensor in self.manifest.allocated
-        }
+            yield tensor.spec.name, join_all(spans)
 
-    def _read_partial(self, commits: Commits, span: int) -> Totals | None:
-        """Return the totals of a span that wait for its window; None where they are damaged.
+    def _waits_whole(self, commits: Commits, span: int) -> bool:
+        """Tell whether the totals of a span that wait for its window are those it committed.
 
         Raises:
             FileNotFoundError: where they, or the span's marker, are gone.
         """
-        data = disk.read(commits.partial(span))
+        sealed = seal(commits.partial(span), False)
         try:
-            recorded = commits.load(span)["partial"]
+            return bool(commits.load(span)["partial"] == sealed)
         except ValueError:
-            return None
-        return load_arrays(data) if recorded == [len(data), zlib.crc32(data)] else None
+            return False
 
     def fold_all(self, loss: str) -> list[int]:
         """Fold every window that is ready and was not folded because a worker died.
@@ -728,10 +732,6 @@ class RunWriter:
 def _is_temporary(name: str) -> bool:
     """Tell whether a file is one that was being written, of a writer that may have been killed."""
     return name.endswith(f".{CHUNK_SUFFIX}") or (name.startswith(".") and name.endswith(".tmp"))
-
-
-def _of_tensor(stretches: list[Totals], key: str, position: int) -> Totals:
-    return {field: stretches[position][f"{field}/{key}"] for field in FIELDS}
 
 
 def _of_span(manifest: Manifest, loss: str, span: int) -> object:
