@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from ..errors import InputError, LCAError
+from ..errors import InputError, SpanError
 
 # the levels of `--keep`, each of which holds what those before it hold
 KEEP = ("tensors", "units", "statistics", "parameters")
@@ -58,8 +58,11 @@ TOTAL_FIELDS: Mapping[str, tuple[tuple[str, ...], str]] = {
 BYTES_OF_TOTALS = sum(
     len(names) * np.dtype(dtype).itemsize for names, dtype in TOTAL_FIELDS.values()
 )
+_MOST_SMALL = np.iinfo("int8").max
 # of a loss's size: as finely as float64 tells numbers of that size apart
 _FINEST = 2.0**-52
+_MUCH_LARGER = 64
+_LEAST = -970  # exponent of a loss, below which float64 is coarser than elsewhere
 
 Totals = dict[str, np.ndarray[Any, Any]]
 
@@ -133,20 +136,43 @@ def unit_of_totals(losses: Iterable[float]) -> float:
     """Return the unit in which a loss's allocations are added up over time: a power of two.
 
     Every allocation of a parameter is rounded to a multiple of it, so that sums are whole numbers
-    and do not depend on the order in which they are added. It is to the loss what the spacing of
-    float64 is to a number: an allocation is rounded as if it were added to the loss itself. Sums
-    reach from there to 2¹¹ times the loss; those that go beyond are refused.
+    and do not depend on the order in which they are added. It is to the loss at the first
+    checkpoint what the spacing of float64 is to a number: an allocation is rounded by at most half
+    a unit, 2⁻⁵³ to 2⁻⁵² (about 1e-16) of that loss, as if it were added to it. Sums reach to 2¹¹
+    times that loss at least; those that go beyond 2⁶³ units are refused, see `TOO_LARGE`.
+
+    The loss at the last checkpoint counts only where it is so much larger that sums might go
+    beyond. So a run whose checkpoints came bit by bit has the unit of one that had all of them from
+    the beginning. A run records the unit of a loss when it is added, and keeps it.
 
     Args:
-        losses: the values that are known of the loss; those that are not finite do not count.
+        losses: at the first and the last checkpoint; those that are not finite do not count.
 
-    >>> unit_of_totals([2.3, 0.1]) == 4 * 2.0**-52, unit_of_totals([0.0]) == 2.0**-52
-    (True, True)
+    >>> [unit_of_totals(losses) / 2.0**-52 for losses in ([2.3, 0.1], [2.3, 99.0], [2.3, 999.0])]
+    [4.0, 4.0, 1024.0]
     """
-    size = max((abs(loss) for loss in losses if math.isfinite(loss)), default=0.0)
+    size = 0.0
+    for loss in map(abs, losses):
+        if math.isfinite(loss) and loss > _MUCH_LARGER * size:
+            size = loss
     if size == 0.0:
         return _FINEST
-    return math.ldexp(_FINEST, min(max(math.frexp(size)[1], -900), 900))
+    return math.ldexp(_FINEST, max(math.frexp(size)[1], _LEAST))
+
+
+def types_of_totals(segments: int) -> dict[str, str]:
+    """Return the types of a parameter's totals over so many segments, by field: counts are as small
+    as they can be.
+
+    >>> [types_of_totals(segments)["helping"] for segments in (127, 128)]
+    ['int8', 'int32']
+    """
+    small = "int8" if segments <= _MOST_SMALL else "int32"
+    return {
+        name: small if part == "counts" else dtype
+        for part, (names, dtype) in TOTAL_FIELDS.items()
+        for name in names
+    }
 
 
 def join(before: Totals, after: Totals) -> Totals:
@@ -156,7 +182,7 @@ def join(before: Totals, after: Totals) -> Totals:
     A turn is a change of sign between two non-zero values with only zeros between them.
 
     Raises:
-        LCAError: where a sum is too large.
+        SpanError: where a sum is too large.
     """
     joined = {"allocated": _added(before["allocated"], after["allocated"])}
     for name in TOTAL_FIELDS["counts"][0]:
@@ -171,15 +197,18 @@ def join(before: Totals, after: Totals) -> Totals:
 
 def _added(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Add whole numbers; refuse a sum that is too large, whose sign is that of neither."""
-    total = np.add(before, after)
-    if bool((((before ^ total) & (after ^ total)) < 0).any()):
-        raise LCAError(f"{TOO_LARGE}.")
+    with np.errstate(over="ignore"):
+        total: np.ndarray[Any, Any] = np.add(before, after)
+    if (((before ^ total) & (after ^ total)) < 0).any():
+        raise SpanError(TOO_LARGE)
     return total
 
 
 TOO_LARGE = (
-    "what a parameter is allocated adds up to more than 2,048 times the loss at the first and last "
-    "checkpoint, too much for totals over time"
+    "what a parameter is allocated adds up to more than totals over time can hold, at least 32 "
+    "times the loss at the first and the last checkpoint of the run. Leave the "
+    "steps out on which it is so large, with --steps, or keep no totals in another run, with "
+    "--keep units."
 )
 
 

@@ -26,6 +26,7 @@ from .schema import (
     TOO_LARGE,
     holds,
     tensor_fields,
+    types_of_totals,
 )
 
 _LARGEST = 0.999 * 2.0**63  # of sums
@@ -73,12 +74,11 @@ def unit_sums(values: Tensor, axis: int | None) -> Tensor:
 
 
 class _Running:
-    """Totals of the parameters of one tensor, segment by segment, in numbers as small as they can
-    be.
+    """Totals of the parameters of one tensor, segment by segment.
 
     Args:
         spec: of the tensor.
-        length: segments at most.
+        length: segments at most, which decide how small counts are.
         device: where they are.
         unit: of the sums, a power of two.
     """
@@ -87,7 +87,7 @@ class _Running:
         def zeros(rows: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros((rows, spec.elements), dtype=dtype, device=device)
 
-        small = torch.int8 if length <= torch.iinfo(torch.int8).max else torch.int32
+        small = getattr(torch, types_of_totals(length)["helping"])
         self._spec, self._unit = spec, unit
         self._sum = torch.zeros(spec.elements, dtype=torch.int64, device=device)
         self._reach = 0.0  # no sum is further from 0
@@ -130,10 +130,7 @@ class _Running:
         if not self._reach + most < _LARGEST:
             self._reach = float(self._sum.double().abs().max())
             if not self._reach + most < _LARGEST:
-                raise SpanError(
-                    f"{TOO_LARGE} (tensor {self._spec.name!r}). Leave these steps out with "
-                    "--steps, or keep less in another run: --keep units"
-                )
+                raise SpanError(f"tensor {self._spec.name!r}: {TOO_LARGE}")
         self._sum[part] += whole.to(torch.int64)
         self._reach += most
 
@@ -147,8 +144,7 @@ class _Running:
                 f"{name}_last": self._last[row],
             }
         return {
-            name: values.reshape(self._spec.shape).cpu().numpy()
-            for name, values in totals.items()
+            name: values.reshape(self._spec.shape).cpu().numpy() for name, values in totals.items()
         }
 
 
@@ -186,6 +182,9 @@ class SpanSums:
         keep: a level of `--keep`.
         device: where allocations are.
         groups: their number; None for a loss without groups.
+
+    Attributes:
+        since: the first segment of the span whose parameters are counted in `totals`: none of sums.
     """
 
     def __init__(
@@ -208,6 +207,7 @@ class SpanSums:
             for name, dtype in tensor_fields(keep).items()
         }
         self.histogram: Arrays = {}
+        self.since = length
         self._unreached: list[frozenset[str]] = [frozenset(spec.name for spec in table)] * length
         self.begin(range(groups or 1))
 
@@ -297,6 +297,11 @@ class SpanStatistics(SpanSums):
 
     The totals of a loss with groups are those of its weighted mean over the groups, the loss of the
     whole split.
+
+    Args:
+        unit: of totals, see `schema.unit_of_totals`.
+        since: the first segment of the span whose totals are not counted yet; those of the segments
+            before are stored.
     """
 
     def __init__(
@@ -308,13 +313,18 @@ class SpanStatistics(SpanSums):
         groups: int | None = None,
         *,
         unit: float,
+        since: int = 0,
     ) -> None:
         super().__init__(table, length, keep, device, groups)
+        self.since = since
         self.histogram = {
             "count": np.zeros((length, *self._axis(), BINS), "int64"),
             "zero": np.zeros((length, *self._axis()), "int64"),
         }
-        self._running = {spec.name: _Running(spec, length, device, unit) for spec in table}
+        self._running = {
+            spec.name: _Running(spec, length - since, device, unit)
+            for spec in (table if since < length else ())
+        }
         self._pooled: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(length)]
 
     def begin(self, block: range) -> None:
@@ -371,6 +381,8 @@ class SpanStatistics(SpanSums):
         """Add to the weighted mean over the groups; after the last block it is added to the
         totals.
         """
+        if index < self.since:
+            return
         pooled = self._pooled[index]
         if self._groups is not None:
             weights = torch.as_tensor(weight, device=exact.device)
@@ -386,5 +398,7 @@ class SpanStatistics(SpanSums):
         )
 
     def totals(self) -> dict[str, Arrays]:
-        """Return the per-parameter totals over the span, by tensor."""
+        """Return the per-parameter totals over the span from `since` on, by tensor; none where
+        nothing is left of it.
+        """
         return {name: running.arrays() for name, running in self._running.items()}

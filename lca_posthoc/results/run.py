@@ -316,9 +316,7 @@ class LossResults:
         variables = {}
         for tensor in self.manifest.allocated:
             inner = tuple(f"{tensor.spec.name}:{axis}" for axis in range(len(tensor.spec.shape)))
-            variables[tensor.spec.name] = joined_totals(
-                store, tensor.key, self.record.unit, inner
-            )
+            variables[tensor.spec.name] = joined_totals(store, tensor.key, self.record.unit, inner)
         return xr.Dataset(variables, coords={"total": list(TOTALS)})
 
     @property

@@ -16,6 +16,39 @@ from ..numerics.schema import TOTAL_FIELDS, TOTALS, Totals, join_all
 from .chunks import CheckedStore
 
 
+class StoredTotals:
+    """The totals of one tensor, window by window, as they are stored.
+
+    Args:
+        store: of the loss.
+        key: of the tensor in the store.
+    """
+
+    def __init__(self, store: CheckedStore, key: str) -> None:
+        self._arrays = {
+            part: zarr.open_array(store, path=f"{part}/{key}", mode="r", zarr_format=3)
+            for part in TOTAL_FIELDS
+        }
+
+    @property
+    def windows(self) -> int:
+        """The number of windows."""
+        return int(self._arrays["totals"].shape[0])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor."""
+        return self._arrays["totals"].shape[2:]
+
+    def read(self, window: int, part: tuple[int | slice, ...]) -> Totals:
+        """Return the totals of a part of the tensor over a window."""
+        fields: Totals = {}
+        for name, (names, _) in TOTAL_FIELDS.items():
+            stored = np.asarray(self._arrays[name][(window, slice(None), *part)])
+            fields |= dict(zip(names, stored, strict=True))
+        return fields
+
+
 class JoinedTotals(BackendArray):
     """The totals of one tensor over all windows, (total, *shape), float64, read when they are
     indexed.
@@ -29,12 +62,8 @@ class JoinedTotals(BackendArray):
     """
 
     def __init__(self, store: CheckedStore, key: str, unit: float) -> None:
-        self._stored = {
-            part: zarr.open_array(store, path=f"{part}/{key}", mode="r", zarr_format=3)
-            for part in TOTAL_FIELDS
-        }
-        self._unit = unit
-        self.shape = (len(TOTALS), *self._stored["totals"].shape[2:])
+        self._stored, self._unit = StoredTotals(store, key), unit
+        self.shape = (len(TOTALS), *self._stored.shape)
         self.dtype = np.dtype("float64")
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray[Any, Any]:
@@ -45,8 +74,8 @@ class JoinedTotals(BackendArray):
 
     def _read(self, key: tuple[int | slice, ...]) -> np.ndarray[Any, Any]:
         names = TOTALS[key[0]]
-        windows = range(self._stored["totals"].shape[0])
-        joined = join_all(self._window(window, key[1:]) for window in windows)
+        windows = range(self._stored.windows)
+        joined = join_all(self._stored.read(window, key[1:]) for window in windows)
         if isinstance(names, str):
             return self._in_units_of_loss(names, joined)
         return np.stack([self._in_units_of_loss(name, joined) for name in names])
@@ -55,17 +84,8 @@ class JoinedTotals(BackendArray):
         values = np.asarray(joined[name], "float64")
         return values * self._unit if name == "allocated" else values
 
-    def _window(self, window: int, inner: tuple[int | slice, ...]) -> Totals:
-        fields: Totals = {}
-        for part, (names, _) in TOTAL_FIELDS.items():
-            stored = np.asarray(self._stored[part][(window, slice(None), *inner)])
-            fields |= dict(zip(names, stored, strict=True))
-        return fields
 
-
-def joined_totals(
-    store: CheckedStore, key: str, unit: float, dims: tuple[str, ...]
-) -> xr.Variable:
+def joined_totals(store: CheckedStore, key: str, unit: float, dims: tuple[str, ...]) -> xr.Variable:
     """Return the totals of one tensor as a lazy variable.
 
     Args:

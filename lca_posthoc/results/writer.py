@@ -11,8 +11,7 @@ import contextlib
 import math
 import os
 import socket
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,22 +19,22 @@ from typing import TYPE_CHECKING, Any
 import numcodecs.blosc
 import numpy as np
 import zarr
-from safetensors import safe_open
-from safetensors.numpy import save as save_arrays
 
 from ..checkpoints.trajectory import Checkpoint
 from ..errors import InputError, LCAError, ResourceError, SpanError
 from ..numerics.schema import BINS, TOTAL_FIELDS, Totals, join_all
 from . import disk
-from .chunks import CHUNK_SUFFIX, RowStore
-from .commits import COMMITS, DATA, PARTIAL, Commits, Marker
+from .chunks import CHUNK_SUFFIX, CheckedStore, RowStore
+from .commits import COMMITS, DATA, PARTIAL, Commits, Marker, Waiting
 from .files import refuse_links, seal, seal_all, write_json
-from .layout import ArrayPlan, plan_arrays
+from .layout import plan_arrays
 from .lock import hold
 from .manifest import Identity, LossRecord, Manifest
 from .metadata import FILE as ZARR
 from .metadata import group_file, metadata_files
+from .partials import bytes_of_partial, read_partial, write_partial
 from .runfile import exists, manifest_bytes, read_manifest, refuse_other, write_manifest
+from .totals import StoredTotals
 from .underway import LOG, remove_reports
 
 if TYPE_CHECKING:
@@ -72,7 +71,8 @@ def required_bytes(manifest: Manifest, keep: str, losses: Mapping[str, LossRecor
         needed += sum(_blocks(len(data)) for _, data in metadata_files(manifest, name, keep=keep))
         entries = sum(plan.files * (_ENTRY + len(record.key) + len(plan.path)) for plan in plans)
         needed += manifest.spans * _blocks(_MARKER + entries // max(1, manifest.spans))
-        needed += _waiting(manifest, plans)
+        if any(plan.of_windows for plan in plans):
+            needed += _waiting(manifest.covered_by(record))
     return needed
 
 
@@ -147,18 +147,17 @@ def estimated_bytes(
             size = plan.bytes * shares[name].get(plan.part, 1.0) / max(1, plan.files) + _CHUNK_HEAD
             needed += plan.files * (size if block == 1 else block * math.ceil(size / block))
         needed += manifest.spans * _MARKER + sum(plan.files for plan in plans) * _MARKED
-        needed += _waiting(manifest, plans)
     return round(needed)
 
 
-def _waiting(manifest: Manifest, plans: Iterable[ArrayPlan]) -> int:
-    """Return the bytes of the totals, not compressed, that wait for checkpoints which may still
-    come.
+def _waiting(manifest: Manifest) -> int:
+    """Return the bytes of the totals that wait for the last span of a window, which are gone once
+    it is folded.
     """
-    if manifest.window == 1 or manifest.is_full(manifest.windows - 1):
+    if manifest.window == 1:
         return 0
-    spans = len(manifest.spans_of(manifest.windows - 1))
-    return spans * sum(plan.bytes // plan.shape[0] for plan in plans if plan.of_windows)
+    elements = sum(tensor.spec.elements for tensor in manifest.allocated)
+    return len(manifest.spans_of(0)) * _blocks(bytes_of_partial(elements, manifest.span))
 
 
 def create(path: Path, manifest: Manifest, durable: bool = True) -> RunWriter:
@@ -368,7 +367,8 @@ class RunWriter:
         """Add checkpoints at the end, or in place of ones no number relies on, for some losses.
 
         Where the last span of such a loss was short and has grown, it is no longer whole and will
-        be replayed again. The other losses cover the segments they covered: none of their files
+        be replayed again. Where the last window of totals has grown, what it holds waits for the
+        new spans, and is not counted again. The other losses cover the segments they covered: none of their files
         changes.
 
         Args:
@@ -378,11 +378,38 @@ class RunWriter:
         before = self.manifest
         self.manifest = before.with_checkpoints(checkpoints, identities)
         growing = [loss for loss in before.losses if loss in identities]
+        self.manifest = self.manifest.with_losses(
+            {loss: self._begin_totals(Commits(self.path, before, loss)) for loss in growing}
+        )
         for loss in growing:
             self._restore(loss)
         write_manifest(self.manifest, self.path, self.durable)
         for loss in growing:
             self._remove_outgrown(before, loss)
+
+    def _begin_totals(self, then: Commits) -> LossRecord:
+        """Let the totals of a last window that is folded and has grown wait for its new spans;
+        returns what is recorded of the loss.
+
+        Raises:
+            LCAError: where these totals are damaged.
+        """
+        record, manifest = self.manifest.losses[then.loss], then.manifest
+        window = manifest.windows - 1
+        folded = manifest.window > 1 and then.is_folded(window)
+        if not folded or self.manifest.of(then.loss).length_of(window) == manifest.length_of(
+            window
+        ):
+            return record
+        store = CheckedStore(self.path, manifest, then.loss, tuple(TOTAL_FIELDS))
+        totals = (
+            StoredTotals(store, tensor.key).read(window, (slice(None),) * len(tensor.spec.shape))
+            for tensor in manifest.allocated
+        )
+        path = then.partials / then.begun_name(manifest.segments)
+        refuse_links(self.path, path.parent)
+        sealed = write_partial(path, totals, manifest.length_of(window), self.durable)
+        return replace(record, begun=[manifest.segments, *sealed])
 
     def _remove_outgrown(self, before: Manifest, loss: str) -> None:
         """Remove the markers, and the waiting totals, of a last span and a last window that have
@@ -399,33 +426,35 @@ class RunWriter:
                 disk.remove(old)
 
     def sweep(self) -> None:
-        """Remove what a killed writer left, temporary files and folded totals; call it only while
-        holding the lock.
+        """Remove what a killed writer left, temporary files and totals that wait for nothing; call
+        it only while holding the lock.
         """
         for place, _, names in disk.walk(self.path):
             for name in filter(_is_temporary, names):
                 disk.remove(place / name)
         remove_reports(self.path)
         for loss in self.manifest.losses:
-            commits = self.commits(loss)
-            for window in range(commits.manifest.windows):
-                if not commits.keeps_partials(window):
-                    self._remove_partials(commits, window)
+            self._remove_partials(self.commits(loss))
 
     def remove_leftovers(self, leftovers: Iterable[Leftover]) -> None:
         """Remove files that `verify` named as leftovers; call it only while holding the lock."""
         for leftover in leftovers:
             disk.remove(self.path / leftover.path)
 
-    def _remove_partials(self, commits: Commits, window: int) -> None:
-        for span in commits.manifest.spans_of(window):
-            disk.remove(commits.partial(span))
+    def _remove_partials(self, commits: Commits) -> None:
+        """Remove the totals that wait for no window of a loss any more, but not what is being
+        written.
+        """
+        for name in disk.names(commits.partials):
+            if not _is_temporary(name) and not commits.waits(name):
+                disk.remove(commits.partials / name)
 
     def discard(self, damages: Iterable[Damage]) -> dict[str, list[int]]:
         """Make damaged spans pending again, and all spans of a damaged window of totals; call it
         only while holding the lock.
 
-        Their markers are removed; their chunks stay until they are overwritten.
+        Their markers are removed, and totals of the window that wait; their chunks stay until they
+        are overwritten.
 
         Args:
             damages: found by `verify`; metadata is for `restore_metadata`.
@@ -437,7 +466,7 @@ class RunWriter:
         gone = self.spans_of(damages)
         for damage in damages:
             if damage.loss is not None and damage.window is not None:
-                disk.remove(self.commits(damage.loss).window_marker(damage.window))
+                self._discard_window(self.commits(damage.loss), damage.window)
         for loss, spans in gone.items():
             commits = self.commits(loss)
             for span in spans:
@@ -445,6 +474,12 @@ class RunWriter:
             if self.durable:
                 disk.flush_names(self.path / COMMITS / commits.key)
         return gone
+
+    def _discard_window(self, commits: Commits, window: int) -> None:
+        begun = commits.begun(window)
+        disk.remove(commits.window_marker(window))
+        if begun is not None:
+            disk.remove(begun.path)
 
     def spans_of(self, damages: Iterable[Damage]) -> dict[str, list[int]]:
         """Return the damaged spans, by loss: a damaged window of totals counts for all its
@@ -461,12 +496,12 @@ class RunWriter:
         return {loss: sorted(spans) for loss, spans in spans_of_loss.items()}
 
     def relies_on(self, checkpoint: int) -> bool:
-        """Tell whether a committed span of any loss was computed from the checkpoint at a
-        position.
+        """Tell whether a committed span of any loss, or totals of one that wait, were computed from
+        the checkpoint at a position.
         """
         beside = (checkpoint - 1, checkpoint)
         return any(
-            disk.exists(commits.marker(segment // self.manifest.span))
+            disk.exists(commits.marker(segment // self.manifest.span)) or commits.counts(segment)
             for commits in map(self.commits, self.manifest.losses)
             for segment in beside
             if 0 <= segment < commits.manifest.segments
@@ -543,7 +578,7 @@ class RunWriter:
             "loss": loss,
             "span": span,
             "steps": self.manifest.steps[commits.manifest.rows(span)],
-            "partial": self._write_span_totals(commits, span, statistics.totals()),
+            "partial": self._write_span_totals(commits, span, statistics),
             "files": seal_all(commits.planned_files(span), self.path, self.durable),
         }
         self._still_recorded(loss, span)
@@ -581,18 +616,24 @@ class RunWriter:
         )
 
     def _write_span_totals(
-        self, commits: Commits, span: int, totals: dict[str, Totals]
+        self, commits: Commits, span: int, statistics: SpanSums
     ) -> list[int] | None:
         """Write the totals of a span where its window is one span, or let them wait for the others
         of the window; returns size and CRC-32 of what waits.
         """
+        totals = statistics.totals()
         if not totals:
             return None
         if self.manifest.window == 1:
             self._write_totals(commits.loss, span, totals.items())
-        elif commits.keeps_partials(span // self.manifest.window):
-            return self._write_partial(commits.partial(span), totals)
-        return None
+            return None
+        refuse_links(self.path, commits.partials)
+        return write_partial(
+            commits.partial(span, statistics.since),
+            (totals[tensor.spec.name] for tensor in self.manifest.allocated),
+            commits.manifest.length(span) - statistics.since,
+            self.durable,
+        )
 
     def _still_recorded(self, loss: str, span: int) -> None:
         """Refuse a late worker: the run may have been created anew, may have grown, or may have
@@ -614,21 +655,6 @@ class RunWriter:
         refuse_links(self.path, path.parent)
         write_json(path, marker, self.durable)
 
-    def _write_partial(self, path: Path, totals: dict[str, Totals]) -> list[int]:
-        """Write the totals of a span, which wait until its window is complete; returns size and
-        CRC-32.
-        """
-        data = save_arrays(
-            {
-                f"{field}/{self._key(name)}": values
-                for name, by_field in totals.items()
-                for field, values in by_field.items()
-            }
-        )
-        refuse_links(self.path, path.parent)
-        disk.write_whole(path, data, self.durable)
-        return [len(data), zlib.crc32(data)]
-
     def _key(self, name: str) -> str:
         return next(tensor.key for tensor in self.manifest.allocated if tensor.spec.name == name)
 
@@ -649,9 +675,7 @@ class RunWriter:
                 if values.size:
                     zarr.open_array(store, path=path, mode="r+", zarr_format=3)[rows] = values
 
-    def _write_totals(
-        self, loss: str, window: int, totals: Iterable[tuple[str, Totals]]
-    ) -> None:
+    def _write_totals(self, loss: str, window: int, totals: Iterable[tuple[str, Totals]]) -> None:
         """Write the totals of a window, tensor by tensor."""
         arrays = (
             (
@@ -675,44 +699,45 @@ class RunWriter:
         if commits.is_folded(window) or not all(map(commits.is_committed, reversed(spans))):
             return []
         try:
-            damaged = [span for span in spans if not self._waits_whole(commits, span)]
+            waiting = list(commits.waiting(window))
+            damaged = {
+                span
+                for stretch in waiting
+                if not self._waits_whole(commits, stretch)
+                for span in (spans if stretch.span is None else [stretch.span])
+            }
             if not damaged:
-                with contextlib.ExitStack() as stack:
-                    files = map(disk.arrays, map(commits.partial, spans))
-                    waiting = [stack.enter_context(file) for file in files]
-                    self._write_totals(loss, window, self._joined(waiting))
+                self._write_totals(loss, window, self._joined(waiting))
         except FileNotFoundError:  # another worker folded this window meanwhile
             return []
-        for span in damaged:
-            disk.remove(commits.marker(span))
         if damaged:
-            return damaged
+            for span in damaged:
+                disk.remove(commits.marker(span))
+            if damaged == {*spans}:
+                self._discard_window(commits, window)
+            return sorted(damaged)
         sealed = seal_all(commits.planned_totals(window), self.path, self.durable)
         marker = {"run": self.manifest.id, "loss": loss, "window": window, "files": sealed}
         self._commit(commits.window_marker(window), marker)
-        if commits.manifest.is_full(window):
-            self._remove_partials(commits, window)
+        self._remove_partials(commits)
         return []
 
-    def _joined(self, waiting: Sequence[safe_open]) -> Iterator[tuple[str, Totals]]:
-        """Yield each tensor's totals over neighbouring spans, whose own are in open files."""
-        names = [name for fields, _ in TOTAL_FIELDS.values() for name in fields]
-        for tensor in self.manifest.allocated:
-            spans = (
-                {name: file.get_tensor(f"{name}/{tensor.key}") for name in names}
-                for file in waiting
-            )
-            yield tensor.spec.name, join_all(spans)
+    def _joined(self, waiting: list[Waiting]) -> Iterator[tuple[str, Totals]]:
+        """Yield each tensor's totals over neighbouring stretches, whose own are in files."""
+        tensors = self.manifest.allocated
+        stretches = [read_partial(stretch.path, tensors, stretch.segments) for stretch in waiting]
+        for tensor in tensors:
+            yield tensor.spec.name, join_all(map(next, stretches))
 
-    def _waits_whole(self, commits: Commits, span: int) -> bool:
-        """Tell whether the totals of a span that wait for its window are those it committed.
+    def _waits_whole(self, commits: Commits, stretch: Waiting) -> bool:
+        """Tell whether totals that wait for their window are those that were committed.
 
         Raises:
             FileNotFoundError: where they, or the span's marker, are gone.
         """
-        sealed = seal(commits.partial(span), False)
+        sealed = seal(stretch.path, False)
         try:
-            return bool(commits.load(span)["partial"] == sealed)
+            return sealed == commits.seal_of(stretch)
         except ValueError:
             return False
 

@@ -130,7 +130,7 @@ def test_windows_of_totals_give_the_same_bits_as_single_spans(place: Path, tmp_p
     sixteen, _ = replayed(place, tmp_path / "sixteen.lca", checkpoints=checkpoints, span=16)
     identical(one, sixteen)
     assert results.read_manifest(tmp_path / "one.lca").window == 2
-    assert list((tmp_path / "one.lca" / "partial").rglob("*.safetensors")) == []
+    assert list((tmp_path / "one.lca" / "partial").glob("*/*")) == []
 
 
 def test_a_second_run_evaluates_nothing(

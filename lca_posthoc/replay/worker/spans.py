@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ...numerics.allocation import SegmentAllocation
     from ...numerics.objective import Along, Evaluation, Objective
     from ...numerics.statistics import SpanSums
-    from ...results import LossRecord, Marker, RunWriter, SpanReport
+    from ...results import Marker, RunWriter, SpanReport
 
 # from here on the first segment that moves is measured: the same one however a run is cut or has
 # grown
@@ -304,7 +304,7 @@ class _SpanReplay:
         """
         from ...numerics.allocation import allocate_span
 
-        self.statistics = {name: self._gathering(record) for name, record in self.records.items()}
+        self.statistics = {name: self._gathering(name) for name in self.records}
         self.parts = {
             name: np.zeros((self.length, self.records[name].replicates, len(self.tensors)))
             for name in self.replicates
@@ -333,15 +333,17 @@ class _SpanReplay:
                 self.writer.write_block(name, self.request.span, statistics)
         return reached
 
-    def _gathering(self, record: LossRecord) -> SpanSums:
+    def _gathering(self, name: str) -> SpanSums:
         """Return what gathers the statistics of a loss at the level of the run."""
         from ...numerics.statistics import SpanStatistics, SpanSums
 
+        record = self.records[name]
         groups = len(record.groups) if record.groups else None
         of_span = (self.tensors, self.length, self.writer.keep, self.objective.device, groups)
         if self.axes is not None:
             return SpanSums(*of_span)
-        return SpanStatistics(*of_span, unit=record.unit)
+        since = self.writer.commits(name).counted(self.request.span)
+        return SpanStatistics(*of_span, unit=record.unit, since=since)
 
     def _take(self, row: int, done: dict[str, SegmentAllocation]) -> None:
         for name, statistics in self.statistics.items():
