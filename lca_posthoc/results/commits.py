@@ -138,9 +138,10 @@ class Commits:
         """Return how many of a span's first segments are in the begun totals of its window."""
         if begun is None:
             return 0
-        rows, window = self.manifest.rows(span), span // self.manifest.window
-        stop = self.manifest.rows_of(window).start + begun.segments
-        return min(max(0, stop - int(rows.start)), self.manifest.length(span))
+        window = span // self.manifest.window
+        first = self.manifest.window * window
+        before = self.manifest.span * (span - first)
+        return min(max(0, begun.segments - before), self.manifest.length(span))
 
     def counted(self, span: int) -> int:
         """Return how many of a span's first segments are in totals that do not need it: folded

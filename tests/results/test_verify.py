@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("verify")
     record(root / "ck")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lca_posthoc.replay.prepare.choose_window", lambda *_: 2)
+        patch.setattr("lca_posthoc.replay.prepare._Match.room_for_windows", 3)
         task = write_task(root / "task.py", *STRINGS)
         lca_posthoc.run(
             root / "ck", task, losses=["all"], cluster="inline", span=1, out=root / "run.lca"
