@@ -206,9 +206,8 @@ def _added(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> np.ndar
 
 TOO_LARGE = (
     "what a parameter is allocated adds up to more than totals over time can hold, at least 32 "
-    "times the loss at the first and the last checkpoint of the run. Leave the "
-    "steps out on which it is so large, with --steps, or keep no totals in another run, with "
-    "--keep units."
+    "times the loss at the first and at the last checkpoint. Leave the steps out on which it is so "
+    "large, with --steps, or keep no totals in another run, with --keep units."
 )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -67,7 +67,8 @@ def totals_of(motion: np.ndarray, gradient: np.ndarray, unit: float) -> Totals:
 # --- whole numbers --------------------------------------------------------------------------------
 
 
-@given(st.integers(2, 300), st.lists(st.integers(1, 299), max_size=5), st.data())
+@settings(deadline=None, max_examples=40)
+@given(st.integers(2, 140), st.lists(st.integers(1, 139), max_size=5), st.data())
 def test_totals_do_not_depend_on_cuts_nor_on_the_order_of_joining(
     segments: int, cuts: list[int], data: st.DataObject
 ) -> None:
@@ -278,9 +279,9 @@ class Wide(nn.Module):
         return self.out(inputs)
 
 
-@pytest.mark.parametrize(("segments", "span", "workers"), [(4, None, 1), (7, 2, 1), (12, 4, 1)])
+@pytest.mark.parametrize(("segments", "span"), [(4, None), (7, 2), (12, 4)])
 def test_statistics_take_at_most_40_bytes_a_parameter_where_one_window_fits(
-    tmp_path: Path, segments: int, span: int | None, workers: int
+    tmp_path: Path, segments: int, span: int | None
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(8, 4096, generator=generator)
@@ -306,7 +307,7 @@ def test_statistics_take_at_most_40_bytes_a_parameter_where_one_window_fits(
     of_parameters = sum(
         path.stat().st_size
         for path in files
-        if {*path.parts} & {*TOTAL_FIELDS, "partial"} and path.parent.name != "steps"
+        if {*path.relative_to(run.path).parts} & {*TOTAL_FIELDS, "partial"}
     )
     assert of_parameters <= BYTES_OF_TOTALS * elements + 4096
     # the rest does not grow with parameters
