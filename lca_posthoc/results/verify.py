@@ -155,8 +155,8 @@ class Verification:
                 continue
             for span in (later - 1, later) if what is not None else ():
                 place = commits.marker(span).relative_to(self.run).as_posix()
-                folded = manifest.window > 1 and commits.is_folded(span // manifest.window)
-                window = span // manifest.window if folded else None
+                joined = manifest.window > 1 and commits.counted(span) > 0
+                window = span // manifest.window if joined else None
                 first, last = manifest.ends(manifest.rows(span))
                 yield Damage(
                     path=place,
