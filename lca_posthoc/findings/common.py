@@ -16,7 +16,7 @@ from ..base.declarations import declared_findings
 from ..base.text import count
 from ..checkpoints.trajectory import TensorSpec
 from ..errors import InputError, LCAError
-from ..numerics.schema import FIELDS, KEEP, holds
+from ..numerics.schema import KEEP, TOTALS, holds
 from ..results import LossResults
 
 BLOCK = 2**22  # numbers that are in memory at a time
@@ -332,5 +332,5 @@ def each_total(
     rows = [list(totals["total"].values).index(name) for name in fields]
     for tensor in results.manifest.allocated:
         if tensor.spec.kind == "parameter" or buffers:
-            for part in blocks(tensor.spec.shape, len(FIELDS)):
+            for part in blocks(tensor.spec.shape, 2 * len(TOTALS)):
                 yield tensor.spec, part, totals[tensor.spec.name][(slice(None), *part)].values[rows]

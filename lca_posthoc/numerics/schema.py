@@ -1,20 +1,20 @@
 """The fields stored of every segment, the edges of the histogram, the totals, and how those of two
 stretches join.
 
-Joining is written with operators alone, so that it serves torch tensors on a worker and numpy
-arrays on a reader. Sums are joined along one fixed binary tree over the segments of the whole
-trajectory (every node covers an aligned power of two), so that the same bits come out however the
-trajectory was cut into spans.
+Totals are whole numbers: sums of a fixed unit, counts and signs. So the same come out however the
+trajectory was cut into spans and windows, and in whatever order they are added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Generic, Protocol, Self, TypedDict, TypeVar
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, TypedDict
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, SpanError
 
 # the levels of `--keep`, each of which holds what those before it hold
 KEEP = ("tensors", "units", "statistics", "parameters")
@@ -47,9 +47,22 @@ BINS = 2 * MAGNITUDES
 _SHARE_SAMPLED, _MOST_SAMPLED = 64, 256
 
 SIGNED = ("weight", "gradient", "allocation")
-TOTALS = ("allocated", "helping", "hurting", *(f"{signal}_turns" for signal in SIGNED))
-SIGNS = tuple(f"{signal}_{end}" for signal in SIGNED for end in ("first", "last"))
-FIELDS = (*TOTALS, *SIGNS)
+TURNS = tuple(f"{signal}_turns" for signal in SIGNED)
+TOTALS = ("allocated", "helping", "hurting", *TURNS)
+# the arrays in which totals over time are stored: what they hold of every parameter, and as what
+TOTAL_FIELDS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "totals": (("allocated",), "int64"),
+    "counts": (("helping", "hurting", *TURNS), "int32"),
+    "signs": (tuple(f"{signal}_{end}" for signal in SIGNED for end in ("first", "last")), "int8"),
+}
+BYTES_OF_TOTALS = sum(
+    len(names) * np.dtype(dtype).itemsize for names, dtype in TOTAL_FIELDS.values()
+)
+_MOST_SMALL = np.iinfo("int8").max
+# of a loss's size: as finely as float64 tells numbers of that size apart
+_FINEST = 2.0**-52
+_MUCH_LARGER = 64
+_LEAST = -970  # exponent of a loss, below which float64 is coarser than elsewhere
 
 Totals = dict[str, np.ndarray[Any, Any]]
 
@@ -119,73 +132,88 @@ def histogram_edges() -> np.ndarray[Any, Any]:
     return np.concatenate([-upper[:0:-1], upper])
 
 
+def unit_of_totals(losses: Iterable[float]) -> float:
+    """Return the unit in which a loss's allocations are added up over time: a power of two.
+
+    Every allocation of a parameter is rounded to a multiple of it, so that sums are whole numbers
+    and do not depend on the order in which they are added. It is to the loss at the first
+    checkpoint what the spacing of float64 is to a number: an allocation is rounded by at most half
+    a unit, 2⁻⁵³ to 2⁻⁵² (about 1e-16) of that loss, as if it were added to it. Sums reach to 2¹¹
+    times that loss at least; those that go beyond 2⁶³ units are refused, see `TOO_LARGE`.
+
+    The loss at the last checkpoint counts only where it is so much larger that sums might go
+    beyond. So a run whose checkpoints came bit by bit has the unit of one that had all of them from
+    the beginning. A run records the unit of a loss when it is added, and keeps it.
+
+    Args:
+        losses: at the first and the last checkpoint; those that are not finite do not count.
+
+    >>> [unit_of_totals(losses) / 2.0**-52 for losses in ([2.3, 0.1], [2.3, 99.0], [2.3, 999.0])]
+    [4.0, 4.0, 1024.0]
+    """
+    size = 0.0
+    for loss in map(abs, losses):
+        if math.isfinite(loss) and loss > _MUCH_LARGER * size:
+            size = loss
+    if size == 0.0:
+        return _FINEST
+    return math.ldexp(_FINEST, max(math.frexp(size)[1], _LEAST))
+
+
+def types_of_totals(segments: int) -> dict[str, str]:
+    """Return the types of a parameter's totals over so many segments, by field: counts are as small
+    as they can be.
+
+    >>> [types_of_totals(segments)["helping"] for segments in (127, 128)]
+    ['int8', 'int32']
+    """
+    small = "int8" if segments <= _MOST_SMALL else "int32"
+    return {
+        name: small if part == "counts" else dtype
+        for part, (names, dtype) in TOTAL_FIELDS.items()
+        for name in names
+    }
+
+
 def join(before: Totals, after: Totals) -> Totals:
     """Return the totals of two stretches of segments, one right after the other; turns across the
     border count.
 
     A turn is a change of sign between two non-zero values with only zeros between them.
+
+    Raises:
+        SpanError: where a sum is too large.
     """
-    joined = {name: before[name] + after[name] for name in ("allocated", "helping", "hurting")}
+    joined = {"allocated": _added(before["allocated"], after["allocated"])}
+    for name in TOTAL_FIELDS["counts"][0]:
+        joined[name] = before[name].astype("int32") + after[name]
     for signal in SIGNED:
         turns, first, last = f"{signal}_turns", f"{signal}_first", f"{signal}_last"
-        joined[turns] = before[turns] + after[turns] + (before[last] * after[first] < 0)
+        joined[turns] += before[last] * after[first] < 0
         joined[first] = before[first] + (before[first] == 0) * after[first]
         joined[last] = after[last] + (after[last] == 0) * before[last]
     return joined
 
 
-def half(length: int) -> int:
-    """Return the place at which the tree cuts a stretch that starts on an aligned border: the
-    largest power of two below its length.
-
-    >>> [half(length) for length in (2, 3, 4, 5, 8)]
-    [1, 2, 2, 4, 4]
-    """
-    return 1 << (length - 1).bit_length() - 1
-
-
-def join_all(read: Callable[[int], Totals], stretches: range) -> Totals:
-    """Return the totals of neighbouring stretches of equal power-of-two length (the last may be
-    shorter), joined along the tree.
-
-    Args:
-        read: returns the totals of one stretch; at most log₂ of them + 2 are in memory at a time.
-        stretches: their numbers, in order.
-    """
-    if len(stretches) == 1:
-        return read(stretches[0])
-    cut = half(len(stretches))
-    return join(join_all(read, stretches[:cut]), join_all(read, stretches[cut:]))
+def _added(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Add whole numbers; refuse a sum that is too large, whose sign is that of neither."""
+    with np.errstate(over="ignore"):
+        total: np.ndarray[Any, Any] = np.add(before, after)
+    if (((before ^ total) & (after ^ total)) < 0).any():
+        raise SpanError(TOO_LARGE)
+    return total
 
 
-class _Addable(Protocol):
-    def __add__(self, other: Self, /) -> Self: ...
+TOO_LARGE = (
+    "what a parameter is allocated adds up to more than totals over time can hold, at least 32 "
+    "times the loss at the first and at the last checkpoint. Leave the steps out on which it is so "
+    "large, with --steps, or keep no totals in another run, with --keep units."
+)
 
 
-_Value = TypeVar("_Value", bound=_Addable)
-
-
-class TreeSum(Generic[_Value]):
-    """A running sum along the same tree; it holds at most log₂ n + 1 partial sums."""
-
-    def __init__(self) -> None:
-        self._parts: list[tuple[int, _Value]] = []
-
-    def add(self, value: _Value) -> None:
-        """Add the value of the next segment."""
-        level = 0
-        while self._parts and self._parts[-1][0] == level:
-            value = self._parts.pop()[1] + value
-            level += 1
-        self._parts.append((level, value))
-
-    def value(self) -> _Value:
-        """Return the sum so far."""
-        parts = [part for _, part in self._parts]
-        total = parts.pop()
-        while parts:
-            total = parts.pop() + total
-        return total
+def join_all(stretches: Iterable[Totals]) -> Totals:
+    """Return the totals of neighbouring stretches of segments, joined one after the other."""
+    return functools.reduce(join, stretches)
 
 
 class RecalibrationRecord(TypedDict):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.trajectory import TensorSpec
+from ..errors import SpanError
 from .allocation import Axes, SegmentAllocation, sums_over
 from .objective import blocks
 from .schema import (
@@ -22,11 +23,13 @@ from .schema import (
     PER_GROUP,
     SIGNED,
     STEP_FIELDS,
-    TreeSum,
+    TOO_LARGE,
     holds,
     tensor_fields,
+    types_of_totals,
 )
 
+_LARGEST = 0.999 * 2.0**63  # of sums
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
@@ -71,45 +74,82 @@ def unit_sums(values: Tensor, axis: int | None) -> Tensor:
 
 
 class _Running:
-    """Per-parameter totals of one tensor, segment by segment."""
+    """Totals of the parameters of one tensor, segment by segment.
 
-    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        self._sum = TreeSum[Tensor]()
-        self._helping, self._hurting = torch.zeros((2, *shape), dtype=torch.int32, device=device)
-        self._turns = torch.zeros((len(SIGNED), *shape), dtype=torch.int32, device=device)
-        self._sign, self._first, self._last = torch.zeros(
-            (3, len(SIGNED), *shape), dtype=torch.int8, device=device
-        )
+    Args:
+        spec: of the tensor.
+        length: segments at most, which decide how small counts are.
+        device: where they are.
+        unit: of the sums, a power of two.
+    """
 
-    def add(self, motion: Tensor, gradient: Tensor, exact: Tensor, stored: Tensor) -> None:
-        """Add the next segment; signs are numbers of one byte, with which to compute is faster than
-        to compare and choose.
+    def __init__(self, spec: TensorSpec, length: int, device: torch.device, unit: float) -> None:
+        def zeros(rows: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros((rows, spec.elements), dtype=dtype, device=device)
+
+        small = getattr(torch, types_of_totals(length)["helping"])
+        self._spec, self._unit = spec, unit
+        self._sum = torch.zeros(spec.elements, dtype=torch.int64, device=device)
+        self._reach = 0.0  # no sum is further from 0
+        self._helping, self._hurting = zeros(2, small)
+        self._turns = zeros(len(SIGNED), small)
+        self._first, self._last = zeros(len(SIGNED), torch.int8), zeros(len(SIGNED), torch.int8)
+
+    def add(self, part: slice, motion: Tensor, gradient: Tensor, exact: Tensor) -> None:
+        """Add the next segment of a part of the parameters.
+
+        Args:
+            part: which of them, of all in a row.
+            motion: of each, (parameters,).
+            gradient: the same.
+            exact: what each is allocated, float64; its sign is that of the float32 that is stored.
+
+        Raises:
+            SpanError: where a sum is too large.
         """
-        self._sum.add(exact)
-        sign = self._sign
-        for row, values in zip(sign, (motion, gradient, stored), strict=True):
-            row.copy_(values.sign())
-        moved = sign * sign
-        self._turns -= (self._last * sign) >> 7  # −1 where it is negative
-        self._first += sign * (1 - self._first * self._first)
-        self._last += sign - self._last * moved
-        negative = sign[-1] >> 7
-        self._helping -= negative
-        self._hurting += sign[-1] - negative
+        self._add_up(part, exact)
+        self._turn(0, part, _sign(motion))
+        self._turn(1, part, _sign(gradient))
+        sign = _sign(exact.float())
+        self._turn(2, part, sign)
+        # signs are numbers of one byte, with which to compute is faster than to compare and choose
+        negative = sign >> 7
+        self._helping[part] -= negative
+        self._hurting[part] += sign - negative
+
+    def _turn(self, row: int, part: slice, sign: Tensor) -> None:
+        first, last = self._first[row, part], self._last[row, part]
+        self._turns[row, part] -= (last * sign) >> 7  # −1 where it is negative
+        first += sign * (1 - first * first)
+        last += sign - last * (sign * sign)
+
+    def _add_up(self, part: slice, exact: Tensor) -> None:
+        whole = (exact / self._unit).round_()
+        smallest, largest = torch.aminmax(whole) if whole.numel() else (whole.sum(), whole.sum())
+        most = max(-float(smallest), float(largest))
+        if not self._reach + most < _LARGEST:
+            self._reach = float(self._sum.double().abs().max())
+            if not self._reach + most < _LARGEST:
+                raise SpanError(f"tensor {self._spec.name!r}: {TOO_LARGE}")
+        self._sum[part] += whole.to(torch.int64)
+        self._reach += most
 
     def arrays(self) -> Arrays:
-        totals = {
-            "allocated": self._sum.value(),
-            "helping": self._helping,
-            "hurting": self._hurting,
-        }
+        """Return the totals by field, in the shape of the tensor."""
+        totals = {"allocated": self._sum, "helping": self._helping, "hurting": self._hurting}
         for row, name in enumerate(SIGNED):
             totals |= {
                 f"{name}_turns": self._turns[row],
                 f"{name}_first": self._first[row],
                 f"{name}_last": self._last[row],
             }
-        return {name: values.cpu().numpy() for name, values in totals.items()}
+        return {
+            name: values.reshape(self._spec.shape).cpu().numpy() for name, values in totals.items()
+        }
+
+
+def _sign(values: Tensor) -> Tensor:
+    return values.sign().to(torch.int8)
 
 
 def unit_axes(
@@ -142,6 +182,9 @@ class SpanSums:
         keep: a level of `--keep`.
         device: where allocations are.
         groups: their number; None for a loss without groups.
+
+    Attributes:
+        since: the first segment of the span whose parameters are counted in `totals`: none of sums.
     """
 
     def __init__(
@@ -164,6 +207,7 @@ class SpanSums:
             for name, dtype in tensor_fields(keep).items()
         }
         self.histogram: Arrays = {}
+        self.since = length
         self._unreached: list[frozenset[str]] = [frozenset(spec.name for spec in table)] * length
         self.begin(range(groups or 1))
 
@@ -253,6 +297,11 @@ class SpanStatistics(SpanSums):
 
     The totals of a loss with groups are those of its weighted mean over the groups, the loss of the
     whole split.
+
+    Args:
+        unit: of totals, see `schema.unit_of_totals`.
+        since: the first segment of the span whose totals are not counted yet; those of the segments
+            before are stored.
     """
 
     def __init__(
@@ -262,13 +311,20 @@ class SpanStatistics(SpanSums):
         keep: str,
         device: torch.device,
         groups: int | None = None,
+        *,
+        unit: float,
+        since: int = 0,
     ) -> None:
         super().__init__(table, length, keep, device, groups)
+        self.since = since
         self.histogram = {
             "count": np.zeros((length, *self._axis(), BINS), "int64"),
             "zero": np.zeros((length, *self._axis()), "int64"),
         }
-        self._running = {spec.name: _Running(spec.shape, device) for spec in table}
+        self._running = {
+            spec.name: _Running(spec, length - since, device, unit)
+            for spec in (table if since < length else ())
+        }
         self._pooled: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(length)]
 
     def begin(self, block: range) -> None:
@@ -325,6 +381,8 @@ class SpanStatistics(SpanSums):
         """Add to the weighted mean over the groups; after the last block it is added to the
         totals.
         """
+        if index < self.since:
+            return
         pooled = self._pooled[index]
         if self._groups is not None:
             weights = torch.as_tensor(weight, device=exact.device)
@@ -335,9 +393,12 @@ class SpanStatistics(SpanSums):
                 return
             whole = float(self.steps["weight"][index].sum())
             exact, gradient = exact / whole, gradient / whole
-        exact, gradient = exact.reshape(spec.shape), gradient.reshape(spec.shape)
-        self._running[spec.name].add(motion, gradient, exact, exact.float())
+        self._running[spec.name].add(
+            slice(None), motion.reshape(-1), gradient.reshape(-1), exact.reshape(-1)
+        )
 
     def totals(self) -> dict[str, Arrays]:
-        """Return the per-parameter totals over the span, by tensor."""
+        """Return the per-parameter totals over the span from `since` on, by tensor; none where
+        nothing is left of it.
+        """
         return {name: running.arrays() for name, running in self._running.items()}

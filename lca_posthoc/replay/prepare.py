@@ -22,7 +22,14 @@ from ..cluster import Cluster, Crew, Done, Lost, Spec
 from ..errors import InputError, Interrupted, ResourceError, SpanError, few
 from ..numerics.precisions import PRECISIONS
 from ..numerics.quadrature import COMPOSITE, RULES
-from ..numerics.schema import KEEP, holds, in_units_of_loss, is_share
+from ..numerics.schema import (
+    BYTES_OF_TOTALS,
+    KEEP,
+    holds,
+    in_units_of_loss,
+    is_share,
+    unit_of_totals,
+)
 from ..numerics.settings import Settings
 from ..results import LossRecord, Manifest, StoredTensor
 from ..results.keys import encode_all
@@ -115,7 +122,7 @@ class Draft:
             tensors=_stored_tensors(matched),
             checkpoints=self.checkpoints,
             span=span,
-            window=_choose_window(matched.segments, span, keep),
+            window=choose_window(matched.segments, span, keep, matched.room_for_windows),
             settings={**self.settings, "keep": keep},
             losses=_records(matched.described, self.probed, recorded, keep),
             provenance=self.provenance,
@@ -293,6 +300,12 @@ class _Match:
     def elements(self) -> int:
         """The number of elements of all tensors."""
         return sum(spec.elements for spec in self.described.tensors)
+
+    @property
+    def room_for_windows(self) -> int:
+        """The number of windows of totals that take a tenth of the space of the checkpoints."""
+        stored = sum(checkpoint.size for checkpoint in self.trajectory.checkpoints)
+        return stored // (10 * BYTES_OF_TOTALS * max(1, self.elements))
 
 
 def _match(trajectory: Trajectory, described: Description) -> _Match:
@@ -551,14 +564,19 @@ def choose_span(segments: int, workers: int, elements: int, keep: str) -> int:
     return int(2 ** (most.bit_length() - 1))
 
 
-def _choose_window(segments: int, span: int, keep: str) -> int:
-    """Return the spans per window of totals: a power of two that gives at most 64 windows; 1 where
-    no totals are kept.
+def choose_window(segments: int, span: int, keep: str, room: int) -> int:
+    """Return the spans per window of totals: the fewest that give no more windows than there is
+    room for; 1 where no totals are kept.
+
+    Args:
+        segments: of the trajectory.
+        span: segments per span.
+        keep: a level of `--keep`.
+        room: windows whose totals take at most a tenth of the space of the checkpoints.
     """
-    window = 1
-    while holds(keep, "statistics") and -(-segments // (span * window)) > _WINDOWS:
-        window *= 2
-    return window
+    if not holds(keep, "statistics"):
+        return 1
+    return -(-segments // (span * min(max(1, room), _WINDOWS)))
 
 
 def relative(trajectory: Trajectory) -> list[Checkpoint]:
@@ -615,6 +633,7 @@ def _record(
         calibration=probed.calibration[name],
         measured=probed.measured,
         identity=probed.identity[name],
+        unit=unit_of_totals(known["loss"] for known in probed.identity[name] if known is not None),
         scale=probed.scale.get(name),
     )
 

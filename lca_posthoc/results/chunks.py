@@ -157,7 +157,7 @@ class CheckedStore(_LossStore):
         plan = self._plans.get(array)
         if plan is None:
             return None
-        row, of_totals = int(place.partition("/")[0]), plan.part == "totals"
+        row, of_totals = int(place.partition("/")[0]), plan.of_windows
         about = self._commits.about_window(row) if of_totals else self._commits.about(row)
         where = f"{name_of(plan)}, {about}"
         recorded = self._recorded(key, where, of_totals, row)

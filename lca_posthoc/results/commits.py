@@ -5,13 +5,14 @@ and what its bytes are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, cast
 
 from ..errors import LCAError
 from . import disk
 from .files import read_json
-from .layout import plan_arrays
+from .layout import ArrayPlan, plan_arrays
 from .manifest import Manifest
 
 DATA = "data.zarr"
@@ -60,6 +61,21 @@ class Marker(TypedDict, total=False):
     pid: int
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """Totals of a stretch of segments that wait for their window.
+
+    Attributes:
+        path: of the file.
+        segments: of the stretch.
+        span: whose they are; None for those that wait since checkpoints were added.
+    """
+
+    path: Path
+    segments: int
+    span: int | None
+
+
 class Commits:
     """The markers of one loss.
 
@@ -71,6 +87,7 @@ class Commits:
     def __init__(self, path: Path, manifest: Manifest, loss: str) -> None:
         self.path, self.manifest, self.loss = path, manifest.of(loss), loss
         self.key = manifest.losses[loss].key
+        self._begun = manifest.losses[loss].begun
 
     def marker(self, span: int) -> Path:
         """Return the path of the marker of a span."""
@@ -85,29 +102,109 @@ class Commits:
             / f"window-{window:06d}-{self.manifest.length_of(window)}.json"
         )
 
-    def partial(self, span: int) -> Path:
-        """Return the path of the file in which the totals of a span wait for those of its
-        window.
+    def partial(self, span: int, since: int | None = None) -> Path:
+        """Return the path of the file in which the totals of a span wait for those of its window.
+
+        Args:
+            span: its number on the grid.
+            since: the first segment of the span that is counted there; `counted` where None.
         """
-        return (
-            self.path / PARTIAL / self.key / f"{span:06d}-{self.manifest.length(span)}.safetensors"
-        )
+        since = self.counted(span) if since is None else since
+        return self.partials / f"{span:06d}-{since}-{self.manifest.length(span)}"
+
+    @property
+    def partials(self) -> Path:
+        """The directory in which totals wait."""
+        return self.path / PARTIAL / self.key
+
+    def begun(self, window: int) -> Waiting | None:
+        """Return the totals of a window up to where checkpoints were added, which wait; None where
+        it has none.
+        """
+        if self._begun is None or self.manifest.window_of(self._begun[0] - 1) != window:
+            return None
+        path = self.partials / self.begun_name(self._begun[0])
+        segments = self._begun[0] - self.manifest.rows_of(window).start
+        return Waiting(path, segments, None) if _is_there(path) else None
+
+    @staticmethod
+    def begun_name(segments: int) -> str:
+        """Return the name of the file in which the totals of the last window wait that had been
+        folded when the run had so many segments.
+        """
+        return f"begun-{segments}"
+
+    def _since(self, span: int, begun: Waiting | None) -> int:
+        """Return how many of a span's first segments are in the begun totals of its window."""
+        if begun is None:
+            return 0
+        window = span // self.manifest.window
+        first = self.manifest.window * window
+        before = self.manifest.span * (span - first)
+        return min(max(0, begun.segments - before), self.manifest.length(span))
+
+    def counted(self, span: int) -> int:
+        """Return how many of a span's first segments are in totals that do not need it: folded
+        ones, and those that wait since checkpoints were added.
+        """
+        window = span // self.manifest.window
+        if self.manifest.window > 1 and self.is_folded(window):
+            return self.manifest.length(span)
+        return self._since(span, self.begun(window))
 
     def is_folded(self, window: int) -> bool:
         """Tell whether the totals of a window are committed."""
         return self.manifest.window == 1 or _is_there(self.window_marker(window))
 
-    def keeps_partials(self, window: int) -> bool:
-        """Tell whether spans of a window have, or still need, totals of their own."""
-        return self.manifest.window > 1 and not (
-            self.manifest.is_full(window) and self.is_folded(window)
-        )
+    def counts(self, segment: int) -> bool:
+        """Tell whether a segment is in the totals that wait since checkpoints were added."""
+        window = self.manifest.window_of(segment)
+        begun = self.begun(window)
+        return begun is not None and segment < self.manifest.rows_of(window).start + begun.segments
+
+    def waiting(self, window: int) -> Iterator[Waiting]:
+        """Yield what joins to the totals of a window, in order, also where another worker has just
+        folded it: files are then gone, and never only some of them are named.
+        """
+        begun = self.begun(window)
+        if begun is not None:
+            yield begun
+        for span in self.manifest.spans_of(window):
+            since, length = self._since(span, begun), self.manifest.length(span)
+            if since < length:
+                yield Waiting(self.partial(span, since), length - since, span)
+
+    def seal_of(self, waiting: Waiting) -> list[int] | None:
+        """Return size and CRC-32 that were recorded of totals that wait.
+
+        Raises:
+            ValueError, OSError: as `load` does.
+        """
+        if waiting.span is not None:
+            return self.load(waiting.span)["partial"]
+        return None if self._begun is None else self._begun[1:]
+
+    def waits(self, name: str) -> bool:
+        """Tell whether a file in the directory of waiting totals is one that is still needed."""
+        if self._begun is not None and name == self.begun_name(self._begun[0]):
+            return not self.is_folded(self.manifest.window_of(self._begun[0] - 1))
+        number = name.partition("-")[0]
+        if not number.isdecimal() or int(number) >= self.manifest.spans:
+            return False
+        return self.keeps_partial(int(number)) and self.partial(int(number)).name == name
+
+    def keeps_partial(self, span: int) -> bool:
+        """Tell whether a span has, or still needs, totals of its own that wait."""
+        return self.manifest.window > 1 and self.counted(span) < self.manifest.length(span)
 
     def is_committed(self, span: int) -> bool:
-        """Tell whether a span has a marker, and its totals are folded or still wait."""
+        """Tell whether a span has a marker, and its totals still wait or are folded.
+
+        It looks for those that wait first: another worker removes them once they are folded.
+        """
         if not _is_there(self.marker(span)):
             return False
-        return self.is_folded(span // self.manifest.window) or _is_there(self.partial(span))
+        return _is_there(self.partial(span)) or not self.keeps_partial(span)
 
     def pending(self) -> list[int]:
         """Return the spans that are not committed."""
@@ -120,16 +217,16 @@ class Commits:
     def planned_files(self, span: int) -> list[str]:
         """Return the chunk files of a span, by their paths below the run."""
         totals = self.manifest.window == 1
-        return [file for part, file in self._files(span) if totals or part != "totals"]
+        return [file for plan, file in self._files(span) if totals or not plan.of_windows]
 
     def planned_totals(self, window: int) -> list[str]:
         """Return the chunk files of a window of totals, by their paths below the run."""
-        return [file for part, file in self._files(window) if part == "totals"]
+        return [file for plan, file in self._files(window) if plan.of_windows]
 
-    def _files(self, row: int) -> Iterator[tuple[str, str]]:
+    def _files(self, row: int) -> Iterator[tuple[ArrayPlan, str]]:
         for plan in plan_arrays(self.manifest, self.manifest.keep, self.manifest.losses[self.loss]):
             for file in plan.row_files(row):
-                yield plan.part, f"{DATA}/{self.key}/{file}"
+                yield plan, f"{DATA}/{self.key}/{file}"
 
     def span_summary(self, span: int) -> Marker | None:
         """Return the marker of a span; None where the span is not committed.

@@ -16,7 +16,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -137,6 +137,17 @@ def read(path: Path, most: int = -1) -> bytes:
         return file.read(most)
 
 
+def read_part(path: Path, start: int, size: int) -> bytes:
+    """Return so many bytes of a file from a place on, fewer where it ends before.
+
+    Raises:
+        OSError: where it cannot be read.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(size)
+
+
 def blocks(path: Path, *, flush: bool = False) -> Iterator[bytes]:
     """Yield the bytes of a file, a block at a time; `flush` makes them durable first.
 
@@ -175,9 +186,6 @@ def write_whole(
 ) -> None:
     """Write or replace a file: readers see all of the old bytes or all of the new ones.
 
-    The bytes are written under a temporary name beside it and renamed; where durable, they are
-    flushed before, and the directory after.
-
     Args:
         path: of the file.
         data: its bytes.
@@ -185,10 +193,27 @@ def write_whole(
         suffix: of the temporary name, by which `sweep` knows what a killed writer left.
         temporary: that name, where another process must be able to tell whose file it is.
     """
+    write_blocks(path, [data], durable, suffix=suffix, temporary=temporary)
+
+
+def write_blocks(
+    path: Path,
+    data: Iterable[bytes | memoryview],
+    durable: bool,
+    *,
+    suffix: str = "tmp",
+    temporary: str | None = None,
+) -> None:
+    """Write or replace a file as `write_whole` does, a block of bytes at a time.
+
+    The bytes are written under a temporary name beside it and renamed; where durable, they are
+    flushed before, and the directory after.
+    """
     place = path.with_name(temporary or f".{uuid.uuid4().hex}.{suffix}")
     try:
         with place.open("xb") as file:
-            file.write(data)
+            for block in data:
+                file.write(block)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())

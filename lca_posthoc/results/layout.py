@@ -14,10 +14,10 @@ import numpy as np
 
 from ..numerics.schema import (
     BINS,
-    FIELDS,
     OF_MOTION,
     PER_GROUP,
     STEP_FIELDS,
+    TOTAL_FIELDS,
     holds,
     tensor_fields,
 )
@@ -79,6 +79,13 @@ class ArrayPlan:
     def part(self) -> str:
         """The part of the results it belongs to: "steps", "allocation", …"""
         return self.path.partition("/")[0]
+
+    @property
+    def of_windows(self) -> bool:
+        """Tell whether it holds totals over time, with a row for each window instead of each
+        segment.
+        """
+        return self.part in TOTAL_FIELDS
 
     @property
     def tensor(self) -> str | None:
@@ -149,7 +156,7 @@ def plan_arrays(manifest: Manifest, keep: str, loss: LossRecord) -> Iterator[Arr
         if holds(keep, "units"):
             yield plans.of_units(tensor, {**attributes, "units": "loss"})
         if holds(keep, "statistics"):
-            yield plans.of_totals(tensor, attributes)
+            yield from plans.of_totals(tensor, attributes)
 
 
 class _Plans:
@@ -208,16 +215,19 @@ class _Plans:
         inner = {f"{tensor.spec.name}:unit": tensor.spec.units}
         return self._rows(f"units/{tensor.key}", inner, "float32", attributes)
 
-    def of_totals(self, tensor: StoredTensor, attributes: dict[str, str | list[str]]) -> ArrayPlan:
+    def of_totals(
+        self, tensor: StoredTensor, attributes: dict[str, str | list[str]]
+    ) -> Iterator[ArrayPlan]:
         inner = _axes(tensor)
-        return ArrayPlan(
-            path=f"totals/{tensor.key}",
-            dims=("window", "field", *inner),
-            shape=(self._manifest.windows, len(FIELDS), *inner.values()),
-            dtype="float64",
-            rows=1,
-            attributes=attributes,
-        )
+        for part, (fields, dtype) in TOTAL_FIELDS.items():
+            yield ArrayPlan(
+                path=f"{part}/{tensor.key}",
+                dims=("window", "field", *inner),
+                shape=(self._manifest.windows, len(fields), *inner.values()),
+                dtype=dtype,
+                rows=1,
+                attributes=attributes,
+            )
 
 
 def _axes(tensor: StoredTensor) -> dict[str, int]:

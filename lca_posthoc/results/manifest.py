@@ -48,8 +48,13 @@ class LossRecord:
         measured: whether a few segments are evaluated one precision higher as well.
         identity: its values at the first and at the last checkpoint; None for one where they are
             not finite.
+        unit: of sums over time of what single parameters are allocated, in units of loss, see
+            `schema.unit_of_totals`.
         scale: |loss| at the first checkpoint over the whole split, rounded to six digits, of which
             tolerances are shares; None where no tolerance is a share.
+        begun: how many segments the run had when checkpoints were added to it last, and size and
+            CRC-32 of the file in which the totals of its last window wait for theirs; None where
+            no such totals are needed.
         covers: the number of segments it covers where the run has more; None where it covers all of
             them.
     """
@@ -68,7 +73,9 @@ class LossRecord:
     calibration: float | None
     measured: bool
     identity: Identity
+    unit: float
     scale: float | None = None
+    begun: list[int] | None = None
     covers: int | None = None
 
     @property
@@ -194,6 +201,10 @@ class Manifest:
         """Return the segments of a window."""
         spans = self.spans_of(window)
         return slice(self.rows(spans.start).start, self.rows(spans.stop - 1).stop)
+
+    def window_of(self, segment: int) -> int:
+        """Return the window a segment is in."""
+        return segment // (self.span * self.window)
 
     def is_full(self, window: int) -> bool:
         """Tell whether a window has all its spans, so that checkpoints which are still to come

@@ -14,7 +14,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from ..numerics.schema import FIELDS, histogram_edges
+from ..numerics.schema import TOTAL_FIELDS, histogram_edges
 from .layout import ArrayPlan, plan_arrays
 from .manifest import Manifest
 
@@ -94,7 +94,7 @@ def _attributes(manifest: Manifest, part: str) -> dict[str, object]:
     if part == "tensors":
         specs = [tensor.spec for tensor in manifest.allocated]
         return {"tensor": [spec.name for spec in specs], "kind": [spec.kind for spec in specs]}
-    return {"field": list(FIELDS)} if part == "totals" else {}
+    return {"field": list(TOTAL_FIELDS[part][0])} if part in TOTAL_FIELDS else {}
 
 
 def _coordinates(
@@ -103,7 +103,7 @@ def _coordinates(
     """Return the labels along the axes: the training steps segments start from and end at, the
     groups, the edges of the bins.
     """
-    if part == "totals":
+    if part in TOTAL_FIELDS:
         return {}
     coordinates: dict[str, list[Any]] = {"step": manifest.steps}
     if part == "steps":

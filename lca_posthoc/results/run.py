@@ -16,7 +16,7 @@ import numpy as np
 
 from ..base.text import count
 from ..errors import LCAError
-from ..numerics.schema import TOTALS, holds, sampled_examples
+from ..numerics.schema import TOTAL_FIELDS, TOTALS, holds, sampled_examples
 from .chunks import CheckedStore
 from .commits import Commits, Marker
 from .html import results_html, run_html
@@ -312,11 +312,11 @@ class LossResults:
                 f"loss {self.name!r} in {self.path} is not complete, so it has no totals yet. Run "
                 "`lca run` again to finish it."
             )
-        store = CheckedStore(self.path, self.manifest, self.name, ("totals",))
+        store = CheckedStore(self.path, self.manifest, self.name, tuple(TOTAL_FIELDS))
         variables = {}
         for tensor in self.manifest.allocated:
             inner = tuple(f"{tensor.spec.name}:{axis}" for axis in range(len(tensor.spec.shape)))
-            variables[tensor.spec.name] = joined_totals(store, f"totals/{tensor.key}", inner)
+            variables[tensor.spec.name] = joined_totals(store, tensor.key, self.record.unit, inner)
         return xr.Dataset(variables, coords={"total": list(TOTALS)})
 
     @property

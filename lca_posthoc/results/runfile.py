@@ -23,7 +23,7 @@ from .manifest import Identity, LossRecord, Manifest, StoredTensor
 _Rest = ParamSpec("_Rest")
 _Read = TypeVar("_Read")
 
-FORMAT = 3
+FORMAT = 4
 FILE = "run.json"
 _MOST_TENSORS = 100_000
 _MOST_LOSSES = 10_000
@@ -42,6 +42,7 @@ _FIELDS = (
     "losses",
     "provenance",
 )
+_RARE = ("begun", "covers")  # fields of a loss that are left out where they are None
 _TENSOR = ("name", "kind", "shape", "aliases", "unit_axis", "source", "key")
 
 _CACHED = 4
@@ -83,13 +84,11 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def _written(record: LossRecord) -> dict[str, object]:
-    """Return a loss as `run.json` records it: with the number of segments it covers only where
-    these are not all.
-    """
+    """Return a loss as `run.json` records it: without what most losses have nothing to say of."""
     return {
         name: value
         for name, value in asdict(record).items()
-        if name != "covers" or value is not None
+        if name not in _RARE or value is not None
     }
 
 
@@ -196,7 +195,7 @@ def parse(document: dict[str, object]) -> Manifest:
         tensors=_tensors(document["tensors"]),
         checkpoints=_checkpoints(document["checkpoints"]),
         span=_power(document["span"], "span"),
-        window=_power(document["window"], "window"),
+        window=_whole(document["window"], "window", 1),
         settings=_settings(document["settings"]),
         losses=_losses(document["losses"]),
         provenance=_provenance(document["provenance"]),
@@ -413,8 +412,7 @@ def _losses(value: object) -> dict[str, LossRecord]:
 
 def _loss(document: object) -> LossRecord:
     if isinstance(document, dict):
-        # runs have neither where there is nothing to say
-        document = {"scale": None, "covers": None, **document}
+        document = {"scale": None, **dict.fromkeys(_RARE), **document}
     entry = _exactly(document, tuple(setting.name for setting in fields(LossRecord)), "losses.")
     groups, counts = entry["groups"], entry["counts"]
     if groups is not None or counts is not None:
@@ -436,9 +434,23 @@ def _loss(document: object) -> LossRecord:
         calibration=_maybe(_number, entry["calibration"], "losses.calibration"),
         measured=entry["measured"],
         identity=identity,
+        unit=_power_of_two(entry["unit"], "losses.unit"),
         scale=_maybe(_number, entry["scale"], "losses.scale"),
+        begun=_maybe(_begun, entry["begun"]),
         covers=_maybe(_whole, entry["covers"], "losses.covers", 1),
     )
+
+
+def _begun(value: object) -> list[int]:
+    numbers = [_whole(number, "losses.begun") for number in _list(value, "losses.begun")]
+    _check(len(numbers) == 3 and numbers[0] > 0, "losses.begun", "segments, size, CRC-32", value)
+    return numbers
+
+
+def _power_of_two(value: object, field: str) -> float:
+    number = _number(value, field)
+    _check(number > 0 and math.frexp(number)[0] == 0.5, field, "a power of two", value)
+    return number
 
 
 def _check_groups(groups: Any, counts: object) -> None:

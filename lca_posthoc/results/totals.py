@@ -12,20 +12,58 @@ import zarr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from ..numerics.schema import FIELDS, TOTALS, Totals, join_all
+from ..numerics.schema import TOTAL_FIELDS, TOTALS, Totals, join_all
 from .chunks import CheckedStore
+
+
+class StoredTotals:
+    """The totals of one tensor, window by window, as they are stored.
+
+    Args:
+        store: of the loss.
+        key: of the tensor in the store.
+    """
+
+    def __init__(self, store: CheckedStore, key: str) -> None:
+        self._arrays = {
+            part: zarr.open_array(store, path=f"{part}/{key}", mode="r", zarr_format=3)
+            for part in TOTAL_FIELDS
+        }
+
+    @property
+    def windows(self) -> int:
+        """The number of windows."""
+        return int(self._arrays["totals"].shape[0])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor."""
+        return self._arrays["totals"].shape[2:]
+
+    def read(self, window: int, part: tuple[int | slice, ...]) -> Totals:
+        """Return the totals of a part of the tensor over a window."""
+        fields: Totals = {}
+        for name, (names, _) in TOTAL_FIELDS.items():
+            stored = np.asarray(self._arrays[name][(window, slice(None), *part)])
+            fields |= dict(zip(names, stored, strict=True))
+        return fields
 
 
 class JoinedTotals(BackendArray):
     """The totals of one tensor over all windows, (total, *shape), float64, read when they are
     indexed.
 
-    At most log₂ of the windows + 2 of them are in memory at a time, of the part that is read.
+    Two windows at most are in memory at a time, of the part that is read.
+
+    Args:
+        store: of the loss.
+        key: of the tensor in the store.
+        unit: of the sums, in units of loss.
     """
 
-    def __init__(self, store: CheckedStore, path: str) -> None:
-        self._stored = zarr.open_array(store, path=path, mode="r", zarr_format=3)
-        self.shape = (len(TOTALS), *self._stored.shape[2:])
+    def __init__(self, store: CheckedStore, key: str, unit: float) -> None:
+        self._stored, self._unit = StoredTotals(store, key), unit
+        self.shape = (len(TOTALS), *self._stored.shape)
         self.dtype = np.dtype("float64")
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray[Any, Any]:
@@ -36,19 +74,25 @@ class JoinedTotals(BackendArray):
 
     def _read(self, key: tuple[int | slice, ...]) -> np.ndarray[Any, Any]:
         names = TOTALS[key[0]]
-        joined = join_all(
-            lambda window: self._window(window, key[1:]), range(self._stored.shape[0])
-        )
-        return (
-            joined[names] if isinstance(names, str) else np.stack([joined[name] for name in names])
-        )
+        windows = range(self._stored.windows)
+        joined = join_all(self._stored.read(window, key[1:]) for window in windows)
+        if isinstance(names, str):
+            return self._in_units_of_loss(names, joined)
+        return np.stack([self._in_units_of_loss(name, joined) for name in names])
 
-    def _window(self, window: int, inner: tuple[int | slice, ...]) -> Totals:
-        return dict(
-            zip(FIELDS, np.asarray(self._stored[(window, slice(None), *inner)]), strict=True)
-        )
+    def _in_units_of_loss(self, name: str, joined: Totals) -> np.ndarray[Any, Any]:
+        values = np.asarray(joined[name], "float64")
+        return values * self._unit if name == "allocated" else values
 
 
-def joined_totals(store: CheckedStore, path: str, dims: tuple[str, ...]) -> xr.Variable:
-    """Return the totals of one tensor as a lazy variable; `dims` are those of the tensor itself."""
-    return xr.Variable(("total", *dims), indexing.LazilyIndexedArray(JoinedTotals(store, path)))
+def joined_totals(store: CheckedStore, key: str, unit: float, dims: tuple[str, ...]) -> xr.Variable:
+    """Return the totals of one tensor as a lazy variable.
+
+    Args:
+        store: of the loss.
+        key: of the tensor in the store.
+        unit: of the sums, in units of loss.
+        dims: of the tensor itself.
+    """
+    joined = JoinedTotals(store, key, unit)
+    return xr.Variable(("total", *dims), indexing.LazilyIndexedArray(joined))

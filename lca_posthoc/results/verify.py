@@ -130,15 +130,18 @@ class Verification:
     def _spans(self, commits: Commits) -> Iterator[Damage]:
         manifest = commits.manifest
         plans = list(plan_arrays(manifest, manifest.keep, manifest.losses[commits.loss]))
-        of_spans = [plan for plan in plans if plan.part != "totals" or manifest.window == 1]
-        of_windows = [plan for plan in plans if plan.part == "totals" and manifest.window > 1]
+        of_spans = [plan for plan in plans if not plan.of_windows or manifest.window == 1]
+        of_windows = [plan for plan in plans if plan.of_windows and manifest.window > 1]
         for span in range(manifest.spans):
             if _lies(commits.marker(span)):
                 yield from self._row(_Row(commits, span=span), of_spans)
         yield from self._seams(commits)
         for window in range(manifest.windows):
-            if of_windows and _lies(commits.window_marker(window)):
-                yield from self._row(_Row(commits, window=window), of_windows)
+            row = _Row(commits, window=window)
+            if of_windows and _lies(row.place):
+                yield from self._row(row, of_windows)
+            elif of_windows:
+                yield from self._begun(row)
 
     def _seams(self, commits: Commits) -> Iterator[Damage]:
         """Yield both spans where two differ at the checkpoint they share, with the windows of their
@@ -152,8 +155,8 @@ class Verification:
                 continue
             for span in (later - 1, later) if what is not None else ():
                 place = commits.marker(span).relative_to(self.run).as_posix()
-                folded = manifest.window > 1 and commits.is_folded(span // manifest.window)
-                window = span // manifest.window if folded else None
+                joined = manifest.window > 1 and commits.counted(span) > 0
+                window = span // manifest.window if joined else None
                 first, last = manifest.ends(manifest.rows(span))
                 yield Damage(
                     path=place,
@@ -191,11 +194,22 @@ class Verification:
 
     def _waiting(self, row: _Row, marker: Marker) -> Iterator[Damage]:
         """Check the totals of a span that wait for those of its window, where it has any."""
-        if row.span is None or not row.keeps_partial():
+        if row.span is None or not row.commits.keeps_partial(row.span):
             return
         file = row.commits.partial(row.span).relative_to(self.run).as_posix()
         what = self._unlike(file, marker["partial"])
-        if what is not None and disk.exists(row.place) and row.keeps_partial():
+        waits = disk.exists(row.place) and row.commits.keeps_partial(row.span)
+        if what is not None and waits:
+            yield row.damage(file, what, "totals")
+
+    def _begun(self, row: _Row) -> Iterator[Damage]:
+        """Check the totals of a window that wait since checkpoints were added, where it has any."""
+        begun = row.commits.begun(row.number)
+        if begun is None:
+            return
+        file = begun.path.relative_to(self.run).as_posix()
+        what = self._unlike(file, row.commits.seal_of(begun))
+        if what is not None and not _lies(row.place):
             yield row.damage(file, what, "totals")
 
     def _unlike(self, path: str, sealed: list[int] | None) -> str | None:
@@ -302,10 +316,6 @@ class _Row:
         )
         return dict(itertools.islice(files, most))
 
-    def keeps_partial(self) -> bool:
-        """Tell whether a span has, or still needs, totals of its own."""
-        return self.commits.keeps_partials(self.number // self.commits.manifest.window)
-
     def damage(
         self, path: str, what: str, array: str | None = None, tensor: str | None = None
     ) -> Damage:
@@ -340,10 +350,8 @@ class _Known:
         top, _, below = path.split("/", 2) if path.count("/") > 1 else (path, "", "")
         if top == PARTIAL:
             span = below.partition("-")[0]
-            if not span.isdecimal() or int(span) >= self._manifest.spans:
-                return False
-            same = self._commits.partial(int(span)).name == below
-            return same and disk.exists(self._commits.marker(int(span))) and self._keeps(int(span))
+            committed = not span.isdecimal() or disk.exists(self._commits.marker(int(span)))
+            return committed and self._commits.waits(below)
         if below in self._metadata:
             return True
         array, _, place = below.rpartition("/c/")
@@ -356,11 +364,8 @@ class _Known:
             and self._is_committed(plan, row)
         )
 
-    def _keeps(self, span: int) -> bool:
-        return self._commits.keeps_partials(span // self._manifest.window)
-
     def _is_committed(self, plan: ArrayPlan, written: str) -> bool:
-        of_windows, row = plan.part == "totals" and self._manifest.window > 1, int(written)
+        of_windows, row = plan.of_windows and self._manifest.window > 1, int(written)
         if str(row) != written or row >= (
             self._manifest.windows if of_windows else self._manifest.spans
         ):

@@ -8,12 +8,10 @@ whole chunk rows only.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 import socket
-import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,22 +19,22 @@ from typing import TYPE_CHECKING, Any
 import numcodecs.blosc
 import numpy as np
 import zarr
-from safetensors.numpy import load as load_arrays
-from safetensors.numpy import save as save_arrays
 
 from ..checkpoints.trajectory import Checkpoint
 from ..errors import InputError, LCAError, ResourceError, SpanError
-from ..numerics.schema import BINS, FIELDS, Totals, join_all
+from ..numerics.schema import BINS, TOTAL_FIELDS, Totals, join_all
 from . import disk
-from .chunks import CHUNK_SUFFIX, RowStore
-from .commits import COMMITS, DATA, PARTIAL, Commits, Marker
-from .files import refuse_links, seal_all, write_json
-from .layout import ArrayPlan, plan_arrays
+from .chunks import CHUNK_SUFFIX, CheckedStore, RowStore
+from .commits import COMMITS, DATA, PARTIAL, Commits, Marker, Waiting
+from .files import refuse_links, seal, seal_all, write_json
+from .layout import plan_arrays
 from .lock import hold
 from .manifest import Identity, LossRecord, Manifest
 from .metadata import FILE as ZARR
 from .metadata import group_file, metadata_files
+from .partials import bytes_of_partial, read_partial, write_partial
 from .runfile import exists, manifest_bytes, read_manifest, refuse_other, write_manifest
+from .totals import StoredTotals
 from .underway import LOG, remove_reports
 
 if TYPE_CHECKING:
@@ -44,7 +42,7 @@ if TYPE_CHECKING:
     from .verify import Damage, Leftover
 
 _BLOCK = 4096
-_AT_MOST = {"totals": 0.4, "histogram": 0.5}
+_AT_MOST = {"counts": 0.9, "signs": 0.5, "histogram": 0.5}
 _CHUNK_HEAD = 20  # bytes of a chunk beside its numbers: blosc's header and the checksum
 _MARKER, _MARKED = 600, 80  # bytes of a commit marker, and of each file in it
 _ENTRY = 50  # bytes of a file in a commit marker beside the loss's key and the path of its array
@@ -54,8 +52,7 @@ def required_bytes(manifest: Manifest, keep: str, losses: Mapping[str, LossRecor
     """Return the bytes losses take at most: numbers, commit markers, metadata and the record, in
     blocks of the file system.
 
-    Of totals and histograms, which are counts and signs but for one number in twelve, compression
-    leaves no more than `_AT_MOST`.
+    Of counts and signs compression leaves no more than `_AT_MOST`.
 
     Args:
         manifest: of the run as it would be created.
@@ -74,7 +71,8 @@ def required_bytes(manifest: Manifest, keep: str, losses: Mapping[str, LossRecor
         needed += sum(_blocks(len(data)) for _, data in metadata_files(manifest, name, keep=keep))
         entries = sum(plan.files * (_ENTRY + len(record.key) + len(plan.path)) for plan in plans)
         needed += manifest.spans * _blocks(_MARKER + entries // max(1, manifest.spans))
-        needed += _waiting(manifest, plans)
+        if any(plan.of_windows for plan in plans):
+            needed += _waiting(manifest.covered_by(record))
     return needed
 
 
@@ -88,8 +86,8 @@ def compressed_share(allocation: np.ndarray[Any, Any], segments: int) -> dict[st
     of allocations.
 
     Counts and signs of totals are not known before a run. They cost next to nothing where
-    parameters keep helping or hurting, and as much as tosses of a coin where they do not; the
-    geometric mean of both is taken.
+    parameters keep helping or hurting, and as much as tosses of a coin where they do not; half of
+    that is taken.
 
     Args:
         allocation: float32, flat.
@@ -97,12 +95,10 @@ def compressed_share(allocation: np.ndarray[Any, Any], segments: int) -> dict[st
     """
     generator = np.random.default_rng(0)
     active = allocation != 0
-    counts = np.where(active, generator.binomial(segments, 0.5, (5, len(allocation))), 0).astype(
-        "float64"
-    )
-    signs = np.where(active, generator.choice([-1.0, 1.0], (6, len(allocation))), 0.0)
-    exact = np.where(active, allocation * generator.random(len(allocation)), 0.0)
-    totals = [exact.astype("float64"), *counts, *signs]
+    # as finely as the largest of them is told from its neighbours in float64
+    unit = float(np.abs(allocation).max(initial=0.0)) * 2.0**-52 or 1.0
+    counts = [np.where(active, generator.binomial(segments, 0.5, len(active)), 0) for _ in range(5)]
+    signs = [np.where(active, generator.choice([-1, 1], len(active)), 0) for _ in range(6)]
     histogram = np.zeros((1, BINS), "int64")
     histogram[0, : min(BINS, 80)] = generator.integers(
         0, max(2, len(allocation) // 80), min(BINS, 80)
@@ -110,7 +106,9 @@ def compressed_share(allocation: np.ndarray[Any, Any], segments: int) -> dict[st
     return {
         "allocation": _left(allocation),
         "units": _left(allocation),
-        "totals": math.sqrt(_left(totals[0]) * sum(map(_left, totals))) / len(totals),
+        "totals": _left(np.rint(allocation / unit).astype("int64")),
+        "counts": _left(np.stack(counts).astype("int32")) / 2,
+        "signs": _left(np.stack(signs).astype("int8")) / 2,
         "histogram": _left(histogram),
     }
 
@@ -149,18 +147,17 @@ def estimated_bytes(
             size = plan.bytes * shares[name].get(plan.part, 1.0) / max(1, plan.files) + _CHUNK_HEAD
             needed += plan.files * (size if block == 1 else block * math.ceil(size / block))
         needed += manifest.spans * _MARKER + sum(plan.files for plan in plans) * _MARKED
-        needed += _waiting(manifest, plans)
     return round(needed)
 
 
-def _waiting(manifest: Manifest, plans: Iterable[ArrayPlan]) -> int:
-    """Return the bytes of the totals, not compressed, that wait for checkpoints which may still
-    come.
+def _waiting(manifest: Manifest) -> int:
+    """Return the bytes of the totals that wait for the last span of a window, which are gone once
+    it is folded.
     """
-    if manifest.window == 1 or manifest.is_full(manifest.windows - 1):
+    if manifest.window == 1:
         return 0
-    spans = len(manifest.spans_of(manifest.windows - 1))
-    return spans * sum(plan.bytes // plan.shape[0] for plan in plans if plan.part == "totals")
+    elements = sum(tensor.spec.elements for tensor in manifest.allocated)
+    return len(manifest.spans_of(0)) * _blocks(bytes_of_partial(elements, manifest.span))
 
 
 def create(path: Path, manifest: Manifest, durable: bool = True) -> RunWriter:
@@ -370,7 +367,8 @@ class RunWriter:
         """Add checkpoints at the end, or in place of ones no number relies on, for some losses.
 
         Where the last span of such a loss was short and has grown, it is no longer whole and will
-        be replayed again. The other losses cover the segments they covered: none of their files
+        be replayed again. Where the last window of totals has grown, what it holds waits for the
+        new spans, and is not counted again. The other losses cover the segments they covered: none of their files
         changes.
 
         Args:
@@ -380,11 +378,38 @@ class RunWriter:
         before = self.manifest
         self.manifest = before.with_checkpoints(checkpoints, identities)
         growing = [loss for loss in before.losses if loss in identities]
+        self.manifest = self.manifest.with_losses(
+            {loss: self._begin_totals(Commits(self.path, before, loss)) for loss in growing}
+        )
         for loss in growing:
             self._restore(loss)
         write_manifest(self.manifest, self.path, self.durable)
         for loss in growing:
             self._remove_outgrown(before, loss)
+
+    def _begin_totals(self, then: Commits) -> LossRecord:
+        """Let the totals of a last window that is folded and has grown wait for its new spans;
+        returns what is recorded of the loss.
+
+        Raises:
+            LCAError: where these totals are damaged.
+        """
+        record, manifest = self.manifest.losses[then.loss], then.manifest
+        window = manifest.windows - 1
+        folded = manifest.window > 1 and then.is_folded(window)
+        if not folded or self.manifest.of(then.loss).length_of(window) == manifest.length_of(
+            window
+        ):
+            return record
+        store = CheckedStore(self.path, manifest, then.loss, tuple(TOTAL_FIELDS))
+        totals = (
+            StoredTotals(store, tensor.key).read(window, (slice(None),) * len(tensor.spec.shape))
+            for tensor in manifest.allocated
+        )
+        path = then.partials / then.begun_name(manifest.segments)
+        refuse_links(self.path, path.parent)
+        sealed = write_partial(path, totals, manifest.length_of(window), self.durable)
+        return replace(record, begun=[manifest.segments, *sealed])
 
     def _remove_outgrown(self, before: Manifest, loss: str) -> None:
         """Remove the markers, and the waiting totals, of a last span and a last window that have
@@ -401,33 +426,35 @@ class RunWriter:
                 disk.remove(old)
 
     def sweep(self) -> None:
-        """Remove what a killed writer left, temporary files and folded totals; call it only while
-        holding the lock.
+        """Remove what a killed writer left, temporary files and totals that wait for nothing; call
+        it only while holding the lock.
         """
         for place, _, names in disk.walk(self.path):
             for name in filter(_is_temporary, names):
                 disk.remove(place / name)
         remove_reports(self.path)
         for loss in self.manifest.losses:
-            commits = self.commits(loss)
-            for window in range(commits.manifest.windows):
-                if not commits.keeps_partials(window):
-                    self._remove_partials(commits, window)
+            self._remove_partials(self.commits(loss))
 
     def remove_leftovers(self, leftovers: Iterable[Leftover]) -> None:
         """Remove files that `verify` named as leftovers; call it only while holding the lock."""
         for leftover in leftovers:
             disk.remove(self.path / leftover.path)
 
-    def _remove_partials(self, commits: Commits, window: int) -> None:
-        for span in commits.manifest.spans_of(window):
-            disk.remove(commits.partial(span))
+    def _remove_partials(self, commits: Commits) -> None:
+        """Remove the totals that wait for no window of a loss any more, but not what is being
+        written.
+        """
+        for name in disk.names(commits.partials):
+            if not _is_temporary(name) and not commits.waits(name):
+                disk.remove(commits.partials / name)
 
     def discard(self, damages: Iterable[Damage]) -> dict[str, list[int]]:
         """Make damaged spans pending again, and all spans of a damaged window of totals; call it
         only while holding the lock.
 
-        Their markers are removed; their chunks stay until they are overwritten.
+        Their markers are removed, and totals of the window that wait; their chunks stay until they
+        are overwritten.
 
         Args:
             damages: found by `verify`; metadata is for `restore_metadata`.
@@ -439,7 +466,7 @@ class RunWriter:
         gone = self.spans_of(damages)
         for damage in damages:
             if damage.loss is not None and damage.window is not None:
-                disk.remove(self.commits(damage.loss).window_marker(damage.window))
+                self._discard_window(self.commits(damage.loss), damage.window)
         for loss, spans in gone.items():
             commits = self.commits(loss)
             for span in spans:
@@ -447,6 +474,12 @@ class RunWriter:
             if self.durable:
                 disk.flush_names(self.path / COMMITS / commits.key)
         return gone
+
+    def _discard_window(self, commits: Commits, window: int) -> None:
+        begun = commits.begun(window)
+        disk.remove(commits.window_marker(window))
+        if begun is not None:
+            disk.remove(begun.path)
 
     def spans_of(self, damages: Iterable[Damage]) -> dict[str, list[int]]:
         """Return the damaged spans, by loss: a damaged window of totals counts for all its
@@ -463,12 +496,12 @@ class RunWriter:
         return {loss: sorted(spans) for loss, spans in spans_of_loss.items()}
 
     def relies_on(self, checkpoint: int) -> bool:
-        """Tell whether a committed span of any loss was computed from the checkpoint at a
-        position.
+        """Tell whether a committed span of any loss, or totals of one that wait, were computed from
+        the checkpoint at a position.
         """
         beside = (checkpoint - 1, checkpoint)
         return any(
-            disk.exists(commits.marker(segment // self.manifest.span))
+            disk.exists(commits.marker(segment // self.manifest.span)) or commits.counts(segment)
             for commits in map(self.commits, self.manifest.losses)
             for segment in beside
             if 0 <= segment < commits.manifest.segments
@@ -545,7 +578,7 @@ class RunWriter:
             "loss": loss,
             "span": span,
             "steps": self.manifest.steps[commits.manifest.rows(span)],
-            "partial": self._write_span_totals(commits, span, statistics.totals()),
+            "partial": self._write_span_totals(commits, span, statistics),
             "files": seal_all(commits.planned_files(span), self.path, self.durable),
         }
         self._still_recorded(loss, span)
@@ -583,18 +616,24 @@ class RunWriter:
         )
 
     def _write_span_totals(
-        self, commits: Commits, span: int, totals: dict[str, Totals]
+        self, commits: Commits, span: int, statistics: SpanSums
     ) -> list[int] | None:
         """Write the totals of a span where its window is one span, or let them wait for the others
         of the window; returns size and CRC-32 of what waits.
         """
+        totals = statistics.totals()
         if not totals:
             return None
         if self.manifest.window == 1:
-            self._write_totals(commits.loss, span, totals)
-        elif commits.keeps_partials(span // self.manifest.window):
-            return self._write_partial(commits.partial(span), totals)
-        return None
+            self._write_totals(commits.loss, span, totals.items())
+            return None
+        refuse_links(self.path, commits.partials)
+        return write_partial(
+            commits.partial(span, statistics.since),
+            (totals[tensor.spec.name] for tensor in self.manifest.allocated),
+            commits.manifest.length(span) - statistics.since,
+            self.durable,
+        )
 
     def _still_recorded(self, loss: str, span: int) -> None:
         """Refuse a late worker: the run may have been created anew, may have grown, or may have
@@ -616,21 +655,6 @@ class RunWriter:
         refuse_links(self.path, path.parent)
         write_json(path, marker, self.durable)
 
-    def _write_partial(self, path: Path, totals: dict[str, Totals]) -> list[int]:
-        """Write the totals of a span, which wait until its window is complete; returns size and
-        CRC-32.
-        """
-        data = save_arrays(
-            {
-                f"{field}/{self._key(name)}": values
-                for name, by_field in totals.items()
-                for field, values in by_field.items()
-            }
-        )
-        refuse_links(self.path, path.parent)
-        disk.write_whole(path, data, self.durable)
-        return [len(data), zlib.crc32(data)]
-
     def _key(self, name: str) -> str:
         return next(tensor.key for tensor in self.manifest.allocated if tensor.spec.name == name)
 
@@ -651,15 +675,17 @@ class RunWriter:
                 if values.size:
                     zarr.open_array(store, path=path, mode="r+", zarr_format=3)[rows] = values
 
-    def _write_totals(self, loss: str, window: int, totals: dict[str, Totals]) -> None:
+    def _write_totals(self, loss: str, window: int, totals: Iterable[tuple[str, Totals]]) -> None:
+        """Write the totals of a window, tensor by tensor."""
         arrays = (
             (
-                f"totals/{self._key(name)}",
-                np.stack([np.asarray(by_field[field], "float64") for field in FIELDS])[None],
+                f"{part}/{self._key(name)}",
+                np.stack([np.asarray(by_field[field], dtype) for field in fields])[None],
             )
-            for name, by_field in totals.items()
+            for name, by_field in totals
+            for part, (fields, dtype) in TOTAL_FIELDS.items()
         )
-        self._write(loss, ["totals"], arrays, (slice(window, window + 1),))
+        self._write(loss, TOTAL_FIELDS, arrays, (slice(window, window + 1),))
 
     def fold(self, loss: str, window: int) -> list[int]:
         """Join the totals of a window's spans once all are committed; repeated or simultaneous
@@ -673,44 +699,47 @@ class RunWriter:
         if commits.is_folded(window) or not all(map(commits.is_committed, reversed(spans))):
             return []
         try:
-            waiting = {span: self._read_partial(commits, span) for span in spans}
+            waiting = list(commits.waiting(window))
+            damaged = {
+                span
+                for stretch in waiting
+                if not self._waits_whole(commits, stretch)
+                for span in (spans if stretch.span is None else [stretch.span])
+            }
+            if not damaged:
+                self._write_totals(loss, window, self._joined(waiting))
         except FileNotFoundError:  # another worker folded this window meanwhile
             return []
-        damaged = [span for span, totals in waiting.items() if totals is None]
-        for span in damaged:
-            disk.remove(commits.marker(span))
         if damaged:
-            return damaged
-        stretches = [totals for totals in waiting.values() if totals is not None]
-        self._write_totals(loss, window, self._joined(stretches))
-        files = seal_all(commits.planned_totals(window), self.path, self.durable)
-        marker = {"run": self.manifest.id, "loss": loss, "window": window, "files": files}
+            for span in damaged:
+                disk.remove(commits.marker(span))
+            if damaged == {*spans}:
+                self._discard_window(commits, window)
+            return sorted(damaged)
+        sealed = seal_all(commits.planned_totals(window), self.path, self.durable)
+        marker = {"run": self.manifest.id, "loss": loss, "window": window, "files": sealed}
         self._commit(commits.window_marker(window), marker)
-        if commits.manifest.is_full(window):
-            self._remove_partials(commits, window)
+        self._remove_partials(commits)
         return []
 
-    def _joined(self, stretches: list[Totals]) -> dict[str, Totals]:
-        """Return the totals of each tensor over neighbouring stretches, each of all tensors."""
-        return {
-            tensor.spec.name: join_all(
-                functools.partial(_of_tensor, stretches, tensor.key), range(len(stretches))
-            )
-            for tensor in self.manifest.allocated
-        }
+    def _joined(self, waiting: list[Waiting]) -> Iterator[tuple[str, Totals]]:
+        """Yield each tensor's totals over neighbouring stretches, whose own are in files."""
+        tensors = self.manifest.allocated
+        stretches = [read_partial(stretch.path, tensors, stretch.segments) for stretch in waiting]
+        for tensor in tensors:
+            yield tensor.spec.name, join_all(map(next, stretches))
 
-    def _read_partial(self, commits: Commits, span: int) -> Totals | None:
-        """Return the totals of a span that wait for its window; None where they are damaged.
+    def _waits_whole(self, commits: Commits, stretch: Waiting) -> bool:
+        """Tell whether totals that wait for their window are those that were committed.
 
         Raises:
             FileNotFoundError: where they, or the span's marker, are gone.
         """
-        data = disk.read(commits.partial(span))
+        sealed = seal(stretch.path, False)
         try:
-            recorded = commits.load(span)["partial"]
+            return sealed == commits.seal_of(stretch)
         except ValueError:
-            return None
-        return load_arrays(data) if recorded == [len(data), zlib.crc32(data)] else None
+            return False
 
     def fold_all(self, loss: str) -> list[int]:
         """Fold every window that is ready and was not folded because a worker died.
@@ -728,10 +757,6 @@ class RunWriter:
 def _is_temporary(name: str) -> bool:
     """Tell whether a file is one that was being written, of a writer that may have been killed."""
     return name.endswith(f".{CHUNK_SUFFIX}") or (name.startswith(".") and name.endswith(".tmp"))
-
-
-def _of_tensor(stretches: list[Totals], key: str, position: int) -> Totals:
-    return {field: stretches[position][f"{field}/{key}"] for field in FIELDS}
 
 
 def _of_span(manifest: Manifest, loss: str, span: int) -> object:

@@ -94,6 +94,7 @@ async def max_per_host(address: str, count: int, place: Path) -> None:
 def laid_out(spans: int, segments: int) -> Any:
     """A manifest as long as asked: what a run of that size records."""
     from lca_posthoc.checkpoints.trajectory import Checkpoint, TensorSpec
+    from lca_posthoc.numerics.schema import unit_of_totals
     from lca_posthoc.numerics.settings import resolve
     from lca_posthoc.results import LossRecord, Manifest, StoredTensor
 
@@ -122,6 +123,7 @@ def laid_out(spans: int, segments: int) -> Any:
         calibration=None,
         measured=True,
         identity=[identity, identity],
+        unit=unit_of_totals([identity["loss"]]),
     )
     settings = {**resolve({"keep": "tensors"}, None), "device": "cpu"}
     window = 1

@@ -192,15 +192,17 @@ def turns(values: Iterable[float]) -> int:
     return sum(before != after for before, after in itertools.pairwise(signs))
 
 
-def slow_totals(series: Mapping[str, np.ndarray], exact: np.ndarray) -> dict[str, np.ndarray]:
+def slow_totals(
+    series: Mapping[str, np.ndarray], exact: np.ndarray, unit: float
+) -> dict[str, np.ndarray]:
     """Each total of each parameter from its own series, one parameter at a time; segments are the
-    first axis.
+    first axis. Allocations are rounded to multiples of `unit`.
     """
     shape = exact.shape[1:]
     found = {name: np.zeros(shape) for name in TOTALS}
     for index in np.ndindex(*shape):
         at = (slice(None), *index)
-        found["allocated"][index] = math.fsum(exact[at])
+        found["allocated"][index] = unit * math.fsum(np.rint(exact[at] / unit))
         found["helping"][index] = sum(value < 0 for value in series["allocation"][at])
         found["hurting"][index] = sum(value > 0 for value in series["allocation"][at])
         for name in SIGNED:

@@ -18,10 +18,10 @@ import torch
 
 from lca_posthoc.checkpoints.trajectory import Checkpoint, TensorSpec
 from lca_posthoc.numerics.allocation import SegmentAllocation
-from lca_posthoc.numerics.schema import Totals, join_all
+from lca_posthoc.numerics.schema import TOTAL_FIELDS, Totals, join_all, unit_of_totals
 from lca_posthoc.numerics.settings import resolve
 from lca_posthoc.numerics.statistics import SpanStatistics
-from lca_posthoc.replay.prepare import _choose_window, choose_span
+from lca_posthoc.replay.prepare import choose_span, choose_window
 from lca_posthoc.results import LossRecord, Manifest, RunWriter, StoredTensor, create
 from lca_posthoc.results.files import seal
 from lca_posthoc.results.keys import encode_all
@@ -75,6 +75,7 @@ def laid_out(
             calibration=None,
             measured=False,
             identity=[known, known],
+            unit=unit_of_totals([known["loss"]]),
         )
         for name, groups in losses.items()
     }
@@ -86,7 +87,7 @@ def laid_out(
             for step in range(segments + 1)
         ],
         span=span,
-        window=window or _choose_window(segments, span, keep),
+        window=window or choose_window(segments, span, keep, segments // 85),
         settings={**resolve({"keep": keep}, None), "device": "cpu"},
         losses=records,
         provenance={"task_sha256": "0" * 64, "task_losses": list(losses)},
@@ -149,7 +150,8 @@ def _fill(writer: RunWriter, loss: str, seed: int) -> None:
             if f"/{commits.key}/allocation/" in file or f"/{commits.key}/units/" in file:
                 _link(writer.path, like, file, sealed)
         if manifest.window == 1:
-            files = [file for file in files if f"/{commits.key}/totals/" not in file]
+            totals_of = tuple(f"data.zarr/{commits.key}/{part}/" for part in TOTAL_FIELDS)
+            files = [file for file in files if not file.startswith(totals_of)]
         rows = manifest.rows(span)
         marker = {
             "evaluations": 2 * manifest.span,
@@ -192,16 +194,14 @@ def _write_totals(
     if first == window:
         for name in totals[0]:
             writer._write_totals(
-                loss, window, {name: _joined(name, [totals[pattern] for pattern in kinds[window]])}
+                loss,
+                window,
+                [(name, join_all(totals[pattern][name] for pattern in kinds[window]))],
             )
         sealed |= {file: seal(writer.path / file, False) for file in files}
     for file, like in zip(files, commits.planned_totals(first), strict=True):
         _link(writer.path, like, file, sealed)
     return {file: sealed[file] for file in files}
-
-
-def _joined(name: str, spans: list[dict[str, Totals]]) -> Totals:
-    return join_all(lambda at: spans[at][name], range(len(spans)))
 
 
 def _link(run: Path, like: str, file: str, sealed: dict[str, list[int]]) -> None:
@@ -236,7 +236,9 @@ def _statistics(manifest: Manifest, loss: str, seed: int) -> SpanStatistics:
     record = manifest.losses[loss]
     groups = None if record.groups is None else len(record.groups)
     table = [tensor.spec for tensor in manifest.allocated]
-    statistics = SpanStatistics(table, manifest.span, manifest.keep, torch.device("cpu"), groups)
+    statistics = SpanStatistics(
+        table, manifest.span, manifest.keep, torch.device("cpu"), groups, unit=record.unit
+    )
     for at, segment in enumerate(_segments(table, manifest.span, groups, seed)):
         statistics.add(at, segment)
     return statistics

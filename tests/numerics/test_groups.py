@@ -317,7 +317,8 @@ def test_totals_of_a_grouped_loss_are_those_of_slow_loops_over_its_weighted_mean
             ),
             "allocation": exact.astype(np.float32),
         }
-        assert_totals(results.totals[tensor].values, slow_totals(series, exact))
+        unit = results.record.unit
+        assert_totals(results.totals[tensor].values, slow_totals(series, exact, unit))
         counts = results.totals[tensor].sel(total=["helping", "hurting", "allocation_turns"]).values
         assert np.array_equal(counts, np.round(counts))
 

@@ -106,7 +106,7 @@ def test_a_loss_that_is_not_asked_for_keeps_every_byte_and_catches_up_to_the_sam
     place: Place, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     span, first, additions = GROWTH[name]
-    monkeypatch.setattr(prepare, "_WINDOWS", 4)  # so that windows have several spans
+    monkeypatch.setattr(prepare._Match, "room_for_windows", 4)  # so that windows have several spans
     place.grow(first)
     place.replay("all", span=span)
     ends = dict.fromkeys(LOSSES, first)

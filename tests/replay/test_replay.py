@@ -124,13 +124,23 @@ def test_local_workers_give_the_same_bits_as_this_process(
     assert [event.workers for event in events if isinstance(event, Planned)] == [workers]
 
 
-def test_windows_of_totals_give_the_same_bits_as_single_spans(place: Path, tmp_path: Path) -> None:
-    checkpoints = record_training(tmp_path / "many", range(71))
-    one, _ = replayed(place, tmp_path / "one.lca", checkpoints=checkpoints, span=1)
-    sixteen, _ = replayed(place, tmp_path / "sixteen.lca", checkpoints=checkpoints, span=16)
-    identical(one, sixteen)
-    assert results.read_manifest(tmp_path / "one.lca").window == 2
-    assert list((tmp_path / "one.lca" / "partial").rglob("*.safetensors")) == []
+@pytest.mark.parametrize(("span", "room", "window"), [(1, 64, 1), (1, 8, 5), (1, 0, 37), (4, 2, 5)])
+def test_any_window_of_totals_gives_the_same_bits(
+    place: Path,
+    tmp_path: Path,
+    reference: dict,
+    monkeypatch: pytest.MonkeyPatch,
+    span: int,
+    room: int,
+    window: int,
+) -> None:
+    """Also where the spans end in any order."""
+    monkeypatch.setattr(prepare._Match, "room_for_windows", room)
+    out = tmp_path / "run.lca"
+    found, _ = replayed(place, out, span=span, cluster="local", workers=2)
+    identical(reference, found)
+    assert results.read_manifest(out).window == window
+    assert list((out / "partial").glob("*/*")) == []
 
 
 def test_a_second_run_evaluates_nothing(
@@ -303,7 +313,7 @@ def test_a_span_of_other_data_is_found_and_computed_again(
     place: Path, tmp_path: Path, reference: dict, monkeypatch: pytest.MonkeyPatch, window: int
 ) -> None:
     """As a machine that erred would have committed it."""
-    monkeypatch.setattr(prepare, "_WINDOWS", 3 if window > 1 else 64)
+    monkeypatch.setattr(prepare._Match, "room_for_windows", 3 if window > 1 else 64)
     out = tmp_path / "run.lca"
     replayed(place, out, span=4)
     assert results.read_manifest(out).window >= window

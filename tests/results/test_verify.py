@@ -22,6 +22,7 @@ import lca_posthoc
 from lca_posthoc import open_run, results
 from lca_posthoc.cluster import broadcast
 from lca_posthoc.errors import LCAError, SpanError
+from lca_posthoc.numerics.schema import TOTAL_FIELDS
 from lca_posthoc.replay.events import SpanDone
 from lca_posthoc.results import Damage, Leftover, RunWriter, lock, read_manifest, verify
 from lca_posthoc.results.layout import plan_arrays
@@ -42,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("verify")
     record(root / "ck")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lca_posthoc.replay.prepare._WINDOWS", 4)
+        patch.setattr("lca_posthoc.replay.prepare._Match.room_for_windows", 3)
         task = write_task(root / "task.py", *STRINGS)
         lca_posthoc.run(
             root / "ck", task, losses=["all"], cluster="inline", span=1, out=root / "run.lca"
@@ -118,7 +119,7 @@ def test_any_damaged_file_is_found_and_undone(place: Path, run: Path, made: Path
         listed = [each for each in found(run) if isinstance(each, Damage)]
         # what has no marker is not there: nothing is damaged
         gone = how == "deleted" and "marker" in kind
-        unfolded = [f"partial/validation/00000{span}-1.safetensors" for span in (2, 3)]
+        unfolded = [f"partial/validation/00000{span}-0-1" for span in (2, 3)]
         expected = unfolded if kind == "window marker" and how in ("deleted", "empty") else []
         assert [each.path for each in listed] == expected + ([] if gone else [path]), kind
         writer = RunWriter.open(run)
@@ -142,7 +143,7 @@ def test_waiting_totals_that_are_damaged_are_never_folded(
         patch.setattr(RunWriter, "fold", lambda *_: [])
         RunWriter.open(run).discard([Damage(path="", what="", loss="train", window=0)])
         assert replayed(place) == [("train", 0), ("train", 1)]
-    waiting = run / "partial" / "train" / "000001-1.safetensors"
+    waiting = run / "partial" / "train" / "000001-0-1"
     data = bytearray(waiting.read_bytes())
     data[-1] ^= 1
     waiting.write_bytes(data)
@@ -256,7 +257,10 @@ def test_a_run_may_itself_be_a_link(place: Path, run: Path, made: Path) -> None:
 def test_leftovers_are_told_apart_from_damage(run: Path) -> None:
     marker(run, "train", 1).unlink()
     own = (path.as_posix() for path in run.glob("data.zarr/train/**/c/**/*") if path.is_file())
-    chunks = sum(re.search(r"/c/1(/|$)", path) is not None and "totals" not in path for path in own)
+    totals = re.compile(rf"/({'|'.join(TOTAL_FIELDS)})/")
+    chunks = sum(
+        re.search(r"/c/1(/|$)", path) is not None and not totals.search(path) for path in own
+    )
     (run / "data.zarr" / "train" / "mine.txt").write_text("mine")
     (run / "data.zarr" / "train" / "steps" / "residual" / "c" / "07").mkdir()
     (run / "data.zarr" / "train" / "steps" / "residual" / "c" / "07" / "0").write_bytes(b"")

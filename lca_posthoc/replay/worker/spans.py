@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from ...checkpoints.trajectory import TensorSpec
     from ...numerics.allocation import SegmentAllocation
     from ...numerics.objective import Along, Evaluation, Objective
+    from ...numerics.statistics import SpanSums
     from ...results import Marker, RunWriter, SpanReport
 
 # from here on the first segment that moves is measured: the same one however a run is cut or has
@@ -303,20 +304,8 @@ class _SpanReplay:
         that were reached.
         """
         from ...numerics.allocation import allocate_span
-        from ...numerics.statistics import SpanStatistics, SpanSums
 
-        keep, device = self.writer.keep, self.objective.device
-        gathering = SpanStatistics if self.axes is None else SpanSums
-        self.statistics = {
-            name: gathering(
-                self.tensors,
-                self.length,
-                keep,
-                device,
-                len(record.groups) if record.groups else None,
-            )
-            for name, record in self.records.items()
-        }
+        self.statistics = {name: self._gathering(name) for name in self.records}
         self.parts = {
             name: np.zeros((self.length, self.records[name].replicates, len(self.tensors)))
             for name in self.replicates
@@ -352,6 +341,18 @@ class _SpanReplay:
             for name, statistics in self.statistics.items():
                 self.writer.write_block(name, self.request.span, statistics)
         return reached
+
+    def _gathering(self, name: str) -> SpanSums:
+        """Return what gathers the statistics of a loss at the level of the run."""
+        from ...numerics.statistics import SpanStatistics, SpanSums
+
+        record = self.records[name]
+        groups = len(record.groups) if record.groups else None
+        of_span = (self.tensors, self.length, self.writer.keep, self.objective.device, groups)
+        if self.axes is not None:
+            return SpanSums(*of_span)
+        since = self.writer.commits(name).counted(self.request.span)
+        return SpanStatistics(*of_span, unit=record.unit, since=since)
 
     def _take(self, row: int, done: dict[str, SegmentAllocation]) -> None:
         for name, statistics in self.statistics.items():

@@ -46,7 +46,7 @@ def _run(place: Path, out: Path) -> Any:
     """`lca run` over every loss in this process, in spans of two segments."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "choose_span", lambda *_: SPAN)
-        patch.setattr(prepare, "_WINDOWS", 4)
+        patch.setattr(prepare._Match, "room_for_windows", 4)
         arguments = (
             place / "checkpoints",
             "--task",

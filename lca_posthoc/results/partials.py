@@ -1,0 +1,82 @@
+"""Totals that wait for those of other spans of their window: a file of the plain numbers of every
+tensor, one after the other.
+
+Types, shapes and places follow from the run; size and checksum stand where the file is recorded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import LCAError
+from ..numerics.schema import Totals, types_of_totals
+from . import disk
+from .files import seal
+from .manifest import StoredTensor
+
+
+def write_partial(
+    path: Path, totals: Iterable[Totals], segments: int, durable: bool = True
+) -> list[int]:
+    """Write the totals of a stretch of segments, a tensor at a time; returns size and CRC-32.
+
+    Args:
+        path: of the file.
+        totals: of each allocated tensor, in the order of the run.
+        segments: of the stretch.
+        durable: whether they are on disk when this returns.
+    """
+    disk.write_blocks(path, _bytes(totals, segments), durable)
+    return seal(path, False)
+
+
+def _bytes(totals: Iterable[Totals], segments: int) -> Iterator[memoryview]:
+    for by_field in totals:
+        for field, dtype in types_of_totals(segments).items():
+            yield _plain(np.asarray(by_field[field], dtype)).data
+
+
+def _plain(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return np.ascontiguousarray(values).reshape(-1).view("uint8")
+
+
+def read_partial(path: Path, tensors: Iterable[StoredTensor], segments: int) -> Iterator[Totals]:
+    """Yield the totals of each tensor that a file of a stretch of so many segments holds.
+
+    The file is opened for each tensor anew, for a window may have more spans than a process may
+    have open files.
+
+    Raises:
+        FileNotFoundError: where nothing is there.
+        LCAError: where the file is too short.
+    """
+    types, place = types_of_totals(segments), 0
+    for tensor in tensors:
+        shape = tensor.spec.shape
+        sizes = {
+            field: math.prod(shape) * np.dtype(dtype).itemsize for field, dtype in types.items()
+        }
+        data = disk.read_part(path, place, sum(sizes.values()))
+        if len(data) < sum(sizes.values()):
+            raise LCAError(f"{path} became shorter while it was read. Run again.")
+        fields: Totals = {}
+        for field, dtype in types.items():
+            begin = sum(sizes[name] for name in fields)
+            values = np.frombuffer(data, dtype, math.prod(shape), begin)
+            fields[field] = values.reshape(shape)
+        place += len(data)
+        yield fields
+
+
+def bytes_of_partial(elements: int, segments: int) -> int:
+    """Return the size of the file of a stretch of so many segments.
+
+    >>> bytes_of_partial(10, 4)
+    190
+    """
+    return elements * sum(np.dtype(dtype).itemsize for dtype in types_of_totals(segments).values())
