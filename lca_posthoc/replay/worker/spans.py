@@ -41,11 +41,10 @@ from .state import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...checkpoints.trajectory import TensorSpec
     from ...numerics.allocation import SegmentAllocation
     from ...numerics.objective import Along, Evaluation, Objective
     from ...numerics.statistics import SpanSums
-    from ...results import LossRecord, Marker, RunWriter, SpanReport
+    from ...results import Marker, RunWriter, SpanReport
 
 # from here on the first segment that moves is measured: the same one however a run is cut or has
 # grown
@@ -304,7 +303,7 @@ class _SpanReplay:
         """
         from ...numerics.allocation import allocate_span
 
-        self.statistics = {name: self._gathering(record) for name, record in self.records.items()}
+        self.statistics = self._gathering()
         self.parts = {
             name: np.zeros((self.length, self.records[name].replicates, len(self.tensors)))
             for name in self.replicates
@@ -319,35 +318,47 @@ class _SpanReplay:
             segments = allocate_span(
                 points, part, every, self.method, axes=self.axes, at_least=levels
             )
-            for row, done in enumerate(segments):
-                self._take(row, done)
-                reached[row] |= {done[name].level for name in self.records}
+            for row in range(self.length):
+                # no name holds a segment, with its gradients, while the next one is computed
+                levels_of_losses, residual = self._take(row, next(segments))
+                reached[row] |= levels_of_losses
                 reached_segments = (
                     len(self.records) * (row + 1 + part_before * self.length) / len(self.blocks)
                 )
-                self.report.reach(
-                    reached_segments,
-                    max(float(np.max(np.abs(done[name].residual))) for name in self.records),
-                )
+                self.report.reach(reached_segments, residual)
             for name, statistics in self.statistics.items():
                 self.writer.write_block(name, self.request.span, statistics)
         return reached
 
-    def _gathering(self, record: LossRecord) -> SpanSums:
-        """Return what gathers the statistics of a loss at the level of the run."""
+    def _gathering(self) -> Mapping[str, SpanSums]:
+        """Return what gathers the statistics of each loss at the level of the run."""
         from ...numerics.statistics import SpanStatistics, SpanSums
 
-        groups = len(record.groups) if record.groups else None
-        of_span = (self.tensors, self.length, self.writer.keep, self.objective.device, groups)
+        of_span = (self.tensors, self.length, self.writer.keep, self.objective.device)
+        groups = {
+            name: len(record.groups) if record.groups else None
+            for name, record in self.records.items()
+        }
         if self.axes is not None:
-            return SpanSums(*of_span)
-        return SpanStatistics(*of_span, unit=record.unit)
+            return {name: SpanSums(*of_span, groups[name]) for name in self.records}
+        statistics: dict[str, SpanStatistics] = {}
+        for name, record in self.records.items():
+            first = next(iter(statistics.values()), None)
+            statistics[name] = SpanStatistics(*of_span, groups[name], unit=record.unit, like=first)
+        return statistics
 
-    def _take(self, row: int, done: dict[str, SegmentAllocation]) -> None:
+    def _take(self, row: int, done: dict[str, SegmentAllocation]) -> tuple[set[int], float]:
+        """Add a segment to the statistics; return the levels that losses reached, and the largest
+        residual.
+        """
         for name, statistics in self.statistics.items():
             statistics.add(row, done[name])
         for name, hidden in self.replicates.items():
-            self.parts[name][row] = _sums(done[hidden], self.tensors)
+            sums = done[hidden].sums
+            self.parts[name][row] = np.stack([sums[tensor.name] for tensor in self.tensors], -1)
+        segments = [done[name] for name in self.records]
+        residual = max(float(np.max(np.abs(segment.residual))) for segment in segments)
+        return {segment.level for segment in segments}, residual
 
     def _rounding(self) -> dict[str, np.ndarray[Any, Any]]:
         """Measure what the precision rounds on the segments of the span that are chosen for it;
@@ -420,10 +431,3 @@ class _Only:
         return self._objective.evaluate(
             point, losses, gradient=gradient, along=along, only=self._groups
         )
-
-
-def _sums(segment: SegmentAllocation, tensors: list[TensorSpec]) -> np.ndarray[Any, Any]:
-    """Return what each replicate allocates to each tensor: (replicates, tensors)."""
-    return np.stack(
-        [segment.allocation[tensor.name].flatten(1).sum(1).cpu().numpy() for tensor in tensors], -1
-    )
