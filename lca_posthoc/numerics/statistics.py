@@ -160,7 +160,9 @@ class _Running:
         self._reach = 0.0  # no sum is further from 0
         self._helping, self._hurting = torch.zeros((2, spec.elements), dtype=small, device=device)
         self._signals = {name: _Signal(spec.elements, small, device) for name in SIGNED[1:]}
-        self._weights = _Signal(spec.elements, small, device) if like is None else like._weights
+        self._weights: _Signal = (
+            _Signal(spec.elements, small, device) if like is None else like._weights
+        )
 
     def add(self, part: slice, motion: Tensor, gradient: Tensor, exact: Tensor) -> None:
         """Add the next segment of a part of the parameters.
@@ -375,7 +377,7 @@ class SpanStatistics(SpanSums):
             "count": np.zeros((length, *self._axis(), BINS), "int64"),
             "zero": np.zeros((length, *self._axis()), "int64"),
         }
-        self._running = {
+        self._running: dict[str, _Running] = {
             spec.name: _Running(
                 spec, length, device, unit, None if like is None else like._running[spec.name]
             )

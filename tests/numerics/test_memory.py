@@ -195,7 +195,7 @@ def test_a_replay_holds_two_thirds_of_what_was_foretold_and_leaves_the_heap_the_
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    # 0.63 to 0.71 were seen
+    # 0.60 to 0.78 were seen
     assert 0.55 * found["foretold"] <= found["taken"] <= 0.8 * found["foretold"], found
 
 

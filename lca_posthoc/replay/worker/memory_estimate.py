@@ -31,9 +31,9 @@ _SUMS = 8  # float64 numbers of every sum and group: those of two nodes, of a le
 _TOTALS = 19  # bytes of every parameter and loss: a sum, counts and signs
 _NODES = 2  # gradients of every parameter, loss and group that are done, in the type of the model
 _SUM = 8  # bytes of every parameter, loss and group: the sum over batches of another one
-# bytes of every parameter of the largest tensor: a gradient of a batch, its mean, and what is
-# written of totals
-_LARGEST = 36
+# bytes of every parameter of the largest tensor: a gradient of a batch, and what is written of
+# totals
+_LARGEST = 32
 _HEAP = 1.1  # with what the heap keeps of freed memory
 _FEW = 1000  # examples of a group below which page faults cost as much as evaluating
 _HEAP_BYTES = 32 * 2**20  # larger arrays are mapped anew whenever they are made
@@ -78,7 +78,7 @@ def bytes_needed(
     at a level of `--keep`; 0 where there are none.
 
     Four numbers for every parameter. To that come, at levels of sums, a gradient of the largest
-    tensor; at the others 19 bytes for every kept parameter and loss, 36 for every one of the
+    tensor; at the others 19 bytes for every kept parameter and loss, 32 for every one of the
     largest tensor, and a tenth more of everything. To that come `bookkeeping` of the losses that go
     together or of the largest that goes alone, and on a CPU, where batches are ours to choose,
     twice what autograd saves of one. Measured in docs/performance.md.
@@ -88,7 +88,7 @@ def bytes_needed(
     numbers = {name: bookkeeping(request, objective, name, blocks[name], keep) for name in names}
     alone = [numbers[name] for name in names if blocks[name] is not None]
     most = max([sum(numbers.values()) - sum(alone), *alone])
-    largest = max((tensor.elements for tensor in objective.allocated), default=0)
+    largest = _largest(objective)
     needed = _POINTS * objective.dtype.itemsize * _elements(objective.allocated) + most
     if holds(keep, "statistics"):
         needed += _TOTALS * _elements(_kept(request, objective)) * len(names) + _LARGEST * largest
@@ -111,7 +111,7 @@ def bookkeeping(
     if not holds(keep, "statistics"):
         return (groups + parts) * _bytes_of_group(request, objective, keep)
     return int(
-        (groups + parts) * _elements(objective.allocated) * _bytes_of_nodes(objective)
+        (groups + parts) * _bytes_of_nodes(objective)
         + groups * _elements(_kept(request, objective)) * _stored(request, keep)
     )
 
@@ -119,15 +119,22 @@ def bookkeeping(
 def _bytes_of_group(request: SampleRequest[Any], objective: Objective, keep: str) -> int:
     """Return the bytes of the numbers a loss holds of one group."""
     if holds(keep, "statistics"):
-        nodes = _bytes_of_nodes(objective)
-        return _elements(objective.allocated) * (nodes + _stored(request, keep))
+        stored = _elements(objective.allocated) * _stored(request, keep)
+        return _bytes_of_nodes(objective) + stored
     sums = [tensor.units if holds(keep, "units") else 1 for tensor in objective.allocated]
     return 8 * _SUMS * sum(sums)
 
 
 def _bytes_of_nodes(objective: Objective) -> int:
-    """Return the bytes of one parameter's gradients at nodes, of a loss or one of its groups."""
-    return _NODES * objective.dtype.itemsize + _SUM
+    """Return the bytes of the gradients at nodes, of a loss or one of its groups: those that are
+    done, the sum of another one, and the mean of a tensor beside its sum.
+    """
+    number, elements = objective.dtype.itemsize, _elements(objective.allocated)
+    return (_NODES * number + _SUM) * elements + number * _largest(objective)
+
+
+def _largest(objective: Objective) -> int:
+    return max((tensor.elements for tensor in objective.allocated), default=0)
 
 
 def _activations(request: SampleRequest[Any], objective: Objective, names: list[str]) -> float:
