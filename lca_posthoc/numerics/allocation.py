@@ -92,7 +92,7 @@ class Piece:
 
 
 class _OfTensors(Mapping[str, Tensor]):
-    """What some tensors have, each computed when it is asked for."""
+    """A tensor for each of some names, computed when it is asked for."""
 
     def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]) -> None:
         self._names, self._compute = dict.fromkeys(names), compute

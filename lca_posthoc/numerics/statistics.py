@@ -105,8 +105,8 @@ class UnitSums:
 
 
 class _Signal:
-    """How often a number of every parameter of one tensor changed its sign from segment to segment,
-    and what the first and the last sign were.
+    """Turns of a number of every parameter of one tensor, its changes of sign from segment to
+    segment, and its first and last sign.
 
     Args:
         elements: of the tensor.
@@ -128,9 +128,11 @@ class _Signal:
         last += sign - (sign * sign).mul_(last)
 
     def arrays(self, name: str) -> dict[str, Tensor]:
-        """Return what there is, by field."""
-        return {f"{name}_turns": self._turns, f"{name}_first": self._first} | {
-            f"{name}_last": self._last
+        """Return turns and signs, by field."""
+        return {
+            f"{name}_turns": self._turns,
+            f"{name}_first": self._first,
+            f"{name}_last": self._last,
         }
 
 
