@@ -9,6 +9,7 @@ and $x_q, w_q$ the nodes and weights of a rule on [0, 1]. Source: Lan, Liu, Zhou
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -25,6 +26,7 @@ from .quadrature import COMPOSITE, Family, Rule
 
 Point = Mapping[str, Tensor]
 Gradient = dict[str, Tensor]
+Node = tuple[float, Gradient]  # a weight, and the gradient there
 Axes = Mapping[str, int | None]
 
 
@@ -77,18 +79,57 @@ class Method:
         return residual, allocation
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A piece of one tensor on a segment, float64, small enough to stay in the cache; the next one
+    overwrites it.
+
+    Attributes:
+        rows: which groups it has.
+        columns: which parameters, of all in a row.
+        motion: θ′ − θ, (parameters,).
+        gradient: the weighted mean of the gradients at the nodes, (groups, parameters).
+        allocation: their product.
+    """
+
+    rows: slice
+    columns: slice
+    motion: Tensor
+    gradient: Tensor
+    allocation: Tensor
+
+
+class _OfTensors(Mapping[str, Tensor]):
+    """A tensor for each of some names, computed when it is asked for."""
+
+    def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]) -> None:
+        self._names, self._compute = dict.fromkeys(names), compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._compute(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SegmentAllocation:
-    """The allocation of one loss on one segment; tensors float64, by name, numbers and tensors per
-    group where it has groups.
+    """The allocation of one loss on one segment; numbers and tensors per group where it has groups.
+
+    Of every parameter there are the points and the gradients at the nodes alone. Motion, mean
+    gradient and allocation are computed from them whenever they are asked for, float64, with the
+    same bits each time.
 
     Where sums are taken, a tensor stands for its units: the allocation of a unit is the sum over
     its parameters, the gradient is that along the motion, and the motion is 1.
 
     Attributes:
-        allocation: of each tensor, in units of loss.
-        mean_gradient: the weighted mean of the gradients at the nodes.
-        motion: θ′ − θ.
+        points: both ends of the segment, or ends that are 1 apart where sums are taken.
+        nodes: the gradients at the nodes, each with its weight.
+        sums: what each tensor is allocated, in units of loss.
         distance: Σ|θ′ − θ| of each tensor.
         loss_start: at the first checkpoint.
         loss_end: at the next one.
@@ -101,9 +142,9 @@ class SegmentAllocation:
         unreached: tensors the loss reached at no node.
     """
 
-    allocation: dict[str, Tensor]
-    mean_gradient: Gradient
-    motion: Mapping[str, Tensor]
+    points: Motion
+    nodes: Sequence[Node]
+    sums: Mapping[str, Numbers]
     distance: Mapping[str, float]
     loss_start: Numbers
     loss_end: Numbers
@@ -114,6 +155,39 @@ class SegmentAllocation:
     converged: bool
     error_bound: Numbers
     unreached: frozenset[str]
+
+    def pieces(self, name: str, columns: Sequence[slice] | None = None) -> Iterator[Piece]:
+        """Yield one tensor piece by piece: all of each group before the next.
+
+        Args:
+            name: of the tensor.
+            columns: where groups are cut that do not stay in the cache; anywhere by default.
+        """
+        return _pieces(self.points, self.nodes, name, columns)
+
+    @property
+    def motion(self) -> Mapping[str, Tensor]:
+        """Return θ′ − θ of each tensor."""
+        start, end = self.points.start, self.points.end
+        return _OfTensors(self.sums, lambda name: end[name].double() - start[name].double())
+
+    @property
+    def mean_gradient(self) -> Mapping[str, Tensor]:
+        """Return the weighted mean of the gradients at the nodes, of each tensor."""
+        return _OfTensors(self.sums, lambda name: self._whole(name, "gradient"))
+
+    @property
+    def allocation(self) -> Mapping[str, Tensor]:
+        """Return what each tensor's parameters are allocated, in units of loss."""
+        return _OfTensors(self.sums, lambda name: self._whole(name, "allocation"))
+
+    def _whole(self, name: str, what: str) -> Tensor:
+        like = self.nodes[0][1][name]
+        whole = torch.empty(like.shape, dtype=torch.float64, device=like.device)
+        rows = whole.reshape(-1, max(1, self.points.start[name].numel()))
+        for piece in self.pieces(name):
+            rows[piece.rows, piece.columns] = getattr(piece, what)
+        return whole
 
 
 class Between(Mapping[str, Tensor]):
@@ -142,8 +216,9 @@ class _Segment(Protocol):
     gradients are multiplied.
     """
 
-    def motion(self, names: Iterable[str]) -> Mapping[str, Tensor]:
-        """Return θ′ − θ of some tensors, float64; 1 where gradients are sums along it."""
+    @property
+    def points(self) -> Motion:
+        """Both ends; ends that are 1 apart where gradients are sums along the motion."""
 
     def distance(self, names: Iterable[str]) -> Mapping[str, float]:
         """Return Σ|θ′ − θ| of some tensors."""
@@ -176,29 +251,22 @@ class _Parameters:
     def __init__(
         self, start: Point, end: Point, objective: Evaluates, following: Callable[[], Point | None]
     ) -> None:
-        self._start, self._end, self._objective = start, end, objective
-        self._following = following
-        self._motion: dict[str, Tensor] = {}
-
-    def motion(self, names: Iterable[str]) -> Mapping[str, Tensor]:
-        if not self._motion:
-            self._motion = {
-                name: self._end[name].double() - self._start[name].double() for name in names
-            }
-        return self._motion
+        self.points = Motion(start, end)
+        self._objective, self._following = objective, following
 
     def distance(self, names: Iterable[str]) -> Mapping[str, float]:
-        return {name: values.abs().sum().item() for name, values in self.motion(names).items()}
+        return distances(self.points, names)
 
     def at(self, x: float, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
-        point = self._start if x == 0 else Between(self._start, self._end, x)
+        start, end = self.points.start, self.points.end
+        point = start if x == 0 else Between(start, end, x)
         return self._objective.evaluate(point, losses, gradient=gradient)
 
     def at_end(
         self, losses: list[str], *, here: bool, following: bool
     ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
         gradient = here or (following and self._following() is not None)
-        last = self._objective.evaluate(self._end, losses, gradient=gradient)
+        last = self._objective.evaluate(self.points.end, losses, gradient=gradient)
         return last, last
 
 
@@ -225,16 +293,13 @@ class _Units:
         self._axes, self._objective, self._following = axes, objective, following
         self._own = Motion(start, end)
 
-    def motion(self, names: Iterable[str]) -> Mapping[str, Tensor]:
-        start = self._own.start
-        return {
-            name: torch.ones(
-                units_of(start[name], self._axes[name]),
-                dtype=torch.float64,
-                device=start[name].device,
-            )
-            for name in names
+    @functools.cached_property
+    def points(self) -> Motion:
+        ones = {
+            name: self._own.start[name].new_ones(units_of(self._own.start[name], axis))
+            for name, axis in self._axes.items()
         }
+        return Motion({name: torch.zeros_like(one) for name, one in ones.items()}, ones)
 
     def distance(self, names: Iterable[str]) -> Mapping[str, float]:
         return distances(self._own, names)
@@ -292,41 +357,80 @@ def _segment(
     return _Units(axes, start, end, objective, following)
 
 
-def _sum(parts: Sequence[Numbers]) -> Numbers:
-    """Return the exact sum of a few numbers, of each group."""
+def sum_of(numbers: Iterable[Numbers]) -> Numbers:
+    """Return the exact sum of a few numbers, of each group; 0 of none."""
+    parts = list(numbers)
+    if not parts:
+        return np.float64(0.0)
     return np.asarray(
         [math.fsum(column) for column in np.stack(parts, -1).reshape(-1, len(parts))]
     ).reshape(np.shape(parts[0]))[()]
 
 
-def sums_over(
-    tensors: Mapping[str, Tensor], motion: Mapping[str, Tensor], absolute: bool = False
-) -> Numbers:
-    """Return Σ over the elements of all tensors, or Σ|·|, of each group; `motion` tells their
-    shapes without groups.
+def _pieces(
+    points: Motion, nodes: Sequence[Node], name: str, columns: Sequence[slice] | None = None
+) -> Iterator[Piece]:
+    """Yield a tensor's motion, mean gradient and allocation, see `SegmentAllocation.pieces`."""
+    start, end = points.start[name].reshape(-1), points.end[name].reshape(-1)
+    shape = (math.prod(_groups(points, nodes, name)), start.numel())
+    parts = [(weight, gradient[name].reshape(shape)) for weight, gradient in nodes]
+    motions, means, products = (_Scratch(start.device) for _ in range(3))
+    for row, column in blocks(*shape, columns):
+        motion = motions.of(end[column]).copy_(end[column]).sub_(start[column])
+        mean = _combination(parts, row, column, means)
+        product = torch.mul(mean, motion, out=products.of(mean))
+        yield Piece(row, column, motion, mean, product)
+
+
+def _groups(points: Motion, nodes: Sequence[Node], name: str) -> tuple[int, ...]:
+    """Return the shape of what a tensor has one number of for each group: () without groups."""
+    like = nodes[0][1][name]
+    return tuple(like.shape[: like.dim() - points.start[name].dim()])
+
+
+class _Scratch:
+    """Memory for float64 numbers that is used over and over: fresh memory costs more than what is
+    computed in it.
     """
-    parts = []
-    for name, values in tensors.items():
-        groups = values.shape[: values.dim() - motion[name].dim()]
-        flat = (values.abs() if absolute else values).reshape(*groups, motion[name].numel())
-        parts.append(flat.sum(-1).cpu().numpy())
-    return _sum(parts)
+
+    def __init__(self, device: torch.device) -> None:
+        self._flat = torch.empty(0, dtype=torch.float64, device=device)
+
+    def of(self, like: Tensor) -> Tensor:
+        """Return room for as many numbers, in the same shape."""
+        if self._flat.numel() < like.numel():
+            self._flat = self._flat.new_empty(like.numel())
+        return self._flat[: like.numel()].view(like.shape)
 
 
-def _product(motion: Mapping[str, Tensor], gradient: Gradient) -> dict[str, Tensor]:
-    return {name: motion[name] * values for name, values in gradient.items()}
+def _combination(
+    parts: Sequence[tuple[float, Tensor]], row: slice, column: slice, scratch: _Scratch
+) -> Tensor:
+    """Return Σ factor · values of a piece, float64."""
+    (factor, first), *others = parts
+    total = scratch.of(first[row, column]).copy_(first[row, column]).mul_(factor)
+    for factor, values in others:
+        total.add_(values[row, column], alpha=factor)
+    return total
 
 
-def _combine(parts: Iterable[tuple[float, Gradient]]) -> Gradient:
-    mean: Gradient = {}
-    for weight, gradient in parts:
-        for name, values in gradient.items():
-            mean[name] = mean[name].add_(values, alpha=weight) if name in mean else weight * values
-    return mean
-
-
-def _sum_of(one: Gradient, other: Gradient) -> Gradient:
-    return {name: values + other[name] for name, values in one.items()}
+def _sums_of(
+    points: Motion, nodes: Sequence[Node], change: Sequence[Node], name: str
+) -> tuple[Numbers, Numbers]:
+    """Return what one tensor is allocated, of each group, and Σ|·| of the motion times another
+    combination of its gradients; 0 without one.
+    """
+    groups, device = _groups(points, nodes, name), points.start[name].device
+    shape = (math.prod(groups), points.start[name].numel())
+    others = [(factor, gradient[name].reshape(shape)) for factor, gradient in change]
+    total = torch.zeros(shape[0], dtype=torch.float64, device=device)
+    changed, scratch = torch.zeros_like(total), _Scratch(device)
+    for piece in _pieces(points, nodes, name):
+        total[piece.rows] += piece.allocation.sum(1)
+        if others:
+            difference = _combination(others, piece.rows, piece.columns, scratch)
+            changed[piece.rows] += difference.mul_(piece.motion).abs_().sum(1)
+    return total.reshape(groups).cpu().numpy()[()], changed.reshape(groups).cpu().numpy()[()]
 
 
 @dataclass
@@ -335,107 +439,97 @@ class _NodeSum:
 
     node: float
     gradient: Gradient
+    _is_own: bool = False
+
+    def add(self, gradient: Gradient) -> None:
+        """Add another one; sums are float64, a gradient alone is as it came."""
+        self.gradient = {
+            name: (values if self._is_own else values.to(torch.float64, copy=True)).add_(
+                gradient[name]
+            )
+            for name, values in self.gradient.items()
+        }
+        self._is_own = True
 
 
 class _Refinement:
     """One loss on one segment while its rule is refined.
 
-    Nodes that weigh alike at all levels to come are one sum of gradients: with the composite family
-    the ends, the fresh nodes and the older inner ones. So sums carry every level, and no old node
-    is evaluated again.
+    Nodes that weigh alike at all levels from the last one on are one sum of gradients: with the
+    composite family the ends, the fresh nodes, those of the level before and the older inner ones.
+    So sums carry every level and the one before it, and no old node is evaluated again.
     """
 
-    def __init__(
-        self, family: Family, motion: Mapping[str, Tensor], start: Evaluation, end: Evaluation
-    ) -> None:
-        self.family, self.motion, self.start, self.end = family, motion, start, end
+    def __init__(self, family: Family, points: Motion, start: Evaluation, end: Evaluation) -> None:
+        self.family, self.points, self.start, self.end = family, points, start, end
         self._fresh: list[_NodeSum] = []
         self._older: list[_NodeSum] = []
         self.unreached = start.unreached & end.unreached
         self.level = 0
-        self._before: Gradient | None = None
-        self._measured = False
-        self.mean: Gradient = {}
-        self.allocation: dict[str, Tensor] = {}
+        self.sums: Mapping[str, Numbers] = {}
         self.residual: Numbers = np.float64(math.nan)
         self._change: Numbers = np.float64(math.nan)
 
     def refine(self) -> None:
         """Go on to the next level, whose fresh nodes are taken in next."""
-        if self.level >= 1:
-            self.measure()
-        self._before, self.mean, self._measured = self.mean or None, {}, False
+        older: list[_NodeSum] = []
+        for part in (*self._older, *self._fresh):
+            self._add(older, part)
+        self._older, self._fresh = older, []
         self.level += 1
-        for fresh in self._fresh:
-            self._add(self._older, fresh.node, fresh.gradient)
-        self._fresh = []
 
     def take(self, node: float, evaluation: Evaluation) -> None:
         """Take in the gradient at a fresh node."""
         self.unreached &= evaluation.unreached
-        self._add(self._fresh, node, evaluation.gradient)
+        self._add(self._fresh, _NodeSum(node, evaluation.gradient))
 
-    def _add(self, sums: list[_NodeSum], node: float, gradient: Gradient) -> None:
+    def _add(self, sums: list[_NodeSum], part: _NodeSum) -> None:
         for like in sums:
-            if self.family.weigh_alike(self.level, like.node, node):
-                like.gradient = _sum_of(like.gradient, gradient)
+            if self.family.weigh_alike(self.level, like.node, part.node):
+                like.add(part.gradient)
                 return
-        sums.append(_NodeSum(node, gradient))
+        sums.append(part)
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The gradients at this level, each with its weight."""
+        return [
+            *self._weighted(self.level, self._older),
+            *((self.family.weight(self.level, part.node), part.gradient) for part in self._fresh),
+        ]
+
+    def _weighted(self, level: int, inner: list[_NodeSum]) -> list[Node]:
+        """Return the gradients at both ends and at inner nodes, with their weights at a level."""
+        weight = self.family.weight(level, 0.0)
+        return [
+            (weight, self.start.gradient),
+            (weight, self.end.gradient),
+            *((self.family.weight(level, part.node), part.gradient) for part in inner),
+        ]
+
+    def _changes(self) -> list[Node]:
+        """Return what the last refining changed of the mean gradient, as a combination of those at
+        nodes; at level 0 the difference of both ends.
+        """
+        if self.level == 0:
+            return [(-1.0, self.start.gradient), (1.0, self.end.gradient)]
+        before = self._weighted(self.level - 1, self._older)
+        return [
+            (weight - (before[position][0] if position < len(before) else 0.0), gradient)
+            for position, (weight, gradient) in enumerate(self.nodes)
+        ]
 
     def measure(self) -> None:
-        """Compute the mean gradient and the allocation at this level, the residual, and Σ|·| of
-        what the last refining changed.
+        """Compute what tensors are allocated at this level, the residual, and Σ|·| of what the last
+        refining changed.
         """
-        if self._measured:
-            return
-        sums: list[Numbers] = []
-        changes: list[Numbers] = []
-        for name in self.motion:
-            total, change = self._measure_tensor(name)
-            sums.append(total)
-            changes.append(change)
-        self.residual = self.end.loss - self.start.loss - _sum(sums)
-        self._change, self._measured = _sum(changes), True
-
-    def _measure_tensor(self, name: str) -> tuple[Numbers, Numbers]:
-        """Compute one tensor's mean gradient and allocation, piece by piece; return the sums of
-        each group.
-        """
-        motion, first = self.motion[name], self.start.gradient[name]
-        groups = first.shape[: first.dim() - motion.dim()]
-        shape = (math.prod(groups), motion.numel())
-        moved = motion.reshape(-1)
-        begins, ends = first.reshape(shape), self.end.gradient[name].reshape(shape)
-        inner = [
-            (self.family.weight(self.level, part.node), part.gradient[name].reshape(shape))
-            for part in (*self._fresh, *self._older)
-        ]
-        before = None if self._before is None else self._before[name].reshape(shape)
-        means, products = (
-            torch.empty_like(first).reshape(shape),
-            torch.empty_like(first).reshape(shape),
-        )
-        weight = self.family.weight(self.level, 0.0)
-        total = torch.zeros(shape[0], dtype=torch.float64, device=motion.device)
-        change = torch.zeros_like(total)
-        for row, column in blocks(*shape):
-            both = begins[row, column] + ends[row, column]
-            mean = torch.mul(both, weight, out=means[row, column])
-            for factor, gradients in inner:
-                mean.add_(gradients[row, column], alpha=factor)
-            total[row] += torch.mul(mean, moved[column], out=products[row, column]).sum(1)
-            if self.level == 0:
-                difference = ends[row, column] - begins[row, column]
-            elif before is None:
-                difference = torch.sub(mean, both, alpha=0.5)
-            else:
-                difference = mean - before[row, column]
-            change[row] += difference.mul_(moved[column]).abs_().sum(1)
-        self.mean[name], self.allocation[name] = (
-            means.reshape(first.shape),
-            products.reshape(first.shape),
-        )
-        return total.reshape(groups).cpu().numpy(), change.reshape(groups).cpu().numpy()
+        nodes, change = self.nodes, self._changes()
+        measured = {
+            name: _sums_of(self.points, nodes, change, name) for name in self.start.gradient
+        }
+        self.sums = {name: total for name, (total, _) in measured.items()}
+        self.residual = self.end.loss - self.start.loss - sum_of(self.sums.values())
+        self._change = sum_of(changed for _, changed in measured.values())
 
     def error_bound(self, calibration: float | None) -> Numbers:
         """Estimate Σ|A − A*|: what the last refining changed; at level 0 a calibrated share of
@@ -444,14 +538,6 @@ class _Refinement:
         if self.level:
             return self._change
         return self._change * (math.nan if calibration is None else calibration)
-
-    @property
-    def curvature(self) -> Numbers:
-        """Σ|(g₁ − g₀)·Δθ|."""
-        differences = {
-            name: self.end.gradient[name] - first for name, first in self.start.gradient.items()
-        }
-        return sums_over(_product(self.motion, differences), self.motion, absolute=True)
 
 
 def calibrate(
@@ -472,14 +558,13 @@ def calibrate(
     last, _ = segment.at_end(losses, here=True, following=False)
     shares = {}
     for name in losses:
-        refinement = _Refinement(
-            COMPOSITE, segment.motion(first[name].gradient), first[name], last[name]
-        )
-        scale = np.sum(refinement.curvature)
+        refinement = _Refinement(COMPOSITE, segment.points, first[name], last[name])
+        refinement.measure()
+        scale = float(np.sum(refinement.error_bound(1.0)))
         refinement.refine()
         refinement.take(0.5, middle[name])
         refinement.measure()
-        shares[name] = float(np.sum(refinement.error_bound(None)) / scale) if scale > 0 else 0.0
+        shares[name] = float(np.sum(refinement.error_bound(None))) / scale if scale > 0 else 0.0
     return shares
 
 
@@ -537,8 +622,9 @@ def _allocate_refined(
         for node in (method.family.fresh_nodes(1) if lowest >= 1 else ())
     ]
     last, known = segment.at_end(losses, here=True, following=True)
-    motion = segment.motion(first[losses[0]].gradient)
-    states = {name: _Refinement(method.family, motion, first[name], last[name]) for name in losses}
+    states = {
+        name: _Refinement(method.family, segment.points, first[name], last[name]) for name in losses
+    }
     done: dict[str, SegmentAllocation] = {}
     level = 0
     pending = list(losses)
@@ -555,6 +641,7 @@ def _allocate_refined(
             return done, known
         level += 1
         for name in pending:
+            done.pop(name, None)
             states[name].refine()
         nodes: Iterable[tuple[float, dict[str, Evaluation]]] = early if level == 1 else ()
         nodes = nodes or (
@@ -573,10 +660,10 @@ def _judged(name: str, state: _Refinement, method: Method, segment: _Segment) ->
     accurate = math.isinf(allocation_tolerance) or bool(np.all(bound <= allocation_tolerance))
     return _checked(
         SegmentAllocation(
-            allocation=state.allocation,
-            mean_gradient=state.mean,
-            motion=state.motion,
-            distance=segment.distance(state.motion),
+            points=state.points,
+            nodes=state.nodes,
+            sums=state.sums,
+            distance=segment.distance(state.sums),
             loss_start=state.start.loss,
             loss_end=state.end.loss,
             weight=state.start.weight,
@@ -602,23 +689,20 @@ def _allocate_fixed(
     first = at_start or segment.at(0.0, losses, gradient=rule.has_start)
     nodes = [first if x == 0 else segment.at(x, losses) for x in rule.nodes]
     last, known = segment.at_end(losses, here=False, following=rule.has_start)
-    motion = segment.motion(nodes[0][losses[0]].gradient)
-    distance = segment.distance(motion)
     done = {}
     for name in losses:
-        mean = _combine(
-            [
-                (weight, node[name].gradient)
-                for weight, node in zip(rule.weights, nodes, strict=True)
-            ]
-        )
-        allocation = _product(motion, mean)
-        residual = last[name].loss - first[name].loss - sums_over(allocation, motion)
+        weighted = [
+            (weight, node[name].gradient) for weight, node in zip(rule.weights, nodes, strict=True)
+        ]
+        sums = {
+            tensor: _sums_of(segment.points, weighted, [], tensor)[0] for tensor in weighted[0][1]
+        }
+        residual = last[name].loss - first[name].loss - sum_of(sums.values())
         allocated = SegmentAllocation(
-            allocation=allocation,
-            mean_gradient=mean,
-            motion=motion,
-            distance=distance,
+            points=segment.points,
+            nodes=weighted,
+            sums=sums,
+            distance=segment.distance(sums),
             loss_start=first[name].loss,
             loss_end=last[name].loss,
             weight=first[name].weight,
@@ -736,4 +820,5 @@ def allocate_span(
             ) from None
         step, start = next_step, end
         yield done
+        del done  # gradients at nodes that the next segment has no use for
         upcoming = ahead.item()

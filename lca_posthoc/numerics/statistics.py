@@ -4,6 +4,7 @@ No disk, no plots.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from ..checkpoints.trajectory import TensorSpec
 from ..errors import SpanError
-from .allocation import Axes, SegmentAllocation, sums_over
-from .objective import blocks
+from .allocation import Axes, Piece, SegmentAllocation, sum_of
+from .objective import Numbers, blocks
 from .schema import (
     BINS,
     MAGNITUDES,
@@ -43,34 +44,97 @@ def histogram(values: Tensor) -> Tensor:
     Returns:
         (rows, BINS), int64.
     """
-    rows, pattern = values.shape[0], values.view(torch.int32)
-    top = (pattern >> 22) & 0x3FF
-    top += 1024 * torch.arange(rows, dtype=torch.int32, device=values.device)[:, None]
+    rows, pattern = values.shape[0], (values + 0.0).view(torch.int32)  # −0 becomes 0
+    top = (pattern >> 22).bitwise_and_(0x3FF)
+    if rows > 1:
+        top += 1024 * torch.arange(rows, dtype=torch.int32, device=values.device)[:, None]
     counts = torch.bincount(top.reshape(-1), minlength=1024 * rows).reshape(rows, 1024)
     positive, negative = counts[:, :MAGNITUDES], counts[:, 512 : 512 + MAGNITUDES]
-    positive[:, 0] -= count(pattern == 0)
-    negative[:, 0] -= count(pattern == -(2**31))
+    # to compute with signs is faster than to compare
+    nonzero = values.sign().abs_().sum(1, dtype=torch.float64)
+    positive[:, 0] -= values.shape[1] - nonzero.long()
     return torch.cat([negative.flip(1), positive], 1)
 
 
-def count(mask: Tensor) -> Tensor:
-    """Count the true values in each row; summed as float32, which is several times faster and exact
-    below 2²⁴.
-    """
-    return mask.float().sum(1).long() if mask.shape[1] < 2**24 else mask.sum(1)
-
-
-def unit_sums(values: Tensor, axis: int | None) -> Tensor:
-    """Sum over all axes but those of groups and units; a scalar is one unit.
+class UnitSums:
+    """Sums over all axes of a tensor but those of groups and units, from its pieces.
 
     Args:
-        values: (groups, *shape).
-        axis: of the units, within the shape; None for a scalar.
+        groups: their number.
+        shape: of the tensor.
+        axis: of the units; None where all of it is one.
+        device: where it is.
     """
-    if axis is None:
-        return values.reshape(-1, 1)
-    others = [dim for dim in range(1, values.dim()) if dim != axis + 1]
-    return values.sum(dim=others) if others else values
+
+    def __init__(
+        self, groups: int, shape: tuple[int, ...], axis: int | None, device: torch.device
+    ) -> None:
+        units = 1 if axis is None else shape[axis]
+        before = 1 if axis is None else math.prod(shape[:axis])
+        self._units = units
+        self._after = math.prod(shape) // max(1, before * units)
+        self.total = torch.zeros((groups, units), dtype=torch.float64, device=device)
+        self.cuts: Sequence[slice] = self._cuts(before)
+
+    def _cuts(self, before: int) -> list[slice]:
+        """Return pieces of the tensor, in a row, none of which has parts of several units without
+        having all of the units it has.
+        """
+        if before == 1:
+            return [
+                slice(
+                    rows.start * self._after + columns.start,
+                    (rows.stop - 1) * self._after + columns.stop,
+                )
+                for rows, columns in blocks(self._units, self._after)
+            ]
+        whole = self._units * self._after
+        if not whole:
+            return []
+        return [
+            slice(rows.start * whole, rows.stop * whole)
+            for rows, _ in blocks(before, whole, [slice(whole)])
+        ]
+
+    def add(self, rows: slice, columns: slice, values: Tensor) -> None:
+        """Add the values of some groups at one of the pieces, (groups, values)."""
+        first, count = columns.start // self._after, values.shape[1]
+        runs = max(1, count // self._after)  # of parameters of one unit that are next to each other
+        by_unit = values.reshape(values.shape[0], -1, min(runs, self._units), count // runs)
+        units = slice(first, first + runs) if runs < self._units else slice(None)
+        self.total[rows, units] += by_unit.sum((1, 3))
+
+
+class _Signal:
+    """Turns of a number of every parameter of one tensor, its changes of sign from segment to
+    segment, and its first and last sign.
+
+    Args:
+        elements: of the tensor.
+        counts: type of counts.
+        device: where they are.
+    """
+
+    def __init__(self, elements: int, counts: torch.dtype, device: torch.device) -> None:
+        self._turns = torch.zeros(elements, dtype=counts, device=device)
+        self._first, self._last = torch.zeros((2, elements), dtype=torch.int8, device=device)
+
+    def add(self, part: slice, sign: Tensor) -> None:
+        """Add the signs of some of the parameters on the next segment; they are numbers of one
+        byte, with which to compute is faster than to compare and choose.
+        """
+        first, last = self._first[part], self._last[part]
+        self._turns[part] -= (last * sign).bitwise_right_shift_(7)  # −1 where it is negative
+        first += (1 - first * first).mul_(sign)
+        last += sign - (sign * sign).mul_(last)
+
+    def arrays(self, name: str) -> dict[str, Tensor]:
+        """Return turns and signs, by field."""
+        return {
+            f"{name}_turns": self._turns,
+            f"{name}_first": self._first,
+            f"{name}_last": self._last,
+        }
 
 
 class _Running:
@@ -81,19 +145,26 @@ class _Running:
         length: segments at most, which decide how small counts are.
         device: where they are.
         unit: of the sums, a power of two.
+        like: totals of another loss, which counts how weights turn for this one as well.
     """
 
-    def __init__(self, spec: TensorSpec, length: int, device: torch.device, unit: float) -> None:
-        def zeros(rows: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros((rows, spec.elements), dtype=dtype, device=device)
-
+    def __init__(
+        self,
+        spec: TensorSpec,
+        length: int,
+        device: torch.device,
+        unit: float,
+        like: _Running | None,
+    ) -> None:
         small = getattr(torch, types_of_totals(length)["helping"])
-        self._spec, self._unit = spec, unit
+        self._spec, self._unit, self._counts_weights = spec, unit, like is None
         self._sum = torch.zeros(spec.elements, dtype=torch.int64, device=device)
         self._reach = 0.0  # no sum is further from 0
-        self._helping, self._hurting = zeros(2, small)
-        self._turns = zeros(len(SIGNED), small)
-        self._first, self._last = zeros(len(SIGNED), torch.int8), zeros(len(SIGNED), torch.int8)
+        self._helping, self._hurting = torch.zeros((2, spec.elements), dtype=small, device=device)
+        self._signals = {name: _Signal(spec.elements, small, device) for name in SIGNED[1:]}
+        self._weights: _Signal = (
+            _Signal(spec.elements, small, device) if like is None else like._weights
+        )
 
     def add(self, part: slice, motion: Tensor, gradient: Tensor, exact: Tensor) -> None:
         """Add the next segment of a part of the parameters.
@@ -103,28 +174,23 @@ class _Running:
             motion: of each, (parameters,).
             gradient: the same.
             exact: what each is allocated, float64; its sign is that of the float32 that is stored.
+                It is overwritten.
 
         Raises:
             SpanError: where a sum is too large.
         """
-        self._add_up(part, exact)
-        self._turn(0, part, _sign(motion))
-        self._turn(1, part, _sign(gradient))
+        if self._counts_weights:
+            self._weights.add(part, _sign(motion))
+        self._signals["gradient"].add(part, _sign(gradient))
         sign = _sign(exact.float())
-        self._turn(2, part, sign)
-        # signs are numbers of one byte, with which to compute is faster than to compare and choose
-        negative = sign >> 7
+        self._signals["allocation"].add(part, sign)
+        negative = sign >> 7  # −1 where it is
         self._helping[part] -= negative
-        self._hurting[part] += sign - negative
-
-    def _turn(self, row: int, part: slice, sign: Tensor) -> None:
-        first, last = self._first[row, part], self._last[row, part]
-        self._turns[row, part] -= (last * sign) >> 7  # −1 where it is negative
-        first += sign * (1 - first * first)
-        last += sign - last * (sign * sign)
+        self._hurting[part] += sign.sub_(negative)
+        self._add_up(part, exact)
 
     def _add_up(self, part: slice, exact: Tensor) -> None:
-        whole = (exact / self._unit).round_()
+        whole = exact.mul_(1.0 / self._unit).round_()
         smallest, largest = torch.aminmax(whole) if whole.numel() else (whole.sum(), whole.sum())
         most = max(-float(smallest), float(largest))
         if not self._reach + most < _LARGEST:
@@ -137,12 +203,9 @@ class _Running:
     def arrays(self) -> Arrays:
         """Return the totals by field, in the shape of the tensor."""
         totals = {"allocated": self._sum, "helping": self._helping, "hurting": self._hurting}
-        for row, name in enumerate(SIGNED):
-            totals |= {
-                f"{name}_turns": self._turns[row],
-                f"{name}_first": self._first[row],
-                f"{name}_last": self._last[row],
-            }
+        totals |= self._weights.arrays("weight")
+        for name, signal in self._signals.items():
+            totals |= signal.arrays(name)
         return {
             name: values.reshape(self._spec.shape).cpu().numpy() for name, values in totals.items()
         }
@@ -242,8 +305,7 @@ class SpanSums:
     def add(self, row: int, segment: SegmentAllocation) -> None:
         """Add the block's part of the segment at position `row` of the span."""
         names = {spec.name for spec in self._table}
-        others = {name: values for name, values in segment.allocation.items() if name not in names}
-        remainder = sums_over(others, segment.motion) if others else 0.0
+        remainder = sum_of(total for name, total in segment.sums.items() if name not in names)
         before = self.steps["converged"][row]
         for name, column in self.steps.items():
             if name in PER_GROUP:
@@ -256,17 +318,15 @@ class SpanSums:
         self._unreached[row] &= segment.unreached
         for position, spec in enumerate(self._table):
             self.tensors["motion"][row, position] = segment.distance[spec.name]
+            self._of_block(self.tensors["allocated"], row)[:, position] = segment.sums[spec.name]
             self._add_tensor(row, position, spec, segment)
 
     def _add_tensor(
         self, index: int, position: int, spec: TensorSpec, segment: SegmentAllocation
     ) -> None:
         """Add one tensor of a segment, whose allocation is that of its units."""
-        exact = segment.allocation[spec.name].reshape(len(self.block), -1)
-        allocated = self._of_block(self.tensors["allocated"], index)
-        allocated[:, position] = exact.sum(1).cpu().numpy()
         if spec.name in self.units:
-            self._add_units(index, spec, exact)
+            self._add_units(index, spec, segment.allocation[spec.name])
 
     def _add_units(self, index: int, spec: TensorSpec, sums: Tensor) -> None:
         place = self.units[spec.name]
@@ -302,6 +362,8 @@ class SpanStatistics(SpanSums):
         unit: of totals, see `schema.unit_of_totals`.
         since: the first segment of the span whose totals are not counted yet; those of the segments
             before are stored.
+        like: statistics of another loss over the same segments, which count from the same one on
+            how weights turn, for this one as well.
     """
 
     def __init__(
@@ -314,6 +376,7 @@ class SpanStatistics(SpanSums):
         *,
         unit: float,
         since: int = 0,
+        like: SpanStatistics | None = None,
     ) -> None:
         super().__init__(table, length, keep, device, groups)
         self.since = since
@@ -321,11 +384,17 @@ class SpanStatistics(SpanSums):
             "count": np.zeros((length, *self._axis(), BINS), "int64"),
             "zero": np.zeros((length, *self._axis()), "int64"),
         }
-        self._running = {
-            spec.name: _Running(spec, length - since, device, unit)
+        self._running: dict[str, _Running] = {
+            spec.name: _Running(
+                spec,
+                length - since,
+                device,
+                unit,
+                None if like is None else like._running[spec.name],
+            )
             for spec in (table if since < length else ())
         }
-        self._pooled: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(length)]
+        self._pooled: list[dict[str, Tensor]] = [{} for _ in range(length)]
 
     def begin(self, block: range) -> None:
         """Allocate the large arrays of a block of groups, as `SpanSums` does."""
@@ -337,68 +406,79 @@ class SpanStatistics(SpanSums):
     def _add_tensor(
         self, index: int, position: int, spec: TensorSpec, segment: SegmentAllocation
     ) -> None:
-        motion = segment.motion[spec.name]
-        shape = (len(self.block), motion.numel())
-        exact, gradient = (
-            segment.allocation[spec.name].reshape(shape),
-            segment.mean_gradient[spec.name].reshape(shape),
-        )
-        stored = torch.empty(shape, dtype=torch.float32, device=exact.device)
-        sums = {
-            name: torch.zeros(shape[0], dtype=torch.float64, device=exact.device)
-            for name in ("allocated", "gradient")
-        }
-        bins = torch.zeros((shape[0], BINS), dtype=torch.int64, device=exact.device)
-        for row, column in blocks(*shape):
-            part = stored[row, column].copy_(exact[row, column])
-            sums["allocated"][row] += exact[row, column].sum(1)
-            sums["gradient"][row] += gradient[row, column].abs().sum(1)
-            bins[row] += histogram(part)
+        groups, device = len(self.block), segment.points.start[spec.name].device
+        slopes = torch.zeros(groups, dtype=torch.float64, device=device)
+        bins = torch.zeros((groups, BINS), dtype=torch.int64, device=device)
+        units = UnitSums(groups, spec.shape, spec.unit_axis, device)
+        kept = self._kept(index, spec)
+        counted = index >= self.since
+        grouped = self._groups is not None
+        pooled = self._pool_of(index, spec, device) if counted and grouped else None
+        for piece in segment.pieces(spec.name, units.cuts):
+            stored = piece.allocation.float()
+            bins[piece.rows] += histogram(stored)
+            slopes[piece.rows] += piece.gradient.abs().sum(1)
+            units.add(piece.rows, piece.columns, piece.allocation)
+            if kept is not None:
+                kept[piece.rows, piece.columns] = stored
+            if pooled is not None:
+                _pool(pooled, piece, segment.weight)
+            elif counted:
+                self._running[spec.name].add(
+                    piece.columns, piece.motion, piece.gradient[0], piece.allocation[0]
+                )
+        self._add_units(index, spec, units.total)
+        self._add_counts(index, position, spec, bins)
+        self._of_block(self.tensors["gradient"], index)[:, position] = slopes.cpu().numpy()
+        if pooled is not None:
+            self._add_pooled(index, spec, segment, pooled)
+
+    def _kept(self, index: int, spec: TensorSpec) -> Tensor | None:
+        """Return where a tensor's allocation on a segment is kept, (groups, parameters)."""
+        if spec.name not in self.allocation:
+            return None
+        shape = (self._length, len(self.block), spec.elements)
+        return torch.from_numpy(self.allocation[spec.name].reshape(shape)[index])
+
+    def _add_counts(self, index: int, position: int, spec: TensorSpec, bins: Tensor) -> None:
         counts = {"helping": bins[:, : BINS // 2].sum(1), "hurting": bins[:, BINS // 2 :].sum(1)}
-        for name, values in {**sums, **counts}.items():
+        for name, values in counts.items():
             self._of_block(self.tensors[name], index)[:, position] = values.cpu().numpy()
         if spec.kind == "parameter":
             self._of_block(self.histogram["count"], index)[:] += bins.cpu().numpy()
-            zero = shape[1] - counts["helping"] - counts["hurting"]
+            zero = spec.elements - counts["helping"] - counts["hurting"]
             self._of_block(self.histogram["zero"], index)[:] += zero.cpu().numpy()
-        if spec.name in self.allocation:
-            place = self.allocation[spec.name]
-            place[index] = stored.reshape(place.shape[1:]).cpu().numpy()
-        if spec.name in self.units:
-            shaped = exact.reshape(len(self.block), *spec.shape)
-            self._add_units(index, spec, unit_sums(shaped, spec.unit_axis))
-        self._pool(index, spec, motion, exact, gradient, segment.weight)
 
-    def _pool(
-        self,
-        index: int,
-        spec: TensorSpec,
-        motion: Tensor,
-        exact: Tensor,
-        gradient: Tensor,
-        weight: float | np.ndarray[Any, Any],
-    ) -> None:
-        """Add to the weighted mean over the groups; after the last block it is added to the
-        totals.
+    def _pool_of(self, index: int, spec: TensorSpec, device: torch.device) -> Tensor:
+        """Return the gradient and the allocation of each parameter of a tensor, multiplied by the
+        weights of groups and added up over the blocks before: (2, parameters), float64.
         """
-        if index < self.since:
+        before = self._pooled[index].pop(spec.name, None)
+        if before is not None:
+            return before
+        return torch.zeros((2, spec.elements), dtype=torch.float64, device=device)
+
+    def _add_pooled(
+        self, index: int, spec: TensorSpec, segment: SegmentAllocation, pooled: Tensor
+    ) -> None:
+        """Add the weighted mean over the groups to the totals after the last block of them."""
+        assert self._groups is not None
+        if self.block.stop < self._groups:
+            self._pooled[index][spec.name] = pooled
             return
-        pooled = self._pooled[index]
-        if self._groups is not None:
-            weights = torch.as_tensor(weight, device=exact.device)
-            before = pooled.pop(spec.name, (0.0, 0.0))
-            exact, gradient = weights @ exact + before[0], weights @ gradient + before[1]
-            if self.block.stop < self._groups:
-                pooled[spec.name] = (exact, gradient)
-                return
-            whole = float(self.steps["weight"][index].sum())
-            exact, gradient = exact / whole, gradient / whole
-        self._running[spec.name].add(
-            slice(None), motion.reshape(-1), gradient.reshape(-1), exact.reshape(-1)
-        )
+        gradient, exact = pooled.div_(float(self.steps["weight"][index].sum()))
+        motion = segment.motion[spec.name].reshape(-1)
+        self._running[spec.name].add(slice(None), motion, gradient, exact)
 
     def totals(self) -> dict[str, Arrays]:
         """Return the per-parameter totals over the span from `since` on, by tensor; none where
         nothing is left of it.
         """
         return {name: running.arrays() for name, running in self._running.items()}
+
+
+def _pool(pooled: Tensor, piece: Piece, weight: Numbers) -> None:
+    """Add a piece of gradient and allocation, multiplied by the weights of its groups."""
+    weights = torch.as_tensor(weight, device=pooled.device)[piece.rows]
+    for total, values in zip(pooled, (piece.gradient, piece.allocation), strict=True):
+        total[piece.columns] += weights @ values

@@ -99,12 +99,20 @@ def next_token(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     )
 
 
+def smoothed(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The same with a tenth of each target spread over all tokens."""
+    ids, targets = batch
+    return F.cross_entropy(
+        model(ids).flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=0.1
+    ).view_as(targets)
+
+
 def task() -> Task:
     shape = Shape.of_environment()
     return Task(
         lambda: Transformer(shape),
         {"train": data(shape)},
-        {"train": Loss(call=next_token, on="train")},
+        {"train": Loss(call=next_token, on="train"), "smoothed": Loss(call=smoothed, on="train")},
     )
 
 
@@ -137,8 +145,10 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def replay(checkpoints: Path, segments: int, keep: str) -> Figures:
-    """Replay some segments inline, and say what it took."""
+def replay(checkpoints: Path, segments: int, keep: str, losses: list[str] | None = None) -> Figures:
+    """Replay some segments of the first loss, or of those that are named, inline, and say what it
+    took; where losses are named, one sequence at a time.
+    """
     import lca_posthoc
     from lca_posthoc.replay.events import Planned, SpanDone
 
@@ -156,6 +166,8 @@ def replay(checkpoints: Path, segments: int, keep: str) -> Figures:
             Path(__file__),
             out=Path(folder) / "run.lca",
             keep=keep,
+            losses=losses,
+            batch_size=None if losses is None else 1,
             tolerance="inf",
             cluster="inline",
             steps=f"0:{segments}",
@@ -188,4 +200,4 @@ if __name__ == "__main__":
     if role == "record":
         train(place, segments)
     else:
-        print(json.dumps(replay(place, segments, role)))
+        print(json.dumps(replay(place, segments, role, sys.argv[4:] or None)))

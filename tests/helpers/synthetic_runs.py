@@ -18,6 +18,7 @@ import torch
 
 from lca_posthoc.checkpoints.trajectory import Checkpoint, TensorSpec
 from lca_posthoc.numerics.allocation import SegmentAllocation
+from lca_posthoc.numerics.objective import Motion
 from lca_posthoc.numerics.schema import TOTAL_FIELDS, Totals, join_all, unit_of_totals
 from lca_posthoc.numerics.settings import resolve
 from lca_posthoc.numerics.statistics import SpanStatistics
@@ -261,8 +262,8 @@ def _segments(
                 moved *= torch.rand(spec.shape[0], 1, generator=generator) < 0.1
             motion[spec.name], gradient[spec.name] = moved.double(), slope.double()
             allocation[spec.name] = motion[spec.name] * gradient[spec.name]
-        sums = [each.reshape(*axis, -1).sum(-1) for each in allocation.values()]
-        allocated = torch.stack(sums).sum(0).numpy()
+        sums = {name: each.reshape(*axis, -1).sum(-1).numpy() for name, each in allocation.items()}
+        allocated = np.stack(list(sums.values())).sum(0)
         start, residual = np.zeros(axis), np.full(axis, 1e-6)
         numbers: dict[str, Any] = {
             "loss_start": start,
@@ -272,9 +273,11 @@ def _segments(
             "error_bound": np.full(axis, 1e-6),
         }
         yield SegmentAllocation(
-            allocation=allocation,
-            mean_gradient=gradient,
-            motion=motion,
+            points=Motion(
+                {name: torch.zeros_like(moved) for name, moved in motion.items()}, motion
+            ),
+            nodes=[(1.0, gradient)],
+            sums=sums,
             distance={name: float(moved.abs().sum()) for name, moved in motion.items()},
             evaluations=2,
             level=1,

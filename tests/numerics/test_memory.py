@@ -25,6 +25,7 @@ from lca_posthoc.replay.plan import plan
 from lca_posthoc.results import open_run, verify
 from tests.helpers.faults import clean_runs
 from tests.helpers.finding_memory import CASES, CONTROL, Measured, measured
+from tests.helpers.large_transformer import Figures
 from tests.helpers.synthetic_runs import build
 
 SHAPES = {"embedding.weight": (4000, 100), "fc.weight": (200, 480), "fc.bias": (200,), "scale": ()}
@@ -102,27 +103,55 @@ def test_a_synthetic_run_is_whole_and_agrees_with_itself(tmp_path: Path) -> None
                 assert (loss.totals[name].sel(total="helping").values == helping.sum(0)).all()
 
 
-@pytest.mark.moment
-@pytest.mark.parametrize("keep", ["tensors", "units"])
-@pytest.mark.parametrize("shape", ["256,4,2048,2", "512,9,4096,2"], ids=["4 M", "30 M"])
-def test_sums_take_sixteen_bytes_a_parameter(shape: str, keep: str, tmp_path: Path) -> None:
+LARGE = pytest.mark.parametrize("shape", ["256,4,2048,2", "512,9,4096,2"], ids=["4 M", "30 M"])
+
+
+def large_replay(shape: str, checkpoints: Path, *options: str) -> Figures:
+    """Replay two segments of a transformer of a shape, which is recorded where it was not yet, in a
+    process of its own.
+    """
     environment = {**os.environ, "LCA_SHAPE": shape, "OMP_NUM_THREADS": "1"}
     helper = [sys.executable, "-m", "tests.helpers.large_transformer"]
-    place, root = str(tmp_path / "checkpoints"), Path(__file__).parents[2]
-    subprocess.run([*helper, "record", place, "2"], env=environment, cwd=root, check=True)
+    root, (keep, *losses) = Path(__file__).parents[2], options
+    if not checkpoints.exists():
+        command = [*helper, "record", str(checkpoints), "2"]
+        subprocess.run(command, env=environment, cwd=root, check=True)
     done = subprocess.run(
-        [*helper, keep, place, "2"],
+        [*helper, keep, str(checkpoints), "2", *losses],
         env=environment,
         cwd=root,
         check=True,
         stdout=subprocess.PIPE,
         text=True,
     )
-    figures = json.loads(done.stdout.splitlines()[-1])
+    figures: Figures = json.loads(done.stdout.splitlines()[-1])
     width, layers, vocabulary, _ = map(int, shape.split(","))
     parameters = width * (vocabulary + 128 + layers * (12 * width + 13) + 2)
     assert figures["parameters"] == parameters
-    assert figures["peak"] <= 400e6 + 16 * parameters + figures["activations"], figures
+    return figures
+
+
+@pytest.mark.moment
+@pytest.mark.parametrize("keep", ["tensors", "units"])
+@LARGE
+def test_sums_take_sixteen_bytes_a_parameter(shape: str, keep: str, tmp_path: Path) -> None:
+    figures = large_replay(shape, tmp_path / "checkpoints", keep)
+    most = 400e6 + 16 * figures["parameters"] + figures["activations"]
+    assert figures["peak"] <= most, figures
+
+
+@pytest.mark.moment
+@LARGE
+def test_statistics_take_eighty_bytes_a_parameter_and_thirty_two_for_another_loss(
+    shape: str, tmp_path: Path
+) -> None:
+    """Over several batches, whose sums are float64."""
+    checkpoints = tmp_path / "checkpoints"
+    one = large_replay(shape, checkpoints, "statistics", "train")
+    two = large_replay(shape, checkpoints, "statistics", "train", "smoothed")
+    base = 400e6 + one["activations"]
+    assert one["peak"] <= base + 80 * one["parameters"], one
+    assert two["peak"] <= base + (80 + 32) * two["parameters"], two
 
 
 @pytest.mark.moment
@@ -166,7 +195,7 @@ def test_a_replay_holds_two_thirds_of_what_was_foretold_and_leaves_the_heap_the_
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    # 0.63 to 0.71 were seen
+    # 0.60 to 0.78 were seen
     assert 0.55 * found["foretold"] <= found["taken"] <= 0.8 * found["foretold"], found
 
 

@@ -22,17 +22,26 @@ Point = Mapping[str, Tensor]
 Take = Callable[[str, Tensor], None]
 
 
-def blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+def blocks(
+    rows: int, columns: int, cuts: Sequence[slice] | None = None
+) -> Iterator[tuple[slice, slice]]:
     """Cut a (rows, columns) array into pieces small enough to stay in the cache, row by row where
     rows are long.
+
+    Args:
+        rows: their number.
+        columns: their number.
+        cuts: the pieces of a row; by default as long as they may be.
 
     >>> [(r.start, r.stop, c.start, c.stop) for r, c in blocks(2, 2**17 + 1)]
     [(0, 1, 0, 131072), (0, 1, 131072, 131073), (1, 2, 0, 131072), (1, 2, 131072, 131073)]
     """
+    if cuts is None:
+        cuts = [slice(at, min(at + _BLOCK, columns)) for at in range(0, columns, _BLOCK)]
     many = max(1, _BLOCK // max(1, columns))
     for row in range(0, rows, many):
-        for column in range(0, columns, _BLOCK):
-            yield slice(row, min(row + many, rows)), slice(column, min(column + _BLOCK, columns))
+        for cut in cuts:
+            yield slice(row, min(row + many, rows)), cut
 
 
 @dataclass(frozen=True)
@@ -61,11 +70,12 @@ class Gradients(Protocol):
     """Runs backward passes, and says what is taken in of their gradients.
 
     `shapes` are those of what is taken in, by tensor; no tensor: the loss alone. `dtype` is the
-    type sums over batches have.
+    type sums over batches have, `mean_dtype` that of the mean over all of them.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     dtype: torch.dtype
+    mean_dtype: torch.dtype
 
     def backward(self, total: Tensor, retain_graph: bool, take: Take) -> None:
         """Run a backward pass from `total`; call `take(name, values)` for what each tensor it
@@ -76,7 +86,7 @@ class NoGradients:
     """Takes in nothing: the loss alone is wanted."""
 
     shapes: Mapping[str, tuple[int, ...]] = {}
-    dtype = torch.float64
+    dtype = mean_dtype = torch.float64
 
     def backward(self, total: Tensor, retain_graph: bool, take: Take) -> None:
         """Do nothing."""
@@ -89,7 +99,7 @@ class _Backward:
         tensors: leaves of autograd's, by name.
     """
 
-    dtype = torch.float64
+    dtype = mean_dtype = torch.float64
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
@@ -122,7 +132,7 @@ class _Backward:
 
 
 class WholeGradients(_Backward):
-    """Takes in the gradients of some tensors as they are.
+    """Takes in the gradients of some tensors as they are; their mean has the type of the tensors.
 
     Args:
         tensors: leaves of autograd's, by name.
@@ -132,6 +142,7 @@ class WholeGradients(_Backward):
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float64) -> None:
         super().__init__(tensors)
         self.dtype = dtype
+        self.mean_dtype = next((tensor.dtype for tensor in tensors.values()), dtype)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def _taken(self, name: str, gradient: Tensor) -> Tensor:
@@ -232,12 +243,12 @@ def _product(gradient: Tensor, start: Tensor, end: Tensor) -> Tensor:
 
 
 def distances(motion: Motion, names: Iterable[str]) -> dict[str, float]:
-    """Return Σ|end − start| of some tensors, summed in float64."""
+    """Return Σ|end − start| of some tensors, float64."""
     total = {}
     for name in names:
         start, end = motion.start[name].reshape(1, -1), motion.end[name].reshape(1, -1)
         pieces = [
-            torch.sub(end[rows, columns], start[rows, columns]).abs_().sum(dtype=torch.float64)
+            end[rows, columns].to(torch.float64, copy=True).sub_(start[rows, columns]).abs_().sum()
             for rows, columns in blocks(*start.shape)
         ]
         total[name] = math.fsum(float(piece) for piece in pieces)

@@ -18,12 +18,12 @@ Numbers = np.float64 | np.ndarray  # float64 of shape () or (groups,)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A loss at one point and its gradient there, both float64; no gradient after a forward pass
-    alone.
+    """A loss at one point, float64, and its gradient there, in the type of the model; no gradient
+    after a forward pass alone.
 
     `loss` and `weight` (the sum of the elements' weights) have shape () or (groups,), a tensor's
-    gradient its own shape or (groups, *shape); sums of it along directions have shape
-    ([groups, ]directions, units). `unreached` names the tensors the loss did not reach; their
+    gradient its own shape or (groups, *shape); sums of it along directions are float64 and have
+    shape ([groups, ]directions, units). `unreached` names the tensors the loss did not reach; their
     gradient is zero.
     """
 
@@ -38,9 +38,42 @@ class Evaluation:
         return replace(self, gradient=chosen)
 
 
+class _Sum:
+    """A sum over batches. The first one stays as it is, which is all there is of a single batch;
+    sums are of a type of their own.
+
+    Args:
+        dtype: of sums.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._total: Tensor | None = None
+        self._is_own = False
+
+    def add(self, values: Tensor) -> None:
+        """Add values, which must not change later."""
+        if self._total is None:
+            self._total = values
+        else:
+            self._total = self.own().add_(values)
+
+    @property
+    def total(self) -> Tensor:
+        """Return the sum of what was added."""
+        assert self._total is not None, "nothing was added"
+        return self._total
+
+    def own(self) -> Tensor:
+        """Return the sum, which may be changed."""
+        if not self._is_own:
+            self._total, self._is_own = self.total.to(self._dtype, copy=True), True
+        return self.total
+
+
 class Sums:
-    """Σ values, Σ weights and Σ gradients of one source of values, float64: of each of some groups,
-    over everything, or both.
+    """Σ values, Σ weights and Σ gradients of one source of values over batches, float64: of each of
+    some groups, over everything, or both.
 
     A loss without groups is added up group by group too, in the order of the batches, whether or
     not the sums of the groups are asked for.
@@ -61,12 +94,14 @@ class Sums:
     ) -> None:
         self._gradients, self._groups, self._plain = gradients, groups, plain
         self._device = device
+        self._rows: dict[str, Tensor] = {}
         if groups is not None:
             self._rows, self._row_totals = self._zeros((len(groups),))
-        self._whole: dict[str, Tensor] = {}
+        self._whole: dict[str, _Sum] = {}
         self._whole_totals = torch.zeros(2, dtype=torch.float64, device=device)
         self._group: int | None = None
-        self._part: dict[str, Tensor] = {}
+        self._part: dict[str, _Sum] = {}  # of the group that is added to
+        self._row: dict[str, Tensor] = {}  # the same, where groups are kept apart
         self._part_totals = self._whole_totals
         # of each group, the tensors nothing was added to yet: theirs is copied
         self._empty: dict[int, set[str]] = {}
@@ -106,32 +141,33 @@ class Sums:
         self._group = group
         self._part_empty = self._empty.setdefault(group, set(self._gradients.shapes))
         if self._groups is None:
-            self._part, self._part_totals = self._zeros(())
+            self._part, self._part_totals = {}, torch.zeros_like(self._whole_totals)
         else:
             row = group - self._groups.start
-            self._part = {name: tensor[row] for name, tensor in self._rows.items()}
+            self._row = {name: tensor[row] for name, tensor in self._rows.items()}
             self._part_totals = self._row_totals[row]
 
     def _close(self) -> None:
         if self._group is None or not self._plain:
             return
-        if self._whole:
-            for name, tensor in self._part.items():
-                self._whole[name] += tensor
-        else:
-            self._whole = {
-                name: tensor if self._groups is None else tensor.clone()
-                for name, tensor in self._part.items()
-            }
+        for name, row in self._row.items():
+            self._whole.setdefault(name, _Sum(self._gradients.dtype)).add(row)
+        for name, part in self._part.items():
+            if name in self._whole:
+                self._whole[name].add(part.total)
+            else:
+                self._whole[name] = part
         self._whole_totals = self._whole_totals + self._part_totals
 
     def _add(self, name: str, values: Tensor) -> None:
         """Add what the gradient of one tensor comes to in a batch."""
-        if name in self._part_empty:
-            self._part[name].copy_(values)
+        if self._groups is None:
+            self._part.setdefault(name, _Sum(self._gradients.dtype)).add(values)
+        elif name in self._part_empty:
+            self._row[name].copy_(values)
             self._part_empty.remove(name)
         else:
-            self._part[name] += values
+            self._row[name] += values
         self._reached.add(name)
 
     def evaluation(self, grouped: bool, where: str, order: Order | None) -> Evaluation:
@@ -147,12 +183,10 @@ class Sums:
         """
         if grouped not in self._means:
             self._close()
-            self._group = None
+            self._group, self._part, self._row = None, {}, {}
             totals, weights = (self._row_totals if grouped else self._whole_totals).unbind(-1)
             self._refuse_weightless(weights, where, order if grouped else None)
-            gradient = self._rows if grouped else self._whole
-            for name, sum_ in gradient.items():
-                sum_ /= weights.reshape(weights.shape + (1,) * len(self._gradients.shapes[name]))
+            gradient = {name: self._mean(name, grouped, weights) for name in self._gradients.shapes}
             self._means[grouped] = Evaluation(
                 (totals / weights).cpu().numpy()[()],
                 gradient,
@@ -160,6 +194,18 @@ class Sums:
                 frozenset(set(self._gradients.shapes) - self._reached),
             )
         return self._means[grouped]
+
+    def _mean(self, name: str, grouped: bool, weights: Tensor) -> Tensor:
+        """Return the mean gradient of one tensor, whose sum is released."""
+        shape = self._gradients.shapes[name]
+        if grouped:
+            total = self._rows.pop(name)
+        elif name in self._whole:
+            total = self._whole.pop(name).own()
+        else:
+            return torch.zeros(shape, dtype=self._gradients.mean_dtype, device=self._device)
+        total /= weights.reshape(weights.shape + (1,) * len(shape))
+        return total.to(self._gradients.mean_dtype)
 
     def _refuse_weightless(self, weights: Tensor, where: str, order: Order | None) -> None:
         if bool((weights > 0).all()):

@@ -19,19 +19,22 @@ if TYPE_CHECKING:
 
 ROOM = 0.5
 
+_POINTS = 4  # numbers of every parameter: the model, the start, the end and the next checkpoint
+
 # --- levels of sums -------------------------------------------------------------------------------
 
-_POINTS = 4  # numbers of every parameter: the model, the start, the end and the next checkpoint
 _GRADIENTS = 1  # of the largest tensor, which are there at a time
 _SUMS = 8  # float64 numbers of every sum and group: those of two nodes, of a level, of a segment
 
 # --- levels with numbers of every parameter -------------------------------------------------------
 
-# bytes of every parameter whatever the losses: points, motion, totals to be written, what the heap
-# keeps
-_SHARED = 240
-_TOTALS = 18  # bytes of every parameter and loss: counts and signs
-_COPIES = 9  # float64 numbers a grouped loss holds of every group and parameter at a time
+_TOTALS = 19  # bytes of every parameter and loss: a sum, counts and signs
+_NODES = 2  # gradients of every parameter, loss and group that are done, in the type of the model
+_SUM = 8  # bytes of every parameter, loss and group: the sum over batches of another one
+# bytes of every parameter of the largest tensor: a gradient of a batch, and what is written of
+# totals
+_LARGEST = 32
+_HEAP = 1.1  # with what the heap keeps of freed memory
 _FEW = 1000  # examples of a group below which page faults cost as much as evaluating
 _HEAP_BYTES = 32 * 2**20  # larger arrays are mapped anew whenever they are made
 
@@ -74,24 +77,25 @@ def bytes_needed(
     """Estimate how many bytes a worker takes, beside model and data, while it replays some losses
     at a level of `--keep`; 0 where there are none.
 
-    At levels of sums four numbers for every parameter and a gradient of the largest tensor; at the
-    others 240 bytes for every parameter and 18 more for every kept one and loss. To that come
-    `bookkeeping` of the losses that go together or of the largest that goes alone, and on a CPU,
-    where batches are ours to choose, twice what autograd saves of one. Measured in
-    docs/performance.md.
+    Four numbers for every parameter. To that come, at levels of sums, a gradient of the largest
+    tensor; at the others 19 bytes for every kept parameter and loss, 32 for every one of the
+    largest tensor, and a tenth more of everything. To that come `bookkeeping` of the losses that go
+    together or of the largest that goes alone, and on a CPU, where batches are ours to choose,
+    twice what autograd saves of one. Measured in docs/performance.md.
     """
     if not names:
         return 0.0
     numbers = {name: bookkeeping(request, objective, name, blocks[name], keep) for name in names}
     alone = [numbers[name] for name in names if blocks[name] is not None]
     most = max([sum(numbers.values()) - sum(alone), *alone])
-    parameters = (
-        _elements(objective.allocated) * _SHARED
-        + _elements(_kept(request, objective)) * _TOTALS * len(names)
-        if holds(keep, "statistics")
-        else _bytes_of_points(objective)
-    )
-    return float(parameters + most + _activations(request, objective, names))
+    largest = _largest(objective)
+    needed = _POINTS * objective.dtype.itemsize * _elements(objective.allocated) + most
+    if holds(keep, "statistics"):
+        needed += _TOTALS * _elements(_kept(request, objective)) * len(names) + _LARGEST * largest
+        needed = int(_HEAP * needed)
+    else:
+        needed += _GRADIENTS * objective.dtype.itemsize * largest
+    return float(needed + _activations(request, objective, names))
 
 
 def bookkeeping(
@@ -107,7 +111,7 @@ def bookkeeping(
     if not holds(keep, "statistics"):
         return (groups + parts) * _bytes_of_group(request, objective, keep)
     return int(
-        (groups + parts) * _elements(objective.allocated) * 8 * _COPIES
+        (groups + parts) * _bytes_of_nodes(objective)
         + groups * _elements(_kept(request, objective)) * _stored(request, keep)
     )
 
@@ -115,16 +119,22 @@ def bookkeeping(
 def _bytes_of_group(request: SampleRequest[Any], objective: Objective, keep: str) -> int:
     """Return the bytes of the numbers a loss holds of one group."""
     if holds(keep, "statistics"):
-        return _elements(objective.allocated) * (8 * _COPIES + _stored(request, keep))
+        stored = _elements(objective.allocated) * _stored(request, keep)
+        return _bytes_of_nodes(objective) + stored
     sums = [tensor.units if holds(keep, "units") else 1 for tensor in objective.allocated]
     return 8 * _SUMS * sum(sums)
 
 
-def _bytes_of_points(objective: Objective) -> int:
-    """Return the bytes a replay holds of checkpoints and gradients where it keeps sums alone."""
-    largest = max((tensor.elements for tensor in objective.allocated), default=0)
-    numbers = _POINTS * _elements(objective.allocated) + _GRADIENTS * largest
-    return int(objective.dtype.itemsize * numbers)
+def _bytes_of_nodes(objective: Objective) -> int:
+    """Return the bytes of the gradients at nodes, of a loss or one of its groups: those that are
+    done, the sum of another one, and the mean of a tensor beside its sum.
+    """
+    number, elements = objective.dtype.itemsize, _elements(objective.allocated)
+    return (_NODES * number + _SUM) * elements + number * _largest(objective)
+
+
+def _largest(objective: Objective) -> int:
+    return max((tensor.elements for tensor in objective.allocated), default=0)
 
 
 def _activations(request: SampleRequest[Any], objective: Objective, names: list[str]) -> float:

@@ -42,7 +42,6 @@ from .state import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...checkpoints.trajectory import TensorSpec
     from ...numerics.allocation import SegmentAllocation
     from ...numerics.objective import Along, Evaluation, Objective
     from ...numerics.statistics import SpanSums
@@ -305,7 +304,7 @@ class _SpanReplay:
         """
         from ...numerics.allocation import allocate_span
 
-        self.statistics = {name: self._gathering(name) for name in self.records}
+        self.statistics = self._gathering()
         self.parts = {
             name: np.zeros((self.length, self.records[name].replicates, len(self.tensors)))
             for name in self.replicates
@@ -324,41 +323,54 @@ class _SpanReplay:
                     self.method,
                     axes=self.axes,
                     at_least=levels,
-                    # two are in memory then: with the third, as many as where sums are taken at
-                    # the end of a segment along both of its motions
+                    # two are in memory then
                     begin=points.begin_next,
                 )
-                for row, done in enumerate(segments):
-                    self._take(row, done)
-                    reached[row] |= {done[name].level for name in self.records}
+                for row in range(self.length):
+                    # no name holds a segment, with its gradients, while the next one is computed
+                    levels_of_losses, residual = self._take(row, next(segments))
+                    reached[row] |= levels_of_losses
                     reached_segments = (
                         len(self.records) * (row + 1 + part_before * self.length) / len(self.blocks)
                     )
-                    self.report.reach(
-                        reached_segments,
-                        max(float(np.max(np.abs(done[name].residual))) for name in self.records),
-                    )
+                    self.report.reach(reached_segments, residual)
             for name, statistics in self.statistics.items():
                 self.writer.write_block(name, self.request.span, statistics)
         return reached
 
-    def _gathering(self, name: str) -> SpanSums:
-        """Return what gathers the statistics of a loss at the level of the run."""
+    def _gathering(self) -> Mapping[str, SpanSums]:
+        """Return what gathers the statistics of each loss at the level of the run."""
         from ...numerics.statistics import SpanStatistics, SpanSums
 
-        record = self.records[name]
-        groups = len(record.groups) if record.groups else None
-        of_span = (self.tensors, self.length, self.writer.keep, self.objective.device, groups)
+        of_span = (self.tensors, self.length, self.writer.keep, self.objective.device)
+        groups = {
+            name: len(record.groups) if record.groups else None
+            for name, record in self.records.items()
+        }
         if self.axes is not None:
-            return SpanSums(*of_span)
-        since = self.writer.commits(name).counted(self.request.span)
-        return SpanStatistics(*of_span, unit=record.unit, since=since)
+            return {name: SpanSums(*of_span, groups[name]) for name in self.records}
+        statistics: dict[str, SpanStatistics] = {}
+        first: dict[int, SpanStatistics] = {}  # by the segment from which on they count
+        for name, record in self.records.items():
+            since = self.writer.commits(name).counted(self.request.span)
+            statistics[name] = SpanStatistics(
+                *of_span, groups[name], unit=record.unit, since=since, like=first.get(since)
+            )
+            first.setdefault(since, statistics[name])
+        return statistics
 
-    def _take(self, row: int, done: dict[str, SegmentAllocation]) -> None:
+    def _take(self, row: int, done: dict[str, SegmentAllocation]) -> tuple[set[int], float]:
+        """Add a segment to the statistics; return the levels that losses reached, and the largest
+        residual.
+        """
         for name, statistics in self.statistics.items():
             statistics.add(row, done[name])
         for name, hidden in self.replicates.items():
-            self.parts[name][row] = _sums(done[hidden], self.tensors)
+            sums = done[hidden].sums
+            self.parts[name][row] = np.stack([sums[tensor.name] for tensor in self.tensors], -1)
+        segments = [done[name] for name in self.records]
+        residual = max(float(np.max(np.abs(segment.residual))) for segment in segments)
+        return {segment.level for segment in segments}, residual
 
     def _rounding(self) -> dict[str, np.ndarray[Any, Any]]:
         """Measure what the precision rounds on the segments of the span that are chosen for it;
@@ -434,10 +446,3 @@ class _Only:
         self, point: MutableMapping[str, Tensor]
     ) -> contextlib.AbstractContextManager[None]:
         return self._objective.holding(point)
-
-
-def _sums(segment: SegmentAllocation, tensors: list[TensorSpec]) -> np.ndarray[Any, Any]:
-    """Return what each replicate allocates to each tensor: (replicates, tensors)."""
-    return np.stack(
-        [segment.allocation[tensor.name].flatten(1).sum(1).cpu().numpy() for tensor in tensors], -1
-    )
