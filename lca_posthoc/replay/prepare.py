@@ -31,6 +31,7 @@ from .levels import MemoryOfLevels, highest_that_fits
 from .requests import (
     Admission,
     AdmissionRequest,
+    CalibrationsRequest,
     DescribeRequest,
     Description,
     Failure,
@@ -47,7 +48,7 @@ from .requests import (
     from_plain,
     to_plain,
 )
-from .worker import admit, describe, probe, sampled, versions
+from .worker import admit, calibrations, describe, probe, sampled, versions
 
 _SPAN_BYTES = 256 * 2**20
 _LONGEST_SPAN = 32
@@ -223,6 +224,27 @@ def prepare(
         losses=len(described.losses.keys() - recorded.keys()),
     )
     return _laid_out(setup, sample, draft, memory)
+
+
+def calibrated(cluster: Cluster, ready: Preparation) -> Preparation:
+    """Return the same with new losses calibrated by one worker at the run's level of `--keep`,
+    where the rule is the trapezoid.
+    """
+    manifest, existing = ready.manifest, ready.draft.destination.existing
+    recorded = existing.losses if existing else {}
+    new = {name: record for name, record in manifest.losses.items() if name not in recorded}
+    if manifest.settings["rule"] != "trapezoid" or not new:
+        return ready
+    request = CalibrationsRequest(
+        setup=ready.setup,
+        sample=ready.sample,
+        batch_sizes=ready.batch_sizes,
+        keep=manifest.keep,
+        along={name: record.along for name, record in new.items()},
+    )
+    shares = ask(cluster, calibrations, request).shares
+    with_shares = {name: replace(record, calibration=shares[name]) for name, record in new.items()}
+    return replace(ready, manifest=replace(manifest, losses={**manifest.losses, **with_shares}))
 
 
 def _laid_out(
@@ -612,7 +634,7 @@ def _record(
         along=level.along[name],
         replicates=probed.replicates[name],
         batch_size=0 if loss.on is None else probed.batch_sizes.get(loss.on, 0),
-        calibration=probed.calibration[name],
+        calibration=None,
         measured=probed.measured,
         identity=probed.identity[name],
         scale=probed.scale.get(name),

@@ -60,7 +60,7 @@ from .events import (
     Stage,
     Stopping,
 )
-from .prepare import Destination, Preparation, ask, check_workers, prepare, relative
+from .prepare import Destination, Preparation, ask, calibrated, check_workers, prepare, relative
 from .requests import (
     CompressionsRequest,
     Failure,
@@ -618,6 +618,7 @@ class _Driver:
         self._status.note(ready.notes)
         if ready.short_of:
             raise ResourceError(ready.short_of)
+        ready = calibrated(cluster, ready)
         self._status.begin(
             "laying out the run" if existing is None else "comparing with what is recorded"
         )

@@ -87,7 +87,7 @@ def bytes_needed(
     most = max([sum(numbers.values()) - sum(alone), *alone])
     parameters = (
         _elements(objective.allocated) * _SHARED
-        + _elements(_kept(request, objective)) * _TOTALS * len(names)
+        + _elements(kept_tensors(request, objective)) * _TOTALS * len(names)
         if holds(keep, "statistics")
         else _bytes_of_points(objective)
     )
@@ -108,7 +108,7 @@ def bookkeeping(
         return (groups + parts) * _bytes_of_group(request, objective, keep)
     return int(
         (groups + parts) * _elements(objective.allocated) * 8 * _COPIES
-        + groups * _elements(_kept(request, objective)) * _stored(request, keep)
+        + groups * _elements(kept_tensors(request, objective)) * _stored(request, keep)
     )
 
 
@@ -139,8 +139,8 @@ def _activations(request: SampleRequest[Any], objective: Objective, names: list[
     return max(saved, default=0.0)
 
 
-def _kept(request: SampleRequest[Any], objective: Objective) -> list[TensorSpec]:
-    """Return the tensors whose allocation is kept."""
+def kept_tensors(request: SampleRequest[Any], objective: Objective) -> list[TensorSpec]:
+    """Return the tensors whose allocation is kept, by `--tensors`."""
     patterns = request.setup.settings.tensors or ["*"]
     return [
         tensor
