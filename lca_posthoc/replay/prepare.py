@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -105,6 +105,12 @@ class Draft:
     settings: Settings
     probed: ProbeAnswer
     provenance: dict[str, Any]
+
+    def lower_levels(self, keep: str) -> Sequence[str]:
+        """Return the levels of `--keep` that can be taken instead of one, the lowest first; none
+        where the run is there already.
+        """
+        return KEEP[: KEEP.index(keep)] if self.destination.existing is None else ()
 
     def at(self, keep: str) -> Manifest:
         """Describe the run at a level of `--keep`."""
@@ -293,8 +299,7 @@ def _short_of(draft: Draft, memory: MemoryOfLevels, keep: str) -> str | None:
     """
     if draft.settings["device"] == "cuda":
         return None
-    lower = KEEP[: KEEP.index(keep)] if draft.destination.existing is None else ()
-    return memory.short_of(keep, lower=lower)
+    return memory.short_of(keep, lower=draft.lower_levels(keep))
 
 
 @dataclass(frozen=True, kw_only=True)
