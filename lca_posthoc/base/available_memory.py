@@ -16,10 +16,18 @@ import psutil
 OF_PROCESS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
-def give_back() -> None:
+_LITTLE = 2**23
+
+
+def give_back(freed: int) -> None:
     """Give memory that this process has freed back to the system, where its C library can: it
     keeps what is freed in small pieces for itself.
+
+    Args:
+        freed: about how many bytes; a little is left to the library, for looking takes time.
     """
+    if freed <= _LITTLE:
+        return
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # of another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)

@@ -46,8 +46,8 @@ def long_segments(steps: Sequence[int], every: Sequence[int], thinning: int = 1)
         f"{which} longer than one step, with {inside:,} steps or {_percent(share)} of training in "
         f"them, the longest {longest[0]}→{longest[1]}. There the straight line between checkpoints "
         "is not the path that training took, and what is allocated is the straight line's share: "
-        "net sums mean something, shares of parameters that help and turns do not; the residual "
-        "says what quadrature misses"
+        "sums over tensors and units mean something; how often a parameter helps and turns (--keep "
+        "statistics, parameters) does not. The residual says what quadrature misses"
     ]
 
 

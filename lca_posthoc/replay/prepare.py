@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -38,6 +38,7 @@ from .levels import MemoryOfLevels, highest_that_fits
 from .requests import (
     Admission,
     AdmissionRequest,
+    CalibrationsRequest,
     DescribeRequest,
     Description,
     Failure,
@@ -54,7 +55,7 @@ from .requests import (
     from_plain,
     to_plain,
 )
-from .worker import admit, describe, probe, sampled, versions
+from .worker import admit, calibrations, describe, probe, sampled, versions
 
 _SPAN_BYTES = 256 * 2**20
 _LONGEST_SPAN = 32
@@ -111,6 +112,12 @@ class Draft:
     settings: Settings
     probed: ProbeAnswer
     provenance: dict[str, Any]
+
+    def lower_levels(self, keep: str) -> Sequence[str]:
+        """Return the levels of `--keep` that can be taken instead of one, the lowest first; none
+        where the run is there already.
+        """
+        return KEEP[: KEEP.index(keep)] if self.destination.existing is None else ()
 
     def at(self, keep: str) -> Manifest:
         """Describe the run at a level of `--keep`."""
@@ -232,6 +239,27 @@ def prepare(
     return _laid_out(setup, sample, draft, memory)
 
 
+def calibrated(cluster: Cluster, ready: Preparation) -> Preparation:
+    """Return the same with new losses calibrated by one worker at the run's level of `--keep`,
+    where the rule is the trapezoid.
+    """
+    manifest, existing = ready.manifest, ready.draft.destination.existing
+    recorded = existing.losses if existing else {}
+    new = {name: record for name, record in manifest.losses.items() if name not in recorded}
+    if manifest.settings["rule"] != "trapezoid" or not new:
+        return ready
+    request = CalibrationsRequest(
+        setup=ready.setup,
+        sample=ready.sample,
+        batch_sizes=ready.batch_sizes,
+        keep=manifest.keep,
+        along={name: record.along for name, record in new.items()},
+    )
+    shares = ask(cluster, calibrations, request).shares
+    with_shares = {name: replace(record, calibration=shares[name]) for name, record in new.items()}
+    return replace(ready, manifest=replace(manifest, losses={**manifest.losses, **with_shares}))
+
+
 def _laid_out(
     setup: TaskSetup, sample: Sample, draft: Draft, memory: MemoryOfLevels
 ) -> Preparation:
@@ -278,8 +306,7 @@ def _short_of(draft: Draft, memory: MemoryOfLevels, keep: str) -> str | None:
     """
     if draft.settings["device"] == "cuda":
         return None
-    lower = KEEP[: KEEP.index(keep)] if draft.destination.existing is None else ()
-    return memory.short_of(keep, lower=lower)
+    return memory.short_of(keep, lower=draft.lower_levels(keep))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -630,7 +657,7 @@ def _record(
         along=level.along[name],
         replicates=probed.replicates[name],
         batch_size=0 if loss.on is None else probed.batch_sizes.get(loss.on, 0),
-        calibration=probed.calibration[name],
+        calibration=None,
         measured=probed.measured,
         identity=probed.identity[name],
         unit=unit_of_totals(known["loss"] for known in probed.identity[name] if known is not None),

@@ -248,7 +248,6 @@ class ProbeAnswer:
     Attributes:
         batch_sizes: of each split.
         identity: at the first and the last checkpoint; None where not finite.
-        calibration: of the trapezoid's error; None for other rules.
         levels: the memory a replay takes, by the level of `--keep`.
         free_memory: bytes that are free for each worker beside model and data.
         scale: |loss| at the first checkpoint, where a tolerance is a share of it.
@@ -260,7 +259,6 @@ class ProbeAnswer:
 
     batch_sizes: dict[str, int]
     identity: dict[str, list[dict[str, float] | None]]
-    calibration: dict[str, float | None]
     levels: dict[str, LevelMemory]
     free_memory: float
     scale: dict[str, float]
@@ -289,6 +287,28 @@ class ProbeRequest(SampleRequest[ProbeAnswer]):
     fixed: dict[str, str]
     leftovers: dict[str, str]
     recorded: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrations:
+    """By loss, the trapezoid's error as a share of Σ|(g₁ − g₀)·Δθ|; None where no sampled segment
+    moves.
+    """
+
+    shares: dict[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationsRequest(SampleRequest[Calibrations]):
+    """Calibrate the trapezoid's error of some losses.
+
+    Attributes:
+        keep: the level of `--keep`, which decides of what sums or of what parameters the error is.
+        along: the losses; of each, the grouped loss in whose order its batches are taken.
+    """
+
+    keep: str
+    along: dict[str, str | None]
 
 
 @dataclass(frozen=True, kw_only=True)

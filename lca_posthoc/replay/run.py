@@ -43,7 +43,6 @@ from ..errors import (
     amount,
     few,
 )
-from ..numerics.schema import KEEP
 from ..numerics.settings import Settings, on_device, resolve
 from ..results import LossRecord, Manifest, Run, RunWriter
 from ..tasks.task import Entry, Task, digest, pack_task
@@ -60,7 +59,7 @@ from .events import (
     Stage,
     Stopping,
 )
-from .prepare import Destination, Preparation, ask, check_workers, prepare, relative
+from .prepare import Destination, Preparation, ask, calibrated, check_workers, prepare, relative
 from .requests import (
     CompressionsRequest,
     Failure,
@@ -618,6 +617,7 @@ class _Driver:
         self._status.note(ready.notes)
         if ready.short_of:
             raise ResourceError(ready.short_of)
+        ready = calibrated(cluster, ready)
         self._status.begin(
             "laying out the run" if existing is None else "comparing with what is recorded"
         )
@@ -705,7 +705,8 @@ class _Driver:
             f"{amount(most)}), and {place} has {amount(free)} free"
         )
         if about > free and not self._job.ignore_space:
-            raise ResourceError(f"{will_need}. {_less_space(keep)}")
+            lower = ready.draft.lower_levels(keep)
+            raise ResourceError(f"{will_need}. {_less_space(lower)}")
         full = "a run that meets a full disk stops, and goes on once there is space"
         self._status.note([f"{will_need}: {full}"])
 
@@ -755,11 +756,13 @@ def _named_disk_errors() -> Iterator[None]:
         ) from error
 
 
-def _less_space(keep: str) -> str:
-    """Return what to do where the results of a level of `--keep` need more space than is free."""
-    lower = [f"--keep {level}" for level in reversed(KEEP[: KEEP.index(keep)])]
+def _less_space(lower: Sequence[str]) -> str:
+    """Return what to do where results need more space than is free, and these levels of `--keep`
+    can be taken instead.
+    """
+    options = [f"--keep {level}" for level in reversed(lower)]
     ways = [
-        *([f"keep less with {' or '.join(lower)}"] if lower else []),
+        *([f"keep less with {' or '.join(options)}"] if options else []),
         "write elsewhere with --out",
         "or begin all the same with --ignore-space: a run that meets a full disk stops, and goes "
         "on where it was once there is space",

@@ -19,8 +19,9 @@ from tests.helpers.cli import iterates, lca, says, write_step, write_task
 
 LONG = (
     ". There the straight line between checkpoints is not the path that training took, and what is "
-    "allocated is the straight line's share: net sums mean something, shares of parameters that "
-    "help and turns do not; the residual says what quadrature misses"
+    "allocated is the straight line's share: sums over tensors and units mean something; how often "
+    "a parameter helps and turns (--keep statistics, parameters) does not. The residual says what "
+    "quadrature misses"
 )
 
 

@@ -29,7 +29,7 @@ from lca_posthoc.numerics.objective import (
     build_objective,
 )
 from lca_posthoc.numerics.quadrature import COMPOSITE, RULES, Family, Rule
-from lca_posthoc.numerics.schema import TOTALS, histogram_edges
+from lca_posthoc.numerics.schema import KEEP, TOTALS, histogram_edges
 from lca_posthoc.numerics.statistics import SpanStatistics, UnitSums, histogram
 from lca_posthoc.replay.events import Note
 from lca_posthoc.results import LossResults
@@ -340,6 +340,15 @@ def test_numerics_4_a_buffer_that_moves_unused_gets_nothing_and_is_said(
 # --- 5: refinement --------------------------------------------------------------------------------
 
 
+def summed(values: Tensor, axis: int | None, keep: str) -> Tensor:
+    """Σ over what a level of `--keep` tells apart in a tensor of one segment."""
+    if keep == "tensors" or (keep == "units" and axis is None):
+        return values.sum()
+    if keep == "units":
+        return values.movedim(axis, 0).reshape(values.shape[axis], -1).sum(1)
+    return values
+
+
 def l1(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     return sum(float((one[name] - other[name]).abs().sum()) for name in one)
 
@@ -423,16 +432,23 @@ def test_numerics_5_the_allocation_tolerance_refines_as_well(lab: Lab) -> None:
     assert results.steps["converged"].values.any()
 
 
-def test_numerics_5_the_trapezoid_is_calibrated_on_a_few_segments_and_says_so(lab: Lab) -> None:
+@pytest.mark.parametrize("keep", KEEP)
+def test_numerics_5_the_trapezoid_is_calibrated_on_a_few_segments_and_says_so(
+    lab: Lab, keep: str
+) -> None:
     """error_bound = c · Σ|(g₁ − g₀)·Δθ|, with c the largest share that Simpson changes on the
-    first, middle and last.
+    first, middle and last; of parameters, or of the sums of a level that holds none.
     """
-    replayed = lab.replay("kinked", rule="trapezoid", precision="float64")
+    replayed = lab.replay("kinked", rule="trapezoid", precision="float64", keep=keep)
     left, trapezoid, simpson = (
-        lab.truth("kinked", rule=rule) for rule in ("left", "trapezoid", "simpson")
+        [
+            {name: summed(each, 0, keep) for name, each in segment.items()}
+            for segment in lab.truth("kinked", rule=rule).allocation
+        ]
+        for rule in ("left", "trapezoid", "simpson")
     )
-    curvature = [2 * l1(t, a) for t, a in zip(trapezoid.allocation, left.allocation, strict=True)]
-    change = [l1(s, t) for s, t in zip(simpson.allocation, trapezoid.allocation, strict=True)]
+    curvature = [2 * l1(t, a) for t, a in zip(trapezoid, left, strict=True)]
+    change = [l1(s, t) for s, t in zip(simpson, trapezoid, strict=True)]
     share = max(change[at] / curvature[at] for at in (0, 2, 4))
     assert replayed.manifest.losses["train"].calibration == pytest.approx(share, rel=1e-8)
     assert replayed["train"].steps["error_bound"].values == pytest.approx(
@@ -482,15 +498,24 @@ def test_numerics_5_neighbours_share_the_evaluation_between_them(
 
 
 @pytest.mark.parametrize(
-    ("name", "rule"),
-    [("conv_bn", "simpson"), ("conv_bn", "left"), ("fast_path", "left"), ("fast_path", "midpoint")],
+    ("name", "rule", "keep"),
+    [
+        ("conv_bn", "simpson", "parameters"),
+        ("conv_bn", "left", "parameters"),
+        ("fast_path", "left", "parameters"),
+        ("fast_path", "midpoint", "parameters"),
+        ("conv_bn", "simpson", "statistics"),
+        ("conv_bn", "simpson", "units"),
+        ("conv_bn", "midpoint", "units"),
+        ("conv_bn", "left", "tensors"),
+    ],
 )
 def test_numerics_6_bits_do_not_depend_on_the_length_of_spans(
-    lab: Lab, name: str, rule: str
+    lab: Lab, name: str, rule: str, keep: str
 ) -> None:
-    wanted = lab.results(name, rule=rule)
+    wanted = lab.results(name, rule=rule, keep=keep)
     for span in (1, 2):
-        assert_same_bits(lab.results(name, rule=rule, span=span), wanted)
+        assert_same_bits(lab.results(name, rule=rule, keep=keep, span=span), wanted)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lca_posthoc import Loss, Recorder, Run, Task, run
 from lca_posthoc.errors import InputError
 from lca_posthoc.findings import summary
-from lca_posthoc.numerics.schema import KEEP
+from lca_posthoc.numerics.schema import KEEP, sampled_examples
 from lca_posthoc.replay.events import Note
 from lca_posthoc.replay.worker import spans
 
@@ -35,6 +35,7 @@ from ..helpers.oracle import RULES, Oracle
 from ..helpers.replayed_cases import arrays
 
 SEGMENTS, MEASURED = 10, [0, 8]
+STARTS = set(spans.SAMPLED)  # of every run but those of this file
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -312,6 +313,19 @@ def test_the_check_costs_at_most_one_evaluation_and_a_hundredth_of_nine_segments
     extra = extra_of_the_check(place, "many_mlp", 9, **settings)
     whole = {"simpson": 19, "trapezoid": 10}[rule] * evaluation
     assert 0 < extra.cost() <= whole / 100
+
+
+@pytest.mark.parametrize("segments", [1, 8, 9, 64, 65, 513, 10_000])
+@pytest.mark.parametrize("examples", [3, 20, 40, 63, 64, 127, 640, 16_383, 16_384, 60_000, 10**9])
+def test_the_check_is_a_hundredth_of_a_run_of_any_size(examples: int, segments: int) -> None:
+    """Examples times their bytes in a precision: each of the sample costs one of the run and two
+    more in float64. The cheapest rule evaluates once a segment.
+    """
+    sampled = sampled_examples(examples)
+    cost = 3 * sampled * sum(start < segments for start in STARTS)
+    assert cost <= examples * segments
+    if segments > 8:
+        assert cost <= examples * segments / 100 or sampled == 1  # nothing is less than an example
 
 
 @pytest.mark.parametrize("settings", [{"tolerance": 1e-9}, {"rule": "left"}, {"span": 1}], ids=str)

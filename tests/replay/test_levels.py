@@ -10,7 +10,7 @@ import pytest
 import lca_posthoc
 from lca_posthoc import results
 from lca_posthoc.base import available_memory
-from lca_posthoc.errors import InputError
+from lca_posthoc.errors import InputError, ResourceError, amount
 from lca_posthoc.numerics.schema import KEEP
 from lca_posthoc.replay import prepare
 from lca_posthoc.replay.events import Note
@@ -232,6 +232,18 @@ def test_what_is_asked_for_is_taken_whatever_is_free(place: Path, host: Host) ->
     run, notes = replay(place, "run.lca", keep="parameters", ignore_space=True)
     assert run.manifest.keep == "parameters"
     assert notes == host.reckoned == []
+
+
+def test_a_lack_of_space_names_the_levels_that_can_still_be_taken(place: Path, host: Host) -> None:
+    less = "Keep less with --keep units or --keep tensors, write elsewhere with --out, or begin"
+    host.space = 1
+    with pytest.raises(ResourceError, match=rf"{amount(1)} free\. {less}"):
+        replay(place, "run.lca", keep="statistics")
+    host.space = PLENTY
+    replay(place, "run.lca", keep="statistics")
+    host.space = 1  # a run that is there keeps its level
+    with pytest.raises(ResourceError, match=rf"{amount(1)} free\. Write elsewhere with --out, or"):
+        replay(place, "run.lca", losses=["all"])
 
 
 # --- the plan -------------------------------------------------------------------------------------

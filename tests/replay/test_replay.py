@@ -25,6 +25,7 @@ from lca_posthoc.numerics.objective import probe
 from lca_posthoc.replay import prepare
 from lca_posthoc.replay import run as replay
 from lca_posthoc.replay.events import Planned, SpanDone, Stage
+from lca_posthoc.replay.plan import plan
 from tests.helpers.cli import (
     contents,
     lca,
@@ -510,15 +511,15 @@ def test_an_interrupt_drains_and_leaves_a_resumable_run(
     assert contents(out / "data.zarr") == contents(middle_place / "clean.lca" / "data.zarr")
 
 
-def test_only_a_loss_that_is_new_is_calibrated(
+def test_only_a_loss_that_is_new_is_calibrated_at_the_level_of_the_run(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calibrated: list[list[str]] = []
+    calibrated: list[tuple[list[str], bool]] = []
     original = allocation.calibrate
 
-    def noted(start: Any, end: Any, objective: Any, losses: list[str]) -> dict[str, float]:
-        calibrated.append(losses)
-        return original(start, end, objective, losses)
+    def noted(start: Any, end: Any, objective: Any, losses: list[str], axes: Any) -> Any:
+        calibrated.append((losses, axes is None))
+        return original(start, end, objective, losses, axes)
 
     monkeypatch.setattr(allocation, "calibrate", noted)
     out = tmp_path / "run.lca"
@@ -526,6 +527,17 @@ def test_only_a_loss_that_is_new_is_calibrated(
     replayed(place, out, losses=["all"])
     marker(out, "train", 2).unlink()
     replayed(place, out)
-    assert calibrated == [["train"]] * 3 + [["validation"]] * 3
+    assert calibrated == [(["train"], True)] * 3 + [(["validation"], True)] * 3
     both, _ = replayed(place, tmp_path / "both.lca", rule="trapezoid", span=8)
     identical(both, arrays(out))
+    del calibrated[:]
+    sums = {"rule": "trapezoid", "keep": "tensors"}
+    plan(place / "checkpoints", place / "small_task.py", **sums)
+    lca_package.run(
+        place / "checkpoints",
+        place / "small_task.py",
+        out=tmp_path / "sums.lca",
+        cluster="inline",
+        **sums,
+    )
+    assert calibrated == [(["train"], False)] * 3

@@ -17,6 +17,8 @@ from lca_posthoc.replay import requests
 from lca_posthoc.replay.requests import (
     Admission,
     AdmissionRequest,
+    Calibrations,
+    CalibrationsRequest,
     Compressions,
     CompressionsRequest,
     Costs,
@@ -134,7 +136,6 @@ SENT = (
     ProbeAnswer(
         batch_sizes={"a": 32},
         identity={"a": [{"loss": 1.0, "gradient_norm": 2.0}, None]},
-        calibration={"a": None, "b": 0.25},
         levels={
             "tensors": LevelMemory(
                 needs=1e6, block={"a": None, "b": 4}, along={"a": "b", "b": None}
@@ -144,6 +145,8 @@ SENT = (
         notes=["one"],
         **PROBED,
     ),
+    CalibrationsRequest(**SAMPLED, keep="units", along={"a": "b", "b": None}),
+    Calibrations(shares={"a": None, "b": 0.25}),
     CompressionsRequest(**SAMPLED, segments_of_window=16),
     Compressions(compressed={"a": {"allocation": 0.5}}),
     CostsRequest(**SAMPLED, segments_of_window=16, measured=False),

@@ -57,7 +57,7 @@ def rounding_errors(
     finer.place(objective.point)
     motion = Motion(finer.point, end)
     with objective.holding(end):
-        give_back()
+        give_back(objective.parameter_bytes)
         return {
             name: _apart(evaluation, evaluated(finer, name, motion), motion, axes)
             for name, evaluation in ours.items()

@@ -5,7 +5,7 @@ Each takes a request as plain data and returns its answer, or the error it met, 
 `requests`.
 """
 
-from .checks import describe, probe, sampled
+from .checks import calibrations, describe, probe, sampled
 from .compatibility import admit, versions
 from .costs import compressions, measure
 from .spans import SAMPLED, committed_result, looks_back, losses_at, replay_span
@@ -13,6 +13,7 @@ from .spans import SAMPLED, committed_result, looks_back, losses_at, replay_span
 __all__ = [
     "SAMPLED",
     "admit",
+    "calibrations",
     "committed_result",
     "compressions",
     "describe",

@@ -19,6 +19,8 @@ from ...errors import InputError, SpanError, few
 from ...numerics.precisions import PRECISIONS
 from ...numerics.schema import KEEP, is_share
 from ..requests import (
+    Calibrations,
+    CalibrationsRequest,
     DescribeRequest,
     Description,
     LevelMemory,
@@ -27,7 +29,7 @@ from ..requests import (
     ProbeRequest,
     Sample,
 )
-from .memory_estimate import block_of, bytes_needed, free_memory_each
+from .memory_estimate import block_of, bytes_needed, free_memory_each, kept_tensors
 from .modes import moved_layers, notes_on_modes
 from .state import (
     StoredPoint,
@@ -116,17 +118,11 @@ def probe(request: ProbeRequest) -> ProbeAnswer:
     measured, more = _can_measure(request, objective, first, new, at_first)
     notes += more
     objective.release_reference()
-    give_back()
+    give_back(objective.parameter_bytes)
     identities = _identities(request, objective, first, names, at_first)
-    calibrations = (
-        _calibrations(request.sample, objective, new)
-        if new and settings.rule == "trapezoid"
-        else {}
-    )
     return ProbeAnswer(
         batch_sizes=batch_sizes,
         identity=identities,
-        calibration={name: calibrations.get(name) for name in names},
         levels=levels,
         free_memory=free_memory_each(request.sample.workers_per_host, objective.device),
         measured=measured,
@@ -497,24 +493,32 @@ def moving(
                 break
 
 
-def _calibrations(sample: Sample, objective: Objective, names: list[str]) -> dict[str, float]:
-    """Return the trapezoid's error as a share of Σ|(g₁ − g₀)·Δθ|, of losses; of none where no
-    sampled segment moves.
+@reported(CalibrationsRequest)
+def calibrations(request: CalibrationsRequest) -> Calibrations:
+    """Return the trapezoid's error as a share of Σ|(g₁ − g₀)·Δθ|: the largest on the sampled
+    segments that move, at the level of `--keep` that is asked for.
     """
     from ...numerics.allocation import calibrate
+    from ...numerics.statistics import unit_axes
 
-    largest: dict[str, float] = {}
-    for index, pair in moving(sample, objective):
+    objective = objective_of(request.setup)
+    objective.batch_sizes.update(request.batch_sizes)
+    for name, grouped in request.along.items():
+        objective.data.set_batch_order(name, grouped)
+    axes = unit_axes(objective.allocated, kept_tensors(request, objective), request.keep)
+    largest: dict[str, float | None] = dict.fromkeys(request.along)
+    for index, pair in moving(request.sample, objective):
         if pair is None:
             continue
         start, end = (
-            point_read_twice(sample.points, place, objective) for place in (index, index + 1)
+            point_read_twice(request.sample.points, place, objective)
+            for place in (index, index + 1)
         )
-        shares = calibrate(start, end, objective, names)
+        shares = calibrate(start, end, objective, list(request.along), axes)
         for name, share in shares.items():
             if math.isfinite(share):
-                largest[name] = max(largest.get(name, 0.0), share)
-    return largest
+                largest[name] = max(largest[name] or 0.0, share)
+    return Calibrations(shares=largest)
 
 
 def _never_updated(request: ProbeRequest, objective: Objective) -> list[str]:

@@ -91,7 +91,9 @@ def bytes_needed(
     largest = _largest(objective)
     needed = _POINTS * objective.dtype.itemsize * _elements(objective.allocated) + most
     if holds(keep, "statistics"):
-        needed += _TOTALS * _elements(_kept(request, objective)) * len(names) + _LARGEST * largest
+        needed += (
+            _TOTALS * _elements(kept_tensors(request, objective)) * len(names) + _LARGEST * largest
+        )
         needed = int(_HEAP * needed)
     else:
         needed += _GRADIENTS * objective.dtype.itemsize * largest
@@ -112,7 +114,7 @@ def bookkeeping(
         return (groups + parts) * _bytes_of_group(request, objective, keep)
     return int(
         (groups + parts) * _bytes_of_nodes(objective)
-        + groups * _elements(_kept(request, objective)) * _stored(request, keep)
+        + groups * _elements(kept_tensors(request, objective)) * _stored(request, keep)
     )
 
 
@@ -149,8 +151,8 @@ def _activations(request: SampleRequest[Any], objective: Objective, names: list[
     return max(saved, default=0.0)
 
 
-def _kept(request: SampleRequest[Any], objective: Objective) -> list[TensorSpec]:
-    """Return the tensors whose allocation is kept."""
+def kept_tensors(request: SampleRequest[Any], objective: Objective) -> list[TensorSpec]:
+    """Return the tensors whose allocation is kept, by `--tensors`."""
     patterns = request.setup.settings.tensors or ["*"]
     return [
         tensor

@@ -392,7 +392,7 @@ class _SpanReplay:
             ).items():
                 errors[name][row - self.rows.start] = error
             self.objective.release_reference()
-            give_back()
+            give_back(self.objective.parameter_bytes)
         return errors
 
     def _measured_rows(self) -> Iterator[int]:

@@ -9,12 +9,18 @@ counted.
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
-from collections.abc import Callable, Iterator
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lca_posthoc.numerics.schema import KEEP
+
 Inject = Callable[[int, Path], str]
+ONE_LEVEL = "LCA_FAULTS_KEEP"  # names the level of every trial, where all are to have one
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,21 @@ def faults() -> dict[str, Fault]:
         row: _FOUND[row]
         for row in sorted(_FOUND, key=lambda row: (int(row[1:].rstrip("abcdef")), row))
     }
+
+
+def drawn_levels(seed: int) -> Iterator[str]:
+    """A level of `--keep` for each trial, drawn from a seed: in each four trials all four, unless
+    one is named by the environment.
+    """
+    chance, level = random.Random(seed), os.environ.get(ONE_LEVEL)
+    while True:
+        yield from [level] * len(KEEP) if level else chance.sample(KEEP, len(KEEP))
+
+
+def by_level(trials: Iterable[str]) -> str:
+    """How many trials there were at each level, such as "2 at tensors, 1 at units"."""
+    counts = Counter(trials)
+    return ", ".join(f"{counts[level]} at {level}" for level in KEEP if counts[level])
 
 
 def _modules() -> Iterator[str]:

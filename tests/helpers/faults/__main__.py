@@ -1,15 +1,18 @@
-"""`python -m tests.helpers.faults [ROW …] [--ci] [--json FILE]`: inject the faults and print a table of
-what came of them.
+"""`python -m tests.helpers.faults [ROW …] [--ci] [--keep LEVEL]`: inject the faults and print a table
+of what came of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from pathlib import Path
 
-from . import faults
+from lca_posthoc.numerics.schema import KEEP
+
+from . import ONE_LEVEL, faults
 
 
 def main() -> None:
@@ -19,7 +22,12 @@ def main() -> None:
         "rows", nargs="*", metavar="ROW", help=f"of {', '.join(known)}; all by default"
     )
     parser.add_argument("--ci", action="store_true", help="the reduced numbers")
+    parser.add_argument(
+        "--keep", choices=KEEP, help="the level of every trial of R1, R4, R6, R13; drawn by default"
+    )
     given = parser.parse_args()
+    if given.keep:
+        os.environ[ONE_LEVEL] = given.keep
     print("| # | fault | times | outcome | seconds |\n|---|---|---|---|---|")
     for row in given.rows or known:
         each = known[row]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from . import fault
+from . import by_level, drawn_levels, fault
 from .processes import (
     Driver,
     begun,
@@ -33,11 +33,13 @@ LOCAL = ("--cluster", "local", "--workers", 2)
 INLINE = ("--cluster", "inline")
 
 
-def _measured(place: Path, clean: Path, cluster: tuple[object, ...]) -> float:
+def _measured(
+    place: Path, clean: Path, cluster: tuple[object, ...], keep: str = "parameters"
+) -> float:
     """Seconds of an undisturbed driver."""
-    out = place / "measured.lca"
+    out = place / f"measured-{cluster[1]}.lca"
     started = time.monotonic()
-    driver = drive(place, out, *cluster)
+    driver = drive(place, out, *cluster, keep=keep)
     assert driver.finished() == 0, driver.said
     took = time.monotonic() - started
     whole(out, clean)
@@ -46,17 +48,18 @@ def _measured(place: Path, clean: Path, cluster: tuple[object, ...]) -> float:
 
 @fault("R1", "kill -9 of the driver at random moments", ci=10, full=100)
 def driver_killed(count: int, _: Path) -> str:
-    chance, again, runs = random.Random(1), 0, 0
-    with laid_out(40 if count < 50 else 132) as (place, clean):
-        clusters = (INLINE, LOCAL)
-        took = [_measured(place, clean, cluster) for cluster in clusters]
-        kills = 0
-        while kills < count:
-            out, log, of_this_run, workers = place / f"run-{runs}.lca", place / f"log-{runs}", 0, 0
-            runs, drivers = runs + 1, list[Driver]()
+    chance, levels, again, kills = random.Random(1), drawn_levels(1), 0, 0
+    clusters, took, trials = (INLINE, LOCAL), list[float](), list[str]()
+    spans = 20 if count < 50 else 66
+    while kills < count:
+        trials.append(keep := next(levels))
+        with laid_out(2 * spans, keep=keep) as (place, clean):
+            took = took or [_measured(place, clean, cluster, keep) for cluster in clusters]
+            out, log, of_this_run, workers = place / "run.lca", place / "log", 0, 0
+            drivers = list[Driver]()
             while kills < count:
                 at = kills % 2
-                driver = drive(place, out, *clusters[at], environment=counting(log))
+                driver = drive(place, out, *clusters[at], environment=counting(log), keep=keep)
                 drivers.append(driver)
                 if driver.wait(chance.uniform(0, took[at])):
                     assert driver.returncode == 0, driver.said
@@ -64,14 +67,17 @@ def driver_killed(count: int, _: Path) -> str:
                 driver.kill()
                 kills, of_this_run, workers = kills + 1, of_this_run + 1, workers + 1 + at
                 undamaged(out)
-            complete(place, out, clean, **counting(log))
+            complete(place, out, clean, keep, **counting(log))
             nobody_left(*drivers)
             executions = begun(log)
-            assert sorted(executions) == list(range(20 if count < 50 else 66))
+            assert sorted(executions) == list(range(spans))
             assert max(executions.values()) <= 1 + of_this_run, executions
             assert extra(log) <= workers, (executions, workers)
             again += extra(log)
-    return f"{kills} kills in {runs} runs, {again} extra executions, bytes equal"
+    return (
+        f"{kills} kills in {len(trials)} runs ({by_level(trials)}), {again} extra executions, "
+        "bytes equal"
+    )
 
 
 @fault("R2", "kill -9 of a worker at random moments", ci=6, full=50)
@@ -142,7 +148,7 @@ def interrupted(count: int, _: Path) -> str:
     """What waits on a worker may begin before word comes, so at most one more span for each
     worker.
     """
-    chance, drained, aborted, more = random.Random(13), 0, 0, 0
+    chance, trials, drained, aborted, more = random.Random(13), list[str](), 0, 0, 0
     kinds = [
         (signal.SIGINT, 1, INLINE),
         (signal.SIGINT, 2, LOCAL),
@@ -152,8 +158,9 @@ def interrupted(count: int, _: Path) -> str:
         (signal.SIGTERM, 1, INLINE),
     ]
     # of 20 spans, the last five wait: no run ends before it is told to
-    with laid_out() as (place, clean):
-        for case in range(count):
+    for case, keep in zip(range(count), drawn_levels(13), strict=False):
+        trials.append(keep)
+        with laid_out(keep=keep) as (place, clean):
             number, times, cluster = kinds[case % len(kinds)]
             out, log, wanted = (
                 place / f"run-{case}.lca",
@@ -161,7 +168,7 @@ def interrupted(count: int, _: Path) -> str:
                 chance.randint(1, 14),
             )
             environment = counting(log) | held(released := place / f"released-{case}", 15)
-            driver = drive(place, out, *cluster, environment=environment)
+            driver = drive(place, out, *cluster, environment=environment, keep=keep)
             assert driver.until(lambda out=out, wanted=wanted: markers(out) >= wanted), driver.said
             signalled(driver, number)
             before = begun(log).total()
@@ -177,9 +184,9 @@ def interrupted(count: int, _: Path) -> str:
             assert re.search(r"[Rr]un the same command again", named(driver.said)), driver.said
             nobody_left(driver)
             undamaged(out)
-            complete(place, out, clean)
+            complete(place, out, clean, keep)
             drained, aborted = drained + (times == 1), aborted + (times == 2)
     return (
-        f"{drained} drained, {aborted} stopped by a second one, {more} spans begun after a signal, "
-        "bytes equal"
+        f"{drained} drained, {aborted} stopped by a second one ({by_level(trials)}), {more} spans begun "
+        "after a signal, bytes equal"
     )

@@ -144,8 +144,10 @@ def drive(
     environment: Mapping[str, str] | None = None,
     powerless: bool = False,
     span: int = clean_runs.SPAN,
+    keep: str = "parameters",
 ) -> Driver:
     """`clean_runs.command` as such a process; `powerless` is root without its power over files."""
+    options = ("--keep", keep, *options)
     with mock.patch.object(
         clean_runs, "SCRIPT", clean_runs.SCRIPT.replace(f"*_: {clean_runs.SPAN}", f"*_: {span}")
     ):
@@ -211,22 +213,24 @@ def _drop(capabilities: Sequence[int]) -> None:
 
 
 @functools.cache
-def _laid(segments: int, span: int) -> tempfile.TemporaryDirectory[str]:
+def _laid(segments: int, span: int, keep: str) -> tempfile.TemporaryDirectory[str]:
     made = tempfile.TemporaryDirectory(prefix="lca-clean-", dir=MEMORY)
     place = clean_runs.lay_out(Path(made.name), segments)
-    clean_runs.clean_run(place, place / "clean.lca", span=span)
+    clean_runs.clean_run(place, place / "clean.lca", span=span, keep=keep)
     return made
 
 
 @contextmanager
-def laid_out(segments: int = 40, span: int = clean_runs.SPAN) -> Iterator[tuple[Path, Path]]:
+def laid_out(
+    segments: int = 40, span: int = clean_runs.SPAN, keep: str = "parameters"
+) -> Iterator[tuple[Path, Path]]:
     """A place of its own with checkpoints and a task, and their clean run, which is that of every
     fault of this process.
 
     In memory where there is such a place: what a killed process leaves is the same there, and
     flushing costs nothing.
     """
-    shared = Path(_laid(segments, span).name)
+    shared = Path(_laid(segments, span, keep).name)
     with tempfile.TemporaryDirectory(
         prefix="lca-fault-", dir=MEMORY, ignore_cleanup_errors=True
     ) as made:
@@ -264,9 +268,11 @@ def nothing_left(out: Path) -> None:
     assert [*left, *beside] == []
 
 
-def complete(place: Path, out: Path, clean: Path, **environment: str) -> None:
+def complete(
+    place: Path, out: Path, clean: Path, keep: str = "parameters", **environment: str
+) -> None:
     """Run to the end: the bytes are those of the clean run, and nothing temporary is left."""
-    driver = drive(place, out, "--cluster", "inline", environment=environment)
+    driver = drive(place, out, "--cluster", "inline", environment=environment, keep=keep)
     assert driver.finished() == 0, driver.said
     whole(out, clean)
 

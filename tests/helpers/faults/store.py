@@ -34,7 +34,7 @@ from lca_posthoc.results.runfile import FORMAT
 from lca_posthoc.tasks.task import pack_task
 from tests.helpers.cli import contents, lca, marker, refused
 
-from . import fault
+from . import by_level, drawn_levels, fault
 from .clean_runs import SPAN, clean_run, lay_out, near_the_oracle, same_bytes
 
 OPTIONS = ("--cluster", "inline", "--tolerance", "inf", "--loss", "all")
@@ -42,7 +42,7 @@ OPTIONS = ("--cluster", "inline", "--tolerance", "inf", "--loss", "all")
 Change = Callable[[Path], object]
 
 
-def _run(place: Path, out: Path) -> Any:
+def _run(place: Path, out: Path, keep: str = "parameters") -> Any:
     """`lca run` over every loss in this process, in spans of two segments."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "choose_span", lambda *_: SPAN)
@@ -53,6 +53,8 @@ def _run(place: Path, out: Path) -> Any:
             place / "small_task.py",
             "--out",
             out,
+            "--keep",
+            keep,
             *OPTIONS,
         )
         return lca("run", *arguments)
@@ -138,15 +140,15 @@ def _failing(out: Path, number: int | None, code: int) -> Iterator[list[int]]:
 )
 def fail_a_call(count: int, place: Path) -> str:
     lay_out(place, 5)
-    with _failing(place / "clean.lca", None, 0) as made:
-        assert _run(place, place / "clean.lca").exit_code == 0
-    near_the_oracle(place, place / "clean.lca")
-    codes, beyond = list[int](), 0
-    for at in range(count):
-        number, out = 1 + at * made[0] // count, place / f"{at}" / "run.lca"
+    calls, codes, beyond, trials = dict[str, int](), list[int](), 0, list[str]()
+    for at, keep in zip(range(count), drawn_levels(4), strict=False):
+        clean = place / f"{keep}.lca"
+        if keep not in calls:
+            calls[keep] = _calls(place, clean, keep)
+        number, out = 1 + at * calls[keep] // count, place / f"{at}" / "run.lca"
         code = (errno.EIO, errno.ENOSPC)[at % 2]
         with _failing(out, number, code) as reached:
-            result = _run(place, out)
+            result = _run(place, out, keep)
         if reached[0] < number:  # the first run of a process opens a few files more than later ones
             beyond += 1
             assert result.exit_code == 0, (number, result.exit_code, result.stderr)
@@ -154,14 +156,26 @@ def fail_a_call(count: int, place: Path) -> str:
         assert result.exit_code in (1, 3, 5), (number, result.exit_code, result.stderr)
         assert result.stderr.splitlines()[-1].startswith("lca: "), result.stderr
         codes.append(result.exit_code)
+        trials.append(keep)
         if out.exists():
             assert [each for each in verify(out) if isinstance(each, Damage)] == [], number
-        assert _run(place, out).exit_code == 0, number
-        same_bytes(out, place / "clean.lca")
+        assert _run(place, out, keep).exit_code == 0, number
+        same_bytes(out, clean)
         shutil.rmtree(out.parent)
     assert beyond <= count // 20, beyond
     told = ", ".join(f"{codes.count(code)} with exit {code}" for code in sorted(set(codes)))
-    return f"{len(codes)} of {made[0]} calls: {told}; all resumed to the same bytes"
+    return (
+        f"{len(codes)} of up to {max(calls.values())} calls ({by_level(trials)}): {told}; all "
+        "resumed to the same bytes"
+    )
+
+
+def _calls(place: Path, clean: Path, keep: str) -> int:
+    """How many calls a clean run makes."""
+    with _failing(clean, None, 0) as made:
+        assert _run(place, clean, keep).exit_code == 0
+    near_the_oracle(place, clean)
+    return made[0]
 
 
 # --- R6: stored bytes change ----------------------------------------------------------------------
@@ -181,42 +195,57 @@ DAMAGES: dict[str, Change] = {
     "a bit flipped": _flipped,
     "zeroed": lambda file: file.write_bytes(bytes(file.stat().st_size)),
 }
-ARRAYS = ("allocation/hidden.weight", "units/out.bias", "tensors/helping")
+ARRAYS = {
+    "tensors": ("tensors/allocated", "tensors/motion"),
+    "units": ("tensors/allocated", "units/hidden.weight", "units/out.bias"),
+    "statistics": ("tensors/gradient", "tensors/helping", "units/out.bias"),
+    "parameters": ("allocation/hidden.weight", "tensors/helping", "units/out.bias"),
+}
 
 
 @fault(
-    "R6", "a chunk is damaged: six ways, first, middle and last span, three arrays", ci=18, full=54
+    "R6",
+    "a chunk is damaged: six ways, first, middle and last span, some arrays of each level",
+    ci=18,
+    full=54,
 )
 def damage_a_chunk(count: int, place: Path) -> str:
     lay_out(place, 9)
-    clean = clean_run(place, place / "clean.lca")
-    out = place / "run.lca"
-    shutil.copytree(clean, out)
-    cases = [(how, span, array) for how in DAMAGES for span in (0, 2, 4) for array in ARRAYS]
-    random.Random(0).shuffle(cases)
-    for how, span, array in cases[:count]:
-        part, _, key = array.partition("/")
-        row = out / "data.zarr" / "train" / array / "c" / str(span)
-        DAMAGES[how](next(file for file in sorted(row.rglob("*")) if file.is_file()))
-        line = refused_by_verify(out, 1)
-        assert f"lca repair {out}" in line
-        (found,) = document_of_damages(out)
-        name = key if part != "tensors" else None
-        assert (found["loss"], found["tensor"], found["span"]) == ("train", name, span), (
-            how,
-            found,
-        )
-        assert found["array"] in (part, array)
-        assert (found["first_step"], found["last_step"]) == (2 * span, min(9, 2 * span + 2))
-        with pytest.raises(LCAError, match=rf"{key}.* \(steps {2 * span} to "):
-            getattr(open_run(out)["train"], part).load()
-        events: list[Any] = []
-        repair(out, place / "small_task.py", cluster="inline", progress=events.append)
-        done = [(event.span, event.losses) for event in events if isinstance(event, SpanDone)]
-        assert done == [(span, ["train"])], (how, span, array)
+    chance, trials = random.Random(0), list[str]()
+    cases = [(how, span) for how in DAMAGES for span in (0, 2, 4)] * -(-count // 18)
+    chance.shuffle(cases)
+    for (how, span), keep in zip(cases[:count], drawn_levels(6), strict=False):
+        trials.append(keep)
+        clean, out = place / f"{keep}.lca", place / f"run-{keep}.lca"
+        if not clean.exists():
+            shutil.copytree(clean_run(place, clean, keep=keep), out)
+        _damaged(out, place, how, span, chance.choice(ARRAYS[keep]))
         same_bytes(out, clean)
-        assert lca("verify", out).exit_code == 0
-    return f"{count} damaged chunks: all named, all repaired alone to the same bytes"
+    return (
+        f"{count} damaged chunks ({by_level(trials)}): all named, all repaired alone to the same "
+        "bytes"
+    )
+
+
+def _damaged(out: Path, place: Path, how: str, span: int, array: str) -> None:
+    """Damage a chunk of a span: whoever reads it is told, and it is repaired alone."""
+    part, _, key = array.partition("/")
+    row = out / "data.zarr" / "train" / array / "c" / str(span)
+    DAMAGES[how](next(file for file in sorted(row.rglob("*")) if file.is_file()))
+    line = refused_by_verify(out, 1)
+    assert f"lca repair {out}" in line
+    (found,) = document_of_damages(out)
+    name = key if part != "tensors" else None
+    assert (found["loss"], found["tensor"], found["span"]) == ("train", name, span), (how, found)
+    assert found["array"] in (part, array)
+    assert (found["first_step"], found["last_step"]) == (2 * span, min(9, 2 * span + 2))
+    with pytest.raises(LCAError, match=rf"{key}.* \(steps {2 * span} to "):
+        getattr(open_run(out)["train"], part).load()
+    events: list[Any] = []
+    repair(out, place / "small_task.py", cluster="inline", progress=events.append)
+    done = [(event.span, event.losses) for event in events if isinstance(event, SpanDone)]
+    assert done == [(span, ["train"])], (how, span, array)
+    assert lca("verify", out).exit_code == 0
 
 
 def refused_by_verify(out: Path, damages: int) -> str:
