@@ -154,7 +154,7 @@ class _Running:
         length: int,
         device: torch.device,
         unit: float,
-        like: _Running | None,
+        like: _Running | None = None,
     ) -> None:
         small = getattr(torch, types_of_totals(length)["helping"])
         self._spec, self._unit, self._counts_weights = spec, unit, like is None

@@ -58,7 +58,7 @@ from .requests import (
 from .worker import admit, calibrations, describe, probe, sampled, versions
 
 _SPAN_BYTES = 256 * 2**20
-_LONGEST_SPAN = 32
+_SHORTEST_OF_LARGE, _LONGEST_SPAN = 8, 32
 _WINDOWS = 64
 _BEGUN = (
     "A run that has begun keeps its tolerance and its precision: with others, write another run "
@@ -583,11 +583,12 @@ def unwrapped(answer: Answer | Failure) -> Answer:
 
 def choose_span(segments: int, workers: int, elements: int, keep: str) -> int:
     """Return the segments per span: a power of two, at most 32, at least two spans for each of
-    several workers, and at most 256 MiB of allocation where that is kept.
+    several workers, and at most 256 MiB of allocation where that is kept, or 8 segments of it: the
+    totals over time of each span wait on disk, 19 bytes a parameter.
     """
     most = min(_LONGEST_SPAN, max(1, segments if workers == 1 else segments // (2 * workers)))
     if holds(keep, "parameters"):
-        most = min(most, max(1, _SPAN_BYTES // (4 * max(1, elements))))
+        most = min(most, max(_SHORTEST_OF_LARGE, _SPAN_BYTES // (4 * max(1, elements))))
     return int(2 ** (most.bit_length() - 1))
 
 

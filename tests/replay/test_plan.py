@@ -105,8 +105,8 @@ def test_spans_are_shortened_until_every_worker_has_work(
         (7, 1, 10, "parameters", 4),  # one worker has nobody to share with
         (1, 1, 10, "parameters", 1),
         (1, 8, 10, "parameters", 1),
-        (32, 1, 2**24, "parameters", 4),  # 256 MiB of allocations
-        (32, 1, 2**28, "parameters", 1),
+        (32, 1, 2**22, "parameters", 16),  # 256 MiB of allocations
+        (32, 1, 2**28, "parameters", 8),  # or 8 segments of a large model
         (32, 1, 2**28, "statistics", 32),  # no allocation is kept
         (32, 1, 2**28, "units", 32),
         (32, 4, 2**28, "tensors", 4),

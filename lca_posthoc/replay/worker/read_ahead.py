@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
 
 from ...checkpoints.trajectory import read_checkpoint
-from .state import Point, checkpoint_at, point_of
+from .state import checkpoint_at, point_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
 
 # bytes of parameters, of which a worker on the CPU has a copy sooner than it must: a larger model
 # computes for so long that the time to read a checkpoint counts for little beside it
-LARGEST = 2**28
+LARGEST = 2**26
 
 
-class PointsAhead(Iterator[tuple[int, Point]]):
+class PointsAhead(Iterator[tuple[int, Mapping[str, "Tensor"]]]):
     """Training step and tensors of the checkpoints at both ends of some segments.
 
     Only reading is ahead: a checkpoint goes to the device, and statistics are recalibrated to it,
@@ -37,6 +38,8 @@ class PointsAhead(Iterator[tuple[int, Point]]):
         self._points, self._objective = points, objective
         self._left = iter(range(rows.start, rows.stop + 1))
         self._reader = ThreadPoolExecutor(1, "lca-read-ahead")
+        # for a GPU, a checkpoint waits in the memory of the host
+        self._ahead = objective.device.type != "cpu" or objective.parameter_bytes <= LARGEST
         self._reading: tuple[int, Future[dict[str, Tensor]]] | None = None
 
     def __enter__(self) -> Self:
@@ -49,21 +52,22 @@ class PointsAhead(Iterator[tuple[int, Point]]):
         """Begin to read the checkpoint after the last that was asked for, if there is one and it is
         not large: it takes memory from here on.
         """
-        # for a GPU it waits in the memory of the host
-        if self._objective.device.type != "cpu" or self._objective.parameter_bytes <= LARGEST:
-            self._begin()
-
-    def _begin(self) -> None:
-        index = next(self._left, None) if self._reading is None else None
+        index = next(self._left, None) if self._ahead and self._reading is None else None
         if index is not None:
             checkpoint = checkpoint_at(self._points, index)
             reading = self._reader.submit(read_checkpoint, checkpoint, self._points.names)
             self._reading = checkpoint.step, reading
 
-    def __next__(self) -> tuple[int, Point]:
+    def __next__(self) -> tuple[int, Mapping[str, Tensor]]:
         """Return the next checkpoint, once it is read."""
-        self._begin()
+        if not self._ahead:
+            checkpoint = checkpoint_at(self._points, next(self._left))
+            stored = read_checkpoint(checkpoint, self._points.names)
+            return checkpoint.step, point_of(stored, self._objective)
+        self.begin_next()
         if self._reading is None:
             raise StopIteration
         (step, reading), self._reading = self._reading, None
-        return step, point_of(reading.result(), self._objective)
+        # read-only: three points are in memory anyway, so that nothing is gained by letting the
+        # model hold one of them
+        return step, MappingProxyType(point_of(reading.result(), self._objective))
