@@ -28,8 +28,9 @@ from unittest import mock
 import lca_posthoc
 from lca_posthoc import Task
 from lca_posthoc.checkpoints import trajectory
-from lca_posthoc.numerics.statistics import SpanStatistics
-from lca_posthoc.replay.worker import spans, state
+from lca_posthoc.numerics.schema import KEEP
+from lca_posthoc.numerics.statistics import SpanSums
+from lca_posthoc.replay.worker import read_ahead, spans
 from lca_posthoc.results import RunWriter
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "examples"))
@@ -54,11 +55,11 @@ def shares(checkpoints: str, task: Task, keep: str, segments: int) -> dict[str, 
     """Shares of one run."""
     spent: dict[str, float] = defaultdict(float)
     patches = [
-        mock.patch.object(SpanStatistics, "add", timed(spent, "statistics", SpanStatistics.add)),
+        mock.patch.object(SpanSums, "add", timed(spent, "statistics", SpanSums.add)),
         mock.patch.object(RunWriter, "write_block", timed(spent, "write", RunWriter.write_block)),
         mock.patch.object(RunWriter, "write_span", timed(spent, "write", RunWriter.write_span)),
         mock.patch.object(
-            state, "read_checkpoint", timed(spent, "read", trajectory.read_checkpoint)
+            read_ahead, "read_checkpoint", timed(spent, "read", trajectory.read_checkpoint)
         ),
         mock.patch.object(spans, "SAMPLED", set()),
     ]
@@ -97,7 +98,7 @@ def main() -> None:
     task = mnist_fc.task()
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
     for _ in range(given.rounds):
-        for keep in ("parameters", "units", "tensors"):
+        for keep in KEEP:
             found[keep].append(shares(given.checkpoints, task, keep, given.segments))
     for keep, rounds in found.items():
         parts = {what: statistics.median(each[what] for each in rounds) for what in rounds[0]}
