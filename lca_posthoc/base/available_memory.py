@@ -1,5 +1,5 @@
 """The memory this process may still take of its host, which a container or a job of a batch system
-may limit.
+may limit, and the memory it has taken.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,22 @@ def give_back(freed: int) -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # of another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_memory() -> int:
+    """Return the most bytes this process has had in memory at a time.
+
+    Linux says so itself, where `getrusage` counts what the process had that started this one.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            name, _, size = line.partition(":")
+            if name == "VmHWM":
+                return int(size.split()[0]) * 1024
+    import resource  # not on Windows
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def free_memory() -> float:

@@ -406,10 +406,18 @@ class _Scratch:
 def _combination(
     parts: Sequence[tuple[float, Tensor]], row: slice, column: slice, scratch: _Scratch
 ) -> Tensor:
-    """Return Σ factor · values of a piece, float64."""
-    (factor, first), *others = parts
-    total = scratch.of(first[row, column]).copy_(first[row, column]).mul_(factor)
-    for factor, values in others:
+    """Return Σ factor · values of a piece, float64.
+
+    Those that are first and have one factor, the ends of a segment, are added before they are
+    multiplied: opposite ones are then 0 together, and which comes first changes no bit.
+    """
+    factor, first = parts[0]
+    alike = list(itertools.takewhile(lambda part: part[0] == factor, parts))
+    total = scratch.of(first[row, column]).copy_(first[row, column])
+    for _, values in alike[1:]:
+        total.add_(values[row, column])
+    total.mul_(factor)
+    for factor, values in parts[len(alike) :]:
         total.add_(values[row, column], alpha=factor)
     return total
 

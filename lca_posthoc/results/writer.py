@@ -106,7 +106,7 @@ def compressed_share(allocation: np.ndarray[Any, Any], segments: int) -> dict[st
     return {
         "allocation": _left(allocation),
         "units": _left(allocation),
-        "totals": _left(np.rint(allocation / unit).astype("int64")),
+        "totals": _left(np.rint(allocation.astype("float64") / unit).astype("int64")),
         "counts": _left(np.stack(counts).astype("int32")) / 2,
         "signs": _left(np.stack(signs).astype("int8")) / 2,
         "histogram": _left(histogram),

@@ -5,6 +5,8 @@ less.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +130,15 @@ def test_free_memory_is_what_the_narrowest_limit_leaves(
 
 def test_this_process_has_free_memory() -> None:
     assert 0 < available_memory.free_memory() <= psutil.virtual_memory().total
+
+
+def test_the_peak_of_a_process_is_its_own_and_not_that_of_who_started_it() -> None:
+    before = available_memory.peak_memory()
+    large = bytearray(b"1") * (before + 50_000_000)
+    assert available_memory.peak_memory() >= before + 50_000_000
+    del large
+    child = "from lca_posthoc.base.available_memory import peak_memory; print(peak_memory())"
+    said = subprocess.run(
+        [sys.executable, "-c", child], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    assert 5_000_000 < int(said) < before + 50_000_000

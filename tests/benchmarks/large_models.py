@@ -42,13 +42,13 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.helpers import large_transformer  # noqa: E402  (the path is set above)
+from lca_posthoc.base.available_memory import peak_memory  # noqa: E402  (the path is set above)
+from tests.helpers import large_transformer  # noqa: E402
 from tests.helpers.large_transformer import (  # noqa: E402
     Figures,
     Shape,
     Transformer,
     next_token,
-    peak,
 )
 
 BASE = 400e6
@@ -87,7 +87,7 @@ def plain_loop(checkpoints: Path, segments: int) -> Figures:
         residual = max(residual, abs(end_loss - start_loss - allocated / 6))
         start, start_loss, first = end, end_loss, last
     seconds = (time.perf_counter() - began) / segments
-    return {"seconds": seconds, "residual": residual, "peak": peak(), "disk": 0.0}
+    return {"seconds": seconds, "residual": residual, "peak": peak_memory(), "disk": 0.0}
 
 
 def alone(role: str, checkpoints: Path, segments: int, threads: int) -> Figures:

@@ -861,12 +861,13 @@ def test_space_is_looked_at_before_anything_is_written(
 
 
 MEASURED = """
-import resource, sys
+import sys
+from lca_posthoc.base.available_memory import peak_memory
 from lca_posthoc.convert import convert
 
 for source in sys.argv[1:]:
     convert(source, source + ".st", say=lambda note: None)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(peak_memory() // 1024)
 """
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lca_posthoc import Loss, Recorder, Task
+from lca_posthoc.base.available_memory import peak_memory
 
 LENGTH = 128
 
@@ -140,11 +140,6 @@ def parameters() -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def peak() -> int:
-    """The most memory this process ever held, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def replay(checkpoints: Path, segments: int, keep: str, losses: list[str] | None = None) -> Figures:
     """Replay some segments of the first loss, or of those that are named, inline, and say what it
     took; where losses are named, one sequence at a time.
@@ -173,7 +168,7 @@ def replay(checkpoints: Path, segments: int, keep: str, losses: list[str] | None
             steps=f"0:{segments}",
             progress=listen,
         )
-        highest = peak()
+        highest = peak_memory()
         files = (file for file in Path(folder).rglob("*") if file.is_file())
         return {
             "seconds": (ended[0] - began[0]) / segments,

@@ -157,8 +157,8 @@ def test_the_store_holds_no_other_tensor(
     stored = zarr.open_group(replayed.path / "data.zarr", mode="r")
     kept = kept_of(replay(name)["whole"], patterns)
     parts = {
-        "parameters": {"allocation", "units", "totals"},
-        "statistics": {"units", "totals"},
+        "parameters": {"allocation", "units", "totals", "counts", "signs"},
+        "statistics": {"units", "totals", "counts", "signs"},
         "units": {"units"},
         "tensors": set(),
     }

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ...base.available_memory import give_back
 from ...checkpoints.trajectory import TensorSpec
 from ...errors import InputError
 from ...tasks.task import Task, convert_module
@@ -366,6 +367,7 @@ class Objective:
         finer = PRECISIONS[self.precision].reference
         assert finer is not None, f"{self.precision} is the highest precision"
         other = self.in_precision(finer.precision)
+        give_back(self.parameter_bytes)  # copies that were converted since
         other.data.share_orders(self.data)
         return other
 

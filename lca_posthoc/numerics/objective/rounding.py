@@ -25,6 +25,7 @@ from .sums import Evaluation
 def rounding_errors(
     objective: Objective,
     losses: Iterable[str],
+    start: Mapping[str, Tensor],
     end: MutableMapping[str, Tensor],
     axes: Mapping[str, int | None] | None,
     *,
@@ -33,11 +34,12 @@ def rounding_errors(
     """Return Σ|A − A*| and Σ|A*| of losses, where A is the motion times the gradient at its start,
     on a sample of the examples, and A* the same one precision higher.
 
-    At most the start in both precisions and the end are in memory.
+    Beside `start`, a point in the precision of the run and one in the higher are in memory.
 
     Args:
-        objective: holds the start, and afterwards the end; its reference is one precision higher.
+        objective: evaluates losses; its reference is one precision higher.
         losses: names.
+        start: of the motion; best one whose tensors are read where they are needed.
         end: of the motion; its tensors may be replaced by others that hold the same.
         axes: of the units where A is summed over units, by tensor; None: every parameter's.
         every: take all examples instead of a sample.
@@ -51,13 +53,14 @@ def rounding_errors(
         values = partial(side.values, name)
         return side.evaluate_on_batches(values, _batches(side, name, every), gradients)
 
+    objective.place(start)
     motion = Motion(objective.point, end)
     ours = {name: evaluated(objective, name, motion) for name in losses}
-    finer = objective.reference
-    finer.place(objective.point)
-    motion = Motion(finer.point, end)
     with objective.holding(end):
         give_back(objective.parameter_bytes)
+        finer = objective.reference
+        finer.place(start)
+        motion = Motion(finer.point, end)
         return {
             name: _apart(evaluation, evaluated(finer, name, motion), motion, axes)
             for name, evaluation in ours.items()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import resource
 import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...base.available_memory import peak_memory
 from ...numerics.schema import KEEP
 from ..requests import (
     Compressions,
@@ -70,11 +70,7 @@ def measure(request: CostsRequest) -> Costs:
         together += sum(losses[name].seconds for name in slowest) - sum(spared)
         higher += sum(losses[name].higher for name in slowest)
     on_gpu = objective.device.type == "cuda"
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if on_gpu
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
     return Costs(
         losses=losses,
         compressed=_compressions(request, objective, request.segments_of_window),

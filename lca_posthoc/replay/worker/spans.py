@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import resource
 import socket
 import time
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...base.available_memory import give_back
+from ...base.available_memory import give_back, peak_memory
 from ...cluster import Spec
 from ...errors import SpanError
 from ...numerics.schema import in_units_of_loss
@@ -104,7 +103,7 @@ def replay_span(request: SpanRequest) -> SpanAnswer:
         losses=losses,
         segments=_length(writer, request),
         seconds=time.perf_counter() - started,
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_bytes=peak_memory(),
     )
 
 
@@ -381,12 +380,11 @@ class _SpanReplay:
         errors = {name: np.zeros((self.length, 2)) for name in self.records}
         names = [name for name, record in self.records.items() if record.measured]
         for row in self._measured_rows() if names else ():
-            self.objective.place(point_read_twice(self.request.points, row, self.objective))
-            end = point_at(self.request.points, row + 1, self.objective)
             for name, error in rounding_errors(
                 self.objective,
                 names,
-                end,
+                point_read_twice(self.request.points, row, self.objective),
+                point_at(self.request.points, row + 1, self.objective),
                 self.axes,
                 every=self.request.setup.settings.precision_check == "full",
             ).items():
