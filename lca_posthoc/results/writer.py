@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,18 +81,28 @@ def _blocks(size: int) -> int:
     return -(-size // _BLOCK) * _BLOCK
 
 
-def compressed_share(allocation: np.ndarray[Any, Any], segments: int) -> dict[str, float]:
-    """Return the share of its bytes that compression leaves of each part of a loss, from a sample
-    of allocations.
+def compressed_share(
+    allocations: Sequence[np.ndarray[Any, Any]], segments: int
+) -> dict[str, float]:
+    """Return the share of its bytes that compression leaves of each part of a loss, from samples
+    of the allocations of its tensors, each of which is stored apart.
 
     Counts and signs of totals are not known before a run. They cost next to nothing where
     parameters keep helping or hurting, and as much as tosses of a coin where they do not; half of
     that is taken.
 
     Args:
-        allocation: float32, flat.
+        allocations: float32, flat, of each tensor as many as its share of all parameters.
         segments: of a window of totals.
     """
+    shares = [_compressed_share(sample, segments) for sample in allocations]
+    sizes = [len(sample) for sample in allocations]
+    return {
+        part: float(np.average([one[part] for one in shares], weights=sizes)) for part in shares[0]
+    }
+
+
+def _compressed_share(allocation: np.ndarray[Any, Any], segments: int) -> dict[str, float]:
     generator = np.random.default_rng(0)
     active = allocation != 0
     # as finely as the largest of them is told from its neighbours in float64

@@ -212,11 +212,11 @@ def _compressions(
                 [batch],
                 WholeGradients(objective.tensors.differentiable, objective.dtype),
             ).gradient
+            elements = max(1, sum(values.numel() for values in gradient.values()))
             for tensor, values in gradient.items():
                 motion = pair[1][tensor].double() - pair[0][tensor].double()
                 product = (motion * values.cpu()).float()
-                parts.append(
-                    product.reshape(-1)[: _SAMPLED_NUMBERS // max(1, len(gradient)) + 1].numpy()
-                )
-        shares[name] = compressed_share(np.concatenate(parts), segments_of_window)
+                few = _SAMPLED_NUMBERS * values.numel() // elements + 1  # as many as its share
+                parts.append(product.reshape(-1)[:few].numpy())
+        shares[name] = compressed_share(parts, segments_of_window)
     return shares
