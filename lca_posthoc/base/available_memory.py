@@ -15,9 +15,7 @@ from pathlib import Path
 import psutil
 
 OF_PROCESS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-
-
-_LITTLE = 2**23
+_LITTLE = 2**23  # bytes that are not worth giving back
 
 
 def give_back(freed: int) -> None:

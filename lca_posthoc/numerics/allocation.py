@@ -633,13 +633,14 @@ def _allocate_refined(
     states = {
         name: _Refinement(method.family, segment.points, first[name], last[name]) for name in losses
     }
+    distance = segment.distance(first[losses[0]].gradient)
     done: dict[str, SegmentAllocation] = {}
     level = 0
     pending = list(losses)
     while True:
         if level >= lowest:
             for name in pending:
-                done[name] = _judged(name, states[name], method, segment)
+                done[name] = _judged(name, states[name], method, distance)
             pending = [
                 name
                 for name in pending
@@ -661,7 +662,9 @@ def _allocate_refined(
         early = []
 
 
-def _judged(name: str, state: _Refinement, method: Method, segment: _Segment) -> SegmentAllocation:
+def _judged(
+    name: str, state: _Refinement, method: Method, distance: Mapping[str, float]
+) -> SegmentAllocation:
     state.measure()
     bound = state.error_bound((method.calibration or {}).get(name))
     tolerance, allocation_tolerance = method.bounds(name)
@@ -671,7 +674,7 @@ def _judged(name: str, state: _Refinement, method: Method, segment: _Segment) ->
             points=state.points,
             nodes=state.nodes,
             sums=state.sums,
-            distance=segment.distance(state.sums),
+            distance=distance,
             loss_start=state.start.loss,
             loss_end=state.end.loss,
             weight=state.start.weight,
@@ -697,6 +700,7 @@ def _allocate_fixed(
     first = at_start or segment.at(0.0, losses, gradient=rule.has_start)
     nodes = [first if x == 0 else segment.at(x, losses) for x in rule.nodes]
     last, known = segment.at_end(losses, here=False, following=rule.has_start)
+    distance = segment.distance(nodes[0][losses[0]].gradient)
     done = {}
     for name in losses:
         weighted = [
@@ -710,7 +714,7 @@ def _allocate_fixed(
             points=segment.points,
             nodes=weighted,
             sums=sums,
-            distance=segment.distance(sums),
+            distance=distance,
             loss_start=first[name].loss,
             loss_end=last[name].loss,
             weight=first[name].weight,

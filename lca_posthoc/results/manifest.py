@@ -206,12 +206,6 @@ class Manifest:
         """Return the window a segment is in."""
         return segment // (self.span * self.window)
 
-    def is_full(self, window: int) -> bool:
-        """Tell whether a window has all its spans, so that checkpoints which are still to come
-        cannot add to it.
-        """
-        return (window + 1) * self.window * self.span <= self.segments
-
     def covered_by(self, record: LossRecord) -> Manifest:
         """Return the same run up to the last checkpoint one loss covers, from which everything
         stored for that loss follows.

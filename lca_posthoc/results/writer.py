@@ -378,8 +378,8 @@ class RunWriter:
 
         Where the last span of such a loss was short and has grown, it is no longer whole and will
         be replayed again. Where the last window of totals has grown, what it holds waits for the
-        new spans, and is not counted again. The other losses cover the segments they covered: none of their files
-        changes.
+        new spans, and is not counted again. The other losses cover the segments they covered: none
+        of their files changes.
 
         Args:
             checkpoints: all of them.
