@@ -16,20 +16,47 @@ import psutil
 
 OF_PROCESS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _LITTLE = 2**23  # bytes that are not worth giving back
+# of glibc's malloc.h; by itself it raises the thresholds to these as larger blocks are freed
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_MOST_TRIM, _MOST_MMAP = 2**26, 2**25
 
 
-def give_back(freed: int) -> None:
+def give_back(freed: int, *, cycles: bool = False) -> None:
     """Give memory that this process has freed back to the system, where its C library can: it
     keeps what is freed in small pieces for itself.
 
     Args:
         freed: about how many bytes; a little is left to the library, for looking takes time.
+        cycles: whether objects that lead back to themselves, as models do, are looked for and
+            freed first; that takes longer than an evaluation of a small model.
     """
     if freed <= _LITTLE:
         return
-    gc.collect()
+    if cycles:
+        gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # of another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def freed_at_once(size: int) -> Iterator[None]:
+    """Let every block of a megabyte go back to the system as soon as it is freed, inside the
+    context, where the C library can do that: none stays behind between others that are in use.
+    New blocks take longer then.
+
+    Args:
+        size: about how many bytes are in use; with a little, nothing changes.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # of another C library than glibc
+        if size > _LITTLE:
+            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, AttributeError):
+            if size > _LITTLE:
+                ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _MOST_MMAP)
+                ctypes.CDLL(None).mallopt(_TRIM_THRESHOLD, _MOST_TRIM)
 
 
 def peak_memory() -> int:

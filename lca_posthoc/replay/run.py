@@ -481,9 +481,9 @@ class _Status:
     def begin(self, stage: str) -> None:
         """Tell what is done now."""
         self._stage = stage
-        self.tell(Stage(stage))
         if self.announcement is not None:
             self.announcement.stage(stage)
+        self.tell(Stage(stage))  # whoever reads it finds the announcement
 
     def note(self, notes: Iterable[str]) -> None:
         """Tell what the user should know."""

@@ -142,3 +142,30 @@ def test_the_peak_of_a_process_is_its_own_and_not_that_of_who_started_it() -> No
         [sys.executable, "-c", child], check=True, stdout=subprocess.PIPE, text=True
     ).stdout
     assert 5_000_000 < int(said) < before + 50_000_000
+
+
+SCATTERED = """
+from contextlib import nullcontext
+import psutil
+from lca_posthoc.base.available_memory import freed_at_once
+
+bytes(2**25 - 2**16)  # from now on, blocks of less are kept for later ones
+with {context}:
+    blocks = [b"x" * 2**21 for _ in range(64)]
+    held = psutil.Process().memory_info().rss
+    del blocks[::2]
+    print(held - psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc's allocator")
+@pytest.mark.parametrize(
+    ("context", "given_back"),
+    [("freed_at_once(2**30)", True), ("freed_at_once(2**20)", False), ("nullcontext()", False)],
+)
+def test_what_is_freed_between_other_blocks_goes_back_at_once(
+    context: str, given_back: bool
+) -> None:
+    code = SCATTERED.format(context=context)
+    freed = int(subprocess.check_output([sys.executable, "-c", code], text=True))
+    assert (freed > 2**25) is given_back

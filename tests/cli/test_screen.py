@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -291,9 +293,12 @@ IN_SPAN, BEFORE = "Path({out!r}, 'log', '.span-000000.json').exists()", "not Pat
 UNTIL_OPENED = "open({fifo!r}).close()"  # waits until the test opens the other end
 
 
+Held = tuple[subprocess.Popen[str], Path, Path]
+
+
 def held_run(
     place: Path, root: Path, when: str, *options: object, wait: str = UNTIL_OPENED
-) -> tuple[subprocess.Popen[str], Path, Path]:
+) -> Held:
     """`lca run` that waits inside a loss while `when` holds there, its directory, and what to open
     to let it go on.
     """
@@ -330,6 +335,20 @@ def held_run(
     return process, out, fifo
 
 
+@pytest.fixture
+def held(place: Path, tmp_path: Path) -> Iterator[Callable[..., Held]]:
+    """`held_run`, whose process ends with the test in any case."""
+    with contextlib.ExitStack() as ends:
+
+        def begin(when: str, *options: object, wait: str = UNTIL_OPENED) -> Held:
+            begun = held_run(place, tmp_path, when, *options, wait=wait)
+            ends.enter_context(begun[0])  # waits for it
+            ends.callback(begun[0].kill)
+            return begun
+
+        yield begin
+
+
 def let_go_on(process: subprocess.Popen[str], fifo: Path) -> str:
     """Open the other end for as long as somebody comes to wait there; returns the rest of
     stderr.
@@ -348,9 +367,9 @@ def let_go_on(process: subprocess.Popen[str], fifo: Path) -> str:
 @pytest.mark.moment
 @pytest.mark.parametrize("cluster", [INLINE, LOCAL], ids=["inline", "local"])
 def test_how_far_a_span_is_can_be_seen_while_it_is_computed(
-    place: Path, tmp_path: Path, cluster: list[object]
+    held: Callable[..., Held], cluster: list[object]
 ) -> None:
-    process, out, fifo = held_run(place, tmp_path, IN_SPAN, *cluster)
+    process, out, fifo = held(IN_SPAN, *cluster)
     assert process.stderr is not None
     line = next(line for line in process.stderr if line.startswith("lca: 1 of 6 segments"))
     says(line, "worst residual", "segments/s on 1 worker", "left")
@@ -367,8 +386,10 @@ def test_how_far_a_span_is_can_be_seen_while_it_is_computed(
 
 
 @pytest.mark.moment
-def test_a_status_tells_of_a_run_that_is_not_there_yet(place: Path, tmp_path: Path) -> None:
-    process, out, fifo = held_run(place, tmp_path, BEFORE, *INLINE)
+def test_a_status_tells_of_a_run_that_is_not_there_yet(
+    held: Callable[..., Held], tmp_path: Path
+) -> None:
+    process, out, fifo = held(BEFORE, *INLINE)
     assert process.stderr is not None
     assert next(line for line in process.stderr if "building and probing the task, for" in line)
     result = lca("status", out)
@@ -419,15 +440,14 @@ STOPS: dict[str, tuple[list[object], signal.Signals, str, str, str]] = {
 @pytest.mark.moment
 @pytest.mark.parametrize(("cluster", "number", "when", "waits", "again"), STOPS.values(), ids=STOPS)
 def test_a_first_signal_says_at_once_what_it_waits_for_and_a_second_one_stops(
-    place: Path,
-    tmp_path: Path,
+    held: Callable[..., Held],
     cluster: list[object],
     number: signal.Signals,
     when: str,
     waits: str,
     again: str,
 ) -> None:
-    process, _, _ = held_run(place, tmp_path, when, *cluster)
+    process, _, _ = held(when, *cluster)
     assert process.stderr is not None
     next(
         line
@@ -447,9 +467,9 @@ def test_a_first_signal_says_at_once_what_it_waits_for_and_a_second_one_stops(
 
 @pytest.mark.moment
 def test_a_first_signal_is_answered_while_the_main_thread_is_in_one_long_call(
-    place: Path, tmp_path: Path
+    held: Callable[..., Held],
 ) -> None:
-    process, _, _ = held_run(place, tmp_path, IN_SPAN, *INLINE, wait=f"import hashlib; {BUSY}")
+    process, _, _ = held(IN_SPAN, *INLINE, wait=f"import hashlib; {BUSY}")
     assert process.stderr is not None
     next(line for line in process.stderr if "1 of 6 segments" in line)
     process.send_signal(signal.SIGINT)
@@ -488,9 +508,9 @@ def test_a_caller_in_python_catches_a_stop_as_a_keyboard_interrupt(
 
 @pytest.mark.moment
 def test_a_driver_that_was_killed_while_it_prepared_is_not_in_the_way(
-    place: Path, tmp_path: Path
+    held: Callable[..., Held], place: Path, tmp_path: Path
 ) -> None:
-    process, out, _ = held_run(place, tmp_path, BEFORE, *INLINE)
+    process, out, _ = held(BEFORE, *INLINE)
     assert process.stderr is not None
     assert next(line for line in process.stderr if "building and probing the task, for" in line)
     process.kill()

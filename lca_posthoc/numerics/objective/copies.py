@@ -36,7 +36,7 @@ def copy_in(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
     )
     try:
         with _Converting(model, dtype):
-            copied = copy.deepcopy(model)
+            copied = copy.deepcopy(model, _converted(model, dtype))
     except Exception:  # whatever the user's own classes raise: the model is built anew instead
         return None
     for module in copied.modules():
@@ -48,9 +48,7 @@ def copy_in(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
 
 
 class _Converting(TorchFunctionMode):
-    """Convert plain tensors while they are deep-copied; parameters keep their type, for `convert_module`
-    follows.
-    """
+    """Convert plain tensors while they are deep-copied."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -81,6 +79,19 @@ class _Converting(TorchFunctionMode):
         )
         memo[id(tensor)] = copied
         return copied
+
+
+def _converted(model: nn.Module, dtype: torch.dtype) -> dict[int, object]:
+    """Return copies of a model's plain parameters for deepcopy to put in their place, by id, so
+    that none is copied before it is converted.
+    """
+    return {
+        id(parameter): nn.Parameter(
+            parameter.detach().to(dtype, copy=True), parameter.requires_grad
+        )
+        for parameter in model.parameters()
+        if type(parameter) is nn.Parameter and parameter.is_floating_point()
+    }
 
 
 def _place(tensor: Tensor) -> int:

@@ -127,11 +127,12 @@ class Objective:
         """Copy values into the module's own tensors, in place, see `ModelTensors.place`."""
         self.tensors.place(point)
 
-    def holding(
-        self, point: MutableMapping[str, Tensor]
-    ) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def holding(self, point: MutableMapping[str, Tensor]) -> Iterator[None]:
         """Hold a point in the module instead of beside it, see `ModelTensors.holding`."""
-        return self.tensors.holding(point)
+        with self.tensors.holding(point):
+            yield
+            give_back(self.parameter_bytes)  # before the copy takes as much
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -235,6 +236,8 @@ class Objective:
             only: some of the groups, where the losses have the same ones.
         """
         self.place(point)
+        if along is not None:  # what is freed inside a pass lies scattered
+            give_back(self.parameter_bytes)
         gradients = self._gradients(gradient, along)
         counts = self.evaluations if gradient else self.forward_passes
         for name in losses:
@@ -366,8 +369,8 @@ class Objective:
         """
         finer = PRECISIONS[self.precision].reference
         assert finer is not None, f"{self.precision} is the highest precision"
+        give_back(self.parameter_bytes)  # before the copy takes twice as much
         other = self.in_precision(finer.precision)
-        give_back(self.parameter_bytes)  # copies that were converted since
         other.data.share_orders(self.data)
         return other
 

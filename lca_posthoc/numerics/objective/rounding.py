@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...base.available_memory import give_back
+from ...base.available_memory import freed_at_once, give_back
 from ...errors import InputError
 from ..schema import sampled_examples
 from .directions import Along, Gradients, Motion, SumsAlong, WholeGradients, blocks
@@ -56,7 +56,8 @@ def rounding_errors(
     objective.place(start)
     motion = Motion(objective.point, end)
     ours = {name: evaluated(objective, name, motion) for name in losses}
-    with objective.holding(end):
+    # a point in twice the precision is in memory as well
+    with objective.holding(end), freed_at_once(objective.parameter_bytes):
         give_back(objective.parameter_bytes)
         finer = objective.reference
         finer.place(start)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...base.available_memory import give_back
+from ...base.available_memory import freed_at_once, give_back
 from ...base.text import count as counted
 from ...checkpoints.leftovers import counts, left_out_note, refuted
 from ...checkpoints.trajectory import drop_options, is_statistic, read_checkpoint, read_stored
@@ -96,6 +96,11 @@ def probe(request: ProbeRequest) -> ProbeAnswer:
     last one.
     """
     objective = objective_of(request.setup)
+    with freed_at_once(objective.parameter_bytes):  # few evaluations, of whole gradients
+        return _probed(request, objective)
+
+
+def _probed(request: ProbeRequest, objective: Objective) -> ProbeAnswer:
     names, settings = list(objective.losses), request.setup.settings
     first = first_point(request.sample.points, objective)
     batch_sizes = objective.settle_batch_sizes(first, request.batch_sizes)
@@ -118,7 +123,7 @@ def probe(request: ProbeRequest) -> ProbeAnswer:
     measured, more = _can_measure(request, objective, first, new, at_first)
     notes += more
     objective.release_reference()
-    give_back(objective.parameter_bytes)
+    give_back(objective.parameter_bytes, cycles=True)
     identities = _identities(request, objective, first, names, at_first)
     return ProbeAnswer(
         batch_sizes=batch_sizes,

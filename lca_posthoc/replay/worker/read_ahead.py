@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
 
+from ...base.available_memory import give_back
 from ...checkpoints.trajectory import read_checkpoint
 from .state import checkpoint_at, point_of
 
@@ -62,6 +63,7 @@ class PointsAhead(Iterator[tuple[int, Mapping[str, "Tensor"]]]):
         """Return the next checkpoint, once it is read."""
         if not self._ahead:
             checkpoint = checkpoint_at(self._points, next(self._left))
+            give_back(self._objective.parameter_bytes)  # before a checkpoint takes as much
             stored = read_checkpoint(checkpoint, self._points.names)
             return checkpoint.step, point_of(stored, self._objective)
         self.begin_next()

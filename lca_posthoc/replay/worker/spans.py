@@ -390,7 +390,7 @@ class _SpanReplay:
             ).items():
                 errors[name][row - self.rows.start] = error
             self.objective.release_reference()
-            give_back(self.objective.parameter_bytes)
+            give_back(self.objective.parameter_bytes, cycles=True)
         return errors
 
     def _measured_rows(self) -> Iterator[int]:
