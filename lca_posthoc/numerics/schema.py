@@ -216,6 +216,16 @@ def join_all(stretches: Iterable[Totals]) -> Totals:
     return functools.reduce(join, stretches)
 
 
+class SiteRecord(TypedDict):
+    """The place of the examples in what one operation of a model with its parameters computes, see
+    `objective.example_axis.ExampleAxis`.
+    """
+
+    operation: str  # the function, and the tensors
+    axis: int | None  # None where no axis is that of the examples
+    is_inner: bool
+
+
 class RecalibrationRecord(TypedDict):
     """The settings of a recalibration as a run records them, see
     `objective.recalibration.Recalibration` for those without a comment.

@@ -42,7 +42,6 @@ from .requests import (
     DescribeRequest,
     Description,
     Failure,
-    LevelMemory,
     LossDescription,
     ProbeAnswer,
     ProbeRequest,
@@ -270,6 +269,7 @@ def _laid_out(
     notes = [
         *draft.probed.notes,
         *about_keep,
+        *_of_one_group(draft.probed, keep),
         *_about(draft.matched, manifest, existing.losses if existing else {}),
         *_idle(existing or manifest, draft.workers),
     ]
@@ -282,6 +282,16 @@ def _laid_out(
         notes=notes,
         short_of=_short_of(draft, memory, keep),
     )
+
+
+def _of_one_group(probed: ProbeAnswer, keep: str) -> list[str]:
+    """Say of which losses a batch has one group, where it could have several."""
+    return [
+        f"loss {name!r}: a batch holds examples of one group each, which takes longer where groups "
+        f"are small, for what single examples contribute cannot be told ({sites.why})."
+        for name, sites in probed.sites.items()
+        if sites.why and not holds(keep, "units")
+    ]
 
 
 def _level(draft: Draft, memory: MemoryOfLevels) -> tuple[str, list[str]]:
@@ -384,7 +394,7 @@ def _records(
     """
     keys = encode_all(described.losses, [record.key for record in recorded.values()])
     return {
-        name: _record(name, keys[name], loss, probed, probed.levels[keep])
+        name: _record(name, keys[name], loss, probed, keep)
         for name, loss in described.losses.items()
     }
 
@@ -644,8 +654,9 @@ def _sampled_points(
 
 
 def _record(
-    name: str, key: str, loss: LossDescription, probed: ProbeAnswer, level: LevelMemory
+    name: str, key: str, loss: LossDescription, probed: ProbeAnswer, keep: str
 ) -> LossRecord:
+    level = probed.levels[keep]
     return LossRecord(
         key=key,
         on=loss.on,
@@ -663,6 +674,7 @@ def _record(
         identity=probed.identity[name],
         unit=unit_of_totals(known["loss"] for known in probed.identity[name] if known is not None),
         scale=probed.scale.get(name),
+        sites=None if holds(keep, "units") else probed.sites[name].found,
     )
 
 

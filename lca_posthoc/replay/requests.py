@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 from ..checkpoints.trajectory import Checkpoint, TensorSpec
 from ..cluster import Spec
 from ..errors import LCAError, PackedError, unpack_error
-from ..numerics.schema import RecalibrationRecord
+from ..numerics.schema import RecalibrationRecord, SiteRecord
 from ..tasks.task import Entry
 
 T = TypeVar("T")
@@ -241,6 +241,16 @@ class LevelMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sites:
+    """The places of the examples of a loss in what the model computes, and why they cannot be told
+    apart where they are wanted; None and nothing where its batches are in the order of the data.
+    """
+
+    found: list[SiteRecord] | None
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProbeAnswer:
     """The outcome of a probe, by loss where nothing else is said. See `store.LossRecord` for what a
     run records of it.
@@ -252,6 +262,7 @@ class ProbeAnswer:
         free_memory: bytes that are free for each worker beside model and data.
         scale: |loss| at the first checkpoint, where a tolerance is a share of it.
         replicates: random parts, for standard errors.
+        sites: where the examples are in what the model computes.
         measured: whether a few segments can be evaluated one precision higher as well.
         statistics: what recalibration settled; None in other modes.
         notes: worth telling.
@@ -263,6 +274,7 @@ class ProbeAnswer:
     free_memory: float
     scale: dict[str, float]
     replicates: dict[str, int]
+    sites: dict[str, Sites]
     measured: bool
     statistics: RecalibrationRecord | None
     notes: list[str]

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ..checkpoints.trajectory import Checkpoint, TensorSpec, is_statistic
+from ..numerics.schema import SiteRecord
 from ..numerics.settings import Settings
 
 Identity = list[dict[str, float] | None]
@@ -57,6 +58,8 @@ class LossRecord:
             no such totals are needed.
         covers: the number of segments it covers where the run has more; None where it covers all of
             them.
+        sites: where the examples are in what the model computes, where batches hold examples of
+            several groups, which are told apart; None where a batch has one group.
     """
 
     key: str
@@ -77,6 +80,7 @@ class LossRecord:
     scale: float | None = None
     begun: list[int] | None = None
     covers: int | None = None
+    sites: list[SiteRecord] | None = None
 
     @property
     def blocks(self) -> list[range]:

@@ -14,7 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from ..checkpoints.trajectory import RESERVED, Checkpoint, TensorSpec
 from ..errors import InputError, LCAError, amount
-from ..numerics.schema import KEEP
+from ..numerics.schema import KEEP, SiteRecord
 from ..numerics.settings import Settings
 from . import disk
 from .files import read_json, sealed_json
@@ -42,7 +42,7 @@ _FIELDS = (
     "losses",
     "provenance",
 )
-_RARE = ("begun", "covers")  # fields of a loss that are left out where they are None
+_RARE = ("begun", "covers", "sites")  # fields of a loss that are left out where they are None
 _TENSOR = ("name", "kind", "shape", "aliases", "unit_axis", "source", "key")
 
 _CACHED = 4
@@ -438,7 +438,22 @@ def _loss(document: object) -> LossRecord:
         scale=_maybe(_number, entry["scale"], "losses.scale"),
         begun=_maybe(_begun, entry["begun"]),
         covers=_maybe(_whole, entry["covers"], "losses.covers", 1),
+        sites=_maybe(_sites, entry["sites"]),
     )
+
+
+def _sites(value: object) -> list[SiteRecord]:
+    return [_site(site) for site in _list(value, "losses.sites")]
+
+
+def _site(value: object) -> SiteRecord:
+    site = _exactly(value, ("operation", "axis", "is_inner"), "losses.sites.")
+    _check(type(site["is_inner"]) is bool, "losses.sites.is_inner", "true or false", value)
+    return {
+        "operation": _text(site["operation"], "losses.sites.operation"),
+        "axis": _maybe(_whole, site["axis"], "losses.sites.axis"),
+        "is_inner": site["is_inner"],
+    }
 
 
 def _begun(value: object) -> list[int]:

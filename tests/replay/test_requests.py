@@ -36,6 +36,7 @@ from lca_posthoc.replay.requests import (
     ProbeRequest,
     RunSettings,
     Sample,
+    Sites,
     SpanAnswer,
     SpanRequest,
     StoredPoints,
@@ -89,6 +90,10 @@ PROBED: dict[str, Any] = {
     "free_memory": 2e9,
     "scale": {"a": 2.0},
     "replicates": {"a": 8},
+    "sites": {
+        "a": Sites(found=[{"operation": "linear of w", "axis": 0, "is_inner": False}], why=""),
+        "b": Sites(found=None, why="one example"),
+    },
     "measured": True,
 }
 SENT = (
@@ -188,6 +193,7 @@ def test_every_request_and_answer_is_among_them() -> None:
         "LevelMemory",
         "LossCosts",
         "LossSpan",
+        "Sites",
     }
     assert defined - parts - {"TaskRequest", "SampleRequest", "RunRequest"} == set(NAMES)
 

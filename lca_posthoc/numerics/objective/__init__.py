@@ -15,6 +15,7 @@ from .directions import (
 )
 from .draws import Draws
 from .evaluate import Objective, build_objective
+from .example_axis import recalled, recorded
 from .model import new_model
 from .out_of_memory import is_out_of_memory
 from .precision import float32
@@ -59,6 +60,8 @@ __all__ = [
     "loss_of_sample",
     "new_model",
     "power_of_two",
+    "recalled",
+    "recorded",
     "replicates_of",
     "rounding_errors",
     "statistics_of",

@@ -182,6 +182,16 @@ class SumsAlong(_Backward):
             for name, tensor in tensors.items()
         }
 
+    @property
+    def motions(self) -> Sequence[Motion]:
+        """Return the directions."""
+        return self._along.motions
+
+    @property
+    def is_of_tensors(self) -> bool:
+        """Tell whether each tensor is one unit."""
+        return all(axis is None for axis in self._along.axes.values())
+
     def _taken(self, name: str, gradient: Tensor) -> Tensor:
         ends = [(motion.start[name], motion.end[name]) for motion in self._along.motions]
         return unit_sums(gradient, ends, self._along.axes[name])

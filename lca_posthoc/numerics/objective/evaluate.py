@@ -31,16 +31,29 @@ from .batches import Order, Split, automatic_batch_size, saved_bytes
 from .containers import copied, fresh
 from .copies import copy_in
 from .data import LossData, PassKey, ValueSource, open_data, origin, stated_loss
-from .directions import Along, Gradients, NoGradients, SumsAlong, WholeGradients
+from .directions import Along, Gradients, Motion, NoGradients, SumsAlong, WholeGradients
+from .example_axis import Axes
+from .example_sums import SumsByExample
 from .model import ModelTensors, bind_tensors, new_model
-from .passes import Accumulator, GroupValues, batches_across_groups, batches_by_group, run_pass
+from .passes import (
+    Accumulator,
+    GroupValues,
+    batches_across_groups,
+    batches_by_group,
+    batches_of_examples,
+    run_pass,
+)
 from .precision import default_dtype, dtype_of
 from .reader import Reader
 from .recalibration import Recalibration
 from .returned import entries_of
 from .settings import ObjectiveSettings
 from .sums import Evaluation, Sums
+from .tap_check import Check, Drawn, check, same_elements, unchecked
+from .taps import Taps
 from .values import LossValues, Values
+
+_COMPARED = 5  # examples of which each alone is compared with the same one in a batch
 
 
 class Objective:
@@ -60,6 +73,8 @@ class Objective:
         recalibration: recomputes statistics of normalisation layers; None in other modes.
         evaluations: how often each loss and its gradient were computed over the whole split.
         forward_passes: how often each loss alone was.
+        example_axes: where the examples are in what the model computes, by loss, see
+            `find_examples`.
     """
 
     def __init__(
@@ -77,6 +92,7 @@ class Objective:
         self.recalibration = Recalibration(self) if settings.norm_stats == "recalibrated" else None
         self.evaluations = dict.fromkeys([*self.losses, *data.replicated], 0)
         self.forward_passes = dict(self.evaluations)
+        self.example_axes: dict[str, Axes] = {}
         self._autocast_of: dict[str, str | None] = {}
         # by precision, whether a copy of the model gives the losses of this one
         self._copies_agree: dict[str, bool] = {}
@@ -263,8 +279,17 @@ class Objective:
         """Return losses, given by the source of their values, from one pass over a split."""
         order = self.data.order_at(key[1])
         groups = range(len(order.labels)) if order and only is None else only
-        sums = {source: self._sums(names, groups, gradients) for source, names in sources.items()}
-        self.accumulate(key, sources, sums, only)
+        sums: dict[ValueSource, Sums] = {}
+        together: dict[ValueSource, list[str]] = {}
+        for source, names in sources.items():
+            axes = self._axes(names, gradients)
+            if axes is None or order is None or groups is None:
+                together[source] = names
+                sums[source] = self._sums(names, groups, gradients)
+            else:
+                sums[source] = self._by_example(key, source, names, groups, gradients, axes)
+        if together:
+            self.accumulate(key, together, sums, only)
         return {
             name: sums[source].evaluation(
                 self.order(name) is not None, f"loss {name!r} on split {key[0]!r}", order
@@ -272,6 +297,83 @@ class Objective:
             for source, names in sources.items()
             for name in names
         }
+
+    def _axes(self, names: list[str], gradients: Gradients) -> Axes | None:
+        """Return where the examples of losses are whose shares are to be told apart; None where
+        batches have one group each.
+        """
+        if isinstance(gradients, WholeGradients):
+            return None
+        if isinstance(gradients, SumsAlong) and not gradients.is_of_tensors:
+            return None
+        return self.example_axes.get(self.data.replicated.get(names[0], names[0]))
+
+    def _by_example(
+        self,
+        key: PassKey,
+        source: ValueSource,
+        names: list[str],
+        groups: range,
+        gradients: Gradients,
+        axes: Axes,
+    ) -> Sums:
+        """Return the sums of a source of values from a pass of its own in the order of the data,
+        whose examples are told apart.
+        """
+        split, order = self.splits[str(key[0])], self.data.order_at(key[1])
+        assert order is not None
+        taps = None
+        if isinstance(gradients, SumsAlong):
+            taps = Taps(self.tensors.differentiable, gradients.motions)
+        grouped = [self.order(name) is not None for name in names]
+        sums = SumsByExample(
+            taps,
+            self.tensors.differentiable,
+            gradients,
+            axes,
+            groups,
+            not all(grouped),
+            self.device,
+        )
+        first = self.data.replicated.get(names[0], names[0])
+        batches = batches_of_examples(split, self.batch_sizes[split.name], order)
+        run_pass(self.loss_values, batches, {source: first}, {source: sums}, taps)
+        return sums
+
+    def find_examples(self, name: str) -> Check:
+        """Find where the examples of a loss are in what the model computes, at the point the module
+        holds, and why the shares of single examples in some tensors cannot be told.
+
+        With the axes as its `example_axes`, the loss's groups take batches in the order of the
+        data.
+
+        Args:
+            name: of a loss on a split.
+        """
+        split = self.splits[str(self.losses[name].split)]
+        count = min(_COMPARED, split.examples)
+        positions = split.spread(count)
+        if positions is None or count < 2:
+            return unchecked("the data is one example, or can be read in its order alone")
+        try:
+            batch = split.at(positions)
+            alone = {place: split.at(positions[place : place + 1]) for place in (1, count - 1)}
+        except InputError:
+            return unchecked("examples of several shapes make no batch")
+
+        def values(data: object) -> Values:
+            return self.values(name, fresh(data))
+
+        with self.mode():
+            if not same_elements(values, (batch, count), alone, self.dtype):
+                return unchecked("the values of the loss do not run over the examples")
+            return check(
+                self.tensors.differentiable,
+                [Motion(self.point, Drawn(self.point))],
+                lambda data: values(data)[0],
+                (batch, count),
+                alone,
+            )
 
     def _sums(self, names: list[str], groups: range | None, gradients: Gradients) -> Sums:
         grouped = [self.order(name) is not None for name in names]

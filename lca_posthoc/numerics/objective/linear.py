@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 _LEAST = 2**21  # multiplications below which the call costs more than it saves
 
@@ -99,7 +100,12 @@ def linear(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         tensors = (input, weight) if bias is None else (input, weight, bias)
-        suits = _plain() and all(map(_suits, tensors)) and _fits(input, weight, bias)
+        suits = (
+            _plain()
+            and not has_torch_function(tensors)  # a mode is on, which would not see the call
+            and all(map(_suits, tensors))
+            and _fits(input, weight, bias)
+        )
         result: Tensor = (_Linear.apply if suits else native)(input, weight, bias)
         return result
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .batches import Order, Split
 from .data import ValueSource
+from .taps import Taps
 from .values import LossValues, Values
 
 
@@ -30,12 +31,15 @@ class GroupValues:
             where the accumulator needs that.
         weights: of the elements, float64; None where all are 1.
         more_to_come: whether the same graph is needed again, for another group or loss.
+        codes: where examples are told apart, the position of its group for each of them,
+            (examples,) int64; the first axis of the values runs over them.
     """
 
     group: int
     values: Tensor
     weights: Tensor | None
     more_to_come: bool = False
+    codes: Tensor | None = None
 
 
 class Accumulator(Protocol):
@@ -96,6 +100,21 @@ class SeveralGroups:
             )
 
 
+@dataclass(frozen=True)
+class OfExamples:
+    """Every example of the batch is told apart.
+
+    Attributes:
+        codes: the position of its group for each example, (examples,) int64.
+    """
+
+    codes: Tensor
+
+    def divide(self, values: Values, more_to_come: bool) -> Iterator[GroupValues]:
+        """Yield the values as they are."""
+        yield GroupValues(0, *values, more_to_come, self.codes)
+
+
 Batches = Generator[tuple[Membership, Any], None, None]
 
 
@@ -133,11 +152,26 @@ def batches_across_groups(
             yield SeveralGroups(codes[index], groups), batch
 
 
+def batches_of_examples(split: Split, batch_size: int, order: Order) -> Batches:
+    """Yield batches in the order of the data, whose examples are told apart.
+
+    Args:
+        split: the examples.
+        batch_size: examples of a batch.
+        order: the groups.
+    """
+    codes = torch.split(_codes(split.examples, order), batch_size)
+    with contextlib.closing(split.batches(batch_size, None, None)) as batches:
+        for index, (_, batch) in enumerate(batches):
+            yield OfExamples(codes[index]), batch
+
+
 def run_pass(
     loss_values: LossValues,
     batches: Batches,
     names: Mapping[ValueSource, str],
     accumulators: Mapping[ValueSource, Accumulator],
+    taps: Taps | None = None,
 ) -> None:
     """Compute the values of some sources on every batch, and hand them to the accumulator of each.
 
@@ -146,10 +180,14 @@ def run_pass(
         batches: closed at the end.
         names: a loss of each source; sources of one dict follow each other.
         accumulators: by source.
+        taps: watch the pass, which is over one source then; None for none.
     """
     last = list(names)[-1]
-    with loss_values.mode(), contextlib.closing(batches):
+    watching: contextlib.AbstractContextManager[object] = taps or contextlib.nullcontext()
+    with loss_values.mode(), watching, contextlib.closing(batches):
         for membership, batch in batches:
+            if taps is not None:
+                taps.begin(batch)
             for source, (values, weights) in loss_values.values_of_sources(names, batch):
                 accumulator = accumulators[source]
                 values = values if accumulator.needs_graph else values.detach()

@@ -71,6 +71,13 @@ class _Sum:
         return self.total
 
 
+def sum_of_rows(rows: Tensor) -> _Sum:
+    """Return a sum of float64 numbers over the first axis."""
+    total = _Sum(rows.dtype)
+    total.add(rows.sum(0))
+    return total
+
+
 class Sums:
     """Σ values, Σ weights and Σ gradients of one source of values over batches, float64: of each of
     some groups, over everything, or both.

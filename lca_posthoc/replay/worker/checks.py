@@ -28,6 +28,7 @@ from ..requests import (
     ProbeAnswer,
     ProbeRequest,
     Sample,
+    Sites,
 )
 from .memory_estimate import block_of, bytes_needed, free_memory_each, kept_tensors
 from .modes import moved_layers, notes_on_modes
@@ -90,6 +91,36 @@ def _replicates(objective: Objective, name: str) -> int:
     return 0 if order is None else len(order.labels)
 
 
+def _sites(
+    objective: Objective, first: Mapping[str, Tensor], name: str, follows: str | None
+) -> Sites:
+    """Find where the examples of a loss are in what the model computes, where its batches are not in
+    the order of the data anyway.
+
+    Args:
+        objective: evaluates it.
+        first: the first checkpoint.
+        name: of the loss.
+        follows: the grouped loss in whose order its batches are taken at the lowest level.
+    """
+    from ...numerics.objective import is_out_of_memory, recorded
+
+    is_divided = objective.order(name) is not None or objective.replicates_of(name) is not None
+    if objective.norm_stats == "batch" or not (is_divided or follows):
+        return Sites(found=None, why="")
+    objective.place(first)
+    try:
+        check = objective.find_examples(name)
+    except Exception as error:  # of a model that runs otherwise while it is watched
+        if is_out_of_memory(error):
+            raise
+        line = str(error).partition("\n")[0]
+        return Sites(found=None, why=f"{type(error).__name__}: {line}")
+    for tensor, why in check.untold.items():
+        return Sites(found=None, why=f"{tensor}: {why}" if tensor else why)
+    return Sites(found=recorded(check.axes), why="")
+
+
 @reported(ProbeRequest)
 def probe(request: ProbeRequest) -> ProbeAnswer:
     """Check the task on a small sample at the first checkpoint; identify each loss there and at the
@@ -133,6 +164,7 @@ def _probed(request: ProbeRequest, objective: Objective) -> ProbeAnswer:
         measured=measured,
         scale=_scales(request, objective, first, new),
         replicates={name: _replicates(objective, name) for name in names},
+        sites={name: _sites(objective, first, name, levels[KEEP[0]].along[name]) for name in new},
         statistics=None if objective.recalibration is None else objective.recalibration.recorded,
         notes=notes,
     )

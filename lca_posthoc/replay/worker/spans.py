@@ -161,12 +161,17 @@ def _ready(request: RunRequest[Any], writer: RunWriter, losses: list[str]) -> Ob
     """Return the objective, with the batches that are recorded for some losses and in their
     order.
     """
+    from ...numerics.objective import recalled
+
     objective = objective_of(request.setup)
     objective.batch_sizes.update(request.batch_sizes)
     for name in losses:
         record = writer.manifest.losses[name]
         grouped = objective.replicates_of(name) if record.replicates else record.along
         objective.data.set_batch_order(name, grouped)
+        objective.example_axes.pop(name, None)  # of another run
+        if record.sites is not None:
+            objective.example_axes[name] = recalled(record.sites)
     return objective
 
 

@@ -1,0 +1,372 @@
+"""Derivatives of single operations along directions of their operands.
+
+Where an operation is linear in an operand, its derivative along a direction is the operation itself
+with the direction in the operand's place, and nothing added. What has no such rule, and neither
+draws random numbers nor writes, is differentiated in forward mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Place = tuple[int | str, int | None]  # a position or keyword, and a position in the list there
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a function of torch's."""
+
+    function: Function
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @cached_property
+    def operands(self) -> dict[Place, Tensor]:
+        """Return the tensors it is called with, those in lists too."""
+        operands: dict[Place, Tensor] = {}
+        arguments: list[tuple[int | str, Any]] = [*enumerate(self.args), *self.kwargs.items()]
+        for key, value in arguments:
+            if isinstance(value, Tensor):
+                operands[key, None] = value
+            elif isinstance(value, (list, tuple)):
+                for index, entry in enumerate(value):
+                    if isinstance(entry, Tensor):
+                        operands[key, index] = entry
+        return operands
+
+    def with_operands(self, tensors: Mapping[Place, Tensor | None]) -> Call:
+        """Return the same call with other tensors in some places."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        for (key, index), tensor in tensors.items():
+            values: Any = args if isinstance(key, int) else kwargs
+            if index is None:
+                values[key] = tensor
+            else:
+                values[key] = [*values[key]]
+                values[key][index] = tensor
+        return Call(self.function, tuple(args), kwargs)
+
+    def by_position(self, names: tuple[str, ...]) -> Call:
+        """Return the same call with arguments of these names, in this order, given by position as
+        far as all before them are.
+        """
+        args, kwargs = list(self.args), dict(self.kwargs)
+        for name in names[len(args) :]:
+            if name not in kwargs:
+                break
+            args.append(kwargs.pop(name))
+        return Call(self.function, tuple(args), kwargs)
+
+    def argument(self, position: int, name: str, default: object) -> Any:
+        """Return an argument given by position or by name."""
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+    def run(self) -> Any:
+        """Return what it returns; of a linear layer by the function that is in place, see
+        `multiplying`.
+        """
+        function = F.linear if self.function is torch._C._nn.linear else self.function
+        return function(*self.args, **self.kwargs)
+
+
+# (call, place of an operand, direction): the derivative, of a shape that broadcasts to the output's
+Rule = Callable[[Call, Place, Tensor], Tensor]
+
+
+def in_forward_mode(call: Call, place: Place, direction: Tensor) -> Tensor:
+    """Return the derivative as forward-mode differentiation computes it.
+
+    Raises:
+        RuntimeError: where torch has none.
+    """
+    tangent: Tensor = jvp(call, place, direction)[1]
+    return tangent
+
+
+def jvp(call: Call, place: Place, direction: Tensor) -> tuple[Any, Any]:
+    """Return what a call returns, and its derivative in forward mode."""
+    primal = call.operands[place]
+    again, derivative, *_ = torch.func.jvp(
+        lambda tensor: call.with_operands({place: tensor}).run(), (primal,), (direction,)
+    )
+    return again, derivative
+
+
+def multilinear(call: Call, place: Place, direction: Tensor) -> Tensor:
+    """Return the derivative of an operation linear in the operand."""
+    result: Tensor = call.with_operands({place: direction}).run()
+    return result
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer with a weight and a bias.
+
+    Attributes:
+        names: of its arguments, in order.
+        linear_in: those the layer is linear in, with no bias.
+        axes_behind: the number of the output's axes behind the one the bias runs along; None where
+            they are all but the first two.
+        scales: whether the weight is a factor for each channel, as that of normalisation layers.
+    """
+
+    names: tuple[str, ...]
+    linear_in: tuple[str, ...]
+    axes_behind: int | None = 0
+    scales: bool = False
+
+    def derivative(self, call: Call, place: Place, direction: Tensor) -> Tensor:
+        """Return the derivative, see `Rule`."""
+        name = self._name(place)
+        if name == "bias":
+            return direction.reshape(*direction.shape, *(1,) * self._behind(call))
+        if name not in self.linear_in:
+            return in_forward_mode(call, place, direction)
+        result: Tensor = self._without_bias(call).with_operands({place: direction}).run()
+        return result
+
+    def factor(self, call: Call, place: Place) -> tuple[Tensor | None, int] | None:
+        """Return the factor by which an operand with a number for each channel enters the output,
+        None for 1, and the number of axes behind that of the channels; None for other operands.
+        """
+        if call.operands[place].dim() != 1:
+            return None
+        if self._name(place) == "bias":
+            return None, self._behind(call)
+        if self._name(place) == "weight" and self.scales:
+            factor: Tensor = self._without_bias(call).with_operands({place: None}).run()
+            return factor, self._behind(call)
+        return None
+
+    def _name(self, place: Place) -> str:
+        return self.names[place[0]] if isinstance(place[0], int) else place[0]
+
+    def _behind(self, call: Call) -> int:
+        return call.args[0].dim() - 2 if self.axes_behind is None else self.axes_behind
+
+    def _without_bias(self, call: Call) -> Call:
+        position = self.names.index("bias") if "bias" in self.names else len(call.args)
+        if position < len(call.args):
+            return call.with_operands({(position, None): None})
+        return call.with_operands({("bias", None): None}) if "bias" in call.kwargs else call
+
+
+def _sum(first: float, second: float, scaled: int = 1) -> Rule:
+    """Return the rule of an addition or subtraction.
+
+    Args:
+        first: the factor of the first term.
+        second: that of the second.
+        scaled: which of them `alpha` multiplies.
+    """
+
+    def rule(call: Call, place: Place, direction: Tensor) -> Tensor:
+        term = 0 if place[0] in (0, "input", "self") else 1
+        factor = (first, second)[term] * (call.kwargs.get("alpha", 1) if term == scaled else 1)
+        return direction if factor == 1 else direction.mul(factor)
+
+    return rule
+
+
+def _sum_of_product(product: Function) -> Rule:
+    """Return the rule of beta · input + alpha · product(first, second)."""
+
+    def rule(call: Call, place: Place, direction: Tensor) -> Tensor:
+        beta = call.kwargs.get("beta", 1)
+        if place[0] == 0:
+            return direction if beta == 1 else direction.mul(beta)
+        first, second = call.args[1:3]
+        factors = (direction, second) if place[0] == 1 else (first, direction)
+        result: Tensor = product(*factors)
+        alpha = call.kwargs.get("alpha", 1)
+        return result if alpha == 1 else result.mul_(alpha)
+
+    return rule
+
+
+def _quotient(call: Call, place: Place, direction: Tensor) -> Tensor:
+    if len(call.args) != 2 or call.kwargs:
+        return in_forward_mode(call, place, direction)
+    first, second = call.args
+    factor: Tensor = 1 / second if place[0] == 0 else -first / second**2
+    return direction * factor
+
+
+def _root(call: Call, place: Place, direction: Tensor) -> Tensor:
+    root: Tensor = torch.sqrt(call.args[0])
+    return direction / (2 * root)
+
+
+def _embedding(call: Call, place: Place, direction: Tensor) -> Tensor:
+    """Return the rows of the direction, none where the index is the one of padding."""
+    rows: Tensor = call.with_operands({place: direction}).run()
+    indices, padding = call.args[1], call.argument(2, "padding_idx", -1)
+    if padding is not None and padding >= 0:
+        rows.masked_fill_((indices == padding).unsqueeze(-1), 0)
+    return rows
+
+
+def _bag(call: Call, place: Place, direction: Tensor) -> Tensor:
+    result: Tensor = call.with_operands({place: direction}).run()[0]
+    return result
+
+
+def _normalised(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Return what torch's weight normalisation does, of which torch has no forward mode."""
+    axes = [other for other in range(v.dim()) if other != dim]
+    scale: Tensor = g / torch.linalg.vector_norm(v, dim=axes, keepdim=True)
+    return v * scale
+
+
+def _weight_norm(call: Call, place: Place, direction: Tensor) -> Tensor:
+    return in_forward_mode(replace(call, function=_normalised), place, direction)
+
+
+def _attention(call: Call, place: Place, direction: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):  # the only one of which torch has forward mode
+        return in_forward_mode(call, place, direction)
+
+
+_WEIGHTED = ("input", "weight", "bias")
+_NORM = ("input", "normalized_shape", "weight", "bias")
+_STATISTICS = ("input", "weight", "bias", "running_mean", "running_var")
+_T: Any = torch.Tensor
+_V: Any = torch._C._VariableFunctions
+
+# names of leading arguments that may be given by keyword
+NAMES: dict[Function, tuple[str, ...]] = {
+    torch._weight_norm: ("v", "g", "dim"),
+    torch.embedding: ("weight", "indices"),
+    torch.embedding_bag: ("weight", "indices"),
+    **dict.fromkeys((torch.addmm, _T.addmm), ("input", "mat1", "mat2")),
+    **dict.fromkeys((torch.baddbmm, _T.baddbmm), ("input", "batch1", "batch2")),
+    **dict.fromkeys((torch.addmv, _T.addmv), ("input", "mat", "vec")),
+}
+_CONVOLUTIONS: dict[Function, int] = {
+    torch.conv1d: 1,
+    torch.conv2d: 2,
+    torch.conv3d: 3,
+    torch.conv_transpose1d: 1,
+    torch.conv_transpose2d: 2,
+    torch.conv_transpose3d: 3,
+}
+LAYERS: dict[Function, Layer] = {
+    torch._C._nn.linear: Layer(_WEIGHTED, ("input", "weight")),
+    torch.bilinear: Layer(("input1", "input2", "weight", "bias"), ("input1", "input2", "weight")),
+    **{
+        function: Layer(_WEIGHTED, ("input", "weight"), axes)
+        for function, axes in _CONVOLUTIONS.items()
+    },
+    torch.layer_norm: Layer(_NORM, ("weight",), scales=True),
+    torch.rms_norm: Layer(_NORM[:3], ("weight",), scales=True),
+    torch.group_norm: Layer(
+        ("input", "num_groups", "weight", "bias"), ("weight",), None, scales=True
+    ),
+    torch.batch_norm: Layer(_STATISTICS, ("weight",), None, scales=True),
+    torch.instance_norm: Layer(_STATISTICS, ("weight",), None, scales=True),
+}
+NAMES |= {function: layer.names for function, layer in LAYERS.items()}
+
+RULES: dict[Function, Rule] = {
+    **{function: layer.derivative for function, layer in LAYERS.items()},
+    torch.embedding: _embedding,
+    torch.embedding_bag: _bag,
+    **dict.fromkeys(
+        (
+            *(torch.div, torch.divide, torch.true_divide, _T.div, _T.divide, _T.true_divide),
+            *(_T.__div__, _T.__truediv__),
+        ),
+        _quotient,
+    ),
+    **dict.fromkeys((torch.sqrt, _T.sqrt), _root),
+    torch._weight_norm: _weight_norm,
+    F.scaled_dot_product_attention: _attention,
+    **dict.fromkeys((torch.add, _T.add, _T.__add__, _T.__radd__), _sum(1, 1)),
+    **dict.fromkeys((_T.add_, _T.__iadd__), _sum(1, 1)),
+    **dict.fromkeys((torch.sub, torch.subtract, _T.sub, _T.subtract, _T.__sub__), _sum(1, -1)),
+    **dict.fromkeys((_T.sub_, _T.__isub__), _sum(1, -1)),
+    torch.rsub: _sum(-1, 1, 0),
+    **dict.fromkeys((torch.addmm, _T.addmm), _sum_of_product(torch.mm)),
+    **dict.fromkeys((torch.baddbmm, _T.baddbmm), _sum_of_product(torch.bmm)),
+    **dict.fromkeys((torch.addmv, _T.addmv), _sum_of_product(torch.mv)),
+    **dict.fromkeys(
+        (
+            *(torch.mul, torch.multiply, _T.mul, _T.multiply, _T.__mul__, _T.__rmul__),
+            *(torch.matmul, torch.mm, torch.bmm, torch.mv, torch.dot, torch.inner, torch.outer),
+            *(_T.matmul, _T.mm, _T.bmm, _T.mv, _T.dot, _T.inner, _T.outer),
+            *(_T.__matmul__, _T.__rmatmul__, _V.einsum, _V.tensordot),
+            *(torch.index_select, _T.index_select, _T.__getitem__, torch.take, _T.take),
+            *(torch.gather, _T.gather),
+        ),
+        multilinear,
+    ),
+    **dict.fromkeys(
+        (
+            *(torch.pow, _T.pow, _T.__pow__, torch.prelu, _T.prelu),
+            *(torch.cat, torch.concat, torch.stack, torch.hstack, torch.vstack),
+            *(torch.where, _T.where, torch.maximum, _T.maximum, torch.minimum, _T.minimum),
+            *(torch.clamp, _T.clamp, torch.lerp, _T.lerp, torch.masked_fill, _T.masked_fill),
+            *(torch.addcmul, _T.addcmul, torch.addcdiv, _T.addcdiv),
+            *(torch.logaddexp, _T.logaddexp, torch.cdist, torch.cosine_similarity),
+        ),
+        in_forward_mode,
+    ),
+}
+
+# whose derivatives look at no operand
+ADDITIONS: frozenset[Function] = frozenset(
+    (
+        *(torch.add, _T.add, _T.__add__, _T.__radd__, _T.add_, _T.__iadd__),
+        *(torch.sub, torch.subtract, _T.sub, _T.subtract, _T.__sub__, _T.sub_, _T.__isub__),
+        torch.rsub,
+    )
+)
+# linear in their one operand, which other tensors merely tell a shape or type
+RESHAPING: frozenset[Function] = frozenset(
+    (
+        *(_T.t, torch.t, _T.transpose, torch.transpose, _T.permute, torch.permute),
+        *(_T.T.__get__, _T.mT.__get__, _T.view, _T.reshape, torch.reshape, _T.flatten),
+        *(torch.flatten, _T.squeeze, torch.squeeze, _T.unsqueeze, torch.unsqueeze, _T.expand),
+        *(_T.contiguous, _T.clone, torch.clone, _T.to, _T.float, _T.double, _T.half),
+        *(_T.bfloat16, _T.repeat, _T.chunk, torch.chunk, _T.unbind, torch.unbind, _T.narrow),
+        *(_T.select, torch.narrow, torch.select),
+    )
+)
+LIKE_ANOTHER: frozenset[Function] = frozenset(
+    (_T.expand_as, _T.view_as, _T.reshape_as, _T.type_as, _T.to)
+)
+
+
+def rule_of(call: Call) -> Rule | None:
+    """Return the rule of a call, by whose derivative shares can be told; None where there is none,
+    or where its gradient is not that of what it computes.
+    """
+    function = call.function
+    if function is torch.batch_norm and call.argument(5, "training", True):
+        return None  # statistics of the batch
+    if (
+        function is torch.instance_norm
+        and call.argument(3, "running_mean", None) is not None
+        and call.argument(5, "use_input_stats", True)
+    ):
+        return None  # the call writes them
+    if function is torch.embedding and call.argument(3, "scale_grad_by_freq", False):
+        return None
+    if function is torch.embedding_bag and (
+        call.argument(3, "scale_grad_by_freq", False) or call.argument(4, "mode", 0) == 2
+    ):
+        return None  # of a maximum, which row it is depends on the weight
+    if function is F.scaled_dot_product_attention and call.argument(4, "dropout_p", 0.0):
+        return None
+    if "out" in call.kwargs:
+        return None
+    return RULES.get(function)
