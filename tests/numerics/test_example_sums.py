@@ -28,15 +28,14 @@ from lca_posthoc.numerics.objective.directions import Along, Motion
 from ..helpers.model_cases import CASES
 from ..helpers.replayed_cases import Lab, assert_same_bits, assert_sums_agree
 
-GROUPS = 5
 NAMES = [name for name, case in CASES.items() if next(iter(case.losses.values())).split]
 
 
 def some_groups(name: str) -> list[int]:
-    """Groups of several sizes, one of a single example."""
+    """Groups of one and of two examples."""
     split = next(iter(CASES[name].losses.values())).split
     count = len(CASES[name].data()[str(split)][0])
-    return [0] + [1 + (position * position) % (GROUPS - 1) for position in range(1, count)]
+    return [2 * position // 3 for position in range(count)]
 
 
 def motion_of(objective: Objective) -> Motion:
@@ -259,6 +258,14 @@ class Own(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.inner(_Scaled.apply(x, self.scale))  # type: ignore[no-untyped-call]
         return out
+
+
+def test_few_groups_have_batches_of_their_own(lab: Lab) -> None:
+    case = CASES["relu_mlp"]
+    count = len(case.data()["train"][0])
+    loss = replace(case.losses["train"], group_by=[position % 2 for position in range(count)])
+    task = Task(case.build, case.data(), {"train": loss})
+    assert replay(lab, task, "relu_mlp", keep="tensors")["train"].record.sites is None
 
 
 def test_a_run_says_why_examples_are_not_told_apart(lab: Lab) -> None:

@@ -17,7 +17,7 @@ from ...errors import InputError
 from .directions import Gradients
 from .example_axis import Axes
 from .passes import GroupValues
-from .sums import Sums, sum_of_rows
+from .sums import RunningSum, Sums
 from .taps import ExampleShares, Taps
 
 
@@ -59,6 +59,8 @@ class SumsByExample(Sums):
         examples, values = len(part.codes), part.values
         weights = torch.ones_like(values) if part.weights is None else part.weights
         members = _Members(part.codes.to(self._device), self._range)
+        if not len(members.rows):
+            return
         totals = [_by_example(each, examples) for each in (values.detach(), weights)]
         self._row_totals[members.rows] += members.sums(torch.stack(totals, 1))
         if self._taps is None:
@@ -78,8 +80,10 @@ class SumsByExample(Sums):
     def _close(self) -> None:
         """Add the groups up, in their order, where the sums over everything are kept."""
         if self._plain and not self._means:
-            self._whole = {name: sum_of_rows(rows) for name, rows in self._rows.items()}
-            self._whole_totals = self._row_totals.sum(0)
+            for name, rows in self._rows.items():
+                self._whole[name] = RunningSum(rows.dtype)
+                self._whole[name].add(_one_by_one(rows))
+            self._whole_totals = _one_by_one(self._row_totals)
 
 
 class _Members:
@@ -104,6 +108,14 @@ class _Members:
         each in the order of the data.
         """
         return torch.segment_reduce(values[self._order], "sum", lengths=self._counts, axis=0)
+
+
+def _one_by_one(rows: Tensor) -> Tensor:
+    """Return the sum of rows, added one after the other: torch's own order depends on how many
+    numbers a row has, and with it the last bit.
+    """
+    count = torch.tensor([len(rows)], device=rows.device)
+    return torch.segment_reduce(rows, "sum", lengths=count, axis=0)[0]
 
 
 def _by_example(values: Tensor, examples: int) -> Tensor:

@@ -38,7 +38,7 @@ class Evaluation:
         return replace(self, gradient=chosen)
 
 
-class _Sum:
+class RunningSum:
     """A sum over batches. The first one stays as it is, which is all there is of a single batch;
     sums are of a type of their own.
 
@@ -71,13 +71,6 @@ class _Sum:
         return self.total
 
 
-def sum_of_rows(rows: Tensor) -> _Sum:
-    """Return a sum of float64 numbers over the first axis."""
-    total = _Sum(rows.dtype)
-    total.add(rows.sum(0))
-    return total
-
-
 class Sums:
     """Σ values, Σ weights and Σ gradients of one source of values over batches, float64: of each of
     some groups, over everything, or both.
@@ -104,10 +97,10 @@ class Sums:
         self._rows: dict[str, Tensor] = {}
         if groups is not None:
             self._rows, self._row_totals = self._zeros((len(groups),))
-        self._whole: dict[str, _Sum] = {}
+        self._whole: dict[str, RunningSum] = {}
         self._whole_totals = torch.zeros(2, dtype=torch.float64, device=device)
         self._group: int | None = None
-        self._part: dict[str, _Sum] = {}  # of the group that is added to
+        self._part: dict[str, RunningSum] = {}  # of the group that is added to
         self._row: dict[str, Tensor] = {}  # the same, where groups are kept apart
         self._part_totals = self._whole_totals
         # of each group, the tensors nothing was added to yet: theirs is copied
@@ -158,7 +151,7 @@ class Sums:
         if self._group is None or not self._plain:
             return
         for name, row in self._row.items():
-            self._whole.setdefault(name, _Sum(self._gradients.dtype)).add(row)
+            self._whole.setdefault(name, RunningSum(self._gradients.dtype)).add(row)
         for name, part in self._part.items():
             if name in self._whole:
                 self._whole[name].add(part.total)
@@ -169,7 +162,7 @@ class Sums:
     def _add(self, name: str, values: Tensor) -> None:
         """Add what the gradient of one tensor comes to in a batch."""
         if self._groups is None:
-            self._part.setdefault(name, _Sum(self._gradients.dtype)).add(values)
+            self._part.setdefault(name, RunningSum(self._gradients.dtype)).add(values)
         elif name in self._part_empty:
             self._row[name].copy_(values)
             self._part_empty.remove(name)

@@ -94,8 +94,8 @@ def _replicates(objective: Objective, name: str) -> int:
 def _sites(
     objective: Objective, first: Mapping[str, Tensor], name: str, follows: str | None
 ) -> Sites:
-    """Find where the examples of a loss are in what the model computes, where its batches are not in
-    the order of the data anyway.
+    """Find where the examples of a loss are in what the model computes, where batches of one group
+    each would be more than twice as many as in the order of the data.
 
     Args:
         objective: evaluates it.
@@ -105,8 +105,12 @@ def _sites(
     """
     from ...numerics.objective import is_out_of_memory, recorded
 
-    is_divided = objective.order(name) is not None or objective.replicates_of(name) is not None
-    if objective.norm_stats == "batch" or not (is_divided or follows):
+    order = objective.order(objective.replicates_of(name) or follows or name)
+    if order is None or objective.norm_stats == "batch":
+        return Sites(found=None, why="")
+    size = objective.batch_sizes[str(objective.losses[name].split)]
+    batches = sum(-(-count // size) for count in order.counts)
+    if batches <= 2 * -(-sum(order.counts) // size):  # watching every example costs a third more
         return Sites(found=None, why="")
     objective.place(first)
     try:
