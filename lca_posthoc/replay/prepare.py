@@ -657,6 +657,8 @@ def _record(
     name: str, key: str, loss: LossDescription, probed: ProbeAnswer, keep: str
 ) -> LossRecord:
     level = probed.levels[keep]
+    # of a loss the run has already, neither scale nor sites are looked for
+    sites = None if holds(keep, "units") else probed.sites.get(name)
     return LossRecord(
         key=key,
         on=loss.on,
@@ -674,7 +676,7 @@ def _record(
         identity=probed.identity[name],
         unit=unit_of_totals(known["loss"] for known in probed.identity[name] if known is not None),
         scale=probed.scale.get(name),
-        sites=None if holds(keep, "units") else probed.sites[name].found,
+        sites=None if sites is None else sites.found,
     )
 
 

@@ -25,6 +25,7 @@ from lca_posthoc.numerics.objective import (
 )
 from lca_posthoc.numerics.objective.directions import Along, Motion
 
+from ..helpers.cli import contents, marker
 from ..helpers.model_cases import CASES
 from ..helpers.replayed_cases import Lab, assert_same_bits, assert_sums_agree
 
@@ -216,7 +217,8 @@ def test_elements_that_do_not_run_over_the_examples_first_are_found_out() -> Non
 
 
 def replay(lab: Lab, task: Task, name: str, **settings: Any) -> Run:
-    chosen = lab.settings(batch_size=CASES[name].batch_size, out=lab.new_place(), **settings)
+    place = {"out": lab.new_place(), **settings}
+    chosen = lab.settings(batch_size=CASES[name].batch_size, **place)
     return run(lab.iterates(name), task, **chosen)
 
 
@@ -233,6 +235,11 @@ def test_numerics_10_groups_whose_examples_are_told_apart(lab: Lab, name: str) -
         assert one[loss].record.sites
         assert_sums_agree(one[loss], whole[loss])
         assert_same_bits(one[loss], several[loss])
+        marker(several.path, loss, 0).unlink()
+    before = contents(several.path / "data.zarr")
+    again = replay(lab, task, name, keep="tensors", span=None, out=several.path)
+    assert again.manifest.losses == one.manifest.losses
+    assert contents(again.path / "data.zarr") == before
 
 
 class _Scaled(torch.autograd.Function):
