@@ -34,8 +34,7 @@ def give_back(freed: int, *, cycles: bool = False) -> None:
         return
     if cycles:
         gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # of another C library than glibc
-        ctypes.CDLL(None).malloc_trim(0)
+    _tell_glibc("malloc_trim", 0)
 
 
 @contextlib.contextmanager
@@ -47,16 +46,23 @@ def freed_at_once(size: int) -> Iterator[None]:
     Args:
         size: about how many bytes are in use; with a little, nothing changes.
     """
-    with contextlib.suppress(OSError, AttributeError):  # of another C library than glibc
-        if size > _LITTLE:
-            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
+    if size <= _LITTLE:
+        yield
+        return
+    _tell_glibc("mallopt", _MMAP_THRESHOLD, 2**20)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError, AttributeError):
-            if size > _LITTLE:
-                ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _MOST_MMAP)
-                ctypes.CDLL(None).mallopt(_TRIM_THRESHOLD, _MOST_TRIM)
+        _tell_glibc("mallopt", _MMAP_THRESHOLD, _MOST_MMAP)
+        _tell_glibc("mallopt", _TRIM_THRESHOLD, _MOST_TRIM)
+
+
+def _tell_glibc(function: str, *numbers: int) -> None:
+    """Call a function of the C library's with some numbers; do nothing with another library, which
+    has none of that name.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        getattr(ctypes.CDLL(None), function)(*numbers)
 
 
 def peak_memory() -> int:

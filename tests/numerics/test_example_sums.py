@@ -147,6 +147,13 @@ def test_weights_some_groups_and_units() -> None:
         assert torch.equal(again["weighted"].gradient[name], values)
 
 
+def around_the_mlp(module: Callable[[Callable[[], nn.Module]], nn.Module]) -> Task:
+    """A task with groups whose model is a module around the MLP."""
+    case = CASES["relu_mlp"]
+    loss = replace(case.losses["train"], group_by=some_groups("relu_mlp"))
+    return Task(lambda: module(case.build), case.data(), {"grouped": loss})
+
+
 class Centred(nn.Module):
     """Subtracts the mean over the batch: examples are mixed."""
 
@@ -160,10 +167,7 @@ class Centred(nn.Module):
 
 
 def test_where_examples_are_mixed_batches_have_one_group_each() -> None:
-    case = CASES["relu_mlp"]
-    loss = replace(case.losses["train"], group_by=some_groups("relu_mlp"))
-    task = Task(lambda: Centred(case.build), case.data(), {"grouped": loss})
-    objective = objective_of(task)
+    objective = objective_of(around_the_mlp(Centred))
     motion = motion_of(objective)
     wanted = evaluated(objective, motion)
     assert tell_examples(objective) == set()
@@ -187,10 +191,7 @@ class Late(nn.Module):
 
 
 def test_a_model_that_runs_otherwise_than_on_the_sample_is_refused() -> None:
-    case = CASES["relu_mlp"]
-    loss = replace(case.losses["train"], group_by=some_groups("relu_mlp"))
-    task = Task(lambda: Late(case.build), case.data(), {"grouped": loss})
-    objective = objective_of(task)
+    objective = objective_of(around_the_mlp(Late))
     motion = motion_of(objective)
     assert tell_examples(objective) == {"grouped"}
     with pytest.raises(InputError, match="cannot be told on a batch"):
@@ -276,9 +277,7 @@ def test_few_groups_have_batches_of_their_own(lab: Lab) -> None:
 
 
 def test_a_run_says_why_examples_are_not_told_apart(lab: Lab) -> None:
-    case = CASES["relu_mlp"]
-    loss = replace(case.losses["train"], group_by=some_groups("relu_mlp"))
-    task = Task(lambda: Own(case.build), case.data(), {"train": loss})
+    case, task = CASES["relu_mlp"], around_the_mlp(Own)
     iterates, model = lab.new_place(), Own(case.build)
     with Recorder(iterates, model) as recorder:
         for step in range(2):
@@ -287,6 +286,6 @@ def test_a_run_says_why_examples_are_not_told_apart(lab: Lab) -> None:
                 for parameter in model.parameters():
                     parameter *= 1.01
     settings = lab.settings(batch_size=case.batch_size, keep="tensors", out=lab.new_place())
-    with pytest.warns(LCAWarning, match=r"'train': a batch holds examples of one .* \(scale: "):
+    with pytest.warns(LCAWarning, match=r"'grouped': a batch holds examples of one .* \(scale: "):
         found = run(iterates, task, **settings)
-    assert found["train"].record.sites is None
+    assert found["grouped"].record.sites is None

@@ -120,7 +120,8 @@ def _sites(
             raise
         line = str(error).partition("\n")[0]
         return Sites(found=None, why=f"{type(error).__name__}: {line}")
-    for tensor, why in check.untold.items():
+    if check.untold:
+        tensor, why = next(iter(check.untold.items()))
         return Sites(found=None, why=f"{tensor}: {why}" if tensor else why)
     return Sites(found=recorded(check.axes), why="")
 
