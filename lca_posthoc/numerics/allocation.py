@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -34,10 +34,17 @@ class Evaluates(Protocol):
     """Evaluates losses at a point: all the mathematics needs of an objective."""
 
     def evaluate(
-        self, point: Point, losses: list[str], *, gradient: bool = True, along: Along | None = None
+        self,
+        point: Point,
+        losses: list[str],
+        *,
+        gradient: bool = True,
+        along: Along | None = None,
+        examples: Sequence[Motion] | None = None,
     ) -> dict[str, Evaluation]:
         """Return each loss at `point`, with its gradient, or sums of it along directions, unless
-        only the value is asked for.
+        only the value is asked for; with those of its examples along other directions, where it
+        tells them apart and they are asked for.
         """
 
     def holding(
@@ -60,6 +67,7 @@ class Method:
         allocation_tolerance: bounds the allocation's own L1 error likewise.
         calibration: turns Σ|(g₁ − g₀)·Δθ| into the trapezoid's L1 error, by loss.
         never_refined: losses that stay at the rule's own level.
+        per_example: losses whose examples are told apart.
         family: the rules that refine `rule`.
     """
 
@@ -68,6 +76,7 @@ class Method:
     allocation_tolerance: float | Mapping[str, float] = math.inf
     calibration: Mapping[str, float] | None = None
     never_refined: frozenset[str] = frozenset()
+    per_example: frozenset[str] = frozenset()
     family: Family = COMPOSITE
 
     def bounds(self, loss: str) -> tuple[float, float]:
@@ -116,6 +125,26 @@ class _OfTensors(Mapping[str, Tensor]):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExampleAllocation:
+    """The loss change of every example on one segment, float64, of shape (examples,); 0 of those
+    without weight.
+
+    Attributes:
+        sums: what each tensor contributes to it, in units of loss.
+        loss_start: at the first checkpoint.
+        loss_end: at the next one.
+        weight: the sum of the weights of an example's elements.
+        residual: the change of the loss less the sum over tensors.
+    """
+
+    sums: Mapping[str, Numbers]
+    loss_start: Numbers
+    loss_end: Numbers
+    weight: Numbers
+    residual: Numbers
+
+
+@dataclass(frozen=True, kw_only=True)
 class SegmentAllocation:
     """The allocation of one loss on one segment; numbers and tensors per group where it has groups.
 
@@ -140,6 +169,7 @@ class SegmentAllocation:
         converged: whether the tolerances were reached.
         error_bound: estimates Σ|A − A*|; NaN for fixed rules.
         unreached: tensors the loss reached at no node.
+        examples: the same of every example, by tensor; None where they are not told apart.
     """
 
     points: Motion
@@ -155,6 +185,7 @@ class SegmentAllocation:
     converged: bool
     error_bound: Numbers
     unreached: frozenset[str]
+    examples: ExampleAllocation | None = None
 
     def pieces(self, name: str, columns: Sequence[slice] | None = None) -> Iterator[Piece]:
         """Yield one tensor piece by piece: all of each group before the next.
@@ -246,13 +277,20 @@ class _Parameters:
         end: the same at the next one.
         objective: evaluates losses.
         following: returns the checkpoint after that; None where there is none.
+        per_example: whether a loss tells its examples apart.
     """
 
     def __init__(
-        self, start: Point, end: Point, objective: Evaluates, following: Callable[[], Point | None]
+        self,
+        start: Point,
+        end: Point,
+        objective: Evaluates,
+        following: Callable[[], Point | None],
+        per_example: bool,
     ) -> None:
         self.points = Motion(start, end)
         self._objective, self._following = objective, following
+        self._per_example = per_example
 
     def distance(self, names: Iterable[str]) -> Mapping[str, float]:
         return distances(self.points, names)
@@ -260,14 +298,24 @@ class _Parameters:
     def at(self, x: float, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
         start, end = self.points.start, self.points.end
         point = start if x == 0 else Between(start, end, x)
-        return self._objective.evaluate(point, losses, gradient=gradient)
+        motions = [self.points] if gradient else []
+        return _of_examples_along(self._evaluate(point, losses, gradient, motions), 0)
 
     def at_end(
         self, losses: list[str], *, here: bool, following: bool
     ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
-        gradient = here or (following and self._following() is not None)
-        last = self._objective.evaluate(self.points.end, losses, gradient=gradient)
-        return last, last
+        next_point = self._following() if following and (self._per_example or not here) else None
+        motions = [self.points] if here else []
+        motions += [] if next_point is None else [Motion(self.points.end, next_point)]
+        last = self._evaluate(self.points.end, losses, bool(motions), motions)
+        return _of_examples_along(last, 0), _of_examples_along(last, -1)
+
+    def _evaluate(
+        self, point: Point, losses: list[str], gradient: bool, motions: list[Motion]
+    ) -> dict[str, Evaluation]:
+        if not self._per_example:
+            return self._objective.evaluate(point, losses, gradient=gradient)
+        return self._objective.evaluate(point, losses, gradient=gradient, examples=motions)
 
 
 class _Units:
@@ -280,6 +328,7 @@ class _Units:
         objective: evaluates losses.
         following: returns the checkpoint after that; None where there is none. It is not asked for
             before the gradients between `start` and `end` are done, for which it is not needed.
+        per_example: whether a loss tells its examples apart.
     """
 
     def __init__(
@@ -289,17 +338,16 @@ class _Units:
         end: Point,
         objective: Evaluates,
         following: Callable[[], Point | None],
+        per_example: bool,
     ) -> None:
         self._axes, self._objective, self._following = axes, objective, following
+        self._per_example = per_example
         self._own = Motion(start, end)
 
     @functools.cached_property
     def points(self) -> Motion:
-        ones = {
-            name: self._own.start[name].new_ones(units_of(self._own.start[name], axis))
-            for name, axis in self._axes.items()
-        }
-        return Motion({name: torch.zeros_like(one) for name, one in ones.items()}, ones)
+        units = {name: units_of(self._own.start[name], axis) for name, axis in self._axes.items()}
+        return _unit_motion(self._own.start, units)
 
     def distance(self, names: Iterable[str]) -> Mapping[str, float]:
         return distances(self._own, names)
@@ -335,13 +383,24 @@ class _Units:
     def _along(
         self, point: Point, losses: list[str], motions: list[Motion]
     ) -> dict[str, Evaluation]:
-        if not motions:
-            return self._objective.evaluate(point, losses, gradient=False)
-        return self._objective.evaluate(point, losses, along=Along(self._axes, motions))
+        along = Along(self._axes, motions) if motions else None
+        gradient = along is not None
+        if not self._per_example:
+            return self._objective.evaluate(point, losses, gradient=gradient, along=along)
+        return self._objective.evaluate(
+            point, losses, gradient=gradient, along=along, examples=motions
+        )
 
 
 def _of_direction(evaluations: Mapping[str, Evaluation], position: int) -> dict[str, Evaluation]:
     return {name: evaluation.along(position) for name, evaluation in evaluations.items()}
+
+
+def _of_examples_along(
+    evaluations: Mapping[str, Evaluation], position: int
+) -> dict[str, Evaluation]:
+    """Return evaluations with the derivatives of their examples along one of the directions."""
+    return {name: evaluation.examples_along(position) for name, evaluation in evaluations.items()}
 
 
 def _segment(
@@ -350,11 +409,40 @@ def _segment(
     objective: Evaluates,
     axes: Axes | None,
     following: Callable[[], Point | None],
+    per_example: bool = False,
 ) -> _Segment:
     """Return a segment on which parameters have gradients of their own, or units sums of them."""
     if axes is None:
-        return _Parameters(start, end, objective, following)
-    return _Units(axes, start, end, objective, following)
+        return _Parameters(start, end, objective, following, per_example)
+    return _Units(axes, start, end, objective, following, per_example)
+
+
+def _unit_motion(like: Mapping[str, Tensor], units: Mapping[str, int]) -> Motion:
+    """Return ends that are 1 apart, by which sums along a motion are multiplied.
+
+    Args:
+        like: tensors of the device they are on.
+        units: of each of them.
+    """
+    ones = {name: like[name].new_ones(count) for name, count in units.items()}
+    return Motion({name: torch.zeros_like(one) for name, one in ones.items()}, ones)
+
+
+def _of_every_example(
+    start: Evaluation, end: Evaluation, points: Motion, nodes: Sequence[Node]
+) -> ExampleAllocation:
+    """Return the allocation of every example from derivatives along the motion at nodes."""
+    sums = {name: _sums_of(points, nodes, [], name)[0] for name in points.start}
+    total = np.zeros_like(start.loss)
+    for allocated in sums.values():
+        total = total + allocated
+    return ExampleAllocation(
+        sums=sums,
+        loss_start=start.loss,
+        loss_end=end.loss,
+        weight=start.weight,
+        residual=end.loss - start.loss - total,
+    )
 
 
 def sum_of(numbers: Iterable[Numbers]) -> Numbers:
@@ -477,9 +565,17 @@ class _Refinement:
         self.sums: Mapping[str, Numbers] = {}
         self.residual: Numbers = np.float64(math.nan)
         self._change: Numbers = np.float64(math.nan)
+        # refined alike
+        self._examples: _Refinement | None = None
+        if start.examples is not None and end.examples is not None:
+            tensors = start.examples.gradient
+            unit_motion = _unit_motion(tensors, dict.fromkeys(tensors, 1))
+            self._examples = _Refinement(family, unit_motion, start.examples, end.examples)
 
     def refine(self) -> None:
         """Go on to the next level, whose fresh nodes are taken in next."""
+        if self._examples is not None:
+            self._examples.refine()
         older: list[_NodeSum] = []
         for part in (*self._older, *self._fresh):
             self._add(older, part)
@@ -488,6 +584,8 @@ class _Refinement:
 
     def take(self, node: float, evaluation: Evaluation) -> None:
         """Take in the gradient at a fresh node."""
+        if self._examples is not None and evaluation.examples is not None:
+            self._examples.take(node, evaluation.examples)
         self.unreached &= evaluation.unreached
         self._add(self._fresh, _NodeSum(node, evaluation.gradient))
 
@@ -538,6 +636,14 @@ class _Refinement:
         self.sums = {name: total for name, (total, _) in measured.items()}
         self.residual = self.end.loss - self.start.loss - sum_of(self.sums.values())
         self._change = sum_of(changed for _, changed in measured.values())
+
+    def examples(self) -> ExampleAllocation | None:
+        """Return the allocation of every example at this level; None where none is told apart."""
+        if self._examples is None:
+            return None
+        return _of_every_example(
+            self._examples.start, self._examples.end, self._examples.points, self._examples.nodes
+        )
 
     def error_bound(self, calibration: float | None) -> Numbers:
         """Estimate Σ|A − A*|: what the last refining changed; at level 0 a calibrated share of
@@ -609,7 +715,8 @@ def allocate(
     Raises:
         SpanError: where a loss or a gradient is not finite.
     """
-    segment = _segment(start, end, objective, axes, following)
+    per_example = not method.per_example.isdisjoint(losses)
+    segment = _segment(start, end, objective, axes, following, per_example)
     level = method.family.level_of(method.rule)
     if level is None:
         return _allocate_fixed(segment, losses, method, at_start)
@@ -647,7 +754,10 @@ def _allocate_refined(
                 if not (done[name].converged or name in method.never_refined)
             ]
         if not pending or level == method.family.finest:
-            return done, known
+            with_examples = {
+                name: replace(done[name], examples=states[name].examples()) for name in losses
+            }
+            return with_examples, known
         level += 1
         for name in pending:
             done.pop(name, None)
@@ -724,9 +834,28 @@ def _allocate_fixed(
             converged=bool(np.all(np.abs(residual) <= method.bounds(name)[0])),
             error_bound=np.full_like(residual, np.nan)[()],
             unreached=frozenset.intersection(*(node[name].unreached for node in nodes)),
+            examples=_fixed_examples(rule, first[name], last[name], [node[name] for node in nodes]),
         )
         done[name] = _checked(allocated, name)
     return done, known
+
+
+def _fixed_examples(
+    rule: Rule, first: Evaluation, last: Evaluation, nodes: Sequence[Evaluation]
+) -> ExampleAllocation | None:
+    """Return the allocation of every example by a rule as it stands; None where none is told
+    apart.
+    """
+    if first.examples is None or last.examples is None:
+        return None
+    weighted = [
+        (weight, node.examples.gradient)
+        for weight, node in zip(rule.weights, nodes, strict=True)
+        if node.examples is not None
+    ]
+    tensors = weighted[0][1]
+    points = _unit_motion(tensors, dict.fromkeys(tensors, 1))
+    return _of_every_example(first.examples, last.examples, points, weighted)
 
 
 def _checked(segment: SegmentAllocation, name: str) -> SegmentAllocation:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ..checkpoints.trajectory import TensorSpec
 from ..errors import SpanError
-from .allocation import Axes, Piece, SegmentAllocation, sum_of
+from .allocation import Axes, ExampleAllocation, Piece, SegmentAllocation, sum_of
 from .objective import Numbers, blocks
 from .schema import (
     BINS,
+    EXAMPLE_FIELDS,
     MAGNITUDES,
     MAY_BE_NAN,
     OF_MOTION,
@@ -245,9 +246,12 @@ class SpanSums:
         keep: a level of `--keep`.
         device: where allocations are.
         groups: their number; None for a loss without groups.
+        examples: of a loss that tells them apart, by the position of the group of each, which is 0
+            without groups; None for others.
 
     Attributes:
         since: the first segment of the span whose parameters are counted in `totals`: none of sums.
+        examples: numbers of every example, by name: none where they are not told apart.
     """
 
     def __init__(
@@ -257,6 +261,7 @@ class SpanSums:
         keep: str,
         device: torch.device,
         groups: int | None = None,
+        examples: np.ndarray[Any, Any] | None = None,
     ) -> None:
         self._table, self._length, self._keep, self._groups = table, length, keep, groups
         self.steps: Arrays = {
@@ -270,6 +275,13 @@ class SpanSums:
             for name, dtype in tensor_fields(keep).items()
         }
         self.histogram: Arrays = {}
+        self.examples: Arrays = {}
+        if examples is not None:
+            shape = (length, len(examples))
+            self.examples = {name: np.zeros(shape, "float32") for name in EXAMPLE_FIELDS}
+            self.examples["allocated"] = np.zeros((*shape, len(table)), "float32")
+            if groups is not None:
+                self.examples["group"] = np.broadcast_to(examples.astype("int32"), shape)
         self.since = length
         self._unreached: list[frozenset[str]] = [frozenset(spec.name for spec in table)] * length
         self.begin(range(groups or 1))
@@ -320,6 +332,14 @@ class SpanSums:
             self.tensors["motion"][row, position] = segment.distance[spec.name]
             self._of_block(self.tensors["allocated"], row)[:, position] = segment.sums[spec.name]
             self._add_tensor(row, position, spec, segment)
+        if segment.examples is not None:
+            self._add_examples(row, segment.examples)
+
+    def _add_examples(self, row: int, segment: ExampleAllocation) -> None:
+        for name in EXAMPLE_FIELDS:
+            self.examples[name][row] = getattr(segment, name)
+        for position, spec in enumerate(self._table):
+            self.examples["allocated"][row, :, position] = segment.sums[spec.name]
 
     def _add_tensor(
         self, index: int, position: int, spec: TensorSpec, segment: SegmentAllocation
@@ -373,12 +393,13 @@ class SpanStatistics(SpanSums):
         keep: str,
         device: torch.device,
         groups: int | None = None,
+        examples: np.ndarray[Any, Any] | None = None,
         *,
         unit: float,
         since: int = 0,
         like: SpanStatistics | None = None,
     ) -> None:
-        super().__init__(table, length, keep, device, groups)
+        super().__init__(table, length, keep, device, groups, examples)
         self.since = since
         self.histogram = {
             "count": np.zeros((length, *self._axis(), BINS), "int64"),

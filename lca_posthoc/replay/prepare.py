@@ -269,7 +269,7 @@ def _laid_out(
     notes = [
         *draft.probed.notes,
         *about_keep,
-        *_of_one_group(draft.probed, keep),
+        *_not_told_apart(draft.matched.described, draft.probed, keep),
         *_about(draft.matched, manifest, existing.losses if existing else {}),
         *_idle(existing or manifest, draft.workers),
     ]
@@ -284,14 +284,24 @@ def _laid_out(
     )
 
 
-def _of_one_group(probed: ProbeAnswer, keep: str) -> list[str]:
-    """Say of which losses a batch has one group, where it could have several."""
-    return [
-        f"loss {name!r}: a batch holds examples of one group each, which takes longer where groups "
-        f"are small, for what single examples contribute cannot be told ({sites.why})."
-        for name, sites in probed.sites.items()
-        if sites.why and not holds(keep, "units")
-    ]
+def _not_told_apart(described: Description, probed: ProbeAnswer, keep: str) -> Iterator[str]:
+    """Say of which losses the examples of a batch cannot be told apart, where they should be."""
+    for name, sites in probed.sites.items():
+        if not sites.why:
+            continue
+        loss = described.losses[name]
+        if loss.per is not None:
+            yield (
+                f"loss {name!r}: its {count(loss.examples, 'example')} are evaluated one at a time, "
+                f"for those of a batch cannot be told apart ({sites.why}). That takes as many passes "
+                "over the model's weights; --subset takes fewer examples."
+            )
+        elif not holds(keep, "units"):
+            yield (
+                f"loss {name!r}: a batch holds examples of one group each, which takes longer where "
+                "groups are small, for what single examples contribute cannot be told "
+                f"({sites.why})."
+            )
 
 
 def _level(draft: Draft, memory: MemoryOfLevels) -> tuple[str, list[str]]:
@@ -658,7 +668,7 @@ def _record(
 ) -> LossRecord:
     level = probed.levels[keep]
     # of a loss the run has already, neither scale nor sites are looked for
-    sites = None if holds(keep, "units") else probed.sites.get(name)
+    sites = None if holds(keep, "units") and loss.per is None else probed.sites.get(name)
     return LossRecord(
         key=key,
         on=loss.on,
@@ -677,6 +687,7 @@ def _record(
         unit=unit_of_totals(known["loss"] for known in probed.identity[name] if known is not None),
         scale=probed.scale.get(name),
         sites=None if sites is None else sites.found,
+        per=loss.per,
     )
 
 

@@ -160,7 +160,7 @@ class AdmissionRequest(Question[Admission]):
 @dataclass(frozen=True, kw_only=True)
 class LossDescription:
     """One loss: its split (None for a term of the parameters), its kind, its examples of the total
-    of the split, its groups.
+    of the split, its groups, what numbers are kept per.
     """
 
     on: str | None
@@ -169,6 +169,7 @@ class LossDescription:
     total: int
     groups: list[int] | list[str] | None
     counts: list[int] | None
+    per: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,7 @@ def same_loss(name: str, recorded: LossRecord, probed: LossRecord, same_end: boo
     """
     from ..numerics.objective import Identity
 
-    for setting in ("on", "kind", "examples", "groups", "counts"):
+    for setting in ("on", "kind", "per", "examples", "groups", "counts"):
         if getattr(recorded, setting) != getattr(probed, setting):
             raise InputError(
                 _other_loss(name, setting, getattr(recorded, setting), getattr(probed, setting))

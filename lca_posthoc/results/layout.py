@@ -14,6 +14,7 @@ import numpy as np
 
 from ..numerics.schema import (
     BINS,
+    EXAMPLE_FIELDS,
     OF_MOTION,
     PER_GROUP,
     STEP_FIELDS,
@@ -146,6 +147,8 @@ def plan_arrays(manifest: Manifest, keep: str, loss: LossRecord) -> Iterator[Arr
     plans = _Plans(manifest, loss)
     yield from plans.of_steps()
     yield from plans.of_tensors(keep)
+    if loss.per is not None:
+        yield from plans.of_examples()
     if holds(keep, "statistics"):
         yield from plans.of_histogram()
     for tensor in manifest.allocated:
@@ -201,6 +204,18 @@ class _Plans:
         if self._loss.replicates:
             inner = {"replicate": self._loss.replicates, **inner}
             yield self._rows("tensors/replicates", inner, "float64")
+
+    def of_examples(self) -> Iterator[ArrayPlan]:
+        """Yield the arrays of every example; `group` holds the position of its group, the same in
+        every row.
+        """
+        inner = {"example": self._loss.examples}
+        for name in EXAMPLE_FIELDS:
+            yield self._rows(f"examples/{name}", inner, "float32", grouped=False)
+        if self._loss.groups is not None:
+            yield self._rows("examples/group", inner, "int32", grouped=False)
+        inner = {**inner, "tensor": len(self._manifest.allocated)}
+        yield self._rows("examples/allocated", inner, "float32", grouped=False)
 
     def of_histogram(self) -> Iterator[ArrayPlan]:
         yield self._rows("histogram/count", {"bin": BINS}, "int64")

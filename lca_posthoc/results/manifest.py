@@ -58,8 +58,9 @@ class LossRecord:
             no such totals are needed.
         covers: the number of segments it covers where the run has more; None where it covers all of
             them.
-        sites: where the examples are in what the model computes, where batches hold examples of
-            several groups, which are told apart; None where a batch has one group.
+        sites: where the examples are in what the model computes, where examples of a batch are told
+            apart; None where a batch has one group, or one example of a loss per example.
+        per: "example" where the numbers of every example are kept; None for other losses.
     """
 
     key: str
@@ -81,6 +82,7 @@ class LossRecord:
     begun: list[int] | None = None
     covers: int | None = None
     sites: list[SiteRecord] | None = None
+    per: str | None = None
 
     @property
     def blocks(self) -> list[range]:

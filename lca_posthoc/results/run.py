@@ -226,11 +226,11 @@ class LossResults:
         store = CheckedStore(self.path, self.manifest, self.name, (part,))
         data: xr.Dataset = xr.open_zarr(store, group=part, consolidated=False, chunks=None)
         # the others hold names of tensors, of which one may be called so
-        if part in ("steps", "tensors", "histogram"):
+        if part in ("steps", "tensors", "histogram", "examples"):
             data = data.assign_coords(
                 step_end=("step", [checkpoint.step for checkpoint in self.manifest.checkpoints[1:]])
             )
-        if self.record.groups is not None:
+        if self.record.groups is not None and part != "examples":
             data = data.assign_coords(group=("group", np.array(self.record.groups)))
             if part in ("steps", "tensors", "histogram"):
                 data = data.assign_coords(examples=("group", np.array(self.record.counts)))
@@ -283,6 +283,45 @@ class LossResults:
                 elements=("tensor", [spec.elements for spec in specs]),
             )
         )
+
+    @property
+    def examples(self) -> xr.Dataset:
+        """The loss of every example, lazy, float32, of a loss that is stated per example.
+
+        `allocated` (step, example, tensor) is what each tensor contributed to the change of the
+        example's loss on a segment, in units of loss; `loss_start`, `loss_end` and `residual`
+        (step, example) close it: Σ allocated + residual = loss_end − loss_start. `weight` is the
+        sum of the weights of the example's elements; where it is 0, so are the other numbers. The
+        coordinate `example` is the position in the split, `group` the label of its group where the
+        loss has groups.
+
+        Raises:
+            LCAError: where the loss is not stated per example.
+        """
+        if self.record.per is None:
+            raise LCAError(
+                f"loss {self.name!r} in {self.path} has no numbers of single examples. State a loss "
+                'with Loss(…, per="example") in the task, under another name, and run again.'
+            )
+        data, positions = self._open("examples"), self.positions
+        specs = [tensor.spec for tensor in self.manifest.allocated]
+        data = data.assign_coords(
+            example=(
+                "example",
+                np.arange(self.record.examples) if positions is None else positions,
+            ),
+            tensor=("tensor", np.array([spec.name for spec in specs], dtype=object)),
+            kind=("tensor", np.array([spec.kind for spec in specs], dtype=object)),
+        )
+        if self.record.groups is None:
+            return data
+        labels, codes = np.array(self.record.groups), data["group"]
+        # the first row that is committed tells; without one, nothing is known of the groups
+        positions_of_labels = codes.isel(step=0).to_numpy() if self._rows else None
+        data = data.drop_vars("group")
+        if positions_of_labels is None:
+            return data
+        return data.assign_coords(group=("example", labels[positions_of_labels]))
 
     @property
     def histogram(self) -> xr.Dataset:

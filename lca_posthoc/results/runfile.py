@@ -42,7 +42,12 @@ _FIELDS = (
     "losses",
     "provenance",
 )
-_RARE = ("begun", "covers", "sites")  # fields of a loss that are left out where they are None
+_RARE = (
+    "begun",
+    "covers",
+    "sites",
+    "per",
+)  # fields of a loss that are left out where they are None
 _TENSOR = ("name", "kind", "shape", "aliases", "unit_axis", "source", "key")
 
 _CACHED = 4
@@ -419,6 +424,7 @@ def _loss(document: object) -> LossRecord:
         _check_groups(groups, counts)
     identity = _identity(entry["identity"])
     _check(type(entry["measured"]) is bool, "losses.measured", "true or false", entry["measured"])
+    _check(entry["per"] in (None, "example"), "losses.per", '"example" or nothing', entry["per"])
     return LossRecord(
         key=_text(entry["key"], "losses.key"),
         on=_maybe(_text, entry["on"], "losses.on"),
@@ -439,6 +445,7 @@ def _loss(document: object) -> LossRecord:
         begun=_maybe(_begun, entry["begun"]),
         covers=_maybe(_whole, entry["covers"], "losses.covers", 1),
         sites=_maybe(_sites, entry["sites"]),
+        per=entry["per"],
     )
 
 

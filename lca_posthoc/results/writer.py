@@ -607,6 +607,7 @@ class RunWriter:
             "steps": statistics.steps,
             "tensors": statistics.tensors,
             "histogram": statistics.histogram,
+            "examples": statistics.examples,
         }
         arrays = {
             f"{part}/{name}": values

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any, Required, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict
 
 import cloudpickle
 
@@ -55,6 +55,8 @@ class Loss:
         group_by: one integer or string label per example, as a function of the unpacked batch
             (`group_by(inputs, targets)`) or as a tensor or list for the whole split: the loss of
             each group is allocated, in one pass over the data.
+        per: "example" to keep the loss change of every single example too, and what every tensor
+            contributed to it.
         term: instead of `fn`: called as `term(model)`, giving a scalar that reads the parameters
             alone (a regulariser).
         l2: instead of `fn`: the term ½ · l2 · Σθ² over all parameters, whose gradient is what
@@ -65,6 +67,7 @@ class Loss:
     on: str = "train"
     call: Callable[..., Any] | None = None
     group_by: Any = None
+    per: Literal["example"] | None = None
     term: Callable[[Any], Any] | None = None
     l2: float | None = None
 
@@ -91,6 +94,12 @@ class Loss:
         if self.split is None and self.group_by is not None:
             raise InputError(
                 "a term of the parameters has no examples to group. Leave group_by out."
+            )
+        if self.per not in (None, "example"):
+            raise InputError(f"Loss(per=…) is 'example' or left out, got {self.per!r}.")
+        if self.split is None and self.per is not None:
+            raise InputError(
+                "a term of the parameters has no examples to tell apart. Leave per out."
             )
         if isinstance(self.group_by, type) and self.group_by not in (int, str):
             raise InputError(

@@ -16,6 +16,7 @@ from .directions import (
 from .draws import Draws
 from .evaluate import Objective, build_objective
 from .example_axis import recalled, recorded
+from .mixing import refuse_mixed
 from .model import new_model
 from .out_of_memory import is_out_of_memory
 from .precision import float32
@@ -62,6 +63,7 @@ __all__ = [
     "power_of_two",
     "recalled",
     "recorded",
+    "refuse_mixed",
     "replicates_of",
     "rounding_errors",
     "statistics_of",

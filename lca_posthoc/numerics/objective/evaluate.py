@@ -13,7 +13,7 @@ which others are evaluated beside it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -32,7 +32,9 @@ from .containers import copied, fresh
 from .copies import copy_in
 from .data import LossData, PassKey, ValueSource, open_data, origin, stated_loss
 from .directions import Along, Gradients, Motion, NoGradients, SumsAlong, WholeGradients
+from .every_example import EveryExample
 from .example_axis import Axes
+from .example_derivatives import Derivatives, SingleDerivatives, TappedDerivatives
 from .example_sums import SumsByExample
 from .model import ModelTensors, bind_tensors, new_model
 from .passes import (
@@ -240,6 +242,7 @@ class Objective:
         gradient: bool = True,
         along: Along | None = None,
         only: range | None = None,
+        examples: Sequence[Motion] | None = None,
     ) -> dict[str, Evaluation]:
         """Return each loss over its whole split at `point`, with its gradient unless only the value
         is asked for.
@@ -250,6 +253,8 @@ class Objective:
             gradient: False for a forward pass alone.
             along: directions, for sums of the gradient along them instead of the gradient.
             only: some of the groups, where the losses have the same ones.
+            examples: directions along which the loss of every example is derived, for losses that
+                are stated per example, with a gradient; None where examples are not told apart.
         """
         self.place(point)
         if along is not None:  # what is freed inside a pass lies scattered
@@ -259,14 +264,27 @@ class Objective:
         for name in losses:
             counts[name] += only is None or only.start == 0
         evaluations: dict[str, Evaluation] = {}
-        for key, sources in self.data.passes(losses).items():
+        if examples is not None:
+            evaluations = {
+                name: self._every_example(name, examples if gradient else None)
+                for name in losses
+                if name in self.losses and self.losses[name].per is not None
+            }
+        told = evaluations.keys() if _is_of_tensors(gradients) else set[str]()
+        others = [name for name in losses if name not in told]
+        for key, sources in self.data.passes(others).items():
             if key[0] is not None:
-                evaluations |= self._one_pass(key, sources, only, gradients)
-                continue
-            for name in (name for names in sources.values() for name in names):
-                evaluations[name] = self.evaluate_on_batches(
-                    partial(self.values, name), [None], gradients
-                )
+                of_pass = self._one_pass(key, sources, only, gradients)
+            else:
+                of_pass = {
+                    name: self.evaluate_on_batches(partial(self.values, name), [None], gradients)
+                    for names in sources.values()
+                    for name in names
+                }
+            for name, evaluation in of_pass.items():
+                if name in evaluations:
+                    evaluation = replace(evaluation, examples=evaluations[name].examples)
+                evaluations[name] = evaluation
         return {name: evaluations[name] for name in losses}
 
     def _one_pass(
@@ -302,9 +320,7 @@ class Objective:
         """Return where the examples of losses are whose shares are to be told apart; None where
         batches have one group each.
         """
-        if isinstance(gradients, WholeGradients):
-            return None
-        if isinstance(gradients, SumsAlong) and not gradients.is_of_tensors:
+        if not _is_of_tensors(gradients):
             return None
         return self.example_axes.get(self.data.replicated.get(names[0], names[0]))
 
@@ -322,23 +338,41 @@ class Objective:
         """
         split, order = self.splits[str(key[0])], self.data.order_at(key[1])
         assert order is not None
-        taps = None
+        taps = derivatives = None
         if isinstance(gradients, SumsAlong):
             taps = Taps(self.tensors.differentiable, gradients.motions)
+            derivatives = TappedDerivatives(taps, self.tensors.differentiable, axes)
         grouped = [self.order(name) is not None for name in names]
-        sums = SumsByExample(
-            taps,
-            self.tensors.differentiable,
-            gradients,
-            axes,
-            groups,
-            not all(grouped),
-            self.device,
-        )
+        sums = SumsByExample(derivatives, gradients, groups, not all(grouped), self.device)
         first = self.data.replicated.get(names[0], names[0])
         batches = batches_of_examples(split, self.batch_sizes[split.name], order)
         run_pass(self.loss_values, batches, {source: first}, {source: sums}, taps)
         return sums
+
+    def _every_example(self, name: str, motions: Sequence[Motion] | None) -> Evaluation:
+        """Return a loss with its sums over tensors, and those of every example.
+
+        Args:
+            name: of a loss that is stated per example.
+            motions: directions; None for the loss alone.
+        """
+        split, axes = self.splits[str(self.losses[name].split)], self.example_axes.get(name)
+        tensors = self.tensors.differentiable
+        taps: Taps | None = None
+        derivatives: Derivatives | None = None
+        if motions is not None and axes is not None:
+            taps = Taps(tensors, motions)
+            derivatives = TappedDerivatives(taps, tensors, axes)
+        elif motions is not None:
+            derivatives = SingleDerivatives(tensors, motions)
+        sums = EveryExample(
+            derivatives, list(tensors), len(motions or ()), split.examples, self.device
+        )
+        size = 1 if axes is None else self.batch_sizes[split.name]
+        source = id(self.losses[name].source), origin(self.task, name)[1]
+        batches = batches_of_examples(split, size, None)
+        run_pass(self.loss_values, batches, {source: name}, {source: sums}, taps)
+        return sums.evaluation(self.order(name), f"loss {name!r} on split {split.name!r}")
 
     def find_examples(self, name: str) -> Check:
         """Find where the examples of a loss are in what the model computes, at the point the module
@@ -584,6 +618,13 @@ class Objective:
                     f"called {stated + '/' + key!r}. Give one of them another name."
                 )
         return entries
+
+
+def _is_of_tensors(gradients: Gradients) -> bool:
+    """Tell whether no more is taken in of gradients than a sum over each tensor."""
+    if isinstance(gradients, SumsAlong):
+        return gradients.is_of_tensors
+    return not isinstance(gradients, WholeGradients)
 
 
 def build_objective(

@@ -1,4 +1,4 @@
-"""Sums of a loss and its directional derivatives over groups of examples, from batches in the order
+"""Sums of a loss's directional derivatives over groups of examples, from batches in the order
 of the data.
 
 A batch of one group each costs a pass over the model's weights for every group, however few
@@ -8,17 +8,14 @@ its shares are added up by group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from ...errors import InputError
 from .directions import Gradients
-from .example_axis import Axes
+from .every_example import sum_of_rows
+from .example_derivatives import Derivatives, totals_by_example
 from .passes import GroupValues
 from .sums import RunningSum, Sums
-from .taps import ExampleShares, Taps
 
 
 class SumsByExample(Sums):
@@ -26,11 +23,8 @@ class SumsByExample(Sums):
     several groups.
 
     Args:
-        taps: tell the derivatives of every example, while they are the context of the pass; None
-            where the loss alone is wanted.
-        tensors: leaves of autograd's, by name.
-        gradients: their sums along directions, each tensor one unit; nothing without taps.
-        axes: where the examples are, see `tap_check.check`.
+        derivatives: takes those of a batch; None where the loss alone is wanted.
+        gradients: their sums along directions, each tensor one unit; nothing for the loss alone.
         groups: those that are taken in.
         plain: whether the sums over everything are kept.
         device: where the sums are.
@@ -38,16 +32,14 @@ class SumsByExample(Sums):
 
     def __init__(
         self,
-        taps: Taps | None,
-        tensors: Mapping[str, Tensor],
+        derivatives: Derivatives | None,
         gradients: Gradients,
-        axes: Axes,
         groups: range,
         plain: bool,
         device: torch.device,
     ) -> None:
         super().__init__(gradients, device, groups, plain)
-        self._taps, self._tensors, self._axes, self._range = taps, tensors, axes, groups
+        self._derivatives, self._range = derivatives, groups
 
     def take(self, part: GroupValues) -> None:
         """Add the values of a batch, and its derivatives, to those of each example's group.
@@ -56,34 +48,25 @@ class SumsByExample(Sums):
             InputError: where the share of an example in a tensor cannot be told.
         """
         assert part.codes is not None, "the batch does not say to which groups its examples belong"
-        examples, values = len(part.codes), part.values
-        weights = torch.ones_like(values) if part.weights is None else part.weights
+        examples = len(part.codes)
         members = _Members(part.codes.to(self._device), self._range)
         if not len(members.rows):
             return
-        totals = [_by_example(each, examples) for each in (values.detach(), weights)]
-        self._row_totals[members.rows] += members.sums(torch.stack(totals, 1))
-        if self._taps is None:
+        self._row_totals[members.rows] += members.sums(totals_by_example(part, examples))
+        if self._derivatives is None:
             return
-        shares = ExampleShares(self._tensors, self._taps.directions, examples, self._axes)
-        self._taps.backward(values.double().sum(), shares)
-        for name, why in shares.untold.items():
-            raise InputError(
-                f"what single examples contribute to tensor {name!r} cannot be told on a batch, "
-                f"though it could on a sample: {why}. Run again into another directory with --keep "
-                "units, which takes batches of one group each."
-            )
-        for name, share in shares.reached.items():
+        shares = self._derivatives.of(part, examples)
+        for name, share in shares.items():
             self._rows[name][members.rows, :, 0] += members.sums(share.T)
-        self._reached.update(shares.reached)
+        self._reached.update(shares)
 
     def _close(self) -> None:
         """Add the groups up, in their order, where the sums over everything are kept."""
         if self._plain and not self._means:
             for name, rows in self._rows.items():
                 self._whole[name] = RunningSum(rows.dtype)
-                self._whole[name].add(_one_by_one(rows))
-            self._whole_totals = _one_by_one(self._row_totals)
+                self._whole[name].add(sum_of_rows(rows))
+            self._whole_totals = sum_of_rows(self._row_totals)
 
 
 class _Members:
@@ -108,16 +91,3 @@ class _Members:
         each in the order of the data.
         """
         return torch.segment_reduce(values[self._order], "sum", lengths=self._counts, axis=0)
-
-
-def _one_by_one(rows: Tensor) -> Tensor:
-    """Return the sum of rows, added one after the other: torch's own order depends on how many
-    numbers a row has, and with it the last bit.
-    """
-    count = torch.tensor([len(rows)], device=rows.device)
-    return torch.segment_reduce(rows, "sum", lengths=count, axis=0)[0]
-
-
-def _by_example(values: Tensor, examples: int) -> Tensor:
-    """Return sums over all that belongs to an example, (examples,) float64."""
-    return values.double().reshape(examples, -1).sum(1)

@@ -31,8 +31,8 @@ class GroupValues:
             where the accumulator needs that.
         weights: of the elements, float64; None where all are 1.
         more_to_come: whether the same graph is needed again, for another group or loss.
-        codes: where examples are told apart, the position of its group for each of them,
-            (examples,) int64; the first axis of the values runs over them.
+        codes: where examples are told apart, the position of its group, or its own, for each of
+            them, (examples,) int64; the first axis of the values runs over them.
     """
 
     group: int
@@ -105,7 +105,7 @@ class OfExamples:
     """Every example of the batch is told apart.
 
     Attributes:
-        codes: the position of its group for each example, (examples,) int64.
+        codes: the position of its group, or its own, for each example, (examples,) int64.
     """
 
     codes: Tensor
@@ -152,15 +152,16 @@ def batches_across_groups(
             yield SeveralGroups(codes[index], groups), batch
 
 
-def batches_of_examples(split: Split, batch_size: int, order: Order) -> Batches:
+def batches_of_examples(split: Split, batch_size: int, order: Order | None) -> Batches:
     """Yield batches in the order of the data, whose examples are told apart.
 
     Args:
         split: the examples.
         batch_size: examples of a batch.
-        order: the groups.
+        order: the groups; None where every example is one.
     """
-    codes = torch.split(_codes(split.examples, order), batch_size)
+    own = torch.arange(split.examples) if order is None else _codes(split.examples, order)
+    codes = torch.split(own, batch_size)
     with contextlib.closing(split.batches(batch_size, None, None)) as batches:
         for index, (_, batch) in enumerate(batches):
             yield OfExamples(codes[index]), batch

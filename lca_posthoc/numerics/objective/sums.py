@@ -24,18 +24,26 @@ class Evaluation:
     `loss` and `weight` (the sum of the elements' weights) have shape () or (groups,), a tensor's
     gradient its own shape or (groups, *shape); sums of it along directions are float64 and have
     shape ([groups, ]directions, units). `unreached` names the tensors the loss did not reach; their
-    gradient is zero.
+    gradient is zero. `examples`, where they are told apart, is the same with every example as a
+    group and every tensor as one unit; the numbers of an example without weight are 0.
     """
 
     loss: Numbers
     gradient: dict[str, Tensor]
     weight: Numbers
     unreached: frozenset[str] = frozenset()
+    examples: Evaluation | None = None
 
     def along(self, direction: int) -> Evaluation:
         """Return the same with the sums along one of its directions, ([groups, ]units)."""
         chosen = {name: values.select(-2, direction) for name, values in self.gradient.items()}
-        return replace(self, gradient=chosen)
+        return replace(self, gradient=chosen).examples_along(direction)
+
+    def examples_along(self, direction: int) -> Evaluation:
+        """Return the same with those of the examples along one of the directions."""
+        if self.examples is None:
+            return self
+        return replace(self, examples=self.examples.along(direction))
 
 
 class RunningSum:

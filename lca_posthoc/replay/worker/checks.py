@@ -82,6 +82,7 @@ def _described(objective: Objective, name: str) -> LossDescription:
         total=split.total if split else 0,
         groups=order.labels if order else None,
         counts=order.counts if order else None,
+        per=loss.per,
     )
 
 
@@ -94,25 +95,27 @@ def _replicates(objective: Objective, name: str) -> int:
 def _sites(
     objective: Objective, first: Mapping[str, Tensor], name: str, follows: str | None
 ) -> Sites:
-    """Find where the examples of a loss are in what the model computes, where batches of one group
-    each would be more than twice as many as in the order of the data.
+    """Find where the examples of a loss are in what the model computes, where they are told apart:
+    where it is stated per example, or where batches of one group each would be more than twice as
+    many as in the order of the data.
 
     Args:
         objective: evaluates it.
         first: the first checkpoint.
         name: of the loss.
         follows: the grouped loss in whose order its batches are taken at the lowest level.
-    """
-    from ...numerics.objective import is_out_of_memory, recorded
 
-    order = objective.order(objective.replicates_of(name) or follows or name)
-    if order is None or objective.norm_stats == "batch":
-        return Sites(found=None, why="")
-    size = objective.batch_sizes[str(objective.losses[name].split)]
-    batches = sum(-(-count // size) for count in order.counts)
-    if batches <= 2 * -(-sum(order.counts) // size):  # watching every example costs a third more
+    Raises:
+        InputError: where a loss per example is not the mean of what its examples have alone.
+    """
+    from ...numerics.objective import is_out_of_memory, recorded, refuse_mixed
+
+    per_example = objective.losses[name].per is not None
+    if not per_example and not _has_small_groups(objective, name, follows):
         return Sites(found=None, why="")
     objective.place(first)
+    if per_example:
+        refuse_mixed(objective, name)
     try:
         check = objective.find_examples(name)
     except Exception as error:  # of a model that runs otherwise while it is watched
@@ -124,6 +127,18 @@ def _sites(
         tensor, why = next(iter(check.untold.items()))
         return Sites(found=None, why=f"{tensor}: {why}" if tensor else why)
     return Sites(found=recorded(check.axes), why="")
+
+
+def _has_small_groups(objective: Objective, name: str, follows: str | None) -> bool:
+    """Tell whether batches of one group each would be more than twice as many as in the order of
+    the data; to tell every example apart costs a third more than not to.
+    """
+    order = objective.order(objective.replicates_of(name) or follows or name)
+    if order is None or objective.norm_stats == "batch":
+        return False
+    size = objective.batch_sizes[str(objective.losses[name].split)]
+    batches = sum(-(-count // size) for count in order.counts)
+    return batches > 2 * -(-sum(order.counts) // size)
 
 
 @reported(ProbeRequest)

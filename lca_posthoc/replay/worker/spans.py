@@ -7,7 +7,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...numerics.allocation import SegmentAllocation
-    from ...numerics.objective import Along, Evaluation, Objective
+    from ...numerics.objective import Along, Evaluation, Motion, Objective
     from ...numerics.statistics import SpanSums
     from ...results import Marker, RunWriter, SpanReport
 
@@ -234,17 +234,22 @@ class _SpanReplay:
         self.axes = unit_axes(objective.allocated, self.tensors, writer.keep)
         settings = request.setup.settings
         self.method = Method(
-            RULES[settings.rule],
-            {
+            rule=RULES[settings.rule],
+            tolerance={
                 name: in_units_of_loss(settings.tolerance, record.scale)
                 for name, record in self.records.items()
             },
-            {
+            allocation_tolerance={
                 name: in_units_of_loss(settings.allocation_tolerance, record.scale)
                 for name, record in self.records.items()
             },
-            {name: share for name, share in request.calibration.items() if share is not None},
-            frozenset(self.replicates.values()),
+            calibration={
+                name: share for name, share in request.calibration.items() if share is not None
+            },
+            never_refined=frozenset(self.replicates.values()),
+            per_example=frozenset(
+                name for name, record in self.records.items() if record.per is not None
+            ),
         )
 
     def run(self) -> dict[str, LossSpan]:
@@ -351,17 +356,35 @@ class _SpanReplay:
             name: len(record.groups) if record.groups else None
             for name, record in self.records.items()
         }
+        examples = {name: self._groups_of_examples(name) for name in self.records}
         if self.axes is not None:
-            return {name: SpanSums(*of_span, groups[name]) for name in self.records}
+            return {name: SpanSums(*of_span, groups[name], examples[name]) for name in self.records}
         statistics: dict[str, SpanStatistics] = {}
         first: dict[int, SpanStatistics] = {}  # by the segment from which on they count
         for name, record in self.records.items():
             since = self.writer.commits(name).counted(self.request.span)
             statistics[name] = SpanStatistics(
-                *of_span, groups[name], unit=record.unit, since=since, like=first.get(since)
+                *of_span,
+                groups[name],
+                examples[name],
+                unit=record.unit,
+                since=since,
+                like=first.get(since),
             )
             first.setdefault(since, statistics[name])
         return statistics
+
+    def _groups_of_examples(self, name: str) -> np.ndarray[Any, Any] | None:
+        """Return the position of the group of every example of a loss that tells them apart, 0
+        without groups; None for other losses.
+        """
+        record, order = self.records[name], self.objective.order(name)
+        if record.per is None:
+            return None
+        groups = np.zeros(record.examples, "int32")
+        for position, members in enumerate(order.members if order is not None else ()):
+            groups[members.numpy()] = position
+        return groups
 
     def _take(self, row: int, done: dict[str, SegmentAllocation]) -> tuple[set[int], float]:
         """Add a segment to the statistics; return the levels that losses reached, and the largest
@@ -440,9 +463,16 @@ class _Only:
         *,
         gradient: bool = True,
         along: Along | None = None,
+        examples: Sequence[Motion] | None = None,
     ) -> dict[str, Evaluation]:
         return self._objective.evaluate(
-            point, losses, gradient=gradient, along=along, only=self._groups
+            point,
+            losses,
+            gradient=gradient,
+            along=along,
+            only=self._groups,
+            # once, with the first of the groups
+            examples=examples if self._groups.start == 0 else None,
         )
 
     def holding(
