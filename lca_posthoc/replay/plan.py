@@ -23,7 +23,7 @@ from ..cluster import ClusterConfig, local_workers, open_cluster, visible_device
 from ..errors import InputError, amount
 from ..numerics.objective import new_model
 from ..numerics.quadrature import RULES
-from ..numerics.schema import KEEP
+from ..numerics.schema import KEEP, holds
 from ..numerics.settings import Settings, on_device, resolve
 from ..recording import Recorder
 from ..results import Manifest
@@ -269,7 +269,7 @@ def _seconds(manifest: Manifest, costs: Costs) -> float:
     measured_segments = sum(first < manifest.segments for first in SAMPLED)
     evaluations_at_once = len(RULES[manifest.settings["rule"]].nodes)
     return (
-        costs.together * _evaluations(manifest)
+        costs.together[manifest.keep] * _evaluations(manifest)
         + costs.recalibrating * (manifest.segments + manifest.spans)
         + costs.higher * evaluations_at_once * measured_segments
     )
@@ -292,7 +292,9 @@ def _loss_plan(
     ready: Preparation, levels: dict[str, Manifest], name: str, costs: Costs
 ) -> LossPlan:
     manifest, record, measured = ready.manifest, ready.manifest.losses[name], costs.losses[name]
-    evaluations = _evaluations(manifest)
+    evaluations, seconds = _evaluations(manifest), measured.seconds + measured.examples
+    if record.per is not None and not holds(manifest.keep, "units"):
+        seconds = measured.examples
     return LossPlan(
         examples=record.examples,
         groups=len(record.groups or []),
@@ -300,7 +302,7 @@ def _loss_plan(
         fastest_batch_size=measured.fastest,
         largest_batch_size=measured.largest,
         evaluations=evaluations,
-        seconds_per_evaluation=measured.seconds,
-        seconds=evaluations * measured.seconds,
+        seconds_per_evaluation=seconds,
+        seconds=evaluations * seconds,
         bytes=_stored(levels, [name], costs),
     )

@@ -24,6 +24,7 @@ from ..numerics.precisions import PRECISIONS
 from ..numerics.quadrature import COMPOSITE, RULES
 from ..numerics.schema import (
     BYTES_OF_TOTALS,
+    EXAMPLE_FIELDS,
     KEEP,
     holds,
     in_units_of_loss,
@@ -87,7 +88,10 @@ class Destination:
 
     def span_of(self, matched: _Match, workers: int, keep: str) -> int:
         """Return the segments per span at a level of `--keep`, where so many share the work."""
-        return self.span or choose_span(matched.segments, workers, matched.elements, keep)
+        of_examples = matched.numbers_of_examples
+        return self.span or choose_span(
+            matched.segments, workers, matched.elements, keep, of_examples
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,6 +353,14 @@ class _Match:
         return sum(spec.elements for spec in self.described.tensors)
 
     @property
+    def numbers_of_examples(self) -> int:
+        """The numbers that are kept of single examples on a segment."""
+        kept = len(self.described.tensors) + len(EXAMPLE_FIELDS)
+        return sum(
+            loss.examples * kept for loss in self.described.losses.values() if loss.per is not None
+        )
+
+    @property
     def room_for_windows(self) -> int:
         """The number of windows of totals that take a tenth of the space of the checkpoints."""
         stored = sum(checkpoint.size for checkpoint in self.trajectory.checkpoints)
@@ -601,14 +613,16 @@ def unwrapped(answer: Answer | Failure) -> Answer:
     return answer
 
 
-def choose_span(segments: int, workers: int, elements: int, keep: str) -> int:
+def choose_span(segments: int, workers: int, elements: int, keep: str, of_examples: int = 0) -> int:
     """Return the segments per span: a power of two, at most 32, at least two spans for each of
     several workers, and at most 256 MiB of allocation where that is kept, or 8 segments of it: the
-    totals over time of each span wait on disk, 19 bytes a parameter.
+    totals over time of each span wait on disk, 19 bytes a parameter. Numbers of examples, of which
+    a segment has `of_examples`, take at most as much.
     """
     most = min(_LONGEST_SPAN, max(1, segments if workers == 1 else segments // (2 * workers)))
     if holds(keep, "parameters"):
         most = min(most, max(_SHORTEST_OF_LARGE, _SPAN_BYTES // (4 * max(1, elements))))
+    most = min(most, max(1, _SPAN_BYTES // (4 * max(1, of_examples))))
     return int(2 ** (most.bit_length() - 1))
 
 

@@ -351,6 +351,7 @@ class LossCosts:
         fastest: the batch size of those tried that took the least time; 0 for a term of the
             parameters.
         largest: the largest batch size that fits in memory; 0 likewise.
+        examples: seconds of telling every example apart along two motions; 0 where none is.
     """
 
     seconds: float
@@ -358,6 +359,7 @@ class LossCosts:
     higher: float
     fastest: int
     largest: int
+    examples: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,7 +369,7 @@ class Costs:
     Attributes:
         losses: each on its own.
         compressed: see `Compressions`.
-        together: seconds of one evaluation of all of them, passes shared.
+        together: seconds of one evaluation of all of them, passes shared; by the level of `--keep`.
         higher: of it one precision higher.
         recalibrating: seconds of a pass that recalibrates statistics; 0 in other modes.
         memory: bytes a worker holds, by the level of `--keep`.
@@ -375,7 +377,7 @@ class Costs:
 
     losses: dict[str, LossCosts]
     compressed: dict[str, dict[str, float]]
-    together: float
+    together: dict[str, float]
     higher: float
     recalibrating: float
     memory: dict[str, float]

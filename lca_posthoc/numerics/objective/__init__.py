@@ -19,6 +19,7 @@ from .example_axis import recalled, recorded
 from .mixing import refuse_mixed
 from .model import new_model
 from .out_of_memory import is_out_of_memory
+from .passes import one_batch
 from .precision import float32
 from .probe import (
     Identity,
@@ -60,6 +61,7 @@ __all__ = [
     "is_out_of_memory",
     "loss_of_sample",
     "new_model",
+    "one_batch",
     "power_of_two",
     "recalled",
     "recorded",

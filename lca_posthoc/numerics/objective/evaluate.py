@@ -39,6 +39,7 @@ from .example_sums import SumsByExample
 from .model import ModelTensors, bind_tensors, new_model
 from .passes import (
     Accumulator,
+    Batches,
     GroupValues,
     batches_across_groups,
     batches_by_group,
@@ -350,14 +351,26 @@ class Objective:
         return sums
 
     def _every_example(self, name: str, motions: Sequence[Motion] | None) -> Evaluation:
-        """Return a loss with its sums over tensors, and those of every example.
+        """Return a loss that is stated per example over its split, see `tell_examples`."""
+        split = self.splits[str(self.losses[name].split)]
+        size = 1 if name not in self.example_axes else self.batch_sizes[split.name]
+        batches = batches_of_examples(split, size, None)
+        sums = self.tell_examples(name, motions, batches, split.examples)
+        return sums.evaluation(self.order(name), f"loss {name!r} on split {split.name!r}")
+
+    def tell_examples(
+        self, name: str, motions: Sequence[Motion] | None, batches: Batches, examples: int
+    ) -> EveryExample:
+        """Return the sums of every example, at the point the module holds.
 
         Args:
-            name: of a loss that is stated per example.
+            name: of a loss on a split.
             motions: directions; None for the loss alone.
+            batches: in the order of the data; of one example each where `example_axes` does not
+                have the loss.
+            examples: of all batches.
         """
-        split, axes = self.splits[str(self.losses[name].split)], self.example_axes.get(name)
-        tensors = self.tensors.differentiable
+        axes, tensors = self.example_axes.get(name), self.tensors.differentiable
         taps: Taps | None = None
         derivatives: Derivatives | None = None
         if motions is not None and axes is not None:
@@ -365,14 +378,10 @@ class Objective:
             derivatives = TappedDerivatives(taps, tensors, axes)
         elif motions is not None:
             derivatives = SingleDerivatives(tensors, motions)
-        sums = EveryExample(
-            derivatives, list(tensors), len(motions or ()), split.examples, self.device
-        )
-        size = 1 if axes is None else self.batch_sizes[split.name]
+        sums = EveryExample(derivatives, list(tensors), len(motions or ()), examples, self.device)
         source = id(self.losses[name].source), origin(self.task, name)[1]
-        batches = batches_of_examples(split, size, None)
         run_pass(self.loss_values, batches, {source: name}, {source: sums}, taps)
-        return sums.evaluation(self.order(name), f"loss {name!r} on split {split.name!r}")
+        return sums
 
     def find_examples(self, name: str) -> Check:
         """Find where the examples of a loss are in what the model computes, at the point the module

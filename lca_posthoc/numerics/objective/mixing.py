@@ -63,7 +63,8 @@ def _sums(objective: Objective, name: str, data: object) -> Tensor:
     with objective.mode():
         values, weights = objective.values(name, fresh(data))
     count = values.numel() if weights is None else weights.double().sum()
-    return torch.tensor([float(values.double().sum()), float(count)], dtype=torch.float64)
+    total = float(values.detach().double().sum())
+    return torch.tensor([total, float(count)], dtype=torch.float64)
 
 
 def _first_that_differs(

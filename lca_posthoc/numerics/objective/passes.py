@@ -167,6 +167,16 @@ def batches_of_examples(split: Split, batch_size: int, order: Order | None) -> B
             yield OfExamples(codes[index]), batch
 
 
+def one_batch(batch: object, examples: int) -> Batches:
+    """Yield one batch, whose examples are told apart.
+
+    Args:
+        batch: the data.
+        examples: their number.
+    """
+    yield OfExamples(torch.arange(examples)), batch
+
+
 def run_pass(
     loss_values: LossValues,
     batches: Batches,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...base.available_memory import peak_memory
-from ...numerics.schema import KEEP
+from ...numerics.schema import KEEP, holds
 from ..requests import (
     Compressions,
     CompressionsRequest,
@@ -58,23 +58,17 @@ def measure(request: CostsRequest) -> Costs:
     objective = objective_of(request.setup)
     objective.settle_batch_sizes(first_point(request.sample.points, objective), request.batch_sizes)
     losses = {name: _measured(request, objective, name) for name in objective.losses}
-    together = higher = 0.0
-    for sources in objective.data.passes(objective.losses).values():
-        slowest = [max(names, key=lambda name: losses[name].seconds) for names in sources.values()]
-        passes: dict[Any, list[float]] = {}
-        for (function, _), name in zip(sources, slowest, strict=True):
-            shared = "outputs" if objective.losses[name].kind == "function" else function
-            passes.setdefault(shared, []).append(losses[name].forward)
-        # one of them is made
-        spared = [seconds for times in passes.values() for seconds in times[1:]]
-        together += sum(losses[name].seconds for name in slowest) - sum(spared)
-        higher += sum(losses[name].higher for name in slowest)
+    higher = sum(
+        max(losses[name].higher for name in names)
+        for sources in objective.data.passes(objective.losses).values()
+        for names in sources.values()
+    )
     on_gpu = objective.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
     return Costs(
         losses=losses,
         compressed=_compressions(request, objective, request.segments_of_window),
-        together=together,
+        together={keep: _together(objective, losses, keep) for keep in KEEP},
         higher=higher,
         recalibrating=_recalibrating(objective),
         memory={keep: peak + _needed(request, objective, keep) for keep in KEEP},
@@ -95,6 +89,49 @@ def _needed(request: CostsRequest, objective: Objective, keep: str) -> float:
     """Return the bytes a replay of all losses takes at a level of `--keep`."""
     blocks = {name: block_of(request, objective, name, keep) for name in objective.losses}
     return bytes_needed(request, objective, list(blocks), blocks, keep)
+
+
+def _together(objective: Objective, losses: dict[str, LossCosts], keep: str) -> float:
+    """Return the seconds of one evaluation of all losses at a level of `--keep`: of losses per
+    example, the sums over tensors come with the examples.
+    """
+    told = [name for name, loss in objective.losses.items() if loss.per is not None]
+    others = [name for name in losses if holds(keep, "units") or name not in told]
+    together = sum(losses[name].examples for name in told)
+    for sources in objective.data.passes(others).values():
+        slowest = [max(names, key=lambda name: losses[name].seconds) for names in sources.values()]
+        passes: dict[Any, list[float]] = {}
+        for (function, _), name in zip(sources, slowest, strict=True):
+            shared = "outputs" if objective.losses[name].kind == "function" else function
+            passes.setdefault(shared, []).append(losses[name].forward)
+        # one of them is made
+        spared = [seconds for times in passes.values() for seconds in times[1:]]
+        together += sum(losses[name].seconds for name in slowest) - sum(spared)
+    return together
+
+
+def _seconds_of_examples(objective: Objective, name: str) -> float:
+    """Return the seconds of telling every example of a split apart along two motions, from one
+    batch; 0 for a loss that does not.
+    """
+    from ...numerics.objective import Motion, one_batch, recalled, recorded
+
+    loss = objective.losses[name]
+    if loss.per is None or loss.split is None:
+        return 0.0
+    split = objective.splits[loss.split]
+    check = objective.find_examples(name)
+    objective.example_axes.pop(name, None)
+    if not check.untold:
+        objective.example_axes[name] = recalled(recorded(check.axes))
+    size = 1 if check.untold else objective.batch_sizes[split.name]
+    batch, here = split.sample(0, size), objective.point
+    times = []
+    for _ in range(2):  # the first one is slower
+        start = time.perf_counter()
+        objective.tell_examples(name, [Motion(here, here)] * 2, one_batch(batch, size), size)
+        times.append(time.perf_counter() - start)
+    return min(times) / size * split.examples
 
 
 def _recalibrating(objective: Objective) -> float:
@@ -147,6 +184,7 @@ def _measured(request: CostsRequest, objective: Objective, name: str) -> LossCos
         higher=higher * per_example[used] * split.examples,
         fastest=min(per_example, key=lambda size: per_example[size]),
         largest=min(power_of_two(room / objective.saved_bytes(name)), split.examples),
+        examples=_seconds_of_examples(objective, name),
     )
 
 

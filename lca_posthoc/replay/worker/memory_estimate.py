@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from ...base import available_memory
-from ...numerics.schema import holds
+from ...numerics.schema import EXAMPLE_FIELDS, holds
 from ..requests import SampleRequest
 
 if TYPE_CHECKING:
@@ -103,19 +103,33 @@ def bytes_needed(
 def bookkeeping(
     request: SampleRequest[Any], objective: Objective, name: str, block: int | None, keep: str
 ) -> int:
-    """Return the bytes of the numbers a loss holds of every group, and of its replicates, at a
-    level of `--keep`.
+    """Return the bytes of the numbers a loss holds of every group, of its replicates and of its
+    examples, at a level of `--keep`.
     """
     order, hidden = objective.order(name), objective.replicates_of(name)
     parts_order = None if hidden is None else objective.order(hidden)
     groups = 1 if order is None else block or len(order.labels)
     parts = 0 if parts_order is None else len(parts_order.labels)
+    examples = _bytes_of_examples(request, objective, name)
     if not holds(keep, "statistics"):
-        return (groups + parts) * _bytes_of_group(request, objective, keep)
+        return (groups + parts) * _bytes_of_group(request, objective, keep) + examples
     return int(
         (groups + parts) * _bytes_of_nodes(objective)
         + groups * _elements(kept_tensors(request, objective)) * _stored(request, keep)
+        + examples
     )
+
+
+def _bytes_of_examples(request: SampleRequest[Any], objective: Objective, name: str) -> int:
+    """Return the bytes of the numbers of every example: derivatives at nodes, and what is kept of
+    the segments of a span; 0 of a loss that does not tell them apart.
+    """
+    loss = objective.losses[name]
+    if loss.per is None or loss.split is None:
+        return 0
+    kept = len(kept_tensors(request, objective)) + len(EXAMPLE_FIELDS)
+    of_example = 8 * _SUMS * len(objective.allocated) + 4 * request.sample.span_length * kept
+    return int(objective.splits[loss.split].examples * of_example)
 
 
 def _bytes_of_group(request: SampleRequest[Any], objective: Objective, keep: str) -> int:

@@ -20,6 +20,8 @@ from lca_posthoc import Recorder, open_run
 from tests.helpers.cli import contents, task_namespace, write_task
 from tests.helpers.oracle import RULES, Oracle
 
+PLAIN = 'Loss(F.cross_entropy, on="validation")'
+PER_EXAMPLE = 'Loss(F.cross_entropy, on="validation", per="example")'
 SPAN = 2  # segments: many spans of little work
 SCRIPT = f"""
 from lca_posthoc.replay import prepare
@@ -44,7 +46,8 @@ def lay_out(place: Path, segments: int = 40) -> Path:
             optimizer.zero_grad()
             F.cross_entropy(model(inputs[batch]), targets[batch]).backward()
             optimizer.step()
-    write_task(place / "small_task.py")
+    # the loss named last is kept per example too
+    write_task(place / "small_task.py", PLAIN, PER_EXAMPLE)
     return place
 
 
