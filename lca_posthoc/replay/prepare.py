@@ -289,7 +289,15 @@ def _laid_out(
 
 
 def _not_told_apart(described: Description, probed: ProbeAnswer, keep: str) -> Iterator[str]:
-    """Say of which losses the examples of a batch cannot be told apart, where they should be."""
+    """Say of which losses the examples of a batch cannot be told apart, where they should be, and
+    of which there are too many for texts.
+    """
+    for name, texts in probed.texts.items():
+        if texts is None:
+            yield (
+                f"loss {name!r}: {count(described.losses[name].examples, 'example')} are too many to "
+                "record a text for each, by Task.show; --subset takes fewer."
+            )
     for name, sites in probed.sites.items():
         if not sites.why:
             continue
@@ -702,6 +710,7 @@ def _record(
         scale=probed.scale.get(name),
         sites=None if sites is None else sites.found,
         per=loss.per,
+        texts=probed.texts.get(name),
     )
 
 

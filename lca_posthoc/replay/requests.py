@@ -264,6 +264,8 @@ class ProbeAnswer:
         scale: |loss| at the first checkpoint, where a tolerance is a share of it.
         replicates: random parts, for standard errors.
         sites: where the examples are in what the model computes.
+        texts: of the examples of losses that tell them apart, by `Task.show`; None where there are
+            too many of them.
         measured: whether a few segments can be evaluated one precision higher as well.
         statistics: what recalibration settled; None in other modes.
         notes: worth telling.
@@ -276,6 +278,7 @@ class ProbeAnswer:
     scale: dict[str, float]
     replicates: dict[str, int]
     sites: dict[str, Sites]
+    texts: dict[str, list[str] | None]
     measured: bool
     statistics: RecalibrationRecord | None
     notes: list[str]

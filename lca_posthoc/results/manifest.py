@@ -61,6 +61,7 @@ class LossRecord:
         sites: where the examples are in what the model computes, where examples of a batch are told
             apart; None where a batch has one group, or one example of a loss per example.
         per: "example" where the numbers of every example are kept; None for other losses.
+        texts: of the examples, to show with them; None where there are none.
     """
 
     key: str
@@ -83,6 +84,7 @@ class LossRecord:
     covers: int | None = None
     sites: list[SiteRecord] | None = None
     per: str | None = None
+    texts: list[str] | None = None
 
     @property
     def blocks(self) -> list[range]:

@@ -293,7 +293,7 @@ class LossResults:
         (step, example) close it: Σ allocated + residual = loss_end − loss_start. `weight` is the
         sum of the weights of the example's elements; where it is 0, so are the other numbers. The
         coordinate `example` is the position in the split, `group` the label of its group where the
-        loss has groups.
+        loss has groups, `text` what `Task.show` says of it.
 
         Raises:
             LCAError: where the loss is not stated per example.
@@ -313,6 +313,8 @@ class LossResults:
             tensor=("tensor", np.array([spec.name for spec in specs], dtype=object)),
             kind=("tensor", np.array([spec.kind for spec in specs], dtype=object)),
         )
+        if self.record.texts is not None:
+            data = data.assign_coords(text=("example", np.array(self.record.texts, dtype=object)))
         if self.record.groups is None:
             return data
         labels, codes = np.array(self.record.groups), data["group"]

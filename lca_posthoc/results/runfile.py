@@ -42,12 +42,8 @@ _FIELDS = (
     "losses",
     "provenance",
 )
-_RARE = (
-    "begun",
-    "covers",
-    "sites",
-    "per",
-)  # fields of a loss that are left out where they are None
+# fields of a loss that are left out where they are None
+_RARE = ("begun", "covers", "sites", "per", "texts")
 _TENSOR = ("name", "kind", "shape", "aliases", "unit_axis", "source", "key")
 
 _CACHED = 4
@@ -220,9 +216,19 @@ def _fits_together(manifest: Manifest) -> None:
             "fewer segments than the run has",
             covers,
         )
+        _check(
+            record.texts is None or len(record.texts) == record.examples,
+            "losses.texts",
+            "as many as examples",
+            f"{len(record.texts or ())} entries",
+        )
     widest = max((tensor.spec.elements for tensor in manifest.tensors), default=0)
     groups = max((len(record.groups or ()) for record in manifest.losses.values()), default=0)
-    numbers = widest * max(1, groups) * manifest.segments * 8
+    examples = max(
+        (record.examples for record in manifest.losses.values() if record.per), default=0
+    )
+    of_segment = max(widest * max(1, groups), examples * len(manifest.tensors))
+    numbers = of_segment * manifest.segments * 8
     _check(
         numbers < _LARGEST_INTEGER,
         "tensors",
@@ -446,6 +452,7 @@ def _loss(document: object) -> LossRecord:
         covers=_maybe(_whole, entry["covers"], "losses.covers", 1),
         sites=_maybe(_sites, entry["sites"]),
         per=entry["per"],
+        texts=_maybe(_texts, entry["texts"], "losses.texts"),
     )
 
 

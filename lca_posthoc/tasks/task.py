@@ -12,7 +12,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict
@@ -408,12 +408,16 @@ class Task:
             mask with infinite entries: they stay as `model` builds them. Checkpoints need not hold
             them; where they do, the first and the last must agree. A pattern may also name what
             only the checkpoints hold and never moves: it is left out.
+        show: split name → a function of the unpacked batch that returns one text for every example
+            of it (a label, the beginning of a sentence), which reports show where examples are
+            told apart.
     """
 
     model: Callable[[], Any]
     data: Mapping[str, object]
     losses: Mapping[str, Loss]
     fixed: Sequence[str] = ()
+    show: Mapping[str, Callable[..., Sequence[str]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if _is_module(self.model) or not callable(self.model):
@@ -436,6 +440,13 @@ class Task:
             )
         if isinstance(self.fixed, str):
             raise InputError(f"Task.fixed is a list of patterns: fixed=[{self.fixed!r}].")
+        for name, shown in self.show.items():
+            if name not in self.data or not callable(shown):
+                raise InputError(
+                    f"Task.show maps a split to a function of a batch, which returns a text for "
+                    f"every example; got {name!r}: {type(shown).__name__}. The task's data has "
+                    f"{_names(self.data)}."
+                )
         for name, loss in self.losses.items():
             if not isinstance(loss, Loss):
                 raise InputError(
@@ -606,6 +617,7 @@ def _cannot_travel(task: Task, error: Exception) -> InputError:
         "the model": task.model,
         **{f"split {name!r}": split for name, split in task.data.items()},
         **{f"loss {name!r}": loss for name, loss in task.losses.items()},
+        **{f"show of split {name!r}": shown for name, shown in task.show.items()},
     }
     what: object = task
     place, attribute, problem = "it", "", error

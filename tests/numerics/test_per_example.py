@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,14 @@ from torch.utils.data import TensorDataset
 
 from lca_posthoc import Loss, Recorder, Task, run
 from lca_posthoc.errors import InputError, LCAError
-from lca_posthoc.numerics.objective import ObjectiveSettings, build_objective, refuse_mixed
+from lca_posthoc.numerics.objective import (
+    ObjectiveSettings,
+    Split,
+    build_objective,
+    refuse_mixed,
+    texts_of,
+)
+from lca_posthoc.numerics.objective.reader import Reader
 from lca_posthoc.results import LossResults
 
 from ..helpers.oracle import _with_plain_norms
@@ -316,3 +324,34 @@ def test_a_loss_without_examples_says_so(tmp_path: Path) -> None:
 def test_what_per_cannot_be(stated: dict[str, object]) -> None:
     with pytest.raises(InputError, match="per"):
         Loss(**stated)  # type: ignore[arg-type]
+
+
+def beginnings(inputs: Tensor, tokens: Tensor) -> list[str]:
+    return [f"<b>{row.tolist()}" for row in tokens]
+
+
+def test_texts_of_examples_are_recorded(tmp_path: Path) -> None:
+    recorded(CASES["mlp"], tmp_path / "ck")
+    task = replace(task_of(CASES["mlp"]), show={"train": beginnings})
+    probe = replay(CASES["mlp"], tmp_path, "run", task=task, subset=["0.5@3"])
+    texts = beginnings(*data_of(CASES["mlp"]))
+    examples = probe.examples
+    wanted = [texts[position] for position in examples["example"].to_numpy()]
+    assert examples["text"].to_numpy().tolist() == wanted
+
+
+@pytest.mark.parametrize("show", [lambda *batch: "one", lambda *batch: ["too", "few"]])
+def test_texts_are_one_for_each_example(show: Callable[..., object], tmp_path: Path) -> None:
+    recorded(CASES["mlp"], tmp_path / "ck")
+    task = replace(task_of(CASES["mlp"]), show={"train": show})
+    with pytest.raises(InputError, match="one text for every example"):
+        replay(CASES["mlp"], tmp_path, "run", task=task)
+
+
+def test_texts_of_many_examples_are_cut_or_left_out() -> None:
+    counts = {100: 80, 10_000: 25, 100_000: None}
+    for count, length in counts.items():
+        data = torch.zeros(count, 1)
+        split = Split("train", (data, data), torch.device("cpu"), torch.float32, reader=Reader())
+        texts = texts_of(split, 4096, lambda *batch: ["x" * 200] * len(batch[0]))
+        assert (None if texts is None else {*map(len, texts)}) == (length and {length})

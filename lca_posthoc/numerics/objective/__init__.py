@@ -33,6 +33,7 @@ from .probe import (
 from .recalibration import in_both_modes, statistics_of
 from .rounding import rounding_errors
 from .settings import ObjectiveSettings
+from .shown import texts_of
 from .sums import Evaluation, Numbers
 from .tensors import tensor_table
 
@@ -70,6 +71,7 @@ __all__ = [
     "rounding_errors",
     "statistics_of",
     "tensor_table",
+    "texts_of",
     "units_of",
     "weights_of_sample",
 ]

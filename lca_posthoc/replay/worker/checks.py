@@ -129,6 +129,19 @@ def _sites(
     return Sites(found=recorded(check.axes), why="")
 
 
+def _texts(objective: Objective, names: Iterable[str]) -> dict[str, list[str] | None]:
+    """Return the texts that `Task.show` gives the examples of losses that tell them apart."""
+    from ...numerics.objective import texts_of
+
+    texts = {}
+    for name in names:
+        loss, show = objective.losses[name], objective.task.show.get(objective.losses[name].on)
+        if loss.per is not None and show is not None:
+            size = objective.batch_sizes[loss.on]
+            texts[name] = texts_of(objective.splits[loss.on], size, show)
+    return texts
+
+
 def _has_small_groups(objective: Objective, name: str, follows: str | None) -> bool:
     """Tell whether batches of one group each would be more than twice as many as in the order of
     the data; to tell every example apart costs a third more than not to.
@@ -185,6 +198,7 @@ def _probed(request: ProbeRequest, objective: Objective) -> ProbeAnswer:
         scale=_scales(request, objective, first, new),
         replicates={name: _replicates(objective, name) for name in names},
         sites={name: _sites(objective, first, name, levels[KEEP[0]].along[name]) for name in new},
+        texts=_texts(objective, new),
         statistics=None if objective.recalibration is None else objective.recalibration.recorded,
         notes=notes,
     )
