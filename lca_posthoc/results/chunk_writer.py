@@ -56,7 +56,8 @@ class ChunkWriter:
     def write(
         self, place: str, plan: ArrayPlan, values: np.ndarray[Any, Any], corner: Sequence[int]
     ) -> None:
-        """Hand over a part of an array; chunks that were handed over before must be written.
+        """Hand over a part of an array. A chunk is handed over again only after `wait`: threads
+        keep no order.
 
         Args:
             place: path of the loss's group below the run.
