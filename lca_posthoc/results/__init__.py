@@ -3,6 +3,7 @@ as labelled arrays.
 """
 
 from .boundary_checks import differ, disagreement, meeting
+from .chunk_writer import ChunkWriter
 from .commits import Marker
 from .disk import free_space
 from .lock import Held, hold
@@ -34,6 +35,7 @@ from .writer import (
 __all__ = [
     "EVENTS",
     "Announcement",
+    "ChunkWriter",
     "Damage",
     "Held",
     "LastRun",

@@ -27,32 +27,23 @@ from zarr.buffer import default_buffer_prototype
 from ..errors import LCAError
 from . import disk
 from .commits import DATA, Commits, Marker, damaged
-from .files import refuse_links
 from .layout import ArrayPlan, plan_arrays
 from .lock import is_unreleased
 from .manifest import Manifest
 from .metadata import fits, metadata_files
 
-CHUNK_SUFFIX = "partial"  # of the temporary names of chunks
 _MARKERS = 256  # that stay in memory while chunks are read
 
 
 class _LossStore(Store):
-    """The group of one loss, whose metadata and coordinates come from memory."""
+    """The group of one loss for reading, whose metadata and coordinates come from memory."""
 
+    supports_writes = False
     supports_deletes = False
     supports_listing = True
 
-    def __init__(
-        self,
-        path: Path,
-        manifest: Manifest,
-        loss: str,
-        parts: Iterable[str] | None,
-        *,
-        read_only: bool,
-    ) -> None:
-        super().__init__(read_only=read_only)
+    def __init__(self, path: Path, manifest: Manifest, loss: str, parts: Iterable[str]) -> None:
+        super().__init__(read_only=True)
         self._arguments = (path, manifest, loss, parts)
         self._root, self._place = path, path / DATA / manifest.losses[loss].key
         self._known = dict(metadata_files(manifest, loss, parts))
@@ -90,10 +81,6 @@ class _LossStore(Store):
     def _is_stored(self, key: str) -> bool:
         return disk.kind(self._place / key, follow_links=True) == "file"
 
-    @property
-    def supports_writes(self) -> bool:
-        return not self.read_only
-
     async def set(self, key: str, value: Buffer) -> None:
         self._check_writable()
         raise NotImplementedError
@@ -129,7 +116,7 @@ class CheckedStore(_LossStore):
     """
 
     def __init__(self, path: Path, manifest: Manifest, loss: str, parts: Iterable[str]) -> None:
-        super().__init__(path, manifest, loss, parts, read_only=True)
+        super().__init__(path, manifest, loss, parts)
         self._commits = Commits(path, manifest, loss)
         self._plans = {
             plan.path: plan
@@ -196,30 +183,6 @@ class CheckedStore(_LossStore):
                 while len(self._markers) > _MARKERS:
                     self._markers.popitem(last=False)
             return marker
-
-
-class RowStore(_LossStore):
-    """A loss for writing, in whole chunks alone: each is written under a temporary name and
-    renamed, never through a link.
-    """
-
-    def __init__(
-        self, path: Path, manifest: Manifest, loss: str, parts: Iterable[str] | None = None
-    ) -> None:
-        super().__init__(path, manifest, loss, parts, read_only=False)
-
-    def _chunk(self, key: str) -> bytes | None:
-        return None  # chunks are written whole: what is there, perhaps damaged, does not matter
-
-    async def set(self, key: str, value: Buffer) -> None:
-        """Write a chunk."""
-        await asyncio.to_thread(self._write, self._place / key, value.to_bytes())
-
-    def _write(self, file: Path, data: bytes) -> None:
-        refuse_links(self._root, file.parent)
-        disk.ensure_directory(file.parent)
-        # flushed when its span is committed
-        disk.write_whole(file, data, durable=False, suffix=CHUNK_SUFFIX)
 
 
 def name_of(plan: ArrayPlan) -> str:

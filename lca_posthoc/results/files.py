@@ -80,19 +80,15 @@ def checksum(blocks: Iterable[bytes]) -> tuple[int, int]:
     return size, crc
 
 
-def seal_all(paths: list[str], root: Path, durable: bool) -> dict[str, list[int]]:
-    """Seal files below `root`, and where durable flush the directories down to them; returns
-    relative path → [size, crc32].
+def flush_all(paths: list[str], root: Path) -> None:
+    """Flush files below `root`, and the directories down to them.
 
     Some at a time: a file system flushes several files in about the time of one.
     """
-    with ThreadPoolExecutor(_AT_A_TIME, "lca-seal") as threads:
-        seals = threads.map(lambda path: seal(root / path, durable), paths)
-        sealed = dict(zip(paths, seals, strict=True))
-        if durable:
-            directories = sorted({parent for path in paths for parent in Path(path).parents})
-            list(threads.map(lambda directory: disk.flush_names(root / directory), directories))
-    return sealed
+    with ThreadPoolExecutor(_AT_A_TIME, "lca-flush") as threads:
+        list(threads.map(lambda path: seal(root / path, durable=True), paths))
+        directories = sorted({parent for path in paths for parent in Path(path).parents})
+        list(threads.map(lambda directory: disk.flush_names(root / directory), directories))
 
 
 def refuse_links(root: Path, directory: Path) -> None:

@@ -16,17 +16,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numcodecs.blosc
 import numpy as np
-import zarr
 
 from ..checkpoints.trajectory import Checkpoint
 from ..errors import InputError, LCAError, ResourceError, SpanError
 from ..numerics.schema import BINS, TOTAL_FIELDS, Totals, join_all
 from . import disk
-from .chunks import CHUNK_SUFFIX, CheckedStore, RowStore
+from .chunk_writer import SUFFIX as CHUNK_SUFFIX
+from .chunk_writer import ChunkWriter
+from .chunks import CheckedStore
 from .commits import COMMITS, DATA, PARTIAL, Commits, Marker, Waiting
-from .files import refuse_links, seal, seal_all, write_json
+from .encoding import compressed
+from .files import flush_all, refuse_links, seal, write_json
 from .layout import plan_arrays
 from .lock import hold
 from .manifest import Identity, LossRecord, Manifest
@@ -125,11 +126,7 @@ def _compressed_share(allocation: np.ndarray[Any, Any], segments: int) -> dict[s
 
 def _left(values: np.ndarray[Any, Any]) -> float:
     """Return the share of its bytes that the store's codec leaves of an array."""
-    data = values.tobytes()
-    packed = numcodecs.blosc.compress(
-        data, b"lz4", 5, numcodecs.blosc.BITSHUFFLE, 0, values.dtype.itemsize
-    )
-    return min(1.0, len(packed) / max(1, len(data)))
+    return min(1.0, len(compressed(values)) / max(1, values.nbytes))
 
 
 def estimated_bytes(
@@ -349,7 +346,7 @@ class RunWriter:
             disk.write_whole(file, data, durable=False)
             written.append(path)
         if self.durable:
-            seal_all(written, self.path, durable=True)
+            flush_all(written, self.path)
         return written
 
     def add_losses(self, losses: dict[str, LossRecord]) -> None:
@@ -539,8 +536,12 @@ class RunWriter:
 
     # --- spans: workers ---------------------------------------------------------------------------
 
-    def write_block(self, loss: str, span: int, statistics: SpanSums) -> None:
-        """Write the large arrays of the block of groups that `statistics` holds; `write_span`
+    def chunks(self) -> ChunkWriter:
+        """Return what writes the chunks of one span after another, a context."""
+        return ChunkWriter(self.path, self.durable)
+
+    def write_block(self, loss: str, span: int, statistics: SpanSums, chunks: ChunkWriter) -> None:
+        """Hand over the large arrays of the block of groups that `statistics` holds; `write_span`
         commits them.
 
         Raises:
@@ -556,7 +557,7 @@ class RunWriter:
         rows: tuple[slice, ...] = (self.manifest.of(loss).rows(span),)
         if self.manifest.losses[loss].groups is not None:
             rows = (*rows, slice(statistics.block.start, statistics.block.stop))
-        self._write(loss, parts, arrays, rows)
+        self._write(loss, parts, arrays, rows, chunks)
 
     def write_span(
         self,
@@ -564,15 +565,18 @@ class RunWriter:
         span: int,
         statistics: SpanSums,
         summary: Mapping[str, object],
+        chunks: ChunkWriter,
         replicates: np.ndarray[Any, Any] | None = None,
     ) -> None:
-        """Write the remaining arrays of one span of one loss, and commit the span.
+        """Write the remaining arrays of one span of one loss, and commit the span once all of it is
+        written.
 
         Args:
             loss: its name.
             span: its number on the grid.
             statistics: the arrays.
             summary: JSON-like, recorded in the marker (evaluations, seconds, …).
+            chunks: to which the blocks of the span were handed over.
             replicates: the allocated sums by segment, replicate and tensor, where the loss has
                 replicates.
 
@@ -580,7 +584,7 @@ class RunWriter:
             SpanError: where the run is no longer the one this writer was opened for.
         """
         self._still_recorded(loss, span)
-        self._write_small(loss, span, statistics, replicates)
+        self._write_small(loss, span, statistics, chunks, replicates)
         commits = self.commits(loss)
         marker: dict[str, object] = {
             **summary,
@@ -588,8 +592,8 @@ class RunWriter:
             "loss": loss,
             "span": span,
             "steps": self.manifest.steps[commits.manifest.rows(span)],
-            "partial": self._write_span_totals(commits, span, statistics),
-            "files": seal_all(commits.planned_files(span), self.path, self.durable),
+            "partial": self._write_span_totals(commits, span, statistics, chunks),
+            "files": chunks.sealed(commits.planned_files(span)),
         }
         self._still_recorded(loss, span)
         self._commit(commits.marker(span), marker)
@@ -600,6 +604,7 @@ class RunWriter:
         loss: str,
         span: int,
         statistics: SpanSums,
+        chunks: ChunkWriter,
         replicates: np.ndarray[Any, Any] | None,
     ) -> None:
         """Write the arrays of a span that have no axis of single parameters or units."""
@@ -624,10 +629,11 @@ class RunWriter:
             parts,
             ((path, values) for path, values in arrays.items() if path in planned),
             (self.manifest.of(loss).rows(span),),
+            chunks,
         )
 
     def _write_span_totals(
-        self, commits: Commits, span: int, statistics: SpanSums
+        self, commits: Commits, span: int, statistics: SpanSums, chunks: ChunkWriter
     ) -> list[int] | None:
         """Write the totals of a span where its window is one span, or let them wait for the others
         of the window; returns size and CRC-32 of what waits.
@@ -636,7 +642,7 @@ class RunWriter:
         if not totals:
             return None
         if self.manifest.window == 1:
-            self._write_totals(commits.loss, span, totals.items())
+            self._write_totals(commits.loss, span, totals.items(), chunks)
             return None
         refuse_links(self.path, commits.partials)
         return write_partial(
@@ -675,19 +681,26 @@ class RunWriter:
         parts: Iterable[str],
         arrays: Iterable[tuple[str, Any]],
         rows: tuple[slice, ...],
+        chunks: ChunkWriter,
     ) -> None:
-        """Write whole chunks of some arrays of these parts, one array after the other, as the
+        """Hand over whole chunks of some arrays of these parts, one array after the other, as the
         iterable gives them.
         """
-        numcodecs.blosc.use_threads = False
-        store = RowStore(self.path, self.manifest, loss, set(parts))
-        with zarr.config.set({"array.write_empty_chunks": True}):
-            for path, values in arrays:
-                if values.size:
-                    zarr.open_array(store, path=path, mode="r+", zarr_format=3)[rows] = values
+        record = self.manifest.losses[loss]
+        plans = {
+            plan.path: plan
+            for plan in plan_arrays(self.manifest, self.keep, record)
+            if plan.part in parts
+        }
+        corner = [along.start for along in rows]
+        for path, values in arrays:
+            if values.size:
+                chunks.write(f"{DATA}/{record.key}", plans[path], values, corner)
 
-    def _write_totals(self, loss: str, window: int, totals: Iterable[tuple[str, Totals]]) -> None:
-        """Write the totals of a window, tensor by tensor."""
+    def _write_totals(
+        self, loss: str, window: int, totals: Iterable[tuple[str, Totals]], chunks: ChunkWriter
+    ) -> None:
+        """Hand over the totals of a window, tensor by tensor."""
         arrays = (
             (
                 f"{part}/{self._key(name)}",
@@ -696,7 +709,7 @@ class RunWriter:
             for name, by_field in totals
             for part, (fields, dtype) in TOTAL_FIELDS.items()
         )
-        self._write(loss, TOTAL_FIELDS, arrays, (slice(window, window + 1),))
+        self._write(loss, TOTAL_FIELDS, arrays, (slice(window, window + 1),), chunks)
 
     def fold(self, loss: str, window: int) -> list[int]:
         """Join the totals of a window's spans once all are committed; repeated or simultaneous
@@ -718,7 +731,7 @@ class RunWriter:
                 for span in (spans if stretch.span is None else [stretch.span])
             }
             if not damaged:
-                self._write_totals(loss, window, self._joined(waiting))
+                sealed = self._write_joined(commits, window, waiting)
         except FileNotFoundError:  # another worker folded this window meanwhile
             return []
         if damaged:
@@ -727,11 +740,20 @@ class RunWriter:
             if damaged == {*spans}:
                 self._discard_window(commits, window)
             return sorted(damaged)
-        sealed = seal_all(commits.planned_totals(window), self.path, self.durable)
         marker = {"run": self.manifest.id, "loss": loss, "window": window, "files": sealed}
         self._commit(commits.window_marker(window), marker)
         self._remove_partials(commits)
         return []
+
+    def _write_joined(
+        self, commits: Commits, window: int, waiting: list[Waiting]
+    ) -> dict[str, list[int]]:
+        """Write the totals of a window that waited in stretches; returns size and CRC-32 of each
+        chunk.
+        """
+        with self.chunks() as chunks:
+            self._write_totals(commits.loss, window, self._joined(waiting), chunks)
+            return chunks.sealed(commits.planned_totals(window))
 
     def _joined(self, waiting: list[Waiting]) -> Iterator[tuple[str, Totals]]:
         """Yield each tensor's totals over neighbouring stretches, whose own are in files."""

@@ -23,7 +23,7 @@ from lca_posthoc.numerics.schema import TOTAL_FIELDS, Totals, join_all, unit_of_
 from lca_posthoc.numerics.settings import resolve
 from lca_posthoc.numerics.statistics import SpanStatistics
 from lca_posthoc.replay.prepare import choose_span, choose_window
-from lca_posthoc.results import LossRecord, Manifest, RunWriter, StoredTensor, create
+from lca_posthoc.results import ChunkWriter, LossRecord, Manifest, RunWriter, StoredTensor, create
 from lca_posthoc.results.files import seal
 from lca_posthoc.results.keys import encode_all
 from lca_posthoc.results.layout import plan_arrays
@@ -119,19 +119,20 @@ def build(
     manifest = laid_out(shapes, segments, losses, keep, window)
     writer = create(path, manifest, durable=False)
     for at, loss in enumerate(losses):
-        _fill(writer, loss, at)
+        with writer.chunks() as chunks:
+            _fill(writer, loss, at, chunks)
     plans = [
         plan for record in manifest.losses.values() for plan in plan_arrays(manifest, keep, record)
     ]
     return sum(plan.bytes for plan in plans if plan.part == "allocation")
 
 
-def _fill(writer: RunWriter, loss: str, seed: int) -> None:
+def _fill(writer: RunWriter, loss: str, seed: int, chunks: ChunkWriter) -> None:
     manifest, commits = writer.manifest, writer.commits(loss)
     statistics_of_patterns, totals = [], []
     for pattern in range(min(PATTERNS, manifest.spans)):
         statistics = _statistics(manifest, loss, PATTERNS * seed + pattern)
-        writer.write_block(loss, pattern, statistics)
+        writer.write_block(loss, pattern, statistics, chunks)
         totals.append(statistics.totals())
         statistics.begin(range(0))  # gives up the large arrays
         statistics_of_patterns.append(statistics)
@@ -142,8 +143,10 @@ def _fill(writer: RunWriter, loss: str, seed: int) -> None:
         loss,
         parts,
         ((path, each) for path, each in arrays.items() if path in known),
-        (slice(None),),
+        (slice(0, None),),
+        chunks,
     )
+    chunks.wait()
     sealed: dict[str, list[int]] = {}
     for span in range(manifest.spans):
         files, own = commits.planned_files(span), span % PATTERNS
@@ -193,12 +196,12 @@ def _write_totals(
     ]
     first, files = kinds.index(kinds[window]), commits.planned_totals(window)
     if first == window:
-        for name in totals[0]:
-            writer._write_totals(
-                loss,
-                window,
-                [(name, join_all(totals[pattern][name] for pattern in kinds[window]))],
-            )
+        joined = (
+            (name, join_all(totals[pattern][name] for pattern in kinds[window]))
+            for name in totals[0]
+        )
+        with writer.chunks() as chunks:
+            writer._write_totals(loss, window, joined, chunks)
         sealed |= {file: seal(writer.path / file, False) for file in files}
     for file, like in zip(files, commits.planned_totals(first), strict=True):
         _link(writer.path, like, file, sealed)

@@ -1,6 +1,6 @@
-"""Zarr's own tests of stores, on the two stores through which it reads and writes runs.
+"""Zarr's own tests of stores, on the store through which it reads runs.
 
-An override below says where ours are narrower than the contract, and why; everything else of the
+An override below says where ours is narrower than the contract, and why; everything else of the
 suite runs as zarr wrote it.
 """
 
@@ -26,7 +26,7 @@ from zarr.testing.store import StoreTests
 import lca_posthoc
 from lca_posthoc.errors import LCAError
 from lca_posthoc.results import read_manifest
-from lca_posthoc.results.chunks import CheckedStore, RowStore
+from lca_posthoc.results.chunks import CheckedStore
 from lca_posthoc.results.commits import Commits
 from lca_posthoc.results.files import read_json, seal, write_json
 from lca_posthoc.results.metadata import metadata_files
@@ -72,7 +72,7 @@ async def listed(keys: AsyncIterator[str]) -> list[str]:
 
 
 class Contract(StoreTests[Any, cpu.Buffer]):
-    """What both stores share: the metadata of a run, which they hold in memory.
+    """What follows from the metadata of a run, which the store holds in memory.
 
     A test of the suite that does not apply is None, so that nothing is skipped.
     """
@@ -295,111 +295,6 @@ class TestCheckedStore(Contract):
     test_set_if_not_exists = None  # read-only
 
 
-class TestRowStore(Contract):
-    """The store workers write through: whole chunks, which nobody reads back through it."""
-
-    store_cls = RowStore
-
-    async def set(self, store: Any, key: str, value: cpu.Buffer) -> None:
-        (store._place / key).write_bytes(value.to_bytes())
-
-    def test_store_supports_writes(self, store: Any) -> None:
-        assert store.supports_writes
-
-    @pytest.mark.parametrize("read_only", [False])
-    async def test_store_open_read_only(self, open_kwargs: dict[str, Any], read_only: bool) -> None:
-        """There is no read-only one: `CheckedStore` is that."""
-        store = await self.store_cls.open(**open_kwargs)
-        assert store._is_open
-        assert store.read_only == read_only
-
-    test_read_only_store_raises = None  # there is no read-only one
-    test_with_read_only_store = None  # there is no read-only one
-
-    async def test_serializable_store(self, store: Any) -> None:
-        """The suite reads through the copy."""
-        copy = pickle.loads(pickle.dumps(store))
-        assert copy == store
-        assert not copy.read_only
-        await copy.set(CHUNKS[0], of(b"\x01\x02\x03\x04"))
-        assert (await self.get(store, CHUNKS[0])).to_bytes() == b"\x01\x02\x03\x04"
-
-    # Keys are those of chunks the run has.
-
-    @pytest.mark.parametrize("key", CHUNKS)
-    @pytest.mark.parametrize("data", [b"\x01\x02\x03\x04", b""])
-    async def test_set(self, store: Any, key: str, data: bytes) -> None:
-        await super().test_set(store, key, data)
-
-    async def test_set_not_open(self, store_not_open: Any) -> None:
-        assert not store_not_open._is_open
-        await store_not_open.set(CHUNKS[0], of(b"\x01\x02\x03\x04"))
-        assert (await self.get(store_not_open, CHUNKS[0])).to_bytes() == b"\x01\x02\x03\x04"
-
-    async def test_set_many(self, store: Any) -> None:
-        await store._set_many((key, of(key.encode())) for key in CHUNKS)
-        for key in CHUNKS:
-            assert (await self.get(store, key)).to_bytes() == key.encode()
-
-    async def test_set_if_not_exists(self, store: Any) -> None:
-        before = (await self.get(store, CHUNKS[0])).to_bytes()
-        await store.set_if_not_exists(CHUNKS[0], of(b"1111"))
-        assert (await self.get(store, CHUNKS[0])).to_bytes() == before
-        (store._place / CHUNKS[0]).unlink()
-        await store.set_if_not_exists(CHUNKS[0], of(b"1111"))
-        assert (await self.get(store, CHUNKS[0])).to_bytes() == b"1111"
-
-    async def test_a_write_leaves_nothing_else_and_goes_through_no_link(
-        self, store: Any, tmp_path: Path
-    ) -> None:
-        """Beyond the contract: each chunk is there whole, under its name alone."""
-        place = store._place / "steps" / "residual" / "c"
-        before = sorted(path.name for path in place.iterdir())
-        await store.set(CHUNKS[0], of(b"1111"))
-        assert sorted(path.name for path in place.iterdir()) == before
-        place.rename(tmp_path / "elsewhere")
-        place.symlink_to(tmp_path / "elsewhere")
-        with pytest.raises(LCAError, match="is a link"):
-            await store.set(CHUNKS[0], of(b"2222"))
-        assert (tmp_path / "elsewhere" / "0").read_bytes() == b"1111"
-
-    # A chunk is written whole, so what is there already, perhaps damaged, does not matter: reading
-    # one gives None, and zarr begins with an empty one.
-
-    @pytest.mark.parametrize("key", CHUNKS)
-    async def test_get(self, store: Any, key: str) -> None:
-        await self.set(store, key, of(b"\x01\x02\x03\x04"))
-        assert await store.get(key, PROTOTYPE) is None
-
-    @pytest.mark.parametrize(
-        ("byte_range", "part"),
-        [
-            (RangeByteRequest(1, 4), slice(1, 4)),
-            (OffsetByteRequest(3), slice(3, None)),
-            (SuffixByteRequest(2), slice(-2, None)),
-            (None, slice(None)),
-        ],
-    )
-    async def test_get_partial_values(
-        self, store: Any, known: dict[str, bytes], byte_range: ByteRequest, part: slice
-    ) -> None:
-        keys = [METADATA, "steps/zarr.json", "steps/step/c/0", CHUNKS[0]]
-        observed = await store.get_partial_values(PROTOTYPE, [(key, byte_range) for key in keys])
-        assert [None if data is None else data.to_bytes() for data in observed] == [
-            *(known[key][part] for key in keys[:3]),
-            None,
-        ]
-
-    async def test_get_raises(self, store: Any) -> None:
-        with pytest.raises(ValueError, match=r"Unexpected byte_range, got.*"):
-            await store.get(METADATA, PROTOTYPE, byte_range=(0, 2))
-
-    test_get_not_open = None  # chunks are not read
-    test_get_many = None  # chunks are not read
-    test_getsize = None  # chunks are not read
-
-
-def test_both_are_stores_of_zarr_and_no_wrappers_of_one() -> None:
-    for store in (CheckedStore, RowStore):
-        assert issubclass(store, Store)
-        assert store.__module__ == "lca_posthoc.results.chunks"
+def test_it_is_a_store_of_zarr_and_no_wrapper_of_one() -> None:
+    assert issubclass(CheckedStore, Store)
+    assert CheckedStore.__module__ == "lca_posthoc.results.chunks"

@@ -402,9 +402,12 @@ def test_a_late_worker_commits_nothing_that_has_changed_meanwhile(run: Path) -> 
     ]
     for change in changes:
         results.writer.write_manifest(change(late.manifest), run)
-        for write in (late.write_block, lambda *given: late.write_span(*given, {})):
-            with pytest.raises(SpanError, match=r"span 5 .*is not committed"):
-                write("train", 5, statistics)
+        for write in (late.write_block, lambda *given: late.write_span(*given[:-1], {}, given[-1])):
+            with (
+                pytest.raises(SpanError, match=r"span 5 .*is not committed"),
+                late.chunks() as chunks,
+            ):
+                write("train", 5, statistics, chunks)
         results.writer.write_manifest(late.manifest, run)
     assert contents(run) == before
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from ...numerics.allocation import SegmentAllocation
     from ...numerics.objective import Along, Evaluation, Motion, Objective
     from ...numerics.statistics import SpanSums
-    from ...results import Marker, RunWriter, SpanReport
+    from ...results import ChunkWriter, Marker, RunWriter, SpanReport
 
 # from here on the first segment that moves is measured: the same one however a run is cut or has
 # grown
@@ -254,15 +254,20 @@ class _SpanReplay:
 
     def run(self) -> dict[str, LossSpan]:
         """Allocate, write, commit; return what each loss took."""
+        with self.writer.chunks() as chunks:
+            return self._run(chunks)
+
+    def _run(self, chunks: ChunkWriter) -> dict[str, LossSpan]:
         started, before = time.perf_counter(), self._counts()
         errors = self._rounding()
         levels = [0] * self.length
         while True:
-            reached = self._walk(levels)
+            reached = self._walk(levels, chunks)
             if all(len(of_segment) == 1 for of_segment in reached) or len(self.blocks) == 1:
                 break
             # the groups of a loss are refined alike
             levels = [max(of_segment) for of_segment in reached]
+            chunks.wait()  # before the same chunks are written again
         losses: dict[str, LossSpan] = {}
         seconds = (time.perf_counter() - started) / len(self.records)
         for name, statistics in self.statistics.items():
@@ -289,7 +294,7 @@ class _SpanReplay:
             where = {"host": socket.gethostname(), "pid": os.getpid(), "seconds": round(seconds, 3)}
             marker = {**to_plain(losses[name]), **where}
             self.writer.write_span(
-                name, self.request.span, statistics, marker, self.parts.get(name)
+                name, self.request.span, statistics, marker, chunks, self.parts.get(name)
             )
         return losses
 
@@ -307,9 +312,9 @@ class _SpanReplay:
             for name in self.records
         }
 
-    def _walk(self, levels: list[int]) -> list[set[int]]:
-        """Allocate every block over all segments, at least at the levels given; return the levels
-        that were reached.
+    def _walk(self, levels: list[int], chunks: ChunkWriter) -> list[set[int]]:
+        """Allocate every block over all segments, at least at the levels given, and hand it over;
+        return the levels that were reached.
         """
         from ...numerics.allocation import allocate_span
 
@@ -344,7 +349,7 @@ class _SpanReplay:
                     )
                     self.report.reach(reached_segments, residual)
             for name, statistics in self.statistics.items():
-                self.writer.write_block(name, self.request.span, statistics)
+                self.writer.write_block(name, self.request.span, statistics, chunks)
         return reached
 
     def _gathering(self) -> Mapping[str, SpanSums]:

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,13 +98,15 @@ def _failing(out: Path, number: int | None, code: int) -> Iterator[list[int]]:
     """Count the calls that open, write, flush or rename something of a run; the `number`-th
     fails.
     """
-    made, place = [0], str(out)
+    made, place, lock = [0], str(out), threading.Lock()  # several threads write and flush
 
     def count(path: object) -> None:
         name = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else os.fspath(path)  # type: ignore[call-overload]
         if str(name).startswith(place):
-            made[0] += 1
-            if made[0] == number:
+            with lock:
+                made[0] += 1
+                is_the_one = made[0] == number
+            if is_the_one:
                 raise OSError(code, os.strerror(code), str(name))
 
     def wrapped(call: Callable[..., Any]) -> Callable[..., Any]:

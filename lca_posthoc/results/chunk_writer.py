@@ -1,0 +1,106 @@
+"""Chunks are compressed, written and flushed by a few threads, behind the one that makes arrays."""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import numpy as np
+
+from . import disk
+from .encoding import chunks_of, encoded
+from .files import refuse_links
+from .layout import ArrayPlan
+
+A = TypeVar("A")
+
+SUFFIX = "partial"  # of the temporary names of chunks
+WAITING = 2**23  # bytes of arrays that may wait while more are made
+_AT_A_TIME = 4  # a file system flushes several files in about the time of one
+
+
+class ChunkWriter:
+    """Writes whole chunks of arrays in threads, each under a temporary name that is then renamed,
+    never through a link.
+
+    Arrays wait uncopied, so nobody may change what was handed over, and at most `WAITING` bytes of
+    them: what is more is awaited at once. What goes wrong in a thread is raised, as it is, by the
+    next call. The threads end with the context, which waits for them; where it ends with an
+    exception, what they have not begun is left out.
+
+    Args:
+        root: directory of the run.
+        durable: whether chunks are flushed to disk.
+    """
+
+    def __init__(self, root: Path, durable: bool) -> None:
+        self._root, self._durable = root, durable
+        self._threads = ThreadPoolExecutor(_AT_A_TIME, "lca-write")
+        self._waiting: deque[tuple[int, list[Future[None]]]] = deque()
+        self._seals: dict[str, list[int]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._threads.shutdown(cancel_futures=True)
+
+    def write(
+        self, place: str, plan: ArrayPlan, values: np.ndarray[Any, Any], corner: Sequence[int]
+    ) -> None:
+        """Hand over a part of an array. A chunk is handed over again only after `wait`: threads
+        keep no order.
+
+        Args:
+            place: path of the loss's group below the run.
+            plan: of the array.
+            values: see `encoding.chunks_of`; `corner` too.
+            corner: where the part begins.
+        """
+
+        def write(chunk: tuple[str, np.ndarray[Any, Any]]) -> None:
+            path, part = chunk
+            self._write(f"{place}/{path}", encoded(plan, part))
+
+        self._begin(write, chunks_of(plan, values, corner), values.nbytes)
+        self._await(WAITING)
+
+    def wait(self) -> None:
+        """Wait until everything that was handed over is written."""
+        self._await(-1)
+
+    def sealed(self, paths: Iterable[str]) -> dict[str, list[int]]:
+        """Wait, and return size and CRC-32 of some of the chunks, by their paths below the run;
+        where durable, they and their names are on disk then.
+        """
+        self.wait()
+        seals = {path: self._seals[path] for path in paths}
+        if self._durable:  # a chunk was flushed together with its name
+            above = {place for path in seals for place in Path(path).parent.parents}
+            self._begin(lambda place: disk.flush_names(self._root / place), sorted(above), 0)
+            self.wait()
+        return seals
+
+    def _write(self, path: str, data: bytes) -> None:
+        file = self._root / path
+        refuse_links(self._root, file.parent)
+        disk.ensure_directory(file.parent)
+        disk.write_whole(file, data, self._durable, suffix=SUFFIX)
+        self._seals[path] = [len(data), zlib.crc32(data)]
+
+    def _begin(self, work: Callable[[A], None], parts: Iterable[A], size: int) -> None:
+        self._waiting.append((size, [self._threads.submit(work, part) for part in parts]))
+
+    def _await(self, most: int) -> None:
+        """Wait until at most so many bytes wait."""
+        while self._waiting and sum(size for size, _ in self._waiting) > most:
+            for writing in self._waiting.popleft()[1]:
+                writing.result()
