@@ -5,9 +5,10 @@ LCA_DATA=DIR python tests/benchmarks/per_example.py [mnist_fc mnist_lenet resnet
     [--examples 10000] [--rounds 5]
 ```
 
-The workloads are those of `speed.py`. Timed are evaluations as `--keep tensors` makes them where two
-segments meet: along two motions, over the first examples of the training split, in one process and
-one thread, alternating. Shown are medians of processor seconds and of their ratios.
+The workloads are those of `speed.py`. Timed are the two evaluations a segment takes at `--keep
+tensors`: one in its middle, along its motion, and one where it meets the next, along both; over the
+first examples of the training split, in one process and one thread, alternating. Shown are medians
+of processor seconds and of their ratios.
 """
 
 from __future__ import annotations
@@ -79,10 +80,12 @@ def motions_of(objective: Objective) -> list[Motion]:
 
 
 def seconds(objective: Objective, loss: str, motions: list[Motion]) -> float:
-    """Return the processor seconds of one evaluation."""
-    along = Along(dict.fromkeys(objective.tensors.differentiable), motions)
+    """Return the processor seconds of the evaluations of a segment."""
+    axes = dict.fromkeys(objective.tensors.differentiable)
     began = time.process_time()
-    objective.evaluate(motions[1].start, [loss], along=along, examples=motions)
+    for directions in (motions[:1], motions):
+        along = Along(axes, directions)
+        objective.evaluate(motions[1].start, [loss], along=along, examples=directions)
     return time.process_time() - began
 
 
