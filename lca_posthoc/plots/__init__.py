@@ -10,6 +10,7 @@ from .candidates import candidates as candidates
 from .compare import compare as compare
 from .curve import curve as curve
 from .distribution import distribution as distribution
+from .examples import examples as examples
 from .generalisation import generalisation as generalisation
 from .helping import helping as helping
 from .layers import layers as layers

@@ -19,6 +19,7 @@ import xarray as xr
 from lca_posthoc import Run, findings
 from lca_posthoc.base.declarations import declared_findings
 from lca_posthoc.errors import LCAWarning
+from lca_posthoc.findings.examples import FATES
 
 STEPS = 12
 LAYERS = ("fc1", "_fc$2", "fc3")
@@ -278,6 +279,54 @@ def candidates(units: bool = True) -> xr.Dataset:
         variables["unit_total"] = ("unit", [0.2, 0.1])
         coords |= {"unit_name": ("unit", ["fc1[3]", "fc3[0]"]), "dead_name": ("dead", ["fc1[1]"])}
     return made("candidates", variables, **coords)
+
+
+def examples() -> xr.Dataset:
+    count, stretch = 9, np.arange(4) * 15
+    layer, both = ("layer",), ("step", "layer")
+    story = 0.3 * noise(2, 4, 3)
+    variables: dict[str, Any] = {
+        "interference": (both, np.random.default_rng(0).random((STEPS, 3))),
+        "absolute": (both, abs(noise(STEPS, 3)) + 0.1),
+        "interference_mean": (layer, [0.4, 0.6, 0.7]),
+        "interference_total": (layer, [0.2, 0.1, 0.9]),
+        "total": (layer, [-1.0, -0.3, 0.1]),
+        "helped_most": (layer, [5, 3, 0]),
+        "hurt_most": (layer, [0, 1, 2]),
+        "forgot_most": (layer, [0, 0, 1]),
+        "fates": ("fate_name", [1, 5, 2, 1]),
+        "loss_start": ("example", np.full(count, 2.3)),
+        "loss_end": ("example", np.linspace(0.1, 2.4, count)),
+        "loss_lowest": ("example", np.full(count, 0.1)),
+        "forgotten": ("example", np.linspace(0.0, 2.3, count)),
+        "residual": ("example", 1e-4 * noise(count)),
+        "step_half": ("example", np.full(count, 10)),
+        "step_lowest": ("example", np.full(count, 20)),
+        "events": ("example", np.arange(count) % 3),
+        "fate": ("example", np.arange(count) % 4),
+        "weight": ("example", np.append(np.ones(count - 1), 0.0)),
+        "allocated": (("example", "layer"), noise(count, 3)),
+        "since_lowest": (("example", "layer"), abs(noise(count, 3))),
+        "story_loss": (("story", "stretch"), 2.3 + story.sum(-1)),
+        "story_start": ("story", [2.3, 2.3]),
+        "story_allocated": (("story", "stretch", "layer"), story),
+        "story_change": ("story", story.sum(-1)[:, -1]),
+        "story_forgotten": ("story", [0.0, 1.1]),
+    }
+    coords: dict[str, Any] = {
+        "layer": list(LAYERS),
+        "fate_name": list(FATES),
+        "example": np.arange(count),
+        "example_group": ("example", np.arange(count) % 3),
+        "stretch_start": ("stretch", stretch),
+        "stretch_end": ("stretch", stretch + 15),
+        "story_kind": ("story", ["most helped", "most forgotten"]),
+        "story_layer": ("story", ["fc1", "_fc$2"]),
+        "story_example": ("story", [0, 7]),
+        "story_text": ("story", ["a $zero$", "_a seven"]),
+    }
+    about = {"per": "example", "count": count, "least": 0.23}
+    return made("examples", variables, **coords).assign_attrs(about)
 
 
 def compare(runs: tuple[int, ...] = (3, 1)) -> xr.Dataset:
