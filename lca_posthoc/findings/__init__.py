@@ -1,6 +1,7 @@
 """From a run to small labelled results: one file per analysis."""
 
 from ..base.declarations import declared_findings
+from .blocks import blocks as blocks
 from .candidates import candidates as candidates
 from .compare import compare as compare
 from .curve import curve as curve

@@ -281,6 +281,32 @@ def candidates(units: bool = True) -> xr.Dataset:
     return made("candidates", variables, **coords)
 
 
+def blocks(groups: bool = False) -> xr.Dataset:
+    group, extent = (("group",), (3,)) if groups else ((), ())
+    total = noise(4, 3, *extent)
+    total[3, 2] = np.nan
+    variables: dict[str, Any] = {
+        "total": (("component", "depth", *group), total),
+        "mean": (("component", "depth", *group), total / 10),
+        "outside": (("outside_layer", *group), noise(3, *extent)),
+        "head_total": (("projection", "depth", "head", *group), noise(2, 3, 2, *extent)),
+    }
+    names = ["attn._q$", "mlp", "norm", "extra"]
+    coords: dict[str, Any] = {
+        "component": [f"h.*.{name}" for name in names],
+        "stack": ("component", ["h"] * 4),
+        "name": ("component", names),
+        "depth": [0, 1, 2],
+        "parameters": (("component", "depth"), np.full((4, 3), 10)),
+        "outside_layer": list(LAYERS),
+        "projection": ["h.*.attn.query", "h.*.attn._key$"],
+        "projection_stack": ("projection", ["h", "h"]),
+        "role": ("projection", ["query", "key"]),
+        "head": [0, 1],
+    }
+    return made("blocks", variables, **(coords | ({"group": list(GROUPS)} if groups else {})))
+
+
 def examples() -> xr.Dataset:
     count, stretch = 9, np.arange(4) * 15
     layer, both = ("layer",), ("step", "layer")
@@ -416,6 +442,7 @@ def large(finding: str, count: int, steps: int) -> xr.Dataset:
     base, random = MADE[finding](), np.random.default_rng(count)
     tensors = [f"{module(at)}.{part}" for at in range(count) for part in ("weight", "bias")]
     extents = {"layer": count, "tensor": 2 * count, "unit": 3 * count, "step": steps}
+    extents |= {"component": count, "outside_layer": count, "depth": min(steps, 60)}
     if finding == "candidates":
         extents |= {"unit": 20}
     extents = {dim: extent for dim, extent in extents.items() if dim in base.dims}
@@ -431,10 +458,14 @@ def large(finding: str, count: int, steps: int) -> xr.Dataset:
     many = many.assign(scaled)
     if "cumulative" in many:
         many["cumulative"] = (many["allocated"].dims, np.cumsum(many["allocated"].values, axis=0))
-    names: dict[str, Any] = {"layer": [module(at) for at in range(count)], "tensor": tensors}
+    modules = [module(at) for at in range(count)]
+    names: dict[str, Any] = {"layer": modules, "tensor": tensors, "outside_layer": modules}
     coords: dict[str, Any] = {dim: names[dim] for dim in names if dim in many.dims}
     if "unit" in many.dims and finding == "units":
         coords |= {"layer": ("unit", [module(at // 3) for at in range(3 * count)])}
+    if "component" in many.dims:
+        coords |= {"name": ("component", modules), "component": modules}
+        coords |= {"depth": np.arange(extents["depth"])}
     if "step" in many.dims:
         coords |= {"step": np.arange(steps), "step_end": ("step", np.arange(steps) + 1)}
     for coord in (

@@ -162,8 +162,11 @@ def undefined(found: xr.Dataset) -> set[str]:
     }
 
 
-# NaN of what never moved or turned
-DOCUMENTED = {"oscillation": {"turns", "interval", "overall_interval", "gradient"}}
+# NaN of what never moved or turned, and of components that a block does not have
+DOCUMENTED = {
+    "blocks": {"total", "mean"},
+    "oscillation": {"turns", "interval", "overall_interval", "gradient"},
+}
 BY_GROUP = ("curve", "distribution", "helping", "layers", "microscope", "oscillation")
 
 
