@@ -3,6 +3,7 @@
 from ..base.declarations import declared_findings
 from .blocks import blocks as blocks
 from .candidates import candidates as candidates
+from .clusters import clusters as clusters
 from .compare import compare as compare
 from .curve import curve as curve
 from .distribution import distribution as distribution

@@ -84,7 +84,7 @@ def examples(
     its losses at the start of training and at the end of every segment.
 
     *Forgotten* is how far the loss ended above its lowest value: the measure of Chaudhry et al.
-    (2018, section 3.2), which takes accuracies of a task, for the loss of an example. *Events* are
+    (2018), which takes accuracies of a task, for the loss of an example. *Events* are
     counted in analogy to Toneva et al. (2019), who count how often an example goes from classified
     rightly to wrongly. A loss has no such border, so it is drawn for each example where it is as far
     from what it came down from as from what it came down to. An example is learned when its loss

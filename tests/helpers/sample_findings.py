@@ -355,6 +355,35 @@ def examples() -> xr.Dataset:
     return made("examples", variables, **coords).assign_attrs(about)
 
 
+def clusters() -> xr.Dataset:
+    stretch, count = np.arange(4) * 15, 9
+    variables: dict[str, Any] = {
+        "size": ("cluster_number", [5, 4, 0]),
+        "trajectory": (("cluster_number", "stretch", "layer"), noise(3, 4, 3)),
+        "loss": (("cluster_number", "stretch"), 2 + noise(3, 4)),
+        "loss_start": ("cluster_number", [2.3, 2.2, np.nan]),
+        "cluster": ("example", np.arange(count) % 2),
+        "left_out_share": ("k", [1.0, 0.4, 0.3]),
+        "null_share": ("draw", [0.5, 0.6]),
+        "p": ((), 1 / 3),
+        "stability": ("pair", [0.9]),
+        "stability_mean": ((), 0.9),
+    }
+    coords: dict[str, Any] = {
+        "layer": list(LAYERS),
+        "k": [1, 2, 3],
+        "cluster_number": [0, 1, 2],
+        "example": np.arange(count),
+        "central_example": ("cluster_number", [4, 7, 0]),
+        "central_text": ("cluster_number", ["a $four$", "_seven", ""]),
+        "stretch_start": ("stretch", stretch),
+        "stretch_end": ("stretch", stretch + 15),
+    }
+    found = made("clusters", variables, **coords)
+    found["trajectory"][2] = found["loss"][2] = np.nan
+    return found.assign_attrs(per="example", clusters=3)
+
+
 def compare(runs: tuple[int, ...] = (3, 1)) -> xr.Dataset:
     names = ["adam", "_sgd$"][: len(runs)]
     each = noise(len(runs), 3, max(runs))

@@ -34,7 +34,7 @@ def section() -> Section:
     add_picture(
         heat, "examples", [("place", "$x{0}"), ("Σ allocation over training", "@image{%+.3e}")]
     )
-    story = steps_figure("change since the start", 320)
+    story = steps_figure("change since the start (units of loss)", 320)
     add_level(story, 0)
     tip = [("layer", "@name"), ("step", "$snap_x{0}"), ("Σ so far", "$snap_y{%.5g}")]
     add_many(story, "story layers", tip)
