@@ -45,6 +45,7 @@ class Finding:
         place: findings are listed and reported by rising places.
         level: the least level of `--keep` that allows it.
         losses: how many losses of a run it is of.
+        examples: whether these must tell their examples apart, `Loss(…, per="example")`.
         runs: "one", several drawn "beside" each other, or several "compared" in one result.
         options: of `lca plot`.
         on_request: whether `lca export` writes it only where it is named, because it is large.
@@ -55,6 +56,7 @@ class Finding:
     place: int
     level: str = "tensors"
     losses: int = 1
+    examples: bool = False
     runs: Literal["one", "beside", "compared"] = "one"
     options: tuple[Option, ...] = ()
     on_request: bool = False

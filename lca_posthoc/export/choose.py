@@ -11,6 +11,7 @@ from ..base.declarations import declared_findings
 from ..errors import InputError
 from ..findings.common import findings_beyond
 from ..findings.generalisation import no_two_splits, two_splits
+from ..findings.per_example import tells_examples
 from ..results import LossResults, Run
 
 Say = Callable[[str], None]
@@ -30,7 +31,8 @@ def choose(run: Run, losses: Sequence[str], requested: Sequence[str], say: Say) 
     Args:
         run: an open run.
         losses: their names; all where empty.
-        requested: names of findings; where empty, all that the run allows but `microscope`.
+        requested: names of findings; where empty, all that the run allows but `microscope`, and
+            those of examples of the losses alone that tell them apart.
         say: called with a sentence on what is left out, and why.
 
     Raises:
@@ -45,6 +47,12 @@ def choose(run: Run, losses: Sequence[str], requested: Sequence[str], say: Say) 
     pair, opened, calls = _pair(run, names), {name: run[name] for name in names}, 0
     for loss in names:
         for name in wanted:
+            if (
+                not requested
+                and declared_findings()[name].examples
+                and not tells_examples(run[loss])
+            ):
+                continue
             paired = declared_findings()[name].losses == 2
             if paired and pair is not None and loss != pair[0].name:
                 continue
@@ -127,6 +135,8 @@ def _obstacle(
         return too_little
     if not results.progress()["segments_done"]:
         return "it has no finished segment yet. Let `lca run` commit a span first."
+    if declared_findings()[name].examples and not tells_examples(results):
+        return 'it does not tell its examples apart. State it with Loss(…, per="example").'
     if declared_findings()[name].losses != 2:
         return None
     if pair is None:

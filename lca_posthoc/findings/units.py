@@ -117,13 +117,13 @@ def _by_count(data: xr.Dataset, names: list[str], borders: Numbers, span: int) -
     """
     by_count: dict[int, Numbers] = {}
     for name in names:
-        summed = _in_stretches(data[name], borders, span)
+        summed = in_stretches(data[name], borders, span)
         count = summed.shape[-1]
         by_count[count] = by_count[count] + summed if count in by_count else summed
     return by_count.values()
 
 
-def _in_stretches(data: xr.DataArray, borders: Numbers, span: int) -> Numbers:
+def in_stretches(data: xr.DataArray, borders: Numbers, span: int) -> Numbers:
     """Return sums over stretches of rows, float64; whole rows of chunks are read, a bounded number
     at a time.
     """

@@ -6,10 +6,13 @@ they make a pyplot figure.
 """
 
 from ..base.declarations import declared_findings
+from .blocks import blocks as blocks
 from .candidates import candidates as candidates
+from .clusters import clusters as clusters
 from .compare import compare as compare
 from .curve import curve as curve
 from .distribution import distribution as distribution
+from .examples import examples as examples
 from .generalisation import generalisation as generalisation
 from .helping import helping as helping
 from .layers import layers as layers

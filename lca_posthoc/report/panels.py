@@ -15,6 +15,7 @@ from .. import findings
 from ..base.declarations import declared_findings
 from ..errors import LCAError
 from ..findings.common import left_out_of
+from ..findings.per_example import tells_examples
 from ..results import LossResults, Run
 from .content import clean, listed
 
@@ -42,8 +43,13 @@ class Panel:
         return self.run[self.loss]
 
     def allows(self, name: str) -> bool:
-        """Tell whether the run keeps enough for a finding."""
-        return self.results.holds(declared_findings()[name].level)
+        """Tell whether the run keeps enough for a finding, and tells examples apart for those of
+        examples.
+        """
+        finding = declared_findings()[name]
+        return self.results.holds(finding.level) and (
+            not finding.examples or tells_examples(self.results)
+        )
 
     def find(self, name: str, *arguments: Any, **options: Any) -> tuple[Any, str]:
         """Return a finding of this loss, computed once, and what it leaves out; None and the reason

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from ..base.text import count
-from ..errors import LCAError
+from ..errors import InputError, LCAError
 from ..numerics.schema import TOTAL_FIELDS, TOTALS, holds, sampled_examples
 from .chunks import CheckedStore
 from .commits import Commits, Marker
@@ -253,6 +253,18 @@ class LossResults:
         float32, in units of loss.
         """
         return self._named("units")
+
+    @property
+    def examples(self) -> xr.Dataset:
+        """The allocations of single examples, lazy, dims `(step, example, tensor)`, float32.
+
+        Raises:
+            InputError: where the loss was not stated with `per=`.
+        """
+        raise InputError(
+            f"loss {self.name!r} of {self.path} does not tell its examples apart. State it with "
+            'Loss(…, per="example") and run again into another directory.'
+        )
 
     @property
     def steps(self) -> xr.Dataset:

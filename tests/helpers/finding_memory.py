@@ -18,6 +18,7 @@ Case = tuple[str, dict[str, Any], tuple[str, ...]]  # a finding, its options, th
 Measured = dict[str, float] | str  # `before`, `peak`, both in MB, and `seconds`; or what went wrong
 
 _PLAIN = (
+    "blocks",
     "summary",
     "curve",
     "distribution",
@@ -30,6 +31,7 @@ _PLAIN = (
     "compare",
 )
 _GROUPED = (
+    "blocks",
     "curve",
     "distribution",
     "helping",

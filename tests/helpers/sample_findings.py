@@ -19,6 +19,7 @@ import xarray as xr
 from lca_posthoc import Run, findings
 from lca_posthoc.base.declarations import declared_findings
 from lca_posthoc.errors import LCAWarning
+from lca_posthoc.findings.examples import FATES
 
 STEPS = 12
 LAYERS = ("fc1", "_fc$2", "fc3")
@@ -280,6 +281,109 @@ def candidates(units: bool = True) -> xr.Dataset:
     return made("candidates", variables, **coords)
 
 
+def blocks(groups: bool = False) -> xr.Dataset:
+    group, extent = (("group",), (3,)) if groups else ((), ())
+    total = noise(4, 3, *extent)
+    total[3, 2] = np.nan
+    variables: dict[str, Any] = {
+        "total": (("component", "depth", *group), total),
+        "mean": (("component", "depth", *group), total / 10),
+        "outside": (("outside_layer", *group), noise(3, *extent)),
+        "head_total": (("projection", "depth", "head", *group), noise(2, 3, 2, *extent)),
+    }
+    names = ["attn._q$", "mlp", "norm", "extra"]
+    coords: dict[str, Any] = {
+        "component": [f"h.*.{name}" for name in names],
+        "stack": ("component", ["h"] * 4),
+        "name": ("component", names),
+        "depth": [0, 1, 2],
+        "parameters": (("component", "depth"), np.full((4, 3), 10)),
+        "outside_layer": list(LAYERS),
+        "projection": ["h.*.attn.query", "h.*.attn._key$"],
+        "projection_stack": ("projection", ["h", "h"]),
+        "role": ("projection", ["query", "key"]),
+        "head": [0, 1],
+    }
+    return made("blocks", variables, **(coords | ({"group": list(GROUPS)} if groups else {})))
+
+
+def examples() -> xr.Dataset:
+    count, stretch = 9, np.arange(4) * 15
+    layer, both = ("layer",), ("step", "layer")
+    story = 0.3 * noise(2, 4, 3)
+    variables: dict[str, Any] = {
+        "interference": (both, np.random.default_rng(0).random((STEPS, 3))),
+        "absolute": (both, abs(noise(STEPS, 3)) + 0.1),
+        "interference_mean": (layer, [0.4, 0.6, 0.7]),
+        "interference_total": (layer, [0.2, 0.1, 0.9]),
+        "total": (layer, [-1.0, -0.3, 0.1]),
+        "helped_most": (layer, [5, 3, 0]),
+        "hurt_most": (layer, [0, 1, 2]),
+        "forgot_most": (layer, [0, 0, 1]),
+        "fates": ("fate_name", [1, 5, 2, 1]),
+        "loss_start": ("example", np.full(count, 2.3)),
+        "loss_end": ("example", np.linspace(0.1, 2.4, count)),
+        "loss_lowest": ("example", np.full(count, 0.1)),
+        "forgotten": ("example", np.linspace(0.0, 2.3, count)),
+        "residual": ("example", 1e-4 * noise(count)),
+        "step_half": ("example", np.full(count, 10)),
+        "step_lowest": ("example", np.full(count, 20)),
+        "events": ("example", np.arange(count) % 3),
+        "fate": ("example", np.arange(count) % 4),
+        "weight": ("example", np.append(np.ones(count - 1), 0.0)),
+        "allocated": (("example", "layer"), noise(count, 3)),
+        "since_lowest": (("example", "layer"), abs(noise(count, 3))),
+        "story_loss": (("story", "stretch"), 2.3 + story.sum(-1)),
+        "story_start": ("story", [2.3, 2.3]),
+        "story_allocated": (("story", "stretch", "layer"), story),
+        "story_change": ("story", story.sum(-1)[:, -1]),
+        "story_forgotten": ("story", [0.0, 1.1]),
+    }
+    coords: dict[str, Any] = {
+        "layer": list(LAYERS),
+        "fate_name": list(FATES),
+        "example": np.arange(count),
+        "example_group": ("example", np.arange(count) % 3),
+        "stretch_start": ("stretch", stretch),
+        "stretch_end": ("stretch", stretch + 15),
+        "story_kind": ("story", ["most helped", "most forgotten"]),
+        "story_layer": ("story", ["fc1", "_fc$2"]),
+        "story_example": ("story", [0, 7]),
+        "story_text": ("story", ["a $zero$", "_a seven"]),
+    }
+    about = {"per": "example", "count": count, "least": 0.23}
+    return made("examples", variables, **coords).assign_attrs(about)
+
+
+def clusters() -> xr.Dataset:
+    stretch, count = np.arange(4) * 15, 9
+    variables: dict[str, Any] = {
+        "size": ("cluster_number", [5, 4, 0]),
+        "trajectory": (("cluster_number", "stretch", "layer"), noise(3, 4, 3)),
+        "loss": (("cluster_number", "stretch"), 2 + noise(3, 4)),
+        "loss_start": ("cluster_number", [2.3, 2.2, np.nan]),
+        "cluster": ("example", np.arange(count) % 2),
+        "left_out_share": ("k", [1.0, 0.4, 0.3]),
+        "null_share": ("draw", [0.5, 0.6]),
+        "p": ((), 1 / 3),
+        "stability": ("pair", [0.9]),
+        "stability_mean": ((), 0.9),
+    }
+    coords: dict[str, Any] = {
+        "layer": list(LAYERS),
+        "k": [1, 2, 3],
+        "cluster_number": [0, 1, 2],
+        "example": np.arange(count),
+        "central_example": ("cluster_number", [4, 7, 0]),
+        "central_text": ("cluster_number", ["a $four$", "_seven", ""]),
+        "stretch_start": ("stretch", stretch),
+        "stretch_end": ("stretch", stretch + 15),
+    }
+    found = made("clusters", variables, **coords)
+    found["trajectory"][2] = found["loss"][2] = np.nan
+    return found.assign_attrs(per="example", clusters=3)
+
+
 def compare(runs: tuple[int, ...] = (3, 1)) -> xr.Dataset:
     names = ["adam", "_sgd$"][: len(runs)]
     each = noise(len(runs), 3, max(runs))
@@ -367,6 +471,7 @@ def large(finding: str, count: int, steps: int) -> xr.Dataset:
     base, random = MADE[finding](), np.random.default_rng(count)
     tensors = [f"{module(at)}.{part}" for at in range(count) for part in ("weight", "bias")]
     extents = {"layer": count, "tensor": 2 * count, "unit": 3 * count, "step": steps}
+    extents |= {"component": count, "outside_layer": count, "depth": min(steps, 60)}
     if finding == "candidates":
         extents |= {"unit": 20}
     extents = {dim: extent for dim, extent in extents.items() if dim in base.dims}
@@ -382,10 +487,14 @@ def large(finding: str, count: int, steps: int) -> xr.Dataset:
     many = many.assign(scaled)
     if "cumulative" in many:
         many["cumulative"] = (many["allocated"].dims, np.cumsum(many["allocated"].values, axis=0))
-    names: dict[str, Any] = {"layer": [module(at) for at in range(count)], "tensor": tensors}
+    modules = [module(at) for at in range(count)]
+    names: dict[str, Any] = {"layer": modules, "tensor": tensors, "outside_layer": modules}
     coords: dict[str, Any] = {dim: names[dim] for dim in names if dim in many.dims}
     if "unit" in many.dims and finding == "units":
         coords |= {"layer": ("unit", [module(at // 3) for at in range(3 * count)])}
+    if "component" in many.dims:
+        coords |= {"name": ("component", modules), "component": modules}
+        coords |= {"depth": np.arange(extents["depth"])}
     if "step" in many.dims:
         coords |= {"step": np.arange(steps), "step_end": ("step", np.arange(steps) + 1)}
     for coord in (

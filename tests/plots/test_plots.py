@@ -32,7 +32,7 @@ from tests.helpers.sample_findings import MADE
 mpl.use("agg")
 SINGLE = tuple(name for name in MADE if "ax" in inspect.signature(getattr(plots, name)).parameters)
 SEVERAL = tuple(name for name in MADE if name not in SINGLE)
-ONE_GROUP = ("distribution", "helping", "oscillation", "units")
+ONE_GROUP = ("blocks", "distribution", "helping", "oscillation", "units")
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import lca_posthoc
 from lca_posthoc import Loss, Task, findings
+from lca_posthoc.base.declarations import declared_findings
 from lca_posthoc.errors import LCAError, LCAWarning
 from lca_posthoc.export import export
 from lca_posthoc.export.write import FORMATS
@@ -89,8 +90,11 @@ RUNS = {
 }
 # figures, pages and exports take long
 DRAWN = ("zeros", "one dead segment", "one scalar", "one tensor moves")
+# of one loss, whose examples need not be told apart
 FINDINGS = [
-    name for name in findings.__all__ if name not in ("summary", "compare", "generalisation")
+    name
+    for name, finding in declared_findings().items()
+    if finding.runs != "compared" and finding.losses == 1 and not finding.examples
 ]
 
 
@@ -158,8 +162,11 @@ def undefined(found: xr.Dataset) -> set[str]:
     }
 
 
-# NaN of what never moved or turned
-DOCUMENTED = {"oscillation": {"turns", "interval", "overall_interval", "gradient"}}
+# NaN of what never moved or turned, and of components that a block does not have
+DOCUMENTED = {
+    "blocks": {"total", "mean"},
+    "oscillation": {"turns", "interval", "overall_interval", "gradient"},
+}
 BY_GROUP = ("curve", "distribution", "helping", "layers", "microscope", "oscillation")
 
 

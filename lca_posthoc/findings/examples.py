@@ -1,0 +1,534 @@
+"""The examples of a loss: which were learned, when and by which layer, which were forgotten again,
+and how far they pulled against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from ..base.declarations import BY, Finding, Option
+from ..base.text import count
+from ..errors import InputError
+from ..results import LossResults
+from .common import Numbers, Variable, about, described, largest, stretches, unfinished
+from .per_example import ExampleReader, Part, open_examples
+
+FINDING = Finding(
+    question="Which examples were learned, when and by which layer; which were forgotten again; how "
+    "much they pull against each other",
+    needs='a loss with `per="example"` or `per="element"`',
+    place=82,
+    examples=True,
+    options=(
+        BY,
+        Option(
+            name="named",
+            flag="--example",
+            metavar="NUMBER",
+            repeatable=True,
+            help="Examples: its story over training; of a loss that tells elements apart "
+            "EXAMPLE:INDEX (repeatable).  [default: the most forgotten]",
+        ),
+    ),
+)
+FATES = ("never learned", "learned and kept", "forgotten and learned again", "forgotten")
+_LEAST = 0.1  # of the mean loss at the start: a fall by less is not called learning
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Course:
+    """The loss of some examples over training, each (example,).
+
+    `row` is the segment at whose end the loss was lowest, -1 for the start of training; `half` the
+    first at whose end it had come half of the way down to there.
+    """
+
+    start: Numbers
+    end: Numbers
+    lowest: Numbers
+    row: Numbers
+    half: Numbers
+    events: Numbers
+    fate: Numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Share:
+    """The shares of layers in the change of some examples' losses, each (example, layer), and the
+    residual of each example, (example,).
+    """
+
+    total: Numbers
+    since_lowest: Numbers
+    residual: Numbers
+
+
+def examples(
+    results: LossResults,
+    *,
+    by: str | int = "module",
+    named: Sequence[str | int] = (),
+    most: int = 10_000,
+    extremes: int = 10,
+    frames: int = 500,
+    least: float | None = None,
+    texts: Mapping[int, str] | None = None,
+) -> xr.Dataset:
+    """Return which examples were learned, when, by which layer, and which were forgotten again.
+
+    An example's loss changes by the sum of its allocations to all layers and a residual. Read are
+    its losses at the start of training and at the end of every segment.
+
+    *Forgotten* is how far the loss ended above its lowest value: the measure of Chaudhry et al.
+    (2018), which takes accuracies of a task, for the loss of an example. *Events* are
+    counted in analogy to Toneva et al. (2019), who count how often an example goes from classified
+    rightly to wrongly. A loss has no such border, so it is drawn for each example where it is as far
+    from what it came down from as from what it came down to. An example is learned when its loss
+    has fallen by `least` from its highest value, since training or the last event began; it is
+    forgotten, an event, when its loss then rises above the middle between that value and the lowest
+    since. A rise by less than half of `least` is therefore never an event, and one way up counts
+    once.
+
+    *Interference* of a layer is 1 − |Σ_x W_x a_x| / Σ_x W_x |a_x|, with a_x what it did to the loss
+    of example x and W_x the example's weight: 0 where it helped all or hurt all, 1 where what it
+    did to some undid what it did to others.
+
+    Memory: a fixed number of stored values at a time (`per_example`), and the result. Sums, counts
+    and extremes are over all examples; those whose weight is 0 do not count.
+
+    Args:
+        results: one loss of a run, stated with `per="example"` or `per="element"`, at any level of
+            `--keep`.
+        by: as of `layers`.
+        named: examples whose stories are added, by their number, or "EXAMPLE:INDEX" for elements.
+        most: how many examples the tables have at most, evenly spaced from the first on.
+        extremes: how many of the most helped, most hurt and most forgotten have a story, of each.
+        frames: stories are in at most so many stretches of consecutive segments.
+        least: in units of loss; default a tenth of the mean loss at the start.
+        texts: what to show of examples, by their number, such as their label or their words.
+
+    Returns:
+        By `layer`: `interference` (step, layer) of each segment, and `absolute`, the mean of |a|, in
+        units of loss; `interference_mean` of all segments, weighted by Σ W|a|, and `interference_total` of the sums over training; `total`,
+        the mean over examples of these sums; `helped_most`, `hurt_most` and `forgot_most`, how many
+        examples it was the layer for that helped or hurt them most, or raised the loss of forgotten
+        ones most since it was lowest. NaN is the interference of a layer that did nothing.
+
+        By `example`, or `element`: `loss_start`, `loss_end`, `loss_lowest`, `forgotten`, `residual`
+        in units of loss; `step_half` and `step_lowest`, the training steps by which the loss had
+        come half of its way down, and was lowest; `events`; `fate`, a position in `fate_name`;
+        `weight`; `allocated` and `since_lowest` (example, layer): sums over training, and from the
+        lowest loss on, so that Σ_layer since_lowest + the residuals since is `forgotten`.
+
+        By `story`: `story_kind` ("most helped", "most hurt", "most forgotten", "named"),
+        `story_example` (`story_index`, `story_group`, `story_text`), `story_change`,
+        `story_forgotten`, `story_layer`, the layer that did most of it; and over `stretch`, which
+        ends at step `stretch_end`: `story_loss` and `story_allocated` (story, stretch, layer), the
+        sum so far. `fates` (fate_name) counts examples.
+
+    Raises:
+        LCAError: where no segment is there yet, or stored numbers are damaged.
+        InputError: where the loss was not stated with `per=`, for another `by`, for an example that
+            is not there, or a bound below one.
+    """
+    reader = open_examples(results, by, texts)
+    if extremes < 1:
+        raise InputError(f"at least one extreme of each kind is needed, got {extremes}.")
+    picked = [_position(reader, name) for name in named]
+    mean, silent = _mean_at_start(reader)
+    threshold = _LEAST * abs(mean) if least is None else least
+    tallies = _Tallies(reader, extremes)
+    shown, rows = reader.spread(most), _Rows()
+    for part in reader.blocks():
+        course = _course(reader, part, threshold)
+        share = tallies.add(reader, part, course)
+        rows.add(part, shown, reader.weights(part), course, share)
+    left_out = unfinished(results)
+    if len(shown) < reader.count:
+        left_out.append(
+            f"{len(shown):,} of {count(reader.count, reader.per)}, evenly spaced, are in the table; "
+            "sums, counts and extremes are of all."
+        )
+    if silent:
+        left_out.append(f"{count(silent, reader.per)} of weight 0 did not count.")
+    chosen = [*tallies.extremes(), *(("named", position) for position in picked)]
+    coords: dict[str, object] = {
+        "step": reader.table["step"].values,
+        "step_end": ("step", reader.table["step_end"].values),
+        "layer": np.array(list(reader.layers), dtype=object),
+        "fate_name": np.array(FATES, dtype=object),
+        **reader.coordinates(shown, reader.per),
+    }
+    stories, of_stories = _stories(reader, chosen, frames)
+    return xr.Dataset(
+        {**tallies.variables(), **rows.variables(reader), **stories},
+        coords={**coords, **of_stories},
+        attrs={
+            **about(results, "examples", left_out),
+            "per": reader.per,
+            "count": reader.count,
+            "least": threshold,
+        },
+    )
+
+
+def _position(reader: ExampleReader, name: str | int) -> int:
+    """Return where an example is that is named by its number, or an element by "EXAMPLE:INDEX"."""
+    numbers = str(name).split(":")
+    if len(numbers) > 2 or not all(number.strip().isdecimal() for number in numbers):
+        raise InputError(
+            f"an example is named by its number, such as 12, an element by two, such as 12:3; got "
+            f"{name!r}."
+        )
+    return reader.position(*map(int, numbers))
+
+
+def _mean_at_start(reader: ExampleReader) -> tuple[float, int]:
+    """Return the weighted mean loss at the start, and how many examples have no weight."""
+    summed, weight, silent = 0.0, 0.0, 0
+    for part in reader.blocks():
+        weights = reader.weights(part)
+        summed += float(weights @ reader.read("loss_start", slice(0, 1), part)[0])
+        weight, silent = weight + float(weights.sum()), silent + int((weights == 0).sum())
+    return summed / (weight or 1.0), silent
+
+
+def _course(reader: ExampleReader, part: Part, least: float) -> _Course:
+    """Return what the losses of a block of examples did over training."""
+    start = reader.read("loss_start", slice(0, 1), part)[0]
+    lowest, row, end = start.copy(), np.full(len(start), -1), start
+    events, high, low = np.zeros(len(start), dtype=int), start.copy(), start.copy()
+    learned, ever = (np.zeros(len(start), dtype=bool) for _ in range(2))
+    for rows in reader.rows():
+        for position, end in enumerate(reader.read("loss_end", rows, part), rows.start):
+            lower = end < lowest
+            lowest[lower], row[lower] = end[lower], position
+            high = np.where(learned, high, np.maximum(high, end))
+            newly = ~learned & (high - end >= least) & (high > end)
+            low = np.where(newly, end, np.where(learned, np.minimum(low, end), low))
+            lost = learned & (end > (high + low) / 2)
+            learned, ever = (learned | newly) & ~lost, ever | newly
+            high = np.where(lost, end, high)
+            events += lost
+    half = np.full(len(start), -1)
+    middle = (start + lowest) / 2
+    for rows in reader.rows():
+        reached = reader.read("loss_end", rows, part) <= middle
+        first = (half < 0) & reached.any(axis=0) & (lowest < start)
+        half[first] = rows.start + reached.argmax(axis=0)[first]
+    fate = np.where(~ever, 0, np.where(events == 0, 1, np.where(learned, 2, 3)))
+    return _Course(
+        start=start, end=end, lowest=lowest, row=row, half=half, events=events, fate=fate
+    )
+
+
+class _Tallies:
+    """Sums, counts and extremes over all examples."""
+
+    def __init__(self, reader: ExampleReader, extremes: int) -> None:
+        shape = (reader.segments, len(reader.layers))
+        self.signed, self.absolute = np.zeros(shape), np.zeros(shape)
+        self.total, self.total_absolute = np.zeros(shape[1]), np.zeros(shape[1])
+        self.weight, self.weights = 0.0, np.zeros((shape[0], 1))
+        self.most = {name: np.zeros(shape[1], dtype=int) for name in ("helped", "hurt", "forgot")}
+        self.fates = np.zeros(len(FATES), dtype=int)
+        self._extremes = extremes
+        self._best: dict[str, list[tuple[float, int]]] = {
+            "most helped": [],
+            "most hurt": [],
+            "most forgotten": [],
+        }
+
+    def add(self, reader: ExampleReader, part: slice, course: _Course) -> _Share:
+        """Add a block of examples, and return what layers did to each of them."""
+        shape = (len(course.start), len(reader.layers))
+        total, since, residual = np.zeros(shape), np.zeros(shape), np.zeros(shape[0])
+        for rows in reader.rows():
+            values, weights = reader.allocated(rows, part), reader.read("weight", rows, part)
+            self.signed[rows] += np.einsum("sx,sxl->sl", weights, values)
+            self.absolute[rows] += np.einsum("sx,sxl->sl", weights, np.abs(values))
+            self.weights[rows, 0] += weights.sum(axis=1)
+            residual += reader.read("residual", rows, part).sum(axis=0)
+            total += values.sum(axis=0)
+            after = np.arange(rows.start, rows.stop)[:, None] > course.row
+            since += np.einsum("sx,sxl->xl", after.astype(float), values)
+        weights = reader.weights(part)
+        self._count(total, since, course, weights)
+        self._keep(part.start, course, weights)
+        return _Share(total=total, since_lowest=since, residual=residual)
+
+    def _count(self, total: Numbers, since: Numbers, course: _Course, weights: Numbers) -> None:
+        """Count the layers that did most, and add up what layers did over training."""
+        self.total += weights @ total
+        self.total_absolute += weights @ np.abs(total)
+        self.weight += float(weights.sum())
+        counts = weights > 0
+        self.fates += np.bincount(course.fate[counts], minlength=len(FATES))
+        forgotten = counts & (course.fate == FATES.index("forgotten"))
+        for name, values, among in (
+            ("helped", -total, counts),
+            ("hurt", total, counts),
+            ("forgot", since, forgotten),
+        ):
+            among = among & (values.max(axis=1) > 0)
+            self.most[name] += np.bincount(values[among].argmax(axis=1), minlength=values.shape[1])
+
+    def _keep(self, start: int, course: _Course, weights: Numbers) -> None:
+        """Keep the extremes among those of earlier blocks and of this one."""
+        change = course.end - course.start
+        for kind, values in (
+            ("most helped", -change),
+            ("most hurt", change),
+            ("most forgotten", course.end - course.lowest),
+        ):
+            values = np.where((weights > 0) & np.isfinite(values), values, 0.0)
+            entries = [
+                (float(values[position]), -(start + position))
+                for position in largest(values, self._extremes)
+                if values[position] > 0
+            ]
+            self._best[kind] = sorted([*self._best[kind], *entries])[-self._extremes :]
+
+    def extremes(self) -> Iterator[tuple[str, int]]:
+        """Yield the kind and the position of each extreme, the largest of a kind first."""
+        for kind, entries in self._best.items():
+            yield from ((kind, -negative) for _, negative in reversed(entries))
+
+    def variables(self) -> dict[str, Variable]:
+        """Return what is said of layers, and the counts."""
+        weight = self.weight or 1.0
+        mean = _interference(np.abs(self.signed).sum(axis=0), self.absolute.sum(axis=0))
+        words = {
+            "helped": "examples this layer helped most",
+            "hurt": "examples this layer hurt most",
+            "forgot": "forgotten examples whose loss this layer raised most since it was lowest",
+        }
+        return {
+            "interference": described(
+                (("step", "layer"), _interference(np.abs(self.signed), self.absolute)),
+                "share",
+                "1 − |Σ_x W a| / Σ_x W|a| of the segment",
+            ),
+            "absolute": described(
+                (("step", "layer"), self.absolute / np.where(self.weights, self.weights, 1)),
+                "loss",
+                "Σ_x W|a| / Σ_x W of the segment",
+            ),
+            "interference_mean": described(
+                (("layer",), mean), "share", "interference, over all segments"
+            ),
+            "interference_total": described(
+                (("layer",), _interference(np.abs(self.total), self.total_absolute)),
+                "share",
+                "interference of the sums over training",
+            ),
+            "total": described(
+                (("layer",), self.total / weight), "loss", "Σ allocation over training, mean"
+            ),
+            **{
+                f"{name}_most": described((("layer",), self.most[name]), "examples", text)
+                for name, text in words.items()
+            },
+            "fates": described((("fate_name",), self.fates), "examples", "examples by their fate"),
+        }
+
+
+def _interference(of_sum: Numbers, of_sizes: Numbers) -> Numbers:
+    """Return 1 − |Σ W a| / Σ W|a|, never below 0; NaN where nothing was done."""
+    with np.errstate(invalid="ignore"):
+        shares: Numbers = np.maximum(0.0, 1 - of_sum / np.where(of_sizes > 0, of_sizes, np.nan))
+    return shares
+
+
+class _Rows:
+    """The rows of the examples that are in the table."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, list[Numbers]] = {}
+
+    def add(
+        self, part: slice, shown: Numbers, weights: Numbers, course: _Course, share: _Share
+    ) -> None:
+        """Add those of a block."""
+        picked = shown[(shown >= part.start) & (shown < part.stop)] - part.start
+        columns = {**vars(course), **vars(share), "weight": weights}
+        for name, values in columns.items():
+            self._columns.setdefault(name, []).append(values[picked])
+
+    def variables(self, reader: ExampleReader) -> dict[str, Variable]:
+        """Return the table of examples."""
+        columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
+        one, both = (reader.per,), (reader.per, "layer")
+        ends = np.append(reader.table["step_end"].values, reader.table["step"].values[0])
+        lines: dict[str, tuple[Numbers, str, str]] = {
+            "loss_start": (columns["start"], "loss", "loss at the start"),
+            "loss_end": (columns["end"], "loss", "loss at the end"),
+            "loss_lowest": (columns["lowest"], "loss", "lowest loss"),
+            "forgotten": (columns["end"] - columns["lowest"], "loss", "loss above its lowest"),
+            "residual": (columns["residual"], "loss", "Σ residual over training"),
+            "step_half": (ends[columns["half"]], "step", "loss half of its way down"),
+            "step_lowest": (ends[columns["row"]], "step", "loss lowest"),
+            "events": (columns["events"], "events", "times it was forgotten"),
+            "fate": (columns["fate"], "", "position in fate_name"),
+            "weight": (columns["weight"], "weight", "weight in the loss"),
+        }
+        return {
+            **{name: described((one, values), *words) for name, (values, *words) in lines.items()},
+            "allocated": described((both, columns["total"]), "loss", "Σ allocation over training"),
+            "since_lowest": described(
+                (both, columns["since_lowest"]), "loss", "Σ allocation since the lowest loss"
+            ),
+        }
+
+
+def _stories(
+    reader: ExampleReader, chosen: list[tuple[str, int]], frames: int
+) -> tuple[dict[str, Variable], dict[str, object]]:
+    """Return the losses and layers of some examples over training, and their coordinates."""
+    borders = stretches(reader.segments, frames)
+    ends, names = borders[1:] - 1, np.array(list(reader.layers), dtype=object)
+    positions = np.array([position for _, position in chosen], dtype=int)
+    part, back = np.unique(positions, return_inverse=True)
+    course = _course(reader, part, np.inf)
+    summed, since = np.zeros((len(ends), len(part), len(names))), np.zeros((len(part), len(names)))
+    loss = np.zeros((len(part), len(ends)))
+    for rows in reader.rows():
+        segments, values = np.arange(rows.start, rows.stop), reader.allocated(rows, part)
+        np.add.at(summed, np.searchsorted(ends, segments), values)
+        since += np.einsum("sx,sxl->xl", (segments[:, None] > course.row).astype(float), values)
+        last = (ends >= rows.start) & (ends < rows.stop)
+        loss[:, last] = reader.read("loss_end", rows, part)[ends[last] - rows.start].T
+    so_far = np.cumsum(summed, axis=0).transpose(1, 0, 2)
+    culprits = [
+        _culprit(kind, so_far[place, -1], since[place])
+        for (kind, _), place in zip(chosen, back, strict=True)
+    ]
+    dims = ("story", "stretch")
+    variables = {
+        "story_loss": described((dims, loss[back]), "loss", "loss at the end of the stretch"),
+        "story_start": described((("story",), course.start[back]), "loss", "loss at the start"),
+        "story_allocated": described(
+            ((*dims, "layer"), so_far[back]), "loss", "Σ allocation so far"
+        ),
+        "story_change": described(
+            (("story",), (course.end - course.start)[back]), "loss", "change of the loss"
+        ),
+        "story_forgotten": described(
+            (("story",), (course.end - course.lowest)[back]),
+            "loss",
+            "loss above its lowest at the end",
+        ),
+    }
+    coords: dict[str, object] = {
+        "stretch_start": ("stretch", reader.table["step"].values[borders[:-1]]),
+        "stretch_end": ("stretch", reader.table["step_end"].values[ends]),
+        "story_kind": ("story", np.array([kind for kind, _ in chosen], dtype=object)),
+        "story_layer": ("story", names[np.array(culprits, dtype=int)]),
+        **reader.coordinates(positions, "story", "story_"),
+    }
+    return variables, coords
+
+
+def _culprit(kind: str, total: Numbers, since: Numbers) -> int:
+    """Return the layer that did most of what an extreme is one for; of a named example, the layer
+    that did most to its loss.
+    """
+    of_kind = {"most helped": -total, "most hurt": total, "most forgotten": since}
+    return int(np.argmax(of_kind.get(kind, np.abs(total))))
+
+
+def heat_rows(finding: xr.Dataset, most: int) -> tuple[Numbers, int]:
+    """Return the table of examples as a picture: what layers did to each, most helped first.
+
+    Returns:
+        (row, layer) in units of loss, at most `most` rows, and how many examples each row is the
+        mean of; the last may be of fewer. Examples of weight 0 are left out.
+    """
+    per = str(finding.attrs["per"])
+    counting = np.flatnonzero(finding["weight"].values > 0)
+    change = (finding["loss_end"] - finding["loss_start"]).values[counting]
+    order = counting[np.argsort(change, kind="stable")]
+    values = finding["allocated"].transpose(per, "layer").values[order]
+    together = max(1, -(-len(order) // most))
+    starts = np.arange(0, len(order), together)
+    if not len(starts):
+        return values, together
+    counts = np.diff(np.append(starts, len(order)))[:, None]
+    return np.add.reduceat(values, starts, axis=0) / counts, together
+
+
+def interference_over(finding: xr.Dataset, frames: int) -> xr.Dataset:
+    """Return the interference of each layer over at most `frames` stretches of segments.
+
+    Returns:
+        `interference` (step, layer), the mean of segments weighted by what was done on them, with
+        `step` and `step_end` of the stretches.
+    """
+    borders = stretches(finding.sizes["step"], frames)
+    sizes = finding["absolute"].transpose("step", "layer").values
+    shares = np.nan_to_num(finding["interference"].transpose("step", "layer").values)
+    starts = borders[:-1]
+    of_sizes = np.add.reduceat(sizes, starts, axis=0)
+    undone = np.add.reduceat(sizes * shares, starts, axis=0)
+    with np.errstate(invalid="ignore"):
+        values = undone / np.where(of_sizes > 0, of_sizes, np.nan)
+    return xr.Dataset(
+        {"interference": (("step", "layer"), values)},
+        coords={
+            "step": finding["step"].values[starts],
+            "step_end": ("step", finding["step_end"].values[borders[1:] - 1]),
+            "layer": finding["layer"].values,
+        },
+    )
+
+
+def default_story(finding: xr.Dataset) -> int | None:
+    """Return the position of the story to show first: the first that was named, else the most
+    forgotten, the most hurt, the most helped example; None where there is none.
+    """
+    kinds = [str(kind) for kind in finding["story_kind"].values]
+    for kind in ("named", "most forgotten", "most hurt", "most helped"):
+        if kind in kinds:
+            return kinds.index(kind)
+    return None
+
+
+def one_story(finding: xr.Dataset, position: int) -> xr.Dataset:
+    """Return one story: `change` of the loss since the start, (step,), and `allocated` so far,
+    (step, layer), with `step` and `step_end` of its stretches.
+    """
+    one = finding.isel(story=position)
+    return xr.Dataset(
+        {
+            "change": ("step", (one["story_loss"] - one["story_start"]).values),
+            "allocated": (
+                ("step", "layer"),
+                one["story_allocated"].transpose("stretch", "layer").values,
+            ),
+        },
+        coords={
+            "step": finding["stretch_start"].values,
+            "step_end": ("step", finding["stretch_end"].values),
+            "layer": finding["layer"].values,
+        },
+    )
+
+
+def story_name(finding: xr.Dataset, position: int) -> str:
+    """Return an example as `--example` takes it."""
+    one = finding.isel(story=position)
+    number = str(int(one["story_example"]))
+    return f"{number}:{int(one['story_index'])}" if "story_index" in one.coords else number
+
+
+def fates(finding: xr.Dataset) -> str:
+    """Say how many examples were learned, kept and forgotten."""
+    parts = [
+        f"{int(number):,} {name}"
+        for name, number in zip(finding["fate_name"].values, finding["fates"].values, strict=True)
+    ]
+    return f"{count(finding.attrs['count'], str(finding.attrs['per']))}: {', '.join(parts)}."

@@ -1,0 +1,199 @@
+"""Read the allocations of single examples, or of single elements of the loss, in blocks that fit
+into memory.
+
+Such a loss is stated with `Loss(…, per="example")`. Nothing here holds more than `BLOCK // 4`
+stored numbers at a time, or one stored chunk where that is larger, whatever the number of examples,
+segments and tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import xarray as xr
+
+from ..errors import InputError
+from ..results import LossResults
+from .common import BLOCK, Numbers, label_of, moving_buffers, tables
+
+Part: TypeAlias = "slice | Numbers"  # of the examples
+_AT_ONCE = 2048  # examples of a block, where the stored chunks do not say
+
+
+def tells_examples(results: LossResults) -> bool:
+    """Tell whether a loss was stated with `per=`, so that its examples are told apart."""
+    try:
+        return bool(results.examples.sizes)
+    except InputError:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleReader:
+    """The examples of a loss, with the layers their allocations are summed over.
+
+    Attributes:
+        table: the sums over examples, one row for each finished segment.
+        data: as `LossResults.examples` gives it.
+        per: its axis, "example" or "element".
+        layers: the positions of the tensors of each layer.
+        texts: what a reader is shown of an example, by its number; without, `text` of the data.
+    """
+
+    table: xr.Dataset
+    data: xr.Dataset
+    per: Literal["example", "element"]
+    layers: Mapping[str, list[int]]
+    texts: Mapping[int, str] | None
+
+    @property
+    def count(self) -> int:
+        """The number of examples, or of elements."""
+        return int(self.data.sizes[self.per])
+
+    @property
+    def segments(self) -> int:
+        """The number of finished segments."""
+        return int(self.data.sizes["step"])
+
+    @property
+    def membership(self) -> Numbers:
+        """(tensor, layer), 1 where the tensor is of the layer."""
+        matrix = np.zeros((self.data.sizes["tensor"], len(self.layers)))
+        for column, members in enumerate(self.layers.values()):
+            matrix[members, column] = 1
+        return matrix
+
+    def _lengths(self) -> tuple[int, int]:
+        """Return how many segments and examples are read at once: whole stored chunks, as many as
+        make `BLOCK // 4` numbers.
+        """
+        stored = self.data["allocated"].encoding.get("preferred_chunks", {})
+        most = max(1, BLOCK // 4 // max(1, self.data.sizes["tensor"]))
+        few, part = int(stored.get("step", 1)), int(stored.get(self.per, 1))
+        wide = max(part, min(self.count, _AT_ONCE, most // few) // part * part)
+        return max(few, most // wide // few * few), wide
+
+    def blocks(self) -> Iterator[slice]:
+        """Yield slices of examples, in their order."""
+        wide = self._lengths()[1]
+        for start in range(0, self.count, wide):
+            yield slice(start, min(start + wide, self.count))
+
+    def rows(self) -> Iterator[slice]:
+        """Yield slices of segments, in their order."""
+        tall = self._lengths()[0]
+        for start in range(0, self.segments, tall):
+            yield slice(start, min(start + tall, self.segments))
+
+    def read(self, name: str, rows: slice, part: Part) -> Numbers:
+        """Return (segment, example) float64 of `loss_end` or its like.
+
+        Raises:
+            LCAError: where stored numbers are damaged.
+        """
+        picked = self.data[name].isel({"step": rows, self.per: part})
+        values: Numbers = picked.transpose("step", self.per).values.astype(np.float64)
+        return values
+
+    def allocated(self, rows: slice, part: Part) -> Numbers:
+        """Return (segment, example, layer) float64, in units of loss.
+
+        Raises:
+            LCAError: where stored numbers are damaged.
+        """
+        picked = self.data["allocated"].isel({"step": rows, self.per: part})
+        stored = picked.transpose("step", self.per, "tensor").values
+        summed: Numbers = stored.astype(np.float64) @ self.membership
+        return summed
+
+    def weights(self, part: Part) -> Numbers:
+        """Return (example,), the weight of each example on the first segment, as in the loss."""
+        weights: Numbers = self.read("weight", slice(0, 1), part)[0]
+        return weights
+
+    def coordinates(self, positions: Numbers, dim: str, prefix: str = "") -> dict[str, object]:
+        """Return the coordinates of some examples along an axis `dim` of a finding.
+
+        These are `example`; `index`, of an element in its target; and `example_group` and
+        `example_text`, where there are any.
+
+        Args:
+            positions: along the axis of the data.
+            dim: the axis.
+            prefix: before each name, in place of "example_" where it has that.
+        """
+        coords: dict[str, object] = {}
+        before = prefix or "example_"
+        names = {"example": f"{prefix}example", "index": f"{prefix}index"}
+        names |= {"group": f"{before}group", "text": f"{before}text"}
+        for name, called in names.items():
+            if name in self.data.coords and self.per in self.data[name].dims:
+                values = self.data[name].isel({self.per: positions}).values
+                words = values.astype(str).astype(object) if name == "text" else values
+                coords[called] = (dim, words)
+        if self.texts is not None:
+            numbers = self.data["example"].isel({self.per: positions}).values.tolist()
+            shown = [str(self.texts.get(number, "")) for number in numbers]
+            coords[names["text"]] = (dim, np.array(shown, dtype=object))
+        return coords
+
+    def spread(self, most: int) -> Numbers:
+        """Return the positions of at most so many examples, evenly spaced from the first on.
+
+        Raises:
+            InputError: for fewer than one.
+        """
+        if most < 1:
+            raise InputError(f"at least one example is needed, got {most}.")
+        return np.arange(0, self.count, -(-self.count // most))
+
+    def position(self, example: int, index: int | None = None) -> int:
+        """Return where along the axis of the data an example is, or an element of it.
+
+        Raises:
+            InputError: where it is not there, or an element is asked for without its index.
+        """
+        numbers = self.data["example"].values
+        fits = numbers == example
+        if self.per == "element":
+            if index is None:
+                raise InputError(
+                    f"this loss tells elements apart: write EXAMPLE:INDEX, such as {example}:0."
+                )
+            fits = fits & (self.data["index"].values == index)
+        elif index is not None:
+            raise InputError("this loss tells examples apart, not their elements: write EXAMPLE.")
+        if not fits.any():
+            raise InputError(
+                f"there is no example {example}{'' if index is None else f':{index}'}; examples go "
+                f"from {numbers.min()} to {numbers.max()}."
+            )
+        return int(np.flatnonzero(fits)[0])
+
+
+def open_examples(
+    results: LossResults, by: str | int = "module", texts: Mapping[int, str] | None = None
+) -> ExampleReader:
+    """Open the examples of a loss, their allocations to be summed over layers.
+
+    Buffers that moved are a layer of their own, as in `layers`.
+
+    Args:
+        results: one loss of a run.
+        by: as of `layers`.
+        texts: what to show of examples, by their number, such as their label or their words.
+
+    Raises:
+        LCAError: where no segment is there yet, or stored numbers are damaged.
+        InputError: where the loss was not stated with `per=`, or for another `by`.
+    """
+    table, data = tables(results), results.examples
+    buffers, layers = moving_buffers(table), dict[str, list[int]]()
+    for position, name in enumerate(data["tensor"].values):
+        layers.setdefault(label_of(str(name), by, buffers), []).append(position)
+    per: Literal["example", "element"] = "element" if "element" in data.dims else "example"
+    return ExampleReader(table=table, data=data, per=per, layers=layers, texts=texts)

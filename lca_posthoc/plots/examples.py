@@ -1,0 +1,168 @@
+"""Examples by layers, one example's story over training, and how far examples pull against each
+other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xarray as xr
+from matplotlib.ticker import MaxNLocator
+
+from ..base.colours import FAINT, INK
+from ..base.text import safe_in_figure
+from ..findings.common import Numbers
+from ..findings.examples import (
+    default_story,
+    fates,
+    heat_rows,
+    interference_over,
+    one_story,
+    story_name,
+)
+from .style import (
+    DIVERGE,
+    colour,
+    colour_bar,
+    end_labels,
+    expect,
+    fresh_figure,
+    heading,
+    labels,
+    note,
+    over_gaps,
+    powers,
+    strongest,
+    symmetric,
+    tidy,
+    zero_line,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_ROWS = 400  # of the picture: thinner ones cannot be seen
+_COLUMNS = 40
+_FRAMES = 100  # of the interference, which is noisy from segment to segment
+_LINES = 6
+_TEXT = 60  # letters of what an example says
+
+
+def examples(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
+    """Draw what layers did to each example, the story of one, and the interference of layers.
+
+    The story is of the first example that was named, else of the most forgotten one.
+
+    Args:
+        found: of `findings.examples`; for another story `findings.examples(…, named=[12])`.
+        figure: an empty one to draw in; default a new one.
+
+    Returns:
+        The figure.
+    """
+    expect(found, "examples")
+    figure = fresh_figure(figure, 8.6, 4.9)
+    panels = figure.add_gridspec(2, 2, width_ratios=(1, 1.25))
+    sizes = found["absolute"].sum("step").values
+    strong, _ = strongest(found, "layer", sizes, _LINES)
+    rest = _heat(figure.add_subplot(panels[:, 0]), found, sizes)
+    position = default_story(found)
+    story = figure.add_subplot(panels[0, 1])
+    if position is None:
+        tidy(story, x="training step", title=f"no {found.attrs['per']} changed")
+    else:
+        _story(story, found, strong, position)
+    _interference(figure.add_subplot(panels[1, 1]), found, strong)
+    note(figure, found, fates(found), rest)
+    return figure
+
+
+def _heat(ax: Axes, finding: xr.Dataset, sizes: Numbers) -> str:
+    """Draw the rows of examples, and say which layers are not shown."""
+    shown, rest = strongest(finding, "layer", sizes, _COLUMNS)
+    values, together = heat_rows(shown, _ROWS)
+    names = [str(name) for name in shown["layer"].values]
+    edges = np.arange(len(values) + 1) * together
+    picture = ax.pcolormesh(
+        np.arange(len(names) + 1) - 0.5,
+        np.minimum(edges, (finding["weight"].values > 0).sum()),
+        values,
+        cmap=DIVERGE,
+        norm=symmetric(values),
+        rasterized=True,
+    )
+    per = str(finding.attrs["per"])
+    of = f"{per}s" if together == 1 else f"{per}s, means of {together:,}"
+    tidy(ax, y=f"{of}, most helped first", title=heading(finding), frame=True)
+    ax.set_ylim(edges[-1] if len(values) else 1, 0)
+    ax.yaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+    every = -(-len(names) // 20)
+    ax.set_xticks(range(0, len(names), every), labels(names, 16)[::every], rotation=90)
+    ax.tick_params(axis="x", length=0)
+    colour_bar(picture, ax, "Σ allocation over training\n(units of loss)")
+    return rest.replace("Not shown", "Layers not shown")
+
+
+def _story(ax: Axes, finding: xr.Dataset, strong: xr.Dataset, position: int) -> None:
+    """Draw the change of an example's loss, and the sum so far of each layer."""
+    lines = one_story(finding, position)
+    zero_line(ax)
+    names = [str(name) for name in strong["layer"].values]
+    start = np.zeros(lines.sizes["step"])
+    for name in finding["layer"].values:
+        values = lines["allocated"].sel(layer=name).values
+        begin = np.append(start[:1], values[:-1])
+        which = names.index(str(name)) if str(name) in names else None
+        ax.plot(
+            *over_gaps(lines, values, begin),
+            color=FAINT if which is None else colour(which),
+            linewidth=0.7 if which is None else 1.2,
+            zorder=1.5 if which is None else 2,
+        )
+    change = lines["change"].values
+    ax.plot(*over_gaps(lines, change, np.append(start[:1], change[:-1])), color=INK, linewidth=1.8)
+    one = finding.isel(story=position)
+    title = f"{finding.attrs['per']} {story_name(finding, position)}"
+    if "story_group" in one.coords:
+        title += f", group {safe_in_figure(str(one['story_group'].item()))}"
+    title += f": {one['story_kind'].item()}, by {labels([one['story_layer'].item()], 22)[0]}"
+    if "story_text" in one.coords and str(one["story_text"].item()):
+        title += f"\n{safe_in_figure(_start(str(one['story_text'].item())))}"
+    tidy(ax, x="training step", y="change since the start\n(units of loss)", title=title)
+    ax.margins(x=0.01)
+    powers(ax, "y")
+    heights = [*lines["allocated"].sel(layer=names).values[-1], change[-1]]
+    end_labels(
+        ax,
+        heights,
+        [*labels(names, 18), "its loss"],
+        [*(colour(which) for which in range(len(names))), INK],
+    )
+
+
+def _start(text: str) -> str:
+    """Return the beginning of what an example says."""
+    return text if len(text) <= _TEXT else f"{text[: _TEXT - 1]}…"
+
+
+def _interference(ax: Axes, finding: xr.Dataset, strong: xr.Dataset) -> None:
+    """Draw the interference of the strong layers over training."""
+    names = [str(name) for name in strong["layer"].values]
+    over = interference_over(finding, _FRAMES)
+    for which, name in enumerate(names):
+        values = over["interference"].sel(layer=name).values
+        ax.plot(*over_gaps(over, values), color=colour(which), linewidth=1.0)
+    tidy(
+        ax,
+        x="training step",
+        y="interference",
+        title=f"interference between {finding.attrs['per']}s; at the right its mean",
+    )
+    ax.set_ylim(0, 1)
+    ax.margins(x=0.01)
+    means = strong["interference_mean"].values
+    words = [f"{name}  {mean:.2f}" for name, mean in zip(labels(names, 18), means, strict=True)]
+    last = np.nan_to_num(over["interference"].sel(layer=names).values[-1])
+    end_labels(ax, last, words, [colour(which) for which in range(len(names))])
