@@ -27,11 +27,12 @@ from ...checkpoints.trajectory import TensorSpec
 from ...errors import InputError
 from ...tasks.task import Task, convert_module
 from ..precisions import PRECISIONS
-from .batches import Order, Split, automatic_batch_size, saved_bytes
+from .batches import Groups, Order, Split, automatic_batch_size, saved_bytes
 from .containers import copied, fresh
 from .copies import copy_in
 from .data import LossData, PassKey, ValueSource, open_data, origin, stated_loss
 from .directions import Along, Gradients, Motion, NoGradients, SumsAlong, WholeGradients
+from .element_groups import ElementOrder
 from .example_axis import Axes
 from .example_sums import SumsByExample
 from .model import ModelTensors, bind_tensors, new_model
@@ -160,7 +161,7 @@ class Objective:
         """Return the examples of a batch, by split."""
         return self.data.batch_sizes
 
-    def order(self, name: str) -> Order | None:
+    def order(self, name: str) -> Groups | None:
         """Return the groups of a loss, in the order of its batches, see `LossData.order`."""
         return self.data.order(name)
 
@@ -321,7 +322,7 @@ class Objective:
         whose examples are told apart.
         """
         split, order = self.splits[str(key[0])], self.data.order_at(key[1])
-        assert order is not None
+        assert isinstance(order, Order)
         taps = None
         if isinstance(gradients, SumsAlong):
             taps = Taps(self.tensors.differentiable, gradients.motions)
@@ -404,9 +405,10 @@ class Objective:
         """
         split, order = self.splits[str(key[0])], self.data.order_at(key[1])
         size = self.batch_sizes[split.name]
-        if order is not None and self.norm_stats == "batch":
+        if order is not None and (self.norm_stats == "batch" or isinstance(order, ElementOrder)):
             batches = batches_across_groups(split, size, order, only)
         else:
+            assert not isinstance(order, ElementOrder)
             batches = batches_by_group(split, size, order, only)
         names = {
             source: self.data.replicated.get(first, first)

@@ -103,10 +103,10 @@ def _sites(
         name: of the loss.
         follows: the grouped loss in whose order its batches are taken at the lowest level.
     """
-    from ...numerics.objective import is_out_of_memory, recorded
+    from ...numerics.objective import ElementOrder, is_out_of_memory, recorded
 
     order = objective.order(objective.replicates_of(name) or follows or name)
-    if order is None or objective.norm_stats == "batch":
+    if order is None or isinstance(order, ElementOrder) or objective.norm_stats == "batch":
         return Sites(found=None, why="")
     size = objective.batch_sizes[str(objective.losses[name].split)]
     batches = sum(-(-count // size) for count in order.counts)
