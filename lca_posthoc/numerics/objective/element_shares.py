@@ -64,7 +64,8 @@ def passes(tensors: int, directions: int) -> int:
 
 
 class ElementDerivatives:
-    """Takes the derivatives of every element of a loss, at the point that a module holds.
+    """Takes the derivatives of every element of a loss, at the point that a module holds, in the mode
+    that the caller is in, see `LossValues.mode`.
 
     Args:
         tensors: the module's own, leaves of autograd's, by name.
