@@ -140,6 +140,15 @@ def by_class() -> Loss:
     return Loss(F.cross_entropy, on="train", group_by=lambda inputs, targets: targets)
 
 
+def by_token(frequent: Sequence[int]) -> Loss:
+    """A label for each element of the loss: whether the next token is a frequent one, (N, T - 1)."""
+
+    def kinds(batch: Mapping[str, Tensor]) -> Tensor:
+        return torch.isin(batch["input_ids"][:, 1:], torch.tensor(frequent))
+
+    return Loss(call=next_token, on="train", group_by=kinds)
+
+
 def by_domain(domains: Sequence[str]) -> Loss:
     """A label for each example of the split: ["web", "books", "web", …]."""
     return Loss(call=next_token, on="train", group_by=domains)

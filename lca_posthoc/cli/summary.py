@@ -310,7 +310,7 @@ def _print_groups(figures: Figures[list[float]], top: int, everything: bool) -> 
     scale = _scale([part for column in parts for part in column])
     cells = [[units_of_loss(part, scale, digits=4) for part in column] for column in parts]
     labels = [*map(str, figures["groups"] or []), "(all)"]
-    examples = [*counts, sum(counts)]
+    examples = [*counts, figures["examples"]]  # one may have elements in several groups
     residuals = [*figures["residual"], residual]
     shares = [[*map(share, figures["helping"]), ""]] if "helping" in figures else []
     heading = ["helping"] if shares else []

@@ -25,10 +25,7 @@ _AT_ONCE = 2048  # examples of a block, where the stored chunks do not say
 
 def tells_examples(results: LossResults) -> bool:
     """Tell whether a loss was stated with `per=`, so that its examples are told apart."""
-    try:
-        return bool(results.examples.sizes)
-    except InputError:
-        return False
+    return results.record.per is not None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -255,18 +255,6 @@ class LossResults:
         return self._named("units")
 
     @property
-    def examples(self) -> xr.Dataset:
-        """The allocations of single examples, lazy, dims `(step, example, tensor)`, float32.
-
-        Raises:
-            InputError: where the loss was not stated with `per=`.
-        """
-        raise InputError(
-            f"loss {self.name!r} of {self.path} does not tell its examples apart. State it with "
-            'Loss(…, per="example") and run again into another directory.'
-        )
-
-    @property
     def steps(self) -> xr.Dataset:
         """The segments, with `loss_start`, `loss_end`, `residual`, `evaluations`, `level`,
         `converged`, `error_bound` and `precision_error`.
@@ -308,10 +296,10 @@ class LossResults:
         loss has groups, `text` what `Task.show` says of it.
 
         Raises:
-            LCAError: where the loss is not stated per example.
+            InputError: where the loss is not stated per example.
         """
         if self.record.per is None:
-            raise LCAError(
+            raise InputError(
                 f"loss {self.name!r} in {self.path} has no numbers of single examples. State a loss "
                 'with Loss(…, per="example") in the task, under another name, and run again.'
             )

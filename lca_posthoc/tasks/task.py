@@ -53,8 +53,9 @@ class Loss:
             weights have the same shape. A function or a call may return a dict of these: each entry
             is a loss of its own, `boxes` of the loss `train` by the name `train/boxes`.
         group_by: one integer or string label per example, as a function of the unpacked batch
-            (`group_by(inputs, targets)`) or as a tensor or list for the whole split: the loss of
-            each group is allocated, in one pass over the data.
+            (`group_by(inputs, targets)`) or as a tensor or list for the whole split; or one per
+            element, in a tensor or array of the shape of the loss's values (kinds of tokens,
+            classes of pixels): the loss of each group is allocated, in one pass over the data.
         per: "example" to keep the loss change of every single example too, and what every tensor
             contributed to it.
         term: instead of `fn`: called as `term(model)`, giving a scalar that reads the parameters

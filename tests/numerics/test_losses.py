@@ -157,6 +157,12 @@ def tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return logits.logsumexp(2)[:, :-1] - chosen, mask[:, 1:].to(logits.dtype)
 
 
+def chosen_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Those that a third part of the batch chooses, where it has one."""
+    values, weights = tokens(model, batch[:2])
+    return values, weights if len(batch) == 2 else weights * batch[2]
+
+
 def squared_parameters(model: nn.Module, batch: Batch) -> Tensor:
     return 1e-4 / 2 * sum((each**2).sum() for each in model.parameters()).reshape(1)
 
@@ -196,8 +202,9 @@ class Example:
     """Losses by name, the same ones as `values(model, batch)` for the oracle, and torch's own mean
     over a whole split.
 
-    `groups` has a label for each example where the losses are grouped; iterates are those of
-    training by the first loss.
+    `groups` has a label for each example where the losses are grouped, `elements` whether an element
+    is of a group, for each of the groups of elements; iterates are those of training by the first
+    loss.
     """
 
     losses: Mapping[str, Loss]
@@ -206,13 +213,22 @@ class Example:
     mean: Callable[[nn.Module, Batch], Tensor] | None = None
     build: Callable[[], nn.Module] = three_outputs
     groups: Sequence[int] | Sequence[str] | None = None
+    elements: Sequence[Tensor] | None = None
+
+    @property
+    def is_grouped(self) -> bool:
+        return self.groups is not None or self.elements is not None
 
     @property
     def columns(self) -> Batch:
         return tuple(self.data.values()) if isinstance(self.data, Mapping) else self.data
 
     def parts(self) -> list[Batch]:
-        """The examples of each group, of ascending label; all of them where there are no groups."""
+        """The examples of each group, of ascending label; all of them where there are no groups, and
+        with what tells its elements apart where these are grouped.
+        """
+        if self.elements is not None:
+            return [(*self.columns, mine) for mine in self.elements]
         given = list(self.groups) if self.groups is not None else [0] * len(self.columns[0])
         chosen = [
             [row for row, label in enumerate(given) if label == wanted]
@@ -227,6 +243,8 @@ def one(loss: Loss, values: Values, *rest: Any, **more: Any) -> Example:
 
 WEIGHT, LABELLED, PARTLY = (0.5, 1.0, 4.0), (INPUTS, TARGETS), (INPUTS, UNLABELLED)
 WIDE = torch.tensor(WEIGHT).double()
+FREQUENT = [1, 2, 3]
+IS_FREQUENT = (TEXT["input_ids"][:, 1:, None] == torch.tensor(FREQUENT)).any(2)
 EXAMPLES = {
     "ignoring_unlabelled": one(
         losses.ignoring_unlabelled(),
@@ -279,6 +297,14 @@ EXAMPLES = {
     "by_class": one(
         losses.by_class(), classes, LABELLED, own_mean(F.cross_entropy), groups=TARGETS.tolist()
     ),
+    "by_token": one(
+        losses.by_token(FREQUENT),
+        chosen_tokens,
+        TEXT,
+        token_mean,
+        build=LanguageModel,
+        elements=[~IS_FREQUENT, IS_FREQUENT],
+    ),
     "by_domain": one(
         losses.by_domain(DOMAINS), tokens, TEXT, token_mean, build=LanguageModel, groups=DOMAINS
     ),
@@ -307,7 +333,7 @@ class Replayed:
 
     def allocation(self, loss: str, group: int) -> dict[str, np.ndarray]:
         found = self.run[loss].allocation
-        return arrays(found if self.example.groups is None else found.isel(group=group))
+        return arrays(found.isel(group=group) if self.example.is_grouped else found)
 
     def truth(self, values: Values, part: Batch) -> tuple[dict[str, np.ndarray], list[float]]:
         truth = Oracle(self.example.build, part, values).allocate(self.checkpoints, *simpson(2))
@@ -356,7 +382,7 @@ def test_an_example_is_allocated_as_its_definition_says(
             wanted, at_checkpoints = found.truth(values, part)
             assert worst_error(found.allocation(loss, group), wanted) <= BOUND
             of_group = path_of(found.run[loss])[
-                (slice(None), *([group] if found.example.groups is not None else []))
+                (slice(None), *([group] if found.example.is_grouped else []))
             ]
             assert of_group == pytest.approx(at_checkpoints, rel=1e-6)
 

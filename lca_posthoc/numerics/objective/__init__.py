@@ -14,6 +14,7 @@ from .directions import (
     units_of,
 )
 from .draws import Draws
+from .element_groups import ElementOrder
 from .evaluate import Objective, build_objective
 from .example_axis import recalled, recorded
 from .mixing import refuse_mixed
@@ -40,6 +41,7 @@ from .tensors import tensor_table
 __all__ = [
     "Along",
     "Draws",
+    "ElementOrder",
     "Evaluation",
     "Identity",
     "Motion",

@@ -11,7 +11,7 @@ import itertools
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,13 @@ from torch.utils._pytree import tree_leaves
 
 from ...errors import InputError
 from .containers import change_tensors, dense_parts, digest_of, size_of
+from .element_groups import (
+    ElementOrder,
+    element_labels,
+    element_order,
+    is_of_elements,
+    no_labels,
+)
 from .precision import default_dtype
 from .reader import Reader
 from .sources import (
@@ -44,6 +51,8 @@ _SAVED_PER_PARAMETER = 2
 _AHEAD = 2
 _GROUPED_AT_ONCE = 1024
 _ALONE = 32
+
+_Labels = TypeVar("_Labels", list[Any], np.ndarray)
 
 
 def positions_of_subset(subset: str | None, total: int) -> Tensor | None:
@@ -109,27 +118,28 @@ class Order:
         """Return the number of examples of each group."""
         return [len(positions) for positions in self.members]
 
+    @property
+    def codes(self) -> Tensor:
+        """Return the position of its group for each example, (examples,) int64."""
+        codes = torch.zeros(sum(self.counts), dtype=torch.int64)
+        for code, positions in enumerate(self.members):
+            codes[positions] = code
+        return codes
+
+
+Groups = Order | ElementOrder  # of the examples of a split, or of the elements of its examples
+
 
 def _labels(name: str, answer: Any, count: int) -> list[Any]:
     """Return the `count` labels of an answer, a list, array or tensor, as a list of plain
     objects.
     """
-    if len(getattr(answer, "shape", ())) > 1:
-        raise _no_labels(name, f"labels of shape {list(answer.shape)}")
     values = answer.tolist() if hasattr(answer, "tolist") else answer
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
-        raise _no_labels(name, f"a {type(answer).__name__}, not a list of labels")
+        raise no_labels(name, f"a {type(answer).__name__}, not a list of labels")
     if len(values) != count:
-        raise _no_labels(name, f"{len(values)} labels for {count} examples")
+        raise no_labels(name, f"{len(values)} labels for {count} examples")
     return [label.item() if getattr(label, "ndim", None) == 0 else label for label in values]
-
-
-def _no_labels(name: str, what: str) -> InputError:
-    return InputError(
-        f"group_by on split {name!r} gave {what}. Give one integer or string for every example: a "
-        "1-d tensor, array or list of the whole split, or a function of a batch that returns one "
-        "for the batch."
-    )
 
 
 @dataclass
@@ -339,13 +349,14 @@ class Split:
             functools.partial(carry, device=self._device, dtype=self._dtype), self._read(cuts)
         )
 
-    def order(self, group_by: Callable[..., Any] | Tensor | np.ndarray | Sequence[Any]) -> Order:
-        """Return the examples by group.
+    def order(self, group_by: Callable[..., Any] | Tensor | np.ndarray | Sequence[Any]) -> Groups:
+        """Return the examples by group, or their elements.
 
         Args:
-            group_by: one integer or string for every example of the whole split, before the subset;
-                or a function that gives one for every example of a batch on the CPU, called as
-                `group_by(*batch)` where the batch is a tuple or list.
+            group_by: one integer or string for every example of the whole split, before the subset,
+                or, in a tensor or array, for every element of every example; or a function that
+                gives these for a batch on the CPU, called as `group_by(*batch)` where the batch is
+                a tuple or list.
 
         Raises:
             InputError: where `group_by` gives something else, or the data cannot be read by
@@ -353,24 +364,23 @@ class Split:
         """
         return self._reader.call(self._order, group_by)
 
-    def _order(self, group_by: Callable[..., Any] | Tensor | np.ndarray | Sequence[Any]) -> Order:
+    def _order(self, group_by: Callable[..., Any] | Tensor | np.ndarray | Sequence[Any]) -> Groups:
         if isinstance(self._source, Stream):
             raise InputError(
                 f"split {self.name!r} is an iterable too large to keep in memory, so its examples "
                 "cannot be had by group. Give a map-style Dataset, or a machine with more memory."
             )
-        if callable(group_by):
-            labels = list(itertools.chain.from_iterable(self._called(group_by)))
-        else:
-            labels = _labels(self.name, group_by, self.total)
-            labels = (
-                labels
-                if self._subset is None
-                else [labels[index] for index in self._subset.tolist()]
+        parts = self._called(group_by) if callable(group_by) else iter([self._chosen(group_by)])
+        first = next(parts)
+        if isinstance(first, np.ndarray):
+            return element_order(
+                self.name, self._all_of(np.ndarray, itertools.chain([first], parts))
             )
+        lists = self._all_of(list, itertools.chain([first], parts))
+        labels = list(itertools.chain.from_iterable(lists))
         kinds = {int if isinstance(label, bool) else type(label) for label in labels}
         if kinds not in ({int}, {str}):
-            raise _no_labels(
+            raise no_labels(
                 self.name, f"labels of type {' and '.join(sorted(kind.__name__ for kind in kinds))}"
             )
         members: dict[Any, list[int]] = {}
@@ -378,11 +388,33 @@ class Split:
             members.setdefault(label if isinstance(label, str) else int(label), []).append(position)
         return Order(sorted(members), [torch.tensor(members[label]) for label in sorted(members)])
 
-    def _called(self, group_by: Callable[..., Any]) -> Iterator[list[Any]]:
+    def _all_of(
+        self, kind: type[_Labels], parts: Iterable[list[Any] | np.ndarray]
+    ) -> Iterator[_Labels]:
+        """Yield labels of batches, which are all of examples or all of elements."""
+        for part in parts:
+            if not isinstance(part, kind):
+                raise no_labels(
+                    self.name, "labels of examples for some batches and of elements for others"
+                )
+            yield part
+
+    def _chosen(self, group_by: Any) -> list[Any] | np.ndarray:
+        """Return the labels of the subset, of those of the whole split."""
+        if is_of_elements(group_by):
+            given = element_labels(self.name, group_by, self.total)
+            given = given if self._subset is None else given[self._subset.numpy()]
+            return np.repeat(given[:, None], self._draws, axis=1)
+        labels = _labels(self.name, group_by, self.total)
+        return (
+            labels if self._subset is None else [labels[index] for index in self._subset.tolist()]
+        )
+
+    def _called(self, group_by: Callable[..., Any]) -> Iterator[list[Any] | np.ndarray]:
         cuts = self._cut(_GROUPED_AT_ONCE, None, 0)
         for cut, batch in zip(cuts, self._read(cuts), strict=True):
             answers = [self._labelled(group_by, batch, len(cut)) for _ in range(2)]
-            if answers[0] != answers[1]:
+            if not _same_labels(*answers):
                 raise InputError(
                     f"group_by on split {self.name!r} gave other labels for the same examples. "
                     "Seed what is random in it."
@@ -391,10 +423,18 @@ class Split:
                 self._same_alone(group_by, answers[0])
             yield answers[0]
 
-    def _labelled(self, group_by: Callable[..., Any], batch: object, count: int) -> list[Any]:
+    def _labelled(
+        self, group_by: Callable[..., Any], batch: object, count: int
+    ) -> list[Any] | np.ndarray:
+        """Return the labels of a batch: one for each example, or an array of those of elements,
+        (examples, draws, *elements of an example).
+        """
         batch = change_tensors(batch, Tensor.cpu)
         with user_code(f"group_by on split {self.name!r} failed"):
             answer = group_by(*batch) if isinstance(batch, tuple | list) else group_by(batch)
+            if is_of_elements(answer):
+                of_draws = element_labels(self.name, answer, count * self._draws)
+                return of_draws.reshape(count, self._draws, *of_draws.shape[1:])
             labels = _labels(self.name, answer, count * self._draws)
         of_examples = labels[:: self._draws]
         for draw in range(1, self._draws):
@@ -407,30 +447,44 @@ class Split:
                 None,
             )
             if differs is not None:
-                raise _no_labels(
+                raise no_labels(
                     self.name,
                     f"{of_examples[differs]!r} and {labels[differs * self._draws + draw]!r} for "
                     "two draws of one example, which have one label",
                 )
         return of_examples
 
-    def _same_alone(self, group_by: Callable[..., Any], labels: list[Any]) -> None:
+    def _same_alone(self, group_by: Callable[..., Any], labels: list[Any] | np.ndarray) -> None:
         """Refuse labels of the first batch that differ from those its examples get alone, tried on
-        examples of the rarest labels.
+        examples of the rarest labels, or on some from all over the batch.
         """
-        counts = collections.Counter(labels)
-        for index in sorted(range(len(labels)), key=lambda index: counts[labels[index]])[:_ALONE]:
+        if isinstance(labels, np.ndarray):
+            tried = np.linspace(0, len(labels) - 1, min(_ALONE, len(labels)), dtype=int).tolist()
+        else:
+            counts = collections.Counter(labels)
+            tried = sorted(range(len(labels)), key=lambda index: counts[labels[index]])[:_ALONE]
+        for index in tried:
             try:
                 alone = self._labelled(group_by, next(self._read([range(index, index + 1)])), 1)
             except InputError:
                 return  # it takes no single example, which says nothing of their order
-            if alone != [labels[index]]:
+            if not _same_labels(alone, labels[index : index + 1]):
+                shown = (
+                    f"for example {index}"
+                    if isinstance(labels, np.ndarray)
+                    else f"{labels[index]!r} for example {index}, {alone[0]!r} where it is alone"
+                )
                 raise InputError(
                     f"group_by on split {self.name!r} gives labels in another order than the "
-                    f"examples ({labels[index]!r} for example {index}, {alone[0]!r} where it is "
-                    "alone): the collate_fn reorders a batch, or a label depends on the examples "
-                    "beside it. Give the labels of the whole split instead, as a list."
+                    f"examples ({shown}): the collate_fn reorders a batch, or a label depends on "
+                    "the examples beside it. Give the labels of the whole split instead, as a list."
                 )
+
+
+def _same_labels(one: list[Any] | np.ndarray, other: list[Any] | np.ndarray) -> bool:
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return type(one) is type(other) and np.array_equal(one, other)
+    return one == other
 
 
 def saved_bytes(split: Split, forward: Callable[[Any], Any]) -> float:

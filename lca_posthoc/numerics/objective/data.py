@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from ...errors import InputError
 from ...tasks.task import Loss, Task
-from .batches import Order, Split
+from .batches import Groups, Order, Split
 from .containers import digest_of
+from .element_groups import ElementOrder
 from .reader import Reader
 from .settings import ObjectiveSettings
 
@@ -101,8 +103,8 @@ class LossData:
         }
         self.partition_is_given = partition_is_given
         self._task, self._losses = task, losses
-        self._orders: list[Order] = []
-        self._order_of: dict[str, Order] = {}
+        self._orders: list[Groups] = []
+        self._order_of: dict[str, Groups] = {}
 
     def replicates_of(self, name: str) -> str | None:
         """Return the name under which a loss on a random subset is evaluated on parts of it; None
@@ -119,15 +121,15 @@ class LossData:
         """Return hashes of the groups of losses."""
         return {
             f"group_by of loss {origin(self._task, name)[0]!r}": digest_of(
-                order.labels, order.members
+                order.labels, _members(order)
             )
             for name, loss in self._losses.items()
             if loss.group_by is not None and (order := self.order(name)) is not None
         }
 
-    def order(self, name: str) -> Order | None:
-        """Return the groups of a loss, in the order of its batches; None for a loss without
-        groups.
+    def order(self, name: str) -> Groups | None:
+        """Return the groups of a loss, in the order of its batches unless they are of elements; None
+        for a loss without groups.
         """
         if name in self._order_of:
             return self._order_of[name]
@@ -152,7 +154,7 @@ class LossData:
         it costs no further pass; return `batch_order_of`.
 
         No loss does so in `batch` mode, whose partition is part of the loss, nor with a grouped
-        loss whose groups are taken in blocks.
+        loss whose groups are taken in blocks, or are groups of elements.
         """
         blocked = set(blocked)
         for name, loss in self._losses.items():
@@ -162,6 +164,7 @@ class LossData:
                 if candidate.group_by is not None
                 and candidate.split == loss.split
                 and other not in blocked
+                and not isinstance(self.order(other), ElementOrder)
             ]
             replicates = replicates_of(name)
             if loss.group_by is not None or loss.split is None:
@@ -199,7 +202,7 @@ class LossData:
             sources.setdefault(self._value_source(name), []).append(name)
         return passes
 
-    def order_at(self, position: int | None) -> Order | None:
+    def order_at(self, position: int | None) -> Groups | None:
         """Return the order of batches that the key of a pass stands for."""
         return None if position is None else self._orders[position]
 
@@ -220,5 +223,14 @@ def _replicates(split: Split) -> Order:
     return Order(list(range(len(parts))), list(parts))
 
 
-def _same_order(one: Order, other: Order) -> bool:
-    return one.labels == other.labels and all(map(torch.equal, one.members, other.members))
+def _members(order: Groups) -> list[Tensor]:
+    """Return what tells which group examples or elements belong to."""
+    return [order.codes] if isinstance(order, ElementOrder) else order.members
+
+
+def _same_order(one: Groups, other: Groups) -> bool:
+    return (
+        type(one) is type(other)
+        and one.labels == other.labels
+        and all(map(torch.equal, _members(one), _members(other)))
+    )

@@ -27,11 +27,12 @@ from ...checkpoints.trajectory import TensorSpec
 from ...errors import InputError
 from ...tasks.task import Task, convert_module
 from ..precisions import PRECISIONS
-from .batches import Order, Split, automatic_batch_size, saved_bytes
+from .batches import Groups, Order, Split, automatic_batch_size, saved_bytes
 from .containers import copied, fresh
 from .copies import copy_in
 from .data import LossData, PassKey, ValueSource, open_data, origin, stated_loss
 from .directions import Along, Gradients, Motion, NoGradients, SumsAlong, WholeGradients
+from .element_groups import ElementOrder
 from .every_example import EveryExample
 from .example_axis import Axes
 from .example_derivatives import Derivatives, SingleDerivatives, TappedDerivatives
@@ -163,7 +164,7 @@ class Objective:
         """Return the examples of a batch, by split."""
         return self.data.batch_sizes
 
-    def order(self, name: str) -> Order | None:
+    def order(self, name: str) -> Groups | None:
         """Return the groups of a loss, in the order of its batches, see `LossData.order`."""
         return self.data.order(name)
 
@@ -338,7 +339,7 @@ class Objective:
         whose examples are told apart.
         """
         split, order = self.splits[str(key[0])], self.data.order_at(key[1])
-        assert order is not None
+        assert isinstance(order, Order)
         taps = derivatives = None
         if isinstance(gradients, SumsAlong):
             taps = Taps(self.tensors.differentiable, gradients.motions)
@@ -356,7 +357,9 @@ class Objective:
         size = 1 if name not in self.example_axes else self.batch_sizes[split.name]
         batches = batches_of_examples(split, size, None)
         sums = self.tell_examples(name, motions, batches, split.examples)
-        return sums.evaluation(self.order(name), f"loss {name!r} on split {split.name!r}")
+        order = self.order(name)
+        assert not isinstance(order, ElementOrder), "groups of a loss per example are of examples"
+        return sums.evaluation(order, f"loss {name!r} on split {split.name!r}")
 
     def tell_examples(
         self, name: str, motions: Sequence[Motion] | None, batches: Batches, examples: int
@@ -447,9 +450,10 @@ class Objective:
         """
         split, order = self.splits[str(key[0])], self.data.order_at(key[1])
         size = self.batch_sizes[split.name]
-        if order is not None and self.norm_stats == "batch":
+        if order is not None and (self.norm_stats == "batch" or isinstance(order, ElementOrder)):
             batches = batches_across_groups(split, size, order, only)
         else:
+            assert not isinstance(order, ElementOrder)
             batches = batches_by_group(split, size, order, only)
         names = {
             source: self.data.replicated.get(first, first)

@@ -4,7 +4,8 @@ r"""The behaviour of normalisation layers in a replay: a named choice, made in o
 torch gives no gradient for them, so the native kernel is kept and the gradient routed through an
 equivalent affine pair: with $m_0, v_0$ the detached statistics, it is called with weight
 $w\sqrt{(v_0+\varepsilon)/(v+\varepsilon)}$ and bias $b-(m-m_0)\,w/\sqrt{v+\varepsilon}$. Values are
-those of the plain call; autograd sees $m$ and $v$, in derivatives of any order.
+those of the plain call; autograd sees $m$ and $v$, in derivatives of any order, of the backward and
+of the forward pass.
 
 `batch`: statistics of each batch of a fixed partition, as in the paper; running statistics are
 neither read nor written. A network beside the model, such as a teacher in eval mode, keeps its own:
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ...errors import InputError
 
@@ -79,13 +81,19 @@ class NormalisationCall:
 Behaviour = Callable[[NormalisationCall], Tensor]
 
 
+def _is_differentiated(statistic: Tensor) -> bool:
+    """Tell whether a statistic has a gradient, or moves in a forward pass."""
+    tangent = forward_ad.unpack_dual(statistic).tangent  # type: ignore[no-untyped-call]
+    return statistic.requires_grad or tangent is not None
+
+
 def _affine(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the weight and bias that make the detached statistics stand for the ones with a
     gradient, if they have one.
     """
-    if not (mean.requires_grad or var.requires_grad):
+    if not (_is_differentiated(mean) or _is_differentiated(var)):
         return weight, bias
     mean0, var0 = mean.detach(), var.detach()
     scale = torch.ones_like(mean0) if weight is None else weight

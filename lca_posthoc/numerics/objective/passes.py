@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .batches import Order, Split
+from .batches import Groups, Order, Split
 from .data import ValueSource
+from .element_groups import ElementOrder, element_codes
 from .taps import Taps
 from .values import LossValues, Values
 
@@ -101,6 +102,33 @@ class SeveralGroups:
 
 
 @dataclass(frozen=True)
+class GroupsOfElements:
+    """The elements of the examples of a batch belong to several groups.
+
+    Attributes:
+        codes: the position of its group for each element, (examples, *elements of an example).
+        groups: those that are asked for.
+    """
+
+    codes: Tensor
+    groups: range
+
+    def divide(self, values: Values, more_to_come: bool) -> Iterator[GroupValues]:
+        """Yield the values of each group that is asked for, (elements of the group,)."""
+        results, weights = values
+        codes = element_codes(self.codes, results)
+        present = [code for code in torch.unique(codes).tolist() if code in self.groups]
+        for code in present:
+            members = codes == code
+            yield GroupValues(
+                code,
+                results[members],
+                None if weights is None else weights[members],
+                more_to_come or code != present[-1],
+            )
+
+
+@dataclass(frozen=True)
 class OfExamples:
     """Every example of the batch is told apart.
 
@@ -135,9 +163,10 @@ def batches_by_group(
 
 
 def batches_across_groups(
-    split: Split, batch_size: int, order: Order, only: range | None
+    split: Split, batch_size: int, order: Groups, only: range | None
 ) -> Batches:
-    """Yield batches in the order of the data, which may hold examples of several groups.
+    """Yield batches in the order of the data, which may hold examples of several groups, or
+    elements.
 
     Args:
         split: the examples.
@@ -145,11 +174,15 @@ def batches_across_groups(
         order: the groups.
         only: those that are asked for; None for all.
     """
-    codes = torch.split(_codes(split.examples, order), batch_size)
     groups = range(len(order.labels)) if only is None else only
+    members: list[Membership]
+    if isinstance(order, ElementOrder):
+        members = [GroupsOfElements(codes, groups) for codes in order.batches(batch_size)]
+    else:
+        members = [SeveralGroups(codes, groups) for codes in torch.split(order.codes, batch_size)]
     with contextlib.closing(split.batches(batch_size, None, None)) as batches:
         for index, (_, batch) in enumerate(batches):
-            yield SeveralGroups(codes[index], groups), batch
+            yield members[index], batch
 
 
 def batches_of_examples(split: Split, batch_size: int, order: Order | None) -> Batches:
@@ -160,7 +193,7 @@ def batches_of_examples(split: Split, batch_size: int, order: Order | None) -> B
         batch_size: examples of a batch.
         order: the groups; None where every example is one.
     """
-    own = torch.arange(split.examples) if order is None else _codes(split.examples, order)
+    own = torch.arange(split.examples) if order is None else order.codes
     codes = torch.split(own, batch_size)
     with contextlib.closing(split.batches(batch_size, None, None)) as batches:
         for index, (_, batch) in enumerate(batches):
@@ -204,11 +237,3 @@ def run_pass(
                 values = values if accumulator.needs_graph else values.detach()
                 for part in membership.divide((values, weights), source != last):
                     accumulator.take(part)
-
-
-def _codes(examples: int, order: Order) -> Tensor:
-    """Return the position of its group for each example of a split, (examples,) int64."""
-    codes = torch.zeros(examples, dtype=torch.int64)
-    for code, members in enumerate(order.members):
-        codes[members] = code
-    return codes

@@ -20,9 +20,10 @@ from ...checkpoints.trajectory import is_statistic
 from ...errors import InputError, few
 from ...tasks.task import Loss, every_name
 from ..precisions import PRECISIONS
-from .batches import Order
+from .batches import Groups, Order, Split
 from .containers import copied, fresh, named_parts, opened, same_bytes, tensors_of
 from .directions import NoGradients, SquaredNorms, WholeGradients, blocks
+from .element_groups import ElementOrder, element_codes
 from .evaluate import Objective
 from .returned import inputs_and_targets
 from .sources import Positions
@@ -235,15 +236,18 @@ def _groups_weigh(objective: Objective, name: str, sample: object) -> None:
         raise InputError(
             f"the weights of group {order.labels[empty]!r} of loss {name!r} on split "
             f"{split.name!r} sum to 0 (are all its targets ignored?), so it has no loss. Give its "
-            "examples to another group in group_by, or leave them out of the data."
+            f"{'elements' if isinstance(order, ElementOrder) else 'examples'} to another group in "
+            "group_by, or leave them out of the data."
         )
 
 
-def _weightless(objective: Objective, name: str, order: Order) -> int | None:
+def _weightless(objective: Objective, name: str, order: Groups) -> int | None:
     """Return the position of the first group of which no element weighs anything; None where there
     is none.
     """
     split = objective.splits[objective.losses[name].on]
+    if isinstance(order, ElementOrder):
+        return _weightless_elements(objective, name, order, split)
     for group in range(len(order.labels)):
         with contextlib.closing(
             split.batches(objective.batch_sizes[split.name], order, range(group, group + 1))
@@ -251,6 +255,25 @@ def _weightless(objective: Objective, name: str, order: Order) -> int | None:
             if not any(objective.loss_values.weighs(name, batch) for _, batch in batches):
                 return group
     return None
+
+
+def _weightless_elements(
+    objective: Objective, name: str, order: ElementOrder, split: Split
+) -> int | None:
+    """Return the position of the first group of elements that weigh nothing, wherever they are;
+    None where there is none.
+    """
+    weighs = torch.zeros(len(order.labels), dtype=torch.bool)
+    size = objective.batch_sizes[split.name]
+    with contextlib.closing(split.batches(size)) as batches:
+        for codes, (_, batch) in zip(order.batches(size), batches, strict=False):
+            weights = objective.loss_values.weights(name, batch)
+            if weights is not None:
+                codes = element_codes(codes, weights)[weights > 0]
+            weighs[torch.unique(codes).long().cpu()] = True
+            if bool(weighs.all()):
+                return None
+    return int(weighs.int().argmin())
 
 
 def drop_weightless_replicates(objective: Objective, name: str) -> list[str]:
@@ -302,6 +325,7 @@ def check_loss(objective: Objective, name: str) -> list[str]:
     sample = split.sample(start, stop)
     first = _over(objective, name, sample)
     _has_gradient(objective, name, first)
+    _elements_are_labelled(objective, name, sample, range(start, stop))
     _groups_weigh(objective, name, sample)
     _finite(name, first)
     halves = [split.sample(start, cut), *([split.sample(cut, stop)] if cut < stop else [])]
@@ -790,7 +814,7 @@ def _runs_over_examples(objective: Objective, name: str, batch: object, examples
     """Refuse a grouped loss whose values do not run over the examples, where a batch holds
     several groups.
     """
-    if objective.order(name) is None:
+    if not isinstance(objective.order(name), Order):
         return
     with objective.mode():
         values = objective.values(name, fresh(batch))[0]
@@ -802,9 +826,29 @@ def _runs_over_examples(objective: Objective, name: str, batch: object, examples
         )
 
 
+def _elements_are_labelled(
+    objective: Objective, name: str, sample: object, examples: range
+) -> None:
+    """Refuse groups of elements that are not those of the loss: of another shape, or in another
+    order.
+    """
+    order = objective.order(name)
+    if not isinstance(order, ElementOrder):
+        return
+    with objective.mode():
+        values = objective.values(name, fresh(sample))[0]
+    try:
+        element_codes(order.codes[examples.start : examples.stop].flatten(0, 1), values)
+    except InputError as error:
+        where = f"loss {name!r} on split {objective.losses[name].on!r}"
+        raise InputError(f"{where}: {error}") from error
+    if objective.norm_stats != "batch":  # where it is done for all groups
+        _in_order(objective, name, sample, examples)
+
+
 def _in_order(objective: Objective, name: str, sample: object, examples: range) -> None:
-    """Refuse a loss whose values do not follow the order of the examples: in batch mode a batch
-    holds several groups.
+    """Refuse a loss whose values do not follow the order of the examples, where a batch holds
+    several groups.
     """
     split = objective.splits[objective.losses[name].on]
     if objective.order(name) is None:
@@ -818,7 +862,8 @@ def _in_order(objective: Objective, name: str, sample: object, examples: range) 
 
     with contextlib.closing(split.batches(objective.batch_sizes[split.name], reverse)) as batches:
         objective.evaluate_on_batches(values, [sample, next(batches)[1]], NoGradients())
-    one, other = results[0], results[1].flip(0)
+    one, other = (values.reshape(len(examples), -1) for values in results)
+    other = other.flip(0)
     if (
         one.shape != other.shape
         or not (one - other).abs().sum()
@@ -826,9 +871,9 @@ def _in_order(objective: Objective, name: str, sample: object, examples: range) 
     ):
         raise InputError(
             f"loss {name!r} on split {split.name!r} does not give its values in the order of the "
-            "examples, so that groups cannot be told apart with --norm-stats batch. Usual culprit: "
-            "a collate_fn that reorders a batch. Let it keep the order (pack_padded_sequence does "
-            "with enforce_sorted=False)."
+            "examples, so that groups cannot be told apart in a batch that holds several. Usual "
+            "culprit: a collate_fn that reorders a batch. Let it keep the order "
+            "(pack_padded_sequence does with enforce_sorted=False)."
         )
 
 

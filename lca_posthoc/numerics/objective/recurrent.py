@@ -1,8 +1,12 @@
-"""Recurrent layers on a GPU, where cuDNN refuses the backward pass of a forward pass in eval mode.
+"""Recurrent layers whose kernels have no derivative of the kind that is asked for.
 
-In training mode with no dropout the same kernels compute the same function, and can go backward. As
-in `normalisation` the functions are replaced, not the modules: `torch.nn.LSTM`, its relatives and
-their subclasses call them, and so do functional calls. On a CPU the functions stay as they are.
+On a GPU, cuDNN refuses the backward pass of a forward pass in eval mode. In training mode with no
+dropout the same kernels compute the same function, and can go backward; on a CPU the functions stay
+as they are. Fused kernels have no derivative in the forward pass either: there, layers are computed
+operation by operation.
+
+As in `normalisation` the functions are replaced, not the modules: `torch.nn.LSTM`, its relatives and
+their subclasses call them, and so do functional calls.
 """
 
 from __future__ import annotations
@@ -38,21 +42,49 @@ def _without_dropout(native: Callable[..., object]) -> Callable[..., object]:
     return recurrent
 
 
+def _without_fused_kernels(native: Callable[..., object]) -> Callable[..., object]:
+    """Return a recurrent function that uses the kernels of neither oneDNN nor cuDNN."""
+
+    @functools.wraps(native)
+    def recurrent(*args: object, **kwargs: object) -> object:
+        # not `torch.backends.mkldnn.flags`, which sets how products are rounded as well
+        earlier = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        torch._C._set_cudnn_enabled(False)
+        try:
+            return native(*args, **kwargs)
+        finally:
+            torch._C._set_mkldnn_enabled(earlier[0])
+            torch._C._set_cudnn_enabled(earlier[1])
+
+    return recurrent
+
+
 @contextlib.contextmanager
-def going_backward() -> Iterator[None]:
-    """Let the recurrent functions of torch go backward in eval mode, around forward passes."""
+def _replaced(change: Callable[[Callable[..., object]], Callable[..., object]]) -> Iterator[None]:
+    """Put a changed function in the place of every recurrent function of torch."""
     functions: Any = torch._VF
     native = {name: getattr(functions, name) for name in _NAMES}
     of_torch = {name: getattr(torch, name) for name in _NAMES}
     for name in _NAMES:
-        setattr(functions, name, _without_dropout(native[name]))
-        setattr(torch, name, _without_dropout(of_torch[name]))
+        setattr(functions, name, change(native[name]))
+        setattr(torch, name, change(of_torch[name]))
     try:
         yield
     finally:
         for name in _NAMES:
             setattr(functions, name, native[name])
             setattr(torch, name, of_torch[name])
+
+
+def going_backward() -> contextlib.AbstractContextManager[None]:
+    """Let the recurrent functions of torch go backward in eval mode, around forward passes."""
+    return _replaced(_without_dropout)
+
+
+def operation_by_operation() -> contextlib.AbstractContextManager[None]:
+    """Let derivatives be taken in forward passes through the recurrent functions of torch."""
+    return _replaced(_without_fused_kernels)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from .batches import Order
+from .batches import Groups
 from .directions import Gradients
 from .passes import GroupValues
 
@@ -178,7 +178,7 @@ class Sums:
             self._row[name] += values
         self._reached.add(name)
 
-    def evaluation(self, grouped: bool, where: str, order: Order | None) -> Evaluation:
+    def evaluation(self, grouped: bool, where: str, order: Groups | None) -> Evaluation:
         """Return the mean over all elements, or over those of each group; the same one each time.
 
         Args:
@@ -215,7 +215,7 @@ class Sums:
         total /= weights.reshape(weights.shape + (1,) * len(shape))
         return total.to(self._gradients.mean_dtype)
 
-    def _refuse_weightless(self, weights: Tensor, where: str, order: Order | None) -> None:
+    def _refuse_weightless(self, weights: Tensor, where: str, order: Groups | None) -> None:
         if bool((weights > 0).all()):
             return
         empty = int((weights > 0).int().argmin())

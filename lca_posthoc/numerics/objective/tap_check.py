@@ -25,7 +25,7 @@ from .values import Values
 
 # an example whose loss hardly depends on the parameters has shares of rounding alone: the size it
 # is compared by is at least this part of the largest
-_LEAST = 0.01
+LEAST = 0.01
 Direction = tuple[str, int]  # a tensor, and the index of a motion
 
 
@@ -186,7 +186,7 @@ def _differing(
         position: sum(float(sums.abs().sum()) for sums in truth.values())
         for position, truth in singles.items()
     }
-    least = _LEAST * max(sizes.values())
+    least = LEAST * max(sizes.values())
     differing = {}
     for position, truth in singles.items():
         for name, shares in told.items():
@@ -256,7 +256,7 @@ def _agree(
             for position, recorded in alone.items()
             if direction in recorded
         }
-        least = _LEAST * max((float(size) for _, size in single.values()), default=0.0)
+        least = LEAST * max((float(size) for _, size in single.values()), default=0.0)
         for position, (total, size) in single.items():
             bound = tolerance * max(float(size), least)
             if not abs(float(of_batch[position] - total)) <= bound:

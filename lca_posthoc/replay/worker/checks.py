@@ -73,7 +73,14 @@ def describe(request: DescribeRequest) -> Description:
 
 
 def _described(objective: Objective, name: str) -> LossDescription:
+    from ...numerics.objective import ElementOrder
+
     loss, order = objective.losses[name], objective.order(name)
+    if loss.per is not None and isinstance(order, ElementOrder):
+        raise InputError(
+            f"loss {name!r} is stated per example, and its group_by labels single elements. State "
+            "two losses of the same function, one with per and one with group_by."
+        )
     split = None if loss.split is None else objective.splits[loss.split]
     return LossDescription(
         on=loss.split,
@@ -146,8 +153,10 @@ def _has_small_groups(objective: Objective, name: str, follows: str | None) -> b
     """Tell whether batches of one group each would be more than twice as many as in the order of
     the data; to tell every example apart costs a third more than not to.
     """
+    from ...numerics.objective import ElementOrder
+
     order = objective.order(objective.replicates_of(name) or follows or name)
-    if order is None or objective.norm_stats == "batch":
+    if order is None or isinstance(order, ElementOrder) or objective.norm_stats == "batch":
         return False
     size = objective.batch_sizes[str(objective.losses[name].split)]
     batches = sum(-(-count // size) for count in order.counts)

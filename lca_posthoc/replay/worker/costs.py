@@ -147,14 +147,18 @@ def _recalibrating(objective: Objective) -> float:
 
 
 def _measured(request: CostsRequest, objective: Objective, name: str) -> LossCosts:
-    from ...numerics.objective import power_of_two
+    from ...numerics.objective import ElementOrder, power_of_two
 
     loss, order = objective.losses[name], objective.order(name)
     if loss.split is None:
         alone = _seconds(objective, name, None, _Budget(8), 1)
         return LossCosts(seconds=alone, forward=0.0, higher=0.0, fastest=0, largest=0)
     split, chosen = objective.splits[loss.split], objective.batch_sizes[loss.split]
-    most = split.examples if order is None else max(1, split.examples // len(order.labels))
+    most, backward = split.examples, 1.0
+    if isinstance(order, ElementOrder):
+        backward = order.groups_per_batch(chosen)
+    elif order is not None:
+        most = max(1, split.examples // len(order.labels))
     used, budget = min(chosen, most), _Budget(_TIMED_PASSES * split.examples)
     part = max(1, used // _PART)
     few = split.sample(0, part)
@@ -179,7 +183,7 @@ def _measured(request: CostsRequest, objective: Objective, name: str) -> LossCos
             )
     room = ROOM * free_memory_each(request.sample.workers_per_host, objective.device)
     return LossCosts(
-        seconds=per_example[used] * split.examples,
+        seconds=per_example[used] * split.examples * (1 + (backward - 1) * max(0.0, 1 - forward)),
         forward=forward * per_example[used] * split.examples,
         higher=higher * per_example[used] * split.examples,
         fastest=min(per_example, key=lambda size: per_example[size]),

@@ -43,7 +43,7 @@ def block_of(request: SampleRequest[Any], objective: Objective, name: str, keep:
     """Return how many groups of a loss are taken at a time at a level of `--keep`, by the memory of
     this worker; None where all are.
     """
-    from ...numerics.objective import power_of_two
+    from ...numerics.objective import ElementOrder, power_of_two
 
     order, split = objective.order(name), objective.losses[name].split
     if order is None or split is None:
@@ -51,7 +51,8 @@ def block_of(request: SampleRequest[Any], objective: Objective, name: str, keep:
     free = free_memory_each(request.sample.workers_per_host, objective.device)
     fits = int(ROOM * free // _bytes_of_group(request, objective, keep))
     few = objective.splits[split].examples < _FEW * len(order.labels)
-    if few and holds(keep, "statistics"):
+    # a block of groups of elements costs a pass over all examples
+    if few and holds(keep, "statistics") and not isinstance(order, ElementOrder):
         fits = min(
             fits, _HEAP_BYTES // (8 * max(tensor.elements for tensor in objective.allocated))
         )

@@ -383,13 +383,15 @@ class _SpanReplay:
         """Return the position of the group of every example of a loss that tells them apart, 0
         without groups; None for other losses.
         """
+        from ...numerics.objective import ElementOrder
+
         record, order = self.records[name], self.objective.order(name)
         if record.per is None:
             return None
-        groups = np.zeros(record.examples, "int32")
-        for position, members in enumerate(order.members if order is not None else ()):
-            groups[members.numpy()] = position
-        return groups
+        if order is None:
+            return np.zeros(record.examples, "int32")
+        assert not isinstance(order, ElementOrder), "groups of a loss per example are of examples"
+        return order.codes.numpy()
 
     def _take(self, row: int, done: dict[str, SegmentAllocation]) -> tuple[set[int], float]:
         """Add a segment to the statistics; return the levels that losses reached, and the largest
