@@ -12,6 +12,7 @@ import contextlib
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -88,10 +89,10 @@ class Method:
         return residual, allocation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Piece:
     """A piece of one tensor on a segment, float64, small enough to stay in the cache; the next one
-    overwrites it.
+    overwrites it, and so may who takes it.
 
     Attributes:
         rows: which groups it has.
@@ -99,6 +100,8 @@ class Piece:
         motion: θ′ − θ, (parameters,).
         gradient: the weighted mean of the gradients at the nodes, (groups, parameters).
         allocation: their product.
+        change: the product with what the last refining changed of the gradient; None where that is
+            not asked for.
     """
 
     rows: slice
@@ -106,6 +109,26 @@ class Piece:
     motion: Tensor
     gradient: Tensor
     allocation: Tensor
+    change: Tensor | None
+
+
+class Gathers(Protocol):
+    """Gathers what is kept of every parameter on one segment, from the pieces from which sums are
+    computed: one pass over a tensor serves both.
+    """
+
+    def cuts(self, name: str) -> Sequence[slice] | None:
+        """Return the pieces in which a tensor is summed; None where that is all the same."""
+
+    def take(self, name: str, weight: Numbers, pieces: Iterable[Piece]) -> None:
+        """Take in one tensor.
+
+        Args:
+            name: of the tensor.
+            weight: the sum of the elements' weights at the start, of each group.
+            pieces: of the tensor, all of each group before the next; numbers that are not finite
+                are refused later.
+        """
 
 
 class _OfTensors(Mapping[str, Tensor]):
@@ -170,6 +193,7 @@ class SegmentAllocation:
         error_bound: estimates Σ|A − A*|; NaN for fixed rules.
         unreached: tensors the loss reached at no node.
         examples: the same of every example, by tensor; None where they are not told apart.
+        gathered: whether its pieces were taken in as the sums were computed, see `Gathers`.
     """
 
     points: Motion
@@ -186,15 +210,22 @@ class SegmentAllocation:
     error_bound: Numbers
     unreached: frozenset[str]
     examples: ExampleAllocation | None = None
+    gathered: bool = False
 
-    def pieces(self, name: str, columns: Sequence[slice] | None = None) -> Iterator[Piece]:
+    def pieces(
+        self,
+        name: str,
+        columns: Sequence[slice] | None = None,
+        scratch: Scratch | None = None,
+    ) -> Iterator[Piece]:
         """Yield one tensor piece by piece: all of each group before the next.
 
         Args:
             name: of the tensor.
             columns: where groups are cut that do not stay in the cache; anywhere by default.
+            scratch: memory for the pieces; new memory by default.
         """
-        return _pieces(self.points, self.nodes, name, columns)
+        return _pieces(self.points, self.nodes, name, columns, scratch)
 
     @property
     def motion(self) -> Mapping[str, Tensor]:
@@ -432,10 +463,11 @@ def _of_every_example(
     start: Evaluation, end: Evaluation, points: Motion, nodes: Sequence[Node]
 ) -> ExampleAllocation:
     """Return the allocation of every example from derivatives along the motion at nodes."""
-    sums = {name: _sums_of(points, nodes, [], name)[0] for name in points.start}
+    added = _sums(points, nodes, (), start.weight, None, False)
+    sums = {name: of_tensor.total for name, of_tensor in added.items()}
     total = np.zeros_like(start.loss)
-    for allocated in sums.values():
-        total = total + allocated
+    for contribution in sums.values():
+        total = total + contribution
     return ExampleAllocation(
         sums=sums,
         loss_start=start.loss,
@@ -456,18 +488,80 @@ def sum_of(numbers: Iterable[Numbers]) -> Numbers:
 
 
 def _pieces(
-    points: Motion, nodes: Sequence[Node], name: str, columns: Sequence[slice] | None = None
+    points: Motion,
+    nodes: Sequence[Node],
+    name: str,
+    columns: Sequence[slice] | None = None,
+    scratch: Scratch | None = None,
+    change: Sequence[float] = (),
 ) -> Iterator[Piece]:
-    """Yield a tensor's motion, mean gradient and allocation, see `SegmentAllocation.pieces`."""
+    """Yield a tensor's motion, mean gradient and allocation, see `SegmentAllocation.pieces`.
+
+    Args:
+        points: both ends of the segment.
+        nodes: the gradients at the nodes, each with its weight.
+        name: of the tensor.
+        columns: where groups are cut.
+        scratch: memory for the pieces; new memory by default.
+        change: factors of the gradients in what the last refining changed of their mean; none by
+            default.
+    """
     start, end = points.start[name].reshape(-1), points.end[name].reshape(-1)
     shape = (math.prod(_groups(points, nodes, name)), start.numel())
-    parts = [(weight, gradient[name].reshape(shape)) for weight, gradient in nodes]
-    motions, means, products = (_Scratch(start.device) for _ in range(3))
+    gradients = [gradient[name].reshape(shape) for _, gradient in nodes]
+    factors = [[weight for weight, _ in nodes], *([change] if change else [])]
+    scratch = Scratch(start.device) if scratch is None else scratch
     for row, column in blocks(*shape, columns):
-        motion = motions.of(end[column]).copy_(end[column]).sub_(start[column])
-        mean = _combination(parts, row, column, means)
-        product = torch.mul(mean, motion, out=products.of(mean))
-        yield Piece(row, column, motion, mean, product)
+        motion = scratch.room("motion", end[column].shape).copy_(end[column])
+        motion.sub_(_exact(start[column], scratch))
+        values = [gradient[row, column] for gradient in gradients]
+        mean, *changed = _combinations(values, factors, scratch)
+        product = torch.mul(mean, motion, out=scratch.room("product", mean.shape))
+        yield Piece(
+            rows=row,
+            columns=column,
+            motion=motion,
+            gradient=mean,
+            allocation=product,
+            change=changed[0].mul_(motion) if changed else None,
+        )
+
+
+def _exact(values: Tensor, scratch: Scratch) -> Tensor:
+    """Return numbers in float64."""
+    if values.dtype == torch.float64:
+        return values
+    return scratch.room("exact", values.shape).copy_(values)
+
+
+def _combinations(
+    values: Sequence[Tensor], factors: Sequence[Sequence[float]], scratch: Scratch
+) -> list[Tensor]:
+    """Return Σ factor · values, float64, for some lists of factors.
+
+    Those that are first and have one factor, the ends of a segment, are added before they are
+    multiplied: opposite ones are then 0 together, and which comes first changes no bit.
+    """
+    alike = [
+        len(list(itertools.takewhile(functools.partial(operator.eq, listed[0]), listed)))
+        for listed in factors
+    ]
+    shared = min(alike)
+    totals = [
+        scratch.room(f"combination {number}", values[0].shape) for number in range(len(factors))
+    ]
+    totals[0].copy_(values[0])
+    for following in values[1:shared]:
+        totals[0].add_(_exact(following, scratch))
+    for total, count, listed in reversed(list(zip(totals, alike, factors, strict=True))):
+        torch.mul(totals[0], listed[0] if count == shared else 1.0, out=total)
+    for position in range(shared, len(values)):
+        exact = _exact(values[position], scratch)
+        for total, count, listed in zip(totals, alike, factors, strict=True):
+            total.add_(exact, alpha=listed[position] if position >= count else 1.0)
+            if position == count - 1:
+                total.mul_(listed[0])
+    return totals
 
 
 def _groups(points: Motion, nodes: Sequence[Node], name: str) -> tuple[int, ...]:
@@ -476,57 +570,98 @@ def _groups(points: Motion, nodes: Sequence[Node], name: str) -> tuple[int, ...]
     return tuple(like.shape[: like.dim() - points.start[name].dim()])
 
 
-class _Scratch:
-    """Memory for float64 numbers that is used over and over: fresh memory costs more than what is
-    computed in it.
+class Scratch:
+    """Memory that is used over and over: fresh memory costs more than what is computed in it.
+
+    Args:
+        device: where it is.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._flat = torch.empty(0, dtype=torch.float64, device=device)
+        self._device = device
+        self._rooms: dict[str, dict[tuple[int, ...], Tensor]] = {}
+        self._flat: dict[str, Tensor] = {}
 
-    def of(self, like: Tensor) -> Tensor:
-        """Return room for as many numbers, in the same shape."""
-        if self._flat.numel() < like.numel():
-            self._flat = self._flat.new_empty(like.numel())
-        return self._flat[: like.numel()].view(like.shape)
+    def room(self, use: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return room for some numbers, which overwrite those of the same use before.
+
+        Args:
+            use: names them; those of one use have one type.
+            shape: of the numbers.
+            dtype: their type.
+        """
+        rooms = self._rooms.setdefault(use, {})
+        if shape not in rooms:
+            size, flat = math.prod(shape), self._flat.get(use)
+            if flat is None or flat.numel() < size:
+                flat = self._flat[use] = torch.empty(size, dtype=dtype, device=self._device)
+                rooms.clear()
+            rooms[shape] = flat[:size].view(shape)
+        return rooms[shape]
 
 
-def _combination(
-    parts: Sequence[tuple[float, Tensor]], row: slice, column: slice, scratch: _Scratch
-) -> Tensor:
-    """Return Σ factor · values of a piece, float64.
-
-    Those that are first and have one factor, the ends of a segment, are added before they are
-    multiplied: opposite ones are then 0 together, and which comes first changes no bit.
+class _Sums:
+    """Adds up the allocation of one tensor, of each group, and |·| of what the last refining
+    changed, where that is asked for.
     """
-    factor, first = parts[0]
-    alike = list(itertools.takewhile(lambda part: part[0] == factor, parts))
-    total = scratch.of(first[row, column]).copy_(first[row, column])
-    for _, values in alike[1:]:
-        total.add_(values[row, column])
-    total.mul_(factor)
-    for factor, values in parts[len(alike) :]:
-        total.add_(values[row, column], alpha=factor)
-    return total
+
+    def __init__(self, points: Motion, nodes: Sequence[Node], name: str) -> None:
+        self._groups = _groups(points, nodes, name)
+        rows, device = math.prod(self._groups), points.start[name].device
+        self._total, self._changed = torch.zeros((2, rows), dtype=torch.float64, device=device)
+
+    def added(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        """Yield the pieces of the tensor as they are added up."""
+        for piece in pieces:
+            self._total[piece.rows] += piece.allocation.sum(1)
+            if piece.change is not None:
+                self._changed[piece.rows] += piece.change.abs_().sum(1)
+            yield piece
+
+    @property
+    def total(self) -> Numbers:
+        """Return the sum of what was added."""
+        return self._numbers(self._total)
+
+    @property
+    def changed(self) -> Numbers:
+        """Return Σ|·| of what the last refining changed."""
+        return self._numbers(self._changed)
+
+    def _numbers(self, sums: Tensor) -> Numbers:
+        numbers: Numbers = sums.reshape(self._groups).cpu().numpy()[()]
+        return numbers
 
 
-def _sums_of(
-    points: Motion, nodes: Sequence[Node], change: Sequence[Node], name: str
-) -> tuple[Numbers, Numbers]:
-    """Return what one tensor is allocated, of each group, and Σ|·| of the motion times another
-    combination of its gradients; 0 without one.
+def _sums(
+    points: Motion,
+    nodes: Sequence[Node],
+    change: Sequence[float],
+    weight: Numbers,
+    gather: Gathers | None,
+    final: bool,
+) -> dict[str, _Sums]:
+    """Return the sums of every tensor of a segment.
+
+    Args:
+        points: both ends.
+        nodes: the gradients at the nodes, each with its weight.
+        change: see `_pieces`.
+        weight: the sum of the elements' weights at the start.
+        gather: takes in the pieces where they are final, and says where tensors are cut.
+        final: whether they are.
     """
-    groups, device = _groups(points, nodes, name), points.start[name].device
-    shape = (math.prod(groups), points.start[name].numel())
-    others = [(factor, gradient[name].reshape(shape)) for factor, gradient in change]
-    total = torch.zeros(shape[0], dtype=torch.float64, device=device)
-    changed, scratch = torch.zeros_like(total), _Scratch(device)
-    for piece in _pieces(points, nodes, name):
-        total[piece.rows] += piece.allocation.sum(1)
-        if others:
-            difference = _combination(others, piece.rows, piece.columns, scratch)
-            changed[piece.rows] += difference.mul_(piece.motion).abs_().sum(1)
-    return total.reshape(groups).cpu().numpy()[()], changed.reshape(groups).cpu().numpy()[()]
+    sums = {}
+    scratch = Scratch(next(iter(nodes[0][1].values())).device)
+    for name in nodes[0][1]:
+        sums[name] = _Sums(points, nodes, name)
+        cuts = None if gather is None else gather.cuts(name)
+        pieces = sums[name].added(_pieces(points, nodes, name, cuts, scratch, change))
+        if final and gather is not None:
+            gather.take(name, weight, pieces)
+        for _ in pieces:  # what was not taken
+            pass
+    return sums
 
 
 @dataclass
@@ -556,8 +691,16 @@ class _Refinement:
     So sums carry every level and the one before it, and no old node is evaluated again.
     """
 
-    def __init__(self, family: Family, points: Motion, start: Evaluation, end: Evaluation) -> None:
+    def __init__(
+        self,
+        family: Family,
+        points: Motion,
+        start: Evaluation,
+        end: Evaluation,
+        gather: Gathers | None = None,
+    ) -> None:
         self.family, self.points, self.start, self.end = family, points, start, end
+        self._gather = gather
         self._fresh: list[_NodeSum] = []
         self._older: list[_NodeSum] = []
         self.unreached = start.unreached & end.unreached
@@ -613,29 +756,35 @@ class _Refinement:
             *((self.family.weight(level, part.node), part.gradient) for part in inner),
         ]
 
-    def _changes(self) -> list[Node]:
-        """Return what the last refining changed of the mean gradient, as a combination of those at
-        nodes; at level 0 the difference of both ends.
+    def _changes(self) -> list[float]:
+        """Return what the last refining changed of the mean gradient, as factors of the gradients
+        at nodes; at level 0 the difference of both ends.
         """
         if self.level == 0:
-            return [(-1.0, self.start.gradient), (1.0, self.end.gradient)]
+            return [-1.0, 1.0]
         before = self._weighted(self.level - 1, self._older)
         return [
-            (weight - (before[position][0] if position < len(before) else 0.0), gradient)
-            for position, (weight, gradient) in enumerate(self.nodes)
+            weight - (before[position][0] if position < len(before) else 0.0)
+            for position, (weight, _) in enumerate(self.nodes)
         ]
 
-    def measure(self) -> None:
+    def measure(self, final: bool = False) -> bool:
         """Compute what tensors are allocated at this level, the residual, and Σ|·| of what the last
         refining changed.
+
+        Args:
+            final: whether the level is the last one in any case.
+
+        Returns:
+            Whether the pieces were gathered.
         """
-        nodes, change = self.nodes, self._changes()
-        measured = {
-            name: _sums_of(self.points, nodes, change, name) for name in self.start.gradient
-        }
-        self.sums = {name: total for name, (total, _) in measured.items()}
+        sums = _sums(
+            self.points, self.nodes, self._changes(), self.start.weight, self._gather, final
+        )
+        self.sums = {name: of_tensor.total for name, of_tensor in sums.items()}
         self.residual = self.end.loss - self.start.loss - sum_of(self.sums.values())
-        self._change = sum_of(changed for _, changed in measured.values())
+        self._change = sum_of(of_tensor.changed for of_tensor in sums.values())
+        return final and self._gather is not None
 
     def examples(self) -> ExampleAllocation | None:
         """Return the allocation of every example at this level; None where none is told apart."""
@@ -693,6 +842,7 @@ def allocate(
     at_start: Mapping[str, Evaluation] | None = None,
     following: Callable[[], Point | None] = lambda: None,
     at_least: int = 0,
+    gather: Mapping[str, Gathers] | None = None,
 ) -> tuple[dict[str, SegmentAllocation], dict[str, Evaluation]]:
     """Allocate every loss on the segment from `start` to `end`.
 
@@ -708,6 +858,7 @@ def allocate(
         following: returns the checkpoint after `end`, whose segment will want evaluations at
             `end`; None where there is none.
         at_least: the level a rule is refined to in any case, where it is refined at all.
+        gather: takes in the pieces of a loss, where it has an entry.
 
     Returns:
         The allocation of each loss, and the evaluations at `end` for the segment that follows.
@@ -718,9 +869,10 @@ def allocate(
     per_example = not method.per_example.isdisjoint(losses)
     segment = _segment(start, end, objective, axes, following, per_example)
     level = method.family.level_of(method.rule)
+    gather = gather or {}
     if level is None:
-        return _allocate_fixed(segment, losses, method, at_start)
-    return _allocate_refined(segment, losses, method, at_start, max(at_least, level))
+        return _allocate_fixed(segment, losses, method, at_start, gather)
+    return _allocate_refined(segment, losses, method, at_start, max(at_least, level), gather)
 
 
 def _allocate_refined(
@@ -729,6 +881,7 @@ def _allocate_refined(
     method: Method,
     at_start: Mapping[str, Evaluation] | None,
     lowest: int,
+    gather: Mapping[str, Gathers],
 ) -> tuple[dict[str, SegmentAllocation], dict[str, Evaluation]]:
     first = at_start or segment.at(0.0, losses)
     # those every loss will need, before the end, which may need the checkpoint after it as well
@@ -738,7 +891,8 @@ def _allocate_refined(
     ]
     last, known = segment.at_end(losses, here=True, following=True)
     states = {
-        name: _Refinement(method.family, segment.points, first[name], last[name]) for name in losses
+        name: _Refinement(method.family, segment.points, first[name], last[name], gather.get(name))
+        for name in losses
     }
     distance = segment.distance(first[losses[0]].gradient)
     done: dict[str, SegmentAllocation] = {}
@@ -775,9 +929,13 @@ def _allocate_refined(
 def _judged(
     name: str, state: _Refinement, method: Method, distance: Mapping[str, float]
 ) -> SegmentAllocation:
-    state.measure()
-    bound = state.error_bound((method.calibration or {}).get(name))
     tolerance, allocation_tolerance = method.bounds(name)
+    gathered = state.measure(
+        state.level == method.family.finest
+        or name in method.never_refined
+        or (math.isinf(tolerance) and math.isinf(allocation_tolerance))
+    )
+    bound = state.error_bound((method.calibration or {}).get(name))
     accurate = math.isinf(allocation_tolerance) or bool(np.all(bound <= allocation_tolerance))
     return _checked(
         SegmentAllocation(
@@ -794,6 +952,7 @@ def _judged(
             converged=bool(np.all(np.abs(state.residual) <= tolerance)) and accurate,
             error_bound=bound,
             unreached=state.unreached,
+            gathered=gathered,
         ),
         name,
     )
@@ -804,6 +963,7 @@ def _allocate_fixed(
     losses: list[str],
     method: Method,
     at_start: Mapping[str, Evaluation] | None,
+    gather: Mapping[str, Gathers],
 ) -> tuple[dict[str, SegmentAllocation], dict[str, Evaluation]]:
     """Use a rule as it stands; end losses that no node gives come from forward passes."""
     rule = method.rule
@@ -816,8 +976,12 @@ def _allocate_fixed(
         weighted = [
             (weight, node[name].gradient) for weight, node in zip(rule.weights, nodes, strict=True)
         ]
+        weight, gathering = first[name].weight, gather.get(name)
         sums = {
-            tensor: _sums_of(segment.points, weighted, [], tensor)[0] for tensor in weighted[0][1]
+            tensor: of_tensor.total
+            for tensor, of_tensor in _sums(
+                segment.points, weighted, (), weight, gathering, True
+            ).items()
         }
         residual = last[name].loss - first[name].loss - sum_of(sums.values())
         allocated = SegmentAllocation(
@@ -827,7 +991,7 @@ def _allocate_fixed(
             distance=distance,
             loss_start=first[name].loss,
             loss_end=last[name].loss,
-            weight=first[name].weight,
+            weight=weight,
             residual=residual,
             evaluations=len(rule.nodes),
             level=-1,
@@ -835,6 +999,7 @@ def _allocate_fixed(
             error_bound=np.full_like(residual, np.nan)[()],
             unreached=frozenset.intersection(*(node[name].unreached for node in nodes)),
             examples=_fixed_examples(rule, first[name], last[name], [node[name] for node in nodes]),
+            gathered=gathering is not None,
         )
         done[name] = _checked(allocated, name)
     return done, known
@@ -912,6 +1077,7 @@ def allocate_span(
     axes: Axes | None = None,
     at_least: Iterable[int] = (),
     begin: Callable[[], None] = lambda: None,
+    gathering: Callable[[int], Mapping[str, Gathers]] = lambda row: {},
 ) -> Iterator[dict[str, SegmentAllocation]]:
     """Allocate the segments between consecutive points in turn; each end is evaluated once and
     reused as the next start.
@@ -927,6 +1093,7 @@ def allocate_span(
             at all; 0 where it ends early.
         begin: called before each segment is allocated, when of the points only its ends are in
             memory.
+        gathering: returns what takes in the pieces of losses on the segment at a position.
 
     Yields:
         The allocation of every loss on one segment.
@@ -937,6 +1104,7 @@ def allocate_span(
     walk, lowest = iter(points), itertools.chain(at_least, itertools.repeat(0))
     (step, start), upcoming = next(walk), next(walk, None)
     known: Mapping[str, Evaluation] | None = None
+    rows = itertools.count()
     while upcoming is not None:
         (next_step, end), ahead = upcoming, _Ahead(walk)
         begin()
@@ -951,6 +1119,7 @@ def allocate_span(
                 at_start=known,
                 following=ahead.point,
                 at_least=next(lowest),
+                gather=gathering(next(rows)),
             )
         except SpanError as error:
             if error is ahead.failure:

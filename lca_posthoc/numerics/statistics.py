@@ -14,7 +14,15 @@ from torch import Tensor
 
 from ..checkpoints.trajectory import TensorSpec
 from ..errors import SpanError
-from .allocation import Axes, ExampleAllocation, Piece, SegmentAllocation, sum_of
+from .allocation import (
+    Axes,
+    ExampleAllocation,
+    Gathers,
+    Piece,
+    Scratch,
+    SegmentAllocation,
+    sum_of,
+)
 from .objective import Numbers, blocks
 from .schema import (
     BINS,
@@ -32,28 +40,33 @@ from .schema import (
 )
 
 _LARGEST = 0.999 * 2.0**63  # of sums
+_EXACT = 2.0**53  # of whole numbers that float64 holds
+# a number is smaller than its rounding to float32, plus the first, times the second
+_TINY, _ROUNDED = 2.0**-149, 1.001
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
-def histogram(values: Tensor) -> Tensor:
+def histogram(values: Tensor, scratch: Scratch | None = None) -> Tensor:
     """Count finite float32 values per bin and row, from the top bits of their patterns; exact zeros
     are left out.
 
     Args:
         values: (rows, n).
+        scratch: memory to compute in; new memory by default.
 
     Returns:
         (rows, BINS), int64.
     """
-    rows, pattern = values.shape[0], (values + 0.0).view(torch.int32)  # −0 becomes 0
-    top = (pattern >> 22).bitwise_and_(0x3FF)
+    rows, scratch = values.shape[0], Scratch(values.device) if scratch is None else scratch
+    room = scratch.room("counted", values.shape, torch.float32)
+    top = torch.add(values, 0.0, out=room).view(torch.int32)  # −0 becomes 0
+    top.bitwise_right_shift_(22).bitwise_and_(0x3FF)
     if rows > 1:
         top += 1024 * torch.arange(rows, dtype=torch.int32, device=values.device)[:, None]
     counts = torch.bincount(top.reshape(-1), minlength=1024 * rows).reshape(rows, 1024)
     positive, negative = counts[:, :MAGNITUDES], counts[:, 512 : 512 + MAGNITUDES]
-    # to compute with signs is faster than to compare
-    nonzero = values.sign().abs_().sum(1, dtype=torch.float64)
-    positive[:, 0] -= values.shape[1] - nonzero.long()
+    if bool(positive[:, 0].any()):
+        positive[:, 0] -= values.shape[1] - torch.count_nonzero(values, 1)
     return torch.cat([negative.flip(1), positive], 1)
 
 
@@ -106,36 +119,43 @@ class UnitSums:
         self.total[rows, units] += by_unit.sum((1, 3))
 
 
-class _Signal:
-    """Turns of a number of every parameter of one tensor, its changes of sign from segment to
-    segment, and its first and last sign.
+class _Signals:
+    """Turns of some numbers of every parameter of one tensor, their changes of sign from segment to
+    segment, and their first and last signs.
 
     Args:
+        names: of the numbers.
         elements: of the tensor.
         counts: type of counts.
         device: where they are.
     """
 
-    def __init__(self, elements: int, counts: torch.dtype, device: torch.device) -> None:
-        self._turns = torch.zeros(elements, dtype=counts, device=device)
-        self._first, self._last = torch.zeros((2, elements), dtype=torch.int8, device=device)
+    def __init__(
+        self, names: Sequence[str], elements: int, counts: torch.dtype, device: torch.device
+    ) -> None:
+        self.names = names
+        self._turns = torch.zeros((len(names), elements), dtype=counts, device=device)
+        self._last = torch.zeros((len(names), elements), dtype=torch.int8, device=device)
 
-    def add(self, part: slice, sign: Tensor) -> None:
-        """Add the signs of some of the parameters on the next segment; they are numbers of one
-        byte, with which to compute is faster than to compare and choose.
+    def add(self, part: slice, signs: Tensor, scratch: Scratch) -> None:
+        """Add the signs of some of the parameters on the next segment, (names, parameters); they
+        are numbers of one byte, with which to compute is faster than to compare and choose.
         """
-        first, last = self._first[part], self._last[part]
-        self._turns[part] -= (last * sign).bitwise_right_shift_(7)  # −1 where it is negative
-        first += (1 - first * first).mul_(sign)
-        last += sign - (sign * sign).mul_(last)
+        last = self._last[:, part]
+        both = torch.mul(last, signs, out=scratch.room("both", signs.shape, torch.int8))
+        replaced = torch.mul(both, signs, out=scratch.room("replaced", signs.shape, torch.int8))
+        last.sub_(replaced).add_(signs)
+        self._turns[:, part] -= both.clamp_(max=0)  # −1 where they differ
 
     def arrays(self, name: str) -> dict[str, Tensor]:
-        """Return turns and signs, by field."""
-        return {
-            f"{name}_turns": self._turns,
-            f"{name}_first": self._first,
-            f"{name}_last": self._last,
-        }
+        """Return turns and signs of one of the numbers, by field.
+
+        Each turn changes the sign, so the first one follows from the last.
+        """
+        row = self.names.index(name)
+        turns, last = self._turns[row], self._last[row]
+        first = (turns & 1).to(torch.int8).mul_(-2).add_(1).mul_(last)
+        return {f"{name}_turns": turns, f"{name}_first": first, f"{name}_last": last}
 
 
 class _Running:
@@ -146,6 +166,7 @@ class _Running:
         length: segments at most, which decide how small counts are.
         device: where they are.
         unit: of the sums, a power of two.
+        scratch: memory to compute in.
         like: totals of another loss, which counts how weights turn for this one as well.
     """
 
@@ -155,65 +176,103 @@ class _Running:
         length: int,
         device: torch.device,
         unit: float,
+        scratch: Scratch,
         like: _Running | None = None,
     ) -> None:
         small = getattr(torch, types_of_totals(length)["helping"])
-        self._spec, self._unit, self._counts_weights = spec, unit, like is None
-        self._sum = torch.zeros(spec.elements, dtype=torch.int64, device=device)
+        self._spec, self._unit, self._scratch = spec, unit, scratch
+        # whole numbers, in float64 as long as that holds them
+        self._sum = torch.zeros(spec.elements, dtype=torch.float64, device=device)
         self._reach = 0.0  # no sum is further from 0
         self._helping, self._hurting = torch.zeros((2, spec.elements), dtype=small, device=device)
-        self._signals = {name: _Signal(spec.elements, small, device) for name in SIGNED[1:]}
-        self._weights: _Signal = (
-            _Signal(spec.elements, small, device) if like is None else like._weights
-        )
+        names = SIGNED if like is None else SIGNED[1:]
+        self._signals = _Signals(names, spec.elements, small, device)
+        self._weights: _Signals = self._signals if like is None else like._weights
 
-    def add(self, part: slice, motion: Tensor, gradient: Tensor, exact: Tensor) -> None:
+    def add(
+        self,
+        part: slice,
+        motion: Tensor,
+        gradient: Tensor,
+        exact: Tensor,
+        stored: Tensor,
+    ) -> None:
         """Add the next segment of a part of the parameters.
 
         Args:
             part: which of them, of all in a row.
-            motion: of each, (parameters,).
+            motion: of each, (parameters,). It is overwritten, as are the following two.
             gradient: the same.
-            exact: what each is allocated, float64; its sign is that of the float32 that is stored.
-                It is overwritten.
+            exact: what each is allocated, float64.
+            stored: the same, rounded to float32, whose signs count.
 
         Raises:
             SpanError: where a sum is too large.
         """
-        if self._counts_weights:
-            self._weights.add(part, _sign(motion))
-        self._signals["gradient"].add(part, _sign(gradient))
-        sign = _sign(exact.float())
-        self._signals["allocation"].add(part, sign)
-        negative = sign >> 7  # −1 where it is
+        room, names = self._scratch.room, self._signals.names
+        numbers = {"weight": motion, "gradient": gradient, "allocation": stored}
+        signs = room("signs", (len(names), *motion.shape), torch.int8)
+        largest = _largest(stored)
+        for row, name in zip(signs, names, strict=True):
+            row.copy_(numbers[name].sign_())
+        self._signals.add(part, signs, self._scratch)
+        sign = signs[-1]
+        negative = torch.clamp(sign, max=0, out=room("negative", sign.shape, torch.int8))
         self._helping[part] -= negative
         self._hurting[part] += sign.sub_(negative)
-        self._add_up(part, exact)
+        self._add_up(part, exact, largest)
 
-    def _add_up(self, part: slice, exact: Tensor) -> None:
+    def _add_up(self, part: slice, exact: Tensor, largest: float) -> None:
+        """Add to the sums; `largest` is the largest size of the numbers in float32, which takes
+        less time to find than that of the sums.
+        """
+        if not math.isfinite(largest) and not bool(torch.isfinite(exact).all()):
+            return  # the tensor's own sum is not finite either, and refused
         whole = exact.mul_(1.0 / self._unit).round_()
-        smallest, largest = torch.aminmax(whole) if whole.numel() else (whole.sum(), whole.sum())
-        most = max(-float(smallest), float(largest))
+        most = _ROUNDED * (largest + _TINY) / self._unit + 1.0
+        if not self._reach + most < _EXACT:
+            most = _largest(whole)
+            self._make_room(most)
+        self._sum[part] += whole if self._sum.dtype == torch.float64 else whole.to(torch.int64)
+        self._reach += most
+
+    def _make_room(self, most: float) -> None:
+        """See to it that sums can grow by so much."""
+        if self._reach + most < _EXACT:
+            return
+        self._sum = self._integers()
         if not self._reach + most < _LARGEST:
             self._reach = float(self._sum.double().abs().max())
             if not self._reach + most < _LARGEST:
                 raise SpanError(f"tensor {self._spec.name!r}: {TOO_LARGE}")
-        self._sum[part] += whole.to(torch.int64)
-        self._reach += most
+
+    def _integers(self) -> Tensor:
+        """Return the sums as integers, in the memory they are in."""
+        if self._sum.dtype == torch.int64:
+            return self._sum
+        integers = self._sum.view(torch.int64)
+        for _, part in blocks(1, self._spec.elements):
+            integers[part] = self._sum[part].to(torch.int64)
+        return integers
 
     def arrays(self) -> Arrays:
         """Return the totals by field, in the shape of the tensor."""
+        self._sum = self._integers()
         totals = {"allocated": self._sum, "helping": self._helping, "hurting": self._hurting}
         totals |= self._weights.arrays("weight")
-        for name, signal in self._signals.items():
-            totals |= signal.arrays(name)
+        for name in SIGNED[1:]:
+            totals |= self._signals.arrays(name)
         return {
             name: values.reshape(self._spec.shape).cpu().numpy() for name, values in totals.items()
         }
 
 
-def _sign(values: Tensor) -> Tensor:
-    return values.sign().to(torch.int8)
+def _largest(values: Tensor) -> float:
+    """Return the largest size of some numbers; 0 of none."""
+    if not values.numel():
+        return 0.0
+    smallest, largest = torch.aminmax(values)
+    return max(-float(smallest), float(largest))
 
 
 def unit_axes(
@@ -400,7 +459,11 @@ class SpanStatistics(SpanSums):
         like: SpanStatistics | None = None,
     ) -> None:
         super().__init__(table, length, keep, device, groups, examples)
-        self.since = since
+        self.since, self._scratch, self._device = since, Scratch(device), device
+        self._positions = {spec.name: position for position, spec in enumerate(table)}
+        self._cuts = {
+            spec.name: UnitSums(0, spec.shape, spec.unit_axis, device).cuts for spec in table
+        }
         self.histogram = {
             "count": np.zeros((length, *self._axis(), BINS), "int64"),
             "zero": np.zeros((length, *self._axis()), "int64"),
@@ -411,6 +474,7 @@ class SpanStatistics(SpanSums):
                 length - since,
                 device,
                 unit,
+                self._scratch,
                 None if like is None else like._running[spec.name],
             )
             for spec in (table if since < length else ())
@@ -424,35 +488,60 @@ class SpanStatistics(SpanSums):
             shape = (self._length, *self._rows, *spec.shape)
             self.allocation[spec.name] = np.zeros(shape, "float32")
 
+    def gathering(self, row: int) -> Gathers:
+        """Return what takes in a segment, at position `row` of the span, while its sums are
+        computed; `add` leaves out then what was taken in.
+        """
+        return _Segment(self, row)
+
+    def cuts(self, name: str) -> Sequence[slice] | None:
+        """Return the pieces in which a tensor is taken in; None for one that is not stored."""
+        return self._cuts.get(name)
+
     def _add_tensor(
         self, index: int, position: int, spec: TensorSpec, segment: SegmentAllocation
     ) -> None:
-        groups, device = len(self.block), segment.points.start[spec.name].device
+        if not segment.gathered:
+            pieces = segment.pieces(spec.name, self._cuts[spec.name], self._scratch)
+            self.take(index, spec.name, segment.weight, pieces)
+
+    def take(self, index: int, name: str, weight: Numbers, pieces: Iterable[Piece]) -> None:
+        """Take in a tensor on the segment at position `index` of the span, see `Gathers.take`."""
+        position = self._positions[name]
+        spec, device, groups = self._table[position], self._device, len(self.block)
         slopes = torch.zeros(groups, dtype=torch.float64, device=device)
         bins = torch.zeros((groups, BINS), dtype=torch.int64, device=device)
         units = UnitSums(groups, spec.shape, spec.unit_axis, device)
         kept = self._kept(index, spec)
         counted = index >= self.since
-        grouped = self._groups is not None
-        pooled = self._pool_of(index, spec, device) if counted and grouped else None
-        for piece in segment.pieces(spec.name, units.cuts):
-            stored = piece.allocation.float()
-            bins[piece.rows] += histogram(stored)
-            slopes[piece.rows] += piece.gradient.abs().sum(1)
+        pooled = self._pool_of(index, spec) if counted and self._groups is not None else None
+        moved = torch.empty(0 if pooled is None else spec.elements, dtype=torch.int8, device=device)
+        room = self._scratch.room
+        for piece in pieces:
+            shape = piece.allocation.shape
+            stored = room("stored", shape, torch.float32).copy_(piece.allocation)
+            bins[piece.rows] += histogram(stored, self._scratch)
+            slopes[piece.rows] += torch.abs(piece.gradient, out=room("sizes", shape)).sum(1)
             units.add(piece.rows, piece.columns, piece.allocation)
             if kept is not None:
                 kept[piece.rows, piece.columns] = stored
             if pooled is not None:
-                _pool(pooled, piece, segment.weight)
+                _pool(pooled, piece, weight)
+                moved[piece.columns] = piece.motion.sign_()
             elif counted:
-                self._running[spec.name].add(
-                    piece.columns, piece.motion, piece.gradient[0], piece.allocation[0]
+                self._running[name].add(
+                    piece.columns,
+                    piece.motion,
+                    piece.gradient[0],
+                    piece.allocation[0],
+                    stored[0],
                 )
         self._add_units(index, spec, units.total)
         self._add_counts(index, position, spec, bins)
         self._of_block(self.tensors["gradient"], index)[:, position] = slopes.cpu().numpy()
         if pooled is not None:
-            self._add_pooled(index, spec, segment, pooled)
+            self._of_block(self.steps["weight"], index)[:] = weight
+            self._add_pooled(index, spec, pooled, moved)
 
     def _kept(self, index: int, spec: TensorSpec) -> Tensor | None:
         """Return where a tensor's allocation on a segment is kept, (groups, parameters)."""
@@ -470,26 +559,28 @@ class SpanStatistics(SpanSums):
             zero = spec.elements - counts["helping"] - counts["hurting"]
             self._of_block(self.histogram["zero"], index)[:] += zero.cpu().numpy()
 
-    def _pool_of(self, index: int, spec: TensorSpec, device: torch.device) -> Tensor:
+    def _pool_of(self, index: int, spec: TensorSpec) -> Tensor:
         """Return the gradient and the allocation of each parameter of a tensor, multiplied by the
         weights of groups and added up over the blocks before: (2, parameters), float64.
         """
         before = self._pooled[index].pop(spec.name, None)
         if before is not None:
             return before
-        return torch.zeros((2, spec.elements), dtype=torch.float64, device=device)
+        return torch.zeros((2, spec.elements), dtype=torch.float64, device=self._device)
 
-    def _add_pooled(
-        self, index: int, spec: TensorSpec, segment: SegmentAllocation, pooled: Tensor
-    ) -> None:
-        """Add the weighted mean over the groups to the totals after the last block of them."""
+    def _add_pooled(self, index: int, spec: TensorSpec, pooled: Tensor, moved: Tensor) -> None:
+        """Add the weighted mean over the groups to the totals after the last block of them; `moved`
+        are the signs of the motion.
+        """
         assert self._groups is not None
         if self.block.stop < self._groups:
             self._pooled[index][spec.name] = pooled
             return
         gradient, exact = pooled.div_(float(self.steps["weight"][index].sum()))
-        motion = segment.motion[spec.name].reshape(-1)
-        self._running[spec.name].add(slice(None), motion, gradient, exact)
+        for _, part in blocks(1, spec.elements):
+            self._running[spec.name].add(
+                part, moved[part], gradient[part], exact[part], exact[part].float()
+            )
 
     def totals(self) -> dict[str, Arrays]:
         """Return the per-parameter totals over the span from `since` on, by tensor; none where
@@ -503,3 +594,24 @@ def _pool(pooled: Tensor, piece: Piece, weight: Numbers) -> None:
     weights = torch.as_tensor(weight, device=pooled.device)[piece.rows]
     for total, values in zip(pooled, (piece.gradient, piece.allocation), strict=True):
         total[piece.columns] += weights @ values
+
+
+class _Segment:
+    """A segment of statistics, as `Gathers`.
+
+    Args:
+        statistics: of its span.
+        row: its position in the span.
+    """
+
+    def __init__(self, statistics: SpanStatistics, row: int) -> None:
+        self._statistics, self._row = statistics, row
+
+    def cuts(self, name: str) -> Sequence[slice] | None:
+        """Return the pieces in which a tensor is taken in; None for one that is not stored."""
+        return self._statistics.cuts(name)
+
+    def take(self, name: str, weight: Numbers, pieces: Iterable[Piece]) -> None:
+        """Take in a tensor; one that is not stored is left out."""
+        if self._statistics.cuts(name) is not None:
+            self._statistics.take(self._row, name, weight, pieces)

@@ -21,6 +21,7 @@ import lca_posthoc
 from lca_posthoc import Loss, Task
 from lca_posthoc.checkpoints.trajectory import TensorSpec
 from lca_posthoc.errors import LCAError, SpanError
+from lca_posthoc.numerics.allocation import Scratch
 from lca_posthoc.numerics.schema import (
     BYTES_OF_TOTALS,
     TOTAL_FIELDS,
@@ -56,11 +57,13 @@ def series(segments: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def totals_of(motion: np.ndarray, gradient: np.ndarray, unit: float) -> Totals:
-    running = _Running(SPEC, len(motion), torch.device("cpu"), unit)
+    device = torch.device("cpu")
+    running = _Running(SPEC, len(motion), device, unit, Scratch(device))
     for moved, slope in zip(motion, gradient, strict=True):
-        moved, slope = torch.from_numpy(moved).reshape(-1), torch.from_numpy(slope).reshape(-1)
+        moved, slope = torch.tensor(moved).reshape(-1), torch.tensor(slope).reshape(-1)
         for part in (slice(0, 2), slice(2, 6)):
-            running.add(part, moved[part], slope[part], moved[part] * slope[part])
+            exact = moved[part] * slope[part]
+            running.add(part, moved[part], slope[part], exact, exact.float())
     return running.arrays()
 
 

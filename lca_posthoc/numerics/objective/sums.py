@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from .batches import Groups
-from .directions import Gradients
+from .directions import Gradients, blocks
 from .passes import GroupValues
 
 Numbers = np.float64 | np.ndarray  # float64 of shape () or (groups,)
@@ -205,15 +205,22 @@ class Sums:
 
     def _mean(self, name: str, grouped: bool, weights: Tensor) -> Tensor:
         """Return the mean gradient of one tensor, whose sum is released."""
-        shape = self._gradients.shapes[name]
+        shape, dtype = self._gradients.shapes[name], self._gradients.mean_dtype
         if grouped:
             total = self._rows.pop(name)
-        elif name in self._whole:
-            total = self._whole.pop(name).own()
-        else:
-            return torch.zeros(shape, dtype=self._gradients.mean_dtype, device=self._device)
-        total /= weights.reshape(weights.shape + (1,) * len(shape))
-        return total.to(self._gradients.mean_dtype)
+            total /= weights.reshape(weights.shape + (1,) * len(shape))
+            return total.to(dtype)
+        if name not in self._whole:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+        total = self._whole.pop(name).total
+        # the sums of groups go on being used
+        reused = total.dtype == dtype and total.is_contiguous() and self._groups is None
+        mean = total if reused else torch.empty(shape, dtype=dtype, device=self._device)
+        values, means = total.reshape(-1), mean.view(-1)
+        # piece by piece, for to take twice the memory takes longer than to divide
+        for _, part in blocks(1, values.numel()):
+            means[part] = values[part].double() / weights
+        return mean
 
     def _refuse_weightless(self, weights: Tensor, where: str, order: Groups | None) -> None:
         if bool((weights > 0).all()):

@@ -41,7 +41,7 @@ from .state import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...numerics.allocation import SegmentAllocation
+    from ...numerics.allocation import Gathers, SegmentAllocation
     from ...numerics.objective import Along, Evaluation, Motion, Objective
     from ...numerics.statistics import SpanSums
     from ...results import ChunkWriter, Marker, RunWriter, SpanReport
@@ -339,6 +339,7 @@ class _SpanReplay:
                     at_least=levels,
                     # two are in memory then
                     begin=points.begin_next,
+                    gathering=self._gathering_at,
                 )
                 for row in range(self.length):
                     # no name holds a segment, with its gradients, while the next one is computed
@@ -351,6 +352,16 @@ class _SpanReplay:
             for name, statistics in self.statistics.items():
                 self.writer.write_block(name, self.request.span, statistics, chunks)
         return reached
+
+    def _gathering_at(self, row: int) -> Mapping[str, Gathers]:
+        """Return what takes in a segment of each loss as it is computed; nothing of sums."""
+        from ...numerics.statistics import SpanStatistics
+
+        return {
+            name: statistics.gathering(row)
+            for name, statistics in self.statistics.items()
+            if isinstance(statistics, SpanStatistics)
+        }
 
     def _gathering(self) -> Mapping[str, SpanSums]:
         """Return what gathers the statistics of each loss at the level of the run."""
