@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from lca_posthoc import findings
+from lca_posthoc.base.declarations import declared_findings
 from lca_posthoc.cli.plot import findings_drawn
 from tests.helpers import sample_findings as made_by_hand
 from tests.helpers.cli import lca, record, refused, run_lca, write_task
@@ -52,7 +53,9 @@ def wrote(result: Any, name: str) -> None:
     assert plt.get_fignums() == []
 
 
-@pytest.mark.parametrize("finding", findings_drawn())
+@pytest.mark.parametrize(
+    "finding", [name for name in findings_drawn() if not declared_findings()[name].examples]
+)
 def test_a_finding_is_drawn_into_a_file_of_its_name(here: Path, finding: str) -> None:
     wrote(lca("plot", here / "a.lca", finding), f"{finding}.png")
 
@@ -139,7 +142,7 @@ def test_runs_beside_each_other_have_one_scale(
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        (("a.lca", "nosuch"), r"no finding 'nosuch'; there are candidates, .* units"),
+        (("a.lca", "nosuch"), r"no finding 'nosuch'; there are blocks, candidates, .* units"),
         (("curve", "a.lca"), r"no finding '.*a\.lca'"),
         (("a.lca", "curve", "-o", "x.jpg"), r"curve is drawn as \.png, \.svg, \.pdf, got 'x\.jpg'"),
         (("a.lca", "curve", "-o", "x.mp4"), r"curve is drawn as \.png, \.svg, \.pdf, got"),
@@ -161,7 +164,7 @@ def test_runs_beside_each_other_have_one_scale(
         (
             ("a.lca", "curve", "--by", "tensor"),
             r"--by does not go with curve; it is for "
-            r"candidates, compare",
+            r"candidates, clusters, compare, examples",
         ),
         (("a.lca", "layers", "--by", "words"), r"by is .*got 'words'"),
         (
@@ -182,7 +185,7 @@ def test_runs_beside_each_other_have_one_scale(
         (("curve",), r"which run\? Write lca plot RUN curve"),
         (
             ("a.lca",),
-            r"which finding of .*a\.lca\? There are candidates, .* units\. Write lca plot "
+            r"which finding of .*a\.lca\? There are blocks, candidates, .* units\. Write lca plot "
             r".*a\.lca FINDING",
         ),
     ],

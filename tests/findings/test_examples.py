@@ -19,6 +19,7 @@ from xarray.core import indexing
 
 from lca_posthoc import findings, plots
 from lca_posthoc.errors import InputError
+from lca_posthoc.export import export, read_netcdf
 from lca_posthoc.findings import per_example
 from lca_posthoc.findings.common import layer_of
 from lca_posthoc.findings.examples import (
@@ -435,6 +436,16 @@ def test_the_command_and_the_page_show_examples(
     assert "<img src=x" not in page
     assert "\x1b" not in page
     assert "&lt;img src=x" in page
-    result = lca("export", told.run.path, "-o", tmp_path / "tables", "--format", "csv")
-    assert result.exit_code == 0, result.output
-    assert list((tmp_path / "tables").rglob("examples*.csv"))
+
+
+def test_what_is_exported_reads_back(
+    told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example_runs.patched(monkeypatch, told)
+    export(told.run, tmp_path / "out", say=lambda text: None)
+    for name in ("examples", "clusters"):
+        files = list((tmp_path / "out").rglob(f"{name}.nc"))
+        assert [file.parent.name for file in files] == [told.run.manifest.losses["train"].key]
+        xr.testing.assert_identical(
+            read_netcdf(files[0]), getattr(findings, name)(told.run["train"])
+        )
