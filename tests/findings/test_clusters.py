@@ -207,8 +207,8 @@ def test_numbers_that_cannot_be_are_refused(
 
 
 def test_a_run_that_does_not_tell_its_examples_is_refused(told: Told) -> None:
-    with pytest.raises(InputError, match="does not tell its examples apart"):
-        findings.clusters(told.run["train"])
+    with pytest.raises(InputError, match="has no numbers of single examples"):
+        findings.clusters(told.run["plain"])
 
 
 def test_elements_can_be_put_into_clusters(told: Told) -> None:

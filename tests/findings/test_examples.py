@@ -378,11 +378,20 @@ def test_texts_come_from_the_run_or_from_who_asks(told: Told) -> None:
 
 
 def test_a_loss_that_does_not_tell_its_examples_is_refused(told: Told, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r'State it with Loss\(…, per="example"\)'):
-        findings.examples(told.run["train"])
-    refused(lca("plot", told.run.path, "examples", "-o", tmp_path / "x.png"), 'per="example"')
-    out = lca("export", told.run.path, "-o", tmp_path / "asked", "--finding", "examples")
-    refused(out, "does not tell its examples apart")
+    with pytest.raises(InputError, match=r'State a loss with Loss\(…, per="example"\)'):
+        findings.examples(told.run["plain"])
+    plain = ("--loss", "plain")
+    out = lca("plot", told.run.path, "examples", *plain, "-o", tmp_path / "x.png")
+    refused(out, 'per="example"')
+    out = lca("export", told.run.path, *plain, "-o", tmp_path / "asked", "--finding", "examples")
+    refused(out, 'per="example"')
+
+
+def test_the_run_has_what_brute_force_gives(told: Told) -> None:
+    names = [str(name) for name in told.examples["tensor"].values]
+    wanted = example_runs.brute_force(told.checkpoints, names)
+    for field in wanted:
+        np.testing.assert_allclose(told.examples[field], wanted[field], rtol=0, atol=2e-6)
 
 
 # --- figures, page, tables ------------------------------------------------------------------------

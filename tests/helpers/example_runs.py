@@ -1,5 +1,5 @@
-"""A small classifier whose examples are told apart by brute force: one example, one node and one
-tensor at a time.
+"""A small classifier whose examples are told apart; and by brute force: one example, one node and
+one tensor at a time.
 """
 
 from __future__ import annotations
@@ -136,7 +136,11 @@ def brute_force(checkpoints: Path, tensors: list[str]) -> xr.Dataset:
 def tell(directory: Path, keep: str = "units") -> Told:
     """Train, replay, and tell the examples apart."""
     checkpoints = train(directory / "ck")
-    losses = {"train": Loss(F.cross_entropy), "classes": Loss(F.cross_entropy, group_by=label)}
+    losses = {
+        "train": Loss(F.cross_entropy, per="example"),
+        "plain": Loss(F.cross_entropy),
+        "classes": Loss(F.cross_entropy, group_by=label),
+    }
     task = Task(Stack, {"train": data()}, losses)
     opened = run(
         checkpoints,
@@ -147,8 +151,8 @@ def tell(directory: Path, keep: str = "units") -> Told:
         tolerance="inf",
         out=directory / "told.lca",
     )
-    names = [str(name) for name in opened["train"].tensors["tensor"].values]
-    return Told(opened, checkpoints, brute_force(checkpoints, names))
+    group = ("example", data()[1].numpy())
+    return Told(opened, checkpoints, opened["train"].examples.load().assign_coords(group=group))
 
 
 class OtherExamples(LossResults):
@@ -179,7 +183,7 @@ def by_element(examples: xr.Dataset, parts: int) -> xr.Dataset:
 
 
 def patched(monkeypatch: pytest.MonkeyPatch, told: Told) -> None:
-    """Give the loss `train` of every run the dataset, as if it had been stated with `per=`."""
+    """Give the loss `train` of every run the dataset."""
     refuse: Callable[[LossResults], xr.Dataset] = LossResults.examples.fget  # type: ignore[attr-defined]
 
     def examples(results: LossResults) -> xr.Dataset:
