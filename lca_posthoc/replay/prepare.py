@@ -364,9 +364,7 @@ class _Match:
     def numbers_of_examples(self) -> int:
         """The numbers that are kept of single examples on a segment."""
         kept = len(self.described.tensors) + len(EXAMPLE_FIELDS)
-        return sum(
-            loss.examples * kept for loss in self.described.losses.values() if loss.per is not None
-        )
+        return sum(loss.rows * kept for loss in self.described.losses.values())
 
     @property
     def room_for_windows(self) -> int:
@@ -710,6 +708,7 @@ def _record(
         scale=probed.scale.get(name),
         sites=None if sites is None else sites.found,
         per=loss.per,
+        rows=loss.rows if loss.per is not None else None,
         texts=probed.texts.get(name),
     )
 

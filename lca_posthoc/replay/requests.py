@@ -160,7 +160,8 @@ class AdmissionRequest(Question[Admission]):
 @dataclass(frozen=True, kw_only=True)
 class LossDescription:
     """One loss: its split (None for a term of the parameters), its kind, its examples of the total
-    of the split, its groups, what numbers are kept per.
+    of the split, its groups, what numbers are kept per, and how many rows of these: examples or
+    elements.
     """
 
     on: str | None
@@ -170,6 +171,7 @@ class LossDescription:
     groups: list[int] | list[str] | None
     counts: list[int] | None
     per: str | None
+    rows: int
 
 
 @dataclass(frozen=True, kw_only=True)

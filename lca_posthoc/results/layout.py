@@ -147,8 +147,8 @@ def plan_arrays(manifest: Manifest, keep: str, loss: LossRecord) -> Iterator[Arr
     plans = _Plans(manifest, loss)
     yield from plans.of_steps()
     yield from plans.of_tensors(keep)
-    if loss.per is not None:
-        yield from plans.of_examples()
+    if loss.per is not None and loss.rows is not None:
+        yield from plans.of_examples(loss.per, loss.rows)
     if holds(keep, "statistics"):
         yield from plans.of_histogram()
     for tensor in manifest.allocated:
@@ -205,11 +205,11 @@ class _Plans:
             inner = {"replicate": self._loss.replicates, **inner}
             yield self._rows("tensors/replicates", inner, "float64")
 
-    def of_examples(self) -> Iterator[ArrayPlan]:
-        """Yield the arrays of every example; `group` holds the position of its group, the same in
-        every row.
+    def of_examples(self, per: str, rows: int) -> Iterator[ArrayPlan]:
+        """Yield the arrays of every example, or element; `group` holds the position of its group,
+        the same in every row.
         """
-        inner = {"example": self._loss.examples}
+        inner = {per: rows}
         for name in EXAMPLE_FIELDS:
             yield self._rows(f"examples/{name}", inner, "float32", grouped=False)
         if self._loss.groups is not None:

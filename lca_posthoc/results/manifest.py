@@ -60,7 +60,9 @@ class LossRecord:
             them.
         sites: where the examples are in what the model computes, where examples of a batch are told
             apart; None where a batch has one group, or one example of a loss per example.
-        per: "example" where the numbers of every example are kept; None for other losses.
+        per: "example" where the numbers of every example are kept, "element" where those of every
+            element are; None for other losses.
+        rows: how many examples, or elements, these are; None for other losses.
         texts: of the examples, to show with them; None where there are none.
     """
 
@@ -84,6 +86,7 @@ class LossRecord:
     covers: int | None = None
     sites: list[SiteRecord] | None = None
     per: str | None = None
+    rows: int | None = None
     texts: list[str] | None = None
 
     @property

@@ -286,17 +286,19 @@ class LossResults:
 
     @property
     def examples(self) -> xr.Dataset:
-        """The loss of every example, lazy, float32, of a loss that is stated per example.
+        """The loss of every example, lazy, float32, of a loss that is stated per example; of every
+        element of one that is stated per element, whose axis is called `element`.
 
         `allocated` (step, example, tensor) is what each tensor contributed to the change of the
         example's loss on a segment, in units of loss; `loss_start`, `loss_end` and `residual`
         (step, example) close it: Σ allocated + residual = loss_end − loss_start. `weight` is the
         sum of the weights of the example's elements; where it is 0, so are the other numbers. The
         coordinate `example` is the position in the split, `group` the label of its group where the
-        loss has groups, `text` what `Task.show` says of it.
+        loss has groups, `text` what `Task.show` says of it; `index` is that of an element among
+        those of its example.
 
         Raises:
-            InputError: where the loss is not stated per example.
+            InputError: where the loss is stated neither per example nor per element.
         """
         if self.record.per is None:
             raise InputError(
@@ -305,16 +307,20 @@ class LossResults:
             )
         data, positions = self._open("examples"), self.positions
         specs = [tensor.spec for tensor in self.manifest.allocated]
+        per, numbers = self.record.per, np.arange(self.record.examples)
+        numbers = numbers if positions is None else positions
+        elements = (self.record.rows or 0) // self.record.examples  # of an example
         data = data.assign_coords(
-            example=(
-                "example",
-                np.arange(self.record.examples) if positions is None else positions,
-            ),
+            example=(per, np.repeat(numbers, elements)),
             tensor=("tensor", np.array([spec.name for spec in specs], dtype=object)),
             kind=("tensor", np.array([spec.kind for spec in specs], dtype=object)),
         )
+        if per == "element":
+            index = np.tile(np.arange(elements), self.record.examples)
+            data = data.assign_coords(index=(per, index))
         if self.record.texts is not None:
-            data = data.assign_coords(text=("example", np.array(self.record.texts, dtype=object)))
+            texts = np.repeat(np.array(self.record.texts, dtype=object), elements)
+            data = data.assign_coords(text=(per, texts))
         if self.record.groups is None:
             return data
         labels, codes = np.array(self.record.groups), data["group"]

@@ -43,7 +43,7 @@ _FIELDS = (
     "provenance",
 )
 # fields of a loss that are left out where they are None
-_RARE = ("begun", "covers", "sites", "per", "texts")
+_RARE = ("begun", "covers", "sites", "per", "rows", "texts")
 _TENSOR = ("name", "kind", "shape", "aliases", "unit_axis", "source", "key")
 
 _CACHED = 4
@@ -224,10 +224,8 @@ def _fits_together(manifest: Manifest) -> None:
         )
     widest = max((tensor.spec.elements for tensor in manifest.tensors), default=0)
     groups = max((len(record.groups or ()) for record in manifest.losses.values()), default=0)
-    examples = max(
-        (record.examples for record in manifest.losses.values() if record.per), default=0
-    )
-    of_segment = max(widest * max(1, groups), examples * len(manifest.tensors))
+    rows = max((record.rows or 0 for record in manifest.losses.values()), default=0)
+    of_segment = max(widest * max(1, groups), rows * len(manifest.tensors))
     numbers = of_segment * manifest.segments * 8
     _check(
         numbers < _LARGEST_INTEGER,
@@ -430,7 +428,9 @@ def _loss(document: object) -> LossRecord:
         _check_groups(groups, counts)
     identity = _identity(entry["identity"])
     _check(type(entry["measured"]) is bool, "losses.measured", "true or false", entry["measured"])
-    _check(entry["per"] in (None, "example"), "losses.per", '"example" or nothing', entry["per"])
+    per = (None, "example", "element")
+    _check(entry["per"] in per, "losses.per", '"example", "element" or nothing', entry["per"])
+    _check((entry["per"] is None) == (entry["rows"] is None), "losses.rows", "there with per", "")
     return LossRecord(
         key=_text(entry["key"], "losses.key"),
         on=_maybe(_text, entry["on"], "losses.on"),
@@ -452,6 +452,7 @@ def _loss(document: object) -> LossRecord:
         covers=_maybe(_whole, entry["covers"], "losses.covers", 1),
         sites=_maybe(_sites, entry["sites"]),
         per=entry["per"],
+        rows=_maybe(_whole, entry["rows"], "losses.rows", 1),
         texts=_maybe(_texts, entry["texts"], "losses.texts"),
     )
 

@@ -57,7 +57,7 @@ class Loss:
             element, in a tensor or array of the shape of the loss's values (kinds of tokens,
             classes of pixels): the loss of each group is allocated, in one pass over the data.
         per: "example" to keep the loss change of every single example too, and what every tensor
-            contributed to it.
+            contributed to it; "element" for the same of every element (target token, pixel, label).
         term: instead of `fn`: called as `term(model)`, giving a scalar that reads the parameters
             alone (a regulariser).
         l2: instead of `fn`: the term ½ · l2 · Σθ² over all parameters, whose gradient is what
@@ -68,7 +68,7 @@ class Loss:
     on: str = "train"
     call: Callable[..., Any] | None = None
     group_by: Any = None
-    per: Literal["example"] | None = None
+    per: Literal["example", "element"] | None = None
     term: Callable[[Any], Any] | None = None
     l2: float | None = None
 
@@ -96,8 +96,13 @@ class Loss:
             raise InputError(
                 "a term of the parameters has no examples to group. Leave group_by out."
             )
-        if self.per not in (None, "example"):
-            raise InputError(f"Loss(per=…) is 'example' or left out, got {self.per!r}.")
+        if self.per not in (None, "example", "element"):
+            raise InputError(f"Loss(per=…) is 'example' or 'element', got {self.per!r}.")
+        if self.per == "element" and self.group_by is not None:
+            raise InputError(
+                'Loss(per="element") takes no group_by. State two losses of the same function, one '
+                "with per and one with group_by."
+            )
         if self.split is None and self.per is not None:
             raise InputError(
                 "a term of the parameters has no examples to tell apart. Leave per out."

@@ -76,7 +76,7 @@ def task_of(case: Case, **stated: object) -> Task:
         {"train": data},
         {
             "train": Loss(call=values),
-            "probe": Loss(call=values, per="example", **stated),  # type: ignore[arg-type]
+            "probe": Loss(call=values, **{"per": "example", **stated}),  # type: ignore[arg-type]
         },
     )
 
@@ -172,6 +172,60 @@ def test_examples_are_those_of_passes_over_one(
             )
             size = max(single.size, 0.01 * largest)
             assert apart <= bound * size, (step, example, apart / size)
+    assert_closed(probe)
+
+
+def of_pixels(model: nn.Module, batch: Data) -> Tensor:
+    return (model(batch[0]) - batch[0].mean(1, keepdim=True)).square()
+
+
+ELEMENTS = {
+    "transformer": CASES["transformer"],
+    "gpt-2's layers": CASES["gpt-2's layers"],
+    "attention": CASES["attention"],
+    "lstm": CASES["lstm"],
+    "pixels": Case(
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 1, 1)
+        ),
+        of_pixels,
+        shape=(2, 3, 3),
+    ),
+}
+
+
+def only(case: Case, index: int) -> Callable[[nn.Module, Data], Tensor]:
+    """One element of the loss of every example."""
+    return lambda model, batch: case.values(model, batch).flatten(1)[:, index]
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_elements_are_those_of_backward_passes_from_one(name: str, tmp_path: Path) -> None:
+    case = ELEMENTS[name]
+    points = recorded(case, tmp_path / "ck")
+    task = task_of(case, per="element")
+    probe = replay(case, tmp_path, "run", task=task)
+    elements = probe.examples.load()
+    count = elements.sizes["element"] // COUNT
+    assert elements["example"].to_numpy().tolist() == [
+        example for example in range(COUNT) for _ in range(count)
+    ]
+    assert elements["index"].to_numpy().tolist() == list(range(count)) * COUNT
+    apart = np.zeros((SEGMENTS, COUNT * count))
+    sizes = np.zeros_like(apart)
+    for index in range(count):
+        one = replace(case, values=only(case, index))
+        for step, of_segment in enumerate(one_at_a_time(one, points)):
+            for example, single in enumerate(of_segment):
+                position = example * count + index
+                told = elements["allocated"].isel(step=step, element=position)
+                sizes[step, position] = single.size
+                apart[step, position] = sum(
+                    abs(float(told.sel(tensor=tensor)) - wanted)
+                    for tensor, wanted in single.sums.items()
+                )
+    ratio = apart / np.maximum(sizes, 0.01 * sizes.max())
+    assert ratio.max() <= 1e-5
     assert_closed(probe)
 
 
@@ -319,7 +373,12 @@ def test_a_loss_without_examples_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "stated", [{"term": lambda model: 0, "per": "example"}, {"fn": of_classes, "per": "token"}]
+    "stated",
+    [
+        {"term": lambda model: 0, "per": "example"},
+        {"fn": of_classes, "per": "token"},
+        {"fn": of_classes, "per": "element", "group_by": [0, 1]},
+    ],
 )
 def test_what_per_cannot_be(stated: dict[str, object]) -> None:
     with pytest.raises(InputError, match="per"):

@@ -92,6 +92,8 @@ class ElementDerivatives:
                 other ones in the next pass.
         """
         values, weights = self._plain(batch)
+        if not motions:
+            return ElementShares(values, weights, {})
         shares = {
             name: torch.stack([self._along(name, motion, batch, values) for motion in motions])
             for name in self._tensors
@@ -229,6 +231,7 @@ def _forward_derivatives() -> Iterator[None]:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(operation_by_operation())
         stack.enter_context(_unfused_weight_norm())
+        stack.enter_context(_padding_without_tangent())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         # taken by attention layers in eval mode where no parameter requires a gradient
         stack.callback(
@@ -237,6 +240,30 @@ def _forward_derivatives() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(forward_ad.dual_level())
         yield
+
+
+@contextlib.contextmanager
+def _padding_without_tangent() -> Iterator[None]:
+    """Take no derivative along the row of an embedding that stands for padding, as a backward pass
+    takes none.
+    """
+    functional: Any = torch.nn.functional
+    native = functional.embedding
+
+    def embedding(
+        input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        rows: Tensor = native(input, weight, padding_idx, *args, **kwargs)
+        if padding_idx is None:
+            return rows
+        is_padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
+        return torch.where(is_padding, rows.detach(), rows)
+
+    functional.embedding = embedding
+    try:
+        yield
+    finally:
+        functional.embedding = native
 
 
 @contextlib.contextmanager

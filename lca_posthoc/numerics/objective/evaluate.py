@@ -33,6 +33,7 @@ from .copies import copy_in
 from .data import LossData, PassKey, ValueSource, open_data, origin, stated_loss
 from .directions import Along, Gradients, Motion, NoGradients, SumsAlong, WholeGradients
 from .element_groups import ElementOrder
+from .element_shares import ElementDerivatives
 from .every_example import EveryExample
 from .example_axis import Axes
 from .example_derivatives import Derivatives, SingleDerivatives, TappedDerivatives
@@ -352,14 +353,22 @@ class Objective:
         return sums
 
     def _every_example(self, name: str, motions: Sequence[Motion] | None) -> Evaluation:
-        """Return a loss that is stated per example over its split, see `tell_examples`."""
+        """Return a loss that is stated per example, or per element, over its split, see
+        `tell_examples` and `tell_elements`.
+        """
         split = self.splits[str(self.losses[name].split)]
+        where = f"loss {name!r} on split {split.name!r}"
+        if self.losses[name].per == "element":
+            with contextlib.closing(split.batches(self.batch_sizes[split.name])) as grouped:
+                elements = split.examples * self.elements_of(name)
+                data = (batch for _, batch in grouped)
+                return self.tell_elements(name, motions, data, elements).evaluation(None, where)
         size = 1 if name not in self.example_axes else self.batch_sizes[split.name]
         batches = batches_of_examples(split, size, None)
         sums = self.tell_examples(name, motions, batches, split.examples)
         order = self.order(name)
         assert not isinstance(order, ElementOrder), "groups of a loss per example are of examples"
-        return sums.evaluation(order, f"loss {name!r} on split {split.name!r}")
+        return sums.evaluation(order, where)
 
     def tell_examples(
         self, name: str, motions: Sequence[Motion] | None, batches: Batches, examples: int
@@ -381,10 +390,89 @@ class Objective:
             derivatives = TappedDerivatives(taps, tensors, axes)
         elif motions is not None:
             derivatives = SingleDerivatives(tensors, motions)
-        sums = EveryExample(derivatives, list(tensors), len(motions or ()), examples, self.device)
+        names = [] if motions is None else list(tensors)
+        sums = EveryExample(names, len(motions or ()), examples, self.device, derivatives)
         source = id(self.losses[name].source), origin(self.task, name)[1]
         run_pass(self.loss_values, batches, {source: name}, {source: sums}, taps)
         return sums
+
+    def tell_elements(
+        self,
+        name: str,
+        motions: Sequence[Motion] | None,
+        batches: Iterable[object],
+        elements: int,
+    ) -> EveryExample:
+        """Return the sums of every element of a loss, at the point the module holds.
+
+        Args:
+            name: of a loss on a split.
+            motions: directions; None for the loss alone.
+            batches: in the order of the data.
+            elements: of all batches.
+        """
+        names = [] if motions is None else list(self.tensors.differentiable)
+        sums = EveryExample(names, len(motions or ()), elements, self.device)
+        derivatives = self._element_derivatives(name)
+        with self.mode():
+            for batch in batches:
+                told = derivatives.shares(motions or (), batch)
+                values = told.values.double().reshape(-1)
+                weights = torch.ones_like(values) if told.weights is None else told.weights
+                totals = torch.stack([values, weights.double().reshape(-1)], 1)
+                moving = {tensor: share for tensor, share in told.shares.items() if share.any()}
+                sums.put(totals, moving)
+        return sums
+
+    def _element_derivatives(self, name: str) -> ElementDerivatives:
+        return ElementDerivatives(
+            self.tensors.differentiable,
+            lambda batch: self.values(name, fresh(batch)),
+            dtype_of(self.precision_of(name)),
+        )
+
+    def elements_of(self, name: str) -> int:
+        """Return how many elements a loss has for one example.
+
+        Raises:
+            InputError: where two examples have not twice as many.
+        """
+        split = self.splits[str(self.losses[name].split)]
+        counts = []
+        for examples in range(1, 1 + min(2, split.examples)):
+            with self.mode():
+                counts.append(self.values(name, fresh(split.sample(0, examples)))[0].numel())
+        if counts[-1] != len(counts) * counts[0]:
+            raise InputError(
+                f"loss {name!r} is stated per element, and has {counts[0]} elements for the first "
+                f"example and {counts[1]} for the first two. Pad examples to one shape, with "
+                "weights of 0."
+            )
+        return counts[0]
+
+    def check_elements(self, name: str) -> None:
+        """Compare derivatives of single elements with those of backward passes, at the point the
+        module holds.
+
+        Raises:
+            InputError: where they cannot be told.
+        """
+        split = self.splits[str(self.losses[name].split)]
+        positions = split.spread(min(_COMPARED, split.examples))
+        assert positions is not None, "data of a loss per element are read by position"
+        batch, count = split.at(positions), len(positions)
+        alone = {0: split.at(positions[:1])}
+
+        def values(data: object) -> Values:
+            return self.values(name, fresh(data))
+
+        with self.mode():
+            if not same_elements(values, (batch, count), alone, self.dtype):
+                raise InputError(
+                    f"loss {name!r} is stated per element, but its values do not run over the "
+                    "examples first. Return them with the examples along the first axis."
+                )
+            self._element_derivatives(name).check(batch)
 
     def find_examples(self, name: str) -> Check:
         """Find where the examples of a loss are in what the model computes, at the point the module

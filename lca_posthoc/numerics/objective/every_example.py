@@ -1,5 +1,5 @@
-"""The loss of every example of a split, and its derivatives along directions; what a loss over all
-of them comes to follows from these.
+"""The loss of every example of a split, or of every element, and its derivatives along directions;
+what a loss over all of them comes to follows from these.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from .sums import Evaluation
 
 
 class EveryExample:
-    """Σ values, Σ weights and Σ directional derivatives of every example of a split.
+    """Σ values, Σ weights and Σ directional derivatives of every example of a split, or of every
+    element of the loss on it, taken in in their order.
 
     Args:
-        derivatives: takes those of a batch; None where the loss alone is wanted.
-        names: of the tensors.
+        names: of the tensors; none where the loss alone is wanted.
         directions: their number.
-        examples: of the split.
+        rows: examples, or elements, of the split.
         device: where the sums are.
+        derivatives: takes those of the examples of a batch.
     """
 
     def __init__(
         self,
-        derivatives: Derivatives | None,
         names: Sequence[str],
         directions: int,
-        examples: int,
+        rows: int,
         device: torch.device,
+        derivatives: Derivatives | None = None,
     ) -> None:
-        self._derivatives = derivatives
-        self._totals = torch.zeros((examples, 2), dtype=torch.float64, device=device)
-        shape = (examples, directions)
+        self._derivatives, self._next = derivatives, 0
+        self._totals = torch.zeros((rows, 2), dtype=torch.float64, device=device)
+        shape = (rows, directions)
         self._shares: Mapping[str, Tensor] = {
-            name: torch.zeros(shape, dtype=torch.float64, device=device)
-            for name in (names if derivatives is not None else ())
+            name: torch.zeros(shape, dtype=torch.float64, device=device) for name in names
         }
         self._reached: set[str] = set()
 
@@ -50,14 +50,32 @@ class EveryExample:
         return self._derivatives is not None
 
     def take(self, part: GroupValues) -> None:
-        """Take in a batch of examples that are neighbours in the order of the data."""
+        """Take in the next batch of examples."""
         assert part.codes is not None, "the batch does not say which examples it holds"
         examples = len(part.codes)
-        rows = slice(int(part.codes[0]), int(part.codes[0]) + examples)
-        self._totals[rows] = totals_by_example(part, examples)
-        if self._derivatives is None:
-            return
-        for name, share in self._derivatives.of(part, examples).items():
+        shares = {} if self._derivatives is None else self._derivatives.of(part, examples)
+        self.put(totals_by_example(part, examples), shares)
+
+    def put(self, totals: Tensor, shares: Mapping[str, Tensor]) -> None:
+        """Take in the next rows.
+
+        Args:
+            totals: Σ values and Σ weights of each, (rows, 2) float64.
+            shares: by tensor that the values depend on, their derivatives, (directions, rows)
+                float64.
+
+        Raises:
+            InputError: where there are more rows than there were to be.
+        """
+        rows = slice(self._next, self._next + len(totals))
+        self._next = rows.stop
+        if rows.stop > len(self._totals):
+            raise InputError(
+                f"the loss has more than {len(self._totals):,} elements, as many as those of the "
+                "first example times the number of examples. Pad all of them to one shape."
+            )
+        self._totals[rows] = totals
+        for name, share in shares.items():
             self._shares[name][rows] = share.T
             self._reached.add(name)
 

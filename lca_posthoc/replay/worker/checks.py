@@ -90,6 +90,9 @@ def _described(objective: Objective, name: str) -> LossDescription:
         groups=order.labels if order else None,
         counts=order.counts if order else None,
         per=loss.per,
+        rows=split.examples * (objective.elements_of(name) if loss.per == "element" else 1)
+        if split and loss.per
+        else 0,
     )
 
 
@@ -123,6 +126,9 @@ def _sites(
     objective.place(first)
     if per_example:
         refuse_mixed(objective, name)
+    if objective.losses[name].per == "element":
+        objective.check_elements(name)
+        return Sites(found=None, why="")
     try:
         check = objective.find_examples(name)
     except Exception as error:  # of a model that runs otherwise while it is watched

@@ -32,6 +32,7 @@ _PART = (
     # part's gradient
     8
 )
+_FEW_FOR_ELEMENTS = 4  # examples on which the elements of a loss are timed
 _SAMPLED_NUMBERS = 2**18  # of allocations that are compressed, to see what a run will take on disk
 
 
@@ -120,6 +121,8 @@ def _seconds_of_examples(objective: Objective, name: str) -> float:
     if loss.per is None or loss.split is None:
         return 0.0
     split = objective.splits[loss.split]
+    if loss.per == "element":
+        return _seconds_of_elements(objective, name)
     check = objective.find_examples(name)
     objective.example_axes.pop(name, None)
     if not check.untold:
@@ -132,6 +135,21 @@ def _seconds_of_examples(objective: Objective, name: str) -> float:
         objective.tell_examples(name, [Motion(here, here)] * 2, one_batch(batch, size), size)
         times.append(time.perf_counter() - start)
     return min(times) / size * split.examples
+
+
+def _seconds_of_elements(objective: Objective, name: str) -> float:
+    """Return the seconds of telling every element of a split apart along two motions, from a few
+    examples.
+    """
+    from ...numerics.objective import Motion
+
+    split, here = objective.splits[str(objective.losses[name].split)], objective.point
+    few = min(_FEW_FOR_ELEMENTS, split.examples)
+    motions = [Motion(here, {tensor: values + 1 for tensor, values in here.items()})] * 2
+    start = time.perf_counter()
+    batch, elements = split.sample(0, few), few * objective.elements_of(name)
+    objective.tell_elements(name, motions, [batch], elements)
+    return (time.perf_counter() - start) / few * split.examples
 
 
 def _recalibrating(objective: Objective) -> float:

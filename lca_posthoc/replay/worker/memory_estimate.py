@@ -130,7 +130,9 @@ def _bytes_of_examples(request: SampleRequest[Any], objective: Objective, name: 
         return 0
     kept = len(kept_tensors(request, objective)) + len(EXAMPLE_FIELDS)
     of_example = 8 * _SUMS * len(objective.allocated) + 4 * request.sample.span_length * kept
-    return int(objective.splits[loss.split].examples * of_example)
+    rows = objective.splits[loss.split].examples
+    rows *= objective.elements_of(name) if loss.per == "element" else 1
+    return int(rows * of_example)
 
 
 def _bytes_of_group(request: SampleRequest[Any], objective: Objective, keep: str) -> int:

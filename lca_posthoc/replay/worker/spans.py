@@ -400,7 +400,7 @@ class _SpanReplay:
         if record.per is None:
             return None
         if order is None:
-            return np.zeros(record.examples, "int32")
+            return np.zeros(record.rows or 0, "int32")
         assert not isinstance(order, ElementOrder), "groups of a loss per example are of examples"
         return order.codes.numpy()
 
