@@ -58,6 +58,20 @@ def test_a_script_of_the_gallery_holds_what_it_asserts_and_draws_its_figure(
 
 
 @needs("mnist.safetensors")
+def test_forgotten_images_close_on_their_own_loss_and_are_drawn(tmp_path: Path) -> None:
+    shown = command(EXAMPLES / "mnist_forgotten.py", tmp_path, 25)
+    assert "of 2,000 images" in shown
+    assert (tmp_path / "forgotten.png").stat().st_size > 10_000
+
+
+@needs("tinyshakespeare.txt")
+def test_kinds_of_characters_are_allocated_and_drawn(tmp_path: Path) -> None:
+    shown = command(EXAMPLES / "shakespeare_tokens.py", tmp_path, 4)
+    assert all(kind in shown for kind in ("newline", "name", "double", "other"))
+    assert (tmp_path / "kinds.png").stat().st_size > 10_000
+
+
+@needs("mnist.safetensors")
 def test_mnist_fc_adds_up_without_refinement_and_draws_its_picture(tmp_path: Path) -> None:
     command(EXAMPLES / "mnist_fc.py", tmp_path / "ck")
     found = run_all_losses(tmp_path / "ck", EXAMPLES / "mnist_fc.py")
