@@ -15,13 +15,13 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import mnist_fc
 import numpy as np
 import torch.nn.functional as F
 import xarray as xr
 from torch import Tensor
 
 import lca_posthoc as lca
+import mnist_fc
 from lca_posthoc import Loss, Task
 
 KEPT = 2_000

@@ -112,7 +112,11 @@ def task() -> Task:
     return Task(
         lambda: Transformer(shape),
         {"train": data(shape)},
-        {"train": Loss(call=next_token, on="train"), "smoothed": Loss(call=smoothed, on="train")},
+        {
+            "train": Loss(call=next_token, on="train"),
+            "smoothed": Loss(call=smoothed, on="train"),
+            "sequences": Loss(call=next_token, on="train", per="example"),
+        },
     )
 
 
@@ -168,15 +172,15 @@ def replay(checkpoints: Path, segments: int, keep: str, losses: list[str] | None
             steps=f"0:{segments}",
             progress=listen,
         )
-        highest = peak_memory()
+        highest, first = peak_memory(), next(iter(run.values()))
         files = (file for file in Path(folder).rglob("*") if file.is_file())
         return {
             "seconds": (ended[0] - began[0]) / segments,
-            "residual": float(abs(run["train"].steps["residual"]).max()),
+            "residual": float(abs(first.steps["residual"]).max()),
             "peak": highest,
             "parameters": run.manifest.parameters,
             "disk": sum(file.stat().st_size for file in files),
-            "activations": run["train"].record.batch_size * saved_bytes(),
+            "activations": first.record.batch_size * saved_bytes(),
         }
 
 

@@ -142,6 +142,14 @@ def test_sums_take_sixteen_bytes_a_parameter(shape: str, keep: str, tmp_path: Pa
 
 @pytest.mark.moment
 @LARGE
+def test_examples_take_what_sums_take(shape: str, tmp_path: Path) -> None:
+    figures = large_replay(shape, tmp_path / "checkpoints", "tensors", "sequences")
+    most = 400e6 + 16 * figures["parameters"] + figures["activations"]
+    assert figures["peak"] <= most, figures
+
+
+@pytest.mark.moment
+@LARGE
 def test_statistics_take_eighty_bytes_a_parameter_and_thirty_two_for_another_loss(
     shape: str, tmp_path: Path
 ) -> None:
