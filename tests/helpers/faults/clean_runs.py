@@ -46,9 +46,17 @@ def lay_out(place: Path, segments: int = 40) -> Path:
             optimizer.zero_grad()
             F.cross_entropy(model(inputs[batch]), targets[batch]).backward()
             optimizer.step()
-    # the loss named last is kept per example too
-    write_task(place / "small_task.py", PLAIN, PER_EXAMPLE)
+    write_small_task(place)
     return place
+
+
+def write_small_task(place: Path, old: str = "", new: str = "") -> Path:
+    """The task file, whose last loss is kept per example too, with `old` replaced by `new`."""
+    path = write_task(place / "small_task.py", PLAIN, PER_EXAMPLE)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new) if old else text)
+    return path
 
 
 def clean_run(place: Path, out: Path, **options: Any) -> Path:

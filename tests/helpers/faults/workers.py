@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from lca_posthoc import open_run
 from lca_posthoc.replay import prepare
-from tests.helpers.cli import refused, run_lca, says, write_task
+from tests.helpers.cli import refused, run_lca, says
 from tests.helpers.dask_cluster import standing
 
 from . import clean_runs, fault
@@ -55,7 +55,7 @@ def hanging(count: int, _: Path) -> str:
     chance = random.Random(3)
     with laid_out() as (place, clean):
         flag = place / "flag"
-        write_task(place / "small_task.py", "    def forward(self, inputs):\n", HANGING)
+        clean_runs.write_small_task(place, "    def forward(self, inputs):\n", HANGING)
         text = (place / "small_task.py").read_text()
         (place / "small_task.py").write_text(
             f"import ctypes\nimport os\n\nFLAG = {str(flag)!r}\n{text}"
@@ -165,7 +165,7 @@ def out_of_memory(count: int, _: Path) -> str:
 
 def _tighten(place: Path, out: Path, most: int, error: str) -> None:
     new = TIGHT.format(most=most, error=error, when=str(out / "run.json"))
-    task = write_task(place / "small_task.py", "    def forward(self, inputs):\n", new)
+    task = clean_runs.write_small_task(place, "    def forward(self, inputs):\n", new)
     task.write_text(f"import os\n\n{task.read_text()}")
 
 
