@@ -121,9 +121,9 @@ def _apart(out: Path, clean: Path) -> float:
     )
 
 
-def _run(place: Path, out: Path, *options: object) -> Any:
+def _run(place: Path, out: Path, *options: object, loss: str = "all") -> Any:
     with mock.patch.object(prepare, "choose_span", return_value=clean_runs.SPAN):
-        given = ("--loss", "all", "--tolerance", "inf", *options)
+        given = ("--loss", loss, "--tolerance", "inf", *options)
         return run_lca(place / "checkpoints", place / "small_task.py", out, *given)
 
 
@@ -155,7 +155,8 @@ def out_of_memory(count: int, _: Path) -> str:
             assert farthest <= 1e-6, (most, farthest)
             out = place / f"batch-{number}.lca"
             _tighten(place, out, min(most, 9), error)
-            result = _run(place, out, "--norm-stats", "batch", "--batch-size", 10)
+            # the other one, which is kept per example, takes no statistics of batches
+            result = _run(place, out, "--norm-stats", "batch", "--batch-size", 10, loss="train")
             refused(result, "out of memory", "--norm-stats batch", "--batch-size", code=5)
     return (
         f"{count} runs in batches down to {smallest:.0f}, at most {farthest:.1e} apart; {count} of "
