@@ -746,3 +746,27 @@ def test_a_point_that_the_model_holds_takes_no_memory_of_its_own_and_is_whole_ag
     assert torch.equal(point["weight"], given["weight"])
     assert torch.equal(point["bias"], wide)
     assert_same_bits(held, objective.evaluate(point, ["the_loss"]))
+
+
+class SharedGradients(nn.Module):
+    """Two parameters whose gradients autograd hands over in the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = (nn.Parameter(torch.full((3,), 0.1)) for _ in range(2))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs @ torch.stack([self.one, self.other]).sum(0)
+
+
+def test_gradients_that_share_memory_are_each_divided_once() -> None:
+    inputs, targets = torch.ones(5, 3), torch.zeros(5)
+    task = Task(SharedGradients, {"train": (inputs, targets)}, {"train": Loss(F.mse_loss)})
+    settings = ObjectiveSettings(
+        device=torch.device("cpu"), precision="float32", norm_stats="running", batch_size=None
+    )
+    objective = build_objective(lambda: task, None, settings)
+    objective.settle_batch_sizes(objective.point)
+    gradient = objective.evaluate(objective.point, ["train"])["train"].gradient
+    for values in gradient.values():
+        torch.testing.assert_close(values, torch.full((3,), 2 * 0.6))

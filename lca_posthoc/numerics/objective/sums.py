@@ -213,9 +213,9 @@ class Sums:
         if name not in self._whole:
             return torch.zeros(shape, dtype=dtype, device=self._device)
         total = self._whole.pop(name).total
-        # the sums of groups go on being used
-        reused = total.dtype == dtype and total.is_contiguous() and self._groups is None
-        mean = total if reused else torch.empty(shape, dtype=dtype, device=self._device)
+        # never in place: gradients of several tensors may lie in the same memory, and the sums of
+        # groups go on being used
+        mean = torch.empty(shape, dtype=dtype, device=self._device)
         values, means = total.reshape(-1), mean.view(-1)
         # piece by piece, for to take twice the memory takes longer than to divide
         for _, part in blocks(1, values.numel()):
