@@ -287,7 +287,9 @@ def _results(path: str, losses: tuple[str, ...], finding: str) -> list[LossResul
     pair = two_splits(run) if number == 2 and not losses else None
     if number == 2 and not losses and pair is None:
         raise InputError(f"{finding} of {path} cannot be drawn: {no_two_splits(run)}")
-    names = losses or pair or tuple(run)[:1]
+    told = [name for name in run if run[name].record.per is not None]
+    first = told if declared_findings()[finding].examples and told else list(run)
+    names = losses or pair or tuple(first[:1])
     for name in names:
         if name not in run:
             raise InputError(f"{path} has no loss {name!r}; it has {', '.join(map(repr, run))}.")

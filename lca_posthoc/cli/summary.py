@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
@@ -137,6 +137,22 @@ def print_summary(
     unshown -= {0}
     if not everything and (unshown or _have_more_tensors(summaries)):
         console.print(Text(wrapped(f"\n{_the_rest(unshown, run)}", console)))
+    for line in _of_examples(summaries, run):
+        console.print(Text(wrapped(line, console)))
+
+
+def _of_examples(summaries: dict[str, Summary], run: Path) -> Iterator[str]:
+    """Yield, of losses whose examples are told apart, what shows these."""
+    from ..results import open_run
+
+    opened = open_run(run)
+    for name in summaries:
+        record = opened[name].record if name in opened else None
+        if record is not None and record.per is not None:
+            yield (
+                f"{count(record.rows or 0, record.per)} of {name!r} told apart: `lca plot "
+                f"{_quoted(run)} examples --loss {safe(shlex.quote(name))}`"
+            )
 
 
 def _have_more_tensors(summaries: dict[str, Summary]) -> bool:

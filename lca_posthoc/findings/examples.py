@@ -531,4 +531,8 @@ def fates(finding: xr.Dataset) -> str:
         f"{int(number):,} {name}"
         for name, number in zip(finding["fate_name"].values, finding["fates"].values, strict=True)
     ]
-    return f"{count(finding.attrs['count'], str(finding.attrs['per']))}: {', '.join(parts)}."
+    per, least = str(finding.attrs["per"]), float(finding.attrs["least"])
+    return (
+        f"{count(finding.attrs['count'], per)}: {', '.join(parts)}. Learned: the loss fell by "
+        f"{least:.2g} or more from its highest; forgotten: it then rose above the middle again."
+    )

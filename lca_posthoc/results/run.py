@@ -301,9 +301,15 @@ class LossResults:
             InputError: where the loss is stated neither per example nor per element.
         """
         if self.record.per is None:
+            told = [name for name, record in self.manifest.losses.items() if record.per is not None]
+            way_out = (
+                f"Loss {told[0]!r} has: --loss {told[0]}."
+                if told
+                else 'State a loss with Loss(…, per="example") in the task, under another name, and '
+                "run again."
+            )
             raise InputError(
-                f"loss {self.name!r} in {self.path} has no numbers of single examples. State a loss "
-                'with Loss(…, per="example") in the task, under another name, and run again.'
+                f"loss {self.name!r} in {self.path} has no numbers of single examples. {way_out}"
             )
         data, positions = self._open("examples"), self.positions
         specs = [tensor.spec for tensor in self.manifest.allocated]

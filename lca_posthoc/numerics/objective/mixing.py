@@ -45,6 +45,8 @@ def refuse_mixed(objective: Objective, name: str) -> None:
     except InputError:  # examples of several shapes make no batch
         return
     together = _sums(objective, name, batch)
+    if not torch.equal(together, _sums(objective, name, batch)):
+        return  # it is random, which is refused later
     tolerance = tolerance_of(objective.dtype) * sums.abs().sum(0)
     if bool(((together - sums.sum(0)).abs() <= tolerance).all()):
         return

@@ -768,7 +768,7 @@ def _batches(
         raise InputError(
             f"loss {name!r} depends on how split {objective.losses[name].split!r} is cut into "
             f"batches: one batch or two give values {whole.loss:.6g} and {parts.loss:.6g}, "
-            f"{apart:.1e} apart. Usual culprits: batch statistics (use --norm-stats batch "
+            f"and values or gradients differ by {apart:.1e} of their size. Usual culprits: batch statistics (use --norm-stats batch "
             "--batch-size N), a loss that compares examples with each other, a mean taken inside "
             "Loss(call=fn)."
             + (f" It also turns on autocast to {cast} itself, which rounds." if cast else "")

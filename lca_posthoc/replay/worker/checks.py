@@ -116,16 +116,14 @@ def _sites(
         follows: the grouped loss in whose order its batches are taken at the lowest level.
 
     Raises:
-        InputError: where a loss per example is not the mean of what its examples have alone.
+        InputError: where the elements of a loss per element cannot be told apart.
     """
-    from ...numerics.objective import is_out_of_memory, recorded, refuse_mixed
+    from ...numerics.objective import is_out_of_memory, recorded
 
     per_example = objective.losses[name].per is not None
     if not per_example and not _has_small_groups(objective, name, follows):
         return Sites(found=None, why="")
     objective.place(first)
-    if per_example:
-        refuse_mixed(objective, name)
     if objective.losses[name].per == "element":
         objective.check_elements(name)
         return Sites(found=None, why="")
@@ -388,8 +386,10 @@ def _leftovers(request: ProbeRequest, objective: Objective) -> list[str]:
 
 
 def _checks(request: ProbeRequest, objective: Objective, name: str) -> list[str]:
-    from ...numerics.objective import check_loss, drop_weightless_replicates
+    from ...numerics.objective import check_loss, drop_weightless_replicates, refuse_mixed
 
+    if objective.losses[name].per is not None:  # first: it says which module mixes examples
+        refuse_mixed(objective, name)
     notes: list[str] = check_loss(objective, name) + drop_weightless_replicates(objective, name)
     reduction = objective.losses[name].replaced
     if reduction is not None:
