@@ -378,11 +378,11 @@ def test_texts_come_from_the_run_or_from_who_asks(told: Told) -> None:
 
 
 def test_a_loss_that_does_not_tell_its_examples_is_refused(told: Told, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r'State a loss with Loss\(…, per="example"\)'):
+    with pytest.raises(InputError, match="Loss 'train' has: --loss train"):
         findings.examples(told.run["plain"])
     plain = ("--loss", "plain")
     out = lca("plot", told.run.path, "examples", *plain, "-o", tmp_path / "x.png")
-    refused(out, 'per="example"')
+    refused(out, "--loss train")
     out = lca("export", told.run.path, *plain, "-o", tmp_path / "asked", "--finding", "examples")
     refused(out, 'per="example"')
 
