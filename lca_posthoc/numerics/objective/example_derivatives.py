@@ -82,5 +82,5 @@ def totals_by_example(part: GroupValues, examples: int) -> Tensor:
     """Return Σ values and Σ weights of each example of a batch, (examples, 2) float64."""
     values = part.values.detach()
     weights = torch.ones_like(values) if part.weights is None else part.weights
-    sums = [each.double().reshape(examples, -1).sum(1) for each in (values, weights)]
+    sums = [numbers.double().reshape(examples, -1).sum(1) for numbers in (values, weights)]
     return torch.stack(sums, 1)
