@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
@@ -19,7 +19,7 @@ from .show import print_json, say, share, stdout, table, units_of_loss
 
 if TYPE_CHECKING:
     from ..findings.summary import Figures, Part, Summary
-    from ..results import LossResults
+    from ..results import LossResults, Run
 
 TOP = 20  # modules below each other
 _BESIDE = 8  # modules beside the groups of a loss
@@ -81,6 +81,7 @@ def command(
         print_json({"schema": 1, "losses": summaries})
     else:
         print_summary(summaries, opened.path, top=top, everything=everything)
+        print_examples(opened, summaries)
 
 
 def _say_what_is_missing(results: LossResults, figures: Summary) -> None:
@@ -137,22 +138,19 @@ def print_summary(
     unshown -= {0}
     if not everything and (unshown or _have_more_tensors(summaries)):
         console.print(Text(wrapped(f"\n{_the_rest(unshown, run)}", console)))
-    for line in _of_examples(summaries, run):
-        console.print(Text(wrapped(line, console)))
 
 
-def _of_examples(summaries: dict[str, Summary], run: Path) -> Iterator[str]:
-    """Yield, of losses whose examples are told apart, what shows these."""
-    from ..results import open_run
-
-    opened = open_run(run)
-    for name in summaries:
-        record = opened[name].record if name in opened else None
-        if record is not None and record.per is not None:
-            yield (
+def print_examples(run: Run, losses: Iterable[str]) -> None:
+    """Print, of the losses whose examples are told apart, what shows these."""
+    console = stdout()
+    for name in losses:
+        record = run[name].record
+        if record.per is not None:
+            line = (
                 f"{count(record.rows or 0, record.per)} of {name!r} told apart: `lca plot "
-                f"{_quoted(run)} examples --loss {safe(shlex.quote(name))}`"
+                f"{_quoted(run.path)} examples --loss {safe(shlex.quote(name))}`"
             )
+            console.print(Text(wrapped(line, console)))
 
 
 def _have_more_tensors(summaries: dict[str, Summary]) -> bool:
