@@ -364,7 +364,7 @@ class LossCosts:
     higher: float
     fastest: int
     largest: int
-    examples: float = 0.0
+    examples: float
 
 
 @dataclass(frozen=True, kw_only=True)

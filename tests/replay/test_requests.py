@@ -111,13 +111,34 @@ SENT = (
         tensors=[TensorSpec("w", "parameter", (2, 3), ("v",), 0), TensorSpec("n", "buffer", ())],
         losses={
             "a": LossDescription(
-                on="a", kind="function", examples=3, total=4, groups=[1, 2], counts=[2, 1]
+                on="a",
+                kind="function",
+                examples=3,
+                total=4,
+                groups=[1, 2],
+                counts=[2, 1],
+                per="example",
+                rows=3,
             ),
             "b": LossDescription(
-                on="a", kind="call", examples=3, total=4, groups=["x", "y"], counts=[2, 1]
+                on="a",
+                kind="call",
+                examples=3,
+                total=4,
+                groups=["x", "y"],
+                counts=[2, 1],
+                per=None,
+                rows=0,
             ),
             "c": LossDescription(
-                on=None, kind="term", examples=0, total=0, groups=None, counts=None
+                on=None,
+                kind="term",
+                examples=0,
+                total=0,
+                groups=None,
+                counts=None,
+                per=None,
+                rows=0,
             ),
         },
         task_losses=["a"],
@@ -148,6 +169,7 @@ SENT = (
         },
         statistics=None,
         notes=["one"],
+        texts={"a": ["<b>", "two"], "b": None},
         **PROBED,
     ),
     CalibrationsRequest(**SAMPLED, keep="units", along={"a": "b", "b": None}),
@@ -156,9 +178,13 @@ SENT = (
     Compressions(compressed={"a": {"allocation": 0.5}}),
     CostsRequest(**SAMPLED, segments_of_window=16, measured=False),
     Costs(
-        losses={"a": LossCosts(seconds=1.0, forward=0.5, higher=0.0, fastest=64, largest=128)},
+        losses={
+            "a": LossCosts(
+                seconds=1.0, forward=0.5, higher=0.0, fastest=64, largest=128, examples=1.5
+            )
+        },
         compressed={},
-        together=1.0,
+        together={"tensors": 1.0},
         higher=0.0,
         recalibrating=0.0,
         memory={"tensors": 1e9},

@@ -170,7 +170,7 @@ def _measured(request: CostsRequest, objective: Objective, name: str) -> LossCos
     loss, order = objective.losses[name], objective.order(name)
     if loss.split is None:
         alone = _seconds(objective, name, None, _Budget(8), 1)
-        return LossCosts(seconds=alone, forward=0.0, higher=0.0, fastest=0, largest=0)
+        return LossCosts(seconds=alone, forward=0.0, higher=0.0, fastest=0, largest=0, examples=0.0)
     split, chosen = objective.splits[loss.split], objective.batch_sizes[loss.split]
     most, backward = split.examples, 1.0
     if isinstance(order, ElementOrder):
