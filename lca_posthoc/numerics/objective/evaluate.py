@@ -58,7 +58,7 @@ from .tap_check import Check, Drawn, check, same_elements, unchecked
 from .taps import Taps
 from .values import LossValues, Values
 
-_COMPARED = 5  # examples of which each alone is compared with the same one in a batch
+COMPARED = 5  # examples of which each alone is compared with the same one in a batch
 
 
 class Objective:
@@ -99,6 +99,7 @@ class Objective:
         self.forward_passes = dict(self.evaluations)
         self.example_axes: dict[str, Axes] = {}
         self._autocast_of: dict[str, str | None] = {}
+        self._elements_of: dict[str, int] = {}  # of one example, by loss
         # by precision, whether a copy of the model gives the losses of this one
         self._copies_agree: dict[str, bool] = {}
 
@@ -437,6 +438,8 @@ class Objective:
         Raises:
             InputError: where two examples have not twice as many.
         """
+        if name in self._elements_of:  # asked for at every evaluation
+            return self._elements_of[name]
         split = self.splits[str(self.losses[name].split)]
         counts = []
         for examples in range(1, 1 + min(2, split.examples)):
@@ -448,6 +451,7 @@ class Objective:
                 f"example and {counts[1]} for the first two. Pad examples to one shape, with "
                 "weights of 0."
             )
+        self._elements_of[name] = counts[0]
         return counts[0]
 
     def check_elements(self, name: str) -> None:
@@ -458,7 +462,7 @@ class Objective:
             InputError: where they cannot be told.
         """
         split = self.splits[str(self.losses[name].split)]
-        positions = split.spread(min(_COMPARED, split.examples))
+        positions = split.spread(min(COMPARED, split.examples))
         assert positions is not None, "data of a loss per element are read by position"
         batch, count = split.at(positions), len(positions)
         alone = {0: split.at(positions[:1])}
@@ -485,7 +489,7 @@ class Objective:
             name: of a loss on a split.
         """
         split = self.splits[str(self.losses[name].split)]
-        count = min(_COMPARED, split.examples)
+        count = min(COMPARED, split.examples)
         positions = split.spread(count)
         if positions is None or count < 2:
             return unchecked("the data is one example, or can be read in its order alone")

@@ -88,8 +88,13 @@ class EveryExample:
             where: names the loss and its split.
 
         Raises:
-            InputError: where the weights of a group, or of everything, sum to 0.
+            InputError: where the weights of a group, or of everything, sum to 0, or rows are missing.
         """
+        if self._next != len(self._totals):
+            raise InputError(
+                f"{where} has {self._next:,} elements, not {len(self._totals):,}, as many as those "
+                "of the first example times the number of examples. Pad all of them to one shape."
+            )
         if order is None:
             totals = sum_of_rows(self._totals)
             shares = {name: sum_of_rows(rows) for name, rows in self._shares.items()}

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from .containers import fresh, tensors_of
-from .evaluate import Objective
+from .evaluate import COMPARED, Objective
 from .tap_check import tolerance_of
-
-_COMPARED = 5
 
 
 def refuse_mixed(objective: Objective, name: str) -> None:
@@ -25,7 +23,7 @@ def refuse_mixed(objective: Objective, name: str) -> None:
         InputError: names the module that mixes them, where one does.
     """
     split = objective.splits[str(objective.losses[name].split)]
-    positions = split.spread(min(_COMPARED, split.examples))
+    positions = split.spread(min(COMPARED, split.examples))
     if objective.norm_stats == "batch":
         raise InputError(
             f"loss {name!r} is stated per example, which has no meaning with --norm-stats batch: "
