@@ -14,7 +14,7 @@ from ..base.text import count
 from ..errors import InputError
 from ..results import LossResults
 from .common import Numbers, Variable, about, described, stretches, unfinished
-from .per_example import ExampleReader, open_examples
+from .per_example import ExampleReader, course, name_of_example, open_examples
 
 FINDING = Finding(
     question="Which examples were learned alike, by the same layers at the same time",
@@ -381,27 +381,13 @@ def one_cluster(finding: xr.Dataset, cluster: int) -> xr.Dataset:
     so far, (step, layer), with `step` and `step_end` of its stretches.
     """
     own = finding.isel(cluster_number=cluster)
-    return xr.Dataset(
-        {
-            "change": ("step", (own["loss"] - own["loss_start"]).values),
-            "allocated": (
-                ("step", "layer"),
-                own["trajectory"].transpose("stretch", "layer").values,
-            ),
-        },
-        coords={
-            "step": finding["stretch_start"].values,
-            "step_end": ("step", finding["stretch_end"].values),
-            "layer": finding["layer"].values,
-        },
-    )
+    return course(finding, own["loss"] - own["loss_start"], own["trajectory"])
 
 
 def central_name(finding: xr.Dataset, cluster: int) -> str:
     """Return the central example of a cluster as `--example` takes it."""
     own = finding.isel(cluster_number=cluster)
-    number = str(int(own["central_example"]))
-    return f"{number}:{int(own['central_index'])}" if "central_index" in own.coords else number
+    return name_of_example(own, "central_")
 
 
 def judged(finding: xr.Dataset) -> str:

@@ -15,7 +15,7 @@ from ..base.text import count
 from ..errors import InputError
 from ..results import LossResults
 from .common import Numbers, Variable, about, described, largest, stretches, unfinished
-from .per_example import ExampleReader, Part, open_examples
+from .per_example import ExampleReader, Part, course, name_of_example, open_examples
 
 FINDING = Finding(
     question="Which examples were learned, when and by which layer; which were forgotten again; how "
@@ -502,27 +502,12 @@ def one_story(finding: xr.Dataset, position: int) -> xr.Dataset:
     (step, layer), with `step` and `step_end` of its stretches.
     """
     one = finding.isel(story=position)
-    return xr.Dataset(
-        {
-            "change": ("step", (one["story_loss"] - one["story_start"]).values),
-            "allocated": (
-                ("step", "layer"),
-                one["story_allocated"].transpose("stretch", "layer").values,
-            ),
-        },
-        coords={
-            "step": finding["stretch_start"].values,
-            "step_end": ("step", finding["stretch_end"].values),
-            "layer": finding["layer"].values,
-        },
-    )
+    return course(finding, one["story_loss"] - one["story_start"], one["story_allocated"])
 
 
 def story_name(finding: xr.Dataset, position: int) -> str:
     """Return an example as `--example` takes it."""
-    one = finding.isel(story=position)
-    number = str(int(one["story_example"]))
-    return f"{number}:{int(one['story_index'])}" if "story_index" in one.coords else number
+    return name_of_example(finding.isel(story=position), "story_")
 
 
 def fates(finding: xr.Dataset) -> str:

@@ -194,3 +194,32 @@ def open_examples(
         layers.setdefault(label_of(str(name), by, buffers), []).append(position)
     per: Literal["example", "element"] = "element" if "element" in data.dims else "example"
     return ExampleReader(table=table, data=data, per=per, layers=layers, texts=texts)
+
+
+def course(finding: xr.Dataset, change: xr.DataArray, allocated: xr.DataArray) -> xr.Dataset:
+    """Return what figures draw of an example, or of a cluster of them, over the stretches of a
+    finding: `change` of the loss since the start, (step,), and `allocated` so far, (step, layer).
+    """
+    return xr.Dataset(
+        {
+            "change": ("step", change.values),
+            "allocated": (("step", "layer"), allocated.transpose("stretch", "layer").values),
+        },
+        coords={
+            "step": finding["stretch_start"].values,
+            "step_end": ("step", finding["stretch_end"].values),
+            "layer": finding["layer"].values,
+        },
+    )
+
+
+def name_of_example(one: xr.Dataset, prefix: str) -> str:
+    """Return an example, or an element, as `--example` takes it.
+
+    Args:
+        one: of a finding.
+        prefix: of the coordinates `example` and `index`.
+    """
+    number = str(int(one[f"{prefix}example"]))
+    index = f"{prefix}index"
+    return f"{number}:{int(one[index])}" if index in one.coords else number
